@@ -1,0 +1,162 @@
+"""A batch of uint8 images -> views: every random operation batched on the images' device, each image its own draw.
+
+The parameters are drawn from torchvision's distributions, by one counter-based generator on the host: the same seed
+gives the same views on every device. The operations themselves are in image_ops.py.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from image_ops import Draws, blur, color_jitter, gray, normalize, on_some, resized_crop, solarize
+
+if TYPE_CHECKING:
+    from model_params import EncoderAndDataParams, ModelParams
+
+
+@frozen
+class View:
+    """How one view is made. The defaults are MoCo v2's (https://arxiv.org/abs/2003.04297)."""
+
+    crop_size: int = 224
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    jitter_probability: float = 0.8
+    brightness: float = 0.4  # factor from 1 - 0.4 to 1 + 0.4; contrast and saturation likewise
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1  # turn of the colour wheel, from -0.1 to 0.1
+    grayscale_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize_probability: float = 0.0
+    solarize_threshold: float = 0.5
+    flip_probability: float = 0.5
+
+
+# ---- drawing ----
+
+
+def generator(seed: int | tuple[int, ...]) -> np.random.Generator:
+    """Philox is counter-based: nearby seeds give unrelated streams, and there is no state to save."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+
+
+def draw_crops(rng: np.random.Generator, n: int, height: int, width: int, view: View) -> Draws:
+    """n boxes as `RandomResizedCrop` draws them: the first of ten tries that fits, else the largest central box."""
+    area = height * width * rng.uniform(*view.crop_scale, (n, 10))
+    ratio = np.exp(rng.uniform(*np.log(view.crop_ratio), (n, 10)))
+    w, h = np.round(np.sqrt(area * ratio)).astype(int), np.round(np.sqrt(area / ratio)).astype(int)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(1)[:, None]
+    central = np.clip(width / height, *view.crop_ratio)
+    largest_h, largest_w = min(height, round(width / central)), min(width, round(height * central))
+    h = np.where(fits.any(1), np.take_along_axis(h, first, 1)[:, 0], largest_h)
+    w = np.where(fits.any(1), np.take_along_axis(w, first, 1)[:, 0], largest_w)
+    top, left = (rng.random((2, n)) * [height - h + 1, width - w + 1]).astype(int)
+    centered = ~fits.any(1)
+    top[centered], left[centered] = (height - largest_h) // 2, (width - largest_w) // 2
+    return {"top": top, "left": left, "height": h, "width": w}
+
+
+def draw(rng: np.random.Generator, n: int, view: View) -> Draws:
+    """The parameters of everything but the crop, for n images."""
+
+    def factor(strength: float) -> np.ndarray:
+        return rng.uniform(max(0.0, 1 - strength), 1 + strength, n)
+
+    return {
+        "jitter": rng.random(n) < view.jitter_probability,
+        "order": rng.random((n, 4)).argsort(1),  # of brightness, contrast, saturation, hue
+        "brightness": factor(view.brightness),
+        "contrast": factor(view.contrast),
+        "saturation": factor(view.saturation),
+        "hue": rng.uniform(-view.hue, view.hue, n),
+        "grayscale": rng.random(n) < view.grayscale_probability,
+        "blur": rng.random(n) < view.blur_probability,
+        "sigma": rng.uniform(*view.blur_sigma, n),
+        "solarize": rng.random(n) < view.solarize_probability,
+        "flip": rng.random(n) < view.flip_probability,
+    }
+
+
+# ---- views ----
+
+
+def make_view(x: Tensor, draws: Draws, boxes: Draws | None, view: View) -> Tensor:
+    """One view from float images and drawn parameters; no boxes: the images were cropped by whoever decoded them."""
+    flip = draws["flip"]
+    if boxes is None:
+        x = on_some(x.clone(), flip, partial(torch.flip, dims=[3]))
+    else:
+        x = resized_crop(x, boxes, view.crop_size, flip)
+    x = color_jitter(x, draws)
+    if x.shape[1] == 3:
+        x = on_some(x, draws["grayscale"], lambda some: gray(some).expand_as(some))
+    x = on_some(x, draws["blur"], blur, draws["sigma"])
+    return on_some(x, draws["solarize"], partial(solarize, threshold=view.solarize_threshold))
+
+
+def augment(images: Tensor | list[Tensor], seed, views: list[View], mean: tuple, std: tuple) -> list[Tensor]:
+    """uint8 images [N, C, H, W], or a list with one already cropped batch a view -> normalized float views.
+
+    Args:
+        seed: an int or a tuple of ints; the same seed gives the same views.
+    """
+    rng, result = generator(seed), []
+    cropped = isinstance(images, list)
+    shared = None if cropped else images.float() / 255
+    for i, view in enumerate(views):
+        x = images[i].float() / 255 if cropped else shared
+        boxes = None if cropped else draw_crops(rng, len(x), *x.shape[2:], view)
+        x = normalize(make_view(x, draw(rng, len(x), view), boxes, view), mean, std)
+        result.append(x.contiguous(memory_format=torch.channels_last))
+    return result
+
+
+def view_settings(params: "ModelParams") -> list[View]:
+    """One row of settings a view: the data set's, changed by the transform_... fields of `params`.
+
+    Raises:
+        ValueError: a field is a list, but not with one value a view.
+    """
+    return [_view_settings(params, i) for i in range(params.n_views)]
+
+
+def _view_settings(params: "ModelParams", i: int) -> View:
+    def of_view(name: str):
+        value = getattr(params, f"transform_{name}")
+        if isinstance(value, list | tuple):
+            if len(value) != params.n_views:
+                raise ValueError(f"transform_{name}={value} has {len(value)} values for {params.n_views} views")
+            value = value[i]
+        return value
+
+    s, smallest = of_view("s"), of_view("crop_scale_min")
+    probabilities = ("jitter", "grayscale", "blur", "solarize", "flip")
+    changes = {f"{name}_probability": of_view(f"{name}_probability") for name in probabilities}
+    changes["crop_scale"] = None if smallest is None else (smallest, 1.0)
+    if not params.transform_apply_blur:
+        changes["blur_probability"] = 0.0
+    changes = {name: value for name, value in changes.items() if value is not None}
+    strengths = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": 0.8 * s, "hue": 0.2 * s}
+    return evolve(params.dataset.view, crop_size=params.crop_size, **strengths, **changes)
+
+
+def training_views(params: "ModelParams") -> Callable[..., list[Tensor]]:
+    """augment(images, seed) -> list of views, by the settings of `params`."""
+    return partial(augment, views=view_settings(params), mean=params.dataset.mean, std=params.dataset.std)
+
+
+def evaluation_view(images: Tensor, params: "EncoderAndDataParams") -> Tensor:
+    """uint8 images [N, C, H, W] -> normalized floats [N, C, h, w]: the whole image, resized if need be."""
+    x, size = images.float() / 255, params.crop_size
+    if x.shape[2:] != (size, size):
+        whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
+        x = resized_crop(x, {name: np.full(len(x), value) for name, value in whole.items()}, size)
+    return normalize(x, params.dataset.mean, params.dataset.std)

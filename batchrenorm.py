@@ -1,0 +1,72 @@
+"""Batch renormalization (Ioffe, https://arxiv.org/abs/1702.03275): batch norm that trusts its running statistics."""
+
+import torch
+from torch import Tensor, nn
+
+
+class BatchRenorm(nn.Module):
+    """x -> ((x - batch mean) / batch std * r + d) * weight + bias, over all axes but the second.
+
+    r and d move the batch's statistics towards the running ones (Algorithm 1); no gradient passes through them. They
+    are clipped to [1/rmax, rmax] and [-dmax, dmax], which open with the number of batches seen: before batch 5,000
+    this is exactly batch norm. The standard deviation is sqrt(biased variance + eps), always in float32.
+    """
+
+    dimensions: tuple[int, ...] = ()  # how many axes the input may have
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.01, affine: bool = True):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_std", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+
+    @property
+    def rmax(self) -> Tensor:
+        return (25 / 35 + 2 / 35000 * self.num_batches_tracked).clamp(1.0, 3.0)
+
+    @property
+    def dmax(self) -> Tensor:
+        return (-25 / 20 + 5 / 20000 * self.num_batches_tracked).clamp(0.0, 5.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() not in self.dimensions:
+            expected = " or ".join(f"{d}D" for d in self.dimensions)
+            raise ValueError(
+                f"{type(self).__name__} expects {expected} input, got {x.dim()}D input of shape {tuple(x.shape)}"
+            )
+        dtype, x = x.dtype, x.float()
+        column = (1, -1) + (1,) * (x.dim() - 2)  # shape that lines statistics up with axis 1
+        if self.training:
+            x = self._renormalized(x, column)
+        else:
+            x = (x - self.running_mean.view(column)) / self.running_std.view(column)
+        if self.weight is not None:
+            x = x * self.weight.view(column) + self.bias.view(column)
+        return x.to(dtype)
+
+    def _renormalized(self, x: Tensor, column: tuple[int, ...]) -> Tensor:
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        mean = x.mean(axes)
+        std = (x.var(axes, correction=0) + self.eps).sqrt()
+        with torch.no_grad():
+            r = torch.clamp(std / self.running_std, 1 / self.rmax, self.rmax)
+            d = torch.clamp((mean - self.running_mean) / self.running_std, -self.dmax, self.dmax)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_std.lerp_(std, self.momentum)
+            self.num_batches_tracked += 1
+        return (x - mean.view(column)) / std.view(column) * r.view(column) + d.view(column)
+
+
+class BatchRenorm1d(BatchRenorm):
+    dimensions = (2, 3)
+
+
+class BatchRenorm2d(BatchRenorm):
+    dimensions = (4,)
+
+
+class BatchRenorm3d(BatchRenorm):
+    dimensions = (5,)

@@ -1,0 +1,282 @@
+"""Name -> images and labels, sizes and constants, in one table.
+
+Sets of one image size are packed once into `$DATA_PATH/<name>/<split>/images.npy` (uint8, N x H x W x C) and
+`labels.npy` (int64), and memory-mapped from then on. Sets of files are decoded and cropped in the loader's workers.
+Both yield (uint8 images, labels); everything else happens on the device (augmentations.py).
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torchvision
+from attrs import field, frozen
+from filelock import FileLock
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+import ddp
+from augmentations import View, draw_crops, generator
+
+if TYPE_CHECKING:
+    from model_params import EncoderAndDataParams
+
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images, labels
+
+
+def data_path() -> Path:
+    """Where data sets live: the environment variable DATA_PATH (`~` is expanded), or ./data."""
+    return Path(os.environ.get("DATA_PATH", "data")).expanduser()
+
+
+# ---- where the arrays come from ----
+
+
+def read_digits() -> Arrays:
+    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8, doubled to 16 x 16: 1,297 for training, 500 to test."""
+    digits = load_digits()
+    scans = torch.from_numpy(digits.images / 16 * 255).unsqueeze(1)
+    images = torch.nn.functional.interpolate(scans, scale_factor=2, mode="bilinear").round().byte()
+    images = images.permute(0, 2, 3, 1).numpy()
+    parts = train_test_split(images, digits.target, test_size=500, stratify=digits.target, random_state=0)
+    return {"train": (parts[0], parts[2]), "test": (parts[1], parts[3])}
+
+
+def read_cifar(source: type) -> Callable[[], Arrays]:
+    def read() -> Arrays:
+        sets = {name: source(data_path(), train=name == "train", download=True) for name in ("train", "test")}
+        return {name: (s.data, s.targets) for name, s in sets.items()}
+
+    return read
+
+
+def read_stl10() -> Arrays:
+    sets = {
+        name: torchvision.datasets.STL10(data_path(), name, download=True) for name in ("train", "unlabeled", "test")
+    }
+    return {name: (s.data.transpose(0, 2, 3, 1), s.labels) for name, s in sets.items()}
+
+
+# ---- the table ----
+
+
+@frozen
+class DatasetInfo:
+    """`read` is None where the images stay files in class folders. Splits are folders below `$DATA_PATH/<name>`."""
+
+    crop_size: int
+    n_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    read: Callable[[], Arrays] | None
+    pretraining_splits: tuple[str, ...] = ("train",)
+    train_splits: tuple[str, ...] = ("train",)  # labelled
+    test_splits: tuple[str, ...] = ("test",)
+    view: View = field(factory=View)  # training views, where the settings do not say otherwise
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+GRAY_SCANS = View(
+    crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.5
+)
+CIFAR10, CIFAR100 = torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+DATASETS = {
+    "digits": DatasetInfo(16, 10, (0.3055,), (0.3399,), read_digits, view=GRAY_SCANS),
+    "cifar10": DatasetInfo(32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), read_cifar(CIFAR10)),
+    "cifar100": DatasetInfo(32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), read_cifar(CIFAR100)),
+    "stl10": DatasetInfo(
+        96,
+        10,
+        (0.4406, 0.4273, 0.3858),
+        (0.2603, 0.2566, 0.2713),
+        read_stl10,
+        pretraining_splits=("train", "unlabeled"),
+    ),
+    "imagenet": DatasetInfo(224, 1000, IMAGENET_MEAN, IMAGENET_STD, read=None, test_splits=("val",)),
+}
+
+
+# ---- on disk ----
+
+
+def prepare_data(name: str) -> None:
+    """Make sure that the data set is on disk: download and pack it where it is not.
+
+    One process does the work while others of the same machine wait at the lock. A split appears under its name only
+    when it is complete, so a killed packing leaves nothing that looks like data.
+
+    Raises:
+        FileNotFoundError: says what was looked for, where, and what to do.
+    """
+    info, folder = DATASETS[name], data_path() / name
+    splits = sorted({*info.pretraining_splits, *info.train_splits, *info.test_splits})
+    missing = [folder / split for split in splits if not is_there(folder / split, packed=info.read is not None)]
+    if not missing:
+        return
+    wanted = f"{name} was looked for in {', '.join(map(str, missing))}"
+    if info.read is None:
+        raise FileNotFoundError(
+            f"{wanted}, each with one folder of images per class, and is not there: put it there, "
+            "or set the environment variable DATA_PATH to the folder above."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        missing = [path for path in missing if not is_there(path, packed=True)]  # others may have packed it meanwhile
+        if not missing:
+            return
+        try:
+            arrays = info.read()
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{wanted} (images.npy and labels.npy), is not there, and could not be downloaded ({error}): connect "
+                "to the internet, or put the arrays there, or set the environment variable DATA_PATH to their folder."
+            ) from error
+        for path in missing:
+            pack(path, *arrays[path.name])
+
+
+def is_there(split: Path, packed: bool) -> bool:
+    return (split / "images.npy").is_file() and (split / "labels.npy").is_file() if packed else split.is_dir()
+
+
+def pack(split: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write one split, complete or not at all."""
+    unfinished = split.with_name(f".{split.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed; we hold the lock
+    unfinished.mkdir()
+    np.save(unfinished / "images.npy", np.ascontiguousarray(images, dtype=np.uint8))
+    np.save(unfinished / "labels.npy", np.asarray(labels, dtype=np.int64))
+    shutil.rmtree(split, ignore_errors=True)  # half of it, put there by hand
+    unfinished.rename(split)
+
+
+class PackedImages(Dataset):
+    """Memory-mapped splits, one after the other; a whole batch is read at once."""
+
+    def __init__(self, splits: list[Path]):
+        self.images = [np.load(split / "images.npy", mmap_mode="r") for split in splits]
+        self.labels = np.concatenate([np.load(split / "labels.npy") for split in splits])
+        for split, images in zip(splits, self.images, strict=True):
+            if images.dtype != np.uint8 or images.ndim != 4:
+                raise ValueError(f"{split / 'images.npy'} holds {images.dtype} {images.shape}, not uint8 N x H x W x C")
+        if (n := sum(map(len, self.images))) != len(self.labels):
+            raise ValueError(f"{', '.join(map(str, splits))}: {n} images but {len(self.labels)} labels")
+        self.starts = np.cumsum([0, *map(len, self.images)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """uint8 [N, C, H, W] and int64 [N]. PyTorch's loader calls this with the indices of a whole batch."""
+        indices = np.asarray(indices)
+        part = np.searchsorted(self.starts, indices, side="right") - 1
+        batch = np.empty((len(indices), *self.images[0].shape[1:]), dtype=np.uint8)
+        for i, images in enumerate(self.images):
+            batch[part == i] = images[indices[part == i] - self.starts[i]]
+        return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
+
+
+class ImageFiles(Dataset):
+    """Class folders of image files. With views: one random resized crop a view, drawn from (seed, epoch, image).
+    Without: the central square, after the shorter side was resized to 8/7 of `size`."""
+
+    def __init__(self, folder: Path, channels: int, size: int, views: list[View], seed: int):
+        self.files = torchvision.datasets.ImageFolder(str(folder)).samples
+        self.mode = "L" if channels == 1 else "RGB"
+        self.size, self.views, self.seed = size, views, seed
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor | list[Tensor], int]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        path, label = self.files[index]
+        with Image.open(path) as file:
+            image = file.convert(self.mode)
+        if not self.views:
+            side = min(image.size) * 7 / 8
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            return self.resized(image, (left, top, left + side, top + side), self.size), label
+        rng = generator((self.seed, epoch, index))
+        crops = []
+        for view in self.views:
+            box = {name: int(value[0]) for name, value in draw_crops(rng, 1, image.height, image.width, view).items()}
+            corners = (box["left"], box["top"], box["left"] + box["width"], box["top"] + box["height"])
+            crops.append(self.resized(image, corners, view.crop_size))
+        return crops, label
+
+    @staticmethod
+    def resized(image: Image.Image, box: tuple[float, ...], size: int) -> Tensor:
+        pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+        return torch.from_numpy(pixels.copy()).view(size, size, -1).permute(2, 0, 1)
+
+
+class EpochSampler(DistributedSampler):
+    """DistributedSampler (whose order follows from seed and epoch) that tells the data set the epoch too."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+# ---- for the modules above ----
+
+
+def already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: list[View] | tuple = ()) -> Dataset:
+    """uint8 images and labels of some splits, downloaded if need be. `views` are taken here only from sets of files."""
+    prepare_data(params.dataset_name)
+    folders = [data_path() / params.dataset_name / split for split in splits]
+    if params.dataset.read is not None:
+        return PackedImages(folders)
+    (folder,) = folders
+    return ImageFiles(folder, params.dataset.channels, params.crop_size, list(views), params.seed or 0)
+
+
+def get_loader(params: "EncoderAndDataParams", dataset: Dataset, training: bool) -> DataLoader:
+    """Batches of (images, labels): shuffled by (seed, epoch) for training, else in order with nothing dropped.
+
+    Packed sets need no workers: reading a batch is one copy of memory.
+    """
+    packed, drop_last = isinstance(dataset, PackedImages), training and params.drop_last_batch
+    sampler_type = EpochSampler if training and not packed else DistributedSampler
+    share = {"num_replicas": ddp.world_size(), "rank": ddp.rank()}
+    return DataLoader(
+        dataset,
+        batch_size=params.batch_size,
+        sampler=sampler_type(dataset, **share, shuffle=training, seed=params.seed or 0, drop_last=drop_last),
+        num_workers=0 if packed else params.num_data_workers,
+        collate_fn=already_a_batch if packed else None,
+        pin_memory=params.pin_data_memory and torch.cuda.is_available(),
+        drop_last=drop_last,
+    )
+
+
+def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]:
+    """What a loader may yield -> (images or views, labels or None): images, [images, labels], [view, view, ...],
+    [[view, view, ...], labels]. Labels are known by their one axis."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    *images, last = batch
+    if not isinstance(last, Tensor) or last.dim() != 1:
+        return list(batch), None
+    (images,) = images
+    return images if isinstance(images, Tensor) else list(images), last

@@ -1,0 +1,95 @@
+"""The only file that knows there may be several processes. Without a process group everything here is the identity.
+
+W processes, N images on each. Every function that communicates must be called by all processes.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather whose backward sums: each process's loss depends on everybody's rows, and the torch collective
+    forgets that (the gradient would come out W times too small, and no error would say so)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+def gather(x: Tensor) -> Tensor:
+    """[N, ...] on each process -> [W N, ...] on every process, in the order of ranks, with gradient.
+
+    N must be the same everywhere. DDP averages the gradients of the processes, so a loss that every process computes
+    from gathered rows has exactly the gradient of one process with the joined batch.
+    """
+    return _Gather.apply(x) if is_distributed() else x
+
+
+def gather_evaluated(x: Tensor, total: int | None) -> Tensor:
+    """The rows of a sequentially sampled set, in the order of the set, each once.
+
+    `DistributedSampler` deals image i to process i mod W and repeats the first images until all have equally many:
+    interleaving the shares restores the order, cutting at `total` (the size of the set) drops the repeated ones.
+    """
+    if not is_distributed():
+        return x
+    with torch.no_grad():
+        return gather(x).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[:total]
+
+
+def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...], n_virtual_devices: int) -> Tensor:
+    """encode(x), but every image shares its batch statistics with randomly chosen others (MoCo's shuffled batch norm).
+
+    On W processes the images are dealt out anew over the processes. On one process the shuffled batch is encoded in
+    `n_virtual_devices` separate parts, which is the same thing. Source: MoCo (https://arxiv.org/abs/1911.05722), 3.3.
+
+    Args:
+        encode: [n, ...] -> [n, D]; called without gradient by the caller.
+        x: images of this process [N, ...].
+        seed: the same on every process, so that all draw the same permutation.
+    """
+    images = gather(x)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images))).to(x.device)
+    if is_distributed():
+        keys = gather(encode(images[order.chunk(world_size())[rank()]]))
+    else:
+        n_parts = max(1, min(n_virtual_devices, len(images) // 2))  # one image alone has no batch statistics
+        keys = torch.cat([encode(part) for part in images[order].tensor_split(n_parts)])
+    restored = torch.empty_like(keys)
+    restored[order] = keys
+    return restored.chunk(world_size())[rank()]
+
+
+def on_rank_zero(compute: Callable[[], Result]) -> Result:
+    """compute() on the first process only; every process gets its result."""
+    result = [compute() if rank() == 0 else None]
+    if is_distributed():
+        dist.broadcast_object_list(result, src=0)
+    return result[0]

@@ -1,0 +1,150 @@
+"""Name -> (encoder without its classifier, width of its output). Encoders map [N, C, H, W] to [N, E]."""
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torchvision
+from torch import nn
+
+from ws_resnet import WS_RESNETS
+
+if TYPE_CHECKING:
+    from model_params import ModelParams
+
+OWN_MODULE = "module"  # encoder_arch when the encoder is a module of the user's own
+TORCHVISION = torchvision.models.list_models(module=torchvision.models)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError, with the nearest names, unless `name` is an encoder that can be built here."""
+    if name.startswith("timm:"):
+        if importlib.util.find_spec("timm") is None:
+            raise ValueError(f"encoder_arch={name!r} needs the package timm, which is not installed: pip install timm")
+        import timm  # optional, and slow to import
+
+        known, name = timm.list_models(), name.removeprefix("timm:")
+    else:
+        known = [*TORCHVISION, *WS_RESNETS, OWN_MODULE]
+    if name.split(".")[0] not in known:  # timm's names may end in the tag of their weights
+        near = difflib.get_close_matches(name, known, n=3) or ["resnet18", "resnet50", "vit_b_16"]
+        raise ValueError(
+            f"encoder_arch={name!r} is unknown: choose a classification model of torchvision, one of "
+            f"{', '.join(WS_RESNETS)}, or timm:NAME. Nearest: {', '.join(near)}"
+        )
+
+
+def has_low_resolution_stem(name: str) -> bool:
+    """Whether the encoder is one of the ResNets whose stem can be exchanged for small images."""
+    return "resnet" in name and not name.startswith("timm:")
+
+
+def get_encoder(params: "ModelParams", own: nn.Module | None = None) -> tuple[nn.Module, int]:
+    """(the encoder that `params` names, E). `own` is the user's module where encoder_arch is "module"."""
+    encoder, width = _get_encoder(params, own)
+    encoder = encoder.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+    if params.embedding_dim not in (None, width):
+        raise ValueError(f"embedding_dim={params.embedding_dim}, but {params.encoder_arch} gives {width}: leave it out")
+    return encoder, width
+
+
+def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, int]:
+    if (own is not None) != (p.encoder_arch == OWN_MODULE):
+        raise ValueError(
+            f"encoder_arch={p.encoder_arch!r} needs "
+            + ("encoder=your_module" if own is None else f"no encoder; for your own say encoder_arch={OWN_MODULE!r}")
+        )
+    image = torch.zeros(1, p.channels, p.crop_size, p.crop_size)
+    if own is not None:
+        return own, measured_width(own, image)
+    if p.encoder_arch.startswith("timm:"):
+        import timm
+
+        name, pretrained = p.encoder_arch.removeprefix("timm:"), p.encoder_weights is not None
+        encoder = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=p.channels)
+        return encoder, measured_width(encoder, image)
+    file = None if p.encoder_weights is None else Path(p.encoder_weights).expanduser()
+    from_file = file is not None and file.is_file()
+    model = build(p.encoder_arch, None if from_file else p.encoder_weights, p.crop_size)
+    encoder, width = without_classifier(model, p.encoder_arch)
+    adapt_stem(encoder, p.channels, p.low_resolution)
+    if from_file:
+        load_weights(encoder, file)
+    return encoder, width
+
+
+def build(name: str, weights: str | None, image_size: int) -> nn.Module:
+    """A classifier as its library builds it."""
+    if name in WS_RESNETS:
+        if weights is not None:
+            raise ValueError(f"encoder_weights={weights!r} is no file, and there are no published weights of {name}")
+        return WS_RESNETS[name]()
+    kwargs = {}
+    if name.startswith("vit_") and weights is None:
+        kwargs["image_size"] = image_size  # sets the number of position embeddings
+    if name in ("googlenet", "inception_v3") and weights is None:
+        kwargs["init_weights"] = True
+    choices = torchvision.models.get_model_weights(name).__members__
+    if weights not in (None, *choices):
+        raise ValueError(f"encoder_weights={weights!r} is no file, and {name} has only {', '.join(choices)}")
+    return torchvision.models.get_model(name, weights=weights, **kwargs)
+
+
+def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
+    """Replace the last layer (and the dropout before it) by the identity. Returns the width of what comes out."""
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # GoogLeNet's and Inception's side classifiers
+        if name in ("googlenet", "inception_v3") and getattr(model, auxiliary, None) is not None:
+            setattr(model, auxiliary, None)
+            model.aux_logits = False
+    last_type = nn.Conv2d if name.startswith("squeezenet") else nn.Linear
+    path, last = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, last_type)][-1]
+    parent, _, leaf = path.rpartition(".")
+    parent = model.get_submodule(parent)
+    setattr(parent, leaf, nn.Identity())
+    if isinstance(parent, nn.Sequential) and int(leaf) > 0 and isinstance(parent[int(leaf) - 1], nn.Dropout):
+        parent[int(leaf) - 1] = nn.Identity()
+    return model, last.in_channels if last_type is nn.Conv2d else last.in_features
+
+
+def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool) -> None:
+    """First convolution for `channels`; for small images 3 x 3 with stride 1 and no pooling after it (SimCLR, B.9).
+
+    An exchanged convolution starts from random weights, and keeps its kind (weight standardization stays).
+    """
+    path, old = next((path, layer) for path, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d))
+    if old.in_channels == channels and not low_resolution:
+        return
+    kernel, stride, padding = (3, 1, 1) if low_resolution else (old.kernel_size, old.stride, old.padding)
+    new = type(old)(channels, old.out_channels, kernel, stride, padding, bias=old.bias is not None)
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    parent, _, leaf = path.rpartition(".")
+    setattr(encoder.get_submodule(parent), leaf, new)
+    if low_resolution:
+        encoder.maxpool = nn.Identity()
+
+
+def measured_width(encoder: nn.Module, image: torch.Tensor) -> int:
+    """E, by encoding one image in eval mode."""
+    was_training = encoder.training
+    with torch.no_grad():
+        output = encoder.eval()(image)
+    encoder.train(was_training)
+    if not isinstance(output, torch.Tensor) or output.dim() != 2:
+        shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ValueError(
+            f"the encoder must map {tuple(image.shape)} to [N, E], got {shape}: flatten or pool its output"
+        )
+    return output.shape[1]
+
+
+def load_weights(encoder: nn.Module, path: Path) -> None:
+    """A file with the encoder's state dict, with or without a classifier; everything else must match."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    extra = [
+        key
+        for key in state
+        if key not in encoder.state_dict() and key.split(".")[0] in ("fc", "classifier", "heads", "head")
+    ]
+    encoder.load_state_dict({key: value for key, value in state.items() if key not in extra})

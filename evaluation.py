@@ -1,0 +1,96 @@
+"""Scores of frozen embeddings: (train features [N, E], labels [N], test features, labels) -> dict of scalars.
+
+Accuracies in percent. Features are float32 on the CPU; everything is seeded or deterministic.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+Scores = dict[str, float]
+
+
+def halves(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two random halves, each with every class in proportion: (x, y) to fit on and (x, y) to score."""
+    _, counts = labels.unique(return_counts=True)
+    possible = counts.min() > 1 and len(labels) // 2 >= len(counts)
+    stratify = labels if possible else None
+    fit, score = train_test_split(torch.arange(len(labels)), test_size=0.5, stratify=stratify, random_state=seed)
+    return features[fit], labels[fit], features[score], labels[score]
+
+
+def standardized(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the mean and deviation of the training features; constant features become 0."""
+    mean, std = train_x.mean(0), train_x.std(0, correction=0)
+    std = torch.where(std > 1e-6, std, torch.ones_like(std))
+    return (train_x - mean) / std, (test_x - mean) / std
+
+
+def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
+    """scikit-learn's multinomial logistic regression on standardized features (L2, C = 0.01)."""
+    train_x, test_x = (x.numpy() for x in standardized(train_x.float(), test_x.float()))
+    classifier = LogisticRegression(C=0.01, max_iter=200, tol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the last digits do not matter to a monitor
+        classifier.fit(train_x, train_y.numpy())
+    return {
+        "train_class_acc": 100.0 * classifier.score(train_x, train_y.numpy()),
+        "valid_class_acc": 100.0 * classifier.score(test_x, test_y.numpy()),
+    }
+
+
+def knn(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...] = (20, 200), T: float = 0.07
+) -> Scores:
+    """k nearest neighbours by cosine, each voting with weight exp(cosine / T) (InstDisc,
+    https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images all of them vote."""
+    train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
+    n_classes, correct = int(train_y.max()) + 1, {k: 0 for k in ks}
+    for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
+        cosine, neighbour = (x @ train_x.T).topk(min(max(ks), len(train_x)), dim=1)
+        votes, label = (cosine / T).exp(), train_y[neighbour]
+        for k in ks:
+            scores = torch.zeros(len(x), n_classes).scatter_add_(1, label[:, :k], votes[:, :k])
+            correct[k] += int((scores.argmax(1) == y).sum())
+    return {f"valid_knn{k}_acc": 100.0 * n / len(test_y) for k, n in correct.items()}
+
+
+def rank_me(train_x: Tensor, *_: Tensor) -> Scores:
+    """Effective rank of the features: exp of the entropy of their normalized singular values
+    (RankMe, https://arxiv.org/abs/2210.02885, equation 1). Needs no labels."""
+    singular = torch.linalg.svdvals(train_x.float())
+    p = singular / singular.sum().clamp(min=1e-12) + 1e-7
+    return {"valid_rank_me": float((-(p * p.log()).sum()).exp())}
+
+
+def embedding_std(train_x: Tensor, *_: Tensor) -> Scores:
+    """Root mean square deviation of the normalized features times sqrt(E): 1 spreads evenly over the sphere, 0 is a
+    single point (after SimSiam, https://arxiv.org/abs/2011.10566, section 4.1). Needs no labels."""
+    unit = F.normalize(train_x.float(), dim=1)
+    return {"valid_embedding_std": float(unit.var(0, correction=0).sum().sqrt())}
+
+
+EVALUATIONS = {"linear_probe": linear_probe, "knn": knn, "rank_me": rank_me, "embedding_std": embedding_std}
+LABEL_FREE = ("rank_me", "embedding_std")
+
+
+def evaluate(names: list[str], x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None = None) -> Scores:
+    """Every named evaluation of the features x [N, E] with labels y [N].
+
+    Probes are fitted on a random half of x and scored on the other. With `train` (features and labels of the training
+    set) they are fitted on that and scored on all of x; the names of their scores then end in "_trainset". Without two
+    labelled classes only the evaluations that need no labels are left.
+    """
+    scores = {}
+    for name in names:
+        if name in LABEL_FREE:
+            scores |= EVALUATIONS[name](x)
+        elif y is not None and y.min() >= 0 and len(y.unique()) > 1:
+            found = EVALUATIONS[name](*(halves(x, y) if train is None else (*train, x, y)))
+            scores |= found if train is None else {f"{key}_trainset": value for key, value in found.items()}
+    return scores

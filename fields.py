@@ -1,0 +1,34 @@
+"""Validated attrs fields. An error names the field, the value and what is allowed."""
+
+from collections.abc import Iterable
+from functools import partial
+
+from attrs import field
+
+
+def number(default, at_least: float | None = None, above: float | None = None, at_most: float = float("inf")):
+    """A numeric field within bounds; None passes where it is the default."""
+
+    def check(_, attribute, value):
+        if value is None and default is None:
+            return
+        too_low = value < at_least if above is None else value <= above
+        if too_low or not value <= at_most:
+            bounds = f"at least {at_least}" if above is None else f"above {above}"
+            bounds += f" and at most {at_most}" if at_most < float("inf") else ""
+            raise ValueError(f"{attribute.name}={value!r} must be {bounds}")
+
+    return field(default=default, validator=check)
+
+
+def choice(default, choices: Iterable):
+    def check(_, attribute, value):
+        if value not in choices:
+            raise ValueError(f"{attribute.name}={value!r} is unknown: choose one of {', '.join(map(str, choices))}")
+
+    return field(default=default, validator=check)
+
+
+positive = partial(number, above=0)
+non_negative = partial(number, at_least=0)
+fraction = partial(number, at_least=0, at_most=1)

@@ -1,0 +1,181 @@
+"""LinearClassifierMethod: a linear classifier on a frozen encoder, the standard protocol of MoCo.
+
+It meets the pretraining in a checkpoint: `hyper_parameters`, and the keys that start with `model.`.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from attrs import frozen
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+
+import augmentations
+import data
+import ddp
+import schedules
+from encoders import OWN_MODULE, get_encoder
+from fields import fraction, non_negative, positive
+from model_params import EncoderAndDataParams
+
+LINEAR_VIEW = augmentations.View(
+    crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
+)
+
+FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's settings
+    "encoder_arch",
+    "embedding_dim",
+    "low_resolution_stem",
+    "in_channels",
+    "dataset_name",
+    "transform_crop_size",
+    "num_data_workers",
+    "pin_data_memory",
+)
+
+
+@frozen(kw_only=True)
+class LinearClassifierMethodParams(EncoderAndDataParams):
+    """Settings of LinearClassifierMethod; the defaults are MoCo's."""
+
+    n_classes: int | None = positive(None)  # None: the data set's
+
+    # optimization parameters
+    lr: float = positive(30.0)
+    momentum: float = fraction(0.9)
+    weight_decay: float = non_negative(0.0)
+    max_epochs: int = positive(100)  # for the programs that make the Trainer; the schedule follows the Trainer
+
+
+class LinearClassifierMethod(pl.LightningModule):
+    """embedding of the frozen `model` -> `classifier` -> logits.
+
+    Training images get a random resized crop and, where the data set's images may be mirrored, a flip. They are
+    normalized as in pretraining. The learning rate falls to a tenth at 60 % and at 80 % of the training.
+
+    Args:
+        params: settings, as LinearClassifierMethodParams or dict.
+        encoder: your own module, if the encoder was one.
+        fields: single settings that change `params`.
+    """
+
+    def __init__(
+        self,
+        params: LinearClassifierMethodParams | dict | None = None,
+        *,
+        encoder: nn.Module | None = None,
+        **fields: Any,
+    ):
+        super().__init__()
+        if encoder is not None:
+            fields["encoder_arch"] = OWN_MODULE
+        params = LinearClassifierMethodParams(**params) if isinstance(params, dict) else params
+        p = attrs.evolve(params or LinearClassifierMethodParams(), **fields)
+        self.params = p = attrs.evolve(p, seed=torch.initial_seed() % 2**32) if p.seed is None else p
+        self.model, width = get_encoder(p, encoder)
+        self.model.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(p.seed)
+            self.classifier = nn.Linear(width, p.n_classes or p.dataset.n_classes)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+        self.save_hyperparameters({**attrs.asdict(p), "embedding_dim": width})
+
+        self.train()  # our train() below: Lightning takes modules in the mode in which it finds them
+
+        flips = p.dataset.view.flip_probability
+        self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
+        if not flips:  # as with scans of digits, where a small crop would cut off what tells the classes apart
+            self.view = attrs.evolve(self.view, crop_scale=p.dataset.view.crop_scale)
+        self.augment = partial(augmentations.augment, views=[self.view], mean=p.dataset.mean, std=p.dataset.std)
+
+    @classmethod
+    def from_moco_checkpoint(
+        cls, path: str | Path, encoder: nn.Module | None = None, **overrides: Any
+    ) -> "LinearClassifierMethod":
+        """The encoder of a checkpoint of SelfSupervisedMethod (ours or the original's), frozen, with a new classifier.
+
+        Args:
+            path: the checkpoint.
+            encoder: your own module, if the encoder was one.
+            overrides: fields of LinearClassifierMethodParams.
+
+        Raises:
+            ValueError: the checkpoint does not hold exactly the parameters of the encoder; says which differ.
+        """
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        settings = {k: v for k, v in checkpoint["hyper_parameters"].items() if k in FROM_PRETRAINING}
+        method = cls(LinearClassifierMethodParams(**{**settings, **overrides}), encoder=encoder)
+        state = {
+            key.replace("_orig_mod.", "").removeprefix("module."): v for key, v in checkpoint["state_dict"].items()
+        }
+        state = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+        try:
+            method.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not hold a {method.params.encoder_arch}: {error}") from error
+        rank_zero_info(f"{path}: all {len(state)} tensors of {method.params.encoder_arch} loaded")
+        return method
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized images [N, C, H, W] -> logits [N, classes]."""
+        with torch.no_grad():
+            h = self.model(x)
+        return self.classifier(h)
+
+    def train(self, mode: bool = True) -> "LinearClassifierMethod":
+        """The encoder stays in eval mode: in train mode its batch statistics would drift though its weights do not."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        scores = self.scores(batch)
+        self.log_dict({f"step_train_{name}": value for name, value in scores.items()})
+        return scores["loss"]
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        scores = {f"valid_{name}": value for name, value in self.scores(batch).items()}
+        self.log_dict(scores, batch_size=len(batch[1]), sync_dist=True, prog_bar=True)
+
+    def scores(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Cross entropy, and top-1 and top-5 accuracy in percent."""
+        images, labels = batch
+        logits = self(images).float()
+        own = logits.gather(1, labels.unsqueeze(1))
+        rank = (logits > own).sum(1)  # 0: the right class has the highest logit
+        accuracies = {f"acc{k}": (rank < k).float().mean() * 100 for k in (1, 5)}
+        return {"loss": F.cross_entropy(logits, labels), **accuracies}
+
+    def configure_optimizers(self) -> dict:
+        p, total = self.params, self.trainer.estimated_stepping_batches
+        optimizer = torch.optim.SGD(self.classifier.parameters(), p.lr, p.momentum, weight_decay=p.weight_decay)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: schedules.steps_down(step / total, milestones=(0.6, 0.8), factor=0.1)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def train_dataloader(self):
+        dataset = data.get_dataset(self.params, self.params.dataset.train_splits, [self.view])
+        return data.get_loader(self.params, dataset, training=True)
+
+    def val_dataloader(self):
+        return data.get_loader(
+            self.params, data.get_dataset(self.params, self.params.dataset.test_splits), training=False
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """uint8 images become normalized floats, on the device; float images of a loader stay as they are."""
+        images, labels = data.images_and_labels(batch)
+        if (images[0] if isinstance(images, list) else images).dtype == torch.uint8:
+            if self.trainer.training:
+                batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
+                (images,) = self.augment(images, (self.params.seed, self.current_epoch, batch_idx, ddp.rank()))
+            else:
+                images = augmentations.evaluation_view(images, self.params)
+        return images, labels

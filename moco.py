@@ -1,0 +1,266 @@
+"""SelfSupervisedMethod: one LightningModule for every joint-embedding method.
+
+Shapes: N images on this process, C channels, E width of the encoder, D = params.dim, K slots in the queue.
+"""
+
+import copy
+import functools
+import math
+from typing import Any
+
+import attrs
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+import augmentations
+import data
+import ddp
+import evaluation
+import losses
+import schedules
+from encoders import OWN_MODULE, get_encoder
+from heads import MLP
+from key_queue import KeyQueue
+from lars import LARS, parameter_groups
+from model_params import ModelParams
+
+COLLAPSED = 0.05  # step_projection_std below which all projections are nearly one point
+
+
+class SelfSupervisedMethod(pl.LightningModule):
+    """MoCo, SimCLR, BYOL, EqCo, VICReg, Barlow Twins and SCE; `params` says which parts exist and how they join.
+
+    view i -> model -> projection_model -> z -> prediction_model -> q     the query: trained
+    view j -> lagging_model -> lagging_projection_model -> k              the key: a slow copy, never trained
+
+    The loss compares q and k for every (i, j) in `params.pairs`. Without a lagging model, k is z of view j.
+
+    Args:
+        params: settings, as ModelParams or dict; default: those of MoCo v2.
+        encoder: your own module, [N, C, H, W] -> [N, E], instead of the one that `params.encoder_arch` names.
+        fields: single settings that change `params`.
+    """
+
+    def __init__(self, params: ModelParams | dict | None = None, *, encoder: nn.Module | None = None, **fields: Any):
+        super().__init__()
+        if encoder is not None:
+            fields["encoder_arch"] = OWN_MODULE
+        params = ModelParams(**params) if isinstance(params, dict) else params or ModelParams()
+        p = attrs.evolve(params, **fields)
+        self.params = p = attrs.evolve(p, seed=torch.initial_seed() % 2**32) if p.seed is None else p
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(p.seed)
+            self.model, width = get_encoder(p, encoder)
+            self.projection_model = MLP(
+                width,
+                p.mlp_hidden_dim,
+                p.dim,
+                p.projection_mlp_layers,
+                p.mlp_normalization,
+                p.use_mlp_weight_standardization,
+            )
+            norm = p.mlp_normalization if p.prediction_mlp_normalization == "same" else p.prediction_mlp_normalization
+            self.prediction_model = MLP(
+                p.dim, p.mlp_hidden_dim, p.dim, p.prediction_mlp_layers, norm, p.use_mlp_weight_standardization
+            )
+            self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
+            self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
+            self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
+        self.save_hyperparameters(
+            {**attrs.asdict(p), "embedding_dim": width}
+        )  # flat: load_from_checkpoint() needs no more
+        self.augment = augmentations.training_views(p)
+        self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's
+        self.warned_of_collapse = False
+        self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+
+    # ---- the method ----
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalized images [N, C, H, W] -> embeddings [N, E]."""
+        return self.model(x)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """One view -> z and q, [N, D] each."""
+        z = self.projection_model(self.model(x))
+        return self.on_sphere(z), self.on_sphere(self.prediction_model(z))
+
+    @torch.no_grad()
+    def encode_lagging(self, x: Tensor, batch_idx: int) -> Tensor:
+        """One view -> k [N, D]."""
+
+        def slow(x: Tensor) -> Tensor:
+            return self.on_sphere(self.lagging_projection_model(self.lagging_model(x)))
+
+        p = self.params
+        return (
+            ddp.shuffled(slow, x, self.step_seed(batch_idx), p.n_virtual_devices) if p.shuffle_batch_norm else slow(x)
+        )
+
+    def on_sphere(self, z: Tensor) -> Tensor:
+        """Unit length if the method asks for it; float32 from here on, whatever the precision."""
+        return F.normalize(z.float(), dim=1) if self.params.use_unit_sphere_projection else z.float()
+
+    def training_step(self, batch: tuple[list[Tensor], Tensor | None], batch_idx: int) -> Tensor:
+        p, (views, _) = self.params, batch  # the labels are for evaluation only
+        query_views, key_views = map(set, zip(*p.pairs, strict=True))
+        if self.lagging_model is None:
+            online = {i: self.encode(views[i]) for i in query_views | key_views}
+            keys = {j: online[j][0].detach() if p.stop_gradient_of_keys else online[j][0] for j in key_views}
+        else:
+            online = {i: self.encode(views[i]) for i in query_views}
+            keys = {j: self.encode_lagging(views[j], batch_idx) for j in key_views}
+
+        loss_of = losses.get_loss(p)
+        queue = None if self.queue is None else self.queue.keys.clone()  # push() must not alter what backward() reads
+        per_pair = []
+        with torch.autocast(self.device.type, enabled=False):
+            for i, j in p.pairs:
+                z, q = online[i]
+                per_pair.append({**losses.cosines(z, keys[j]), **loss_of(q, keys[j], queue)})
+        scalars = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
+        loss = scalars.pop("loss") * len(p.pairs) * p.loss_constant_factor  # a sum over pairs, as in BYOL and SimCLR
+
+        if self.queue is not None:
+            new_keys = torch.cat([keys[j].detach() for j in sorted(key_views)])
+            self.queue.push(new_keys if p.gather_keys_for_queue is False else ddp.gather(new_keys))
+        self.log_dict({"step_train_loss": loss.detach(), **scalars, "m": self.momentum(), "T": p.T})
+        return loss
+
+    def momentum(self) -> float:
+        """The share of itself that the lagging pair keeps at this optimizer step."""
+        m, progress = self.params.m, self.global_step / self.trainer.estimated_stepping_batches
+        return schedules.cosine(m, 1.0, progress) if self.params.use_momentum_schedule else m
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        m = self.momentum()
+        super().optimizer_step(*args, **kwargs)
+        if self.lagging_model is not None:  # once per weight update, however many batches it was accumulated over
+            move_towards(self.lagging_model, self.model, 1 - m)
+            move_towards(self.lagging_projection_model, self.projection_model, 1 - m)
+
+    def configure_optimizers(self) -> dict:
+        p, trainer = self.params, self.trainer
+        adapted, excluded = self.parameter_groups()
+        groups = [{"params": list(adapted.values())}, {"params": list(excluded.values()), "weight_decay": 0.0}]
+        optimizers = {
+            "sgd": lambda: torch.optim.SGD(groups, p.lr, p.momentum, weight_decay=p.weight_decay),
+            "lars": lambda: LARS(groups, p.lr, p.momentum, p.weight_decay, p.lars_eta),
+            "adamw": lambda: torch.optim.AdamW(groups, p.lr, weight_decay=p.weight_decay),
+        }
+        if p.optimizer_name == "lars":
+            groups[1]["adapt"] = False
+        total = trainer.estimated_stepping_batches
+        steps_per_epoch = min(total, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+        epochs = p.warmup_epochs if p.warmup_epochs is not None else p.lars_warmup_epochs * (p.optimizer_name == "lars")
+        rate = functools.partial(  # as a share of lr
+            schedules.warmup_cosine,
+            total_steps=total,
+            warmup_steps=epochs * steps_per_epoch,
+            peak=1.0,
+            end=p.final_lr_schedule_value / p.lr,
+        )
+        optimizer = optimizers[p.optimizer_name]()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def parameter_groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """Trainable parameters by name: (decayed and, with LARS, adapted; excluded from both)."""
+        return parameter_groups(self, self.params.exclude_matching_parameters_from_lars)
+
+    # ---- data ----
+
+    def setup(self, stage: str) -> None:
+        self.trains_on_own_data = stage != "fit"  # while fitting: from the moment that train_dataloader() is asked for
+
+    def train_dataloader(self):
+        self.trains_on_own_data = True
+        p = self.params
+        dataset = data.get_dataset(p, p.dataset.pretraining_splits, augmentations.view_settings(p))
+        return data.get_loader(p, dataset, training=True)
+
+    def val_dataloader(self) -> list:
+        """The test set, and the labelled training set if probes are fitted on that. Nothing while a loader of the
+        user's is being fitted: its images need not have anything to do with `dataset_name`."""
+        p = self.params
+        splits = [p.dataset.test_splits] + [p.dataset.train_splits] * p.probe_on_training_set
+        wanted = splits if self.trains_on_own_data and p.evaluations else []
+        return [data.get_loader(p, data.get_dataset(p, split), training=False) for split in wanted]
+
+    def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
+        return (self.params.seed, self.current_epoch, batch_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
+        """uint8 images become normalized float views, on the device; float views of a loader stay as they are."""
+        images, labels = data.images_and_labels(batch)
+        is_uint8 = (images if isinstance(images, Tensor) else images[0]).dtype == torch.uint8
+        if not self.trainer.training:
+            return (augmentations.evaluation_view(images, self.params) if is_uint8 else images), labels
+        if is_uint8:
+            batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
+            images = self.augment(images, (*self.step_seed(batch_idx), ddp.rank()))
+        elif isinstance(images, Tensor):
+            images = list(images.unbind(1)) if images.dim() == 5 else [images]
+        if len(images) < self.params.n_views:
+            raise ValueError(
+                f"the loader yields {len(images)} float view of each image, but {self.params.n_views} are compared: "
+                "yield a list of views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
+            )
+        return images, labels
+
+    # ---- evaluation ----
+
+    def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int, dataloader_idx: int = 0) -> None:
+        due = self.trainer.state.fn != "fit" or (self.current_epoch + 1) % self.params.evaluate_every_n_epochs == 0
+        if due and self.params.evaluations and not self.trainer.sanity_checking:
+            images, labels = batch
+            self.validation_outputs.setdefault(dataloader_idx, []).append((self.model(images).float(), labels))
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.validation_outputs:
+            return
+        loaders = self.trainer.val_dataloaders
+        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+        sets = []  # (features, labels) of each loader, gathered over processes
+        for index, outputs in sorted(self.validation_outputs.items()):
+            h, labels = zip(*outputs, strict=True)
+            size = len(loaders[index].dataset)
+            y = None if labels[0] is None else ddp.gather_evaluated(torch.cat(labels), size).cpu()
+            sets.append((ddp.gather_evaluated(torch.cat(h), size).cpu(), y))
+        self.validation_outputs.clear()
+
+        names, (x, y), train = self.params.evaluations, sets[0], next(iter(sets[1:]), None)
+        scores = ddp.on_rank_zero(lambda: evaluation.evaluate(names, x, y, train))
+        self.log_dict(scores)
+        self.print(f"epoch {self.current_epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+    def on_train_epoch_end(self) -> None:
+        spread = self.trainer.callback_metrics["step_projection_std"]
+        if spread < COLLAPSED and not self.warned_of_collapse:
+            self.warned_of_collapse = True
+            rank_zero_warn(
+                f"collapse: step_projection_std={spread:.3f} (1 is healthy, 0 a single point): all images get nearly "
+                "the same projection. Check normalization, negatives, predictor and learning rate"
+            )
+
+    # ---- checkpoints ----
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """The original kept the queue as dim x K in `queue`, and the position in `queue_ptr`."""
+        state = checkpoint["state_dict"]
+        if "queue_ptr" in state:
+            state["queue.keys"] = state.pop("queue").T.contiguous()
+            state["queue.position"] = state.pop("queue_ptr").reshape(())
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def move_towards(target: nn.Module, source: nn.Module, weight: float) -> None:
+    """target <- (1 - weight) target + weight source, parameters only: batch statistics are each network's own."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), weight)

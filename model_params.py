@@ -1,0 +1,246 @@
+"""Every setting once, validated; and the presets. A method is a row of settings, not a class."""
+
+from functools import partial
+
+from attrs import field, frozen
+
+import augmentations
+import encoders
+from data import DATASETS, DatasetInfo
+from evaluation import EVALUATIONS
+from fields import choice, fraction, non_negative, number, positive
+from heads import GROUPS, NORMALIZATIONS
+from image_ops import BLUR_RADIUS
+
+LOSSES = ("ce", "bce", "ip", "sce", "vic", "barlow")
+NEED_NEGATIVES = ("ce", "sce")
+PerView = float | list[float] | None  # one number for every view, or a list with one a view; None: the data set's
+
+
+@frozen(kw_only=True)
+class EncoderAndDataParams:
+    """What pretraining and the linear stage share."""
+
+    # encoder model selection
+    encoder_arch: str = "resnet18"  # a torchvision model, ws_resnet18...152, timm:NAME, or "module": your own
+    embedding_dim: int | None = None  # inferred; checked if given
+    encoder_weights: str | None = None  # to start from: torchvision's name ("DEFAULT", ...), or a file
+    low_resolution_stem: bool | None = None  # 3 x 3 stem without pooling; None: for ResNets on 32 pixels or fewer
+    in_channels: int | None = positive(None)  # None: the data set's
+
+    # data-related parameters
+    dataset_name: str = choice("stl10", DATASETS)
+    batch_size: int = positive(256)  # of each process
+    transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # None: the data set's
+    seed: int | None = None  # of every random draw; None: that of pl.seed_everything
+
+    # data loader parameters
+    num_data_workers: int = non_negative(4)  # decode image files; packed sets need none
+    drop_last_batch: bool = True  # in training only
+    pin_data_memory: bool = True
+
+    def __attrs_post_init__(self):
+        encoders.check_name(self.encoder_arch)
+        if self.low_resolution_stem and not encoders.has_low_resolution_stem(self.encoder_arch):
+            raise ValueError(
+                f"low_resolution_stem=True does not fit encoder_arch={self.encoder_arch!r}: it is defined for "
+                "torchvision's ResNets and ws_resnets; choose one of them, or low_resolution_stem=None or False"
+            )
+
+    @property
+    def dataset(self) -> DatasetInfo:
+        return DATASETS[self.dataset_name]
+
+    @property
+    def crop_size(self) -> int:
+        return self.transform_crop_size or self.dataset.crop_size
+
+    @property
+    def channels(self) -> int:
+        return self.in_channels or self.dataset.channels
+
+    @property
+    def low_resolution(self) -> bool:
+        if self.low_resolution_stem is None:
+            return encoders.has_low_resolution_stem(self.encoder_arch) and self.crop_size <= 32
+        return self.low_resolution_stem
+
+
+@frozen(kw_only=True)
+class ModelParams(EncoderAndDataParams):
+    """Settings of SelfSupervisedMethod. The defaults are MoCo v2."""
+
+    shuffle_batch_norm: bool = False  # keys share batch statistics with other images than their queries do
+    n_virtual_devices: int = positive(8)  # for shuffle_batch_norm on one process
+
+    # MoCo parameters
+    K: int = non_negative(65536)  # number of examples in queue
+    dim: int = positive(128)
+    m: float = fraction(0.996)
+    T: float = positive(0.2)
+
+    # eqco parameters
+    eqco_alpha: float = positive(65536)
+    use_eqco_margin: bool = False
+    use_negative_examples_from_batch: bool = False  # the other images' keys
+    use_negative_examples_from_same_view: bool = False  # the other images' queries, as in SimCLR
+
+    # sce parameters
+    sce_coefficient: float = fraction(0.5)  # 1: InfoNCE, 0: ReSSL
+    sce_target_T: float = positive(0.05)  # sharper than T
+
+    # optimization parameters
+    optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw"))
+    lr: float = positive(0.5)
+    momentum: float = fraction(0.9)
+    weight_decay: float = non_negative(1e-4)
+    max_epochs: int = positive(320)  # for the programs that make the Trainer; schedules follow the Trainer
+    final_lr_schedule_value: float = non_negative(0.0)  # a learning rate, not a factor
+    warmup_epochs: float | None = non_negative(None)  # None: lars_warmup_epochs, else 0
+    lars_warmup_epochs: float = non_negative(1)
+    lars_eta: float = positive(1e-3)
+    exclude_matching_parameters_from_lars: list[str] = field(factory=list)  # [".bias", ".bn"]: every bias and norm
+    loss_constant_factor: float = positive(1)
+
+    # transform parameters; one value, or a list with one a view
+    transform_s: PerView = 0.5  # strength of the colour jitter
+    transform_apply_blur: bool = True
+    transform_crop_scale_min: PerView = None
+    transform_jitter_probability: PerView = None
+    transform_grayscale_probability: PerView = None
+    transform_blur_probability: PerView = None
+    transform_solarize_probability: PerView = None
+    transform_flip_probability: PerView = None
+
+    # Change these to make more like BYOL
+    use_momentum_schedule: bool = False
+    loss_type: str = choice("ce", LOSSES)
+    use_negative_examples_from_queue: bool = True
+    use_both_augmentations_as_queries: bool = False
+    stop_gradient_of_keys: bool = False  # for SimSiam; keys of a lagging model have no gradient anyway
+
+    # Change these to make more like VICReg
+    use_vicreg_loss: bool = False  # another way to say loss_type="vic"
+    use_lagging_model: bool = True
+    use_unit_sphere_projection: bool = True
+    invariance_loss_weight: float = non_negative(25.0)
+    variance_loss_weight: float = non_negative(25.0)
+    covariance_loss_weight: float = non_negative(1.0)
+    variance_loss_epsilon: float = positive(1e-4)
+    redundancy_loss_weight: float = non_negative(0.0051)  # Barlow Twins' lambda
+
+    # MLP parameters
+    projection_mlp_layers: int = non_negative(2)
+    prediction_mlp_layers: int = non_negative(0)
+    mlp_hidden_dim: int = positive(512)
+    mlp_normalization: str | None = choice(None, (None, *NORMALIZATIONS))
+    prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))
+    use_mlp_weight_standardization: bool = False
+
+    gather_keys_for_queue: bool | None = None  # over processes; None: where there are several
+
+    # evaluation during training
+    evaluations: list[str] = field(factory=lambda: list(EVALUATIONS))  # [] for none
+    evaluate_every_n_epochs: int = positive(1)
+    probe_on_training_set: bool = False  # fit on the labelled training set instead of half of the validation set
+
+    def __attrs_post_init__(self):
+        super().__attrs_post_init__()
+        if self.use_vicreg_loss and self.loss_type == "ce":  # the default, hence nobody's wish
+            object.__setattr__(self, "loss_type", "vic")
+        for is_wrong, message in self._contradictions():
+            if is_wrong:
+                raise ValueError(message)
+        augmentations.view_settings(self)  # refuses lists of the wrong length
+
+    def _contradictions(self) -> list[tuple[bool, str]]:
+        """(whether the settings contradict each other, how, and the way out)"""
+        p = self
+        negatives = p.use_negative_examples_from_batch or p.use_negative_examples_from_queue
+        one_network = not p.use_lagging_model and p.prediction_mlp_layers == 0
+        grouped = "gn" in (p.mlp_normalization, p.prediction_mlp_normalization)
+        unknown = sorted(set(p.evaluations) - set(EVALUATIONS))
+        # fmt: off
+        return [
+            (p.use_vicreg_loss and p.loss_type != "vic",
+             f"use_vicreg_loss=True contradicts loss_type={p.loss_type!r}: set only one of them"),
+            (p.loss_type in NEED_NEGATIVES and not negatives,
+             f"loss_type={p.loss_type!r} compares an image with negatives and has none: set "
+             "use_negative_examples_from_queue=True or use_negative_examples_from_batch=True"),
+            (p.use_negative_examples_from_queue and p.K == 0,
+             "K=0 is no queue: choose K above 0, or use_negative_examples_from_queue=False"),
+            (p.use_negative_examples_from_same_view and not one_network,
+             "use_negative_examples_from_same_view=True needs queries and keys of one network: set "
+             f"use_lagging_model=False (is {p.use_lagging_model}), "
+             f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers})"),
+            (p.shuffle_batch_norm and not p.use_lagging_model,
+             "shuffle_batch_norm=True shuffles the images of the lagging model: set use_lagging_model=True"),
+            (grouped and p.mlp_hidden_dim % GROUPS != 0,
+             f"mlp_hidden_dim={p.mlp_hidden_dim} does not fit group norm: choose a multiple of {GROUPS}"),
+            (bool(unknown), f"evaluations={unknown} unknown: choose from {', '.join(EVALUATIONS)}"),
+        ]
+        # fmt: on
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(query view, key view) of every term of the loss."""
+        return [(0, 1), (1, 0)] if self.use_both_augmentations_as_queries else [(0, 1)]
+
+    @property
+    def n_views(self) -> int:
+        return 1 + max(max(pair) for pair in self.pairs)
+
+
+# ---- the presets: rows of settings, and what differs from another row. PRESETS["byol"](lr=0.3) ----
+# fmt: off
+
+NORMS_AND_BIASES = [".bias", ".bn"]
+
+MoCoV2Params = ModelParams
+
+# Few negatives that count as many, and no queue: SiMo, the paper's own method.
+EqCoParams = partial(
+    ModelParams, use_eqco_margin=True, use_negative_examples_from_batch=True, use_negative_examples_from_queue=False,
+)
+SCEParams = partial(
+    ModelParams, loss_type="sce", T=0.1, mlp_normalization="bn", use_negative_examples_from_batch=True,
+    use_both_augmentations_as_queries=True, use_momentum_schedule=True,
+)
+BYOLParams = partial(
+    ModelParams, loss_type="ip", loss_constant_factor=2, prediction_mlp_layers=2, mlp_normalization="bn",
+    use_negative_examples_from_queue=False, use_both_augmentations_as_queries=True, use_momentum_schedule=True,
+    optimizer_name="lars", exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
+)
+SimCLRParams = partial(
+    ModelParams, use_lagging_model=False, use_both_augmentations_as_queries=True,
+    use_negative_examples_from_queue=False, use_negative_examples_from_batch=True,
+    use_negative_examples_from_same_view=True,
+)
+# The paper, on ImageNet: max_epochs=1000, lr=1.6, batch_size=2048, weight_decay=1e-6, mlp_hidden_dim=8192, dim=8192.
+VICRegParams = partial(
+    ModelParams, loss_type="vic", use_lagging_model=False, use_unit_sphere_projection=False,
+    use_negative_examples_from_queue=False, projection_mlp_layers=3, mlp_normalization="bn",
+    optimizer_name="lars", exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
+    lars_warmup_epochs=10, final_lr_schedule_value=0.002,
+)
+BarlowTwinsParams = partial(
+    VICRegParams, loss_type="barlow", loss_constant_factor=0.1, mlp_hidden_dim=2048, dim=2048,
+    lr=0.3, weight_decay=1e-6, final_lr_schedule_value=0.0003,
+)
+# Methods beyond the seven that are rows too.
+MoCoV3Params = partial(  # loss_constant_factor is 2 T, as in the paper's code
+    EqCoParams, use_eqco_margin=False, loss_constant_factor=0.4, prediction_mlp_layers=2, mlp_normalization="bn",
+    use_both_augmentations_as_queries=True, m=0.99, use_momentum_schedule=True, optimizer_name="adamw", lr=1.5e-4,
+    weight_decay=0.1, warmup_epochs=10, exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
+)
+SimSiamParams = partial(
+    BYOLParams, use_lagging_model=False, stop_gradient_of_keys=True, use_momentum_schedule=False,
+    loss_constant_factor=0.5, optimizer_name="sgd", exclude_matching_parameters_from_lars=[], lr=0.05,
+)
+ReSSLParams = partial(SCEParams, sce_coefficient=0.0, sce_target_T=0.04, use_both_augmentations_as_queries=False)
+
+PRESETS = {
+    "moco_v2": MoCoV2Params, "eqco": EqCoParams, "sce": SCEParams, "byol": BYOLParams, "simclr": SimCLRParams,
+    "vicreg": VICRegParams, "barlow_twins": BarlowTwinsParams,
+    "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams,
+}

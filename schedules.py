@@ -1,0 +1,20 @@
+"""Numbers as pure functions of the optimizer step: no counters, hence nothing to restore when a run is resumed."""
+
+import math
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Half a cosine from `start` (progress 0) to `end` (progress 1); `end` ever after."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+def warmup_cosine(step: int, total_steps: int, warmup_steps: float, peak: float, end: float) -> float:
+    """A straight line up to `peak` over `warmup_steps`, then half a cosine down to `end` at `total_steps`."""
+    if step < warmup_steps:
+        return peak * min(1.0, (step + 1) / warmup_steps)
+    return cosine(peak, end, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+def steps_down(progress: float, milestones: tuple[float, ...], factor: float) -> float:
+    """1, multiplied by `factor` at each milestone (a fraction of the training) that `progress` has reached."""
+    return factor ** sum(progress >= milestone for milestone in milestones)
