@@ -135,6 +135,9 @@ def _view_settings(params: "ModelParams", i: int) -> View:
             if len(value) != params.n_views:
                 raise ValueError(f"transform_{name}={value} has {len(value)} values for {params.n_views} views")
             value = value[i]
+        if value is not None and not 0 <= value <= (1 if name != "s" else 5):
+            bounds = "at least 0 and at most 1" if name != "s" else "at least 0 and at most 5"
+            raise ValueError(f"transform_{name}={value} must be {bounds}")
         return value
 
     s, smallest = of_view("s"), of_view("crop_scale_min")
@@ -160,3 +163,20 @@ def evaluation_view(images: Tensor, params: "EncoderAndDataParams") -> Tensor:
         whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
         x = resized_crop(x, {name: np.full(len(x), value) for name, value in whole.items()}, size)
     return normalize(x, params.dataset.mean, params.dataset.std)
+
+
+# ---- what loaders yield: uint8 images to be prepared here, or floats that are ready ----
+
+
+def for_training(images: Tensor | list[Tensor], augment: Callable[..., list[Tensor]], seed: tuple) -> list[Tensor]:
+    """uint8 images -> augmented views; float views, as a list or stacked N x V x C x H x W -> the list of them."""
+    if (images if isinstance(images, Tensor) else images[0]).dtype == torch.uint8:
+        return augment(images, seed)
+    if isinstance(images, Tensor):
+        return list(images.unbind(1)) if images.dim() == 5 else [images]
+    return images
+
+
+def for_evaluation(images: Tensor, params: "EncoderAndDataParams") -> Tensor:
+    """uint8 images -> normalized; float images as they are."""
+    return evaluation_view(images, params) if images.dtype == torch.uint8 else images

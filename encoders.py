@@ -103,8 +103,10 @@ def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
     parent, _, leaf = path.rpartition(".")
     parent = model.get_submodule(parent)
     setattr(parent, leaf, nn.Identity())
-    if isinstance(parent, nn.Sequential) and int(leaf) > 0 and isinstance(parent[int(leaf) - 1], nn.Dropout):
-        parent[int(leaf) - 1] = nn.Identity()
+    before = list(parent.named_children())[-2:-1] if isinstance(parent, nn.Sequential) else []
+    for sibling, layer in before:
+        if isinstance(layer, nn.Dropout):
+            setattr(parent, sibling, nn.Identity())
     return model, last.in_channels if last_type is nn.Conv2d else last.in_features
 
 

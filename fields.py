@@ -5,6 +5,15 @@ from functools import partial
 
 from attrs import field
 
+WHOLE = (int, int | None)
+
+
+def check_number(attribute, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{attribute.name}={value!r} must be a number")
+    if attribute.type in WHOLE and not isinstance(value, int):
+        raise ValueError(f"{attribute.name}={value!r} must be a whole number")
+
 
 def number(default, at_least: float | None = None, above: float | None = None, at_most: float = float("inf")):
     """A numeric field within bounds; None passes where it is the default."""
@@ -12,6 +21,7 @@ def number(default, at_least: float | None = None, above: float | None = None, a
     def check(_, attribute, value):
         if value is None and default is None:
             return
+        check_number(attribute, value)
         too_low = value < at_least if above is None else value <= above
         if too_low or not value <= at_most:
             bounds = f"at least {at_least}" if above is None else f"above {above}"

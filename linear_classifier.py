@@ -172,10 +172,8 @@ class LinearClassifierMethod(pl.LightningModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """uint8 images become normalized floats, on the device; float images of a loader stay as they are."""
         images, labels = data.images_and_labels(batch)
-        if (images[0] if isinstance(images, list) else images).dtype == torch.uint8:
-            if self.trainer.training:
-                batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
-                (images,) = self.augment(images, (self.params.seed, self.current_epoch, batch_idx, ddp.rank()))
-            else:
-                images = augmentations.evaluation_view(images, self.params)
-        return images, labels
+        if not self.trainer.training:
+            return augmentations.for_evaluation(images, self.params), labels
+        batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
+        seed = (self.params.seed, self.current_epoch, batch_idx, ddp.rank())
+        return augmentations.for_training(images, self.augment, seed)[0], labels

@@ -54,18 +54,11 @@ class SelfSupervisedMethod(pl.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
-            self.projection_model = MLP(
-                width,
-                p.mlp_hidden_dim,
-                p.dim,
-                p.projection_mlp_layers,
-                p.mlp_normalization,
-                p.use_mlp_weight_standardization,
-            )
-            norm = p.mlp_normalization if p.prediction_mlp_normalization == "same" else p.prediction_mlp_normalization
-            self.prediction_model = MLP(
-                p.dim, p.mlp_hidden_dim, p.dim, p.prediction_mlp_layers, norm, p.use_mlp_weight_standardization
-            )
+            norms = [p.mlp_normalization, p.prediction_mlp_normalization]
+            norms[1] = norms[0] if norms[1] == "same" else norms[1]
+            standardize = p.use_mlp_weight_standardization
+            self.projection_model = MLP(width, p.mlp_hidden_dim, p.dim, p.projection_mlp_layers, norms[0], standardize)
+            self.prediction_model = MLP(p.dim, p.mlp_hidden_dim, p.dim, p.prediction_mlp_layers, norms[1], standardize)
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
@@ -146,24 +139,18 @@ class SelfSupervisedMethod(pl.LightningModule):
         p, trainer = self.params, self.trainer
         adapted, excluded = self.parameter_groups()
         groups = [{"params": list(adapted.values())}, {"params": list(excluded.values()), "weight_decay": 0.0}]
-        optimizers = {
-            "sgd": lambda: torch.optim.SGD(groups, p.lr, p.momentum, weight_decay=p.weight_decay),
-            "lars": lambda: LARS(groups, p.lr, p.momentum, p.weight_decay, p.lars_eta),
-            "adamw": lambda: torch.optim.AdamW(groups, p.lr, weight_decay=p.weight_decay),
-        }
         if p.optimizer_name == "lars":
             groups[1]["adapt"] = False
+            optimizer = LARS(groups, p.lr, p.momentum, p.weight_decay, p.lars_eta)
+        elif p.optimizer_name == "sgd":
+            optimizer = torch.optim.SGD(groups, p.lr, p.momentum, weight_decay=p.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(groups, p.lr, weight_decay=p.weight_decay)
         total = trainer.estimated_stepping_batches
         steps_per_epoch = min(total, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
         epochs = p.warmup_epochs if p.warmup_epochs is not None else p.lars_warmup_epochs * (p.optimizer_name == "lars")
-        rate = functools.partial(  # as a share of lr
-            schedules.warmup_cosine,
-            total_steps=total,
-            warmup_steps=epochs * steps_per_epoch,
-            peak=1.0,
-            end=p.final_lr_schedule_value / p.lr,
-        )
-        optimizer = optimizers[p.optimizer_name]()
+        shape = {"warmup_steps": epochs * steps_per_epoch, "peak": 1.0, "end": p.final_lr_schedule_value / p.lr}
+        rate = functools.partial(schedules.warmup_cosine, total_steps=total, **shape)  # as a share of lr
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -196,20 +183,16 @@ class SelfSupervisedMethod(pl.LightningModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
         """uint8 images become normalized float views, on the device; float views of a loader stay as they are."""
         images, labels = data.images_and_labels(batch)
-        is_uint8 = (images if isinstance(images, Tensor) else images[0]).dtype == torch.uint8
         if not self.trainer.training:
-            return (augmentations.evaluation_view(images, self.params) if is_uint8 else images), labels
-        if is_uint8:
-            batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
-            images = self.augment(images, (*self.step_seed(batch_idx), ddp.rank()))
-        elif isinstance(images, Tensor):
-            images = list(images.unbind(1)) if images.dim() == 5 else [images]
-        if len(images) < self.params.n_views:
+            return augmentations.for_evaluation(images, self.params), labels
+        batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
+        views = augmentations.for_training(images, self.augment, (*self.step_seed(batch_idx), ddp.rank()))
+        if len(views) < self.params.n_views:
             raise ValueError(
-                f"the loader yields {len(images)} float view of each image, but {self.params.n_views} are compared: "
-                "yield a list of views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
+                f"the loader yields {len(views)} float view of each image, but {self.params.n_views} are compared: yield "
+                "a list of views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
-        return images, labels
+        return views, labels
 
     # ---- evaluation ----
 

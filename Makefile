@@ -1,0 +1,19 @@
+# make demo: install, pretrain on digits, evaluate.  make test: install, run all tests.  make lint: ruff.
+PYTHON ?= python3
+VENV := .venv
+.PHONY: demo test lint
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python demo.py
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .

@@ -1,0 +1,126 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import encoders
+import ws_resnet
+from model_params import ModelParams
+
+
+def build(name, size=32, **fields):
+    dataset = {1: "digits"}.get(fields.get("in_channels"), "cifar10")
+    return encoders.get_encoder(
+        ModelParams(encoder_arch=name, transform_crop_size=size, dataset_name=dataset, **fields)
+    )
+
+
+REGNETS = ("regnet_x_400mf", "regnet_y_400mf")  # cannot be built on meta; the larger ones are the same code
+HAS_SIDE_CLASSIFIERS = ("googlenet", "inception_v3")  # in training mode
+
+
+@pytest.mark.parametrize("name", [n for n in encoders.TORCHVISION if not n.startswith("regnet") or n in REGNETS])
+def test_every_torchvision_classifier_gives_n_by_e(name):
+    """On the meta device: shapes without the arithmetic."""
+    size = 299 if name == "inception_v3" else 224
+    with torch.device("cpu" if name in REGNETS else "meta"):
+        encoder, width = encoders.without_classifier(encoders.build(name, None, size), name)
+    encoder.to("meta").train(name in HAS_SIDE_CLASSIFIERS)
+    assert encoder(torch.zeros(2, 3, size, size, device="meta")).shape == (2, width)
+    assert not any(getattr(layer, "out_features", 0) == 1000 for layer in encoder.modules())
+
+
+def test_what_is_left_is_the_classifiers_input():
+    """The encoder's output times the removed layer is torchvision's output."""
+    for name in ("resnet18", "mobilenet_v3_small", "convnext_tiny", "squeezenet1_1"):
+        torch.manual_seed(0)
+        model = torchvision.models.get_model(name).eval()
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            expected = model(x)
+            last_type = nn.Conv2d if name.startswith("squeezenet") else nn.Linear
+            last = [layer for layer in model.modules() if isinstance(layer, last_type)][-1]
+            found = encoders.without_classifier(model, name)[0](x)
+            if name.startswith("squeezenet"):  # its classifier sits before the pooling
+                assert found.shape == (1, 512)
+            else:
+                assert torch.allclose(last(found), expected, atol=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "ws_resnet18"])
+def test_low_resolution_stem(name):
+    encoder, width = build(name, size=32)
+    stem = encoder.conv1
+    assert (stem.kernel_size, stem.stride, stem.padding) == ((3, 3), (1, 1), (1, 1))
+    assert isinstance(encoder.maxpool, nn.Identity) and width == 512
+    assert isinstance(stem, ws_resnet.Conv2d) == name.startswith("ws")
+    maps = []
+    encoder.layer1.register_forward_hook(lambda module, inputs, output: maps.append(output.shape[2:]))
+    encoder(torch.zeros(2, 3, 32, 32))
+    assert maps == [(32, 32)]
+    assert build(name, size=96)[0].conv1.kernel_size == (7, 7)
+    assert build(name, size=32, low_resolution_stem=False)[0].conv1.kernel_size == (7, 7)
+    assert build(name, size=96, low_resolution_stem=True)[0].conv1.kernel_size == (3, 3)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "ws_resnet18", "shufflenet_v2_x0_5", "vit_b_32"])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_any_number_of_channels(name, channels):
+    encoder, width = build(name, size=64, in_channels=channels)
+    assert encoder.eval()(torch.zeros(1, channels, 64, 64)).shape == (1, width)
+
+
+def test_weights_from_a_file_with_and_without_classifier(tmp_path):
+    torch.manual_seed(1)
+    source = torchvision.models.resnet18()
+    torch.save(source.state_dict(), tmp_path / "full.pt")
+    encoder, _ = build("resnet18", size=64, encoder_weights=str(tmp_path / "full.pt"))
+    source.fc = nn.Identity()
+    torch.save(source.state_dict(), tmp_path / "headless.pt")
+    twin, _ = build("resnet18", size=64, encoder_weights=str(tmp_path / "headless.pt"))
+    for key, value in source.state_dict().items():
+        assert torch.equal(encoder.state_dict()[key], value) and torch.equal(twin.state_dict()[key], value)
+    torch.save({"conv1.weight": source.conv1.weight.detach()}, tmp_path / "part.pt")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        build("resnet18", size=64, encoder_weights=str(tmp_path / "part.pt"))
+
+
+def test_unknown_weights_are_refused_with_the_choices():
+    with pytest.raises(
+        ValueError, match="encoder_weights='IMAGENET' is no file, and resnet50 has only .*IMAGENET1K_V2"
+    ):
+        build("resnet50", encoder_weights="IMAGENET")
+    with pytest.raises(ValueError, match="no published weights of ws_resnet18"):
+        build("ws_resnet18", encoder_weights="DEFAULT")
+
+
+def test_width_is_checked():
+    assert build("resnet18", embedding_dim=512)[1] == 512
+    with pytest.raises(ValueError, match="embedding_dim=2048, but resnet18 gives 512"):
+        build("resnet18", embedding_dim=2048)
+
+
+def test_own_module():
+    params = SimpleNamespace(encoder_arch="module", embedding_dim=None, channels=3, crop_size=8)
+    own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder, width = encoders.get_encoder(params, own)
+    assert encoder is own and width == 4 and own.training and own[1].num_batches_tracked == 0
+    with pytest.raises(ValueError, match=r"got \(1, 4, 1, 1\): flatten or pool"):
+        encoders.get_encoder(params, own[:3])
+    with pytest.raises(ValueError, match="needs encoder=your_module"):
+        encoders.get_encoder(params)
+    with pytest.raises(ValueError, match="encoder_arch='resnet18' needs no encoder"):
+        encoders.get_encoder(ModelParams(), own)
+
+
+def test_timm_where_it_is_installed():
+    if encoders.importlib.util.find_spec("timm") is None:
+        with pytest.raises(ValueError, match="timm, which is not installed: pip install timm"):
+            ModelParams(encoder_arch="timm:resnet10t")
+    else:
+        encoder, width = build("timm:resnet10t", size=64, in_channels=1)
+        assert encoder.eval()(torch.zeros(1, 1, 64, 64)).shape == (1, width)
+        with pytest.raises(ValueError, match="Nearest: .*resnet10t"):
+            ModelParams(encoder_arch="timm:resnet10")

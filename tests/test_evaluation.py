@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import evaluation
+
+
+@pytest.fixture
+def blobs():
+    """Four overlapping classes in 12 dimensions, sorted by class: (x, y)."""
+    y = torch.arange(4).repeat_interleave(60)
+    return torch.randn(240, 12) + torch.randn(4, 12)[y] * 0.7, y
+
+
+def test_halves_hold_every_class_in_proportion_even_when_sorted(blobs):
+    fit_x, fit_y, score_x, score_y = evaluation.halves(*blobs)
+    assert fit_y.bincount().tolist() == score_y.bincount().tolist() == [30] * 4
+    both = torch.cat([fit_x, score_x])
+    assert torch.equal(both[both[:, 0].argsort()], blobs[0][blobs[0][:, 0].argsort()])
+    assert torch.equal(evaluation.halves(*blobs)[0], fit_x)
+
+
+def test_halves_of_classes_too_small_to_stratify():
+    x, y = torch.randn(5, 2), torch.tensor([0, 0, 1, 2, 3])
+    assert len(evaluation.halves(x, y)[1]) == 2
+
+
+def test_linear_probe_is_scikit_learns_pipeline(blobs):
+    sets = evaluation.halves(*blobs)
+    reference = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000, tol=1e-6))
+    fit_x, fit_y, score_x, score_y = (part.numpy() for part in sets)
+    reference.fit(fit_x, fit_y)
+    found = evaluation.linear_probe(*sets)
+    assert found["valid_class_acc"] == pytest.approx(100 * reference.score(score_x, score_y), abs=1)
+    assert found["train_class_acc"] == pytest.approx(100 * reference.score(fit_x, fit_y), abs=1)
+    assert found["valid_class_acc"] > 50
+
+
+def test_probes_take_bfloat16_and_dead_features(blobs):
+    x = blobs[0].bfloat16()
+    x[:, 3] = 2.0
+    found = evaluation.evaluate(list(evaluation.EVALUATIONS), x, blobs[1])
+    assert all(np.isfinite(value) for value in found.values()) and found["valid_class_acc"] > 50
+
+
+def test_knn_equals_a_vote_counted_by_hand(blobs):
+    sets = evaluation.halves(*blobs)
+    fit_x, fit_y, score_x, score_y = (part.double().numpy() for part in sets)
+    fit_x, score_x = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (fit_x, score_x))
+    found = evaluation.knn(*sets, ks=(1, 7, 500))
+    for k in (1, 7, 500):
+        correct = 0
+        for x, label in zip(score_x, score_y, strict=True):
+            cosine = fit_x @ x
+            votes = np.zeros(4)
+            for neighbour in np.argsort(-cosine)[:k]:
+                votes[int(fit_y[neighbour])] += np.exp(cosine[neighbour] / 0.07)
+            correct += votes.argmax() == label
+        assert found[f"valid_knn{k}_acc"] == pytest.approx(100 * correct / len(score_y))
+
+
+def test_rank_me():
+    x = torch.randn(50, 8)
+    p = np.linalg.svd(x.double().numpy(), compute_uv=False)
+    p = p / p.sum()
+    assert evaluation.rank_me(x)["valid_rank_me"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
+    assert evaluation.rank_me(torch.eye(6))["valid_rank_me"] == pytest.approx(6, rel=1e-4)
+    assert evaluation.rank_me(torch.ones(50, 8))["valid_rank_me"] == pytest.approx(1, abs=0.01)
+
+
+def test_embedding_std():
+    assert evaluation.embedding_std(torch.randn(2000, 64) * 9)["valid_embedding_std"] == pytest.approx(1, abs=0.01)
+    assert evaluation.embedding_std(torch.ones(20, 8))["valid_embedding_std"] < 1e-3
+    x = torch.randn(100, 8) + 1
+    unit = x / x.norm(dim=1, keepdim=True)
+    expected = (unit.var(0, correction=0).mean() * 8).sqrt()
+    assert evaluation.embedding_std(x)["valid_embedding_std"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_without_labels_the_label_free_scores_remain(blobs):
+    names, label_free = list(evaluation.EVALUATIONS), {"valid_rank_me", "valid_embedding_std"}
+    x, y = blobs
+    assert set(evaluation.evaluate(names, x, None)) == label_free
+    assert set(evaluation.evaluate(names, x, torch.full_like(y, -1))) == label_free
+    assert set(evaluation.evaluate(names, x, torch.zeros_like(y))) == label_free
+
+
+def test_the_name_says_that_the_training_set_was_used(blobs):
+    half = evaluation.halves(*blobs)
+    found = evaluation.evaluate(["linear_probe", "rank_me"], *half[2:], train=half[:2])
+    assert set(found) == {"train_class_acc_trainset", "valid_class_acc_trainset", "valid_rank_me"}
+    assert found["valid_class_acc_trainset"] == evaluation.linear_probe(*half)["valid_class_acc"]
+
+
+def test_a_probe_of_8000_takes_seconds():
+    import time
+
+    y = torch.randint(10, (8000,))
+    x = torch.randn(8000, 512) + torch.randn(10, 512)[y] * 0.1
+    start = time.process_time()
+    evaluation.evaluate(["linear_probe", "knn", "rank_me", "embedding_std"], x, y)
+    assert time.process_time() - start < 40  # seconds of CPU, about 5 when nothing else runs

@@ -1,0 +1,190 @@
+"""Every loss against a formula written from its paper, in float64 and with loops where that is plainer."""
+
+import math
+
+import attrs
+import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
+from model_params import ModelParams
+
+N, D, K = 6, 5, 9
+
+
+@pytest.fixture
+def vectors():
+    """q, k on the sphere with gradient, and a queue; float64."""
+    q, k, queue = (F.normalize(torch.randn(n, D, dtype=torch.float64), dim=1) for n in (N, N, K))
+    return q.requires_grad_(), k.requires_grad_(), queue
+
+
+def loss(params_change, q, k, queue=None):
+    params = attrs.evolve(ModelParams(), **params_change)
+    return losses.get_loss(params)(q, k, queue)
+
+
+def assert_same(actual, expected, *inputs):
+    """Equal values, and equal gradients with respect to the inputs."""
+    assert actual.item() == pytest.approx(expected.item(), abs=1e-10)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(x, inputs, retain_graph=True) for x in (actual, expected)), strict=True
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+def info_nce(q, candidates_of, T, weight=1.0):
+    """mean of -log(e^(s+/T) / (e^(s+/T) + weight sum e^(s/T))); candidates_of(n): the positive, then negatives."""
+    total = 0
+    for n in range(len(q)):
+        positive, *negatives = [(q[n] @ c / T).exp() for c in candidates_of(n)]
+        total = total - (positive / (positive + weight * sum(negatives))).log()
+    return total / len(q)
+
+
+def test_moco_is_info_nce_with_the_queue(vectors):
+    q, k, queue = vectors
+    expected = info_nce(q, lambda n: [k[n], *queue], 0.2)
+    assert_same(loss({}, q, k, queue)["loss"], expected, q)
+
+
+def test_batch_and_queue_negatives_together(vectors):
+    q, k, queue = vectors
+    expected = info_nce(q, lambda n: [k[n], *(k[m] for m in range(N) if m != n), *queue], 0.2)
+    assert_same(loss({"use_negative_examples_from_batch": True}, q, k, queue)["loss"], expected, q, k)
+
+
+def test_simclr_equals_the_2n_by_2n_matrix(vectors):
+    """NT-Xent of all 2 N anchors at once, the anchor itself masked before the softmax."""
+    a, b, _ = vectors
+    z = torch.cat([a, b])
+    logits = (z @ z.T / 0.2).masked_fill(torch.eye(2 * N, dtype=torch.bool), -math.inf)
+    expected = F.cross_entropy(logits, (torch.arange(2 * N) + N) % (2 * N))
+    from_model_params = {
+        "use_lagging_model": False,
+        "use_negative_examples_from_queue": False,
+        "use_negative_examples_from_batch": True,
+        "use_negative_examples_from_same_view": True,
+    }
+    both = (loss(from_model_params, a, b)["loss"] + loss(from_model_params, b, a)["loss"]) / 2
+    assert_same(both, expected, a, b)
+
+
+@pytest.mark.parametrize("source", ["queue", "batch"])
+@pytest.mark.parametrize("alpha", [3.0, 65536.0])
+def test_eqco_weighs_negatives_as_if_there_were_alpha(vectors, source, alpha):
+    q, k, queue = vectors
+    negatives = {"queue": lambda n: list(queue), "batch": lambda n: [k[m] for m in range(N) if m != n]}[source]
+    expected = info_nce(q, lambda n: [k[n], *negatives(n)], 0.2, weight=alpha / len(negatives(0)))
+    settings = {"use_eqco_margin": True, "eqco_alpha": alpha}
+    settings |= {f"use_negative_examples_from_{name}": name == source for name in ("queue", "batch")}
+    assert_same(loss(settings, q, k, queue)["loss"], expected, q)
+
+
+def test_eqco_with_alpha_equal_to_the_number_is_info_nce(vectors):
+    q, k, queue = vectors
+    plain, margin = loss({}, q, k, queue), loss({"use_eqco_margin": True, "eqco_alpha": K}, q, k, queue)
+    assert plain["loss"].item() == margin["loss"].item()
+
+
+def test_eqco_is_finite_where_exponentials_overflow():
+    q = F.normalize(torch.randn(4, 8), dim=1)
+    value = losses.cross_entropy(losses.similarities(q, q, q), 0.005, eqco_alpha=65536)["loss"]
+    assert (1 / torch.tensor(0.005)).exp().isinf() and value.isfinite()
+
+
+@pytest.mark.parametrize("with_queue", [True, False])
+def test_bce_and_ip(vectors, with_queue):
+    q, k, queue = vectors
+    bce = ip = 0
+    for n in range(N):
+        positive = q[n] @ k[n]
+        bce = bce - torch.sigmoid(positive / 0.2).log() / N
+        ip = ip + (1 - positive) / N
+        for negative in queue if with_queue else []:
+            bce = bce - (1 - torch.sigmoid(q[n] @ negative / 0.2)).log() / N / K
+            ip = ip + (1 + q[n] @ negative) / N / K
+    for loss_type, expected in (("bce", bce), ("ip", ip)):
+        settings = {"loss_type": loss_type, "use_negative_examples_from_queue": with_queue}
+        assert_same(loss(settings, q, k, queue)["loss"], expected, q)
+
+
+def test_byol_is_2_minus_2_cosine(vectors):
+    q, k, _ = vectors
+    expected = (2 - 2 * F.cosine_similarity(q, k)).mean()
+    settings = {"loss_type": "ip", "use_negative_examples_from_queue": False}
+    assert 2 * loss(settings, q, k)["loss"].item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def sce_by_loops(q, k, others_of, T, target_T, coefficient):
+    total = 0
+    for n in range(N):
+        others = others_of(n)
+        target = torch.stack([k[n] @ o / target_T for o in others]).detach().exp()
+        target = torch.cat([torch.ones(1, dtype=q.dtype) * coefficient, (1 - coefficient) * target / target.sum()])
+        online = torch.stack([q[n] @ c / T for c in [k[n], *others]]).exp()
+        total = total - (target * (online / online.sum()).log()).sum() / N
+    return total
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_sce(vectors, coefficient, in_batch):
+    q, k, queue = vectors
+    batch = [[k[m] for m in range(N) if m != n] if in_batch else [] for n in range(N)]
+    expected = sce_by_loops(q, k, lambda n: [*batch[n], *queue], 0.1, 0.05, coefficient)
+    settings = {"loss_type": "sce", "T": 0.1, "sce_coefficient": coefficient}
+    actual = loss({**settings, "use_negative_examples_from_batch": in_batch}, q, k.detach(), queue)["loss"]
+    assert_same(actual, expected, q)
+    if coefficient == 1:
+        as_info_nce = loss({"T": 0.1, "use_negative_examples_from_batch": in_batch}, q, k, queue)["loss"]
+        assert actual.item() == pytest.approx(as_info_nce.item(), abs=1e-12)
+
+
+def test_vicreg_equals_the_paper_term_by_term():
+    a, b = (torch.randn(7, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    invariance = sum((x - y).square().sum() for x, y in zip(a, b, strict=True)) / 7 / 4
+    variance = covariance = 0
+    for z in (a, b):
+        for j in range(4):
+            variance = variance + F.relu(1 - (z[:, j].var() + 1e-4).sqrt()) / 4
+        matrix = torch.cov(z.T)
+        covariance = covariance + sum(matrix[i, j] ** 2 for i in range(4) for j in range(4) if i != j) / 4
+    found = losses.vicreg(a, b, 25.0, 25.0, 1.0, 1e-4)
+    assert_same(found["loss"], 25 * invariance + 25 * variance + covariance, a, b)
+    assert found["loss_variance"].item() == pytest.approx(25 * variance.item())
+    assert found["loss_covariance"].item() == pytest.approx(covariance.item())
+
+
+def test_barlow_twins_equals_the_authors_batch_norm_form():
+    a, b = (torch.randn(7, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    c = F.batch_norm(a, None, None, training=True).T @ F.batch_norm(b, None, None, training=True) / 7
+    expected = sum((c[i, j] - float(i == j)) ** 2 * (1 if i == j else 0.0051) for i in range(4) for j in range(4))
+    assert_same(losses.barlow_twins(a, b, 0.0051)["loss"], expected, a, b)
+
+
+def test_accuracies_count_the_closer_negatives():
+    sim = torch.tensor([[0.5, 0.4, 0.3], [0.5, 0.6, 0.3], [0.5, 0.6, 0.7], [0.1, 0.0, 0.0]])
+    found = losses.cross_entropy(sim, 1.0)
+    assert found["step_train_acc1"] == 50 and found["step_train_acc5"] == 100
+    sim = torch.cat([torch.zeros(1, 1), torch.ones(1, 5)], dim=1)
+    assert losses.cross_entropy(sim, 1.0)["step_train_acc5"] == 0
+
+
+def test_cosines_equal_the_matrix_of_all_pairs():
+    z, k = torch.randn(N, D) * 3, torch.randn(N, D)
+    matrix = torch.stack([F.cosine_similarity(row, k) for row in z])
+    found = losses.cosines(z, k)
+    assert found["step_pos_cos"].item() == pytest.approx(matrix.diagonal().mean().item(), abs=1e-6)
+    assert found["step_neg_cos"].item() == pytest.approx(matrix[~torch.eye(N, dtype=bool)].mean().item(), abs=1e-6)
+    spread = F.normalize(z, dim=1).std(0, correction=0).square().sum().sqrt()
+    assert found["step_projection_std"].item() == pytest.approx(spread.item(), abs=1e-6)
+
+
+def test_every_name_has_a_loss():
+    from model_params import LOSSES
+
+    q, queue = F.normalize(torch.randn(4, 8), dim=1), F.normalize(torch.randn(4, 8), dim=1)
+    for name in LOSSES:
+        assert losses.get_loss(ModelParams(loss_type=name))(q, q, queue)["loss"].isfinite()

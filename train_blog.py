@@ -1,0 +1,179 @@
+"""Does BYOL need batch norm? The six configurations of the blog post, several seeds each.
+
+    python train_blog.py                      # as in the post: STL-10, 10 epochs, seeds 0 1 2
+    python train_blog.py --quick              # the same on the digits, in minutes
+    python train_blog.py --configs base no_norm --seeds 0 --dataset cifar10
+
+https://untitled-ai.github.io/understanding-self-supervised-contrastive-learning.html
+
+A finished run is not repeated. In --out: results.csv (a row a run), results.md (mean and deviation beside the post's
+numbers), cosines.png (step_pos_cos and step_neg_cos of every configuration), and one folder of metrics a run.
+The post trained 10 epochs of a schedule laid out for 320; `--epochs` is the whole schedule here.
+"""
+
+import argparse
+import csv
+import logging
+import time
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytorch_lightning as pl
+from attr import evolve
+from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from data import DATASETS
+from moco import SelfSupervisedMethod
+from model_params import ModelParams
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+BASE = ModelParams(
+    lr=0.8,
+    loss_type="ip",
+    use_negative_examples_from_queue=False,
+    use_both_augmentations_as_queries=True,
+    mlp_normalization="bn",
+    prediction_mlp_layers=2,
+    use_momentum_schedule=True,
+)
+CONFIGS = {
+    "base": BASE,
+    "proj_only": evolve(BASE, prediction_mlp_normalization=None),
+    "pred_only": evolve(BASE, mlp_normalization=None, prediction_mlp_normalization="bn"),
+    "no_norm": evolve(BASE, mlp_normalization=None),
+    "layer_norm": evolve(BASE, mlp_normalization="ln"),
+    "xent": evolve(BASE, use_negative_examples_from_queue=True, loss_type="ce", mlp_normalization=None, lr=0.02),
+}
+# valid_class_acc in the post: STL-10, 10 epochs
+POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1}
+COLUMNS = ["config", "seed", "dataset", "epochs", "encoder", "accuracy", "pos_cos", "neg_cos", "minutes"]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=DATASETS, default=None, help="default: stl10; with --quick: digits")
+    parser.add_argument("--epochs", type=int, default=None, help="default: 10; with --quick: 4")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--encoder", default=None, help="default: resnet18; with --quick: shufflenet_v2_x0_5")
+    parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--out", type=Path, default=Path("runs/blog"))
+    parser.add_argument("--quick", action="store_true", help="digits, small batches, a small encoder")
+    args = parser.parse_args()
+    args.dataset = args.dataset or ("digits" if args.quick else "stl10")
+    args.epochs = args.epochs or (4 if args.quick else 10)
+    args.encoder = args.encoder or ("shufflenet_v2_x0_5" if args.quick else "resnet18")
+    return args
+
+
+def finished_runs(results: Path) -> list[dict[str, str]]:
+    if not results.exists():
+        return []
+    with results.open() as file:
+        return list(csv.DictReader(file))
+
+
+def train(name: str, seed: int, args: argparse.Namespace) -> dict:
+    """One run -> its row."""
+    params = evolve(
+        CONFIGS[name],
+        seed=seed,
+        dataset_name=args.dataset,
+        encoder_arch=args.encoder,
+        batch_size=64 if args.quick else 256,
+        max_epochs=args.epochs,
+        evaluate_every_n_epochs=args.epochs,  # the post's number is that of the last epoch
+    )
+    logs = {"save_dir": args.out, "name": f"{name}_{seed}", "version": ""}
+    trainer = pl.Trainer(
+        max_epochs=args.epochs,
+        callbacks=[RichProgressBar()],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=1 if args.quick else 10,
+        logger=[CSVLogger(**logs), TensorBoardLogger(**logs)],
+        num_sanity_val_steps=0,
+    )
+    start = time.time()
+    trainer.fit(SelfSupervisedMethod(params))
+    found = trainer.callback_metrics
+    row = {"config": name, "seed": seed, "dataset": args.dataset, "epochs": args.epochs, "encoder": args.encoder}
+    logged = {"accuracy": "valid_class_acc", "pos_cos": "step_pos_cos", "neg_cos": "step_neg_cos"}
+    row |= {column: round(found[metric].item(), 4) for column, metric in logged.items()}
+    return row | {"minutes": round((time.time() - start) / 60, 2)}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: one line a configuration, mean and standard deviation over seeds."""
+
+    def mean_and_deviation(group: list[dict], column: str, digits: int) -> str:
+        values = np.array([float(row[column]) for row in group])
+        return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
+
+    lines = [
+        "| configuration | accuracy (%) | post, STL-10 (%) | cosine, same image | cosine, different images | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in CONFIGS:
+        if group := [row for row in rows if row["config"] == name]:
+            cells = [mean_and_deviation(group, "accuracy", 1), str(POST[name])]
+            cells += [mean_and_deviation(group, column, 3) for column in ("pos_cos", "neg_cos")]
+            lines.append(f"| {name} | {' | '.join(cells)} | {len(group)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_cosines(rows: list[dict], out: Path, file: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    names = [name for name in CONFIGS if any(row["config"] == name for row in rows)]
+    for color, name in enumerate(names):
+        for row in (row for row in rows if row["config"] == name):
+            steps = np.genfromtxt(out / f"{name}_{row['seed']}" / "metrics.csv", delimiter=",", names=True)
+            there = ~np.isnan(steps["step_pos_cos"])
+            for axis, column in zip(axes, ("step_pos_cos", "step_neg_cos"), strict=True):
+                label = name if row["seed"] == min(r["seed"] for r in rows if r["config"] == name) else None
+                style = {"color": f"C{color}", "label": label, "linewidth": 1.2}
+                axis.plot(steps["step"][there], steps[column][there], **style)
+    axes[0].set(title="cosine of two views of one image", xlabel="step", ylabel="cosine of z and z'")
+    axes[1].set(title="cosine of views of different images", xlabel="step")
+    axes[1].legend(frameon=False)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    args = arguments()
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / "results.csv"
+    same = {"dataset": args.dataset, "epochs": str(args.epochs), "encoder": args.encoder}
+    for seed in args.seeds:
+        for name in args.configs:
+            key = {"config": name, "seed": str(seed), **same}
+            if any(key.items() <= row.items() for row in finished_runs(results)):
+                print(f"{name}, seed {seed}: finished before")
+                continue
+            print(f"{name}, seed {seed}:")
+            row, is_new = train(name, seed, args), not results.exists()
+            with results.open("a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                if is_new:
+                    writer.writeheader()
+                writer.writerow(row)
+    rows = [row for row in finished_runs(results) if same.items() <= row.items()]
+    markdown = (
+        f"{args.encoder} on {args.dataset}, {args.epochs} epochs, linear probe on half of the test set\n\n{table(rows)}"
+    )
+    (args.out / "results.md").write_text(markdown)
+    draw_cosines(rows, args.out, args.out / "cosines.png")
+    print(f"\n{markdown}\n{results}, {args.out / 'results.md'}, {args.out / 'cosines.png'}")
+
+
+if __name__ == "__main__":
+    main()
