@@ -86,8 +86,6 @@ class LinearClassifierMethod(pl.LightningModule):
         nn.init.zeros_(self.classifier.bias)
         self.save_hyperparameters({**attrs.asdict(p), "embedding_dim": width})
 
-        self.train()  # our train() below: Lightning takes modules in the mode in which it finds them
-
         flips = p.dataset.view.flip_probability
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
         if not flips:  # as with scans of digits, where a small crop would cut off what tells the classes apart
@@ -133,6 +131,9 @@ class LinearClassifierMethod(pl.LightningModule):
         super().train(mode)
         self.model.eval()
         return self
+
+    def on_train_start(self) -> None:
+        self.train()  # Lightning takes modules in the mode in which it finds them
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         scores = self.scores(batch)

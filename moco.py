@@ -50,15 +50,14 @@ class SelfSupervisedMethod(pl.LightningModule):
             fields["encoder_arch"] = OWN_MODULE
         params = ModelParams(**params) if isinstance(params, dict) else params or ModelParams()
         p = attrs.evolve(params, **fields)
-        self.params = p = attrs.evolve(p, seed=torch.initial_seed() % 2**32) if p.seed is None else p
+        self.params = p = p if p.seed is not None else attrs.evolve(p, seed=torch.initial_seed() % 2**32)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
-            norms = [p.mlp_normalization, p.prediction_mlp_normalization]
-            norms[1] = norms[0] if norms[1] == "same" else norms[1]
-            standardize = p.use_mlp_weight_standardization
-            self.projection_model = MLP(width, p.mlp_hidden_dim, p.dim, p.projection_mlp_layers, norms[0], standardize)
-            self.prediction_model = MLP(p.dim, p.mlp_hidden_dim, p.dim, p.prediction_mlp_layers, norms[1], standardize)
+            norm, standardize = p.mlp_normalization, p.use_mlp_weight_standardization
+            self.projection_model = MLP(width, p.mlp_hidden_dim, p.dim, p.projection_mlp_layers, norm, standardize)
+            norm = norm if p.prediction_mlp_normalization == "same" else p.prediction_mlp_normalization
+            self.prediction_model = MLP(p.dim, p.mlp_hidden_dim, p.dim, p.prediction_mlp_layers, norm, standardize)
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
@@ -136,8 +135,7 @@ class SelfSupervisedMethod(pl.LightningModule):
             move_towards(self.lagging_projection_model, self.projection_model, 1 - m)
 
     def configure_optimizers(self) -> dict:
-        p, trainer = self.params, self.trainer
-        adapted, excluded = self.parameter_groups()
+        p, trainer, (adapted, excluded) = self.params, self.trainer, self.parameter_groups()
         groups = [{"params": list(adapted.values())}, {"params": list(excluded.values()), "weight_decay": 0.0}]
         if p.optimizer_name == "lars":
             groups[1]["adapt"] = False
@@ -149,8 +147,10 @@ class SelfSupervisedMethod(pl.LightningModule):
         total = trainer.estimated_stepping_batches
         steps_per_epoch = min(total, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
         epochs = p.warmup_epochs if p.warmup_epochs is not None else p.lars_warmup_epochs * (p.optimizer_name == "lars")
-        shape = {"warmup_steps": epochs * steps_per_epoch, "peak": 1.0, "end": p.final_lr_schedule_value / p.lr}
-        rate = functools.partial(schedules.warmup_cosine, total_steps=total, **shape)  # as a share of lr
+        if (warmup := epochs * steps_per_epoch) > total:
+            rank_zero_warn(f"the warm-up of {epochs} epochs is longer than the training: lr={p.lr} is never reached")
+        end = p.final_lr_schedule_value / p.lr  # all rates here are shares of lr
+        rate = functools.partial(schedules.warmup_cosine, total_steps=total, warmup_steps=warmup, peak=1.0, end=end)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -164,8 +164,7 @@ class SelfSupervisedMethod(pl.LightningModule):
         self.trains_on_own_data = stage != "fit"  # while fitting: from the moment that train_dataloader() is asked for
 
     def train_dataloader(self):
-        self.trains_on_own_data = True
-        p = self.params
+        self.trains_on_own_data, p = True, self.params
         dataset = data.get_dataset(p, p.dataset.pretraining_splits, augmentations.view_settings(p))
         return data.get_loader(p, dataset, training=True)
 
@@ -189,7 +188,7 @@ class SelfSupervisedMethod(pl.LightningModule):
         views = augmentations.for_training(images, self.augment, (*self.step_seed(batch_idx), ddp.rank()))
         if len(views) < self.params.n_views:
             raise ValueError(
-                f"the loader yields {len(views)} float view of each image, but {self.params.n_views} are compared: yield "
+                f"the loader yields {len(views)} float view of each image, but {self.params.n_views} are needed: yield "
                 "a list of views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
         return views, labels
@@ -246,4 +245,5 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def move_towards(target: nn.Module, source: nn.Module, weight: float) -> None:
     """target <- (1 - weight) target + weight source, parameters only: batch statistics are each network's own."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), weight)
+    if targets := list(target.parameters()):  # a head of no layers has none
+        torch._foreach_lerp_(targets, list(source.parameters()), weight)

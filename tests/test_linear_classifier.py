@@ -1,0 +1,110 @@
+import pytest
+import torch
+from torch import nn
+
+import data
+from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
+from moco import SelfSupervisedMethod
+
+
+@pytest.fixture
+def checkpoint(small, trainer, tmp_path):
+    model, fit = SelfSupervisedMethod(small("byol", evaluations=[])), trainer()
+    fit.fit(model)
+    fit.save_checkpoint(tmp_path / "example.ckpt")
+    return model, tmp_path / "example.ckpt"
+
+
+def test_the_defaults_are_the_readmes():
+    params = LinearClassifierMethodParams()
+    assert (params.lr, params.momentum, params.weight_decay, params.max_epochs) == (30.0, 0.9, 0.0, 100)
+    assert (params.encoder_arch, params.dataset_name, params.batch_size) == ("resnet18", "stl10", 256)
+
+
+def test_encoder_comes_from_the_checkpoint_and_overrides_win(checkpoint, capsys):
+    model, path = checkpoint
+    linear = LinearClassifierMethod.from_moco_checkpoint(path, lr=0.5, batch_size=32, dataset_name="digits")
+    for key, value in model.model.state_dict().items():
+        assert torch.equal(linear.model.state_dict()[key], value)
+    assert (linear.params.lr, linear.params.batch_size, linear.params.encoder_arch) == (0.5, 32, "shufflenet_v2_x0_5")
+    assert linear.hparams.embedding_dim == 1024 and linear.classifier.out_features == 10
+    assert LinearClassifierMethod.from_moco_checkpoint(path, n_classes=7).classifier.out_features == 7
+    with pytest.raises(TypeError, match="learning_rate"):
+        LinearClassifierMethod.from_moco_checkpoint(path, learning_rate=1)
+
+
+def test_it_says_what_matched(checkpoint, caplog):
+    with caplog.at_level("INFO"):
+        LinearClassifierMethod.from_moco_checkpoint(checkpoint[1])
+    n = len(checkpoint[0].model.state_dict())
+    assert f"all {n} tensors of shufflenet_v2_x0_5 loaded" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "other encoder"])
+def test_anything_less_than_the_whole_encoder_is_refused(checkpoint, tmp_path, change):
+    content = torch.load(checkpoint[1], weights_only=True)
+    if change == "missing":
+        del content["state_dict"]["model.conv1.0.weight"]
+    elif change == "extra":
+        content["state_dict"]["model.more"] = torch.zeros(1)
+    else:
+        content["hyper_parameters"] |= {"encoder_arch": "resnet18", "embedding_dim": None}
+    torch.save(content, tmp_path / "changed.ckpt")
+    with pytest.raises(ValueError, match="changed.ckpt does not hold a"):
+        LinearClassifierMethod.from_moco_checkpoint(tmp_path / "changed.ckpt")
+
+
+def test_compiled_and_wrapped_names_are_understood(checkpoint, tmp_path):
+    content = torch.load(checkpoint[1], weights_only=True)
+    content["state_dict"] = {
+        f"module.{k.replace('model.', 'model._orig_mod.', 1)}": v for k, v in content["state_dict"].items()
+    }
+    torch.save(content, tmp_path / "wrapped.ckpt")
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "wrapped.ckpt")
+    key = "conv1.0.weight"
+    assert torch.equal(linear.model.state_dict()[key], checkpoint[0].model.state_dict()[key])
+
+
+def test_only_the_classifier_changes(checkpoint, trainer):
+    linear = LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], batch_size=64)
+    before = {key: value.clone() for key, value in linear.state_dict().items()}
+    fit = trainer(max_epochs=2, limit_val_batches=2)
+    fit.fit(linear)
+    for key, value in linear.state_dict().items():
+        assert torch.equal(value, before[key]) != key.startswith("classifier."), key
+    assert not linear.model.training and linear.training
+    expected = {f"{stage}_{score}" for stage in ("step_train", "valid") for score in ("loss", "acc1", "acc5")}
+    assert set(fit.callback_metrics) == expected
+
+
+def test_it_learns_and_scores_the_whole_test_set_once(checkpoint, trainer):
+    """valid_acc1 is the accuracy over all 500 images, though the last batch is smaller."""
+    linear = LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], batch_size=64, lr=0.1)
+    fit = trainer(max_epochs=4, limit_train_batches=1.0, limit_val_batches=1.0)
+    fit.fit(linear)
+    dataset = data.get_dataset(linear.params, ("test",))
+    images, labels = dataset.__getitems__(list(range(len(dataset))))
+    mean, std = linear.params.dataset.mean[0], linear.params.dataset.std[0]
+    with torch.no_grad():
+        logits = linear.eval()((images / 255 - mean) / std)
+    top = logits.topk(5, dim=1).indices
+    for k in (1, 5):
+        expected = 100 * (top[:, :k] == labels[:, None]).any(1).float().mean()
+        assert fit.callback_metrics[f"valid_acc{k}"].item() == pytest.approx(expected.item(), abs=1e-3)
+    assert fit.callback_metrics["valid_loss"].item() == pytest.approx(
+        nn.functional.cross_entropy(logits, labels).item(), rel=1e-4
+    )
+    assert fit.callback_metrics["valid_acc1"] > 60
+
+
+def test_the_rate_falls_at_60_and_80_percent(checkpoint, trainer):
+    linear, rates = LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], batch_size=64), []
+    linear.on_train_batch_end = lambda *_: rates.append(linear.optimizers().param_groups[0]["lr"])
+    trainer(max_epochs=5, limit_train_batches=2, limit_val_batches=0).fit(linear)
+    assert rates == pytest.approx([30] * 5 + [3] * 2 + [0.3] * 3)
+
+
+def test_flips_only_where_images_may_be_mirrored(checkpoint):
+    assert LinearClassifierMethod.from_moco_checkpoint(checkpoint[1]).view.flip_probability == 0
+    stl = LinearClassifierMethod(encoder_arch="shufflenet_v2_x0_5")
+    assert stl.view.flip_probability == 0.5 and stl.view.crop_scale == (0.08, 1.0) and stl.view.crop_size == 96

@@ -1,0 +1,292 @@
+"""SelfSupervisedMethod: what is computed how often, when things move, and what a user may pass in."""
+
+import attrs
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import data
+import schedules
+from moco import SelfSupervisedMethod, move_towards
+from model_params import ModelParams
+
+
+class TinyEncoder(nn.Module):
+    """[N, 1, 8, 8] -> [N, 6]; counts its passes by mode, and remembers what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    "name, online, lagging",
+    [("moco_v2", 1, 1), ("eqco", 1, 1), ("sce", 2, 2), ("byol", 2, 2), ("simclr", 2, 0), ("vicreg", 2, 0),
+     ("barlow_twins", 2, 0), ("moco_v3", 2, 2), ("simsiam", 2, 0), ("ressl", 1, 1)],
+)  # fmt: skip
+def test_each_view_is_encoded_once(name, online, lagging, small, trainer):
+    model = SelfSupervisedMethod(small(name, evaluations=[]), encoder=TinyEncoder())
+    heads = []
+    model.projection_model.register_forward_hook(lambda *_: heads.append(1))
+    trainer(limit_train_batches=1).fit(model)
+    assert model.model.passes == online and len(heads) == online
+    assert (model.lagging_model.passes if model.lagging_model else 0) == lagging
+
+
+def test_built_from_params_dict_or_fields():
+    params = ModelParams(encoder_arch="shufflenet_v2_x0_5", dataset_name="digits", K=8, batch_size=4, seed=5)
+    for model in (
+        SelfSupervisedMethod(params),
+        SelfSupervisedMethod(attrs.asdict(params)),
+        SelfSupervisedMethod(**attrs.asdict(params)),
+        SelfSupervisedMethod(attrs.evolve(params, K=9), K=8),
+    ):
+        assert model.params == params and model.hparams.K == 8 and model.hparams["batch_size"] == 4
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 1024)
+    with pytest.raises(TypeError, match="batchsize"):
+        SelfSupervisedMethod(params, batchsize=3)
+
+
+def test_seed_decides_the_weights_and_defaults_to_that_of_seed_everything():
+    def weights(**fields):
+        fields = {"encoder_arch": "shufflenet_v2_x0_5", "dataset_name": "digits", "K": 8, **fields}
+        model = SelfSupervisedMethod(**fields)
+        return model.params.seed, torch.cat([p.flatten() for p in model.parameters()] + [model.queue.keys.flatten()])
+
+    assert torch.equal(weights(seed=1)[1], weights(seed=1)[1])
+    assert not torch.equal(weights(seed=1)[1], weights(seed=2)[1])
+    pl.seed_everything(7, verbose=False)
+    seed, values = weights()
+    assert seed == 7 and torch.equal(values, weights(seed=7)[1])
+
+
+def test_constructing_touches_no_data(monkeypatch, tmp_path):
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    SelfSupervisedMethod(K=8)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_optimizer_schedules_and_lagging_model_follow_optimizer_steps(small, trainer):
+    """Four batches an epoch, two accumulated: rates, m and the lagging weights move once per optimizer step."""
+    params = small(
+        "byol", optimizer_name="sgd", lr=0.2, final_lr_schedule_value=0.02, warmup_epochs=1, m=0.9, evaluations=[]
+    )
+    model, rates, momenta, expected = SelfSupervisedMethod(params, encoder=TinyEncoder()), [], [], []
+    lagging = model.lagging_projection_model.net[0].weight.clone()
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+            momenta.append(trainer.callback_metrics["m"].item())
+            if index % 2:
+                online = module.projection_model.net[0].weight.detach()
+                expected[0] = momenta[-1] * expected[0] + (1 - momenta[-1]) * online
+            assert torch.allclose(module.lagging_projection_model.net[0].weight, expected[0], atol=1e-6)
+
+    expected.append(lagging)
+    fit = trainer(max_epochs=3, limit_train_batches=4, accumulate_grad_batches=2, callbacks=[Watch()])
+    fit.fit(model)
+    assert fit.global_step == 6
+    assert momenta == pytest.approx([schedules.cosine(0.9, 1, (i // 2) / 6) for i in range(12)])
+    after_step = [schedules.warmup_cosine(s, 6, 2, 0.2, 0.02) for s in range(7)]
+    assert rates == pytest.approx([after_step[(i + 1) // 2] for i in range(12)])
+    assert schedules.cosine(0.9, 1.0, 1.0) == 1.0
+
+
+def test_a_warmup_longer_than_the_training_is_named(small, trainer):
+    params = small("byol", warmup_epochs=None, lars_warmup_epochs=10, evaluations=[])
+    with pytest.warns(UserWarning, match="warm-up of 10 epochs is longer than the training: lr=0.5 is never reached"):
+        trainer().fit(SelfSupervisedMethod(params, encoder=TinyEncoder()))
+
+
+def test_moving_towards_is_the_moving_average():
+    target, source = nn.Linear(3, 2), nn.Linear(3, 2)
+    expected = 0.9 * target.weight.detach() + 0.1 * source.weight.detach()
+    move_towards(target, source, 0.1)
+    assert torch.allclose(target.weight, expected)
+    move_towards(nn.Identity(), nn.Identity(), 0.1)
+
+
+def test_the_queue_takes_the_keys_after_they_were_compared(small, trainer):
+    model = SelfSupervisedMethod(small(K=40, evaluations=[]), encoder=TinyEncoder())
+    before, seen = model.queue.keys.clone(), []
+    encode_lagging = model.encode_lagging
+    model.encode_lagging = lambda *args: seen.append(encode_lagging(*args)) or seen[-1]
+    trainer().fit(model)
+    assert torch.equal(model.queue.keys[:32], torch.cat(seen)) and torch.equal(model.queue.keys[32:], before[32:])
+    assert model.queue.position == 32
+    both = SelfSupervisedMethod(small("sce", K=40, evaluations=[]), encoder=TinyEncoder())
+    trainer(limit_train_batches=1).fit(both)
+    assert both.queue.position == 32  # both views' keys of 16 images
+
+
+def test_the_optimizers_groups(small, trainer):
+    for name in ("sgd", "lars", "adamw"):
+        patterns = {"exclude_matching_parameters_from_lars": [".bias", ".bn"]}
+        model = SelfSupervisedMethod(small("byol", optimizer_name=name, evaluations=[], **patterns))
+        fit = trainer(limit_train_batches=1)
+        fit.fit(model)
+        adapted, excluded = fit.optimizers[0].param_groups
+        assert (adapted["weight_decay"], excluded["weight_decay"]) == (1e-4, 0)
+        assert all(p.ndim > 1 for p in adapted["params"]) and all(p.ndim == 1 for p in excluded["params"])
+        assert (adapted.get("adapt"), excluded.get("adapt")) == ((True, False) if name == "lars" else (None, None))
+        named = model.parameter_groups()
+        assert "projection_model.net.1.weight" in named[1] and "projection_model.net.0.weight" in named[0]
+
+
+def test_logged_names(small, trainer):
+    expected = {"step_train_loss", "step_pos_cos", "step_neg_cos", "step_projection_std", "T", "m"}
+    contrastive = {"step_train_acc1", "step_train_acc5"}
+    parts = {"loss_invariance", "loss_variance", "loss_covariance"}
+    scores = {"train_class_acc", "valid_class_acc", "valid_knn20_acc", "valid_knn200_acc", "valid_rank_me",
+              "valid_embedding_std"}  # fmt: skip
+    for name, more in (("moco_v2", contrastive), ("byol", set()), ("vicreg", parts)):
+        fit = trainer(limit_val_batches=4)
+        fit.fit(SelfSupervisedMethod(small(name), encoder=TinyEncoder()))
+        assert set(fit.callback_metrics) == expected | more | scores
+
+
+def test_evaluations_are_chosen_and_timed(small, trainer):
+    epochs = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            found = trainer.callback_metrics.pop("valid_rank_me", None)
+            epochs.append(found is not None)
+
+    params = small(evaluations=["rank_me"], evaluate_every_n_epochs=2)
+    fit = trainer(max_epochs=4, callbacks=[Watch()])
+    fit.fit(SelfSupervisedMethod(params, encoder=TinyEncoder()))
+    assert epochs == [False, True, False, True] and "valid_class_acc" not in fit.callback_metrics
+
+
+def test_probe_on_the_training_set(small, trainer):
+    model = SelfSupervisedMethod(small(probe_on_training_set=True, batch_size=500), encoder=TinyEncoder())
+    found = trainer(limit_val_batches=1.0).validate(model, verbose=False)[0]
+    assert found["valid_class_acc_trainset"] > 50 and "valid_class_acc" not in found
+
+
+def test_the_sanity_check_scores_nothing(small, trainer):
+    trainer(num_sanity_val_steps=2, limit_val_batches=0).fit(SelfSupervisedMethod(small(), encoder=TinyEncoder()))
+    fit = trainer(num_sanity_val_steps=1)
+    fit.fit(SelfSupervisedMethod(small(evaluations=["rank_me"]), encoder=TinyEncoder()))
+    assert fit.callback_metrics["valid_rank_me"] > 1
+
+
+def loader(*tensors):
+    return DataLoader(TensorDataset(*tensors), batch_size=8)
+
+
+class Views(torch.utils.data.Dataset):
+    """What a data set with a two-crop transform yields."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return [torch.randn(1, 8, 8), torch.randn(1, 8, 8)], index % 3
+
+
+OWN_LOADERS = {
+    "uint8 images with labels": lambda: loader(torch.randint(256, (16, 1, 8, 8), dtype=torch.uint8), torch.arange(16)),
+    "uint8 images": lambda: DataLoader(torch.randint(256, (16, 1, 8, 8), dtype=torch.uint8), batch_size=8),
+    "stacked views": lambda: loader(torch.randn(16, 2, 1, 8, 8), torch.arange(16)),
+    "list of views with labels": lambda: DataLoader(Views(), batch_size=8),
+    "views without labels": lambda: loader(torch.randn(16, 1, 8, 8), torch.randn(16, 1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_LOADERS)
+def test_a_loader_of_the_users_own_always_works(kind, small, trainer, monkeypatch):
+    """Without any look at `dataset_name`."""
+    monkeypatch.setattr(data, "prepare_data", lambda name: pytest.fail("touched the data set"))
+    fit = trainer(num_sanity_val_steps=2)
+    fit.fit(SelfSupervisedMethod(small("simclr"), encoder=TinyEncoder()), OWN_LOADERS[kind]())
+    assert fit.global_step == 2
+
+
+def test_own_training_and_validation_loaders_and_a_data_module(small, trainer, monkeypatch):
+    monkeypatch.setattr(data, "prepare_data", lambda name: pytest.fail("touched the data set"))
+    train, labels = OWN_LOADERS["stacked views"](), torch.arange(40) % 4
+    valid = loader(torch.randn(40, 1, 8, 8) + labels.view(-1, 1, 1, 1), labels)
+
+    class Module(pl.LightningDataModule):
+        def train_dataloader(self):
+            return train
+
+        def val_dataloader(self):
+            return valid
+
+    for data_of_fit in ({"train_dataloaders": train, "val_dataloaders": valid}, {"datamodule": Module()}):
+        fit = trainer(limit_val_batches=1.0)
+        fit.fit(SelfSupervisedMethod(small(), encoder=TinyEncoder()), **data_of_fit)
+        assert "valid_class_acc" in fit.callback_metrics
+
+
+def test_one_float_view_is_refused_in_words(small, trainer):
+    with pytest.raises(ValueError, match="yields 1 float view of each image, but 2 are needed"):
+        trainer().fit(
+            SelfSupervisedMethod(small(), encoder=TinyEncoder()), loader(torch.randn(16, 1, 8, 8), torch.arange(16))
+        )
+
+
+def test_collapse_is_named_once(small, trainer):
+    class Constant(TinyEncoder):
+        def forward(self, x):
+            return super().forward(x) * 0 + 1
+
+    with pytest.warns(UserWarning, match="collapse: step_projection_std=0.000") as found:
+        trainer(max_epochs=2).fit(SelfSupervisedMethod(small(evaluations=[]), encoder=Constant()))
+    assert len([w for w in found if "collapse" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_no_key_shares_its_batch_statistics_with_its_own_query(devices):
+    """On one process the shuffled keys are encoded in parts; every key comes back to its place."""
+    import ddp
+
+    parts = []
+    keys = ddp.shuffled(lambda x: parts.append(x) or x * 2, torch.arange(12.0).view(12, 1), (1, 2), devices)
+    assert torch.equal(keys, torch.arange(12.0).view(12, 1) * 2)
+    assert len(parts) == devices and {len(part) for part in parts} == {12 // devices}
+    assert not torch.equal(torch.cat(parts), torch.arange(12.0).view(12, 1))
+
+
+def test_shuffled_batch_norm_trains(small, trainer):
+    model = SelfSupervisedMethod(small(shuffle_batch_norm=True, n_virtual_devices=4, evaluations=[]))
+    passes = []
+    model.lagging_projection_model.register_forward_hook(lambda module, inputs, output: passes.append(len(output)))
+    trainer(limit_train_batches=1).fit(model)
+    assert passes == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["moco_v2", "vicreg", "sce"])
+def test_losses_are_float32_under_autocast(name, small, trainer):
+    model = SelfSupervisedMethod(small(name), encoder=TinyEncoder())
+    dtypes = []
+    model.projection_model.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    fit = trainer(precision="bf16-mixed", limit_val_batches=4)
+    fit.fit(model)
+    assert dtypes[0] == torch.bfloat16 and fit.callback_metrics["step_train_loss"].isfinite()
+    assert fit.callback_metrics["valid_class_acc"] > 0
+
+
+def test_checkpoints_of_the_original_load(small, tmp_path):
+    """Its queue is dim x K, its pointer a vector of one, its settings lack our fields."""
+    model = SelfSupervisedMethod(small())
+    state = model.state_dict()
+    state["queue"], state["queue_ptr"] = state.pop("queue.keys").T.clone(), state.pop("queue.position").reshape(1) + 5
+    settings = {k: v for k, v in model.hparams.items() if not k.startswith(("sce_", "transform_c", "evaluat", "seed"))}
+    version = {"pytorch-lightning_version": pl.__version__, "global_step": 10, "epoch": 1}
+    torch.save({"state_dict": state, "hyper_parameters": settings, **version}, tmp_path / "original.ckpt")
+    loaded = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "original.ckpt", weights_only=True)
+    assert torch.equal(loaded.queue.keys, model.queue.keys) and loaded.queue.position == 5
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))

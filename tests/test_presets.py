@@ -1,0 +1,65 @@
+"""Every preset with every normalization: trains, leaves no part out, saves, and comes back the same."""
+
+import pytest
+import torch
+
+from heads import NORMALIZATIONS
+from linear_classifier import LinearClassifierMethod
+from moco import SelfSupervisedMethod
+from model_params import PRESETS
+
+# An untrained network without normalization does map all images to nearly one point.
+pytestmark = pytest.mark.filterwarnings("ignore:collapse")
+
+
+@pytest.mark.parametrize("normalization", [None, *NORMALIZATIONS])
+@pytest.mark.parametrize("name", PRESETS)
+def test_trains_every_part_saves_and_reloads(name, normalization, small, trainer, tmp_path):
+    model = SelfSupervisedMethod(small(name, mlp_normalization=normalization, evaluations=[]))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fit = trainer()
+    losses, without_gradient = [], set()
+    model.on_train_batch_end = lambda outputs, batch, index: losses.append(outputs["loss"])
+    model.on_before_optimizer_step = lambda optimizer: without_gradient.update(
+        name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
+    )
+    fit.fit(model)
+    assert fit.global_step == 2 and torch.stack(losses).isfinite().all()
+    assert not without_gradient
+    for key, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), key
+        if parameter.ndim > 1:
+            assert not torch.equal(parameter, before[key]), f"{key} did not move"
+
+    fit.save_checkpoint(tmp_path / "example.ckpt")
+    checkpoint = torch.load(tmp_path / "example.ckpt", weights_only=True)
+    settings = checkpoint["hyper_parameters"]
+    flat = str | int | float | bool | None | list
+    assert all(isinstance(value, flat) for value in settings.values()) and settings["embedding_dim"] == 1024
+    twin = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "example.ckpt").eval()
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(twin(x), model.eval()(x))
+    for ours, theirs in zip(twin.encode(x), model.encode(x), strict=True):
+        assert torch.equal(ours, theirs)
+    assert LinearClassifierMethod.from_moco_checkpoint(tmp_path / "example.ckpt")(x).shape == (3, 10)
+
+
+@pytest.mark.parametrize("loss_type", ["ce", "bce", "ip", "sce"])
+@pytest.mark.parametrize("negatives", ["queue", "batch", "both"])
+def test_every_loss_with_every_kind_of_negatives(loss_type, negatives, small, trainer):
+    used = {"queue": ("queue",), "batch": ("batch",), "both": ("queue", "batch")}[negatives]
+    sources = {f"use_negative_examples_from_{s}": s in used for s in ("queue", "batch")}
+    model = SelfSupervisedMethod(small(loss_type=loss_type, evaluations=[], **sources))
+    fit = trainer()
+    fit.fit(model)
+    assert fit.callback_metrics["step_train_loss"].isfinite() and "step_train_acc1" in fit.callback_metrics
+
+
+@pytest.mark.parametrize("name", ["byol", "simclr"])
+def test_weight_standardization_and_another_normalization_for_the_predictor(name, small, trainer):
+    fields = {"use_mlp_weight_standardization": True, "mlp_normalization": "gn", "prediction_mlp_normalization": "ln"}
+    model = SelfSupervisedMethod(small(name, **fields, evaluations=[]))
+    trainer().fit(model)
+    kinds = [type(layer).__name__ for layer in model.projection_model.modules()]
+    assert "GroupNorm" in kinds and "LayerNorm" not in kinds
+    assert ("LayerNorm" in [type(layer).__name__ for layer in model.prediction_model.modules()]) == (name == "byol")

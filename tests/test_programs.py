@@ -1,0 +1,105 @@
+"""The programs people run, from their arguments to the files they leave."""
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import demo
+import train
+import train_blog
+from linear_classifier import LinearClassifierMethod
+
+# Lightning resets its progress bar's file handles late; collapse is what some of the blog's configurations show.
+pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore::ResourceWarning")
+
+
+def run(program, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, arguments)])
+    program.main()
+
+
+def is_picture(path):
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(path)
+    return pixels.shape[0] > 200 and len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
+
+
+def test_train_blog_writes_rows_table_and_figure_and_skips_what_is_finished(monkeypatch, tmp_path, capsys):
+    options = ["--quick", "--epochs", 1, "--configs", "base", "xent", "--out", tmp_path / "blog"]
+    run(train_blog, monkeypatch, *options, "--seeds", 0, 1)
+    with (tmp_path / "blog" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["config"], row["seed"]) for row in rows] == [
+        ("base", "0"),
+        ("xent", "0"),
+        ("base", "1"),
+        ("xent", "1"),
+    ]
+    assert all(0 < float(row["accuracy"]) <= 100 for row in rows)
+    steps = np.genfromtxt(tmp_path / "blog" / "base_1" / "metrics.csv", delimiter=",", names=True)
+    logged = steps["step_pos_cos"][~np.isnan(steps["step_pos_cos"])]
+    assert len(logged) == 20 and float(rows[2]["pos_cos"]) == pytest.approx(logged[-1], abs=1e-3)
+    table = (tmp_path / "blog" / "results.md").read_text()
+    mean = np.mean([float(rows[0]["accuracy"]), float(rows[2]["accuracy"])])
+    assert f"| base | {mean:.1f} ± " in table and "57.7" in table and "no_norm" not in table
+    assert is_picture(tmp_path / "blog" / "cosines.png")
+
+    capsys.readouterr()
+    run(train_blog, monkeypatch, *options, "--seeds", 0, 1)
+    assert capsys.readouterr().out.count("finished before") == 4
+    assert len((tmp_path / "blog" / "results.csv").read_text().splitlines()) == 5
+
+
+def test_the_blogs_configurations_differ_as_its_table_says():
+    found = {
+        name: (
+            p.mlp_normalization,
+            p.prediction_mlp_normalization,
+            p.loss_type,
+            p.use_negative_examples_from_queue,
+            p.lr,
+        )
+        for name, p in train_blog.CONFIGS.items()
+    }
+    assert found == {
+        "base": ("bn", "same", "ip", False, 0.8),
+        "proj_only": ("bn", None, "ip", False, 0.8),
+        "pred_only": (None, "bn", "ip", False, 0.8),
+        "no_norm": (None, "same", "ip", False, 0.8),
+        "layer_norm": ("ln", "same", "ip", False, 0.8),
+        "xent": (None, "same", "ce", True, 0.02),
+    }
+
+
+def test_demo_ends_with_a_table_and_a_picture(monkeypatch, capsys):
+    run(demo, monkeypatch, "--epochs", 2, "--linear_epochs", 1)
+    table = (demo.OUT / "results.md").read_text()
+    assert table in capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
+    assert rows == ["linear, 50 labels (%)", "linear, all labels (%)", "kNN, k = 20 (%)", "RankMe"]
+    assert is_picture(demo.OUT / "curves.png") and (demo.OUT / "pretrained.ckpt").exists()
+
+
+def test_train_takes_any_field_and_evaluates_what_it_saved(monkeypatch, tmp_path):
+    fields = {"dataset_name": "digits", "encoder_arch": "shufflenet_v2_x0_5", "max_epochs": 1, "batch_size": 64}
+    fields |= {"transform_crop_scale_min": "[0.5, 0.4]", "lars_warmup_epochs": 0, "mlp_normalization": "bn"}
+    options = [part for name, value in fields.items() for part in (f"--{name}", value)]
+    run(train, monkeypatch, "byol", *options, "--linear_epochs", 1, "--linear_lr", 0.1, "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"random encoder", "trained encoder", "linear classifier"} <= set(results)
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "run" / "pretrained.ckpt")
+    assert linear.params.encoder_arch == "shufflenet_v2_x0_5"
+    settings = torch.load(tmp_path / "run" / "pretrained.ckpt", weights_only=True)["hyper_parameters"]
+    assert settings["transform_crop_scale_min"] == [0.5, 0.4] and settings["lars_warmup_epochs"] == 0
+
+
+@pytest.mark.parametrize("arguments", [["byoll"], ["byol", "--learning_rate", "1"]])
+def test_train_refuses_typos(arguments, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(train, monkeypatch, *arguments)
+    assert arguments[-2 if len(arguments) > 1 else 0] in capsys.readouterr().err

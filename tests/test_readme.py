@@ -1,0 +1,57 @@
+"""Every Python block of the README runs, in order, as a notebook would; on small data and a few batches."""
+
+import re
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+import data
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:collapse", "ignore:the warm-up of 10 epochs")
+def test_python_blocks(monkeypatch, tmp_path):
+    rng = np.random.default_rng(0)
+
+    def read():  # STL-10 in small
+        def arrays(n):
+            return rng.integers(0, 256, (n, 96, 96, 3), dtype=np.uint8), np.arange(n) % 10
+
+        return {"train": arrays(8), "unlabeled": arrays(8), "test": arrays(8)}
+
+    class ShortTrainer(pl.Trainer):
+        def __init__(self, **options):
+            assert options.pop("max_epochs") > 1
+            quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            super().__init__(**{**options, **quiet, "max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1})
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setitem(data.DATASETS, "stl10", attrs.evolve(data.DATASETS["stl10"], read=read))
+    monkeypatch.setattr(pl, "Trainer", ShortTrainer)
+    get_loader = data.get_loader
+    monkeypatch.setattr(
+        data, "get_loader", lambda p, *rest, **kw: get_loader(attrs.evolve(p, batch_size=4), *rest, **kw)
+    )
+    blocks, names = re.findall(r"```python\n(.*?)```", README, re.DOTALL), {}
+    assert len(blocks) == 7
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "example.ckpt").exists() and names["embeddings"].shape == (64, 512)
+    assert (tmp_path / "data" / "stl10" / "train" / "images.npy").exists()
+    assert torch.equal(names["images"], names["my_loader"].dataset.tensors[0])
+
+
+def test_every_file_and_name_that_the_readme_mentions_exists():
+    root = Path(__file__).parents[1]
+    for name in re.findall(r"`((?:tests/|docs/)?\w+\.py)`", README) + re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (root / name).exists(), name
+    from model_params import ModelParams
+
+    fields = {field.name for field in attrs.fields(ModelParams)}
+    for bullet in re.findall(r"^(?:- )?\*\*(\w+)\*\*", README, re.MULTILINE):
+        assert bullet in fields or bullet.startswith("transform_"), bullet
