@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from ws_resnet import WS_RESNETS
+import ws_resnet
 
 if TYPE_CHECKING:
     from model_params import ModelParams
@@ -27,12 +27,12 @@ def check_name(name: str) -> None:
 
         known, name = timm.list_models(), name.removeprefix("timm:")
     else:
-        known = [*TORCHVISION, *WS_RESNETS, OWN_MODULE]
+        known = [*TORCHVISION, *ws_resnet.WS_RESNETS, OWN_MODULE]
     if name.split(".")[0] not in known:  # timm's names may end in the tag of their weights
         near = difflib.get_close_matches(name, known, n=3) or ["resnet18", "resnet50", "vit_b_16"]
         raise ValueError(
             f"encoder_arch={name!r} is unknown: choose a classification model of torchvision, one of "
-            f"{', '.join(WS_RESNETS)}, or timm:NAME. Nearest: {', '.join(near)}"
+            f"{', '.join(ws_resnet.WS_RESNETS)}, or timm:NAME. Nearest: {', '.join(near)}"
         )
 
 
@@ -70,6 +70,7 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
     model = build(p.encoder_arch, None if from_file else p.encoder_weights, p.crop_size)
     encoder, width = without_classifier(model, p.encoder_arch)
     adapt_stem(encoder, p.channels, p.low_resolution)
+    ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
     if from_file:
         load_weights(encoder, file)
     return encoder, width
@@ -77,10 +78,10 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
 
 def build(name: str, weights: str | None, image_size: int) -> nn.Module:
     """A classifier as its library builds it."""
-    if name in WS_RESNETS:
+    if name in ws_resnet.WS_RESNETS:
         if weights is not None:
             raise ValueError(f"encoder_weights={weights!r} is no file, and there are no published weights of {name}")
-        return WS_RESNETS[name]()
+        return ws_resnet.WS_RESNETS[name]()
     kwargs = {}
     if name.startswith("vit_") and weights is None:
         kwargs["image_size"] = image_size  # sets the number of position embeddings

@@ -111,3 +111,20 @@ def test_ws_resnet_is_a_group_normalized_resnet_with_standardized_weights():
     x = torch.randn(2, 3, 40, 40)
     assert torch.allclose(ours(x), theirs(x), atol=1e-4)
     assert [len(list(make().named_parameters())) for make in ws_resnet.WS_RESNETS.values()] == [62, 110, 161, 314, 467]
+
+
+@pytest.mark.parametrize("kernel, padding, stride", [(3, 1, 1), (3, 1, 2), (1, 0, 2), (3, 0, 1), (5, 2, 2), (3, 2, 1)])
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 2), (2, 1), (3, 3), (4, 4), (1, 5)])
+def test_point_convolution_is_the_convolution(kernel, padding, stride, height, width):
+    if min(height, width) + 2 * padding < kernel:
+        return
+    ours = ws_resnet.PointConv2d(4, 6, kernel, stride, padding).double()
+    x = torch.randn(3, 4, height, width, dtype=torch.float64, requires_grad=True)
+    theirs = F.conv2d(x, ours.weight, ours.bias, stride, padding)
+    assert torch.allclose(ours(x), theirs, atol=1e-12) and ours(x).shape == theirs.shape
+    upstream = torch.randn_like(theirs)
+    inputs = (x, ours.weight, ours.bias)
+    for a, b in zip(
+        torch.autograd.grad(ours(x), inputs, upstream), torch.autograd.grad(theirs, inputs, upstream), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-12)
