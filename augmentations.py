@@ -135,6 +135,8 @@ def _view_settings(params: "ModelParams", i: int) -> View:
             if len(value) != params.n_views:
                 raise ValueError(f"transform_{name}={value} has {len(value)} values for {params.n_views} views")
             value = value[i]
+        if not isinstance(value, int | float) and (value is not None or name == "s"):
+            raise ValueError(f"transform_{name}={value!r} must be a number, or a list of {params.n_views}")
         if value is not None and not 0 <= value <= (1 if name != "s" else 5):
             bounds = "at least 0 and at most 1" if name != "s" else "at least 0 and at most 5"
             raise ValueError(f"transform_{name}={value} must be {bounds}")
@@ -177,6 +179,8 @@ def for_training(images: Tensor | list[Tensor], augment: Callable[..., list[Tens
     return images
 
 
-def for_evaluation(images: Tensor, params: "EncoderAndDataParams") -> Tensor:
-    """uint8 images -> normalized; float images as they are."""
+def for_evaluation(images: Tensor | list[Tensor], params: "EncoderAndDataParams") -> Tensor:
+    """uint8 images -> normalized; float images as they are; of several views the first."""
+    images = images if isinstance(images, Tensor) else images[0]
+    images = images[:, 0] if images.dim() == 5 else images
     return evaluation_view(images, params) if images.dtype == torch.uint8 else images

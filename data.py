@@ -7,7 +7,7 @@ Both yield (uint8 images, labels); everything else happens on the device (augmen
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,8 +109,8 @@ DATASETS = {
 # ---- on disk ----
 
 
-def prepare_data(name: str) -> None:
-    """Make sure that the data set is on disk: download and pack it where it is not.
+def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
+    """Make sure that splits of a data set (default: all) are on disk: download and pack them where they are not.
 
     One process does the work while others of the same machine wait at the lock. A split appears under its name only
     when it is complete, so a killed packing leaves nothing that looks like data.
@@ -119,7 +119,7 @@ def prepare_data(name: str) -> None:
         FileNotFoundError: says what was looked for, where, and what to do.
     """
     info, folder = DATASETS[name], data_path() / name
-    splits = sorted({*info.pretraining_splits, *info.train_splits, *info.test_splits})
+    splits = sorted(splits or {*info.pretraining_splits, *info.train_splits, *info.test_splits})
     missing = [folder / split for split in splits if not is_there(folder / split, packed=info.read is not None)]
     if not missing:
         return
@@ -199,7 +199,7 @@ def already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: list[View] | tuple = ()) -> Dataset:
     """uint8 images and labels of some splits, downloaded if need be. `views` are taken here only from sets of files."""
-    prepare_data(params.dataset_name)
+    prepare_data(params.dataset_name, splits)
     folders = [data_path() / params.dataset_name / split for split in splits]
     if params.dataset.read is not None:
         return PackedImages(folders)
@@ -208,9 +208,10 @@ def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: 
 
 
 def get_loader(params: "EncoderAndDataParams", dataset: Dataset, training: bool) -> DataLoader:
-    """Batches of (images, labels): shuffled by (seed, epoch) for training, else in order with nothing dropped.
+    """Batches of (images, labels): shuffled by (seed, epoch) for training, else nothing is dropped.
 
-    Packed sets need no workers: reading a batch is one copy of memory.
+    Packed sets need no workers: reading a batch is one copy of memory. Class folders are shuffled for evaluation too:
+    in their order, the first tenth of ImageNet (`limit_val_batches=0.1`) would be a tenth of the classes.
     """
     packed, drop_last = isinstance(dataset, PackedImages), training and params.drop_last_batch
     sampler_type = EpochSampler if training and not packed else DistributedSampler
@@ -218,7 +219,9 @@ def get_loader(params: "EncoderAndDataParams", dataset: Dataset, training: bool)
     return DataLoader(
         dataset,
         batch_size=params.batch_size,
-        sampler=sampler_type(dataset, **share, shuffle=training, seed=params.seed or 0, drop_last=drop_last),
+        sampler=sampler_type(
+            dataset, **share, shuffle=training or not packed, seed=params.seed or 0, drop_last=drop_last
+        ),
         num_workers=0 if packed else params.num_data_workers,
         collate_fn=already_a_batch if packed else None,
         pin_memory=params.pin_data_memory and torch.cuda.is_available(),
@@ -227,12 +230,20 @@ def get_loader(params: "EncoderAndDataParams", dataset: Dataset, training: bool)
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]:
-    """What a loader may yield -> (images or views, labels or None): images, [images, labels], [view, view, ...],
-    [[view, view, ...], labels]. Labels are known by their one axis."""
-    if isinstance(batch, Tensor):
-        return batch, None
-    *images, last = batch
-    if not isinstance(last, Tensor) or last.dim() != 1:
-        return list(batch), None
-    (images,) = images
-    return images if isinstance(images, Tensor) else list(images), last
+    """What a loader may yield -> (images or list of views, labels or None). Labels are known by their one axis.
+
+    Raises:
+        ValueError: the batch is none of: images; images and labels; two or more views, then labels or none; a list of
+            views, and labels.
+    """
+    parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
+    labels = parts.pop() if len(parts) > 1 and isinstance(parts[-1], Tensor) and parts[-1].dim() == 1 else None
+    if len(parts) == 1 and isinstance(parts[0], list | tuple):
+        parts = list(parts[0])
+    if not parts or not all(isinstance(part, Tensor) and part.dim() > 2 for part in parts):
+        kinds = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        raise ValueError(
+            f"a batch of {type(batch).__name__} with {kinds} was not understood: a loader yields images [N, C, H, W], "
+            "(images, labels), a list of views, or (list of views, labels), with labels [N]"
+        )
+    return parts[0] if len(parts) == 1 else parts, labels

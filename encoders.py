@@ -25,10 +25,10 @@ def check_name(name: str) -> None:
             raise ValueError(f"encoder_arch={name!r} needs the package timm, which is not installed: pip install timm")
         import timm  # optional, and slow to import
 
-        known, name = timm.list_models(), name.removeprefix("timm:")
+        known, name = timm.list_models(), name.removeprefix("timm:").split(".")[0]  # less the tag of weights
     else:
         known = [*TORCHVISION, *ws_resnet.WS_RESNETS, OWN_MODULE]
-    if name.split(".")[0] not in known:  # timm's names may end in the tag of their weights
+    if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or ["resnet18", "resnet50", "vit_b_16"]
         raise ValueError(
             f"encoder_arch={name!r} is unknown: choose a classification model of torchvision, one of "
@@ -58,22 +58,22 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
         )
     image = torch.zeros(1, p.channels, p.crop_size, p.crop_size)
     if own is not None:
-        return own, measured_width(own, image)
+        return own, measured_width(own, image, "the encoder")
+    file = None if p.encoder_weights is None else Path(p.encoder_weights).expanduser()
+    from_file = file is not None and file.is_file()
+    published = None if from_file else p.encoder_weights
     if p.encoder_arch.startswith("timm:"):
         import timm
 
-        name, pretrained = p.encoder_arch.removeprefix("timm:"), p.encoder_weights is not None
-        encoder = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=p.channels)
-        return encoder, measured_width(encoder, image)
-    file = None if p.encoder_weights is None else Path(p.encoder_weights).expanduser()
-    from_file = file is not None and file.is_file()
-    model = build(p.encoder_arch, None if from_file else p.encoder_weights, p.crop_size)
-    encoder, width = without_classifier(model, p.encoder_arch)
-    adapt_stem(encoder, p.channels, p.low_resolution)
-    ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
+        name = p.encoder_arch.removeprefix("timm:")
+        encoder = timm.create_model(name, pretrained=published is not None, num_classes=0, in_chans=p.channels)
+    else:
+        encoder, _ = without_classifier(build(p.encoder_arch, published, p.crop_size), p.encoder_arch)
+        adapt_stem(encoder, p.channels, p.low_resolution)
+        ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
     if from_file:
         load_weights(encoder, file)
-    return encoder, width
+    return encoder, measured_width(encoder, image, f"encoder_arch={p.encoder_arch!r}")
 
 
 def build(name: str, weights: str | None, image_size: int) -> nn.Module:
@@ -128,17 +128,22 @@ def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool) -> None:
         encoder.maxpool = nn.Identity()
 
 
-def measured_width(encoder: nn.Module, image: torch.Tensor) -> int:
+def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
     """E, by encoding one image in eval mode."""
     was_training = encoder.training
-    with torch.no_grad():
-        output = encoder.eval()(image)
-    encoder.train(was_training)
+    try:
+        with torch.no_grad():
+            output = encoder.eval()(image)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        shape = tuple(image.shape)
+        raise ValueError(
+            f"{name} cannot encode images of shape {shape} (transform_crop_size, in_channels): {error}"
+        ) from error
+    finally:
+        encoder.train(was_training)
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise ValueError(
-            f"the encoder must map {tuple(image.shape)} to [N, E], got {shape}: flatten or pool its output"
-        )
+        raise ValueError(f"{name} must map {tuple(image.shape)} to [N, E], got {shape}: flatten or pool its output")
     return output.shape[1]
 
 

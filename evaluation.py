@@ -86,11 +86,13 @@ def evaluate(names: list[str], x: Tensor, y: Tensor | None, train: tuple[Tensor,
     set) they are fitted on that and scored on all of x; the names of their scores then end in "_trainset". Without two
     labelled classes only the evaluations that need no labels are left.
     """
-    scores = {}
+    scores, split = {}, None
+    if y is not None and y.min() >= 0 and len(y) > 1:
+        split = halves(x, y) if train is None else (*train, x, y)
     for name in names:
         if name in LABEL_FREE:
             scores |= EVALUATIONS[name](x)
-        elif y is not None and y.min() >= 0 and len(y.unique()) > 1:
-            found = EVALUATIONS[name](*(halves(x, y) if train is None else (*train, x, y)))
+        elif split is not None and len(split[1].unique()) > 1:
+            found = EVALUATIONS[name](*split)
             scores |= found if train is None else {f"{key}_trainset": value for key, value in found.items()}
     return scores

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from functools import partial
 
-from attrs import field
+from attrs import field, fields
 
 WHOLE = (int, int | None)
 
@@ -42,3 +42,15 @@ def choice(default, choices: Iterable):
 positive = partial(number, above=0)
 non_negative = partial(number, at_least=0)
 fraction = partial(number, at_least=0, at_most=1)
+
+
+def check_types(settings) -> None:
+    """Refuse values of another kind than a field's annotation where nothing else would notice."""
+    for attribute in fields(type(settings)):
+        value, kind = getattr(settings, attribute.name), attribute.type
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(f"{attribute.name}={value!r} must be True or False")
+        if kind in (str, str | None) and not isinstance(value, kind):
+            raise ValueError(f"{attribute.name}={value!r} must be a string")
+        if kind == list[str] and not (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)):
+            raise ValueError(f"{attribute.name}={value!r} must be a list of strings")

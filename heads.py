@@ -34,6 +34,10 @@ class MLP(nn.Module):
         weight_standardization: bool = False,
     ):
         super().__init__()
+        if n_layers == 0 and input_dim != output_dim:
+            raise ValueError(
+                f"a head of 0 layers cannot turn {input_dim} dimensions into dim={output_dim}: set dim={input_dim}"
+            )
         linear = ws_resnet.Linear if weight_standardization else nn.Linear
         layers = []
         for _ in range(n_layers - 1):

@@ -131,5 +131,10 @@ def solarize(x: Tensor, threshold: float) -> Tensor:
 
 
 def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    if x.shape[1] != len(mean):
+        raise ValueError(
+            f"images of {x.shape[1]} channels cannot be normalized with {len(mean)} means: choose a dataset_name of as "
+            "many channels, or let the loader yield float views"
+        )
     statistics = torch.tensor([mean, std], device=x.device).view(2, 1, -1, 1, 1)
     return (x - statistics[0]) / statistics[1]

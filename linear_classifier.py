@@ -77,13 +77,13 @@ class LinearClassifierMethod(pl.LightningModule):
         params = LinearClassifierMethodParams(**params) if isinstance(params, dict) else params
         p = attrs.evolve(params or LinearClassifierMethodParams(), **fields)
         self.params = p = attrs.evolve(p, seed=torch.initial_seed() % 2**32) if p.seed is None else p
-        self.model, width = get_encoder(p, encoder)
-        self.model.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
+            self.model, width = get_encoder(p, encoder)
             self.classifier = nn.Linear(width, p.n_classes or p.dataset.n_classes)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+            nn.init.normal_(self.classifier.weight, std=0.01)
+            nn.init.zeros_(self.classifier.bias)
+        self.model.requires_grad_(False)
         self.save_hyperparameters({**attrs.asdict(p), "embedding_dim": width})
 
         flips = p.dataset.view.flip_probability
@@ -149,7 +149,7 @@ class LinearClassifierMethod(pl.LightningModule):
         images, labels = batch
         logits = self(images).float()
         own = logits.gather(1, labels.unsqueeze(1))
-        rank = (logits > own).sum(1)  # 0: the right class has the highest logit
+        rank = (~(logits < own)).sum(1) - 1  # 0: the right class alone has the highest logit (never so with NaN)
         accuracies = {f"acc{k}": (rank < k).float().mean() * 100 for k in (1, 5)}
         return {"loss": F.cross_entropy(logits, labels), **accuracies}
 

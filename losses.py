@@ -51,8 +51,11 @@ def _without_own_column(products: Tensor) -> Tensor:
 
 
 def _accuracies(sim: Tensor) -> Scalars:
-    """Percent of queries whose own key is the most similar one, or among the five most similar ones."""
-    n_closer = (sim[:, 1:] > sim[:, :1]).sum(1)
+    """Percent of queries whose own key is the most similar one, or among the five most similar ones.
+
+    Equally similar keys count as more similar: where all keys are one point, or NaN, nothing was recognized.
+    """
+    n_closer = (~(sim[:, 1:] < sim[:, :1])).sum(1)
     return {f"step_train_acc{k}": (n_closer < k).float().mean() * 100 for k in (1, 5)}
 
 
@@ -105,13 +108,19 @@ def sce(sim: Tensor, key_sim: Tensor, temperature: float, target_temperature: fl
     return {"loss": loss, **_accuracies(sim)}
 
 
+def _at_least_two(z: Tensor) -> Tensor:
+    if len(z) < 2:
+        raise ValueError("vic and barlow compare the images of a batch, which has only one: set drop_last_batch=True")
+    return z
+
+
 def vicreg(a: Tensor, b: Tensor, invariance: float, variance: float, covariance: float, epsilon: float) -> Scalars:
     """Variance-invariance-covariance regularization (https://arxiv.org/abs/2105.04906, equations 1 to 6).
 
     The variance term is the sum over both views as in equation 6; the authors' code halves it, so their weight of 25
     is 12.5 here. a, b: [N, D], N at least 2, all processes' rows.
     """
-    n, d = a.shape
+    n, d = _at_least_two(a).shape
 
     def spread(z: Tensor) -> tuple[Tensor, Tensor]:
         centered = z - z.mean(0)
@@ -137,7 +146,7 @@ def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
     def standardize(z: Tensor) -> Tensor:
         return (z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt()
 
-    correlation = standardize(a).T @ standardize(b) / len(a)
+    correlation = standardize(_at_least_two(a)).T @ standardize(b) / len(a)
     on_diagonal = (correlation.diagonal() - 1).square().sum()
     off_diagonal = correlation.square().sum() - correlation.diagonal().square().sum()
     parts = {"loss_invariance": on_diagonal, "loss_redundancy": redundancy_weight * off_diagonal}
@@ -153,6 +162,7 @@ def cosines(z: Tensor, k: Tensor) -> Scalars:
     own = (z * k).sum()
     others = z.sum(0) @ k.sum(0) - own  # the sum over all pairs, without a matrix of them
     spread = (1 - z.mean(0).square().sum()).clamp(min=0).sqrt()  # the variances of unit vectors add up to this square
+    spread = spread if n > 1 else torch.full_like(spread, math.nan)
     return {
         "step_pos_cos": own / n,
         "step_neg_cos": others / max(1, n * (n - 1)),

@@ -39,9 +39,8 @@ class SelfSupervisedMethod(pl.LightningModule):
     The loss compares q and k for every (i, j) in `params.pairs`. Without a lagging model, k is z of view j.
 
     Args:
-        params: settings, as ModelParams or dict; default: those of MoCo v2.
+        params: settings, as ModelParams or dict; default: MoCo v2. `fields` change single ones.
         encoder: your own module, [N, C, H, W] -> [N, E], instead of the one that `params.encoder_arch` names.
-        fields: single settings that change `params`.
     """
 
     def __init__(self, params: ModelParams | dict | None = None, *, encoder: nn.Module | None = None, **fields: Any):
@@ -115,7 +114,6 @@ class SelfSupervisedMethod(pl.LightningModule):
                 per_pair.append({**losses.cosines(z, keys[j]), **loss_of(q, keys[j], queue)})
         scalars = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
         loss = scalars.pop("loss") * len(p.pairs) * p.loss_constant_factor  # a sum over pairs, as in BYOL and SimCLR
-
         if self.queue is not None:
             new_keys = torch.cat([keys[j].detach() for j in sorted(key_views)])
             self.queue.push(new_keys if p.gather_keys_for_queue is False else ddp.gather(new_keys))
@@ -145,8 +143,10 @@ class SelfSupervisedMethod(pl.LightningModule):
         else:
             optimizer = torch.optim.AdamW(groups, p.lr, weight_decay=p.weight_decay)
         total = trainer.estimated_stepping_batches
-        steps_per_epoch = min(total, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
-        epochs = p.warmup_epochs if p.warmup_epochs is not None else p.lars_warmup_epochs * (p.optimizer_name == "lars")
+        if total < 1:
+            raise ValueError("the loader has no length: tell the Trainer max_steps, which the schedules need")
+        steps_per_epoch = math.ceil(min(total, trainer.num_training_batches / trainer.accumulate_grad_batches))
+        epochs = p.lars_warmup_epochs * (p.optimizer_name == "lars") if p.warmup_epochs is None else p.warmup_epochs
         if (warmup := epochs * steps_per_epoch) > total:
             rank_zero_warn(f"the warm-up of {epochs} epochs is longer than the training: lr={p.lr} is never reached")
         end = p.final_lr_schedule_value / p.lr  # all rates here are shares of lr
@@ -161,7 +161,7 @@ class SelfSupervisedMethod(pl.LightningModule):
     # ---- data ----
 
     def setup(self, stage: str) -> None:
-        self.trains_on_own_data = stage != "fit"  # while fitting: from the moment that train_dataloader() is asked for
+        self.trains_on_own_data = stage != "fit"  # while fitting: once train_dataloader() was asked for
 
     def train_dataloader(self):
         self.trains_on_own_data, p = True, self.params
@@ -169,8 +169,8 @@ class SelfSupervisedMethod(pl.LightningModule):
         return data.get_loader(p, dataset, training=True)
 
     def val_dataloader(self) -> list:
-        """The test set, and the labelled training set if probes are fitted on that. Nothing while a loader of the
-        user's is being fitted: its images need not have anything to do with `dataset_name`."""
+        """The test set, and the labelled training set if probes are fitted on that. Nothing while fitting a loader of
+        the user's: its images need not have anything to do with `dataset_name`."""
         p = self.params
         splits = [p.dataset.test_splits] + [p.dataset.train_splits] * p.probe_on_training_set
         wanted = splits if self.trains_on_own_data and p.evaluations else []
@@ -180,7 +180,7 @@ class SelfSupervisedMethod(pl.LightningModule):
         return (self.params.seed, self.current_epoch, batch_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
-        """uint8 images become normalized float views, on the device; float views of a loader stay as they are."""
+        """uint8 images become normalized float views, on the device; float views stay as they are."""
         images, labels = data.images_and_labels(batch)
         if not self.trainer.training:
             return augmentations.for_evaluation(images, self.params), labels
@@ -204,23 +204,23 @@ class SelfSupervisedMethod(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         if not self.validation_outputs:
             return
-        loaders = self.trainer.val_dataloaders
+        loaders, names = self.trainer.val_dataloaders, self.params.evaluations
         loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
         sets = []  # (features, labels) of each loader, gathered over processes
         for index, outputs in sorted(self.validation_outputs.items()):
-            h, labels = zip(*outputs, strict=True)
-            size = len(loaders[index].dataset)
-            y = None if labels[0] is None else ddp.gather_evaluated(torch.cat(labels), size).cpu()
-            sets.append((ddp.gather_evaluated(torch.cat(h), size).cpu(), y))
+            size = len(loaders[index].dataset) if ddp.is_distributed() else None
+            parts = zip(*outputs, strict=True)  # features; labels or None
+            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), size).cpu() for p in parts])
         self.validation_outputs.clear()
-
-        names, (x, y), train = self.params.evaluations, sets[0], next(iter(sets[1:]), None)
-        scores = ddp.on_rank_zero(lambda: evaluation.evaluate(names, x, y, train))
-        self.log_dict(scores)
-        self.print(f"epoch {self.current_epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
+        for index, (x, y) in enumerate(sets):
+            scores = ddp.on_rank_zero(lambda x=x, y=y: evaluation.evaluate(names, x, y, train))
+            scores = {name + (f"_{index}" if index else ""): value for name, value in scores.items()}
+            self.log_dict(scores)
+            self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
     def on_train_epoch_end(self) -> None:
-        spread = self.trainer.callback_metrics["step_projection_std"]
+        spread = self.trainer.callback_metrics.get("step_projection_std", 1)
         if spread < COLLAPSED and not self.warned_of_collapse:
             self.warned_of_collapse = True
             rank_zero_warn(

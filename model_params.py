@@ -8,7 +8,7 @@ import augmentations
 import encoders
 from data import DATASETS, DatasetInfo
 from evaluation import EVALUATIONS
-from fields import choice, fraction, non_negative, number, positive
+from fields import check_types, choice, fraction, non_negative, number, positive
 from heads import GROUPS, NORMALIZATIONS
 from image_ops import BLUR_RADIUS
 
@@ -32,7 +32,7 @@ class EncoderAndDataParams:
     dataset_name: str = choice("stl10", DATASETS)
     batch_size: int = positive(256)  # of each process
     transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # None: the data set's
-    seed: int | None = None  # of every random draw; None: that of pl.seed_everything
+    seed: int | None = non_negative(None)  # of every random draw; None: that of pl.seed_everything
 
     # data loader parameters
     num_data_workers: int = non_negative(4)  # decode image files; packed sets need none
@@ -40,11 +40,12 @@ class EncoderAndDataParams:
     pin_data_memory: bool = True
 
     def __attrs_post_init__(self):
+        check_types(self)
         encoders.check_name(self.encoder_arch)
         if self.low_resolution_stem and not encoders.has_low_resolution_stem(self.encoder_arch):
             raise ValueError(
-                f"low_resolution_stem=True does not fit encoder_arch={self.encoder_arch!r}: it is defined for "
-                "torchvision's ResNets and ws_resnets; choose one of them, or low_resolution_stem=None or False"
+                f"low_resolution_stem=True does not fit encoder_arch={self.encoder_arch!r}: it is for torchvision's "
+                "ResNets and ws_resnets; choose one of them, or low_resolution_stem=False"
             )
 
     @property
@@ -102,7 +103,7 @@ class ModelParams(EncoderAndDataParams):
     exclude_matching_parameters_from_lars: list[str] = field(factory=list)  # [".bias", ".bn"]: every bias and norm
     loss_constant_factor: float = positive(1)
 
-    # transform parameters; one value, or a list with one a view
+    # transform parameters: PerView
     transform_s: PerView = 0.5  # strength of the colour jitter
     transform_apply_blur: bool = True
     transform_crop_scale_min: PerView = None
@@ -148,15 +149,15 @@ class ModelParams(EncoderAndDataParams):
         super().__attrs_post_init__()
         if self.use_vicreg_loss and self.loss_type == "ce":  # the default, hence nobody's wish
             object.__setattr__(self, "loss_type", "vic")
-        for is_wrong, message in self._contradictions():
-            if is_wrong:
-                raise ValueError(message)
+        for message in (message for is_wrong, message in self._contradictions() if is_wrong):
+            raise ValueError(message)
         augmentations.view_settings(self)  # refuses lists of the wrong length
 
     def _contradictions(self) -> list[tuple[bool, str]]:
         """(whether the settings contradict each other, how, and the way out)"""
         p = self
         negatives = p.use_negative_examples_from_batch or p.use_negative_examples_from_queue
+        needs_batch = p.loss_type in ("vic", "barlow") or (negatives and not p.use_negative_examples_from_queue)
         one_network = not p.use_lagging_model and p.prediction_mlp_layers == 0
         grouped = "gn" in (p.mlp_normalization, p.prediction_mlp_normalization)
         unknown = sorted(set(p.evaluations) - set(EVALUATIONS))
@@ -177,6 +178,10 @@ class ModelParams(EncoderAndDataParams):
              "shuffle_batch_norm=True shuffles the images of the lagging model: set use_lagging_model=True"),
             (grouped and p.mlp_hidden_dim % GROUPS != 0,
              f"mlp_hidden_dim={p.mlp_hidden_dim} does not fit group norm: choose a multiple of {GROUPS}"),
+            (p.use_eqco_margin and p.loss_type != "ce",
+             f"use_eqco_margin=True is a part of loss_type='ce', not of {p.loss_type!r}: set one or the other"),
+            (p.batch_size == 1 and needs_batch,
+             f"batch_size=1 leaves loss_type={p.loss_type!r} nothing to compare with: choose a larger one, or a queue"),
             (bool(unknown), f"evaluations={unknown} unknown: choose from {', '.join(EVALUATIONS)}"),
         ]
         # fmt: on
@@ -188,7 +193,7 @@ class ModelParams(EncoderAndDataParams):
 
     @property
     def n_views(self) -> int:
-        return 1 + max(max(pair) for pair in self.pairs)
+        return 1 + max(map(max, self.pairs))
 
 
 # ---- the presets: rows of settings, and what differs from another row. PRESETS["byol"](lr=0.3) ----
@@ -197,7 +202,6 @@ class ModelParams(EncoderAndDataParams):
 NORMS_AND_BIASES = [".bias", ".bn"]
 
 MoCoV2Params = ModelParams
-
 # Few negatives that count as many, and no queue: SiMo, the paper's own method.
 EqCoParams = partial(
     ModelParams, use_eqco_margin=True, use_negative_examples_from_batch=True, use_negative_examples_from_queue=False,
@@ -227,7 +231,6 @@ BarlowTwinsParams = partial(
     VICRegParams, loss_type="barlow", loss_constant_factor=0.1, mlp_hidden_dim=2048, dim=2048,
     lr=0.3, weight_decay=1e-6, final_lr_schedule_value=0.0003,
 )
-# Methods beyond the seven that are rows too.
 MoCoV3Params = partial(  # loss_constant_factor is 2 T, as in the paper's code
     EqCoParams, use_eqco_margin=False, loss_constant_factor=0.4, prediction_mlp_layers=2, mlp_normalization="bn",
     use_both_augmentations_as_queries=True, m=0.99, use_momentum_schedule=True, optimizer_name="adamw", lr=1.5e-4,

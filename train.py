@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
         "--linear_epochs", type=int, default=0, help="train LinearClassifierMethod this long afterwards"
     )
     parser.add_argument("--linear_lr", type=float, default=30.0)
-    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--precision", choices=["32-true", "16-mixed", "bf16-mixed"], default="32-true")
     fields = parser.add_argument_group("fields of ModelParams (see model_params.py)")
     for field in attrs.fields(ModelParams):
         fields.add_argument(f"--{field.name}", type=value, default=argparse.SUPPRESS, metavar="VALUE")

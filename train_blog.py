@@ -77,6 +77,10 @@ def finished_runs(results: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def run_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
+    return args.out / f"{args.dataset}_{args.encoder}_{args.epochs}epochs" / f"{name}_{seed}"
+
+
 def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     """One run -> its row."""
     params = evolve(
@@ -88,7 +92,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         max_epochs=args.epochs,
         evaluate_every_n_epochs=args.epochs,  # the post's number is that of the last epoch
     )
-    logs = {"save_dir": args.out, "name": f"{name}_{seed}", "version": ""}
+    logs = {"save_dir": run_folder(name, seed, args), "name": "", "version": ""}
     trainer = pl.Trainer(
         max_epochs=args.epochs,
         callbacks=[RichProgressBar()],
@@ -126,12 +130,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_cosines(rows: list[dict], out: Path, file: Path) -> None:
+def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     names = [name for name in CONFIGS if any(row["config"] == name for row in rows)]
     for color, name in enumerate(names):
         for row in (row for row in rows if row["config"] == name):
-            steps = np.genfromtxt(out / f"{name}_{row['seed']}" / "metrics.csv", delimiter=",", names=True)
+            steps = np.genfromtxt(run_folder(name, row["seed"], args) / "metrics.csv", delimiter=",", names=True)
             there = ~np.isnan(steps["step_pos_cos"])
             for axis, column in zip(axes, ("step_pos_cos", "step_neg_cos"), strict=True):
                 label = name if row["seed"] == min(r["seed"] for r in rows if r["config"] == name) else None
@@ -171,7 +175,7 @@ def main() -> None:
         f"{args.encoder} on {args.dataset}, {args.epochs} epochs, linear probe on half of the test set\n\n{table(rows)}"
     )
     (args.out / "results.md").write_text(markdown)
-    draw_cosines(rows, args.out, args.out / "cosines.png")
+    draw_cosines(rows, args, args.out / "cosines.png")
     print(f"\n{markdown}\n{results}, {args.out / 'results.md'}, {args.out / 'cosines.png'}")
 
 

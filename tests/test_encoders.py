@@ -102,6 +102,11 @@ def test_width_is_checked():
         build("resnet18", embedding_dim=2048)
 
 
+def test_an_encoder_that_cannot_take_the_images_is_refused_when_built():
+    with pytest.raises(ValueError, match=r"encoder_arch='alexnet' cannot encode images of shape \(1, 3, 32, 32\)"):
+        build("alexnet")
+
+
 def test_own_module():
     params = SimpleNamespace(encoder_arch="module", embedding_dim=None, channels=3, crop_size=8)
     own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())

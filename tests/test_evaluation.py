@@ -88,6 +88,14 @@ def test_without_labels_the_label_free_scores_remain(blobs):
     assert set(evaluation.evaluate(names, x, torch.zeros_like(y))) == label_free
 
 
+def test_a_class_of_one_image_stops_nothing():
+    x = torch.randn(12, 3)
+    for rare in range(12):
+        y = torch.zeros(12, dtype=torch.long)
+        y[rare] = 1
+        assert "valid_rank_me" in evaluation.evaluate(list(evaluation.EVALUATIONS), x, y)
+
+
 def test_the_name_says_that_the_training_set_was_used(blobs):
     half = evaluation.halves(*blobs)
     found = evaluation.evaluate(["linear_probe", "rank_me"], *half[2:], train=half[:2])
@@ -102,4 +110,4 @@ def test_a_probe_of_8000_takes_seconds():
     x = torch.randn(8000, 512) + torch.randn(10, 512)[y] * 0.1
     start = time.process_time()
     evaluation.evaluate(["linear_probe", "knn", "rank_me", "embedding_std"], x, y)
-    assert time.process_time() - start < 40  # seconds of CPU, about 5 when nothing else runs
+    assert time.process_time() - start < 20  # seconds of CPU on two cores; 3 to 6 on an idle machine

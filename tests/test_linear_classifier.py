@@ -108,3 +108,14 @@ def test_flips_only_where_images_may_be_mirrored(checkpoint):
     assert LinearClassifierMethod.from_moco_checkpoint(checkpoint[1]).view.flip_probability == 0
     stl = LinearClassifierMethod(encoder_arch="shufflenet_v2_x0_5")
     assert stl.view.flip_probability == 0.5 and stl.view.crop_scale == (0.08, 1.0) and stl.view.crop_size == 96
+
+
+def test_the_seed_decides_the_classifier():
+    weights = [LinearClassifierMethod(encoder_arch="shufflenet_v2_x0_5", seed=s).classifier.weight for s in (3, 3, 4)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_diverged_classifier_recognizes_nothing():
+    linear = LinearClassifierMethod(encoder_arch="shufflenet_v2_x0_5")
+    torch.nn.init.constant_(linear.classifier.weight, float("nan"))
+    assert linear.eval().scores((torch.randn(4, 3, 96, 96), torch.arange(4)))["acc5"] == 0

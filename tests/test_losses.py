@@ -172,6 +172,17 @@ def test_accuracies_count_the_closer_negatives():
     assert losses.cross_entropy(sim, 1.0)["step_train_acc5"] == 0
 
 
+def test_ties_and_nan_recognize_nothing():
+    for value in (1.0, float("nan")):
+        assert losses.cross_entropy(torch.full((3, 9), value), 1.0)["step_train_acc5"] == 0
+
+
+@pytest.mark.parametrize("name", ["vic", "barlow"])
+def test_one_image_is_refused(name):
+    with pytest.raises(ValueError, match="only one: set drop_last_batch=True"):
+        losses.get_loss(ModelParams(loss_type=name))(torch.zeros(1, 4), torch.zeros(1, 4), None)
+
+
 def test_cosines_equal_the_matrix_of_all_pairs():
     z, k = torch.randn(N, D) * 3, torch.randn(N, D)
     matrix = torch.stack([F.cosine_similarity(row, k) for row in z])

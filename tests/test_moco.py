@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import data
+import losses
 import schedules
 from moco import SelfSupervisedMethod, move_towards
 from model_params import ModelParams
@@ -199,6 +200,10 @@ OWN_LOADERS = {
     "uint8 images": lambda: DataLoader(torch.randint(256, (16, 1, 8, 8), dtype=torch.uint8), batch_size=8),
     "stacked views": lambda: loader(torch.randn(16, 2, 1, 8, 8), torch.arange(16)),
     "list of views with labels": lambda: DataLoader(Views(), batch_size=8),
+    "images and views flat with labels": lambda: loader(
+        *(torch.randn(16, 1, 8, 8) for _ in range(2)), torch.arange(16)
+    ),
+    "tensors of images alone": lambda: loader(torch.randint(256, (16, 1, 8, 8), dtype=torch.uint8)),
     "views without labels": lambda: loader(torch.randn(16, 1, 8, 8), torch.randn(16, 1, 8, 8)),
 }
 
@@ -210,6 +215,47 @@ def test_a_loader_of_the_users_own_always_works(kind, small, trainer, monkeypatc
     fit = trainer(num_sanity_val_steps=2)
     fit.fit(SelfSupervisedMethod(small("simclr"), encoder=TinyEncoder()), OWN_LOADERS[kind]())
     assert fit.global_step == 2
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.randn(2, 1, 8, 8), 0
+
+
+def test_a_loader_without_length(small, trainer):
+    fit = trainer(max_epochs=-1, max_steps=3, limit_train_batches=None)
+    fit.fit(SelfSupervisedMethod(small("byol", m=0.9), encoder=TinyEncoder()), DataLoader(Endless(), batch_size=4))
+    assert fit.global_step == 3 and fit.callback_metrics["m"].item() == pytest.approx(schedules.cosine(0.9, 1, 2 / 3))
+    with pytest.raises(ValueError, match="tell the Trainer max_steps"):
+        model = SelfSupervisedMethod(small("byol"), encoder=TinyEncoder())
+        trainer(max_epochs=2, limit_train_batches=None).fit(model, DataLoader(Endless(), batch_size=4))
+
+
+@pytest.mark.parametrize("batch", [{"image": torch.zeros(2, 1, 8, 8)}, [torch.zeros(2, 1, 8, 8), "cat"], []])
+def test_other_batches_are_refused_in_words(batch):
+    with pytest.raises(
+        ValueError, match=r"was not understood: a loader yields images \[N, C, H, W\], \(images, labels\)"
+    ):
+        data.images_and_labels(batch)
+
+
+def test_images_of_other_channels_are_refused_in_words(small, trainer):
+    images = torch.randint(256, (16, 5, 8, 8), dtype=torch.uint8)
+    model = SelfSupervisedMethod(small("simclr", in_channels=5))
+    with pytest.raises(ValueError, match="5 channels cannot be normalized with 1 means"):
+        trainer().fit(model, loader(images))
+
+
+def test_two_validation_loaders_are_scored_one_by_one(small, trainer):
+    labels = torch.arange(40) % 4
+    sets = [loader(torch.randn(40, 1, 8, 8) + shift * labels.view(-1, 1, 1, 1), labels) for shift in (0, 9)]
+    found = {}
+    for result in trainer(limit_val_batches=1.0).validate(
+        SelfSupervisedMethod(small(), encoder=TinyEncoder()), sets, verbose=False
+    ):
+        found |= {name.split("/")[0]: value for name, value in result.items()}
+    assert found["valid_class_acc"] < found["valid_class_acc_1"] and "valid_class_acc_trainset" not in found
 
 
 def test_own_training_and_validation_loaders_and_a_data_module(small, trainer, monkeypatch):
@@ -268,14 +314,24 @@ def test_shuffled_batch_norm_trains(small, trainer):
 
 
 @pytest.mark.parametrize("name", ["moco_v2", "vicreg", "sce"])
-def test_losses_are_float32_under_autocast(name, small, trainer):
+def test_losses_are_float32_under_autocast(name, small, trainer, monkeypatch):
     model = SelfSupervisedMethod(small(name), encoder=TinyEncoder())
-    dtypes = []
+    dtypes, seen, get_loss = [], [], losses.get_loss
     model.projection_model.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+
+    def recorded(params):
+        def loss(*inputs):
+            seen.append((inputs, get_loss(params)(*inputs)["loss"].detach()))
+            return get_loss(params)(*inputs)
+
+        return loss
+
+    monkeypatch.setattr(losses, "get_loss", recorded)
     fit = trainer(precision="bf16-mixed", limit_val_batches=4)
     fit.fit(model)
-    assert dtypes[0] == torch.bfloat16 and fit.callback_metrics["step_train_loss"].isfinite()
-    assert fit.callback_metrics["valid_class_acc"] > 0
+    assert dtypes[0] == torch.bfloat16 and fit.callback_metrics["valid_class_acc"] > 0
+    for inputs, loss in seen:  # equal to the loss outside of autocast, which bfloat16 products are not
+        assert loss.dtype == torch.float32 and torch.equal(loss, get_loss(model.params)(*inputs)["loss"])
 
 
 def test_checkpoints_of_the_original_load(small, tmp_path):

@@ -64,7 +64,9 @@ def test_queue_keeps_the_newest_keys_whatever_the_batch(sizes):
 
 
 def test_mlp_layout_is_the_originals():
-    assert isinstance(MLP(4, 8, 2, 0).net, nn.Identity)
+    assert isinstance(MLP(4, 8, 4, 0).net, nn.Identity)
+    with pytest.raises(ValueError, match="0 layers cannot turn 4 dimensions into dim=2"):
+        MLP(4, 8, 2, 0)
     assert list(MLP(4, 8, 2, 1).state_dict()) == ["net.weight", "net.bias"]
     kinds = [type(layer).__name__ for layer in MLP(4, 32, 2, 3, "bn", weight_standardization=True).net]
     assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear"]
