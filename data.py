@@ -32,7 +32,7 @@ Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images, labels
 
 
 def data_path() -> Path:
-    """Where data sets live: the environment variable DATA_PATH (`~` is expanded), or ./data."""
+    """The environment variable DATA_PATH (`~` is expanded), or ./data."""
     return Path(os.environ.get("DATA_PATH", "data")).expanduser()
 
 
@@ -125,10 +125,8 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
         return
     wanted = f"{name} was looked for in {', '.join(map(str, missing))}"
     if info.read is None:
-        raise FileNotFoundError(
-            f"{wanted}, each with one folder of images per class, and is not there: put it there, "
-            "or set the environment variable DATA_PATH to the folder above."
-        )
+        way_out = "put it there, or set the environment variable DATA_PATH to the folder above."
+        raise FileNotFoundError(f"{wanted}, each with one folder of images per class, and is not there: {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         missing = [path for path in missing if not is_there(path, packed=True)]  # others may have packed it meanwhile
@@ -141,8 +139,9 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
                 f"{wanted} (images.npy and labels.npy), is not there, and could not be downloaded ({error}): connect "
                 "to the internet, or put the arrays there, or set the environment variable DATA_PATH to their folder."
             ) from error
-        for path in missing:
-            pack(path, *arrays[path.name])
+        for split, content in arrays.items():  # all that came, wanted now or not: it was the download that took time
+            if not is_there(folder / split, packed=True):
+                pack(folder / split, *content)
 
 
 def is_there(split: Path, packed: bool) -> bool:

@@ -136,6 +136,29 @@ def draw_curves(metrics: Path, file: Path) -> None:
     plt.close(figure)
 
 
+def pretrain(params: ModelParams, epochs: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores of the random and of the trained encoder; leaves pretrained.ckpt."""
+    torch.manual_seed(0)  # the weights of an encoder of one's own are one's own business
+    model = SelfSupervisedMethod(params, encoder=small_encoder())
+    random = score(model.model, params)
+    print(f"Pretraining a small convolutional network with VICReg on {params.dataset_name}, without labels:")
+    trainer = quiet_trainer(epochs, "pretraining")
+    trainer.fit(model)
+    trainer.save_checkpoint(OUT / "pretrained.ckpt")
+    return random, score(model.model, params)
+
+
+def train_classifier(epochs: int) -> float:
+    """Accuracy of LinearClassifierMethod on the test set."""
+    print("Training LinearClassifierMethod on its frozen encoder:")
+    linear = LinearClassifierMethod.from_moco_checkpoint(
+        OUT / "pretrained.ckpt", encoder=small_encoder(), batch_size=64, lr=1.0, seed=0
+    )
+    trainer = quiet_trainer(epochs, "linear")
+    trainer.fit(linear)
+    return trainer.callback_metrics["valid_acc1"].item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
@@ -143,35 +166,12 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="pytorch_lightning")  # of our deliberately small numbers
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    start = time.time()
+    start, evaluations = time.time(), ["linear_probe", "knn"]
 
-    params = VICRegParams(
-        dataset_name="digits",
-        batch_size=64,
-        lars_eta=0.005,
-        lars_warmup_epochs=2,
-        seed=0,
-        evaluations=["linear_probe", "knn"],
-    )
-    torch.manual_seed(0)
-    model = SelfSupervisedMethod(params, encoder=small_encoder())
-    random = score(model.model, params)
-    print(f"Pretraining a small convolutional network with VICReg on {params.dataset_name}, without labels:")
-    trainer = quiet_trainer(args.epochs, "pretraining")
-    trainer.fit(model)
-    trainer.save_checkpoint(OUT / "pretrained.ckpt")
-    trained = score(model.model, params)
-
-    print("Training LinearClassifierMethod on its frozen encoder:")
-    linear = LinearClassifierMethod.from_moco_checkpoint(
-        OUT / "pretrained.ckpt", encoder=small_encoder(), batch_size=64, lr=1.0, seed=0
-    )
-    stage = quiet_trainer(args.linear_epochs, "linear")
-    stage.fit(linear)
-
-    result = table(random, trained)
-    result += f"\n\nLinearClassifierMethod after {args.linear_epochs} epochs: "
-    result += f"{stage.callback_metrics['valid_acc1'].item():.1f} % of the test set."
+    recipe = {"batch_size": 64, "lars_eta": 0.005, "lars_warmup_epochs": 2, "seed": 0, "evaluations": evaluations}
+    result = table(*pretrain(VICRegParams(dataset_name="digits", **recipe), args.epochs))
+    accuracy = train_classifier(args.linear_epochs)
+    result += f"\n\nLinearClassifierMethod after {args.linear_epochs} epochs: {accuracy:.1f} % of the test set."
     (OUT / "results.md").write_text(result + "\n")
     draw_curves(OUT / "pretraining" / "metrics.csv", OUT / "curves.png")
     print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves: {OUT / 'curves.png'}")

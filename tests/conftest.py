@@ -7,6 +7,8 @@ import torch
 import data
 from model_params import PRESETS
 
+torch.set_num_threads(1)  # the tests' tensors are too small to share, and waiting threads slow others down
+
 SMALL = {
     "dataset_name": "digits",
     "encoder_arch": "shufflenet_v2_x0_5",
