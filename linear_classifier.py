@@ -84,7 +84,7 @@ class LinearClassifierMethod(pl.LightningModule):
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(False)
-        self.save_hyperparameters({**attrs.asdict(p), "embedding_dim": width})
+        self.save_hyperparameters({**attrs.asdict(p), "embedding_dim": width, "encoder_weights": None})
 
         flips = p.dataset.view.flip_probability
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)

@@ -60,9 +60,8 @@ class SelfSupervisedMethod(pl.LightningModule):
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
-        self.save_hyperparameters(
-            {**attrs.asdict(p), "embedding_dim": width}
-        )  # flat: load_from_checkpoint() needs no more
+        # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
+        self.save_hyperparameters({**attrs.asdict(p), "embedding_dim": width, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
         self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's
         self.warned_of_collapse = False
@@ -86,10 +85,9 @@ class SelfSupervisedMethod(pl.LightningModule):
         def slow(x: Tensor) -> Tensor:
             return self.on_sphere(self.lagging_projection_model(self.lagging_model(x)))
 
-        p = self.params
-        return (
-            ddp.shuffled(slow, x, self.step_seed(batch_idx), p.n_virtual_devices) if p.shuffle_batch_norm else slow(x)
-        )
+        if self.params.shuffle_batch_norm:
+            return ddp.shuffled(slow, x, self.step_seed(batch_idx), self.params.n_virtual_devices)
+        return slow(x)
 
     def on_sphere(self, z: Tensor) -> Tensor:
         """Unit length if the method asks for it; float32 from here on, whatever the precision."""
@@ -122,8 +120,9 @@ class SelfSupervisedMethod(pl.LightningModule):
 
     def momentum(self) -> float:
         """The share of itself that the lagging pair keeps at this optimizer step."""
-        m, progress = self.params.m, self.global_step / self.trainer.estimated_stepping_batches
-        return schedules.cosine(m, 1.0, progress) if self.params.use_momentum_schedule else m
+        if not self.params.use_momentum_schedule:
+            return self.params.m
+        return schedules.cosine(self.params.m, 1.0, self.global_step / self.trainer.estimated_stepping_batches)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         m = self.momentum()
@@ -161,7 +160,7 @@ class SelfSupervisedMethod(pl.LightningModule):
     # ---- data ----
 
     def setup(self, stage: str) -> None:
-        self.trains_on_own_data = stage != "fit"  # while fitting: once train_dataloader() was asked for
+        self.trains_on_own_data = stage != "fit"  # while fitting: once train_dataloader() was called
 
     def train_dataloader(self):
         self.trains_on_own_data, p = True, self.params

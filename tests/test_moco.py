@@ -346,3 +346,17 @@ def test_checkpoints_of_the_original_load(small, tmp_path):
     assert torch.equal(loaded.queue.keys, model.queue.keys) and loaded.queue.position == 5
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
+def test_a_checkpoint_does_not_need_the_weights_it_started_from(small, trainer, tmp_path):
+    started = SelfSupervisedMethod(small()).model
+    torch.save(started.state_dict(), tmp_path / "start.pt")
+    model = SelfSupervisedMethod(small(encoder_weights=str(tmp_path / "start.pt"), seed=1, evaluations=[]))
+    for key, value in started.state_dict().items():
+        assert torch.equal(model.model.state_dict()[key], value)
+        assert torch.equal(model.lagging_model.state_dict()[key], value)
+    fit = trainer(limit_train_batches=1)
+    fit.strategy.connect(model)
+    fit.save_checkpoint(tmp_path / "example.ckpt")
+    (tmp_path / "start.pt").unlink()
+    SelfSupervisedMethod.load_from_checkpoint(tmp_path / "example.ckpt")
