@@ -342,7 +342,7 @@ def test_checkpoints_of_the_original_load(small, tmp_path):
     settings = {k: v for k, v in model.hparams.items() if not k.startswith(("sce_", "transform_c", "evaluat", "seed"))}
     version = {"pytorch-lightning_version": pl.__version__, "global_step": 10, "epoch": 1}
     torch.save({"state_dict": state, "hyper_parameters": settings, **version}, tmp_path / "original.ckpt")
-    loaded = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "original.ckpt", weights_only=True)
+    loaded = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "original.ckpt")
     assert torch.equal(loaded.queue.keys, model.queue.keys) and loaded.queue.position == 5
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
