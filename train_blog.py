@@ -89,6 +89,8 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         dataset_name=args.dataset,
         encoder_arch=args.encoder,
         batch_size=64 if args.quick else 256,
+        transform_crop_size=32 if args.quick else None,  # scans of 8 x 8 vanish in a deep encoder
+        lr=CONFIGS[name].lr / (4 if args.quick else 1),  # as the batch
         max_epochs=args.epochs,
         evaluate_every_n_epochs=args.epochs,  # the post's number is that of the last epoch
     )
