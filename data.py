@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,11 +19,13 @@ from filelock import FileLock
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 import ddp
 from augmentations import View
-from image_files import EpochSampler, ImageFiles
+from image_files import ImageFiles
+from loader import Loader, Share
+from optimizers import batch_size
 
 if TYPE_CHECKING:
     from model_params import EncoderAndDataParams
@@ -203,46 +205,30 @@ def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: 
     if params.dataset.read is not None:
         return PackedImages(folders)
     (folder,) = folders
-    return ImageFiles(folder, params.dataset.channels, params.crop_size, list(views), params.seed or 0)
+    skip = params.unreadable_images == "skip"
+    return ImageFiles(folder, params.dataset.channels, params.crop_size, list(views), params.seed or 0, skip)
 
 
-def get_loader(params: "EncoderAndDataParams", dataset: Dataset, training: bool) -> DataLoader:
+def get_loader(params: "EncoderAndDataParams", dataset: Dataset, training: bool, accumulated: int = 1) -> Loader:
     """Batches of (images, labels): shuffled by (seed, epoch) for training, else nothing is dropped.
 
     Packed sets need no workers: reading a batch is one copy of memory. Class folders are shuffled for evaluation too:
     in their order, the first tenth of ImageNet (`limit_val_batches=0.1`) would be a tenth of the classes.
     """
     packed, drop_last = isinstance(dataset, PackedImages), training and params.drop_last_batch
-    sampler_type = EpochSampler if training and not packed else DistributedSampler
-    share = {"num_replicas": ddp.world_size(), "rank": ddp.rank()}
-    return DataLoader(
+    size, processes = batch_size(params, accumulated), ddp.world_size()
+    if drop_last and len(dataset) < size * processes:
+        raise ValueError(
+            f"{len(dataset)} images of {params.dataset_name} are fewer than one batch of {size} on each of {processes} "
+            f"processes: choose batch_size={len(dataset) // processes or 1} or less, or drop_last_batch=False"
+        )
+    shuffle = training or not packed
+    return Loader(
         dataset,
-        batch_size=params.batch_size,
-        sampler=sampler_type(
-            dataset, **share, shuffle=training or not packed, seed=params.seed or 0, drop_last=drop_last
-        ),
+        batch_size=size,
+        sampler=Share(dataset, processes, ddp.rank(), shuffle, seed=params.seed or 0, drop_last=drop_last),
         num_workers=0 if packed else params.num_data_workers,
         collate_fn=already_a_batch if packed else None,
         pin_memory=params.pin_data_memory and torch.cuda.is_available(),
         drop_last=drop_last,
     )
-
-
-def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]:
-    """What a loader may yield -> (images or list of views, labels or None). Labels are known by their one axis.
-
-    Raises:
-        ValueError: the batch is none of: images; images and labels; two or more views, then labels or none; a list of
-            views, and labels.
-    """
-    parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
-    labels = parts.pop() if len(parts) > 1 and isinstance(parts[-1], Tensor) and parts[-1].dim() == 1 else None
-    if len(parts) == 1 and isinstance(parts[0], list | tuple):
-        parts = list(parts[0])
-    if not parts or not all(isinstance(part, Tensor) and part.dim() > 2 for part in parts):
-        kinds = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-        raise ValueError(
-            f"a batch of {type(batch).__name__} with {kinds} was not understood: a loader yields images [N, C, H, W], "
-            "(images, labels), a list of views, or (list of views, labels), with labels [N]"
-        )
-    return parts[0] if len(parts) == 1 else parts, labels

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
 Result = TypeVar("Result")
 
@@ -52,23 +53,26 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x) if is_distributed() else x
 
 
-def gather_evaluated(x: Tensor, total: int | None) -> Tensor:
-    """The rows of a sequentially sampled set, in the order of the set, each once.
+def gather_evaluated(x: Tensor, loader: DataLoader) -> Tensor:
+    """x [n, ...], results for the samples that `loader` dealt to this process -> those for all samples, each once.
 
-    `DistributedSampler` deals image i to process i mod W and repeats the first images until all have equally many:
-    interleaving the shares restores the order, cutting at `total` (the size of the set) drops the repeated ones.
+    `DistributedSampler` deals sample i to process i mod W and repeats the first ones until all have equally many:
+    interleaving the shares restores the order, cutting at the size of the set drops the repeated ones. Any other
+    sampler gives every process all samples, so that there is nothing to gather.
     """
-    if not is_distributed():
+    if not is_distributed() or not isinstance(getattr(loader, "sampler", None), DistributedSampler):
         return x
     with torch.no_grad():
-        return gather(x).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[:total]
+        in_order = gather(x).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)
+    return in_order[: len(loader.dataset)]
 
 
 def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...], n_virtual_devices: int) -> Tensor:
     """encode(x), but every image shares its batch statistics with randomly chosen others (MoCo's shuffled batch norm).
 
-    On W processes the images are dealt out anew over the processes. On one process the shuffled batch is encoded in
-    `n_virtual_devices` separate parts, which is the same thing. Source: MoCo (https://arxiv.org/abs/1911.05722), 3.3.
+    On W processes every process shuffles its images and deals them out evenly, so that of the N images which share
+    their statistics no more than N / W (rounded up) also shared them as queries. On one process the shuffled batch is
+    encoded in `n_virtual_devices` separate parts. Source: MoCo (https://arxiv.org/abs/1911.05722), section 3.3.
 
     Args:
         encode: [n, ...] -> [n, D]; called without gradient by the caller.
@@ -76,7 +80,9 @@ def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...
         seed: the same on every process, so that all draw the same permutation.
     """
     images = gather(x)
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images))).to(x.device)
+    of_each = np.arange(len(images)).reshape(world_size(), -1)
+    order = np.random.default_rng(seed).permuted(of_each, axis=1).T.ravel()  # one of each process, again and again
+    order = torch.from_numpy(order).to(x.device)
     if is_distributed():
         keys = gather(encode(images[order.chunk(world_size())[rank()]]))
     else:
@@ -85,6 +91,11 @@ def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...
     restored = torch.empty_like(keys)
     restored[order] = keys
     return restored.chunk(world_size())[rank()]
+
+
+def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether the flag is set on any process: the same answer on all of them."""
+    return bool(gather(torch.tensor([flag], device=device)).any())
 
 
 def on_rank_zero(compute: Callable[[], Result]) -> Result:

@@ -16,12 +16,17 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 import augmentations
+import checkpoints
 import data
 import ddp
-import schedules
-from encoders import OWN_MODULE, get_encoder
+import optimizers
+from encoders import get_encoder
 from fields import fraction, non_negative, positive
-from model_params import EncoderAndDataParams
+from loader import images_and_labels
+from shared_params import EncoderAndDataParams, resolve
+from watch import Watch
+
+SCORES = ("loss", "acc1", "acc5")
 
 LINEAR_VIEW = augmentations.View(
     crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
@@ -36,6 +41,7 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
     "transform_crop_size",
     "num_data_workers",
     "pin_data_memory",
+    "unreadable_images",
 )
 
 
@@ -72,11 +78,7 @@ class LinearClassifierMethod(pl.LightningModule):
         **fields: Any,
     ):
         super().__init__()
-        if encoder is not None:
-            fields["encoder_arch"] = OWN_MODULE
-        params = LinearClassifierMethodParams(**params) if isinstance(params, dict) else params
-        p = attrs.evolve(params or LinearClassifierMethodParams(), **fields)
-        self.params = p = attrs.evolve(p, seed=torch.initial_seed() % 2**32) if p.seed is None else p
+        self.params = p = resolve(LinearClassifierMethodParams, params, encoder, fields)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
@@ -90,6 +92,7 @@ class LinearClassifierMethod(pl.LightningModule):
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
         if not flips:  # as with scans of digits, where a small crop would cut off what tells the classes apart
             self.view = attrs.evolve(self.view, crop_scale=p.dataset.view.crop_scale)
+        self.validation_scores: list[Tensor] = []
         self.augment = partial(augmentations.augment, views=[self.view], mean=p.dataset.mean, std=p.dataset.std)
 
     @classmethod
@@ -106,7 +109,7 @@ class LinearClassifierMethod(pl.LightningModule):
         Raises:
             ValueError: the checkpoint does not hold exactly the parameters of the encoder; says which differ.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = checkpoints.read(path)
         settings = {k: v for k, v in checkpoint["hyper_parameters"].items() if k in FROM_PRETRAINING}
         method = cls(LinearClassifierMethodParams(**{**settings, **overrides}), encoder=encoder)
         state = {
@@ -136,34 +139,46 @@ class LinearClassifierMethod(pl.LightningModule):
         self.train()  # Lightning takes modules in the mode in which it finds them
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        scores = self.scores(batch)
-        self.log_dict({f"step_train_{name}": value for name, value in scores.items()})
-        return scores["loss"]
+        means = self.scores(batch).mean(0)
+        self.log_dict({f"step_train_{name}": value for name, value in zip(SCORES, means.detach(), strict=True)})
+        return means[0]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        scores = {f"valid_{name}": value for name, value in self.scores(batch).items()}
-        self.log_dict(scores, batch_size=len(batch[1]), sync_dist=True, prog_bar=True)
+        self.validation_scores.append(self.scores(batch))
 
-    def scores(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Cross entropy, and top-1 and top-5 accuracy in percent."""
+    def on_validation_epoch_end(self) -> None:
+        """Means over the whole set, each image once, however many processes there are."""
+        scores = ddp.gather_evaluated(torch.cat(self.validation_scores), self.trainer.val_dataloaders)
+        self.validation_scores.clear()
+        means = {f"valid_{name}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
+        self.log_dict(means, prog_bar=True, sync_dist=True)
+
+    def scores(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Of each image: cross entropy, and 100 where its class is the first, or among the first five: [N, 3]."""
         images, labels = batch
         logits = self(images).float()
         own = logits.gather(1, labels.unsqueeze(1))
         rank = (~(logits < own)).sum(1) - 1  # 0: the right class alone has the highest logit (never so with NaN)
-        accuracies = {f"acc{k}": (rank < k).float().mean() * 100 for k in (1, 5)}
-        return {"loss": F.cross_entropy(logits, labels), **accuracies}
+        accuracies = [100.0 * (rank < k) for k in (1, 5)]
+        return torch.stack([F.cross_entropy(logits, labels, reduction="none"), *accuracies], dim=1)
 
     def configure_optimizers(self) -> dict:
-        p, total = self.params, self.trainer.estimated_stepping_batches
-        optimizer = torch.optim.SGD(self.classifier.parameters(), p.lr, p.momentum, weight_decay=p.weight_decay)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: schedules.steps_down(step / total, milestones=(0.6, 0.8), factor=0.1)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        self.plan = optimizers.get_plan(self.params, self.trainer)
+        return optimizers.for_linear_stage(self.params, self.plan, self.classifier)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [Watch()]
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "LinearClassifierMethod":
+        """Lightning's; a damaged file, or one that would run code, is refused in words."""
+        checkpoints.read(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def train_dataloader(self):
         dataset = data.get_dataset(self.params, self.params.dataset.train_splits, [self.view])
-        return data.get_loader(self.params, dataset, training=True)
+        accumulated = self.trainer.accumulate_grad_batches
+        return data.get_loader(self.params, dataset, training=True, accumulated=accumulated)
 
     def val_dataloader(self):
         return data.get_loader(
@@ -172,7 +187,7 @@ class LinearClassifierMethod(pl.LightningModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """uint8 images become normalized floats, on the device; float images of a loader stay as they are."""
-        images, labels = data.images_and_labels(batch)
+        images, labels = images_and_labels(batch)
         if not self.trainer.training:
             return augmentations.for_evaluation(images, self.params), labels
         batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer

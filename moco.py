@@ -4,30 +4,31 @@ Shapes: N images on this process, C channels, E width of the encoder, D = params
 """
 
 import copy
-import functools
-import math
+from pathlib import Path
 from typing import Any
 
 import attrs
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 import augmentations
+import checkpoints
 import data
 import ddp
 import evaluation
 import losses
+import optimizers
 import schedules
-from encoders import OWN_MODULE, get_encoder
+from encoders import get_encoder
 from heads import MLP
 from key_queue import KeyQueue
-from lars import LARS, parameter_groups
+from lars import parameter_groups
+from loader import images_and_labels
 from model_params import ModelParams
-
-COLLAPSED = 0.05  # step_projection_std below which all projections are nearly one point
+from shared_params import resolve
+from watch import Watch
 
 
 class SelfSupervisedMethod(pl.LightningModule):
@@ -45,11 +46,7 @@ class SelfSupervisedMethod(pl.LightningModule):
 
     def __init__(self, params: ModelParams | dict | None = None, *, encoder: nn.Module | None = None, **fields: Any):
         super().__init__()
-        if encoder is not None:
-            fields["encoder_arch"] = OWN_MODULE
-        params = ModelParams(**params) if isinstance(params, dict) else params or ModelParams()
-        p = attrs.evolve(params, **fields)
-        self.params = p = p if p.seed is not None else attrs.evolve(p, seed=torch.initial_seed() % 2**32)
+        self.params = p = resolve(ModelParams, params, encoder, fields)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
@@ -64,7 +61,6 @@ class SelfSupervisedMethod(pl.LightningModule):
         self.save_hyperparameters({**attrs.asdict(p), "embedding_dim": width, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
         self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's
-        self.warned_of_collapse = False
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
     # ---- the method ----
@@ -113,8 +109,8 @@ class SelfSupervisedMethod(pl.LightningModule):
         scalars = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
         loss = scalars.pop("loss") * len(p.pairs) * p.loss_constant_factor  # a sum over pairs, as in BYOL and SimCLR
         if self.queue is not None:
-            new_keys = torch.cat([keys[j].detach() for j in sorted(key_views)])
-            self.queue.push(new_keys if p.gather_keys_for_queue is False else ddp.gather(new_keys))
+            new_keys = [keys[j].detach() for j in sorted(key_views)]  # gathered view by view: in one process's order
+            self.queue.push(torch.cat([k if p.gather_keys_for_queue is False else ddp.gather(k) for k in new_keys]))
         self.log_dict({"step_train_loss": loss.detach(), **scalars, "m": self.momentum(), "T": p.T})
         return loss
 
@@ -132,26 +128,8 @@ class SelfSupervisedMethod(pl.LightningModule):
             move_towards(self.lagging_projection_model, self.projection_model, 1 - m)
 
     def configure_optimizers(self) -> dict:
-        p, trainer, (adapted, excluded) = self.params, self.trainer, self.parameter_groups()
-        groups = [{"params": list(adapted.values())}, {"params": list(excluded.values()), "weight_decay": 0.0}]
-        if p.optimizer_name == "lars":
-            groups[1]["adapt"] = False
-            optimizer = LARS(groups, p.lr, p.momentum, p.weight_decay, p.lars_eta)
-        elif p.optimizer_name == "sgd":
-            optimizer = torch.optim.SGD(groups, p.lr, p.momentum, weight_decay=p.weight_decay)
-        else:
-            optimizer = torch.optim.AdamW(groups, p.lr, weight_decay=p.weight_decay)
-        total = trainer.estimated_stepping_batches
-        if total < 1:
-            raise ValueError("the loader has no length: tell the Trainer max_steps, which the schedules need")
-        steps_per_epoch = math.ceil(min(total, trainer.num_training_batches / trainer.accumulate_grad_batches))
-        epochs = p.lars_warmup_epochs * (p.optimizer_name == "lars") if p.warmup_epochs is None else p.warmup_epochs
-        if (warmup := epochs * steps_per_epoch) > total:
-            rank_zero_warn(f"the warm-up of {epochs} epochs is longer than the training: lr={p.lr} is never reached")
-        end = p.final_lr_schedule_value / p.lr  # all rates here are shares of lr
-        rate = functools.partial(schedules.warmup_cosine, total_steps=total, warmup_steps=warmup, peak=1.0, end=end)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        self.plan = optimizers.get_plan(self.params, self.trainer, optimizers.warmup_epochs(self.params))
+        return optimizers.for_pretraining(self.params, self.plan, *self.parameter_groups())
 
     def parameter_groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """Trainable parameters by name: (decayed and, with LARS, adapted; excluded from both)."""
@@ -165,7 +143,7 @@ class SelfSupervisedMethod(pl.LightningModule):
     def train_dataloader(self):
         self.trains_on_own_data, p = True, self.params
         dataset = data.get_dataset(p, p.dataset.pretraining_splits, augmentations.view_settings(p))
-        return data.get_loader(p, dataset, training=True)
+        return data.get_loader(p, dataset, training=True, accumulated=self.trainer.accumulate_grad_batches)
 
     def val_dataloader(self) -> list:
         """The test set, and the labelled training set if probes are fitted on that. Nothing while fitting a loader of
@@ -176,11 +154,18 @@ class SelfSupervisedMethod(pl.LightningModule):
         return [data.get_loader(p, data.get_dataset(p, split), training=False) for split in wanted]
 
     def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
+        """Of what all processes draw alike at this batch; with the rank after it, of what each draws for itself."""
         return (self.params.seed, self.current_epoch, batch_idx)
+
+    def on_train_epoch_start(self) -> None:
+        seed_torch((self.params.seed, self.current_epoch))  # for the order of a loader of the user's
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        seed_torch((*self.step_seed(batch_idx), ddp.rank()))  # for dropout and the like within encoders
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
         """uint8 images become normalized float views, on the device; float views stay as they are."""
-        images, labels = data.images_and_labels(batch)
+        images, labels = images_and_labels(batch)
         if not self.trainer.training:
             return augmentations.for_evaluation(images, self.params), labels
         batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
@@ -207,9 +192,8 @@ class SelfSupervisedMethod(pl.LightningModule):
         loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
         sets = []  # (features, labels) of each loader, gathered over processes
         for index, outputs in sorted(self.validation_outputs.items()):
-            size = len(loaders[index].dataset) if ddp.is_distributed() else None
-            parts = zip(*outputs, strict=True)  # features; labels or None
-            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), size).cpu() for p in parts])
+            parts, loader = zip(*outputs, strict=True), loaders[index]  # features; labels or None
+            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader).cpu() for p in parts])
         self.validation_outputs.clear()
         train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
         for index, (x, y) in enumerate(sets):
@@ -218,16 +202,16 @@ class SelfSupervisedMethod(pl.LightningModule):
             self.log_dict(scores)
             self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
-    def on_train_epoch_end(self) -> None:
-        spread = self.trainer.callback_metrics.get("step_projection_std", 1)
-        if spread < COLLAPSED and not self.warned_of_collapse:
-            self.warned_of_collapse = True
-            rank_zero_warn(
-                f"collapse: step_projection_std={spread:.3f} (1 is healthy, 0 a single point): all images get nearly "
-                "the same projection. Check normalization, negatives, predictor and learning rate"
-            )
-
     # ---- checkpoints ----
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "SelfSupervisedMethod":
+        """Lightning's; a damaged file, or one that would run code, is refused in words."""
+        checkpoints.read(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [Watch()]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """The original kept the queue as dim x K in `queue`, and the position in `queue_ptr`."""
@@ -235,6 +219,10 @@ class SelfSupervisedMethod(pl.LightningModule):
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())
+
+
+def seed_torch(seed: tuple[int, ...]) -> None:
+    torch.manual_seed(int(augmentations.generator(seed).integers(2**63)))
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

@@ -5,66 +5,14 @@ from functools import partial
 from attrs import field, frozen
 
 import augmentations
-import encoders
-from data import DATASETS, DatasetInfo
 from evaluation import EVALUATIONS
-from fields import check_types, choice, fraction, non_negative, number, positive
+from fields import choice, fraction, non_negative, positive
 from heads import GROUPS, NORMALIZATIONS
-from image_ops import BLUR_RADIUS
+from shared_params import EncoderAndDataParams
 
 LOSSES = ("ce", "bce", "ip", "sce", "vic", "barlow")
 NEED_NEGATIVES = ("ce", "sce")
 PerView = float | list[float] | None  # one number for every view, or a list with one a view; None: the data set's
-
-
-@frozen(kw_only=True)
-class EncoderAndDataParams:
-    """What pretraining and the linear stage share."""
-
-    # encoder model selection
-    encoder_arch: str = "resnet18"  # a torchvision model, ws_resnet18...152, timm:NAME, or "module": your own
-    embedding_dim: int | None = None  # inferred; checked if given
-    encoder_weights: str | None = None  # to start from: torchvision's name ("DEFAULT", ...), or a file
-    low_resolution_stem: bool | None = None  # 3 x 3 stem without pooling; None: for ResNets on 32 pixels or fewer
-    in_channels: int | None = positive(None)  # None: the data set's
-
-    # data-related parameters
-    dataset_name: str = choice("stl10", DATASETS)
-    batch_size: int = positive(256)  # of each process
-    transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # None: the data set's
-    seed: int | None = non_negative(None)  # of every random draw; None: that of pl.seed_everything
-
-    # data loader parameters
-    num_data_workers: int = non_negative(4)  # decode image files; packed sets need none
-    drop_last_batch: bool = True  # in training only
-    pin_data_memory: bool = True
-
-    def __attrs_post_init__(self):
-        check_types(self)
-        encoders.check_name(self.encoder_arch)
-        if self.low_resolution_stem and not encoders.has_low_resolution_stem(self.encoder_arch):
-            raise ValueError(
-                f"low_resolution_stem=True does not fit encoder_arch={self.encoder_arch!r}: it is for torchvision's "
-                "ResNets and ws_resnets; choose one of them, or low_resolution_stem=False"
-            )
-
-    @property
-    def dataset(self) -> DatasetInfo:
-        return DATASETS[self.dataset_name]
-
-    @property
-    def crop_size(self) -> int:
-        return self.transform_crop_size or self.dataset.crop_size
-
-    @property
-    def channels(self) -> int:
-        return self.in_channels or self.dataset.channels
-
-    @property
-    def low_resolution(self) -> bool:
-        if self.low_resolution_stem is None:
-            return encoders.has_low_resolution_stem(self.encoder_arch) and self.crop_size <= 32
-        return self.low_resolution_stem
 
 
 @frozen(kw_only=True)

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 import data
 from augmentations import View
+from loader import images_and_labels
 from model_params import ModelParams
 
 ROOT = Path(__file__).parents[1]
@@ -229,7 +230,7 @@ def test_files_are_evaluated_on_the_central_square(folders):
 
 def test_what_loaders_may_yield():
     x, y = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.long)
-    assert data.images_and_labels(x) == (x, None)
-    assert data.images_and_labels([x, y]) == (x, y)
-    assert data.images_and_labels([[x, x], y]) == ([x, x], y)
-    assert data.images_and_labels([x, x]) == ([x, x], None)
+    assert images_and_labels(x) == (x, None)
+    assert images_and_labels([x, y]) == (x, y)
+    assert images_and_labels([[x, x], y]) == ([x, x], y)
+    assert images_and_labels([x, x]) == ([x, x], None)

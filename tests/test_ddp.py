@@ -1,133 +1,208 @@
-"""Two real processes (gloo, CPU): what they compute together equals one process with the joined batch."""
+"""Several real processes (gloo, CPU): what they compute together equals one process with the joined batch."""
 
-import os
-import socket
-import traceback
-from pathlib import Path
-
+import numpy as np
+import processes
 import pytest
+import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-import torch.nn.functional as F
+from torch import nn
 
 import ddp
-import losses
-from model_params import PRESETS, ModelParams
+from linear_classifier import LinearClassifierMethod
+from moco import SelfSupervisedMethod
+from model_params import PRESETS
 
-WORLD, N, D = 2, 6, 8
+WORLDS, IMAGES, STEPS = (2, 4), 16, 5  # images of the joined batch
+BATCH = {"use_negative_examples_from_batch": True}
+BOTH_VIEWS = {"use_both_augmentations_as_queries": True}
 CASES = {
     **{name: {"preset": name} for name in PRESETS},
-    "queue and batch": {"use_negative_examples_from_batch": True},
-    "eqco with the queue": {"use_eqco_margin": True},
-    "bce": {"loss_type": "bce", "use_negative_examples_from_batch": True},
-    "ip": {"loss_type": "ip", "use_negative_examples_from_batch": True},
+    "ce, batch": {**BATCH, "use_negative_examples_from_queue": False},
+    "ce, queue and batch": BATCH,
+    "ce, queue, both views": BOTH_VIEWS,
+    "eqco, queue": {"use_eqco_margin": True},
+    "bce, queue": {"loss_type": "bce"},
+    "bce, batch": {"loss_type": "bce", **BATCH, "use_negative_examples_from_queue": False},
+    "ip, queue and batch": {"loss_type": "ip", **BATCH},
+    "sce, batch": {"preset": "sce", "use_negative_examples_from_queue": False},
+    "shuffled": {"shuffle_batch_norm": True},
+    "lars": {"optimizer_name": "lars", "exclude_matching_parameters_from_lars": [".bias", ".bn"], "lars_eta": 0.02},
 }
+SMALL = {"dataset_name": "digits", "K": 24, "dim": 6, "mlp_hidden_dim": 12, "warmup_epochs": 0, "seed": 0, "lr": 0.05}
 
 
-def params_of(preset: str = "moco_v2", **fields) -> ModelParams:
-    return PRESETS[preset](**{"encoder_arch": "shufflenet_v2_x0_5", "K": 16, "dim": D, **fields})
+def encoder() -> nn.Module:
+    """Its normalization does not look across the batch, as that of the heads."""
+    layers = nn.Conv2d(1, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10)
+    return nn.Sequential(*layers, nn.LayerNorm(10))
 
 
-def loss_and_gradient(case: str, part: slice) -> tuple[float, torch.Tensor]:
-    """The loss of a linear network on some rows of one fixed batch, and the gradient of its weights."""
+class Gradients(pl.Callback):
+    def __init__(self):
+        self.found = None
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if self.found is None:  # a head of no layers has none
+            self.found = {n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad}
+            self.loss = trainer.callback_metrics["step_train_loss"].clone()
+
+
+def trainer(world: int, **options) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    several = {"strategy": "ddp", "devices": world} if world > 1 else {}
+    return pl.Trainer(accelerator="cpu", enable_model_summary=False, max_epochs=1, **{**quiet, **several, **options})
+
+
+class Batches:
+    """A loader of fixed batches (a list would be taken for a list of loaders)."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def train_every_case(rank: int, world: int) -> dict:
+    """Of every case: loss and gradients of the first step, and what there is after the last one."""
     g = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(WORLD * N, 5, generator=g) for _ in range(2))
-    queue = F.normalize(torch.randn(16, D, generator=g), dim=1)
-    weight = torch.randn(5, D, generator=g).requires_grad_()
-    p = params_of(**CASES[case])
-    q, k = (F.normalize(z, dim=1) if p.use_unit_sphere_projection else z for z in (x[part] @ weight, y[part] @ weight))
-    k = k.detach() if p.use_lagging_model or p.stop_gradient_of_keys else k
-    total = sum(
-        losses.get_loss(p)(*pair, queue)["loss"] for pair in ([(q, k), (k, q)] if len(p.pairs) == 2 else [(q, k)])
-    )
-    return total.item(), torch.autograd.grad(total, weight)[0]
-
-
-def on_each_process(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        found = {case: loss_and_gradient(case, slice(rank * N, (rank + 1) * N)) for case in CASES}
-        own = torch.arange(3.0) + 10 * rank
-        found["gathered"] = ddp.gather(own)
-        found["evaluated"] = ddp.gather_evaluated(torch.tensor([[0, 2, 4], [1, 3, 0]])[rank], total=5)
-        found["from rank zero"] = ddp.on_rank_zero(lambda: {"score": 5.0 + rank})
-        images = torch.arange(N).float().unsqueeze(1) + N * rank
-        seen = []
-        found["shuffled"] = ddp.shuffled(lambda x: seen.append(x) or x * 2, images, (3, 1), n_virtual_devices=8)
-        found["seen"] = seen[0]
-    except Exception:
-        found = {"error": traceback.format_exc()}
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(on_each_process, args=(port, str(folder)), nprocs=WORLD)
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
-    assert not any("error" in process for process in found), found
+    share = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
+    views = [[torch.randn(IMAGES, 1, 8, 8, generator=g)[share] for _ in range(2)] for _ in range(STEPS)]
+    found = {}
+    for case, fields in CASES.items():
+        preset = PRESETS[fields.get("preset", "moco_v2")]
+        fields = {name: value for name, value in fields.items() if name != "preset"}
+        params = preset(**{**SMALL, "mlp_normalization": "ln", "evaluations": [], **fields})
+        torch.manual_seed(1)
+        model, gradients = SelfSupervisedMethod(params, encoder=encoder()), Gradients()
+        trainer(world, callbacks=[gradients]).fit(model, Batches(views))
+        found[case] = {"loss": gradients.loss, "gradients": gradients.found, "state": model.state_dict()}
     return found
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return processes.run(train_every_case, 1, tmp_path_factory.mktemp("one"), 1)[0]
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def together(request, tmp_path_factory):
+    return processes.run(train_every_case, request.param, tmp_path_factory.mktemp("several"), request.param)
+
+
+def assert_close(found: dict, expected: dict) -> None:
+    """To 1e-5 of the largest value (some gradients are zero but for rounding: of biases before a mean is taken off)."""
+    assert found.keys() == expected.keys()
+    largest = max(value.abs().max().item() for name, value in expected.items() if name != "queue.position")
+    for name, value in expected.items():
+        assert torch.allclose(found[name].double(), value.double(), rtol=1e-5, atol=1e-5 * largest), name
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradient_equal_one_process_on_the_joined_batch(case, processes):
+def test_training_equals_one_process_on_the_joined_batch(case, together, alone):
     """DDP averages gradients over processes; a loss of each process's own queries averages likewise."""
-    loss, gradient = loss_and_gradient(case, slice(0, WORLD * N))
-    assert torch.tensor([process[case][0] for process in processes]).mean().item() == pytest.approx(loss, rel=1e-5)
-    averaged = torch.stack([process[case][1] for process in processes]).mean(0)
-    assert torch.allclose(averaged, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+    expected = alone[case]
+    average = torch.stack([process[case]["loss"] for process in together]).mean()
+    assert average.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
+    for process in together:
+        assert_close(process[case]["gradients"], expected["gradients"])
+        assert_close(process[case]["state"], expected["state"])  # weights, lagging weights, queue after 5 steps
+        for name, value in together[0][case]["state"].items():
+            assert torch.equal(process[case]["state"][name], value), name
+    moved = max(g.abs().max().item() for g in expected["gradients"].values())
+    assert moved > 1e-4  # there was something to compare
 
 
-def test_gathering(processes):
-    for process in processes:
-        assert process["gathered"].tolist() == [0, 1, 2, 10, 11, 12]
+# ---- the parts ----
+
+
+def parts(rank: int, world: int) -> dict:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    loader = torch.utils.data.DataLoader(
+        range(5), sampler=torch.utils.data.DistributedSampler(range(5), shuffle=False), batch_size=2
+    )
+    found = {"gathered": ddp.gather(torch.arange(3.0) + 10 * rank)}
+    found["evaluated"] = ddp.gather_evaluated(torch.cat(list(loader)), loader)
+    found["all of it"] = ddp.gather_evaluated(torch.arange(5), torch.utils.data.DataLoader(range(5)))
+    found["from rank zero"] = ddp.on_rank_zero(lambda: {"score": 5.0 + rank})
+    found["any"] = ddp.any_process(rank == 1), ddp.any_process(False)
+    images = torch.arange(6).float().unsqueeze(1) + 6 * rank
+    found["shuffled"], found["seen"] = [], []
+    for seed in range(50):
+        seen = []
+        keys = ddp.shuffled(lambda x, seen=seen: seen.append(x) or x * 2, images, (seed, 1), n_virtual_devices=8)
+        found["shuffled"].append(keys)
+        found["seen"].append(seen[0].flatten())
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.fixture(scope="module", params=(2, 3))
+def found_parts(request, tmp_path_factory):
+    return processes.run(parts, request.param, tmp_path_factory.mktemp("parts"), request.param)
+
+
+def test_gathering(found_parts):
+    world = len(found_parts)
+    for process in found_parts:
+        assert process["gathered"].tolist() == [i + 10 * rank for rank in range(world) for i in range(3)]
         assert process["evaluated"].tolist() == [0, 1, 2, 3, 4]  # each image once, in order
-        assert process["from rank zero"] == {"score": 5.0}
+        assert process["all of it"].tolist() == [0, 1, 2, 3, 4]
+        assert process["from rank zero"] == {"score": 5.0} and process["any"] == (True, False)
 
 
-def test_shuffled_images_come_back_to_their_place(processes):
-    for rank, process in enumerate(processes):
-        expected = (torch.arange(N).float().unsqueeze(1) + N * rank) * 2
-        assert torch.equal(process["shuffled"], expected)
-        assert not torch.equal(process["seen"] * 2, expected)
-    both = torch.cat([process["seen"] for process in processes]).flatten()
-    assert both.sort().values.tolist() == list(range(WORLD * N))
+def test_no_key_is_normalized_by_the_batch_of_its_query(found_parts):
+    """Of the images that share their batch statistics as keys, an equal part comes from each process."""
+    world = len(found_parts)
+    partners = set()
+    for draw in range(50):
+        seen = torch.stack([process["seen"][draw] for process in found_parts])
+        assert seen.flatten().sort().values.tolist() == list(range(6 * world))
+        for batch in seen:
+            counts = np.bincount((batch // 6).long(), minlength=world)
+            assert counts.tolist() == [6 // world] * world
+            partners |= {tuple(sorted(pair)) for pair in torch.combinations(batch.long()).tolist()}
+        for rank, process in enumerate(found_parts):
+            own = (torch.arange(6).float().unsqueeze(1) + 6 * rank) * 2
+            assert torch.equal(process["shuffled"][draw], own)  # every key comes back to its place
+    assert len(partners) == 6 * world * (6 * world - 1) // 2  # in time everybody meets everybody
 
 
 def test_without_processes_everything_is_the_identity():
     x = torch.randn(3, 2)
-    assert ddp.gather(x) is x and ddp.gather_evaluated(x, 2) is x
+    assert ddp.gather(x) is x and ddp.gather_evaluated(x, None) is x
     assert (ddp.rank(), ddp.world_size()) == (0, 1) and ddp.on_rank_zero(lambda: 3) == 3
+    assert ddp.any_process(True) and not ddp.any_process(False)
 
 
-def test_both_stages_under_lightnings_ddp(small, trainer, tmp_path):
-    """Two processes train and agree on the scores, which are those of one process over the whole validation set."""
-    from linear_classifier import LinearClassifierMethod
-    from moco import SelfSupervisedMethod
+# ---- scores ----
 
-    # 500 images in batches of 33 on 2 processes: the sampler repeats some, the last batches are smaller
-    params = small("byol", mlp_normalization="ln", optimizer_name="sgd", batch_size=33, shuffle_batch_norm=True)
-    options = {"strategy": "ddp_spawn", "devices": 2, "limit_val_batches": 1.0}
-    fit = trainer(**options)
-    fit.fit(SelfSupervisedMethod(params))
-    fit.save_checkpoint(tmp_path / "ddp.ckpt")
-    alone = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "ddp.ckpt")
-    (expected,) = trainer(limit_val_batches=1.0).validate(alone, verbose=False)
-    assert expected["valid_class_acc"] > 20
-    for name, value in expected.items():
-        assert fit.callback_metrics[name].item() == pytest.approx(value, rel=1e-3), name
 
-    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "ddp.ckpt", batch_size=50, lr=0.1)
-    stage = trainer(**options)
-    stage.fit(linear)
-    (expected,) = trainer(limit_val_batches=1.0).validate(linear, verbose=False)
-    for name, value in expected.items():
-        assert stage.callback_metrics[name].item() == pytest.approx(value, rel=1e-3), name
+def scores(rank: int, world: int, folder: str) -> dict:
+    """500 test images in batches of 33: the sampler repeats some on 3 processes, the last batches are smaller."""
+    params = PRESETS["byol"](**{**SMALL, "batch_size": 33})
+    torch.manual_seed(1)
+    model = SelfSupervisedMethod(params, encoder=encoder())
+    fit = trainer(world, limit_train_batches=1)
+    if world == 1:
+        fit.fit(model)
+        fit.save_checkpoint(f"{folder}/example.ckpt")
+    model = SelfSupervisedMethod.load_from_checkpoint(f"{folder}/example.ckpt", encoder=encoder())
+    found = dict(trainer(world).validate(model, verbose=False)[0])
+    torch.manual_seed(2)
+    linear = LinearClassifierMethod.from_moco_checkpoint(f"{folder}/example.ckpt", encoder=encoder(), batch_size=33)
+    return found | trainer(world).validate(linear, verbose=False)[0]
+
+
+def test_scores_are_those_of_the_whole_set_on_every_process(tmp_path):
+    (expected,) = processes.run(scores, 1, tmp_path / "1", 1, str(tmp_path))
+    assert expected["valid_class_acc"] > 20 and 0 < expected["valid_acc1"] < 100 and "valid_rank_me" in expected
+    for world in (2, 3):
+        found = processes.run(scores, world, tmp_path / str(world), world, str(tmp_path))
+        assert all(process == found[0] for process in found)
+        assert found[0] == pytest.approx(expected, rel=1e-5)

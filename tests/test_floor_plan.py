@@ -7,10 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["ddp", "schedules", "lars", "batchrenorm", "ws_resnet", "key_queue", "image_ops", "fields"],
-    ["augmentations", "heads", "losses", "encoders", "evaluation"],
-    ["image_files"],
+    ["ddp", "schedules", "lars", "batchrenorm", "ws_resnet", "key_queue", "image_ops", "fields", "loader"],
+    ["augmentations", "heads", "losses", "encoders", "evaluation", "optimizers", "checkpoints"],
+    ["image_files", "watch"],
     ["data"],
+    ["shared_params"],
     ["model_params"],
     ["moco", "linear_classifier"],
     ["demo", "train", "train_blog"],

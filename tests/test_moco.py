@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import data
 import losses
 import schedules
+from loader import images_and_labels
 from moco import SelfSupervisedMethod, move_towards
 from model_params import ModelParams
 
@@ -237,7 +238,7 @@ def test_other_batches_are_refused_in_words(batch):
     with pytest.raises(
         ValueError, match=r"was not understood: a loader yields images \[N, C, H, W\], \(images, labels\)"
     ):
-        data.images_and_labels(batch)
+        images_and_labels(batch)
 
 
 def test_images_of_other_channels_are_refused_in_words(small, trainer):

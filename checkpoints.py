@@ -1,0 +1,199 @@
+"""Checkpoints that survive: written whole or not at all, read as data only, resumed at the very batch.
+
+trainer = pl.Trainer(max_epochs=320, callbacks=[Checkpoints("runs/first", every_n_steps=500)])
+trainer.fit(model, ckpt_path=newest("runs/first"))
+"""
+
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+import ddp
+from loader import Loader
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU. Nothing but data is ever unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, is no checkpoint, or would run code when loaded; says which.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if not zipfile.is_zipfile(path):  # the files of torch before 1.6 are none either, and cannot be checked
+        raise ValueError(f"{path} is no complete checkpoint: truncated, or another kind of file")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
+            damaged = archive.testzip()
+        content = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than data and would run code on loading, which is refused: {reason(error)}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{path} is no checkpoint: it has no state_dict")
+    return content
+
+
+def reason(error: pickle.UnpicklingError) -> str:
+    """What was refused, out of a message that goes on to advise how to run it all the same."""
+    found = re.search(
+        r"(Unsupported global: GLOBAL [\w.]+|Unsupported class [\w.]+|Unsupported operand \d+)", str(error)
+    )
+    return found[0] if found else str(error).splitlines()[0]
+
+
+def newest(folder: str | Path) -> Path | None:
+    """The newest good checkpoint that `Checkpoints` left in a folder, or None. Damaged ones are named and passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and none of them is good.
+    """
+    found = sorted(Path(folder).glob("step_*.ckpt"), reverse=True)
+    for path in found:
+        try:
+            read(path)
+        except ValueError as error:
+            rank_zero_warn(f"{error}; trying the checkpoint before it")
+        else:
+            return path
+    if found:
+        raise ValueError(f"none of the {len(found)} checkpoints in {folder} is good: move them away to start anew")
+    return None
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's, but a file appears under its name only when all of it is on the disk, and is read as data only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.unfinished")
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except (OSError, RuntimeError) as error:  # torch's writer reports a failed write as RuntimeError
+            unfinished.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) or error.__context__ is None else error.__context__
+            raise OSError(
+                f"{path} could not be written ({cause}): is the disk full? Earlier checkpoints are as they were"
+            ) from error
+        sync_folder(path.parent)
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        return read(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the new name on the disk, too, before an older file is deleted."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+class Checkpoints(pl.Callback):
+    """Saves every n optimizer steps and after every epoch, keeps the newest ones, and stops cleanly when asked to.
+
+    Resumed from one of its files, a run ends with the same bits as if it had never been interrupted (with data sets of
+    ours; a loader of your own must follow from the epoch, and be saved at epochs only). On SIGTERM it saves, and the
+    program exits with status 0. So it does on SIGUSR1, which SLURM sends before the time is up if told so
+    (`--signal=SIGUSR1@120`); under SLURM the job is then queued again. Both wait for a validation to end.
+
+    Args:
+        folder: of the files `step_N.ckpt`, N optimizer steps.
+        every_n_steps: optimizer steps between files; None: after epochs only.
+        keep: how many of the newest files stay.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int | None = 1000, keep: int = 2):
+        if keep < 1 or (every_n_steps is not None and every_n_steps < 1):
+            raise ValueError(f"keep={keep} and every_n_steps={every_n_steps} must be at least 1")
+        self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
+        self.last_saved = 0
+        self.begun_batches = 0
+        self.received: int | None = None  # signal
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last_saved = trainer.global_step
+        if threading.current_thread() is threading.main_thread():  # Lightning puts the earlier handlers back
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, lambda number, _: setattr(self, "received", number))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int):
+        # Here, and not at the end of the batch before, because by now its figures are logged. Not after a validation
+        # within the epoch: Lightning would repeat it. Not between accumulated batches: their gradients are not saved.
+        interval = trainer.val_check_batch or math.inf
+        if batch_idx == 0 or batch_idx % interval == 0 or batch_idx % trainer.accumulate_grad_batches:
+            return
+        stop = ddp.any_process(self.received is not None, pl_module.device)
+        due = self.every_n_steps is not None and trainer.global_step - self.last_saved >= self.every_n_steps
+        if due or stop:
+            self.begun_batches = 1
+            self.save(trainer, pl_module)
+            self.begun_batches = 0
+        if stop:
+            self.stop(trainer)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """The batch that has begun when we save is trained on after resuming: it does not count yet."""
+        loop = checkpoint["loops"]["fit_loop"]
+        for position in loop["state_dict"].get("combined_loader", []):
+            if Loader.is_position(position):
+                position["batches"] -= self.begun_batches
+        for counter in ("total", "current"):
+            loop["epoch_loop.batch_progress"][counter]["ready"] -= self.begun_batches
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save(trainer, pl_module)
+        if ddp.any_process(self.received is not None, pl_module.device):
+            self.stop(trainer)
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not all_finite(module):
+            raise FloatingPointError(
+                f"weights are not finite at step {trainer.global_step}: not saved; the newest good checkpoint is "
+                f"{newest(self.folder)}"
+            )
+        for logger in trainer.loggers:
+            logger.save()  # figures up to here are not computed again
+        trainer.save_checkpoint(self.folder / f"step_{trainer.global_step:09d}.ckpt", weights_only=False)
+        self.last_saved = trainer.global_step
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.keep]:
+                old.unlink()
+
+    def stop(self, trainer: pl.Trainer) -> None:
+        rank_zero_info(f"stopped by a signal after step {trainer.global_step}, saved in {self.folder}")
+        out_of_time = ddp.any_process(self.received == signal.SIGUSR1, trainer.strategy.root_device)
+        job = os.environ.get("SLURM_JOB_ID")
+        if "SLURM_ARRAY_JOB_ID" in os.environ:
+            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        if out_of_time and job is not None and trainer.is_global_zero:
+            subprocess.run(["scontrol", "requeue", job], check=True)
+        raise SIGTERMException
+
+
+def all_finite(module: torch.nn.Module) -> bool:
+    return bool(torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all())

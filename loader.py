@@ -1,0 +1,72 @@
+"""The DataLoader of our own data sets, which goes on within an epoch; and what any loader may yield."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+
+class Share(DistributedSampler):
+    """This process's share of the indices, in an order that follows from seed and epoch, without the first `skip`."""
+
+    skip = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(super().__iter__(), self.skip, None)
+
+
+class Loader(DataLoader):
+    """DataLoader over a `Share`, whose state is (epoch, batches yielded): Lightning saves it with a checkpoint.
+
+    A data set with an `epoch` is told it before its workers start.
+    """
+
+    position = {"epoch": 0, "batches": 0}
+    resumed: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: nothing happens before the first batch is asked for. Lightning wants the iterator before it has
+        # set the epoch of a resumed run, and workers would begin with the wrong one.
+        epoch, resumed, self.resumed = self.sampler.epoch, self.resumed, None
+        start = resumed["batches"] if resumed is not None and resumed["epoch"] == epoch else 0
+        self.position = {"epoch": epoch, "batches": start}
+        self.sampler.skip = start * self.batch_size
+        if hasattr(self.dataset, "epoch"):
+            self.dataset.epoch = epoch
+        for batch in super().__iter__():
+            self.position["batches"] += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.position)
+
+    @staticmethod
+    def is_position(state: Any) -> bool:
+        """Whether it is the state of such a loader, and not of one of the user's."""
+        return isinstance(state, dict) and state.keys() == {"epoch", "batches"}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after that many batches of that epoch; other epochs begin at their beginning."""
+        self.resumed = dict(state)
+
+
+def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]:
+    """What a loader may yield -> (images or list of views, labels or None). Labels are known by their one axis.
+
+    Raises:
+        ValueError: the batch is none of: images; images and labels; two or more views, then labels or none; a list of
+            views, and labels.
+    """
+    parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
+    labels = parts.pop() if len(parts) > 1 and isinstance(parts[-1], Tensor) and parts[-1].dim() == 1 else None
+    if len(parts) == 1 and isinstance(parts[0], list | tuple):
+        parts = list(parts[0])
+    if not parts or not all(isinstance(part, Tensor) and part.dim() > 2 for part in parts):
+        kinds = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        raise ValueError(
+            f"a batch of {type(batch).__name__} with {kinds} was not understood: a loader yields images [N, C, H, W], "
+            "(images, labels), a list of views, or (list of views, labels), with labels [N]"
+        )
+    return parts[0] if len(parts) == 1 else parts, labels

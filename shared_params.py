@@ -1,0 +1,86 @@
+"""The settings that pretraining and the linear stage share, and how both get theirs."""
+
+from typing import Any, TypeVar
+
+import attrs
+import torch
+from attrs import frozen
+from torch import nn
+
+import encoders
+from data import DATASETS, DatasetInfo
+from fields import check_types, choice, non_negative, number, positive
+from image_ops import BLUR_RADIUS
+
+
+@frozen(kw_only=True)
+class EncoderAndDataParams:
+    """Encoder, data and seed."""
+
+    # encoder model selection
+    encoder_arch: str = "resnet18"  # a torchvision model, ws_resnet18...152, timm:NAME, or "module": your own
+    embedding_dim: int | None = None  # inferred; checked if given
+    encoder_weights: str | None = None  # to start from: torchvision's name ("DEFAULT", ...), or a file
+    low_resolution_stem: bool | None = None  # 3 x 3 stem without pooling; None: for ResNets on 32 pixels or fewer
+    in_channels: int | None = positive(None)  # None: the data set's
+
+    # data-related parameters
+    dataset_name: str = choice("stl10", DATASETS)
+    batch_size: int = positive(256)  # of each process
+    global_batch_size: int | None = positive(None)  # instead: images of one optimizer step, over all processes
+    transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # None: the data set's
+    seed: int | None = non_negative(None)  # of every random draw; None: that of pl.seed_everything
+
+    # data loader parameters
+    num_data_workers: int = non_negative(4)  # decode image files; packed sets need none
+    drop_last_batch: bool = True  # in training only
+    pin_data_memory: bool = True
+    unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: use the next readable one, count, tell
+
+    # learning rate by batch size: lr is meant for lr_batch_size images in one optimizer step
+    lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))
+    lr_batch_size: int = positive(256)
+
+    def __attrs_post_init__(self):
+        check_types(self)
+        encoders.check_name(self.encoder_arch)
+        if self.low_resolution_stem and not encoders.has_low_resolution_stem(self.encoder_arch):
+            raise ValueError(
+                f"low_resolution_stem=True does not fit encoder_arch={self.encoder_arch!r}: it is for torchvision's "
+                "ResNets and ws_resnets; choose one of them, or low_resolution_stem=False"
+            )
+
+    @property
+    def dataset(self) -> DatasetInfo:
+        return DATASETS[self.dataset_name]
+
+    @property
+    def crop_size(self) -> int:
+        return self.transform_crop_size or self.dataset.crop_size
+
+    @property
+    def channels(self) -> int:
+        return self.in_channels or self.dataset.channels
+
+    @property
+    def low_resolution(self) -> bool:
+        if self.low_resolution_stem is None:
+            return encoders.has_low_resolution_stem(self.encoder_arch) and self.crop_size <= 32
+        return self.low_resolution_stem
+
+
+Params = TypeVar("Params", bound=EncoderAndDataParams)
+
+
+def resolve(
+    kind: type[Params], params: Params | dict | None, encoder: nn.Module | None, fields: dict[str, Any]
+) -> Params:
+    """`params` (settings, a dict of them, or None for the defaults), changed by `fields`.
+
+    A module of the user's own as encoder says so in encoder_arch; seed=None becomes that of `pl.seed_everything`.
+    """
+    if encoder is not None:
+        fields = {**fields, "encoder_arch": encoders.OWN_MODULE}
+    params = kind(**params) if isinstance(params, dict) else params or kind()
+    params = attrs.evolve(params, **fields)
+    return params if params.seed is not None else attrs.evolve(params, seed=torch.initial_seed() % 2**32)

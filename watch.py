@@ -1,0 +1,114 @@
+"""What is said while a method trains: what is in force, when it goes wrong, and what to try."""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+import ddp
+from checkpoints import SafeCheckpointIO
+from loader import Loader
+
+COLLAPSED_STD = 0.05  # step_projection_std below which all projections are nearly one point
+COLLAPSED_RANK = 2.0  # RankMe below which the embeddings are nearly one direction
+
+
+class Watch(pl.Callback):
+    """Both methods bring it along (`configure_callbacks`): any Trainer then stops at a loss that is not finite, says
+    once if the embeddings collapse, names unreadable images, and reads and writes checkpoints safely."""
+
+    def __init__(self):
+        self.collapse_was_named = False
+        self.finite: Tensor | None = None
+        self.copied: torch.cuda.Event | None = None
+        self.n_skipped = 0
+        self.position: dict | None = None  # where our own loader was when the checkpoint was made
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not another one of the user's choice
+            trainer.strategy.checkpoint_io = SafeCheckpointIO()
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """Of a run that is resumed; not of `load_from_checkpoint`."""
+        loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        self.position = next(iter(loop.get("combined_loader", [])), None)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.position is not None and isinstance(trainer.train_dataloader, Loader):
+            trainer.train_dataloader.load_state_dict(self.position)
+        groups = [len(group["params"]) for group in trainer.optimizers[0].param_groups]
+        rank_zero_info(f"{pl_module.plan}; parameters with and without weight decay: {' and '.join(map(str, groups))}")
+
+    # ---- a loss that is not finite ----
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """The answer travels to the host while the device works on the backward pass: nothing waits for it."""
+        self.finite = ddp.gather(loss.detach().isfinite().view(1)).to("cpu", non_blocking=True)
+        if loss.is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.copied is not None:
+            self.copied.synchronize()
+        if not self.finite.all():
+            bad = (~self.finite).nonzero().flatten().tolist()
+            raise FloatingPointError(self.describe(trainer, pl_module, bad))
+
+    @staticmethod
+    def describe(trainer: pl.Trainer, module: pl.LightningModule, ranks: list[int]) -> str:
+        terms = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        terms = ", ".join(f"{name}={value:.4g}" for name, value in terms.items() if "loss" in name)
+        named = [(name, p.grad.detach().norm()) for name, p in module.named_parameters() if p.grad is not None]
+        norm = torch.stack([norm for _, norm in named]).norm().item()
+        first = next((name for name, norm in named if not math.isfinite(norm)), "none")
+        return (
+            f"the loss is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}, batch "
+            f"{trainer.fit_loop.batch_idx}) on process {', '.join(map(str, ranks))}; on process {ddp.rank()} {terms}; "
+            f"learning rate {trainer.optimizers[0].param_groups[0]['lr']:.4g}, gradient norm {norm:.4g}, first "
+            f"parameter without a finite gradient: {first}. The weights were not changed by it, and checkpoints are as "
+            "they were. Try a lower lr, a longer warm-up, precision 32-true or bf16-mixed, a higher T"
+        )
+
+    # ---- once an epoch ----
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.name_collapse(trainer, "step_projection_std", COLLAPSED_STD, "1 is healthy, 0 a single point")
+        dataset = getattr(trainer.train_dataloader, "dataset", None)
+        skipped = dataset.skipped() if hasattr(dataset, "skipped") else []
+        if len(skipped) > self.n_skipped:
+            self.n_skipped = len(skipped)
+            rank_zero_warn(f"{len(skipped)} images could not be read and were skipped: {', '.join(skipped[:20])}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.name_collapse(trainer, "valid_rank_me", COLLAPSED_RANK, "1 is a single direction")
+
+    def name_collapse(self, trainer: pl.Trainer, name: str, limit: float, meaning: str) -> None:
+        value = float(trainer.callback_metrics.get(name, math.inf))
+        if value < limit and not self.collapse_was_named:
+            self.collapse_was_named = True
+            rank_zero_warn(
+                f"collapse: {name}={value:.3f} ({meaning}): all images get nearly the same embedding. Try another "
+                "mlp_normalization (bn), more negatives, a predictor (prediction_mlp_layers=2), a lower lr"
+            )
+
+    # ---- a worker that died ----
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        loaders = [trainer.train_dataloader, trainer.val_dataloaders]
+        loaders = [one for some in loaders for one in (some if isinstance(some, list) else [some])]
+        for dataset in (getattr(loader, "dataset", None) for loader in loaders):
+            files = dataset.last_read(str(exception)) if hasattr(dataset, "last_read") else []
+            if files and "DataLoader worker" in str(exception):
+                exception.add_note(f"the last file that this worker read is {', '.join(files)}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"collapse_was_named": self.collapse_was_named}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.collapse_was_named = state["collapse_was_named"]
