@@ -6,12 +6,9 @@ trainer.fit(model, ckpt_path=newest("runs/first"))
 
 import math
 import os
-import pickle
-import re
 import signal
 import subprocess
 import threading
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +20,15 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import ddp
 from loader import Loader
+from safe_load import safe_load
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU. Nothing but data is ever unpickled.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, is no checkpoint, or would run code when loaded; says which.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    if not zipfile.is_zipfile(path):  # the files of torch before 1.6 are none either, and cannot be checked
-        raise ValueError(f"{path} is no complete checkpoint: truncated, or another kind of file")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
-            damaged = archive.testzip()
-        content = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than data and would run code on loading, which is refused: {reason(error)}"
-        ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if damaged is not None:
-        raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
+    """A checkpoint's content, on the CPU. Raises what `safe_load` raises, and ValueError if it is no checkpoint."""
+    content = safe_load(path)
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is no checkpoint: it has no state_dict")
     return content
-
-
-def reason(error: pickle.UnpicklingError) -> str:
-    """What was refused, out of a message that goes on to advise how to run it all the same."""
-    found = re.search(
-        r"(Unsupported global: GLOBAL [\w.]+|Unsupported class [\w.]+|Unsupported operand \d+)", str(error)
-    )
-    return found[0] if found else str(error).splitlines()[0]
 
 
 def newest(folder: str | Path) -> Path | None:

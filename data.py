@@ -118,9 +118,12 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
     when it is complete, so a killed packing leaves nothing that looks like data.
 
     Raises:
+        ValueError: DATA_PATH is a file.
         FileNotFoundError: says what was looked for, where, and what to do.
     """
     info, folder = DATASETS[name], data_path() / name
+    if data_path().is_file():
+        raise ValueError(f"DATA_PATH={data_path()} is a file: it must be the folder of the data sets")
     splits = sorted(splits or {*info.pretraining_splits, *info.train_splits, *info.test_splits})
     missing = [folder / split for split in splits if not is_there(folder / split, packed=info.read is not None)]
     if not missing:

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 import ws_resnet
+from safe_load import safe_load
 
 if TYPE_CHECKING:
     from model_params import ModelParams
@@ -149,7 +150,7 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
 
 def load_weights(encoder: nn.Module, path: Path) -> None:
     """A file with the encoder's state dict, with or without a classifier; everything else must match."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = safe_load(path)
     extra = [
         key
         for key in state

@@ -1,0 +1,173 @@
+"""Images as they come: other modes and shapes, damaged files, folders that hold nothing."""
+
+import os
+import signal
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import data
+from image_files import read_image
+from moco import SelfSupervisedMethod
+from model_params import ModelParams
+
+RAMP = np.linspace(0, 255, 40 * 30).reshape(40, 30).astype(np.uint8)
+
+
+def photo(height: int = 40, width: int = 30) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def write(path, kind: str) -> None:
+    """One file of a kind; the first ones are images, the others are not."""
+    saved = {
+        "jpeg": lambda: photo().save(path, "JPEG"),
+        "gray": lambda: Image.fromarray(RAMP).save(path, "PNG"),
+        "palette": lambda: photo().quantize(16).save(path, "PNG"),
+        "palette with transparency": lambda: photo().quantize(16).save(path, "PNG", transparency=b"\x80" * 16),
+        "rgba": lambda: photo().convert("RGBA").save(path, "PNG"),
+        "gray with alpha": lambda: Image.fromarray(RAMP).convert("LA").save(path, "PNG"),
+        "one bit": lambda: Image.fromarray(RAMP).convert("1").save(path, "PNG"),
+        "cmyk": lambda: photo().convert("CMYK").save(path, "JPEG"),
+        "16 bit": lambda: Image.fromarray(RAMP.astype(np.uint16) * 257).save(path, "PNG"),
+        "16 bit tiff": lambda: Image.fromarray(RAMP.astype(np.uint16) * 257).save(path, "TIFF"),
+        "1 x 1": lambda: photo(1, 1).save(path, "PNG"),
+        "20,000 x 3": lambda: photo(3, 20000).save(path, "PNG"),
+        "3 x 20,000": lambda: photo(20000, 3).save(path, "JPEG"),
+        "truncated": lambda: (photo(400, 300).save(path, "JPEG"), path.write_bytes(path.read_bytes()[:20000])),
+        "truncated png": lambda: (photo().save(path, "PNG"), path.write_bytes(path.read_bytes()[:-500])),
+        "corrupted": lambda: (photo().save(path, "PNG"), path.write_bytes(path.read_bytes()[:60] + b"x" * 900)),
+        "empty": lambda: path.write_bytes(b""),
+        "text": lambda: path.write_text("not an image"),
+        "html": lambda: path.write_text("<html><body>404 Not Found</body></html>"),
+        "floating point": lambda: Image.fromarray(RAMP.astype(np.float32)).save(path, "TIFF"),
+        "dangling link": lambda: path.symlink_to(path.with_name("nowhere.jpg")),
+    }
+    saved[kind]()
+
+
+GOOD = ["jpeg", "gray", "palette", "palette with transparency", "rgba", "gray with alpha", "one bit", "cmyk", "16 bit",
+        "16 bit tiff", "1 x 1", "20,000 x 3", "3 x 20,000"]  # fmt: skip
+BAD = ["truncated", "truncated png", "corrupted", "empty", "text", "html", "floating point", "dangling link"]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Class folders with twelve good images each, and settings for them."""
+    monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "data" / "imagenet" / split / label
+            folder.mkdir(parents=True)
+            for i in range(12):
+                photo().save(folder / f"{i:02d}.jpg")
+    return ModelParams(
+        dataset_name="imagenet", encoder_arch="module", batch_size=4, transform_crop_size=16, num_data_workers=0, K=16,
+        dim=8, mlp_hidden_dim=16, seed=0, evaluations=[],
+    )  # fmt: skip
+
+
+def everything(params, training: bool = True):
+    dataset = data.get_dataset(params, params.dataset.train_splits, [params.dataset.view] * 2 if training else ())
+    return dataset, list(data.get_loader(params, dataset, training))
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_images_of_every_mode_and_shape_are_read(kind, folders, tmp_path):
+    path = data.data_path() / "imagenet" / "train" / "cat" / "00.jpg"
+    path.unlink()
+    write(path, kind)
+    for training in (True, False):
+        dataset, batches = everything(folders, training)
+        assert sum(len(labels) for _, labels in batches) == 24 and not dataset.skipped()
+    image = np.asarray(read_image(str(path), 3))
+    assert image.ndim == 3 and image.dtype == np.uint8
+    gray = np.asarray(read_image(str(path), 1))
+    if kind in ("gray", "gray with alpha", "16 bit", "16 bit tiff"):
+        assert np.array_equal(gray, RAMP) and np.array_equal(image, np.repeat(RAMP[..., None], 3, axis=2))
+    if kind in ("rgba", "1 x 1", "20,000 x 3"):
+        size = {"rgba": (40, 30), "1 x 1": (1, 1), "20,000 x 3": (3, 20000)}[kind]
+        assert np.array_equal(image, np.asarray(photo(*size)))
+    if kind.startswith("palette"):
+        assert np.array_equal(image, np.asarray(photo().quantize(16).convert("RGB")))
+    if kind == "cmyk":
+        assert np.array_equal(image, np.asarray(Image.open(path).convert("RGB")))
+
+
+@pytest.mark.parametrize("kind, workers", [*((kind, 0) for kind in BAD), ("truncated", 2), ("empty", 2)])
+def test_what_is_no_image_is_named_or_skipped(kind, workers, folders):
+    path = data.data_path() / "imagenet" / "train" / "cat" / "05.jpg"
+    path.unlink()
+    write(path, kind)
+    params = attrs.evolve(folders, num_data_workers=workers)
+    with pytest.raises(ValueError, match=r"cat/05.jpg could not be read as an image \(.*unreadable_images=\"skip\""):
+        everything(params)
+    dataset, batches = everything(attrs.evolve(params, unreadable_images="skip"))
+    assert dataset.skipped() == [str(path)] and sum(len(labels) for _, labels in batches) == 24
+
+
+def test_skipped_images_are_reported_with_their_number(folders, trainer):
+    for name in ("03.jpg", "07.jpg"):
+        (data.data_path() / "imagenet" / "train" / "dog" / name).write_bytes(b"")
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12))
+    fit = trainer(max_epochs=2, limit_train_batches=None, limit_val_batches=0)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="2 images could not be read and were skipped: .*03.jpg, .*07.jpg") as found:
+        fit.fit(SelfSupervisedMethod(folders, encoder=encoder, num_data_workers=2, unreadable_images="skip"))
+    assert len([w for w in found if "could not be read" in str(w.message)]) == 1
+
+
+def test_folders_that_hold_nothing_are_refused_in_one_sentence(folders, monkeypatch, tmp_path):
+    train = data.data_path() / "imagenet" / "train"
+    with pytest.raises(ValueError, match="24 images of imagenet are fewer than one batch of 32 on each of 1 processes"):
+        everything(attrs.evolve(folders, batch_size=32))
+    everything(attrs.evolve(folders, batch_size=32, drop_last_batch=False))
+    for path in (train / "cat").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="train must hold one folder of images per class: .*cat"):
+        everything(folders)
+    for path in (train / "dog").iterdir():
+        path.write_bytes(b"")
+        (train / "cat" / path.name).write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 24 images could be read, the last one was .*jpg"):
+        everything(attrs.evolve(folders, unreadable_images="skip"))
+    for label in ("cat", "dog"):
+        for path in (train / label).iterdir():
+            path.unlink()
+        (train / label).rmdir()
+    with pytest.raises(ValueError, match="train must hold one folder of images per class"):
+        everything(folders)
+    (tmp_path / "a_file").touch()
+    monkeypatch.setenv("DATA_PATH", str(tmp_path / "a_file"))
+    for name in ("imagenet", "digits", "cifar10"):
+        with pytest.raises(ValueError, match="DATA_PATH=.*a_file is a file: it must be the folder of the data sets"):
+            data.prepare_data(name)
+
+
+def test_a_worker_that_dies_is_reported_with_the_file_it_read(folders, trainer, monkeypatch):
+    import image_files
+
+    def read_or_die(path, channels):
+        if path.endswith("dog/04.jpg"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read_image(path, channels)
+
+    monkeypatch.setattr(image_files, "read_image", read_or_die)
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    model = SelfSupervisedMethod(folders, encoder=encoder, num_data_workers=2)
+    with pytest.raises(RuntimeError, match="DataLoader worker") as found:
+        trainer(limit_train_batches=None).fit(model)
+    assert any(
+        "the last file that this worker read is" in note and "dog/04.jpg" in note for note in found.value.__notes__
+    )
+
+
+def test_memory_of_the_workers_is_shared(folders):
+    dataset, _ = everything(attrs.evolve(folders, num_data_workers=2))
+    processes = {process for process, _ in dataset.reading.tolist()} - {-1}
+    assert len(processes) == 2 and os.getpid() not in processes
+    assert torch.equal(dataset.unreadable, torch.zeros(24, dtype=torch.bool))

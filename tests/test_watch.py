@@ -1,0 +1,79 @@
+"""What is said while a method trains."""
+
+import re
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from checkpoints import Checkpoints, newest, read
+from moco import SelfSupervisedMethod
+
+
+class Encoder(nn.Module):
+    """[N, 1, 8, 8] -> [N, 6]; from its n-th training pass on, its output is multiplied by `factor`."""
+
+    def __init__(self, n: int | None = None, factor: float = 1.0):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
+        self.n, self.factor, self.passes = n, factor, 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return self.net(x) * (self.factor if self.n is not None and self.passes > self.n else 1.0)
+
+
+@pytest.mark.parametrize("preset", ["moco_v2", "vicreg"])
+def test_a_loss_that_is_not_finite_stops_the_run(preset, small, trainer, tmp_path):
+    """Before the weights are touched; the message has all that is asked for first."""
+    passes = {"moco_v2": 5, "vicreg": 10}[preset]  # of the encoder before step 5
+    params = small(preset, lr=0.01, evaluations=[])
+    model = SelfSupervisedMethod(params, encoder=Encoder(passes, float("nan")))
+    before = []
+
+    class Remember(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            before[:] = [module.model.net[1].weight.detach().clone()]
+
+    fit = trainer(limit_train_batches=9, callbacks=[Checkpoints(tmp_path / "run", every_n_steps=2), Remember()])
+    with pytest.raises(FloatingPointError) as found:
+        fit.fit(model)
+    message = str(found.value)
+    assert "not finite at step 5 (epoch 0, batch 5) on process 0" in message
+    assert "step_train_loss=nan" in message and ("loss_variance=nan" in message) == (preset == "vicreg")
+    assert re.search(
+        r"learning rate 0\.0\d+, gradient norm nan, first parameter without a finite gradient: model", message
+    )
+    assert torch.equal(model.model.net[1].weight, before[0]) and before[0].isfinite().all()
+    assert newest(tmp_path / "run").name == "step_000000004.ckpt" and read(newest(tmp_path / "run"))
+
+
+def test_what_is_in_force_is_printed_once(small, trainer, caplog):
+    params = small("byol", lr=0.1, lr_scaling="linear", lr_batch_size=64, warmup_epochs=1, mlp_normalization="bn")
+    with caplog.at_level("INFO"):
+        fit = trainer(max_epochs=2, limit_train_batches=4, accumulate_grad_batches=2)
+        fit.fit(SelfSupervisedMethod(params, encoder=Encoder(), evaluations=[]))
+    said = [record.message for record in caplog.records if "per optimizer step" in record.message]
+    assert len(said) == 1
+    assert "1 (processes) x 2 (accumulated batches) x 16 (images) = 32 images per optimizer step" in said[0]
+    assert "4 steps, 2 an epoch, 2 of warm-up; lr 0.05" in said[0]
+    assert "parameters with and without weight decay: 5 and 9" in said[0]
+
+
+def test_collapsed_embeddings_are_named_once(small, trainer):
+    params = small("simclr", evaluations=[])
+
+    class OnePoint(Encoder):
+        def forward(self, x):
+            return super().forward(x) * 0 + 1
+
+    class OneDirection(Encoder):
+        def forward(self, x):
+            return super().forward(x)[:, :1] * torch.arange(6.0)
+
+    with pytest.warns(UserWarning, match="collapse: step_projection_std=0.000 .*Try another mlp_normalization") as found:
+        trainer(max_epochs=3).fit(SelfSupervisedMethod(params, encoder=OnePoint()))
+    assert len([w for w in found if "collapse" in str(w.message)]) == 1
+    with pytest.warns(UserWarning, match="collapse: valid_rank_me=1.0"):
+        trainer().fit(SelfSupervisedMethod(params, encoder=OneDirection(), evaluations=["rank_me"]))
