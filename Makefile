@@ -1,7 +1,8 @@
-# make demo: install, pretrain on digits, evaluate.  make test: install, run all tests.  make lint: ruff.
+# make demo: install, pretrain on digits, evaluate.  make test: install, run all tests (test-long: with more cases).
+# make lint: ruff.
 PYTHON ?= python3
 VENV := .venv
-.PHONY: demo test lint
+.PHONY: demo test test-long lint
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,6 +14,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
+
+test-long: $(VENV)/installed
+	LONG=5 $(VENV)/bin/python -m pytest tests/test_resume.py tests/test_properties.py tests/test_memory.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

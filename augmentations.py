@@ -97,7 +97,7 @@ def make_view(x: Tensor, draws: Draws, boxes: Draws | None, view: View) -> Tenso
         x = resized_crop(x, boxes, view.crop_size, flip)
     x = color_jitter(x, draws)
     if x.shape[1] == 3:
-        x = on_some(x, draws["grayscale"], lambda some: gray(some).expand_as(some))
+        x = on_some(x, draws["grayscale"], lambda some: gray(some).repeat(1, 3, 1, 1))
     x = on_some(x, draws["blur"], blur, draws["sigma"])
     return on_some(x, draws["solarize"], partial(solarize, threshold=view.solarize_threshold))
 
@@ -135,7 +135,8 @@ def _view_settings(params: "ModelParams", i: int) -> View:
             if len(value) != params.n_views:
                 raise ValueError(f"transform_{name}={value} has {len(value)} values for {params.n_views} views")
             value = value[i]
-        if not isinstance(value, int | float) and (value is not None or name == "s"):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number and (value is not None or name == "s"):
             raise ValueError(f"transform_{name}={value!r} must be a number, or a list of {params.n_views}")
         if value is not None and not 0 <= value <= (1 if name != "s" else 5):
             bounds = "at least 0 and at most 1" if name != "s" else "at least 0 and at most 5"

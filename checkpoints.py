@@ -4,6 +4,7 @@ trainer = pl.Trainer(max_epochs=320, callbacks=[Checkpoints("runs/first", every_
 trainer.fit(model, ckpt_path=newest("runs/first"))
 """
 
+import functools
 import math
 import os
 import signal
@@ -15,12 +16,15 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import ddp
 from loader import Loader
 from safe_load import safe_load
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -104,11 +108,35 @@ class Checkpoints(pl.Callback):
         self.begun_batches = 0
         self.received: int | None = None  # signal
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # it saves in the middle of a step, and a file of its own
+        self.handlers = self.listen()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def listen(self) -> dict:
+        """Note the signals from here on; returns the handlers before."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        note = functools.partial(setattr, self, "received")
+        return {number: signal.signal(number, lambda number, _: note(number)) for number in SIGNALS}
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last_saved = trainer.global_step
-        if threading.current_thread() is threading.main_thread():  # Lightning puts the earlier handlers back
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, lambda number, _: setattr(self, "received", number))
+        later = [path for path in self.folder.glob("step_*.ckpt") if path.name > self.path(trainer).name]
+        if later and (ahead := newest(self.folder)) in later:
+            raise ValueError(
+                f"{ahead} is of an earlier run that went further than step {trainer.global_step}, where this one "
+                "begins: resume from it, or choose another folder"
+            )
+        self.listen()  # again: Lightning has put its own handler of SIGTERM before ours
+
+    def path(self, trainer: pl.Trainer) -> Path:
+        return self.folder / f"step_{trainer.global_step:09d}.ckpt"
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int):
         # Here, and not at the end of the batch before, because by now its figures are logged. Not after a validation
@@ -147,10 +175,11 @@ class Checkpoints(pl.Callback):
             )
         for logger in trainer.loggers:
             logger.save()  # figures up to here are not computed again
-        trainer.save_checkpoint(self.folder / f"step_{trainer.global_step:09d}.ckpt", weights_only=False)
+        trainer.save_checkpoint(self.path(trainer), weights_only=False)
         self.last_saved = trainer.global_step
         if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step_*.ckpt"))[: -self.keep]:
+            files = sorted(self.folder.glob("step_*.ckpt"))
+            for old in files[: files.index(self.path(trainer)) + 1][: -self.keep]:
                 old.unlink()
 
     def stop(self, trainer: pl.Trainer) -> None:

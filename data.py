@@ -223,7 +223,7 @@ def get_loader(params: "EncoderAndDataParams", dataset: Dataset, training: bool,
     if drop_last and len(dataset) < size * processes:
         raise ValueError(
             f"{len(dataset)} images of {params.dataset_name} are fewer than one batch of {size} on each of {processes} "
-            f"processes: choose batch_size={len(dataset) // processes or 1} or less, or drop_last_batch=False"
+            f"processes: choose a smaller batch_size (or global_batch_size), or drop_last_batch=False"
         )
     shuffle = training or not packed
     return Loader(

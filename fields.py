@@ -6,6 +6,7 @@ from functools import partial
 from attrs import field, fields
 
 WHOLE = (int, int | None)
+SMALLEST, LARGEST = 1e-12, 1e9  # beyond them float32 overflows sooner or later, and nobody means it
 
 
 def check_number(attribute, value) -> None:
@@ -15,41 +16,40 @@ def check_number(attribute, value) -> None:
         raise ValueError(f"{attribute.name}={value!r} must be a whole number")
 
 
-def number(default, at_least: float | None = None, above: float | None = None, at_most: float = float("inf")):
-    """A numeric field within bounds; None passes where it is the default."""
+def number(default, at_least: float = 0, above: float | None = None, by: float = SMALLEST, at_most: float = LARGEST):
+    """A numeric field, from `at_least` or `by` above `above`, to `at_most`; None passes where it is the default."""
 
     def check(_, attribute, value):
         if value is None and default is None:
             return
         check_number(attribute, value)
-        too_low = value < at_least if above is None else value <= above
-        if too_low or not value <= at_most:
-            bounds = f"at least {at_least}" if above is None else f"above {above}"
-            bounds += f" and at most {at_most}" if at_most < float("inf") else ""
-            raise ValueError(f"{attribute.name}={value!r} must be {bounds}")
+        if not (at_least if above is None else above + by) <= value <= at_most:  # nan is not, either
+            low = f"at least {at_least}" if above is None else f"above {above}"
+            low += f", by {by} or more," if isinstance(value, float) and above is not None else ""
+            raise ValueError(f"{attribute.name}={value!r} must be {low} and at most {at_most:.10g}")
 
     return field(default=default, validator=check)
 
 
 def choice(default, choices: Iterable):
     def check(_, attribute, value):
-        if value not in choices:
+        if not isinstance(value, str | None) or value not in choices:
             raise ValueError(f"{attribute.name}={value!r} is unknown: choose one of {', '.join(map(str, choices))}")
 
     return field(default=default, validator=check)
 
 
 positive = partial(number, above=0)
-non_negative = partial(number, at_least=0)
-fraction = partial(number, at_least=0, at_most=1)
+non_negative = number
+fraction = partial(number, at_most=1)
 
 
 def check_types(settings) -> None:
     """Refuse values of another kind than a field's annotation where nothing else would notice."""
     for attribute in fields(type(settings)):
         value, kind = getattr(settings, attribute.name), attribute.type
-        if kind is bool and not isinstance(value, bool):
-            raise ValueError(f"{attribute.name}={value!r} must be True or False")
+        if kind in (bool, bool | None) and not isinstance(value, kind):
+            raise ValueError(f"{attribute.name}={value!r} must be True or False{', or None' * (kind is not bool)}")
         if kind in (str, str | None) and not isinstance(value, kind):
             raise ValueError(f"{attribute.name}={value!r} must be a string")
         if kind == list[str] and not (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)):

@@ -167,7 +167,7 @@ class LinearClassifierMethod(pl.LightningModule):
         return optimizers.for_linear_stage(self.params, self.plan, self.classifier)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [Watch()]
+        return Watch.unless_there(self.trainer)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "LinearClassifierMethod":
@@ -177,13 +177,15 @@ class LinearClassifierMethod(pl.LightningModule):
 
     def train_dataloader(self):
         dataset = data.get_dataset(self.params, self.params.dataset.train_splits, [self.view])
-        accumulated = self.trainer.accumulate_grad_batches
-        return data.get_loader(self.params, dataset, training=True, accumulated=accumulated)
+        return data.get_loader(self.params, dataset, training=True, accumulated=self.accumulated)
 
     def val_dataloader(self):
-        return data.get_loader(
-            self.params, data.get_dataset(self.params, self.params.dataset.test_splits), training=False
-        )
+        dataset, accumulated = data.get_dataset(self.params, self.params.dataset.test_splits), self.accumulated
+        return data.get_loader(self.params, dataset, training=False, accumulated=accumulated)
+
+    @property
+    def accumulated(self) -> int:
+        return self.trainer.accumulate_grad_batches
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """uint8 images become normalized floats, on the device; float images of a loader stay as they are."""

@@ -67,7 +67,7 @@ def cross_entropy(sim: Tensor, temperature: float, eqco_alpha: float | None = No
     """
     logits = sim / temperature
     if eqco_alpha is not None:
-        margin = math.log(eqco_alpha / (sim.shape[1] - 1))
+        margin = math.log(eqco_alpha / max(1, sim.shape[1] - 1))  # of the last batch, one image may be left
         logits = torch.cat([logits[:, :1], logits[:, 1:] + margin], dim=1)
     loss = F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
     return {"loss": loss, **_accuracies(sim)}

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import augmentations
 import checkpoints
@@ -57,6 +58,8 @@ class SelfSupervisedMethod(pl.LightningModule):
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
+        # All processes push the same keys: DDP need not send 4 K dim bytes at every forward.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
         self.save_hyperparameters({**attrs.asdict(p), "embedding_dim": width, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
@@ -151,7 +154,8 @@ class SelfSupervisedMethod(pl.LightningModule):
         p = self.params
         splits = [p.dataset.test_splits] + [p.dataset.train_splits] * p.probe_on_training_set
         wanted = splits if self.trains_on_own_data and p.evaluations else []
-        return [data.get_loader(p, data.get_dataset(p, split), training=False) for split in wanted]
+        sets, accumulated = [data.get_dataset(p, split) for split in wanted], self.trainer.accumulate_grad_batches
+        return [data.get_loader(p, dataset, training=False, accumulated=accumulated) for dataset in sets]
 
     def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
         """Of what all processes draw alike at this batch; with the rank after it, of what each draws for itself."""
@@ -211,7 +215,7 @@ class SelfSupervisedMethod(pl.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [Watch()]
+        return Watch.unless_there(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """The original kept the queue as dim x K in `queue`, and the position in `queue_ptr`."""

@@ -12,6 +12,7 @@ from shared_params import EncoderAndDataParams
 
 LOSSES = ("ce", "bce", "ip", "sce", "vic", "barlow")
 NEED_NEGATIVES = ("ce", "sce")
+LARGEST_WIDTH, LARGEST_QUEUE = 2**17, 2**34  # of layers; numbers in the queue, 64 GiB
 PerView = float | list[float] | None  # one number for every view, or a list with one a view; None: the data set's
 
 
@@ -24,9 +25,9 @@ class ModelParams(EncoderAndDataParams):
 
     # MoCo parameters
     K: int = non_negative(65536)  # number of examples in queue
-    dim: int = positive(128)
+    dim: int = positive(128, at_most=LARGEST_WIDTH)
     m: float = fraction(0.996)
-    T: float = positive(0.2)
+    T: float = positive(0.2, by=1e-4)
 
     # eqco parameters
     eqco_alpha: float = positive(65536)
@@ -36,20 +37,20 @@ class ModelParams(EncoderAndDataParams):
 
     # sce parameters
     sce_coefficient: float = fraction(0.5)  # 1: InfoNCE, 0: ReSSL
-    sce_target_T: float = positive(0.05)  # sharper than T
+    sce_target_T: float = positive(0.05, by=1e-4)  # sharper than T
 
     # optimization parameters
     optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw"))
-    lr: float = positive(0.5)
+    lr: float = positive(0.5, at_most=1000)
     momentum: float = fraction(0.9)
-    weight_decay: float = non_negative(1e-4)
+    weight_decay: float = non_negative(1e-4, at_most=1000)
     max_epochs: int = positive(320)  # for the programs that make the Trainer; schedules follow the Trainer
-    final_lr_schedule_value: float = non_negative(0.0)  # a learning rate, not a factor
+    final_lr_schedule_value: float = non_negative(0.0, at_most=1000)  # a learning rate, not a factor
     warmup_epochs: float | None = non_negative(None)  # None: lars_warmup_epochs, else 0
     lars_warmup_epochs: float = non_negative(1)
-    lars_eta: float = positive(1e-3)
+    lars_eta: float = positive(1e-3, at_most=1000)
     exclude_matching_parameters_from_lars: list[str] = field(factory=list)  # [".bias", ".bn"]: every bias and norm
-    loss_constant_factor: float = positive(1)
+    loss_constant_factor: float = positive(1, at_most=1e6)
 
     # transform parameters: PerView
     transform_s: PerView = 0.5  # strength of the colour jitter
@@ -72,16 +73,16 @@ class ModelParams(EncoderAndDataParams):
     use_vicreg_loss: bool = False  # another way to say loss_type="vic"
     use_lagging_model: bool = True
     use_unit_sphere_projection: bool = True
-    invariance_loss_weight: float = non_negative(25.0)
-    variance_loss_weight: float = non_negative(25.0)
-    covariance_loss_weight: float = non_negative(1.0)
+    invariance_loss_weight: float = non_negative(25.0, at_most=1e6)
+    variance_loss_weight: float = non_negative(25.0, at_most=1e6)
+    covariance_loss_weight: float = non_negative(1.0, at_most=1e6)
     variance_loss_epsilon: float = positive(1e-4)
-    redundancy_loss_weight: float = non_negative(0.0051)  # Barlow Twins' lambda
+    redundancy_loss_weight: float = non_negative(0.0051, at_most=1e6)  # Barlow Twins' lambda
 
     # MLP parameters
-    projection_mlp_layers: int = non_negative(2)
-    prediction_mlp_layers: int = non_negative(0)
-    mlp_hidden_dim: int = positive(512)
+    projection_mlp_layers: int = non_negative(2, at_most=100)
+    prediction_mlp_layers: int = non_negative(0, at_most=100)
+    mlp_hidden_dim: int = positive(512, at_most=LARGEST_WIDTH)
     mlp_normalization: str | None = choice(None, (None, *NORMALIZATIONS))
     prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))
     use_mlp_weight_standardization: bool = False
@@ -97,7 +98,7 @@ class ModelParams(EncoderAndDataParams):
         super().__attrs_post_init__()
         if self.use_vicreg_loss and self.loss_type == "ce":  # the default, hence nobody's wish
             object.__setattr__(self, "loss_type", "vic")
-        for message in (message for is_wrong, message in self._contradictions() if is_wrong):
+        for message in (m for is_wrong, m in self._contradictions() + self._misfits() if is_wrong):
             raise ValueError(message)
         augmentations.view_settings(self)  # refuses lists of the wrong length
 
@@ -105,9 +106,7 @@ class ModelParams(EncoderAndDataParams):
         """(whether the settings contradict each other, how, and the way out)"""
         p = self
         negatives = p.use_negative_examples_from_batch or p.use_negative_examples_from_queue
-        needs_batch = p.loss_type in ("vic", "barlow") or (negatives and not p.use_negative_examples_from_queue)
         one_network = not p.use_lagging_model and p.prediction_mlp_layers == 0
-        grouped = "gn" in (p.mlp_normalization, p.prediction_mlp_normalization)
         unknown = sorted(set(p.evaluations) - set(EVALUATIONS))
         # fmt: off
         return [
@@ -116,21 +115,40 @@ class ModelParams(EncoderAndDataParams):
             (p.loss_type in NEED_NEGATIVES and not negatives,
              f"loss_type={p.loss_type!r} compares an image with negatives and has none: set "
              "use_negative_examples_from_queue=True or use_negative_examples_from_batch=True"),
-            (p.use_negative_examples_from_queue and p.K == 0,
-             "K=0 is no queue: choose K above 0, or use_negative_examples_from_queue=False"),
             (p.use_negative_examples_from_same_view and not one_network,
              "use_negative_examples_from_same_view=True needs queries and keys of one network: set "
              f"use_lagging_model=False (is {p.use_lagging_model}), "
              f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers})"),
             (p.shuffle_batch_norm and not p.use_lagging_model,
              "shuffle_batch_norm=True shuffles the images of the lagging model: set use_lagging_model=True"),
-            (grouped and p.mlp_hidden_dim % GROUPS != 0,
-             f"mlp_hidden_dim={p.mlp_hidden_dim} does not fit group norm: choose a multiple of {GROUPS}"),
             (p.use_eqco_margin and p.loss_type != "ce",
              f"use_eqco_margin=True is a part of loss_type='ce', not of {p.loss_type!r}: set one or the other"),
-            (p.batch_size == 1 and needs_batch,
-             f"batch_size=1 leaves loss_type={p.loss_type!r} nothing to compare with: choose a larger one, or a queue"),
             (bool(unknown), f"evaluations={unknown} unknown: choose from {', '.join(EVALUATIONS)}"),
+        ]
+        # fmt: on
+
+    def _misfits(self) -> list[tuple[bool, str]]:
+        """The same of sizes."""
+        p, which = self, "batch_size" if self.global_batch_size is None else "global_batch_size"
+        one_image, size = getattr(p, which) == 1, f"{which}={getattr(p, which)}"
+        in_batch = p.use_negative_examples_from_batch and not p.use_negative_examples_from_queue
+        norms = {p.mlp_normalization} if p.projection_mlp_layers > 1 else set()
+        if p.prediction_mlp_layers > 1:
+            same = p.prediction_mlp_normalization == "same"
+            norms.add(p.mlp_normalization if same else p.prediction_mlp_normalization)
+        # fmt: off
+        return [
+            (p.use_negative_examples_from_queue and p.K == 0,
+             "K=0 is no queue: choose K above 0, or use_negative_examples_from_queue=False"),
+            (p.use_negative_examples_from_queue and p.K * p.dim > LARGEST_QUEUE,
+             f"K={p.K} keys of dim={p.dim} are a queue of more than {LARGEST_QUEUE} numbers: choose fewer"),
+            ("gn" in norms and p.mlp_hidden_dim % GROUPS != 0,
+             f"mlp_hidden_dim={p.mlp_hidden_dim} does not fit group norm: choose a multiple of {GROUPS}"),
+            (one_image and (in_batch or p.loss_type in ("vic", "barlow")),
+             f"{size} leaves loss_type={p.loss_type!r} nothing to compare with: choose a larger one, or a queue"),
+            (one_image and ("bn" in norms or ("gn" in norms and p.mlp_hidden_dim == GROUPS)),
+             f"{size} leaves mlp_normalization={p.mlp_normalization!r}, "
+             f"prediction_mlp_normalization={p.prediction_mlp_normalization!r} no mean to take: choose a larger one"),
         ]
         # fmt: on
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -63,6 +63,24 @@ def batch_size(params: "EncoderAndDataParams", accumulated: int) -> int:
     return params.global_batch_size // shares
 
 
+def checked_batch_size(params: "EncoderAndDataParams", accumulated: int, loader: Any) -> int:
+    """That of the loader, which may be the user's; that of the settings where it does not say.
+
+    Raises:
+        ValueError: the settings build on a batch size that the loader does not have.
+    """
+    found = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    wanted = batch_size(params, accumulated)
+    if found is None and params.lr_scaling is not None:
+        raise ValueError(f"lr_scaling={params.lr_scaling!r} needs the batch_size of the loader, which has none")
+    if params.global_batch_size is not None and found not in (None, wanted):
+        raise ValueError(
+            f"global_batch_size={params.global_batch_size} makes {wanted} images of one process in one batch, but the "
+            f"loader's batch_size is {found}: change one of them"
+        )
+    return found or wanted
+
+
 def get_plan(params: "EncoderAndDataParams", trainer: pl.Trainer, warmup_epochs: float = 0) -> Plan:
     """The Trainer's length in optimizer steps, and the learning rate for its number of images in one of them
     (linear scaling: https://arxiv.org/abs/1706.02677; square root: https://arxiv.org/abs/1404.5997)."""
@@ -74,8 +92,7 @@ def get_plan(params: "EncoderAndDataParams", trainer: pl.Trainer, warmup_epochs:
         rank_zero_warn(
             f"the warm-up of {warmup_epochs} epochs is longer than the training: lr={params.lr} is never reached"
         )
-    loader = trainer.train_dataloader  # perhaps the user's
-    share = ddp.world_size(), accumulated, getattr(loader, "batch_size", None) or batch_size(params, accumulated)
+    share = ddp.world_size(), accumulated, checked_batch_size(params, accumulated, trainer.train_dataloader)
     ratio = math.prod(share) / params.lr_batch_size
     lr = params.lr * {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[params.lr_scaling]
     return Plan(*share, lr, int(steps), steps_per_epoch, warmup)

@@ -10,7 +10,10 @@ from torch import nn
 import encoders
 from data import DATASETS, DatasetInfo
 from fields import check_types, choice, non_negative, number, positive
+from image_files import MOST_WORKERS
 from image_ops import BLUR_RADIUS
+
+LARGEST_IMAGE = 2**28  # numbers; a GiB
 
 
 @frozen(kw_only=True)
@@ -19,7 +22,7 @@ class EncoderAndDataParams:
 
     # encoder model selection
     encoder_arch: str = "resnet18"  # a torchvision model, ws_resnet18...152, timm:NAME, or "module": your own
-    embedding_dim: int | None = None  # inferred; checked if given
+    embedding_dim: int | None = positive(None)  # inferred; checked if given
     encoder_weights: str | None = None  # to start from: torchvision's name ("DEFAULT", ...), or a file
     low_resolution_stem: bool | None = None  # 3 x 3 stem without pooling; None: for ResNets on 32 pixels or fewer
     in_channels: int | None = positive(None)  # None: the data set's
@@ -29,10 +32,10 @@ class EncoderAndDataParams:
     batch_size: int = positive(256)  # of each process
     global_batch_size: int | None = positive(None)  # instead: images of one optimizer step, over all processes
     transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # None: the data set's
-    seed: int | None = non_negative(None)  # of every random draw; None: that of pl.seed_everything
+    seed: int | None = non_negative(None, at_most=2**63 - 1)  # of every random draw; None: that of pl.seed_everything
 
     # data loader parameters
-    num_data_workers: int = non_negative(4)  # decode image files; packed sets need none
+    num_data_workers: int = non_negative(4, at_most=MOST_WORKERS)  # decode image files; packed sets need none
     drop_last_batch: bool = True  # in training only
     pin_data_memory: bool = True
     unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: use the next readable one, count, tell
@@ -48,6 +51,11 @@ class EncoderAndDataParams:
             raise ValueError(
                 f"low_resolution_stem=True does not fit encoder_arch={self.encoder_arch!r}: it is for torchvision's "
                 "ResNets and ws_resnets; choose one of them, or low_resolution_stem=False"
+            )
+        if self.channels * self.crop_size**2 > LARGEST_IMAGE:
+            raise ValueError(
+                f"transform_crop_size={self.crop_size} with in_channels={self.channels} makes images of more than "
+                f"{LARGEST_IMAGE} numbers: choose smaller ones"
             )
 
     @property

@@ -28,7 +28,16 @@ class Watch(pl.Callback):
         self.n_skipped = 0
         self.position: dict | None = None  # where our own loader was when the checkpoint was made
 
+    @classmethod
+    def unless_there(cls, trainer: pl.Trainer) -> list["Watch"]:
+        """For `configure_callbacks`, which Lightning asks at every fit and validate of the same Trainer."""
+        return [] if any(isinstance(callback, cls) for callback in trainer.callbacks) else [cls()]
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.random_state = torch.get_rng_state()
+        seeds = ddp.gather(torch.tensor([pl_module.params.seed], device=trainer.strategy.root_device)).tolist()
+        if len(set(seeds)) > 1:
+            raise ValueError(f"seed differs between processes ({seeds}): set it, or call pl.seed_everything in all")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not another one of the user's choice
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
 
@@ -40,6 +49,7 @@ class Watch(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.position is not None and isinstance(trainer.train_dataloader, Loader):
             trainer.train_dataloader.load_state_dict(self.position)
+        self.position = None
         groups = [len(group["params"]) for group in trainer.optimizers[0].param_groups]
         rank_zero_info(f"{pl_module.plan}; parameters with and without weight decay: {' and '.join(map(str, groups))}")
 
@@ -97,9 +107,14 @@ class Watch(pl.Callback):
                 "mlp_normalization (bn), more negatives, a predictor (prediction_mlp_layers=2), a lower lr"
             )
 
-    # ---- a worker that died ----
+    # ---- the end ----
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Training seeds torch anew at every step; what comes after it finds the seed of `pl.seed_everything` again."""
+        torch.set_rng_state(self.random_state)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Name the last file of a worker that died."""
         loaders = [trainer.train_dataloader, trainer.val_dataloaders]
         loaders = [one for some in loaders for one in (some if isinstance(some, list) else [some])]
         for dataset in (getattr(loader, "dataset", None) for loader in loaders):

@@ -1,5 +1,7 @@
 """What several tests share: the digits packed once, small settings, a quiet Trainer."""
 
+import os
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -8,6 +10,8 @@ import data
 from model_params import PRESETS
 
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and waiting threads slow others down
+
+LONG = int(os.environ.get("LONG", "1"))  # `make test-long`: that many times as many cases
 
 SMALL = {
     "dataset_name": "digits",

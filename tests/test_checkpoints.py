@@ -186,3 +186,12 @@ def test_a_fit_of_a_loaded_method_starts_at_the_beginning(saved, trainer):
         trainer(limit_train_batches=6, callbacks=[Watch()]).fit(method, ckpt_path=ckpt_path)
     whole, rest = seen[:6], seen[6:10]
     assert rest == whole[2:] and seen[10:] == whole and len(set(whole)) == 6
+
+
+def test_an_earlier_run_is_not_mixed_with_a_new_one(saved, method, trainer):
+    with pytest.raises(ValueError, match=r"step_000000006.ckpt is of an earlier run that went further than step 0"):
+        trainer(callbacks=[Checkpoints(saved)]).fit(method)
+    damage(saved / "step_000000006.ckpt", "truncated")
+    with pytest.warns(UserWarning, match="trying the checkpoint before it"):
+        trainer(limit_train_batches=6, callbacks=[Checkpoints(saved, keep=1)]).fit(method, ckpt_path=newest(saved))
+    assert names(saved) == ["step_000000006.ckpt"] and checkpoints.read(newest(saved))["global_step"] == 6

@@ -180,6 +180,21 @@ def test_without_processes_everything_is_the_identity():
     assert ddp.any_process(True) and not ddp.any_process(False)
 
 
+def other_seeds(rank: int, world: int) -> str:
+    torch.manual_seed(rank)
+    params = PRESETS["moco_v2"](**{**SMALL, "seed": None})
+    try:
+        trainer(world).fit(SelfSupervisedMethod(params, encoder=encoder()))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_processes_with_other_seeds_are_refused(tmp_path):
+    for message in processes.run(other_seeds, 2, tmp_path, 2):
+        assert message.startswith("seed differs between processes ([0, 1])")
+
+
 # ---- scores ----
 
 

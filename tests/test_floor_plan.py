@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["ddp", "schedules", "lars", "batchrenorm", "ws_resnet", "key_queue", "image_ops", "fields", "loader"],
+    ["ddp", "schedules", "lars", "batchrenorm", "ws_resnet", "key_queue", "image_ops", "fields", "loader", "safe_load"],
     ["augmentations", "heads", "losses", "encoders", "evaluation", "optimizers", "checkpoints"],
     ["image_files", "watch"],
     ["data"],

@@ -361,3 +361,10 @@ def test_a_checkpoint_does_not_need_the_weights_it_started_from(small, trainer, 
     fit.save_checkpoint(tmp_path / "example.ckpt")
     (tmp_path / "start.pt").unlink()
     SelfSupervisedMethod.load_from_checkpoint(tmp_path / "example.ckpt")
+
+
+def test_training_leaves_the_seed_as_it_was(small, trainer):
+    """What is built afterwards gets the seed of `pl.seed_everything`, not that of the last training step."""
+    pl.seed_everything(7, verbose=False)
+    trainer().fit(SelfSupervisedMethod(small(evaluations=[]), encoder=TinyEncoder()))
+    assert SelfSupervisedMethod(encoder=TinyEncoder(), dataset_name="digits", K=8).params.seed == 7

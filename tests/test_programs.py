@@ -2,12 +2,16 @@
 
 import csv
 import json
+import os
+import signal
 import sys
 
 import numpy as np
+import processes
 import pytest
 import torch
 
+import checkpoints as safe_io
 import demo
 import train
 import train_blog
@@ -100,3 +104,39 @@ def test_train_refuses_typos(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(train, monkeypatch, *arguments)
     assert arguments[-2 if len(arguments) > 1 else 0] in capsys.readouterr().err
+
+
+def train_to_the_end(rank: int, folder: str, resume: bool, kill_at: int | None) -> None:
+    """train.py; killed when its n-th checkpoint was written."""
+    written = []
+    replace = os.replace
+
+    def replace_or_die(*paths):
+        replace(*paths)
+        written.append(paths)
+        if len(written) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    safe_io.os.replace = replace_or_die
+    sys.argv = ["train.py", "simclr", *OPTIONS, "--out", folder, *(["--resume", "auto"] if resume else [])]
+    train.main()
+
+
+OPTIONS = ["--dataset_name", "digits", "--encoder_arch", "shufflenet_v2_x0_5", "--batch_size", "128", "--seed", "0",
+           "--max_epochs", "2", "--mlp_hidden_dim", "32", "--dim", "16", "--checkpoint_every_n_steps", "3",
+           "--linear_epochs", "2", "--linear_lr", "0.1"]  # fmt: skip
+
+
+def test_train_goes_on_where_it_was_killed(tmp_path):
+    """In the pretraining, and in the linear stage: the same results, the same rows in metrics.csv."""
+    processes.run(train_to_the_end, 1, tmp_path / "whole", str(tmp_path / "whole"), False, None)
+    for kill_at in (4, 10):
+        out = tmp_path / f"killed_{kill_at}"
+        assert processes.join(processes.launch(train_to_the_end, 1, out, str(out), True, kill_at)) == [-signal.SIGKILL]
+        processes.run(train_to_the_end, 1, out, str(out), True, None)
+        for name in ("pretraining", "linear"):
+            rows = [(folder / name / "metrics.csv").read_text() for folder in (out, tmp_path / "whole")]
+            assert rows[0] == rows[1] and len(rows[0].splitlines()) > 1
+        found, expected = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "whole"))
+        for name in ("random encoder", "trained encoder", "linear classifier"):
+            assert found[name] == expected[name]

@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 
 import data
+from checkpoints import newest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -37,10 +38,11 @@ def test_python_blocks(monkeypatch, tmp_path):
         data, "get_loader", lambda p, *rest, **kw: get_loader(attrs.evolve(p, batch_size=4), *rest, **kw)
     )
     blocks, names = re.findall(r"```python\n(.*?)```", README, re.DOTALL), {}
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "example.ckpt").exists() and names["embeddings"].shape == (64, 512)
+    assert newest(tmp_path / "runs" / "first").name == "step_000000001.ckpt"
     assert (tmp_path / "data" / "stl10" / "train" / "images.npy").exists()
 
 

@@ -11,9 +11,10 @@ import processes
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import SMALL
+from conftest import LONG, SMALL
 from pytorch_lightning.loggers import Logger
 from torch import nn
+from torch.utils.data import DataLoader
 
 import checkpoints
 from checkpoints import Checkpoints, newest
@@ -21,7 +22,6 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 
-LONG = int(os.environ.get("LONG", "1"))  # times as many kill points
 MOMENTS = (
     "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_backward", "on_after_backward",
     "on_before_optimizer_step", "on_train_batch_end", "on_validation_start", "on_validation_batch_end",
@@ -82,6 +82,8 @@ def build(kind: str, folder: str):
     common = {**SMALL, "dataset_name": "digits", "dim": 8, "K": 40, "lr": 0.1}
     if kind == "linear":
         return LinearClassifierMethod.from_moco_checkpoint(f"{folder}/example.ckpt", encoder=small_encoder()), {}
+    if kind == "own loader":  # shuffled by torch's generator; resumed at epochs
+        return SelfSupervisedMethod(PRESETS["simclr"](**common), encoder=small_encoder()), {}
     if kind == "files":  # decoded by workers
         fields = {
             **common,
@@ -110,11 +112,12 @@ def train(rank: int, kind: str, world: int, folder: str, kill_at: int | None) ->
     size = {"max_epochs": 3, "limit_train_batches": 8, "limit_val_batches": 3, "num_sanity_val_steps": 1}
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     several = {"strategy": "ddp", "devices": world} if world > 1 else {}
-    trainer = pl.Trainer(
-        accelerator="cpu", logger=Figures(f"{folder}/figures.jsonl"), log_every_n_steps=1,
-        callbacks=[Checkpoints(f"{folder}/run", every_n_steps=2), killer], **{**quiet, **size, **several, **options}
-    )  # fmt: skip
-    trainer.fit(method, ckpt_path=newest(f"{folder}/run"))
+    callbacks = [Checkpoints(f"{folder}/run", None if kind == "own loader" else 2), killer]
+    logger = {"logger": Figures(f"{folder}/figures.jsonl"), "log_every_n_steps": 1}
+    trainer = pl.Trainer(accelerator="cpu", callbacks=callbacks, **{**logger, **quiet, **size, **several, **options})
+    images = torch.randint(256, (128, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(images, batch_size=16, shuffle=True) if kind == "own loader" else None
+    trainer.fit(method, loader, ckpt_path=newest(f"{folder}/run"))
     if rank == 0:
         optimizer = trainer.optimizers[0].state_dict()
         torch.save({"method": method.state_dict(), "optimizer": optimizer}, f"{folder}/final.pt")
@@ -152,7 +155,14 @@ def folder_of(tmp_path_factory, digits_path):
 
 @pytest.mark.parametrize(
     "kind, world, n_kills",
-    [("moco", 1, 8), ("byol, accumulated", 1, 6), ("files", 1, 3), ("linear", 1, 3), ("moco", 2, 4)],
+    [
+        ("moco", 1, 8),
+        ("byol, accumulated", 1, 6),
+        ("files", 1, 3),
+        ("linear", 1, 3),
+        ("own loader", 1, 2),
+        ("moco", 2, 4),
+    ],
 )
 def test_resumed_runs_equal_the_uninterrupted_one(kind, world, n_kills, folder_of, data_path):
     place = folder_of / f"{kind} {world}".replace(", ", "_")
