@@ -143,7 +143,7 @@ def _view_settings(params: "ModelParams", i: int) -> View:
             raise ValueError(f"transform_{name}={value} must be {bounds}")
         return value
 
-    s, smallest = of_view("s"), of_view("crop_scale_min")
+    s, smallest = abs(of_view("s")), of_view("crop_scale_min")  # -0.0 is no width of an interval
     probabilities = ("jitter", "grayscale", "blur", "solarize", "flip")
     changes = {f"{name}_probability": of_view(f"{name}_probability") for name in probabilities}
     changes["crop_scale"] = None if smallest is None else (smallest, 1.0)

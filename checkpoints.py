@@ -90,9 +90,9 @@ class Checkpoints(pl.Callback):
     """Saves every n optimizer steps and after every epoch, keeps the newest ones, and stops cleanly when asked to.
 
     Resumed from one of its files, a run ends with the same bits as if it had never been interrupted (with data sets of
-    ours; a loader of your own must follow from the epoch, and be saved at epochs only). On SIGTERM it saves, and the
-    program exits with status 0. So it does on SIGUSR1, which SLURM sends before the time is up if told so
-    (`--signal=SIGUSR1@120`); under SLURM the job is then queued again. Both wait for a validation to end.
+    ours, and with others in a `loader.Loader`). On SIGTERM it saves, and the program exits with status 0. So it does on
+    SIGUSR1, which SLURM sends before the time is up if told so (`--signal=SIGUSR1@120`); under SLURM the job is then
+    queued again. Both wait for a validation to end.
 
     Args:
         folder: of the files `step_N.ckpt`, N optimizer steps.

@@ -95,7 +95,7 @@ def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...
 
 def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
     """Whether the flag is set on any process: the same answer on all of them."""
-    return bool(gather(torch.tensor([flag], device=device)).any())
+    return bool(gather(torch.tensor([flag], device=device)).any()) if is_distributed() else flag
 
 
 def on_rank_zero(compute: Callable[[], Result]) -> Result:

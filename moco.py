@@ -161,9 +161,6 @@ class SelfSupervisedMethod(pl.LightningModule):
         """Of what all processes draw alike at this batch; with the rank after it, of what each draws for itself."""
         return (self.params.seed, self.current_epoch, batch_idx)
 
-    def on_train_epoch_start(self) -> None:
-        seed_torch((self.params.seed, self.current_epoch))  # for the order of a loader of the user's
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed_torch((*self.step_seed(batch_idx), ddp.rank()))  # for dropout and the like within encoders
 

@@ -144,6 +144,9 @@ class ModelParams(EncoderAndDataParams):
              f"K={p.K} keys of dim={p.dim} are a queue of more than {LARGEST_QUEUE} numbers: choose fewer"),
             ("gn" in norms and p.mlp_hidden_dim % GROUPS != 0,
              f"mlp_hidden_dim={p.mlp_hidden_dim} does not fit group norm: choose a multiple of {GROUPS}"),
+            (p.optimizer_name != "lars" and p.lr_scaling is None and p.lr * p.weight_decay > 2,
+             f"lr={p.lr} times weight_decay={p.weight_decay} is above 2: every step would enlarge the weights; choose a "
+             "smaller weight_decay"),
             (one_image and (in_batch or p.loss_type in ("vic", "barlow")),
              f"{size} leaves loss_type={p.loss_type!r} nothing to compare with: choose a larger one, or a queue"),
             (one_image and ("bn" in norms or ("gn" in norms and p.mlp_hidden_dim == GROUPS)),

@@ -52,6 +52,11 @@ class EncoderAndDataParams:
                 f"low_resolution_stem=True does not fit encoder_arch={self.encoder_arch!r}: it is for torchvision's "
                 "ResNets and ws_resnets; choose one of them, or low_resolution_stem=False"
             )
+        if self.encoder_weights is not None and self.encoder_arch == encoders.OWN_MODULE:
+            raise ValueError(
+                f"encoder_weights={self.encoder_weights!r} is for encoders that encoder_arch names: load those of your "
+                "own module into it, and leave encoder_weights out"
+            )
         if self.channels * self.crop_size**2 > LARGEST_IMAGE:
             raise ValueError(
                 f"transform_crop_size={self.crop_size} with in_channels={self.channels} makes images of more than "

@@ -14,11 +14,11 @@ import torch
 from conftest import LONG, SMALL
 from pytorch_lightning.loggers import Logger
 from torch import nn
-from torch.utils.data import DataLoader
 
 import checkpoints
 from checkpoints import Checkpoints, newest
 from linear_classifier import LinearClassifierMethod
+from loader import Loader, Share
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 
@@ -82,7 +82,7 @@ def build(kind: str, folder: str):
     common = {**SMALL, "dataset_name": "digits", "dim": 8, "K": 40, "lr": 0.1}
     if kind == "linear":
         return LinearClassifierMethod.from_moco_checkpoint(f"{folder}/example.ckpt", encoder=small_encoder()), {}
-    if kind == "own loader":  # shuffled by torch's generator; resumed at epochs
+    if kind == "own loader":
         return SelfSupervisedMethod(PRESETS["simclr"](**common), encoder=small_encoder()), {}
     if kind == "files":  # decoded by workers
         fields = {
@@ -112,11 +112,11 @@ def train(rank: int, kind: str, world: int, folder: str, kill_at: int | None) ->
     size = {"max_epochs": 3, "limit_train_batches": 8, "limit_val_batches": 3, "num_sanity_val_steps": 1}
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     several = {"strategy": "ddp", "devices": world} if world > 1 else {}
-    callbacks = [Checkpoints(f"{folder}/run", None if kind == "own loader" else 2), killer]
+    callbacks = [Checkpoints(f"{folder}/run", every_n_steps=2), killer]
     logger = {"logger": Figures(f"{folder}/figures.jsonl"), "log_every_n_steps": 1}
     trainer = pl.Trainer(accelerator="cpu", callbacks=callbacks, **{**logger, **quiet, **size, **several, **options})
     images = torch.randint(256, (128, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    loader = DataLoader(images, batch_size=16, shuffle=True) if kind == "own loader" else None
+    loader = Loader(images, 16, sampler=Share(images, 1, 0), num_workers=1) if kind == "own loader" else None
     trainer.fit(method, loader, ckpt_path=newest(f"{folder}/run"))
     if rank == 0:
         optimizer = trainer.optimizers[0].state_dict()
@@ -217,3 +217,30 @@ def test_a_signal_saves_and_ends_the_run_cleanly(world, to, number, tmp_path):
     assert saved["global_step"] > 0
     assert "Error" not in (tmp_path / "output_0.txt").read_text()
     assert queued.exists() == (number == "SIGUSR1") and (not queued.exists() or queued.read_text() == "requeue 123\n")
+
+
+def signalled_before_training(rank: int, folder: str) -> tuple[int, bool]:
+    """SIGUSR1 arrives while the encoder is scored before its training, as train.py does."""
+
+    class Signal(pl.Callback):
+        def on_validation_start(self, trainer, module):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callbacks = [Checkpoints(f"{folder}/run"), Signal()]
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, max_epochs=9, **quiet)
+    method = build("moco", folder)[0]
+    trainer.validate(method, verbose=False)
+    restored = signal.getsignal(signal.SIGUSR1) == before
+    try:
+        trainer.fit(method)
+    except SystemExit:
+        return trainer.global_step, restored
+    return -1, restored
+
+
+def test_a_signal_before_training_ends_it_at_once_and_nothing_else(tmp_path):
+    """Lightning's own answer under SLURM would be a file in the working folder from which later runs start."""
+    assert processes.run(signalled_before_training, 1, tmp_path, str(tmp_path)) == [(1, True)]
+    assert newest(tmp_path / "run").name == "step_000000001.ckpt" and not list(Path.cwd().glob("*.ckpt"))
