@@ -2,13 +2,16 @@
 
 import re
 
+import processes
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import SMALL
 from torch import nn
 
 from checkpoints import Checkpoints, newest, read
 from moco import SelfSupervisedMethod
+from model_params import PRESETS
 
 
 class Encoder(nn.Module):
@@ -77,3 +80,22 @@ def test_collapsed_embeddings_are_named_once(small, trainer):
     assert len([w for w in found if "collapse" in str(w.message)]) == 1
     with pytest.warns(UserWarning, match="collapse: valid_rank_me=1.0"):
         trainer().fit(SelfSupervisedMethod(params, encoder=OneDirection(), evaluations=["rank_me"]))
+
+
+def spoiled_on_one(rank: int, world: int) -> str:
+    params = PRESETS["moco_v2"](**{**SMALL, "evaluations": []})
+    model = SelfSupervisedMethod(params, encoder=Encoder(2 if rank == 1 else None, float("inf")))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", strategy="ddp", devices=world, max_epochs=1, **quiet)
+    try:
+        trainer.fit(model)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def test_all_processes_stop_when_one_loss_is_not_finite(tmp_path):
+    """MoCo's loss of the other process stays finite: it would wait for gradients that never come."""
+    for rank, message in enumerate(processes.run(spoiled_on_one, 2, tmp_path, 2)):
+        assert "not finite at step 2 (epoch 0, batch 2) on process 1; " in message
+        assert f"on process {rank} step_train_loss=" in message and ("step_train_loss=nan" in message) == (rank == 1)
