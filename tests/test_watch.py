@@ -9,6 +9,7 @@ import torch
 from conftest import SMALL
 from torch import nn
 
+import watch
 from checkpoints import Checkpoints, newest, read
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
@@ -52,12 +53,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(preset, small, trainer, tmp_pat
     assert newest(tmp_path / "run").name == "step_000000004.ckpt" and read(newest(tmp_path / "run"))
 
 
-def test_what_is_in_force_is_printed_once(small, trainer, caplog):
+def test_what_is_in_force_is_printed_once(small, trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr(watch, "rank_zero_info", said.append)
     params = small("byol", lr=0.1, lr_scaling="linear", lr_batch_size=64, warmup_epochs=1, mlp_normalization="bn")
-    with caplog.at_level("INFO"):
-        fit = trainer(max_epochs=2, limit_train_batches=4, accumulate_grad_batches=2)
-        fit.fit(SelfSupervisedMethod(params, encoder=Encoder(), evaluations=[]))
-    said = [record.message for record in caplog.records if "per optimizer step" in record.message]
+    fit = trainer(max_epochs=2, limit_train_batches=4, accumulate_grad_batches=2)
+    fit.fit(SelfSupervisedMethod(params, encoder=Encoder(), evaluations=[]))
     assert len(said) == 1
     assert "1 (processes) x 2 (accumulated batches) x 16 (images) = 32 images per optimizer step" in said[0]
     assert "4 steps, 2 an epoch, 2 of warm-up; lr 0.05" in said[0]
