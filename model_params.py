@@ -128,7 +128,7 @@ class ModelParams(EncoderAndDataParams):
         # fmt: on
 
     def _misfits(self) -> list[tuple[bool, str]]:
-        """The same of sizes."""
+        """The same of numbers that do not fit together."""
         p, which = self, "batch_size" if self.global_batch_size is None else "global_batch_size"
         one_image, size = getattr(p, which) == 1, f"{which}={getattr(p, which)}"
         in_batch = p.use_negative_examples_from_batch and not p.use_negative_examples_from_queue
@@ -145,8 +145,8 @@ class ModelParams(EncoderAndDataParams):
             ("gn" in norms and p.mlp_hidden_dim % GROUPS != 0,
              f"mlp_hidden_dim={p.mlp_hidden_dim} does not fit group norm: choose a multiple of {GROUPS}"),
             (p.optimizer_name != "lars" and p.lr_scaling is None and p.lr * p.weight_decay > 2,
-             f"lr={p.lr} times weight_decay={p.weight_decay} is above 2: every step would enlarge the weights; choose a "
-             "smaller weight_decay"),
+             f"lr={p.lr} times weight_decay={p.weight_decay} is above 2, so that every step would enlarge the weights: "
+             "choose a smaller weight_decay"),
             (one_image and (in_batch or p.loss_type in ("vic", "barlow")),
              f"{size} leaves loss_type={p.loss_type!r} nothing to compare with: choose a larger one, or a queue"),
             (one_image and ("bn" in norms or ("gn" in norms and p.mlp_hidden_dim == GROUPS)),
