@@ -4,8 +4,6 @@ trainer = pl.Trainer(max_epochs=320, callbacks=[Checkpoints("runs/first", every_
 trainer.fit(model, ckpt_path=newest("runs/first"))
 """
 
-import functools
-import math
 import os
 import signal
 import subprocess
@@ -45,7 +43,7 @@ def newest(folder: str | Path) -> Path | None:
     for path in found:
         try:
             read(path)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:  # a training that still runs may have removed it
             rank_zero_warn(f"{error}; trying the checkpoint before it")
         else:
             return path
@@ -58,6 +56,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Lightning's, but a file appears under its name only when all of it is on the disk, and is read as data only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):  # fsspec's business
+            return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.unfinished")
@@ -106,6 +106,9 @@ class Checkpoints(pl.Callback):
         self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
         self.last_saved = 0
         self.begun_batches = 0
+        self.validated = False  # since the last batch
+        self.handlers: dict = {}  # those before ours
+        self.listens = False
         self.received: int | None = None  # signal
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -113,17 +116,28 @@ class Checkpoints(pl.Callback):
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False  # it saves in the middle of a step, and a file of its own
         self.handlers = self.listen()
+        self.listens = True
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Also after an exception. Lightning may put our handler back once more, so it must know that we are done."""
+        self.listens = False
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    on_exception = teardown
 
     def listen(self) -> dict:
         """Note the signals from here on; returns the handlers before."""
         if threading.current_thread() is not threading.main_thread():
             return {}
-        note = functools.partial(setattr, self, "received")
-        return {number: signal.signal(number, lambda number, _: note(number)) for number in SIGNALS}
+        return {number: signal.signal(number, self.note) for number in SIGNALS}
+
+    def note(self, number: int, _: Any) -> None:
+        if self.listens:
+            self.received = number
+        else:
+            signal.signal(number, self.handlers[number])
+            signal.raise_signal(number)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last_saved = trainer.global_step
@@ -140,9 +154,10 @@ class Checkpoints(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int):
         # Here, and not at the end of the batch before, because by now its figures are logged. Not after a validation
-        # within the epoch: Lightning would repeat it. Not between accumulated batches: their gradients are not saved.
-        interval = trainer.val_check_batch or math.inf
-        if batch_idx == 0 or batch_idx % interval == 0 or batch_idx % trainer.accumulate_grad_batches:
+        # within the epoch: Lightning would leave a batch out. Not between accumulated batches: their gradients are not
+        # saved.
+        validated, self.validated = self.validated, False
+        if batch_idx == 0 or validated or batch_idx % trainer.accumulate_grad_batches:
             return
         stop = ddp.any_process(self.received is not None, pl_module.device)
         due = self.every_n_steps is not None and trainer.global_step - self.last_saved >= self.every_n_steps
@@ -167,7 +182,15 @@ class Checkpoints(pl.Callback):
         if ddp.any_process(self.received is not None, pl_module.device):
             self.stop(trainer)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validated = True
+        after_training = trainer.state.fn == "validate" and trainer.global_step > 0
+        if after_training and ddp.any_process(self.received is not None, pl_module.device):
+            self.stop(trainer)
+
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.fast_dev_run:  # its checkpoint would be taken for that of a run
+            return
         if not all_finite(module):
             raise FloatingPointError(
                 f"weights are not finite at step {trainer.global_step}: not saved; the newest good checkpoint is "
@@ -190,6 +213,7 @@ class Checkpoints(pl.Callback):
             job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
         if out_of_time and job is not None and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", job], check=True)
+        self.received = None
         raise SIGTERMException
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
+import numpy as np
 from attrs import field, fields
 
 WHOLE = (int, int | None)
@@ -28,7 +30,7 @@ def number(default, at_least: float = 0, above: float | None = None, by: float =
             low += f", by {by} or more," if isinstance(value, float) and above is not None else ""
             raise ValueError(f"{attribute.name}={value!r} must be {low} and at most {at_most:.10g}")
 
-    return field(default=default, validator=check)
+    return field(default=default, converter=plain, validator=check)
 
 
 def choice(default, choices: Iterable):
@@ -54,3 +56,12 @@ def check_types(settings) -> None:
             raise ValueError(f"{attribute.name}={value!r} must be a string")
         if kind == list[str] and not (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)):
             raise ValueError(f"{attribute.name}={value!r} must be a list of strings")
+
+
+def plain(value: Any) -> Any:
+    """Settings without NumPy's numbers, which a checkpoint that is data only cannot hold."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,6 +1,7 @@
 """Class folders of image files, decoded and cropped in the loader's workers, because their sizes differ."""
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -83,7 +84,8 @@ class ImageFiles(Dataset):
 
     def last_read(self, message: str) -> list[str]:
         """Paths of the files read last by those workers whose process a message of PyTorch names."""
-        return [self.files[i][0] for process, i in self.reading.tolist() if process > 0 and str(process) in message]
+        named = set(map(int, re.findall(r"\d+", message)))
+        return [self.files[i][0] for process, i in self.reading.tolist() if process > 0 and process in named]
 
     @staticmethod
     def resized(image: Image.Image, box: tuple[float, ...], size: int) -> Tensor:

@@ -21,7 +21,7 @@ import data
 import ddp
 import optimizers
 from encoders import get_encoder
-from fields import fraction, non_negative, positive
+from fields import fraction, non_negative, plain, positive
 from loader import images_and_labels
 from shared_params import EncoderAndDataParams, resolve
 from watch import Watch
@@ -86,7 +86,7 @@ class LinearClassifierMethod(pl.LightningModule):
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(False)
-        self.save_hyperparameters({**attrs.asdict(p), "embedding_dim": width, "encoder_weights": None})
+        self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
 
         flips = p.dataset.view.flip_probability
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
@@ -142,6 +142,9 @@ class LinearClassifierMethod(pl.LightningModule):
         means = self.scores(batch).mean(0)
         self.log_dict({f"step_train_{name}": value for name, value in zip(SCORES, means.detach(), strict=True)})
         return means[0]
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation_scores.clear()  # of one that was interrupted
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.validation_scores.append(self.scores(batch))

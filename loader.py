@@ -26,7 +26,15 @@ class Loader(DataLoader):
     position = {"epoch": 0, "batches": 0}
     resumed: dict[str, int] | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.persistent_workers:
+            raise ValueError("persistent_workers=True would keep the workers in the first epoch: leave it out")
+
     def __iter__(self) -> Iterator[Any]:
+        if not isinstance(self.sampler, Share):  # Lightning's choice, to overfit
+            yield from super().__iter__()
+            return
         # A generator: nothing happens before the first batch is asked for. Lightning wants the iterator before it has
         # set the epoch of a resumed run, and workers would begin with the wrong one.
         epoch, resumed, self.resumed = self.sampler.epoch, self.resumed, None

@@ -23,6 +23,7 @@ import losses
 import optimizers
 import schedules
 from encoders import get_encoder
+from fields import plain
 from heads import MLP
 from key_queue import KeyQueue
 from lars import parameter_groups
@@ -61,7 +62,7 @@ class SelfSupervisedMethod(pl.LightningModule):
         # All processes push the same keys: DDP need not send 4 K dim bytes at every forward.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
-        self.save_hyperparameters({**attrs.asdict(p), "embedding_dim": width, "encoder_weights": None})
+        self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
         self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
@@ -179,6 +180,9 @@ class SelfSupervisedMethod(pl.LightningModule):
         return views, labels
 
     # ---- evaluation ----
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation_outputs.clear()  # of one that was interrupted
 
     def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int, dataloader_idx: int = 0) -> None:
         due = self.trainer.state.fn != "fit" or (self.current_epoch + 1) % self.params.evaluate_every_n_epochs == 0

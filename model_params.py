@@ -80,8 +80,8 @@ class ModelParams(EncoderAndDataParams):
     redundancy_loss_weight: float = non_negative(0.0051, at_most=1e6)  # Barlow Twins' lambda
 
     # MLP parameters
-    projection_mlp_layers: int = non_negative(2, at_most=100)
-    prediction_mlp_layers: int = non_negative(0, at_most=100)
+    projection_mlp_layers: int = non_negative(2, at_most=20)
+    prediction_mlp_layers: int = non_negative(0, at_most=20)
     mlp_hidden_dim: int = positive(512, at_most=LARGEST_WIDTH)
     mlp_normalization: str | None = choice(None, (None, *NORMALIZATIONS))
     prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))

@@ -85,7 +85,7 @@ def get_plan(params: "EncoderAndDataParams", trainer: pl.Trainer, warmup_epochs:
     """The Trainer's length in optimizer steps, and the learning rate for its number of images in one of them
     (linear scaling: https://arxiv.org/abs/1706.02677; square root: https://arxiv.org/abs/1404.5997)."""
     steps, accumulated = trainer.estimated_stepping_batches, trainer.accumulate_grad_batches
-    if steps < 1:
+    if not 1 <= steps < math.inf:
         raise ValueError("the loader has no length: tell the Trainer max_steps, which the schedules need")
     steps_per_epoch = math.ceil(min(steps, trainer.num_training_batches / accumulated))
     if (warmup := warmup_epochs * steps_per_epoch) > steps:

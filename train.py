@@ -100,6 +100,10 @@ def resumed_from(given: str | None, out: Path, name: str) -> Path | None:
     return checkpoints.newest(out / name / "checkpoints") if given == "auto" else Path(given) if given else None
 
 
+def score(fit: pl.Trainer, method: pl.LightningModule) -> dict:
+    return next(iter(fit.validate(method, verbose=False)), {})  # nothing where `evaluations` is empty
+
+
 @rank_zero_only
 def write(out: Path, results: dict) -> None:
     (out / "results.json").write_text(json.dumps(results, indent=2))
@@ -110,13 +114,13 @@ def pretrain(model: SelfSupervisedMethod, out: Path, resume: str | None, results
     resumed = resumed_from(resume, out, "pretraining")
     fit = trainer(out, "pretraining", model.params.max_epochs, every, resumed, options)
     if "random encoder" not in results:
-        results["random encoder"] = fit.validate(model, verbose=False)[0]
+        results["random encoder"] = score(fit, model)
         write(out, results)
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
-    results["pretraining minutes"] = (time.time() - start) / 60  # of this start of the program
+    results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
-    results["trained encoder"] = fit.validate(model, verbose=False)[0]
+    results["trained encoder"] = score(fit, model)
     write(out, results)
 
 
@@ -128,8 +132,8 @@ def train_classifier(
     fit = trainer(out, "linear", epochs, every, resumed, options)
     start = time.time()
     fit.fit(linear, ckpt_path=resumed)
-    results["linear minutes"] = (time.time() - start) / 60
-    results["linear classifier"] = fit.validate(linear, verbose=False)[0]
+    results["linear minutes"] = results.get("linear minutes", 0) + (time.time() - start) / 60
+    results["linear classifier"] = score(fit, linear)
     fit.save_checkpoint(out / "linear.ckpt", weights_only=False)
     write(out, results)
 
@@ -144,7 +148,9 @@ def main() -> None:
     out = out or Path("runs") / f"{preset}_{params.dataset_name}"
     results = {"preset": preset, "epochs": params.max_epochs}
     if resume and (out / "results.json").is_file():
-        results |= json.loads((out / "results.json").read_text())
+        results = json.loads((out / "results.json").read_text()) | results
+    if not resume and any(out.glob("*/checkpoints/step_*.ckpt")):
+        raise SystemExit(f"{out} holds an earlier run: --resume auto to go on with it, or another --out")
     out.mkdir(parents=True, exist_ok=True)
     pretrain(SelfSupervisedMethod(params), out, resume, results, every, options)
     if linear_epochs:

@@ -1,6 +1,7 @@
 """What is said while a method trains: what is in force, when it goes wrong, and what to try."""
 
 import math
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -43,12 +44,20 @@ class Watch(pl.Callback):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """Of a run that is resumed; not of `load_from_checkpoint`."""
+        if trainer.state.fn != "fit":
+            return
         loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         self.position = next(iter(loop.get("combined_loader", [])), None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.position is not None and isinstance(trainer.train_dataloader, Loader):
-            trainer.train_dataloader.load_state_dict(self.position)
+        loader = trainer.train_dataloader
+        if isinstance(loader, Loader) and getattr(loader.sampler, "num_replicas", 1) != ddp.world_size() > 1:
+            raise ValueError(
+                f"the loader deals images out to {loader.sampler.num_replicas} processes, but there are "
+                f"{ddp.world_size()}: make its Share(dataset, ddp.world_size(), ddp.rank()) in train_dataloader"
+            )
+        if self.position is not None and isinstance(loader, Loader):
+            loader.load_state_dict(self.position)
         self.position = None
         groups = [len(group["params"]) for group in trainer.optimizers[0].param_groups]
         rank_zero_info(f"{pl_module.plan}; parameters with and without weight decay: {' and '.join(map(str, groups))}")
@@ -88,15 +97,21 @@ class Watch(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.name_collapse(trainer, "step_projection_std", COLLAPSED_STD, "1 is healthy, 0 a single point")
-        dataset = getattr(trainer.train_dataloader, "dataset", None)
-        skipped = dataset.skipped() if hasattr(dataset, "skipped") else []
-        if len(skipped) > self.n_skipped:
-            self.n_skipped = len(skipped)
-            rank_zero_warn(f"{len(skipped)} images could not be read and were skipped: {', '.join(skipped[:20])}")
+        self.name_skipped(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
             self.name_collapse(trainer, "valid_rank_me", COLLAPSED_RANK, "1 is a single direction")
+            self.name_skipped(trainer)
+
+    def name_skipped(self, trainer: pl.Trainer) -> None:
+        """Unreadable images of this process's share."""
+        skipped = [path for dataset in datasets(trainer, "skipped") for path in dataset.skipped()]
+        if len(skipped) > self.n_skipped:
+            self.n_skipped = len(skipped)
+            warnings.warn(
+                f"{len(skipped)} images could not be read and were skipped: {', '.join(skipped[:20])}", stacklevel=2
+            )
 
     def name_collapse(self, trainer: pl.Trainer, name: str, limit: float, meaning: str) -> None:
         value = float(trainer.callback_metrics.get(name, math.inf))
@@ -115,10 +130,9 @@ class Watch(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Name the last file of a worker that died."""
-        loaders = [trainer.train_dataloader, trainer.val_dataloaders]
-        loaders = [one for some in loaders for one in (some if isinstance(some, list) else [some])]
-        for dataset in (getattr(loader, "dataset", None) for loader in loaders):
-            files = dataset.last_read(str(exception)) if hasattr(dataset, "last_read") else []
+        torch.set_rng_state(self.random_state)
+        for dataset in datasets(trainer, "last_read"):
+            files = dataset.last_read(str(exception))
             if files and "DataLoader worker" in str(exception):
                 exception.add_note(f"the last file that this worker read is {', '.join(files)}")
 
@@ -127,3 +141,10 @@ class Watch(pl.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.collapse_was_named = state["collapse_was_named"]
+
+
+def datasets(trainer: pl.Trainer, method: str) -> list:
+    """The data sets of the Trainer's loaders that have this method."""
+    loaders = [trainer.train_dataloader, trainer.val_dataloaders]
+    loaders = [one for some in loaders for one in (some if isinstance(some, list) else [some])]
+    return [loader.dataset for loader in loaders if hasattr(getattr(loader, "dataset", None), method)]

@@ -6,6 +6,7 @@ import resource
 import signal
 from pathlib import Path
 
+import numpy as np
 import processes
 import pytest
 import pytorch_lightning as pl
@@ -195,3 +196,30 @@ def test_an_earlier_run_is_not_mixed_with_a_new_one(saved, method, trainer):
     with pytest.warns(UserWarning, match="trying the checkpoint before it"):
         trainer(limit_train_batches=6, callbacks=[Checkpoints(saved, keep=1)]).fit(method, ckpt_path=newest(saved))
     assert names(saved) == ["step_000000006.ckpt"] and checkpoints.read(newest(saved))["global_step"] == 6
+
+
+def test_settings_of_numpy_do_not_spoil_a_checkpoint(trainer, small, tmp_path):
+    swept = small(lr=np.logspace(-3, -1, 3)[1], transform_s=[np.float64(0.5), 1], evaluations=[])
+    model = SelfSupervisedMethod(swept, encoder=tiny())
+    trainer(callbacks=[Checkpoints(tmp_path / "run")]).fit(model)
+    assert checkpoints.read(newest(tmp_path / "run"))["hyper_parameters"]["lr"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02", b"P", b"a,b\n1,2\n", b"\x80\x02}q\x00(X\x05", bytes(range(256))])
+def test_other_content_is_no_file_of_torch(content, tmp_path):
+    (tmp_path / "other.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match="other.ckpt is damaged, or no file of torch"):
+        checkpoints.read(tmp_path / "other.ckpt")
+
+
+def test_files_of_old_torch_are_read(tmp_path):
+    """As torchvision's first weights are: no zip archive, no checksums."""
+    torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert checkpoints.read(tmp_path / "old.pt")["state_dict"]["a"].tolist() == [1, 1]
+
+
+def test_validating_a_checkpoint_does_not_skip_batches_of_a_later_fit(saved, method, trainer):
+    both = trainer(limit_train_batches=6)
+    both.validate(method, ckpt_path=saved / "step_000000002.ckpt", verbose=False)
+    both.fit(method)
+    assert both.global_step == 6

@@ -231,6 +231,7 @@ FOUND = [  # (preset, fields, the field that the refusal names, or None where th
     ("byol", {"mlp_hidden_dim": 10**30}, "mlp_hidden_dim"),
     ("byol", {"projection_mlp_layers": 10**12}, "projection_mlp_layers"),
     ("byol", {"prediction_mlp_layers": 10**12}, "prediction_mlp_layers"),
+    ("byol", {"prediction_mlp_layers": 100}, "prediction_mlp_layers"),
     ("byol", {"transform_crop_size": 10**7}, "transform_crop_size"),
     ("byol", {"in_channels": 10**12}, "in_channels"),
     ("byol", {"seed": 2**64}, "seed"),

@@ -244,3 +244,44 @@ def test_a_signal_before_training_ends_it_at_once_and_nothing_else(tmp_path):
     """Lightning's own answer under SLURM would be a file in the working folder from which later runs start."""
     assert processes.run(signalled_before_training, 1, tmp_path, str(tmp_path)) == [(1, True)]
     assert newest(tmp_path / "run").name == "step_000000001.ckpt" and not list(Path.cwd().glob("*.ckpt"))
+
+
+def other_ways(rank: int, folder: str) -> dict:
+    """What is left behind by runs that end in other ways than by SIGKILL."""
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            raise KeyError("of the user's own making")
+
+    def fit(*callbacks, **options):
+        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        size = {"max_epochs": 1, "limit_train_batches": 9, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=list(callbacks), **{**quiet, **size, **options})
+        trainer.fit(build("byol, accumulated", folder)[0])
+        return trainer
+
+    found, answered = {}, []
+    signal.signal(signal.SIGTERM, lambda *_: answered.append("by the user"))
+    try:
+        fit(Checkpoints(f"{folder}/a"), Stop())
+    except KeyError:
+        signal.raise_signal(signal.SIGTERM)
+        found["SIGTERM was answered"] = answered
+    fit(Checkpoints(f"{folder}/b"), fast_dev_run=True)
+    found["fast_dev_run"] = newest(f"{folder}/b")
+    found["overfit"] = fit(overfit_batches=2).global_step
+    steps = fit(Checkpoints(f"{folder}/c", 1, keep=99), limit_val_batches=1, val_check_interval=3)
+    found["saved"] = sorted(int(path.stem[5:]) for path in Path(f"{folder}/c").glob("*.ckpt"))
+    return found | {"steps": steps.global_step}
+
+
+def test_other_ways_to_end_a_run(tmp_path):
+    assert processes.run(other_ways, 1, tmp_path, str(tmp_path)) == [
+        {
+            "SIGTERM was answered": ["by the user"],
+            "fast_dev_run": None,
+            "overfit": 2,
+            "saved": [1, 2, 4, 5, 7, 8, 9],
+            "steps": 9,
+        }
+    ]
