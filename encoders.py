@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
     if own is not None:
         return own, measured_width(own, image, "the encoder")
     file = None if p.encoder_weights is None else Path(p.encoder_weights).expanduser()
-    from_file = file is not None and file.is_file()
+    from_file = file is not None and os.path.isfile(file)  # False, not an error, for a name too long to be one
     published = None if from_file else p.encoder_weights
     if p.encoder_arch.startswith("timm:"):
         import timm
@@ -73,7 +74,10 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
         adapt_stem(encoder, p.channels, p.low_resolution)
         ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
     if from_file:
-        load_weights(encoder, file)
+        try:
+            load_weights(encoder, file)
+        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"encoder_weights={p.encoder_weights!r} does not fit {p.encoder_arch}: {error}") from error
     return encoder, measured_width(encoder, image, f"encoder_arch={p.encoder_arch!r}")
 
 

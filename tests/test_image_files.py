@@ -148,6 +148,9 @@ def test_folders_that_hold_nothing_are_refused_in_one_sentence(folders, monkeypa
             data.prepare_data(name)
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # PyTorch raises anywhere, first in __del__
 def test_a_worker_that_dies_is_reported_with_the_file_it_read(folders, trainer, monkeypatch):
     import image_files
 
