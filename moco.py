@@ -59,6 +59,8 @@ class SelfSupervisedMethod(pl.LightningModule):
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
+            if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
+                copy.deepcopy(self).encode(torch.zeros(1, p.channels, p.crop_size, p.crop_size))
         # All processes push the same keys: DDP need not send 4 K dim bytes at every forward.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
@@ -75,8 +77,14 @@ class SelfSupervisedMethod(pl.LightningModule):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One view -> z and q, [N, D] each."""
-        z = self.projection_model(self.model(x))
-        return self.on_sphere(z), self.on_sphere(self.prediction_model(z))
+        try:
+            z = self.projection_model(self.model(x))
+            return self.on_sphere(z), self.on_sphere(self.prediction_model(z))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            way_out = "choose a larger batch_size, or drop_last_batch=True if it is the last one"
+            raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error
 
     @torch.no_grad()
     def encode_lagging(self, x: Tensor, batch_idx: int) -> Tensor:

@@ -368,3 +368,13 @@ def test_training_leaves_the_seed_as_it_was(small, trainer):
     pl.seed_everything(7, verbose=False)
     trainer().fit(SelfSupervisedMethod(small(evaluations=[]), encoder=TinyEncoder()))
     assert SelfSupervisedMethod(encoder=TinyEncoder(), dataset_name="digits", K=8).params.seed == 7
+
+
+def test_one_image_without_batch_statistics_is_refused_in_words(small, trainer):
+    """At construction where the settings say so; 1,297 digits in batches of 16 leave one for the last batch."""
+    with pytest.raises(ValueError, match="a batch of 1 image has no batch statistics: choose a larger batch_size"):
+        SelfSupervisedMethod(small(batch_size=1))
+    SelfSupervisedMethod(small(batch_size=1), encoder=TinyEncoder())
+    with pytest.raises(ValueError, match="or drop_last_batch=True if it is the last one"):
+        model = SelfSupervisedMethod(small("byol", drop_last_batch=False, evaluations=[]), encoder=TinyEncoder())
+        trainer(limit_train_batches=None, limit_val_batches=0).fit(model)
