@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
@@ -92,10 +92,10 @@ def get_plan(params: "EncoderAndDataParams", trainer: pl.Trainer, warmup_epochs:
         rank_zero_warn(
             f"the warm-up of {warmup_epochs} epochs is longer than the training: lr={params.lr} is never reached"
         )
-    share = ddp.world_size(), accumulated, checked_batch_size(params, accumulated, trainer.train_dataloader)
-    ratio = math.prod(share) / params.lr_batch_size
-    lr = params.lr * {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[params.lr_scaling]
-    return Plan(*share, lr, int(steps), steps_per_epoch, warmup)
+    size = checked_batch_size(params, accumulated, trainer.train_dataloader)
+    plan = Plan(ddp.world_size(), accumulated, size, params.lr, int(steps), steps_per_epoch, warmup)
+    ratio = plan.global_batch_size / params.lr_batch_size
+    return evolve(plan, lr=params.lr * {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[params.lr_scaling])
 
 
 def for_pretraining(params: "ModelParams", plan: Plan, adapted: Parameters, excluded: Parameters) -> dict:

@@ -56,7 +56,7 @@ class Watch(pl.Callback):
                 f"the loader deals images out to {loader.sampler.num_replicas} processes, but there are "
                 f"{ddp.world_size()}: make its Share(dataset, ddp.world_size(), ddp.rank()) in train_dataloader"
             )
-        if self.position is not None and isinstance(loader, Loader):
+        if Loader.is_position(self.position) and isinstance(loader, Loader):
             loader.load_state_dict(self.position)
         self.position = None
         groups = [len(group["params"]) for group in trainer.optimizers[0].param_groups]

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 import data
 from augmentations import View
-from loader import images_and_labels
+from loader import Loader, Share, images_and_labels
 from model_params import ModelParams
 
 ROOT = Path(__file__).parents[1]
@@ -234,3 +234,8 @@ def test_what_loaders_may_yield():
     assert images_and_labels([x, y]) == (x, y)
     assert images_and_labels([[x, x], y]) == ([x, x], y)
     assert images_and_labels([x, x]) == ([x, x], None)
+
+
+def test_workers_that_would_stay_in_the_first_epoch_are_refused():
+    with pytest.raises(ValueError, match="persistent_workers=True would keep the workers in the first epoch"):
+        Loader(range(4), sampler=Share(range(4), 1, 0), num_workers=1, persistent_workers=True)

@@ -9,6 +9,7 @@ from torch import nn
 
 import ddp
 from linear_classifier import LinearClassifierMethod
+from loader import Loader, Share
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 
@@ -193,6 +194,22 @@ def other_seeds(rank: int, world: int) -> str:
 def test_processes_with_other_seeds_are_refused(tmp_path):
     for message in processes.run(other_seeds, 2, tmp_path, 2):
         assert message.startswith("seed differs between processes ([0, 1])")
+
+
+def share_of_one_process(rank: int, world: int) -> str:
+    images = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8)
+    method = SelfSupervisedMethod(PRESETS["moco_v2"](**SMALL, evaluations=[]), encoder=encoder())
+    try:
+        trainer(world).fit(method, Loader(images, 8, sampler=Share(images, 1, 0)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_loader_made_for_fewer_processes_is_refused(tmp_path):
+    """Both would train on the same images."""
+    for message in processes.run(share_of_one_process, 2, tmp_path, 2):
+        assert message.startswith("the loader deals images out to 1 processes, but there are 2")
 
 
 # ---- scores ----

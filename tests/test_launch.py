@@ -14,11 +14,11 @@ import processes
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import LONG
 from pytorch_lightning.strategies import DDPStrategy
 from test_ddp import IMAGES, Batches, assert_close, encoder
 from test_ddp import SMALL as TINY
 from test_ddp import trainer as trainer_of
-from test_resume import LONG
 
 from checkpoints import read
 from moco import SelfSupervisedMethod

@@ -378,3 +378,20 @@ def test_one_image_without_batch_statistics_is_refused_in_words(small, trainer):
     with pytest.raises(ValueError, match="or drop_last_batch=True if it is the last one"):
         model = SelfSupervisedMethod(small("byol", drop_last_batch=False, evaluations=[]), encoder=TinyEncoder())
         trainer(limit_train_batches=None, limit_val_batches=0).fit(model)
+
+
+def test_an_interrupted_validation_leaves_nothing_for_the_next(small, trainer):
+    class Stop(pl.Callback):
+        stops = True
+
+        def on_validation_batch_end(self, *args):
+            if self.stops:
+                raise KeyError("of the user's own making")
+
+    stop = Stop()
+    model, fit = SelfSupervisedMethod(small(), encoder=TinyEncoder()), trainer(limit_val_batches=9, callbacks=[stop])
+    with pytest.raises(KeyError):
+        fit.validate(model, verbose=False)
+    stop.stops = False
+    found = fit.validate(model, verbose=False)
+    assert found == trainer(limit_val_batches=9).validate(model, verbose=False)

@@ -166,7 +166,6 @@ def build(preset: str, fields: dict) -> SelfSupervisedMethod:
 def loader_for(p: ModelParams) -> DataLoader:
     """Two batches: uint8 images, or float views where the data set's constants cannot normalize them."""
     n = min(32, p.global_batch_size or p.batch_size)
-    n = n if p.encoder_arch == "module" else max(2, n)  # batch norm within an encoder needs two, and is not looked for
     size, labels = p.crop_size, torch.arange(2 * n) % 3
     if p.channels == p.dataset.channels:
         images = torch.randint(256, (2 * n, p.channels, size, size), dtype=torch.uint8)
