@@ -1,8 +1,9 @@
 # make demo: install, pretrain on digits, evaluate.  make test: install, run all tests (test-long: with more cases).
-# make lint: ruff.
+# make lint: ruff.  make bench: install the peers, run the benchmarks of the CPU (20 minutes), renew docs/performance.md.
 PYTHON ?= python3
 VENV := .venv
-.PHONY: demo test test-long lint
+BENCHMARKS := augment step optimizer probe loader scaling startup
+.PHONY: demo test test-long lint bench
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +18,11 @@ test: $(VENV)/installed
 
 test-long: $(VENV)/installed
 	LONG=5 $(VENV)/bin/python -m pytest tests/test_resume.py tests/test_properties.py tests/test_memory.py
+
+bench: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	for name in $(BENCHMARKS); do $(VENV)/bin/python -m benchmarks.$$name || exit 1; done
+	$(VENV)/bin/python -m benchmarks.report
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -1,11 +1,11 @@
 """A batch of uint8 images -> views: every random operation batched on the images' device, each image its own draw.
 
 The parameters are drawn from torchvision's distributions, by one counter-based generator on the host: the same seed
-gives the same views on every device. The operations themselves are in image_ops.py.
+gives the same views on every device. The operations themselves are in image_ops.py, and for the CPU in image_loops.py.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,19 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from image_ops import Draws, blur, color_jitter, gray, normalize, on_some, resized_crop, solarize
+from device import to_device
+from image_ops import (
+    Draws,
+    blur,
+    color_jitter,
+    from_matrix,
+    gray,
+    normalize,
+    resized_crop,
+    solarize,
+    to_column,
+    to_matrix,
+)
 
 if TYPE_CHECKING:
     from model_params import EncoderAndDataParams, ModelParams
@@ -90,33 +102,62 @@ def draw(rng: np.random.Generator, n: int, view: View) -> Draws:
 
 def make_view(x: Tensor, draws: Draws, boxes: Draws | None, view: View) -> Tensor:
     """One view from float images and drawn parameters; no boxes: the images were cropped by whoever decoded them."""
-    flip = draws["flip"]
+
+    def drawn(name: str) -> Tensor:
+        return to_column(draws[name], x) > 0
+
     if boxes is None:
-        x = on_some(x.clone(), flip, partial(torch.flip, dims=[3]))
+        x = torch.where(drawn("flip"), x.flip(3), x)
     else:
-        x = resized_crop(x, boxes, view.crop_size, flip)
-    x = color_jitter(x, draws)
-    if x.shape[1] == 3:
-        x = on_some(x, draws["grayscale"], lambda some: gray(some).repeat(1, 3, 1, 1))
-    x = on_some(x, draws["blur"], blur, draws["sigma"])
-    return on_some(x, draws["solarize"], partial(solarize, threshold=view.solarize_threshold))
+        x = resized_crop(x, boxes, view.crop_size, draws["flip"])
+    if view.jitter_probability > 0:
+        x = color_jitter(x, draws)
+    if view.grayscale_probability > 0 and x.shape[1] == 3:
+        x = torch.where(drawn("grayscale"), gray(x), x)
+    if view.blur_probability > 0:
+        x = torch.where(drawn("blur"), blur(x, to_column(draws["sigma"], x)), x)
+    if view.solarize_probability > 0:
+        x = torch.where(drawn("solarize"), solarize(x, view.solarize_threshold), x)
+    return x
 
 
-def augment(images: Tensor | list[Tensor], seed, views: list[View], mean: tuple, std: tuple) -> list[Tensor]:
+def augment(
+    images: Tensor | list[Tensor], seed, views: list[View], mean: tuple, std: tuple, torch_compile: bool = False
+) -> list[Tensor]:
     """uint8 images [N, C, H, W], or a list with one already cropped batch a view -> normalized float views.
 
     Args:
         seed: an int or a tuple of ints; the same seed gives the same views.
+        torch_compile: fuse the operations of one view; on the CPU they are compiled anyway.
     """
     rng, result = generator(seed), []
-    cropped = isinstance(images, list)
-    shared = None if cropped else images.float() / 255
     for i, view in enumerate(views):
-        x = images[i].float() / 255 if cropped else shared
-        boxes = None if cropped else draw_crops(rng, len(x), *x.shape[2:], view)
-        x = normalize(make_view(x, draw(rng, len(x), view), boxes, view), mean, std)
-        result.append(x.contiguous(memory_format=torch.channels_last))
+        cropped = isinstance(images, list)
+        x = images[i] if cropped else images
+        whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
+        boxes = whole if cropped else draw_crops(rng, len(x), *x.shape[2:], view)
+        matrix = to_matrix({**boxes, **draw(rng, len(x), view)})
+        if x.device.type == "cpu":
+            from image_loops import make_view as on_cpu  # here: importing Numba takes its time
+
+            size = x.shape[2] if cropped else view.crop_size
+            result.append(on_cpu(x, matrix, size, view.solarize_threshold, mean, std))
+        else:
+            on_device = fused() if torch_compile else make_normalized_view
+            on_host = torch.from_numpy(matrix)
+            result.append(on_device(x, to_device(on_host, x.device), view, cropped, mean, std))
     return result
+
+
+def make_normalized_view(images: Tensor, matrix: Tensor, view: View, cropped: bool, mean: tuple, std: tuple) -> Tensor:
+    """uint8 images and the matrix of what was drawn for them, both on the device -> one view."""
+    draws = from_matrix(matrix)
+    return normalize(make_view(images.float() / 255, draws, None if cropped else draws, view), mean, std)
+
+
+@cache
+def fused() -> Callable[..., Tensor]:
+    return torch.compile(make_normalized_view, fullgraph=True)
 
 
 def view_settings(params: "ModelParams") -> list[View]:
@@ -156,7 +197,8 @@ def _view_settings(params: "ModelParams", i: int) -> View:
 
 def training_views(params: "ModelParams") -> Callable[..., list[Tensor]]:
     """augment(images, seed) -> list of views, by the settings of `params`."""
-    return partial(augment, views=view_settings(params), mean=params.dataset.mean, std=params.dataset.std)
+    statistics = {"mean": params.dataset.mean, "std": params.dataset.std}
+    return partial(augment, views=view_settings(params), **statistics, torch_compile=bool(params.torch_compile))
 
 
 def evaluation_view(images: Tensor, params: "EncoderAndDataParams") -> Tensor:

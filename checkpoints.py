@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ class Checkpoints(pl.Callback):
         self.handlers: dict = {}  # those before ours
         self.listens = False
         self.received: int | None = None  # signal
+        self.asked: Callable[[], bool] = lambda: False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         environment = trainer._accelerator_connector.cluster_environment
@@ -159,7 +161,7 @@ class Checkpoints(pl.Callback):
         validated, self.validated = self.validated, False
         if batch_idx == 0 or validated or batch_idx % trainer.accumulate_grad_batches:
             return
-        stop = ddp.any_process(self.received is not None, pl_module.device)
+        stop = self.asked_all(pl_module.device)
         due = self.every_n_steps is not None and trainer.global_step - self.last_saved >= self.every_n_steps
         if due or stop:
             self.begun_batches = 1
@@ -167,6 +169,11 @@ class Checkpoints(pl.Callback):
             self.begun_batches = 0
         if stop:
             self.stop(trainer)
+
+    def asked_all(self, device: torch.device) -> bool:
+        """Whether any process has received a signal; of several, at the batch before: nobody waits for the answer."""
+        before, self.asked = self.asked, ddp.ask_all(self.received is not None, device)
+        return (before if ddp.is_distributed() else self.asked)()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """The batch that has begun when we save is trained on after resuming: it does not count yet."""

@@ -6,10 +6,9 @@ Both yield (uint8 images, labels); everything else happens on the device (augmen
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from augmentations import View
 from image_files import ImageFiles
 from loader import Loader, Share
 from optimizers import batch_size
+from packed_images import ImagesOnDevice, PackedImages, fits, is_there, pack
 
 if TYPE_CHECKING:
     from model_params import EncoderAndDataParams
@@ -125,7 +125,8 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
     if data_path().is_file():
         raise ValueError(f"DATA_PATH={data_path()} is a file: it must be the folder of the data sets")
     splits = sorted(splits or {*info.pretraining_splits, *info.train_splits, *info.test_splits})
-    missing = [folder / split for split in splits if not is_there(folder / split, packed=info.read is not None)]
+    there = Path.is_dir if info.read is None else is_there
+    missing = [folder / split for split in splits if not there(folder / split)]
     if not missing:
         return
     wanted = f"{name} was looked for in {', '.join(map(str, missing))}"
@@ -134,7 +135,7 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
         raise FileNotFoundError(f"{wanted}, each with one folder of images per class, and is not there: {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        missing = [path for path in missing if not is_there(path, packed=True)]  # others may have packed it meanwhile
+        missing = [path for path in missing if not is_there(path)]  # others may have packed it meanwhile
         if not missing:
             return
         try:
@@ -145,53 +146,8 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
                 "to the internet, or put the arrays there, or set the environment variable DATA_PATH to their folder."
             ) from error
         for split, content in arrays.items():  # all that came, wanted now or not: it was the download that took time
-            if not is_there(folder / split, packed=True):
+            if not is_there(folder / split):
                 pack(folder / split, *content)
-
-
-def is_there(split: Path, packed: bool) -> bool:
-    return (split / "images.npy").is_file() and (split / "labels.npy").is_file() if packed else split.is_dir()
-
-
-def pack(split: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write one split, complete or not at all."""
-    unfinished = split.with_name(f".{split.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed; we hold the lock
-    unfinished.mkdir()
-    np.save(unfinished / "images.npy", np.ascontiguousarray(images, dtype=np.uint8))
-    np.save(unfinished / "labels.npy", np.asarray(labels, dtype=np.int64))
-    shutil.rmtree(split, ignore_errors=True)  # half of it, put there by hand
-    unfinished.rename(split)
-
-
-class PackedImages(Dataset):
-    """Memory-mapped splits, one after the other; a whole batch is read at once."""
-
-    def __init__(self, splits: list[Path]):
-        self.images = [np.load(split / "images.npy", mmap_mode="r") for split in splits]
-        self.labels = np.concatenate([np.load(split / "labels.npy") for split in splits])
-        for split, images in zip(splits, self.images, strict=True):
-            if images.dtype != np.uint8 or images.ndim != 4:
-                raise ValueError(f"{split / 'images.npy'} holds {images.dtype} {images.shape}, not uint8 N x H x W x C")
-        if (n := sum(map(len, self.images))) != len(self.labels):
-            raise ValueError(f"{', '.join(map(str, splits))}: {n} images but {len(self.labels)} labels")
-        self.starts = np.cumsum([0, *map(len, self.images)])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """uint8 [N, C, H, W] and int64 [N]. PyTorch's loader calls this with the indices of a whole batch."""
-        indices = np.asarray(indices)
-        part = np.searchsorted(self.starts, indices, side="right") - 1
-        batch = np.empty((len(indices), *self.images[0].shape[1:]), dtype=np.uint8)
-        for i, images in enumerate(self.images):
-            batch[part == i] = images[indices[part == i] - self.starts[i]]
-        return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
 
 
 # ---- for the modules above ----
@@ -212,13 +168,22 @@ def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: 
     return ImageFiles(folder, params.dataset.channels, params.crop_size, list(views), params.seed or 0, skip)
 
 
-def get_loader(params: "EncoderAndDataParams", dataset: Dataset, training: bool, accumulated: int = 1) -> Loader:
+def get_loader(
+    params: "EncoderAndDataParams", dataset: Dataset, training: bool, accumulated: int = 1, device: Any = "cpu"
+) -> Loader:
     """Batches of (images, labels): shuffled by (seed, epoch) for training, else nothing is dropped.
 
     Packed sets need no workers: reading a batch is one copy of memory. Class folders are shuffled for evaluation too:
     in their order, the first tenth of ImageNet (`limit_val_batches=0.1`) would be a tenth of the classes.
     """
     packed, drop_last = isinstance(dataset, PackedImages), training and params.drop_last_batch
+    if params.data_on_device and not packed:
+        raise ValueError(
+            f"data_on_device=True is for packed sets, and {params.dataset_name} is of image files: leave it out"
+        )
+    device = torch.device(device)
+    if packed and (fits(dataset, device) if params.data_on_device is None else params.data_on_device):
+        dataset = ImagesOnDevice(dataset, device)
     size, processes = batch_size(params, accumulated), ddp.world_size()
     if drop_last and len(dataset) < size * processes:
         raise ValueError(
@@ -232,6 +197,6 @@ def get_loader(params: "EncoderAndDataParams", dataset: Dataset, training: bool,
         sampler=Share(dataset, processes, ddp.rank(), shuffle, seed=params.seed or 0, drop_last=drop_last),
         num_workers=0 if packed else params.num_data_workers,
         collate_fn=already_a_batch if packed else None,
-        pin_memory=params.pin_data_memory and torch.cuda.is_available(),
+        pin_memory=params.pin_data_memory and torch.cuda.is_available() and not isinstance(dataset, ImagesOnDevice),
         drop_last=drop_last,
     )

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from device import to_device, to_host
+
 Result = TypeVar("Result")
 
 
@@ -82,7 +84,7 @@ def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...
     images = gather(x)
     of_each = np.arange(len(images)).reshape(world_size(), -1)
     order = np.random.default_rng(seed).permuted(of_each, axis=1).T.ravel()  # one of each process, again and again
-    order = torch.from_numpy(order).to(x.device)
+    order = to_device(torch.from_numpy(order), x.device)
     if is_distributed():
         keys = gather(encode(images[order.chunk(world_size())[rank()]]))
     else:
@@ -95,7 +97,15 @@ def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...
 
 def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
     """Whether the flag is set on any process: the same answer on all of them."""
-    return bool(gather(torch.tensor([flag], device=device)).any()) if is_distributed() else flag
+    return ask_all(flag, device)()
+
+
+def ask_all(flag: bool, device: torch.device | str = "cpu") -> Callable[[], bool]:
+    """any_process, whose answer may be fetched later, when nobody has to wait for it any more."""
+    if not is_distributed():
+        return lambda: flag
+    answers = to_host(gather(torch.full((1,), flag, device=device)))
+    return lambda: bool(answers().any())
 
 
 def on_rank_zero(compute: Callable[[], Result]) -> Result:

@@ -35,7 +35,7 @@ def number(default, at_least: float = 0, above: float | None = None, by: float =
 
 def choice(default, choices: Iterable):
     def check(_, attribute, value):
-        if not isinstance(value, str | None) or value not in choices:
+        if not isinstance(value, str | bool | None) or value not in choices:
             raise ValueError(f"{attribute.name}={value!r} is unknown: choose one of {', '.join(map(str, choices))}")
 
     return field(default=default, validator=check)

@@ -1,35 +1,45 @@
 """Image operations with one parameter an image, for whole batches on any device.
 
 x is [N, C, H, W], floats from 0 to 1. Given the same parameters, each operation equals torchvision's v2 operation on
-float images to 1e-5. Parameters are NumPy arrays of N numbers, drawn on the host, so that it knows without waiting
-which images an operation concerns.
+float images to 1e-5. Parameters are N numbers each, drawn on the host. There are no branches and no sizes that depend
+on them: nothing waits for the device, and `torch.compile` can fuse a whole view. image_loops.py has the same for the
+CPU.
 """
-
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Draws = dict[str, np.ndarray]
+from device import to_device
+
+Draws = dict[str, np.ndarray | Tensor]
 BLUR_RADIUS = 6  # 3 sigma of the strongest blur: kernels of 13 pixels
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green, blue
 
 
-def on_some(x: Tensor, chosen: np.ndarray, operation: Callable[..., Tensor], *parameters: np.ndarray) -> Tensor:
-    """operation(x, *parameters) for the chosen images, in place. The host knows which: nothing waits for the device."""
-    indices = np.flatnonzero(chosen)
-    if len(indices) == 0:
-        return x
-    if len(indices) == len(x):
-        return operation(x, *(to_column(p, x) for p in parameters))
-    where = torch.from_numpy(indices).to(x.device, non_blocking=True)
-    return x.index_copy_(0, where, operation(x[where], *(to_column(p[indices], x) for p in parameters)))
+# Of the matrix [N, columns] in which the draws of N images travel: to the device in one copy, or into compiled loops.
+COLUMNS = (
+    *("top", "left", "height", "width", "flip", "jitter", "brightness", "contrast", "saturation", "hue"),
+    *("grayscale", "blur", "sigma", "solarize", "order0", "order1", "order2", "order3"),
+)
 
 
-def to_column(values: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(like.device, like.dtype, non_blocking=True).view(-1, 1, 1, 1)
+def to_matrix(draws: Draws) -> np.ndarray:
+    """[N, columns] in float32. Without a box: the columns of one are 0."""
+    orders = {f"order{i}": draws["order"][:, i] for i in range(4)}
+    matrix = np.zeros((len(draws["flip"]), len(COLUMNS)), np.float32)
+    for i, name in enumerate(COLUMNS):
+        matrix[:, i] = orders.get(name, draws.get(name, 0))
+    return matrix
+
+
+def from_matrix(matrix: Tensor) -> Draws:
+    draws = dict(zip(COLUMNS, matrix.unbind(1), strict=True))
+    return {**draws, "order": torch.stack([draws[f"order{i}"] for i in range(4)], 1)}
+
+
+def to_column(values: np.ndarray | Tensor, like: Tensor) -> Tensor:
+    return to_device(torch.as_tensor(values), like.device).to(like.dtype).view(-1, 1, 1, 1)
 
 
 def apply_matrices(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -40,23 +50,22 @@ def apply_matrices(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return x.view(n, c, -1, rows.shape[1]).transpose(2, 3)
 
 
-def resize_matrix(start: np.ndarray, length: np.ndarray, size: int, source: int, device: torch.device) -> Tensor:
+def resize_matrix(start: Tensor, length: Tensor, size: int, source: int) -> Tensor:
     """[N, size, source]: antialiased linear interpolation of source pixels [start, start + length) to `size` pixels."""
-    start, length = (torch.from_numpy(v).to(device, torch.float32).view(-1, 1, 1) for v in (start, length))
     scale = length / size
-    centers = (torch.arange(size, device=device).view(1, -1, 1) + 0.5) * scale
-    pixels = torch.arange(source, device=device).view(1, 1, -1) - start
+    centers = (torch.arange(size, device=start.device).view(1, -1, 1) + 0.5) * scale
+    pixels = torch.arange(source, device=start.device).view(1, 1, -1) - start
     weights = (1 - (pixels + 0.5 - centers).abs() / scale.clamp(min=1)).clamp_(min=0)
     weights = weights * ((pixels >= 0) & (pixels < length))
     return weights / weights.sum(2, keepdim=True)
 
 
-def resized_crop(x: Tensor, boxes: Draws, size: int, flip: np.ndarray | None = None) -> Tensor:
+def resized_crop(x: Tensor, boxes: Draws, size: int, flip: np.ndarray | Tensor | None = None) -> Tensor:
     """Crop each image by its box, resize to size x size, mirror the flipped ones: two small matrices an image."""
-    rows = resize_matrix(boxes["top"], boxes["height"], size, x.shape[2], x.device)
-    columns = resize_matrix(boxes["left"], boxes["width"], size, x.shape[3], x.device)
+    top, left, height, width = (to_column(boxes[name], x)[:, 0] for name in ("top", "left", "height", "width"))
+    rows, columns = resize_matrix(top, height, size, x.shape[2]), resize_matrix(left, width, size, x.shape[3])
     if flip is not None:
-        columns = on_some(columns.unsqueeze(1), flip, partial(torch.flip, dims=[2])).squeeze(1)
+        columns = torch.where(to_column(flip, x)[:, 0] > 0, columns.flip(1), columns)
     return apply_matrices(x, rows, columns)
 
 
@@ -91,7 +100,8 @@ def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
     safe = chroma.clamp(min=1e-12)
     sector = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
     sector = torch.where(value == r, (g - b) / safe, sector) + 6 * turn.view(-1, 1, 1)
-    wheel = (sector.unsqueeze(1) + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)).remainder_(6)
+    starts = torch.arange(5, 0, -2, device=x.device).view(1, 3, 1, 1)  # made there: a copy would have to wait
+    wheel = (sector.unsqueeze(1) + starts).remainder_(6)
     wheel = torch.minimum(wheel, 4 - wheel).clamp_(0, 1)
     return value.unsqueeze(1) - chroma.unsqueeze(1) * wheel
 
@@ -120,9 +130,11 @@ def color_jitter(x: Tensor, draws: Draws) -> Tensor:
         (adjust_saturation, draws["saturation"]),
         (adjust_hue, draws["hue"]),
     ]
+    jitter = to_column(draws["jitter"], x) > 0
     for position in range(4):
+        which, before = to_column(draws["order"][:, position], x), x
         for i, (operation, parameter) in enumerate(operations[: 4 if x.shape[1] == 3 else 2]):
-            x = on_some(x, draws["jitter"] & (draws["order"][:, position] == i), operation, parameter)
+            x = torch.where(jitter & (which == i), operation(before, to_column(parameter, x)), x)
     return x
 
 
@@ -130,11 +142,16 @@ def solarize(x: Tensor, threshold: float) -> Tensor:
     return torch.where(x >= threshold, 1 - x, x)
 
 
-def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def check_channels(x: Tensor, mean: tuple[float, ...]) -> None:
     if x.shape[1] != len(mean):
         raise ValueError(
             f"images of {x.shape[1]} channels cannot be normalized with {len(mean)} means: choose a dataset_name of as "
             "many channels, or let the loader yield float views"
         )
-    statistics = torch.tensor([mean, std], device=x.device).view(2, 1, -1, 1, 1)
-    return (x - statistics[0]) / statistics[1]
+
+
+def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """In channels_last memory. The statistics stay numbers: to make a tensor of them would wait for the device."""
+    check_channels(x, mean)
+    channels = zip(x.unbind(1), mean, std, strict=True)
+    return torch.stack([(plane - m) / s for plane, m, s in channels], dim=3).permute(0, 3, 1, 2)

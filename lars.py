@@ -39,15 +39,14 @@ class LARS(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         velocities = [self.state[p]["momentum_buffer"] for p in params]
-        gradients = [p.grad for p in params]
-        if group["weight_decay"] != 0:
-            gradients = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
+        # A copy of ours, to be changed in place: another one would cost as much as all the rest.
+        gradients = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
         if group["adapt"]:
             weight_norms = torch.stack(torch._foreach_norm(params))
             gradient_norms = torch.stack(torch._foreach_norm(gradients))
             rates = group["eta"] * weight_norms / gradient_norms
             rates = torch.where((weight_norms > 0) & (gradient_norms > 0), rates, torch.ones_like(rates))
-            gradients = torch._foreach_mul(gradients, list(rates.unbind()))
+            torch._foreach_mul_(gradients, list(rates.unbind()))
         torch._foreach_mul_(velocities, group["momentum"])
         torch._foreach_add_(velocities, gradients)
         torch._foreach_add_(params, velocities, alpha=-group["lr"])

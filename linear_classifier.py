@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from attrs import frozen
@@ -22,9 +21,8 @@ import ddp
 import optimizers
 from encoders import get_encoder
 from fields import fraction, non_negative, plain, positive
-from loader import images_and_labels
 from shared_params import EncoderAndDataParams, resolve
-from watch import Watch
+from stage import Stage
 
 SCORES = ("loss", "acc1", "acc5")
 
@@ -41,6 +39,7 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
     "transform_crop_size",
     "num_data_workers",
     "pin_data_memory",
+    "data_on_device",
     "unreadable_images",
 )
 
@@ -58,7 +57,7 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
     max_epochs: int = positive(100)  # for the programs that make the Trainer; the schedule follows the Trainer
 
 
-class LinearClassifierMethod(pl.LightningModule):
+class LinearClassifierMethod(Stage):
     """embedding of the frozen `model` -> `classifier` -> logits.
 
     Training images get a random resized crop and, where the data set's images may be mirrored, a flip. They are
@@ -138,8 +137,9 @@ class LinearClassifierMethod(pl.LightningModule):
     def on_train_start(self) -> None:
         self.train()  # Lightning takes modules in the mode in which it finds them
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        means = self.scores(batch).mean(0)
+    def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
+        views, labels = batch
+        means = self.scores((views[0], labels)).mean(0)
         self.log_dict({f"step_train_{name}": value for name, value in zip(SCORES, means.detach(), strict=True)})
         return means[0]
 
@@ -147,7 +147,8 @@ class LinearClassifierMethod(pl.LightningModule):
         self.validation_scores.clear()  # of one that was interrupted
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.validation_scores.append(self.scores(batch))
+        with self.eagerly():
+            self.validation_scores.append(self.scores(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Means over the whole set, each image once, however many processes there are."""
@@ -169,32 +170,9 @@ class LinearClassifierMethod(pl.LightningModule):
         self.plan = optimizers.get_plan(self.params, self.trainer)
         return optimizers.for_linear_stage(self.params, self.plan, self.classifier)
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return Watch.unless_there(self.trainer)
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "LinearClassifierMethod":
-        """Lightning's; a damaged file, or one that would run code, is refused in words."""
-        checkpoints.read(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
     def train_dataloader(self):
-        dataset = data.get_dataset(self.params, self.params.dataset.train_splits, [self.view])
-        return data.get_loader(self.params, dataset, training=True, accumulated=self.accumulated)
+        p = self.params
+        return self.loader(data.get_dataset(p, p.dataset.train_splits, [self.view]), training=True)
 
     def val_dataloader(self):
-        dataset, accumulated = data.get_dataset(self.params, self.params.dataset.test_splits), self.accumulated
-        return data.get_loader(self.params, dataset, training=False, accumulated=accumulated)
-
-    @property
-    def accumulated(self) -> int:
-        return self.trainer.accumulate_grad_batches
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """uint8 images become normalized floats, on the device; float images of a loader stay as they are."""
-        images, labels = images_and_labels(batch)
-        if not self.trainer.training:
-            return augmentations.for_evaluation(images, self.params), labels
-        batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
-        seed = (self.params.seed, self.current_epoch, batch_idx, ddp.rank())
-        return augmentations.for_training(images, self.augment, seed)[0], labels
+        return self.loader(data.get_dataset(self.params, self.params.dataset.test_splits), training=False)

@@ -43,9 +43,18 @@ class Loader(DataLoader):
         self.sampler.skip = start * self.batch_size
         if hasattr(self.dataset, "epoch"):
             self.dataset.epoch = epoch
-        for batch in super().__iter__():
+        for batch in self.batches():
             self.position["batches"] += 1
             yield batch
+
+    def batches(self) -> Iterator[Any]:
+        """A data set that knows `order` has its images on the device: the order of the epoch goes there once."""
+        if not hasattr(self.dataset, "order"):
+            return super().__iter__()
+        order = self.dataset.order(list(self.sampler))
+        if self.drop_last:
+            order = order[: len(order) // self.batch_size * self.batch_size]
+        return map(self.dataset.__getitems__, order.split(self.batch_size))
 
     def state_dict(self) -> dict[str, int]:
         return dict(self.position)

@@ -4,18 +4,15 @@ Shapes: N images on this process, C channels, E width of the encoder, D = params
 """
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import attrs
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import augmentations
-import checkpoints
 import data
 import ddp
 import evaluation
@@ -27,13 +24,12 @@ from fields import plain
 from heads import MLP
 from key_queue import KeyQueue
 from lars import parameter_groups
-from loader import images_and_labels
 from model_params import ModelParams
 from shared_params import resolve
-from watch import Watch
+from stage import Stage
 
 
-class SelfSupervisedMethod(pl.LightningModule):
+class SelfSupervisedMethod(Stage):
     """MoCo, SimCLR, BYOL, EqCo, VICReg, Barlow Twins and SCE; `params` says which parts exist and how they join.
 
     view i -> model -> projection_model -> z -> prediction_model -> q     the query: trained
@@ -103,6 +99,11 @@ class SelfSupervisedMethod(pl.LightningModule):
 
     def training_step(self, batch: tuple[list[Tensor], Tensor | None], batch_idx: int) -> Tensor:
         p, (views, _) = self.params, batch  # the labels are for evaluation only
+        if len(views) < p.n_views:
+            raise ValueError(
+                f"the loader yields {len(views)} float view of each image, but {p.n_views} are needed: yield a list of "
+                "views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
+            )
         query_views, key_views = map(set, zip(*p.pairs, strict=True))
         if self.lagging_model is None:
             online = {i: self.encode(views[i]) for i in query_views | key_views}
@@ -112,7 +113,7 @@ class SelfSupervisedMethod(pl.LightningModule):
             keys = {j: self.encode_lagging(views[j], batch_idx) for j in key_views}
 
         loss_of = losses.get_loss(p)
-        queue = None if self.queue is None else self.queue.keys.clone()  # push() must not alter what backward() reads
+        queue = None if self.queue is None else self.queue.keys
         per_pair = []
         with torch.autocast(self.device.type, enabled=False):
             for i, j in p.pairs:
@@ -122,9 +123,14 @@ class SelfSupervisedMethod(pl.LightningModule):
         loss = scalars.pop("loss") * len(p.pairs) * p.loss_constant_factor  # a sum over pairs, as in BYOL and SimCLR
         if self.queue is not None:
             new_keys = [keys[j].detach() for j in sorted(key_views)]  # gathered view by view: in one process's order
-            self.queue.push(torch.cat([k if p.gather_keys_for_queue is False else ddp.gather(k) for k in new_keys]))
-        self.log_dict({"step_train_loss": loss.detach(), **scalars, "m": self.momentum(), "T": p.T})
+            self.new_keys = [k if p.gather_keys_for_queue is False else ddp.gather(k) for k in new_keys]
+        constants = {"m": loss.new_full((), self.momentum()), "T": loss.new_full((), p.T)}  # a copy would have to wait
+        self.log_dict({"step_train_loss": loss.detach(), **scalars, **constants})
         return loss
+
+    def on_after_backward(self) -> None:
+        if self.queue is not None:  # not before, because backward() reads what push() overwrites
+            self.queue.push(torch.cat(self.new_keys))
 
     def momentum(self) -> float:
         """The share of itself that the lagging pair keeps at this optimizer step."""
@@ -150,12 +156,13 @@ class SelfSupervisedMethod(pl.LightningModule):
     # ---- data ----
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         self.trains_on_own_data = stage != "fit"  # while fitting: once train_dataloader() was called
 
     def train_dataloader(self):
         self.trains_on_own_data, p = True, self.params
         dataset = data.get_dataset(p, p.dataset.pretraining_splits, augmentations.view_settings(p))
-        return data.get_loader(p, dataset, training=True, accumulated=self.trainer.accumulate_grad_batches)
+        return self.loader(dataset, training=True)
 
     def val_dataloader(self) -> list:
         """The test set, and the labelled training set if probes are fitted on that. Nothing while fitting a loader of
@@ -163,29 +170,7 @@ class SelfSupervisedMethod(pl.LightningModule):
         p = self.params
         splits = [p.dataset.test_splits] + [p.dataset.train_splits] * p.probe_on_training_set
         wanted = splits if self.trains_on_own_data and p.evaluations else []
-        sets, accumulated = [data.get_dataset(p, split) for split in wanted], self.trainer.accumulate_grad_batches
-        return [data.get_loader(p, dataset, training=False, accumulated=accumulated) for dataset in sets]
-
-    def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
-        """Of what all processes draw alike at this batch; with the rank after it, of what each draws for itself."""
-        return (self.params.seed, self.current_epoch, batch_idx)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        seed_torch((*self.step_seed(batch_idx), ddp.rank()))  # for dropout and the like within encoders
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
-        """uint8 images become normalized float views, on the device; float views stay as they are."""
-        images, labels = images_and_labels(batch)
-        if not self.trainer.training:
-            return augmentations.for_evaluation(images, self.params), labels
-        batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
-        views = augmentations.for_training(images, self.augment, (*self.step_seed(batch_idx), ddp.rank()))
-        if len(views) < self.params.n_views:
-            raise ValueError(
-                f"the loader yields {len(views)} float view of each image, but {self.params.n_views} are needed: yield "
-                "a list of views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
-            )
-        return views, labels
+        return [self.loader(data.get_dataset(p, split), training=False) for split in wanted]
 
     # ---- evaluation ----
 
@@ -196,7 +181,9 @@ class SelfSupervisedMethod(pl.LightningModule):
         due = self.trainer.state.fn != "fit" or (self.current_epoch + 1) % self.params.evaluate_every_n_epochs == 0
         if due and self.params.evaluations and not self.trainer.sanity_checking:
             images, labels = batch
-            self.validation_outputs.setdefault(dataloader_idx, []).append((self.model(images).float(), labels))
+            with self.eagerly():
+                features = self.model(images).float()
+            self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
 
     def on_validation_epoch_end(self) -> None:
         if not self.validation_outputs:
@@ -206,7 +193,7 @@ class SelfSupervisedMethod(pl.LightningModule):
         sets = []  # (features, labels) of each loader, gathered over processes
         for index, outputs in sorted(self.validation_outputs.items()):
             parts, loader = zip(*outputs, strict=True), loaders[index]  # features; labels or None
-            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader).cpu() for p in parts])
+            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts])
         self.validation_outputs.clear()
         train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
         for index, (x, y) in enumerate(sets):
@@ -217,25 +204,12 @@ class SelfSupervisedMethod(pl.LightningModule):
 
     # ---- checkpoints ----
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "SelfSupervisedMethod":
-        """Lightning's; a damaged file, or one that would run code, is refused in words."""
-        checkpoints.read(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return Watch.unless_there(self.trainer)
-
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """The original kept the queue as dim x K in `queue`, and the position in `queue_ptr`."""
         state = checkpoint["state_dict"]
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())
-
-
-def seed_torch(seed: tuple[int, ...]) -> None:
-    torch.manual_seed(int(augmentations.generator(seed).integers(2**63)))
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

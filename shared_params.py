@@ -38,7 +38,11 @@ class EncoderAndDataParams:
     num_data_workers: int = non_negative(4, at_most=MOST_WORKERS)  # decode image files; packed sets need none
     drop_last_batch: bool = True  # in training only
     pin_data_memory: bool = True
+    data_on_device: bool | None = None  # packed sets as uint8; None: on a GPU, where they fit
     unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: use the next readable one, count, tell
+
+    # True, "reduce-overhead" (CUDA graphs) or "max-autotune": torch.compile of encoder, heads and, on a GPU, views
+    torch_compile: bool | str = choice(False, (False, True, "reduce-overhead", "max-autotune"))
 
     # learning rate by batch size: lr is meant for lr_batch_size images in one optimizer step
     lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ddp
 from checkpoints import SafeCheckpointIO
+from device import to_host
 from loader import Loader
 
 COLLAPSED_STD = 0.05  # step_projection_std below which all projections are nearly one point
@@ -24,8 +25,6 @@ class Watch(pl.Callback):
 
     def __init__(self):
         self.collapse_was_named = False
-        self.finite: Tensor | None = None
-        self.copied: torch.cuda.Event | None = None
         self.n_skipped = 0
         self.position: dict | None = None  # where our own loader was when the checkpoint was made
 
@@ -66,16 +65,12 @@ class Watch(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """The answer travels to the host while the device works on the backward pass: nothing waits for it."""
-        self.finite = ddp.gather(loss.detach().isfinite().view(1)).to("cpu", non_blocking=True)
-        if loss.is_cuda:
-            self.copied = torch.cuda.Event()
-            self.copied.record()
+        self.finite = to_host(ddp.gather(loss.detach().isfinite().view(1)))
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.copied is not None:
-            self.copied.synchronize()
-        if not self.finite.all():
-            bad = (~self.finite).nonzero().flatten().tolist()
+        finite = self.finite()
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
             raise FloatingPointError(self.describe(trainer, pl_module, bad))
 
     @staticmethod
@@ -131,6 +126,13 @@ class Watch(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Name the last file of a worker that died."""
         torch.set_rng_state(self.random_state)
+        try:
+            self.name_last_file(trainer, exception)
+        except RuntimeError:  # PyTorch, which raises once more as soon as it hears of the worker, wherever we are then
+            self.name_last_file(trainer, exception)
+
+    @staticmethod
+    def name_last_file(trainer: pl.Trainer, exception: BaseException) -> None:
         for dataset in datasets(trainer, "last_read"):
             files = dataset.last_read(str(exception))
             if files and "DataLoader worker" in str(exception):

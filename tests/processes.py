@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["moco", "linear_classifier", "pytest", "conftest", "test_resume"])
+CONTEXT.set_forkserver_preload(["moco", "linear_classifier", "pytest", "conftest", "test_resume", "warm"])
 
 
 def start_server() -> None:

@@ -9,6 +9,7 @@ import torchvision.transforms as classic
 import torchvision.transforms.v2.functional as tv
 
 import augmentations
+import image_loops
 import image_ops
 from augmentations import View, draw, draw_crops, generator
 from model_params import ModelParams
@@ -59,14 +60,26 @@ def test_blur_and_solarize(source, size):
     assert_close(image_ops.solarize(x, 0.5), tv.solarize(x, 0.5))
 
 
+def make_view_by_loops(x, draws, boxes, view, mean, std):
+    matrix = image_ops.to_matrix({**boxes, **draws})
+    return image_loops.make_view((x * 255).round().byte(), matrix, view.crop_size, view.solarize_threshold, mean, std)
+
+
+def make_view_by_tensors(x, draws, boxes, view, mean, std):
+    matrix = torch.from_numpy(image_ops.to_matrix({**boxes, **draws}))  # float32, as it travels to a GPU
+    return augmentations.make_normalized_view((x * 255).round().byte(), matrix, view, False, mean, std)
+
+
+@pytest.mark.parametrize("make_view", [make_view_by_loops, make_view_by_tensors])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("source, size", SIZES)
-def test_whole_view_equals_torchvision_image_by_image(source, size, channels):
+def test_whole_view_equals_torchvision_image_by_image(source, size, channels, make_view):
     view = View(crop_size=size, solarize_probability=0.3)
     x, rng, n = images(8, source, channels), generator(7), 8
     boxes, draws = draw_crops(rng, n, source, source, view), draw(rng, n, view)
     mean, std = [0.4, 0.5, 0.6][:channels], [0.2, 0.25, 0.3][:channels]
-    ours = image_ops.normalize(augmentations.make_view(x.clone(), draws, boxes, view), mean, std)
+    ours = make_view(x, draws, boxes, view, mean, std)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
     names = ["brightness", "contrast", "saturation", "hue"]
     for i in range(n):
         box = [int(boxes[name][i]) for name in ("top", "left", "height", "width")]

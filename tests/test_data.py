@@ -78,7 +78,7 @@ data.prepare_data("digits")
     environment = {**os.environ, "DATA_PATH": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == -9
     folder = tmp_path / "digits"
-    assert not any(data.is_there(folder / split, packed=True) for split in ("train", "test"))
+    assert not any(data.is_there(folder / split) for split in ("train", "test"))
     assert any(folder.glob(".*unfinished/images.npy"))
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     data.prepare_data("digits")

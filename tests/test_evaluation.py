@@ -39,6 +39,37 @@ def test_linear_probe_is_scikit_learns_pipeline(blobs):
     assert found["valid_class_acc"] > 50
 
 
+@pytest.mark.parametrize("n, width, n_classes", [(400, 30, 2), (900, 40, 7), (60, 200, 4)])
+def test_linear_probe_finds_scikit_learns_optimum(n, width, n_classes):
+    """Of two classes, of many, and of more features than images; labels with gaps, under Lightning's inference mode."""
+    y = torch.randint(n_classes, (n,)) * 3 - 1
+    x = torch.randn(n, width) + torch.randn(n_classes, width)[(y + 1) // 3] * 0.3
+    sets = evaluation.halves(x, y)
+    fit_x, score_x = (part.double().numpy() for part in evaluation.standardized(sets[0], sets[2]))
+    reference = LogisticRegression(C=0.01, max_iter=5000, tol=1e-9).fit(fit_x, sets[1].numpy())
+    with torch.inference_mode():
+        found = evaluation.linear_probe(*sets)
+    assert found["train_class_acc"] == pytest.approx(100 * reference.score(fit_x, sets[1].numpy()), abs=0.6)
+    assert found["valid_class_acc"] == pytest.approx(100 * reference.score(score_x, sets[3].numpy()), abs=0.6)
+
+
+def test_logistic_regression_has_scikit_learns_weights():
+    y = torch.randint(5, (500,))
+    x = evaluation.standardized(torch.randn(500, 30) + torch.randn(5, 30)[y] * 0.3, torch.zeros(1, 30))[0]
+    reference = LogisticRegression(C=0.01, max_iter=5000, tol=1e-9).fit(x.double().numpy(), y.numpy())
+    weight, bias = (part.double() for part in evaluation.logistic_regression(x, y, decay=100.0))
+    expected = torch.from_numpy(reference.coef_.T), torch.from_numpy(reference.intercept_)
+    assert (weight - expected[0]).norm() < 0.01 * expected[0].norm()
+    assert torch.allclose(bias - bias.mean(), expected[1] - expected[1].mean(), atol=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_evaluations_run_on_the_device_of_the_features(blobs):
+    names = list(evaluation.EVALUATIONS)
+    found = evaluation.evaluate(names, *(part.cuda() for part in blobs))
+    assert found == pytest.approx(evaluation.evaluate(names, *blobs), abs=1)
+
+
 def test_probes_take_bfloat16_and_dead_features(blobs):
     x = blobs[0].bfloat16()
     x[:, 3] = 2.0

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import nn
 
 import data
-from image_files import read_image
+import image_files
+from augmentations import View
+from image_files import ImageFiles, read_image
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 
@@ -152,8 +155,6 @@ def test_folders_that_hold_nothing_are_refused_in_one_sentence(folders, monkeypa
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # PyTorch raises anywhere, first in __del__
 def test_a_worker_that_dies_is_reported_with_the_file_it_read(folders, trainer, monkeypatch):
-    import image_files
-
     def read_or_die(path, channels):
         if path.endswith("dog/04.jpg"):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -176,3 +177,72 @@ def test_memory_of_the_workers_is_shared(folders):
     processes = {process for process, _ in dataset.reading.tolist()} - {-1}
     assert len(processes) == 2 and os.getpid() not in processes
     assert torch.equal(dataset.unreadable, torch.zeros(24, dtype=torch.bool))
+
+
+def one_class(folder, image: Image.Image, **options):
+    """A folder with one class and one JPEG, and its path."""
+    (folder / "cat").mkdir(parents=True)
+    image.save(folder / "cat" / "0.jpg", quality=95, **options)
+    return folder / "cat" / "0.jpg"
+
+
+def pil_view(image: Image.Image, box: tuple[int, ...], size: int) -> np.ndarray:
+    pixels = np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+    return pixels.reshape(size, size, -1).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_views_are_the_crops_of_pil_to_one_gray_level(channels, mode, tmp_path):
+    path = one_class(tmp_path, Image.fromarray(load_sample_images().images[0]).convert(mode))
+    views = [View(crop_size=224), View(crop_size=200, crop_scale=(0.05, 0.2))]  # made smaller, and larger
+    dataset = ImageFiles(tmp_path, channels, 224, views, seed=0)
+    image = read_image(str(path), channels)
+    for dataset.epoch in range(5):
+        for crop, box, view in zip(dataset[0][0], dataset.boxes(0, image.size), views, strict=True):
+            assert crop.shape == (channels, view.crop_size, view.crop_size) and crop.is_contiguous()
+            assert np.abs(crop.numpy() - pil_view(image, box, view.crop_size)).max() <= 1
+
+
+@pytest.mark.parametrize("size, scale", [(96, 2), (46, 4), (16, 8)])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_large_jpegs_are_decoded_at_a_reduced_scale_and_views_stay_close(size, scale, progressive, tmp_path):
+    photograph = Image.fromarray(load_sample_images().images[0])  # a temple with fine tiles, 640 x 427
+    path = one_class(tmp_path, photograph, progressive=progressive)
+    views = [View(crop_size=size, crop_scale=(0.6, 1.0)), View(crop_size=size // 2, crop_scale=(0.5, 1.0))]
+    dataset, image, differences = ImageFiles(tmp_path, 3, size, views, seed=0), read_image(str(path), 3), []
+    for dataset.epoch in range(10):
+        exact = dataset.boxes(0, image.size)
+        decoded, boxes = dataset.read(0)
+        assert decoded.size == tuple(-(-side // scale) for side in image.size)
+        for crop, box, drawn, view in zip(dataset[0][0], boxes, exact, views, strict=True):
+            near = [scale * edge for edge in box]
+            assert max(abs(a - b) for a, b in zip(near, drawn, strict=True)) <= scale / 2
+            differences.append(np.abs(crop.numpy() - pil_view(image, near, view.crop_size)).mean())
+    assert np.mean(differences) < 2 and max(differences) < 3, differences
+
+
+def test_no_crop_becomes_smaller_than_its_view(folders):
+    views = [View(crop_size=224), View(crop_size=96)]
+    for sides, scale in (((559, 500), 1), ((560, 500), 2), ((1200, 239), 1), ((1200, 480), 4), ((99999, 99999), 8)):
+        assert image_files.reduction([(7, 7, 7 + side, 2007 + side) for side in sides], views) == scale
+    dataset, _ = everything(folders)  # 40 x 30: too small to be reduced
+    assert dataset.read(0)[0].size == (30, 40)
+
+
+@pytest.mark.parametrize("mode, kept", [("CMYK", False), ("L", True)])
+def test_only_jpegs_of_known_modes_are_reduced(mode, kept, tmp_path):
+    path = one_class(tmp_path, photo(200, 400).convert(mode))
+    assert image_files.jpeg_size(str(path)) == ((400, 200) if kept else None)
+    dataset = ImageFiles(tmp_path, 3, 16, [View(crop_size=16)] * 2, seed=0)
+    assert (dataset.read(0)[0].width < 400) == kept and dataset.read(0)[0].mode == "RGB"
+
+
+def test_a_large_truncated_jpeg_is_named_too(tmp_path):
+    path = one_class(tmp_path, photo(400, 300))
+    path.write_bytes(path.read_bytes()[:20000])
+    for views in ([View(crop_size=16)] * 2, []):
+        with pytest.raises(ValueError, match="cat/0.jpg could not be read as an image .*truncated"):
+            ImageFiles(tmp_path, 3, 16, views, seed=0)[0]
+        with pytest.raises(ValueError, match="none of the 1 images could be read"):
+            ImageFiles(tmp_path, 3, 16, views, seed=0, skip_unreadable=True)[0]

@@ -322,6 +322,7 @@ def test_losses_are_float32_under_autocast(name, small, trainer, monkeypatch):
 
     def recorded(params):
         def loss(*inputs):
+            inputs = [x if x is None else x.clone() for x in inputs]  # the queue goes on
             seen.append((inputs, get_loss(params)(*inputs)["loss"].detach()))
             return get_loss(params)(*inputs)
 

@@ -56,6 +56,8 @@ SENSIBLE = {
     "num_data_workers": either(0, 1, 64, 1000),
     "drop_last_batch": FLAG,
     "pin_data_memory": FLAG,
+    "data_on_device": either(None, False, True),
+    "torch_compile": either(False),  # compiled in test_speed.py: it takes seconds
     "unreadable_images": either("stop", "skip"),
     "lr_scaling": either(None, "linear", "sqrt"),
     "lr_batch_size": either(1, 8, 256, 100_000),

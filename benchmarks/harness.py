@@ -1,0 +1,152 @@
+"""What every benchmark shares: contestants timed in turns, the machine's peak, tables, CSV files, fresh processes.
+
+Figures are medians over rounds in which every contestant has its turn (A B C, A B C, ...), so that a neighbour of the
+machine slows all of them; ratios of medians are what to compare.
+"""
+
+import argparse
+import csv
+import importlib
+import importlib.metadata
+import multiprocessing
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+
+def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, for a test that it runs; the figures are void"
+    )
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of every contestant ({rounds})")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
+    return parser
+
+
+def installed(*packages: str) -> list[str]:
+    """Those of the packages that can be imported; the others are named on stderr."""
+    found = []
+    for package in packages:
+        try:
+            importlib.import_module(package)
+            found.append(package)
+        except ImportError as error:
+            print(f"left out: {package} ({error}); pip install -r benchmarks/requirements.txt", file=sys.stderr)
+    return found
+
+
+# ---- time ----
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    result = run()
+    synchronize()
+    return result if isinstance(result, float) else time.perf_counter() - start
+
+
+def in_turns(contestants: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, float]:
+    """Median seconds of each contestant over `rounds` turns, after `warmup` turns that do not count. A contestant that
+    returns a float has measured the seconds itself."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(warmup + rounds):
+        for name, run in contestants.items():
+            elapsed = seconds(run)
+            if turn >= warmup:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def matmul_seconds(dtype: torch.dtype = torch.float32, size: int = 2048) -> tuple[Callable[[], Any], float]:
+    """(one matrix product to be timed, its number of floating-point operations)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b, 2.0 * size**3
+
+
+def in_fresh_process(run: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """(what run(*args) returned, peak resident memory in MB) of a new process. `run` must be importable.
+
+    Raises:
+        RuntimeError: run raised; the message is its error's.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_answer, args=(theirs, run, args))
+    process.start()
+    theirs.close()
+    try:
+        result, megabytes = ours.recv()
+    except EOFError as error:
+        raise RuntimeError(f"{run.__name__}{args} ended without a result") from error
+    process.join()
+    if isinstance(result, Exception):
+        raise RuntimeError(f"{run.__name__}{args}: {result!r}") from result
+    return result, megabytes
+
+
+def _answer(pipe, run: Callable[..., Any], args: tuple) -> None:
+    try:
+        result = run(*args)
+    except Exception as error:  # the parent raises it
+        result = RuntimeError(repr(error))
+    status = Path("/proc/self/status").read_text()  # getrusage() would count what the parent had when it forked
+    pipe.send((result, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024))
+
+
+# ---- tables ----
+
+
+def machine(*packages: str) -> str:
+    """One line: processor, cores, GPU, versions."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", *packages)]
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {device}; " + ", ".join(versions)
+
+
+def shown(value: Any) -> str:
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """Rows of the same keys as a Markdown table with aligned columns."""
+    rows = list(rows)
+    cells = [list(rows[0])] + [[shown(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def report(name: str, rows: list[Row], folder: Path, *packages: str) -> None:
+    """Print the table and write it to `folder`/`name`.csv, whose first line, a comment, says the machine."""
+    print(f"\n{name} ({machine(*packages)})\n{markdown(rows)}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.csv", "w", newline="") as file:
+        file.write(f"# {machine(*packages)}\n")
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

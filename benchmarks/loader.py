@@ -1,0 +1,219 @@
+"""Class folders of JPEG files -> two normalized views of 224 pixels an image: ours, torchvision with PIL, lightly.
+
+    python -m benchmarks.loader            # 5,000 files of about 100 kB and 500 x 375 pixels; 4 minutes on 2 cores
+    python -m benchmarks.loader --quick
+
+The files are crops of the photographs that scikit-learn and matplotlib bring along. Every contestant starts its workers
+and goes once through the same images; all of that is timed. Ours makes the views in the main process, on the GPU if
+there is one; the row "uint8" is what it delivers when a GPU makes them. Memory is the largest resident set of the
+parent and of one worker, in fresh processes; workers share much of it with their parent.
+"""
+
+import io
+import re
+import resource
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import matplotlib.cbook
+import torch
+from attrs import evolve, frozen
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import ImageFolder
+
+import augmentations
+from augmentations import View, generator
+from benchmarks import harness, peers
+from image_files import ImageFiles
+from loader import Loader, Share
+
+CLASSES = 10
+OURS, UINT8, TORCHVISION, LIGHTLY = "ours", "ours, uint8", "torchvision, PIL", "lightly"
+
+
+@frozen
+class Work:
+    """What is read, and how."""
+
+    folder: str
+    n_files: int = 5000
+    images: int = 512  # of them in one turn
+    remembered: int = 192  # of them where memory is measured
+    batch_size: int = 64
+    size: int = 224
+    width: int = 500
+    height: int = 375
+    bytes: int = 90_000  # the quality is the lowest of QUALITIES with as much
+
+
+QUICK = {"n_files": 40, "images": 40, "remembered": 16, "batch_size": 8, "size": 32, "width": 100, "height": 75}
+QUALITIES = (90, 95, 97, 98, 99)
+
+
+# ---- files ----
+
+
+def photographs() -> list[Image.Image]:
+    hopper = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    return [*map(Image.fromarray, load_sample_images().images), Image.open(hopper).convert("RGB")]
+
+
+def write_file(index: int, work: Work, photos: list[Image.Image]) -> int:
+    """A crop of a photograph, perhaps mirrored, that follows from the index. Returns its number of bytes."""
+    path = Path(work.folder) / f"class{index % CLASSES}" / f"{index:05d}.jpg"
+    if path.is_file():
+        return path.stat().st_size
+    rng = generator((0, index))
+    photo = photos[index % len(photos)]
+    width, height = (round(side * rng.uniform(0.9, 1.1)) for side in (work.width, work.height))
+    scale = rng.uniform(0.6, 1) * min(photo.width / width, photo.height / height)
+    left, top = rng.uniform(0, photo.width - scale * width), rng.uniform(0, photo.height - scale * height)
+    box = (left, top, left + scale * width, top + scale * height)
+    image = photo.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    image = ImageOps.mirror(image) if rng.random() < 0.5 else image
+    for quality in QUALITIES:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality)
+        if file.tell() >= work.bytes:
+            break
+    path.write_bytes(file.getvalue())
+    return file.tell()
+
+
+def make_files(work: Work) -> None:
+    """Those that are not there yet. PIL frees Python's lock, so threads will do."""
+    for i in range(CLASSES):
+        (Path(work.folder) / f"class{i}").mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        sizes = list(pool.map(partial(write_file, work=work, photos=photographs()), range(work.n_files)))
+    print(f"{len(sizes):,} files of {sum(sizes) / len(sizes) / 1000:.0f} kB on average", flush=True)
+
+
+# ---- contestants: batches of two views, normalized floats [N, 3, size, size] ----
+
+
+def some(dataset: Dataset, images: int) -> Subset:
+    """So many of them, of every class."""
+    return Subset(dataset, [i * len(dataset) // images for i in range(images)])
+
+
+def ours(work: Work, images: int, workers: int, to_float: bool = True) -> Iterator[list[Tensor]]:
+    views, device = [View(crop_size=work.size)] * 2, "cuda" if torch.cuda.is_available() else "cpu"
+    dataset = some(ImageFiles(Path(work.folder), 3, work.size, views, seed=0), images)
+    sampler = Share(dataset, 1, 0, seed=0)
+    for i, (crops, _) in enumerate(Loader(dataset, work.batch_size, sampler=sampler, num_workers=workers)):
+        if to_float:
+            crops = augmentations.augment([c.to(device) for c in crops], (0, i), views, peers.MEAN, peers.STD)
+        yield crops
+
+
+class TwoViews:
+    def __init__(self, transform: Callable):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> list[Tensor]:
+        return [self.transform(image), self.transform(image)]
+
+
+def torchvision_pil(work: Work, images: int, workers: int) -> Iterator[list[Tensor]]:
+    dataset = some(ImageFolder(work.folder, TwoViews(peers.pil(work.size))), images)
+    for views, _ in DataLoader(dataset, work.batch_size, shuffle=True, num_workers=workers):
+        yield views
+
+
+def lightly(work: Work, images: int, workers: int) -> Iterator[list[Tensor]]:
+    """As its documentation does: LightlyDataset in PyTorch's loader."""
+    from lightly.data import LightlyDataset
+    from lightly.transforms import MoCoV2Transform
+
+    transform = MoCoV2Transform(input_size=work.size, normalize={"mean": peers.MEAN, "std": peers.STD})
+    dataset = some(LightlyDataset(work.folder, transform=transform), images)
+    for views, _, _ in DataLoader(dataset, work.batch_size, shuffle=True, num_workers=workers):
+        yield views
+
+
+CONTESTANTS = {
+    OURS: ours,
+    UINT8: partial(ours, to_float=False),
+    TORCHVISION: torchvision_pil,
+    LIGHTLY: lightly,
+}
+
+
+def epoch(name: str, work: Work, images: int, workers: int) -> None:
+    """All of it, and whether it is what it should be."""
+    n, dtype = 0, torch.uint8 if name == UINT8 else torch.float32
+    for views in CONTESTANTS[name](work, images, workers):
+        assert [(view.shape[1:], view.dtype) for view in views] == [((3, work.size, work.size), dtype)] * 2
+        n += len(views[0])
+    assert n == images
+
+
+# ---- measuring ----
+
+
+def memory(name: str, work: Work, workers: int) -> tuple[float, float]:
+    """Peak resident MB of the parent and of its largest worker; meant for a process of its own."""
+    epoch(name, work, work.remembered, workers)
+    parent = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())  # ru_maxrss knows who started us
+    return int(parent[1]) / 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+
+
+def decode(contents: list[bytes], scale: int) -> None:
+    for content in contents:
+        with Image.open(io.BytesIO(content)) as image:
+            if scale > 1:
+                image.draft(None, (image.width // scale, image.height // scale))
+            image.load()
+
+
+def floor(work: Work, rounds: int) -> list[harness.Row]:
+    """How fast PIL alone decodes the files, from memory, on one core."""
+    paths = sorted(Path(work.folder).glob("*/*.jpg"))
+    contents = [paths[i * len(paths) // work.images].read_bytes() for i in range(work.images)]
+    runs = {f"floor: PIL decodes at 1/{scale}": partial(decode, contents, scale) for scale in (1, 2)}
+    return [row(name, 0, work.images / time) for name, time in harness.in_turns(runs, rounds).items()]
+
+
+def row(name: str, workers: int, rate: float, ratio="", megabytes=("", "")) -> harness.Row:
+    keys = ("workers", "contestant", "images/s", "ours is faster by", "parent MB", "worker MB")
+    return dict(zip(keys, (workers, name, rate, ratio, *megabytes), strict=True))
+
+
+def measure(work: Work, names: list[str], rounds: int, quick: bool) -> list[harness.Row]:
+    rows, pairs = floor(work, rounds), list(product((1, 2), names))
+    for name in names:  # compilers and caches
+        epoch(name, work, work.batch_size, 1)
+    runs = {f"{workers} {name}": partial(epoch, name, work, work.images, workers) for workers, name in pairs}
+    rates = {key: work.images / time for key, time in harness.in_turns(runs, rounds, warmup=0).items()}
+    for workers, name in pairs:
+        run = (memory, name, work, workers)
+        megabytes = memory(*run[1:]) if quick else harness.in_fresh_process(*run)[0]
+        rate = rates[f"{workers} {name}"]
+        rows.append(row(name, workers, rate, rates[f"{workers} {OURS}"] / rate, megabytes))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = harness.arguments(__doc__, rounds=3)
+    parser.add_argument("--folder", type=Path, help="where the files are made, and kept (a temporary folder)")
+    options = parser.parse_args(argv)
+    packages = ["torchvision", "pillow", *harness.installed("lightly")]
+    names = [name for name in CONTESTANTS if name != LIGHTLY or LIGHTLY in packages]
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Work(str(options.folder or temporary))
+        work = evolve(work, **QUICK) if options.quick else work
+        make_files(work)
+        rows = measure(work, names, 1 if options.quick else options.rounds, options.quick)
+    harness.report("loader", rows, options.out, *packages)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""What one LARS step and one update of the lagging model cost, beside the usual ways to write them.
+
+Compared, on the parameters of BYOL with torchvision's ResNet-18 and its heads, with the same fixed gradients:
+
+- LARS of lars.py; a loop over the parameters, as in the official code of VICReg and Barlow Twins; lightly's LARS; and,
+  as a floor without any norms, torch.optim.SGD one by one (foreach=False) and batched (foreach=True)
+- moco.move_towards; a loop, as in the official code of MoCo; lightly's update_momentum; torch's AveragedModel with its
+  batched average, and with a function per parameter and the buffers too, as torchvision's references use it
+
+`ops` are operators dispatched in one step, `host syncs` those that read a value of a tensor on the host: on a GPU each
+waits for everything queued before. To be reached: not one of ours waits (else this exits with an error), and ours is
+slower than no other that computes the same. Both loops end with the same weights as ours, which is checked.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.harness import Row, arguments, in_turns, installed, report
+from lars import LARS, parameter_groups
+from moco import SelfSupervisedMethod, move_towards
+from model_params import NORMS_AND_BIASES, BYOLParams
+
+LR, MOMENTUM, WEIGHT_DECAY, ETA, M = 0.1, 0.9, 1e-4, 1e-3, 0.99
+READ_ON_HOST = ("aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.is_nonzero")
+COPY = ("aten._to_copy", "aten.copy_")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Counter(TorchDispatchMode):
+    """Counts dispatched operators, and those among them that wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = self.syncs = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = str(function.overloadpacket)
+        self.ops += 1
+        self.syncs += name in READ_ON_HOST or (name in COPY and self.leaves_device(args, result))
+        return result
+
+    @staticmethod
+    def leaves_device(args: tuple, result: torch.Tensor) -> bool:
+        sources = [arg.device.type for arg in args if isinstance(arg, torch.Tensor)]
+        return result.device.type == "cpu" and any(source != "cpu" for source in sources)
+
+
+def counted(run: Callable[[], None]) -> Counter:
+    with Counter() as counter:
+        run()
+    return counter
+
+
+def trained_network(quick: bool) -> nn.Module:
+    """Encoder, projection and prediction, with gradients."""
+    small = {"dataset_name": "digits", "encoder_arch": "shufflenet_v2_x0_5", "mlp_hidden_dim": 32} if quick else {}
+    method = SelfSupervisedMethod(BYOLParams(seed=0, **small))
+    network = nn.ModuleList([method.model, method.projection_model, method.prediction_model]).to(DEVICE)
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return network
+
+
+def with_gradients(network: nn.Module) -> nn.Module:
+    found = copy.deepcopy(network)
+    for parameter, original in zip(found.parameters(), network.parameters(), strict=True):
+        parameter.grad = original.grad.clone()
+    return found
+
+
+def groups(network: nn.Module) -> list[dict]:
+    adapted, excluded = (list(group.values()) for group in parameter_groups(network, NORMS_AND_BIASES))
+    return [{"params": adapted}, {"params": excluded, "weight_decay": 0.0}]
+
+
+# ---- optimizer steps ----
+
+
+def ours(network: nn.Module) -> Callable[[], None]:
+    adapted, excluded = groups(network)
+    return LARS([adapted, {**excluded, "adapt": False}], LR, MOMENTUM, WEIGHT_DECAY, ETA).step
+
+
+def loop(network: nn.Module) -> Callable[[], None]:
+    adapted, excluded = (group["params"] for group in groups(network))
+    velocities = {p: torch.zeros_like(p) for p in chain(adapted, excluded)}
+
+    @torch.no_grad()
+    def step() -> None:
+        for p in adapted:
+            gradient = p.grad.add(p, alpha=WEIGHT_DECAY)
+            weight_norm, gradient_norm = torch.norm(p), torch.norm(gradient)
+            one = torch.ones_like(weight_norm)
+            rate = torch.where(gradient_norm > 0, ETA * weight_norm / gradient_norm, one)
+            gradient = gradient.mul(torch.where(weight_norm > 0, rate, one))
+            velocities[p].mul_(MOMENTUM).add_(gradient)
+            p.add_(velocities[p], alpha=-LR)
+        for p in excluded:
+            velocities[p].mul_(MOMENTUM).add_(p.grad)
+            p.add_(velocities[p], alpha=-LR)
+
+    return step
+
+
+def lightlys(network: nn.Module) -> Callable[[], None]:
+    from lightly.utils.lars import LARS as LightlyLARS
+
+    options = {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "trust_coefficient": ETA}
+    return LightlyLARS(groups(network), lr=LR, **options).step
+
+
+def sgd(network: nn.Module, foreach: bool) -> Callable[[], None]:
+    return torch.optim.SGD(groups(network), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, foreach=foreach).step
+
+
+# ---- updates of the lagging model: (lagging, trained) -> one update ----
+
+
+def our_average(lagging: nn.Module, trained: nn.Module) -> Callable[[], None]:
+    return lambda: move_towards(lagging, trained, 1 - M)
+
+
+def loop_average(lagging: nn.Module, trained: nn.Module) -> Callable[[], None]:
+    def update() -> None:
+        for slow, fast in zip(lagging.parameters(), trained.parameters(), strict=True):
+            slow.data = slow.data * M + fast.data * (1 - M)
+
+    return update
+
+
+def lightlys_average(lagging: nn.Module, trained: nn.Module) -> Callable[[], None]:
+    from lightly.models.utils import update_momentum
+
+    return lambda: update_momentum(trained, lagging, M)
+
+
+def torchs_average(lagging: nn.Module, trained: nn.Module) -> Callable[[], None]:
+    average = AveragedModel(lagging, multi_avg_fn=get_ema_multi_avg_fn(M))
+    return lambda: average.update_parameters(trained)
+
+
+def torchvisions_average(lagging: nn.Module, trained: nn.Module) -> Callable[[], None]:
+    average = AveragedModel(lagging, avg_fn=lambda slow, fast, _: M * slow + (1 - M) * fast, use_buffers=True)
+    return lambda: average.update_parameters(trained)
+
+
+# ---- the table ----
+
+
+def rows_of(what: str, contestants: dict[str, Callable[[], None]], rounds: int) -> Iterator[Row]:
+    times = in_turns(contestants, rounds, warmup=2)
+    for name, run in contestants.items():
+        counter = counted(run)
+        yield {
+            "what": what,
+            "who": name,
+            "ms": 1000 * times[name],
+            "time / ours": times[name] / times["ours"],
+            "ops": counter.ops,
+            "host syncs": counter.syncs,
+        }
+
+
+def check(rows: list[Row], ours: nn.Module, loops: nn.Module) -> None:
+    """Exit unless ours never waits, and has the weights of the loop, which took as many steps."""
+    for row in rows:
+        if row["who"] == "ours" and row["host syncs"]:
+            raise SystemExit(f"our {row['what']} waits for the device {row['host syncs']} times a step: it must not")
+    for ours_, loops_ in zip(ours.parameters(), loops.parameters(), strict=True):
+        if (ours_ - loops_).norm() > 1e-4 * loops_.norm():
+            raise SystemExit("our weights are not those of the loop")
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = arguments(__doc__, rounds=15).parse_args(argv)
+    rounds, peers = (3 if options.quick else options.rounds), installed("lightly")
+    network = trained_network(options.quick)
+    steps = {"ours": ours, "loop (official VICReg)": loop, "lightly": lightlys}
+    steps |= {"SGD, foreach=False": lambda n: sgd(n, False), "SGD, foreach=True": lambda n: sgd(n, True)}
+    averages = {"ours": our_average, "loop (official MoCo)": loop_average, "lightly": lightlys_average}
+    averages |= {"torch AveragedModel": torchs_average, "torchvision's EMA": torchvisions_average}
+    for table in (steps, averages) if not peers else ():
+        del table["lightly"]
+
+    networks = {name: with_gradients(network) for name in steps}
+    rows = list(rows_of("LARS step", {name: steps[name](networks[name]) for name in steps}, rounds))
+    check(rows, networks["ours"], networks["loop (official VICReg)"])
+    moved = networks["ours"]  # away from the weights that lag
+    networks = {name: copy.deepcopy(network) for name in averages}
+    contestants = {name: averages[name](networks[name], moved) for name in averages}
+    rows += rows_of("lagging update", contestants, rounds)
+    check(rows, networks["ours"], networks["loop (official MoCo)"])
+    report("optimizer", rows, options.out, *peers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Images per second of the whole training step on the CPU, and its share of the machine's fp32 matrix product peak.
+
+    python -m benchmarks.step
+
+Every preset with resnet18: low-resolution stem at 32 pixels, standard stem at 32 and 96. A step is data, augmentation,
+forward, backward, optimizer, lagging update, logging, progress bar. Ours runs under `Trainer.fit` (also compiled);
+lightly's losses in the loop of its examples; and a plain PyTorch loop with the PIL pipeline (peer_loops.py).
+
+To reach: 73 % of the peak and 1.1x the fastest peer with the low-resolution stem, 1.25x with the standard stem at 32
+pixels; Lightning, logging and progress together under 3 % of a step.
+"""
+
+import copy
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+
+import pytorch_lightning as pl
+import torch
+from attrs import evolve, frozen
+from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import harness, peers
+from benchmarks.augment import photographs
+from benchmarks.peer_loops import PeerLoop, lightly_loss, plain_loss
+from encoders import get_encoder
+from loader import Loader, Share
+from moco import SelfSupervisedMethod
+from model_params import PRESETS, ModelParams
+
+METHODS = ["moco_v2", "simclr", "byol", "eqco", "sce", "vicreg", "barlow_twins"]
+LIGHTLY, PLAIN = {"moco_v2", "simclr", "byol", "vicreg", "barlow_twins"}, {"moco_v2", "simclr", "byol"}
+
+
+@frozen
+class Network:
+    name: str
+    pixels: int
+    low_resolution: bool
+    batch: int
+    steps: int  # of one turn
+    compiled: bool  # is ours measured so, too?
+    faster: float  # than the fastest peer: to reach
+
+
+NETWORKS = [
+    Network("low-resolution stem, 32 px", 32, True, 16, 2, True, 1.1),
+    Network("standard stem, 32 px", 32, False, 128, 4, True, 1.25),
+    Network("standard stem, 96 px", 96, False, 16, 2, False, 1.0),
+]
+
+
+class Images(torch.utils.data.Dataset):
+    """uint8 batches out of a few photographs, in the way of our packed sets."""
+
+    def __init__(self, images: Tensor, length: int):
+        self.images, self.length = images, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        return self.images[torch.tensor(indices) % len(self.images)]
+
+
+class Clock(pl.Callback):
+    """Seconds from the end of the first step to the end of the last."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_) -> None:
+        if trainer.global_step == 1:
+            self.start = time.perf_counter()
+        self.elapsed = time.perf_counter() - self.start
+
+
+def settings(method: str, network: Network) -> ModelParams:
+    return PRESETS[method](
+        dataset_name="cifar10",
+        transform_crop_size=network.pixels,
+        low_resolution_stem=network.low_resolution,
+        transform_blur_probability=0.5,
+        batch_size=network.batch,
+        lr=0.01,
+        optimizer_name="sgd",  # for all, because the loops of the peers have it
+        K=4096 if method in ("moco_v2", "sce") else 0,
+        evaluations=[],
+        seed=0,
+    )
+
+
+def ours(params: ModelParams, images: Tensor, steps: int, encoder: nn.Module | None = None) -> Callable[[], float]:
+    """One turn under `Trainer.fit`, with a logger, a progress bar and everything that comes by default."""
+    model = SelfSupervisedMethod(params, encoder=encoder)
+    dataset = Images(images, params.batch_size * (steps + 1))
+    loader = Loader(dataset, batch_size=params.batch_size, sampler=Share(dataset, 1, 0), collate_fn=lambda batch: batch)
+
+    def run() -> float:
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+            screen = {"file": nowhere, "force_terminal": True}
+            callbacks, logger = [clock, RichProgressBar(console_kwargs=screen)], CSVLogger(folder)
+            options = {"max_epochs": 1, "log_every_n_steps": 1, "enable_checkpointing": False}
+            pl.Trainer(
+                accelerator="cpu", callbacks=callbacks, logger=logger, enable_model_summary=False, **options
+            ).fit(model, loader)
+        return clock.elapsed
+
+    return run
+
+
+def bare(params: ModelParams, images: Tensor, steps: int, encoder: nn.Module) -> Callable[[], float]:
+    """The same step without Lightning: what is left is what the method itself costs."""
+    model = SelfSupervisedMethod(params, encoder=encoder)
+    model.log_dict = lambda scalars: None
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], params.lr, params.momentum)
+
+    def run() -> float:
+        start = 0.0
+        for step in range(steps + 1):
+            if step == 1:
+                start = time.perf_counter()
+            batch = images[torch.arange(step, step + params.batch_size) % len(images)]
+            loss = model.training_step((model.augment(batch, (0, step)), None), step)
+            optimizer.zero_grad()
+            loss.backward()
+            model.on_after_backward()
+            optimizer.step()
+        return time.perf_counter() - start
+
+    return run
+
+
+def flops_of_image(params: ModelParams) -> float:
+    """Of the encoder, for all views of one image: forward and backward for queries, forward alone for lagging keys."""
+    encoder, _ = get_encoder(params)
+    x = torch.randn(2, 3, params.crop_size, params.crop_size)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        encoder(x)
+    with FlopCounterMode(display=False) as both:
+        encoder(x).sum().backward()
+    queries, keys = ({pair[i] for pair in params.pairs} for i in (0, 1))
+    if params.use_lagging_model:
+        return (len(queries) * both.get_total_flops() + len(keys) * forward.get_total_flops()) / 2
+    return len(queries | keys) * both.get_total_flops() / 2
+
+
+def measure(network: Network, method: str, rounds: int, images: Tensor, with_lightly: bool) -> list[harness.Row]:
+    params, size = settings(method, network), network.pixels
+    runs: dict[str, Callable] = {"ours": ours(params, images, network.steps)}
+    if network.compiled and method == "simclr":  # one is enough: compiling takes a minute or two
+        runs["ours, compiled"] = ours(evolve(params, torch_compile=True), images, network.steps)
+    if method in LIGHTLY and with_lightly:
+        runs["lightly"] = PeerLoop(params, images, peers.lightly(size), lightly_loss, network.steps)
+    if method in PLAIN:
+        runs["plain PyTorch, PIL"] = PeerLoop(params, images, peers.pil(size), plain_loss, network.steps)
+    product, operations = harness.matmul_seconds()
+    times = harness.in_turns({**runs, "peak": product}, rounds, warmup=0)  # every run has a step of its own for that
+    peak = operations / times.pop("peak")
+    n, work = network.batch * network.steps, flops_of_image(params)
+    rivals = [times[name] for name in times if not name.startswith("ours")]
+    return [
+        {
+            "network": network.name,
+            "method": method,
+            "who": name,
+            "images/s": n / elapsed,
+            "% of peak": 100 * work * n / elapsed / peak,
+            "x fastest peer": min(rivals) / elapsed if rivals and name.startswith("ours") else "",
+            "to reach": network.faster if rivals and name.startswith("ours") else "",
+        }
+        for name, elapsed in times.items()
+    ]
+
+
+def overhead(rounds: int, images: Tensor, steps: int) -> float:
+    """Seconds that Lightning, logging and progress bar add to a step: with an encoder that costs next to nothing."""
+    params = evolve(settings("moco_v2", NETWORKS[1]), batch_size=16, encoder_arch="module")
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 16))
+    runs = {
+        "Lightning": ours(params, images, steps, copy.deepcopy(encoder)),
+        "bare": bare(params, images, steps, copy.deepcopy(encoder)),
+    }
+    times = harness.in_turns(runs, rounds)
+    return (times["Lightning"] - times["bare"]) / steps
+
+
+def main(argv: list[str] | None = None) -> list[harness.Row]:
+    options = harness.arguments(__doc__, rounds=3).parse_args(argv)
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    networks, methods, rounds = NETWORKS, METHODS, options.rounds
+    if options.quick:
+        networks, methods, rounds = [evolve(NETWORKS[1], batch=4, steps=1, compiled=False)], ["moco_v2"], 1
+    with_lightly = bool(harness.installed("lightly"))
+    rows = []
+    for network in networks:
+        images = photographs(64, network.pixels)
+        for method in methods:
+            rows += measure(network, method, rounds, images, with_lightly)
+            print(f"{network.name}, {method}: {rows[-1]['who']} {rows[-1]['images/s']:.3g} images/s", flush=True)
+    harness.report("step", rows, options.out, "torchvision", "pytorch_lightning", *harness.installed("lightly"))
+    extra = overhead(rounds, photographs(64, 32), 2 if options.quick else 50)
+    shares = []
+    for network in networks:
+        rate = next(row["images/s"] for row in rows if row["network"] == network.name)
+        step = network.batch / rate
+        shares.append({"network": network.name, "step ms": 1e3 * step, "Lightning, logging, progress ms": 1e3 * extra})
+        shares[-1] |= {"% of the step": 100 * extra / step, "to reach %": 3}
+    harness.report("step_overhead", shares, options.out, "pytorch_lightning")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Copies to the device and from it, for which neither waits; and its memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for the device, which only copies from pinned memory do not."""
+    pinned = values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
+    return pinned.to(device, non_blocking=True)
+
+
+def to_host(values: Tensor) -> Callable[[], Tensor]:
+    """Starts the copy; what it returns is called for the values, and waits only if they have not arrived by then."""
+    on_host = values.to("cpu", non_blocking=True)
+    if not values.is_cuda:
+        return lambda: on_host
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def arrived() -> Tensor:
+        copied.synchronize()
+        return on_host
+
+    return arrived
+
+
+def has_room(size: int, device: torch.device) -> bool:
+    """Whether `size` bytes are at most a quarter of a GPU's free memory."""
+    return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 4

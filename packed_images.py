@@ -1,0 +1,97 @@
+"""Images of one size as two arrays on the disk, memory-mapped, or as one tensor on the device."""
+
+import mmap
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from device import has_room, to_device
+
+PIECE = 2**26  # bytes; of a copy to the device
+
+
+def is_there(split: Path) -> bool:
+    return (split / "images.npy").is_file() and (split / "labels.npy").is_file()
+
+
+def pack(split: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write one split, complete or not at all."""
+    unfinished = split.with_name(f".{split.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed; we hold the lock
+    unfinished.mkdir()
+    np.save(unfinished / "images.npy", np.ascontiguousarray(images, dtype=np.uint8))
+    np.save(unfinished / "labels.npy", np.asarray(labels, dtype=np.int64))
+    shutil.rmtree(split, ignore_errors=True)  # half of it, put there by hand
+    unfinished.rename(split)
+
+
+class PackedImages(Dataset):
+    """Memory-mapped splits, one after the other; a whole batch is read at once."""
+
+    def __init__(self, splits: list[Path]):
+        self.images = [np.load(split / "images.npy", mmap_mode="r") for split in splits]
+        self.labels = np.concatenate([np.load(split / "labels.npy") for split in splits])
+        for split, images in zip(splits, self.images, strict=True):
+            if images.dtype != np.uint8 or images.ndim != 4:
+                raise ValueError(f"{split / 'images.npy'} holds {images.dtype} {images.shape}, not uint8 N x H x W x C")
+        if (n := sum(map(len, self.images))) != len(self.labels):
+            raise ValueError(f"{', '.join(map(str, splits))}: {n} images but {len(self.labels)} labels")
+        self.starts = np.cumsum([0, *map(len, self.images)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """uint8 [N, C, H, W] and int64 [N]. PyTorch's loader calls this with the indices of a whole batch."""
+        indices = np.asarray(indices)
+        part = np.searchsorted(self.starts, indices, side="right") - 1
+        batch = np.empty((len(indices), *self.images[0].shape[1:]), dtype=np.uint8)
+        for i, images in enumerate(self.images):
+            batch[part == i] = images[indices[part == i] - self.starts[i]]
+            forget(images)
+        return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
+
+
+def forget(mapped: np.memmap) -> None:
+    """What was read stays in the system's cache, but no longer counts as memory of this process: else an epoch would
+    make all of a large set resident."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+class ImagesOnDevice(Dataset):
+    """Packed images as one uint8 tensor on the device, where batches are picked: nothing is copied to it any more."""
+
+    def __init__(self, packed: PackedImages, device: torch.device):
+        shape = (len(packed), *packed.images[0].shape[1:])
+        self.images = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.labels = torch.from_numpy(packed.labels).to(device)
+        piece = max(1, PIECE // self.images[0].nbytes)  # the whole set need not fit into the host's memory
+        for images, start in zip(packed.images, packed.starts, strict=False):
+            for first in range(0, len(images), piece):
+                part = torch.from_numpy(np.array(images[first : first + piece]))
+                self.images[start + first : start + first + len(part)] = part.to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Tensor | list[int]) -> tuple[Tensor, Tensor]:
+        """uint8 [N, C, H, W] and int64 [N]."""
+        indices = self.order(indices)
+        return self.images[indices].permute(0, 3, 1, 2), self.labels[indices]
+
+    def order(self, indices: Tensor | list[int]) -> Tensor:
+        """The indices, on the device."""
+        return to_device(torch.as_tensor(indices), self.images.device)
+
+
+def fits(packed: PackedImages, device: torch.device) -> bool:
+    return has_room(sum(images.nbytes for images in packed.images), device)

@@ -1,0 +1,52 @@
+"""Every benchmark runs, at sizes at which its figures mean nothing; the page of figures is that of the CSV files."""
+
+import importlib
+from pathlib import Path
+
+import processes
+import pytest
+
+from benchmarks import harness, report
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main(argv" in path.read_text())
+
+
+def quick(rank: int, name: str, folder: str) -> None:
+    importlib.import_module(f"benchmarks.{name}").main(["--quick", "--out", folder])
+
+
+def test_all_are_found():
+    assert len(NAMES) == 9 and {"augment", "step", "gpu", "time_to_accuracy"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_and_writes_its_table(name, tmp_path):
+    processes.run(quick, 1, tmp_path / "process", name, str(tmp_path / "out"))
+    found = sorted((tmp_path / "out").glob("*.csv"))
+    assert found and any(path.stem.startswith(name) for path in found)
+    for path in found:
+        about, rows = report.read(path)
+        assert "torch" in about and rows and all(None not in row and None not in row.values() for row in rows)
+
+
+def test_turns_alternate_and_a_contestant_may_bring_its_own_clock():
+    turns = []
+    runs = {"a": lambda: turns.append("a"), "b": lambda: turns.append("b") or 3.0}
+    found = harness.in_turns(runs, rounds=2)
+    assert turns == ["a", "b"] * 3 and found["b"] == 3.0 and 0 < found["a"] < 1
+
+
+def test_a_process_of_its_own_answers_with_its_memory():
+    total, megabytes = harness.in_fresh_process(sum, [1, 2])
+    assert total == 3 and 10 < megabytes < 3000
+    with pytest.raises(RuntimeError, match="unsupported operand"):
+        harness.in_fresh_process(sum, ["a"])
+
+
+def test_the_page_shows_what_the_files_hold():
+    text = (ROOT / "docs" / "performance.md").read_text()
+    files = sorted(harness.RESULTS.glob("*.csv"))
+    assert len(files) >= 7
+    for path in files:
+        assert report.insert(text, path.stem, report.table_of(path)) == text and f"<!-- {path.stem} -->" in text
