@@ -133,7 +133,7 @@ def augment(
     rng, result = generator(seed), []
     for i, view in enumerate(views):
         cropped = isinstance(images, list)
-        x = images[i] if cropped else images
+        x = with_channels(images[i] if cropped else images, len(mean))
         whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
         boxes = whole if cropped else draw_crops(rng, len(x), *x.shape[2:], view)
         matrix = to_matrix({**boxes, **draw(rng, len(x), view)})
@@ -147,6 +147,11 @@ def augment(
             on_host = torch.from_numpy(matrix)
             result.append(on_device(x, to_device(on_host, x.device), view, cropped, mean, std))
     return result
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """Gray images, repeated for an encoder of more channels."""
+    return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images
 
 
 def make_normalized_view(images: Tensor, matrix: Tensor, view: View, cropped: bool, mean: tuple, std: tuple) -> Tensor:
@@ -197,17 +202,17 @@ def _view_settings(params: "ModelParams", i: int) -> View:
 
 def training_views(params: "ModelParams") -> Callable[..., list[Tensor]]:
     """augment(images, seed) -> list of views, by the settings of `params`."""
-    statistics = {"mean": params.dataset.mean, "std": params.dataset.std}
+    statistics = {"mean": params.mean, "std": params.std}
     return partial(augment, views=view_settings(params), **statistics, torch_compile=bool(params.torch_compile))
 
 
 def evaluation_view(images: Tensor, params: "EncoderAndDataParams") -> Tensor:
     """uint8 images [N, C, H, W] -> normalized floats [N, C, h, w]: the whole image, resized if need be."""
-    x, size = images.float() / 255, params.crop_size
+    x, size = with_channels(images, params.channels).float() / 255, params.crop_size
     if x.shape[2:] != (size, size):
         whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
         x = resized_crop(x, {name: np.full(len(x), value) for name, value in whole.items()}, size)
-    return normalize(x, params.dataset.mean, params.dataset.std)
+    return normalize(x, params.mean, params.std)
 
 
 # ---- what loaders yield: uint8 images to be prepared here, or floats that are ready ----

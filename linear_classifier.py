@@ -92,7 +92,7 @@ class LinearClassifierMethod(Stage):
         if not flips:  # as with scans of digits, where a small crop would cut off what tells the classes apart
             self.view = attrs.evolve(self.view, crop_scale=p.dataset.view.crop_scale)
         self.validation_scores: list[Tensor] = []
-        self.augment = partial(augmentations.augment, views=[self.view], mean=p.dataset.mean, std=p.dataset.std)
+        self.augment = partial(augmentations.augment, views=[self.view], mean=p.mean, std=p.std)
 
     @classmethod
     def from_moco_checkpoint(

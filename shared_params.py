@@ -1,5 +1,6 @@
 """The settings that pretraining and the linear stage share, and how both get theirs."""
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import attrs
@@ -32,6 +33,8 @@ class EncoderAndDataParams:
     batch_size: int = positive(256)  # of each process
     global_batch_size: int | None = positive(None)  # instead: images of one optimizer step, over all processes
     transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # None: the data set's
+    image_mean: list[float] | None = None  # of each channel, of values from 0 to 1; None: the data set's
+    image_std: list[float] | None = None
     seed: int | None = non_negative(None, at_most=2**63 - 1)  # of every random draw; None: that of pl.seed_everything
 
     # data loader parameters
@@ -67,6 +70,9 @@ class EncoderAndDataParams:
                 f"{LARGEST_IMAGE} numbers: choose smaller ones"
             )
 
+        for name in ("image_mean", "image_std"):
+            check_statistics(name, getattr(self, name), self.channels)
+
     @property
     def dataset(self) -> DatasetInfo:
         return DATASETS[self.dataset_name]
@@ -80,10 +86,32 @@ class EncoderAndDataParams:
         return self.in_channels or self.dataset.channels
 
     @property
+    def mean(self) -> tuple[float, ...]:
+        """Of each channel; gray images are repeated where the encoder has more."""
+        return self.of_each_channel(self.image_mean or self.dataset.mean)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.of_each_channel(self.image_std or self.dataset.std)
+
+    def of_each_channel(self, values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(values) * (self.channels if len(values) == 1 else 1)
+
+    @property
     def low_resolution(self) -> bool:
         if self.low_resolution_stem is None:
             return encoders.has_low_resolution_stem(self.encoder_arch) and self.crop_size <= 32
         return self.low_resolution_stem
+
+
+def check_statistics(name: str, values: Any, channels: int) -> None:
+    lowest = 1e-6 if name == "image_std" else 0
+    if values is None:
+        return
+    numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
+    if not numbers or len(values) not in (1, channels) or not all(lowest <= v <= 1 for v in values):
+        wanted = f"{channels} numbers, one a channel, from {lowest:g} to 1"
+        raise ValueError(f"{name}={values!r} must be a list of {wanted}")
 
 
 Params = TypeVar("Params", bound=EncoderAndDataParams)
