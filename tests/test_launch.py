@@ -166,6 +166,10 @@ def start(programs: Programs, launcher: str, **options: object) -> None:
     programs.start([*LAUNCHERS[launcher], programs.script, programs.folder, options], **port)
 
 
+# A signal after step 3: at the next batch the processes tell each other, and stop at the one after that.
+SAVED = "step_000000004.ckpt"
+
+
 def wait_for_pause(programs: Programs, seconds: float = 100) -> None:
     end = time.monotonic() + seconds
     while not all((programs.folder / f"paused_{rank}").exists() for rank in range(2)):
@@ -210,7 +214,7 @@ def test_sigterm_to_the_launcher(launcher, status, programs, weights, tmp_path):
     time.sleep(0.2)
     (tmp_path / "go_on").touch()
     programs.wait(status=status)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_000000003.ckpt"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [SAVED]
     start(programs, launcher)
     programs.wait()
     assert_same(programs.found(), weights)
@@ -255,8 +259,8 @@ def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path
     (tmp_path / "go_on").touch()
     programs.wait()
     assert (tmp_path / "queued").read_text() == f"requeue {job}\n"
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_000000003.ckpt"]
-    assert read(tmp_path / "run" / "step_000000003.ckpt")["global_step"] == 3
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [SAVED]
+    assert read(tmp_path / "run" / SAVED)["global_step"] == 4
     assert not list(tmp_path.glob("final_*.pt")) and not list(tmp_path.glob("hpc_ckpt*"))
 
     start_as_srun(programs, job, {})
