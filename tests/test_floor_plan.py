@@ -21,6 +21,8 @@ FLOORS = [
         "safe_load",
         "packed_images",
         "logistic_regression",
+        "subsets",
+        "layers",
     ],
     ["color_loops", "heads", "losses", "encoders", "evaluation", "optimizers", "checkpoints"],
     ["image_loops", "watch"],
@@ -28,7 +30,7 @@ FLOORS = [
     ["image_files"],
     ["data"],
     ["shared_params", "stage"],
-    ["model_params", "weights"],
+    ["model_params", "linear_params", "weights"],
     ["moco", "linear_classifier"],
     ["demo", "train", "train_blog"],
 ]
