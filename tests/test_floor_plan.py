@@ -26,9 +26,9 @@ FLOORS = [
     ["augmentations", "watch"],
     ["image_files"],
     ["data"],
-    ["shared_params", "stage"],
+    ["shared_params", "view_params", "stage"],
     ["model_params", "weights"],
-    ["moco", "linear_classifier"],
+    ["moco", "linear_classifier", "preview"],
     ["demo", "train", "train_blog"],
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
