@@ -19,7 +19,7 @@ from shared_params import resolve
 
 TILE = 160  # pixels that a large view is magnified to, about; by whole numbers, so that pixels stay squares
 GAP, MARGIN, FONT_SIZE, LINE = 8, 20, 13, 18  # pixels
-PAPER, INK, PALE_INK = (255, 255, 255), (32, 32, 32), (112, 112, 112)
+PAPER, INK, PALE_INK = (240, 240, 240), (24, 24, 24), (96, 96, 96)
 Column = tuple[list[str], Tensor]  # lines of the caption; uint8 images [rows, C, H, W]
 
 
@@ -91,8 +91,10 @@ def caption(params: ModelParams, i: int) -> list[str]:
 
 
 def in_words(name: str, value: float | tuple[float, float]) -> str:
-    value = f"{value:g}" if not isinstance(value, tuple) else "{:g} to {:g}".format(*value)
-    return f"{name.removesuffix('_probability').replace('_', ' ')} {value}"
+    if name.endswith("_probability"):
+        return f"{name.removesuffix('_probability')} in {100 * value:g} %"
+    number = f"{value:g}" if not isinstance(value, tuple) else "{:g} to {:g}".format(*value)
+    return f"{name.replace('_', ' ')} {number}"
 
 
 # ---- drawing ----
