@@ -14,7 +14,7 @@ import image_ops
 from augmentations import View, draw, draw_crops, generator
 from model_params import ModelParams
 
-SIZES = [(32, 32), (96, 96), (256, 224)]  # of image and view
+SIZES = [(32, 32), (96, 96), (256, 224), (32, 14), (8, 7)]  # of image and view; 7: as small as blurring allows
 
 
 def images(n: int, size: int, channels: int = 3) -> torch.Tensor:
