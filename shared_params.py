@@ -87,7 +87,7 @@ class EncoderAndDataParams:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of each channel; gray images are repeated where the encoder has more."""
+        """Of each channel; gray images are repeated for an encoder of colours."""
         return self.of_each_channel(self.image_mean or self.dataset.mean)
 
     @property
@@ -95,7 +95,7 @@ class EncoderAndDataParams:
         return self.of_each_channel(self.image_std or self.dataset.std)
 
     def of_each_channel(self, values: Sequence[float]) -> tuple[float, ...]:
-        return tuple(values) * (self.channels if len(values) == 1 else 1)
+        return tuple(values) * (3 if len(values) == 1 and self.channels == 3 else 1)
 
     @property
     def low_resolution(self) -> bool:
@@ -109,7 +109,7 @@ def check_statistics(name: str, values: Any, channels: int) -> None:
     if values is None:
         return
     numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
-    if not numbers or len(values) not in (1, channels) or not all(lowest <= v <= 1 for v in values):
+    if not numbers or len(values) != channels or not all(lowest <= v <= 1 for v in values):
         wanted = f"{channels} numbers, one a channel, from {lowest:g} to 1"
         raise ValueError(f"{name}={values!r} must be a list of {wanted}")
 

@@ -29,9 +29,9 @@ FLOORS = [
     ["augmentations"],
     ["image_files"],
     ["data"],
-    ["shared_params", "stage"],
+    ["shared_params", "view_params", "stage"],
     ["model_params", "linear_params", "weights"],
-    ["moco", "linear_classifier"],
+    ["moco", "linear_classifier", "preview"],
     ["demo", "train", "train_blog"],
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
