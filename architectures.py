@@ -42,13 +42,11 @@ def find(found: layouts.Found, name: str | None = None) -> Architecture:
         if not wrong:
             return architecture
         nearest = min(nearest, (sum(map(len, wrong.values())), candidate, wrong), key=lambda item: item[0])
-    what = (
-        f"does not hold a {name}" if name else "holds no complete encoder of torchvision, ws_resnets or timm; nearest"
-    )
-    way_out = "" if name else "; if it is another model, say encoder_arch=NAME or encoder=your_module"
-    nearest_name = "" if name else f" is {nearest[1]}"
+    if name is not None:
+        raise ValueError(layouts.refusal(found, name, nearest[2]))
     raise ValueError(
-        f"{found.source} (read as {found.layout}) {what}{nearest_name}: {layouts.described(nearest[2])}{way_out}"
+        f"no encoder of torchvision, timm or ws_resnets fits. {layouts.refusal(found, nearest[1], nearest[2])}. That "
+        "is the nearest; if it is another, say encoder_arch=NAME or encoder=your_module"
     )
 
 

@@ -181,9 +181,12 @@ def facts(arch: str, weights: str) -> dict[str, Any]:
     if arch.startswith("timm:"):
         import timm  # optional, and slow to import
 
+        model, _, tag = arch.removeprefix("timm:").partition(".")
+        tags = timm.models.list_pretrained(f"{model}.*")
+        if not tags or (tag and f"{model}.{tag}" not in tags):
+            has = f"only {', '.join(tags)}" if tags else "none"
+            raise ValueError(f"timm publishes no weights {arch.removeprefix('timm:')}: of {model} it has {has}")
         about = timm.get_pretrained_cfg(arch.removeprefix("timm:"))
-        if about is None or not about.has_weights:
-            raise ValueError(f"timm publishes no weights of {arch}")
         size, mean, std = about.input_size[-1], about.mean, about.std
     else:
         known = (
