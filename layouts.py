@@ -28,14 +28,13 @@ class Layout:
 
 HEADS_OF_LIGHTLY = ("projection_head.", "prediction_head.", "projection_mlp.", "online_classifier.")
 TWINS_OF_OPENSELFSUP = ("neck.", "encoder_k.0.", "encoder_k.module.0.", "online_net.", "target_net.")
+UNNAMED = ("backbone.", "encoder.", "encoder_q.", "base_encoder.", "model.", "net.")  # prefixes without a system
 PLAIN = ("conv1.", "features.", "cls_token", "class_token", "patch_embed.", "stem.", "layers.0.", "Conv2d_1a_3x3.")
 
 # The first row that fits. Names are those in the systems' own code and published files.
 LAYOUTS = (
     Layout("dino", "backbone.", holder="teacher"),
-    Layout(
-        "OpenSelfSup or mmselfsup", "backbone.", TWINS_OF_OPENSELFSUP
-    ),  # keeps it also as encoder_q.0., online_net.0.
+    Layout("OpenSelfSup or mmselfsup", "backbone.", TWINS_OF_OPENSELFSUP),
     Layout("moco", "encoder_q.", ("encoder_k.",)),
     Layout("moco v3", "base_encoder.", ("momentum_encoder.",)),
     Layout("lightly", "backbone.", HEADS_OF_LIGHTLY),
@@ -45,19 +44,14 @@ LAYOUTS = (
     Layout("barlowtwins", "backbone.", ("bn.running_mean",)),
     Layout("vicreg", "backbone.", ("projector.",)),
     Layout("names of torchvision or timm", "", PLAIN),
-    *(Layout(f"encoder under {prefix}", prefix) for prefix in ("backbone.", "encoder.", "model.", "net.")),
+    *(Layout(f"encoder under {prefix}", prefix) for prefix in UNNAMED),
     Layout("names without a system", ""),
 )
 OURS = Layout("self_supervised", "model.")
 ORIGINAL = Layout("self_supervised, the original", "model.")
 EXPORT = Layout("self_supervised, exported", "")
 
-HOLDERS = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "teacher",
-)  # entries that hold the tensors in one system or another
+HOLDERS = ("state_dict", "model", "model_state_dict", "teacher")  # entries with the tensors, in one system or another
 HEADS = ("fc", "classifier", "head", "heads", "linear", "head_dist", "aux1", "aux2", "AuxLogits")
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 NUMBERED = ("conv1", "bn1", "relu", "maxpool", *STAGES)  # nn.Sequential(*resnet.children()), torchvision's
@@ -99,10 +93,10 @@ def read(path: str | Path) -> Found:
         layout=layout.name,
         state=state,
         left_out=tuple(key for key in tensors if key not in inside),
-        stem_variant="no_relu" if numbering(state) is NUMBERED_OF_LIGHTLY else layout.stem_variant,
+        stem_variant="no_relu" if not settings and numbering(state) is NUMBERED_OF_LIGHTLY else layout.stem_variant,
         settings=dict(settings),
         architecture=about["arch"] if isinstance(about.get("arch"), str) else None,
-        started_from=about.get("started_from"),
+        started_from=about["started_from"] if isinstance(about.get("started_from"), str) else None,
     )
 
 

@@ -79,7 +79,8 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
     """The encoder of a checkpoint or weights file, or a published one by name.
 
     Files: of this library, of the systems in docs/weights.md, state dicts of torchvision and timm, .safetensors. Names:
-    "resnet50" (torchvision's newest weights), "resnet50:IMAGENET1K_V1", "timm:NAME".
+    "resnet50" (torchvision's newest weights), "resnet50:IMAGENET1K_V1", "timm:NAME". The report says what was taken,
+    left out and assumed.
 
     Args:
         path_or_name: a file, or the name of an encoder whose published weights are wanted.
@@ -89,6 +90,7 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
 
     Raises:
         FileNotFoundError: there is no such file, and it is no name.
+        OSError: published weights could not be downloaded.
         ValueError: the name is unknown, or the file does not hold exactly the parameters of the encoder; says which.
     """
     name = str(path_or_name)
@@ -123,9 +125,12 @@ def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[s
         settings |= {"dataset_name": "cifar10", "stem_variant": found.stem_variant}
     if overrides.get("in_channels", settings.get("in_channels")) == 1:
         settings |= GRAY
-    if "dataset_name" in overrides:
-        return settings, ""
-    return settings, f"size and normalization constants of {settings['dataset_name']}"
+    assumed = [] if "dataset_name" in overrides else [f"size and normalization constants of {settings['dataset_name']}"]
+    if arch is None and settings["encoder_arch"].startswith("ws_"):
+        assumed.append("weight standardization")  # group norm without it has the same names
+    if arch is None and settings["encoder_arch"].startswith("timm:"):
+        assumed.append(f"{settings['encoder_arch']} of all models of these shapes")
+    return settings, ", ".join(assumed)
 
 
 def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> EncoderAndDataParams:
@@ -166,6 +171,11 @@ def published(name: str, overrides: dict[str, Any]) -> Encoder:
     weights = weights or "DEFAULT"
     settings = {"encoder_arch": arch, "dataset_name": "imagenet", "encoder_weights": weights, **facts(arch, weights)}
     params = with_overrides(settings, overrides)
+    if arch in encoders.TORCHVISION and (params.channels != 3 or params.low_resolution):
+        raise ValueError(
+            f"in_channels={params.channels} and low_resolution_stem={params.low_resolution} would leave the first layer "
+            f"of {name} without its published weights: leave them out"
+        )
     try:
         model, _ = encoders.get_encoder(params)
     except OSError as error:
@@ -189,11 +199,8 @@ def facts(arch: str, weights: str) -> dict[str, Any]:
         about = timm.get_pretrained_cfg(arch.removeprefix("timm:"))
         size, mean, std = about.input_size[-1], about.mean, about.std
     else:
-        known = (
-            getattr(torchvision.models.get_model_weights(arch), "__members__", {})
-            if arch in encoders.TORCHVISION
-            else {}
-        )
+        enum = torchvision.models.get_model_weights(arch) if arch in encoders.TORCHVISION else None
+        known = {} if enum is None else enum.__members__
         if weights not in known:
             return {}
         about = known[weights].transforms()

@@ -289,7 +289,7 @@ def test_our_checkpoint_says_everything_itself(small, tmp_path):
     save(model, tmp_path / "ours.ckpt")
     encoder = load_encoder(tmp_path / "ours.ckpt")
     assert encoder.report.layout == "self_supervised" and "assumed" not in str(encoder.report)
-    assert "lagging_model. (62)" in str(encoder.report) and encoder.started_from is None
+    assert "lagging_model. (60)" in str(encoder.report) and encoder.started_from is None
     assert (encoder.params.encoder_arch, encoder.params.low_resolution, encoder.params.crop_size) == (
         "ws_resnet18",
         True,
@@ -319,8 +319,10 @@ def test_our_export_as_safetensors(tmp_path):
     assert torch.allclose(encoder(x), source(x), rtol=1e-4, atol=1e-4)
 
     safetensors.torch.save_file(under("module.encoder_q.", own()), tmp_path / "others.safetensors")
-    with pytest.raises(ValueError, match="read as names without a system"):  # nothing tells whose it is
-        load_encoder(tmp_path / "others.safetensors")
+    encoder = load_encoder(tmp_path / "others.safetensors")
+    assert encoder.report.layout == "encoder under encoder_q." and torch.equal(
+        encoder(x), load_encoder(tmp_path / "ours.safetensors")(x)
+    )
     (tmp_path / "damaged.safetensors").write_bytes(b"no such thing")
     with pytest.raises(ValueError, match="damaged.safetensors is damaged, or no safetensors file"):
         load_encoder(tmp_path / "damaged.safetensors")
@@ -361,6 +363,17 @@ def test_what_the_pretraining_started_from(small, trainer, tmp_path):
 
 
 # ---- what the file does not say ----
+
+
+def test_what_is_assumed_is_said(tmp_path):
+    """Group norm without weight standardization has the same names; many of timm's models have the same shapes."""
+    torch.save(ws_resnet.ws_resnet18().state_dict(), tmp_path / "gn.pth")
+    report = str(load_encoder(tmp_path / "gn.pth").report)
+    assert "ws_resnet18 loaded; left out: fc. (2); assumed: size and norm" in report and "weight standard" in report
+    torch.save(timm_state_dict()[0], tmp_path / "vit.pth")
+    assert "timm:vit_tiny_patch16_224 of all models" in str(load_encoder(tmp_path / "vit.pth").report)
+    named = load_encoder(tmp_path / "vit.pth", encoder_arch="timm:vit_tiny_patch16_224", dataset_name="stl10")
+    assert "assumed" not in str(named.report) and named.params.crop_size == 224
 
 
 def test_stems_channels_and_old_files(tmp_path):
@@ -465,7 +478,7 @@ REFUSALS = {
     "unexpected": "unexpected: layer5.weight",
     "shape": r"of another shape: layer2.0.conv1.weight \(128, 64, 1, 1\) instead of \(128, 64, 3, 3\)",
     "count": "missing: bn1.num_batches_tracked",
-    "only the twin": "names without a system",
+    "only the twin": "read as names without a system",
 }
 
 
@@ -528,6 +541,9 @@ def test_published_by_torchvision(name, hub):
     p = encoder.params
     assert (p.crop_size, p.mean, p.std) == (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert p.encoder_weights is None and p.dataset_name == "imagenet"
+    for change in ({"in_channels": 1, "image_mean": [0.4], "image_std": [0.2]}, {"low_resolution_stem": True}):
+        with pytest.raises(ValueError, match="would leave the first layer of resnet18.* without its published weights"):
+            load_encoder(name, **change)
     p = load_encoder(name, dataset_name="stl10", transform_crop_size=96).params
     assert (p.crop_size, p.mean, p.dataset_name) == (96, (0.485, 0.456, 0.406), "stl10")
 
