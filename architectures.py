@@ -79,14 +79,16 @@ def buildable(with_timm: bool) -> set[str]:
 
 
 def alike_in_timm(state: dict[str, Tensor]) -> list[str]:
-    """ViTs of the patch and image size, and ResNets: all of timm would take minutes."""
+    """ViTs of the patch and image size, ResNets of the depth, by timm's names: all of timm would take minutes."""
     import timm
 
     if "patch_embed.proj.weight" in state and "pos_embed" in state:
         patch = state["patch_embed.proj.weight"].shape[-1]
         size = patch * math.isqrt(state["pos_embed"].shape[1])
         return timm.list_models([f"vit_*_patch{patch}_{size}*", f"*_patch{patch}_*{size}*"])
-    return timm.list_models("*res*ne*t*") if "layer1.0.conv1.weight" in state else []
+    blocks = {tuple(key.split(".")[:2]) for key in state if key.startswith("layer")}
+    depth = 2 + len(blocks) * (3 if "layer1.0.conv3.weight" in state else 2)
+    return timm.list_models(f"*res*ne*t{depth}*") if blocks else []
 
 
 def adapted(name: str, state: dict[str, Tensor]) -> tuple[Architecture, dict[str, Tensor]]:

@@ -173,8 +173,8 @@ def published(name: str, overrides: dict[str, Any]) -> Encoder:
     params = with_overrides(settings, overrides)
     if arch in encoders.TORCHVISION and (params.channels != 3 or params.low_resolution):
         raise ValueError(
-            f"in_channels={params.channels} and low_resolution_stem={params.low_resolution} would leave the first layer "
-            f"of {name} without its published weights: leave them out"
+            f"in_channels={params.channels} with low_resolution_stem={params.low_resolution} would leave the first "
+            f"layer of {name} without its published weights: leave them out"
         )
     try:
         model, _ = encoders.get_encoder(params)
