@@ -41,7 +41,7 @@ def find(found: layouts.Found, name: str | None = None) -> Architecture:
         wrong = layouts.misfits(state, wanted)
         if not wrong:
             return architecture
-        nearest = min(nearest, (sum(map(len, wrong.values())), candidate, wrong), key=lambda item: item[0])
+        nearest = min(nearest, (layouts.n_names(wrong), candidate, wrong), key=lambda item: item[0])
     if name is not None:
         raise ValueError(layouts.refusal(found, name, nearest[2]))
     raise ValueError(
@@ -85,7 +85,8 @@ def alike_in_timm(state: dict[str, Tensor]) -> list[str]:
     if "patch_embed.proj.weight" in state and "pos_embed" in state:
         patch = state["patch_embed.proj.weight"].shape[-1]
         size = patch * math.isqrt(state["pos_embed"].shape[1])
-        return timm.list_models([f"vit_*_patch{patch}_{size}*", f"*_patch{patch}_*{size}*"])
+        patterns = (f"vit_*_patch{patch}_{size}*", f"*_patch{patch}_*{size}*")
+        return [name for pattern in patterns for name in timm.list_models(pattern)]
     blocks = {tuple(key.split(".")[:2]) for key in state if key.startswith("layer")}
     depth = 2 + len(blocks) * (3 if "layer1.0.conv3.weight" in state else 2)
     return timm.list_models(f"*res*ne*t{depth}*") if blocks else []

@@ -177,13 +177,17 @@ def load(encoder: nn.Module, found: Found, name: str) -> tuple[str, ...]:
     Raises:
         ValueError: the file holds less, or more than a head, or other shapes; says which, and as what it was read.
     """
-    wanted, state = encoder.state_dict(), found.state
-    if misfits(state, wanted):  # the names are as they must be where the encoder is a module of the user's own
-        state = torchvisions(state)
-    if wrong := misfits(state, wanted):
+    wanted = encoder.state_dict()
+    states = (found.state, torchvisions(found.state))  # a module of the user's own may be numbered, too
+    state, wrong = min(((state, misfits(state, wanted)) for state in states), key=lambda pair: n_names(pair[1]))
+    if wrong:
         raise ValueError(refusal(found, name, wrong))
     encoder.load_state_dict({**wanted, **{key: state[key] for key in wanted if key in state}})
     return (*(key for key in state if key not in wanted), *found.left_out)
+
+
+def n_names(wrong: Mapping[str, list[str]]) -> int:
+    return sum(map(len, wrong.values()))
 
 
 def refusal(found: Found, name: str, wrong: Mapping[str, list[str]], most: int = 3) -> str:

@@ -339,7 +339,7 @@ def test_a_module_of_ones_own_keeps_its_names(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(encoder(x), model(x)) and encoder.params.encoder_arch == "module"
     with pytest.raises(ValueError, match="does not hold a module .*: missing: 1.weight, 1.bias; unexpected: 0.weight"):
-        load_encoder(tmp_path / "ours.ckpt", encoder=nn.Sequential(nn.Flatten(), nn.Linear(3072, 4)))
+        load_encoder(tmp_path / "ours.ckpt", encoder=nn.Sequential(nn.Flatten(), nn.Linear(3072, 512)))
 
 
 def numbered() -> nn.Module:
@@ -373,7 +373,7 @@ def test_what_is_assumed_is_said(tmp_path):
     torch.save(timm_state_dict()[0], tmp_path / "vit.pth")
     assert "timm:vit_tiny_patch16_224 of all models" in str(load_encoder(tmp_path / "vit.pth").report)
     named = load_encoder(tmp_path / "vit.pth", encoder_arch="timm:vit_tiny_patch16_224", dataset_name="stl10")
-    assert "assumed" not in str(named.report) and named.params.crop_size == 224
+    assert "; assumed" not in str(named.report) and named.params.crop_size == 224
 
 
 def test_stems_channels_and_old_files(tmp_path):
