@@ -1,5 +1,6 @@
 """Class folders of image files, decoded and cropped in the loader's workers, because their sizes differ."""
 
+import copy
 import os
 import re
 import warnings
@@ -47,12 +48,26 @@ class ImageFiles(Dataset):
         self.channels, self.size, self.views, self.seed = channels, size, views, seed
         self.epoch = 0
         self.skip_unreadable = skip_unreadable
-        # Shared with the workers: which files could not be read, and which one each worker (by process) read last.
+        self.share()
+
+    def share(self) -> None:
+        """With the workers: which files could not be read, and which one each worker (by process) read last."""
         self.unreadable = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
         self.reading = torch.full((MOST_WORKERS, 2), -1).share_memory_()
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.array([label for _, label in self.files])
+
+    def subset(self, indices: np.ndarray) -> "ImageFiles":
+        """These images alone."""
+        part = copy.copy(self)
+        part.files = [self.files[i] for i in indices]
+        part.share()
+        return part
 
     def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
         (image, boxes), index = self.readable(index)

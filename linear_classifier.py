@@ -1,4 +1,4 @@
-"""LinearClassifierMethod: a linear classifier on a frozen encoder, the standard protocol of MoCo.
+"""LinearClassifierMethod: a linear classifier on an encoder, which stays frozen (MoCo's protocol) or is fine-tuned.
 
 It meets the pretraining in a checkpoint: `hyper_parameters`, and the keys that start with `model.`.
 """
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 import torch.nn.functional as F
-from attrs import frozen
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -18,10 +18,14 @@ import augmentations
 import checkpoints
 import data
 import ddp
+import layers
 import optimizers
+import subsets
 from encoders import get_encoder
-from fields import fraction, non_negative, plain, positive
-from shared_params import EncoderAndDataParams, resolve
+from fields import plain
+from lars import parameter_groups
+from linear_params import LinearClassifierMethodParams
+from shared_params import resolve
 from stage import Stage
 
 SCORES = ("loss", "acc1", "acc5")
@@ -44,24 +48,11 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
 )
 
 
-@frozen(kw_only=True)
-class LinearClassifierMethodParams(EncoderAndDataParams):
-    """Settings of LinearClassifierMethod; the defaults are MoCo's."""
-
-    n_classes: int | None = positive(None)  # None: the data set's
-
-    # optimization parameters
-    lr: float = positive(30.0)
-    momentum: float = fraction(0.9)
-    weight_decay: float = non_negative(0.0)
-    max_epochs: int = positive(100)  # for the programs that make the Trainer; the schedule follows the Trainer
-
-
 class LinearClassifierMethod(Stage):
-    """embedding of the frozen `model` -> `classifier` -> logits.
+    """embedding of `model` -> `normalize`, if wanted -> `classifier` -> logits.
 
     Training images get a random resized crop and, where the data set's images may be mirrored, a flip. They are
-    normalized as in pretraining. The learning rate falls to a tenth at 60 % and at 80 % of the training.
+    normalized as in pretraining. Without `encoder_lr` the encoder is frozen, with its batch statistics.
 
     Args:
         params: settings, as LinearClassifierMethodParams or dict.
@@ -81,10 +72,11 @@ class LinearClassifierMethod(Stage):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
+            self.normalize = nn.BatchNorm1d(width, eps=1e-6, affine=False) if p.normalize_features else None
             self.classifier = nn.Linear(width, p.n_classes or p.dataset.n_classes)
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(self.trains_encoder)
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
 
         flips = p.dataset.view.flip_probability
@@ -124,14 +116,18 @@ class LinearClassifierMethod(Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images [N, C, H, W] -> logits [N, classes]."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
             h = self.model(x)
-        return self.classifier(h)
+        return self.classifier(h if self.normalize is None else self.normalize(h))
+
+    @property
+    def trains_encoder(self) -> bool:
+        return self.params.encoder_lr is not None
 
     def train(self, mode: bool = True) -> "LinearClassifierMethod":
-        """The encoder stays in eval mode: in train mode its batch statistics would drift though its weights do not."""
+        """A frozen encoder stays in eval mode: else its batch statistics would drift though its weights do not."""
         super().train(mode)
-        self.model.eval()
+        self.model.train(mode and self.trains_encoder)
         return self
 
     def on_train_start(self) -> None:
@@ -167,12 +163,48 @@ class LinearClassifierMethod(Stage):
         return torch.stack([F.cross_entropy(logits, labels, reduction="none"), *accuracies], dim=1)
 
     def configure_optimizers(self) -> dict:
-        self.plan = optimizers.get_plan(self.params, self.trainer)
-        return optimizers.for_linear_stage(self.params, self.plan, self.classifier)
+        self.plan = optimizers.get_plan(self.params, self.trainer, self.params.warmup_epochs)
+        return optimizers.for_linear_stage(self.params, self.plan, self.parameter_groups())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, with their names, and their learning rates before `lr_scaling`: the classifier, then
+        the stages of an encoder that is trained from the last to the first, each slower than the one before it by
+        `layer_decay` (ELECTRA, https://arxiv.org/abs/2003.10555, appendix A; BEiT)."""
+        p, parts = self.params, [("classifier", self.params.lr, {*self.classifier.parameters()})]
+        found = layers.stages(self.model).items() if self.trains_encoder else []
+        for depth, (name, stage) in enumerate(reversed(found)):
+            parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*stage.values()}))
+        adapted, excluded = (
+            group.values() for group in parameter_groups(self, p.exclude_matching_parameters_from_lars)
+        )
+        return [
+            {"name": name, "lr": lr, "params": chosen, **({"weight_decay": 0.0} if kind is excluded else {})}
+            for name, lr, part in parts
+            for kind in (adapted, excluded)
+            if (chosen := [parameter for parameter in kind if parameter in part])
+        ]
+
+    # ---- data ----
+
+    def split(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images of the labelled training set: those to train on, and those to validate on instead of the test set.
+        A subset is drawn from what is left: the labels by which settings are chosen come on top of it."""
+        p, every = self.params, np.arange(len(labels))
+        held_out = p.validate_on == "held_out"
+        fit, score = subsets.held_out(labels, p.held_out_fraction, p.split_seed) if held_out else (every, every[:0])
+        if p.label_fraction is not None or p.labels_per_class is not None:
+            number = {"fraction": p.label_fraction, "per_class": p.labels_per_class}
+            fit = fit[subsets.stratified(labels[fit], **number, seed=p.split_seed)]
+        return fit, score
 
     def train_dataloader(self):
         p = self.params
-        return self.loader(data.get_dataset(p, p.dataset.train_splits, [self.view]), training=True)
+        dataset = data.get_dataset(p, p.dataset.train_splits, [self.view])
+        return self.loader(dataset.subset(self.split(dataset.labels)[0]), training=True)
 
     def val_dataloader(self):
-        return self.loader(data.get_dataset(self.params, self.params.dataset.test_splits), training=False)
+        p = self.params
+        if p.validate_on == "test":
+            return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)
+        dataset = data.get_dataset(p, p.dataset.train_splits)
+        return self.loader(dataset.subset(self.split(dataset.labels)[1]), training=False)
