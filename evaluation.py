@@ -35,9 +35,7 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     classes, target = train_y.unique(return_inverse=True)
     logits = linear_logits(*standardized(train_x.float(), test_x.float()), target, decay=100.0)
     names = ("train_class_acc", "valid_class_acc")
-    return {
-        name: accuracy(part, classes, y, 1) for name, part, y in zip(names, logits, (train_y, test_y), strict=True)
-    }
+    return {name: accuracy(part, classes, y, 1) for name, part, y in zip(names, logits, (train_y, test_y), strict=True)}
 
 
 def linear_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from attrs import frozen
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 import augmentations
 import data
@@ -88,7 +88,13 @@ def extract(
 
 
 def extract_views(
-    encoder: Encoder, params: EncoderAndDataParams, splits: tuple[str, ...], cache: Path, n: int, n_views: int, seed: int
+    encoder: Encoder,
+    params: EncoderAndDataParams,
+    splits: tuple[str, ...],
+    cache: Path,
+    n: int,
+    n_views: int,
+    seed: int,
 ) -> Tensor:
     """Embeddings [n, V, E] of `n_views` random views of each of n images (at most all), drawn from `seed`. The views
     are the training views of the data set (data.py), so that all encoders are compared on the same."""
@@ -99,7 +105,7 @@ def extract_views(
     folder = cache / fingerprint(encoder, params, dataset, settings)
     if not folder.is_dir():
         device = device_of(encoder)
-        subset = Subset(dataset, chosen.tolist())
+        subset = dataset.subset(chosen)
 
         def rows() -> Iterator[dict[str, Tensor]]:
             for i, (images, _) in enumerate(batches(subset, params)):
@@ -118,7 +124,7 @@ def device_of(encoder: Encoder) -> torch.device:
 
 def batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoader:
     """(uint8 images, labels), in order."""
-    packed = isinstance(dataset.dataset if isinstance(dataset, Subset) else dataset, PackedImages)
+    packed = isinstance(dataset, PackedImages)
     return DataLoader(
         dataset,
         batch_size=params.batch_size,

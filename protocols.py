@@ -1,170 +1,80 @@
-"""Every evaluation protocol in one table: name -> (an encoder with a labelled data set, seed) -> dict of scalars.
+"""Every evaluation protocol in one table: name -> (an encoder with a labelled data set, seed) -> dict of scalars."""
 
-Accuracies in percent. Settings are chosen on parts of the labelled training set; test labels only score.
-"""
-
+import copy
 from collections.abc import Callable
-from functools import cached_property
-from pathlib import Path
+from functools import partial
 
-import numpy as np
-import torch
+import attrs
+import pytorch_lightning as pl
 from attrs import frozen
+from pytorch_lightning.callbacks import RichProgressBar
 from rich.progress import track
-from torch import Tensor
 
 import evaluation
 import features
 import label_free
-import subsets
-from features import Features
-from shared_params import EncoderAndDataParams
-from svm import COST_OF_FEW, COSTS, few_presences, svm
-from training_protocols import Training, trained
-from weights import Encoder
+import probes
+import svm
+from linear_classifier import LinearClassifierMethod
+from linear_params import LINEAR_PRESETS
+from subject import MOST_IMAGES, VIEWS, Subject
 
 Scores = dict[str, float]
 
-KS = (1, 5, 20, 200)
-SHOTS, DRAWS = (1, 2, 4, 8, 16, 32, 64, 96), 5
-FEW_LABELS, FEW_DRAWS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000), 3
-HELD_OUT, FEWEST_TO_HOLD_OUT = 0.2, 5  # of the training set; images of a class below which nothing is held out
-DECAYS = tuple(10.0**i for i in range(5, -7, -1))
-DECAY_OF_FEW = 100.0  # that of the probe while pretraining
-MOST_IMAGES = 25_600  # for what needs no labels (https://arxiv.org/abs/2210.02885, section 3.3)
-VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
+READING = (  # settings of how images are read, which training takes over
+    "dataset_name",
+    "in_channels",
+    "transform_crop_size",
+    "image_mean",
+    "image_std",
+    "num_data_workers",
+    "pin_data_memory",
+    "data_on_device",
+    "unreadable_images",
+)
 
 
-class Subject:
-    """An encoder, and the data set on which it is evaluated. Features are extracted when they are first asked for.
-
-    Args:
-        params: settings to read the data set; see features.data_params.
-        cache: folder of the extracted features.
-        stages: extract the output of each stage in the same pass.
-        training: settings of the protocols that train.
-    """
-
-    def __init__(
-        self, encoder: Encoder, params: EncoderAndDataParams, cache: Path, stages: bool, training: Training
-    ):
-        self.encoder, self.params, self.cache = encoder, params, cache
-        self.stages, self.training = stages, training
-
-    @cached_property
-    def train(self) -> Features:
-        return features.extract(self.encoder, self.params, self.params.dataset.train_splits, self.cache, self.stages)
-
-    @cached_property
-    def test(self) -> Features:
-        return features.extract(self.encoder, self.params, self.params.dataset.test_splits, self.cache, self.stages)
-
-    @cached_property
-    def views(self) -> Tensor:
-        """[N, V, E] of some training images."""
-        splits = self.params.dataset.train_splits
-        return self.on_device(features.extract_views(self.encoder, self.params, splits, self.cache, **VIEWS))
-
-    @property
-    def sets(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(train features, labels, test features, labels) on the encoder's device."""
-        return tuple(map(self.on_device, (self.train.x, self.train.y, self.test.x, self.test.y)))
-
-    @property
-    def some(self) -> Tensor:
-        """Features of at most MOST_IMAGES training images, always the same ones."""
-        chosen = np.random.default_rng(0).permutation(len(self.train.x))[:MOST_IMAGES]
-        return self.on_device(self.train.x[np.sort(chosen)])
-
-    def on_device(self, x: Tensor) -> Tensor:
-        return x.to(features.device_of(self.encoder))
-
-
-# ---- on frozen features ----
-
-
-def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
-    found = evaluation.knn(train_x, train_y, test_x, test_y, ks=KS)
-    return {name.removeprefix("valid_").replace("_acc", "_acc1"): value for name, value in found.items()}
-
-
-def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
-    """Logistic regression whose L2 is chosen on a held-out part of the training set; then fitted to all of it."""
-    classes, target = train_y.unique(return_inverse=True)
-    train_x, test_x = evaluation.standardized(train_x.float(), test_x.float())
-    decay = choose_decay(train_x, target, seed)
-    _, logits = evaluation.linear_logits(train_x, test_x, target, decay)
-    return {**{f"acc{k}": evaluation.accuracy(logits, classes, test_y, k) for k in (1, 5)}, "l2": decay}
-
-
-def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:
-    """The best of 12 decays, a decade apart, on the held-out part; then the best of those in quarters of a decade
-    around it: the resolution of Kornblith et al.'s 45. Of equal ones the strongest. Few labels: a fixed one."""
-    if int(target.bincount().min()) < FEWEST_TO_HOLD_OUT:
-        return DECAY_OF_FEW
-    fit, score = (torch.from_numpy(rows) for rows in subsets.held_out(target.cpu().numpy(), HELD_OUT, seed))
-    sets, classes = (x[fit], x[score], target[fit]), torch.arange(int(target.max()) + 1, device=x.device)
-
-    def best(decays: list[float]) -> float:
-        logits = {decay: evaluation.linear_logits(*sets, decay)[1] for decay in sorted(decays, reverse=True)}
-        return max(logits, key=lambda decay: evaluation.accuracy(logits[decay], classes, target[score], 1))
-
-    coarse = best(list(DECAYS))
-    return best([coarse * 10 ** (i / 4) for i in range(-3, 4)])
-
-
-def linear_stages(subject: Subject, seed: int) -> Scores:
-    """`linear` on the output of each stage of a ResNet, averaged over the image."""
-    if not subject.train.stages:
+def of_stages(subject: Subject, seed: int) -> Scores:
+    """`linear` on the output of each stage of a ResNet."""
+    train, test, found = subject.train, subject.test, {}
+    if not train.stages:
         raise ValueError(f"{subject.params.encoder_arch} has no layer1 to layer4: leave out the protocol linear_stages")
-    found = {}
-    for name in track(sorted(subject.train.stages), "linear classifiers of the stages"):
-        train, test = subject.train, subject.test
-        sets = map(subject.on_device, (train.stages[name], train.y, test.stages[name], test.y))
-        found[f"{name}_acc1"] = linear(*sets, seed)["acc1"]
+    for name in track(sorted(train.stages), "linear classifiers of the stages"):
+        sets = subject.on_device(train.stages[name], train.y, test.stages[name], test.y)
+        found[f"{name}_acc1"] = probes.linear(*sets, seed=seed)["acc1"]
     return found
 
 
-def low_shot_svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
-    """`svm` on few images of each class: mean and deviation over draws."""
-    found, y = {}, train_y.cpu().numpy()
-    most = int((y > 0).sum(0).min()) if y.ndim == 2 else int(np.bincount(y[y >= 0]).min())
-    for k in track([k for k in SHOTS if k <= most], "low-shot SVMs"):
-        scores = []
-        for draw in range(DRAWS):
-            if y.ndim == 2:
-                labels = few_presences(train_y, k, (seed, draw))
-                rows = (labels != 0).any(1)
-            else:
-                rows = torch.from_numpy(subsets.stratified(y, per_class=k, seed=seed * DRAWS + draw))
-                labels = train_y
-            scores.append(svm(train_x[rows], labels[rows], test_x, test_y))
-        name, values = f"shot{k}_{next(iter(scores[0])).removeprefix('svm_')}", [*map(lambda s: [*s.values()][0], scores)]
-        found |= {name: float(np.mean(values)), f"{name}_std": float(np.std(values))}
-    return found
+def trained(subject: Subject, seed: int, preset: str) -> Scores:
+    """LinearClassifierMethod with a preset's settings; the test set is scored once, after the last epoch.
 
-
-def few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
-    """`linear` on few images of each class, up to all: mean and deviation over draws. Features are standardized by all
-    training images, whose labels that takes not."""
-    classes, target = train_y.unique(return_inverse=True)
-    train_x, test_x = evaluation.standardized(train_x.float(), test_x.float())
-    found, labels = {}, target.cpu().numpy()
-    fewest = int(np.bincount(labels).min())
-    for k in track([*(k for k in FEW_LABELS if k < fewest), None], "few-label curve"):
-        scores = []
-        for draw in range(FEW_DRAWS if k else 1):
-            rows = torch.from_numpy(subsets.stratified(labels, per_class=k, seed=seed * FEW_DRAWS + draw))
-            decay = choose_decay(train_x[rows], target[rows], seed)
-            _, logits = evaluation.linear_logits(train_x[rows], test_x, target[rows], decay)
-            scores.append(evaluation.accuracy(logits, classes, test_y, 1))
-        name = f"labels{k or '_all'}_acc1"
-        found |= {name: float(np.mean(scores))} | ({f"{name}_std": float(np.std(scores))} if k else {})
-    return found
-
-
-def rank_me(x: Tensor) -> Scores:
-    return {"rank_me": evaluation.rank_me(x)["valid_rank_me"]}
+    A loss that is not finite is a result too: nan.
+    """
+    settings = {name: getattr(subject.params, name) for name in READING} | subject.training
+    params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
+    share = (
+        params.max_epochs / LINEAR_PRESETS[preset]().max_epochs
+    )  # of the preset's length; the warm-up keeps its part
+    params = attrs.evolve(params, warmup_epochs=params.warmup_epochs * share)
+    method = LinearClassifierMethod(params, encoder=copy.deepcopy(subject.encoder.model))
+    device = features.device_of(subject.encoder)
+    trainer = pl.Trainer(
+        max_epochs=params.max_epochs,
+        check_val_every_n_epoch=params.max_epochs,
+        num_sanity_val_steps=0,
+        accelerator={"cuda": "gpu"}.get(device.type, device.type),
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[RichProgressBar()],
+    )
+    try:
+        trainer.fit(method)
+    except FloatingPointError as error:
+        print(f"{preset}: {error}")
+        return {"acc1": float("nan"), "acc5": float("nan")}
+    return {name: float(trainer.callback_metrics[f"valid_{name}"]) for name in ("acc1", "acc5")}
 
 
 # ---- the table ----
@@ -172,32 +82,116 @@ def rank_me(x: Tensor) -> Scores:
 
 @frozen
 class Protocol:
-    """`definition` is what the number means, in one line."""
-
     run: Callable[[Subject, int], Scores]
-    definition: str
+    definition: str  # what its numbers mean, in one line
     source: str
     seeded: bool = True  # whether the seed changes anything
-    trains: bool = False
-    labels: str = "one class an image"  # "presences, too", "none"
+    trains: bool = False  # whether it takes hours where the others take minutes
+    needs_classes: bool = True  # labels: one class an image
 
 
-def on_sets(function: Callable[..., Scores], seeded: bool = True) -> Callable[[Subject, int], Scores]:
-    return lambda subject, seed: function(*subject.sets, **({"seed": seed} if seeded else {}))
+def on_sets(function: Callable[..., Scores]) -> Callable[[Subject, int], Scores]:
+    return lambda subject, seed: function(*subject.sets, seed=seed)
 
 
-LINEAR = (
-    "multinomial logistic regression on frozen, standardized features of whole images, L-BFGS to the optimum; L2 of "
-    f"{len(DECAYS)} decades, then quarters of one, by accuracy on {HELD_OUT:.0%} of the training set, held out"
-)
+def label_free_row(run: Callable[[Subject, int], Scores], definition: str, source: str) -> Protocol:
+    return Protocol(run, definition, source, seeded=False, needs_classes=False)
+
+
+def training_row(preset: str, definition: str, source: str) -> Protocol:
+    return Protocol(partial(trained, preset=preset), definition, source, trains=True)
+
+
+FROZEN = "frozen features of whole images"
 PROTOCOLS = {
     "knn": Protocol(
-        on_sets(knn, seeded=False),
-        f"weighted nearest neighbours by cosine, T = 0.07, k = {', '.join(map(str, KS))}",
+        lambda subject, _: probes.knn(*subject.sets),
+        f"{FROZEN}; k = 1, 5, 20, 200 nearest by cosine vote with weight exp(cosine / 0.07)",
         "https://arxiv.org/abs/1805.01978, section 3.4",
         seeded=False,
     ),
     "linear": Protocol(
-        on_sets(linear), f"{LINEAR}; then refitted to all of it", "https://arxiv.org/abs/1805.08974, A.3; SimCLR, B.8"
+        on_sets(probes.linear),
+        f"{FROZEN}, standardized; logistic regression to the optimum (L-BFGS); L2 chosen on a held-out fifth of the "
+        "training set, then fitted to all of it",
+        "https://arxiv.org/abs/1805.08974, A.4; https://arxiv.org/abs/2002.05709, B.8",
+    ),
+    "linear_stages": Protocol(
+        of_stages,
+        "as linear, on the outputs of layer1 to layer4, averaged over the image",
+        "https://arxiv.org/abs/1905.01235, section 6",
+    ),
+    "few_labels": Protocol(
+        on_sets(probes.few_labels),
+        "as linear, on 1, 2, 5, 10, ... and all labels of each class; 3 draws, mean and deviation",
+        "https://arxiv.org/abs/2204.07141, section 5",
+    ),
+    "svm": Protocol(
+        lambda subject, _: svm.svm(*subject.sets),
+        f"{FROZEN}, of length 1; linear SVM of each class against the rest (squared hinge, presences twice), cost of "
+        "26 by 3-fold cross-validation on the training set; accuracy, or mean average precision",
+        "https://arxiv.org/abs/1905.01235, sections 4 and 6",
+        seeded=False,
+        needs_classes=False,
+    ),
+    "low_shot_svm": Protocol(
+        on_sets(probes.low_shot_svm),
+        "as svm, on 1, 2, 4, 8, 16, 32, 64, 96 images of each class; 5 draws, mean and deviation; cost by 3-fold "
+        "cross-validation within the draw from 4 images a class on, 0.5 below",
+        "https://arxiv.org/abs/1905.01235, section 6.1",
+        needs_classes=False,
+    ),
+    "rank_me": label_free_row(
+        lambda subject, _: {"rank_me": evaluation.rank_me(subject.some)["valid_rank_me"]},
+        f"effective rank of the features of at most {MOST_IMAGES:,} training images: exp of the entropy of the "
+        "normalized singular values",
+        "https://arxiv.org/abs/2210.02885, equation 1",
+    ),
+    "alpha_req": label_free_row(
+        lambda subject, _: label_free.alpha_req(subject.some),
+        "exponent of the decay of the covariance's eigenvalues 11 to 100, of the same images",
+        "https://arxiv.org/abs/2202.05808",
+    ),
+    "uniformity": label_free_row(
+        lambda subject, _: label_free.uniformity(subject.some),
+        "log of the mean over pairs of exp(-2 distance^2) on the unit sphere, of the same images",
+        "https://arxiv.org/abs/2005.10242, equation 5",
+    ),
+    "alignment": label_free_row(
+        lambda subject, _: label_free.alignment(subject.views),
+        f"mean squared distance on the unit sphere of views of one image; {VIEWS['n']:,} training images, "
+        f"{VIEWS['n_views']} views each, by the data set's augmentations",
+        "https://arxiv.org/abs/2005.10242, equation 4",
+    ),
+    "lidar": label_free_row(
+        lambda subject, _: label_free.lidar(subject.views),
+        "effective rank of W^-1/2 B W^-1/2, between images and within the views of one; the same views",
+        "https://arxiv.org/abs/2312.04000, equations 1 to 4",
+    ),
+    "linear_moco": training_row(
+        "linear_moco",
+        "SGD on augmented images, encoder frozen; lr 30, a tenth of it from 60 % and from 80 % of 100 epochs",
+        "https://arxiv.org/abs/1911.05722, section 4.1",
+    ),
+    "linear_sgd": training_row(
+        "linear_sgd",
+        "SGD on augmented images, encoder frozen; lr 0.1 x batch / 256, cosine, 90 epochs",
+        "https://arxiv.org/abs/2011.10566, appendix A",
+    ),
+    "semi_1": training_row(
+        "semi_supervised_1",
+        "fine-tuning on 1 % of each class's labels (at least one); Nesterov SGD, lr 0.05 x batch / 256, 60 epochs",
+        "https://arxiv.org/abs/2002.05709, B.5",
+    ),
+    "semi_10": training_row(
+        "semi_supervised_10",
+        "the same on 10 %, 30 epochs",
+        "https://arxiv.org/abs/2002.05709, B.5",
+    ),
+    "finetune": training_row(
+        "fine_tune",
+        "fine-tuning on all labels; AdamW, lr 1e-3 x batch / 256, each stage 0.75 of the one after it, 100 epochs",
+        "https://arxiv.org/abs/2111.06377, table 9; https://arxiv.org/abs/2106.08254",
     ),
 }
+DEFAULT = tuple(name for name, protocol in PROTOCOLS.items() if not protocol.trains)

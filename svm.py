@@ -26,19 +26,19 @@ Scores = dict[str, float]
 
 
 def svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
-    """Fit on the training features [N, E], score the test features: accuracy of the highest score ("svm_acc1"), or
-    the mean over classes of the average precision ("svm_map"), in percent. Test labels have no part in the costs."""
+    """Fit on the training features [N, E], score the test features: accuracy of the highest score ("acc1"), or
+    the mean over classes of the average precision ("map"), in percent. Test labels have no part in the costs."""
     many = train_y.dim() == 2
     classes = None if many else train_y.unique()
     signs = train_y.float() if many else one_against_rest(train_y, classes)
-    x = unit(train_x)
-    folds = None if few(signs) else np.stack([folds_of(column) for column in (train_y.T if many else [train_y])], 1)
+    x, columns = unit(train_x), train_y.T if many else (train_y - train_y.min() + 1)[None]
+    folds = None if few(signs) else np.stack([folds_of(column.cpu().numpy()) for column in columns], 1)
     costs = x.new_full((signs.shape[1],), COST_OF_FEW) if folds is None else choose_costs(x, signs, folds, many)
     scores = unit(test_x) @ fit(x, signs, costs)
     if many:
         precisions = [area(score[sign != 0], sign[sign != 0]) for score, sign in zip(scores.T, test_y.T, strict=True)]
-        return {"svm_map": 100 * float(np.mean(precisions))}
-    return {"svm_acc1": 100 * float((classes[scores.argmax(1)] == test_y).double().mean())}
+        return {"map": 100 * float(np.mean(precisions))}
+    return {"acc1": 100 * float((classes[scores.argmax(1)] == test_y).double().mean())}
 
 
 def unit(x: Tensor) -> Tensor:
@@ -55,19 +55,17 @@ def few(signs: Tensor) -> bool:
     return bool((signs > 0).sum(0).min() < FOLDS)
 
 
-def folds_of(labels: Tensor) -> np.ndarray:
+def folds_of(labels: np.ndarray) -> np.ndarray:
     """Of each image the fold that it is scored in, [N]; those of scikit-learn's cross_val_score, stratified, not
-    shuffled. Images with label 0 of presences are in none: -1."""
-    labels = labels.cpu().numpy()
-    rows = np.flatnonzero(labels != 0) if labels.min() < 0 else np.arange(len(labels))
-    fold = np.full(len(labels), -1)
+    shuffled. Images with label 0 are in none: -1."""
+    rows, fold = np.flatnonzero(labels), np.full(len(labels), -1)
     for i, (_, scored) in enumerate(StratifiedKFold(FOLDS).split(rows, labels[rows])):
         fold[rows[scored]] = i
     return fold
 
 
 def fit(x: Tensor, signs: Tensor, costs: Tensor) -> Tensor:
-    """Weights [E + 1, K] of the machines for signs [N, K] at costs [K]: scikit-learn's LinearSVC(class_weight={1: 2})."""
+    """Weights [E + 1, K] for signs [N, K] at costs [K]: those of scikit-learn's LinearSVC(class_weight={1: 2})."""
     weight = x.new_zeros(x.shape[1], signs.shape[1])
     for cost in costs.unique().tolist():
         weight[:, costs == cost] = fit_at(x, signs[:, costs == cost], cost)
@@ -112,9 +110,20 @@ def mean_precisions(scores: tuple[Tensor, ...], signs: Tensor, fold: Tensor, x: 
 
 
 def area(scores: Tensor, signs: Tensor) -> float:
-    """Average precision as the area under the interpolated curve of precision over recall: the precision at a recall is
-    the highest at that recall or a higher one (that of the source, and of VOC since 2010; not the 11 points of 2007)."""
+    """Average precision as the area under the interpolated curve of precision over recall: at each recall the highest
+    precision at that recall or a higher one (that of the source, and of VOC since 2010; not the 11 points of 2007)."""
     right = signs[scores.argsort(descending=True)].cpu().numpy() > 0
     precision = np.cumsum(right) / np.arange(1, len(right) + 1)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     return float(envelope[right].mean()) if right.any() else float("nan")
+
+
+def few_presences(presences: Tensor, k: int, seed: int) -> Tensor:
+    """Labels [N, K] that are left when each class keeps k images with it and (K - 1) k without it, drawn by itself, and
+    all others become 0 (the low-shot samples of the source)."""
+    rng, left = np.random.default_rng(seed), torch.zeros_like(presences)
+    for i, column in enumerate(presences.T.cpu().numpy()):
+        for sign, wanted in ((1, k), (-1, (presences.shape[1] - 1) * k)):
+            rows = rng.permutation(np.flatnonzero(column == sign))[:wanted]
+            left[torch.from_numpy(rows), i] = sign
+    return left
