@@ -26,7 +26,7 @@ from fields import plain
 from lars import parameter_groups
 from linear_params import LinearClassifierMethodParams
 from shared_params import resolve
-from stage import Stage
+from stage import Stage, one_image_explained
 
 SCORES = ("loss", "acc1", "acc5")
 
@@ -116,9 +116,10 @@ class LinearClassifierMethod(Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images [N, C, H, W] -> logits [N, classes]."""
-        with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
-            h = self.model(x)
-        return self.classifier(h if self.normalize is None else self.normalize(h))
+        with one_image_explained(x):
+            with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
+                h = self.model(x)
+            return self.classifier(h if self.normalize is None else self.normalize(h))
 
     @property
     def trains_encoder(self) -> bool:
@@ -170,18 +171,17 @@ class LinearClassifierMethod(Stage):
         """The optimizer's groups, with their names, and their learning rates before `lr_scaling`: the classifier, then
         the stages of an encoder that is trained from the last to the first, each slower than the one before it by
         `layer_decay` (ELECTRA, https://arxiv.org/abs/2003.10555, appendix A; BEiT)."""
-        p, parts = self.params, [("classifier", self.params.lr, {*self.classifier.parameters()})]
+        p = self.params
+        parts = [("classifier", p.lr, {*self.classifier.parameters()})]
         found = layers.stages(self.model).items() if self.trains_encoder else []
         for depth, (name, stage) in enumerate(reversed(found)):
             parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*stage.values()}))
-        adapted, excluded = (
-            group.values() for group in parameter_groups(self, p.exclude_matching_parameters_from_lars)
-        )
+        adapted, excluded = parameter_groups(self, p.exclude_matching_parameters_from_lars)
         return [
-            {"name": name, "lr": lr, "params": chosen, **({"weight_decay": 0.0} if kind is excluded else {})}
+            {"name": name, "lr": lr, "params": chosen, **options}
             for name, lr, part in parts
-            for kind in (adapted, excluded)
-            if (chosen := [parameter for parameter in kind if parameter in part])
+            for kind, options in ((adapted, {}), (excluded, {"weight_decay": 0.0}))
+            if (chosen := [parameter for parameter in kind.values() if parameter in part])
         ]
 
     # ---- data ----

@@ -15,7 +15,7 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
     n_classes: int | None = positive(None)  # None: the data set's
 
     # what is trained beside the classifier, and how
-    encoder_lr: float | None = positive(None)  # of the encoder's last stage; None: it stays frozen, in eval mode
+    encoder_lr: float | None = positive(None)  # of its last stage; None: frozen, in eval mode (lr=30 is only for that)
     layer_decay: float = fraction(1.0)  # each stage of the encoder has the rate of the next one times this
     normalize_features: bool = False  # batch norm without parameters before the classifier: one lr fits all encoders
 

@@ -26,7 +26,7 @@ from key_queue import KeyQueue
 from lars import parameter_groups
 from model_params import ModelParams
 from shared_params import resolve
-from stage import Stage
+from stage import Stage, one_image_explained
 
 
 class SelfSupervisedMethod(Stage):
@@ -73,14 +73,9 @@ class SelfSupervisedMethod(Stage):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One view -> z and q, [N, D] each."""
-        try:
+        with one_image_explained(x):
             z = self.projection_model(self.model(x))
             return self.on_sphere(z), self.on_sphere(self.prediction_model(z))
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            way_out = "choose a larger batch_size, or drop_last_batch=True if it is the last one"
-            raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error
 
     @torch.no_grad()
     def encode_lagging(self, x: Tensor, batch_idx: int) -> Tensor:

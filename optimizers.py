@@ -124,10 +124,8 @@ def for_linear_stage(params: "LinearClassifierMethodParams", plan: Plan, groups:
     """The optimizer that `params` names over groups with rates of their own, which fall together: to a tenth at 60 %
     and at 80 % of the training, or along half a cosine to 0."""
     groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
-    optimizer = get_optimizer(params, groups, plan.lr, params.nesterov)
-    return per_step(
-        optimizer, functools.partial({"cosine": warmup_cosine, "steps": warmup_steps}[params.lr_schedule], plan)
-    )
+    rate = {"cosine": warmup_cosine, "steps": warmup_steps_down}[params.lr_schedule]
+    return per_step(get_optimizer(params, groups, plan.lr, params.nesterov), functools.partial(rate, plan))
 
 
 def warmup_cosine(plan: Plan, step: int, end: float = 0.0) -> float:
@@ -135,7 +133,7 @@ def warmup_cosine(plan: Plan, step: int, end: float = 0.0) -> float:
     return schedules.warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=end)
 
 
-def warmup_steps(plan: Plan, step: int) -> float:
+def warmup_steps_down(plan: Plan, step: int) -> float:
     """Share of the highest rate."""
     share = schedules.steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
     return share * schedules.warmup(step, plan.warmup_steps)
@@ -152,7 +150,7 @@ def described(optimizer: torch.optim.Optimizer) -> str:
     groups = optimizer.param_groups
     if not all("name" in group for group in groups):
         return f"parameters with and without weight decay: {' and '.join(str(len(g['params'])) for g in groups)}"
-    rows = [f"{'parameters':<32} {'tensors':>7} {'highest lr':>10} {'decay':>7}"]
+    rows = ["groups of parameters", f"{'':<32} {'tensors':>7} {'highest lr':>10} {'decay':>7}"]
     for g in groups:
         rows.append(f"{g['name']:<32} {len(g['params']):>7} {g['initial_lr']:>10.3g} {g['weight_decay']:>7.3g}")
     return "\n".join(rows)

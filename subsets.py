@@ -28,7 +28,7 @@ def stratified(
     classes = shuffled_classes(labels, seed)
     fewest = min(map(len, classes))
     if per_class is not None and not 1 <= per_class <= fewest:
-        raise ValueError(f"per_class={per_class} must be from 1 to {fewest}, the images of the smallest class")
+        raise ValueError(f"labels_per_class={per_class} must be from 1 to {fewest}, the images of the smallest class")
     counts = [per_class or share(len(order), 1.0 if fraction is None else fraction) for order in classes]
     return np.sort(np.concatenate([order[:count] for order, count in zip(classes, counts, strict=True)]))
 
@@ -56,7 +56,8 @@ def share(n: int, fraction: float) -> int:
 def shuffled_classes(labels: Labels, seed: int) -> list[np.ndarray]:
     """Indices of the images of each class, in random order."""
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
-    classes = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels[labels >= 0])]
-    if not classes:
+    by_class = np.argsort(labels, kind="stable")[np.count_nonzero(labels < 0) :]
+    if len(by_class) == 0:
         raise ValueError("no image has a label of 0 or more: there is nothing to draw from")
-    return classes
+    _, starts = np.unique(labels[by_class], return_index=True)
+    return [rng.permutation(images) for images in np.split(by_class, starts[1:])]
