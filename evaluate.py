@@ -13,7 +13,8 @@ import argparse
 import difflib
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,16 @@ from torch import nn
 import data
 import features
 from encoders import OWN_MODULE, get_encoder
-from protocols import DEFAULT, PROTOCOLS
-from results import Results
+from protocols import PROTOCOLS
+from results import Results, versions
 from shared_params import EncoderAndDataParams
 from subject import Subject
-from weights import Encoder, Report, load_encoder
+from weights import Encoder, load_encoder
 
 
 def evaluate_checkpoint(
     checkpoint: str | Path,
-    protocols: Sequence[str] = DEFAULT,
+    protocols: Sequence[str] | None = None,
     dataset: str | None = None,
     seeds: Sequence[int] = (0,),
     *,
@@ -50,7 +51,7 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: whatever weights.load_encoder understands.
-        protocols: names of PROTOCOLS.
+        protocols: names of PROTOCOLS; default: all that can be run here and do not train by SGD.
         dataset: the data set whose labels are used; default: that of the pretraining.
         out: folder of the results; default: beside the checkpoint, or below runs/ for a published encoder.
         encoder: your own module, if the encoder was one.
@@ -63,19 +64,20 @@ def evaluate_checkpoint(
     Raises:
         ValueError: an unknown protocol, or one that needs other labels than the data set's.
     """
-    check(protocols)
+    check_names(protocols or ())
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     trained = load_encoder(checkpoint, encoder=encoder)
     params = features.data_params(trained, dataset, **reading)
-    check_labels(protocols, params)
+    protocols = runnable(protocols, trained, params)
     encoders = {**(compared(trained, starting_weights) if baselines else {}), "trained": trained}
     results = Results(Path(out) if out else folder_of(checkpoint), fresh)
-    results.config = {
+    results.config[params.dataset_name] = {
         "checkpoint": str(checkpoint),
         "encoders": {name: str(found.report) for name, found in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
         "training": training or {},
         "device": device,
+        "versions": versions(),
     }
     subjects = {
         name: Subject(
@@ -95,7 +97,7 @@ def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[
     hashes = {name: features.encoder_hash(subject.encoder) for name, subject in subjects.items()}
     results.keep_encoders(hashes)
     images = {name: image_hash(subject) for name, subject in subjects.items()}
-    for protocol, row in ((name, PROTOCOLS[name]) for name in dict.fromkeys(protocols)):
+    for protocol, row in ((name, PROTOCOLS[name]) for name in protocols):
         for encoder, subject in subjects.items():
             for seed in dict.fromkeys(seeds) if row.seeded else (0,):
                 depends_on = (protocol, row.definition, images[encoder], seed, subject.training if row.trains else {})
@@ -128,39 +130,50 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
     """A random encoder of the same architecture (one's own module has none), and the starting weights, if any."""
     found, p = {}, trained.params
     if p.encoder_arch != OWN_MODULE:
-        found["random"] = random_encoder(p)
+        found["random"] = random_encoder(trained)
     source = starting_weights or getattr(trained, "started_from", None)
     if source is not None:
-        same = {name: getattr(p, name) for name in ("dataset_name", "image_mean", "image_std", "transform_crop_size")}
-        found["starting"] = load_encoder(source, encoder_arch=p.encoder_arch, in_channels=p.channels, **same)
+        same = ("dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std")
+        same = {name: getattr(p, name) for name in same} | {"low_resolution_stem": p.low_resolution}
+        with seeded():  # a stem of another kind starts from random weights
+            found["starting"] = load_encoder(source, **same)
     return found
 
 
-def random_encoder(params: EncoderAndDataParams, seed: int = 0) -> Encoder:
+def random_encoder(trained: Encoder) -> Encoder:
+    """Freshly initialized, otherwise the same."""
+    with seeded():
+        model, _ = get_encoder(attrs.evolve(trained.params, encoder_weights=None))
+    return Encoder(model, trained.params, attrs.evolve(trained.report, source="random weights", left_out=()))
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, _ = get_encoder(attrs.evolve(params, encoder_weights=None))
-    return Encoder(model, params, Report("random", f"seed {seed}", len(model.state_dict()), ()))
+        torch.manual_seed(0)
+        yield
 
 
 # ---- what is refused ----
 
 
-def check(protocols: Sequence[str]) -> None:
+def check_names(protocols: Sequence[str]) -> None:
     for name in protocols:
         if name not in PROTOCOLS:
             near = difflib.get_close_matches(name, PROTOCOLS, n=3, cutoff=0.3) or list(PROTOCOLS)
             raise ValueError(f"protocol {name!r} is unknown. Nearest: {', '.join(near)}; all of them: --list")
 
 
-def check_labels(protocols: Sequence[str], params: EncoderAndDataParams) -> None:
-    refused = [name for name in protocols if PROTOCOLS[name].needs_classes and params.dataset.many_labels]
-    if refused:
-        able = [name for name, row in PROTOCOLS.items() if not row.needs_classes]
-        raise ValueError(
-            f"images of {params.dataset_name} have several classes each, and {', '.join(refused)} needs exactly one: "
-            f"choose among {', '.join(able)}"
-        )
+def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
+    """Those wanted; without a wish, all that can be run and do not train."""
+    refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params))}
+    if protocols is None:
+        return [name for name, row in PROTOCOLS.items() if not row.trains and name not in refused]
+    for name in protocols:
+        if name in refused:
+            able = ", ".join(other for other in PROTOCOLS if other not in refused)
+            raise ValueError(f"protocol {name!r} {refused[name]}: choose among {able}")
+    return list(dict.fromkeys(protocols))
 
 
 def folder_of(checkpoint: str | Path) -> Path:
@@ -177,9 +190,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT")
     parser.add_argument("--list", action="store_true", help="print the protocols and what they mean")
-    parser.add_argument(
-        "--protocols", nargs="+", default=list(DEFAULT), metavar="NAME", help="default: all but training"
-    )
+    parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train")
     parser.add_argument("--dataset", metavar="NAME", help="default: that of the pretraining")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: CHECKPOINT.evaluation")

@@ -24,9 +24,12 @@ def halves(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, Ten
 
 
 def standardized(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the mean and deviation of the training features; constant features become 0."""
+    """Both with the mean and deviation of the training features; constant features become 0.
+
+    Constant is what varies by rounding only, whatever the scale: a random encoder's features may all be below 1e-8.
+    """
     mean, std = train_x.mean(0), train_x.std(0, correction=0)
-    std = torch.where(std > 1e-6, std, torch.ones_like(std))
+    std = torch.where(std > 1e-6 * torch.maximum(std.max(), mean.abs()), std, torch.inf)
     return (train_x - mean) / std, (test_x - mean) / std
 
 

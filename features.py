@@ -73,7 +73,7 @@ def extract(
 ) -> Features:
     """Embeddings and labels of whole images, in the order of the set; with `stages` also what comes out of each."""
     dataset = data.get_dataset(params, splits)
-    names = [name for name in STAGES if stages and hasattr(encoder.model, name)]
+    names = stages_of(encoder) if stages else []
     folder = cache / fingerprint(encoder, params, dataset, {"whole images": names})
     if not folder.is_dir():
 
@@ -116,6 +116,11 @@ def extract_views(
 
         write(folder, len(subset), rows(), n_batches(subset, params), f"{n_views} views of {len(subset)} images")
     return read(folder)["x"]
+
+
+def stages_of(encoder: Encoder) -> list[str]:
+    """layer1 to layer4 of a ResNet; [] of others."""
+    return [name for name in STAGES if hasattr(encoder.model, name)]
 
 
 def device_of(encoder: Encoder) -> torch.device:

@@ -1,6 +1,6 @@
 """What can be said of features without labels: (features [N, E] or views [N, V, E]) -> dict of scalars.
 
-RankMe is in evaluation.py. All in float64: spectra fall over many orders of magnitude.
+RankMe is in evaluation.py. Spectra are computed in float64: they fall over many orders of magnitude.
 """
 
 import math
@@ -40,9 +40,9 @@ def alignment(views: Tensor) -> Scores:
 def uniformity(x: Tensor, t: float = 2.0) -> Scores:
     """log of the mean over pairs of images of exp(-t |x - x'|^2) on the unit sphere: 0 for a single point, and the
     lower, the more evenly spread (https://arxiv.org/abs/2005.10242, equation 5)."""
-    unit, total, n = F.normalize(x.double(), dim=1), 0.0, len(x)
+    unit, total, n = F.normalize(x.float(), dim=1), 0.0, len(x)
     for rows in unit.split(1000):  # 1000 x N distances fit into memory
-        total += float((2 * t * (rows @ unit.T - 1)).exp().sum())
+        total += float((2 * t * (rows @ unit.T - 1)).exp().sum(dtype=torch.float64))
     return {"uniformity": math.log(max(total - n, 1e-300) / (n * (n - 1)))}  # less each image with itself
 
 

@@ -17,7 +17,9 @@ import probes
 import svm
 from linear_classifier import LinearClassifierMethod
 from linear_params import LINEAR_PRESETS
+from shared_params import EncoderAndDataParams
 from subject import MOST_IMAGES, VIEWS, Subject
+from weights import Encoder
 
 Scores = dict[str, float]
 
@@ -37,8 +39,6 @@ READING = (  # settings of how images are read, which training takes over
 def of_stages(subject: Subject, seed: int) -> Scores:
     """`linear` on the output of each stage of a ResNet."""
     train, test, found = subject.train, subject.test, {}
-    if not train.stages:
-        raise ValueError(f"{subject.params.encoder_arch} has no layer1 to layer4: leave out the protocol linear_stages")
     for name in track(sorted(train.stages), "linear classifiers of the stages"):
         sets = subject.on_device(train.stages[name], train.y, test.stages[name], test.y)
         found[f"{name}_acc1"] = probes.linear(*sets, seed=seed)["acc1"]
@@ -88,6 +88,15 @@ class Protocol:
     seeded: bool = True  # whether the seed changes anything
     trains: bool = False  # whether it takes hours where the others take minutes
     needs_classes: bool = True  # labels: one class an image
+    needs_stages: bool = False  # an encoder with layer1 to layer4
+
+    def refusal(self, encoder: Encoder, params: EncoderAndDataParams) -> str | None:
+        """Why it cannot be run."""
+        if self.needs_classes and params.dataset.many_labels:
+            return f"needs one class an image, and those of {params.dataset_name} have several"
+        if self.needs_stages and not features.stages_of(encoder):
+            return f"needs an encoder with layer1 to layer4, and {params.encoder_arch} has none"
+        return None
 
 
 def on_sets(function: Callable[..., Scores]) -> Callable[[Subject, int], Scores]:
@@ -120,6 +129,7 @@ PROTOCOLS = {
         of_stages,
         "as linear, on the outputs of layer1 to layer4, averaged over the image",
         "https://arxiv.org/abs/1905.01235, section 6",
+        needs_stages=True,
     ),
     "few_labels": Protocol(
         on_sets(probes.few_labels),
@@ -194,4 +204,3 @@ PROTOCOLS = {
         "https://arxiv.org/abs/2111.06377, table 9; https://arxiv.org/abs/2106.08254",
     ),
 }
-DEFAULT = tuple(name for name, protocol in PROTOCOLS.items() if not protocol.trains)

@@ -36,8 +36,9 @@ class Results:
 
     def __init__(self, folder: Path, fresh: bool = False):
         self.folder, self.path = folder, folder / "results.json"
-        self.runs: list[Run] = [] if fresh or not self.path.is_file() else read_runs(self.path)
-        self.config: dict[str, Any] = {}
+        found = {} if fresh or not self.path.is_file() else read(self.path)
+        self.runs: list[Run] = found.get("runs", [])
+        self.config: dict[str, Any] = found.get("config", {})  # of the newest evaluation on each data set
 
     def find(self, key: str) -> Run | None:
         return next((run for run in self.runs if run["key"] == key), None)
@@ -53,7 +54,7 @@ class Results:
         self.write()
 
     def content(self) -> dict[str, Any]:
-        return {"config": self.config, "versions": versions(), "summary": summary(self.runs), "runs": self.runs}
+        return {"config": self.config, "summary": summary(self.runs), "runs": self.runs}
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,17 +62,19 @@ class Results:
         write_whole(self.folder / "results.md", self.markdown())
 
     def markdown(self) -> str:
-        parts = [f"# Evaluation of {self.config.get('checkpoint', self.folder.stem)}"]
-        for dataset in sorted({run["dataset"] for run in self.runs}):
+        parts = [f"# Evaluation: {self.folder.stem}"]
+        for dataset, config in self.config.items():
             runs = [run for run in self.runs if run["dataset"] == dataset]
-            parts += [f"## {dataset}", table(runs), definitions(runs)]
-        described = ", ".join(f"{name} {value}" for name, value in versions().items() if value)
-        return "\n\n".join([*parts, described]) + "\n"
+            encoders = "\n".join(f"- {name}: {told}" for name, told in config["encoders"].items())
+            used = ", ".join(f"{name} {value}" for name, value in config["versions"].items() if value)
+            parts += [f"## {dataset}", encoders, table(runs), definitions(runs), used]
+        return "\n\n".join(parts) + "\n"
 
 
-def read_runs(path: Path) -> list[Run]:
+def read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())["runs"]
+        found = json.loads(path.read_text())
+        return {"runs": found["runs"], "config": found["config"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what evaluate.py writes ({error}): move it away, or use --fresh") from error
 
@@ -104,7 +107,7 @@ def table(runs: list[Run]) -> str:
     """Rows: metrics. Columns: encoders. After +-: the deviation over seeds; with one seed, that over draws."""
     encoders = [name for name in ENCODERS if any(run["encoder"] == name for run in runs)]
     rows = [["protocol", "metric", *encoders], ["---", "---", *("---:" for _ in encoders)]]
-    for protocol, of_encoders in next(iter(summary(runs).values())).items():
+    for protocol, of_encoders in next(iter(summary(runs).values()), {}).items():
         metrics = dict.fromkeys(metric for found in of_encoders.values() for metric in found)
         for metric in (name for name in metrics if not name.endswith(DRAWN)):
             cells = [cell(of_encoders.get(name, {}), metric) for name in encoders]

@@ -54,7 +54,7 @@ def test_results_are_beside_the_checkpoint_and_equal_when_run_again(checkpoint, 
     folder = tmp_path / "first.evaluation"
     assert json.loads((folder / "results.json").read_text())["runs"] == first["runs"]
     assert set(scores(first)) == {(name, encoder, 0) for name in QUICK for encoder in ("random", "trained")}
-    assert {"python", "torch", "scikit-learn", "commit"} <= set(first["versions"])
+    assert {"python", "torch", "scikit-learn", "commit"} <= set(first["config"]["digits"]["versions"])
     table = (folder / "results.md").read_text()
     assert "| protocol | metric | random | trained |" in table and PROTOCOLS["knn"].definition in table
     again = evaluate_checkpoint(checkpoint, QUICK, out=tmp_path / "again")
@@ -157,7 +157,9 @@ def test_transfer_to_another_data_set_keeps_both_in_one_file(checkpoint, data_pa
     own = evaluate_checkpoint(checkpoint, QUICK, baselines=False)
     both = evaluate_checkpoint(checkpoint, QUICK, dataset="negatives", baselines=False)
     assert both["runs"][:2] == own["runs"] and {run["dataset"] for run in both["runs"][2:]} == {"negatives"}
-    assert both["config"]["reading"]["image_mean"] == list(data.DATASETS["digits"].mean)  # that of the encoder
+    assert both["config"]["negatives"]["reading"]["image_mean"] == list(
+        data.DATASETS["digits"].mean
+    )  # that of the encoder
     assert both["runs"][0]["scores"] != both["runs"][2]["scores"]
     table = (tmp_path / "first.evaluation/results.md").read_text()
     assert "## digits" in table and "## negatives" in table
@@ -166,6 +168,8 @@ def test_transfer_to_another_data_set_keeps_both_in_one_file(checkpoint, data_pa
 def test_what_cannot_work_is_refused_before_it_begins(checkpoint, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="protocol 'lineer' is unknown. Nearest: linear"):
         evaluate_checkpoint(checkpoint, ["knn", "lineer"])
+    with pytest.raises(ValueError, match="'linear_stages' needs an encoder with layer1 to layer4, and shufflenet"):
+        evaluate_checkpoint(checkpoint, ["knn", "linear_stages"])
     with pytest.raises(FileNotFoundError, match="nothing.ckpt"):
         evaluate_checkpoint("nothing.ckpt", ["knn"])
     (tmp_path / "first.evaluation").mkdir()
@@ -229,7 +233,7 @@ def test_voc_by_its_protocols(voc_folder, tmp_path, small, trainer):
     names = ["svm", "low_shot_svm", "rank_me", "lidar"]
     found = scores(evaluate_checkpoint(tmp_path / "voc.ckpt", names, baselines=False))
     assert 20 < found["svm", "trained", 0]["map"] <= 100 and "shot4_map" in found["low_shot_svm", "trained", 0]
-    with pytest.raises(ValueError, match="voc07 have several classes.*knn.*choose among svm"):
+    with pytest.raises(ValueError, match="'knn' needs one class an image, and those of voc07.*choose among svm"):
         evaluate_checkpoint(tmp_path / "voc.ckpt", ["knn"])
 
 

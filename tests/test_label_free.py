@@ -48,8 +48,8 @@ def test_alignment_is_the_mean_over_pairs_of_views(views):
 def test_uniformity_is_the_log_of_the_mean_over_pairs():
     x = torch.randn(1300, 24) + 0.5  # more than one block
     distances = pdist(unit(x.double().numpy()), "sqeuclidean")
-    assert uniformity(x)["uniformity"] == pytest.approx(np.log(np.exp(-2 * distances).mean()), rel=1e-6)
-    assert uniformity(torch.ones(5, 3))["uniformity"] == pytest.approx(0, abs=1e-9)
+    assert uniformity(x)["uniformity"] == pytest.approx(np.log(np.exp(-2 * distances).mean()), rel=1e-5)
+    assert uniformity(torch.ones(5, 3))["uniformity"] == pytest.approx(0, abs=1e-5)
 
 
 def test_lidar_is_the_effective_rank_of_the_discriminant(views):
