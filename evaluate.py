@@ -100,7 +100,14 @@ def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[
     for protocol, row in ((name, PROTOCOLS[name]) for name in protocols):
         for encoder, subject in subjects.items():
             for seed in dict.fromkeys(seeds) if row.seeded else (0,):
-                depends_on = (protocol, row.definition, images[encoder], seed, subject.training if row.trains else {})
+                depends_on = (
+                    protocol,
+                    row.definition,
+                    encoder,
+                    images[encoder],
+                    seed,
+                    subject.training if row.trains else {},
+                )
                 key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
                 run = {"protocol": protocol, "dataset": subject.params.dataset_name, "encoder": encoder, "seed": seed}
                 done = results.find(key)

@@ -54,7 +54,7 @@ def lidar(views: Tensor, delta: float = 1e-4) -> Scores:
     means = views.mean(1)
     between = covariance(means - means.mean(0))
     within = covariance((views - means[:, None]).flatten(0, 1))
-    within.diagonal().add_(delta)
+    within.diagonal().add_(max(delta, 1e-12 * float(within.trace())))  # smaller eigenvalues are rounding
     factor = torch.linalg.cholesky(within)  # L^-1 B L^-T has the eigenvalues of W^-1/2 B W^-1/2
     half = torch.linalg.solve_triangular(factor, between, upper=False)
     eigenvalues = torch.linalg.eigvalsh(torch.linalg.solve_triangular(factor, half.T, upper=False)).clamp(min=0)

@@ -56,7 +56,7 @@ def trained(subject: Subject, seed: int, preset: str) -> Scores:
         params.max_epochs / LINEAR_PRESETS[preset]().max_epochs
     )  # of the preset's length; the warm-up keeps its part
     params = attrs.evolve(params, warmup_epochs=params.warmup_epochs * share)
-    method = LinearClassifierMethod(params, encoder=copy.deepcopy(subject.encoder.model))
+    method = LinearClassifierMethod(params, encoder=copy.deepcopy(subject.encoder.model).train())
     device = features.device_of(subject.encoder)
     trainer = pl.Trainer(
         max_epochs=params.max_epochs,

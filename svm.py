@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
@@ -31,13 +30,16 @@ def svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Sco
     many = train_y.dim() == 2
     classes = None if many else train_y.unique()
     signs = train_y.float() if many else one_against_rest(train_y, classes)
-    x, columns = unit(train_x), train_y.T if many else (train_y - train_y.min() + 1)[None]
+    x, test_x = unit(train_x), unit(test_x)
+    if x.shape[1] > len(x):  # weights outside the span of the features are 0
+        basis = torch.linalg.qr(x.T).Q
+        x, test_x = x @ basis, test_x @ basis
+    columns = train_y.T if many else (train_y - train_y.min() + 1)[None]
     folds = None if few(signs) else np.stack([folds_of(column.cpu().numpy()) for column in columns], 1)
     costs = x.new_full((signs.shape[1],), COST_OF_FEW) if folds is None else choose_costs(x, signs, folds, many)
-    scores = unit(test_x) @ fit(x, signs, costs)
+    scores = test_x @ fit(x, signs, costs)
     if many:
-        precisions = [area(score[sign != 0], sign[sign != 0]) for score, sign in zip(scores.T, test_y.T, strict=True)]
-        return {"map": 100 * float(np.mean(precisions))}
+        return {"map": 100 * float(average_precision(scores, test_y, interpolated=True).nanmean())}
     return {"acc1": 100 * float((classes[scores.argmax(1)] == test_y).double().mean())}
 
 
@@ -91,31 +93,30 @@ def choose_costs(x: Tensor, signs: Tensor, folds: np.ndarray, many: bool) -> Ten
     training = torch.cat([signs * (fold != i) for i in range(FOLDS)], 1)  # the machines of all folds, side by side
     costs, gram = sorted(COSTS), x.T @ x
     quality: Callable = mean_precisions if many else mean_accuracy
-    found = [quality((x @ fit_at(x, training, cost, gram)).chunk(FOLDS, 1), signs, fold, x) for cost in costs]
+    found = [quality((x @ fit_at(x, training, cost, gram)).chunk(FOLDS, 1), signs, fold) for cost in costs]
     return torch.tensor(costs, device=x.device)[torch.stack(found).argmax(0)].expand(signs.shape[1])
 
 
-def mean_accuracy(scores: tuple[Tensor, ...], signs: Tensor, fold: Tensor, x: Tensor) -> Tensor:
+def mean_accuracy(scores: tuple[Tensor, ...], signs: Tensor, fold: Tensor) -> Tensor:
     target, fold = signs.argmax(1), fold[:, 0]
     right = [(score.argmax(1) == target)[fold == i].double().mean() for i, score in enumerate(scores)]
     return torch.stack(right).mean(0, keepdim=True)
 
 
-def mean_precisions(scores: tuple[Tensor, ...], signs: Tensor, fold: Tensor, x: Tensor) -> Tensor:
-    found = [
-        [average_precision_score(*(part[rows].cpu() for part in (sign > 0, score))) for sign, score, rows in columns]
-        for columns in (zip(signs.T, score.T, (fold == i).T, strict=True) for i, score in enumerate(scores))
-    ]
-    return torch.tensor(found).mean(0).to(x.device)
+def mean_precisions(scores: tuple[Tensor, ...], signs: Tensor, fold: Tensor) -> Tensor:
+    return torch.stack([average_precision(score, signs * (fold == i)) for i, score in enumerate(scores)]).mean(0)
 
 
-def area(scores: Tensor, signs: Tensor) -> float:
-    """Average precision as the area under the interpolated curve of precision over recall: at each recall the highest
-    precision at that recall or a higher one (that of the source, and of VOC since 2010; not the 11 points of 2007)."""
-    right = signs[scores.argsort(descending=True)].cpu().numpy() > 0
-    precision = np.cumsum(right) / np.arange(1, len(right) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(envelope[right].mean()) if right.any() else float("nan")
+def average_precision(scores: Tensor, signs: Tensor, interpolated: bool = False) -> Tensor:
+    """Of each class [K] the mean precision at its images, in the order of scores [N, K]; images of sign 0 are left out.
+    This is scikit-learn's. Interpolated, it is the area under the curve whose precision at each recall is the highest
+    at that recall or a higher one: that of the source, and of VOC since 2010, not the 11 points of 2007."""
+    order = scores.masked_fill(signs == 0, -torch.inf).argsort(0, descending=True)
+    right = signs.gather(0, order) > 0
+    precision = right.cumsum(0) / torch.arange(1, len(scores) + 1, device=scores.device)[:, None]
+    if interpolated:
+        precision = precision.flip(0).cummax(0).values.flip(0)
+    return (precision * right).sum(0) / right.sum(0)
 
 
 def few_presences(presences: Tensor, k: int, seed: int) -> Tensor:

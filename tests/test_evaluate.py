@@ -227,7 +227,7 @@ def test_voc_by_its_protocols(voc_folder, tmp_path, small, trainer):
     params = small(
         "simclr", dataset_name="voc07", transform_crop_size=32, num_data_workers=0, low_resolution_stem=False
     )
-    fit = trainer(limit_val_batches=1)
+    fit = trainer(limit_val_batches=0)
     fit.fit(SelfSupervisedMethod(params))  # its labels are not in the way
     fit.save_checkpoint(tmp_path / "voc.ckpt", weights_only=False)
     names = ["svm", "low_shot_svm", "rank_me", "lidar"]
