@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,21 @@ from augmentations import View, draw_crops, generator
 
 MOST_WORKERS = 1024
 MARGIN = 1.25  # of a crop at a reduced scale over its view, see ImageFiles
+Sample = tuple[str, int | np.ndarray]  # path; class, or presences of all classes
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
+def class_folders(split: Path) -> list[Sample]:
+    """Raises ValueError without images, or for a class without images."""
+    try:
+        return ImageFolder(str(split)).samples
+    except FileNotFoundError as error:
+        raise ValueError(f"{split} must hold one folder of images per class: {error}") from error
+
+
 class ImageFiles(Dataset):
-    """Class folders of image files. With views: one random resized crop a view, drawn from (seed, epoch, image).
-    Without: the central square, after the shorter side was resized to 8/7 of `size`.
+    """Image files, by default in class folders. With views: one random resized crop a view, drawn from (seed, epoch,
+    image). Without: the central square, after the shorter side was resized to 8/7 of `size`.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every crop then still has 1.25 times the pixels of its view a
     side (with views of 224, all crops have at least 560). That changes the views in two ways: the highest frequencies
@@ -33,18 +43,23 @@ class ImageFiles(Dataset):
 
     Args:
         skip_unreadable: take the next readable image in place of one that cannot be read, instead of stopping.
+        samples: finds the images of a split, and their labels.
 
     Raises:
         ValueError: no images; a class without images; when indexed, an image that cannot be read. Names the path.
     """
 
     def __init__(
-        self, folder: Path, channels: int, size: int, views: list[View], seed: int, skip_unreadable: bool = False
+        self,
+        split: Path,
+        channels: int,
+        size: int,
+        views: list[View],
+        seed: int,
+        skip_unreadable: bool = False,
+        samples: Callable[[Path], list[Sample]] = class_folders,
     ):
-        try:
-            self.files = ImageFolder(str(folder)).samples
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} must hold one folder of images per class: {error}") from error
+        self.files = samples(split)
         self.channels, self.size, self.views, self.seed = channels, size, views, seed
         self.epoch = 0
         self.skip_unreadable = skip_unreadable
