@@ -131,10 +131,9 @@ def paths_in(path: str | Path) -> list[str]:
     return pq.read_table(path, columns=["path"])["path"].to_pylist()
 
 
-def rows_of(path: str | Path, wanted: list[str]) -> dict[str, np.ndarray]:
-    """path -> embedding [E] of those that the file has."""
-    if not wanted:
-        return {}
+def rows_of(path: str | Path, wanted: list[str]) -> dict[str, tuple[np.ndarray, str | None]]:
+    """path -> (embedding [E], label) of those that the file has."""
     one_of = reduce(or_, (pc.field("path") == name for name in wanted))
-    found = ds.dataset(str(path)).to_table(columns=["path", "embedding"], filter=one_of)
-    return dict(zip(found["path"].to_pylist(), matrix(found["embedding"]), strict=True))
+    found = ds.dataset(str(path)).to_table(filter=one_of)
+    rows = zip(matrix(found["embedding"]), found["label"].to_pylist(), strict=True)
+    return dict(zip(found["path"].to_pylist(), rows, strict=True))

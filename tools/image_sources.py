@@ -75,10 +75,10 @@ class Folder:
 class Packed:
     """A packed data set, or one split of it; a path is SPLIT/NUMBER, and a label the number of the class."""
 
-    def __init__(self, name: str, splits: list[str]):
-        prepare_data(name, splits)
-        self.name, self.others = f"{name} ({', '.join(splits)})", ""
-        self.splits = {split: PackedImages([data_path() / name / split]) for split in splits}
+    def __init__(self, name: str, dataset: str, splits: list[str]):
+        prepare_data(dataset, splits)
+        self.name, self.others = name, ""
+        self.splits = {split: PackedImages([data_path() / dataset / split]) for split in splits}
 
     def paths(self) -> list[str]:
         return [
@@ -121,7 +121,7 @@ def open_source(name: str | Path) -> Source:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Folder(folder)
-    packed = [name for name, info in DATASETS.items() if info.read is not None]
+    packed = [dataset for dataset, info in DATASETS.items() if info.read is not None]
     dataset, _, split = str(name).partition("/")
     if dataset not in packed:
         raise ValueError(f"{name} is neither a folder nor one of the data sets {', '.join(packed)}")
@@ -129,7 +129,7 @@ def open_source(name: str | Path) -> Source:
     splits = sorted({*info.pretraining_splits, *info.train_splits, *info.test_splits})
     if split not in ("", *splits):
         raise ValueError(f"{dataset} has no split {split!r}: choose one of {', '.join(splits)}")
-    return Packed(dataset, [split] if split else splits)
+    return Packed(str(name), dataset, [split] if split else splits)
 
 
 def part_kept(params: EncoderAndDataParams) -> float:
