@@ -127,6 +127,10 @@ def read(path: str | Path) -> tuple[list[str], np.ndarray, list[str | None]]:
     return table["path"].to_pylist(), matrix(table["embedding"]), table["label"].to_pylist()
 
 
+def count(path: str | Path) -> int:
+    return pq.read_metadata(path).num_rows
+
+
 def paths_in(path: str | Path) -> list[str]:
     return pq.read_table(path, columns=["path"])["path"].to_pylist()
 
@@ -137,3 +141,8 @@ def rows_of(path: str | Path, wanted: list[str]) -> dict[str, tuple[np.ndarray, 
     found = ds.dataset(str(path)).to_table(filter=one_of)
     rows = zip(matrix(found["embedding"]), found["label"].to_pylist(), strict=True)
     return dict(zip(found["path"].to_pylist(), rows, strict=True))
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Each row divided by its length: their products are cosines."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

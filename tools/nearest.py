@@ -18,7 +18,7 @@ from tools import feature_files
 from tools.commands import in_words
 from tools.contact_sheet import LEAD, OTHER, SAME, SIDE, Tile, contact_sheet
 from tools.embed import digest
-from tools.feature_files import whole
+from tools.feature_files import unit, whole
 from tools.image_sources import Source, open_source, square
 from weights import load_encoder
 
@@ -28,10 +28,6 @@ class Neighbour:
     path: str
     label: str | None
     cosine: float
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def nearest(
