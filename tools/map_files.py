@@ -52,14 +52,16 @@ def palette(n: int) -> list[str]:
 
 def draw(found: Map, source: Source | None, file: Path) -> None:
     """A PNG with a legend of the most frequent names."""
-    figure, axis = plt.subplots(figsize=(10, 7.5), layout="constrained")
+    width, height = np.ptp(found.points, axis=0)
+    aspect = float(np.clip(width / max(height, 1e-12), 0.6, 1.8))
+    figure, axis = plt.subplots(figsize=(7 * aspect + 2, 7.5), layout="constrained")
     size = float(np.clip(30000 / len(found.points), 3, 40))
     colours = np.array(found.colours)
     axis.scatter(*found.points.T, s=size, c=colours[found.kind], linewidths=0, alpha=0.8)
     counts = np.bincount(found.kind, minlength=len(found.names))
     listed = np.sort(np.argsort(-counts, kind="stable")[:LEGEND])
     handles = [
-        plt.Line2D([], [], marker="o", linestyle="", color=colours[i], label=f"{found.names[i][:28]}  {counts[i]:,}")
+        plt.Line2D([], [], marker="o", linestyle="", color=colours[i], label=f"{found.names[i][:28]} ({counts[i]:,})")
         for i in listed
     ]
     more = f"the {LEGEND} largest of {len(found.names)}" if len(found.names) > LEGEND else None
