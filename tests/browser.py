@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through two pipes in its own protocol: just enough to look at a page and to touch it."""
+"""A headless Chromium, spoken to through two pipes in its own protocol: enough to look at a page and to touch it."""
 
 import base64
 import json
