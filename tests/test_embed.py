@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from browser import CHROMIUM, Browser
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.manifold import trustworthiness
@@ -21,7 +22,6 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 import data
-from browser import CHROMIUM, Browser
 from moco import SelfSupervisedMethod
 from shared_params import EncoderAndDataParams
 from tools import contact_sheet, embed, embedding_work, feature_files, map_files, nearest
@@ -96,7 +96,7 @@ def test_photographs_are_embedded_as_the_encoder_sees_them(photos, tmp_path):
     assert embeddings.dtype == np.float32 and embeddings.shape == (24, 64) and set(labels) == {None}
     mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for path, embedding in zip(paths, embeddings, strict=True):
-        square = Image.open(photos / path).crop((12, 4, 68, 60)).resize((32, 32), Image.Resampling.BILINEAR)
+        square = Image.open(photos / path).resize((32, 32), Image.Resampling.BILINEAR, box=(12, 4, 68, 60))
         x = (np.asarray(square).transpose(2, 0, 1) / 255 - mean) / std
         expected = encoder.model.double()(torch.from_numpy(x)[None])[0].numpy()
         encoder.model.float()
@@ -208,7 +208,7 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_file(digits, checkpoint
         seen.clear()
         assert embed.embed(checkpoint, digits, out, **options).read_bytes() == uninterrupted
         assert sum(seen) == N_DIGITS - min(32 * (n + (when == "after")), N_DIGITS)
-        assert not out.with_name(f"{out.name}.parts").exists() and not list(tmp_path.glob(".*"))
+    assert {file.suffix for file in tmp_path.iterdir()} == {".parquet", ".ckpt"}  # nothing unfinished is left
 
 
 def count_images(monkeypatch) -> list[int]:
@@ -282,16 +282,18 @@ def test_unreadable_images_stop_or_are_listed(photos, tmp_path, capsys):
 
 MEMORY = """
 import os, resource, sys
-sys.path.insert(0, "tests")
 import torch
 from torch import nn
+from shared_params import EncoderAndDataParams
 from tools import embed, embedding_work, feature_files
-from test_embed import tiny
+from weights import Encoder, Report
 embedding_work.ROWS = feature_files.ROWS = 64
+params = EncoderAndDataParams(encoder_arch="module", dataset_name="imagenet")
+encoder = Encoder(nn.Sequential(nn.AvgPool2d(7), nn.Flatten(), nn.Linear(3072, 512)), params, Report("", "", 0, ()))
 for n in (200, 1000):
     if (child := os.fork()) == 0:
         torch.set_num_threads(1)
-        embed.embed(tiny(224), f"{sys.argv[1]}/{n}", f"{sys.argv[1]}/{n}.parquet", batch_size=16, num_workers=0)
+        embed.embed(encoder, f"{sys.argv[1]}/{n}", f"{sys.argv[1]}/{n}.parquet", batch_size=16, num_workers=0)
         print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         sys.stdout.flush()
         os._exit(0)
@@ -370,10 +372,8 @@ def test_an_image_finds_its_own_copy_first(digits, features, tmp_path, monkeypat
     ]
     assert [table.splitlines()[0] for table in tables[1:3]] == ["7/0007.png (7)", "3/0003.png (3)"]
     assert "7/0007.png" not in tables[1].split("\n", 1)[1]
-    sheet = Image.open(out)
-    assert (
-        sheet.width > 7 * contact_sheet.SIDE and sheet.height > 6 * contact_sheet.SIDE
-    )  # three queries, two lines each
+    height, width, _ = np.asarray(Image.open(out)).shape
+    assert width > 7 * contact_sheet.SIDE and height > 6 * contact_sheet.SIDE  # three queries, two lines each
 
 
 def test_nearest_refuses_what_has_no_embedding(features, digits, small, tmp_path, monkeypatch):
@@ -464,15 +464,15 @@ def test_samples_clusters_hostile_names_and_budgets(photos, tmp_path, monkeypatc
 
 def test_maps_of_many_classes_and_of_too_few_images(photos, tmp_path, monkeypatch):
     for n in (3, 10, 20, 21, 200):
-        assert len(set(maps.palette(n))) == n
+        assert len(set(map_files.palette(n))) == n
     kind, names, _ = maps.kinds(["10", "9", None, "a", "9"], np.zeros((5, 2)), 0)
     assert names == ["9", "10", "a", "no label"] and kind.tolist() == [1, 0, 3, 2, 0]
     few = tmp_path / "few"
     few.mkdir()
-    for i in range(3):
-        Image.new("RGB", (9, 9)).save(few / f"{i}.png")
+    for i in range(30):
+        Image.new("RGB", (9, 9), ("red", "green", "blue")[i % 3]).save(few / f"{i}.png")
     features = embed.embed(tiny(), few, tmp_path / "few.parquet", device="cpu")
-    assert "at least 4 images" in run_command(monkeypatch, maps, features, "--out", "m.png")
+    assert "at least 4 different images, and there are 3" in run_command(monkeypatch, maps, features, "--out", "m.png")
     assert "must end in .png or .html" in run_command(monkeypatch, maps, features, "--out", "m.pdf")
 
 
@@ -482,14 +482,14 @@ def test_the_page_works_in_a_browser(features, tmp_path):
     with Browser(tmp_path / "map.html", tmp_path / "profile", width=400, dark=True) as browser:
         assert browser.run("document.documentElement.scrollWidth") == 400  # nothing sticks out
         assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 26)"
-        at = "[toX(data.x[5]) + canvas.getBoundingClientRect().left, toY(data.y[5]) + canvas.getBoundingClientRect().top]"
+        at = "(box => [toX(data.x[5]) + box.left, toY(data.y[5]) + box.top])(canvas.getBoundingClientRect())"
         browser.run("fit([5])")  # so that no other point is near
         x, y = browser.run(at)
         browser.mouse("mouseMoved", x, y)
         assert data_of(tmp_path / "map.html")["paths"][5] in browser.run("tip.innerText")
         assert browser.run("tip.querySelector('img').naturalWidth") == 8
         browser.mouse("mouseWheel", x, y, deltaX=0, deltaY=-300)
-        assert np.allclose(browser.run(at), (x, y), atol=0.01)  # what is under the pointer stays there
+        assert np.allclose(browser.run(at), (x, y), atol=1)  # what is under the pointer stays there
         browser.mouse("mousePressed", x, y, button="left", buttons=1)
         browser.mouse("mouseMoved", x + 30, y - 20, button="left", buttons=1)
         browser.mouse("mouseReleased", x + 30, y - 20, button="left")

@@ -70,13 +70,17 @@ def project(embeddings: np.ndarray, method: str, seed: int) -> np.ndarray:
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
-    if len(embeddings) < 4:
-        raise ValueError(f"a map needs at least 4 images, and there are {len(embeddings)}")
+    if (n := different(embeddings)) < 4:
+        raise ValueError(f"a map needs at least 4 different images, and there are {n}")
     x = unit(embeddings)
     if min(x.shape) > 50:
         x = PCA(50, random_state=seed).fit_transform(x)
     with Console().status(f"{TITLES[method]} of {len(x):,} embeddings"):
         return METHODS[method](x, seed)
+
+
+def different(embeddings: np.ndarray) -> int:
+    return len(np.unique(embeddings, axis=0))
 
 
 # ---- colours ----
@@ -89,7 +93,7 @@ def kinds(labels: list[str | None], embeddings: np.ndarray, seed: int) -> tuple[
         names += [NO_LABEL] * (None in labels)
         index = {name: i for i, name in enumerate(names)}
         return np.array([index[label or NO_LABEL] for label in labels]), names, "coloured by label"
-    clusters = KMeans(min(CLUSTERS, len(embeddings)), n_init=3, random_state=seed).fit_predict(unit(embeddings))
+    clusters = KMeans(min(CLUSTERS, different(embeddings)), n_init=3, random_state=seed).fit_predict(unit(embeddings))
     found, kind = np.unique(clusters, return_inverse=True)
     names = [f"cluster {i + 1}" for i in range(len(found))]
     return kind, names, f"no labels: coloured by {len(found)} k-means clusters of the embeddings"
@@ -116,12 +120,12 @@ def make_map(
             raise ValueError(f"{file} must end in {' or '.join(WRITERS)}")
     about = feature_files.about(features)
     paths, embeddings, labels = sample(features, n, seed)
+    points = project(embeddings, method, seed)
     kind, names, meaning = kinds(labels, embeddings, seed)
     of = f"{len(paths):,} of {feature_files.count(features):,} images"
     note = (
         f"{of} in {Path(about['images']).name}, {about['encoder_arch']} of {Path(about['checkpoint']).name}; {meaning}"
     )
-    points = project(embeddings, method, seed)
     found = Map(f"{TITLES[method]} of {Path(features).name}", note, paths, points, kind, names)
     try:
         source = open_source(folder or about["images"])
