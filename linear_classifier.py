@@ -15,7 +15,6 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 import augmentations
-import checkpoints
 import data
 import ddp
 import optimizers
@@ -23,6 +22,7 @@ from encoders import get_encoder
 from fields import fraction, non_negative, plain, positive
 from shared_params import EncoderAndDataParams, resolve
 from stage import Stage
+from weights import SHARED, load_encoder
 
 SCORES = ("loss", "acc1", "acc5")
 
@@ -34,9 +34,12 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
     "encoder_arch",
     "embedding_dim",
     "low_resolution_stem",
+    "stem_variant",
     "in_channels",
     "dataset_name",
     "transform_crop_size",
+    "image_mean",
+    "image_std",
     "num_data_workers",
     "pin_data_memory",
     "data_on_device",
@@ -98,28 +101,25 @@ class LinearClassifierMethod(Stage):
     def from_moco_checkpoint(
         cls, path: str | Path, encoder: nn.Module | None = None, **overrides: Any
     ) -> "LinearClassifierMethod":
-        """The encoder of a checkpoint of SelfSupervisedMethod (ours or the original's), frozen, with a new classifier.
+        """The encoder of a checkpoint or of any file or name that `load_encoder` takes, frozen, with a new classifier.
 
         Args:
             path: the checkpoint.
             encoder: your own module, if the encoder was one.
-            overrides: fields of LinearClassifierMethodParams.
+            overrides: fields of LinearClassifierMethodParams. With another dataset_name, images keep the size and the
+                normalization constants of the pretraining.
 
         Raises:
             ValueError: the checkpoint does not hold exactly the parameters of the encoder; says which differ.
         """
-        checkpoint = checkpoints.read(path)
-        settings = {k: v for k, v in checkpoint["hyper_parameters"].items() if k in FROM_PRETRAINING}
-        method = cls(LinearClassifierMethodParams(**{**settings, **overrides}), encoder=encoder)
-        state = {
-            key.replace("_orig_mod.", "").removeprefix("module."): v for key, v in checkpoint["state_dict"].items()
-        }
-        state = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-        try:
-            method.model.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not hold a {method.params.encoder_arch}: {error}") from error
-        rank_zero_info(f"{path}: all {len(state)} tensors of {method.params.encoder_arch} loaded")
+        source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
+        settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}
+        if encoder is None:
+            method = cls(LinearClassifierMethodParams(**{**settings, **overrides}))
+            method.model.load_state_dict(source.model.state_dict())
+        else:
+            method = cls(LinearClassifierMethodParams(**{**settings, **overrides}), encoder=encoder)
+        rank_zero_info(str(source.report))
         return method
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import evaluation
 import losses
 import optimizers
 import schedules
-from encoders import get_encoder
+from encoders import get_encoder, source_of_weights
 from fields import plain
 from heads import MLP
 from key_queue import KeyQueue
@@ -62,6 +62,7 @@ class SelfSupervisedMethod(Stage):
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
+        self.started_from = source_of_weights(p)
         self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
@@ -204,9 +205,13 @@ class SelfSupervisedMethod(Stage):
 
     # ---- checkpoints ----
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """`encoder_weights` is not kept, lest they be loaded again; what they were is."""
+        checkpoint["started_from"] = self.started_from
+
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """The original kept the queue as dim x K in `queue`, and the position in `queue_ptr`."""
-        state = checkpoint["state_dict"]
+        self.started_from, state = checkpoint.get("started_from"), checkpoint["state_dict"]
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())

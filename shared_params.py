@@ -26,6 +26,7 @@ class EncoderAndDataParams:
     embedding_dim: int | None = positive(None)  # inferred; checked if given
     encoder_weights: str | None = None  # to start from: torchvision's name ("DEFAULT", ...), or a file
     low_resolution_stem: bool | None = None  # 3 x 3 stem without pooling; None: for ResNets on 32 pixels or fewer
+    stem_variant: str = choice("standard", encoders.STEM_VARIANTS)  # of the 3 x 3 stem; others: for others' weights
     in_channels: int | None = positive(None)  # None: the data set's
 
     # data-related parameters
