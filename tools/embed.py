@@ -129,7 +129,9 @@ def batches(source: Source, encoder: Encoder, todo: list[str], batch_size: int, 
 
 def arguments() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tools.embed", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.embed", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
         "folder", metavar="FOLDER", help="of images, flat or nested; or a packed set: cifar10, digits/test"

@@ -142,7 +142,9 @@ def make_map(
 @in_words()
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tools.map", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.map", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("features", metavar="FILE.parquet")
     parser.add_argument("--out", type=Path, nargs="+", default=[Path("map.png"), Path("map.html")], metavar="FILE")
     parser.add_argument("--method", choices=METHODS, default="tsne")

@@ -149,7 +149,9 @@ def nearest_sheet(
 @in_words()
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tools.nearest", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.nearest", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("features", metavar="FILE.parquet")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--out", type=Path, default=Path("nearest.png"), metavar="FILE.png")
