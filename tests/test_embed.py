@@ -341,7 +341,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(photos, checkpoint, tmp_path,
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
-        runpy.run_module("tools.feature_files")
+        runpy.run_path(feature_files.__file__)
 
 
 # ---- neighbours ----
