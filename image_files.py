@@ -200,9 +200,9 @@ def resized_crop(pixels: Tensor, box: Box, size: int) -> Tensor:
     return interpolate(crop, (size, size), mode="bilinear", antialias=True)[0].contiguous()
 
 
-def central_square(image: Image.Image, size: int) -> Tensor:
-    """[C, size, size]: the middle of an image whose shorter side was resized to 8/7 of `size`."""
-    side = min(image.size) * 7 / 8
+def central_square(image: Image.Image, size: int, part: float = 7 / 8) -> Tensor:
+    """[C, size, size]: the square in the middle of an image, of `part` of its shorter side."""
+    side = min(image.size) * part
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
     pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
