@@ -81,7 +81,8 @@ def table(encoder: Encoder, checkpoint: str | Path) -> Table:
         made.add_column(column, justify="right")
     parts = count(encoder)
     total = Part("encoder", sum(part.parameters for part in parts), sum(part.flops for part in parts))
-    has_heads = any(key.startswith(HEADS) for key in encoder.report.left_out)
+    ours = encoder.report.layout.startswith("self_supervised")
+    has_heads = ours and any(key.split(".")[0] in HEADS for key in encoder.report.left_out)
     for part in parts:
         made.add_row(part.name, f"{part.parameters:,}", f"{part.flops:,}")
     made.add_section()

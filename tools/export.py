@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from checkpoints import sync_folder
+from shared_params import EncoderAndDataParams
 from tools import count
 from tools.formats import FORMATS, Normalized
 from tools.verify import samples, verified
@@ -75,8 +77,10 @@ def targets(
     """Where the files will lie, less the hash; refuses before any work what cannot be written."""
     for name in formats:
         check_format(name, normalize)
-    source, out = Path(checkpoint).expanduser(), None if out is None else Path(out).expanduser()
-    if out is not None and out.suffix and not out.is_dir():
+    source = Path(checkpoint).expanduser()
+    is_folder = out is None or str(out).endswith("/")
+    out = None if out is None else Path(out).expanduser()
+    if not is_folder and out.suffix and not out.is_dir():
         if len(formats) > 1:
             raise ValueError(f"out={str(out)!r} is one file, but there are {len(formats)} formats: give a folder")
         paths = [out]
@@ -127,17 +131,7 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
         twin = attrs.evolve(twin, content=Normalized(twin.content, mean, std).eval())
         mean, std = (0.0,) * len(mean), (1.0,) * len(std)  # what is left to do
     code = f"{twin.code}\n{row.read}\n".lstrip()
-    p = attrs.evolve(
-        encoder.params,
-        encoder_arch=twin.arch,
-        embedding_dim=expected.shape[1],
-        in_channels=encoder.params.channels,
-        low_resolution_stem=encoder.params.low_resolution and not twin.arch.startswith("timm:"),
-        transform_crop_size=encoder.params.crop_size,
-        image_mean=list(mean),
-        image_std=list(std),
-    )
-    notes = {"self_supervised": {name: getattr(p, name) for name in FACTS}, "load": code}
+    notes = {"self_supervised": facts(encoder.params, twin.arch, expected.shape[1], mean, std), "load": code}
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder,
@@ -148,6 +142,23 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
         status.update(f"{format}: checking in a fresh process")
         difference = verified(file, code, images, expected)
         return Exported(place(file, target, publish), difference)
+
+
+def facts(
+    p: EncoderAndDataParams, arch: str, width: int, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """What one must know to feed the encoder, and what `weights.load_encoder` needs: nothing is left to a default."""
+    spelled_out = attrs.evolve(
+        p,
+        encoder_arch=arch,
+        embedding_dim=width,
+        in_channels=p.channels,
+        low_resolution_stem=p.low_resolution and not arch.startswith("timm:"),
+        transform_crop_size=p.crop_size,
+        image_mean=list(mean),
+        image_std=list(std),
+    )
+    return {name: getattr(spelled_out, name) for name in FACTS}
 
 
 def place(file: Path, target: Path, publish: bool) -> Path:
@@ -171,7 +182,9 @@ def arguments() -> argparse.Namespace:
         prog="python -m tools.export", description=__doc__, formatter_class=formatter, allow_abbrev=False
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("--format", nargs="+", default=[], choices=FORMATS, help="one or several")
+    parser.add_argument(
+        "--format", nargs="+", default=[], metavar="FORMAT", help=f"one or several of {', '.join(FORMATS)}"
+    )
     parser.add_argument("--out", metavar="FOLDER_OR_FILE", help="default: beside the checkpoint")
     parser.add_argument("--publish", action="store_true", help="append the start of the file's SHA-256 to its name")
     parser.add_argument("--normalize", action="store_true", help="programs take values from 0 to 1")
@@ -187,11 +200,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = vars(arguments())
-    checkpoint, formats, count_parts = (
-        args.pop("checkpoint"),
-        list(dict.fromkeys(args.pop("format"))),
-        args.pop("count"),
-    )
+    checkpoint, formats = args.pop("checkpoint"), list(dict.fromkeys(args.pop("format")))
+    count_parts = args.pop("count")
     out, publish, normalize = args.pop("out"), args.pop("publish"), args.pop("normalize")
     try:
         paths = targets(checkpoint, formats, out, publish, normalize)
@@ -199,6 +209,8 @@ def main() -> None:
         print(encoder.report)
         if count_parts:
             Console().print(count.table(encoder, checkpoint))
+        for format in formats:  # refuse before any of them is written
+            FORMATS[format].twin(encoder)
         for format, target in zip(formats, paths, strict=True):
             done = write_checked(encoder, format, target, publish, normalize)
             size = done.path.stat().st_size / 1e6

@@ -101,7 +101,9 @@ def in_timm(encoder: Encoder) -> Twin:
     if arch in TIMM_VITS:
         options["img_size"] = p.crop_size
         arch, state = f"timm:{name}", {renamed(key, TIMM_VIT_KEYS): value for key, value in state.items()}
-    refusal = ValueError(f"timm has no model with the tensors of {arch}: choose another format, such as torchvision")
+    refusal = ValueError(
+        f"timm has no model with the tensors of encoder_arch={p.encoder_arch!r}: choose another format"
+    )
     if name.split(".")[0] not in timm.list_models():  # less the tag of weights
         raise refusal
     code = building("timm", "timm.create_model", [repr(name)], options, model)
@@ -122,7 +124,9 @@ def in_detectron2(encoder: Encoder) -> Twin:
     p, model = encoder.params, encoder.model
     if not isinstance(model, torchvision.models.ResNet) or p.low_resolution:
         stem = " with the stem for small images" if p.low_resolution else ""
-        raise ValueError(f"detectron2 has no {p.encoder_arch}{stem}: it builds the ResNets with a 7 x 7 stem alone")
+        raise ValueError(
+            f"detectron2 has no encoder_arch={p.encoder_arch!r}{stem}: it builds ResNets with a 7 x 7 stem"
+        )
     twin = in_torchvision(encoder)
     depth = int(re.search(r"\d+", p.encoder_arch)[0])
     config = {
