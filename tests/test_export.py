@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import pickle
 import re
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -18,11 +20,12 @@ import torch
 import torchvision
 from torch import nn
 
-import weights
 from encoders import get_encoder
 from moco import SelfSupervisedMethod
-from tools import count, export, formats, twins, verify
-from weights import load_encoder
+from model_params import BYOLParams
+from shared_params import EncoderAndDataParams
+from tools import count, export, formats, fresh, twins, verify
+from weights import Encoder, Report, load_encoder
 
 DOCS = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
 BLOCKS = dict(re.findall(r"^## (\w+)\n\n```python\n(.*?)```", DOCS, re.MULTILINE | re.DOTALL))
@@ -30,24 +33,45 @@ BLOCKS = dict(re.findall(r"^## (\w+)\n\n```python\n(.*?)```", DOCS, re.MULTILINE
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 
 
-def method(arch, size, **fields):
-    """Random, but with the statistics of a trained one: identity norms would hide an exchange of two of them."""
-    fields = {"dataset_name": "cifar10", "seed": 0, "K": 64, "dim": 16, "mlp_hidden_dim": 32, **fields}
-    made = SelfSupervisedMethod(encoder_arch=arch, transform_crop_size=size, **fields)
-    torch.manual_seed(0)
-    for layer in made.model.modules():
-        for value in (getattr(layer, "weight", None), getattr(layer, "bias", None)):
-            if isinstance(value, nn.Parameter) and value.dim() == 1:
-                value.data.uniform_(0.5, 1.5)
+def as_if_trained(module):
+    """Norms that differ: those of a new network are all the same, which would hide an exchange of two."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in module.modules():
+        for parameter in layer.parameters(recurse=False):
+            if parameter.dim() == 1:
+                parameter.data.uniform_(0.5, 1.5, generator=generator)
         if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.5, 1.5)
-    return made
+            layer.running_mean.normal_(generator=generator)
+            layer.running_var.uniform_(0.5, 1.5, generator=generator)
+    return module
 
 
-def save(made, path):
-    torch.save({"state_dict": made.state_dict(), "hyper_parameters": dict(made.hparams)}, path)
+def save(method, path):
+    torch.save({"state_dict": method.state_dict(), "hyper_parameters": dict(method.hparams)}, path)
     return path
+
+
+def new_checkpoint(folder, name, arch, size):
+    settings = {"dataset_name": "cifar10", "seed": 0, "dim": 16, "mlp_hidden_dim": 32}
+    params = BYOLParams(encoder_arch=arch, transform_crop_size=size, **settings)
+    return save(as_if_trained(SelfSupervisedMethod(params)), folder / name)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A ResNet-18 of 64 pixels, with the usual stem."""
+    return new_checkpoint(tmp_path_factory.mktemp("export"), "encoder.ckpt", "resnet18", 64)
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint(tmp_path_factory):
+    return new_checkpoint(tmp_path_factory.mktemp("export"), "small.ckpt", "shufflenet_v2_x0_5", 32)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    """exported("onnx"): the file, alone in its folder; made once."""
+    return cache(lambda format: export.export(checkpoint, format, tmp_path_factory.mktemp(format)))
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +80,23 @@ def encoder():
 
     @cache
     def build(arch, size, channels=3):
-        fields = {} if channels == 3 else {"in_channels": channels, "image_mean": [0.5], "image_std": [0.5]}
-        made = method(arch, size, **fields)
-        return weights.Encoder(made.model, made.params, weights.Report("here", "self_supervised", 0, ()))
+        own = {} if channels == 3 else {"in_channels": channels, "image_mean": [0.4], "image_std": [0.2]}
+        params = EncoderAndDataParams(encoder_arch=arch, transform_crop_size=size, dataset_name="cifar10", **own)
+        return Encoder(as_if_trained(get_encoder(params)[0]), params, Report("", "self_supervised", 0, ()))
 
     return build
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A ResNet-18 of 64 pixels, with the usual stem."""
-    return save(method("resnet18", 64), tmp_path_factory.mktemp("export") / "encoder.ckpt")
+@pytest.fixture
+def same_process(monkeypatch):
+    """To save seconds where the check itself is not in question: it runs here, not in a fresh process."""
 
+    def run(command, cwd, **_):
+        monkeypatch.chdir(cwd)
+        fresh.main(*command[3:])
+        return SimpleNamespace(returncode=0)
 
-@pytest.fixture(scope="module")
-def small_checkpoint(tmp_path_factory):
-    return save(method("shufflenet_v2_x0_5", 32), tmp_path_factory.mktemp("export") / "small.ckpt")
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
 
 
 def close(found, expected):
@@ -79,14 +104,20 @@ def close(found, expected):
     return found.shape == expected.shape and (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def current_umask():
+    os.umask(mask := os.umask(0))
+    return mask
+
+
 # ---- every format ----
 
 
 @pytest.mark.parametrize("format", formats.FORMATS)
-def test_the_manual_loads_the_file(format, checkpoint, tmp_path):
-    path = export.export(checkpoint, format, tmp_path)
-    assert list(tmp_path.iterdir()) == [path]  # one file, and nothing else
-    assert path.stat().st_mode & 0o777 == 0o644
+def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
+    path = exported(format)
+    monkeypatch.chdir(path.parent)
+    assert list(path.parent.iterdir()) == [path]  # one file, and nothing else
+    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
     images = torch.randn(3, 3, 64, 64)
     names = {"images": images}
     with torch.no_grad():
@@ -108,27 +139,26 @@ def test_the_manual_loads_the_file(format, checkpoint, tmp_path):
     }
 
 
-def test_the_manual_names_every_format_and_the_opset(checkpoint):
+def test_the_manual_names_every_format_and_the_opset():
     assert BLOCKS.keys() == formats.FORMATS.keys()
     assert all(f"`{name}` |" in DOCS for name in formats.FORMATS)
     assert f"opset {formats.ONNX_OPSET}" in DOCS
 
 
-def test_onnx_is_one_valid_file_with_any_batch(small_checkpoint, tmp_path):
-    path = export.export(small_checkpoint, "onnx", tmp_path / "model.onnx")
-    model = onnx.load(path, load_external_data=False)
+def test_onnx_is_one_valid_file_with_any_batch(checkpoint, exported):
+    model = onnx.load(exported("onnx"), load_external_data=False)
     onnx.checker.check_model(model, full_check=True)
     assert {(row.domain, row.version) for row in model.opset_import} == {("", formats.ONNX_OPSET)}
     assert not any(tensor.external_data for tensor in model.graph.initializer)
-    session = onnxruntime.InferenceSession(path)
+    session = onnxruntime.InferenceSession(exported("onnx"))
     for n in (1, 2, 5):
-        images = torch.randn(n, 3, 32, 32)
+        images = torch.randn(n, 3, 64, 64)
         with torch.no_grad():
-            expected = load_encoder(small_checkpoint)(images)
+            expected = load_encoder(checkpoint)(images)
         assert close(session.run(None, {"images": images.numpy()})[0], expected)
 
 
-def test_normalize_is_part_of_the_program(small_checkpoint, tmp_path):
+def test_normalize_is_part_of_the_program(small_checkpoint, same_process, tmp_path):
     path = export.export(small_checkpoint, "torchscript", tmp_path, normalize=True)
     notes = {"self_supervised": ""}
     model = torch.jit.load(path, _extra_files=notes)
@@ -138,7 +168,7 @@ def test_normalize_is_part_of_the_program(small_checkpoint, tmp_path):
     assert facts["image_mean"] == [0, 0, 0] and facts["image_std"] == [1, 1, 1]  # nothing is left to do
 
 
-def test_an_encoder_of_ones_own(tmp_path):
+def test_an_encoder_of_ones_own(same_process, tmp_path):
     own = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
     made = SelfSupervisedMethod(dataset_name="digits", encoder=own, dim=16, K=64, mlp_hidden_dim=32)
     path = save(made, tmp_path / "own.ckpt")
@@ -166,7 +196,7 @@ def equal_there(twin, made, images):
 OTHERS = [
     ("resnet18", 32, 3),
     ("resnet50", 64, 5),
-    ("ws_resnet18", 32, 3),
+    ("ws_resnet18", 64, 3),
     ("vit_b_32", 64, 3),
 ]
 
@@ -200,10 +230,10 @@ def test_torchvision_has_no_timm_models(encoder):
 
 def test_standardized_weights_are_read_back_as_ws_resnet(encoder):
     """Standardizing them once more changes nothing that group norm would let through."""
-    made = encoder("ws_resnet18", 32)
+    made = encoder("ws_resnet18", 64)
     again, _ = get_encoder(made.params)
     again.load_state_dict(twins.in_torchvision(made).content)
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert close(again.eval()(images), made(images))
 
@@ -256,7 +286,7 @@ class Detectron2ResNet(nn.Module):
         blocks = {18: [2, 2, 2, 2], 50: [3, 4, 6, 3]}[depth]
         kind = Basic if depth < 50 else Bottle
         self.stem = nn.Module()
-        self.stem.conv1 = Convolution(3, 64, 7, 2, 3, norm=norm)
+        self.stem.conv1 = Convolution(len(config["MODEL.PIXEL_MEAN"]), 64, 7, 2, 3, norm=norm)
         before = 64
         for stage, n in enumerate(blocks):
             out = width * 2**stage
@@ -272,9 +302,9 @@ class Detectron2ResNet(nn.Module):
         return self.res5(self.res4(self.res3(self.res2(x)))).mean((2, 3))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "ws_resnet18"])
-def test_detectron2_finds_every_tensor_under_its_name(arch, encoder):
-    made = encoder(arch, 64)
+@pytest.mark.parametrize(("arch", "channels"), [("resnet50", 5), ("ws_resnet18", 3)])
+def test_detectron2_finds_every_tensor_under_its_name(arch, channels, encoder):
+    made = encoder(arch, 64, channels)
     twin = twins.in_detectron2(made)
     names = {}
     exec(twin.code, names)
@@ -282,15 +312,15 @@ def test_detectron2_finds_every_tensor_under_its_name(arch, encoder):
     norm = {"GN": lambda n: nn.GroupNorm(32, n), "FrozenBN": nn.BatchNorm2d}[config["MODEL.RESNETS.NORM"]]
     theirs = Detectron2ResNet(config, norm).eval()
     theirs.load_state_dict(twin.content)
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, channels, 64, 64)
     with torch.no_grad():
         assert close(theirs(images), made(images))
     assert config["MODEL.PIXEL_MEAN"] == pytest.approx([255 * m for m in made.params.mean], abs=1e-3)
     assert config["MODEL.RESNETS.STRIDE_IN_1X1"] is False and config["INPUT.FORMAT"] == "RGB"
 
 
-def test_detectron2_file_is_read_as_its_model_zoo(checkpoint, tmp_path):
-    file = pickle.loads(export.export(checkpoint, "detectron2", tmp_path).read_bytes())
+def test_detectron2_file_is_like_those_of_its_model_zoo(exported):
+    file = pickle.loads(exported("detectron2").read_bytes())
     assert file["matching_heuristics"] is True and file["__author__"] == "self_supervised"
     assert all(type(array) is np.ndarray for array in file["model"].values())
 
@@ -318,7 +348,7 @@ def broken(write):
     return attrs.evolve(formats.FORMATS["torchvision"], write=write)
 
 
-def test_a_file_with_another_weight_does_not_appear(small_checkpoint, tmp_path, monkeypatch):
+def test_a_file_with_another_weight_does_not_appear(small_checkpoint, same_process, tmp_path, monkeypatch):
     def write(state, path, notes, images):
         state["conv5.0.weight"][0] *= 1.01
         formats.write_torch(state, path, notes, images)
@@ -346,15 +376,16 @@ def test_the_check_cannot_import_this_project(tmp_path):
         verify.verified(tmp_path / "file", "import weights", images, torch.zeros(2, 4))
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
-    made = method("shufflenet_v2_x0_5", 32)
-    made.model.conv1[0].weight.data[0] = torch.nan
+def test_weights_that_are_not_finite_are_refused(small_checkpoint, tmp_path):
+    content = torch.load(small_checkpoint)
+    content["state_dict"]["model.conv1.0.weight"][0] = torch.nan
+    torch.save(content, tmp_path / "nan.ckpt")
     with pytest.raises(ValueError, match="not finite"):
-        export.export(save(made, tmp_path / "nan.ckpt"), "torchvision")
+        export.export(tmp_path / "nan.ckpt", "torchvision")
     assert [path.name for path in tmp_path.iterdir()] == ["nan.ckpt"]
 
 
-def test_published_files_are_what_torch_hub_checks(small_checkpoint, tmp_path):
+def test_published_files_are_what_torch_hub_checks(small_checkpoint, same_process, tmp_path):
     """The name before the hash holds what torch.hub would take for one."""
     path = export.export(small_checkpoint, "torchvision", tmp_path / "moco-800.torchvision.pt", publish=True)
     assert path.name == f"moco-800_torchvision-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pt"
@@ -364,8 +395,9 @@ def test_published_files_are_what_torch_hub_checks(small_checkpoint, tmp_path):
     model = torchvision.models.shufflenet_v2_x0_5()
     model.fc = nn.Identity()
     model.load_state_dict(state)
+    again = shutil.copy(path, tmp_path / "again.pt")
     with pytest.raises(FileExistsError, match=path.name):
-        export.export(small_checkpoint, "torchvision", tmp_path / "moco-800.torchvision.pt", publish=True)
+        export.place(Path(again), tmp_path / "moco-800.torchvision.pt", publish=True)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +434,7 @@ def run(monkeypatch, *arguments):
     export.main()
 
 
-def test_command_line(small_checkpoint, tmp_path, monkeypatch, capsys):
+def test_command_line(small_checkpoint, same_process, tmp_path, monkeypatch, capsys):
     run(monkeypatch, small_checkpoint, "--format", "torchvision", "safetensors", "--out", tmp_path / "new", "--count")
     output = capsys.readouterr().out
     found = sorted(path.name for path in (tmp_path / "new").iterdir())
@@ -410,8 +442,6 @@ def test_command_line(small_checkpoint, tmp_path, monkeypatch, capsys):
     assert all(name in output for name in (*found, "stage4", "projection_model"))
     with pytest.raises(SystemExit, match="error: .*small.safetensors is there already"):
         run(monkeypatch, small_checkpoint, "--format", "onnx", "safetensors", "--out", tmp_path / "new")
-    run(monkeypatch, small_checkpoint, "--format", "torchvision", "--out", f"{tmp_path}/v1.0/")
-    assert (tmp_path / "v1.0" / "small.torchvision.pt").is_file()
     with pytest.raises(SystemExit, match="is one file, but there are 2 formats: give a folder"):
         run(monkeypatch, small_checkpoint, "--format", "onnx", "safetensors", "--out", "a.pt")
     with pytest.raises(SystemExit, match="error: detectron2 has no encoder_arch='shufflenet"):
@@ -425,36 +455,50 @@ def test_command_line(small_checkpoint, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == found
 
 
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [
+        (None, "{beside}/small.onnx"),
+        ("new", "new/small.onnx"),
+        ("v1.0/", "v1.0/small.onnx"),
+        ("there.d", "there.d/small.onnx"),
+        ("model.onnx", "model.onnx"),
+    ],
+)
+def test_where_the_file_lies(out, expected, small_checkpoint):
+    Path("there.d").mkdir()
+    paths = export.targets(small_checkpoint, ["onnx"], out, publish=False, normalize=False)
+    assert paths == [Path(expected.format(beside=small_checkpoint.parent))]
+
+
 # ---- parameters and FLOPs ----
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vit_b_32", "densenet121", "mobilenet_v3_small"])
+@pytest.mark.parametrize("arch", ["resnet50", "vit_b_32", "mobilenet_v3_small"])
 def test_counts_are_those_of_torchvisions_tables(arch):
     """Which count the classifier, and a multiply-add as one (`_ops`, in units of 1e9 and rounded to 3 digits)."""
+    params = EncoderAndDataParams(encoder_arch=arch, transform_crop_size=224, dataset_name="imagenet")
     with torch.device("meta"):
-        made, width = get_encoder(encoder_params(arch))
-    parts = count.count(weights.Encoder(made, encoder_params(arch), None))
+        made, width = get_encoder(params)
+    parts = count.count(Encoder(made, params, Report("", "", 0, ())))
     table = next(iter(torchvision.models.get_model_weights(arch))).meta
     parameters, flops = sum(part.parameters for part in parts), sum(part.flops for part in parts)
-    assert parameters == table["num_params"] - 1000 * (width + 1)
-    assert flops / 2e9 + width * 1e-6 == pytest.approx(table["_ops"], abs=1e-3)
+    classifier = width * 1000
+    assert parameters == table["num_params"] - classifier - 1000
+    assert (flops / 2 + classifier) / 1e9 == pytest.approx(table["_ops"], abs=6e-4)
 
 
-def encoder_params(arch):
-    return weights.EncoderAndDataParams(encoder_arch=arch, transform_crop_size=224, dataset_name="imagenet")
-
-
-def test_parts_of_a_resnet_and_its_heads(tmp_path):
-    made = method("resnet18", 32, prediction_mlp_layers=2)
-    path = save(made, tmp_path / "parts.ckpt")
-    parts = {part.name: part.parameters for part in count.count(load_encoder(path))}
-    parts |= {part.name: part.parameters for part in count.heads(made.state_dict())}
-    model = made.model
-    expected = {"stem": [model.conv1, model.bn1], **{f"layer{i}": [getattr(model, f"layer{i}")] for i in (1, 2, 3, 4)}}
-    expected |= {name: [getattr(made, name)] for name in ("projection_model", "prediction_model")}
+def test_parts_of_a_resnet_and_its_heads(checkpoint):
+    content = torch.load(checkpoint)
+    method = SelfSupervisedMethod(content["hyper_parameters"])
+    method.load_state_dict(content["state_dict"])
+    parts = {part.name: part.parameters for part in count.count(load_encoder(checkpoint))}
+    parts |= {part.name: part.parameters for part in count.heads(method.state_dict())}
+    expected = {"stem": [method.model.conv1, method.model.bn1]}
+    expected |= {f"layer{i}": [getattr(method.model, f"layer{i}")] for i in (1, 2, 3, 4)}
+    expected |= {name: [getattr(method, name)] for name in ("projection_model", "prediction_model")}
     assert parts == {
         name: sum(p.numel() for module in modules for p in module.parameters()) for name, modules in expected.items()
     }
-    hidden, dim = made.params.mlp_hidden_dim, made.params.dim
-    flops = {part.name: part.flops for part in count.heads(made.state_dict())}
-    assert flops["prediction_model"] == 2 * 2 * hidden * dim
+    flops = {part.name: part.flops for part in count.heads(method.state_dict())}
+    assert flops["prediction_model"] == 2 * (16 * 32 + 32 * 16)
