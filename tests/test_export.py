@@ -80,9 +80,11 @@ def encoder():
 
     @cache
     def build(arch, size, channels=3):
-        own = {} if channels == 3 else {"in_channels": channels, "image_mean": [0.4], "image_std": [0.2]}
-        params = EncoderAndDataParams(encoder_arch=arch, transform_crop_size=size, dataset_name="cifar10", **own)
-        return Encoder(as_if_trained(get_encoder(params)[0]), params, Report("", "self_supervised", 0, ()))
+        own = {"in_channels": channels, "image_mean": [0.4] * channels, "image_std": [0.2] * channels}
+        params = EncoderAndDataParams(
+            encoder_arch=arch, transform_crop_size=size, dataset_name="cifar10", **(own if channels != 3 else {})
+        )
+        return Encoder(as_if_trained(get_encoder(params)[0]), params, Report("", "self_supervised", "", 0, ()))
 
     return build
 
@@ -480,7 +482,7 @@ def test_counts_are_those_of_torchvisions_tables(arch):
     params = EncoderAndDataParams(encoder_arch=arch, transform_crop_size=224, dataset_name="imagenet")
     with torch.device("meta"):
         made, width = get_encoder(params)
-    parts = count.count(Encoder(made, params, Report("", "", 0, ())))
+    parts = count.count(Encoder(made, params, Report("", "", "", 0, ())))
     table = next(iter(torchvision.models.get_model_weights(arch))).meta
     parameters, flops = sum(part.parameters for part in parts), sum(part.flops for part in parts)
     classifier = width * 1000
