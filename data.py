@@ -196,6 +196,12 @@ def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: 
     return ImageFiles(folder, params.dataset.channels, size, list(views), params.seed or 0, skip, find)
 
 
+def drops_last(wish: bool | None, n_images: int, size: int) -> bool:
+    """None: a last batch of a few images is dropped, because its batch statistics would harm a network in train mode,
+    but not one of at least half the images, and not the only one."""
+    return wish if wish is not None else n_images >= size and n_images % size < size / 2
+
+
 def get_loader(
     params: "EncoderAndDataParams", dataset: Dataset, training: bool, accumulated: int = 1, device: Any = "cpu"
 ) -> Loader:
@@ -204,7 +210,7 @@ def get_loader(
     Packed sets need no workers: reading a batch is one copy of memory. Class folders are shuffled for evaluation too:
     in their order, the first tenth of ImageNet (`limit_val_batches=0.1`) would be a tenth of the classes.
     """
-    packed, drop_last = isinstance(dataset, PackedImages), training and params.drop_last_batch
+    packed = isinstance(dataset, PackedImages)
     if params.data_on_device and not packed:
         raise ValueError(
             f"data_on_device=True is for packed sets, and {params.dataset_name} is of image files: leave it out"
@@ -213,10 +219,11 @@ def get_loader(
     if packed and (fits(dataset, device) if params.data_on_device is None else params.data_on_device):
         dataset = ImagesOnDevice(dataset, device)
     size, processes = batch_size(params, accumulated), ddp.world_size()
+    drop_last = training and drops_last(params.drop_last_batch, len(dataset) // processes, size)
     if drop_last and len(dataset) < size * processes:
         raise ValueError(
             f"{len(dataset)} images of {params.dataset_name} are fewer than one batch of {size} on each of {processes} "
-            f"processes: choose a smaller batch_size (or global_batch_size), or drop_last_batch=False"
+            f"processes: choose a smaller batch_size (or global_batch_size), or drop_last_batch=None"
         )
     shuffle = training or not packed
     return Loader(

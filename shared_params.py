@@ -40,7 +40,7 @@ class EncoderAndDataParams:
 
     # data loader parameters
     num_data_workers: int = non_negative(4, at_most=MOST_WORKERS)  # decode image files; packed sets need none
-    drop_last_batch: bool = True  # in training only
+    drop_last_batch: bool | None = True  # in training only; None: if it is less than half a batch, and not the only one
     pin_data_memory: bool = True
     data_on_device: bool | None = None  # packed sets as uint8; None: on a GPU, where they fit
     unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: use the next readable one, count, tell
