@@ -66,9 +66,9 @@ def from_torchvision(state: dict[str, Tensor]) -> Iterator[str]:
     yield from (*resnets, *ws_resnet.WS_RESNETS)
     if "layer1.0.conv1.weight" in state:  # which no others have
         return
-    trunk, token = any(key.startswith("trunk_output.") for key in state), "class_token" in state
-    for name in encoders.TORCHVISION:  # RegNets cannot be built without memory
-        if name not in resnets and name.startswith("regnet") == trunk and name.startswith("vit") == token:
+    token = "class_token" in state
+    for name in encoders.TORCHVISION:  # RegNets must be named: they cannot be built without their memory, up to 2.6 GB
+        if name not in resnets and not name.startswith("regnet") and name.startswith("vit") == token:
             yield name
 
 
