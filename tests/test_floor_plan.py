@@ -28,7 +28,8 @@ FLOORS = [
     ["data"],
     ["shared_params", "stage"],
     ["model_params", "weights"],
-    ["moco", "linear_classifier"],
+    ["moco", "linear_classifier", "run_options", "milestones", "gradient_norms", "run_folder"],
+    ["command_line", "dry_run", "progress"],
     ["demo", "train", "train_blog"],
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
