@@ -32,7 +32,10 @@ class Stop(pl.Callback):
     """Ends the training after two optimizer steps, and times the second, in which everything is warm."""
 
     def __init__(self) -> None:
-        self.times: dict[int, float] = {}
+        self.times: dict[int, float] = {}  # at the end of each optimizer step
+
+    def on_train_start(self, *_: Any) -> None:
+        self.times[0] = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if trainer.strategy.root_device.type == "cuda":
@@ -42,7 +45,8 @@ class Stop(pl.Callback):
 
     @property
     def seconds_per_step(self) -> float:
-        return self.times[STEPS] - self.times[STEPS - 1]
+        *_, before, last = self.times.values()
+        return last - before
 
 
 def run(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Trainer]) -> SelfSupervisedMethod:
@@ -90,13 +94,9 @@ def parts(model: SelfSupervisedMethod) -> Table:
 
 def layers(part: nn.Module) -> str:
     """The linear layers of a head: 512 -> 2048 -> 128."""
-    linear = [layer for layer in part.modules() if hasattr(layer, "in_features")]
-    return (
-        " -> ".join(str(width) for width in [linear[0].in_features, *(one.out_features for one in linear)])
-        * bool(linear)
-        if linear
-        else type(part).__name__
-    )
+    linear = [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
+    widths = [layer.in_features for layer in linear[:1]] + [layer.out_features for layer in linear]
+    return " -> ".join(map(str, widths)) or type(part).__name__
 
 
 @torch.no_grad()
@@ -139,11 +139,7 @@ def plan(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: flo
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     rows = {
         "images": f"{p.dataset_name}: {', '.join(sizes)}; {p.channels} x {p.crop_size} x {p.crop_size}",
-        "batch": f"{plan.batch_size} on each process x {plan.processes} processes x {plan.accumulated} accumulated = "
-        f"{plan.global_batch_size} in one optimizer step",
-        "learning rate": f"{plan.lr:.4g} at its highest, {plan.warmup_steps:g} steps of warm-up, "
-        f"{p.final_lr_schedule_value:g} at the end",
-        "length": f"{plan.steps:,} steps, {plan.steps_per_epoch:,} an epoch",
+        **dict(zip(("batch", "length", "learning rate"), str(plan).split("; "), strict=True)),
         "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
         "memory": peak_memory(trainer.strategy.root_device),
         "time": f"{seconds_per_step:.3g} s a step, {epoch} an epoch without evaluation (by step {STEPS} alone)",

@@ -24,32 +24,32 @@ class Best(pl.Callback):
         self.name, _, given = wanted.partition(":")
         self.sign = -1 if given == "min" or (not given and lowest_is_best(self.name)) else 1
         self.path, self.best = Path(folder) / f"best_{self.name}.ckpt", None
-        self.was_logged = False
+        self.seen: set[str] = set()
 
     @property
     def state_key(self) -> str:
         return f"Best{{{self.name}}}"
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen |= set(trainer.callback_metrics)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        value = figures.get(self.name)
-        self.was_logged |= value is not None
+        self.seen |= set(trainer.callback_metrics)
+        if self.name not in self.seen and trainer.current_epoch + 1 >= pl_module.params.evaluate_every_n_epochs:
+            raise ValueError(f"save_best={self.name!r} is not logged: choose one of {', '.join(sorted(self.seen))}")
+        value = trainer.callback_metrics.get(self.name)
+        value = None if value is None else float(value)
         is_better = value is not None and (self.best is None or self.sign * value > self.sign * self.best)
         if ddp.on_rank_zero(lambda: is_better):  # figures of a training step differ between processes
             self.best = value
             trainer.save_checkpoint(self.path, weights_only=False)
             rank_zero_info(f"{self.path.name}: {self.name} {value:.5g} after epoch {trainer.current_epoch}")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.was_logged:
-            known = ", ".join(sorted(trainer.callback_metrics))
-            raise ValueError(f"save_best={self.name!r} was never logged: choose one of {known}")
-
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "was_logged": self.was_logged}
+        return {"best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.was_logged = state["best"], state["was_logged"]
+        self.best = state["best"]
 
 
 def lowest_is_best(name: str) -> bool:

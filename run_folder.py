@@ -37,8 +37,12 @@ LOG_SOURCES = ("", "pytorch_lightning", "lightning_fabric")  # Lightning's logge
 
 @rank_zero_only
 def begin(out: Path, config: str, command: Sequence[str]) -> None:
-    """Start or go on with a run: config.yaml, command.txt and run.json."""
+    """Start or go on with a run: config.yaml, command.txt and run.json. Other settings than before are named."""
     (out / "splits").mkdir(parents=True, exist_ok=True)
+    old, new = settings(out), yaml.safe_load(config)
+    changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old and old.get(name) != new.get(name)]
+    if changed:
+        say(f"{out} goes on with other settings: {', '.join(changed)}")
     write(out / "config.yaml", config)
     commands, starts = out / "command.txt", out / "run.json"
     before = commands.read_text() if commands.is_file() else ""
@@ -93,6 +97,7 @@ def logged(path: Path) -> Iterator[None]:
     if rank_zero_only.rank != 0:
         yield
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     sources, show = [logging.getLogger(name) for name in LOG_SOURCES], warnings.showwarning
@@ -106,7 +111,7 @@ def logged(path: Path) -> Iterator[None]:
     warnings.showwarning = show_and_log
     try:
         yield
-    except BaseException:
+    except Exception:
         log(handler, traceback.format_exc())
         raise
     finally:

@@ -111,8 +111,8 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
     if options.resume and (out / "results.json").is_file():
         results = json.loads((out / "results.json").read_text()) | results
     model = SelfSupervisedMethod(params)
-    run_folder.begin(out, command_line.to_yaml(preset, options, model.params), sys.argv)
     with run_folder.logged(out / "log.txt"):
+        run_folder.begin(out, command_line.to_yaml(preset, options, model.params), sys.argv)
         pretrain(model, out, options, results)
         if options.linear_epochs:
             train_classifier(out, options, params.seed, results)
