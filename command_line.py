@@ -132,7 +132,7 @@ def meant(name: str, names: Sequence[str] | None = None, start: str = "--") -> s
     alike = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     initials = "".join(word[0] for word in name.lower().split("_") if word)
     short = [known for known in names if initials in known.lower().split("_")]
-    found = (alike or sorted(short, key=lambda known: not known.lower().startswith(initials)))[:3]
+    found = (alike or sorted(short, key=lambda known: (not known.lower().startswith(initials), len(known))))[:3]
     return f" Did you mean {', '.join(start + one for one in found)}?" if found else " --help lists all"
 
 

@@ -37,7 +37,7 @@ class Progress(RichProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
         now = time.monotonic()
-        took, self.batch_ended = now - (self.batch_ended or now), now
+        took, self.batch_ended = now - self.batch_ended, now
         before = took if self.seconds_per_batch is None else self.seconds_per_batch
         self.seconds_per_batch = before + SMOOTHING * (took - before)
         since, first_step = self.begun

@@ -40,7 +40,7 @@ class RunOptions:
     linear_lr: float = positive(30.0)  # meant for 256 images in one optimizer step
 
     # the Trainer
-    precision: str = choice("32-true", ("32-true", "16-mixed", "bf16-mixed"))
+    precision: str = choice("32-true", ("32-true", "16-mixed", "bf16-mixed"))  # of numbers: mixed, for GPUs
     devices: int | str | list[int] = "auto"  # how many, or which
     num_nodes: int = positive(1)  # machines
     strategy: str = "auto"  # ddp, ddp_find_unused_parameters_true, fsdp, ...
