@@ -152,6 +152,15 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
     return output.shape[1]
 
 
+def check_small_views(encoder: nn.Module, width: int, channels: int, crop_size: int, sizes: set[int]) -> None:
+    """Raise ValueError unless the encoder makes E numbers of views of all sizes, and not only of crop_size pixels."""
+    for size in sizes - {crop_size}:
+        name = f"transform_small_crop_size={size} needs an encoder for several sizes (a ResNet) or the size {crop_size}"
+        found = measured_width(encoder, torch.zeros(1, channels, size, size), f"{name}: this one")
+        if found != width:
+            raise ValueError(f"{name}: this one makes {found} numbers of small views, but {width} of large ones")
+
+
 def load_weights(encoder: nn.Module, path: Path) -> None:
     """A file with the encoder's state dict, with or without a classifier; everything else must match."""
     state = safe_load(path)

@@ -19,7 +19,7 @@ import evaluation
 import losses
 import optimizers
 import schedules
-from encoders import get_encoder
+from encoders import check_small_views, get_encoder
 from fields import plain
 from heads import MLP
 from key_queue import KeyQueue
@@ -48,6 +48,8 @@ class SelfSupervisedMethod(Stage):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
+            sizes = {view.crop_size for view in p.views}
+            check_small_views(self.model, width, p.channels, p.crop_size, sizes)
             norm, standardize = p.mlp_normalization, p.use_mlp_weight_standardization
             self.projection_model = MLP(width, p.mlp_hidden_dim, p.dim, p.projection_mlp_layers, norm, standardize)
             norm = norm if p.prediction_mlp_normalization == "same" else p.prediction_mlp_normalization
@@ -56,7 +58,7 @@ class SelfSupervisedMethod(Stage):
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
-                copy.deepcopy(self).encode(torch.zeros(1, p.channels, p.crop_size, p.crop_size))
+                copy.deepcopy(self).encode(torch.zeros(1, p.channels, min(sizes), min(sizes)))
         # All processes push the same keys: DDP need not send 4 K dim bytes at every forward.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
@@ -101,7 +103,7 @@ class SelfSupervisedMethod(Stage):
         p, (views, _) = self.params, batch  # the labels are for evaluation only
         if len(views) < p.n_views:
             raise ValueError(
-                f"the loader yields {len(views)} float view of each image, but {p.n_views} are needed: yield a list of "
+                f"the loader yields {len(views)} of the {p.n_views} float views needed of each image: yield a list of "
                 "views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
         query_views, key_views = map(set, zip(*p.pairs, strict=True))
@@ -120,7 +122,7 @@ class SelfSupervisedMethod(Stage):
                 z, q = online[i]
                 per_pair.append({**losses.cosines(z, keys[j]), **loss_of(q, keys[j], queue)})
         scalars = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
-        loss = scalars.pop("loss") * len(p.pairs) * p.loss_constant_factor  # a sum over pairs, as in BYOL and SimCLR
+        loss = scalars.pop("loss") * p.loss_factor
         if self.queue is not None:
             new_keys = [keys[j].detach() for j in sorted(key_views)]  # gathered view by view: in one process's order
             self.new_keys = [k if p.gather_keys_for_queue is False else ddp.gather(k) for k in new_keys]
@@ -161,7 +163,7 @@ class SelfSupervisedMethod(Stage):
 
     def train_dataloader(self):
         self.trains_on_own_data, p = True, self.params
-        dataset = data.get_dataset(p, p.dataset.pretraining_splits, augmentations.view_settings(p))
+        dataset = data.get_dataset(p, p.dataset.pretraining_splits, p.views)
         return self.loader(dataset, training=True)
 
     def val_dataloader(self) -> list:

@@ -27,9 +27,9 @@ FLOORS = [
     ["augmentations"],
     ["image_files"],
     ["data"],
-    ["shared_params", "stage"],
+    ["shared_params", "view_params", "stage"],
     ["model_params", "weights"],
-    ["moco", "linear_classifier", "run_options", "milestones", "gradient_norms", "run_folder"],
+    ["moco", "linear_classifier", "run_options", "milestones", "gradient_norms", "run_folder", "preview"],
     ["command_line", "dry_run", "progress"],
     ["demo", "train", "train_blog"],
 ]
