@@ -113,11 +113,10 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = str(ex or message)
-        for start, end in (("unrecognized arguments: ", None), ("Unrecognized arguments: ", None), ("Option '", "'")):
-            if message.startswith(start):
-                given = message.removeprefix(start).split(end)[0].split("=")[0]
-                name = given.lstrip("-")
-                message = f"unknown {'option --' if end or given != name else 'argument '}{name}.{meant(name)}"
+        if message.lower().startswith("unrecognized arguments: "):
+            given = message.split(": ")[1].split()[0].split("=")[0]
+            name = given.lstrip("-")
+            message = f"unknown {'argument' if given == name else 'option'} {given}.{meant(name)}"
         fail(" ".join(message.split()))
 
 
@@ -126,9 +125,13 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def known_names() -> tuple[str, ...]:
+    return *NAMES, *(attribute.name for attribute in attrs.fields(ModelParams))
+
+
 def meant(name: str, names: Sequence[str] | None = None, start: str = "--") -> str:
     """' Did you mean --lr?': names that are spelt alike, or that have its initials (learning_rate: lr) as a word."""
-    names = names or (*NAMES, *(attribute.name for attribute in attrs.fields(ModelParams)))
+    names = names or known_names()
     alike = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     initials = "".join(word[0] for word in name.lower().split("_") if word)
     short = [known for known in names if initials in known.lower().split("_")]
@@ -216,7 +219,11 @@ def preset_of(given: str | None, config: list[str]) -> str:
         if not path.is_file():
             fail(f"config={path} is no file")
         content = from_yaml(path.read_text())
-        written = content.get("preset") if isinstance(content, dict) else fail(f"config={path} holds no settings")
+        if not isinstance(content, dict):
+            fail(f"config={path} holds no settings")
+        for name in set(content) - {"preset", *known_names()}:
+            fail(f"{path}: unknown setting {name}.{meant(name)}")
+        written = content.get("preset")
     if given and written and given != written:
         fail(f"preset={given} contradicts {written} in {config[-1]}: leave one of them out")
     preset = given or written or fail(f"which preset? choose one of {', '.join(PRESETS)}")

@@ -7,6 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 import run_folder
@@ -71,7 +72,7 @@ class Status(ProgressColumn):
     """Speed and time left, beside the bar of the training."""
 
     def __init__(self, bar: Progress):
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self.bar = bar
 
     def render(self, task: Task) -> Text:

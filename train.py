@@ -20,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 import checkpoints
 import command_line
 import dry_run
+import preview
 import run_folder
 from gradient_norms import GradientNorms
 from linear_classifier import LinearClassifierMethod
@@ -131,8 +132,6 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
     if options.print_config:
         print(command_line.to_yaml(preset, options, params), end="")
     elif options.preview:
-        import preview
-
         print(preview.write(params, options.preview))
     elif options.dry_run:
         dry_run.run(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))

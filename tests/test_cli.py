@@ -154,7 +154,7 @@ def test_options_win_over_the_file_wherever_they_stand_and_the_preset_fills_what
         assert parse(line)[2] == PRESETS["sce"](lr=0.5, T=0.3)
     assert "preset=byol contradicts sce" in refused(f"byol --config {path}", capsys)
     path.write_text("preset: sce\nlearning_rate: 0.25\n")
-    assert "unknown option --learning_rate. Did you mean --lr" in refused(f"--config {path}", capsys)
+    assert "run.yaml: unknown setting learning_rate. Did you mean --lr" in refused(f"--config {path}", capsys)
 
 
 def test_print_config_prints_what_config_reads_and_leaves_nothing(monkeypatch, capsys, tmp_path):
