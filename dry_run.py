@@ -63,7 +63,7 @@ def run(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Trainer]) ->
     trainer = make_trainer([stop, watch])
     trainer.fit(model)
     if trainer.is_global_zero:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False)
         for table in (parts(model), groups(model, trainer), plan(model, trainer, stop.seconds_per_step)):
             console.print(table)
     return model
@@ -86,7 +86,7 @@ def parts(model: SelfSupervisedMethod) -> Table:
         kind = p.encoder_arch if name in ("model", "lagging_model") else layers(part)
         count = sum(weight.numel() for weight in part.parameters())
         trained = any(weight.requires_grad for weight in part.parameters())
-        says = "yes" if trained else "no" if name == "queue" else "follows the trained one"
+        says = "yes" if trained else "no" if name == "queue" else "lags"
         shape = f"[{p.K}, {p.dim}]" if name == "queue" else outputs[name]
         made.add_row(NAMES.get(name, name), kind, shape, f"{count:,}", says)
     return made
@@ -142,8 +142,8 @@ def plan(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: flo
         **dict(zip(("batch", "length", "learning rate"), str(plan).split("; "), strict=True)),
         "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
         "memory": peak_memory(trainer.strategy.root_device),
-        "time": f"{seconds_per_step:.3g} s a step, {epoch} an epoch without evaluation (by step {STEPS} alone)",
-        "loss": f"{scores['step_train_loss']:.4g} at step {STEPS}",
+        "time": f"{seconds_per_step:.3g} s a step, {epoch} an epoch without evaluation (by the last step alone)",
+        "loss": f"{scores['step_train_loss']:.4g} at step {trainer.global_step}",
     }
     for name, value in rows.items():
         made.add_row(name, value)

@@ -179,7 +179,7 @@ def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch,
     count = sum(weight.numel() for weight in model.model.parameters())
     assert cells["encoder"] == ["shufflenet_v2_x0_5", "[N, 1024]", f"{count:,}", "yes"]
     assert cells["predictor"] == ["16 -> 32 -> 16", "[N, 16]", f"{16 * 32 + 32 + 2 * 32 + 32 * 16 + 16:,}", "yes"]
-    assert cells["lagging encoder"][2:] == [f"{count:,}", "follows the trained one"]
+    assert cells["lagging encoder"][2:] == [f"{count:,}", "lags"]
     for group, decay in zip(model.parameter_groups(), ("0.0001", "0.0"), strict=True):
         name, total = next(iter(group)), sum(weight.numel() for weight in group.values())
         assert cells[str(len(group))][:3] == [f"{total:,}", name, decay]
@@ -309,7 +309,8 @@ def test_compare_shows_exactly_what_differs_and_joins_seeds(run, tmp_path, capsy
     monkeypatch.setenv("COLUMNS", "120")
     compare.main()
     mean, deviation = statistics.mean((50, 53, 59)), statistics.stdev((50, 53, 59))
-    assert f"{mean:.4g} ± {deviation:.2g} (3)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{mean:.4g} ± {deviation:.2g} (3)" in shown and "[1.0, 0.5]" in shown
 
 
 def test_compare_refuses_what_is_no_run(tmp_path):

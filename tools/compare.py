@@ -8,6 +8,7 @@ Runs of the same settings but for the seed are one column: mean ± standard devi
 import argparse
 import csv
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def read(folder: str | Path) -> Run:
     if not settings:
         raise ValueError(f"{folder} is no run of train.py: it holds no config.yaml")
     last = json.loads(starts.read_text())[-1] if starts.is_file() else {}
-    where = {name: last.get(name) for name in ("git", "machine", "gpus")}
+    where = {name: last.get(name) for name in ("machine", "gpus")}
+    where["git"] = re.sub(r"(?<=^.{10})[0-9a-f]{30}", "", last.get("git") or "none")  # as git shortens it
     versions = {f"{name} version": number for name, number in last.get("versions", {}).items()}
     return Run(folder, settings, {**where, **versions}, results(folder))
 
@@ -95,10 +97,14 @@ def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[Row]]:
 
 
 def differing(kind: str, columns: list[list[dict[str, Any]]]) -> list[Row]:
-    """A group's value is that of its runs; the different ones joined, where there are several."""
+    """A group's value is that of its runs; the different ones joined, where there are several; "-" where there is none,
+    as in a run of an older version."""
     rows = []
     for name in dict.fromkeys(name for column in columns for values in column for name in values):
-        shown = [", ".join(dict.fromkeys(text(values.get(name)) for values in column)) for column in columns]
+        shown = [
+            ", ".join(dict.fromkeys(text(values[name]) if name in values else "-" for values in column))
+            for column in columns
+        ]
         if len(set(shown)) > 1:
             rows.append(Row(kind, name, tuple(shown)))
     return rows
@@ -115,7 +121,7 @@ def in_figures(numbers: list[float] | None) -> str:
 
 def table(columns: list[list[Run]], rows: list[Row]) -> Table:
     made = Table(caption="mean ± standard deviation (runs)" if any(len(column) > 1 for column in columns) else None)
-    made.add_column("")
+    made.add_column("", no_wrap=True)
     for column in columns:
         made.add_column(" ".join(run.folder.name for run in column), overflow="fold")
     for before, row in zip([None, *rows], rows, strict=False):
@@ -129,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     try:
-        Console(highlight=False).print(table(*compare(parser.parse_args().runs)))
+        Console(highlight=False, markup=False).print(table(*compare(parser.parse_args().runs)))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 
