@@ -150,8 +150,8 @@ def augment(
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
-    """Gray images, repeated for an encoder of more channels."""
-    return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images
+    """Gray images, repeated for an encoder of colours."""
+    return images.expand(-1, channels, -1, -1) if (images.shape[1], channels) == (1, 3) else images
 
 
 def make_normalized_view(images: Tensor, matrix: Tensor, view: View, cropped: bool, mean: tuple, std: tuple) -> Tensor:

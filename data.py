@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import ddp
+import voc
 from augmentations import View
-from image_files import ImageFiles
+from image_files import ImageFiles, Sample, class_folders
 from loader import Loader, Share
 from optimizers import batch_size
 from packed_images import ImagesOnDevice, PackedImages, fits, is_there, pack
@@ -68,8 +69,21 @@ def read_stl10() -> Arrays:
 
 
 @frozen
+class Files:
+    """How the images of a split are found where they stay files."""
+
+    are_there: Callable[[Path], bool]
+    samples: Callable[[Path], list[Sample]]
+    layout: str  # for the error where they are not there
+
+
+CLASS_FOLDERS = Files(Path.is_dir, class_folders, "with one folder of images per class")
+VOC_LISTS = Files(voc.is_there, voc.samples, "in VOCdevkit/VOC2007 beside it, with JPEGImages and ImageSets/Main")
+
+
+@frozen
 class DatasetInfo:
-    """`read` is None where the images stay files in class folders. Splits are folders below `$DATA_PATH/<name>`."""
+    """`read` is None where the images stay files. Splits are folders (or lists) below `$DATA_PATH/<name>`."""
 
     crop_size: int
     n_classes: int
@@ -79,6 +93,8 @@ class DatasetInfo:
     pretraining_splits: tuple[str, ...] = ("train",)
     train_splits: tuple[str, ...] = ("train",)  # labelled
     test_splits: tuple[str, ...] = ("test",)
+    files: Files = CLASS_FOLDERS  # where read is None
+    many_labels: bool = False  # of an image: presences [K] of all classes, 1, -1 or 0, and not one class
     view: View = field(factory=View)  # training views, where the settings do not say otherwise
 
     @property
@@ -105,6 +121,17 @@ DATASETS = {
         pretraining_splits=("train", "unlabeled"),
     ),
     "imagenet": DatasetInfo(224, 1000, IMAGENET_MEAN, IMAGENET_STD, read=None, test_splits=("val",)),
+    "voc07": DatasetInfo(
+        224,
+        20,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        read=None,
+        pretraining_splits=("trainval",),
+        train_splits=("trainval",),
+        files=VOC_LISTS,
+        many_labels=True,
+    ),
 }
 
 
@@ -125,14 +152,14 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
     if data_path().is_file():
         raise ValueError(f"DATA_PATH={data_path()} is a file: it must be the folder of the data sets")
     splits = sorted(splits or {*info.pretraining_splits, *info.train_splits, *info.test_splits})
-    there = Path.is_dir if info.read is None else is_there
+    there = info.files.are_there if info.read is None else is_there
     missing = [folder / split for split in splits if not there(folder / split)]
     if not missing:
         return
     wanted = f"{name} was looked for in {', '.join(map(str, missing))}"
     if info.read is None:
         way_out = "put it there, or set the environment variable DATA_PATH to the folder above."
-        raise FileNotFoundError(f"{wanted}, each with one folder of images per class, and is not there: {way_out}")
+        raise FileNotFoundError(f"{wanted}, each {info.files.layout}, and is not there: {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         missing = [path for path in missing if not is_there(path)]  # others may have packed it meanwhile
@@ -165,7 +192,8 @@ def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: 
         return PackedImages(folders)
     (folder,) = folders
     skip = params.unreadable_images == "skip"
-    return ImageFiles(folder, params.dataset.channels, params.crop_size, list(views), params.seed or 0, skip)
+    size, find = params.crop_size, params.dataset.files.samples
+    return ImageFiles(folder, params.dataset.channels, size, list(views), params.seed or 0, skip, find)
 
 
 def get_loader(

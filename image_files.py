@@ -1,8 +1,10 @@
 """Class folders of image files, decoded and cropped in the loader's workers, because their sizes differ."""
 
+import copy
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,21 @@ from augmentations import View, draw_crops, generator
 
 MOST_WORKERS = 1024
 MARGIN = 1.25  # of a crop at a reduced scale over its view, see ImageFiles
+Sample = tuple[str, int | np.ndarray]  # path; class, or presences of all classes
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
+def class_folders(split: Path) -> list[Sample]:
+    """Raises ValueError without images, or for a class without images."""
+    try:
+        return ImageFolder(str(split)).samples
+    except FileNotFoundError as error:
+        raise ValueError(f"{split} must hold one folder of images per class: {error}") from error
+
+
 class ImageFiles(Dataset):
-    """Class folders of image files. With views: one random resized crop a view, drawn from (seed, epoch, image).
-    Without: the central square, after the shorter side was resized to 8/7 of `size`.
+    """Image files, by default in class folders. With views: one random resized crop a view, drawn from (seed, epoch,
+    image). Without: the central square, after the shorter side was resized to 8/7 of `size`.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every crop then still has 1.25 times the pixels of its view a
     side (with views of 224, all crops have at least 560). That changes the views in two ways: the highest frequencies
@@ -32,27 +43,46 @@ class ImageFiles(Dataset):
 
     Args:
         skip_unreadable: take the next readable image in place of one that cannot be read, instead of stopping.
+        samples: finds the images of a split, and their labels.
 
     Raises:
         ValueError: no images; a class without images; when indexed, an image that cannot be read. Names the path.
     """
 
     def __init__(
-        self, folder: Path, channels: int, size: int, views: list[View], seed: int, skip_unreadable: bool = False
+        self,
+        split: Path,
+        channels: int,
+        size: int,
+        views: list[View],
+        seed: int,
+        skip_unreadable: bool = False,
+        samples: Callable[[Path], list[Sample]] = class_folders,
     ):
-        try:
-            self.files = ImageFolder(str(folder)).samples
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} must hold one folder of images per class: {error}") from error
+        self.files = samples(split)
         self.channels, self.size, self.views, self.seed = channels, size, views, seed
         self.epoch = 0
         self.skip_unreadable = skip_unreadable
-        # Shared with the workers: which files could not be read, and which one each worker (by process) read last.
+        self.share()
+
+    def share(self) -> None:
+        """With the workers: which files could not be read, and which one each worker (by process) read last."""
         self.unreadable = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
         self.reading = torch.full((MOST_WORKERS, 2), -1).share_memory_()
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.array([label for _, label in self.files])
+
+    def subset(self, indices: np.ndarray) -> "ImageFiles":
+        """These images alone."""
+        part = copy.copy(self)
+        part.files = [self.files[i] for i in indices]
+        part.share()
+        return part
 
     def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
         (image, boxes), index = self.readable(index)
@@ -170,9 +200,9 @@ def resized_crop(pixels: Tensor, box: Box, size: int) -> Tensor:
     return interpolate(crop, (size, size), mode="bilinear", antialias=True)[0].contiguous()
 
 
-def central_square(image: Image.Image, size: int) -> Tensor:
-    """[C, size, size]: the middle of an image whose shorter side was resized to 8/7 of `size`."""
-    side = min(image.size) * 7 / 8
+def central_square(image: Image.Image, size: int, part: float = 7 / 8) -> Tensor:
+    """[C, size, size]: the square in the middle of an image, of `part` of its shorter side."""
+    side = min(image.size) * part
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
     pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=box))

@@ -19,14 +19,14 @@ import evaluation
 import losses
 import optimizers
 import schedules
-from encoders import check_small_views, get_encoder
+from encoders import check_small_views, get_encoder, source_of_weights
 from fields import plain
 from heads import MLP
 from key_queue import KeyQueue
 from lars import parameter_groups
 from model_params import ModelParams
 from shared_params import resolve
-from stage import Stage
+from stage import Stage, one_image_explained
 
 
 class SelfSupervisedMethod(Stage):
@@ -64,6 +64,7 @@ class SelfSupervisedMethod(Stage):
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
+        self.started_from = source_of_weights(p)
         self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
@@ -75,14 +76,9 @@ class SelfSupervisedMethod(Stage):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One view -> z and q, [N, D] each."""
-        try:
+        with one_image_explained(x):
             z = self.projection_model(self.model(x))
             return self.on_sphere(z), self.on_sphere(self.prediction_model(z))
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            way_out = "choose a larger batch_size, or drop_last_batch=True if it is the last one"
-            raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error
 
     @torch.no_grad()
     def encode_lagging(self, x: Tensor, batch_idx: int) -> Tensor:
@@ -206,9 +202,13 @@ class SelfSupervisedMethod(Stage):
 
     # ---- checkpoints ----
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """`encoder_weights` is not kept, lest they be loaded again; what they were is."""
+        checkpoint["started_from"] = self.started_from
+
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """The original kept the queue as dim x K in `queue`, and the position in `queue_ptr`."""
-        state = checkpoint["state_dict"]
+        self.started_from, state = checkpoint.get("started_from"), checkpoint["state_dict"]
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())

@@ -15,13 +15,11 @@ import logging
 import os
 import platform
 import shlex
-import subprocess
 import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,8 @@ from pytorch_lightning import loggers
 from pytorch_lightning.utilities import rank_zero_only
 from rich.text import Text
 
-PACKAGES = ("torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy", "numba", "attrs")
+from results import versions, write_whole
+
 LOG_SOURCES = ("", "pytorch_lightning", "lightning_fabric")  # Lightning's loggers hand nothing on to the root
 
 
@@ -43,19 +42,12 @@ def begin(out: Path, config: str, command: Sequence[str]) -> None:
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old and old.get(name) != new.get(name)]
     if changed:
         say(f"{out} goes on with other settings: {', '.join(changed)}")
-    write(out / "config.yaml", config)
+    write_whole(out / "config.yaml", config)
     commands, starts = out / "command.txt", out / "run.json"
     before = commands.read_text() if commands.is_file() else ""
-    write(commands, before + shlex.join(["python", *command]) + "\n")
+    write_whole(commands, before + shlex.join(["python", *command]) + "\n")
     earlier = json.loads(starts.read_text()) if starts.is_file() else []
-    write(starts, json.dumps([*earlier, circumstances()], indent=2))
-
-
-def write(path: Path, content: str) -> None:
-    """The whole file or none."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(content)
-    os.replace(unfinished, path)
+    write_whole(starts, json.dumps([*earlier, circumstances()], indent=2))
 
 
 def settings(out: Path) -> dict[str, Any]:
@@ -68,24 +60,10 @@ def circumstances() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "git": git_commit(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "gpus": gpus,
     }
-
-
-def git_commit() -> str | None:
-    """Of this code; with '+changes' where files that git knows were changed; None outside a repository."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 # ---- log.txt ----

@@ -28,6 +28,7 @@ from milestones import Best, EveryNEpochs
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from progress import Progress
+from results import write_whole
 from run_options import RunOptions
 
 
@@ -75,7 +76,7 @@ def score(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
 
 @rank_zero_only
 def write(out: Path, results: dict[str, Any]) -> None:
-    run_folder.write(out / "results.json", json.dumps(results, indent=2))
+    write_whole(out / "results.json", json.dumps(results, indent=2))
 
 
 def pretrain(model: SelfSupervisedMethod, out: Path, options: RunOptions, results: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from rich.table import Table
 import run_folder
 from command_line import text
 from milestones import lowest_is_best
+from tools.commands import in_words
 
 LAST = "step_train_loss"  # of metrics.csv; of what is in results.json the last is there
 
@@ -57,8 +58,9 @@ def read(folder: str | Path) -> Run:
         raise ValueError(f"{folder} is no run of train.py: it holds no config.yaml")
     last = json.loads(starts.read_text())[-1] if starts.is_file() else {}
     where = {name: last.get(name) for name in ("machine", "gpus")}
-    where["git"] = re.sub(r"(?<=^.{10})[0-9a-f]{30}", "", last.get("git") or "none")  # as git shortens it
-    versions = {f"{name} version": number for name, number in last.get("versions", {}).items()}
+    versions = {f"{name} version": number for name, number in last.get("versions", {}).items() if name != "commit"}
+    commit = last.get("versions", {}).get("commit") or "none"
+    where["commit"] = re.sub(r"(?<=^.{10})[0-9a-f]{30}", "", commit)  # as git shortens it
     return Run(folder, settings, {**where, **versions}, results(folder))
 
 
@@ -134,10 +136,8 @@ def table(columns: list[list[Run]], rows: list[Row]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    try:
+    with in_words():
         Console(highlight=False, markup=False).print(table(*compare(parser.parse_args().runs)))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":
