@@ -59,11 +59,11 @@ class Results:
         self.write()
 
     def content(self) -> dict[str, Any]:
-        return {"config": self.config, "summary": summary(self.runs), "runs": self.runs}
+        return without_nan({"config": self.config, "summary": summary(self.runs), "runs": self.runs})
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(self.content(), indent=2) + "\n")
+        write_whole(self.path, json.dumps(self.content(), indent=2, allow_nan=False) + "\n")
         write_whole(self.folder / "results.md", self.markdown())
 
     def markdown(self) -> str:
@@ -79,9 +79,20 @@ class Results:
 def read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
+        for run in found["runs"]:
+            run["scores"] = {name: math.nan if value is None else value for name, value in run["scores"].items()}
         return {"runs": found["runs"], "config": found["config"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what evaluate.py writes ({error}): move it away, or use --fresh") from error
+
+
+def without_nan(content: Any) -> Any:
+    """None in its place, for JSON does not know it."""
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -126,7 +137,7 @@ def cell(found: dict[str, dict], metric: str) -> str:
     mean, drawn = found[metric]["mean"], found.get(f"{metric}{DRAWN}", {}).get("mean")
     deviation = found[metric].get("std", drawn)
     if math.isnan(mean):
-        return "diverged"
+        return "not finite"
     return number(mean) + (f" ± {number(deviation)}" if deviation is not None else "")
 
 
