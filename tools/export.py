@@ -25,9 +25,9 @@ from torch import nn
 from checkpoints import sync_folder
 from shared_params import EncoderAndDataParams
 from tools import count
+from tools.commands import add_fields
 from tools.formats import FORMATS, Normalized
 from tools.verify import samples, verified
-from train import value
 from weights import Encoder, load_encoder
 
 FACTS = (
@@ -190,8 +190,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--normalize", action="store_true", help="programs take values from 0 to 1")
     parser.add_argument("--count", action="store_true", help="print parameters and FLOPs of each part")
     fields = parser.add_argument_group("where the file does not say (fields of EncoderAndDataParams)")
-    for name in FACTS:
-        fields.add_argument(f"--{name}", type=value, default=argparse.SUPPRESS, metavar="VALUE")
+    add_fields(fields, FACTS)
     args = parser.parse_args()
     if not args.format and not args.count:
         parser.error("say --format, or --count")
