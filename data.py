@@ -26,6 +26,7 @@ from image_files import ImageFiles
 from loader import Loader, Share
 from optimizers import batch_size
 from packed_images import ImagesOnDevice, PackedImages, fits, is_there, pack
+from video_files import get_videos, list_file
 
 if TYPE_CHECKING:
     from model_params import EncoderAndDataParams
@@ -80,15 +81,25 @@ class DatasetInfo:
     train_splits: tuple[str, ...] = ("train",)  # labelled
     test_splits: tuple[str, ...] = ("test",)
     view: View = field(factory=View)  # training views, where the settings do not say otherwise
+    of_videos: bool = False
 
     @property
     def channels(self) -> int:
         return len(self.mean)
 
+    @property
+    def kind(self) -> str:
+        return "video" if self.of_videos else "image"
+
+    def has(self, split: Path) -> bool:
+        """Whether a split of this data set is there. Of videos, a list will do."""
+        return is_there(split) if self.read else split.is_dir() or (self.of_videos and list_file(split).is_file())
+
 
 DIGIT_VIEW = View(  # a mirrored digit is another one, and has no colour; blurred at 8 x 8 it is a spot
     crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.0
 )
+CLIP_VIEW = View(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for video: the area of CVRL's crops
 CIFAR10, CIFAR100 = torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -105,6 +116,9 @@ DATASETS = {
         pretraining_splits=("train", "unlabeled"),
     ),
     "imagenet": DatasetInfo(224, 1000, IMAGENET_MEAN, IMAGENET_STD, read=None, test_splits=("val",)),
+    "kinetics": DatasetInfo(
+        224, 400, (0.45,) * 3, (0.225,) * 3, read=None, test_splits=("val",), view=CLIP_VIEW, of_videos=True
+    ),
 }
 
 
@@ -125,14 +139,15 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
     if data_path().is_file():
         raise ValueError(f"DATA_PATH={data_path()} is a file: it must be the folder of the data sets")
     splits = sorted(splits or {*info.pretraining_splits, *info.train_splits, *info.test_splits})
-    there = Path.is_dir if info.read is None else is_there
-    missing = [folder / split for split in splits if not there(folder / split)]
+    missing = [folder / split for split in splits if not info.has(folder / split)]
     if not missing:
         return
     wanted = f"{name} was looked for in {', '.join(map(str, missing))}"
     if info.read is None:
         way_out = "put it there, or set the environment variable DATA_PATH to the folder above."
-        raise FileNotFoundError(f"{wanted}, each with one folder of images per class, and is not there: {way_out}")
+        raise FileNotFoundError(
+            f"{wanted}, each with one folder of {info.kind}s per class, and is not there: {way_out}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         missing = [path for path in missing if not is_there(path)]  # others may have packed it meanwhile
@@ -164,6 +179,8 @@ def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: 
     if params.dataset.read is not None:
         return PackedImages(folders)
     (folder,) = folders
+    if params.dataset.of_videos:
+        return get_videos(params, folder, list(views))
     skip = params.unreadable_images == "skip"
     return ImageFiles(folder, params.dataset.channels, params.crop_size, list(views), params.seed or 0, skip)
 

@@ -41,6 +41,12 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
     "pin_data_memory",
     "data_on_device",
     "unreadable_images",
+    "num_frames",
+    "clip_duration",
+    "video_decoder",
+    "frames_per_second",
+    "decoding_threads",
+    "video_path_prefix",
 )
 
 

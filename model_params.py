@@ -61,6 +61,7 @@ class ModelParams(EncoderAndDataParams):
     transform_blur_probability: PerView = None
     transform_solarize_probability: PerView = None
     transform_flip_probability: PerView = None
+    transform_time_difference_probability: PerView = None  # of clips: what changes, instead of colours
 
     # Change these to make more like BYOL
     use_momentum_schedule: bool = False

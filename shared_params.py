@@ -10,11 +10,12 @@ from torch import nn
 
 import encoders
 from data import DATASETS, DatasetInfo
-from fields import check_types, choice, non_negative, number, positive
-from image_files import MOST_WORKERS
+from fields import check_types, choice, non_negative, number, numbers, positive
+from files import MOST_WORKERS
 from image_ops import BLUR_RADIUS
 
 LARGEST_IMAGE = 2**28  # numbers; a GiB
+MOST_FRAMES = 1024
 
 
 @frozen(kw_only=True)
@@ -43,6 +44,20 @@ class EncoderAndDataParams:
     pin_data_memory: bool = True
     data_on_device: bool | None = None  # packed sets as uint8; None: on a GPU, where they fit
     unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: use the next readable one, count, tell
+
+    # video: data sets of videos only. Each view is a clip of its own
+    num_frames: int = positive(8, at_most=MOST_FRAMES)  # of a clip, evenly taken from its duration
+    clip_duration: float = positive(2.56, by=1e-3)  # seconds
+    clip_speeds: list[float] = numbers(
+        (1.0,), at_least=0.01, at_most=100
+    )  # one for each clip; 2: of twice the duration
+    clip_jitter: float = number(0.0, at_most=0.99)  # of the speed, at random: 0.2 is 0.8 to 1.2 times it
+    video_decoder: str = choice("file", ("file", "frames"))  # frames: each video is a folder of image files
+    frames_per_second: float = positive(30.0, by=1e-3)  # of folders of frames; a video file knows its own
+    decoding_threads: int = positive(1, at_most=MOST_WORKERS)  # of each worker
+    video_path_prefix: str | None = None  # of the paths in train.csv, val.csv; None: the folder train, val
+    evaluation_clips: int = positive(1, at_most=MOST_FRAMES)  # of each video, averaged; training: one for each view
+    evaluation_crops: int = positive(1, at_most=MOST_FRAMES)  # of each of them: the middle; else along the longer side
 
     # True, "reduce-overhead" (CUDA graphs) or "max-autotune": torch.compile of encoder, heads and, on a GPU, views
     torch_compile: bool | str = choice(False, (False, True, "reduce-overhead", "max-autotune"))

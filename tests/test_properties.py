@@ -42,6 +42,8 @@ TEMPERATURE = either(1e-3, 0.01, 0.07, 0.2, 1, 1.0, 10, 1000.0)
 PER_VIEW = SHARE | st.lists(SHARE, min_size=2, max_size=2) | st.tuples(SHARE, SHARE) | st.none()
 NORM = either(None, *NORMALIZATIONS)
 
+VIEW_EVENTS = ("jitter", "grayscale", "blur", "solarize", "flip", "time_difference")
+
 SENSIBLE = {
     "encoder_arch": either("shufflenet_v2_x0_5", "ws_resnet18", "resnet18"),
     "embedding_dim": either(None, 6),
@@ -59,6 +61,16 @@ SENSIBLE = {
     "data_on_device": either(None, False, True),
     "torch_compile": either(False),  # compiled in test_speed.py: it takes seconds
     "unreadable_images": either("stop", "skip"),
+    "num_frames": either(1, 2, 8, 16),
+    "clip_duration": either(0.1, 1, 2.56, 10.0),
+    "clip_speeds": st.lists(either(0.5, 1, 1.0, 2), min_size=1, max_size=3),
+    "clip_jitter": either(0, 0.0, 0.2, 0.9),
+    "video_decoder": either("file", "frames"),
+    "frames_per_second": either(1, 24, 29.97, 30.0),
+    "decoding_threads": either(1, 2, 8),
+    "video_path_prefix": either(None, "~/videos"),
+    "evaluation_clips": either(1, 3, 10),
+    "evaluation_crops": either(1, 3),
     "lr_scaling": either(None, "linear", "sqrt"),
     "lr_batch_size": either(1, 8, 256, 100_000),
     "shuffle_batch_norm": FLAG,
@@ -86,7 +98,7 @@ SENSIBLE = {
     "loss_constant_factor": either(1e-3, 0.1, 1, 2, 100.0),
     "transform_s": either(0, 0.5, 1.0, 5) | st.lists(either(0, 0.5, 1), min_size=2, max_size=2),
     "transform_apply_blur": FLAG,
-    **{f"transform_{name}_probability": PER_VIEW for name in ("jitter", "grayscale", "blur", "solarize", "flip")},
+    **{f"transform_{name}_probability": PER_VIEW for name in VIEW_EVENTS},
     "transform_crop_scale_min": PER_VIEW,
     "use_momentum_schedule": FLAG,
     "loss_type": either(*LOSSES),
