@@ -16,6 +16,7 @@ from safe_load import safe_load
 if TYPE_CHECKING:
     from model_params import ModelParams
 
+FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # of convolutions over images, over clips
 OWN_MODULE = "module"  # encoder_arch when the encoder is a module of the user's own
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
 
@@ -46,7 +47,9 @@ def has_low_resolution_stem(name: str) -> bool:
 def get_encoder(params: "ModelParams", own: nn.Module | None = None) -> tuple[nn.Module, int]:
     """(the encoder that `params` names, E). `own` is the user's module where encoder_arch is "module"."""
     encoder, width = _get_encoder(params, own)
-    encoder = encoder.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+    for weight in encoder.parameters():
+        if layout := FASTEST_LAYOUT.get(weight.dim()):
+            weight.data = weight.data.to(weight.dtype, memory_format=layout)
     if params.embedding_dim not in (None, width):
         raise ValueError(f"embedding_dim={params.embedding_dim}, but {params.encoder_arch} gives {width}: leave it out")
     return encoder, width
@@ -58,7 +61,7 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
             f"encoder_arch={p.encoder_arch!r} needs "
             + ("encoder=your_module" if own is None else f"no encoder; for your own say encoder_arch={OWN_MODULE!r}")
         )
-    image = torch.zeros(1, p.channels, p.crop_size, p.crop_size)
+    image = torch.zeros(1, *p.input_shape)
     if own is not None:
         return own, measured_width(own, image, "the encoder")
     file = None if p.encoder_weights is None else Path(p.encoder_weights).expanduser()
@@ -131,6 +134,11 @@ def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool) -> None:
     setattr(encoder.get_submodule(parent), leaf, new)
     if low_resolution:
         encoder.maxpool = nn.Identity()
+
+
+def embed(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Images or clips -> embeddings [N, E]; of several clips of each video, [N, K, C, T, H, W], their mean."""
+    return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) if x.dim() == 6 else encoder(x)
 
 
 def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:

@@ -4,22 +4,20 @@ An image stays in the cache from its first operation to its last, operations tha
 it is written once, normalized. Both are held to torchvision's by the same tests.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from image_ops import BLUR_RADIUS, COLUMNS, LUMA, check_channels
+from color_loops import ONE, ZERO, color_jitter, compiled, grayscale, solarize
+from image_ops import BLUR_RADIUS, COLUMNS, check_channels
 
-compiled = njit(nogil=True, fastmath=True, cache=True, error_model="numpy")
-
-ZERO, HALF, ONE, FOUR, SIX = (np.float32(value) for value in (0, 0.5, 1, 4, 6))  # with Python's all were float64
-RED, GREEN, BLUE = (np.float32(value) for value in LUMA)
+HALF = np.float32(0.5)
 TOP, LEFT, HEIGHT, WIDTH, FLIP = map(COLUMNS.index, ("top", "left", "height", "width", "flip"))
-JITTER, STRENGTHS, ORDER = map(COLUMNS.index, ("jitter", "brightness", "order0"))
-GRAYSCALE, BLUR, SIGMA, SOLARIZE = map(COLUMNS.index, ("grayscale", "blur", "sigma", "solarize"))
+JITTER, GRAYSCALE, BLUR, SIGMA, SOLARIZE = map(COLUMNS.index, ("jitter", "grayscale", "blur", "sigma", "solarize"))
 
 
 def make_view(images: Tensor, draws: np.ndarray, size: int, threshold: float, mean: tuple, std: tuple) -> Tensor:
@@ -35,9 +33,14 @@ def make_view(images: Tensor, draws: np.ndarray, size: int, threshold: float, me
     def work(part: slice) -> None:
         write_views(pixels[part], draws[part], np.float32(threshold), mean, std, out[part])
 
-    with ThreadPoolExecutor(threads) as pool:  # compiled loops do not hold Python's lock
-        list(pool.map(work, parts))
+    list(pool(threads, os.getpid()).map(work, parts))  # compiled loops do not hold Python's lock
     return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+@cache
+def pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Kept, because starting threads takes as long as a few views. A forked process has none of its parent's."""
+    return ThreadPoolExecutor(threads)
 
 
 @compiled
@@ -126,95 +129,6 @@ def three_channels(line, first, weights, flip, x, i):
             k += 3
         at = size - 1 - j if flip else j
         x[0, i, at], x[1, i, at], x[2, i, at] = red, green, blue
-
-
-# ---- colours: in place, x is [C, pixels] ----
-
-
-@compiled
-def color_jitter(x, d):
-    for position in range(4):
-        which = int(d[ORDER + position])
-        strength = d[STRENGTHS + which]
-        if which == 0:
-            blend(x, ZERO, strength)
-        elif which == 1:
-            blend(x, mean_gray(x), strength)
-        elif which == 2 and x.shape[0] == 3:
-            saturation(x, strength)
-        elif which == 3 and x.shape[0] == 3:
-            hue(x, strength)
-
-
-@compiled
-def clamp(value):
-    return min(max(value, ZERO), ONE)
-
-
-@compiled
-def mean_gray(x):
-    if x.shape[0] != 3:
-        return np.float32(x.mean())
-    total = ZERO
-    for k in range(x.shape[1]):
-        total += RED * x[0, k] + GREEN * x[1, k] + BLUE * x[2, k]
-    return total / np.float32(x.shape[1])
-
-
-@compiled
-def blend(x, other, factor):
-    """Brightness blends with black, contrast with the image's mean gray."""
-    rest = (ONE - factor) * other
-    for c in range(x.shape[0]):
-        plane = x[c]
-        for k in range(plane.size):
-            plane[k] = clamp(factor * plane[k] + rest)
-
-
-@compiled
-def saturation(x, factor):
-    r, g, b = x[0], x[1], x[2]
-    for k in range(r.size):
-        rest = (ONE - factor) * (RED * r[k] + GREEN * g[k] + BLUE * b[k])
-        r[k], g[k], b[k] = clamp(factor * r[k] + rest), clamp(factor * g[k] + rest), clamp(factor * b[k] + rest)
-
-
-@compiled
-def hue(x, turn):
-    r, g, b = x[0], x[1], x[2]
-    for k in range(r.size):
-        red, green, blue = r[k], g[k], b[k]
-        value = max(red, max(green, blue))
-        chroma = value - min(red, min(green, blue))
-        difference, sector = red - green, FOUR
-        if value == green:
-            difference, sector = blue - red, np.float32(2)
-        if value == red:
-            difference, sector = green - blue, ZERO
-        sector += difference / max(chroma, np.float32(1e-12)) + SIX * turn
-        r[k] = value - chroma * wheel(sector + np.float32(5))
-        g[k] = value - chroma * wheel(sector + np.float32(3))
-        b[k] = value - chroma * wheel(sector + ONE)
-
-
-@compiled
-def wheel(sector):
-    sector -= SIX * np.floor(sector / SIX)
-    return clamp(min(sector, FOUR - sector))
-
-
-@compiled
-def grayscale(x):
-    for k in range(x.shape[1]):
-        x[0, k] = x[1, k] = x[2, k] = RED * x[0, k] + GREEN * x[1, k] + BLUE * x[2, k]
-
-
-@compiled
-def solarize(x, threshold):
-    for c in range(x.shape[0]):
-        plane = x[c]
-        for k in range(plane.size):
-            plane[k] = ONE - plane[k] if plane[k] >= threshold else plane[k]
 
 
 # ---- blur ----

@@ -19,7 +19,7 @@ import checkpoints
 import data
 import ddp
 import optimizers
-from encoders import get_encoder
+from encoders import embed, get_encoder
 from fields import fraction, non_negative, plain, positive
 from shared_params import EncoderAndDataParams, resolve
 from stage import Stage
@@ -131,7 +131,7 @@ class LinearClassifierMethod(Stage):
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images [N, C, H, W] -> logits [N, classes]."""
         with torch.no_grad():
-            h = self.model(x)
+            h = embed(self.model, x)
         return self.classifier(h)
 
     def train(self, mode: bool = True) -> "LinearClassifierMethod":

@@ -19,7 +19,7 @@ import evaluation
 import losses
 import optimizers
 import schedules
-from encoders import get_encoder
+from encoders import embed, get_encoder
 from fields import plain
 from heads import MLP
 from key_queue import KeyQueue
@@ -56,7 +56,7 @@ class SelfSupervisedMethod(Stage):
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
-                copy.deepcopy(self).encode(torch.zeros(1, p.channels, p.crop_size, p.crop_size))
+                copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape))
         # All processes push the same keys: DDP need not send 4 K dim bytes at every forward.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
@@ -182,7 +182,7 @@ class SelfSupervisedMethod(Stage):
         if due and self.params.evaluations and not self.trainer.sanity_checking:
             images, labels = batch
             with self.eagerly():
-                features = self.model(images).float()
+                features = embed(self.model, images).float()
             self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
 
     def on_validation_epoch_end(self) -> None:

@@ -101,6 +101,12 @@ class EncoderAndDataParams:
         return self.in_channels or self.dataset.channels
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of what an encoder gets: (C, H, W), or of clips (C, T, H, W)."""
+        frames = (self.num_frames,) if self.dataset.of_videos else ()
+        return (self.channels, *frames, self.crop_size, self.crop_size)
+
+    @property
     def mean(self) -> tuple[float, ...]:
         """Of each channel; gray images are repeated where the encoder has more."""
         return self.of_each_channel(self.image_mean or self.dataset.mean)

@@ -13,6 +13,7 @@ import augmentations
 import checkpoints
 import data
 import ddp
+from device import keep_freed_memory
 from loader import Loader, images_and_labels
 from watch import Watch
 
@@ -21,7 +22,9 @@ class Stage(pl.LightningModule):
     """A method with `params` and with `augment(images, seed)`, which makes the views of a training batch."""
 
     def setup(self, stage: str) -> None:
-        """In place, so that parameters keep their names: checkpoints do not tell whether a run was compiled."""
+        """Compiles in place, so that parameters keep their names: checkpoints do not tell that a run was compiled."""
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         compiled = self.params.torch_compile
         for module in self.children() if compiled and stage == "fit" else []:
             if isinstance(module, nn.Module) and module._compiled_call_impl is None:

@@ -4,7 +4,9 @@ torchvision's ResNets with two layers exchanged; parameters keep torchvision's n
 """
 
 from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -32,8 +34,25 @@ class PointConv2d(nn.Conv2d):
         plain = self.dilation == (1, 1) and self.groups == 1 and self.padding_mode == "zeros"
         if not (one_pixel and plain and p1 + height <= k1 and p2 + width <= k2):
             return super()._conv_forward(x, weight, bias)
-        taps = weight[:, :, p1 : p1 + height, p2 : p2 + width]
+        seen = (slice(None), slice(None), slice(p1, p1 + height), slice(p2, p2 + width))
+        taps = Taps.apply(weight, seen) if torch.is_grad_enabled() else weight[seen]
         return F.linear(x.flatten(1), taps.flatten(1), bias)[:, :, None, None]
+
+
+class Taps(torch.autograd.Function):
+    """weight[seen], whose gradient has the weight's memory format: PyTorch's own would be copied twice more."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, seen: tuple[slice, ...]) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.seen = seen
+        return weight[seen].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        whole = torch.zeros_like(*ctx.saved_tensors)
+        whole[ctx.seen] = gradient
+        return whole, None
 
 
 class Conv2d(PointConv2d):

@@ -8,12 +8,14 @@ import argparse
 import csv
 import importlib
 import importlib.metadata
+import logging
 import multiprocessing
 import platform
 import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,59 @@ def _answer(pipe, run: Callable[..., Any], args: tuple) -> None:
         result = RuntimeError(repr(error))
     status = Path("/proc/self/status").read_text()  # getrusage() would count what the parent had when it forked
     pipe.send((result, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024))
+
+
+class Apart:
+    """A process of its own for one kind of contestant: what it sets in its process, the others do not have.
+
+    Raises:
+        RuntimeError: building the contestant, or its turn, raised; the message is its error's.
+    """
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_take_turns, args=(theirs,), daemon=False)
+        self.process.start()
+        theirs.close()
+
+    def build(self, make: Callable[..., Callable[[], float]], *args: Any) -> Callable[[], float]:
+        """make(*args) made there, in place of the contestant before; calling it takes a turn there. Both must be
+        importable and what the turn returns, seconds."""
+        self.ask(make, *args)
+        return lambda: self.ask(None)
+
+    def ask(self, make: Callable | None, *args: Any) -> Any:
+        self.pipe.send((make, args))
+        answer = self.pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.join()
+
+
+def _take_turns(pipe) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers: ours, spawn, is handed on to them
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    contestant: Callable[[], float] = float
+    while True:
+        try:
+            make, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if make is None:
+                pipe.send(contestant())
+            else:
+                contestant = float  # frees the one before
+                contestant = make(*args)
+                pipe.send(None)
+        except Exception as error:  # whoever asked raises it
+            pipe.send(RuntimeError(repr(error)))
 
 
 # ---- tables ----

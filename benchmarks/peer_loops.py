@@ -1,6 +1,7 @@
 """Training loops as the peers' users write them: a DataLoader whose workers make both views, then plain PyTorch.
 
-Both loops train the very encoder that ours trains, in PyTorch's default memory format, with heads of the same widths.
+Both loops train the network that ours trains, as torchvision builds it (convolutions of PyTorch, in its default memory
+format), with heads of the same widths.
 """
 
 import copy
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from encoders import get_encoder
 from model_params import ModelParams
+from ws_resnet import PointConv2d
 
 WORKERS = 2
 
@@ -47,6 +49,9 @@ class Networks(nn.Module):
         p = params
         encoder, width = get_encoder(p)
         encoder = encoder.to(memory_format=torch.contiguous_format)
+        for layer in encoder.modules():
+            if type(layer) is PointConv2d:  # ours alone
+                layer.__class__ = nn.Conv2d
         self.online = nn.Sequential(encoder, head(width, *[p.mlp_hidden_dim] * (p.projection_mlp_layers - 1), p.dim))
         self.predictor = head(p.dim, p.mlp_hidden_dim, p.dim) if p.prediction_mlp_layers else nn.Identity()
         self.lagging = copy.deepcopy(self.online).requires_grad_(False) if p.use_lagging_model else None

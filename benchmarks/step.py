@@ -4,7 +4,8 @@
 
 Every preset with resnet18: low-resolution stem at 32 pixels, standard stem at 32 and 96. A step is data, augmentation,
 forward, backward, optimizer, lagging update, logging, progress bar. Ours runs under `Trainer.fit` (also compiled);
-lightly's losses in the loop of its examples; and a plain PyTorch loop with the PIL pipeline (peer_loops.py).
+lightly's losses in the loop of its examples; and a plain PyTorch loop with the PIL pipeline (peer_loops.py). Each has a
+process of its own, which waits while others have their turn.
 
 To reach: 73 % of the peak and 1.1x the fastest peer with the low-resolution stem, 1.25x with the standard stem at 32
 pixels; Lightning, logging and progress together under 3 % of a step.
@@ -50,7 +51,7 @@ class Network:
 
 
 NETWORKS = [
-    Network("low-resolution stem, 32 px", 32, True, 16, 2, True, 1.1),
+    Network("low-resolution stem, 32 px", 32, True, 32, 2, True, 1.1),
     Network("standard stem, 32 px", 32, False, 128, 4, True, 1.25),
     Network("standard stem, 96 px", 96, False, 16, 2, False, 1.0),
 ]
@@ -93,10 +94,10 @@ def settings(method: str, network: Network) -> ModelParams:
     )
 
 
-def ours(params: ModelParams, images: Tensor, steps: int, encoder: nn.Module | None = None) -> Callable[[], float]:
+def ours(params: ModelParams, steps: int, encoder: nn.Module | None = None) -> Callable[[], float]:
     """One turn under `Trainer.fit`, with a logger, a progress bar and everything that comes by default."""
     model = SelfSupervisedMethod(params, encoder=encoder)
-    dataset = Images(images, params.batch_size * (steps + 1))
+    dataset = Images(photographs(64, params.crop_size), params.batch_size * (steps + 1))
     loader = Loader(dataset, batch_size=params.batch_size, sampler=Share(dataset, 1, 0), collate_fn=lambda batch: batch)
 
     def run() -> float:
@@ -113,9 +114,19 @@ def ours(params: ModelParams, images: Tensor, steps: int, encoder: nn.Module | N
     return run
 
 
-def bare(params: ModelParams, images: Tensor, steps: int, encoder: nn.Module) -> Callable[[], float]:
+def of_lightly(params: ModelParams, steps: int) -> Callable[[], float]:
+    size = params.crop_size
+    return PeerLoop(params, photographs(64, size), peers.lightly(size), lightly_loss, steps)
+
+
+def plain_pytorch(params: ModelParams, steps: int) -> Callable[[], float]:
+    size = params.crop_size
+    return PeerLoop(params, photographs(64, size), peers.pil(size), plain_loss, steps)
+
+
+def bare(params: ModelParams, steps: int, encoder: nn.Module) -> Callable[[], float]:
     """The same step without Lightning: what is left is what the method itself costs."""
-    model = SelfSupervisedMethod(params, encoder=encoder)
+    model, images = SelfSupervisedMethod(params, encoder=encoder), photographs(64, params.crop_size)
     model.log_dict = lambda scalars: None
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], params.lr, params.momentum)
 
@@ -149,15 +160,19 @@ def flops_of_image(params: ModelParams) -> float:
     return len(queries | keys) * both.get_total_flops() / 2
 
 
-def measure(network: Network, method: str, rounds: int, images: Tensor, with_lightly: bool) -> list[harness.Row]:
-    params, size = settings(method, network), network.pixels
-    runs: dict[str, Callable] = {"ours": ours(params, images, network.steps)}
-    if network.compiled and method == "simclr":  # one is enough: compiling takes a minute or two
-        runs["ours, compiled"] = ours(evolve(params, torch_compile=True), images, network.steps)
-    if method in LIGHTLY and with_lightly:
-        runs["lightly"] = PeerLoop(params, images, peers.lightly(size), lightly_loss, network.steps)
-    if method in PLAIN:
-        runs["plain PyTorch, PIL"] = PeerLoop(params, images, peers.pil(size), plain_loss, network.steps)
+OURS, COMPILED, BY_LIGHTLY, BY_HAND = "ours", "ours, compiled", "lightly", "plain PyTorch, PIL"
+BUILDERS = {OURS: ours, COMPILED: ours, BY_LIGHTLY: of_lightly, BY_HAND: plain_pytorch}
+
+
+def measure(network: Network, method: str, rounds: int, processes: dict[str, harness.Apart]) -> list[harness.Row]:
+    params = settings(method, network)
+    takes_part = {OURS: True, BY_LIGHTLY: method in LIGHTLY, BY_HAND: method in PLAIN}
+    takes_part[COMPILED] = network.compiled and method == "simclr"  # one is enough: compiling takes a minute or two
+    runs = {
+        name: process.build(BUILDERS[name], evolve(params, torch_compile=name == COMPILED), network.steps)
+        for name, process in processes.items()
+        if takes_part[name]
+    }
     product, operations = harness.matmul_seconds()
     times = harness.in_turns({**runs, "peak": product}, rounds, warmup=0)  # every run has a step of its own for that
     peak = operations / times.pop("peak")
@@ -177,13 +192,13 @@ def measure(network: Network, method: str, rounds: int, images: Tensor, with_lig
     ]
 
 
-def overhead(rounds: int, images: Tensor, steps: int) -> float:
+def overhead(rounds: int, steps: int) -> float:
     """Seconds that Lightning, logging and progress bar add to a step: with an encoder that costs next to nothing."""
     params = evolve(settings("moco_v2", NETWORKS[1]), batch_size=16, encoder_arch="module")
     encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 16))
     runs = {
-        "Lightning": ours(params, images, steps, copy.deepcopy(encoder)),
-        "bare": bare(params, images, steps, copy.deepcopy(encoder)),
+        "Lightning": ours(params, steps, copy.deepcopy(encoder)),
+        "bare": bare(params, steps, copy.deepcopy(encoder)),
     }
     times = harness.in_turns(runs, rounds)
     return (times["Lightning"] - times["bare"]) / steps
@@ -196,15 +211,16 @@ def main(argv: list[str] | None = None) -> list[harness.Row]:
     networks, methods, rounds = NETWORKS, METHODS, options.rounds
     if options.quick:
         networks, methods, rounds = [evolve(NETWORKS[1], batch=4, steps=1, compiled=False)], ["moco_v2"], 1
-    with_lightly = bool(harness.installed("lightly"))
-    rows = []
+    names = [name for name in BUILDERS if name != BY_LIGHTLY or harness.installed("lightly")]
+    processes, rows = {name: harness.Apart() for name in names}, []
     for network in networks:
-        images = photographs(64, network.pixels)
         for method in methods:
-            rows += measure(network, method, rounds, images, with_lightly)
+            rows += measure(network, method, rounds, processes)
             print(f"{network.name}, {method}: {rows[-1]['who']} {rows[-1]['images/s']:.3g} images/s", flush=True)
+    for process in processes.values():
+        process.end()
     harness.report("step", rows, options.out, "torchvision", "pytorch_lightning", *harness.installed("lightly"))
-    extra = overhead(rounds, photographs(64, 32), 2 if options.quick else 50)
+    extra = overhead(rounds, 2 if options.quick else 50)
     shares = []
     for network in networks:
         rate = next(row["images/s"] for row in rows if row["network"] == network.name)
