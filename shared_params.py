@@ -1,5 +1,6 @@
 """The settings that pretraining and the linear stage share, and how both get theirs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -79,9 +80,10 @@ class EncoderAndDataParams:
                 f"encoder_weights={self.encoder_weights!r} is for encoders that encoder_arch names: load those of your "
                 "own module into it, and leave encoder_weights out"
             )
-        if self.channels * self.crop_size**2 > LARGEST_IMAGE:
+        if math.prod(self.input_shape) > LARGEST_IMAGE:
+            made = f"clips of num_frames={self.num_frames}" if self.dataset.of_videos else "images"
             raise ValueError(
-                f"transform_crop_size={self.crop_size} with in_channels={self.channels} makes images of more than "
+                f"transform_crop_size={self.crop_size} with in_channels={self.channels} makes {made} of more than "
                 f"{LARGEST_IMAGE} numbers: choose smaller ones"
             )
 

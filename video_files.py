@@ -157,8 +157,7 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[tuple[str, int]]:
         if not (found := LINE.fullmatch(line)):
             raise ValueError(f"line {number} of {path} must be a path and the number of its class, not {line!r}")
         video = prefix / found["path"]
-        if of_frames and not video.is_dir():
-            video = video.with_suffix("")
+        video = video.with_suffix("") if of_frames and is_video(video) else video
         videos.append((str(video), int(found["label"] or -1)))
     if not videos:
         raise ValueError(f"{path} lists no videos")
