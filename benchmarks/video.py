@@ -59,7 +59,7 @@ class Work:
     n_frames: int = 8
     duration: float = 2.56
     clips: int = 16  # of a batch to augment
-    step_batch: int = 8
+    step_batch: int = 2
     step_size: int = 112
     steps: int = 300  # over which memory is watched
 
@@ -69,7 +69,7 @@ class Work:
         return {"dataset_name": "kinetics", "encoder_arch": "module", "evaluations": [], "seed": 0, "K": 512, **video}
 
 
-QUICK = {"n_videos": 4, "seconds": 3, "width": 64, "height": 48, "fps": 10, "size": 32, "clips": 8, "step_batch": 4}
+QUICK = {"n_videos": 4, "seconds": 3, "width": 64, "height": 48, "fps": 10, "size": 32, "clips": 8}
 QUICK |= {"step_size": 16, "steps": 10}
 
 

@@ -64,7 +64,7 @@ def test_every_frame_equals_torchvision_with_the_draw_of_its_clip(where, cropped
             theirs = by_torchvision(x[i, :, t], box, d, view, mean, std)
             difference = (ours[i, :, t] - theirs).abs()
             # Just at the threshold of solarization, 1e-7 decides which side a value falls on.
-            assert (difference < 1e-4).float().mean() > (0.999 if d["solarize"] else 1) - 1e-9, difference.max()
+            assert (difference < 5e-5).float().mean() >= (0.999 if d["solarize"] else 1), difference.max()
 
 
 def test_equal_frames_stay_equal_and_other_clips_get_another_draw():
