@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor
 
 from device import to_device
@@ -158,8 +158,8 @@ def augment(
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
-    """Gray images, repeated for an encoder of more channels."""
-    return images.expand(-1, channels, -1, -1) if images.shape[1] == 1 else images
+    """Gray images, repeated for an encoder of colours."""
+    return images.expand(-1, channels, -1, -1) if (images.shape[1], channels) == (1, 3) else images
 
 
 def make_normalized_view(images: Tensor, matrix: Tensor, view: View, cropped: bool, mean: tuple, std: tuple) -> Tensor:
@@ -173,45 +173,10 @@ def fused() -> Callable[..., Tensor]:
     return torch.compile(make_normalized_view, fullgraph=True)
 
 
-def view_settings(params: "ModelParams") -> list[View]:
-    """One row of settings a view: the data set's, changed by the transform_... fields of `params`.
-
-    Raises:
-        ValueError: a field is a list, but not with one value a view.
-    """
-    return [_view_settings(params, i) for i in range(params.n_views)]
-
-
-def _view_settings(params: "ModelParams", i: int) -> View:
-    def of_view(name: str):
-        value = getattr(params, f"transform_{name}")
-        if isinstance(value, list | tuple):
-            if len(value) != params.n_views:
-                raise ValueError(f"transform_{name}={value} has {len(value)} values for {params.n_views} views")
-            value = value[i]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number and (value is not None or name == "s"):
-            raise ValueError(f"transform_{name}={value!r} must be a number, or a list of {params.n_views}")
-        if value is not None and not 0 <= value <= (1 if name != "s" else 5):
-            bounds = "at least 0 and at most 1" if name != "s" else "at least 0 and at most 5"
-            raise ValueError(f"transform_{name}={value} must be {bounds}")
-        return value
-
-    s, smallest = abs(of_view("s")), of_view("crop_scale_min")  # -0.0 is no width of an interval
-    probabilities = ("jitter", "grayscale", "blur", "solarize", "flip", "time_difference")
-    changes = {f"{name}_probability": of_view(f"{name}_probability") for name in probabilities}
-    changes["crop_scale"] = None if smallest is None else (smallest, 1.0)
-    if not params.transform_apply_blur:
-        changes["blur_probability"] = 0.0
-    changes = {name: value for name, value in changes.items() if value is not None}
-    strengths = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": 0.8 * s, "hue": 0.2 * s}
-    return evolve(params.dataset.view, crop_size=params.crop_size, **strengths, **changes)
-
-
 def training_views(params: "ModelParams") -> Callable[..., list[Tensor]]:
     """augment(images, seed) -> list of views, by the settings of `params`."""
     statistics = {"mean": params.mean, "std": params.std}
-    return partial(augment, views=view_settings(params), **statistics, torch_compile=bool(params.torch_compile))
+    return partial(augment, views=params.views, **statistics, torch_compile=bool(params.torch_compile))
 
 
 def evaluation_view(images: Tensor, params: "EncoderAndDataParams") -> Tensor:

@@ -37,7 +37,7 @@ def has_room(size: int, device: torch.device) -> bool:
 
 def keep_freed_memory() -> None:
     """Keep the memory that tensors on the CPU free for those of the next step. Otherwise glibc returns every large
-    block to the system, which clears its pages anew: 1 to 4 % of a ResNet-18's step. Other mallocs are left alone."""
+    block to the system, which then has to clear its pages anew. Other mallocs are left alone."""
     if platform.libc_ver()[0] == "glibc":
         with contextlib.suppress(OSError, AttributeError):  # another malloc has taken its place
             for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):

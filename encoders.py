@@ -10,14 +10,16 @@ import torch
 import torchvision
 from torch import nn
 
+import layouts
 import ws_resnet
-from safe_load import safe_load
+from safe_load import data_only
 
 if TYPE_CHECKING:
     from model_params import ModelParams
 
 FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # of convolutions over images, over clips
 OWN_MODULE = "module"  # encoder_arch when the encoder is a module of the user's own
+STEM_VARIANTS = ("standard", "padding_2", "no_relu")
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
 
 
@@ -71,17 +73,28 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
         import timm
 
         name = p.encoder_arch.removeprefix("timm:")
-        encoder = timm.create_model(name, pretrained=published is not None, num_classes=0, in_chans=p.channels)
+        with data_only(f"the published weights of {name}"):
+            encoder = timm.create_model(name, pretrained=published is not None, num_classes=0, in_chans=p.channels)
     else:
         encoder, _ = without_classifier(build(p.encoder_arch, published, p.crop_size), p.encoder_arch)
-        adapt_stem(encoder, p.channels, p.low_resolution)
+        adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
         ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
     if from_file:
         try:
-            load_weights(encoder, file)
-        except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+            layouts.load(encoder, layouts.read(file), p.encoder_arch)
+        except ValueError as error:
             raise ValueError(f"encoder_weights={p.encoder_weights!r} does not fit {p.encoder_arch}: {error}") from error
     return encoder, measured_width(encoder, image, f"encoder_arch={p.encoder_arch!r}")
+
+
+def source_of_weights(params: "ModelParams") -> str | None:
+    """What an encoder starts from, as weights.load_encoder takes it; None: random weights."""
+    weights = params.encoder_weights
+    if weights is None:
+        return None
+    if os.path.isfile(os.path.expanduser(weights)):
+        return os.path.abspath(os.path.expanduser(weights))
+    return params.encoder_arch + f":{weights}" * (not params.encoder_arch.startswith("timm:"))
 
 
 def build(name: str, weights: str | None, image_size: int) -> nn.Module:
@@ -98,7 +111,8 @@ def build(name: str, weights: str | None, image_size: int) -> nn.Module:
     choices = torchvision.models.get_model_weights(name).__members__
     if weights not in (None, *choices):
         raise ValueError(f"encoder_weights={weights!r} is no file, and {name} has only {', '.join(choices)}")
-    return torchvision.models.get_model(name, weights=weights, **kwargs)
+    with data_only(f"the published weights of {name}"):
+        return torchvision.models.get_model(name, weights=weights, **kwargs)
 
 
 def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
@@ -119,21 +133,31 @@ def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
     return model, last.in_channels if last_type is nn.Conv2d else last.in_features
 
 
-def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool) -> None:
+def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant: str = "standard") -> None:
     """First convolution for `channels`; for small images 3 x 3 with stride 1 and no pooling after it (SimCLR, B.9).
 
-    An exchanged convolution starts from random weights, and keeps its kind (weight standardization stays).
+    An exchanged convolution starts from random weights, and keeps its kind (weight standardization stays). Variants of
+    the stem for small images, for the weights of other systems: "padding_2" is a plain convolution with padding 2 (the
+    original, solo-learn); "no_relu" has no ReLU after it (lightly's ResNets, numbered by nn.Sequential).
     """
-    path, old = next((path, layer) for path, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d))
+    path, old = first_convolution(encoder)
     if old.in_channels == channels and not low_resolution:
         return
-    kernel, stride, padding = (3, 1, 1) if low_resolution else (old.kernel_size, old.stride, old.padding)
-    new = type(old)(channels, old.out_channels, kernel, stride, padding, bias=old.bias is not None)
+    wide = low_resolution and variant == "padding_2"
+    kernel, stride, padding = (3, 1, 1 + wide) if low_resolution else (old.kernel_size, old.stride, old.padding)
+    kind = nn.Conv2d if wide else type(old)
+    new = kind(channels, old.out_channels, kernel, stride, padding, bias=old.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     parent, _, leaf = path.rpartition(".")
     setattr(encoder.get_submodule(parent), leaf, new)
     if low_resolution:
         encoder.maxpool = nn.Identity()
+        if variant == "no_relu":
+            encoder.relu = nn.Identity()
+
+
+def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d]:
+    return next((path, layer) for path, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d))
 
 
 def embed(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -160,12 +184,11 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
     return output.shape[1]
 
 
-def load_weights(encoder: nn.Module, path: Path) -> None:
-    """A file with the encoder's state dict, with or without a classifier; everything else must match."""
-    state = safe_load(path)
-    extra = [
-        key
-        for key in state
-        if key not in encoder.state_dict() and key.split(".")[0] in ("fc", "classifier", "heads", "head")
-    ]
-    encoder.load_state_dict({key: value for key, value in state.items() if key not in extra})
+def check_small_views(encoder: nn.Module, width: int, input_shape: tuple[int, ...], sizes: set[int]) -> None:
+    """Raise ValueError unless the encoder makes E numbers of views of all sizes, and not only of input_shape's."""
+    *shape, crop_size = input_shape[:-1]
+    for size in sizes - {crop_size}:
+        name = f"transform_small_crop_size={size} needs an encoder for several sizes (a ResNet) or the size {crop_size}"
+        found = measured_width(encoder, torch.zeros(1, *shape, size, size), f"{name}: this one")
+        if found != width:
+            raise ValueError(f"{name}: this one makes {found} numbers of small views, but {width} of large ones")

@@ -47,6 +47,23 @@ def numbers(default: tuple[float, ...], at_least: float, at_most: float):
     return field(factory=lambda: list(default), converter=plain, validator=check)
 
 
+def per_view(default, at_least: float = 0, at_most: float = 1, whole: bool = False):
+    """One number for every view, or a list with one a view; None passes, also within a list, where it is the default.
+    How long a list must be, only all settings together say (view_params.py)."""
+    kinds, kind = (int, "a whole number") if whole else (int | float, "a number")
+
+    def check(_, attribute, value):
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is None and default is None:
+                continue
+            if isinstance(one, bool) or not isinstance(one, kinds):
+                raise ValueError(f"{attribute.name}={value!r} must be {kind}, or a list with one a view")
+            if not at_least <= one <= at_most:
+                raise ValueError(f"{attribute.name}={one} must be at least {at_least:g} and at most {at_most:g}")
+
+    return field(default=default, converter=plain, validator=check)
+
+
 def choice(default, choices: Iterable):
     def check(_, attribute, value):
         if not isinstance(value, str | bool | None) or value not in choices:

@@ -1,9 +1,11 @@
 """What data sets of files have in common: class folders, and files that cannot be read, found out by any worker."""
 
+import copy
 import os
 import re
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
@@ -22,12 +24,26 @@ class Files(Dataset):
     def __init__(self, files: list[tuple[str, int]], kind: str, skip_unreadable: bool):
         self.files, self.kind, self.skip_unreadable = files, kind, skip_unreadable
         self.epoch = 0  # told by the loader
-        # Shared with the workers: which files could not be read, and which one each worker (by process) read last.
-        self.unreadable = torch.zeros(len(files), dtype=torch.bool).share_memory_()
+        self.share()
+
+    def share(self) -> None:
+        """With the workers: which files could not be read, and which one each worker (by process) read last."""
+        self.unreadable = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
         self.reading = torch.full((MOST_WORKERS, 2), -1).share_memory_()
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.array([label for _, label in self.files])
+
+    def subset(self, indices: np.ndarray) -> Self:
+        """These files alone."""
+        part = copy.copy(self)
+        part.files = [self.files[i] for i in indices]
+        part.share()
+        return part
 
     def read(self, index: int) -> Any:
         raise NotImplementedError

@@ -155,7 +155,7 @@ def blur(x, sigma, columns_done):
             target, row = plane[i], columns_done[i]
             line[:BLUR_RADIUS] = row[BLUR_RADIUS:0:-1]
             line[BLUR_RADIUS : BLUR_RADIUS + size] = row
-            line[BLUR_RADIUS + size :] = row[size - 2 : size - 2 - BLUR_RADIUS : -1]
+            line[BLUR_RADIUS + size :] = row[size - 1 - BLUR_RADIUS : size - 1][::-1]
             for j in range(size):
                 total = kernel[0] * line[BLUR_RADIUS + j]
                 for k in range(1, BLUR_RADIUS + 1):

@@ -1,4 +1,4 @@
-"""LinearClassifierMethod: a linear classifier on a frozen encoder, the standard protocol of MoCo.
+"""LinearClassifierMethod: a linear classifier on an encoder, which stays frozen (MoCo's protocol) or is fine-tuned.
 
 It meets the pretraining in a checkpoint: `hyper_parameters`, and the keys that start with `model.`.
 """
@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 import torch.nn.functional as F
-from attrs import frozen
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 import augmentations
-import checkpoints
 import data
 import ddp
+import layers
 import optimizers
+import subsets
 from encoders import embed, get_encoder
-from fields import fraction, non_negative, plain, positive
-from shared_params import EncoderAndDataParams, resolve
-from stage import Stage
+from fields import plain
+from lars import parameter_groups
+from linear_params import LinearClassifierMethodParams
+from shared_params import resolve
+from stage import Stage, one_image_explained
+from weights import SHARED, load_encoder
 
 SCORES = ("loss", "acc1", "acc5")
 
@@ -34,9 +38,12 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
     "encoder_arch",
     "embedding_dim",
     "low_resolution_stem",
+    "stem_variant",
     "in_channels",
     "dataset_name",
     "transform_crop_size",
+    "image_mean",
+    "image_std",
     "num_data_workers",
     "pin_data_memory",
     "data_on_device",
@@ -50,24 +57,11 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
 )
 
 
-@frozen(kw_only=True)
-class LinearClassifierMethodParams(EncoderAndDataParams):
-    """Settings of LinearClassifierMethod; the defaults are MoCo's."""
-
-    n_classes: int | None = positive(None)  # None: the data set's
-
-    # optimization parameters
-    lr: float = positive(30.0)
-    momentum: float = fraction(0.9)
-    weight_decay: float = non_negative(0.0)
-    max_epochs: int = positive(100)  # for the programs that make the Trainer; the schedule follows the Trainer
-
-
 class LinearClassifierMethod(Stage):
-    """embedding of the frozen `model` -> `classifier` -> logits.
+    """embedding of `model` -> `normalize`, if wanted -> `classifier` -> logits.
 
     Training images get a random resized crop and, where the data set's images may be mirrored, a flip. They are
-    normalized as in pretraining. The learning rate falls to a tenth at 60 % and at 80 % of the training.
+    normalized as in pretraining. Without `encoder_lr` the encoder is frozen, with its batch statistics.
 
     Args:
         params: settings, as LinearClassifierMethodParams or dict.
@@ -87,10 +81,11 @@ class LinearClassifierMethod(Stage):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
+            self.normalize = nn.BatchNorm1d(width, eps=1e-6, affine=False) if p.normalize_features else None
             self.classifier = nn.Linear(width, p.n_classes or p.dataset.n_classes)
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(self.trains_encoder)
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
 
         flips = p.dataset.view.flip_probability
@@ -104,40 +99,42 @@ class LinearClassifierMethod(Stage):
     def from_moco_checkpoint(
         cls, path: str | Path, encoder: nn.Module | None = None, **overrides: Any
     ) -> "LinearClassifierMethod":
-        """The encoder of a checkpoint of SelfSupervisedMethod (ours or the original's), frozen, with a new classifier.
+        """The encoder of a checkpoint or of any file or name that `load_encoder` takes, frozen, with a new classifier.
 
         Args:
             path: the checkpoint.
             encoder: your own module, if the encoder was one.
-            overrides: fields of LinearClassifierMethodParams.
+            overrides: fields of LinearClassifierMethodParams. With another dataset_name, images keep the size and the
+                normalization constants of the pretraining.
 
         Raises:
             ValueError: the checkpoint does not hold exactly the parameters of the encoder; says which differ.
         """
-        checkpoint = checkpoints.read(path)
-        settings = {k: v for k, v in checkpoint["hyper_parameters"].items() if k in FROM_PRETRAINING}
-        method = cls(LinearClassifierMethodParams(**{**settings, **overrides}), encoder=encoder)
-        state = {
-            key.replace("_orig_mod.", "").removeprefix("module."): v for key, v in checkpoint["state_dict"].items()
-        }
-        state = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-        try:
-            method.model.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not hold a {method.params.encoder_arch}: {error}") from error
-        rank_zero_info(f"{path}: all {len(state)} tensors of {method.params.encoder_arch} loaded")
+        source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
+        settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}
+        if encoder is None:
+            method = cls(LinearClassifierMethodParams(**{**settings, **overrides}))
+            method.model.load_state_dict(source.model.state_dict())
+        else:
+            method = cls(LinearClassifierMethodParams(**{**settings, **overrides}), encoder=encoder)
+        rank_zero_info(str(source.report))
         return method
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images [N, C, H, W] -> logits [N, classes]."""
-        with torch.no_grad():
-            h = embed(self.model, x)
-        return self.classifier(h)
+        with one_image_explained(x):
+            with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
+                h = embed(self.model, x)
+            return self.classifier(h if self.normalize is None else self.normalize(h))
+
+    @property
+    def trains_encoder(self) -> bool:
+        return self.params.encoder_lr is not None
 
     def train(self, mode: bool = True) -> "LinearClassifierMethod":
-        """The encoder stays in eval mode: in train mode its batch statistics would drift though its weights do not."""
+        """A frozen encoder stays in eval mode: else its batch statistics would drift though its weights do not."""
         super().train(mode)
-        self.model.eval()
+        self.model.train(mode and self.trains_encoder)
         return self
 
     def on_train_start(self) -> None:
@@ -173,12 +170,47 @@ class LinearClassifierMethod(Stage):
         return torch.stack([F.cross_entropy(logits, labels, reduction="none"), *accuracies], dim=1)
 
     def configure_optimizers(self) -> dict:
-        self.plan = optimizers.get_plan(self.params, self.trainer)
-        return optimizers.for_linear_stage(self.params, self.plan, self.classifier)
+        self.plan = optimizers.get_plan(self.params, self.trainer, self.params.warmup_epochs)
+        return optimizers.for_linear_stage(self.params, self.plan, self.parameter_groups())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, with their names, and their learning rates before `lr_scaling`: the classifier, then
+        the stages of an encoder that is trained from the last to the first, each slower than the one before it by
+        `layer_decay` (ELECTRA, https://arxiv.org/abs/2003.10555, appendix A; BEiT)."""
+        p = self.params
+        parts = [("classifier", p.lr, {*self.classifier.parameters()})]
+        found = layers.stages(self.model).items() if self.trains_encoder else []
+        for depth, (name, stage) in enumerate(reversed(found)):
+            parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*stage.values()}))
+        adapted, excluded = parameter_groups(self, p.exclude_matching_parameters_from_lars)
+        return [
+            {"name": name, "lr": lr, "params": chosen, **options}
+            for name, lr, part in parts
+            for kind, options in ((adapted, {}), (excluded, {"weight_decay": 0.0}))
+            if (chosen := [parameter for parameter in kind.values() if parameter in part])
+        ]
+
+    # ---- data ----
+
+    def split(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images of the labelled training set: those to train on, and those to validate on instead of the test set.
+        A subset is drawn from what is left: the labels by which settings are chosen come on top of it."""
+        p, every = self.params, np.arange(len(labels))
+        held_out = p.validate_on == "held_out"
+        fit, score = subsets.held_out(labels, p.held_out_fraction, p.split_seed) if held_out else (every, every[:0])
+        if p.label_fraction is not None or p.labels_per_class is not None:
+            number = {"fraction": p.label_fraction, "per_class": p.labels_per_class}
+            fit = fit[subsets.stratified(labels[fit], **number, seed=p.split_seed)]
+        return fit, score
 
     def train_dataloader(self):
         p = self.params
-        return self.loader(data.get_dataset(p, p.dataset.train_splits, [self.view]), training=True)
+        dataset = data.get_dataset(p, p.dataset.train_splits, [self.view])
+        return self.loader(dataset.subset(self.split(dataset.labels)[0]), training=True)
 
     def val_dataloader(self):
-        return self.loader(data.get_dataset(self.params, self.params.dataset.test_splits), training=False)
+        p = self.params
+        if p.validate_on == "test":
+            return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)
+        dataset = data.get_dataset(p, p.dataset.train_splits)
+        return self.loader(dataset.subset(self.split(dataset.labels)[1]), training=False)

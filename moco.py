@@ -19,14 +19,14 @@ import evaluation
 import losses
 import optimizers
 import schedules
-from encoders import embed, get_encoder
+from encoders import check_small_views, embed, get_encoder, source_of_weights
 from fields import plain
 from heads import MLP
 from key_queue import KeyQueue
 from lars import parameter_groups
 from model_params import ModelParams
 from shared_params import resolve
-from stage import Stage
+from stage import Stage, one_image_explained
 
 
 class SelfSupervisedMethod(Stage):
@@ -48,6 +48,8 @@ class SelfSupervisedMethod(Stage):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
+            sizes = {view.crop_size for view in p.views}
+            check_small_views(self.model, width, p.input_shape, sizes)
             norm, standardize = p.mlp_normalization, p.use_mlp_weight_standardization
             self.projection_model = MLP(width, p.mlp_hidden_dim, p.dim, p.projection_mlp_layers, norm, standardize)
             norm = norm if p.prediction_mlp_normalization == "same" else p.prediction_mlp_normalization
@@ -56,12 +58,13 @@ class SelfSupervisedMethod(Stage):
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
-                copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape))
+                copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], min(sizes), min(sizes)))
         # All processes push the same keys: DDP need not send 4 K dim bytes at every forward.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
+        self.started_from = source_of_weights(p)
         self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
@@ -73,14 +76,9 @@ class SelfSupervisedMethod(Stage):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """One view -> z and q, [N, D] each."""
-        try:
+        with one_image_explained(x):
             z = self.projection_model(self.model(x))
             return self.on_sphere(z), self.on_sphere(self.prediction_model(z))
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            way_out = "choose a larger batch_size, or drop_last_batch=True if it is the last one"
-            raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error
 
     @torch.no_grad()
     def encode_lagging(self, x: Tensor, batch_idx: int) -> Tensor:
@@ -101,7 +99,7 @@ class SelfSupervisedMethod(Stage):
         p, (views, _) = self.params, batch  # the labels are for evaluation only
         if len(views) < p.n_views:
             raise ValueError(
-                f"the loader yields {len(views)} float view of each image, but {p.n_views} are needed: yield a list of "
+                f"the loader yields {len(views)} of the {p.n_views} float views needed of each image: yield a list of "
                 "views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
         query_views, key_views = map(set, zip(*p.pairs, strict=True))
@@ -120,7 +118,7 @@ class SelfSupervisedMethod(Stage):
                 z, q = online[i]
                 per_pair.append({**losses.cosines(z, keys[j]), **loss_of(q, keys[j], queue)})
         scalars = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
-        loss = scalars.pop("loss") * len(p.pairs) * p.loss_constant_factor  # a sum over pairs, as in BYOL and SimCLR
+        loss = scalars.pop("loss") * p.loss_factor
         if self.queue is not None:
             new_keys = [keys[j].detach() for j in sorted(key_views)]  # gathered view by view: in one process's order
             self.new_keys = [k if p.gather_keys_for_queue is False else ddp.gather(k) for k in new_keys]
@@ -161,7 +159,7 @@ class SelfSupervisedMethod(Stage):
 
     def train_dataloader(self):
         self.trains_on_own_data, p = True, self.params
-        dataset = data.get_dataset(p, p.dataset.pretraining_splits, augmentations.view_settings(p))
+        dataset = data.get_dataset(p, p.dataset.pretraining_splits, p.views)
         return self.loader(dataset, training=True)
 
     def val_dataloader(self) -> list:
@@ -204,9 +202,13 @@ class SelfSupervisedMethod(Stage):
 
     # ---- checkpoints ----
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """`encoder_weights` is not kept, lest they be loaded again; what they were is."""
+        checkpoint["started_from"] = self.started_from
+
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """The original kept the queue as dim x K in `queue`, and the position in `queue_ptr`."""
-        state = checkpoint["state_dict"]
+        self.started_from, state = checkpoint.get("started_from"), checkpoint["state_dict"]
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())

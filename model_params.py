@@ -4,20 +4,19 @@ from functools import partial
 
 from attrs import field, frozen
 
-import augmentations
 from evaluation import EVALUATIONS
 from fields import choice, fraction, non_negative, positive
 from heads import GROUPS, NORMALIZATIONS
 from shared_params import EncoderAndDataParams
+from view_params import ViewParams
 
 LOSSES = ("ce", "bce", "ip", "sce", "vic", "barlow")
 NEED_NEGATIVES = ("ce", "sce")
 LARGEST_WIDTH, LARGEST_QUEUE = 2**17, 2**34  # of layers; numbers in the queue, 64 GiB
-PerView = float | list[float] | None  # one number for every view, or a list with one a view; None: the data set's
 
 
 @frozen(kw_only=True)
-class ModelParams(EncoderAndDataParams):
+class ModelParams(EncoderAndDataParams, ViewParams):
     """Settings of SelfSupervisedMethod. The defaults are MoCo v2."""
 
     shuffle_batch_norm: bool = False  # keys share batch statistics with other images than their queries do
@@ -51,17 +50,6 @@ class ModelParams(EncoderAndDataParams):
     lars_eta: float = positive(1e-3, at_most=1000)
     exclude_matching_parameters_from_lars: list[str] = field(factory=list)  # [".bias", ".bn"]: every bias and norm
     loss_constant_factor: float = positive(1, at_most=1e6)
-
-    # transform parameters: PerView
-    transform_s: PerView = 0.5  # strength of the colour jitter
-    transform_apply_blur: bool = True
-    transform_crop_scale_min: PerView = None
-    transform_jitter_probability: PerView = None
-    transform_grayscale_probability: PerView = None
-    transform_blur_probability: PerView = None
-    transform_solarize_probability: PerView = None
-    transform_flip_probability: PerView = None
-    transform_time_difference_probability: PerView = None  # of clips: what changes, instead of colours
 
     # Change these to make more like BYOL
     use_momentum_schedule: bool = False
@@ -101,7 +89,7 @@ class ModelParams(EncoderAndDataParams):
             object.__setattr__(self, "loss_type", "vic")
         for message in (m for is_wrong, m in self._contradictions() + self._misfits() if is_wrong):
             raise ValueError(message)
-        augmentations.view_settings(self)  # refuses lists of the wrong length
+        _ = self.views  # refuses lists of the wrong length
 
     def _contradictions(self) -> list[tuple[bool, str]]:
         """(whether the settings contradict each other, how, and the way out)"""
@@ -158,12 +146,22 @@ class ModelParams(EncoderAndDataParams):
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """(query view, key view) of every term of the loss."""
-        return [(0, 1), (1, 0)] if self.use_both_augmentations_as_queries else [(0, 1)]
+        """(query view, key view) of every term of the loss.
+
+        Of large views every ordered pair with use_both_augmentations_as_queries, else the first view with each other.
+        A small view is a query for the key of every large view, and never a key itself (SwAV's multi-crop,
+        https://arxiv.org/abs/2006.09882, section 3.2). `vic` and `barlow` compare the batches of z of the same pairs,
+        as VICRegL does (https://arxiv.org/abs/2210.01571).
+        """
+        large, small = range(self.n_large_views), range(self.n_large_views, self.n_views)
+        queries = large if self.use_both_augmentations_as_queries else large[:1]
+        return [(i, j) for i in [*queries, *small] for j in large if i != j]
 
     @property
-    def n_views(self) -> int:
-        return 1 + max(map(max, self.pairs))
+    def loss_factor(self) -> float:
+        """Of the mean over pairs. With two views the loss is the sum over pairs times loss_constant_factor, as in BYOL
+        and SimCLR; more views do not change its size (as in SwAV and DINO), so that the same lr fits."""
+        return (2 if self.use_both_augmentations_as_queries else 1) * self.loss_constant_factor
 
 
 # ---- the presets: rows of settings, and what differs from another row. PRESETS["byol"](lr=0.3) ----

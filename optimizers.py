@@ -15,7 +15,7 @@ import schedules
 from lars import LARS
 
 if TYPE_CHECKING:
-    from linear_classifier import LinearClassifierMethodParams
+    from linear_params import LinearClassifierMethodParams
     from model_params import ModelParams
     from shared_params import EncoderAndDataParams
 
@@ -33,6 +33,7 @@ class Plan:
     steps: int  # of the optimizer
     steps_per_epoch: int
     warmup_steps: float = 0
+    lr_factor: float = 1.0  # by which it, and every other rate, was scaled
 
     @property
     def global_batch_size(self) -> int:
@@ -95,36 +96,64 @@ def get_plan(params: "EncoderAndDataParams", trainer: pl.Trainer, warmup_epochs:
     size = checked_batch_size(params, accumulated, trainer.train_dataloader)
     plan = Plan(ddp.world_size(), accumulated, size, params.lr, int(steps), steps_per_epoch, warmup)
     ratio = plan.global_batch_size / params.lr_batch_size
-    return evolve(plan, lr=params.lr * {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[params.lr_scaling])
+    factor = {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[params.lr_scaling]
+    return evolve(plan, lr=params.lr * factor, lr_factor=factor)
+
+
+def get_optimizer(
+    params: "ModelParams | LinearClassifierMethodParams", groups: list[dict], lr: float, nesterov: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer that `params` names. LARS adapts the groups that have the weight decay of all."""
+    p = params
+    if p.optimizer_name == "lars":
+        groups = [{**group, "adapt": "weight_decay" not in group} for group in groups]
+        return LARS(groups, lr, p.momentum, p.weight_decay, p.lars_eta)
+    if p.optimizer_name == "sgd":
+        return torch.optim.SGD(groups, lr, p.momentum, weight_decay=p.weight_decay, nesterov=nesterov)
+    return torch.optim.AdamW(groups, lr, weight_decay=p.weight_decay)
 
 
 def for_pretraining(params: "ModelParams", plan: Plan, adapted: Parameters, excluded: Parameters) -> dict:
     """The optimizer that `params` names over two groups of parameters, with warm-up and half a cosine per step."""
-    p, lr = params, plan.lr
     groups = [{"params": list(adapted.values())}, {"params": list(excluded.values()), "weight_decay": 0.0}]
-    if p.optimizer_name == "lars":
-        groups[1]["adapt"] = False
-        optimizer = LARS(groups, lr, p.momentum, p.weight_decay, p.lars_eta)
-    elif p.optimizer_name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr, p.momentum, weight_decay=p.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr, weight_decay=p.weight_decay)
-    end = p.final_lr_schedule_value / p.lr  # all rates here are shares of the highest
-    cosine = functools.partial(schedules.warmup_cosine, total_steps=plan.steps, warmup_steps=plan.warmup_steps)
-    return per_step(optimizer, functools.partial(cosine, peak=1.0, end=end))
+    end = params.final_lr_schedule_value / params.lr  # all rates here are shares of the highest
+    return per_step(get_optimizer(params, groups, plan.lr), functools.partial(warmup_cosine, plan, end=end))
 
 
-def for_linear_stage(params: "LinearClassifierMethodParams", plan: Plan, classifier: nn.Module) -> dict:
-    """SGD whose rate falls to a tenth at 60 % and at 80 % of the training."""
-    p = params
-    optimizer = torch.optim.SGD(classifier.parameters(), plan.lr, p.momentum, weight_decay=p.weight_decay)
-    return per_step(optimizer, lambda step: schedules.steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1))
+def for_linear_stage(params: "LinearClassifierMethodParams", plan: Plan, groups: list[dict]) -> dict:
+    """The optimizer that `params` names over groups with rates of their own, which fall together: to a tenth at 60 %
+    and at 80 % of the training, or along half a cosine to 0."""
+    groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
+    rate = {"cosine": warmup_cosine, "steps": warmup_steps_down}[params.lr_schedule]
+    return per_step(get_optimizer(params, groups, plan.lr, params.nesterov), functools.partial(rate, plan))
+
+
+def warmup_cosine(plan: Plan, step: int, end: float = 0.0) -> float:
+    """Share of the highest rate."""
+    return schedules.warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=end)
+
+
+def warmup_steps_down(plan: Plan, step: int) -> float:
+    """Share of the highest rate."""
+    share = schedules.steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
+    return share * schedules.warmup(step, plan.warmup_steps)
 
 
 def per_step(optimizer: torch.optim.Optimizer, rate) -> dict:
     """What `configure_optimizers` returns: the learning rate is `rate(step)` times the group's."""
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def described(optimizer: torch.optim.Optimizer) -> str:
+    """Its groups of parameters: one line each, where they have names."""
+    groups = optimizer.param_groups
+    if not all("name" in group for group in groups):
+        return f"parameters with and without weight decay: {' and '.join(str(len(g['params'])) for g in groups)}"
+    rows = ["groups of parameters", f"{'':<32} {'tensors':>7} {'highest lr':>10} {'decay':>7}"]
+    for g in groups:
+        rows.append(f"{g['name']:<32} {len(g['params']):>7} {g['initial_lr']:>10.3g} {g['weight_decay']:>7.3g}")
+    return "\n".join(rows)
 
 
 def warmup_epochs(params: "ModelParams") -> float:

@@ -1,5 +1,6 @@
 """Images of one size as two arrays on the disk, memory-mapped, or as one tensor on the device."""
 
+import copy
 import mmap
 import shutil
 from pathlib import Path
@@ -41,9 +42,16 @@ class PackedImages(Dataset):
         if (n := sum(map(len, self.images))) != len(self.labels):
             raise ValueError(f"{', '.join(map(str, splits))}: {n} images but {len(self.labels)} labels")
         self.starts = np.cumsum([0, *map(len, self.images)])
+        self.places = np.arange(n)  # of the images that count, in the splits
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def subset(self, indices: np.ndarray) -> "PackedImages":
+        """These images alone, of the same files."""
+        part = copy.copy(self)
+        part.labels, part.places = self.labels[indices], self.places[indices]
+        return part
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([index])
@@ -52,10 +60,11 @@ class PackedImages(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """uint8 [N, C, H, W] and int64 [N]. PyTorch's loader calls this with the indices of a whole batch."""
         indices = np.asarray(indices)
-        part = np.searchsorted(self.starts, indices, side="right") - 1
-        batch = np.empty((len(indices), *self.images[0].shape[1:]), dtype=np.uint8)
+        places = self.places[indices]
+        part = np.searchsorted(self.starts, places, side="right") - 1
+        batch = np.empty((len(places), *self.images[0].shape[1:]), dtype=np.uint8)
         for i, images in enumerate(self.images):
-            batch[part == i] = images[indices[part == i] - self.starts[i]]
+            batch[part == i] = images[places[part == i] - self.starts[i]]
             forget(images)
         return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
 
@@ -75,10 +84,9 @@ class ImagesOnDevice(Dataset):
         self.images = torch.empty(shape, dtype=torch.uint8, device=device)
         self.labels = torch.from_numpy(packed.labels).to(device)
         piece = max(1, PIECE // self.images[0].nbytes)  # the whole set need not fit into the host's memory
-        for images, start in zip(packed.images, packed.starts, strict=False):
-            for first in range(0, len(images), piece):
-                part = torch.from_numpy(np.array(images[first : first + piece]))
-                self.images[start + first : start + first + len(part)] = part.to(device)
+        for indices in torch.arange(len(packed)).split(piece):
+            images, _ = packed.__getitems__(indices)
+            self.images[indices[0] : indices[-1] + 1] = images.permute(0, 2, 3, 1).to(device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,4 +102,4 @@ class ImagesOnDevice(Dataset):
 
 
 def fits(packed: PackedImages, device: torch.device) -> bool:
-    return has_room(sum(images.nbytes for images in packed.images), device)
+    return has_room(len(packed) * packed.images[0][:1].nbytes, device)

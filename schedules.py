@@ -8,10 +8,15 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
+def warmup(step: int, warmup_steps: float) -> float:
+    """A straight line up to 1 over `warmup_steps`."""
+    return min(1.0, (step + 1) / warmup_steps) if step < warmup_steps else 1.0
+
+
 def warmup_cosine(step: int, total_steps: int, warmup_steps: float, peak: float, end: float) -> float:
     """A straight line up to `peak` over `warmup_steps`, then half a cosine down to `end` at `total_steps`."""
     if step < warmup_steps:
-        return peak * min(1.0, (step + 1) / warmup_steps)
+        return peak * warmup(step, warmup_steps)
     return cosine(peak, end, (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 

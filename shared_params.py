@@ -28,6 +28,7 @@ class EncoderAndDataParams:
     embedding_dim: int | None = positive(None)  # inferred; checked if given
     encoder_weights: str | None = None  # to start from: torchvision's name ("DEFAULT", ...), or a file
     low_resolution_stem: bool | None = None  # 3 x 3 stem without pooling; None: for ResNets on 32 pixels or fewer
+    stem_variant: str = choice("standard", encoders.STEM_VARIANTS)  # of the 3 x 3 stem; others: for others' weights
     in_channels: int | None = positive(None)  # None: the data set's
 
     # data-related parameters
@@ -110,7 +111,7 @@ class EncoderAndDataParams:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of each channel; gray images are repeated where the encoder has more."""
+        """Of each channel; gray images are repeated for an encoder of colours."""
         return self.of_each_channel(self.image_mean or self.dataset.mean)
 
     @property
@@ -118,7 +119,7 @@ class EncoderAndDataParams:
         return self.of_each_channel(self.image_std or self.dataset.std)
 
     def of_each_channel(self, values: Sequence[float]) -> tuple[float, ...]:
-        return tuple(values) * (self.channels if len(values) == 1 else 1)
+        return tuple(values) * (3 if len(values) == 1 and self.channels == 3 else 1)
 
     @property
     def low_resolution(self) -> bool:
@@ -132,7 +133,7 @@ def check_statistics(name: str, values: Any, channels: int) -> None:
     if values is None:
         return
     numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
-    if not numbers or len(values) not in (1, channels) or not all(lowest <= v <= 1 for v in values):
+    if not numbers or len(values) != channels or not all(lowest <= v <= 1 for v in values):
         wanted = f"{channels} numbers, one a channel, from {lowest:g} to 1"
         raise ValueError(f"{name}={values!r} must be a list of {wanted}")
 

@@ -1,6 +1,7 @@
 """What pretraining and the linear stage have in common with Lightning: data, seeds, compilation, checkpoints."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -69,6 +70,18 @@ class Stage(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return Watch.unless_there(self.trainer)
+
+
+@contextmanager
+def one_image_explained(x: Tensor) -> Iterator[None]:
+    """Around a network in train mode: one image alone has no batch statistics, and PyTorch does not say what to do."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        way_out = "choose a larger batch_size, or drop_last_batch=True if it is the last one"
+        raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error
 
 
 def seed_torch(seed: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 import ddp
+import optimizers
 from checkpoints import SafeCheckpointIO
 from device import to_host
 from loader import Loader
@@ -58,8 +59,7 @@ class Watch(pl.Callback):
         if Loader.is_position(self.position) and isinstance(loader, Loader):
             loader.load_state_dict(self.position)
         self.position = None
-        groups = [len(group["params"]) for group in trainer.optimizers[0].param_groups]
-        rank_zero_info(f"{pl_module.plan}; parameters with and without weight decay: {' and '.join(map(str, groups))}")
+        rank_zero_info(f"{pl_module.plan}; {optimizers.described(trainer.optimizers[0])}")
 
     # ---- a loss that is not finite ----
 

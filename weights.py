@@ -3,29 +3,41 @@
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
+import torchvision
 from attrs import fields, frozen
 from torch import Tensor, nn
 
+import architectures
 import augmentations
-import checkpoints
-from encoders import get_encoder
+import encoders
+import layouts
+from data import DATASETS
 from shared_params import EncoderAndDataParams
 
 SHARED = {field.name for field in fields(EncoderAndDataParams)}
+GRAY = {"image_mean": [0.449], "image_std": [0.226]}  # ImageNet's constants, their means over the three channels
 
 
 @frozen
 class Report:
-    """Where an encoder's tensors came from."""
+    """Where an encoder's tensors came from. As a string: one line for people."""
 
     source: str  # path or name
-    layout: str  # a row of LAYOUTS, or "published"
+    layout: str  # whose way of keeping it, or "published"
+    architecture: str
     matched: int  # tensors of the encoder, all of them
     left_out: tuple[str, ...]  # keys of the file that are no part of the encoder: heads, queues, the other network
+    assumed: str = ""  # what the file does not say
+    started_from: str | None = None  # weights that the pretraining started from, for load_encoder
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.layout}, all {self.matched} tensors loaded, {len(self.left_out)} left out"
+        left_out = f"; left out: {layouts.grouped(self.left_out)}" if self.left_out else ""
+        assumed = f"; assumed: {self.assumed}" if self.assumed else ""
+        return (
+            f"{self.source}: {self.layout}, all {self.matched} tensors of {self.architecture} loaded{left_out}{assumed}"
+        )
 
 
 class Encoder(nn.Module):
@@ -36,7 +48,17 @@ class Encoder(nn.Module):
 
     def __init__(self, model: nn.Module, params: EncoderAndDataParams, report: Report):
         super().__init__()
-        self.model, self.params, self.report = model.requires_grad_(False).eval(), params, report
+        self.model, self.params, self.report = model.requires_grad_(False), params, report
+        self.eval()
+
+    @property
+    def started_from(self) -> str | None:
+        """What the pretraining started from, for load_encoder; None: random weights, or the file does not say."""
+        return self.report.started_from
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """It stays in eval mode."""
+        return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images [N, C, H, W] -> embeddings [N, E]."""
@@ -54,23 +76,133 @@ class Encoder(nn.Module):
 
 
 def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, **overrides: Any) -> Encoder:
-    """The encoder of a checkpoint or weights file, or a published one by name ("resnet50", "timm:vit_small_...").
+    """The encoder of a checkpoint or weights file, or a published one by name.
+
+    Files: of this library, of the systems in docs/weights.md, state dicts of torchvision and timm, .safetensors. Names:
+    "resnet50" (torchvision's newest weights), "resnet50:IMAGENET1K_V1", "timm:NAME". The report says what was taken,
+    left out and assumed.
 
     Args:
         path_or_name: a file, or the name of an encoder whose published weights are wanted.
         encoder: your own module, if the encoder was one.
         overrides: fields of EncoderAndDataParams, such as encoder_arch, where the file does not say or says it wrong.
+            With another dataset_name, images keep the size and the constants of the pretraining.
 
     Raises:
-        FileNotFoundError: there is no such file, and no such encoder.
-        ValueError: the file does not hold exactly the parameters of the encoder; says which differ.
+        FileNotFoundError: there is no such file, and it is no name.
+        OSError: published weights could not be downloaded.
+        ValueError: the name is unknown, or the file does not hold exactly the parameters of the encoder; says which.
     """
-    path = Path(path_or_name).expanduser()
-    checkpoint = checkpoints.read(path)
-    settings = {key: value for key, value in checkpoint["hyper_parameters"].items() if key in SHARED}
-    params = EncoderAndDataParams(**{**settings, "encoder_weights": None, **overrides})
-    model, _ = get_encoder(params, encoder)
-    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
-    model.load_state_dict(state)
-    left_out = tuple(key for key in checkpoint["state_dict"] if not key.startswith("model."))
-    return Encoder(model, params, Report(str(path), "self_supervised", len(state), left_out))
+    name = str(path_or_name)
+    if encoder is None and not Path(name).expanduser().is_file() and is_name(name):
+        return published(name, overrides)
+    found = layouts.read(Path(name).expanduser())
+    if encoder is not None:
+        overrides = {"low_resolution_stem": False, **overrides, "encoder_arch": encoders.OWN_MODULE}
+    settings, assumed = settings_of(found, overrides)
+    params = with_overrides(settings, overrides)
+    model, _ = encoders.get_encoder(params, encoder)
+    left_out = layouts.load(model, found, params.encoder_arch)
+    matched, started_from = len(model.state_dict()), found.started_from
+    report = Report(found.source, found.layout, params.encoder_arch, matched, left_out, assumed, started_from)
+    return Encoder(model, params, report)
+
+
+def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """(settings as the file says them, else found out from its tensors or ImageNet's; in words what is not sure)."""
+    if found.settings:
+        settings = {key: value for key, value in found.settings.items() if key in SHARED}
+        return {"stem_variant": found.stem_variant, **settings, "encoder_weights": None}, ""
+    settings, arch = {"dataset_name": "imagenet"}, overrides.get("encoder_arch")
+    if arch != encoders.OWN_MODULE:
+        settings |= attrs.asdict(architectures.find(found, arch))
+        if found.layout == "moco v3" and settings["encoder_arch"].startswith("timm:vit_small"):
+            raise ValueError(
+                f"{found.source} is moco v3's vit_small, whose 12 heads timm's has not (6): give encoder="
+                f"timm.create_model({settings['encoder_arch'].removeprefix('timm:')!r}, num_heads=12, num_classes=0)"
+            )
+    if settings.get("low_resolution_stem"):
+        settings |= {"dataset_name": "cifar10", "stem_variant": found.stem_variant}
+    if overrides.get("in_channels", settings.get("in_channels")) == 1:
+        settings |= GRAY
+    assumed = [] if "dataset_name" in overrides else [f"size and normalization constants of {settings['dataset_name']}"]
+    if arch is None and settings["encoder_arch"].startswith("ws_"):
+        assumed.append("weight standardization")  # group norm without it has the same names
+    if arch is None and settings["encoder_arch"].startswith("timm:"):
+        assumed.append(f"{settings['encoder_arch']} of all models of these shapes")
+    return settings, ", ".join(assumed)
+
+
+def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> EncoderAndDataParams:
+    """Settings that say everything about the encoder's images themselves, so that another data set changes nothing."""
+    own = {key: value for key, value in overrides.items() if key != "dataset_name"}
+    params = EncoderAndDataParams(**{**settings, **own})
+    explicit = {
+        "low_resolution_stem": params.low_resolution,
+        "in_channels": params.channels,
+        "transform_crop_size": params.crop_size,
+    }
+    if len(params.mean) == params.channels:  # not so where a loader of the user's yields other images than the data set
+        explicit |= {"image_mean": list(params.mean), "image_std": list(params.std)}
+    other = DATASETS.get(overrides.get("dataset_name"))
+    if other is not None and other.channels not in (1, params.channels):
+        raise ValueError(
+            f"dataset_name={overrides['dataset_name']!r} has images of {other.channels} channels, the encoder takes "
+            f"{params.channels}: choose another data set"
+        )
+    return attrs.evolve(params, **explicit, dataset_name=overrides.get("dataset_name", params.dataset_name))
+
+
+# ---- published weights ----
+
+
+def is_name(name: str) -> bool:
+    """Whether it reads like the name of an encoder, not like that of a file."""
+    return name.startswith("timm:") or not any(sign in name for sign in "/\\.~")
+
+
+def published(name: str, overrides: dict[str, Any]) -> Encoder:
+    """An encoder with the weights that torchvision or timm publish, downloaded unless they are in the cache."""
+    arch, _, weights = (name, "", "DEFAULT") if name.startswith("timm:") else name.partition(":")
+    try:
+        encoders.check_name(arch)
+    except ValueError as error:
+        raise ValueError(f"there is no file {name}, and as a name: {error}") from error
+    weights = weights or "DEFAULT"
+    settings = {"encoder_arch": arch, "dataset_name": "imagenet", "encoder_weights": weights, **facts(arch, weights)}
+    params = with_overrides(settings, overrides)
+    if arch in encoders.TORCHVISION and (params.channels != 3 or params.low_resolution):
+        raise ValueError(
+            f"in_channels={params.channels} with low_resolution_stem={params.low_resolution} would leave the first "
+            f"layer of {name} without its published weights: leave them out"
+        )
+    try:
+        model, _ = encoders.get_encoder(params)
+    except OSError as error:
+        raise OSError(
+            f"the weights of {name} could not be downloaded ({error}): get the file elsewhere, and give its path"
+        ) from error
+    report = Report(name, "published", arch, len(model.state_dict()), ())
+    return Encoder(model, attrs.evolve(params, encoder_weights=None), report)
+
+
+def facts(arch: str, weights: str) -> dict[str, Any]:
+    """Image size and constants of published weights; {} if there are none (the builder then says so)."""
+    if arch.startswith("timm:"):
+        import timm  # optional, and slow to import
+
+        model, _, tag = arch.removeprefix("timm:").partition(".")
+        tags = timm.models.list_pretrained(f"{model}.*")
+        if not tags or (tag and f"{model}.{tag}" not in tags):
+            has = f"only {', '.join(tags)}" if tags else "none"
+            raise ValueError(f"timm publishes no weights {arch.removeprefix('timm:')}: of {model} it has {has}")
+        about = timm.get_pretrained_cfg(arch.removeprefix("timm:"))
+        size, mean, std = about.input_size[-1], about.mean, about.std
+    else:
+        enum = torchvision.models.get_model_weights(arch) if arch in encoders.TORCHVISION else None
+        known = {} if enum is None else enum.__members__
+        if weights not in known:
+            return {}
+        about = known[weights].transforms()
+        size, mean, std = about.crop_size[0], about.mean, about.std
+    return {"transform_crop_size": size, "image_mean": list(mean), "image_std": list(std), "low_resolution_stem": False}

@@ -29,7 +29,6 @@ class Picture:
     bar: tuple[str, ...]
     length: str
     unit: str
-    log: bool = False
     only: dict = field(factory=dict)
 
 
@@ -37,7 +36,7 @@ PICTURES = {
     "augment": Picture(("pixels",), ("who",), "views/s", "views per second on one core", only={"cores": "1"}),
     "step": Picture(("network",), ("method", "who"), "images/s", "images per second"),
     "optimizer": Picture(("what",), ("who",), "ms", "milliseconds, CPU"),
-    "probe": Picture(("size", "what"), ("who",), "s", "seconds", log=True),
+    "probe": Picture(("what", "images", "width"), ("who",), "s", "seconds"),
     "loader": Picture(("workers",), ("contestant",), "images/s", "images per second"),
     "scaling": Picture(("what",), ("value",), "ms per step", "milliseconds per step"),
     "startup": Picture((), ("what",), "seconds", "seconds"),
@@ -69,10 +68,11 @@ def insert(text: str, name: str, table: str) -> str:
 
 def draw(name: str, rows: list[Row], picture: Picture) -> None:
     rows = [row for row in rows if all(row[key] == value for key, value in picture.only.items())]
-    rows = [row for row in rows if isinstance(number(row[picture.length]), int | float)]
+    rows = [row for row in rows if isinstance(number(row[picture.length]), int | float) and row.get("what") != "-"]
     panels: dict[str, list[Row]] = {}
     for row in rows:
-        panels.setdefault(", ".join(row[key] for key in picture.panel), []).append(row)
+        title = (row[key] if key in ("what", "network") else f"{row[key]} {key}" for key in picture.panel)
+        panels.setdefault(", ".join(title), []).append(row)
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     height = 0.9 + 0.24 * max(map(len, panels.values()))
@@ -84,7 +84,7 @@ def draw(name: str, rows: list[Row], picture: Picture) -> None:
         values = [float(row[picture.length]) for row in content]
         colors = [OURS if "ours" in label or name in ("scaling", "startup") else OTHERS for label in labels]
         colors = [FLOOR if "floor" in label else color for label, color in zip(labels, colors, strict=True)]
-        bars = axis.barh(range(len(values)), values, color=colors, log=picture.log)
+        bars = axis.barh(range(len(values)), values, color=colors)
         axis.bar_label(bars, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values], padding=3)
         axis.set_yticks(range(len(values)), labels)
         axis.invert_yaxis()

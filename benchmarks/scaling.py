@@ -12,6 +12,7 @@ touched count as resident (RssFile), though the system takes them back when it n
 """
 
 import itertools
+import logging
 import os
 import re
 import resource
@@ -56,6 +57,7 @@ def step_milliseconds(rank: int, world: int, port: int, cases: list[tuple[str, d
     import torch
 
     join_group(rank, world, port)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     return [one_case(world, preset, fields, steps) for preset, fields in cases]
 

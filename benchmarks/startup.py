@@ -25,7 +25,7 @@ def interpreter(program: str) -> Callable[[], None]:
 
 
 def main(argv: list[str] | None = None) -> list[harness.Row]:
-    options = harness.arguments(__doc__, rounds=7).parse_args(argv)
+    options = harness.arguments(__doc__, rounds=5).parse_args(argv)
     runs = {name: interpreter(program) for name, program in PROGRAMS.items()}
     times = harness.in_turns(runs, 1 if options.quick else options.rounds, warmup=0 if options.quick else 1)
     base, imported, built = times.values()

@@ -35,7 +35,6 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-import augmentations
 import data
 from augmentations import View, augment, generator
 from benchmarks import harness, peers
@@ -109,7 +108,7 @@ def make_videos(work: Work) -> None:
 def ours(work: Work, decoder: str) -> Dataset:
     os.environ["DATA_PATH"] = str(Path(work.folder) / decoder)
     params = SCEParams(**work.settings, video_decoder=decoder, transform_crop_size=work.size)
-    return data.get_dataset(params, ("train",), augmentations.view_settings(params))
+    return data.get_dataset(params, ("train",), params.views)
 
 
 class PlainLoop(Dataset):

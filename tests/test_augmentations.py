@@ -14,7 +14,7 @@ import image_ops
 from augmentations import View, draw, draw_crops, generator
 from model_params import ModelParams
 
-SIZES = [(32, 32), (96, 96), (256, 224)]  # of image and view
+SIZES = [(32, 32), (96, 96), (256, 224), (32, 14), (8, 7)]  # of image and view; 7: as small as blurring allows
 
 
 def images(n: int, size: int, channels: int = 3) -> torch.Tensor:
@@ -147,17 +147,17 @@ def test_settings_per_view_as_in_byol():
         transform_solarize_probability=[0.0, 0.2],
         transform_crop_scale_min=0.08,
     )
-    first, second = augmentations.view_settings(params)
+    first, second = params.views
     assert (first.blur_probability, second.blur_probability) == (1.0, 0.1)
     assert (first.solarize_probability, second.solarize_probability) == (0.0, 0.2)
     assert first.crop_scale == (0.08, 1.0) and first.crop_size == 32 and first.hue == pytest.approx(0.1)
     no_blur = ModelParams(transform_apply_blur=False, transform_s=1.0)
-    assert augmentations.view_settings(no_blur)[0].blur_probability == 0
-    assert augmentations.view_settings(no_blur)[0].brightness == pytest.approx(0.8)
+    assert no_blur.views[0].blur_probability == 0
+    assert no_blur.views[0].brightness == pytest.approx(0.8)
 
 
 def test_digits_are_neither_mirrored_nor_coloured():
-    view = augmentations.view_settings(ModelParams(dataset_name="digits"))[0]
+    view = ModelParams(dataset_name="digits").views[0]
     assert view.flip_probability == view.jitter_probability == view.grayscale_probability == 0
 
 

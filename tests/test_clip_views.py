@@ -87,7 +87,7 @@ def test_kinetics_crops_and_the_asymmetric_views_of_sce():
         dataset_name="kinetics", transform_blur_probability=[1.0, 0.1], transform_solarize_probability=[0.0, 0.2],
         transform_time_difference_probability=0.2, transform_s=1.0,
     )  # fmt: skip
-    first, second = augmentations.view_settings(params)
+    first, second = params.views
     assert (first.crop_scale, first.crop_ratio, first.crop_size) == ((0.2, 0.766), (0.75, 1.3333), 224)
     assert (first.brightness, first.contrast, first.hue, first.flip_probability) == (0.8, 0.8, 0.2, 0.5)
     assert (first.blur_probability, second.blur_probability) == (1.0, 0.1)

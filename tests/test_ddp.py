@@ -16,6 +16,7 @@ from model_params import PRESETS
 WORLDS, IMAGES, STEPS = (2, 4), 16, 5  # images of the joined batch
 BATCH = {"use_negative_examples_from_batch": True}
 BOTH_VIEWS = {"use_both_augmentations_as_queries": True}
+SMALL_VIEWS = {"n_small_views": 2, "transform_small_crop_size": 8}  # as large as the others: one encoder for all
 CASES = {
     **{name: {"preset": name} for name in PRESETS},
     "ce, batch": {**BATCH, "use_negative_examples_from_queue": False},
@@ -27,6 +28,7 @@ CASES = {
     "ip, queue and batch": {"loss_type": "ip", **BATCH},
     "sce, batch": {"preset": "sce", "use_negative_examples_from_queue": False},
     "shuffled": {"shuffle_batch_norm": True},
+    **{f"{name}, small views": {"preset": name, **SMALL_VIEWS} for name in ("sce", "simclr", "vicreg")},
     "lars": {"optimizer_name": "lars", "exclude_matching_parameters_from_lars": [".bias", ".bn"], "lars_eta": 0.02},
 }
 SMALL = {"dataset_name": "digits", "K": 24, "dim": 6, "mlp_hidden_dim": 12, "warmup_epochs": 0, "seed": 0, "lr": 0.05}
@@ -71,7 +73,7 @@ def train_every_case(rank: int, world: int) -> dict:
     """Of every case: loss and gradients of the first step, and what there is after the last one."""
     g = torch.Generator().manual_seed(0)
     share = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
-    views = [[torch.randn(IMAGES, 1, 8, 8, generator=g)[share] for _ in range(2)] for _ in range(STEPS)]
+    views = [[torch.randn(IMAGES, 1, 8, 8, generator=g)[share] for _ in range(4)] for _ in range(STEPS)]
     found = {}
     for case, fields in CASES.items():
         preset = PRESETS[fields.get("preset", "moco_v2")]

@@ -278,7 +278,7 @@ def test_own_training_and_validation_loaders_and_a_data_module(small, trainer, m
 
 
 def test_one_float_view_is_refused_in_words(small, trainer):
-    with pytest.raises(ValueError, match="yields 1 float view of each image, but 2 are needed"):
+    with pytest.raises(ValueError, match="yields 1 of the 2 float views needed of each image"):
         trainer().fit(
             SelfSupervisedMethod(small(), encoder=TinyEncoder()), loader(torch.randn(16, 1, 8, 8), torch.arange(16))
         )

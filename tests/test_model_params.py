@@ -123,7 +123,7 @@ def test_unknown_field_is_a_type_error():
         ({"exclude_matching_parameters_from_lars": ".bias"}, "exclude_.*='.bias' must be a list of strings"),
         ({"encoder_arch": None}, "encoder_arch=None must be a string"),
         ({"encoder_arch": "resnet18.foo"}, "encoder_arch='resnet18.foo' is unknown"),
-        ({"transform_s": "a"}, "transform_s='a' must be a number, or a list of 2"),
+        ({"transform_s": "a"}, "transform_s='a' must be a number, or a list with one a view"),
         ({"use_eqco_margin": True, "loss_type": "ip"}, "use_eqco_margin=True is a part of loss_type='ce'"),
         ({"loss_type": "vic", "batch_size": 1}, "batch_size=1 leaves loss_type='vic' nothing"),
         ({"batch_size": 2.5}, "batch_size=2.5 must be a whole number"),

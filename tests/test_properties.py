@@ -39,7 +39,14 @@ SHARE = either(0, 0.0, 0.01, 0.5, 0.99, 1, 1.0) | st.floats(0, 1)
 WEIGHT = either(0, 0.0, 1e-6, 0.0051, 1, 25.0, 1000)
 EPOCHS = either(0, 0.01, 0.5, 1, 10, 1000)
 TEMPERATURE = either(1e-3, 0.01, 0.07, 0.2, 1, 1.0, 10, 1000.0)
-PER_VIEW = SHARE | st.lists(SHARE, min_size=2, max_size=2) | st.tuples(SHARE, SHARE) | st.none()
+
+
+def per_view(numbers: st.SearchStrategy) -> st.SearchStrategy:
+    return numbers | st.lists(numbers, min_size=2, max_size=2) | st.tuples(numbers, numbers) | st.none()
+
+
+PER_VIEW = per_view(SHARE)
+STRENGTH = per_view(either(0, -0.0, 0.4, 1, 5))
 NORM = either(None, *NORMALIZATIONS)
 
 VIEW_EVENTS = ("jitter", "grayscale", "blur", "solarize", "flip", "time_difference")
@@ -54,6 +61,8 @@ SENSIBLE = {
     "batch_size": st.integers(1, 12),
     "global_batch_size": st.none() | st.integers(1, 12),
     "transform_crop_size": st.none() | st.integers(7, 16),
+    "image_mean": st.none() | st.just([0.5]),
+    "image_std": st.none() | st.just([0.25]),
     "seed": st.none() | either(0, 1, 2**32 - 1, 2**32, 2**63 - 1) | st.integers(0, 2**32),
     "num_data_workers": either(0, 1, 64, 1000),
     "drop_last_batch": FLAG,
@@ -99,7 +108,17 @@ SENSIBLE = {
     "transform_s": either(0, 0.5, 1.0, 5) | st.lists(either(0, 0.5, 1), min_size=2, max_size=2),
     "transform_apply_blur": FLAG,
     **{f"transform_{name}_probability": PER_VIEW for name in VIEW_EVENTS},
-    "transform_crop_scale_min": PER_VIEW,
+    **{f"transform_{name}": STRENGTH for name in ("brightness", "contrast", "saturation")},
+    **{f"transform_{small}crop_scale_{end}": PER_VIEW for small in ("", "small_") for end in ("min", "max")},
+    "transform_small_crop_size": either(None, 7, 8, [8, 7]),
+    "transform_crop_ratio_min": per_view(either(0.01, 0.5, 0.75, 1)),
+    "transform_crop_ratio_max": per_view(either(1, 1.5, 100)),
+    "transform_hue": per_view(either(0, -0.0, 0.1, 0.5)),
+    "transform_blur_sigma_min": per_view(either(0.01, 0.1, 1)),
+    "transform_blur_sigma_max": per_view(either(1, 2.0, 3)),
+    "transform_solarize_threshold": PER_VIEW,
+    "n_large_views": either(2, 2, 2, 3),
+    "n_small_views": either(0, 0, 1, 2, 3),
     "use_momentum_schedule": FLAG,
     "loss_type": either(*LOSSES),
     "use_negative_examples_from_queue": FLAG,
@@ -184,7 +203,7 @@ def loader_for(p: ModelParams) -> DataLoader:
     if p.channels == p.dataset.channels:
         images = torch.randint(256, (2 * n, p.channels, size, size), dtype=torch.uint8)
     else:
-        images = torch.randn(2 * n, 2, p.channels, size, size)
+        images = torch.randn(2 * n, p.n_views, p.channels, size, size)
     return DataLoader(TensorDataset(images, labels), batch_size=n)
 
 

@@ -82,6 +82,11 @@ def build(kind: str, folder: str):
     common = {**SMALL, "dataset_name": "digits", "dim": 8, "K": 40, "lr": 0.1}
     if kind == "linear":
         return LinearClassifierMethod.from_moco_checkpoint(f"{folder}/example.ckpt", encoder=small_encoder()), {}
+    if kind == "fine-tuning":
+        fields = {"encoder_lr": 0.05, "lr": 0.1, "layer_decay": 0.5, "normalize_features": True, "label_fraction": 0.2}
+        fields |= {"validate_on": "held_out", "lr_schedule": "cosine", "batch_size": 24}
+        path, encoder = f"{folder}/example.ckpt", small_encoder()
+        return LinearClassifierMethod.from_moco_checkpoint(path, encoder=encoder, **fields), {}
     if kind == "own loader":
         return SelfSupervisedMethod(PRESETS["simclr"](**common), encoder=small_encoder()), {}
     if kind == "files":  # decoded by workers
@@ -160,6 +165,7 @@ def folder_of(tmp_path_factory, digits_path):
         ("byol, accumulated", 1, 6),
         ("files", 1, 3),
         ("linear", 1, 3),
+        ("fine-tuning", 1, 3),
         ("own loader", 1, 2),
         ("moco", 2, 4),
     ],

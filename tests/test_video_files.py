@@ -7,7 +7,6 @@ import torch
 import videos
 from torch import nn
 
-import augmentations
 import data
 import video_files
 from augmentations import View
@@ -38,7 +37,7 @@ def params(request, tmp_path, monkeypatch):
 
 
 def views_of(params) -> list[View]:
-    return augmentations.view_settings(params)
+    return params.views
 
 
 def get(params, training: bool = True, split: str = "train"):

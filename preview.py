@@ -1,0 +1,141 @@
+"""A contact sheet of what the model sees: each row an image, each column a view, pixel by pixel."""
+
+import os
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import asdict
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+import augmentations
+import data
+from loader import images_and_labels
+from model_params import ModelParams
+from shared_params import resolve
+
+TILE = 160  # pixels that a large view is magnified to, about; by whole numbers, so that pixels stay squares
+GAP, MARGIN, FONT_SIZE, LINE = 8, 20, 13, 18  # pixels
+FRAMES = 4  # of a clip
+PAPER, INK, PALE_INK = (240, 240, 240), (24, 24, 24), (96, 96, 96)
+Column = tuple[list[str], Tensor]  # lines of the caption; uint8 images [rows, C, H, W]
+
+
+def write(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = None, rows: int = 8) -> Path:
+    """The first images of the first training batch, as the model will see them at its first step, as a PNG.
+
+    Args:
+        loader: yours, if you train on one; default: that of `params.dataset_name`.
+
+    Raises:
+        ValueError: the path does not end in .png; or what reading the images raises.
+    """
+    params, path = resolve(ModelParams, params, None, {}), Path(path)  # with the seed of pl.seed_everything
+    if path.suffix != ".png":
+        raise ValueError(f"the preview is a PNG, and {path} does not end in .png")
+    originals = None
+    if loader is None:
+        splits = params.dataset.pretraining_splits
+        loader = data.get_loader(params, data.get_dataset(params, splits, params.views), training=True)
+        whole = data.get_dataset(params, splits)
+        originals = torch.stack([whole[i][0] for i in islice(loader.sampler, rows)])
+    images, _ = images_and_labels(next(iter(loader)))
+    sheet = contact_sheet(images, params, rows, originals)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    sheet.save(unfinished, "PNG")
+    os.replace(unfinished, path)
+    return path
+
+
+def contact_sheet(
+    images: Tensor | list[Tensor], params: ModelParams, rows: int = 8, originals: Tensor | None = None
+) -> Image.Image:
+    """The first rows of a batch: the original, then every view.
+
+    Args:
+        images: what a loader yields: uint8 images [N, C, H, W], which are augmented here as at the first step of a
+            training with `params.seed`; a list of crops; or float views, which are shown as they are.
+        originals: uint8 [at least `rows`, C, H, W], where `images` are not these; None: no such column then.
+    """
+    seed = (params.seed or 0, 0, 0, 0)  # of the first epoch and batch, on the first process
+    views = augmentations.for_training(images, augmentations.training_views(params), seed)
+    columns = [(caption(params, i), pixels(view[:rows], params)) for i, view in enumerate(views[: params.n_views])]
+    if originals is None and isinstance(images, Tensor) and images.dtype == torch.uint8:
+        originals = images
+    if originals is not None:
+        size = f"{originals.shape[-1]} x {originals.shape[-2]} px"
+        columns.insert(0, (["original", size], as_strips(originals[:rows]).cpu()))
+    return arrange(columns)
+
+
+def pixels(view: Tensor, params: ModelParams) -> Tensor:
+    """A normalized view -> uint8, as it was before it was normalized."""
+    mean, std = (torch.tensor(values, device=view.device).view(-1, 1, 1) for values in (params.mean, params.std))
+    view = as_strips(view)
+    return ((view.float() * std + mean) * 255).round().clamp(0, 255).byte().cpu()
+
+
+def as_strips(images: Tensor) -> Tensor:
+    """Images as they are; of clips [N, C, T, H, W], four frames from the first to the last, side by side. Of several
+    clips of each video [N, K, C, T, H, W], the first."""
+    images = images[:, 0] if images.dim() == 6 else images
+    if images.dim() == 4:
+        return images
+    chosen = torch.linspace(0, images.shape[2] - 1, min(FRAMES, images.shape[2])).long()
+    return torch.cat(images[:, :, chosen.to(images.device)].unbind(2), dim=3)
+
+
+# ---- captions ----
+
+
+def caption(params: ModelParams, i: int) -> list[str]:
+    """What view i is, and every setting in which the views differ."""
+    views, pairs = params.views, params.pairs
+    roles = [name for name, ends in zip(("query", "key"), zip(*pairs, strict=True), strict=True) if i in ends]
+    kind = "large" if i < params.n_large_views else "small"
+    size = f"{views[i].crop_size} x {views[i].crop_size} px"
+    rows = [asdict(view) for view in views]
+    differing = [name for name in rows[0] if name != "crop_size" and len({row[name] for row in rows}) > 1]
+    return [f"view {i}, {kind}", size, " and ".join(roles), *(in_words(name, rows[i][name]) for name in differing)]
+
+
+def in_words(name: str, value: float | tuple[float, float]) -> str:
+    if name.endswith("_probability"):
+        return f"{name.removesuffix('_probability')} in {100 * value:g} %"
+    number = f"{value:g}" if not isinstance(value, tuple) else "{:g} to {:g}".format(*value)
+    return f"{name.replace('_', ' ')} {number}"
+
+
+# ---- drawing ----
+
+
+def arrange(columns: list[Column]) -> Image.Image:
+    """Columns side by side, all views magnified alike, so that small views are seen to be small."""
+    font = ImageFont.load_default(FONT_SIZE)
+    factor = max(1, round(TILE / max(images.shape[2] for _, images in columns)))
+    height = factor * max(images.shape[2] for _, images in columns) + GAP
+    widths = [
+        max([factor * images.shape[3], *(round(font.getlength(line)) for line in lines)]) for lines, images in columns
+    ]
+    top = MARGIN + LINE * max(len(lines) for lines, _ in columns) + GAP
+    size = (2 * MARGIN + sum(widths) + 2 * GAP * (len(widths) - 1), top + height * len(columns[0][1]) - GAP + MARGIN)
+    sheet = Image.new("RGB", size, PAPER)
+    draw, left = ImageDraw.Draw(sheet), MARGIN
+    for (lines, images), width in zip(columns, widths, strict=True):
+        for line, text in enumerate(lines):
+            draw.text((left, MARGIN + LINE * line), text, INK if line == 0 else PALE_INK, font)
+        for row, image in enumerate(images):
+            sheet.paste(magnified(image, factor), (left, top + height * row))
+        left += width + 2 * GAP
+    return sheet
+
+
+def magnified(image: Tensor, factor: int) -> Image.Image:
+    """[C, H, W] uint8, of one or three channels (of others the first is shown) -> every pixel a square."""
+    shown = image if image.shape[0] == 3 else image[:1].expand(3, -1, -1)
+    tile = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
+    return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
