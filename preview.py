@@ -105,7 +105,7 @@ def caption(params: ModelParams, i: int) -> list[str]:
 
 def in_words(name: str, value: float | tuple[float, float]) -> str:
     if name.endswith("_probability"):
-        return f"{name.removesuffix('_probability')} in {100 * value:g} %"
+        return f"{name.removesuffix('_probability').replace('_', ' ')} in {100 * value:g} %"
     number = f"{value:g}" if not isinstance(value, tuple) else "{:g} to {:g}".format(*value)
     return f"{name.replace('_', ' ')} {number}"
 

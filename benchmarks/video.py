@@ -44,6 +44,7 @@ from model_params import SCEParams
 
 OURS = {"file": "ours, files", "frames": "ours, folders of frames"}
 PYAV = "PyAV, plain loop"
+PHOTOGRAPHS = load_sample_images().images
 
 
 @frozen
@@ -77,7 +78,7 @@ QUICK |= {"step_size": 16, "steps": 10}
 
 def moving(work: Work, video: int, i: int) -> np.ndarray:
     """Frame i: a window that wanders over a photograph, [height, width, 3]."""
-    source = load_sample_images().images[video % 2]
+    source = PHOTOGRAPHS[video % 2]
     room, angle = (source.shape[0] - work.height, source.shape[1] - work.width), i / 50 + video
     top, left = (int(r / 2 * (1 + math.sin(angle * f))) for r, f in zip(room, (1, 1.3), strict=True))
     return np.ascontiguousarray(source[top : top + work.height, left : left + work.width])

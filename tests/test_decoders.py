@@ -52,8 +52,11 @@ def test_the_wanted_frames_and_no_others(kind, threads, tmp_path):
             assert np.array_equal(frame, whole[index])  # bit by bit, though most others were passed over
 
 
+TEMPLE = load_sample_images().images[0]
+
+
 def moving(i: int, width: int, height: int) -> np.ndarray:
-    return np.ascontiguousarray(load_sample_images().images[0][i : i + height, 3 * i : 3 * i + width])
+    return np.ascontiguousarray(TEMPLE[i : i + height, 3 * i : 3 * i + width])
 
 
 def test_real_pictures_in_motion_are_equal_bit_by_bit(tmp_path):

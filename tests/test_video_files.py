@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 import videos
+from PIL import Image
 from torch import nn
 
 import data
+import preview
 import video_files
 from augmentations import View
 from encoders import embed
@@ -251,6 +253,7 @@ def test_training_and_validating_on_clips(params, trainer):
     assert "valid_knn20_acc" in fit.callback_metrics
 
 
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # Lightning's, of the frozen encoder
 def test_the_linear_stage_takes_over_how_clips_are_read(params, trainer, tmp_path):
     fit = trainer()
     fit.fit(SelfSupervisedMethod(attrs.evolve(params, clip_speeds=[2.0]), encoder=SmallEncoder()))
@@ -268,3 +271,11 @@ def test_the_mean_embedding_of_the_clips_of_a_video():
     expected = torch.stack([torch.stack([encoder(clip[None])[0] for clip in video]).mean(0) for video in x])
     assert torch.allclose(embed(encoder, x), expected, atol=1e-6)
     assert torch.equal(embed(encoder, x[:, 0]), encoder(x[:, 0]))
+
+
+def test_a_preview_shows_strips_of_frames(params, tmp_path):
+    path = preview.write(attrs.evolve(params, evaluation_clips=2), tmp_path / "views.png", rows=2)
+    strips = preview.as_strips(torch.arange(10).view(1, 1, 10, 1, 1).expand(2, 3, 10, 5, 7))
+    assert strips.shape == (2, 3, 5, 4 * 7) and strips[0, 0, 0, ::7].tolist() == [0, 3, 6, 9]
+    with Image.open(path) as sheet:
+        assert sheet.width > 3 * 4 * 16 * 10  # original and two views of four frames, magnified ten times
