@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import ddp
+import video_files
+import voc
 from augmentations import View
-from image_files import ImageFiles
+from image_files import ImageFiles, Sample, class_folders
 from loader import Loader, Share
 from optimizers import batch_size
 from packed_images import ImagesOnDevice, PackedImages, fits, is_there, pack
-from video_files import get_videos, list_file
 
 if TYPE_CHECKING:
     from model_params import EncoderAndDataParams
@@ -69,8 +70,22 @@ def read_stl10() -> Arrays:
 
 
 @frozen
+class Files:
+    """How the images or videos of a split are found where they stay files."""
+
+    are_there: Callable[[Path], bool]
+    samples: Callable[[Path], list[Sample]] | None  # None: how videos are found, the settings say (video_files.py)
+    layout: str  # for the error where they are not there
+
+
+CLASS_FOLDERS = Files(Path.is_dir, class_folders, "with one folder of images per class")
+VIDEOS = Files(video_files.are_there, None, "with one folder of videos per class, or listed in a .csv of its name")
+VOC_LISTS = Files(voc.is_there, voc.samples, "in VOCdevkit/VOC2007 beside it, with JPEGImages and ImageSets/Main")
+
+
+@frozen
 class DatasetInfo:
-    """`read` is None where the images stay files in class folders. Splits are folders below `$DATA_PATH/<name>`."""
+    """`read` is None where the images stay files. Splits are folders (or lists) below `$DATA_PATH/<name>`."""
 
     crop_size: int
     n_classes: int
@@ -80,20 +95,17 @@ class DatasetInfo:
     pretraining_splits: tuple[str, ...] = ("train",)
     train_splits: tuple[str, ...] = ("train",)  # labelled
     test_splits: tuple[str, ...] = ("test",)
+    files: Files = CLASS_FOLDERS  # where read is None
+    many_labels: bool = False  # of an image: presences [K] of all classes, 1, -1 or 0, and not one class
     view: View = field(factory=View)  # training views, where the settings do not say otherwise
-    of_videos: bool = False
 
     @property
     def channels(self) -> int:
         return len(self.mean)
 
     @property
-    def kind(self) -> str:
-        return "video" if self.of_videos else "image"
-
-    def has(self, split: Path) -> bool:
-        """Whether a split of this data set is there. Of videos, a list will do."""
-        return is_there(split) if self.read else split.is_dir() or (self.of_videos and list_file(split).is_file())
+    def of_videos(self) -> bool:
+        return self.read is None and self.files is VIDEOS
 
 
 DIGIT_VIEW = View(  # a mirrored digit is another one, and has no colour; blurred at 8 x 8 it is a spot
@@ -116,8 +128,19 @@ DATASETS = {
         pretraining_splits=("train", "unlabeled"),
     ),
     "imagenet": DatasetInfo(224, 1000, IMAGENET_MEAN, IMAGENET_STD, read=None, test_splits=("val",)),
+    "voc07": DatasetInfo(
+        224,
+        20,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        read=None,
+        pretraining_splits=("trainval",),
+        train_splits=("trainval",),
+        files=VOC_LISTS,
+        many_labels=True,
+    ),
     "kinetics": DatasetInfo(
-        224, 400, (0.45,) * 3, (0.225,) * 3, read=None, test_splits=("val",), view=CLIP_VIEW, of_videos=True
+        224, 400, (0.45,) * 3, (0.225,) * 3, read=None, test_splits=("val",), files=VIDEOS, view=CLIP_VIEW
     ),
 }
 
@@ -139,15 +162,14 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
     if data_path().is_file():
         raise ValueError(f"DATA_PATH={data_path()} is a file: it must be the folder of the data sets")
     splits = sorted(splits or {*info.pretraining_splits, *info.train_splits, *info.test_splits})
-    missing = [folder / split for split in splits if not info.has(folder / split)]
+    there = info.files.are_there if info.read is None else is_there
+    missing = [folder / split for split in splits if not there(folder / split)]
     if not missing:
         return
     wanted = f"{name} was looked for in {', '.join(map(str, missing))}"
     if info.read is None:
         way_out = "put it there, or set the environment variable DATA_PATH to the folder above."
-        raise FileNotFoundError(
-            f"{wanted}, each with one folder of {info.kind}s per class, and is not there: {way_out}"
-        )
+        raise FileNotFoundError(f"{wanted}, each {info.files.layout}, and is not there: {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         missing = [path for path in missing if not is_there(path)]  # others may have packed it meanwhile
@@ -180,9 +202,16 @@ def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: 
         return PackedImages(folders)
     (folder,) = folders
     if params.dataset.of_videos:
-        return get_videos(params, folder, list(views))
+        return video_files.get_videos(params, folder, list(views))
     skip = params.unreadable_images == "skip"
-    return ImageFiles(folder, params.dataset.channels, params.crop_size, list(views), params.seed or 0, skip)
+    size, find = params.crop_size, params.dataset.files.samples
+    return ImageFiles(folder, params.dataset.channels, size, list(views), params.seed or 0, skip, find)
+
+
+def drops_last(wish: bool | None, n_images: int, size: int) -> bool:
+    """None: a last batch of a few images is dropped, because its batch statistics would harm a network in train mode,
+    but not one of at least half the images, and not the only one."""
+    return wish if wish is not None else n_images >= size and n_images % size < size / 2
 
 
 def get_loader(
@@ -193,7 +222,7 @@ def get_loader(
     Packed sets need no workers: reading a batch is one copy of memory. Class folders are shuffled for evaluation too:
     in their order, the first tenth of ImageNet (`limit_val_batches=0.1`) would be a tenth of the classes.
     """
-    packed, drop_last = isinstance(dataset, PackedImages), training and params.drop_last_batch
+    packed = isinstance(dataset, PackedImages)
     if params.data_on_device and not packed:
         raise ValueError(
             f"data_on_device=True is for packed sets, and {params.dataset_name} is of image files: leave it out"
@@ -202,10 +231,11 @@ def get_loader(
     if packed and (fits(dataset, device) if params.data_on_device is None else params.data_on_device):
         dataset = ImagesOnDevice(dataset, device)
     size, processes = batch_size(params, accumulated), ddp.world_size()
+    drop_last = training and drops_last(params.drop_last_batch, len(dataset) // processes, size)
     if drop_last and len(dataset) < size * processes:
         raise ValueError(
             f"{len(dataset)} images of {params.dataset_name} are fewer than one batch of {size} on each of {processes} "
-            f"processes: choose a smaller batch_size (or global_batch_size), or drop_last_batch=False"
+            f"processes: choose a smaller batch_size (or global_batch_size), or drop_last_batch=None"
         )
     shuffle = training or not packed
     return Loader(

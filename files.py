@@ -10,9 +10,10 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 MOST_WORKERS = 1024
+Sample = tuple[str, int | np.ndarray]  # path; class, or presences of all classes
 
 
-class Files(Dataset):
+class LabelledFiles(Dataset):
     """Paths and labels of files, each a sample of its own. A subclass reads one: `read(index)`.
 
     Args:
@@ -21,7 +22,7 @@ class Files(Dataset):
         skip_unreadable: take the next readable file in place of one that cannot be read, instead of stopping.
     """
 
-    def __init__(self, files: list[tuple[str, int]], kind: str, skip_unreadable: bool):
+    def __init__(self, files: list[Sample], kind: str, skip_unreadable: bool):
         self.files, self.kind, self.skip_unreadable = files, kind, skip_unreadable
         self.epoch = 0  # told by the loader
         self.share()

@@ -1,6 +1,7 @@
 """Class folders of image files, decoded and cropped in the loader's workers, because their sizes differ."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,24 @@ from torch.nn.functional import interpolate
 from torchvision.datasets import ImageFolder
 
 from augmentations import View, draw_crops, generator
-from files import Files
+from files import LabelledFiles, Sample
 
 CENTRAL = 7 / 8  # of the shorter side: what an evaluation sees
 MARGIN = 1.25  # of a crop at a reduced scale over its view, see ImageFiles
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
-class ImageFiles(Files):
-    """Class folders of image files. With views: one random resized crop a view, drawn from (seed, epoch, image).
-    Without: the central square, after the shorter side was resized to 8/7 of `size`.
+def class_folders(split: Path) -> list[Sample]:
+    """Raises ValueError without images, or for a class without images."""
+    try:
+        return ImageFolder(str(split)).samples
+    except FileNotFoundError as error:
+        raise ValueError(f"{split} must hold one folder of images per class: {error}") from error
+
+
+class ImageFiles(LabelledFiles):
+    """Image files, by default in class folders. With views: one random resized crop a view, drawn from (seed, epoch,
+    image). Without: the central square, after the shorter side was resized to 8/7 of `size`.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every crop then still has 1.25 times the pixels of its view a
     side (with views of 224, all crops have at least 560). That changes the views in two ways: the highest frequencies
@@ -30,19 +39,23 @@ class ImageFiles(Files):
 
     Args:
         skip_unreadable: take the next readable image in place of one that cannot be read, instead of stopping.
+        samples: finds the images of a split, and their labels.
 
     Raises:
         ValueError: no images; a class without images; when indexed, an image that cannot be read. Names the path.
     """
 
     def __init__(
-        self, folder: Path, channels: int, size: int, views: list[View], seed: int, skip_unreadable: bool = False
+        self,
+        split: Path,
+        channels: int,
+        size: int,
+        views: list[View],
+        seed: int,
+        skip_unreadable: bool = False,
+        samples: Callable[[Path], list[Sample]] = class_folders,
     ):
-        try:
-            files = ImageFolder(str(folder)).samples
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} must hold one folder of images per class: {error}") from error
-        super().__init__(files, "image", skip_unreadable)
+        super().__init__(samples(split), "image", skip_unreadable)
         self.channels, self.size, self.views, self.seed = channels, size, views, seed
 
     def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
@@ -141,9 +154,9 @@ def resized(images: Tensor, size: int) -> Tensor:
     return interpolate(images.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
 
 
-def central_square(image: Image.Image, size: int) -> Tensor:
-    """[C, size, size]: the middle of an image whose shorter side was resized to 8/7 of `size`."""
-    side = min(image.size) * CENTRAL
+def central_square(image: Image.Image, size: int, part: float = CENTRAL) -> Tensor:
+    """[C, size, size]: the square in the middle of an image, of `part` of its shorter side."""
+    side = min(image.size) * part
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
     pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=box))

@@ -70,14 +70,15 @@ class Loader(DataLoader):
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]:
-    """What a loader may yield -> (images or list of views, labels or None). Labels are known by their one axis.
+    """What a loader may yield -> (images or list of views, labels or None). Labels are known by their one axis, or two
+    (presences of all classes).
 
     Raises:
         ValueError: the batch is none of: images; images and labels; two or more views, then labels or none; a list of
             views, and labels.
     """
     parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
-    labels = parts.pop() if len(parts) > 1 and isinstance(parts[-1], Tensor) and parts[-1].dim() == 1 else None
+    labels = parts.pop() if len(parts) > 1 and isinstance(parts[-1], Tensor) and parts[-1].dim() < 3 else None
     if len(parts) == 1 and isinstance(parts[0], list | tuple):
         parts = list(parts[0])
     if not parts or not all(isinstance(part, Tensor) and part.dim() > 2 for part in parts):

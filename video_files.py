@@ -16,7 +16,7 @@ from torch import Tensor
 import clips
 import decoders
 from augmentations import View, generator
-from files import Files
+from files import LabelledFiles, Sample
 from image_files import CENTRAL, Box, draw_box, resized
 from image_ops import LUMA
 
@@ -29,7 +29,7 @@ VIDEO_EXTENSIONS = (
 LINE = re.compile(r"(?P<path>[^,]+?)(?:[\s,]+(?P<label>-?\d+))?(?:[\s,]+\d+)?\s*")
 
 
-class VideoFiles(Files):
+class VideoFiles(LabelledFiles):
     """With views: one random clip a view, and one random resized crop for all its frames, drawn from (seed, epoch,
     video). Without: n_clips x n_crops evenly placed ones, [n_clips * n_crops, C, T, size, size], or the only one.
 
@@ -42,7 +42,7 @@ class VideoFiles(Files):
     """
 
     def __init__(
-        self, videos: list[tuple[str, int]], read, sampling: clips.Sampling, size: int, views: list[View], seed: int,
+        self, videos: list[Sample], read, sampling: clips.Sampling, size: int, views: list[View], seed: int,
         skip_unreadable: bool = False, n_clips: int = 1, n_crops: int = 1,
     ):  # fmt: skip
         super().__init__(videos, "video", skip_unreadable)
@@ -142,12 +142,16 @@ def get_videos(params: "EncoderAndDataParams", folder: Path, views: list[View]) 
     return VideoFiles(videos, read, sampling, p.crop_size, views, p.seed or 0, skip, *places)
 
 
+def are_there(folder: Path) -> bool:
+    return folder.is_dir() or list_file(folder).is_file()
+
+
 def list_file(folder: Path) -> Path:
     """Of the split whose videos are in `folder`."""
     return folder.with_name(f"{folder.name}.csv")
 
 
-def listed(path: Path, prefix: Path, of_frames: bool) -> list[tuple[str, int]]:
+def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     """(path, label) of each line `path label` or `path,label`; without a label, -1. A third column, where others want
     the number of frames, is not read. With folders of frames, a suffix of the path (`.mp4`) falls away."""
     videos = []
@@ -164,7 +168,7 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[tuple[str, int]]:
     return videos
 
 
-def in_class_folders(folder: Path, of_frames: bool) -> list[tuple[str, int]]:
+def in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
     """(path, label) of each; classes are numbered in the order of their names."""
     what = "a folder of frames for each video" if of_frames else "videos"
     classes, videos = sorted(path for path in folder.iterdir() if path.is_dir()), []

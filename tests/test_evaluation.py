@@ -142,3 +142,10 @@ def test_a_probe_of_8000_takes_seconds():
     start = time.process_time()
     evaluation.evaluate(["linear_probe", "knn", "rank_me", "embedding_std"], x, y)
     assert time.process_time() - start < 20  # seconds of CPU on two cores; 3 to 6 on an idle machine
+
+
+def test_features_of_any_scale_are_standardized_and_constant_ones_are_not():
+    x = torch.cat([torch.randn(100, 3), 0.3 + 1e-8 * torch.randn(100, 1), torch.zeros(100, 1)], 1)
+    for scale in (1.0, 1e-9, 1e9):
+        found, _ = evaluation.standardized(scale * x, scale * x)
+        torch.testing.assert_close(found.std(0, correction=0), torch.tensor([1.0, 1, 1, 0, 0]), atol=1e-4, rtol=1e-4)

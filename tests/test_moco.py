@@ -376,7 +376,7 @@ def test_one_image_without_batch_statistics_is_refused_in_words(small, trainer):
     with pytest.raises(ValueError, match="a batch of 1 image has no batch statistics: choose a larger batch_size"):
         SelfSupervisedMethod(small(batch_size=1))
     SelfSupervisedMethod(small(batch_size=1), encoder=TinyEncoder())
-    with pytest.raises(ValueError, match="or drop_last_batch=True if it is the last one"):
+    with pytest.raises(ValueError, match="or drop_last_batch=None if it is the last one"):
         model = SelfSupervisedMethod(small("byol", drop_last_batch=False, evaluations=[]), encoder=TinyEncoder())
         trainer(limit_train_batches=None, limit_val_batches=0).fit(model)
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from data import DATASETS
+from encoders import STEM_VARIANTS
 from evaluation import EVALUATIONS
 from heads import NORMALIZATIONS
 from moco import SelfSupervisedMethod
@@ -56,6 +57,7 @@ SENSIBLE = {
     "embedding_dim": either(None, 6),
     "encoder_weights": st.none(),
     "low_resolution_stem": either(None, False, True),
+    "stem_variant": either(*STEM_VARIANTS),
     "in_channels": either(None, 1, 2, 3),
     "dataset_name": either(*DATASETS),
     "batch_size": st.integers(1, 12),

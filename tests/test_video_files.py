@@ -8,9 +8,12 @@ import videos
 from PIL import Image
 from torch import nn
 
+import augmentations
 import data
+import features
 import preview
 import video_files
+import weights
 from augmentations import View
 from encoders import embed
 from linear_classifier import LinearClassifierMethod
@@ -279,3 +282,18 @@ def test_a_preview_shows_strips_of_frames(params, tmp_path):
     assert strips.shape == (2, 3, 5, 4 * 7) and strips[0, 0, 0, ::7].tolist() == [0, 3, 6, 9]
     with Image.open(path) as sheet:
         assert sheet.width > 3 * 4 * 16 * 10  # original and two views of four frames, magnified ten times
+
+
+def test_features_are_means_over_clips_and_depend_on_how_these_are_taken(params, tmp_path):
+    params = attrs.evolve(params, evaluation_clips=2, evaluation_crops=3, batch_size=4)
+    report = weights.Report("none", "own", "SmallEncoder", 0, ())
+    encoder = weights.Encoder(SmallEncoder(), params, report)
+    found = features.extract(encoder, params, ("train",), tmp_path / "cache").x
+    dataset = get(params, False)
+    for i in range(6):
+        clips = augmentations.evaluation_view(dataset[i][0], params)
+        assert torch.allclose(found[i], encoder.model(clips).mean(0), atol=1e-6)
+    changes = [{}, {"num_frames": 2}, {"evaluation_clips": 1}, {"clip_duration": 2.0}, {"frames_per_second": 5.0}]
+    for change in changes:
+        features.extract(encoder, attrs.evolve(params, **change), ("train",), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == len(changes)

@@ -367,6 +367,14 @@ def test_what_the_pretraining_started_from(small, trainer, tmp_path):
 # ---- what the file does not say ----
 
 
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "shufflenet_v2_x0_5", "regnet_y_400mf"])
+def test_the_architecture_is_found(name, tmp_path):
+    """RegNets must be named."""
+    torch.save(torchvision.models.get_model(name).state_dict(), tmp_path / "weights.pth")
+    named = {"encoder_arch": name} if name.startswith("regnet") else {}
+    assert load_encoder(tmp_path / "weights.pth", **named).params.encoder_arch == name
+
+
 def test_what_is_assumed_is_said(tmp_path):
     """Group norm without weight standardization has the same names; many of timm's models have the same shapes."""
     torch.save(ws_resnet.ws_resnet18().state_dict(), tmp_path / "gn.pth")

@@ -1,0 +1,244 @@
+"""Every evaluation of one encoder, beside a random one and the weights that it started from.
+
+    python evaluate.py runs/simclr_cifar10/pretrained.ckpt
+    python evaluate.py runs/simclr_cifar10/pretrained.ckpt --dataset cifar100 --protocols knn semi_10 --seeds 0 1 2
+    python evaluate.py resnet50 --dataset imagenet --protocols knn
+
+CHECKPOINT is a checkpoint, a weights file, or the name of a published encoder (docs/weights.md). The results go into
+CHECKPOINT.evaluation/: results.json and results.md. Started again, it goes on after the last run that is there.
+DATA_PATH says where data sets are. What each number means: --list, and docs/evaluation.md.
+"""
+
+import argparse
+import difflib
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+import data
+import features
+from encoders import OWN_MODULE, get_encoder
+from protocols import PROTOCOLS
+from results import Results, versions
+from shared_params import EncoderAndDataParams
+from subject import Subject
+from weights import Encoder, load_encoder
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    protocols: Sequence[str] | None = None,
+    dataset: str | None = None,
+    seeds: Sequence[int] = (0,),
+    *,
+    out: str | Path | None = None,
+    encoder: nn.Module | None = None,
+    starting_weights: str | Path | None = None,
+    baselines: bool = True,
+    fresh: bool = False,
+    device: str = "auto",
+    training: dict[str, Any] | None = None,
+    **reading: Any,
+) -> dict[str, Any]:
+    """What results.json holds: runs, and their means and deviations over seeds.
+
+    Args:
+        checkpoint: whatever weights.load_encoder understands.
+        protocols: names of PROTOCOLS; default: all that can be run here and do not train by SGD.
+        dataset: the data set whose labels are used; default: that of the pretraining.
+        out: folder of the results; default: beside the checkpoint, or below runs/ for a published encoder.
+        encoder: your own module, if the encoder was one.
+        starting_weights: file or name; default: those that the checkpoint says it started from.
+        baselines: also evaluate a random encoder and the starting weights.
+        fresh: forget earlier results.
+        training: fields of LinearClassifierMethodParams for protocols that train, such as max_epochs.
+        reading: fields of EncoderAndDataParams for reading images, such as batch_size and num_data_workers.
+
+    Raises:
+        ValueError: an unknown protocol, or one that needs other labels than the data set's.
+    """
+    check_names(protocols or ())
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    trained = load_encoder(checkpoint, encoder=encoder)
+    params = features.data_params(trained, dataset, **reading)
+    protocols = runnable(protocols, trained, params)
+    encoders = {**(compared(trained, starting_weights) if baselines else {}), "trained": trained}
+    results = Results(Path(out) if out else folder_of(checkpoint), fresh)
+    results.config[params.dataset_name] = {
+        "checkpoint": str(checkpoint),
+        "encoders": {name: str(found.report) for name, found in encoders.items()},
+        "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
+        "training": training or {},
+        "device": device,
+        "versions": versions(),
+    }
+    subjects = {
+        name: Subject(
+            found.to(device),
+            features.data_params(found, params.dataset_name, **reading),
+            results.folder / "features",
+            stages="linear_stages" in protocols,
+            training=training,
+        )
+        for name, found in encoders.items()
+    }
+    run_all(results, subjects, protocols, seeds)
+    return results.content()
+
+
+def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[str], seeds: Sequence[int]) -> None:
+    hashes = {name: features.encoder_hash(subject.encoder) for name, subject in subjects.items()}
+    results.keep_encoders(hashes)
+    images = {name: image_hash(subject) for name, subject in subjects.items()}
+    for protocol, row in ((name, PROTOCOLS[name]) for name in protocols):
+        for encoder, subject in subjects.items():
+            for seed in dict.fromkeys(seeds) if row.seeded else (0,):
+                depends_on = (
+                    protocol,
+                    row.definition,
+                    encoder,
+                    images[encoder],
+                    seed,
+                    subject.training if row.trains else {},
+                )
+                key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
+                run = {"protocol": protocol, "dataset": subject.params.dataset_name, "encoder": encoder, "seed": seed}
+                done = results.find(key)
+                if done is None:
+                    start = time.monotonic()
+                    scores = row.run(subject, seed)
+                    told = {"definition": row.definition, "source": row.source}
+                    seconds = round(time.monotonic() - start, 2)
+                    run |= {"key": key, "hash": hashes[encoder], "scores": scores, "seconds": seconds, **told}
+                    results.add(run)
+                scores = ", ".join(f"{name} {value:.4g}" for name, value in (done or run)["scores"].items())
+                print(f"{protocol}, {encoder} encoder, seed {seed}{' (there)' if done else ''}: {scores}", flush=True)
+    results.write()
+
+
+def image_hash(subject: Subject) -> str:
+    """Of the encoder and of all labelled images of the data set, as it sees them."""
+    params = subject.params
+    sets = (data.get_dataset(params, splits) for splits in (params.dataset.train_splits, params.dataset.test_splits))
+    return "".join(features.fingerprint(subject.encoder, params, dataset, {}) for dataset in sets)
+
+
+# ---- encoders to compare with ----
+
+
+def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str, Encoder]:
+    """A random encoder of the same architecture (one's own module has none), and the starting weights, if any."""
+    found, p = {}, trained.params
+    if p.encoder_arch != OWN_MODULE:
+        found["random"] = random_encoder(trained)
+    source = starting_weights or trained.started_from
+    if source is not None:
+        same = ("dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std")
+        same = {name: getattr(p, name) for name in same} | {"low_resolution_stem": p.low_resolution}
+        with seeded():  # a stem of another kind starts from random weights
+            found["starting"] = load_encoder(source, **same)
+    return found
+
+
+def random_encoder(trained: Encoder) -> Encoder:
+    """Freshly initialized, otherwise the same."""
+    with seeded():
+        model, _ = get_encoder(attrs.evolve(trained.params, encoder_weights=None))
+    return Encoder(model, trained.params, attrs.evolve(trained.report, source="random weights", left_out=()))
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+# ---- what is refused ----
+
+
+def check_names(protocols: Sequence[str]) -> None:
+    for name in protocols:
+        if name not in PROTOCOLS:
+            near = difflib.get_close_matches(name, PROTOCOLS, n=3, cutoff=0.3) or list(PROTOCOLS)
+            raise ValueError(f"protocol {name!r} is unknown. Nearest: {', '.join(near)}; all of them: --list")
+
+
+def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
+    """Those wanted; without a wish, all that can be run and do not train."""
+    refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params))}
+    if protocols is None:
+        return [name for name, row in PROTOCOLS.items() if not row.trains and name not in refused]
+    for name in protocols:
+        if name in refused:
+            able = ", ".join(other for other in PROTOCOLS if other not in refused)
+            raise ValueError(f"protocol {name!r} {refused[name]}: choose among {able}")
+    return list(dict.fromkeys(protocols))
+
+
+def folder_of(checkpoint: str | Path) -> Path:
+    path = Path(checkpoint).expanduser()
+    name = str(checkpoint).replace("/", "_").replace(":", "_")
+    return path.with_name(f"{path.stem}.evaluation") if path.is_file() else Path("runs") / f"{name}.evaluation"
+
+
+# ---- the command ----
+
+
+def arguments() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT")
+    parser.add_argument("--list", action="store_true", help="print the protocols and what they mean")
+    parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train")
+    parser.add_argument("--dataset", metavar="NAME", help="default: that of the pretraining")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: CHECKPOINT.evaluation")
+    parser.add_argument("--starting_weights", metavar="FILE_OR_NAME", help="a baseline beside the random encoder")
+    parser.add_argument("--no_baselines", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--epochs", type=int, help="of protocols that train; default: those of their sources")
+    parser.add_argument("--batch_size", type=int, help="of protocols that train, and of extraction")
+    parser.add_argument("--num_workers", type=int, help="that decode image files")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if args.list:
+        for name, row in PROTOCOLS.items():
+            print(f"{name:14} {row.definition}. {row.source}")
+        return
+    if args.checkpoint is None:
+        raise SystemExit("which CHECKPOINT? --help says what it may be")
+    training = {"max_epochs": args.epochs, "batch_size": args.batch_size}
+    reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers}
+    try:
+        evaluate_checkpoint(
+            args.checkpoint,
+            args.protocols,
+            args.dataset,
+            args.seeds,
+            out=args.out,
+            starting_weights=args.starting_weights,
+            baselines=not args.no_baselines,
+            fresh=args.fresh,
+            device=args.device,
+            training={name: value for name, value in training.items() if value is not None},
+            **{name: value for name, value in reading.items() if value is not None},
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from error
+    print((args.out or folder_of(args.checkpoint)).joinpath("results.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""results.json and results.md of an evaluation: every run as it came, and the mean and deviation over seeds.
+
+Both are written whole or not at all after every run. A run is known by a key, the hash of all that it depends on: one
+that is there with the same key need not be repeated.
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Run = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds
+LIBRARIES = ("torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
+ENCODERS = ("random", "starting", "trained")  # columns of the table
+DRAWN = "_std"  # ends the name of a deviation over draws within one run
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, of the libraries, and the commit of this code, if it is in a git repository, with "+changes" where
+    files that git knows were changed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, "commit": commit}
+
+
+class Results:
+    """The files of one folder; `runs` holds what they hold."""
+
+    def __init__(self, folder: Path, fresh: bool = False):
+        self.folder, self.path = folder, folder / "results.json"
+        found = {} if fresh or not self.path.is_file() else read(self.path)
+        self.runs: list[Run] = found.get("runs", [])
+        self.config: dict[str, Any] = found.get("config", {})  # of the newest evaluation on each data set
+
+    def find(self, key: str) -> Run | None:
+        return next((run for run in self.runs if run["key"] == key), None)
+
+    def keep_encoders(self, hashes: dict[str, str]) -> None:
+        """Forget runs of other encoders under the same name: the checkpoint was trained further."""
+        self.runs = [run for run in self.runs if hashes.get(run["encoder"], run["hash"]) == run["hash"]]
+
+    def add(self, run: Run) -> None:
+        """In place of an earlier run of the same protocol, encoder, data set and seed."""
+        name = ("protocol", "encoder", "dataset", "seed")
+        self.runs = [old for old in self.runs if any(old[part] != run[part] for part in name)] + [run]
+        self.write()
+
+    def content(self) -> dict[str, Any]:
+        return without_nan({"config": self.config, "summary": summary(self.runs), "runs": self.runs})
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, json.dumps(self.content(), indent=2, allow_nan=False) + "\n")
+        write_whole(self.folder / "results.md", self.markdown())
+
+    def markdown(self) -> str:
+        parts = [f"# Evaluation: {self.folder.stem}"]
+        for dataset, config in self.config.items():
+            runs = [run for run in self.runs if run["dataset"] == dataset]
+            encoders = "\n".join(f"- {name}: {told}" for name, told in config["encoders"].items())
+            used = ", ".join(f"{name} {value}" for name, value in config["versions"].items() if value)
+            parts += [f"## {dataset}", encoders, table(runs), definitions(runs), used]
+        return "\n\n".join(parts) + "\n"
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        for run in found["runs"]:
+            run["scores"] = {name: math.nan if value is None else value for name, value in run["scores"].items()}
+        return {"runs": found["runs"], "config": found["config"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what evaluate.py writes ({error}): move it away, or use --fresh") from error
+
+
+def without_nan(content: Any) -> Any:
+    """None in its place, for JSON does not know it."""
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_whole(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+# ---- over seeds ----
+
+
+def summary(runs: Iterable[Run]) -> dict[str, Any]:
+    """data set -> protocol -> encoder -> metric -> mean, and deviation over seeds where there are several."""
+    scores: dict[tuple, list[float]] = {}
+    for run in runs:
+        for metric, value in run["scores"].items():
+            scores.setdefault((run["dataset"], run["protocol"], run["encoder"], metric), []).append(value)
+    found: dict[str, Any] = {}
+    for (dataset, protocol, encoder, metric), values in scores.items():
+        place = found.setdefault(dataset, {}).setdefault(protocol, {}).setdefault(encoder, {})
+        place[metric] = {"mean": statistics.fmean(values), "seeds": len(values)}
+        if len(values) > 1:
+            place[metric]["std"] = statistics.stdev(values)
+    return found
+
+
+def table(runs: list[Run]) -> str:
+    """Rows: metrics. Columns: encoders. After +-: the deviation over seeds; with one seed, that over draws."""
+    encoders = [name for name in ENCODERS if any(run["encoder"] == name for run in runs)]
+    rows = [["protocol", "metric", *encoders], ["---", "---", *("---:" for _ in encoders)]]
+    for protocol, of_encoders in next(iter(summary(runs).values()), {}).items():
+        metrics = dict.fromkeys(metric for found in of_encoders.values() for metric in found)
+        for metric in (name for name in metrics if not name.endswith(DRAWN)):
+            cells = [cell(of_encoders.get(name, {}), metric) for name in encoders]
+            rows.append([protocol, metric, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def cell(found: dict[str, dict], metric: str) -> str:
+    if metric not in found:
+        return ""
+    mean, drawn = found[metric]["mean"], found.get(f"{metric}{DRAWN}", {}).get("mean")
+    deviation = found[metric].get("std", drawn)
+    if math.isnan(mean):
+        return "not finite"
+    return number(mean) + (f" ± {number(deviation)}" if deviation is not None else "")
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}" if 0.1 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
+
+
+def definitions(runs: list[Run]) -> str:
+    """What the protocols of the table are, and how long they took."""
+    lines = []
+    for protocol in dict.fromkeys(run["protocol"] for run in runs):
+        own = [run for run in runs if run["protocol"] == protocol]
+        seeds = sorted({run["seed"] for run in own})
+        seconds = statistics.fmean(run["seconds"] for run in own)
+        told = f"seed {', '.join(map(str, seeds))}; {seconds:.1f} s a run"
+        lines.append(f"- **{protocol}**: {own[0]['definition']} ({told}). {own[0]['source']}")
+    return "\n".join(lines)

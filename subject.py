@@ -1,0 +1,66 @@
+"""What is evaluated: an encoder with a data set."""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+import features
+from features import Features
+from shared_params import EncoderAndDataParams
+from weights import Encoder
+
+MOST_IMAGES = 25_600  # for what needs no labels (as in https://arxiv.org/abs/2210.02885)
+VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
+
+
+class Subject:
+    """An encoder, and the data set on which it is evaluated. Features are extracted when they are first asked for.
+
+    Args:
+        params: settings to read the data set; see features.data_params.
+        cache: folder of the extracted features.
+        stages: extract the output of each stage in the same pass.
+        training: fields of LinearClassifierMethodParams that change those of the protocols which train.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        params: EncoderAndDataParams,
+        cache: Path,
+        stages: bool = False,
+        training: dict | None = None,
+    ):
+        self.encoder, self.params, self.cache = encoder, params, cache
+        self.stages, self.training = stages, training or {}
+
+    @cached_property
+    def train(self) -> Features:
+        return features.extract(self.encoder, self.params, self.params.dataset.train_splits, self.cache, self.stages)
+
+    @cached_property
+    def test(self) -> Features:
+        return features.extract(self.encoder, self.params, self.params.dataset.test_splits, self.cache, self.stages)
+
+    @property
+    def sets(self) -> tuple[Tensor, ...]:
+        """(train features, labels, test features, labels)"""
+        return self.on_device(self.train.x, self.train.y, self.test.x, self.test.y)
+
+    @property
+    def some(self) -> Tensor:
+        """Features of at most MOST_IMAGES training images, always the same ones."""
+        chosen = np.random.default_rng(0).permutation(len(self.train.x))[:MOST_IMAGES]
+        return self.on_device(self.train.x[np.sort(chosen)])[0]
+
+    @cached_property
+    def views(self) -> Tensor:
+        """Features of random views of some training images, [N, V, E]."""
+        splits = self.params.dataset.train_splits
+        return self.on_device(features.extract_views(self.encoder, self.params, splits, self.cache, **VIEWS))[0]
+
+    def on_device(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """On the encoder's device."""
+        return tuple(part.to(features.device_of(self.encoder)) for part in parts)

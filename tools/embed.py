@@ -1,0 +1,157 @@
+"""Embed any folder of images: a Parquet file with path, embedding and label of each.
+
+    python -m tools.embed runs/simclr/pretrained.ckpt photos/ --out features.parquet
+
+Killed at any moment, the same command goes on where it was and ends with the same file. Started again later, it embeds
+the images that were added since. CHECKPOINT is anything that weights.load_encoder reads.
+"""
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from torch.utils.data import DataLoader
+
+from data import already_a_batch
+from tools.commands import in_words
+from tools.embedding_work import Work
+from tools.feature_files import read  # noqa: F401  (the reader of what this writes)
+from tools.image_sources import Batches, Source, open_source, part_kept
+from train import value
+from weights import Encoder, load_encoder
+
+MOST_WORKERS = 8
+OVERRIDES = ("encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "image_mean",
+             "image_std")  # fmt: skip
+
+
+def embed(
+    checkpoint: str | Path | Encoder,
+    folder: str | Path,
+    out: str | Path,
+    *,
+    batch_size: int = 128,
+    num_workers: int | None = None,
+    device: str = "auto",
+    skip_unreadable: bool = False,
+    overwrite: bool = False,
+    **overrides: Any,
+) -> Path:
+    """Embed all images of `folder` (or of a packed data set, by name) into the Parquet file `out`.
+
+    Columns: path (relative to the folder, sorted), embedding (float32 [E]), label (the class folder's name if all
+    images lie in class folders, else null). Labels are for the user: the encoder does not see them.
+
+    Args:
+        num_workers: processes that decode images; None: one a core, at most MOST_WORKERS.
+        device: "auto", "cpu", "cuda", ...
+        skip_unreadable: count and list images that cannot be read instead of stopping at the first.
+        overwrite: embed all images anew, also where `out` was made with another checkpoint or from another folder.
+        overrides: fields of EncoderAndDataParams, where the checkpoint does not say or says it wrong.
+
+    Raises:
+        ValueError: no images; one that cannot be read; `out` holds features of another checkpoint or folder.
+    """
+    out = Path(out).expanduser()
+    if batch_size < 1 or out.is_dir():
+        raise ValueError(f"{out} is a folder" if out.is_dir() else f"batch_size={batch_size} must be at least 1")
+    source, device = open_source(folder), usable(device)
+    encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
+    with Work(out, description(encoder, source, overrides), overwrite) as work:
+        paths = source.paths()
+        passed_over = f", passed over {source.others}" if source.others else ""
+        print(f"{source.name}: {len(paths):,} images{passed_over}")
+        if todo := work.left(paths, skip_unreadable):
+            loader = batches(source, encoder, todo, batch_size, num_workers)
+            work.add(encoder.to(device), loader, len(paths), skip_unreadable)
+        work.finish(paths, source)
+    return out
+
+
+def usable(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def description(encoder: Encoder, source: Source, overrides: dict[str, Any]) -> dict[str, Any]:
+    """How the features are made: the metadata of the file."""
+    p, file = encoder.params, Path(encoder.report.source)
+    packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL, "numpy": np}
+    return {
+        "checkpoint": str(file.resolve()) if file.is_file() else encoder.report.source,
+        "sha256": digest(encoder),
+        "encoder_arch": p.encoder_arch,
+        "preprocessing": {
+            "central square, of the shorter side": part_kept(p),
+            "size": p.crop_size,
+            "channels": p.channels,
+            "mean": list(p.mean),
+            "std": list(p.std),
+        },
+        "images": source.name,
+        "overrides": overrides,
+        "versions": {name: package.__version__ for name, package in packages.items()},
+    }
+
+
+def digest(encoder: Encoder) -> str:
+    """SHA-256 of the file; of the tensors where there is none, as with published weights by name."""
+    if (path := Path(encoder.report.source)).is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    tensors = hashlib.sha256()
+    for name, tensor in encoder.model.state_dict().items():
+        tensors.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return tensors.hexdigest()
+
+
+def batches(source: Source, encoder: Encoder, todo: list[str], batch_size: int, num_workers: int | None) -> DataLoader:
+    workers = min(os.cpu_count() or 1, MOST_WORKERS) if num_workers is None else num_workers
+    return DataLoader(
+        Batches(source, encoder.params),
+        batch_size=batch_size,
+        sampler=todo,
+        num_workers=min(workers, len(todo) // batch_size),  # those that get a whole batch
+        collate_fn=already_a_batch,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def arguments() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.embed", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="of images, flat or nested; or a packed set: cifar10, digits/test"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--num_workers", type=int, metavar="N", help=f"default: one a core, at most {MOST_WORKERS}")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    parser.add_argument("--skip_unreadable", action="store_true", help="count and list them instead of stopping")
+    parser.add_argument("--overwrite", action="store_true", help="embed all anew, whatever --out holds")
+    fields = parser.add_argument_group("where the checkpoint does not say, or says it wrong (see shared_params.py)")
+    for name in OVERRIDES:
+        fields.add_argument(f"--{name}", type=value, default=argparse.SUPPRESS, metavar="VALUE")
+    return parser.parse_args()
+
+
+@in_words()
+def main() -> None:
+    embed(**vars(arguments()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The work of tools.embed as it stands on the disk: written in parts, joined at the end."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from torch.utils.data import DataLoader
+
+from tools import feature_files
+from tools.commands import bar
+from tools.feature_files import ROWS
+from tools.image_sources import Source
+from weights import Encoder
+
+SECONDS = 30  # after which a part is written, however few rows it has
+SAME = ("sha256", "preprocessing", "images")  # what all rows of a file have in common
+
+
+class Work:
+    """What is on the disk: the finished file `out`, if any, and `out`.parts, batches that an unfinished run embedded.
+
+    Parts end where batches do, so a run that goes on makes the same batches as one that was not interrupted, and gets
+    the same bits.
+    """
+
+    def __init__(self, out: Path, about: dict[str, Any], overwrite: bool):
+        self.out, self.about, self.folder = out, about, out.with_name(f"{out.name}.parts")
+        self.use_finished, self.overwrite = out.is_file() and not overwrite, overwrite
+        self.unreadable: dict[str, str] = {}
+        self.pending: list[tuple[list[str], np.ndarray]] = []
+        self.written = time.monotonic()
+        self.lock = FileLock(self.folder / ".lock")
+
+    def __enter__(self) -> "Work":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(f"another process is writing {self.out}: wait for it, or choose another --out") from error
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if not self.parts():
+            shutil.rmtree(self.folder)
+        self.lock.release()
+
+    def parts(self) -> list[Path]:
+        return sorted(self.folder.glob("*.parquet"))
+
+    def left(self, paths: list[str], skip_unreadable: bool) -> list[str]:
+        """Those that are not embedded yet. Raises ValueError if what is there was made otherwise."""
+        finished = set()
+        if self.use_finished:
+            self.check(self.out)
+            finished = set(feature_files.paths_in(self.out))
+        done = set(finished)
+        for part in self.parts():
+            if self.check(part) and finished.isdisjoint(there := feature_files.paths_in(part)):
+                done.update(there)
+            else:
+                part.unlink()  # of another run, or joined already by one that was killed right then
+        if not skip_unreadable:  # try them once more
+            self.unreadable = {}
+        self.unreadable = {
+            path: self.unreadable[path] for path in paths if path in self.unreadable and path not in done
+        }
+        return [path for path in paths if path not in done and path not in self.unreadable]
+
+    def check(self, file: Path) -> bool:
+        """Whether a file's rows were made as ours will be; notes what it says of unreadable images."""
+        there = feature_files.about(file)
+        other = [name for name in SAME if there[name] != self.about[name]]
+        if other and not self.overwrite:
+            differ = "; ".join(f"{name} {there[name]} there, {self.about[name]} now" for name in other)
+            raise ValueError(f"{file} was made otherwise ({differ}): choose another --out, or --overwrite")
+        self.unreadable |= there["unreadable"] if not other else {}
+        return not other
+
+    def add(self, encoder: Encoder, loader: DataLoader, total: int, skip_unreadable: bool) -> None:
+        """Embed what is left and write it in parts."""
+        with bar() as progress:
+            task = progress.add_task("embedding", total=total, completed=total - len(loader.sampler))
+            try:
+                for paths, images, unreadable in loader:
+                    for path, reason in unreadable.items():
+                        if not skip_unreadable:
+                            raise ValueError(
+                                f"{path} in {self.about['images']} could not be read as an image ({reason}): mend or "
+                                "remove it, or --skip_unreadable"
+                            )
+                    self.unreadable |= unreadable
+                    if paths:
+                        self.pending.append((paths, finite(paths, encoder.embed(images).cpu().numpy())))
+                    progress.advance(task, len(paths) + len(unreadable))
+                    if (
+                        sum(len(paths) for paths, _ in self.pending) >= ROWS
+                        or time.monotonic() > self.written + SECONDS
+                    ):
+                        self.flush()
+            finally:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write a part."""
+        if not self.pending:
+            return
+        paths, embeddings = zip(*self.pending, strict=True)
+        parts = self.parts()
+        number = int(parts[-1].stem) + 1 if parts else 0
+        about = {**self.about, "unreadable": self.unreadable}
+        feature_files.write_part(
+            self.folder / f"{number:08d}.parquet", sum(paths, []), np.concatenate(embeddings), about
+        )
+        self.pending, self.written = [], time.monotonic()
+
+    def finish(self, paths: list[str], source: Source) -> None:
+        """Join all there is into `out`, and say what was done."""
+        rows = [path for path in paths if path not in self.unreadable]
+        if not rows:
+            raise ValueError(f"none of the {len(paths):,} images in {source.name} could be read: {self.unreadable}")
+        parts = self.parts()
+        finished = [self.out] if self.use_finished else []
+        if finished and not parts and feature_files.paths_in(self.out) == rows:
+            print(f"{self.out} is complete, {len(rows):,} embeddings: left as it is")
+        else:
+            about = {**self.about, "unreadable": self.unreadable}
+            feature_files.join(self.out, finished + parts, rows, source.labels(rows), about)
+            print(f"{self.out}: {len(rows):,} embeddings")
+        for part in parts:
+            part.unlink()
+        for path, reason in self.unreadable.items():
+            print(f"left out, unreadable: {path} ({reason})")
+        if self.unreadable:
+            print(f"{len(self.unreadable):,} unreadable images were left out")
+
+
+def finite(paths: list[str], embeddings: np.ndarray) -> np.ndarray:
+    """As they are. Raises ValueError where a number is not finite."""
+    good = np.isfinite(embeddings).all(axis=1)
+    if not good.all():
+        raise ValueError(f"the embedding of {paths[int(good.argmin())]} is not finite: the checkpoint is of no use")
+    return embeddings

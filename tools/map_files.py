@@ -1,0 +1,119 @@
+"""A map as files: a picture with a legend, and a page with everything in it (its template is map.html)."""
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from attrs import frozen
+from PIL import Image
+
+from tools.commands import bar
+from tools.image_sources import Source
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+LEGEND = 30  # rows of the picture's legend
+SIDE = 64  # pixels; of the page's pictures at most
+BUDGET = 12_000_000  # characters of all pictures of a page
+
+
+@frozen
+class Map:
+    """Points of the plane and what they stand for."""
+
+    title: str
+    note: str
+    paths: list[str]
+    points: np.ndarray  # [N, 2]
+    kind: np.ndarray  # [N], an index of names
+    names: list[str]
+
+    @property
+    def colours(self) -> list[str]:
+        """Of each name."""
+        return palette(len(self.names))
+
+
+def palette(n: int) -> list[str]:
+    """n colours; from 21 on neighbouring ones are hard to tell apart, whatever they are."""
+    if n <= 20:
+        table = matplotlib.colormaps["tab10" if n <= 10 else "tab20"]
+        colours = [table(i) for i in range(n)]
+    else:
+        hues = np.arange(n) * 0.618034 % 1  # golden ratio: those of neighbours lie far apart
+        colours = [matplotlib.colors.hsv_to_rgb((hue, 0.75, (0.95, 0.7)[i % 2])) for i, hue in enumerate(hues)]
+    return [matplotlib.colors.to_hex(colour) for colour in colours]
+
+
+def draw(found: Map, source: Source | None, file: Path) -> None:
+    """A PNG with a legend of the most frequent names."""
+    width, height = np.ptp(found.points, axis=0)
+    aspect = float(np.clip(width / max(height, 1e-12), 0.6, 1.8))
+    figure, axis = plt.subplots(figsize=(7 * aspect + 2, 7.5), layout="constrained")
+    size = float(np.clip(30000 / len(found.points), 3, 40))
+    colours = np.array(found.colours)
+    axis.scatter(*found.points.T, s=size, c=colours[found.kind], linewidths=0, alpha=0.8)
+    counts = np.bincount(found.kind, minlength=len(found.names))
+    listed = np.sort(np.argsort(-counts, kind="stable")[:LEGEND])
+    handles = [
+        plt.Line2D([], [], marker="o", linestyle="", color=colours[i], label=f"{found.names[i][:28]} ({counts[i]:,})")
+        for i in listed
+    ]
+    more = f"the {LEGEND} largest of {len(found.names)}" if len(found.names) > LEGEND else None
+    axis.legend(handles=handles, title=more, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axis.set_title(f"{found.title}\n{found.note}", loc="left", fontsize=11, wrap=True)
+    axis.set(xticks=[], yticks=[], aspect="equal")
+    axis.spines[:].set_color("#d8dce2")
+    figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+def page(found: Map, source: Source | None, file: Path) -> None:
+    """The template with the points within the unit square, and as many pictures as the budget allows."""
+    low, high = found.points.min(0), found.points.max(0)
+    points = (found.points - (low + high) / 2) / max((high - low).max(), 1e-12) + 0.5
+    content = {
+        "note": found.note,
+        "names": found.names,
+        "colours": found.colours,
+        "kind": found.kind.tolist(),
+        "x": [round(float(x), 5) for x in points[:, 0]],
+        "y": [round(float(y), 5) for y in points[:, 1]],
+        "paths": found.paths,
+        "pictures": [None] * len(found.paths) if source is None else pictures(found.paths, source),
+    }
+    text = Path(__file__).with_name("map.html").read_text(encoding="utf-8")
+    text = text.replace("__TITLE__", html.escape(found.title))
+    text = text.replace("__DATA__", json.dumps(content).replace("<", "\\u003c"))  # no path can end the script
+    file.write_text(text, encoding="utf-8")
+
+
+def pictures(paths: list[str], source: Source) -> list[str | None]:
+    """Small JPEGs as data URIs; at random None, once the budget is spent, and where a file is gone."""
+    uris, left = [None] * len(paths), BUDGET
+    with bar() as progress:
+        for i in progress.track(np.random.default_rng(0).permutation(len(paths)), description="pictures"):
+            try:
+                uri = data_uri(source.picture(paths[i], side=SIDE))
+            except OSError:
+                continue
+            left -= len(uri)
+            if left < 0:
+                break
+            uris[i] = uri
+    return uris
+
+
+def data_uri(picture: Image.Image) -> str:
+    picture.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+WRITERS = {".png": draw, ".html": page}
