@@ -65,7 +65,6 @@ SENSIBLE = {
     "transform_crop_size": st.none() | st.integers(7, 16),
     "image_mean": st.none() | st.just([0.5]),
     "image_std": st.none() | st.just([0.25]),
-    "stem_variant": either("standard", "standard", *STEM_VARIANTS),
     "seed": st.none() | either(0, 1, 2**32 - 1, 2**32, 2**63 - 1) | st.integers(0, 2**32),
     "num_data_workers": either(0, 1, 64, 1000),
     "drop_last_batch": FLAG | st.none(),
