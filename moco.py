@@ -18,12 +18,12 @@ import ddp
 import evaluation
 import losses
 import optimizers
+import parameter_options
 import schedules
 from encoders import check_small_views, get_encoder, source_of_weights
 from fields import plain
 from heads import MLP
 from key_queue import KeyQueue
-from lars import parameter_groups
 from model_params import ModelParams
 from shared_params import resolve
 from stage import Stage, one_image_explained
@@ -59,6 +59,7 @@ class SelfSupervisedMethod(Stage):
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
                 copy.deepcopy(self).encode(torch.zeros(1, p.channels, min(sizes), min(sizes)))
+        self.parameter_table()  # refuses patterns of nothing
         # All processes push the same keys: DDP need not send 4 K dim bytes at every forward.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
@@ -145,11 +146,12 @@ class SelfSupervisedMethod(Stage):
 
     def configure_optimizers(self) -> dict:
         self.plan = optimizers.get_plan(self.params, self.trainer, optimizers.warmup_epochs(self.params))
-        return optimizers.for_pretraining(self.params, self.plan, *self.parameter_groups())
+        groups = parameter_options.groups(self.parameter_table(), dict(self.named_parameters()), self.params)
+        return optimizers.for_pretraining(self.params, self.plan, groups)
 
-    def parameter_groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-        """Trainable parameters by name: (decayed and, with LARS, adapted; excluded from both)."""
-        return parameter_groups(self, self.params.exclude_matching_parameters_from_lars)
+    def parameter_table(self) -> list[parameter_options.Row]:
+        """What the optimizer does with each trainable parameter; `parameter_options.printed(...)` to read it."""
+        return parameter_options.table(self, self.params)
 
     # ---- data ----
 
