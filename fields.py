@@ -65,11 +65,13 @@ def list_of_numbers(at_least: float = 0, at_most: float = LARGEST):
 
 
 def choice(default, choices: Iterable):
+    """One of `choices`, which the help of a program shows (command_line.py)."""
+
     def check(_, attribute, value):
         if not isinstance(value, str | bool | None) or value not in choices:
             raise ValueError(f"{attribute.name}={value!r} is unknown: choose one of {', '.join(map(str, choices))}")
 
-    return field(default=default, validator=check)
+    return field(default=default, validator=check, metadata={"choices": tuple(choices)})
 
 
 positive = partial(number, above=0)

@@ -14,7 +14,7 @@ Scores = dict[str, float]
 
 def alpha_req(x: Tensor, ranks: tuple[int, int] = (11, 100)) -> Scores:
     """Exponent of the decay of the covariance's eigenvalues, lambda_i ~ i^-alpha; best near 1 (alpha-ReQ,
-    https://arxiv.org/abs/2202.05808, section 3). The slope of log lambda over log i is fitted over the given ranks (as
+    https://arxiv.org/abs/2202.05808). The slope of log lambda over log i is fitted over the given ranks (as
     many as there are), each weighted by 1 / i (Stringer et al., https://doi.org/10.1038/s41586-019-1346-5)."""
     x = x.double()
     eigenvalues = torch.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))).flip(0)
@@ -31,7 +31,7 @@ def alpha_req(x: Tensor, ranks: tuple[int, int] = (11, 100)) -> Scores:
 
 def alignment(views: Tensor) -> Scores:
     """Mean squared distance of two views of one image on the unit sphere, over all pairs of views: 0 if they coincide
-    (https://arxiv.org/abs/2005.10242, equation 4 with alpha = 2)."""
+    (https://arxiv.org/abs/2005.10242, section 4.1, with alpha = 2)."""
     unit, v = F.normalize(views.double(), dim=2), views.shape[1]
     cosines = (unit.sum(1).square().sum(1) - v) / (v * (v - 1))  # mean over the pairs of an image
     return {"alignment": float((2 - 2 * cosines).mean())}
@@ -39,7 +39,7 @@ def alignment(views: Tensor) -> Scores:
 
 def uniformity(x: Tensor, t: float = 2.0) -> Scores:
     """log of the mean over pairs of images of exp(-t |x - x'|^2) on the unit sphere: 0 for a single point, and the
-    lower, the more evenly spread (https://arxiv.org/abs/2005.10242, equation 5)."""
+    lower, the more evenly spread (https://arxiv.org/abs/2005.10242, section 4.1)."""
     unit, total, n = F.normalize(x.float(), dim=1), 0.0, len(x)
     for rows in unit.split(1000):  # 1000 x N distances fit into memory
         total += float((2 * t * (rows @ unit.T - 1)).exp().sum(dtype=torch.float64))

@@ -17,6 +17,7 @@ import data
 import ddp
 import evaluation
 import losses
+import online_classifier
 import optimizers
 import parameter_options
 import schedules
@@ -57,6 +58,7 @@ class SelfSupervisedMethod(Stage):
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
+            self.online_classifier = nn.Linear(width, p.dataset.n_classes) if p.online_classifier else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
                 copy.deepcopy(self).encode(torch.zeros(1, p.channels, min(sizes), min(sizes)))
         self.parameter_table()  # refuses patterns of nothing
@@ -75,11 +77,12 @@ class SelfSupervisedMethod(Stage):
         """Normalized images [N, C, H, W] -> embeddings [N, E]."""
         return self.model(x)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One view -> z and q, [N, D] each."""
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One view -> z and q, [N, D] each, and the embeddings [N, E]."""
         with one_image_explained(x):
-            z = self.projection_model(self.model(x))
-            return self.on_sphere(z), self.on_sphere(self.prediction_model(z))
+            embeddings = self.model(x)
+            z = self.projection_model(embeddings)
+            return self.on_sphere(z), self.on_sphere(self.prediction_model(z)), embeddings
 
     @torch.no_grad()
     def encode_lagging(self, x: Tensor, batch_idx: int) -> Tensor:
@@ -97,7 +100,7 @@ class SelfSupervisedMethod(Stage):
         return F.normalize(z.float(), dim=1) if self.params.use_unit_sphere_projection else z.float()
 
     def training_step(self, batch: tuple[list[Tensor], Tensor | None], batch_idx: int) -> Tensor:
-        p, (views, _) = self.params, batch  # the labels are for evaluation only
+        p, (views, labels) = self.params, batch
         if len(views) < p.n_views:
             raise ValueError(
                 f"the loader yields {len(views)} of the {p.n_views} float views needed of each image: yield a list of "
@@ -116,7 +119,7 @@ class SelfSupervisedMethod(Stage):
         per_pair = []
         with torch.autocast(self.device.type, enabled=False):
             for i, j in p.pairs:
-                z, q = online[i]
+                z, q, _ = online[i]
                 per_pair.append({**losses.cosines(z, keys[j]), **loss_of(q, keys[j], queue)})
         scalars = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
         loss = scalars.pop("loss") * p.loss_factor
@@ -125,6 +128,13 @@ class SelfSupervisedMethod(Stage):
             self.new_keys = [k if p.gather_keys_for_queue is False else ddp.gather(k) for k in new_keys]
         constants = {"m": loss.new_full((), self.momentum()), "T": loss.new_full((), p.T)}  # a copy would have to wait
         self.log_dict({"step_train_loss": loss.detach(), **scalars, **constants})
+        return loss + self.online_loss(online[0][2], labels) if p.online_classifier else loss
+
+    def online_loss(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        """Of the only part of training that sees labels; it ends at the embeddings."""
+        with torch.autocast(self.device.type, enabled=False):
+            loss, accuracy = online_classifier.loss_and_accuracy(self.online_classifier, embeddings, labels)
+        self.log_dict({"online_train_loss": loss.detach(), "online_train_acc1": accuracy})
         return loss
 
     def on_after_backward(self) -> None:
@@ -169,7 +179,7 @@ class SelfSupervisedMethod(Stage):
         the user's: its images need not have anything to do with `dataset_name`."""
         p = self.params
         splits = [p.dataset.test_splits] + [p.dataset.train_splits] * p.probe_on_training_set
-        wanted = splits if self.trains_on_own_data and p.evaluations else []
+        wanted = splits if self.trains_on_own_data and p.is_evaluated else []
         return [self.loader(data.get_dataset(p, split), training=False) for split in wanted]
 
     # ---- evaluation ----
@@ -179,7 +189,7 @@ class SelfSupervisedMethod(Stage):
 
     def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int, dataloader_idx: int = 0) -> None:
         due = self.trainer.state.fn != "fit" or (self.current_epoch + 1) % self.params.evaluate_every_n_epochs == 0
-        if due and self.params.evaluations and not self.trainer.sanity_checking:
+        if due and self.params.is_evaluated and not self.trainer.sanity_checking:
             images, labels = batch
             with self.eagerly():
                 features = self.model(images).float()
@@ -198,6 +208,8 @@ class SelfSupervisedMethod(Stage):
         train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
         for index, (x, y) in enumerate(sets):
             scores = ddp.on_rank_zero(lambda x=x, y=y: evaluation.evaluate(names, x, y, train))
+            if self.params.online_classifier:
+                scores |= online_classifier.accuracies(self.online_classifier, x, y)
             scores = {name + (f"_{index}" if index else ""): value for name, value in scores.items()}
             self.log_dict(scores)
             self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))

@@ -21,18 +21,19 @@ LARGEST_WIDTH, LARGEST_QUEUE = 2**17, 2**34  # of layers; numbers in the queue, 
 class ModelParams(EncoderAndDataParams, ViewParams, OptimizerParams):
     """Settings of SelfSupervisedMethod. The defaults are MoCo v2."""
 
+    # batch statistics of the keys
     shuffle_batch_norm: bool = False  # keys share batch statistics with other images than their queries do
     n_virtual_devices: int = positive(8)  # for shuffle_batch_norm on one process
 
     # MoCo parameters
     K: int = non_negative(65536)  # number of examples in queue
-    dim: int = positive(128, at_most=LARGEST_WIDTH)
-    m: float = fraction(0.996)
-    T: float = positive(0.2, by=1e-4)
+    dim: int = positive(128, at_most=LARGEST_WIDTH)  # width of the projections
+    m: float = fraction(0.996)  # share of itself that the lagging model keeps in a step
+    T: float = positive(0.2, by=1e-4)  # temperature
 
     # eqco parameters
-    eqco_alpha: float = positive(65536)
-    use_eqco_margin: bool = False
+    eqco_alpha: float = positive(65536)  # as many negatives as the loss behaves like
+    use_eqco_margin: bool = False  # the margin that eqco_alpha makes
     use_negative_examples_from_batch: bool = False  # the other images' keys
     use_negative_examples_from_same_view: bool = False  # the other images' queries, as in SimCLR
 
@@ -41,36 +42,39 @@ class ModelParams(EncoderAndDataParams, ViewParams, OptimizerParams):
     sce_target_T: float = positive(0.05, by=1e-4)  # sharper than T
 
     # Change these to make more like BYOL
-    use_momentum_schedule: bool = False
+    use_momentum_schedule: bool = False  # m rises to 1 along half a cosine
     loss_constant_factor: float = positive(1, at_most=1e6)  # the loss is multiplied by it
-    loss_type: str = choice("ce", LOSSES)
-    use_negative_examples_from_queue: bool = True
-    use_both_augmentations_as_queries: bool = False
+    loss_type: str = choice("ce", LOSSES)  # ce: InfoNCE, ip: BYOL, vic: VICReg; losses.py
+    use_negative_examples_from_queue: bool = True  # keys of earlier batches
+    use_both_augmentations_as_queries: bool = False  # the loss in both directions
     stop_gradient_of_keys: bool = False  # for SimSiam; keys of a lagging model have no gradient anyway
 
     # Change these to make more like VICReg
     use_vicreg_loss: bool = False  # another way to say loss_type="vic"
-    use_lagging_model: bool = True
-    use_unit_sphere_projection: bool = True
-    invariance_loss_weight: float = non_negative(25.0, at_most=1e6)
-    variance_loss_weight: float = non_negative(25.0, at_most=1e6)
-    covariance_loss_weight: float = non_negative(1.0, at_most=1e6)
-    variance_loss_epsilon: float = positive(1e-4)
+    use_lagging_model: bool = True  # keys come from a slow copy of the network
+    use_unit_sphere_projection: bool = True  # projections have length 1
+    invariance_loss_weight: float = non_negative(25.0, at_most=1e6)  # VICReg's lambda
+    variance_loss_weight: float = non_negative(25.0, at_most=1e6)  # VICReg's mu
+    covariance_loss_weight: float = non_negative(1.0, at_most=1e6)  # VICReg's nu
+    variance_loss_epsilon: float = positive(1e-4)  # within the root of the variance
     redundancy_loss_weight: float = non_negative(0.0051, at_most=1e6)  # Barlow Twins' lambda
 
     # MLP parameters
-    projection_mlp_layers: int = non_negative(2, at_most=20)
-    prediction_mlp_layers: int = non_negative(0, at_most=20)
-    mlp_hidden_dim: int = positive(512, at_most=LARGEST_WIDTH)
-    mlp_normalization: str | None = choice(None, (None, *NORMALIZATIONS))
-    prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))
-    use_mlp_weight_standardization: bool = False
+    projection_mlp_layers: int = non_negative(2, at_most=20)  # 0: none
+    prediction_mlp_layers: int = non_negative(0, at_most=20)  # 0: none; 2 in BYOL
+    mlp_hidden_dim: int = positive(512, at_most=LARGEST_WIDTH)  # of both
+    mlp_normalization: str | None = choice(None, (None, *NORMALIZATIONS))  # of hidden layers
+    prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))  # of hidden layers
+    use_mlp_weight_standardization: bool = False  # of their linear layers
 
-    gather_keys_for_queue: bool | None = None  # over processes; None: where there are several
+    # several processes
+    gather_keys_for_queue: bool | None = None  # into every queue; None: where there are several
 
     # evaluation during training
     evaluations: list[str] = field(factory=lambda: list(EVALUATIONS))  # [] for none
-    evaluate_every_n_epochs: int = positive(1)
+    evaluate_every_n_epochs: int = positive(1)  # the other epochs are not evaluated
+    online_classifier: bool = False  # a linear one, trained beside the method on the batches' labels (-1: none)
+    online_classifier_lr: float = positive(0.1, at_most=1000)  # follows lr_schedule; momentum as all, no decay
     probe_on_training_set: bool = False  # fit on the labelled training set instead of half of the validation set
 
     def __attrs_post_init__(self):
@@ -134,6 +138,10 @@ class ModelParams(EncoderAndDataParams, ViewParams, OptimizerParams):
              f"prediction_mlp_normalization={p.prediction_mlp_normalization!r} no mean to take: choose a larger one"),
         ]
         # fmt: on
+
+    @property
+    def is_evaluated(self) -> bool:
+        return bool(self.evaluations) or self.online_classifier
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from model_params import ModelParams
 
 HIGHEST = {"lr": 1000, "lr_mult": 1e6, "momentum": 1, "weight_decay": 1000, "weight_decay_mult": 1e6}
+ONLINE = "online_classifier."  # its parameters' names
 KEYS = ("pattern", *HIGHEST, "lars_exclude")
 
 
@@ -78,18 +79,21 @@ def table(module: nn.Module, params: "ModelParams") -> list[Row]:
     `exclude_matching_parameters_from_lars`, it has no weight decay and is not adapted. Then come the rows of
     `parameter_options` whose pattern is found in its name (`re.search`), in their order: what a row says of the rate,
     the momentum, the decay or the adaptation replaces what was said before. ..._mult is of what the parameter started
-    with.
+    with. The online classifier has settings of its own, and neither decay nor adaptation.
 
     Raises:
         ValueError: a pattern matches no trainable parameter.
     """
     p = params
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    check_matches(p.parameter_options, list(named))
+    check_matches(p.parameter_options, [name for name in named if not name.startswith(ONLINE)])
     excluded = lars.parameter_groups(module, p.exclude_matching_parameters_from_lars)[1]
     factors = layer_factors(module.model, p.layer_decay)
     rows = []
     for name, parameter in named.items():
+        if name.startswith(ONLINE):
+            rows.append(Row(name, tuple(parameter.shape), p.online_classifier_lr, p.momentum, 0.0, False, 1.0))
+            continue
         factor = factors.get(name, 1.0)
         lr, decay = p.lr * factor, 0.0 if name in excluded else p.weight_decay
         found = {"lr": lr, "momentum": p.momentum, "weight_decay": decay, "lars_exclude": name in excluded}

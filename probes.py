@@ -38,8 +38,8 @@ def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, see
 
 def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:
     """The L2 with the best accuracy on a held-out part: of 12, a decade apart, then of quarters of a decade around the
-    best (together the grid of https://arxiv.org/abs/1805.08974, A.4). Of equal ones the strongest. A fixed one where a
-    class has fewer than 5 images."""
+    best (together the grid of https://arxiv.org/abs/1805.08974, appendix). Of equal ones the strongest. A fixed one
+    where a class has fewer than 5 images."""
     if int(target.bincount().min()) < FEWEST_TO_HOLD_OUT:
         return DECAY_OF_FEW
     fit, score = (torch.from_numpy(rows) for rows in subsets.held_out(target.cpu().numpy(), HELD_OUT, seed))

@@ -52,9 +52,7 @@ def trained(subject: Subject, seed: int, preset: str) -> Scores:
     """
     settings = {name: getattr(subject.params, name) for name in READING} | subject.training
     params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
-    share = (
-        params.max_epochs / LINEAR_PRESETS[preset]().max_epochs
-    )  # of the preset's length; the warm-up keeps its part
+    share = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # of its length: the warm-up keeps its part
     params = attrs.evolve(params, warmup_epochs=params.warmup_epochs * share)
     method = LinearClassifierMethod(params, encoder=copy.deepcopy(subject.encoder.model).train())
     device = features.device_of(subject.encoder)
@@ -123,24 +121,24 @@ PROTOCOLS = {
         on_sets(probes.linear),
         f"{FROZEN}, standardized; logistic regression to the optimum (L-BFGS); L2 chosen on a held-out fifth of the "
         "training set, then fitted to all of it",
-        "https://arxiv.org/abs/1805.08974, A.4; https://arxiv.org/abs/2002.05709, B.8",
+        "https://arxiv.org/abs/1805.08974, appendix; https://arxiv.org/abs/2002.05709, B.8",
     ),
     "linear_stages": Protocol(
         of_stages,
         "as linear, on the outputs of layer1 to layer4, averaged over the image",
-        "https://arxiv.org/abs/1905.01235, section 6",
+        "after https://arxiv.org/abs/1905.01235, section 6.1",
         needs_stages=True,
     ),
     "few_labels": Protocol(
         on_sets(probes.few_labels),
         "as linear, on 1, 2, 5, 10, ... and all labels of each class; 3 draws, mean and deviation",
-        "https://arxiv.org/abs/2204.07141, section 5",
+        "after https://arxiv.org/abs/2204.07141",
     ),
     "svm": Protocol(
         lambda subject, _: svm.svm(*subject.sets),
         f"{FROZEN}, of length 1; linear SVM of each class against the rest (squared hinge, presences twice), cost of "
         "26 by 3-fold cross-validation on the training set; accuracy, or mean average precision",
-        "https://arxiv.org/abs/1905.01235, sections 4 and 6",
+        "https://arxiv.org/abs/1905.01235, section 6.1",
         seeded=False,
         needs_classes=False,
     ),
@@ -148,7 +146,7 @@ PROTOCOLS = {
         on_sets(probes.low_shot_svm),
         "as svm, on 1, 2, 4, 8, 16, 32, 64, 96 images of each class; 5 draws, mean and deviation; cost by 3-fold "
         "cross-validation within the draw from 4 images a class on, 0.5 below",
-        "https://arxiv.org/abs/1905.01235, section 6.1",
+        "https://arxiv.org/abs/1905.01235, section 6.2",
         needs_classes=False,
     ),
     "rank_me": label_free_row(
@@ -165,13 +163,13 @@ PROTOCOLS = {
     "uniformity": label_free_row(
         lambda subject, _: label_free.uniformity(subject.some),
         "log of the mean over pairs of exp(-2 distance^2) on the unit sphere, of the same images",
-        "https://arxiv.org/abs/2005.10242, equation 5",
+        "https://arxiv.org/abs/2005.10242, section 4.1",
     ),
     "alignment": label_free_row(
         lambda subject, _: label_free.alignment(subject.views),
         f"mean squared distance on the unit sphere of views of one image; {VIEWS['n']:,} training images, "
         f"{VIEWS['n_views']} views each, by the data set's augmentations",
-        "https://arxiv.org/abs/2005.10242, equation 4",
+        "https://arxiv.org/abs/2005.10242, section 4.1",
     ),
     "lidar": label_free_row(
         lambda subject, _: label_free.lidar(subject.views),

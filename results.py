@@ -22,10 +22,15 @@ DRAWN = "_std"  # ends the name of a deviation over draws within one run
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, of the libraries, and the commit of this code, if it is in a git repository."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Of Python, of the libraries, and the commit of this code, if it is in a git repository, with "+changes" where
+    files that git knows were changed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, "commit": commit}
@@ -54,11 +59,11 @@ class Results:
         self.write()
 
     def content(self) -> dict[str, Any]:
-        return {"config": self.config, "summary": summary(self.runs), "runs": self.runs}
+        return without_nan({"config": self.config, "summary": summary(self.runs), "runs": self.runs})
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(self.content(), indent=2) + "\n")
+        write_whole(self.path, json.dumps(self.content(), indent=2, allow_nan=False) + "\n")
         write_whole(self.folder / "results.md", self.markdown())
 
     def markdown(self) -> str:
@@ -74,9 +79,20 @@ class Results:
 def read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
+        for run in found["runs"]:
+            run["scores"] = {name: math.nan if value is None else value for name, value in run["scores"].items()}
         return {"runs": found["runs"], "config": found["config"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what evaluate.py writes ({error}): move it away, or use --fresh") from error
+
+
+def without_nan(content: Any) -> Any:
+    """None in its place, for JSON does not know it."""
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -121,7 +137,7 @@ def cell(found: dict[str, dict], metric: str) -> str:
     mean, drawn = found[metric]["mean"], found.get(f"{metric}{DRAWN}", {}).get("mean")
     deviation = found[metric].get("std", drawn)
     if math.isnan(mean):
-        return "diverged"
+        return "not finite"
     return number(mean) + (f" ± {number(deviation)}" if deviation is not None else "")
 
 

@@ -15,6 +15,7 @@ from image_files import MOST_WORKERS
 from image_ops import BLUR_RADIUS
 
 LARGEST_IMAGE = 2**28  # numbers; a GiB
+COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
 
 
 @frozen(kw_only=True)
@@ -30,27 +31,27 @@ class EncoderAndDataParams:
     in_channels: int | None = positive(None)  # None: the data set's
 
     # data-related parameters
-    dataset_name: str = choice("stl10", DATASETS)
+    dataset_name: str = choice("stl10", DATASETS)  # data.py; $DATA_PATH says where they are
     batch_size: int = positive(256)  # of each process
     global_batch_size: int | None = positive(None)  # instead: images of one optimizer step, over all processes
     transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # None: the data set's
     image_mean: list[float] | None = None  # of each channel, of values from 0 to 1; None: the data set's
-    image_std: list[float] | None = None
+    image_std: list[float] | None = None  # likewise
     seed: int | None = non_negative(None, at_most=2**63 - 1)  # of every random draw; None: that of pl.seed_everything
 
     # data loader parameters
     num_data_workers: int = non_negative(4, at_most=MOST_WORKERS)  # decode image files; packed sets need none
     drop_last_batch: bool | None = True  # in training only; None: if it is less than half a batch, and not the only one
-    pin_data_memory: bool = True
+    pin_data_memory: bool = True  # for faster copies to a GPU
     data_on_device: bool | None = None  # packed sets as uint8; None: on a GPU, where they fit
     unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: use the next readable one, count, tell
 
-    # True, "reduce-overhead" (CUDA graphs) or "max-autotune": torch.compile of encoder, heads and, on a GPU, views
-    torch_compile: bool | str = choice(False, (False, True, "reduce-overhead", "max-autotune"))
+    # torch.compile of encoder, heads and, on a GPU, views
+    torch_compile: bool | str = choice(False, COMPILE_MODES)  # reduce-overhead: CUDA graphs
 
     # learning rate by batch size: lr is meant for lr_batch_size images in one optimizer step
-    lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))
-    lr_batch_size: int = positive(256)
+    lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))  # None: lr is meant as it is
+    lr_batch_size: int = positive(256)  # images
 
     def __attrs_post_init__(self):
         check_types(self)

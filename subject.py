@@ -11,7 +11,7 @@ from features import Features
 from shared_params import EncoderAndDataParams
 from weights import Encoder
 
-MOST_IMAGES = 25_600  # for what needs no labels (https://arxiv.org/abs/2210.02885, section 4)
+MOST_IMAGES = 25_600  # for what needs no labels (as in https://arxiv.org/abs/2210.02885)
 VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
 
 

@@ -1,6 +1,6 @@
 """Linear support vector machines, one a class against the rest, all classes and folds at once.
 
-The protocol is that of VOC07 (https://arxiv.org/abs/1905.01235, sections 4 and 6 and the appendix): features of length
+The protocol is that of VOC07 (https://arxiv.org/abs/1905.01235, section 6): features of length
 1, squared hinge loss, presences count twice, the cost of each class chosen by 3-fold cross-validation. Labels are
 classes [N], or presences [N, K] with 1 for present, -1 for absent and 0 for neither: such an image is left out where
 that class is concerned.

@@ -29,6 +29,7 @@ FLOORS = [
     ],
     [
         "color_loops",
+        "online_classifier",
         "heads",
         "losses",
         "evaluation",
@@ -44,8 +45,17 @@ FLOORS = [
     ["data"],
     ["shared_params", "view_params", "optimizer_params", "stage"],
     ["model_params", "linear_params", "weights"],
-    ["moco", "linear_classifier", "preview", "features"],
-    ["subject"],
+    [
+        "moco",
+        "linear_classifier",
+        "preview",
+        "features",
+        "run_options",
+        "milestones",
+        "gradient_norms",
+        "run_folder",
+    ],
+    ["subject", "command_line", "dry_run", "progress"],
     ["protocols"],
     ["demo", "train", "train_blog", "evaluate"],
 ]

@@ -9,11 +9,14 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+import augmentations
 import layers
+import online_classifier
 import optimizers
 import parameter_options
 from checkpoints import Checkpoints, newest
 from lars import LARS
+from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from optimizers import Plan
 
@@ -34,9 +37,11 @@ class TinyEncoder(nn.Module):
 
 @pytest.fixture
 def method(small):
-    return lambda preset="moco_v2", **fields: SelfSupervisedMethod(
-        small(preset, evaluations=[], **fields), encoder=TinyEncoder()
-    )
+    def build(preset: str = "moco_v2", **fields) -> SelfSupervisedMethod:
+        torch.manual_seed(4)
+        return SelfSupervisedMethod(small(preset, evaluations=[], **fields), encoder=TinyEncoder())
+
+    return build
 
 
 def rows_of(method) -> dict:
@@ -325,7 +330,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one(method, trainer, tmp_path):
     }  # fmt: skip
 
     def run(folder: str, until: int, resume: bool = False) -> tuple[dict, list]:
-        torch.manual_seed(3)
         model, record = method("byol", **fields), Record()
         stop = Stop(until)
         fit = trainer(max_epochs=3, callbacks=[record, stop, Checkpoints(tmp_path / folder)])
@@ -357,3 +361,83 @@ def test_the_settings_survive_in_a_checkpoint(method, trainer, tmp_path):
     found = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "example.ckpt", encoder=TinyEncoder())
     assert found.params == attrs.evolve(model.params, embedding_dim=6) and found.params.parameter_options == options
     assert found.parameter_table() == model.parameter_table()
+
+
+# ---- the online classifier ----
+
+
+@pytest.mark.parametrize("preset", ["moco_v2", "byol"])
+def test_the_online_classifier_is_softmax_regression_beside_the_method(preset, method, trainer):
+    """The method trains to the same bits without it; its weights are those of SGD in float64 on the embeddings."""
+    seen = []
+
+    class Batches(Record):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            module.model.register_forward_hook(lambda _, __, out: seen.append(out.detach().double())) if not seen else 0
+            self.labels = [*getattr(self, "labels", []), batch[1]]
+
+    fields = {
+        "lr": 0.05,
+        "weight_decay": 0.01,
+        "lr_schedule": "constant",
+        "parameter_options": [{"pattern": "model", "lr_mult": 0.5}],
+    }
+    model, record = method(preset, online_classifier=True, online_classifier_lr=0.3, **fields), Batches()
+    w, b = (p.detach().double() for p in model.online_classifier.parameters())
+    fit = trainer(callbacks=[record], limit_train_batches=3)
+    fit.fit(model)
+    plain = method(preset, **fields)
+    trainer(limit_train_batches=3).fit(plain)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+    assert set(state) - set(plain.state_dict()) == {"online_classifier.weight", "online_classifier.bias"}
+    views = len(seen) // 3
+    assert {"online_classifier.weight", "online_classifier.bias"} <= rows_of(model).keys()
+    vw = vb = 0
+    for x, y in zip(seen[::views], record.labels, strict=True):
+        wrong = (x @ w.T + b).softmax(1) - nn.functional.one_hot(y, 10)
+        accuracy = 100 * ((x @ w.T + b).argmax(1) == y).double().mean()
+        vw, vb = 0.9 * vw + wrong.T @ x / len(x), 0.9 * vb + wrong.mean(0)
+        w, b = w - 0.3 * vw, b - 0.3 * vb
+    assert torch.allclose(state["online_classifier.weight"].double(), w, atol=1e-5)
+    assert torch.allclose(state["online_classifier.bias"].double(), b, atol=1e-5)
+    assert fit.callback_metrics["online_train_acc1"].item() == pytest.approx(accuracy.item())
+
+
+def test_the_online_classifier_learns_is_scored_and_saved(method, trainer, tmp_path):
+    model = method(online_classifier=True, online_classifier_lr=1.0, lr=1e-3, batch_size=64, warmup_epochs=0)
+    fit = trainer(max_epochs=4, limit_train_batches=1.0, limit_val_batches=1.0)
+    fit.fit(model)
+    scores = {name: value.item() for name, value in fit.callback_metrics.items()}
+    assert 20 < scores["valid_online_acc1"] < scores["valid_online_acc5"] <= 100
+    loader, model = fit.val_dataloaders, model.eval()
+    loader = loader[0] if isinstance(loader, list) else loader
+    right = n = 0
+    with torch.no_grad():
+        for images, labels in loader:
+            x, y = augmentations.for_evaluation(images, model.params), labels
+            order = model.online_classifier(model(x)).argsort(1, descending=True)
+            right, n = right + (order[:, :5] == y[:, None]).any(1).sum().item(), n + len(y)
+    assert scores["valid_online_acc5"] == pytest.approx(100 * right / n)
+    fit.save_checkpoint(tmp_path / "example.ckpt")
+    again = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "example.ckpt", encoder=TinyEncoder())
+    assert trainer(limit_val_batches=1.0).validate(again, verbose=False)[0]["valid_online_acc1"] == pytest.approx(
+        scores["valid_online_acc1"]
+    )
+    LinearClassifierMethod.from_moco_checkpoint(tmp_path / "example.ckpt", encoder=TinyEncoder())
+
+
+def test_images_without_labels_and_wrong_ones():
+    classifier, x = nn.Linear(3, 4), torch.randn(5, 3)
+    y = torch.tensor([0, -1, 3, -1, 2])
+    loss, accuracy = online_classifier.loss_and_accuracy(classifier, x, y)
+    known = y >= 0
+    assert loss.item() == pytest.approx(nn.functional.cross_entropy(classifier(x[known]), y[known]).item())
+    assert accuracy.item() == pytest.approx(100 * (classifier(x[known]).argmax(1) == y[known]).float().mean().item())
+    none, accuracy = online_classifier.loss_and_accuracy(classifier, x, torch.full((5,), -1))
+    none.backward()
+    assert none.item() == 0 and classifier.weight.grad.abs().max() == 0 and accuracy.isnan()
+    assert online_classifier.accuracies(classifier, x, None) == {}
+    for labels, message in ((None, "needs one label"), (torch.tensor([4] * 5), "yields the label 4, .* has the 4 cl")):
+        with pytest.raises(ValueError, match=f"{message}"):
+            online_classifier.loss_and_accuracy(classifier, x, labels)

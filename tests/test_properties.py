@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from data import DATASETS
+from encoders import STEM_VARIANTS
 from evaluation import EVALUATIONS
 from heads import NORMALIZATIONS
 from moco import SelfSupervisedMethod
@@ -61,9 +62,10 @@ SENSIBLE = {
     "transform_crop_size": st.none() | st.integers(7, 16),
     "image_mean": st.none() | st.just([0.5]),
     "image_std": st.none() | st.just([0.25]),
+    "stem_variant": either("standard", "standard", *STEM_VARIANTS),
     "seed": st.none() | either(0, 1, 2**32 - 1, 2**32, 2**63 - 1) | st.integers(0, 2**32),
     "num_data_workers": either(0, 1, 64, 1000),
-    "drop_last_batch": FLAG,
+    "drop_last_batch": FLAG | st.none(),
     "pin_data_memory": FLAG,
     "data_on_device": either(None, False, True),
     "torch_compile": either(False),  # compiled in test_speed.py: it takes seconds
@@ -93,7 +95,7 @@ SENSIBLE = {
     "parameter_options": st.lists(
         either(
             {"pattern": "model", "lr_mult": 0.5},
-            {"pattern": "bias$", "lr": 0.01, "weight_decay": 0},
+            {"pattern": "bias$", "lr": 0.001, "weight_decay": 0},
             {"pattern": "^model", "momentum": 0.5, "weight_decay_mult": 2},
             {"pattern": "projection", "lars_exclude": True},
             {"pattern": "nothing", "lr_mult": 2},
@@ -147,6 +149,8 @@ SENSIBLE = {
     "evaluations": st.lists(either(*EVALUATIONS), max_size=4),
     "evaluate_every_n_epochs": either(1, 2, 1000),
     "probe_on_training_set": FLAG,
+    "online_classifier": FLAG,
+    "online_classifier_lr": either(1e-3, 0.1, 1),
 }
 LISTS = ([], [0.5], [0.5, 1.5], [None, 0.5], [True, 0.5], [math.nan, 0.1], [[0.5], [0.5]], [0.1] * 3, ["knn", 1])
 ODD = either(
@@ -188,7 +192,7 @@ def may_diverge(p: ModelParams) -> bool:
     ratio = (p.global_batch_size or p.batch_size) / p.lr_batch_size
     lr = p.lr * {None: 1, "linear": ratio, "sqrt": math.sqrt(ratio)}[p.lr_scaling]
     weights = (p.invariance_loss_weight, p.variance_loss_weight, p.covariance_loss_weight, p.redundancy_loss_weight)
-    long = lr > (0.05 if p.optimizer_name == "adamw" else 1) or lr * p.loss_constant_factor * max(weights) > 25
+    long = lr > (0.05 if p.optimizer_name.startswith("adam") else 1) or lr * p.loss_constant_factor * max(weights) > 25
     return long or (p.use_mlp_weight_standardization and not p.use_unit_sphere_projection)
 
 
