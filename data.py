@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import ddp
+import video_files
 import voc
 from augmentations import View
 from image_files import ImageFiles, Sample, class_folders
@@ -70,14 +71,15 @@ def read_stl10() -> Arrays:
 
 @frozen
 class Files:
-    """How the images of a split are found where they stay files."""
+    """How the images or videos of a split are found where they stay files."""
 
     are_there: Callable[[Path], bool]
-    samples: Callable[[Path], list[Sample]]
+    samples: Callable[[Path], list[Sample]] | None  # None: how videos are found, the settings say (video_files.py)
     layout: str  # for the error where they are not there
 
 
 CLASS_FOLDERS = Files(Path.is_dir, class_folders, "with one folder of images per class")
+VIDEOS = Files(video_files.are_there, None, "with one folder of videos per class, or listed in a .csv of its name")
 VOC_LISTS = Files(voc.is_there, voc.samples, "in VOCdevkit/VOC2007 beside it, with JPEGImages and ImageSets/Main")
 
 
@@ -101,10 +103,15 @@ class DatasetInfo:
     def channels(self) -> int:
         return len(self.mean)
 
+    @property
+    def of_videos(self) -> bool:
+        return self.read is None and self.files is VIDEOS
+
 
 DIGIT_VIEW = View(  # a mirrored digit is another one, and has no colour; blurred at 8 x 8 it is a spot
     crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.0
 )
+CLIP_VIEW = View(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for video: the area of CVRL's crops
 CIFAR10, CIFAR100 = torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -131,6 +138,9 @@ DATASETS = {
         train_splits=("trainval",),
         files=VOC_LISTS,
         many_labels=True,
+    ),
+    "kinetics": DatasetInfo(
+        224, 400, (0.45,) * 3, (0.225,) * 3, read=None, test_splits=("val",), files=VIDEOS, view=CLIP_VIEW
     ),
 }
 
@@ -191,6 +201,8 @@ def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: 
     if params.dataset.read is not None:
         return PackedImages(folders)
     (folder,) = folders
+    if params.dataset.of_videos:
+        return video_files.get_videos(params, folder, list(views))
     skip = params.unreadable_images == "skip"
     size, find = params.crop_size, params.dataset.files.samples
     return ImageFiles(folder, params.dataset.channels, size, list(views), params.seed or 0, skip, find)

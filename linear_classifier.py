@@ -20,7 +20,7 @@ import ddp
 import layers
 import optimizers
 import subsets
-from encoders import get_encoder
+from encoders import embed, get_encoder
 from fields import plain
 from lars import parameter_groups
 from linear_params import LinearClassifierMethodParams
@@ -48,6 +48,12 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
     "pin_data_memory",
     "data_on_device",
     "unreadable_images",
+    "num_frames",
+    "clip_duration",
+    "video_decoder",
+    "frames_per_second",
+    "decoding_threads",
+    "video_path_prefix",
 )
 
 
@@ -118,7 +124,7 @@ class LinearClassifierMethod(Stage):
         """Normalized images [N, C, H, W] -> logits [N, classes]."""
         with one_image_explained(x):
             with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
-                h = self.model(x)
+                h = embed(self.model, x)
             return self.classifier(h if self.normalize is None else self.normalize(h))
 
     @property

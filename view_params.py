@@ -50,6 +50,7 @@ class ViewParams:
     transform_solarize_probability: PerView = per_view(None)  # of inverting bright values
     transform_solarize_threshold: PerView = per_view(None)  # from which on they are inverted; white is 1
     transform_flip_probability: PerView = per_view(None)  # of mirroring
+    transform_time_difference_probability: PerView = per_view(None)  # of clips: what changes, instead of colours
 
     @property
     def n_views(self) -> int:

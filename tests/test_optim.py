@@ -354,7 +354,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(method, trainer, tmp_path):
 
 def test_the_settings_survive_in_a_checkpoint(method, trainer, tmp_path):
     options = [{"pattern": "stem", "lr_mult": 0.5}]
-    model = method(parameter_options=options, lr_schedule="steps", lr_decay_steps=(1, 2))
+    model = method(parameter_options=options, lr_schedule="steps", lr_decay_steps=(1, 2), mlp_normalization="bn")
     fit = trainer()
     fit.fit(model)
     fit.save_checkpoint(tmp_path / "example.ckpt")
@@ -371,9 +371,13 @@ def test_the_online_classifier_is_softmax_regression_beside_the_method(preset, m
     """The method trains to the same bits without it; its weights are those of SGD in float64 on the embeddings."""
     seen = []
 
+    def keep(module, _, embeddings):
+        seen.extend([embeddings.detach().double()] * module.training)
+
     class Batches(Record):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            module.model.register_forward_hook(lambda _, __, out: seen.append(out.detach().double())) if not seen else 0
+            if batch_idx == 0:
+                module.model.register_forward_hook(keep)
             self.labels = [*getattr(self, "labels", []), batch[1]]
 
     fields = {

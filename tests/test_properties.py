@@ -50,11 +50,14 @@ PER_VIEW = per_view(SHARE)
 STRENGTH = per_view(either(0, -0.0, 0.4, 1, 5))
 NORM = either(None, *NORMALIZATIONS)
 
+VIEW_EVENTS = ("jitter", "grayscale", "blur", "solarize", "flip", "time_difference")
+
 SENSIBLE = {
     "encoder_arch": either("shufflenet_v2_x0_5", "ws_resnet18", "resnet18"),
     "embedding_dim": either(None, 6),
     "encoder_weights": st.none(),
     "low_resolution_stem": either(None, False, True),
+    "stem_variant": either(*STEM_VARIANTS),
     "in_channels": either(None, 1, 2, 3),
     "dataset_name": either(*DATASETS),
     "batch_size": st.integers(1, 12),
@@ -62,7 +65,6 @@ SENSIBLE = {
     "transform_crop_size": st.none() | st.integers(7, 16),
     "image_mean": st.none() | st.just([0.5]),
     "image_std": st.none() | st.just([0.25]),
-    "stem_variant": either("standard", "standard", *STEM_VARIANTS),
     "seed": st.none() | either(0, 1, 2**32 - 1, 2**32, 2**63 - 1) | st.integers(0, 2**32),
     "num_data_workers": either(0, 1, 64, 1000),
     "drop_last_batch": FLAG | st.none(),
@@ -70,6 +72,16 @@ SENSIBLE = {
     "data_on_device": either(None, False, True),
     "torch_compile": either(False),  # compiled in test_speed.py: it takes seconds
     "unreadable_images": either("stop", "skip"),
+    "num_frames": either(1, 2, 8, 16),
+    "clip_duration": either(0.1, 1, 2.56, 10.0),
+    "clip_speeds": st.lists(either(0.5, 1, 1.0, 2), min_size=1, max_size=3),
+    "clip_jitter": either(0, 0.0, 0.2, 0.9),
+    "video_decoder": either("file", "frames"),
+    "frames_per_second": either(1, 24, 29.97, 30.0),
+    "decoding_threads": either(1, 2, 8),
+    "video_path_prefix": either(None, "~/videos"),
+    "evaluation_clips": either(1, 3, 10),
+    "evaluation_crops": either(1, 3),
     "lr_scaling": either(None, "linear", "sqrt"),
     "lr_batch_size": either(1, 8, 256, 100_000),
     "shuffle_batch_norm": FLAG,
@@ -114,7 +126,7 @@ SENSIBLE = {
     "loss_constant_factor": either(1e-3, 0.1, 1, 2, 100.0),
     "transform_s": either(0, 0.5, 1.0, 5) | st.lists(either(0, 0.5, 1), min_size=2, max_size=2),
     "transform_apply_blur": FLAG,
-    **{f"transform_{name}_probability": PER_VIEW for name in ("jitter", "grayscale", "blur", "solarize", "flip")},
+    **{f"transform_{name}_probability": PER_VIEW for name in VIEW_EVENTS},
     **{f"transform_{name}": STRENGTH for name in ("brightness", "contrast", "saturation")},
     **{f"transform_{small}crop_scale_{end}": PER_VIEW for small in ("", "small_") for end in ("min", "max")},
     "transform_small_crop_size": either(None, 7, 8, [8, 7]),
