@@ -170,6 +170,7 @@ def test_print_config_prints_what_config_reads_and_leaves_nothing(monkeypatch, c
 def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
     line = "byol" + SMALL.removeprefix("simclr") + " --lr_scaling linear --lr 0.4 --accumulate_grad_batches 2"
+    line += " --online_classifier true --online_classifier_lr 0.02"
     main(f"{line} --max_epochs 3 --dry_run", monkeypatch)
     shown = capsys.readouterr().out
     model = SelfSupervisedMethod(parse(line)[2])
@@ -179,9 +180,11 @@ def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch,
     assert cells["encoder"] == ["shufflenet_v2_x0_5", "[N, 1024]", f"{count:,}", "yes"]
     assert cells["predictor"] == ["16 -> 32 -> 16", "[N, 16]", f"{16 * 32 + 32 + 2 * 32 + 32 * 16 + 16:,}", "yes"]
     assert cells["lagging encoder"][2:] == [f"{count:,}", "lags"]
+    assert cells["online classifier"] == ["1024 -> 10", "[N, 10]", "10,250", "yes"]
+    assert cells["2"][:2] == ["10,250", "online_classifier.weight"] and "0.01" in "".join(cells["2"][2:])
     table, weights = model.parameter_table(), dict(model.named_parameters())
     for adapted, decay in ((True, "0.0001"), (False, "0.0")):
-        group = [row.name for row in table if row.adapted == adapted]
+        group = [r.name for r in table if r.adapted == adapted and r.lr == 0.4]
         name, total = group[0], sum(weights[member].numel() for member in group)
         row = cells[str(len(group))]
         assert row[:2] == [f"{total:,}", name] and decay in row[2:]
