@@ -19,7 +19,6 @@ import command_line
 import progress
 import train
 from gradient_norms import GradientNorms
-from lars import parameter_groups
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from run_options import RunOptions
@@ -171,6 +170,7 @@ def test_print_config_prints_what_config_reads_and_leaves_nothing(monkeypatch, c
 def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
     line = "byol" + SMALL.removeprefix("simclr") + " --lr_scaling linear --lr 0.4 --accumulate_grad_batches 2"
+    line += " --online_classifier true --online_classifier_lr 0.02"
     main(f"{line} --max_epochs 3 --dry_run", monkeypatch)
     shown = capsys.readouterr().out
     model = SelfSupervisedMethod(parse(line)[2])
@@ -180,8 +180,12 @@ def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch,
     assert cells["encoder"] == ["shufflenet_v2_x0_5", "[N, 1024]", f"{count:,}", "yes"]
     assert cells["predictor"] == ["16 -> 32 -> 16", "[N, 16]", f"{16 * 32 + 32 + 2 * 32 + 32 * 16 + 16:,}", "yes"]
     assert cells["lagging encoder"][2:] == [f"{count:,}", "lags"]
-    for group, decay in zip(parameter_groups(model, [".bias", ".bn"]), ("0.0001", "0.0"), strict=True):
-        name, total = next(iter(group)), sum(weight.numel() for weight in group.values())
+    assert cells["online classifier"] == ["1024 -> 10", "[N, 10]", "10,250", "yes"]
+    assert cells["2"][:2] == ["10,250", "online_classifier.weight"] and "0.01" in "".join(cells["2"][2:])
+    table, weights = model.parameter_table(), dict(model.named_parameters())
+    for adapted, decay in ((True, "0.0001"), (False, "0.0")):
+        group = [r.name for r in table if r.adapted == adapted and r.lr == 0.4]
+        name, total = group[0], sum(weights[member].numel() for member in group)
         row = cells[str(len(group))]
         assert row[:2] == [f"{total:,}", name] and decay in row[2:]
     assert "x 2 (accumulated batches) x 64 (images) = 128 images per optimizer step" in shown
