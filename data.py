@@ -7,6 +7,7 @@ Both yield (uint8 images, labels); everything else happens on the device (augmen
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import ddp
+import own_images
 import voc
 from augmentations import View
 from image_files import ImageFiles, Sample, class_folders
@@ -94,6 +96,8 @@ class DatasetInfo:
     train_splits: tuple[str, ...] = ("train",)  # labelled
     test_splits: tuple[str, ...] = ("test",)
     files: Files = CLASS_FOLDERS  # where read is None
+    own: Callable[..., Dataset] | None = None  # instead: the user's images, from (DATA_PATH, settings, split, views)
+    validation_splits: tuple[str, ...] | None = None  # while pretraining; None: test_splits
     many_labels: bool = False  # of an image: presences [K] of all classes, 1, -1 or 0, and not one class
     view: View = field(factory=View)  # training views, where the settings do not say otherwise
 
@@ -106,7 +110,8 @@ DIGIT_VIEW = View(  # a mirrored digit is another one, and has no colour; blurre
     crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.0
 )
 CIFAR10, CIFAR100 = torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD, TRAINVAL = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("trainval",)
+OfFiles = partial(DatasetInfo, 224, mean=IMAGENET_MEAN, std=IMAGENET_STD, read=None)
 
 DATASETS = {
     "digits": DatasetInfo(8, 10, (0.3053,), (0.3760,), read_digits, view=DIGIT_VIEW),
@@ -120,18 +125,11 @@ DATASETS = {
         read_stl10,
         pretraining_splits=("train", "unlabeled"),
     ),
-    "imagenet": DatasetInfo(224, 1000, IMAGENET_MEAN, IMAGENET_STD, read=None, test_splits=("val",)),
-    "voc07": DatasetInfo(
-        224,
-        20,
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        read=None,
-        pretraining_splits=("trainval",),
-        train_splits=("trainval",),
-        files=VOC_LISTS,
-        many_labels=True,
+    "imagenet": OfFiles(n_classes=1000, test_splits=("val",)),
+    "voc07": OfFiles(
+        n_classes=20, pretraining_splits=TRAINVAL, train_splits=TRAINVAL, files=VOC_LISTS, many_labels=True
     ),
+    "folder": OfFiles(n_classes=0, own=own_images.get_images, validation_splits=("val",)),
 }
 
 
@@ -186,6 +184,8 @@ def already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: list[View] | tuple = ()) -> Dataset:
     """uint8 images and labels of some splits, downloaded if need be. `views` are taken here only from sets of files."""
+    if params.dataset.own is not None:
+        return params.dataset.own(data_path(), params, splits[0], list(views))
     prepare_data(params.dataset_name, splits)
     folders = [data_path() / params.dataset_name / split for split in splits]
     if params.dataset.read is not None:
@@ -194,6 +194,14 @@ def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: 
     skip = params.unreadable_images == "skip"
     size, find = params.crop_size, params.dataset.files.samples
     return ImageFiles(folder, params.dataset.channels, size, list(views), params.seed or 0, skip, find)
+
+
+def n_classes(params: "EncoderAndDataParams") -> int:
+    """Of the training and test images. 0 where images of the user's have no labels."""
+    info = params.dataset
+    if info.own is None:
+        return info.n_classes
+    return 1 + max(int(get_dataset(params, splits).labels.max()) for splits in (info.train_splits, info.test_splits))
 
 
 def drops_last(wish: bool | None, n_images: int, size: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -166,9 +167,19 @@ class SelfSupervisedMethod(Stage):
         """The test set, and the labelled training set if probes are fitted on that. Nothing while fitting a loader of
         the user's: its images need not have anything to do with `dataset_name`."""
         p = self.params
-        splits = [p.dataset.test_splits] + [p.dataset.train_splits] * p.probe_on_training_set
-        wanted = splits if self.trains_on_own_data and p.evaluations else []
-        return [self.loader(data.get_dataset(p, split), training=False) for split in wanted]
+        splits = [p.dataset.validation_splits or p.dataset.test_splits]
+        splits += [p.dataset.train_splits] * p.probe_on_training_set
+        return self.whole_sets(splits if self.trains_on_own_data and p.evaluations else [])
+
+    def test_dataloader(self) -> list:
+        """The test set, and the labelled training set on which the probes are fitted."""
+        return self.whole_sets([self.params.dataset.test_splits, self.params.dataset.train_splits])
+
+    def whole_sets(self, splits: list[tuple[str, ...]]) -> list:
+        datasets = [data.get_dataset(self.params, names) for names in splits]
+        if self.params.dataset.own and any(min(dataset.labels) < 0 for dataset in datasets):
+            rank_zero_info(f"{self.params.dataset_name} has no labels: linear_probe and knn are left out")
+        return [self.loader(dataset, training=False) for dataset in datasets]
 
     # ---- evaluation ----
 
@@ -183,22 +194,33 @@ class SelfSupervisedMethod(Stage):
                 features = self.model(images).float()
             self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
 
+    def gathered(self, loaders: Any) -> list[list[Tensor | None]]:
+        """(features, labels or None) of each loader, gathered over processes."""
+        loaders, sets = loaders if isinstance(loaders, list | tuple) else [loaders], []
+        for index, outputs in sorted(self.validation_outputs.items()):
+            parts, loader = zip(*outputs, strict=True), loaders[index]
+            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts])
+        self.validation_outputs.clear()
+        return sets
+
     def on_validation_epoch_end(self) -> None:
         if not self.validation_outputs:
             return
-        loaders, names = self.trainer.val_dataloaders, self.params.evaluations
-        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-        sets = []  # (features, labels) of each loader, gathered over processes
-        for index, outputs in sorted(self.validation_outputs.items()):
-            parts, loader = zip(*outputs, strict=True), loaders[index]  # features; labels or None
-            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts])
-        self.validation_outputs.clear()
+        sets, names = self.gathered(self.trainer.val_dataloaders), self.params.evaluations
         train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
         for index, (x, y) in enumerate(sets):
             scores = ddp.on_rank_zero(lambda x=x, y=y: evaluation.evaluate(names, x, y, train))
             scores = {name + (f"_{index}" if index else ""): value for name, value in scores.items()}
             self.log_dict(scores)
             self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
+
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """`trainer.test(model)`: the names of its scores begin with "test_"."""
+        (x, y), train = self.gathered(self.trainer.test_dataloaders)
+        scores = ddp.on_rank_zero(lambda: evaluation.evaluate(self.params.evaluations, x, y, tuple(train)))
+        self.log_dict({evaluation.of_test(name): value for name, value in scores.items()})
 
     # ---- checkpoints ----
 
