@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 import ddp
 import own_images
+import video_files
 import voc
 from augmentations import View
 from image_files import ImageFiles, Sample, class_folders
@@ -72,14 +73,15 @@ def read_stl10() -> Arrays:
 
 @frozen
 class Files:
-    """How the images of a split are found where they stay files."""
+    """How the images or videos of a split are found where they stay files."""
 
     are_there: Callable[[Path], bool]
-    samples: Callable[[Path], list[Sample]]
+    samples: Callable[[Path], list[Sample]] | None  # None: how videos are found, the settings say (video_files.py)
     layout: str  # for the error where they are not there
 
 
 CLASS_FOLDERS = Files(Path.is_dir, class_folders, "with one folder of images per class")
+VIDEOS = Files(video_files.are_there, None, "with one folder of videos per class, or listed in a .csv of its name")
 VOC_LISTS = Files(voc.is_there, voc.samples, "in VOCdevkit/VOC2007 beside it, with JPEGImages and ImageSets/Main")
 
 
@@ -105,10 +107,15 @@ class DatasetInfo:
     def channels(self) -> int:
         return len(self.mean)
 
+    @property
+    def of_videos(self) -> bool:
+        return self.read is None and self.files is VIDEOS
+
 
 DIGIT_VIEW = View(  # a mirrored digit is another one, and has no colour; blurred at 8 x 8 it is a spot
     crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.0
 )
+CLIP_VIEW = View(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for video: the area of CVRL's crops
 CIFAR10, CIFAR100 = torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100
 IMAGENET_MEAN, IMAGENET_STD, TRAINVAL = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("trainval",)
 OfFiles = partial(DatasetInfo, 224, mean=IMAGENET_MEAN, std=IMAGENET_STD, read=None)
@@ -130,6 +137,9 @@ DATASETS = {
         n_classes=20, pretraining_splits=TRAINVAL, train_splits=TRAINVAL, files=VOC_LISTS, many_labels=True
     ),
     "folder": OfFiles(n_classes=0, own=own_images.get_images, validation_splits=("val",)),
+    "kinetics": OfFiles(
+        n_classes=400, mean=(0.45,) * 3, std=(0.225,) * 3, test_splits=("val",), files=VIDEOS, view=CLIP_VIEW
+    ),
 }
 
 
@@ -191,17 +201,11 @@ def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: 
     if params.dataset.read is not None:
         return PackedImages(folders)
     (folder,) = folders
+    if params.dataset.of_videos:
+        return video_files.get_videos(params, folder, list(views))
     skip = params.unreadable_images == "skip"
     size, find = params.crop_size, params.dataset.files.samples
     return ImageFiles(folder, params.dataset.channels, size, list(views), params.seed or 0, skip, find)
-
-
-def n_classes(params: "EncoderAndDataParams") -> int:
-    """Of the training and test images. 0 where images of the user's have no labels."""
-    info = params.dataset
-    if info.own is None:
-        return info.n_classes
-    return 1 + max(int(get_dataset(params, splits).labels.max()) for splits in (info.train_splits, info.test_splits))
 
 
 def drops_last(wish: bool | None, n_images: int, size: int) -> bool:

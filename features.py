@@ -29,6 +29,7 @@ from weights import Encoder
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 PIECE = 2**14  # images hashed at once
+EVALUATED_CLIPS = ("num_frames", "clip_duration", "frames_per_second", "evaluation_clips", "evaluation_crops")
 
 
 @frozen
@@ -175,6 +176,8 @@ class Tap:
 def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset, wanted: dict) -> str:
     """A hash of everything that the features depend on."""
     preprocessing = {"size": params.crop_size, "mean": params.mean, "std": params.std}
+    if params.dataset.of_videos:
+        preprocessing |= {name: getattr(params, name) for name in EVALUATED_CLIPS}
     found = hashlib.sha256(repr((encoder_hash(encoder), preprocessing, wanted)).encode())
     for piece in contents(dataset):
         found.update(piece)

@@ -21,11 +21,11 @@ import layers
 import optimizers
 import own_data_params
 import subsets
-from encoders import get_encoder
+from encoders import embed, get_encoder
 from fields import plain
 from lars import parameter_groups
 from linear_params import LinearClassifierMethodParams
-from shared_params import resolve
+from shared_params import n_classes, resolve
 from stage import Stage, one_image_explained
 from weights import SHARED, load_encoder
 
@@ -50,6 +50,12 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
     "data_on_device",
     "unreadable_images",
     *own_data_params.DEFAULTS,
+    "num_frames",
+    "clip_duration",
+    "video_decoder",
+    "frames_per_second",
+    "decoding_threads",
+    "video_path_prefix",
 )
 
 
@@ -78,7 +84,7 @@ class LinearClassifierMethod(Stage):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
             self.normalize = nn.BatchNorm1d(width, eps=1e-6, affine=False) if p.normalize_features else None
-            self.classifier = nn.Linear(width, p.n_classes or labelled(data.n_classes(p), p))
+            self.classifier = nn.Linear(width, p.n_classes or labelled(n_classes(p), p))
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(self.trains_encoder)
@@ -121,7 +127,7 @@ class LinearClassifierMethod(Stage):
         """Normalized images [N, C, H, W] -> logits [N, classes]."""
         with one_image_explained(x):
             with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
-                h = self.model(x)
+                h = embed(self.model, x)
             return self.classifier(h if self.normalize is None else self.normalize(h))
 
     @property
@@ -214,11 +220,11 @@ class LinearClassifierMethod(Stage):
         return self.loader(dataset.subset(self.split(dataset.labels)[1]), training=False)
 
 
-def labelled(n_classes: int, params: LinearClassifierMethodParams) -> int:
+def labelled(classes: int, params: LinearClassifierMethodParams) -> int:
     """Refuses images without labels."""
-    if n_classes == 0:
+    if classes == 0:
         raise ValueError(
             f"the images of dataset_name={params.dataset_name!r}, data_path={params.data_path!r} have no labels, which "
             "a classifier needs: put them into class folders, or list labels in train.txt (docs/own_data.md)"
         )
-    return n_classes
+    return classes

@@ -20,7 +20,7 @@ import evaluation
 import losses
 import optimizers
 import schedules
-from encoders import check_small_views, get_encoder, source_of_weights
+from encoders import check_small_views, embed, get_encoder, source_of_weights
 from fields import plain
 from heads import MLP
 from key_queue import KeyQueue
@@ -50,7 +50,7 @@ class SelfSupervisedMethod(Stage):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
             sizes = {view.crop_size for view in p.views}
-            check_small_views(self.model, width, p.channels, p.crop_size, sizes)
+            check_small_views(self.model, width, p.input_shape, sizes)
             norm, standardize = p.mlp_normalization, p.use_mlp_weight_standardization
             self.projection_model = MLP(width, p.mlp_hidden_dim, p.dim, p.projection_mlp_layers, norm, standardize)
             norm = norm if p.prediction_mlp_normalization == "same" else p.prediction_mlp_normalization
@@ -59,7 +59,7 @@ class SelfSupervisedMethod(Stage):
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
-                copy.deepcopy(self).encode(torch.zeros(1, p.channels, min(sizes), min(sizes)))
+                copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], min(sizes), min(sizes)))
         # All processes push the same keys: DDP need not send 4 K dim bytes at every forward.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
@@ -191,7 +191,7 @@ class SelfSupervisedMethod(Stage):
         if due and self.params.evaluations and not self.trainer.sanity_checking:
             images, labels = batch
             with self.eagerly():
-                features = self.model(images).float()
+                features = embed(self.model, images).float()
             self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
 
     def gathered(self, loaders: Any) -> list[list[Tensor | None]]:

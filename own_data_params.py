@@ -18,8 +18,8 @@ def class_numbers(value: Any) -> Any:
     value = [value] if isinstance(value, str | Path) else value
     if isinstance(value, list | tuple) and len(value) == 1 and "=" not in str(value[0]):
         try:
-            value = json.loads(Path(value[0]).expanduser().read_text())
-        except (OSError, ValueError) as error:
+            value = json.loads(Path(str(value[0])).expanduser().read_text())
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home of ~somebody
             raise ValueError(f"class_to_idx={str(value[0])!r} could not be read as a file of JSON: {error}") from error
     if isinstance(value, dict):
         value = [f"{name}={number}" for name, number in value.items()]

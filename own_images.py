@@ -22,7 +22,8 @@ import ddp
 import subsets
 from array_files import ARRAY_SUFFIX
 from augmentations import View
-from image_files import ImageFiles, Sample
+from files import Sample
+from image_files import ImageFiles
 
 if TYPE_CHECKING:
     from model_params import EncoderAndDataParams

@@ -10,7 +10,6 @@ from attrs import frozen
 from pytorch_lightning.callbacks import RichProgressBar
 from rich.progress import track
 
-import data
 import evaluation
 import features
 import label_free
@@ -19,7 +18,7 @@ import probes
 import svm
 from linear_classifier import LinearClassifierMethod
 from linear_params import LINEAR_PRESETS
-from shared_params import EncoderAndDataParams
+from shared_params import EncoderAndDataParams, n_classes
 from subject import MOST_IMAGES, VIEWS, Subject
 from weights import Encoder
 
@@ -94,7 +93,7 @@ class Protocol:
 
     def refusal(self, encoder: Encoder, params: EncoderAndDataParams) -> str | None:
         """Why it cannot be run."""
-        if self.needs_labels and data.n_classes(params) == 0:
+        if self.needs_labels and n_classes(params) == 0:
             return f"needs labels, and the images of {params.dataset_name} have none"
         if self.needs_classes and params.dataset.many_labels:
             return f"needs one class an image, and those of {params.dataset_name} have several"

@@ -1,5 +1,6 @@
 """The settings that pretraining and the linear stage share, and how both get theirs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -13,12 +14,13 @@ import channel_statistics
 import data
 import encoders
 from data import DATASETS, DatasetInfo
-from fields import check_types, choice, non_negative, number, positive
-from image_files import MOST_WORKERS
+from fields import check_types, choice, non_negative, number, numbers, positive
+from files import MOST_WORKERS
 from image_ops import BLUR_RADIUS
 from own_data_params import OwnDataParams
 
 LARGEST_IMAGE = 2**28  # numbers; a GiB
+MOST_FRAMES = 1024
 COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
 
 
@@ -51,6 +53,18 @@ class EncoderAndDataParams(OwnDataParams):
     data_on_device: bool | None = None  # packed sets as uint8; None: on a GPU, where they fit
     unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: use the next readable one, count, tell
 
+    # video: data sets of videos only. Each view is a clip of its own
+    num_frames: int = positive(8, at_most=MOST_FRAMES)  # of a clip, evenly taken from its duration
+    clip_duration: float = positive(2.56, by=1e-3)  # seconds
+    clip_speeds: list[float] = numbers((1.0,), 0.01, 100)  # one is drawn for each clip; 2: of twice the duration
+    clip_jitter: float = number(0.0, at_most=0.99)  # of the speed, at random: 0.2 is 0.8 to 1.2 times it
+    video_decoder: str = choice("file", ("file", "frames"))  # frames: each video is a folder of image files
+    frames_per_second: float = positive(30.0, by=1e-3)  # of folders of frames; a video file knows its own
+    decoding_threads: int = positive(1, at_most=MOST_WORKERS)  # of each worker
+    video_path_prefix: str | None = None  # of the paths in train.csv, val.csv; None: the folder train, val
+    evaluation_clips: int = positive(1, at_most=MOST_FRAMES)  # of each video, averaged; training: one for each view
+    evaluation_crops: int = positive(1, at_most=MOST_FRAMES)  # of each of them: the middle; else along the longer side
+
     # torch.compile of encoder, heads and, on a GPU, views
     torch_compile: bool | str = choice(False, COMPILE_MODES)  # reduce-overhead: CUDA graphs
 
@@ -72,9 +86,10 @@ class EncoderAndDataParams(OwnDataParams):
                 f"encoder_weights={self.encoder_weights!r} is for encoders that encoder_arch names: load those of your "
                 "own module into it, and leave encoder_weights out"
             )
-        if self.channels * self.crop_size**2 > LARGEST_IMAGE:
+        if math.prod(self.input_shape) > LARGEST_IMAGE:
+            made = f"clips of num_frames={self.num_frames}" if self.dataset.of_videos else "images"
             raise ValueError(
-                f"transform_crop_size={self.crop_size} with in_channels={self.channels} makes images of more than "
+                f"transform_crop_size={self.crop_size} with in_channels={self.channels} makes {made} of more than "
                 f"{LARGEST_IMAGE} numbers: choose smaller ones"
             )
 
@@ -92,6 +107,12 @@ class EncoderAndDataParams(OwnDataParams):
     @property
     def channels(self) -> int:
         return self.in_channels or self.dataset.channels
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of what an encoder gets: (C, H, W), or of clips (C, T, H, W)."""
+        frames = (self.num_frames,) if self.dataset.of_videos else ()
+        return (self.channels, *frames, self.crop_size, self.crop_size)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -152,3 +173,12 @@ def with_statistics(params: Params) -> Params:
     params = attrs.evolve(params, image_mean=params.image_mean or mean, image_std=params.image_std or std)
     rank_zero_info(f"{params.dataset_name}: image_mean={params.image_mean}, image_std={params.image_std}")
     return params
+
+
+def n_classes(params: EncoderAndDataParams) -> int:
+    """Of the training and test images. 0 where images of the user's have no labels."""
+    info = params.dataset
+    if info.own is None:
+        return info.n_classes
+    datasets = [data.get_dataset(params, splits) for splits in (info.train_splits, info.test_splits)]
+    return 1 + max(int(dataset.labels.max()) for dataset in datasets)

@@ -63,7 +63,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images [N, C, H, W] -> embeddings [N, E]."""
-        return self.model(x)
+        return encoders.embed(self.model, x)
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 images [N, C, H, W] of any size -> normalized floats of the encoder's size, whole images."""
@@ -73,7 +73,7 @@ class Encoder(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """uint8 images [N, C, H, W] of any size -> embeddings [N, E], float32, on the encoder's device."""
         device = next(self.model.parameters()).device
-        return self.model(self.prepare(images.to(device))).float()
+        return self(self.prepare(images.to(device))).float()
 
 
 def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, **overrides: Any) -> Encoder:

@@ -22,6 +22,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from protocols import PROTOCOLS
+from shared_params import n_classes
 from weights import load_encoder
 
 SIDE = 40
@@ -166,7 +167,7 @@ def test_class_to_idx(photos, tmp_path):
         p = params(photos, class_to_idx=given)
         assert p.class_to_idx == ["flower=0", "china=5"]
         assert listed(p)["china/00.png" if "china/00.png" in listed(p) else "china/01.png"] == 5
-        assert set(listed(p).values()) == {0, 5} and data.n_classes(p) == 6
+        assert set(listed(p).values()) == {0, 5} and n_classes(p) == 6
     with pytest.raises(ValueError, match="class_to_idx has no number for flower"):
         listed(params(photos, class_to_idx={"china": 0}))
 

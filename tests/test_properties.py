@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from data import DATASETS
+from encoders import STEM_VARIANTS
 from evaluation import EVALUATIONS
 from heads import NORMALIZATIONS
 from moco import SelfSupervisedMethod
@@ -49,6 +50,8 @@ PER_VIEW = per_view(SHARE)
 STRENGTH = per_view(either(0, -0.0, 0.4, 1, 5))
 NORM = either(None, *NORMALIZATIONS)
 
+VIEW_EVENTS = ("jitter", "grayscale", "blur", "solarize", "flip", "time_difference")
+
 SENSIBLE = {
     "encoder_arch": either("shufflenet_v2_x0_5", "ws_resnet18", "resnet18"),
     "embedding_dim": either(None, 6),
@@ -61,13 +64,36 @@ SENSIBLE = {
     "transform_crop_size": st.none() | st.integers(7, 16),
     "image_mean": st.none() | st.just([0.5]),
     "image_std": st.none() | st.just([0.25]),
+    "stem_variant": either("standard", "standard", *STEM_VARIANTS),
     "seed": st.none() | either(0, 1, 2**32 - 1, 2**32, 2**63 - 1) | st.integers(0, 2**32),
     "num_data_workers": either(0, 1, 64, 1000),
-    "drop_last_batch": FLAG,
+    "drop_last_batch": FLAG | st.none(),
     "pin_data_memory": FLAG,
     "data_on_device": either(None, False, True),
     "torch_compile": either(False),  # compiled in test_speed.py: it takes seconds
     "unreadable_images": either("stop", "skip"),
+    "num_frames": either(1, 2, 8, 16),
+    "clip_duration": either(0.1, 1, 2.56, 10.0),
+    "clip_speeds": st.lists(either(0.5, 1, 1.0, 2), min_size=1, max_size=3),
+    "clip_jitter": either(0, 0.0, 0.2, 0.9),
+    "video_decoder": either("file", "frames"),
+    "frames_per_second": either(1, 24, 29.97, 30.0),
+    "decoding_threads": either(1, 2, 8),
+    "video_path_prefix": either(None, "~/videos"),
+    "evaluation_clips": either(1, 3, 10),
+    "evaluation_crops": either(1, 3),
+    "data_path": either(None, "photos"),
+    "include_patterns": either([], ["*.png"]),
+    "exclude_patterns": either([], ["a/*", "b"]),
+    "labels_from": either("first_folder", "last_folder", None),
+    "class_to_idx": either(None, ["cat=0"], {"cat": 0, "dog": 1}),
+    "val_size": SHARE,
+    "test_size": SHARE,
+    "data_fraction": SHARE,
+    "data_seed": either(0, 1, 2**63 - 1),
+    "splits_path": either(None, "splits"),
+    "pixel_range": either(None, [0, 10000], [-1.0, 1.0]),
+    "compute_statistics": either(False),  # reads the data set: test_own_data.py
     "lr_scaling": either(None, "linear", "sqrt"),
     "lr_batch_size": either(1, 8, 256, 100_000),
     "shuffle_batch_norm": FLAG,
@@ -95,7 +121,7 @@ SENSIBLE = {
     "loss_constant_factor": either(1e-3, 0.1, 1, 2, 100.0),
     "transform_s": either(0, 0.5, 1.0, 5) | st.lists(either(0, 0.5, 1), min_size=2, max_size=2),
     "transform_apply_blur": FLAG,
-    **{f"transform_{name}_probability": PER_VIEW for name in ("jitter", "grayscale", "blur", "solarize", "flip")},
+    **{f"transform_{name}_probability": PER_VIEW for name in VIEW_EVENTS},
     **{f"transform_{name}": STRENGTH for name in ("brightness", "contrast", "saturation")},
     **{f"transform_{small}crop_scale_{end}": PER_VIEW for small in ("", "small_") for end in ("min", "max")},
     "transform_small_crop_size": either(None, 7, 8, [8, 7]),

@@ -130,7 +130,7 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
         images = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
         twin = attrs.evolve(twin, content=Normalized(twin.content, mean, std).eval())
         mean, std = (0.0,) * len(mean), (1.0,) * len(std)  # what is left to do
-    code = "\n".join([twin.code, row.read, twin.use]).strip() + "\n"
+    code = "\n\n".join(filter(None, [twin.code, row.read, twin.use])) + "\n"
     notes = {"self_supervised": facts(encoder.params, twin.arch, expected.shape[1], mean, std), "load": code}
     target.parent.mkdir(parents=True, exist_ok=True)
     with (

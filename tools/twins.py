@@ -139,7 +139,7 @@ def in_its_library(encoder: Encoder) -> Twin:
     if not normalization(arch):
         return twin
     tensors = {key: value.contiguous() for key, value in encoder.model.state_dict().items()}
-    return evolve(twin, content=tensors, arch=arch, use=f"{STANDARDIZE}\n{USE_STATE}")
+    return evolve(twin, content=tensors, arch=arch, use=f"{STANDARDIZE}\n\n{USE_STATE}")
 
 
 def in_detectron2(encoder: Encoder) -> Twin:
