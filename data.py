@@ -7,6 +7,7 @@ Both yield (uint8 images, labels); everything else happens on the device (augmen
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import ddp
+import own_images
 import video_files
 import voc
 from augmentations import View
@@ -96,6 +98,8 @@ class DatasetInfo:
     train_splits: tuple[str, ...] = ("train",)  # labelled
     test_splits: tuple[str, ...] = ("test",)
     files: Files = CLASS_FOLDERS  # where read is None
+    own: Callable[..., Dataset] | None = None  # instead: the user's images, from (DATA_PATH, settings, split, views)
+    validation_splits: tuple[str, ...] | None = None  # while pretraining; None: test_splits
     many_labels: bool = False  # of an image: presences [K] of all classes, 1, -1 or 0, and not one class
     view: View = field(factory=View)  # training views, where the settings do not say otherwise
 
@@ -113,7 +117,8 @@ DIGIT_VIEW = View(  # a mirrored digit is another one, and has no colour; blurre
 )
 CLIP_VIEW = View(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for video: the area of CVRL's crops
 CIFAR10, CIFAR100 = torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD, TRAINVAL = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("trainval",)
+OfFiles = partial(DatasetInfo, 224, mean=IMAGENET_MEAN, std=IMAGENET_STD, read=None)
 
 DATASETS = {
     "digits": DatasetInfo(8, 10, (0.3053,), (0.3760,), read_digits, view=DIGIT_VIEW),
@@ -127,20 +132,13 @@ DATASETS = {
         read_stl10,
         pretraining_splits=("train", "unlabeled"),
     ),
-    "imagenet": DatasetInfo(224, 1000, IMAGENET_MEAN, IMAGENET_STD, read=None, test_splits=("val",)),
-    "voc07": DatasetInfo(
-        224,
-        20,
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        read=None,
-        pretraining_splits=("trainval",),
-        train_splits=("trainval",),
-        files=VOC_LISTS,
-        many_labels=True,
+    "imagenet": OfFiles(n_classes=1000, test_splits=("val",)),
+    "voc07": OfFiles(
+        n_classes=20, pretraining_splits=TRAINVAL, train_splits=TRAINVAL, files=VOC_LISTS, many_labels=True
     ),
-    "kinetics": DatasetInfo(
-        224, 400, (0.45,) * 3, (0.225,) * 3, read=None, test_splits=("val",), files=VIDEOS, view=CLIP_VIEW
+    "folder": OfFiles(n_classes=0, own=own_images.get_images, validation_splits=("val",)),
+    "kinetics": OfFiles(
+        n_classes=400, mean=(0.45,) * 3, std=(0.225,) * 3, test_splits=("val",), files=VIDEOS, view=CLIP_VIEW
     ),
 }
 
@@ -196,6 +194,8 @@ def already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: list[View] | tuple = ()) -> Dataset:
     """uint8 images and labels of some splits, downloaded if need be. `views` are taken here only from sets of files."""
+    if params.dataset.own is not None:
+        return params.dataset.own(data_path(), params, splits[0], list(views))
     prepare_data(params.dataset_name, splits)
     folders = [data_path() / params.dataset_name / split for split in splits]
     if params.dataset.read is not None:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import augmentations
 import data
+import own_data_params
 from packed_images import PackedImages
 from shared_params import EncoderAndDataParams
 from weights import Encoder
@@ -47,6 +48,8 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
     p = encoder.params
     if (dataset_name or p.dataset_name) not in data.DATASETS:
         raise ValueError(f"dataset={dataset_name!r} is unknown: choose one of {', '.join(data.DATASETS)}")
+    if dataset_name not in (None, p.dataset_name):
+        changes = own_data_params.DEFAULTS | changes
     found = attrs.evolve(
         p,
         dataset_name=dataset_name or p.dataset_name,
@@ -58,7 +61,7 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
         low_resolution_stem=p.low_resolution,
         **changes,
     )
-    if found.dataset.channels > found.channels:
+    if found.dataset.own is None and found.dataset.channels > found.channels:
         raise ValueError(
             f"dataset={found.dataset_name!r} has {found.dataset.channels} channels and the encoder takes "
             f"{found.channels}: choose a gray data set"

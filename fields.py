@@ -101,7 +101,10 @@ def check_types(settings) -> None:
             raise ValueError(f"{attribute.name}={value!r} must be True or False{', or None' * (kind is not bool)}")
         if kind in (str, str | None) and not isinstance(value, kind):
             raise ValueError(f"{attribute.name}={value!r} must be a string")
-        if kind == list[str] and not (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)):
+        if kind == list[str] | None and value is None:
+            continue
+        words = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+        if kind in (list[str], list[str] | None) and not words:
             raise ValueError(f"{attribute.name}={value!r} must be a list of strings")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.datasets import ImageFolder
 
+from array_files import is_array, read_array
 from augmentations import View, draw_crops, generator
 from files import LabelledFiles, Sample
 
@@ -40,6 +41,7 @@ class ImageFiles(LabelledFiles):
     Args:
         skip_unreadable: take the next readable image in place of one that cannot be read, instead of stopping.
         samples: finds the images of a split, and their labels.
+        pixel_range: see array_files.read_array, by which images of other than 1 or 3 channels are read, and .npy.
 
     Raises:
         ValueError: no images; a class without images; when indexed, an image that cannot be read. Names the path.
@@ -54,22 +56,27 @@ class ImageFiles(LabelledFiles):
         seed: int,
         skip_unreadable: bool = False,
         samples: Callable[[Path], list[Sample]] = class_folders,
+        pixel_range: list[float] | None = None,
     ):
         super().__init__(samples(split), "image", skip_unreadable)
         self.channels, self.size, self.views, self.seed = channels, size, views, seed
+        self.pixel_range = pixel_range
 
     def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
         (image, boxes), index = self.readable(index)
         label = self.files[index][1]
         if not self.views:
             return central_square(image, self.size), label
-        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
+        pixels = torch.from_numpy(np.atleast_3d(np.array(image)))
         sizes = (view.crop_size for view in self.views)
         return [resized_crop(pixels, box, size) for box, size in zip(boxes, sizes, strict=True)], label
 
-    def read(self, index: int) -> tuple[Image.Image, list[Box]]:
+    def read(self, index: int) -> tuple[Image.Image | np.ndarray, list[Box]]:
         """An image and the box of each view. A large JPEG is decoded at the scale that its views have use for."""
         path, boxes = self.files[index][0], []
+        if is_array(path, self.channels, self.pixel_range):
+            pixels = read_array(path, self.channels, self.pixel_range)
+            return pixels, self.boxes(index, (pixels.shape[1], pixels.shape[0]))
         if self.views and (size := jpeg_size(path)):
             boxes = self.boxes(index, size)
             scale = reduction(boxes, self.views)
@@ -154,8 +161,11 @@ def resized(images: Tensor, size: int) -> Tensor:
     return interpolate(images.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
 
 
-def central_square(image: Image.Image, size: int, part: float = CENTRAL) -> Tensor:
+def central_square(image: Image.Image | np.ndarray, size: int, part: float = CENTRAL) -> Tensor:
     """[C, size, size]: the square in the middle of an image, of `part` of its shorter side."""
+    if isinstance(image, np.ndarray):  # PIL knows no more than four channels
+        planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, 2, 0)]
+        return torch.cat([central_square(plane, size, part) for plane in planes])
     side = min(image.size) * part
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)

@@ -19,12 +19,13 @@ import data
 import ddp
 import layers
 import optimizers
+import own_data_params
 import subsets
 from encoders import embed, get_encoder
 from fields import plain
 from lars import parameter_groups
 from linear_params import LinearClassifierMethodParams
-from shared_params import resolve
+from shared_params import n_classes, resolve
 from stage import Stage, one_image_explained
 from weights import SHARED, load_encoder
 
@@ -48,6 +49,7 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
     "pin_data_memory",
     "data_on_device",
     "unreadable_images",
+    *own_data_params.DEFAULTS,
     "num_frames",
     "clip_duration",
     "video_decoder",
@@ -82,11 +84,12 @@ class LinearClassifierMethod(Stage):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
             self.normalize = nn.BatchNorm1d(width, eps=1e-6, affine=False) if p.normalize_features else None
-            self.classifier = nn.Linear(width, p.n_classes or p.dataset.n_classes)
+            self.classifier = nn.Linear(width, p.n_classes or labelled(n_classes(p), p))
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(self.trains_encoder)
-        self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
+        found = {"n_classes": self.classifier.out_features} if p.dataset.own else {}  # its folder may be gone one day
+        self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None, **found})
 
         flips = p.dataset.view.flip_probability
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
@@ -196,6 +199,7 @@ class LinearClassifierMethod(Stage):
         """Images of the labelled training set: those to train on, and those to validate on instead of the test set.
         A subset is drawn from what is left: the labels by which settings are chosen come on top of it."""
         p, every = self.params, np.arange(len(labels))
+        labelled(1 + int(labels.min()), p)
         held_out = p.validate_on == "held_out"
         fit, score = subsets.held_out(labels, p.held_out_fraction, p.split_seed) if held_out else (every, every[:0])
         if p.label_fraction is not None or p.labels_per_class is not None:
@@ -214,3 +218,13 @@ class LinearClassifierMethod(Stage):
             return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)
         dataset = data.get_dataset(p, p.dataset.train_splits)
         return self.loader(dataset.subset(self.split(dataset.labels)[1]), training=False)
+
+
+def labelled(classes: int, params: LinearClassifierMethodParams) -> int:
+    """Refuses images without labels."""
+    if classes == 0:
+        raise ValueError(
+            f"the images of dataset_name={params.dataset_name!r}, data_path={params.data_path!r} have no labels, which "
+            "a classifier needs: put them into class folders, or list labels in train.txt (docs/own_data.md)"
+        )
+    return classes

@@ -25,6 +25,7 @@ from encoders import check_small_views, embed, get_encoder, source_of_weights
 from fields import plain
 from heads import MLP
 from key_queue import KeyQueue
+from lagging import frozen_copy, move_towards
 from model_params import ModelParams
 from shared_params import resolve
 from stage import Stage, one_image_explained
@@ -178,9 +179,13 @@ class SelfSupervisedMethod(Stage):
         """The test set, and the labelled training set if probes are fitted on that. Nothing while fitting a loader of
         the user's: its images need not have anything to do with `dataset_name`."""
         p = self.params
-        splits = [p.dataset.test_splits] + [p.dataset.train_splits] * p.probe_on_training_set
-        wanted = splits if self.trains_on_own_data and p.is_evaluated else []
-        return [self.loader(data.get_dataset(p, split), training=False) for split in wanted]
+        splits = [p.dataset.validation_splits or p.dataset.test_splits]
+        splits += [p.dataset.train_splits] * p.probe_on_training_set
+        return self.whole_sets(splits if self.trains_on_own_data and p.is_evaluated else [])
+
+    def test_dataloader(self) -> list:
+        """The test set, and the labelled training set on which the probes are fitted."""
+        return self.whole_sets([self.params.dataset.test_splits, self.params.dataset.train_splits])
 
     # ---- evaluation ----
 
@@ -195,16 +200,19 @@ class SelfSupervisedMethod(Stage):
                 features = embed(self.model, images).float()
             self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
 
+    def gathered(self, loaders: Any) -> list[list[Tensor | None]]:
+        """(features, labels or None) of each loader, gathered over processes."""
+        loaders, sets = loaders if isinstance(loaders, list | tuple) else [loaders], []
+        for index, outputs in sorted(self.validation_outputs.items()):
+            parts, loader = zip(*outputs, strict=True), loaders[index]
+            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts])
+        self.validation_outputs.clear()
+        return sets
+
     def on_validation_epoch_end(self) -> None:
         if not self.validation_outputs:
             return
-        loaders, names = self.trainer.val_dataloaders, self.params.evaluations
-        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-        sets = []  # (features, labels) of each loader, gathered over processes
-        for index, outputs in sorted(self.validation_outputs.items()):
-            parts, loader = zip(*outputs, strict=True), loaders[index]  # features; labels or None
-            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts])
-        self.validation_outputs.clear()
+        sets, names = self.gathered(self.trainer.val_dataloaders), self.params.evaluations
         train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
         for index, (x, y) in enumerate(sets):
             scores = ddp.on_rank_zero(lambda x=x, y=y: evaluation.evaluate(names, x, y, train))
@@ -213,6 +221,14 @@ class SelfSupervisedMethod(Stage):
             scores = {name + (f"_{index}" if index else ""): value for name, value in scores.items()}
             self.log_dict(scores)
             self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
+
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """`trainer.test(model)`: the names of its scores begin with "test_"."""
+        (x, y), train = self.gathered(self.trainer.test_dataloaders)
+        scores = ddp.on_rank_zero(lambda: evaluation.evaluate(self.params.evaluations, x, y, tuple(train)))
+        self.log_dict({evaluation.of_test(name): value for name, value in scores.items()})
 
     # ---- checkpoints ----
 
@@ -226,14 +242,3 @@ class SelfSupervisedMethod(Stage):
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(False)
-
-
-@torch.no_grad()
-def move_towards(target: nn.Module, source: nn.Module, weight: float) -> None:
-    """target <- (1 - weight) target + weight source, parameters only: batch statistics are each network's own."""
-    if targets := list(target.parameters()):  # a head of no layers has none
-        torch._foreach_lerp_(targets, list(source.parameters()), weight)

@@ -13,11 +13,12 @@ from rich.progress import track
 import evaluation
 import features
 import label_free
+import own_data_params
 import probes
 import svm
 from linear_classifier import LinearClassifierMethod
 from linear_params import LINEAR_PRESETS
-from shared_params import EncoderAndDataParams
+from shared_params import EncoderAndDataParams, n_classes
 from subject import MOST_IMAGES, VIEWS, Subject
 from weights import Encoder
 
@@ -33,6 +34,7 @@ READING = (  # settings of how images are read, which training takes over
     "pin_data_memory",
     "data_on_device",
     "unreadable_images",
+    *own_data_params.DEFAULTS,
 )
 
 
@@ -85,11 +87,14 @@ class Protocol:
     source: str
     seeded: bool = True  # whether the seed changes anything
     trains: bool = False  # whether it takes hours where the others take minutes
+    needs_labels: bool = True
     needs_classes: bool = True  # labels: one class an image
     needs_stages: bool = False  # an encoder with layer1 to layer4
 
     def refusal(self, encoder: Encoder, params: EncoderAndDataParams) -> str | None:
         """Why it cannot be run."""
+        if self.needs_labels and n_classes(params) == 0:
+            return f"needs labels, and the images of {params.dataset_name} have none"
         if self.needs_classes and params.dataset.many_labels:
             return f"needs one class an image, and those of {params.dataset_name} have several"
         if self.needs_stages and not features.stages_of(encoder):
@@ -102,7 +107,7 @@ def on_sets(function: Callable[..., Scores]) -> Callable[[Subject, int], Scores]
 
 
 def label_free_row(run: Callable[[Subject, int], Scores], definition: str, source: str) -> Protocol:
-    return Protocol(run, definition, source, seeded=False, needs_classes=False)
+    return Protocol(run, definition, source, seeded=False, needs_labels=False, needs_classes=False)
 
 
 def training_row(preset: str, definition: str, source: str) -> Protocol:

@@ -7,13 +7,17 @@ from typing import Any, TypeVar
 import attrs
 import torch
 from attrs import frozen
+from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
+import channel_statistics
+import data
 import encoders
 from data import DATASETS, DatasetInfo
 from fields import check_types, choice, non_negative, number, numbers, positive
 from files import MOST_WORKERS
 from image_ops import BLUR_RADIUS
+from own_data_params import OwnDataParams
 
 LARGEST_IMAGE = 2**28  # numbers; a GiB
 MOST_FRAMES = 1024
@@ -21,7 +25,7 @@ COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
 
 
 @frozen(kw_only=True)
-class EncoderAndDataParams:
+class EncoderAndDataParams(OwnDataParams):
     """Encoder, data and seed."""
 
     # encoder model selection
@@ -39,6 +43,7 @@ class EncoderAndDataParams:
     transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # None: the data set's
     image_mean: list[float] | None = None  # of each channel, of values from 0 to 1; None: the data set's
     image_std: list[float] | None = None  # likewise
+    compute_statistics: bool = False  # image_mean and image_std from the training images, where they are None
     seed: int | None = non_negative(None, at_most=2**63 - 1)  # of every random draw; None: that of pl.seed_everything
 
     # data loader parameters
@@ -69,6 +74,7 @@ class EncoderAndDataParams:
 
     def __attrs_post_init__(self):
         check_types(self)
+        self.check_own_data(self.dataset.own is not None, self.dataset_name)
         encoders.check_name(self.encoder_arch)
         if self.low_resolution_stem and not encoders.has_low_resolution_stem(self.encoder_arch):
             raise ValueError(
@@ -118,6 +124,8 @@ class EncoderAndDataParams:
         return self.of_each_channel(self.image_std or self.dataset.std)
 
     def of_each_channel(self, values: Sequence[float]) -> tuple[float, ...]:
+        if self.dataset.own is not None and len(values) not in (1, self.channels):  # ImageNet's, of other channels
+            return (round(sum(values) / len(values), 3),) * self.channels
         return tuple(values) * (3 if len(values) == 1 and self.channels == 3 else 1)
 
     @property
@@ -151,4 +159,26 @@ def resolve(
         fields = {**fields, "encoder_arch": encoders.OWN_MODULE}
     params = kind(**params) if isinstance(params, dict) else params or kind()
     params = attrs.evolve(params, **fields)
-    return params if params.seed is not None else attrs.evolve(params, seed=torch.initial_seed() % 2**32)
+    params = params if params.seed is not None else attrs.evolve(params, seed=torch.initial_seed() % 2**32)
+    return with_statistics(params) if params.compute_statistics else params
+
+
+def with_statistics(params: Params) -> Params:
+    """image_mean and image_std, where they are None, are those of the training images."""
+    if params.image_mean is not None and params.image_std is not None:
+        return params
+    dataset = data.get_dataset(params, params.dataset.pretraining_splits)
+    found = channel_statistics.of_images(dataset, params.data_seed)
+    mean, std = (list(params.of_each_channel(values)) for values in found)
+    params = attrs.evolve(params, image_mean=params.image_mean or mean, image_std=params.image_std or std)
+    rank_zero_info(f"{params.dataset_name}: image_mean={params.image_mean}, image_std={params.image_std}")
+    return params
+
+
+def n_classes(params: EncoderAndDataParams) -> int:
+    """Of the training and test images. 0 where images of the user's have no labels."""
+    info = params.dataset
+    if info.own is None:
+        return info.n_classes
+    datasets = [data.get_dataset(params, splits) for splits in (info.train_splits, info.test_splits)]
+    return 1 + max(int(dataset.labels.max()) for dataset in datasets)

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -40,6 +41,13 @@ class Stage(pl.LightningModule):
     def loader(self, dataset: Dataset, training: bool) -> Loader:
         device, accumulated = self.trainer.strategy.root_device, self.trainer.accumulate_grad_batches
         return data.get_loader(self.params, dataset, training, accumulated, device)
+
+    def whole_sets(self, splits: list[tuple[str, ...]]) -> list[Loader]:
+        """Loaders for evaluation, one for each of the sets of splits."""
+        datasets = [data.get_dataset(self.params, names) for names in splits]
+        if self.params.dataset.own and any(min(dataset.labels) < 0 for dataset in datasets):
+            rank_zero_info(f"{self.params.dataset_name} has no labels: linear_probe and knn are left out")
+        return [self.loader(dataset, training=False) for dataset in datasets]
 
     def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
         """Of what all processes draw alike at this batch; with the rank after it, of what each draws for itself."""

@@ -91,11 +91,15 @@ def pretrain(model: SelfSupervisedMethod, out: Path, options: RunOptions, result
     results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     results["trained encoder"] = score(fit, model)
+    if model.params.dataset.own and model.params.evaluations:  # elsewhere the validation set is the test set
+        results["test set"] = next(iter(fit.test(model, verbose=False)), {})
     write(out, results)
 
 
-def train_classifier(out: Path, options: RunOptions, seed: int | None, results: dict[str, Any]) -> None:
-    settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": seed}
+def train_classifier(out: Path, options: RunOptions, params: ModelParams, results: dict[str, Any]) -> None:
+    settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": params.seed}
+    if params.dataset.own:
+        settings["drop_last_batch"] = None  # there may be fewer images than one batch
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", **settings)
     resumed = resumed_from("auto", out, "linear") if options.resume else None
     fit = trainer(out, "linear", options.linear_epochs, resumed, options)
@@ -112,12 +116,14 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
     results = {"preset": preset, "epochs": params.max_epochs}
     if options.resume and (out / "results.json").is_file():
         results = json.loads((out / "results.json").read_text()) | results
+    if params.dataset.own and params.splits_path is None:
+        params = attrs.evolve(params, splits_path=str((out / "splits").resolve()))
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):
         run_folder.begin(out, command_line.to_yaml(preset, options, model.params), sys.argv)
         pretrain(model, out, options, results)
         if options.linear_epochs:
-            train_classifier(out, options, params.seed, results)
+            train_classifier(out, options, params, results)
         run_folder.say(json.dumps(results, indent=2))
 
 

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import data
 import losses
 import schedules
+from lagging import move_towards
 from loader import images_and_labels
-from moco import SelfSupervisedMethod, move_towards
+from moco import SelfSupervisedMethod
 from model_params import ModelParams
 
 
