@@ -32,7 +32,7 @@ def is_range(value: Any) -> bool:
 
 @frozen(kw_only=True, slots=False)  # as ViewParams
 class OwnDataParams:
-    """Settings of `dataset_name="folder"` and "huggingface"; docs/own_data.md shows layouts and examples.
+    """Settings of `dataset_name="folder"`; docs/own_data.md shows layouts and examples.
 
     Fields that other data sets have no use for are refused there.
     """
