@@ -35,13 +35,9 @@ LINEAR_VIEW = augmentations.View(
     crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
 )
 
-FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's settings
-    "encoder_arch",
-    "embedding_dim",
-    "low_resolution_stem",
-    "stem_variant",
-    "in_channels",
+READING = (  # settings of how images are read
     "dataset_name",
+    "in_channels",
     "transform_crop_size",
     "image_mean",
     "image_std",
@@ -57,6 +53,7 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
     "decoding_threads",
     "video_path_prefix",
 )
+FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", *READING)
 
 
 class LinearClassifierMethod(Stage):

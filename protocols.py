@@ -13,29 +13,15 @@ from rich.progress import track
 import evaluation
 import features
 import label_free
-import own_data_params
 import probes
 import svm
-from linear_classifier import LinearClassifierMethod
+from linear_classifier import READING, LinearClassifierMethod
 from linear_params import LINEAR_PRESETS
 from shared_params import EncoderAndDataParams, n_classes
 from subject import MOST_IMAGES, VIEWS, Subject
 from weights import Encoder
 
 Scores = dict[str, float]
-
-READING = (  # settings of how images are read, which training takes over
-    "dataset_name",
-    "in_channels",
-    "transform_crop_size",
-    "image_mean",
-    "image_std",
-    "num_data_workers",
-    "pin_data_memory",
-    "data_on_device",
-    "unreadable_images",
-    *own_data_params.DEFAULTS,
-)
 
 
 def of_stages(subject: Subject, seed: int) -> Scores:
