@@ -14,7 +14,6 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from lightly.models import ResNetGenerator
 from torch import Tensor, nn
 
 import encoders
@@ -100,16 +99,21 @@ def lightly():
     return content, nn.Sequential(sequential, nn.Flatten()), 64
 
 
+def lightlys_generator():
+    """Where lightly is installed (benchmarks/requirements.txt)."""
+    return pytest.importorskip("lightly.models").ResNetGenerator
+
+
 def lightlys_own_resnet():
     """Numbered, it has no ReLU after the stem: F.relu is no child."""
-    children = list(shaken(ResNetGenerator("resnet-18")).children())[:-1]
+    children = list(shaken(lightlys_generator()("resnet-18")).children())[:-1]
     backbone = nn.Sequential(*children, nn.AdaptiveAvgPool2d(1)).eval()
     state = {**under("backbone.", backbone.state_dict()), **under("projection_head.layers.", MLP)}
     return {"state_dict": state}, nn.Sequential(backbone, nn.Flatten()), 32
 
 
 def lightlys_own_resnet_unnumbered():
-    resnet = shaken(ResNetGenerator("resnet-18"))
+    resnet = shaken(lightlys_generator()("resnet-18"))
     state = {**under("backbone.", resnet.state_dict()), **under("projection_head.layers.", MLP)}
     resnet = copy.deepcopy(resnet)
     resnet.linear = nn.Identity()
