@@ -19,12 +19,14 @@ from moco import SelfSupervisedMethod
 from watch import Watch
 
 STEPS = 2
+HIDDEN = ("params", "name", "lr")  # of groups: an example and the initial_lr say it
 NAMES = {  # of parts, as the field calls them
     "model": "encoder",
     "projection_model": "projector",
     "prediction_model": "predictor",
     "lagging_model": "lagging encoder",
     "lagging_projection_model": "lagging projector",
+    "online_classifier": "online classifier",
 }
 
 
@@ -87,7 +89,8 @@ def parts(model: SelfSupervisedMethod) -> Table:
         count = sum(weight.numel() for weight in part.parameters())
         trained = any(weight.requires_grad for weight in part.parameters())
         says = "yes" if trained else "no" if name == "queue" else "lags"
-        shape = f"[{p.K}, {p.dim}]" if name == "queue" else outputs[name]
+        beside = {"queue": f"[{p.K}, {p.dim}]", "online_classifier": f"[N, {p.dataset.n_classes}]"}
+        shape = beside.get(name) or outputs[name]
         made.add_row(NAMES.get(name, name), kind, shape, f"{count:,}", says)
     return made
 
@@ -119,7 +122,7 @@ def groups(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
     """The optimizer's groups of parameters, with an example of each, and the settings in which they differ."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     optimizer = trainer.optimizers[0]
-    found = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    found = [{key: value for key, value in group.items() if key not in HIDDEN} for group in optimizer.param_groups]
     differing = [key for key in found[0] if len({str(group.get(key)) for group in found}) > 1]
     made = table(f"Groups of {type(optimizer).__name__}", "tensors", "parameters", "for example", *differing)
     for group, settings in zip(optimizer.param_groups, found, strict=True):

@@ -64,6 +64,20 @@ def per_view(default, at_least: float = 0, at_most: float = 1, whole: bool = Fal
     return field(default=default, converter=plain, validator=check)
 
 
+def list_of_numbers(at_least: float = 0, at_most: float = LARGEST):
+    """A list of numbers, empty unless given."""
+
+    def check(_, attribute, value):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{attribute.name}={value!r} must be a list of numbers")
+        for one in value:
+            check_number(attribute, one)
+            if not at_least <= one <= at_most:  # nan is not, either
+                raise ValueError(f"{attribute.name}={one!r} must be at least {at_least} and at most {at_most:.10g}")
+
+    return field(factory=list, converter=plain, validator=check)
+
+
 def choice(default, choices: Iterable):
     """One of `choices`, which the help of a program shows (command_line.py)."""
 

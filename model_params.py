@@ -4,9 +4,11 @@ from functools import partial
 
 from attrs import field, frozen
 
+import optimizer_params
 from evaluation import EVALUATIONS
 from fields import choice, fraction, non_negative, positive
 from heads import GROUPS, NORMALIZATIONS
+from optimizer_params import OptimizerParams
 from shared_params import EncoderAndDataParams
 from view_params import ViewParams
 
@@ -16,7 +18,7 @@ LARGEST_WIDTH, LARGEST_QUEUE = 2**17, 2**34  # of layers; numbers in the queue, 
 
 
 @frozen(kw_only=True)
-class ModelParams(EncoderAndDataParams, ViewParams):
+class ModelParams(EncoderAndDataParams, ViewParams, OptimizerParams):
     """Settings of SelfSupervisedMethod. The defaults are MoCo v2."""
 
     # batch statistics of the keys
@@ -39,21 +41,9 @@ class ModelParams(EncoderAndDataParams, ViewParams):
     sce_coefficient: float = fraction(0.5)  # 1: InfoNCE, 0: ReSSL
     sce_target_T: float = positive(0.05, by=1e-4)  # sharper than T
 
-    # optimization parameters
-    optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw"))  # lars: for large batches
-    lr: float = positive(0.5, at_most=1000)  # learning rate: the highest, after the warm-up
-    momentum: float = fraction(0.9)  # of sgd and lars
-    weight_decay: float = non_negative(1e-4, at_most=1000)  # not of parameters that are excluded below
-    max_epochs: int = positive(320)  # for the programs that make the Trainer; schedules follow the Trainer
-    final_lr_schedule_value: float = non_negative(0.0, at_most=1000)  # a learning rate, not a factor
-    warmup_epochs: float | None = non_negative(None)  # None: lars_warmup_epochs, else 0
-    lars_warmup_epochs: float = non_negative(1)  # with lars, where warmup_epochs is None
-    lars_eta: float = positive(1e-3, at_most=1000)  # trust coefficient of lars
-    exclude_matching_parameters_from_lars: list[str] = field(factory=list)  # [".bias", ".bn"]: every bias and norm
-    loss_constant_factor: float = positive(1, at_most=1e6)  # the loss is multiplied by it
-
     # Change these to make more like BYOL
     use_momentum_schedule: bool = False  # m rises to 1 along half a cosine
+    loss_constant_factor: float = positive(1, at_most=1e6)  # the loss is multiplied by it
     loss_type: str = choice("ce", LOSSES)  # ce: InfoNCE, ip: BYOL, vic: VICReg; losses.py
     use_negative_examples_from_queue: bool = True  # keys of earlier batches
     use_both_augmentations_as_queries: bool = False  # the loss in both directions
@@ -83,13 +73,19 @@ class ModelParams(EncoderAndDataParams, ViewParams):
     # evaluation during training
     evaluations: list[str] = field(factory=lambda: list(EVALUATIONS))  # [] for none
     evaluate_every_n_epochs: int = positive(1)  # the other epochs are not evaluated
+    online_classifier: bool = False  # a linear one, trained beside the method on the batches' labels (-1: none)
+    online_classifier_lr: float = positive(0.1, at_most=1000)  # follows lr_schedule; momentum as all, no decay
     probe_on_training_set: bool = False  # fit on the labelled training set instead of half of the validation set
 
     def __attrs_post_init__(self):
         super().__attrs_post_init__()
         if self.use_vicreg_loss and self.loss_type == "ce":  # the default, hence nobody's wish
             object.__setattr__(self, "loss_type", "vic")
-        for message in (m for is_wrong, m in self._contradictions() + self._misfits() if is_wrong):
+        for message in (
+            m
+            for is_wrong, m in self._contradictions() + self._misfits() + optimizer_params.contradictions(self)
+            if is_wrong
+        ):
             raise ValueError(message)
         _ = self.views  # refuses lists of the wrong length
 
@@ -135,9 +131,6 @@ class ModelParams(EncoderAndDataParams, ViewParams):
              f"K={p.K} keys of dim={p.dim} are a queue of more than {LARGEST_QUEUE} numbers: choose fewer"),
             ("gn" in norms and p.mlp_hidden_dim % GROUPS != 0,
              f"mlp_hidden_dim={p.mlp_hidden_dim} does not fit group norm: choose a multiple of {GROUPS}"),
-            (p.optimizer_name != "lars" and p.lr_scaling is None and p.lr * p.weight_decay > 2,
-             f"lr={p.lr} times weight_decay={p.weight_decay} is above 2, so that every step would enlarge the weights: "
-             "choose a smaller weight_decay"),
             (one_image and (in_batch or p.loss_type in ("vic", "barlow")),
              f"{size} leaves loss_type={p.loss_type!r} nothing to compare with: choose a larger one, or a queue"),
             (one_image and ("bn" in norms or ("gn" in norms and p.mlp_hidden_dim == GROUPS)),
@@ -145,6 +138,10 @@ class ModelParams(EncoderAndDataParams, ViewParams):
              f"prediction_mlp_normalization={p.prediction_mlp_normalization!r} no mean to take: choose a larger one"),
         ]
         # fmt: on
+
+    @property
+    def is_evaluated(self) -> bool:
+        return bool(self.evaluations) or self.online_classifier
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

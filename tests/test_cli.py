@@ -77,7 +77,7 @@ def test_help_shows_every_field_with_its_comment_type_and_the_presets_default(ca
             heading, comment = command_line.described(kind)[attribute.name]
             assert comment and f"--{attribute.name} " in words and f"{heading}:" in words, attribute.name
             assert written.get(attribute.name, comment) == comment and f"{comment} (default" in words, attribute.name
-    assert "--optimizer_name sgd|lars|adamw lars: for large batches (default: lars)" in words
+    assert "--optimizer_name sgd|lars|adamw|adam lars: for large batches (default: lars)" in words
     assert "--T number temperature (default: 0.2)" in words
     assert f"{ModelParams.__doc__.split('.')[0]}:" not in words  # all of its fields are in sections
 
@@ -170,6 +170,7 @@ def test_print_config_prints_what_config_reads_and_leaves_nothing(monkeypatch, c
 def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
     line = "byol" + SMALL.removeprefix("simclr") + " --lr_scaling linear --lr 0.4 --accumulate_grad_batches 2"
+    line += " --online_classifier true --online_classifier_lr 0.02"
     main(f"{line} --max_epochs 3 --dry_run", monkeypatch)
     shown = capsys.readouterr().out
     model = SelfSupervisedMethod(parse(line)[2])
@@ -179,8 +180,12 @@ def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch,
     assert cells["encoder"] == ["shufflenet_v2_x0_5", "[N, 1024]", f"{count:,}", "yes"]
     assert cells["predictor"] == ["16 -> 32 -> 16", "[N, 16]", f"{16 * 32 + 32 + 2 * 32 + 32 * 16 + 16:,}", "yes"]
     assert cells["lagging encoder"][2:] == [f"{count:,}", "lags"]
-    for group, decay in zip(model.parameter_groups(), ("0.0001", "0.0"), strict=True):
-        name, total = next(iter(group)), sum(weight.numel() for weight in group.values())
+    assert cells["online classifier"] == ["1024 -> 10", "[N, 10]", "10,250", "yes"]
+    assert cells["2"][:2] == ["10,250", "online_classifier.weight"] and "0.01" in "".join(cells["2"][2:])
+    table, weights = model.parameter_table(), dict(model.named_parameters())
+    for adapted, decay in ((True, "0.0001"), (False, "0.0")):
+        group = [r.name for r in table if r.adapted == adapted and r.lr == 0.4]
+        name, total = group[0], sum(weights[member].numel() for member in group)
         row = cells[str(len(group))]
         assert row[:2] == [f"{total:,}", name] and decay in row[2:]
     assert "x 2 (accumulated batches) x 64 (images) = 128 images per optimizer step" in shown

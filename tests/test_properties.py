@@ -57,6 +57,7 @@ SENSIBLE = {
     "embedding_dim": either(None, 6),
     "encoder_weights": st.none(),
     "low_resolution_stem": either(None, False, True),
+    "stem_variant": either("standard", "standard", *STEM_VARIANTS),
     "in_channels": either(None, 1, 2, 3),
     "dataset_name": either(*DATASETS),
     "batch_size": st.integers(1, 12),
@@ -64,7 +65,6 @@ SENSIBLE = {
     "transform_crop_size": st.none() | st.integers(7, 16),
     "image_mean": st.none() | st.just([0.5]),
     "image_std": st.none() | st.just([0.25]),
-    "stem_variant": either("standard", "standard", *STEM_VARIANTS),
     "seed": st.none() | either(0, 1, 2**32 - 1, 2**32, 2**63 - 1) | st.integers(0, 2**32),
     "num_data_workers": either(0, 1, 64, 1000),
     "drop_last_batch": FLAG | st.none(),
@@ -108,7 +108,24 @@ SENSIBLE = {
     "use_negative_examples_from_same_view": FLAG,
     "sce_coefficient": SHARE,
     "sce_target_T": TEMPERATURE,
-    "optimizer_name": either("sgd", "lars", "adamw"),
+    "optimizer_name": either("sgd", "lars", "adamw", "adam"),
+    "grad_clip_lars": FLAG,
+    "lr_schedule": either("cosine", "linear", "steps", "constant"),
+    "lr_decay_steps": either([], [0], [0.5, 1], [3]),
+    "lr_decay_factor": either(0.1, 0.5, 1),
+    "warmup_start_lr": either(0, 0.0, 1e-6, 0.3),
+    "final_weight_decay": either(None, 0, 1e-3, 0.4),
+    "layer_decay": either(1, 1.0, 0.65, 1e-3),
+    "parameter_options": st.lists(
+        either(
+            {"pattern": "model", "lr_mult": 0.5},
+            {"pattern": "bias$", "lr": 0.001, "weight_decay": 0},
+            {"pattern": "^model", "momentum": 0.5, "weight_decay_mult": 2},
+            {"pattern": "projection", "lars_exclude": True},
+            {"pattern": "nothing", "lr_mult": 2},
+        ),
+        max_size=2,
+    ),
     "lr": either(1e-8, 1e-4, 0.05, 0.5, 3.2, 30, 1000.0) | st.floats(1e-6, 10),
     "momentum": SHARE,
     "weight_decay": either(0, 1e-6, 1e-4, 0.1, 1.0),
@@ -156,6 +173,8 @@ SENSIBLE = {
     "evaluations": st.lists(either(*EVALUATIONS), max_size=4),
     "evaluate_every_n_epochs": either(1, 2, 1000),
     "probe_on_training_set": FLAG,
+    "online_classifier": FLAG,
+    "online_classifier_lr": either(1e-3, 0.1, 1),
 }
 LISTS = ([], [0.5], [0.5, 1.5], [None, 0.5], [True, 0.5], [math.nan, 0.1], [[0.5], [0.5]], [0.1] * 3, ["knn", 1])
 ODD = either(
@@ -197,7 +216,7 @@ def may_diverge(p: ModelParams) -> bool:
     ratio = (p.global_batch_size or p.batch_size) / p.lr_batch_size
     lr = p.lr * {None: 1, "linear": ratio, "sqrt": math.sqrt(ratio)}[p.lr_scaling]
     weights = (p.invariance_loss_weight, p.variance_loss_weight, p.covariance_loss_weight, p.redundancy_loss_weight)
-    long = lr > (0.05 if p.optimizer_name == "adamw" else 1) or lr * p.loss_constant_factor * max(weights) > 25
+    long = lr > (0.05 if p.optimizer_name.startswith("adam") else 1) or lr * p.loss_constant_factor * max(weights) > 25
     return long or (p.use_mlp_weight_standardization and not p.use_unit_sphere_projection)
 
 

@@ -138,7 +138,8 @@ def test_evaluation_sees_the_middle_or_all_clips_and_crops(params):
         for crop, left in enumerate((0, 8, 16)):
             first = torch.from_numpy(frames[int(np.ceil(start)), :, left : left + 48].copy()).permute(2, 0, 1)[None]
             first = nn.functional.interpolate(first, (16, 16), mode="bilinear", antialias=True)[0]
-            assert (clips[3 * k + crop, :, 0].int() - first.int()).abs().max() <= 1
+            difference = (clips[3 * k + crop, :, 0].int() - first.int()).abs()
+            assert difference.max() <= 2  # PyTorch rounds after rows and after columns, in an order of its own
 
 
 @pytest.mark.parametrize("width, height, n, expected", [
