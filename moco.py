@@ -27,7 +27,7 @@ from heads import MLP
 from key_queue import KeyQueue
 from lagging import frozen_copy, move_towards
 from model_params import ModelParams
-from shared_params import resolve
+from shared_params import n_classes, resolve
 from stage import Stage, one_image_explained
 
 
@@ -59,7 +59,7 @@ class SelfSupervisedMethod(Stage):
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
-            self.online_classifier = nn.Linear(width, p.dataset.n_classes) if p.online_classifier else None
+            self.online_classifier = nn.Linear(width, n_classes(p)) if p.online_classifier else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
                 copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], min(sizes), min(sizes)))
         self.parameter_table()  # refuses patterns of nothing
@@ -200,19 +200,10 @@ class SelfSupervisedMethod(Stage):
                 features = embed(self.model, images).float()
             self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
 
-    def gathered(self, loaders: Any) -> list[list[Tensor | None]]:
-        """(features, labels or None) of each loader, gathered over processes."""
-        loaders, sets = loaders if isinstance(loaders, list | tuple) else [loaders], []
-        for index, outputs in sorted(self.validation_outputs.items()):
-            parts, loader = zip(*outputs, strict=True), loaders[index]
-            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts])
-        self.validation_outputs.clear()
-        return sets
-
     def on_validation_epoch_end(self) -> None:
         if not self.validation_outputs:
             return
-        sets, names = self.gathered(self.trainer.val_dataloaders), self.params.evaluations
+        sets, names = self.gathered(self.validation_outputs, self.trainer.val_dataloaders), self.params.evaluations
         train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
         for index, (x, y) in enumerate(sets):
             scores = ddp.on_rank_zero(lambda x=x, y=y: evaluation.evaluate(names, x, y, train))
@@ -226,7 +217,7 @@ class SelfSupervisedMethod(Stage):
 
     def on_test_epoch_end(self) -> None:
         """`trainer.test(model)`: the names of its scores begin with "test_"."""
-        (x, y), train = self.gathered(self.trainer.test_dataloaders)
+        (x, y), train = self.gathered(self.validation_outputs, self.trainer.test_dataloaders)
         scores = ddp.on_rank_zero(lambda: evaluation.evaluate(self.params.evaluations, x, y, tuple(train)))
         self.log_dict({evaluation.of_test(name): value for name, value in scores.items()})
 

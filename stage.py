@@ -49,6 +49,16 @@ class Stage(pl.LightningModule):
             rank_zero_info(f"{self.params.dataset_name} has no labels: linear_probe and knn are left out")
         return [self.loader(dataset, training=False) for dataset in datasets]
 
+    @staticmethod
+    def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[list[Tensor | None]]:
+        """(features, labels or None) of each loader, gathered over processes; empties `outputs_of`."""
+        loaders, sets = loaders if isinstance(loaders, list | tuple) else [loaders], []
+        for index, outputs in sorted(outputs_of.items()):
+            parts, loader = zip(*outputs, strict=True), loaders[index]
+            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts])
+        outputs_of.clear()
+        return sets
+
     def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
         """Of what all processes draw alike at this batch; with the rank after it, of what each draws for itself."""
         return (self.params.seed, self.current_epoch, batch_idx)
