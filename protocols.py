@@ -10,13 +10,15 @@ from attrs import frozen
 from pytorch_lightning.callbacks import RichProgressBar
 from rich.progress import track
 
+import data
 import evaluation
 import features
 import label_free
 import probes
+import subsets
 import svm
 from linear_classifier import LinearClassifierMethod
-from linear_params import LINEAR_PRESETS
+from linear_params import LINEAR_PRESETS, LinearClassifierMethodParams
 from shared_params import EncoderAndDataParams
 from subject import MOST_IMAGES, VIEWS, Subject
 from weights import Encoder
@@ -53,7 +55,7 @@ def trained(subject: Subject, seed: int, preset: str) -> Scores:
     settings = {name: getattr(subject.params, name) for name in READING} | subject.training
     params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
     share = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # of its length: the warm-up keeps its part
-    params = attrs.evolve(params, warmup_epochs=params.warmup_epochs * share)
+    params = attrs.evolve(params, warmup_epochs=params.warmup_epochs * share, drop_last_batch=fills_a_batch(params))
     method = LinearClassifierMethod(params, encoder=copy.deepcopy(subject.encoder.model).train())
     device = features.device_of(subject.encoder)
     trainer = pl.Trainer(
@@ -73,6 +75,13 @@ def trained(subject: Subject, seed: int, preset: str) -> Scores:
         print(f"{preset}: {error}")
         return {"acc1": float("nan"), "acc5": float("nan")}
     return {name: float(trainer.callback_metrics[f"valid_{name}"]) for name in ("acc1", "acc5")}
+
+
+def fills_a_batch(params: LinearClassifierMethodParams) -> bool:
+    """Then the rest of an epoch is left out (another one each time): batch statistics of two images would spoil those
+    that are scored with. Fewer images are one batch."""
+    labels = data.get_dataset(params, params.dataset.train_splits).labels
+    return len(subsets.stratified(labels, fraction=params.label_fraction)) >= params.batch_size
 
 
 # ---- the table ----
