@@ -152,7 +152,8 @@ def random_encoder(trained: Encoder) -> Encoder:
     """Freshly initialized, otherwise the same."""
     with seeded():
         model, _ = get_encoder(attrs.evolve(trained.params, encoder_weights=None))
-    return Encoder(model, trained.params, attrs.evolve(trained.report, source="random weights", left_out=()))
+    report = attrs.evolve(trained.report, source="no file", layout="random weights of seed 0", left_out=())
+    return Encoder(model, trained.params, report)
 
 
 @contextmanager

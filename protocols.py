@@ -41,7 +41,7 @@ def trained(subject: Subject, seed: int, preset: str) -> Scores:
     settings = {name: getattr(subject.params, name) for name in READING} | subject.training
     params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
     share = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # of its length: the warm-up keeps its part
-    params = attrs.evolve(params, warmup_epochs=params.warmup_epochs * share)
+    params = attrs.evolve(params, warmup_epochs=params.warmup_epochs * share, drop_last_batch=None)
     method = LinearClassifierMethod(params, encoder=copy.deepcopy(subject.encoder.model).train())
     device = features.device_of(subject.encoder)
     trainer = pl.Trainer(

@@ -113,6 +113,20 @@ def test_a_training_leaves_the_encoder_as_it_was(checkpoint):
     assert found["uniformity", "trained", 0] == alone["uniformity", "trained", 0]
 
 
+def test_no_batch_of_few_images_spoils_the_batch_statistics(checkpoint, monkeypatch):
+    """10 % of the digits are 130: 8 batches of 16, and the 2 left over are dropped. 1 % are 13: one batch."""
+    batches, fit = {}, protocols.pl.Trainer.fit
+
+    def counted(trainer, method):
+        fit(trainer, method)
+        batches[method.params.label_fraction] = trainer.num_training_batches
+
+    monkeypatch.setattr(protocols.pl.Trainer, "fit", counted)
+    options = {"training": {"max_epochs": 1, "batch_size": 16}, "baselines": False}
+    evaluate_checkpoint(checkpoint, ["semi_1", "semi_10"], **options)
+    assert batches == {0.01: 1, 0.1: 8}
+
+
 def test_a_loss_that_is_not_finite_is_a_result(checkpoint, tmp_path, monkeypatch):
     def diverges(*_):
         raise FloatingPointError("the loss is not finite")
