@@ -175,7 +175,7 @@ PROTOCOLS = {
     "linear_sgd": training_row(
         "linear_sgd",
         "SGD on augmented images, encoder frozen; lr 0.1 x batch / 256, cosine, 90 epochs",
-        "https://arxiv.org/abs/2011.10566, appendix A",
+        "https://arxiv.org/abs/2002.05709, B.6",
     ),
     "semi_1": training_row(
         "semi_supervised_1",
