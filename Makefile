@@ -17,7 +17,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
 test-long: $(VENV)/installed
-	LONG=5 $(VENV)/bin/python -m pytest tests/test_resume.py tests/test_properties.py tests/test_memory.py
+	LONG=5 $(VENV)/bin/python -m pytest tests/test_resume.py tests/test_properties.py tests/test_memory.py tests/test_embed.py
 
 bench: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt

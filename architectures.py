@@ -62,10 +62,13 @@ def candidates(found: layouts.Found, state: dict[str, Tensor]) -> Iterator[str]:
 
 
 def from_torchvision(state: dict[str, Tensor]) -> Iterator[str]:
-    yield from (name for name in (*encoders.TORCHVISION, *ws_resnet.WS_RESNETS) if "resnet" in name)
-    trunk, token = any(key.startswith("trunk_output.") for key in state), "class_token" in state
-    for name in encoders.TORCHVISION:  # RegNets cannot be built without memory
-        if "resnet" not in name and name.startswith("regnet") == trunk and name.startswith("vit") == token:
+    resnets = [name for name in encoders.TORCHVISION if "resnet" in name or "resnext" in name]
+    yield from (*resnets, *ws_resnet.WS_RESNETS)
+    if "layer1.0.conv1.weight" in state:  # which no others have
+        return
+    token = "class_token" in state
+    for name in encoders.TORCHVISION:  # RegNets must be named: they cannot be built without their memory, up to 2.6 GB
+        if name not in resnets and not name.startswith("regnet") and name.startswith("vit") == token:
             yield name
 
 

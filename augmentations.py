@@ -17,7 +17,9 @@ from device import to_device
 from image_ops import (
     Draws,
     blur,
+    clips_of,
     color_jitter,
+    frames_of,
     from_matrix,
     gray,
     normalize,
@@ -49,6 +51,7 @@ class View:
     solarize_probability: float = 0.0
     solarize_threshold: float = 0.5
     flip_probability: float = 0.5
+    time_difference_probability: float = 0.0  # of clips; by whoever decodes them, because it needs the frames between
 
 
 # ---- drawing ----
@@ -126,6 +129,8 @@ def augment(
 ) -> list[Tensor]:
     """uint8 images [N, C, H, W], or a list with one already cropped batch a view -> normalized float views.
 
+    Of clips [N, C, T, H, W], all frames of one are treated alike.
+
     Args:
         seed: an int or a tuple of ints; the same seed gives the same views.
         torch_compile: fuse the operations of one view; on the CPU they are compiled anyway.
@@ -133,19 +138,22 @@ def augment(
     rng, result = generator(seed), []
     for i, view in enumerate(views):
         cropped = isinstance(images, list)
-        x = with_channels(images[i] if cropped else images, len(mean))
+        x, n_frames = frames_of(images[i] if cropped else images)
+        x = with_channels(x, len(mean))
         whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
-        boxes = whole if cropped else draw_crops(rng, len(x), *x.shape[2:], view)
-        matrix = to_matrix({**boxes, **draw(rng, len(x), view)})
+        n = len(x) // (n_frames or 1)
+        boxes = whole if cropped else draw_crops(rng, n, *x.shape[2:], view)
+        matrix = to_matrix({**boxes, **draw(rng, n, view)}).repeat(n_frames or 1, axis=0)
         if x.device.type == "cpu":
             from image_loops import make_view as on_cpu  # here: importing Numba takes its time
 
             size = x.shape[2] if cropped else view.crop_size
-            result.append(on_cpu(x, matrix, size, view.solarize_threshold, mean, std))
+            made = on_cpu(x, matrix, size, view.solarize_threshold, mean, std)
         else:
             on_device = fused() if torch_compile else make_normalized_view
             on_host = torch.from_numpy(matrix)
-            result.append(on_device(x, to_device(on_host, x.device), view, cropped, mean, std))
+            made = on_device(x, to_device(on_host, x.device), view, cropped, mean, std)
+        result.append(clips_of(made, n_frames))
     return result
 
 
@@ -172,28 +180,35 @@ def training_views(params: "ModelParams") -> Callable[..., list[Tensor]]:
 
 
 def evaluation_view(images: Tensor, params: "EncoderAndDataParams") -> Tensor:
-    """uint8 images [N, C, H, W] -> normalized floats [N, C, h, w]: the whole image, resized if need be."""
-    x, size = with_channels(images, params.channels).float() / 255, params.crop_size
+    """uint8 images [N, C, H, W] -> normalized floats [N, C, h, w]: the whole image, resized if need be. Likewise clips
+    [N, C, T, H, W], and several of each video [N, K, C, T, H, W]."""
+    if images.dim() == 6:
+        return evaluation_view(images.flatten(0, 1), params).unflatten(0, images.shape[:2])
+    x, n_frames = frames_of(images)
+    x, size = with_channels(x, params.channels).float() / 255, params.crop_size
     if x.shape[2:] != (size, size):
         whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
         x = resized_crop(x, {name: np.full(len(x), value) for name, value in whole.items()}, size)
-    return normalize(x, params.mean, params.std)
+    return clips_of(normalize(x, params.mean, params.std), n_frames)
 
 
 # ---- what loaders yield: uint8 images to be prepared here, or floats that are ready ----
 
 
 def for_training(images: Tensor | list[Tensor], augment: Callable[..., list[Tensor]], seed: tuple) -> list[Tensor]:
-    """uint8 images -> augmented views; float views, as a list or stacked N x V x C x H x W -> the list of them."""
+    """uint8 images or clips -> augmented views; float views, as a list or stacked N x V x C x H x W, of clips
+    N x V x C x T x H x W -> the list of them."""
     if (images if isinstance(images, Tensor) else images[0]).dtype == torch.uint8:
         return augment(images, seed)
     if isinstance(images, Tensor):
-        return list(images.unbind(1)) if images.dim() == 5 else [images]
+        return list(images.unbind(1)) if images.dim() in (5, 6) else [images]
     return images
 
 
 def for_evaluation(images: Tensor | list[Tensor], params: "EncoderAndDataParams") -> Tensor:
-    """uint8 images -> normalized; float images as they are; of several views the first."""
+    """uint8 images or clips -> normalized; float images, and of data sets of videos clips, as they are; of several
+    float views the first."""
     images = images if isinstance(images, Tensor) else images[0]
-    images = images[:, 0] if images.dim() == 5 else images
-    return evaluation_view(images, params) if images.dtype == torch.uint8 else images
+    if images.dtype == torch.uint8:
+        return evaluation_view(images, params)
+    return images[:, 0] if images.dim() == (6 if params.dataset.of_videos else 5) else images

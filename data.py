@@ -7,6 +7,7 @@ Both yield (uint8 images, labels); everything else happens on the device (augmen
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import ddp
+import own_images
+import video_files
 import voc
 from augmentations import View
 from image_files import ImageFiles, Sample, class_folders
@@ -70,14 +73,15 @@ def read_stl10() -> Arrays:
 
 @frozen
 class Files:
-    """How the images of a split are found where they stay files."""
+    """How the images or videos of a split are found where they stay files."""
 
     are_there: Callable[[Path], bool]
-    samples: Callable[[Path], list[Sample]]
+    samples: Callable[[Path], list[Sample]] | None  # None: how videos are found, the settings say (video_files.py)
     layout: str  # for the error where they are not there
 
 
 CLASS_FOLDERS = Files(Path.is_dir, class_folders, "with one folder of images per class")
+VIDEOS = Files(video_files.are_there, None, "with one folder of videos per class, or listed in a .csv of its name")
 VOC_LISTS = Files(voc.is_there, voc.samples, "in VOCdevkit/VOC2007 beside it, with JPEGImages and ImageSets/Main")
 
 
@@ -94,6 +98,8 @@ class DatasetInfo:
     train_splits: tuple[str, ...] = ("train",)  # labelled
     test_splits: tuple[str, ...] = ("test",)
     files: Files = CLASS_FOLDERS  # where read is None
+    own: Callable[..., Dataset] | None = None  # instead: the user's images, from (DATA_PATH, settings, split, views)
+    validation_splits: tuple[str, ...] | None = None  # while pretraining; None: test_splits
     many_labels: bool = False  # of an image: presences [K] of all classes, 1, -1 or 0, and not one class
     view: View = field(factory=View)  # training views, where the settings do not say otherwise
 
@@ -101,12 +107,18 @@ class DatasetInfo:
     def channels(self) -> int:
         return len(self.mean)
 
+    @property
+    def of_videos(self) -> bool:
+        return self.read is None and self.files is VIDEOS
+
 
 DIGIT_VIEW = View(  # a mirrored digit is another one, and has no colour; blurred at 8 x 8 it is a spot
     crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.0
 )
+CLIP_VIEW = View(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for video: the area of CVRL's crops
 CIFAR10, CIFAR100 = torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD, TRAINVAL = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("trainval",)
+OfFiles = partial(DatasetInfo, 224, mean=IMAGENET_MEAN, std=IMAGENET_STD, read=None)
 
 DATASETS = {
     "digits": DatasetInfo(8, 10, (0.3053,), (0.3760,), read_digits, view=DIGIT_VIEW),
@@ -120,17 +132,13 @@ DATASETS = {
         read_stl10,
         pretraining_splits=("train", "unlabeled"),
     ),
-    "imagenet": DatasetInfo(224, 1000, IMAGENET_MEAN, IMAGENET_STD, read=None, test_splits=("val",)),
-    "voc07": DatasetInfo(
-        224,
-        20,
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        read=None,
-        pretraining_splits=("trainval",),
-        train_splits=("trainval",),
-        files=VOC_LISTS,
-        many_labels=True,
+    "imagenet": OfFiles(n_classes=1000, test_splits=("val",)),
+    "voc07": OfFiles(
+        n_classes=20, pretraining_splits=TRAINVAL, train_splits=TRAINVAL, files=VOC_LISTS, many_labels=True
+    ),
+    "folder": OfFiles(n_classes=0, own=own_images.get_images, validation_splits=("val",)),
+    "kinetics": OfFiles(
+        n_classes=400, mean=(0.45,) * 3, std=(0.225,) * 3, test_splits=("val",), files=VIDEOS, view=CLIP_VIEW
     ),
 }
 
@@ -186,14 +194,24 @@ def already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: list[View] | tuple = ()) -> Dataset:
     """uint8 images and labels of some splits, downloaded if need be. `views` are taken here only from sets of files."""
+    if params.dataset.own is not None:
+        return params.dataset.own(data_path(), params, splits[0], list(views))
     prepare_data(params.dataset_name, splits)
     folders = [data_path() / params.dataset_name / split for split in splits]
     if params.dataset.read is not None:
         return PackedImages(folders)
     (folder,) = folders
+    if params.dataset.of_videos:
+        return video_files.get_videos(params, folder, list(views))
     skip = params.unreadable_images == "skip"
     size, find = params.crop_size, params.dataset.files.samples
     return ImageFiles(folder, params.dataset.channels, size, list(views), params.seed or 0, skip, find)
+
+
+def drops_last(wish: bool | None, n_images: int, size: int) -> bool:
+    """None: a last batch of a few images is dropped, because its batch statistics would harm a network in train mode,
+    but not one of at least half the images, and not the only one."""
+    return wish if wish is not None else n_images >= size and n_images % size < size / 2
 
 
 def get_loader(
@@ -204,7 +222,7 @@ def get_loader(
     Packed sets need no workers: reading a batch is one copy of memory. Class folders are shuffled for evaluation too:
     in their order, the first tenth of ImageNet (`limit_val_batches=0.1`) would be a tenth of the classes.
     """
-    packed, drop_last = isinstance(dataset, PackedImages), training and params.drop_last_batch
+    packed = isinstance(dataset, PackedImages)
     if params.data_on_device and not packed:
         raise ValueError(
             f"data_on_device=True is for packed sets, and {params.dataset_name} is of image files: leave it out"
@@ -213,10 +231,11 @@ def get_loader(
     if packed and (fits(dataset, device) if params.data_on_device is None else params.data_on_device):
         dataset = ImagesOnDevice(dataset, device)
     size, processes = batch_size(params, accumulated), ddp.world_size()
+    drop_last = training and drops_last(params.drop_last_batch, len(dataset) // processes, size)
     if drop_last and len(dataset) < size * processes:
         raise ValueError(
             f"{len(dataset)} images of {params.dataset_name} are fewer than one batch of {size} on each of {processes} "
-            f"processes: choose a smaller batch_size (or global_batch_size), or drop_last_batch=False"
+            f"processes: choose a smaller batch_size (or global_batch_size), or drop_last_batch=None"
         )
     shuffle = training or not packed
     return Loader(

@@ -17,6 +17,7 @@ from safe_load import data_only
 if TYPE_CHECKING:
     from model_params import ModelParams
 
+FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # of convolutions over images, over clips
 OWN_MODULE = "module"  # encoder_arch when the encoder is a module of the user's own
 STEM_VARIANTS = ("standard", "padding_2", "no_relu")
 TORCHVISION = torchvision.models.list_models(module=torchvision.models)
@@ -48,7 +49,9 @@ def has_low_resolution_stem(name: str) -> bool:
 def get_encoder(params: "ModelParams", own: nn.Module | None = None) -> tuple[nn.Module, int]:
     """(the encoder that `params` names, E). `own` is the user's module where encoder_arch is "module"."""
     encoder, width = _get_encoder(params, own)
-    encoder = encoder.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+    for weight in encoder.parameters():
+        if layout := FASTEST_LAYOUT.get(weight.dim()):
+            weight.data = weight.data.to(weight.dtype, memory_format=layout)
     if params.embedding_dim not in (None, width):
         raise ValueError(f"embedding_dim={params.embedding_dim}, but {params.encoder_arch} gives {width}: leave it out")
     return encoder, width
@@ -60,7 +63,7 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
             f"encoder_arch={p.encoder_arch!r} needs "
             + ("encoder=your_module" if own is None else f"no encoder; for your own say encoder_arch={OWN_MODULE!r}")
         )
-    image = torch.zeros(1, p.channels, p.crop_size, p.crop_size)
+    image = torch.zeros(1, *p.input_shape)
     if own is not None:
         return own, measured_width(own, image, "the encoder")
     file = None if p.encoder_weights is None else Path(p.encoder_weights).expanduser()
@@ -157,6 +160,11 @@ def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d]:
     return next((path, layer) for path, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d))
 
 
+def embed(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Images or clips -> embeddings [N, E]; of several clips of each video, [N, K, C, T, H, W], their mean."""
+    return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) if x.dim() == 6 else encoder(x)
+
+
 def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
     """E, by encoding one image in eval mode."""
     was_training = encoder.training
@@ -176,10 +184,11 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
     return output.shape[1]
 
 
-def check_small_views(encoder: nn.Module, width: int, channels: int, crop_size: int, sizes: set[int]) -> None:
-    """Raise ValueError unless the encoder makes E numbers of views of all sizes, and not only of crop_size pixels."""
+def check_small_views(encoder: nn.Module, width: int, input_shape: tuple[int, ...], sizes: set[int]) -> None:
+    """Raise ValueError unless the encoder makes E numbers of views of all sizes, and not only of input_shape's."""
+    *shape, crop_size = input_shape[:-1]
     for size in sizes - {crop_size}:
         name = f"transform_small_crop_size={size} needs an encoder for several sizes (a ResNet) or the size {crop_size}"
-        found = measured_width(encoder, torch.zeros(1, channels, size, size), f"{name}: this one")
+        found = measured_width(encoder, torch.zeros(1, *shape, size, size), f"{name}: this one")
         if found != width:
             raise ValueError(f"{name}: this one makes {found} numbers of small views, but {width} of large ones")

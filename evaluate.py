@@ -25,6 +25,7 @@ from torch import nn
 import data
 import features
 from encoders import OWN_MODULE, get_encoder
+from own_data_params import DEFAULTS as OWN
 from protocols import PROTOCOLS
 from results import Results, versions
 from shared_params import EncoderAndDataParams
@@ -140,7 +141,7 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
         found["random"] = random_encoder(trained)
     source = starting_weights or trained.started_from
     if source is not None:
-        same = ("dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std")
+        same = ("dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std", *OWN)
         same = {name: getattr(p, name) for name in same} | {"low_resolution_stem": p.low_resolution}
         with seeded():  # a stem of another kind starts from random weights
             found["starting"] = load_encoder(source, **same)
@@ -151,11 +152,8 @@ def random_encoder(trained: Encoder) -> Encoder:
     """Freshly initialized, otherwise the same."""
     with seeded():
         model, _ = get_encoder(attrs.evolve(trained.params, encoder_weights=None))
-    return Encoder(
-        model,
-        trained.params,
-        attrs.evolve(trained.report, source="no file", layout="random weights of seed 0", left_out=()),
-    )
+    report = attrs.evolve(trained.report, source="no file", layout="random weights of seed 0", left_out=())
+    return Encoder(model, trained.params, report)
 
 
 @contextmanager
@@ -203,6 +201,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the protocols and what they mean")
     parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train")
     parser.add_argument("--dataset", metavar="NAME", help="default: that of the pretraining")
+    parser.add_argument("--data_path", metavar="DIR", help="of --dataset folder; default: that of the pretraining")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: CHECKPOINT.evaluation")
     parser.add_argument("--starting_weights", metavar="FILE_OR_NAME", help="a baseline beside the random encoder")
@@ -224,7 +223,7 @@ def main() -> None:
     if args.checkpoint is None:
         raise SystemExit("which CHECKPOINT? --help says what it may be")
     training = {"max_epochs": args.epochs, "batch_size": args.batch_size}
-    reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers}
+    reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers, "data_path": args.data_path}
     try:
         evaluate_checkpoint(
             args.checkpoint,

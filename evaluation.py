@@ -101,7 +101,7 @@ def evaluate(names: list[str], x: Tensor, y: Tensor | None, train: tuple[Tensor,
     labelled classes only the evaluations that need no labels are left.
     """
     scores, split = {}, None
-    if y is not None and y.min() >= 0 and len(y) > 1:
+    if all(one is not None and one.min() >= 0 for one in (y, y if train is None else train[1])) and len(y) > 1:
         split = halves(x, y) if train is None else (*train, x, y)
     for name in names:
         if name in LABEL_FREE:
@@ -110,3 +110,8 @@ def evaluate(names: list[str], x: Tensor, y: Tensor | None, train: tuple[Tensor,
             found = EVALUATIONS[name](*split)
             scores |= found if train is None else {f"{key}_trainset": value for key, value in found.items()}
     return scores
+
+
+def of_test(name: str) -> str:
+    """The name of a score of the test set: valid_knn20_acc_trainset -> test_knn20_acc."""
+    return name.removesuffix("_trainset").replace("valid_", "test_")

@@ -22,12 +22,14 @@ from torch.utils.data import DataLoader, Dataset
 
 import augmentations
 import data
+import own_data_params
 from packed_images import PackedImages
 from shared_params import EncoderAndDataParams
 from weights import Encoder
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 PIECE = 2**14  # images hashed at once
+EVALUATED_CLIPS = ("num_frames", "clip_duration", "frames_per_second", "evaluation_clips", "evaluation_crops")
 
 
 @frozen
@@ -46,6 +48,8 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
     p = encoder.params
     if (dataset_name or p.dataset_name) not in data.DATASETS:
         raise ValueError(f"dataset={dataset_name!r} is unknown: choose one of {', '.join(data.DATASETS)}")
+    if dataset_name not in (None, p.dataset_name):
+        changes = own_data_params.DEFAULTS | changes
     found = attrs.evolve(
         p,
         dataset_name=dataset_name or p.dataset_name,
@@ -57,7 +61,7 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
         low_resolution_stem=p.low_resolution,
         **changes,
     )
-    if found.dataset.channels > found.channels:
+    if found.dataset.own is None and found.dataset.channels > found.channels:
         raise ValueError(
             f"dataset={found.dataset_name!r} has {found.dataset.channels} channels and the encoder takes "
             f"{found.channels}: choose a gray data set"
@@ -172,6 +176,8 @@ class Tap:
 def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset, wanted: dict) -> str:
     """A hash of everything that the features depend on."""
     preprocessing = {"size": params.crop_size, "mean": params.mean, "std": params.std}
+    if params.dataset.of_videos:
+        preprocessing |= {name: getattr(params, name) for name in EVALUATED_CLIPS}
     found = hashlib.sha256(repr((encoder_hash(encoder), preprocessing, wanted)).encode())
     for piece in contents(dataset):
         found.update(piece)

@@ -33,6 +33,20 @@ def number(default, at_least: float = 0, above: float | None = None, by: float =
     return field(default=default, converter=plain, validator=check)
 
 
+def numbers(default: tuple[float, ...], at_least: float, at_most: float):
+    """A list of one number or more."""
+
+    def check(_, attribute, value):
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{attribute.name}={value!r} must be a list of numbers")
+        for one in value:
+            check_number(attribute, one)
+            if not at_least <= one <= at_most:
+                raise ValueError(f"{attribute.name}={value} must be numbers from {at_least:g} to {at_most:g}")
+
+    return field(factory=lambda: list(default), converter=plain, validator=check)
+
+
 def per_view(default, at_least: float = 0, at_most: float = 1, whole: bool = False):
     """One number for every view, or a list with one a view; None passes, also within a list, where it is the default.
     How long a list must be, only all settings together say (view_params.py)."""
@@ -50,12 +64,28 @@ def per_view(default, at_least: float = 0, at_most: float = 1, whole: bool = Fal
     return field(default=default, converter=plain, validator=check)
 
 
+def list_of_numbers(at_least: float = 0, at_most: float = LARGEST):
+    """A list of numbers, empty unless given."""
+
+    def check(_, attribute, value):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{attribute.name}={value!r} must be a list of numbers")
+        for one in value:
+            check_number(attribute, one)
+            if not at_least <= one <= at_most:  # nan is not, either
+                raise ValueError(f"{attribute.name}={one!r} must be at least {at_least} and at most {at_most:.10g}")
+
+    return field(factory=list, converter=plain, validator=check)
+
+
 def choice(default, choices: Iterable):
+    """One of `choices`, which the help of a program shows (command_line.py)."""
+
     def check(_, attribute, value):
         if not isinstance(value, str | bool | None) or value not in choices:
             raise ValueError(f"{attribute.name}={value!r} is unknown: choose one of {', '.join(map(str, choices))}")
 
-    return field(default=default, validator=check)
+    return field(default=default, validator=check, metadata={"choices": tuple(choices)})
 
 
 positive = partial(number, above=0)
@@ -71,7 +101,10 @@ def check_types(settings) -> None:
             raise ValueError(f"{attribute.name}={value!r} must be True or False{', or None' * (kind is not bool)}")
         if kind in (str, str | None) and not isinstance(value, kind):
             raise ValueError(f"{attribute.name}={value!r} must be a string")
-        if kind == list[str] and not (isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)):
+        if kind == list[str] | None and value is None:
+            continue
+        words = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+        if kind in (list[str], list[str] | None) and not words:
             raise ValueError(f"{attribute.name}={value!r} must be a list of strings")
 
 

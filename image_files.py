@@ -1,8 +1,5 @@
 """Class folders of image files, decoded and cropped in the loader's workers, because their sizes differ."""
 
-import copy
-import os
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset, get_worker_info
 from torchvision.datasets import ImageFolder
 
+from array_files import is_array, read_array
 from augmentations import View, draw_crops, generator
+from files import LabelledFiles, Sample
 
-MOST_WORKERS = 1024
+CENTRAL = 7 / 8  # of the shorter side: what an evaluation sees
 MARGIN = 1.25  # of a crop at a reduced scale over its view, see ImageFiles
-Sample = tuple[str, int | np.ndarray]  # path; class, or presences of all classes
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -31,7 +28,7 @@ def class_folders(split: Path) -> list[Sample]:
         raise ValueError(f"{split} must hold one folder of images per class: {error}") from error
 
 
-class ImageFiles(Dataset):
+class ImageFiles(LabelledFiles):
     """Image files, by default in class folders. With views: one random resized crop a view, drawn from (seed, epoch,
     image). Without: the central square, after the shorter side was resized to 8/7 of `size`.
 
@@ -44,6 +41,7 @@ class ImageFiles(Dataset):
     Args:
         skip_unreadable: take the next readable image in place of one that cannot be read, instead of stopping.
         samples: finds the images of a split, and their labels.
+        pixel_range: see array_files.read_array, by which images of other than 1 or 3 channels are read, and .npy.
 
     Raises:
         ValueError: no images; a class without images; when indexed, an image that cannot be read. Names the path.
@@ -58,44 +56,27 @@ class ImageFiles(Dataset):
         seed: int,
         skip_unreadable: bool = False,
         samples: Callable[[Path], list[Sample]] = class_folders,
+        pixel_range: list[float] | None = None,
     ):
-        self.files = samples(split)
+        super().__init__(samples(split), "image", skip_unreadable)
         self.channels, self.size, self.views, self.seed = channels, size, views, seed
-        self.epoch = 0
-        self.skip_unreadable = skip_unreadable
-        self.share()
-
-    def share(self) -> None:
-        """With the workers: which files could not be read, and which one each worker (by process) read last."""
-        self.unreadable = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
-        self.reading = torch.full((MOST_WORKERS, 2), -1).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    @property
-    def labels(self) -> np.ndarray:
-        return np.array([label for _, label in self.files])
-
-    def subset(self, indices: np.ndarray) -> "ImageFiles":
-        """These images alone."""
-        part = copy.copy(self)
-        part.files = [self.files[i] for i in indices]
-        part.share()
-        return part
+        self.pixel_range = pixel_range
 
     def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
         (image, boxes), index = self.readable(index)
         label = self.files[index][1]
         if not self.views:
             return central_square(image, self.size), label
-        pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)
+        pixels = torch.from_numpy(np.atleast_3d(np.array(image)))
         sizes = (view.crop_size for view in self.views)
         return [resized_crop(pixels, box, size) for box, size in zip(boxes, sizes, strict=True)], label
 
-    def read(self, index: int) -> tuple[Image.Image, list[Box]]:
+    def read(self, index: int) -> tuple[Image.Image | np.ndarray, list[Box]]:
         """An image and the box of each view. A large JPEG is decoded at the scale that its views have use for."""
         path, boxes = self.files[index][0], []
+        if is_array(path, self.channels, self.pixel_range):
+            pixels = read_array(path, self.channels, self.pixel_range)
+            return pixels, self.boxes(index, (pixels.shape[1], pixels.shape[0]))
         if self.views and (size := jpeg_size(path)):
             boxes = self.boxes(index, size)
             scale = reduction(boxes, self.views)
@@ -106,38 +87,8 @@ class ImageFiles(Dataset):
 
     def boxes(self, index: int, size: tuple[int, int]) -> list[Box]:
         """One box a view in an image of (width, height), drawn from (seed, epoch, index)."""
-        rng, boxes = generator((self.seed, self.epoch, index)), []
-        for view in self.views:
-            box = {name: int(value[0]) for name, value in draw_crops(rng, 1, size[1], size[0], view).items()}
-            boxes.append((box["left"], box["top"], box["left"] + box["width"], box["top"] + box["height"]))
-        return boxes
-
-    def readable(self, index: int) -> tuple[tuple[Image.Image, list[Box]], int]:
-        """What `read` returns for this index, or for the next one that can be read; and its index."""
-        if (worker := get_worker_info()) is not None:
-            self.reading[worker.id] = torch.tensor([os.getpid(), index])
-        for candidate in range(index, index + len(self)):
-            candidate %= len(self)
-            path = self.files[candidate][0]
-            try:
-                return self.read(candidate), candidate
-            except Exception as error:  # PIL's readers raise many kinds of them on damaged files
-                if not self.skip_unreadable:
-                    raise ValueError(
-                        f"{path} could not be read as an image ({type(error).__name__}: {error}): mend or remove it, "
-                        'or set unreadable_images="skip"'
-                    ) from error
-                self.unreadable[candidate] = True
-        raise ValueError(f"none of the {len(self)} images could be read, the last one was {path}")
-
-    def skipped(self) -> list[str]:
-        """Paths of the files found unreadable so far, by any worker."""
-        return [self.files[i][0] for i in self.unreadable.nonzero().flatten().tolist()]
-
-    def last_read(self, message: str) -> list[str]:
-        """Paths of the files read last by those workers whose process a message of PyTorch names."""
-        named = set(map(int, re.findall(r"\d+", message)))
-        return [self.files[i][0] for process, i in self.reading.tolist() if process > 0 and process in named]
+        rng = generator((self.seed, self.epoch, index))
+        return [draw_box(rng, size, view) for view in self.views]
 
 
 # ---- reading ----
@@ -182,6 +133,12 @@ def read_reduced(path: str, channels: int, scale: int) -> Image.Image:
 # ---- cropping ----
 
 
+def draw_box(rng: np.random.Generator, size: tuple[int, int], view: View) -> Box:
+    """A random crop of an image of (width, height)."""
+    box = {name: int(value[0]) for name, value in draw_crops(rng, 1, size[1], size[0], view).items()}
+    return box["left"], box["top"], box["left"] + box["width"], box["top"] + box["height"]
+
+
 def reduction(boxes: list[Box], views: list[View]) -> int:
     """The largest scale of JPEG after which every crop is still larger than its view, by MARGIN."""
     sides = [min(right - left, bottom - top) for left, top, right, bottom in boxes]
@@ -194,14 +151,21 @@ def reduced(box: Box, scale: int) -> Box:
 
 
 def resized_crop(pixels: Tensor, box: Box, size: int) -> Tensor:
-    """[H, W, C] -> [C, size, size], as PIL's `crop` and `resize` to one gray level, but three times as fast."""
+    """[H, W, C] -> [C, size, size]"""
     left, top, right, bottom = box
-    crop = pixels[top:bottom, left:right].permute(2, 0, 1).unsqueeze(0)
-    return interpolate(crop, (size, size), mode="bilinear", antialias=True)[0].contiguous()
+    return resized(pixels[None, top:bottom, left:right], size)[0].contiguous()
 
 
-def central_square(image: Image.Image, size: int, part: float = 7 / 8) -> Tensor:
+def resized(images: Tensor, size: int) -> Tensor:
+    """[N, H, W, C] -> [N, C, size, size], as PIL's `resize` to one gray level, but three times as fast."""
+    return interpolate(images.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
+
+
+def central_square(image: Image.Image | np.ndarray, size: int, part: float = CENTRAL) -> Tensor:
     """[C, size, size]: the square in the middle of an image, of `part` of its shorter side."""
+    if isinstance(image, np.ndarray):  # PIL knows no more than four channels
+        planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, 2, 0)]
+        return torch.cat([central_square(plane, size, part) for plane in planes])
     side = min(image.size) * part
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)

@@ -38,6 +38,16 @@ def from_matrix(matrix: Tensor) -> Draws:
     return {**draws, "order": torch.stack([draws[f"order{i}"] for i in range(4)], 1)}
 
 
+def frames_of(images: Tensor) -> tuple[Tensor, int | None]:
+    """Clips [N, C, T, H, W] -> (their frames [N T, C, H, W], T); images as they are, and None."""
+    return (images, None) if images.dim() == 4 else (images.transpose(1, 2).flatten(0, 1), images.shape[2])
+
+
+def clips_of(frames: Tensor, n_frames: int | None) -> Tensor:
+    """The reverse of `frames_of`."""
+    return frames if n_frames is None else frames.unflatten(0, (-1, n_frames)).transpose(1, 2)
+
+
 def to_column(values: np.ndarray | Tensor, like: Tensor) -> Tensor:
     return to_device(torch.as_tensor(values), like.device).to(like.dtype).view(-1, 1, 1, 1)
 

@@ -15,12 +15,24 @@ class LARS(torch.optim.Optimizer):
 
     as in the code of VICReg, Barlow Twins and MoCo v3. Groups with `adapt=False` get plain SGD with momentum and their
     own weight decay. All arithmetic is batched over the parameters and never waits for the device.
+
+    With `clip`, q <- min(q / lr, 1): no parameter has a rate lr q above lr, and in a small one it is eta |p| / |g|
+    whatever lr is (LARC, https://github.com/NVIDIA/apex, parallel/LARC.py; solo-learn's `grad_clip_lars`, which
+    divides by |g| + weight_decay |p| instead of the norm of their sum).
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 1e-3):
-        super().__init__(
-            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
-        )
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 1e-3,
+        clip: bool = False,
+    ):
+        of_all = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
+        self.clip = clip  # not in the groups, which a checkpoint replaces
+        super().__init__(params, of_all)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -45,6 +57,8 @@ class LARS(torch.optim.Optimizer):
             weight_norms = torch.stack(torch._foreach_norm(params))
             gradient_norms = torch.stack(torch._foreach_norm(gradients))
             rates = group["eta"] * weight_norms / gradient_norms
+            if self.clip:
+                rates = (rates / group["lr"]).clamp(max=1.0)
             rates = torch.where((weight_norms > 0) & (gradient_norms > 0), rates, torch.ones_like(rates))
             torch._foreach_mul_(gradients, list(rates.unbind()))
         torch._foreach_mul_(velocities, group["momentum"])

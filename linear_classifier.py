@@ -19,12 +19,13 @@ import data
 import ddp
 import layers
 import optimizers
+import own_data_params
 import subsets
-from encoders import get_encoder
+from encoders import embed, get_encoder
 from fields import plain
 from lars import parameter_groups
 from linear_params import LinearClassifierMethodParams
-from shared_params import resolve
+from shared_params import n_classes, resolve
 from stage import Stage, one_image_explained
 from weights import SHARED, load_encoder
 
@@ -34,13 +35,9 @@ LINEAR_VIEW = augmentations.View(
     crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
 )
 
-FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's settings
-    "encoder_arch",
-    "embedding_dim",
-    "low_resolution_stem",
-    "stem_variant",
-    "in_channels",
+READING = (  # settings of how images are read
     "dataset_name",
+    "in_channels",
     "transform_crop_size",
     "image_mean",
     "image_std",
@@ -48,7 +45,15 @@ FROM_PRETRAINING = (  # what the linear stage takes over from the checkpoint's s
     "pin_data_memory",
     "data_on_device",
     "unreadable_images",
+    *own_data_params.DEFAULTS,
+    "num_frames",
+    "clip_duration",
+    "video_decoder",
+    "frames_per_second",
+    "decoding_threads",
+    "video_path_prefix",
 )
+FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", *READING)
 
 
 class LinearClassifierMethod(Stage):
@@ -76,11 +81,12 @@ class LinearClassifierMethod(Stage):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
             self.normalize = nn.BatchNorm1d(width, eps=1e-6, affine=False) if p.normalize_features else None
-            self.classifier = nn.Linear(width, p.n_classes or p.dataset.n_classes)
+            self.classifier = nn.Linear(width, p.n_classes or labelled(n_classes(p), p))
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(self.trains_encoder)
-        self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
+        found = {"n_classes": self.classifier.out_features} if p.dataset.own else {}  # its folder may be gone one day
+        self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None, **found})
 
         flips = p.dataset.view.flip_probability
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
@@ -118,7 +124,7 @@ class LinearClassifierMethod(Stage):
         """Normalized images [N, C, H, W] -> logits [N, classes]."""
         with one_image_explained(x):
             with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
-                h = self.model(x)
+                h = embed(self.model, x)
             return self.classifier(h if self.normalize is None else self.normalize(h))
 
     @property
@@ -190,6 +196,7 @@ class LinearClassifierMethod(Stage):
         """Images of the labelled training set: those to train on, and those to validate on instead of the test set.
         A subset is drawn from what is left: the labels by which settings are chosen come on top of it."""
         p, every = self.params, np.arange(len(labels))
+        labelled(1 + int(labels.min()), p)
         held_out = p.validate_on == "held_out"
         fit, score = subsets.held_out(labels, p.held_out_fraction, p.split_seed) if held_out else (every, every[:0])
         if p.label_fraction is not None or p.labels_per_class is not None:
@@ -208,3 +215,13 @@ class LinearClassifierMethod(Stage):
             return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)
         dataset = data.get_dataset(p, p.dataset.train_splits)
         return self.loader(dataset.subset(self.split(dataset.labels)[1]), training=False)
+
+
+def labelled(classes: int, params: LinearClassifierMethodParams) -> int:
+    """Refuses images without labels."""
+    if classes == 0:
+        raise ValueError(
+            f"the images of dataset_name={params.dataset_name!r}, data_path={params.data_path!r} have no labels, which "
+            "a classifier needs: put them into class folders, or list labels in train.txt (docs/own_data.md)"
+        )
+    return classes

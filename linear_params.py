@@ -67,18 +67,16 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
 # The linear classifier of MoCo (https://arxiv.org/abs/1911.05722, section 4.1). Its rate of 30 is for embeddings like
 # MoCo's; set normalize_features=True where it diverges.
 LinearMoCoParams = LinearClassifierMethodParams
-# The one in common use since SimSiam and SwAV: lr 0.1 for 256 images, a cosine.
+# SimCLR's (https://arxiv.org/abs/2002.05709, B.6) without Nesterov's momentum, as most libraries have it. MAE's
+# (https://arxiv.org/abs/2111.06377, table 10) is this one with normalize_features=True, warmup_epochs=10 and
+# optimizer_name="lars", for global_batch_size=16384: with 256 images LARS would hardly move.
 LinearSGDParams = partial(
     LinearClassifierMethodParams, lr=0.1, lr_scaling="linear", lr_schedule="cosine", max_epochs=90,
 )
-# MAE (https://arxiv.org/abs/2111.06377, table 10).
-LinearLARSParams = partial(
-    LinearSGDParams, normalize_features=True, optimizer_name="lars", warmup_epochs=10,
-    exclude_matching_parameters_from_lars=[".bias"],
-)
-# SimCLR's fine-tuning with few labels (https://arxiv.org/abs/2002.05709, B.5): no weight decay, no warm-up.
+# SimCLR's fine-tuning with few labels (B.5): no weight decay, no warm-up. VICReg's (README of its code) differs by
+# lr_scaling=None, nesterov=False, max_epochs=20 and the rates: lr=0.08, encoder_lr=0.03 for 1 %, 0.1, 0.01 for 10 %.
 SemiSupervised1Params = partial(
-    LinearClassifierMethodParams, label_fraction=0.01, drop_last_batch=False, lr=0.05, encoder_lr=0.05,
+    LinearClassifierMethodParams, label_fraction=0.01, drop_last_batch=None, lr=0.05, encoder_lr=0.05,
     lr_scaling="linear", lr_schedule="cosine", nesterov=True, max_epochs=60,
 )
 SemiSupervised10Params = partial(SemiSupervised1Params, label_fraction=0.1, max_epochs=30)
@@ -91,7 +89,7 @@ FineTuneParams = partial(
 )
 
 LINEAR_PRESETS = {
-    "linear_moco": LinearMoCoParams, "linear_sgd": LinearSGDParams, "linear_lars": LinearLARSParams,
+    "linear_moco": LinearMoCoParams, "linear_sgd": LinearSGDParams,
     "semi_supervised_1": SemiSupervised1Params, "semi_supervised_10": SemiSupervised10Params,
     "fine_tune": FineTuneParams,
 }

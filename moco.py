@@ -17,15 +17,17 @@ import data
 import ddp
 import evaluation
 import losses
+import online_classifier
 import optimizers
+import parameter_options
 import schedules
-from encoders import check_small_views, get_encoder, source_of_weights
+from encoders import check_small_views, embed, get_encoder, source_of_weights
 from fields import plain
 from heads import MLP
 from key_queue import KeyQueue
-from lars import parameter_groups
+from lagging import frozen_copy, move_towards
 from model_params import ModelParams
-from shared_params import resolve
+from shared_params import n_classes, resolve
 from stage import Stage, one_image_explained
 
 
@@ -49,7 +51,7 @@ class SelfSupervisedMethod(Stage):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
             sizes = {view.crop_size for view in p.views}
-            check_small_views(self.model, width, p.channels, p.crop_size, sizes)
+            check_small_views(self.model, width, p.input_shape, sizes)
             norm, standardize = p.mlp_normalization, p.use_mlp_weight_standardization
             self.projection_model = MLP(width, p.mlp_hidden_dim, p.dim, p.projection_mlp_layers, norm, standardize)
             norm = norm if p.prediction_mlp_normalization == "same" else p.prediction_mlp_normalization
@@ -57,8 +59,10 @@ class SelfSupervisedMethod(Stage):
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
+            self.online_classifier = nn.Linear(width, n_classes(p)) if p.online_classifier else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
-                copy.deepcopy(self).encode(torch.zeros(1, p.channels, min(sizes), min(sizes)))
+                copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], min(sizes), min(sizes)))
+        self.parameter_table()  # refuses patterns of nothing
         # All processes push the same keys: DDP need not send 4 K dim bytes at every forward.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
@@ -74,11 +78,12 @@ class SelfSupervisedMethod(Stage):
         """Normalized images [N, C, H, W] -> embeddings [N, E]."""
         return self.model(x)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One view -> z and q, [N, D] each."""
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One view -> z and q, [N, D] each, and the embeddings [N, E]."""
         with one_image_explained(x):
-            z = self.projection_model(self.model(x))
-            return self.on_sphere(z), self.on_sphere(self.prediction_model(z))
+            embeddings = self.model(x)
+            z = self.projection_model(embeddings)
+            return self.on_sphere(z), self.on_sphere(self.prediction_model(z)), embeddings
 
     @torch.no_grad()
     def encode_lagging(self, x: Tensor, batch_idx: int) -> Tensor:
@@ -96,7 +101,7 @@ class SelfSupervisedMethod(Stage):
         return F.normalize(z.float(), dim=1) if self.params.use_unit_sphere_projection else z.float()
 
     def training_step(self, batch: tuple[list[Tensor], Tensor | None], batch_idx: int) -> Tensor:
-        p, (views, _) = self.params, batch  # the labels are for evaluation only
+        p, (views, labels) = self.params, batch
         if len(views) < p.n_views:
             raise ValueError(
                 f"the loader yields {len(views)} of the {p.n_views} float views needed of each image: yield a list of "
@@ -115,7 +120,7 @@ class SelfSupervisedMethod(Stage):
         per_pair = []
         with torch.autocast(self.device.type, enabled=False):
             for i, j in p.pairs:
-                z, q = online[i]
+                z, q, _ = online[i]
                 per_pair.append({**losses.cosines(z, keys[j]), **loss_of(q, keys[j], queue)})
         scalars = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
         loss = scalars.pop("loss") * p.loss_factor
@@ -124,6 +129,13 @@ class SelfSupervisedMethod(Stage):
             self.new_keys = [k if p.gather_keys_for_queue is False else ddp.gather(k) for k in new_keys]
         constants = {"m": loss.new_full((), self.momentum()), "T": loss.new_full((), p.T)}  # a copy would have to wait
         self.log_dict({"step_train_loss": loss.detach(), **scalars, **constants})
+        return loss + self.online_loss(online[0][2], labels) if p.online_classifier else loss
+
+    def online_loss(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        """Of the only part of training that sees labels; it ends at the embeddings."""
+        with torch.autocast(self.device.type, enabled=False):
+            loss, accuracy = online_classifier.loss_and_accuracy(self.online_classifier, embeddings, labels)
+        self.log_dict({"online_train_loss": loss.detach(), "online_train_acc1": accuracy})
         return loss
 
     def on_after_backward(self) -> None:
@@ -145,11 +157,12 @@ class SelfSupervisedMethod(Stage):
 
     def configure_optimizers(self) -> dict:
         self.plan = optimizers.get_plan(self.params, self.trainer, optimizers.warmup_epochs(self.params))
-        return optimizers.for_pretraining(self.params, self.plan, *self.parameter_groups())
+        groups = parameter_options.groups(self.parameter_table(), dict(self.named_parameters()), self.params)
+        return optimizers.for_pretraining(self.params, self.plan, groups)
 
-    def parameter_groups(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-        """Trainable parameters by name: (decayed and, with LARS, adapted; excluded from both)."""
-        return parameter_groups(self, self.params.exclude_matching_parameters_from_lars)
+    def parameter_table(self) -> list[parameter_options.Row]:
+        """What the optimizer does with each trainable parameter; `parameter_options.printed(...)` to read it."""
+        return parameter_options.table(self, self.params)
 
     # ---- data ----
 
@@ -166,9 +179,13 @@ class SelfSupervisedMethod(Stage):
         """The test set, and the labelled training set if probes are fitted on that. Nothing while fitting a loader of
         the user's: its images need not have anything to do with `dataset_name`."""
         p = self.params
-        splits = [p.dataset.test_splits] + [p.dataset.train_splits] * p.probe_on_training_set
-        wanted = splits if self.trains_on_own_data and p.evaluations else []
-        return [self.loader(data.get_dataset(p, split), training=False) for split in wanted]
+        splits = [p.dataset.validation_splits or p.dataset.test_splits]
+        splits += [p.dataset.train_splits] * p.probe_on_training_set
+        return self.whole_sets(splits if self.trains_on_own_data and p.is_evaluated else [])
+
+    def test_dataloader(self) -> list:
+        """The test set, and the labelled training set on which the probes are fitted."""
+        return self.whole_sets([self.params.dataset.test_splits, self.params.dataset.train_splits])
 
     # ---- evaluation ----
 
@@ -177,28 +194,32 @@ class SelfSupervisedMethod(Stage):
 
     def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int, dataloader_idx: int = 0) -> None:
         due = self.trainer.state.fn != "fit" or (self.current_epoch + 1) % self.params.evaluate_every_n_epochs == 0
-        if due and self.params.evaluations and not self.trainer.sanity_checking:
+        if due and self.params.is_evaluated and not self.trainer.sanity_checking:
             images, labels = batch
             with self.eagerly():
-                features = self.model(images).float()
+                features = embed(self.model, images).float()
             self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
 
     def on_validation_epoch_end(self) -> None:
         if not self.validation_outputs:
             return
-        loaders, names = self.trainer.val_dataloaders, self.params.evaluations
-        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-        sets = []  # (features, labels) of each loader, gathered over processes
-        for index, outputs in sorted(self.validation_outputs.items()):
-            parts, loader = zip(*outputs, strict=True), loaders[index]  # features; labels or None
-            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts])
-        self.validation_outputs.clear()
+        sets, names = self.gathered(self.validation_outputs, self.trainer.val_dataloaders), self.params.evaluations
         train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
         for index, (x, y) in enumerate(sets):
             scores = ddp.on_rank_zero(lambda x=x, y=y: evaluation.evaluate(names, x, y, train))
+            if self.params.online_classifier:
+                scores |= online_classifier.accuracies(self.online_classifier, x, y)
             scores = {name + (f"_{index}" if index else ""): value for name, value in scores.items()}
             self.log_dict(scores)
             self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
+
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """`trainer.test(model)`: the names of its scores begin with "test_"."""
+        (x, y), train = self.gathered(self.validation_outputs, self.trainer.test_dataloaders)
+        scores = ddp.on_rank_zero(lambda: evaluation.evaluate(self.params.evaluations, x, y, tuple(train)))
+        self.log_dict({evaluation.of_test(name): value for name, value in scores.items()})
 
     # ---- checkpoints ----
 
@@ -212,14 +233,3 @@ class SelfSupervisedMethod(Stage):
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(False)
-
-
-@torch.no_grad()
-def move_towards(target: nn.Module, source: nn.Module, weight: float) -> None:
-    """target <- (1 - weight) target + weight source, parameters only: batch statistics are each network's own."""
-    if targets := list(target.parameters()):  # a head of no layers has none
-        torch._foreach_lerp_(targets, list(source.parameters()), weight)

@@ -4,9 +4,11 @@ from functools import partial
 
 from attrs import field, frozen
 
+import optimizer_params
 from evaluation import EVALUATIONS
 from fields import choice, fraction, non_negative, positive
 from heads import GROUPS, NORMALIZATIONS
+from optimizer_params import OptimizerParams
 from shared_params import EncoderAndDataParams
 from view_params import ViewParams
 
@@ -16,21 +18,22 @@ LARGEST_WIDTH, LARGEST_QUEUE = 2**17, 2**34  # of layers; numbers in the queue, 
 
 
 @frozen(kw_only=True)
-class ModelParams(EncoderAndDataParams, ViewParams):
+class ModelParams(EncoderAndDataParams, ViewParams, OptimizerParams):
     """Settings of SelfSupervisedMethod. The defaults are MoCo v2."""
 
+    # batch statistics of the keys
     shuffle_batch_norm: bool = False  # keys share batch statistics with other images than their queries do
     n_virtual_devices: int = positive(8)  # for shuffle_batch_norm on one process
 
     # MoCo parameters
     K: int = non_negative(65536)  # number of examples in queue
-    dim: int = positive(128, at_most=LARGEST_WIDTH)
-    m: float = fraction(0.996)
-    T: float = positive(0.2, by=1e-4)
+    dim: int = positive(128, at_most=LARGEST_WIDTH)  # width of the projections
+    m: float = fraction(0.996)  # share of itself that the lagging model keeps in a step
+    T: float = positive(0.2, by=1e-4)  # temperature
 
     # eqco parameters
-    eqco_alpha: float = positive(65536)
-    use_eqco_margin: bool = False
+    eqco_alpha: float = positive(65536)  # as many negatives as the loss behaves like
+    use_eqco_margin: bool = False  # the margin that eqco_alpha makes
     use_negative_examples_from_batch: bool = False  # the other images' keys
     use_negative_examples_from_same_view: bool = False  # the other images' queries, as in SimCLR
 
@@ -38,56 +41,51 @@ class ModelParams(EncoderAndDataParams, ViewParams):
     sce_coefficient: float = fraction(0.5)  # 1: InfoNCE, 0: ReSSL
     sce_target_T: float = positive(0.05, by=1e-4)  # sharper than T
 
-    # optimization parameters
-    optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw"))
-    lr: float = positive(0.5, at_most=1000)
-    momentum: float = fraction(0.9)
-    weight_decay: float = non_negative(1e-4, at_most=1000)
-    max_epochs: int = positive(320)  # for the programs that make the Trainer; schedules follow the Trainer
-    final_lr_schedule_value: float = non_negative(0.0, at_most=1000)  # a learning rate, not a factor
-    warmup_epochs: float | None = non_negative(None)  # None: lars_warmup_epochs, else 0
-    lars_warmup_epochs: float = non_negative(1)
-    lars_eta: float = positive(1e-3, at_most=1000)
-    exclude_matching_parameters_from_lars: list[str] = field(factory=list)  # [".bias", ".bn"]: every bias and norm
-    loss_constant_factor: float = positive(1, at_most=1e6)
-
     # Change these to make more like BYOL
-    use_momentum_schedule: bool = False
-    loss_type: str = choice("ce", LOSSES)
-    use_negative_examples_from_queue: bool = True
-    use_both_augmentations_as_queries: bool = False
+    use_momentum_schedule: bool = False  # m rises to 1 along half a cosine
+    loss_constant_factor: float = positive(1, at_most=1e6)  # the loss is multiplied by it
+    loss_type: str = choice("ce", LOSSES)  # ce: InfoNCE, ip: BYOL, vic: VICReg; losses.py
+    use_negative_examples_from_queue: bool = True  # keys of earlier batches
+    use_both_augmentations_as_queries: bool = False  # the loss in both directions
     stop_gradient_of_keys: bool = False  # for SimSiam; keys of a lagging model have no gradient anyway
 
     # Change these to make more like VICReg
     use_vicreg_loss: bool = False  # another way to say loss_type="vic"
-    use_lagging_model: bool = True
-    use_unit_sphere_projection: bool = True
-    invariance_loss_weight: float = non_negative(25.0, at_most=1e6)
-    variance_loss_weight: float = non_negative(25.0, at_most=1e6)
-    covariance_loss_weight: float = non_negative(1.0, at_most=1e6)
-    variance_loss_epsilon: float = positive(1e-4)
+    use_lagging_model: bool = True  # keys come from a slow copy of the network
+    use_unit_sphere_projection: bool = True  # projections have length 1
+    invariance_loss_weight: float = non_negative(25.0, at_most=1e6)  # VICReg's lambda
+    variance_loss_weight: float = non_negative(25.0, at_most=1e6)  # VICReg's mu
+    covariance_loss_weight: float = non_negative(1.0, at_most=1e6)  # VICReg's nu
+    variance_loss_epsilon: float = positive(1e-4)  # within the root of the variance
     redundancy_loss_weight: float = non_negative(0.0051, at_most=1e6)  # Barlow Twins' lambda
 
     # MLP parameters
-    projection_mlp_layers: int = non_negative(2, at_most=20)
-    prediction_mlp_layers: int = non_negative(0, at_most=20)
-    mlp_hidden_dim: int = positive(512, at_most=LARGEST_WIDTH)
-    mlp_normalization: str | None = choice(None, (None, *NORMALIZATIONS))
-    prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))
-    use_mlp_weight_standardization: bool = False
+    projection_mlp_layers: int = non_negative(2, at_most=20)  # 0: none
+    prediction_mlp_layers: int = non_negative(0, at_most=20)  # 0: none; 2 in BYOL
+    mlp_hidden_dim: int = positive(512, at_most=LARGEST_WIDTH)  # of both
+    mlp_normalization: str | None = choice(None, (None, *NORMALIZATIONS))  # of hidden layers
+    prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))  # of hidden layers
+    use_mlp_weight_standardization: bool = False  # of their linear layers
 
-    gather_keys_for_queue: bool | None = None  # over processes; None: where there are several
+    # several processes
+    gather_keys_for_queue: bool | None = None  # into every queue; None: where there are several
 
     # evaluation during training
     evaluations: list[str] = field(factory=lambda: list(EVALUATIONS))  # [] for none
-    evaluate_every_n_epochs: int = positive(1)
+    evaluate_every_n_epochs: int = positive(1)  # the other epochs are not evaluated
+    online_classifier: bool = False  # a linear one, trained beside the method on the batches' labels (-1: none)
+    online_classifier_lr: float = positive(0.1, at_most=1000)  # follows lr_schedule; momentum as all, no decay
     probe_on_training_set: bool = False  # fit on the labelled training set instead of half of the validation set
 
     def __attrs_post_init__(self):
         super().__attrs_post_init__()
         if self.use_vicreg_loss and self.loss_type == "ce":  # the default, hence nobody's wish
             object.__setattr__(self, "loss_type", "vic")
-        for message in (m for is_wrong, m in self._contradictions() + self._misfits() if is_wrong):
+        for message in (
+            m
+            for is_wrong, m in self._contradictions() + self._misfits() + optimizer_params.contradictions(self)
+            if is_wrong
+        ):
             raise ValueError(message)
         _ = self.views  # refuses lists of the wrong length
 
@@ -133,9 +131,6 @@ class ModelParams(EncoderAndDataParams, ViewParams):
              f"K={p.K} keys of dim={p.dim} are a queue of more than {LARGEST_QUEUE} numbers: choose fewer"),
             ("gn" in norms and p.mlp_hidden_dim % GROUPS != 0,
              f"mlp_hidden_dim={p.mlp_hidden_dim} does not fit group norm: choose a multiple of {GROUPS}"),
-            (p.optimizer_name != "lars" and p.lr_scaling is None and p.lr * p.weight_decay > 2,
-             f"lr={p.lr} times weight_decay={p.weight_decay} is above 2, so that every step would enlarge the weights: "
-             "choose a smaller weight_decay"),
             (one_image and (in_batch or p.loss_type in ("vic", "barlow")),
              f"{size} leaves loss_type={p.loss_type!r} nothing to compare with: choose a larger one, or a queue"),
             (one_image and ("bn" in norms or ("gn" in norms and p.mlp_hidden_dim == GROUPS)),
@@ -143,6 +138,10 @@ class ModelParams(EncoderAndDataParams, ViewParams):
              f"prediction_mlp_normalization={p.prediction_mlp_normalization!r} no mean to take: choose a larger one"),
         ]
         # fmt: on
+
+    @property
+    def is_evaluated(self) -> bool:
+        return bool(self.evaluations) or self.online_classifier
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

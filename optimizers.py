@@ -2,13 +2,13 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 from attrs import evolve, frozen
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import nn
 
 import ddp
 import schedules
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from model_params import ModelParams
     from shared_params import EncoderAndDataParams
 
-Parameters = dict[str, nn.Parameter]
+Share = Callable[[int], float]  # of the highest value, at an optimizer step
 
 
 @frozen
@@ -103,21 +103,48 @@ def get_plan(params: "EncoderAndDataParams", trainer: pl.Trainer, warmup_epochs:
 def get_optimizer(
     params: "ModelParams | LinearClassifierMethodParams", groups: list[dict], lr: float, nesterov: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer that `params` names. LARS adapts the groups that have the weight decay of all."""
+    """The optimizer that `params` names. LARS adapts the groups that have the weight decay of all, or say `adapt`."""
     p = params
     if p.optimizer_name == "lars":
-        groups = [{**group, "adapt": "weight_decay" not in group} for group in groups]
-        return LARS(groups, lr, p.momentum, p.weight_decay, p.lars_eta)
+        groups = [{**group, "adapt": group.get("adapt", "weight_decay" not in group)} for group in groups]
+        return LARS(groups, lr, p.momentum, p.weight_decay, p.lars_eta, getattr(p, "grad_clip_lars", False))
+    groups = [without(group, "adapt") for group in groups]
     if p.optimizer_name == "sgd":
         return torch.optim.SGD(groups, lr, p.momentum, weight_decay=p.weight_decay, nesterov=nesterov)
-    return torch.optim.AdamW(groups, lr, weight_decay=p.weight_decay)
+    groups = [without(group, "momentum") for group in groups]
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[p.optimizer_name](
+        groups, lr, weight_decay=p.weight_decay
+    )
 
 
-def for_pretraining(params: "ModelParams", plan: Plan, adapted: Parameters, excluded: Parameters) -> dict:
-    """The optimizer that `params` names over two groups of parameters, with warm-up and half a cosine per step."""
-    groups = [{"params": list(adapted.values())}, {"params": list(excluded.values()), "weight_decay": 0.0}]
-    end = params.final_lr_schedule_value / params.lr  # all rates here are shares of the highest
-    return per_step(get_optimizer(params, groups, plan.lr), functools.partial(warmup_cosine, plan, end=end))
+def without(group: dict, name: str) -> dict:
+    return {key: value for key, value in group.items() if key != name}
+
+
+def for_pretraining(params: "ModelParams", plan: Plan, groups: list[dict]) -> dict:
+    """The optimizer that `params` names over groups with their own rates before `lr_scaling`; rates and, if wanted,
+    weight decay change with every step, those of all groups in proportion."""
+    groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
+    optimizer, rate = get_optimizer(params, groups, plan.lr), functools.partial(pretraining_rate, params, plan)
+    if params.final_weight_decay is None:
+        return per_step(optimizer, rate)
+    end = params.final_weight_decay / params.weight_decay
+    return per_step(optimizer, rate, lambda step: schedules.cosine(1.0, end, step / plan.steps))
+
+
+def pretraining_rate(params: "ModelParams", plan: Plan, step: int) -> float:
+    """Share of the highest rate: a line up over the warm-up, then what `lr_schedule` names."""
+    p = params
+    if step < plan.warmup_steps:
+        return schedules.warmup(step, plan.warmup_steps, p.warmup_start_lr / p.lr)
+    progress = schedules.after_warmup(step, plan.steps, plan.warmup_steps)
+    end = p.final_lr_schedule_value / p.lr
+    if p.lr_schedule == "constant":
+        return 1.0
+    if p.lr_schedule == "steps":
+        milestones = tuple(epoch * plan.steps_per_epoch for epoch in p.lr_decay_steps)
+        return max(schedules.steps_down(step, milestones, p.lr_decay_factor), end)
+    return {"cosine": schedules.cosine, "linear": schedules.line}[p.lr_schedule](1.0, end, progress)
 
 
 def for_linear_stage(params: "LinearClassifierMethodParams", plan: Plan, groups: list[dict]) -> dict:
@@ -128,9 +155,9 @@ def for_linear_stage(params: "LinearClassifierMethodParams", plan: Plan, groups:
     return per_step(get_optimizer(params, groups, plan.lr, params.nesterov), functools.partial(rate, plan))
 
 
-def warmup_cosine(plan: Plan, step: int, end: float = 0.0) -> float:
+def warmup_cosine(plan: Plan, step: int) -> float:
     """Share of the highest rate."""
-    return schedules.warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=end)
+    return schedules.warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=0.0)
 
 
 def warmup_steps_down(plan: Plan, step: int) -> float:
@@ -139,9 +166,31 @@ def warmup_steps_down(plan: Plan, step: int) -> float:
     return share * schedules.warmup(step, plan.warmup_steps)
 
 
-def per_step(optimizer: torch.optim.Optimizer, rate) -> dict:
+class RateAndDecay(torch.optim.lr_scheduler.LambdaLR):
+    """The weight decay of a group, too, is a share of its first one: `decay(step)` (DINO,
+    https://arxiv.org/abs/2104.14294, appendix C)."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rate: Share, decay: Share):
+        self.decay = decay
+        self.first = [group["weight_decay"] for group in optimizer.param_groups]
+        super().__init__(optimizer, rate)
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        for group, first in zip(self.optimizer.param_groups, self.first, strict=True):
+            group["weight_decay"] = first * self.decay(self.last_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without what the settings say."""
+        return without(without(super().state_dict(), "decay"), "first")
+
+
+def per_step(optimizer: torch.optim.Optimizer, rate: Share, decay: Share | None = None) -> dict:
     """What `configure_optimizers` returns: the learning rate is `rate(step)` times the group's."""
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    if decay is None:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    else:
+        scheduler = RateAndDecay(optimizer, rate, decay)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -19,6 +19,7 @@ from shared_params import resolve
 
 TILE = 160  # pixels that a large view is magnified to, about; by whole numbers, so that pixels stay squares
 GAP, MARGIN, FONT_SIZE, LINE = 8, 20, 13, 18  # pixels
+FRAMES = 4  # of a clip
 PAPER, INK, PALE_INK = (240, 240, 240), (24, 24, 24), (96, 96, 96)
 Column = tuple[list[str], Tensor]  # lines of the caption; uint8 images [rows, C, H, W]
 
@@ -66,14 +67,26 @@ def contact_sheet(
     if originals is None and isinstance(images, Tensor) and images.dtype == torch.uint8:
         originals = images
     if originals is not None:
-        columns.insert(0, (["original", f"{originals.shape[3]} x {originals.shape[2]} px"], originals[:rows].cpu()))
+        size = f"{originals.shape[-1]} x {originals.shape[-2]} px"
+        columns.insert(0, (["original", size], as_strips(originals[:rows]).cpu()))
     return arrange(columns)
 
 
 def pixels(view: Tensor, params: ModelParams) -> Tensor:
     """A normalized view -> uint8, as it was before it was normalized."""
     mean, std = (torch.tensor(values, device=view.device).view(-1, 1, 1) for values in (params.mean, params.std))
+    view = as_strips(view)
     return ((view.float() * std + mean) * 255).round().clamp(0, 255).byte().cpu()
+
+
+def as_strips(images: Tensor) -> Tensor:
+    """Images as they are; of clips [N, C, T, H, W], four frames from the first to the last, side by side. Of several
+    clips of each video [N, K, C, T, H, W], the first."""
+    images = images[:, 0] if images.dim() == 6 else images
+    if images.dim() == 4:
+        return images
+    chosen = torch.linspace(0, images.shape[2] - 1, min(FRAMES, images.shape[2])).long()
+    return torch.cat(images[:, :, chosen.to(images.device)].unbind(2), dim=3)
 
 
 # ---- captions ----
@@ -92,7 +105,7 @@ def caption(params: ModelParams, i: int) -> list[str]:
 
 def in_words(name: str, value: float | tuple[float, float]) -> str:
     if name.endswith("_probability"):
-        return f"{name.removesuffix('_probability')} in {100 * value:g} %"
+        return f"{name.removesuffix('_probability').replace('_', ' ')} in {100 * value:g} %"
     number = f"{value:g}" if not isinstance(value, tuple) else "{:g} to {:g}".format(*value)
     return f"{name.replace('_', ' ')} {number}"
 
@@ -103,7 +116,7 @@ def in_words(name: str, value: float | tuple[float, float]) -> str:
 def arrange(columns: list[Column]) -> Image.Image:
     """Columns side by side, all views magnified alike, so that small views are seen to be small."""
     font = ImageFont.load_default(FONT_SIZE)
-    factor = max(1, round(TILE / max(images.shape[3] for _, images in columns)))
+    factor = max(1, round(TILE / max(images.shape[2] for _, images in columns)))
     height = factor * max(images.shape[2] for _, images in columns) + GAP
     widths = [
         max([factor * images.shape[3], *(round(font.getlength(line)) for line in lines)]) for lines, images in columns

@@ -10,32 +10,18 @@ from attrs import frozen
 from pytorch_lightning.callbacks import RichProgressBar
 from rich.progress import track
 
-import data
 import evaluation
 import features
 import label_free
 import probes
-import subsets
 import svm
-from linear_classifier import LinearClassifierMethod
-from linear_params import LINEAR_PRESETS, LinearClassifierMethodParams
-from shared_params import EncoderAndDataParams
+from linear_classifier import READING, LinearClassifierMethod
+from linear_params import LINEAR_PRESETS
+from shared_params import EncoderAndDataParams, n_classes
 from subject import MOST_IMAGES, VIEWS, Subject
 from weights import Encoder
 
 Scores = dict[str, float]
-
-READING = (  # settings of how images are read, which training takes over
-    "dataset_name",
-    "in_channels",
-    "transform_crop_size",
-    "image_mean",
-    "image_std",
-    "num_data_workers",
-    "pin_data_memory",
-    "data_on_device",
-    "unreadable_images",
-)
 
 
 def of_stages(subject: Subject, seed: int) -> Scores:
@@ -55,7 +41,7 @@ def trained(subject: Subject, seed: int, preset: str) -> Scores:
     settings = {name: getattr(subject.params, name) for name in READING} | subject.training
     params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
     share = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # of its length: the warm-up keeps its part
-    params = attrs.evolve(params, warmup_epochs=params.warmup_epochs * share, drop_last_batch=fills_a_batch(params))
+    params = attrs.evolve(params, warmup_epochs=params.warmup_epochs * share, drop_last_batch=None)
     method = LinearClassifierMethod(params, encoder=copy.deepcopy(subject.encoder.model).train())
     device = features.device_of(subject.encoder)
     trainer = pl.Trainer(
@@ -77,13 +63,6 @@ def trained(subject: Subject, seed: int, preset: str) -> Scores:
     return {name: float(trainer.callback_metrics[f"valid_{name}"]) for name in ("acc1", "acc5")}
 
 
-def fills_a_batch(params: LinearClassifierMethodParams) -> bool:
-    """Then the rest of an epoch is left out (another one each time): batch statistics of two images would spoil those
-    that are scored with. Fewer images are one batch."""
-    labels = data.get_dataset(params, params.dataset.train_splits).labels
-    return len(subsets.stratified(labels, fraction=params.label_fraction)) >= params.batch_size
-
-
 # ---- the table ----
 
 
@@ -94,11 +73,14 @@ class Protocol:
     source: str
     seeded: bool = True  # whether the seed changes anything
     trains: bool = False  # whether it takes hours where the others take minutes
+    needs_labels: bool = True
     needs_classes: bool = True  # labels: one class an image
     needs_stages: bool = False  # an encoder with layer1 to layer4
 
     def refusal(self, encoder: Encoder, params: EncoderAndDataParams) -> str | None:
         """Why it cannot be run."""
+        if self.needs_labels and n_classes(params) == 0:
+            return f"needs labels, and the images of {params.dataset_name} have none"
         if self.needs_classes and params.dataset.many_labels:
             return f"needs one class an image, and those of {params.dataset_name} have several"
         if self.needs_stages and not features.stages_of(encoder):
@@ -111,7 +93,7 @@ def on_sets(function: Callable[..., Scores]) -> Callable[[Subject, int], Scores]
 
 
 def label_free_row(run: Callable[[Subject, int], Scores], definition: str, source: str) -> Protocol:
-    return Protocol(run, definition, source, seeded=False, needs_classes=False)
+    return Protocol(run, definition, source, seeded=False, needs_labels=False, needs_classes=False)
 
 
 def training_row(preset: str, definition: str, source: str) -> Protocol:

@@ -22,10 +22,15 @@ DRAWN = "_std"  # ends the name of a deviation over draws within one run
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, of the libraries, and the commit of this code, if it is in a git repository."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """Of Python, of the libraries, and the commit of this code, if it is in a git repository, with "+changes" where
+    files that git knows were changed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, "commit": commit}

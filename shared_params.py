@@ -1,24 +1,31 @@
 """The settings that pretraining and the linear stage share, and how both get theirs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import attrs
 import torch
 from attrs import frozen
+from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
+import channel_statistics
+import data
 import encoders
 from data import DATASETS, DatasetInfo
-from fields import check_types, choice, non_negative, number, positive
-from image_files import MOST_WORKERS
+from fields import check_types, choice, non_negative, number, numbers, positive
+from files import MOST_WORKERS
 from image_ops import BLUR_RADIUS
+from own_data_params import OwnDataParams
 
 LARGEST_IMAGE = 2**28  # numbers; a GiB
+MOST_FRAMES = 1024
+COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
 
 
 @frozen(kw_only=True)
-class EncoderAndDataParams:
+class EncoderAndDataParams(OwnDataParams):
     """Encoder, data and seed."""
 
     # encoder model selection
@@ -30,30 +37,44 @@ class EncoderAndDataParams:
     in_channels: int | None = positive(None)  # None: the data set's
 
     # data-related parameters
-    dataset_name: str = choice("stl10", DATASETS)
+    dataset_name: str = choice("stl10", DATASETS)  # data.py; $DATA_PATH says where they are
     batch_size: int = positive(256)  # of each process
     global_batch_size: int | None = positive(None)  # instead: images of one optimizer step, over all processes
     transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # None: the data set's
     image_mean: list[float] | None = None  # of each channel, of values from 0 to 1; None: the data set's
-    image_std: list[float] | None = None
+    image_std: list[float] | None = None  # likewise
+    compute_statistics: bool = False  # image_mean and image_std from the training images, where they are None
     seed: int | None = non_negative(None, at_most=2**63 - 1)  # of every random draw; None: that of pl.seed_everything
 
     # data loader parameters
     num_data_workers: int = non_negative(4, at_most=MOST_WORKERS)  # decode image files; packed sets need none
-    drop_last_batch: bool = True  # in training only
-    pin_data_memory: bool = True
+    drop_last_batch: bool | None = True  # in training only; None: if it is less than half a batch, and not the only one
+    pin_data_memory: bool = True  # for faster copies to a GPU
     data_on_device: bool | None = None  # packed sets as uint8; None: on a GPU, where they fit
     unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: use the next readable one, count, tell
 
-    # True, "reduce-overhead" (CUDA graphs) or "max-autotune": torch.compile of encoder, heads and, on a GPU, views
-    torch_compile: bool | str = choice(False, (False, True, "reduce-overhead", "max-autotune"))
+    # video: data sets of videos only. Each view is a clip of its own
+    num_frames: int = positive(8, at_most=MOST_FRAMES)  # of a clip, evenly taken from its duration
+    clip_duration: float = positive(2.56, by=1e-3)  # seconds
+    clip_speeds: list[float] = numbers((1.0,), 0.01, 100)  # one is drawn for each clip; 2: of twice the duration
+    clip_jitter: float = number(0.0, at_most=0.99)  # of the speed, at random: 0.2 is 0.8 to 1.2 times it
+    video_decoder: str = choice("file", ("file", "frames"))  # frames: each video is a folder of image files
+    frames_per_second: float = positive(30.0, by=1e-3)  # of folders of frames; a video file knows its own
+    decoding_threads: int = positive(1, at_most=MOST_WORKERS)  # of each worker
+    video_path_prefix: str | None = None  # of the paths in train.csv, val.csv; None: the folder train, val
+    evaluation_clips: int = positive(1, at_most=MOST_FRAMES)  # of each video, averaged; training: one for each view
+    evaluation_crops: int = positive(1, at_most=MOST_FRAMES)  # of each of them: the middle; else along the longer side
+
+    # torch.compile of encoder, heads and, on a GPU, views
+    torch_compile: bool | str = choice(False, COMPILE_MODES)  # reduce-overhead: CUDA graphs
 
     # learning rate by batch size: lr is meant for lr_batch_size images in one optimizer step
-    lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))
-    lr_batch_size: int = positive(256)
+    lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))  # None: lr is meant as it is
+    lr_batch_size: int = positive(256)  # images
 
     def __attrs_post_init__(self):
         check_types(self)
+        self.check_own_data(self.dataset.own is not None, self.dataset_name)
         encoders.check_name(self.encoder_arch)
         if self.low_resolution_stem and not encoders.has_low_resolution_stem(self.encoder_arch):
             raise ValueError(
@@ -65,9 +86,10 @@ class EncoderAndDataParams:
                 f"encoder_weights={self.encoder_weights!r} is for encoders that encoder_arch names: load those of your "
                 "own module into it, and leave encoder_weights out"
             )
-        if self.channels * self.crop_size**2 > LARGEST_IMAGE:
+        if math.prod(self.input_shape) > LARGEST_IMAGE:
+            made = f"clips of num_frames={self.num_frames}" if self.dataset.of_videos else "images"
             raise ValueError(
-                f"transform_crop_size={self.crop_size} with in_channels={self.channels} makes images of more than "
+                f"transform_crop_size={self.crop_size} with in_channels={self.channels} makes {made} of more than "
                 f"{LARGEST_IMAGE} numbers: choose smaller ones"
             )
 
@@ -87,6 +109,12 @@ class EncoderAndDataParams:
         return self.in_channels or self.dataset.channels
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of what an encoder gets: (C, H, W), or of clips (C, T, H, W)."""
+        frames = (self.num_frames,) if self.dataset.of_videos else ()
+        return (self.channels, *frames, self.crop_size, self.crop_size)
+
+    @property
     def mean(self) -> tuple[float, ...]:
         """Of each channel; gray images are repeated for an encoder of colours."""
         return self.of_each_channel(self.image_mean or self.dataset.mean)
@@ -96,6 +124,8 @@ class EncoderAndDataParams:
         return self.of_each_channel(self.image_std or self.dataset.std)
 
     def of_each_channel(self, values: Sequence[float]) -> tuple[float, ...]:
+        if self.dataset.own is not None and len(values) not in (1, self.channels):  # ImageNet's, of other channels
+            return (round(sum(values) / len(values), 3),) * self.channels
         return tuple(values) * (3 if len(values) == 1 and self.channels == 3 else 1)
 
     @property
@@ -129,4 +159,26 @@ def resolve(
         fields = {**fields, "encoder_arch": encoders.OWN_MODULE}
     params = kind(**params) if isinstance(params, dict) else params or kind()
     params = attrs.evolve(params, **fields)
-    return params if params.seed is not None else attrs.evolve(params, seed=torch.initial_seed() % 2**32)
+    params = params if params.seed is not None else attrs.evolve(params, seed=torch.initial_seed() % 2**32)
+    return with_statistics(params) if params.compute_statistics else params
+
+
+def with_statistics(params: Params) -> Params:
+    """image_mean and image_std, where they are None, are those of the training images."""
+    if params.image_mean is not None and params.image_std is not None:
+        return params
+    dataset = data.get_dataset(params, params.dataset.pretraining_splits)
+    found = channel_statistics.of_images(dataset, params.data_seed)
+    mean, std = (list(params.of_each_channel(values)) for values in found)
+    params = attrs.evolve(params, image_mean=params.image_mean or mean, image_std=params.image_std or std)
+    rank_zero_info(f"{params.dataset_name}: image_mean={params.image_mean}, image_std={params.image_std}")
+    return params
+
+
+def n_classes(params: EncoderAndDataParams) -> int:
+    """Of the training and test images. 0 where images of the user's have no labels."""
+    info = params.dataset
+    if info.own is None:
+        return info.n_classes
+    datasets = [data.get_dataset(params, splits) for splits in (info.train_splits, info.test_splits)]
+    return 1 + max(int(dataset.labels.max()) for dataset in datasets)

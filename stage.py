@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -40,6 +41,23 @@ class Stage(pl.LightningModule):
     def loader(self, dataset: Dataset, training: bool) -> Loader:
         device, accumulated = self.trainer.strategy.root_device, self.trainer.accumulate_grad_batches
         return data.get_loader(self.params, dataset, training, accumulated, device)
+
+    def whole_sets(self, splits: list[tuple[str, ...]]) -> list[Loader]:
+        """Loaders for evaluation, one for each of the sets of splits."""
+        datasets = [data.get_dataset(self.params, names) for names in splits]
+        if self.params.dataset.own and any(min(dataset.labels) < 0 for dataset in datasets):
+            rank_zero_info(f"{self.params.dataset_name} has no labels: linear_probe and knn are left out")
+        return [self.loader(dataset, training=False) for dataset in datasets]
+
+    @staticmethod
+    def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[list[Tensor | None]]:
+        """(features, labels or None) of each loader, gathered over processes; empties `outputs_of`."""
+        loaders, sets = loaders if isinstance(loaders, list | tuple) else [loaders], []
+        for index, outputs in sorted(outputs_of.items()):
+            parts, loader = zip(*outputs, strict=True), loaders[index]
+            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts])
+        outputs_of.clear()
+        return sets
 
     def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
         """Of what all processes draw alike at this batch; with the rank after it, of what each draws for itself."""
@@ -80,7 +98,7 @@ def one_image_explained(x: Tensor) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        way_out = "choose a larger batch_size, or drop_last_batch=True if it is the last one"
+        way_out = "choose a larger batch_size, or drop_last_batch=None if it is the last one"
         raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error
 
 

@@ -24,6 +24,7 @@ class ViewParams:
     number. Crops of small views follow transform_small_..., whose lists are of small views only.
     """
 
+    # how many views
     n_large_views: int = number(2, at_least=2, at_most=MOST_VIEWS)  # of each image; keys are of large views only
     n_small_views: int = number(0, at_most=MOST_VIEWS)  # of each image; queries for the keys of all large views
     transform_small_crop_size: PerView = per_view(None, BLUR_RADIUS + 1, LARGEST_CROP, whole=True)  # None: 3/7 of large
@@ -37,18 +38,19 @@ class ViewParams:
     transform_crop_ratio_max: PerView = per_view(None, 0.01, 100)  # widest crop, width / height
     transform_s: PerView = per_view(0.5, 0, STRONGEST)  # strength of the colour jitter
     transform_brightness: PerView = per_view(None, 0, STRONGEST)  # 0.4: factors 0.6 to 1.4; None: 0.8 transform_s
-    transform_contrast: PerView = per_view(None, 0, STRONGEST)  # likewise
-    transform_saturation: PerView = per_view(None, 0, STRONGEST)  # likewise
+    transform_contrast: PerView = per_view(None, 0, STRONGEST)  # by factors, as brightness; None: 0.8 transform_s
+    transform_saturation: PerView = per_view(None, 0, STRONGEST)  # by factors, as brightness; None: 0.8 transform_s
     transform_hue: PerView = per_view(None, 0, 0.5)  # share of the colour wheel, both ways; None: 0.2 transform_s
     transform_jitter_probability: PerView = per_view(None)  # of brightness, contrast, saturation and hue together
     transform_grayscale_probability: PerView = per_view(None)  # of losing the colours
     transform_apply_blur: bool = True  # False: no blur, whatever its probability
-    transform_blur_probability: PerView = per_view(None)
+    transform_blur_probability: PerView = per_view(None)  # of a Gaussian blur
     transform_blur_sigma_min: PerView = per_view(None, 0.01, BLUR_RADIUS / 2)  # pixels
     transform_blur_sigma_max: PerView = per_view(None, 0.01, BLUR_RADIUS / 2)  # pixels; the kernel has 13
     transform_solarize_probability: PerView = per_view(None)  # of inverting bright values
     transform_solarize_threshold: PerView = per_view(None)  # from which on they are inverted; white is 1
     transform_flip_probability: PerView = per_view(None)  # of mirroring
+    transform_time_difference_probability: PerView = per_view(None)  # of clips: what changes, instead of colours
 
     @property
     def n_views(self) -> int:

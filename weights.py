@@ -13,6 +13,7 @@ import architectures
 import augmentations
 import encoders
 import layouts
+import own_data_params
 from data import DATASETS
 from shared_params import EncoderAndDataParams
 
@@ -62,7 +63,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images [N, C, H, W] -> embeddings [N, E]."""
-        return self.model(x)
+        return encoders.embed(self.model, x)
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 images [N, C, H, W] of any size -> normalized floats of the encoder's size, whole images."""
@@ -72,7 +73,7 @@ class Encoder(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """uint8 images [N, C, H, W] of any size -> embeddings [N, E], float32, on the encoder's device."""
         device = next(self.model.parameters()).device
-        return self.model(self.prepare(images.to(device))).float()
+        return self(self.prepare(images.to(device))).float()
 
 
 def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, **overrides: Any) -> Encoder:
@@ -136,6 +137,13 @@ def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[s
 def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> EncoderAndDataParams:
     """Settings that say everything about the encoder's images themselves, so that another data set changes nothing."""
     own = {key: value for key, value in overrides.items() if key != "dataset_name"}
+    data_of_own = {key: value for key, value in own.items() if key in own_data_params.DEFAULTS}
+    if overrides.get("dataset_name", settings["dataset_name"]) != settings["dataset_name"]:
+        settings = {key: value for key, value in settings.items() if key not in own_data_params.DEFAULTS}
+        own, data_of_own = (
+            {k: v for k, v in own.items() if k not in data_of_own},
+            own_data_params.DEFAULTS | data_of_own,
+        )
     params = EncoderAndDataParams(**{**settings, **own})
     explicit = {
         "low_resolution_stem": params.low_resolution,
@@ -145,12 +153,13 @@ def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> Encod
     if len(params.mean) == params.channels:  # not so where a loader of the user's yields other images than the data set
         explicit |= {"image_mean": list(params.mean), "image_std": list(params.std)}
     other = DATASETS.get(overrides.get("dataset_name"))
-    if other is not None and other.channels not in (1, params.channels):
+    if other is not None and other.own is None and other.channels not in (1, params.channels):
         raise ValueError(
             f"dataset_name={overrides['dataset_name']!r} has images of {other.channels} channels, the encoder takes "
             f"{params.channels}: choose another data set"
         )
-    return attrs.evolve(params, **explicit, dataset_name=overrides.get("dataset_name", params.dataset_name))
+    explicit["dataset_name"] = overrides.get("dataset_name", params.dataset_name)
+    return attrs.evolve(params, **explicit, **data_of_own)
 
 
 # ---- published weights ----

@@ -29,6 +29,8 @@ CASES = {
     "sce, batch": {"preset": "sce", "use_negative_examples_from_queue": False},
     "shuffled": {"shuffle_batch_norm": True},
     **{f"{name}, small views": {"preset": name, **SMALL_VIEWS} for name in ("sce", "simclr", "vicreg")},
+    "online classifier": {"online_classifier": True},
+    "online classifier, lars": {"preset": "byol", "online_classifier": True, "online_classifier_lr": 2.0},
     "lars": {"optimizer_name": "lars", "exclude_matching_parameters_from_lars": [".bias", ".bn"], "lars_eta": 0.02},
 }
 SMALL = {"dataset_name": "digits", "K": 24, "dim": 6, "mlp_hidden_dim": 12, "warmup_epochs": 0, "seed": 0, "lr": 0.05}
@@ -74,6 +76,8 @@ def train_every_case(rank: int, world: int) -> dict:
     g = torch.Generator().manual_seed(0)
     share = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
     views = [[torch.randn(IMAGES, 1, 8, 8, generator=g)[share] for _ in range(4)] for _ in range(STEPS)]
+    labels = [(torch.arange(IMAGES) * (step + 3) % 11 - 1)[share] for step in range(STEPS)]  # -1: not known
+    batches = [(list(v), y) for v, y in zip(views, labels, strict=True)]
     found = {}
     for case, fields in CASES.items():
         preset = PRESETS[fields.get("preset", "moco_v2")]
@@ -81,7 +85,7 @@ def train_every_case(rank: int, world: int) -> dict:
         params = preset(**{**SMALL, "mlp_normalization": "ln", "evaluations": [], **fields})
         torch.manual_seed(1)
         model, gradients = SelfSupervisedMethod(params, encoder=encoder()), Gradients()
-        trainer(world, callbacks=[gradients]).fit(model, Batches(views))
+        trainer(world, callbacks=[gradients]).fit(model, Batches(batches))
         found[case] = {"loss": gradients.loss, "gradients": gradients.found, "state": model.state_dict()}
     return found
 

@@ -108,7 +108,7 @@ def test_an_encoder_that_cannot_take_the_images_is_refused_when_built():
 
 
 def test_own_module():
-    params = SimpleNamespace(encoder_arch="module", embedding_dim=None, channels=3, crop_size=8)
+    params = SimpleNamespace(encoder_arch="module", embedding_dim=None, input_shape=(3, 8, 8))
     own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     encoder, width = encoders.get_encoder(params, own)
     assert encoder is own and width == 4 and own.training and own[1].num_batches_tracked == 0
@@ -129,3 +129,10 @@ def test_timm_where_it_is_installed():
         assert encoder.eval()(torch.zeros(1, 1, 64, 64)).shape == (1, width)
         with pytest.raises(ValueError, match="Nearest: .*resnet10t"):
             ModelParams(encoder_arch="timm:resnet10")
+
+
+def test_an_own_encoder_of_clips_has_the_layout_of_clips():
+    own = nn.Sequential(nn.Conv3d(3, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    params = ModelParams(dataset_name="kinetics", encoder_arch="module", transform_crop_size=16)
+    encoder, width = encoders.get_encoder(params, own)
+    assert width == 4 and own[0].weight.is_contiguous(memory_format=torch.channels_last_3d)

@@ -18,6 +18,8 @@ from torchvision.models import VisionTransformer, resnet18
 import data
 import layers
 import subsets
+import watch
+from lars import LARS
 from linear_classifier import LinearClassifierMethod
 from linear_params import LINEAR_PRESETS, LinearClassifierMethodParams
 from loader import Loader
@@ -34,6 +36,15 @@ def small_encoder(scale: float = 1.0) -> nn.Module:
     torch.manual_seed(5)
     convolution = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     return Scaled(convolution, nn.Sequential(nn.Conv2d(8, 12, 2), nn.ReLU()), nn.Flatten(), nn.Linear(48, 24))
+
+
+def lars(params) -> LARS:
+    vectors, others = ([p for p in params if (p.ndim < 2) == wanted] for wanted in (True, False))
+    groups = [{"params": others}, {"params": vectors, "weight_decay": 0.0, "adapt": False}]
+    return LARS(groups, 0.1, 0.9, 0.01, eta=0.1)
+
+
+LARS_FIELDS = {"optimizer_name": "lars", "lars_eta": 0.1, "exclude_matching_parameters_from_lars": [".bias", ".bn"]}
 
 
 def method(preset=LinearClassifierMethodParams, encoder: nn.Module | None = None, **fields) -> LinearClassifierMethod:
@@ -131,6 +142,15 @@ def test_the_loaders_hold_what_the_settings_say(fields, n_train, n_valid, traine
     assert all(map(np.array_equal, again.split(np.arange(990) % 10), linear.split(np.arange(990) % 10)))
 
 
+@pytest.mark.parametrize(
+    "n, batches", [(10, [10]), (63, [63]), (64, [64]), (66, [64]), (96, [64, 32]), (130, [64] * 2)]
+)
+def test_a_last_batch_of_a_few_images_is_dropped_but_not_the_only_one(n, batches):
+    params = LinearClassifierMethodParams(dataset_name="digits", batch_size=64, seed=0, drop_last_batch=None)
+    dataset = data.get_dataset(params, ("train",)).subset(np.arange(n))
+    assert [len(labels) for _, labels in data.get_loader(params, dataset, training=True)] == batches
+
+
 # ---- what is trained, and how fast ----
 
 
@@ -190,11 +210,13 @@ def test_every_parameter_is_in_one_stage():
         assert sorted(names) == sorted(name for name, _ in encoder.named_parameters())
 
 
-def test_the_groups_are_told(trainer, caplog):
+def test_the_groups_are_told(trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr(watch, "rank_zero_info", said.append)
     linear = method(encoder_lr=0.2, layer_decay=0.5, weight_decay=0.1, exclude_matching_parameters_from_lars=[".bn"])
-    with caplog.at_level("INFO"):
-        trainer(max_steps=1).fit(linear)
-    rows = [line.split() for line in caplog.text.splitlines() if line.startswith(("classifier ", "model."))]
+    trainer(max_steps=1).fit(linear)
+    lines = "\n".join(said).splitlines()
+    rows = [line.split() for line in lines if line.startswith(("classifier ", "model."))]
     assert rows == [
         ["classifier", "2", "0.1", "0.1"],
         ["model.3", "2", "0.2", "0.1"],
@@ -255,6 +277,7 @@ def test_the_rates_over_the_training(schedule, trainer):
 @pytest.mark.parametrize("fields, reference", [
     ({"nesterov": True}, lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True)),
     ({"optimizer_name": "adamw", "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1)),
+    ({**LARS_FIELDS, "weight_decay": 0.01}, lambda p: lars([*p])),
 ])  # fmt: skip
 def test_fine_tuning_is_plain_pytorch(fields, reference, trainer):
     """The same steps as a loop of five lines, on the same float images, encoder in train mode."""
@@ -265,7 +288,8 @@ def test_fine_tuning_is_plain_pytorch(fields, reference, trainer):
     trainer(max_epochs=1, limit_train_batches=4, limit_val_batches=0).fit(linear, batches)
     optimizer = reference(plain.parameters())
     for step, (x, y) in enumerate(zip(images, labels, strict=True)):
-        optimizer.param_groups[0]["lr"] = 0.1 * 0.1 ** ((step >= 2.4) + (step >= 3.2))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * 0.1 ** ((step >= 2.4) + (step >= 3.2))
         optimizer.zero_grad()
         nn.functional.cross_entropy(plain(x), y).backward()
         optimizer.step()

@@ -88,7 +88,7 @@ def test_unknown_field_is_a_type_error():
     "fields, message",
     [
         ({"loss_type": "cee"}, "loss_type='cee' is unknown: choose one of ce, bce, ip, sce, vic, barlow"),
-        ({"optimizer_name": "adam"}, "optimizer_name='adam' is unknown: choose one of sgd, lars, adamw"),
+        ({"optimizer_name": "adan"}, "optimizer_name='adan' is unknown: choose one of sgd, lars, adamw, adam"),
         ({"mlp_normalization": "batch"}, "mlp_normalization='batch' is unknown: choose one of None, bn, ln, gn, br"),
         ({"prediction_mlp_normalization": "x"}, "prediction_mlp_normalization='x' .*None, same, bn"),
         ({"encoder_arch": "resnet81"}, "encoder_arch='resnet81' is unknown: .*Nearest: resnet18"),

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from data import DATASETS
+from encoders import STEM_VARIANTS
 from evaluation import EVALUATIONS
 from heads import NORMALIZATIONS
 from moco import SelfSupervisedMethod
@@ -49,11 +50,14 @@ PER_VIEW = per_view(SHARE)
 STRENGTH = per_view(either(0, -0.0, 0.4, 1, 5))
 NORM = either(None, *NORMALIZATIONS)
 
+VIEW_EVENTS = ("jitter", "grayscale", "blur", "solarize", "flip", "time_difference")
+
 SENSIBLE = {
     "encoder_arch": either("shufflenet_v2_x0_5", "ws_resnet18", "resnet18"),
     "embedding_dim": either(None, 6),
     "encoder_weights": st.none(),
     "low_resolution_stem": either(None, False, True),
+    "stem_variant": either("standard", "standard", *STEM_VARIANTS),
     "in_channels": either(None, 1, 2, 3),
     "dataset_name": either(*DATASETS),
     "batch_size": st.integers(1, 12),
@@ -63,11 +67,33 @@ SENSIBLE = {
     "image_std": st.none() | st.just([0.25]),
     "seed": st.none() | either(0, 1, 2**32 - 1, 2**32, 2**63 - 1) | st.integers(0, 2**32),
     "num_data_workers": either(0, 1, 64, 1000),
-    "drop_last_batch": FLAG,
+    "drop_last_batch": FLAG | st.none(),
     "pin_data_memory": FLAG,
     "data_on_device": either(None, False, True),
     "torch_compile": either(False),  # compiled in test_speed.py: it takes seconds
     "unreadable_images": either("stop", "skip"),
+    "num_frames": either(1, 2, 8, 16),
+    "clip_duration": either(0.1, 1, 2.56, 10.0),
+    "clip_speeds": st.lists(either(0.5, 1, 1.0, 2), min_size=1, max_size=3),
+    "clip_jitter": either(0, 0.0, 0.2, 0.9),
+    "video_decoder": either("file", "frames"),
+    "frames_per_second": either(1, 24, 29.97, 30.0),
+    "decoding_threads": either(1, 2, 8),
+    "video_path_prefix": either(None, "~/videos"),
+    "evaluation_clips": either(1, 3, 10),
+    "evaluation_crops": either(1, 3),
+    "data_path": either(None, "photos"),
+    "include_patterns": either([], ["*.png"]),
+    "exclude_patterns": either([], ["a/*", "b"]),
+    "labels_from": either("first_folder", "last_folder", None),
+    "class_to_idx": either(None, ["cat=0"], {"cat": 0, "dog": 1}),
+    "val_size": SHARE,
+    "test_size": SHARE,
+    "data_fraction": SHARE,
+    "data_seed": either(0, 1, 2**63 - 1),
+    "splits_path": either(None, "splits"),
+    "pixel_range": either(None, [0, 10000], [-1.0, 1.0]),
+    "compute_statistics": either(False),  # reads the data set: test_own_data.py
     "lr_scaling": either(None, "linear", "sqrt"),
     "lr_batch_size": either(1, 8, 256, 100_000),
     "shuffle_batch_norm": FLAG,
@@ -82,7 +108,24 @@ SENSIBLE = {
     "use_negative_examples_from_same_view": FLAG,
     "sce_coefficient": SHARE,
     "sce_target_T": TEMPERATURE,
-    "optimizer_name": either("sgd", "lars", "adamw"),
+    "optimizer_name": either("sgd", "lars", "adamw", "adam"),
+    "grad_clip_lars": FLAG,
+    "lr_schedule": either("cosine", "linear", "steps", "constant"),
+    "lr_decay_steps": either([], [0], [0.5, 1], [3]),
+    "lr_decay_factor": either(0.1, 0.5, 1),
+    "warmup_start_lr": either(0, 0.0, 1e-6, 0.3),
+    "final_weight_decay": either(None, 0, 1e-3, 0.4),
+    "layer_decay": either(1, 1.0, 0.65, 1e-3),
+    "parameter_options": st.lists(
+        either(
+            {"pattern": "model", "lr_mult": 0.5},
+            {"pattern": "bias$", "lr": 0.001, "weight_decay": 0},
+            {"pattern": "^model", "momentum": 0.5, "weight_decay_mult": 2},
+            {"pattern": "projection", "lars_exclude": True},
+            {"pattern": "nothing", "lr_mult": 2},
+        ),
+        max_size=2,
+    ),
     "lr": either(1e-8, 1e-4, 0.05, 0.5, 3.2, 30, 1000.0) | st.floats(1e-6, 10),
     "momentum": SHARE,
     "weight_decay": either(0, 1e-6, 1e-4, 0.1, 1.0),
@@ -95,7 +138,7 @@ SENSIBLE = {
     "loss_constant_factor": either(1e-3, 0.1, 1, 2, 100.0),
     "transform_s": either(0, 0.5, 1.0, 5) | st.lists(either(0, 0.5, 1), min_size=2, max_size=2),
     "transform_apply_blur": FLAG,
-    **{f"transform_{name}_probability": PER_VIEW for name in ("jitter", "grayscale", "blur", "solarize", "flip")},
+    **{f"transform_{name}_probability": PER_VIEW for name in VIEW_EVENTS},
     **{f"transform_{name}": STRENGTH for name in ("brightness", "contrast", "saturation")},
     **{f"transform_{small}crop_scale_{end}": PER_VIEW for small in ("", "small_") for end in ("min", "max")},
     "transform_small_crop_size": either(None, 7, 8, [8, 7]),
@@ -130,6 +173,8 @@ SENSIBLE = {
     "evaluations": st.lists(either(*EVALUATIONS), max_size=4),
     "evaluate_every_n_epochs": either(1, 2, 1000),
     "probe_on_training_set": FLAG,
+    "online_classifier": FLAG,
+    "online_classifier_lr": either(1e-3, 0.1, 1),
 }
 LISTS = ([], [0.5], [0.5, 1.5], [None, 0.5], [True, 0.5], [math.nan, 0.1], [[0.5], [0.5]], [0.1] * 3, ["knn", 1])
 ODD = either(
@@ -171,7 +216,7 @@ def may_diverge(p: ModelParams) -> bool:
     ratio = (p.global_batch_size or p.batch_size) / p.lr_batch_size
     lr = p.lr * {None: 1, "linear": ratio, "sqrt": math.sqrt(ratio)}[p.lr_scaling]
     weights = (p.invariance_loss_weight, p.variance_loss_weight, p.covariance_loss_weight, p.redundancy_loss_weight)
-    long = lr > (0.05 if p.optimizer_name == "adamw" else 1) or lr * p.loss_constant_factor * max(weights) > 25
+    long = lr > (0.05 if p.optimizer_name.startswith("adam") else 1) or lr * p.loss_constant_factor * max(weights) > 25
     return long or (p.use_mlp_weight_standardization and not p.use_unit_sphere_projection)
 
 

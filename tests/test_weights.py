@@ -14,7 +14,6 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from lightly.models import ResNetGenerator
 from torch import Tensor, nn
 
 import encoders
@@ -100,16 +99,21 @@ def lightly():
     return content, nn.Sequential(sequential, nn.Flatten()), 64
 
 
+def lightlys_generator():
+    """Where lightly is installed (benchmarks/requirements.txt)."""
+    return pytest.importorskip("lightly.models").ResNetGenerator
+
+
 def lightlys_own_resnet():
     """Numbered, it has no ReLU after the stem: F.relu is no child."""
-    children = list(shaken(ResNetGenerator("resnet-18")).children())[:-1]
+    children = list(shaken(lightlys_generator()("resnet-18")).children())[:-1]
     backbone = nn.Sequential(*children, nn.AdaptiveAvgPool2d(1)).eval()
     state = {**under("backbone.", backbone.state_dict()), **under("projection_head.layers.", MLP)}
     return {"state_dict": state}, nn.Sequential(backbone, nn.Flatten()), 32
 
 
 def lightlys_own_resnet_unnumbered():
-    resnet = shaken(ResNetGenerator("resnet-18"))
+    resnet = shaken(lightlys_generator()("resnet-18"))
     state = {**under("backbone.", resnet.state_dict()), **under("projection_head.layers.", MLP)}
     resnet = copy.deepcopy(resnet)
     resnet.linear = nn.Identity()
@@ -365,6 +369,14 @@ def test_what_the_pretraining_started_from(small, trainer, tmp_path):
 
 
 # ---- what the file does not say ----
+
+
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "shufflenet_v2_x0_5", "regnet_y_400mf"])
+def test_the_architecture_is_found(name, tmp_path):
+    """RegNets must be named."""
+    torch.save(torchvision.models.get_model(name).state_dict(), tmp_path / "weights.pth")
+    named = {"encoder_arch": name} if name.startswith("regnet") else {}
+    assert load_encoder(tmp_path / "weights.pth", **named).params.encoder_arch == name
 
 
 def test_what_is_assumed_is_said(tmp_path):

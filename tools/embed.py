@@ -19,11 +19,10 @@ import torchvision
 from torch.utils.data import DataLoader
 
 from data import already_a_batch
-from tools.commands import in_words
+from tools.commands import add_fields, in_words
 from tools.embedding_work import Work
 from tools.feature_files import read  # noqa: F401  (the reader of what this writes)
 from tools.image_sources import Batches, Source, open_source, part_kept
-from train import value
 from weights import Encoder, load_encoder
 
 MOST_WORKERS = 8
@@ -143,8 +142,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--skip_unreadable", action="store_true", help="count and list them instead of stopping")
     parser.add_argument("--overwrite", action="store_true", help="embed all anew, whatever --out holds")
     fields = parser.add_argument_group("where the checkpoint does not say, or says it wrong (see shared_params.py)")
-    for name in OVERRIDES:
-        fields.add_argument(f"--{name}", type=value, default=argparse.SUPPRESS, metavar="VALUE")
+    add_fields(fields, OVERRIDES)
     return parser.parse_args()
 
 

@@ -30,6 +30,7 @@ class Work:
         self.out, self.about, self.folder = out, about, out.with_name(f"{out.name}.parts")
         self.use_finished, self.overwrite = out.is_file() and not overwrite, overwrite
         self.unreadable: dict[str, str] = {}
+        self.changes = ""  # of a finished file
         self.pending: list[tuple[list[str], np.ndarray]] = []
         self.written = time.monotonic()
         self.lock = FileLock(self.folder / ".lock")
@@ -67,6 +68,9 @@ class Work:
         self.unreadable = {
             path: self.unreadable[path] for path in paths if path in self.unreadable and path not in done
         }
+        if finished:
+            new, gone = set(paths).difference(finished), finished.difference(paths)
+            self.changes = f", {len(new):,} images are new, {len(gone):,} are gone"
         return [path for path in paths if path not in done and path not in self.unreadable]
 
     def check(self, file: Path) -> bool:
@@ -128,7 +132,7 @@ class Work:
         else:
             about = {**self.about, "unreadable": self.unreadable}
             feature_files.join(self.out, finished + parts, rows, source.labels(rows), about)
-            print(f"{self.out}: {len(rows):,} embeddings")
+            print(f"{self.out}: {len(rows):,} embeddings{self.changes}")
         for part in parts:
             part.unlink()
         for path, reason in self.unreadable.items():

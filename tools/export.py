@@ -25,9 +25,9 @@ from torch import nn
 from checkpoints import sync_folder
 from shared_params import EncoderAndDataParams
 from tools import count
+from tools.commands import add_fields
 from tools.formats import FORMATS, Normalized
 from tools.verify import samples, verified
-from train import value
 from weights import Encoder, load_encoder
 
 FACTS = (
@@ -130,7 +130,7 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
         images = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
         twin = attrs.evolve(twin, content=Normalized(twin.content, mean, std).eval())
         mean, std = (0.0,) * len(mean), (1.0,) * len(std)  # what is left to do
-    code = f"{twin.code}\n{row.read}\n".lstrip()
+    code = "\n\n".join(filter(None, [twin.code, row.read, twin.use])) + "\n"
     notes = {"self_supervised": facts(encoder.params, twin.arch, expected.shape[1], mean, std), "load": code}
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -190,8 +190,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--normalize", action="store_true", help="programs take values from 0 to 1")
     parser.add_argument("--count", action="store_true", help="print parameters and FLOPs of each part")
     fields = parser.add_argument_group("where the file does not say (fields of EncoderAndDataParams)")
-    for name in FACTS:
-        fields.add_argument(f"--{name}", type=value, default=argparse.SUPPRESS, metavar="VALUE")
+    add_fields(fields, FACTS)
     args = parser.parse_args()
     if not args.format and not args.count:
         parser.error("say --format, or --count")

@@ -40,12 +40,6 @@ for key, array in arrays.items():  # detectron2's names -> torchvision's
     key = re.sub(r"^res(\d)", lambda stage: f"layer{int(stage[1]) - 1}", key)
     state[re.sub(r"conv(\d)\.norm", r"bn\1", key)] = torch.as_tensor(array)
 """.strip()
-USE_STATE = """
-model.load_state_dict(state)
-model.eval()
-with torch.no_grad():
-    embeddings = model(torch.as_tensor(images))
-""".strip()
 RUN_TORCHSCRIPT = """
 import torch
 
@@ -77,7 +71,7 @@ class Normalized(nn.Module):
 
 
 def program(encoder: Encoder) -> Twin:
-    return Twin(twins.plain(encoder).eval(), encoder.params.encoder_arch)
+    return Twin(twins.plain(encoder).eval(), encoder.params.encoder_arch, use="")
 
 
 def as_json(notes: dict[str, Any]) -> dict[str, str]:
@@ -142,7 +136,7 @@ class Format:
     extension: str
     twin: Callable[[Encoder], Twin]
     write: Callable[[Any, Path, dict[str, Any], Tensor], None]  # content, file, notes, images to trace with
-    read: str  # Python, after that of the twin
+    read: str  # Python that reads `path`: after the twin's `code`, before its `use`
     needs: tuple[str, ...] = ()  # packages beyond requirements.txt
 
     @property
@@ -151,16 +145,16 @@ class Format:
 
 
 FORMATS = {
-    "torchvision": Format(".pt", twins.in_torchvision, write_torch, f"{READ_TORCH}\n{USE_STATE}"),
-    "timm": Format(".pt", twins.in_timm, write_torch, f"{READ_TORCH}\n{USE_STATE}", ("timm",)),
+    "torchvision": Format(".pt", twins.in_torchvision, write_torch, READ_TORCH),
+    "timm": Format(".pt", twins.in_timm, write_torch, READ_TORCH, ("timm",)),
     "safetensors": Format(
         ".safetensors",
         twins.in_its_library,
         write_safetensors,
-        f"{READ_SAFETENSORS}\n{USE_STATE}",
+        READ_SAFETENSORS,
         ("safetensors",),
     ),
-    "detectron2": Format(".pkl", twins.in_detectron2, write_pickle, f"{READ_PICKLE}\n{USE_STATE}"),
+    "detectron2": Format(".pkl", twins.in_detectron2, write_pickle, READ_PICKLE),
     "torchscript": Format(".pt", program, write_torchscript, RUN_TORCHSCRIPT),
     "onnx": Format(".onnx", program, write_onnx, RUN_ONNX, ("onnx", "onnxscript", "onnxruntime")),
     "torch_export": Format(".pt2", program, write_torch_export, RUN_TORCH_EXPORT),

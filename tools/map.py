@@ -118,6 +118,8 @@ def make_map(
     for file in out:
         if file.suffix not in WRITERS:
             raise ValueError(f"{file} must end in {' or '.join(WRITERS)}")
+    if n < 4:
+        raise ValueError(f"sample={n} must be at least 4: a map needs some points")
     about = feature_files.about(features)
     paths, embeddings, labels = sample(features, n, seed)
     points = project(embeddings, method, seed)

@@ -55,7 +55,7 @@ def draw(found: Map, source: Source | None, file: Path) -> None:
     width, height = np.ptp(found.points, axis=0)
     aspect = float(np.clip(width / max(height, 1e-12), 0.6, 1.8))
     figure, axis = plt.subplots(figsize=(7 * aspect + 2, 7.5), layout="constrained")
-    size = float(np.clip(30000 / len(found.points), 3, 40))
+    size = float(np.clip(45000 / len(found.points), 3, 40))
     colours = np.array(found.colours)
     axis.scatter(*found.points.T, s=size, c=colours[found.kind], linewidths=0, alpha=0.8)
     counts = np.bincount(found.kind, minlength=len(found.names))
@@ -65,7 +65,7 @@ def draw(found: Map, source: Source | None, file: Path) -> None:
         for i in listed
     ]
     more = f"the {LEGEND} largest of {len(found.names)}" if len(found.names) > LEGEND else None
-    axis.legend(handles=handles, title=more, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.legend(handles=handles, title=more, loc="outside right center", frameon=False)
     axis.set_title(f"{found.title}\n{found.note}", loc="left", fontsize=11, wrap=True)
     axis.set(xticks=[], yticks=[], aspect="equal")
     axis.spines[:].set_color("#d8dce2")

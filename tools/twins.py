@@ -4,12 +4,13 @@ The code travels in every exported file, and is what checks the file in a fresh 
 """
 
 import copy
+import inspect
 import re
 from typing import Any
 
 import torch
 import torchvision
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import nn
 
 import ws_resnet
@@ -50,19 +51,37 @@ DETECTRON2_KEYS = {  # patterns, in this order
 }
 
 
+USE_STATE = """
+model.load_state_dict(state)
+model.eval()
+with torch.no_grad():
+    embeddings = model(torch.as_tensor(images))
+""".strip()
+STANDARDIZE = f"""
+from torch import Tensor
+
+
+{inspect.getsource(ws_resnet.standardized)}
+
+state = {{key: standardized(value) if value.dim() == 4 else value for key, value in state.items()}}
+""".strip()
+
+
 @frozen
 class Twin:
-    """What a file holds, and how one gets the module for it."""
+    """What a file holds, and how one gets embeddings from it."""
 
     content: Any  # a state dict, or a module
-    arch: str  # the encoder_arch as which a state dict is read back
+    arch: str  # encoder_arch of the content
     code: str = ""  # Python that makes `model`
+    use: str = USE_STATE  # Python that makes `embeddings`, when the file is read
 
 
 def plain(encoder: Encoder) -> nn.Module:
     """A copy made of torch's own layers alone, with the same embeddings.
 
     Standardized weights are computed once and for all: in use, a `ws_resnet` is torchvision's ResNet with group norm.
+    It is no `ws_resnet` any more: to standardize twice gives other weights, by the 1e-5 that is added to deviations.
     """
     model = copy.deepcopy(encoder.model)
     for layer in model.modules():
@@ -87,7 +106,7 @@ def in_torchvision(encoder: Encoder) -> Twin:
     call = f"torchvision.models.{p.encoder_arch.removeprefix('ws_')}"
     model = plain(encoder)
     code = building("torchvision", call, [], {**options, **normalization(p.encoder_arch)}, model)
-    return Twin(model.state_dict(), p.encoder_arch, code)
+    return Twin(model.state_dict(), p.encoder_arch.removeprefix("ws_"), code)
 
 
 def in_timm(encoder: Encoder) -> Twin:
@@ -95,9 +114,10 @@ def in_timm(encoder: Encoder) -> Twin:
     import timm  # optional, and slow to import
 
     p, model = encoder.params, plain(encoder)
-    arch, state = p.encoder_arch, model.state_dict()
-    name = TIMM_VITS.get(arch, arch.removeprefix("timm:").removeprefix("ws_"))
-    options = {"num_classes": 0, **({} if p.channels == 3 else {"in_chans": p.channels}), **normalization(arch)}
+    arch, state = p.encoder_arch.removeprefix("ws_"), model.state_dict()
+    name = TIMM_VITS.get(arch, arch.removeprefix("timm:"))
+    channels = {} if p.channels == 3 else {"in_chans": p.channels}
+    options = {"num_classes": 0, **channels, **normalization(p.encoder_arch)}
     if arch in TIMM_VITS:
         options["img_size"] = p.crop_size
         arch, state = f"timm:{name}", {renamed(key, TIMM_VIT_KEYS): value for key, value in state.items()}
@@ -113,7 +133,13 @@ def in_timm(encoder: Encoder) -> Twin:
 
 
 def in_its_library(encoder: Encoder) -> Twin:
-    return in_timm(encoder) if encoder.params.encoder_arch.startswith("timm:") else in_torchvision(encoder)
+    """The very tensors of the encoder: those of a `ws_resnet` are standardized by who reads them."""
+    arch = encoder.params.encoder_arch
+    twin = in_timm(encoder) if arch.startswith("timm:") else in_torchvision(encoder)
+    if not normalization(arch):
+        return twin
+    tensors = {key: value.contiguous() for key, value in encoder.model.state_dict().items()}
+    return evolve(twin, content=tensors, arch=arch, use=f"{STANDARDIZE}\n\n{USE_STATE}")
 
 
 def in_detectron2(encoder: Encoder) -> Twin:
@@ -177,8 +203,11 @@ def building(library: str, call: str, arguments: list[str], options: dict[str, A
 
 
 def built(code: str) -> nn.Module:
-    """Without memory for its parameters."""
+    """Without memory for its parameters, where it can be built so."""
     names: dict[str, Any] = {}
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            exec(code, names)
+    except NotImplementedError:  # torchvision's RegNets read numbers from tensors while they are built
         exec(code, names)
     return names["model"]

@@ -1,0 +1,77 @@
+"""Images of any number of channels, from .npy, TIFF and whatever else holds them, as arrays of 8 bits."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ARRAY_SUFFIX, TIFF_SUFFIXES = ".npy", (".tif", ".tiff")
+PIL_MODES = {2: "LA", 4: "RGBA"}  # of other files
+
+
+def is_array(path: str, channels: int, pixel_range: list[float] | None) -> bool:
+    """Whether an image is read here. Gray or RGB TIFFs are read by PIL, unless their range is told."""
+    suffix = Path(path).suffix.lower()
+    return suffix == ARRAY_SUFFIX or channels not in (1, 3) or (suffix in TIFF_SUFFIXES and pixel_range is not None)
+
+
+def read_array(path: str, channels: int, pixel_range: list[float] | None = None) -> np.ndarray:
+    """uint8 [H, W, C].
+
+    Files hold H x W, H x W x C, or C x H x W where only the first axis has the length C. Values of uint8 stay what they
+    are; uint16 is divided by 257; floats go from 0 to 1. With `pixel_range`, the values from its first to its second
+    become 0 to 255, rounded, and those beyond are cut off.
+
+    Raises:
+        ValueError: another shape, another type, or floats out of 0 to 1.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ARRAY_SUFFIX:
+        pixels = np.load(path, allow_pickle=False)
+    elif suffix in TIFF_SUFFIXES:
+        pixels = read_tiff(path)
+    else:
+        if channels not in PIL_MODES:
+            raise ValueError(f"in_channels={channels} are read from .npy and TIFF files only")
+        with Image.open(path) as file:
+            pixels = np.asarray(file.convert(PIL_MODES[channels]))
+    return in_8_bits(channels_last(pixels, channels), pixel_range)
+
+
+def read_tiff(path: str) -> np.ndarray:
+    try:
+        import tifffile  # optional
+    except ImportError as error:
+        raise ValueError("TIFF files of many bands need tifffile: pip install tifffile") from error
+    return tifffile.imread(path)
+
+
+def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim == 3 and pixels.shape[0] == channels != pixels.shape[2]:
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 3 and pixels.shape[2] == 1 and channels == 3:  # gray, for an encoder of colours
+        pixels = pixels.repeat(3, axis=2)
+    if pixels.ndim != 3 or pixels.shape[2] != channels or 0 in pixels.shape:
+        raise ValueError(f"an array of shape {pixels.shape} is no image of in_channels={channels}")
+    return np.ascontiguousarray(pixels)
+
+
+def in_8_bits(pixels: np.ndarray, pixel_range: list[float] | None) -> np.ndarray:
+    way_out = "set pixel_range to the values of black and white"
+    if pixel_range is None and pixels.dtype == np.uint8:
+        return pixels
+    if pixel_range is None and pixels.dtype == np.uint16:
+        return (pixels // 257).astype(np.uint8)  # as read_image does
+    if pixels.dtype.kind not in "uif":
+        raise ValueError(f"values of type {pixels.dtype} are no pixels")
+    if not np.isfinite(pixels).all():
+        raise ValueError("there are values that are not finite")
+    if pixel_range is None and pixels.dtype.kind != "f":
+        raise ValueError(f"values of type {pixels.dtype} have no known range: {way_out}")
+    low, high = pixel_range or (0.0, 1.0)
+    if pixel_range is None and (pixels.min() < 0 or pixels.max() > 1):
+        raise ValueError(f"values from {pixels.min():g} to {pixels.max():g} are not within 0 to 1: {way_out}")
+    scaled = (pixels.astype(np.float64) - low) * (255 / (high - low))
+    return np.round(scaled).clip(0, 255).astype(np.uint8)

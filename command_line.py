@@ -1,0 +1,237 @@
+"""Every field of ModelParams and RunOptions as an option of a program.
+
+Parsed by jsonargparse rather than tyro; both were tried on these classes. jsonargparse is argparse with YAML: a group
+of options for each section, `true` and `[1.0, 0.1]` as values, --config. tyro reads comments by itself, but takes a
+section's heading for the comment of its first field, makes one group of a class, and refuses `true` and `[1.0, 0.1]`.
+"""
+
+import argparse
+import ast
+import difflib
+import inspect
+import io
+import shutil
+import sys
+import textwrap
+import tokenize
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, get_args
+
+import attrs
+import jsonargparse
+import yaml
+
+from model_params import PRESETS, ModelParams
+from run_options import NAMES, OF_THE_COMMAND, RunOptions
+
+from_yaml = jsonargparse.get_loader("yaml")
+USAGE = "python train.py PRESET [options]"
+VALUES = "Values are YAML: 0.3, true, none, [1.0, 0.1]. In lists of words the brackets may be left out: knn,rank_me"
+
+
+# ---- what the source says of a field ----
+
+
+@cache
+def described(kind: type) -> dict[str, tuple[str, str]]:
+    """Of each field: (the heading of its section, the comment behind or directly above it).
+
+    A heading is a comment of its own line after an empty one; before the first, it is the docstring's first sentence.
+    """
+    found = {}
+    for owner in reversed([base for base in kind.__mro__ if attrs.has(base)]):
+        source = inspect.cleandoc("\n" + inspect.getsource(owner))
+        comments = {
+            token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        lines, heading = source.splitlines(), owner.__doc__.split(".")[0]
+        previous_end = 0
+        for node in ast.parse(source).body[0].body:
+            own_lines = [n for n in range(previous_end + 1, node.lineno) if n in comments and comments[n][1]]
+            is_heading = bool(own_lines) and not lines[own_lines[0] - 2].strip()
+            above = " ".join(comments[n][0] for n in own_lines)
+            previous_end = node.end_lineno
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            heading = above if is_heading else heading
+            behind = comments.get(node.end_lineno, ("", False))[0]
+            found[node.target.id] = (heading, behind or ("" if is_heading else above))
+    return found
+
+
+def type_text(attribute: attrs.Attribute) -> str:
+    """For the help: what may be given."""
+    choices = attribute.metadata.get("choices")
+    if choices is None:
+        kinds = get_args(attribute.type) or (attribute.type,)
+        kinds = (attribute.type,) if str(attribute.type).startswith("list") else kinds
+        words = {bool: "true|false", int: "whole", float: "number", str: "text", NoneType: "none"}
+        choices = [words.get(kind, "list") for kind in kinds]
+    return "|".join(text(choice) for choice in choices)
+
+
+def text(value: Any) -> str:
+    """As it is written on the command line."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(text, value))}]"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def reader(kind: Any) -> Callable[[Any], Any]:
+    """What is given for a field of this type -> its value. Whether it is allowed, the field says."""
+
+    def read(given: Any) -> Any:
+        if not isinstance(given, str):  # from a configuration file, or a default
+            return given
+        if given.lower() in ("none", "null"):
+            return [] if kind == list[str] else None
+        if kind in (str, str | None):
+            return given
+        if kind == list[str] and not given.startswith("["):
+            return given.split(",")
+        try:
+            value = from_yaml(given)
+        except yaml.YAMLError as error:
+            raise argparse.ArgumentTypeError(f"{given!r} is no YAML") from error
+        if isinstance(value, list):
+            return [None if one in ("none", "None") else one for one in value]
+        return value
+
+    return read
+
+
+# ---- the parser ----
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Errors in one line; unknown names with those that may have been meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = str(ex or message)
+        if message.lower().startswith("unrecognized arguments: "):
+            given = message.split(": ")[1].split()[0].split("=")[0]
+            name = given.lstrip("-")
+            message = f"unknown {'argument' if given == name else 'option'} {given}.{meant(name)}"
+        fail(" ".join(message.split()))
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def known_names() -> tuple[str, ...]:
+    return *NAMES, *(attribute.name for attribute in attrs.fields(ModelParams))
+
+
+def meant(name: str, names: Sequence[str] | None = None, start: str = "--") -> str:
+    """' Did you mean --lr?': names that are spelt alike, or that have its initials (learning_rate: lr) as a word."""
+    names = names or known_names()
+    alike = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    initials = "".join(word[0] for word in name.lower().split("_") if word)
+    short = [known for known in names if initials in known.lower().split("_")]
+    found = (alike or sorted(short, key=lambda known: (not known.lower().startswith(initials), len(known))))[:3]
+    return f" Did you mean {', '.join(start + one for one in found)}?" if found else " --help lists all"
+
+
+def parser(preset: str) -> Parser:
+    """Of all options, with this preset's values as defaults."""
+    about = f"{wrapped(f'{preset}: {differences(preset)}')}\n{VALUES}"
+    # print_config=None: ours, which prints what was validated, and reads back to the same run
+    built = Parser(usage=USAGE, description=about, formatter_class=Formatter, print_config=None)
+    built.add_argument(
+        "--config", action="config", metavar="FILE", help="YAML, as --print_config makes it; options win"
+    )
+    built.add_argument("--preset", default=preset, help=argparse.SUPPRESS)  # of a configuration file
+    groups = {}
+    for defaults in (RunOptions(), PRESETS[preset]()):
+        for attribute in attrs.fields(type(defaults)):
+            heading, comment = described(type(defaults))[attribute.name]
+            if heading not in groups:
+                groups[heading] = built.add_argument_group(heading)
+            default = getattr(defaults, attribute.name)
+            flag = {"nargs": "?", "const": True} if attribute.type is bool else {}
+            groups[heading].add_argument(
+                f"--{attribute.name}",
+                type=reader(attribute.type),
+                default=default,
+                metavar=type_text(attribute),
+                help=f"{comment} (default: {text(default)})".strip().replace("%", "%%"),
+                **flag,
+            )
+    return built
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=44)
+
+
+def differences(preset: str) -> str:
+    """What a preset sets, in which it differs from the defaults."""
+    found, plain = attrs.asdict(PRESETS[preset]()), attrs.asdict(ModelParams())
+    return ", ".join(f"{name} {text(value)}" for name, value in found.items() if value != plain[name]) or "the defaults"
+
+
+def wrapped(words: str, indent: str = "") -> str:
+    return textwrap.fill(words, shutil.get_terminal_size().columns - 2, subsequent_indent=indent)
+
+
+# ---- a command ----
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
+    """(preset, options, settings). What is wrong ends the program with one line and status 2."""
+    arguments = list(arguments)
+    given = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    if given is None and (not arguments or {"-h", "--help"} & set(arguments)):
+        print(f"usage: {USAGE}\n\nPRESET --help shows every option. Presets, and the settings that make them:\n")
+        print("\n".join(wrapped(f"{name:14}{differences(name)}", " " * 14) for name in PRESETS))
+        raise SystemExit(0 if arguments else 2)
+    config = [arguments.pop(at) for at in option_at(arguments, "--config")]
+    preset = preset_of(given, config)
+    found = parser(preset).parse_args(config + arguments).as_dict()  # the file first: options win
+    try:
+        options = RunOptions(**{name: found[name] for name in NAMES})
+        return preset, options, PRESETS[preset](**{a.name: found[a.name] for a in attrs.fields(ModelParams)})
+    except ValueError as error:
+        fail(str(error))
+
+
+def option_at(arguments: list[str], name: str) -> list[int]:
+    """Where to pop an option and its value; empty if it is not there."""
+    for at, argument in enumerate(arguments):
+        if argument == name or argument.startswith(f"{name}="):
+            return [at] if "=" in argument else [at, at]
+    return []
+
+
+def preset_of(given: str | None, config: list[str]) -> str:
+    """The first argument, or what the configuration file says."""
+    written = None
+    if config:
+        path = Path(config[-1].removeprefix("--config="))
+        if not path.is_file():
+            fail(f"config={path} is no file")
+        content = from_yaml(path.read_text())
+        if not isinstance(content, dict):
+            fail(f"config={path} holds no settings")
+        for name in set(content) - {"preset", *known_names()}:
+            fail(f"{path}: unknown setting {name}.{meant(name)}")
+        written = content.get("preset")
+    if given and written and given != written:
+        fail(f"preset={given} contradicts {written} in {config[-1]}: leave one of them out")
+    preset = given or written or fail(f"which preset? choose one of {', '.join(PRESETS)}")
+    return preset if preset in PRESETS else fail(f"unknown preset {preset}.{meant(preset, tuple(PRESETS), '')}")
+
+
+def to_yaml(preset: str, options: RunOptions, params: ModelParams) -> str:
+    """Everything that makes this run, as --config reads it."""
+    assert not set(OF_THE_COMMAND) - set(NAMES)
+    settings = {"preset": preset, **options.of_the_run(), **attrs.asdict(params)}
+    return yaml.safe_dump(settings, sort_keys=False)

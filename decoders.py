@@ -1,0 +1,130 @@
+"""Chosen frames of a video: of a video file, decoded by PyAV, or of a folder that holds an image for each frame.
+
+`choose` is called with the time of every frame in seconds, ascending from 0, and answers with the indices of the wanted
+ones, in an array of any shape. Both readers return (frames, places): the wanted frames as uint8 [M, H, W, C], each
+once, and where in them each of the indices is found.
+"""
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from image_files import read_image
+
+if TYPE_CHECKING:
+    from av import CodecContext, Packet, VideoFrame
+
+Choose = Callable[[np.ndarray], np.ndarray]
+Frames = tuple[np.ndarray, np.ndarray]
+COUNTED = "avi"  # holds no times: packets come without, or with wrong ones
+
+
+# ---- video files ----
+
+
+def read_video(path: str, choose: Choose, channels: int, threads: int) -> Frames:
+    """Compressed, the whole video passes through memory, which costs little; of it only the packets that the wanted
+    frames need are decoded, and only these frames converted. Frames of phones are turned upright.
+
+    Raises:
+        ValueError: the file holds no frames, or a wanted one is damaged.
+        OSError, av.FFmpegError: it is no video.
+    """
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    with av.open(path) as container:
+        if not container.streams.video:
+            raise ValueError("it holds no video stream")
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        codec = stream.codec_context
+        codec.thread_type, codec.thread_count = ("AUTO" if threads > 1 else "NONE"), threads
+        counted = container.format.name == COUNTED or any(packet.pts is None for packet in packets)
+        stamps = np.arange(len(packets)) if counted else np.unique([p.pts for p in packets if not p.is_discard])
+        if not len(stamps):
+            raise ValueError("it holds no frames")
+        indices = choose((stamps - stamps[0]) * float(1 / stream.average_rate if counted else stream.time_base))
+        numbers, places = np.unique(indices, return_inverse=True)
+        wanted = dict(zip(stamps[numbers].tolist(), numbers.tolist(), strict=True))
+        reformatter, found = VideoReformatter(), {}  # one for all frames: it takes as long to make as to use
+        for stamp, frame in in_order(codec, packets) if counted else by_time(codec, packets, wanted):
+            if stamp in wanted:
+                found[stamp] = to_array(reformatter, frame, channels)
+                if len(found) == len(wanted):
+                    break
+    if missing := [number for stamp, number in wanted.items() if stamp not in found]:
+        raise ValueError(f"frames {missing} of {len(stamps)} could not be decoded")
+    return np.stack([found[stamp] for stamp in wanted]), places.reshape(indices.shape)
+
+
+def by_time(
+    codec: "CodecContext", packets: list["Packet"], wanted: Collection[int]
+) -> Iterator[tuple[int, "VideoFrame"]]:
+    """(time stamp, frame) of the wanted frames, and of others on the way to them: from the last keyframe before each.
+
+    Frames that neither are wanted nor does any other frame refer to are passed over: most of H.264's.
+    """
+    last: dict[int, int] = {}  # keyframe to start from: packet after which all frames wanted from there are complete
+    keyframes = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+    for i, packet in enumerate(packets):
+        if packet.pts in wanted:  # a frame that is shown before the keyframe it comes after belongs to the one before
+            start = max((k for k in keyframes if k <= i and packets[k].pts <= packet.pts), default=0)
+            last[start] = i
+    for start, end in sorted(last.items()):
+        for packet in [*packets[start : end + 1], None]:  # None: give out what is held back
+            if packet is not None:
+                codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            for frame in codec.decode(packet):
+                yield frame.pts, frame
+        codec.flush_buffers()
+
+
+def in_order(codec: "CodecContext", packets: list["Packet"]) -> Iterator[tuple[int, "VideoFrame"]]:
+    """(number, frame) of all frames, as they come out of the decoder."""
+    return enumerate(frame for packet in [*packets, None] for frame in codec.decode(packet))
+
+
+def to_array(reformatter, frame: "VideoFrame", channels: int) -> np.ndarray:
+    """[H, W, C], as it is meant to be seen."""
+    if frame.is_corrupt:
+        raise ValueError(f"the frame at {frame.time:.2f} s is damaged")
+    pixels = reformatter.reformat(frame, format="gray" if channels == 1 else "rgb24").to_ndarray()
+    pixels = pixels[..., None] if channels == 1 else pixels
+    return np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
+
+
+# ---- folders of frames ----
+
+
+def read_folder(path: str, choose: Choose, channels: int, threads: int, frames_per_second: float) -> Frames:
+    """Frames are in the order of the numbers in their names: frame2.jpg before frame10.jpg.
+
+    Raises:
+        ValueError: the folder holds no images, or one of them cannot be read; names it.
+        OSError: it is no folder.
+    """
+    names = sorted((name for name in os.listdir(path) if name.lower().endswith(IMG_EXTENSIONS)), key=by_number)
+    if not names:
+        raise ValueError("the folder holds no images")
+    indices = choose(np.arange(len(names)) / frames_per_second)
+    wanted, places = np.unique(indices, return_inverse=True)
+
+    def read(index: int) -> np.ndarray:
+        try:
+            pixels = np.asarray(read_image(os.path.join(path, names[index]), channels))
+        except Exception as error:
+            raise ValueError(f"{names[index]}: {type(error).__name__}: {error}") from error
+        return pixels.reshape(*pixels.shape[:2], channels)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return np.stack(list((pool.map if threads > 1 else map)(read, wanted.tolist()))), places.reshape(indices.shape)
+
+
+def by_number(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

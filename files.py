@@ -1,0 +1,81 @@
+"""What data sets of files have in common: class folders, and files that cannot be read, found out by any worker."""
+
+import copy
+import os
+import re
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+MOST_WORKERS = 1024
+Sample = tuple[str, int | np.ndarray]  # path; class, or presences of all classes
+
+
+class LabelledFiles(Dataset):
+    """Paths and labels of files, each a sample of its own. A subclass reads one: `read(index)`.
+
+    Args:
+        files: (path, label) of each.
+        kind: what a file is, for the messages.
+        skip_unreadable: take the next readable file in place of one that cannot be read, instead of stopping.
+    """
+
+    def __init__(self, files: list[Sample], kind: str, skip_unreadable: bool):
+        self.files, self.kind, self.skip_unreadable = files, kind, skip_unreadable
+        self.epoch = 0  # told by the loader
+        self.share()
+
+    def share(self) -> None:
+        """With the workers: which files could not be read, and which one each worker (by process) read last."""
+        self.unreadable = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
+        self.reading = torch.full((MOST_WORKERS, 2), -1).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.array([label for _, label in self.files])
+
+    def subset(self, indices: np.ndarray) -> Self:
+        """These files alone."""
+        part = copy.copy(self)
+        part.files = [self.files[i] for i in indices]
+        part.share()
+        return part
+
+    def read(self, index: int) -> Any:
+        raise NotImplementedError
+
+    def readable(self, index: int) -> tuple[Any, int]:
+        """What `read` returns for this index, or for the next one that can be read; and its index.
+
+        Raises:
+            ValueError: names the path.
+        """
+        if (worker := get_worker_info()) is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), index])
+        for candidate in range(index, index + len(self)):
+            candidate %= len(self)
+            path, a = self.files[candidate][0], "an" if self.kind[0] in "aeiou" else "a"
+            try:
+                return self.read(candidate), candidate
+            except Exception as error:  # readers raise many kinds of them on damaged files
+                if not self.skip_unreadable:
+                    raise ValueError(
+                        f"{path} could not be read as {a} {self.kind} ({type(error).__name__}: {error}): "
+                        'mend or remove it, or set unreadable_images="skip"'
+                    ) from error
+                self.unreadable[candidate] = True
+        raise ValueError(f"none of the {len(self)} {self.kind}s could be read, the last one was {path}")
+
+    def skipped(self) -> list[str]:
+        """Paths of the files found unreadable so far, by any worker."""
+        return [self.files[i][0] for i in self.unreadable.nonzero().flatten().tolist()]
+
+    def last_read(self, message: str) -> list[str]:
+        """Paths of the files read last by those workers whose process a message of PyTorch names."""
+        named = set(map(int, re.findall(r"\d+", message)))
+        return [self.files[i][0] for process, i in self.reading.tolist() if process > 0 and process in named]

@@ -1,0 +1,68 @@
+"""Checkpoints that stay: the best by a figure, and every n epochs. `Checkpoints` keeps the newest, to resume from."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info
+
+import ddp
+
+
+class Best(pl.Callback):
+    """best_NAME.ckpt is of the epoch at whose end the figure NAME was best; of equal ones, of the first.
+
+    Args:
+        folder: of the file.
+        wanted: the figure's name as it is logged: the lowest is best if "loss" is in it, else the highest. "NAME:min"
+            and "NAME:max" say which themselves.
+
+    Put it before `Checkpoints`, whose files then know the best value up to their epoch.
+    """
+
+    def __init__(self, folder: str | Path, wanted: str):
+        self.name, _, given = wanted.partition(":")
+        self.sign = -1 if given == "min" or (not given and lowest_is_best(self.name)) else 1
+        self.path, self.best = Path(folder) / f"best_{self.name}.ckpt", None
+        self.seen: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        return f"Best{{{self.name}}}"
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen |= set(trainer.callback_metrics)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen |= set(trainer.callback_metrics)
+        if self.name not in self.seen and trainer.current_epoch + 1 >= pl_module.params.evaluate_every_n_epochs:
+            raise ValueError(f"save_best={self.name!r} is not logged: choose one of {', '.join(sorted(self.seen))}")
+        value = trainer.callback_metrics.get(self.name)
+        value = None if value is None else float(value)
+        is_better = value is not None and (self.best is None or self.sign * value > self.sign * self.best)
+        if ddp.on_rank_zero(lambda: is_better):  # figures of a training step differ between processes
+            self.best = value
+            trainer.save_checkpoint(self.path, weights_only=False)
+            rank_zero_info(f"{self.path.name}: {self.name} {value:.5g} after epoch {trainer.current_epoch}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+
+def lowest_is_best(name: str) -> bool:
+    return "loss" in name
+
+
+class EveryNEpochs(pl.Callback):
+    """epoch_N.ckpt after N epochs, for every multiple of n."""
+
+    def __init__(self, folder: str | Path, n: int):
+        self.folder, self.n = Path(folder), n
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trained = trainer.current_epoch + 1
+        if trained % self.n == 0:
+            trainer.save_checkpoint(self.folder / f"epoch_{trained:04d}.ckpt", weights_only=False)

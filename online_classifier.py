@@ -1,0 +1,43 @@
+"""The online linear classifier: trained beside the method on the embeddings that training makes anyway, which get no
+gradient from it (SimCLR, https://arxiv.org/abs/2002.05709, B.9, has one to watch training by)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ddp
+
+UNLABELED = -1
+
+
+def loss_and_accuracy(classifier: nn.Linear, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of the batch's labelled images [N, E], [N]: the mean cross entropy, which DDP's average makes that over all
+    processes, and the share in percent, over all processes, of which the class is the most likely one.
+
+    Raises:
+        ValueError: there are no labels, or classes that the classifier does not have.
+    """
+    n_classes = classifier.out_features
+    if labels is None or labels.dim() != 1:
+        raise ValueError("online_classifier=True needs one label of each image, -1 where there is none")
+    if not labels.is_cuda and len(labels) and (highest := labels.max()) >= n_classes:  # a GPU would have to wait
+        raise ValueError(
+            f"the loader yields the label {highest}, but online_classifier=True has the {n_classes} classes of "
+            "dataset_name: choose that of the loader's images"
+        )
+    logits = classifier(embeddings.detach().float())
+    total = F.cross_entropy(logits, labels, ignore_index=UNLABELED, reduction="sum")
+    right = (logits.argmax(1) == labels).sum()
+    counts = ddp.gather(torch.stack([(labels != UNLABELED).sum(), right]).unsqueeze(0)).sum(0)
+    loss = total / (counts[0] / ddp.world_size()).clamp(min=1 / ddp.world_size())
+    return loss, 100 * counts[1] / counts[0]
+
+
+def accuracies(classifier: nn.Linear, embeddings: Tensor, labels: Tensor | None) -> dict[str, float]:
+    """In percent, of the labelled images among [N, E], [N]: the class is the most likely, one of the five likeliest."""
+    if labels is None or not (labelled := labels != UNLABELED).any():
+        return {}
+    with torch.no_grad():
+        logits, y = classifier(embeddings[labelled].float()), labels[labelled]
+    rank = (~(logits < logits.gather(1, y.unsqueeze(1)))).sum(1) - 1  # 0: the right class alone is the most likely
+    return {f"valid_online_acc{k}": 100.0 * (rank < k).float().mean().item() for k in (1, 5)}

@@ -1,0 +1,151 @@
+"""What a run leaves in its folder, so that it can be read, compared and repeated.
+
+config.yaml   the resolved settings: `python train.py --config config.yaml` is the same run
+command.txt   the command, and each that went on with it
+run.json      of each of them: time, versions, git commit, machine
+log.txt       what was said
+results.json  scores
+pretraining/  and linear/: metrics.csv, TensorBoard's events, checkpoints/
+splits/       which images were used, where that was drawn
+"""
+
+import csv
+import json
+import logging
+import os
+import platform
+import shlex
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pytorch_lightning import loggers
+from pytorch_lightning.utilities import rank_zero_only
+from rich.text import Text
+
+from results import versions, write_whole
+
+LOG_SOURCES = ("", "pytorch_lightning", "lightning_fabric")  # Lightning's loggers hand nothing on to the root
+
+
+@rank_zero_only
+def begin(out: Path, config: str, command: Sequence[str]) -> None:
+    """Start or go on with a run: config.yaml, command.txt and run.json. Other settings than before are named."""
+    (out / "splits").mkdir(parents=True, exist_ok=True)
+    old, new = settings(out), yaml.safe_load(config)
+    changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old and old.get(name) != new.get(name)]
+    if changed:
+        say(f"{out} goes on with other settings: {', '.join(changed)}")
+    write_whole(out / "config.yaml", config)
+    commands, starts = out / "command.txt", out / "run.json"
+    before = commands.read_text() if commands.is_file() else ""
+    write_whole(commands, before + shlex.join(["python", *command]) + "\n")
+    earlier = json.loads(starts.read_text()) if starts.is_file() else []
+    write_whole(starts, json.dumps([*earlier, circumstances()], indent=2))
+
+
+def settings(out: Path) -> dict[str, Any]:
+    """config.yaml; empty if there is none."""
+    path = out / "config.yaml"
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def circumstances() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "versions": versions(),
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "gpus": gpus,
+    }
+
+
+# ---- log.txt ----
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """What Lightning and this library say meanwhile, warnings and the error that ends it, also go to the file."""
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    sources, show = [logging.getLogger(name) for name in LOG_SOURCES], warnings.showwarning
+
+    def show_and_log(message: Any, category: type, *args: Any, **kwargs: Any) -> None:
+        show(message, category, *args, **kwargs)
+        log(handler, f"{category.__name__}: {message}")
+
+    for source in sources:
+        source.addHandler(handler)
+    warnings.showwarning = show_and_log
+    try:
+        yield
+    except Exception:
+        log(handler, traceback.format_exc())
+        raise
+    finally:
+        warnings.showwarning = show
+        for source in sources:
+            source.removeHandler(handler)
+        handler.close()
+
+
+def log(handler: logging.Handler, text: str) -> None:
+    handler.emit(logging.LogRecord("", logging.INFO, "", 0, text, None, None))
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print, and into log.txt while that is open."""
+    print(text)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            log(handler, Text.from_ansi(text).plain)
+
+
+# ---- loggers ----
+
+
+def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
+    """metrics.csv goes on at `first_step`: Lightning's logger would delete the rows before it."""
+    path, kept = out / name / "metrics.csv", out / name / "metrics.kept.csv"
+    logger, header = loggers.CSVLogger(out, name=name, version=""), []
+    if rank_zero_only.rank != 0:
+        return logger
+    if kept.is_file() and not path.is_file():  # we were killed here
+        kept.replace(path)
+    if first_step > 0 and path.is_file():
+        with path.open(newline="") as old, kept.open("w", newline="") as new:
+            reader = csv.DictReader(old)
+            header = list(reader.fieldnames or [])
+            writer = csv.DictWriter(new, header)
+            writer.writeheader()
+            writer.writerows(row for row in reader if int(row["step"]) < first_step)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*logs directory .* exists")
+        experiment = logger.experiment
+    if header:
+        kept.replace(path)
+        experiment.metrics_keys = header
+    return logger
+
+
+def get_loggers(out: Path, name: str, wanted: Sequence[str], first_step: int) -> list[loggers.Logger]:
+    """metrics.csv, and those that were asked for. Each goes on at `first_step`."""
+    purge = {"purge_step": first_step} if first_step else {}  # what an interrupted run wrote after its checkpoint
+    title = f"{out.name}_{name}"  # of a run on a server, which goes on under the same name
+    makers = {
+        "tensorboard": lambda: loggers.TensorBoardLogger(out, name=name, version="", **purge),
+        "wandb": lambda: loggers.WandbLogger(title, save_dir=out, id=title, resume="allow"),
+        "mlflow": lambda: loggers.MLFlowLogger(out.name, run_name=name, save_dir=str(out / "mlruns")),
+    }
+    return [csv_logger(out, name, first_step), *(makers[one]() for one in dict.fromkeys(wanted) if one != "csv")]

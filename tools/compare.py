@@ -1,0 +1,144 @@
+"""What differs between runs, in settings and in results.
+
+    python -m tools.compare runs/byol_cifar10 runs/simclr_cifar10
+
+Runs of the same settings but for the seed are one column: mean ± standard deviation over them.
+"""
+
+import argparse
+import csv
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+from rich.console import Console
+from rich.table import Table
+
+import run_folder
+from command_line import text
+from milestones import lowest_is_best
+from tools.commands import in_words
+
+LAST = "step_train_loss"  # of metrics.csv; of what is in results.json the last is there
+
+
+@frozen
+class Row:
+    """One line of the comparison: a value for each group of runs, None where it has none."""
+
+    kind: str  # "setting", "circumstance" or "result"
+    name: str
+    values: tuple[Any, ...]  # of results: the list of the runs' values
+
+
+@frozen
+class Run:
+    folder: Path
+    settings: dict[str, Any]
+    circumstances: dict[str, Any]  # of its last start
+    results: dict[str, float]
+
+    @property
+    def without_seed(self) -> str:
+        return json.dumps({name: value for name, value in self.settings.items() if name != "seed"}, sort_keys=True)
+
+
+def read(folder: str | Path) -> Run:
+    """
+    Raises:
+        ValueError: it is no folder of a run.
+    """
+    folder = Path(folder)
+    settings, starts = run_folder.settings(folder), folder / "run.json"
+    if not settings:
+        raise ValueError(f"{folder} is no run of train.py: it holds no config.yaml")
+    last = json.loads(starts.read_text())[-1] if starts.is_file() else {}
+    where = {name: last.get(name) for name in ("machine", "gpus")}
+    versions = {f"{name} version": number for name, number in last.get("versions", {}).items() if name != "commit"}
+    commit = last.get("versions", {}).get("commit") or "none"
+    where["commit"] = re.sub(r"(?<=^.{10})[0-9a-f]{30}", "", commit)  # as git shortens it
+    return Run(folder, settings, {**where, **versions}, results(folder))
+
+
+def results(folder: Path) -> dict[str, float]:
+    """Numbers of results.json; of metrics.csv the last training loss, and the best of what is evaluated each epoch."""
+    path, found = folder / "results.json", {}
+    for name, value in (json.loads(path.read_text()) if path.is_file() else {}).items():
+        if isinstance(value, dict):
+            found |= {f"{name}: {figure}": number for figure, number in value.items()}
+        elif isinstance(value, int | float) and name != "epochs":
+            found[name] = value
+    path = folder / "pretraining" / "metrics.csv"
+    rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+    for name in rows[0] if rows else []:
+        numbers = [float(row[name]) for row in rows if row[name]]
+        if name == LAST and numbers:
+            found[f"last {name}"] = numbers[-1]
+        elif name.startswith("valid_") and numbers:
+            found[f"best {name}"] = (min if lowest_is_best(name) else max)(numbers)
+    return found
+
+
+def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[Row]]:
+    """(the runs, in groups that differ in nothing but the seed; the settings and circumstances in which groups differ,
+    and all results)."""
+    groups: dict[str, list[Run]] = {}
+    for run in map(read, folders):
+        groups.setdefault(run.without_seed, []).append(run)
+    columns = list(groups.values())
+    rows = differing("setting", [[run.settings for run in column] for column in columns])
+    rows += differing("circumstance", [[run.circumstances for run in column] for column in columns])
+    for name in dict.fromkeys(name for column in columns for run in column for name in run.results):
+        values = ([run.results[name] for run in column if name in run.results] for column in columns)
+        rows.append(Row("result", name, tuple(numbers or None for numbers in values)))
+    return columns, rows
+
+
+def differing(kind: str, columns: list[list[dict[str, Any]]]) -> list[Row]:
+    """A group's value is that of its runs; the different ones joined, where there are several; "-" where there is none,
+    as in a run of an older version."""
+    rows = []
+    for name in dict.fromkeys(name for column in columns for values in column for name in values):
+        shown = [
+            ", ".join(dict.fromkeys(text(values[name]) if name in values else "-" for values in column))
+            for column in columns
+        ]
+        if len(set(shown)) > 1:
+            rows.append(Row(kind, name, tuple(shown)))
+    return rows
+
+
+def in_figures(numbers: list[float] | None) -> str:
+    """The number; of several, mean ± sample standard deviation."""
+    if not numbers:
+        return ""
+    if len(numbers) == 1:
+        return f"{numbers[0]:.4g}"
+    return f"{statistics.mean(numbers):.4g} ± {statistics.stdev(numbers):.2g} ({len(numbers)})"
+
+
+def table(columns: list[list[Run]], rows: list[Row]) -> Table:
+    made = Table(caption="mean ± standard deviation (runs)" if any(len(column) > 1 for column in columns) else None)
+    made.add_column("", no_wrap=True)
+    for column in columns:
+        made.add_column(" ".join(run.folder.name for run in column), overflow="fold")
+    for before, row in zip([None, *rows], rows, strict=False):
+        if before is not None and before.kind != row.kind:
+            made.add_section()
+        made.add_row(row.name, *(in_figures(value) if row.kind == "result" else value for value in row.values))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    with in_words():
+        Console(highlight=False, markup=False).print(table(*compare(parser.parse_args().runs)))
+
+
+if __name__ == "__main__":
+    main()

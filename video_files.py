@@ -1,0 +1,186 @@
+"""Videos, decoded and cropped in the loader's workers: a view is a clip of its own, uint8 [C, T, size, size].
+
+A split is class folders of videos, or a list `<split>.csv` beside the folder `<split>`, a line `path label` for each.
+"""
+
+import importlib.util
+import re
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import clips
+import decoders
+from augmentations import View, generator
+from files import LabelledFiles, Sample
+from image_files import CENTRAL, Box, draw_box, resized
+from image_ops import LUMA
+
+if TYPE_CHECKING:
+    from model_params import EncoderAndDataParams
+
+VIDEO_EXTENSIONS = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".ogv"),
+)
+LINE = re.compile(r"(?P<path>[^,]+?)(?:[\s,]+(?P<label>-?\d+))?(?:[\s,]+\d+)?\s*")
+
+
+class VideoFiles(LabelledFiles):
+    """With views: one random clip a view, and one random resized crop for all its frames, drawn from (seed, epoch,
+    video). Without: n_clips x n_crops evenly placed ones, [n_clips * n_crops, C, T, size, size], or the only one.
+
+    Args:
+        videos: (path, label) of each.
+        read: read(path, choose) -> (frames, places), a reader of decoders.py.
+        n_clips: from the beginning of the video to its end; of one, its middle.
+        n_crops: of one, the central square. 3: left, middle and right squares of the whole height, or upper, middle and
+            lower ones of the whole width (https://arxiv.org/abs/1812.03982, section 4).
+    """
+
+    def __init__(
+        self, videos: list[Sample], read, sampling: clips.Sampling, size: int, views: list[View], seed: int,
+        skip_unreadable: bool = False, n_clips: int = 1, n_crops: int = 1,
+    ):  # fmt: skip
+        super().__init__(videos, "video", skip_unreadable)
+        self.read_frames, self.sampling, self.size, self.views, self.seed = read, sampling, size, views, seed
+        self.n_clips, self.n_crops = n_clips, n_crops
+
+    def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
+        found, index = self.readable(index)
+        return found, self.files[index][1]
+
+    def read(self, index: int) -> Tensor | list[Tensor]:
+        return self.random_clips(index) if self.views else self.even_clips(index)
+
+    def random_clips(self, index: int) -> list[Tensor]:
+        """[C, T, size, size] of each view."""
+        rng = generator((self.seed, self.epoch, index))
+        differ = [rng.random() < view.time_difference_probability for view in self.views]
+
+        def choose(times: np.ndarray) -> np.ndarray:
+            """[views, 2, T]: frames, and the frames to be taken from them."""
+            chosen = [clips.random_clip(rng, times, self.sampling) for _ in self.views]
+            return np.stack([with_next(c, len(times)) if d else [c, c] for c, d in zip(chosen, differ, strict=True)])
+
+        frames, places = self.read_frames(self.files[index][0], choose)
+        result = []
+        for view, (place, after), differs in zip(self.views, places, differ, strict=True):
+            left, top, right, bottom = draw_box(rng, (frames.shape[2], frames.shape[1]), view)
+            crop = frames[:, top:bottom, left:right]
+            crop = time_difference(crop[place], crop[after]) if differs else crop[place]
+            result.append(resized_clip(crop, view.crop_size))
+        return result
+
+    def even_clips(self, index: int) -> Tensor:
+        frames, places = self.read_frames(
+            self.files[index][0], lambda times: clips.even_clips(times, self.n_clips, self.sampling)
+        )
+        boxes, found = squares(frames.shape[2], frames.shape[1], self.n_crops), []
+        for left, top, right, bottom in boxes:
+            found.append(resized_clip(frames[:, top:bottom, left:right], self.size))  # [C, M, size, size]
+        found = torch.stack([crop[:, place] for place in torch.from_numpy(places) for crop in found])
+        return found if len(found) > 1 else found[0]
+
+
+# ---- pixels ----
+
+
+def resized_clip(frames: np.ndarray, size: int) -> Tensor:
+    """[T, H, W, C] -> [C, T, size, size]"""
+    return resized(torch.from_numpy(np.ascontiguousarray(frames)), size).transpose(0, 1).contiguous()
+
+
+def squares(width: int, height: int, n: int) -> list[Box]:
+    """The central square, or as many squares of the shorter side, evenly placed along the longer one."""
+    side = round(min(width, height) * (CENTRAL if n == 1 else 1))
+    lefts, tops = (np.round(np.linspace(0, room - side, n) if n > 1 else [(room - side) / 2]).astype(int)
+                   for room in (width, height))  # fmt: skip
+    return [(int(x), int(y), int(x) + side, int(y) + side) for x, y in zip(lefts, tops, strict=True)]
+
+
+def with_next(indices: np.ndarray, n_frames: int) -> np.ndarray:
+    """[2, T]: the frames and those that follow them in the video; the last frame makes way for the one before."""
+    indices = np.minimum(indices, max(n_frames - 2, 0))
+    return np.stack([indices, np.minimum(indices + 1, n_frames - 1)])
+
+
+def time_difference(frames: np.ndarray, following: np.ndarray) -> np.ndarray:
+    """[T, H, W, C] -> what changes from each frame to the following one of the video, in gray: (255 + now - next) / 2,
+    so that 127.5 is no change. In place of colours where a view draws it (SCE for video, as in eztorch)."""
+    luma = np.array(LUMA if frames.shape[3] == 3 else (1.0,), np.float32)
+    change = (255 + (frames @ luma) - (following @ luma)) / 2
+    gray = np.clip(np.rint(change), 0, 255).astype(np.uint8)
+    return np.repeat(gray[..., None], frames.shape[3], axis=3)
+
+
+# ---- lists of videos ----
+
+
+def get_videos(params: "EncoderAndDataParams", folder: Path, views: list[View]) -> VideoFiles:
+    """The videos of a split by the settings of `params`.
+
+    Raises:
+        ValueError: no videos; a line of a list that is not understood; PyAV is wanted and missing.
+    """
+    p, of_frames = params, params.video_decoder == "frames"
+    if not of_frames and importlib.util.find_spec("av") is None:
+        raise ValueError("video_decoder='file' needs PyAV, which is not installed: pip install av, or use 'frames'")
+    path = list_file(folder)
+    prefix = folder if p.video_path_prefix is None else Path(p.video_path_prefix).expanduser()
+    videos = listed(path, prefix, of_frames) if path.is_file() else in_class_folders(folder, of_frames)
+    how = {"channels": p.channels, "threads": p.decoding_threads}
+    if of_frames:
+        read = partial(decoders.read_folder, **how, frames_per_second=p.frames_per_second)
+    else:
+        read = partial(decoders.read_video, **how)
+    sampling = clips.Sampling(p.num_frames, p.clip_duration, p.clip_speeds, p.clip_jitter)
+    skip, places = p.unreadable_images == "skip", (p.evaluation_clips, p.evaluation_crops)
+    return VideoFiles(videos, read, sampling, p.crop_size, views, p.seed or 0, skip, *places)
+
+
+def are_there(folder: Path) -> bool:
+    return folder.is_dir() or list_file(folder).is_file()
+
+
+def list_file(folder: Path) -> Path:
+    """Of the split whose videos are in `folder`."""
+    return folder.with_name(f"{folder.name}.csv")
+
+
+def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
+    """(path, label) of each line `path label` or `path,label`; without a label, -1. A third column, where others want
+    the number of frames, is not read. With folders of frames, a suffix of the path (`.mp4`) falls away."""
+    videos = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        if not (found := LINE.fullmatch(line)):
+            raise ValueError(f"line {number} of {path} must be a path and the number of its class, not {line!r}")
+        video = prefix / found["path"]
+        video = video.with_suffix("") if of_frames and is_video(video) else video
+        videos.append((str(video), int(found["label"] or -1)))
+    if not videos:
+        raise ValueError(f"{path} lists no videos")
+    return videos
+
+
+def in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
+    """(path, label) of each; classes are numbered in the order of their names."""
+    what = "a folder of frames for each video" if of_frames else "videos"
+    classes, videos = sorted(path for path in folder.iterdir() if path.is_dir()), []
+    for label, of_class in enumerate(classes):
+        found = [v for v in sorted(of_class.iterdir()) if (v.is_dir() if of_frames else is_video(v))]
+        if not found:
+            raise ValueError(f"{of_class} must hold {what} (video_decoder={'frames' if of_frames else 'file'!r})")
+        videos += [(str(video), label) for video in found]
+    if not videos:
+        raise ValueError(f"{folder} must hold one folder per class, each with {what}, or {list_file(folder)} list them")
+    return videos
+
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_EXTENSIONS
