@@ -114,7 +114,7 @@ def test_a_training_leaves_the_encoder_as_it_was(checkpoint):
 
 
 def test_no_batch_of_few_images_spoils_the_batch_statistics(checkpoint, monkeypatch):
-    """10 % of the digits are 130: 8 batches of 16, and the 2 left over are dropped. 1 % are 13: one batch."""
+    """10 % of the digits are 130: 8 batches of 16, and 2 left over, which are dropped. 1 % are 13: one batch."""
     batches, fit = {}, protocols.pl.Trainer.fit
 
     def counted(trainer, method):
