@@ -22,6 +22,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 import ddp
 from loader import Loader
 from safe_load import safe_load
+from whole_files import sync_folder
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -78,13 +79,6 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         return read(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the new name on the disk, too, before an older file is deleted."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 class Checkpoints(pl.Callback):

@@ -24,6 +24,7 @@ from array_files import ARRAY_SUFFIX
 from augmentations import View
 from files import Sample
 from image_files import ImageFiles
+from whole_files import write_whole
 
 if TYPE_CHECKING:
     from model_params import EncoderAndDataParams
@@ -170,11 +171,9 @@ def check_that_all_are_there(root: Path, found: Found, folder: Path) -> None:
 
 def write(folder: Path, found: dict[str, list[tuple[str, int]]]) -> None:
     """train.txt comes last: who sees it finds them all."""
-    folder.mkdir(parents=True, exist_ok=True)
     for split in ("val", "test", "train"):
-        path, unfinished = folder / f"{split}.txt", folder / f".{split}.txt.unfinished"
-        unfinished.write_text("".join(f"{image},{label}\n" for image, label in found.get(split, [])))
-        os.replace(unfinished, path)
+        lines = "".join(f"{image},{label}\n" for image, label in found.get(split, []))
+        write_whole(folder / f"{split}.txt", lines)
 
 
 # ---- classes and splits ----

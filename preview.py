@@ -1,6 +1,5 @@
 """A contact sheet of what the model sees: each row an image, each column a view, pixel by pixel."""
 
-import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ import data
 from loader import images_and_labels
 from model_params import ModelParams
 from shared_params import resolve
+from whole_files import whole
 
 TILE = 160  # pixels that a large view is magnified to, about; by whole numbers, so that pixels stay squares
 GAP, MARGIN, FONT_SIZE, LINE = 8, 20, 13, 18  # pixels
@@ -40,14 +40,12 @@ def write(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = 
     if loader is None:
         splits = params.dataset.pretraining_splits
         loader = data.get_loader(params, data.get_dataset(params, splits, params.views), training=True)
-        whole = data.get_dataset(params, splits)
-        originals = torch.stack([whole[i][0] for i in islice(loader.sampler, rows)])
+        images_alone = data.get_dataset(params, splits)
+        originals = torch.stack([images_alone[i][0] for i in islice(loader.sampler, rows)])
     images, _ = images_and_labels(next(iter(loader)))
     sheet = contact_sheet(images, params, rows, originals)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    sheet.save(unfinished, "PNG")
-    os.replace(unfinished, path)
+    with whole(path) as unfinished:
+        sheet.save(unfinished, "PNG")
     return path
 
 

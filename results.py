@@ -6,7 +6,6 @@ that is there with the same key need not be repeated.
 
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -14,6 +13,8 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from whole_files import write_whole
 
 Run = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds
 LIBRARIES = ("torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
@@ -93,12 +94,6 @@ def without_nan(content: Any) -> Any:
     if isinstance(content, list):
         return [without_nan(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def write_whole(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 # ---- over seeds ----

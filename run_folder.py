@@ -29,7 +29,8 @@ from pytorch_lightning import loggers
 from pytorch_lightning.utilities import rank_zero_only
 from rich.text import Text
 
-from results import versions, write_whole
+from results import versions
+from whole_files import write_whole
 
 LOG_SOURCES = ("", "pytorch_lightning", "lightning_fabric")  # Lightning's loggers hand nothing on to the root
 

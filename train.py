@@ -28,8 +28,8 @@ from milestones import Best, EveryNEpochs
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from progress import Progress
-from results import write_whole
 from run_options import RunOptions
+from whole_files import write_whole
 
 
 def trainer(out: Path, name: str, epochs: int, resumed: Path | None, options: RunOptions) -> pl.Trainer:

@@ -22,13 +22,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from checkpoints import sync_folder
 from shared_params import EncoderAndDataParams
 from tools import count
 from tools.commands import add_fields
 from tools.formats import FORMATS, Normalized
 from tools.verify import samples, verified
 from weights import Encoder, load_encoder
+from whole_files import sync_folder
 
 FACTS = (
     "encoder_arch",

@@ -1,9 +1,7 @@
 """Features in Parquet files: path, embedding and label of each image, sorted by path; written whole, read in pieces."""
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints import sync_folder
+from whole_files import whole
 
 try:
     import pyarrow as pa
@@ -23,21 +21,6 @@ except ImportError as error:
 
 ROWS = 4096  # of a row group: what is in memory at a time
 ABOUT = b"self_supervised"  # key of the file's metadata, a JSON object
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which becomes `path` once the block is done, and is removed if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        sync_folder(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 # ---- writing ----

@@ -16,9 +16,10 @@ from sklearn.manifold import TSNE
 
 from tools import feature_files
 from tools.commands import in_words
-from tools.feature_files import unit, whole
+from tools.feature_files import unit
 from tools.image_sources import open_source
 from tools.map_files import WRITERS, Map
+from whole_files import whole
 
 CLUSTERS = 10  # where there are no labels
 NO_LABEL = "no label"

@@ -18,9 +18,10 @@ from tools import feature_files
 from tools.commands import in_words
 from tools.contact_sheet import LEAD, OTHER, SAME, SIDE, Tile, contact_sheet
 from tools.embed import digest
-from tools.feature_files import unit, whole
+from tools.feature_files import unit
 from tools.image_sources import Source, open_source, square
 from weights import load_encoder
+from whole_files import whole
 
 
 @frozen
