@@ -170,9 +170,14 @@ def cosines(z: Tensor, k: Tensor) -> Scalars:
     }
 
 
-def get_loss(params: "ModelParams") -> Callable[[Tensor, Tensor, Tensor | None], Scalars]:
-    """loss(q, k, queue_keys) as `params` wants it. Each row shows which settings a loss reads."""
+def get_loss(
+    params: "ModelParams", sce_coefficient: float | None = None, sce_target_T: float | None = None
+) -> Callable[[Tensor, Tensor, Tensor | None], Scalars]:
+    """loss(q, k, queue_keys) as `params` wants it. Each row shows which settings a loss reads; of those that may change
+    while training, the values at this step are given beside `params`."""
     p = params
+    coefficient = p.sce_coefficient if sce_coefficient is None else sce_coefficient
+    target_T = p.sce_target_T if sce_target_T is None else sce_target_T
 
     def sim(q: Tensor, k: Tensor, queue: Tensor | None) -> Tensor:
         queue = queue if p.use_negative_examples_from_queue else None
@@ -184,7 +189,7 @@ def get_loss(params: "ModelParams") -> Callable[[Tensor, Tensor, Tensor | None],
         "ce": lambda q, k, queue: cross_entropy(sim(q, k, queue), p.T, alpha),
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
         "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
-        "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, p.sce_target_T, p.sce_coefficient),
+        "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, coefficient),
         "vic": lambda q, k, _: vicreg(ddp.gather(q), ddp.gather(k), *vic_weights),
         "barlow": lambda q, k, _: barlow_twins(ddp.gather(q), ddp.gather(k), p.redundancy_loss_weight),
     }
