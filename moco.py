@@ -100,6 +100,16 @@ class SelfSupervisedMethod(Stage):
         """Unit length if the method asks for it; float32 from here on, whatever the precision."""
         return F.normalize(z.float(), dim=1) if self.params.use_unit_sphere_projection else z.float()
 
+    def encode_views(self, views: list[Tensor], batch_idx: int) -> tuple[dict[int, tuple], dict[int, Tensor]]:
+        """({view i: what `encode` returns} of the queries, {view j: k} of the keys); each view is encoded once."""
+        p = self.params
+        query_views, key_views = map(set, zip(*p.pairs, strict=True))
+        if self.lagging_model is None:
+            online = {i: self.encode(views[i]) for i in query_views | key_views}
+            return online, {j: online[j][0].detach() if p.stop_gradient_of_keys else online[j][0] for j in key_views}
+        online = {i: self.encode(views[i]) for i in query_views}
+        return online, {j: self.encode_lagging(views[j], batch_idx) for j in key_views}
+
     def training_step(self, batch: tuple[list[Tensor], Tensor | None], batch_idx: int) -> Tensor:
         p, (views, labels) = self.params, batch
         if len(views) < p.n_views:
@@ -107,14 +117,7 @@ class SelfSupervisedMethod(Stage):
                 f"the loader yields {len(views)} of the {p.n_views} float views needed of each image: yield a list of "
                 "views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
-        query_views, key_views = map(set, zip(*p.pairs, strict=True))
-        if self.lagging_model is None:
-            online = {i: self.encode(views[i]) for i in query_views | key_views}
-            keys = {j: online[j][0].detach() if p.stop_gradient_of_keys else online[j][0] for j in key_views}
-        else:
-            online = {i: self.encode(views[i]) for i in query_views}
-            keys = {j: self.encode_lagging(views[j], batch_idx) for j in key_views}
-
+        online, keys = self.encode_views(views, batch_idx)
         scheduled = sce_params.scheduled(p, self.global_step, self.plan)
         loss_of = losses.get_loss(p, **scheduled)
         queue = None if self.queue is None else self.queue.keys
@@ -126,7 +129,7 @@ class SelfSupervisedMethod(Stage):
         scalars = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
         loss = scalars.pop("loss") * p.loss_factor
         if self.queue is not None:
-            new_keys = [keys[j].detach() for j in sorted(key_views)]  # gathered view by view: in one process's order
+            new_keys = [keys[j].detach() for j in sorted(keys)]  # gathered view by view: in one process's order
             self.new_keys = [k if p.gather_keys_for_queue is False else ddp.gather(k) for k in new_keys]
         constants = {"m": self.momentum(), "T": p.T, **scheduled}
         constants = {name: loss.new_full((), value) for name, value in constants.items()}  # a copy would have to wait
