@@ -95,7 +95,9 @@ def sce(sim: Tensor, key_sim: Tensor, temperature: float, target_temperature: fl
     """Similarity contrastive estimation (https://arxiv.org/abs/2111.14585, equations 4 to 7).
 
     The query's distribution over keys should be `coefficient` times "its own key" plus the rest times the own key's
-    distribution over the *other* keys. Coefficient 1 is InfoNCE; 0 is ReSSL (https://arxiv.org/abs/2107.09282).
+    distribution over the *other* keys. Coefficient 1 is InfoNCE; 0 is ReSSL (https://arxiv.org/abs/2107.09282) with the
+    own key among those that the query's distribution is over, too (the paper's proposition 1: ReSSL plus -log of the
+    others' share). Without in-batch keys, eztorch lets the own key into the target with a similarity of 0; here never.
 
     Args:
         sim: `similarities` of the queries, [N, 1 + M].

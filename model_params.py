@@ -27,7 +27,7 @@ class ModelParams(EncoderAndDataParams, ViewParams, HeadParams, SCELossParams, O
 
     # batch statistics of the keys
     shuffle_batch_norm: bool = False  # keys share batch statistics with other images than their queries do
-    n_virtual_devices: int = positive(8)  # for shuffle_batch_norm on one process
+    n_virtual_devices: int = positive(8)  # for shuffle_batch_norm on one process: parts of the shuffled keys' batch
 
     # MoCo parameters
     K: int = non_negative(65536)  # number of examples in queue

@@ -31,11 +31,11 @@ class SCELossParams:
     sce_coefficient_final: float = fraction(0.0)  # linear, cosine: what it goes to, reached at the end
 
     # sce: the target temperature's schedule, likewise
-    sce_target_T_warmup_epochs: float = non_negative(0)
-    sce_target_T_warmup_start: float | None = positive(None, by=1e-4)
-    sce_target_T_warmup: str = choice("cosine", WARMUPS)
-    sce_target_T_schedule: str = choice("constant", tuple(schedules.CURVES))
-    sce_target_T_final: float | None = positive(None, by=1e-4)
+    sce_target_T_warmup_epochs: float = non_negative(0)  # in which it goes from its start to sce_target_T
+    sce_target_T_warmup_start: float | None = positive(None, by=1e-4)  # to be set where there is a warm-up
+    sce_target_T_warmup: str = choice("cosine", WARMUPS)  # how it goes there
+    sce_target_T_schedule: str = choice("constant", tuple(schedules.CURVES))  # after the warm-up
+    sce_target_T_final: float | None = positive(None, by=1e-4)  # linear, cosine: what it goes to, reached at the end
 
 
 def changes(params: "ModelParams", name: str) -> bool:
