@@ -2,7 +2,7 @@
 # make lint: ruff.  make bench: install the peers, run the benchmarks of the CPU (20 minutes), renew docs/performance.md.
 PYTHON ?= python3
 VENV := .venv
-BENCHMARKS := augment step optimizer probe loader scaling startup
+BENCHMARKS := augment step optimizer probe loader video scaling startup
 .PHONY: demo test test-long lint bench
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
