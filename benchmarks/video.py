@@ -5,8 +5,9 @@
 decode   From files of 10 s, 340 x 256 at 30 frames a second (H.264 as x264 makes it, a keyframe each 250 frames), and
          from folders of the same frames as JPEG: two clips a video, 8 frames of 2.56 s each, a random resized crop to
          224 pixels, as uint8 batches from 1 and 2 workers. The peer is PyAV in a plain loop: for each clip open, seek,
-         convert the frames from its start to its end, take 8 of them, crop. And torchcodec, which could take PyAV's place
-         in ours: for each video open, decode the frames of both clips, crop; it needs an FFmpeg of the system.
+         convert the frames from its start to its end, take 8 of them, crop. And torchcodec, which
+         could be in PyAV's place in ours: for each video open, decode the frames of both clips, crop; it needs an
+         FFmpeg of the system.
 augment  MoCo v2's recipe with a crop to 224 pixels on clips of 8 frames of 256 pixels, one core, one draw a clip.
          torchvision v2 frame by frame draws for each frame: its speed is what is compared.
 step     SCE with torchvision's R3D-18 on clips of 8 frames of 112 pixels, two views, by `Trainer.fit`, and the share of
@@ -51,7 +52,7 @@ PHOTOGRAPHS = load_sample_images().images
 @frozen
 class Work:
     folder: str
-    n_videos: int = 24
+    n_videos: int = 12
     seconds: int = 10
     width: int = 340
     height: int = 256
@@ -283,7 +284,7 @@ def row(what: str, who: str, rate: float, fastest: float | None = None, target: 
 
 
 def main(argv: list[str] | None = None) -> list[harness.Row]:
-    options = harness.arguments(__doc__, rounds=5).parse_args(argv)
+    options = harness.arguments(__doc__, rounds=3).parse_args(argv)
     rounds = 1 if options.quick else options.rounds
     with tempfile.TemporaryDirectory() as folder:
         work = evolve(Work(folder), **(QUICK if options.quick else {}))
