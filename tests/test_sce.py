@@ -254,7 +254,7 @@ def same_weights(ours: nn.Module, reference: nn.Sequential) -> nn.Sequential:
 def test_the_heads_of_the_video_preset_equal_those_built_by_hand():
     """The seed's projector and predictor, for an encoder of width 512, layer by layer."""
     p = SCEVideoParams()
-    projector, predictor = MLP(512, output_dim=p.dim, **p.head("projection")), MLP(256, 256, 256, 0)
+    projector = MLP(512, output_dim=p.dim, **p.head("projection"))
     predictor = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
     count = [sum(weight.numel() for weight in head.parameters()) for head in (projector, predictor)]
     assert count == [512 * 1024 + 1024 * 1024 + 1024 * 256 + 2 * 2 * 1024, 256 * 1024 + 1024 * 256 + 2 * 1024]
