@@ -32,6 +32,11 @@ def python(page: str) -> list[str]:
     return [block for kind, block in blocks(page) if kind == "python"]
 
 
+def picture(path: Path) -> Image.Image:
+    with Image.open(path, formats=["PNG"]) as image:
+        return image.convert("RGB")
+
+
 # ---- the index, and links ----
 
 
@@ -76,7 +81,7 @@ def test_getting_started_runs_from_training_to_scores(monkeypatch, tmp_path, cap
         exec(compile(block, "getting_started.md", "exec"), names)
     assert names["embeddings"].shape == (120, 512)
     assert "nearest neighbour has the same label in" in capsys.readouterr().out
-    assert Image.open(tmp_path / "curves.png").size[0] > 500
+    assert picture(tmp_path / "curves.png").width > 500
     assert set(names["results"]["summary"]["digits"]["linear"]) == {"random", "trained"}
 
 
@@ -109,8 +114,15 @@ def test_every_preset_has_a_section_with_its_settings():
         exec(compile(block, name, "exec"), made)
         settings = [value for value in made.values() if isinstance(value, ModelParams)]
         assert settings and all(value.loss_type == preset().loss_type for value in settings)
-        for part in ("    loss = ", "*Needs*", "*Source*", "*To see it fail*", "](https://arxiv.org/abs/"):
-            assert part in text, f"{name}: {part}"
+        for part in (
+            " loss = ",
+            "*Needs*",
+            "*Source*",
+            "*Ours differs*",
+            "*To see it fail*",
+            "](https://arxiv.org/abs/",
+        ):
+            assert part in " ".join(text.split()), f"{name}: {part}"
 
 
 # ---- troubleshooting.md ----
@@ -130,7 +142,7 @@ def test_pictures_are_there_and_small():
     assert sorted(names) == sorted(f"troubleshooting/{path.name}" for path in (DOCS / "troubleshooting").glob("*.png"))
     for name in names:
         assert (DOCS / name).stat().st_size < 100_000
-        assert Image.open(DOCS / name).convert("RGB").getpixel((0, 0)) == (255, 255, 255)  # readable on any page
+        assert picture(DOCS / name).getpixel((0, 0)) == (255, 255, 255)  # readable on any page
     drawn = re.findall(r"^draw (\w+) ", (DOCS / "troubleshooting" / "make.sh").read_text(), re.MULTILINE)
     assert [f"troubleshooting/{name}.png" for name in drawn] == names
 
@@ -155,9 +167,9 @@ def test_curves_are_those_of_the_runs(runs, monkeypatch):
     monkeypatch.setattr(curves.plt, "close", figures.append)
     curves.draw(read, runs / "curves.png", ["step_train_loss", "valid_class_acc"])
     (figure,), (loss, accuracy) = figures, figures[0].axes
-    assert [line.get_ydata() for line in loss.lines] == [[0.5, 0.25], [0.75]] and len(accuracy.lines) == 2
+    assert [list(line.get_ydata()) for line in loss.lines] == [[0.5, 0.25], [0.75]] and len(accuracy.lines) == 2
     assert [text.get_text() for text in figure.legends[0].texts] == ["a", "other"]
-    assert Image.open(runs / "curves.png").format == "PNG"
+    assert picture(runs / "curves.png").width > 500
 
 
 @pytest.mark.parametrize(
@@ -188,8 +200,8 @@ torch.set_num_threads(1)
 
 class EuroSAT(list):
     def __init__(self, root, download):
-        self.targets = [i % 10 for i in range(40)]
-        super().__init__((np.full((64, 64, 3), i, np.uint8), i % 10) for i in range(40))
+        self.targets = [i % 10 for i in range(60)]
+        super().__init__((np.full((64, 64, 3), i, np.uint8), i % 10) for i in range(60))
 
 class ShortTrainer(pl.Trainer):
     def __init__(self, **options):
@@ -240,7 +252,7 @@ def test_the_examples_of_extending_train_and_score(extended, digits_path):
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     n_satellite_images, scores = json.loads(ran.stdout.splitlines()[-1])
-    assert n_satellite_images == 32
+    assert n_satellite_images == 48
     for encoder in ("random", "trained"):
         found = {name: value["mean"] for name, value in scores["clusters"][encoder].items()}
         assert 10 < found["cluster_acc"] <= 100 and 0 < found["nmi"] <= 100  # ten clusters: chance is near 10
@@ -248,9 +260,8 @@ def test_the_examples_of_extending_train_and_score(extended, digits_path):
 
 
 def test_the_examples_of_extending_keep_the_house_style(extended):
-    ruff = Path(sys.executable).with_name("ruff")
-    for command in (["check", "--no-cache"], ["format", "--no-cache", "--check"]):
-        ran = subprocess.run(
-            [ruff, *command, "--config", ROOT / "pyproject.toml", extended], capture_output=True, text=True
-        )
+    (extended / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    for command in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
+        ran = subprocess.run(ruff, cwd=extended, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stdout

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The trainings of docs/troubleshooting.md and their pictures: sh docs/troubleshooting/make.sh, from the repository's root.
-# A quarter of an hour on one core. Runs that are there already are not repeated.
+# Some ten minutes on one core; started again, it goes on where it was interrupted.
 set -e
 OUT=${OUT:-runs/troubleshooting}
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -11,7 +11,7 @@ train() {
     [ -f "$OUT/$name/pretrained.ckpt" ] || $PYTHON train.py "$@" --dataset_name digits --transform_crop_scale_min 0.6 \
         --batch_size 64 --max_epochs 8 --warmup_epochs 1 --weight_decay 5e-4 --mlp_hidden_dim 256 --dim 128 \
         --mlp_normalization bn --evaluations linear_probe,rank_me --seed 0 \
-        --logger csv --log_every_n_steps 5 --out "$OUT/$name"
+        --logger csv --log_every_n_steps 5 --resume auto --out "$OUT/$name"
 }
 
 train simsiam simsiam --lr 0.05
