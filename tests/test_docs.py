@@ -1,6 +1,7 @@
 """The pages of docs/: their blocks run, their links lead somewhere, the messages they quote are the code's."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -227,28 +228,24 @@ def patched(source: str, patch: str) -> str:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory) -> Path:
-    """A copy of the modules with all patches of the page."""
+    """The modules that the page patches or adds; they are found before those of the repository."""
     folder = tmp_path_factory.mktemp("extended")
-    for path in ROOT.glob("*.py"):
-        (folder / path.name).write_text(path.read_text())
     for kind, content in blocks("extending.md"):
         if kind == "diff":
             first, _, patch = content.partition("\n")
-            path = folder / first.removeprefix("--- ")
-            path.write_text(patched(path.read_text(), patch))
+            name = first.removeprefix("--- ")
+            path = folder / name if (folder / name).exists() else ROOT / name
+            (folder / name).write_text(patched(path.read_text(), patch))
         elif kind.startswith("python new: "):
             (folder / kind.removeprefix("python new: ")).write_text(content)
     return folder
 
 
-def test_the_examples_of_extending_train_and_score(extended, digits_path):
+def test_the_examples_of_extending_train_and_score(extended):
     (extended / "blocks.json").write_text(json.dumps(python("extending.md")))
+    variables = {"PYTHONPATH": f"{extended}{os.pathsep}{ROOT}", "DATA_PATH": str(extended / "data")}
     ran = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        cwd=extended,
-        env={"PATH": "", "PYTHONPATH": str(extended), "DATA_PATH": str(extended / "data"), "HOME": str(extended)},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", DRIVER], cwd=extended, env=os.environ | variables, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     n_satellite_images, scores = json.loads(ran.stdout.splitlines()[-1])
@@ -260,8 +257,8 @@ def test_the_examples_of_extending_train_and_score(extended, digits_path):
 
 
 def test_the_examples_of_extending_keep_the_house_style(extended):
-    (extended / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    settings = ["--config", str(ROOT / "pyproject.toml"), "--config", f"src = ['{extended}', '{ROOT}']"]
     for command in (["check"], ["format", "--check"]):
-        ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
-        ran = subprocess.run(ruff, cwd=extended, capture_output=True, text=True)
+        ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", *settings, str(extended)]
+        ran = subprocess.run(ruff, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stdout
