@@ -95,7 +95,7 @@ def test_commands_on_the_pages_are_understood():
         for line in re.findall(r"^(?:python train\.py|train \w+) (\w+ --.*)$", text, re.MULTILINE):
             command_line.parse(f"{line} {common[1] if common else ''}".split())
             found += 1
-    assert found == 10
+    assert found == 10, found
 
 
 # ---- methods.md ----
