@@ -30,6 +30,7 @@ FLOORS = [
         "results",
         "array_files",
         "lagging",
+        "packed_sources",
     ],
     [
         "color_loops",
@@ -43,8 +44,9 @@ FLOORS = [
         "layouts",
         "parameter_options",
         "own_data_params",
+        "image_folders",
     ],
-    ["image_loops", "watch", "encoders", "probes"],
+    ["image_loops", "watch", "encoders", "probes", "tar_shards", "arrow_images"],
     ["augmentations"],
     ["image_files", "architectures", "channel_statistics"],
     ["decoders", "own_images"],
