@@ -71,17 +71,17 @@ def splits(source: Source, params: "EncoderAndDataParams") -> dict[str, list[tup
 # ---- what is there ----
 
 
-def get_source(params: "EncoderAndDataParams", root: str) -> Source:
-    """What holds the images: files, shards of them, or Arrow files."""
+def get_source(params: "EncoderAndDataParams", root: str, names: bool = False) -> Source:
+    """What holds the images: files, shards of them, or Arrow files. `names`: of classes, where they have both."""
     p, folder = params, Path(root).expanduser()
     if arrow_images.is_there(folder):
         if p.include_patterns or p.exclude_patterns:
             raise ValueError(
-                f"include_patterns={p.include_patterns}, exclude_patterns={p.exclude_patterns} are for names, which rows "
-                f"of {folder} have not: use `filter` of datasets, and save the set again"
+                f"include_patterns={p.include_patterns}, exclude_patterns={p.exclude_patterns} are for names, which "
+                f"rows of {folder} lack: use `filter` of datasets, and save the set again"
             )
-        labelled, by_name = p.labels_from is not None, p.class_to_idx is not None
-        return ArrowImages(folder, p.image_key, p.label_key, labelled, by_name)
+        labelled, names = p.labels_from is not None, names or p.class_to_idx is not None
+        return ArrowImages(folder, p.image_key, p.label_key, labelled, names)
     if tar_shards.is_pattern(root) or tar_shards.are_there(folder):
         index = Path(p.splits_path).expanduser() / "shards.json" if p.splits_path else None
         return TarShards(root, p.image_key, p.label_key, p.labels_from, index)

@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from functools import cache
 from glob import escape, glob
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -26,7 +27,7 @@ from whole_files import write_whole
 SUFFIX = ".tar"
 LABEL_KEYS = ("cls", "label")  # where no other is wanted
 MOST_OPEN = 128  # shards, of each process
-BRACES = re.compile(r"\{([^{}]*)\}")
+NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # name and ending of a member
 Place = tuple[int, int, Label]  # first byte, bytes, label
 Stamp = tuple[int, int]  # size and time of a shard
@@ -144,15 +145,18 @@ def expanded(pattern: str) -> Iterator[str]:
 
 def with_braces(pattern: str) -> Iterator[str]:
     """{00..12} is every number with as many digits, {a,b} either; they may be nested."""
-    found = BRACES.search(pattern)
-    if found is None:
+    start = pattern.find("{")
+    depths = np.cumsum([(c == "{") - (c == "}") for c in pattern[start:]]) if start >= 0 else np.empty(0)
+    if not (depths == 0).any():
         yield pattern
         return
-    ends, choices = found[1].split(".."), found[1].split(",")
-    if len(ends) == 2 and all(end.isdecimal() for end in ends):
-        choices = [f"{number:0{len(ends[0])}d}" for number in range(int(ends[0]), int(ends[1]) + 1)]
+    end = start + int(np.argmax(depths == 0))
+    commas = [i for i in range(start, end) if pattern[i] == "," and depths[i - start] == 1]
+    choices = [pattern[i + 1 : j] for i, j in pairwise([start, *commas, end])]
+    if numbers := NUMBERS.fullmatch(pattern[start + 1 : end]):
+        choices = [f"{n:0{len(numbers[1])}d}" for n in range(int(numbers[1]), int(numbers[2]) + 1)]
     for choice in choices:
-        yield from with_braces(pattern[: found.start()] + choice + pattern[found.end() :])
+        yield from with_braces(pattern[:start] + choice + pattern[end + 1 :])
 
 
 def split_in(name: str) -> str | None:

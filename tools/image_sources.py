@@ -107,7 +107,8 @@ class Stored:
     are found there."""
 
     def __init__(self, name: str):
-        self.source, self.name, self.others = get_source(EncoderAndDataParams(dataset_name="folder"), name), name, ""
+        self.source = get_source(EncoderAndDataParams(dataset_name="folder"), name, names=True)
+        self.name, self.others = name, ""
         self.label_of = {path: label for images in self.source.find().values() for path, label in images}
 
     def paths(self) -> list[str]:
