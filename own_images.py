@@ -19,6 +19,7 @@ from augmentations import View
 from files import Sample
 from image_files import ImageFiles
 from image_folders import Found, ImageFolder, check_that_all_are_there, lists
+from shard_names import is_pattern
 from tar_shards import TarShards
 from whole_files import write_whole
 
@@ -82,7 +83,7 @@ def get_source(params: "EncoderAndDataParams", root: str, names: bool = False) -
             )
         labelled, names = p.labels_from is not None, names or p.class_to_idx is not None
         return ArrowImages(folder, p.image_key, p.label_key, labelled, names)
-    if tar_shards.is_pattern(root) or tar_shards.are_there(folder):
+    if is_pattern(root) or tar_shards.are_there(folder):
         index = Path(p.splits_path).expanduser() / "shards.json" if p.splits_path else None
         return TarShards(root, p.image_key, p.label_key, p.labels_from, index)
     if p.image_key or p.label_key:
@@ -96,7 +97,7 @@ def get_source(params: "EncoderAndDataParams", root: str, names: bool = False) -
 def is_stored(root: str) -> bool:
     """Whether the images are not files of their own."""
     folder = Path(root).expanduser()
-    return arrow_images.is_there(folder) or tar_shards.is_pattern(root) or tar_shards.are_there(folder)
+    return arrow_images.is_there(folder) or is_pattern(root) or tar_shards.are_there(folder)
 
 
 def find(source: Source, params: "EncoderAndDataParams") -> Found:

@@ -11,10 +11,6 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
-from functools import cache
-from glob import escape, glob
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -22,22 +18,18 @@ import numpy as np
 import ddp
 from files import OnDisk
 from image_folders import SPLITS, SUFFIXES, Found, Label, as_label, has_images, of_folder
+from shard_names import SUFFIX, expanded, split_in
 from whole_files import write_whole
 
-SUFFIX = ".tar"
 LABEL_KEYS = ("cls", "label")  # where no other is wanted
 MOST_OPEN = 128  # shards, of each process
-NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # name and ending of a member
 Place = tuple[int, int, Label]  # first byte, bytes, label
 Stamp = tuple[int, int]  # size and time of a shard
 How = tuple[tuple[str, ...], tuple[str, ...] | None]  # endings of images, keys of labels
 
+known: dict[tuple[str, Stamp, How], dict[str, Place]] = {}  # indices of shards, for all data sets of this process
 opened: dict[tuple[str, Stamp], int] = {}  # descriptors
-
-
-def is_pattern(data_path: str) -> bool:
-    return data_path.endswith(SUFFIX) or "://" in data_path or data_path.startswith("pipe:")
 
 
 def are_there(folder: Path) -> bool:
@@ -119,58 +111,10 @@ class TarShards(OnDisk):
         return np.array([numbers[parts(path)[0]] for path in paths])
 
 
-# ---- names ----
-
-
-def expanded(pattern: str) -> Iterator[str]:
-    """The files that a pattern or a folder names.
-
-    Raises:
-        ValueError: one that braces name is not there; a URL.
-    """
-    if "://" in pattern or pattern.startswith("pipe:"):
-        raise ValueError(
-            f"data_path={pattern!r} is no path: images are read by their place in a shard, so copy the shards to a "
-            "disk, or mount them as a file system"
-        )
-    pattern = os.path.expanduser(pattern)
-    if os.path.isdir(pattern):
-        yield from glob(f"{escape(pattern)}/**/*{SUFFIX}", recursive=True)
-        return
-    for name in with_braces(pattern):
-        if not re.search(r"[*?\[]", name) and not os.path.isfile(name):
-            raise ValueError(f"data_path={pattern!r} names {name}, which is not there")
-        yield from glob(name) if re.search(r"[*?\[]", name) else [name]
-
-
-def with_braces(pattern: str) -> Iterator[str]:
-    """{00..12} is every number with as many digits, {a,b} either; they may be nested."""
-    start = pattern.find("{")
-    depths = np.cumsum([(c == "{") - (c == "}") for c in pattern[start:]]) if start >= 0 else np.empty(0)
-    if not (depths == 0).any():
-        yield pattern
-        return
-    end = start + int(np.argmax(depths == 0))
-    commas = [i for i in range(start, end) if pattern[i] == "," and depths[i - start] == 1]
-    choices = [pattern[i + 1 : j] for i, j in pairwise([start, *commas, end])]
-    if numbers := NUMBERS.fullmatch(pattern[start + 1 : end]):
-        choices = [f"{n:0{len(numbers[1])}d}" for n in range(int(numbers[1]), int(numbers[2]) + 1)]
-    for choice in choices:
-        yield from with_braces(pattern[:start] + choice + pattern[end + 1 :])
-
-
-def split_in(name: str) -> str | None:
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((split for split, names in SPLITS.items() if any(name in words for name in names)), None)
-
-
 def parts(path: str) -> tuple[str, str]:
     """Shard and member."""
     shard, _, member = path.partition(f"{SUFFIX}/")
     return shard + SUFFIX, member
-
-
-# ---- content ----
 
 
 def stamp(shard: str) -> Stamp:
@@ -179,19 +123,25 @@ def stamp(shard: str) -> Stamp:
 
 
 def index(stamps: dict[str, Stamp], how: How, file: Path | None) -> dict[str, dict[str, Place]]:
-    """Of every shard; taken from `file` for those that are as they were, and written there."""
-    kept = json.loads(file.read_text()) if file and file.is_file() else {}
-    kept = kept.get("shards", {}) if kept.get("how") == repr(how) else {}
-    fresh = [shard for shard in stamps if shard not in kept or tuple(kept[shard]["stamp"]) != stamps[shard]]
-    found = {shard: one["places"] for shard, one in kept.items() if shard in stamps}
-    found |= {shard: indexed(shard, stamps[shard], *how) for shard in fresh}
-    if file and fresh and ddp.rank() == 0:
+    """Of every shard. What is not known to this process is taken from `file`, else read and written there."""
+
+    def unknown() -> list[str]:
+        return [shard for shard, stamp in stamps.items() if (shard, stamp, how) not in known]
+
+    is_kept = file is not None and file.is_file()
+    if is_kept and unknown():
+        kept = json.loads(file.read_text())
+        for shard, one in kept["shards"].items() if kept["how"] == repr(how) else ():
+            known[shard, tuple(one["stamp"]), how] = one["places"]
+    fresh = unknown()
+    known.update(((shard, stamps[shard], how), indexed(shard, stamps[shard], *how)) for shard in fresh)
+    found = {shard: known[shard, stamp, how] for shard, stamp in stamps.items()}
+    if file is not None and (fresh or not is_kept) and ddp.rank() == 0:
         shards = {shard: {"stamp": stamps[shard], "places": places} for shard, places in found.items()}
         write_whole(file, json.dumps({"how": repr(how), "shards": shards}))
-    return {shard: found[shard] for shard in stamps}
+    return found
 
 
-@cache
 def indexed(shard: str, stamp: Stamp, endings: tuple[str, ...], label_keys: tuple[str, ...] | None) -> dict[str, Place]:
     """Image -> its place and label, in the order of the shard."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
@@ -208,7 +158,10 @@ def indexed(shard: str, stamp: Stamp, endings: tuple[str, ...], label_keys: tupl
     for sample in samples.values():
         image = next((sample[ending] for ending in endings if ending in sample), None)
         if image is not None:
-            label = None if label_keys is None else label_of(shard, stamp, sample, label_keys)
+            try:
+                label = None if label_keys is None else label_of(shard, stamp, sample, label_keys)
+            except ValueError as error:
+                raise ValueError(f"the label of {image.name} in {shard} could not be read: {error}") from error
             places[str(PurePosixPath(image.name)).lstrip("/")] = (image.offset_data, image.size, label)
     return places
 

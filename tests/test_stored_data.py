@@ -20,6 +20,7 @@ from test_own_data import write as write_folder
 
 import data
 import loader
+import shard_names
 import tar_shards
 import train
 from checkpoints import Checkpoints
@@ -142,7 +143,7 @@ def test_reduced_jpegs_and_arrays_are_read_from_shards_as_from_files(tmp_path):
     "pattern", ["a/{000..012}.tar", "{train-{8..11},val-{0..1}}.tar", "x.tar", "{a,b}{1..2}/{c,}.tar"]
 )
 def test_braces_are_those_of_braceexpand(pattern):
-    assert list(tar_shards.with_braces(pattern)) == list(braceexpand(pattern))
+    assert list(shard_names.with_braces(pattern)) == list(braceexpand(pattern))
 
 
 def test_samples_are_those_of_webdataset(stored):
@@ -172,6 +173,8 @@ def test_labels_in_shards(tmp_path):
         found("json", {"label_key": "kinds"}, **entries)
     with pytest.raises(ValueError, match="holds 0 images"):
         found("json", {"image_key": "jpg;webp"}, **entries)
+    with pytest.raises(ValueError, match="the label of china/00.png in .*train-000000.tar could not be read"):
+        found("damaged", {}, json=lambda name: "{")
     two = {"mask_png": lambda name: png(NAMES[0]), **entries}
     assert found("two", {}, **two) == found("two", {"image_key": "jpg;mask.png"}, **two) == expected
     p = params(tmp_path / "two", val_size=0, test_size=0, image_key="jpg;mask.png")
@@ -208,7 +211,7 @@ def test_the_index_is_kept_beside_the_splits(tmp_path, monkeypatch):
     pattern = write_shards(tmp_path / "shards")
     p = params(pattern, splits_path=str(tmp_path / "splits"))
     expected = labels(p)
-    tar_shards.indexed.cache_clear()
+    tar_shards.known.clear()
     read = []
     monkeypatch.setattr(tar_shards.tarfile, "open", lambda path, *args: read.append(path) or tarfile.TarFile(path))
     assert labels(p) == expected and data.get_dataset(p, ("train",))[3][1] == expected[3] and not read
