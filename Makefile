@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python demo.py
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test-long: $(VENV)/installed
 	LONG=5 $(VENV)/bin/python -m pytest tests/test_resume.py tests/test_properties.py tests/test_memory.py tests/test_embed.py

@@ -28,7 +28,6 @@ import av
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torchvision
 from attrs import evolve, frozen
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -216,9 +215,8 @@ def fit(model: SelfSupervisedMethod, loader: DataLoader | None, watched: Watched
 
 def step(work: Work) -> list[harness.Row]:
     size, n, steps = work.step_size, work.step_batch, 6
-    encoder = torchvision.models.video.r3d_18()
-    encoder.fc = nn.Identity()
-    model = SelfSupervisedMethod(SCEParams(**work.settings, batch_size=n, transform_crop_size=size), encoder=encoder)
+    settings = work.settings | {"encoder_arch": "r3d_18", "batch_size": n, "transform_crop_size": size}
+    model = SelfSupervisedMethod(SCEParams(**settings))
     shape = (n * steps, 3, work.n_frames, size * 8 // 7, size * 8 // 7)
     clips, watched = torch.randint(256, shape, dtype=torch.uint8), Watched(steps)
     fit(model, DataLoader(TensorDataset(clips), n), watched, steps)
