@@ -3,24 +3,30 @@
 import ast
 import importlib
 import inspect
+import itertools
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import attrs
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
+import videos
 from PIL import Image
 
 import command_line
 import data
 import evaluate
+import model_params
 import run_options
+from checkpoints import Checkpoints
 from linear_params import LinearClassifierMethodParams
 from moco import SelfSupervisedMethod
-from model_params import ModelParams
+from model_params import ModelParams, SCEVideoParams
 from protocols import PROTOCOLS
 from run_options import RunOptions
 
@@ -223,7 +229,7 @@ def test_commands_are_understood(name, monkeypatch):
 @pytest.mark.parametrize("name", CHECKLISTS)
 def test_nothing_of_theirs_is_missing(name):
     theirs = [row[0] for row in rows(SECTIONS[name])]
-    items = [item.strip() for item in re.split(r";\s", CHECKLISTS[name])]
+    items = " ".join(CHECKLISTS[name].split()).split("; ")
     for item in items:
         ends = [r"(?<!\w)" if item[0].isalnum() else "", r"(?!\w)" if item[-1].isalnum() else ""]
         assert any(re.search(re.escape(item).join(ends), cell) for cell in theirs), f"{item!r} has no row"
@@ -246,7 +252,7 @@ class ShortTrainer(pl.Trainer):
     def __init__(self, **options):
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options}
         short = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1}
-        super().__init__(accelerator="cpu", enable_model_summary=False, **{**quiet, **short})
+        super().__init__(enable_model_summary=False, **{**quiet, **short, "accelerator": "cpu"})
 
 
 @pytest.fixture
@@ -264,6 +270,10 @@ def small_data(monkeypatch, tmp_path):
         file = tmp_path / "dataset" / f"class_{i % 2}" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)).save(file)
+    for split, i in itertools.product(("train", "val"), range(4)):
+        videos.write_frames(tmp_path / "datasets" / "kinetics" / split / f"class_{i % 2}" / f"video_{i}", n=12)
+    few = {"global_batch_size": 4, "num_frames": 2, "transform_crop_size": 32, "K": 8, "evaluations": ["knn"]}
+    monkeypatch.setattr(model_params, "SCEVideoParams", partial(SCEVideoParams, num_data_workers=0, **few))
     make = data.get_loader
     few = {"batch_size": 4, "num_data_workers": 0}
     monkeypatch.setattr(data, "get_loader", lambda p, *rest: make(attrs.evolve(p, **few), *rest))
@@ -273,8 +283,10 @@ def small_data(monkeypatch, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:collapse", "ignore:the warm-up of", "ignore:There is a wandb")
 @pytest.mark.parametrize("name", SECTIONS)
-def test_python_blocks(name, small_data, tmp_path):
+def test_python_blocks(name, small_data, tmp_path, monkeypatch):
     """Run in order, as a notebook would."""
+    if name == "eztorch":
+        monkeypatch.setattr(Checkpoints, "save", lambda *_: None)  # 400 MB
     blocks, names = re.findall(r"```python\n(.*?)```", SECTIONS[name], re.DOTALL), {}
     assert blocks
     for block in blocks:
@@ -285,5 +297,9 @@ def test_python_blocks(name, small_data, tmp_path):
         assert all(
             not weight.any() for name, weight in names["model"].named_parameters() if name.endswith("bn2.weight")
         )
+    if name == "eztorch":
+        network = names["resnet3d_basic"]().eval()
+        assert network(torch.zeros(1, 3, 8, 64, 64)).shape == (1, 512)
+        assert network.layer4(network.layer3(torch.zeros(1, 128, 8, 4, 4))).shape[2] == 8  # frames
     if name == "The original":
         assert (tmp_path / "example.ckpt").is_file()
