@@ -10,7 +10,7 @@ from fields import check_types, choice, non_negative, number, positive
 LOGGERS = {"tensorboard": "tensorboard", "csv": None, "wandb": "wandb", "mlflow": "mlflow"}  # name -> package it needs
 OF_THE_TRAINER = (
     "precision", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "sync_batchnorm", "max_time",
-    "limit_train_batches", "deterministic",
+    "limit_train_batches", "log_every_n_steps", "deterministic",
 )  # fmt: skip
 OF_THE_COMMAND = ("out", "resume", "dry_run", "preview", "print_config")  # do not make another run
 
@@ -48,6 +48,7 @@ class RunOptions:
     sync_batchnorm: bool = False  # batch statistics over all processes
     max_time: str | None = None  # DD:HH:MM:SS, after which the training ends as if it were finished
     limit_train_batches: int | float | None = number(None, above=0)  # of an epoch: whole: batches; else: share
+    log_every_n_steps: int = positive(50)  # of what training steps log
     deterministic: bool = False  # algorithms with the same bits every time, or an error; slower
 
     def __attrs_post_init__(self):
