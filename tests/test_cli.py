@@ -271,8 +271,8 @@ def test_gradient_norms_are_those_of_torch():
 
 
 def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
-    """Batches of 2 s, 8 images on each of 2 processes, 10 steps; after the fourth, 12 s are left. The file says it, too,
-    without what a killed run wrote later."""
+    """Batches of 2 s, 8 images on each of 2 processes, 10 steps; after the fourth, 12 s are left. The file says it,
+    too, without what a killed run wrote later."""
     now, file = [0.0], tmp_path / "throughput.csv"
     file.write_text("step,epoch,images_per_second\n3,0,1.0\n7,1,1.0\n")
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -84,7 +84,7 @@ def test_demo_ends_with_a_table_and_a_report(monkeypatch, capsys):
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
     assert rows == ["linear, 50 labels (%)", "linear, all labels (%)", "kNN, k = 20 (%)", "RankMe"]
     page = (demo.OUT / "report.html").read_text()
-    assert "Cosine of two views" in page and '"missing"' not in page and (demo.OUT / "pretrained.ckpt").exists()
+    assert "Cosine of two views" in page and '"missing": "' not in page and (demo.OUT / "pretrained.ckpt").exists()
 
 
 def test_train_takes_any_field_and_evaluates_what_it_saved(monkeypatch, tmp_path):
