@@ -314,7 +314,7 @@ def test_compare_shows_exactly_what_differs_and_joins_seeds(run, tmp_path, capsy
     assert settings == {"lr": ("0.5", "0.125"), "transform_s": ("0.5", "[1.0, 0.5]"), "seed": ("0, 1, 2", "0")}
     results = {row.name: row.values for row in rows if row.kind == "result"}
     assert results["trained encoder: valid_knn20_acc"] == ([50.0, 53.0, 59.0], [61.0])
-    best = max(float(row["valid_knn20_acc"]) for row in rows_of(run) if row["valid_knn20_acc"])
+    best = max([float(row["valid_knn20_acc"]) for row in rows_of(run) if row["valid_knn20_acc"]][1:])
     assert results["best valid_knn20_acc"] == ([best] * 3, [best])
     monkeypatch.setattr(sys, "argv", ["compare", *map(str, [*seeds, other])])
     monkeypatch.setenv("COLUMNS", "120")

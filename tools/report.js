@@ -14,6 +14,12 @@ function make(parent, tag, attributes = {}, text = null) {
   return parent.appendChild(node);
 }
 
+/** A name that may be broken behind its underscores. */
+function name(parent, text) {
+  const parts = text.split(/(?<=_)/);
+  parts.forEach((part, i) => { if (i) make(parent, "wbr"); parent.append(part); });
+}
+
 const colour = i => `var(--c${i % 8})`;
 const swatch = (parent, i) => make(parent, "span", {class: "swatch", style: `background: ${colour(i)}`});
 
@@ -64,29 +70,29 @@ function resultsTable() {
   // One run: a column for each thing that was scored. Several: a column for each run.
   const body = table($("results"), ["", ...(several ? runs.map(run => run.name) : scored)]);
   body.parentNode.querySelectorAll("thead th:not(:first-child)").forEach(cell => cell.classList.add("number"));
-  const line = (name, values) => {
+  const line = (figure, values) => {
     const row = make(body, "tr");
-    make(row, "th", {scope: "row", class: "code"}, name);
+    name(make(row, "th", {scope: "row", class: "code"}), figure);
     values.forEach(value => make(row, "td", {class: "number"}, value));
   };
   if (several) return scored.forEach(of => {
     make(make(body, "tr"), "th", {colspan: runs.length + 1, scope: "colgroup"}, of);
-    data.results.filter(row => row.of === of).forEach(({name, values}) => line(name, values));
+    data.results.filter(row => row.of === of).forEach(row => line(row.name, row.values));
   });
-  for (const name of new Set(data.results.map(row => row.name)))
-    line(name, scored.map(of => data.results.find(row => row.of === of && row.name === name)?.values[0] ?? ""));
+  for (const figure of new Set(data.results.map(row => row.name)))
+    line(figure, scored.map(of => data.results.find(row => row.of === of && row.name === figure)?.values[0] ?? ""));
 }
 
 function settingsTable() {
-  const {rows, several: differ} = data.settings;
+  const {rows, differ} = data.settings;
   const presets = [...new Set(runs.map(run => run.preset))].join(", ");
   if (!rows.length) return missing($("settings"), `All settings are those of the preset ${presets}.`);
-  const all = several ? "Those that differ from the preset or between the runs" : "Those that differ from the preset";
-  make($("settings"), "p", {class: "about"}, `${all} ${presets}; all others are its own.` + (several && !differ ? " The runs do not differ." : ""));
+  const those = several ? "Those in which a run differs from its preset, or the runs from each other" : `Those that differ from the preset ${presets}`;
+  make($("settings"), "p", {class: "about"}, `${those}.` + (several && !differ ? " The runs do not differ." : ""));
   const body = table($("settings"), ["", "preset", ...runs.map(run => several ? run.name : "this run")]);
-  for (const {name, comment, preset, values} of rows) {
+  for (const {name: setting, comment, preset, values} of rows) {
     const row = make(body, "tr"), head = make(row, "th", {scope: "row"});
-    make(head, "span", {class: "code"}, name);
+    name(make(head, "span", {class: "code"}), setting);
     make(head, "small", {}, comment);
     make(row, "td", {class: "code plain"}, preset);
     values.forEach(({text, changed}) => make(row, "td", {class: changed ? "code" : "code plain"}, text));
@@ -204,12 +210,16 @@ function chart(figure, index) {
       if (several) labels.push(runs[line.run].name);
       if (names.length > 1 || !several) labels.push(line.label);
       make(row, "span", {}, labels.join(", "));
-      make(row, "b", {}, number(y) + (y !== line.y[line.at] ? ` (${number(line.y[line.at])})` : ""));
+      make(row, "b", {}, number(y));
+      if (line.isSmoothed) make(row, "small", {}, `(${number(line.y[line.at])})`);
     }
+    // Above the curves, over the caption: it hides none of them.
     tip.style.display = "block";
-    const side = plot.offsetLeft + toX(cursor);
-    tip.style.left = `${Math.max(4, side + 12 + tip.offsetWidth > box.clientWidth ? side - 12 - tip.offsetWidth : side + 12)}px`;
-    tip.style.top = `${plot.offsetTop + frame.top}px`;
+    tip.style.left = 0;
+    const [outer, inner] = [box.getBoundingClientRect(), plot.getBoundingClientRect()], width = tip.offsetWidth;
+    const wanted = inner.left - outer.left + toX(cursor) - width / 2;
+    tip.style.left = `${Math.max(4, Math.min(wanted, outer.width - width - 6))}px`;
+    tip.style.top = `${inner.top - outer.top + frame.top - tip.offsetHeight}px`;
   }
 
   function away() {

@@ -11,7 +11,7 @@ from command_line import described, text
 from encoders import OWN_MODULE
 from model_params import PRESETS, ModelParams
 from run_options import RunOptions
-from tools import compare
+from tools import compare, report_figures
 from tools.compare import Run, in_figures
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first words of compare.results
@@ -57,7 +57,8 @@ def state(run: Run) -> str:
     path = run.folder / "results.json"
     if "trained encoder" in (json.loads(path.read_text()) if path.is_file() else {}):
         return "finished"
-    return f"not finished: the plan is {run.settings.get('max_epochs')} epochs"
+    _, epochs = report_figures.read(run.folder / report_figures.PRETRAINING).get("epoch", ([], [0]))
+    return f"not finished: in epoch {epochs[-1] + 1:.0f} of {run.settings.get('max_epochs')}"
 
 
 # ---- settings ----
@@ -81,7 +82,7 @@ def settings(runs: Sequence[Run]) -> dict[str, Any]:
             standard = dict.fromkeys(text(values[name]) for values in plain if name in values)
             comment = comments.get(name, ("", ""))[1]
             rows.append({"name": name, "comment": comment, "preset": ", ".join(standard), "values": cells})
-    return {"rows": rows, "several": bool(differing)}
+    return {"rows": rows, "differ": bool(differing)}
 
 
 def cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> dict[str, Any]:
