@@ -55,19 +55,27 @@ def candidates(found: layouts.Found, state: dict[str, Tensor]) -> Iterator[str]:
     with_timm = importlib.util.find_spec("timm") is not None
     if word is not None:
         yield from (name for name in (word, VIT_SIZES.get(word), f"timm:{word}") if name in buildable(with_timm))
+    if of_clips(state):
+        yield from encoders.VIDEO_MODELS
+        return
     if "patch_embed.proj.weight" not in state:  # which only timm's models have
         yield from from_torchvision(state)
     if with_timm:
         yield from (f"timm:{name}" for name in alike_in_timm(state))
 
 
+def of_clips(state: dict[str, Tensor]) -> bool:
+    """Whether there are three-dimensional convolutions."""
+    return any(tensor.dim() == 5 for tensor in state.values())
+
+
 def from_torchvision(state: dict[str, Tensor]) -> Iterator[str]:
-    resnets = [name for name in encoders.TORCHVISION if "resnet" in name or "resnext" in name]
+    resnets = [name for name in encoders.IMAGE_MODELS if "resnet" in name or "resnext" in name]
     yield from (*resnets, *ws_resnet.WS_RESNETS)
     if "layer1.0.conv1.weight" in state:  # which no others have
         return
     token = "class_token" in state
-    for name in encoders.TORCHVISION:  # RegNets must be named: they cannot be built without their memory, up to 2.6 GB
+    for name in encoders.IMAGE_MODELS:  # RegNets must be named: they cannot be built without their memory, up to 2.6 GB
         if name not in resnets and not name.startswith("regnet") and name.startswith("vit") == token:
             yield name
 
@@ -101,7 +109,7 @@ def adapted(name: str, state: dict[str, Tensor]) -> tuple[Architecture, dict[str
     path, first = encoders.first_convolution(encoder)
     weight = state.get(f"{path}.weight")
     channels, low_resolution = first.in_channels, False
-    if weight is not None and weight.dim() == 4:
+    if weight is not None and weight.dim() in (4, 5):
         channels = weight.shape[1] * first.groups
         low_resolution = weight.shape[2:] == (3, 3) != first.kernel_size and encoders.has_low_resolution_stem(name)
     if name.startswith("timm:"):

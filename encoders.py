@@ -1,4 +1,7 @@
-"""Name -> (encoder without its classifier, width of its output). Encoders map [N, C, H, W] to [N, E]."""
+"""Name -> (encoder without its classifier, width of its output).
+
+Encoders map images [N, C, H, W], or those of videos clips [N, C, T, H, W], to [N, E].
+"""
 
 import difflib
 import importlib.util
@@ -20,7 +23,10 @@ if TYPE_CHECKING:
 FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # of convolutions over images, over clips
 OWN_MODULE = "module"  # encoder_arch when the encoder is a module of the user's own
 STEM_VARIANTS = ("standard", "padding_2", "no_relu")
-TORCHVISION = torchvision.models.list_models(module=torchvision.models)
+IMAGE_MODELS = torchvision.models.list_models(module=torchvision.models)
+VIDEO_MODELS = torchvision.models.list_models(module=torchvision.models.video)  # all pretrained on Kinetics-400
+TORCHVISION = [*IMAGE_MODELS, *VIDEO_MODELS]
+LAST_LAYERS = {"squeezenet": nn.Conv2d, "s3d": nn.Conv3d}  # whose classifiers are convolutions
 
 
 def check_name(name: str) -> None:
@@ -37,7 +43,8 @@ def check_name(name: str) -> None:
         near = difflib.get_close_matches(name, known, n=3) or ["resnet18", "resnet50", "vit_b_16"]
         raise ValueError(
             f"encoder_arch={name!r} is unknown: choose a classification model of torchvision, one of "
-            f"{', '.join(ws_resnet.WS_RESNETS)}, or timm:NAME. Nearest: {', '.join(near)}"
+            f"{', '.join(ws_resnet.WS_RESNETS)}, or timm:NAME; for clips {', '.join(VIDEO_MODELS)}. "
+            f"Nearest: {', '.join(near)}"
         )
 
 
@@ -66,6 +73,7 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
     image = torch.zeros(1, *p.input_shape)
     if own is not None:
         return own, measured_width(own, image, "the encoder")
+    check_kind(p.encoder_arch, p.dataset_name, p.dataset.of_videos)
     file = None if p.encoder_weights is None else Path(p.encoder_weights).expanduser()
     from_file = file is not None and os.path.isfile(file)  # False, not an error, for a name too long to be one
     published = None if from_file else p.encoder_weights
@@ -76,7 +84,7 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
         with data_only(f"the published weights of {name}"):
             encoder = timm.create_model(name, pretrained=published is not None, num_classes=0, in_chans=p.channels)
     else:
-        encoder, _ = without_classifier(build(p.encoder_arch, published, p.crop_size), p.encoder_arch)
+        encoder, _ = without_classifier(build(p.encoder_arch, published, p.crop_size, p.num_frames), p.encoder_arch)
         adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
         ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
     if from_file:
@@ -85,6 +93,17 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
         except ValueError as error:
             raise ValueError(f"encoder_weights={p.encoder_weights!r} does not fit {p.encoder_arch}: {error}") from error
     return encoder, measured_width(encoder, image, f"encoder_arch={p.encoder_arch!r}")
+
+
+def check_kind(name: str, dataset_name: str, of_videos: bool) -> None:
+    """Raise ValueError where an encoder of clips is to encode images, or the other way round."""
+    if (name in VIDEO_MODELS) != of_videos:
+        takes, has = ("images", "clips")[:: 1 if of_videos else -1]
+        way_out = f"encoder_arch={', '.join(VIDEO_MODELS)}" if of_videos else "another encoder_arch, or a set of videos"
+        raise ValueError(
+            f"encoder_arch={name!r} encodes {takes}, and dataset_name={dataset_name!r} has {has}: choose {way_out}, or "
+            "encoder=your_module"
+        )
 
 
 def source_of_weights(params: "ModelParams") -> str | None:
@@ -97,8 +116,8 @@ def source_of_weights(params: "ModelParams") -> str | None:
     return params.encoder_arch + f":{weights}" * (not params.encoder_arch.startswith("timm:"))
 
 
-def build(name: str, weights: str | None, image_size: int) -> nn.Module:
-    """A classifier as its library builds it."""
+def build(name: str, weights: str | None, image_size: int, num_frames: int = 16) -> nn.Module:
+    """A classifier as its library builds it, but for the pooling of S3D where it does not fit small clips."""
     if name in ws_resnet.WS_RESNETS:
         if weights is not None:
             raise ValueError(f"encoder_weights={weights!r} is no file, and there are no published weights of {name}")
@@ -111,8 +130,16 @@ def build(name: str, weights: str | None, image_size: int) -> nn.Module:
     choices = torchvision.models.get_model_weights(name).__members__
     if weights not in (None, *choices):
         raise ValueError(f"encoder_weights={weights!r} is no file, and {name} has only {', '.join(choices)}")
+    if name.startswith("mvit_") and (image_size, num_frames) != (224, 16):
+        raise ValueError(
+            f"encoder_arch={name!r} has positions for clips of 16 frames of 224 pixels only: choose num_frames=16 (is "
+            f"{num_frames}) and transform_crop_size=224 (is {image_size}), or another encoder"
+        )
     with data_only(f"the published weights of {name}"):
-        return torchvision.models.get_model(name, weights=weights, **kwargs)
+        model = torchvision.models.get_model(name, weights=weights, **kwargs)
+    if name == "s3d" and (image_size < 224 or num_frames < 14):  # its window of 2 x 7 x 7 would not fit
+        model.avgpool = nn.AdaptiveAvgPool3d(1)
+    return model
 
 
 def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
@@ -121,7 +148,7 @@ def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
         if name in ("googlenet", "inception_v3") and getattr(model, auxiliary, None) is not None:
             setattr(model, auxiliary, None)
             model.aux_logits = False
-    last_type = nn.Conv2d if name.startswith("squeezenet") else nn.Linear
+    last_type = next((kind for start, kind in LAST_LAYERS.items() if name.startswith(start)), nn.Linear)
     path, last = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, last_type)][-1]
     parent, _, leaf = path.rpartition(".")
     parent = model.get_submodule(parent)
@@ -130,7 +157,7 @@ def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
     for sibling, layer in before:
         if isinstance(layer, nn.Dropout):
             setattr(parent, sibling, nn.Identity())
-    return model, last.in_channels if last_type is nn.Conv2d else last.in_features
+    return model, last.in_features if last_type is nn.Linear else last.in_channels
 
 
 def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant: str = "standard") -> None:
@@ -156,8 +183,8 @@ def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant:
             encoder.relu = nn.Identity()
 
 
-def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d]:
-    return next((path, layer) for path, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d))
+def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d]:
+    return next((path, layer) for path, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d | nn.Conv3d))
 
 
 def embed(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:

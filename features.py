@@ -84,7 +84,7 @@ def extract(
         def rows() -> Iterator[dict[str, Tensor]]:
             with Tap(encoder, names) as tap:
                 for images, labels in batches(dataset, params):
-                    yield {"x": encoder.embed(images), "y": labels, **tap.averages()}
+                    yield {"x": encoder.embed(images), "y": labels, **tap.averages(len(images))}
 
         write(folder, len(dataset), rows(), n_batches(dataset, params), f"features of {'+'.join(splits)}")
     arrays = read(folder)
@@ -162,8 +162,9 @@ class Tap:
 
         return keep
 
-    def averages(self) -> dict[str, Tensor]:
-        return {name: self.found[name].float() for name in self.modules}
+    def averages(self, n: int) -> dict[str, Tensor]:
+        """Of each of n images, or videos: over their clips too."""
+        return {name: self.found[name].float().unflatten(0, (n, -1)).mean(1) for name in self.modules}
 
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:

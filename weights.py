@@ -117,6 +117,7 @@ def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[s
     settings, arch = {"dataset_name": "imagenet"}, overrides.get("encoder_arch")
     if arch != encoders.OWN_MODULE:
         settings |= attrs.asdict(architectures.find(found, arch))
+        settings |= of_videos(settings["encoder_arch"])
         if found.layout == "moco v3" and settings["encoder_arch"].startswith("timm:vit_small"):
             raise ValueError(
                 f"{found.source} is moco v3's vit_small, whose 12 heads timm's has not (6): give encoder="
@@ -178,7 +179,13 @@ def published(name: str, overrides: dict[str, Any]) -> Encoder:
     except ValueError as error:
         raise ValueError(f"there is no file {name}, and as a name: {error}") from error
     weights = weights or "DEFAULT"
-    settings = {"encoder_arch": arch, "dataset_name": "imagenet", "encoder_weights": weights, **facts(arch, weights)}
+    settings = {
+        "encoder_arch": arch,
+        "dataset_name": "imagenet",
+        "encoder_weights": weights,
+        **of_videos(arch),
+        **facts(arch, weights),
+    }
     params = with_overrides(settings, overrides)
     if arch in encoders.TORCHVISION and (params.channels != 3 or params.low_resolution):
         raise ValueError(
@@ -193,6 +200,14 @@ def published(name: str, overrides: dict[str, Any]) -> Encoder:
         ) from error
     report = Report(name, "published", arch, len(model.state_dict()), ())
     return Encoder(model, attrs.evolve(params, encoder_weights=None), report)
+
+
+def of_videos(arch: str) -> dict[str, Any]:
+    """The data set of torchvision's encoders of clips, and as many frames as they must have; {} for other encoders."""
+    if arch not in encoders.VIDEO_MODELS:
+        return {}
+    fewest = torchvision.models.get_model_weights(arch).DEFAULT.meta.get("min_temporal_size", 1)
+    return {"dataset_name": "kinetics", "num_frames": max(fields(EncoderAndDataParams).num_frames.default, fewest)}
 
 
 def facts(arch: str, weights: str) -> dict[str, Any]:

@@ -28,8 +28,9 @@ def test_every_torchvision_classifier_gives_n_by_e(name):
     with torch.device("cpu" if name in REGNETS else "meta"):
         encoder, width = encoders.without_classifier(encoders.build(name, None, size), name)
     encoder.to("meta").train(name in HAS_SIDE_CLASSIFIERS)
-    assert encoder(torch.zeros(2, 3, size, size, device="meta")).shape == (2, width)
-    assert not any(getattr(layer, "out_features", 0) == 1000 for layer in encoder.modules())
+    frames = (16,) if name in encoders.VIDEO_MODELS else ()
+    assert encoder(torch.zeros(2, 3, *frames, size, size, device="meta")).shape == (2, width)
+    assert not any(getattr(layer, "out_features", 0) in (1000, 400) for layer in encoder.modules())
 
 
 def test_what_is_left_is_the_classifiers_input():
@@ -129,6 +130,59 @@ def test_timm_where_it_is_installed():
         assert encoder.eval()(torch.zeros(1, 1, 64, 64)).shape == (1, width)
         with pytest.raises(ValueError, match="Nearest: .*resnet10t"):
             ModelParams(encoder_arch="timm:resnet10")
+
+
+def clips(name, size=16, frames=4, **fields):
+    params = ModelParams(
+        dataset_name="kinetics", encoder_arch=name, transform_crop_size=size, num_frames=frames, **fields
+    )
+    return encoders.get_encoder(params)
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18", "swin3d_t", "s3d"])
+def test_encoders_of_clips_by_name(name):
+    """The encoder, followed by the layer that was removed, is torchvision's model with the same weights."""
+    size, frames = (16, 4) if name != "s3d" else (96, 10)
+    encoder, width = clips(name, size, frames)
+    reference, x = torchvision.models.get_model(name).eval(), torch.randn(2, 3, frames, size, size)
+    last = [layer for layer in reference.modules() if isinstance(layer, nn.Conv3d if name == "s3d" else nn.Linear)][-1]
+    missing = encoder.load_state_dict(reference.state_dict(), strict=False)
+    assert not missing.missing_keys and len(missing.unexpected_keys) == 2
+    with torch.no_grad():
+        embeddings = encoder.eval()(x)
+        assert embeddings.shape == (2, width)
+        if name == "s3d":  # torchvision's pooling takes no clips as small as this
+            embeddings, reference.avgpool = embeddings[:, :, None, None, None], nn.AdaptiveAvgPool3d(1)
+        assert torch.allclose(last(embeddings).flatten(1), reference(x), atol=1e-5)
+
+
+def test_large_clips_are_pooled_as_torchvision_does():
+    assert isinstance(clips("s3d", 224, 16)[0].avgpool, nn.AvgPool3d)
+    x = torch.randn(1, 4, 2, 7, 7)  # the smallest map that fits its window: at 14 frames of 224 pixels
+    pooled = encoders.build("s3d", None, 224).avgpool(x)
+    assert torch.allclose(pooled, encoders.build("s3d", None, 223).avgpool(x), atol=1e-6)
+
+
+def test_multiscale_transformers_take_clips_of_one_size():
+    encoder, width = clips("mvit_v2_s", 224, 16)
+    assert width == 768
+    with pytest.raises(ValueError, match="num_frames=16 .is 8. and transform_crop_size=224 .is 112."):
+        clips("mvit_v2_s", 112, 8)
+
+
+def test_any_number_of_channels_of_clips():
+    for name in ("r3d_18", "swin3d_t"):
+        encoder, width = clips(name, in_channels=2, image_mean=[0.5] * 2, image_std=[0.2] * 2)
+        assert encoder.eval()(torch.zeros(1, 2, 4, 16, 16)).shape == (1, width)
+
+
+def test_images_and_clips_are_told_apart():
+    with pytest.raises(ValueError, match="'resnet18' encodes images, and dataset_name='kinetics' has clips.*r3d_18"):
+        clips("resnet18")
+    with pytest.raises(ValueError, match="'r3d_18' encodes clips, and dataset_name='cifar10' has images"):
+        build("r3d_18")
+    with pytest.raises(ValueError, match="for clips .*Nearest: r3d_18"):
+        ModelParams(encoder_arch="r3d18")
 
 
 def test_an_own_encoder_of_clips_has_the_layout_of_clips():

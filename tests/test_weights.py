@@ -623,3 +623,24 @@ def test_pretraining_starts_from_any_of_them(small, tmp_path):
         assert torch.equal(model.model.state_dict()[key], value), key
     with pytest.raises(ValueError, match="encoder_weights='lightly.ckpt' does not fit resnet34: .*missing: layer1.2"):
         SelfSupervisedMethod(small(encoder_arch="resnet34", encoder_weights="lightly.ckpt"))
+
+
+# ---- encoders of clips ----
+
+
+def test_clips_from_a_file_and_published(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    source = torchvision.models.get_model("r3d_18").eval()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub/checkpoints" / torchvision.models.video.R3D_18_Weights.DEFAULT.url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    torch.save(source.state_dict(), path)
+    source.fc, x = nn.Identity(), torch.randint(256, (1, 3, 8, 112, 112), dtype=torch.uint8)
+    named, found = load_encoder("r3d_18"), load_encoder(path, transform_crop_size=112)
+    assert named.params.mean == (0.43216, 0.394666, 0.37645) and named.params.input_shape == (3, 8, 112, 112)
+    assert found.params.encoder_arch == "r3d_18" and found.params.dataset_name == "kinetics"
+    assert torch.allclose(named.embed(x), source(named.prepare(x)), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.embed(x), source(found.prepare(x)), rtol=1e-4, atol=1e-4)
+    several = torch.stack([x, x.flip(2)], 1)  # [N, K, C, T, H, W]: the mean over the clips of a video
+    expected = (source(named.prepare(x)) + source(named.prepare(x.flip(2)))) / 2
+    assert torch.allclose(named.embed(several), expected, rtol=1e-4, atol=1e-4)
