@@ -106,6 +106,8 @@ FIGURES = (
         is_schedule=True,
     ),
     Figure("Temperature", {"T": "T"}, "Low ones weigh the hardest negatives most.", is_schedule=True),
+    Figure("SCE: share of the contrastive term", {"sce_coefficient": "coefficient"}, "As scheduled.", is_schedule=True),
+    Figure("SCE: temperature of the target", {"sce_target_T": "T"}, "Below T, as scheduled.", is_schedule=True),
     Figure(
         "Images per second",
         {"images_per_second": "training"},
