@@ -1,6 +1,7 @@
 """Images of any number of channels, from .npy, TIFF and whatever else holds them, as arrays of 8 bits."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -15,8 +16,10 @@ def is_array(path: str, channels: int, pixel_range: list[float] | None) -> bool:
     return suffix == ARRAY_SUFFIX or channels not in (1, 3) or (suffix in TIFF_SUFFIXES and pixel_range is not None)
 
 
-def read_array(path: str, channels: int, pixel_range: list[float] | None = None) -> np.ndarray:
-    """uint8 [H, W, C].
+def read_array(
+    path: str, channels: int, pixel_range: list[float] | None = None, file: str | BinaryIO | None = None
+) -> np.ndarray:
+    """uint8 [H, W, C]. `file` holds the image where `path` is but its name.
 
     Files hold H x W, H x W x C, or C x H x W where only the first axis has the length C. Values of uint8 stay what they
     are; uint16 is divided by 257; floats go from 0 to 1. With `pixel_range`, the values from its first to its second
@@ -25,25 +28,25 @@ def read_array(path: str, channels: int, pixel_range: list[float] | None = None)
     Raises:
         ValueError: another shape, another type, or floats out of 0 to 1.
     """
-    suffix = Path(path).suffix.lower()
+    suffix, file = Path(path).suffix.lower(), path if file is None else file
     if suffix == ARRAY_SUFFIX:
-        pixels = np.load(path, allow_pickle=False)
+        pixels = np.load(file, allow_pickle=False)
     elif suffix in TIFF_SUFFIXES:
-        pixels = read_tiff(path)
+        pixels = read_tiff(file)
     else:
         if channels not in PIL_MODES:
             raise ValueError(f"in_channels={channels} are read from .npy and TIFF files only")
-        with Image.open(path) as file:
-            pixels = np.asarray(file.convert(PIL_MODES[channels]))
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert(PIL_MODES[channels]))
     return in_8_bits(channels_last(pixels, channels), pixel_range)
 
 
-def read_tiff(path: str) -> np.ndarray:
+def read_tiff(file: str | BinaryIO) -> np.ndarray:
     try:
         import tifffile  # optional
     except ImportError as error:
         raise ValueError("TIFF files of many bands need tifffile: pip install tifffile") from error
-    return tifffile.imread(path)
+    return tifffile.imread(file)
 
 
 def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:

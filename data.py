@@ -5,19 +5,15 @@ Sets of one image size are packed once into `$DATA_PATH/<name>/<split>/images.np
 Both yield (uint8 images, labels); everything else happens on the device (augmentations.py).
 """
 
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torchvision
 from attrs import field, frozen
 from filelock import FileLock
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -30,43 +26,10 @@ from image_files import ImageFiles, Sample, class_folders
 from loader import Loader, Share
 from optimizers import batch_size
 from packed_images import ImagesOnDevice, PackedImages, fits, is_there, pack
+from packed_sources import Arrays, data_path, read_cifar, read_digits, read_stl10
 
 if TYPE_CHECKING:
     from model_params import EncoderAndDataParams
-
-Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images, labels
-
-
-def data_path() -> Path:
-    """The environment variable DATA_PATH (`~` is expanded), or ./data."""
-    return Path(os.environ.get("DATA_PATH", "data")).expanduser()
-
-
-# ---- where the arrays come from ----
-
-
-def read_digits() -> Arrays:
-    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 x 1: 1,297 for training, 500 to test."""
-    digits = load_digits()
-    images = np.round(digits.images / 16 * 255)[..., None]
-    parts = train_test_split(images, digits.target, test_size=500, stratify=digits.target, random_state=0)
-    return {"train": (parts[0], parts[2]), "test": (parts[1], parts[3])}
-
-
-def read_cifar(source: type) -> Callable[[], Arrays]:
-    def read() -> Arrays:
-        sets = {name: source(data_path(), train=name == "train", download=True) for name in ("train", "test")}
-        return {name: (s.data, s.targets) for name, s in sets.items()}
-
-    return read
-
-
-def read_stl10() -> Arrays:
-    sets = {
-        name: torchvision.datasets.STL10(data_path(), name, download=True) for name in ("train", "unlabeled", "test")
-    }
-    return {name: (s.data.transpose(0, 2, 3, 1), s.labels) for name, s in sets.items()}
-
 
 # ---- the table ----
 

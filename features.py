@@ -201,10 +201,8 @@ def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
             yield from (np.ascontiguousarray(images[i : i + PIECE]) for i in range(0, len(images), PIECE))
         yield dataset.labels
         return
-    for path, label in dataset.files:
-        status = os.stat(path)
-        relative = os.path.relpath(path, data.data_path())
-        yield repr((relative, status.st_size, status.st_mtime_ns, label)).encode()
+    for path, stamp, label in dataset.stamps():
+        yield repr((os.path.relpath(path, data.data_path()), *stamp, label)).encode()
 
 
 def write(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_batches: int, what: str) -> None:

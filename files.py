@@ -1,9 +1,10 @@
-"""What data sets of files have in common: class folders, and files that cannot be read, found out by any worker."""
+"""What data sets of files have in common: labels, and files that cannot be read, found out by any worker."""
 
 import copy
 import os
 import re
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
@@ -11,6 +12,23 @@ from torch.utils.data import Dataset, get_worker_info
 
 MOST_WORKERS = 1024
 Sample = tuple[str, int | np.ndarray]  # path; class, or presences of all classes
+File = str | BinaryIO  # a path, or what is in the file
+
+
+class OnDisk:
+    """Where each file is what its path says; others read them from larger files (tar_shards.py, arrow_images.py)."""
+
+    def open(self, path: str) -> File:
+        return path
+
+    def stamp(self, path: str) -> tuple:
+        """What changes when the file does."""
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+
+    def shards(self, paths: list[str]) -> np.ndarray | None:
+        """The number of the larger file in which each is, where it pays to read one after the other."""
+        return None
 
 
 class LabelledFiles(Dataset):
@@ -20,10 +38,11 @@ class LabelledFiles(Dataset):
         files: (path, label) of each.
         kind: what a file is, for the messages.
         skip_unreadable: take the next readable file in place of one that cannot be read, instead of stopping.
+        source: opens them; default: the disk.
     """
 
-    def __init__(self, files: list[Sample], kind: str, skip_unreadable: bool):
-        self.files, self.kind, self.skip_unreadable = files, kind, skip_unreadable
+    def __init__(self, files: list[Sample], kind: str, skip_unreadable: bool, source: OnDisk | None = None):
+        self.files, self.kind, self.skip_unreadable, self.source = files, kind, skip_unreadable, source or OnDisk()
         self.epoch = 0  # told by the loader
         self.share()
 
@@ -38,6 +57,16 @@ class LabelledFiles(Dataset):
     @property
     def labels(self) -> np.ndarray:
         return np.array([label for _, label in self.files])
+
+    @property
+    def shards(self) -> np.ndarray | None:
+        """Of each file, for loader.Share."""
+        return self.source.shards([path for path, _ in self.files])
+
+    def stamps(self) -> Iterator[tuple[str, tuple, int | np.ndarray]]:
+        """(path, what changes when the file does, label) of each."""
+        for path, label in self.files:
+            yield path, self.source.stamp(path), label
 
     def subset(self, indices: np.ndarray) -> Self:
         """These files alone."""

@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from array_files import is_array, read_array
 from augmentations import View, draw_crops, generator
-from files import LabelledFiles, Sample
+from files import File, LabelledFiles, OnDisk, Sample
 
 CENTRAL = 7 / 8  # of the shorter side: what an evaluation sees
 MARGIN = 1.25  # of a crop at a reduced scale over its view, see ImageFiles
@@ -42,6 +42,7 @@ class ImageFiles(LabelledFiles):
         skip_unreadable: take the next readable image in place of one that cannot be read, instead of stopping.
         samples: finds the images of a split, and their labels.
         pixel_range: see array_files.read_array, by which images of other than 1 or 3 channels are read, and .npy.
+        source: opens them; default: the disk.
 
     Raises:
         ValueError: no images; a class without images; when indexed, an image that cannot be read. Names the path.
@@ -57,8 +58,9 @@ class ImageFiles(LabelledFiles):
         skip_unreadable: bool = False,
         samples: Callable[[Path], list[Sample]] = class_folders,
         pixel_range: list[float] | None = None,
+        source: OnDisk | None = None,
     ):
-        super().__init__(samples(split), "image", skip_unreadable)
+        super().__init__(samples(split), "image", skip_unreadable, source)
         self.channels, self.size, self.views, self.seed = channels, size, views, seed
         self.pixel_range = pixel_range
 
@@ -74,15 +76,16 @@ class ImageFiles(LabelledFiles):
     def read(self, index: int) -> tuple[Image.Image | np.ndarray, list[Box]]:
         """An image and the box of each view. A large JPEG is decoded at the scale that its views have use for."""
         path, boxes = self.files[index][0], []
+        file = self.source.open(path)
         if is_array(path, self.channels, self.pixel_range):
-            pixels = read_array(path, self.channels, self.pixel_range)
+            pixels = read_array(path, self.channels, self.pixel_range, file)
             return pixels, self.boxes(index, (pixels.shape[1], pixels.shape[0]))
-        if self.views and (size := jpeg_size(path)):
+        if self.views and (size := jpeg_size(file)):
             boxes = self.boxes(index, size)
             scale = reduction(boxes, self.views)
             if scale > 1:
-                return read_reduced(path, self.channels, scale), [reduced(box, scale) for box in boxes]
-        image = read_image(path, self.channels)
+                return read_reduced(file, self.channels, scale), [reduced(box, scale) for box in boxes]
+        image = read_image(file, self.channels)
         return image, boxes or self.boxes(index, image.size)
 
     def boxes(self, index: int, size: tuple[int, int]) -> list[Box]:
@@ -94,20 +97,20 @@ class ImageFiles(LabelledFiles):
 # ---- reading ----
 
 
-def read_image(path: str, channels: int) -> Image.Image:
+def read_image(file: File, channels: int) -> Image.Image:
     """An image of 8 bits, gray or RGB. Deeper ones are scaled down, transparency is dropped, as torchvision does."""
-    with warnings.catch_warnings(), Image.open(path) as file:
+    with warnings.catch_warnings(), Image.open(file) as image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if file.mode.startswith("I"):  # 16 bits; PIL would clip at 255
-            pixels = np.asarray(file)
+        if image.mode.startswith("I"):  # 16 bits; PIL would clip at 255
+            pixels = np.asarray(image)
             if pixels.min() < 0 or pixels.max() > 65535:
                 raise ValueError(f"pixels from {pixels.min()} to {pixels.max()} are not 16 bits")
             return in_mode(Image.fromarray((pixels // 257).astype(np.uint8)), channels)
-        if file.mode == "F":
+        if image.mode == "F":
             raise ValueError("floating-point pixels have no known range")
-        if file.mode == "P" and "transparency" in file.info:
-            file = file.convert("RGBA")
-        return in_mode(file, channels)
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return in_mode(image, channels)
 
 
 def in_mode(image: Image.Image, channels: int) -> Image.Image:
@@ -117,17 +120,17 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def jpeg_size(path: str) -> tuple[int, int] | None:
+def jpeg_size(file: File) -> tuple[int, int] | None:
     """(width, height) in the header of a gray or RGB JPEG; None for any other image."""
-    with Image.open(path) as file:
-        return file.size if file.format == "JPEG" and file.mode in ("L", "RGB") else None
+    with Image.open(file) as image:
+        return image.size if image.format == "JPEG" and image.mode in ("L", "RGB") else None
 
 
-def read_reduced(path: str, channels: int, scale: int) -> Image.Image:
+def read_reduced(file: File, channels: int, scale: int) -> Image.Image:
     """A JPEG at 1/scale of its size, from the lowest frequencies of its blocks: 8/scale x 8/scale of 8 x 8."""
-    with Image.open(path) as file:
-        file.draft(None, (file.width // scale, file.height // scale))
-        return in_mode(file, channels)
+    with Image.open(file) as image:
+        image.draft(None, (image.width // scale, image.height // scale))
+        return in_mode(image, channels)
 
 
 # ---- cropping ----

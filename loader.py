@@ -4,17 +4,37 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+WINDOW = 2**14  # images of shards that are shuffled together: of ImageNet's, less than 2 GB
+
 
 class Share(DistributedSampler):
-    """This process's share of the indices, in an order that follows from seed and epoch, without the first `skip`."""
+    """This process's share of the indices, in an order that follows from seed and epoch, without the first `skip`.
+
+    Of a large data set with `shards`, each process gets a run of whole shards (and parts of those at its ends), in
+    random order, of which WINDOW images at a time are shuffled together: a disk or network reads one shard after the
+    other. What fits into the window is shuffled as a whole, like any other data set.
+    """
 
     skip = 0
 
     def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self.skip, None)
+        shards = getattr(self.dataset, "shards", None)
+        in_runs = self.shuffle and shards is not None and len(shards) > WINDOW
+        return islice(self.of_shards(shards) if in_runs else super().__iter__(), self.skip, None)
+
+    def of_shards(self, shards: np.ndarray) -> Iterator[int]:
+        """Runs differ by one image where they must: the shorter ones repeat one at their ends, which is where
+        `ddp.gather_evaluated` leaves it out, or (drop_last) the longer ones lose it."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        places = rng.permutation(shards.max() + 1)
+        stream = np.argsort(places[shards], kind="stable")  # shard after shard
+        run = np.array_split(stream, self.num_replicas)[self.rank][: self.num_samples]
+        windows = [rng.permutation(run[i : i + WINDOW]) for i in range(0, len(run), WINDOW)]
+        return iter([*np.concatenate(windows).tolist(), *run[:1].tolist()][: self.num_samples])
 
 
 class Loader(DataLoader):

@@ -38,7 +38,9 @@ class OwnDataParams:
     """
 
     # images of one's own
-    data_path: str | None = None  # the folder of the data; None: $DATA_PATH/<dataset_name>
+    data_path: str | None = None  # a folder, or shards/train-{000..099}.tar; None: $DATA_PATH/<dataset_name>
+    image_key: str | None = None  # column of a Hugging Face set, or endings in shards: "jpg;png"; None: any image
+    label_key: str | None = None  # likewise, or entry of the .json in shards; None: label, cls
     include_patterns: list[str] = field(factory=list)  # "*.png", "cats/*": only paths, or file names, like one of them
     exclude_patterns: list[str] = field(factory=list)  # and like none of these: "*_mask.png", "*/thumbnails/*"
     labels_from: str | None = choice("first_folder", ("first_folder", "last_folder", None))  # of a path; None: none

@@ -48,7 +48,7 @@ class RunOptions:
     sync_batchnorm: bool = False  # batch statistics over all processes
     max_time: str | None = None  # DD:HH:MM:SS, after which the training ends as if it were finished
     limit_train_batches: int | float | None = number(None, above=0)  # of an epoch: whole: batches; else: share
-    log_every_n_steps: int = positive(50)  # of what training steps log
+    log_every_n_steps: int = positive(50)  # rows of metrics.csv; choose fewer where an epoch has fewer
     deterministic: bool = False  # algorithms with the same bits every time, or an error; slower
 
     def __attrs_post_init__(self):

@@ -28,6 +28,8 @@ class PointConv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(self.padding, str):  # "same"
+            return super()._conv_forward(x, weight, bias)
         height, width = x.shape[-2:]
         (k1, k2), (p1, p2), (s1, s2) = self.kernel_size, self.padding, self.stride
         one_pixel = (height + 2 * p1 - k1) // s1 == (width + 2 * p2 - k2) // s2 == 0

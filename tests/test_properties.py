@@ -88,6 +88,8 @@ SENSIBLE = {
     "evaluation_clips": either(1, 3, 10),
     "evaluation_crops": either(1, 3),
     "data_path": either(None, "photos"),
+    "image_key": either(None, "image", "jpg;png"),
+    "label_key": either(None, "label", "cls"),
     "include_patterns": either([], ["*.png"]),
     "exclude_patterns": either([], ["a/*", "b"]),
     "labels_from": either("first_folder", "last_folder", None),

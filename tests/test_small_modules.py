@@ -115,6 +115,12 @@ def test_ws_resnet_is_a_group_normalized_resnet_with_standardized_weights():
     assert [len(list(make().named_parameters())) for make in ws_resnet.WS_RESNETS.values()] == [62, 110, 161, 314, 467]
 
 
+def test_point_convolution_pads_as_conv2d_does():
+    ours = ws_resnet.PointConv2d(4, 6, 3, padding="same")
+    x = torch.randn(2, 4, 2, 2)
+    assert torch.equal(ours(x), F.conv2d(x, ours.weight, ours.bias, padding="same"))
+
+
 @pytest.mark.parametrize("kernel, padding, stride", [(3, 1, 1), (3, 1, 2), (1, 0, 2), (3, 0, 1), (5, 2, 2), (3, 2, 1)])
 @pytest.mark.parametrize("height, width", [(1, 1), (2, 2), (2, 1), (3, 3), (4, 4), (1, 5)])
 def test_point_convolution_is_the_convolution(kernel, padding, stride, height, width):

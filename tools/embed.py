@@ -124,7 +124,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
-        "folder", metavar="FOLDER", help="of images, flat or nested; or a packed set: cifar10, digits/test"
+        "folder",
+        metavar="FOLDER",
+        help="of images, flat or nested; shards; a Hugging Face data set; or a packed set: cifar10, digits/test",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
     parser.add_argument("--batch_size", type=int, default=128)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from data import DATASETS, data_path, prepare_data
 from image_files import central_square, in_mode, jpeg_size, read_image, read_reduced
+from own_images import get_source, is_stored
 from packed_images import PackedImages
 from shared_params import EncoderAndDataParams
 
@@ -101,7 +102,31 @@ class Packed:
         return None
 
 
-Source = Folder | Packed
+class Stored:
+    """Images in shards or in a Hugging Face data set, of all splits (own_images.py); paths are theirs, labels as they
+    are found there."""
+
+    def __init__(self, name: str):
+        self.source = get_source(EncoderAndDataParams(dataset_name="folder"), name, names=True)
+        self.name, self.others = name, ""
+        self.label_of = {path: label for images in self.source.find().values() for path, label in images}
+
+    def paths(self) -> list[str]:
+        if not self.label_of:
+            raise ValueError(f"{self.name} holds no images")
+        return sorted(self.label_of)
+
+    def labels(self, paths: list[str]) -> list[str | None]:
+        return [None if self.label_of[path] is None else str(self.label_of[path]) for path in paths]
+
+    def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
+        return read_image(self.source.open(str(self.source.root / path)), channels)
+
+    def path_of(self, file: Path) -> str | None:
+        return None
+
+
+Source = Folder | Packed | Stored
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -113,12 +138,14 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def open_source(name: str | Path) -> Source:
-    """A folder, or a packed data set: "cifar10", or one split of it: "cifar10/test".
+    """A folder of images, shards or a Hugging Face data set, or a packed one: "cifar10", or a split: "cifar10/test".
 
     Raises:
         ValueError: it is neither.
     """
     folder = Path(name).expanduser()
+    if is_stored(str(name)):
+        return Stored(str(name))
     if folder.is_dir():
         return Folder(folder)
     packed = [dataset for dataset, info in DATASETS.items() if info.read is not None]

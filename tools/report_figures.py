@@ -9,6 +9,8 @@ import attrs
 import numpy as np
 from attrs import frozen
 
+from watch import COLLAPSED_STD
+
 MOST_POINTS = 2000  # of a line
 PRETRAINING, LINEAR = "pretraining/metrics.csv", "linear/metrics.csv"
 Lines = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
@@ -49,7 +51,7 @@ FIGURES = (
     Figure(
         "Spread of the projections",
         {"step_projection_std": "spread"},
-        "1: evenly over the sphere, 0: a single point. Below 0.05 the run warns of a collapse.",
+        f"1: evenly over the sphere, 0: a single point. Below {COLLAPSED_STD:g} the run warns of a collapse.",
     ),
     Figure(
         "Right key found (%)",

@@ -1,0 +1,264 @@
+"""The pages of docs/: their blocks run, their links lead somewhere, the messages they quote are the code's."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+from PIL import Image
+
+import command_line
+import data
+from model_params import PRESETS, ModelParams
+from tools import curves
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+FENCED = re.compile(r"^```(.*?)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(what stands behind the opening fence, content)"""
+    return FENCED.findall((DOCS / page).read_text())
+
+
+def python(page: str) -> list[str]:
+    return [block for kind, block in blocks(page) if kind == "python"]
+
+
+def picture(path: Path) -> Image.Image:
+    with Image.open(path, formats=["PNG"]) as image:
+        return image.convert("RGB")
+
+
+# ---- the index, and links ----
+
+
+def test_every_page_is_in_the_index():
+    linked = set(re.findall(r"^\| \[.*?\]\((.*?)\)", (DOCS / "README.md").read_text(), re.MULTILINE))
+    assert linked == {page.name for page in DOCS.glob("*.md")} - {"README.md"}
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them from headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text())):
+        path, _, anchor = target.partition("#")
+        if not path.startswith(("http://", "https://")):
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+# ---- getting_started.md ----
+
+
+@pytest.mark.filterwarnings("ignore:collapse", "ignore:the warm-up of")
+def test_getting_started_runs_from_training_to_scores(monkeypatch, tmp_path, capsys):
+    class ShortTrainer(pl.Trainer):
+        def __init__(self, **options):
+            quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "log_every_n_steps": 1}
+            super().__init__(**{**options, **quiet, "max_epochs": 1, "limit_train_batches": 2})
+
+    whole = data.read_digits()
+    few = {split: (images[:120], labels[:120]) for split, (images, labels) in whole.items()}
+    monkeypatch.setitem(data.DATASETS, "digits", attrs.evolve(data.DATASETS["digits"], read=lambda: few))
+    monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
+    monkeypatch.setattr(pl, "Trainer", ShortTrainer)
+    names: dict = {}
+    for block in python("getting_started.md"):
+        exec(compile(block, "getting_started.md", "exec"), names)
+    assert names["embeddings"].shape == (120, 512)
+    assert "nearest neighbour has the same label in" in capsys.readouterr().out
+    assert picture(tmp_path / "curves.png").width > 500
+    assert set(names["results"]["summary"]["digits"]["linear"]) == {"random", "trained"}
+
+
+def test_commands_on_the_pages_are_understood():
+    """Every `python train.py PRESET ...` in a block; programs refuse unknown options."""
+    found = 0
+    for page in ("getting_started.md", "troubleshooting/make.sh"):
+        text = re.sub(r"\\\n\s*", "", (DOCS / page).read_text())
+        common = re.search(r'train\.py "\$@" (.*?) --out', text)
+        for line in re.findall(r"^(?:python train\.py|train \w+) (\w+ --.*)$", text, re.MULTILINE):
+            command_line.parse(f"{line} {common[1] if common else ''}".split())
+            found += 1
+    assert found == 10, found
+
+
+# ---- methods.md ----
+
+
+def sections(page: str) -> dict[str, str]:
+    parts = re.split(r"^## (.*)\n", (DOCS / page).read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_every_preset_has_a_section_with_its_settings():
+    texts = list(sections("methods.md").values())
+    for name, preset in PRESETS.items():
+        (text,) = (text for text in texts if text.lstrip().startswith(f"`{name}`"))
+        (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        made: dict = {}
+        exec(compile(block, name, "exec"), made)
+        settings = [value for value in made.values() if isinstance(value, ModelParams)]
+        assert settings and all(value.loss_type == preset().loss_type for value in settings)
+        for part in (
+            " loss = ",
+            "*Needs*",
+            "*Source*",
+            "*Ours differs*",
+            "*To see it fail*",
+            "](https://arxiv.org/abs/",
+        ):
+            assert part in " ".join(text.split()), f"{name}: {part}"
+
+
+# ---- troubleshooting.md ----
+
+
+def test_quoted_messages_are_the_codes():
+    code = "".join(path.read_text() for folder in (ROOT, ROOT / "tools") for path in folder.glob("*.py"))
+    table = sections("troubleshooting.md")["With a message"]
+    quoted = [part for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for part in re.findall("`(.*?)`", row)]
+    assert len(quoted) > 40
+    for message in quoted:
+        assert message in code, message
+
+
+def test_pictures_are_there_and_small():
+    names = re.findall(r"!\[.+?\]\((.*?)\)", (DOCS / "troubleshooting.md").read_text())
+    assert sorted(names) == sorted(f"troubleshooting/{path.name}" for path in (DOCS / "troubleshooting").glob("*.png"))
+    for name in names:
+        assert (DOCS / name).stat().st_size < 100_000
+        assert picture(DOCS / name).getpixel((0, 0)) == (255, 255, 255)  # readable on any page
+    drawn = re.findall(r"^draw (\w+) ", (DOCS / "troubleshooting" / "make.sh").read_text(), re.MULTILINE)
+    assert [f"troubleshooting/{name}.png" for name in drawn] == names
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name in ("a", "b"):
+        folder = tmp_path / name / "pretraining"
+        folder.mkdir(parents=True)
+        rows = "4,0.5,\n9,0.25,\n9,,80.0\n" if name == "a" else "4,0.75,\n"
+        (folder / "metrics.csv").write_text("step,step_train_loss,valid_class_acc\n" + rows)
+    return tmp_path
+
+
+def test_curves_are_those_of_the_runs(runs, monkeypatch):
+    read = curves.labelled([str(runs / "a"), f"other={runs / 'b'}"])
+    assert read == {
+        "a": {"step_train_loss": ([4, 9], [0.5, 0.25]), "valid_class_acc": ([9], [80.0])},
+        "other": {"step_train_loss": ([4], [0.75])},
+    }
+    figures = []
+    monkeypatch.setattr(curves.plt, "close", figures.append)
+    curves.draw(read, runs / "curves.png", ["step_train_loss", "valid_class_acc"])
+    (figure,), (loss, accuracy) = figures, figures[0].axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[0.5, 0.25], [0.75]] and len(accuracy.lines) == 2
+    assert [text.get_text() for text in figure.legends[0].texts] == ["a", "other"]
+    assert picture(runs / "curves.png").width > 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--out", "c.png"], "nowhere is no run"),
+        (["a", "--out", "c.png", "--panels", "valid_clas_acc"], "'valid_clas_acc' is logged in none of the runs"),
+        (["a", "--out", "c.svg"], "does not end in .png"),
+        (["a", "a", "--out", "c.png"], "have the same name"),
+    ],
+)
+def test_curves_refuse_in_one_sentence(arguments, message, runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(sys, "argv", ["tools.curves", *arguments])
+    with pytest.raises(SystemExit, match=message):
+        curves.main()
+    assert not list(runs.glob("*.png"))
+
+
+# ---- extending.md ----
+
+DRIVER = """
+import json, sys, warnings
+import numpy as np, pytorch_lightning as pl, torch, torchvision
+
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+
+class EuroSAT(list):
+    def __init__(self, root, download):
+        self.targets = [i % 10 for i in range(60)]
+        super().__init__((np.full((64, 64, 3), i, np.uint8), i % 10) for i in range(60))
+
+class ShortTrainer(pl.Trainer):
+    def __init__(self, **options):
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        super().__init__(**{**options, **quiet, "max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 0})
+
+torchvision.datasets.EuroSAT, pl.Trainer, names = EuroSAT, ShortTrainer, {}
+for block in json.load(open("blocks.json")):
+    exec(compile(block, "extending.md", "exec"), names)
+import encoders, model_params
+assert encoders.get_encoder(model_params.PRESETS["dcl"](dataset_name="digits", encoder_arch="convmixer"))[1] == 128
+print(json.dumps([len(names["dataset"]), names["results"]["summary"]["digits"]]))
+"""
+
+
+def patched(source: str, patch: str) -> str:
+    """Lines with "+" join, those with "-" go; the others, and those, say where, and must be there once."""
+    lines = patch.splitlines(keepends=True)
+    old = "".join(line[1:] for line in lines if line[0] in " -")
+    assert source.count(old) == 1, f"not there once:\n{old}"
+    return source.replace(old, "".join(line[1:] for line in lines if line[0] in " +"))
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """The modules that the page patches or adds; they are found before those of the repository."""
+    folder = tmp_path_factory.mktemp("extended")
+    for kind, content in blocks("extending.md"):
+        if kind == "diff":
+            first, _, patch = content.partition("\n")
+            name = first.removeprefix("--- ")
+            path = folder / name if (folder / name).exists() else ROOT / name
+            (folder / name).write_text(patched(path.read_text(), patch))
+        elif kind.startswith("python new: "):
+            (folder / kind.removeprefix("python new: ")).write_text(content)
+    return folder
+
+
+def test_the_examples_of_extending_train_and_score(extended):
+    (extended / "blocks.json").write_text(json.dumps(python("extending.md")))
+    variables = {"PYTHONPATH": f"{extended}{os.pathsep}{ROOT}", "DATA_PATH": str(extended / "data")}
+    ran = subprocess.run(
+        [sys.executable, "-c", DRIVER], cwd=extended, env=os.environ | variables, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    n_satellite_images, scores = json.loads(ran.stdout.splitlines()[-1])
+    assert n_satellite_images == 48
+    for encoder in ("random", "trained"):
+        found = {name: value["mean"] for name, value in scores["clusters"][encoder].items()}
+        assert 10 < found["cluster_acc"] <= 100 and 0 < found["nmi"] <= 100  # ten clusters: chance is near 10
+        assert np.isfinite(scores["knn"][encoder]["knn20_acc1"]["mean"])
+
+
+def test_the_examples_of_extending_keep_the_house_style(extended):
+    settings = ["--config", str(ROOT / "pyproject.toml"), "--config", f"src = ['{extended}', '{ROOT}']"]
+    for command in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", *settings, str(extended)]
+        ran = subprocess.run(ruff, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout

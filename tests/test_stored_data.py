@@ -1,0 +1,455 @@
+"""Images of one's own in WebDataset's shards and in Hugging Face data sets, written by webdataset and by datasets."""
+
+import io
+import json
+import os
+import sys
+import tarfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import stored_training
+import torch
+from braceexpand import braceexpand
+from PIL import Image
+from test_own_data import NAMES, TILES, params
+from test_own_data import write as write_folder
+
+import data
+import loader
+import shard_names
+import tar_shards
+import train
+from checkpoints import Checkpoints
+from evaluate import evaluate_checkpoint
+from loader import Share
+from moco import SelfSupervisedMethod
+from tools import embed
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import datasets
+    import webdataset
+
+datasets.disable_progress_bars()
+pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore::ResourceWarning")
+
+
+def png(name: str) -> bytes:
+    label, number = name.split("/")
+    file = io.BytesIO()
+    Image.fromarray(TILES[label][int(number[:2])]).save(file, "PNG")
+    return file.getvalue()
+
+
+def classes(name: str) -> int:
+    return int(name.startswith("flower"))
+
+
+def write_shards(folder: Path, names: list[str] = NAMES, per_shard: int = 12, **more) -> str:
+    """Shards of webdataset's own writer; `more` are further members of each sample, by name of the image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    more = more or {"cls": lambda name: str(classes(name))}
+    for shard, start in enumerate(range(0, len(names), per_shard)):
+        with webdataset.TarWriter(str(folder / f"train-{shard:06d}.tar")) as writer:
+            for name in names[start : start + per_shard]:
+                members = {ending.replace("_", "."): make(name) for ending, make in more.items()}
+                writer.write({"__key__": name.removesuffix(".png"), "png": png(name), **members})
+    return f"{folder}/train-{{000000..{shard:06d}}}.tar"
+
+
+def write_arrow(folder: Path, names: list[str] = NAMES, label: str = "label", as_dict: dict | None = None) -> str:
+    """What datasets saves: one Dataset, or (split -> names) a DatasetDict."""
+    features = datasets.Features({"image": datasets.Image(), label: datasets.ClassLabel(names=["china", "flower"])})
+
+    def dataset(names: list[str]) -> datasets.Dataset:
+        images = [{"bytes": png(name), "path": None} for name in names]
+        return datasets.Dataset.from_dict({"image": images, label: list(map(classes, names))}, features=features)
+
+    if as_dict:
+        datasets.DatasetDict({split: dataset(chosen) for split, chosen in as_dict.items()}).save_to_disk(folder)
+    else:
+        dataset(names).save_to_disk(folder, num_shards=3)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> dict[str, str]:
+    """The same images, in the same order, as `photos`."""
+    folder = tmp_path_factory.mktemp("stored")
+    return {"shards": write_shards(folder / "shards"), "arrow": write_arrow(folder / "arrow")}
+
+
+def labels(p, split: str = "train") -> list[int]:
+    return data.get_dataset(p, (split,)).labels.tolist()
+
+
+# ---- the same as files ----
+
+
+@pytest.mark.parametrize("kind", ["shards", "arrow"])
+def test_every_batch_is_that_of_class_folders(kind, stored, photos):
+    """Splits, order, views, labels; read by two workers."""
+    how = {"val_size": 0.2, "data_fraction": 0.8}
+    for split in ("train", "val", "test"):
+        ours, files = params(Path(stored[kind]), num_data_workers=2, **how), params(photos, **how)
+        views = files.views if split == "train" else []
+        loaders = [data.get_loader(p, data.get_dataset(p, (split,), views), split == "train") for p in (ours, files)]
+        n = 0
+        for (images, classes), (expected, of_files) in zip(*loaders, strict=True):
+            assert torch.equal(classes, of_files)
+            for found, wanted in zip(images if views else [images], expected if views else [expected], strict=True):
+                assert torch.equal(found, wanted)
+                n += len(found)
+        assert n >= 5
+
+
+def test_reduced_jpegs_and_arrays_are_read_from_shards_as_from_files(tmp_path):
+    """A large JPEG, which is decoded at a half, and five channels from .npy."""
+    rng, jpeg = np.random.default_rng(0), io.BytesIO()
+    Image.fromarray(np.kron(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8), np.ones((20, 20, 1), np.uint8))).save(
+        jpeg, "JPEG"
+    )
+    array = io.BytesIO()
+    np.save(array, rng.random((20, 30, 5), np.float32))
+    for ending, content, channels in (("jpg", jpeg, 3), ("npy", array, 5)):
+        shard, folder = tmp_path / f"{ending}.tar", tmp_path / ending
+        folder.mkdir()
+        with webdataset.TarWriter(str(shard)) as writer:
+            for i in range(3):
+                writer.write({"__key__": f"{i}", ending: content.getvalue()})
+                (folder / f"{i}.{ending}").write_bytes(content.getvalue())
+        found = []
+        for root in (shard, folder):
+            p = params(root, in_channels=channels, val_size=0, test_size=0)
+            dataset = data.get_dataset(p, ("train",), p.views)
+            found += [dataset[i][0] for i in range(3)] + [[data.get_dataset(p, ("train",))[0][0]]]
+        for ours, files in zip(found[:4], found[4:], strict=True):
+            assert all(map(torch.equal, ours, files))
+
+
+# ---- shards ----
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a/{000..012}.tar", "{train-{8..11},val-{0..1}}.tar", "x.tar", "{a,b}{1..2}/{c,}.tar"]
+)
+def test_braces_are_those_of_braceexpand(pattern):
+    assert list(shard_names.with_braces(pattern)) == list(braceexpand(pattern))
+
+
+def test_samples_are_those_of_webdataset(stored):
+    p = params(Path(stored["shards"]), val_size=0, test_size=0)
+    dataset = data.get_dataset(p, ("train",))
+    theirs = webdataset.WebDataset(stored["shards"], shardshuffle=False, empty_check=False)
+    expected = {f"{sample['__key__']}.png": (sample["png"], int(sample["cls"])) for sample in theirs}
+    found = {path.split(".tar/")[1]: (dataset.source.open(path).getvalue(), label) for path, label in dataset.files}
+    assert found == expected and len(found) == len(NAMES)
+
+
+def test_labels_in_shards(tmp_path):
+    def found(name: str, fields: dict, **members) -> list[int]:
+        write_shards(tmp_path / name, NAMES[::7], **members)
+        return labels(params(tmp_path / name, val_size=0, test_size=0, **fields))
+
+    expected = [classes(name) for name in NAMES[::7]]
+    assert found("cls", {}, cls=lambda name: str(classes(name))) == expected
+    assert found("names", {}, cls=lambda name: name.split("/")[0]) == expected
+    swapped = {"class_to_idx": {"china": 1, "flower": 0}}
+    assert found("swapped", swapped, cls=lambda name: name.split("/")[0]) == [1 - label for label in expected]
+    entries = {"json": lambda name: json.dumps({"label": classes(name), "kind": f"kind {classes(name)}"})}
+    assert found("json", {}, **entries) == found("json", {"label_key": "kind"}, **entries) == expected
+    assert found("folders", {}, txt=lambda name: "a caption") == expected
+    assert set(found("none", {"labels_from": None})) == {-1}
+    with pytest.raises(ValueError, match="label_key='kinds': no sample"):
+        found("json", {"label_key": "kinds"}, **entries)
+    with pytest.raises(ValueError, match="holds 0 images"):
+        found("json", {"image_key": "jpg;webp"}, **entries)
+    with pytest.raises(ValueError, match="the label of china/00.png in .*train-000000.tar could not be read"):
+        found("damaged", {}, json=lambda name: "{")
+    two = {"mask_png": lambda name: png(NAMES[0]), **entries}
+    assert found("two", {}, **two) == found("two", {"image_key": "jpg;mask.png"}, **two) == expected
+    p = params(tmp_path / "two", val_size=0, test_size=0, image_key="jpg;mask.png")
+    dataset = data.get_dataset(p, ("train",))
+    assert torch.equal(dataset[0][0], dataset[1][0]) and dataset.files[1][0].endswith("china/07.mask.png")
+
+
+def test_splits_are_words_in_the_names_of_shards(tmp_path):
+    thirds = {"imagenet1k-train-00": NAMES[:20], "imagenet1k-validation-00": NAMES[20:40], "test_0": NAMES[40:]}
+    for name, chosen in thirds.items():
+        write_shards(tmp_path / "made", chosen, per_shard=20)
+        os.rename(tmp_path / "made" / "train-000000.tar", tmp_path / f"{name}.tar")
+    (tmp_path / "made").rmdir()
+    for root in (tmp_path, f"{tmp_path}/*.tar", f"{tmp_path}/imagenet1k-*.tar::{tmp_path}/test_{{0..0}}.tar"):
+        p = params(Path(root) if root is tmp_path else root)
+        assert [len(labels(p, split)) for split in ("train", "val", "test")] == [20, 20, 10]
+    some = params(tmp_path, exclude_patterns=["*/china/1*"])
+    assert len(labels(some)) == 10
+    os.rename(tmp_path / "imagenet1k-train-00.tar", tmp_path / "val-1.tar")
+    with pytest.raises(ValueError, match="holds 0 images for training"):
+        labels(params(tmp_path))
+
+
+def test_tar_files_of_tar(photos, tmp_path):
+    """As `tar cf shard.tar -C photos .` writes them, with folders as members and ./ before every name."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(photos, ".")
+    p = params(tmp_path, splits_path=str(tmp_path / "splits"))
+    for _ in range(2):  # drawn, then read from the lists
+        assert sorted(labels(p) + labels(p, "val") + labels(p, "test")) == [0] * 30 + [1] * 20
+
+
+def test_the_index_is_kept_beside_the_splits(tmp_path, monkeypatch):
+    pattern = write_shards(tmp_path / "shards")
+    p = params(pattern, splits_path=str(tmp_path / "splits"))
+    expected = labels(p)
+    tar_shards.known.clear()
+    read = []
+    monkeypatch.setattr(tar_shards.tarfile, "open", lambda path, *args: read.append(path) or tarfile.TarFile(path))
+    assert labels(p) == expected and data.get_dataset(p, ("train",))[3][1] == expected[3] and not read
+    os.utime(tmp_path / "shards" / "train-000001.tar")
+    assert labels(p) == expected and read == [str(tmp_path / "shards" / "train-000001.tar")]
+
+
+def test_what_is_refused_of_shards(tmp_path, stored):
+    shards = tmp_path / "shards"
+    write_shards(shards, NAMES[:24])
+    for root, message in [
+        (f"{shards}/train-{{000000..000002}}.tar", "names .*train-000002.tar, which is not there"),
+        (f"{shards}/val-*.tar", "matches no shards"),
+        ("pipe:curl https://example.org/train-{0..9}.tar", "is no path: .* copy the shards to a disk, or mount them"),
+        ("https://example.org/train-0.tar", "is no path"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            labels(params(root))
+    whole = (shards / "train-000001.tar").read_bytes()
+    (shards / "train-000001.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="train-000001.tar could not be read as a tar file .*: mend it"):
+        labels(params(shards))
+    import gzip
+
+    (shards / "train-000001.tar").write_bytes(gzip.compress(whole))
+    with pytest.raises(ValueError, match="train-000001.tar could not be read as a tar file .* compressed"):
+        labels(params(shards))
+
+
+def test_unreadable_images_in_shards_are_named_or_passed_over(tmp_path):
+    pattern = write_shards(tmp_path, NAMES[:12], cls=lambda name: "0")
+    shard = tmp_path / "train-000000.tar"
+    content = shard.read_bytes()
+    start = content.index(b"\x89PNG")
+    shard.write_bytes(content[:start] + b"\0" * 60 + content[start + 60 :])
+    p = params(pattern, val_size=0, test_size=0)
+    with pytest.raises(ValueError, match="train-000000.tar/china/00.png could not be read as an image"):
+        data.get_dataset(p, ("train",))[0]
+    dataset = data.get_dataset(params(pattern, val_size=0, test_size=0, unreadable_images="skip"), ("train",))
+    assert torch.equal(dataset[0][0], dataset[1][0]) and dataset.skipped() == [f"{shard}/china/00.png"]
+
+
+# ---- the order of large sets ----
+
+
+class Numbers:
+    """As many images as are in some shards."""
+
+    def __init__(self, sizes: list[int]):
+        self.shards = np.repeat(np.arange(len(sizes)), sizes)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
+@pytest.mark.parametrize("sizes", [[30, 50, 41, 7, 60, 12], [97, 3], [100]])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_read_runs_of_shards_and_every_image_once(world, sizes, monkeypatch):
+    monkeypatch.setattr(loader, "WINDOW", 32)
+    dataset = Numbers(sizes)
+    orders = []
+    for epoch in (0, 1):
+        shares = [Share(dataset, world, rank, seed=3) for rank in range(world)]
+        for share in shares:
+            share.set_epoch(epoch)
+        dealt = [list(share) for share in shares]
+        assert [len(part) for part in dealt] == [len(share) for share in shares] == [len(shares[0])] * world
+        gathered = [dealt[i % world][i // world] for i in range(len(dataset))]  # as ddp.gather_evaluated does
+        assert sorted(gathered) == list(range(len(dataset)))
+        for share, part in zip(shares, dealt, strict=True):
+            runs = dataset.shards[part[: len(part) // 32 * 32]].reshape(-1, 32)
+            assert sum(len(set(run)) for run in runs) <= len(sizes) + 2 * len(runs)  # a window is of few shards
+            share.skip = 5
+            assert list(share) == part[5:]
+        orders.append(gathered)
+    assert orders[0] != orders[1] and (
+        len(sizes) == 1 or list(dataset.shards[orders[0]]) != list(dataset.shards[orders[1]])
+    )
+    short = [list(Share(dataset, world, rank, seed=3, drop_last=True)) for rank in range(world)]
+    assert len({i for part in short for i in part}) == len(dataset) // world * world
+    in_order = [list(Share(dataset, world, rank, shuffle=False)) for rank in range(world)]
+    assert in_order[0] == list(range(0, len(dataset), world))
+
+
+def test_a_set_within_the_window_is_shuffled_as_files_are():
+    dataset = Numbers([50, 50])
+    assert list(Share(dataset, 2, 1, seed=3)) == list(Share(range(100), 2, 1, seed=3))
+
+
+# ---- training ----
+
+
+def test_resumed_training_on_shards_and_workers_change_nothing(stored, trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "WINDOW", 10)
+
+    def weights(workers: int, path: Path | None = None) -> torch.Tensor:
+        model = SelfSupervisedMethod(params(stored["shards"], num_data_workers=workers, evaluations=[]))
+        saving = [Checkpoints(tmp_path, every_n_steps=3, keep=99)] if path is None else []
+        trainer(max_epochs=2, limit_train_batches=1.0, callbacks=saving).fit(model, ckpt_path=path)
+        return torch.cat([p.flatten() for p in model.state_dict().values()])
+
+    uninterrupted = weights(workers=0)
+    (after_three,) = tmp_path.glob("step_*03.ckpt")  # of the 5 steps of the first epoch
+    assert torch.equal(weights(2, after_three), uninterrupted)
+
+
+def test_two_processes(tmp_path, photos):
+    """Class folders, shards and Arrow files: each image once in an epoch, the same weights, and shards resumed."""
+    names = NAMES[:49]  # odd: one of the processes repeats an image
+    number = {name: str(i) for i, name in enumerate(names)}
+    folder = write_folder(tmp_path / "folder")
+    (folder / "train.txt").write_text("".join(f"{name},{i}\n" for name, i in number.items()))
+    images = [{"bytes": png(name), "path": None} for name in names]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    arrow = datasets.Dataset.from_dict({"image": images, "label": list(range(49))}, features=features)
+    arrow.save_to_disk(tmp_path / "arrow")
+    roots = {
+        "folder": str(folder),
+        "shards": write_shards(tmp_path / "shards", names, 13, cls=number.__getitem__),
+        "arrow": str(tmp_path / "arrow"),
+    }
+    found = processes.run(stored_training.train_on, 2, tmp_path / "run", roots, str(tmp_path / "checkpoints"))
+    for kind in roots:
+        (first, weights), (second, others) = (process[kind, False] for process in found)
+        for epoch in (0, 1):
+            parts = [[i for batch in seen[epoch] for i in batch] for seen in (first, second)]
+            assert [len(part) for part in parts] == [25, 25] and set(parts[0] + parts[1]) == set(range(49))
+        assert torch.equal(weights, others)
+        assert first[0] != first[1]
+    for process in found:
+        (seen, weights), (resumed, same) = (process["shards", again] for again in (False, True))
+        assert resumed == {1: seen[1][1:]} and torch.equal(same, weights)
+    shards_of = [{i // 13 for batch in process["shards", False][0][0] for i in batch} for process in found]
+    assert sum(map(len, shards_of)) <= 5  # of four shards, one is read by both
+
+
+# ---- Hugging Face ----
+
+
+def test_splits_and_labels_of_dataset_dicts(tmp_path):
+    parts = {"train": NAMES[::2], "validation": NAMES[1::4], "test": NAMES[3::4], "extra": NAMES[:3]}
+    p = params(Path(write_arrow(tmp_path / "dict", as_dict=parts, label="kind")))
+    for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
+        assert labels(p, split) == list(map(classes, parts[name]))
+    dataset = data.get_dataset(p, ("val",))
+    assert dataset.files[1][0] == str(tmp_path / "dict" / "validation" / "1")
+    loaded = datasets.load_from_disk(tmp_path / "dict")["validation"]
+    p = params(tmp_path / "dict", transform_crop_size=35)
+    image = np.asarray(loaded[1]["image"])[2:37, 2:37].astype(int)  # interpolated at half a pixel
+    ours = data.get_dataset(p, ("val",))[1][0].permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(ours - image).mean() < 6 and np.abs(ours - image[:, ::-1]).mean() > 12
+    swapped = params(tmp_path / "dict", class_to_idx={"china": 1, "flower": 0})
+    assert labels(swapped) == [1 - classes(name) for name in parts["train"]]
+    assert set(labels(params(tmp_path / "dict", labels_from=None))) == {-1}
+    single = params(tmp_path / "dict" / "extra", val_size=0, test_size=0)
+    assert labels(single) == list(map(classes, NAMES[:3]))
+
+
+def test_columns(tmp_path, photos):
+    columns = {
+        "left": [str(photos / name) for name in NAMES],  # datasets reads the files when it saves
+        "right": [{"bytes": png(name), "path": None} for name in NAMES],
+        "coarse": [classes(name) for name in NAMES],
+        "fine": [name.split("/")[0] for name in NAMES],
+        "score": [0.5] * len(NAMES),
+    }
+    coarse, text = datasets.ClassLabel(names=["a", "b"]), datasets.Value("string")
+    kinds = {"left": datasets.Image(), "right": datasets.Image(), "coarse": coarse, "fine": text}
+    kinds["score"] = datasets.Value("float32")
+    datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).save_to_disk(tmp_path / "set")
+
+    def read(**fields):
+        return data.get_dataset(params(tmp_path / "set", val_size=0, test_size=0, **fields), ("train",))
+
+    with pytest.raises(ValueError, match="2 columns of type Image: set image_key to one of left, right"):
+        read()
+    expected = [classes(name) for name in NAMES]
+    for fields in ({"image_key": "left"}, {"image_key": "right", "label_key": "fine"}):
+        assert read(**fields).labels.tolist() == expected
+    assert torch.equal(read(image_key="left")[7][0], read(image_key="right")[7][0])
+    with pytest.raises(ValueError, match="label_key='kind' is no column of .*: choose one of left, right, coarse"):
+        read(image_key="left", label_key="kind")
+    with pytest.raises(ValueError, match="label_key='score' has 0.5, which is no class"):
+        read(image_key="left", label_key="score")
+    with pytest.raises(ValueError, match="include_patterns=.* are for names"):
+        read(image_key="left", include_patterns=["1*"])
+    with pytest.raises(ValueError, match="image_key='left', label_key=None are for Hugging Face"):
+        data.get_dataset(params(photos, image_key="left"), ("train",))
+
+
+def test_without_labels_or_train(tmp_path):
+    images = datasets.Features({"image": datasets.Image()})
+    rows = {"image": [{"bytes": png(name), "path": None} for name in NAMES[:20]]}
+    datasets.Dataset.from_dict(rows, features=images).save_to_disk(tmp_path / "bare")
+    assert set(labels(params(tmp_path / "bare"))) == {-1}
+    root = write_arrow(tmp_path / "others", as_dict={"unsupervised": NAMES[:4], "test": NAMES[4:8]})
+    with pytest.raises(
+        ValueError, match="has the splits unsupervised, test and no train: give data_path=.*others/SPLIT"
+    ):
+        labels(params(root))
+
+
+# ---- programs ----
+
+
+@pytest.mark.parametrize("kind", ["shards", "arrow"])
+def test_programs(kind, stored, tmp_path, monkeypatch, capsys):
+    options = ["--dataset_name", "folder", "--data_path", stored[kind], "--transform_crop_size", "32", "--encoder_arch"]
+    options += ["shufflenet_v2_x0_5", "--num_data_workers", "0", "--batch_size", "8", "--dim", "16", "--seed", "0"]
+    line = ["train.py", "simclr", *options, "--max_epochs", "1", "--linear_epochs", "1", "--out", str(tmp_path / "run")]
+    tried = [["--preview", "views.png"], ["--dry_run"]] if kind == "shards" else []
+    for more in (*tried, ["--compute_statistics", "true"]):
+        monkeypatch.setattr(sys, "argv", [*line, *more])
+        train.main()
+    if tried:
+        assert Image.open("views.png").height > 100 and "40 for training" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert "test_class_acc" in results["test set"] and results["linear classifier"]["valid_acc1"] >= 0
+    assert (tmp_path / "run/splits/shards.json").is_file() == (kind == "shards")
+    checkpoint = tmp_path / "run" / "pretrained.ckpt"
+    scores = evaluate_checkpoint(checkpoint, ["knn"], baselines=False, num_data_workers=0)
+    assert [run["dataset"] for run in scores["runs"]] == ["folder"]
+    embed.embed(checkpoint, stored[kind], tmp_path / "features.parquet", batch_size=16, num_workers=0)
+    paths, embeddings, found = embed.read(tmp_path / "features.parquet")
+    assert len(paths) == 50 and embeddings.shape[0] == 50
+    assert sorted(found) == ["0"] * 30 + ["1"] * 20 if kind == "shards" else ["china"] * 30 + ["flower"] * 20
+
+
+def test_features_are_extracted_anew_when_a_shard_changes(tmp_path):
+    import features
+
+    pattern = write_shards(tmp_path)
+    p = params(pattern, val_size=0, test_size=0)
+
+    def contents() -> list:
+        return list(features.contents(data.get_dataset(p, ("train",))))
+
+    before = contents()
+    assert contents() == before and len(before) == 50
+    os.utime(tmp_path / "train-000001.tar")
+    assert [a == b for a, b in zip(contents(), before, strict=True)] == [not 12 <= i < 24 for i in range(50)]

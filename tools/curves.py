@@ -1,0 +1,114 @@
+"""Curves of runs side by side, from the metrics.csv of each: one colour a run, one panel a figure.
+
+    python -m tools.curves runs/byol_cifar10 lower_lr=runs/byol_low --out curves.png
+    python -m tools.curves runs/simclr --out curves.png --panels step_train_loss step_pos_cos,step_neg_cos
+
+What healthy and collapsed curves look like: docs/troubleshooting.md.
+"""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+
+from tools.commands import in_words
+from watch import COLLAPSED_STD
+from whole_files import whole
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+PANELS = ("step_train_loss", "step_pos_cos,step_neg_cos", "step_projection_std", "valid_class_acc")
+MEANINGS = {  # of names in the titles
+    "step_train_loss": "loss",
+    "step_pos_cos,step_neg_cos": "cosine: same image —, others - -",
+    "step_projection_std": "step_projection_std",
+    "valid_class_acc": "linear probe (%)",
+}
+COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")  # on white; other pages see a white card
+STYLES = ("-", "--", ":", "-.")
+Curve = tuple[list[int], list[float]]  # steps, values
+
+
+def read(folder: str | Path) -> dict[str, Curve]:
+    """The figures of a run's pretraining.
+
+    Raises:
+        ValueError: the folder holds no metrics.csv.
+    """
+    paths = [Path(folder) / "pretraining" / "metrics.csv", Path(folder) / "metrics.csv"]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder} is no run: there is neither {paths[0]} nor {paths[1]}")
+    curves: dict[str, Curve] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name != "step":
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(float(value))
+    return curves
+
+
+def draw(runs: dict[str, dict[str, Curve]], path: str | Path, panels: Sequence[str] = PANELS) -> None:
+    """A PNG of runs, {label: what `read` returns}. A panel is a figure's name, or several joined by commas.
+
+    Raises:
+        ValueError: a figure is in none of the runs, or the path is no PNG.
+    """
+    if Path(path).suffix != ".png":
+        raise ValueError(f"the curves are a PNG, and {path} does not end in .png")
+    known = sorted({name for curves in runs.values() for name in curves})
+    for name in {name for panel in panels for name in panel.split(",")} - set(known):
+        raise ValueError(f"{name!r} is logged in none of the runs: choose of {', '.join(known)}")
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3), layout="constrained", squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        fill(axis, runs, panel)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
+    with whole(Path(path)) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=90, facecolor="white")
+    plt.close(figure)
+
+
+def fill(axis: Axes, runs: dict[str, dict[str, Curve]], panel: str) -> None:
+    for i, (label, curves) in enumerate(runs.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        for j, name in enumerate(panel.split(",")):
+            style = {"linestyle": STYLES[j % len(STYLES)], "marker": "." if name.startswith("valid") else None}
+            axis.plot(*curves.get(name, ([], [])), color=colour, label=label if j == 0 else None, **style)
+    if panel == "step_projection_std":
+        axis.axhline(COLLAPSED_STD, color="black", linewidth=0.8, linestyle=":")  # where the warning comes
+        axis.set_ylim(bottom=0)
+    axis.set_title(MEANINGS.get(panel, panel), fontsize=10)
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.3)
+
+
+def labelled(runs: Sequence[str]) -> dict[str, dict[str, Curve]]:
+    """LABEL=FOLDER, or FOLDER, whose name is the label."""
+    found = {}
+    for run in runs:
+        label, _, folder = run.rpartition("=") if not Path(run).is_dir() else ("", "", run)
+        found[label or Path(folder).resolve().name] = read(folder)
+    if len(found) < len(runs):
+        raise ValueError(f"of {', '.join(runs)} some have the same name: give them others, as LABEL=FOLDER")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folder of a run")
+    parser.add_argument("--out", required=True, metavar="FILE.png")
+    parser.add_argument("--panels", nargs="+", default=PANELS, metavar="NAME[,NAME]", help="figures of metrics.csv")
+    args = parser.parse_args()
+    with in_words():
+        draw(labelled(args.runs), args.out, args.panels)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
