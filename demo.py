@@ -2,32 +2,36 @@
 
     python demo.py            (or `make demo`, which also installs)
 
-Writes pretrained.ckpt, results.md and curves.png into runs/demo.
+Leaves a run in runs/demo, like those of train.py, with results.md and a page about it: report.html.
 """
 
 import argparse
+import json
 import logging
+import sys
 import time
 import warnings
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 
 import augmentations
+import command_line
 import data
 import evaluation
+import run_folder
+from learning_rate import LearningRate
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams, VICRegParams
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from progress import Progress
+from run_options import RunOptions
+from tools import report
+from whole_files import write_whole
 
 OUT = Path("runs/demo")
 LABELS_PER_CLASS = 5
@@ -56,7 +60,7 @@ def quiet_trainer(epochs: int, name: str) -> pl.Trainer:
     return pl.Trainer(
         max_epochs=epochs,
         accelerator="auto",
-        callbacks=[RichProgressBar()],
+        callbacks=[Progress(OUT / name / "throughput.csv"), LearningRate()],
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=1,
@@ -109,37 +113,19 @@ def table(random: dict[str, float], trained: dict[str, float]) -> str:
     return "\n".join(["| test set | random encoder | trained encoder |", "|---|---|---|", *rows])
 
 
-def draw_curves(metrics: Path, file: Path) -> None:
-    steps = np.genfromtxt(metrics, delimiter=",", names=True)
-    panels = {
-        "loss": ["step_train_loss"],
-        "cosine of two views": ["step_pos_cos", "step_neg_cos"],
-        "probe accuracy (%)": ["valid_class_acc", "valid_knn20_acc"],
-    }
-    labels = {
-        "step_pos_cos": "same image",
-        "step_neg_cos": "different images",
-        "valid_class_acc": "linear",
-        "valid_knn20_acc": "kNN, k = 20",
-    }
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.4), layout="constrained")
-    for axis, (title, names) in zip(axes, panels.items(), strict=True):
-        for name in names:
-            there = ~np.isnan(steps[name])
-            marker = "o" if name.startswith("valid") else None
-            axis.plot(steps["step"][there], steps[name][there], marker=marker, label=labels.get(name))
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(frameon=False)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+def begin(params: ModelParams) -> None:
+    """Leave what train.py leaves of a run, for the report."""
+    for name in ("command.txt", "run.json"):  # of an earlier demo
+        (OUT / name).unlink(missing_ok=True)
+    options = RunOptions(out=str(OUT), logger=["csv"], log_every_n_steps=1)
+    run_folder.begin(OUT, command_line.to_yaml("vicreg", options, params), sys.argv)
 
 
 def pretrain(params: ModelParams, epochs: int) -> tuple[dict[str, float], dict[str, float]]:
     """Scores of the random and of the trained encoder; leaves pretrained.ckpt."""
     torch.manual_seed(0)  # the weights of an encoder of one's own are one's own business
     model = SelfSupervisedMethod(params, encoder=small_encoder())
+    begin(model.params)
     random = score(model.model, params)
     print(f"Pretraining a small convolutional network with VICReg on {params.dataset_name}, without labels:")
     trainer = quiet_trainer(epochs, "pretraining")
@@ -169,12 +155,16 @@ def main() -> None:
     start, evaluations = time.time(), ["linear_probe", "knn"]
 
     recipe = {"batch_size": 64, "lars_eta": 0.005, "lars_warmup_epochs": 2, "seed": 0, "evaluations": evaluations}
-    result = table(*pretrain(VICRegParams(dataset_name="digits", **recipe), args.epochs))
+    params = VICRegParams(dataset_name="digits", max_epochs=args.epochs, **recipe)
+    random, trained = pretrain(params, args.epochs)
     accuracy = train_classifier(args.linear_epochs)
+    result = table(random, trained)
     result += f"\n\nLinearClassifierMethod after {args.linear_epochs} epochs: {accuracy:.1f} % of the test set."
     (OUT / "results.md").write_text(result + "\n")
-    draw_curves(OUT / "pretraining" / "metrics.csv", OUT / "curves.png")
-    print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves: {OUT / 'curves.png'}")
+    results = {"random encoder": random, "trained encoder": trained, "linear classifier": {"valid_acc1": accuracy}}
+    write_whole(OUT / "results.json", json.dumps(results, indent=2))
+    page = report.write([OUT], encoder=small_encoder())
+    print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves, neighbours and a map, in a browser: {page}")
 
 
 if __name__ == "__main__":

@@ -33,20 +33,24 @@ def write(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = 
     Raises:
         ValueError: the path does not end in .png; or what reading the images raises.
     """
-    params, path = resolve(ModelParams, params, None, {}), Path(path)  # with the seed of pl.seed_everything
-    if path.suffix != ".png":
+    if (path := Path(path)).suffix != ".png":
         raise ValueError(f"the preview is a PNG, and {path} does not end in .png")
-    originals = None
+    sheet = arrange(first_columns(params, loader, rows))
+    with whole(path) as unfinished:
+        sheet.save(unfinished, "PNG")
+    return path
+
+
+def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows: int = 8) -> list[Column]:
+    """The first images of the first training batch: the originals, where they are known, then every view."""
+    params, originals = resolve(ModelParams, params, None, {}), None  # with the seed of pl.seed_everything
     if loader is None:
         splits = params.dataset.pretraining_splits
         loader = data.get_loader(params, data.get_dataset(params, splits, params.views), training=True)
         images_alone = data.get_dataset(params, splits)
         originals = torch.stack([images_alone[i][0] for i in islice(loader.sampler, rows)])
     images, _ = images_and_labels(next(iter(loader)))
-    sheet = contact_sheet(images, params, rows, originals)
-    with whole(path) as unfinished:
-        sheet.save(unfinished, "PNG")
-    return path
+    return columns_of(images, params, rows, originals)
 
 
 def contact_sheet(
@@ -59,6 +63,11 @@ def contact_sheet(
             training with `params.seed`; a list of crops; or float views, which are shown as they are.
         originals: uint8 [at least `rows`, C, H, W], where `images` are not these; None: no such column then.
     """
+    return arrange(columns_of(images, params, rows, originals))
+
+
+def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, originals: Tensor | None) -> list[Column]:
+    """What `contact_sheet` draws."""
     seed = (params.seed or 0, 0, 0, 0)  # of the first epoch and batch, on the first process
     views = augmentations.for_training(images, augmentations.training_views(params), seed)
     columns = [(caption(params, i), pixels(view[:rows], params)) for i, view in enumerate(views[: params.n_views])]
@@ -67,7 +76,7 @@ def contact_sheet(
     if originals is not None:
         size = f"{originals.shape[-1]} x {originals.shape[-2]} px"
         columns.insert(0, (["original", size], as_strips(originals[:rows]).cpu()))
-    return arrange(columns)
+    return columns
 
 
 def pixels(view: Tensor, params: ModelParams) -> Tensor:

@@ -1,26 +1,37 @@
 """The progress bar: images per second, and the time left for the whole training."""
 
+import csv
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.utilities import rank_zero_only
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
 import run_folder
+from whole_files import whole
 
 SMOOTHING = 0.05  # weight of the newest batch in the speed
+COLUMNS = ("step", "epoch", "images_per_second")  # of the file; the clock's, so they are not in metrics.csv
 
 
 class Progress(RichProgressBar):
     """Lightning's, with images per second over all processes (a moving average of batches, without validations), and
-    the time until the last epoch ends, validations included once there was one."""
+    the time until the last epoch ends, validations included once there was one.
 
-    def __init__(self) -> None:
+    Args:
+        file: a CSV that gets a row after each epoch, with its images per second (without validations).
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
         super().__init__(refresh_rate=4)
+        self.file = file
+        self.epoch = (0, 0.0)  # batches, and their seconds
         self.seconds_per_batch: float | None = None
         self.batch_ended: float | None = None  # None: what comes now is no batch
         self.begun = (0.0, 0)  # time and step
@@ -30,6 +41,8 @@ class Progress(RichProgressBar):
         super().on_train_start(trainer, pl_module)
         self.begun = (time.monotonic(), trainer.global_step)
         self.status = ""
+        if self.file is not None:
+            keep_until(self.file, trainer.global_step)
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_start(*args, **kwargs)
@@ -39,18 +52,22 @@ class Progress(RichProgressBar):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
         now = time.monotonic()
         took, self.batch_ended = now - self.batch_ended, now
+        self.epoch = (self.epoch[0] + 1, self.epoch[1] + took)
         before = took if self.seconds_per_batch is None else self.seconds_per_batch
         self.seconds_per_batch = before + SMOOTHING * (took - before)
         since, first_step = self.begun
         done = trainer.global_step - first_step
         left = (now - since) / max(1, done) * (trainer.estimated_stepping_batches - trainer.global_step)
-        images = pl_module.plan.processes * pl_module.plan.batch_size / max(self.seconds_per_batch, 1e-9)
+        images = images_in(pl_module) / max(self.seconds_per_batch, 1e-9)
         self.status = f"{images:,.0f} images/s, {timedelta(seconds=round(left))} left" if done else ""
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
 
-    def on_train_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        super().on_train_epoch_end(*args, **kwargs)
-        self.batch_ended = None
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module, *args)
+        (batches, seconds), self.epoch, self.batch_ended = self.epoch, (0, 0.0), None
+        if self.file is not None and batches:
+            speed = images_in(pl_module) * batches / max(seconds, 1e-9)
+            append(self.file, (trainer.global_step, trainer.current_epoch, round(speed, 1)))
 
     def on_validation_start(self, *args: Any, **kwargs: Any) -> None:
         super().on_validation_start(*args, **kwargs)
@@ -66,6 +83,27 @@ class Progress(RichProgressBar):
         description = TextColumn("{task.description}")
         batches = TextColumn("{task.completed:.0f}/{task.total:.0f}")
         return [description, BarColumn(bar_width=20), batches, Status(self)]
+
+
+def images_in(module: pl.LightningModule) -> int:
+    """One batch, of all processes."""
+    return module.plan.processes * module.plan.batch_size
+
+
+@rank_zero_only
+def keep_until(file: Path, step: int) -> None:
+    """Only the rows until then, of a run that goes on from there; it begins with a heading."""
+    rows = list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
+    with whole(file) as unfinished, unfinished.open("w", newline="") as kept:
+        writer = csv.DictWriter(kept, COLUMNS)
+        writer.writeheader()
+        writer.writerows(row for row in rows if int(row["step"]) <= step)
+
+
+@rank_zero_only
+def append(file: Path, row: tuple) -> None:
+    with file.open("a", newline="") as rows:
+        csv.writer(rows).writerow(row)
 
 
 class Status(ProgressColumn):

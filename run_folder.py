@@ -5,7 +5,7 @@ command.txt   the command, and each that went on with it
 run.json      of each of them: time, versions, git commit, machine
 log.txt       what was said
 results.json  scores
-pretraining/  and linear/: metrics.csv, TensorBoard's events, checkpoints/
+pretraining/  and linear/: metrics.csv, throughput.csv, TensorBoard's events, checkpoints/
 splits/       which images were used, where that was drawn
 """
 

@@ -23,6 +23,7 @@ import dry_run
 import preview
 import run_folder
 from gradient_norms import GradientNorms
+from learning_rate import LearningRate
 from linear_classifier import LinearClassifierMethod
 from milestones import Best, EveryNEpochs
 from moco import SelfSupervisedMethod
@@ -45,7 +46,8 @@ def trainer(out: Path, name: str, epochs: int, resumed: Path | None, options: Ru
         logger=run_folder.get_loggers(out, name, options.logger, first_step),
         enable_checkpointing=False,
         callbacks=[
-            Progress(), *norms, *milestones, checkpoints.Checkpoints(folder, options.checkpoint_every_n_steps)
+            Progress(out / name / "throughput.csv"), LearningRate(), *norms, *milestones,
+            checkpoints.Checkpoints(folder, options.checkpoint_every_n_steps),
         ],
         num_sanity_val_steps=0,
         **options.of_the_trainer(),

@@ -14,7 +14,8 @@ CHROMIUM = shutil.which("chromium")
 class Browser:
     """with Browser(page) as browser: browser.run("document.title")
 
-    `errors` are the messages of exceptions and of refused requests, `requests` the addresses asked for.
+    `errors` are the messages of exceptions, of the console's errors and of refused requests, `requests` the addresses
+    asked for.
     """
 
     def __init__(self, page: Path, profile: Path, width: int = 1280, height: int = 800, dark: bool = False):
@@ -30,7 +31,7 @@ class Browser:
         self.number, self.session, self.errors, self.requests = 0, None, [], []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network"):
+        for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
@@ -73,6 +74,10 @@ class Browser:
     def note(self, event: dict) -> None:
         if event["method"] == "Runtime.exceptionThrown":
             self.errors.append(event["params"]["exceptionDetails"]["exception"]["description"])
+        elif event["method"] == "Runtime.consoleAPICalled" and event["params"]["type"] == "error":
+            self.errors.append(str(event["params"]["args"]))
+        elif event["method"] == "Log.entryAdded" and event["params"]["entry"]["level"] == "error":
+            self.errors.append(event["params"]["entry"]["text"])
         elif event["method"] == "Network.requestWillBeSent":
             self.requests.append(event["params"]["request"]["url"])
 

@@ -270,19 +270,26 @@ def test_gradient_norms_are_those_of_torch():
         assert torch.allclose(logged[f"grad_norm_{name}"], expected)
 
 
-def test_the_bar_says_how_fast_and_how_long(monkeypatch):
-    """Batches of 2 s, 8 images on each of 2 processes, 10 steps; after the fourth, 12 s are left."""
-    now = [0.0]
+def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
+    """Batches of 2 s, 8 images on each of 2 processes, 10 steps; after the fourth, 12 s are left. The file says it,
+    too, without what a killed run wrote later."""
+    now, file = [0.0], tmp_path / "throughput.csv"
+    file.write_text("step,epoch,images_per_second\n3,0,1.0\n7,1,1.0\n")
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    for name in ("on_train_start", "on_train_batch_start", "on_train_batch_end"):
+    for name in ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"):
         monkeypatch.setattr(progress.RichProgressBar, name, lambda *args, **kwargs: None)
-    bar, module = progress.Progress(), SimpleNamespace(plan=SimpleNamespace(processes=2, batch_size=8))
+    bar, module = progress.Progress(file), SimpleNamespace(plan=SimpleNamespace(processes=2, batch_size=8))
+    bar.on_train_start(SimpleNamespace(global_step=3), module)
+    assert file.read_text().splitlines()[1:] == ["3,0,1.0"]
     bar.on_train_start(SimpleNamespace(global_step=0), module)
     for step in range(1, 5):
         bar.on_train_batch_start()
         now[0] += 2
         bar.on_train_batch_end(SimpleNamespace(global_step=step, estimated_stepping_batches=10), module)
     assert bar.status == "8 images/s, 0:00:12 left"
+    now[0] += 100  # of a validation
+    bar.on_train_epoch_end(SimpleNamespace(global_step=4, current_epoch=0), module)
+    assert file.read_text().splitlines() == ["step,epoch,images_per_second", "4,0,8.0"]
 
 
 # ---- comparing ----
@@ -307,7 +314,7 @@ def test_compare_shows_exactly_what_differs_and_joins_seeds(run, tmp_path, capsy
     assert settings == {"lr": ("0.5", "0.125"), "transform_s": ("0.5", "[1.0, 0.5]"), "seed": ("0, 1, 2", "0")}
     results = {row.name: row.values for row in rows if row.kind == "result"}
     assert results["trained encoder: valid_knn20_acc"] == ([50.0, 53.0, 59.0], [61.0])
-    best = max(float(row["valid_knn20_acc"]) for row in rows_of(run) if row["valid_knn20_acc"])
+    best = max([float(row["valid_knn20_acc"]) for row in rows_of(run) if row["valid_knn20_acc"]][1:])
     assert results["best valid_knn20_acc"] == ([best] * 3, [best])
     monkeypatch.setattr(sys, "argv", ["compare", *map(str, [*seeds, other])])
     monkeypatch.setenv("COLUMNS", "120")

@@ -62,6 +62,7 @@ FLOORS = [
         "run_options",
         "milestones",
         "gradient_norms",
+        "learning_rate",
         "run_folder",
     ],
     ["subject", "command_line", "dry_run", "progress"],

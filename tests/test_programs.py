@@ -77,13 +77,14 @@ def test_the_blogs_configurations_differ_as_its_table_says():
     }
 
 
-def test_demo_ends_with_a_table_and_a_picture(monkeypatch, capsys):
+def test_demo_ends_with_a_table_and_a_report(monkeypatch, capsys):
     run(demo, monkeypatch, "--epochs", 2, "--linear_epochs", 1)
-    table = (demo.OUT / "results.md").read_text()
-    assert table in capsys.readouterr().out
+    table, shown = (demo.OUT / "results.md").read_text(), capsys.readouterr().out
+    assert table in shown and shown.splitlines()[-1].endswith(str(demo.OUT / "report.html"))
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
     assert rows == ["linear, 50 labels (%)", "linear, all labels (%)", "kNN, k = 20 (%)", "RankMe"]
-    assert is_picture(demo.OUT / "curves.png") and (demo.OUT / "pretrained.ckpt").exists()
+    page = (demo.OUT / "report.html").read_text()
+    assert "Cosine of two views" in page and '"missing": "' not in page and (demo.OUT / "pretrained.ckpt").exists()
 
 
 def test_train_takes_any_field_and_evaluates_what_it_saved(monkeypatch, tmp_path):

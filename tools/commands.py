@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import attrs
+import torch
 from rich.progress import MofNCompleteColumn, Progress
 
 from command_line import reader
@@ -22,6 +23,15 @@ def in_words() -> Iterator[None]:
 
 def bar() -> Progress:
     return Progress(*Progress.get_default_columns(), MofNCompleteColumn())
+
+
+def usable(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def add_fields(parser: argparse._ArgumentGroup, names: Iterable[str]) -> None:

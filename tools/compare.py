@@ -65,7 +65,8 @@ def read(folder: str | Path) -> Run:
 
 
 def results(folder: Path) -> dict[str, float]:
-    """Numbers of results.json; of metrics.csv the last training loss, and the best of what is evaluated each epoch."""
+    """Numbers of results.json; of metrics.csv the last training loss, and the best of what is evaluated each epoch (the
+    random encoder, whose row is the first, is no epoch)."""
     path, found = folder / "results.json", {}
     for name, value in (json.loads(path.read_text()) if path.is_file() else {}).items():
         if isinstance(value, dict):
@@ -78,8 +79,8 @@ def results(folder: Path) -> dict[str, float]:
         numbers = [float(row[name]) for row in rows if row[name]]
         if name == LAST and numbers:
             found[f"last {name}"] = numbers[-1]
-        elif name.startswith("valid_") and numbers:
-            found[f"best {name}"] = (min if lowest_is_best(name) else max)(numbers)
+        elif name.startswith("valid_") and (epochs := numbers[f"random encoder: {name}" in found :]):
+            found[f"best {name}"] = (min if lowest_is_best(name) else max)(epochs)
     return found
 
 

@@ -19,7 +19,7 @@ import torchvision
 from torch.utils.data import DataLoader
 
 from data import already_a_batch
-from tools.commands import add_fields, in_words
+from tools.commands import add_fields, in_words, usable
 from tools.embedding_work import Work
 from tools.feature_files import read  # noqa: F401  (the reader of what this writes)
 from tools.image_sources import Batches, Source, open_source, part_kept
@@ -71,15 +71,6 @@ def embed(
             work.add(encoder.to(device), loader, len(paths), skip_unreadable)
         work.finish(paths, source)
     return out
-
-
-def usable(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def description(encoder: Encoder, source: Source, overrides: dict[str, Any]) -> dict[str, Any]:

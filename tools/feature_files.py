@@ -124,8 +124,3 @@ def rows_of(path: str | Path, wanted: list[str]) -> dict[str, tuple[np.ndarray, 
     found = ds.dataset(str(path)).to_table(filter=one_of)
     rows = zip(matrix(found["embedding"]), found["label"].to_pylist(), strict=True)
     return dict(zip(found["path"].to_pylist(), rows, strict=True))
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """Each row divided by its length: their products are cosines."""
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

@@ -5,6 +5,7 @@ import html
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -74,6 +75,10 @@ def draw(found: Map, source: Source | None, file: Path) -> None:
 
 
 def page(found: Map, source: Source | None, file: Path) -> None:
+    file.write_text(as_html(found, source, BUDGET), encoding="utf-8")
+
+
+def as_html(found: Map, source: Source | None, budget: int) -> str:
     """The template with the points within the unit square, and as many pictures as the budget allows."""
     low, high = found.points.min(0), found.points.max(0)
     points = (found.points - (low + high) / 2) / max((high - low).max(), 1e-12) + 0.5
@@ -85,17 +90,21 @@ def page(found: Map, source: Source | None, file: Path) -> None:
         "x": [round(float(x), 5) for x in points[:, 0]],
         "y": [round(float(y), 5) for y in points[:, 1]],
         "paths": found.paths,
-        "pictures": [None] * len(found.paths) if source is None else pictures(found.paths, source),
+        "pictures": [None] * len(found.paths) if source is None else pictures(found.paths, source, budget),
     }
     text = Path(__file__).with_name("map.html").read_text(encoding="utf-8")
     text = text.replace("__TITLE__", html.escape(found.title))
-    text = text.replace("__DATA__", json.dumps(content).replace("<", "\\u003c"))  # no path can end the script
-    file.write_text(text, encoding="utf-8")
+    return text.replace("__DATA__", in_script(content))
 
 
-def pictures(paths: list[str], source: Source) -> list[str | None]:
+def in_script(content: Any) -> str:
+    """JSON that no text in it can end the script with."""
+    return json.dumps(content).replace("<", "\\u003c")
+
+
+def pictures(paths: list[str], source: Source, budget: int) -> list[str | None]:
     """Small JPEGs as data URIs; at random None, once the budget is spent, and where a file is gone."""
-    uris, left = [None] * len(paths), BUDGET
+    uris, left = [None] * len(paths), budget
     with bar() as progress:
         for i in progress.track(np.random.default_rng(0).permutation(len(paths)), description="pictures"):
             try:

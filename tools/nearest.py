@@ -10,25 +10,16 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from attrs import frozen
-from PIL import Image
 
 from image_files import read_image
 from tools import feature_files
 from tools.commands import in_words
-from tools.contact_sheet import LEAD, OTHER, SAME, SIDE, Tile, contact_sheet
+from tools.contact_sheet import contact_sheet
 from tools.embed import digest
-from tools.feature_files import unit
 from tools.image_sources import Source, open_source, square
+from tools.neighbours import Neighbour, Query, best_of, tiles
 from weights import load_encoder
 from whole_files import whole
-
-
-@frozen
-class Neighbour:
-    path: str
-    label: str | None
-    cosine: float
 
 
 def nearest(
@@ -42,27 +33,7 @@ def nearest(
         queries: embeddings [Q, E].
         own: for each query the path of its own row, which is left out, or None.
     """
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1")
-    best: list[list[Neighbour]] = [[] for _ in queries]
-    queries = unit(queries)
-    for paths, embeddings, labels in feature_files.pieces(features):
-        cosines = (queries @ unit(embeddings).T).clip(-1, 1)
-        for i, cosine in enumerate(cosines):
-            top = np.argsort(-cosine, kind="stable")[: k + 1]  # one more than k, for the own row
-            found = (Neighbour(paths[j], labels[j], float(cosine[j])) for j in top)
-            found = best[i] + [neighbour for neighbour in found if own is None or neighbour.path != own[i]]
-            best[i] = sorted(found, key=lambda neighbour: -neighbour.cosine)[:k]
-    return best
-
-
-@frozen
-class Query:
-    name: str
-    embedding: np.ndarray
-    picture: Image.Image
-    own: str | None = None  # path of its row
-    label: str | None = None
+    return best_of(feature_files.pieces(features), queries, k, own)
 
 
 def find_queries(features: str | Path, images: list[str], source: Source, checkpoint: str | None) -> list[Query]:
@@ -108,17 +79,6 @@ def table(query: Query, found: list[Neighbour]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"  {a:>{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}" for a, b, c, d in rows]
     return "\n".join([query.name + (f" ({query.label})" if query.label else ""), *lines])
-
-
-def tiles(query: Query, found: list[Neighbour], source: Source) -> tuple[Tile, list[Tile]]:
-    """A neighbour's frame says whether its label is the query's, where both have one."""
-    lead = Tile(query.picture, "query", "", (query.label, query.name) if query.label else (query.name,), LEAD)
-    row = []
-    for i, n in enumerate(found, start=1):
-        colour = (SAME if n.label == query.label else OTHER) if n.label and query.label else None
-        lines = (n.label, n.path) if n.label else (n.path,)
-        row.append(Tile(source.picture(n.path, side=SIDE), str(i), f"{n.cosine:.3f}", lines, colour))
-    return lead, row
 
 
 def nearest_sheet(

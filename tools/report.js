@@ -1,0 +1,355 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const runs = data.runs, several = runs.length > 1, hidden = new Set();
+const $ = id => document.getElementById(id);
+const MARKED = 40;  // points: a line of fewer shows each
+const SIDE_OF_VIEWS = 112;  // pixels of the screen, about
+const DASHES = ["", "6 4", "2 3", "9 3 2 3", "1 5"];
+
+function make(parent, tag, attributes = {}, text = null) {
+  const svg = parent.namespaceURI === "http://www.w3.org/2000/svg" || tag === "svg";
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (text !== null) node.textContent = text;
+  return parent.appendChild(node);
+}
+
+/** A name that may be broken behind its underscores. */
+function name(parent, text) {
+  const parts = text.split(/(?<=_)/);
+  parts.forEach((part, i) => { if (i) make(parent, "wbr"); parent.append(part); });
+}
+
+const colour = i => `var(--c${i % 8})`;
+const swatch = (parent, i) => make(parent, "span", {class: "swatch", style: `background: ${colour(i)}`});
+
+function number(value) {
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size >= 1e6 || size < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e");
+  return value.toLocaleString("en", {maximumSignificantDigits: 4, useGrouping: size >= 1e4});
+}
+
+// ---- the head ----
+
+$("title").textContent = several ? `${runs.length} runs` : runs[0].name;
+runs.forEach((run, i) => {
+  const box = make($("runs"), several ? "button" : "div", {class: "run"});
+  swatch(box, i);
+  if (several) make(box, "b", {}, run.name);
+  make(box, "small", {}, [run.preset, run.method, run.state].filter(Boolean).join(" · "));
+  if (!several) return;
+  box.title = "show or hide its curves";
+  box.setAttribute("aria-pressed", true);
+  box.onclick = () => {
+    hidden[hidden.has(i) ? "delete" : "add"](i);
+    box.setAttribute("aria-pressed", !hidden.has(i));
+    charts.forEach(draw => draw());
+  };
+});
+for (const section of document.querySelectorAll("section"))
+  make(document.querySelector("nav"), "a", {href: `#${section.id}`}, section.querySelector("h2").textContent);
+
+// ---- tables ----
+
+function table(parent, head) {
+  const node = make(make(parent, "div", {class: "table", tabindex: 0}), "table");
+  const row = make(make(node, "thead"), "tr");
+  head.forEach((text, i) => {
+    const cell = make(row, "th", {scope: "col"});
+    const run = i - (head.length - runs.length);
+    if (several && run >= 0) swatch(cell, run);
+    cell.append(text);
+  });
+  return make(node, "tbody");
+}
+
+function resultsTable() {
+  if (!data.results.length) return missing($("results"), "No results yet: there is neither results.json nor metrics.csv.");
+  const scored = [...new Set(data.results.map(row => row.of))];
+  // One run: a column for each thing that was scored. Several: a column for each run.
+  const body = table($("results"), ["", ...(several ? runs.map(run => run.name) : scored)]);
+  body.parentNode.querySelectorAll("thead th:not(:first-child)").forEach(cell => cell.classList.add("number"));
+  const line = (figure, values) => {
+    const row = make(body, "tr");
+    name(make(row, "th", {scope: "row", class: "code"}), figure);
+    values.forEach(value => make(row, "td", {class: "number"}, value));
+  };
+  if (several) return scored.forEach(of => {
+    make(make(body, "tr"), "th", {colspan: runs.length + 1, scope: "colgroup"}, of);
+    data.results.filter(row => row.of === of).forEach(row => line(row.name, row.values));
+  });
+  for (const figure of new Set(data.results.map(row => row.name)))
+    line(figure, scored.map(of => data.results.find(row => row.of === of && row.name === figure)?.values[0] ?? ""));
+}
+
+function settingsTable() {
+  const {rows, differ} = data.settings;
+  const presets = [...new Set(runs.map(run => run.preset))].join(", ");
+  if (!rows.length) return missing($("settings"), `All settings are those of the preset ${presets}.`);
+  const those = several ? "Those in which a run differs from its preset, or the runs from each other" : `Those that differ from the preset ${presets}`;
+  make($("settings"), "p", {class: "about"}, `${those}.` + (several && !differ ? " The runs do not differ." : ""));
+  const body = table($("settings"), ["", "preset", ...runs.map(run => several ? run.name : "this run")]);
+  for (const {name: setting, comment, preset, values} of rows) {
+    const row = make(body, "tr"), head = make(row, "th", {scope: "row"});
+    name(make(head, "span", {class: "code"}), setting);
+    make(head, "small", {}, comment);
+    make(row, "td", {class: "code plain"}, preset);
+    values.forEach(({text, changed}) => make(row, "td", {class: changed ? "code" : "code plain"}, text));
+  }
+}
+
+const missing = (parent, text) => make(parent, "p", {class: "missing"}, text);
+
+// ---- curves ----
+
+const canBeEpochs = runs.every(run => run.steps_per_epoch);
+let smoothing = 0, along = "step";
+const charts = [], place = (line, step) => along === "epoch" ? step / runs[line.run].steps_per_epoch : step;
+
+/** Exponential moving average, corrected for its start (as Adam's). */
+function smooth(values) {
+  let mean = 0, weight = 0;
+  return values.map(value => {
+    mean = smoothing * mean + (1 - smoothing) * value;
+    weight = smoothing * weight + (1 - smoothing);
+    return mean / weight;
+  });
+}
+
+/** About n round numbers that cover [low, high]. */
+function ticks(low, high, n) {
+  const rough = (high - low) / n, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].find(factor => factor * power >= rough * 0.999) * power;
+  const found = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) found.push(+(i * step).toPrecision(12));
+  return found;
+}
+
+function nearest(xs, x) {
+  let low = 0, high = xs.length - 1;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (xs[middle] < x) low = middle; else high = middle;
+  }
+  return Math.abs(xs[high] - x) < Math.abs(xs[low] - x) ? high : low;
+}
+
+function chart(figure, index) {
+  const box = make($("figures"), "figure", {class: "chart", id: `figure-${index}`, "data-title": figure.title});
+  const caption = make(box, "figcaption");
+  make(caption, "h3", {}, figure.title);
+  if (figure.healthy) make(caption, "p", {}, figure.healthy);
+  const names = [...new Set(figure.lines.map(line => line.name))];
+  // One run: a colour for each column. Several: a colour for each run, a dash for each column.
+  const colourOf = line => colour(several ? line.run : names.indexOf(line.name));
+  const dashOf = line => several ? DASHES[names.indexOf(line.name) % DASHES.length] : "";
+  if (names.length > 1) {
+    const legend = make(box, "div", {class: "legend"});
+    for (const name of names) {
+      const line = figure.lines.find(one => one.name === name), item = make(legend, "span", {title: name});
+      const key = make(item, "svg", {viewBox: "0 0 22 8", "aria-hidden": true});
+      make(key, "path", {d: "M1 4H21", "stroke-width": 2, "stroke-dasharray": dashOf(line), style: `stroke: ${several ? "var(--text)" : colourOf(line)}`});
+      item.append(line.label);
+    }
+  }
+  const plot = make(box, "svg", {class: "plot", tabindex: 0, role: "img", "aria-label": `${figure.title}: ${names.join(", ")}`});
+  const tip = make(box, "div", {class: "tip"});
+  let shown = [], toX, toY, frame, cursor = null;
+
+  function draw() {
+    plot.replaceChildren();
+    shown = figure.lines.filter(line => !hidden.has(line.run)).map(line => {
+      const isLong = line.x.length > MARKED;
+      const isSmoothed = isLong && smoothing > 0 && !figure.is_schedule;
+      return {...line, isLong, isSmoothed, xs: line.x.map(step => place(line, step)), ys: isSmoothed ? smooth(line.y) : line.y};
+    });
+    const width = plot.clientWidth, height = plot.clientHeight;
+    if (!shown.length || !width) return;
+    const xs = shown.flatMap(line => [line.xs[0], line.xs.at(-1)]);
+    let [left, right, low, high] = [Math.min(...xs), Math.max(...xs), Infinity, -Infinity];
+    for (const line of shown) for (const y of line.y) { low = Math.min(low, y); high = Math.max(high, y); }
+    if (figure.from_zero) low = Math.min(0, low);
+    if (low === high) [low, high] = [low - Math.max(Math.abs(low) * 0.1, 1e-3), high + Math.max(Math.abs(high) * 0.1, 1e-3)];
+    if (left === right) [left, right] = [left - 1, right + 1];
+    const margin = (high - low) * 0.05;
+    [low, high] = [low >= 0 && low < margin ? 0 : low - margin, high + margin];
+    const rows = ticks(low, high, 5), widest = Math.max(...rows.map(y => number(y).length));
+    frame = {left: widest * 7 + 8, right: width - 10, top: 6, bottom: height - 34};
+    toX = x => frame.left + (x - left) / (right - left) * (frame.right - frame.left);
+    toY = y => frame.bottom - (y - low) / (high - low) * (frame.bottom - frame.top);
+    for (const y of rows) {
+      make(plot, "line", {class: "grid", x1: frame.left, x2: frame.right, y1: toY(y), y2: toY(y)});
+      make(plot, "text", {x: frame.left - 6, y: toY(y) + 4, "text-anchor": "end"}, number(y));
+    }
+    for (const x of ticks(left, right, Math.max(2, Math.floor(width / 90))))
+      make(plot, "text", {x: toX(x), y: frame.bottom + 16, "text-anchor": "middle"}, number(x));
+    make(plot, "text", {x: frame.right, y: height - 2, "text-anchor": "end"}, along);
+    for (const line of shown) {
+      const style = `stroke: ${colourOf(line)}`, path = ys => "M" + line.xs.map((x, i) => `${toX(x).toFixed(1)} ${toY(ys[i]).toFixed(1)}`).join("L");
+      if (line.isSmoothed) make(plot, "path", {class: "raw", d: path(line.y), style});
+      make(plot, "path", {class: "line", d: path(line.ys), style, "stroke-dasharray": dashOf(line)});
+      if (!line.isLong) line.xs.forEach((x, i) => make(plot, "circle", {cx: toX(x), cy: toY(line.ys[i]), r: 3, style: `fill: ${colourOf(line)}`}));
+    }
+    if (cursor !== null) point(cursor);
+  }
+
+  /** The read-out at x, a place on the axis. */
+  function point(x) {
+    plot.querySelectorAll(".cursor, .at").forEach(node => node.remove());
+    const lines = shown.map(line => ({...line, at: nearest(line.xs, x)}));
+    const best = lines.reduce((a, b) => Math.abs(a.xs[a.at] - x) <= Math.abs(b.xs[b.at] - x) ? a : b);
+    cursor = best.xs[best.at];
+    make(plot, "line", {class: "cursor", x1: toX(cursor), x2: toX(cursor), y1: frame.top, y2: frame.bottom});
+    tip.replaceChildren();
+    make(tip, "div", {}, `${along} ${number(cursor)}`);
+    for (const line of lines) {
+      const row = make(tip, "div"), y = line.ys[line.at], labels = [];
+      make(plot, "circle", {class: "at", cx: toX(line.xs[line.at]), cy: toY(y), r: 4, style: `fill: ${colourOf(line)}`});
+      make(row, "span", {class: "swatch", style: `background: ${colourOf(line)}`});
+      if (several) labels.push(runs[line.run].name);
+      if (names.length > 1 || !several) labels.push(line.label);
+      make(row, "span", {}, labels.join(", "));
+      make(row, "b", {}, number(y));
+      if (line.isSmoothed) make(row, "small", {}, `(${number(line.y[line.at])})`);
+    }
+    // Above the curves, over the caption: it hides none of them.
+    tip.style.display = "block";
+    tip.style.left = 0;
+    const [outer, inner] = [box.getBoundingClientRect(), plot.getBoundingClientRect()], width = tip.offsetWidth;
+    const wanted = inner.left - outer.left + toX(cursor) - width / 2;
+    tip.style.left = `${Math.max(4, Math.min(wanted, outer.width - width - 6))}px`;
+    tip.style.top = `${inner.top - outer.top + frame.top - tip.offsetHeight}px`;
+  }
+
+  function away() {
+    cursor = null;
+    tip.style.display = "none";
+    plot.querySelectorAll(".cursor, .at").forEach(node => node.remove());
+  }
+
+  const move = event => {
+    if (!shown.length) return;
+    const [first, second] = [toX(0), toX(1)], px = event.clientX - plot.getBoundingClientRect().left;
+    point((px - first) / (second - first));
+  };
+  plot.addEventListener("pointermove", move);
+  plot.addEventListener("pointerdown", move);
+  plot.addEventListener("pointerleave", away);
+  plot.addEventListener("blur", away);
+  plot.addEventListener("keydown", event => {
+    const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (event.key === "Escape") away();
+    if (!by || !shown.length) return;
+    event.preventDefault();
+    const all = [...new Set(shown.flatMap(line => line.xs))].sort((a, b) => a - b);
+    const at = cursor === null ? (by > 0 ? -1 : all.length) : nearest(all, cursor);
+    point(all[Math.min(all.length - 1, Math.max(0, at + by))]);
+  });
+  new ResizeObserver(draw).observe(plot);
+  return draw;
+}
+
+function curves() {
+  if (!data.figures.length) {
+    $("controls").remove();
+    return missing($("curves"), "No curves: there is no metrics.csv, or it holds no rows yet.");
+  }
+  const longest = Math.max(...data.figures.flatMap(figure => figure.lines.map(line => line.x.length)));
+  smoothing = longest > 150 ? 0.8 : longest > MARKED ? 0.5 : 0;
+  $("smoothing").value = smoothing;
+  if (longest <= MARKED) $("smoothing").parentNode.remove();
+  if (!canBeEpochs) $("axis").remove();
+  if (!$("controls").children.length) $("controls").remove();
+  data.figures.forEach((figure, i) => charts.push(chart(figure, i)));
+  const change = () => {
+    smoothing = +$("smoothing")?.value || 0;
+    along = $("along")?.value || "step";
+    if ($("smoothed")) $("smoothed").textContent = smoothing ? smoothing.toFixed(2) : "none";
+    charts.forEach(draw => draw());
+  };
+  $("controls")?.addEventListener("input", change);
+  $("controls")?.addEventListener("submit", event => event.preventDefault());
+  change();
+}
+
+// ---- pictures ----
+
+/** Of each run: its own part of a section; of several, the first is open and the others are filled when they are opened. */
+function ofRuns(id, fill) {
+  runs.forEach((run, i) => {
+    const content = run[id];
+    if (!several) return content.missing ? missing($(id), `Left out: ${content.missing}`) : fill($(id), content);
+    const box = make($(id), "details"), head = make(box, "summary", {}, run.name);
+    if (content.missing) return missing(box, `Left out: ${content.missing}`), box.open = true;
+    const once = () => { if (box.open) { box.removeEventListener("toggle", once); fill(box, content); } };
+    box.addEventListener("toggle", once);
+    box.open = i === 0;
+  });
+}
+
+function picture(parent, source, alt, scale = null) {
+  const image = make(parent, "img", {alt});
+  image.onload = () => {
+    if (Math.max(image.naturalWidth, image.naturalHeight) <= 64) image.classList.add("pixels");
+    if (scale) image.width = image.naturalWidth * scale;
+  };
+  image.src = source;
+  return image;
+}
+
+function views(parent, {side, columns}) {
+  const grid = make(make(parent, "div", {class: "scroll", tabindex: 0}), "div", {class: "views"});
+  const scale = Math.max(1, Math.floor(SIDE_OF_VIEWS / side));  // all alike, by a whole number
+  grid.style.gridTemplateRows = `auto repeat(${columns[0].pictures.length}, auto)`;
+  columns.forEach(({caption: [title, ...lines], pictures}) => {
+    const caption = make(grid, "div", {class: "caption"});
+    make(caption, "b", {}, title);
+    lines.forEach(line => make(caption, "div", {}, line));
+    pictures.forEach((source, i) => picture(grid, source, `${title}, image ${i + 1}`, scale));
+  });
+}
+
+function neighbours(parent, {about, rows}) {
+  make(parent, "p", {class: "about"}, about);
+  const grid = make(parent, "div", {class: "neighbours"});
+  const card = (box, {picture: source, label, path, cosine}, kind) => {
+    const figure = make(box, "figure", {class: kind, title: path}), caption = document.createElement("figcaption");
+    picture(figure, source, label ?? path);
+    figure.append(caption);
+    make(caption, "b", {}, label ?? path);
+    if (cosine !== undefined) caption.append(" ", cosine.toFixed(2));
+  };
+  for (const {query, found} of rows) {
+    const row = make(grid, "div", {class: "row"});
+    card(row, query, "query");
+    const near = make(row, "div", {class: "near"});
+    for (const one of found) card(near, one, query.label === null || one.label === null ? "" : one.label === query.label ? "same" : "other");
+  }
+}
+
+function map(parent, {page}) {
+  make(parent, "iframe", {title: "map of the embeddings", sandbox: "allow-scripts", loading: "lazy"}).srcdoc = page;
+}
+
+// ---- the end ----
+
+function provenance() {
+  for (const run of runs) {
+    if (several) make($("provenance"), "h3", {}, run.name);
+    const list = make($("provenance"), "dl", {class: "facts"});
+    const fact = (name, value) => { make(list, "dt", {}, name); return make(list, "dd", {}, value); };
+    run.commands.forEach((command, i) => fact(i ? "then" : "command", command).classList.add("code"));
+    if (run.began) fact("last start", run.began);
+    for (const [name, value] of Object.entries(run.facts)) fact(name, value);
+  }
+  make(document.querySelector("main"), "footer", {}, `Written ${data.written} by tools.report.`);
+}
+
+resultsTable();
+settingsTable();
+curves();
+ofRuns("views", views);
+ofRuns("neighbours", neighbours);
+ofRuns("map", map);
+provenance();

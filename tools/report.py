@@ -1,0 +1,99 @@
+"""One self-contained HTML page about one run or several: what was set, what came out, every curve, and pictures.
+
+    python -m tools.report runs/byol_cifar10
+    python -m tools.report runs/byol_cifar10 runs/simclr_cifar10 --out both.html
+
+The page asks the network for nothing. What a run has not left, or what is not on this machine, is left out, with the
+reason. docs/report.md says what is to be seen.
+"""
+
+import argparse
+import html
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tools import compare, report_figures, report_pictures, report_runs
+from tools.commands import in_words
+from tools.map_files import in_script
+from whole_files import write_whole
+
+MOST_RUNS = 8  # more colours cannot be told apart
+IMAGES = 2000
+
+
+def write(
+    runs: Sequence[str | Path], out: str | Path | None = None, images: int = IMAGES, encoder: nn.Module | None = None
+) -> Path:
+    """The report on the folders of runs, as one HTML file.
+
+    Args:
+        out: the file; None: report.html, in the run's folder if it is one run, else here.
+        images: at most so many test images are embedded, for map and neighbours, over all runs; 0: none.
+        encoder: your own module, if the encoder of these runs was one.
+
+    Raises:
+        ValueError: a folder is none of a run; there are too many.
+    """
+    folders = [Path(run).expanduser() for run in runs]
+    if not 1 <= len(folders) <= MOST_RUNS:
+        raise ValueError(f"{len(folders)} runs: a report shows 1 to {MOST_RUNS}, more colours cannot be told apart")
+    if images < 0:
+        raise ValueError(f"images={images} must be at least 0")
+    out = Path(out or (folders[0] / "report.html" if len(folders) == 1 else "report.html")).expanduser()
+    if out.is_dir():
+        raise ValueError(f"out={out} is a folder: name a file")
+    found = content(folders, images, encoder)
+    template = Path(__file__).with_name("report.html")
+    page = template.read_text(encoding="utf-8")
+    for mark, text in (
+        ("__TITLE__", html.escape(found["title"])),
+        ("/*__STYLE__*/", template.with_suffix(".css").read_text(encoding="utf-8")),
+        ("/*__SCRIPT__*/", template.with_suffix(".js").read_text(encoding="utf-8")),
+        ("__DATA__", in_script(found)),  # last: it may hold any text
+    ):
+        page = page.replace(mark, text)
+    write_whole(out, page)
+    return out
+
+
+def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict[str, Any]:
+    """Everything that the page shows."""
+    runs, names = [compare.read(folder) for folder in folders], report_runs.names_of(folders)
+    about = [report_runs.about(run, name) for run, name in zip(runs, names, strict=True)]
+    for one, run in zip(about, runs, strict=True):
+        one["steps_per_epoch"] = report_figures.steps_per_epoch(run.folder)
+        each, budget = images // len(runs), report_pictures.MAP_BUDGET // len(runs)
+        one |= dict(report_pictures.parts(run.folder, run.settings, each, budget, encoder))
+    silent = [{"m"} if run.settings.get("use_lagging_model") is False else set() for run in runs]
+    return {
+        "title": f"{', '.join(names)}: report",
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+        "runs": about,
+        "settings": report_runs.settings(runs),
+        "results": report_runs.results(runs),
+        "figures": report_figures.figures(folders, silent),
+    }
+
+
+@in_words()
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.report", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--out", metavar="FILE.html", help="default: report.html in RUN's folder; of several runs, here"
+    )
+    parser.add_argument(
+        "--images", type=int, default=IMAGES, metavar="N", help=f"test images to embed, at most; 0: none ({IMAGES})"
+    )
+    print(write(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
