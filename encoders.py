@@ -53,6 +53,11 @@ def has_low_resolution_stem(name: str) -> bool:
     return "resnet" in name and not name.startswith("timm:")
 
 
+def is_resnet(name: str) -> bool:
+    """Whether the encoder is of torchvision's class ResNet, weight-standardized or not."""
+    return ("resnet" in name or "resnext" in name) and not name.startswith("timm:")
+
+
 def get_encoder(params: "ModelParams", own: nn.Module | None = None) -> tuple[nn.Module, int]:
     """(the encoder that `params` names, E). `own` is the user's module where encoder_arch is "module"."""
     encoder, width = _get_encoder(params, own)
@@ -84,7 +89,8 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
         with data_only(f"the published weights of {name}"):
             encoder = timm.create_model(name, pretrained=published is not None, num_classes=0, in_chans=p.channels)
     else:
-        encoder, _ = without_classifier(build(p.encoder_arch, published, p.crop_size, p.num_frames), p.encoder_arch)
+        model = build(p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual)
+        encoder, _ = without_classifier(model, p.encoder_arch)
         adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
         ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
     if from_file:
@@ -116,13 +122,15 @@ def source_of_weights(params: "ModelParams") -> str | None:
     return params.encoder_arch + f":{weights}" * (not params.encoder_arch.startswith("timm:"))
 
 
-def build(name: str, weights: str | None, image_size: int, num_frames: int = 16) -> nn.Module:
+def build(
+    name: str, weights: str | None, image_size: int, num_frames: int = 16, zero_init_residual: bool = False
+) -> nn.Module:
     """A classifier as its library builds it, but for the pooling of S3D where it does not fit small clips."""
+    kwargs = {"zero_init_residual": True} if zero_init_residual else {}
     if name in ws_resnet.WS_RESNETS:
         if weights is not None:
             raise ValueError(f"encoder_weights={weights!r} is no file, and there are no published weights of {name}")
-        return ws_resnet.WS_RESNETS[name]()
-    kwargs = {}
+        return ws_resnet.WS_RESNETS[name](**kwargs)
     if name.startswith("vit_") and weights is None:
         kwargs["image_size"] = image_size  # sets the number of position embeddings
     if name in ("googlenet", "inception_v3") and weights is None:

@@ -33,6 +33,7 @@ class EncoderAndDataParams(OwnDataParams):
     embedding_dim: int | None = positive(None)  # inferred; checked if given
     encoder_weights: str | None = None  # to start from: torchvision's name ("DEFAULT", ...), or a file
     low_resolution_stem: bool | None = None  # 3 x 3 stem without pooling; None: for ResNets on 32 pixels or fewer
+    zero_init_residual: bool = False  # ResNets: each block begins as the identity (its last normalization at weight 0)
     stem_variant: str = choice("standard", encoders.STEM_VARIANTS)  # of the 3 x 3 stem; others: for others' weights
     in_channels: int | None = positive(None)  # None: the data set's
 
@@ -80,6 +81,11 @@ class EncoderAndDataParams(OwnDataParams):
             raise ValueError(
                 f"low_resolution_stem=True does not fit encoder_arch={self.encoder_arch!r}: it is for torchvision's "
                 "ResNets and ws_resnets; choose one of them, or low_resolution_stem=False"
+            )
+        if self.zero_init_residual and not encoders.is_resnet(self.encoder_arch):
+            raise ValueError(
+                f"zero_init_residual=True does not fit encoder_arch={self.encoder_arch!r}: it is for torchvision's "
+                "ResNets and ResNeXts and for ws_resnets; choose one of them, or zero_init_residual=False"
             )
         if self.encoder_weights is not None and self.encoder_arch == encoders.OWN_MODULE:
             raise ValueError(

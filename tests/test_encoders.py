@@ -66,6 +66,24 @@ def test_low_resolution_stem(name):
     assert build(name, size=96, low_resolution_stem=True)[0].conv1.kernel_size == (3, 3)
 
 
+@pytest.mark.parametrize("name, last", [("resnet18", "bn2"), ("resnext50_32x4d", "bn3"), ("ws_resnet18", "bn2")])
+def test_residual_blocks_that_begin_as_the_identity(name, last):
+    encoder, _ = build(name, size=64, zero_init_residual=True)
+    weights = dict(encoder.named_parameters())
+    assert all(
+        bool(weights[key].any()) != key.endswith(f"{last}.weight")
+        for key in weights
+        if ".bn" in key and "weight" in key
+    )
+    block, x = (
+        encoder.layer1[1].eval(),
+        torch.rand(1, encoder.layer1[0].conv1.in_channels * (1 if last == "bn2" else 4), 8, 8),
+    )
+    assert torch.equal(block(x), x)
+    with pytest.raises(ValueError, match="zero_init_residual=True does not fit encoder_arch='vit_b_32'"):
+        build("vit_b_32", zero_init_residual=True)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "ws_resnet18", "shufflenet_v2_x0_5", "vit_b_32"])
 @pytest.mark.parametrize("channels", [1, 5])
 def test_any_number_of_channels(name, channels):

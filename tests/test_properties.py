@@ -62,6 +62,7 @@ SENSIBLE = {
     "embedding_dim": either(None, 6),
     "encoder_weights": st.none(),
     "low_resolution_stem": either(None, False, True),
+    "zero_init_residual": st.booleans(),
     "stem_variant": either("standard", "standard", *STEM_VARIANTS),
     "in_channels": either(None, 1, 2, 3),
     "dataset_name": either(*DATASETS),
