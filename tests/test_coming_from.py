@@ -294,9 +294,7 @@ def test_python_blocks(name, small_data, tmp_path, monkeypatch):
         exec(compile(block, "coming_from.md", "exec"), names)
     if name == "solo-learn":
         assert (tmp_path / "checkpoints" / "barlow" / "epoch_0001.ckpt").is_file()
-        assert all(
-            not weight.any() for name, weight in names["model"].named_parameters() if name.endswith("bn2.weight")
-        )
+        assert names["model"].params.zero_init_residual and names["model"].params.lars_eta == 0.02
     if name == "eztorch":
         network = names["resnet3d_basic"]().eval()
         assert network(torch.zeros(1, 3, 8, 64, 64)).shape == (1, 512)
