@@ -62,7 +62,7 @@ FLOORS = [
         "gradient_norms",
         "run_folder",
     ],
-    ["subject", "command_line", "dry_run", "progress"],
+    ["subject", "command_line", "dry_run", "progress", "baselines"],
     ["protocols"],
     ["demo", "train", "train_blog", "evaluate"],
 ]

@@ -1,14 +1,9 @@
 """What the commands of this folder have in common."""
 
-import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import attrs
 from rich.progress import MofNCompleteColumn, Progress
-
-from command_line import reader
-from shared_params import EncoderAndDataParams
 
 
 @contextmanager
@@ -22,10 +17,3 @@ def in_words() -> Iterator[None]:
 
 def bar() -> Progress:
     return Progress(*Progress.get_default_columns(), MofNCompleteColumn())
-
-
-def add_fields(parser: argparse._ArgumentGroup, names: Iterable[str]) -> None:
-    """Options for fields of EncoderAndDataParams, read as train.py reads them; none is there that was not given."""
-    fields = attrs.fields_dict(EncoderAndDataParams)
-    for name in names:
-        parser.add_argument(f"--{name}", type=reader(fields[name].type), default=argparse.SUPPRESS, metavar="VALUE")
