@@ -20,7 +20,7 @@ MIDDLE = moving.FRAMES // 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return moving.make(tmp_path_factory.mktemp("data"), {"train": 2, "val": 1}, size=32, seed=3)
+    return moving.make(tmp_path_factory.mktemp("data"), {"train": 2, "val": 1}, takes=2, size=32, seed=3)
 
 
 def frames_of(path: Path) -> np.ndarray:
@@ -77,9 +77,9 @@ def test_the_middle_frame_is_the_same_in_all_classes(folder):
 
 def test_photographs_are_of_training_or_of_validation(folder):
     assert not set(PHOTOGRAPHS["train"]) & set(PHOTOGRAPHS["val"])
-    found = {split: {p.stem.split("_", 1)[1] for p in (folder / split).glob("*/*")} for split in ("train", "val")}
+    found = {split: {p.stem.split("_")[1] for p in (folder / split).glob("*/*")} for split in ("train", "val")}
     assert found == {"train": {"astronaut", "brick"}, "val": {"camera"}}
-    assert len(list((folder / "train").glob("*/*.mp4"))) == 16
+    assert len(list((folder / "train").glob("*/*.mp4"))) == 2 * 2 * 8
     pixels = {
         name: np.asarray(moving.photograph(name)).reshape(-1, 3) for split in PHOTOGRAPHS.values() for name in split
     }
@@ -91,23 +91,21 @@ def test_it_is_the_set_that_the_library_reads(folder, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(folder.parent))
     params = ModelParams(dataset_name="kinetics", transform_crop_size=32, clip_duration=1.0, encoder_arch="s3d")
     dataset = data.get_dataset(params, ("val",))
-    assert [path.split("/")[-2] for path, _ in dataset.files] == sorted(MOTIONS) and dataset[3][0].shape == (
-        3,
-        8,
-        32,
-        32,
-    )
+    assert [path.split("/")[-2] for path, _ in dataset.files] == [
+        motion for motion in sorted(MOTIONS) for _ in range(2)
+    ]
+    assert dataset[3][0].shape == (3, 8, 32, 32)
 
 
 def test_the_seed_decides_and_nothing_is_overwritten(folder, tmp_path, monkeypatch, capsys):
     n = {"train": 1, "val": 1}
-    first, again, other = (moving.make(tmp_path / str(i), n, 32, seed) for i, seed in enumerate((3, 3, 4)))
-    name = "train/roll_left/0000_astronaut.mp4"
+    first, again, other = (moving.make(tmp_path / str(i), n, 1, 32, seed) for i, seed in enumerate((3, 3, 4)))
+    name = "train/roll_left/000_astronaut_0.mp4"
     assert (first / name).read_bytes() == (again / name).read_bytes() != (other / name).read_bytes()
     with pytest.raises(ValueError, match="kinetics is there already"):
         moving.make(tmp_path / "0", n)
     with pytest.raises(ValueError, match="size=33 must be even"):
-        moving.make(tmp_path / "x", n, 33)
+        moving.make(tmp_path / "x", n, 1, 33)
     monkeypatch.setattr(sys, "argv", ["moving_photographs", str(tmp_path / "0")])
     with pytest.raises(SystemExit, match="choose another folder"):
         moving.main()

@@ -1,17 +1,18 @@
 """A small set of videos: photographs before which a camera moves. The motion is the class, and nothing else tells it.
 
-    python -m tools.moving_photographs data --train 60 --val 30
+    python -m tools.moving_photographs data
     DATA_PATH=data python train.py sce_video --transform_flip_probability 0 ...
 
-Each region of a photograph is shown in all eight motions, at speeds drawn for each; in the middle of a video all eight
-show the same picture. Training and validation have no photograph in common. Written as class folders of .mp4, as
-dataset_name="kinetics" reads them. The photographs are those of scikit-learn and scikit-image. A mirrored pan to the
-left is one to the right: train without mirroring.
+Each region of a photograph is shown in all eight motions, several times, at speeds drawn for each; in the middle all
+its videos show the same picture. Training and validation have no photograph in common. Written as class folders of
+.mp4, as dataset_name="kinetics" reads them. The photographs are those of scikit-learn and scikit-image. A mirrored pan
+to the left is one to the right: train without mirroring.
 """
 
 import argparse
 import math
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -111,8 +112,8 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
-    """`out`/kinetics/SPLIT/MOTION/NUMBER_PHOTOGRAPH.mp4; n regions of each split are n videos of each motion.
+def make(out: Path, n: dict[str, int], takes: int = 3, size: int = 64, seed: int = 0) -> Path:
+    """`out`/kinetics/SPLIT/MOTION/REGION_PHOTOGRAPH_TAKE.mp4: of each motion n[SPLIT] x takes videos.
 
     Raises:
         ValueError: there are videos already; the size is odd, which H.264 does not have, or too small; no regions.
@@ -120,16 +121,16 @@ def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
     folder, unfinished = out / "kinetics", out / ".kinetics.unfinished"
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder")
-    if size < 16 or size % 2 or min(n.values()) < 1:
-        raise ValueError(f"size={size} must be even and at least 16, and of {n} regions there must be one at least")
+    if size < 16 or size % 2 or min(*n.values(), takes) < 1:
+        raise ValueError(f"size={size} must be even and at least 16, and {n} and takes={takes} at least 1")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     with bar() as progress:
-        task = progress.add_task("videos", total=sum(n.values()) * len(MOTIONS))
+        task = progress.add_task("videos", total=sum(n.values()) * takes * len(MOTIONS))
         for which, (split, names) in enumerate(PHOTOGRAPHS.items()):
             rng = generator((seed, which))
             for i, region in enumerate(regions(names, n[split], rng)):
-                for motion, signs in MOTIONS.items():
-                    path = unfinished / split / motion / f"{i:04d}_{region.name}.mp4"
+                for take, (motion, signs) in product(range(takes), MOTIONS.items()):
+                    path = unfinished / split / motion / f"{i:03d}_{region.name}_{take}.mp4"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_video(path, video(region, np.array(signs) * rng.uniform(SLOWEST, FASTEST), size))
                     progress.advance(task)
@@ -144,12 +145,13 @@ def main() -> None:
         prog="python -m tools.moving_photographs", description=__doc__, formatter_class=formatter, allow_abbrev=False
     )
     parser.add_argument("out", type=Path, metavar="DATA_PATH", help="the videos go into its folder kinetics")
-    parser.add_argument("--train", type=int, default=60, metavar="N", help="regions: videos of each of 8 motions")
-    parser.add_argument("--val", type=int, default=30, metavar="N", help="likewise")
+    parser.add_argument("--train", type=int, default=20, metavar="N", help="regions")
+    parser.add_argument("--val", type=int, default=16, metavar="N", help="likewise")
+    parser.add_argument("--takes", type=int, default=3, metavar="N", help="videos of each region and each of 8 motions")
     parser.add_argument("--size", type=int, default=64, help="of the frames, in pixels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print(make(args.out.expanduser(), {"train": args.train, "val": args.val}, args.size, args.seed))
+    print(make(args.out.expanduser(), {"train": args.train, "val": args.val}, args.takes, args.size, args.seed))
 
 
 if __name__ == "__main__":
