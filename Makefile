@@ -1,5 +1,6 @@
 # make demo: install, pretrain on digits, evaluate.  make test: install, run all tests (test-long: with more cases).
 # make lint: ruff.  make bench: install the peers, run the benchmarks of the CPU (20 minutes), renew docs/performance.md.
+# make bench BENCHMARKS=video: those of videos (4 minutes), or any others by name.
 PYTHON ?= python3
 VENV := .venv
 BENCHMARKS := augment step optimizer probe loader scaling startup
@@ -14,7 +15,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python demo.py
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test-long: $(VENV)/installed
 	LONG=5 $(VENV)/bin/python -m pytest tests/test_resume.py tests/test_properties.py tests/test_memory.py tests/test_embed.py

@@ -89,8 +89,7 @@ def parts(model: SelfSupervisedMethod) -> Table:
         count = sum(weight.numel() for weight in part.parameters())
         trained = any(weight.requires_grad for weight in part.parameters())
         says = "yes" if trained else "no" if name == "queue" else "lags"
-        beside = {"queue": f"[{p.K}, {p.dim}]", "online_classifier": f"[N, {p.dataset.n_classes}]"}
-        shape = beside.get(name) or outputs[name]
+        shape = f"[{p.K}, {p.dim}]" if name == "queue" else outputs[name]
         made.add_row(NAMES.get(name, name), kind, shape, f"{count:,}", says)
     return made
 
@@ -105,11 +104,12 @@ def layers(part: nn.Module) -> str:
 @torch.no_grad()
 def output_shapes(model: SelfSupervisedMethod) -> dict[str, str]:
     p, found = model.params, {}
-    x = torch.zeros(2, p.channels, p.crop_size, p.crop_size, device=model.device)
+    x = torch.zeros(2, *p.input_shape, device=model.device)
     model.eval()
     for start, names in (
         (x, ("model", "projection_model", "prediction_model")),
         (x, ("lagging_model", "lagging_projection_model")),
+        (x, ("model", "online_classifier")),
     ):
         for name in names:
             if (part := getattr(model, name)) is not None:
@@ -141,7 +141,7 @@ def plan(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: flo
     sizes = [f"{len(data.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     rows = {
-        "images": f"{p.dataset_name}: {', '.join(sizes)}; {p.channels} x {p.crop_size} x {p.crop_size}",
+        "images": f"{p.dataset_name}: {', '.join(sizes)}; {' x '.join(map(str, p.input_shape))}",
         **dict(zip(("batch", "length", "learning rate"), str(plan).split("; "), strict=True)),
         "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
         "memory": peak_memory(trainer.strategy.root_device),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from attrs import field, fields
 
-WHOLE = (int, int | None)
+WHOLE = (int, int | None, list[int])
 SMALLEST, LARGEST = 1e-12, 1e9  # beyond them float32 overflows sooner or later, and nobody means it
 
 

@@ -95,7 +95,9 @@ def sce(sim: Tensor, key_sim: Tensor, temperature: float, target_temperature: fl
     """Similarity contrastive estimation (https://arxiv.org/abs/2111.14585, equations 4 to 7).
 
     The query's distribution over keys should be `coefficient` times "its own key" plus the rest times the own key's
-    distribution over the *other* keys. Coefficient 1 is InfoNCE; 0 is ReSSL (https://arxiv.org/abs/2107.09282).
+    distribution over the *other* keys. Coefficient 1 is InfoNCE; 0 is ReSSL (https://arxiv.org/abs/2107.09282) with the
+    own key among those that the query's distribution is over, too (the paper's proposition 1: ReSSL plus -log of the
+    others' share). Without in-batch keys, eztorch lets the own key into the target with a similarity of 0; here never.
 
     Args:
         sim: `similarities` of the queries, [N, 1 + M].
@@ -170,9 +172,14 @@ def cosines(z: Tensor, k: Tensor) -> Scalars:
     }
 
 
-def get_loss(params: "ModelParams") -> Callable[[Tensor, Tensor, Tensor | None], Scalars]:
-    """loss(q, k, queue_keys) as `params` wants it. Each row shows which settings a loss reads."""
+def get_loss(
+    params: "ModelParams", sce_coefficient: float | None = None, sce_target_T: float | None = None
+) -> Callable[[Tensor, Tensor, Tensor | None], Scalars]:
+    """loss(q, k, queue_keys) as `params` wants it. Each row shows which settings a loss reads; of those that may change
+    while training, the values at this step are given beside `params`."""
     p = params
+    coefficient = p.sce_coefficient if sce_coefficient is None else sce_coefficient
+    target_T = p.sce_target_T if sce_target_T is None else sce_target_T
 
     def sim(q: Tensor, k: Tensor, queue: Tensor | None) -> Tensor:
         queue = queue if p.use_negative_examples_from_queue else None
@@ -184,7 +191,7 @@ def get_loss(params: "ModelParams") -> Callable[[Tensor, Tensor, Tensor | None],
         "ce": lambda q, k, queue: cross_entropy(sim(q, k, queue), p.T, alpha),
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
         "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
-        "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, p.sce_target_T, p.sce_coefficient),
+        "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, coefficient),
         "vic": lambda q, k, _: vicreg(ddp.gather(q), ddp.gather(k), *vic_weights),
         "barlow": lambda q, k, _: barlow_twins(ddp.gather(q), ddp.gather(k), p.redundancy_loss_weight),
     }

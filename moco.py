@@ -20,6 +20,7 @@ import losses
 import online_classifier
 import optimizers
 import parameter_options
+import sce_params
 import schedules
 from encoders import check_small_views, embed, get_encoder, source_of_weights
 from fields import plain
@@ -52,10 +53,8 @@ class SelfSupervisedMethod(Stage):
             self.model, width = get_encoder(p, encoder)
             sizes = {view.crop_size for view in p.views}
             check_small_views(self.model, width, p.input_shape, sizes)
-            norm, standardize = p.mlp_normalization, p.use_mlp_weight_standardization
-            self.projection_model = MLP(width, p.mlp_hidden_dim, p.dim, p.projection_mlp_layers, norm, standardize)
-            norm = norm if p.prediction_mlp_normalization == "same" else p.prediction_mlp_normalization
-            self.prediction_model = MLP(p.dim, p.mlp_hidden_dim, p.dim, p.prediction_mlp_layers, norm, standardize)
+            self.projection_model = MLP(width, output_dim=p.dim, **p.head("projection"))
+            self.prediction_model = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
@@ -69,6 +68,7 @@ class SelfSupervisedMethod(Stage):
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
         self.started_from = source_of_weights(p)
+        self.plan: optimizers.Plan | None = None  # the training's length, once there is a Trainer
         self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
@@ -100,6 +100,16 @@ class SelfSupervisedMethod(Stage):
         """Unit length if the method asks for it; float32 from here on, whatever the precision."""
         return F.normalize(z.float(), dim=1) if self.params.use_unit_sphere_projection else z.float()
 
+    def encode_views(self, views: list[Tensor], batch_idx: int) -> tuple[dict[int, tuple], dict[int, Tensor]]:
+        """({view i: what `encode` returns} of the queries, {view j: k} of the keys); each view is encoded once."""
+        p = self.params
+        query_views, key_views = map(set, zip(*p.pairs, strict=True))
+        if self.lagging_model is None:
+            online = {i: self.encode(views[i]) for i in query_views | key_views}
+            return online, {j: online[j][0].detach() if p.stop_gradient_of_keys else online[j][0] for j in key_views}
+        online = {i: self.encode(views[i]) for i in query_views}
+        return online, {j: self.encode_lagging(views[j], batch_idx) for j in key_views}
+
     def training_step(self, batch: tuple[list[Tensor], Tensor | None], batch_idx: int) -> Tensor:
         p, (views, labels) = self.params, batch
         if len(views) < p.n_views:
@@ -107,15 +117,9 @@ class SelfSupervisedMethod(Stage):
                 f"the loader yields {len(views)} of the {p.n_views} float views needed of each image: yield a list of "
                 "views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
-        query_views, key_views = map(set, zip(*p.pairs, strict=True))
-        if self.lagging_model is None:
-            online = {i: self.encode(views[i]) for i in query_views | key_views}
-            keys = {j: online[j][0].detach() if p.stop_gradient_of_keys else online[j][0] for j in key_views}
-        else:
-            online = {i: self.encode(views[i]) for i in query_views}
-            keys = {j: self.encode_lagging(views[j], batch_idx) for j in key_views}
-
-        loss_of = losses.get_loss(p)
+        online, keys = self.encode_views(views, batch_idx)
+        scheduled = sce_params.scheduled(p, self.global_step, self.plan)
+        loss_of = losses.get_loss(p, **scheduled)
         queue = None if self.queue is None else self.queue.keys
         per_pair = []
         with torch.autocast(self.device.type, enabled=False):
@@ -125,9 +129,10 @@ class SelfSupervisedMethod(Stage):
         scalars = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
         loss = scalars.pop("loss") * p.loss_factor
         if self.queue is not None:
-            new_keys = [keys[j].detach() for j in sorted(key_views)]  # gathered view by view: in one process's order
+            new_keys = [keys[j].detach() for j in sorted(keys)]  # gathered view by view: in one process's order
             self.new_keys = [k if p.gather_keys_for_queue is False else ddp.gather(k) for k in new_keys]
-        constants = {"m": loss.new_full((), self.momentum()), "T": loss.new_full((), p.T)}  # a copy would have to wait
+        constants = {"m": self.momentum(), "T": p.T, **scheduled}
+        constants = {name: loss.new_full((), value) for name, value in constants.items()}  # a copy would have to wait
         self.log_dict({"step_train_loss": loss.detach(), **scalars, **constants})
         return loss + self.online_loss(online[0][2], labels) if p.online_classifier else loss
 

@@ -4,26 +4,30 @@ from functools import partial
 
 from attrs import field, frozen
 
+import head_params
 import optimizer_params
+import sce_params
 from evaluation import EVALUATIONS
 from fields import choice, fraction, non_negative, positive
-from heads import GROUPS, NORMALIZATIONS
+from head_params import LARGEST_WIDTH, HeadParams, normalized_layers
+from heads import GROUPS
 from optimizer_params import OptimizerParams
+from sce_params import SCELossParams
 from shared_params import EncoderAndDataParams
 from view_params import ViewParams
 
 LOSSES = ("ce", "bce", "ip", "sce", "vic", "barlow")
 NEED_NEGATIVES = ("ce", "sce")
-LARGEST_WIDTH, LARGEST_QUEUE = 2**17, 2**34  # of layers; numbers in the queue, 64 GiB
+LARGEST_QUEUE = 2**34  # numbers, 64 GiB
 
 
 @frozen(kw_only=True)
-class ModelParams(EncoderAndDataParams, ViewParams, OptimizerParams):
+class ModelParams(EncoderAndDataParams, ViewParams, HeadParams, SCELossParams, OptimizerParams):
     """Settings of SelfSupervisedMethod. The defaults are MoCo v2."""
 
     # batch statistics of the keys
     shuffle_batch_norm: bool = False  # keys share batch statistics with other images than their queries do
-    n_virtual_devices: int = positive(8)  # for shuffle_batch_norm on one process
+    n_virtual_devices: int = positive(8)  # for shuffle_batch_norm on one process: parts of the shuffled keys' batch
 
     # MoCo parameters
     K: int = non_negative(65536)  # number of examples in queue
@@ -36,10 +40,6 @@ class ModelParams(EncoderAndDataParams, ViewParams, OptimizerParams):
     use_eqco_margin: bool = False  # the margin that eqco_alpha makes
     use_negative_examples_from_batch: bool = False  # the other images' keys
     use_negative_examples_from_same_view: bool = False  # the other images' queries, as in SimCLR
-
-    # sce parameters
-    sce_coefficient: float = fraction(0.5)  # 1: InfoNCE, 0: ReSSL
-    sce_target_T: float = positive(0.05, by=1e-4)  # sharper than T
 
     # Change these to make more like BYOL
     use_momentum_schedule: bool = False  # m rises to 1 along half a cosine
@@ -59,14 +59,6 @@ class ModelParams(EncoderAndDataParams, ViewParams, OptimizerParams):
     variance_loss_epsilon: float = positive(1e-4)  # within the root of the variance
     redundancy_loss_weight: float = non_negative(0.0051, at_most=1e6)  # Barlow Twins' lambda
 
-    # MLP parameters
-    projection_mlp_layers: int = non_negative(2, at_most=20)  # 0: none
-    prediction_mlp_layers: int = non_negative(0, at_most=20)  # 0: none; 2 in BYOL
-    mlp_hidden_dim: int = positive(512, at_most=LARGEST_WIDTH)  # of both
-    mlp_normalization: str | None = choice(None, (None, *NORMALIZATIONS))  # of hidden layers
-    prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))  # of hidden layers
-    use_mlp_weight_standardization: bool = False  # of their linear layers
-
     # several processes
     gather_keys_for_queue: bool | None = None  # into every queue; None: where there are several
 
@@ -81,11 +73,9 @@ class ModelParams(EncoderAndDataParams, ViewParams, OptimizerParams):
         super().__attrs_post_init__()
         if self.use_vicreg_loss and self.loss_type == "ce":  # the default, hence nobody's wish
             object.__setattr__(self, "loss_type", "vic")
-        for message in (
-            m
-            for is_wrong, m in self._contradictions() + self._misfits() + optimizer_params.contradictions(self)
-            if is_wrong
-        ):
+        wrong = self._contradictions() + head_params.contradictions(self) + self._misfits()
+        wrong += optimizer_params.contradictions(self) + sce_params.contradictions(self)
+        for message in (message for is_wrong, message in wrong if is_wrong):
             raise ValueError(message)
         _ = self.views  # refuses lists of the wrong length
 
@@ -119,21 +109,20 @@ class ModelParams(EncoderAndDataParams, ViewParams, OptimizerParams):
         p, which = self, "batch_size" if self.global_batch_size is None else "global_batch_size"
         one_image, size = getattr(p, which) == 1, f"{which}={getattr(p, which)}"
         in_batch = p.use_negative_examples_from_batch and not p.use_negative_examples_from_queue
-        norms = {p.mlp_normalization} if p.projection_mlp_layers > 1 else set()
-        if p.prediction_mlp_layers > 1:
-            same = p.prediction_mlp_normalization == "same"
-            norms.add(p.mlp_normalization if same else p.prediction_mlp_normalization)
+        layers = normalized_layers(p)
+        ungrouped = [f"{field}={width}" for kind, width, field in layers if kind == "gn" and width % GROUPS]
+        of_one = any(kind == "bn" or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)
         # fmt: off
         return [
             (p.use_negative_examples_from_queue and p.K == 0,
              "K=0 is no queue: choose K above 0, or use_negative_examples_from_queue=False"),
             (p.use_negative_examples_from_queue and p.K * p.dim > LARGEST_QUEUE,
              f"K={p.K} keys of dim={p.dim} are a queue of more than {LARGEST_QUEUE} numbers: choose fewer"),
-            ("gn" in norms and p.mlp_hidden_dim % GROUPS != 0,
-             f"mlp_hidden_dim={p.mlp_hidden_dim} does not fit group norm: choose a multiple of {GROUPS}"),
+            (bool(ungrouped),
+             f"{', '.join(ungrouped[:1])} does not fit group norm: choose a multiple of {GROUPS}"),
             (one_image and (in_batch or p.loss_type in ("vic", "barlow")),
              f"{size} leaves loss_type={p.loss_type!r} nothing to compare with: choose a larger one, or a queue"),
-            (one_image and ("bn" in norms or ("gn" in norms and p.mlp_hidden_dim == GROUPS)),
+            (one_image and of_one,
              f"{size} leaves mlp_normalization={p.mlp_normalization!r}, "
              f"prediction_mlp_normalization={p.prediction_mlp_normalization!r} no mean to take: choose a larger one"),
         ]
@@ -208,9 +197,23 @@ SimSiamParams = partial(
     loss_constant_factor=0.5, optimizer_name="sgd", exclude_matching_parameters_from_lars=[], lr=0.05,
 )
 ReSSLParams = partial(SCEParams, sce_coefficient=0.0, sce_target_T=0.04, use_both_augmentations_as_queries=False)
+# R3D-18 on Kinetics200 (https://arxiv.org/abs/2212.11187, eztorch's configuration). loss_constant_factor: its loss is
+# the mean over both directions. Its Trainer: --precision 16-mixed --sync_batchnorm --save_every_n_epochs 100.
+SCEVideoParams = partial(
+    SCEParams, dataset_name="kinetics", video_decoder="frames", frames_per_second=30, num_frames=8, clip_duration=2.56,
+    encoder_arch="r3d_18", global_batch_size=512, num_data_workers=5, decoding_threads=4,
+    transform_brightness=0.8, transform_contrast=0.8, transform_saturation=0.4, transform_hue=0.2,
+    transform_jitter_probability=0.8, transform_grayscale_probability=0.2, transform_blur_probability=[1.0, 0.1],
+    transform_solarize_probability=[0.0, 0.2], transform_time_difference_probability=0.2,
+    loss_constant_factor=0.5, use_negative_examples_from_batch=False, K=32768, dim=256, m=0.99,
+    projection_mlp_layers=3, prediction_mlp_layers=2, mlp_hidden_dim=1024, mlp_bias=False,
+    projection_mlp_last_bias=False, prediction_mlp_last_bias=False, projection_mlp_last_normalization="same",
+    mlp_last_affine=False, optimizer_name="lars", exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
+    lr=2.4, lr_scaling="linear", weight_decay=1e-6, warmup_epochs=35, max_epochs=200,
+)
 
 PRESETS = {
     "moco_v2": MoCoV2Params, "eqco": EqCoParams, "sce": SCEParams, "byol": BYOLParams, "simclr": SimCLRParams,
     "vicreg": VICRegParams, "barlow_twins": BarlowTwinsParams,
-    "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams,
+    "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams, "sce_video": SCEVideoParams,
 }

@@ -139,12 +139,10 @@ def pretraining_rate(params: "ModelParams", plan: Plan, step: int) -> float:
         return schedules.warmup(step, plan.warmup_steps, p.warmup_start_lr / p.lr)
     progress = schedules.after_warmup(step, plan.steps, plan.warmup_steps)
     end = p.final_lr_schedule_value / p.lr
-    if p.lr_schedule == "constant":
-        return 1.0
     if p.lr_schedule == "steps":
         milestones = tuple(epoch * plan.steps_per_epoch for epoch in p.lr_decay_steps)
         return max(schedules.steps_down(step, milestones, p.lr_decay_factor), end)
-    return {"cosine": schedules.cosine, "linear": schedules.line}[p.lr_schedule](1.0, end, progress)
+    return schedules.CURVES[p.lr_schedule](1.0, end, progress)
 
 
 def for_linear_stage(params: "LinearClassifierMethodParams", plan: Plan, groups: list[dict]) -> dict:

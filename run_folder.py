@@ -140,13 +140,23 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
     return logger
 
 
+def wandb_logger(title: str, out: Path) -> loggers.WandbLogger:
+    import wandb  # optional, and slow to import
+
+    wandb.finish()  # of the stage before, whose run this one's figures would else join
+    return loggers.WandbLogger(title, save_dir=out, id=title, resume="allow")
+
+
 def get_loggers(out: Path, name: str, wanted: Sequence[str], first_step: int) -> list[loggers.Logger]:
     """metrics.csv, and those that were asked for. Each goes on at `first_step`."""
     purge = {"purge_step": first_step} if first_step else {}  # what an interrupted run wrote after its checkpoint
     title = f"{out.name}_{name}"  # of a run on a server, which goes on under the same name
+    tracking = os.environ.get(
+        "MLFLOW_TRACKING_URI", f"sqlite:///{out.resolve() / 'mlflow.db'}"
+    )  # no plain files: MLflow 3
     makers = {
         "tensorboard": lambda: loggers.TensorBoardLogger(out, name=name, version="", **purge),
-        "wandb": lambda: loggers.WandbLogger(title, save_dir=out, id=title, resume="allow"),
-        "mlflow": lambda: loggers.MLFlowLogger(out.name, run_name=name, save_dir=str(out / "mlruns")),
+        "wandb": lambda: wandb_logger(title, out),
+        "mlflow": lambda: loggers.MLFlowLogger(out.name, run_name=name, tracking_uri=tracking),
     }
     return [csv_logger(out, name, first_step), *(makers[one]() for one in dict.fromkeys(wanted) if one != "csv")]

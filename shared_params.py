@@ -181,9 +181,14 @@ def with_statistics(params: Params) -> Params:
 
 
 def n_classes(params: EncoderAndDataParams) -> int:
-    """Of the training and test images. 0 where images of the user's have no labels."""
+    """Of the training and test images. 0 where images of the user's have no labels.
+
+    Counted in images of the user's, and in videos, of which there are sets of other sizes under one name (Kinetics-200,
+    400, ...; the table of data.py says how many there are where they are not on disk).
+    """
     info = params.dataset
-    if info.own is None:
+    folders = [data.data_path() / params.dataset_name / split for split in (*info.train_splits, *info.test_splits)]
+    if info.own is None and not (info.of_videos and all(map(info.files.are_there, folders))):
         return info.n_classes
     datasets = [data.get_dataset(params, splits) for splits in (info.train_splits, info.test_splits)]
     return 1 + max(int(dataset.labels.max()) for dataset in datasets)

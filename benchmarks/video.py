@@ -5,7 +5,9 @@
 decode   From files of 10 s, 340 x 256 at 30 frames a second (H.264 as x264 makes it, a keyframe each 250 frames), and
          from folders of the same frames as JPEG: two clips a video, 8 frames of 2.56 s each, a random resized crop to
          224 pixels, as uint8 batches from 1 and 2 workers. The peer is PyAV in a plain loop: for each clip open, seek,
-         convert the frames from its start to its end, take 8 of them, crop.
+         convert the frames from its start to its end, take 8 of them, crop. And torchcodec, which
+         could be in PyAV's place in ours: for each video open, decode the frames of both clips, crop; it needs an
+         FFmpeg of the system.
 augment  MoCo v2's recipe with a crop to 224 pixels on clips of 8 frames of 256 pixels, one core, one draw a clip.
          torchvision v2 frame by frame draws for each frame: its speed is what is compared.
 step     SCE with torchvision's R3D-18 on clips of 8 frames of 112 pixels, two views, by `Trainer.fit`, and the share of
@@ -17,6 +19,7 @@ To reach: augmentations 4x torchaug and torchvision v2 frame by frame; memory at
 
 import math
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -28,7 +31,6 @@ import av
 import numpy as np
 import pytorch_lightning as pl
 import torch
-import torchvision
 from attrs import evolve, frozen
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -43,14 +45,14 @@ from moco import SelfSupervisedMethod
 from model_params import SCEParams
 
 OURS = {"file": "ours, files", "frames": "ours, folders of frames"}
-PYAV = "PyAV, plain loop"
+PYAV, TORCHCODEC = "PyAV, plain loop", "torchcodec"
 PHOTOGRAPHS = load_sample_images().images
 
 
 @frozen
 class Work:
     folder: str
-    n_videos: int = 24
+    n_videos: int = 12
     seconds: int = 10
     width: int = 340
     height: int = 256
@@ -138,9 +140,38 @@ class PlainLoop(Dataset):
                 if frame.time >= start:
                     found.append(frame.to_ndarray(format="rgb24"))
         chosen = np.stack([found[i] for i in np.linspace(0, len(found) - 1, w.n_frames).astype(int)])
+        return self.cropped(torch.from_numpy(chosen).permute(0, 3, 1, 2), rng)
+
+    def cropped(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
+        """[T, C, H, W] -> [C, T, size, size]"""
+        w = self.work
         left, top, right, bottom = draw_box(rng, (w.width, w.height), self.view)
-        crop = torch.from_numpy(chosen[:, top:bottom, left:right].copy()).permute(0, 3, 1, 2)
+        crop = frames[..., top:bottom, left:right].contiguous()
         return nn.functional.interpolate(crop, (w.size,) * 2, mode="bilinear", antialias=True).transpose(0, 1)
+
+
+class TorchCodec(PlainLoop):
+    """torchcodec as its documentation advises: one decoder a video, exact seeks, all wanted frames at once."""
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
+        from torchcodec.decoders import VideoDecoder
+
+        (path, label), w, rng = self.files[index], self.work, generator((1, index))
+        decoder = VideoDecoder(path, num_ffmpeg_threads=1)
+        starts = rng.uniform(0, max(decoder.metadata.duration_seconds - w.duration, 0), 2)
+        span = w.duration * w.fps
+        chosen = [np.linspace(start * w.fps, start * w.fps + span - 1, w.n_frames).astype(int) for start in starts]
+        frames = decoder.get_frames_at(np.concatenate(chosen).tolist()).data
+        return [self.cropped(part, rng) for part in frames.chunk(2)], label
+
+
+def torchcodec_is_there() -> bool:
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # RuntimeError: no FFmpeg that it knows
+        print(f"left out: torchcodec ({str(error).strip().splitlines()[0]})", file=sys.stderr)
+        return False
+    return True
 
 
 def all_batches(dataset: Dataset, workers: int) -> None:
@@ -150,6 +181,8 @@ def all_batches(dataset: Dataset, workers: int) -> None:
 
 def decode(work: Work, rounds: int) -> list[harness.Row]:
     sets = {**{name: ours(work, decoder) for decoder, name in OURS.items()}, PYAV: PlainLoop(work)}
+    if torchcodec_is_there():
+        sets[TORCHCODEC] = TorchCodec(work)
     runs = {(n, who): partial(all_batches, dataset, n) for n in (1, 2) for who, dataset in sets.items()}
     times = harness.in_turns(runs, rounds)
     rates = {key: 2 * work.n_videos / seconds for key, seconds in times.items()}
@@ -200,7 +233,7 @@ class Watched(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.ends.append(time.perf_counter())
-        if (batch_idx + 1) % self.every == 0:
+        if trainer.global_step % self.every == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             self.megabytes.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
 
@@ -216,9 +249,8 @@ def fit(model: SelfSupervisedMethod, loader: DataLoader | None, watched: Watched
 
 def step(work: Work) -> list[harness.Row]:
     size, n, steps = work.step_size, work.step_batch, 6
-    encoder = torchvision.models.video.r3d_18()
-    encoder.fc = nn.Identity()
-    model = SelfSupervisedMethod(SCEParams(**work.settings, batch_size=n, transform_crop_size=size), encoder=encoder)
+    settings = work.settings | {"encoder_arch": "r3d_18", "batch_size": n, "transform_crop_size": size}
+    model = SelfSupervisedMethod(SCEParams(**settings))
     shape = (n * steps, 3, work.n_frames, size * 8 // 7, size * 8 // 7)
     clips, watched = torch.randint(256, shape, dtype=torch.uint8), Watched(steps)
     fit(model, DataLoader(TensorDataset(clips), n), watched, steps)
@@ -229,8 +261,13 @@ def step(work: Work) -> list[harness.Row]:
 
 
 def long_run(work: Work) -> list[float]:
-    """MB every fifth of the steps; meant for a process of its own."""
-    os.environ["DATA_PATH"] = str(Path(work.folder) / "file")
+    """MB at every thirtieth of the steps; meant for a process of its own. All of them are one epoch: each video is
+    listed several times."""
+    videos, many = ours(work, "file").files, Path(work.folder) / "many" / "kinetics"
+    many.mkdir(parents=True)
+    listed = [f"{path},{label}" for path, label in videos * -(-2 * work.steps // len(videos))]
+    (many / "train.csv").write_text("\n".join(listed))
+    os.environ["DATA_PATH"] = str(many.parent)
     torch.set_num_threads(1)
     few = {"batch_size": 2, "transform_crop_size": min(work.size, 64), "num_data_workers": 1}
     encoder = nn.Sequential(nn.AdaptiveAvgPool3d((2, 2, 2)), nn.Flatten())
@@ -252,7 +289,7 @@ def row(what: str, who: str, rate: float, fastest: float | None = None, target: 
 
 
 def main(argv: list[str] | None = None) -> list[harness.Row]:
-    options = harness.arguments(__doc__, rounds=5).parse_args(argv)
+    options = harness.arguments(__doc__, rounds=3).parse_args(argv)
     rounds = 1 if options.quick else options.rounds
     with tempfile.TemporaryDirectory() as folder:
         work = evolve(Work(folder), **(QUICK if options.quick else {}))

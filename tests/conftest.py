@@ -17,6 +17,7 @@ SMALL = {
     "dataset_name": "digits",
     "encoder_arch": "shufflenet_v2_x0_5",
     "batch_size": 16,
+    "global_batch_size": None,
     "K": 64,
     "dim": 16,
     "mlp_hidden_dim": 32,

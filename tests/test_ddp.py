@@ -33,7 +33,10 @@ CASES = {
     "online classifier, lars": {"preset": "byol", "online_classifier": True, "online_classifier_lr": 2.0},
     "lars": {"optimizer_name": "lars", "exclude_matching_parameters_from_lars": [".bias", ".bn"], "lars_eta": 0.02},
 }
-SMALL = {"dataset_name": "digits", "K": 24, "dim": 6, "mlp_hidden_dim": 12, "warmup_epochs": 0, "seed": 0, "lr": 0.05}
+SMALL = {
+    "dataset_name": "digits", "encoder_arch": "module", "global_batch_size": None, "lr_scaling": None, "lr": 0.05,
+    "K": 24, "dim": 6, "mlp_hidden_dim": 12, "warmup_epochs": 0, "seed": 0,
+}  # fmt: skip
 
 
 def encoder() -> nn.Module:

@@ -50,7 +50,7 @@ FLOORS = [
     ["decoders", "own_images"],
     ["video_files"],
     ["data"],
-    ["shared_params", "view_params", "optimizer_params", "stage"],
+    ["shared_params", "view_params", "optimizer_params", "head_params", "sce_params", "stage"],
     ["model_params", "linear_params", "weights"],
     [
         "moco",

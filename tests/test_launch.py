@@ -336,7 +336,7 @@ def settings_in_force(rank: int, world: int) -> dict:
         loader = (own_loader(),) if name == "own loader" else ()
         fit.fit(SelfSupervisedMethod(params, encoder=encoder()), *loader)
         found[name] = first.images, first.lr
-    params = PRESETS["moco_v2"](**TINY, global_batch_size=30)
+    params = PRESETS["moco_v2"](**{**TINY, "global_batch_size": 30})
     try:
         trainer_of(world, accumulate_grad_batches=4).fit(SelfSupervisedMethod(params, encoder=encoder()))
     except ValueError as error:

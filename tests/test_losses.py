@@ -117,31 +117,6 @@ def test_byol_is_2_minus_2_cosine(vectors):
     assert 2 * loss(settings, q, k)["loss"].item() == pytest.approx(expected.item(), abs=1e-12)
 
 
-def sce_by_loops(q, k, others_of, T, target_T, coefficient):
-    total = 0
-    for n in range(N):
-        others = others_of(n)
-        target = torch.stack([k[n] @ o / target_T for o in others]).detach().exp()
-        target = torch.cat([torch.ones(1, dtype=q.dtype) * coefficient, (1 - coefficient) * target / target.sum()])
-        online = torch.stack([q[n] @ c / T for c in [k[n], *others]]).exp()
-        total = total - (target * (online / online.sum()).log()).sum() / N
-    return total
-
-
-@pytest.mark.parametrize("coefficient", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("in_batch", [False, True])
-def test_sce(vectors, coefficient, in_batch):
-    q, k, queue = vectors
-    batch = [[k[m] for m in range(N) if m != n] if in_batch else [] for n in range(N)]
-    expected = sce_by_loops(q, k, lambda n: [*batch[n], *queue], 0.1, 0.05, coefficient)
-    settings = {"loss_type": "sce", "T": 0.1, "sce_coefficient": coefficient}
-    actual = loss({**settings, "use_negative_examples_from_batch": in_batch}, q, k.detach(), queue)["loss"]
-    assert_same(actual, expected, q)
-    if coefficient == 1:
-        as_info_nce = loss({"T": 0.1, "use_negative_examples_from_batch": in_batch}, q, k, queue)["loss"]
-        assert actual.item() == pytest.approx(as_info_nce.item(), abs=1e-12)
-
-
 def test_vicreg_equals_the_paper_term_by_term():
     a, b = (torch.randn(7, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     invariance = sum((x - y).square().sum() for x, y in zip(a, b, strict=True)) / 7 / 4

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:collapse")
 @pytest.mark.parametrize("normalization", [None, *NORMALIZATIONS])
 @pytest.mark.parametrize("name", PRESETS)
 def test_trains_every_part_saves_and_reloads(name, normalization, small, trainer, tmp_path):
-    model = SelfSupervisedMethod(small(name, mlp_normalization=normalization, evaluations=[]))
+    model = SelfSupervisedMethod(small(name, mlp_normalization=normalization, dim=32, evaluations=[]))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     fit = trainer()
     losses, without_gradient = [], set()

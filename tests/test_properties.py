@@ -26,7 +26,10 @@ from moco import SelfSupervisedMethod
 from model_params import LOSSES, PRESETS, ModelParams
 
 NAMES = [attribute.name for attribute in attrs.fields(ModelParams)]
-SMALL = {"dataset_name": "digits", "batch_size": 8, "K": 24, "dim": 6, "mlp_hidden_dim": 8, "warmup_epochs": 0}
+SMALL = {
+    "dataset_name": "digits", "encoder_arch": "module", "batch_size": 8, "global_batch_size": None, "K": 24, "dim": 6,
+    "mlp_hidden_dim": 8, "warmup_epochs": 0,
+}  # fmt: skip
 
 # ---- what is drawn ----
 
@@ -49,6 +52,8 @@ def per_view(numbers: st.SearchStrategy) -> st.SearchStrategy:
 PER_VIEW = per_view(SHARE)
 STRENGTH = per_view(either(0, -0.0, 0.4, 1, 5))
 NORM = either(None, *NORMALIZATIONS)
+SCHEDULE = {"warmup_epochs": either(0, 0, 0, 0.5, 2), "warmup": either("linear", "cosine")}
+SCHEDULE["schedule"] = either("constant", "constant", "linear", "cosine")
 
 VIEW_EVENTS = ("jitter", "grayscale", "blur", "solarize", "flip", "time_difference")
 
@@ -108,6 +113,9 @@ SENSIBLE = {
     "use_negative_examples_from_same_view": FLAG,
     "sce_coefficient": SHARE,
     "sce_target_T": TEMPERATURE,
+    **{f"sce_{name}_{part}": s for name in ("coefficient", "target_T") for part, s in SCHEDULE.items()},
+    **{f"sce_coefficient_{end}": SHARE for end in ("warmup_start", "final")},
+    **{f"sce_target_T_{end}": TEMPERATURE | st.none() for end in ("warmup_start", "final")},
     "optimizer_name": either("sgd", "lars", "adamw", "adam"),
     "grad_clip_lars": FLAG,
     "lr_schedule": either("cosine", "linear", "steps", "constant"),
@@ -166,6 +174,12 @@ SENSIBLE = {
     "projection_mlp_layers": st.integers(0, 4),
     "prediction_mlp_layers": st.integers(0, 3),
     "mlp_hidden_dim": either(1, 2, 7, 32, 64),
+    "projection_mlp_hidden_dims": either([], [], [7], (32,), [8, 64]),
+    "prediction_mlp_hidden_dims": either([], [], [7], [32]),
+    "mlp_bias": FLAG,
+    "mlp_last_affine": FLAG,
+    **{f"{head}_mlp_last_bias": FLAG for head in ("projection", "prediction")},
+    **{f"{head}_mlp_last_normalization": NORM | st.just("same") for head in ("projection", "prediction")},
     "mlp_normalization": NORM,
     "prediction_mlp_normalization": NORM | st.just("same"),
     "use_mlp_weight_standardization": FLAG,

@@ -15,7 +15,7 @@ from augmentations import View
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 
-SYMMETRIC = {"sce", "byol", "simclr", "moco_v3", "simsiam"}
+SYMMETRIC = {"sce", "byol", "simclr", "moco_v3", "simsiam", "sce_video"}
 MULTI_CROP = {"n_small_views": 2, "transform_crop_size": 12, "transform_small_crop_size": 8, "evaluations": []}
 
 
@@ -51,7 +51,8 @@ def test_small_views_are_queries_for_every_large_views_key(name):
     two_small = PRESETS[name](n_small_views=2)
     large = [(0, 1), (1, 0)] if name in SYMMETRIC else [(0, 1)]
     assert two_small.pairs == [*large, (2, 0), (2, 1), (3, 0), (3, 1)] and two_small.n_views == 4
-    three_large = PRESETS[name](n_large_views=3, n_small_views=1)
+    of_all = {"transform_blur_probability": 0.5, "transform_solarize_probability": 0.2}  # no lists of two
+    three_large = PRESETS[name](n_large_views=3, n_small_views=1, **of_all)
     large = [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)] if name in SYMMETRIC else [(0, 1), (0, 2)]
     assert three_large.pairs == [*large, (3, 0), (3, 1), (3, 2)]
     assert len(three_large.views) == three_large.n_views == 4
