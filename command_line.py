@@ -14,7 +14,7 @@ import shutil
 import sys
 import textwrap
 import tokenize
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -26,6 +26,7 @@ import yaml
 
 from model_params import PRESETS, ModelParams
 from run_options import NAMES, OF_THE_COMMAND, RunOptions
+from shared_params import EncoderAndDataParams
 
 from_yaml = jsonargparse.get_loader("yaml")
 USAGE = "python train.py PRESET [options]"
@@ -103,6 +104,14 @@ def reader(kind: Any) -> Callable[[Any], Any]:
         return value
 
     return read
+
+
+def add_fields(parser: argparse._ArgumentGroup, names: Iterable[str]) -> None:
+    """Options for fields of EncoderAndDataParams, read as train.py reads them; none is there that was not given."""
+    fields, told = attrs.fields_dict(EncoderAndDataParams), described(EncoderAndDataParams)
+    for name in names:
+        options = {"type": reader(fields[name].type), "default": argparse.SUPPRESS, "metavar": "VALUE"}
+        parser.add_argument(f"--{name}", help=told[name][1].replace("%", "%%"), **options)
 
 
 # ---- the parser ----

@@ -203,7 +203,7 @@ def get_loader(
     shuffle = training or not packed
     return Loader(
         dataset,
-        batch_size=size,
+        batch_size=size if training else max(1, size // params.clips_of_a_video),
         sampler=Share(dataset, processes, ddp.rank(), shuffle, seed=params.seed or 0, drop_last=drop_last),
         num_workers=0 if packed else params.num_data_workers,
         collate_fn=already_a_batch if packed else None,

@@ -3,6 +3,7 @@
     python evaluate.py runs/simclr_cifar10/pretrained.ckpt
     python evaluate.py runs/simclr_cifar10/pretrained.ckpt --dataset cifar100 --protocols knn semi_10 --seeds 0 1 2
     python evaluate.py resnet50 --dataset imagenet --protocols knn
+    python evaluate.py runs/sce_video_kinetics/pretrained.ckpt --evaluation_clips 10 --evaluation_crops 3
 
 CHECKPOINT is a checkpoint, a weights file, or the name of a published encoder (docs/weights.md). The results go into
 CHECKPOINT.evaluation/: results.json and results.md. Started again, it goes on after the last run that is there.
@@ -13,8 +14,7 @@ import argparse
 import difflib
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ from torch import nn
 
 import data
 import features
-from encoders import OWN_MODULE, get_encoder
-from own_data_params import DEFAULTS as OWN
+from baselines import compared
+from command_line import add_fields
 from protocols import PROTOCOLS
 from results import Results, versions
 from shared_params import EncoderAndDataParams
 from subject import Subject
 from weights import Encoder, load_encoder
+
+READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
+           "frames_per_second", "decoding_threads", "video_path_prefix")  # fmt: skip
 
 
 def evaluate_checkpoint(
@@ -131,38 +134,6 @@ def image_hash(subject: Subject) -> str:
     return "".join(features.fingerprint(subject.encoder, params, dataset, {}) for dataset in sets)
 
 
-# ---- encoders to compare with ----
-
-
-def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str, Encoder]:
-    """A random encoder of the same architecture (one's own module has none), and the starting weights, if any."""
-    found, p = {}, trained.params
-    if p.encoder_arch != OWN_MODULE:
-        found["random"] = random_encoder(trained)
-    source = starting_weights or trained.started_from
-    if source is not None:
-        same = ("dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std", *OWN)
-        same = {name: getattr(p, name) for name in same} | {"low_resolution_stem": p.low_resolution}
-        with seeded():  # a stem of another kind starts from random weights
-            found["starting"] = load_encoder(source, **same)
-    return found
-
-
-def random_encoder(trained: Encoder) -> Encoder:
-    """Freshly initialized, otherwise the same."""
-    with seeded():
-        model, _ = get_encoder(attrs.evolve(trained.params, encoder_weights=None))
-    report = attrs.evolve(trained.report, source="no file", layout="random weights of seed 0", left_out=())
-    return Encoder(model, trained.params, report)
-
-
-@contextmanager
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
 # ---- what is refused ----
 
 
@@ -201,7 +172,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the protocols and what they mean")
     parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train")
     parser.add_argument("--dataset", metavar="NAME", help="default: that of the pretraining")
-    parser.add_argument("--data_path", metavar="DIR", help="of --dataset folder; default: that of the pretraining")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: CHECKPOINT.evaluation")
     parser.add_argument("--starting_weights", metavar="FILE_OR_NAME", help="a baseline beside the random encoder")
@@ -210,7 +180,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--epochs", type=int, help="of protocols that train; default: those of their sources")
     parser.add_argument("--batch_size", type=int, help="of protocols that train, and of extraction")
-    parser.add_argument("--num_workers", type=int, help="that decode image files")
+    parser.add_argument("--num_workers", type=int, help="that decode files")
+    reading = parser.add_argument_group("how files are read; default: as in the pretraining (see shared_params.py)")
+    add_fields(reading, READING)
     return parser.parse_args()
 
 
@@ -223,7 +195,8 @@ def main() -> None:
     if args.checkpoint is None:
         raise SystemExit("which CHECKPOINT? --help says what it may be")
     training = {"max_epochs": args.epochs, "batch_size": args.batch_size}
-    reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers, "data_path": args.data_path}
+    reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers}
+    reading |= {name: getattr(args, name) for name in READING if hasattr(args, name)}
     try:
         evaluate_checkpoint(
             args.checkpoint,

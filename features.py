@@ -75,7 +75,8 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
 def extract(
     encoder: Encoder, params: EncoderAndDataParams, splits: tuple[str, ...], cache: Path, stages: bool = False
 ) -> Features:
-    """Embeddings and labels of whole images, in the order of the set; with `stages` also what comes out of each."""
+    """Embeddings and labels of whole images, in the order of the set; with `stages` also what comes out of each. Of
+    videos: the means over their evaluation_clips x evaluation_crops clips."""
     dataset = data.get_dataset(params, splits)
     names = stages_of(encoder) if stages else []
     folder = cache / fingerprint(encoder, params, dataset, {"whole images": names})
@@ -103,7 +104,8 @@ def extract_views(
     """Embeddings [n, V, E] of `n_views` random views of each of n images (at most all), drawn from `seed`. The views
     are the training views of the data set (data.py), so that all encoders are compared on the same."""
     view = attrs.evolve(params.dataset.view, crop_size=params.crop_size)
-    dataset = data.get_dataset(attrs.evolve(params, seed=seed), splits, [view] * n_views)
+    params = attrs.evolve(params, seed=seed, clip_speeds=[1.0], clip_jitter=0.0)
+    dataset = data.get_dataset(params, splits, [view] * n_views)
     chosen = np.sort(augmentations.generator(seed).permutation(len(dataset))[:n])
     settings = {"views": n_views, "images": len(chosen), "seed": seed, "view": attrs.asdict(view)}
     folder = cache / fingerprint(encoder, params, dataset, settings)
@@ -132,18 +134,18 @@ def device_of(encoder: Encoder) -> torch.device:
 
 
 def batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoader:
-    """(uint8 images, labels), in order."""
+    """(uint8 images, labels), in order. In a batch there are no more clips than there would be images."""
     packed = isinstance(dataset, PackedImages)
     return DataLoader(
         dataset,
-        batch_size=params.batch_size,
+        batch_size=max(1, params.batch_size // params.clips_of_a_video),
         num_workers=0 if packed else params.num_data_workers,
         collate_fn=data.already_a_batch if packed else None,
     )
 
 
 def n_batches(dataset: Dataset, params: EncoderAndDataParams) -> int:
-    return -(-len(dataset) // params.batch_size)
+    return len(batches(dataset, params))
 
 
 class Tap:

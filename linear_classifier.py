@@ -3,6 +3,7 @@
 It meets the pretraining in a checkpoint: `hyper_parameters`, and the keys that start with `model.`.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ READING = (  # settings of how images are read
     "frames_per_second",
     "decoding_threads",
     "video_path_prefix",
+    "evaluation_clips",
+    "evaluation_crops",
 )
 FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", *READING)
 
@@ -89,10 +92,11 @@ class LinearClassifierMethod(Stage):
         found = {"n_classes": self.classifier.out_features} if counted else {}
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None, **found})
 
-        flips = p.dataset.view.flip_probability
+        of_data, flips = p.dataset.view, p.transform_flip_probability
+        flips = of_data.flip_probability if flips is None else flips
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
-        if not flips:  # as with scans of digits, where a small crop would cut off what tells the classes apart
-            self.view = attrs.evolve(self.view, crop_scale=p.dataset.view.crop_scale)
+        if not of_data.flip_probability:  # scans of digits: a small crop would cut off what tells the classes apart
+            self.view = attrs.evolve(self.view, crop_scale=of_data.crop_scale)
         self.validation_scores: list[Tensor] = []
         self.augment = partial(augmentations.augment, views=[self.view], mean=p.mean, std=p.std)
 
@@ -122,7 +126,12 @@ class LinearClassifierMethod(Stage):
         return method
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized images [N, C, H, W] -> logits [N, classes]."""
+        """Normalized images [N, C, H, W] or clips [N, C, T, H, W] -> logits [N, classes]. Of several clips of each
+        video, [N, K, C, T, H, W], the logarithms of the means of their probabilities, as is usual for videos
+        (SlowFast, https://arxiv.org/abs/1812.03982, section 4.1)."""
+        if x.dim() == 6:
+            each = self(x.flatten(0, 1)).float().log_softmax(1)
+            return each.unflatten(0, x.shape[:2]).logsumexp(1) - math.log(x.shape[1])
         with one_image_explained(x):
             with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
                 h = embed(self.model, x)

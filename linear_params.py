@@ -19,6 +19,8 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
     layer_decay: float = fraction(1.0)  # each stage of the encoder has the rate of the next one times this
     normalize_features: bool = False  # batch norm without parameters before the classifier: one lr fits all encoders
 
+    transform_flip_probability: float | None = fraction(None)  # of mirroring training images; None: the data set's
+
     # labels
     label_fraction: float | None = number(None, above=0, at_most=1)  # of every class, at least one image
     labels_per_class: int | None = positive(None)  # instead: so many of every class

@@ -5,6 +5,7 @@ Accuracies in percent. Settings are chosen on parts of the training set; test la
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from svm import few_presences, svm
 Scores = dict[str, float]
 
 KS = (1, 5, 20, 200)
+RETRIEVED = (1, 5, 10, 20)
 SHOTS, DRAWS = (1, 2, 4, 8, 16, 32, 64, 96), 5
 FEW_LABELS, FEW_DRAWS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000), 3
 DECAYS = tuple(10.0**i for i in range(5, -7, -1))
@@ -25,6 +27,18 @@ DECAY_OF_FEW = 100.0  # that of the probe while pretraining
 def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
     found = evaluation.knn(train_x, train_y, test_x, test_y, ks=KS)
     return {name.removeprefix("valid_").replace("_acc", "_acc1"): value for name, value in found.items()}
+
+
+def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
+    """Recall at k: how often at least one of the k training samples that are nearest by cosine is of the class of the
+    test sample, in percent. With fewer than k training samples, all of them count."""
+    train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
+    found = {k: 0 for k in RETRIEVED}
+    for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
+        nearest = (x @ train_x.T).topk(min(max(RETRIEVED), len(train_x)), dim=1).indices
+        same = train_y[nearest] == y[:, None]
+        found = {k: n + int(same[:, :k].any(1).sum()) for k, n in found.items()}
+    return {f"recall{k}": 100.0 * n / len(test_y) for k, n in found.items()}
 
 
 def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:

@@ -108,6 +108,13 @@ PROTOCOLS = {
         "https://arxiv.org/abs/1805.01978, section 3.4",
         seeded=False,
     ),
+    "retrieval": Protocol(
+        lambda subject, _: probes.retrieval(*subject.sets),
+        f"{FROZEN}; recall at 1, 5, 10, 20: how often a test image finds its class among so many training images, the "
+        "nearest by cosine",
+        "https://arxiv.org/abs/2010.09709, section 4",
+        seeded=False,
+    ),
     "linear": Protocol(
         on_sets(probes.linear),
         f"{FROZEN}, standardized; logistic regression to the optimum (L-BFGS); L2 chosen on a held-out fifth of the "

@@ -121,6 +121,11 @@ class EncoderAndDataParams(OwnDataParams):
         return (self.channels, *frames, self.crop_size, self.crop_size)
 
     @property
+    def clips_of_a_video(self) -> int:
+        """How many an evaluation averages; 1 of images."""
+        return self.evaluation_clips * self.evaluation_crops if self.dataset.of_videos else 1
+
+    @property
     def mean(self) -> tuple[float, ...]:
         """Of each channel; gray images are repeated for an encoder of colours."""
         return self.of_each_channel(self.image_mean or self.dataset.mean)

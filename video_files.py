@@ -54,7 +54,7 @@ class VideoFiles(LabelledFiles):
         return found, self.files[index][1]
 
     def read(self, index: int) -> Tensor | list[Tensor]:
-        return self.random_clips(index) if self.views else self.even_clips(index)
+        return self.random_clips(index) if self.views else self.even_clips(self.files[index][0])
 
     def random_clips(self, index: int) -> list[Tensor]:
         """[C, T, size, size] of each view."""
@@ -75,10 +75,8 @@ class VideoFiles(LabelledFiles):
             result.append(resized_clip(crop, view.crop_size))
         return result
 
-    def even_clips(self, index: int) -> Tensor:
-        frames, places = self.read_frames(
-            self.files[index][0], lambda times: clips.even_clips(times, self.n_clips, self.sampling)
-        )
+    def even_clips(self, path: str) -> Tensor:
+        frames, places = self.read_frames(path, lambda times: clips.even_clips(times, self.n_clips, self.sampling))
         boxes, found = squares(frames.shape[2], frames.shape[1], self.n_crops), []
         for left, top, right, bottom in boxes:
             found.append(resized_clip(frames[:, top:bottom, left:right], self.size))  # [C, M, size, size]
@@ -126,12 +124,17 @@ def get_videos(params: "EncoderAndDataParams", folder: Path, views: list[View]) 
     Raises:
         ValueError: no videos; a line of a list that is not understood; PyAV is wanted and missing.
     """
+    path, of_frames = list_file(folder), params.video_decoder == "frames"
+    prefix = folder if params.video_path_prefix is None else Path(params.video_path_prefix).expanduser()
+    videos = listed(path, prefix, of_frames) if path.is_file() else in_class_folders(folder, of_frames)
+    return as_set(params, videos, views)
+
+
+def as_set(params: "EncoderAndDataParams", videos: list[Sample], views: list[View]) -> VideoFiles:
+    """Videos that are known, read by the settings of `params`. Raises ValueError if PyAV is wanted and missing."""
     p, of_frames = params, params.video_decoder == "frames"
     if not of_frames and importlib.util.find_spec("av") is None:
         raise ValueError("video_decoder='file' needs PyAV, which is not installed: pip install av, or use 'frames'")
-    path = list_file(folder)
-    prefix = folder if p.video_path_prefix is None else Path(p.video_path_prefix).expanduser()
-    videos = listed(path, prefix, of_frames) if path.is_file() else in_class_folders(folder, of_frames)
     how = {"channels": p.channels, "threads": p.decoding_threads}
     if of_frames:
         read = partial(decoders.read_folder, **how, frames_per_second=p.frames_per_second)

@@ -65,7 +65,7 @@ FLOORS = [
         "learning_rate",
         "run_folder",
     ],
-    ["subject", "command_line", "dry_run", "progress"],
+    ["subject", "command_line", "dry_run", "progress", "baselines"],
     ["protocols"],
     ["demo", "train", "train_blog", "evaluate"],
 ]

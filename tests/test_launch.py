@@ -14,6 +14,7 @@ import processes
 import pytest
 import pytorch_lightning as pl
 import torch
+import videos
 from conftest import LONG
 from pytorch_lightning.strategies import DDPStrategy
 from test_ddp import IMAGES, Batches, assert_close, encoder
@@ -24,6 +25,7 @@ from checkpoints import read
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 
+ROOT = Path(__file__).parents[1]
 SCRIPT = '''
 import faulthandler
 import json
@@ -232,16 +234,15 @@ def slurm_job() -> int:
     raise AssertionError("no port is free")
 
 
-def start_as_srun(programs: Programs, job: int, options: dict) -> None:
+def start_as_srun(programs: Programs, job: int, command: list, **variables: str) -> None:
     """Two nodes with a task each, as srun would start them, with the variables that it would set."""
     for task in range(2):
         of_the_job = {"JOB_ID": job, "JOB_NAME": "train", "NTASKS": 2, "NTASKS_PER_NODE": 1, "NNODES": 2}
         of_the_task = {"PROCID": task, "LOCALID": 0, "NODEID": task}
         nodes = {"NODELIST": "127.0.0.[1-2]", "JOB_NODELIST": "127.0.0.[1-2]"}
         given = {f"SLURM_{name}": value for name, value in {**of_the_job, **of_the_task, **nodes}.items()}
-        options = {"devices": 1, "num_nodes": 2, **options}
         path = f"{programs.folder / 'bin'}:{os.environ['PATH']}"
-        programs.start([programs.script, programs.folder, json.dumps(options)], PATH=path, **given)
+        programs.start(command, PATH=path, **given, **variables)
 
 
 def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path):
@@ -251,7 +252,8 @@ def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "queued"}\n')
     scontrol.chmod(0o755)
     job = slurm_job()
-    start_as_srun(programs, job, {"pause": True})
+    command, options = [programs.script, programs.folder], {"devices": 1, "num_nodes": 2}
+    start_as_srun(programs, job, [*command, json.dumps({**options, "pause": True})])
     wait_for_pause(programs)
     for process in programs.running:
         process.send_signal(signal.SIGUSR1)
@@ -263,11 +265,40 @@ def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path
     assert read(tmp_path / "run" / SAVED)["global_step"] == 4
     assert not list(tmp_path.glob("final_*.pt")) and not list(tmp_path.glob("hpc_ckpt*"))
 
-    start_as_srun(programs, job, {})
+    start_as_srun(programs, job, [*command, json.dumps(options)])
     programs.wait()
     assert_same(programs.found(), weights, "SLURMEnvironment")
     assert (tmp_path / "queued").read_text().count("\n") == 1
     assert programs.outputs().count(FORCE) == 1  # of the second start
+
+
+def expanded(script: str, arguments: list[str], **variables: str) -> list[str]:
+    """$DATA_PATH, then what bash makes of the line with srun."""
+    told = f'srun() {{ printf \'%s\\n\' "$DATA_PATH" "$@"; }}\n{script}'
+    command, environment = ["bash", "-ec", told, "video.sh", *arguments], {**os.environ, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_the_slurm_script_for_videos(programs, tmp_path):
+    """That of docs/distributed.md, word for word, with its variables and a few options to make it small."""
+    blocks = (ROOT / "docs" / "distributed.md").read_text().split("```bash\n")[1:]
+    (script,) = (block.split("```")[0] for block in blocks if "sce_video --seed" in block)
+    for split in ("train", "val"):
+        for name in ("a/0", "a/1", "b/0", "b/1"):
+            videos.write_frames(tmp_path / "data" / "kinetics" / split / name, n=10, size=(36, 36))
+    small = "--encoder_arch s3d --transform_crop_size 32 --K 8 --global_batch_size 4 --max_epochs 1 --warmup_epochs 0"
+    small += " --evaluations knn --precision 32-true --sync_batchnorm false --logger csv"  # for there is no GPU
+    given = {"seed": "7", "workers": "0", "devices": "1", "output_dir": str(tmp_path / "run")}
+    given |= {"dataset_dir": str(tmp_path / "data"), "SLURM_JOB_NUM_NODES": "2"}
+    data_path, srun, python, program, *options = expanded(script, small.split(), **given)
+    assert (srun, python, program) == ("--kill-on-bad-exit=1", "python", "train.py")
+    start_as_srun(programs, slurm_job(), [ROOT / program, *options], DATA_PATH=data_path)
+    programs.wait()
+    assert "2 (processes) x 1 (accumulated batches) x 2 (images) = 4 images per optimizer step" in programs.outputs()
+    found = read(tmp_path / "run" / "pretrained.ckpt")
+    assert found["global_step"] == 1 and found["hyper_parameters"]["seed"] == 7
+    assert found["hyper_parameters"]["num_data_workers"] == 0
+    assert "valid_knn20_acc" in json.loads((tmp_path / "run" / "results.json").read_text())["trained encoder"]
 
 
 # ---- batch sizes, accumulated batches, learning rates ----

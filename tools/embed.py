@@ -1,4 +1,4 @@
-"""Embed any folder of images: a Parquet file with path, embedding and label of each.
+"""Embed any folder of images, or of videos: a Parquet file with path, embedding and label of each.
 
     python -m tools.embed runs/simclr/pretrained.ckpt photos/ --out features.parquet
 
@@ -18,16 +18,18 @@ import torch
 import torchvision
 from torch.utils.data import DataLoader
 
+from command_line import add_fields
 from data import already_a_batch
-from tools.commands import add_fields, in_words, usable
+from tools.commands import in_words, usable
 from tools.embedding_work import Work
 from tools.feature_files import read  # noqa: F401  (the reader of what this writes)
 from tools.image_sources import Batches, Source, open_source, part_kept
 from weights import Encoder, load_encoder
 
 MOST_WORKERS = 8
+CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # of an encoder of videos
 OVERRIDES = ("encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "image_mean",
-             "image_std")  # fmt: skip
+             "image_std", *CLIPS)  # fmt: skip
 
 
 def embed(
@@ -45,7 +47,8 @@ def embed(
     """Embed all images of `folder` (or of a packed data set, by name) into the Parquet file `out`.
 
     Columns: path (relative to the folder, sorted), embedding (float32 [E]), label (the class folder's name if all
-    images lie in class folders, else null). Labels are for the user: the encoder does not see them.
+    images lie in class folders, else null). Labels are for the user: the encoder does not see them. An encoder of
+    clips embeds the video files of `folder`: the mean over evaluation_clips x evaluation_crops clips of each.
 
     Args:
         num_workers: processes that decode images; None: one a core, at most MOST_WORKERS.
@@ -60,12 +63,13 @@ def embed(
     out = Path(out).expanduser()
     if batch_size < 1 or out.is_dir():
         raise ValueError(f"{out} is a folder" if out.is_dir() else f"batch_size={batch_size} must be at least 1")
-    source, device = open_source(folder), usable(device)
+    device = usable(device)
     encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
+    source = open_source(folder, "video" if encoder.params.dataset.of_videos else "image")
     with Work(out, description(encoder, source, overrides), overwrite) as work:
         paths = source.paths()
         passed_over = f", passed over {source.others}" if source.others else ""
-        print(f"{source.name}: {len(paths):,} images{passed_over}")
+        print(f"{source.name}: {len(paths):,} {source.kind}s{passed_over}")
         if todo := work.left(paths, skip_unreadable):
             loader = batches(source, encoder, todo, batch_size, num_workers)
             work.add(encoder.to(device), loader, len(paths), skip_unreadable)
@@ -87,6 +91,7 @@ def description(encoder: Encoder, source: Source, overrides: dict[str, Any]) -> 
             "channels": p.channels,
             "mean": list(p.mean),
             "std": list(p.std),
+            **({name: getattr(p, name) for name in CLIPS} if p.dataset.of_videos else {}),
         },
         "images": source.name,
         "overrides": overrides,
@@ -106,7 +111,9 @@ def digest(encoder: Encoder) -> str:
 
 
 def batches(source: Source, encoder: Encoder, todo: list[str], batch_size: int, num_workers: int | None) -> DataLoader:
+    """In a batch there are no more clips than there would be images."""
     workers = min(os.cpu_count() or 1, MOST_WORKERS) if num_workers is None else num_workers
+    batch_size = max(1, batch_size // encoder.params.clips_of_a_video)
     return DataLoader(
         Batches(source, encoder.params),
         batch_size=batch_size,
@@ -126,7 +133,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "folder",
         metavar="FOLDER",
-        help="of images, flat or nested; shards; a Hugging Face data set; or a packed set: cifar10, digits/test",
+        help="of images or videos, flat or nested; shards; a Hugging Face data set; a packed set: cifar10, digits/test",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
     parser.add_argument("--batch_size", type=int, default=128)

@@ -92,7 +92,7 @@ class Work:
                     for path, reason in unreadable.items():
                         if not skip_unreadable:
                             raise ValueError(
-                                f"{path} in {self.about['images']} could not be read as an image ({reason}): mend or "
+                                f"{path} in {self.about['images']} could not be read ({reason}): mend or "
                                 "remove it, or --skip_unreadable"
                             )
                     self.unreadable |= unreadable

@@ -22,9 +22,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from command_line import add_fields
 from shared_params import EncoderAndDataParams
 from tools import count
-from tools.commands import add_fields
 from tools.formats import FORMATS, Normalized
 from tools.verify import samples, verified
 from weights import Encoder, load_encoder

@@ -1,15 +1,20 @@
-"""Where images come from, by name: any folder of image files, or a packed data set; and batches of them by path."""
+"""Where images come from, by name: any folder of image files, or of videos, or a packed data set; and batches of them
+by path. The picture of a video is its middle frame."""
 
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import attrs
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import decoders
+import video_files
 from data import DATASETS, data_path, prepare_data
 from image_files import central_square, in_mode, jpeg_size, read_image, read_reduced
 from own_images import get_source, is_stored
@@ -27,18 +32,19 @@ def image_suffixes() -> set[str]:
 
 
 class Folder:
-    """All image files below a folder, flat or nested, known by suffix; a path is relative to the folder, with "/".
+    """All image files (or videos) below a folder, flat or nested, known by suffix; a path is relative to the folder,
+    with "/".
 
     Hidden files are passed over. Where every image lies in a folder of its class (CLASS/IMAGE), that is its label.
     """
 
-    def __init__(self, root: Path):
-        self.root, self.name = root, str(root.resolve())
+    def __init__(self, root: Path, kind: str = "image"):
+        self.root, self.name, self.kind = root, str(root.resolve()), kind
         self.others = ""  # files that are no images, once paths() was called
 
     def paths(self) -> list[str]:
         """Sorted. Raises ValueError if there are none, or if a name is not UTF-8."""
-        suffixes, others = image_suffixes(), Counter()
+        suffixes, others = image_suffixes() if self.kind == "image" else video_files.VIDEO_EXTENSIONS, Counter()
         found = []
         for path in files_below(self.root):
             if path.suffix.lower() in suffixes:
@@ -47,7 +53,9 @@ class Folder:
                 others[path.suffix or path.name] += 1
         self.others = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
         if not found:
-            raise ValueError(f"{self.root} holds no images" + f", but other files: {self.others}" * bool(self.others))
+            raise ValueError(
+                f"{self.root} holds no {self.kind}s" + f", but other files: {self.others}" * bool(self.others)
+            )
         for path in found:
             try:
                 path.encode()
@@ -62,10 +70,10 @@ class Folder:
     def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
         """The image, 1 channel gray, else RGB. With `side`, a large JPEG may come reduced, but no smaller than that."""
         file = str(self.root / path)
-        if side is not None and (size := jpeg_size(file)):
+        if side is not None and not video_files.is_video(Path(file)) and (size := jpeg_size(file)):
             scale = next((scale for scale in (8, 4, 2) if min(size) >= scale * side), 1)
             return read_reduced(file, channels, scale)
-        return read_image(file, channels)
+        return picture_of(file, channels)
 
     def path_of(self, file: Path) -> str | None:
         """The path of a file that lies in this folder."""
@@ -75,6 +83,8 @@ class Folder:
 
 class Packed:
     """A packed data set, or one split of it; a path is SPLIT/NUMBER, and a label the number of the class."""
+
+    kind = "image"
 
     def __init__(self, name: str, dataset: str, splits: list[str]):
         prepare_data(dataset, splits)
@@ -106,6 +116,8 @@ class Stored:
     """Images in shards or in a Hugging Face data set, of all splits (own_images.py); paths are theirs, labels as they
     are found there."""
 
+    kind = "image"
+
     def __init__(self, name: str):
         self.source = get_source(EncoderAndDataParams(dataset_name="folder"), name, names=True)
         self.name, self.others = name, ""
@@ -129,6 +141,14 @@ class Stored:
 Source = Folder | Packed | Stored
 
 
+def picture_of(file: str, channels: int = 3) -> Image.Image:
+    """An image; of a video the frame in the middle."""
+    if not video_files.is_video(Path(file)):
+        return read_image(file, channels)
+    frames, _ = decoders.read_video(file, lambda times: np.array([len(times) // 2]), channels, threads=1)
+    return Image.fromarray(frames[0].squeeze(2) if channels == 1 else frames[0])
+
+
 def files_below(folder: Path) -> Iterator[Path]:
     """All but hidden ones. Links to folders are followed, but not to one that we are in."""
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -137,13 +157,18 @@ def files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(root, file) for file in files if not file.startswith("."))
 
 
-def open_source(name: str | Path) -> Source:
-    """A folder of images, shards or a Hugging Face data set, or a packed one: "cifar10", or a split: "cifar10/test".
+def open_source(name: str | Path, kind: str = "image") -> Source:
+    """A folder of images, or of videos (kind="video"), shards or a Hugging Face data set, or a packed one:
+    "cifar10", or one split of it: "cifar10/test".
 
     Raises:
         ValueError: it is neither.
     """
     folder = Path(name).expanduser()
+    if folder.is_dir() and kind == "video":
+        return Folder(folder, kind)
+    if kind == "video":
+        raise ValueError(f"{name} is no folder of videos, which this encoder takes")
     if is_stored(str(name)):
         return Stored(str(name))
     if folder.is_dir():
@@ -170,19 +195,28 @@ def square(image: Image.Image, params: EncoderAndDataParams) -> Tensor:
 
 
 class Batches(Dataset):
-    """Paths -> (those that could be read, their squares uint8 [n, C, size, size], {path: why it could not be read}).
+    """Paths -> (those that could be read, what an encoder with these settings wants of them: uint8 [n, C, size, size],
+    or clips of videos, {path: why it could not be read}).
 
     PyTorch's loader calls it with the paths of a whole batch if its sampler is a list of paths.
     """
 
     def __init__(self, source: Source, params: EncoderAndDataParams):
-        self.source, self.params = source, params
+        self.source, self.params, self.videos = source, params, None
+        if params.dataset.of_videos:
+            self.videos = video_files.as_set(attrs.evolve(params, video_decoder="file"), [], [])
+
+    def prepared(self, path: str) -> Tensor:
+        """The square in the middle; of a video its evaluation clips."""
+        if self.videos is not None:
+            return self.videos.even_clips(str(self.source.root / path))
+        return square(self.source.picture(path, self.params.channels), self.params)
 
     def __getitems__(self, paths: list[str]) -> tuple[list[str], Tensor | None, dict[str, str]]:
-        squares, unreadable = {}, {}
+        found, unreadable = {}, {}
         for path in paths:
             try:
-                squares[path] = square(self.source.picture(path, self.params.channels), self.params)
+                found[path] = self.prepared(path)
             except Exception as error:  # PIL's readers raise many kinds of them on damaged files
                 unreadable[path] = f"{type(error).__name__}: {error}"
-        return list(squares), torch.stack(list(squares.values())) if squares else None, unreadable
+        return list(found), torch.stack(list(found.values())) if found else None, unreadable

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from image_files import read_image
 from tools import feature_files
 from tools.commands import in_words
 from tools.contact_sheet import contact_sheet
 from tools.embed import digest
-from tools.image_sources import Source, open_source, square
+from tools.image_sources import Batches, Folder, Source, open_source, picture_of
 from tools.neighbours import Neighbour, Query, best_of, tiles
 from weights import load_encoder
 from whole_files import whole
@@ -49,7 +48,7 @@ def find_queries(features: str | Path, images: list[str], source: Source, checkp
     return [
         Query(own[image], rows[own[image]][0], source.picture(own[image]), own[image], rows[own[image]][1])
         if own[image]
-        else Query(image, embedded[image], read_image(str(Path(image).expanduser()), 3))
+        else Query(image, embedded[image], picture_of(str(Path(image).expanduser())))
         for image in images
     ]
 
@@ -63,10 +62,11 @@ def embed_files(features: str | Path, files: list[str], checkpoint: str | None) 
             f"{encoder.report.source} is not the checkpoint of {features}, or has changed since: name a copy with "
             "--checkpoint, or embed the images anew"
         )
-    params, embedded = encoder.params, {}
+    embedded = {}
     for file in files:
-        image = read_image(str(Path(file).expanduser()), params.channels)
-        embedded[file] = encoder.embed(square(image, params)[None])[0].numpy()
+        path = Path(file).expanduser()
+        prepared = Batches(Folder(path.parent), encoder.params).prepared(path.name)
+        embedded[file] = encoder.embed(prepared[None])[0].numpy()
     return embedded
 
 

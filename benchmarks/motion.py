@@ -1,0 +1,113 @@
+"""Does pretraining on clips learn motion? SCE on moving photographs, beside the same encoder at random, and chance.
+
+    python -m benchmarks.motion data --seeds 0 1 2
+
+Makes the videos of tools.moving_photographs in DATA_PATH unless they are there. Each seed is one initialization and one
+pretraining without labels on one core; then kNN, linear classifier and retrieval on frozen features of both encoders,
+fitted on the training videos, scored on those of other photographs. Prints a table in Markdown: mean and sample
+deviation over seeds, in percent.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from evaluate import evaluate_checkpoint
+from moco import SelfSupervisedMethod
+from model_params import SCEParams
+from tools.moving_photographs import MOTIONS, make
+
+REGIONS, TAKES = {"train": 10, "val": 16}, 6
+SETTINGS = {
+    "dataset_name": "kinetics", "transform_crop_size": 32, "num_frames": 8, "clip_duration": 1.0,
+    "transform_flip_probability": 0.0, "transform_apply_blur": False, "batch_size": 32, "num_data_workers": 0, "K": 256,
+    "dim": 64, "mlp_hidden_dim": 128, "m": 0.95, "optimizer_name": "adamw", "lr": 2e-3, "weight_decay": 1e-4,
+    "warmup_epochs": 1, "evaluations": [], "evaluation_clips": 3,
+}  # fmt: skip
+METRICS = {
+    "kNN, k = 5": ("knn", "knn5_acc1"), "kNN, k = 20": ("knn", "knn20_acc1"), "linear": ("linear", "acc1"),
+    "retrieval at 1": ("retrieval", "recall1"), "retrieval at 5": ("retrieval", "recall5"),
+}  # fmt: skip
+Scores = dict[str, float]
+
+
+class SmallEncoder(nn.Sequential):
+    """Four convolutions in space and time: clips [N, 3, T, H, W] -> [N, 8 width]."""
+
+    def __init__(self, width: int = 16):
+        layers: list[nn.Module] = []
+        widths = (3, width, 2 * width, 4 * width, 8 * width)
+        for i, (kernel, stride) in enumerate((((3, 5, 5), (1, 2, 2)), (3, (2, 2, 2)), (3, (1, 2, 2)), (3, (2, 2, 2)))):
+            padding = tuple(side // 2 for side in kernel) if isinstance(kernel, tuple) else kernel // 2
+            layers += [nn.Conv3d(widths[i], widths[i + 1], kernel, stride, padding, bias=False)]
+            layers += [nn.BatchNorm3d(widths[i + 1]), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten())
+
+
+def scores(model: SelfSupervisedMethod, trainer: pl.Trainer, path: Path) -> Scores:
+    """Of a model that is saved there first."""
+    trainer.save_checkpoint(path, weights_only=False)
+    protocols = sorted({protocol for protocol, _ in METRICS.values()})
+    found = evaluate_checkpoint(path, protocols, encoder=SmallEncoder(), baselines=False, fresh=True)
+    of = {run["protocol"]: run["scores"] for run in found["runs"]}
+    return {name: of[protocol][metric] for name, (protocol, metric) in METRICS.items()}
+
+
+def run(seed: int, epochs: int, out: Path) -> dict[str, Scores]:
+    """random, trained -> scores; and the seconds of processor time that the pretraining took."""
+    torch.manual_seed(seed)
+    params = SCEParams(**SETTINGS, encoder_arch="module", seed=seed, max_epochs=epochs)
+    model = SelfSupervisedMethod(params, encoder=SmallEncoder())
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=epochs, limit_val_batches=0, logger=False, enable_checkpointing=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.strategy.connect(model)  # so that a model can be saved before it is trained
+    found = {"random": scores(model, trainer, out / f"random_{seed}.ckpt")}
+    start = time.process_time()
+    trainer.fit(model)
+    found["seconds"] = {"of pretraining": round(time.process_time() - start)}
+    return found | {"trained": scores(model, trainer, out / f"trained_{seed}.ckpt")}
+
+
+def table(runs: list[dict[str, Scores]]) -> str:
+    rows = ["| videos of other photographs (%) | random encoder | trained encoder | chance |", "|---|---|---|---|"]
+    for name in METRICS:
+        k = int(name.split()[-1]) if name.startswith("retrieval") else 1
+        told = [in_words([found[encoder][name] for found in runs]) for encoder in ("random", "trained")]
+        rows.append(f"| {name} | {' | '.join(told)} | {100 * (1 - (1 - 1 / len(MOTIONS)) ** k):.1f} |")
+    return "\n".join(rows)
+
+
+def in_words(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.motion", allow_abbrev=False)
+    parser.add_argument("data", type=Path, metavar="DATA_PATH", help="made unless it is there")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=Path("runs/motion"), metavar="DIR", help="checkpoints and scores")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["DATA_PATH"] = str(args.data.resolve())
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.data / "kinetics").is_dir():
+        make(args.data, REGIONS, TAKES)
+    runs = []
+    for seed in args.seeds:
+        runs.append(run(seed, args.epochs, args.out))
+        print(f"seed {seed}: {runs[-1]}", flush=True)
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
