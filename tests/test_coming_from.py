@@ -137,7 +137,11 @@ def options_of(program: str) -> set[str]:
     if program == "train.py":
         return {"config", *command_line.known_names()}
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-    return {*re.findall(r'"--(\w+)"', SOURCES[ROOT / program]), *getattr(module, "FACTS", ()), *getattr(module, "READING", ())}
+    return {
+        *re.findall(r'"--(\w+)"', SOURCES[ROOT / program]),
+        *getattr(module, "FACTS", ()),
+        *getattr(module, "READING", ()),
+    }
 
 
 def check_command(words: list[str], monkeypatch) -> None:
