@@ -73,7 +73,7 @@ def draw(name: str, rows: list[Row], picture: Picture) -> None:
     rows = [
         row
         for row in rows
-        if isinstance(number(row[picture.length]), int | float) and row.get("what") not in ("-", picture.without)
+        if isinstance(number(row[picture.length]), int | float) and row.get("what") not in ("-", picture.without or "-")
     ]
     panels: dict[str, list[Row]] = {}
     for row in rows:
