@@ -88,7 +88,7 @@ def evaluate_checkpoint(
             found.to(device),
             features.data_params(found, params.dataset_name, **reading),
             results.folder / "features",
-            stages="linear_stages" in protocols,
+            stages=any(PROTOCOLS[protocol].needs_stages for protocol in protocols),
             training=training,
         )
         for name, found in encoders.items()

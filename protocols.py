@@ -24,12 +24,12 @@ from weights import Encoder
 Scores = dict[str, float]
 
 
-def of_stages(subject: Subject, seed: int) -> Scores:
-    """`linear` on the output of each stage of a ResNet."""
+def of_stages(subject: Subject, seed: int, score: Callable[..., Scores]) -> Scores:
+    """`score` of the output of each stage of a ResNet: its acc1, or its map where images have several labels."""
     train, test, found = subject.train, subject.test, {}
-    for name in track(sorted(train.stages), "linear classifiers of the stages"):
-        sets = subject.on_device(train.stages[name], train.y, test.stages[name], test.y)
-        found[f"{name}_acc1"] = probes.linear(*sets, seed=seed)["acc1"]
+    for name in track(sorted(train.stages), "classifiers of the stages"):
+        scores = score(subject.on_device(train.stages[name], train.y, test.stages[name], test.y), seed)
+        found |= {f"{name}_{key}": value for key, value in scores.items() if key in ("acc1", "map")}
     return found
 
 
@@ -122,7 +122,7 @@ PROTOCOLS = {
         "https://arxiv.org/abs/1805.08974, appendix; https://arxiv.org/abs/2002.05709, B.8",
     ),
     "linear_stages": Protocol(
-        of_stages,
+        partial(of_stages, score=lambda sets, seed: probes.linear(*sets, seed=seed)),
         "as linear, on the outputs of layer1 to layer4, averaged over the image",
         "after https://arxiv.org/abs/1905.01235, section 6.1",
         needs_stages=True,
@@ -139,6 +139,15 @@ PROTOCOLS = {
         "https://arxiv.org/abs/1905.01235, section 6.1",
         seeded=False,
         needs_classes=False,
+    ),
+    "svm_stages": Protocol(
+        partial(of_stages, score=lambda sets, _: svm.svm(*sets)),
+        "as svm, on the outputs of layer1 to layer4, averaged over the image",
+        "after https://arxiv.org/abs/1905.01235, section 6.1",
+        seeded=False,
+        trains=True,
+        needs_classes=False,
+        needs_stages=True,
     ),
     "low_shot_svm": Protocol(
         on_sets(probes.low_shot_svm),

@@ -30,6 +30,7 @@ class Picture:
     length: str
     unit: str
     only: dict = field(factory=dict)
+    without: str | None = None  # the panel that is left to the table
 
 
 PICTURES = {
@@ -38,7 +39,7 @@ PICTURES = {
     "optimizer": Picture(("what",), ("who",), "ms", "milliseconds, CPU"),
     "probe": Picture(("what", "images", "width"), ("who",), "s", "seconds"),
     "loader": Picture(("workers",), ("contestant",), "images/s", "images per second"),
-    "video": Picture(("what",), ("who",), "clips/s", "clips per second"),
+    "video": Picture(("what",), ("who",), "clips/s", "clips per second", without="step"),
     "scaling": Picture(("what",), ("value",), "ms per step", "milliseconds per step"),
     "startup": Picture((), ("what",), "seconds", "seconds"),
 }
@@ -69,7 +70,11 @@ def insert(text: str, name: str, table: str) -> str:
 
 def draw(name: str, rows: list[Row], picture: Picture) -> None:
     rows = [row for row in rows if all(row[key] == value for key, value in picture.only.items())]
-    rows = [row for row in rows if isinstance(number(row[picture.length]), int | float) and row.get("what") != "-"]
+    rows = [
+        row
+        for row in rows
+        if isinstance(number(row[picture.length]), int | float) and row.get("what") not in ("-", picture.without or "-")
+    ]
     panels: dict[str, list[Row]] = {}
     for row in rows:
         title = (row[key] if key in ("what", "network") else f"{row[key]} {key}" for key in picture.panel)

@@ -190,14 +190,22 @@ def test_retrieval_among_few_and_without_the_class():
 
 
 def test_protocols_of_frozen_clips(pretrained, tmp_path):
-    names = ["knn", "retrieval", "linear", "linear_stages", "rank_me", "lidar"]  # the others take the same features
+    names = [
+        "knn",
+        "retrieval",
+        "linear",
+        "linear_stages",
+        "svm_stages",
+        "rank_me",
+        "lidar",
+    ]  # the others take the same features
     every = evaluate.runnable(list(PROTOCOLS), encoder_of(pretrained), encoder_of(pretrained).params)
     assert every == list(PROTOCOLS)
     clips = {"evaluation_clips": 3, "evaluation_crops": 2}
     found = evaluate_checkpoint(pretrained, names, out=tmp_path, encoder=Clips(), **clips)
     of = scores(found)
     assert of["knn"]["knn1_acc1"] == of["linear"]["acc1"] == of["retrieval"]["recall1"] == 100  # dark, light
-    assert set(of["linear_stages"]) == {f"layer{i}_acc1" for i in range(1, 5)}
+    assert set(of["linear_stages"]) == set(of["svm_stages"]) == {f"layer{i}_acc1" for i in range(1, 5)}
     assert found["config"]["kinetics"]["reading"]["evaluation_clips"] == 3
     encoder = encoder_of(pretrained, evaluation_clips=3, evaluation_crops=2)
     dataset = data.get_dataset(encoder.params, ("train",))

@@ -4,6 +4,7 @@ Their cells run in IPython within this process: a kernel for each would import t
 the cells themselves.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -31,8 +32,10 @@ def shell(monkeypatch, tmp_path, digits_path):
     monkeypatch.setenv("DATA_PATH", "../data")
     monkeypatch.setenv("QUICK", "1")
     monkeypatch.syspath_prepend("..")  # what the notebooks put there is gone afterwards
-    backend = plt.get_backend()
+    backend, lightning = plt.get_backend(), logging.getLogger("pytorch_lightning")
+    level = lightning.level
     yield Shell()
+    lightning.setLevel(level)
     plt.close("all")
     plt.switch_backend(backend)
 
