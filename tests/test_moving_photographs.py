@@ -20,7 +20,7 @@ MIDDLE = moving.FRAMES // 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return moving.make(tmp_path_factory.mktemp("data"), {"train": 2, "val": 1}, takes=2, size=32, seed=3)
+    return moving.make(tmp_path_factory.mktemp("data"), {"train": 2, "val": 1}, size=32, seed=3)
 
 
 def frames_of(path: Path) -> np.ndarray:
@@ -41,26 +41,25 @@ def moved(frame: np.ndarray, motion: tuple, seconds: float) -> np.ndarray:
 def test_the_motion_is_that_of_its_name(name):
     """Of all eight motions, it is the one that best predicts a frame from an earlier one."""
     right, rng = 0, generator(5)
-    for region in moving.regions(PHOTOGRAPHS["train"], 10, rng):
+    photographs = [moving.photograph(name) for name in PHOTOGRAPHS["train"]]
+    for region in [region for _ in range(3) for region in moving.regions(photographs, rng)]:
         velocity = np.array(MOTIONS[name]) * rng.uniform(SLOWEST, FASTEST)
-        gray = moving.video(region, velocity, 64).astype(float).mean(3)
+        gray = moving.shot(region, velocity, 64).astype(float).mean(3)
         before, after, seconds = gray[MIDDLE - 1], gray[MIDDLE + 1], 2 / FRAMES_PER_SECOND
         errors = {}
         for other, motion in MOTIONS.items():
             expected = moved(before, motion, seconds)
             errors[other] = np.abs(expected - after)[expected >= 0].mean()
         right += min(errors, key=errors.get) == name
-    assert right >= 9  # one may be too smooth, or too fast
+    assert right >= 11  # of 12: one may be too smooth, or too fast
 
 
 def test_no_motion_leaves_the_photograph():
-    for names in PHOTOGRAPHS.values():
-        rng = generator(1)
-        for region in moving.regions(names, 2 * len(names), rng):
-            white = Image.new("RGB", region.photograph.size, (255, 255, 255))  # PIL is black beyond it
-            of_white = moving.Region(white, region.name, region.x, region.y, region.window)
-            for signs in MOTIONS.values():
-                assert moving.video(of_white, np.array(signs) * FASTEST, 16).min() == 255
+    rng, sizes = generator(1), {moving.photograph(name).size for names in PHOTOGRAPHS.values() for name in names}
+    white = [Image.new("RGB", size, (255, 255, 255)) for size in sizes] * 2  # PIL is black beyond it
+    for region in [region for _ in range(5) for region in moving.regions(white, rng)]:
+        for signs in MOTIONS.values():
+            assert moving.shot(region, np.array(signs) * FASTEST, 16).min() == 255
 
 
 def test_the_middle_frame_is_the_same_in_all_classes(folder):
@@ -68,18 +67,18 @@ def test_the_middle_frame_is_the_same_in_all_classes(folder):
         numbers = sorted(path.name for path in (folder / split / "pan_left").iterdir())
         for number in numbers:
             videos = [frames_of(folder / split / motion / number) for motion in MOTIONS]
-            assert all(video.shape == (moving.FRAMES, 32, 32, 3) for video in videos)
-            middles = np.stack([video[MIDDLE] for video in videos]).astype(int)
-            assert np.abs(middles - middles[0]).mean() < 4  # a codec's error
-            first = np.stack([video[0] for video in videos]).astype(int)
-            assert np.abs(first[1:] - first[0]).mean((1, 2, 3)).min() > 8
+            assert all(video.shape == (moving.SHOTS * moving.FRAMES, 32, 32, 3) for video in videos)
+            middles = np.stack([video[MIDDLE :: moving.FRAMES] for video in videos]).astype(int)
+            codec = np.abs(middles - middles[0]).mean((1, 2, 3, 4)).max()
+            assert codec < 2.5  # of 255
+            first = np.stack([video[:: moving.FRAMES] for video in videos]).astype(int)
+            assert np.abs(first[1:] - first[0]).mean((1, 2, 3, 4)).min() > max(5, 3 * codec)
+            assert np.abs(middles[0, 1:] - middles[0, :-1]).mean((1, 2, 3)).min() > 8  # another photograph
 
 
 def test_photographs_are_of_training_or_of_validation(folder):
     assert not set(PHOTOGRAPHS["train"]) & set(PHOTOGRAPHS["val"])
-    found = {split: {p.stem.split("_")[1] for p in (folder / split).glob("*/*")} for split in ("train", "val")}
-    assert found == {"train": {"astronaut", "brick"}, "val": {"camera"}}
-    assert len(list((folder / "train").glob("*/*.mp4"))) == 2 * 2 * 8
+    assert [len(list((folder / split).glob("*/*.mp4"))) for split in ("train", "val")] == [2 * 8, 8]
     pixels = {
         name: np.asarray(moving.photograph(name)).reshape(-1, 3) for split in PHOTOGRAPHS.values() for name in split
     }
@@ -91,21 +90,19 @@ def test_it_is_the_set_that_the_library_reads(folder, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(folder.parent))
     params = ModelParams(dataset_name="kinetics", transform_crop_size=32, clip_duration=1.0, encoder_arch="s3d")
     dataset = data.get_dataset(params, ("val",))
-    assert [path.split("/")[-2] for path, _ in dataset.files] == [
-        motion for motion in sorted(MOTIONS) for _ in range(2)
-    ]
+    assert [path.split("/")[-2] for path, _ in dataset.files] == sorted(MOTIONS)
     assert dataset[3][0].shape == (3, 8, 32, 32)
 
 
 def test_the_seed_decides_and_nothing_is_overwritten(folder, tmp_path, monkeypatch, capsys):
     n = {"train": 1, "val": 1}
-    first, again, other = (moving.make(tmp_path / str(i), n, 1, 32, seed) for i, seed in enumerate((3, 3, 4)))
-    name = "train/roll_left/000_astronaut_0.mp4"
+    first, again, other = (moving.make(tmp_path / str(i), n, 32, seed) for i, seed in enumerate((3, 3, 4)))
+    name = "train/roll_left/000.mp4"
     assert (first / name).read_bytes() == (again / name).read_bytes() != (other / name).read_bytes()
     with pytest.raises(ValueError, match="kinetics is there already"):
         moving.make(tmp_path / "0", n)
     with pytest.raises(ValueError, match="size=33 must be even"):
-        moving.make(tmp_path / "x", n, 1, 33)
+        moving.make(tmp_path / "x", n, 33)
     monkeypatch.setattr(sys, "argv", ["moving_photographs", str(tmp_path / "0")])
     with pytest.raises(SystemExit, match="choose another folder"):
         moving.main()

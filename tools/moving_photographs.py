@@ -1,18 +1,18 @@
 """A small set of videos: photographs before which a camera moves. The motion is the class, and nothing else tells it.
 
-    python -m tools.moving_photographs data
-    DATA_PATH=data python train.py sce_video --transform_flip_probability 0 ...
+    python -m tools.moving_photographs data --train 60 --val 30
+    DATA_PATH=data python train.py sce_video --video_decoder file --transform_flip_probability 0 ...
 
-Each region of a photograph is shown in all eight motions, several times, at speeds drawn for each; in the middle all
-its videos show the same picture. Training and validation have no photograph in common. Written as class folders of
-.mp4, as dataset_name="kinetics" reads them. The photographs are those of scikit-learn and scikit-image. A mirrored pan
-to the left is one to the right: train without mirroring.
+A video is a few shots, each of another photograph, in all of which the camera moves alike, at a speed drawn for the
+video. The same photographs are shown in all eight motions; in the middle of each shot, these eight videos have the same
+picture. Training and validation have no photograph in common. Written as class folders of .mp4, as
+dataset_name="kinetics" reads them. The photographs are those of scikit-learn and scikit-image. A mirrored pan to the
+left is one to the right: train without mirroring.
 """
 
 import argparse
 import math
 import shutil
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -39,15 +39,14 @@ MOTIONS = {  # of the camera: to the right, downwards, zoom, turn to the right
 }
 SLOWEST = (0.25, 0.25, math.log(1.2), math.radians(25))  # a second: widths of the window, logarithm of a factor, angle
 FASTEST = (0.60, 0.60, math.log(1.6), math.radians(60))
-FRAMES, FRAMES_PER_SECOND = 21, 10
+SHOTS, FRAMES, FRAMES_PER_SECOND = 4, 17, 10  # of a video; of a shot; of both
 SHORTER_SIDE, WINDOW = 160, (40, 64)  # pixels of a photograph, and of the part of it that the camera sees
-REACH = 1.1  # window widths from the middle of a region to the farthest that any motion shows: 0.5 + 0.6
+REACH = 1.0  # window widths from the middle of a region to the farthest that a shot shows: 0.5 + 0.6 x 0.8 s
 
 
 @frozen
 class Region:
     photograph: Image.Image
-    name: str
     x: float  # of the middle, in pixels
     y: float
     window: float  # width and height, in pixels
@@ -75,18 +74,17 @@ def photograph(name: str) -> Image.Image:
     return image.resize([round(edge * factor) for edge in image.size], Image.Resampling.LANCZOS)
 
 
-def regions(names: tuple[str, ...], n: int, rng: np.random.Generator) -> list[Region]:
-    """n regions, of one photograph after the other, in which every motion stays within the photograph."""
-    photographs, found = {name: photograph(name) for name in names[:n]}, []
-    for i in range(n):
-        name = names[i % len(names)]
-        image, window = photographs[name], rng.uniform(*WINDOW)
+def regions(photographs: list[Image.Image], rng: np.random.Generator) -> list[Region]:
+    """One of each of SHOTS photographs, in which every motion stays within the photograph."""
+    found = []
+    for number in rng.choice(len(photographs), SHOTS, replace=False):
+        image, window = photographs[number], rng.uniform(*WINDOW)
         x, y = (rng.uniform(REACH * window, edge - REACH * window) for edge in image.size)
-        found.append(Region(image, name.removesuffix(".jpg"), x, y, window))
+        found.append(Region(image, x, y, window))
     return found
 
 
-def video(region: Region, velocity: np.ndarray, size: int) -> np.ndarray:
+def shot(region: Region, velocity: np.ndarray, size: int) -> np.ndarray:
     """uint8 [FRAMES, size, size, 3]; velocity as in MOTIONS, times a speed. The middle frame is the region at rest."""
     frames = []
     for i in range(FRAMES):
@@ -95,8 +93,8 @@ def video(region: Region, velocity: np.ndarray, size: int) -> np.ndarray:
         a, b = scale * math.cos(turn), -scale * math.sin(turn)
         x, y = region.x + right * region.window, region.y + down * region.window
         where = (a, b, x - (a + b) * size / 2, -b, a, y - (a - b) * size / 2)
-        shape, how = (size, size), Image.Transform.AFFINE
-        frames.append(np.asarray(region.photograph.transform(shape, how, where, Image.Resampling.BILINEAR)))
+        how = Image.Transform.AFFINE
+        frames.append(np.asarray(region.photograph.transform((size, size), how, where, Image.Resampling.BILINEAR)))
     return np.stack(frames)
 
 
@@ -112,27 +110,29 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-def make(out: Path, n: dict[str, int], takes: int = 3, size: int = 64, seed: int = 0) -> Path:
-    """`out`/kinetics/SPLIT/MOTION/REGION_PHOTOGRAPH_TAKE.mp4: of each motion n[SPLIT] x takes videos.
+def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
+    """`out`/kinetics/SPLIT/MOTION/NUMBER.mp4: n[SPLIT] videos of each motion.
 
     Raises:
-        ValueError: there are videos already; the size is odd, which H.264 does not have, or too small; no regions.
+        ValueError: there are videos already; the size is odd, which H.264 does not have, or too small; no videos.
     """
     folder, unfinished = out / "kinetics", out / ".kinetics.unfinished"
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder")
-    if size < 16 or size % 2 or min(*n.values(), takes) < 1:
-        raise ValueError(f"size={size} must be even and at least 16, and {n} and takes={takes} at least 1")
+    if size < 16 or size % 2 or min(n.values()) < 1:
+        raise ValueError(f"size={size} must be even and at least 16, and of {n} videos there must be one at least")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     with bar() as progress:
-        task = progress.add_task("videos", total=sum(n.values()) * takes * len(MOTIONS))
+        task = progress.add_task("videos", total=sum(n.values()) * len(MOTIONS))
         for which, (split, names) in enumerate(PHOTOGRAPHS.items()):
-            rng = generator((seed, which))
-            for i, region in enumerate(regions(names, n[split], rng)):
-                for take, (motion, signs) in product(range(takes), MOTIONS.items()):
-                    path = unfinished / split / motion / f"{i:03d}_{region.name}_{take}.mp4"
+            rng, photographs = generator((seed, which)), [photograph(name) for name in names]
+            for i in range(n[split]):
+                shots = regions(photographs, rng)
+                for motion, signs in MOTIONS.items():
+                    path = unfinished / split / motion / f"{i:03d}.mp4"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    write_video(path, video(region, np.array(signs) * rng.uniform(SLOWEST, FASTEST), size))
+                    velocity = np.array(signs) * rng.uniform(SLOWEST, FASTEST)
+                    write_video(path, np.concatenate([shot(region, velocity, size) for region in shots]))
                     progress.advance(task)
     unfinished.rename(folder)
     return folder
@@ -145,13 +145,12 @@ def main() -> None:
         prog="python -m tools.moving_photographs", description=__doc__, formatter_class=formatter, allow_abbrev=False
     )
     parser.add_argument("out", type=Path, metavar="DATA_PATH", help="the videos go into its folder kinetics")
-    parser.add_argument("--train", type=int, default=20, metavar="N", help="regions")
-    parser.add_argument("--val", type=int, default=16, metavar="N", help="likewise")
-    parser.add_argument("--takes", type=int, default=3, metavar="N", help="videos of each region and each of 8 motions")
+    parser.add_argument("--train", type=int, default=60, metavar="N", help="videos of each of 8 motions")
+    parser.add_argument("--val", type=int, default=30, metavar="N", help="likewise")
     parser.add_argument("--size", type=int, default=64, help="of the frames, in pixels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print(make(args.out.expanduser(), {"train": args.train, "val": args.val}, args.takes, args.size, args.seed))
+    print(make(args.out.expanduser(), {"train": args.train, "val": args.val}, args.size, args.seed))
 
 
 if __name__ == "__main__":
