@@ -160,7 +160,11 @@ def runs(tmp_path):
 
 def test_curves_are_those_of_the_runs(runs, monkeypatch):
     read = curves.labelled([str(runs / "a"), f"other={runs / 'b'}"])
-    assert read == {
+    as_lists = {
+        run: {name: tuple(points.tolist() for points in curve) for name, curve in of.items()}
+        for run, of in read.items()
+    }
+    assert as_lists == {
         "a": {"step_train_loss": ([4, 9], [0.5, 0.25]), "valid_class_acc": ([9], [80.0])},
         "other": {"step_train_loss": ([4], [0.75])},
     }

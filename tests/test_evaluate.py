@@ -97,7 +97,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(checkpoint, monkeypatch, tmp_p
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("name", [name for name, row in PROTOCOLS.items() if row.trains])
+@pytest.mark.parametrize("name", [name for name, row in PROTOCOLS.items() if row.trains and not row.needs_stages])
 def test_protocols_that_train(checkpoint, name):
     """End to end, one epoch of a few steps; the same seed gives the same numbers."""
     options = {"training": {"max_epochs": 1, "batch_size": 256}, "baselines": False}

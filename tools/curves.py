@@ -7,13 +7,14 @@ What healthy and collapsed curves look like: docs/troubleshooting.md.
 """
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 
+from tools import report_figures
 from tools.commands import in_words
 from watch import COLLAPSED_STD
 from whole_files import whole
@@ -30,7 +31,7 @@ MEANINGS = {  # of names in the titles
 }
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")  # on white; other pages see a white card
 STYLES = ("-", "--", ":", "-.")
-Curve = tuple[list[int], list[float]]  # steps, values
+Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
 def read(folder: str | Path) -> dict[str, Curve]:
@@ -43,15 +44,7 @@ def read(folder: str | Path) -> dict[str, Curve]:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ValueError(f"{folder} is no run: there is neither {paths[0]} nor {paths[1]}")
-    curves: dict[str, Curve] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name != "step":
-                    steps, values = curves.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(value))
-    return curves
+    return report_figures.read(path)
 
 
 def draw(runs: dict[str, dict[str, Curve]], path: str | Path, panels: Sequence[str] = PANELS) -> None:

@@ -137,7 +137,7 @@ ONLY_IF_IT_VARIES = ("T",)
 def read(file: Path) -> Lines:
     """Every column of a metrics.csv or throughput.csv; of several rows of one step the last."""
     found: dict[str, dict[int, float]] = {}
-    for row in csv.DictReader(file.open(newline="")) if file.is_file() else []:
+    for row in csv.DictReader(file.read_text().splitlines() if file.is_file() else []):
         for name, value in row.items():
             if value and name != "step":
                 found.setdefault(name, {})[int(row["step"])] = float(value)
