@@ -4,6 +4,7 @@ import copy
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -29,6 +30,24 @@ class OnDisk:
     def shards(self, paths: list[str]) -> np.ndarray | None:
         """The number of the larger file in which each is, where it pays to read one after the other."""
         return None
+
+
+def check_classes(split: Path) -> None:
+    """Classes are numbered in the order of their folders' names, in each split by itself.
+
+    Raises:
+        ValueError: so the same class would have another number here than in `train` beside it.
+    """
+
+    def classes(folder: Path) -> set[str]:
+        return {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+
+    here, train = classes(split), classes(split.with_name("train"))
+    if here & train and here != train:
+        raise ValueError(
+            f"{split} and its neighbour train have not the same class folders: {', '.join(sorted(here ^ train)[:5])} "
+            "only in one of them, so that their labels would differ. Make them the same"
+        )
 
 
 class LabelledFiles(Dataset):

@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from array_files import is_array, read_array
 from augmentations import View, draw_crops, generator
-from files import File, LabelledFiles, OnDisk, Sample
+from files import File, LabelledFiles, OnDisk, Sample, check_classes
 
 CENTRAL = 7 / 8  # of the shorter side: what an evaluation sees
 MARGIN = 1.25  # of a crop at a reduced scale over its view, see ImageFiles
@@ -21,7 +21,8 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def class_folders(split: Path) -> list[Sample]:
-    """Raises ValueError without images, or for a class without images."""
+    """Raises ValueError without images, for a class without images, and for other classes than in train."""
+    check_classes(split)
     try:
         return ImageFolder(str(split)).samples
     except FileNotFoundError as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 import clips
 import decoders
 from augmentations import View, generator
-from files import LabelledFiles, Sample
+from files import LabelledFiles, Sample, check_classes
 from image_files import CENTRAL, Box, draw_box, resized
 from image_ops import LUMA
 
@@ -173,6 +173,7 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
 
 def in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
     """(path, label) of each; classes are numbered in the order of their names."""
+    check_classes(folder)
     what = "a folder of frames for each video" if of_frames else "videos"
     classes, videos = sorted(path for path in folder.iterdir() if path.is_dir()), []
     for label, of_class in enumerate(classes):

@@ -14,9 +14,10 @@ from torch import nn
 import data
 import image_files
 from augmentations import View
-from image_files import ImageFiles, read_image
+from image_files import ImageFiles, class_folders, read_image
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from video_files import in_class_folders
 
 RAMP = np.linspace(0, 255, 40 * 30).reshape(40, 30).astype(np.uint8)
 
@@ -246,3 +247,17 @@ def test_a_large_truncated_jpeg_is_named_too(tmp_path):
             ImageFiles(tmp_path, 3, 16, views, seed=0)[0]
         with pytest.raises(ValueError, match="none of the 1 images could be read"):
             ImageFiles(tmp_path, 3, 16, views, seed=0, skip_unreadable=True)[0]
+
+
+def test_classes_that_differ_from_those_of_training_are_refused(tmp_path):
+    """torchvision's ImageFolder would number them anew, and every score would be wrong without a word."""
+    for split, names in {"train": "abc", "val": "ac", "other": "xy"}.items():
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / split / name / "0.png")
+    with pytest.raises(ValueError, match="val and its neighbour train have not the same class folders: b only in one"):
+        class_folders(tmp_path / "val")
+    with pytest.raises(ValueError, match="have not the same class folders: b only in one"):
+        in_class_folders(tmp_path / "val", of_frames=True)
+    assert [label for _, label in class_folders(tmp_path / "train")] == [0, 1, 2]
+    assert len(class_folders(tmp_path / "other")) == 2  # labels of their own: train is something else
