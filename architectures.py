@@ -70,7 +70,7 @@ def of_clips(state: dict[str, Tensor]) -> bool:
 
 
 def from_torchvision(state: dict[str, Tensor]) -> Iterator[str]:
-    resnets = [name for name in encoders.IMAGE_MODELS if "resnet" in name or "resnext" in name]
+    resnets = [name for name in encoders.IMAGE_MODELS if encoders.is_resnet(name)]
     yield from (*resnets, *ws_resnet.WS_RESNETS)
     if "layer1.0.conv1.weight" in state:  # which no others have
         return

@@ -1,12 +1,15 @@
 """What several tests share: the digits packed once, small settings, a quiet Trainer."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 
 import data
+from checkpoints import Checkpoints
 from model_params import PRESETS
 
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and waiting threads slow others down
@@ -35,6 +38,23 @@ def digits_path(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def finished_run(digits_path, tmp_path_factory):
+    """finished_run("vicreg --out {out} ..."): the folder of a run of train.py with these arguments."""
+
+    def make(arguments: str) -> Path:
+        import train
+
+        out = tmp_path_factory.mktemp("runs") / "first"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DATA_PATH", str(digits_path))
+            patch.setattr(sys, "argv", ["train.py", *arguments.format(out=out).split()])
+            train.main()
+        return out
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def data_path(digits_path, monkeypatch, tmp_path):
     """Every test finds the digits, writes into its own folder, and starts from the same random state."""
@@ -60,3 +80,16 @@ def trainer():
         return pl.Trainer(accelerator="cpu", enable_model_summary=False, **{**quiet, **size, **options})
 
     return build
+
+
+@pytest.fixture
+def weights_after_two_epochs(trainer, tmp_path):
+    """weights_after_two_epochs(model): of an uninterrupted training, which leaves checkpoints every three steps in
+    tmp_path; with a checkpoint, of one that goes on from there."""
+
+    def train(model: pl.LightningModule, checkpoint: Path | None = None) -> torch.Tensor:
+        saving = [Checkpoints(tmp_path, every_n_steps=3, keep=99)] if checkpoint is None else []
+        trainer(max_epochs=2, limit_train_batches=1.0, callbacks=saving).fit(model, ckpt_path=checkpoint)
+        return torch.cat([p.flatten() for p in model.state_dict().values()])
+
+    return train

@@ -45,13 +45,8 @@ def refused(line: str, capsys) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(digits_path, tmp_path_factory) -> Path:
-    """The folder of a finished run."""
-    out = tmp_path_factory.mktemp("runs") / "first"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA_PATH", str(digits_path))
-        patch.setattr(sys, "argv", ["train.py", *RUN.format(out=out).split()])
-        train.main()
+def run(finished_run) -> Path:
+    out = finished_run(RUN)
     torch.use_deterministic_algorithms(False)
     return out
 

@@ -17,7 +17,6 @@ from torchvision.datasets import ImageFolder
 
 import data
 import train
-from checkpoints import Checkpoints
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
@@ -331,12 +330,10 @@ def test_a_folder_without_labels_trains_and_is_measured(tmp_path, trainer, caplo
     assert other.dataset_name == "cifar10" and other.data_path is None
 
 
-def test_resumed_training_and_workers_change_nothing(photos, trainer, tmp_path):
+def test_resumed_training_and_workers_change_nothing(photos, weights_after_two_epochs, tmp_path):
     def weights(workers: int, path: Path | None = None) -> torch.Tensor:
         model = SelfSupervisedMethod(params(photos, num_data_workers=workers))
-        saving = [Checkpoints(tmp_path, every_n_steps=3, keep=99)] if path is None else []
-        trainer(max_epochs=2, limit_train_batches=1.0, callbacks=saving).fit(model, ckpt_path=path)
-        return torch.cat([p.flatten() for p in model.state_dict().values()])
+        return weights_after_two_epochs(model, path)
 
     uninterrupted = weights(workers=0)
     (after_three,) = tmp_path.glob("step_*03.ckpt")  # of the 5 steps of the first epoch

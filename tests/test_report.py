@@ -20,7 +20,6 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 import data
-import train
 from model_params import PRESETS
 from tools import report, report_figures, report_pictures, report_runs
 from weights import load_encoder
@@ -35,14 +34,8 @@ EPOCHS, STEPS = 2, 6
 
 
 @pytest.fixture(scope="module")
-def run(digits_path, tmp_path_factory) -> Path:
-    """The folder of a finished run."""
-    out = tmp_path_factory.mktemp("runs") / "first"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DATA_PATH", str(digits_path))
-        patch.setattr(sys, "argv", ["train.py", *RUN.format(out=out).split()])
-        train.main()
-    return out
+def run(finished_run) -> Path:
+    return finished_run(RUN)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ import loader
 import shard_names
 import tar_shards
 import train
-from checkpoints import Checkpoints
 from evaluate import evaluate_checkpoint
 from loader import Share
 from moco import SelfSupervisedMethod
@@ -304,14 +303,12 @@ def test_a_set_within_the_window_is_shuffled_as_files_are():
 # ---- training ----
 
 
-def test_resumed_training_on_shards_and_workers_change_nothing(stored, trainer, tmp_path, monkeypatch):
+def test_resumed_training_on_shards_and_workers_change_nothing(stored, weights_after_two_epochs, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "WINDOW", 10)
 
     def weights(workers: int, path: Path | None = None) -> torch.Tensor:
         model = SelfSupervisedMethod(params(stored["shards"], num_data_workers=workers, evaluations=[]))
-        saving = [Checkpoints(tmp_path, every_n_steps=3, keep=99)] if path is None else []
-        trainer(max_epochs=2, limit_train_batches=1.0, callbacks=saving).fit(model, ckpt_path=path)
-        return torch.cat([p.flatten() for p in model.state_dict().values()])
+        return weights_after_two_epochs(model, path)
 
     uninterrupted = weights(workers=0)
     (after_three,) = tmp_path.glob("step_*03.ckpt")  # of the 5 steps of the first epoch

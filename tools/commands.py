@@ -1,5 +1,6 @@
 """What the commands of this folder have in common."""
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,14 @@ def in_words() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"{error}") from error
+
+
+def parser_of(name: str, description: str) -> argparse.ArgumentParser:
+    """Of `python -m tools.NAME`; its help is the module's docstring, as it stands there."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        prog=f"python -m tools.{name}", description=description, formatter_class=formatter, allow_abbrev=False
+    )
 
 
 def bar() -> Progress:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from command_line import add_fields
 from data import already_a_batch
-from tools.commands import in_words, usable
+from tools.commands import in_words, parser_of, usable
 from tools.embedding_work import Work
 from tools.feature_files import read  # noqa: F401  (the reader of what this writes)
 from tools.image_sources import Batches, Source, open_source, part_kept
@@ -125,10 +125,7 @@ def batches(source: Source, encoder: Encoder, todo: list[str], batch_size: int, 
 
 
 def arguments() -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.embed", description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = parser_of("embed", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
         "folder",

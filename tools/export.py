@@ -25,6 +25,7 @@ from torch import nn
 from command_line import add_fields
 from shared_params import EncoderAndDataParams
 from tools import count
+from tools.commands import parser_of
 from tools.formats import FORMATS, Normalized
 from tools.verify import samples, verified
 from weights import Encoder, load_encoder
@@ -177,10 +178,7 @@ def place(file: Path, target: Path, publish: bool) -> Path:
 
 
 def arguments() -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export", description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = parser_of("export", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
         "--format", nargs="+", default=[], metavar="FORMAT", help=f"one or several of {', '.join(FORMATS)}"

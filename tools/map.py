@@ -5,13 +5,12 @@
 t-SNE is scikit-learn's; --method umap needs the package umap-learn. Both see the embeddings on the unit sphere.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from tools import feature_files
-from tools.commands import in_words
+from tools.commands import in_words, parser_of
 from tools.image_sources import open_source
 from tools.map_files import WRITERS, Map
 from tools.projection import METHODS, TITLES, kinds, project
@@ -68,10 +67,7 @@ def make_map(
 
 @in_words()
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.map", description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = parser_of("map", __doc__)
     parser.add_argument("features", metavar="FILE.parquet")
     parser.add_argument("--out", type=Path, nargs="+", default=[Path("map.png"), Path("map.html")], metavar="FILE")
     parser.add_argument("--method", choices=METHODS, default="tsne")

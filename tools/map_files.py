@@ -108,7 +108,7 @@ def pictures(paths: list[str], source: Source, budget: int) -> list[str | None]:
     with bar() as progress:
         for i in progress.track(np.random.default_rng(0).permutation(len(paths)), description="pictures"):
             try:
-                uri = data_uri(source.picture(paths[i], side=SIDE))
+                uri = thumbnail(source.picture(paths[i], side=SIDE))
             except OSError:
                 continue
             left -= len(uri)
@@ -118,11 +118,16 @@ def pictures(paths: list[str], source: Source, budget: int) -> list[str | None]:
     return uris
 
 
-def data_uri(picture: Image.Image) -> str:
+def thumbnail(picture: Image.Image) -> str:
     picture.thumbnail((SIDE, SIDE))
+    return data_uri(picture, "JPEG", quality=80)
+
+
+def data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
+    """The picture in the words of a page; `kind` and `options` are those of its `save`."""
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    picture.save(file, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 WRITERS = {".png": draw, ".html": page}

@@ -10,7 +10,6 @@ dataset_name="kinetics" reads them. The photographs are those of scikit-learn an
 left is one to the right: train without mirroring.
 """
 
-import argparse
 import math
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ from attrs import frozen
 from PIL import Image
 
 from augmentations import generator
-from tools.commands import bar, in_words
+from tools.commands import bar, in_words, parser_of
 
 PHOTOGRAPHS = {
     "train": ("astronaut", "brick", "chelsea", "coffee", "coins", "gravel", "hubble_deep_field",
@@ -140,10 +139,7 @@ def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
 
 @in_words()
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.moving_photographs", description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = parser_of("moving_photographs", __doc__)
     parser.add_argument("out", type=Path, metavar="DATA_PATH", help="the videos go into its folder kinetics")
     parser.add_argument("--train", type=int, default=60, metavar="N", help="videos of each of 8 motions")
     parser.add_argument("--val", type=int, default=30, metavar="N", help="likewise")

@@ -6,13 +6,12 @@ An IMAGE is one of the features' own, by its path in the file or on the disk, an
 other image, which the features' checkpoint embeds.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 
 from tools import feature_files
-from tools.commands import in_words
+from tools.commands import in_words, parser_of
 from tools.contact_sheet import contact_sheet
 from tools.embed import digest
 from tools.image_sources import Batches, Folder, Source, open_source, picture_of
@@ -109,10 +108,7 @@ def nearest_sheet(
 
 @in_words()
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.nearest", description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = parser_of("nearest", __doc__)
     parser.add_argument("features", metavar="FILE.parquet")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--out", type=Path, default=Path("nearest.png"), metavar="FILE.png")

@@ -7,7 +7,6 @@ The page asks the network for nothing. What a run has not left, or what is not o
 reason. docs/report.md says what is to be seen.
 """
 
-import argparse
 import html
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from tools import compare, report_figures, report_pictures, report_runs
-from tools.commands import in_words
+from tools.commands import in_words, parser_of
 from tools.map_files import in_script
 from whole_files import write_whole
 
@@ -81,10 +80,7 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
 
 @in_words()
 def main() -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.report", description=__doc__, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = parser_of("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--out", metavar="FILE.html", help="default: report.html in RUN's folder; of several runs, here"

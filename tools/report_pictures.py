@@ -1,7 +1,5 @@
 """The pictures of a report: views, nearest neighbours and the map, from a run's checkpoint and its images."""
 
-import base64
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,12 +94,12 @@ def check_data(params: ModelParams, splits: tuple[str, ...]) -> None:
 
 def uri(image: Tensor, factor: float = 1.0) -> str:
     """[C, H, W] -> a data URI of the image, reduced if the factor is below 1."""
-    picture, file = preview.magnified(image, 1), io.BytesIO()
+    picture = preview.magnified(image, 1)
     if factor < 1:
         picture = picture.resize([max(1, round(edge * factor)) for edge in picture.size], Image.Resampling.LANCZOS)
-    kind = "PNG" if max(picture.size) <= PIXELS else "JPEG"
-    picture.save(file, kind, **({"quality": 85} if kind == "JPEG" else {}))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+    if max(picture.size) <= PIXELS:
+        return map_files.data_uri(picture, "PNG")
+    return map_files.data_uri(picture, "JPEG", quality=85)
 
 
 # ---- embeddings ----
