@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -123,7 +122,6 @@ class LabelledFiles(Dataset):
         """Paths of the files found unreadable so far, by any worker."""
         return [self.files[i][0] for i in self.unreadable.nonzero().flatten().tolist()]
 
-    def last_read(self, message: str) -> list[str]:
-        """Paths of the files read last by those workers whose process a message of PyTorch names."""
-        named = set(map(int, re.findall(r"\d+", message)))
-        return [self.files[i][0] for process, i in self.reading.tolist() if process > 0 and process in named]
+    def last_read(self, process: int) -> str | None:
+        """Path of the file that this worker read last."""
+        return next((self.files[i][0] for reader, i in self.reading.tolist() if reader == process), None)

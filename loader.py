@@ -1,7 +1,11 @@
 """The DataLoader of our own data sets, which goes on within an epoch; and what any loader may yield."""
 
+import signal
 from collections.abc import Iterator
 from itertools import islice
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -45,6 +49,7 @@ class Loader(DataLoader):
 
     position = {"epoch": 0, "batches": 0}
     resumed: dict[str, int] | None = None
+    workers: tuple[BaseProcess, ...] = ()  # of the epoch begun last
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -63,18 +68,32 @@ class Loader(DataLoader):
         self.sampler.skip = start * self.batch_size
         if hasattr(self.dataset, "epoch"):
             self.dataset.epoch = epoch
-        for batch in self.batches():
-            self.position["batches"] += 1
-            yield batch
+        try:
+            for batch in self.batches():
+                self.position["batches"] += 1
+                yield batch
+        except (OSError, EOFError):  # the connection to a worker is lost, before the system says that it died
+            wait([worker.sentinel for worker in self.workers], timeout=1 if self.workers else 0)
+            raise
 
     def batches(self) -> Iterator[Any]:
         """A data set that knows `order` has its images on the device: the order of the epoch goes there once."""
         if not hasattr(self.dataset, "order"):
-            return super().__iter__()
+            others = set(active_children())
+            batches = super().__iter__()
+            self.workers = tuple(set(active_children()) - others)
+            return batches
         order = self.dataset.order(list(self.sampler))
         if self.drop_last:
             order = order[: len(order) // self.batch_size * self.batch_size]
         return map(self.dataset.__getitems__, order.split(self.batch_size))
+
+    def dead_workers(self) -> Iterator[tuple[int, str]]:
+        """(process, how it ended) of those that did not end well. PyTorch itself ends late ones, by SIGTERM."""
+        for worker in self.workers:
+            if worker.exitcode not in (None, 0, -signal.SIGTERM):
+                code = worker.exitcode
+                yield worker.pid, f"exit code {code}" if code > 0 else signal.Signals(-code).name
 
     def state_dict(self) -> dict[str, int]:
         return dict(self.position)

@@ -101,7 +101,8 @@ class Watch(pl.Callback):
 
     def name_skipped(self, trainer: pl.Trainer) -> None:
         """Unreadable images of this process's share."""
-        skipped = [path for dataset in datasets(trainer, "skipped") for path in dataset.skipped()]
+        datasets = [getattr(loader, "dataset", None) for loader in loaders(trainer)]
+        skipped = [path for dataset in datasets if hasattr(dataset, "skipped") for path in dataset.skipped()]
         if len(skipped) > self.n_skipped:
             self.n_skipped = len(skipped)
             warnings.warn(
@@ -133,10 +134,11 @@ class Watch(pl.Callback):
 
     @staticmethod
     def name_last_file(trainer: pl.Trainer, exception: BaseException) -> None:
-        for dataset in datasets(trainer, "last_read"):
-            files = dataset.last_read(str(exception))
-            if files and "DataLoader worker" in str(exception):
-                exception.add_note(f"the last file that this worker read is {', '.join(files)}")
+        """Whatever the exception is: often not more than a lost connection."""
+        for loader in loaders(trainer):
+            for process, end in loader.dead_workers() if isinstance(loader, Loader) else ():
+                if hasattr(loader.dataset, "last_read") and (path := loader.dataset.last_read(process)) is not None:
+                    exception.add_note(f"worker {process} died ({end}); the last file that this worker read is {path}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"collapse_was_named": self.collapse_was_named}
@@ -145,8 +147,7 @@ class Watch(pl.Callback):
         self.collapse_was_named = state["collapse_was_named"]
 
 
-def datasets(trainer: pl.Trainer, method: str) -> list:
-    """The data sets of the Trainer's loaders that have this method."""
-    loaders = [trainer.train_dataloader, trainer.val_dataloaders]
-    loaders = [one for some in loaders for one in (some if isinstance(some, list) else [some])]
-    return [loader.dataset for loader in loaders if hasattr(getattr(loader, "dataset", None), method)]
+def loaders(trainer: pl.Trainer) -> list:
+    """Those that the Trainer has at hand."""
+    both = [trainer.train_dataloader, trainer.val_dataloaders]
+    return [one for some in both for one in (some if isinstance(some, list) else [some])]

@@ -1,11 +1,14 @@
 """Images as they come: other modes and shapes, damaged files, folders that hold nothing."""
 
 import os
+import re
 import signal
 
 import attrs
 import numpy as np
+import processes
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -152,31 +155,35 @@ def test_folders_that_hold_nothing_are_refused_in_one_sentence(folders, monkeypa
             data.prepare_data(name)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # PyTorch raises anywhere, first in __del__
-def test_a_worker_that_dies_is_reported_with_the_file_it_read(folders, trainer, monkeypatch):
+def train_on_what_kills(rank: int, params: ModelParams) -> None:
     def read_or_die(path, channels):
         if path.endswith("dog/04.jpg"):
             os.kill(os.getpid(), signal.SIGKILL)
         return read_image(path, channels)
 
-    monkeypatch.setattr(image_files, "read_image", read_or_die)
+    image_files.read_image = read_or_die
     encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    model = SelfSupervisedMethod(folders, encoder=encoder, num_data_workers=2)
-    with pytest.raises(RuntimeError, match="DataLoader worker") as found:
-        trainer(limit_train_batches=None).fit(model)
-    notes, error = [], found.value  # PyTorch may raise once more while the first error is handled
-    while error is not None:
-        notes += getattr(error, "__notes__", [])
-        error = error.__context__
-    assert any("the last file that this worker read is" in note and "dog/04.jpg" in note for note in notes)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, **quiet)
+    trainer.fit(SelfSupervisedMethod(params, encoder=encoder, num_data_workers=2))
+
+
+def test_a_worker_that_dies_is_reported_with_the_file_it_read(folders, tmp_path):
+    """In a process of its own: PyTorch raises wherever it is then, in the middle of an import too."""
+    assert processes.join(processes.launch(train_on_what_kills, 1, tmp_path, folders)) != [0]
+    said = (tmp_path / "output_0.txt").read_text()
+    assert re.search(r"died \(SIGKILL\); the last file that this worker read is .*dog/04\.jpg", said), said
 
 
 def test_memory_of_the_workers_is_shared(folders):
     dataset, _ = everything(attrs.evolve(folders, num_data_workers=2))
-    processes = {process for process, _ in dataset.reading.tolist()} - {-1}
-    assert len(processes) == 2 and os.getpid() not in processes
+    workers = {process for process, _ in dataset.reading.tolist()} - {-1}
+    assert len(workers) == 2 and os.getpid() not in workers
     assert torch.equal(dataset.unreadable, torch.zeros(24, dtype=torch.bool))
 
 
