@@ -28,7 +28,7 @@ from baselines import compared
 from command_line import add_fields
 from protocols import PROTOCOLS
 from results import Results, versions
-from shared_params import EncoderAndDataParams
+from shared_params import EncoderAndDataParams, n_classes
 from subject import Subject
 from weights import Encoder, load_encoder
 
@@ -146,7 +146,8 @@ def check_names(protocols: Sequence[str]) -> None:
 
 def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
     """Those wanted; without a wish, all that can be run and do not train."""
-    refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params))}
+    labelled = n_classes(params) > 0
+    refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, labelled))}
     if protocols is None:
         return [name for name, row in PROTOCOLS.items() if not row.trains and name not in refused]
     for name in protocols:

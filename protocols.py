@@ -17,7 +17,7 @@ import probes
 import svm
 from linear_classifier import READING, LinearClassifierMethod
 from linear_params import LINEAR_PRESETS
-from shared_params import EncoderAndDataParams, n_classes
+from shared_params import EncoderAndDataParams
 from subject import MOST_IMAGES, VIEWS, Subject
 from weights import Encoder
 
@@ -77,9 +77,9 @@ class Protocol:
     needs_classes: bool = True  # labels: one class an image
     needs_stages: bool = False  # an encoder with layer1 to layer4
 
-    def refusal(self, encoder: Encoder, params: EncoderAndDataParams) -> str | None:
-        """Why it cannot be run."""
-        if self.needs_labels and n_classes(params) == 0:
+    def refusal(self, encoder: Encoder, params: EncoderAndDataParams, labelled: bool) -> str | None:
+        """Why it cannot be run. Whether images are labelled is told, as files are listed to find out."""
+        if self.needs_labels and not labelled:
             return f"needs labels, and the images of {params.dataset_name} have none"
         if self.needs_classes and params.dataset.many_labels:
             return f"needs one class an image, and those of {params.dataset_name} have several"

@@ -17,10 +17,10 @@ from torchvision.datasets import ImageFolder
 
 import data
 import train
+from evaluate import runnable
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
-from protocols import PROTOCOLS
 from shared_params import n_classes
 from weights import load_encoder
 
@@ -324,8 +324,9 @@ def test_a_folder_without_labels_trains_and_is_measured(tmp_path, trainer, caplo
     with pytest.raises(ValueError, match="data_path=.*flat' have no labels, which a classifier needs"):
         LinearClassifierMethod.from_moco_checkpoint(tmp_path / "flat.ckpt")
     encoder = load_encoder(tmp_path / "flat.ckpt")
-    assert "have none" in PROTOCOLS["svm"].refusal(encoder, encoder.params)
-    assert PROTOCOLS["rank_me"].refusal(encoder, encoder.params) is None
+    with pytest.raises(ValueError, match="'svm' needs labels, and the images of folder have none: .* rank_me"):
+        runnable(["svm"], encoder, encoder.params)
+    assert "rank_me" in runnable(None, encoder, encoder.params)
     other = load_encoder(tmp_path / "flat.ckpt", dataset_name="cifar10").params
     assert other.dataset_name == "cifar10" and other.data_path is None
 
