@@ -65,6 +65,7 @@ class DatasetInfo:
     validation_splits: tuple[str, ...] | None = None  # while pretraining; None: test_splits
     many_labels: bool = False  # of an image: presences [K] of all classes, 1, -1 or 0, and not one class
     view: View = field(factory=View)  # training views, where the settings do not say otherwise
+    class_names: str = ""  # of a packed set, in the order of their numbers; "": the numbers
 
     @property
     def channels(self) -> int:
@@ -85,7 +86,14 @@ OfFiles = partial(DatasetInfo, 224, mean=IMAGENET_MEAN, std=IMAGENET_STD, read=N
 
 DATASETS = {
     "digits": DatasetInfo(8, 10, (0.3053,), (0.3760,), read_digits, view=DIGIT_VIEW),
-    "cifar10": DatasetInfo(32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), read_cifar(CIFAR10)),
+    "cifar10": DatasetInfo(
+        32,
+        10,
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        read_cifar(CIFAR10),
+        class_names="airplane automobile bird cat deer dog frog horse ship truck",
+    ),
     "cifar100": DatasetInfo(32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), read_cifar(CIFAR100)),
     "stl10": DatasetInfo(
         96,
@@ -94,6 +102,7 @@ DATASETS = {
         (0.2603, 0.2566, 0.2713),
         read_stl10,
         pretraining_splits=("train", "unlabeled"),
+        class_names="airplane bird car cat deer dog horse monkey ship truck",
     ),
     "imagenet": OfFiles(n_classes=1000, test_splits=("val",)),
     "voc07": OfFiles(

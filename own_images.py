@@ -142,7 +142,7 @@ def numbered(found: Found, class_to_idx: list[str] | None) -> dict[str, list[tup
     """Labels as numbers: their own, or those of `class_to_idx`, or by the alphabetical order of all; -1 for none."""
     names = {label for images in found.values() for _, label in images} - {None}
     if class_to_idx is not None:
-        numbers = {name: int(number) for name, _, number in (entry.rpartition("=") for entry in class_to_idx)}
+        numbers = numbers_of(class_to_idx)
         known = {name: numbers.get(str(name), -1) for name in names}
         unknown = sorted(str(name) for name in names if known[name] < 0)
         if unknown:
@@ -153,6 +153,11 @@ def numbered(found: Found, class_to_idx: list[str] | None) -> dict[str, list[tup
         known = {name: number for number, name in enumerate(sorted(names, key=str))}
     known[None] = -1
     return {split: [(path, known[label]) for path, label in images] for split, images in found.items()}
+
+
+def numbers_of(class_to_idx: list[str]) -> dict[str, int]:
+    """["cat=0", "dog=1"] -> name -> number."""
+    return {name: int(number) for name, _, number in (entry.rpartition("=") for entry in class_to_idx)}
 
 
 def as_classes(labels: list[int]) -> np.ndarray:

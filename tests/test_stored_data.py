@@ -26,7 +26,8 @@ import train
 from evaluate import evaluate_checkpoint
 from loader import Share
 from moco import SelfSupervisedMethod
-from tools import embed
+from model_params import ModelParams
+from tools import embed, report_pictures
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -89,6 +90,19 @@ def stored(tmp_path_factory) -> dict[str, str]:
 
 def labels(p, split: str = "train") -> list[int]:
     return data.get_dataset(p, (split,)).labels.tolist()
+
+
+def test_pages_call_classes_by_their_names(stored, photos):
+    def shown(path: Path | str, **how) -> list[str | None]:
+        p = params(Path(path), val_size=0.0, test_size=0.0, **how)
+        dataset = data.get_dataset(p, ("train",))
+        return sorted(report_pictures.names(p, dataset, torch.from_numpy(dataset.labels)))
+
+    names = sorted(["china", "flower"][classes(name)] for name in NAMES)
+    assert shown(photos) == shown(stored["arrow"]) == shown(stored["shards"]) == names
+    assert shown(stored["arrow"], class_to_idx=["china=1", "flower=0"]) == names
+    assert report_pictures.class_names(ModelParams(dataset_name="cifar10"), None)[3] == "cat"
+    assert all(len(info.class_names.split()) in (0, info.n_classes) for info in data.DATASETS.values())
 
 
 # ---- the same as files ----

@@ -15,9 +15,11 @@ import augmentations
 import checkpoints
 import data
 import features
+import own_images
 import preview
 from model_params import ModelParams
 from packed_images import is_there
+from shared_params import EncoderAndDataParams
 from tools import map_files
 from tools.commands import bar, usable
 from tools.neighbours import best_of
@@ -130,7 +132,7 @@ def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
             x.append(encoder.embed(batch).cpu())
             y.append(labels)
     note = f"{len(some):,} of {len(dataset):,} images of {params.dataset_name}/{'+'.join(splits)}"
-    labels, paths = names(dataset, torch.cat(y)), places(dataset, splits, chosen)
+    labels, paths = names(params, dataset, torch.cat(y)), places(dataset, splits, chosen)
     return Embedded(torch.cat(images), torch.cat(x).numpy(), labels, paths, f"{note}, embedded by {file.name}")
 
 
@@ -142,16 +144,26 @@ def places(dataset: Any, splits: tuple[str, ...], chosen: np.ndarray) -> list[st
     return [f"{i}: {'/'.join(Path(files[i][0]).parts[-2:])}" for i in chosen.tolist()]
 
 
-def names(dataset: Any, y: Tensor) -> list[str | None]:
-    """Of the classes: of their folders, if each has its own; else their numbers. None: no label, or many."""
+def names(params: EncoderAndDataParams, dataset: Any, y: Tensor) -> list[str | None]:
+    """Of the classes; their numbers where no names are known. None: no label, or many."""
     if y.dim() > 1:
         return [None] * len(y)
+    known = class_names(params, dataset)
+    return [known.get(label, str(label)) if label >= 0 else None for label in y.tolist()]
+
+
+def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
+    """Number -> name, of the settings or the data set, or of the files' folders if each class has its own."""
+    if params.class_to_idx:
+        return {number: name for name, number in own_images.numbers_of(params.class_to_idx).items()}
+    stored = params.dataset.class_names.split() or getattr(getattr(dataset, "source", None), "classes", None)
+    if stored:
+        return dict(enumerate(stored))
     of_class: dict[int, set[str]] = {}
     for path, label in getattr(dataset, "files", []):
         of_class.setdefault(int(label), set()).add(Path(path).parent.name)
     folders = {label: next(iter(found)) for label, found in of_class.items() if len(found) == 1}
-    known = folders if len(set(folders.values())) == len(of_class) else {}
-    return [known.get(label, str(label)) if label >= 0 else None for label in y.tolist()]
+    return folders if len(set(folders.values())) == len(of_class) else {}
 
 
 # ---- neighbours and map ----
