@@ -125,12 +125,13 @@ class Parser(jsonargparse.ArgumentParser):
         if message.lower().startswith("unrecognized arguments: "):
             given = message.split(": ")[1].split()[0].split("=")[0]
             name = given.lstrip("-")
-            message = f"unknown {'argument' if given == name else 'option'} {given}.{meant(name)}"
-        fail(" ".join(message.split()))
+            unknown = f"unknown {'argument' if given == name else 'option'} {given}.{meant(name)}"
+            message = f"{given} is a preset: one is needed, as the first argument" if given in PRESETS else unknown
+        fail(message)
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -140,9 +141,10 @@ def known_names() -> tuple[str, ...]:
 
 def meant(name: str, names: Sequence[str] | None = None, start: str = "--") -> str:
     """' Did you mean --lr?': names that are spelt alike, or that have its initials (learning_rate: lr) as a word."""
-    names = names or known_names()
-    alike = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    initials = "".join(word[0] for word in name.lower().split("_") if word)
+    names, name = names or known_names(), name.lower()
+    lower = {known.lower(): known for known in names}
+    alike = [lower[known] for known in difflib.get_close_matches(name, lower, n=3, cutoff=0.6)]
+    initials = "".join(word[0] for word in name.split("_") if word)
     short = [known for known in names if initials in known.lower().split("_")]
     found = (alike or sorted(short, key=lambda known: (not known.lower().startswith(initials), len(known))))[:3]
     return f" Did you mean {', '.join(start + one for one in found)}?" if found else " --help lists all"
@@ -151,11 +153,9 @@ def meant(name: str, names: Sequence[str] | None = None, start: str = "--") -> s
 def parser(preset: str) -> Parser:
     """Of all options, with this preset's values as defaults."""
     about = f"{wrapped(f'{preset}: {differences(preset)}')}\n{VALUES}"
-    # print_config=None: ours, which prints what was validated, and reads back to the same run
-    built = Parser(usage=USAGE, description=about, formatter_class=Formatter, print_config=None)
-    built.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML, as --print_config makes it; options win"
-    )
+    # print_config=None: ours prints what was validated. allow_abbrev: `parse` would not know --conf for --config
+    built = Parser(usage=USAGE, description=about, formatter_class=Formatter, print_config=None, allow_abbrev=False)
+    built.add_argument("--config", action="config", metavar="FILE", help="YAML of --print_config; options win")
     built.add_argument("--preset", default=preset, help=argparse.SUPPRESS)  # of a configuration file
     groups = {}
     for defaults in (RunOptions(), PRESETS[preset]()):
@@ -164,14 +164,13 @@ def parser(preset: str) -> Parser:
             if heading not in groups:
                 groups[heading] = built.add_argument_group(heading)
             default = getattr(defaults, attribute.name)
-            flag = {"nargs": "?", "const": True} if attribute.type is bool else {}
             groups[heading].add_argument(
                 f"--{attribute.name}",
                 type=reader(attribute.type),
                 default=default,
                 metavar=type_text(attribute),
                 help=f"{comment} (default: {text(default)})".strip().replace("%", "%%"),
-                **flag,
+                **({"nargs": "?", "const": True} if attribute.type is bool else {}),
             )
     return built
 
@@ -203,6 +202,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
         print("\n".join(wrapped(f"{name:14}{differences(name)}", " " * 14) for name in PRESETS))
         raise SystemExit(0 if arguments else 2)
     config = [arguments.pop(at) for at in option_at(arguments, "--config")]
+    if option_at(arguments, "--config"):
+        fail("--config is there twice: give one file")
     preset = preset_of(given, config)
     found = parser(preset).parse_args(config + arguments).as_dict()  # the file first: options win
     try:
@@ -227,7 +228,10 @@ def preset_of(given: str | None, config: list[str]) -> str:
         path = Path(config[-1].removeprefix("--config="))
         if not path.is_file():
             fail(f"config={path} is no file")
-        content = from_yaml(path.read_text())
+        try:
+            content = from_yaml(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            fail(f"config={path} is no YAML: {error}")
         if not isinstance(content, dict):
             fail(f"config={path} holds no settings")
         for name in set(content) - {"preset", *known_names()}:
@@ -235,12 +239,11 @@ def preset_of(given: str | None, config: list[str]) -> str:
         written = content.get("preset")
     if given and written and given != written:
         fail(f"preset={given} contradicts {written} in {config[-1]}: leave one of them out")
-    preset = given or written or fail(f"which preset? choose one of {', '.join(PRESETS)}")
+    preset = given or written or fail(f"which preset? the first argument must be one of {', '.join(PRESETS)}")
     return preset if preset in PRESETS else fail(f"unknown preset {preset}.{meant(preset, tuple(PRESETS), '')}")
 
 
 def to_yaml(preset: str, options: RunOptions, params: ModelParams) -> str:
     """Everything that makes this run, as --config reads it."""
     assert not set(OF_THE_COMMAND) - set(NAMES)
-    settings = {"preset": preset, **options.of_the_run(), **attrs.asdict(params)}
-    return yaml.safe_dump(settings, sort_keys=False)
+    return yaml.safe_dump({"preset": preset, **options.of_the_run(), **attrs.asdict(params)}, sort_keys=False)

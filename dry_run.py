@@ -15,10 +15,12 @@ from rich.table import Table
 from torch import nn
 
 import data
+import evaluation
 from moco import SelfSupervisedMethod
 from watch import Watch
 
 STEPS = 2
+TOY = (torch.eye(4), torch.tensor([0, 0, 1, 1]))  # features and labels
 HIDDEN = ("params", "name", "lr")  # of groups: an example and the initial_lr say it
 NAMES = {  # of parts, as the field calls them
     "model": "encoder",
@@ -69,6 +71,13 @@ def run(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Trainer]) ->
         for table in (parts(model), groups(model, trainer), plan(model, trainer, stop.seconds_per_step)):
             console.print(table)
     return model
+
+
+def figures(model: SelfSupervisedMethod) -> set[str]:
+    """Names of what this model logged, and of evaluations, which one batch may have too few classes for."""
+    p = model.params
+    toy = evaluation.evaluate(p.evaluations, *TOY, TOY if p.probe_on_training_set else None)
+    return {*model.trainer.callback_metrics, *toy}
 
 
 def table(title: str, *columns: str) -> Table:

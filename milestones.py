@@ -35,8 +35,9 @@ class Best(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seen |= set(trainer.callback_metrics)
-        if self.name not in self.seen and trainer.current_epoch + 1 >= pl_module.params.evaluate_every_n_epochs:
-            raise ValueError(f"save_best={self.name!r} is not logged: choose one of {', '.join(sorted(self.seen))}")
+        validated = (trainer.current_epoch + 1) % pl_module.params.evaluate_every_n_epochs == 0
+        if validated and self.best is None:  # a resumed run may know the figure from epochs before
+            refuse_unknown(self.name, self.seen)
         value = trainer.callback_metrics.get(self.name)
         value = None if value is None else float(value)
         is_better = value is not None and (self.best is None or self.sign * value > self.sign * self.best)
@@ -50,6 +51,12 @@ class Best(pl.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
+
+
+def refuse_unknown(wanted: str, logged: set[str]) -> None:
+    name = wanted.partition(":")[0]
+    if name not in logged:
+        raise ValueError(f"save_best={name!r} is not logged: choose one of {', '.join(sorted(logged))}")
 
 
 def lowest_is_best(name: str) -> bool:

@@ -32,6 +32,8 @@ from rich.text import Text
 from results import versions
 from whole_files import write_whole
 
+# The optimizer of another run could not be gone on with; that its weights fit, train.py sees.
+FIXED = ("preset", "optimizer_name", "exclude_matching_parameters_from_lars", "layer_decay", "parameter_options")
 LOG_SOURCES = ("", "pytorch_lightning", "lightning_fabric")  # Lightning's loggers hand nothing on to the root
 
 
@@ -49,6 +51,16 @@ def begin(out: Path, config: str, command: Sequence[str]) -> None:
     write_whole(commands, before + shlex.join(["python", *command]) + "\n")
     earlier = json.loads(starts.read_text()) if starts.is_file() else []
     write_whole(starts, json.dumps([*earlier, circumstances()], indent=2))
+
+
+def refuse_another(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the run of the folder cannot be gone on with by these settings.
+    """
+    for name in FIXED:
+        if name in before and before[name] != now[name]:
+            raise ValueError(f"{out} holds a run with {name}={before[name]!r}: give that, or choose another --out")
 
 
 def settings(out: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """How a run is carried out and where it is kept. What it computes is in ModelParams."""
 
 import importlib.util
+import re
 from typing import Any
 
 from attrs import asdict, field, fields, frozen
@@ -61,6 +62,8 @@ class RunOptions:
         for wanted in self.save_best:
             if ":" in wanted and wanted.split(":")[1] not in ("min", "max"):
                 raise ValueError(f"save_best={wanted!r} must be the name of a figure, NAME:min or NAME:max")
+        if self.max_time is not None and not re.fullmatch(r"\d+(:\d\d){3}", self.max_time):
+            raise ValueError(f"max_time={self.max_time!r} must be DD:HH:MM:SS: 00:10:00:00 for ten hours")
         share = self.limit_train_batches
         if isinstance(share, float) and share > 1:
             raise ValueError(f"limit_train_batches={share} is no share: give a whole number of batches, or at most 1.0")

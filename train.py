@@ -8,6 +8,7 @@ Several processes: docs/distributed.md.
 """
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 
 import attrs
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import checkpoints
 import command_line
@@ -25,51 +28,66 @@ import run_folder
 from gradient_norms import GradientNorms
 from learning_rate import LearningRate
 from linear_classifier import LinearClassifierMethod
-from milestones import Best, EveryNEpochs
+from milestones import Best, EveryNEpochs, refuse_unknown
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from progress import Progress
 from run_options import RunOptions
 from whole_files import write_whole
 
+OF_THE_ENCODER = ("epochs", "trained encoder", "test set", "linear minutes", "linear classifier")  # of results.json
 
-def trainer(out: Path, name: str, epochs: int, resumed: Path | None, options: RunOptions) -> pl.Trainer:
-    """Of one stage. The milestones are made before `Checkpoints` saves what they know."""
+
+def trainer(out: Path, name: str, epochs: int, options: RunOptions) -> pl.Trainer:
+    """Of one stage, without its loggers. The milestones are made before `Checkpoints` saves what they know."""
     folder, pretraining = out / name / "checkpoints", name == "pretraining"
-    first_step = 0 if resumed is None else checkpoints.read(resumed)["global_step"]
     milestones = [Best(folder, wanted) for wanted in options.save_best if pretraining]
     if options.save_every_n_epochs and pretraining:
         milestones.append(EveryNEpochs(folder, options.save_every_n_epochs))
-    norms = [GradientNorms()] * options.log_gradient_norms
-    return pl.Trainer(
-        max_epochs=epochs,
-        logger=run_folder.get_loggers(out, name, options.logger, first_step),
-        enable_checkpointing=False,
-        callbacks=[
-            Progress(out / name / "throughput.csv"), LearningRate(), *norms, *milestones,
-            checkpoints.Checkpoints(folder, options.checkpoint_every_n_steps),
-        ],
-        num_sanity_val_steps=0,
-        **options.of_the_trainer(),
-    )  # fmt: skip
+    saving = checkpoints.Checkpoints(folder, options.checkpoint_every_n_steps)
+    callbacks = [Progress(out / name / "throughput.csv"), *figures(options), *milestones, saving]
+    return lightning(options, max_epochs=epochs, callbacks=callbacks)
 
 
 def trainer_of_dry_run(params: ModelParams, options: RunOptions, callbacks: list[pl.Callback]) -> pl.Trainer:
-    return pl.Trainer(
-        max_epochs=params.max_epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        callbacks=callbacks,
-        limit_val_batches=1,
-        num_sanity_val_steps=0,
-        **options.of_the_trainer(),
-    )
+    quiet = {"enable_model_summary": False, "enable_progress_bar": False, "limit_val_batches": 1}
+    return lightning(options, max_epochs=params.max_epochs, callbacks=[*figures(options), *callbacks], **quiet)
 
 
-def resumed_from(given: str | None, out: Path, name: str) -> Path | None:
-    return checkpoints.newest(out / name / "checkpoints") if given == "auto" else Path(given) if given else None
+def figures(options: RunOptions) -> list[pl.Callback]:
+    """What is logged beside the method's own figures."""
+    return [LearningRate(), *[GradientNorms()] * options.log_gradient_norms]
+
+
+def lightning(options: RunOptions, **more: Any) -> pl.Trainer:
+    """Its Trainer. What it refuses is said in one line."""
+    given, plain = options.of_the_trainer(), RunOptions().of_the_trainer()
+    try:
+        return pl.Trainer(logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **given, **more)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        refused = ", ".join(f"{name}={value!r}" for name, value in given.items() if value != plain[name])
+        raise ValueError(f"Lightning refuses {refused}: {' '.join(str(error).split())}") from error
+
+
+def beginning(given: str | None, out: Path, name: str, method: pl.LightningModule) -> tuple[Path | None, int]:
+    """The checkpoint from which a stage goes on, if there is one, and its optimizer steps.
+
+    Raises:
+        ValueError: it is of another model.
+    """
+    path = checkpoints.newest(out / name / "checkpoints") if given == "auto" else Path(given) if given else None
+    if path is None:
+        return None, 0
+    content = checkpoints.read(path)
+    method.on_load_checkpoint(content)  # as Lightning does before it loads: other names are translated
+    saved, own = ({k: v.shape for k, v in state.items()} for state in (content["state_dict"], method.state_dict()))
+    differing = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
+    if differing:
+        raise ValueError(
+            f"resume={given!r}: {path} is of another model, in which {', '.join(differing[:3])} "
+            f"{'and others ' * (len(differing) > 3)}differ: give the settings of its run, or choose another --out"
+        )
+    return path, content["global_step"]
 
 
 def score(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
@@ -81,16 +99,26 @@ def write(out: Path, results: dict[str, Any]) -> None:
     write_whole(out / "results.json", json.dumps(results, indent=2))
 
 
-def pretrain(model: SelfSupervisedMethod, out: Path, options: RunOptions, results: dict[str, Any]) -> None:
+@rank_zero_only
+def forget(out: Path, results: dict[str, Any]) -> None:
+    """The encoder is trained further: what was scored, and the linear stage, are of the one before."""
+    if outdated := [name for name in OF_THE_ENCODER if name in results]:
+        for name in outdated:
+            del results[name]
+        shutil.rmtree(out / "linear", ignore_errors=True)
+        write(out, results)
+
+
+def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict) -> None:
     """Fills in `results`: the encoder's scores before and after."""
-    resumed = resumed_from(options.resume, out, "pretraining")
-    fit = trainer(out, "pretraining", model.params.max_epochs, resumed, options)
-    if "random encoder" not in results:
+    if resumed is None or "random encoder" not in results:  # its row begins metrics.csv
         results["random encoder"] = score(fit, model)
         write(out, results)
+    fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: forget(out, results)))
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
     results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
+    results["epochs"] = fit.current_epoch  # fewer than max_epochs where max_time was up
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     results["trained encoder"] = score(fit, model)
     if model.params.dataset.own and model.params.evaluations:  # elsewhere the validation set is the test set
@@ -103,8 +131,9 @@ def train_classifier(out: Path, options: RunOptions, params: ModelParams, result
     if params.dataset.own:
         settings["drop_last_batch"] = None  # there may be fewer images than one batch
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", **settings)
-    resumed = resumed_from("auto", out, "linear") if options.resume else None
-    fit = trainer(out, "linear", options.linear_epochs, resumed, options)
+    resumed, step = beginning("auto" if options.resume else None, out, "linear", linear)
+    fit = trainer(out, "linear", options.linear_epochs, options)
+    fit.loggers = run_folder.get_loggers(out, "linear", options.logger, step)
     start = time.time()
     fit.fit(linear, ckpt_path=resumed)
     results["linear minutes"] = results.get("linear minutes", 0) + (time.time() - start) / 60
@@ -115,15 +144,18 @@ def train_classifier(out: Path, options: RunOptions, params: ModelParams, result
 
 def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:
     """One run, or the rest of one."""
-    results = {"preset": preset, "epochs": params.max_epochs}
+    results = {"preset": preset}
     if options.resume and (out / "results.json").is_file():
         results = json.loads((out / "results.json").read_text()) | results
     if params.dataset.own and params.splits_path is None:
         params = attrs.evolve(params, splits_path=str((out / "splits").resolve()))
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):
+        fit = trainer(out, "pretraining", params.max_epochs, options)
+        resumed, step = beginning(options.resume, out, "pretraining", model)  # what is refused leaves a run as it was
         run_folder.begin(out, command_line.to_yaml(preset, options, model.params), sys.argv)
-        pretrain(model, out, options, results)
+        fit.loggers = run_folder.get_loggers(out, "pretraining", options.logger, step)
+        pretrain(fit, model, resumed, out, results)
         if options.linear_epochs:
             train_classifier(out, options, params, results)
         run_folder.say(json.dumps(results, indent=2))
@@ -132,7 +164,7 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
 def main() -> None:
     try:
         do(*command_line.parse(sys.argv[1:]))
-    except (ValueError, FileNotFoundError) as error:  # the user's doing; of a run, log.txt says where it came up
+    except (ValueError, OSError) as error:  # the user's doing; of a run, log.txt says where it came up
         raise SystemExit(f"error: {error}") from error
 
 
@@ -143,13 +175,20 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
     elif options.preview:
         print(preview.write(params, options.preview))
     elif options.dry_run:
-        dry_run.run(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
+        model = dry_run.run(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
+        for wanted in options.save_best:
+            refuse_unknown(wanted, dry_run.figures(model))
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
+        if out.is_file():
+            raise ValueError(f"out={out} is a file: name a folder")
         if not options.resume and any(out.glob("*/checkpoints/step_*.ckpt")):
             raise SystemExit(f"{out} holds an earlier run: --resume auto to go on with it, or another --out")
-        if options.resume and params.seed is None:  # that of the run that we go on with
-            params = attrs.evolve(params, seed=run_folder.settings(out).get("seed"))
+        if options.resume:
+            before = run_folder.settings(out)
+            run_folder.refuse_another(out, before, {"preset": preset, **attrs.asdict(params)})
+            if params.seed is None:  # that of the run that we go on with
+                params = attrs.evolve(params, seed=before.get("seed"))
         run(out, preset, options, params)
 
 

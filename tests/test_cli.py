@@ -7,6 +7,7 @@ import re
 import shutil
 import statistics
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,19 +17,22 @@ import torch
 import yaml
 
 import command_line
+import dry_run
+import milestones
 import progress
 import train
 from gradient_norms import GradientNorms
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from run_options import RunOptions
-from tools import compare
+from tools import compare, report_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore::ResourceWarning")
 SMALL = "simclr --dataset_name digits --encoder_arch shufflenet_v2_x0_5 --batch_size 64 --dim 16 --mlp_hidden_dim 32"
 RUN = (
     f"{SMALL} --max_epochs 3 --limit_train_batches 2 --evaluations knn --seed 3 --save_best valid_knn20_acc,"
-    "step_train_loss --save_every_n_epochs 2 --log_gradient_norms --deterministic --out {out}"
+    "step_train_loss --save_every_n_epochs 2 --log_gradient_norms --deterministic --linear_epochs 1 --linear_lr 0.1 "
+    "--out {out}"
 )
 
 
@@ -93,7 +97,13 @@ def test_help_without_a_preset_lists_them_by_what_they_set(capsys):
         ("byol --epochs 1", "Did you mean --max_epochs, "),
         ("byol stray", "unknown argument stray"),
         ("byoll", "unknown preset byoll. Did you mean byol?"),
-        ("--lr 1", "which preset?"),
+        ("BYOL", "unknown preset BYOL. Did you mean byol?"),
+        ("byol simclr", "simclr is a preset: one is needed, as the first argument"),
+        ("--lr 1 byol", "which preset? the first argument must be one of moco_v2, "),
+        ("byol --max_ep 3", "unknown option --max_ep. Did you mean --max_epochs"),
+        ("byol --conf run.yaml", "unknown option --conf"),
+        ("byol --config a.yaml --config b.yaml", "--config is there twice"),
+        ("byol --max_time 10", "max_time='10' must be DD:HH:MM:SS"),
         ("byol --lr -1", "lr=-1 must be above 0"),
         ("byol --lr fast", "lr='fast' must be a number"),
         ("byol --lr", "--lr: expected one argument"),
@@ -149,6 +159,8 @@ def test_options_win_over_the_file_wherever_they_stand_and_the_preset_fills_what
     assert "preset=byol contradicts sce" in refused(f"byol --config {path}", capsys)
     path.write_text("preset: sce\nlearning_rate: 0.25\n")
     assert "run.yaml: unknown setting learning_rate. Did you mean --lr" in refused(f"--config {path}", capsys)
+    path.write_text("lr: [")
+    assert "run.yaml is no YAML: while parsing" in refused(f"byol --config {path}", capsys)
 
 
 def test_print_config_prints_what_config_reads_and_leaves_nothing(monkeypatch, capsys, tmp_path):
@@ -186,6 +198,18 @@ def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch,
     assert "x 2 (accumulated batches) x 64 (images) = 128 images per optimizer step" in shown
     assert cells["learning rate"] == ["lr 0.2"] and "30 steps, 10 an epoch" in shown  # 0.4 x 128 / 256; 1297 / 128
     assert "1,297 for training, 500 for evaluation" in shown and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fitted_on", ["", "_trainset"])
+def test_the_dry_run_knows_the_figures_of_the_run_even_if_one_batch_has_only_one_class(fitted_on, monkeypatch):
+    def dry(params, make_trainer):
+        return SimpleNamespace(params=params, trainer=SimpleNamespace(callback_metrics={"step_train_loss": 1.0}))
+
+    monkeypatch.setattr(dry_run, "run", dry)
+    line = f"{SMALL} --dry_run --probe_on_training_set {bool(fitted_on)} --save_best step_train_loss:max,valid_rank_me,"
+    main(f"{line}valid_knn20_acc{fitted_on},valid_class_acc{fitted_on}", monkeypatch)
+    with pytest.raises(SystemExit, match="save_best='valid_clas_acc' is not logged: choose one of .*valid_class_acc"):
+        main(f"{line}valid_clas_acc", monkeypatch)
 
 
 # ---- the run's folder ----
@@ -230,12 +254,79 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     with pytest.raises(SystemExit, match="holds an earlier run"):
         main(RUN.format(out=out), monkeypatch)
     line = RUN.format(out=out).replace(" --seed 3", " --resume auto --max_epochs 4")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
+        patch.setattr(train, "score", interrupted)
+        main(line, monkeypatch)
+    scores = json.loads((out / "results.json").read_text())
+    assert set(scores) == {"preset", "random encoder", "pretraining minutes"}  # the others were of the encoder before
+    assert report_runs.state(compare.read(out)) == "not finished: in epoch 4 of 4"
     main(line, monkeypatch)
+    states = [torch.load(out / name, weights_only=True)["state_dict"] for name in ("pretrained.ckpt", "linear.ckpt")]
+    assert torch.equal(*(state["model.conv1.0.weight"] for state in states))  # the classifier is of this encoder
+    scores = json.loads((out / "results.json").read_text())
+    main(line.replace("--linear_epochs 1 ", ""), monkeypatch)
     torch.use_deterministic_algorithms(False)
+    kept = json.loads((out / "results.json").read_text())
+    assert kept == {**scores, "pretraining minutes": kept["pretraining minutes"]}  # of the same encoder
+    assert report_runs.state(compare.read(out)) == "finished"
     assert (out / "command.txt").read_text().splitlines()[1] == f"python train.py {line}"
-    assert len(json.loads((out / "run.json").read_text())) == 2
+    assert len(json.loads((out / "run.json").read_text())) == 4
     assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3  # of the run that it goes on with
     assert len([row for row in rows_of(out) if row["valid_knn20_acc"]]) == 5 + 1  # random, four epochs, the end
+
+
+def interrupted(*_) -> None:
+    raise ValueError("interrupted")
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "message"),
+    [
+        ("byol", "", "holds a run with preset='simclr': give that, or choose another --out"),
+        ("simclr", "--optimizer_name lars", "holds a run with optimizer_name='sgd'"),
+        ("simclr", "--mlp_hidden_dim 33", "is of another model, in which projection_model.net.0.weight, "),
+        ("simclr", "--devices [99]", "Lightning refuses devices=.99., "),
+    ],
+)
+def test_a_run_that_cannot_go_on_by_other_settings_stays_as_it_was(
+    preset, options, message, run, monkeypatch, tmp_path
+):
+    def files() -> dict:
+        return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+    out = shutil.copytree(run, tmp_path / "copy")
+    before = files()
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main(f"{preset}{RUN.format(out=out).removeprefix('simclr')} --resume auto {options}", monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    assert files() == before
+
+
+def test_a_folder_or_checkpoint_that_cannot_be_is_refused_before_the_run_begins(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="error: out=file is a file: name a folder"):
+        main(f"{SMALL} --out file", monkeypatch)
+    with pytest.raises(SystemExit, match="error: .*file/run"):
+        main(f"{SMALL} --out file/run", monkeypatch)
+    with pytest.raises(SystemExit, match="error: there is no file maybe"):
+        main(f"{SMALL} --resume maybe --out new", monkeypatch)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["log.txt"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, monkeypatch, tmp_path):
+    """It scores the random encoder again, whose row begins metrics.csv, and says how far it came."""
+    scores = {"random encoder": {"valid_knn20_acc": 99.0, "valid_knn200_acc": 99.0}}
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/results.json").write_text(json.dumps(scores))
+    line = RUN.format(out=tmp_path / "killed").replace("--linear_epochs 1", "--resume auto --max_time 00:00:00:01")
+    main(line.replace("--max_epochs 3", "--max_epochs 300"), monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    scores, found = json.loads((tmp_path / "killed/results.json").read_text()), compare.read(tmp_path / "killed")
+    random, *epochs = [float(row["valid_knn20_acc"]) for row in rows_of(tmp_path / "killed") if row["valid_knn20_acc"]]
+    assert random == pytest.approx(scores["random encoder"]["valid_knn20_acc"])
+    assert found.results["best valid_knn20_acc"] == max(epochs)
+    assert 0 < scores["epochs"] == found.results["epochs"] == len(epochs) - 1 < 300  # the end is scored once more
+    assert report_runs.state(found) == f"stopped by max_time in epoch {scores['epochs']} of 300"
 
 
 def test_an_error_is_one_line_and_its_stack_is_in_the_log(monkeypatch, tmp_path):
@@ -263,6 +354,18 @@ def test_gradient_norms_are_those_of_torch():
     for name in ("model", "head"):
         expected = torch.nn.utils.clip_grad_norm_(parts[name].parameters(), float("inf"))
         assert torch.allclose(logged[f"grad_norm_{name}"], expected)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "known", "refused"), [(6, None, False), (9, None, True), (9, 50.0, False)]
+)  # resumed in the seventh of epochs of which every fifth is evaluated
+def test_an_unknown_figure_is_refused_once_all_are_known(epoch, known, refused, tmp_path):
+    best = milestones.Best(tmp_path, "valid_knn20_acc")
+    best.load_state_dict({"best": known})
+    trainer = SimpleNamespace(callback_metrics={"lr": torch.tensor(1.0)}, current_epoch=epoch)
+    module = SimpleNamespace(params=ModelParams(evaluate_every_n_epochs=5))
+    with pytest.raises(ValueError, match="choose one of lr") if refused else nullcontext():
+        best.on_train_epoch_end(trainer, module)
 
 
 def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
@@ -319,6 +422,8 @@ def test_compare_shows_exactly_what_differs_and_joins_seeds(run, tmp_path, capsy
     assert f"{mean:.4g} ± {deviation:.2g} (3)" in shown and "[1.0, 0.5]" in shown
 
 
-def test_compare_refuses_what_is_no_run(tmp_path):
+def test_compare_refuses_what_is_no_run_or_the_same_one(run, tmp_path):
     with pytest.raises(ValueError, match="is no run"):
         compare.compare([tmp_path])
+    with pytest.raises(ValueError, match="named twice"):
+        compare.compare([run, f"{run}/../{run.name}"])

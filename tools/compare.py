@@ -10,6 +10,7 @@ import csv
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def results(folder: Path) -> dict[str, float]:
     for name, value in (json.loads(path.read_text()) if path.is_file() else {}).items():
         if isinstance(value, dict):
             found |= {f"{name}: {figure}": number for figure, number in value.items()}
-        elif isinstance(value, int | float) and name != "epochs":
+        elif isinstance(value, int | float):
             found[name] = value
     path = folder / "pretraining" / "metrics.csv"
     rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
@@ -87,6 +88,9 @@ def results(folder: Path) -> dict[str, float]:
 def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[Row]]:
     """(the runs, in groups that differ in nothing but the seed; the settings and circumstances in which groups differ,
     and all results)."""
+    for folder, times in Counter(Path(folder).resolve() for folder in folders).items():
+        if times > 1:
+            raise ValueError(f"{folder} is named twice: name it once")
     groups: dict[str, list[Run]] = {}
     for run in map(read, folders):
         groups.setdefault(run.without_seed, []).append(run)

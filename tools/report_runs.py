@@ -54,11 +54,13 @@ def in_words(value: Any) -> str:
 
 
 def state(run: Run) -> str:
-    path = run.folder / "results.json"
-    if "trained encoder" in (json.loads(path.read_text()) if path.is_file() else {}):
+    trained, wanted = run.results.get("epochs"), run.settings["max_epochs"]
+    if trained == wanted:
         return "finished"
+    if trained is not None and run.settings["max_time"]:
+        return f"stopped by max_time in epoch {trained} of {wanted}"
     _, epochs = report_figures.read(run.folder / report_figures.PRETRAINING).get("epoch", ([], [0]))
-    return f"not finished: in epoch {epochs[-1] + 1:.0f} of {run.settings.get('max_epochs')}"
+    return f"not finished: in epoch {epochs[-1] + 1:.0f} of {wanted}"
 
 
 # ---- settings ----
