@@ -25,9 +25,8 @@ SUFFIXES = (*IMG_EXTENSIONS, ARRAY_SUFFIX)
 # split -> its names, in upper or lower case
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 Label = str | int | None  # name or number of a class
-Found = dict[
-    str, list[tuple[str, Label]]
-]  # split -> (path below the root, label); "": images that lie beside all splits
+# split, or "" of images that lie beside all splits -> (path below the root, label)
+Found = dict[str, list[tuple[str, Label]]]
 SETTINGS = "splits.json"  # beside lists that were written here
 # A path ends like an image's name, blanks, commas and all, or else at the last comma, or at the last blank.
 LINE = re.compile(

@@ -55,14 +55,11 @@ def samples(root: Path, source: Source, params: "EncoderAndDataParams", split: s
 
 
 def splits(source: Source, params: "EncoderAndDataParams") -> Numbered:
-    """Of the lists in `splits_path`: those of the user's, or those that were written when the splits were drawn."""
+    """Of the lists in `splits_path`: those that were written when the splits were drawn, or the user's own."""
     kept = folder_of_lists(params)
-    there = listed_in(kept) if kept else []
-    made_by = settings_of(kept) if kept else None  # looked for after the lists: it is written before them
-    if made_by and "train" in dict(there):
-        check_settings(kept, made_by, settings(params))
+    if has_written(params):
         return numbered(lists(kept, source), None)
-    by_hand = bool(there) and not made_by
+    by_hand = kept is not None and bool(listed_in(kept)) and settings_of(kept) is None
     images = labelled(lists(kept, source), source.label_of) if by_hand else find(source, params)
     found = numbered(wanted(images, source.root, params), params.class_to_idx)
     if not found.get("val") and not found.get("test"):
@@ -82,6 +79,15 @@ def folder_of_lists(params: "EncoderAndDataParams") -> Path | None:
     if any(path.is_file() for path in (folder, *folder.parents)):
         raise ValueError(f"splits_path={params.splits_path!r} is a file: give the folder that has or gets the lists")
     return folder
+
+
+def has_written(params: "EncoderAndDataParams") -> bool:
+    """Whether `splits_path` has lists that `splits` wrote. Raises ValueError if other settings made them."""
+    folder = folder_of_lists(params)
+    if folder is None or "train" not in dict(listed_in(folder)) or (made_by := settings_of(folder)) is None:
+        return False
+    check_settings(folder, made_by, settings(params))
+    return True
 
 
 def settings(params: "EncoderAndDataParams") -> dict[str, Any]:

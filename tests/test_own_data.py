@@ -495,6 +495,11 @@ def test_the_program_scores_the_test_set_and_keeps_the_splits(photos, tmp_path, 
     assert 0 <= results["linear classifier"]["valid_acc1"] <= 100
     found = [(tmp_path / f"run/splits/{split}.txt").read_text().splitlines() for split in ("train", "val", "test")]
     assert [len(lines) for lines in found] == [40, 5, 5]
+    config = (tmp_path / "run/config.yaml").read_text()
+    monkeypatch.setattr(sys, "argv", [*line, "--resume", "auto", "--val_size", "0.3"])
+    with pytest.raises(SystemExit, match="lists in splits_path=.* were made by val_size=0.1, not 0.3"):
+        train.main()
+    assert (tmp_path / "run/config.yaml").read_text() == config
     encoder = load_encoder(tmp_path / "run/pretrained.ckpt")
     assert encoder.params.image_mean is not None and listed(encoder.params).keys() == listed(p).keys()
     linear = LinearClassifierMethod.load_from_checkpoint(tmp_path / "run/linear.ckpt")
