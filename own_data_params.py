@@ -1,6 +1,7 @@
 """Settings of data sets of one's own: where the images are, which of them are used and how they are read."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def class_numbers(value: Any) -> Any:
         ValueError: it is none of them.
     """
     value = [value] if isinstance(value, str | Path) else value
-    if isinstance(value, list | tuple) and len(value) == 1 and "=" not in str(value[0]):
+    if isinstance(value, list | tuple) and len(value) == 1 and not re.search(r"=-?\d+$", str(value[0])):
         try:
             value = json.loads(Path(str(value[0])).expanduser().read_text())
         except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home of ~somebody

@@ -20,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 import checkpoints
 import command_line
 import dry_run
+import own_images
 import preview
 import run_folder
 from gradient_norms import GradientNorms
@@ -120,6 +121,7 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
         results = json.loads((out / "results.json").read_text()) | results
     if params.dataset.own and params.splits_path is None:
         params = attrs.evolve(params, splits_path=str((out / "splits").resolve()))
+    own_images.has_written(params)  # refuses other settings than the lists' before config.yaml says them
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):
         run_folder.begin(out, command_line.to_yaml(preset, options, model.params), sys.argv)
