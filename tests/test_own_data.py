@@ -323,6 +323,7 @@ def test_what_is_refused_at_construction(photos):
     for wrong, message in [
         ({"val_size": 0.5, "test_size": 0.5}, "val_size=0.5 and test_size=0.5"),
         ({"pixel_range": [1, 0]}, "pixel_range"),
+        ({"pixel_range": [0, float("inf")]}, "pixel_range=.* must be two finite numbers"),
         ({"class_to_idx": ["cat"]}, "class_to_idx='cat' could not be read"),
         ({"class_to_idx": {"cat": -1}}, "class_to_idx"),
         ({"class_to_idx": ["cat=-1"]}, "class_to_idx=.* must give each class a whole number"),
@@ -351,6 +352,7 @@ def test_what_is_refused_at_construction(photos):
 
 def one_image(tmp_path: Path, save, **fields) -> torch.Tensor:
     """What an evaluation gets of a file, at the size at which its central square is not resized: [C, 28, 28]."""
+    tmp_path.mkdir(exist_ok=True)
     for i in range(3):
         save(tmp_path / f"{i}")
     p = params(tmp_path, transform_crop_size=28, val_size=0, test_size=0, **fields)
@@ -375,7 +377,12 @@ def test_pixels_of_any_number_of_channels_are_exact(tmp_path, kind, channels):
         else:
             Image.fromarray(stored).save(f"{path}.png")
 
-    if kind == "tif planes" and channels == 3:  # PIL reads the first page alone; with a range, tifffile reads all
+    if kind == "tif planes" and channels == 3:  # PIL would read the first page alone
+        for wrong in (1, 3):
+            with pytest.raises(
+                ValueError, match="its 3 pages of one size are channels: set in_channels .* pixel_range"
+            ):
+                one_image(tmp_path, save, in_channels=wrong)
         found = one_image(tmp_path, save, in_channels=channels, pixel_range=[0, 255])
     else:
         found = one_image(tmp_path, save, in_channels=channels)
@@ -408,6 +415,35 @@ def test_values_of_other_types(tmp_path):
     ]:
         with pytest.raises(ValueError, match=f"0.npy could not be read as an image .*{message}"):
             read(name, values)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_gray_of_16_bits_is_scaled_and_has_a_range(tmp_path, channels):
+    """PIL would clip it at 255. The fourth channel is opacity, as the second of two."""
+    deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    for fields, gray in (
+        ({}, deep // 257),
+        ({"pixel_range": (np.float32(0), 4095)}, np.round(deep.clip(0, 4095) / 16.06)),
+    ):
+        found = one_image(
+            tmp_path, lambda path: Image.fromarray(deep).save(f"{path}.png"), in_channels=channels, **fields
+        )
+        expected = torch.from_numpy(gray[2:30, 2:30].astype(np.int16)).expand(channels, -1, -1).clone()
+        if channels in (2, 4):
+            expected[-1] = 255
+        assert (found.short() - expected).abs().max() <= (1 if fields else 0)
+
+
+def test_a_tiff_with_a_preview_of_itself_is_read_and_floats_are_told_the_way_out(tmp_path):
+    photo = np.ascontiguousarray(TILES["china"][0][:32, :32])
+
+    def with_preview(path: Path) -> None:
+        Image.fromarray(photo).save(f"{path}.tif", save_all=True, append_images=[Image.fromarray(photo[::2, ::2])])
+
+    found = one_image(tmp_path / "a", with_preview, in_channels=3)
+    assert np.array_equal(found.permute(1, 2, 0), photo[2:30, 2:30])
+    with pytest.raises(ValueError, match="floating-point pixels have no known range: set pixel_range to the values of"):
+        one_image(tmp_path / "b", lambda path: Image.fromarray(photo[..., 0].astype(np.float32)).save(f"{path}.tif"))
 
 
 def test_statistics_are_those_of_numpy(photos):
