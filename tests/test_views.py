@@ -209,6 +209,7 @@ def test_lists_shorter_than_the_views():
         ({"n_small_views": 1, "transform_crop_scale_min": [0.1] * 3}, "crop_scale_min=.* has 3 values for 2 views"),
         ({"n_small_views": 1, "transform_small_crop_size": [16, 16]}, "crop_size=.* has 2 values for 1 views"),
         ({"n_small_views": 1, "transform_small_crop_size": 97}, "size=97 is above transform_crop_size=96"),
+        ({"transform_small_crop_size": 10}, "transform_small_crop_size set, but .* no small views: set n_small_views"),
         ({"transform_small_crop_size": 12.5}, "transform_small_crop_size=12.5 must be a whole number"),
         ({"transform_small_crop_size": 6}, "transform_small_crop_size=6 must be at least 7"),
         ({"transform_crop_scale_max": 0.1}, "scale_min=0.2 is above transform_crop_scale_max=0.1 in view 0"),
@@ -243,7 +244,7 @@ def test_small_views_of_packed_images_on_either_path():
     x = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
     views = augmentations.training_views(p)(x, 1)
     assert [tuple(v.shape) for v in views] == [(8, 3, 32, 32)] * 2 + [(8, 3, 14, 14), (8, 3, 9, 9)]
-    large_only = augmentations.training_views(attrs.evolve(p, n_small_views=0))(x, 1)
+    large_only = augmentations.training_views(attrs.evolve(p, n_small_views=0, transform_small_crop_size=None))(x, 1)
     assert all(torch.equal(a, b) for a, b in zip(views, large_only, strict=False))  # more views change no others
     rng = augmentations.generator(1)
     for view, found in zip(p.views, views, strict=True):
