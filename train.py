@@ -21,6 +21,7 @@ import checkpoints
 import command_line
 import dry_run
 import own_images
+import parameter_options
 import preview
 import run_folder
 from gradient_norms import GradientNorms
@@ -34,10 +35,9 @@ from run_options import RunOptions
 from whole_files import write_whole
 
 
-def trainer(out: Path, name: str, epochs: int, resumed: Path | None, options: RunOptions) -> pl.Trainer:
+def trainer(out: Path, name: str, epochs: int, first_step: int, options: RunOptions) -> pl.Trainer:
     """Of one stage. The milestones are made before `Checkpoints` saves what they know."""
     folder, pretraining = out / name / "checkpoints", name == "pretraining"
-    first_step = 0 if resumed is None else checkpoints.read(resumed)["global_step"]
     milestones = [Best(folder, wanted) for wanted in options.save_best if pretraining]
     if options.save_every_n_epochs and pretraining:
         milestones.append(EveryNEpochs(folder, options.save_every_n_epochs))
@@ -73,30 +73,37 @@ def resumed_from(given: str | None, out: Path, name: str) -> Path | None:
     return checkpoints.newest(out / name / "checkpoints") if given == "auto" else Path(given) if given else None
 
 
+def step_of(resumed: Path | None) -> int:
+    return 0 if resumed is None else checkpoints.read(resumed)["global_step"]
+
+
 def score(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
     return next(iter(fit.validate(method, verbose=False)), {})  # nothing where `evaluations` is empty
 
 
 @rank_zero_only
-def write(out: Path, results: dict[str, Any]) -> None:
-    write_whole(out / "results.json", json.dumps(results, indent=2))
+def write(path: Path, content: str | dict[str, Any]) -> None:
+    write_whole(path, content if isinstance(content, str) else json.dumps(content, indent=2))
 
 
 def pretrain(model: SelfSupervisedMethod, out: Path, options: RunOptions, results: dict[str, Any]) -> None:
     """Fills in `results`: the encoder's scores before and after."""
     resumed = resumed_from(options.resume, out, "pretraining")
-    fit = trainer(out, "pretraining", model.params.max_epochs, resumed, options)
+    first_step = step_of(resumed)
+    fit = trainer(out, "pretraining", model.params.max_epochs, first_step, options)
     if "random encoder" not in results:
         results["random encoder"] = score(fit, model)
-        write(out, results)
+        write(out / "results.json", results)
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
     results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     results["trained encoder"] = score(fit, model)
-    if model.params.dataset.own and model.params.evaluations:  # elsewhere the validation set is the test set
+    if fit.global_step > first_step:
+        results.pop("linear classifier", None)  # was on an earlier encoder
+    if model.params.dataset.own and model.params.is_evaluated:  # elsewhere the validation set is the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
-    write(out, results)
+    write(out / "results.json", results)
 
 
 def train_classifier(out: Path, options: RunOptions, params: ModelParams, results: dict[str, Any]) -> None:
@@ -105,13 +112,13 @@ def train_classifier(out: Path, options: RunOptions, params: ModelParams, result
         settings["drop_last_batch"] = None  # there may be fewer images than one batch
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", **settings)
     resumed = resumed_from("auto", out, "linear") if options.resume else None
-    fit = trainer(out, "linear", options.linear_epochs, resumed, options)
+    fit = trainer(out, "linear", options.linear_epochs, step_of(resumed), options)
     start = time.time()
     fit.fit(linear, ckpt_path=resumed)
     results["linear minutes"] = results.get("linear minutes", 0) + (time.time() - start) / 60
     results["linear classifier"] = score(fit, linear)
     fit.save_checkpoint(out / "linear.ckpt", weights_only=False)
-    write(out, results)
+    write(out / "results.json", results)
 
 
 def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:
@@ -125,6 +132,8 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):
         run_folder.begin(out, command_line.to_yaml(preset, options, model.params), sys.argv)
+        table = parameter_options.printed(model.parameter_table(), params.optimizer_name)
+        write(out / "parameters.txt", table)
         pretrain(model, out, options, results)
         if options.linear_epochs:
             train_classifier(out, options, params, results)

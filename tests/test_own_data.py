@@ -501,6 +501,13 @@ def test_a_folder_without_labels_trains_and_is_measured(tmp_path, trainer, caplo
     assert other.dataset_name == "cifar10" and other.data_path is None
 
 
+def test_one_class_is_named(tmp_path, trainer, caplog):
+    model = SelfSupervisedMethod(params(write(tmp_path, {name: f"one/{name.replace('/', '_')}" for name in NAMES})))
+    with caplog.at_level("INFO"):
+        trainer().validate(model, verbose=False)
+    assert "folder has images of one class: linear_probe and knn are left out" in caplog.text
+
+
 def test_resumed_training_and_workers_change_nothing(photos, weights_after_two_epochs, tmp_path):
     def weights(workers: int, path: Path | None = None) -> torch.Tensor:
         model = SelfSupervisedMethod(params(photos, num_data_workers=workers))
@@ -524,10 +531,10 @@ def test_the_program_scores_the_test_set_and_keeps_the_splits(photos, tmp_path, 
     ]
     options = [text for name in names for text in (f"--{name}", str(getattr(p, name)))]
     line = ["train.py", "simclr", *options, "--max_epochs", "1", "--linear_epochs", "1", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", [*line, "--compute_statistics", "true", "--seed", "0"])
+    monkeypatch.setattr(sys, "argv", [*line, "--compute_statistics", "true", "--online_classifier", "--seed", "0"])
     train.main()
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert {"test_class_acc", "test_knn20_acc", "test_rank_me"} <= results["test set"].keys()
+    assert {"test_class_acc", "test_knn20_acc", "test_rank_me", "test_online_acc1"} <= results["test set"].keys()
     assert 0 <= results["linear classifier"]["valid_acc1"] <= 100
     found = [(tmp_path / f"run/splits/{split}.txt").read_text().splitlines() for split in ("train", "val", "test")]
     assert [len(lines) for lines in found] == [40, 5, 5]

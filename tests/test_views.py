@@ -326,6 +326,8 @@ def test_captions_name_what_differs():
     assert preview.caption(p, 1)[2:] == ["key", "crop scale 0.2 to 1", "blur in 10 %"]
     assert preview.caption(p, 2) == ["view 2, small", "16 x 16 px", "query", "crop scale 0.05 to 0.14", "blur in 10 %"]
     assert preview.caption(ModelParams(), 0) == ["view 0, large", "96 x 96 px", "query"]
+    of_five = ModelParams(in_channels=5, dataset_name="folder", image_mean=[0.5] * 5, image_std=[0.5] * 5)
+    assert preview.caption(of_five, 0)[1] == "224 x 224 px, first of 5 channels"
 
 
 def test_preview_of_image_files_and_of_ones_own_loader(tmp_path, monkeypatch):
@@ -333,6 +335,7 @@ def test_preview_of_image_files_and_of_ones_own_loader(tmp_path, monkeypatch):
     write_photographs(tmp_path)
     p = ModelParams(**IMAGE_FILES)
     files = read(preview.write(p, "files.png", rows=2))
+    assert preview.first_columns(p, rows=2)[0][0] == ["original, central square", "24 x 24 px"]
     floats = [[torch.randn(4, 3, size, size) for size in (24, 24, 10, 10)]]
     own = read(preview.write(p, "own.png", floats, rows=2))
     assert len(files) == len(own) and files.shape[1] > own.shape[1]  # no originals
