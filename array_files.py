@@ -8,6 +8,7 @@ from PIL import Image
 
 ARRAY_SUFFIX, TIFF_SUFFIXES = ".npy", (".tif", ".tiff")
 PIL_MODES = {2: "LA", 4: "RGBA"}  # of other files
+WAY_OUT = "set pixel_range to the values of black and white"
 
 
 def is_array(path: str, channels: int, pixel_range: list[float] | None) -> bool:
@@ -23,7 +24,7 @@ def read_array(
 
     Files hold H x W, H x W x C, or C x H x W where only the first axis has the length C. Values of uint8 stay what they
     are; uint16 is divided by 257; floats go from 0 to 1. With `pixel_range`, the values from its first to its second
-    become 0 to 255, rounded, and those beyond are cut off.
+    become 0 to 255, rounded, and those beyond are cut off; of other files than .npy and TIFF, those of 16 bits only.
 
     Raises:
         ValueError: another shape, another type, or floats out of 0 to 1.
@@ -37,7 +38,7 @@ def read_array(
         if channels not in PIL_MODES:
             raise ValueError(f"in_channels={channels} are read from .npy and TIFF files only")
         with Image.open(file) as image:
-            pixels = np.asarray(image.convert(PIL_MODES[channels]))
+            return np.asarray(of_16_bits(image, pixel_range).convert(PIL_MODES[channels]))
     return in_8_bits(channels_last(pixels, channels), pixel_range)
 
 
@@ -47,6 +48,16 @@ def read_tiff(file: str | BinaryIO) -> np.ndarray:
     except ImportError as error:
         raise ValueError("TIFF files of many bands need tifffile: pip install tifffile") from error
     return tifffile.imread(file)
+
+
+def of_16_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Image:
+    """Such an image in 8 bits, because PIL would clip it at 255; another one as it is."""
+    if not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"pixels from {pixels.min()} to {pixels.max()} are not 16 bits")
+    return Image.fromarray(in_8_bits(pixels.astype(np.uint16), pixel_range))
 
 
 def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
@@ -62,19 +73,18 @@ def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 
 def in_8_bits(pixels: np.ndarray, pixel_range: list[float] | None) -> np.ndarray:
-    way_out = "set pixel_range to the values of black and white"
     if pixel_range is None and pixels.dtype == np.uint8:
         return pixels
     if pixel_range is None and pixels.dtype == np.uint16:
-        return (pixels // 257).astype(np.uint8)  # as read_image does
+        return (pixels // 257).astype(np.uint8)
     if pixels.dtype.kind not in "uif":
         raise ValueError(f"values of type {pixels.dtype} are no pixels")
     if not np.isfinite(pixels).all():
         raise ValueError("there are values that are not finite")
     if pixel_range is None and pixels.dtype.kind != "f":
-        raise ValueError(f"values of type {pixels.dtype} have no known range: {way_out}")
+        raise ValueError(f"values of type {pixels.dtype} have no known range: {WAY_OUT}")
     low, high = pixel_range or (0.0, 1.0)
     if pixel_range is None and (pixels.min() < 0 or pixels.max() > 1):
-        raise ValueError(f"values from {pixels.min():g} to {pixels.max():g} are not within 0 to 1: {way_out}")
+        raise ValueError(f"values from {pixels.min():g} to {pixels.max():g} are not within 0 to 1: {WAY_OUT}")
     scaled = (pixels.astype(np.float64) - low) * (255 / (high - low))
     return np.round(scaled).clip(0, 255).astype(np.uint8)

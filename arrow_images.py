@@ -65,6 +65,10 @@ class ArrowImages(OnDisk):
             found[split] = [(f"{prefix}{row}", label) for row, label in enumerate(labels)]
         return found
 
+    def label_of(self, path: str) -> Label:
+        folder, _, row = str(self.root / path).rpartition("/")
+        return self.label(self.table(folder)[self.label_key][int(row)].as_py()) if self.label_key else None
+
     def label(self, value: Any) -> Label:
         """Classes are numbers, or their names; -1 is none."""
         if value is None or value == -1:

@@ -7,7 +7,7 @@ once, and where in them each of the indices is found.
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -32,41 +32,39 @@ def read_video(path: str, choose: Choose, channels: int, threads: int) -> Frames
     frames need are decoded, and only these frames converted. Frames of phones are turned upright.
 
     Raises:
-        ValueError: the file holds no frames, or a wanted one is damaged.
+        ValueError: the file holds no frames, or a wanted one is damaged or of another size.
         OSError, av.FFmpegError: it is no video.
     """
     import av
-    from av.video.reformatter import VideoReformatter
+    from av.stream import Disposition
 
     with av.open(path) as container:
-        if not container.streams.video:
+        stream = next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
+        if stream is None:
             raise ValueError("it holds no video stream")
-        stream = container.streams.video[0]
         packets = [packet for packet in container.demux(stream) if packet.size]
         codec = stream.codec_context
         codec.thread_type, codec.thread_count = ("AUTO" if threads > 1 else "NONE"), threads
+        if codec.codec.intra_only:  # it would conceal damages; the others would then refuse files with open groups
+            codec.options = {"err_detect": "explode"}
         counted = container.format.name == COUNTED or any(packet.pts is None for packet in packets)
         stamps = np.arange(len(packets)) if counted else np.unique([p.pts for p in packets if not p.is_discard])
         if not len(stamps):
             raise ValueError("it holds no frames")
         indices = choose((stamps - stamps[0]) * float(1 / stream.average_rate if counted else stream.time_base))
         numbers, places = np.unique(indices, return_inverse=True)
-        wanted = dict(zip(stamps[numbers].tolist(), numbers.tolist(), strict=True))
-        reformatter, found = VideoReformatter(), {}  # one for all frames: it takes as long to make as to use
-        for stamp, frame in in_order(codec, packets) if counted else by_time(codec, packets, wanted):
-            if stamp in wanted:
-                found[stamp] = to_array(reformatter, frame, channels)
-                if len(found) == len(wanted):
-                    break
-    if missing := [number for stamp, number in wanted.items() if stamp not in found]:
-        raise ValueError(f"frames {missing} of {len(stamps)} could not be decoded")
-    return np.stack([found[stamp] for stamp in wanted]), places.reshape(indices.shape)
+        missing = dict(zip(stamps[numbers].tolist(), numbers.tolist(), strict=True))
+        decoded = enumerate(in_order(codec, packets)) if counted else by_time(codec, packets, set(missing))
+        frames = joined(converted(decoded, missing, channels), numbers.tolist())
+    if missing:
+        raise ValueError(f"frames {list(missing.values())} of {len(stamps)} could not be decoded")
+    return frames, places.reshape(indices.shape)
 
 
-def by_time(
-    codec: "CodecContext", packets: list["Packet"], wanted: Collection[int]
-) -> Iterator[tuple[int, "VideoFrame"]]:
+def by_time(codec: "CodecContext", packets: list["Packet"], wanted: set[int]) -> Iterator[tuple[int, "VideoFrame"]]:
     """(time stamp, frame) of the wanted frames, and of others on the way to them: from the last keyframe before each.
+    Then of all frames from the first packet, for what is missing still: after a "keyframe" of H.264's intra refresh,
+    pictures become whole only little by little.
 
     Frames that neither are wanted nor does any other frame refer to are passed over: most of H.264's.
     """
@@ -76,24 +74,41 @@ def by_time(
         if packet.pts in wanted:  # a frame that is shown before the keyframe it comes after belongs to the one before
             start = max((k for k in keyframes if k <= i and packets[k].pts <= packet.pts), default=0)
             last[start] = i
+    others = "DEFAULT" if codec.codec.canonical_name == "av1" else "NONREF"  # dav1d: what is set first holds for all
     for start, end in sorted(last.items()):
         for packet in [*packets[start : end + 1], None]:  # None: give out what is held back
             if packet is not None:
-                codec.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-            for frame in codec.decode(packet):
-                yield frame.pts, frame
+                codec.skip_frame = "DEFAULT" if packet.pts in wanted else others
+            yield from ((frame.pts, frame) for frame in codec.decode(packet) if not frame.is_corrupt)
         codec.flush_buffers()
+    codec.skip_frame = "DEFAULT"
+    yield from ((frame.pts, frame) for frame in in_order(codec, packets))
 
 
-def in_order(codec: "CodecContext", packets: list["Packet"]) -> Iterator[tuple[int, "VideoFrame"]]:
-    """(number, frame) of all frames, as they come out of the decoder."""
-    return enumerate(frame for packet in [*packets, None] for frame in codec.decode(packet))
+def in_order(codec: "CodecContext", packets: list["Packet"]) -> Iterator["VideoFrame"]:
+    """All frames, as they come out of the decoder."""
+    return (frame for packet in [*packets, None] for frame in codec.decode(packet))
+
+
+def converted(
+    decoded: Iterable[tuple[int, "VideoFrame"]], missing: dict[int, int], channels: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(number, [H, W, C]) of each frame whose number is `missing`, by its stamp, until none is."""
+    from av.video.reformatter import VideoReformatter
+
+    reformatter = VideoReformatter()  # one for all frames: it takes as long to make as to use
+    for stamp, frame in decoded:
+        if stamp in missing:
+            number = missing.pop(stamp)
+            if frame.is_corrupt:
+                raise ValueError(f"frame {number} is damaged")
+            yield number, to_array(reformatter, frame, channels)
+            if not missing:
+                return
 
 
 def to_array(reformatter, frame: "VideoFrame", channels: int) -> np.ndarray:
     """[H, W, C], as it is meant to be seen."""
-    if frame.is_corrupt:
-        raise ValueError(f"the frame at {frame.time:.2f} s is damaged")
     pixels = reformatter.reformat(frame, format="gray" if channels == 1 else "rgb24").to_ndarray()
     pixels = pixels[..., None] if channels == 1 else pixels
     return np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
@@ -115,16 +130,37 @@ def read_folder(path: str, choose: Choose, channels: int, threads: int, frames_p
     indices = choose(np.arange(len(names)) / frames_per_second)
     wanted, places = np.unique(indices, return_inverse=True)
 
-    def read(index: int) -> np.ndarray:
+    def read(name: str) -> tuple[str, np.ndarray]:
         try:
-            pixels = np.asarray(read_image(os.path.join(path, names[index]), channels))
+            pixels = np.asarray(read_image(os.path.join(path, name), channels))
         except Exception as error:
-            raise ValueError(f"{names[index]}: {type(error).__name__}: {error}") from error
-        return pixels.reshape(*pixels.shape[:2], channels)
+            raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
+        return name, pixels.reshape(*pixels.shape[:2], channels)
 
+    chosen = [names[index] for index in wanted]
     with ThreadPoolExecutor(threads) as pool:
-        return np.stack(list((pool.map if threads > 1 else map)(read, wanted.tolist()))), places.reshape(indices.shape)
+        return joined((pool.map if threads > 1 else map)(read, chosen), chosen), places.reshape(indices.shape)
 
 
 def by_number(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+# ---- both ----
+
+
+def joined(frames: Iterable[tuple[Hashable, np.ndarray]], names: Sequence[Hashable]) -> np.ndarray:
+    """[M, H, W, C] of (name, [H, W, C]) in any order: each is copied as it comes, so that none is held twice.
+
+    Raises:
+        ValueError: frames of two sizes.
+    """
+    whole, rows = np.empty(0, np.uint8), {name: row for row, name in enumerate(names)}
+    for name, frame in frames:
+        if not len(whole):
+            whole = np.empty((len(names), *frame.shape), np.uint8)
+        if frame.shape != whole.shape[1:]:
+            sizes = " and ".join(f"{width} x {height}" for height, width, _ in (whole.shape[1:], frame.shape))
+            raise ValueError(f"its frames are of two sizes, {sizes} (frame {name}): make them the same")
+        whole[rows[name]] = frame
+    return whole

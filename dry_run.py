@@ -132,14 +132,21 @@ def groups(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
     names = {id(weight): name for name, weight in model.named_parameters()}
     optimizer = trainer.optimizers[0]
     found = [{key: value for key, value in group.items() if key not in HIDDEN} for group in optimizer.param_groups]
+    ends = getattr(trainer.lr_scheduler_configs[0].scheduler, "ends", [])  # of decays that move
+    for settings, (first, last) in zip(found, ends, strict=False):
+        settings["weight_decay"] = f"{first:.4g} to {last:.4g}" if first != last else first
     differing = [key for key in found[0] if len({str(group.get(key)) for group in found}) > 1]
     made = table(f"Groups of {type(optimizer).__name__}", "tensors", "parameters", "for example", *differing)
     for group, settings in zip(optimizer.param_groups, found, strict=True):
         members = group["params"]
         example = names[id(members[0])] if members else "none"
         count = sum(weight.numel() for weight in members)
-        made.add_row(f"{len(members)}", f"{count:,}", example, *(str(settings.get(key)) for key in differing))
+        made.add_row(f"{len(members)}", f"{count:,}", example, *(in_words(settings.get(key)) for key in differing))
     return made
+
+
+def in_words(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def plan(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: float) -> Table:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.datasets import ImageFolder
 
-from array_files import is_array, read_array
+from array_files import WAY_OUT, is_array, of_16_bits, read_array
 from augmentations import View, draw_crops, generator
 from files import File, LabelledFiles, OnDisk, Sample, check_classes
 
@@ -86,7 +86,7 @@ class ImageFiles(LabelledFiles):
             scale = reduction(boxes, self.views)
             if scale > 1:
                 return read_reduced(file, self.channels, scale), [reduced(box, scale) for box in boxes]
-        image = read_image(file, self.channels)
+        image = read_image(file, self.channels, self.pixel_range)
         return image, boxes or self.boxes(index, image.size)
 
     def boxes(self, index: int, size: tuple[int, int]) -> list[Box]:
@@ -98,20 +98,35 @@ class ImageFiles(LabelledFiles):
 # ---- reading ----
 
 
-def read_image(file: File, channels: int) -> Image.Image:
-    """An image of 8 bits, gray or RGB. Deeper ones are scaled down, transparency is dropped, as torchvision does."""
+def read_image(file: File, channels: int, pixel_range: list[float] | None = None) -> Image.Image:
+    """An image of 8 bits, gray or RGB. Deeper ones are scaled down, by `pixel_range` as in array_files.read_array;
+    transparency is dropped, as torchvision does.
+
+    Raises:
+        ValueError: the values have no known range, or a TIFF has channels in pages of their own.
+    """
     with warnings.catch_warnings(), Image.open(file) as image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if image.mode.startswith("I"):  # 16 bits; PIL would clip at 255
-            pixels = np.asarray(image)
-            if pixels.min() < 0 or pixels.max() > 65535:
-                raise ValueError(f"pixels from {pixels.min()} to {pixels.max()} are not 16 bits")
-            return in_mode(Image.fromarray((pixels // 257).astype(np.uint8)), channels)
+        if image.format == "TIFF" and has_equal_pages(image):
+            raise ValueError(
+                f"its {image.n_frames} pages of one size are channels: set in_channels to their number, and "
+                "pixel_range to the values of black and white, which of 8 bits are [0, 255]"
+            )
         if image.mode == "F":
-            raise ValueError("floating-point pixels have no known range")
+            raise ValueError(f"floating-point pixels have no known range: {WAY_OUT}")
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
-        return in_mode(image, channels)
+        return in_mode(of_16_bits(image, pixel_range), channels)
+
+
+def has_equal_pages(image: Image.Image) -> bool:
+    """A smaller page would be the same image once more, reduced."""
+    size, several = image.size, image.n_frames > 1
+    if several:
+        image.seek(1)
+        several = image.size == size
+        image.seek(0)
+    return several
 
 
 def in_mode(image: Image.Image, channels: int) -> Image.Image:

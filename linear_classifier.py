@@ -26,7 +26,7 @@ from encoders import embed, get_encoder
 from fields import plain
 from lars import parameter_groups
 from linear_params import LinearClassifierMethodParams
-from shared_params import n_classes, resolve
+from shared_params import labelled, n_classes, resolve
 from stage import Stage, one_image_explained
 from weights import SHARED, load_encoder
 
@@ -225,13 +225,3 @@ class LinearClassifierMethod(Stage):
             return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)
         dataset = data.get_dataset(p, p.dataset.train_splits)
         return self.loader(dataset.subset(self.split(dataset.labels)[1]), training=False)
-
-
-def labelled(classes: int, params: LinearClassifierMethodParams) -> int:
-    """Refuses images without labels."""
-    if classes == 0:
-        raise ValueError(
-            f"the images of dataset_name={params.dataset_name!r}, data_path={params.data_path!r} have no labels, which "
-            "a classifier needs: put them into class folders, or list labels in train.txt (docs/own_data.md)"
-        )
-    return classes

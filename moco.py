@@ -28,7 +28,7 @@ from heads import MLP
 from key_queue import KeyQueue
 from lagging import frozen_copy, move_towards
 from model_params import ModelParams
-from shared_params import n_classes, resolve
+from shared_params import labelled, n_classes, resolve
 from stage import Stage, one_image_explained
 
 
@@ -58,7 +58,7 @@ class SelfSupervisedMethod(Stage):
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
-            self.online_classifier = nn.Linear(width, n_classes(p)) if p.online_classifier else None
+            self.online_classifier = nn.Linear(width, labelled(n_classes(p), p)) if p.online_classifier else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
                 copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], min(sizes), min(sizes)))
         self.parameter_table()  # refuses patterns of nothing
@@ -165,6 +165,10 @@ class SelfSupervisedMethod(Stage):
         groups = parameter_options.groups(self.parameter_table(), dict(self.named_parameters()), self.params)
         return optimizers.for_pretraining(self.params, self.plan, groups)
 
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        with online_classifier.gradients_aside(self.online_classifier):
+            super().configure_gradient_clipping(optimizer, *args, **kwargs)
+
     def parameter_table(self) -> list[parameter_options.Row]:
         """What the optimizer does with each trainable parameter; `parameter_options.printed(...)` to read it."""
         return parameter_options.table(self, self.params)
@@ -208,23 +212,28 @@ class SelfSupervisedMethod(Stage):
     def on_validation_epoch_end(self) -> None:
         if not self.validation_outputs:
             return
-        sets, names = self.gathered(self.validation_outputs, self.trainer.val_dataloaders), self.params.evaluations
+        sets = self.gathered(self.validation_outputs, self.trainer.val_dataloaders)
         train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
         for index, (x, y) in enumerate(sets):
-            scores = ddp.on_rank_zero(lambda x=x, y=y: evaluation.evaluate(names, x, y, train))
-            if self.params.online_classifier:
-                scores |= online_classifier.accuracies(self.online_classifier, x, y)
-            scores = {name + (f"_{index}" if index else ""): value for name, value in scores.items()}
+            scores = {name + (f"_{index}" if index else ""): value for name, value in self.scores(x, y, train).items()}
             self.log_dict(scores)
             self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def on_test_epoch_end(self) -> None:
-        """`trainer.test(model)`: the names of its scores begin with "test_"."""
-        (x, y), train = self.gathered(self.validation_outputs, self.trainer.test_dataloaders)
-        scores = ddp.on_rank_zero(lambda: evaluation.evaluate(self.params.evaluations, x, y, tuple(train)))
+        """`trainer.test(model)`: the names of its scores begin with "test_". Of a single loader, the probes are fitted
+        on half of the images and scored on the other."""
+        if not self.validation_outputs:
+            return
+        test, *train = self.gathered(self.validation_outputs, self.trainer.test_dataloaders)
+        scores = self.scores(*test, tuple(train[0]) if train else None)
         self.log_dict({evaluation.of_test(name): value for name, value in scores.items()})
+
+    def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> evaluation.Scores:
+        """Of embeddings x and labels y, and of the online classifier on them."""
+        found = ddp.on_rank_zero(lambda: evaluation.evaluate(self.params.evaluations, x, y, train))
+        return found | online_classifier.accuracies(self.online_classifier, x, y)
 
     # ---- checkpoints ----
 

@@ -7,6 +7,7 @@ from attrs import field, frozen
 import head_params
 import optimizer_params
 import sce_params
+import view_params
 from evaluation import EVALUATIONS
 from fields import choice, fraction, non_negative, positive
 from head_params import LARGEST_WIDTH, HeadParams, normalized_layers
@@ -75,6 +76,7 @@ class ModelParams(EncoderAndDataParams, ViewParams, HeadParams, SCELossParams, O
             object.__setattr__(self, "loss_type", "vic")
         wrong = self._contradictions() + head_params.contradictions(self) + self._misfits()
         wrong += optimizer_params.contradictions(self) + sce_params.contradictions(self)
+        wrong += view_params.contradictions(self)
         for message in (message for is_wrong, message in wrong if is_wrong):
             raise ValueError(message)
         _ = self.views  # refuses lists of the wrong length

@@ -1,6 +1,9 @@
 """The online linear classifier: trained beside the method on the embeddings that training makes anyway, which get no
 gradient from it (SimCLR, https://arxiv.org/abs/2002.05709, B.9, has one to watch training by)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,9 +36,20 @@ def loss_and_accuracy(classifier: nn.Linear, embeddings: Tensor, labels: Tensor 
     return loss, 100 * counts[1] / counts[0]
 
 
-def accuracies(classifier: nn.Linear, embeddings: Tensor, labels: Tensor | None) -> dict[str, float]:
+@contextmanager
+def gradients_aside(classifier: nn.Linear | None) -> Iterator[None]:
+    """Meanwhile the classifier has none: clipped together, they would shorten those of the method."""
+    kept = {parameter: parameter.grad for parameter in (classifier.parameters() if classifier is not None else ())}
+    for parameter in kept:
+        parameter.grad = None
+    yield
+    for parameter, gradient in kept.items():
+        parameter.grad = gradient
+
+
+def accuracies(classifier: nn.Linear | None, embeddings: Tensor, labels: Tensor | None) -> dict[str, float]:
     """In percent, of the labelled images among [N, E], [N]: the class is the most likely, one of the five likeliest."""
-    if labels is None or not (labelled := labels != UNLABELED).any():
+    if classifier is None or labels is None or not (labelled := labels != UNLABELED).any():
         return {}
     with torch.no_grad():
         logits, y = classifier(embeddings[labelled].float()), labels[labelled]

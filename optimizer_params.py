@@ -59,6 +59,9 @@ def contradictions(params: "ModelParams") -> list[tuple[bool, str]]:
          f"lr_decay_steps={p.lr_decay_steps} are of lr_schedule='steps', not of {p.lr_schedule!r}: set only one"),
         (p.warmup_start_lr > p.lr,
          f"warmup_start_lr={p.warmup_start_lr} is above lr={p.lr}, to which the warm-up rises: choose a smaller one"),
+        (p.lr_schedule != "constant" and p.final_lr_schedule_value > p.lr,
+         f"final_lr_schedule_value={p.final_lr_schedule_value} is above lr={p.lr}, from which lr_schedule falls to it: "
+         "choose a smaller one, such as 0"),
         (p.final_weight_decay is not None and p.weight_decay == 0,
          f"final_weight_decay={p.final_weight_decay} is reached from weight_decay, in the same proportion for every "
          "parameter: set weight_decay above 0"),

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from attrs import evolve, frozen
 from pytorch_lightning.utilities import rank_zero_warn
+from torch.optim.lr_scheduler import LambdaLR
 
 import ddp
 import schedules
@@ -122,14 +123,23 @@ def without(group: dict, name: str) -> dict:
 
 
 def for_pretraining(params: "ModelParams", plan: Plan, groups: list[dict]) -> dict:
-    """The optimizer that `params` names over groups with their own rates before `lr_scaling`; rates and, if wanted,
-    weight decay change with every step, those of all groups in proportion."""
-    groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
+    """The optimizer that `params` names over groups with their own rates before `lr_scaling`. With every step the rates
+    of all groups change in proportion and, if wanted, the weight decay of each goes towards its final one."""
+    warn_of_late_steps(params, plan)
+    final_decays = [group["final_weight_decay"] for group in groups]
+    groups = [without({**group, "lr": group["lr"] * plan.lr_factor}, "final_weight_decay") for group in groups]
     optimizer, rate = get_optimizer(params, groups, plan.lr), functools.partial(pretraining_rate, params, plan)
     if params.final_weight_decay is None:
-        return per_step(optimizer, rate)
-    end = params.final_weight_decay / params.weight_decay
-    return per_step(optimizer, rate, lambda step: schedules.cosine(1.0, end, step / plan.steps))
+        return per_step(LambdaLR(optimizer, rate))
+    return per_step(RateAndDecay(optimizer, rate, final_decays, plan.steps))
+
+
+def warn_of_late_steps(params: "ModelParams", plan: Plan) -> None:
+    late = [epoch for epoch in params.lr_decay_steps if epoch * plan.steps_per_epoch >= plan.steps]
+    if late:
+        rank_zero_warn(
+            f"lr_decay_steps={late} are beyond the {plan.steps} steps of the training: lr does not fall there"
+        )
 
 
 def pretraining_rate(params: "ModelParams", plan: Plan, step: int) -> float:
@@ -150,7 +160,7 @@ def for_linear_stage(params: "LinearClassifierMethodParams", plan: Plan, groups:
     and at 80 % of the training, or along half a cosine to 0."""
     groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
     rate = {"cosine": warmup_cosine, "steps": warmup_steps_down}[params.lr_schedule]
-    return per_step(get_optimizer(params, groups, plan.lr, params.nesterov), functools.partial(rate, plan))
+    return per_step(LambdaLR(get_optimizer(params, groups, plan.lr, params.nesterov), functools.partial(rate, plan)))
 
 
 def warmup_cosine(plan: Plan, step: int) -> float:
@@ -164,32 +174,28 @@ def warmup_steps_down(plan: Plan, step: int) -> float:
     return share * schedules.warmup(step, plan.warmup_steps)
 
 
-class RateAndDecay(torch.optim.lr_scheduler.LambdaLR):
-    """The weight decay of a group, too, is a share of its first one: `decay(step)` (DINO,
+class RateAndDecay(LambdaLR):
+    """The weight decay of each group, too, moves: along half a cosine to its final one at `steps` (DINO,
     https://arxiv.org/abs/2104.14294, appendix C)."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rate: Share, decay: Share):
-        self.decay = decay
-        self.first = [group["weight_decay"] for group in optimizer.param_groups]
+    def __init__(self, optimizer: torch.optim.Optimizer, rate: Share, final: list[float], steps: int):
+        self.ends = [(group["weight_decay"], last) for group, last in zip(optimizer.param_groups, final, strict=True)]
+        self.steps = steps
         super().__init__(optimizer, rate)
 
     def step(self, epoch: int | None = None) -> None:
         super().step(epoch)
-        for group, first in zip(self.optimizer.param_groups, self.first, strict=True):
-            group["weight_decay"] = first * self.decay(self.last_epoch)
+        for group, ends in zip(self.optimizer.param_groups, self.ends, strict=True):
+            group["weight_decay"] = schedules.cosine(*ends, self.last_epoch / self.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Without what the settings say."""
-        return without(without(super().state_dict(), "decay"), "first")
+        return without(without(super().state_dict(), "ends"), "steps")
 
 
-def per_step(optimizer: torch.optim.Optimizer, rate: Share, decay: Share | None = None) -> dict:
-    """What `configure_optimizers` returns: the learning rate is `rate(step)` times the group's."""
-    if decay is None:
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    else:
-        scheduler = RateAndDecay(optimizer, rate, decay)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+def per_step(scheduler: LambdaLR) -> dict:
+    """What `configure_optimizers` returns."""
+    return {"optimizer": scheduler.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def described(optimizer: torch.optim.Optimizer) -> str:

@@ -1,6 +1,8 @@
 """Settings of data sets of one's own: where the images are, which of them are used and how they are read."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ def class_numbers(value: Any) -> Any:
         ValueError: it is none of them.
     """
     value = [value] if isinstance(value, str | Path) else value
-    if isinstance(value, list | tuple) and len(value) == 1 and "=" not in str(value[0]):
+    if isinstance(value, list | tuple) and len(value) == 1 and not re.search(r"=-?\d+$", str(value[0])):
         try:
             value = json.loads(Path(str(value[0])).expanduser().read_text())
         except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home of ~somebody
@@ -27,7 +29,9 @@ def class_numbers(value: Any) -> Any:
 
 
 def is_range(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+    """Two finite numbers, the first below the second."""
+    numbers = isinstance(value, list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+    return numbers and -math.inf < value[0] < value[1] < math.inf
 
 
 @frozen(kw_only=True, slots=False)  # as ViewParams
@@ -50,17 +54,19 @@ class OwnDataParams:
     data_fraction: float = number(1.0, above=0, by=1e-9, at_most=1)  # of every class of the training images
     data_seed: int = non_negative(0, at_most=2**63 - 1)  # draws the splits and the fraction, whatever `seed` is
     splits_path: str | None = None  # folder of the lists train.txt, val.txt, test.txt: written once, then reused
-    pixel_range: list[float] | None = None  # what is black and white in .npy and TIFF files; None: that of their type
+    # what is black and white in .npy, TIFF and other 16-bit files; None: that of their type
+    pixel_range: list[float] | None = field(default=None, converter=plain)
 
     def _contradictions_of_own_data(self) -> list[tuple[bool, str]]:
         """(whether a field is wrong, how, and the way out)"""
         p, name_and_number = self, [entry.rpartition("=") for entry in self.class_to_idx or []]
-        in_order = p.pixel_range is None or (is_range(p.pixel_range) and p.pixel_range[0] < p.pixel_range[1])
+        wrong_range = p.pixel_range is not None and not is_range(p.pixel_range)
         # fmt: off
         return [
             (p.val_size + p.test_size > 0.95,
              f"val_size={p.val_size} and test_size={p.test_size} leave too little to train on: choose smaller ones"),
-            (not in_order, f"pixel_range={p.pixel_range} must be two numbers: the value of black, and that of white"),
+            (wrong_range,
+             f"pixel_range={p.pixel_range} must be two finite numbers: the value of black, and that of white"),
             (not all(name and number.isdecimal() for name, _, number in name_and_number),
              f"class_to_idx={p.class_to_idx} must give each class a whole number: {{'cat': 0, 'dog': 1}}"),
         ]

@@ -6,7 +6,7 @@ class.
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,15 +18,15 @@ from arrow_images import ArrowImages
 from augmentations import View
 from files import Sample
 from image_files import ImageFiles
-from image_folders import Found, ImageFolder, check_that_all_are_there, lists
+from image_folders import Found, ImageFolder, check_settings, labelled, listed_in, lists, settings_of, write
 from shard_names import is_pattern
 from tar_shards import TarShards
-from whole_files import write_whole
 
 if TYPE_CHECKING:
     from model_params import EncoderAndDataParams
 
 Source = ImageFolder | TarShards | ArrowImages
+Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class, -1 for none)
 INSTEAD = {"val": "test", "test": "val"}  # where the one has no images
 
 
@@ -54,19 +54,46 @@ def samples(root: Path, source: Source, params: "EncoderAndDataParams", split: s
     return [(str(root / path), label) for path, label in chosen]
 
 
-def splits(source: Source, params: "EncoderAndDataParams") -> dict[str, list[tuple[str, int]]]:
-    """split -> (path below the root, class). Written into `splits_path`, and taken from there if they are there."""
-    kept = Path(params.splits_path).expanduser() if params.splits_path else None
-    if kept and (kept / "train.txt").is_file():
-        found = lists(kept)
-        check_that_all_are_there(source, found, kept)
-        return {split: [(path, int(label)) for path, label in images] for split, images in found.items()}
-    found = numbered(find(source, params), params.class_to_idx)
+def splits(source: Source, params: "EncoderAndDataParams") -> Numbered:
+    """Of the lists in `splits_path`: those that were written when the splits were drawn, or the user's own."""
+    kept = folder_of_lists(params)
+    if has_written(params):
+        return numbered(lists(kept, source), None)
+    by_hand = kept is not None and bool(listed_in(kept)) and settings_of(kept) is None
+    images = labelled(lists(kept, source), source.label_of) if by_hand else find(source, params)
+    found = numbered(wanted(images, source.root, params), params.class_to_idx)
     if not found.get("val") and not found.get("test"):
         found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)
-    if kept and ddp.rank() == 0:
-        write(kept, found)
+    if kept and not by_hand and ddp.rank() == 0:
+        write(kept, found, settings(params))
     return found
+
+
+# ---- lists in splits_path ----
+
+
+def folder_of_lists(params: "EncoderAndDataParams") -> Path | None:
+    if params.splits_path is None:
+        return None
+    folder = Path(params.splits_path).expanduser()
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise ValueError(f"splits_path={params.splits_path!r} is a file: give the folder that has or gets the lists")
+    return folder
+
+
+def has_written(params: "EncoderAndDataParams") -> bool:
+    """Whether `splits_path` has lists that `splits` wrote. Raises ValueError if other settings made them."""
+    folder = folder_of_lists(params)
+    if folder is None or "train" not in dict(listed_in(folder)) or (made_by := settings_of(folder)) is None:
+        return False
+    check_settings(folder, made_by, settings(params))
+    return True
+
+
+def settings(params: "EncoderAndDataParams") -> dict[str, Any]:
+    """Those that decide which images are in the lists, and their labels."""
+    names = ("val_size", "test_size", "data_seed", "include_patterns", "exclude_patterns")
+    return {name: getattr(params, name) for name in (*names, "labels_from", "label_key", "class_to_idx")}
 
 
 # ---- what is there ----
@@ -81,11 +108,11 @@ def get_source(params: "EncoderAndDataParams", root: str, names: bool = False) -
                 f"include_patterns={p.include_patterns}, exclude_patterns={p.exclude_patterns} are for names, which "
                 f"rows of {folder} lack: use `filter` of datasets, and save the set again"
             )
-        labelled, names = p.labels_from is not None, names or p.class_to_idx is not None
-        return ArrowImages(folder, p.image_key, p.label_key, labelled, names)
+        names = names or p.class_to_idx is not None
+        return ArrowImages(folder, p.image_key, p.label_key, p.labels_from is not None, names)
     if is_pattern(root) or tar_shards.are_there(folder):
-        index = Path(p.splits_path).expanduser() / "shards.json" if p.splits_path else None
-        return TarShards(root, p.image_key, p.label_key, p.labels_from, index)
+        kept = folder_of_lists(p)
+        return TarShards(root, p.image_key, p.label_key, p.labels_from, kept and kept / "shards.json")
     if p.image_key or p.label_key:
         raise ValueError(
             f"image_key={p.image_key!r}, label_key={p.label_key!r} are for Hugging Face data sets and shards, which "
@@ -101,56 +128,94 @@ def is_stored(root: str) -> bool:
 
 
 def find(source: Source, params: "EncoderAndDataParams") -> Found:
-    """Raises ValueError if there are no images, or labels of some only."""
-    found, root = source.find(), source.root
-    wanted = {split: [one for one in images if is_wanted(one[0], params)] for split, images in found.items()}
-    if not wanted["train"]:
-        n = len(found["train"])
-        patterns = f", of which include_patterns={params.include_patterns}, exclude_patterns={params.exclude_patterns} "
-        raise ValueError(f"{root} holds {n} images for training{patterns + 'leave none' if n else ''}: choose another")
-    for split, images in wanted.items():
+    """Raises ValueError for a pattern that is like no path."""
+    found = source.find()
+    paths = [path for images in found.values() for path, _ in images]
+    for name in ("include_patterns", "exclude_patterns") if paths else ():
+        for pattern in getattr(params, name):
+            if not any(matches(path, pattern) for path in paths):
+                raise ValueError(
+                    f"{name}: {pattern!r} is like none of the {len(paths)} images in {source.root}, such as {paths[0]}"
+                    ": mend it (with a slash it is for the whole path, large and small letters differ), or leave it out"
+                )
+    return found
+
+
+def wanted(found: Found, root: Path, params: "EncoderAndDataParams") -> Found:
+    """By the patterns, and without labels if labels_from=None.
+
+    Raises:
+        ValueError: there are no images for training, or some beside all splits, or labels of some images only.
+    """
+    chosen = {split: [one for one in images if is_wanted(one[0], params)] for split, images in found.items()}
+    beside = chosen.pop("", [])
+    if not chosen.get("train"):
+        raise ValueError(f"{root} holds {without_training(found, params)}")
+    if beside:
+        raise ValueError(
+            f"{root} has {' and '.join(chosen)}, and {len(beside)} images in none of them, such as {beside[0][0]}: "
+            "move them there, or leave them out by exclude_patterns; if a class is called like a split, put all class "
+            "folders into a folder train"
+        )
+    if params.labels_from is None:
+        return {split: [(path, None) for path, _ in images] for split, images in chosen.items()}
+    for split, images in chosen.items():
         bare = [path for path, label in images if label is None]
         if 0 < len(bare) < len(images):
             raise ValueError(
                 f"{len(bare)} of the {len(images)} images for {split} in {root} have no label, such as {bare[0]}: move "
                 "them into a class folder, or away, or set labels_from=None to use none"
             )
-    return wanted
+    return chosen
+
+
+def without_training(found: Found, params: "EncoderAndDataParams") -> str:
+    """What there is instead of training images, and the way out."""
+    n, others = len(found.get("train", [])), [split for split, images in found.items() if split and images]
+    if n:
+        patterns = f"include_patterns={params.include_patterns}, exclude_patterns={params.exclude_patterns}"
+        return f"{n} images for training, of which {patterns} leave none: choose others"
+    if others:
+        return (
+            f"0 images for training, but some called {' and '.join(others)}: call a folder or shards train, or, if "
+            "these are classes, put all class folders into a folder train"
+        )
+    return "0 images for training: choose another"
 
 
 def is_wanted(path: str, params: "EncoderAndDataParams") -> bool:
+    included = not params.include_patterns or any(matches(path, pattern) for pattern in params.include_patterns)
+    return included and not any(matches(path, pattern) for pattern in params.exclude_patterns)
+
+
+def matches(path: str, pattern: str) -> bool:
     """A pattern without a slash is for the file's name, one with a slash for its path; `*` is any text, slashes too."""
-
-    def matches(pattern: str) -> bool:
-        return fnmatchcase(path if "/" in pattern else path.rsplit("/", 1)[-1], pattern)
-
-    included = not params.include_patterns or any(map(matches, params.include_patterns))
-    return included and not any(map(matches, params.exclude_patterns))
-
-
-def write(folder: Path, found: dict[str, list[tuple[str, int]]]) -> None:
-    """train.txt comes last: who sees it finds them all."""
-    for split in ("val", "test", "train"):
-        lines = "".join(f"{image},{label}\n" for image, label in found.get(split, []))
-        write_whole(folder / f"{split}.txt", lines)
+    return fnmatchcase(path if "/" in pattern else path.rsplit("/", 1)[-1], pattern)
 
 
 # ---- classes and splits ----
 
 
-def numbered(found: Found, class_to_idx: list[str] | None) -> dict[str, list[tuple[str, int]]]:
+def numbered(found: Found, class_to_idx: list[str] | None) -> Numbered:
     """Labels as numbers: their own, or those of `class_to_idx`, or by the alphabetical order of all; -1 for none."""
     names = {label for images in found.values() for _, label in images} - {None}
+    numbers = [name for name in names if isinstance(name, int)]
+    if numbers and min(numbers) < 0:
+        raise ValueError(f"the label {min(numbers)} is no class: number them from 0, and write -1 for no label")
     if class_to_idx is not None:
-        numbers = numbers_of(class_to_idx)
-        known = {name: numbers.get(str(name), -1) for name in names}
-        unknown = sorted(str(name) for name in names if known[name] < 0)
+        given = numbers_of(class_to_idx)
+        known, allowed = {name: given.get(str(name), name) for name in names}, set(given.values())
+        unknown = sorted(str(name) for name in names if known[name] not in allowed)
         if unknown:
             raise ValueError(f"class_to_idx has no number for {', '.join(unknown)}: add it, or set exclude_patterns")
-    elif all(isinstance(name, int) for name in names):
-        known = {name: name for name in names}
+    elif 0 < len(numbers) < len(names):
+        word = min(name for name in names if isinstance(name, str))
+        raise ValueError(
+            f"some labels are numbers, such as {numbers[0]}, and some are names, such as {word}: use one kind, or set "
+            "class_to_idx"
+        )
     else:
-        known = {name: number for number, name in enumerate(sorted(names, key=str))}
+        known = {name: name if numbers else number for number, name in enumerate(sorted(names))}
     known[None] = -1
     return {split: [(path, known[label]) for path, label in images] for split, images in found.items()}
 
@@ -165,11 +230,17 @@ def as_classes(labels: list[int]) -> np.ndarray:
     return np.zeros(len(labels), np.int64) if max(labels) < 0 else np.array(labels)
 
 
-def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed: int) -> dict:
+def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed: int) -> Numbered:
     """train, val and test: a share of every class each, at least one image if it is not 0, but never the last one."""
     rest, found = np.arange(len(images)), {}
     for split, size in (("test", test_size), ("val", val_size / (1 - test_size))):
         if size > 0:
-            fit, score = subsets.held_out(as_classes([images[i][1] for i in rest]), size, seed)
+            classes = as_classes([images[i][1] for i in rest])
+            if len(np.unique(classes)) == len(rest):
+                raise ValueError(
+                    f"no class of the {len(images)} images has one left for {split} beside that for training: set "
+                    "val_size=0 or test_size=0, or add images"
+                )
+            fit, score = subsets.held_out(classes, size, seed)
             rest, found[split] = rest[fit], [images[i] for i in rest[score]]
     return {"train": [images[i] for i in rest], **found}

@@ -50,7 +50,10 @@ def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows
         images_alone = data.get_dataset(params, splits)
         originals = torch.stack([images_alone[i][0] for i in islice(loader.sampler, rows)])
     images, _ = images_and_labels(next(iter(loader)))
-    return columns_of(images, params, rows, originals)
+    columns = columns_of(images, params, rows, originals)
+    if originals is not None and params.dataset.read is None:
+        columns[0][0][0] += ", central square"
+    return columns
 
 
 def contact_sheet(
@@ -74,8 +77,8 @@ def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, or
     if originals is None and isinstance(images, Tensor) and images.dtype == torch.uint8:
         originals = images
     if originals is not None:
-        size = f"{originals.shape[-1]} x {originals.shape[-2]} px"
-        columns.insert(0, (["original", size], as_strips(originals[:rows]).cpu()))
+        lines = ["original", in_pixels(originals.shape[-1], originals.shape[-2], params)]
+        columns.insert(0, (lines, as_strips(originals[:rows]).cpu()))
     return columns
 
 
@@ -104,10 +107,15 @@ def caption(params: ModelParams, i: int) -> list[str]:
     views, pairs = params.views, params.pairs
     roles = [name for name, ends in zip(("query", "key"), zip(*pairs, strict=True), strict=True) if i in ends]
     kind = "large" if i < params.n_large_views else "small"
-    size = f"{views[i].crop_size} x {views[i].crop_size} px"
+    size = in_pixels(views[i].crop_size, views[i].crop_size, params)
     rows = [asdict(view) for view in views]
     differing = [name for name in rows[0] if name != "crop_size" and len({row[name] for row in rows}) > 1]
     return [f"view {i}, {kind}", size, " and ".join(roles), *(in_words(name, rows[i][name]) for name in differing)]
+
+
+def in_pixels(width: int, height: int, params: ModelParams) -> str:
+    """The size, and which channel is shown where not all are."""
+    return f"{width} x {height} px" + f", first of {params.channels} channels" * (params.channels not in (1, 3))
 
 
 def in_words(name: str, value: float | tuple[float, float]) -> str:

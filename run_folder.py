@@ -1,12 +1,13 @@
 """What a run leaves in its folder, so that it can be read, compared and repeated.
 
-config.yaml   the resolved settings: `python train.py --config config.yaml` is the same run
-command.txt   the command, and each that went on with it
-run.json      of each of them: time, versions, git commit, machine
-log.txt       what was said
-results.json  scores
-pretraining/  and linear/: metrics.csv, throughput.csv, TensorBoard's events, checkpoints/
-splits/       which images were used, where that was drawn
+config.yaml     the resolved settings: `python train.py --config config.yaml` is the same run
+command.txt     the command, and each that went on with it
+parameters.txt  what the optimizer does with each parameter
+run.json        of each of them: time, versions, git commit, machine
+log.txt         what was said
+results.json    scores
+pretraining/    and linear/: metrics.csv, throughput.csv, TensorBoard's events, checkpoints/
+splits/         which images were used, where that was drawn
 """
 
 import csv

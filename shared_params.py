@@ -198,3 +198,13 @@ def n_classes(params: EncoderAndDataParams) -> int:
         return info.n_classes
     datasets = [data.get_dataset(params, splits) for splits in (info.train_splits, info.test_splits)]
     return 1 + max(int(dataset.labels.max()) for dataset in datasets)
+
+
+def labelled(classes: int, params: EncoderAndDataParams) -> int:
+    """Refuses images without labels."""
+    if classes < 1:
+        raise ValueError(
+            f"the images of dataset_name={params.dataset_name!r}, data_path={params.data_path!r} have no labels, which "
+            "a classifier needs: put them into class folders, or list labels in train.txt (docs/own_data.md)"
+        )
+    return classes

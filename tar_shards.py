@@ -11,13 +11,14 @@ import json
 import os
 import re
 import tarfile
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 import ddp
 from files import OnDisk
-from image_folders import SPLITS, SUFFIXES, Found, Label, as_label, has_images, of_folder
+from image_folders import SUFFIXES, Found, Label, as_label, has_images, labelled, of_folder
 from shard_names import SUFFIX, expanded, split_in
 from whole_files import write_whole
 
@@ -77,21 +78,24 @@ class TarShards(OnDisk):
         split_of = {shard: split_in(os.path.relpath(shard, self.root)) for shard in self.stamps}
         if not any(split_of.values()):
             split_of = dict.fromkeys(split_of, "train")
-        found: Found = {split: [] for split in (*SPLITS, "")}
+        found: Found = {}
         for shard, split in split_of.items():
-            below, images = os.path.relpath(shard, self.root), self.index[shard] if split else {}
-            found[split or ""] += [(f"{below}/{member}", label) for member, (_, _, label) in images.items()]
-        found.pop("")
-        if self.labels_from and all(label is None for images in found.values() for _, label in images):
-            if self.label_key:
-                raise ValueError(
-                    f"label_key={self.label_key!r}: no sample in {self.root} has such an ending or .json entry"
-                )
-            found = {split: [(path, self.of_folder(path)) for path, _ in images] for split, images in found.items()}
-        return found
+            below = os.path.relpath(shard, self.root)
+            images = ((f"{below}/{member}", label) for member, (_, _, label) in self.index[shard].items())
+            found.setdefault(split or "", []).extend(images)
+        if self.label_key and self.labels_from and not self.has_labels:
+            raise ValueError(
+                f"label_key={self.label_key!r}: no sample in {self.root} has such an ending or .json entry"
+            )
+        return labelled(found, self.label_of)
 
-    def of_folder(self, path: str) -> str | None:
-        return of_folder(parts(path)[1], self.labels_from)
+    @cached_property
+    def has_labels(self) -> bool:
+        return any(label is not None for places in self.index.values() for _, _, label in places.values())
+
+    def label_of(self, path: str) -> Label:
+        shard, member = parts(os.path.join(self.root, path))
+        return self.index[shard][member][2] if self.has_labels else of_folder(member, self.labels_from)
 
     def holds(self, path: str) -> bool:
         shard, member = parts(str(self.root / path))

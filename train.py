@@ -23,6 +23,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 import checkpoints
 import command_line
 import dry_run
+import own_images
+import parameter_options
 import preview
 import run_folder
 from gradient_norms import GradientNorms
@@ -95,8 +97,8 @@ def score(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
 
 
 @rank_zero_only
-def write(out: Path, results: dict[str, Any]) -> None:
-    write_whole(out / "results.json", json.dumps(results, indent=2))
+def write(path: Path, content: str | dict[str, Any]) -> None:
+    write_whole(path, content if isinstance(content, str) else json.dumps(content, indent=2))
 
 
 @rank_zero_only
@@ -106,14 +108,14 @@ def forget(out: Path, results: dict[str, Any]) -> None:
         for name in outdated:
             del results[name]
         shutil.rmtree(out / "linear", ignore_errors=True)
-        write(out, results)
+        write(out / "results.json", results)
 
 
 def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict) -> None:
     """Fills in `results`: the encoder's scores before and after."""
     if resumed is None or "random encoder" not in results:  # its row begins metrics.csv
         results["random encoder"] = score(fit, model)
-        write(out, results)
+        write(out / "results.json", results)
     fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: forget(out, results)))
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
@@ -121,9 +123,9 @@ def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None,
     results["epochs"] = fit.current_epoch  # fewer than max_epochs where max_time was up
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     results["trained encoder"] = score(fit, model)
-    if model.params.dataset.own and model.params.evaluations:  # elsewhere the validation set is the test set
+    if model.params.dataset.own and model.params.is_evaluated:  # elsewhere the validation set is the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
-    write(out, results)
+    write(out / "results.json", results)
 
 
 def train_classifier(out: Path, options: RunOptions, params: ModelParams, results: dict[str, Any]) -> None:
@@ -139,7 +141,7 @@ def train_classifier(out: Path, options: RunOptions, params: ModelParams, result
     results["linear minutes"] = results.get("linear minutes", 0) + (time.time() - start) / 60
     results["linear classifier"] = score(fit, linear)
     fit.save_checkpoint(out / "linear.ckpt", weights_only=False)
-    write(out, results)
+    write(out / "results.json", results)
 
 
 def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:
@@ -149,12 +151,15 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
         results = json.loads((out / "results.json").read_text()) | results
     if params.dataset.own and params.splits_path is None:
         params = attrs.evolve(params, splits_path=str((out / "splits").resolve()))
+    own_images.has_written(params)  # refuses other settings than the lists' before config.yaml says them
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):
         fit = trainer(out, "pretraining", params.max_epochs, options)
         resumed, step = beginning(options.resume, out, "pretraining", model)  # what is refused leaves a run as it was
         run_folder.begin(out, command_line.to_yaml(preset, options, model.params), sys.argv)
         fit.loggers = run_folder.get_loggers(out, "pretraining", options.logger, step)
+        table = parameter_options.printed(model.parameter_table(), params.optimizer_name)
+        write(out / "parameters.txt", table)
         pretrain(fit, model, resumed, out, results)
         if options.linear_epochs:
             train_classifier(out, options, params, results)

@@ -66,6 +66,16 @@ class ViewParams:
         return [view_of(self, i) for i in range(self.n_views)]
 
 
+def contradictions(params: "ModelParams") -> list[tuple[bool, str]]:
+    """(whether the settings contradict each other, how, and the way out)"""
+    small = [a.name for a in fields(ViewParams) if a.name.startswith("transform_small_")]
+    changed = [name for name in small if getattr(params, name) != getattr(fields(ViewParams), name).default]
+    without = bool(changed) and params.n_small_views == 0
+    return [
+        (without, f"{', '.join(changed)} set, but there are no small views: set n_small_views above 0, or leave it out")
+    ]
+
+
 def view_of(params: "ModelParams", i: int) -> View:
     """Row i. Every field of View has fields in ViewParams: one of its name, or for an interval two."""
     size = params.crop_size if i < params.n_large_views else small_crop_size(params.crop_size)

@@ -177,7 +177,7 @@ def test_print_config_prints_what_config_reads_and_leaves_nothing(monkeypatch, c
 def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "160")
     line = "byol" + SMALL.removeprefix("simclr") + " --lr_scaling linear --lr 0.4 --accumulate_grad_batches 2"
-    line += " --online_classifier true --online_classifier_lr 0.02"
+    line += " --online_classifier true --online_classifier_lr 0.02 --final_weight_decay 0.0003"
     main(f"{line} --max_epochs 3 --dry_run", monkeypatch)
     shown = capsys.readouterr().out
     model = SelfSupervisedMethod(parse(line)[2])
@@ -188,9 +188,9 @@ def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch,
     assert cells["predictor"] == ["16 -> 32 -> 16", "[N, 16]", f"{16 * 32 + 32 + 2 * 32 + 32 * 16 + 16:,}", "yes"]
     assert cells["lagging encoder"][2:] == [f"{count:,}", "lags"]
     assert cells["online classifier"] == ["1024 -> 10", "[N, 10]", "10,250", "yes"]
-    assert cells["2"][:2] == ["10,250", "online_classifier.weight"] and "0.01" in "".join(cells["2"][2:])
+    assert cells["2"][:2] == ["10,250", "online_classifier.weight"] and "0.01" in cells["2"][2:]
     table, weights = model.parameter_table(), dict(model.named_parameters())
-    for adapted, decay in ((True, "0.0001"), (False, "0.0")):
+    for adapted, decay in ((True, "0.0001 to 0.0003"), (False, "0")):
         group = [r.name for r in table if r.adapted == adapted and r.lr == 0.4]
         name, total = group[0], sum(weights[member].numel() for member in group)
         row = cells[str(len(group))]
@@ -233,7 +233,8 @@ def test_the_best_checkpoint_is_of_the_best_epoch(run, name, choose):
 
 def test_the_folder_says_what_was_run_and_repeats_it(run):
     settings = yaml.safe_load((run / "config.yaml").read_text())
-    saved = torch.load(run / "pretrained.ckpt", weights_only=True)["hyper_parameters"]
+    checkpoint = torch.load(run / "pretrained.ckpt", weights_only=True)
+    saved, saved_weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
     assert {name: settings[name] for name in saved if name != "embedding_dim"} == {
         name: value for name, value in saved.items() if name != "embedding_dim"
     }
@@ -242,6 +243,9 @@ def test_the_folder_says_what_was_run_and_repeats_it(run):
     (start,) = json.loads((run / "run.json").read_text())
     assert start["versions"]["torch"] == torch.__version__.split("+")[0] and start["time"].startswith("20")
     assert start["versions"]["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", start["versions"]["commit"])
+    table = (run / "parameters.txt").read_text().splitlines()
+    assert table[0].split() == ["parameter", "shape", "lr", "layer", "momentum", "decay"]
+    assert {line.split()[0] for line in table[1:]} < saved_weights.keys()
     log = (run / "log.txt").read_text()
     assert "images per optimizer step" in log and "valid_knn20_acc" in log and '"trained encoder"' in log
     assert list((run / "pretraining").glob("events.out.tfevents.*")) and (run / "splits").is_dir()

@@ -1,6 +1,8 @@
 """Frames that tell their number: of every codec and container, of varying rates, of damaged files."""
 
 import struct
+import tracemalloc
+from functools import partial
 
 import av
 import numpy as np
@@ -16,8 +18,11 @@ FILES = {  # suffix and codec, with frames that are shown in another order than 
     "h264 with open groups": ("mkv", "libx264", {"bf": 3, "g": 12, "x264-params": "open-gop=1:b-pyramid=2"}),
     "one keyframe": ("mp4", "libx264", {"g": 1000}),
     "intra only": ("mp4", "libx264", {"g": 1}),
+    "intra refresh": ("mp4", "libx264", {"x264-params": "intra-refresh=1:scenecut=0", "g": 25}),
     "hevc": ("mp4", "libx265", {"x265-params": "log-level=none:keyint=12:bframes=3"}),
     "vp9": ("webm", "libvpx-vp9", {"g": 12, "deadline": "realtime", "cpu-used": 8}),
+    "av1": ("mp4", "libsvtav1", {"g": 12, "preset": 10}),
+    "motion jpeg": ("mov", "mjpeg", {"strict": "unofficial"}),
     "mpeg4 in avi": ("avi", "mpeg4", {"bf": 2, "g": 12, "qmax": 2}),
     "h264 in avi": ("avi", "libx264", {"bf": 3, "g": 12}),
     "mpeg2": ("mpg", "mpeg2video", {"bf": 2, "g": 12, "b": "2M"}),
@@ -59,8 +64,9 @@ def moving(i: int, width: int, height: int) -> np.ndarray:
     return np.ascontiguousarray(TEMPLE[i : i + height, 3 * i : 3 * i + width])
 
 
-def test_real_pictures_in_motion_are_equal_bit_by_bit(tmp_path):
-    path = videos.write_video(tmp_path / "a.mp4", n=60, size=(160, 120), pattern=moving, bf=4, g=25)
+@pytest.mark.parametrize("options", [{"bf": 4}, {"x264-params": "intra-refresh=1"}])
+def test_real_pictures_in_motion_are_equal_bit_by_bit(options, tmp_path):
+    path = videos.write_video(tmp_path / "a.mp4", n=60, size=(160, 120), pattern=moving, g=25, **options)
     with av.open(str(path)) as container:
         whole = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     rng = np.random.default_rng(0)
@@ -110,33 +116,75 @@ def test_one_frame_and_odd_sizes(tmp_path):
     assert read(path, [11])[1].shape == (1, 49, 65, 3)
 
 
+def test_a_video_of_two_sizes_is_refused(tmp_path):
+    path, wider = (
+        videos.write_video(
+            tmp_path / f"{width}.ts", n=25, fps=25, size=(width, 48), stamps=list(range(start, start + 25))
+        )
+        for width, start in ((64, 0), (96, 25))
+    )
+    path.write_bytes(path.read_bytes() + wider.read_bytes())
+    assert read(path, [0, 10])[0] == [0, 10]
+    with pytest.raises(ValueError, match=r"its frames are of two sizes, 64 x 48 and 96 x 48 \(frame 30\)"):
+        read(path, [10, 30])
+
+
+def test_frames_are_held_once(tmp_path):
+    """tracemalloc knows numpy's memory, not FFmpeg's."""
+    video = videos.write_video(tmp_path / "a.mp4", size=(320, 240))
+    folder = videos.write_frames(tmp_path / "frames", size=(320, 240))
+    for reader in (decoders.read_video, partial(decoders.read_folder, frames_per_second=10)):
+        path = folder if isinstance(reader, partial) else video
+        tracemalloc.start()
+        frames, _ = reader(str(path), lambda times: np.arange(50), channels=3, threads=1)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert frames.nbytes <= peak < 1.3 * frames.nbytes
+
+
+def write_sound(path, cover: bool):
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=44100)
+        if cover:
+            picture = container.add_stream("mjpeg")
+            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic.value
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(videos.frame(0), format="rgb24")))
+        sound = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
+        sound.sample_rate = 44100
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    return path
+
+
 def damaged(path, kind: str):
     """A file of that name with a known damage."""
-    if kind == "no video":
-        with av.open(str(path), "w", format="mp4") as container:
-            stream = container.add_stream("aac", rate=44100)
-            sound = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
-            sound.sample_rate = 44100
-            container.mux(stream.encode(sound))
-            container.mux(stream.encode())
-        return path
-    front = {"container": {"movflags": "faststart"}} if kind != "header lost" else {}
-    videos.write_video(path, size=(160, 120), pattern=moving, n=60, **front)
+    if kind in ("sound", "sound with a cover"):
+        return write_sound(path, cover=kind != "sound")
+    settings = {"container": {"movflags": "faststart"}} if kind != "header lost" else {}
+    settings |= {"codec": "mjpeg", "strict": "unofficial"} if kind == "a stain on motion jpeg" else {}
+    videos.write_video(path, size=(160, 120), pattern=moving, n=60, **settings)
     content = path.read_bytes()
+    middle = len(content) // 2
     changed = {
         "empty": b"",
         "text": b"not a video",
-        "header lost": content[: len(content) // 2],
-        "truncated": content[: len(content) // 2],
+        "header lost": content[:middle],
+        "truncated": content[:middle],
+        "a stain on motion jpeg": content[:middle] + b"\xa5" * 200 + content[middle + 200 :],
         "overwritten": content[: len(content) // 3] + b"\xa5" * (len(content) // 3) + content[2 * len(content) // 3 :],
     }
     path.write_bytes(changed[kind])
     return path
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "header lost", "truncated", "overwritten", "no video"])
-def test_damaged_files_are_refused(kind, tmp_path):
-    with pytest.raises((ValueError, OSError)):
+@pytest.mark.parametrize("kind, message", [
+    ("empty", "Invalid"), ("text", "Invalid"), ("header lost", "Invalid"), ("truncated", "Invalid|is damaged"),
+    ("overwritten", "Invalid|is damaged"), ("a stain on motion jpeg", "Invalid"),
+    ("sound", "no video stream"), ("sound with a cover", "no video stream"),
+])  # fmt: skip
+def test_damaged_files_are_refused(kind, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
         decoders.read_video(str(damaged(tmp_path / "a.mp4", kind)), lambda times: np.arange(len(times)), 3, 1)
 
 
@@ -171,5 +219,5 @@ def test_what_is_no_folder_of_frames_is_refused(tmp_path):
     with pytest.raises(ValueError, match="frame1.jpg: UnidentifiedImageError"):
         decoders.read_folder(str(folder), choose, 3, 1, 30.0)
     Image.new("RGB", (10, 10)).save(folder / "frame1.jpg")
-    with pytest.raises(ValueError, match="same shape"):
+    with pytest.raises(ValueError, match=r"two sizes, 64 x 48 and 10 x 10 \(frame frame1.jpg\)"):
         decoders.read_folder(str(folder), choose, 3, 1, 30.0)

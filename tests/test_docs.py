@@ -106,14 +106,18 @@ def sections(page: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def section_and_settings(name: str) -> tuple[str, list[ModelParams]]:
+    """Of a preset: the text, and what its block makes."""
+    (text,) = (text for text in sections("methods.md").values() if text.lstrip().startswith(f"`{name}`"))
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    made: dict = {}
+    exec(compile(block, name, "exec"), made)
+    return text, [value for value in made.values() if isinstance(value, ModelParams)]
+
+
 def test_every_preset_has_a_section_with_its_settings():
-    texts = list(sections("methods.md").values())
     for name, preset in PRESETS.items():
-        (text,) = (text for text in texts if text.lstrip().startswith(f"`{name}`"))
-        (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        made: dict = {}
-        exec(compile(block, name, "exec"), made)
-        settings = [value for value in made.values() if isinstance(value, ModelParams)]
+        text, settings = section_and_settings(name)
         assert settings and all(value.loss_type == preset().loss_type for value in settings)
         for part in (
             " loss = ",
@@ -124,6 +128,15 @@ def test_every_preset_has_a_section_with_its_settings():
             "](https://arxiv.org/abs/",
         ):
             assert part in " ".join(text.split()), f"{name}: {part}"
+
+
+@pytest.mark.parametrize("name", ["byol", "vicreg", "barlow_twins", "moco_v3"])
+def test_methods_with_the_views_of_byol_have_them(name):
+    for params in section_and_settings(name)[1]:
+        assert [view.blur_probability for view in params.views] == [1.0, 0.1]
+        assert [view.solarize_probability for view in params.views] == [0.0, 0.2]
+        assert {view.saturation for view in params.views} == {0.2}
+        assert params.zero_init_residual == params.encoder_arch.startswith("resnet")
 
 
 # ---- troubleshooting.md ----
@@ -158,7 +171,17 @@ def runs(tmp_path):
     return tmp_path
 
 
-def test_curves_are_those_of_the_runs(runs, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """What is drawn, which is kept instead of being closed."""
+    drawn: list = []
+    monkeypatch.setattr(curves.plt, "close", drawn.append)
+    yield drawn
+    monkeypatch.undo()
+    curves.plt.close("all")
+
+
+def test_curves_are_those_of_the_runs(runs, figures):
     read = curves.labelled([str(runs / "a"), f"other={runs / 'b'}"])
     as_lists = {
         run: {name: tuple(points.tolist() for points in curve) for name, curve in of.items()}
@@ -168,8 +191,6 @@ def test_curves_are_those_of_the_runs(runs, monkeypatch):
         "a": {"step_train_loss": ([4, 9], [0.5, 0.25]), "valid_class_acc": ([9], [80.0])},
         "other": {"step_train_loss": ([4], [0.75])},
     }
-    figures = []
-    monkeypatch.setattr(curves.plt, "close", figures.append)
     curves.draw(read, runs / "curves.png", ["step_train_loss", "valid_class_acc"])
     (figure,), (loss, accuracy) = figures, figures[0].axes
     assert [list(line.get_ydata()) for line in loss.lines] == [[0.5, 0.25], [0.75]] and len(accuracy.lines) == 2
@@ -177,9 +198,15 @@ def test_curves_are_those_of_the_runs(runs, monkeypatch):
     assert picture(runs / "curves.png").width > 500
 
 
+def test_curves_that_no_run_has_are_left_out_unless_they_were_asked_for(runs, figures):
+    curves.draw({"b": curves.read(runs / "b")}, runs / "curves.png")
+    assert [axis.get_title() for axis in figures[0].axes] == [curves.MEANINGS["step_train_loss"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["b", "--out", "c.png", "--panels", *curves.PANELS], "is logged in none of the runs"),
         (["nowhere", "--out", "c.png"], "nowhere is no run"),
         (["a", "--out", "c.png", "--panels", "valid_clas_acc"], "'valid_clas_acc' is logged in none of the runs"),
         (["a", "--out", "c.svg"], "does not end in .png"),

@@ -156,10 +156,10 @@ def test_folders_that_hold_nothing_are_refused_in_one_sentence(folders, monkeypa
 
 
 def train_on_what_kills(rank: int, params: ModelParams) -> None:
-    def read_or_die(path, channels):
+    def read_or_die(path, *how):
         if path.endswith("dog/04.jpg"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return read_image(path, channels)
+        return read_image(path, *how)
 
     image_files.read_image = read_or_die
     encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())

@@ -260,6 +260,18 @@ def test_two_validation_loaders_are_scored_one_by_one(small, trainer):
     assert found["valid_class_acc"] < found["valid_class_acc_1"] and "valid_class_acc_trainset" not in found
 
 
+@pytest.mark.parametrize("evaluations", [["linear_probe"], []])
+def test_a_test_loader_of_the_users_own_is_scored_as_in_validation(evaluations, small, trainer):
+    labels = torch.arange(40) % 4
+    images = loader(torch.randn(40, 1, 8, 8) + labels.view(-1, 1, 1, 1), labels)
+    model = SelfSupervisedMethod(small(evaluations=evaluations), encoder=TinyEncoder())
+    fit = trainer(limit_test_batches=1.0)
+    validated = trainer(limit_val_batches=1.0).validate(model, images, verbose=False)[:1]
+    tested = fit.test(model, images, verbose=False)[:1]
+    assert tested == [{name.replace("valid_", "test_"): value for name, value in row.items()} for row in validated]
+    assert any("test_class_acc" in row for row in (*tested, *fit.test(model, verbose=False))) == bool(evaluations)
+
+
 def test_own_training_and_validation_loaders_and_a_data_module(small, trainer, monkeypatch):
     monkeypatch.setattr(data, "prepare_data", lambda name: pytest.fail("touched the data set"))
     train, labels = OWN_LOADERS["stacked views"](), torch.arange(40) % 4

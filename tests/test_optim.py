@@ -16,6 +16,7 @@ import optimizers
 import parameter_options
 from checkpoints import Checkpoints, newest
 from lars import LARS
+from learning_rate import LearningRate
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from optimizers import Plan
@@ -73,9 +74,22 @@ def test_the_table_has_each_trainable_parameter_once(small):
         p = trainable[row.name]
         assert row.shape == tuple(p.shape) and (row.lr, row.momentum, row.layer_factor) == (0.5, 0.9, 1)
         assert row.adapted == (p.ndim > 1) and row.weight_decay == (1e-4 if p.ndim > 1 else 0)
-    text = parameter_options.printed(rows).splitlines()
-    assert len(text) == 1 + len(rows) and "512 x 512 x 3 x 3" in parameter_options.printed(rows)
+    text = parameter_options.printed(rows, "lars").splitlines()
+    assert (
+        len(text) == 1 + len(rows) and len({*map(len, text)}) == 1 and any("512 x 512 x 3 x 3" in line for line in text)
+    )
     assert [line.split()[0] for line in text[1:]] == list(trainable)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "head"),
+    [("lars", "layer momentum decay LARS"), ("sgd", "layer momentum decay"), ("adamw", "layer decay final decay")],
+)
+def test_the_printed_table_has_the_columns_of_its_optimizer(optimizer, head, method):
+    model = method(optimizer_name=optimizer, final_weight_decay=0.1 if "final" in head else None)
+    text = parameter_options.printed(model.parameter_table(), optimizer).splitlines()
+    assert text[0].split() == ["parameter", "shape", "lr", *head.split()]
+    assert text[1].split()[-1] == {"lars": "yes", "sgd": "0.0001", "adamw": "0.1"}[optimizer]
 
 
 def test_options_by_regular_expression(method):
@@ -170,6 +184,16 @@ def test_steps_with_options_equal_sgd_written_out(method, trainer):
 def test_options_that_cannot_be_meant_are_refused_at_construction(options, message, method):
     with pytest.raises(ValueError, match=f"parameter_options.*{message}"):
         method(parameter_options=options)
+
+
+def test_what_excludes_nothing_is_refused_but_of_norms_and_biases(method):
+    with pytest.raises(
+        ValueError, match="exclude_matching_parameters_from_lars: the pattern '.nonsense' matches none of"
+    ):
+        method(exclude_matching_parameters_from_lars=[".bias", ".nonsense"])
+    fields = {"projection_mlp_layers": 0, "dim": 6, "exclude_matching_parameters_from_lars": [".bias", ".bn"]}
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(64, 6, bias=False))
+    assert list(rows_of(SelfSupervisedMethod(method().params, encoder=bare, **fields))) == ["model.1.weight"]
 
 
 def test_layer_decay_follows_the_stages(method, small):
@@ -277,14 +301,21 @@ def test_steps_do_not_fall_below_the_lowest_rate(small):
     assert found == pytest.approx([0.1, 0.01, 0.002, 0.002])
 
 
+def test_steps_after_the_last_epoch_are_named(method, trainer):
+    model = method(lr_schedule="steps", lr_decay_steps=[0.5, 1, 400])
+    with pytest.warns(UserWarning, match=r"lr_decay_steps=\[1, 400\] are beyond the 2 steps of the training"):
+        trainer().fit(model)
+
+
 LR = 0.001
-SHARES = [(1.0, 1.0), (1.0, 0.0), (0.1, 3.0), (0.1, 0.0)]  # of lr and weight_decay, in the order of the groups
+SHARES = [(1.0, 1.0), (1.0, 0.0), (0.1, 3.0), (0.1, 0.0), (1.0, None)]  # of lr and decay, in the order of the groups
 
 
 def test_every_group_follows_rate_and_decay(method, trainer):
-    """Weight decay from 0.02 to 0.1 along DINO's cosine, in proportion where an option says another one, and 0 where
-    there is none; two epochs of four batches, two accumulated."""
+    """Weight decay from 0.02 to 0.1 along DINO's cosine, in proportion where an option says a multiple, constant where
+    it says another one, and 0 where there is none; two epochs of four batches, two accumulated."""
     options = [{"pattern": "stem", "weight_decay_mult": 3, "lr_mult": 0.1}]
+    options += [{"pattern": r"projection_model.*weight", "weight_decay": 0.05}]
     excluded = {"exclude_matching_parameters_from_lars": [".bias", ".bn"]}
     for name in ("sgd", "lars", "adamw"):
         model = method(
@@ -298,7 +329,8 @@ def test_every_group_follows_rate_and_decay(method, trainer):
         assert len(record.decay) == 4
         for step in range(4):
             for found, shares in zip(zip(record.lr[step], record.decay[step], strict=True), SHARES, strict=True):
-                assert found == pytest.approx((shares[0] * lr[step], shares[1] * decay[step]))
+                expected = 0.05 if shares[1] is None else shares[1] * decay[step]
+                assert found == pytest.approx((shares[0] * lr[step], expected))
 
 
 @pytest.mark.parametrize(
@@ -311,6 +343,7 @@ def test_every_group_follows_rate_and_decay(method, trainer):
         ({"lr_schedule": "steps", "lr_decay_steps": [True]}, "lr_decay_steps=True must be a number"),
         ({"lr_schedule": "exponential"}, "lr_schedule='exponential' is unknown: choose one of cosine, linear"),
         ({"warmup_start_lr": 0.6}, "warmup_start_lr=0.6 is above lr=0.5"),
+        ({"final_lr_schedule_value": 0.6}, "final_lr_schedule_value=0.6 is above lr=0.5, from .* such as 0"),
         ({"weight_decay": 0, "final_weight_decay": 0.1}, "final_weight_decay=0.1 is reached from weight_decay"),
         ({"final_weight_decay": 5}, "lr=0.5 times final_weight_decay=5 is above 2"),
         ({"layer_decay": 0}, "layer_decay=0 must be above 0"),
@@ -354,7 +387,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(method, trainer, tmp_path):
 
 def test_the_settings_survive_in_a_checkpoint(method, trainer, tmp_path):
     options = [{"pattern": "stem", "lr_mult": 0.5}]
-    model = method(parameter_options=options, lr_schedule="steps", lr_decay_steps=(1, 2), mlp_normalization="bn")
+    model = method(parameter_options=options, lr_schedule="steps", lr_decay_steps=(0, 0.5), mlp_normalization="bn")
     fit = trainer()
     fit.fit(model)
     fit.save_checkpoint(tmp_path / "example.ckpt")
@@ -406,6 +439,37 @@ def test_the_online_classifier_is_softmax_regression_beside_the_method(preset, m
     assert torch.allclose(state["online_classifier.weight"].double(), w, atol=1e-5)
     assert torch.allclose(state["online_classifier.bias"].double(), b, atol=1e-5)
     assert fit.callback_metrics["online_train_acc1"].item() == pytest.approx(accuracy.item())
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_clipping_sees_the_methods_gradients_alone(algorithm, method, trainer):
+    def weights(**fields) -> dict:
+        model = method(lr=0.05, **fields)
+        trainer(gradient_clip_val=1e-3, gradient_clip_algorithm=algorithm).fit(model)
+        return model.state_dict()
+
+    plain, beside = weights(), weights(online_classifier=True)
+    assert all(torch.equal(beside[name], value) for name, value in plain.items())
+    start = method(online_classifier=True).online_classifier.weight
+    assert (beside["online_classifier.weight"] - start).abs().max() > 1e-3  # it does get its gradient back
+
+
+def test_the_logged_rate_is_not_the_online_classifiers(method, trainer):
+    logged = []
+
+    class Log(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            logged.append(trainer.callback_metrics["lr"].item())
+
+    model = method(lr=0.01, online_classifier=True, lr_schedule="constant")
+    trainer(callbacks=[LearningRate(), Log()]).fit(model)
+    assert logged == pytest.approx([0.01, 0.01])
+
+
+def test_an_online_classifier_without_labels_is_refused(method, monkeypatch):
+    monkeypatch.setattr("moco.n_classes", lambda _: 0)
+    with pytest.raises(ValueError, match="dataset_name='digits', .* have no labels, which a classifier needs"):
+        method(online_classifier=True)
 
 
 def test_the_online_classifier_learns_is_scored_and_saved(method, trainer, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,15 @@ def test_patterns(photos, tmp_path):
     assert both == {f"china/1{i}.png" for i in range(10) if i != 5}
     with pytest.raises(ValueError, match="holds 50 images .*exclude_patterns=.* leave none"):
         chosen(exclude_patterns=["*"])
+    for name, pattern in (
+        ("exclude_patterns", "chinas/*"),
+        ("exclude_patterns", "*.PNG"),
+        ("include_patterns", "*.jpg"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: '{re.escape(pattern)}' is like none of the 50 .*china/00.png"):
+            chosen(
+                include_patterns=["*.png", pattern] if name == "include_patterns" else [], exclude_patterns=[pattern]
+            )
     with pytest.raises(ValueError, match="holds 0 images"):
         listed(params(tmp_path))
     with pytest.raises(ValueError, match="data_path=.*nowhere.* is no folder"):
@@ -161,8 +171,10 @@ def test_patterns(photos, tmp_path):
 
 
 def test_class_to_idx(photos, tmp_path):
-    (tmp_path / "classes.json").write_text(json.dumps({"flower": 0, "china": 5}))
-    for given in ({"flower": 0, "china": 5}, str(tmp_path / "classes.json"), ["flower=0", "china=5"]):
+    file = tmp_path / "lr=0.1" / "classes.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"flower": 0, "china": 5}))
+    for given in ({"flower": 0, "china": 5}, str(file), ["flower=0", "china=5"]):
         p = params(photos, class_to_idx=given)
         assert p.class_to_idx == ["flower=0", "china=5"]
         assert listed(p)["china/00.png" if "china/00.png" in listed(p) else "china/01.png"] == 5
@@ -186,7 +198,7 @@ def test_splits_are_written_once_and_reused(tmp_path):
     assert (tmp_path / "run/splits/val.txt").read_text() == "".join(f"{k},{v}\n" for k, v in sets[1].items())
     (root / "ant").mkdir()  # would be class 0
     Image.fromarray(TILES["china"][0]).save(root / "ant" / "new.png")
-    assert three(p) == sets and three(attrs.evolve(p, val_size=0.3)) == sets
+    assert three(p) == sets
     assert three(attrs.evolve(p, splits_path=None)) != sets
     gone = next(iter(sets[2]))
     (root / gone).unlink()
@@ -194,12 +206,127 @@ def test_splits_are_written_once_and_reused(tmp_path):
         listed(p)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"val_size": 0.3},
+        {"test_size": 0},
+        {"data_seed": 1},
+        {"labels_from": None},
+        {"include_patterns": ["china/*"]},
+        {"exclude_patterns": ["china/0*"]},
+        {"class_to_idx": ["china=1", "flower=0"]},
+    ],
+)
+def test_lists_made_by_other_settings_are_refused(photos, tmp_path, changed):
+    p = params(photos, splits_path=str(tmp_path))
+    sets = three(p)
+    ((name, value),) = changed.items()
+    was = re.escape(repr(getattr(p, name)))
+    with pytest.raises(ValueError, match=f"were made by {name}={was}, not {re.escape(repr(value))}: .*splits_path"):
+        listed(attrs.evolve(p, **changed))
+    assert three(attrs.evolve(p, lr=0.1, seed=3)) == sets
+
+
+def test_odd_names_are_kept_in_the_lists(tmp_path):
+    odd = {
+        "china/00.png": " china/ 00.png",
+        "china/01.png": "china/a\x85b.png",
+        "china/02.png": "china/a, b.png 2,3.png",
+    }
+    p = params(write(tmp_path / "photos", odd), splits_path=str(tmp_path / "splits"), labels_from="last_folder")
+    p = attrs.evolve(p, class_to_idx=["china=1", " china=1", "flower=0"])
+    sets = three(p)
+    assert set(odd.values()) < {path for one in sets for path in one} and three(p) == sets
+    (tmp_path / "photos/china/03.png").rename(tmp_path / "photos/china/3\n.png")
+    assert len(listed(attrs.evolve(p, splits_path=None))) == len(sets[0])
+    with pytest.raises(ValueError, match=r"'china/3\\n.png' cannot be listed in .*: rename it"):
+        listed(attrs.evolve(p, splits_path=str(tmp_path / "others")))
+
+
+TWO = "china/01.png\nflower/00.png\n"
+AB = {"class_to_idx": {"a": 5, "b": 2}}
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the images", "in splits_path"])
+@pytest.mark.parametrize(
+    ("train", "val", "fields", "expected"),
+    [
+        ("./china/01.png\n./flower/00.png\n", "flower/./01.png", {}, [0, 1, 1]),
+        ("ROOT/china/01.png\nflower/00.png\n", "ROOT/flower/01.png", {}, [0, 1, 1]),
+        ("\ufeffchina/01.png\tb\nflower/00.png\ta\n", "flower/01.png a", {}, [1, 0, 0]),
+        (f"{TWO}china/01.png\n", "flower/01.png", {}, [0, 1, 1]),
+        ("flower/00.png 7", "flower/01.png 7", {"labels_from": None}, [-1, -1]),
+        ("china/01.png 4\nflower/00.png 3", "flower/01.png", {}, [4, 3, -1]),
+        ("flower/00.png a", "flower/01.png b", AB, [5, 2]),
+        ("flower/00.png 5", "flower/01.png 2", AB, [5, 2]),
+        (TWO, "flower/01.png", {"exclude_patterns": ["china/*"]}, [0, 0]),
+        (
+            "china/01.png 0\nflower/00.png rose",
+            "flower/01.png 0",
+            {},
+            "are numbers, such as 0, .* such as rose: use one",
+        ),
+        ("china/01.png -5", "flower/01.png 0", {}, "the label -5 is no class"),
+        (TWO, "./flower/00.png", {}, "flower/00.png is for train and for val, .*: leave one"),
+        ("china/01.png 1\nchina/01.png 0", "flower/00.png 0", {}, "china/01.png has two labels in train.txt"),
+        ("/china/01.png 1", "flower/00.png 0", {}, "train.txt names /china/01.png, .* not below .*: give data_path"),
+        ("../photos/china/01.png 1", "flower/00.png 0", {}, "names ../photos/china/01.png, .* not below"),
+        (None, "flower/01.png", {}, "VAL.txt needs a train.txt beside it"),
+    ],
+)
+def test_lists_are_read_wherever_they_are(tmp_path, beside, train, val, fields, expected):
+    root = write(tmp_path / "photos")
+    folder = root if beside else tmp_path / "lists"
+    folder.mkdir(exist_ok=True)
+    for split, text in (("train", train), ("VAL", val)):
+        if text is not None:
+            (folder / f"{split}.txt").write_text(text.replace("ROOT", str(root)))
+    before = sorted(folder.iterdir())
+    p = params(root, splits_path=None if beside else str(folder), **fields)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            listed(p)
+    else:
+        assert [*listed(p).values(), *listed(p, "val").values()] == expected and set(listed(p)) < set(NAMES)
+    assert sorted(folder.iterdir()) == before  # a list of the user's is never written over
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["aeroplane", "bus", "train"], "has train, and 40 images in none of them, such as aeroplane/00.png: .*"),
+        (["Train", "Val"], [20, 20, 20]),
+        (["training", "validation", "TEST"], [20, 20, 20]),
+        (["val", "test"], "0 images for training, but some called test and val: call a folder .*train"),
+        (["cats", "test"], "0 images for training, but some called test"),
+        (["train", "val", "masks"], "has train and val, and 20 images in none of them, such as masks/00.png"),
+        (["train/train", "train/bus"], [32, 4, 4]),
+    ],
+)
+def test_folders_called_like_splits(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        for j in range(20):
+            Image.fromarray(TILES["china"][j]).save(tmp_path / name / f"{j:02}.png")
+    (tmp_path / "empty" / "val").mkdir(parents=True)
+    if isinstance(message, list):
+        assert [len(one) for one in three(params(tmp_path))] == message
+        return
+    with pytest.raises(ValueError, match=message):
+        listed(params(tmp_path))
+    if "masks" in names:
+        assert len(listed(params(tmp_path, exclude_patterns=["masks/*"]))) == 20
+
+
 def test_what_is_refused_at_construction(photos):
     for wrong, message in [
         ({"val_size": 0.5, "test_size": 0.5}, "val_size=0.5 and test_size=0.5"),
         ({"pixel_range": [1, 0]}, "pixel_range"),
+        ({"pixel_range": [0, float("inf")]}, "pixel_range=.* must be two finite numbers"),
         ({"class_to_idx": ["cat"]}, "class_to_idx='cat' could not be read"),
         ({"class_to_idx": {"cat": -1}}, "class_to_idx"),
+        ({"class_to_idx": ["cat=-1"]}, "class_to_idx=.* must give each class a whole number"),
         ({"include_patterns": "*.png"}, "include_patterns='\\*.png' must be a list"),
         ({"labels_from": "name"}, "labels_from='name' is unknown"),
         ({"data_fraction": 0.0}, "data_fraction"),
@@ -210,6 +337,14 @@ def test_what_is_refused_at_construction(photos):
         ModelParams(dataset_name="digits", data_path="x")
     with pytest.raises(ValueError, match="no images for val: set val_size or test_size"):
         listed(params(photos, val_size=0.0, test_size=0.0), "val")
+    with pytest.raises(ValueError, match="splits_path=.*00.png' is a file: give the folder"):
+        listed(params(photos, splits_path=str(photos / "china/00.png")))
+    two = {"include_patterns": ["*/00.png", "*/01.png"]}
+    with pytest.raises(
+        ValueError, match="no class of the 4 images .* for val beside .*: set val_size=0 or test_size=0"
+    ):
+        listed(params(photos, **two))
+    assert [len(listed(params(photos, val_size=0.0, **two), split)) for split in ("train", "test")] == [2, 2]
 
 
 # ---- pixels ----
@@ -217,6 +352,7 @@ def test_what_is_refused_at_construction(photos):
 
 def one_image(tmp_path: Path, save, **fields) -> torch.Tensor:
     """What an evaluation gets of a file, at the size at which its central square is not resized: [C, 28, 28]."""
+    tmp_path.mkdir(exist_ok=True)
     for i in range(3):
         save(tmp_path / f"{i}")
     p = params(tmp_path, transform_crop_size=28, val_size=0, test_size=0, **fields)
@@ -241,7 +377,12 @@ def test_pixels_of_any_number_of_channels_are_exact(tmp_path, kind, channels):
         else:
             Image.fromarray(stored).save(f"{path}.png")
 
-    if kind == "tif planes" and channels == 3:  # PIL reads the first page alone; with a range, tifffile reads all
+    if kind == "tif planes" and channels == 3:  # PIL would read the first page alone
+        for wrong in (1, 3):
+            with pytest.raises(
+                ValueError, match="its 3 pages of one size are channels: set in_channels .* pixel_range"
+            ):
+                one_image(tmp_path, save, in_channels=wrong)
         found = one_image(tmp_path, save, in_channels=channels, pixel_range=[0, 255])
     else:
         found = one_image(tmp_path, save, in_channels=channels)
@@ -274,6 +415,35 @@ def test_values_of_other_types(tmp_path):
     ]:
         with pytest.raises(ValueError, match=f"0.npy could not be read as an image .*{message}"):
             read(name, values)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_gray_of_16_bits_is_scaled_and_has_a_range(tmp_path, channels):
+    """PIL would clip it at 255. The fourth channel is opacity, as the second of two."""
+    deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    for fields, gray in (
+        ({}, deep // 257),
+        ({"pixel_range": (np.float32(0), 4095)}, np.round(deep.clip(0, 4095) / 16.06)),
+    ):
+        found = one_image(
+            tmp_path, lambda path: Image.fromarray(deep).save(f"{path}.png"), in_channels=channels, **fields
+        )
+        expected = torch.from_numpy(gray[2:30, 2:30].astype(np.int16)).expand(channels, -1, -1).clone()
+        if channels in (2, 4):
+            expected[-1] = 255
+        assert (found.short() - expected).abs().max() <= (1 if fields else 0)
+
+
+def test_a_tiff_with_a_preview_of_itself_is_read_and_floats_are_told_the_way_out(tmp_path):
+    photo = np.ascontiguousarray(TILES["china"][0][:32, :32])
+
+    def with_preview(path: Path) -> None:
+        Image.fromarray(photo).save(f"{path}.tif", save_all=True, append_images=[Image.fromarray(photo[::2, ::2])])
+
+    found = one_image(tmp_path / "a", with_preview, in_channels=3)
+    assert np.array_equal(found.permute(1, 2, 0), photo[2:30, 2:30])
+    with pytest.raises(ValueError, match="floating-point pixels have no known range: set pixel_range to the values of"):
+        one_image(tmp_path / "b", lambda path: Image.fromarray(photo[..., 0].astype(np.float32)).save(f"{path}.tif"))
 
 
 def test_statistics_are_those_of_numpy(photos):
@@ -331,6 +501,13 @@ def test_a_folder_without_labels_trains_and_is_measured(tmp_path, trainer, caplo
     assert other.dataset_name == "cifar10" and other.data_path is None
 
 
+def test_one_class_is_named(tmp_path, trainer, caplog):
+    model = SelfSupervisedMethod(params(write(tmp_path, {name: f"one/{name.replace('/', '_')}" for name in NAMES})))
+    with caplog.at_level("INFO"):
+        trainer().validate(model, verbose=False)
+    assert "folder has images of one class: linear_probe and knn are left out" in caplog.text
+
+
 def test_resumed_training_and_workers_change_nothing(photos, weights_after_two_epochs, tmp_path):
     def weights(workers: int, path: Path | None = None) -> torch.Tensor:
         model = SelfSupervisedMethod(params(photos, num_data_workers=workers))
@@ -354,13 +531,18 @@ def test_the_program_scores_the_test_set_and_keeps_the_splits(photos, tmp_path, 
     ]
     options = [text for name in names for text in (f"--{name}", str(getattr(p, name)))]
     line = ["train.py", "simclr", *options, "--max_epochs", "1", "--linear_epochs", "1", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", [*line, "--compute_statistics", "true", "--seed", "0"])
+    monkeypatch.setattr(sys, "argv", [*line, "--compute_statistics", "true", "--online_classifier", "--seed", "0"])
     train.main()
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert {"test_class_acc", "test_knn20_acc", "test_rank_me"} <= results["test set"].keys()
+    assert {"test_class_acc", "test_knn20_acc", "test_rank_me", "test_online_acc1"} <= results["test set"].keys()
     assert 0 <= results["linear classifier"]["valid_acc1"] <= 100
     found = [(tmp_path / f"run/splits/{split}.txt").read_text().splitlines() for split in ("train", "val", "test")]
     assert [len(lines) for lines in found] == [40, 5, 5]
+    config = (tmp_path / "run/config.yaml").read_text()
+    monkeypatch.setattr(sys, "argv", [*line, "--resume", "auto", "--val_size", "0.3"])
+    with pytest.raises(SystemExit, match="lists in splits_path=.* were made by val_size=0.1, not 0.3"):
+        train.main()
+    assert (tmp_path / "run/config.yaml").read_text() == config
     encoder = load_encoder(tmp_path / "run/pretrained.ckpt")
     assert encoder.params.image_mean is not None and listed(encoder.params).keys() == listed(p).keys()
     linear = LinearClassifierMethod.load_from_checkpoint(tmp_path / "run/linear.ckpt")

@@ -166,6 +166,16 @@ def test_several_runs_are_overlaid_and_told_apart(run, other, tmp_path):
     assert {(about["map"]["missing"]) for about in content["runs"]} == {"--images 0: no images were embedded"}
 
 
+def test_presets_that_differ_say_whose_standard_is_whose(run, other, tmp_path):
+    shutil.copytree(other, tmp_path / "third")
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    changed = {"preset": "byol", "prediction_mlp_layers": 3, "dim": 32}
+    (tmp_path / "third" / "config.yaml").write_text(yaml.safe_dump(config | changed))
+    content = data_of(report.write([run, other, tmp_path / "third"], tmp_path / "three.html", images=0))
+    standard = {row["name"]: row["preset"] for row in content["settings"]["rows"]}
+    assert standard["prediction_mlp_layers"] == "moco_v2 0, byol 2" and standard["dim"] == "128"
+
+
 def test_long_lines_are_thinned_without_losing_a_peak():
     steps, values = np.arange(100_000), np.zeros(100_000)
     values[[777, 50_001]] = 9, -3

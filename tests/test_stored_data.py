@@ -206,6 +206,12 @@ def test_splits_are_words_in_the_names_of_shards(tmp_path):
         assert [len(labels(p, split)) for split in ("train", "val", "test")] == [20, 20, 10]
     some = params(tmp_path, exclude_patterns=["*/china/1*"])
     assert len(labels(some)) == 10
+    os.rename(tmp_path / "test_0.tar", tmp_path / "extra-0.tar")
+    with pytest.raises(
+        ValueError, match="has train and val, and 10 images in none of them, such as extra-0.tar/flower"
+    ):
+        labels(params(tmp_path))
+    assert len(labels(params(tmp_path, exclude_patterns=["extra-*/*"]))) == 20
     os.rename(tmp_path / "imagenet1k-train-00.tar", tmp_path / "val-1.tar")
     with pytest.raises(ValueError, match="holds 0 images for training"):
         labels(params(tmp_path))
@@ -218,6 +224,21 @@ def test_tar_files_of_tar(photos, tmp_path):
     p = params(tmp_path, splits_path=str(tmp_path / "splits"))
     for _ in range(2):  # drawn, then read from the lists
         assert sorted(labels(p) + labels(p, "val") + labels(p, "test")) == [0] * 30 + [1] * 20
+
+
+def test_lists_of_the_users_own_name_images_in_shards_and_rows(stored, tmp_path):
+    rows = {"shards": ["./train-000000.tar/china/03.png", "train-000004.tar/flower/19.png"], "arrow": ["3", "49"]}
+    for kind, paths in rows.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "train.txt").write_text("\n".join(paths))
+        root = Path(stored["arrow"] if kind == "arrow" else stored["shards"])
+        p = params(root, splits_path=str(folder), val_size=0, test_size=0)
+        assert labels(p) == [0, 1] and labels(
+            params(root, splits_path=str(folder), val_size=0, test_size=0, labels_from=None)
+        ) == [-1, -1]
+        (folder / "train.txt").write_text("".join(f"{path} {name}\n" for path, name in zip(paths, "ba", strict=True)))
+        assert labels(p) == [1, 0]
 
 
 def test_the_index_is_kept_beside_the_splits(tmp_path, monkeypatch):

@@ -209,6 +209,7 @@ def test_lists_shorter_than_the_views():
         ({"n_small_views": 1, "transform_crop_scale_min": [0.1] * 3}, "crop_scale_min=.* has 3 values for 2 views"),
         ({"n_small_views": 1, "transform_small_crop_size": [16, 16]}, "crop_size=.* has 2 values for 1 views"),
         ({"n_small_views": 1, "transform_small_crop_size": 97}, "size=97 is above transform_crop_size=96"),
+        ({"transform_small_crop_size": 10}, "transform_small_crop_size set, but .* no small views: set n_small_views"),
         ({"transform_small_crop_size": 12.5}, "transform_small_crop_size=12.5 must be a whole number"),
         ({"transform_small_crop_size": 6}, "transform_small_crop_size=6 must be at least 7"),
         ({"transform_crop_scale_max": 0.1}, "scale_min=0.2 is above transform_crop_scale_max=0.1 in view 0"),
@@ -243,7 +244,7 @@ def test_small_views_of_packed_images_on_either_path():
     x = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
     views = augmentations.training_views(p)(x, 1)
     assert [tuple(v.shape) for v in views] == [(8, 3, 32, 32)] * 2 + [(8, 3, 14, 14), (8, 3, 9, 9)]
-    large_only = augmentations.training_views(attrs.evolve(p, n_small_views=0))(x, 1)
+    large_only = augmentations.training_views(attrs.evolve(p, n_small_views=0, transform_small_crop_size=None))(x, 1)
     assert all(torch.equal(a, b) for a, b in zip(views, large_only, strict=False))  # more views change no others
     rng = augmentations.generator(1)
     for view, found in zip(p.views, views, strict=True):
@@ -325,6 +326,8 @@ def test_captions_name_what_differs():
     assert preview.caption(p, 1)[2:] == ["key", "crop scale 0.2 to 1", "blur in 10 %"]
     assert preview.caption(p, 2) == ["view 2, small", "16 x 16 px", "query", "crop scale 0.05 to 0.14", "blur in 10 %"]
     assert preview.caption(ModelParams(), 0) == ["view 0, large", "96 x 96 px", "query"]
+    of_five = ModelParams(in_channels=5, dataset_name="folder", image_mean=[0.5] * 5, image_std=[0.5] * 5)
+    assert preview.caption(of_five, 0)[1] == "224 x 224 px, first of 5 channels"
 
 
 def test_preview_of_image_files_and_of_ones_own_loader(tmp_path, monkeypatch):
@@ -332,6 +335,7 @@ def test_preview_of_image_files_and_of_ones_own_loader(tmp_path, monkeypatch):
     write_photographs(tmp_path)
     p = ModelParams(**IMAGE_FILES)
     files = read(preview.write(p, "files.png", rows=2))
+    assert preview.first_columns(p, rows=2)[0][0] == ["original, central square", "24 x 24 px"]
     floats = [[torch.randn(4, 3, size, size) for size in (24, 24, 10, 10)]]
     own = read(preview.write(p, "own.png", floats, rows=2))
     assert len(files) == len(own) and files.shape[1] > own.shape[1]  # no originals

@@ -47,8 +47,9 @@ def read(folder: str | Path) -> dict[str, Curve]:
     return report_figures.read(path)
 
 
-def draw(runs: dict[str, dict[str, Curve]], path: str | Path, panels: Sequence[str] = PANELS) -> None:
-    """A PNG of runs, {label: what `read` returns}. A panel is a figure's name, or several joined by commas.
+def draw(runs: dict[str, dict[str, Curve]], path: str | Path, panels: Sequence[str] | None = None) -> None:
+    """A PNG of runs, {label: what `read` returns}. A panel is a figure's name, or several joined by commas; None: those
+    of PANELS that are logged.
 
     Raises:
         ValueError: a figure is in none of the runs, or the path is no PNG.
@@ -56,6 +57,7 @@ def draw(runs: dict[str, dict[str, Curve]], path: str | Path, panels: Sequence[s
     if Path(path).suffix != ".png":
         raise ValueError(f"the curves are a PNG, and {path} does not end in .png")
     known = sorted({name for curves in runs.values() for name in curves})
+    panels = panels or [panel for panel in PANELS if set(panel.split(",")) <= set(known)] or PANELS
     for name in {name for panel in panels for name in panel.split(",")} - set(known):
         raise ValueError(f"{name!r} is logged in none of the runs: choose of {', '.join(known)}")
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3), layout="constrained", squeeze=False)
@@ -96,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folder of a run")
     parser.add_argument("--out", required=True, metavar="FILE.png")
-    parser.add_argument("--panels", nargs="+", default=PANELS, metavar="NAME[,NAME]", help="figures of metrics.csv")
+    parser.add_argument("--panels", nargs="+", metavar="NAME[,NAME]", help="figures of metrics.csv")
     args = parser.parse_args()
     with in_words():
         draw(labelled(args.runs), args.out, args.panels)

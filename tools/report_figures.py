@@ -97,7 +97,7 @@ FIGURES = (
     ),
     Figure(
         "Learning rate",
-        {"lr": "highest of all groups"},
+        {"lr": "highest of all groups but the online classifier's"},
         "As it was taken: the warm-up, then the schedule.",
         is_schedule=True,
     ),

@@ -54,10 +54,10 @@ def in_words(value: Any) -> str:
 
 
 def state(run: Run) -> str:
-    trained, wanted = run.results.get("epochs"), run.settings["max_epochs"]
-    if trained == wanted:
+    trained, wanted = run.results.get("epochs"), run.settings.get("max_epochs", 0)
+    if trained is not None and trained >= wanted:
         return "finished"
-    if trained is not None and run.settings["max_time"]:
+    if trained is not None and run.settings.get("max_time"):
         return f"stopped by max_time in epoch {trained} of {wanted}"
     _, epochs = report_figures.read(run.folder / report_figures.PRETRAINING).get("epoch", ([], [0]))
     return f"not finished: in epoch {epochs[-1] + 1:.0f} of {wanted}"
@@ -81,10 +81,18 @@ def settings(runs: Sequence[Run]) -> dict[str, Any]:
     for name in dict.fromkeys(name for run in runs for name in run.settings):
         cells = [cell(run.settings, standard, name) for run, standard in zip(runs, plain, strict=True)]
         if name in differing or any(one["changed"] for one in cells):
-            standard = dict.fromkeys(text(values[name]) for values in plain if name in values)
+            presets = [run.settings.get("preset", "") for run in runs]
+            standard = {of: text(values[name]) for of, values in zip(presets, plain, strict=True) if name in values}
             comment = comments.get(name, ("", ""))[1]
-            rows.append({"name": name, "comment": comment, "preset": ", ".join(standard), "values": cells})
+            rows.append({"name": name, "comment": comment, "preset": of_presets(standard), "values": cells})
     return {"rows": rows, "differ": bool(differing)}
+
+
+def of_presets(values: dict[str, str]) -> str:
+    """{"simclr": "0", "byol": "2"} -> "simclr 0, byol 2"; where they are the same, just that."""
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    return ", ".join(f"{preset} {value}".strip() for preset, value in values.items())
 
 
 def cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> dict[str, Any]:
