@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import augmentations
 import data
-import own_data_params
 from packed_images import PackedImages
-from shared_params import EncoderAndDataParams
+from shared_params import OF_ONE_KIND, EncoderAndDataParams
 from weights import Encoder
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -49,7 +48,7 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
     if (dataset_name or p.dataset_name) not in data.DATASETS:
         raise ValueError(f"dataset={dataset_name!r} is unknown: choose one of {', '.join(data.DATASETS)}")
     if dataset_name not in (None, p.dataset_name):
-        changes = own_data_params.DEFAULTS | changes
+        changes = OF_ONE_KIND | changes
     found = attrs.evolve(
         p,
         dataset_name=dataset_name or p.dataset_name,

@@ -1,5 +1,7 @@
 """Class folders, lists, clips and crops of videos; what is broken; memory and resuming as of image files."""
 
+import re
+
 import attrs
 import numpy as np
 import pytest
@@ -232,6 +234,17 @@ def test_broken_videos_are_named_or_skipped(params, workers, tmp_path):
 def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelParams(dataset_name="kinetics", **changes)
+
+
+@pytest.mark.parametrize("changes", [
+    {"evaluation_clips": 10}, {"num_frames": 16}, {"clip_speeds": [1.0, 2.0]}, {"video_path_prefix": "/videos"},
+    {"transform_time_difference_probability": 1.0},
+])  # fmt: skip
+def test_what_is_for_videos_is_refused_on_images(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is for videos, not for dataset_name='cifar10'")):
+        ModelParams(dataset_name="cifar10", **changes)
+    assert getattr(ModelParams(dataset_name="kinetics", **changes), name) == value
 
 
 # ---- in training ----
