@@ -245,6 +245,23 @@ def test_protocols_of_frozen_clips(pretrained, tmp_path):
     assert scores(again)["rank_me"] != of["rank_me"] and len(list((tmp_path / "features").iterdir())) == 4
 
 
+def test_one_table_is_of_the_same_clips(pretrained, tmp_path):
+    def run(protocols, n, **options):
+        clips = {"evaluation_clips": n, "evaluation_crops": n, "out": tmp_path, "encoder": Clips()}
+        found = evaluate_checkpoint(pretrained, protocols, **clips, **options)
+        return found["summary"]["kinetics"], (tmp_path / "results.md").read_text(), len(found["runs"])
+
+    summary, table, n = run(["knn", "rank_me"], 3)
+    assert set(summary) == {"knn", "rank_me"} and n == 2 and "other clips" not in table
+    assert "3 clips x 3 crops of each video, each 4 frames in 1.03 seconds." in table and "whole images" not in table
+    changed, table, n = run(["knn"], 1)
+    assert set(changed) == {"knn"} and n == 3 and "| rank_me |" not in table
+    assert "\n1 clip x 1 crop of each video" in table and "are in results.json alone: 2." in table
+    assert run(["rank_me"], 3)[0] == summary  # and there they still are
+    faster, _, n = run(["rank_me"], 3, clip_speeds=[2.0])  # of clips that train a classifier: the same features
+    assert faster["rank_me"] == summary["rank_me"] and n == 4
+
+
 @pytest.mark.parametrize("name", ["finetune", "linear_sgd"])
 def test_protocols_that_train_on_clips_and_are_scored_on_several(pretrained, tmp_path, name, monkeypatch):
     seen, forward = [], Clips.forward
