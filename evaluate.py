@@ -36,6 +36,7 @@ from weights import Encoder, load_encoder
 
 READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
            "frames_per_second", "decoding_threads", "video_path_prefix")  # fmt: skip
+UNSEEN = ("clip_speeds", "clip_jitter", "decoding_threads")  # by any protocol
 
 
 def evaluate_checkpoint(
@@ -137,7 +138,7 @@ def seen(params: EncoderAndDataParams) -> dict[str, Any]:
     """Settings that decide which clips of videos, or which images of one's own, are seen; {} of other sets."""
     kind = VideoParams if params.dataset.of_videos else OwnDataParams if params.dataset.own is not None else None
     names = [attribute.name for attribute in attrs.fields(kind)] if kind else []
-    return {name: getattr(params, name) for name in names if name != "decoding_threads"}
+    return {name: getattr(params, name) for name in names if name not in UNSEEN}
 
 
 def image_hash(subject: Subject) -> str:

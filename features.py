@@ -2,7 +2,8 @@
 
 A folder of the cache is named by SHA-256 of the encoder (its structure and tensors), the preprocessing (size and
 constants), the images and what was extracted. Packed sets are hashed by their bytes, sets of files by relative path,
-size and time of change. A folder appears under its name only when it is complete, and is memory-mapped when read.
+size and time of change, of a folder of frames those of its files. A folder appears under its name only when it is
+complete, and is memory-mapped when read.
 """
 
 import hashlib

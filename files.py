@@ -2,6 +2,7 @@
 
 import copy
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -22,9 +23,12 @@ class OnDisk:
         return path
 
     def stamp(self, path: str) -> tuple:
-        """What changes when the file does."""
+        """What changes when the file does, or a file of the folder: its own time stays when one is overwritten."""
         status = os.stat(path)
-        return status.st_size, status.st_mtime_ns
+        if not stat.S_ISDIR(status.st_mode):
+            return status.st_size, status.st_mtime_ns
+        inside = [entry.stat() for entry in os.scandir(path)]
+        return len(inside), sum(s.st_size for s in inside), max((s.st_mtime_ns for s in inside), default=0)
 
     def shards(self, paths: list[str]) -> np.ndarray | None:
         """The number of the larger file in which each is, where it pays to read one after the other."""

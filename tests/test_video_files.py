@@ -1,6 +1,7 @@
 """Class folders, lists, clips and crops of videos; what is broken; memory and resuming as of image files."""
 
 import re
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -311,3 +312,8 @@ def test_features_are_means_over_clips_and_depend_on_how_these_are_taken(params,
     for change in changes:
         features.extract(encoder, attrs.evolve(params, **change), ("train",), tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == len(changes)
+    first = Path(dataset.files[0][0])
+    first = first if first.is_file() else first / "frame7.jpg"
+    first.write_bytes(first.read_bytes())
+    features.extract(encoder, params, ("train",), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == len(changes) + 1
