@@ -158,8 +158,8 @@ def test_squares(width, height, n, expected):
 
 def test_lists_of_videos_with_and_without_a_prefix(params, tmp_path):
     folder, suffix = tmp_path / "kinetics", "" if params.video_decoder == "frames" else ".mp4"
-    lines = ["zumba/v0.mp4 7", "", "air drumming/v1.mp4,3", "zumba/v2.mp4 5 50", "air drumming/v2.mp4"]
-    (folder / "train.csv").write_text("\n".join(lines))
+    lines = ["zumba/v0.mp4 7", "", "air drumming/v1.mp4,3", '"zumba/v2.mp4" , 5', "air drumming/v2.mp4"]
+    (folder / "train.csv").write_text("\ufeff" + "\n".join(lines))
     expected = [("zumba/v0", 7), ("air drumming/v1", 3), ("zumba/v2", 5), ("air drumming/v2", -1)]
     dataset = get(params)
     assert dataset.files == [(str(folder / "train" / name) + suffix, label) for name, label in expected]
@@ -168,15 +168,59 @@ def test_lists_of_videos_with_and_without_a_prefix(params, tmp_path):
     assert get(elsewhere).files[0] == (str(folder / "val" / "zumba/v0") + suffix, 7) and get(elsewhere)[0][1] == 7
 
 
-def test_lists_that_are_not_understood_name_the_line(params, tmp_path):
+@pytest.mark.parametrize("line", [
+    "label,youtube_id,time_start,time_end,split", "b,c.mp4,dance", "zumba/v0.mp4 50 0", "zumba/v0 50 0",
+    "zumba/v0.mp4,50,0", "zumba/v0.mp4 zumba", "zumba/v0.MP4 3.0", "zumba/v0.mp4;3", '"zumba/v0.mp4" zumba',
+])  # fmt: skip
+def test_lists_that_are_not_understood_name_the_line(tmp_path, line):
+    path = tmp_path / "train.csv"
+    path.write_text(f"zumba/v0.mp4 0\n{line}\n")
+    with pytest.raises(ValueError, match=r"line 2 of .*train.csv must be a path and the number of its class, not"):
+        video_files.listed(path, tmp_path, True)
+
+
+def test_lists_of_names_with_spaces_and_numbers(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text('Video 12,7\n"Video 12" 7\n"Video 12"\nmy.mp4 files/a b.mp4 7\na b.mp4')
+    found = [(Path(video).name, label) for video, label in video_files.listed(path, tmp_path, False)]
+    assert found == [("Video 12", 7), ("Video 12", 7), ("Video 12", -1), ("a b.mp4", 7), ("a b.mp4", -1)]
+
+
+def test_lists_of_what_is_not_there(params, tmp_path):
     path = tmp_path / "kinetics" / "train.csv"
-    for text in ("zumba/v0.mp4 0\nlabel,youtube_id,time_start,time_end,split\n", "a.mp4 1\nb,c.mp4,dance"):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"line 2 of .*train.csv must be a path and the number of its class, not"):
-            get(params)
     path.write_text("\n")
     with pytest.raises(ValueError, match="train.csv lists no videos"):
         get(params)
+    path.write_text("zumba/w0.mp4 1\nzumba/w1.mp4 0\n")
+    with pytest.raises(
+        ValueError, match="none of the videos of .*train.csv is there, .*train/zumba/w0.*video_path_pre"
+    ):
+        get(params)
+
+
+def test_a_list_and_class_folders_number_classes_differently(params, tmp_path):
+    folder = tmp_path / "kinetics"
+    (folder / "train.csv").write_text("zumba/v0.mp4\nair drumming/v0.mp4\n")  # without labels nothing can differ
+    assert [label for _, label in get(params, split="val").files] == [0, 0, 0, 1, 1, 1]
+    (folder / "train.csv").write_text("zumba/v0.mp4 0\nair drumming/v0.mp4 1\n")
+    with pytest.raises(ValueError, match="train.csv numbers the classes, and the neighbouring split has class folders"):
+        get(params, split="val")
+    (folder / "train.csv").rename(folder / "val.csv")
+    with pytest.raises(ValueError, match="val.csv numbers the classes, and the neighbouring split has class folders"):
+        get(params, split="val")
+    (folder / "train.csv").write_text("zumba/v0.mp4 0\n")
+    assert [label for _, label in get(params, split="val").files] == [0, 1]
+
+
+def test_class_folders_are_read_to_their_depths_and_what_is_no_video_is_counted(tmp_path):
+    names = ["a/1.mp4", "a/sub/2.MTS", "a/._1.mp4", "a/.hidden/3.mp4", "a/notes.txt", "b/4.gif", "b/5.mkv"]
+    for name in names:
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).touch()
+    with pytest.warns(UserWarning, match="train: 2 files do not end like videos and are left out: 1 .txt, 1 .gif"):
+        found = video_files.in_class_folders(tmp_path / "train", False)
+    expected = [("a/1.mp4", 0), ("a/sub/2.MTS", 0), ("b/5.mkv", 1)]
+    assert found == [(str(tmp_path / "train" / name), label) for name, label in expected]
 
 
 def test_what_is_not_there_is_said(params, tmp_path, monkeypatch):
