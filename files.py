@@ -35,6 +35,13 @@ class OnDisk:
         return None
 
 
+class UnreadableFile(ValueError):
+    """Of one in a worker, PyTorch makes another of the whole traceback, which ends with the sentence: that remains."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
 def check_classes(split: Path) -> None:
     """Classes are numbered in the order of their folders' names, in each split by itself.
 
@@ -104,7 +111,7 @@ class LabelledFiles(Dataset):
         """What `read` returns for this index, or for the next one that can be read; and its index.
 
         Raises:
-            ValueError: names the path.
+            UnreadableFile: names the path.
         """
         if (worker := get_worker_info()) is not None:
             self.reading[worker.id] = torch.tensor([os.getpid(), index])
@@ -115,12 +122,12 @@ class LabelledFiles(Dataset):
                 return self.read(candidate), candidate
             except Exception as error:  # readers raise many kinds of them on damaged files
                 if not self.skip_unreadable:
-                    raise ValueError(
+                    raise UnreadableFile(
                         f"{path} could not be read as {a} {self.kind} ({type(error).__name__}: {error}): "
                         'mend or remove it, or set unreadable_images="skip"'
                     ) from error
                 self.unreadable[candidate] = True
-        raise ValueError(f"none of the {len(self)} {self.kind}s could be read, the last one was {path}")
+        raise UnreadableFile(f"none of the {len(self)} {self.kind}s could be read, the last one was {path}")
 
     def skipped(self) -> list[str]:
         """Paths of the files found unreadable so far, by any worker."""

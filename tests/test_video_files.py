@@ -257,8 +257,11 @@ def test_broken_videos_are_named_or_skipped(params, workers, tmp_path):
         for frame in path.iterdir():
             frame.write_bytes(b"")
     params = attrs.evolve(params, num_data_workers=workers)
-    with pytest.raises(ValueError, match=r"zumba/v1.* could not be read as a video \(.*unreadable_images=\"skip\""):
+    with pytest.raises(
+        ValueError, match=r"zumba/v1.* could not be read as a video \(.*unreadable_images=\"skip\""
+    ) as stopped:
         list(data.get_loader(params, get(params), training=True))
+    assert "Traceback" not in str(stopped.value)
     dataset = get(attrs.evolve(params, unreadable_images="skip"))
     batches = list(data.get_loader(params, dataset, training=True))
     assert dataset.skipped() == [str(path)] and sum(len(labels) for _, labels in batches) == 6
@@ -341,6 +344,15 @@ def test_a_preview_shows_strips_of_frames(params, tmp_path):
     assert strips.shape == (2, 3, 5, 4 * 7) and strips[0, 0, 0, ::7].tolist() == [0, 3, 6, 9]
     with Image.open(path) as sheet:
         assert sheet.width > 3 * 4 * 16 * 10  # original and two views of four frames, magnified ten times
+
+
+def test_a_preview_needs_no_full_batch(params, tmp_path):
+    few = attrs.evolve(params, batch_size=99, global_batch_size=7)
+    assert [len(images) for _, images in preview.first_columns(few, rows=2)] == [2, 2, 2]
+    with pytest.raises(
+        ValueError, match="6 videos of kinetics are fewer than one batch of 7: .* global_batch_size .is 7"
+    ):
+        data.get_loader(few, get(few), training=True)
 
 
 def test_features_are_means_over_clips_and_depend_on_how_these_are_taken(params, tmp_path):
