@@ -134,11 +134,6 @@ def get_videos(params: "EncoderAndDataParams", folder: Path, views: list[View]) 
         check_that_unlabelled(path if path.is_file() else list_file(train), of_frames)
     prefix = folder if params.video_path_prefix is None else Path(params.video_path_prefix).expanduser()
     videos = listed(path, prefix, of_frames) if path.is_file() else in_class_folders(folder, of_frames)
-    if not any(Path(video).exists() for video, _ in videos):
-        raise ValueError(
-            f"none of the videos of {path} is there, {videos[0][0]} is the first: mend the list, or set "
-            f"video_path_prefix={params.video_path_prefix!r} to the folder below which they are"
-        )
     return as_set(params, videos, views)
 
 
