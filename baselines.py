@@ -8,7 +8,7 @@ import attrs
 import torch
 
 from encoders import OWN_MODULE, get_encoder
-from own_data_params import DEFAULTS as OWN
+from shared_params import OF_ONE_KIND
 from weights import Encoder, load_encoder
 
 
@@ -19,7 +19,15 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
         found["random"] = random_encoder(trained)
     source = starting_weights or trained.started_from
     if source is not None:
-        same = ("dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std", *OWN)
+        same = (
+            "dataset_name",
+            "encoder_arch",
+            "in_channels",
+            "transform_crop_size",
+            "image_mean",
+            "image_std",
+            *OF_ONE_KIND,
+        )
         same = {name: getattr(p, name) for name in same} | {"low_resolution_stem": p.low_resolution}
         with seeded():  # a stem of another kind starts from random weights
             found["starting"] = load_encoder(source, **same)

@@ -75,6 +75,10 @@ class DatasetInfo:
     def of_videos(self) -> bool:
         return self.read is None and self.files is VIDEOS
 
+    @property
+    def kind(self) -> str:
+        return "videos" if self.of_videos else "images"
+
 
 DIGIT_VIEW = View(  # a mirrored digit is another one, and has no colour; blurred at 8 x 8 it is a spot
     crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.0
@@ -205,9 +209,11 @@ def get_loader(
     size, processes = batch_size(params, accumulated), ddp.world_size()
     drop_last = training and drops_last(params.drop_last_batch, len(dataset) // processes, size)
     if drop_last and len(dataset) < size * processes:
+        which = "batch_size" if params.global_batch_size is None else "global_batch_size"
+        found, each = f"{len(dataset)} {params.dataset.kind}", f" on each of {processes} processes" * (processes > 1)
         raise ValueError(
-            f"{len(dataset)} images of {params.dataset_name} are fewer than one batch of {size} on each of {processes} "
-            f"processes: choose a smaller batch_size (or global_batch_size), or drop_last_batch=None"
+            f"{found} of {params.dataset_name} are fewer than one batch of {size}{each}: choose a smaller {which} (is "
+            f"{getattr(params, which)}), or drop_last_batch=None"
         )
     shuffle = training or not packed
     return Loader(

@@ -207,10 +207,9 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
         with torch.no_grad():
             output = encoder.eval()(image)
     except (RuntimeError, AssertionError, ValueError) as error:
-        shape = tuple(image.shape)
-        raise ValueError(
-            f"{name} cannot encode images of shape {shape} (transform_crop_size, in_channels): {error}"
-        ) from error
+        kind, frames = ("clips", "num_frames, ") if image.dim() == 5 else ("images", "")
+        shape = f"{tuple(image.shape)} ({frames}transform_crop_size, in_channels)"
+        raise ValueError(f"{name} cannot encode {kind} of shape {shape}: {error}") from error
     finally:
         encoder.train(was_training)
     if not isinstance(output, torch.Tensor) or output.dim() != 2:

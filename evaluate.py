@@ -26,14 +26,17 @@ import data
 import features
 from baselines import compared
 from command_line import add_fields
+from own_data_params import OwnDataParams
 from protocols import PROTOCOLS
 from results import Results, versions
 from shared_params import EncoderAndDataParams, n_classes
 from subject import Subject
+from video_params import VideoParams
 from weights import Encoder, load_encoder
 
 READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
            "frames_per_second", "decoding_threads", "video_path_prefix")  # fmt: skip
+UNSEEN = ("clip_speeds", "clip_jitter", "decoding_threads")  # by any protocol
 
 
 def evaluate_checkpoint(
@@ -79,6 +82,7 @@ def evaluate_checkpoint(
         "checkpoint": str(checkpoint),
         "encoders": {name: str(found.report) for name, found in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
+        "seen": seen(params),
         "training": training or {},
         "device": device,
         "versions": versions(),
@@ -103,6 +107,8 @@ def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[
     images = {name: image_hash(subject) for name, subject in subjects.items()}
     for protocol, row in ((name, PROTOCOLS[name]) for name in protocols):
         for encoder, subject in subjects.items():
+            of_videos = subject.params.dataset.of_videos
+            definition = row.definition.replace("whole images", "videos") if of_videos else row.definition
             for seed in dict.fromkeys(seeds) if row.seeded else (0,):
                 depends_on = (
                     protocol,
@@ -111,6 +117,7 @@ def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[
                     images[encoder],
                     seed,
                     subject.training if row.trains else {},
+                    *seen(subject.params).items(),
                 )
                 key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
                 run = {"protocol": protocol, "dataset": subject.params.dataset_name, "encoder": encoder, "seed": seed}
@@ -118,13 +125,20 @@ def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[
                 if done is None:
                     start = time.monotonic()
                     scores = row.run(subject, seed)
-                    told = {"definition": row.definition, "source": row.source}
+                    told = {"definition": definition, "source": row.source, "seen": seen(subject.params)}
                     seconds = round(time.monotonic() - start, 2)
                     run |= {"key": key, "hash": hashes[encoder], "scores": scores, "seconds": seconds, **told}
                     results.add(run)
                 scores = ", ".join(f"{name} {value:.4g}" for name, value in (done or run)["scores"].items())
                 print(f"{protocol}, {encoder} encoder, seed {seed}{' (there)' if done else ''}: {scores}", flush=True)
     results.write()
+
+
+def seen(params: EncoderAndDataParams) -> dict[str, Any]:
+    """Settings that decide which clips of videos, or which images of one's own, are seen; {} of other sets."""
+    kind = VideoParams if params.dataset.of_videos else OwnDataParams if params.dataset.own is not None else None
+    names = [attribute.name for attribute in attrs.fields(kind)] if kind else []
+    return {name: getattr(params, name) for name in names if name not in UNSEEN}
 
 
 def image_hash(subject: Subject) -> str:

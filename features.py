@@ -2,7 +2,8 @@
 
 A folder of the cache is named by SHA-256 of the encoder (its structure and tensors), the preprocessing (size and
 constants), the images and what was extracted. Packed sets are hashed by their bytes, sets of files by relative path,
-size and time of change. A folder appears under its name only when it is complete, and is memory-mapped when read.
+size and time of change, of a folder of frames those of its files. A folder appears under its name only when it is
+complete, and is memory-mapped when read.
 """
 
 import hashlib
@@ -22,9 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import augmentations
 import data
-import own_data_params
 from packed_images import PackedImages
-from shared_params import EncoderAndDataParams
+from shared_params import OF_ONE_KIND, EncoderAndDataParams
 from weights import Encoder
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -49,7 +49,7 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
     if (dataset_name or p.dataset_name) not in data.DATASETS:
         raise ValueError(f"dataset={dataset_name!r} is unknown: choose one of {', '.join(data.DATASETS)}")
     if dataset_name not in (None, p.dataset_name):
-        changes = own_data_params.DEFAULTS | changes
+        changes = OF_ONE_KIND | changes
     found = attrs.evolve(
         p,
         dataset_name=dataset_name or p.dataset_name,

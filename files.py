@@ -2,6 +2,7 @@
 
 import copy
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -22,13 +23,23 @@ class OnDisk:
         return path
 
     def stamp(self, path: str) -> tuple:
-        """What changes when the file does."""
+        """What changes when the file does, or a file of the folder: its own time stays when one is overwritten."""
         status = os.stat(path)
-        return status.st_size, status.st_mtime_ns
+        if not stat.S_ISDIR(status.st_mode):
+            return status.st_size, status.st_mtime_ns
+        inside = [entry.stat() for entry in os.scandir(path)]
+        return len(inside), sum(s.st_size for s in inside), max((s.st_mtime_ns for s in inside), default=0)
 
     def shards(self, paths: list[str]) -> np.ndarray | None:
         """The number of the larger file in which each is, where it pays to read one after the other."""
         return None
+
+
+class UnreadableFile(ValueError):
+    """Of one in a worker, PyTorch makes another of the whole traceback, which ends with the sentence: that remains."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 def check_classes(split: Path) -> None:
@@ -100,7 +111,7 @@ class LabelledFiles(Dataset):
         """What `read` returns for this index, or for the next one that can be read; and its index.
 
         Raises:
-            ValueError: names the path.
+            UnreadableFile: names the path.
         """
         if (worker := get_worker_info()) is not None:
             self.reading[worker.id] = torch.tensor([os.getpid(), index])
@@ -111,12 +122,12 @@ class LabelledFiles(Dataset):
                 return self.read(candidate), candidate
             except Exception as error:  # readers raise many kinds of them on damaged files
                 if not self.skip_unreadable:
-                    raise ValueError(
+                    raise UnreadableFile(
                         f"{path} could not be read as {a} {self.kind} ({type(error).__name__}: {error}): "
                         'mend or remove it, or set unreadable_images="skip"'
                     ) from error
                 self.unreadable[candidate] = True
-        raise ValueError(f"none of the {len(self)} {self.kind}s could be read, the last one was {path}")
+        raise UnreadableFile(f"none of the {len(self)} {self.kind}s could be read, the last one was {path}")
 
     def skipped(self) -> list[str]:
         """Paths of the files found unreadable so far, by any worker."""

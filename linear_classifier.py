@@ -20,13 +20,12 @@ import data
 import ddp
 import layers
 import optimizers
-import own_data_params
 import subsets
 from encoders import embed, get_encoder
 from fields import plain
 from lars import parameter_groups
 from linear_params import LinearClassifierMethodParams
-from shared_params import labelled, n_classes, resolve
+from shared_params import OF_ONE_KIND, labelled, n_classes, resolve
 from stage import Stage, one_image_explained
 from weights import SHARED, load_encoder
 
@@ -46,15 +45,7 @@ READING = (  # settings of how images are read
     "pin_data_memory",
     "data_on_device",
     "unreadable_images",
-    *own_data_params.DEFAULTS,
-    "num_frames",
-    "clip_duration",
-    "video_decoder",
-    "frames_per_second",
-    "decoding_threads",
-    "video_path_prefix",
-    "evaluation_clips",
-    "evaluation_crops",
+    *(OF_ONE_KIND.keys() - {"clip_speeds", "clip_jitter"}),  # these two are augmentations of the pretraining
 )
 FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", *READING)
 

@@ -15,6 +15,7 @@ from heads import GROUPS
 from optimizer_params import OptimizerParams
 from sce_params import SCELossParams
 from shared_params import EncoderAndDataParams
+from video_params import refusal
 from view_params import ViewParams
 
 LOSSES = ("ce", "bce", "ip", "sce", "vic", "barlow")
@@ -87,6 +88,8 @@ class ModelParams(EncoderAndDataParams, ViewParams, HeadParams, SCELossParams, O
         negatives = p.use_negative_examples_from_batch or p.use_negative_examples_from_queue
         one_network = not p.use_lagging_model and p.prediction_mlp_layers == 0
         unknown = sorted(set(p.evaluations) - set(EVALUATIONS))
+        time_difference = "transform_time_difference_probability"
+        of_preset = SCEVideoParams.keywords[time_difference]  # which may be tried on images
         # fmt: off
         return [
             (p.use_vicreg_loss and p.loss_type != "vic",
@@ -102,6 +105,8 @@ class ModelParams(EncoderAndDataParams, ViewParams, HeadParams, SCELossParams, O
              "shuffle_batch_norm=True shuffles the images of the lagging model: set use_lagging_model=True"),
             (p.use_eqco_margin and p.loss_type != "ce",
              f"use_eqco_margin=True is a part of loss_type='ce', not of {p.loss_type!r}: set one or the other"),
+            (not p.dataset.of_videos and p.transform_time_difference_probability not in (None, 0, of_preset),
+             refusal(time_difference, p.transform_time_difference_probability, p.dataset_name)),
             (bool(unknown), f"evaluations={unknown} unknown: choose from {', '.join(EVALUATIONS)}"),
         ]
         # fmt: on

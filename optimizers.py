@@ -35,6 +35,7 @@ class Plan:
     steps_per_epoch: int
     warmup_steps: float = 0
     lr_factor: float = 1.0  # by which it, and every other rate, was scaled
+    kind: str = "images"  # or videos
 
     @property
     def global_batch_size(self) -> int:
@@ -42,8 +43,8 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{self.processes} (processes) x {self.accumulated} (accumulated batches) x {self.batch_size} (images) = "
-            f"{self.global_batch_size} images per optimizer step; "
+            f"{self.processes} (processes) x {self.accumulated} (accumulated batches) x {self.batch_size} "
+            f"({self.kind}) = {self.global_batch_size} {self.kind} per optimizer step; "
             f"{self.steps} steps, {self.steps_per_epoch} an epoch, {self.warmup_steps:g} of warm-up; lr {self.lr:.4g}"
         )
 
@@ -98,7 +99,7 @@ def get_plan(params: "EncoderAndDataParams", trainer: pl.Trainer, warmup_epochs:
     plan = Plan(ddp.world_size(), accumulated, size, params.lr, int(steps), steps_per_epoch, warmup)
     ratio = plan.global_batch_size / params.lr_batch_size
     factor = {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[params.lr_scaling]
-    return evolve(plan, lr=params.lr * factor, lr_factor=factor)
+    return evolve(plan, lr=params.lr * factor, lr_factor=factor, kind=params.dataset.kind)
 
 
 def get_optimizer(

@@ -16,7 +16,8 @@ from typing import Any
 
 from whole_files import write_whole
 
-Run = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds
+Run = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; seen, of videos and own data
+NAME = ("protocol", "encoder", "dataset", "seed", "seen")
 LIBRARIES = ("torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
 ENCODERS = ("random", "starting", "trained")  # columns of the table
 DRAWN = "_std"  # ends the name of a deviation over draws within one run
@@ -54,13 +55,18 @@ class Results:
         self.runs = [run for run in self.runs if hashes.get(run["encoder"], run["hash"]) == run["hash"]]
 
     def add(self, run: Run) -> None:
-        """In place of an earlier run of the same protocol, encoder, data set and seed."""
-        name = ("protocol", "encoder", "dataset", "seed")
-        self.runs = [old for old in self.runs if any(old[part] != run[part] for part in name)] + [run]
+        """In place of an earlier run of the same protocol, encoder, data set, seed and what is seen."""
+        self.runs = [old for old in self.runs if any(old.get(part) != run.get(part) for part in NAME)] + [run]
         self.write()
 
+    def shown(self, dataset: str) -> list[Run]:
+        """Runs that see what the newest evaluation of the data set does: others cannot be compared with them."""
+        seen = self.config[dataset].get("seen", {})
+        return [run for run in self.runs if run["dataset"] == dataset and run.get("seen", {}) == seen]
+
     def content(self) -> dict[str, Any]:
-        return without_nan({"config": self.config, "summary": summary(self.runs), "runs": self.runs})
+        shown = [run for dataset in self.config for run in self.shown(dataset)]
+        return without_nan({"config": self.config, "summary": summary(shown), "runs": self.runs})
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -70,11 +76,14 @@ class Results:
     def markdown(self) -> str:
         parts = [f"# Evaluation: {self.folder.stem}"]
         for dataset, config in self.config.items():
-            runs = [run for run in self.runs if run["dataset"] == dataset]
+            runs = self.shown(dataset)
             encoders = "\n".join(f"- {name}: {told}" for name, told in config["encoders"].items())
             used = ", ".join(f"{name} {value}" for name, value in config["versions"].items() if value)
-            parts += [f"## {dataset}", encoders, table(runs), definitions(runs), used]
-        return "\n\n".join(parts) + "\n"
+            others = sum(run["dataset"] == dataset for run in self.runs) - len(runs)
+            told = f"Runs with other clips, or of other images, are in results.json alone: {others}." * bool(others)
+            clips = of_each_video(config.get("seen", {}))
+            parts += [f"## {dataset}", encoders, clips, table(runs), told, definitions(runs), used]
+        return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -138,6 +147,15 @@ def cell(found: dict[str, dict], metric: str) -> str:
 
 def number(value: float) -> str:
     return f"{value:.2f}" if 0.1 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
+
+
+def of_each_video(seen: dict[str, Any]) -> str:
+    """Which clips are averaged; "" of images."""
+    if "evaluation_clips" not in seen:
+        return ""
+    clips, crops, frames = (seen[name] for name in ("evaluation_clips", "evaluation_crops", "num_frames"))
+    many = f"{clips} clip{'s' * (clips > 1)} x {crops} crop{'s' * (crops > 1)}"
+    return f"{many} of each video, each {frames} frames in {seen['clip_duration']:g} seconds."
 
 
 def definitions(runs: list[Run]) -> str:

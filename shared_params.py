@@ -13,19 +13,22 @@ from torch import nn
 import channel_statistics
 import data
 import encoders
+import own_data_params
+import video_params
 from data import DATASETS, DatasetInfo
-from fields import check_types, choice, non_negative, number, numbers, positive
+from fields import check_types, choice, non_negative, number, positive
 from files import MOST_WORKERS
 from image_ops import BLUR_RADIUS
 from own_data_params import OwnDataParams
+from video_params import VideoParams
 
 LARGEST_IMAGE = 2**28  # numbers; a GiB
-MOST_FRAMES = 1024
 COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
+OF_ONE_KIND = own_data_params.DEFAULTS | video_params.DEFAULTS  # of data sets: another one begins with these
 
 
 @frozen(kw_only=True)
-class EncoderAndDataParams(OwnDataParams):
+class EncoderAndDataParams(OwnDataParams, VideoParams):
     """Encoder, data and seed."""
 
     # encoder model selection
@@ -54,18 +57,6 @@ class EncoderAndDataParams(OwnDataParams):
     data_on_device: bool | None = None  # packed sets as uint8; None: on a GPU, where they fit
     unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: use the next readable one, count, tell
 
-    # video: data sets of videos only. Each view is a clip of its own
-    num_frames: int = positive(8, at_most=MOST_FRAMES)  # of a clip, evenly taken from its duration
-    clip_duration: float = positive(2.56, by=1e-3)  # seconds
-    clip_speeds: list[float] = numbers((1.0,), 0.01, 100)  # one is drawn for each clip; 2: of twice the duration
-    clip_jitter: float = number(0.0, at_most=0.99)  # of the speed, at random: 0.2 is 0.8 to 1.2 times it
-    video_decoder: str = choice("file", ("file", "frames"))  # frames: each video is a folder of image files
-    frames_per_second: float = positive(30.0, by=1e-3)  # of folders of frames; a video file knows its own
-    decoding_threads: int = positive(1, at_most=MOST_WORKERS)  # of each worker
-    video_path_prefix: str | None = None  # of the paths in train.csv, val.csv; None: the folder train, val
-    evaluation_clips: int = positive(1, at_most=MOST_FRAMES)  # of each video, averaged; training: one for each view
-    evaluation_crops: int = positive(1, at_most=MOST_FRAMES)  # of each of them: the middle; else along the longer side
-
     # torch.compile of encoder, heads and, on a GPU, views
     torch_compile: bool | str = choice(False, COMPILE_MODES)  # reduce-overhead: CUDA graphs
 
@@ -76,6 +67,7 @@ class EncoderAndDataParams(OwnDataParams):
     def __attrs_post_init__(self):
         check_types(self)
         self.check_own_data(self.dataset.own is not None, self.dataset_name)
+        self.check_videos(self.dataset.of_videos, self.dataset_name)
         encoders.check_name(self.encoder_arch)
         if self.low_resolution_stem and not encoders.has_low_resolution_stem(self.encoder_arch):
             raise ValueError(
@@ -123,7 +115,7 @@ class EncoderAndDataParams(OwnDataParams):
     @property
     def clips_of_a_video(self) -> int:
         """How many an evaluation averages; 1 of images."""
-        return self.evaluation_clips * self.evaluation_crops if self.dataset.of_videos else 1
+        return self.evaluation_clips * self.evaluation_crops
 
     @property
     def mean(self) -> tuple[float, ...]:

@@ -5,6 +5,8 @@ A split is class folders of videos, or a list `<split>.csv` beside the folder `<
 
 import importlib.util
 import re
+import warnings
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +27,11 @@ if TYPE_CHECKING:
 
 VIDEO_EXTENSIONS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".ogv"),
+    *(".mts", ".m2ts", ".vob", ".asf"),
 )
-LINE = re.compile(r"(?P<path>[^,]+?)(?:[\s,]+(?P<label>-?\d+))?(?:[\s,]+\d+)?\s*")
+LINE = re.compile(r'(?:"(?P<quoted>[^"]+)"|(?P<plain>[^,"]+?))(?:(?:\s*,\s*|\s+)(?P<label>-?\d+))?')
+BEHIND = re.compile(rf"({'|'.join(map(re.escape, VIDEO_EXTENSIONS))})[\s;][^/]*$", re.IGNORECASE)  # the file's name
+NUMBER = re.compile(r"\s-?\d+$")
 
 
 class VideoFiles(LabelledFiles):
@@ -124,7 +129,9 @@ def get_videos(params: "EncoderAndDataParams", folder: Path, views: list[View]) 
     Raises:
         ValueError: no videos; a line of a list that is not understood; PyAV is wanted and missing.
     """
-    path, of_frames = list_file(folder), params.video_decoder == "frames"
+    of_frames, train, path = params.video_decoder == "frames", folder.with_name("train"), list_file(folder)
+    if are_there(train) and path.is_file() != list_file(train).is_file():
+        check_that_unlabelled(path if path.is_file() else list_file(train), of_frames)
     prefix = folder if params.video_path_prefix is None else Path(params.video_path_prefix).expanduser()
     videos = listed(path, prefix, of_frames) if path.is_file() else in_class_folders(folder, of_frames)
     return as_set(params, videos, views)
@@ -155,15 +162,20 @@ def list_file(folder: Path) -> Path:
 
 
 def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
-    """(path, label) of each line `path label` or `path,label`; without a label, -1. A third column, where others want
-    the number of frames, is not read. With folders of frames, a suffix of the path (`.mp4`) falls away."""
+    """(path, label) of each line `path label` or `path,label`; without a label, -1. With folders of frames, a suffix of
+    the path (`.mp4`) falls away."""
     videos = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
+    for number, line in enumerate(map(str.strip, path.read_text(encoding="utf-8-sig").splitlines()), 1):
+        if not line:
             continue
-        if not (found := LINE.fullmatch(line)):
-            raise ValueError(f"line {number} of {path} must be a path and the number of its class, not {line!r}")
-        video = prefix / found["path"]
+        found = LINE.fullmatch(line)
+        plain = found["plain"] or "" if found else ""
+        if not found or BEHIND.search(plain) or (NUMBER.search(plain) and "," not in line):
+            raise ValueError(
+                f"line {number} of {path} must be a path and the number of its class, not {line!r}: write `path class` "
+                "or `path,class`, without the third column of other lists (`path frames class`, `path class frames`)"
+            )
+        video = prefix / (found["quoted"] or plain)
         video = video.with_suffix("") if of_frames and is_video(video) else video
         videos.append((str(video), int(found["label"] or -1)))
     if not videos:
@@ -171,19 +183,39 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     return videos
 
 
+def check_that_unlabelled(path: Path, of_frames: bool) -> None:
+    """Raises ValueError: a list of one split numbers classes, and class folders of the other are numbered by name."""
+    if any(label >= 0 for _, label in listed(path, path.parent, of_frames)):
+        raise ValueError(
+            f"{path} numbers the classes, and the neighbouring split has class folders, numbered in the order of their "
+            "names, so that the labels would differ: list the videos of both, or of neither"
+        )
+
+
 def in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
-    """(path, label) of each; classes are numbered in the order of their names."""
+    """(path, label) of each; classes are numbered in the order of their names. Hidden files are passed over, and others
+    that are no videos are counted in a warning."""
     check_classes(folder)
     what = "a folder of frames for each video" if of_frames else "videos"
-    classes, videos = sorted(path for path in folder.iterdir() if path.is_dir()), []
-    for label, of_class in enumerate(classes):
-        found = [v for v in sorted(of_class.iterdir()) if (v.is_dir() if of_frames else is_video(v))]
-        if not found:
+    videos, others = [], Counter()
+    for label, of_class in enumerate(sorted(path for path in folder.iterdir() if path.is_dir())):
+        found = sorted(of_class.iterdir() if of_frames else of_class.rglob("*"))
+        found = [path for path in found if path.is_dir() == of_frames and not is_hidden(path.relative_to(folder))]
+        of_kind = [(str(path), label) for path in found if of_frames or is_video(path)]
+        if not of_kind:
             raise ValueError(f"{of_class} must hold {what} (video_decoder={'frames' if of_frames else 'file'!r})")
-        videos += [(str(video), label) for video in found]
+        videos += of_kind
+        others.update(path.suffix or path.name for path in found if not (of_frames or is_video(path)))
     if not videos:
         raise ValueError(f"{folder} must hold one folder per class, each with {what}, or {list_file(folder)} list them")
+    if others:
+        told = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
+        warnings.warn(f"{folder}: {others.total()} files do not end like videos and are left out: {told}", stacklevel=2)
     return videos
+
+
+def is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def is_video(path: Path) -> bool:

@@ -100,13 +100,13 @@ class Watch(pl.Callback):
             self.name_skipped(trainer)
 
     def name_skipped(self, trainer: pl.Trainer) -> None:
-        """Unreadable images of this process's share."""
+        """Unreadable files of this process's share."""
         datasets = [getattr(loader, "dataset", None) for loader in loaders(trainer)]
         skipped = [path for dataset in datasets if hasattr(dataset, "skipped") for path in dataset.skipped()]
         if len(skipped) > self.n_skipped:
             self.n_skipped = len(skipped)
             warnings.warn(
-                f"{len(skipped)} images could not be read and were skipped: {', '.join(skipped[:20])}", stacklevel=2
+                f"{len(skipped)} files could not be read and were skipped: {', '.join(skipped[:20])}", stacklevel=2
             )
 
     def name_collapse(self, trainer: pl.Trainer, name: str, limit: float, meaning: str) -> None:

@@ -13,9 +13,8 @@ import architectures
 import augmentations
 import encoders
 import layouts
-import own_data_params
 from data import DATASETS
-from shared_params import EncoderAndDataParams
+from shared_params import OF_ONE_KIND, EncoderAndDataParams
 
 SHARED = {field.name for field in fields(EncoderAndDataParams)}
 GRAY = {"image_mean": [0.449], "image_std": [0.226]}  # ImageNet's constants, their means over the three channels
@@ -138,12 +137,12 @@ def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[s
 def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> EncoderAndDataParams:
     """Settings that say everything about the encoder's images themselves, so that another data set changes nothing."""
     own = {key: value for key, value in overrides.items() if key != "dataset_name"}
-    data_of_own = {key: value for key, value in own.items() if key in own_data_params.DEFAULTS}
+    of_one_kind = {key: value for key, value in own.items() if key in OF_ONE_KIND}
     if overrides.get("dataset_name", settings["dataset_name"]) != settings["dataset_name"]:
-        settings = {key: value for key, value in settings.items() if key not in own_data_params.DEFAULTS}
-        own, data_of_own = (
-            {k: v for k, v in own.items() if k not in data_of_own},
-            own_data_params.DEFAULTS | data_of_own,
+        settings = {key: value for key, value in settings.items() if key not in OF_ONE_KIND}
+        own, of_one_kind = (
+            {k: v for k, v in own.items() if k not in of_one_kind},
+            OF_ONE_KIND | of_one_kind,
         )
     params = EncoderAndDataParams(**{**settings, **own})
     explicit = {
@@ -160,7 +159,7 @@ def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> Encod
             f"{params.channels}: choose another data set"
         )
     explicit["dataset_name"] = overrides.get("dataset_name", params.dataset_name)
-    return attrs.evolve(params, **explicit, **data_of_own)
+    return attrs.evolve(params, **explicit, **of_one_kind)
 
 
 # ---- published weights ----

@@ -17,7 +17,9 @@ from torch import nn
 
 import data
 import evaluate
+import features as features_of
 import probes
+from baselines import compared
 from evaluate import evaluate_checkpoint
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
@@ -150,7 +152,7 @@ def test_classifiers_average_the_probabilities_of_clips(pretrained):
 
 def test_an_evaluation_has_no_more_clips_in_a_batch_than_images(folder):
     params = ModelParams(**{**SMALL, "evaluation_clips": 2, "evaluation_crops": 3})
-    assert params.clips_of_a_video == 6 and ModelParams(evaluation_clips=2).clips_of_a_video == 1
+    assert params.clips_of_a_video == 6
     sizes = {}
     for training in (True, False):
         views = params.views if training else ()
@@ -159,6 +161,32 @@ def test_an_evaluation_has_no_more_clips_in_a_batch_than_images(folder):
         sizes[training] = [len(labels) for _, labels in loader]
     assert sizes == {True: [12], False: [2] * 6}
     assert data.get_loader(attrs.evolve(params, batch_size=4), dataset, False).batch_size == 1
+
+
+class Pooled(nn.Linear):
+    """[N, 3, H, W] or [N, 3, T, H, W] -> [N, 5]"""
+
+    def forward(self, x):
+        return super().forward(x.flatten(2).mean(2))
+
+
+def test_on_a_set_of_images_an_encoder_leaves_the_settings_of_clips_behind(tmp_path):
+    path, settings = tmp_path / "pooled.ckpt", {"dataset_name": "digits", "encoder": Pooled(3, 5)}
+    saved(ModelParams(**SMALL), path, Pooled(3, 5))
+    assert load_encoder(path, **settings).params.num_frames == 8
+    assert LinearClassifierMethod.from_moco_checkpoint(path, **settings).params.clip_duration == 2.56
+    assert features_of.data_params(load_encoder(path, encoder=Pooled(3, 5)), "digits").num_frames == 8
+    with pytest.raises(ValueError, match="evaluation_clips=2 is for videos, not for dataset_name='digits'"):
+        load_encoder(path, evaluation_clips=2, **settings)
+
+
+def test_starting_weights_see_the_clips_of_the_trained_encoder(folder, tmp_path):
+    s3d = {**SMALL, "encoder_arch": "s3d", "transform_crop_size": 32, "num_frames": 8}
+    started = saved(ModelParams(**s3d), tmp_path / "started.ckpt")
+    s3d = ModelParams(**{**s3d, "clip_duration": 2.0, "num_frames": 9})
+    trained = load_encoder(saved(s3d, tmp_path / "trained.ckpt"))
+    found = compared(trained, started)["starting"].params
+    assert (found.clip_duration, found.num_frames) == (2.0, 9)
 
 
 # ---- retrieval ----
@@ -215,6 +243,23 @@ def test_protocols_of_frozen_clips(pretrained, tmp_path):
     assert of["rank_me"]["rank_me"] == pytest.approx(float((-p * p.log()).sum().exp()), rel=1e-3)
     again = evaluate_checkpoint(pretrained, ["rank_me"], out=tmp_path, encoder=Clips())  # one clip: run anew
     assert scores(again)["rank_me"] != of["rank_me"] and len(list((tmp_path / "features").iterdir())) == 4
+
+
+def test_one_table_is_of_the_same_clips(pretrained, tmp_path):
+    def run(protocols, n, **options):
+        clips = {"evaluation_clips": n, "evaluation_crops": n, "out": tmp_path, "encoder": Clips()}
+        found = evaluate_checkpoint(pretrained, protocols, **clips, **options)
+        return found["summary"]["kinetics"], (tmp_path / "results.md").read_text(), len(found["runs"])
+
+    summary, table, n = run(["knn", "rank_me"], 3)
+    assert set(summary) == {"knn", "rank_me"} and n == 2 and "other clips" not in table
+    assert "3 clips x 3 crops of each video, each 4 frames in 1.03 seconds." in table and "whole images" not in table
+    changed, table, n = run(["knn"], 1)
+    assert set(changed) == {"knn"} and n == 3 and "| rank_me |" not in table
+    assert "\n1 clip x 1 crop of each video" in table and "are in results.json alone: 2." in table
+    assert run(["rank_me"], 3)[0] == summary  # and there they still are
+    other, _, n = run(["rank_me"], 3, video_path_prefix="/nowhere")  # which class folders have no use for
+    assert other["rank_me"] == summary["rank_me"] and n == 4
 
 
 @pytest.mark.parametrize("name", ["finetune", "linear_sgd"])

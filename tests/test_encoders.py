@@ -188,6 +188,13 @@ def test_multiscale_transformers_take_clips_of_one_size():
         clips("mvit_v2_s", 112, 8)
 
 
+def test_too_few_frames_are_named():
+    with pytest.raises(
+        ValueError, match=r"cannot encode clips of shape \(1, 3, 4, 32, 32\) \(num_frames, transform_cr"
+    ):
+        clips("s3d", 32, 4)
+
+
 def test_any_number_of_channels_of_clips():
     for name in ("r3d_18", "swin3d_t"):
         encoder, width = clips(name, in_channels=2, image_mean=[0.5] * 2, image_std=[0.2] * 2)

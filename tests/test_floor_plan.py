@@ -44,6 +44,7 @@ FLOORS = [
         "layouts",
         "parameter_options",
         "own_data_params",
+        "video_params",
         "image_folders",
     ],
     ["image_loops", "watch", "encoders", "probes", "shard_names", "arrow_images"],

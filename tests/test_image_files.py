@@ -123,14 +123,16 @@ def test_skipped_images_are_reported_with_their_number(folders, trainer):
     encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12))
     fit = trainer(max_epochs=2, limit_train_batches=None, limit_val_batches=0)
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match="2 images could not be read and were skipped: .*03.jpg, .*07.jpg") as found:
+    with pytest.warns(UserWarning, match="2 files could not be read and were skipped: .*03.jpg, .*07.jpg") as found:
         fit.fit(SelfSupervisedMethod(folders, encoder=encoder, num_data_workers=2, unreadable_images="skip"))
     assert len([w for w in found if "could not be read" in str(w.message)]) == 1
 
 
 def test_folders_that_hold_nothing_are_refused_in_one_sentence(folders, monkeypatch, tmp_path):
     train = data.data_path() / "imagenet" / "train"
-    with pytest.raises(ValueError, match="24 images of imagenet are fewer than one batch of 32 on each of 1 processes"):
+    with pytest.raises(
+        ValueError, match="24 images of imagenet are fewer than one batch of 32: choose a smaller batch_size .is 32."
+    ):
         everything(attrs.evolve(folders, batch_size=32))
     everything(attrs.evolve(folders, batch_size=32, drop_last_batch=False))
     for path in (train / "cat").iterdir():

@@ -1,5 +1,8 @@
 """Class folders, lists, clips and crops of videos; what is broken; memory and resuming as of image files."""
 
+import re
+from pathlib import Path
+
 import attrs
 import numpy as np
 import pytest
@@ -155,8 +158,8 @@ def test_squares(width, height, n, expected):
 
 def test_lists_of_videos_with_and_without_a_prefix(params, tmp_path):
     folder, suffix = tmp_path / "kinetics", "" if params.video_decoder == "frames" else ".mp4"
-    lines = ["zumba/v0.mp4 7", "", "air drumming/v1.mp4,3", "zumba/v2.mp4 5 50", "air drumming/v2.mp4"]
-    (folder / "train.csv").write_text("\n".join(lines))
+    lines = ["zumba/v0.mp4 7", "", "air drumming/v1.mp4,3", '"zumba/v2.mp4" , 5', "air drumming/v2.mp4"]
+    (folder / "train.csv").write_text("\ufeff" + "\n".join(lines))
     expected = [("zumba/v0", 7), ("air drumming/v1", 3), ("zumba/v2", 5), ("air drumming/v2", -1)]
     dataset = get(params)
     assert dataset.files == [(str(folder / "train" / name) + suffix, label) for name, label in expected]
@@ -165,15 +168,54 @@ def test_lists_of_videos_with_and_without_a_prefix(params, tmp_path):
     assert get(elsewhere).files[0] == (str(folder / "val" / "zumba/v0") + suffix, 7) and get(elsewhere)[0][1] == 7
 
 
-def test_lists_that_are_not_understood_name_the_line(params, tmp_path):
-    path = tmp_path / "kinetics" / "train.csv"
-    for text in ("zumba/v0.mp4 0\nlabel,youtube_id,time_start,time_end,split\n", "a.mp4 1\nb,c.mp4,dance"):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"line 2 of .*train.csv must be a path and the number of its class, not"):
-            get(params)
+@pytest.mark.parametrize("line", [
+    "label,youtube_id,time_start,time_end,split", "b,c.mp4,dance", "zumba/v0.mp4 50 0", "zumba/v0 50 0",
+    "zumba/v0.mp4,50,0", "zumba/v0.mp4 zumba", "zumba/v0.MP4 3.0", "zumba/v0.mp4;3", '"zumba/v0.mp4" zumba',
+])  # fmt: skip
+def test_lists_that_are_not_understood_name_the_line(tmp_path, line):
+    path = tmp_path / "train.csv"
+    path.write_text(f"zumba/v0.mp4 0\n{line}\n")
+    with pytest.raises(ValueError, match=r"line 2 of .*train.csv must be a path and the number of its class, not"):
+        video_files.listed(path, tmp_path, True)
+
+
+def test_lists_of_names_with_spaces_and_numbers(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text('Video 12,7\n"Video 12" 7\n"Video 12"\nmy.mp4 files/a b.mp4 7\na b.mp4')
+    found = [(Path(video).name, label) for video, label in video_files.listed(path, tmp_path, False)]
+    assert found == [("Video 12", 7), ("Video 12", 7), ("Video 12", -1), ("a b.mp4", 7), ("a b.mp4", -1)]
+
+
+def test_empty_lists(tmp_path):
+    path = tmp_path / "train.csv"
     path.write_text("\n")
     with pytest.raises(ValueError, match="train.csv lists no videos"):
-        get(params)
+        video_files.listed(path, tmp_path, True)
+
+
+def test_a_list_and_class_folders_number_classes_differently(params, tmp_path):
+    folder = tmp_path / "kinetics"
+    (folder / "train.csv").write_text("zumba/v0.mp4\nair drumming/v0.mp4\n")  # without labels nothing can differ
+    assert [label for _, label in get(params, split="val").files] == [0, 0, 0, 1, 1, 1]
+    (folder / "train.csv").write_text("zumba/v0.mp4 0\nair drumming/v0.mp4 1\n")
+    with pytest.raises(ValueError, match="train.csv numbers the classes, and the neighbouring split has class folders"):
+        get(params, split="val")
+    (folder / "train.csv").rename(folder / "val.csv")
+    with pytest.raises(ValueError, match="val.csv numbers the classes, and the neighbouring split has class folders"):
+        get(params, split="val")
+    (folder / "train.csv").write_text("zumba/v0.mp4 0\n")
+    assert [label for _, label in get(params, split="val").files] == [0, 1]
+
+
+def test_class_folders_are_read_to_their_depths_and_what_is_no_video_is_counted(tmp_path):
+    names = ["a/1.mp4", "a/sub/2.MTS", "a/._1.mp4", "a/.hidden/3.mp4", "a/notes.txt", "b/4.gif", "b/5.mkv"]
+    for name in names:
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).touch()
+    with pytest.warns(UserWarning, match="train: 2 files do not end like videos and are left out: 1 .txt, 1 .gif"):
+        found = video_files.in_class_folders(tmp_path / "train", False)
+    expected = [("a/1.mp4", 0), ("a/sub/2.MTS", 0), ("b/5.mkv", 1)]
+    assert found == [(str(tmp_path / "train" / name), label) for name, label in expected]
 
 
 def test_what_is_not_there_is_said(params, tmp_path, monkeypatch):
@@ -210,8 +252,11 @@ def test_broken_videos_are_named_or_skipped(params, workers, tmp_path):
         for frame in path.iterdir():
             frame.write_bytes(b"")
     params = attrs.evolve(params, num_data_workers=workers)
-    with pytest.raises(ValueError, match=r"zumba/v1.* could not be read as a video \(.*unreadable_images=\"skip\""):
+    with pytest.raises(
+        ValueError, match=r"zumba/v1.* could not be read as a video \(.*unreadable_images=\"skip\""
+    ) as stopped:
         list(data.get_loader(params, get(params), training=True))
+    assert "Traceback" not in str(stopped.value)
     dataset = get(attrs.evolve(params, unreadable_images="skip"))
     batches = list(data.get_loader(params, dataset, training=True))
     assert dataset.skipped() == [str(path)] and sum(len(labels) for _, labels in batches) == 6
@@ -232,6 +277,17 @@ def test_broken_videos_are_named_or_skipped(params, workers, tmp_path):
 def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelParams(dataset_name="kinetics", **changes)
+
+
+@pytest.mark.parametrize("changes", [
+    {"evaluation_clips": 10}, {"num_frames": 16}, {"clip_speeds": [1.0, 2.0]}, {"video_path_prefix": "/videos"},
+    {"transform_time_difference_probability": 1.0},
+])  # fmt: skip
+def test_what_is_for_videos_is_refused_on_images(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is for videos, not for dataset_name='cifar10'")):
+        ModelParams(dataset_name="cifar10", **changes)
+    assert getattr(ModelParams(dataset_name="kinetics", **changes), name) == value
 
 
 # ---- in training ----
@@ -285,6 +341,15 @@ def test_a_preview_shows_strips_of_frames(params, tmp_path):
         assert sheet.width > 3 * 4 * 16 * 10  # original and two views of four frames, magnified ten times
 
 
+def test_a_preview_needs_no_full_batch(params, tmp_path):
+    few = attrs.evolve(params, batch_size=99, global_batch_size=7)
+    assert [len(images) for _, images in preview.first_columns(few, rows=2)] == [2, 2, 2]
+    with pytest.raises(
+        ValueError, match="6 videos of kinetics are fewer than one batch of 7: .* global_batch_size .is 7"
+    ):
+        data.get_loader(few, get(few), training=True)
+
+
 def test_features_are_means_over_clips_and_depend_on_how_these_are_taken(params, tmp_path):
     params = attrs.evolve(params, evaluation_clips=2, evaluation_crops=3, batch_size=4)
     report = weights.Report("none", "own", "SmallEncoder", 0, ())
@@ -298,3 +363,8 @@ def test_features_are_means_over_clips_and_depend_on_how_these_are_taken(params,
     for change in changes:
         features.extract(encoder, attrs.evolve(params, **change), ("train",), tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == len(changes)
+    first = Path(dataset.files[0][0])
+    first = first if first.is_file() else first / "frame7.jpg"
+    first.write_bytes(first.read_bytes())
+    features.extract(encoder, params, ("train",), tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == len(changes) + 1

@@ -165,18 +165,18 @@ def test_every_field_of_a_view_is_a_setting(field):
         "blur_sigma": [(0.11, 1.1), (0.12, 1.2), (0.13, 1.3), (0.14, 1.4)],
     }.get(field.name, [0.11, 0.12, 0.13, 0.14])
     both = [wanted] if not isinstance(wanted[0], tuple) else [list(end) for end in zip(*wanted, strict=True)]
-    settings = {"n_small_views": 2}
+    settings = base = {"n_small_views": 2, "dataset_name": "kinetics"}  # images have no time differences
     for values, end in zip(both, ("_min", "_max") if len(both) == 2 else ("",), strict=True):
         name = field.name + end
         if field.name == "crop_size":
-            settings |= {"transform_crop_size": 96, "transform_small_crop_size": values[2:]}
+            settings = settings | {"transform_crop_size": 96, "transform_small_crop_size": values[2:]}
         elif field.name == "crop_scale":
-            settings |= {f"transform_{name}": values[:2], f"transform_small_{name}": values[2:]}
+            settings = settings | {f"transform_{name}": values[:2], f"transform_small_{name}": values[2:]}
         else:
-            settings[f"transform_{name}"] = values
+            settings = settings | {f"transform_{name}": values}
     views = ModelParams(**settings).views
     assert [getattr(view, field.name) for view in views] == wanted
-    plain = ModelParams(n_small_views=2).views
+    plain = ModelParams(**base).views
     assert [attrs.evolve(v, **{field.name: getattr(p, field.name)}) for v, p in zip(views, plain, strict=True)] == plain
 
 
