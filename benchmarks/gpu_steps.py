@@ -68,7 +68,8 @@ class Task:
 
     def params(self, sizes: Sizes) -> ModelParams:
         compiled = {"torch_compile": True} if self.by == "ours compiled" else {}
-        fixed = {"batch_size": self.batch, "evaluations": [], "seed": 0, "lr": 1e-3}  # at 0.5, noise may not converge
+        fixed = {"batch_size": self.batch, "evaluations": [], "seed": 0}
+        fixed |= {"lr": 1e-3, "final_lr_schedule_value": 0.0}  # at 0.5, noise may not converge
         return PRESETS[self.method](**(sizes.large if self.large else sizes.small), **fixed, **compiled)
 
     def row(self, **found) -> harness.Row:

@@ -294,7 +294,7 @@ def test_the_slurm_script_for_videos(programs, tmp_path):
     assert (srun, python, program) == ("--kill-on-bad-exit=1", "python", "train.py")
     start_as_srun(programs, slurm_job(), [ROOT / program, *options], DATA_PATH=data_path)
     programs.wait()
-    assert "2 (processes) x 1 (accumulated batches) x 2 (images) = 4 images per optimizer step" in programs.outputs()
+    assert "2 (processes) x 1 (accumulated batches) x 2 (videos) = 4 videos per optimizer step" in programs.outputs()
     found = read(tmp_path / "run" / "pretrained.ckpt")
     assert found["global_step"] == 1 and found["hyper_parameters"]["seed"] == 7
     assert found["hyper_parameters"]["num_data_workers"] == 0
