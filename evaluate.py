@@ -35,7 +35,8 @@ from video_params import VideoParams
 from weights import Encoder, load_encoder
 
 READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
-           "frames_per_second", "decoding_threads", "video_path_prefix")  # fmt: skip
+           "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns",
+           "exclude_patterns")  # fmt: skip
 UNSEEN = ("clip_speeds", "clip_jitter", "decoding_threads")  # by any protocol
 
 

@@ -103,11 +103,13 @@ def read_image(file: File, channels: int, pixel_range: list[float] | None = None
     transparency is dropped, as torchvision does.
 
     Raises:
-        ValueError: the values have no known range, or a TIFF has channels in pages of their own.
+        ValueError: the values have no known range, or a TIFF has channels, or images, in pages of their own.
     """
     with warnings.catch_warnings(), Image.open(file) as image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         if image.format == "TIFF" and has_equal_pages(image):
+            if len(image.getbands()) > 1:
+                raise ValueError(f"its {image.n_frames} pages are images of their own: write each into its own file")
             raise ValueError(
                 f"its {image.n_frames} pages of one size are channels: set in_channels to their number, and "
                 "pixel_range to the values of black and white, which of 8 bits are [0, 255]"

@@ -114,7 +114,7 @@ def lists(folder: Path, source) -> Found:
     if "train" not in found:
         raise ValueError(f"{files[0][1]} needs a train.txt beside it: add one, or take the list away")
     for split, file in files:
-        images = list(entries(file.read_text("utf-8-sig"), source.root))
+        images = list(entries(text_of(file), source.root))
         check_that_all_are_there(source, [path for path, _ in images], file)
         for path, label in images:
             before = seen.setdefault(path, (split, label))
@@ -124,6 +124,13 @@ def lists(folder: Path, source) -> Found:
     for path, (split, label) in seen.items():
         found[split].append((path, label))
     return found
+
+
+def text_of(file: Path) -> str:
+    try:
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not in UTF-8 ({error}): save it in UTF-8") from error
 
 
 def entries(text: str, root: Path) -> Iterator[tuple[str, Label]]:
@@ -178,9 +185,13 @@ def write(folder: Path, found: Found, made_by: dict[str, Any]) -> None:
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
-    """By which `write` made the lists; None where it did not."""
+    """By which `write` made the lists; None where it did not. A user's own file may have this name."""
     file = folder / SETTINGS
-    return json.loads(file.read_text()) if file.is_file() else None
+    try:
+        made_by = json.loads(file.read_text()) if file.is_file() else None
+    except ValueError:
+        return None
+    return made_by if isinstance(made_by, dict) and "val_size" in made_by else None
 
 
 def check_settings(folder: Path, made_by: dict[str, Any], now: dict[str, Any]) -> None:

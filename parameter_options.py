@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from model_params import ModelParams
 
 HIGHEST = {"lr": 1000, "lr_mult": 1e6, "momentum": 1, "weight_decay": 1000, "weight_decay_mult": 1e6}
+NORMS = ", and '.bn' is for every normalization layer, whatever its name"
 ONLINE = "online_classifier."  # its parameters' names
 KEYS = ("pattern", *HIGHEST, "lars_exclude")
 
@@ -141,7 +142,7 @@ def check_matches(module: nn.Module, params: "ModelParams", names: list[str]) ->
         near = difflib.get_close_matches(pattern.replace("\\", ""), names, 3, cutoff=0.3) or names[:3]
         raise ValueError(
             f"{field}: the pattern {pattern!r} matches none of {len(names)} trainable parameters; some are "
-            f"{', '.join(near)}"
+            f"{', '.join(near)}: mend it, or leave it out{NORMS * (field != 'parameter_options')}"
         )
 
 

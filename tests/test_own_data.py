@@ -17,6 +17,7 @@ from sklearn.datasets import load_sample_images
 from torchvision.datasets import ImageFolder
 
 import data
+import evaluate
 import train
 from evaluate import runnable
 from linear_classifier import LinearClassifierMethod
@@ -292,6 +293,27 @@ def test_lists_are_read_wherever_they_are(tmp_path, beside, train, val, fields, 
     assert sorted(folder.iterdir()) == before  # a list of the user's is never written over
 
 
+@pytest.mark.parametrize("own", ['{"train": ["china/01.png"]}', '["a"]', "no JSON"])
+def test_a_file_of_the_users_may_be_called_as_that_of_the_settings(photos, tmp_path, own):
+    (tmp_path / "splits.json").write_text(own)
+    (tmp_path / "train.txt").write_text("china/01.png\nflower/00.png\n")
+    (tmp_path / "val.txt").write_text("flower/01.png\n")
+    assert listed(params(photos, splits_path=str(tmp_path))) == {"china/01.png": 0, "flower/00.png": 1}
+
+
+def test_a_list_that_is_not_in_utf_8_is_named(photos, tmp_path):
+    (tmp_path / "train.txt").write_bytes("china/01.png España\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="train.txt is not in UTF-8 .*: save it"):
+        listed(params(photos, splits_path=str(tmp_path)))
+
+
+def test_pages_in_colours_are_no_channels(tmp_path):
+    page = Image.fromarray(TILES["china"][0])
+    page.save(tmp_path / "0.tif", save_all=True, append_images=[page])
+    with pytest.raises(ValueError, match="its 2 pages are images of their own: write each into its own file"):
+        data.get_dataset(params(tmp_path, val_size=0, test_size=0), ("train",))[0]
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -547,6 +569,15 @@ def test_the_program_scores_the_test_set_and_keeps_the_splits(photos, tmp_path, 
     assert encoder.params.image_mean is not None and listed(encoder.params).keys() == listed(p).keys()
     linear = LinearClassifierMethod.load_from_checkpoint(tmp_path / "run/linear.ckpt")
     assert linear.classifier.out_features == linear.params.n_classes == 2
+    others = write(tmp_path / "others", {name: f"{name.replace('/', '/other')}" for name in NAMES})
+    line = ["evaluate.py", str(tmp_path / "run/pretrained.ckpt"), "--data_path", str(others)]
+    line += ["--protocols", "uniformity"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit, match="names images that are not in .*others: .* another splits_path"):
+        evaluate.main()
+    monkeypatch.setattr(sys, "argv", [*line, "--splits_path", str(tmp_path / "drawn"), "--include_patterns", "none"])
+    evaluate.main()
+    assert "/other" in (tmp_path / "drawn/test.txt").read_text()
 
 
 def test_examples_of_the_page(photos, tmp_path):
