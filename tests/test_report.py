@@ -199,6 +199,9 @@ def test_what_a_run_has_not_is_left_out_with_the_reason(run, other, tmp_path, mo
     shutil.copy(run / "config.yaml", tmp_path / "begun")
     content = data_of(report.write([tmp_path / "begun"]))
     assert content["figures"] == content["results"] == [] and content["runs"][0]["state"].startswith("not finished")
+    (tmp_path / "begun/results.json").write_text('{"epochs": 300, "random encoder": {}}')  # as it was written earlier
+    (about,) = data_of(report.write([tmp_path / "begun"]))["runs"]
+    assert about["state"].startswith("not finished")
 
 
 @pytest.mark.parametrize(

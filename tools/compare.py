@@ -69,11 +69,12 @@ def results(folder: Path) -> dict[str, float]:
     """Numbers of results.json; of metrics.csv the last training loss, and the best of what is evaluated each epoch (the
     random encoder, whose row is the first, is no epoch)."""
     path, found = folder / "results.json", {}
-    for name, value in (json.loads(path.read_text()) if path.is_file() else {}).items():
+    written = json.loads(path.read_text()) if path.is_file() else {}
+    for name, value in written.items():
         if isinstance(value, dict):
             found |= {f"{name}: {figure}": number for figure, number in value.items()}
-        elif isinstance(value, int | float):
-            found[name] = value
+        elif isinstance(value, int | float) and (name != "epochs" or "trained encoder" in written):
+            found[name] = value  # earlier versions wrote "epochs" at the beginning: those wanted
     path = folder / "pretraining" / "metrics.csv"
     rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
     for name in rows[0] if rows else []:
