@@ -23,6 +23,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 import checkpoints
 import command_line
 import dry_run
+import image_folders
 import own_images
 import parameter_options
 import preview
@@ -149,8 +150,9 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
     results = {"preset": preset}
     if options.resume and (out / "results.json").is_file():
         results = json.loads((out / "results.json").read_text()) | results
-    if params.dataset.own and params.splits_path is None:
-        params = attrs.evolve(params, splits_path=str((out / "splits").resolve()))
+    if params.dataset.own:
+        lists = params.splits_path or str((out / "splits").resolve())
+        params = attrs.evolve(params, splits_path=image_folders.taken_along(lists, out) if options.resume else lists)
     own_images.has_written(params)  # refuses other settings than the lists' before config.yaml says them
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):

@@ -14,6 +14,7 @@ import augmentations
 import encoders
 import layouts
 from data import DATASETS
+from image_folders import taken_along
 from shared_params import OF_ONE_KIND, EncoderAndDataParams
 
 SHARED = {field.name for field in fields(EncoderAndDataParams)}
@@ -112,6 +113,8 @@ def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[s
     """(settings as the file says them, else found out from its tensors or ImageNet's; in words what is not sure)."""
     if found.settings:
         settings = {key: value for key, value in found.settings.items() if key in SHARED}
+        if settings.get("splits_path"):
+            settings["splits_path"] = taken_along(settings["splits_path"], Path(found.source).parent)
         return {"stem_variant": found.stem_variant, **settings, "encoder_weights": None}, ""
     settings, arch = {"dataset_name": "imagenet"}, overrides.get("encoder_arch")
     if arch != encoders.OWN_MODULE:

@@ -578,6 +578,13 @@ def test_the_program_scores_the_test_set_and_keeps_the_splits(photos, tmp_path, 
     monkeypatch.setattr(sys, "argv", [*line, "--splits_path", str(tmp_path / "drawn"), "--include_patterns", "none"])
     evaluate.main()
     assert "/other" in (tmp_path / "drawn/test.txt").read_text()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    kept = str(tmp_path / "moved/splits")
+    assert load_encoder(tmp_path / "moved/pretrained.ckpt").params.splits_path == kept
+    config = ["--config", str(tmp_path / "moved/config.yaml"), "--out", str(tmp_path / "moved"), "--resume", "auto"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *config])
+    train.main()
+    assert not (tmp_path / "run").exists() and kept in (tmp_path / "moved/config.yaml").read_text()
 
 
 def test_examples_of_the_page(photos, tmp_path):
