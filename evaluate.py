@@ -31,13 +31,13 @@ from protocols import PROTOCOLS
 from results import Results, versions
 from shared_params import EncoderAndDataParams, n_classes
 from subject import Subject
-from video_params import VideoParams
+from video_params import OF_TRAINING, VideoParams
 from weights import Encoder, load_encoder
 
 READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
            "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns",
            "exclude_patterns")  # fmt: skip
-UNSEEN = ("clip_speeds", "clip_jitter", "decoding_threads")  # by any protocol
+UNSEEN = (*OF_TRAINING, "decoding_threads")  # by any protocol
 
 
 def evaluate_checkpoint(

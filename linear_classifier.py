@@ -21,6 +21,7 @@ import ddp
 import layers
 import optimizers
 import subsets
+import video_params
 from encoders import embed, get_encoder
 from fields import plain
 from lars import parameter_groups
@@ -45,7 +46,7 @@ READING = (  # settings of how images are read
     "pin_data_memory",
     "data_on_device",
     "unreadable_images",
-    *(OF_ONE_KIND.keys() - {"clip_speeds", "clip_jitter"}),  # these two are augmentations of the pretraining
+    *(name for name in OF_ONE_KIND if name not in video_params.OF_TRAINING),
 )
 FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", *READING)
 

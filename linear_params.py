@@ -5,6 +5,7 @@ from functools import partial
 from attrs import field, frozen
 
 from fields import choice, fraction, non_negative, number, positive
+from lars import NORMS_AND_BIASES
 from shared_params import EncoderAndDataParams
 
 
@@ -87,7 +88,7 @@ SemiSupervised10Params = partial(SemiSupervised1Params, label_fraction=0.1, max_
 FineTuneParams = partial(
     LinearClassifierMethodParams, optimizer_name="adamw", lr=1e-3, encoder_lr=0.75e-3, layer_decay=0.75,
     lr_scaling="linear", lr_schedule="cosine", warmup_epochs=5, weight_decay=0.05, max_epochs=100,
-    exclude_matching_parameters_from_lars=[".bias", ".bn"],
+    exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
 )
 
 LINEAR_PRESETS = {

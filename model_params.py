@@ -12,6 +12,7 @@ from evaluation import EVALUATIONS
 from fields import choice, fraction, non_negative, positive
 from head_params import LARGEST_WIDTH, HeadParams, normalized_layers
 from heads import GROUPS
+from lars import NORMS_AND_BIASES
 from optimizer_params import OptimizerParams
 from sce_params import SCELossParams
 from shared_params import EncoderAndDataParams
@@ -161,8 +162,6 @@ class ModelParams(EncoderAndDataParams, ViewParams, HeadParams, SCELossParams, O
 
 # ---- the presets: rows of settings, and what differs from another row. PRESETS["byol"](lr=0.3) ----
 # fmt: off
-
-NORMS_AND_BIASES = [".bias", ".bn"]
 
 MoCoV2Params = ModelParams
 # Few negatives that count as many, and no queue: SiMo, the paper's own method.

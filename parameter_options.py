@@ -136,7 +136,8 @@ def check_matches(module: nn.Module, params: "ModelParams", names: list[str]) ->
     options = [option["pattern"] for option in params.parameter_options]
     lost = [("parameter_options", o) for o in options if not any(re.search(o, name) for name in names)]
     for pattern in params.exclude_matching_parameters_from_lars:
-        if pattern not in (".bias", ".bn") and not lars.parameter_groups(module, [pattern])[1]:  # some have no norms
+        may_be_absent = pattern in lars.NORMS_AND_BIASES  # an encoder may have no norms
+        if not may_be_absent and not lars.parameter_groups(module, [pattern])[1]:
             lost.append(("exclude_matching_parameters_from_lars", pattern))
     for field, pattern in lost:
         near = difflib.get_close_matches(pattern.replace("\\", ""), names, 3, cutoff=0.3) or names[:3]

@@ -46,9 +46,9 @@ class Stage(pl.LightningModule):
         """Loaders for evaluation, one for each of the sets of splits."""
         datasets = [data.get_dataset(self.params, names) for names in splits]
         labels = [dataset.labels for dataset in datasets if self.params.dataset.own]
-        if any(min(of_set) < 0 for of_set in labels):
+        if any(of_set.min() < 0 for of_set in labels):
             rank_zero_info(f"{self.params.dataset_name} has no labels: linear_probe and knn are left out")
-        elif any(min(of_set) == max(of_set) for of_set in labels):
+        elif any(of_set.min() == of_set.max() for of_set in labels):
             rank_zero_info(f"{self.params.dataset_name} has images of one class: linear_probe and knn are left out")
         return [self.loader(dataset, training=False) for dataset in datasets]
 

@@ -153,7 +153,7 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
     if params.dataset.own:
         lists = params.splits_path or str((out / "splits").resolve())
         params = attrs.evolve(params, splits_path=image_folders.taken_along(lists, out) if options.resume else lists)
-    own_images.has_written(params)  # refuses other settings than the lists' before config.yaml says them
+        own_images.has_written(params)  # refuses other settings than the lists' before config.yaml says them
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):
         fit = trainer(out, "pretraining", params.max_epochs, options)

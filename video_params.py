@@ -8,6 +8,7 @@ from fields import choice, number, numbers, positive
 from files import MOST_WORKERS
 
 MOST_FRAMES = 1024
+OF_TRAINING = ("clip_speeds", "clip_jitter")  # drawn at random for its views; an evaluation has neither
 HOW = ("video_decoder", "decoding_threads")  # sce_video sets them, and a preset may be tried on images
 
 

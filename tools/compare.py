@@ -86,12 +86,16 @@ def results(folder: Path) -> dict[str, float]:
     return found
 
 
-def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[Row]]:
-    """(the runs, in groups that differ in nothing but the seed; the settings and circumstances in which groups differ,
-    and all results)."""
+def refuse_twins(folders: Sequence[str | Path]) -> None:
     for folder, times in Counter(Path(folder).resolve() for folder in folders).items():
         if times > 1:
             raise ValueError(f"{folder} is named twice: name it once")
+
+
+def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[Row]]:
+    """(the runs, in groups that differ in nothing but the seed; the settings and circumstances in which groups differ,
+    and all results)."""
+    refuse_twins(folders)
     groups: dict[str, list[Run]] = {}
     for run in map(read, folders):
         groups.setdefault(run.without_seed, []).append(run)

@@ -19,12 +19,13 @@ SINGLE = {"best": "best epoch", "last": "last step"}  # first words of compare.r
 
 def names_of(folders: Sequence[Path]) -> list[str]:
     """The folders' names; where two are the same, with as much of the path as tells them apart."""
+    compare.refuse_twins(folders)
     parts = [folder.resolve().parts for folder in folders]
     for n in range(1, max(map(len, parts))):
         names = ["/".join(path[-n:]) for path in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"{folders[0]} is named twice" if len(folders) > 1 else f"{folders[0]} is no folder of a run")
+    raise ValueError(f"{folders[0]} is no folder of a run")
 
 
 def about(run: Run, name: str) -> dict[str, Any]:
