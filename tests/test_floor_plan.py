@@ -101,16 +101,16 @@ def test_imports_go_down(module):
 
 @pytest.mark.parametrize("module", MODULES + TOOLS)
 def test_house_limits(module):
-    """A module under 250 lines, a function at most 30 beside its docstring, classes one level deep, documented."""
+    """A module under 400 lines, a function at most 40 beside its docstring, classes one level deep, documented."""
     text = (ROOT / f"{module}.py").read_text()
     tree = ast.parse(text)
-    assert len(text.splitlines()) < 250 and ast.get_docstring(tree)
+    assert len(text.splitlines()) < 400 and ast.get_docstring(tree)
     own_classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
-            assert lines <= 30, f"{node.name} has {lines} lines"
+            assert lines <= 40, f"{node.name} has {lines} lines"
         elif isinstance(node, ast.ClassDef):
             parents = {ast.unparse(base) for base in node.bases} & own_classes
             grandparents = {
