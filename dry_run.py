@@ -21,7 +21,7 @@ from watch import Watch
 
 STEPS = 2
 TOY = (torch.eye(4), torch.tensor([0, 0, 1, 1]))  # features and labels
-HIDDEN = ("params", "name", "lr")  # of groups: an example and the initial_lr say it
+HIDDEN = ("params", "param_names", "name", "lr")  # of groups: an example and the initial_lr say it
 NAMES = {  # of parts, as the field calls them
     "model": "encoder",
     "projection_model": "projector",

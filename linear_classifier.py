@@ -186,10 +186,10 @@ class LinearClassifierMethod(Stage):
             parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*stage.values()}))
         adapted, excluded = parameter_groups(self, p.exclude_matching_parameters_from_lars)
         return [
-            {"name": name, "lr": lr, "params": chosen, **options}
+            {"name": name, "lr": lr, "params": [*chosen.values()], "param_names": [*chosen], **options}
             for name, lr, part in parts
             for kind, options in ((adapted, {}), (excluded, {"weight_decay": 0.0}))
-            if (chosen := [parameter for parameter in kind.values() if parameter in part])
+            if (chosen := {name: parameter for name, parameter in kind.items() if parameter in part})
         ]
 
     # ---- data ----
