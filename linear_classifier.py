@@ -63,6 +63,8 @@ class LinearClassifierMethod(Stage):
         fields: single settings that change `params`.
     """
 
+    CLASSIFIER = "classifier"
+
     def __init__(
         self,
         params: LinearClassifierMethodParams | dict | None = None,
@@ -71,7 +73,8 @@ class LinearClassifierMethod(Stage):
         **fields: Any,
     ):
         super().__init__()
-        self.params = p = resolve(LinearClassifierMethodParams, params, encoder, fields)
+        self.params, self.seed_was_drawn = resolve(LinearClassifierMethodParams, params, encoder, fields)
+        p = self.params
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)

@@ -41,6 +41,14 @@ class Plan:
     def global_batch_size(self) -> int:
         return self.processes * self.accumulated * self.batch_size
 
+    def of_checkpoint(self) -> dict[str, int]:
+        """What a resumed run must have in common with this one, or must know."""
+        return {
+            "images": self.global_batch_size,
+            "accumulated": self.accumulated,
+            "an_epoch": self.steps_per_epoch,
+        }
+
     def __str__(self) -> str:
         return (
             f"{self.processes} (processes) x {self.accumulated} (accumulated batches) x {self.batch_size} "
