@@ -132,9 +132,10 @@ class Stage(pl.LightningModule):
         classifier has as many classes as in the file."""
         content = checkpoints.read(checkpoint_path)
         weight = content["state_dict"].get(f"{cls.CLASSIFIER}.weight")
-        n_classes = {} if weight is None else {"n_classes": len(weight)}
+        if weight is not None and not content.get("hyper_parameters", {}).get("n_classes"):  # of an earlier version
+            kwargs = {"n_classes": len(weight), **kwargs}
         with class_names_allowed(content):
-            return super().load_from_checkpoint(checkpoint_path, *args, **{**n_classes, **kwargs})
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def _set_hparams(self, hp: Any) -> None:
         """Lightning's, of a record that cannot be changed."""
