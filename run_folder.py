@@ -33,8 +33,7 @@ from rich.text import Text
 from results import versions
 from whole_files import write_whole
 
-# The optimizer of another run could not be gone on with; that its weights fit, train.py sees.
-FIXED = ("preset", "optimizer_name", "exclude_matching_parameters_from_lars", "layer_decay", "parameter_options")
+FIXED = ("preset", "optimizer_name")  # of a run; checkpoints.refuse_another sees what else cannot be resumed
 LOG_SOURCES = ("", "pytorch_lightning", "lightning_fabric")  # Lightning's loggers hand nothing on to the root
 
 
