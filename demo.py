@@ -28,6 +28,7 @@ from learning_rate import LearningRate
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams, VICRegParams
+from program import one_line_errors
 from progress import Progress
 from run_options import RunOptions
 from tools import report
@@ -145,6 +146,7 @@ def train_classifier(epochs: int) -> float:
     return trainer.callback_metrics["valid_acc1"].item()
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
@@ -156,8 +158,9 @@ def main() -> None:
 
     recipe = {"batch_size": 64, "lars_eta": 0.005, "lars_warmup_epochs": 2, "seed": 0, "evaluations": evaluations}
     params = VICRegParams(dataset_name="digits", max_epochs=args.epochs, **recipe)
-    random, trained = pretrain(params, args.epochs)
-    accuracy = train_classifier(args.linear_epochs)
+    with run_folder.logged(OUT / "log.txt"):
+        random, trained = pretrain(params, args.epochs)
+        accuracy = train_classifier(args.linear_epochs)
     result = table(random, trained)
     result += f"\n\nLinearClassifierMethod after {args.linear_epochs} epochs: {accuracy:.1f} % of the test set."
     (OUT / "results.md").write_text(result + "\n")

@@ -30,6 +30,16 @@ def to_host(values: Tensor) -> Callable[[], Tensor]:
     return arrived
 
 
+def usable(device: str) -> torch.device:
+    """Return the device of this name; "auto" is a GPU if there is one. Raises ValueError if it cannot be used here."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def has_room(size: int, device: torch.device) -> bool:
     """Whether `size` bytes are at most a quarter of a GPU's free memory."""
     return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 4

@@ -34,6 +34,7 @@ from linear_classifier import LinearClassifierMethod
 from milestones import Best, EveryNEpochs, refuse_unknown
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from program import one_line_errors
 from progress import Progress
 from run_options import RunOptions
 from whole_files import write_whole
@@ -168,11 +169,9 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
         run_folder.say(json.dumps(results, indent=2))
 
 
+@one_line_errors()
 def main() -> None:
-    try:
-        do(*command_line.parse(sys.argv[1:]))
-    except (ValueError, OSError) as error:  # the user's doing; of a run, log.txt says where it came up
-        raise SystemExit(f"error: {error}") from error
+    do(*command_line.parse(sys.argv[1:]))
 
 
 def do(preset: str, options: RunOptions, params: ModelParams) -> None:
@@ -190,7 +189,7 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
         if out.is_file():
             raise ValueError(f"out={out} is a file: name a folder")
         if not options.resume and any(out.glob("*/checkpoints/step_*.ckpt")):
-            raise SystemExit(f"{out} holds an earlier run: --resume auto to go on with it, or another --out")
+            raise ValueError(f"out={out} holds an earlier run. Pass --resume auto to resume it, or another --out")
         if options.resume:
             before = run_folder.settings(out)
             run_folder.refuse_another(out, before, {"preset": preset, **attrs.asdict(params)})

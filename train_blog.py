@@ -28,6 +28,8 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from data import DATASETS
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from program import one_line_errors
+from run_folder import logged
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
@@ -152,6 +154,7 @@ def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> None
     plt.close(figure)
 
 
+@one_line_errors()
 def main() -> None:
     args = arguments()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -166,7 +169,9 @@ def main() -> None:
                 print(f"{name}, seed {seed}: finished before")
                 continue
             print(f"{name}, seed {seed}:")
-            row, is_new = train(name, seed, args), not results.exists()
+            with logged(args.out / "log.txt"):
+                row = train(name, seed, args)
+            is_new = not results.exists()
             with results.open("a", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 if is_new:

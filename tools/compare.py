@@ -22,7 +22,7 @@ from rich.table import Table
 import run_folder
 from command_line import text
 from milestones import lowest_is_best
-from tools.commands import in_words
+from program import one_line_errors
 
 LAST = "step_train_loss"  # of metrics.csv; of what is in results.json the last is there
 
@@ -143,11 +143,11 @@ def table(columns: list[list[Run]], rows: list[Row]) -> Table:
     return made
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    with in_words():
-        Console(highlight=False, markup=False).print(table(*compare(parser.parse_args().runs)))
+    Console(highlight=False, markup=False).print(table(*compare(parser.parse_args().runs)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 
 from command_line import add_fields
 from data import already_a_batch
-from tools.commands import in_words, parser_of, usable
+from device import usable
+from program import one_line_errors
+from tools.commands import parser_of
 from tools.embedding_work import Work
 from tools.feature_files import read  # noqa: F401  (the reader of what this writes)
 from tools.image_sources import Batches, Source, open_source, part_kept
@@ -143,7 +145,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@in_words()
+@one_line_errors()
 def main() -> None:
     embed(**vars(arguments()))
 

@@ -19,7 +19,8 @@ from attrs import frozen
 from PIL import Image
 
 from augmentations import generator
-from tools.commands import bar, in_words, parser_of
+from program import one_line_errors
+from tools.commands import bar, parser_of
 
 PHOTOGRAPHS = {
     "train": ("astronaut", "brick", "chelsea", "coffee", "coins", "gravel", "hubble_deep_field",
@@ -137,7 +138,7 @@ def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
     return folder
 
 
-@in_words()
+@one_line_errors()
 def main() -> None:
     parser = parser_of("moving_photographs", __doc__)
     parser.add_argument("out", type=Path, metavar="DATA_PATH", help="the videos go into its folder kinetics")
