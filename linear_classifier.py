@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 import augmentations
 import data
-import ddp
 import layers
 import optimizers
 import subsets
 import video_params
 from encoders import embed, get_encoder
 from fields import plain
+from files import UNREADABLE
 from lars import parameter_groups
 from linear_params import LinearClassifierMethodParams
 from shared_params import OF_ONE_KIND, labelled, n_classes, resolve
@@ -89,7 +89,7 @@ class LinearClassifierMethod(Stage):
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
         if not of_data.flip_probability:  # scans of digits: a small crop would cut off what tells the classes apart
             self.view = attrs.evolve(self.view, crop_scale=of_data.crop_scale)
-        self.validation_scores: list[Tensor] = []
+        self.validation_outputs: dict[int, list[tuple[Tensor, Tensor]]] = {}  # scores and labels, of its one loader
         self.augment = partial(augmentations.augment, views=[self.view], mean=p.mean, std=p.std)
 
     @classmethod
@@ -149,16 +149,17 @@ class LinearClassifierMethod(Stage):
         return means[0]
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_scores.clear()  # of one that was interrupted
+        self.validation_outputs.clear()  # of one that was interrupted
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
         with self.eagerly():
-            self.validation_scores.append(self.scores(batch))
+            scores = self.scores((images, labels.where(labels != UNREADABLE, 0)))
+        self.validation_outputs.setdefault(0, []).append((scores, labels))
 
     def on_validation_epoch_end(self) -> None:
         """Means over the whole set, each image once, however many processes there are."""
-        scores = ddp.gather_evaluated(torch.cat(self.validation_scores), self.trainer.val_dataloaders)
-        self.validation_scores.clear()
+        [(scores, _)] = self.gathered(self.validation_outputs, self.trainer.val_dataloaders)
         means = {f"valid_{name}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
         self.log_dict(means, prog_bar=True, sync_dist=True)
 

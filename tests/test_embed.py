@@ -152,8 +152,10 @@ def test_order_links_suffixes_and_what_is_passed_over(tmp_path):
     (folder / "a" / "up").symlink_to(folder)  # would lead round and round
     (folder / "linked").symlink_to(folder / "a-b")
     source = open_source(folder)
-    expected = ["a-b/1.png", "a/1.png", "a/Ä.webp", "b.gif", "linked/1.png", "x.PNG", "é/deep/1.bmp"]
-    assert source.paths() == expected and source.others == "1 .txt"
+    expected = ["a-b/1.png", "a/1.png", "a/Ä.webp", "b.gif", "x.PNG", "é/deep/1.bmp"]
+    assert source.paths() == expected
+    counts = {reason: n for reason, (n, _) in source.passed_over.items()}
+    assert counts == {".txt": 1, "hidden": 2, "links to folders that are used already": 2}
     embed.embed(tiny(), folder, tmp_path / "f.parquet", device="cpu")
     assert embed.read(tmp_path / "f.parquet")[0] == expected
 

@@ -246,8 +246,8 @@ def test_the_index_is_kept_beside_the_splits(tmp_path, monkeypatch):
     p = params(pattern, splits_path=str(tmp_path / "splits"))
     expected = labels(p)
     tar_shards.known.clear()
-    read = []
-    monkeypatch.setattr(tar_shards.tarfile, "open", lambda path, *args: read.append(path) or tarfile.TarFile(path))
+    read, members = [], tar_shards.members
+    monkeypatch.setattr(tar_shards, "members", lambda shard: read.append(shard) or members(shard))
     assert labels(p) == expected and data.get_dataset(p, ("train",))[3][1] == expected[3] and not read
     os.utime(tmp_path / "shards" / "train-000001.tar")
     assert labels(p) == expected and read == [str(tmp_path / "shards" / "train-000001.tar")]
