@@ -3,7 +3,7 @@
 import os
 from collections.abc import Collection, Iterator
 from functools import cache
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
@@ -27,16 +27,16 @@ def image_suffixes() -> tuple[str, ...]:
     return (*FIRST, *sorted(decoded.difference(FIRST)))
 
 
-def is_hidden(name: str | PurePath) -> bool:
-    """Whether a relative path has a hidden part: `._x.png`, `.DS_Store`, `.ipynb_checkpoints/`, `__MACOSX/`."""
-    parts = PurePath(name).parts
-    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts)
+def is_hidden(path: str) -> bool:
+    """Whether a relative path has a hidden part: `._x.png`, `.DS_Store`, `.ipynb_checkpoints`, `__MACOSX`."""
+    parts = path.split("/")
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
 
 
 class PassedOver(dict[str, list]):
     """Files that are not used: reason -> [how many, the path of one]."""
 
-    def add(self, reason: str, path: str | PurePath, n: int = 1) -> None:
+    def add(self, reason: str, path: str | Path, n: int = 1) -> None:
         self.setdefault(reason, [0, str(path)])[0] += n
 
     def join(self, other: dict[str, list]) -> None:
@@ -44,15 +44,16 @@ class PassedOver(dict[str, list]):
             self.add(reason, path, n)
 
     def __str__(self) -> str:
-        """Return, for instance, "3 hidden (such as cats/._1.png), 1 .txt (such as notes.txt)", the largest first."""
+        """Return "; passed over: 3 hidden (such as cats/._1.png), 1 .txt (such as notes.txt)", or nothing for none."""
         rows = sorted(self.items(), key=lambda row: -row[1][0])
         more = [f"{sum(n for _, (n, _) in rows[MOST_REASONS:])} others"] if len(rows) > MOST_REASONS else []
-        return ", ".join([*(f"{n:,} {reason} (such as {path})" for reason, (n, path) in rows[:MOST_REASONS]), *more])
+        found = [*(f"{n:,} {reason} (such as {path})" for reason, (n, path) in rows[:MOST_REASONS]), *more]
+        return f"; passed over: {', '.join(found)}" if found else ""
 
 
 def tell(where: str | Path, n: int, kind: str, passed_over: PassedOver) -> None:
     """Say, once in a process, how many images or videos a source has, and what it passes over."""
-    line = f"{where}: {n:,} {kind}" + (f"; passed over: {passed_over}" if passed_over else "")
+    line = f"{where}: {n:,} {kind}{passed_over}"
     if line not in told:
         told.add(line)
         rank_zero_info(line)
@@ -84,13 +85,15 @@ def folders_below(base: Path, passed_over: PassedOver) -> Iterator[tuple[str, li
             yield here, [name for name in files if not is_hidden(name)]
 
 
-def files_below(base: Path, suffixes: Collection[str], passed_over: PassedOver) -> Iterator[Path]:
-    """Yield the files with one of these extensions, in lower or upper case."""
+def files_below(base: Path, suffixes: Collection[str], passed_over: PassedOver) -> Iterator[str]:
+    """Yield the paths below `base`, with "/", of files with one of these extensions, in lower or upper case."""
+    suffixes = frozenset(suffixes)
     for here, names in folders_below(base, passed_over):
+        folder = Path(here).relative_to(base).as_posix()
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if suffix in suffixes:
-                yield Path(here, name)
+                yield name if folder == "." else f"{folder}/{name}"
             else:
                 passed_over.add(suffix or "without an extension", os.path.join(here, name))
 

@@ -110,7 +110,10 @@ class LabelledFiles(Dataset):
     def stamps(self) -> Iterator[tuple[str, tuple, int | np.ndarray]]:
         """(path, what changes when the file does, label) of each."""
         for path, label in self.files:
-            yield path, self.source.stamp(path), label
+            try:
+                yield path, self.source.stamp(path), label
+            except OSError as error:  # whether it may be left out is decided when it is read
+                yield path, (error.errno,), label
 
     def subset(self, indices: np.ndarray) -> Self:
         """These files alone."""

@@ -1,5 +1,6 @@
 """Class folders of image files, decoded and cropped in the loader's workers, because their sizes differ."""
 
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -31,23 +32,23 @@ def class_folders(split: Path) -> list[Sample]:
     empty = [name for name, paths in of_class.items() if not paths]
     if empty or not of_class:
         none = f"{', '.join(empty[:5])} holds none" if empty else "there is no folder"
-        but = f"; passed over: {passed_over}" if passed_over else ""
-        raise ValueError(f"{split} must hold one folder of images per class: {none}{but}")
-    found = [(str(path), label) for label, paths in enumerate(of_class.values()) for path in paths]
+        raise ValueError(f"{split} must hold one folder of images per class: {none}{passed_over}")
+    found = [(os.path.join(split, path), label) for label, paths in enumerate(of_class.values()) for path in paths]
     tell(split, len(found), "images", passed_over)
     return found
 
 
-def in_class_folders(split: Path, suffixes: Collection[str], passed_over: PassedOver) -> dict[str, list[Path]]:
-    """Return class -> its files, of every class folder in the order of their names; sorted by folder, then name."""
-    of_class: dict[str, list[Path]] = {folder.name: [] for folder in folders_in(split)}
+def in_class_folders(split: Path, suffixes: Collection[str], passed_over: PassedOver) -> dict[str, list[str]]:
+    """Return class -> its files, as paths below `split`, of every class folder in the order of their names; sorted by
+    folder, then name."""
+    of_class: dict[str, list[str]] = {folder.name: [] for folder in folders_in(split)}
     for path in files_below(split, suffixes, passed_over):
-        name = path.relative_to(split).parts[0]
+        name = path.split("/", 1)[0]
         if name in of_class:
             of_class[name].append(path)
         else:
             passed_over.add("beside the class folders", path)
-    return {name: sorted(paths, key=lambda path: (str(path.parent), path.name)) for name, paths in of_class.items()}
+    return {name: sorted(paths, key=lambda path: path.rpartition("/")) for name, paths in of_class.items()}
 
 
 class ImageFiles(LabelledFiles):
@@ -96,7 +97,7 @@ class ImageFiles(LabelledFiles):
 
     def read(self, index: int) -> tuple[Image.Image | np.ndarray, list[Box]]:
         """An image and the box of each view. A large JPEG is decoded at the scale that its views have use for."""
-        path, how = self.files[index][0], (self.channels, self.pixel_range)
+        path, how, boxes = self.files[index][0], (self.channels, self.pixel_range), []
         file = self.source.open(path)
         if self.views and not is_array(path, *how) and (size := jpeg_size(file)):
             boxes = self.boxes(index, size)
@@ -104,7 +105,8 @@ class ImageFiles(LabelledFiles):
             if scale > 1:
                 return read_reduced(file, self.channels, scale), [reduced(box, scale) for box in boxes]
         image = read_any(path, file, *how)
-        return image, self.boxes(index, image.size if isinstance(image, Image.Image) else image.shape[1::-1])
+        size = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+        return image, boxes or self.boxes(index, size)
 
     def boxes(self, index: int, size: tuple[int, int]) -> list[Box]:
         """One box a view in an image of (width, height), drawn from (seed, epoch, index)."""

@@ -47,8 +47,7 @@ class ImageFolder(OnDisk):
         if listed_in(self.root):
             return labelled(lists(self.root, self), self.label_of)
         found: Found = {}
-        images = files_below(self.root, image_suffixes(), self.passed_over)
-        for path in sorted(path.relative_to(self.root).as_posix() for path in images):
+        for path in sorted(files_below(self.root, image_suffixes(), self.passed_over)):
             first, _, inner = path.partition("/")
             split = split_named(first) if inner else None
             found.setdefault(split or "", []).append((path, self.label_of(inner if split else path)))

@@ -165,8 +165,7 @@ def wanted(found: Found, root: Path, params: "EncoderAndDataParams", passed_over
                 passed_over.add("by include_patterns and exclude_patterns", image[0])
     beside = chosen.pop("", [])
     if not chosen.get("train"):
-        but = f" (passed over: {passed_over})" if passed_over else ""
-        raise ValueError(f"{root} holds {without_training(found, params)}{but}")
+        raise ValueError(f"{root} holds {without_training(found, params)}{passed_over}")
     if beside:
         raise ValueError(
             f"{root} has {' and '.join(chosen)}, and {len(beside)} images in none of them, such as {beside[0][0]}: "

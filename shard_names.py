@@ -38,7 +38,7 @@ def expanded(pattern: str, passed_over: PassedOver) -> Iterator[str]:
         )
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        yield from map(str, files_below(Path(pattern), (SUFFIX,), passed_over))
+        yield from (os.path.join(pattern, path) for path in files_below(Path(pattern), (SUFFIX,), passed_over))
         return
     if COMPRESSED.search(pattern):
         raise ValueError(

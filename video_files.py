@@ -204,11 +204,11 @@ def in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
         of_class = {of_class.name: frame_folders(of_class, passed_over) for of_class in folders_in(folder)}
     else:
         found_in = image_files.in_class_folders(folder, VIDEO_EXTENSIONS, passed_over)
-        of_class = {name: sorted(found) for name, found in found_in.items()}
+        of_class = {name: sorted(folder / path for path in found) for name, found in found_in.items()}
     for name, found in of_class.items():
         if not found:
-            way_out = f"must hold {what} (video_decoder={'frames' if of_frames else 'file'!r})"
-            raise ValueError(f"{folder / name} {way_out}" + (f"; passed over: {passed_over}" if passed_over else ""))
+            decoder = "frames" if of_frames else "file"
+            raise ValueError(f"{folder / name} must hold {what} (video_decoder={decoder!r}){passed_over}")
     videos = [(str(path), label) for label, found in enumerate(of_class.values()) for path in found]
     if not videos:
         raise ValueError(f"{folder} must hold one folder per class, each with {what}, or {list_file(folder)} list them")

@@ -37,16 +37,15 @@ class Folder:
         """Sorted. Raises ValueError if there are none, or if a name is not UTF-8."""
         suffixes = image_suffixes() if self.kind == "image" else video_files.VIDEO_EXTENSIONS
         self.passed_over.clear()
-        found = [path.relative_to(self.root).as_posix() for path in files_below(self.root, suffixes, self.passed_over)]
+        found = sorted(files_below(self.root, suffixes, self.passed_over))
         if not found:
-            others = f", but other files: {self.passed_over}" if self.passed_over else ""
-            raise ValueError(f"{self.root} holds no {self.kind}s{others}")
+            raise ValueError(f"{self.root} holds no {self.kind}s{self.passed_over}")
         for path in found:
             try:
                 path.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"the name {path!r} in {self.root} is not UTF-8: rename it") from error
-        return sorted(found)
+        return found
 
     def labels(self, paths: list[str]) -> list[str | None]:
         in_class_folders = all(path.count("/") == 1 for path in paths)
