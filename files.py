@@ -131,6 +131,7 @@ class LabelledFiles(Dataset):
         Raises:
             UnreadableFile: names the path.
         """
+        index = range(len(self))[index]
         if (worker := get_worker_info()) is not None:
             self.reading[worker.id] = torch.tensor([os.getpid(), index])
         for start in (index, 0):  # from here to the end, then around
