@@ -87,7 +87,9 @@ class LabelledFiles(Dataset):
     def share(self) -> None:
         """With the workers: of each file the next one that may be readable (itself, until it was found unreadable), and
         which file each worker (by process) read last."""
-        self.next = torch.arange(len(self.files) + 1).share_memory_()
+        self.next = torch.arange(len(self.files) + 1, dtype=torch.int32)
+        if self.skip_unreadable:
+            self.next.share_memory_()
         self.reading = torch.full((MOST_WORKERS, 2), -1).share_memory_()
 
     @property
