@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,12 +17,14 @@ PIL_MODES = {2: "LA", 4: "RGBA"}  # of other files
 WAY_OUT = "set pixel_range to the values of black and white"
 
 
-def opened(file: str | BinaryIO) -> Image.Image:
+@contextmanager
+def opened(file: str | BinaryIO) -> Iterator[Image.Image]:
     """Image.open, whose limit of pixels is also that of all other readers; it is decided by the header."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            return Image.open(file)
+            with Image.open(file) as image:
+                yield image
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(too_large()) from error
 

@@ -115,7 +115,7 @@ def splits_of(root: Path) -> dict[str, Path]:
 
 def unused_splits(root: Path, used: dict[str, Path]) -> list[Path]:
     names = json.loads((root / SPLIT_LIST).read_text())["splits"] if (root / SPLIT_LIST).is_file() else []
-    return [root / name for name in names if root / name not in used.values()]
+    return [root / name for name in names if root / name not in used.values() and (root / name / STATE).is_file()]
 
 
 def only(features: dict, kind: str, preferred: tuple[str, ...], field: str, root: Path) -> str | None:

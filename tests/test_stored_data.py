@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 import tarfile
 import warnings
@@ -529,6 +530,14 @@ def test_splits_and_labels_of_dataset_dicts(tmp_path):
     assert set(labels(params(tmp_path / "dict", labels_from=None))) == {-1}
     single = params(tmp_path / "dict" / "extra", val_size=0, test_size=0)
     assert labels(single) == list(map(classes, NAMES[:3]))
+
+
+def test_splits_that_are_not_used_are_counted(tmp_path):
+    root = write_arrow(tmp_path / "dict", as_dict={"train": NAMES[:9], "extra": NAMES[:3], "gone": NAMES[:1]})
+    shutil.rmtree(tmp_path / "dict" / "gone")
+    source = own_images.get_source(params(root), root)
+    assert len(source.find()["train"]) == 9
+    assert source.passed_over == {"in splits that are not used": [3, f"{root}/extra"]}
 
 
 def test_columns(tmp_path, photos):

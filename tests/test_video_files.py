@@ -19,6 +19,7 @@ import video_files
 import weights
 from augmentations import View
 from encoders import embed
+from files import readable_rows
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
@@ -263,6 +264,11 @@ def test_broken_videos_are_named_or_skipped(params, workers, tmp_path):
     dataset = get(attrs.evolve(params, unreadable_images="skip"))
     batches = list(data.get_loader(params, dataset, training=True))
     assert dataset.skipped() == [str(path)] and sum(len(labels) for _, labels in batches) == 6
+    params = attrs.evolve(params, unreadable_images="skip", evaluation_clips=2)
+    evaluated = [
+        readable_rows(labels, clips) for clips, labels in data.get_loader(params, get(params, training=False), False)
+    ]
+    assert sum(len(clips) for clips, _ in evaluated) == sum(len(labels) for _, labels in evaluated) == 5
 
 
 # ---- settings ----
