@@ -89,7 +89,7 @@ class LinearClassifierMethod(Stage):
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
         if not of_data.flip_probability:  # scans of digits: a small crop would cut off what tells the classes apart
             self.view = attrs.evolve(self.view, crop_scale=of_data.crop_scale)
-        self.validation_outputs: dict[int, list[tuple[Tensor, Tensor]]] = {}  # scores and labels, of its one loader
+        self.validation_scores: dict[int, list[tuple[Tensor, Tensor]]] = {}  # and labels
         self.augment = partial(augmentations.augment, views=[self.view], mean=p.mean, std=p.std)
 
     @classmethod
@@ -149,17 +149,15 @@ class LinearClassifierMethod(Stage):
         return means[0]
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_outputs.clear()  # of one that was interrupted
+        self.validation_scores.clear()  # of one that was interrupted
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
         with self.eagerly():
-            scores = self.scores((images, labels.where(labels != UNREADABLE, 0)))
-        self.validation_outputs.setdefault(0, []).append((scores, labels))
+            self.validation_scores.setdefault(0, []).append((self.scores(batch), batch[1]))
 
     def on_validation_epoch_end(self) -> None:
         """Means over the whole set, each image once, however many processes there are."""
-        [(scores, _)] = self.gathered(self.validation_outputs, self.trainer.val_dataloaders)
+        [(scores, _)] = self.gathered(self.validation_scores, self.trainer.val_dataloaders)
         means = {f"valid_{name}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
         self.log_dict(means, prog_bar=True, sync_dist=True)
 
@@ -167,6 +165,7 @@ class LinearClassifierMethod(Stage):
         """Of each image: cross entropy, and 100 where its class is the first, or among the first five: [N, 3]."""
         images, labels = batch
         logits = self(images).float()
+        labels = labels.where(labels != UNREADABLE, 0)  # these are left out in the end
         own = logits.gather(1, labels.unsqueeze(1))
         rank = (~(logits < own)).sum(1) - 1  # 0: the right class alone has the highest logit (never so with NaN)
         accuracies = [100.0 * (rank < k) for k in (1, 5)]
