@@ -188,7 +188,7 @@ def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset
     if params.dataset.of_videos:
         preprocessing |= {name: getattr(params, name) for name in EVALUATED_CLIPS}
     if params.unreadable_images == "skip":
-        preprocessing["unreadable"] = "left out"  # in earlier versions their neighbours were counted twice
+        preprocessing["unreadable"] = "left out"  # in earlier versions, a neighbor was counted in its place
     found = hashlib.sha256(repr((encoder_hash(encoder), preprocessing, wanted)).encode())
     for piece in contents(dataset):
         found.update(piece)

@@ -125,18 +125,17 @@ def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
     check_data(params, splits)
     dataset = data.get_dataset(params, splits)
     chosen = np.sort(augmentations.generator((0,)).permutation(len(dataset))[:n])
-    some, images, x, y = dataset.subset(chosen), [], [], []  # without unreadable ones; y with them
+    some, images, x, y = dataset.subset(chosen), [], [], []
     with bar() as progress:
         total = features.n_batches(some, params)
         for batch, labels in progress.track(features.batches(some, params), total, description="embeddings"):
-            y.append(labels)
-            batch, _ = readable_rows(labels, batch)
             images.append(preview.as_strips(batch))
             x.append(encoder.embed(batch).cpu())
-    rows, labels = readable_rows(torch.cat(y), torch.from_numpy(chosen))
+            y.append(labels)
+    images, x, rows, labels = readable_rows(torch.cat(y), torch.cat(images), torch.cat(x), torch.from_numpy(chosen))
     note = f"{len(rows):,} of {len(dataset):,} images of {params.dataset_name}/{'+'.join(splits)}"
     labels, paths = names(params, dataset, labels), places(dataset, splits, rows.numpy())
-    return Embedded(torch.cat(images), torch.cat(x).numpy(), labels, paths, f"{note}, embedded by {file.name}")
+    return Embedded(images, x.numpy(), labels, paths, f"{note}, embedded by {file.name}")
 
 
 def places(dataset: Any, splits: tuple[str, ...], chosen: np.ndarray) -> list[str]:
