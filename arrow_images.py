@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from file_search import PassedOver
 from files import File, OnDisk
 from image_folders import SPLITS, Found, Label, as_label
 
@@ -41,7 +42,7 @@ class ArrowImages(OnDisk):
 
     def __init__(self, root: Path, image_key: str | None, label_key: str | None, labelled: bool, names: bool):
         self.root, self.names = root, names
-        self.splits = splits_of(root)
+        self.splits, self.passed_over = splits_of(root), PassedOver()
         folder = next(iter(self.splits.values()))
         features = json.loads((folder / INFO).read_text())["features"] or {}
         self.image_key = image_key or only(features, "Image", ("image", "img"), "image_key", root)
@@ -63,6 +64,9 @@ class ArrowImages(OnDisk):
                 labels = [self.label(value) for value in table[self.label_key].to_pylist()]
             prefix = "" if folder == self.root else f"{folder.name}/"
             found[split] = [(f"{prefix}{row}", label) for row, label in enumerate(labels)]
+        self.passed_over.clear()
+        for folder in unused_splits(self.root, self.splits):
+            self.passed_over.add("in splits that are not used", folder, len(mapped(stamp(folder))))
         return found
 
     def label_of(self, path: str) -> Label:
@@ -107,6 +111,11 @@ def splits_of(root: Path) -> dict[str, Path]:
     if "train" not in found:
         raise ValueError(f"{root} has the splits {', '.join(names)} and no train: give data_path={str(root)}/SPLIT")
     return found
+
+
+def unused_splits(root: Path, used: dict[str, Path]) -> list[Path]:
+    names = json.loads((root / SPLIT_LIST).read_text())["splits"] if (root / SPLIT_LIST).is_file() else []
+    return [root / name for name in names if root / name not in used.values() and (root / name / STATE).is_file()]
 
 
 def only(features: dict, kind: str, preferred: tuple[str, ...], field: str, root: Path) -> str | None:
