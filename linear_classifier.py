@@ -63,6 +63,8 @@ class LinearClassifierMethod(Stage):
         fields: single settings that change `params`.
     """
 
+    CLASSIFIER = "classifier"
+
     def __init__(
         self,
         params: LinearClassifierMethodParams | dict | None = None,
@@ -71,7 +73,8 @@ class LinearClassifierMethod(Stage):
         **fields: Any,
     ):
         super().__init__()
-        self.params = p = resolve(LinearClassifierMethodParams, params, encoder, fields)
+        self.params, self.seed_was_drawn = resolve(LinearClassifierMethodParams, params, encoder, fields)
+        p = self.params
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
@@ -186,10 +189,10 @@ class LinearClassifierMethod(Stage):
             parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*stage.values()}))
         adapted, excluded = parameter_groups(self, p.exclude_matching_parameters_from_lars)
         return [
-            {"name": name, "lr": lr, "params": chosen, **options}
+            {"name": name, "lr": lr, "params": [*chosen.values()], "param_names": [*chosen], **options}
             for name, lr, part in parts
             for kind, options in ((adapted, {}), (excluded, {"weight_decay": 0.0}))
-            if (chosen := [parameter for parameter in kind.values() if parameter in part])
+            if (chosen := {name: parameter for name, parameter in kind.items() if parameter in part})
         ]
 
     # ---- data ----

@@ -45,9 +45,12 @@ class SelfSupervisedMethod(Stage):
         encoder: your own module, [N, C, H, W] -> [N, E], instead of the one that `params.encoder_arch` names.
     """
 
+    CLASSIFIER = "online_classifier"
+
     def __init__(self, params: ModelParams | dict | None = None, *, encoder: nn.Module | None = None, **fields: Any):
         super().__init__()
-        self.params = p = resolve(ModelParams, params, encoder, fields)
+        self.params, self.seed_was_drawn = resolve(ModelParams, params, encoder, fields)
+        p = self.params
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
@@ -58,7 +61,8 @@ class SelfSupervisedMethod(Stage):
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
-            self.online_classifier = nn.Linear(width, labelled(n_classes(p), p)) if p.online_classifier else None
+            classes = p.online_classifier and (p.n_classes or labelled(n_classes(p), p))
+            self.online_classifier = nn.Linear(width, classes) if p.online_classifier else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
                 copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], min(sizes), min(sizes)))
         self.parameter_table()  # refuses patterns of nothing
@@ -68,7 +72,6 @@ class SelfSupervisedMethod(Stage):
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
         self.started_from = source_of_weights(p)
-        self.plan: optimizers.Plan | None = None  # the training's length, once there is a Trainer
         self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
@@ -239,11 +242,17 @@ class SelfSupervisedMethod(Stage):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """`encoder_weights` is not kept, lest they be loaded again; what they were is."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["started_from"] = self.started_from
+        if self.queue is not None and self.params.gather_keys_for_queue is False:  # each process has its own
+            checkpoint["queues"] = {name: ddp.gather(t[None]).cpu() for name, t in self.queue.state_dict().items()}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """The original kept the queue as dim x K in `queue`, and the position in `queue_ptr`."""
         self.started_from, state = checkpoint.get("started_from"), checkpoint["state_dict"]
+        for name, of_each in checkpoint.get("queues", {}).items():
+            state[f"queue.{name}"] = of_each[ddp.rank() % len(of_each)]
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())
+        super().on_load_checkpoint(checkpoint)

@@ -69,6 +69,7 @@ class ModelParams(EncoderAndDataParams, ViewParams, HeadParams, SCELossParams, O
     evaluations: list[str] = field(factory=lambda: list(EVALUATIONS))  # [] for none
     evaluate_every_n_epochs: int = positive(1)  # the other epochs are not evaluated
     online_classifier: bool = False  # a linear one, trained beside the method on the batches' labels (-1: none)
+    n_classes: int | None = positive(None)  # of the online classifier; None: the data set's
     online_classifier_lr: float = positive(0.1, at_most=1000)  # follows lr_schedule; momentum as all, no decay
     probe_on_training_set: bool = False  # fit on the labelled training set instead of half of the validation set
 

@@ -1,6 +1,7 @@
 """The settings that pretraining and the linear stage share, and how both get theirs."""
 
 import math
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -153,17 +154,24 @@ Params = TypeVar("Params", bound=EncoderAndDataParams)
 
 def resolve(
     kind: type[Params], params: Params | dict | None, encoder: nn.Module | None, fields: dict[str, Any]
-) -> Params:
-    """`params` (settings, a dict of them, or None for the defaults), changed by `fields`.
+) -> tuple[Params, bool]:
+    """`params` (settings, a dict of them, or None for the defaults), changed by `fields`; whether the seed was None.
 
-    A module of the user's own as encoder says so in encoder_arch; seed=None becomes that of `pl.seed_everything`.
+    A module of the user's own as encoder says so in encoder_arch; seed=None becomes that of `pl.seed_everything`. The
+    argument `hparams`, as the original named it, is another name of `params`.
     """
+    if (hparams := fields.pop("hparams", None)) is not None:
+        if params is not None:
+            raise ValueError("hparams and params are two names of one argument: pass one of them")
+        params = dict(vars(hparams)) if isinstance(hparams, Namespace) else hparams
     if encoder is not None:
         fields = {**fields, "encoder_arch": encoders.OWN_MODULE}
     params = kind(**params) if isinstance(params, dict) else params or kind()
     params = attrs.evolve(params, **fields)
-    params = params if params.seed is not None else attrs.evolve(params, seed=torch.initial_seed() % 2**32)
-    return with_statistics(params) if params.compute_statistics else params
+    seed_is_drawn = params.seed is None
+    if seed_is_drawn:
+        params = attrs.evolve(params, seed=torch.initial_seed() % 2**32)
+    return with_statistics(params) if params.compute_statistics else params, seed_is_drawn
 
 
 def with_statistics(params: Params) -> Params:

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
+import attrs
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.data import AttributeDict
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -15,14 +17,37 @@ import augmentations
 import checkpoints
 import data
 import ddp
+import optimizers
 from device import keep_freed_memory
 from files import readable_rows
 from loader import Loader, images_and_labels
+from safe_load import class_names_allowed
 from watch import Watch
+
+
+class Settings(AttributeDict):
+    """The record of a method's settings (`hparams`): a change would have no effect, and is refused."""
+
+    def refuse(self, *names: Any, **fields: Any) -> NoReturn:
+        named = ", ".join(map(str, [*names, *fields]))
+        raise ValueError(
+            f"hparams cannot be changed ({named}): they record the settings with which the method was built. Build it "
+            "with others: SelfSupervisedMethod(params, lr=0.3), load_from_checkpoint(path, lr=0.3)"
+        )
+
+    __setattr__ = __setitem__ = update = setdefault = pop = popitem = clear = __ior__ = refuse
+
+    def __reduce__(self) -> tuple:
+        """For copies and for other processes, which would set item after item."""
+        return type(self), (dict(self),)
 
 
 class Stage(pl.LightningModule):
     """A method with `params` and with `augment(images, seed)`, which makes the views of a training batch."""
+
+    CLASSIFIER: str  # name of its linear layer
+    plan: optimizers.Plan | None = None  # the training's length, once there is a Trainer
+    seed_was_drawn = False  # since `seed` was None
 
     def setup(self, stage: str) -> None:
         """Compiles in place, so that parameters keep their names: checkpoints do not tell that a run was compiled."""
@@ -86,11 +111,37 @@ class Stage(pl.LightningModule):
 
     # ---- checkpoints ----
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        if self.plan is not None:
+            checkpoint["steps"] = self.plan.of_checkpoint()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Of a run that is resumed: what cannot be resumed by these settings is refused."""
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        checkpoints.refuse_another(checkpoint, self, self.trainer)
+        checkpoints.count_batches_anew(checkpoint, self.trainer.accumulate_grad_batches)
+        if self.seed_was_drawn and "seed" in checkpoint.get("hyper_parameters", {}):
+            self.adopt_seed(checkpoint["hyper_parameters"]["seed"])
+
+    def adopt_seed(self, seed: int) -> None:
+        """In place of a seed that was drawn."""
+        self.params = attrs.evolve(self.params, seed=seed)
+        self._set_hparams({"seed": seed})
+
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:
-        """Lightning's; a damaged file, or one that would run code, is refused in words."""
-        checkpoints.read(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        """Lightning's; a damaged file, or one that would run code, is refused in words. The images may be gone: the
+        classifier has as many classes as in the file."""
+        content = checkpoints.read(checkpoint_path)
+        weight = content["state_dict"].get(f"{cls.CLASSIFIER}.weight")
+        n_classes = {} if weight is None else {"n_classes": len(weight)}
+        with class_names_allowed(content):
+            return super().load_from_checkpoint(checkpoint_path, *args, **{**n_classes, **kwargs})
+
+    def _set_hparams(self, hp: Any) -> None:
+        """Lightning's, of a record that cannot be changed."""
+        self._hparams = Settings({**self.hparams, **self._to_hparams_dict(hp)})
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return Watch.unless_there(self.trainer)

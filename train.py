@@ -73,24 +73,25 @@ def lightning(options: RunOptions, **more: Any) -> pl.Trainer:
         raise ValueError(f"Lightning refuses {refused}: {' '.join(str(error).split())}") from error
 
 
-def beginning(given: str | None, out: Path, name: str, method: pl.LightningModule) -> tuple[Path | None, int]:
+def beginning(
+    given: str | None, out: Path, name: str, method: pl.LightningModule, fit: pl.Trainer
+) -> tuple[Path | None, int]:
     """The checkpoint from which a stage goes on, if there is one, and its optimizer steps.
 
     Raises:
-        ValueError: it is of another model.
+        ValueError: the method or its Trainer cannot resume from it.
     """
     path = checkpoints.newest(out / name / "checkpoints") if given == "auto" else Path(given) if given else None
     if path is None:
         return None, 0
     content = checkpoints.read(path)
     method.on_load_checkpoint(content)  # as Lightning does before it loads: other names are translated
-    saved, own = ({k: v.shape for k, v in state.items()} for state in (content["state_dict"], method.state_dict()))
-    differing = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
-    if differing:
-        raise ValueError(
-            f"resume={given!r}: {path} is of another model, in which {', '.join(differing[:3])} "
-            f"{'and others ' * (len(differing) > 3)}differ: give the settings of its run, or choose another --out"
-        )
+    try:
+        checkpoints.refuse_another(content, method, fit)
+        images = checkpoints.images_of_a_step(method.params, fit)
+        checkpoints.refuse_other_steps(content.get("steps"), {"images": images})
+    except ValueError as error:
+        raise ValueError(f"{error}, or choose another --out (resume={given!r}: {path})") from error
     return path, content["global_step"]
 
 
@@ -135,8 +136,8 @@ def train_classifier(out: Path, options: RunOptions, params: ModelParams, result
     if params.dataset.own:
         settings["drop_last_batch"] = None  # there may be fewer images than one batch
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", **settings)
-    resumed, step = beginning("auto" if options.resume else None, out, "linear", linear)
     fit = trainer(out, "linear", options.linear_epochs, options)
+    resumed, step = beginning("auto" if options.resume else None, out, "linear", linear, fit)
     fit.loggers = run_folder.get_loggers(out, "linear", options.logger, step)
     start = time.time()
     fit.fit(linear, ckpt_path=resumed)
@@ -158,14 +159,16 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):
         fit = trainer(out, "pretraining", params.max_epochs, options)
-        resumed, step = beginning(options.resume, out, "pretraining", model)  # what is refused leaves a run as it was
+        resumed, step = beginning(
+            options.resume, out, "pretraining", model, fit
+        )  # what is refused leaves a run as it was
         run_folder.begin(out, command_line.to_yaml(preset, options, model.params), sys.argv)
         fit.loggers = run_folder.get_loggers(out, "pretraining", options.logger, step)
         table = parameter_options.printed(model.parameter_table(), params.optimizer_name)
         write(out / "parameters.txt", table)
         pretrain(fit, model, resumed, out, results)
         if options.linear_epochs:
-            train_classifier(out, options, params, results)
+            train_classifier(out, options, model.params, results)
         run_folder.say(json.dumps(results, indent=2))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import ddp
 import files
 import optimizers
-from checkpoints import SafeCheckpointIO
+from checkpoints import SafeCheckpointIO, refuse_other_steps
 from device import to_host
 from loader import Loader
 
@@ -28,6 +28,7 @@ class Watch(pl.Callback):
         self.collapse_was_named = False
         self.n_skipped = 0
         self.position: dict | None = None  # where our own loader was when the checkpoint was made
+        self.steps: dict | None = None  # of the run that made the checkpoint
 
     @classmethod
     def unless_there(cls, trainer: pl.Trainer) -> list["Watch"]:
@@ -36,9 +37,7 @@ class Watch(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.random_state = torch.get_rng_state()
-        seeds = ddp.gather(torch.tensor([pl_module.params.seed], device=trainer.strategy.root_device)).tolist()
-        if len(set(seeds)) > 1:
-            raise ValueError(f"seed differs between processes ({seeds}): set it, or call pl.seed_everything in all")
+        share_seed(pl_module, trainer.strategy.root_device)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not another one of the user's choice
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
 
@@ -48,6 +47,7 @@ class Watch(pl.Callback):
             return
         loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         self.position = next(iter(loop.get("combined_loader", [])), None)
+        self.steps = checkpoint.get("steps")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loader = trainer.train_dataloader
@@ -58,7 +58,9 @@ class Watch(pl.Callback):
             )
         if Loader.is_position(self.position) and isinstance(loader, Loader):
             loader.load_state_dict(self.position)
-        self.position = None
+        if pl_module.plan is not None:
+            refuse_other_steps(self.steps, pl_module.plan.of_checkpoint())
+        self.position = self.steps = None
         rank_zero_info(f"{pl_module.plan}; {optimizers.described(trainer.optimizers[0])}")
 
     # ---- a loss that is not finite ----
@@ -143,6 +145,25 @@ class Watch(pl.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.collapse_was_named = state["collapse_was_named"]
+
+
+def share_seed(method: pl.LightningModule, device: torch.device) -> None:
+    """All processes train with one seed and from the same weights: where seeds were drawn, with that of the first.
+
+    Raises:
+        ValueError: processes were given different seeds.
+    """
+    mine = torch.tensor([[method.params.seed, method.seed_was_drawn]], device=device)
+    seeds, drawn = ddp.gather(mine).T.tolist()
+    if len(set(seeds)) == 1:
+        return
+    given = sorted({seed for seed, was_drawn in zip(seeds, drawn, strict=True) if not was_drawn})
+    if len(given) > 1:
+        raise ValueError(f"seed differs between processes ({seeds}): give all the same")
+    if method.seed_was_drawn:
+        method.adopt_seed(given[0] if given else seeds[0])
+    for tensor in method.state_dict().values():
+        tensor.copy_(ddp.from_rank_zero(tensor.to(device)))
 
 
 def loaders(trainer: pl.Trainer) -> list:
