@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from class_labels import composed, numbers
+
 MOST_WORKERS = 1024
 Sample = tuple[str, int | np.ndarray]  # path; class, or presences of all classes
 File = str | BinaryIO  # a path, or what is in the file
@@ -42,22 +44,20 @@ class UnreadableFile(ValueError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
-def check_classes(split: Path) -> None:
-    """Classes are numbered in the order of their folders' names, in each split by itself.
+def class_numbers(split: Path) -> dict[str, int]:
+    """Class folder of a split -> number of its class, by the sorted names of the class folders of `train` beside it
+    (of its own, if there is no such folder), whatever other folders the split has.
 
     Raises:
-        ValueError: so the same class would have another number here than in `train` beside it.
+        ValueError: the split has class folders that train lacks.
     """
 
-    def classes(folder: Path) -> set[str]:
-        return {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+    def names(folder: Path) -> list[str]:
+        return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
-    here, train = classes(split), classes(split.with_name("train"))
-    if here & train and here != train:
-        raise ValueError(
-            f"{split} and its neighbour train have not the same class folders: {', '.join(sorted(here ^ train)[:5])} "
-            "only in one of them, so that their labels would differ. Make them the same"
-        )
+    here, train = names(split), names(split.with_name("train"))
+    known = numbers(map(composed, train or here), {split.name: map(composed, here)}, split.parent)
+    return {name: known[composed(name)] for name in here}
 
 
 class LabelledFiles(Dataset):
@@ -72,6 +72,7 @@ class LabelledFiles(Dataset):
 
     def __init__(self, files: list[Sample], kind: str, skip_unreadable: bool, source: OnDisk | None = None):
         self.files, self.kind, self.skip_unreadable, self.source = files, kind, skip_unreadable, source or OnDisk()
+        self.class_names: list[str] = []  # in the order of their numbers, where they are known
         self.epoch = 0  # told by the loader
         self.share()
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from array_files import WAY_OUT, is_array, of_16_bits, read_array
 from augmentations import View, draw_crops, generator
-from files import File, LabelledFiles, OnDisk, Sample, check_classes
+from files import File, LabelledFiles, OnDisk, Sample, class_numbers
 
 CENTRAL = 7 / 8  # of the shorter side: what an evaluation sees
 MARGIN = 1.25  # of a crop at a reduced scale over its view, see ImageFiles
@@ -21,10 +21,12 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def class_folders(split: Path) -> list[Sample]:
-    """Raises ValueError without images, for a class without images, and for other classes than in train."""
-    check_classes(split)
+    """Raises ValueError without images, for a class without images, and for classes that train lacks."""
+    numbers = class_numbers(split)
     try:
-        return ImageFolder(str(split)).samples
+        if not numbers:
+            raise FileNotFoundError("it holds no folder")
+        return make_dataset(str(split), numbers, IMG_EXTENSIONS)
     except FileNotFoundError as error:
         raise ValueError(f"{split} must hold one folder of images per class: {error}") from error
 

@@ -18,13 +18,13 @@ from typing import Any
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from array_files import ARRAY_SUFFIX
+from class_labels import Label
 from files import OnDisk
 from whole_files import write_whole
 
 SUFFIXES = (*IMG_EXTENSIONS, ARRAY_SUFFIX)
 # split -> its names, in upper or lower case
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-Label = str | int | None  # name or number of a class
 # split, or "" of images that lie beside all splits -> (path below the root, label)
 Found = dict[str, list[tuple[str, Label]]]
 SETTINGS = "splits.json"  # beside lists that were written here

@@ -80,8 +80,8 @@ class LinearClassifierMethod(Stage):
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(self.trains_encoder)
-        counted = p.dataset.own or p.dataset.of_videos  # in a folder that may be gone one day
-        found = {"n_classes": self.classifier.out_features} if counted else {}
+        counted = p.dataset.read is None  # in files that may be gone one day
+        found = {"n_classes": self.n_outputs} if counted else {}
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None, **found})
 
         of_data, flips = p.dataset.view, p.transform_flip_probability
@@ -117,6 +117,13 @@ class LinearClassifierMethod(Stage):
         rank_zero_info(str(source.report))
         return method
 
+    @classmethod
+    def settings_in(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """n_classes, which earlier versions took from the table of data.py, not from the number of class folders."""
+        weight, name = content["state_dict"].get("classifier.weight"), content["hyper_parameters"].get("dataset_name")
+        folders = name in data.DATASETS and data.DATASETS[name].counts_folders
+        return {"n_classes": len(weight)} if folders and weight is not None else {}
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalized images [N, C, H, W] or clips [N, C, T, H, W] -> logits [N, classes]. Of several clips of each
         video, [N, K, C, T, H, W], the logarithms of the means of their probabilities, as is usual for videos
@@ -139,7 +146,14 @@ class LinearClassifierMethod(Stage):
         self.model.train(mode and self.trains_encoder)
         return self
 
+    needs_labels = True
+
+    @property
+    def n_outputs(self) -> int:
+        return self.classifier.out_features
+
     def on_train_start(self) -> None:
+        super().on_train_start()
         self.train()  # Lightning takes modules in the mode in which it finds them
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor
 import clips
 import decoders
 from augmentations import View, generator
-from files import LabelledFiles, Sample, check_classes
+from class_labels import UNLABELED, numbers
+from files import LabelledFiles, Sample, class_numbers
 from image_files import CENTRAL, Box, draw_box, resized
 from image_ops import LUMA
 
@@ -133,7 +134,7 @@ def get_videos(params: "EncoderAndDataParams", folder: Path, views: list[View]) 
     if are_there(train) and path.is_file() != list_file(train).is_file():
         check_that_unlabelled(path if path.is_file() else list_file(train), of_frames)
     prefix = folder if params.video_path_prefix is None else Path(params.video_path_prefix).expanduser()
-    videos = listed(path, prefix, of_frames) if path.is_file() else in_class_folders(folder, of_frames)
+    videos = numbered(path, prefix, of_frames) if path.is_file() else in_class_folders(folder, of_frames)
     return as_set(params, videos, views)
 
 
@@ -183,6 +184,19 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     return videos
 
 
+def numbered(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
+    """(path, class) of each line, numbered without gaps by the labels in the list of train beside it.
+
+    Raises:
+        ValueError: there are labels that train lacks.
+    """
+    videos, train = listed(path, prefix, of_frames), path.with_name("train.csv")
+    of_train = listed(train, prefix, of_frames) if train.is_file() and train != path else videos
+    labels, of_train = ([None if label < 0 else label for _, label in found] for found in (videos, of_train))
+    known = {**numbers(of_train, {path.stem: labels}, path), None: UNLABELED}
+    return [(video, known[label]) for (video, _), label in zip(videos, labels, strict=True)]
+
+
 def check_that_unlabelled(path: Path, of_frames: bool) -> None:
     """Raises ValueError: a list of one split numbers classes, and class folders of the other are numbered by name."""
     if any(label >= 0 for _, label in listed(path, path.parent, of_frames)):
@@ -193,12 +207,12 @@ def check_that_unlabelled(path: Path, of_frames: bool) -> None:
 
 
 def in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
-    """(path, label) of each; classes are numbered in the order of their names. Hidden files are passed over, and others
+    """(path, class) of each, numbered as class_numbers does. Hidden files are passed over, and others
     that are no videos are counted in a warning."""
-    check_classes(folder)
+    number_of = class_numbers(folder)
     what = "a folder of frames for each video" if of_frames else "videos"
     videos, others = [], Counter()
-    for label, of_class in enumerate(sorted(path for path in folder.iterdir() if path.is_dir())):
+    for of_class, label in ((folder / name, label) for name, label in number_of.items()):
         found = sorted(of_class.iterdir() if of_frames else of_class.rglob("*"))
         found = [path for path in found if path.is_dir() == of_frames and not is_hidden(path.relative_to(folder))]
         of_kind = [(str(path), label) for path in found if of_frames or is_video(path)]
