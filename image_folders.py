@@ -184,13 +184,6 @@ def write(folder: Path, found: Found, made_by: dict[str, Any]) -> None:
         write_whole(folder / f"{split}.txt", "".join(lines))
 
 
-def taken_along(splits_path: str, run: Path) -> str:
-    """The lists in the folder of a run that was moved, where those that its settings name are gone."""
-    kept = run / "splits"
-    gone = not Path(splits_path).expanduser().is_dir()
-    return str(kept.resolve()) if gone and kept.is_dir() else splits_path
-
-
 def settings_of(folder: Path) -> dict[str, Any] | None:
     """By which `write` made the lists; None where it did not. A user's own file may have this name."""
     file = folder / SETTINGS

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pytorch_lightning.utilities import rank_zero_warn
 
 import arrow_images
 import ddp
@@ -18,6 +19,7 @@ from arrow_images import ArrowImages
 from augmentations import View
 from class_labels import UNLABELED, Label, composed, numbers
 from files import Sample
+from foreign_paths import ForeignPath, refuse_foreign
 from image_files import ImageFiles
 from image_folders import Found, ImageFolder, check_settings, labelled, listed_in, lists, settings_of, write
 from shard_names import is_pattern
@@ -34,6 +36,7 @@ INSTEAD = {"val": "test", "test": "val"}  # where the one has no images
 
 def get_images(folder: Path, params: "EncoderAndDataParams", split: str, views: list[View]) -> ImageFiles:
     """The images of a split: of `data_path`, or of the data set's name below `folder`."""
+    refuse_foreign("data_path", params.data_path)
     p, source = params, get_source(params, params.data_path or str(folder / params.dataset_name))
     found, class_names = splits(source, params)
     skip, find = p.unreadable_images == "skip", partial(samples, found=found, params=p, split=split)
@@ -102,6 +105,13 @@ def folder_of_lists(params: "EncoderAndDataParams") -> Path | None:
     if params.splits_path is None:
         return None
     folder = Path(params.splits_path).expanduser()
+    if isinstance(params.splits_path, ForeignPath) and not folder.exists():
+        rank_zero_warn(
+            f"splits_path={str(folder)!r}, says the checkpoint, and there are no such lists: val and test are drawn "
+            "anew, and not written. Where images came or went, they are others. Pass splits_path if you have the lists"
+        )
+        return None
+    refuse_foreign("splits_path", params.splits_path)
     if any(path.is_file() for path in (folder, *folder.parents)):
         raise ValueError(f"splits_path={params.splits_path!r} is a file: give the folder that has or gets the lists")
     return folder

@@ -19,6 +19,7 @@ import data
 import ddp
 from class_labels import in_classes
 from device import keep_freed_memory
+from foreign_paths import vetted
 from loader import Loader, images_and_labels, whole_numbers
 from watch import Watch
 
@@ -142,9 +143,12 @@ class Stage(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:
-        """Lightning's; a damaged file, or one that would run code, is refused in words."""
+        """Lightning's; a damaged file, or one that would run code, is refused in words. Paths that the file names are
+        used only where foreign_paths.py says; pass data_path, splits_path, ... to use others."""
         content = checkpoints.read(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **{**cls.settings_in(content), **kwargs})
+        said = {**content.get("hyper_parameters", {}), **cls.settings_in(content)}
+        said = vetted(said, checkpoint_path, kwargs)
+        return super().load_from_checkpoint(checkpoint_path, *args, **{**said, **kwargs})
 
     @classmethod
     def settings_in(cls, content: dict[str, Any]) -> dict[str, Any]:

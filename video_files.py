@@ -20,6 +20,7 @@ import decoders
 from augmentations import View, generator
 from class_labels import UNLABELED, numbers
 from files import LabelledFiles, Sample, class_numbers
+from foreign_paths import refuse_foreign
 from image_files import CENTRAL, Box, draw_box, resized
 from image_ops import LUMA
 
@@ -133,6 +134,7 @@ def get_videos(params: "EncoderAndDataParams", folder: Path, views: list[View]) 
     of_frames, train, path = params.video_decoder == "frames", folder.with_name("train"), list_file(folder)
     if are_there(train) and path.is_file() != list_file(train).is_file():
         check_that_unlabelled(path if path.is_file() else list_file(train), of_frames)
+    refuse_foreign("video_path_prefix", params.video_path_prefix)
     prefix = folder if params.video_path_prefix is None else Path(params.video_path_prefix).expanduser()
     videos = numbered(path, prefix, of_frames) if path.is_file() else in_class_folders(folder, of_frames)
     return as_set(params, videos, views)

@@ -47,7 +47,7 @@ FLOORS = [
         "video_params",
         "image_folders",
     ],
-    ["image_loops", "watch", "encoders", "probes", "shard_names", "arrow_images"],
+    ["image_loops", "watch", "encoders", "probes", "shard_names", "arrow_images", "foreign_paths"],
     ["augmentations", "tar_shards"],
     ["image_files", "architectures", "channel_statistics"],
     ["decoders", "own_images"],
