@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from class_labels import is_one_hot
 from logistic_regression import logistic_regression
 
 Scores = dict[str, float]
@@ -64,13 +65,13 @@ def knn(
     """k nearest neighbours by cosine, each voting with weight exp(cosine / T) (InstDisc,
     https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images all of them vote."""
     train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
-    n_classes, correct = int(train_y.max()) + 1, {k: 0 for k in ks}
+    (classes, target), correct = train_y.unique(return_inverse=True), {k: 0 for k in ks}
     for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
         cosine, neighbour = (x @ train_x.T).topk(min(max(ks), len(train_x)), dim=1)
-        votes, label = (cosine / T).exp(), train_y[neighbour]
+        votes, label = (cosine / T).exp(), target[neighbour]
         for k in ks:
-            scores = votes.new_zeros(len(x), n_classes).scatter_add_(1, label[:, :k], votes[:, :k])
-            correct[k] += int((scores.argmax(1) == y).sum())
+            scores = votes.new_zeros(len(x), len(classes)).scatter_add_(1, label[:, :k], votes[:, :k])
+            correct[k] += int((classes[scores.argmax(1)] == y).sum())
     return {f"valid_knn{k}_acc": 100.0 * n / len(test_y) for k, n in correct.items()}
 
 
@@ -101,6 +102,7 @@ def evaluate(names: list[str], x: Tensor, y: Tensor | None, train: tuple[Tensor,
     labelled classes only the evaluations that need no labels are left.
     """
     scores, split = {}, None
+    y, train = one_label_each(y), None if train is None else (train[0], one_label_each(train[1]))
     if all(one is not None and one.min() >= 0 for one in (y, y if train is None else train[1])) and len(y) > 1:
         split = halves(x, y) if train is None else (*train, x, y)
     for name in names:
@@ -110,6 +112,13 @@ def evaluate(names: list[str], x: Tensor, y: Tensor | None, train: tuple[Tensor,
             found = EVALUATIONS[name](*split)
             scores |= found if train is None else {f"{key}_trainset": value for key, value in found.items()}
     return scores
+
+
+def one_label_each(y: Tensor | None) -> Tensor | None:
+    """Classes [N] of one-hot labels [N, K]; None of other presences, since an image may have several classes."""
+    if y is None or y.dim() == 1:
+        return y
+    return y.argmax(1) if is_one_hot(y.cpu().numpy()) else None
 
 
 def of_test(name: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from class_labels import composed, numbers
 from file_search import folders_in
 
 MOST_WORKERS = 1024
@@ -47,22 +48,20 @@ class UnreadableFile(ValueError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
-def check_classes(split: Path) -> None:
-    """Classes are numbered in the order of their folders' names, in each split by itself.
+def class_numbers(split: Path) -> dict[str, int]:
+    """Class folder of a split -> number of its class, by the sorted names of the class folders of `train` beside it
+    (of its own, if there is no such folder), whatever other folders the split has.
 
     Raises:
-        ValueError: so the same class would have another number here than in `train` beside it.
+        ValueError: the split has class folders that train lacks.
     """
 
-    def classes(folder: Path) -> set[str]:
-        return {path.name for path in folders_in(folder)} if folder.is_dir() else set()
+    def names(folder: Path) -> list[str]:
+        return sorted(path.name for path in folders_in(folder)) if folder.is_dir() else []
 
-    here, train = classes(split), classes(split.with_name("train"))
-    if here & train and here != train:
-        raise ValueError(
-            f"{split} and its neighbour train have not the same class folders: {', '.join(sorted(here ^ train)[:5])} "
-            "only in one of them, so that their labels would differ. Make them the same"
-        )
+    here, train = names(split), names(split.with_name("train"))
+    known = numbers(map(composed, train or here), {split.name: map(composed, here)}, split.parent)
+    return {name: known[composed(name)] for name in here}
 
 
 class LabelledFiles(Dataset):
@@ -81,6 +80,7 @@ class LabelledFiles(Dataset):
     ):
         self.files, self.kind, self.skip_unreadable, self.source = files, kind, skip_unreadable, source or OnDisk()
         self.evaluated = evaluated
+        self.class_names: list[str] = []  # in the order of their numbers, where they are known
         self.epoch = 0  # told by the loader
         self.share()
 

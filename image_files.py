@@ -1,7 +1,7 @@
 """Class folders of image files, decoded and cropped in the loader's workers, because their sizes differ."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ from torch.nn.functional import interpolate
 
 from array_files import WAY_OUT, is_array, of_16_bits, opened, read_array
 from augmentations import View, draw_crops, generator
-from file_search import PassedOver, files_below, folders_in, image_suffixes, tell
-from files import File, LabelledFiles, OnDisk, Sample, check_classes
+from file_search import PassedOver, files_below, image_suffixes, tell
+from files import File, LabelledFiles, OnDisk, Sample, class_numbers
 
 CENTRAL = 7 / 8  # of the shorter side: what an evaluation sees
 MARGIN = 1.25  # of a crop at a reduced scale over its view, see ImageFiles
@@ -21,27 +21,27 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def class_folders(split: Path) -> list[Sample]:
-    """Return (path, class) of the images in class folders, numbered in the order of their names.
+    """Return (path, class) of the images in class folders, numbered as `class_numbers` does.
 
     Raises:
-        ValueError: there are no images, or none of a class; the classes are not those of train.
+        ValueError: there are no images, or none of a class; there are classes that train lacks.
     """
-    check_classes(split)
-    passed_over = PassedOver()
-    of_class = in_class_folders(split, image_suffixes(), passed_over)
+    passed_over, numbers = PassedOver(), class_numbers(split)
+    of_class = in_class_folders(split, numbers, image_suffixes(), passed_over)
     empty = [name for name, paths in of_class.items() if not paths]
     if empty or not of_class:
         none = f"{', '.join(empty[:5])} holds none" if empty else "there is no folder"
         raise ValueError(f"{split} must hold one folder of images per class: {none}{passed_over}")
-    found = [(os.path.join(split, path), label) for label, paths in enumerate(of_class.values()) for path in paths]
+    found = [(os.path.join(split, path), numbers[name]) for name, paths in of_class.items() for path in paths]
     tell(split, len(found), "images", passed_over)
     return found
 
 
-def in_class_folders(split: Path, suffixes: Collection[str], passed_over: PassedOver) -> dict[str, list[str]]:
-    """Return class -> its files, as paths below `split`, of every class folder in the order of their names; sorted by
-    folder, then name."""
-    of_class: dict[str, list[str]] = {folder.name: [] for folder in folders_in(split)}
+def in_class_folders(
+    split: Path, names: Iterable[str], suffixes: Collection[str], passed_over: PassedOver
+) -> dict[str, list[str]]:
+    """Return class -> its files, as paths below `split`, of every class folder; sorted by folder, then name."""
+    of_class: dict[str, list[str]] = {name: [] for name in names}
     for path in files_below(split, suffixes, passed_over):
         name = path.split("/", 1)[0]
         if name in of_class:

@@ -16,13 +16,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from class_labels import Label
 from file_search import PassedOver, files_below, image_suffixes
 from files import OnDisk
 from whole_files import write_whole
 
 # split -> its names, in upper or lower case
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-Label = str | int | None  # name or number of a class
 # split, or "" of images that lie beside all splits -> (path below the root, label)
 Found = dict[str, list[tuple[str, Label]]]
 SETTINGS = "splits.json"  # beside lists that were written here
@@ -177,13 +177,6 @@ def write(folder: Path, found: Found, made_by: dict[str, Any]) -> None:
         # a blank in front belongs to the name if there is ./ before it
         lines = (f"{'./' * path[0].isspace()}{path},{label}\n" for path, label in images)
         write_whole(folder / f"{split}.txt", "".join(lines))
-
-
-def taken_along(splits_path: str, run: Path) -> str:
-    """The lists in the folder of a run that was moved, where those that its settings name are gone."""
-    kept = run / "splits"
-    gone = not Path(splits_path).expanduser().is_dir()
-    return str(kept.resolve()) if gone and kept.is_dir() else splits_path
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:

@@ -83,8 +83,8 @@ class LinearClassifierMethod(Stage):
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(self.trains_encoder)
-        counted = p.dataset.own or p.dataset.of_videos  # in a folder that may be gone one day
-        found = {"n_classes": self.classifier.out_features} if counted else {}
+        counted = p.dataset.read is None  # in files that may be gone one day
+        found = {"n_classes": self.n_outputs} if counted else {}
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None, **found})
 
         of_data, flips = p.dataset.view, p.transform_flip_probability
@@ -142,7 +142,14 @@ class LinearClassifierMethod(Stage):
         self.model.train(mode and self.trains_encoder)
         return self
 
+    needs_labels = True
+
+    @property
+    def n_outputs(self) -> int:
+        return self.classifier.out_features
+
     def on_train_start(self) -> None:
+        super().on_train_start()
         self.train()  # Lightning takes modules in the mode in which it finds them
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:

@@ -178,6 +178,13 @@ class SelfSupervisedMethod(Stage):
 
     # ---- data ----
 
+    @property
+    def n_outputs(self) -> int | None:
+        return None if self.online_classifier is None else self.online_classifier.out_features
+
+    def reads_labels(self, training: bool) -> bool:
+        return self.online_classifier is not None or (not training and self.params.is_evaluated)
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.trains_on_own_data = stage != "fit"  # while fitting: once train_dataloader() was called
@@ -236,7 +243,7 @@ class SelfSupervisedMethod(Stage):
     def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> evaluation.Scores:
         """Of embeddings x and labels y, and of the online classifier on them."""
         found = ddp.on_rank_zero(lambda: evaluation.evaluate(self.params.evaluations, x, y, train))
-        return found | online_classifier.accuracies(self.online_classifier, x, y)
+        return found | online_classifier.accuracies(self.online_classifier, x, evaluation.one_label_each(y))
 
     # ---- checkpoints ----
 

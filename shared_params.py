@@ -18,12 +18,13 @@ import own_data_params
 import video_params
 from data import DATASETS, DatasetInfo
 from fields import check_types, choice, non_negative, number, positive
-from files import MOST_WORKERS
+from files import MOST_WORKERS, class_numbers
 from image_ops import BLUR_RADIUS
 from own_data_params import OwnDataParams
 from video_params import VideoParams
 
 LARGEST_IMAGE = 2**28  # numbers; a GiB
+MOST_CLASSES = 10**6  # more are dates or ids
 COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
 OF_ONE_KIND = own_data_params.DEFAULTS | video_params.DEFAULTS  # of data sets: another one begins with these
 
@@ -187,17 +188,27 @@ def with_statistics(params: Params) -> Params:
 
 
 def n_classes(params: EncoderAndDataParams) -> int:
-    """Of the training and test images. 0 where images of the user's have no labels.
+    """Number of classes in the training images: other splits have no others. 0 where they have no labels.
 
-    Counted in images of the user's, and in videos, of which there are sets of other sizes under one name (Kinetics-200,
-    400, ...; the table of data.py says how many there are where they are not on disk).
+    Counted in images of the user's, in videos and in class folders, since there are sets of other sizes under one name
+    (ImageNet-100, Kinetics-200, ...). The table of data.py says how many there are where they are not on disk.
+
+    Raises:
+        ValueError: labels go higher than the number of any data set's classes.
     """
-    info = params.dataset
-    folders = [data.data_path() / params.dataset_name / split for split in (*info.train_splits, *info.test_splits)]
-    if info.own is None and not (info.of_videos and all(map(info.files.are_there, folders))):
+    info, (split,) = params.dataset, params.dataset.train_splits
+    folder = data.data_path() / params.dataset_name / split
+    if info.counts_folders and folder.is_dir():
+        return len(set(class_numbers(folder).values()))
+    if info.own is None and not (info.of_videos and info.files.are_there(folder)):
         return info.n_classes
-    datasets = [data.get_dataset(params, splits) for splits in (info.train_splits, info.test_splits)]
-    return 1 + max(int(dataset.labels.max()) for dataset in datasets)
+    found = 1 + int(data.get_dataset(params, (split,)).labels.max())
+    if found > MOST_CLASSES:
+        raise ValueError(
+            f"splits_path={params.splits_path!r} has labels up to {found - 1}, in lists of an earlier version: draw "
+            "them anew with another splits_path, which numbers the classes from 0"
+        )
+    return found
 
 
 def labelled(classes: int, params: EncoderAndDataParams) -> int:

@@ -6,21 +6,25 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import attrs
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.data import AttributeDict
 from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import augmentations
 import checkpoints
 import data
 import ddp
 import optimizers
+from class_labels import in_classes
 from device import keep_freed_memory
 from files import readable_rows
-from loader import Loader, images_and_labels
+from foreign_paths import vetted
+from loader import Loader, images_and_labels, whole_numbers
 from safe_load import class_names_allowed
 from watch import Watch
 
@@ -62,9 +66,60 @@ class Stage(pl.LightningModule):
         """For validations: compiled code would be made anew for the mode and for the size of the last batch."""
         return torch.compiler.set_stance("force_eager") if self.params.torch_compile else nullcontext()
 
+    # ---- labels ----
+
+    n_outputs: int | None = None  # classes of the classifier that is trained here, if there is one
+    needs_labels = False  # also to validate
+
+    def reads_labels(self, training: bool) -> bool:
+        """Whether labels of training batches, or of those for evaluation, matter."""
+        return True
+
+    def check_labels(self, labels: Tensor | np.ndarray | None, what: str, needed: bool = True) -> None:
+        """Raise ValueError for labels that are not classes, or not those of the classifier."""
+        if labels is None or (labels.ndim == 2 and labels.shape[1] > 1):
+            if self.n_outputs is not None and needed:
+                found = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
+                raise ValueError(f"{what} has {found}: a classifier needs labels [N], one class an image")
+            return
+        if isinstance(labels, Tensor):
+            labels = (labels.double() if labels.is_floating_point() else labels).cpu().numpy()
+        classes = in_classes(labels, what)
+        if self.n_outputs is not None and len(classes) and (highest := classes.max()) >= self.n_outputs:
+            raise ValueError(
+                f"{what} has the label {highest}, and the classifier has n_classes={self.n_outputs}, for dataset_name="
+                f"{self.params.dataset_name!r}: number the classes from 0, or choose the data set of these images"
+            )
+
+    def check_batch(self, batch: Any, loader: Any, training: bool) -> None:
+        """Check the labels of a batch of the user's loader. On a GPU, which would have to wait, only those of the first
+        training batch of an epoch, and floats."""
+        _, labels = images_and_labels(batch)
+        first = training and self.trainer.fit_loop.batch_idx < 0
+        waits = labels is not None and labels.device.type != "cpu" and not labels.is_floating_point() and not first
+        if not isinstance(loader, Loader) and self.reads_labels(training) and not waits:
+            self.check_labels(labels, "the loader", needed=training or self.needs_labels)
+
+    def on_train_start(self) -> None:
+        """Check the first batch of the user's loaders for validation, which would come only after an epoch."""
+        loaders = self.trainer.val_dataloaders
+        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+            if isinstance(loader, DataLoader) and not isinstance(loader, Loader):
+                with isolate_rng():
+                    self.check_batch(next(iter(loader)), loader, training=False)
+
+    def loader_of(self, dataloader_idx: int) -> Any:
+        """The loader from which batches come now."""
+        trainer = self.trainer
+        evaluated = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        loaders = trainer.train_dataloader if trainer.training else evaluated
+        return loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+
     # ---- data ----
 
     def loader(self, dataset: Dataset, training: bool) -> Loader:
+        if self.n_outputs is not None:
+            self.check_labels(dataset.labels, f"dataset_name={self.params.dataset_name!r}")
         device, accumulated = self.trainer.strategy.root_device, self.trainer.accumulate_grad_batches
         return data.get_loader(self.params, dataset, training, accumulated, device)
 
@@ -103,6 +158,9 @@ class Stage(pl.LightningModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
         """uint8 images become normalized floats on the device, in training a list of views; floats stay as they are."""
         images, labels = images_and_labels(batch)
+        if not self.trainer.predicting:
+            self.check_batch(batch, self.loader_of(dataloader_idx), self.trainer.training)
+        labels = whole_numbers(labels)
         if not self.trainer.training:
             return augmentations.for_evaluation(images, self.params), labels
         batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
@@ -132,12 +190,14 @@ class Stage(pl.LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:
         """Lightning's; a damaged file, or one that would run code, is refused in words. The images may be gone: the
-        classifier has as many classes as in the file."""
+        classifier has as many classes as in the file. Paths that the file names are used only where foreign_paths.py
+        says; pass data_path, splits_path, ... to use others."""
         content = checkpoints.read(checkpoint_path)
+        said = vetted(content.get("hyper_parameters", {}), checkpoint_path, kwargs)
         weight = content["state_dict"].get(f"{cls.CLASSIFIER}.weight")
         n_classes = {} if weight is None else {"n_classes": len(weight)}
         with class_names_allowed(content):
-            return super().load_from_checkpoint(checkpoint_path, *args, **{**n_classes, **kwargs})
+            return super().load_from_checkpoint(checkpoint_path, *args, **{**said, **n_classes, **kwargs})
 
     def _set_hparams(self, hp: Any) -> None:
         """Lightning's, of a record that cannot be changed."""

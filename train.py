@@ -23,11 +23,11 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 import checkpoints
 import command_line
 import dry_run
-import image_folders
 import own_images
 import parameter_options
 import preview
 import run_folder
+from foreign_paths import kept_lists
 from gradient_norms import GradientNorms
 from learning_rate import LearningRate
 from linear_classifier import LinearClassifierMethod
@@ -154,7 +154,8 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
         results = json.loads((out / "results.json").read_text()) | results
     if params.dataset.own:
         lists = params.splits_path or str((out / "splits").resolve())
-        params = attrs.evolve(params, splits_path=image_folders.taken_along(lists, out) if options.resume else lists)
+        gone = options.resume and not Path(lists).expanduser().is_dir()  # the run was moved
+        params = attrs.evolve(params, splits_path=(gone and kept_lists(out.resolve())) or lists)
         own_images.has_written(params)  # refuses other settings than the lists' before config.yaml says them
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):

@@ -17,8 +17,10 @@ import clips
 import decoders
 import image_files
 from augmentations import View, generator
+from class_labels import UNLABELED, numbers
 from file_search import PassedOver, folders_in, is_hidden, tell
-from files import LabelledFiles, Sample, check_classes
+from files import LabelledFiles, Sample, class_numbers
+from foreign_paths import refuse_foreign
 from image_files import CENTRAL, Box, draw_box, resized
 from image_ops import LUMA
 
@@ -131,9 +133,10 @@ def get_videos(params: "EncoderAndDataParams", folder: Path, views: list[View]) 
     of_frames, train, path = params.video_decoder == "frames", folder.with_name("train"), list_file(folder)
     if are_there(train) and path.is_file() != list_file(train).is_file():
         check_that_unlabelled(path if path.is_file() else list_file(train), of_frames)
+    refuse_foreign("video_path_prefix", params.video_path_prefix)
     prefix = folder if params.video_path_prefix is None else Path(params.video_path_prefix).expanduser()
     if path.is_file():
-        videos = listed(path, prefix, of_frames)
+        videos = numbered(path, prefix, of_frames)
         tell(path, len(videos), "videos", PassedOver())
     else:
         videos = in_class_folders(folder, of_frames)
@@ -186,6 +189,19 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     return videos
 
 
+def numbered(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
+    """(path, class) of each line, numbered without gaps by the labels in the list of train beside it.
+
+    Raises:
+        ValueError: there are labels that train lacks.
+    """
+    videos, train = listed(path, prefix, of_frames), path.with_name("train.csv")
+    of_train = listed(train, prefix, of_frames) if train.is_file() and train != path else videos
+    labels, of_train = ([None if label < 0 else label for _, label in found] for found in (videos, of_train))
+    known = {**numbers(of_train, {path.stem: labels}, path), None: UNLABELED}
+    return [(video, known[label]) for (video, _), label in zip(videos, labels, strict=True)]
+
+
 def check_that_unlabelled(path: Path, of_frames: bool) -> None:
     """Raises ValueError: a list of one split numbers classes, and class folders of the other are numbered by name."""
     if any(label >= 0 for _, label in listed(path, path.parent, of_frames)):
@@ -196,20 +212,20 @@ def check_that_unlabelled(path: Path, of_frames: bool) -> None:
 
 
 def in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
-    """(path, label) of each; classes are numbered in the order of their names."""
-    check_classes(folder)
+    """(path, class) of each, numbered as class_numbers does."""
+    number_of = class_numbers(folder)
     what = "a folder of frames for each video" if of_frames else "videos"
     passed_over = PassedOver()
     if of_frames:
-        of_class = {of_class.name: frame_folders(of_class, passed_over) for of_class in folders_in(folder)}
+        of_class = {name: frame_folders(folder / name, passed_over) for name in number_of}
     else:
-        found_in = image_files.in_class_folders(folder, VIDEO_EXTENSIONS, passed_over)
+        found_in = image_files.in_class_folders(folder, number_of, VIDEO_EXTENSIONS, passed_over)
         of_class = {name: sorted(folder / path for path in found) for name, found in found_in.items()}
     for name, found in of_class.items():
         if not found:
             decoder = "frames" if of_frames else "file"
             raise ValueError(f"{folder / name} must hold {what} (video_decoder={decoder!r}){passed_over}")
-    videos = [(str(path), label) for label, found in enumerate(of_class.values()) for path in found]
+    videos = [(str(path), number_of[name]) for name, found in of_class.items() for path in found]
     if not videos:
         raise ValueError(f"{folder} must hold one folder per class, each with {what}, or {list_file(folder)} list them")
     tell(folder, len(videos), "videos", passed_over)

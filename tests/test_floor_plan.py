@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["device", "whole_files", "program", "file_search"],
+    ["device", "whole_files", "program", "file_search", "class_labels"],
     [
         "ddp",
         "schedules",
@@ -47,7 +47,7 @@ FLOORS = [
         "video_params",
         "image_folders",
     ],
-    ["image_loops", "watch", "encoders", "probes", "shard_names", "arrow_images"],
+    ["image_loops", "watch", "encoders", "probes", "shard_names", "arrow_images", "foreign_paths"],
     ["augmentations", "tar_shards"],
     ["image_files", "architectures", "channel_statistics"],
     ["decoders", "own_images"],

@@ -161,12 +161,12 @@ def test_lists_of_videos_with_and_without_a_prefix(params, tmp_path):
     folder, suffix = tmp_path / "kinetics", "" if params.video_decoder == "frames" else ".mp4"
     lines = ["zumba/v0.mp4 7", "", "air drumming/v1.mp4,3", '"zumba/v2.mp4" , 5', "air drumming/v2.mp4"]
     (folder / "train.csv").write_text("\ufeff" + "\n".join(lines))
-    expected = [("zumba/v0", 7), ("air drumming/v1", 3), ("zumba/v2", 5), ("air drumming/v2", -1)]
+    expected = [("zumba/v0", 2), ("air drumming/v1", 0), ("zumba/v2", 1), ("air drumming/v2", -1)]  # without gaps
     dataset = get(params)
     assert dataset.files == [(str(folder / "train" / name) + suffix, label) for name, label in expected]
-    assert dataset[2][1] == 5 and dataset[2][0][0].shape == (3, 4, 16, 16)
+    assert dataset[2][1] == 1 and dataset[2][0][0].shape == (3, 4, 16, 16)
     elsewhere = attrs.evolve(params, video_path_prefix=str(folder / "val"))
-    assert get(elsewhere).files[0] == (str(folder / "val" / "zumba/v0") + suffix, 7) and get(elsewhere)[0][1] == 7
+    assert get(elsewhere).files[0] == (str(folder / "val" / "zumba/v0") + suffix, 2) and get(elsewhere)[0][1] == 2
 
 
 @pytest.mark.parametrize("line", [
@@ -205,6 +205,9 @@ def test_a_list_and_class_folders_number_classes_differently(params, tmp_path):
     with pytest.raises(ValueError, match="val.csv numbers the classes, and the neighbouring split has class folders"):
         get(params, split="val")
     (folder / "train.csv").write_text("zumba/v0.mp4 0\n")
+    with pytest.raises(ValueError, match="val.csv: val has classes that train lacks, 1 of 2: '1'"):
+        get(params, split="val")
+    (folder / "train.csv").write_text("zumba/v0.mp4 0\nair drumming/v0.mp4 1\n")
     assert [label for _, label in get(params, split="val").files] == [0, 1]
 
 

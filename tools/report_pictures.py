@@ -156,7 +156,9 @@ def names(params: EncoderAndDataParams, dataset: Any, y: Tensor) -> list[str | N
 
 
 def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
-    """Number -> name, of the settings or the data set, or of the files' folders if each class has its own."""
+    """Number -> name, of the data set or the settings, or of the files' folders if each class has its own."""
+    if known := getattr(dataset, "class_names", None):
+        return dict(enumerate(known))
     if params.class_to_idx:
         return {number: name for name, number in own_images.numbers_of(params.class_to_idx).items()}
     stored = params.dataset.class_names.split() or getattr(getattr(dataset, "source", None), "classes", None)
