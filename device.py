@@ -1,4 +1,4 @@
-"""Copies to the device and from it, for which neither waits; and its memory."""
+"""Copies to and from the device that do not block; its memory; the precision of what is compared."""
 
 import contextlib
 import ctypes
@@ -28,6 +28,11 @@ def to_host(values: Tensor) -> Callable[[], Tensor]:
         return on_host
 
     return arrived
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision becomes float32, float64 stays: losses and scores are computed in it, whatever the weights are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def has_room(size: int, device: torch.device) -> bool:

@@ -25,18 +25,21 @@ class Best(pl.Callback):
         self.sign = -1 if given == "min" or (not given and lowest_is_best(self.name)) else 1
         self.path, self.best = Path(folder) / f"best_{self.name}.ckpt", None
         self.seen: set[str] = set()
+        self.validated = False
 
     @property
     def state_key(self) -> str:
         return f"Best{{{self.name}}}"
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validated = True
         self.seen |= set(trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seen |= set(trainer.callback_metrics)
-        validated = (trainer.current_epoch + 1) % pl_module.params.evaluate_every_n_epochs == 0
-        if validated and self.best is None:  # a resumed run may know the figure from epochs before
+        interval = trainer.check_val_every_n_epoch
+        due = self.validated if interval is None else (trainer.current_epoch + 1) % interval == 0
+        if due and self.best is None:  # a resumed run may know the figure from epochs before
             refuse_unknown(self.name, self.seen)
         value = trainer.callback_metrics.get(self.name)
         value = None if value is None else float(value)

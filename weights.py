@@ -62,18 +62,23 @@ class Encoder(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized images [N, C, H, W] -> embeddings [N, E]."""
+        """Normalized images [N, C, H, W] -> embeddings [N, E]. Raises ValueError for integers."""
+        if not x.is_floating_point():
+            raise ValueError(f"images={x.dtype}: an encoder takes normalized floats. Pass uint8 images to embed()")
         return encoders.embed(self.model, x)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 images [N, C, H, W] of any size -> normalized floats of the encoder's size, whole images."""
+        """uint8 images [N, C, H, W] of any size -> normalized floats of the encoder's size, whole images. Raises
+        ValueError for images of another type or shape."""
         return augmentations.evaluation_view(images, self.params)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """uint8 images [N, C, H, W] of any size -> embeddings [N, E], float32, on the encoder's device."""
-        device = next(self.model.parameters()).device
-        return self(self.prepare(images.to(device))).float()
+        """uint8 images [N, C, H, W] of any size -> embeddings [N, E], float32, on the encoder's device. Raises
+        ValueError for images of another type or shape."""
+        augmentations.check_pixels(images, self.params.channels)
+        weight = next(self.model.parameters())
+        return self(self.prepare(images.to(weight.device)).to(weight.dtype)).float()
 
 
 def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, **overrides: Any) -> Encoder:

@@ -366,10 +366,10 @@ def test_gradient_norms_are_those_of_torch():
 def test_an_unknown_figure_is_refused_once_all_are_known(epoch, known, refused, tmp_path):
     best = milestones.Best(tmp_path, "valid_knn20_acc")
     best.load_state_dict({"best": known})
-    trainer = SimpleNamespace(callback_metrics={"lr": torch.tensor(1.0)}, current_epoch=epoch)
-    module = SimpleNamespace(params=ModelParams(evaluate_every_n_epochs=5))
+    metrics = {"lr": torch.tensor(1.0)}
+    trainer = SimpleNamespace(callback_metrics=metrics, current_epoch=epoch, check_val_every_n_epoch=5)
     with pytest.raises(ValueError, match="choose one of lr") if refused else nullcontext():
-        best.on_train_epoch_end(trainer, module)
+        best.on_train_epoch_end(trainer, SimpleNamespace())
 
 
 def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
