@@ -107,8 +107,9 @@ class Stage(pl.LightningModule):
         return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False, in_order=True)
 
     def whole_sets(self, splits: list[tuple[str, ...]]) -> list[Loader]:
-        """Loaders for evaluation, one for each of the sets of splits."""
-        datasets = [data.get_dataset(self.params, names) for names in splits]
+        """Loaders for evaluation, one for each of the sets of splits: all images, whatever `data_fraction` is."""
+        p = attrs.evolve(self.params, data_fraction=1.0)
+        datasets = [data.get_dataset(p, names) for names in splits]
         labels = [dataset.labels for dataset in datasets if self.params.dataset.own]
         if any(of_set.min() < 0 for of_set in labels):
             rank_zero_info(f"{self.params.dataset_name} has no labels: linear_probe and knn are left out")

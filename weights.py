@@ -18,6 +18,7 @@ from image_folders import taken_along
 from shared_params import OF_ONE_KIND, EncoderAndDataParams
 
 SHARED = {field.name for field in fields(EncoderAndDataParams)}
+OF_PRETRAINING = {"data_fraction"}  # not of the encoder: evaluations and linear stages take all labeled images
 GRAY = {"image_mean": [0.449], "image_std": [0.226]}  # ImageNet's constants, their means over the three channels
 
 
@@ -117,7 +118,7 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
 def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """(settings as the file says them, else found out from its tensors or ImageNet's; in words what is not sure)."""
     if found.settings:
-        settings = {key: value for key, value in found.settings.items() if key in SHARED}
+        settings = {key: value for key, value in found.settings.items() if key in SHARED - OF_PRETRAINING}
         if settings.get("splits_path"):
             settings["splits_path"] = taken_along(settings["splits_path"], Path(found.source).parent)
         return {"stem_variant": found.stem_variant, **settings, "encoder_weights": None}, ""
