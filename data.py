@@ -213,12 +213,18 @@ def drops_last(wish: bool | None, n_images: int, size: int) -> bool:
 
 
 def get_loader(
-    params: "EncoderAndDataParams", dataset: Dataset, training: bool, accumulated: int = 1, device: Any = "cpu"
+    params: "EncoderAndDataParams",
+    dataset: Dataset,
+    training: bool,
+    accumulated: int = 1,
+    device: Any = "cpu",
+    in_order: bool = False,
 ) -> Loader:
     """Batches of (images, labels): shuffled by (seed, epoch) for training, else nothing is dropped.
 
     Packed sets need no workers: reading a batch is one copy of memory. Class folders are shuffled for evaluation too:
     in their order, the first tenth of ImageNet (`limit_val_batches=0.1`) would be a tenth of the classes.
+    `in_order` keeps them in the order of the set.
     """
     packed = isinstance(dataset, PackedImages)
     if params.data_on_device and not packed:
@@ -237,7 +243,7 @@ def get_loader(
             f"{found} of {params.dataset_name} are fewer than one batch of {size}{each}: choose a smaller {which} (is "
             f"{getattr(params, which)}), or drop_last_batch=None"
         )
-    shuffle = training or not packed
+    shuffle = training or not (packed or in_order)
     return Loader(
         dataset,
         batch_size=size if training else max(1, size // params.clips_of_a_video),

@@ -23,6 +23,7 @@ import augmentations
 import command_line
 import data
 import evaluation
+import layers
 import run_folder
 from learning_rate import LearningRate
 from linear_classifier import LinearClassifierMethod
@@ -73,13 +74,12 @@ def quiet_trainer(epochs: int, name: str) -> pl.Trainer:
 @torch.no_grad()
 def features(encoder: nn.Module, params: ModelParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(train features, labels, test features, labels) of an encoder in eval mode."""
-    result, was_training = [], encoder.training
-    encoder.eval()
+    result = []
     for splits in (params.dataset.train_splits, params.dataset.test_splits):
         images, labels = (torch.cat(part) for part in zip(*loader(params, splits), strict=True))
         views = augmentations.evaluation_view(images, params).split(256)
-        result += [torch.cat([encoder(view) for view in views]), labels]
-    encoder.train(was_training)
+        with layers.in_eval_mode(encoder):
+            result += [torch.cat([encoder(view) for view in views]), labels]
     return tuple(result)
 
 

@@ -1,4 +1,4 @@
-"""Copies to the device and from it, for which neither waits; and its memory."""
+"""Copies to and from the device that do not block; its memory; the precision of what is compared."""
 
 import contextlib
 import ctypes
@@ -38,6 +38,11 @@ def usable(device: str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision becomes float32, float64 stays: losses and scores are computed in it, whatever the weights are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def has_room(size: int, device: torch.device) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
+import layers
 import layouts
 import ws_resnet
 from safe_load import data_only
@@ -202,16 +203,13 @@ def embed(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
     """E, by encoding one image in eval mode."""
-    was_training = encoder.training
     try:
-        with torch.no_grad():
-            output = encoder.eval()(image)
+        with torch.no_grad(), layers.in_eval_mode(encoder):
+            output = encoder(image)
     except (RuntimeError, AssertionError, ValueError) as error:
         kind, frames = ("clips", "num_frames, ") if image.dim() == 5 else ("images", "")
         shape = f"{tuple(image.shape)} ({frames}transform_crop_size, in_channels)"
         raise ValueError(f"{name} cannot encode {kind} of shape {shape}: {error}") from error
-    finally:
-        encoder.train(was_training)
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(f"{name} must map {tuple(image.shape)} to [N, E], got {shape}: flatten or pool its output")

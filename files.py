@@ -195,3 +195,11 @@ def readable_rows(labels: Tensor | None, *rows: Tensor) -> tuple[Tensor, ...]:
         return (*rows, None)
     kept = (labels != UNREADABLE).flatten(1).all(1) if labels.dim() > 1 else labels != UNREADABLE
     return tuple(part if kept.all() else part[kept] for part in (*rows, labels))
+
+
+def nan_where_unreadable(rows: Tensor, labels: Tensor | None) -> Tensor:
+    """Return rows [N, E], NaN for those that stand in for unreadable files."""
+    if labels is None:
+        return rows
+    unreadable = (labels == UNREADABLE).reshape(len(labels), -1).any(1)
+    return rows.masked_fill(unreadable[:, None], float("nan"))

@@ -21,9 +21,10 @@ import layers
 import optimizers
 import subsets
 import video_params
+from device import at_least_float32
 from encoders import embed, get_encoder
 from fields import plain
-from files import UNREADABLE
+from files import UNREADABLE, nan_where_unreadable
 from lars import parameter_groups
 from linear_params import LinearClassifierMethodParams
 from shared_params import OF_ONE_KIND, labelled, n_classes, resolve
@@ -149,8 +150,15 @@ class LinearClassifierMethod(Stage):
         return self.classifier.out_features
 
     def on_train_start(self) -> None:
+        """Lightning takes modules in the mode in which it finds them."""
         super().on_train_start()
-        self.train()  # Lightning takes modules in the mode in which it finds them
+        if not self.trains_encoder:
+            self.model.eval()
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self.refuse_callbacks({group["lr"] for group in self.parameter_groups()})
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
         views, labels = batch
@@ -161,20 +169,36 @@ class LinearClassifierMethod(Stage):
     def on_validation_epoch_start(self) -> None:
         self.validation_scores.clear()  # of one that was interrupted
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         with self.eagerly():
-            self.validation_scores.setdefault(0, []).append((self.scores(batch), batch[1]))
+            self.validation_scores.setdefault(dataloader_idx, []).append((self.scores(batch), batch[1]))
 
     def on_validation_epoch_end(self) -> None:
-        """Means over the whole set, each image once, however many processes there are."""
-        [(scores, _)] = self.gathered(self.validation_scores, self.trainer.val_dataloaders)
-        means = {f"valid_{name}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
-        self.log_dict(means, prog_bar=True, sync_dist=True)
+        self.log_means("valid", self.trainer.val_dataloaders)
+
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+
+    def on_test_epoch_end(self) -> None:
+        self.log_means("test", self.trainer.test_dataloaders)
+
+    def log_means(self, prefix: str, loaders: Any) -> None:
+        """Means over each whole set, each image once, however many processes there are."""
+        for index, (scores, _) in enumerate(self.gathered(self.validation_scores, loaders)):
+            suffix = f"_{index}" if index else ""
+            means = {f"{prefix}_{name}{suffix}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
+            self.log_dict(means, prog_bar=True, sync_dist=True)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
+        """Logits [N, classes] of a batch's images, in float32 or more; NaN for images that could not be read."""
+        with self.eagerly():
+            return nan_where_unreadable(at_least_float32(self(batch[0])), batch[1])
 
     def scores(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Of each image: cross entropy, and 100 where its class is the first, or among the first five: [N, 3]."""
         images, labels = batch
-        logits = self(images).float()
+        if labels is None:
+            raise ValueError("labels=None: a classifier needs them. Let the loader yield (images, labels)")
+        logits = at_least_float32(self(images))
         labels = labels.where(labels != UNREADABLE, 0)  # these are left out in the end
         own = logits.gather(1, labels.unsqueeze(1))
         rank = (~(logits < own)).sum(1) - 1  # 0: the right class alone has the highest logit (never so with NaN)
@@ -227,3 +251,7 @@ class LinearClassifierMethod(Stage):
             return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)
         dataset = data.get_dataset(p, p.dataset.train_splits)
         return self.loader(dataset.subset(self.split(dataset.labels)[1]), training=False)
+
+    def test_dataloader(self):
+        p = self.params
+        return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)

@@ -104,4 +104,6 @@ def low_shot_svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 
 def mean_and_deviation(name: str, values: list[float]) -> Scores:
-    return {name: float(np.mean(values)), f"{name}_std": float(np.std(values))}
+    """Mean over draws, and the sample standard deviation, as over seeds and runs, if there are several."""
+    deviation = {f"{name}_std": float(np.std(values, ddof=1))} if len(values) > 1 else {}
+    return {name: float(np.mean(values)), **deviation}

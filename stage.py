@@ -10,6 +10,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.data import AttributeDict
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ import augmentations
 import checkpoints
 import data
 import ddp
+import layers
 import optimizers
 from class_labels import in_classes
 from device import keep_freed_memory
@@ -55,12 +57,68 @@ class Stage(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compiles in place, so that parameters keep their names: checkpoints do not tell that a run was compiled."""
+        self.checked_loaders: set[tuple] = set()  # (stage, number) of those whose float images were checked
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         compiled = self.params.torch_compile
         for module in self.children() if compiled and stage == "fit" else []:
             if isinstance(module, nn.Module) and module._compiled_call_impl is None:
                 module.compile(mode="default" if compiled is True else compiled)
+
+    def refuse_callbacks(self, rates: set[float]) -> None:
+        """Raise ValueError for callbacks of Lightning's that would silently undo what the settings say.
+
+        Args:
+            rates: the highest learning rates of all groups of parameters.
+        """
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, StochasticWeightAveraging):
+                raise ValueError(
+                    "StochasticWeightAveraging replaces the schedule of the learning rate and resets the statistics of "
+                    "every batch norm, a frozen encoder's as well. Use WeightAveraging or EMAWeightAveraging"
+                )
+            if isinstance(callback, LearningRateFinder | BatchSizeFinder) and not callback._early_exit:
+                raise ValueError(
+                    f"{type(callback).__name__} as a callback comes after the schedule of the learning rate was made. "
+                    "Call lr_find or scale_batch_size of a Tuner(trainer), then trainer.fit(model)"
+                )
+            if isinstance(callback, LearningRateFinder) and len(rates) > 1:
+                raise ValueError(
+                    f"lr_find tries one rate in all groups of parameters, which have {len(rates)} here "
+                    f"({', '.join(f'{rate:g}' for rate in sorted(rates))}). Leave parameter_options, layer_decay, "
+                    "encoder_lr and online_classifier out while you search"
+                )
+
+    # ---- Lightning's Tuner, which sets these attributes ----
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the settings. To set it is to set the rate that the optimizer gets: `lr_scaling` is None
+        from then on."""
+        return self.params.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.change(lr=float(value), lr_scaling=None)
+
+    @property
+    def batch_size(self) -> int:
+        """Images of each process in one batch."""
+        return self.params.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        if self.params.global_batch_size is not None:
+            raise ValueError(
+                f"global_batch_size={self.params.global_batch_size} decides the size of a batch, not "
+                f"batch_size={value}. Set global_batch_size=None"
+            )
+        self.change(batch_size=value)
+
+    def change(self, **fields: Any) -> None:
+        """Change settings and the hyperparameters that a checkpoint keeps."""
+        self.params = attrs.evolve(self.params, **fields)
+        self.save_hyperparameters({**self.hparams, **fields})
 
     def eagerly(self) -> AbstractContextManager:
         """For validations: compiled code would be made anew for the mode and for the size of the last batch."""
@@ -117,15 +175,21 @@ class Stage(pl.LightningModule):
 
     # ---- data ----
 
-    def loader(self, dataset: Dataset, training: bool) -> Loader:
+    def loader(self, dataset: Dataset, training: bool, in_order: bool = False) -> Loader:
         if self.n_outputs is not None:
             self.check_labels(dataset.labels, f"dataset_name={self.params.dataset_name!r}")
         device, accumulated = self.trainer.strategy.root_device, self.trainer.accumulate_grad_batches
-        return data.get_loader(self.params, dataset, training, accumulated, device)
+        return data.get_loader(self.params, dataset, training, accumulated, device, in_order)
+
+    def predict_dataloader(self) -> Loader:
+        """The test set, in its order."""
+        p = self.params
+        return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False, in_order=True)
 
     def whole_sets(self, splits: list[tuple[str, ...]]) -> list[Loader]:
-        """Loaders for evaluation, one for each of the sets of splits."""
-        datasets = [data.get_dataset(self.params, names) for names in splits]
+        """Loaders for evaluation, one for each of the sets of splits: all images, whatever `data_fraction` is."""
+        p = attrs.evolve(self.params, data_fraction=1.0)
+        datasets = [data.get_dataset(p, names) for names in splits]
         labels = [dataset.labels for dataset in datasets if self.params.dataset.own]
         if any(of_set.min() < 0 for of_set in labels):
             rank_zero_info(f"{self.params.dataset_name} has no labels: linear_probe and knn are left out")
@@ -156,16 +220,27 @@ class Stage(pl.LightningModule):
         seed_torch((*self.step_seed(batch_idx), ddp.rank()))  # for dropout and the like within encoders
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
-        """uint8 images become normalized floats on the device, in training a list of views; floats stay as they are."""
+        """uint8 images become normalized floats on the device, in training a list of views; floats stay as they are.
+        All get the type of the weights, which is float32 but for precision "bf16-true", "16-true" and "64-true"."""
+        if self._trainer is None or self._trainer.state.stage is None:
+            return batch  # the sample of to_onnx() or to_torchscript()
         images, labels = images_and_labels(batch)
         if not self.trainer.predicting:
             self.check_batch(batch, self.loader_of(dataloader_idx), self.trainer.training)
         labels = whole_numbers(labels)
+        self.check_first(images, dataloader_idx)
         if not self.trainer.training:
-            return augmentations.for_evaluation(images, self.params), labels
+            return augmentations.for_evaluation(images, self.params).to(self.dtype), labels
         batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
         seed = (*self.step_seed(batch_idx), ddp.rank())
-        return augmentations.for_training(images, self.augment, seed), labels
+        return [view.to(self.dtype) for view in augmentations.for_training(images, self.augment, seed)], labels
+
+    def check_first(self, images: Tensor | list[Tensor], dataloader_idx: int) -> None:
+        """Check the values of float images, in the first batch of each loader: it takes a copy to the host."""
+        loader, first = (self.trainer.state.stage, dataloader_idx), images if isinstance(images, Tensor) else images[0]
+        if first.is_floating_point() and loader not in self.checked_loaders:
+            self.checked_loaders.add(loader)
+            augmentations.check_floats(first, self.params)
 
     # ---- checkpoints ----
 
@@ -204,7 +279,22 @@ class Stage(pl.LightningModule):
         self._hparams = Settings({**self.hparams, **self._to_hparams_dict(hp)})
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return Watch.unless_there(self.trainer)
+        return Watch.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
+
+    # ---- other programs' files ----
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's: images that are normalized already -> what `forward` returns. `tools.export` also writes
+        weights files, and verifies what it writes."""
+        with layers.in_eval_mode(self):
+            return super().to_onnx(*args, **kwargs)
+
+    def to_torchscript(self, file_path: Any = None, method: str = "trace", *args: Any, **kwargs: Any) -> Any:
+        """Lightning's, by tracing `example_inputs`; see `to_onnx`."""
+        if method != "trace":
+            raise ValueError(f"method={method!r} cannot compile every encoder: choose 'trace', with example_inputs")
+        with layers.in_eval_mode(self):
+            return super().to_torchscript(file_path, method, *args, **kwargs)
 
 
 @contextmanager

@@ -116,11 +116,12 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: one line a configuration, mean and standard deviation over seeds."""
+    """Markdown: one line a configuration, mean over seeds and, of several, their sample standard deviation."""
 
     def mean_and_deviation(group: list[dict], column: str, digits: int) -> str:
         values = np.array([float(row[column]) for row in group])
-        return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
+        deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{values.mean():.{digits}f}{deviation}"
 
     lines = [
         "| configuration | accuracy (%) | post, STL-10 (%) | cosine, same image | cosine, different images | seeds |",

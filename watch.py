@@ -29,11 +29,22 @@ class Watch(pl.Callback):
         self.n_skipped = 0
         self.position: dict | None = None  # where our own loader was when the checkpoint was made
         self.steps: dict | None = None  # of the run that made the checkpoint
+        self.random_state: Tensor | None = None  # None: Lightning refused something before `setup`
+        self.own_interval: int | None = None  # check_val_every_n_epoch as the user passed it
 
     @classmethod
-    def unless_there(cls, trainer: pl.Trainer) -> list["Watch"]:
-        """For `configure_callbacks`, which Lightning asks at every fit and validate of the same Trainer."""
-        return [] if any(isinstance(callback, cls) for callback in trainer.callbacks) else [cls()]
+    def of(cls, trainer: pl.Trainer, evaluate_every_n_epochs: int) -> list["Watch"]:
+        """What `configure_callbacks` returns: a Watch, unless the Trainer has one.
+
+        The Trainer then validates only in the epochs that are evaluated: its callbacks that monitor a score
+        (ModelCheckpoint, EarlyStopping) ask for it after validations, and would miss it after an empty one.
+        """
+        there = next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)
+        watch = there or cls()
+        watch.own_interval = watch.own_interval or trainer.check_val_every_n_epoch
+        if watch.own_interval is not None:  # None: val_check_interval counts batches across epochs
+            trainer.check_val_every_n_epoch = math.lcm(watch.own_interval, evaluate_every_n_epochs)
+        return [] if there else [watch]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.random_state = torch.get_rng_state()
@@ -122,11 +133,12 @@ class Watch(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Training seeds torch anew at every step; what comes after it finds the seed of `pl.seed_everything` again."""
-        torch.set_rng_state(self.random_state)
+        if self.random_state is not None:
+            torch.set_rng_state(self.random_state)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Name the last file of a worker that died."""
-        torch.set_rng_state(self.random_state)
+        self.teardown(trainer, pl_module, "")
         try:
             self.name_last_file(trainer, exception)
         except RuntimeError:  # PyTorch, which raises once more as soon as it hears of the worker, wherever we are then

@@ -18,6 +18,7 @@ from foreign_paths import vetted, vetted_start
 from shared_params import OF_ONE_KIND, EncoderAndDataParams
 
 SHARED = {field.name for field in fields(EncoderAndDataParams)}
+OF_PRETRAINING = {"data_fraction"}  # not of the encoder: evaluations and linear stages take all labeled images
 GRAY = {"image_mean": [0.449], "image_std": [0.226]}  # ImageNet's constants, their means over the three channels
 
 
@@ -62,18 +63,23 @@ class Encoder(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized images [N, C, H, W] -> embeddings [N, E]."""
+        """Normalized images [N, C, H, W] -> embeddings [N, E]. Raises ValueError for integers."""
+        if not x.is_floating_point():
+            raise ValueError(f"images={x.dtype}: an encoder takes normalized floats. Pass uint8 images to embed()")
         return encoders.embed(self.model, x)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 images [N, C, H, W] of any size -> normalized floats of the encoder's size, whole images."""
+        """uint8 images [N, C, H, W] of any size -> normalized floats of the encoder's size, whole images. Raises
+        ValueError for images of another type or shape."""
         return augmentations.evaluation_view(images, self.params)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """uint8 images [N, C, H, W] of any size -> embeddings [N, E], float32, on the encoder's device."""
-        device = next(self.model.parameters()).device
-        return self(self.prepare(images.to(device))).float()
+        """uint8 images [N, C, H, W] of any size -> embeddings [N, E], float32, on the encoder's device. Raises
+        ValueError for images of another type or shape."""
+        augmentations.check_pixels(images, self.params.channels)
+        weight = next(self.model.parameters())
+        return self(self.prepare(images.to(weight.device)).to(weight.dtype)).float()
 
 
 def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, **overrides: Any) -> Encoder:
@@ -113,7 +119,7 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
 def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """(settings as the file says them, else found out from its tensors or ImageNet's; in words what is not sure)."""
     if found.settings:
-        settings = {key: value for key, value in found.settings.items() if key in SHARED}
+        settings = {key: value for key, value in found.settings.items() if key in SHARED - OF_PRETRAINING}
         return {"stem_variant": found.stem_variant, **vetted(settings, found.source, overrides)}, ""
     settings, arch = {"dataset_name": "imagenet"}, overrides.get("encoder_arch")
     if arch != encoders.OWN_MODULE:

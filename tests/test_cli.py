@@ -27,7 +27,7 @@ from model_params import PRESETS, ModelParams
 from run_options import RunOptions
 from tools import compare, report_runs
 
-pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore:save_best", "ignore::ResourceWarning")
 SMALL = "simclr --dataset_name digits --encoder_arch shufflenet_v2_x0_5 --batch_size 64 --dim 16 --mlp_hidden_dim 32"
 RUN = (
     f"{SMALL} --max_epochs 3 --limit_train_batches 2 --evaluations knn --seed 3 --save_best valid_knn20_acc,"
@@ -366,10 +366,10 @@ def test_gradient_norms_are_those_of_torch():
 def test_an_unknown_figure_is_refused_once_all_are_known(epoch, known, refused, tmp_path):
     best = milestones.Best(tmp_path, "valid_knn20_acc")
     best.load_state_dict({"best": known})
-    trainer = SimpleNamespace(callback_metrics={"lr": torch.tensor(1.0)}, current_epoch=epoch)
-    module = SimpleNamespace(params=ModelParams(evaluate_every_n_epochs=5))
+    metrics = {"lr": torch.tensor(1.0)}
+    trainer = SimpleNamespace(callback_metrics=metrics, current_epoch=epoch, check_val_every_n_epoch=5)
     with pytest.raises(ValueError, match="choose one of lr") if refused else nullcontext():
-        best.on_train_epoch_end(trainer, module)
+        best.on_train_epoch_end(trainer, SimpleNamespace())
 
 
 def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
@@ -424,6 +424,29 @@ def test_compare_shows_exactly_what_differs_and_joins_seeds(run, tmp_path, capsy
     mean, deviation = statistics.mean((50, 53, 59)), statistics.stdev((50, 53, 59))
     shown = capsys.readouterr().out
     assert f"{mean:.4g} ± {deviation:.2g} (3)" in shown and "[1.0, 0.5]" in shown
+    assert "test labels (digits)" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "warned"),
+    [
+        ("valid_class_acc", "digits", True),
+        ("valid_knn20_acc_trainset", "cifar10", True),
+        ("valid_online_acc1:max", "imagenet", True),
+        ("train_class_acc", "stl10", True),
+        ("valid_rank_me", "digits", False),
+        ("valid_embedding_std_1", "digits", False),
+        ("step_train_loss", "digits", False),
+        ("valid_class_acc", "folder", False),
+    ],
+)
+def test_an_epoch_that_test_labels_choose_is_named(name, dataset, warned, tmp_path):
+    best, params = milestones.Best(tmp_path, name), ModelParams(dataset_name=dataset)
+    with pytest.warns(UserWarning, match="save_best") if warned else nullcontext():
+        best.on_train_start(None, SimpleNamespace(params=params, trains_on_own_data=True))
+    best.on_train_start(
+        None, SimpleNamespace(params=params, trains_on_own_data=False)
+    )  # validated on the user's images
 
 
 def test_compare_refuses_what_is_no_run_or_the_same_one(run, tmp_path):

@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 
 import data
 import evaluate
+import features
 import train
 from evaluate import runnable
 from linear_classifier import LinearClassifierMethod
@@ -190,6 +191,21 @@ def test_fraction_is_stratified_nested_and_of_training_images_only(photos):
     counts = np.bincount(list(listed(whole).values()))
     assert np.bincount(list(listed(half).values())).tolist() == [count // 2 for count in counts]
     assert three(half)[1:] == three(whole)[1:]
+
+
+def test_the_fraction_of_a_pretraining_leaves_the_labels_of_evaluations_alone(photos, trainer, tmp_path):
+    p = params(photos, data_fraction=0.2, evaluations=["rank_me"], probe_on_training_set=True)
+    model, fit = SelfSupervisedMethod(p), trainer(limit_val_batches=1.0)
+    fit.fit(model)
+    assert len(fit.train_dataloader.dataset) == len(listed(p)) < len(listed(params(photos)))
+    assert len(fit.val_dataloaders[1].dataset) == len(listed(params(photos)))
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    encoder = load_encoder(tmp_path / "x.ckpt")
+    assert features.data_params(encoder).data_fraction == 1
+    assert features.data_params(encoder, data_fraction=0.5).data_fraction == 0.5
+    assert LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt").params.data_fraction == 1
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt", data_fraction=0.5)
+    assert linear.params.data_fraction == 0.5
 
 
 def test_splits_are_written_once_and_reused(tmp_path):

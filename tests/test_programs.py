@@ -56,6 +56,12 @@ def test_train_blog_writes_rows_table_and_figure_and_skips_what_is_finished(monk
     assert len((tmp_path / "blog" / "results.csv").read_text().splitlines()) == 3
 
 
+def test_one_seed_of_the_blog_has_no_deviation():
+    row = {"config": "base", "accuracy": "34.8", "pos_cos": "0.226", "neg_cos": "0.225"}
+    assert "| base | 34.8 | 57.7 | 0.226 | 0.225 | 1 |" in train_blog.table([row])
+    assert "34.8 ± 0.0" in train_blog.table([row, row])
+
+
 def test_the_blogs_configurations_differ_as_its_table_says():
     found = {
         name: (

@@ -11,7 +11,7 @@ import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from rich.table import Table
 
 import run_folder
 from command_line import text
-from milestones import lowest_is_best
+from milestones import lowest_is_best, uses_test_labels
 from program import one_line_errors
 
+BEST = "best "  # of metrics.csv: begins the names of results
 LAST = "step_train_loss"  # of metrics.csv; of what is in results.json the last is there
 
 
@@ -82,7 +83,7 @@ def results(folder: Path) -> dict[str, float]:
         if name == LAST and numbers:
             found[f"last {name}"] = numbers[-1]
         elif name.startswith("valid_") and (epochs := numbers[f"random encoder: {name}" in found :]):
-            found[f"best {name}"] = (min if lowest_is_best(name) else max)(epochs)
+            found[BEST + name] = (min if lowest_is_best(name) else max)(epochs)
     return found
 
 
@@ -131,8 +132,21 @@ def in_figures(numbers: list[float] | None) -> str:
     return f"{statistics.mean(numbers):.4g} ± {statistics.stdev(numbers):.2g} ({len(numbers)})"
 
 
+def caution(runs: Iterable[Run]) -> str:
+    """What to know of best epochs that were chosen by test labels; "" if there are none."""
+    chosen = {
+        run.settings.get("dataset_name")
+        for run in runs
+        for name in run.results
+        if name.startswith(BEST) and uses_test_labels(name.removeprefix(BEST), run.settings.get("dataset_name"))
+    }
+    names = ", ".join(sorted(chosen))
+    return f"The best epochs are chosen by test labels ({names}): they are no results to report." if chosen else ""
+
+
 def table(columns: list[list[Run]], rows: list[Row]) -> Table:
-    made = Table(caption="mean ± standard deviation (runs)" if any(len(column) > 1 for column in columns) else None)
+    joined = "mean ± sample standard deviation (runs). " if any(len(column) > 1 for column in columns) else ""
+    made = Table(caption=joined + caution(run for column in columns for run in column) or None)
     made.add_column("", no_wrap=True)
     for column in columns:
         made.add_column(" ".join(run.folder.name for run in column), overflow="fold")

@@ -75,6 +75,7 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
         "runs": about,
         "settings": report_runs.settings(runs),
         "results": report_runs.results(runs),
+        "caution": compare.caution(runs),
         "figures": report_figures.figures(folders, silent),
     }
 
