@@ -12,9 +12,10 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from logistic_regression import logistic_regression
+from logistic_regression import logistic_regression, within_span
 from numerics import able, finite, power_of_two, rescaled, unit
 
 Scores = dict[str, float]
@@ -54,23 +55,21 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 
 def sklearn_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """As `linear_logits`, by scikit-learn itself, on the host."""
-    x, device = train_x.cpu().numpy(), train_x.device
+    """As `linear_logits`, by scikit-learn itself, on one core of the host: on several cores its many small steps take
+    up to 60 times as long, if these have other work, too."""
+    x, test_x = (part.cpu().numpy() for part in within_span(train_x, test_x))
     classifier = LogisticRegression(C=1 / decay, max_iter=1000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # float32 may end a line search a little early
+    with warnings.catch_warnings(), threadpool_limits(1, "blas"):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # rounding in float32 may end the last line search
         classifier.fit(x, target.cpu().numpy())
-    found = (torch.from_numpy(classifier.decision_function(part)).float() for part in (x, test_x.cpu().numpy()))
-    # Of two classes, scikit-learn gives the logit of the second.
-    return tuple((torch.stack([-s, s], 1) if s.dim() == 1 else s).to(device) for s in found)
+    logits = (torch.from_numpy(classifier.decision_function(part)).to(train_x.device) for part in (x, test_x))
+    return tuple(torch.stack([-s, s], 1) if s.dim() == 1 else s for s in logits)  # of two classes, that of the second
 
 
 def linear_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """Logits of training and test features [N, C], by multinomial logistic regression on the training features with
     classes `target` from 0 to C - 1: the optimum of scikit-learn's LogisticRegression(C=1 / decay)."""
-    if train_x.shape[1] > len(train_x):  # weights outside the span of the features only cost decay
-        basis = torch.linalg.qr(train_x.T).Q
-        train_x, test_x = train_x @ basis, test_x @ basis
+    train_x, test_x = within_span(train_x, test_x)
     decay = decay * (2 if int(target.max()) == 1 else 1)  # scikit-learn: for two classes on half their difference
     weight, bias = logistic_regression(train_x, target, decay)
     return train_x @ weight + bias, test_x @ weight + bias

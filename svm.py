@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from logistic_regression import fit_linear
+from logistic_regression import fit_linear, within_span
 from numerics import finite, in_float64, unit
 
 COSTS = (*(2.0**-i for i in range(19, 3, -1)), *(10.0**i for i in range(-7, 3)))  # 26, those of the source
@@ -31,10 +31,8 @@ def svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Sco
     many = train_y.dim() == 2
     classes = None if many else train_y.unique()
     signs = train_y.float() if many else one_against_rest(train_y, classes)
-    x, test_x = with_bias(finite(train_x, "training features")), with_bias(finite(test_x, "test features"))
-    if x.shape[1] > len(x):  # weights outside the span of the features are 0
-        basis = torch.linalg.qr(x.T).Q
-        x, test_x = x @ basis, test_x @ basis
+    train_x, test_x = finite(train_x, "training features"), finite(test_x, "test features")
+    x, test_x = within_span(with_bias(train_x), with_bias(test_x))
     columns = train_y.T if many else (train_y - train_y.min() + 1)[None]
     folds = None if few(signs) else np.stack([folds_of(column.cpu().numpy()) for column in columns], 1)
     costs = x.new_full((signs.shape[1],), COST_OF_FEW) if folds is None else choose_costs(x, signs, folds, many)

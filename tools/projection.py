@@ -53,7 +53,7 @@ def project(embeddings: np.ndarray, method: str, seed: int) -> np.ndarray:
         raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
     x = unit(embeddings)
     if (n := different(x)) < 4:
-        raise ValueError(f"a map needs at least 4 different images, and there are {n} (embeddings of one direction are one)")
+        raise ValueError(f"a map needs at least 4 different images, and there are {n} (those of one direction are one)")
     if min(x.shape) > 50:
         x = PCA(50, random_state=seed).fit_transform(x)
     with Console().status(f"{TITLES[method]} of {len(x):,} embeddings"):
