@@ -22,6 +22,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import ddp
 from loader import Loader
+from numerics import not_finite
 from safe_load import safe_load
 from whole_files import sync_folder
 
@@ -271,10 +272,10 @@ class Checkpoints(pl.Callback):
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.fast_dev_run:  # its checkpoint would be taken for that of a run
             return
-        if not all_finite(module):
+        if names := not_finite(module):
             raise FloatingPointError(
                 f"weights are not finite at step {trainer.global_step}: not saved; the newest good checkpoint is "
-                f"{newest(self.folder)}"
+                f"{newest(self.folder)} ({len(names)} tensors, the first: {names[0]})"
             )
         for logger in trainer.loggers:
             logger.save()  # figures up to here are not computed again
@@ -295,7 +296,3 @@ class Checkpoints(pl.Callback):
             subprocess.run(["scontrol", "requeue", job], check=True)
         self.received = None
         raise SIGTERMException
-
-
-def all_finite(module: torch.nn.Module) -> bool:
-    return bool(torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all())

@@ -6,7 +6,6 @@ Leaves a run in runs/demo, like those of train.py, with results.md and a page ab
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -33,7 +32,7 @@ from program import one_line_errors
 from progress import Progress
 from run_options import RunOptions
 from tools import report
-from whole_files import write_whole
+from whole_files import to_json, write_whole
 
 OUT = Path("runs/demo")
 LABELS_PER_CLASS = 5
@@ -165,7 +164,7 @@ def main() -> None:
     result += f"\n\nLinearClassifierMethod after {args.linear_epochs} epochs: {accuracy:.1f} % of the test set."
     (OUT / "results.md").write_text(result + "\n")
     results = {"random encoder": random, "trained encoder": trained, "linear classifier": {"valid_acc1": accuracy}}
-    write_whole(OUT / "results.json", json.dumps(results, indent=2))
+    write_whole(OUT / "results.json", to_json(results, indent=2))
     page = report.write([OUT], encoder=small_encoder())
     print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves, neighbours and a map, in a browser: {page}")
 

@@ -98,7 +98,7 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
         try:
             layouts.load(encoder, layouts.read(file), p.encoder_arch)
         except ValueError as error:
-            raise ValueError(f"encoder_weights={p.encoder_weights!r} does not fit {p.encoder_arch}: {error}") from error
+            raise ValueError(f"encoder_weights={p.encoder_weights!r} for {p.encoder_arch}: {error}") from error
     return encoder, measured_width(encoder, image, f"encoder_arch={p.encoder_arch!r}")
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 import augmentations
 import data
 from files import name_skipped, readable_rows
+from numerics import finite
 from packed_images import PackedImages
 from shared_params import OF_ONE_KIND, EncoderAndDataParams
 from weights import Encoder
@@ -79,20 +80,20 @@ def extract(
     """Embeddings and labels of whole images, in the order of the set; with `stages` also what comes out of each. Of
     videos: the means over their evaluation_clips x evaluation_crops clips. Unreadable files are left out, and named."""
     dataset = data.get_dataset(params, splits)
-    names = stages_of(encoder) if stages else []
+    names, what = stages_of(encoder) if stages else [], f"features of {'+'.join(splits)}"
     folder = cache / fingerprint(encoder, params, dataset, {"whole images": names})
     if not folder.is_dir():
 
         def rows() -> Iterator[dict[str, Tensor]]:
             with Tap(encoder, names) as tap:
                 for images, labels in batches(dataset, params):
-                    yield {"x": encoder.embed(images), "y": labels, **tap.averages(len(images))}
+                    yield {"x": finite(encoder.embed(images), what), "y": labels, **tap.averages(len(images))}
 
-        write(folder, len(dataset), rows(), n_batches(dataset, params), f"features of {'+'.join(splits)}")
+        write(folder, len(dataset), rows(), n_batches(dataset, params), what)
         name_skipped(dataset)
     arrays = read(folder)
     if left_out := len(dataset) - len(arrays["x"]):
-        print(f"features of {'+'.join(splits)}: without {left_out:,} images that could not be read", flush=True)
+        print(f"{what}: without {left_out:,} images that could not be read", flush=True)
     return Features(arrays.pop("x"), arrays.pop("y"), arrays)
 
 
@@ -123,7 +124,8 @@ def extract_views(
                 on_device = [x.to(device) for x in images] if isinstance(images, list) else images.to(device)
                 views = augmentations.augment(on_device, (seed, i), [view] * n_views, params.mean, params.std)
                 with torch.no_grad():
-                    yield {"x": torch.stack([encoder(x.to(device)).float() for x in views], 1), "y": labels}
+                    found = torch.stack([encoder(x.to(device)).float() for x in views], 1)
+                    yield {"x": finite(found, f"views of {'+'.join(splits)}"), "y": labels}
 
         write(folder, len(subset), rows(), n_batches(subset, params), f"{n_views} views of {len(subset)} images")
         name_skipped(subset)

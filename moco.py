@@ -22,6 +22,7 @@ import optimizers
 import parameter_options
 import sce_params
 import schedules
+import watch
 from device import at_least_float32
 from encoders import check_small_views, embed, get_encoder, source_of_weights
 from fields import plain
@@ -261,7 +262,8 @@ class SelfSupervisedMethod(Stage):
 
     def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> evaluation.Scores:
         """Of embeddings x and labels y, and of the online classifier on them."""
-        found = ddp.on_rank_zero(lambda: evaluation.evaluate(self.params.evaluations, x, y, train))
+        p = self.params
+        found = ddp.on_rank_zero(lambda: watch.scores(p.evaluations, x, y, train, p.probe_solver))
         return found | online_classifier.accuracies(self.online_classifier, x, evaluation.one_label_each(y))
 
     # ---- checkpoints ----

@@ -31,7 +31,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.text import Text
 
 from results import versions
-from whole_files import write_whole
+from whole_files import to_json, write_whole
 
 # The optimizer of another run could not be gone on with; that its weights fit, train.py sees.
 FIXED = ("preset", "optimizer_name", "exclude_matching_parameters_from_lars", "layer_decay", "parameter_options")
@@ -51,7 +51,7 @@ def begin(out: Path, config: str, command: Sequence[str]) -> None:
     before = commands.read_text() if commands.is_file() else ""
     write_whole(commands, before + shlex.join(["python", *command]) + "\n")
     earlier = json.loads(starts.read_text()) if starts.is_file() else []
-    write_whole(starts, json.dumps([*earlier, circumstances()], indent=2))
+    write_whole(starts, to_json([*earlier, circumstances()], indent=2))
 
 
 def refuse_another(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

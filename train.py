@@ -37,7 +37,7 @@ from model_params import ModelParams
 from program import one_line_errors
 from progress import Progress
 from run_options import RunOptions
-from whole_files import write_whole
+from whole_files import to_json, write_whole
 
 OF_THE_ENCODER = ("epochs", "trained encoder", "test set", "linear minutes", "linear classifier")  # of results.json
 
@@ -101,7 +101,7 @@ def score(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
 
 @rank_zero_only
 def write(path: Path, content: str | dict[str, Any]) -> None:
-    write_whole(path, content if isinstance(content, str) else json.dumps(content, indent=2))
+    write_whole(path, content if isinstance(content, str) else to_json(content, indent=2))
 
 
 @rank_zero_only

@@ -10,11 +10,14 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 import ddp
+import evaluation
 import files
 import optimizers
 from checkpoints import SafeCheckpointIO, refuse_other_steps
 from device import to_host
+from evaluation import Scores
 from loader import Loader
+from numerics import NotFinite, not_finite
 
 COLLAPSED_STD = 0.15  # step_projection_std below which the mean cosine of different images is 0.98 or more
 COLLAPSED_RANK = 2.0  # RankMe below which the embeddings are nearly one direction
@@ -61,6 +64,11 @@ class Watch(pl.Callback):
         self.steps = checkpoint.get("steps")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if bad := not_finite(pl_module):
+            raise ValueError(
+                f"{len(bad)} tensors of the method are not finite before the first step (the first: {bad[0]}; "
+                f"ckpt_path={trainer.ckpt_path}). Resume from an earlier checkpoint, or start from finite weights"
+            )
         loader = trainer.train_dataloader
         if isinstance(loader, Loader) and getattr(loader.sampler, "num_replicas", 1) != ddp.world_size() > 1:
             raise ValueError(
@@ -176,6 +184,18 @@ def share_seed(method: pl.LightningModule, device: torch.device) -> None:
         method.adopt_seed(given[0] if given else seeds[0])
     for tensor in method.state_dict().values():
         tensor.copy_(ddp.from_rank_zero(tensor.to(device)))
+
+
+def scores(names: list[str], x: Tensor, y: Tensor | None, train: tuple | None, probe_solver: str) -> Scores:
+    """Scores by `evaluation.evaluate`, all nan where embeddings are not finite: the training goes on, for early running
+    statistics of batch norm may be far off, and recover."""
+    try:
+        return evaluation.evaluate(names, x, y, train, probe_solver)
+    except NotFinite as error:
+        rank_zero_info(f"not evaluated: {error}")
+    blank = x.new_zeros(len(x), 1)  # has the same scores
+    train = None if train is None else (train[0].new_zeros(len(train[0]), 1), train[1])
+    return dict.fromkeys(evaluation.evaluate(names, blank, y, train, probe_solver), math.nan)
 
 
 def loaders(trainer: pl.Trainer) -> list:

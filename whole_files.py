@@ -1,9 +1,12 @@
 """Files that appear under their names only when all of them is on the disk."""
 
+import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -24,6 +27,19 @@ def whole(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, text: str) -> None:
     with whole(path) as unfinished:
         unfinished.write_text(text)
+
+
+def to_json(content: Any, **options: Any) -> str:
+    """JSON that every reader takes: null in place of NaN and infinity, which JSON does not have."""
+    return json.dumps(without_nan(content), allow_nan=False, **options)
+
+
+def without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def sync_folder(folder: Path) -> None:

@@ -367,7 +367,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(photos, checkpoint, tmp_path,
     assert "is no Parquet file" in run_command(monkeypatch, embed, *arguments)
     broken = tiny()
     broken.model[0].bias[0] = torch.nan
-    with pytest.raises(ValueError, match="is not finite"):
+    with pytest.raises(ValueError, match="not finite"):
         embed.embed(broken, photos, tmp_path / "g.parquet", device="cpu")
 
 

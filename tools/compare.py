@@ -8,6 +8,7 @@ Runs of the same settings but for the seed are one column: mean ± standard devi
 import argparse
 import csv
 import json
+import math
 import re
 import statistics
 from collections import Counter
@@ -21,8 +22,9 @@ from rich.table import Table
 
 import run_folder
 from command_line import text
-from milestones import lowest_is_best, uses_test_labels
+from milestones import is_finite, lowest_is_best, uses_test_labels
 from program import one_line_errors
+from results import deviation
 
 BEST = "best "  # of metrics.csv: begins the names of results
 LAST = "step_train_loss"  # of metrics.csv; of what is in results.json the last is there
@@ -73,17 +75,18 @@ def results(folder: Path) -> dict[str, float]:
     written = json.loads(path.read_text()) if path.is_file() else {}
     for name, value in written.items():
         if isinstance(value, dict):
-            found |= {f"{name}: {figure}": number for figure, number in value.items()}
+            found |= {f"{name}: {figure}": math.nan if number is None else number for figure, number in value.items()}
         elif isinstance(value, int | float) and (name != "epochs" or "trained encoder" in written):
             found[name] = value  # earlier versions wrote "epochs" at the beginning: those wanted
     path = folder / "pretraining" / "metrics.csv"
-    rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+    rows = list(csv.DictReader(path.read_text().splitlines() if path.is_file() else []))
     for name in rows[0] if rows else []:
         numbers = [float(row[name]) for row in rows if row[name]]
         if name == LAST and numbers:
             found[f"last {name}"] = numbers[-1]
         elif name.startswith("valid_") and (epochs := numbers[f"random encoder: {name}" in found :]):
-            found[BEST + name] = (min if lowest_is_best(name) else max)(epochs)
+            best = min if lowest_is_best(name) else max
+            found[BEST + name] = best(filter(is_finite, epochs), default=math.nan)
     return found
 
 
@@ -129,7 +132,7 @@ def in_figures(numbers: list[float] | None) -> str:
         return ""
     if len(numbers) == 1:
         return f"{numbers[0]:.4g}"
-    return f"{statistics.mean(numbers):.4g} ± {statistics.stdev(numbers):.2g} ({len(numbers)})"
+    return f"{statistics.mean(numbers):.4g} ± {deviation(numbers):.2g} ({len(numbers)})"
 
 
 def caution(runs: Iterable[Run]) -> str:
