@@ -8,10 +8,10 @@ complete, and is memory-mapped when read.
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import attrs
 import numpy as np
@@ -26,6 +26,7 @@ import data
 from packed_images import PackedImages
 from shared_params import OF_ONE_KIND, EncoderAndDataParams
 from weights import Encoder
+from whole_files import whole_folder
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 PIECE = 2**14  # images hashed at once
@@ -209,22 +210,23 @@ def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
 
 def write(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_batches: int, what: str) -> None:
     """Batches of rows of each array -> one .npy an array, in constant memory, complete or not at all."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    unfinished.mkdir(parents=True)
-    arrays, done = {}, 0
-    for batch in track(rows, what, total=n_batches):
-        for name, part in batch.items():
-            part = part.cpu().numpy()
-            if name not in arrays:
-                path, shape = unfinished / f"{name}.npy", (n, *part.shape[1:])
-                arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=part.dtype, shape=shape)
-            arrays[name][done : done + len(part)] = part
-        done += len(part)
-    assert done == n, (done, n)
-    for array in arrays.values():
-        array.flush()
-    unfinished.rename(folder)
+    with whole_folder(folder) as unfinished, ExitStack() as opened:
+        files, done = {}, 0
+        for batch in track(rows, what, total=n_batches):
+            for name, part in batch.items():
+                part = part.cpu().numpy()
+                if name not in files:
+                    files[name] = opened.enter_context((unfinished / f"{name}.npy").open("wb"))
+                    write_header(files[name], part.dtype, (n, *part.shape[1:]))
+                files[name].write(part.tobytes())  # not a memory map, where a full disk kills the process
+            done += len(part)
+        assert done == n, (done, n)
+
+
+def write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Begin a .npy file."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def read(folder: Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import tar_shards
 from arrow_images import ArrowImages
 from augmentations import View
 from files import Sample
+from folder_lock import locked
 from image_files import ImageFiles
 from image_folders import Found, ImageFolder, check_settings, labelled, listed_in, lists, settings_of, write
 from shard_names import is_pattern
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Source = ImageFolder | TarShards | ArrowImages
 Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class, -1 for none)
+SECONDS = 60  # to wait for another process that writes lists
 INSTEAD = {"val": "test", "test": "val"}  # where the one has no images
 
 
@@ -65,7 +67,10 @@ def splits(source: Source, params: "EncoderAndDataParams") -> Numbered:
     if not found.get("val") and not found.get("test"):
         found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)
     if kept and not by_hand and ddp.rank() == 0:
-        write(kept, found, settings(params))
+        with locked(kept, wait=SECONDS):  # another process may draw them, too, perhaps by other settings
+            if has_written(params):
+                return numbered(lists(kept, source), None)
+            write(kept, found, settings(params))
     return found
 
 

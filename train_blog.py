@@ -26,8 +26,10 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from data import DATASETS
+from folder_lock import locked
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from whole_files import whole, write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
@@ -71,10 +73,18 @@ def arguments() -> argparse.Namespace:
 
 
 def finished_runs(results: Path) -> list[dict[str, str]]:
+    """Rows of results.csv; half a row, which a power failure leaves, is passed over."""
     if not results.exists():
         return []
     with results.open() as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+
+
+def keep(results: Path, rows: list[dict]) -> None:
+    with whole(results) as unfinished, unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def run_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
@@ -148,7 +158,8 @@ def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> None
     axes[1].legend(frameon=False)
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    with whole(file) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120)
     plt.close(figure)
 
 
@@ -156,7 +167,11 @@ def main() -> None:
     args = arguments()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with locked(args.out):
+        run_all(args)
+
+
+def run_all(args: argparse.Namespace) -> None:
     results = args.out / "results.csv"
     same = {"dataset": args.dataset, "epochs": str(args.epochs), "encoder": args.encoder}
     for seed in args.seeds:
@@ -166,17 +181,12 @@ def main() -> None:
                 print(f"{name}, seed {seed}: finished before")
                 continue
             print(f"{name}, seed {seed}:")
-            row, is_new = train(name, seed, args), not results.exists()
-            with results.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                if is_new:
-                    writer.writeheader()
-                writer.writerow(row)
+            keep(results, [*finished_runs(results), train(name, seed, args)])
     rows = [row for row in finished_runs(results) if same.items() <= row.items()]
     markdown = (
         f"{args.encoder} on {args.dataset}, {args.epochs} epochs, linear probe on half of the test set\n\n{table(rows)}"
     )
-    (args.out / "results.md").write_text(markdown)
+    write_whole(args.out / "results.md", markdown)
     draw_cosines(rows, args, args.out / "cosines.png")
     print(f"\n{markdown}\n{results}, {args.out / 'results.md'}, {args.out / 'cosines.png'}")
 

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["device", "whole_files"],
+    ["device", "folder_lock", "whole_files"],
     [
         "ddp",
         "schedules",

@@ -2,13 +2,14 @@
 
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
+from folder_lock import locked
 from tools import feature_files
 from tools.commands import bar
 from tools.feature_files import ROWS
@@ -33,20 +34,16 @@ class Work:
         self.changes = ""  # of a finished file
         self.pending: list[tuple[list[str], np.ndarray]] = []
         self.written = time.monotonic()
-        self.lock = FileLock(self.folder / ".lock")
+        self.lock = ExitStack()
 
     def __enter__(self) -> "Work":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"another process is writing {self.out}: wait for it, or choose another --out") from error
+        self.lock.enter_context(locked(self.folder))
         return self
 
     def __exit__(self, *_: Any) -> None:
         if not self.parts():
             shutil.rmtree(self.folder)
-        self.lock.release()
+        self.lock.close()
 
     def parts(self) -> list[Path]:
         return sorted(self.folder.glob("*.parquet"))
