@@ -1,11 +1,12 @@
 """The features of a data set, extracted once: kept as arrays under the hash of all that they depend on.
 
-A folder of the cache is named by SHA-256 of the encoder (its structure and tensors), the preprocessing (size and
-constants), the images and what was extracted. Packed sets are hashed by their bytes, sets of files by relative path,
+A folder of the cache is named by SHA-256 of the encoder (its structure and tensors), all settings that may decide what
+it sees, the images and what was extracted. Packed sets are hashed by their bytes, sets of files by relative path,
 size and time of change, of a folder of frames those of its files. A folder appears under its name only when it is
 complete, and is memory-mapped when read.
 """
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -23,14 +24,23 @@ from torch.utils.data import DataLoader, Dataset
 
 import augmentations
 import data
+from encoders import OWN_MODULE, embed
 from packed_images import PackedImages
 from shared_params import OF_ONE_KIND, EncoderAndDataParams
+from video_params import OF_TRAINING
 from weights import Encoder
 from whole_files import whole_folder
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 PIECE = 2**14  # images hashed at once
-EVALUATED_CLIPS = ("num_frames", "clip_duration", "frames_per_second", "evaluation_clips", "evaluation_crops")
+# Settings on which features do not depend. Any other, and one added later, is part of a folder's name.
+UNUSED = (
+    "encoder_weights", "embedding_dim", "zero_init_residual",  # of the encoder, whose tensors are hashed
+    "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # see `settings`
+    "data_path", "splits_path", "video_path_prefix",  # places: the files found there are hashed
+    "batch_size", "global_batch_size", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device",
+    "torch_compile", "seed", "drop_last_batch", "lr_scaling", "lr_batch_size", *OF_TRAINING,
+)  # fmt: skip
 
 
 @frozen
@@ -179,22 +189,41 @@ class Tap:
 
 def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset, wanted: dict) -> str:
     """A hash of everything that the features depend on."""
-    preprocessing = {"size": params.crop_size, "mean": params.mean, "std": params.std}
-    if params.dataset.of_videos:
-        preprocessing |= {name: getattr(params, name) for name in EVALUATED_CLIPS}
-    found = hashlib.sha256(repr((encoder_hash(encoder), preprocessing, wanted)).encode())
+    found = hashlib.sha256(repr((encoder_hash(encoder), settings(params), wanted)).encode())
     for piece in contents(dataset):
         found.update(piece)
     return found.hexdigest()[:32]
 
 
+def settings(params: EncoderAndDataParams) -> dict[str, Any]:
+    """All that may decide what the encoder sees."""
+    names = [field.name for field in attrs.fields(type(params)) if field.name not in UNUSED]
+    resolved = {"size": params.crop_size, "channels": params.channels, "mean": params.mean, "std": params.std}
+    return {name: getattr(params, name) for name in names} | resolved
+
+
 def encoder_hash(encoder: Encoder) -> str:
-    """Of its structure (which says what tensors do not: strides, paddings) and its tensors."""
+    """Of its structure (which says what tensors do not: strides, paddings), its tensors, and what a module of the
+    user's makes of them."""
     found = hashlib.sha256(repr(encoder.model).encode())
+    if encoder.params.encoder_arch == OWN_MODULE:  # what `forward` does is neither in the structure nor in the tensors
+        found.update(outputs(encoder).tobytes())
     for name, tensor in sorted(encoder.model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def outputs(encoder: Encoder) -> np.ndarray:
+    """Embeddings of two fixed random images, in six digits. In float64 on the CPU, so that they are the same on every
+    device; in float32 where the module insists on that."""
+    images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *encoder.params.input_shape)))
+    with torch.no_grad():
+        try:
+            found = embed(copy.deepcopy(encoder.model).to("cpu", torch.float64), images)
+        except (RuntimeError, TypeError):  # another dtype within, or a module that cannot be copied
+            found = encoder(images.to(device_of(encoder), torch.float32)).cpu().double()
+    return (found / found.abs().max().clamp(min=1e-30)).round(decimals=6).add(0.0).numpy()
 
 
 def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:

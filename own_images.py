@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from attrs import fields
 
 import arrow_images
 import ddp
@@ -20,6 +21,7 @@ from files import Sample
 from folder_lock import locked
 from image_files import ImageFiles
 from image_folders import Found, ImageFolder, check_settings, labelled, listed_in, lists, settings_of, write
+from own_data_params import OwnDataParams
 from shard_names import is_pattern
 from tar_shards import TarShards
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 Source = ImageFolder | TarShards | ArrowImages
 Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class, -1 for none)
+# Settings of the places of images and lists, of how images are read, and of what part of a list is used
+NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
 SECONDS = 60  # to wait for another process that writes lists
 INSTEAD = {"val": "test", "test": "val"}  # where the one has no images
 
@@ -97,8 +101,8 @@ def has_written(params: "EncoderAndDataParams") -> bool:
 
 def settings(params: "EncoderAndDataParams") -> dict[str, Any]:
     """Those that decide which images are in the lists, and their labels."""
-    names = ("val_size", "test_size", "data_seed", "include_patterns", "exclude_patterns")
-    return {name: getattr(params, name) for name in (*names, "labels_from", "label_key", "class_to_idx")}
+    names = [field.name for field in fields(OwnDataParams) if field.name not in NOT_IN_LISTS]
+    return {name: getattr(params, name) for name in names}
 
 
 # ---- what is there ----

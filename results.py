@@ -46,10 +46,11 @@ class Results:
 
     def __init__(self, folder: Path, fresh: bool = False):
         self.folder, self.path = folder, folder / "results.json"
+        if fresh:
+            self.path.unlink(missing_ok=True)
         found = read(self.path)
-        self.forgotten: list[Run] = found["runs"] if fresh else []
-        self.runs: list[Run] = [] if fresh else found["runs"]
-        self.config: dict[str, Any] = {} if fresh else found["config"]  # of the newest evaluation on each data set
+        self.runs: list[Run] = found["runs"]
+        self.config: dict[str, Any] = found["config"]  # of the newest evaluation on each data set
         self.own: dict[str, Any] = {}  # of it, this evaluation's
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights, of this evaluation
 
@@ -62,7 +63,7 @@ class Results:
         self.runs = list(filter(self.is_kept, self.runs))
 
     def is_kept(self, run: Run) -> bool:
-        return self.hashes.get(run["encoder"], run["hash"]) == run["hash"] and run not in self.forgotten
+        return self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
 
     def begin(self, dataset: str, config: dict[str, Any]) -> None:
         """What the newest evaluation on a data set depends on."""

@@ -134,9 +134,7 @@ def index(stamps: dict[str, Stamp], how: How, file: Path | None) -> dict[str, di
 
     is_kept = file is not None and file.is_file()
     if is_kept and unknown():
-        kept = json.loads(file.read_text())
-        for shard, one in kept["shards"].items() if kept["how"] == repr(how) else ():
-            known[shard, tuple(one["stamp"]), how] = one["places"]
+        known.update(read_index(file, how))
     fresh = unknown()
     known.update(((shard, stamps[shard], how), indexed(shard, stamps[shard], *how)) for shard in fresh)
     found = {shard: known[shard, stamp, how] for shard, stamp in stamps.items()}
@@ -144,6 +142,16 @@ def index(stamps: dict[str, Stamp], how: How, file: Path | None) -> dict[str, di
         shards = {shard: {"stamp": stamps[shard], "places": places} for shard, places in found.items()}
         write_whole(file, json.dumps({"how": repr(how), "shards": shards}))
     return found
+
+
+def read_index(file: Path, how: How) -> dict[tuple[str, Stamp, How], dict[str, Place]]:
+    """What `index` wrote; {} where it was made in another way, or is damaged: then the shards are read again."""
+    try:
+        kept = json.loads(file.read_text())
+        shards = kept["shards"].items() if kept["how"] == repr(how) else ()
+        return {(shard, tuple(one["stamp"]), how): dict(one["places"]) for shard, one in shards}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def indexed(shard: str, stamp: Stamp, endings: tuple[str, ...], label_keys: tuple[str, ...] | None) -> dict[str, Place]:

@@ -53,7 +53,7 @@ CONFIGS = {
 }
 # valid_class_acc in the post: STL-10, 10 epochs
 POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1}
-COLUMNS = ["config", "seed", "dataset", "epochs", "encoder", "accuracy", "pos_cos", "neg_cos", "minutes"]
+COLUMNS = ["config", "seed", "dataset", "epochs", "encoder", "accuracy", "pos_cos", "neg_cos", "minutes", "quick"]
 
 
 def arguments() -> argparse.Namespace:
@@ -77,7 +77,8 @@ def finished_runs(results: Path) -> list[dict[str, str]]:
     if not results.exists():
         return []
     with results.open() as file:
-        return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    return [{"quick": "False", **row} for row in rows]  # earlier versions did not note it
 
 
 def keep(results: Path, rows: list[dict]) -> None:
@@ -87,8 +88,14 @@ def keep(results: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
+def circumstances(args: argparse.Namespace) -> dict:
+    """What a row's numbers depend on, beside configuration and seed."""
+    return {"dataset": args.dataset, "epochs": args.epochs, "encoder": args.encoder, "quick": args.quick}
+
+
 def run_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
-    return args.out / f"{args.dataset}_{args.encoder}_{args.epochs}epochs" / f"{name}_{seed}"
+    quick = "_quick" if args.quick else ""
+    return args.out / f"{args.dataset}_{args.encoder}_{args.epochs}epochs{quick}" / f"{name}_{seed}"
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> dict:
@@ -117,7 +124,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     start = time.time()
     trainer.fit(SelfSupervisedMethod(params))
     found = trainer.callback_metrics
-    row = {"config": name, "seed": seed, "dataset": args.dataset, "epochs": args.epochs, "encoder": args.encoder}
+    row = {"config": name, "seed": seed, **circumstances(args)}
     logged = {"accuracy": "valid_class_acc", "pos_cos": "step_pos_cos", "neg_cos": "step_neg_cos"}
     row |= {column: round(found[metric].item(), 4) for column, metric in logged.items()}
     return row | {"minutes": round((time.time() - start) / 60, 2)}
@@ -173,7 +180,7 @@ def main() -> None:
 
 def run_all(args: argparse.Namespace) -> None:
     results = args.out / "results.csv"
-    same = {"dataset": args.dataset, "epochs": str(args.epochs), "encoder": args.encoder}
+    same = {column: str(value) for column, value in circumstances(args).items()}
     for seed in args.seeds:
         for name in args.configs:
             key = {"config": name, "seed": str(seed), **same}

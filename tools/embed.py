@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from command_line import add_fields
 from data import already_a_batch
+from features import encoder_hash
 from tools.commands import in_words, parser_of, usable
 from tools.embedding_work import Work
 from tools.feature_files import read  # noqa: F401  (the reader of what this writes)
@@ -84,6 +85,7 @@ def description(encoder: Encoder, source: Source, overrides: dict[str, Any]) -> 
     return {
         "checkpoint": str(file.resolve()) if file.is_file() else encoder.report.source,
         "sha256": digest(encoder),
+        "encoder": encoder_hash(encoder),
         "encoder_arch": p.encoder_arch,
         "preprocessing": {
             "central square, of the shorter side": part_kept(p),

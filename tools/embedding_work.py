@@ -17,7 +17,7 @@ from tools.image_sources import Source
 from weights import Encoder
 
 SECONDS = 30  # after which a part is written, however few rows it has
-SAME = ("sha256", "preprocessing", "images")  # what all rows of a file have in common
+SAME = ("sha256", "encoder", "preprocessing", "images")  # what all rows of a file have in common
 
 
 class Work:
@@ -73,6 +73,7 @@ class Work:
     def check(self, file: Path) -> bool:
         """Whether a file's rows were made as ours will be; notes what it says of unreadable images."""
         there = feature_files.about(file)
+        there = {"encoder": self.about["encoder"], **there}  # earlier versions did not note it
         other = [name for name in SAME if there[name] != self.about[name]]
         if other and not self.overwrite:
             differ = "; ".join(f"{name} {there[name]} there, {self.about[name]} now" for name in other)
