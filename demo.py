@@ -24,6 +24,7 @@ import data
 import evaluation
 import layers
 import run_folder
+from folder_lock import locked
 from learning_rate import LearningRate
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
@@ -153,16 +154,21 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="pytorch_lightning")  # of our deliberately small numbers
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    with locked(OUT):
+        run(args.epochs, args.linear_epochs)
+
+
+def run(epochs: int, linear_epochs: int) -> None:
     start, evaluations = time.time(), ["linear_probe", "knn"]
 
     recipe = {"batch_size": 64, "lars_eta": 0.005, "lars_warmup_epochs": 2, "seed": 0, "evaluations": evaluations}
-    params = VICRegParams(dataset_name="digits", max_epochs=args.epochs, **recipe)
+    params = VICRegParams(dataset_name="digits", max_epochs=epochs, **recipe)
     with run_folder.logged(OUT / "log.txt"):
-        random, trained = pretrain(params, args.epochs)
-        accuracy = train_classifier(args.linear_epochs)
+        random, trained = pretrain(params, epochs)
+        accuracy = train_classifier(linear_epochs)
     result = table(random, trained)
-    result += f"\n\nLinearClassifierMethod after {args.linear_epochs} epochs: {accuracy:.1f} % of the test set."
-    (OUT / "results.md").write_text(result + "\n")
+    result += f"\n\nLinearClassifierMethod after {linear_epochs} epochs: {accuracy:.1f} % of the test set."
+    write_whole(OUT / "results.md", result + "\n")
     results = {"random encoder": random, "trained encoder": trained, "linear classifier": {"valid_acc1": accuracy}}
     write_whole(OUT / "results.json", to_json(results, indent=2))
     page = report.write([OUT], encoder=small_encoder())

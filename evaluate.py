@@ -83,7 +83,7 @@ def evaluate_checkpoint(
     protocols = runnable(protocols, trained, params)
     encoders = {**(compared(trained, starting_weights) if baselines else {}), "trained": trained}
     results = Results(folder, fresh)
-    results.config[params.dataset_name] = {
+    about = {
         "checkpoint": str(checkpoint),
         "encoders": {name: str(found.report) for name, found in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
@@ -92,6 +92,7 @@ def evaluate_checkpoint(
         "device": device,
         "versions": versions(),
     }
+    results.begin(params.dataset_name, about)
     subjects = {
         name: Subject(
             found.to(device),
@@ -131,12 +132,13 @@ def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[
                     start = time.monotonic()
                     scores = row.run(subject, seed)
                     told = {"definition": definition, "source": row.source, "seen": seen(subject.params)}
+                    told |= {"training": subject.training} if row.trains else {}
                     seconds = round(time.monotonic() - start, 2)
                     run |= {"key": key, "hash": hashes[encoder], "scores": scores, "seconds": seconds, **told}
                     results.add(run)
                 scores = ", ".join(f"{name} {value:.4g}" for name, value in (done or run)["scores"].items())
                 print(f"{protocol}, {encoder} encoder, seed {seed}{' (there)' if done else ''}: {scores}", flush=True)
-    results.write()
+    results.add()  # what is forgotten, and config
 
 
 def seen(params: EncoderAndDataParams) -> dict[str, Any]:

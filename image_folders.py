@@ -191,7 +191,8 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 
 def check_settings(folder: Path, made_by: dict[str, Any], now: dict[str, Any]) -> None:
     now = json.loads(json.dumps(now))
-    changed = [f"{name}={made_by.get(name)!r}, not {now[name]!r}" for name in now if made_by.get(name) != now[name]]
+    names = [name for name in now if name in made_by]  # earlier versions noted fewer
+    changed = [f"{name}={made_by[name]!r}, not {now[name]!r}" for name in names if made_by[name] != now[name]]
     if changed:
         raise ValueError(
             f"the lists in splits_path={str(folder)!r} were made by {'; '.join(changed)}: set what they were made by, "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from attrs import fields
 from pytorch_lightning.utilities import rank_zero_warn
 
 import arrow_images
@@ -20,9 +21,11 @@ from augmentations import View
 from class_labels import UNLABELED, Label, composed, numbers
 from file_search import PassedOver, tell
 from files import Sample
+from folder_lock import locked
 from foreign_paths import ForeignPath, refuse_foreign
 from image_files import ImageFiles
 from image_folders import Found, ImageFolder, check_settings, labelled, listed_in, lists, settings_of, write
+from own_data_params import OwnDataParams
 from shard_names import is_pattern
 from tar_shards import TarShards
 
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 Source = ImageFolder | TarShards | ArrowImages
 Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class, -1 for none)
 CLASSES = "classes"  # in the settings beside lists that were written here: names, in the order of their numbers
+# Settings of the places of images and lists, of how images are read, and of what part of a list is used
+NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
+SECONDS = 60  # to wait for another process that writes lists
 INSTEAD = {"val": "test", "test": "val"}  # where the one has no images
 
 
@@ -83,7 +89,10 @@ def splits(source: Source, params: "EncoderAndDataParams") -> tuple[Numbered, li
     if not found.get("val") and not found.get("test"):
         found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)
     if kept and not by_hand and ddp.rank() == 0:
-        write(kept, found, {**settings(params), CLASSES: names})
+        with locked(kept, wait=SECONDS):  # another process may draw them, too, perhaps by other settings
+            if has_written(params):
+                return as_written(lists(kept, source), kept)
+            write(kept, found, {**settings(params), CLASSES: names})
     say(source, found, f", by the lists in {kept}" if by_hand else "")
     return found, names
 
@@ -138,8 +147,8 @@ def has_written(params: "EncoderAndDataParams") -> bool:
 
 def settings(params: "EncoderAndDataParams") -> dict[str, Any]:
     """Those that decide which images are in the lists, and their labels."""
-    names = ("val_size", "test_size", "data_seed", "include_patterns", "exclude_patterns")
-    return {name: getattr(params, name) for name in (*names, "labels_from", "label_key", "class_to_idx")}
+    names = [field.name for field in fields(OwnDataParams) if field.name not in NOT_IN_LISTS]
+    return {name: getattr(params, name) for name in names}
 
 
 # ---- what is there ----

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from class_labels import in_classes
 from device import has_room, to_device
+from whole_files import whole_folder
 
 PIECE = 2**26  # bytes; of a copy to the device
 ANEW = "write it again, or remove its folder, to have a set that can be downloaded packed anew"
@@ -23,13 +24,10 @@ def is_there(split: Path) -> bool:
 
 def pack(split: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Write one split, complete or not at all."""
-    unfinished = split.with_name(f".{split.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed; we hold the lock
-    unfinished.mkdir()
-    np.save(unfinished / "images.npy", np.ascontiguousarray(images, dtype=np.uint8))
-    np.save(unfinished / "labels.npy", np.asarray(labels, dtype=np.int64))
-    shutil.rmtree(split, ignore_errors=True)  # half of it, put there by hand
-    unfinished.rename(split)
+    with whole_folder(split) as unfinished:
+        np.save(unfinished / "images.npy", np.ascontiguousarray(images, dtype=np.uint8))
+        np.save(unfinished / "labels.npy", np.asarray(labels, dtype=np.int64))
+        shutil.rmtree(split, ignore_errors=True)  # half of it, put there by hand
 
 
 def arrays(split: Path) -> tuple[np.memmap, np.ndarray]:

@@ -154,9 +154,7 @@ def index(stamps: dict[str, Stamp], how: How, file: Path | None) -> dict[str, Sh
 
     is_kept = file is not None and file.is_file()
     if is_kept and unknown():
-        kept = json.loads(file.read_text())
-        for shard, one in kept["shards"].items() if kept["how"] == repr((VERSION, how)) else ():
-            known[shard, tuple(one["stamp"]), how] = Shard(one["places"], PassedOver(one["passed_over"]))
+        known.update(read_index(file, how))
     fresh = unknown()
     known.update(((shard, stamps[shard], how), indexed(shard, stamps[shard], *how)) for shard in fresh)
     found = {shard: known[shard, stamp, how] for shard, stamp in stamps.items()}
@@ -164,6 +162,19 @@ def index(stamps: dict[str, Stamp], how: How, file: Path | None) -> dict[str, Sh
         shards = {shard: {"stamp": stamps[shard], **one._asdict()} for shard, one in found.items()}
         write_whole(file, json.dumps({"how": repr((VERSION, how)), "shards": shards}))
     return found
+
+
+def read_index(file: Path, how: How) -> dict[tuple[str, Stamp, How], Shard]:
+    """What `index` wrote; {} where it was made in another way, or is damaged: then the shards are read again."""
+    try:
+        kept = json.loads(file.read_text())
+        shards = kept["shards"].items() if kept["how"] == repr((VERSION, how)) else ()
+        return {
+            (shard, tuple(one["stamp"]), how): Shard(dict(one["places"]), PassedOver(one["passed_over"]))
+            for shard, one in shards
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def indexed(shard: str, stamp: Stamp, endings: tuple[str, ...], label_keys: tuple[str, ...] | None) -> Shard:

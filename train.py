@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import checkpoints
 import command_line
+import ddp
 import dry_run
 import own_images
 import parameter_options
 import preview
 import run_folder
+from folder_lock import locked
 from foreign_paths import kept_lists
 from gradient_norms import GradientNorms
 from learning_rate import LearningRate
@@ -39,6 +42,7 @@ from progress import Progress
 from run_options import RunOptions
 from whole_files import to_json, write_whole
 
+KEPT = ("*.ckpt", "*/checkpoints/*.ckpt")  # of a run: never overwritten by another one
 OF_THE_ENCODER = ("epochs", "trained encoder", "test set", "linear minutes", "linear classifier")  # of results.json
 
 
@@ -81,7 +85,7 @@ def beginning(
     Raises:
         ValueError: the method or its Trainer cannot resume from it.
     """
-    path = checkpoints.newest(out / name / "checkpoints") if given == "auto" else Path(given) if given else None
+    path = newest(out, name) if given == "auto" else Path(given) if given else None
     if path is None:
         return None, 0
     content = checkpoints.read(path)
@@ -93,6 +97,12 @@ def beginning(
     except ValueError as error:
         raise ValueError(f"{error}, or choose another --out (resume={given!r}: {path})") from error
     return path, content["global_step"]
+
+
+def newest(out: Path, name: str) -> Path | None:
+    """The newest checkpoint of a stage. Of a finished pretraining whose step_*.ckpt were deleted, its last one."""
+    found, finished = checkpoints.newest(out / name / "checkpoints"), out / "pretrained.ckpt"
+    return finished if found is None and name == "pretraining" and finished.is_file() else found
 
 
 def score(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
@@ -150,8 +160,8 @@ def train_classifier(out: Path, options: RunOptions, params: ModelParams, result
 def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:
     """One run, or the rest of one."""
     results = {"preset": preset}
-    if options.resume and (out / "results.json").is_file():
-        results = json.loads((out / "results.json").read_text()) | results
+    if options.resume:
+        results = run_folder.results_of(out) | results
     if params.dataset.own:
         lists = params.splits_path or str((out / "splits").resolve())
         gone = options.resume and not Path(lists).expanduser().is_dir()  # the run was moved
@@ -192,14 +202,20 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
         if out.is_file():
             raise ValueError(f"out={out} is a file: name a folder")
-        if not options.resume and any(out.glob("*/checkpoints/step_*.ckpt")):
-            raise ValueError(f"out={out} holds an earlier run. Pass --resume auto to resume it, or another --out")
-        if options.resume:
-            before = run_folder.settings(out)
-            run_folder.refuse_another(out, before, {"preset": preset, **attrs.asdict(params)})
-            if params.seed is None:  # that of the run that we go on with
-                params = attrs.evolve(params, seed=before.get("seed"))
-        run(out, preset, options, params)
+        with locked(out) if ddp.is_first_process() else nullcontext():  # the others belong to it
+            start(out, preset, options, params)
+
+
+def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:
+    """A new run, or the rest of an earlier one."""
+    if not options.resume and any(file for pattern in KEPT for file in out.glob(pattern)):
+        raise ValueError(f"out={out} holds an earlier run. Pass --resume auto to resume it, or another --out")
+    if options.resume:
+        before = run_folder.settings(out)
+        run_folder.refuse_another(out, before, {"preset": preset, **attrs.asdict(params)})
+        if params.seed is None:  # that of the run that we go on with
+            params = attrs.evolve(params, seed=before.get("seed"))
+    run(out, preset, options, params)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import command_line
 import dry_run
 import milestones
 import progress
+import run_folder
 import train
 from gradient_norms import GradientNorms
 from moco import SelfSupervisedMethod
@@ -315,6 +316,55 @@ def test_a_folder_or_checkpoint_that_cannot_be_is_refused_before_the_run_begins(
     with pytest.raises(SystemExit, match="error: there is no file maybe"):
         main(f"{SMALL} --resume maybe --out new", monkeypatch)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["log.txt"]
+
+
+def test_a_folder_in_use_is_refused_before_any_work(monkeypatch, tmp_path, holder):
+    process = holder(tmp_path / "run")
+    with pytest.raises(SystemExit, match=f"error: .*run is in use by process {process.pid}"):
+        main(f"{SMALL} --out run", monkeypatch)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a process of the same run
+    with pytest.raises(SystemExit, match="there is no file maybe"):
+        main(f"{SMALL} --out run --resume maybe", monkeypatch)
+
+
+def test_a_finished_run_without_its_steps_is_kept(run, monkeypatch, tmp_path):
+    out = shutil.copytree(run, tmp_path / "copy")
+    for file in out.glob("pretraining/checkpoints/*.ckpt"):
+        file.unlink()
+    before = (out / "pretrained.ckpt").read_bytes()
+    with pytest.raises(SystemExit, match="holds an earlier run"):
+        main(RUN.format(out=out), monkeypatch)
+    assert (out / "pretrained.ckpt").read_bytes() == before
+    assert train.newest(out, "pretraining") == out / "pretrained.ckpt"  # --resume auto goes on with it
+
+
+def test_a_configuration_written_by_hand_is_kept(tmp_path):
+    text = "preset: simclr  # a note\n"
+    (tmp_path / "config.yaml").write_text(text)
+    run_folder.begin(tmp_path, "preset: simclr\n", ["train.py"])
+    run_folder.begin(tmp_path, "preset: simclr\n", ["train.py"])  # not kept once more
+    (kept,) = tmp_path.glob("config_by_hand_*.yaml")
+    assert kept.read_text() == text and (tmp_path / "config.yaml").read_text() == "preset: simclr\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", b"preset: [simclr"),
+        ("config.yaml", b"- 1"),
+        ("config.yaml", b"\xff"),
+        ("results.json", b"[1]"),
+        ("results.json", b"{"),
+        ("run.json", b"{}"),
+        ("run.json", b"[1]"),
+    ],
+)
+def test_a_file_of_a_run_that_cannot_be_read_is_named(name, content, tmp_path):
+    (tmp_path / "config.yaml").write_text("preset: simclr\n")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        compare.read(tmp_path)
 
 
 def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["device", "whole_files", "program", "file_search", "class_labels", "numerics"],
+    ["device", "folder_lock", "whole_files", "program", "file_search", "class_labels", "numerics"],
     [
         "ddp",
         "schedules",

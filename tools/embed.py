@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from command_line import add_fields
 from data import already_a_batch
 from device import usable
+from features import encoder_hash
 from program import one_line_errors
 from tools.commands import parser_of
 from tools.embedding_work import Work
@@ -85,6 +86,7 @@ def description(encoder: Encoder, source: Source, overrides: dict[str, Any]) -> 
     return {
         "checkpoint": str(file.resolve()) if file.is_file() else encoder.report.source,
         "sha256": digest(encoder),
+        "encoder": encoder_hash(encoder),
         "encoder_arch": p.encoder_arch,
         "preprocessing": {
             "central square, of the shorter side": part_kept(p),

@@ -30,7 +30,7 @@ from tools.commands import parser_of
 from tools.formats import FORMATS, Normalized
 from tools.verify import samples, verified
 from weights import Encoder, load_encoder
-from whole_files import sync_folder
+from whole_files import disk_errors_named, sync
 
 FACTS = (
     "encoder_arch",
@@ -136,6 +136,7 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
     notes = {"self_supervised": facts(encoder.params, twin.arch, expected.shape[1], mean, std), "load": code}
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
+        disk_errors_named(target),
         tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder,
         Console(stderr=True).status(f"{format}: writing") as status,
     ):
@@ -171,10 +172,9 @@ def place(file: Path, target: Path, publish: bool) -> Path:
         # torch.hub takes what stands between the first hyphen and a dot for the hash: no other dot may follow one
         target = target.with_name(f"{target.stem.replace('.', '_')}-{digest[:8]}{target.suffix}")
     refuse_existing(target)
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+    sync(file)
     os.replace(file, target)
-    sync_folder(target.parent)
+    sync(target.parent)
     return target
 
 

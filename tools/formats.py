@@ -4,6 +4,7 @@ A file carries two notes: "self_supervised", what one must know to feed the enco
 "load", Python that reads the file at `path` and turns `images`, [N, C, H, W], into `embeddings`, [N, E].
 """
 
+import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -79,7 +80,8 @@ def as_json(notes: dict[str, Any]) -> dict[str, str]:
 
 
 def write_torch(state: dict[str, Tensor], path: Path, notes: dict[str, Any], images: Tensor) -> None:
-    torch.save({"state_dict": state, **notes}, path)
+    with path.open("wb") as file:  # a full disk is Python's error there, and aborts the process where PyTorch opens it
+        torch.save({"state_dict": state, **notes}, file)
 
 
 def write_safetensors(state: dict[str, Tensor], path: Path, notes: dict[str, Any], images: Tensor) -> None:
@@ -101,12 +103,16 @@ def write_torchscript(model: nn.Module, path: Path, notes: dict[str, Any], image
         warnings.filterwarnings("ignore", "`torch.jit.*is deprecated", FutureWarning)
         # of asserts on shapes within torchvision and timm, which hold for all images of this size
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        torch.jit.save(torch.jit.trace(model, images), path, _extra_files=as_json(notes))
+        content = io.BytesIO()  # as in write_torch
+        torch.jit.save(torch.jit.trace(model, images), content, _extra_files=as_json(notes))
+    path.write_bytes(content.getbuffer())
 
 
 def write_torch_export(model: nn.Module, path: Path, notes: dict[str, Any], images: Tensor) -> None:
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(exported, path, extra_files=as_json(notes))
+    content = io.BytesIO()  # as in write_torch
+    torch.export.save(exported, content, extra_files=as_json(notes))
+    path.write_bytes(content.getbuffer())
 
 
 def write_onnx(model: nn.Module, path: Path, notes: dict[str, Any], images: Tensor) -> None:
