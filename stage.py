@@ -41,7 +41,7 @@ class Settings(AttributeDict):
             "with others: SelfSupervisedMethod(params, lr=0.3), load_from_checkpoint(path, lr=0.3)"
         )
 
-    __setattr__ = __setitem__ = update = setdefault = pop = popitem = clear = __ior__ = refuse
+    __setattr__ = __setitem__ = update = setdefault = __ior__ = refuse
 
     def __reduce__(self) -> tuple:
         """For copies and for other processes, which would set item after item."""
@@ -260,7 +260,7 @@ class Stage(pl.LightningModule):
     def adopt_seed(self, seed: int) -> None:
         """In place of a seed that was drawn."""
         self.params = attrs.evolve(self.params, seed=seed)
-        self._set_hparams({"seed": seed})
+        self.save_hyperparameters({"seed": seed})
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:
