@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from file_search import PassedOver
 from files import File, OnDisk
 from image_folders import SPLITS, Found, Label, as_label
 
@@ -41,7 +42,7 @@ class ArrowImages(OnDisk):
 
     def __init__(self, root: Path, image_key: str | None, label_key: str | None, labelled: bool, names: bool):
         self.root, self.names = root, names
-        self.splits = splits_of(root)
+        self.splits, self.passed_over = splits_of(root), PassedOver()
         folder = next(iter(self.splits.values()))
         features = json.loads((folder / INFO).read_text())["features"] or {}
         self.image_key = image_key or only(features, "Image", ("image", "img"), "image_key", root)
@@ -68,6 +69,9 @@ class ArrowImages(OnDisk):
                 ]
             prefix = "" if folder == self.root else f"{folder.name}/"
             found[split] = [(f"{prefix}{row}", label) for row, label in enumerate(labels)]
+        self.passed_over.clear()
+        for folder in unused_splits(self.root, self.splits):
+            self.passed_over.add("in splits that are not used", folder, len(mapped(stamp(folder))))
         return found
 
     def label_of(self, path: str) -> Label:
@@ -120,6 +124,11 @@ def classes_in(folder: Path, label_key: str | None) -> list[str] | None:
     """Names of the classes of a column, in the order of their numbers; None if it has none."""
     features = json.loads((folder / INFO).read_text())["features"] or {}
     return (features.get(label_key) or {}).get("names") if label_key else None
+
+
+def unused_splits(root: Path, used: dict[str, Path]) -> list[Path]:
+    names = json.loads((root / SPLIT_LIST).read_text())["splits"] if (root / SPLIT_LIST).is_file() else []
+    return [root / name for name in names if root / name not in used.values() and (root / name / STATE).is_file()]
 
 
 def only(features: dict, kind: str, preferred: tuple[str, ...], field: str, root: Path) -> str | None:

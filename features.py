@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import augmentations
 import data
+from files import name_skipped, readable_rows
 from packed_images import PackedImages
 from shared_params import OF_ONE_KIND, EncoderAndDataParams
 from weights import Encoder
@@ -76,7 +77,7 @@ def extract(
     encoder: Encoder, params: EncoderAndDataParams, splits: tuple[str, ...], cache: Path, stages: bool = False
 ) -> Features:
     """Embeddings and labels of whole images, in the order of the set; with `stages` also what comes out of each. Of
-    videos: the means over their evaluation_clips x evaluation_crops clips."""
+    videos: the means over their evaluation_clips x evaluation_crops clips. Unreadable files are left out, and named."""
     dataset = data.get_dataset(params, splits)
     names = stages_of(encoder) if stages else []
     folder = cache / fingerprint(encoder, params, dataset, {"whole images": names})
@@ -88,7 +89,10 @@ def extract(
                     yield {"x": encoder.embed(images), "y": labels, **tap.averages(len(images))}
 
         write(folder, len(dataset), rows(), n_batches(dataset, params), f"features of {'+'.join(splits)}")
+        name_skipped(dataset)
     arrays = read(folder)
+    if left_out := len(dataset) - len(arrays["x"]):
+        print(f"features of {'+'.join(splits)}: without {left_out:,} images that could not be read", flush=True)
     return Features(arrays.pop("x"), arrays.pop("y"), arrays)
 
 
@@ -112,15 +116,17 @@ def extract_views(
     if not folder.is_dir():
         device = device_of(encoder)
         subset = dataset.subset(chosen)
+        subset.evaluated = True
 
         def rows() -> Iterator[dict[str, Tensor]]:
-            for i, (images, _) in enumerate(batches(subset, params)):
+            for i, (images, labels) in enumerate(batches(subset, params)):
                 on_device = [x.to(device) for x in images] if isinstance(images, list) else images.to(device)
                 views = augmentations.augment(on_device, (seed, i), [view] * n_views, params.mean, params.std)
                 with torch.no_grad():
-                    yield {"x": torch.stack([encoder(x.to(device)).float() for x in views], 1)}
+                    yield {"x": torch.stack([encoder(x.to(device)).float() for x in views], 1), "y": labels}
 
         write(folder, len(subset), rows(), n_batches(subset, params), f"{n_views} views of {len(subset)} images")
+        name_skipped(subset)
     return read(folder)["x"]
 
 
@@ -181,6 +187,8 @@ def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset
     preprocessing = {"size": params.crop_size, "mean": params.mean, "std": params.std}
     if params.dataset.of_videos:
         preprocessing |= {name: getattr(params, name) for name in EVALUATED_CLIPS}
+    if params.unreadable_images == "skip":
+        preprocessing["unreadable"] = "left out"  # in earlier versions, a neighbor was counted in its place
     found = hashlib.sha256(repr((encoder_hash(encoder), preprocessing, wanted)).encode())
     for piece in contents(dataset):
         found.update(piece)
@@ -208,22 +216,26 @@ def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
 
 
 def write(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_batches: int, what: str) -> None:
-    """Batches of rows of each array -> one .npy an array, in constant memory, complete or not at all."""
+    """Batches of rows of each array -> one .npy an array, in constant memory, complete or not at all. Rows whose label
+    `y` says that they stand in for unreadable files are left out: the arrays then have less than n rows."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     unfinished.mkdir(parents=True)
     arrays, done = {}, 0
     for batch in track(rows, what, total=n_batches):
-        for name, part in batch.items():
-            part = part.cpu().numpy()
+        *parts, labels = readable_rows(batch["y"].cpu(), *(part.cpu() for part in batch.values()))
+        for name, part in zip(batch, parts, strict=True):
+            part = part.numpy()
             if name not in arrays:
                 path, shape = unfinished / f"{name}.npy", (n, *part.shape[1:])
                 arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=part.dtype, shape=shape)
             arrays[name][done : done + len(part)] = part
-        done += len(part)
-    assert done == n, (done, n)
-    for array in arrays.values():
+        done += len(labels)
+    for name, array in arrays.items():
         array.flush()
+        if done < n:
+            np.save(unfinished / f"{name}.part.npy", array[:done])
+            os.replace(unfinished / f"{name}.part.npy", unfinished / f"{name}.npy")
     unfinished.rename(folder)
 
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 import augmentations
 import data
-import ddp
 import layers
 import optimizers
 import subsets
 import video_params
 from encoders import embed, get_encoder
 from fields import plain
+from files import UNREADABLE
 from lars import parameter_groups
 from linear_params import LinearClassifierMethodParams
 from shared_params import OF_ONE_KIND, labelled, n_classes, resolve
@@ -89,7 +89,7 @@ class LinearClassifierMethod(Stage):
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
         if not of_data.flip_probability:  # scans of digits: a small crop would cut off what tells the classes apart
             self.view = attrs.evolve(self.view, crop_scale=of_data.crop_scale)
-        self.validation_scores: list[Tensor] = []
+        self.validation_scores: dict[int, list[tuple[Tensor, Tensor]]] = {}  # and labels
         self.augment = partial(augmentations.augment, views=[self.view], mean=p.mean, std=p.std)
 
     @classmethod
@@ -167,12 +167,11 @@ class LinearClassifierMethod(Stage):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         with self.eagerly():
-            self.validation_scores.append(self.scores(batch))
+            self.validation_scores.setdefault(0, []).append((self.scores(batch), batch[1]))
 
     def on_validation_epoch_end(self) -> None:
         """Means over the whole set, each image once, however many processes there are."""
-        scores = ddp.gather_evaluated(torch.cat(self.validation_scores), self.trainer.val_dataloaders)
-        self.validation_scores.clear()
+        [(scores, _)] = self.gathered(self.validation_scores, self.trainer.val_dataloaders)
         means = {f"valid_{name}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
         self.log_dict(means, prog_bar=True, sync_dist=True)
 
@@ -180,6 +179,7 @@ class LinearClassifierMethod(Stage):
         """Of each image: cross entropy, and 100 where its class is the first, or among the first five: [N, 3]."""
         images, labels = batch
         logits = self(images).float()
+        labels = labels.where(labels != UNREADABLE, 0)  # these are left out in the end
         own = logits.gather(1, labels.unsqueeze(1))
         rank = (~(logits < own)).sum(1) - 1  # 0: the right class alone has the highest logit (never so with NaN)
         accuracies = [100.0 * (rank < k) for k in (1, 5)]

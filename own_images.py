@@ -18,6 +18,7 @@ import tar_shards
 from arrow_images import ArrowImages
 from augmentations import View
 from class_labels import UNLABELED, Label, composed, numbers
+from file_search import PassedOver, tell
 from files import Sample
 from foreign_paths import ForeignPath, refuse_foreign
 from image_files import ImageFiles
@@ -71,16 +72,19 @@ def splits(source: Source, params: "EncoderAndDataParams") -> tuple[Numbered, li
     """
     kept = folder_of_lists(params)
     if has_written(params):
-        return as_written(lists(kept, source), kept)
+        found, names = as_written(lists(kept, source), kept)
+        say(source, found, f", by the lists in {kept}")
+        return found, names
     by_hand = kept is not None and bool(listed_in(kept)) and settings_of(kept) is None
     images = labelled(lists(kept, source), source.label_of) if by_hand else find(source, params)
-    found, names = numbered(wanted(images, source.root, params), params.class_to_idx, source.root)
+    found, names = numbered(wanted(images, source.root, params, source.passed_over), params.class_to_idx, source.root)
     stored = dict(enumerate(getattr(source, "classes", None) or []))  # of a column of numbers that have names
     names = [stored.get(int(name), name) if name.isdecimal() else name for name in names]
     if not found.get("val") and not found.get("test"):
         found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)
     if kept and not by_hand and ddp.rank() == 0:
         write(kept, found, {**settings(params), CLASSES: names})
+    say(source, found, f", by the lists in {kept}" if by_hand else "")
     return found, names
 
 
@@ -99,6 +103,11 @@ def as_written(found: Found, folder: Path) -> tuple[Numbered, list[str]]:
         for split, images in found.items()
     }
     return in_numbers, names
+
+
+def say(source: Source, found: Numbered, how: str) -> None:
+    """How many images there are, and what was passed over where they were looked for."""
+    tell(source.root, sum(map(len, found.values())), f"images{how}", source.passed_over)
 
 
 # ---- lists in splits_path ----
@@ -180,16 +189,22 @@ def find(source: Source, params: "EncoderAndDataParams") -> Found:
     return found
 
 
-def wanted(found: Found, root: Path, params: "EncoderAndDataParams") -> Found:
+def wanted(found: Found, root: Path, params: "EncoderAndDataParams", passed_over: PassedOver) -> Found:
     """By the patterns, and without labels if labels_from=None.
 
     Raises:
         ValueError: there are no images for training, or some beside all splits, or labels of some images only.
     """
-    chosen = {split: [one for one in images if is_wanted(one[0], params)] for split, images in found.items()}
+    chosen: Found = {split: [] for split in found}
+    for split, images in found.items():
+        for image in images:
+            if is_wanted(image[0], params):
+                chosen[split].append(image)
+            else:
+                passed_over.add("by include_patterns and exclude_patterns", image[0])
     beside = chosen.pop("", [])
     if not chosen.get("train"):
-        raise ValueError(f"{root} holds {without_training(found, params)}")
+        raise ValueError(f"{root} holds {without_training(found, params)}{passed_over}")
     if beside:
         raise ValueError(
             f"{root} has {' and '.join(chosen)}, and {len(beside)} images in none of them, such as {beside[0][0]}: "

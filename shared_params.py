@@ -55,7 +55,7 @@ class EncoderAndDataParams(OwnDataParams, VideoParams):
     drop_last_batch: bool | None = True  # in training only; None: if it is less than half a batch, and not the only one
     pin_data_memory: bool = True  # for faster copies to a GPU
     data_on_device: bool | None = None  # packed sets as uint8; None: on a GPU, where they fit
-    unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: use the next readable one, count, tell
+    unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: train on the next one, evaluate without; count
 
     # torch.compile of encoder, heads and, on a GPU, views
     torch_compile: bool | str = choice(False, COMPILE_MODES)  # reduce-overhead: CUDA graphs

@@ -19,6 +19,7 @@ import data
 import ddp
 from class_labels import in_classes
 from device import keep_freed_memory
+from files import readable_rows
 from foreign_paths import vetted
 from loader import Loader, images_and_labels, whole_numbers
 from watch import Watch
@@ -108,12 +109,14 @@ class Stage(pl.LightningModule):
         return [self.loader(dataset, training=False) for dataset in datasets]
 
     @staticmethod
-    def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[list[Tensor | None]]:
-        """(features, labels or None) of each loader, gathered over processes; empties `outputs_of`."""
+    def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Tensor | None, ...]]:
+        """(features, labels or None) of each loader, gathered over processes; empties `outputs_of`. Unreadable files
+        are left out."""
         loaders, sets = loaders if isinstance(loaders, list | tuple) else [loaders], []
         for index, outputs in sorted(outputs_of.items()):
             parts, loader = zip(*outputs, strict=True), loaders[index]
-            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts])
+            x, y = (p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts)
+            sets.append(readable_rows(y, x))
         outputs_of.clear()
         return sets
 

@@ -1,7 +1,6 @@
 """What is said while a method trains: what is in force, when it goes wrong, and what to try."""
 
 import math
-import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 import ddp
+import files
 import optimizers
 from checkpoints import SafeCheckpointIO
 from device import to_host
@@ -99,15 +99,13 @@ class Watch(pl.Callback):
             self.name_collapse(trainer, "valid_rank_me", COLLAPSED_RANK, "1 is a single direction")
             self.name_skipped(trainer)
 
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.name_skipped(trainer)
+
     def name_skipped(self, trainer: pl.Trainer) -> None:
         """Unreadable files of this process's share."""
         datasets = [getattr(loader, "dataset", None) for loader in loaders(trainer)]
-        skipped = [path for dataset in datasets if hasattr(dataset, "skipped") for path in dataset.skipped()]
-        if len(skipped) > self.n_skipped:
-            self.n_skipped = len(skipped)
-            warnings.warn(
-                f"{len(skipped)} files could not be read and were skipped: {', '.join(skipped[:20])}", stacklevel=2
-            )
+        self.n_skipped = max(self.n_skipped, files.name_skipped(*datasets, already=self.n_skipped))
 
     def name_collapse(self, trainer: pl.Trainer, name: str, limit: float, meaning: str) -> None:
         value = float(trainer.callback_metrics.get(name, math.inf))
@@ -149,5 +147,5 @@ class Watch(pl.Callback):
 
 def loaders(trainer: pl.Trainer) -> list:
     """Those that the Trainer has at hand."""
-    both = [trainer.train_dataloader, trainer.val_dataloaders]
-    return [one for some in both for one in (some if isinstance(some, list) else [some])]
+    all_of_them = [trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders]
+    return [one for some in all_of_them for one in (some if isinstance(some, list) else [some])]

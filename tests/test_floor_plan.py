@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["device", "whole_files", "class_labels"],
+    ["device", "whole_files", "class_labels", "file_search"],
     [
         "ddp",
         "schedules",

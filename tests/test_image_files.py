@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import tarfile
 from functools import partial
 
 import attrs
@@ -14,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from test_own_data import params as own_data
 from torch import nn
 
 import data
@@ -22,6 +24,7 @@ from augmentations import View
 from image_files import ImageFiles, class_folders, read_image
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from tools.image_sources import Batches, open_source
 from video_files import in_class_folders
 
 RAMP = np.linspace(0, 255, 40 * 30).reshape(40, 30).astype(np.uint8)
@@ -286,3 +289,37 @@ def test_class_folders_are_numbered_by_those_of_train(tmp_path):
                 read(tmp_path / "val")
     shutil.rmtree(tmp_path / "train")
     assert labels("val") == [0, 1]  # nothing to compare with: in alphabetical order
+
+
+@pytest.mark.parametrize("side", [12, 40])  # up to twice the limit, and beyond: Pillow treats them differently
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.npy"])
+def test_one_limit_of_pixels_for_all_readers_before_decoding(name, side, tmp_path, monkeypatch):
+    path = tmp_path / "train" / "c" / name
+    path.parent.mkdir(parents=True)
+    pixels = np.zeros((side, side, 3), np.uint8)
+    np.save(path, pixels) if name == "a.npy" else Image.fromarray(pixels).save(path)
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(path, f"c/{name}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    views = [View(crop_size=4)] * 2
+    pages = {"a.tif": [None, [0, 255]], "a.npy": [[0, 255]]}.get(name, [None])
+    for pixel_range in pages:
+        for root in (tmp_path / "train", tmp_path / "train.tar"):
+            p = own_data(root, pixel_range=pixel_range, val_size=0, test_size=0)
+            for of_training in (views, []):
+                with pytest.raises(ValueError, match="more than 100 pixels"):
+                    data.get_dataset(p, ("train",), of_training)[0]
+            source = open_source(str(root))
+            _, images, unreadable = Batches(source, p).__getitems__(source.paths())
+            assert images is None and "more than 100 pixels" in next(iter(unreadable.values()))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert data.get_dataset(p, ("train",))[0][0].shape == (3, 32, 32)
+
+
+def test_a_header_that_lies_about_its_size_is_refused_before_memory_is_taken(tmp_path):
+    path = tmp_path / "c" / "a.npy"
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6, 3)})
+    with pytest.raises(ValueError, match="a.npy could not be read as an image .*pixels"):
+        data.get_dataset(own_data(tmp_path, val_size=0, test_size=0), ("train",))[0]

@@ -68,8 +68,7 @@ def embed(
     source = open_source(folder, "video" if encoder.params.dataset.of_videos else "image")
     with Work(out, description(encoder, source, overrides), overwrite) as work:
         paths = source.paths()
-        passed_over = f", passed over {source.others}" if source.others else ""
-        print(f"{source.name}: {len(paths):,} {source.kind}s{passed_over}")
+        print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
         if todo := work.left(paths, skip_unreadable):
             loader = batches(source, encoder, todo, batch_size, num_workers)
             work.add(encoder.to(device), loader, len(paths), skip_unreadable)

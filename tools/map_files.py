@@ -103,13 +103,13 @@ def in_script(content: Any) -> str:
 
 
 def pictures(paths: list[str], source: Source, budget: int) -> list[str | None]:
-    """Small JPEGs as data URIs; at random None, once the budget is spent, and where a file is gone."""
+    """Small JPEGs as data URIs; at random None, once the budget is spent, and where a file is gone or no picture."""
     uris, left = [None] * len(paths), budget
     with bar() as progress:
         for i in progress.track(np.random.default_rng(0).permutation(len(paths)), description="pictures"):
             try:
                 uri = thumbnail(source.picture(paths[i], side=SIDE))
-            except OSError:
+            except (OSError, ValueError):
                 continue
             left -= len(uri)
             if left < 0:

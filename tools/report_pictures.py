@@ -17,6 +17,7 @@ import data
 import features
 import own_images
 import preview
+from files import readable_rows
 from model_params import ModelParams
 from packed_images import is_there
 from shared_params import EncoderAndDataParams
@@ -131,9 +132,10 @@ def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
             images.append(preview.as_strips(batch))
             x.append(encoder.embed(batch).cpu())
             y.append(labels)
-    note = f"{len(some):,} of {len(dataset):,} images of {params.dataset_name}/{'+'.join(splits)}"
-    labels, paths = names(params, dataset, torch.cat(y)), places(dataset, splits, chosen)
-    return Embedded(torch.cat(images), torch.cat(x).numpy(), labels, paths, f"{note}, embedded by {file.name}")
+    images, x, rows, labels = readable_rows(torch.cat(y), torch.cat(images), torch.cat(x), torch.from_numpy(chosen))
+    note = f"{len(rows):,} of {len(dataset):,} images of {params.dataset_name}/{'+'.join(splits)}"
+    labels, paths = names(params, dataset, labels), places(dataset, splits, rows.numpy())
+    return Embedded(images, x.numpy(), labels, paths, f"{note}, embedded by {file.name}")
 
 
 def places(dataset: Any, splits: tuple[str, ...], chosen: np.ndarray) -> list[str]:
