@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Source = ImageFolder | TarShards | ArrowImages
 Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class, -1 for none)
+MOST_CLASSES = 10**6  # higher labels are ids or dates
 CLASSES = "classes"  # in the settings beside lists that were written here: names, in the order of their numbers
 # Settings of the places of images and lists, of how images are read, and of what part of a list is used
 NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
@@ -99,10 +100,12 @@ def splits(source: Source, params: "EncoderAndDataParams") -> tuple[Numbered, li
 
 def as_written(found: Found, folder: Path) -> tuple[Numbered, list[str]]:
     """Lists that were written here: their labels are the numbers of classes. Those of earlier versions, which have no
-    names of classes beside them, may have gaps."""
+    names of classes beside them, may have gaps, which stay, since classifiers were trained on them. Of ids and dates no
+    classifier could be trained."""
     names = (settings_of(folder) or {}).get(CLASSES, [])
     labels = {split: {label for _, label in images} for split, images in found.items()}
-    if any(isinstance(label, str) for label in set().union(*labels.values())):  # by hand
+    every = set().union(*labels.values()) - {None}
+    if any(isinstance(label, str) or label >= MOST_CLASSES for label in every):
         return numbered(found, None, folder)
     numbers(labels.get("train", ()), labels, folder)  # refuses what train lacks
     in_numbers = {

@@ -47,7 +47,10 @@ def arrays(split: Path) -> tuple[np.memmap, np.ndarray]:
 
 def loaded(file: Path, mmap_mode: str | None = None) -> np.ndarray:
     try:
-        return np.load(file, mmap_mode=mmap_mode)
+        array = np.load(file, mmap_mode=mmap_mode)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive")
+        return array
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{file} cannot be read as an array, it is cut or something else ({error}): {ANEW}") from error
 

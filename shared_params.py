@@ -24,7 +24,6 @@ from own_data_params import OwnDataParams
 from video_params import VideoParams
 
 LARGEST_IMAGE = 2**28  # numbers; a GiB
-MOST_CLASSES = 10**6  # more are dates or ids
 COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
 OF_ONE_KIND = own_data_params.DEFAULTS | video_params.DEFAULTS  # of data sets: another one begins with these
 
@@ -192,9 +191,6 @@ def n_classes(params: EncoderAndDataParams) -> int:
 
     Counted in images of the user's, in videos and in class folders, since there are sets of other sizes under one name
     (ImageNet-100, Kinetics-200, ...). The table of data.py says how many there are where they are not on disk.
-
-    Raises:
-        ValueError: labels go higher than the number of any data set's classes.
     """
     info, (split,) = params.dataset, params.dataset.train_splits
     folder = data.data_path() / params.dataset_name / split
@@ -202,13 +198,7 @@ def n_classes(params: EncoderAndDataParams) -> int:
         return len(set(class_numbers(folder).values()))
     if info.own is None and not (info.of_videos and info.files.are_there(folder)):
         return info.n_classes
-    found = 1 + int(data.get_dataset(params, (split,)).labels.max())
-    if found > MOST_CLASSES:
-        raise ValueError(
-            f"splits_path={params.splits_path!r} has labels up to {found - 1}, in lists of an earlier version: draw "
-            "them anew with another splits_path, which numbers the classes from 0"
-        )
-    return found
+    return 1 + int(data.get_dataset(params, (split,)).labels.max())
 
 
 def labelled(classes: int, params: EncoderAndDataParams) -> int:

@@ -10,7 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import data
 import evaluation
+import image_folders
 import loader
+import own_images
 import probes
 from class_labels import in_classes, numbers
 from linear_classifier import LinearClassifierMethod
@@ -18,6 +20,7 @@ from moco import SelfSupervisedMethod
 from shared_params import n_classes
 from svm import svm
 
+SPLIT_OF_FOUR = {"train": (0, 1), "val": (2,), "test": (3,)}
 DATES = torch.tensor([20230101, 20230215, 20240101])
 
 
@@ -164,6 +167,7 @@ def test_labels_put_there_by_hand_are_taken_right(digits, small):
     ({"labels": np.full(20, 20240101)}, "labels.npy has the label 20240101, .* 10 classes"),
     ({"labels": b""}, "labels.npy cannot be read"), ({"labels": b"cut"}, "labels.npy cannot be read"),
     ({"images": b""}, "images.npy cannot be read"), ({"images": np.zeros((0, 8, 8, 1), np.uint8)}, "images.npy holds"),
+    ({"labels": b"PK\5\6" + bytes(18)}, "labels.npy cannot be read"),
     ({"labels": np.arange(0)}, "20 images but 0 labels"),
     ({"images": np.zeros((20, 8, 8, 1))}, "images.npy holds float64"),
     ({"images": np.zeros((20, 8, 8, 3), np.uint8)}, "images.npy has 3 channels"),
@@ -215,3 +219,20 @@ def test_names_of_classes_stay_for_reports(tmp_path, small):
         dataset = data.get_dataset(attrs.evolve(p, splits_path=splits_path), ("train",))
         assert dataset.class_names == ["20230101", "20240101"] and set(dataset.labels) == {0, 1}
     assert n_classes(p) == 2
+
+
+def test_lists_of_an_earlier_version_keep_their_numbers_but_for_ids(tmp_path, small):
+    for i in range(4):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    p = small(
+        dataset_name="folder", data_path=str(tmp_path), transform_crop_size=16, splits_path=str(tmp_path / "kept")
+    )
+    made_by = own_images.settings(p)
+    for written, expected in (([7, 3], {7, 3}), ([20240101, 20230101], {0, 1})):
+        found = {split: [(f"{i}.png", written[i % 2]) for i in images] for split, images in SPLIT_OF_FOUR.items()}
+        image_folders.write(tmp_path / "kept", found, made_by)
+        assert set(data.get_dataset(p, ("train",)).labels) == expected and n_classes(p) == 1 + max(expected)
+        wrong = {**found, "test": [(found["test"][0][0], 99)]}
+        image_folders.write(tmp_path / "kept", wrong, made_by)
+        with pytest.raises(ValueError, match="kept: test has classes that train lacks, 1 of 1: '99'"):
+            data.get_dataset(p, ("train",))
