@@ -25,10 +25,17 @@ class Best(pl.Callback):
         self.sign = -1 if given == "min" or (not given and lowest_is_best(self.name)) else 1
         self.path, self.best = Path(folder) / f"best_{self.name}.ckpt", None
         self.seen: set[str] = set()
+        self.scores: set[str] | None = None  # names that a validation before the training logged, if there was one
 
     @property
     def state_key(self) -> str:
         return f"Best{{{self.name}}}"
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """With the scores of a validation, all names are known after the first optimizer step."""
+        if self.scores is not None and trainer.global_step:
+            refuse_unknown(self.name, self.scores | set(trainer.callback_metrics))
+            self.scores = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seen |= set(trainer.callback_metrics)

@@ -17,6 +17,7 @@ import data
 import ddp
 from device import keep_freed_memory
 from loader import Loader, images_and_labels
+from safe_load import data_only
 from watch import Watch
 
 
@@ -87,7 +88,8 @@ class Stage(pl.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:
         """Lightning's; a damaged file, or one that would run code, is refused in words."""
         checkpoints.read(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        with data_only(str(checkpoint_path)):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return Watch.unless_there(self.trainer)

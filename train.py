@@ -26,6 +26,7 @@ import dry_run
 import image_folders
 import own_images
 import parameter_options
+import preflight
 import preview
 import run_folder
 from gradient_norms import GradientNorms
@@ -36,7 +37,7 @@ from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from progress import Progress
 from run_options import RunOptions
-from whole_files import write_whole
+from whole_files import check_folder, write_whole
 
 OF_THE_ENCODER = ("epochs", "trained encoder", "test set", "linear minutes", "linear classifier")  # of results.json
 
@@ -117,6 +118,9 @@ def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None,
     if resumed is None or "random encoder" not in results:  # its row begins metrics.csv
         results["random encoder"] = score(fit, model)
         write(out / "results.json", results)
+        for callback in fit.callbacks:
+            if isinstance(callback, Best):
+                callback.scores = set(results["random encoder"])
     fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: forget(out, results)))
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
@@ -130,9 +134,7 @@ def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None,
 
 
 def train_classifier(out: Path, options: RunOptions, params: ModelParams, results: dict[str, Any]) -> None:
-    settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": params.seed}
-    if params.dataset.own:
-        settings["drop_last_batch"] = None  # there may be fewer images than one batch
+    settings = preflight.linear_settings(options, params)
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", **settings)
     resumed, step = beginning("auto" if options.resume else None, out, "linear", linear)
     fit = trainer(out, "linear", options.linear_epochs, options)
@@ -182,13 +184,12 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
     elif options.preview:
         print(preview.write(params, options.preview))
     elif options.dry_run:
+        preflight.check_run(options, params)
         model = dry_run.run(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
         for wanted in options.save_best:
             refuse_unknown(wanted, dry_run.figures(model))
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
-        if out.is_file():
-            raise ValueError(f"out={out} is a file: name a folder")
         if not options.resume and any(out.glob("*/checkpoints/step_*.ckpt")):
             raise SystemExit(f"{out} holds an earlier run: --resume auto to go on with it, or another --out")
         if options.resume:
@@ -196,6 +197,8 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
             run_folder.refuse_another(out, before, {"preset": preset, **attrs.asdict(params)})
             if params.seed is None:  # that of the run that we go on with
                 params = attrs.evolve(params, seed=before.get("seed"))
+        check_folder("out", out)
+        preflight.check_run(options, params)
         run(out, preset, options, params)
 
 
