@@ -71,6 +71,10 @@ class DatasetInfo:
     def channels(self) -> int:
         return len(self.mean)
 
+    def feeds(self, channels: int) -> bool:
+        """Whether an encoder of so many channels can take the images: gray ones are repeated for one of colors."""
+        return self.own is not None or self.channels == channels or (self.channels, channels) == (1, 3)
+
     @property
     def of_videos(self) -> bool:
         return self.read is None and self.files is VIDEOS
@@ -175,6 +179,11 @@ def already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: list[View] | tuple = ()) -> Dataset:
     """uint8 images and labels of some splits, downloaded if need be. `views` are taken here only from sets of files."""
+    if not params.dataset.feeds(params.channels):
+        raise ValueError(
+            f"in_channels={params.channels} does not fit dataset_name={params.dataset_name!r}, whose images have "
+            f"{params.dataset.channels} channels. Leave it out, or choose another data set."
+        )
     if params.dataset.own is not None:
         return params.dataset.own(data_path(), params, splits[0], list(views))
     prepare_data(params.dataset_name, splits)

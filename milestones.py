@@ -30,6 +30,7 @@ class Best(pl.Callback):
         self.path, self.best = Path(folder) / f"best_{self.name}.ckpt", None
         self.seen: set[str] = set()
         self.validated = False
+        self.scores: set[str] | None = None  # names that a validation before the training logged, if there was one
 
     @property
     def state_key(self) -> str:
@@ -43,6 +44,12 @@ class Best(pl.Callback):
                 "validation set: its test scores are too good. Choose by valid_rank_me or step_train_loss, or take the "
                 "last epoch"
             )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """With the scores of a validation, all names are known after the first optimizer step."""
+        if self.scores is not None and trainer.global_step:
+            refuse_unknown(self.name, self.scores | set(trainer.callback_metrics))
+            self.scores = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.validated = True

@@ -202,7 +202,12 @@ def n_classes(params: EncoderAndDataParams) -> int:
 
 
 def labelled(classes: int, params: EncoderAndDataParams) -> int:
-    """Refuses images without labels."""
+    """Refuses images without labels, and those with several."""
+    if params.dataset.many_labels:
+        raise ValueError(
+            f"dataset_name={params.dataset_name!r}: its images have several labels each, and a classifier needs one. "
+            "Choose another data set, or leave the classifier out."
+        )
     if classes < 1:
         raise ValueError(
             f"the images of dataset_name={params.dataset_name!r}, data_path={params.data_path!r} have no labels, which "

@@ -27,7 +27,7 @@ from device import keep_freed_memory
 from files import readable_rows
 from foreign_paths import vetted
 from loader import Loader, images_and_labels, whole_numbers
-from safe_load import class_names_allowed
+from safe_load import class_names_allowed, data_only
 from watch import Watch
 
 
@@ -271,7 +271,7 @@ class Stage(pl.LightningModule):
         said = vetted(content.get("hyper_parameters", {}), checkpoint_path, kwargs)
         weight = content["state_dict"].get(f"{cls.CLASSIFIER}.weight")
         n_classes = {} if weight is None else {"n_classes": len(weight)}
-        with class_names_allowed(content):
+        with data_only(str(checkpoint_path)), class_names_allowed(content):
             return super().load_from_checkpoint(checkpoint_path, *args, **{**said, **n_classes, **kwargs})
 
     def _set_hparams(self, hp: Any) -> None:

@@ -27,6 +27,7 @@ import ddp
 import dry_run
 import own_images
 import parameter_options
+import preflight
 import preview
 import run_folder
 from folder_lock import locked
@@ -40,7 +41,7 @@ from model_params import ModelParams
 from program import one_line_errors
 from progress import Progress
 from run_options import RunOptions
-from whole_files import to_json, write_whole
+from whole_files import check_folder, to_json, write_whole
 
 KEPT = ("*.ckpt", "*/checkpoints/*.ckpt")  # of a run: never overwritten by another one
 OF_THE_ENCODER = ("epochs", "trained encoder", "test set", "linear minutes", "linear classifier")  # of results.json
@@ -129,6 +130,9 @@ def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None,
     if resumed is None or "random encoder" not in results:  # its row begins metrics.csv
         results["random encoder"] = score(fit, model)
         write(out / "results.json", results)
+        for callback in fit.callbacks:
+            if isinstance(callback, Best):
+                callback.scores = set(results["random encoder"])
     fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: forget(out, results)))
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
@@ -142,9 +146,7 @@ def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None,
 
 
 def train_classifier(out: Path, options: RunOptions, params: ModelParams, results: dict[str, Any]) -> None:
-    settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": params.seed}
-    if params.dataset.own:
-        settings["drop_last_batch"] = None  # there may be fewer images than one batch
+    settings = preflight.linear_settings(options, params)
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", **settings)
     fit = trainer(out, "linear", options.linear_epochs, options)
     resumed, step = beginning("auto" if options.resume else None, out, "linear", linear, fit)
@@ -195,13 +197,13 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
     elif options.preview:
         print(preview.write(params, options.preview))
     elif options.dry_run:
+        preflight.check_run(options, params)
         model = dry_run.run(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
         for wanted in options.save_best:
             refuse_unknown(wanted, dry_run.figures(model))
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
-        if out.is_file():
-            raise ValueError(f"out={out} is a file: name a folder")
+        check_folder("out", out)
         with locked(out) if ddp.is_first_process() else nullcontext():  # the others belong to it
             start(out, preset, options, params)
 
@@ -215,6 +217,7 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
         run_folder.refuse_another(out, before, {"preset": preset, **attrs.asdict(params)})
         if params.seed is None:  # that of the run that we go on with
             params = attrs.evolve(params, seed=before.get("seed"))
+    preflight.check_run(options, params)
     run(out, preset, options, params)
 
 

@@ -161,7 +161,7 @@ def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> Encod
     if len(params.mean) == params.channels:  # not so where a loader of the user's yields other images than the data set
         explicit |= {"image_mean": list(params.mean), "image_std": list(params.std)}
     other = DATASETS.get(overrides.get("dataset_name"))
-    if other is not None and other.own is None and other.channels not in (1, params.channels):
+    if other is not None and not other.feeds(params.channels):
         raise ValueError(
             f"dataset_name={overrides['dataset_name']!r} has images of {other.channels} channels, the encoder takes "
             f"{params.channels}: choose another data set"

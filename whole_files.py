@@ -20,6 +20,24 @@ DAY = 86400  # seconds after which an unfinished file of another machine is left
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def check_folder(name: str, folder: str | Path) -> None:
+    """Raise ValueError, naming the option, unless files can be written into the folder, which need not exist yet."""
+    folder = Path(folder).expanduser()
+    there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name}={folder}: {there} is a file. Choose another directory.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}={folder}: {there} cannot be written. Choose another directory.")
+
+
+def check_file(name: str, path: str | Path) -> None:
+    """Raise ValueError, naming the option, unless a file can be written there."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{name}={path} is a directory. Name a file.")
+    check_folder(name, path.parent)
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, which becomes `path` once the block is done, and is removed if it fails.

@@ -309,9 +309,9 @@ def test_a_run_that_cannot_go_on_by_other_settings_stays_as_it_was(
 
 def test_a_folder_or_checkpoint_that_cannot_be_is_refused_before_the_run_begins(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="error: out=file is a file: name a folder"):
+    with pytest.raises(SystemExit, match="error: out=file"):
         main(f"{SMALL} --out file", monkeypatch)
-    with pytest.raises(SystemExit, match="error: .*file/run"):
+    with pytest.raises(SystemExit, match="error: out=file/run"):
         main(f"{SMALL} --out file/run", monkeypatch)
     with pytest.raises(SystemExit, match="error: there is no file maybe"):
         main(f"{SMALL} --resume maybe --out new", monkeypatch)

@@ -66,7 +66,7 @@ FLOORS = [
         "learning_rate",
         "run_folder",
     ],
-    ["subject", "command_line", "dry_run", "progress", "baselines"],
+    ["subject", "command_line", "dry_run", "progress", "baselines", "preflight"],
     ["protocols"],
     ["demo", "train", "train_blog", "evaluate"],
 ]
