@@ -60,6 +60,11 @@ def newest(folder: str | Path) -> Path | None:
 
 # ---- resuming with other settings ----
 
+NOT_OF_TRAINING = (
+    "max_epochs", "evaluations", "evaluate_every_n_epochs", "probe_on_training_set", "evaluation_clips",
+    "evaluation_crops", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device", "torch_compile",
+    "data_path", "splits_path",
+)  # fmt: skip
 MAKE_GROUPS = ("exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr")
 
 
@@ -93,12 +98,25 @@ def refuse_another(content: dict[str, Any], method: pl.LightningModule, trainer:
     refuse_shorter(content, trainer)
 
 
-def refuse_shorter(content: dict[str, Any], trainer: pl.Trainer) -> None:
+def epochs_done(content: dict[str, Any]) -> int:
     loop = content.get("loops", {}).get("fit_loop", {})
-    epochs, steps = loop.get("epoch_progress", {}).get("current", {}).get("processed", 0), content["global_step"]
-    for name, limit, reached in (("max_epochs", trainer.max_epochs, epochs), ("max_steps", trainer.max_steps, steps)):
+    return loop.get("epoch_progress", {}).get("current", {}).get("processed", 0)
+
+
+def refuse_shorter(content: dict[str, Any], trainer: pl.Trainer) -> None:
+    done = {"max_epochs": epochs_done(content), "max_steps": content["global_step"]}
+    for name, limit, reached in ((name, getattr(trainer, name), reached) for name, reached in done.items()):
         if limit not in (None, -1) and reached > limit:
             raise ValueError(f"{name}={limit}: the checkpoint is of a training that reached {reached}. Choose more")
+
+
+def changed_too_late(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
+    """Settings of the training that differ from the checkpoint's, if that training is complete."""
+    if epochs_done(content) < (trainer.max_epochs or 0):
+        return {}
+    before = content.get("hyper_parameters", {})
+    now = {name: value for name, value in method.hparams.items() if name not in NOT_OF_TRAINING}
+    return {name: value for name, value in now.items() if before.get(name, value) != value}
 
 
 def images_of_a_step(params: Any, trainer: pl.Trainer) -> int:

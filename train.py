@@ -95,6 +95,14 @@ def beginning(
         checkpoints.refuse_another(content, method, fit)
         images = checkpoints.images_of_a_step(method.params, fit)
         checkpoints.refuse_other_steps(content.get("steps"), {"images": images})
+        changed = ", ".join(f"{k}={v!r}" for k, v in checkpoints.changed_too_late(content, method, fit).items())
+        if changed and name == "linear":
+            start_over(out / name)
+            return None, 0
+        if changed:
+            raise ValueError(
+                f"{changed}: the training is complete. Choose more max_epochs to go on with other settings"
+            )
     except ValueError as error:
         raise ValueError(f"{error}, or choose another --out (resume={given!r}: {path})") from error
     return path, content["global_step"]
@@ -104,6 +112,11 @@ def newest(out: Path, name: str) -> Path | None:
     """The newest checkpoint of a stage. Of a finished pretraining whose step_*.ckpt were deleted, its last one."""
     found, finished = checkpoints.newest(out / name / "checkpoints"), out / "pretrained.ckpt"
     return finished if found is None and name == "pretraining" and finished.is_file() else found
+
+
+def start_over(folder: Path) -> None:
+    ddp.any_process(False)  # waits until all have read what is there
+    ddp.on_rank_zero(lambda: shutil.rmtree(folder))
 
 
 def score(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
@@ -172,9 +185,8 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):
         fit = trainer(out, "pretraining", params.max_epochs, options)
-        resumed, step = beginning(
-            options.resume, out, "pretraining", model, fit
-        )  # what is refused leaves a run as it was
+        # Before anything is written: what is refused leaves a run as it was.
+        resumed, step = beginning(options.resume, out, "pretraining", model, fit)
         run_folder.begin(out, command_line.to_yaml(preset, options, model.params), sys.argv)
         fit.loggers = run_folder.get_loggers(out, "pretraining", options.logger, step)
         table = parameter_options.printed(model.parameter_table(), params.optimizer_name)

@@ -258,7 +258,7 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     out = shutil.copytree(run, tmp_path / "copy")
     with pytest.raises(SystemExit, match="holds an earlier run"):
         main(RUN.format(out=out), monkeypatch)
-    line = RUN.format(out=out).replace(" --seed 3", " --resume auto --max_epochs 4")
+    line = RUN.format(out=out).replace(" --seed 3", " --resume auto --max_epochs 4 --lr 0.01")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
         patch.setattr(train, "score", interrupted)
         main(line, monkeypatch)
@@ -269,13 +269,19 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     states = [torch.load(out / name, weights_only=True)["state_dict"] for name in ("pretrained.ckpt", "linear.ckpt")]
     assert torch.equal(*(state["model.conv1.0.weight"] for state in states))  # the classifier is of this encoder
     scores = json.loads((out / "results.json").read_text())
+    main(line.replace("--linear_lr 0.1", "--linear_lr 0.2"), monkeypatch)
+    rates = [torch.load(out / "linear.ckpt", weights_only=True)[name] for name in ("hyper_parameters", "global_step")]
+    assert rates[0]["lr"] == 0.2 and rates[1] == 2  # it was trained once more
+    scores = json.loads((out / "results.json").read_text())
     main(line.replace("--linear_epochs 1 ", ""), monkeypatch)
     torch.use_deterministic_algorithms(False)
     kept = json.loads((out / "results.json").read_text())
     assert kept == {**scores, "pretraining minutes": kept["pretraining minutes"]}  # of the same encoder
+    (optimizer,) = torch.load(out / "pretrained.ckpt", weights_only=True)["optimizer_states"]
+    assert {group["initial_lr"] for group in optimizer["param_groups"]} == {0.01}
     assert report_runs.state(compare.read(out)) == "finished"
     assert (out / "command.txt").read_text().splitlines()[1] == f"python train.py {line}"
-    assert len(json.loads((out / "run.json").read_text())) == 4
+    assert len(json.loads((out / "run.json").read_text())) == 5
     assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3  # of the run that it goes on with
     assert len([row for row in rows_of(out) if row["valid_knn20_acc"]]) == 5 + 1  # random, four epochs, the end
 
@@ -290,6 +296,9 @@ def interrupted(*_) -> None:
         ("byol", "", "holds a run with preset='simclr': give that, or choose another --out"),
         ("simclr", "--optimizer_name lars", "holds a run with optimizer_name='sgd'"),
         ("simclr", "--mlp_hidden_dim 33", "is of another model, in which projection_model.net.0.weight, "),
+        ("simclr", "--lr 0.01 --weight_decay 0.1", "lr=0.01, weight_decay=0.1: "),  # nothing is left to train
+        ("simclr", "--max_epochs 4 --batch_size 32", "batch_size"),
+        ("simclr", "--max_epochs 2", "max_epochs"),
         ("simclr", "--devices [99]", "Lightning refuses devices=.99., "),
     ],
 )
