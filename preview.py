@@ -73,6 +73,9 @@ def contact_sheet(
 def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, originals: Tensor | None) -> list[Column]:
     """What `contact_sheet` draws."""
     seed = (params.seed or 0, 0, 0, 0)  # of the first epoch and batch, on the first process
+    first = images if isinstance(images, Tensor) else images[0]
+    if first.is_floating_point():
+        augmentations.check_floats(first, params)
     views = augmentations.for_training(images, augmentations.training_views(params), seed)
     columns = [(caption(params, i), pixels(view[:rows], params)) for i, view in enumerate(views[: params.n_views])]
     if originals is None and isinstance(images, Tensor) and images.dtype == torch.uint8:
