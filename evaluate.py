@@ -26,6 +26,7 @@ import data
 import features
 from baselines import compared
 from command_line import add_fields
+from fields import as_path
 from own_data_params import OwnDataParams
 from protocols import PROTOCOLS
 from results import Results, versions
@@ -78,7 +79,7 @@ def evaluate_checkpoint(
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
     encoders = {**(compared(trained, starting_weights) if baselines else {}), "trained": trained}
-    results = Results(Path(out) if out else folder_of(checkpoint), fresh)
+    results = Results(as_path(out) if out else folder_of(checkpoint), fresh)
     about = {
         "checkpoint": str(checkpoint),
         "encoders": {name: str(found.report) for name, found in encoders.items()},
@@ -191,7 +192,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train")
     parser.add_argument("--dataset", metavar="NAME", help="default: that of the pretraining")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: CHECKPOINT.evaluation")
+    parser.add_argument("--out", type=as_path, metavar="DIR", help="default: CHECKPOINT.evaluation")
     parser.add_argument("--starting_weights", metavar="FILE_OR_NAME", help="a baseline beside the random encoder")
     parser.add_argument("--no_baselines", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
