@@ -26,6 +26,7 @@ import features
 from baselines import compared
 from command_line import add_fields
 from device import usable
+from fields import as_path
 from own_data_params import OwnDataParams
 from program import one_line_errors
 from protocols import PROTOCOLS
@@ -195,7 +196,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train")
     parser.add_argument("--dataset", metavar="NAME", help="default: that of the pretraining")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: CHECKPOINT.evaluation")
+    parser.add_argument("--out", type=as_path, metavar="DIR", help="default: CHECKPOINT.evaluation")
     parser.add_argument("--starting_weights", metavar="FILE_OR_NAME", help="a baseline beside the random encoder")
     parser.add_argument("--no_baselines", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")

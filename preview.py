@@ -12,6 +12,7 @@ from torch import Tensor
 
 import augmentations
 import data
+from fields import as_path
 from loader import images_and_labels
 from model_params import ModelParams
 from shared_params import resolve
@@ -33,7 +34,7 @@ def write(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = 
     Raises:
         ValueError: the path does not end in .png; or what reading the images raises.
     """
-    if (path := Path(path)).suffix != ".png":
+    if (path := as_path(path)).suffix != ".png":
         raise ValueError(f"the preview is a PNG, and {path} does not end in .png")
     sheet = arrange(first_columns(params, loader, rows))
     with whole(path) as unfinished:

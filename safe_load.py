@@ -58,7 +58,7 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or another kind of file, or would run code when loaded; says which.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.stat().st_size == 0:

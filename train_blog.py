@@ -26,6 +26,7 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from data import DATASETS
+from fields import as_path
 from folder_lock import locked
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
@@ -65,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--encoder", default=None, help="default: resnet18; with --quick: shufflenet_v2_x0_5")
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--out", type=Path, default=Path("runs/blog"))
+    parser.add_argument("--out", type=as_path, default=Path("runs/blog"))
     parser.add_argument("--quick", action="store_true", help="digits, small batches, a small encoder")
     args = parser.parse_args()
     args.dataset = args.dataset or ("digits" if args.quick else "stl10")

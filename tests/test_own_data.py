@@ -19,12 +19,15 @@ from torchvision.datasets import ImageFolder
 import data
 import evaluate
 import features
+import own_images
 import train
 from evaluate import runnable
+from image_folders import check_settings
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
-from shared_params import n_classes
+from own_data_params import OwnDataParams
+from shared_params import EncoderAndDataParams, n_classes
 from weights import load_encoder
 
 SIDE = 40
@@ -320,6 +323,13 @@ def test_a_file_of_the_users_may_be_called_as_that_of_the_settings(photos, tmp_p
     (tmp_path / "train.txt").write_text("china/01.png\nflower/00.png\n")
     (tmp_path / "val.txt").write_text("flower/01.png\n")
     assert listed(params(photos, splits_path=str(tmp_path))) == {"china/01.png": 0, "flower/00.png": 1}
+
+
+def test_lists_know_every_setting_that_is_not_of_another_place():
+    others = {"data_path", "splits_path", "pixel_range", "data_fraction"}
+    names = {field.name for field in attrs.fields(OwnDataParams)}
+    assert set(own_images.settings(EncoderAndDataParams(dataset_name="folder"))) == names - others
+    check_settings(Path(), {"val_size": 0.1}, {"val_size": 0.1, "image_key": "jpg"})  # lists of an earlier version
 
 
 def test_a_list_that_is_not_in_utf_8_is_named(photos, tmp_path):

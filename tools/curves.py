@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
+from fields import as_path
 from program import one_line_errors
 from tools import report_figures
 from watch import COLLAPSED_STD
@@ -40,7 +41,8 @@ def read(folder: str | Path) -> dict[str, Curve]:
     Raises:
         ValueError: the folder holds no metrics.csv.
     """
-    paths = [Path(folder) / "pretraining" / "metrics.csv", Path(folder) / "metrics.csv"]
+    folder = as_path(folder)
+    paths = [folder / "pretraining" / "metrics.csv", folder / "metrics.csv"]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ValueError(f"{folder} is no run: there is neither {paths[0]} nor {paths[1]}")
@@ -64,7 +66,7 @@ def draw(runs: dict[str, dict[str, Curve]], path: str | Path, panels: Sequence[s
     for axis, panel in zip(axes[0], panels, strict=True):
         fill(axis, runs, panel)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
-    with whole(Path(path)) as unfinished:
+    with whole(as_path(path)) as unfinished:
         figure.savefig(unfinished, format="png", dpi=90, facecolor="white")
     plt.close(figure)
 

@@ -22,6 +22,7 @@ from command_line import add_fields
 from data import already_a_batch
 from device import usable
 from features import encoder_hash
+from fields import as_path
 from program import one_line_errors
 from tools.commands import parser_of
 from tools.embedding_work import Work
@@ -135,7 +136,7 @@ def arguments() -> argparse.Namespace:
         metavar="FOLDER",
         help="of images or videos, flat or nested; shards; a Hugging Face data set; a packed set: cifar10, digits/test",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--num_workers", type=int, metavar="N", help=f"default: one a core, at most {MOST_WORKERS}")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
