@@ -26,13 +26,15 @@ import data
 import features
 from baselines import compared
 from command_line import add_fields
+from device import usable
 from own_data_params import OwnDataParams
-from protocols import PROTOCOLS
+from protocols import PROTOCOLS, settings_of
 from results import Results, versions
 from shared_params import EncoderAndDataParams, n_classes
 from subject import Subject
 from video_params import OF_TRAINING, VideoParams
 from weights import Encoder, load_encoder
+from whole_files import check_folder
 
 READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
            "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns",
@@ -74,6 +76,8 @@ def evaluate_checkpoint(
     """
     check_names(protocols or ())
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    usable(device)
+    check_folder("out", out or folder_of(checkpoint))
     trained = load_encoder(checkpoint, encoder=encoder)
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
@@ -98,6 +102,9 @@ def evaluate_checkpoint(
         )
         for name, found in encoders.items()
     }
+    for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
+        for seed in seeds:  # settings that cannot be are refused before the first protocol runs
+            settings_of(subjects["trained"], seed, preset)
     run_all(results, subjects, protocols, seeds)
     return results.content()
 

@@ -25,9 +25,11 @@ from attr import evolve
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
+import preflight
 from data import DATASETS
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from whole_files import check_folder
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
@@ -81,9 +83,8 @@ def run_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
     return args.out / f"{args.dataset}_{args.encoder}_{args.epochs}epochs" / f"{name}_{seed}"
 
 
-def train(name: str, seed: int, args: argparse.Namespace) -> dict:
-    """One run -> its row."""
-    params = evolve(
+def settings(name: str, seed: int, args: argparse.Namespace) -> ModelParams:
+    return evolve(
         CONFIGS[name],
         seed=seed,
         dataset_name=args.dataset,
@@ -94,6 +95,10 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         max_epochs=args.epochs,
         evaluate_every_n_epochs=args.epochs,  # the post's number is that of the last epoch
     )
+
+
+def train(name: str, seed: int, args: argparse.Namespace) -> dict:
+    """One run -> its row."""
     logs = {"save_dir": run_folder(name, seed, args), "name": "", "version": ""}
     trainer = pl.Trainer(
         max_epochs=args.epochs,
@@ -105,7 +110,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         num_sanity_val_steps=0,
     )
     start = time.time()
-    trainer.fit(SelfSupervisedMethod(params))
+    trainer.fit(SelfSupervisedMethod(settings(name, seed, args)))
     found = trainer.callback_metrics
     row = {"config": name, "seed": seed, "dataset": args.dataset, "epochs": args.epochs, "encoder": args.encoder}
     logged = {"accuracy": "valid_class_acc", "pos_cos": "step_pos_cos", "neg_cos": "step_neg_cos"}
@@ -156,7 +161,10 @@ def main() -> None:
     args = arguments()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    check_folder("out", args.out)
     args.out.mkdir(parents=True, exist_ok=True)
+    preflight.check_images(settings(args.configs[0], args.seeds[0], args))
+    preflight.check_labels(settings(args.configs[0], args.seeds[0], args))  # the post's figure is an accuracy
     results = args.out / "results.csv"
     same = {"dataset": args.dataset, "epochs": str(args.epochs), "encoder": args.encoder}
     for seed in args.seeds:

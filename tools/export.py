@@ -29,7 +29,7 @@ from tools.commands import parser_of
 from tools.formats import FORMATS, Normalized
 from tools.verify import samples, verified
 from weights import Encoder, load_encoder
-from whole_files import sync_folder
+from whole_files import check_folder, sync_folder
 
 FACTS = (
     "encoder_arch",
@@ -90,6 +90,7 @@ def targets(
         stem = source.stem if source.is_file() else re.sub(r"[^\w.-]", "_", str(checkpoint))  # a published name
         paths = [folder / f"{stem}{ending(name)}" for name in formats]
     for path in paths:
+        check_folder("out", path.parent)
         if not publish:
             refuse_existing(path)
     return paths

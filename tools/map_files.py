@@ -12,7 +12,7 @@ import numpy as np
 from attrs import frozen
 from PIL import Image
 
-from tools.commands import bar
+from tools.commands import bar, in_one_line, label
 from tools.image_sources import Source
 
 matplotlib.use("Agg")
@@ -62,12 +62,14 @@ def draw(found: Map, source: Source | None, file: Path) -> None:
     counts = np.bincount(found.kind, minlength=len(found.names))
     listed = np.sort(np.argsort(-counts, kind="stable")[:LEGEND])
     handles = [
-        plt.Line2D([], [], marker="o", linestyle="", color=colours[i], label=f"{found.names[i][:28]} ({counts[i]:,})")
+        plt.Line2D(
+            [], [], marker="o", linestyle="", color=colours[i], label=label(f"{found.names[i][:28]} ({counts[i]:,})")
+        )
         for i in listed
     ]
     more = f"the {LEGEND} largest of {len(found.names)}" if len(found.names) > LEGEND else None
     figure.legend(handles=handles, title=more, loc="outside right center", frameon=False)
-    axis.set_title(f"{found.title}\n{found.note}", loc="left", fontsize=11, wrap=True)
+    axis.set_title(f"{label(found.title)}\n{label(found.note)}", loc="left", fontsize=11, wrap=True)
     axis.set(xticks=[], yticks=[], aspect="equal")
     axis.spines[:].set_color("#d8dce2")
     figure.savefig(file, format="png", dpi=120)
@@ -93,7 +95,7 @@ def as_html(found: Map, source: Source | None, budget: int) -> str:
         "pictures": [None] * len(found.paths) if source is None else pictures(found.paths, source, budget),
     }
     text = Path(__file__).with_name("map.html").read_text(encoding="utf-8")
-    text = text.replace("__TITLE__", html.escape(found.title))
+    text = text.replace("__TITLE__", html.escape(in_one_line(found.title)))
     return text.replace("__DATA__", in_script(content))
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from augmentations import generator
 from tools.commands import bar, in_words, parser_of
+from whole_files import check_folder
 
 PHOTOGRAPHS = {
     "train": ("astronaut", "brick", "chelsea", "coffee", "coins", "gravel", "hubble_deep_field",
@@ -115,6 +116,7 @@ def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
     Raises:
         ValueError: there are videos already; the size is odd, which H.264 does not have, or too small; no videos.
     """
+    check_folder("out", out)
     folder, unfinished = out / "kinetics", out / ".kinetics.unfinished"
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder")

@@ -17,11 +17,12 @@ import data
 import features
 import own_images
 import preview
+from device import usable
 from model_params import ModelParams
 from packed_images import is_there
 from shared_params import EncoderAndDataParams
 from tools import map_files
-from tools.commands import bar, usable
+from tools.commands import bar
 from tools.neighbours import best_of
 from tools.projection import TITLES, kinds, project
 from weights import load_encoder
