@@ -32,9 +32,10 @@ def in_one_line(name: str) -> str:
     return "".join("\ufffd" if unicodedata.category(one) in ("Cc", "Cs") else one for one in shown)
 
 
-def label(name: str) -> str:
+def label(name: str, longest: int = 160) -> str:
     """For matplotlib, which reads text between dollar signs as a formula, and leaves names with _ out of legends."""
-    shown = in_one_line(name).replace("$", r"\$")
+    shown = in_one_line(name)
+    shown = (shown if len(shown) <= longest else f"{shown[: longest - 1]}…").replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 

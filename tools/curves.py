@@ -73,11 +73,10 @@ def draw(runs: dict[str, dict[str, Curve]], path: str | Path, panels: Sequence[s
 def fill(axis: Axes, runs: dict[str, dict[str, Curve]], panel: str) -> None:
     for i, (name_of_run, curves) in enumerate(runs.items()):
         colour = COLOURS[i % len(COLOURS)]
+        shown = label(name_of_run, 40)
         for j, name in enumerate(panel.split(",")):
             style = {"linestyle": STYLES[j % len(STYLES)], "marker": "." if name.startswith("valid") else None}
-            axis.plot(
-                *curves.get(name, ([], [])), color=colour, label=label(name_of_run[:40]) if j == 0 else None, **style
-            )
+            axis.plot(*curves.get(name, ([], [])), color=colour, label=shown if j == 0 else None, **style)
     if panel == "step_projection_std":
         axis.axhline(COLLAPSED_STD, color="black", linewidth=0.8, linestyle=":")  # where the warning comes
         axis.set_ylim(bottom=0)

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tools.image_sources import Source
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
+NOTE = 400  # characters of the picture's second line
 LEGEND = 30  # rows of the picture's legend
 SIDE = 64  # pixels; of the page's pictures at most
 BUDGET = 12_000_000  # characters of all pictures of a page
@@ -69,7 +71,8 @@ def draw(found: Map, source: Source | None, file: Path) -> None:
     ]
     more = f"the {LEGEND} largest of {len(found.names)}" if len(found.names) > LEGEND else None
     figure.legend(handles=handles, title=more, loc="outside right center", frameon=False)
-    axis.set_title(f"{label(found.title)}\n{label(found.note)}", loc="left", fontsize=11, wrap=True)
+    note = [label(line) for line in textwrap.wrap(in_one_line(found.note)[:NOTE], 80)]  # breaks long names, too
+    axis.set_title("\n".join([label(found.title, 80), *note]), loc="left", fontsize=11, wrap=True)
     axis.set(xticks=[], yticks=[], aspect="equal")
     axis.spines[:].set_color("#d8dce2")
     figure.savefig(file, format="png", dpi=120)
