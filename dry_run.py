@@ -22,7 +22,7 @@ from watch import Watch
 
 STEPS = 2
 TOY = (torch.eye(4), torch.tensor([0, 0, 1, 1]))  # features and labels
-HIDDEN = ("params", "name", "lr")  # of groups: an example and the initial_lr say it
+HIDDEN = ("params", "param_names", "name", "lr")  # of groups: an example and the initial_lr say it
 NAMES = {  # of parts, as the field calls them
     "model": "encoder",
     "projection_model": "projector",
@@ -133,8 +133,7 @@ def groups(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
     names = {id(weight): name for name, weight in model.named_parameters()}
     optimizer = trainer.optimizers[0]
     found = [{key: value for key, value in group.items() if key not in HIDDEN} for group in optimizer.param_groups]
-    ends = getattr(trainer.lr_scheduler_configs[0].scheduler, "ends", [])  # of decays that move
-    for settings, (first, last) in zip(found, ends, strict=False):
+    for settings, (first, last) in zip(found, trainer.lr_scheduler_configs[0].scheduler.decays, strict=True):
         settings["weight_decay"] = f"{first:.4g} to {last:.4g}" if first != last else first
     differing = [key for key in found[0] if len({str(group.get(key)) for group in found}) > 1]
     made = table(f"Groups of {type(optimizer).__name__}", "tensors", "parameters", "for example", *differing)

@@ -133,3 +133,11 @@ def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]
             "images. Convert them with .to(torch.uint8)"
         )
     return parts[0] if len(parts) == 1 else parts, labels
+
+
+def whole_numbers(labels: Tensor | None) -> Tensor | None:
+    """Classes [N] or [N, 1] of any type -> int64 [N]; presences [N, K] as they are. Looks at no values."""
+    if labels is None:
+        return None
+    labels = labels[:, 0] if labels.dim() == 2 and labels.shape[1] == 1 else labels
+    return labels.long() if labels.dim() == 1 else labels

@@ -1,5 +1,6 @@
 """Checkpoints that stay: the best by a figure, and every n epochs. `Checkpoints` keeps the newest, to resume from."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from evaluation import LABEL_FREE
 
 class Best(pl.Callback):
     """best_NAME.ckpt is of the epoch at whose end the figure NAME was best; of equal ones, of the first.
+    NaN is never best.
 
     Args:
         folder: of the file.
@@ -28,6 +30,7 @@ class Best(pl.Callback):
         self.path, self.best = Path(folder) / f"best_{self.name}.ckpt", None
         self.seen: set[str] = set()
         self.validated = False
+        self.scores: set[str] | None = None  # names that a validation before the training logged, if there was one
 
     @property
     def state_key(self) -> str:
@@ -42,6 +45,12 @@ class Best(pl.Callback):
                 "last epoch"
             )
 
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """With the scores of a validation, all names are known after the first optimizer step."""
+        if self.scores is not None and trainer.global_step:
+            refuse_unknown(self.name, self.scores | set(trainer.callback_metrics))
+            self.scores = None
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.validated = True
         self.seen |= set(trainer.callback_metrics)
@@ -54,7 +63,7 @@ class Best(pl.Callback):
             refuse_unknown(self.name, self.seen)
         value = trainer.callback_metrics.get(self.name)
         value = None if value is None else float(value)
-        is_better = value is not None and (self.best is None or self.sign * value > self.sign * self.best)
+        is_better = is_finite(value) and (self.best is None or self.sign * value > self.sign * self.best)
         if ddp.on_rank_zero(lambda: is_better):  # figures of a training step differ between processes
             self.best = value
             trainer.save_checkpoint(self.path, weights_only=False)
@@ -64,7 +73,12 @@ class Best(pl.Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
+        self.best = state["best"] if is_finite(state["best"]) else None
+
+
+def is_finite(value: float | None) -> bool:
+    """Whether there is a value that can be the best; NaN is neither higher nor lower than another."""
+    return value is not None and math.isfinite(value)
 
 
 def refuse_unknown(wanted: str, logged: set[str]) -> None:

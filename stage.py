@@ -3,28 +3,57 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import attrs
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.data import AttributeDict
 from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import augmentations
 import checkpoints
 import data
 import ddp
 import layers
+import optimizers
+from class_labels import in_classes
 from device import keep_freed_memory
-from loader import Loader, images_and_labels
+from files import readable_rows
+from foreign_paths import vetted
+from loader import Loader, images_and_labels, whole_numbers
+from safe_load import class_names_allowed, data_only
 from watch import Watch
+
+
+class Settings(AttributeDict):
+    """The record of a method's settings (`hparams`): a change would have no effect, and is refused."""
+
+    def refuse(self, *names: Any, **fields: Any) -> NoReturn:
+        named = ", ".join(map(str, [*names, *fields]))
+        raise ValueError(
+            f"hparams cannot be changed ({named}): they record the settings with which the method was built. Build it "
+            "with others: SelfSupervisedMethod(params, lr=0.3), load_from_checkpoint(path, lr=0.3)"
+        )
+
+    __setattr__ = __setitem__ = update = setdefault = __ior__ = refuse
+
+    def __reduce__(self) -> tuple:
+        """For copies and for other processes, which would set item after item."""
+        return type(self), (dict(self),)
 
 
 class Stage(pl.LightningModule):
     """A method with `params` and with `augment(images, seed)`, which makes the views of a training batch."""
+
+    CLASSIFIER: str  # name of its linear layer
+    plan: optimizers.Plan | None = None  # the training's length, once there is a Trainer
+    seed_was_drawn = False  # since `seed` was None
 
     def setup(self, stage: str) -> None:
         """Compiles in place, so that parameters keep their names: checkpoints do not tell that a run was compiled."""
@@ -95,9 +124,60 @@ class Stage(pl.LightningModule):
         """For validations: compiled code would be made anew for the mode and for the size of the last batch."""
         return torch.compiler.set_stance("force_eager") if self.params.torch_compile else nullcontext()
 
+    # ---- labels ----
+
+    n_outputs: int | None = None  # classes of the classifier that is trained here, if there is one
+    needs_labels = False  # also to validate
+
+    def reads_labels(self, training: bool) -> bool:
+        """Whether labels of training batches, or of those for evaluation, matter."""
+        return True
+
+    def check_labels(self, labels: Tensor | np.ndarray | None, what: str, needed: bool = True) -> None:
+        """Raise ValueError for labels that are not classes, or not those of the classifier."""
+        if labels is None or (labels.ndim == 2 and labels.shape[1] > 1):
+            if self.n_outputs is not None and needed:
+                found = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
+                raise ValueError(f"{what} has {found}: a classifier needs labels [N], one class an image")
+            return
+        if isinstance(labels, Tensor):
+            labels = (labels.double() if labels.is_floating_point() else labels).cpu().numpy()
+        classes = in_classes(labels, what)
+        if self.n_outputs is not None and len(classes) and (highest := classes.max()) >= self.n_outputs:
+            raise ValueError(
+                f"{what} has the label {highest}, and the classifier has n_classes={self.n_outputs}, for dataset_name="
+                f"{self.params.dataset_name!r}: number the classes from 0, or choose the data set of these images"
+            )
+
+    def check_batch(self, batch: Any, loader: Any, training: bool) -> None:
+        """Check the labels of a batch of the user's loader. On a GPU, which would have to wait, only those of the first
+        training batch of an epoch, and floats."""
+        _, labels = images_and_labels(batch)
+        first = training and self.trainer.fit_loop.batch_idx < 0
+        waits = labels is not None and labels.device.type != "cpu" and not labels.is_floating_point() and not first
+        if not isinstance(loader, Loader) and self.reads_labels(training) and not waits:
+            self.check_labels(labels, "the loader", needed=training or self.needs_labels)
+
+    def on_train_start(self) -> None:
+        """Check the first batch of the user's loaders for validation, which would come only after an epoch."""
+        loaders = self.trainer.val_dataloaders
+        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+            if isinstance(loader, DataLoader) and not isinstance(loader, Loader):
+                with isolate_rng():
+                    self.check_batch(next(iter(loader)), loader, training=False)
+
+    def loader_of(self, dataloader_idx: int) -> Any:
+        """The loader from which batches come now."""
+        trainer = self.trainer
+        evaluated = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        loaders = trainer.train_dataloader if trainer.training else evaluated
+        return loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+
     # ---- data ----
 
     def loader(self, dataset: Dataset, training: bool, in_order: bool = False) -> Loader:
+        if self.n_outputs is not None:
+            self.check_labels(dataset.labels, f"dataset_name={self.params.dataset_name!r}")
         device, accumulated = self.trainer.strategy.root_device, self.trainer.accumulate_grad_batches
         return data.get_loader(self.params, dataset, training, accumulated, device, in_order)
 
@@ -118,12 +198,14 @@ class Stage(pl.LightningModule):
         return [self.loader(dataset, training=False) for dataset in datasets]
 
     @staticmethod
-    def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[list[Tensor | None]]:
-        """(features, labels or None) of each loader, gathered over processes; empties `outputs_of`."""
+    def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Tensor | None, ...]]:
+        """(features, labels or None) of each loader, gathered over processes; empties `outputs_of`. Unreadable files
+        are left out."""
         loaders, sets = loaders if isinstance(loaders, list | tuple) else [loaders], []
         for index, outputs in sorted(outputs_of.items()):
             parts, loader = zip(*outputs, strict=True), loaders[index]
-            sets.append([p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts])
+            x, y = (p[0] if p[0] is None else ddp.gather_evaluated(torch.cat(p), loader) for p in parts)
+            sets.append(readable_rows(y, x))
         outputs_of.clear()
         return sets
 
@@ -143,6 +225,9 @@ class Stage(pl.LightningModule):
         if self._trainer is None or self._trainer.state.stage is None:
             return batch  # the sample of to_onnx() or to_torchscript()
         images, labels = images_and_labels(batch)
+        if not self.trainer.predicting:
+            self.check_batch(batch, self.loader_of(dataloader_idx), self.trainer.training)
+        labels = whole_numbers(labels)
         self.check_first(images, dataloader_idx)
         if not self.trainer.training:
             return augmentations.for_evaluation(images, self.params).to(self.dtype), labels
@@ -159,11 +244,39 @@ class Stage(pl.LightningModule):
 
     # ---- checkpoints ----
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        if self.plan is not None:
+            checkpoint["steps"] = self.plan.of_checkpoint()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Of a run that is resumed: what cannot be resumed by these settings is refused."""
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        checkpoints.refuse_another(checkpoint, self, self.trainer)
+        checkpoints.count_batches_anew(checkpoint, self.trainer.accumulate_grad_batches)
+        if self.seed_was_drawn and "seed" in checkpoint.get("hyper_parameters", {}):
+            self.adopt_seed(checkpoint["hyper_parameters"]["seed"])
+
+    def adopt_seed(self, seed: int) -> None:
+        """In place of a seed that was drawn."""
+        self.params = attrs.evolve(self.params, seed=seed)
+        self.save_hyperparameters({"seed": seed})
+
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:
-        """Lightning's; a damaged file, or one that would run code, is refused in words."""
-        checkpoints.read(checkpoint_path)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        """Lightning's; a damaged file, or one that would run code, is refused in words. The images may be gone: the
+        classifier has as many classes as in the file. Paths that the file names are used only where foreign_paths.py
+        says; pass data_path, splits_path, ... to use others."""
+        content = checkpoints.read(checkpoint_path)
+        said = vetted(content.get("hyper_parameters", {}), checkpoint_path, kwargs)
+        weight = content["state_dict"].get(f"{cls.CLASSIFIER}.weight")
+        n_classes = {} if weight is None else {"n_classes": len(weight)}
+        with data_only(str(checkpoint_path)), class_names_allowed(content):
+            return super().load_from_checkpoint(checkpoint_path, *args, **{**said, **n_classes, **kwargs})
+
+    def _set_hparams(self, hp: Any) -> None:
+        """Lightning's, of a record that cannot be changed."""
+        self._hparams = Settings({**self.hparams, **self._to_hparams_dict(hp)})
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return Watch.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))

@@ -20,6 +20,7 @@ import command_line
 import dry_run
 import milestones
 import progress
+import run_folder
 import train
 from gradient_norms import GradientNorms
 from moco import SelfSupervisedMethod
@@ -257,7 +258,7 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     out = shutil.copytree(run, tmp_path / "copy")
     with pytest.raises(SystemExit, match="holds an earlier run"):
         main(RUN.format(out=out), monkeypatch)
-    line = RUN.format(out=out).replace(" --seed 3", " --resume auto --max_epochs 4")
+    line = RUN.format(out=out).replace(" --seed 3", " --resume auto --max_epochs 4 --lr 0.01")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
         patch.setattr(train, "score", interrupted)
         main(line, monkeypatch)
@@ -268,13 +269,19 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     states = [torch.load(out / name, weights_only=True)["state_dict"] for name in ("pretrained.ckpt", "linear.ckpt")]
     assert torch.equal(*(state["model.conv1.0.weight"] for state in states))  # the classifier is of this encoder
     scores = json.loads((out / "results.json").read_text())
+    main(line.replace("--linear_lr 0.1", "--linear_lr 0.2"), monkeypatch)
+    rates = [torch.load(out / "linear.ckpt", weights_only=True)[name] for name in ("hyper_parameters", "global_step")]
+    assert rates[0]["lr"] == 0.2 and rates[1] == 2  # it was trained once more
+    scores = json.loads((out / "results.json").read_text())
     main(line.replace("--linear_epochs 1 ", ""), monkeypatch)
     torch.use_deterministic_algorithms(False)
     kept = json.loads((out / "results.json").read_text())
     assert kept == {**scores, "pretraining minutes": kept["pretraining minutes"]}  # of the same encoder
+    (optimizer,) = torch.load(out / "pretrained.ckpt", weights_only=True)["optimizer_states"]
+    assert {group["initial_lr"] for group in optimizer["param_groups"]} == {0.01}
     assert report_runs.state(compare.read(out)) == "finished"
     assert (out / "command.txt").read_text().splitlines()[1] == f"python train.py {line}"
-    assert len(json.loads((out / "run.json").read_text())) == 4
+    assert len(json.loads((out / "run.json").read_text())) == 5
     assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3  # of the run that it goes on with
     assert len([row for row in rows_of(out) if row["valid_knn20_acc"]]) == 5 + 1  # random, four epochs, the end
 
@@ -289,6 +296,9 @@ def interrupted(*_) -> None:
         ("byol", "", "holds a run with preset='simclr': give that, or choose another --out"),
         ("simclr", "--optimizer_name lars", "holds a run with optimizer_name='sgd'"),
         ("simclr", "--mlp_hidden_dim 33", "is of another model, in which projection_model.net.0.weight, "),
+        ("simclr", "--lr 0.01 --weight_decay 0.1", "lr=0.01, weight_decay=0.1: "),  # nothing is left to train
+        ("simclr", "--max_epochs 4 --batch_size 32", "batch_size"),
+        ("simclr", "--max_epochs 2", "max_epochs"),
         ("simclr", "--devices [99]", "Lightning refuses devices=.99., "),
     ],
 )
@@ -308,13 +318,62 @@ def test_a_run_that_cannot_go_on_by_other_settings_stays_as_it_was(
 
 def test_a_folder_or_checkpoint_that_cannot_be_is_refused_before_the_run_begins(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="error: out=file is a file: name a folder"):
+    with pytest.raises(SystemExit, match="error: out=file"):
         main(f"{SMALL} --out file", monkeypatch)
-    with pytest.raises(SystemExit, match="error: .*file/run"):
+    with pytest.raises(SystemExit, match="error: out=file/run"):
         main(f"{SMALL} --out file/run", monkeypatch)
     with pytest.raises(SystemExit, match="error: there is no file maybe"):
         main(f"{SMALL} --resume maybe --out new", monkeypatch)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["log.txt"]
+
+
+def test_a_folder_in_use_is_refused_before_any_work(monkeypatch, tmp_path, holder):
+    process = holder(tmp_path / "run")
+    with pytest.raises(SystemExit, match=f"error: .*run is in use by process {process.pid}"):
+        main(f"{SMALL} --out run", monkeypatch)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a process of the same run
+    with pytest.raises(SystemExit, match="there is no file maybe"):
+        main(f"{SMALL} --out run --resume maybe", monkeypatch)
+
+
+def test_a_finished_run_without_its_steps_is_kept(run, monkeypatch, tmp_path):
+    out = shutil.copytree(run, tmp_path / "copy")
+    for file in out.glob("pretraining/checkpoints/*.ckpt"):
+        file.unlink()
+    before = (out / "pretrained.ckpt").read_bytes()
+    with pytest.raises(SystemExit, match="holds an earlier run"):
+        main(RUN.format(out=out), monkeypatch)
+    assert (out / "pretrained.ckpt").read_bytes() == before
+    assert train.newest(out, "pretraining") == out / "pretrained.ckpt"  # --resume auto goes on with it
+
+
+def test_a_configuration_written_by_hand_is_kept(tmp_path):
+    text = "preset: simclr  # a note\n"
+    (tmp_path / "config.yaml").write_text(text)
+    run_folder.begin(tmp_path, "preset: simclr\n", ["train.py"])
+    run_folder.begin(tmp_path, "preset: simclr\n", ["train.py"])  # not kept once more
+    (kept,) = tmp_path.glob("config_by_hand_*.yaml")
+    assert kept.read_text() == text and (tmp_path / "config.yaml").read_text() == "preset: simclr\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", b"preset: [simclr"),
+        ("config.yaml", b"- 1"),
+        ("config.yaml", b"\xff"),
+        ("results.json", b"[1]"),
+        ("results.json", b"{"),
+        ("run.json", b"{}"),
+        ("run.json", b"[1]"),
+    ],
+)
+def test_a_file_of_a_run_that_cannot_be_read_is_named(name, content, tmp_path):
+    (tmp_path / "config.yaml").write_text("preset: simclr\n")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        compare.read(tmp_path)
 
 
 def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, monkeypatch, tmp_path):

@@ -116,7 +116,7 @@ def test_lists_of_paths_and_labels(photos, tmp_path, separator):
     (copy / "train.txt").write_text(f"china/the first one.png{separator}7\nflower/00.png{separator}3\n\n")
     (copy / "test.txt").write_text(f"flower/01.png{separator}3\n")
     assert three(params(copy)) == [
-        {"china/the first one.png": 7, "flower/00.png": 3}, {"flower/01.png": 3}, {"flower/01.png": 3}
+        {"china/the first one.png": 1, "flower/00.png": 0}, {"flower/01.png": 0}, {"flower/01.png": 0}
     ]  # fmt: skip
     (copy / "train.txt").write_text(f"china/01.png{separator}oak\nflower/00.png{separator}ash\n")
     (copy / "test.txt").write_text(f"flower/01.png{separator}oak\n")
@@ -179,8 +179,8 @@ def test_class_to_idx(photos, tmp_path):
     for given in ({"flower": 0, "china": 5}, str(file), ["flower=0", "china=5"]):
         p = params(photos, class_to_idx=given)
         assert p.class_to_idx == ["flower=0", "china=5"]
-        assert listed(p)["china/00.png" if "china/00.png" in listed(p) else "china/01.png"] == 5
-        assert set(listed(p).values()) == {0, 5} and n_classes(p) == 6
+        assert listed(p)["china/00.png" if "china/00.png" in listed(p) else "china/01.png"] == 1
+        assert set(listed(p).values()) == {0, 1} and n_classes(p) == 2
     with pytest.raises(ValueError, match="class_to_idx has no number for flower"):
         listed(params(photos, class_to_idx={"china": 0}))
 
@@ -274,9 +274,14 @@ AB = {"class_to_idx": {"a": 5, "b": 2}}
         ("\ufeffchina/01.png\tb\nflower/00.png\ta\n", "flower/01.png a", {}, [1, 0, 0]),
         (f"{TWO}china/01.png\n", "flower/01.png", {}, [0, 1, 1]),
         ("flower/00.png 7", "flower/01.png 7", {"labels_from": None}, [-1, -1]),
-        ("china/01.png 4\nflower/00.png 3", "flower/01.png", {}, [4, 3, -1]),
-        ("flower/00.png a", "flower/01.png b", AB, [5, 2]),
-        ("flower/00.png 5", "flower/01.png 2", AB, [5, 2]),
+        ("china/01.png 4\nflower/00.png 3", "flower/01.png", {}, [1, 0, -1]),
+        ("china/01.png 20240101\nflower/00.png 7", "flower/01.png 7", {}, [1, 0, 0]),
+        ("china/01.png b\nflower/00.png a", "flower/01.png b", AB, [0, 1, 0]),
+        ("china/01.png 2\nflower/00.png 5", "flower/01.png 2", AB, [0, 1, 0]),
+        ("china/01.png cat\nflower/00.png Cats", "flower/01.png cat", {"class_to_idx": ["cat=3", "Cats=3"]}, [0, 0, 0]),
+        ("china/01.png café\nflower/00.png a", "flower/01.png cafe\u0301", {}, [1, 0, 1]),
+        ("china/01.png cat\nflower/00.png dog", "flower/01.png Cats", {}, "val has .* 1 of 1: 'Cats' .nearest: 'cat'"),
+        ("china/01.png 1\nflower/00.png 2", "flower/01.png 3", {}, "val has classes that train lacks, 1 of 1: '3'"),
         (TWO, "flower/01.png", {"exclude_patterns": ["china/*"]}, [0, 0]),
         (
             "china/01.png 0\nflower/00.png rose",

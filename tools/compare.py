@@ -6,8 +6,8 @@ Runs of the same settings but for the seed are one column: mean ± standard devi
 """
 
 import argparse
-import csv
 import json
+import math
 import re
 import statistics
 from collections import Counter
@@ -21,8 +21,10 @@ from rich.table import Table
 
 import run_folder
 from command_line import text
-from milestones import lowest_is_best, uses_test_labels
-from tools.commands import in_words
+from milestones import is_finite, lowest_is_best, uses_test_labels
+from program import one_line_errors
+from results import deviation
+from whole_files import rows_of
 
 BEST = "best "  # of metrics.csv: begins the names of results
 LAST = "step_train_loss"  # of metrics.csv; of what is in results.json the last is there
@@ -55,10 +57,10 @@ def read(folder: str | Path) -> Run:
         ValueError: it is no folder of a run.
     """
     folder = Path(folder)
-    settings, starts = run_folder.settings(folder), folder / "run.json"
+    settings = run_folder.settings(folder)
     if not settings:
         raise ValueError(f"{folder} is no run of train.py: it holds no config.yaml")
-    last = json.loads(starts.read_text())[-1] if starts.is_file() else {}
+    last = next(reversed(run_folder.starts_of(folder)), {})
     where = {name: last.get(name) for name in ("machine", "gpus")}
     versions = {f"{name} version": number for name, number in last.get("versions", {}).items() if name != "commit"}
     commit = last.get("versions", {}).get("commit") or "none"
@@ -69,21 +71,20 @@ def read(folder: str | Path) -> Run:
 def results(folder: Path) -> dict[str, float]:
     """Numbers of results.json; of metrics.csv the last training loss, and the best of what is evaluated each epoch (the
     random encoder, whose row is the first, is no epoch)."""
-    path, found = folder / "results.json", {}
-    written = json.loads(path.read_text()) if path.is_file() else {}
+    written, found = run_folder.results_of(folder), {}
     for name, value in written.items():
         if isinstance(value, dict):
-            found |= {f"{name}: {figure}": number for figure, number in value.items()}
+            found |= {f"{name}: {figure}": math.nan if number is None else number for figure, number in value.items()}
         elif isinstance(value, int | float) and (name != "epochs" or "trained encoder" in written):
             found[name] = value  # earlier versions wrote "epochs" at the beginning: those wanted
-    path = folder / "pretraining" / "metrics.csv"
-    rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+    _, rows = rows_of(folder / "pretraining" / "metrics.csv")
     for name in rows[0] if rows else []:
         numbers = [float(row[name]) for row in rows if row[name]]
         if name == LAST and numbers:
             found[f"last {name}"] = numbers[-1]
         elif name.startswith("valid_") and (epochs := numbers[f"random encoder: {name}" in found :]):
-            found[BEST + name] = (min if lowest_is_best(name) else max)(epochs)
+            best = min if lowest_is_best(name) else max
+            found[BEST + name] = best(filter(is_finite, epochs), default=math.nan)
     return found
 
 
@@ -129,7 +130,7 @@ def in_figures(numbers: list[float] | None) -> str:
         return ""
     if len(numbers) == 1:
         return f"{numbers[0]:.4g}"
-    return f"{statistics.mean(numbers):.4g} ± {statistics.stdev(numbers):.2g} ({len(numbers)})"
+    return f"{statistics.mean(numbers):.4g} ± {deviation(numbers):.2g} ({len(numbers)})"
 
 
 def caution(runs: Iterable[Run]) -> str:
@@ -157,11 +158,11 @@ def table(columns: list[list[Run]], rows: list[Row]) -> Table:
     return made
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    with in_words():
-        Console(highlight=False, markup=False).print(table(*compare(parser.parse_args().runs)))
+    Console(highlight=False, markup=False).print(table(*compare(parser.parse_args().runs)))
 
 
 if __name__ == "__main__":
