@@ -9,18 +9,6 @@ import torch
 from torch import Tensor
 
 
-def usable(device: str) -> torch.device:
-    """The device of this name; of "auto", the best there is. Raises ValueError if it cannot be used here."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        made = torch.zeros(1, device=device)
-        made.item()  # "meta" has no values
-        return made.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Without waiting for the device, which only copies from pinned memory do not."""
     pinned = values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
