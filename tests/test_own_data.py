@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.datasets import ImageFolder
 
+import checkpoints
 import data
 import evaluate
 import features
@@ -628,3 +630,35 @@ def test_examples_of_the_page(photos, tmp_path):
     environment = {**os.environ, **caches, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("version", ["this", "earlier"])
+@pytest.mark.parametrize("images", ["gone", "with one class more"])
+def test_a_classifier_is_loaded_where_the_images_are_others(images, version, photos, tmp_path, trainer):
+    """The file knows how many classes it has; a run that is resumed there says what differs."""
+    root = shutil.copytree(photos, tmp_path / "photos")
+    online = SelfSupervisedMethod(params(root, online_classifier=True, evaluations=[]))
+    fields = {"dataset_name": "folder", "data_path": str(root), "batch_size": 8, "num_data_workers": 0, "seed": 0}
+    fields |= {"encoder_arch": "shufflenet_v2_x0_5", "transform_crop_size": 32}
+    linear = LinearClassifierMethod(lr=0.1, **fields)
+    for name, method in (("online", online), ("linear", linear)):
+        fit = trainer(limit_train_batches=1, limit_val_batches=0)
+        fit.fit(method)
+        fit.save_checkpoint(tmp_path / f"{name}.ckpt", weights_only=False)
+        content = checkpoints.read(tmp_path / f"{name}.ckpt")
+        if version == "earlier":
+            content["hyper_parameters"].pop("n_classes")
+        torch.save(content, tmp_path / f"{name}.ckpt")
+    if images == "gone":
+        shutil.rmtree(root)
+    else:
+        shutil.copytree(next(path for path in root.iterdir() if path.is_dir()), root / "zebra")
+    for name, method in (("online", online), ("linear", linear)):
+        loaded = type(method).load_from_checkpoint(tmp_path / f"{name}.ckpt")
+        assert loaded.state_dict().keys() == method.state_dict().keys()
+        assert getattr(loaded, loaded.CLASSIFIER).out_features == 2
+    assert load_encoder(tmp_path / "online.ckpt").params.data_path == str(root)
+    if images != "gone":
+        with pytest.raises(ValueError, match="n_classes|classifier"):
+            again = LinearClassifierMethod(lr=0.1, **fields)
+            trainer(max_epochs=2).fit(again, ckpt_path=tmp_path / "linear.ckpt")
