@@ -4,6 +4,7 @@ trainer = pl.Trainer(max_epochs=320, callbacks=[Checkpoints("runs/first", every_
 trainer.fit(model, ckpt_path=newest("runs/first"))
 """
 
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 import ddp
 from folder_lock import locked
 from loader import Loader
+from numerics import not_finite
 from safe_load import safe_load
 from whole_files import whole
 
@@ -54,6 +56,102 @@ def newest(folder: str | Path) -> Path | None:
     if found:
         raise ValueError(f"none of the {len(found)} checkpoints in {folder} is good: move them away to start anew")
     return None
+
+
+# ---- resuming with other settings ----
+
+NOT_OF_TRAINING = (
+    "max_epochs", "evaluations", "evaluate_every_n_epochs", "probe_on_training_set", "evaluation_clips",
+    "evaluation_crops", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device", "torch_compile",
+    "data_path", "splits_path",
+)  # fmt: skip
+MAKE_GROUPS = ("exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr")
+
+
+def refuse_another(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> None:
+    """Refuse to resume where the state in a checkpoint's `content` contradicts the method's settings or the Trainer's.
+    All other settings are those of the method, from the first step on.
+
+    Raises:
+        ValueError: names the settings.
+    """
+    saved, own = ({k: v.shape for k, v in state.items()} for state in (content["state_dict"], method.state_dict()))
+    differing = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
+    before = content.get("hyper_parameters")
+    before = before if isinstance(before, dict) else {}
+    changed = {name: value for name, value in method.hparams.items() if before.get(name, value) != value}
+    if differing:
+        named = ", ".join(f"{name}={value!r} (it has {before[name]!r})" for name, value in changed.items())
+        raise ValueError(
+            f"the checkpoint is of another model, in which {', '.join(differing[:3])} "
+            f"{'and others ' * (len(differing) > 3)}differ: resume with the settings of its run. "
+            f"Other than in it: {named or 'the encoder'}"
+        )
+    groups = next(iter(content.get("optimizer_states", [])), {}).get("param_groups", [])
+    named = all("param_names" in group for group in groups)  # else of an earlier version
+    for name in ("optimizer_name", *(() if named else MAKE_GROUPS)):
+        if name in changed:
+            raise ValueError(
+                f"{name}={changed[name]!r}: the checkpoint's optimizer has state for {before[name]!r}. Resume with "
+                f"that, or start a new run from its weights (encoder_weights)"
+            )
+    refuse_shorter(content, trainer)
+
+
+def epochs_done(content: dict[str, Any]) -> int:
+    loop = content.get("loops", {}).get("fit_loop", {})
+    return loop.get("epoch_progress", {}).get("current", {}).get("processed", 0)
+
+
+def refuse_shorter(content: dict[str, Any], trainer: pl.Trainer) -> None:
+    done = {"max_epochs": epochs_done(content), "max_steps": content["global_step"]}
+    for name, limit, reached in ((name, getattr(trainer, name), reached) for name, reached in done.items()):
+        if limit not in (None, -1) and reached > limit:
+            raise ValueError(f"{name}={limit}: the checkpoint is of a training that reached {reached}. Choose more")
+
+
+def changed_too_late(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
+    """Settings of the training that differ from the checkpoint's, if that training is complete."""
+    if epochs_done(content) < (trainer.max_epochs or 0):
+        return {}
+    before = content.get("hyper_parameters", {})
+    now = {name: value for name, value in method.hparams.items() if name not in NOT_OF_TRAINING}
+    return {name: value for name, value in now.items() if before.get(name, value) != value}
+
+
+def images_of_a_step(params: Any, trainer: pl.Trainer) -> int:
+    """Images in one optimizer step, according to the settings."""
+    batches = trainer.num_devices * trainer.num_nodes * trainer.accumulate_grad_batches
+    return params.global_batch_size or params.batch_size * batches
+
+
+def refuse_other_steps(before: dict[str, int] | None, now: dict[str, int]) -> None:
+    """Schedules and the position within the epoch count optimizer steps: a step must stay what it was. What `before`
+    says of the run so far, if it does, is compared with `now`."""
+    if before is not None and now["images"] != before["images"]:
+        raise ValueError(
+            f"batch_size: {now['images']} images per optimizer step, but the checkpoint's run had {before['images']}, "
+            "in which its schedules count. Choose batch_size (or global_batch_size), accumulate_grad_batches and the "
+            "number of processes so that their product stays, or start a new run from its weights (encoder_weights)"
+        )
+    if before is not None and now.get("an_epoch", before["an_epoch"]) != before["an_epoch"]:
+        rank_zero_warn(
+            f"an epoch has {now['an_epoch']} optimizer steps, but had {before['an_epoch']} in the checkpoint's run: "
+            "learning rate and momentum m follow the new length, and do not end exactly at their final values"
+        )
+
+
+def count_batches_anew(content: dict[str, Any], accumulated: int) -> None:
+    """Change the position within the epoch to batches of which `accumulated` make an optimizer step."""
+    before = content.get("steps", {}).get("accumulated", accumulated)
+    if before == accumulated:
+        return
+    loop = content["loops"]["fit_loop"]
+    positions = [p for p in loop["state_dict"].get("combined_loader", []) if Loader.is_position(p)]
+    progress = loop["epoch_loop.batch_progress"]
+    for counts in (*positions, progress["total"], progress["current"]):
+        for name in counts.keys() - {"epoch"}:
+            counts[name] = math.ceil(counts[name] * accumulated / before)
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -184,10 +282,10 @@ class Checkpoints(pl.Callback):
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.fast_dev_run:  # its checkpoint would be taken for that of a run
             return
-        if not all_finite(module):
+        if names := not_finite(module):
             raise FloatingPointError(
                 f"weights are not finite at step {trainer.global_step}: not saved; the newest good checkpoint is "
-                f"{newest(self.folder)}"
+                f"{newest(self.folder)} ({len(names)} tensors, the first: {names[0]})"
             )
         for logger in trainer.loggers:
             logger.save()  # figures up to here are not computed again
@@ -208,7 +306,3 @@ class Checkpoints(pl.Callback):
             subprocess.run(["scontrol", "requeue", job], check=True)
         self.received = None
         raise SIGTERMException
-
-
-def all_finite(module: torch.nn.Module) -> bool:
-    return bool(torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all())

@@ -115,6 +115,14 @@ def ask_all(flag: bool, device: torch.device | str = "cpu") -> Callable[[], bool
     return lambda: bool(answers().any())
 
 
+def from_rank_zero(x: Tensor) -> Tensor:
+    """The first process's x."""
+    if is_distributed():
+        x = x.contiguous()
+        dist.broadcast(x, src=0)
+    return x
+
+
 def on_rank_zero(compute: Callable[[], Result]) -> Result:
     """compute() on the first process only; every process gets its result."""
     result = [compute() if rank() == 0 else None]

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from torch import nn
 
 import data
 import features
 from baselines import compared
 from command_line import add_fields
+from device import usable
 from fields import as_path
 from own_data_params import OwnDataParams
+from program import one_line_errors
 from protocols import PROTOCOLS
 from results import Results, versions
 from shared_params import EncoderAndDataParams, n_classes
@@ -74,12 +75,15 @@ def evaluate_checkpoint(
         ValueError: an unknown protocol, or one that needs other labels than the data set's.
     """
     check_names(protocols or ())
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    folder = as_path(out) if out else folder_of(checkpoint)
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise ValueError(f"out={str(folder)!r} is a file, or below one. Pass a directory for the results")
+    device = str(usable(device))
     trained = load_encoder(checkpoint, encoder=encoder)
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
     encoders = {**(compared(trained, starting_weights) if baselines else {}), "trained": trained}
-    results = Results(as_path(out) if out else folder_of(checkpoint), fresh)
+    results = Results(folder, fresh)
     about = {
         "checkpoint": str(checkpoint),
         "encoders": {name: str(found.report) for name, found in encoders.items()},
@@ -205,6 +209,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@one_line_errors()
 def main() -> None:
     args = arguments()
     if args.list:
@@ -212,26 +217,23 @@ def main() -> None:
             print(f"{name:14} {row.definition}. {row.source}")
         return
     if args.checkpoint is None:
-        raise SystemExit("which CHECKPOINT? --help says what it may be")
+        raise ValueError("CHECKPOINT is missing: pass a checkpoint, a weights file or the name of an encoder")
     training = {"max_epochs": args.epochs, "batch_size": args.batch_size}
     reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers}
     reading |= {name: getattr(args, name) for name in READING if hasattr(args, name)}
-    try:
-        evaluate_checkpoint(
-            args.checkpoint,
-            args.protocols,
-            args.dataset,
-            args.seeds,
-            out=args.out,
-            starting_weights=args.starting_weights,
-            baselines=not args.no_baselines,
-            fresh=args.fresh,
-            device=args.device,
-            training={name: value for name, value in training.items() if value is not None},
-            **{name: value for name, value in reading.items() if value is not None},
-        )
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(str(error)) from error
+    evaluate_checkpoint(
+        args.checkpoint,
+        args.protocols,
+        args.dataset,
+        args.seeds,
+        out=args.out,
+        starting_weights=args.starting_weights,
+        baselines=not args.no_baselines,
+        fresh=args.fresh,
+        device=args.device,
+        training={name: value for name, value in training.items() if value is not None},
+        **{name: value for name, value in reading.items() if value is not None},
+    )
     print((args.out or folder_of(args.checkpoint)).joinpath("results.md").read_text())
 
 

@@ -25,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 import augmentations
 import data
 from encoders import OWN_MODULE, embed
+from files import name_skipped, readable_rows
+from numerics import finite
 from packed_images import PackedImages
 from shared_params import OF_ONE_KIND, EncoderAndDataParams
 from video_params import OF_TRAINING
@@ -87,19 +89,22 @@ def extract(
     encoder: Encoder, params: EncoderAndDataParams, splits: tuple[str, ...], cache: Path, stages: bool = False
 ) -> Features:
     """Embeddings and labels of whole images, in the order of the set; with `stages` also what comes out of each. Of
-    videos: the means over their evaluation_clips x evaluation_crops clips."""
+    videos: the means over their evaluation_clips x evaluation_crops clips. Unreadable files are left out, and named."""
     dataset = data.get_dataset(params, splits)
-    names = stages_of(encoder) if stages else []
+    names, what = stages_of(encoder) if stages else [], f"features of {'+'.join(splits)}"
     folder = cache / fingerprint(encoder, params, dataset, {"whole images": names})
     if not folder.is_dir():
 
         def rows() -> Iterator[dict[str, Tensor]]:
             with Tap(encoder, names) as tap:
                 for images, labels in batches(dataset, params):
-                    yield {"x": encoder.embed(images), "y": labels, **tap.averages(len(images))}
+                    yield {"x": finite(encoder.embed(images), what), "y": labels, **tap.averages(len(images))}
 
-        write(folder, len(dataset), rows(), n_batches(dataset, params), f"features of {'+'.join(splits)}")
+        write(folder, len(dataset), rows(), n_batches(dataset, params), what)
+        name_skipped(dataset)
     arrays = read(folder)
+    if left_out := len(dataset) - len(arrays["x"]):
+        print(f"{what}: without {left_out:,} images that could not be read", flush=True)
     return Features(arrays.pop("x"), arrays.pop("y"), arrays)
 
 
@@ -123,15 +128,18 @@ def extract_views(
     if not folder.is_dir():
         device = device_of(encoder)
         subset = dataset.subset(chosen)
+        subset.evaluated = True
 
         def rows() -> Iterator[dict[str, Tensor]]:
-            for i, (images, _) in enumerate(batches(subset, params)):
+            for i, (images, labels) in enumerate(batches(subset, params)):
                 on_device = [x.to(device) for x in images] if isinstance(images, list) else images.to(device)
                 views = augmentations.augment(on_device, (seed, i), [view] * n_views, params.mean, params.std)
                 with torch.no_grad():
-                    yield {"x": torch.stack([encoder(x.to(device)).float() for x in views], 1)}
+                    found = torch.stack([encoder(x.to(device)).float() for x in views], 1)
+                    yield {"x": finite(found, f"views of {'+'.join(splits)}"), "y": labels}
 
         write(folder, len(subset), rows(), n_batches(subset, params), f"{n_views} views of {len(subset)} images")
+        name_skipped(subset)
     return read(folder)["x"]
 
 
@@ -238,23 +246,28 @@ def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
 
 
 def write(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_batches: int, what: str) -> None:
-    """Batches of rows of each array -> one .npy an array, in constant memory, complete or not at all."""
+    """Batches of rows of each array -> one .npy an array, in constant memory, complete or not at all. Rows whose label
+    `y` says that they stand in for unreadable files are left out: the arrays then have less than n rows."""
     with whole_folder(folder) as unfinished, ExitStack() as opened:
-        files, done = {}, 0
+        files: dict[str, tuple[BinaryIO, np.ndarray]] = {}  # and a row
+        done = 0
         for batch in track(rows, what, total=n_batches):
-            for name, part in batch.items():
-                part = part.cpu().numpy()
+            *parts, labels = readable_rows(batch["y"].cpu(), *(part.cpu() for part in batch.values()))
+            for name, part in zip(batch, parts, strict=True):
+                part = part.numpy()
                 if name not in files:
-                    files[name] = opened.enter_context((unfinished / f"{name}.npy").open("wb"))
-                    write_header(files[name], part.dtype, (n, *part.shape[1:]))
-                files[name].write(part.tobytes())  # not a memory map, where a full disk kills the process
-            done += len(part)
-        assert done == n, (done, n)
+                    files[name] = opened.enter_context((unfinished / f"{name}.npy").open("wb")), part[:0]
+                    write_header(*files[name], n)
+                files[name][0].write(part.tobytes())  # not a memory map, where a full disk kills the process
+            done += len(labels)
+        for file, none in files.values() if done < n else ():
+            write_header(file, none, done)
 
 
-def write_header(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """Begin a .npy file."""
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+def write_header(file: BinaryIO, none: np.ndarray, n: int) -> None:
+    """Begin a .npy file of n rows like those of `none`. NumPy leaves room for other numbers of rows."""
+    file.seek(0)
+    header = {"descr": np.lib.format.dtype_to_descr(none.dtype), "fortran_order": False, "shape": (n, *none.shape[1:])}
     np.lib.format.write_array_header_1_0(file, header)
 
 

@@ -128,9 +128,11 @@ def check_types(settings) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Settings without NumPy's numbers, which a checkpoint that is data only cannot hold."""
+    """Settings without NumPy's numbers and subclasses of str, which a checkpoint that is data only cannot hold."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, str):
+        return str(value)  # of a subclass
     return value.item() if isinstance(value, np.generic) else value

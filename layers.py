@@ -1,9 +1,24 @@
-"""An encoder as a sequence of stages, for learning rates that differ between them."""
+"""The parts of an encoder: in stages, for learning rates that differ between them; and their train and eval modes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 Parameters = dict[str, nn.Parameter]  # by their names in the encoder
 FEWEST = 4  # stages, of an encoder that can be divided so often
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put all parts into eval mode meanwhile, then each into its earlier one: a frozen stem stays frozen."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def stages(encoder: nn.Module) -> dict[str, Parameters]:

@@ -22,8 +22,11 @@ import optimizers
 import parameter_options
 import sce_params
 import schedules
+import watch
+from device import at_least_float32
 from encoders import check_small_views, embed, get_encoder, source_of_weights
 from fields import plain
+from files import nan_where_unreadable
 from heads import MLP
 from key_queue import KeyQueue
 from lagging import frozen_copy, move_towards
@@ -45,9 +48,12 @@ class SelfSupervisedMethod(Stage):
         encoder: your own module, [N, C, H, W] -> [N, E], instead of the one that `params.encoder_arch` names.
     """
 
+    CLASSIFIER = "online_classifier"
+
     def __init__(self, params: ModelParams | dict | None = None, *, encoder: nn.Module | None = None, **fields: Any):
         super().__init__()
-        self.params = p = resolve(ModelParams, params, encoder, fields)
+        self.params, self.seed_was_drawn = resolve(ModelParams, params, encoder, fields)
+        p = self.params
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
@@ -58,7 +64,8 @@ class SelfSupervisedMethod(Stage):
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
-            self.online_classifier = nn.Linear(width, labelled(n_classes(p), p)) if p.online_classifier else None
+            classes = p.online_classifier and (p.n_classes or labelled(n_classes(p), p))
+            self.online_classifier = nn.Linear(width, classes) if p.online_classifier else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
                 copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], min(sizes), min(sizes)))
         self.parameter_table()  # refuses patterns of nothing
@@ -68,7 +75,6 @@ class SelfSupervisedMethod(Stage):
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
         self.started_from = source_of_weights(p)
-        self.plan: optimizers.Plan | None = None  # the training's length, once there is a Trainer
         self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
@@ -97,8 +103,9 @@ class SelfSupervisedMethod(Stage):
         return slow(x)
 
     def on_sphere(self, z: Tensor) -> Tensor:
-        """Unit length if the method asks for it; float32 from here on, whatever the precision."""
-        return F.normalize(z.float(), dim=1) if self.params.use_unit_sphere_projection else z.float()
+        """Unit length if the method asks for it; float32 or more from here on, whatever the precision."""
+        z = at_least_float32(z)
+        return F.normalize(z, dim=1) if self.params.use_unit_sphere_projection else z
 
     def encode_views(self, views: list[Tensor], batch_idx: int) -> tuple[dict[int, tuple], dict[int, Tensor]]:
         """({view i: what `encode` returns} of the queries, {view j: k} of the keys); each view is encoded once."""
@@ -120,7 +127,7 @@ class SelfSupervisedMethod(Stage):
         online, keys = self.encode_views(views, batch_idx)
         scheduled = sce_params.scheduled(p, self.global_step, self.plan)
         loss_of = losses.get_loss(p, **scheduled)
-        queue = None if self.queue is None else self.queue.keys
+        queue = None if self.queue is None else at_least_float32(self.queue.keys)
         per_pair = []
         with torch.autocast(self.device.type, enabled=False):
             for i, j in p.pairs:
@@ -175,9 +182,27 @@ class SelfSupervisedMethod(Stage):
 
     # ---- data ----
 
+    @property
+    def n_outputs(self) -> int | None:
+        return None if self.online_classifier is None else self.online_classifier.out_features
+
+    def reads_labels(self, training: bool) -> bool:
+        return self.online_classifier is not None or (not training and self.params.is_evaluated)
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if stage == "fit":
+            self.refuse_callbacks({row.lr for row in self.parameter_table()})
+            self.refuse_half_precision()
         self.trains_on_own_data = stage != "fit"  # while fitting: once train_dataloader() was called
+
+    def refuse_half_precision(self) -> None:
+        if self.lagging_model is not None and self.trainer.precision in ("bf16-true", "16-true"):
+            mixed = self.trainer.precision.replace("true", "mixed")
+            raise ValueError(
+                f"precision={self.trainer.precision!r} cannot hold the lagging model: a step moves it by 1 - m = "
+                f"{1 - self.params.m:.2g} of a difference, which half precision rounds to nothing. Use {mixed!r}"
+            )
 
     def train_dataloader(self):
         self.trains_on_own_data, p = True, self.params
@@ -219,6 +244,11 @@ class SelfSupervisedMethod(Stage):
             self.log_dict(scores)
             self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
+    def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
+        """Embeddings [N, E] of a batch's images, in float32 or more; NaN for images that could not be read."""
+        with self.eagerly():
+            return nan_where_unreadable(at_least_float32(embed(self.model, batch[0])), batch[1])
+
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def on_test_epoch_end(self) -> None:
@@ -232,18 +262,25 @@ class SelfSupervisedMethod(Stage):
 
     def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> evaluation.Scores:
         """Of embeddings x and labels y, and of the online classifier on them."""
-        found = ddp.on_rank_zero(lambda: evaluation.evaluate(self.params.evaluations, x, y, train))
-        return found | online_classifier.accuracies(self.online_classifier, x, y)
+        p = self.params
+        found = ddp.on_rank_zero(lambda: watch.scores(p.evaluations, x, y, train, p.probe_solver))
+        return found | online_classifier.accuracies(self.online_classifier, x, evaluation.one_label_each(y))
 
     # ---- checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """`encoder_weights` is not kept, lest they be loaded again; what they were is."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["started_from"] = self.started_from
+        if self.queue is not None and self.params.gather_keys_for_queue is False:  # each process has its own
+            checkpoint["queues"] = {name: ddp.gather(t[None]).cpu() for name, t in self.queue.state_dict().items()}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """The original kept the queue as dim x K in `queue`, and the position in `queue_ptr`."""
         self.started_from, state = checkpoint.get("started_from"), checkpoint["state_dict"]
+        for name, of_each in checkpoint.get("queues", {}).items():
+            state[f"queue.{name}"] = of_each[ddp.rank() % len(of_each)]
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())
+        super().on_load_checkpoint(checkpoint)

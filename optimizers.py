@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 from attrs import evolve, frozen
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
 import ddp
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from model_params import ModelParams
     from shared_params import EncoderAndDataParams
 
-Share = Callable[[int], float]  # of the highest value, at an optimizer step
+Fraction = Callable[[int], float]  # of the highest learning rate, at an optimizer step
 
 
 @frozen
@@ -40,6 +40,14 @@ class Plan:
     @property
     def global_batch_size(self) -> int:
         return self.processes * self.accumulated * self.batch_size
+
+    def of_checkpoint(self) -> dict[str, int]:
+        """What a resumed run must have in common with this one, or must know."""
+        return {
+            "images": self.global_batch_size,
+            "accumulated": self.accumulated,
+            "an_epoch": self.steps_per_epoch,
+        }
 
     def __str__(self) -> str:
         return (
@@ -87,25 +95,72 @@ def checked_batch_size(params: "EncoderAndDataParams", accumulated: int, loader:
 def get_plan(params: "EncoderAndDataParams", trainer: pl.Trainer, warmup_epochs: float = 0) -> Plan:
     """The Trainer's length in optimizer steps, and the learning rate for its number of images in one of them
     (linear scaling: https://arxiv.org/abs/1706.02677; square root: https://arxiv.org/abs/1404.5997)."""
-    steps, accumulated = trainer.estimated_stepping_batches, trainer.accumulate_grad_batches
-    if not 1 <= steps < math.inf:
-        raise ValueError("the loader has no length: tell the Trainer max_steps, which the schedules need")
-    steps_per_epoch = math.ceil(min(steps, trainer.num_training_batches / accumulated))
+    steps, steps_per_epoch = length(trainer)
+    accumulated = trainer.accumulate_grad_batches
+    if math.isinf(trainer.num_training_batches):
+        warmup_epochs = of_endless_loader(params, warmup_epochs)
     if (warmup := warmup_epochs * steps_per_epoch) > steps:
         rank_zero_warn(
             f"the warm-up of {warmup_epochs} epochs is longer than the training: lr={params.lr} is never reached"
         )
     size = checked_batch_size(params, accumulated, trainer.train_dataloader)
-    plan = Plan(ddp.world_size(), accumulated, size, params.lr, int(steps), steps_per_epoch, warmup)
+    plan = Plan(ddp.world_size(), accumulated, size, params.lr, steps, steps_per_epoch, warmup)
     ratio = plan.global_batch_size / params.lr_batch_size
     factor = {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[params.lr_scaling]
     return evolve(plan, lr=params.lr * factor, lr_factor=factor, kind=params.dataset.kind)
+
+
+def length(trainer: pl.Trainer) -> tuple[int, int]:
+    """Optimizer steps of the whole training and of one epoch; of an endless loader the training is one epoch.
+
+    Raises:
+        ValueError: the Trainer does not know its end.
+    """
+    if trainer.train_dataloader is None:
+        trainer.fit_loop.setup_data()  # with max_steps alone, Lightning counts the steps without looking at the loader
+    steps, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    if math.isinf(steps):
+        raise ValueError(
+            "max_epochs=-1: the schedules need an end. Pass max_epochs or max_steps to the Trainer as well"
+        )
+    if batches == 0:
+        raise ValueError("limit_train_batches leaves no batch to train on: choose more, or a loader that has some")
+    if steps < 1:
+        raise ValueError("the loader has no length: tell the Trainer max_steps, which the schedules need")
+    return int(steps), int(steps) if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def of_endless_loader(params: "EncoderAndDataParams", warmup_epochs: float) -> float:
+    """The warm-up, as a fraction of the training: a loader without length has no epochs. The one of LARS's defaults,
+    which would last for the whole training, is left out.
+
+    Raises:
+        ValueError: the settings count epochs.
+    """
+    counting = {"lr_decay_steps": getattr(params, "lr_decay_steps", None), "warmup_epochs": params.warmup_epochs}
+    for name, value in counting.items():
+        if value and not (name == "warmup_epochs" and value < 1):
+            raise ValueError(
+                f"{name}={value} counts epochs, but the loader has no length: pass limit_train_batches, the batches of "
+                "an epoch, to the Trainer"
+            )
+    if warmup_epochs >= 1:
+        rank_zero_info("the loader has no length, hence no epochs: LARS starts without lars_warmup_epochs")
+    return warmup_epochs if warmup_epochs < 1 else 0.0
 
 
 def get_optimizer(
     params: "ModelParams | LinearClassifierMethodParams", groups: list[dict], lr: float, nesterov: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer that `params` names. LARS adapts the groups that have the weight decay of all, or say `adapt`."""
+    optimizer = build_optimizer(params, groups, lr, nesterov)
+    optimizer.register_load_state_dict_pre_hook(with_own_settings)
+    return optimizer
+
+
+def build_optimizer(
+    params: "ModelParams | LinearClassifierMethodParams", groups: list[dict], lr: float, nesterov: bool
+) -> torch.optim.Optimizer:
     p = params
     if p.optimizer_name == "lars":
         groups = [{**group, "adapt": group.get("adapt", "weight_decay" not in group)} for group in groups]
@@ -119,6 +174,30 @@ def get_optimizer(
     )
 
 
+def with_own_settings(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """What the optimizer loads of a checkpoint: the state of each parameter, found by its name. Groups and their
+    settings (learning rate, momentum, decay, ...) stay those of the optimizer, which PyTorch would replace.
+
+    Raises:
+        ValueError: the checkpoint has no names (it is of an earlier version) and other groups.
+    """
+    own, before, state = optimizer.state_dict()["param_groups"], saved["param_groups"], saved["state"]
+    if all("param_names" in group for group in before):
+        number_of = dict(zip(together(before, "param_names"), together(before, "params"), strict=True))
+        names = zip(together(own, "param_names"), together(own, "params"), strict=True)
+        state = {number: state[number_of[name]] for name, number in names if number_of.get(name) in state}
+    elif [len(group["params"]) for group in own] != [len(group["params"]) for group in before]:
+        raise ValueError(
+            "the checkpoint's optimizer has other groups of parameters: give the settings of its run that make them "
+            "(exclude_matching_parameters_from_lars, parameter_options, layer_decay, encoder_lr)"
+        )
+    return {**saved, "state": state, "param_groups": own}
+
+
+def together(groups: list[dict], name: str) -> list:
+    return [item for group in groups for item in group[name]]
+
+
 def without(group: dict, name: str) -> dict:
     return {key: value for key, value in group.items() if key != name}
 
@@ -130,9 +209,7 @@ def for_pretraining(params: "ModelParams", plan: Plan, groups: list[dict]) -> di
     final_decays = [group["final_weight_decay"] for group in groups]
     groups = [without({**group, "lr": group["lr"] * plan.lr_factor}, "final_weight_decay") for group in groups]
     optimizer, rate = get_optimizer(params, groups, plan.lr), functools.partial(pretraining_rate, params, plan)
-    if params.final_weight_decay is None:
-        return per_step(LambdaLR(optimizer, rate))
-    return per_step(RateAndDecay(optimizer, rate, final_decays, plan.steps))
+    return per_step(Schedule(optimizer, rate, plan.steps, final_decays))
 
 
 def warn_of_late_steps(params: "ModelParams", plan: Plan) -> None:
@@ -160,8 +237,9 @@ def for_linear_stage(params: "LinearClassifierMethodParams", plan: Plan, groups:
     """The optimizer that `params` names over groups with rates of their own, which fall together: to a tenth at 60 %
     and at 80 % of the training, or along half a cosine to 0."""
     groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
-    rate = {"cosine": warmup_cosine, "steps": warmup_steps_down}[params.lr_schedule]
-    return per_step(LambdaLR(get_optimizer(params, groups, plan.lr, params.nesterov), functools.partial(rate, plan)))
+    rate = functools.partial({"cosine": warmup_cosine, "steps": warmup_steps_down}[params.lr_schedule], plan)
+    optimizer = get_optimizer(params, groups, plan.lr, params.nesterov)
+    return per_step(Schedule(optimizer, rate, plan.steps, [group["weight_decay"] for group in optimizer.param_groups]))
 
 
 def warmup_cosine(plan: Plan, step: int) -> float:
@@ -175,23 +253,32 @@ def warmup_steps_down(plan: Plan, step: int) -> float:
     return share * schedules.warmup(step, plan.warmup_steps)
 
 
-class RateAndDecay(LambdaLR):
-    """The weight decay of each group, too, moves: along half a cosine to its final one at `steps` (DINO,
-    https://arxiv.org/abs/2104.14294, appendix C)."""
+class Schedule(LambdaLR):
+    """The learning rate of every group, and its weight decay where the final one differs (along half a cosine: DINO,
+    https://arxiv.org/abs/2104.14294, appendix C), as functions of the optimizer step and of the settings.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, rate: Share, final: list[float], steps: int):
-        self.ends = [(group["weight_decay"], last) for group, last in zip(optimizer.param_groups, final, strict=True)]
-        self.steps = steps
+    A checkpoint holds the step, nothing else: a resumed run has the values of its own settings from its first step on.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rate: Fraction, steps: int, final_decays: list[float]):
+        pairs = zip(optimizer.param_groups, final_decays, strict=True)
+        self.decays, self.steps = [(group["weight_decay"], final) for group, final in pairs], steps
         super().__init__(optimizer, rate)
 
-    def step(self, epoch: int | None = None) -> None:
-        super().step(epoch)
-        for group, ends in zip(self.optimizer.param_groups, self.ends, strict=True):
-            group["weight_decay"] = schedules.cosine(*ends, self.last_epoch / self.steps)
+    def get_lr(self) -> list[float]:
+        for group, (first, final) in zip(self.optimizer.param_groups, self.decays, strict=True):
+            if first != final:
+                group["weight_decay"] = schedules.cosine(first, final, self.last_epoch / self.steps)
+        return super().get_lr()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Without what the settings say."""
-        return without(without(super().state_dict(), "ends"), "steps")
+    def state_dict(self) -> dict[str, int]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Also of earlier versions, which kept the settings with the step."""
+        self.last_epoch = state["last_epoch"] - 1
+        self._step_count = 2  # PyTorch warns of a first step that no step of the optimizer came before
+        self.step()
 
 
 def per_step(scheduler: LambdaLR) -> dict:

@@ -20,7 +20,10 @@ def class_numbers(value: Any) -> Any:
     value = [value] if isinstance(value, str | Path) else value
     if isinstance(value, list | tuple) and len(value) == 1 and not re.search(r"=-?\d+$", str(value[0])):
         try:
-            value = json.loads(Path(str(value[0])).expanduser().read_text())
+            file = Path(str(value[0])).expanduser()
+            if not file.is_file():  # a device or a pipe may never end
+                raise OSError("it is not a regular file")
+            value = json.loads(file.read_text())
         except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home of ~somebody
             raise ValueError(f"class_to_idx={str(value[0])!r} could not be read as a file of JSON: {error}") from error
     if isinstance(value, dict):

@@ -158,7 +158,7 @@ def groups(rows: list[Row], named: dict[str, nn.Parameter], params: "ModelParams
     names = ("lr", "momentum", "weight_decay", "final_weight_decay", "adapt")
     plain = len(found) == 2
     return [
-        {"params": [named[name] for name in members], **dict(zip(names, key, strict=True))}
+        {"params": [named[name] for name in members], "param_names": members, **dict(zip(names, key, strict=True))}
         | ({} if plain else {"name": members[0] if members else "(none)"})
         for key, members in found.items()
     ]

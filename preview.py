@@ -44,7 +44,7 @@ def write(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = 
 
 def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows: int = 8) -> list[Column]:
     """The first images of the first training batch: the originals, where they are known, then every view."""
-    params, originals = resolve(ModelParams, params, None, {}), None  # with the seed of pl.seed_everything
+    params, originals = resolve(ModelParams, params, None, {})[0], None  # with the seed of pl.seed_everything
     params = evolve(params, drop_last_batch=False)  # a batch that is not full has images, too
     if loader is None:
         splits = params.dataset.pretraining_splits

@@ -129,7 +129,7 @@ PROTOCOLS = {
     ),
     "few_labels": Protocol(
         on_sets(probes.few_labels),
-        "as linear, on 1, 2, 5, 10, ... and all labels of each class; 3 draws, mean and deviation",
+        "as linear, on 1, 2, 5, 10, ... and all labels of each class; 3 draws, mean and sample standard deviation",
         "after https://arxiv.org/abs/2204.07141",
     ),
     "svm": Protocol(
@@ -151,8 +151,8 @@ PROTOCOLS = {
     ),
     "low_shot_svm": Protocol(
         on_sets(probes.low_shot_svm),
-        "as svm, on 1, 2, 4, 8, 16, 32, 64, 96 images of each class; 5 draws, mean and deviation; cost by 3-fold "
-        "cross-validation within the draw from 4 images a class on, 0.5 below",
+        "as svm, on 1, 2, 4, 8, 16, 32, 64, 96 images of each class; 5 draws, mean and sample standard deviation; cost "
+        "by 3-fold cross-validation within the draw from 4 images a class on, 0.5 below",
         "https://arxiv.org/abs/1905.01235, section 6.2",
         needs_classes=False,
     ),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from folder_lock import locked
-from whole_files import write_whole
+from whole_files import to_json, without_nan, write_whole
 
 Run = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; seen, of videos and own data
 NAME = ("protocol", "encoder", "dataset", "seed", "seen", "training")
@@ -91,7 +91,7 @@ class Results:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(self.content(), indent=2, allow_nan=False) + "\n")
+        write_whole(self.path, to_json(self.content(), indent=2) + "\n")
         write_whole(self.folder / "results.md", self.markdown())
 
     def markdown(self) -> str:
@@ -126,15 +126,6 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not what evaluate.py writes ({error}): move it away, or use --fresh") from error
 
 
-def without_nan(content: Any) -> Any:
-    """None in its place, for JSON does not know it."""
-    if isinstance(content, dict):
-        return {name: without_nan(value) for name, value in content.items()}
-    if isinstance(content, list):
-        return [without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
 # ---- over seeds ----
 
 
@@ -149,8 +140,13 @@ def summary(runs: Iterable[Run]) -> dict[str, Any]:
         place = found.setdefault(dataset, {}).setdefault(protocol, {}).setdefault(encoder, {})
         place[metric] = {"mean": statistics.fmean(values), "seeds": len(values)}
         if len(values) > 1:
-            place[metric]["std"] = statistics.stdev(values)
+            place[metric]["std"] = deviation(values)
     return found
+
+
+def deviation(values: list[float]) -> float:
+    """Sample standard deviation of at least two values; nan where one of them is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def table(runs: list[Run]) -> str:

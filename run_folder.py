@@ -31,7 +31,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.text import Text
 
 from results import versions
-from whole_files import rows_of, whole, write_whole
+from whole_files import rows_of, to_json, whole, write_whole
 
 # The optimizer of another run could not be gone on with; that its weights fit, train.py sees.
 FIXED = ("preset", "optimizer_name", "exclude_matching_parameters_from_lars", "layer_decay", "parameter_options")
@@ -52,7 +52,7 @@ def begin(out: Path, config: str, command: Sequence[str]) -> None:
     commands, starts = out / "command.txt", out / "run.json"
     before = text_of(commands) if commands.is_file() else ""
     write_whole(commands, before + shlex.join(["python", *command]) + "\n")
-    write_whole(starts, json.dumps([*starts_of(out), circumstances()], indent=2))
+    write_whole(starts, to_json([*starts_of(out), circumstances()], indent=2))
 
 
 def keep_edited(config: Path) -> None:

@@ -7,9 +7,9 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,6 +27,11 @@ STAND_INS = (
     "numpy.dtype",
     "numpy.ndarray",
 )
+UNSUPPORTED = re.compile(r"unsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", re.I)  # in torch's errors
+MOST_CLASS_NAMES = 30
+
+
+DATA_ONLY, WITH_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # variables of torch
 
 
 class StandIn:
@@ -66,8 +71,8 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
                 damaged = archive.testzip()  # torch itself does not compare the checksums
             if damaged is not None:
                 raise OSError(f"the checksum of {damaged} is wrong")
-        with torch.serialization.safe_globals([(StandIn, name) for name in STAND_INS] if of_others else []):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with variables_of_torch():
+            return load_with_class_names(path, [(StandIn, name) for name in STAND_INS] if of_others else [])
     except pickle.UnpicklingError as error:
         raise refusal(path, error) from error
     except Exception as error:  # torch and zipfile raise many kinds of them on damaged files
@@ -75,9 +80,40 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
         raise ValueError(f"{path} is damaged, or no file of torch: {first_line}") from error
 
 
+def load_with_class_names(path: Path, known: list[tuple[type, str]]) -> Any:
+    """torch.load of a file that may name classes, as long as no object of them is made: Lightning before 1.5 kept the
+    state of callbacks under their classes."""
+    for _ in range(MOST_CLASS_NAMES):
+        try:
+            with torch.serialization.safe_globals(known):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = UNSUPPORTED.search(str(error))
+            if found is None or found[1] in (name for _, name in known):
+                raise
+            known = [*known, (class_name(found[1]), found[1])]
+    raise ValueError("it names too many classes")
+
+
+def class_name(name: str) -> type:
+    """A class in place of the one of that name. To make an object of it is refused in torch's words."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise pickle.UnpicklingError(f"Unsupported class {name}")
+
+    return type(name, (), {"__new__": refuse})
+
+
+def class_names_allowed(content: dict[str, Any]) -> AbstractContextManager:
+    """While others read the file with this content once more."""
+    callbacks = content.get("callbacks")
+    names = [key for key in (callbacks if isinstance(callbacks, dict) else ()) if isinstance(key, type)]
+    return torch.serialization.safe_globals([(key, key.__name__) for key in names])
+
+
 def refusal(path: str | Path, error: pickle.UnpicklingError) -> ValueError:
     """In our words: torch's go on to advise how to run the file all the same."""
-    if (found := re.search(r"unsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", str(error), re.I)) is None:
+    if (found := UNSUPPORTED.search(str(error))) is None:
         return ValueError(f"{path} is damaged, or no file of torch")
     return ValueError(f"{path} holds more than data and would run code on loading, which is refused: {found[1]}")
 
@@ -85,17 +121,23 @@ def refusal(path: str | Path, error: pickle.UnpicklingError) -> ValueError:
 @contextmanager
 def data_only(what: str) -> Iterator[None]:
     """While others load `what`: torch.hub, left to itself, would run code that lies in a file of its cache."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
     try:
-        yield
+        with variables_of_torch():
+            yield
     except pickle.UnpicklingError as error:
         raise refusal(what, error) from error
+
+
+@contextmanager
+def variables_of_torch() -> Iterator[None]:
+    """torch.load reads data only, whatever the environment says. Both variables at once, torch refuses."""
+    before = {name: os.environ.pop(name, None) for name in (DATA_ONLY, WITH_CODE)}
+    os.environ[DATA_ONLY] = "1"
+    try:
+        yield
     finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+        os.environ.pop(DATA_ONLY)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def load_safetensors(path: Path) -> dict[str, Any]:

@@ -25,21 +25,23 @@ import checkpoints
 import command_line
 import ddp
 import dry_run
-import image_folders
 import own_images
 import parameter_options
+import preflight
 import preview
 import run_folder
 from folder_lock import locked
+from foreign_paths import kept_lists
 from gradient_norms import GradientNorms
 from learning_rate import LearningRate
 from linear_classifier import LinearClassifierMethod
 from milestones import Best, EveryNEpochs, refuse_unknown
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from program import one_line_errors
 from progress import Progress
 from run_options import RunOptions
-from whole_files import write_whole
+from whole_files import check_folder, to_json, write_whole
 
 KEPT = ("*.ckpt", "*/checkpoints/*.ckpt")  # of a run: never overwritten by another one
 OF_THE_ENCODER = ("epochs", "trained encoder", "test set", "linear minutes", "linear classifier")  # of results.json
@@ -76,24 +78,33 @@ def lightning(options: RunOptions, **more: Any) -> pl.Trainer:
         raise ValueError(f"Lightning refuses {refused}: {' '.join(str(error).split())}") from error
 
 
-def beginning(given: str | None, out: Path, name: str, method: pl.LightningModule) -> tuple[Path | None, int]:
+def beginning(
+    given: str | None, out: Path, name: str, method: pl.LightningModule, fit: pl.Trainer
+) -> tuple[Path | None, int]:
     """The checkpoint from which a stage goes on, if there is one, and its optimizer steps.
 
     Raises:
-        ValueError: it is of another model.
+        ValueError: the method or its Trainer cannot resume from it.
     """
     path = newest(out, name) if given == "auto" else Path(given) if given else None
     if path is None:
         return None, 0
     content = checkpoints.read(path)
     method.on_load_checkpoint(content)  # as Lightning does before it loads: other names are translated
-    saved, own = ({k: v.shape for k, v in state.items()} for state in (content["state_dict"], method.state_dict()))
-    differing = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
-    if differing:
-        raise ValueError(
-            f"resume={given!r}: {path} is of another model, in which {', '.join(differing[:3])} "
-            f"{'and others ' * (len(differing) > 3)}differ: give the settings of its run, or choose another --out"
-        )
+    try:
+        checkpoints.refuse_another(content, method, fit)
+        images = checkpoints.images_of_a_step(method.params, fit)
+        checkpoints.refuse_other_steps(content.get("steps"), {"images": images})
+        changed = ", ".join(f"{k}={v!r}" for k, v in checkpoints.changed_too_late(content, method, fit).items())
+        if changed and name == "linear":
+            start_over(out / name)
+            return None, 0
+        if changed:
+            raise ValueError(
+                f"{changed}: the training is complete. Choose more max_epochs to go on with other settings"
+            )
+    except ValueError as error:
+        raise ValueError(f"{error}, or choose another --out (resume={given!r}: {path})") from error
     return path, content["global_step"]
 
 
@@ -103,13 +114,18 @@ def newest(out: Path, name: str) -> Path | None:
     return finished if found is None and name == "pretraining" and finished.is_file() else found
 
 
+def start_over(folder: Path) -> None:
+    ddp.any_process(False)  # waits until all have read what is there
+    ddp.on_rank_zero(lambda: shutil.rmtree(folder))
+
+
 def score(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
     return next(iter(fit.validate(method, verbose=False)), {})  # nothing where `evaluations` is empty
 
 
 @rank_zero_only
 def write(path: Path, content: str | dict[str, Any]) -> None:
-    write_whole(path, content if isinstance(content, str) else json.dumps(content, indent=2))
+    write_whole(path, content if isinstance(content, str) else to_json(content, indent=2))
 
 
 @rank_zero_only
@@ -127,6 +143,9 @@ def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None,
     if resumed is None or "random encoder" not in results:  # its row begins metrics.csv
         results["random encoder"] = score(fit, model)
         write(out / "results.json", results)
+        for callback in fit.callbacks:
+            if isinstance(callback, Best):
+                callback.scores = set(results["random encoder"])
     fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: forget(out, results)))
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
@@ -140,12 +159,10 @@ def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None,
 
 
 def train_classifier(out: Path, options: RunOptions, params: ModelParams, results: dict[str, Any]) -> None:
-    settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": params.seed}
-    if params.dataset.own:
-        settings["drop_last_batch"] = None  # there may be fewer images than one batch
+    settings = preflight.linear_settings(options, params)
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", **settings)
-    resumed, step = beginning("auto" if options.resume else None, out, "linear", linear)
     fit = trainer(out, "linear", options.linear_epochs, options)
+    resumed, step = beginning("auto" if options.resume else None, out, "linear", linear, fit)
     fit.loggers = run_folder.get_loggers(out, "linear", options.logger, step)
     start = time.time()
     fit.fit(linear, ckpt_path=resumed)
@@ -162,27 +179,27 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
         results = run_folder.results_of(out) | results
     if params.dataset.own:
         lists = params.splits_path or str((out / "splits").resolve())
-        params = attrs.evolve(params, splits_path=image_folders.taken_along(lists, out) if options.resume else lists)
+        gone = options.resume and not Path(lists).expanduser().is_dir()  # the run was moved
+        params = attrs.evolve(params, splits_path=(gone and kept_lists(out.resolve())) or lists)
         own_images.has_written(params)  # refuses other settings than the lists' before config.yaml says them
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):
         fit = trainer(out, "pretraining", params.max_epochs, options)
-        resumed, step = beginning(options.resume, out, "pretraining", model)  # what is refused leaves a run as it was
+        # Before anything is written: what is refused leaves a run as it was.
+        resumed, step = beginning(options.resume, out, "pretraining", model, fit)
         run_folder.begin(out, command_line.to_yaml(preset, options, model.params), sys.argv)
         fit.loggers = run_folder.get_loggers(out, "pretraining", options.logger, step)
         table = parameter_options.printed(model.parameter_table(), params.optimizer_name)
         write(out / "parameters.txt", table)
         pretrain(fit, model, resumed, out, results)
         if options.linear_epochs:
-            train_classifier(out, options, params, results)
+            train_classifier(out, options, model.params, results)
         run_folder.say(json.dumps(results, indent=2))
 
 
+@one_line_errors()
 def main() -> None:
-    try:
-        do(*command_line.parse(sys.argv[1:]))
-    except (ValueError, OSError) as error:  # the user's doing; of a run, log.txt says where it came up
-        raise SystemExit(f"error: {error}") from error
+    do(*command_line.parse(sys.argv[1:]))
 
 
 def do(preset: str, options: RunOptions, params: ModelParams) -> None:
@@ -192,13 +209,13 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
     elif options.preview:
         print(preview.write(params, options.preview))
     elif options.dry_run:
+        preflight.check_run(options, params)
         model = dry_run.run(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
         for wanted in options.save_best:
             refuse_unknown(wanted, dry_run.figures(model))
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
-        if out.is_file():
-            raise ValueError(f"out={out} is a file: name a folder")
+        check_folder("out", out)
         with locked(out) if ddp.is_first_process() else nullcontext():  # the others belong to it
             start(out, preset, options, params)
 
@@ -206,12 +223,13 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
 def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:
     """A new run, or the rest of an earlier one."""
     if not options.resume and any(file for pattern in KEPT for file in out.glob(pattern)):
-        raise SystemExit(f"{out} holds an earlier run: --resume auto to go on with it, or another --out")
+        raise ValueError(f"out={out} holds an earlier run. Pass --resume auto to resume it, or another --out")
     if options.resume:
         before = run_folder.settings(out)
         run_folder.refuse_another(out, before, {"preset": preset, **attrs.asdict(params)})
         if params.seed is None:  # that of the run that we go on with
             params = attrs.evolve(params, seed=before.get("seed"))
+    preflight.check_run(options, params)
     run(out, preset, options, params)
 
 

@@ -30,6 +30,8 @@ from fields import as_path
 from folder_lock import locked
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from program import one_line_errors
+from run_folder import logged
 from whole_files import whole, write_whole
 
 matplotlib.use("Agg")
@@ -132,11 +134,12 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: one line a configuration, mean and standard deviation over seeds."""
+    """Markdown: one line a configuration, mean over seeds and, of several, their sample standard deviation."""
 
     def mean_and_deviation(group: list[dict], column: str, digits: int) -> str:
         values = np.array([float(row[column]) for row in group])
-        return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
+        deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{values.mean():.{digits}f}{deviation}"
 
     lines = [
         "| configuration | accuracy (%) | post, STL-10 (%) | cosine, same image | cosine, different images | seeds |",
@@ -171,6 +174,7 @@ def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> None
     plt.close(figure)
 
 
+@one_line_errors()
 def main() -> None:
     args = arguments()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -189,7 +193,9 @@ def run_all(args: argparse.Namespace) -> None:
                 print(f"{name}, seed {seed}: finished before")
                 continue
             print(f"{name}, seed {seed}:")
-            keep(results, [*finished_runs(results), train(name, seed, args)])
+            with logged(args.out / "log.txt"):
+                row = train(name, seed, args)
+            keep(results, [*finished_runs(results), row])
     rows = [row for row in finished_runs(results) if same.items() <= row.items()]
     markdown = (
         f"{args.encoder} on {args.dataset}, {args.epochs} epochs, linear probe on half of the test set\n\n{table(rows)}"

@@ -3,6 +3,8 @@
 import csv
 import errno
 import glob
+import json
+import math
 import os
 import shutil
 import socket
@@ -16,6 +18,24 @@ ENDING = ".unfinished"
 HOST = socket.gethostname().replace(".", "_")
 DAY = 86400  # seconds after which an unfinished file of another machine is left behind
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_folder(name: str, folder: str | Path) -> None:
+    """Raise ValueError, naming the option, unless files can be written into the folder, which need not exist yet."""
+    folder = Path(folder).expanduser()
+    there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name}={folder}: {there} is a file. Choose another directory.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}={folder}: {there} cannot be written. Choose another directory.")
+
+
+def check_file(name: str, path: str | Path) -> None:
+    """Raise ValueError, naming the option, unless a file can be written there."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{name}={path} is a directory. Name a file.")
+    check_folder(name, path.parent)
 
 
 @contextmanager
@@ -170,3 +190,16 @@ def is_complete(row: dict[str | None, Any]) -> bool:
         return all(float(value) is not None for value in row.values() if value)
     except (KeyError, ValueError):
         return False
+
+
+def to_json(content: Any, **options: Any) -> str:
+    """JSON that every reader takes: null in place of NaN and infinity, which JSON does not have."""
+    return json.dumps(without_nan(content), allow_nan=False, **options)
+
+
+def without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,5 +1,6 @@
 """What several tests share: the digits packed once, small settings, a quiet Trainer."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def data_path(digits_path, monkeypatch, tmp_path):
     """Every test finds the digits, writes into its own folder, and starts from the same random state."""
     monkeypatch.setenv("DATA_PATH", str(digits_path))
     monkeypatch.chdir(tmp_path)
+    logging.getLogger("pytorch_lightning").setLevel(logging.INFO)  # programs and benchmarks make it quiet
     torch.manual_seed(0)
     return digits_path
 

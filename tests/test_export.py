@@ -213,7 +213,9 @@ def test_torchvision_builds_it(arch, size, channels, encoder):
     assert equal_there(twin, made, torch.randn(2, channels, size, size))
 
 
-@pytest.mark.parametrize(("arch", "size", "channels"), [*OTHERS, ("timm:resnet10t", 64, 1)])
+@pytest.mark.parametrize(
+    ("arch", "size", "channels"), [*OTHERS, ("timm:resnet10t", 64, 1), ("timm:vit_tiny_patch16_224", 64, 3)]
+)
 def test_timm_builds_it(arch, size, channels, encoder):
     made = encoder(arch, size, channels)
     assert equal_there(twins.in_timm(made), made, torch.randn(2, channels, size, size))

@@ -510,3 +510,93 @@ def test_images_without_labels_and_wrong_ones():
     for labels, message in ((None, "needs one label"), (torch.tensor([4] * 5), "yields the label 4, .* has the 4 cl")):
         with pytest.raises(ValueError, match=f"{message}"):
             online_classifier.loss_and_accuracy(classifier, x, labels)
+
+
+# ---- the Trainer's length ----
+
+
+LENGTHS = [  # options of the Trainer, optimizer steps, and those of an epoch
+    ({"max_epochs": None, "max_steps": 10}, 10, 4),
+    ({"max_epochs": None, "max_steps": 3}, 3, 4),
+    ({"max_epochs": 3}, 12, 4),
+    ({"max_epochs": 3, "max_steps": 5}, 5, 4),
+    ({"max_epochs": 2, "max_steps": 100}, 8, 4),
+    ({"max_epochs": 2, "max_time": "00:01:00:00"}, 8, 4),
+    ({"max_epochs": None, "max_steps": 4, "accumulate_grad_batches": 3}, 4, 2),
+]
+LENGTHS_OF_16_BATCHES = [
+    ({"max_epochs": 2, "limit_train_batches": 0.5}, 16, 8),
+    ({"max_epochs": None, "max_steps": 10, "limit_train_batches": 0.5}, 10, 8),
+    ({"max_epochs": None, "max_steps": 20, "limit_train_batches": None}, 20, 16),
+]
+
+
+@pytest.mark.parametrize(
+    ("loader", "options", "steps", "an_epoch"),
+    [(None, *row) for row in LENGTHS] + [("own", *row) for row in LENGTHS + LENGTHS_OF_16_BATCHES],
+)
+def test_rates_follow_the_length_that_the_trainer_has(loader, options, steps, an_epoch, method, trainer):
+    """Half an epoch of warm-up, a tenth from the first epoch on, scaled by the loader's batch size."""
+    fields = {"lr_schedule": "steps", "lr_decay_steps": [1], "lr_scaling": "linear", "lr_batch_size": 8}
+    if loader is not None:
+        loader = torch.utils.data.DataLoader(torch.zeros(256, 1, 8, 8, dtype=torch.uint8), batch_size=16)
+    model, record = method(lr=0.1, warmup_epochs=0.5, batch_size=16, **fields), Record()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lr_decay_steps=")
+        trainer(**{"limit_train_batches": 4, "callbacks": [record], **options}).fit(model, loader)
+    assert (model.plan.steps, model.plan.steps_per_epoch) == (steps, an_epoch)
+    factor = 2 * options.get("accumulate_grad_batches", 1)  # images of a step / 8
+    warm = [0.1 * (step + 1) / (an_epoch / 2) if step < an_epoch / 2 else 0.1 for step in range(steps)]
+    expected = [factor * (lr if step < an_epoch else 0.01) for step, lr in enumerate(warm)]
+    assert [groups[0] for groups in record.lr] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        *(("pretraining", name) for name in ("cosine", "linear", "constant", "steps")),
+        *(("linear", name) for name in ("cosine", "steps")),
+    ],
+)
+def test_every_schedule_ends_with_max_steps(stage, name, method, trainer):
+    """The rates of 10 steps are those of the same 10 steps as two epochs of five."""
+    found = []
+    for options in ({"max_epochs": None, "max_steps": 10}, {"max_epochs": 2}):
+        if stage == "pretraining":
+            more = {"lr_decay_steps": [1]} if name == "steps" else {}
+            model = method(lr=0.1, lr_schedule=name, use_momentum_schedule=True, warmup_epochs=0.4, **more)
+        else:
+            fields = {"dataset_name": "digits", "batch_size": 16, "seed": 0, "lr_schedule": name, "warmup_epochs": 0.4}
+            model = LinearClassifierMethod(encoder=TinyEncoder(), **fields)
+        record = Record()
+        trainer(limit_train_batches=5, limit_val_batches=0, callbacks=[record], **options).fit(model)
+        found.append(record.lr)
+    assert found[0] == found[1] and len(found[0]) == 10 and len({rates[0] for rates in found[0]}) > 1
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.zeros(1, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({}, {"max_epochs": -1, "max_time": "00:01:00:00"}, "max_epochs"),
+        ({"warmup_epochs": 2}, {"max_epochs": None, "max_steps": 4}, "warmup_epochs"),
+        ({"lr_schedule": "steps", "lr_decay_steps": [1]}, {"max_epochs": None, "max_steps": 4}, "lr_decay_steps"),
+    ],
+)
+def test_schedules_without_an_end_or_without_epochs_are_refused(fields, options, message, method, trainer):
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=16)
+    with pytest.raises(ValueError, match=message):
+        trainer(limit_train_batches=None, **options).fit(method(**fields), loader)
+
+
+def test_an_endless_loader_has_a_warm_up_that_is_a_fraction_and_none_of_lars(method, trainer):
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=16)
+    for preset, warmup_epochs, expected in (("moco_v2", 0.5, 2), ("byol", None, 0)):
+        model = method(preset, warmup_epochs=warmup_epochs)
+        trainer(limit_train_batches=None, max_epochs=None, max_steps=4).fit(model, loader)
+        assert model.plan.warmup_steps == expected

@@ -1,8 +1,10 @@
 """Killed at any moment and resumed, a run ends with the bits of the run that was never interrupted."""
 
+import copy
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -276,7 +278,8 @@ def other_ways(rank: int, folder: str) -> dict:
     fit(Checkpoints(f"{folder}/b"), fast_dev_run=True)
     found["fast_dev_run"] = newest(f"{folder}/b")
     found["overfit"] = fit(overfit_batches=2).global_step
-    steps = fit(Checkpoints(f"{folder}/c", 1, keep=99), limit_val_batches=1, val_check_interval=3)
+    often = {"limit_val_batches": 1, "val_check_interval": 3, "check_val_every_n_epoch": None}
+    steps = fit(Checkpoints(f"{folder}/c", 1, keep=99), **often)
     found["saved"] = sorted(int(path.stem[5:]) for path in Path(f"{folder}/c").glob("*.ckpt"))
     return found | {"steps": steps.global_step}
 
@@ -291,3 +294,176 @@ def test_other_ways_to_end_a_run(tmp_path):
             "steps": 9,
         }
     ]
+
+
+# ---- resumed with other settings ----
+
+
+class Seen(pl.Callback):
+    """The settings of every parameter, as each step finds them."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_start(self, trainer, *args):
+        groups = trainer.optimizers[0].param_groups
+        settings = [{k: v for k, v in group.items() if k not in ("params", "param_names", "name")} for group in groups]
+        self.steps.append({name: s for g, s in zip(groups, settings, strict=True) for name in g["param_names"]})
+
+
+def epochs(method, folder, end: int, loader=None, callbacks=(), **options):
+    """(the Trainer, what was seen) of a training up to `end`, from the newest checkpoint in the folder."""
+    size = {"max_epochs": end, "limit_train_batches": 4, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    seen = Seen()
+    callbacks = [Checkpoints(folder, every_n_steps=3), seen, *callbacks]
+    fit = pl.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, **{**size, **quiet, **options})
+    fit.fit(method, loader, ckpt_path=newest(folder))
+    return fit, seen.steps
+
+
+def pretraining(optimizer_name="sgd", **fields) -> SelfSupervisedMethod:
+    common = {**SMALL, "dim": 8, "K": 40, "lr": 0.1, "evaluations": []}
+    return SelfSupervisedMethod(
+        PRESETS["moco_v2"](**{**common, "optimizer_name": optimizer_name, **fields}), encoder=small_encoder()
+    )
+
+
+def linear_stage(optimizer_name="sgd", **fields) -> LinearClassifierMethod:
+    fields = {"dataset_name": "digits", "batch_size": 16, "seed": 0, "lr": 0.1, **fields}
+    return LinearClassifierMethod(optimizer_name=optimizer_name, encoder=small_encoder(), **fields)
+
+
+OPTION = {"pattern": "projection", "lr_mult": 0.1, "weight_decay": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("build", "optimizer", "changed"),
+    [
+        (pretraining, "sgd", {"lr": 0.01}),
+        (pretraining, "sgd", {"lr": 0.01, "lr_scaling": "sqrt", "lr_schedule": "linear", "warmup_epochs": 1.5}),
+        (pretraining, "sgd", {"weight_decay": 0.02, "momentum": 0.5}),
+        (pretraining, "lars", {"lars_eta": 0.02, "grad_clip_lars": True, "lr": 0.3}),
+        (pretraining, "lars", {"exclude_matching_parameters_from_lars": [".bias", ".bn"]}),
+        (pretraining, "adam", {"lr": 0.001, "weight_decay": 0.02}),
+        (pretraining, "adamw", {"final_weight_decay": 0.1}),
+        (pretraining, "adamw", {"parameter_options": [OPTION], "layer_decay": 0.5}),
+        (pretraining, "sgd", {"K": 40, "T": 0.5, "m": 0.9, "seed": 4}),
+        (linear_stage, "sgd", {"lr": 0.01, "momentum": 0.5, "weight_decay": 0.1, "nesterov": True}),
+        (linear_stage, "lars", {"lars_eta": 0.02, "lr_schedule": "cosine", "lr_scaling": "linear"}),
+        (linear_stage, "adamw", {"encoder_lr": 0.01, "layer_decay": 0.5, "weight_decay": 0.1}),
+    ],
+)
+def test_changed_settings_are_in_force_from_the_first_step(build, optimizer, changed, tmp_path):
+    """They are those of a run that had them from its beginning; the optimizer's state goes on."""
+    before, _ = epochs(build(optimizer), tmp_path / "run", 1)
+    _, expected = epochs(build(optimizer, **changed), tmp_path / "whole", 2)
+    saved = checkpoints.read(newest(tmp_path / "run"))["optimizer_states"][0]
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    method, states = build(optimizer, **changed), []
+    known = dict(method.named_parameters())
+    note = pl.callbacks.LambdaCallback(
+        on_train_start=lambda fit, _: states.extend(
+            copy.deepcopy(fit.optimizers[0].state[known[name]]) for name in names
+        )
+    )
+    _, seen = epochs(method, tmp_path / "run", 2, callbacks=[note])
+    assert seen == expected[4:] and before.global_step == 4
+    assert equal(states, [saved["state"][i] for i in range(len(names))])
+
+
+@pytest.mark.parametrize("ends", [(2, 3), (3, 5, 4), (1, 3, 2)])
+def test_a_run_of_another_length_has_the_rates_of_that_length(ends, tmp_path):
+    """Extended, twice, and shortened again."""
+    fields = {"warmup_epochs": 0.5, "final_weight_decay": 0.1}
+    done = 0
+    for end in ends:
+        _, whole = epochs(pretraining(**fields), tmp_path / f"{end}", end)
+        if end < done:
+            with pytest.raises(ValueError, match="max_epochs"):
+                epochs(pretraining(**fields), tmp_path / "run", end)
+            continue
+        _, seen = epochs(pretraining(**fields), tmp_path / "run", end)
+        assert seen == whole[4 * done :]
+        done = end
+
+
+def test_a_run_is_shortened_before_its_end(tmp_path):
+    with pytest.raises(KeyError):
+        epochs(pretraining(), tmp_path / "run", 9, callbacks=[Stopped()])
+    assert epochs(pretraining(), tmp_path / "run", 3)[1] == epochs(pretraining(), tmp_path / "new", 3)[1][3:]
+
+
+@pytest.mark.parametrize(
+    ("build", "changed", "options"),
+    [
+        (pretraining, {"optimizer_name": "adam"}, {}),
+        (pretraining, {"K": 32}, {}),
+        (pretraining, {"dim": 4}, {}),
+        (pretraining, {"batch_size": 8}, {}),
+        (pretraining, {"global_batch_size": 32}, {}),
+        (pretraining, {}, {"accumulate_grad_batches": 2}),
+        (pretraining, {}, {"max_steps": 2}),
+        (linear_stage, {"optimizer_name": "lars"}, {}),
+        (linear_stage, {"n_classes": 12}, {}),
+        (linear_stage, {"batch_size": 8}, {}),
+    ],
+)
+def test_what_a_resumed_run_cannot_take_over_is_refused(build, changed, options, tmp_path):
+    epochs(build(), tmp_path / "run", 1)
+    name = next(iter(changed), next(iter(options), None))
+    with pytest.raises(ValueError, match=name):
+        epochs(build(**changed), tmp_path / "run", 2, **options)
+
+
+class Stopped(pl.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 4:
+            raise KeyError("stopped")
+
+
+class Recorded(Loader):
+    """Notes the numbers of the images, which are their values."""
+
+    def __iter__(self):
+        self.taken = []
+        for batch in super().__iter__():
+            self.taken += batch[:, 0, 0, 0].tolist()
+            yield batch
+
+
+@pytest.mark.parametrize(("before", "after"), [((16, 1), (8, 2)), ((16, 2), (32, 1))])
+def test_a_run_goes_on_in_other_batches_of_the_same_step(before, after, tmp_path):
+    """(batch size, accumulated batches). Each image is seen once, and the schedules stay."""
+
+    def train(size, accumulated, *callbacks):
+        images = torch.arange(160, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
+        loader = Recorded(images, size, sampler=Share(images, 1, 0), drop_last=True)
+        options = {"limit_train_batches": None, "accumulate_grad_batches": accumulated}
+        return loader, epochs(pretraining(batch_size=size), tmp_path / "run", 1, loader, callbacks, **options)
+
+    with pytest.raises(KeyError):
+        train(*before, Stopped())
+    first = list(Share(range(160), 1, 0))[: 3 * before[0] * before[1]]
+    loader, (fit, seen) = train(*after)
+    assert sorted([*first, *loader.taken]) == list(range(160)) and fit.global_step == 160 // (before[0] * before[1])
+    shutil.rmtree(tmp_path / "run")
+    assert seen[:: after[1]] == train(*before)[1][1][:: before[1]][3:]
+
+
+def test_another_length_of_an_epoch_is_named(tmp_path):
+    epochs(pretraining(), tmp_path / "run", 1)
+    with pytest.warns(UserWarning, match="an epoch has 6 optimizer steps, but had 4"):
+        epochs(pretraining(), tmp_path / "run", 2, limit_train_batches=6)
+
+
+def test_a_run_without_a_seed_is_resumed_with_its_own(tmp_path):
+    torch.manual_seed(1)
+    method = pretraining(seed=None)
+    epochs(method, tmp_path / "run", 1)
+    torch.manual_seed(2)
+    resumed = pretraining(seed=None)
+    assert resumed.params.seed == 2
+    epochs(resumed, tmp_path / "run", 2)
+    assert resumed.params.seed == resumed.hparams.seed == resumed.hparams_initial.seed == 1
+    assert checkpoints.read(newest(tmp_path / "run"))["hyper_parameters"]["seed"] == 1

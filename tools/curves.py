@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fields import as_path
+from program import one_line_errors
 from tools import report_figures
-from tools.commands import in_words
 from watch import COLLAPSED_STD
 from whole_files import whole
 
@@ -96,14 +96,14 @@ def labelled(runs: Sequence[str]) -> dict[str, dict[str, Curve]]:
     return found
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folder of a run")
     parser.add_argument("--out", required=True, metavar="FILE.png")
     parser.add_argument("--panels", nargs="+", metavar="NAME[,NAME]", help="figures of metrics.csv")
     args = parser.parse_args()
-    with in_words():
-        draw(labelled(args.runs), args.out, args.panels)
+    draw(labelled(args.runs), args.out, args.panels)
     print(args.out)
 
 

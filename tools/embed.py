@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader
 
 from command_line import add_fields
 from data import already_a_batch
+from device import usable
 from features import encoder_hash
 from fields import as_path
-from tools.commands import in_words, parser_of, usable
+from program import one_line_errors
+from tools.commands import parser_of
 from tools.embedding_work import Work
 from tools.feature_files import read  # noqa: F401  (the reader of what this writes)
 from tools.image_sources import Batches, Source, open_source, part_kept
@@ -70,8 +72,7 @@ def embed(
     source = open_source(folder, "video" if encoder.params.dataset.of_videos else "image")
     with Work(out, description(encoder, source, overrides), overwrite) as work:
         paths = source.paths()
-        passed_over = f", passed over {source.others}" if source.others else ""
-        print(f"{source.name}: {len(paths):,} {source.kind}s{passed_over}")
+        print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
         if todo := work.left(paths, skip_unreadable):
             loader = batches(source, encoder, todo, batch_size, num_workers)
             work.add(encoder.to(device), loader, len(paths), skip_unreadable)
@@ -146,7 +147,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@in_words()
+@one_line_errors()
 def main() -> None:
     embed(**vars(arguments()))
 

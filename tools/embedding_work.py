@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from folder_lock import locked
+from numerics import finite
 from tools import feature_files
 from tools.commands import bar
 from tools.feature_files import ROWS
@@ -95,7 +96,7 @@ class Work:
                             )
                     self.unreadable |= unreadable
                     if paths:
-                        self.pending.append((paths, finite(paths, encoder.embed(images).cpu().numpy())))
+                        self.pending.append((paths, finite(encoder.embed(images), "embeddings", paths).cpu().numpy()))
                     progress.advance(task, len(paths) + len(unreadable))
                     if (
                         sum(len(paths) for paths, _ in self.pending) >= ROWS
@@ -137,11 +138,3 @@ class Work:
             print(f"left out, unreadable: {path} ({reason})")
         if self.unreadable:
             print(f"{len(self.unreadable):,} unreadable images were left out")
-
-
-def finite(paths: list[str], embeddings: np.ndarray) -> np.ndarray:
-    """As they are. Raises ValueError where a number is not finite."""
-    good = np.isfinite(embeddings).all(axis=1)
-    if not good.all():
-        raise ValueError(f"the embedding of {paths[int(good.argmin())]} is not finite: the checkpoint is of no use")
-    return embeddings

@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from command_line import add_fields
+from program import one_line_errors
 from shared_params import EncoderAndDataParams
 from tools import count
 from tools.commands import parser_of
@@ -195,25 +196,23 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+@one_line_errors(RuntimeError)  # of the systems that export: they say what they cannot convert
 def main() -> None:
     args = vars(arguments())
     checkpoint, formats = args.pop("checkpoint"), list(dict.fromkeys(args.pop("format")))
     count_parts = args.pop("count")
     out, publish, normalize = args.pop("out"), args.pop("publish"), args.pop("normalize")
-    try:
-        paths = targets(checkpoint, formats, out, publish, normalize)
-        encoder = load_encoder(checkpoint, **args)
-        print(encoder.report)
-        if count_parts:
-            Console().print(count.table(encoder, checkpoint))
-        for format in formats:  # refuse before any of them is written
-            FORMATS[format].twin(encoder)
-        for format, target in zip(formats, paths, strict=True):
-            done = write_checked(encoder, format, target, publish, normalize)
-            size = done.path.stat().st_size / 1e6
-            print(f"{format}: {done.path} ({size:.1f} MB), embeddings equal to {done.difference:.0e} of the largest")
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
+    paths = targets(checkpoint, formats, out, publish, normalize)
+    encoder = load_encoder(checkpoint, **args)
+    print(encoder.report)
+    if count_parts:
+        Console().print(count.table(encoder, checkpoint))
+    for format in formats:  # refuse before any of them is written
+        FORMATS[format].twin(encoder)
+    for format, target in zip(formats, paths, strict=True):
+        done = write_checked(encoder, format, target, publish, normalize)
+        size = done.path.stat().st_size / 1e6
+        print(f"{format}: {done.path} ({size:.1f} MB), embeddings equal to {done.difference:.0e} of the largest")
 
 
 if __name__ == "__main__":

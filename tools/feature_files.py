@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fields import as_path
-from whole_files import whole
+from whole_files import to_json, whole
 
 try:
     import pyarrow as pa
@@ -29,7 +29,7 @@ ABOUT = b"self_supervised"  # key of the file's metadata, a JSON object
 
 def schema(width: int, about: dict[str, Any]) -> pa.Schema:
     columns = {"path": pa.string(), "embedding": pa.list_(pa.float32(), width), "label": pa.string()}
-    return pa.schema(columns, metadata={ABOUT: json.dumps(about)})
+    return pa.schema(columns, metadata={ABOUT: to_json(about)})
 
 
 def write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:

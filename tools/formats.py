@@ -5,7 +5,6 @@ A file carries two notes: "self_supervised", what one must know to feed the enco
 """
 
 import io
-import json
 import pickle
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from tools import twins
 from tools.twins import Twin
 from weights import Encoder
+from whole_files import to_json
 
 ONNX_OPSET = 18
 ONNX_LARGEST = 2**31  # bytes of one file, a limit of protocol buffers
@@ -76,7 +76,7 @@ def program(encoder: Encoder) -> Twin:
 
 
 def as_json(notes: dict[str, Any]) -> dict[str, str]:
-    return {name: note if isinstance(note, str) else json.dumps(note) for name, note in notes.items()}
+    return {name: note if isinstance(note, str) else to_json(note) for name, note in notes.items()}
 
 
 def write_torch(state: dict[str, Tensor], path: Path, notes: dict[str, Any], images: Tensor) -> None:

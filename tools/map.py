@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from fields import as_path
+from program import one_line_errors
 from tools import feature_files
-from tools.commands import in_words, parser_of
+from tools.commands import parser_of
 from tools.image_sources import open_source
 from tools.map_files import WRITERS, Map
 from tools.projection import METHODS, TITLES, kinds, project
@@ -67,7 +68,7 @@ def make_map(
     return found
 
 
-@in_words()
+@one_line_errors()
 def main() -> None:
     parser = parser_of("map", __doc__)
     parser.add_argument("features", metavar="FILE.parquet")

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from PIL import Image
 
 from tools.commands import bar
 from tools.image_sources import Source
+from whole_files import to_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
@@ -99,17 +99,17 @@ def as_html(found: Map, source: Source | None, budget: int) -> str:
 
 def in_script(content: Any) -> str:
     """JSON that no text in it can end the script with."""
-    return json.dumps(content).replace("<", "\\u003c")
+    return to_json(content).replace("<", "\\u003c")
 
 
 def pictures(paths: list[str], source: Source, budget: int) -> list[str | None]:
-    """Small JPEGs as data URIs; at random None, once the budget is spent, and where a file is gone."""
+    """Small JPEGs as data URIs; at random None, once the budget is spent, and where a file is gone or no picture."""
     uris, left = [None] * len(paths), budget
     with bar() as progress:
         for i in progress.track(np.random.default_rng(0).permutation(len(paths)), description="pictures"):
             try:
                 uri = thumbnail(source.picture(paths[i], side=SIDE))
-            except OSError:
+            except (OSError, ValueError):
                 continue
             left -= len(uri)
             if left < 0:

@@ -19,7 +19,8 @@ from PIL import Image
 
 from augmentations import generator
 from fields import as_path
-from tools.commands import bar, in_words, parser_of
+from program import one_line_errors
+from tools.commands import bar, parser_of
 from whole_files import whole_folder
 
 PHOTOGRAPHS = {
@@ -136,7 +137,7 @@ def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
     return folder
 
 
-@in_words()
+@one_line_errors()
 def main() -> None:
     parser = parser_of("moving_photographs", __doc__)
     parser.add_argument("out", type=as_path, metavar="DATA_PATH", help="the videos go into its folder kinetics")

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from fields import as_path
+from program import one_line_errors
 from tools import feature_files
-from tools.commands import in_words, parser_of
+from tools.commands import parser_of
 from tools.contact_sheet import contact_sheet
 from tools.embed import digest
 from tools.image_sources import Batches, Folder, Source, open_source, picture_of
@@ -108,7 +109,7 @@ def nearest_sheet(
     return found
 
 
-@in_words()
+@one_line_errors()
 def main() -> None:
     parser = parser_of("nearest", __doc__)
     parser.add_argument("features", metavar="FILE.parquet")

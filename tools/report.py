@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from program import one_line_errors
 from tools import compare, report_figures, report_pictures, report_runs
-from tools.commands import in_words, parser_of
+from tools.commands import parser_of
 from tools.map_files import in_script
 from whole_files import write_whole
 
@@ -74,11 +75,12 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
         "runs": about,
         "settings": report_runs.settings(runs),
         "results": report_runs.results(runs),
+        "caution": compare.caution(runs),
         "figures": report_figures.figures(folders, silent),
     }
 
 
-@in_words()
+@one_line_errors()
 def main() -> None:
     parser = parser_of("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
