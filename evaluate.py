@@ -29,12 +29,13 @@ from device import usable
 from fields import as_path
 from own_data_params import OwnDataParams
 from program import one_line_errors
-from protocols import PROTOCOLS
+from protocols import PROTOCOLS, settings_of
 from results import Results, versions
 from shared_params import EncoderAndDataParams, n_classes
 from subject import Subject
 from video_params import OF_TRAINING, VideoParams
 from weights import Encoder, load_encoder
+from whole_files import check_folder
 
 READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
            "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns",
@@ -76,8 +77,7 @@ def evaluate_checkpoint(
     """
     check_names(protocols or ())
     folder = as_path(out) if out else folder_of(checkpoint)
-    if any(path.is_file() for path in (folder, *folder.parents)):
-        raise ValueError(f"out={str(folder)!r} is a file, or below one. Pass a directory for the results")
+    check_folder("out", folder)
     device = str(usable(device))
     trained = load_encoder(checkpoint, encoder=encoder)
     params = features.data_params(trained, dataset, **reading)
@@ -104,6 +104,9 @@ def evaluate_checkpoint(
         )
         for name, found in encoders.items()
     }
+    for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
+        for seed in seeds:  # settings that cannot be are refused before the first protocol runs
+            settings_of(subjects["trained"], seed, preset)
     run_all(results, subjects, protocols, seeds)
     return results.content()
 

@@ -11,9 +11,16 @@ FEWEST = 4  # stages, of an encoder that can be divided so often
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put all parts into eval mode meanwhile, then each into its earlier one: a frozen stem stays frozen."""
+    """Put all parts into eval mode meanwhile."""
+    with modes_kept(module):
+        module.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Put each part into its earlier mode afterwards: a frozen stem stays in eval mode."""
     modes = {part: part.training for part in module.modules()}
-    module.eval()
     try:
         yield
     finally:

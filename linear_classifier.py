@@ -4,6 +4,7 @@ It meets the pretraining in a checkpoint: `hyper_parameters`, and the keys that 
 """
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ class LinearClassifierMethod(Stage):
         Raises:
             ValueError: the checkpoint does not hold exactly the parameters of the encoder; says which differ.
         """
-        source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
+        with layers.modes_kept(encoder) if encoder is not None else nullcontext():
+            source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
         settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}
         if encoder is None:
             method = cls(LinearClassifierMethodParams(**{**settings, **overrides}))
@@ -150,10 +152,11 @@ class LinearClassifierMethod(Stage):
         return self.classifier.out_features
 
     def on_train_start(self) -> None:
-        """Lightning takes modules in the mode in which it finds them."""
+        """Lightning takes modules in the mode in which it finds them. Parts of an encoder that are in eval mode stay
+        in it; an encoder that is in eval mode as a whole, as `load_encoder` returns it, is trained like any other."""
         super().on_train_start()
-        if not self.trains_encoder:
-            self.model.eval()
+        if not self.trains_encoder or not self.model.training:
+            self.model.train(self.trains_encoder)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -211,6 +211,20 @@ def test_exports_of_lightning(method, trainer, tmp_path):
         model.to_torchscript(method="script")
 
 
+@pytest.mark.parametrize("frozen", ["stem", "whole"])
+def test_parts_that_a_user_froze_stay_frozen_in_fine_tuning(frozen, small, trainer, tmp_path):
+    fit = trainer()
+    fit.fit(SelfSupervisedMethod(small(evaluations=[]), encoder=Encoder()))
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    encoder = Encoder() if frozen == "stem" else Encoder().eval()
+    fields = {"encoder_lr": 0.1, "lr": 0.1, "batch_size": 16}
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt", encoder=encoder, **fields)
+    before = encoder.net[2].num_batches_tracked.item()
+    trainer().fit(linear)
+    assert encoder.net[2].num_batches_tracked == before + 2
+    assert encoder.stem.num_batches_tracked == (0 if frozen == "stem" else 2)
+
+
 def test_parts_that_a_user_froze_stay_frozen(method, trainer):
     model = method(**({"encoder_lr": 0.1} if method.width == 10 else {}))
     assert not model.model.stem.training and model.model.net.training
@@ -224,6 +238,23 @@ def test_pixels_that_a_loader_yields_as_other_numbers_are_refused(images, method
     for call in ("validate", "predict"):
         with pytest.raises(ValueError, match="images=torch"):
             getattr(trainer(), call)(method(), loader)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [IMAGES / 255, IMAGES.long(), IMAGES.numpy(), IMAGES[0], IMAGES.expand(20, 2, 8, 8), IMAGES.permute(0, 2, 3, 1)],
+)
+def test_images_that_an_encoder_would_misread_are_refused(images, small, trainer, tmp_path):
+    fit = trainer()
+    fit.fit(SelfSupervisedMethod(small(evaluations=[]), encoder=Encoder()))
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    encoder = load_encoder(tmp_path / "x.ckpt", encoder=Encoder())
+    assert encoder.embed(IMAGES).shape == (20, 6)
+    for call in (encoder.embed, encoder.prepare):
+        with pytest.raises(ValueError, match="images="):
+            call(images)
+    with pytest.raises(ValueError, match="images=torch.uint8"):
+        encoder(IMAGES)
 
 
 def test_float_images_that_nobody_normalized_are_named_once(method, trainer, monkeypatch):

@@ -29,6 +29,7 @@ from tools.embedding_work import Work
 from tools.feature_files import read  # noqa: F401  (the reader of what this writes)
 from tools.image_sources import Batches, Source, open_source, part_kept
 from weights import Encoder, load_encoder
+from whole_files import check_file
 
 MOST_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # of an encoder of videos
@@ -65,8 +66,9 @@ def embed(
         ValueError: no images; one that cannot be read; `out` holds features of another checkpoint or folder.
     """
     out = Path(out).expanduser()
-    if batch_size < 1 or out.is_dir():
-        raise ValueError(f"{out} is a folder" if out.is_dir() else f"batch_size={batch_size} must be at least 1")
+    check_file("out", out)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     device = usable(device)
     encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
     source = open_source(folder, "video" if encoder.params.dataset.of_videos else "image")

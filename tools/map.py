@@ -16,7 +16,7 @@ from tools.commands import parser_of
 from tools.image_sources import open_source
 from tools.map_files import WRITERS, Map
 from tools.projection import METHODS, TITLES, kinds, project
-from whole_files import whole
+from whole_files import check_file, whole
 
 
 def sample(features: str | Path, n: int, seed: int) -> tuple[list[str], np.ndarray, list[str | None]]:
@@ -42,6 +42,7 @@ def make_map(
         folder: of the features' images, if it is not where it was. Without images the page has no pictures.
     """
     for file in out:
+        check_file("out", file)
         if file.suffix not in WRITERS:
             raise ValueError(f"{file} must end in {' or '.join(WRITERS)}")
     if n < 4:

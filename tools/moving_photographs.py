@@ -21,7 +21,7 @@ from augmentations import generator
 from fields import as_path
 from program import one_line_errors
 from tools.commands import bar, parser_of
-from whole_files import whole_folder
+from whole_files import check_folder, whole_folder
 
 PHOTOGRAPHS = {
     "train": ("astronaut", "brick", "chelsea", "coffee", "coins", "gravel", "hubble_deep_field",
@@ -117,6 +117,7 @@ def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
     Raises:
         ValueError: there are videos already; the size is odd, which H.264 does not have, or too small; no videos.
     """
+    check_folder("out", out)
     folder = out / "kinetics"
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder")

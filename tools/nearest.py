@@ -19,7 +19,7 @@ from tools.embed import digest
 from tools.image_sources import Batches, Folder, Source, open_source, picture_of
 from tools.neighbours import Neighbour, Query, best_of, tiles
 from weights import load_encoder
-from whole_files import whole
+from whole_files import check_file, whole
 
 
 def nearest(
@@ -97,6 +97,7 @@ def nearest_sheet(
         folder: of the features' images, likewise.
     """
     features = as_path(features)
+    check_file("out", out)
     source = open_source(folder or feature_files.about(features)["images"])
     queries = find_queries(features, images, source, checkpoint)
     found = nearest(features, np.stack([query.embedding for query in queries]), k, [query.own for query in queries])
