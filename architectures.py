@@ -1,5 +1,6 @@
 """Names and shapes of an encoder's tensors -> the architecture that has exactly these."""
 
+import contextlib
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -44,6 +45,11 @@ def find(found: layouts.Found, name: str | None = None) -> Architecture:
         nearest = min(nearest, (layouts.n_names(wrong), candidate, wrong), key=lambda item: item[0])
     if name is not None:
         raise ValueError(layouts.refusal(found, name, nearest[2]))
+    if not nearest[1]:
+        raise ValueError(
+            f"{found.source} does not hold an encoder of torchvision, timm or ws_resnets that is known by its tensors. "
+            "Say encoder_arch=NAME, or encoder=your_module."
+        )
     raise ValueError(
         f"no encoder of torchvision, timm or ws_resnets fits. {layouts.refusal(found, nearest[1], nearest[2])}. That "
         "is the nearest; if it is another, say encoder_arch=NAME or encoder=your_module"
@@ -93,14 +99,20 @@ def alike_in_timm(state: dict[str, Tensor]) -> list[str]:
     """ViTs of the patch and image size, ResNets of the depth, by timm's names: all of timm would take minutes."""
     import timm
 
-    if "patch_embed.proj.weight" in state and "pos_embed" in state:
+    if (size := timm_image_size(state)) is not None:
         patch = state["patch_embed.proj.weight"].shape[-1]
-        size = patch * math.isqrt(state["pos_embed"].shape[1])
-        patterns = (f"vit_*_patch{patch}_{size}*", f"*_patch{patch}_*{size}*")
-        return [name for pattern in patterns for name in timm.list_models(pattern)]
+        patterns = (f"vit_*_patch{patch}_{size}*", f"*_patch{patch}_*{size}*", f"vit_*_patch{patch}_224")
+        return list(dict.fromkeys(name for pattern in patterns for name in timm.list_models(pattern)))
     blocks = {tuple(key.split(".")[:2]) for key in state if key.startswith("layer")}
     depth = 2 + len(blocks) * (3 if "layer1.0.conv3.weight" in state else 2)
     return timm.list_models(f"*res*ne*t{depth}*") if blocks else []
+
+
+def timm_image_size(state: dict[str, Tensor]) -> int | None:
+    """Pixels for which the positions of one of timm's ViTs are; None of other encoders."""
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        return None
+    return state["patch_embed.proj.weight"].shape[-1] * math.isqrt(state["pos_embed"].shape[1])
 
 
 def adapted(name: str, state: dict[str, Tensor]) -> tuple[Architecture, dict[str, Tensor]]:
@@ -128,7 +140,12 @@ def without_memory(name: str, state: dict[str, Tensor], channels: int = 3) -> tu
 
         with torch.device("meta"):
             encoder = timm.create_model(name.removeprefix("timm:"), **options)
-        return encoder, encoder.default_cfg["input_size"][-1]
+            size, wanted = encoder.default_cfg["input_size"][-1], timm_image_size(state)
+            if wanted not in (None, size):
+                with contextlib.suppress(TypeError, ValueError, AssertionError):  # it has no other size
+                    encoder = timm.create_model(name.removeprefix("timm:"), **options, img_size=wanted)
+                    size = wanted
+        return encoder, size
     size, positions = None, state.get("encoder.pos_embedding")
     if positions is not None and "conv_proj.weight" in state:
         size = state["conv_proj.weight"].shape[-1] * math.isqrt(positions.shape[1] - 1)

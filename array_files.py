@@ -1,14 +1,42 @@
 """Images of any number of channels, from .npy, TIFF and whatever else holds them, as arrays of 8 bits."""
 
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-ARRAY_SUFFIX, TIFF_SUFFIXES = ".npy", (".tif", ".tiff")
+from file_search import ARRAY_SUFFIX
+
+TIFF_SUFFIXES = (".tif", ".tiff")
 PIL_MODES = {2: "LA", 4: "RGBA"}  # of other files
 WAY_OUT = "set pixel_range to the values of black and white"
+
+
+@contextmanager
+def opened(file: str | BinaryIO) -> Iterator[Image.Image]:
+    """Image.open, whose limit of pixels is also that of all other readers; it is decided by the header."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(file) as image:
+                yield image
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(too_large()) from error
+
+
+def check_size(n_pixels: int) -> None:
+    """Raise ValueError for more pixels than Pillow's limit."""
+    if Image.MAX_IMAGE_PIXELS is not None and n_pixels > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(too_large())
+
+
+def too_large() -> str:
+    return f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
 
 
 def is_array(path: str, channels: int, pixel_range: list[float] | None) -> bool:
@@ -31,23 +59,35 @@ def read_array(
     """
     suffix, file = Path(path).suffix.lower(), path if file is None else file
     if suffix == ARRAY_SUFFIX:
-        pixels = np.load(file, allow_pickle=False)
+        pixels = read_npy(file, channels)
     elif suffix in TIFF_SUFFIXES:
-        pixels = read_tiff(file)
+        pixels = read_tiff(file, channels)
     else:
         if channels not in PIL_MODES:
             raise ValueError(f"in_channels={channels} are read from .npy and TIFF files only")
-        with Image.open(file) as image:
+        with opened(file) as image:
             return np.asarray(of_16_bits(image, pixel_range).convert(PIL_MODES[channels]))
     return in_8_bits(channels_last(pixels, channels), pixel_range)
 
 
-def read_tiff(file: str | BinaryIO) -> np.ndarray:
+def read_npy(file: str | BinaryIO, channels: int) -> np.ndarray:
+    with Path(file).open("rb") if isinstance(file, str) else nullcontext(file) as content:
+        version = np.lib.format.read_magic(content)
+        headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version in headers:
+            check_size(math.prod(headers[version](content)[0]) // channels)
+        content.seek(0)
+        return np.load(content, allow_pickle=False)
+
+
+def read_tiff(file: str | BinaryIO, channels: int) -> np.ndarray:
     try:
         import tifffile  # optional
     except ImportError as error:
         raise ValueError("TIFF files of many bands need tifffile: pip install tifffile") from error
-    return tifffile.imread(file)
+    with tifffile.TiffFile(file) as tiff:
+        check_size(math.prod(tiff.series[0].shape) // channels)
+        return tiff.asarray()
 
 
 def of_16_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Image:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from file_search import PassedOver
 from files import File, OnDisk
 from image_folders import SPLITS, Found, Label, as_label
 
@@ -41,7 +42,7 @@ class ArrowImages(OnDisk):
 
     def __init__(self, root: Path, image_key: str | None, label_key: str | None, labelled: bool, names: bool):
         self.root, self.names = root, names
-        self.splits = splits_of(root)
+        self.splits, self.passed_over = splits_of(root), PassedOver()
         folder = next(iter(self.splits.values()))
         features = json.loads((folder / INFO).read_text())["features"] or {}
         self.image_key = image_key or only(features, "Image", ("image", "img"), "image_key", root)
@@ -51,7 +52,10 @@ class ArrowImages(OnDisk):
         for field, key in (("image_key", self.image_key), ("label_key", self.label_key)):
             if key is not None and key not in features:
                 raise ValueError(f"{field}={key!r} is no column of {folder}: choose one of {', '.join(features)}")
-        self.classes = features[self.label_key].get("names") if self.label_key else None
+        self.classes_of = {str(folder): classes_in(folder, self.label_key) for folder in self.splits.values()}
+        self.classes = self.classes_of[str(folder)]
+        if any(classes != self.classes for classes in self.classes_of.values()):  # their numbers mean other classes
+            self.names = True
         self.files = {str(folder): stamp(folder) for folder in self.splits.values()}
 
     def find(self) -> Found:
@@ -60,22 +64,29 @@ class ArrowImages(OnDisk):
             table = self.table(str(folder))
             labels: list[Label] = [None] * len(table)
             if self.label_key is not None:
-                labels = [self.label(value) for value in table[self.label_key].to_pylist()]
+                labels = [
+                    self.label(value, self.classes_of[str(folder)]) for value in table[self.label_key].to_pylist()
+                ]
             prefix = "" if folder == self.root else f"{folder.name}/"
             found[split] = [(f"{prefix}{row}", label) for row, label in enumerate(labels)]
+        self.passed_over.clear()
+        for folder in unused_splits(self.root, self.splits):
+            self.passed_over.add("in splits that are not used", folder, len(mapped(stamp(folder))))
         return found
 
     def label_of(self, path: str) -> Label:
         folder, _, row = str(self.root / path).rpartition("/")
-        return self.label(self.table(folder)[self.label_key][int(row)].as_py()) if self.label_key else None
+        if self.label_key is None:
+            return None
+        return self.label(self.table(folder)[self.label_key][int(row)].as_py(), self.classes_of[folder])
 
-    def label(self, value: Any) -> Label:
+    def label(self, value: Any, classes: list[str] | None) -> Label:
         """Classes are numbers, or their names; -1 is none."""
         if value is None or value == -1:
             return None
         if not isinstance(value, int | str) or isinstance(value, bool):
             raise ValueError(f"label_key={self.label_key!r} has {value!r}, which is no class: choose another column")
-        return self.classes[value] if self.names and self.classes else as_label(str(value))
+        return classes[value] if self.names and classes else as_label(str(value))
 
     def table(self, folder: str) -> "pyarrow.Table":
         return mapped(self.files[folder])
@@ -107,6 +118,17 @@ def splits_of(root: Path) -> dict[str, Path]:
     if "train" not in found:
         raise ValueError(f"{root} has the splits {', '.join(names)} and no train: give data_path={str(root)}/SPLIT")
     return found
+
+
+def unused_splits(root: Path, used: dict[str, Path]) -> list[Path]:
+    names = json.loads((root / SPLIT_LIST).read_text())["splits"] if (root / SPLIT_LIST).is_file() else []
+    return [root / name for name in names if root / name not in used.values() and (root / name / STATE).is_file()]
+
+
+def classes_in(folder: Path, label_key: str | None) -> list[str] | None:
+    """Names of the classes of a column, in the order of their numbers; None if it has none."""
+    features = json.loads((folder / INFO).read_text())["features"] or {}
+    return (features.get(label_key) or {}).get("names") if label_key else None
 
 
 def only(features: dict, kind: str, preferred: tuple[str, ...], field: str, root: Path) -> str | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from attrs import frozen
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from device import to_device
@@ -181,7 +182,12 @@ def training_views(params: "ModelParams") -> Callable[..., list[Tensor]]:
 
 def evaluation_view(images: Tensor, params: "EncoderAndDataParams") -> Tensor:
     """uint8 images [N, C, H, W] -> normalized floats [N, C, h, w]: the whole image, resized if need be. Likewise clips
-    [N, C, T, H, W], and several of each video [N, K, C, T, H, W]."""
+    [N, C, T, H, W], and several of each video [N, K, C, T, H, W].
+
+    Raises:
+        ValueError: `images` are of another type or shape: floats from 0 to 1 would be divided by 255 again.
+    """
+    check_pixels(images, params.channels)
     if images.dim() == 6:
         return evaluation_view(images.flatten(0, 1), params).unflatten(0, images.shape[:2])
     x, n_frames = frames_of(images)
@@ -190,6 +196,40 @@ def evaluation_view(images: Tensor, params: "EncoderAndDataParams") -> Tensor:
         whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
         x = resized_crop(x, {name: np.full(len(x), value) for name, value in whole.items()}, size)
     return clips_of(normalize(x, params.mean, params.std), n_frames)
+
+
+def check_pixels(images: Tensor, channels: int) -> None:
+    """Raise ValueError unless `images` are uint8 images or clips with as many channels as the encoder takes."""
+    found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        raise ValueError(
+            f"images={found}: only uint8 tensors with values from 0 to 255 are normalized here. Convert values from 0 "
+            "to 1 with (images * 255).round().to(torch.uint8). Pass normalized images to the encoder itself"
+        )
+    axis = images.dim() - {4: 3, 5: 4, 6: 4}.get(images.dim(), 0)
+    gray = 1 if channels == 3 else channels  # is repeated
+    if images.dim() not in (4, 5, 6) or images.shape[axis] not in (gray, channels):
+        raise ValueError(
+            f"images={found}: the encoder takes images [N, {channels}, H, W], or clips [N, {channels}, T, H, W]. "
+            "Permute the axes, or add the first one with images[None]"
+        )
+
+
+def check_floats(images: Tensor, params: "EncoderAndDataParams") -> None:
+    """Raise ValueError if float images, which are used as they are, hold pixels from 0 to 255; tell if they seem to
+    hold values from 0 to 1 that nobody normalized."""
+    low, high = float(images.min()), float(images.max())
+    if low >= 0 and 1 < high <= 255 and bool((images == images.round()).all()):
+        raise ValueError(
+            f"images={images.dtype} with whole numbers from {low:g} to {high:g}: float images are used as they are. "
+            "Let the loader yield uint8 images, which are normalized here, or normalize them there"
+        )
+    if 0 <= low < high <= 1 and any(params.mean):
+        rank_zero_info(
+            f"the loader's float images lie from {low:.2g} to {high:.2g} and are used as they are: if they are not "
+            f"normalized by image_mean={list(params.mean)} and image_std={list(params.std)}, normalize them in the "
+            "loader, or yield uint8 images"
+        )
 
 
 # ---- what loaders yield: uint8 images to be prepared here, or floats that are ready ----

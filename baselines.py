@@ -6,8 +6,10 @@ from pathlib import Path
 
 import attrs
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 
 from encoders import OWN_MODULE, get_encoder
+from foreign_paths import ForeignPath
 from shared_params import OF_ONE_KIND
 from weights import Encoder, load_encoder
 
@@ -18,7 +20,12 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
     if p.encoder_arch != OWN_MODULE:
         found["random"] = random_encoder(trained)
     source = starting_weights or trained.started_from
-    if source is not None:
+    if isinstance(source, ForeignPath):
+        rank_zero_warn(
+            f"the checkpoint started from {str(source)!r}, it says. That file is not read unless you ask for it: pass "
+            "starting_weights to compare with it"
+        )
+    elif source is not None:
         same = (
             "dataset_name",
             "encoder_arch",

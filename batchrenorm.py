@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from device import at_least_float32
+
 
 class BatchRenorm(nn.Module):
     """x -> ((x - batch mean) / batch std * r + d) * weight + bias, over all axes but the second.
 
     r and d move the batch's statistics towards the running ones (Algorithm 1); no gradient passes through them. They
     are clipped to [1/rmax, rmax] and [-dmax, dmax], which open with the number of batches seen: before batch 5,000
-    this is exactly batch norm. The standard deviation is sqrt(biased variance + eps), always in float32.
+    this is exactly batch norm. The standard deviation is sqrt(biased variance + eps), always in float32 or more.
     """
 
     dimensions: tuple[int, ...] = ()  # how many axes the input may have
@@ -37,7 +39,7 @@ class BatchRenorm(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} expects {expected} input, got {x.dim()}D input of shape {tuple(x.shape)}"
             )
-        dtype, x = x.dtype, x.float()
+        dtype, x = x.dtype, at_least_float32(x)
         column = (1, -1) + (1,) * (x.dim() - 2)  # shape that lines statistics up with axis 1
         if self.training:
             x = self._renormalized(x, column)
@@ -54,8 +56,8 @@ class BatchRenorm(nn.Module):
         with torch.no_grad():
             r = torch.clamp(std / self.running_std, 1 / self.rmax, self.rmax)
             d = torch.clamp((mean - self.running_mean) / self.running_std, -self.dmax, self.dmax)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_std.lerp_(std, self.momentum)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_std.lerp_(std.to(self.running_std.dtype), self.momentum)
             self.num_batches_tracked += 1
         return (x - mean.view(column)) / std.view(column) * r.view(column) + d.view(column)
 

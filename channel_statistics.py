@@ -4,6 +4,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from augmentations import generator
+from files import UNREADABLE
 
 MOST_IMAGES = 2000
 SMALLEST_STD = 1 / 255  # of a channel that is the same everywhere
@@ -15,7 +16,10 @@ def of_images(dataset: Dataset, seed: int) -> tuple[list[float], list[float]]:
     chosen = np.sort(generator(seed).permutation(len(dataset))[:MOST_IMAGES])
     n, total, squares = 0, 0.0, 0.0
     for index in chosen.tolist():
-        pixels = dataset[index][0].numpy().astype(np.float64) / 255  # [C, H, W]
+        image, label = dataset[index]
+        if np.any(np.asarray(label) == UNREADABLE):
+            continue
+        pixels = image.numpy().astype(np.float64) / 255  # [C, H, W]
         n += pixels[0].size
         total = total + pixels.sum((1, 2))
         squares = squares + (pixels**2).sum((1, 2))

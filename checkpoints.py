@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import ddp
+from folder_lock import locked
 from loader import Loader
+from numerics import not_finite
 from safe_load import safe_load
-from whole_files import sync_folder
+from whole_files import whole
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -42,7 +45,7 @@ def newest(folder: str | Path) -> Path | None:
     Raises:
         ValueError: there are checkpoints, and none of them is good.
     """
-    found = sorted(Path(folder).glob("step_*.ckpt"), reverse=True)
+    found = sorted(Path(folder).expanduser().glob("step_*.ckpt"), reverse=True)
     for path in found:
         try:
             read(path)
@@ -157,22 +160,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):  # fsspec's business
             return super().save_checkpoint(checkpoint, path, storage_options)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        try:
-            with unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except (OSError, RuntimeError) as error:  # torch's writer reports a failed write as RuntimeError
-            unfinished.unlink(missing_ok=True)
-            cause = error if isinstance(error, OSError) or error.__context__ is None else error.__context__
-            raise OSError(
-                f"{path} could not be written ({cause}): is the disk full? Earlier checkpoints are as they were"
-            ) from error
-        sync_folder(path.parent)
+        with whole(Path(path)) as unfinished, unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """States of callbacks under their classes are left out: the classes are not looked up."""
@@ -190,7 +179,7 @@ class Checkpoints(pl.Callback):
     queued again. Both wait for a validation to end.
 
     Args:
-        folder: of the files `step_N.ckpt`, N optimizer steps.
+        folder: of the files `step_N.ckpt`, N optimizer steps. It is locked while a training writes into it.
         every_n_steps: optimizer steps between files; None: after epochs only.
         keep: how many of the newest files stay.
     """
@@ -198,7 +187,8 @@ class Checkpoints(pl.Callback):
     def __init__(self, folder: str | Path, every_n_steps: int | None = 1000, keep: int = 2):
         if keep < 1 or (every_n_steps is not None and every_n_steps < 1):
             raise ValueError(f"keep={keep} and every_n_steps={every_n_steps} must be at least 1")
-        self.folder, self.every_n_steps, self.keep = Path(folder), every_n_steps, keep
+        self.folder, self.every_n_steps, self.keep = Path(folder).expanduser(), every_n_steps, keep
+        self.lock = ExitStack()
         self.last_saved = 0
         self.begun_batches = 0
         self.validated = False  # since the last batch
@@ -208,6 +198,8 @@ class Checkpoints(pl.Callback):
         self.asked: Callable[[], bool] = lambda: False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+            self.lock.enter_context(locked(self.folder))
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False  # it saves in the middle of a step, and a file of its own
@@ -219,6 +211,7 @@ class Checkpoints(pl.Callback):
         self.listens = False
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        self.lock.close()
 
     on_exception = teardown
 
@@ -292,10 +285,10 @@ class Checkpoints(pl.Callback):
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.fast_dev_run:  # its checkpoint would be taken for that of a run
             return
-        if not all_finite(module):
+        if names := not_finite(module):
             raise FloatingPointError(
                 f"weights are not finite at step {trainer.global_step}: not saved; the newest good checkpoint is "
-                f"{newest(self.folder)}"
+                f"{newest(self.folder)} ({len(names)} tensors, the first: {names[0]})"
             )
         for logger in trainer.loggers:
             logger.save()  # figures up to here are not computed again
@@ -316,7 +309,3 @@ class Checkpoints(pl.Callback):
             subprocess.run(["scontrol", "requeue", job], check=True)
         self.received = None
         raise SIGTERMException
-
-
-def all_finite(module: torch.nn.Module) -> bool:
-    return bool(torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all())

@@ -1,11 +1,36 @@
 """Colour operations of image_ops.py as loops, compiled by Numba. In place, on images [C, pixels] from 0 to 1."""
 
+import warnings
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 from numba import njit
 
 from image_ops import COLUMNS, LUMA
 
-compiled = njit(nogil=True, fastmath=True, cache=True, error_model="numpy")
+OPTIONS = {"nogil": True, "fastmath": True, "error_model": "numpy"}
+
+
+def compiled(function: Callable) -> Callable:
+    """Compile with Numba, which keeps the machine code next to this file, or in the user's cache directory if this
+    file's cannot be written. If it can write to neither, the loops are compiled anew in each process."""
+    try:
+        return njit(function, cache=True, **OPTIONS)
+    except RuntimeError:  # no place for the cache
+        say_uncached()
+        return njit(function, **OPTIONS)
+
+
+@cache
+def say_uncached() -> None:
+    """Once a process."""
+    warnings.warn(
+        "Numba cannot keep compiled code: neither the directory of this library nor the user's cache directory can be "
+        "written. Each start compiles for some seconds. Set NUMBA_CACHE_DIR to a directory that can be written.",
+        stacklevel=3,
+    )
+
 
 ZERO, ONE, FOUR, SIX = (np.float32(value) for value in (0, 1, 4, 6))  # with Python's numbers all were float64
 RED, GREEN, BLUE = (np.float32(value) for value in LUMA)

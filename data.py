@@ -71,9 +71,18 @@ class DatasetInfo:
     def channels(self) -> int:
         return len(self.mean)
 
+    def feeds(self, channels: int) -> bool:
+        """Whether an encoder of so many channels can take the images: gray ones are repeated for one of colors."""
+        return self.own is not None or self.channels == channels or (self.channels, channels) == (1, 3)
+
     @property
     def of_videos(self) -> bool:
         return self.read is None and self.files is VIDEOS
+
+    @property
+    def counts_folders(self) -> bool:
+        """Whether classes are folders of images, and as many as there are folders."""
+        return self.read is None and self.files is CLASS_FOLDERS and self.own is None
 
     @property
     def kind(self) -> str:
@@ -170,18 +179,40 @@ def already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: list[View] | tuple = ()) -> Dataset:
     """uint8 images and labels of some splits, downloaded if need be. `views` are taken here only from sets of files."""
+    if not params.dataset.feeds(params.channels):
+        raise ValueError(
+            f"in_channels={params.channels} does not fit dataset_name={params.dataset_name!r}, whose images have "
+            f"{params.dataset.channels} channels. Leave it out, or choose another data set."
+        )
     if params.dataset.own is not None:
         return params.dataset.own(data_path(), params, splits[0], list(views))
     prepare_data(params.dataset_name, splits)
     folders = [data_path() / params.dataset_name / split for split in splits]
     if params.dataset.read is not None:
-        return PackedImages(folders)
+        images = PackedImages(folders)
+        check_arrays(images, params, folders)
+        return images
     (folder,) = folders
     if params.dataset.of_videos:
         return video_files.get_videos(params, folder, list(views))
     skip = params.unreadable_images == "skip"
     size, find = params.crop_size, params.dataset.files.samples
     return ImageFiles(folder, params.dataset.channels, size, list(views), params.seed or 0, skip, find)
+
+
+def check_arrays(images: PackedImages, params: "EncoderAndDataParams", folders: list[Path]) -> None:
+    """Raise ValueError for arrays of other images than those of the data set."""
+    where, channels = ", ".join(map(str, folders)), images.images[0].shape[3]
+    if channels not in (params.dataset.channels, params.channels):
+        raise ValueError(
+            f"{where}: images.npy has {channels} channels, and dataset_name={params.dataset_name!r} has "
+            f"{params.dataset.channels}: put the arrays of that set there"
+        )
+    if (highest := int(images.labels.max())) >= params.dataset.n_classes:
+        raise ValueError(
+            f"{where}: labels.npy has the label {highest}, and dataset_name={params.dataset_name!r} has "
+            f"{params.dataset.n_classes} classes: number them from 0 to {params.dataset.n_classes - 1}"
+        )
 
 
 def drops_last(wish: bool | None, n_images: int, size: int) -> bool:
@@ -191,12 +222,18 @@ def drops_last(wish: bool | None, n_images: int, size: int) -> bool:
 
 
 def get_loader(
-    params: "EncoderAndDataParams", dataset: Dataset, training: bool, accumulated: int = 1, device: Any = "cpu"
+    params: "EncoderAndDataParams",
+    dataset: Dataset,
+    training: bool,
+    accumulated: int = 1,
+    device: Any = "cpu",
+    in_order: bool = False,
 ) -> Loader:
     """Batches of (images, labels): shuffled by (seed, epoch) for training, else nothing is dropped.
 
     Packed sets need no workers: reading a batch is one copy of memory. Class folders are shuffled for evaluation too:
     in their order, the first tenth of ImageNet (`limit_val_batches=0.1`) would be a tenth of the classes.
+    `in_order` keeps them in the order of the set.
     """
     packed = isinstance(dataset, PackedImages)
     if params.data_on_device and not packed:
@@ -215,7 +252,7 @@ def get_loader(
             f"{found} of {params.dataset_name} are fewer than one batch of {size}{each}: choose a smaller {which} (is "
             f"{getattr(params, which)}), or drop_last_batch=None"
         )
-    shuffle = training or not packed
+    shuffle = training or not (packed or in_order)
     return Loader(
         dataset,
         batch_size=size if training else max(1, size // params.clips_of_a_video),

@@ -3,6 +3,7 @@
 W processes, N images on each. Every function that communicates must be called by all processes.
 """
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from device import to_device, to_host
 
 Result = TypeVar("Result")
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # of launchers
 
 
 def is_distributed() -> bool:
@@ -27,6 +29,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of a run. Before there is a process group, its launcher's variables say so."""
+    return rank() == 0 and not any(int(os.environ.get(name) or 0) for name in RANKS)
 
 
 class _Gather(torch.autograd.Function):

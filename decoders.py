@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from array_files import check_size
+from file_search import ARRAY_SUFFIX, image_suffixes, is_hidden
 from image_files import read_image
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def read_video(path: str, choose: Choose, channels: int, threads: int) -> Frames
         stream = next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
         if stream is None:
             raise ValueError("it holds no video stream")
+        check_size(stream.codec_context.width * stream.codec_context.height)
         packets = [packet for packet in container.demux(stream) if packet.size]
         codec = stream.codec_context
         codec.thread_type, codec.thread_count = ("AUTO" if threads > 1 else "NONE"), threads
@@ -124,7 +126,9 @@ def read_folder(path: str, choose: Choose, channels: int, threads: int, frames_p
         ValueError: the folder holds no images, or one of them cannot be read; names it.
         OSError: it is no folder.
     """
-    names = sorted((name for name in os.listdir(path) if name.lower().endswith(IMG_EXTENSIONS)), key=by_number)
+    suffixes = set(image_suffixes()) - {ARRAY_SUFFIX}
+    names = (name for name in os.listdir(path) if os.path.splitext(name)[1].lower() in suffixes and not is_hidden(name))
+    names = sorted(names, key=by_number)
     if not names:
         raise ValueError("the folder holds no images")
     indices = choose(np.arange(len(names)) / frames_per_second)

@@ -6,7 +6,6 @@ Leaves a run in runs/demo, like those of train.py, with results.md and a page ab
 """
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -23,15 +22,18 @@ import augmentations
 import command_line
 import data
 import evaluation
+import layers
 import run_folder
+from folder_lock import locked
 from learning_rate import LearningRate
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams, VICRegParams
+from program import one_line_errors
 from progress import Progress
 from run_options import RunOptions
 from tools import report
-from whole_files import write_whole
+from whole_files import to_json, write_whole
 
 OUT = Path("runs/demo")
 LABELS_PER_CLASS = 5
@@ -72,13 +74,12 @@ def quiet_trainer(epochs: int, name: str) -> pl.Trainer:
 @torch.no_grad()
 def features(encoder: nn.Module, params: ModelParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(train features, labels, test features, labels) of an encoder in eval mode."""
-    result, was_training = [], encoder.training
-    encoder.eval()
+    result = []
     for splits in (params.dataset.train_splits, params.dataset.test_splits):
         images, labels = (torch.cat(part) for part in zip(*loader(params, splits), strict=True))
         views = augmentations.evaluation_view(images, params).split(256)
-        result += [torch.cat([encoder(view) for view in views]), labels]
-    encoder.train(was_training)
+        with layers.in_eval_mode(encoder):
+            result += [torch.cat([encoder(view) for view in views]), labels]
     return tuple(result)
 
 
@@ -145,6 +146,7 @@ def train_classifier(epochs: int) -> float:
     return trainer.callback_metrics["valid_acc1"].item()
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
@@ -152,17 +154,23 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="pytorch_lightning")  # of our deliberately small numbers
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    with locked(OUT):
+        run(args.epochs, args.linear_epochs)
+
+
+def run(epochs: int, linear_epochs: int) -> None:
     start, evaluations = time.time(), ["linear_probe", "knn"]
 
     recipe = {"batch_size": 64, "lars_eta": 0.005, "lars_warmup_epochs": 2, "seed": 0, "evaluations": evaluations}
-    params = VICRegParams(dataset_name="digits", max_epochs=args.epochs, **recipe)
-    random, trained = pretrain(params, args.epochs)
-    accuracy = train_classifier(args.linear_epochs)
+    params = VICRegParams(dataset_name="digits", max_epochs=epochs, **recipe)
+    with run_folder.logged(OUT / "log.txt"):
+        random, trained = pretrain(params, epochs)
+        accuracy = train_classifier(linear_epochs)
     result = table(random, trained)
-    result += f"\n\nLinearClassifierMethod after {args.linear_epochs} epochs: {accuracy:.1f} % of the test set."
-    (OUT / "results.md").write_text(result + "\n")
+    result += f"\n\nLinearClassifierMethod after {linear_epochs} epochs: {accuracy:.1f} % of the test set."
+    write_whole(OUT / "results.md", result + "\n")
     results = {"random encoder": random, "trained encoder": trained, "linear classifier": {"valid_acc1": accuracy}}
-    write_whole(OUT / "results.json", json.dumps(results, indent=2))
+    write_whole(OUT / "results.json", to_json(results, indent=2))
     page = report.write([OUT], encoder=small_encoder())
     print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves, neighbours and a map, in a browser: {page}")
 

@@ -1,4 +1,4 @@
-"""Copies to the device and from it, for which neither waits; and its memory."""
+"""Copies to and from the device that do not block; its memory; the precision of what is compared."""
 
 import contextlib
 import ctypes
@@ -28,6 +28,21 @@ def to_host(values: Tensor) -> Callable[[], Tensor]:
         return on_host
 
     return arrived
+
+
+def usable(device: str) -> torch.device:
+    """Return the device of this name; "auto" is a GPU if there is one. Raises ValueError if it cannot be used here."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision becomes float32, float64 stays: losses and scores are computed in it, whatever the weights are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def has_room(size: int, device: torch.device) -> bool:

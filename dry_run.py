@@ -16,6 +16,7 @@ from torch import nn
 
 import data
 import evaluation
+import layers
 from moco import SelfSupervisedMethod
 from watch import Watch
 
@@ -94,7 +95,7 @@ def parts(model: SelfSupervisedMethod) -> Table:
     for name, part in model.named_children():
         if not any(True for _ in part.parameters()) and name != "queue":
             continue
-        kind = p.encoder_arch if name in ("model", "lagging_model") else layers(part)
+        kind = p.encoder_arch if name in ("model", "lagging_model") else widths(part)
         count = sum(weight.numel() for weight in part.parameters())
         trained = any(weight.requires_grad for weight in part.parameters())
         says = "yes" if trained else "no" if name == "queue" else "lags"
@@ -103,27 +104,27 @@ def parts(model: SelfSupervisedMethod) -> Table:
     return made
 
 
-def layers(part: nn.Module) -> str:
+def widths(part: nn.Module) -> str:
     """The linear layers of a head: 512 -> 2048 -> 128."""
     linear = [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
-    widths = [layer.in_features for layer in linear[:1]] + [layer.out_features for layer in linear]
-    return " -> ".join(map(str, widths)) or type(part).__name__
+    found = [layer.in_features for layer in linear[:1]] + [layer.out_features for layer in linear]
+    return " -> ".join(map(str, found)) or type(part).__name__
 
 
 @torch.no_grad()
 def output_shapes(model: SelfSupervisedMethod) -> dict[str, str]:
     p, found = model.params, {}
     x = torch.zeros(2, *p.input_shape, device=model.device)
-    model.eval()
-    for start, names in (
-        (x, ("model", "projection_model", "prediction_model")),
-        (x, ("lagging_model", "lagging_projection_model")),
-        (x, ("model", "online_classifier")),
-    ):
-        for name in names:
-            if (part := getattr(model, name)) is not None:
-                start = part(start)
-                found[name] = f"[N, {', '.join(map(str, start.shape[1:]))}]"
+    with layers.in_eval_mode(model):
+        for start, names in (
+            (x, ("model", "projection_model", "prediction_model")),
+            (x, ("lagging_model", "lagging_projection_model")),
+            (x, ("model", "online_classifier")),
+        ):
+            for name in names:
+                if (part := getattr(model, name)) is not None:
+                    start = part(start)
+                    found[name] = f"[N, {', '.join(map(str, start.shape[1:]))}]"
     return found
 
 

@@ -3,6 +3,7 @@
 Encoders map images [N, C, H, W], or those of videos clips [N, C, T, H, W], to [N, E].
 """
 
+import contextlib
 import difflib
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
+import layers
 import layouts
 import ws_resnet
 from safe_load import data_only
@@ -83,11 +85,7 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
     from_file = file is not None and os.path.isfile(file)  # False, not an error, for a name too long to be one
     published = None if from_file else p.encoder_weights
     if p.encoder_arch.startswith("timm:"):
-        import timm
-
-        name = p.encoder_arch.removeprefix("timm:")
-        with data_only(f"the published weights of {name}"):
-            encoder = timm.create_model(name, pretrained=published is not None, num_classes=0, in_chans=p.channels)
+        encoder = build_timm(p.encoder_arch.removeprefix("timm:"), published is not None, image)
     else:
         model = build(p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual)
         encoder, _ = without_classifier(model, p.encoder_arch)
@@ -97,7 +95,7 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
         try:
             layouts.load(encoder, layouts.read(file), p.encoder_arch)
         except ValueError as error:
-            raise ValueError(f"encoder_weights={p.encoder_weights!r} does not fit {p.encoder_arch}: {error}") from error
+            raise ValueError(f"encoder_weights={p.encoder_weights!r} for {p.encoder_arch}: {error}") from error
     return encoder, measured_width(encoder, image, f"encoder_arch={p.encoder_arch!r}")
 
 
@@ -148,6 +146,23 @@ def build(
     if name == "s3d" and (image_size < 224 or num_frames < 14):  # its window of 2 x 7 x 7 would not fit
         model.avgpool = nn.AdaptiveAvgPool3d(1)
     return model
+
+
+def build_timm(name: str, pretrained: bool, image: torch.Tensor) -> nn.Module:
+    """timm's model without its classifier. If it cannot take `image` [1, C, H, W], and timm can build it for another
+    size (ViTs, Swin, ...), it is built for that of `image`; `built_for` then holds that option of timm.create_model."""
+    import timm  # optional, and slow to import
+
+    options = {"pretrained": pretrained, "num_classes": 0, "in_chans": image.shape[1]}
+    with data_only(f"the published weights of {name}"):
+        encoder = timm.create_model(name, **options)
+        try:
+            measured_width(encoder, image, name)
+        except ValueError:
+            with contextlib.suppress(TypeError, ValueError, RuntimeError, AssertionError):  # only this size after all
+                encoder = timm.create_model(name, **options, img_size=image.shape[-1])
+                encoder.built_for = {"img_size": image.shape[-1]}
+    return encoder
 
 
 def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
@@ -202,16 +217,13 @@ def embed(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
     """E, by encoding one image in eval mode."""
-    was_training = encoder.training
     try:
-        with torch.no_grad():
-            output = encoder.eval()(image)
+        with torch.no_grad(), layers.in_eval_mode(encoder):
+            output = encoder(image)
     except (RuntimeError, AssertionError, ValueError) as error:
         kind, frames = ("clips", "num_frames, ") if image.dim() == 5 else ("images", "")
         shape = f"{tuple(image.shape)} ({frames}transform_crop_size, in_channels)"
         raise ValueError(f"{name} cannot encode {kind} of shape {shape}: {error}") from error
-    finally:
-        encoder.train(was_training)
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(f"{name} must map {tuple(image.shape)} to [N, E], got {shape}: flatten or pool its output")

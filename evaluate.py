@@ -19,20 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import torch
 from torch import nn
 
 import data
 import features
 from baselines import compared
 from command_line import add_fields
+from device import usable
+from fields import as_path
 from own_data_params import OwnDataParams
-from protocols import PROTOCOLS
+from program import one_line_errors
+from protocols import PROTOCOLS, settings_of
 from results import Results, versions
 from shared_params import EncoderAndDataParams, n_classes
 from subject import Subject
 from video_params import OF_TRAINING, VideoParams
 from weights import Encoder, load_encoder
+from whole_files import check_folder
 
 READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
            "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns",
@@ -73,13 +76,15 @@ def evaluate_checkpoint(
         ValueError: an unknown protocol, or one that needs other labels than the data set's.
     """
     check_names(protocols or ())
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    folder = as_path(out) if out else folder_of(checkpoint)
+    check_folder("out", folder)
+    device = str(usable(device))
     trained = load_encoder(checkpoint, encoder=encoder)
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
     encoders = {**(compared(trained, starting_weights) if baselines else {}), "trained": trained}
-    results = Results(Path(out) if out else folder_of(checkpoint), fresh)
-    results.config[params.dataset_name] = {
+    results = Results(folder, fresh)
+    about = {
         "checkpoint": str(checkpoint),
         "encoders": {name: str(found.report) for name, found in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
@@ -88,6 +93,7 @@ def evaluate_checkpoint(
         "device": device,
         "versions": versions(),
     }
+    results.begin(params.dataset_name, about)
     subjects = {
         name: Subject(
             found.to(device),
@@ -98,6 +104,9 @@ def evaluate_checkpoint(
         )
         for name, found in encoders.items()
     }
+    for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
+        for seed in seeds:  # settings that cannot be are refused before the first protocol runs
+            settings_of(subjects["trained"], seed, preset)
     run_all(results, subjects, protocols, seeds)
     return results.content()
 
@@ -127,12 +136,13 @@ def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[
                     start = time.monotonic()
                     scores = row.run(subject, seed)
                     told = {"definition": definition, "source": row.source, "seen": seen(subject.params)}
+                    told |= {"training": subject.training} if row.trains else {}
                     seconds = round(time.monotonic() - start, 2)
                     run |= {"key": key, "hash": hashes[encoder], "scores": scores, "seconds": seconds, **told}
                     results.add(run)
                 scores = ", ".join(f"{name} {value:.4g}" for name, value in (done or run)["scores"].items())
                 print(f"{protocol}, {encoder} encoder, seed {seed}{' (there)' if done else ''}: {scores}", flush=True)
-    results.write()
+    results.add()  # what is forgotten, and config
 
 
 def seen(params: EncoderAndDataParams) -> dict[str, Any]:
@@ -189,7 +199,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train")
     parser.add_argument("--dataset", metavar="NAME", help="default: that of the pretraining")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: CHECKPOINT.evaluation")
+    parser.add_argument("--out", type=as_path, metavar="DIR", help="default: CHECKPOINT.evaluation")
     parser.add_argument("--starting_weights", metavar="FILE_OR_NAME", help="a baseline beside the random encoder")
     parser.add_argument("--no_baselines", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
@@ -202,6 +212,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@one_line_errors()
 def main() -> None:
     args = arguments()
     if args.list:
@@ -209,26 +220,23 @@ def main() -> None:
             print(f"{name:14} {row.definition}. {row.source}")
         return
     if args.checkpoint is None:
-        raise SystemExit("which CHECKPOINT? --help says what it may be")
+        raise ValueError("CHECKPOINT is missing: pass a checkpoint, a weights file or the name of an encoder")
     training = {"max_epochs": args.epochs, "batch_size": args.batch_size}
     reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers}
     reading |= {name: getattr(args, name) for name in READING if hasattr(args, name)}
-    try:
-        evaluate_checkpoint(
-            args.checkpoint,
-            args.protocols,
-            args.dataset,
-            args.seeds,
-            out=args.out,
-            starting_weights=args.starting_weights,
-            baselines=not args.no_baselines,
-            fresh=args.fresh,
-            device=args.device,
-            training={name: value for name, value in training.items() if value is not None},
-            **{name: value for name, value in reading.items() if value is not None},
-        )
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(str(error)) from error
+    evaluate_checkpoint(
+        args.checkpoint,
+        args.protocols,
+        args.dataset,
+        args.seeds,
+        out=args.out,
+        starting_weights=args.starting_weights,
+        baselines=not args.no_baselines,
+        fresh=args.fresh,
+        device=args.device,
+        training={name: value for name, value in training.items() if value is not None},
+        **{name: value for name, value in reading.items() if value is not None},
+    )
     print((args.out or folder_of(args.checkpoint)).joinpath("results.md").read_text())
 
 

@@ -1,17 +1,18 @@
 """The features of a data set, extracted once: kept as arrays under the hash of all that they depend on.
 
-A folder of the cache is named by SHA-256 of the encoder (its structure and tensors), the preprocessing (size and
-constants), the images and what was extracted. Packed sets are hashed by their bytes, sets of files by relative path,
+A folder of the cache is named by SHA-256 of the encoder (its structure and tensors), all settings that may decide what
+it sees, the images and what was extracted. Packed sets are hashed by their bytes, sets of files by relative path,
 size and time of change, of a folder of frames those of its files. A folder appears under its name only when it is
 complete, and is memory-mapped when read.
 """
 
+import copy
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import attrs
 import numpy as np
@@ -23,13 +24,25 @@ from torch.utils.data import DataLoader, Dataset
 
 import augmentations
 import data
+from encoders import OWN_MODULE, embed
+from files import name_skipped, readable_rows
+from numerics import finite
 from packed_images import PackedImages
 from shared_params import OF_ONE_KIND, EncoderAndDataParams
+from video_params import OF_TRAINING
 from weights import Encoder
+from whole_files import whole_folder
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 PIECE = 2**14  # images hashed at once
-EVALUATED_CLIPS = ("num_frames", "clip_duration", "frames_per_second", "evaluation_clips", "evaluation_crops")
+# Settings on which features do not depend. Any other, and one added later, is part of a folder's name.
+UNUSED = (
+    "encoder_weights", "embedding_dim", "zero_init_residual",  # of the encoder, whose tensors are hashed
+    "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # see `settings`
+    "data_path", "splits_path", "video_path_prefix",  # places: the files found there are hashed
+    "batch_size", "global_batch_size", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device",
+    "torch_compile", "seed", "drop_last_batch", "lr_scaling", "lr_batch_size", *OF_TRAINING,
+)  # fmt: skip
 
 
 @frozen
@@ -76,19 +89,22 @@ def extract(
     encoder: Encoder, params: EncoderAndDataParams, splits: tuple[str, ...], cache: Path, stages: bool = False
 ) -> Features:
     """Embeddings and labels of whole images, in the order of the set; with `stages` also what comes out of each. Of
-    videos: the means over their evaluation_clips x evaluation_crops clips."""
+    videos: the means over their evaluation_clips x evaluation_crops clips. Unreadable files are left out, and named."""
     dataset = data.get_dataset(params, splits)
-    names = stages_of(encoder) if stages else []
+    names, what = stages_of(encoder) if stages else [], f"features of {'+'.join(splits)}"
     folder = cache / fingerprint(encoder, params, dataset, {"whole images": names})
     if not folder.is_dir():
 
         def rows() -> Iterator[dict[str, Tensor]]:
             with Tap(encoder, names) as tap:
                 for images, labels in batches(dataset, params):
-                    yield {"x": encoder.embed(images), "y": labels, **tap.averages(len(images))}
+                    yield {"x": finite(encoder.embed(images), what), "y": labels, **tap.averages(len(images))}
 
-        write(folder, len(dataset), rows(), n_batches(dataset, params), f"features of {'+'.join(splits)}")
+        write(folder, len(dataset), rows(), n_batches(dataset, params), what)
+        name_skipped(dataset)
     arrays = read(folder)
+    if left_out := len(dataset) - len(arrays["x"]):
+        print(f"{what}: without {left_out:,} images that could not be read", flush=True)
     return Features(arrays.pop("x"), arrays.pop("y"), arrays)
 
 
@@ -112,15 +128,18 @@ def extract_views(
     if not folder.is_dir():
         device = device_of(encoder)
         subset = dataset.subset(chosen)
+        subset.evaluated = True
 
         def rows() -> Iterator[dict[str, Tensor]]:
-            for i, (images, _) in enumerate(batches(subset, params)):
+            for i, (images, labels) in enumerate(batches(subset, params)):
                 on_device = [x.to(device) for x in images] if isinstance(images, list) else images.to(device)
                 views = augmentations.augment(on_device, (seed, i), [view] * n_views, params.mean, params.std)
                 with torch.no_grad():
-                    yield {"x": torch.stack([encoder(x.to(device)).float() for x in views], 1)}
+                    found = torch.stack([encoder(x.to(device)).float() for x in views], 1)
+                    yield {"x": finite(found, f"views of {'+'.join(splits)}"), "y": labels}
 
         write(folder, len(subset), rows(), n_batches(subset, params), f"{n_views} views of {len(subset)} images")
+        name_skipped(subset)
     return read(folder)["x"]
 
 
@@ -178,22 +197,41 @@ class Tap:
 
 def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset, wanted: dict) -> str:
     """A hash of everything that the features depend on."""
-    preprocessing = {"size": params.crop_size, "mean": params.mean, "std": params.std}
-    if params.dataset.of_videos:
-        preprocessing |= {name: getattr(params, name) for name in EVALUATED_CLIPS}
-    found = hashlib.sha256(repr((encoder_hash(encoder), preprocessing, wanted)).encode())
+    found = hashlib.sha256(repr((encoder_hash(encoder), settings(params), wanted)).encode())
     for piece in contents(dataset):
         found.update(piece)
     return found.hexdigest()[:32]
 
 
+def settings(params: EncoderAndDataParams) -> dict[str, Any]:
+    """All that may decide what the encoder sees."""
+    names = [field.name for field in attrs.fields(type(params)) if field.name not in UNUSED]
+    resolved = {"size": params.crop_size, "channels": params.channels, "mean": params.mean, "std": params.std}
+    return {name: getattr(params, name) for name in names} | resolved
+
+
 def encoder_hash(encoder: Encoder) -> str:
-    """Of its structure (which says what tensors do not: strides, paddings) and its tensors."""
+    """Of its structure (which says what tensors do not: strides, paddings), its tensors, and what a module of the
+    user's makes of them."""
     found = hashlib.sha256(repr(encoder.model).encode())
+    if encoder.params.encoder_arch == OWN_MODULE:  # what `forward` does is neither in the structure nor in the tensors
+        found.update(outputs(encoder).tobytes())
     for name, tensor in sorted(encoder.model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def outputs(encoder: Encoder) -> np.ndarray:
+    """Embeddings of two fixed random images, in six digits. In float64 on the CPU, so that they are the same on every
+    device; in float32 where the module insists on that."""
+    images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *encoder.params.input_shape)))
+    with torch.no_grad():
+        try:
+            found = embed(copy.deepcopy(encoder.model).to("cpu", torch.float64), images)
+        except (RuntimeError, TypeError):  # another dtype within, or a module that cannot be copied
+            found = encoder(images.to(device_of(encoder), torch.float32)).cpu().double()
+    return (found / found.abs().max().clamp(min=1e-30)).round(decimals=6).add(0.0).numpy()
 
 
 def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
@@ -208,23 +246,29 @@ def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
 
 
 def write(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_batches: int, what: str) -> None:
-    """Batches of rows of each array -> one .npy an array, in constant memory, complete or not at all."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    unfinished.mkdir(parents=True)
-    arrays, done = {}, 0
-    for batch in track(rows, what, total=n_batches):
-        for name, part in batch.items():
-            part = part.cpu().numpy()
-            if name not in arrays:
-                path, shape = unfinished / f"{name}.npy", (n, *part.shape[1:])
-                arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=part.dtype, shape=shape)
-            arrays[name][done : done + len(part)] = part
-        done += len(part)
-    assert done == n, (done, n)
-    for array in arrays.values():
-        array.flush()
-    unfinished.rename(folder)
+    """Batches of rows of each array -> one .npy an array, in constant memory, complete or not at all. Rows whose label
+    `y` says that they stand in for unreadable files are left out: the arrays then have less than n rows."""
+    with whole_folder(folder) as unfinished, ExitStack() as opened:
+        files: dict[str, tuple[BinaryIO, np.ndarray]] = {}  # and a row
+        done = 0
+        for batch in track(rows, what, total=n_batches):
+            *parts, labels = readable_rows(batch["y"].cpu(), *(part.cpu() for part in batch.values()))
+            for name, part in zip(batch, parts, strict=True):
+                part = part.numpy()
+                if name not in files:
+                    files[name] = opened.enter_context((unfinished / f"{name}.npy").open("wb")), part[:0]
+                    write_header(*files[name], n)
+                files[name][0].write(part.tobytes())  # not a memory map, where a full disk kills the process
+            done += len(labels)
+        for file, none in files.values() if done < n else ():
+            write_header(file, none, done)
+
+
+def write_header(file: BinaryIO, none: np.ndarray, n: int) -> None:
+    """Begin a .npy file of n rows like those of `none`. NumPy leaves room for other numbers of rows."""
+    file.seek(0)
+    header = {"descr": np.lib.format.dtype_to_descr(none.dtype), "fortran_order": False, "shape": (n, *none.shape[1:])}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def read(folder: Path) -> dict[str, Tensor]:

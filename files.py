@@ -3,15 +3,21 @@
 import copy
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from class_labels import composed, numbers
+from file_search import folders_in
+
 MOST_WORKERS = 1024
+UNREADABLE = -(2**31)  # label of a row that stands in for an image which could not be read, in an evaluation
 Sample = tuple[str, int | np.ndarray]  # path; class, or presences of all classes
 File = str | BinaryIO  # a path, or what is in the file
 
@@ -42,22 +48,20 @@ class UnreadableFile(ValueError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
-def check_classes(split: Path) -> None:
-    """Classes are numbered in the order of their folders' names, in each split by itself.
+def class_numbers(split: Path) -> dict[str, int]:
+    """Class folder of a split -> number of its class, by the sorted names of the class folders of `train` beside it
+    (of its own, if there is no such folder), whatever other folders the split has.
 
     Raises:
-        ValueError: so the same class would have another number here than in `train` beside it.
+        ValueError: the split has class folders that train lacks.
     """
 
-    def classes(folder: Path) -> set[str]:
-        return {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+    def names(folder: Path) -> list[str]:
+        return sorted(path.name for path in folders_in(folder)) if folder.is_dir() else []
 
-    here, train = classes(split), classes(split.with_name("train"))
-    if here & train and here != train:
-        raise ValueError(
-            f"{split} and its neighbour train have not the same class folders: {', '.join(sorted(here ^ train)[:5])} "
-            "only in one of them, so that their labels would differ. Make them the same"
-        )
+    here, train = names(split), names(split.with_name("train"))
+    known = numbers(map(composed, train or here), {split.name: map(composed, here)}, split.parent)
+    return {name: known[composed(name)] for name in here}
 
 
 class LabelledFiles(Dataset):
@@ -67,18 +71,31 @@ class LabelledFiles(Dataset):
         files: (path, label) of each.
         kind: what a file is, for the messages.
         skip_unreadable: take the next readable file in place of one that cannot be read, instead of stopping.
+        evaluated: label what stands in for an unreadable file UNREADABLE, so that `readable_rows` leaves it out.
         source: opens them; default: the disk.
     """
 
-    def __init__(self, files: list[Sample], kind: str, skip_unreadable: bool, source: OnDisk | None = None):
+    def __init__(
+        self, files: list[Sample], kind: str, skip_unreadable: bool, evaluated: bool, source: OnDisk | None = None
+    ):
         self.files, self.kind, self.skip_unreadable, self.source = files, kind, skip_unreadable, source or OnDisk()
+        self.evaluated = evaluated
+        self.class_names: list[str] = []  # in the order of their numbers, where they are known
         self.epoch = 0  # told by the loader
         self.share()
 
     def share(self) -> None:
-        """With the workers: which files could not be read, and which one each worker (by process) read last."""
-        self.unreadable = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
+        """With the workers: of each file the next one that may be readable (itself, until it was found unreadable), and
+        which file each worker (by process) read last."""
+        self.next = torch.arange(len(self.files) + 1, dtype=torch.int32)
+        if self.skip_unreadable:
+            self.next.share_memory_()
         self.reading = torch.full((MOST_WORKERS, 2), -1).share_memory_()
+
+    @property
+    def unreadable(self) -> Tensor:
+        """Which files could not be read so far: bool [N]."""
+        return self.next[:-1] != torch.arange(len(self))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -95,7 +112,10 @@ class LabelledFiles(Dataset):
     def stamps(self) -> Iterator[tuple[str, tuple, int | np.ndarray]]:
         """(path, what changes when the file does, label) of each."""
         for path, label in self.files:
-            yield path, self.source.stamp(path), label
+            try:
+                yield path, self.source.stamp(path), label
+            except OSError as error:  # whether it may be left out is decided when it is read
+                yield path, (error.errno,), label
 
     def subset(self, indices: np.ndarray) -> Self:
         """These files alone."""
@@ -107,27 +127,47 @@ class LabelledFiles(Dataset):
     def read(self, index: int) -> Any:
         raise NotImplementedError
 
-    def readable(self, index: int) -> tuple[Any, int]:
-        """What `read` returns for this index, or for the next one that can be read; and its index.
+    def readable(self, index: int) -> tuple[Any, int | np.ndarray]:
+        """What `read` returns for this index, or for the next one that can be read; and its label.
 
         Raises:
             UnreadableFile: names the path.
         """
+        index = range(len(self))[index]
         if (worker := get_worker_info()) is not None:
             self.reading[worker.id] = torch.tensor([os.getpid(), index])
-        for candidate in range(index, index + len(self)):
-            candidate %= len(self)
-            path, a = self.files[candidate][0], "an" if self.kind[0] in "aeiou" else "a"
-            try:
-                return self.read(candidate), candidate
-            except Exception as error:  # readers raise many kinds of them on damaged files
-                if not self.skip_unreadable:
-                    raise UnreadableFile(
-                        f"{path} could not be read as {a} {self.kind} ({type(error).__name__}: {error}): "
-                        'mend or remove it, or set unreadable_images="skip"'
-                    ) from error
-                self.unreadable[candidate] = True
-        raise UnreadableFile(f"none of the {len(self)} {self.kind}s could be read, the last one was {path}")
+        for start in (index, 0):  # from here to the end, then around
+            candidate = self.candidate(start)
+            while candidate < len(self):
+                try:
+                    found, label = self.read(candidate), self.files[candidate][1]
+                    left_out = self.evaluated and candidate != index
+                    return found, np.full_like(label, UNREADABLE)[()] if left_out else label
+                except Exception as error:  # readers raise many kinds of them on damaged files
+                    self.refuse(candidate, error)
+                    self.next[candidate] = candidate + 1
+                    candidate = self.candidate(candidate)
+        raise UnreadableFile(
+            f"none of the {len(self)} {self.kind}s could be read, the last one was {self.files[index][0]}"
+        )
+
+    def refuse(self, index: int, error: Exception) -> None:
+        """Raise UnreadableFile for a file that could not be read, unless such are skipped."""
+        if not self.skip_unreadable:
+            a = "an" if self.kind[0] in "aeiou" else "a"
+            raise UnreadableFile(
+                f"{self.files[index][0]} could not be read as {a} {self.kind} ({type(error).__name__}: {error}): "
+                'mend or remove it, or set unreadable_images="skip"'
+            ) from error
+
+    def candidate(self, index: int) -> int:
+        """Return the first file from `index` on that may be readable; N if there is none. The way is shortened for
+        those who come after, so that a run of B unreadable files costs about B steps, however many ask for them."""
+        following = self.next.numpy()
+        while following[index] != index:
+            following[index] = following[following[index]]
+            index = int(following[index])
+        return index
 
     def skipped(self) -> list[str]:
         """Paths of the files found unreadable so far, by any worker."""
@@ -136,3 +176,30 @@ class LabelledFiles(Dataset):
     def last_read(self, process: int) -> str | None:
         """Path of the file that this worker read last."""
         return next((self.files[i][0] for reader, i in self.reading.tolist() if reader == process), None)
+
+
+def name_skipped(*datasets: Any, already: int = 0) -> int:
+    """Warn of the unreadable files of these data sets, if there are more than `already`. Returns how many."""
+    skipped = [path for dataset in datasets if isinstance(dataset, LabelledFiles) for path in dataset.skipped()]
+    if len(skipped) > already:
+        how = "left out" if all(getattr(dataset, "evaluated", True) for dataset in datasets) else "skipped"
+        more = f" and {len(skipped) - 20} more" if len(skipped) > 20 else ""
+        named = f"{', '.join(skipped[:20])}{more}"
+        warnings.warn(f"{len(skipped)} files could not be read and were {how}: {named}", stacklevel=2)
+    return len(skipped)
+
+
+def readable_rows(labels: Tensor | None, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Return rows (images, features, ...) and their labels without those that stand in for unreadable files."""
+    if labels is None:
+        return (*rows, None)
+    kept = (labels != UNREADABLE).flatten(1).all(1) if labels.dim() > 1 else labels != UNREADABLE
+    return tuple(part if kept.all() else part[kept] for part in (*rows, labels))
+
+
+def nan_where_unreadable(rows: Tensor, labels: Tensor | None) -> Tensor:
+    """Return rows [N, E], NaN for those that stand in for unreadable files."""
+    if labels is None:
+        return rows
+    unreadable = (labels == UNREADABLE).reshape(len(labels), -1).any(1)
+    return rows.masked_fill(unreadable[:, None], float("nan"))

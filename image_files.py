@@ -1,7 +1,7 @@
 """Class folders of image files, decoded and cropped in the loader's workers, because their sizes differ."""
 
-import warnings
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.datasets import ImageFolder
 
-from array_files import WAY_OUT, is_array, of_16_bits, read_array
+from array_files import WAY_OUT, is_array, of_16_bits, opened, read_array
 from augmentations import View, draw_crops, generator
-from files import File, LabelledFiles, OnDisk, Sample, check_classes
+from file_search import PassedOver, files_below, image_suffixes, tell
+from files import File, LabelledFiles, OnDisk, Sample, class_numbers
 
 CENTRAL = 7 / 8  # of the shorter side: what an evaluation sees
 MARGIN = 1.25  # of a crop at a reduced scale over its view, see ImageFiles
@@ -21,12 +21,34 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def class_folders(split: Path) -> list[Sample]:
-    """Raises ValueError without images, for a class without images, and for other classes than in train."""
-    check_classes(split)
-    try:
-        return ImageFolder(str(split)).samples
-    except FileNotFoundError as error:
-        raise ValueError(f"{split} must hold one folder of images per class: {error}") from error
+    """Return (path, class) of the images in class folders, numbered as `class_numbers` does.
+
+    Raises:
+        ValueError: there are no images, or none of a class; there are classes that train lacks.
+    """
+    passed_over, numbers = PassedOver(), class_numbers(split)
+    of_class = in_class_folders(split, numbers, image_suffixes(), passed_over)
+    empty = [name for name, paths in of_class.items() if not paths]
+    if empty or not of_class:
+        none = f"{', '.join(empty[:5])} holds none" if empty else "there is no folder"
+        raise ValueError(f"{split} must hold one folder of images per class: {none}{passed_over}")
+    found = [(os.path.join(split, path), numbers[name]) for name, paths in of_class.items() for path in paths]
+    tell(split, len(found), "images", passed_over)
+    return found
+
+
+def in_class_folders(
+    split: Path, names: Iterable[str], suffixes: Collection[str], passed_over: PassedOver
+) -> dict[str, list[str]]:
+    """Return class -> its files, as paths below `split`, of every class folder; sorted by folder, then name."""
+    of_class: dict[str, list[str]] = {name: [] for name in names}
+    for path in files_below(split, suffixes, passed_over):
+        name = path.split("/", 1)[0]
+        if name in of_class:
+            of_class[name].append(path)
+        else:
+            passed_over.add("beside the class folders", path)
+    return {name: sorted(paths, key=lambda path: path.rpartition("/")) for name, paths in of_class.items()}
 
 
 class ImageFiles(LabelledFiles):
@@ -61,13 +83,12 @@ class ImageFiles(LabelledFiles):
         pixel_range: list[float] | None = None,
         source: OnDisk | None = None,
     ):
-        super().__init__(samples(split), "image", skip_unreadable, source)
+        super().__init__(samples(split), "image", skip_unreadable, not views, source)
         self.channels, self.size, self.views, self.seed = channels, size, views, seed
         self.pixel_range = pixel_range
 
     def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
-        (image, boxes), index = self.readable(index)
-        label = self.files[index][1]
+        (image, boxes), label = self.readable(index)
         if not self.views:
             return central_square(image, self.size), label
         pixels = torch.from_numpy(np.atleast_3d(np.array(image)))
@@ -76,18 +97,16 @@ class ImageFiles(LabelledFiles):
 
     def read(self, index: int) -> tuple[Image.Image | np.ndarray, list[Box]]:
         """An image and the box of each view. A large JPEG is decoded at the scale that its views have use for."""
-        path, boxes = self.files[index][0], []
+        path, how, boxes = self.files[index][0], (self.channels, self.pixel_range), []
         file = self.source.open(path)
-        if is_array(path, self.channels, self.pixel_range):
-            pixels = read_array(path, self.channels, self.pixel_range, file)
-            return pixels, self.boxes(index, (pixels.shape[1], pixels.shape[0]))
-        if self.views and (size := jpeg_size(file)):
+        if self.views and not is_array(path, *how) and (size := jpeg_size(file)):
             boxes = self.boxes(index, size)
             scale = reduction(boxes, self.views)
             if scale > 1:
                 return read_reduced(file, self.channels, scale), [reduced(box, scale) for box in boxes]
-        image = read_image(file, self.channels, self.pixel_range)
-        return image, boxes or self.boxes(index, image.size)
+        image = read_any(path, file, *how)
+        size = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+        return image, boxes or self.boxes(index, size)
 
     def boxes(self, index: int, size: tuple[int, int]) -> list[Box]:
         """One box a view in an image of (width, height), drawn from (seed, epoch, index)."""
@@ -98,15 +117,21 @@ class ImageFiles(LabelledFiles):
 # ---- reading ----
 
 
+def read_any(path: str, file: File, channels: int, pixel_range: list[float] | None) -> Image.Image | np.ndarray:
+    """The image in `file`, by the reader for the extension of `path`."""
+    if is_array(path, channels, pixel_range):
+        return read_array(path, channels, pixel_range, file)
+    return read_image(file, channels, pixel_range)
+
+
 def read_image(file: File, channels: int, pixel_range: list[float] | None = None) -> Image.Image:
     """An image of 8 bits, gray or RGB. Deeper ones are scaled down, by `pixel_range` as in array_files.read_array;
     transparency is dropped, as torchvision does.
 
     Raises:
-        ValueError: the values have no known range, or a TIFF has channels, or images, in pages of their own.
+        ValueError: too many pixels; values of no known range; a TIFF with channels, or images, in pages of their own.
     """
-    with warnings.catch_warnings(), Image.open(file) as image:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with opened(file) as image:
         if image.format == "TIFF" and has_equal_pages(image):
             if len(image.getbands()) > 1:
                 raise ValueError(f"its {image.n_frames} pages are images of their own: write each into its own file")
@@ -140,13 +165,13 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
 
 def jpeg_size(file: File) -> tuple[int, int] | None:
     """(width, height) in the header of a gray or RGB JPEG; None for any other image."""
-    with Image.open(file) as image:
+    with opened(file) as image:
         return image.size if image.format == "JPEG" and image.mode in ("L", "RGB") else None
 
 
 def read_reduced(file: File, channels: int, scale: int) -> Image.Image:
     """A JPEG at 1/scale of its size, from the lowest frequencies of its blocks: 8/scale x 8/scale of 8 x 8."""
-    with Image.open(file) as image:
+    with opened(file) as image:
         image.draft(None, (image.width // scale, image.height // scale))
         return in_mode(image, channels)
 

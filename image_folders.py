@@ -12,26 +12,20 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from array_files import ARRAY_SUFFIX
+from class_labels import Label
+from file_search import PassedOver, files_below, image_suffixes
 from files import OnDisk
 from whole_files import write_whole
 
-SUFFIXES = (*IMG_EXTENSIONS, ARRAY_SUFFIX)
 # split -> its names, in upper or lower case
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-Label = str | int | None  # name or number of a class
 # split, or "" of images that lie beside all splits -> (path below the root, label)
 Found = dict[str, list[tuple[str, Label]]]
 SETTINGS = "splits.json"  # beside lists that were written here
-# A path ends like an image's name, blanks, commas and all, or else at the last comma, or at the last blank.
-LINE = re.compile(
-    rf"(.+(?:{'|'.join(map(re.escape, SUFFIXES))})|.+(?=,)|.+(?=\s)|.+)(?:(?:\s*,|\s)(.*))?", re.IGNORECASE
-)
 
 
 class ImageFolder(OnDisk):
@@ -45,13 +39,15 @@ class ImageFolder(OnDisk):
         if not root.is_dir():
             raise ValueError(f"data_path={str(root)!r} is no folder: give that of your images, or set DATA_PATH")
         self.root, self.labels_from = root, labels_from
+        self.passed_over = PassedOver()
 
     def find(self) -> Found:
         """All images, by split; `train` alone where the folder knows no splits."""
+        self.passed_over.clear()
         if listed_in(self.root):
             return labelled(lists(self.root, self), self.label_of)
         found: Found = {}
-        for path in sorted(path.relative_to(self.root).as_posix() for path in files_below(self.root)):
+        for path in sorted(files_below(self.root, image_suffixes(), self.passed_over)):
             first, _, inner = path.partition("/")
             split = split_named(first) if inner else None
             found.setdefault(split or "", []).append((path, self.label_of(inner if split else path)))
@@ -65,20 +61,12 @@ class ImageFolder(OnDisk):
 
 
 def has_images(folder: Path) -> bool:
-    return "train" in dict(listed_in(folder)) or next(files_below(folder), None) is not None
+    images = files_below(folder, image_suffixes(), PassedOver())
+    return "train" in dict(listed_in(folder)) or next(images, None) is not None
 
 
 def split_named(name: str) -> str | None:
     return next((split for split, names in SPLITS.items() if name.lower() in names), None)
-
-
-def files_below(base: Path) -> Iterator[Path]:
-    """Images; hidden files and folders are passed over, links are followed."""
-    for here, folders, files in os.walk(base, followlinks=True):
-        real = Path(here).resolve()  # a link to one of the folders around it would never end
-        folders[:] = [f for f in folders if not f.startswith(".") and not real.is_relative_to((real / f).resolve())]
-        names = (name for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES))
-        yield from (Path(here, name) for name in names)
 
 
 def of_folder(path: str, labels_from: str | None) -> str | None:
@@ -137,11 +125,18 @@ def entries(text: str, root: Path) -> Iterator[tuple[str, Label]]:
     """(path below the root, label or None) of each line."""
     roots = [os.path.join(base, "") for base in (os.path.abspath(root), os.path.realpath(root))]
     for line in filter(None, map(str.strip, text.split("\n"))):  # splitlines() would also split names
-        path, label = LINE.fullmatch(line).groups()
+        path, label = line_of_list().fullmatch(line).groups()
         path = posixpath.normpath(path.rstrip())
         for base in roots:
             path = path.removeprefix(base)
         yield path, as_label(label or "")
+
+
+@cache
+def line_of_list() -> re.Pattern:
+    """A path ends like an image's name, blanks, commas and all, or else at the last comma, or at the last blank."""
+    suffixes = "|".join(map(re.escape, image_suffixes()))
+    return re.compile(rf"(.+(?:{suffixes})|.+(?=,)|.+(?=\s)|.+)(?:(?:\s*,|\s)(.*))?", re.IGNORECASE)
 
 
 def as_label(text: str) -> Label:
@@ -184,13 +179,6 @@ def write(folder: Path, found: Found, made_by: dict[str, Any]) -> None:
         write_whole(folder / f"{split}.txt", "".join(lines))
 
 
-def taken_along(splits_path: str, run: Path) -> str:
-    """The lists in the folder of a run that was moved, where those that its settings name are gone."""
-    kept = run / "splits"
-    gone = not Path(splits_path).expanduser().is_dir()
-    return str(kept.resolve()) if gone and kept.is_dir() else splits_path
-
-
 def settings_of(folder: Path) -> dict[str, Any] | None:
     """By which `write` made the lists; None where it did not. A user's own file may have this name."""
     file = folder / SETTINGS
@@ -203,7 +191,8 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 
 def check_settings(folder: Path, made_by: dict[str, Any], now: dict[str, Any]) -> None:
     now = json.loads(json.dumps(now))
-    changed = [f"{name}={made_by.get(name)!r}, not {now[name]!r}" for name in now if made_by.get(name) != now[name]]
+    names = [name for name in now if name in made_by]  # earlier versions noted fewer
+    changed = [f"{name}={made_by[name]!r}, not {now[name]!r}" for name in names if made_by[name] != now[name]]
     if changed:
         raise ValueError(
             f"the lists in splits_path={str(folder)!r} were made by {'; '.join(changed)}: set what they were made by, "

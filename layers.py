@@ -1,9 +1,31 @@
-"""An encoder as a sequence of stages, for learning rates that differ between them."""
+"""The parts of an encoder: in stages, for learning rates that differ between them; and their train and eval modes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 Parameters = dict[str, nn.Parameter]  # by their names in the encoder
 FEWEST = 4  # stages, of an encoder that can be divided so often
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put all parts into eval mode meanwhile."""
+    with modes_kept(module):
+        module.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Put each part into its earlier mode afterwards: a frozen stem stays in eval mode."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def stages(encoder: nn.Module) -> dict[str, Parameters]:

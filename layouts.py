@@ -12,6 +12,7 @@ from typing import Any
 from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
+from numerics import not_finite
 from safe_load import EXPORTED, safe_load
 
 
@@ -175,7 +176,8 @@ def load(encoder: nn.Module, found: Found, name: str) -> tuple[str, ...]:
     """All of the encoder's tensors from the file. Returns the keys that were left out: heads and other networks.
 
     Raises:
-        ValueError: the file holds less, or more than a head, or other shapes; says which, and as what it was read.
+        ValueError: the file holds less, or more than a head, or other shapes; says which, and as what it was read. Or
+            there are weights that are not finite.
     """
     wanted = encoder.state_dict()
     states = (found.state, torchvisions(found.state))  # a module of the user's own may be numbered, too
@@ -183,6 +185,11 @@ def load(encoder: nn.Module, found: Found, name: str) -> tuple[str, ...]:
     if wrong:
         raise ValueError(refusal(found, name, wrong))
     encoder.load_state_dict({**wanted, **{key: state[key] for key in wanted if key in state}})
+    if bad := not_finite(encoder):
+        raise ValueError(
+            f"{found.source}: {len(bad)} of {len(wanted)} tensors of its {name} are not finite (the first: {bad[0]}). "
+            "Choose an earlier checkpoint"
+        )
     return (*(key for key in state if key not in wanted), *found.left_out)
 
 

@@ -4,6 +4,7 @@ It meets the pretraining in a checkpoint: `hyper_parameters`, and the keys that 
 """
 
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 import augmentations
 import data
-import ddp
 import layers
 import optimizers
 import subsets
 import video_params
+from device import at_least_float32
 from encoders import embed, get_encoder
 from fields import plain
+from files import UNREADABLE, nan_where_unreadable
 from lars import parameter_groups
 from linear_params import LinearClassifierMethodParams
 from shared_params import OF_ONE_KIND, labelled, n_classes, resolve
@@ -83,7 +85,7 @@ class LinearClassifierMethod(Stage):
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(self.trains_encoder)
-        found = {"n_classes": self.classifier.out_features}  # counted in images that may be gone one day
+        found = {"n_classes": self.n_outputs}  # counted in images that may be gone one day
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None, **found})
 
         of_data, flips = p.dataset.view, p.transform_flip_probability
@@ -91,7 +93,7 @@ class LinearClassifierMethod(Stage):
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
         if not of_data.flip_probability:  # scans of digits: a small crop would cut off what tells the classes apart
             self.view = attrs.evolve(self.view, crop_scale=of_data.crop_scale)
-        self.validation_scores: list[Tensor] = []
+        self.validation_scores: dict[int, list[tuple[Tensor, Tensor]]] = {}  # and labels
         self.augment = partial(augmentations.augment, views=[self.view], mean=p.mean, std=p.std)
 
     @classmethod
@@ -109,7 +111,8 @@ class LinearClassifierMethod(Stage):
         Raises:
             ValueError: the checkpoint does not hold exactly the parameters of the encoder; says which differ.
         """
-        source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
+        with layers.modes_kept(encoder) if encoder is not None else nullcontext():
+            source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
         settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}
         if encoder is None:
             method = cls(LinearClassifierMethodParams(**{**settings, **overrides}))
@@ -141,8 +144,23 @@ class LinearClassifierMethod(Stage):
         self.model.train(mode and self.trains_encoder)
         return self
 
+    needs_labels = True
+
+    @property
+    def n_outputs(self) -> int:
+        return self.classifier.out_features
+
     def on_train_start(self) -> None:
-        self.train()  # Lightning takes modules in the mode in which it finds them
+        """Lightning takes modules in the mode in which it finds them. Parts of an encoder that are in eval mode stay
+        in it; an encoder that is in eval mode as a whole, as `load_encoder` returns it, is trained like any other."""
+        super().on_train_start()
+        if not self.trains_encoder or not self.model.training:
+            self.model.train(self.trains_encoder)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self.refuse_callbacks({group["lr"] for group in self.parameter_groups()})
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
         views, labels = batch
@@ -153,21 +171,37 @@ class LinearClassifierMethod(Stage):
     def on_validation_epoch_start(self) -> None:
         self.validation_scores.clear()  # of one that was interrupted
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         with self.eagerly():
-            self.validation_scores.append(self.scores(batch))
+            self.validation_scores.setdefault(dataloader_idx, []).append((self.scores(batch), batch[1]))
 
     def on_validation_epoch_end(self) -> None:
-        """Means over the whole set, each image once, however many processes there are."""
-        scores = ddp.gather_evaluated(torch.cat(self.validation_scores), self.trainer.val_dataloaders)
-        self.validation_scores.clear()
-        means = {f"valid_{name}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
-        self.log_dict(means, prog_bar=True, sync_dist=True)
+        self.log_means("valid", self.trainer.val_dataloaders)
+
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+
+    def on_test_epoch_end(self) -> None:
+        self.log_means("test", self.trainer.test_dataloaders)
+
+    def log_means(self, prefix: str, loaders: Any) -> None:
+        """Means over each whole set, each image once, however many processes there are."""
+        for index, (scores, _) in enumerate(self.gathered(self.validation_scores, loaders)):
+            suffix = f"_{index}" if index else ""
+            means = {f"{prefix}_{name}{suffix}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
+            self.log_dict(means, prog_bar=True, sync_dist=True)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
+        """Logits [N, classes] of a batch's images, in float32 or more; NaN for images that could not be read."""
+        with self.eagerly():
+            return nan_where_unreadable(at_least_float32(self(batch[0])), batch[1])
 
     def scores(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Of each image: cross entropy, and 100 where its class is the first, or among the first five: [N, 3]."""
         images, labels = batch
-        logits = self(images).float()
+        if labels is None:
+            raise ValueError("labels=None: a classifier needs them. Let the loader yield (images, labels)")
+        logits = at_least_float32(self(images))
+        labels = labels.where(labels != UNREADABLE, 0)  # these are left out in the end
         own = logits.gather(1, labels.unsqueeze(1))
         rank = (~(logits < own)).sum(1) - 1  # 0: the right class alone has the highest logit (never so with NaN)
         accuracies = [100.0 * (rank < k) for k in (1, 5)]
@@ -219,3 +253,7 @@ class LinearClassifierMethod(Stage):
             return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)
         dataset = data.get_dataset(p, p.dataset.train_splits)
         return self.loader(dataset.subset(self.split(dataset.labels)[1]), training=False)
+
+    def test_dataloader(self):
+        p = self.params
+        return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)

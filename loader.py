@@ -9,6 +9,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -114,7 +115,7 @@ def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]
 
     Raises:
         ValueError: the batch is none of: images; images and labels; two or more views, then labels or none; a list of
-            views, and labels.
+            views, and labels. Or the images are neither uint8 nor float.
     """
     parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
     labels = parts.pop() if len(parts) > 1 and isinstance(parts[-1], Tensor) and parts[-1].dim() < 3 else None
@@ -126,4 +127,17 @@ def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]
             f"a batch of {type(batch).__name__} with {kinds} was not understood: a loader yields images [N, C, H, W], "
             "(images, labels), a list of views, or (list of views, labels), with labels [N]"
         )
+    if not all(part.dtype == torch.uint8 or part.is_floating_point() for part in parts):
+        raise ValueError(
+            f"images={parts[0].dtype}: a loader yields uint8 images with values from 0 to 255, or normalized float "
+            "images. Convert them with .to(torch.uint8)"
+        )
     return parts[0] if len(parts) == 1 else parts, labels
+
+
+def whole_numbers(labels: Tensor | None) -> Tensor | None:
+    """Classes [N] or [N, 1] of any type -> int64 [N]; presences [N, K] as they are. Looks at no values."""
+    if labels is None:
+        return None
+    labels = labels[:, 0] if labels.dim() == 2 and labels.shape[1] == 1 else labels
+    return labels.long() if labels.dim() == 1 else labels

@@ -1,5 +1,5 @@
-"""Linear models on the features' device. Multinomial logistic regression: scikit-learn's optimum, on a CPU in a third
-of its time."""
+"""Linear models on the features' device. Multinomial logistic regression: scikit-learn's optimum, sooner
+(docs/performance.md)."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,15 @@ import torch
 from torch import Tensor
 
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]  # scores [N, K] -> (their summed loss, its gradient [N, K])
+
+
+def within_span(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same features in coordinates of the span of the training features, where there are fewer images than
+    features: the optimum of a linear model lies in it, as weights outside it only cost decay."""
+    if train_x.shape[1] <= len(train_x):
+        return train_x, test_x
+    basis = torch.linalg.qr(train_x.T).Q
+    return train_x @ basis, test_x @ basis
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ddp
+from numerics import unit
 
 if TYPE_CHECKING:
     from model_params import ModelParams
@@ -94,10 +95,11 @@ def inner_product(sim: Tensor) -> Scalars:
 def sce(sim: Tensor, key_sim: Tensor, temperature: float, target_temperature: float, coefficient: float) -> Scalars:
     """Similarity contrastive estimation (https://arxiv.org/abs/2111.14585, equations 4 to 7).
 
-    The query's distribution over keys should be `coefficient` times "its own key" plus the rest times the own key's
-    distribution over the *other* keys. Coefficient 1 is InfoNCE; 0 is ReSSL (https://arxiv.org/abs/2107.09282) with the
-    own key among those that the query's distribution is over, too (the paper's proposition 1: ReSSL plus -log of the
-    others' share). Without in-batch keys, eztorch lets the own key into the target with a similarity of 0; here never.
+    The target of a query is `coefficient` on its own key, and the rest in proportion to how similar its own key is to
+    each *other* key. Coefficient 1 is InfoNCE. Coefficient 0 is ReSSL (https://arxiv.org/abs/2107.09282, equation 5):
+    the own key is not a candidate of the query either, as in its authors' code. For coefficients that approach 0 the
+    own key remains a candidate (proposition 1), so the loss drops at the step at which a schedule reaches 0.
+    Without in-batch keys, eztorch puts the own key into the target with a similarity of 0; this function never does.
 
     Args:
         sim: `similarities` of the queries, [N, 1 + M].
@@ -106,7 +108,8 @@ def sce(sim: Tensor, key_sim: Tensor, temperature: float, target_temperature: fl
     with torch.no_grad():
         relations = torch.softmax(key_sim[:, 1:] / target_temperature, dim=1) * (1 - coefficient)
         target = torch.cat([torch.full_like(sim[:, :1], coefficient), relations], dim=1)
-    loss = F.cross_entropy(sim / temperature, target)
+    first = 1 if coefficient == 0 and sim.shape[1] > 1 else 0  # the first candidate: 0 is the own key
+    loss = F.cross_entropy(sim[:, first:] / temperature, target[:, first:])
     return {"loss": loss, **_accuracies(sim)}
 
 
@@ -159,7 +162,7 @@ def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
 def cosines(z: Tensor, k: Tensor) -> Scalars:
     """Mean cosine of z [N, D] with the own key, and with the keys of the other images; and the deviation of the unit
     vectors z times sqrt(D): 1 is spread evenly over the sphere, 0 a single point, which is a collapse."""
-    z, k = F.normalize(z, dim=1), F.normalize(k, dim=1)
+    z, k = unit(torch.stack([z, k]))
     n = len(z)
     own = (z * k).sum()
     others = z.sum(0) @ k.sum(0) - own  # the sum over all pairs, without a matrix of them

@@ -22,8 +22,11 @@ import optimizers
 import parameter_options
 import sce_params
 import schedules
+import watch
+from device import at_least_float32
 from encoders import check_small_views, embed, get_encoder, source_of_weights
 from fields import plain
+from files import nan_where_unreadable
 from heads import MLP
 from key_queue import KeyQueue
 from lagging import frozen_copy, move_towards
@@ -101,8 +104,9 @@ class SelfSupervisedMethod(Stage):
         return slow(x)
 
     def on_sphere(self, z: Tensor) -> Tensor:
-        """Unit length if the method asks for it; float32 from here on, whatever the precision."""
-        return F.normalize(z.float(), dim=1) if self.params.use_unit_sphere_projection else z.float()
+        """Unit length if the method asks for it; float32 or more from here on, whatever the precision."""
+        z = at_least_float32(z)
+        return F.normalize(z, dim=1) if self.params.use_unit_sphere_projection else z
 
     def encode_views(self, views: list[Tensor], batch_idx: int) -> tuple[dict[int, tuple], dict[int, Tensor]]:
         """({view i: what `encode` returns} of the queries, {view j: k} of the keys); each view is encoded once."""
@@ -124,7 +128,7 @@ class SelfSupervisedMethod(Stage):
         online, keys = self.encode_views(views, batch_idx)
         scheduled = sce_params.scheduled(p, self.global_step, self.plan)
         loss_of = losses.get_loss(p, **scheduled)
-        queue = None if self.queue is None else self.queue.keys
+        queue = None if self.queue is None else at_least_float32(self.queue.keys)
         per_pair = []
         with torch.autocast(self.device.type, enabled=False):
             for i, j in p.pairs:
@@ -179,9 +183,27 @@ class SelfSupervisedMethod(Stage):
 
     # ---- data ----
 
+    @property
+    def n_outputs(self) -> int | None:
+        return None if self.online_classifier is None else self.online_classifier.out_features
+
+    def reads_labels(self, training: bool) -> bool:
+        return self.online_classifier is not None or (not training and self.params.is_evaluated)
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if stage == "fit":
+            self.refuse_callbacks({row.lr for row in self.parameter_table()})
+            self.refuse_half_precision()
         self.trains_on_own_data = stage != "fit"  # while fitting: once train_dataloader() was called
+
+    def refuse_half_precision(self) -> None:
+        if self.lagging_model is not None and self.trainer.precision in ("bf16-true", "16-true"):
+            mixed = self.trainer.precision.replace("true", "mixed")
+            raise ValueError(
+                f"precision={self.trainer.precision!r} cannot hold the lagging model: a step moves it by 1 - m = "
+                f"{1 - self.params.m:.2g} of a difference, which half precision rounds to nothing. Use {mixed!r}"
+            )
 
     def train_dataloader(self):
         self.trains_on_own_data, p = True, self.params
@@ -223,6 +245,11 @@ class SelfSupervisedMethod(Stage):
             self.log_dict(scores)
             self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
+    def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
+        """Embeddings [N, E] of a batch's images, in float32 or more; NaN for images that could not be read."""
+        with self.eagerly():
+            return nan_where_unreadable(at_least_float32(embed(self.model, batch[0])), batch[1])
+
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def on_test_epoch_end(self) -> None:
@@ -236,8 +263,9 @@ class SelfSupervisedMethod(Stage):
 
     def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> evaluation.Scores:
         """Of embeddings x and labels y, and of the online classifier on them."""
-        found = ddp.on_rank_zero(lambda: evaluation.evaluate(self.params.evaluations, x, y, train))
-        return found | online_classifier.accuracies(self.online_classifier, x, y)
+        p = self.params
+        found = ddp.on_rank_zero(lambda: watch.scores(p.evaluations, x, y, train, p.probe_solver))
+        return found | online_classifier.accuracies(self.online_classifier, x, evaluation.one_label_each(y))
 
     # ---- checkpoints ----
 

@@ -8,7 +8,7 @@ import head_params
 import optimizer_params
 import sce_params
 import view_params
-from evaluation import EVALUATIONS
+from evaluation import EVALUATIONS, PROBE_SOLVERS
 from fields import choice, fraction, non_negative, positive
 from head_params import LARGEST_WIDTH, HeadParams, normalized_layers
 from heads import GROUPS
@@ -68,6 +68,7 @@ class ModelParams(EncoderAndDataParams, ViewParams, HeadParams, SCELossParams, O
     # evaluation during training
     evaluations: list[str] = field(factory=lambda: list(EVALUATIONS))  # [] for none
     evaluate_every_n_epochs: int = positive(1)  # the other epochs are not evaluated
+    probe_solver: str = choice("sklearn", PROBE_SOLVERS)  # of linear_probe; torch: on the features' device
     online_classifier: bool = False  # a linear one, trained beside the method on the batches' labels (-1: none)
     n_classes: int | None = positive(None)  # of the online classifier; None: the data set's
     online_classifier_lr: float = positive(0.1, at_most=1000)  # follows lr_schedule; momentum as all, no decay

@@ -28,12 +28,19 @@ def loss_and_accuracy(classifier: nn.Linear, embeddings: Tensor, labels: Tensor 
             f"the loader yields the label {highest}, but online_classifier=True has the {n_classes} classes of "
             "dataset_name: choose that of the loader's images"
         )
-    logits = classifier(embeddings.detach().float())
+    logits = logits_of(classifier, embeddings.detach())
     total = F.cross_entropy(logits, labels, ignore_index=UNLABELED, reduction="sum")
     right = (logits.argmax(1) == labels).sum()
     counts = ddp.gather(torch.stack([(labels != UNLABELED).sum(), right]).unsqueeze(0)).sum(0)
     loss = total / (counts[0] / ddp.world_size()).clamp(min=1 / ddp.world_size())
     return loss, 100 * counts[1] / counts[0]
+
+
+def logits_of(classifier: nn.Linear, embeddings: Tensor) -> Tensor:
+    """[N, E] -> [N, classes], in float32 or more, also where the weights are in half precision."""
+    parts = (embeddings, classifier.weight, classifier.bias)
+    dtype = torch.promote_types(torch.promote_types(embeddings.dtype, classifier.weight.dtype), torch.float32)
+    return F.linear(*(part.to(dtype) for part in parts))
 
 
 @contextmanager
@@ -52,6 +59,6 @@ def accuracies(classifier: nn.Linear | None, embeddings: Tensor, labels: Tensor 
     if classifier is None or labels is None or not (labelled := labels != UNLABELED).any():
         return {}
     with torch.no_grad():
-        logits, y = classifier(embeddings[labelled].float()), labels[labelled]
+        logits, y = logits_of(classifier, embeddings[labelled]), labels[labelled]
     rank = (~(logits < logits.gather(1, y.unsqueeze(1)))).sum(1) - 1  # 0: the right class alone is the most likely
     return {f"valid_online_acc{k}": 100.0 * (rank < k).float().mean().item() for k in (1, 5)}

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from attrs import fields
+from pytorch_lightning.utilities import rank_zero_warn
 
 import arrow_images
 import ddp
@@ -16,9 +18,14 @@ import subsets
 import tar_shards
 from arrow_images import ArrowImages
 from augmentations import View
+from class_labels import UNLABELED, Label, composed, numbers
+from file_search import PassedOver, tell
 from files import Sample
+from folder_lock import locked
+from foreign_paths import ForeignPath, refuse_foreign
 from image_files import ImageFiles
 from image_folders import Found, ImageFolder, check_settings, labelled, listed_in, lists, settings_of, write
+from own_data_params import OwnDataParams
 from shard_names import is_pattern
 from tar_shards import TarShards
 
@@ -27,24 +34,32 @@ if TYPE_CHECKING:
 
 Source = ImageFolder | TarShards | ArrowImages
 Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class, -1 for none)
+MOST_CLASSES = 10**6  # higher labels are ids or dates
+CLASSES = "classes"  # in the settings beside lists that were written here: names, in the order of their numbers
+# Settings of the places of images and lists, of how images are read, and of what part of a list is used
+NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
+SECONDS = 60  # to wait for another process that writes lists
 INSTEAD = {"val": "test", "test": "val"}  # where the one has no images
 
 
 def get_images(folder: Path, params: "EncoderAndDataParams", split: str, views: list[View]) -> ImageFiles:
     """The images of a split: of `data_path`, or of the data set's name below `folder`."""
+    refuse_foreign("data_path", params.data_path)
     p, source = params, get_source(params, params.data_path or str(folder / params.dataset_name))
-    skip, find = p.unreadable_images == "skip", partial(samples, source=source, params=p, split=split)
-    return ImageFiles(source.root, p.channels, p.crop_size, views, p.seed or 0, skip, find, p.pixel_range, source)
+    found, class_names = splits(source, params)
+    skip, find = p.unreadable_images == "skip", partial(samples, found=found, params=p, split=split)
+    images = ImageFiles(source.root, p.channels, p.crop_size, views, p.seed or 0, skip, find, p.pixel_range, source)
+    images.class_names = class_names if class_names != [str(i) for i in range(len(class_names))] else []
+    return images
 
 
-def samples(root: Path, source: Source, params: "EncoderAndDataParams", split: str) -> list[Sample]:
+def samples(root: Path, found: Numbered, params: "EncoderAndDataParams", split: str) -> list[Sample]:
     """(path, class) of the images of a split, -1 where there are no labels. Without images for val it is test, and the
     other way round; of train it is `data_fraction`.
 
     Raises:
-        ValueError: there are no images, or what the lists name is not there. Names the path.
+        ValueError: there are no images. Names the folder.
     """
-    found = splits(source, params)
     chosen = found.get(split) or found.get(INSTEAD.get(split, ""))
     if not chosen:
         raise ValueError(f"{root} has no images for {split}: set val_size or test_size above 0, or evaluations=[]")
@@ -54,19 +69,55 @@ def samples(root: Path, source: Source, params: "EncoderAndDataParams", split: s
     return [(str(root / path), label) for path, label in chosen]
 
 
-def splits(source: Source, params: "EncoderAndDataParams") -> Numbered:
-    """Of the lists in `splits_path`: those that were written when the splits were drawn, or the user's own."""
+def splits(source: Source, params: "EncoderAndDataParams") -> tuple[Numbered, list[str]]:
+    """Images and classes of every split, and the names of the classes. They are those of the lists in `splits_path`,
+    which were written when the splits were drawn, or are the user's own; else of what is there.
+
+    Raises:
+        ValueError: what the lists name is not there, or a split has classes that train lacks.
+    """
     kept = folder_of_lists(params)
     if has_written(params):
-        return numbered(lists(kept, source), None)
+        found, names = as_written(lists(kept, source), kept)
+        say(source, found, f", by the lists in {kept}")
+        return found, names
     by_hand = kept is not None and bool(listed_in(kept)) and settings_of(kept) is None
     images = labelled(lists(kept, source), source.label_of) if by_hand else find(source, params)
-    found = numbered(wanted(images, source.root, params), params.class_to_idx)
+    chosen = wanted(images, source.root, params, source.passed_over)
+    found, names = numbered(chosen, params.class_to_idx, source.root)
+    stored = dict(enumerate(getattr(source, "classes", None) or []))  # of a column of numbers that have names
+    names = [stored.get(int(name), name) if name.isdecimal() else name for name in names]
     if not found.get("val") and not found.get("test"):
         found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)
     if kept and not by_hand and ddp.rank() == 0:
-        write(kept, found, settings(params))
-    return found
+        with locked(kept, wait=SECONDS):  # another process may draw them, too, perhaps by other settings
+            if has_written(params):
+                return as_written(lists(kept, source), kept)
+            write(kept, found, {**settings(params), CLASSES: names})
+    say(source, found, f", by the lists in {kept}" if by_hand else "")
+    return found, names
+
+
+def as_written(found: Found, folder: Path) -> tuple[Numbered, list[str]]:
+    """Lists that were written here: their labels are the numbers of classes. Those of earlier versions, which have no
+    names of classes beside them, may have gaps, which stay, since classifiers were trained on them. Of ids and dates no
+    classifier could be trained."""
+    names = (settings_of(folder) or {}).get(CLASSES, [])
+    labels = {split: {label for _, label in images} for split, images in found.items()}
+    every = set().union(*labels.values()) - {None}
+    if any(isinstance(label, str) or label >= MOST_CLASSES for label in every):
+        return numbered(found, None, folder)
+    numbers(labels.get("train", ()), labels, folder)  # refuses what train lacks
+    in_numbers = {
+        split: [(path, UNLABELED if label is None else label) for path, label in images]
+        for split, images in found.items()
+    }
+    return in_numbers, names
+
+
+def say(source: Source, found: Numbered, how: str) -> None:
+    """How many images there are, and what was passed over where they were looked for."""
+    tell(source.root, sum(map(len, found.values())), f"images{how}", source.passed_over)
 
 
 # ---- lists in splits_path ----
@@ -76,6 +127,13 @@ def folder_of_lists(params: "EncoderAndDataParams") -> Path | None:
     if params.splits_path is None:
         return None
     folder = Path(params.splits_path).expanduser()
+    if isinstance(params.splits_path, ForeignPath) and not folder.exists():
+        rank_zero_warn(
+            f"splits_path={str(folder)!r}, says the checkpoint, and there are no such lists: val and test are drawn "
+            "anew, and not written. Where images came or went, they are others. Pass splits_path if you have the lists"
+        )
+        return None
+    refuse_foreign("splits_path", params.splits_path)
     if any(path.is_file() for path in (folder, *folder.parents)):
         raise ValueError(f"splits_path={params.splits_path!r} is a file: give the folder that has or gets the lists")
     return folder
@@ -92,8 +150,8 @@ def has_written(params: "EncoderAndDataParams") -> bool:
 
 def settings(params: "EncoderAndDataParams") -> dict[str, Any]:
     """Those that decide which images are in the lists, and their labels."""
-    names = ("val_size", "test_size", "data_seed", "include_patterns", "exclude_patterns")
-    return {name: getattr(params, name) for name in (*names, "labels_from", "label_key", "class_to_idx")}
+    names = [field.name for field in fields(OwnDataParams) if field.name not in NOT_IN_LISTS]
+    return {name: getattr(params, name) for name in names}
 
 
 # ---- what is there ----
@@ -141,16 +199,22 @@ def find(source: Source, params: "EncoderAndDataParams") -> Found:
     return found
 
 
-def wanted(found: Found, root: Path, params: "EncoderAndDataParams") -> Found:
+def wanted(found: Found, root: Path, params: "EncoderAndDataParams", passed_over: PassedOver) -> Found:
     """By the patterns, and without labels if labels_from=None.
 
     Raises:
         ValueError: there are no images for training, or some beside all splits, or labels of some images only.
     """
-    chosen = {split: [one for one in images if is_wanted(one[0], params)] for split, images in found.items()}
+    chosen: Found = {split: [] for split in found}
+    for split, images in found.items():
+        for image in images:
+            if is_wanted(image[0], params):
+                chosen[split].append(image)
+            else:
+                passed_over.add("by include_patterns and exclude_patterns", image[0])
     beside = chosen.pop("", [])
     if not chosen.get("train"):
-        raise ValueError(f"{root} holds {without_training(found, params)}")
+        raise ValueError(f"{root} holds {without_training(found, params)}{passed_over}")
     if beside:
         raise ValueError(
             f"{root} has {' and '.join(chosen)}, and {len(beside)} images in none of them, such as {beside[0][0]}: "
@@ -196,33 +260,56 @@ def matches(path: str, pattern: str) -> bool:
 # ---- classes and splits ----
 
 
-def numbered(found: Found, class_to_idx: list[str] | None) -> Numbered:
-    """Labels as numbers: their own, or those of `class_to_idx`, or by the alphabetical order of all; -1 for none."""
-    names = {label for images in found.values() for _, label in images} - {None}
-    numbers = [name for name in names if isinstance(name, int)]
-    if numbers and min(numbers) < 0:
-        raise ValueError(f"the label {min(numbers)} is no class: number them from 0, and write -1 for no label")
+def numbered(found: Found, class_to_idx: list[str] | None, where: object) -> tuple[Numbered, list[str]]:
+    """Labels as the numbers of classes, from 0 without gaps, -1 for none; and the names of the classes in their order:
+    that of `class_to_idx`, or else the alphabetical (or numerical) one of train.
+
+    Raises:
+        ValueError: val or test has classes that train lacks; or see `names_of`.
+    """
+    names = names_of({label for images in found.values() for _, label in images} - {None}, class_to_idx)
+    of_split = {split: {names.get(label) for _, label in images} for split, images in found.items()}
+    known = numbers(of_split.get("train", ()), of_split, where)
     if class_to_idx is not None:
-        given = numbers_of(class_to_idx)
-        known, allowed = {name: given.get(str(name), name) for name in names}, set(given.values())
-        unknown = sorted(str(name) for name in names if known[name] not in allowed)
-        if unknown:
-            raise ValueError(f"class_to_idx has no number for {', '.join(unknown)}: add it, or set exclude_patterns")
-    elif 0 < len(numbers) < len(names):
-        word = min(name for name in names if isinstance(name, str))
-        raise ValueError(
-            f"some labels are numbers, such as {numbers[0]}, and some are names, such as {word}: use one kind, or set "
-            "class_to_idx"
-        )
-    else:
-        known = {name: name if numbers else number for number, name in enumerate(sorted(names))}
-    known[None] = -1
-    return {split: [(path, known[label]) for path, label in images] for split, images in found.items()}
+        known = {name: number for number, name in enumerate(first_names(class_to_idx).values())}
+    known = {None: UNLABELED, **known}
+    in_numbers = {split: [(path, known[names.get(label)]) for path, label in found[split]] for split in found}
+    return in_numbers, [str(name) for name in known if name is not None]
+
+
+def names_of(labels: set[str | int], class_to_idx: list[str] | None) -> dict[Label, Label]:
+    """Label -> the name of its class: in Unicode's composed form, or the first one in class_to_idx with its number.
+
+    Raises:
+        ValueError: class_to_idx lacks one; without it, there are numbers and names, or numbers below 0.
+    """
+    whole = [label for label in labels if isinstance(label, int)]
+    if whole and min(whole) < 0:
+        raise ValueError(f"the label {min(whole)} is no class: number them from 0, and write -1 for no label")
+    if class_to_idx is None:
+        if 0 < len(whole) < len(labels):
+            word = min(label for label in labels if isinstance(label, str))
+            raise ValueError(
+                f"some labels are numbers, such as {whole[0]}, and some are names, such as {word}: use one kind, or "
+                "set class_to_idx"
+            )
+        return {label: composed(label) for label in labels}
+    given, first = numbers_of(class_to_idx), first_names(class_to_idx)
+    names = {label: first.get(given.get(str(composed(label)), label)) for label in labels}
+    if unknown := sorted(str(label) for label, name in names.items() if name is None):
+        raise ValueError(f"class_to_idx has no number for {', '.join(unknown)}: add it, or set exclude_patterns")
+    return names
 
 
 def numbers_of(class_to_idx: list[str]) -> dict[str, int]:
     """["cat=0", "dog=1"] -> name -> number."""
-    return {name: int(number) for name, _, number in (entry.rpartition("=") for entry in class_to_idx)}
+    return {composed(name): int(number) for name, _, number in (entry.rpartition("=") for entry in class_to_idx)}
+
+
+def first_names(class_to_idx: list[str]) -> dict[int, str]:
+    """number -> the first name with it, in the order of the numbers."""
+    given = [(number, name) for name, number in numbers_of(class_to_idx).items()]
+    return dict(sorted(dict(reversed(given)).items()))
 
 
 def as_classes(labels: list[int]) -> np.ndarray:

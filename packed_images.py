@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from class_labels import in_classes
 from device import has_room, to_device
+from whole_files import whole_folder
 
 PIECE = 2**26  # bytes; of a copy to the device
+ANEW = "write it again, or remove its folder, to have a set that can be downloaded packed anew"
 
 
 def is_there(split: Path) -> bool:
@@ -21,28 +24,55 @@ def is_there(split: Path) -> bool:
 
 def pack(split: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Write one split, complete or not at all."""
-    unfinished = split.with_name(f".{split.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed; we hold the lock
-    unfinished.mkdir()
-    np.save(unfinished / "images.npy", np.ascontiguousarray(images, dtype=np.uint8))
-    np.save(unfinished / "labels.npy", np.asarray(labels, dtype=np.int64))
-    shutil.rmtree(split, ignore_errors=True)  # half of it, put there by hand
-    unfinished.rename(split)
+    with whole_folder(split) as unfinished:
+        np.save(unfinished / "images.npy", np.ascontiguousarray(images, dtype=np.uint8))
+        np.save(unfinished / "labels.npy", np.asarray(labels, dtype=np.int64))
+        shutil.rmtree(split, ignore_errors=True)  # half of it, put there by hand
+
+
+def arrays(split: Path) -> tuple[np.memmap, np.ndarray]:
+    """Images [N, H, W, C], uint8 and memory-mapped, and their labels [N], int64.
+
+    Raises:
+        ValueError: a file is cut, empty, or holds something else. Names it.
+    """
+    file = split / "images.npy"
+    images, labels = loaded(file, "r"), in_classes(loaded(split / "labels.npy"), split / "labels.npy")
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"{file} holds {images.dtype} {images.shape}, not uint8 N x H x W x C: {ANEW}")
+    if len(images) != len(labels):
+        raise ValueError(f"{split}: {len(images)} images but {len(labels)} labels: {ANEW}")
+    return images, labels
+
+
+def loaded(file: Path, mmap_mode: str | None = None) -> np.ndarray:
+    try:
+        array = np.load(file, mmap_mode=mmap_mode)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive")
+        return array
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read as an array, it is cut or something else ({error}): {ANEW}") from error
 
 
 class PackedImages(Dataset):
-    """Memory-mapped splits, one after the other; a whole batch is read at once."""
+    """Memory-mapped splits, one after the other; a whole batch is read at once.
+
+    Raises:
+        ValueError: see `arrays`; or images of one split have another shape than those of another.
+    """
 
     def __init__(self, splits: list[Path]):
-        self.images = [np.load(split / "images.npy", mmap_mode="r") for split in splits]
-        self.labels = np.concatenate([np.load(split / "labels.npy") for split in splits])
+        self.images, labels = map(list, zip(*map(arrays, splits), strict=True))
         for split, images in zip(splits, self.images, strict=True):
-            if images.dtype != np.uint8 or images.ndim != 4:
-                raise ValueError(f"{split / 'images.npy'} holds {images.dtype} {images.shape}, not uint8 N x H x W x C")
-        if (n := sum(map(len, self.images))) != len(self.labels):
-            raise ValueError(f"{', '.join(map(str, splits))}: {n} images but {len(self.labels)} labels")
+            if images.shape[1:] != self.images[0].shape[1:]:
+                raise ValueError(
+                    f"{split / 'images.npy'} holds images of {images.shape[1:]}, and {splits[0]} of "
+                    f"{self.images[0].shape[1:]}: {ANEW}"
+                )
+        self.labels = np.concatenate(labels)
         self.starts = np.cumsum([0, *map(len, self.images)])
-        self.places = np.arange(n)  # of the images that count, in the splits
+        self.places = np.arange(len(self.labels))  # of the images that count, in the splits
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -5,12 +5,12 @@ Accuracies in percent. Settings are chosen on parts of the training set; test la
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
 import evaluation
 import subsets
+from numerics import finite, unit
 from svm import few_presences, svm
 
 Scores = dict[str, float]
@@ -32,7 +32,7 @@ def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Sco
 def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
     """Recall at k: how often at least one of the k training samples that are nearest by cosine is of the class of the
     test sample, in percent. With fewer than k training samples, all of them count."""
-    train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
+    train_x, test_x = unit(finite(train_x, "training features")), unit(finite(test_x, "test features"))
     found = {k: 0 for k in RETRIEVED}
     for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
         nearest = (x @ train_x.T).topk(min(max(RETRIEVED), len(train_x)), dim=1).indices
@@ -44,7 +44,7 @@ def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) 
 def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
     """Logistic regression on standardized features, with the L2 of `choose_decay`, fitted to the whole training set."""
     classes, target = train_y.unique(return_inverse=True)
-    train_x, test_x = evaluation.standardized(train_x.float(), test_x.float())
+    train_x, test_x = evaluation.standardized(train_x, test_x)
     decay = choose_decay(train_x, target, seed)
     _, logits = evaluation.linear_logits(train_x, test_x, target, decay)
     return {**{f"acc{k}": evaluation.accuracy(logits, classes, test_y, k) for k in (1, 5)}, "l2": decay}
@@ -71,7 +71,7 @@ def few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
     """`linear` with few labels of each class, up to all: mean and deviation over draws. Features are standardized by
     all training images, which takes no labels."""
     classes, target = train_y.unique(return_inverse=True)
-    train_x, test_x = evaluation.standardized(train_x.float(), test_x.float())
+    train_x, test_x = evaluation.standardized(train_x, test_x)
     labels = target.cpu().numpy()
 
     def score(rows: np.ndarray) -> float:
@@ -88,6 +88,7 @@ def few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
 
 def low_shot_svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
     """`svm` on few images of each class: mean and deviation over draws."""
+    train_x, test_x = finite(train_x, "training features"), finite(test_x, "test features")
     found, many = {}, train_y.dim() == 2
     present = (train_y > 0).sum(0) if many else train_y.unique(return_counts=True)[1]
     for k in track([k for k in SHOTS if k <= int(present.min())], "low-shot SVMs"):
@@ -104,4 +105,6 @@ def low_shot_svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 
 def mean_and_deviation(name: str, values: list[float]) -> Scores:
-    return {name: float(np.mean(values)), f"{name}_std": float(np.std(values))}
+    """Mean over draws, and the sample standard deviation, as over seeds and runs, if there are several."""
+    deviation = {f"{name}_std": float(np.std(values, ddof=1))} if len(values) > 1 else {}
+    return {name: float(np.mean(values)), **deviation}

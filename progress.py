@@ -14,7 +14,7 @@ from rich.table import Column
 from rich.text import Text
 
 import run_folder
-from whole_files import whole
+from whole_files import rows_of, whole
 
 SMOOTHING = 0.05  # weight of the newest batch in the speed
 COLUMNS = ("step", "epoch", "images_per_second")  # of the file; the clock's, so they are not in metrics.csv
@@ -93,7 +93,7 @@ def images_in(module: pl.LightningModule) -> int:
 @rank_zero_only
 def keep_until(file: Path, step: int) -> None:
     """Only the rows until then, of a run that goes on from there; it begins with a heading."""
-    rows = list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
+    _, rows = rows_of(file)
     with whole(file) as unfinished, unfinished.open("w", newline="") as kept:
         writer = csv.DictWriter(kept, COLUMNS)
         writer.writeheader()

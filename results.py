@@ -14,10 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from whole_files import write_whole
+from folder_lock import locked
+from whole_files import to_json, without_nan, write_whole
 
 Run = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; seen, of videos and own data
-NAME = ("protocol", "encoder", "dataset", "seed", "seen")
+NAME = ("protocol", "encoder", "dataset", "seed", "seen", "training")
+SECONDS = 60  # to wait for another process that writes
 LIBRARIES = ("torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
 ENCODERS = ("random", "starting", "trained")  # columns of the table
 DRAWN = "_std"  # ends the name of a deviation over draws within one run
@@ -39,30 +41,49 @@ def versions() -> dict[str, str | None]:
 
 
 class Results:
-    """The files of one folder; `runs` holds what they hold."""
+    """The files of one folder, into which several processes may evaluate at the same time: what others have written
+    meanwhile is read again, under a lock, before ours is added."""
 
     def __init__(self, folder: Path, fresh: bool = False):
         self.folder, self.path = folder, folder / "results.json"
-        found = {} if fresh or not self.path.is_file() else read(self.path)
-        self.runs: list[Run] = found.get("runs", [])
-        self.config: dict[str, Any] = found.get("config", {})  # of the newest evaluation on each data set
+        if fresh:
+            self.path.unlink(missing_ok=True)
+        found = read(self.path)
+        self.runs: list[Run] = found["runs"]
+        self.config: dict[str, Any] = found["config"]  # of the newest evaluation on each data set
+        self.own: dict[str, Any] = {}  # of it, this evaluation's
+        self.hashes: dict[str, str] = {}  # encoder -> hash of its weights, of this evaluation
 
     def find(self, key: str) -> Run | None:
         return next((run for run in self.runs if run["key"] == key), None)
 
     def keep_encoders(self, hashes: dict[str, str]) -> None:
         """Forget runs of other encoders under the same name: the checkpoint was trained further."""
-        self.runs = [run for run in self.runs if hashes.get(run["encoder"], run["hash"]) == run["hash"]]
+        self.hashes = hashes
+        self.runs = list(filter(self.is_kept, self.runs))
 
-    def add(self, run: Run) -> None:
-        """In place of an earlier run of the same protocol, encoder, data set, seed and what is seen."""
-        self.runs = [old for old in self.runs if any(old.get(part) != run.get(part) for part in NAME)] + [run]
-        self.write()
+    def is_kept(self, run: Run) -> bool:
+        return self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
+
+    def begin(self, dataset: str, config: dict[str, Any]) -> None:
+        """What the newest evaluation on a data set depends on."""
+        self.own[dataset] = config
+        self.config = self.config | self.own
+
+    def add(self, *runs: Run) -> None:
+        """In place of earlier runs of the same protocol, encoder, data set, seed, what is seen and training."""
+        with locked(self.folder, wait=SECONDS):
+            there = read(self.path)
+            kept = filter(self.is_kept, there["runs"])
+            self.runs = [old for old in kept if not any(is_same(old, run) for run in runs)] + list(runs)
+            self.config = there["config"] | self.own
+            self.write()
 
     def shown(self, dataset: str) -> list[Run]:
-        """Runs that see what the newest evaluation of the data set does: others cannot be compared with them."""
-        seen = self.config[dataset].get("seen", {})
-        return [run for run in self.runs if run["dataset"] == dataset and run.get("seen", {}) == seen]
+        """Runs that see and train what the newest evaluation of the data set does: others cannot be compared."""
+        seen, training = (self.config[dataset].get(name, {}) for name in ("seen", "training"))
+        alike = [run for run in self.runs if run.get("seen", {}) == seen and run.get("training", training) == training]
+        return [run for run in alike if run["dataset"] == dataset]
 
     def content(self) -> dict[str, Any]:
         shown = [run for dataset in self.config for run in self.shown(dataset)]
@@ -70,7 +91,7 @@ class Results:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(self.content(), indent=2, allow_nan=False) + "\n")
+        write_whole(self.path, to_json(self.content(), indent=2) + "\n")
         write_whole(self.folder / "results.md", self.markdown())
 
     def markdown(self) -> str:
@@ -80,29 +101,29 @@ class Results:
             encoders = "\n".join(f"- {name}: {told}" for name, told in config["encoders"].items())
             used = ", ".join(f"{name} {value}" for name, value in config["versions"].items() if value)
             others = sum(run["dataset"] == dataset for run in self.runs) - len(runs)
-            told = f"Runs with other clips, or of other images, are in results.json alone: {others}." * bool(others)
+            why = "with other clips, of other images, or trained with other settings"
+            told = f"Runs {why}, are in results.json alone: {others}." * bool(others)
             clips = of_each_video(config.get("seen", {}))
             parts += [f"## {dataset}", encoders, clips, table(runs), told, definitions(runs), used]
         return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def is_same(old: Run, run: Run) -> bool:
+    """Whether a run takes the place of an old one, which an earlier version may have written without all parts."""
+    return all(old.get(part, run.get(part)) == run.get(part) for part in NAME)
+
+
 def read(path: Path) -> dict[str, Any]:
+    """runs and config of results.json; none if there is no such file."""
+    if not path.is_file():
+        return {"runs": [], "config": {}}
     try:
         found = json.loads(path.read_text())
         for run in found["runs"]:
             run["scores"] = {name: math.nan if value is None else value for name, value in run["scores"].items()}
         return {"runs": found["runs"], "config": found["config"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what evaluate.py writes ({error}): move it away, or use --fresh") from error
-
-
-def without_nan(content: Any) -> Any:
-    """None in its place, for JSON does not know it."""
-    if isinstance(content, dict):
-        return {name: without_nan(value) for name, value in content.items()}
-    if isinstance(content, list):
-        return [without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 # ---- over seeds ----
@@ -119,8 +140,13 @@ def summary(runs: Iterable[Run]) -> dict[str, Any]:
         place = found.setdefault(dataset, {}).setdefault(protocol, {}).setdefault(encoder, {})
         place[metric] = {"mean": statistics.fmean(values), "seeds": len(values)}
         if len(values) > 1:
-            place[metric]["std"] = statistics.stdev(values)
+            place[metric]["std"] = deviation(values)
     return found
+
+
+def deviation(values: list[float]) -> float:
+    """Sample standard deviation of at least two values; nan where one of them is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def table(runs: list[Run]) -> str:

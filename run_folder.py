@@ -19,10 +19,10 @@ import shlex
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -31,9 +31,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.text import Text
 
 from results import versions
-from whole_files import write_whole
+from whole_files import rows_of, to_json, whole, write_whole
 
 FIXED = ("preset", "optimizer_name")  # of a run; checkpoints.refuse_another sees what else cannot be resumed
+Kind = TypeVar("Kind", dict, list)
 LOG_SOURCES = ("", "pytorch_lightning", "lightning_fabric")  # Lightning's loggers hand nothing on to the root
 
 
@@ -42,15 +43,23 @@ def begin(out: Path, config: str, command: Sequence[str]) -> None:
     """Start or go on with a run: config.yaml, command.txt and run.json. Other settings than before are named."""
     (out / "splits").mkdir(parents=True, exist_ok=True)
     old, new = settings(out), yaml.safe_load(config)
+    keep_edited(out / "config.yaml")
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old and old.get(name) != new.get(name)]
     if changed:
         say(f"{out} goes on with other settings: {', '.join(changed)}")
     write_whole(out / "config.yaml", config)
     commands, starts = out / "command.txt", out / "run.json"
-    before = commands.read_text() if commands.is_file() else ""
+    before = text_of(commands) if commands.is_file() else ""
     write_whole(commands, before + shlex.join(["python", *command]) + "\n")
-    earlier = json.loads(starts.read_text()) if starts.is_file() else []
-    write_whole(starts, json.dumps([*earlier, circumstances()], indent=2))
+    write_whole(starts, to_json([*starts_of(out), circumstances()], indent=2))
+
+
+def keep_edited(config: Path) -> None:
+    """Set a config.yaml aside that was written or edited by hand, before ours takes its name."""
+    if config.is_file() and dumped(yaml.safe_load(text := text_of(config))) != text:
+        kept = config.with_name(f"config_by_hand_{time.strftime('%Y%m%d_%H%M%S')}.yaml")
+        write_whole(kept, text)
+        say(f"{config} was written by hand: kept as {kept.name}")
 
 
 def refuse_another(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -64,9 +73,53 @@ def refuse_another(out: Path, before: dict[str, Any], now: dict[str, Any]) -> No
 
 
 def settings(out: Path) -> dict[str, Any]:
-    """config.yaml; empty if there is none."""
-    path = out / "config.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+    """config.yaml; empty if there is none.
+
+    Raises:
+        ValueError: it is not what a run writes.
+    """
+    return content_of(out / "config.yaml", yaml.safe_load, dict)
+
+
+def results_of(out: Path) -> dict[str, Any]:
+    """results.json; see `settings`."""
+    return content_of(out / "results.json", json.loads, dict)
+
+
+def starts_of(out: Path) -> list[dict[str, Any]]:
+    """run.json; see `settings`."""
+    found = content_of(out / "run.json", json.loads, list)
+    if not all(isinstance(start, dict) for start in found):
+        raise ValueError(f"{out / 'run.json'} must be a list of objects: correct it, or move it away")
+    return found
+
+
+def content_of(path: Path, parse: Callable[[str], Any], kind: type[Kind]) -> Kind:
+    """What a file of a run holds; empty if there is none. Raises ValueError, with the file's name, if it is damaged."""
+    if not path.is_file():
+        return kind()
+    try:
+        found = parse(text_of(path))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({' '.join(str(error).split())}): correct it, or move it away"
+        ) from error
+    if not isinstance(found, kind):
+        wanted = "names and values" if kind is dict else "a list"
+        raise ValueError(f"{path} must hold {wanted}: correct it, or move it away")
+    return found
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}): correct it, or move it away") from error
+
+
+def dumped(settings: Any) -> str:
+    """YAML as config.yaml has it."""
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def circumstances() -> dict[str, Any]:
@@ -137,12 +190,11 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
     if kept.is_file() and not path.is_file():  # we were killed here
         kept.replace(path)
     if first_step > 0 and path.is_file():
-        with path.open(newline="") as old, kept.open("w", newline="") as new:
-            reader = csv.DictReader(old)
-            header = list(reader.fieldnames or [])
+        header, rows = rows_of(path)
+        with whole(kept) as unfinished, unfinished.open("w", newline="") as new:
             writer = csv.DictWriter(new, header)
             writer.writeheader()
-            writer.writerows(row for row in reader if int(row["step"]) < first_step)
+            writer.writerows(row for row in rows if int(row["step"]) < first_step)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*logs directory .* exists")
         experiment = logger.experiment

@@ -32,6 +32,9 @@ UNSUPPORTED = re.compile(r"unsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", 
 MOST_CLASS_NAMES = 30
 
 
+DATA_ONLY, WITH_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # variables of torch
+
+
 class StandIn:
     """In place of an object that is not read: takes whatever the file says of it, and does nothing."""
 
@@ -56,7 +59,7 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or another kind of file, or would run code when loaded; says which.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.stat().st_size == 0:
@@ -69,7 +72,8 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
                 damaged = archive.testzip()  # torch itself does not compare the checksums
             if damaged is not None:
                 raise OSError(f"the checksum of {damaged} is wrong")
-        return load_with_class_names(path, [(StandIn, name) for name in STAND_INS] if of_others else [])
+        with variables_of_torch():
+            return load_with_class_names(path, [(StandIn, name) for name in STAND_INS] if of_others else [])
     except pickle.UnpicklingError as error:
         raise refusal(path, error) from error
     except Exception as error:  # torch and zipfile raise many kinds of them on damaged files
@@ -121,17 +125,23 @@ def refusal(path: str | Path, error: pickle.UnpicklingError) -> ValueError:
 @contextmanager
 def data_only(what: str) -> Iterator[None]:
     """While others load `what`: torch.hub, left to itself, would run code that lies in a file of its cache."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
     try:
-        yield
+        with variables_of_torch():
+            yield
     except pickle.UnpicklingError as error:
         raise refusal(what, error) from error
+
+
+@contextmanager
+def variables_of_torch() -> Iterator[None]:
+    """torch.load reads data only, whatever the environment says. Both variables at once, torch refuses."""
+    before = {name: os.environ.pop(name, None) for name in (DATA_ONLY, WITH_CODE)}
+    os.environ[DATA_ONLY] = "1"
+    try:
+        yield
     finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+        os.environ.pop(DATA_ONLY)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def load_safetensors(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class SCELossParams:
     """Settings of similarity contrastive estimation (https://arxiv.org/abs/2111.14585): of loss_type="sce"."""
 
     # sce parameters
-    sce_coefficient: float = fraction(0.5)  # 1: InfoNCE, 0: ReSSL
+    sce_coefficient: float = fraction(0.5)  # fraction of the target on the own key. 1: InfoNCE, 0: ReSSL
     sce_target_T: float = positive(0.05, by=1e-4)  # sharper than T
 
     # sce: the coefficient's schedule, in optimizer steps of the Trainer

@@ -3,26 +3,33 @@
 import os
 import re
 from collections.abc import Iterator
-from glob import escape, glob
+from glob import escape, glob, has_magic
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
+from file_search import PassedOver, files_below
 from image_folders import SPLITS
 
 SUFFIX = ".tar"
 NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
+COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz)$", re.IGNORECASE)
 
 
 def is_pattern(data_path: str) -> bool:
-    return data_path.endswith(SUFFIX) or "://" in data_path or data_path.startswith("pipe:")
+    return is_shard(data_path) or "://" in data_path or data_path.startswith("pipe:")
 
 
-def expanded(pattern: str) -> Iterator[str]:
-    """The files that a pattern or a folder names.
+def is_shard(name: str) -> bool:
+    return name.endswith(SUFFIX) or COMPRESSED.search(name) is not None
+
+
+def expanded(pattern: str, passed_over: PassedOver) -> Iterator[str]:
+    """The files that a pattern or a folder names. What is there under the very name is that: [ and { are letters then.
 
     Raises:
-        ValueError: one that braces name is not there; a URL.
+        ValueError: one that braces name is not there; a URL; a compressed shard.
     """
     if "://" in pattern or pattern.startswith("pipe:"):
         raise ValueError(
@@ -31,12 +38,19 @@ def expanded(pattern: str) -> Iterator[str]:
         )
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
-        yield from glob(f"{escape(pattern)}/**/*{SUFFIX}", recursive=True)
+        yield from (os.path.join(pattern, path) for path in files_below(Path(pattern), (SUFFIX,), passed_over))
         return
-    for name in with_braces(pattern):
-        if not re.search(r"[*?\[]", name) and not os.path.isfile(name):
-            raise ValueError(f"data_path={pattern!r} names {name}, which is not there")
-        yield from glob(name) if re.search(r"[*?\[]", name) else [name]
+    if COMPRESSED.search(pattern):
+        raise ValueError(
+            f"data_path={pattern!r} is compressed, so that no image has a place in it: unpack it to .tar (gunzip, ...)"
+        )
+    there = pattern
+    while there and not os.path.exists(there):
+        there = os.path.dirname(there)
+    for rest in with_braces(pattern[len(there) :]):
+        if not has_magic(rest) and not os.path.isfile(there + rest):
+            raise ValueError(f"data_path={pattern!r} names {there + rest}, which is not there")
+        yield from glob(escape(there) + rest)
 
 
 def with_braces(pattern: str) -> Iterator[str]:

@@ -17,8 +17,8 @@ import encoders
 import own_data_params
 import video_params
 from data import DATASETS, DatasetInfo
-from fields import check_types, choice, non_negative, number, positive
-from files import MOST_WORKERS
+from fields import check_types, choice, non_negative, number, path, positive
+from files import MOST_WORKERS, class_numbers
 from image_ops import BLUR_RADIUS
 from own_data_params import OwnDataParams
 from video_params import VideoParams
@@ -35,7 +35,7 @@ class EncoderAndDataParams(OwnDataParams, VideoParams):
     # encoder model selection
     encoder_arch: str = "resnet18"  # a torchvision model, ws_resnet18...152, timm:NAME, or "module": your own
     embedding_dim: int | None = positive(None)  # inferred; checked if given
-    encoder_weights: str | None = None  # to start from: torchvision's name ("DEFAULT", ...), or a file
+    encoder_weights: str | None = path()  # to start from: torchvision's name ("DEFAULT", ...), or a file
     low_resolution_stem: bool | None = None  # 3 x 3 stem without pooling; None: for ResNets on 32 pixels or fewer
     zero_init_residual: bool = False  # ResNets: each block begins as the identity (its last normalization at weight 0)
     stem_variant: str = choice("standard", encoders.STEM_VARIANTS)  # of the 3 x 3 stem; others: for others' weights
@@ -56,7 +56,7 @@ class EncoderAndDataParams(OwnDataParams, VideoParams):
     drop_last_batch: bool | None = True  # in training only; None: if it is less than half a batch, and not the only one
     pin_data_memory: bool = True  # for faster copies to a GPU
     data_on_device: bool | None = None  # packed sets as uint8; None: on a GPU, where they fit
-    unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: use the next readable one, count, tell
+    unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: train on the next one, evaluate without; count
 
     # torch.compile of encoder, heads and, on a GPU, views
     torch_compile: bool | str = choice(False, COMPILE_MODES)  # reduce-overhead: CUDA graphs
@@ -187,21 +187,27 @@ def with_statistics(params: Params) -> Params:
 
 
 def n_classes(params: EncoderAndDataParams) -> int:
-    """Of the training and test images. 0 where images of the user's have no labels.
+    """Number of classes in the training images: other splits have no others. 0 where they have no labels.
 
-    Counted in images of the user's, and in videos, of which there are sets of other sizes under one name (Kinetics-200,
-    400, ...; the table of data.py says how many there are where they are not on disk).
+    Counted in images of the user's, in videos and in class folders, since there are sets of other sizes under one name
+    (ImageNet-100, Kinetics-200, ...). The table of data.py says how many there are where they are not on disk.
     """
-    info = params.dataset
-    folders = [data.data_path() / params.dataset_name / split for split in (*info.train_splits, *info.test_splits)]
-    if info.own is None and not (info.of_videos and all(map(info.files.are_there, folders))):
+    info, (split,) = params.dataset, params.dataset.train_splits
+    folder = data.data_path() / params.dataset_name / split
+    if info.counts_folders and folder.is_dir():
+        return len(set(class_numbers(folder).values()))
+    if info.own is None and not (info.of_videos and info.files.are_there(folder)):
         return info.n_classes
-    datasets = [data.get_dataset(params, splits) for splits in (info.train_splits, info.test_splits)]
-    return 1 + max(int(dataset.labels.max()) for dataset in datasets)
+    return 1 + int(data.get_dataset(params, (split,)).labels.max())
 
 
 def labelled(classes: int, params: EncoderAndDataParams) -> int:
-    """Refuses images without labels."""
+    """Refuses images without labels, and those with several."""
+    if params.dataset.many_labels:
+        raise ValueError(
+            f"dataset_name={params.dataset_name!r}: its images have several labels each, and a classifier needs one. "
+            "Choose another data set, or leave the classifier out."
+        )
     if classes < 1:
         raise ValueError(
             f"the images of dataset_name={params.dataset_name!r}, data_path={params.data_path!r} have no labels, which "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import features
 from features import Features
+from numerics import able
 from shared_params import EncoderAndDataParams
 from weights import Encoder
 
@@ -62,5 +63,5 @@ class Subject:
         return self.on_device(features.extract_views(self.encoder, self.params, splits, self.cache, **VIEWS))[0]
 
     def on_device(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """On the encoder's device."""
-        return tuple(part.to(features.device_of(self.encoder)) for part in parts)
+        """On the encoder's device, if that is able to score them."""
+        return tuple(able(part.to(features.device_of(self.encoder))) for part in parts)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from logistic_regression import fit_linear
+from logistic_regression import fit_linear, within_span
+from numerics import finite, in_float64, unit
 
 COSTS = (*(2.0**-i for i in range(19, 3, -1)), *(10.0**i for i in range(-7, 3)))  # 26, those of the source
 FOLDS = 3
@@ -30,22 +31,20 @@ def svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Sco
     many = train_y.dim() == 2
     classes = None if many else train_y.unique()
     signs = train_y.float() if many else one_against_rest(train_y, classes)
-    x, test_x = unit(train_x), unit(test_x)
-    if x.shape[1] > len(x):  # weights outside the span of the features are 0
-        basis = torch.linalg.qr(x.T).Q
-        x, test_x = x @ basis, test_x @ basis
+    train_x, test_x = finite(train_x, "training features"), finite(test_x, "test features")
+    x, test_x = within_span(with_bias(train_x), with_bias(test_x))
     columns = train_y.T if many else (train_y - train_y.min() + 1)[None]
     folds = None if few(signs) else np.stack([folds_of(column.cpu().numpy()) for column in columns], 1)
     costs = x.new_full((signs.shape[1],), COST_OF_FEW) if folds is None else choose_costs(x, signs, folds, many)
     scores = test_x @ fit(x, signs, costs)
     if many:
         return {"map": 100 * float(average_precision(scores, test_y, interpolated=True).nanmean())}
-    return {"acc1": 100 * float((classes[scores.argmax(1)] == test_y).double().mean())}
+    return {"acc1": 100 * int((classes[scores.argmax(1)] == test_y).sum()) / len(test_y)}
 
 
-def unit(x: Tensor) -> Tensor:
+def with_bias(x: Tensor) -> Tensor:
     """Features of length 1, and a 1 for the bias, which is decayed like a weight (as in liblinear)."""
-    return F.pad(F.normalize(x.float(), dim=1), (0, 1), value=1.0)
+    return F.pad(unit(x.float()), (0, 1), value=1.0)
 
 
 def one_against_rest(y: Tensor, classes: Tensor) -> Tensor:
@@ -99,7 +98,7 @@ def choose_costs(x: Tensor, signs: Tensor, folds: np.ndarray, many: bool) -> Ten
 
 def mean_accuracy(scores: tuple[Tensor, ...], signs: Tensor, fold: Tensor) -> Tensor:
     target, fold = signs.argmax(1), fold[:, 0]
-    right = [(score.argmax(1) == target)[fold == i].double().mean() for i, score in enumerate(scores)]
+    right = [in_float64((score.argmax(1) == target)[fold == i]).mean() for i, score in enumerate(scores)]
     return torch.stack(right).mean(0, keepdim=True)
 
 

@@ -9,33 +9,46 @@ which each process reads its own (loader.Share deals them out). Source: https://
 import io
 import json
 import os
+import posixpath
 import re
 import tarfile
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 import ddp
+from file_search import PassedOver, files_below, image_suffixes, is_hidden
 from files import OnDisk
-from image_folders import SUFFIXES, Found, Label, as_label, has_images, labelled, of_folder
+from image_folders import Found, Label, as_label, has_images, labelled, of_folder
 from shard_names import SUFFIX, expanded, split_in
 from whole_files import write_whole
 
 LABEL_KEYS = ("cls", "label")  # where no other is wanted
 MOST_OPEN = 128  # shards, of each process
-SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # name and ending of a member
+BLOCK = 512  # bytes, of which a tar file is made
+VERSION = 2  # of the kept index
+MOST_LINKS = 40  # from one to the next, as in file systems
+Content = tuple[int, int]  # first byte, bytes
 Place = tuple[int, int, Label]  # first byte, bytes, label
 Stamp = tuple[int, int]  # size and time of a shard
 How = tuple[tuple[str, ...], tuple[str, ...] | None]  # endings of images, keys of labels
 
-known: dict[tuple[str, Stamp, How], dict[str, Place]] = {}  # indices of shards, for all data sets of this process
+
+class Shard(NamedTuple):
+    places: dict[str, Place]  # of its images
+    passed_over: PassedOver
+
+
+known: dict[tuple[str, Stamp, How], Shard] = {}  # indices of shards, for all data sets of this process
 opened: dict[tuple[str, Stamp], int] = {}  # descriptors
 
 
 def are_there(folder: Path) -> bool:
     """Whether a folder holds shards, and no image files."""
-    return not has_images(folder) and next(folder.rglob(f"*{SUFFIX}"), None) is not None
+    return not has_images(folder) and next(files_below(folder, (SUFFIX,), PassedOver()), None) is not None
 
 
 class TarShards(OnDisk):
@@ -62,15 +75,20 @@ class TarShards(OnDisk):
         labels_from: str | None,
         index_file: Path | None = None,
     ):
-        shards = sorted({os.path.abspath(shard) for part in data_path.split("::") for shard in expanded(part)})
+        found, parts = PassedOver(), data_path.split("::")
+        shards = sorted({os.path.abspath(shard) for part in parts for shard in expanded(part, found)})
         if not shards:
             raise ValueError(f"data_path={data_path!r} matches no shards: give the pattern of your .tar files")
         self.root = Path(os.path.commonpath([os.path.dirname(shard) for shard in shards]))
-        endings = tuple(image_key.lower().split(";")) if image_key else tuple(suffix[1:] for suffix in SUFFIXES)
+        endings = tuple(image_key.lower().split(";")) if image_key else tuple(suffix[1:] for suffix in image_suffixes())
         keys = None if labels_from is None else (label_key,) if label_key else LABEL_KEYS
         self.labels_from, self.label_key = labels_from, label_key
         self.stamps = {shard: stamp(shard) for shard in shards}
-        self.index = index(self.stamps, (endings, keys), index_file)
+        indices = index(self.stamps, (endings, keys), index_file)
+        self.index = {shard: one.places for shard, one in indices.items()}
+        for one in indices.values():
+            found.join(one.passed_over)
+        self.found_beside, self.passed_over = found, PassedOver()
 
     def find(self) -> Found:
         """All images, by the split that a word in the shard's name says ("train", "val", ...), or its folder's name;
@@ -83,6 +101,8 @@ class TarShards(OnDisk):
             below = os.path.relpath(shard, self.root)
             images = ((f"{below}/{member}", label) for member, (_, _, label) in self.index[shard].items())
             found.setdefault(split or "", []).extend(images)
+        self.passed_over.clear()
+        self.passed_over.join(self.found_beside)
         if self.label_key and self.labels_from and not self.has_labels:
             raise ValueError(
                 f"label_key={self.label_key!r}: no sample in {self.root} has such an ending or .json entry"
@@ -94,31 +114,31 @@ class TarShards(OnDisk):
         return any(label is not None for places in self.index.values() for _, _, label in places.values())
 
     def label_of(self, path: str) -> Label:
-        shard, member = parts(os.path.join(self.root, path))
+        shard, member = self.parts(os.path.join(self.root, path))
         return self.index[shard][member][2] if self.has_labels else of_folder(member, self.labels_from)
 
     def holds(self, path: str) -> bool:
-        shard, member = parts(str(self.root / path))
-        return shard in self.stamps and member in self.index[shard]
+        shard, member = self.parts(str(self.root / path))
+        return member in self.index.get(shard, ())
 
     def open(self, path: str) -> io.BytesIO:
-        shard, member = parts(path)
+        shard, member = self.parts(path)
         start, size, _ = self.index[shard][member]
         return io.BytesIO(read(shard, self.stamps[shard], start, size))
 
     def stamp(self, path: str) -> tuple:
-        shard, member = parts(path)
+        shard, member = self.parts(path)
         return (*self.index[shard][member][:2], *self.stamps[shard])
 
     def shards(self, paths: list[str]) -> np.ndarray:
         numbers = {shard: number for number, shard in enumerate(self.stamps)}
-        return np.array([numbers[parts(path)[0]] for path in paths])
+        return np.array([numbers[self.parts(path)[0]] for path in paths])
 
-
-def parts(path: str) -> tuple[str, str]:
-    """Shard and member."""
-    shard, _, member = path.partition(f"{SUFFIX}/")
-    return shard + SUFFIX, member
+    def parts(self, path: str) -> tuple[str, str]:
+        """Shard and member; folders may be called like shards."""
+        ends = (found.end() for found in re.finditer(re.escape(SUFFIX) + "/", path))
+        end = next((end for end in ends if path[: end - 1] in self.stamps), 0)
+        return path[: max(end - 1, 0)], path[end:]
 
 
 def stamp(shard: str) -> Stamp:
@@ -126,7 +146,7 @@ def stamp(shard: str) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
-def index(stamps: dict[str, Stamp], how: How, file: Path | None) -> dict[str, dict[str, Place]]:
+def index(stamps: dict[str, Stamp], how: How, file: Path | None) -> dict[str, Shard]:
     """Of every shard. What is not known to this process is taken from `file`, else read and written there."""
 
     def unknown() -> list[str]:
@@ -134,47 +154,154 @@ def index(stamps: dict[str, Stamp], how: How, file: Path | None) -> dict[str, di
 
     is_kept = file is not None and file.is_file()
     if is_kept and unknown():
-        kept = json.loads(file.read_text())
-        for shard, one in kept["shards"].items() if kept["how"] == repr(how) else ():
-            known[shard, tuple(one["stamp"]), how] = one["places"]
+        known.update(read_index(file, how))
     fresh = unknown()
     known.update(((shard, stamps[shard], how), indexed(shard, stamps[shard], *how)) for shard in fresh)
     found = {shard: known[shard, stamp, how] for shard, stamp in stamps.items()}
     if file is not None and (fresh or not is_kept) and ddp.rank() == 0:
-        shards = {shard: {"stamp": stamps[shard], "places": places} for shard, places in found.items()}
-        write_whole(file, json.dumps({"how": repr(how), "shards": shards}))
+        shards = {shard: {"stamp": stamps[shard], **one._asdict()} for shard, one in found.items()}
+        write_whole(file, json.dumps({"how": repr((VERSION, how)), "shards": shards}))
     return found
 
 
-def indexed(shard: str, stamp: Stamp, endings: tuple[str, ...], label_keys: tuple[str, ...] | None) -> dict[str, Place]:
-    """Image -> its place and label, in the order of the shard."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+def read_index(file: Path, how: How) -> dict[tuple[str, Stamp, How], Shard]:
+    """What `index` wrote; {} where it was made in another way, or is damaged: then the shards are read again."""
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.isfile() and (found := SAMPLE.fullmatch(member.name)):
-                    samples.setdefault(found[1], {})[found[2].lower()] = member
-    except (tarfile.TarError, OSError) as error:
+        kept = json.loads(file.read_text())
+        shards = kept["shards"].items() if kept["how"] == repr((VERSION, how)) else ()
+        return {
+            (shard, tuple(one["stamp"]), how): Shard(dict(one["places"]), PassedOver(one["passed_over"]))
+            for shard, one in shards
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def indexed(shard: str, stamp: Stamp, endings: tuple[str, ...], label_keys: tuple[str, ...] | None) -> Shard:
+    """Image -> its place and label, in the order of the shard."""
+    passed_over, places = PassedOver(), {}
+    try:
+        contents = contents_of(shard, passed_over)
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{shard} could not be read as a tar file ({error}): mend it, or unpack it if it is compressed"
         ) from error
-    places = {}
-    for sample in samples.values():
-        image = next((sample[ending] for ending in endings if ending in sample), None)
-        if image is not None:
-            try:
-                label = None if label_keys is None else label_of(shard, stamp, sample, label_keys)
-            except ValueError as error:
-                raise ValueError(f"the label of {image.name} in {shard} could not be read: {error}") from error
-            places[str(PurePosixPath(image.name)).lstrip("/")] = (image.offset_data, image.size, label)
-    return places
+    used = set()
+    for image, sample in samples(contents, endings, label_keys or ()):
+        beside = {ending: contents[name] for ending, name in sample.items()}
+        try:
+            label = None if label_keys is None else label_of(shard, stamp, beside, label_keys)
+        except ValueError as error:
+            raise ValueError(f"the label of {image} in {shard} could not be read: {error}") from error
+        places[image] = (*contents[image], label)
+        used.update(sample.values())
+    for name in (name for name in contents if name not in places):
+        suffix = posixpath.splitext(name)[1].lower() or "without an extension"
+        if name not in used:
+            passed_over.add(suffix, f"{shard}/{name}")
+        elif suffix in image_suffixes():
+            passed_over.add(f"{suffix} beside the image of a sample", f"{shard}/{name}")
+    return Shard(places, passed_over)
 
 
-def label_of(shard: str, stamp: Stamp, sample: dict[str, tarfile.TarInfo], keys: tuple[str, ...]) -> Label:
+def contents_of(shard: str, passed_over: PassedOver) -> dict[str, Content]:
+    """Return member -> its bytes, without hidden members. A link is what it leads to.
+
+    Raises:
+        tarfile.TarError, OSError: some of the shard could not be read.
+    """
+    contents: dict[str, Content] = {}
+    links: dict[str, str] = {}
+    for member in members(shard):
+        name = posixpath.normpath(member.name).lstrip("/")
+        if member.isdir():
+            continue
+        if is_hidden(name):
+            passed_over.add("hidden", f"{shard}/{name}")
+        elif member.islnk() or member.issym():
+            inside = "" if member.islnk() else posixpath.dirname(name)
+            links[name] = posixpath.normpath(posixpath.join(inside, member.linkname)).lstrip("/")
+        elif not member.isfile() or member.issparse():
+            passed_over.add("sparse files and devices", f"{shard}/{name}")
+        else:
+            contents[name] = (member.offset_data, member.size)
+    for name, target in links.items():
+        for _ in range(MOST_LINKS):
+            target = links.get(target, target)
+        if target in contents:
+            contents[name] = contents[target]
+        else:
+            passed_over.add("links to no file of the shard", f"{shard}/{name}")
+    return contents
+
+
+def members(shard: str) -> Iterator[tarfile.TarInfo]:
+    """To the last byte of the shard: tarfile alone takes a damaged header for the end, without a word, and so the first
+    end of tar files that were joined by `cat`."""
+    start = 0
+    with open(shard, "rb") as file:
+        while start is not None:
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                yield from tar
+                end = tar.offset
+            file.seek(end)
+            if file.read(BLOCK) != bytes(BLOCK):
+                raise tarfile.ReadError(f"the header at byte {end} is damaged or cut off")
+            start = next_used(file)
+
+
+def next_used(file: BinaryIO) -> int | None:
+    """The first byte of the next block that is not all zeros."""
+    while piece := file.read(2**20):
+        if used := piece.lstrip(b"\0"):
+            byte = file.tell() - len(used)
+            return byte - byte % BLOCK
+    return None
+
+
+def samples(
+    names: Iterable[str], endings: tuple[str, ...], keys: tuple[str, ...]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (image, ending -> member) of each sample.
+
+    By the rule of WebDataset, a sample's name ends at its first dot. Where this leaves it without an image, as of
+    `IMG_2024.05.01.png`, its members are samples by their wanted endings, except for those that other samples have
+    beside their image, such as `mask.png`.
+    """
+    grouped = by_sample(names, ())
+    with_image = [sample for sample in grouped.values() if not sample.keys().isdisjoint(endings)]
+    beside = {ending for sample in with_image for ending in sample}
+    for sample in grouped.values():
+        parts = [sample]
+        if sample.keys().isdisjoint(endings):
+            rest = (name for ending, name in sample.items() if ending not in beside)
+            parts = by_sample(rest, {*endings, *keys, "json"}).values()
+        for part in parts:
+            image = next((part[ending] for ending in endings if ending in part), None)
+            if image is not None:
+                yield image, part
+
+
+def by_sample(names: Iterable[str], wanted: Collection[str]) -> dict[str, dict[str, str]]:
+    """Return sample -> ending -> member. An ending begins at the first dot of a name after which it is one of `wanted`;
+    if there is none, at the first dot, or (with `wanted`) at the last one."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        folder, base = posixpath.split(name)
+        first, *others = base.split(".")
+        at = len(others) - 1 if wanted else 0
+        at = next((i for i in range(len(others)) if ".".join(others[i:]).lower() in wanted), at)
+        sample = posixpath.join(folder, ".".join([first, *others[:at]]))
+        found.setdefault(sample, {})[".".join(others[at:]).lower()] = name
+    return found
+
+
+def label_of(shard: str, stamp: Stamp, sample: dict[str, Content], keys: tuple[str, ...]) -> Label:
     """Of the first of the keys that is an ending of the sample, or an entry of its .json."""
 
     def content(ending: str) -> str:
-        return read(shard, stamp, sample[ending].offset_data, sample[ending].size).decode()
+        return read(shard, stamp, *sample[ending]).decode()
 
     entries = None
     for key in keys:

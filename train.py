@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,25 @@ import checkpoints
 import command_line
 import ddp
 import dry_run
-import image_folders
 import own_images
 import parameter_options
+import preflight
 import preview
 import run_folder
+from folder_lock import locked
+from foreign_paths import kept_lists
 from gradient_norms import GradientNorms
 from learning_rate import LearningRate
 from linear_classifier import LinearClassifierMethod
 from milestones import Best, EveryNEpochs, refuse_unknown
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from program import one_line_errors
 from progress import Progress
 from run_options import RunOptions
-from whole_files import write_whole
+from whole_files import check_folder, to_json, write_whole
 
+KEPT = ("*.ckpt", "*/checkpoints/*.ckpt")  # of a run: never overwritten by another one
 OF_THE_ENCODER = ("epochs", "trained encoder", "test set", "linear minutes", "linear classifier")  # of results.json
 
 
@@ -81,7 +86,7 @@ def beginning(
     Raises:
         ValueError: the method or its Trainer cannot resume from it.
     """
-    path = checkpoints.newest(out / name / "checkpoints") if given == "auto" else Path(given) if given else None
+    path = newest(out, name) if given == "auto" else Path(given) if given else None
     if path is None:
         return None, 0
     content = checkpoints.read(path)
@@ -103,6 +108,12 @@ def beginning(
     return path, content["global_step"]
 
 
+def newest(out: Path, name: str) -> Path | None:
+    """The newest checkpoint of a stage. Of a finished pretraining whose step_*.ckpt were deleted, its last one."""
+    found, finished = checkpoints.newest(out / name / "checkpoints"), out / "pretrained.ckpt"
+    return finished if found is None and name == "pretraining" and finished.is_file() else found
+
+
 def start_over(folder: Path) -> None:
     ddp.any_process(False)  # waits until all have read what is there
     ddp.on_rank_zero(lambda: shutil.rmtree(folder))
@@ -114,7 +125,7 @@ def score(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
 
 @rank_zero_only
 def write(path: Path, content: str | dict[str, Any]) -> None:
-    write_whole(path, content if isinstance(content, str) else json.dumps(content, indent=2))
+    write_whole(path, content if isinstance(content, str) else to_json(content, indent=2))
 
 
 @rank_zero_only
@@ -132,6 +143,9 @@ def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None,
     if resumed is None or "random encoder" not in results:  # its row begins metrics.csv
         results["random encoder"] = score(fit, model)
         write(out / "results.json", results)
+        for callback in fit.callbacks:
+            if isinstance(callback, Best):
+                callback.scores = set(results["random encoder"])
     fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: forget(out, results)))
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
@@ -145,9 +159,7 @@ def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None,
 
 
 def train_classifier(out: Path, options: RunOptions, params: ModelParams, results: dict[str, Any]) -> None:
-    settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": params.seed}
-    if params.dataset.own:
-        settings["drop_last_batch"] = None  # there may be fewer images than one batch
+    settings = preflight.linear_settings(options, params)
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", **settings)
     fit = trainer(out, "linear", options.linear_epochs, options)
     resumed, step = beginning("auto" if options.resume else None, out, "linear", linear, fit)
@@ -163,11 +175,12 @@ def train_classifier(out: Path, options: RunOptions, params: ModelParams, result
 def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:
     """One run, or the rest of one."""
     results = {"preset": preset}
-    if options.resume and (out / "results.json").is_file():
-        results = json.loads((out / "results.json").read_text()) | results
+    if options.resume:
+        results = run_folder.results_of(out) | results
     if params.dataset.own:
         lists = params.splits_path or str((out / "splits").resolve())
-        params = attrs.evolve(params, splits_path=image_folders.taken_along(lists, out) if options.resume else lists)
+        gone = options.resume and not Path(lists).expanduser().is_dir()  # the run was moved
+        params = attrs.evolve(params, splits_path=(gone and kept_lists(out.resolve())) or lists)
         own_images.has_written(params)  # refuses other settings than the lists' before config.yaml says them
     model = SelfSupervisedMethod(params)
     with run_folder.logged(out / "log.txt"):
@@ -184,11 +197,9 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
         run_folder.say(json.dumps(results, indent=2))
 
 
+@one_line_errors()
 def main() -> None:
-    try:
-        do(*command_line.parse(sys.argv[1:]))
-    except (ValueError, OSError) as error:  # the user's doing; of a run, log.txt says where it came up
-        raise SystemExit(f"error: {error}") from error
+    do(*command_line.parse(sys.argv[1:]))
 
 
 def do(preset: str, options: RunOptions, params: ModelParams) -> None:
@@ -198,21 +209,28 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
     elif options.preview:
         print(preview.write(params, options.preview))
     elif options.dry_run:
+        preflight.check_run(options, params)
         model = dry_run.run(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
         for wanted in options.save_best:
             refuse_unknown(wanted, dry_run.figures(model))
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
-        if out.is_file():
-            raise ValueError(f"out={out} is a file: name a folder")
-        if not options.resume and any(out.glob("*/checkpoints/step_*.ckpt")):
-            raise SystemExit(f"{out} holds an earlier run: --resume auto to go on with it, or another --out")
-        if options.resume:
-            before = run_folder.settings(out)
-            run_folder.refuse_another(out, before, {"preset": preset, **attrs.asdict(params)})
-            if params.seed is None:  # that of the run that we go on with
-                params = attrs.evolve(params, seed=before.get("seed"))
-        run(out, preset, options, params)
+        check_folder("out", out)
+        with locked(out) if ddp.is_first_process() else nullcontext():  # the others belong to it
+            start(out, preset, options, params)
+
+
+def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:
+    """A new run, or the rest of an earlier one."""
+    if not options.resume and any(file for pattern in KEPT for file in out.glob(pattern)):
+        raise ValueError(f"out={out} holds an earlier run. Pass --resume auto to resume it, or another --out")
+    if options.resume:
+        before = run_folder.settings(out)
+        run_folder.refuse_another(out, before, {"preset": preset, **attrs.asdict(params)})
+        if params.seed is None:  # that of the run that we go on with
+            params = attrs.evolve(params, seed=before.get("seed"))
+    preflight.check_run(options, params)
+    run(out, preset, options, params)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,15 @@ from attr import evolve
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
+import preflight
 from data import DATASETS
+from fields import as_path
+from folder_lock import locked
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from program import one_line_errors
+from run_folder import logged
+from whole_files import check_folder, whole, write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
@@ -51,7 +57,7 @@ CONFIGS = {
 }
 # valid_class_acc in the post: STL-10, 10 epochs
 POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1}
-COLUMNS = ["config", "seed", "dataset", "epochs", "encoder", "accuracy", "pos_cos", "neg_cos", "minutes"]
+COLUMNS = ["config", "seed", "dataset", "epochs", "encoder", "accuracy", "pos_cos", "neg_cos", "minutes", "quick"]
 
 
 def arguments() -> argparse.Namespace:
@@ -61,7 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--encoder", default=None, help="default: resnet18; with --quick: shufflenet_v2_x0_5")
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--out", type=Path, default=Path("runs/blog"))
+    parser.add_argument("--out", type=as_path, default=Path("runs/blog"))
     parser.add_argument("--quick", action="store_true", help="digits, small batches, a small encoder")
     args = parser.parse_args()
     args.dataset = args.dataset or ("digits" if args.quick else "stl10")
@@ -71,19 +77,33 @@ def arguments() -> argparse.Namespace:
 
 
 def finished_runs(results: Path) -> list[dict[str, str]]:
+    """Rows of results.csv; half a row, which a power failure leaves, is passed over."""
     if not results.exists():
         return []
     with results.open() as file:
-        return list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    return [{"quick": "False", **row} for row in rows]  # earlier versions did not note it
+
+
+def keep(results: Path, rows: list[dict]) -> None:
+    with whole(results) as unfinished, unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def circumstances(args: argparse.Namespace) -> dict:
+    """What a row's numbers depend on, beside configuration and seed."""
+    return {"dataset": args.dataset, "epochs": args.epochs, "encoder": args.encoder, "quick": args.quick}
 
 
 def run_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
-    return args.out / f"{args.dataset}_{args.encoder}_{args.epochs}epochs" / f"{name}_{seed}"
+    quick = "_quick" if args.quick else ""
+    return args.out / f"{args.dataset}_{args.encoder}_{args.epochs}epochs{quick}" / f"{name}_{seed}"
 
 
-def train(name: str, seed: int, args: argparse.Namespace) -> dict:
-    """One run -> its row."""
-    params = evolve(
+def settings(name: str, seed: int, args: argparse.Namespace) -> ModelParams:
+    return evolve(
         CONFIGS[name],
         seed=seed,
         dataset_name=args.dataset,
@@ -94,6 +114,10 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         max_epochs=args.epochs,
         evaluate_every_n_epochs=args.epochs,  # the post's number is that of the last epoch
     )
+
+
+def train(name: str, seed: int, args: argparse.Namespace) -> dict:
+    """One run -> its row."""
     logs = {"save_dir": run_folder(name, seed, args), "name": "", "version": ""}
     trainer = pl.Trainer(
         max_epochs=args.epochs,
@@ -105,20 +129,21 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         num_sanity_val_steps=0,
     )
     start = time.time()
-    trainer.fit(SelfSupervisedMethod(params))
+    trainer.fit(SelfSupervisedMethod(settings(name, seed, args)))
     found = trainer.callback_metrics
-    row = {"config": name, "seed": seed, "dataset": args.dataset, "epochs": args.epochs, "encoder": args.encoder}
+    row = {"config": name, "seed": seed, **circumstances(args)}
     logged = {"accuracy": "valid_class_acc", "pos_cos": "step_pos_cos", "neg_cos": "step_neg_cos"}
     row |= {column: round(found[metric].item(), 4) for column, metric in logged.items()}
     return row | {"minutes": round((time.time() - start) / 60, 2)}
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: one line a configuration, mean and standard deviation over seeds."""
+    """Markdown: one line a configuration, mean over seeds and, of several, their sample standard deviation."""
 
     def mean_and_deviation(group: list[dict], column: str, digits: int) -> str:
         values = np.array([float(row[column]) for row in group])
-        return f"{values.mean():.{digits}f} ± {values.std(ddof=1) if len(values) > 1 else 0:.{digits}f}"
+        deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{values.mean():.{digits}f}{deviation}"
 
     lines = [
         "| configuration | accuracy (%) | post, STL-10 (%) | cosine, same image | cosine, different images | seeds |",
@@ -148,17 +173,26 @@ def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> None
     axes[1].legend(frameon=False)
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    with whole(file) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120)
     plt.close(figure)
 
 
+@one_line_errors()
 def main() -> None:
     args = arguments()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_folder("out", args.out)
+    preflight.check_images(settings(args.configs[0], args.seeds[0], args))
+    preflight.check_labels(settings(args.configs[0], args.seeds[0], args))  # the post's figure is an accuracy
+    with locked(args.out):
+        run_all(args)
+
+
+def run_all(args: argparse.Namespace) -> None:
     results = args.out / "results.csv"
-    same = {"dataset": args.dataset, "epochs": str(args.epochs), "encoder": args.encoder}
+    same = {column: str(value) for column, value in circumstances(args).items()}
     for seed in args.seeds:
         for name in args.configs:
             key = {"config": name, "seed": str(seed), **same}
@@ -166,17 +200,14 @@ def main() -> None:
                 print(f"{name}, seed {seed}: finished before")
                 continue
             print(f"{name}, seed {seed}:")
-            row, is_new = train(name, seed, args), not results.exists()
-            with results.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                if is_new:
-                    writer.writeheader()
-                writer.writerow(row)
+            with logged(args.out / "log.txt"):
+                row = train(name, seed, args)
+            keep(results, [*finished_runs(results), row])
     rows = [row for row in finished_runs(results) if same.items() <= row.items()]
     markdown = (
         f"{args.encoder} on {args.dataset}, {args.epochs} epochs, linear probe on half of the test set\n\n{table(rows)}"
     )
-    (args.out / "results.md").write_text(markdown)
+    write_whole(args.out / "results.md", markdown)
     draw_cosines(rows, args, args.out / "cosines.png")
     print(f"\n{markdown}\n{results}, {args.out / 'results.md'}, {args.out / 'cosines.png'}")
 

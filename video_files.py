@@ -5,8 +5,6 @@ A split is class folders of videos, or a list `<split>.csv` beside the folder `<
 
 import importlib.util
 import re
-import warnings
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +15,12 @@ from torch import Tensor
 
 import clips
 import decoders
+import image_files
 from augmentations import View, generator
-from files import LabelledFiles, Sample, check_classes
+from class_labels import UNLABELED, numbers
+from file_search import PassedOver, folders_in, is_hidden, tell
+from files import LabelledFiles, Sample, class_numbers
+from foreign_paths import refuse_foreign
 from image_files import CENTRAL, Box, draw_box, resized
 from image_ops import LUMA
 
@@ -50,13 +52,12 @@ class VideoFiles(LabelledFiles):
         self, videos: list[Sample], read, sampling: clips.Sampling, size: int, views: list[View], seed: int,
         skip_unreadable: bool = False, n_clips: int = 1, n_crops: int = 1,
     ):  # fmt: skip
-        super().__init__(videos, "video", skip_unreadable)
+        super().__init__(videos, "video", skip_unreadable, not views)
         self.read_frames, self.sampling, self.size, self.views, self.seed = read, sampling, size, views, seed
         self.n_clips, self.n_crops = n_clips, n_crops
 
     def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
-        found, index = self.readable(index)
-        return found, self.files[index][1]
+        return self.readable(index)
 
     def read(self, index: int) -> Tensor | list[Tensor]:
         return self.random_clips(index) if self.views else self.even_clips(self.files[index][0])
@@ -132,8 +133,13 @@ def get_videos(params: "EncoderAndDataParams", folder: Path, views: list[View]) 
     of_frames, train, path = params.video_decoder == "frames", folder.with_name("train"), list_file(folder)
     if are_there(train) and path.is_file() != list_file(train).is_file():
         check_that_unlabelled(path if path.is_file() else list_file(train), of_frames)
+    refuse_foreign("video_path_prefix", params.video_path_prefix)
     prefix = folder if params.video_path_prefix is None else Path(params.video_path_prefix).expanduser()
-    videos = listed(path, prefix, of_frames) if path.is_file() else in_class_folders(folder, of_frames)
+    if path.is_file():
+        videos = numbered(path, prefix, of_frames)
+        tell(path, len(videos), "videos", PassedOver())
+    else:
+        videos = in_class_folders(folder, of_frames)
     return as_set(params, videos, views)
 
 
@@ -183,6 +189,19 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     return videos
 
 
+def numbered(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
+    """(path, class) of each line, numbered without gaps by the labels in the list of train beside it.
+
+    Raises:
+        ValueError: there are labels that train lacks.
+    """
+    videos, train = listed(path, prefix, of_frames), path.with_name("train.csv")
+    of_train = listed(train, prefix, of_frames) if train.is_file() and train != path else videos
+    labels, of_train = ([None if label < 0 else label for _, label in found] for found in (videos, of_train))
+    known = {**numbers(of_train, {path.stem: labels}, path), None: UNLABELED}
+    return [(video, known[label]) for (video, _), label in zip(videos, labels, strict=True)]
+
+
 def check_that_unlabelled(path: Path, of_frames: bool) -> None:
     """Raises ValueError: a list of one split numbers classes, and class folders of the other are numbered by name."""
     if any(label >= 0 for _, label in listed(path, path.parent, of_frames)):
@@ -193,29 +212,32 @@ def check_that_unlabelled(path: Path, of_frames: bool) -> None:
 
 
 def in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
-    """(path, label) of each; classes are numbered in the order of their names. Hidden files are passed over, and others
-    that are no videos are counted in a warning."""
-    check_classes(folder)
+    """(path, class) of each, numbered as class_numbers does."""
+    number_of = class_numbers(folder)
     what = "a folder of frames for each video" if of_frames else "videos"
-    videos, others = [], Counter()
-    for label, of_class in enumerate(sorted(path for path in folder.iterdir() if path.is_dir())):
-        found = sorted(of_class.iterdir() if of_frames else of_class.rglob("*"))
-        found = [path for path in found if path.is_dir() == of_frames and not is_hidden(path.relative_to(folder))]
-        of_kind = [(str(path), label) for path in found if of_frames or is_video(path)]
-        if not of_kind:
-            raise ValueError(f"{of_class} must hold {what} (video_decoder={'frames' if of_frames else 'file'!r})")
-        videos += of_kind
-        others.update(path.suffix or path.name for path in found if not (of_frames or is_video(path)))
+    passed_over = PassedOver()
+    if of_frames:
+        of_class = {name: frame_folders(folder / name, passed_over) for name in number_of}
+    else:
+        found_in = image_files.in_class_folders(folder, number_of, VIDEO_EXTENSIONS, passed_over)
+        of_class = {name: sorted(folder / path for path in found) for name, found in found_in.items()}
+    for name, found in of_class.items():
+        if not found:
+            decoder = "frames" if of_frames else "file"
+            raise ValueError(f"{folder / name} must hold {what} (video_decoder={decoder!r}){passed_over}")
+    videos = [(str(path), number_of[name]) for name, found in of_class.items() for path in found]
     if not videos:
         raise ValueError(f"{folder} must hold one folder per class, each with {what}, or {list_file(folder)} list them")
-    if others:
-        told = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
-        warnings.warn(f"{folder}: {others.total()} files do not end like videos and are left out: {told}", stacklevel=2)
+    tell(folder, len(videos), "videos", passed_over)
     return videos
 
 
-def is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def frame_folders(of_class: Path, passed_over: PassedOver) -> list[Path]:
+    """The folders directly in that of a class."""
+    for path in of_class.iterdir():
+        if is_hidden(path.name) or not path.is_dir():
+            passed_over.add("hidden" if is_hidden(path.name) else "beside the folders of frames", path)
+    return folders_in(of_class)
 
 
 def is_video(path: Path) -> bool:

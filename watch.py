@@ -1,7 +1,6 @@
 """What is said while a method trains: what is in force, when it goes wrong, and what to try."""
 
 import math
-import warnings
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,10 +10,14 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 import ddp
+import evaluation
+import files
 import optimizers
 from checkpoints import SafeCheckpointIO, refuse_other_steps
 from device import to_host
+from evaluation import Scores
 from loader import Loader
+from numerics import NotFinite, not_finite
 
 COLLAPSED_STD = 0.15  # step_projection_std below which the mean cosine of different images is 0.98 or more
 COLLAPSED_RANK = 2.0  # RankMe below which the embeddings are nearly one direction
@@ -27,13 +30,25 @@ class Watch(pl.Callback):
     def __init__(self):
         self.collapse_was_named = False
         self.n_skipped = 0
+        self.random_state = torch.get_rng_state()  # also where another callback's setup fails
         self.position: dict | None = None  # where our own loader was when the checkpoint was made
         self.steps: dict | None = None  # of the run that made the checkpoint
+        self.random_state: Tensor | None = None  # None: Lightning refused something before `setup`
+        self.own_interval: int | None = None  # check_val_every_n_epoch as the user passed it
 
     @classmethod
-    def unless_there(cls, trainer: pl.Trainer) -> list["Watch"]:
-        """For `configure_callbacks`, which Lightning asks at every fit and validate of the same Trainer."""
-        return [] if any(isinstance(callback, cls) for callback in trainer.callbacks) else [cls()]
+    def of(cls, trainer: pl.Trainer, evaluate_every_n_epochs: int) -> list["Watch"]:
+        """What `configure_callbacks` returns: a Watch, unless the Trainer has one.
+
+        The Trainer then validates only in the epochs that are evaluated: its callbacks that monitor a score
+        (ModelCheckpoint, EarlyStopping) ask for it after validations, and would miss it after an empty one.
+        """
+        there = next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)
+        watch = there or cls()
+        watch.own_interval = watch.own_interval or trainer.check_val_every_n_epoch
+        if watch.own_interval is not None:  # None: val_check_interval counts batches across epochs
+            trainer.check_val_every_n_epoch = math.lcm(watch.own_interval, evaluate_every_n_epochs)
+        return [] if there else [watch]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.random_state = torch.get_rng_state()
@@ -50,6 +65,11 @@ class Watch(pl.Callback):
         self.steps = checkpoint.get("steps")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if bad := not_finite(pl_module):
+            raise ValueError(
+                f"{len(bad)} tensors of the method are not finite before the first step (the first: {bad[0]}; "
+                f"ckpt_path={trainer.ckpt_path}). Resume from an earlier checkpoint, or start from finite weights"
+            )
         loader = trainer.train_dataloader
         if isinstance(loader, Loader) and getattr(loader.sampler, "num_replicas", 1) != ddp.world_size() > 1:
             raise ValueError(
@@ -101,15 +121,13 @@ class Watch(pl.Callback):
             self.name_collapse(trainer, "valid_rank_me", COLLAPSED_RANK, "1 is a single direction")
             self.name_skipped(trainer)
 
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.name_skipped(trainer)
+
     def name_skipped(self, trainer: pl.Trainer) -> None:
         """Unreadable files of this process's share."""
         datasets = [getattr(loader, "dataset", None) for loader in loaders(trainer)]
-        skipped = [path for dataset in datasets if hasattr(dataset, "skipped") for path in dataset.skipped()]
-        if len(skipped) > self.n_skipped:
-            self.n_skipped = len(skipped)
-            warnings.warn(
-                f"{len(skipped)} files could not be read and were skipped: {', '.join(skipped[:20])}", stacklevel=2
-            )
+        self.n_skipped = max(self.n_skipped, files.name_skipped(*datasets, already=self.n_skipped))
 
     def name_collapse(self, trainer: pl.Trainer, name: str, limit: float, meaning: str) -> None:
         value = float(trainer.callback_metrics.get(name, math.inf))
@@ -124,11 +142,12 @@ class Watch(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Training seeds torch anew at every step; what comes after it finds the seed of `pl.seed_everything` again."""
-        torch.set_rng_state(self.random_state)
+        if self.random_state is not None:
+            torch.set_rng_state(self.random_state)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Name the last file of a worker that died."""
-        torch.set_rng_state(self.random_state)
+        self.teardown(trainer, pl_module, "")
         try:
             self.name_last_file(trainer, exception)
         except RuntimeError:  # PyTorch, which raises once more as soon as it hears of the worker, wherever we are then
@@ -168,7 +187,19 @@ def share_seed(method: pl.LightningModule, device: torch.device) -> None:
         tensor.copy_(ddp.from_rank_zero(tensor.to(device)))
 
 
+def scores(names: list[str], x: Tensor, y: Tensor | None, train: tuple | None, probe_solver: str) -> Scores:
+    """Scores by `evaluation.evaluate`, all nan where embeddings are not finite: the training goes on, for early running
+    statistics of batch norm may be far off, and recover."""
+    try:
+        return evaluation.evaluate(names, x, y, train, probe_solver)
+    except NotFinite as error:
+        rank_zero_info(f"not evaluated: {error}")
+    blank = x.new_zeros(len(x), 1)  # has the same scores
+    train = None if train is None else (train[0].new_zeros(len(train[0]), 1), train[1])
+    return dict.fromkeys(evaluation.evaluate(names, blank, y, train, probe_solver), math.nan)
+
+
 def loaders(trainer: pl.Trainer) -> list:
     """Those that the Trainer has at hand."""
-    both = [trainer.train_dataloader, trainer.val_dataloaders]
-    return [one for some in both for one in (some if isinstance(some, list) else [some])]
+    all_of_them = [trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders]
+    return [one for some in all_of_them for one in (some if isinstance(some, list) else [some])]

@@ -14,10 +14,11 @@ import augmentations
 import encoders
 import layouts
 from data import DATASETS
-from image_folders import taken_along
+from foreign_paths import vetted, vetted_start
 from shared_params import OF_ONE_KIND, EncoderAndDataParams
 
 SHARED = {field.name for field in fields(EncoderAndDataParams)}
+OF_PRETRAINING = {"data_fraction"}  # not of the encoder: evaluations and linear stages take all labeled images
 GRAY = {"image_mean": [0.449], "image_std": [0.226]}  # ImageNet's constants, their means over the three channels
 
 
@@ -62,18 +63,23 @@ class Encoder(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized images [N, C, H, W] -> embeddings [N, E]."""
+        """Normalized images [N, C, H, W] -> embeddings [N, E]. Raises ValueError for integers."""
+        if not x.is_floating_point():
+            raise ValueError(f"images={x.dtype}: an encoder takes normalized floats. Pass uint8 images to embed()")
         return encoders.embed(self.model, x)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 images [N, C, H, W] of any size -> normalized floats of the encoder's size, whole images."""
+        """uint8 images [N, C, H, W] of any size -> normalized floats of the encoder's size, whole images. Raises
+        ValueError for images of another type or shape."""
         return augmentations.evaluation_view(images, self.params)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """uint8 images [N, C, H, W] of any size -> embeddings [N, E], float32, on the encoder's device."""
-        device = next(self.model.parameters()).device
-        return self(self.prepare(images.to(device))).float()
+        """uint8 images [N, C, H, W] of any size -> embeddings [N, E], float32, on the encoder's device. Raises
+        ValueError for images of another type or shape."""
+        augmentations.check_pixels(images, self.params.channels)
+        weight = next(self.model.parameters())
+        return self(self.prepare(images.to(weight.device)).to(weight.dtype)).float()
 
 
 def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, **overrides: Any) -> Encoder:
@@ -87,7 +93,8 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
         path_or_name: a file, or the name of an encoder whose published weights are wanted.
         encoder: your own module, if the encoder was one.
         overrides: fields of EncoderAndDataParams, such as encoder_arch, where the file does not say or says it wrong.
-            With another dataset_name, images keep the size and the constants of the pretraining.
+            With another dataset_name, images keep the size and the constants of the pretraining. Paths that the file
+            names are used only where foreign_paths.py says; pass data_path, splits_path, ... to use others.
 
     Raises:
         FileNotFoundError: there is no such file, and it is no name.
@@ -104,7 +111,7 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
     params = with_overrides(settings, overrides)
     model, _ = encoders.get_encoder(params, encoder)
     left_out = layouts.load(model, found, params.encoder_arch)
-    matched, started_from = len(model.state_dict()), found.started_from
+    matched, started_from = len(model.state_dict()), vetted_start(found.started_from, found.source)
     report = Report(found.source, found.layout, params.encoder_arch, matched, left_out, assumed, started_from)
     return Encoder(model, params, report)
 
@@ -112,10 +119,8 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
 def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """(settings as the file says them, else found out from its tensors or ImageNet's; in words what is not sure)."""
     if found.settings:
-        settings = {key: value for key, value in found.settings.items() if key in SHARED}
-        if settings.get("splits_path"):
-            settings["splits_path"] = taken_along(settings["splits_path"], Path(found.source).parent)
-        return {"stem_variant": found.stem_variant, **settings, "encoder_weights": None}, ""
+        settings = {key: value for key, value in found.settings.items() if key in SHARED - OF_PRETRAINING}
+        return {"stem_variant": found.stem_variant, **vetted(settings, found.source, overrides)}, ""
     settings, arch = {"dataset_name": "imagenet"}, overrides.get("encoder_arch")
     if arch != encoders.OWN_MODULE:
         settings |= attrs.asdict(architectures.find(found, arch))
@@ -156,7 +161,7 @@ def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> Encod
     if len(params.mean) == params.channels:  # not so where a loader of the user's yields other images than the data set
         explicit |= {"image_mean": list(params.mean), "image_std": list(params.std)}
     other = DATASETS.get(overrides.get("dataset_name"))
-    if other is not None and other.own is None and other.channels not in (1, params.channels):
+    if other is not None and not other.feeds(params.channels):
         raise ValueError(
             f"dataset_name={overrides['dataset_name']!r} has images of {other.channels} channels, the encoder takes "
             f"{params.channels}: choose another data set"

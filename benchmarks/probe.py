@@ -3,8 +3,9 @@
 Compared, on the same halves of the same features (made here: ten overlapping classes, few directions that matter, as
 encoders give them), each in a process of its own:
 
-- evaluation.linear_probe; scikit-learn's multinomial LogisticRegression, whose optimum it is; and OneVsRestClassifier
-  of LogisticRegression(solver="liblinear"), which the field's original used, on the features as they are
+- evaluation.linear_probe by scikit-learn's LogisticRegression, as in validation, and by our solver of the same optimum
+  (probe_solver="torch"); and OneVsRestClassifier of LogisticRegression(solver="liblinear"), which the field's original
+  used, on the features as they are
 - evaluation.knn (k = 20 and 200 at once); scikit-learn's KNeighborsClassifier, cosine and brute force, with the same
   weights: fitted once, asked once for each k
 - evaluation.rank_me; the singular values by numpy
@@ -25,6 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -63,14 +65,8 @@ def nothing(*_: Tensor) -> float:
     return 0.0
 
 
-def our_probe(*halves: Tensor) -> float:
-    return evaluation.linear_probe(*halves)["valid_class_acc"]
-
-
-def multinomial(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    train_x, test_x = (x.numpy() for x in evaluation.standardized(train_x, test_x))
-    classifier = LogisticRegression(C=0.01, max_iter=200, tol=1e-3).fit(train_x, train_y.numpy())
-    return 100 * classifier.score(test_x, test_y.numpy())
+def our_probe(*halves: Tensor, solver: str) -> float:
+    return evaluation.linear_probe(*halves, solver=solver)["valid_class_acc"]
 
 
 def one_versus_rest(*halves: Tensor) -> float:
@@ -103,8 +99,8 @@ def numpys_rank(train_x: Tensor, *_: Tensor) -> float:
 
 CONTESTANTS: dict[tuple[str, str], Score] = {
     ("-", "features alone"): nothing,
-    ("linear probe", "ours"): our_probe,
-    ("linear probe", "sklearn, multinomial"): multinomial,
+    ("linear probe", "ours, torch"): partial(our_probe, solver="torch"),
+    ("linear probe", "ours, sklearn"): partial(our_probe, solver="sklearn"),
     ("linear probe", "sklearn, one vs rest"): one_versus_rest,
     ("kNN", "ours"): our_knn,
     ("kNN", "sklearn"): neighbours_classifier,
@@ -115,7 +111,7 @@ CONTESTANTS: dict[tuple[str, str], Score] = {
 
 def measured(key: tuple[str, str], n: int, width: int, rounds: int, scored: int) -> tuple[float, float]:
     """(median seconds, score), in a process of its own; it is ended after LIMIT seconds of what is measured."""
-    warnings.simplefilter("ignore", ConvergenceWarning)
+    warnings.simplefilter("ignore", ConvergenceWarning)  # of liblinear
     run, halves = CONTESTANTS[key], list(evaluation.halves(*features(n, width)))
     run(*evaluation.halves(*features(40, 8)))  # imports, and threads that start
     if key[0] == "kNN":

@@ -1,6 +1,8 @@
 """What several tests share: the digits packed once, small settings, a quiet Trainer."""
 
+import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from checkpoints import Checkpoints
 from model_params import PRESETS
 
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and waiting threads slow others down
+
+HOLD = "import sys; from folder_lock import *; l = locked(Path(sys.argv[1])); l.__enter__(); print(1, flush=True); "
 
 LONG = int(os.environ.get("LONG", "1"))  # `make test-long`: that many times as many cases
 
@@ -60,6 +64,7 @@ def data_path(digits_path, monkeypatch, tmp_path):
     """Every test finds the digits, writes into its own folder, and starts from the same random state."""
     monkeypatch.setenv("DATA_PATH", str(digits_path))
     monkeypatch.chdir(tmp_path)
+    logging.getLogger("pytorch_lightning").setLevel(logging.INFO)  # programs and benchmarks make it quiet
     torch.manual_seed(0)
     return digits_path
 
@@ -93,3 +98,21 @@ def weights_after_two_epochs(trainer, tmp_path):
         return torch.cat([p.flatten() for p in model.state_dict().values()])
 
     return train
+
+
+@pytest.fixture
+def holder():
+    """holder(folder, code): another process that holds the lock of a folder and runs some code, until it is killed."""
+    started = []
+
+    def start(folder: Path, code: str = "") -> subprocess.Popen:
+        command = [sys.executable, "-c", f"{HOLD}{code}; time.sleep(60)".replace("; ;", ";"), str(folder)]
+        started.append(subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout.readline()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()

@@ -9,6 +9,7 @@ import torchvision.transforms as classic
 import torchvision.transforms.v2.functional as tv
 
 import augmentations
+import color_loops
 import image_loops
 import image_ops
 from augmentations import View, draw, draw_crops, generator
@@ -177,3 +178,19 @@ def test_evaluation_view_is_the_whole_image():
     resized = tv.resize(x / 255, [20, 20], antialias=True)
     ours = augmentations.evaluation_view(x, params)
     assert_close(ours, tv.normalize(resized, params.dataset.mean, params.dataset.std))
+
+
+def test_without_a_place_for_its_cache_numba_compiles_all_the_same(monkeypatch):
+    """As in a container whose code cannot be written, for a user without a home."""
+    from numba import njit
+
+    def without_place(function, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(function, **options)
+
+    monkeypatch.setattr(color_loops, "njit", without_place)
+    color_loops.say_uncached.cache_clear()
+    with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR") as said:
+        double, triple = (color_loops.compiled(function) for function in (lambda x: 2 * x, lambda x: 3 * x))
+    assert len(said) == 1 and (double(2), triple(2)) == (4, 6)

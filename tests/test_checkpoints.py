@@ -192,6 +192,13 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):
     assert checkpoints.read(newest(tmp_path / "run"))["global_step"] == 2
 
 
+def test_a_folder_that_another_training_uses_is_refused(method, trainer, tmp_path, holder):
+    holder(tmp_path / "run")
+    with pytest.raises(ValueError, match="run is in use by process"):
+        trainer(callbacks=[Checkpoints(tmp_path / "run")]).fit(method)
+    assert names(tmp_path / "run") == [".lock"]
+
+
 def test_weights_that_are_not_finite_are_not_saved(method, trainer, tmp_path):
     class Spoil(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):

@@ -20,6 +20,7 @@ import command_line
 import dry_run
 import milestones
 import progress
+import run_folder
 import train
 from gradient_norms import GradientNorms
 from moco import SelfSupervisedMethod
@@ -27,7 +28,7 @@ from model_params import PRESETS, ModelParams
 from run_options import RunOptions
 from tools import compare, report_runs
 
-pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore:save_best", "ignore::ResourceWarning")
 SMALL = "simclr --dataset_name digits --encoder_arch shufflenet_v2_x0_5 --batch_size 64 --dim 16 --mlp_hidden_dim 32"
 RUN = (
     f"{SMALL} --max_epochs 3 --limit_train_batches 2 --evaluations knn --seed 3 --save_best valid_knn20_acc,"
@@ -317,13 +318,62 @@ def test_a_run_that_cannot_go_on_by_other_settings_stays_as_it_was(
 
 def test_a_folder_or_checkpoint_that_cannot_be_is_refused_before_the_run_begins(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="error: out=file is a file: name a folder"):
+    with pytest.raises(SystemExit, match="error: out=file"):
         main(f"{SMALL} --out file", monkeypatch)
-    with pytest.raises(SystemExit, match="error: .*file/run"):
+    with pytest.raises(SystemExit, match="error: out=file/run"):
         main(f"{SMALL} --out file/run", monkeypatch)
     with pytest.raises(SystemExit, match="error: there is no file maybe"):
         main(f"{SMALL} --resume maybe --out new", monkeypatch)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["log.txt"]
+
+
+def test_a_folder_in_use_is_refused_before_any_work(monkeypatch, tmp_path, holder):
+    process = holder(tmp_path / "run")
+    with pytest.raises(SystemExit, match=f"error: .*run is in use by process {process.pid}"):
+        main(f"{SMALL} --out run", monkeypatch)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a process of the same run
+    with pytest.raises(SystemExit, match="there is no file maybe"):
+        main(f"{SMALL} --out run --resume maybe", monkeypatch)
+
+
+def test_a_finished_run_without_its_steps_is_kept(run, monkeypatch, tmp_path):
+    out = shutil.copytree(run, tmp_path / "copy")
+    for file in out.glob("pretraining/checkpoints/*.ckpt"):
+        file.unlink()
+    before = (out / "pretrained.ckpt").read_bytes()
+    with pytest.raises(SystemExit, match="holds an earlier run"):
+        main(RUN.format(out=out), monkeypatch)
+    assert (out / "pretrained.ckpt").read_bytes() == before
+    assert train.newest(out, "pretraining") == out / "pretrained.ckpt"  # --resume auto goes on with it
+
+
+def test_a_configuration_written_by_hand_is_kept(tmp_path):
+    text = "preset: simclr  # a note\n"
+    (tmp_path / "config.yaml").write_text(text)
+    run_folder.begin(tmp_path, "preset: simclr\n", ["train.py"])
+    run_folder.begin(tmp_path, "preset: simclr\n", ["train.py"])  # not kept once more
+    (kept,) = tmp_path.glob("config_by_hand_*.yaml")
+    assert kept.read_text() == text and (tmp_path / "config.yaml").read_text() == "preset: simclr\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", b"preset: [simclr"),
+        ("config.yaml", b"- 1"),
+        ("config.yaml", b"\xff"),
+        ("results.json", b"[1]"),
+        ("results.json", b"{"),
+        ("run.json", b"{}"),
+        ("run.json", b"[1]"),
+    ],
+)
+def test_a_file_of_a_run_that_cannot_be_read_is_named(name, content, tmp_path):
+    (tmp_path / "config.yaml").write_text("preset: simclr\n")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        compare.read(tmp_path)
 
 
 def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, monkeypatch, tmp_path):
@@ -375,10 +425,10 @@ def test_gradient_norms_are_those_of_torch():
 def test_an_unknown_figure_is_refused_once_all_are_known(epoch, known, refused, tmp_path):
     best = milestones.Best(tmp_path, "valid_knn20_acc")
     best.load_state_dict({"best": known})
-    trainer = SimpleNamespace(callback_metrics={"lr": torch.tensor(1.0)}, current_epoch=epoch)
-    module = SimpleNamespace(params=ModelParams(evaluate_every_n_epochs=5))
+    metrics = {"lr": torch.tensor(1.0)}
+    trainer = SimpleNamespace(callback_metrics=metrics, current_epoch=epoch, check_val_every_n_epoch=5)
     with pytest.raises(ValueError, match="choose one of lr") if refused else nullcontext():
-        best.on_train_epoch_end(trainer, module)
+        best.on_train_epoch_end(trainer, SimpleNamespace())
 
 
 def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
@@ -433,6 +483,29 @@ def test_compare_shows_exactly_what_differs_and_joins_seeds(run, tmp_path, capsy
     mean, deviation = statistics.mean((50, 53, 59)), statistics.stdev((50, 53, 59))
     shown = capsys.readouterr().out
     assert f"{mean:.4g} ± {deviation:.2g} (3)" in shown and "[1.0, 0.5]" in shown
+    assert "test labels (digits)" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "warned"),
+    [
+        ("valid_class_acc", "digits", True),
+        ("valid_knn20_acc_trainset", "cifar10", True),
+        ("valid_online_acc1:max", "imagenet", True),
+        ("train_class_acc", "stl10", True),
+        ("valid_rank_me", "digits", False),
+        ("valid_embedding_std_1", "digits", False),
+        ("step_train_loss", "digits", False),
+        ("valid_class_acc", "folder", False),
+    ],
+)
+def test_an_epoch_that_test_labels_choose_is_named(name, dataset, warned, tmp_path):
+    best, params = milestones.Best(tmp_path, name), ModelParams(dataset_name=dataset)
+    with pytest.warns(UserWarning, match="save_best") if warned else nullcontext():
+        best.on_train_start(None, SimpleNamespace(params=params, trains_on_own_data=True))
+    best.on_train_start(
+        None, SimpleNamespace(params=params, trains_on_own_data=False)
+    )  # validated on the user's images
 
 
 def test_compare_refuses_what_is_no_run_or_the_same_one(run, tmp_path):

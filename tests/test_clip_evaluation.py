@@ -371,7 +371,7 @@ def test_folders_without_videos_and_broken_ones(pretrained, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/a.png").touch()
     options = {"batch_size": 8, "num_workers": 0, "device": "cpu", "out": tmp_path / "f.parquet"}
-    with pytest.raises(ValueError, match="empty holds no videos, but other files: 1 .png"):
+    with pytest.raises(ValueError, match="empty holds no videos; passed over: 1 .png"):
         embed.embed(encoder_of(pretrained), tmp_path / "empty", **options)
     with pytest.raises(ValueError, match="digits is no folder of videos, which this encoder takes"):
         embed.embed(encoder_of(pretrained), "digits", **options)

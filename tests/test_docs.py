@@ -15,6 +15,7 @@ from PIL import Image
 
 import command_line
 import data
+from lars import NORMS_AND_BIASES
 from model_params import PRESETS, ModelParams
 from tools import curves
 
@@ -137,6 +138,22 @@ def test_methods_with_the_views_of_byol_have_them(name):
         assert [view.solarize_probability for view in params.views] == [0.0, 0.2]
         assert {view.saturation for view in params.views} == {0.2}
         assert params.zero_init_residual == params.encoder_arch.startswith("resnet")
+
+
+AUTHORS_SETTINGS = [  # preset, number of the settings in its block, values in the code of its authors
+    ("eqco", 0, {"mlp_normalization": "bn", "mlp_bias": False, "projection_mlp_last_normalization": "same"}),
+    ("sce", 1, {"exclude_matching_parameters_from_lars": NORMS_AND_BIASES, "loss_constant_factor": 0.5}),
+    ("moco_v3", 0, {"exclude_matching_parameters_from_lars": [], "prediction_mlp_last_normalization": "same"}),
+    ("moco_v3", 1, {"exclude_matching_parameters_from_lars": NORMS_AND_BIASES,
+                    "prediction_mlp_last_normalization": None, "projection_mlp_last_normalization": "same"}),
+    ("simclr", 0, {"weight_decay": 1e-6, "projection_mlp_layers": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "number", "expected"), AUTHORS_SETTINGS)
+def test_blocks_have_the_settings_of_their_authors(name, number, expected):
+    params = section_and_settings(name)[1][number]
+    assert {field: getattr(params, field) for field in expected} == expected
 
 
 # ---- troubleshooting.md ----

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import nn
 import data
 from moco import SelfSupervisedMethod
 from shared_params import EncoderAndDataParams
-from tools import contact_sheet, embed, embedding_work, feature_files, map_files, nearest
+from tools import commands, contact_sheet, curves, embed, embedding_work, feature_files, map_files, nearest
 from tools import map as maps
 from tools.image_sources import open_source
 from weights import Encoder, Report, load_encoder
@@ -152,10 +153,40 @@ def test_order_links_suffixes_and_what_is_passed_over(tmp_path):
     (folder / "a" / "up").symlink_to(folder)  # would lead round and round
     (folder / "linked").symlink_to(folder / "a-b")
     source = open_source(folder)
-    expected = ["a-b/1.png", "a/1.png", "a/Ä.webp", "b.gif", "linked/1.png", "x.PNG", "é/deep/1.bmp"]
-    assert source.paths() == expected and source.others == "1 .txt"
+    expected = ["a-b/1.png", "a/1.png", "a/Ä.webp", "b.gif", "x.PNG", "é/deep/1.bmp"]
+    assert source.paths() == expected
+    counts = {reason: n for reason, (n, _) in source.passed_over.items()}
+    assert counts == {".txt": 1, "hidden": 2, "links to folders that are used already": 2}
     embed.embed(tiny(), folder, tmp_path / "f.parquet", device="cpu")
     assert embed.read(tmp_path / "f.parquet")[0] == expected
+
+
+def test_arrays_are_embedded_as_they_are_read_in_training_and_shown(tmp_path):
+    """Whatever the encoder was trained on, from files and from a shard; five channels, floats beyond 1."""
+    rng = np.random.default_rng(0)
+    arrays = {f"{label}/{i}.npy": rng.normal(size=(5, 20, 30)).astype(np.float32) for label in "ab" for i in range(4)}
+    for name, pixels in arrays.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "set" / name, pixels)
+    shutil.make_archive(str(tmp_path / "train"), "tar", tmp_path / "set", ".")
+    p = EncoderAndDataParams(
+        encoder_arch="module", dataset_name="folder", data_path=str(tmp_path / "set"), in_channels=5,
+        transform_crop_size=16, pixel_range=[-3, 3], val_size=0, test_size=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    encoder = with_report(nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(20, 6)), p, "five")
+    images = torch.stack([image for image, _ in data.get_dataset(p, ("train",))])
+    for root, prefix in ((tmp_path / "set", ""), (tmp_path / "train.tar", "train.tar/")):
+        out = tmp_path / "f.parquet"
+        embed.embed(encoder, root, out, device="cpu", num_workers=0, overwrite=True)
+        paths, found, labels = embed.read(out)
+        assert paths == [f"{prefix}{name}" for name in arrays]
+        np.testing.assert_allclose(found, encoder.embed(images), atol=1e-6)
+        source = open_source(str(root))
+        assert source.picture(paths[0]).size == (30, 20) and source.picture(paths[0], side=8).mode == "RGB"
+    nearest.nearest_sheet(out, paths[:1], tmp_path / "n.png", k=2)
+    page = map_files.as_html(map_files.Map("", "", paths, np.zeros((8, 2)), np.zeros(8, int), ["a"]), source, 10**6)
+    assert page.count("data:image/jpeg;base64,") == 8
 
 
 @pytest.mark.parametrize(
@@ -336,7 +367,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(photos, checkpoint, tmp_path,
     assert "is no Parquet file" in run_command(monkeypatch, embed, *arguments)
     broken = tiny()
     broken.model[0].bias[0] = torch.nan
-    with pytest.raises(ValueError, match="is not finite"):
+    with pytest.raises(ValueError, match="not finite"):
         embed.embed(broken, photos, tmp_path / "g.parquet", device="cpu")
 
 
@@ -516,3 +547,26 @@ def test_the_page_works_in_a_browser(features, tmp_path):
         browser.run("$('pictures').click()")
         browser.settle()
         assert browser.errors == [] and all(url.startswith(("file:", "data:")) for url in browser.requests)
+
+
+NAMES = ["$x_$", "100%_$", "line\nbreak", "_hidden", "<b>&amp;", "n" * 3000, "\u05e9\u05dc\u05d5\u05dd", "a\x00\udc80"]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_class_or_run_is_shown_as_it_is(name, tmp_path, monkeypatch):
+    """On the map, its page, the curves and the contact sheet; the line break as a space."""
+    shown = []
+    monkeypatch.setattr(map_files.plt, "close", shown.append)
+    points = np.random.default_rng(0).random((6, 2))
+    found = map_files.Map(name, name, [name] * 6, points, np.array([0, 1] * 3), [name, "other"])
+    map_files.draw(found, None, tmp_path / "map.png")
+    map_files.page(found, None, tmp_path / "map.html")
+    curve = {"step_train_loss": (np.arange(3), np.arange(3))}
+    curves.draw({name: curve, "other": curve}, tmp_path / "curves.png")
+    for figure in shown:
+        assert len(figure.legends[0].get_texts()) == 2
+        map_files.plt.figure(figure).clear()
+    tile = contact_sheet.Tile(Image.new("RGB", (8, 8)), name, "0.9", (name,))
+    assert contact_sheet.contact_sheet([(tile, [tile])]).width > 100
+    assert commands.in_one_line("line\nbreak") == "line break"

@@ -7,7 +7,9 @@ from torch import nn
 
 import encoders
 import ws_resnet
+from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from weights import load_encoder
 
 
 def build(name, size=32, **fields):
@@ -102,7 +104,7 @@ def test_weights_from_a_file_with_and_without_classifier(tmp_path):
     for key, value in source.state_dict().items():
         assert torch.equal(encoder.state_dict()[key], value) and torch.equal(twin.state_dict()[key], value)
     torch.save({"conv1.weight": source.conv1.weight.detach()}, tmp_path / "part.pt")
-    with pytest.raises(ValueError, match=r"encoder_weights=.*part.pt. does not fit resnet18: .*missing: bn1.weight"):
+    with pytest.raises(ValueError, match=r"encoder_weights=.*part.pt. .*missing: bn1.weight"):
         build("resnet18", size=64, encoder_weights=str(tmp_path / "part.pt"))
 
 
@@ -148,6 +150,22 @@ def test_timm_where_it_is_installed():
         assert encoder.eval()(torch.zeros(1, 1, 64, 64)).shape == (1, width)
         with pytest.raises(ValueError, match="Nearest: .*resnet10t"):
             ModelParams(encoder_arch="timm:resnet10")
+
+
+def test_timms_vit_is_built_for_the_size_of_the_images(tmp_path):
+    """By name, from a checkpoint's settings, and from tensors alone, whose positions say the size."""
+    pytest.importorskip("timm")
+    fields = {"encoder_arch": "timm:vit_tiny_patch16_224", "dataset_name": "stl10"}
+    model = SelfSupervisedMethod(**fields, K=64, seed=0)
+    assert model.hparams.embedding_dim == 192 and model.model.built_for == {"img_size": 96}
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "own.ckpt")
+    torch.save(model.model.state_dict(), tmp_path / "bare.pt")
+    images = torch.randint(255, (2, 3, 96, 96), dtype=torch.uint8)
+    own, bare = load_encoder(tmp_path / "own.ckpt"), load_encoder(tmp_path / "bare.pt")
+    assert bare.params.crop_size == 96 and bare.params.encoder_arch.startswith("timm:vit_tiny")
+    assert own.embed(images).shape == bare.embed(images).shape == (2, 192)
+    with pytest.raises(ValueError, match="pos_embed"):
+        load_encoder(tmp_path / "own.ckpt", transform_crop_size=64)
 
 
 def clips(name, size=16, frames=4, **fields):

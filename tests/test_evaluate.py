@@ -79,6 +79,24 @@ def test_what_is_there_is_not_run_again_unless_something_changed(checkpoint, mon
         evaluate_checkpoint(checkpoint, ["uniformity"])
 
 
+def test_two_evaluations_at_once_keep_each_others_runs(tmp_path):
+    def run(protocol: str, **parts) -> dict:
+        names = {"encoder": "trained", "dataset": "digits", "seed": 0, "seen": {}, "hash": "h", "key": protocol}
+        told = {"scores": {"acc": 1.0}, "seconds": 1, "definition": "", "source": ""}
+        return {"protocol": protocol, **names, **told, **parts}
+
+    first, second = results.Results(tmp_path), results.Results(tmp_path)
+    for one in (first, second):
+        one.begin("digits", {"encoders": {}, "versions": {}, "seen": {}, "training": {"max_epochs": 2}})
+    first.add(run("knn"))
+    second.add(run("linear", training={"max_epochs": 1}))
+    first.add(run("linear", training={"max_epochs": 2}))
+    second.add()
+    found = results.Results(tmp_path)
+    assert [one["protocol"] for one in found.runs] == ["knn", "linear", "linear"]
+    assert [one["protocol"] for one in found.shown("digits")] == ["knn", "linear"]  # as it was trained this time
+
+
 def test_a_killed_evaluation_goes_on_where_it_was(checkpoint, monkeypatch, tmp_path):
     whole = evaluate_checkpoint(checkpoint, QUICK, out=tmp_path / "whole")
     calls, run = [], PROTOCOLS["uniformity"].run

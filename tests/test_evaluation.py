@@ -6,6 +6,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import evaluation
+from moco import SelfSupervisedMethod
 
 
 @pytest.fixture
@@ -39,8 +40,9 @@ def test_linear_probe_is_scikit_learns_pipeline(blobs):
     assert found["valid_class_acc"] > 50
 
 
+@pytest.mark.parametrize("solver", evaluation.PROBE_SOLVERS)
 @pytest.mark.parametrize("n, width, n_classes", [(400, 30, 2), (900, 40, 7), (60, 200, 4)])
-def test_linear_probe_finds_scikit_learns_optimum(n, width, n_classes):
+def test_linear_probe_finds_scikit_learns_optimum(n, width, n_classes, solver):
     """Of two classes, of many, and of more features than images; labels with gaps, under Lightning's inference mode."""
     y = torch.randint(n_classes, (n,)) * 3 - 1
     x = torch.randn(n, width) + torch.randn(n_classes, width)[(y + 1) // 3] * 0.3
@@ -48,9 +50,31 @@ def test_linear_probe_finds_scikit_learns_optimum(n, width, n_classes):
     fit_x, score_x = (part.double().numpy() for part in evaluation.standardized(sets[0], sets[2]))
     reference = LogisticRegression(C=0.01, max_iter=5000, tol=1e-9).fit(fit_x, sets[1].numpy())
     with torch.inference_mode():
-        found = evaluation.linear_probe(*sets)
+        found = evaluation.linear_probe(*sets, solver=solver)
     assert found["train_class_acc"] == pytest.approx(100 * reference.score(fit_x, sets[1].numpy()), abs=0.6)
     assert found["valid_class_acc"] == pytest.approx(100 * reference.score(score_x, sets[3].numpy()), abs=0.6)
+
+
+def test_both_solvers_of_the_probe_give_the_same_accuracy():
+    """Of features as an encoder gives them, whose directions differ much in strength."""
+    y = torch.randint(10, (4000,))
+    x = (torch.randn(4000, 40) + torch.randn(10, 40)[y] * 0.4) / torch.arange(1, 41).sqrt()
+    x = (x @ torch.randn(40, 100) + 0.2 * torch.randn(4000, 100)).relu()
+    by_sklearn, by_torch = (evaluation.evaluate(["linear_probe"], x, y, None, name) for name in ("sklearn", "torch"))
+    assert by_sklearn == pytest.approx(by_torch, abs=0.2) and 40 < by_torch["valid_class_acc"] < 95
+
+
+def test_validation_fits_scikit_learns_probe_unless_the_field_says_otherwise(small, trainer, monkeypatch):
+    asked = []
+    for name, solve in evaluation.PROBE_SOLVERS.items():
+        counted = lambda *sets, name=name, solve=solve: asked.append(name) or solve(*sets)  # noqa: E731
+        monkeypatch.setitem(evaluation.PROBE_SOLVERS, name, counted)
+    for settings in ({}, {"probe_solver": "torch"}):
+        model = SelfSupervisedMethod(small(evaluations=["linear_probe"], evaluate_every_n_epochs=2, **settings))
+        trainer(max_epochs=3).fit(model)
+    assert asked == ["sklearn", "torch"]  # in the second of three epochs
+    with pytest.raises(ValueError, match="probe_solver='numpy'"):
+        small(probe_solver="numpy")
 
 
 def test_logistic_regression_has_scikit_learns_weights():

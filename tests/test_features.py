@@ -1,4 +1,6 @@
+import attrs
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -59,7 +61,7 @@ def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
     def must_not(*_):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(Tiny, "forward", must_not)
+    monkeypatch.setattr(Encoder, "forward", must_not)
     again = extract(e, data_params(e), ("test",), tmp_path, stages=True)
     assert torch.equal(first.x, again.x) and torch.equal(first.y, again.y)
     assert all(torch.equal(first.stages[name], again.stages[name]) for name in features.STAGES)
@@ -87,7 +89,47 @@ def test_everything_that_features_depend_on_changes_the_name(tmp_path, digits_pa
     assert name(encoder()) == name(encoder(batch_size=7, num_data_workers=0)) == names[0]
 
 
-def test_a_killed_extraction_leaves_nothing_that_looks_like_features(tmp_path, monkeypatch):
+def test_a_setting_is_part_of_the_name_unless_it_is_listed():
+    @attrs.frozen(kw_only=True)
+    class Later(EncoderAndDataParams):
+        added: int = 0
+
+    assert features.settings(Later()) != features.settings(Later(added=1))
+    names = {field.name for field in attrs.fields(EncoderAndDataParams)}
+    assert set(features.UNUSED) <= names
+    first, other = ({"dataset_name": "folder", "pixel_range": [0, top]} for top in (1, 2))
+    assert features.settings(EncoderAndDataParams(**first)) != features.settings(EncoderAndDataParams(**other))
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool, dtype=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.pool, self.dtype = nn.Conv2d(1, 4, 3), pool, dtype
+
+    def forward(self, x):
+        return self.pool(self.layer(x.to(self.dtype or x.dtype)).flatten(2))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_what_forward_does_is_part_of_an_own_encoders_hash(dtype):
+    params = encoder().params
+
+    def hash_of(pool) -> str:
+        return features.encoder_hash(Encoder(Pooled(pool, dtype), params, Report("", "", "module", 2, ())))
+
+    mean, largest = (lambda x: x.mean(2)), (lambda x: x.amax(2))
+    assert hash_of(mean) == hash_of(mean) != hash_of(largest)
+
+
+def test_a_full_disk_is_named_and_leaves_no_features(tmp_path):
+    rows = ({"x": torch.ones(100, 64), "y": torch.ones(100)} for _ in range(10))
+    with processes.full_disk(50_000), pytest.raises(OSError, match="abc could not be written"):
+        features.write(tmp_path / "abc", 1000, rows, 10, "features")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_extraction_leaves_nothing(tmp_path, monkeypatch):
     e, calls = encoder(), []
     whole = extract(e, data_params(e), ("train",), tmp_path / "whole").x
 
@@ -100,7 +142,7 @@ def test_a_killed_extraction_leaves_nothing_that_looks_like_features(tmp_path, m
     monkeypatch.setattr(e, "embed", killed)
     with pytest.raises(KeyboardInterrupt):
         extract(e, data_params(e), ("train",), tmp_path / "cache")
-    assert [path.name.startswith(".") for path in (tmp_path / "cache").iterdir()] == [True]
+    assert not list((tmp_path / "cache").iterdir())
     assert torch.equal(extract(e, data_params(e), ("train",), tmp_path / "cache").x, whole)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    ["device", "whole_files"],
+    ["device", "folder_lock", "whole_files", "program", "file_search", "class_labels", "numerics"],
     [
         "ddp",
         "schedules",
@@ -47,7 +47,7 @@ FLOORS = [
         "video_params",
         "image_folders",
     ],
-    ["image_loops", "watch", "encoders", "probes", "shard_names", "arrow_images"],
+    ["image_loops", "watch", "encoders", "probes", "shard_names", "arrow_images", "foreign_paths"],
     ["augmentations", "tar_shards"],
     ["image_files", "architectures", "channel_statistics"],
     ["decoders", "own_images"],
@@ -66,7 +66,7 @@ FLOORS = [
         "learning_rate",
         "run_folder",
     ],
-    ["subject", "command_line", "dry_run", "progress", "baselines"],
+    ["subject", "command_line", "dry_run", "progress", "baselines", "preflight"],
     ["protocols"],
     ["demo", "train", "train_blog", "evaluate"],
 ]

@@ -2,7 +2,10 @@
 
 import os
 import re
+import shutil
 import signal
+import tarfile
+from functools import partial
 
 import attrs
 import numpy as np
@@ -12,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from test_own_data import params as own_data
 from torch import nn
 
 import data
@@ -20,6 +24,7 @@ from augmentations import View
 from image_files import ImageFiles, class_folders, read_image
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
+from tools.image_sources import Batches, open_source
 from video_files import in_class_folders
 
 RAMP = np.linspace(0, 255, 40 * 30).reshape(40, 30).astype(np.uint8)
@@ -258,15 +263,63 @@ def test_a_large_truncated_jpeg_is_named_too(tmp_path):
             ImageFiles(tmp_path, 3, 16, views, seed=0, skip_unreadable=True)[0]
 
 
-def test_classes_that_differ_from_those_of_training_are_refused(tmp_path):
-    """torchvision's ImageFolder would number them anew, and every score would be wrong without a word."""
-    for split, names in {"train": "abc", "val": "ac", "other": "xy"}.items():
+def test_class_folders_are_numbered_by_those_of_train(tmp_path):
+    """torchvision's ImageFolder would number each split by itself, and every score would be wrong without a word."""
+
+    def make(split: str, *names: str) -> None:
+        shutil.rmtree(tmp_path / split, ignore_errors=True)
         for name in names:
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / split / name / "0.png")
-    with pytest.raises(ValueError, match="val and its neighbour train have not the same class folders: b only in one"):
-        class_folders(tmp_path / "val")
-    with pytest.raises(ValueError, match="have not the same class folders: b only in one"):
-        in_class_folders(tmp_path / "val", of_frames=True)
-    assert [label for _, label in class_folders(tmp_path / "train")] == [0, 1, 2]
-    assert len(class_folders(tmp_path / "other")) == 2  # labels of their own: train is something else
+            (tmp_path / split / name / "frames").mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / split / name / "frames" / "0.png")
+
+    def labels(split: str) -> list[int]:
+        found = [[label for _, label in read(tmp_path / split)] for read in (class_folders, frames)]
+        assert found[0] == found[1]
+        return found[0]
+
+    frames = partial(in_class_folders, of_frames=True)
+    make("train", "ant", "bee", "café")
+    assert labels("train") == [0, 1, 2]
+    make("val", "ant", "cafe\u0301")  # a class may be missing, and macOS decomposes accents
+    assert labels("val") == [0, 2]
+    for name, message in (("all", "'all'"), ("Bees", "'Bees' .nearest: 'bee'"), ("000", "'000'")):
+        make("val", "ant", name)
+        for read in (class_folders, frames):
+            with pytest.raises(ValueError, match=f"val has classes that train lacks, 1 of 2: {message}"):
+                read(tmp_path / "val")
+    shutil.rmtree(tmp_path / "train")
+    assert labels("val") == [0, 1]  # nothing to compare with: in alphabetical order
+
+
+@pytest.mark.parametrize("side", [12, 40])  # up to twice the limit, and beyond: Pillow treats them differently
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.npy"])
+def test_one_limit_of_pixels_for_all_readers_before_decoding(name, side, tmp_path, monkeypatch):
+    path = tmp_path / "train" / "c" / name
+    path.parent.mkdir(parents=True)
+    pixels = np.zeros((side, side, 3), np.uint8)
+    np.save(path, pixels) if name == "a.npy" else Image.fromarray(pixels).save(path)
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(path, f"c/{name}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    views = [View(crop_size=4)] * 2
+    pages = {"a.tif": [None, [0, 255]], "a.npy": [[0, 255]]}.get(name, [None])
+    for pixel_range in pages:
+        for root in (tmp_path / "train", tmp_path / "train.tar"):
+            p = own_data(root, pixel_range=pixel_range, val_size=0, test_size=0)
+            for of_training in (views, []):
+                with pytest.raises(ValueError, match="more than 100 pixels"):
+                    data.get_dataset(p, ("train",), of_training)[0]
+            source = open_source(str(root))
+            _, images, unreadable = Batches(source, p).__getitems__(source.paths())
+            assert images is None and "more than 100 pixels" in next(iter(unreadable.values()))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert data.get_dataset(p, ("train",))[0][0].shape == (3, 32, 32)
+
+
+def test_a_header_that_lies_about_its_size_is_refused_before_memory_is_taken(tmp_path):
+    path = tmp_path / "c" / "a.npy"
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6, 3)})
+    with pytest.raises(ValueError, match="a.npy could not be read as an image .*pixels"):
+        data.get_dataset(own_data(tmp_path, val_size=0, test_size=0), ("train",))[0]

@@ -20,12 +20,16 @@ from torchvision.datasets import ImageFolder
 import checkpoints
 import data
 import evaluate
+import features
+import own_images
 import train
 from evaluate import runnable
+from image_folders import check_settings
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
-from shared_params import n_classes
+from own_data_params import OwnDataParams
+from shared_params import EncoderAndDataParams, n_classes
 from weights import load_encoder
 
 SIDE = 40
@@ -117,7 +121,7 @@ def test_lists_of_paths_and_labels(photos, tmp_path, separator):
     (copy / "train.txt").write_text(f"china/the first one.png{separator}7\nflower/00.png{separator}3\n\n")
     (copy / "test.txt").write_text(f"flower/01.png{separator}3\n")
     assert three(params(copy)) == [
-        {"china/the first one.png": 7, "flower/00.png": 3}, {"flower/01.png": 3}, {"flower/01.png": 3}
+        {"china/the first one.png": 1, "flower/00.png": 0}, {"flower/01.png": 0}, {"flower/01.png": 0}
     ]  # fmt: skip
     (copy / "train.txt").write_text(f"china/01.png{separator}oak\nflower/00.png{separator}ash\n")
     (copy / "test.txt").write_text(f"flower/01.png{separator}oak\n")
@@ -180,8 +184,8 @@ def test_class_to_idx(photos, tmp_path):
     for given in ({"flower": 0, "china": 5}, str(file), ["flower=0", "china=5"]):
         p = params(photos, class_to_idx=given)
         assert p.class_to_idx == ["flower=0", "china=5"]
-        assert listed(p)["china/00.png" if "china/00.png" in listed(p) else "china/01.png"] == 5
-        assert set(listed(p).values()) == {0, 5} and n_classes(p) == 6
+        assert listed(p)["china/00.png" if "china/00.png" in listed(p) else "china/01.png"] == 1
+        assert set(listed(p).values()) == {0, 1} and n_classes(p) == 2
     with pytest.raises(ValueError, match="class_to_idx has no number for flower"):
         listed(params(photos, class_to_idx={"china": 0}))
 
@@ -192,6 +196,21 @@ def test_fraction_is_stratified_nested_and_of_training_images_only(photos):
     counts = np.bincount(list(listed(whole).values()))
     assert np.bincount(list(listed(half).values())).tolist() == [count // 2 for count in counts]
     assert three(half)[1:] == three(whole)[1:]
+
+
+def test_the_fraction_of_a_pretraining_leaves_the_labels_of_evaluations_alone(photos, trainer, tmp_path):
+    p = params(photos, data_fraction=0.2, evaluations=["rank_me"], probe_on_training_set=True)
+    model, fit = SelfSupervisedMethod(p), trainer(limit_val_batches=1.0)
+    fit.fit(model)
+    assert len(fit.train_dataloader.dataset) == len(listed(p)) < len(listed(params(photos)))
+    assert len(fit.val_dataloaders[1].dataset) == len(listed(params(photos)))
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    encoder = load_encoder(tmp_path / "x.ckpt")
+    assert features.data_params(encoder).data_fraction == 1
+    assert features.data_params(encoder, data_fraction=0.5).data_fraction == 0.5
+    assert LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt").params.data_fraction == 1
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt", data_fraction=0.5)
+    assert linear.params.data_fraction == 0.5
 
 
 def test_splits_are_written_once_and_reused(tmp_path):
@@ -260,9 +279,14 @@ AB = {"class_to_idx": {"a": 5, "b": 2}}
         ("\ufeffchina/01.png\tb\nflower/00.png\ta\n", "flower/01.png a", {}, [1, 0, 0]),
         (f"{TWO}china/01.png\n", "flower/01.png", {}, [0, 1, 1]),
         ("flower/00.png 7", "flower/01.png 7", {"labels_from": None}, [-1, -1]),
-        ("china/01.png 4\nflower/00.png 3", "flower/01.png", {}, [4, 3, -1]),
-        ("flower/00.png a", "flower/01.png b", AB, [5, 2]),
-        ("flower/00.png 5", "flower/01.png 2", AB, [5, 2]),
+        ("china/01.png 4\nflower/00.png 3", "flower/01.png", {}, [1, 0, -1]),
+        ("china/01.png 20240101\nflower/00.png 7", "flower/01.png 7", {}, [1, 0, 0]),
+        ("china/01.png b\nflower/00.png a", "flower/01.png b", AB, [0, 1, 0]),
+        ("china/01.png 2\nflower/00.png 5", "flower/01.png 2", AB, [0, 1, 0]),
+        ("china/01.png cat\nflower/00.png Cats", "flower/01.png cat", {"class_to_idx": ["cat=3", "Cats=3"]}, [0, 0, 0]),
+        ("china/01.png café\nflower/00.png a", "flower/01.png cafe\u0301", {}, [1, 0, 1]),
+        ("china/01.png cat\nflower/00.png dog", "flower/01.png Cats", {}, "val has .* 1 of 1: 'Cats' .nearest: 'cat'"),
+        ("china/01.png 1\nflower/00.png 2", "flower/01.png 3", {}, "val has classes that train lacks, 1 of 1: '3'"),
         (TWO, "flower/01.png", {"exclude_patterns": ["china/*"]}, [0, 0]),
         (
             "china/01.png 0\nflower/00.png rose",
@@ -301,6 +325,13 @@ def test_a_file_of_the_users_may_be_called_as_that_of_the_settings(photos, tmp_p
     (tmp_path / "train.txt").write_text("china/01.png\nflower/00.png\n")
     (tmp_path / "val.txt").write_text("flower/01.png\n")
     assert listed(params(photos, splits_path=str(tmp_path))) == {"china/01.png": 0, "flower/00.png": 1}
+
+
+def test_lists_know_every_setting_that_is_not_of_another_place():
+    others = {"data_path", "splits_path", "pixel_range", "data_fraction"}
+    names = {field.name for field in attrs.fields(OwnDataParams)}
+    assert set(own_images.settings(EncoderAndDataParams(dataset_name="folder"))) == names - others
+    check_settings(Path(), {"val_size": 0.1}, {"val_size": 0.1, "image_key": "jpg"})  # lists of an earlier version
 
 
 def test_a_list_that_is_not_in_utf_8_is_named(photos, tmp_path):

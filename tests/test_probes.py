@@ -84,7 +84,7 @@ def test_one_label_a_class_is_this_logistic_regression(digits, monkeypatch):
     monkeypatch.setattr(probes, "FEW_LABELS", (1,))
     found = probes.few_labels(*digits, seed=0)
     assert found["labels1_acc1"] == pytest.approx(np.mean(scores), abs=0.3)
-    assert found["labels1_acc1_std"] == pytest.approx(np.std(scores), abs=0.3)
+    assert found["labels1_acc1_std"] == pytest.approx(np.std(scores, ddof=1), abs=0.3)
 
 
 def test_low_shot_svms_are_those_of_their_draws(digits, monkeypatch):
@@ -95,7 +95,10 @@ def test_low_shot_svms_are_those_of_their_draws(digits, monkeypatch):
     train_x, train_y, test_x, test_y = digits
     draws = [probes.subsets.stratified(train_y.numpy(), per_class=4, seed=seed) for seed in (4, 5)]
     scores = [svm.svm(train_x[rows], train_y[rows], test_x, test_y)["acc1"] for rows in draws]
-    assert found["shot4_acc1"] == pytest.approx(np.mean(scores)) and found["shot4_acc1_std"] > 0
+    assert found["shot4_acc1"] == pytest.approx(np.mean(scores)) and found["shot4_acc1_std"] == pytest.approx(
+        np.std(scores, ddof=1)
+    )
+    assert probes.mean_and_deviation("acc1", [50.0]) == {"acc1": 50.0}
     assert found["shot1_acc1"] < found["shot4_acc1"]
 
 

@@ -41,7 +41,9 @@ def test_train_blog_writes_rows_table_and_figure_and_skips_what_is_finished(monk
     assert [(row["config"], row["seed"]) for row in rows] == [("base", "0"), ("base", "1")]
     assert all(0 < float(row["accuracy"]) <= 100 for row in rows)
     steps = np.genfromtxt(
-        tmp_path / "blog" / "digits_shufflenet_v2_x0_5_1epochs" / "base_1" / "metrics.csv", delimiter=",", names=True
+        tmp_path / "blog" / "digits_shufflenet_v2_x0_5_1epochs_quick" / "base_1" / "metrics.csv",
+        delimiter=",",
+        names=True,
     )
     logged = steps["step_pos_cos"][~np.isnan(steps["step_pos_cos"])]
     assert len(logged) == 20 and float(rows[1]["pos_cos"]) == pytest.approx(logged[-1], abs=1e-3)
@@ -54,6 +56,12 @@ def test_train_blog_writes_rows_table_and_figure_and_skips_what_is_finished(monk
     run(train_blog, monkeypatch, *options, "--seeds", 0, 1)
     assert capsys.readouterr().out.count("finished before") == 2
     assert len((tmp_path / "blog" / "results.csv").read_text().splitlines()) == 3
+
+
+def test_one_seed_of_the_blog_has_no_deviation():
+    row = {"config": "base", "accuracy": "34.8", "pos_cos": "0.226", "neg_cos": "0.225"}
+    assert "| base | 34.8 | 57.7 | 0.226 | 0.225 | 1 |" in train_blog.table([row])
+    assert "34.8 ± 0.0" in train_blog.table([row, row])
 
 
 def test_the_blogs_configurations_differ_as_its_table_says():

@@ -280,7 +280,8 @@ def other_ways(rank: int, folder: str) -> dict:
     fit(Checkpoints(f"{folder}/b"), fast_dev_run=True)
     found["fast_dev_run"] = newest(f"{folder}/b")
     found["overfit"] = fit(overfit_batches=2).global_step
-    steps = fit(Checkpoints(f"{folder}/c", 1, keep=99), limit_val_batches=1, val_check_interval=3)
+    often = {"limit_val_batches": 1, "val_check_interval": 3, "check_val_every_n_epoch": None}
+    steps = fit(Checkpoints(f"{folder}/c", 1, keep=99), **often)
     found["saved"] = sorted(int(path.stem[5:]) for path in Path(f"{folder}/c").glob("*.ckpt"))
     return found | {"steps": steps.global_step}
 

@@ -54,9 +54,11 @@ def sce_by_hand(q, k, queue, relational_set, T, target_T, coefficient):
         others = [k[m] for m in range(N) if m != n] if SETS[relational_set][1] else []
         others = others + (list(queue) if SETS[relational_set][0] else [])
         weights = [math.exp(k[n] @ c / target_T) for c in others]
-        target = [coefficient] + [(1 - coefficient) * w / sum(weights) for w in weights]
-        exponentials = [math.exp(q[n] @ c / T) for c in (k[n], *others)]
-        for c, t, e in zip((k[n], *others), target, exponentials, strict=True):
+        candidates, target = others, [(1 - coefficient) * w / sum(weights) for w in weights]
+        if coefficient > 0:  # ReSSL leaves the own key out
+            candidates, target = [k[n], *candidates], [coefficient, *target]
+        exponentials = [math.exp(q[n] @ c / T) for c in candidates]
+        for c, t, e in zip(candidates, target, exponentials, strict=True):
             p = e / sum(exponentials)
             loss -= t * math.log(p) / N
             gradient[n] += (p - t) * c / T / N
@@ -85,19 +87,41 @@ def test_coefficient_1_is_info_nce(vectors, relational_set):
         assert torch.allclose(a, b, atol=1e-14)
 
 
-def test_coefficient_0_is_ressl_and_the_ceiling(vectors):
-    """The paper's proposition 1: with coefficient 0, the cross entropy of the relations to the others (ReSSL,
-    https://arxiv.org/abs/2107.09282, equation 5), and -log of the share that the others have beside the own key."""
+def ressl_and_ceiling(q, k, queue, T, target_T):
+    """ReSSL's loss as its authors' code has it (softmax of the queue's columns alone), and -log of the probability that
+    the query gives to the queue when its own key is a candidate, too."""
+    relations, online = (k @ queue.T / target_T).softmax(1).detach(), q @ queue.T / T
+    of_queue = online.logsumexp(1)
+    ceiling = torch.logaddexp(of_queue, (q * k).sum(1) / T) - of_queue
+    return -(relations * online.log_softmax(1)).sum(1).mean(), ceiling.mean()
+
+
+@pytest.mark.parametrize("fields", [{"sce_coefficient": 0.0}, {"sce_coefficient": 0.5}])
+def test_coefficient_0_is_the_loss_of_ressls_authors(vectors, fields):
+    """Whether 0 is the setting or the value that a schedule has at this step."""
     q, k, queue = vectors
-    found = losses.get_loss(settings("queue", T=0.1, sce_target_T=0.04, sce_coefficient=0.0))(q, k, queue)["loss"]
-    relations, online = (k @ queue.T / 0.04).softmax(1).detach(), q @ queue.T / 0.1
-    ressl = -(relations * online.log_softmax(1)).sum(1).mean()
-    of_others = online.exp().sum(1)
-    ceiling = -(of_others / (of_others + ((q * k).sum(1) / 0.1).exp())).log().mean()
-    expected = ressl + ceiling
+    loss = losses.get_loss(settings("queue", T=0.1, sce_target_T=0.04, **fields), sce_coefficient=0.0)
+    found, expected = loss(q, k, queue)["loss"], ressl_and_ceiling(q, k, queue, 0.1, 0.04)[0]
     assert found.item() == pytest.approx(expected.item(), abs=1e-12)
-    for a, b in zip(torch.autograd.grad(found, (q, k)), torch.autograd.grad(expected, (q, k)), strict=True):
-        assert torch.allclose(a, b, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(x, (q, k), allow_unused=True) for x in (found, expected))
+    assert torch.allclose(ours[0], theirs[0], atol=1e-12)
+    assert theirs[1] is None and not ours[1].any()  # the own key has no part in it
+
+
+def test_a_coefficient_near_0_keeps_the_own_key_as_a_candidate(vectors):
+    """The paper's proposition 1: ReSSL plus the ceiling."""
+    q, k, queue = vectors
+    p = settings("queue", T=0.1, sce_target_T=0.04, sce_coefficient=1e-12)
+    found, (ressl, ceiling) = losses.get_loss(p)(q, k, queue)["loss"], ressl_and_ceiling(q, k, queue, 0.1, 0.04)
+    assert found.item() == pytest.approx((ressl + ceiling).item(), abs=1e-9) and ceiling > 1e-3
+
+
+def test_ressl_of_one_image_without_a_queue_is_0():
+    """The last batch may have one image, which has nobody to relate to."""
+    q = F.normalize(torch.randn(1, D), dim=1).requires_grad_()
+    found = losses.get_loss(settings("keys", sce_coefficient=0.0))(q, q.detach(), None)["loss"]
+    found.backward()
+    assert found.item() == 0 and not q.grad.any()
 
 
 def small_encoder() -> nn.Module:

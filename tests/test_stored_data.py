@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 import tarfile
 import warnings
@@ -19,7 +20,9 @@ from test_own_data import NAMES, TILES, params
 from test_own_data import write as write_folder
 
 import data
+import file_search
 import loader
+import own_images
 import shard_names
 import tar_shards
 import train
@@ -196,7 +199,8 @@ def test_labels_in_shards(tmp_path):
 
 
 def test_splits_are_words_in_the_names_of_shards(tmp_path):
-    thirds = {"imagenet1k-train-00": NAMES[:20], "imagenet1k-validation-00": NAMES[20:40], "test_0": NAMES[40:]}
+    mixed = NAMES[::2] + NAMES[1::2]  # both classes in train
+    thirds = {"imagenet1k-train-00": mixed[:20], "imagenet1k-validation-00": mixed[20:40], "test_0": mixed[40:]}
     for name, chosen in thirds.items():
         write_shards(tmp_path / "made", chosen, per_shard=20)
         os.rename(tmp_path / "made" / "train-000000.tar", tmp_path / f"{name}.tar")
@@ -205,11 +209,9 @@ def test_splits_are_words_in_the_names_of_shards(tmp_path):
         p = params(Path(root) if root is tmp_path else root)
         assert [len(labels(p, split)) for split in ("train", "val", "test")] == [20, 20, 10]
     some = params(tmp_path, exclude_patterns=["*/china/1*"])
-    assert len(labels(some)) == 10
+    assert len(labels(some)) == 15
     os.rename(tmp_path / "test_0.tar", tmp_path / "extra-0.tar")
-    with pytest.raises(
-        ValueError, match="has train and val, and 10 images in none of them, such as extra-0.tar/flower"
-    ):
+    with pytest.raises(ValueError, match="has train and val, and 10 images in none of them, such as extra-0.tar/"):
         labels(params(tmp_path))
     assert len(labels(params(tmp_path, exclude_patterns=["extra-*/*"]))) == 20
     os.rename(tmp_path / "imagenet1k-train-00.tar", tmp_path / "val-1.tar")
@@ -246,8 +248,8 @@ def test_the_index_is_kept_beside_the_splits(tmp_path, monkeypatch):
     p = params(pattern, splits_path=str(tmp_path / "splits"))
     expected = labels(p)
     tar_shards.known.clear()
-    read = []
-    monkeypatch.setattr(tar_shards.tarfile, "open", lambda path, *args: read.append(path) or tarfile.TarFile(path))
+    read, members = [], tar_shards.members
+    monkeypatch.setattr(tar_shards, "members", lambda shard: read.append(shard) or members(shard))
     assert labels(p) == expected and data.get_dataset(p, ("train",))[3][1] == expected[3] and not read
     os.utime(tmp_path / "shards" / "train-000001.tar")
     assert labels(p) == expected and read == [str(tmp_path / "shards" / "train-000001.tar")]
@@ -273,6 +275,133 @@ def test_what_is_refused_of_shards(tmp_path, stored):
     (shards / "train-000001.tar").write_bytes(gzip.compress(whole))
     with pytest.raises(ValueError, match="train-000001.tar could not be read as a tar file .* compressed"):
         labels(params(shards))
+
+
+def write_tar(shard: Path, members: dict[str, bytes | str], **options) -> str:
+    """Files, and links to the member or the path that a text names: hard ones if it begins with "="."""
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(shard, "w", **options) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type = tarfile.LNKTYPE if content.startswith("=") else tarfile.SYMTYPE
+                member.linkname = content.removeprefix("=")
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return str(shard)
+
+
+def in_shard(root: Path | str, **fields) -> tuple[list[str], dict[str, int]]:
+    """Images, and how many members of which kinds are passed over."""
+    source = own_images.get_source(params(root, **fields), str(root))
+    found = [path.partition(".tar/")[2] for path, _ in source.find()["train"]]
+    return found, {reason: n for reason, (n, _) in source.passed_over.items()}
+
+
+def test_dots_in_names_within_shards(tmp_path):
+    image = png(NAMES[0])
+    dotted = {f"v1.0/IMG_2024.05.{i}.png": image for i in range(3)} | {f"v1.0/plain{i}.png": image for i in range(2)}
+    labelled = dotted | {f"v1.0/IMG_2024.05.{i}.cls": str(i % 2).encode() for i in range(3)}
+    labelled |= {f"v1.0/plain{i}.cls": b"1" for i in range(2)}
+    for members in (dotted, labelled):
+        shard = write_tar(tmp_path / "a.tar", members)
+        assert sorted(in_shard(shard)[0]) == sorted(dotted) and not in_shard(shard)[1]
+    dataset = data.get_dataset(params(shard, val_size=0, test_size=0), ("train",))
+    assert {path.split("/")[-1]: label for path, label in dataset.files}["IMG_2024.05.1.png"] == 1
+    masks = {"a.png": image, "a.mask.png": image, "b.mask.png": image, "c.jpg": image, "c.png": image}
+    shard = write_tar(tmp_path / "masks.tar", masks | {"d.heic": b"", "d.cls": b"0", "a.json": b"{}"})
+    found, passed_over = in_shard(shard)
+    assert found == ["a.png", "c.jpg"]
+    counts = {".png beside the image of a sample": 2, ".png": 1, ".heic": 1, ".cls": 1}
+    assert passed_over == counts
+    assert in_shard(shard, image_key="mask.png")[0] == ["a.mask.png", "b.mask.png"]
+
+
+def test_hidden_members_links_and_long_names(tmp_path):
+    image = png(NAMES[0])
+    members = {"a/1.png": image, "__MACOSX/a/._1.png": b"x", "a/.hidden.png": image, "./b/2.png": "=a/1.png",
+               "b/3.png": "../a/1.png", "b/4.png": "3.png", "b/5.png": "6.png", "b/6.png": "5.png",
+               "b/7.png": "/etc/hosts", f"b/{'long' * 60}.png": image}  # fmt: skip
+    for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        shard = write_tar(tmp_path / f"{kind}.tar", members, format=kind)
+        found, passed_over = in_shard(shard)
+        assert sorted(found) == ["a/1.png", "b/2.png", "b/3.png", "b/4.png", f"b/{'long' * 60}.png"]
+        assert passed_over == {"hidden": 2, "links to no file of the shard": 3}
+        dataset = data.get_dataset(params(shard, val_size=0, test_size=0), ("train",))
+        assert all(torch.equal(dataset[0][0], dataset[i][0]) for i in range(5))
+
+
+@pytest.mark.parametrize("bit", [3, 150, 151 + 512 * 3])
+def test_no_image_is_lost_after_a_damaged_header(bit, tmp_path):
+    shard = Path(write_tar(tmp_path / "a.tar", {f"{i}.png": bytes(512 * 2) for i in range(6)}))
+    content = bytearray(shard.read_bytes())
+    content[3 * 512 + bit] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="a.tar could not be read as a tar file .*byte"):
+        in_shard(shard)
+
+
+def test_shards_are_read_to_their_last_byte(tmp_path):
+    shard = Path(write_tar(tmp_path / "a.tar", {f"{i}.png": b"x" * 700 for i in range(3)}))
+    whole = shard.read_bytes()
+    end = 3 * (512 + 1024)
+    for cut in (end, end - 1, end - 1025, end + 100):
+        shard.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="a.tar could not be read as a tar file"):
+            in_shard(shard)
+    shard.write_bytes(whole[: end + 512])  # one block of the two that mark the end
+    assert in_shard(shard)[0] == ["0.png", "1.png", "2.png"]
+    other = Path(write_tar(tmp_path / "b" / "b.tar", {"3.png": b"y" * 10})).read_bytes()
+    shard.write_bytes(whole + other)  # by `cat`
+    source = own_images.get_source(params(shard), str(shard))
+    assert [path for path, _ in source.find()["train"]] == [f"a.tar/{i}.png" for i in range(4)]
+    assert source.open(f"{shard}/3.png").getvalue() == b"y" * 10
+    shard.write_bytes(whole + b"garbage" * 100)
+    with pytest.raises(ValueError, match="a.tar could not be read as a tar file"):
+        in_shard(shard)
+
+
+def test_a_path_with_brackets_or_braces_is_itself(tmp_path):
+    image = {"1.png": png(NAMES[0])}
+    for name in ("run [1]/train[2].tar", "run [1]/train{a}.tar", "set.tar/train-0.tar", "run 1/train2.tar"):
+        write_tar(tmp_path / name, image)
+    for pattern, n in {
+        "run [1]/train[2].tar": 1, "run [1]/*.tar": 2, "run [1]/train{a}.tar": 1, "run [1]": 2,
+        "run [1]/train[[]*.tar": 1, "set.tar/train-{0..0}.tar": 1,
+        "run [1]/train[2].tar::set.tar/train-0.tar": 2, "r*/train*.tar": 3,
+    }.items():  # fmt: skip
+        root = "::".join(f"{tmp_path}/{part}" for part in pattern.split("::"))
+        dataset = data.get_dataset(params(root, val_size=0, test_size=0), ("train",))
+        assert len(dataset) == n and dataset[0][0].shape == (3, 32, 32), pattern
+    for pattern in ("run [3]/a.tar", "run [1]/train[3].tar", "run [1]/{b,c}.tar"):
+        with pytest.raises(ValueError, match="data_path="):
+            labels(params(f"{tmp_path}/{pattern}"))
+
+
+@pytest.mark.parametrize("name", ["train-{0..3}.tar.gz", "a.tgz", "a.tar.zst"])
+def test_compressed_shards_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match="data_path=.*is compressed"):
+        labels(params(f"{tmp_path}/{name}"))
+    (tmp_path / "a.tar.gz").touch()
+    with pytest.raises(ValueError, match="passed over: 1 .gz"):
+        labels(params(tmp_path))
+
+
+def test_the_kept_index_says_what_was_passed_over(tmp_path, caplog):
+    shard = write_tar(tmp_path / "shards" / "train.tar", {"a/1.png": png(NAMES[0]), "a/2.heic": b"", ".x.png": b""})
+    (tmp_path / "shards" / "sizes.json").touch()
+    for how in ({"splits_path": str(tmp_path / "kept")}, {}):
+        with caplog.at_level("INFO"):
+            labels(params(Path(shard).parent, val_size=0, test_size=0, **how))
+        assert ": 1 images; passed over: 1 .json" in caplog.text and "1 .heic (such as" in caplog.text
+        caplog.clear(), tar_shards.known.clear(), file_search.told.clear()
+        how = json.loads((tmp_path / "kept" / "shards.json").read_text())
+        assert how["shards"][shard]["passed_over"] == {
+            "hidden": [1, f"{shard}/.x.png"],
+            ".heic": [1, f"{shard}/a/2.heic"],
+        }
 
 
 def test_unreadable_images_in_shards_are_named_or_passed_over(tmp_path):
@@ -402,6 +531,14 @@ def test_splits_and_labels_of_dataset_dicts(tmp_path):
     assert labels(single) == list(map(classes, NAMES[:3]))
 
 
+def test_splits_that_are_not_used_are_counted(tmp_path):
+    root = write_arrow(tmp_path / "dict", as_dict={"train": NAMES[:9], "extra": NAMES[:3], "gone": NAMES[:1]})
+    shutil.rmtree(tmp_path / "dict" / "gone")
+    source = own_images.get_source(params(root), root)
+    assert len(source.find()["train"]) == 9
+    assert source.passed_over == {"in splits that are not used": [3, f"{root}/extra"]}
+
+
 def test_columns(tmp_path, photos):
     columns = {
         "left": [str(photos / name) for name in NAMES],  # datasets reads the files when it saves
@@ -485,3 +622,13 @@ def test_features_are_extracted_anew_when_a_shard_changes(tmp_path):
     assert contents() == before and len(before) == 50
     os.utime(tmp_path / "train-000001.tar")
     assert [a == b for a, b in zip(contents(), before, strict=True)] == [not 12 <= i < 24 for i in range(50)]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"how": "other", "shards": 1}', '{"shards": {}}'])
+def test_a_damaged_index_of_shards_is_made_anew(tmp_path, monkeypatch, content):
+    pattern, lists = write_shards(tmp_path), tmp_path / "lists"
+    lists.mkdir()
+    (lists / "shards.json").write_text(content)
+    monkeypatch.setattr(tar_shards, "known", {})
+    data.get_dataset(params(pattern, splits_path=str(lists)), ("train",))
+    assert len(json.loads((lists / "shards.json").read_text())["shards"]) > 1

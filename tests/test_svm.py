@@ -35,7 +35,7 @@ def presences():
 
 @pytest.mark.parametrize("cost", [2.0**-19, 1e-3, 0.5, 10.0])
 def test_weights_are_scikit_learns(blobs, cost):
-    x = svm.unit(blobs[0])
+    x = svm.with_bias(blobs[0])
     signs = svm.one_against_rest(blobs[1], torch.arange(4))
     found = svm.fit_at(x, signs, cost)
     for column in range(4):
@@ -46,7 +46,7 @@ def test_weights_are_scikit_learns(blobs, cost):
 
 def test_images_that_are_neither_are_left_out(presences):
     x, labels, _, _ = presences
-    x, clear = svm.unit(x), labels[:, 1] != 0
+    x, clear = svm.with_bias(x), labels[:, 1] != 0
     expected = reference(0.5).fit(x[clear, :-1].double().numpy(), labels[clear, 1].numpy())
     found = svm.fit_at(x, labels.float(), 0.5)[:, 1]
     np.testing.assert_allclose(found, np.append(expected.coef_, expected.intercept_), rtol=2e-3, atol=2e-3)
@@ -54,7 +54,7 @@ def test_images_that_are_neither_are_left_out(presences):
 
 def test_costs_of_presences_are_those_of_a_grid_search(presences):
     x, labels, test_x, test_y = presences
-    x, scores = svm.unit(x), []
+    x, scores = svm.with_bias(x), []
     folds = np.stack([svm.folds_of(column.numpy()) for column in labels.T], 1)
     chosen = svm.choose_costs(x, labels.float(), folds, many=True).tolist()
     for k in range(3):
@@ -66,7 +66,7 @@ def test_costs_of_presences_are_those_of_a_grid_search(presences):
         assert quality[nearest] == pytest.approx(search.best_score_, abs=1e-3)
         seen = test_y[:, k] != 0
         score = reference(nearest).fit(x[clear, :-1].double().numpy(), labels[clear, k].numpy())
-        score = score.decision_function(svm.unit(test_x)[seen, :-1].double().numpy())
+        score = score.decision_function(svm.with_bias(test_x)[seen, :-1].double().numpy())
         score, sign = torch.from_numpy(score)[:, None], test_y[seen, k][:, None]
         assert float(svm.average_precision(score, sign)) == pytest.approx(average_precision_score(sign > 0, score))
         scores.append(float(svm.average_precision(score, sign, interpolated=True)))
@@ -75,7 +75,7 @@ def test_costs_of_presences_are_those_of_a_grid_search(presences):
 
 def test_the_cost_of_classes_is_that_of_a_search_by_accuracy(blobs):
     x, y, test_x, test_y = blobs
-    unit = svm.unit(x)[:, :-1].double().numpy()
+    unit = svm.with_bias(x)[:, :-1].double().numpy()
 
     def scores(cost: float, rows: np.ndarray, of: np.ndarray) -> np.ndarray:
         machines = [reference(cost).fit(unit[rows], np.where(y[rows] == k, 1, -1)) for k in range(4)]
@@ -86,10 +86,10 @@ def test_the_cost_of_classes_is_that_of_a_search_by_accuracy(blobs):
         splits = StratifiedKFold(3).split(unit, y)
         quality[cost] = np.mean([(scores(cost, fit, unit[held]) == y[held].numpy()).mean() for fit, held in splits])
     folds = svm.folds_of(y.numpy() + 1)[:, None]
-    chosen = float(svm.choose_costs(svm.unit(x), svm.one_against_rest(y, y.unique()), folds, many=False)[0])
+    chosen = float(svm.choose_costs(svm.with_bias(x), svm.one_against_rest(y, y.unique()), folds, many=False)[0])
     chosen = min(quality, key=lambda cost: abs(cost - chosen))
     assert quality[chosen] == pytest.approx(max(quality.values()), abs=0.004)
-    expected = scores(chosen, np.arange(300), svm.unit(test_x)[:, :-1].double().numpy()) == test_y.numpy()
+    expected = scores(chosen, np.arange(300), svm.with_bias(test_x)[:, :-1].double().numpy()) == test_y.numpy()
     assert svm.svm(*blobs)["acc1"] == pytest.approx(100 * expected.mean(), abs=0.6)
 
 
@@ -122,8 +122,8 @@ def test_more_features_than_images_change_nothing():
     x, y = torch.randn(60, 200), torch.arange(3).repeat(20)
     test_x, test_y = torch.randn(300, 200) + 0.2 * x[:3].repeat(100, 1), torch.arange(3).repeat(100)
     folds, signs = svm.folds_of(y.numpy() + 1)[:, None], svm.one_against_rest(y, torch.arange(3))
-    cost = svm.choose_costs(svm.unit(x), signs, folds, many=False)
-    scores = svm.unit(test_x) @ svm.fit(svm.unit(x), signs, cost)
+    cost = svm.choose_costs(svm.with_bias(x), signs, folds, many=False)
+    scores = svm.with_bias(test_x) @ svm.fit(svm.with_bias(x), signs, cost)
     expected = 100 * float((scores.argmax(1) == test_y).double().mean())
     assert svm.svm(x, y, test_x, test_y)["acc1"] == pytest.approx(expected, abs=0.7)
 
@@ -131,7 +131,7 @@ def test_more_features_than_images_change_nothing():
 def test_too_few_images_for_folds_have_a_fixed_cost():
     x, y = torch.randn(6, 5), torch.arange(3).repeat(2)
     signs = svm.one_against_rest(y, torch.arange(3))
-    scores = svm.unit(x) @ svm.fit_at(svm.unit(x), signs, svm.COST_OF_FEW)
+    scores = svm.with_bias(x) @ svm.fit_at(svm.with_bias(x), signs, svm.COST_OF_FEW)
     expected = 100 * (scores.argmax(1) == y).double().mean()
     assert svm.svm(x, y, x, y)["acc1"] == pytest.approx(float(expected))
 

@@ -19,6 +19,7 @@ import video_files
 import weights
 from augmentations import View
 from encoders import embed
+from files import readable_rows
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
@@ -160,12 +161,12 @@ def test_lists_of_videos_with_and_without_a_prefix(params, tmp_path):
     folder, suffix = tmp_path / "kinetics", "" if params.video_decoder == "frames" else ".mp4"
     lines = ["zumba/v0.mp4 7", "", "air drumming/v1.mp4,3", '"zumba/v2.mp4" , 5', "air drumming/v2.mp4"]
     (folder / "train.csv").write_text("\ufeff" + "\n".join(lines))
-    expected = [("zumba/v0", 7), ("air drumming/v1", 3), ("zumba/v2", 5), ("air drumming/v2", -1)]
+    expected = [("zumba/v0", 2), ("air drumming/v1", 0), ("zumba/v2", 1), ("air drumming/v2", -1)]  # without gaps
     dataset = get(params)
     assert dataset.files == [(str(folder / "train" / name) + suffix, label) for name, label in expected]
-    assert dataset[2][1] == 5 and dataset[2][0][0].shape == (3, 4, 16, 16)
+    assert dataset[2][1] == 1 and dataset[2][0][0].shape == (3, 4, 16, 16)
     elsewhere = attrs.evolve(params, video_path_prefix=str(folder / "val"))
-    assert get(elsewhere).files[0] == (str(folder / "val" / "zumba/v0") + suffix, 7) and get(elsewhere)[0][1] == 7
+    assert get(elsewhere).files[0] == (str(folder / "val" / "zumba/v0") + suffix, 2) and get(elsewhere)[0][1] == 2
 
 
 @pytest.mark.parametrize("line", [
@@ -204,16 +205,22 @@ def test_a_list_and_class_folders_number_classes_differently(params, tmp_path):
     with pytest.raises(ValueError, match="val.csv numbers the classes, and the neighbouring split has class folders"):
         get(params, split="val")
     (folder / "train.csv").write_text("zumba/v0.mp4 0\n")
+    with pytest.raises(ValueError, match="val.csv: val has classes that train lacks, 1 of 2: '1'"):
+        get(params, split="val")
+    (folder / "train.csv").write_text("zumba/v0.mp4 0\nair drumming/v0.mp4 1\n")
     assert [label for _, label in get(params, split="val").files] == [0, 1]
 
 
-def test_class_folders_are_read_to_their_depths_and_what_is_no_video_is_counted(tmp_path):
+def test_class_folders_are_read_to_their_depths_and_what_is_no_video_is_counted(tmp_path, caplog):
     names = ["a/1.mp4", "a/sub/2.MTS", "a/._1.mp4", "a/.hidden/3.mp4", "a/notes.txt", "b/4.gif", "b/5.mkv"]
+    names += [".ipynb_checkpoints/6.mp4"]
     for name in names:
         (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "train" / name).touch()
-    with pytest.warns(UserWarning, match="train: 2 files do not end like videos and are left out: 1 .txt, 1 .gif"):
+    with caplog.at_level("INFO"):
         found = video_files.in_class_folders(tmp_path / "train", False)
+    assert "train: 3 videos; passed over: 3 hidden (such as" in caplog.text
+    assert "1 .txt (such as" in caplog.text and "1 .gif (such as" in caplog.text
     expected = [("a/1.mp4", 0), ("a/sub/2.MTS", 0), ("b/5.mkv", 1)]
     assert found == [(str(tmp_path / "train" / name), label) for name, label in expected]
 
@@ -260,6 +267,11 @@ def test_broken_videos_are_named_or_skipped(params, workers, tmp_path):
     dataset = get(attrs.evolve(params, unreadable_images="skip"))
     batches = list(data.get_loader(params, dataset, training=True))
     assert dataset.skipped() == [str(path)] and sum(len(labels) for _, labels in batches) == 6
+    params = attrs.evolve(params, unreadable_images="skip", evaluation_clips=2)
+    evaluated = [
+        readable_rows(labels, clips) for clips, labels in data.get_loader(params, get(params, training=False), False)
+    ]
+    assert sum(len(clips) for clips, _ in evaluated) == sum(len(labels) for _, labels in evaluated) == 5
 
 
 # ---- settings ----

@@ -1,20 +1,9 @@
 """What the commands of this folder have in common."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+import unicodedata
 
-import torch
 from rich.progress import MofNCompleteColumn, Progress
-
-
-@contextmanager
-def in_words() -> Iterator[None]:
-    """A user's mistake ends the command with its sentence, without the stack that led there."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{error}") from error
 
 
 def parser_of(name: str, description: str) -> argparse.ArgumentParser:
@@ -25,14 +14,19 @@ def parser_of(name: str, description: str) -> argparse.ArgumentParser:
     )
 
 
+def in_one_line(name: str) -> str:
+    """The name of a class, run or file as a picture can show it: without line breaks, and without the characters that
+    no font has (control characters; bytes of a file's name that are not text)."""
+    shown = " ".join(name.split())
+    return "".join("\ufffd" if unicodedata.category(one) in ("Cc", "Cs") else one for one in shown)
+
+
+def label(name: str, longest: int = 160) -> str:
+    """For matplotlib, which reads text between dollar signs as a formula, and leaves names with _ out of legends."""
+    shown = in_one_line(name)
+    shown = (shown if len(shown) <= longest else f"{shown[: longest - 1]}…").replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def bar() -> Progress:
     return Progress(*Progress.get_default_columns(), MofNCompleteColumn())
-
-
-def usable(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error

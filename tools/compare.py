@@ -6,12 +6,12 @@ Runs of the same settings but for the seed are one column: mean ± standard devi
 """
 
 import argparse
-import csv
 import json
+import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ from rich.table import Table
 
 import run_folder
 from command_line import text
-from milestones import lowest_is_best
-from tools.commands import in_words
+from fields import as_path
+from milestones import is_finite, lowest_is_best, uses_test_labels
+from program import one_line_errors
+from results import deviation
+from whole_files import rows_of
 
+BEST = "best "  # of metrics.csv: begins the names of results
 LAST = "step_train_loss"  # of metrics.csv; of what is in results.json the last is there
 
 
@@ -53,11 +57,11 @@ def read(folder: str | Path) -> Run:
     Raises:
         ValueError: it is no folder of a run.
     """
-    folder = Path(folder)
-    settings, starts = run_folder.settings(folder), folder / "run.json"
+    folder = as_path(folder)
+    settings = run_folder.settings(folder)
     if not settings:
         raise ValueError(f"{folder} is no run of train.py: it holds no config.yaml")
-    last = json.loads(starts.read_text())[-1] if starts.is_file() else {}
+    last = next(reversed(run_folder.starts_of(folder)), {})
     where = {name: last.get(name) for name in ("machine", "gpus")}
     versions = {f"{name} version": number for name, number in last.get("versions", {}).items() if name != "commit"}
     commit = last.get("versions", {}).get("commit") or "none"
@@ -68,26 +72,25 @@ def read(folder: str | Path) -> Run:
 def results(folder: Path) -> dict[str, float]:
     """Numbers of results.json; of metrics.csv the last training loss, and the best of what is evaluated each epoch (the
     random encoder, whose row is the first, is no epoch)."""
-    path, found = folder / "results.json", {}
-    written = json.loads(path.read_text()) if path.is_file() else {}
+    written, found = run_folder.results_of(folder), {}
     for name, value in written.items():
         if isinstance(value, dict):
-            found |= {f"{name}: {figure}": number for figure, number in value.items()}
+            found |= {f"{name}: {figure}": math.nan if number is None else number for figure, number in value.items()}
         elif isinstance(value, int | float) and (name != "epochs" or "trained encoder" in written):
             found[name] = value  # earlier versions wrote "epochs" at the beginning: those wanted
-    path = folder / "pretraining" / "metrics.csv"
-    rows = list(csv.DictReader(path.open(newline=""))) if path.is_file() else []
+    _, rows = rows_of(folder / "pretraining" / "metrics.csv")
     for name in rows[0] if rows else []:
         numbers = [float(row[name]) for row in rows if row[name]]
         if name == LAST and numbers:
             found[f"last {name}"] = numbers[-1]
         elif name.startswith("valid_") and (epochs := numbers[f"random encoder: {name}" in found :]):
-            found[f"best {name}"] = (min if lowest_is_best(name) else max)(epochs)
+            best = min if lowest_is_best(name) else max
+            found[BEST + name] = best(filter(is_finite, epochs), default=math.nan)
     return found
 
 
 def refuse_twins(folders: Sequence[str | Path]) -> None:
-    for folder, times in Counter(Path(folder).resolve() for folder in folders).items():
+    for folder, times in Counter(as_path(folder).resolve() for folder in folders).items():
         if times > 1:
             raise ValueError(f"{folder} is named twice: name it once")
 
@@ -128,11 +131,24 @@ def in_figures(numbers: list[float] | None) -> str:
         return ""
     if len(numbers) == 1:
         return f"{numbers[0]:.4g}"
-    return f"{statistics.mean(numbers):.4g} ± {statistics.stdev(numbers):.2g} ({len(numbers)})"
+    return f"{statistics.mean(numbers):.4g} ± {deviation(numbers):.2g} ({len(numbers)})"
+
+
+def caution(runs: Iterable[Run]) -> str:
+    """What to know of best epochs that were chosen by test labels; "" if there are none."""
+    chosen = {
+        run.settings.get("dataset_name")
+        for run in runs
+        for name in run.results
+        if name.startswith(BEST) and uses_test_labels(name.removeprefix(BEST), run.settings.get("dataset_name"))
+    }
+    names = ", ".join(sorted(chosen))
+    return f"The best epochs are chosen by test labels ({names}): they are no results to report." if chosen else ""
 
 
 def table(columns: list[list[Run]], rows: list[Row]) -> Table:
-    made = Table(caption="mean ± standard deviation (runs)" if any(len(column) > 1 for column in columns) else None)
+    joined = "mean ± sample standard deviation (runs). " if any(len(column) > 1 for column in columns) else ""
+    made = Table(caption=joined + caution(run for column in columns for run in column) or None)
     made.add_column("", no_wrap=True)
     for column in columns:
         made.add_column(" ".join(run.folder.name for run in column), overflow="fold")
@@ -143,11 +159,11 @@ def table(columns: list[list[Run]], rows: list[Row]) -> Table:
     return made
 
 
+@one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    with in_words():
-        Console(highlight=False, markup=False).print(table(*compare(parser.parse_args().runs)))
+    Console(highlight=False, markup=False).print(table(*compare(parser.parse_args().runs)))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,16 @@ from torch.utils.data import DataLoader
 
 from command_line import add_fields
 from data import already_a_batch
-from tools.commands import in_words, parser_of, usable
+from device import usable
+from features import encoder_hash
+from fields import as_path
+from program import one_line_errors
+from tools.commands import parser_of
 from tools.embedding_work import Work
 from tools.feature_files import read  # noqa: F401  (the reader of what this writes)
 from tools.image_sources import Batches, Source, open_source, part_kept
 from weights import Encoder, load_encoder
+from whole_files import check_file
 
 MOST_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # of an encoder of videos
@@ -61,15 +66,15 @@ def embed(
         ValueError: no images; one that cannot be read; `out` holds features of another checkpoint or folder.
     """
     out = Path(out).expanduser()
-    if batch_size < 1 or out.is_dir():
-        raise ValueError(f"{out} is a folder" if out.is_dir() else f"batch_size={batch_size} must be at least 1")
+    check_file("out", out)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     device = usable(device)
     encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
     source = open_source(folder, "video" if encoder.params.dataset.of_videos else "image")
     with Work(out, description(encoder, source, overrides), overwrite) as work:
         paths = source.paths()
-        passed_over = f", passed over {source.others}" if source.others else ""
-        print(f"{source.name}: {len(paths):,} {source.kind}s{passed_over}")
+        print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
         if todo := work.left(paths, skip_unreadable):
             loader = batches(source, encoder, todo, batch_size, num_workers)
             work.add(encoder.to(device), loader, len(paths), skip_unreadable)
@@ -84,6 +89,7 @@ def description(encoder: Encoder, source: Source, overrides: dict[str, Any]) -> 
     return {
         "checkpoint": str(file.resolve()) if file.is_file() else encoder.report.source,
         "sha256": digest(encoder),
+        "encoder": encoder_hash(encoder),
         "encoder_arch": p.encoder_arch,
         "preprocessing": {
             "central square, of the shorter side": part_kept(p),
@@ -132,7 +138,7 @@ def arguments() -> argparse.Namespace:
         metavar="FOLDER",
         help="of images or videos, flat or nested; shards; a Hugging Face data set; a packed set: cifar10, digits/test",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--num_workers", type=int, metavar="N", help=f"default: one a core, at most {MOST_WORKERS}")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
@@ -143,7 +149,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@in_words()
+@one_line_errors()
 def main() -> None:
     embed(**vars(arguments()))
 

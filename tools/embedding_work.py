@@ -2,13 +2,15 @@
 
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
+from folder_lock import locked
+from numerics import finite
 from tools import feature_files
 from tools.commands import bar
 from tools.feature_files import ROWS
@@ -16,7 +18,7 @@ from tools.image_sources import Source
 from weights import Encoder
 
 SECONDS = 30  # after which a part is written, however few rows it has
-SAME = ("sha256", "preprocessing", "images")  # what all rows of a file have in common
+SAME = ("sha256", "encoder", "preprocessing", "images")  # what all rows of a file have in common
 
 
 class Work:
@@ -33,20 +35,16 @@ class Work:
         self.changes = ""  # of a finished file
         self.pending: list[tuple[list[str], np.ndarray]] = []
         self.written = time.monotonic()
-        self.lock = FileLock(self.folder / ".lock")
+        self.lock = ExitStack()
 
     def __enter__(self) -> "Work":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"another process is writing {self.out}: wait for it, or choose another --out") from error
+        self.lock.enter_context(locked(self.folder))
         return self
 
     def __exit__(self, *_: Any) -> None:
         if not self.parts():
             shutil.rmtree(self.folder)
-        self.lock.release()
+        self.lock.close()
 
     def parts(self) -> list[Path]:
         return sorted(self.folder.glob("*.parquet"))
@@ -76,6 +74,7 @@ class Work:
     def check(self, file: Path) -> bool:
         """Whether a file's rows were made as ours will be; notes what it says of unreadable images."""
         there = feature_files.about(file)
+        there = {"encoder": self.about["encoder"], **there}  # earlier versions did not note it
         other = [name for name in SAME if there[name] != self.about[name]]
         if other and not self.overwrite:
             differ = "; ".join(f"{name} {there[name]} there, {self.about[name]} now" for name in other)
@@ -97,7 +96,7 @@ class Work:
                             )
                     self.unreadable |= unreadable
                     if paths:
-                        self.pending.append((paths, finite(paths, encoder.embed(images).cpu().numpy())))
+                        self.pending.append((paths, finite(encoder.embed(images), "embeddings", paths).cpu().numpy()))
                     progress.advance(task, len(paths) + len(unreadable))
                     if (
                         sum(len(paths) for paths, _ in self.pending) >= ROWS
@@ -139,11 +138,3 @@ class Work:
             print(f"left out, unreadable: {path} ({reason})")
         if self.unreadable:
             print(f"{len(self.unreadable):,} unreadable images were left out")
-
-
-def finite(paths: list[str], embeddings: np.ndarray) -> np.ndarray:
-    """As they are. Raises ValueError where a number is not finite."""
-    good = np.isfinite(embeddings).all(axis=1)
-    if not good.all():
-        raise ValueError(f"the embedding of {paths[int(good.argmin())]} is not finite: the checkpoint is of no use")
-    return embeddings

@@ -23,13 +23,14 @@ from rich.console import Console
 from torch import nn
 
 from command_line import add_fields
+from program import one_line_errors
 from shared_params import EncoderAndDataParams
 from tools import count
 from tools.commands import parser_of
 from tools.formats import FORMATS, Normalized
 from tools.verify import samples, verified
 from weights import Encoder, load_encoder
-from whole_files import sync_folder
+from whole_files import check_folder, disk_errors_named, sync
 
 FACTS = (
     "encoder_arch",
@@ -90,6 +91,7 @@ def targets(
         stem = source.stem if source.is_file() else re.sub(r"[^\w.-]", "_", str(checkpoint))  # a published name
         paths = [folder / f"{stem}{ending(name)}" for name in formats]
     for path in paths:
+        check_folder("out", path.parent)
         if not publish:
             refuse_existing(path)
     return paths
@@ -135,6 +137,7 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
     notes = {"self_supervised": facts(encoder.params, twin.arch, expected.shape[1], mean, std), "load": code}
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
+        disk_errors_named(target),
         tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder,
         Console(stderr=True).status(f"{format}: writing") as status,
     ):
@@ -170,10 +173,9 @@ def place(file: Path, target: Path, publish: bool) -> Path:
         # torch.hub takes what stands between the first hyphen and a dot for the hash: no other dot may follow one
         target = target.with_name(f"{target.stem.replace('.', '_')}-{digest[:8]}{target.suffix}")
     refuse_existing(target)
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
+    sync(file)
     os.replace(file, target)
-    sync_folder(target.parent)
+    sync(target.parent)
     return target
 
 
@@ -195,25 +197,23 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+@one_line_errors(RuntimeError)  # of the systems that export: they say what they cannot convert
 def main() -> None:
     args = vars(arguments())
     checkpoint, formats = args.pop("checkpoint"), list(dict.fromkeys(args.pop("format")))
     count_parts = args.pop("count")
     out, publish, normalize = args.pop("out"), args.pop("publish"), args.pop("normalize")
-    try:
-        paths = targets(checkpoint, formats, out, publish, normalize)
-        encoder = load_encoder(checkpoint, **args)
-        print(encoder.report)
-        if count_parts:
-            Console().print(count.table(encoder, checkpoint))
-        for format in formats:  # refuse before any of them is written
-            FORMATS[format].twin(encoder)
-        for format, target in zip(formats, paths, strict=True):
-            done = write_checked(encoder, format, target, publish, normalize)
-            size = done.path.stat().st_size / 1e6
-            print(f"{format}: {done.path} ({size:.1f} MB), embeddings equal to {done.difference:.0e} of the largest")
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"error: {error}") from error
+    paths = targets(checkpoint, formats, out, publish, normalize)
+    encoder = load_encoder(checkpoint, **args)
+    print(encoder.report)
+    if count_parts:
+        Console().print(count.table(encoder, checkpoint))
+    for format in formats:  # refuse before any of them is written
+        FORMATS[format].twin(encoder)
+    for format, target in zip(formats, paths, strict=True):
+        done = write_checked(encoder, format, target, publish, normalize)
+        size = done.path.stat().st_size / 1e6
+        print(f"{format}: {done.path} ({size:.1f} MB), embeddings equal to {done.difference:.0e} of the largest")
 
 
 if __name__ == "__main__":

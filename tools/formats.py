@@ -4,7 +4,7 @@ A file carries two notes: "self_supervised", what one must know to feed the enco
 "load", Python that reads the file at `path` and turns `images`, [N, C, H, W], into `embeddings`, [N, E].
 """
 
-import json
+import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tools import twins
 from tools.twins import Twin
 from weights import Encoder
+from whole_files import to_json
 
 ONNX_OPSET = 18
 ONNX_LARGEST = 2**31  # bytes of one file, a limit of protocol buffers
@@ -75,11 +76,12 @@ def program(encoder: Encoder) -> Twin:
 
 
 def as_json(notes: dict[str, Any]) -> dict[str, str]:
-    return {name: note if isinstance(note, str) else json.dumps(note) for name, note in notes.items()}
+    return {name: note if isinstance(note, str) else to_json(note) for name, note in notes.items()}
 
 
 def write_torch(state: dict[str, Tensor], path: Path, notes: dict[str, Any], images: Tensor) -> None:
-    torch.save({"state_dict": state, **notes}, path)
+    with path.open("wb") as file:  # a full disk is Python's error there, and aborts the process where PyTorch opens it
+        torch.save({"state_dict": state, **notes}, file)
 
 
 def write_safetensors(state: dict[str, Tensor], path: Path, notes: dict[str, Any], images: Tensor) -> None:
@@ -101,12 +103,16 @@ def write_torchscript(model: nn.Module, path: Path, notes: dict[str, Any], image
         warnings.filterwarnings("ignore", "`torch.jit.*is deprecated", FutureWarning)
         # of asserts on shapes within torchvision and timm, which hold for all images of this size
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        torch.jit.save(torch.jit.trace(model, images), path, _extra_files=as_json(notes))
+        content = io.BytesIO()  # as in write_torch
+        torch.jit.save(torch.jit.trace(model, images), content, _extra_files=as_json(notes))
+    path.write_bytes(content.getbuffer())
 
 
 def write_torch_export(model: nn.Module, path: Path, notes: dict[str, Any], images: Tensor) -> None:
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(exported, path, extra_files=as_json(notes))
+    content = io.BytesIO()  # as in write_torch
+    torch.export.save(exported, content, extra_files=as_json(notes))
+    path.write_bytes(content.getbuffer())
 
 
 def write_onnx(model: nn.Module, path: Path, notes: dict[str, Any], images: Tensor) -> None:

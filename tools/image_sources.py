@@ -1,9 +1,6 @@
 """Where images come from, by name: any folder of image files, or of videos, or a packed data set; and batches of them
 by path. The picture of a video is its middle frame."""
 
-import os
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -15,20 +12,14 @@ from torch.utils.data import Dataset
 
 import decoders
 import video_files
+from array_files import read_npy
 from data import DATASETS, data_path, prepare_data
-from image_files import central_square, in_mode, jpeg_size, read_image, read_reduced
+from file_search import ARRAY_SUFFIX, PassedOver, files_below, image_suffixes
+from files import File
+from image_files import central_square, in_mode, jpeg_size, read_any, read_image, read_reduced
 from own_images import get_source, is_stored
 from packed_images import PackedImages
 from shared_params import EncoderAndDataParams
-
-ONLY_RECOGNIZED = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}  # formats that PIL cannot decode by itself
-
-
-def image_suffixes() -> set[str]:
-    """Of all formats that the installed PIL decodes."""
-    Image.init()
-    readable = set(Image.OPEN) - ONLY_RECOGNIZED
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in readable}
 
 
 class Folder:
@@ -40,28 +31,21 @@ class Folder:
 
     def __init__(self, root: Path, kind: str = "image"):
         self.root, self.name, self.kind = root, str(root.resolve()), kind
-        self.others = ""  # files that are no images, once paths() was called
+        self.passed_over = PassedOver()  # once paths() was called
 
     def paths(self) -> list[str]:
         """Sorted. Raises ValueError if there are none, or if a name is not UTF-8."""
-        suffixes, others = image_suffixes() if self.kind == "image" else video_files.VIDEO_EXTENSIONS, Counter()
-        found = []
-        for path in files_below(self.root):
-            if path.suffix.lower() in suffixes:
-                found.append(path.relative_to(self.root).as_posix())
-            else:
-                others[path.suffix or path.name] += 1
-        self.others = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
+        suffixes = image_suffixes() if self.kind == "image" else video_files.VIDEO_EXTENSIONS
+        self.passed_over.clear()
+        found = sorted(files_below(self.root, suffixes, self.passed_over))
         if not found:
-            raise ValueError(
-                f"{self.root} holds no {self.kind}s" + f", but other files: {self.others}" * bool(self.others)
-            )
+            raise ValueError(f"{self.root} holds no {self.kind}s{self.passed_over}")
         for path in found:
             try:
                 path.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"the name {path!r} in {self.root} is not UTF-8: rename it") from error
-        return sorted(found)
+        return found
 
     def labels(self, paths: list[str]) -> list[str | None]:
         in_class_folders = all(path.count("/") == 1 for path in paths)
@@ -70,10 +54,16 @@ class Folder:
     def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
         """The image, 1 channel gray, else RGB. With `side`, a large JPEG may come reduced, but no smaller than that."""
         file = str(self.root / path)
-        if side is not None and not video_files.is_video(Path(file)) and (size := jpeg_size(file)):
+        of_pillow = not video_files.is_video(Path(file)) and not path.lower().endswith(ARRAY_SUFFIX)
+        if side is not None and of_pillow and (size := jpeg_size(file)):
             scale = next((scale for scale in (8, 4, 2) if min(size) >= scale * side), 1)
             return read_reduced(file, channels, scale)
         return picture_of(file, channels)
+
+    def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
+        """The image as an encoder with these settings reads it."""
+        file = str(self.root / path)
+        return read_any(file, file, params.channels, params.pixel_range)
 
     def path_of(self, file: Path) -> str | None:
         """The path of a file that lies in this folder."""
@@ -88,7 +78,7 @@ class Packed:
 
     def __init__(self, name: str, dataset: str, splits: list[str]):
         prepare_data(dataset, splits)
-        self.name, self.others = name, ""
+        self.name, self.passed_over = name, PassedOver()
         self.splits = {split: PackedImages([data_path() / dataset / split]) for split in splits}
 
     def paths(self) -> list[str]:
@@ -108,6 +98,9 @@ class Packed:
         pixels = self.splits[split][int(i)][0].permute(1, 2, 0)
         return in_mode(Image.fromarray(pixels.squeeze(2).numpy()), channels)
 
+    def image(self, path: str, params: EncoderAndDataParams) -> Image.Image:
+        return self.picture(path, params.channels)
+
     def path_of(self, file: Path) -> str | None:
         return None
 
@@ -120,8 +113,8 @@ class Stored:
 
     def __init__(self, name: str):
         self.source = get_source(EncoderAndDataParams(dataset_name="folder"), name, names=True)
-        self.name, self.others = name, ""
         self.label_of = {path: label for images in self.source.find().values() for path, label in images}
+        self.name, self.passed_over = name, self.source.passed_over
 
     def paths(self) -> list[str]:
         if not self.label_of:
@@ -132,7 +125,10 @@ class Stored:
         return [None if self.label_of[path] is None else str(self.label_of[path]) for path in paths]
 
     def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
-        return read_image(self.source.open(str(self.source.root / path)), channels)
+        return picture_in(path, self.source.open(str(self.source.root / path)), channels)
+
+    def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
+        return read_any(path, self.source.open(str(self.source.root / path)), params.channels, params.pixel_range)
 
     def path_of(self, file: Path) -> str | None:
         return None
@@ -144,17 +140,21 @@ Source = Folder | Packed | Stored
 def picture_of(file: str, channels: int = 3) -> Image.Image:
     """An image; of a video the frame in the middle."""
     if not video_files.is_video(Path(file)):
-        return read_image(file, channels)
+        return picture_in(file, file, channels)
     frames, _ = decoders.read_video(file, lambda times: np.array([len(times) // 2]), channels, threads=1)
     return Image.fromarray(frames[0].squeeze(2) if channels == 1 else frames[0])
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """All but hidden ones. Links to folders are followed, but not to one that we are in."""
-    for root, folders, files in os.walk(folder, followlinks=True):
-        here = Path(root).resolve()
-        folders[:] = [f for f in folders if not f.startswith(".") and not here.is_relative_to((here / f).resolve())]
-        yield from (Path(root, file) for file in files if not file.startswith("."))
+def picture_in(path: str, file: File, channels: int) -> Image.Image:
+    """An image to be looked at: of an array the first three channels, from its smallest to its largest value."""
+    if Path(path).suffix.lower() != ARRAY_SUFFIX:
+        return read_image(file, channels)
+    pixels = np.atleast_3d(read_npy(file, channels)).astype(np.float64)
+    pixels = np.moveaxis(pixels, int(np.argmin(pixels.shape)), 2)
+    pixels = pixels[..., : 3 if pixels.shape[2] > 2 else 1]
+    low, high = np.nanmin(pixels), np.nanmax(pixels)
+    gray_levels = np.nan_to_num((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    return in_mode(Image.fromarray(gray_levels.squeeze(2) if gray_levels.shape[2] == 1 else gray_levels), channels)
 
 
 def open_source(name: str | Path, kind: str = "image") -> Source:
@@ -189,7 +189,7 @@ def part_kept(params: EncoderAndDataParams) -> float:
     return 7 / 8 if params.dataset.read is None else 1.0
 
 
-def square(image: Image.Image, params: EncoderAndDataParams) -> Tensor:
+def square(image: Image.Image | np.ndarray, params: EncoderAndDataParams) -> Tensor:
     """uint8 [C, size, size] as an encoder with these settings wants it."""
     return central_square(image, params.crop_size, part_kept(params))
 
@@ -210,7 +210,7 @@ class Batches(Dataset):
         """The square in the middle; of a video its evaluation clips."""
         if self.videos is not None:
             return self.videos.even_clips(str(self.source.root / path))
-        return square(self.source.picture(path, self.params.channels), self.params)
+        return square(self.source.image(path, self.params), self.params)
 
     def __getitems__(self, paths: list[str]) -> tuple[list[str], Tensor | None, dict[str, str]]:
         found, unreadable = {}, {}

@@ -11,7 +11,6 @@ left is one to the right: train without mirroring.
 """
 
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,10 @@ from attrs import frozen
 from PIL import Image
 
 from augmentations import generator
-from tools.commands import bar, in_words, parser_of
+from fields import as_path
+from program import one_line_errors
+from tools.commands import bar, parser_of
+from whole_files import check_folder, whole_folder
 
 PHOTOGRAPHS = {
     "train": ("astronaut", "brick", "chelsea", "coffee", "coins", "gravel", "hubble_deep_field",
@@ -115,13 +117,13 @@ def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
     Raises:
         ValueError: there are videos already; the size is odd, which H.264 does not have, or too small; no videos.
     """
-    folder, unfinished = out / "kinetics", out / ".kinetics.unfinished"
+    check_folder("out", out)
+    folder = out / "kinetics"
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder")
     if size < 16 or size % 2 or min(n.values()) < 1:
         raise ValueError(f"size={size} must be even and at least 16, and of {n} videos there must be one at least")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    with bar() as progress:
+    with whole_folder(folder) as unfinished, bar() as progress:
         task = progress.add_task("videos", total=sum(n.values()) * len(MOTIONS))
         for which, (split, names) in enumerate(PHOTOGRAPHS.items()):
             rng, photographs = generator((seed, which)), [photograph(name) for name in names]
@@ -133,14 +135,13 @@ def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
                     velocity = np.array(signs) * rng.uniform(SLOWEST, FASTEST)
                     write_video(path, np.concatenate([shot(region, velocity, size) for region in shots]))
                     progress.advance(task)
-    unfinished.rename(folder)
     return folder
 
 
-@in_words()
+@one_line_errors()
 def main() -> None:
     parser = parser_of("moving_photographs", __doc__)
-    parser.add_argument("out", type=Path, metavar="DATA_PATH", help="the videos go into its folder kinetics")
+    parser.add_argument("out", type=as_path, metavar="DATA_PATH", help="the videos go into its folder kinetics")
     parser.add_argument("--train", type=int, default=60, metavar="N", help="videos of each of 8 motions")
     parser.add_argument("--val", type=int, default=30, metavar="N", help="likewise")
     parser.add_argument("--size", type=int, default=64, help="of the frames, in pixels")

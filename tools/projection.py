@@ -1,18 +1,22 @@
 """From embeddings to points of the plane and their colours: what a map shows."""
 
 import numpy as np
+import torch
 from rich.console import Console
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+
+import numerics
 
 CLUSTERS = 10  # where there are no labels
 NO_LABEL = "no label"
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """Each row divided by its length: their products are cosines."""
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    """Each row divided by its length, whatever its scale: their products are cosines. Raises ValueError where a number
+    is not finite."""
+    return numerics.unit(numerics.finite(torch.tensor(x), "embeddings")).numpy()
 
 
 # ---- from embeddings to points ----
@@ -43,13 +47,13 @@ def project(embeddings: np.ndarray, method: str, seed: int) -> np.ndarray:
     """[N, E] -> [N, 2], by way of at most 50 principal components, as is usual.
 
     Raises:
-        ValueError: the method is unknown or not installed; there are too few rows.
+        ValueError: the method is unknown or not installed; there are too few directions; a number is not finite.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
-    if (n := different(embeddings)) < 4:
-        raise ValueError(f"a map needs at least 4 different images, and there are {n}")
     x = unit(embeddings)
+    if (n := different(x)) < 4:
+        raise ValueError(f"a map needs at least 4 different images, and there are {n} (those of one direction are one)")
     if min(x.shape) > 50:
         x = PCA(50, random_state=seed).fit_transform(x)
     with Console().status(f"{TITLES[method]} of {len(x):,} embeddings"):
@@ -70,7 +74,8 @@ def kinds(labels: list[str | None], embeddings: np.ndarray, seed: int) -> tuple[
         names += [NO_LABEL] * (None in labels)
         index = {name: i for i, name in enumerate(names)}
         return np.array([index[label or NO_LABEL] for label in labels]), names, "coloured by label"
-    clusters = KMeans(min(CLUSTERS, different(embeddings)), n_init=3, random_state=seed).fit_predict(unit(embeddings))
+    x = unit(embeddings)
+    clusters = KMeans(min(CLUSTERS, different(x)), n_init=3, random_state=seed).fit_predict(x)
     found, kind = np.unique(clusters, return_inverse=True)
     names = [f"cluster {i + 1}" for i in range(len(found))]
     return kind, names, f"no labels: coloured by {len(found)} k-means clusters of the embeddings"

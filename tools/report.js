@@ -66,6 +66,7 @@ function table(parent, head) {
 
 function resultsTable() {
   if (!data.results.length) return missing($("results"), "No results yet: there is neither results.json nor metrics.csv.");
+  if (data.caution) make($("results"), "p", {class: "about"}, data.caution);
   const scored = [...new Set(data.results.map(row => row.of))];
   // One run: a column for each thing that was scored. Several: a column for each run.
   const body = table($("results"), ["", ...(several ? runs.map(run => run.name) : scored)]);

@@ -1,6 +1,5 @@
 """The curves of a report: which figures there are, what they show when all is well, and their points from CSV files."""
 
-import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from attrs import frozen
 
 from watch import COLLAPSED_STD
+from whole_files import rows_of
 
 MOST_POINTS = 2000  # of a line
 PRETRAINING, LINEAR = "pretraining/metrics.csv", "linear/metrics.csv"
@@ -137,7 +137,7 @@ ONLY_IF_IT_VARIES = ("T",)
 def read(file: Path) -> Lines:
     """Every column of a metrics.csv or throughput.csv; of several rows of one step the last."""
     found: dict[str, dict[int, float]] = {}
-    for row in csv.DictReader(file.read_text().splitlines() if file.is_file() else []):
+    for row in rows_of(file)[1]:
         for name, value in row.items():
             if value and name != "step":
                 found.setdefault(name, {})[int(row["step"])] = float(value)

@@ -17,11 +17,13 @@ import data
 import features
 import own_images
 import preview
+from device import usable
+from files import readable_rows
 from model_params import ModelParams
 from packed_images import is_there
 from shared_params import EncoderAndDataParams
 from tools import map_files
-from tools.commands import bar, usable
+from tools.commands import bar
 from tools.neighbours import best_of
 from tools.projection import TITLES, kinds, project
 from weights import load_encoder
@@ -131,9 +133,10 @@ def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
             images.append(preview.as_strips(batch))
             x.append(encoder.embed(batch).cpu())
             y.append(labels)
-    note = f"{len(some):,} of {len(dataset):,} images of {params.dataset_name}/{'+'.join(splits)}"
-    labels, paths = names(params, dataset, torch.cat(y)), places(dataset, splits, chosen)
-    return Embedded(torch.cat(images), torch.cat(x).numpy(), labels, paths, f"{note}, embedded by {file.name}")
+    images, x, rows, labels = readable_rows(torch.cat(y), torch.cat(images), torch.cat(x), torch.from_numpy(chosen))
+    note = f"{len(rows):,} of {len(dataset):,} images of {params.dataset_name}/{'+'.join(splits)}"
+    labels, paths = names(params, dataset, labels), places(dataset, splits, rows.numpy())
+    return Embedded(images, x.numpy(), labels, paths, f"{note}, embedded by {file.name}")
 
 
 def places(dataset: Any, splits: tuple[str, ...], chosen: np.ndarray) -> list[str]:
@@ -153,7 +156,9 @@ def names(params: EncoderAndDataParams, dataset: Any, y: Tensor) -> list[str | N
 
 
 def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
-    """Number -> name, of the settings or the data set, or of the files' folders if each class has its own."""
+    """Number -> name, of the data set or the settings, or of the files' folders if each class has its own."""
+    if known := getattr(dataset, "class_names", None):
+        return dict(enumerate(known))
     if params.class_to_idx:
         return {number: name for name, number in own_images.numbers_of(params.class_to_idx).items()}
     stored = params.dataset.class_names.split() or getattr(getattr(dataset, "source", None), "classes", None)

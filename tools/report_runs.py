@@ -1,12 +1,12 @@
 """What a report says about runs in words and tables: settings, results, where they came from."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+import run_folder
 from command_line import described, text
 from encoders import OWN_MODULE
 from model_params import PRESETS, ModelParams
@@ -30,8 +30,8 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 def about(run: Run, name: str) -> dict[str, Any]:
     """What identifies a run, and how to repeat it."""
-    commands, starts, arch = run.folder / "command.txt", run.folder / "run.json", run.settings.get("encoder_arch")
-    last = json.loads(starts.read_text())[-1] if starts.is_file() else {}
+    commands, arch = run.folder / "command.txt", run.settings.get("encoder_arch")
+    last = next(reversed(run_folder.starts_of(run.folder)), {})
     versions = {label.removesuffix(" version"): v for label, v in run.circumstances.items() if is_version(label)}
     facts = {label: v for label, v in run.circumstances.items() if v and not is_version(label)} | {"versions": versions}
     return {
@@ -40,7 +40,7 @@ def about(run: Run, name: str) -> dict[str, Any]:
         "method": f"{'an encoder of its own' if arch == OWN_MODULE else arch} on {run.settings.get('dataset_name')}",
         "state": state(run),
         "began": last.get("time", ""),
-        "commands": commands.read_text().splitlines() if commands.is_file() else [],
+        "commands": run_folder.text_of(commands).splitlines() if commands.is_file() else [],
         "facts": {label: in_words(value) for label, value in facts.items()},
     }
 

@@ -117,7 +117,7 @@ def in_timm(encoder: Encoder) -> Twin:
     arch, state = p.encoder_arch.removeprefix("ws_"), model.state_dict()
     name = TIMM_VITS.get(arch, arch.removeprefix("timm:"))
     channels = {} if p.channels == 3 else {"in_chans": p.channels}
-    options = {"num_classes": 0, **channels, **normalization(p.encoder_arch)}
+    options = {"num_classes": 0, **channels, **getattr(model, "built_for", {}), **normalization(p.encoder_arch)}
     if arch in TIMM_VITS:
         options["img_size"] = p.crop_size
         arch, state = f"timm:{name}", {renamed(key, TIMM_VIT_KEYS): value for key, value in state.items()}

@@ -1,0 +1,85 @@
+"""Numbers of features and weights: checks that they are finite, vectors of any scale, float64."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}  # IEEE 754
+STATISTICS = ("running_mean", "running_var", "running_std")
+
+
+class NotFinite(ValueError):
+    """NaN or infinite numbers where a score or a file needs finite ones."""
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors [..., E] divided by their lengths, in float32 or float64; zero vectors stay zero.
+
+    F.normalize alone turns vectors below 1e-12 and above 1e19 into zeros. In between, its bits do not change: the
+    division by a power of two before it is exact.
+    """
+    x = at_least_float32(x)
+    return F.normalize(x / power_of_two(x.detach().abs().amax(-1, keepdim=True)), dim=-1)
+
+
+def power_of_two(largest: Tensor) -> Tensor:
+    """The power of two at or below each number, from its exponent's bits: nothing waits for the device."""
+    integer, exponent = EXPONENT[largest.dtype]
+    found = (largest.view(integer) & exponent).view(largest.dtype)
+    return found.clamp(min=torch.finfo(largest.dtype).tiny)  # of 0
+
+
+def rescaled(x: Tensor) -> Tensor:
+    """All numbers divided by one power of two, so that the largest lies from 1 to 2: sums of squares stay finite."""
+    return x / power_of_two(x.abs().amax())
+
+
+def finite(x: Tensor, what: str = "features", names: Sequence[str] | None = None) -> Tensor:
+    """x [N, ...] in float32 or float64.
+
+    Args:
+        names: of the rows; default: their numbers.
+
+    Raises:
+        NotFinite: there are NaN or infinite numbers; says in how many rows.
+    """
+    bad = ~x.isfinite().flatten(1).all(1)
+    if bad.any():
+        rows = bad.nonzero().flatten().tolist()
+        first = rows[0] if names is None else names[rows[0]]
+        raise NotFinite(
+            f"{what}: {len(rows):,} of {len(x):,} rows are not finite (the first: {first}). Choose an earlier "
+            "checkpoint, or precision 32-true if half precision overflows"
+        )
+    return at_least_float32(x)
+
+
+def not_finite(module: nn.Module) -> list[str]:
+    """Names of the weights that hold NaN or infinite numbers, running statistics included. Infinity in another buffer,
+    such as the mask of an attention, is meant."""
+    good = {name: weight.isfinite().all() for name, weight in module.named_parameters()}
+    for name, buffer in module.named_buffers():
+        known = buffer if name.endswith(STATISTICS) else buffer.nan_to_num(math.nan, 0, 0)
+        good[name] = known.isfinite().all()
+    flags = torch.stack(list(good.values())).tolist() if good else []  # the device is waited for once
+    return [name for name, is_good in zip(good, flags, strict=True) if not is_good]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """On x's device, or on the host if the device has no float64 (Apple's MPS)."""
+    try:
+        return x.double()
+    except TypeError:
+        return torch.from_numpy(x.float().cpu().numpy()).double()
+
+
+def able(x: Tensor | None) -> Tensor | None:
+    """x, moved to the host from Apple's MPS, which lacks float64 and most of torch.linalg."""
+    return x.cpu() if x is not None and x.device.type == "mps" else x

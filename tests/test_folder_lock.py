@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+import folder_lock
+from folder_lock import locked
+
+WORKER = "os.fork() or time.sleep(3); "  # as those of a loader, which outlive a killed process
+
+
+def test_another_process_is_refused_and_told_who_holds_the_lock(tmp_path, holder):
+    process = holder(tmp_path / "run")
+    with (
+        pytest.raises(ValueError, match=rf"run is in use by process {process.pid} on .* delete .*\.lock"),
+        locked(tmp_path / "run"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("code", ["", WORKER])
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path, holder, code):
+    process = holder(tmp_path / "run", code)
+    process.kill()
+    process.wait()
+    with locked(tmp_path / "run"):
+        assert json.loads((tmp_path / "run/.lock").read_text())["process"] != process.pid
+
+
+def test_one_that_waits_gets_the_lock_when_the_holder_ends(tmp_path, holder):
+    process = holder(tmp_path / "run", "time.sleep(0.3); l.__exit__(None, None, None); sys.exit()")
+    with locked(tmp_path / "run", wait=30):
+        process.wait()
+    assert process.returncode == 0
+
+
+def test_the_holder_enters_again_and_leaves_no_file(tmp_path):
+    with locked(tmp_path), locked(tmp_path):
+        assert (tmp_path / ".lock").is_file()
+    assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+    with locked(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_requeued_job_takes_the_lock_of_its_earlier_start(tmp_path, holder, monkeypatch):
+    """A file server may hold the lock of a machine that is gone for minutes."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    holder(tmp_path / "run")
+    with pytest.raises(ValueError, match="in use"), locked(tmp_path / "run"):
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with locked(tmp_path / "run"):
+        assert json.loads((tmp_path / "run/.lock").read_text())["restarts"] == 1
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def without(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(folder_lock.fcntl, "lockf", without)
+    with pytest.warns(UserWarning, match="cannot be locked"), locked(tmp_path):
+        pass

@@ -1,0 +1,266 @@
+"""What users of Lightning call on both methods: predict, test, the Tuner, precisions, monitors, exports."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import SMALL
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from pytorch_lightning.tuner import Tuner
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import augmentations
+import data
+from linear_classifier import LinearClassifierMethod
+from milestones import Best
+from moco import SelfSupervisedMethod
+from weights import load_encoder
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*mutually exclusive:UserWarning",  # of the Tuner, which finds lr in the method and in its hparams
+    "ignore:.*callbacks used to create the checkpoint:UserWarning",  # likewise, without ours
+    "ignore:.*module.s. in eval mode at the start:UserWarning",
+    "ignore:collapse. valid_rank_me:UserWarning",
+    "ignore:.*(dynamo|jit|torchscript|TorchScript).*:DeprecationWarning",
+    "ignore:.*torch.jit.*:FutureWarning",
+)
+
+
+class Encoder(nn.Module):
+    """[N, 1, 8, 8] -> [N, 6], with a part that its user has frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.BatchNorm2d(1).eval()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6))
+
+    def forward(self, x):
+        return self.net(self.stem(x))
+
+
+@pytest.fixture(params=["pretraining", "linear"])
+def method(request, small):
+    """method(lr=0.1): either of the two, with a small encoder."""
+
+    def make(**fields) -> pl.LightningModule:
+        if request.param == "linear":
+            return LinearClassifierMethod(
+                **{"dataset_name": "digits", "batch_size": 16, "seed": 0, "lr": 0.1, **fields}, encoder=Encoder()
+            )
+        return SelfSupervisedMethod(small(**{"evaluations": ["rank_me"], **fields}), encoder=Encoder())
+
+    make.width = {"linear": 10, "pretraining": 6}[request.param]
+    return make
+
+
+IMAGES, LABELS = torch.arange(20 * 64).reshape(20, 1, 8, 8).remainder(256).byte(), torch.arange(20) % 2
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32, torch.float64])
+def test_predict_on_a_users_loader(kind, labelled, method, trainer):
+    model = method()
+    ready = augmentations.evaluation_view(IMAGES, model.params)
+    images = IMAGES if kind == torch.uint8 else ready.to(kind)
+    dataset = TensorDataset(images, LABELS) if labelled else TensorDataset(images)
+    found = torch.cat(trainer().predict(model, DataLoader(dataset, batch_size=8)))
+    with torch.no_grad():
+        expected = model.eval()(ready)
+    assert found.dtype == torch.float32 and found.shape == (20, method.width)
+    torch.testing.assert_close(found, expected)
+
+
+def test_predict_without_a_loader_takes_the_test_set_in_its_order(method, trainer):
+    model = method()
+    dataset = data.get_dataset(model.params, ("test",))
+    images = dataset.__getitems__(list(range(len(dataset))))[0]
+    found = torch.cat(trainer().predict(model))
+    with torch.no_grad():
+        expected = model.eval()(augmentations.evaluation_view(images, model.params))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_test_of_the_linear_stage_scores_the_test_set(trainer):
+    linear = LinearClassifierMethod(encoder=Encoder(), dataset_name="digits", batch_size=64, seed=0)
+    linear.params = linear.params.__class__(**{**linear.hparams, "validate_on": "held_out"})
+    (held_out,) = trainer(limit_val_batches=1.0).validate(linear, verbose=False)
+    (scores,) = trainer().test(linear, verbose=False)
+    linear.params = linear.params.__class__(**{**linear.hparams, "validate_on": "test"})
+    (validated,) = trainer(limit_val_batches=1.0).validate(linear, verbose=False)
+    assert scores == {name.replace("valid_", "test_"): value for name, value in validated.items()} != held_out
+
+
+def test_several_loaders_of_the_linear_stage_are_scored_one_by_one(trainer):
+    linear = LinearClassifierMethod(encoder=Encoder(), dataset_name="digits", seed=0)
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8)
+    (first, second) = trainer(limit_val_batches=1.0).validate(linear, [loader, loader], verbose=False)
+    found = {**first, **second}
+    assert found["valid_acc1"] == found["valid_acc1_1"]
+    with pytest.raises(ValueError, match="labels"):
+        trainer().test(linear, DataLoader(TensorDataset(IMAGES), batch_size=8), verbose=False)
+
+
+def test_what_lightning_refuses_before_setup_is_what_is_raised(trainer):
+    class NoTest(SelfSupervisedMethod):
+        test_step = pl.LightningModule.test_step
+
+    with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="test_step"):
+        trainer().test(NoTest(**SMALL))
+
+
+@pytest.mark.parametrize("scaling", [None, "linear"])
+def test_the_rate_that_lr_find_suggests_is_the_rate_of_the_next_training(scaling, method, trainer):
+    model, rates = method(lr_scaling=scaling), []
+    found = Tuner(trainer(limit_train_batches=1.0)).lr_find(model, num_training=30).suggestion()
+    model.on_train_batch_start = lambda *_: rates.append(model.optimizers().param_groups[0]["lr"])
+    trainer().fit(model)
+    assert rates[0] == pytest.approx(found) and found == model.params.lr == model.hparams.lr == model.lr
+
+
+def test_lr_find_is_refused_where_groups_have_rates_of_their_own(small, trainer):
+    models = [
+        LinearClassifierMethod(encoder=Encoder(), dataset_name="digits", encoder_lr=0.01, lr=0.1),
+        SelfSupervisedMethod(small(parameter_options=[{"pattern": "^projection", "lr_mult": 2.0}]), encoder=Encoder()),
+    ]
+    for model in models:
+        with pytest.raises(ValueError, match="lr_find"):
+            Tuner(trainer()).lr_find(model)
+
+
+@pytest.mark.parametrize("kind", [LearningRateFinder, BatchSizeFinder, lambda: StochasticWeightAveraging(0.1)])
+def test_callbacks_that_would_undo_the_settings_are_refused(kind, method, trainer):
+    callback = kind()
+    with pytest.raises(ValueError, match=type(callback).__name__):
+        trainer(callbacks=[callback]).fit(method())
+
+
+def test_the_batch_size_that_the_tuner_finds_is_that_of_the_next_training(method, trainer):
+    model, sizes = method(), []
+    assert Tuner(trainer()).scale_batch_size(model, max_trials=3) == 8
+    model.on_train_batch_start = lambda batch, index: sizes.append(len(batch[0][0]))
+    trainer().fit(model)
+    assert sizes == [8, 8] and model.params.batch_size == model.hparams.batch_size == model.plan.batch_size == 8
+    with pytest.raises(ValueError, match="global_batch_size"):
+        Tuner(trainer()).scale_batch_size(method(global_batch_size=16))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
+def test_true_precisions_train_and_leave_good_checkpoints(precision, small, trainer, tmp_path):
+    params = small("simclr", online_classifier=True, mlp_normalization="br", lr=0.01)
+    model, fit = SelfSupervisedMethod(params), trainer(precision=precision)
+    fit.fit(model)
+    assert fit.callback_metrics["step_train_loss"].isfinite()
+    assert {p.dtype for p in model.parameters()} != {torch.float32}
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    embedded = load_encoder(tmp_path / "x.ckpt").embed(IMAGES)
+    predicted = torch.cat(trainer(precision=precision).predict(model, DataLoader(IMAGES, batch_size=20)))
+    assert embedded.dtype == torch.float32 and predicted.dtype != torch.bfloat16
+    assert (predicted - embedded).abs().max() < 0.02 * embedded.abs().max()
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt", batch_size=16)
+    trainer(precision=precision).fit(linear)
+
+
+def test_the_queue_and_the_lagging_model_follow_in_double_precision(small, trainer):
+    model = SelfSupervisedMethod(small(m=0.9, lr=0.01, evaluations=[]), encoder=Encoder())
+    trainer(precision="64-true").fit(model)
+    assert model.queue.keys.dtype == torch.float64
+    norms = model.queue.keys[:32].norm(dim=1)
+    assert (norms - 1).abs().max() < 1e-12  # of keys that were never rounded to float32
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_is_refused_where_it_rounds_the_lagging_model_s_steps_away(precision, small, trainer):
+    with pytest.raises(ValueError, match=f"precision='{precision}'"):
+        trainer(precision=precision).fit(SelfSupervisedMethod(small("byol"), encoder=Encoder()))
+
+
+@pytest.mark.parametrize("trainer_s", [1, 3, None])
+def test_callbacks_that_monitor_a_score_of_every_second_epoch(trainer_s, small, trainer, tmp_path):
+    model = SelfSupervisedMethod(small(evaluations=["rank_me"], evaluate_every_n_epochs=2), encoder=Encoder())
+    saving = ModelCheckpoint(tmp_path, "{epoch}", monitor="valid_rank_me", mode="max", save_top_k=-1)
+    stopping, best = EarlyStopping("valid_rank_me", mode="max", patience=9), Best(tmp_path, "valid_rank_me")
+    interval = {"val_check_interval": 4} if trainer_s is None else {}
+    fit = trainer(
+        max_epochs=6, check_val_every_n_epoch=trainer_s, callbacks=[saving, stopping, best], enable_checkpointing=True,
+        **interval,
+    )  # fmt: skip
+    fit.fit(model)
+    assert fit.current_epoch == 6 and fit.check_val_every_n_epoch == {1: 2, 3: 6, None: None}[trainer_s]
+    saved = sorted(path.name for path in tmp_path.glob("epoch=*"))
+    assert saved == [f"epoch={i}.ckpt" for i in {1: (1, 3, 5), 3: (5,), None: (1, 3, 5)}[trainer_s]]
+    trainer_of_another = fit  # whose interval is its own again for a method that is evaluated in every epoch
+    trainer_of_another.validate(SelfSupervisedMethod(small(evaluations=[]), encoder=Encoder()), verbose=False)
+    assert fit.check_val_every_n_epoch == trainer_s
+
+
+def test_exports_of_lightning(method, trainer, tmp_path):
+    model, x = method(), torch.randn(3, 1, 8, 8)
+    trainer().fit(model)
+    modes = [part.training for part in model.modules()]
+    traced = model.to_torchscript(tmp_path / "x.pt", example_inputs=x[:2])
+    model.to_onnx(tmp_path / "x.onnx", x[:2])
+    assert [part.training for part in model.modules()] == modes and len(set(modes)) == 2
+    torch.testing.assert_close(traced(x), model.eval()(x))
+    with pytest.raises(ValueError, match="method='script'"):
+        model.to_torchscript(method="script")
+
+
+@pytest.mark.parametrize("frozen", ["stem", "whole"])
+def test_parts_that_a_user_froze_stay_frozen_in_fine_tuning(frozen, small, trainer, tmp_path):
+    fit = trainer()
+    fit.fit(SelfSupervisedMethod(small(evaluations=[]), encoder=Encoder()))
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    encoder = Encoder() if frozen == "stem" else Encoder().eval()
+    fields = {"encoder_lr": 0.1, "lr": 0.1, "batch_size": 16}
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt", encoder=encoder, **fields)
+    before = encoder.net[2].num_batches_tracked.item()
+    trainer().fit(linear)
+    assert encoder.net[2].num_batches_tracked == before + 2
+    assert encoder.stem.num_batches_tracked == (0 if frozen == "stem" else 2)
+
+
+def test_parts_that_a_user_froze_stay_frozen(method, trainer):
+    model = method(**({"encoder_lr": 0.1} if method.width == 10 else {}))
+    assert not model.model.stem.training and model.model.net.training
+    trainer().fit(model)
+    assert model.model.stem.num_batches_tracked == 0 and model.model.net[2].num_batches_tracked > 0
+
+
+@pytest.mark.parametrize("images", [IMAGES.float(), IMAGES.long()])
+def test_pixels_that_a_loader_yields_as_other_numbers_are_refused(images, method, trainer):
+    loader = DataLoader(TensorDataset(images, LABELS), batch_size=8)
+    for call in ("validate", "predict"):
+        with pytest.raises(ValueError, match="images=torch"):
+            getattr(trainer(), call)(method(), loader)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [IMAGES / 255, IMAGES.long(), IMAGES.numpy(), IMAGES[0], IMAGES.expand(20, 2, 8, 8), IMAGES.permute(0, 2, 3, 1)],
+)
+def test_images_that_an_encoder_would_misread_are_refused(images, small, trainer, tmp_path):
+    fit = trainer()
+    fit.fit(SelfSupervisedMethod(small(evaluations=[]), encoder=Encoder()))
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    encoder = load_encoder(tmp_path / "x.ckpt", encoder=Encoder())
+    assert encoder.embed(IMAGES).shape == (20, 6)
+    for call in (encoder.embed, encoder.prepare):
+        with pytest.raises(ValueError, match="images="):
+            call(images)
+    with pytest.raises(ValueError, match="images=torch.uint8"):
+        encoder(IMAGES)
+
+
+def test_float_images_that_nobody_normalized_are_named_once(method, trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr(augmentations, "rank_zero_info", said.append)
+    trainer(limit_val_batches=1.0).validate(
+        method(), DataLoader(TensorDataset(IMAGES / 255, LABELS), batch_size=8), verbose=False
+    )
+    assert len(said) == 1 and "image_mean" in said[0]

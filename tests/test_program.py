@@ -1,0 +1,168 @@
+"""How programs end: in one line for what the user or the machine caused, with the stack for a fault of ours."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+
+import demo
+import evaluate
+import program
+import train
+import train_blog
+from tools import compare, curves, embed, export, moving_photographs, nearest, report
+from tools import map as map_program
+
+ROOT = Path(__file__).parents[1]
+
+
+def ended(error: BaseException, *others) -> SystemExit:
+    @program.one_line_errors(*others)
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("lr=0: too small.\n  Choose more"),
+        OSError(28, "No space left on device", "x.ckpt"),
+        ConnectionError("no route"),
+        ImportError("No module named 'timm'"),
+        FloatingPointError("the loss is nan at step 3"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+    ],
+)
+def test_explained_error_is_one_line(error):
+    message = str(ended(error))
+    assert message.startswith("error: ") and "\n" not in message and len(message) > len("error: ")
+
+
+def test_notes_are_a_part_of_the_line():
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    error.add_note("the last file that this worker read is a.jpg")
+    assert "a.jpg" in str(ended(error))
+
+
+@pytest.mark.parametrize("error", [AssertionError("ours"), KeyError("ours"), TypeError("ours"), RuntimeError("ours")])
+def test_fault_of_the_library_keeps_its_stack(error):
+    with pytest.raises(type(error)), program.one_line_errors():
+        raise error
+    assert str(ended(error, type(error))).endswith(program.message_of(error))
+
+
+def test_stack_on_request(monkeypatch):
+    monkeypatch.setenv(program.SHOW_STACK, "1")
+    with pytest.raises(ValueError, match="lr=0"), program.one_line_errors():
+        raise ValueError("lr=0")
+
+
+def test_interrupt_is_130_also_within_lightning(capsys):
+    assert ended(KeyboardInterrupt()).code == 130
+    with pytest.raises(SystemExit) as end, program.one_line_errors():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as pl.Trainer does
+    assert end.value.code == 130
+    assert capsys.readouterr().err.count("Ctrl-C") == 2
+
+
+def test_one_of_several_processes_prints_the_line(monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert ended(ValueError("lr=0")).code == 1
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # from here on, it may be this process's own
+    assert "lr=0" in str(ended(ValueError("lr=0")))
+
+
+def test_reader_that_closes_the_pipe_causes_no_message(monkeypatch, capfd):
+    """`command | head -1`"""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with monkeypatch.context() as patch, os.fdopen(theirs, "w") as stdout:
+        patch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as end, program.one_line_errors():
+            print("x" * 100_000)
+    assert end.value.code == 1 and capfd.readouterr().err == ""
+
+
+def test_interrupted_training_ends_in_a_line(tmp_path, digits_path):
+    """A real Ctrl-C, while batches are trained on."""
+    options = (
+        "vicreg --dataset_name digits --encoder_arch shufflenet_v2_x0_5 --max_epochs 500 --warmup_epochs 0 --seed 0"
+    )
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *options.split(),
+        "--out",
+        str(tmp_path / "run"),
+        "--logger",
+        "csv",
+    ]
+    environment = {**os.environ, "DATA_PATH": str(digits_path), "PYTHONUNBUFFERED": "1"}
+    seen, said = [], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **said) as process:
+        for line in process.stdout:
+            seen.append(line)
+            if "epoch 0:" in line:
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130, "".join(seen)
+    assert "Traceback" not in "".join(seen) and "error: stopped by Ctrl-C" in "".join(seen)
+
+
+RUN = "--dataset_name digits --encoder_arch shufflenet_v2_x0_5 --logger csv --evaluations [] --seed 0 --warmup_epochs 0"
+MISTAKES = {
+    "train, not finite": (train, f"vicreg {RUN} --optimizer_name sgd --exclude_matching_parameters_from_lars none"
+                          " --out run --weight_decay 0 --mlp_hidden_dim 8 --dim 8 --lr 1000 --max_epochs 30",
+                          "not finite|nan"),
+    "evaluate, device": (evaluate, "nowhere.ckpt --device nonsense", "device='nonsense'"),
+    "evaluate, device that is absent": (evaluate, "nowhere.ckpt --device cuda:77", "device='cuda:77'"),
+    "evaluate, out": (evaluate, "nowhere.ckpt --out a_file", "out='a_file'"),
+    "evaluate, below a file": (evaluate, "nowhere.ckpt --out a_file/x", "out='a_file/x'"),
+    "evaluate, no checkpoint": (evaluate, "", "CHECKPOINT"),
+    "evaluate, nothing there": (evaluate, "nowhere.ckpt", "nowhere.ckpt"),
+    "train_blog, out": (train_blog, "--quick --out a_file", "a_file"),
+    "embed": (embed, "nowhere.ckpt . --out x.parquet --device nonsense", "nonsense|nowhere"),
+    "export": (export, "nowhere.ckpt --format onnx --out x", "nowhere.ckpt"),
+    "nearest": (nearest, "nowhere.parquet x.png", "nowhere.parquet"),
+    "map": (map_program, "nowhere.parquet", "nowhere.parquet"),
+    "report": (report, "nowhere", "nowhere"),
+    "compare": (compare, "nowhere", "nowhere"),
+    "curves": (curves, "nowhere --out x.png", "nowhere"),
+    "moving_photographs": (moving_photographs, "a_file", "a_file"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_ends_in_one_line(mistake, monkeypatch, tmp_path):
+    command, arguments, said = MISTAKES[mistake]
+    (tmp_path / "a_file").write_text("")
+    monkeypatch.setattr(sys, "argv", [f"{command.__name__}.py", *arguments.split()])
+    with pytest.raises(SystemExit, match=said) as end:
+        command.main()
+    assert str(end.value).startswith("error: ") and "\n" not in str(end.value)
+    if mistake == "train, not finite":
+        assert re.search("Traceback.*FloatingPointError", (tmp_path / "run" / "log.txt").read_text(), re.DOTALL)
+
+
+def test_every_program_ends_this_way():
+    """Nothing else may turn errors into exits."""
+    programs = [path for path in [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")] if "__main__" in path.read_text()]
+    programs = [path for path in programs if "\ndef main() -> None:" in path.read_text()]
+    assert len(programs) >= 12 and demo.main
+    assert [path.name for path in programs if "@one_line_errors(" not in path.read_text()] == []

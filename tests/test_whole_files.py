@@ -1,0 +1,55 @@
+import os
+
+import numpy as np
+import pytest
+from processes import full_disk
+
+import whole_files
+from whole_files import rows_of, whole, whole_folder, write_whole
+
+
+def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
+    write_whole(tmp_path / "a.txt", "earlier")
+    with full_disk(1000), pytest.raises(OSError, match="a.txt could not be written"):
+        write_whole(tmp_path / "a.txt", "x" * 10_000)
+    with full_disk(1000), pytest.raises(OSError, match="folder could not"), whole_folder(tmp_path / "folder") as new:
+        np.save(new / "a.npy", np.zeros(10_000))
+    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "earlier"
+
+
+def test_other_errors_are_not_called_a_full_disk(tmp_path):
+    with pytest.raises(FileNotFoundError), whole(tmp_path / "a.txt"):
+        (tmp_path / "no such file").read_text()
+
+
+def test_two_that_write_one_file_do_not_meet(tmp_path):
+    with whole(tmp_path / "a") as first, whole(tmp_path / "a") as second:
+        first.write_text("1")
+        second.write_text("2")
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "1"
+    with whole_folder(tmp_path / "b") as first:
+        with whole_folder(tmp_path / "b") as second:
+            (second / "x").write_text("2")
+        (first / "x").write_text("1")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"] and (tmp_path / "b/x").read_text() == "2"
+
+
+def test_what_killed_processes_left_is_removed(tmp_path, monkeypatch):
+    alive = {1: False, 2: True}
+    monkeypatch.setattr(whole_files, "is_alive", alive.get)
+    dead, living = (tmp_path / f".a.{whole_files.HOST}.{process}.00.unfinished" for process in alive)
+    old, new = tmp_path / ".a.gpu7.1.00.unfinished", tmp_path / ".a.gpu8.1.00.unfinished"
+    earlier_version, of_another = tmp_path / ".a.unfinished", tmp_path / ".ab.gpu7.1.00.unfinished"
+    for folder in (dead, living, old, new, of_another, earlier_version):
+        folder.mkdir()
+    for path in (old, of_another, earlier_version):
+        os.utime(path, (0, 0))
+    write_whole(tmp_path / "a", "")
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", living.name, new.name, of_another.name])
+
+
+@pytest.mark.parametrize("end", [b"0.2", b",2,,", b"1,0.2,2", b"1,0.2,2,3\n", b"1,x,2\n", b"1,0.2\n", bytes(40), b"\n"])
+def test_rows_that_are_not_complete_are_passed_over(tmp_path, end):
+    (tmp_path / "metrics.csv").write_bytes(b"epoch,loss,step\n0,0.5,0\n0,,1\n" + end)
+    columns, rows = rows_of(tmp_path / "metrics.csv")
+    assert columns == ["epoch", "loss", "step"] and [row["step"] for row in rows] == ["0", "1"]
