@@ -85,8 +85,8 @@ class LinearClassifierMethod(Stage):
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(self.trains_encoder)
-        found = {"n_classes": self.n_outputs}  # counted in images that may be gone one day
-        self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None, **found})
+        found = {"embedding_dim": width, **self.counted_classes()}
+        self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
 
         of_data, flips = p.dataset.view, p.transform_flip_probability
         flips = of_data.flip_probability if flips is None else flips

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import attrs
 import numpy as np
@@ -32,16 +32,25 @@ from watch import Watch
 
 
 class Settings(AttributeDict):
-    """The record of a method's settings (`hparams`): a change would have no effect, and is refused."""
+    """The record of a method's settings (`hparams`): a change would have no effect, and is refused. Lightning's Tuner
+    may write what it has already set in the method."""
 
-    def refuse(self, *names: Any, **fields: Any) -> NoReturn:
-        named = ", ".join(map(str, [*names, *fields]))
-        raise ValueError(
-            f"hparams cannot be changed ({named}): they record the settings with which the method was built. Build it "
-            "with others: SelfSupervisedMethod(params, lr=0.3), load_from_checkpoint(path, lr=0.3)"
-        )
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self or self[name] != value:
+            raise ValueError(
+                f"hparams.{name}={value!r}: hparams record the settings with which the method was built. Build it with "
+                "others, as in SelfSupervisedMethod(params, lr=0.3) or load_from_checkpoint(path, lr=0.3)"
+            )
 
-    __setattr__ = __setitem__ = update = setdefault = __ior__ = refuse
+    __setattr__ = __setitem__
+
+    def update(self, *args: Any, **fields: Any) -> None:
+        for name, value in dict(*args, **fields).items():
+            self[name] = value
+
+    def __ior__(self, other: Any) -> Self:
+        self.update(other)
+        return self
 
     def __reduce__(self) -> tuple:
         """For copies and for other processes, which would set item after item."""
@@ -127,6 +136,12 @@ class Stage(pl.LightningModule):
     # ---- labels ----
 
     n_outputs: int | None = None  # classes of the classifier that is trained here, if there is one
+
+    def counted_classes(self) -> dict[str, int]:
+        """Hyperparameter of a classifier whose classes were counted in files, which may be gone or others one day."""
+        packed = self.params.dataset.read is not None
+        return {} if packed or self.n_outputs is None else {"n_classes": self.n_outputs}
+
     needs_labels = False  # also to validate
 
     def reads_labels(self, training: bool) -> bool:
@@ -255,12 +270,7 @@ class Stage(pl.LightningModule):
         checkpoints.refuse_another(checkpoint, self, self.trainer)
         checkpoints.count_batches_anew(checkpoint, self.trainer.accumulate_grad_batches)
         if self.seed_was_drawn and "seed" in checkpoint.get("hyper_parameters", {}):
-            self.adopt_seed(checkpoint["hyper_parameters"]["seed"])
-
-    def adopt_seed(self, seed: int) -> None:
-        """In place of a seed that was drawn."""
-        self.params = attrs.evolve(self.params, seed=seed)
-        self.save_hyperparameters({"seed": seed})
+            self.change(seed=checkpoint["hyper_parameters"]["seed"])
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:
@@ -268,15 +278,17 @@ class Stage(pl.LightningModule):
         classifier has as many classes as in the file. Paths that the file names are used only where foreign_paths.py
         says; pass data_path, splits_path, ... to use others."""
         content = checkpoints.read(checkpoint_path)
-        said = vetted(content.get("hyper_parameters", {}), checkpoint_path, kwargs)
+        settings = content.get("hyper_parameters", {})
+        said = vetted(settings, checkpoint_path, kwargs)
         weight = content["state_dict"].get(f"{cls.CLASSIFIER}.weight")
-        n_classes = {} if weight is None else {"n_classes": len(weight)}
+        n_classes = {} if weight is None or len(weight) == packed_classes(settings) else {"n_classes": len(weight)}
         with data_only(str(checkpoint_path)), class_names_allowed(content):
             return super().load_from_checkpoint(checkpoint_path, *args, **{**said, **n_classes, **kwargs})
 
     def _set_hparams(self, hp: Any) -> None:
         """Lightning's, of a record that cannot be changed."""
-        self._hparams = Settings({**self.hparams, **self._to_hparams_dict(hp)})
+        self._hparams = self.hparams if isinstance(self.hparams, Settings) else Settings()
+        dict.update(self._hparams, self._to_hparams_dict(hp))
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return Watch.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
@@ -295,6 +307,12 @@ class Stage(pl.LightningModule):
             raise ValueError(f"method={method!r} cannot compile every encoder: choose 'trace', with example_inputs")
         with layers.in_eval_mode(self):
             return super().to_torchscript(file_path, method, *args, **kwargs)
+
+
+def packed_classes(settings: dict[str, Any]) -> int | None:
+    """Number of classes of the data set in a checkpoint's settings, where it is packed and has always as many."""
+    info = data.DATASETS.get(settings.get("dataset_name"))
+    return None if info is None or info.read is None else info.n_classes
 
 
 @contextmanager

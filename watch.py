@@ -182,7 +182,7 @@ def share_seed(method: pl.LightningModule, device: torch.device) -> None:
     if len(given) > 1:
         raise ValueError(f"seed differs between processes ({seeds}): give all the same")
     if method.seed_was_drawn:
-        method.adopt_seed(given[0] if given else seeds[0])
+        method.change(seed=given[0] if given else seeds[0])
     for tensor in method.state_dict().values():
         tensor.copy_(ddp.from_rank_zero(tensor.to(device)))
 
