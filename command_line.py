@@ -24,6 +24,7 @@ import attrs
 import jsonargparse
 import yaml
 
+from fields import expanded
 from model_params import PRESETS, ModelParams
 from run_options import NAMES, OF_THE_COMMAND, RunOptions
 from shared_params import EncoderAndDataParams
@@ -202,6 +203,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
         print("\n".join(wrapped(f"{name:14}{differences(name)}", " " * 14) for name in PRESETS))
         raise SystemExit(0 if arguments else 2)
     config = [arguments.pop(at) for at in option_at(arguments, "--config")]
+    config = [f"--config={expanded(one.removeprefix('--config='))}" for one in config if one != "--config"]
     if option_at(arguments, "--config"):
         fail("--config is there twice: give one file")
     preset = preset_of(given, config)

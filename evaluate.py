@@ -26,14 +26,16 @@ import features
 from baselines import compared
 from command_line import add_fields
 from device import usable
+from fields import as_path
 from own_data_params import OwnDataParams
 from program import one_line_errors
-from protocols import PROTOCOLS
+from protocols import PROTOCOLS, settings_of
 from results import Results, versions
 from shared_params import EncoderAndDataParams, n_classes
 from subject import Subject
 from video_params import OF_TRAINING, VideoParams
 from weights import Encoder, load_encoder
+from whole_files import check_folder
 
 READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
            "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns",
@@ -74,9 +76,8 @@ def evaluate_checkpoint(
         ValueError: an unknown protocol, or one that needs other labels than the data set's.
     """
     check_names(protocols or ())
-    folder = Path(out) if out else folder_of(checkpoint)
-    if any(path.is_file() for path in (folder, *folder.parents)):
-        raise ValueError(f"out={str(folder)!r} is a file, or below one. Pass a directory for the results")
+    folder = as_path(out) if out else folder_of(checkpoint)
+    check_folder("out", folder)
     device = str(usable(device))
     trained = load_encoder(checkpoint, encoder=encoder)
     params = features.data_params(trained, dataset, **reading)
@@ -103,6 +104,9 @@ def evaluate_checkpoint(
         )
         for name, found in encoders.items()
     }
+    for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
+        for seed in seeds:  # settings that cannot be are refused before the first protocol runs
+            settings_of(subjects["trained"], seed, preset)
     run_all(results, subjects, protocols, seeds)
     return results.content()
 
@@ -195,7 +199,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train")
     parser.add_argument("--dataset", metavar="NAME", help="default: that of the pretraining")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: CHECKPOINT.evaluation")
+    parser.add_argument("--out", type=as_path, metavar="DIR", help="default: CHECKPOINT.evaluation")
     parser.add_argument("--starting_weights", metavar="FILE_OR_NAME", help="a baseline beside the random encoder")
     parser.add_argument("--no_baselines", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")

@@ -1,7 +1,9 @@
 """Validated attrs fields. An error names the field, the value and what is allowed."""
 
+import os
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,23 @@ def list_of_numbers(at_least: float = 0, at_most: float = LARGEST):
                 raise ValueError(f"{attribute.name}={one!r} must be at least {at_least} and at most {at_most:.10g}")
 
     return field(factory=list, converter=plain, validator=check)
+
+
+def as_path(given: str | Path) -> Path:
+    """A path with the home directory in place of `~`, which a shell leaves behind `=`, and YAML and Python leave."""
+    return Path(given).expanduser()
+
+
+def expanded(value: Any) -> Any:
+    """As `as_path`, but the text stays text: it may be a pattern, several joined by "::", or a name."""
+    if not isinstance(value, str | Path):
+        return value
+    return "::".join(map(os.path.expanduser, str(value).split("::")))
+
+
+def path():
+    """The path of a file or folder, None unless given."""
+    return field(default=None, converter=expanded)
 
 
 def choice(default, choices: Iterable):

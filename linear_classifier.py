@@ -85,8 +85,7 @@ class LinearClassifierMethod(Stage):
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(self.trains_encoder)
-        counted = p.dataset.read is None  # in files that may be gone one day
-        found = {"n_classes": self.n_outputs} if counted else {}
+        found = {"n_classes": self.n_outputs}  # counted in images that may be gone one day
         self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None, **found})
 
         of_data, flips = p.dataset.view, p.transform_flip_probability

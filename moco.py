@@ -64,15 +64,16 @@ class SelfSupervisedMethod(Stage):
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
-            classes = p.online_classifier and (p.n_classes or labelled(n_classes(p), p))
-            self.online_classifier = nn.Linear(width, classes) if p.online_classifier else None
+            classes = (p.n_classes or labelled(n_classes(p), p)) if p.online_classifier else None
+            self.online_classifier = nn.Linear(width, classes) if classes else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
                 copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], min(sizes), min(sizes)))
         self.parameter_table()  # refuses patterns of nothing
         # All processes push the same keys: DDP need not send 4 K dim bytes at every forward.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
-        self.save_hyperparameters({**plain(attrs.asdict(p)), "embedding_dim": width, "encoder_weights": None})
+        found = {"embedding_dim": width, "n_classes": classes}  # counted in images that may be gone one day
+        self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
         self.started_from = source_of_weights(p)
         self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's

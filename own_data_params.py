@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import field, fields, frozen
 
-from fields import choice, non_negative, number, plain
+from fields import choice, non_negative, number, path, plain
 
 
 def class_numbers(value: Any) -> Any:
@@ -45,7 +45,7 @@ class OwnDataParams:
     """
 
     # images of one's own
-    data_path: str | None = None  # a folder, or shards/train-{000..099}.tar; None: $DATA_PATH/<dataset_name>
+    data_path: str | None = path()  # a folder, or shards/train-{000..099}.tar; None: $DATA_PATH/<dataset_name>
     image_key: str | None = None  # column of a Hugging Face set, or endings in shards: "jpg;png"; None: any image
     label_key: str | None = None  # likewise, or entry of the .json in shards; None: label, cls
     include_patterns: list[str] = field(factory=list)  # "*.png", "cats/*": only paths, or file names, like one of them
@@ -56,7 +56,7 @@ class OwnDataParams:
     test_size: float = number(0.1, at_most=0.9)  # likewise
     data_fraction: float = number(1.0, above=0, by=1e-9, at_most=1)  # of every class of the training images
     data_seed: int = non_negative(0, at_most=2**63 - 1)  # draws the splits and the fraction, whatever `seed` is
-    splits_path: str | None = None  # folder of the lists train.txt, val.txt, test.txt: written once, then reused
+    splits_path: str | None = path()  # folder of the lists train.txt, val.txt, test.txt: written once, then reused
     # what is black and white in .npy, TIFF and other 16-bit files; None: that of their type
     pixel_range: list[float] | None = field(default=None, converter=plain)
 

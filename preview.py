@@ -12,10 +12,11 @@ from torch import Tensor
 
 import augmentations
 import data
+from fields import as_path
 from loader import images_and_labels
 from model_params import ModelParams
 from shared_params import resolve
-from whole_files import whole
+from whole_files import check_file, whole
 
 TILE = 160  # pixels that a large view is magnified to, about; by whole numbers, so that pixels stay squares
 GAP, MARGIN, FONT_SIZE, LINE = 8, 20, 13, 18  # pixels
@@ -33,8 +34,9 @@ def write(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = 
     Raises:
         ValueError: the path does not end in .png; or what reading the images raises.
     """
-    if (path := Path(path)).suffix != ".png":
+    if (path := as_path(path)).suffix != ".png":
         raise ValueError(f"the preview is a PNG, and {path} does not end in .png")
+    check_file("preview", path)
     sheet = arrange(first_columns(params, loader, rows))
     with whole(path) as unfinished:
         sheet.save(unfinished, "PNG")

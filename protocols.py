@@ -16,7 +16,7 @@ import label_free
 import probes
 import svm
 from linear_classifier import READING, LinearClassifierMethod
-from linear_params import LINEAR_PRESETS
+from linear_params import LINEAR_PRESETS, LinearClassifierMethodParams
 from shared_params import EncoderAndDataParams
 from subject import MOST_IMAGES, VIEWS, Subject
 from weights import Encoder
@@ -33,15 +33,20 @@ def of_stages(subject: Subject, seed: int, score: Callable[..., Scores]) -> Scor
     return found
 
 
+def settings_of(subject: Subject, seed: int, preset: str) -> LinearClassifierMethodParams:
+    """Raises ValueError for fields of `subject.training` that cannot be."""
+    settings = {name: getattr(subject.params, name) for name in READING} | subject.training
+    params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
+    share = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # of its length: the warm-up keeps its part
+    return attrs.evolve(params, warmup_epochs=params.warmup_epochs * share, drop_last_batch=None)
+
+
 def trained(subject: Subject, seed: int, preset: str) -> Scores:
     """LinearClassifierMethod with a preset's settings; the test set is scored once, after the last epoch.
 
     A loss that is not finite is a result too: nan.
     """
-    settings = {name: getattr(subject.params, name) for name in READING} | subject.training
-    params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
-    share = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # of its length: the warm-up keeps its part
-    params = attrs.evolve(params, warmup_epochs=params.warmup_epochs * share, drop_last_batch=None)
+    params = settings_of(subject, seed, preset)
     method = LinearClassifierMethod(params, encoder=copy.deepcopy(subject.encoder.model).train())
     device = features.device_of(subject.encoder)
     trainer = pl.Trainer(
@@ -76,6 +81,7 @@ class Protocol:
     needs_labels: bool = True
     needs_classes: bool = True  # labels: one class an image
     needs_stages: bool = False  # an encoder with layer1 to layer4
+    preset: str | None = None  # of LINEAR_PRESETS, of a protocol that trains by SGD
 
     def refusal(self, encoder: Encoder, params: EncoderAndDataParams, labelled: bool) -> str | None:
         """Why it cannot be run. Whether images are labelled is told, as files are listed to find out."""
@@ -97,7 +103,7 @@ def label_free_row(run: Callable[[Subject, int], Scores], definition: str, sourc
 
 
 def training_row(preset: str, definition: str, source: str) -> Protocol:
-    return Protocol(partial(trained, preset=preset), definition, source, trains=True)
+    return Protocol(partial(trained, preset=preset), definition, source, trains=True, preset=preset)
 
 
 FROZEN = "frozen features of whole images"

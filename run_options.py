@@ -6,7 +6,7 @@ from typing import Any
 
 from attrs import asdict, field, fields, frozen
 
-from fields import check_types, choice, non_negative, number, positive
+from fields import check_types, choice, non_negative, number, path, positive
 
 LOGGERS = {"tensorboard": "tensorboard", "csv": None, "wandb": "wandb", "mlflow": "mlflow"}  # name -> package it needs
 OF_THE_TRAINER = (
@@ -22,12 +22,12 @@ class RunOptions:
 
     # instead of a run
     dry_run: bool = False  # build everything, train two steps, validate one batch, print a summary; leaves no files
-    preview: str | None = None  # draw the first images and their views into this PNG
+    preview: str | None = path()  # draw the first images and their views into this PNG
     print_config: bool = False  # print the settings as YAML, as --config reads them
 
     # the run
-    out: str | None = None  # its folder; none: runs/PRESET_DATASET
-    resume: str | None = None  # auto: from the newest good checkpoint of --out, if any; else a checkpoint
+    out: str | None = path()  # its folder; none: runs/PRESET_DATASET
+    resume: str | None = path()  # auto: from the newest good checkpoint of --out, if any; else a checkpoint
     logger: list[str] = field(factory=lambda: ["tensorboard"])  # of tensorboard, wandb, mlflow; csv is always there
     log_gradient_norms: bool = False  # grad_norm_PART at every logged step
 

@@ -5,9 +5,10 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,7 +59,7 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or another kind of file, or would run code when loaded; says which.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.stat().st_size == 0:
@@ -104,11 +105,14 @@ def class_name(name: str) -> type:
     return type(name, (), {"__new__": refuse})
 
 
-def class_names_allowed(content: dict[str, Any]) -> AbstractContextManager:
-    """While others read the file with this content once more."""
-    callbacks = content.get("callbacks")
-    names = [key for key in (callbacks if isinstance(callbacks, dict) else ()) if isinstance(key, type)]
-    return torch.serialization.safe_globals([(key, key.__name__) for key in names])
+@contextmanager
+def class_names_allowed(content: dict[str, Any]) -> Iterator[None]:
+    """While Lightning reads the file with this content once more. It leaves callbacks under their classes out."""
+    names = [key for key in content.get("callbacks", {}) if isinstance(key, type)]
+    with torch.serialization.safe_globals([(key, key.__name__) for key in names]), warnings.catch_warnings():
+        if names:
+            warnings.filterwarnings("ignore", "You have multiple `ModelCheckpoint` callback states")
+        yield
 
 
 def refusal(path: str | Path, error: pickle.UnpicklingError) -> ValueError:

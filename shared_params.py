@@ -17,7 +17,7 @@ import encoders
 import own_data_params
 import video_params
 from data import DATASETS, DatasetInfo
-from fields import check_types, choice, non_negative, number, positive
+from fields import check_types, choice, non_negative, number, path, positive
 from files import MOST_WORKERS, class_numbers
 from image_ops import BLUR_RADIUS
 from own_data_params import OwnDataParams
@@ -35,7 +35,7 @@ class EncoderAndDataParams(OwnDataParams, VideoParams):
     # encoder model selection
     encoder_arch: str = "resnet18"  # a torchvision model, ws_resnet18...152, timm:NAME, or "module": your own
     embedding_dim: int | None = positive(None)  # inferred; checked if given
-    encoder_weights: str | None = None  # to start from: torchvision's name ("DEFAULT", ...), or a file
+    encoder_weights: str | None = path()  # to start from: torchvision's name ("DEFAULT", ...), or a file
     low_resolution_stem: bool | None = None  # 3 x 3 stem without pooling; None: for ResNets on 32 pixels or fewer
     zero_init_residual: bool = False  # ResNets: each block begins as the identity (its last normalization at weight 0)
     stem_variant: str = choice("standard", encoders.STEM_VARIANTS)  # of the 3 x 3 stem; others: for others' weights

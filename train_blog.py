@@ -25,13 +25,15 @@ from attr import evolve
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
+import preflight
 from data import DATASETS
+from fields import as_path
 from folder_lock import locked
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from program import one_line_errors
 from run_folder import logged
-from whole_files import whole, write_whole
+from whole_files import check_folder, whole, write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
@@ -65,7 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--encoder", default=None, help="default: resnet18; with --quick: shufflenet_v2_x0_5")
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--out", type=Path, default=Path("runs/blog"))
+    parser.add_argument("--out", type=as_path, default=Path("runs/blog"))
     parser.add_argument("--quick", action="store_true", help="digits, small batches, a small encoder")
     args = parser.parse_args()
     args.dataset = args.dataset or ("digits" if args.quick else "stl10")
@@ -100,9 +102,8 @@ def run_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
     return args.out / f"{args.dataset}_{args.encoder}_{args.epochs}epochs{quick}" / f"{name}_{seed}"
 
 
-def train(name: str, seed: int, args: argparse.Namespace) -> dict:
-    """One run -> its row."""
-    params = evolve(
+def settings(name: str, seed: int, args: argparse.Namespace) -> ModelParams:
+    return evolve(
         CONFIGS[name],
         seed=seed,
         dataset_name=args.dataset,
@@ -113,6 +114,10 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         max_epochs=args.epochs,
         evaluate_every_n_epochs=args.epochs,  # the post's number is that of the last epoch
     )
+
+
+def train(name: str, seed: int, args: argparse.Namespace) -> dict:
+    """One run -> its row."""
     logs = {"save_dir": run_folder(name, seed, args), "name": "", "version": ""}
     trainer = pl.Trainer(
         max_epochs=args.epochs,
@@ -124,7 +129,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         num_sanity_val_steps=0,
     )
     start = time.time()
-    trainer.fit(SelfSupervisedMethod(params))
+    trainer.fit(SelfSupervisedMethod(settings(name, seed, args)))
     found = trainer.callback_metrics
     row = {"config": name, "seed": seed, **circumstances(args)}
     logged = {"accuracy": "valid_class_acc", "pos_cos": "step_pos_cos", "neg_cos": "step_neg_cos"}
@@ -178,6 +183,9 @@ def main() -> None:
     args = arguments()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    check_folder("out", args.out)
+    preflight.check_images(settings(args.configs[0], args.seeds[0], args))
+    preflight.check_labels(settings(args.configs[0], args.seeds[0], args))  # the post's figure is an accuracy
     with locked(args.out):
         run_all(args)
 

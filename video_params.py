@@ -4,7 +4,7 @@ from typing import Any
 
 from attrs import fields, frozen
 
-from fields import choice, number, numbers, positive
+from fields import choice, number, numbers, path, positive
 from files import MOST_WORKERS
 
 MOST_FRAMES = 1024
@@ -24,7 +24,7 @@ class VideoParams:
     video_decoder: str = choice("file", ("file", "frames"))  # frames: each video is a folder of image files
     frames_per_second: float = positive(30.0, by=1e-3)  # of folders of frames; a video file knows its own
     decoding_threads: int = positive(1, at_most=MOST_WORKERS)  # of each worker
-    video_path_prefix: str | None = None  # of the paths in train.csv, val.csv; None: the folder train, val
+    video_path_prefix: str | None = path()  # of the paths in train.csv, val.csv; None: the folder train, val
     evaluation_clips: int = positive(1, at_most=MOST_FRAMES)  # of each video, averaged; training: one for each view
     evaluation_crops: int = positive(1, at_most=MOST_FRAMES)  # of each of them: the middle; else along the longer side
 

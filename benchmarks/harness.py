@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from fields import as_path
+
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
@@ -33,7 +35,7 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
         "--quick", action="store_true", help="tiny sizes, for a test that it runs; the figures are void"
     )
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of every contestant ({rounds})")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
+    parser.add_argument("--out", type=as_path, default=RESULTS, help="folder of the CSV file")
     return parser
 
 

@@ -31,6 +31,7 @@ from torchvision.datasets import ImageFolder
 import augmentations
 from augmentations import View, generator
 from benchmarks import harness, peers
+from fields import as_path
 from image_files import ImageFiles
 from loader import Loader, Share
 
@@ -203,7 +204,7 @@ def measure(work: Work, names: list[str], rounds: int, quick: bool) -> list[harn
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.arguments(__doc__, rounds=3)
-    parser.add_argument("--folder", type=Path, help="where the files are made, and kept (a temporary folder)")
+    parser.add_argument("--folder", type=as_path, help="where the files are made, and kept (a temporary folder)")
     options = parser.parse_args(argv)
     packages = ["torchvision", "pillow", *harness.installed("lightly")]
     names = [name for name in CONTESTANTS if name != LIGHTLY or LIGHTLY in packages]

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from evaluate import evaluate_checkpoint
+from fields import as_path
 from moco import SelfSupervisedMethod
 from model_params import SCEParams
 from tools.moving_photographs import MOTIONS, make
@@ -102,10 +103,10 @@ def in_words(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.motion", allow_abbrev=False)
-    parser.add_argument("data", type=Path, metavar="DATA_PATH", help="made unless it is there")
+    parser.add_argument("data", type=as_path, metavar="DATA_PATH", help="made unless it is there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=Path("runs/motion"), metavar="DIR", help="checkpoints and scores")
+    parser.add_argument("--out", type=as_path, default=Path("runs/motion"), help="folder of checkpoints and scores")
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["DATA_PATH"] = str(args.data.resolve())

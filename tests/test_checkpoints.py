@@ -18,6 +18,7 @@ from checkpoints import Checkpoints, newest
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
+from weights import load_encoder
 
 
 def tiny() -> nn.Module:
@@ -130,6 +131,36 @@ def test_a_file_that_would_run_code_is_refused_everywhere(saved, method, trainer
     assert not (tmp_path / "it_ran").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "it_ran").exists()  # so it would have
+
+
+class OfTheUser(pl.Callback):
+    pass
+
+
+def test_states_of_callbacks_may_be_under_their_classes(saved, method, trainer, tmp_path):
+    """As Lightning had it before 1.5. The classes are not looked up."""
+    states = {pl.callbacks.ModelCheckpoint: {"best_model_path": "x.ckpt"}, OfTheUser: {}}
+    content = {**checkpoints.read(newest(saved)), "callbacks": states, "pytorch-lightning_version": "1.3.8"}
+    del content["loops"]
+    early, linear = tmp_path / "early.ckpt", tmp_path / "linear.ckpt"
+    torch.save(content, early)
+    stage = LinearClassifierMethod.from_moco_checkpoint(early, encoder=tiny(), batch_size=16, lr=0.1)
+    torch.save({**content, "state_dict": stage.state_dict(), "hyper_parameters": dict(stage.hparams)}, linear)
+    for found in (
+        load_encoder(early, encoder=tiny()).model,
+        SelfSupervisedMethod.load_from_checkpoint(early, encoder=tiny()).model,
+        LinearClassifierMethod.load_from_checkpoint(linear, encoder=tiny()).model,
+    ):
+        assert torch.equal(found[1].weight, content["state_dict"]["model.1.weight"])
+    fit = trainer(max_epochs=2, limit_train_batches=6)
+    fit.fit(method, ckpt_path=early)
+    assert fit.current_epoch == 2 and fit.global_step > 6
+
+
+def test_a_class_of_which_an_object_is_made_is_refused(tmp_path):
+    torch.save({"state_dict": {}, "callbacks": {OfTheUser: OfTheUser()}}, tmp_path / "object.ckpt")
+    with pytest.raises(ValueError, match="object.ckpt holds more than data .*OfTheUser"):
+        checkpoints.read(tmp_path / "object.ckpt")
 
 
 def fill_the_disk(rank: int, folder: str) -> str:

@@ -1,5 +1,7 @@
 """Several real processes (gloo, CPU): what they compute together equals one process with the joined batch."""
 
+import copy
+
 import numpy as np
 import processes
 import pytest
@@ -190,19 +192,34 @@ def test_without_processes_everything_is_the_identity():
     assert ddp.any_process(True) and not ddp.any_process(False)
 
 
-def other_seeds(rank: int, world: int) -> str:
-    torch.manual_seed(rank)
-    params = PRESETS["moco_v2"](**{**SMALL, "seed": None})
+def drawn_seeds(rank: int, world: int, given: int | None) -> dict:
+    """As in PyTorch from 2.14 on, each process has another seed unless one is given."""
+    torch.manual_seed(rank + 5)
+    method = SelfSupervisedMethod(PRESETS["moco_v2"](**{**SMALL, "seed": None}), encoder=encoder())
+    stage = LinearClassifierMethod(dataset_name="digits", batch_size=8, seed=given and given + rank, encoder=encoder())
+    fit = trainer(world)
+    fit.validate(method, verbose=False)  # the random encoder is scored before any training
+    first = copy.deepcopy(method.state_dict())
+    fit.fit(method)
     try:
-        trainer(world).fit(SelfSupervisedMethod(params, encoder=encoder()))
+        trainer(world).fit(stage)
     except ValueError as error:
-        return str(error)
-    return ""
+        return {"error": str(error)}
+    return {"seed": method.params.seed, "hparams": dict(stage.hparams), "first": first, "last": method.state_dict()}
+
+
+def test_processes_share_a_seed_that_is_drawn(tmp_path):
+    first, second = processes.run(drawn_seeds, 2, tmp_path, 2, None)
+    assert first["seed"] == second["seed"] == 5 == first["hparams"]["seed"] == second["hparams"]["seed"]
+    for state in ("first", "last"):
+        for name, value in first[state].items():
+            is_own = state == "last" and "running" in name  # batch statistics
+            assert is_own or torch.equal(value, second[state][name]), name
 
 
 def test_processes_with_other_seeds_are_refused(tmp_path):
-    for message in processes.run(other_seeds, 2, tmp_path, 2):
-        assert message.startswith("seed differs between processes ([0, 1])")
+    for found in processes.run(drawn_seeds, 2, tmp_path, 2, 1):
+        assert found["error"].startswith("seed differs between processes ([1, 2])")
 
 
 def share_of_one_process(rank: int, world: int) -> str:

@@ -29,7 +29,7 @@ from torch import nn
 import data
 from moco import SelfSupervisedMethod
 from shared_params import EncoderAndDataParams
-from tools import contact_sheet, embed, embedding_work, feature_files, map_files, nearest
+from tools import commands, contact_sheet, curves, embed, embedding_work, feature_files, map_files, nearest
 from tools import map as maps
 from tools.image_sources import open_source
 from weights import Encoder, Report, load_encoder
@@ -547,3 +547,26 @@ def test_the_page_works_in_a_browser(features, tmp_path):
         browser.run("$('pictures').click()")
         browser.settle()
         assert browser.errors == [] and all(url.startswith(("file:", "data:")) for url in browser.requests)
+
+
+NAMES = ["$x_$", "100%_$", "line\nbreak", "_hidden", "<b>&amp;", "n" * 3000, "\u05e9\u05dc\u05d5\u05dd", "a\x00\udc80"]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_class_or_run_is_shown_as_it_is(name, tmp_path, monkeypatch):
+    """On the map, its page, the curves and the contact sheet; the line break as a space."""
+    shown = []
+    monkeypatch.setattr(map_files.plt, "close", shown.append)
+    points = np.random.default_rng(0).random((6, 2))
+    found = map_files.Map(name, name, [name] * 6, points, np.array([0, 1] * 3), [name, "other"])
+    map_files.draw(found, None, tmp_path / "map.png")
+    map_files.page(found, None, tmp_path / "map.html")
+    curve = {"step_train_loss": (np.arange(3), np.arange(3))}
+    curves.draw({name: curve, "other": curve}, tmp_path / "curves.png")
+    for figure in shown:
+        assert len(figure.legends[0].get_texts()) == 2
+        map_files.plt.figure(figure).clear()
+    tile = contact_sheet.Tile(Image.new("RGB", (8, 8)), name, "0.9", (name,))
+    assert contact_sheet.contact_sheet([(tile, [tile])]).width > 100
+    assert commands.in_one_line("line\nbreak") == "line break"

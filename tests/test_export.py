@@ -15,6 +15,7 @@ import attrs
 import numpy as np
 import onnx
 import onnxruntime
+import processes
 import pytest
 import torch
 import torchvision
@@ -369,6 +370,14 @@ def test_a_write_that_fails_leaves_nothing(small_checkpoint, tmp_path, monkeypat
     monkeypatch.setitem(formats.FORMATS, "torchvision", broken(write))
     with pytest.raises(OSError, match="disk full"):
         export.export(small_checkpoint, "torchvision", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["torchvision", "safetensors", "detectron2", "torchscript", "torch_export"])
+def test_a_full_disk_is_named_and_leaves_nothing(format, checkpoint, same_process, tmp_path):
+    encoder = load_encoder(checkpoint)
+    with processes.full_disk(100_000), pytest.raises(OSError, match="encoder.pt could not be written"):
+        export.write_checked(encoder, format, tmp_path / "encoder.pt", False, False)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,9 +1,15 @@
 """SelfSupervisedMethod: what is computed how often, when things move, and what a user may pass in."""
 
+import argparse
+import copy
+import pickle
+from pathlib import Path
+
 import attrs
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -11,6 +17,8 @@ import data
 import losses
 import schedules
 from lagging import move_towards
+from linear_classifier import LinearClassifierMethod
+from linear_params import LinearClassifierMethodParams
 from loader import images_and_labels
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
@@ -55,6 +63,48 @@ def test_built_from_params_dict_or_fields():
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 1024)
     with pytest.raises(TypeError, match="batchsize"):
         SelfSupervisedMethod(params, batchsize=3)
+
+
+@pytest.mark.parametrize("build", [SelfSupervisedMethod, LinearClassifierMethod])
+def test_hparams_is_another_name_of_params(build):
+    fields = {"encoder_arch": "shufflenet_v2_x0_5", "dataset_name": "digits", "lr": 0.3}
+    kind = ModelParams if build is SelfSupervisedMethod else LinearClassifierMethodParams
+    for hparams in (kind(**fields), fields, argparse.Namespace(**fields)):
+        assert build(hparams=hparams, seed=1).params == kind(**fields, seed=1)
+    with pytest.raises(ValueError, match="hparams"):
+        build(kind(**fields), hparams=fields)
+
+
+@pytest.mark.parametrize("build", [SelfSupervisedMethod, LinearClassifierMethod])
+def test_hparams_cannot_be_changed(build, trainer, tmp_path):
+    class Extended(build):
+        def __init__(self, mine: int = 3, **fields):
+            super().__init__(**fields)
+            self.save_hyperparameters("mine")
+
+    def refuses(model):
+        for change in (
+            lambda: setattr(model.hparams, "lr", 0.3),
+            lambda: model.hparams.__setitem__("lr", 0.3),
+            lambda: model.hparams.update(lr=0.3),
+            lambda: model.hparams.update({"lr": 0.3}),
+            lambda: model.hparams.setdefault("lr", 0.3),
+        ):
+            with pytest.raises(ValueError, match="lr"):
+                change()
+        assert model.hparams.lr == model.hparams["lr"] == model.hparams_initial.lr == 0.1
+
+    model = Extended(dataset_name="digits", batch_size=16, lr=0.1, seed=0, encoder=TinyEncoder())
+    refuses(model)
+    assert copy.deepcopy(model).hparams == model.hparams == pickle.loads(pickle.dumps(model.hparams))
+    fit = trainer(logger=pl.loggers.CSVLogger(tmp_path))
+    fit.fit(model)
+    fit.save_checkpoint(tmp_path / "example.ckpt", weights_only=False)
+    assert yaml.safe_load((Path(fit.logger.log_dir) / "hparams.yaml").read_text())["lr"] == 0.1
+    loaded = Extended.load_from_checkpoint(tmp_path / "example.ckpt", encoder=TinyEncoder())
+    refuses(loaded)
+    assert loaded.hparams == model.hparams and loaded.hparams.mine == 3
+    assert Extended.load_from_checkpoint(tmp_path / "example.ckpt", encoder=TinyEncoder(), lr=0.3).hparams.lr == 0.3
 
 
 def test_seed_decides_the_weights_and_defaults_to_that_of_seed_everything():

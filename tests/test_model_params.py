@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import attr
 import pytest
 
+from fields import expanded
 from model_params import PRESETS, BYOLParams, ModelParams, VICRegParams
+from run_options import RunOptions
 
 # The listing of the original's README: users rely on every name and default.
 ORIGINAL = {
@@ -132,3 +136,13 @@ def test_unknown_field_is_a_type_error():
 def test_refused_at_construction(fields, message):
     with pytest.raises(ValueError, match=message):
         ModelParams(**fields)
+
+
+def test_the_home_directory_stands_for_a_tilde_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    p = ModelParams(dataset_name="folder", data_path="~/a.tar::~/b.tar", splits_path=Path("~/lists"))
+    assert (p.data_path, p.splits_path) == ("/home/me/a.tar::/home/me/b.tar", "/home/me/lists")
+    names = {"out", "preview", "resume", "data_path", "splits_path", "encoder_weights", "video_path_prefix"}
+    every = [field for kind in (RunOptions, ModelParams) for field in attr.fields(kind)]
+    assert {field.name for field in every if field.converter is expanded} == names
+    assert {field.name for field in every if field.name.split("_")[-1] in ("path", "folder", "file", "prefix")} <= names

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +17,19 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torchvision.datasets import ImageFolder
 
+import checkpoints
 import data
 import evaluate
 import features
+import own_images
 import train
 from evaluate import runnable
+from image_folders import check_settings
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
-from shared_params import n_classes
+from own_data_params import OwnDataParams
+from shared_params import EncoderAndDataParams, n_classes
 from weights import load_encoder
 
 SIDE = 40
@@ -320,6 +325,13 @@ def test_a_file_of_the_users_may_be_called_as_that_of_the_settings(photos, tmp_p
     (tmp_path / "train.txt").write_text("china/01.png\nflower/00.png\n")
     (tmp_path / "val.txt").write_text("flower/01.png\n")
     assert listed(params(photos, splits_path=str(tmp_path))) == {"china/01.png": 0, "flower/00.png": 1}
+
+
+def test_lists_know_every_setting_that_is_not_of_another_place():
+    others = {"data_path", "splits_path", "pixel_range", "data_fraction"}
+    names = {field.name for field in attrs.fields(OwnDataParams)}
+    assert set(own_images.settings(EncoderAndDataParams(dataset_name="folder"))) == names - others
+    check_settings(Path(), {"val_size": 0.1}, {"val_size": 0.1, "image_key": "jpg"})  # lists of an earlier version
 
 
 def test_a_list_that_is_not_in_utf_8_is_named(photos, tmp_path):
@@ -618,3 +630,35 @@ def test_examples_of_the_page(photos, tmp_path):
     environment = {**os.environ, **caches, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("version", ["this", "earlier"])
+@pytest.mark.parametrize("images", ["gone", "with one class more"])
+def test_a_classifier_is_loaded_where_the_images_are_others(images, version, photos, tmp_path, trainer):
+    """The file knows how many classes it has; a run that is resumed there says what differs."""
+    root = shutil.copytree(photos, tmp_path / "photos")
+    online = SelfSupervisedMethod(params(root, online_classifier=True, evaluations=[]))
+    fields = {"dataset_name": "folder", "data_path": str(root), "batch_size": 8, "num_data_workers": 0, "seed": 0}
+    fields |= {"encoder_arch": "shufflenet_v2_x0_5", "transform_crop_size": 32}
+    linear = LinearClassifierMethod(lr=0.1, **fields)
+    for name, method in (("online", online), ("linear", linear)):
+        fit = trainer(limit_train_batches=1, limit_val_batches=0)
+        fit.fit(method)
+        fit.save_checkpoint(tmp_path / f"{name}.ckpt", weights_only=False)
+        content = checkpoints.read(tmp_path / f"{name}.ckpt")
+        if version == "earlier":
+            content["hyper_parameters"].pop("n_classes")
+        torch.save(content, tmp_path / f"{name}.ckpt")
+    if images == "gone":
+        shutil.rmtree(root)
+    else:
+        shutil.copytree(next(path for path in root.iterdir() if path.is_dir()), root / "zebra")
+    for name, method in (("online", online), ("linear", linear)):
+        loaded = type(method).load_from_checkpoint(tmp_path / f"{name}.ckpt")
+        assert loaded.state_dict().keys() == method.state_dict().keys()
+        assert getattr(loaded, loaded.CLASSIFIER).out_features == 2
+    assert load_encoder(tmp_path / "online.ckpt").params.data_path == str(root)
+    if images != "gone":
+        with pytest.raises(ValueError, match="n_classes|classifier"):
+            again = LinearClassifierMethod(lr=0.1, **fields)
+            trainer(max_epochs=2).fit(again, ckpt_path=tmp_path / "linear.ckpt")

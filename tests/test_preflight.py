@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
+import evaluate
 import train
+from moco import SelfSupervisedMethod
 from preflight import check_run
 from run_options import RunOptions
 
@@ -85,3 +88,22 @@ def test_an_unknown_metric_of_save_best_is_refused_at_the_first_step(monkeypatch
 def test_a_file_in_place_of_the_runs_folder_is_refused(monkeypatch):
     Path("file").touch()
     refused("--dataset_name digits --out file/run", "out=file/run", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"device": "nonsense"}, "device='nonsense'"),
+        ({"device": "meta"}, "device='meta'"),
+        ({"out": "file"}, "out=file"),
+        ({"protocols": ["knn", "linear_sgd"], "training": {"max_epochs": 0}}, "max_epochs"),
+        ({"protocols": ["knn", "linear_sgd"], "seeds": [0, -1]}, "seed"),
+    ],
+)
+def test_evaluate_refuses_before_the_first_protocol_runs(options, message, small, monkeypatch):
+    Path("file").touch()
+    model = SelfSupervisedMethod(small(transform_crop_size=16))
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, "a.ckpt")
+    monkeypatch.setattr(evaluate, "run_all", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match=message):
+        evaluate.evaluate_checkpoint("a.ckpt", **{"protocols": ["knn"], "baselines": False, **options})

@@ -41,7 +41,9 @@ def test_train_blog_writes_rows_table_and_figure_and_skips_what_is_finished(monk
     assert [(row["config"], row["seed"]) for row in rows] == [("base", "0"), ("base", "1")]
     assert all(0 < float(row["accuracy"]) <= 100 for row in rows)
     steps = np.genfromtxt(
-        tmp_path / "blog" / "digits_shufflenet_v2_x0_5_1epochs" / "base_1" / "metrics.csv", delimiter=",", names=True
+        tmp_path / "blog" / "digits_shufflenet_v2_x0_5_1epochs_quick" / "base_1" / "metrics.csv",
+        delimiter=",",
+        names=True,
     )
     logged = steps["step_pos_cos"][~np.isnan(steps["step_pos_cos"])]
     assert len(logged) == 20 and float(rows[1]["pos_cos"]) == pytest.approx(logged[-1], abs=1e-3)

@@ -210,7 +210,7 @@ def test_what_a_run_has_not_is_left_out_with_the_reason(run, other, tmp_path, mo
         (["nowhere"], {}, "nowhere is no run of train.py"),
         (["a"] * 9, {}, "9 runs: a report shows 1 to 8"),
         (["a"], {"images": -1}, "images=-1"),
-        (["a"], {"out": "."}, "out=. is a folder"),
+        (["a"], {"out": "."}, "out=."),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_sentence(runs, more, message):

@@ -107,6 +107,7 @@ def build(kind: str, folder: str):
         return method, {"accumulate_grad_batches": 2}
     fields = {**common, "shuffle_batch_norm": True, "use_momentum_schedule": True, "optimizer_name": "adamw"}
     fields |= {"use_both_augmentations_as_queries": True, "lr": 0.001, "mlp_normalization": "bn"}
+    fields |= {"gather_keys_for_queue": False} if kind == "own queues" else {}
     method = SelfSupervisedMethod(PRESETS["moco_v2"](**fields), encoder=small_encoder())
     return method, {"val_check_interval": 4}
 
@@ -170,6 +171,7 @@ def folder_of(tmp_path_factory, digits_path):
         ("fine-tuning", 1, 3),
         ("own loader", 1, 2),
         ("moco", 2, 4),
+        ("own queues", 2, 2),
     ],
 )
 def test_resumed_runs_equal_the_uninterrupted_one(kind, world, n_kills, folder_of, data_path):

@@ -622,3 +622,13 @@ def test_features_are_extracted_anew_when_a_shard_changes(tmp_path):
     assert contents() == before and len(before) == 50
     os.utime(tmp_path / "train-000001.tar")
     assert [a == b for a, b in zip(contents(), before, strict=True)] == [not 12 <= i < 24 for i in range(50)]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"how": "other", "shards": 1}', '{"shards": {}}'])
+def test_a_damaged_index_of_shards_is_made_anew(tmp_path, monkeypatch, content):
+    pattern, lists = write_shards(tmp_path), tmp_path / "lists"
+    lists.mkdir()
+    (lists / "shards.json").write_text(content)
+    monkeypatch.setattr(tar_shards, "known", {})
+    data.get_dataset(params(pattern, splits_path=str(lists)), ("train",))
+    assert len(json.loads((lists / "shards.json").read_text())["shards"]) > 1

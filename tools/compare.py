@@ -21,6 +21,7 @@ from rich.table import Table
 
 import run_folder
 from command_line import text
+from fields import as_path
 from milestones import is_finite, lowest_is_best, uses_test_labels
 from program import one_line_errors
 from results import deviation
@@ -56,7 +57,7 @@ def read(folder: str | Path) -> Run:
     Raises:
         ValueError: it is no folder of a run.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     settings = run_folder.settings(folder)
     if not settings:
         raise ValueError(f"{folder} is no run of train.py: it holds no config.yaml")
@@ -89,7 +90,7 @@ def results(folder: Path) -> dict[str, float]:
 
 
 def refuse_twins(folders: Sequence[str | Path]) -> None:
-    for folder, times in Counter(Path(folder).resolve() for folder in folders).items():
+    for folder, times in Counter(as_path(folder).resolve() for folder in folders).items():
         if times > 1:
             raise ValueError(f"{folder} is named twice: name it once")
 

@@ -6,6 +6,8 @@ import matplotlib
 from attrs import frozen
 from PIL import Image, ImageDraw, ImageFont
 
+from tools.commands import in_one_line
+
 SIDE, GAP, MARGIN = 176, 18, 28  # pixels: of the box of a picture, between boxes, around the sheet
 LINE = 21  # of a caption
 COLUMNS = 6  # of pictures beside the leading one
@@ -58,8 +60,8 @@ def paste(sheet: Image.Image, tile: Tile, left: int, top: int) -> None:
     sheet.paste(picture, (left + (SIDE - picture.width) // 2, top + (SIDE - picture.height) // 2))
     if tile.colour:
         draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=tile.colour, width=3)
-    draw.text((left, bottom + 6), tile.title, TEXT, BOLD)
-    draw.text((right, bottom + 6), tile.note, TEXT, PLAIN, anchor="ra")
+    draw.text((left, bottom + 6), in_one_line(tile.title), TEXT, BOLD)
+    draw.text((right, bottom + 6), in_one_line(tile.note), TEXT, PLAIN, anchor="ra")
     for i, line in enumerate(tile.lines):
         colour = (tile.colour or TEXT) if i == 0 else FAINT
         draw.text((left, bottom + 6 + LINE * (i + 1)), shortened(line), colour, PLAIN)
@@ -76,6 +78,8 @@ def fitted(picture: Image.Image) -> Image.Image:
 
 def shortened(line: str) -> str:
     """The end of it, as much as is as wide as a picture."""
+    line = in_one_line(line)
+    line = f"…{line[-SIDE:]}" if len(line) > SIDE else line  # a letter is wider than a pixel
     if PLAIN.getlength(line) <= SIDE:
         return line
     return next((f"…{line[i:]}" for i in range(len(line)) if PLAIN.getlength(f"…{line[i:]}") <= SIDE), "…")

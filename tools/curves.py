@@ -14,10 +14,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
+from fields import as_path
 from program import one_line_errors
 from tools import report_figures
+from tools.commands import label
 from watch import COLLAPSED_STD
-from whole_files import whole
+from whole_files import check_file, whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
@@ -40,7 +42,8 @@ def read(folder: str | Path) -> dict[str, Curve]:
     Raises:
         ValueError: the folder holds no metrics.csv.
     """
-    paths = [Path(folder) / "pretraining" / "metrics.csv", Path(folder) / "metrics.csv"]
+    folder = as_path(folder)
+    paths = [folder / "pretraining" / "metrics.csv", folder / "metrics.csv"]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ValueError(f"{folder} is no run: there is neither {paths[0]} nor {paths[1]}")
@@ -56,6 +59,7 @@ def draw(runs: dict[str, dict[str, Curve]], path: str | Path, panels: Sequence[s
     """
     if Path(path).suffix != ".png":
         raise ValueError(f"the curves are a PNG, and {path} does not end in .png")
+    check_file("out", path)
     known = sorted({name for curves in runs.values() for name in curves})
     panels = panels or [panel for panel in PANELS if set(panel.split(",")) <= set(known)] or PANELS
     for name in {name for panel in panels for name in panel.split(",")} - set(known):
@@ -64,21 +68,22 @@ def draw(runs: dict[str, dict[str, Curve]], path: str | Path, panels: Sequence[s
     for axis, panel in zip(axes[0], panels, strict=True):
         fill(axis, runs, panel)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
-    with whole(Path(path)) as unfinished:
+    with whole(as_path(path)) as unfinished:
         figure.savefig(unfinished, format="png", dpi=90, facecolor="white")
     plt.close(figure)
 
 
 def fill(axis: Axes, runs: dict[str, dict[str, Curve]], panel: str) -> None:
-    for i, (label, curves) in enumerate(runs.items()):
+    for i, (name_of_run, curves) in enumerate(runs.items()):
         colour = COLOURS[i % len(COLOURS)]
+        shown = label(name_of_run, 40)
         for j, name in enumerate(panel.split(",")):
             style = {"linestyle": STYLES[j % len(STYLES)], "marker": "." if name.startswith("valid") else None}
-            axis.plot(*curves.get(name, ([], [])), color=colour, label=label if j == 0 else None, **style)
+            axis.plot(*curves.get(name, ([], [])), color=colour, label=shown if j == 0 else None, **style)
     if panel == "step_projection_std":
         axis.axhline(COLLAPSED_STD, color="black", linewidth=0.8, linestyle=":")  # where the warning comes
         axis.set_ylim(bottom=0)
-    axis.set_title(MEANINGS.get(panel, panel), fontsize=10)
+    axis.set_title(label(MEANINGS.get(panel, panel)), fontsize=10)
     axis.set_xlabel("step")
     axis.grid(alpha=0.3)
 

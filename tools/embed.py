@@ -22,12 +22,14 @@ from command_line import add_fields
 from data import already_a_batch
 from device import usable
 from features import encoder_hash
+from fields import as_path
 from program import one_line_errors
 from tools.commands import parser_of
 from tools.embedding_work import Work
 from tools.feature_files import read  # noqa: F401  (the reader of what this writes)
 from tools.image_sources import Batches, Source, open_source, part_kept
 from weights import Encoder, load_encoder
+from whole_files import check_file
 
 MOST_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # of an encoder of videos
@@ -64,8 +66,9 @@ def embed(
         ValueError: no images; one that cannot be read; `out` holds features of another checkpoint or folder.
     """
     out = Path(out).expanduser()
-    if batch_size < 1 or out.is_dir():
-        raise ValueError(f"{out} is a folder" if out.is_dir() else f"batch_size={batch_size} must be at least 1")
+    check_file("out", out)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     device = usable(device)
     encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
     source = open_source(folder, "video" if encoder.params.dataset.of_videos else "image")
@@ -135,7 +138,7 @@ def arguments() -> argparse.Namespace:
         metavar="FOLDER",
         help="of images or videos, flat or nested; shards; a Hugging Face data set; a packed set: cifar10, digits/test",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.parquet")
+    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--num_workers", type=int, metavar="N", help=f"default: one a core, at most {MOST_WORKERS}")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")

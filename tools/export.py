@@ -30,7 +30,7 @@ from tools.commands import parser_of
 from tools.formats import FORMATS, Normalized
 from tools.verify import samples, verified
 from weights import Encoder, load_encoder
-from whole_files import disk_errors_named, sync
+from whole_files import check_folder, disk_errors_named, sync
 
 FACTS = (
     "encoder_arch",
@@ -91,6 +91,7 @@ def targets(
         stem = source.stem if source.is_file() else re.sub(r"[^\w.-]", "_", str(checkpoint))  # a published name
         paths = [folder / f"{stem}{ending(name)}" for name in formats]
     for path in paths:
+        check_folder("out", path.parent)
         if not publish:
             refuse_existing(path)
     return paths

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fields import as_path
 from whole_files import to_json, whole
 
 try:
@@ -77,7 +78,8 @@ def about(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is another kind of file.
     """
-    if not Path(path).is_file():
+    path = as_path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         found = (pq.read_schema(path).metadata or {}).get(ABOUT)
@@ -97,7 +99,7 @@ def matrix(embeddings: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 def pieces(path: str | Path) -> Iterator[tuple[list[str], np.ndarray, list[str | None]]]:
     """(paths, embeddings [n, E], labels) of at most ROWS rows at a time, in the file's order."""
-    about(path)
+    about(path := as_path(path))
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(ROWS):
             yield batch["path"].to_pylist(), matrix(batch["embedding"]), batch["label"].to_pylist()
@@ -105,7 +107,7 @@ def pieces(path: str | Path) -> Iterator[tuple[list[str], np.ndarray, list[str |
 
 def read(path: str | Path) -> tuple[list[str], np.ndarray, list[str | None]]:
     """(paths, embeddings float32 [N, E], labels) of a whole file."""
-    about(path)
+    about(path := as_path(path))
     table = pq.read_table(path)
     return table["path"].to_pylist(), matrix(table["embedding"]), table["label"].to_pylist()
 

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from fields import as_path
 from program import one_line_errors
 from tools import feature_files
 from tools.commands import parser_of
 from tools.image_sources import open_source
 from tools.map_files import WRITERS, Map
 from tools.projection import METHODS, TITLES, kinds, project
-from whole_files import whole
+from whole_files import check_file, whole
 
 
 def sample(features: str | Path, n: int, seed: int) -> tuple[list[str], np.ndarray, list[str | None]]:
@@ -41,10 +42,12 @@ def make_map(
         folder: of the features' images, if it is not where it was. Without images the page has no pictures.
     """
     for file in out:
+        check_file("out", file)
         if file.suffix not in WRITERS:
             raise ValueError(f"{file} must end in {' or '.join(WRITERS)}")
     if n < 4:
         raise ValueError(f"sample={n} must be at least 4: a map needs some points")
+    features = as_path(features)
     about = feature_files.about(features)
     paths, embeddings, labels = sample(features, n, seed)
     points = project(embeddings, method, seed)
@@ -60,7 +63,7 @@ def make_map(
         print(f"no pictures: {error}; --folder says where the images are")
         source = None
     for file in out:
-        with whole(file) as unfinished:
+        with whole(as_path(file)) as unfinished:
             WRITERS[file.suffix](found, source, unfinished)
         print(file)
     return found
@@ -70,7 +73,7 @@ def make_map(
 def main() -> None:
     parser = parser_of("map", __doc__)
     parser.add_argument("features", metavar="FILE.parquet")
-    parser.add_argument("--out", type=Path, nargs="+", default=[Path("map.png"), Path("map.html")], metavar="FILE")
+    parser.add_argument("--out", type=as_path, nargs="+", default=[Path("map.png"), Path("map.html")], metavar="FILE")
     parser.add_argument("--method", choices=METHODS, default="tsne")
     parser.add_argument("--sample", type=int, default=5000, metavar="N", dest="n", help="so many rows, drawn at random")
     parser.add_argument("--seed", type=int, default=0)

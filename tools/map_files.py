@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 from attrs import frozen
 from PIL import Image
 
-from tools.commands import bar
+from tools.commands import bar, in_one_line, label
 from tools.image_sources import Source
 from whole_files import to_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
+NOTE = 400  # characters of the picture's second line
 LEGEND = 30  # rows of the picture's legend
 SIDE = 64  # pixels; of the page's pictures at most
 BUDGET = 12_000_000  # characters of all pictures of a page
@@ -62,12 +64,15 @@ def draw(found: Map, source: Source | None, file: Path) -> None:
     counts = np.bincount(found.kind, minlength=len(found.names))
     listed = np.sort(np.argsort(-counts, kind="stable")[:LEGEND])
     handles = [
-        plt.Line2D([], [], marker="o", linestyle="", color=colours[i], label=f"{found.names[i][:28]} ({counts[i]:,})")
+        plt.Line2D(
+            [], [], marker="o", linestyle="", color=colours[i], label=label(f"{found.names[i][:28]} ({counts[i]:,})")
+        )
         for i in listed
     ]
     more = f"the {LEGEND} largest of {len(found.names)}" if len(found.names) > LEGEND else None
     figure.legend(handles=handles, title=more, loc="outside right center", frameon=False)
-    axis.set_title(f"{found.title}\n{found.note}", loc="left", fontsize=11, wrap=True)
+    note = [label(line) for line in textwrap.wrap(in_one_line(found.note)[:NOTE], 80)]  # breaks long names, too
+    axis.set_title("\n".join([label(found.title, 80), *note]), loc="left", fontsize=11, wrap=True)
     axis.set(xticks=[], yticks=[], aspect="equal")
     axis.spines[:].set_color("#d8dce2")
     figure.savefig(file, format="png", dpi=120)
@@ -93,7 +98,7 @@ def as_html(found: Map, source: Source | None, budget: int) -> str:
         "pictures": [None] * len(found.paths) if source is None else pictures(found.paths, source, budget),
     }
     text = Path(__file__).with_name("map.html").read_text(encoding="utf-8")
-    text = text.replace("__TITLE__", html.escape(found.title))
+    text = text.replace("__TITLE__", html.escape(in_one_line(found.title)))
     return text.replace("__DATA__", in_script(content))
 
 

@@ -18,9 +18,10 @@ from attrs import frozen
 from PIL import Image
 
 from augmentations import generator
+from fields import as_path
 from program import one_line_errors
 from tools.commands import bar, parser_of
-from whole_files import whole_folder
+from whole_files import check_folder, whole_folder
 
 PHOTOGRAPHS = {
     "train": ("astronaut", "brick", "chelsea", "coffee", "coins", "gravel", "hubble_deep_field",
@@ -116,6 +117,7 @@ def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
     Raises:
         ValueError: there are videos already; the size is odd, which H.264 does not have, or too small; no videos.
     """
+    check_folder("out", out)
     folder = out / "kinetics"
     if folder.exists():
         raise ValueError(f"{folder} is there already: choose another folder")
@@ -139,7 +141,7 @@ def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
 @one_line_errors()
 def main() -> None:
     parser = parser_of("moving_photographs", __doc__)
-    parser.add_argument("out", type=Path, metavar="DATA_PATH", help="the videos go into its folder kinetics")
+    parser.add_argument("out", type=as_path, metavar="DATA_PATH", help="the videos go into its folder kinetics")
     parser.add_argument("--train", type=int, default=60, metavar="N", help="videos of each of 8 motions")
     parser.add_argument("--val", type=int, default=30, metavar="N", help="likewise")
     parser.add_argument("--size", type=int, default=64, help="of the frames, in pixels")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fields import as_path
 from program import one_line_errors
 from tools import feature_files
 from tools.commands import parser_of
@@ -18,7 +19,7 @@ from tools.embed import digest
 from tools.image_sources import Batches, Folder, Source, open_source, picture_of
 from tools.neighbours import Neighbour, Query, best_of, tiles
 from weights import load_encoder
-from whole_files import whole
+from whole_files import check_file, whole
 
 
 def nearest(
@@ -95,11 +96,13 @@ def nearest_sheet(
         checkpoint: of the features, if it is not where it was.
         folder: of the features' images, likewise.
     """
+    features = as_path(features)
+    check_file("out", out)
     source = open_source(folder or feature_files.about(features)["images"])
     queries = find_queries(features, images, source, checkpoint)
     found = nearest(features, np.stack([query.embedding for query in queries]), k, [query.own for query in queries])
     sheet = contact_sheet([tiles(query, row, source) for query, row in zip(queries, found, strict=True)])
-    with whole(Path(out)) as file:
+    with whole(as_path(out)) as file:
         sheet.save(file, "PNG")
     for query, row in zip(queries, found, strict=True):
         print(table(query, row), end="\n\n")
@@ -112,7 +115,7 @@ def main() -> None:
     parser = parser_of("nearest", __doc__)
     parser.add_argument("features", metavar="FILE.parquet")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--out", type=Path, default=Path("nearest.png"), metavar="FILE.png")
+    parser.add_argument("--out", type=as_path, default=Path("nearest.png"), metavar="FILE.png")
     parser.add_argument("-k", type=int, default=12, help="neighbours of each image")
     parser.add_argument("--checkpoint", help="of the features, if it is not where it was")
     parser.add_argument("--folder", help="of the features' images, likewise")

@@ -17,9 +17,9 @@ from torch import nn
 
 from program import one_line_errors
 from tools import compare, report_figures, report_pictures, report_runs
-from tools.commands import parser_of
+from tools.commands import in_one_line, parser_of
 from tools.map_files import in_script
-from whole_files import write_whole
+from whole_files import check_file, write_whole
 
 MOST_RUNS = 8  # more colours cannot be told apart
 IMAGES = 2000
@@ -44,13 +44,12 @@ def write(
     if images < 0:
         raise ValueError(f"images={images} must be at least 0")
     out = Path(out or (folders[0] / "report.html" if len(folders) == 1 else "report.html")).expanduser()
-    if out.is_dir():
-        raise ValueError(f"out={out} is a folder: name a file")
+    check_file("out", out)
     found = content(folders, images, encoder)
     template = Path(__file__).with_name("report.html")
     page = template.read_text(encoding="utf-8")
     for mark, text in (
-        ("__TITLE__", html.escape(found["title"])),
+        ("__TITLE__", html.escape(in_one_line(found["title"]))),
         ("/*__STYLE__*/", template.with_suffix(".css").read_text(encoding="utf-8")),
         ("/*__SCRIPT__*/", template.with_suffix(".js").read_text(encoding="utf-8")),
         ("__DATA__", in_script(found)),  # last: it may hold any text
