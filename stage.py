@@ -41,7 +41,14 @@ class Settings(AttributeDict):
             "with others: SelfSupervisedMethod(params, lr=0.3), load_from_checkpoint(path, lr=0.3)"
         )
 
-    __setattr__ = __setitem__ = update = setdefault = __ior__ = refuse
+    update = setdefault = __ior__ = refuse
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Refuse, unless it says the same: Lightning's Tuner sets `method.lr`, and then the record."""
+        if name not in self or self[name] != value:
+            self.refuse(name, value)
+
+    __setattr__ = __setitem__
 
     def __reduce__(self) -> tuple:
         """For copies and for other processes, which would set item after item."""
@@ -118,7 +125,7 @@ class Stage(pl.LightningModule):
     def change(self, **fields: Any) -> None:
         """Change settings and the hyperparameters that a checkpoint keeps."""
         self.params = attrs.evolve(self.params, **fields)
-        self.save_hyperparameters({**self.hparams, **fields})
+        dict.update(self.hparams, fields)  # in place: the Tuner compares the record that it has with the new value
 
     def eagerly(self) -> AbstractContextManager:
         """For validations: compiled code would be made anew for the mode and for the size of the last batch."""
