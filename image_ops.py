@@ -49,7 +49,7 @@ def clips_of(frames: Tensor, n_frames: int | None) -> Tensor:
 
 
 def to_column(values: np.ndarray | Tensor, like: Tensor) -> Tensor:
-    return to_device(torch.as_tensor(values), like.device).to(like.dtype).view(-1, 1, 1, 1)
+    return to_device(torch.as_tensor(values).to(like.dtype), like.device).view(-1, 1, 1, 1)
 
 
 def apply_matrices(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
 def cosines(z: Tensor, k: Tensor) -> Scalars:
     """Mean cosine of z [N, D] with the own key, and with the keys of the other images; and the deviation of the unit
     vectors z times sqrt(D): 1 is spread evenly over the sphere, 0 a single point, which is a collapse."""
-    z, k = unit(torch.stack([z, k]))
+    z, k = unit(z), unit(k)
     n = len(z)
     own = (z * k).sum()
     others = z.sum(0) @ k.sum(0) - own  # the sum over all pairs, without a matrix of them

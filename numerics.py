@@ -22,7 +22,8 @@ def unit(x: Tensor) -> Tensor:
     division by a power of two before it is exact.
     """
     x = at_least_float32(x)
-    return F.normalize(x / power_of_two(x.detach().abs().amax(-1, keepdim=True)), dim=-1)
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    return F.normalize(x / power_of_two(largest), dim=-1)
 
 
 def power_of_two(largest: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import attrs
 import numpy as np
@@ -32,25 +32,23 @@ from watch import Watch
 
 
 class Settings(AttributeDict):
-    """The record of a method's settings (`hparams`): a change would have no effect, and is refused. Lightning's Tuner
-    may write what it has already set in the method."""
+    """The record of a method's settings (`hparams`): a change would have no effect, and is refused."""
+
+    def refuse(self, *names: Any, **fields: Any) -> NoReturn:
+        named = ", ".join(map(str, [*names, *fields]))
+        raise ValueError(
+            f"hparams cannot be changed ({named}): they record the settings with which the method was built. Build it "
+            "with others: SelfSupervisedMethod(params, lr=0.3), load_from_checkpoint(path, lr=0.3)"
+        )
+
+    update = setdefault = __ior__ = refuse
 
     def __setitem__(self, name: str, value: Any) -> None:
+        """Refuse, unless it says the same: Lightning's Tuner sets `method.lr`, and then the record."""
         if name not in self or self[name] != value:
-            raise ValueError(
-                f"hparams.{name}={value!r}: hparams record the settings with which the method was built. Build it with "
-                "others, as in SelfSupervisedMethod(params, lr=0.3) or load_from_checkpoint(path, lr=0.3)"
-            )
+            self.refuse(name, value)
 
     __setattr__ = __setitem__
-
-    def update(self, *args: Any, **fields: Any) -> None:
-        for name, value in dict(*args, **fields).items():
-            self[name] = value
-
-    def __ior__(self, other: Any) -> Self:
-        self.update(other)
-        return self
 
     def __reduce__(self) -> tuple:
         """For copies and for other processes, which would set item after item."""
@@ -127,7 +125,7 @@ class Stage(pl.LightningModule):
     def change(self, **fields: Any) -> None:
         """Change settings and the hyperparameters that a checkpoint keeps."""
         self.params = attrs.evolve(self.params, **fields)
-        self.save_hyperparameters({**self.hparams, **fields})
+        self.save_hyperparameters(fields)
 
     def eagerly(self) -> AbstractContextManager:
         """For validations: compiled code would be made anew for the mode and for the size of the last batch."""
@@ -286,7 +284,8 @@ class Stage(pl.LightningModule):
             return super().load_from_checkpoint(checkpoint_path, *args, **{**said, **n_classes, **kwargs})
 
     def _set_hparams(self, hp: Any) -> None:
-        """Lightning's, of a record that cannot be changed."""
+        """Lightning's, of a record that others cannot change. In place: the Tuner compares the record that it has with
+        the new value."""
         self._hparams = self.hparams if isinstance(self.hparams, Settings) else Settings()
         dict.update(self._hparams, self._to_hparams_dict(hp))
 

@@ -152,7 +152,8 @@ def test_the_batch_size_that_the_tuner_finds_is_that_of_the_next_training(method
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
 def test_true_precisions_train_and_leave_good_checkpoints(precision, small, trainer, tmp_path):
-    params = small("simclr", online_classifier=True, mlp_normalization="br", lr=0.01)
+    # PyTorch's gradients of depthwise convolutions of a single pixel, ShuffleNet's, are not always finite in bfloat16.
+    params = small("simclr", online_classifier=True, mlp_normalization="br", lr=0.01, encoder_arch="resnet18")
     model, fit = SelfSupervisedMethod(params), trainer(precision=precision)
     fit.fit(model)
     assert fit.callback_metrics["step_train_loss"].isfinite()

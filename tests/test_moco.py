@@ -89,9 +89,10 @@ def test_hparams_cannot_be_changed(build, trainer, tmp_path):
             lambda: model.hparams.update(lr=0.3),
             lambda: model.hparams.update({"lr": 0.3}),
             lambda: model.hparams.__ior__({"lr": 0.3}),
+            lambda: model.hparams.setdefault("lr", 0.3),
             lambda: model.hparams.update(learning_rate=0.3),
         ):
-            with pytest.raises(ValueError, match="hparams.l(ea)?r"):
+            with pytest.raises(ValueError, match="hparams"):
                 change()
         assert model.hparams.lr == model.hparams["lr"] == model.hparams_initial.lr == 0.1
 

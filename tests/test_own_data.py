@@ -205,11 +205,11 @@ def test_the_fraction_of_a_pretraining_leaves_the_labels_of_evaluations_alone(ph
     assert len(fit.train_dataloader.dataset) == len(listed(p)) < len(listed(params(photos)))
     assert len(fit.val_dataloaders[1].dataset) == len(listed(params(photos)))
     fit.save_checkpoint(tmp_path / "x.ckpt")
-    encoder = load_encoder(tmp_path / "x.ckpt")
-    assert features.data_params(encoder).data_fraction == 1
-    assert features.data_params(encoder, data_fraction=0.5).data_fraction == 0.5
-    assert LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt").params.data_fraction == 1
-    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt", data_fraction=0.5)
+    encoder, there = load_encoder(tmp_path / "x.ckpt"), {"data_path": str(photos)}
+    assert features.data_params(encoder, **there).data_fraction == 1
+    assert features.data_params(encoder, **there, data_fraction=0.5).data_fraction == 0.5
+    assert LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt", **there).params.data_fraction == 1
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt", **there, data_fraction=0.5)
     assert linear.params.data_fraction == 0.5
 
 
