@@ -35,8 +35,10 @@ def usable(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+        made = torch.zeros(1, device=device)
+        made.item()  # "meta" has no values
+        return made.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 

@@ -86,10 +86,12 @@ def as_path(given: str | Path) -> Path:
 
 
 def expanded(value: Any) -> Any:
-    """As `as_path`, but the text stays text: it may be a pattern, several joined by "::", or a name."""
+    """As `as_path`, but the text stays text, of its own kind (foreign_paths.ForeignPath): it may be a pattern, several
+    joined by "::", or a name."""
     if not isinstance(value, str | Path):
         return value
-    return "::".join(map(os.path.expanduser, str(value).split("::")))
+    kind = type(value) if isinstance(value, str) else str
+    return kind("::".join(map(os.path.expanduser, str(value).split("::"))))
 
 
 def path():

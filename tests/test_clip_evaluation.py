@@ -271,7 +271,7 @@ def test_protocols_that_train_on_clips_and_are_scored_on_several(pretrained, tmp
         pretrained, [name], out=tmp_path, encoder=Clips(), training=training, evaluation_clips=2, evaluation_crops=3
     )
     assert 0 <= scores(found)[name]["acc1"] <= scores(found)[name]["acc5"] == 100
-    batches = [n for _, n in seen if n > 1]
+    batches = [n for _, n in seen if n > 2]  # two images tell what an encoder of one's own does
     assert batches == [6] * 4 + [6] * 8  # two batches of clips in each epoch; videos one by one, six clips of each
 
 

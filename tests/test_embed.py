@@ -349,13 +349,10 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     assert many - few < 30_000, (few, many)  # kB
 
 
-def test_only_one_process_writes_a_file(photos, tmp_path, monkeypatch):
-    out = tmp_path / "f.parquet"
-    with (
-        embedding_work.Work(out, {}, overwrite=False),
-        pytest.raises(ValueError, match="another process is writing .*f.parquet"),
-    ):
-        embed.embed(tiny(), photos, out, device="cpu")
+def test_only_one_process_writes_a_file(photos, tmp_path, holder):
+    holder(tmp_path / "f.parquet.parts")
+    with pytest.raises(ValueError, match="f.parquet.parts is in use by process"):
+        embed.embed(tiny(), photos, tmp_path / "f.parquet", device="cpu")
 
 
 def test_what_cannot_work_is_refused_in_a_sentence(photos, checkpoint, tmp_path, monkeypatch):

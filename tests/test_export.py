@@ -458,6 +458,7 @@ def test_command_line(small_checkpoint, same_process, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="error: detectron2 has no encoder_arch='shufflenet"):
         run(monkeypatch, small_checkpoint, "--format", "torchvision", "detectron2", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+    monkeypatch.chdir(tmp_path)  # the fresh process, which is this one here, has left for a folder that is gone
     with pytest.raises(SystemExit, match="error: there is no file nowhere.ckpt"):
         run(monkeypatch, "nowhere.ckpt", "--format", "onnx")
     with pytest.raises(SystemExit):

@@ -193,6 +193,8 @@ SENSIBLE = {
     "probe_on_training_set": FLAG,
     "online_classifier": FLAG,
     "online_classifier_lr": either(1e-3, 0.1, 1),
+    "n_classes": either(None, 10),
+    "probe_solver": either("sklearn", "torch"),
 }
 LISTS = ([], [0.5], [0.5, 1.5], [None, 0.5], [True, 0.5], [math.nan, 0.1], [[0.5], [0.5]], [0.1] * 3, ["knn", 1])
 ODD = either(

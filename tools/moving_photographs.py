@@ -104,7 +104,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "12"})
+        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"crf": "12", "threads": "1"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
