@@ -57,9 +57,7 @@ class Best(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seen |= set(trainer.callback_metrics)
-        interval = trainer.check_val_every_n_epoch
-        due = self.validated if interval is None else (trainer.current_epoch + 1) % interval == 0
-        if due and self.best is None:  # a resumed run may know the figure from epochs before
+        if self.best is None and self.name not in self.seen and self.was_due(trainer):  # a resumed run may know a best
             refuse_unknown(self.name, self.seen)
         value = trainer.callback_metrics.get(self.name)
         value = None if value is None else float(value)
@@ -68,6 +66,11 @@ class Best(pl.Callback):
             self.best = value
             trainer.save_checkpoint(self.path, weights_only=False)
             rank_zero_info(f"{self.path.name}: {self.name} {value:.5g} after epoch {trainer.current_epoch}")
+
+    def was_due(self, trainer: pl.Trainer) -> bool:
+        """Whether a validation belongs to this epoch, by whose end all metrics are known."""
+        interval = trainer.check_val_every_n_epoch
+        return self.validated if interval is None else (trainer.current_epoch + 1) % interval == 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
