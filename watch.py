@@ -30,7 +30,6 @@ class Watch(pl.Callback):
     def __init__(self):
         self.collapse_was_named = False
         self.n_skipped = 0
-        self.random_state = torch.get_rng_state()  # also where another callback's setup fails
         self.position: dict | None = None  # where our own loader was when the checkpoint was made
         self.steps: dict | None = None  # of the run that made the checkpoint
         self.random_state: Tensor | None = None  # None: Lightning refused something before `setup`
