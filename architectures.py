@@ -10,6 +10,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
+import catalogue
 import encoders
 import layouts
 import ws_resnet
@@ -62,7 +63,7 @@ def candidates(found: layouts.Found, state: dict[str, Tensor]) -> Iterator[str]:
     if word is not None:
         yield from (name for name in (word, VIT_SIZES.get(word), f"timm:{word}") if name in buildable(with_timm))
     if of_clips(state):
-        yield from encoders.VIDEO_MODELS
+        yield from catalogue.video_models()
         return
     if "patch_embed.proj.weight" not in state:  # which only timm's models have
         yield from from_torchvision(state)
@@ -76,18 +77,18 @@ def of_clips(state: dict[str, Tensor]) -> bool:
 
 
 def from_torchvision(state: dict[str, Tensor]) -> Iterator[str]:
-    resnets = [name for name in encoders.IMAGE_MODELS if encoders.is_resnet(name)]
+    resnets = [name for name in catalogue.image_models() if catalogue.is_resnet(name)]
     yield from (*resnets, *ws_resnet.WS_RESNETS)
     if "layer1.0.conv1.weight" in state:  # which no others have
         return
     token = "class_token" in state
-    for name in encoders.IMAGE_MODELS:  # RegNets must be named: they cannot be built without their memory, up to 2.6 GB
+    for name in catalogue.image_models():  # RegNets must be named: to build one takes up to 2.6 GB of memory
         if name not in resnets and not name.startswith("regnet") and name.startswith("vit") == token:
             yield name
 
 
 def buildable(with_timm: bool) -> set[str]:
-    names = {*encoders.TORCHVISION, *ws_resnet.WS_RESNETS}
+    names = {*catalogue.torchvision_models(), *ws_resnet.WS_RESNETS}
     if with_timm:
         import timm  # optional, and slow to import
 
@@ -123,7 +124,7 @@ def adapted(name: str, state: dict[str, Tensor]) -> tuple[Architecture, dict[str
     channels, low_resolution = first.in_channels, False
     if weight is not None and weight.dim() in (4, 5):
         channels = weight.shape[1] * first.groups
-        low_resolution = weight.shape[2:] == (3, 3) != first.kernel_size and encoders.has_low_resolution_stem(name)
+        low_resolution = weight.shape[2:] == (3, 3) != first.kernel_size and catalogue.has_low_resolution_stem(name)
     if name.startswith("timm:"):
         encoder = without_memory(name, state, channels)[0] if channels != first.in_channels else encoder
     else:

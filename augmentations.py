@@ -6,14 +6,13 @@ gives the same views on every device. The operations themselves are in image_ops
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from attrs import frozen
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
+from catalogue import View
 from device import to_device
 from image_ops import (
     Draws,
@@ -29,31 +28,7 @@ from image_ops import (
     to_column,
     to_matrix,
 )
-
-if TYPE_CHECKING:
-    from model_params import EncoderAndDataParams, ModelParams
-
-
-@frozen
-class View:
-    """How one view is made. The defaults are MoCo v2's (https://arxiv.org/abs/2003.04297)."""
-
-    crop_size: int = 224
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
-    jitter_probability: float = 0.8
-    brightness: float = 0.4  # factor from 1 - 0.4 to 1 + 0.4; contrast and saturation likewise
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1  # turn of the colour wheel, from -0.1 to 0.1
-    grayscale_probability: float = 0.2
-    blur_probability: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
-    solarize_probability: float = 0.0
-    solarize_threshold: float = 0.5
-    flip_probability: float = 0.5
-    time_difference_probability: float = 0.0  # of clips; by whoever decodes them, because it needs the frames between
-
+from model_params import EncoderAndDataParams, ModelParams
 
 # ---- drawing ----
 

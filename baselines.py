@@ -8,9 +8,10 @@ import attrs
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
 
-from encoders import OWN_MODULE, get_encoder
+from catalogue import OWN_MODULE
+from encoders import get_encoder
 from foreign_paths import ForeignPath
-from shared_params import OF_ONE_KIND
+from model_params import OF_ONE_KIND
 from weights import Encoder, load_encoder
 
 

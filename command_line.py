@@ -25,9 +25,8 @@ import jsonargparse
 import yaml
 
 from fields import expanded
-from model_params import PRESETS, ModelParams
+from model_params import PRESETS, EncoderAndDataParams, ModelParams
 from run_options import NAMES, OF_THE_COMMAND, RunOptions
-from shared_params import EncoderAndDataParams
 
 from_yaml = jsonargparse.get_loader("yaml")
 USAGE = "python train.py PRESET [options]"

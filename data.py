@@ -5,33 +5,33 @@ Sets of one image size are packed once into `$DATA_PATH/<name>/<split>/images.np
 Both yield (uint8 images, labels); everything else happens on the device (augmentations.py).
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
+import attrs
 import torch
-import torchvision
-from attrs import field, frozen
+from attrs import frozen
 from filelock import FileLock
-from torch import Tensor
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import channel_statistics
 import ddp
 import own_images
 import video_files
 import voc
-from augmentations import View
+from catalogue import DATASETS, OWN_MODULE, View
+from files import class_numbers
 from image_files import ImageFiles, Sample, class_folders
 from loader import Loader, Share
-from optimizers import batch_size
+from model_params import EncoderAndDataParams
 from packed_images import ImagesOnDevice, PackedImages, fits, is_there, pack
-from packed_sources import Arrays, data_path, read_cifar, read_digits, read_stl10
+from packed_sources import READERS, data_path
 
-if TYPE_CHECKING:
-    from model_params import EncoderAndDataParams
-
-# ---- the table ----
+# ---- sets of files ----
 
 
 @frozen
@@ -48,84 +48,7 @@ VIDEOS = Files(video_files.are_there, None, "with one folder of videos per class
 VOC_LISTS = Files(voc.is_there, voc.samples, "in VOCdevkit/VOC2007 beside it, with JPEGImages and ImageSets/Main")
 
 
-@frozen
-class DatasetInfo:
-    """`read` is None where the images stay files. Splits are folders (or lists) below `$DATA_PATH/<name>`."""
-
-    crop_size: int
-    n_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    read: Callable[[], Arrays] | None
-    pretraining_splits: tuple[str, ...] = ("train",)
-    train_splits: tuple[str, ...] = ("train",)  # labelled
-    test_splits: tuple[str, ...] = ("test",)
-    files: Files = CLASS_FOLDERS  # where read is None
-    own: Callable[..., Dataset] | None = None  # instead: the user's images, from (DATA_PATH, settings, split, views)
-    validation_splits: tuple[str, ...] | None = None  # while pretraining; None: test_splits
-    many_labels: bool = False  # of an image: presences [K] of all classes, 1, -1 or 0, and not one class
-    view: View = field(factory=View)  # training views, where the settings do not say otherwise
-    class_names: str = ""  # of a packed set, in the order of their numbers; "": the numbers
-
-    @property
-    def channels(self) -> int:
-        return len(self.mean)
-
-    def feeds(self, channels: int) -> bool:
-        """Whether an encoder of so many channels can take the images: gray ones are repeated for one of colors."""
-        return self.own is not None or self.channels == channels or (self.channels, channels) == (1, 3)
-
-    @property
-    def of_videos(self) -> bool:
-        return self.read is None and self.files is VIDEOS
-
-    @property
-    def counts_folders(self) -> bool:
-        """Whether classes are folders of images, and as many as there are folders."""
-        return self.read is None and self.files is CLASS_FOLDERS and self.own is None
-
-    @property
-    def kind(self) -> str:
-        return "videos" if self.of_videos else "images"
-
-
-DIGIT_VIEW = View(  # a mirrored digit is another one, and has no colour; blurred at 8 x 8 it is a spot
-    crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.0
-)
-CLIP_VIEW = View(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for video: the area of CVRL's crops
-CIFAR10, CIFAR100 = torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100
-IMAGENET_MEAN, IMAGENET_STD, TRAINVAL = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("trainval",)
-OfFiles = partial(DatasetInfo, 224, mean=IMAGENET_MEAN, std=IMAGENET_STD, read=None)
-
-DATASETS = {
-    "digits": DatasetInfo(8, 10, (0.3053,), (0.3760,), read_digits, view=DIGIT_VIEW),
-    "cifar10": DatasetInfo(
-        32,
-        10,
-        (0.4914, 0.4822, 0.4465),
-        (0.2470, 0.2435, 0.2616),
-        read_cifar(CIFAR10),
-        class_names="airplane automobile bird cat deer dog frog horse ship truck",
-    ),
-    "cifar100": DatasetInfo(32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), read_cifar(CIFAR100)),
-    "stl10": DatasetInfo(
-        96,
-        10,
-        (0.4406, 0.4273, 0.3858),
-        (0.2603, 0.2566, 0.2713),
-        read_stl10,
-        pretraining_splits=("train", "unlabeled"),
-        class_names="airplane bird car cat deer dog horse monkey ship truck",
-    ),
-    "imagenet": OfFiles(n_classes=1000, test_splits=("val",)),
-    "voc07": OfFiles(
-        n_classes=20, pretraining_splits=TRAINVAL, train_splits=TRAINVAL, files=VOC_LISTS, many_labels=True
-    ),
-    "folder": OfFiles(n_classes=0, own=own_images.get_images, validation_splits=("val",)),
-    "kinetics": OfFiles(
-        n_classes=400, mean=(0.45,) * 3, std=(0.225,) * 3, test_splits=("val",), files=VIDEOS, view=CLIP_VIEW
-    ),
-}
+FILES = {"folders": CLASS_FOLDERS, "videos": VIDEOS, "voc": VOC_LISTS}  # by DatasetInfo.storage
 
 
 # ---- on disk ----
@@ -145,21 +68,21 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
     if data_path().is_file():
         raise ValueError(f"DATA_PATH={data_path()} is a file: it must be the folder of the data sets")
     splits = sorted(splits or {*info.pretraining_splits, *info.train_splits, *info.test_splits})
-    there = info.files.are_there if info.read is None else is_there
+    there = is_there if info.is_packed else FILES[info.storage].are_there
     missing = [folder / split for split in splits if not there(folder / split)]
     if not missing:
         return
     wanted = f"{name} was looked for in {', '.join(map(str, missing))}"
-    if info.read is None:
+    if not info.is_packed:
         way_out = "put it there, or set the environment variable DATA_PATH to the folder above."
-        raise FileNotFoundError(f"{wanted}, each {info.files.layout}, and is not there: {way_out}")
+        raise FileNotFoundError(f"{wanted}, each {FILES[info.storage].layout}, and is not there: {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         missing = [path for path in missing if not is_there(path)]  # others may have packed it meanwhile
         if not missing:
             return
         try:
-            arrays = info.read()
+            arrays = READERS[name]()
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
                 f"{wanted} (images.npy and labels.npy), is not there, and could not be downloaded ({error}): connect "
@@ -177,18 +100,18 @@ def already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return batch
 
 
-def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: list[View] | tuple = ()) -> Dataset:
+def get_dataset(params: EncoderAndDataParams, splits: tuple[str, ...], views: list[View] | tuple = ()) -> Dataset:
     """uint8 images and labels of some splits, downloaded if need be. `views` are taken here only from sets of files."""
     if not params.dataset.feeds(params.channels):
         raise ValueError(
             f"in_channels={params.channels} does not fit dataset_name={params.dataset_name!r}, whose images have "
             f"{params.dataset.channels} channels. Leave it out, or choose another data set."
         )
-    if params.dataset.own is not None:
-        return params.dataset.own(data_path(), params, splits[0], list(views))
+    if params.dataset.is_custom:
+        return own_images.get_images(data_path(), params, splits[0], list(views))
     prepare_data(params.dataset_name, splits)
     folders = [data_path() / params.dataset_name / split for split in splits]
-    if params.dataset.read is not None:
+    if params.dataset.is_packed:
         images = PackedImages(folders)
         check_arrays(images, params, folders)
         return images
@@ -196,11 +119,11 @@ def get_dataset(params: "EncoderAndDataParams", splits: tuple[str, ...], views: 
     if params.dataset.of_videos:
         return video_files.get_videos(params, folder, list(views))
     skip = params.unreadable_images == "skip"
-    size, find = params.crop_size, params.dataset.files.samples
+    size, find = params.crop_size, FILES[params.dataset.storage].samples
     return ImageFiles(folder, params.dataset.channels, size, list(views), params.seed or 0, skip, find)
 
 
-def check_arrays(images: PackedImages, params: "EncoderAndDataParams", folders: list[Path]) -> None:
+def check_arrays(images: PackedImages, params: EncoderAndDataParams, folders: list[Path]) -> None:
     """Raise ValueError for arrays of other images than those of the data set."""
     where, channels = ", ".join(map(str, folders)), images.images[0].shape[3]
     if channels not in (params.dataset.channels, params.channels):
@@ -222,7 +145,7 @@ def drops_last(wish: bool | None, n_images: int, size: int) -> bool:
 
 
 def get_loader(
-    params: "EncoderAndDataParams",
+    params: EncoderAndDataParams,
     dataset: Dataset,
     training: bool,
     accumulated: int = 1,
@@ -262,3 +185,89 @@ def get_loader(
         pin_memory=params.pin_data_memory and torch.cuda.is_available() and not isinstance(dataset, ImagesOnDevice),
         drop_last=drop_last,
     )
+
+
+def batch_size(params: EncoderAndDataParams, accumulated: int) -> int:
+    """Images of one process in one batch.
+
+    Raises:
+        ValueError: `global_batch_size` cannot be shared out equally.
+    """
+    if params.global_batch_size is None:
+        return params.batch_size
+    shares = ddp.world_size() * accumulated
+    if params.global_batch_size % shares:
+        raise ValueError(
+            f"global_batch_size={params.global_batch_size} is not divisible by {shares} = {ddp.world_size()} processes "
+            f"x {accumulated} accumulated batches: choose a multiple of {shares}"
+        )
+    return params.global_batch_size // shares
+
+
+# ---- settings that the data decides ----
+
+Params = TypeVar("Params", bound=EncoderAndDataParams)
+
+
+def resolve(
+    kind: type[Params], params: Params | dict | None, encoder: nn.Module | None, fields: dict[str, Any]
+) -> tuple[Params, bool]:
+    """`params` (settings, a dict of them, or None for the defaults), changed by `fields`; whether the seed was None.
+
+    A module of the user's own as encoder says so in encoder_arch; seed=None becomes that of `pl.seed_everything`. The
+    argument `hparams`, as the original named it, is another name of `params`.
+    """
+    if (hparams := fields.pop("hparams", None)) is not None:
+        if params is not None:
+            raise ValueError("hparams and params are two names of one argument: pass one of them")
+        params = dict(vars(hparams)) if isinstance(hparams, Namespace) else hparams
+    if encoder is not None:
+        fields = {**fields, "encoder_arch": OWN_MODULE}
+    params = kind(**params) if isinstance(params, dict) else params or kind()
+    params = attrs.evolve(params, **fields)
+    seed_is_drawn = params.seed is None
+    if seed_is_drawn:
+        params = attrs.evolve(params, seed=torch.initial_seed() % 2**32)
+    return with_statistics(params) if params.compute_statistics else params, seed_is_drawn
+
+
+def with_statistics(params: Params) -> Params:
+    """image_mean and image_std, where they are None, are those of the training images."""
+    if params.image_mean is not None and params.image_std is not None:
+        return params
+    dataset = get_dataset(params, params.dataset.pretraining_splits)
+    found = channel_statistics.of_images(dataset, params.data_seed)
+    mean, std = (list(params.of_each_channel(values)) for values in found)
+    params = attrs.evolve(params, image_mean=params.image_mean or mean, image_std=params.image_std or std)
+    rank_zero_info(f"{params.dataset_name}: image_mean={params.image_mean}, image_std={params.image_std}")
+    return params
+
+
+def n_classes(params: EncoderAndDataParams) -> int:
+    """Number of classes in the training images: other splits have no others. 0 where they have no labels.
+
+    Counted in images of the user's, in videos and in class folders, since there are sets of other sizes under one name
+    (ImageNet-100, Kinetics-200, ...). The catalogue says how many there are where they are not on disk.
+    """
+    info, (split,) = params.dataset, params.dataset.train_splits
+    folder = data_path() / params.dataset_name / split
+    if info.storage == "folders" and folder.is_dir():
+        return len(set(class_numbers(folder).values()))
+    if not info.is_custom and not (info.of_videos and VIDEOS.are_there(folder)):
+        return info.n_classes
+    return 1 + int(get_dataset(params, (split,)).labels.max())
+
+
+def labelled(classes: int, params: EncoderAndDataParams) -> int:
+    """Refuses images without labels, and those with several."""
+    if params.dataset.many_labels:
+        raise ValueError(
+            f"dataset_name={params.dataset_name!r}: its images have several labels each, and a classifier needs one. "
+            "Choose another data set, or leave the classifier out."
+        )
+    if classes < 1:
+        raise ValueError(
+            f"the images of dataset_name={params.dataset_name!r}, data_path={params.data_path!r} have no labels, which "
+            "a classifier needs: put them into class folders, or list labels in train.txt (docs/own_data.md)"
+        )
+    return classes

@@ -4,11 +4,8 @@ Encoders map images [N, C, H, W], or those of videos clips [N, C, T, H, W], to [
 """
 
 import contextlib
-import difflib
-import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torchvision
@@ -17,50 +14,15 @@ from torch import nn
 import layers
 import layouts
 import ws_resnet
+from catalogue import OWN_MODULE, video_models
+from model_params import ModelParams
 from safe_load import data_only
 
-if TYPE_CHECKING:
-    from model_params import ModelParams
-
 FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # of convolutions over images, over clips
-OWN_MODULE = "module"  # encoder_arch when the encoder is a module of the user's own
-STEM_VARIANTS = ("standard", "padding_2", "no_relu")
-IMAGE_MODELS = torchvision.models.list_models(module=torchvision.models)
-VIDEO_MODELS = torchvision.models.list_models(module=torchvision.models.video)  # all pretrained on Kinetics-400
-TORCHVISION = [*IMAGE_MODELS, *VIDEO_MODELS]
 LAST_LAYERS = {"squeezenet": nn.Conv2d, "s3d": nn.Conv3d}  # whose classifiers are convolutions
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError, with the nearest names, unless `name` is an encoder that can be built here."""
-    if name.startswith("timm:"):
-        if importlib.util.find_spec("timm") is None:
-            raise ValueError(f"encoder_arch={name!r} needs the package timm, which is not installed: pip install timm")
-        import timm  # optional, and slow to import
-
-        known, name = timm.list_models(), name.removeprefix("timm:").split(".")[0]  # less the tag of weights
-    else:
-        known = [*TORCHVISION, *ws_resnet.WS_RESNETS, OWN_MODULE]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or ["resnet18", "resnet50", "vit_b_16"]
-        raise ValueError(
-            f"encoder_arch={name!r} is unknown: choose a classification model of torchvision, one of "
-            f"{', '.join(ws_resnet.WS_RESNETS)}, or timm:NAME; for clips {', '.join(VIDEO_MODELS)}. "
-            f"Nearest: {', '.join(near)}"
-        )
-
-
-def has_low_resolution_stem(name: str) -> bool:
-    """Whether the encoder is one of the ResNets whose stem can be exchanged for small images."""
-    return "resnet" in name and not name.startswith("timm:")
-
-
-def is_resnet(name: str) -> bool:
-    """Whether the encoder is of torchvision's class ResNet, weight-standardized or not."""
-    return ("resnet" in name or "resnext" in name) and not name.startswith("timm:")
-
-
-def get_encoder(params: "ModelParams", own: nn.Module | None = None) -> tuple[nn.Module, int]:
+def get_encoder(params: ModelParams, own: nn.Module | None = None) -> tuple[nn.Module, int]:
     """(the encoder that `params` names, E). `own` is the user's module where encoder_arch is "module"."""
     encoder, width = _get_encoder(params, own)
     for weight in encoder.parameters():
@@ -71,7 +33,7 @@ def get_encoder(params: "ModelParams", own: nn.Module | None = None) -> tuple[nn
     return encoder, width
 
 
-def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, int]:
+def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]:
     if (own is not None) != (p.encoder_arch == OWN_MODULE):
         raise ValueError(
             f"encoder_arch={p.encoder_arch!r} needs "
@@ -101,16 +63,17 @@ def _get_encoder(p: "ModelParams", own: nn.Module | None) -> tuple[nn.Module, in
 
 def check_kind(name: str, dataset_name: str, of_videos: bool) -> None:
     """Raise ValueError where an encoder of clips is to encode images, or the other way round."""
-    if (name in VIDEO_MODELS) != of_videos:
-        takes, has = ("images", "clips")[:: 1 if of_videos else -1]
-        way_out = f"encoder_arch={', '.join(VIDEO_MODELS)}" if of_videos else "another encoder_arch, or a set of videos"
+    if (name in video_models()) != of_videos:
+        takes, has = ("images", "clips") if of_videos else ("clips", "images")
+        others = f"encoder_arch={', '.join(video_models())}"
+        way_out = others if of_videos else "another encoder_arch, or a set of videos"
         raise ValueError(
             f"encoder_arch={name!r} encodes {takes}, and dataset_name={dataset_name!r} has {has}: choose {way_out}, or "
             "encoder=your_module"
         )
 
 
-def source_of_weights(params: "ModelParams") -> str | None:
+def source_of_weights(params: ModelParams) -> str | None:
     """What an encoder starts from, as weights.load_encoder takes it; None: random weights."""
     weights = params.encoder_weights
     if weights is None:

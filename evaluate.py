@@ -25,15 +25,14 @@ import data
 import features
 from baselines import compared
 from command_line import add_fields
+from data import n_classes
 from device import usable
 from fields import as_path
-from own_data_params import OwnDataParams
+from model_params import OF_TRAINING, OWN_DATA, VIDEO, EncoderAndDataParams
 from program import one_line_errors
 from protocols import PROTOCOLS, settings_of
 from results import Results, versions
-from shared_params import EncoderAndDataParams, n_classes
 from subject import Subject
-from video_params import OF_TRAINING, VideoParams
 from weights import Encoder, load_encoder
 from whole_files import check_folder
 
@@ -147,8 +146,7 @@ def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[
 
 def seen(params: EncoderAndDataParams) -> dict[str, Any]:
     """Settings that decide which clips of videos, or which images of one's own, are seen; {} of other sets."""
-    kind = VideoParams if params.dataset.of_videos else OwnDataParams if params.dataset.own is not None else None
-    names = [attribute.name for attribute in attrs.fields(kind)] if kind else []
+    names = VIDEO if params.dataset.of_videos else OWN_DATA if params.dataset.is_custom else ()
     return {name: getattr(params, name) for name in names if name not in UNSEEN}
 
 
@@ -207,7 +205,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="of protocols that train; default: those of their sources")
     parser.add_argument("--batch_size", type=int, help="of protocols that train, and of extraction")
     parser.add_argument("--num_workers", type=int, help="that decode files")
-    reading = parser.add_argument_group("how files are read; default: as in the pretraining (see shared_params.py)")
+    reading = parser.add_argument_group("how files are read; default: as in the pretraining (see model_params.py)")
     add_fields(reading, READING)
     return parser.parse_args()
 

@@ -15,6 +15,7 @@ from sklearn.model_selection import train_test_split
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from catalogue import LABEL_FREE
 from class_labels import is_one_hot
 from logistic_regression import logistic_regression, within_span
 from numerics import able, finite, power_of_two, rescaled, unit
@@ -47,10 +48,10 @@ def standardized(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, solver: str = "sklearn") -> Scores:
-    """Multinomial logistic regression on standardized features, L2 with C = 0.01, by one of PROBE_SOLVERS."""
+    """Multinomial logistic regression on standardized features, L2 with C = 0.01, by one of SOLVERS."""
     train_x, test_x = standardized(train_x, test_x)
     classes, target = train_y.unique(return_inverse=True)
-    logits = PROBE_SOLVERS[solver](train_x, test_x, target, PROBE_DECAY)
+    logits = SOLVERS[solver](train_x, test_x, target, PROBE_DECAY)
     names = ("train_class_acc", "valid_class_acc")
     return {name: accuracy(part, classes, y, 1) for name, part, y in zip(names, logits, (train_y, test_y), strict=True)}
 
@@ -112,9 +113,8 @@ def embedding_std(train_x: Tensor, *_: Tensor) -> Scores:
     return {"valid_embedding_std": float(unit(finite(train_x)).var(0, correction=0).sum().sqrt())}
 
 
-EVALUATIONS = {"linear_probe": linear_probe, "knn": knn, "rank_me": rank_me, "embedding_std": embedding_std}
-LABEL_FREE = ("rank_me", "embedding_std")
-PROBE_SOLVERS: dict[str, Callable] = {"sklearn": sklearn_logits, "torch": linear_logits}
+FUNCTIONS = {"linear_probe": linear_probe, "knn": knn, "rank_me": rank_me, "embedding_std": embedding_std}
+SOLVERS: dict[str, Callable] = {"sklearn": sklearn_logits, "torch": linear_logits}
 
 
 def evaluate(
@@ -131,7 +131,7 @@ def evaluate(
     labelled classes only the evaluations that need no labels are left.
     """
     x, y, train = finite(able(x), "embeddings"), able(y), None if train is None else tuple(map(able, train))
-    table = EVALUATIONS | {"linear_probe": partial(linear_probe, solver=probe_solver)}
+    table = FUNCTIONS | {"linear_probe": partial(linear_probe, solver=probe_solver)}
     scores, split = {}, None
     y, train = one_label_each(y), None if train is None else (train[0], one_label_each(train[1]))
     if all(one is not None and one.min() >= 0 for one in (y, y if train is None else train[1])) and len(y) > 1:

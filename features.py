@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import augmentations
+import catalogue
 import data
-from encoders import OWN_MODULE, embed
+from catalogue import OWN_MODULE
+from encoders import embed
 from files import name_skipped, readable_rows
+from model_params import OF_ONE_KIND, OF_TRAINING, EncoderAndDataParams
 from numerics import finite
 from packed_images import PackedImages
-from shared_params import OF_ONE_KIND, EncoderAndDataParams
-from video_params import OF_TRAINING
 from weights import Encoder
 from whole_files import whole_folder
 
@@ -59,8 +60,8 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
         ValueError: the set has colours and the encoder takes gray images.
     """
     p = encoder.params
-    if (dataset_name or p.dataset_name) not in data.DATASETS:
-        raise ValueError(f"dataset={dataset_name!r} is unknown: choose one of {', '.join(data.DATASETS)}")
+    if (dataset_name or p.dataset_name) not in catalogue.DATASETS:
+        raise ValueError(f"dataset={dataset_name!r} is unknown: choose one of {', '.join(catalogue.DATASETS)}")
     if dataset_name not in (None, p.dataset_name):
         changes = OF_ONE_KIND | changes
     found = attrs.evolve(
@@ -74,7 +75,7 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
         low_resolution_stem=p.low_resolution,
         **changes,
     )
-    if found.dataset.own is None and found.dataset.channels > found.channels:
+    if not found.dataset.is_custom and found.dataset.channels > found.channels:
         raise ValueError(
             f"dataset={found.dataset_name!r} has {found.dataset.channels} channels and the encoder takes "
             f"{found.channels}: choose a gray data set"

@@ -1,14 +1,18 @@
 """Validated attrs fields. An error names the field, the value and what is allowed."""
 
+import difflib
 import os
+import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import field, fields
+from attrs import Factory, field, fields, fields_dict
 
+HIGHEST_OPTIONS = {"lr": 1000, "lr_mult": 1e6, "momentum": 1, "weight_decay": 1000, "weight_decay_mult": 1e6}
+OPTION_KEYS = ("pattern", *HIGHEST_OPTIONS, "lars_exclude")  # of a row of parameter_options
 WHOLE = (int, int | None, list[int])
 SMALLEST, LARGEST = 1e-12, 1e9  # beyond them float32 overflows sooner or later, and nobody means it
 
@@ -51,7 +55,7 @@ def numbers(default: tuple[float, ...], at_least: float, at_most: float):
 
 def per_view(default, at_least: float = 0, at_most: float = 1, whole: bool = False):
     """One number for every view, or a list with one a view; None passes, also within a list, where it is the default.
-    How long a list must be, only all settings together say (view_params.py)."""
+    How long a list must be, only all settings together say (model_params.py)."""
     kinds, kind = (int, "a whole number") if whole else (int | float, "a number")
 
     def check(_, attribute, value):
@@ -138,3 +142,46 @@ def plain(value: Any) -> Any:
     if isinstance(value, str):
         return str(value)  # of a subclass
     return value.item() if isinstance(value, np.generic) else value
+
+
+def check_parameter_options(_: Any, attribute: Any, value: Any) -> None:
+    """Refuse rows of `parameter_options` that are not valid (the validator of that field)."""
+    if not isinstance(value, list | tuple) or not all(isinstance(row, dict) for row in value):
+        raise ValueError(
+            f"{attribute.name}={value!r} must be a list of dictionaries with the keys {', '.join(OPTION_KEYS)}"
+        )
+    for row in value:
+        for message in wrong_in_options(row):
+            raise ValueError(f"{attribute.name}: {row} {message}")
+
+
+def wrong_in_options(row: dict[str, Any]) -> Iterable[str]:
+    if unknown := [key for key in row if key not in OPTION_KEYS]:
+        near = [f" (or {n})" for key in unknown for n in difflib.get_close_matches(str(key), OPTION_KEYS, 1)]
+        yield f"has unknown keys {unknown}{''.join(near)}: choose from {', '.join(OPTION_KEYS)}"
+    if not isinstance(row.get("pattern"), str):
+        yield "needs a pattern, a regular expression of parameters' names"
+    try:
+        re.compile(row["pattern"])
+    except re.error as error:
+        yield f"has a pattern that is no regular expression ({error}): mend it, a literal dot is \\."
+    for key in row.keys() & HIGHEST_OPTIONS.keys():
+        is_number = isinstance(row[key], int | float) and not isinstance(row[key], bool)
+        if not is_number or not 0 <= row[key] <= HIGHEST_OPTIONS[key]:  # nan is not, either
+            yield f"must have for {key} a number of at least 0 and at most {HIGHEST_OPTIONS[key]:g}"
+    if not isinstance(row.get("lars_exclude", False), bool):
+        yield "must have True or False for lars_exclude"
+    for name in ("lr", "weight_decay"):
+        if {name, f"{name}_mult"} <= row.keys():
+            yield f"says {name} in two ways: leave one of {name} and {name}_mult out"
+    if len(row) < 2:
+        yield f"sets nothing: add one of {', '.join(OPTION_KEYS[1:])}"
+
+
+def defaults(kind: type, names: Iterable[str]) -> dict[str, Any]:
+    """Return the default values of these fields of an attrs class."""
+    found = {}
+    for name in names:
+        default = fields_dict(kind)[name].default
+        found[name] = default.factory() if isinstance(default, Factory) else default
+    return found

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from catalogue import MOST_WORKERS
 from class_labels import composed, numbers
 from file_search import folders_in
 
-MOST_WORKERS = 1024
 UNREADABLE = -(2**31)  # label of a row that stands in for an image which could not be read, in an evaluation
 Sample = tuple[str, int | np.ndarray]  # path; class, or presences of all classes
 File = str | BinaryIO  # a path, or what is in the file

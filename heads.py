@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 import batchrenorm
 import ws_resnet
+from catalogue import GROUPS
 
-GROUPS = 32  # of group norm
-NORMALIZATIONS = {
+NORMALIZATION_LAYERS = {
     "bn": nn.BatchNorm1d,
     "ln": nn.LayerNorm,
     "gn": partial(nn.GroupNorm, GROUPS),
@@ -23,7 +23,7 @@ class MLP(nn.Module):
 
     Args:
         hidden_dim: width of the hidden layers; or a list, one for each of them.
-        normalization, last_normalization: a key of NORMALIZATIONS, or None.
+        normalization, last_normalization: a key of NORMALIZATION_LAYERS, or None.
         weight_standardization: of all layers but the last, as in the original.
         bias: of all linear layers but the last.
         last_bias: of the last linear layer.
@@ -54,13 +54,13 @@ class MLP(nn.Module):
         for width in widths:
             layers.append(linear(input_dim, width, bias))
             if normalization is not None:
-                layers.append(NORMALIZATIONS[normalization](width))
+                layers.append(NORMALIZATION_LAYERS[normalization](width))
             layers.append(nn.ReLU())
             input_dim = width
         layers.append(nn.Linear(input_dim, output_dim, last_bias) if n_layers else nn.Identity())
         if last_normalization is not None:
             affine = {AFFINE.get(last_normalization, "affine"): last_affine}
-            layers.append(NORMALIZATIONS[last_normalization](output_dim, **affine))
+            layers.append(NORMALIZATION_LAYERS[last_normalization](output_dim, **affine))
         self.net = nn.Sequential(*layers) if len(layers) > 1 else layers[0]  # the original's names of parameters
 
     def forward(self, x: Tensor) -> Tensor:

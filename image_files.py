@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from array_files import WAY_OUT, is_array, of_16_bits, opened, read_array
-from augmentations import View, draw_crops, generator
+from augmentations import draw_crops, generator
+from catalogue import View
 from file_search import PassedOver, files_below, image_suffixes, tell
 from files import File, LabelledFiles, OnDisk, Sample, class_numbers
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from catalogue import BLUR_RADIUS
 from color_loops import ONE, ZERO, color_jitter, compiled, grayscale, solarize
-from image_ops import BLUR_RADIUS, COLUMNS, check_channels
+from image_ops import COLUMNS, check_channels
 
 HALF = np.float32(0.5)
 TOP, LEFT, HEIGHT, WIDTH, FLIP = map(COLUMNS.index, ("top", "left", "height", "width", "flip"))

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from catalogue import BLUR_RADIUS
 from device import to_device
 
 Draws = dict[str, np.ndarray | Tensor]
-BLUR_RADIUS = 6  # 3 sigma of the strongest blur: kernels of 13 pixels
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green, blue
 
 

@@ -5,8 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-NORMS_AND_BIASES = [".bias", ".bn"]  # patterns for `parameter_groups`
-
 
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling on top of SGD with momentum (You et al., https://arxiv.org/abs/1708.03888).

@@ -13,6 +13,7 @@ import attrs
 import numpy as np
 import torch
 import torch.nn.functional as F
+from attrs import field, frozen
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -20,23 +21,116 @@ import augmentations
 import data
 import layers
 import optimizers
+import schedules
 import subsets
-import video_params
+from catalogue import NORMS_AND_BIASES, View
+from data import labelled, n_classes, resolve
 from device import at_least_float32
 from encoders import embed, get_encoder
-from fields import plain
+from fields import choice, fraction, non_negative, number, plain, positive
 from files import UNREADABLE, nan_where_unreadable
 from lars import parameter_groups
-from linear_params import LinearClassifierMethodParams
-from shared_params import OF_ONE_KIND, labelled, n_classes, resolve
+from model_params import OF_ONE_KIND, OF_TRAINING, EncoderAndDataParams, refuse
 from stage import Stage, one_image_explained
 from weights import SHARED, load_encoder
 
+# ---- settings ----
+
+
+@frozen(kw_only=True)
+class LinearClassifierMethodParams(EncoderAndDataParams):
+    """Settings of LinearClassifierMethod; the defaults are MoCo's."""
+
+    n_classes: int | None = positive(None)  # None: the data set's
+
+    # what is trained beside the classifier, and how
+    encoder_lr: float | None = positive(None)  # of its last stage; None: frozen, in eval mode (lr=30 is only for that)
+    layer_decay: float = fraction(1.0)  # each stage of the encoder has the rate of the next one times this
+    normalize_features: bool = False  # batch norm without parameters before the classifier: one lr fits all encoders
+
+    transform_flip_probability: float | None = fraction(None)  # of mirroring training images; None: the data set's
+
+    # labels
+    label_fraction: float | None = number(None, above=0, at_most=1)  # of every class, at least one image
+    labels_per_class: int | None = positive(None)  # instead: so many of every class
+    validate_on: str = choice("test", ("test", "held_out"))  # held_out: part of the training set, to choose settings by
+    held_out_fraction: float = number(0.1, above=0, at_most=0.9)  # of every class; training does without it
+    split_seed: int = non_negative(0, at_most=2**63 - 1)  # draws both, whatever `seed` is
+
+    # optimization parameters
+    optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw"))
+    lr: float = positive(30.0)  # of the classifier
+    momentum: float = fraction(0.9)
+    nesterov: bool = False
+    weight_decay: float = non_negative(0.0)
+    max_epochs: int = positive(100)  # for the programs that make the Trainer; the schedule follows the Trainer
+    lr_schedule: str = choice("steps", ("steps", "cosine"))  # steps: a tenth from 60 %, again from 80 % of the training
+    warmup_epochs: float = non_negative(0.0)
+    lars_eta: float = positive(1e-3, at_most=1000)
+    exclude_matching_parameters_from_lars: list[str] = field(factory=list)  # and from weight decay, as in ModelParams
+
+    def __attrs_post_init__(self):
+        super().__attrs_post_init__()
+        refuse(self._contradictions())
+
+    def _contradictions(self) -> list[tuple[bool, str]]:
+        """(whether the settings contradict each other, how, and the way out)"""
+        p = self
+        # fmt: off
+        return [
+            (p.label_fraction is not None and p.labels_per_class is not None,
+             f"label_fraction={p.label_fraction} and labels_per_class={p.labels_per_class} are two ways to say how "
+             "many labels are used: set one of them"),
+            (p.layer_decay != 1 and p.encoder_lr is None,
+             f"layer_decay={p.layer_decay} is for an encoder that is trained: set encoder_lr, or leave it out"),
+            (p.layer_decay == 0, "layer_decay=0 would train the encoder's last stage alone: choose more than 0"),
+            (p.nesterov and (p.optimizer_name != "sgd" or p.momentum == 0),
+             f"nesterov=True is a kind of SGD with momentum: set optimizer_name='sgd' (is {p.optimizer_name!r}) and "
+             f"momentum above 0 (is {p.momentum})"),
+        ]
+        # fmt: on
+
+
+# ---- the presets: rows of settings. LINEAR_PRESETS["linear_sgd"](dataset_name="cifar10") ----
+# fmt: off
+
+# The linear classifier of MoCo (https://arxiv.org/abs/1911.05722, section 4.1). Its rate of 30 is for embeddings like
+# MoCo's; set normalize_features=True where it diverges.
+LinearMoCoParams = LinearClassifierMethodParams
+# SimCLR's (https://arxiv.org/abs/2002.05709, B.6) without Nesterov's momentum, as most libraries have it. MAE's
+# (https://arxiv.org/abs/2111.06377, table 10) is this one with normalize_features=True, warmup_epochs=10 and
+# optimizer_name="lars", for global_batch_size=16384: with 256 images LARS would hardly move.
+LinearSGDParams = partial(
+    LinearClassifierMethodParams, lr=0.1, lr_scaling="linear", lr_schedule="cosine", max_epochs=90,
+)
+# SimCLR's fine-tuning with few labels (B.5): no weight decay, no warm-up. VICReg's (README of its code) differs by
+# lr_scaling=None, nesterov=False, max_epochs=20 and the rates: lr=0.08, encoder_lr=0.03 for 1 %, 0.1, 0.01 for 10 %.
+SemiSupervised1Params = partial(
+    LinearClassifierMethodParams, label_fraction=0.01, drop_last_batch=None, lr=0.05, encoder_lr=0.05,
+    lr_scaling="linear", lr_schedule="cosine", nesterov=True, max_epochs=60,
+)
+SemiSupervised10Params = partial(SemiSupervised1Params, label_fraction=0.1, max_epochs=30)
+# MAE's end-to-end fine-tuning (table 9) without its stronger augmentations; layer-wise rates as in BEiT
+# (https://arxiv.org/abs/2106.08254), where the encoder's last stage has layer_decay times the classifier's rate.
+FineTuneParams = partial(
+    LinearClassifierMethodParams, optimizer_name="adamw", lr=1e-3, encoder_lr=0.75e-3, layer_decay=0.75,
+    lr_scaling="linear", lr_schedule="cosine", warmup_epochs=5, weight_decay=0.05, max_epochs=100,
+    exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
+)
+
+LINEAR_PRESETS = {
+    "linear_moco": LinearMoCoParams, "linear_sgd": LinearSGDParams,
+    "semi_supervised_1": SemiSupervised1Params, "semi_supervised_10": SemiSupervised10Params,
+    "fine_tune": FineTuneParams,
+}
+# fmt: on
+
+
+# ---- the method ----
+
 SCORES = ("loss", "acc1", "acc5")
 
-LINEAR_VIEW = augmentations.View(
-    crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
-)
+LINEAR_VIEW = View(crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
 
 READING = (  # settings of how images are read
     "dataset_name",
@@ -48,7 +142,7 @@ READING = (  # settings of how images are read
     "pin_data_memory",
     "data_on_device",
     "unreadable_images",
-    *(name for name in OF_ONE_KIND if name not in video_params.OF_TRAINING),
+    *(name for name in OF_ONE_KIND if name not in OF_TRAINING),
 )
 FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", *READING)
 
@@ -209,7 +303,7 @@ class LinearClassifierMethod(Stage):
 
     def configure_optimizers(self) -> dict:
         self.plan = optimizers.get_plan(self.params, self.trainer, self.params.warmup_epochs)
-        return optimizers.for_linear_stage(self.params, self.plan, self.parameter_groups())
+        return for_linear_stage(self.params, self.plan, self.parameter_groups())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, with their names, and their learning rates before `lr_scaling`: the classifier, then
@@ -257,3 +351,27 @@ class LinearClassifierMethod(Stage):
     def test_dataloader(self):
         p = self.params
         return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)
+
+
+# ---- learning rates ----
+
+
+def for_linear_stage(params: LinearClassifierMethodParams, plan: optimizers.Plan, groups: list[dict]) -> dict:
+    """The optimizer that `params` names over groups with rates of their own, which fall together: to a tenth at 60 %
+    and at 80 % of the training, or along half a cosine to 0."""
+    groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
+    curve = {"cosine": warmup_cosine, "steps": warmup_steps_down}[params.lr_schedule]
+    optimizer = optimizers.get_optimizer(params, groups, plan.lr, params.nesterov)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    return optimizers.per_step(optimizers.Schedule(optimizer, partial(curve, plan), plan.steps, decays))
+
+
+def warmup_cosine(plan: optimizers.Plan, step: int) -> float:
+    """Share of the highest rate."""
+    return schedules.warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=0.0)
+
+
+def warmup_steps_down(plan: optimizers.Plan, step: int) -> float:
+    """Share of the highest rate."""
+    share = schedules.steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
+    return share * schedules.warmup(step, plan.warmup_steps)

@@ -6,17 +6,14 @@ which "loss" is minimized and the others are logged. Inputs are float32 (`moco.p
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import ddp
+from model_params import ModelParams
 from numerics import unit
-
-if TYPE_CHECKING:
-    from model_params import ModelParams
 
 Scalars = dict[str, Tensor]
 
@@ -176,7 +173,7 @@ def cosines(z: Tensor, k: Tensor) -> Scalars:
 
 
 def get_loss(
-    params: "ModelParams", sce_coefficient: float | None = None, sce_target_T: float | None = None
+    params: ModelParams, sce_coefficient: float | None = None, sce_target_T: float | None = None
 ) -> Callable[[Tensor, Tensor, Tensor | None], Scalars]:
     """loss(q, k, queue_keys) as `params` wants it. Each row shows which settings a loss reads; of those that may change
     while training, the values at this step are given beside `params`."""

@@ -8,8 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 import ddp
-from data import DATASETS
-from evaluation import LABEL_FREE
+from catalogue import DATASETS, LABEL_FREE
 
 
 class Best(pl.Callback):

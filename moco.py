@@ -20,18 +20,15 @@ import losses
 import online_classifier
 import optimizers
 import parameter_options
-import sce_params
 import schedules
 import watch
+from data import labelled, n_classes, resolve
 from device import at_least_float32
 from encoders import check_small_views, embed, get_encoder, source_of_weights
 from fields import plain
 from files import nan_where_unreadable
 from heads import MLP
-from key_queue import KeyQueue
-from lagging import frozen_copy, move_towards
-from model_params import ModelParams
-from shared_params import labelled, n_classes, resolve
+from model_params import CHANGING, ModelParams, changes
 from stage import Stage, one_image_explained
 
 
@@ -126,8 +123,8 @@ class SelfSupervisedMethod(Stage):
                 "views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
         online, keys = self.encode_views(views, batch_idx)
-        scheduled = sce_params.scheduled(p, self.global_step, self.plan)
-        loss_of = losses.get_loss(p, **scheduled)
+        changing = scheduled(p, self.global_step, self.plan)
+        loss_of = losses.get_loss(p, **changing)
         queue = None if self.queue is None else at_least_float32(self.queue.keys)
         per_pair = []
         with torch.autocast(self.device.type, enabled=False):
@@ -139,7 +136,7 @@ class SelfSupervisedMethod(Stage):
         if self.queue is not None:
             new_keys = [keys[j].detach() for j in sorted(keys)]  # gathered view by view: in one process's order
             self.new_keys = [k if p.gather_keys_for_queue is False else ddp.gather(k) for k in new_keys]
-        constants = {"m": self.momentum(), "T": p.T, **scheduled}
+        constants = {"m": self.momentum(), "T": p.T, **changing}
         constants = {name: loss.new_full((), value) for name, value in constants.items()}  # a copy would have to wait
         self.log_dict({"step_train_loss": loss.detach(), **scalars, **constants})
         return loss + self.online_loss(online[0][2], labels) if p.online_classifier else loss
@@ -285,3 +282,55 @@ class SelfSupervisedMethod(Stage):
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())
         super().on_load_checkpoint(checkpoint)
+
+
+# ---- the queue and the lagging copy ----
+
+
+class KeyQueue(nn.Module):
+    """`keys` [K, dim]: random unit vectors at first, later the newest K keys. Saved with the model.
+
+    The slots wrap around, so a batch of any size fits, and no host synchronization is needed to write.
+    """
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))  # the slot that is written next
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Overwrite the oldest slots with `keys` [n, dim]."""
+        size = len(self.keys)
+        if (skipped := len(keys) - size) > 0:  # more than fit: only the last ones stay
+            self.position.add_(skipped)
+            keys = keys[skipped:]
+        slots = (self.position + torch.arange(len(keys), device=keys.device)) % size
+        self.keys.index_copy_(0, slots, keys.to(self.keys.dtype))
+        self.position.add_(len(keys)).remainder_(size)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def move_towards(target: nn.Module, source: nn.Module, weight: float) -> None:
+    """target <- (1 - weight) target + weight source, parameters only: batch statistics are each network's own."""
+    if targets := list(target.parameters()):  # a head of no layers has none
+        torch._foreach_lerp_(targets, list(source.parameters()), weight)
+
+
+# ---- SCE: settings that change with the step ----
+
+
+def scheduled(params: ModelParams, step: int, plan: optimizers.Plan | None) -> dict[str, float]:
+    """Those of CHANGING that do change, at an optimizer step of a training whose length is in `plan`."""
+    p, found = params, {}
+    for name in CHANGING:
+        if changes(p, name):
+            warmup_steps = getattr(p, f"{name}_warmup_epochs") * plan.steps_per_epoch
+            values = (getattr(p, field) for field in (f"{name}_warmup_start", name, f"{name}_final"))
+            curves = getattr(p, f"{name}_warmup"), getattr(p, f"{name}_schedule")
+            found[name] = schedules.warmup_then(step, plan.steps, warmup_steps, *values, *curves)
+    return found

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -13,12 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import ddp
 import schedules
+from data import batch_size
 from lars import LARS
-
-if TYPE_CHECKING:
-    from linear_params import LinearClassifierMethodParams
-    from model_params import ModelParams
-    from shared_params import EncoderAndDataParams
+from model_params import EncoderAndDataParams, ModelParams
 
 Fraction = Callable[[int], float]  # of the highest learning rate, at an optimizer step
 
@@ -57,24 +54,7 @@ class Plan:
         )
 
 
-def batch_size(params: "EncoderAndDataParams", accumulated: int) -> int:
-    """Images of one process in one batch.
-
-    Raises:
-        ValueError: `global_batch_size` cannot be shared out equally.
-    """
-    if params.global_batch_size is None:
-        return params.batch_size
-    shares = ddp.world_size() * accumulated
-    if params.global_batch_size % shares:
-        raise ValueError(
-            f"global_batch_size={params.global_batch_size} is not divisible by {shares} = {ddp.world_size()} processes "
-            f"x {accumulated} accumulated batches: choose a multiple of {shares}"
-        )
-    return params.global_batch_size // shares
-
-
-def checked_batch_size(params: "EncoderAndDataParams", accumulated: int, loader: Any) -> int:
+def checked_batch_size(params: EncoderAndDataParams, accumulated: int, loader: Any) -> int:
     """That of the loader, which may be the user's; that of the settings where it does not say.
 
     Raises:
@@ -92,7 +72,7 @@ def checked_batch_size(params: "EncoderAndDataParams", accumulated: int, loader:
     return found or wanted
 
 
-def get_plan(params: "EncoderAndDataParams", trainer: pl.Trainer, warmup_epochs: float = 0) -> Plan:
+def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: float = 0) -> Plan:
     """The Trainer's length in optimizer steps, and the learning rate for its number of images in one of them
     (linear scaling: https://arxiv.org/abs/1706.02677; square root: https://arxiv.org/abs/1404.5997)."""
     steps, steps_per_epoch = length(trainer)
@@ -130,7 +110,7 @@ def length(trainer: pl.Trainer) -> tuple[int, int]:
     return int(steps), int(steps) if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
-def of_endless_loader(params: "EncoderAndDataParams", warmup_epochs: float) -> float:
+def of_endless_loader(params: EncoderAndDataParams, warmup_epochs: float) -> float:
     """The warm-up, as a fraction of the training: a loader without length has no epochs. The one of LARS's defaults,
     which would last for the whole training, is left out.
 
@@ -150,7 +130,7 @@ def of_endless_loader(params: "EncoderAndDataParams", warmup_epochs: float) -> f
 
 
 def get_optimizer(
-    params: "ModelParams | LinearClassifierMethodParams", groups: list[dict], lr: float, nesterov: bool = False
+    params: EncoderAndDataParams, groups: list[dict], lr: float, nesterov: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer that `params` names. LARS adapts the groups that have the weight decay of all, or say `adapt`."""
     optimizer = build_optimizer(params, groups, lr, nesterov)
@@ -159,7 +139,7 @@ def get_optimizer(
 
 
 def build_optimizer(
-    params: "ModelParams | LinearClassifierMethodParams", groups: list[dict], lr: float, nesterov: bool
+    params: EncoderAndDataParams, groups: list[dict], lr: float, nesterov: bool
 ) -> torch.optim.Optimizer:
     p = params
     if p.optimizer_name == "lars":
@@ -202,7 +182,7 @@ def without(group: dict, name: str) -> dict:
     return {key: value for key, value in group.items() if key != name}
 
 
-def for_pretraining(params: "ModelParams", plan: Plan, groups: list[dict]) -> dict:
+def for_pretraining(params: ModelParams, plan: Plan, groups: list[dict]) -> dict:
     """The optimizer that `params` names over groups with their own rates before `lr_scaling`. With every step the rates
     of all groups change in proportion and, if wanted, the weight decay of each goes towards its final one."""
     warn_of_late_steps(params, plan)
@@ -212,7 +192,7 @@ def for_pretraining(params: "ModelParams", plan: Plan, groups: list[dict]) -> di
     return per_step(Schedule(optimizer, rate, plan.steps, final_decays))
 
 
-def warn_of_late_steps(params: "ModelParams", plan: Plan) -> None:
+def warn_of_late_steps(params: ModelParams, plan: Plan) -> None:
     late = [epoch for epoch in params.lr_decay_steps if epoch * plan.steps_per_epoch >= plan.steps]
     if late:
         rank_zero_warn(
@@ -220,7 +200,7 @@ def warn_of_late_steps(params: "ModelParams", plan: Plan) -> None:
         )
 
 
-def pretraining_rate(params: "ModelParams", plan: Plan, step: int) -> float:
+def pretraining_rate(params: ModelParams, plan: Plan, step: int) -> float:
     """Share of the highest rate: a line up over the warm-up, then what `lr_schedule` names."""
     p = params
     if step < plan.warmup_steps:
@@ -231,26 +211,6 @@ def pretraining_rate(params: "ModelParams", plan: Plan, step: int) -> float:
         milestones = tuple(epoch * plan.steps_per_epoch for epoch in p.lr_decay_steps)
         return max(schedules.steps_down(step, milestones, p.lr_decay_factor), end)
     return schedules.CURVES[p.lr_schedule](1.0, end, progress)
-
-
-def for_linear_stage(params: "LinearClassifierMethodParams", plan: Plan, groups: list[dict]) -> dict:
-    """The optimizer that `params` names over groups with rates of their own, which fall together: to a tenth at 60 %
-    and at 80 % of the training, or along half a cosine to 0."""
-    groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
-    rate = functools.partial({"cosine": warmup_cosine, "steps": warmup_steps_down}[params.lr_schedule], plan)
-    optimizer = get_optimizer(params, groups, plan.lr, params.nesterov)
-    return per_step(Schedule(optimizer, rate, plan.steps, [group["weight_decay"] for group in optimizer.param_groups]))
-
-
-def warmup_cosine(plan: Plan, step: int) -> float:
-    """Share of the highest rate."""
-    return schedules.warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=0.0)
-
-
-def warmup_steps_down(plan: Plan, step: int) -> float:
-    """Share of the highest rate."""
-    share = schedules.steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
-    return share * schedules.warmup(step, plan.warmup_steps)
 
 
 class Schedule(LambdaLR):
@@ -297,7 +257,7 @@ def described(optimizer: torch.optim.Optimizer) -> str:
     return "\n".join(rows)
 
 
-def warmup_epochs(params: "ModelParams") -> float:
+def warmup_epochs(params: ModelParams) -> float:
     """`warmup_epochs` where it is set; else LARS has its own."""
     p = params
     return p.lars_warmup_epochs * (p.optimizer_name == "lars") if p.warmup_epochs is None else p.warmup_epochs

@@ -6,10 +6,9 @@ class.
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from attrs import fields
 from pytorch_lightning.utilities import rank_zero_warn
 
 import arrow_images
@@ -17,7 +16,7 @@ import ddp
 import subsets
 import tar_shards
 from arrow_images import ArrowImages
-from augmentations import View
+from catalogue import View
 from class_labels import UNLABELED, Label, composed, numbers
 from file_search import PassedOver, tell
 from files import Sample
@@ -25,12 +24,9 @@ from folder_lock import locked
 from foreign_paths import ForeignPath, refuse_foreign
 from image_files import ImageFiles
 from image_folders import Found, ImageFolder, check_settings, labelled, listed_in, lists, settings_of, write
-from own_data_params import OwnDataParams
+from model_params import OWN_DATA, EncoderAndDataParams
 from shard_names import is_pattern
 from tar_shards import TarShards
-
-if TYPE_CHECKING:
-    from model_params import EncoderAndDataParams
 
 Source = ImageFolder | TarShards | ArrowImages
 Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class, -1 for none)
@@ -42,7 +38,7 @@ SECONDS = 60  # to wait for another process that writes lists
 INSTEAD = {"val": "test", "test": "val"}  # where the one has no images
 
 
-def get_images(folder: Path, params: "EncoderAndDataParams", split: str, views: list[View]) -> ImageFiles:
+def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: list[View]) -> ImageFiles:
     """The images of a split: of `data_path`, or of the data set's name below `folder`."""
     refuse_foreign("data_path", params.data_path)
     p, source = params, get_source(params, params.data_path or str(folder / params.dataset_name))
@@ -53,7 +49,7 @@ def get_images(folder: Path, params: "EncoderAndDataParams", split: str, views: 
     return images
 
 
-def samples(root: Path, found: Numbered, params: "EncoderAndDataParams", split: str) -> list[Sample]:
+def samples(root: Path, found: Numbered, params: EncoderAndDataParams, split: str) -> list[Sample]:
     """(path, class) of the images of a split, -1 where there are no labels. Without images for val it is test, and the
     other way round; of train it is `data_fraction`.
 
@@ -69,7 +65,7 @@ def samples(root: Path, found: Numbered, params: "EncoderAndDataParams", split: 
     return [(str(root / path), label) for path, label in chosen]
 
 
-def splits(source: Source, params: "EncoderAndDataParams") -> tuple[Numbered, list[str]]:
+def splits(source: Source, params: EncoderAndDataParams) -> tuple[Numbered, list[str]]:
     """Images and classes of every split, and the names of the classes. They are those of the lists in `splits_path`,
     which were written when the splits were drawn, or are the user's own; else of what is there.
 
@@ -123,7 +119,7 @@ def say(source: Source, found: Numbered, how: str) -> None:
 # ---- lists in splits_path ----
 
 
-def folder_of_lists(params: "EncoderAndDataParams") -> Path | None:
+def folder_of_lists(params: EncoderAndDataParams) -> Path | None:
     if params.splits_path is None:
         return None
     folder = Path(params.splits_path).expanduser()
@@ -139,7 +135,7 @@ def folder_of_lists(params: "EncoderAndDataParams") -> Path | None:
     return folder
 
 
-def has_written(params: "EncoderAndDataParams") -> bool:
+def has_written(params: EncoderAndDataParams) -> bool:
     """Whether `splits_path` has lists that `splits` wrote. Raises ValueError if other settings made them."""
     folder = folder_of_lists(params)
     if folder is None or "train" not in dict(listed_in(folder)) or (made_by := settings_of(folder)) is None:
@@ -148,16 +144,16 @@ def has_written(params: "EncoderAndDataParams") -> bool:
     return True
 
 
-def settings(params: "EncoderAndDataParams") -> dict[str, Any]:
+def settings(params: EncoderAndDataParams) -> dict[str, Any]:
     """Those that decide which images are in the lists, and their labels."""
-    names = [field.name for field in fields(OwnDataParams) if field.name not in NOT_IN_LISTS]
+    names = [name for name in OWN_DATA if name not in NOT_IN_LISTS]
     return {name: getattr(params, name) for name in names}
 
 
 # ---- what is there ----
 
 
-def get_source(params: "EncoderAndDataParams", root: str, names: bool = False) -> Source:
+def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> Source:
     """What holds the images: files, shards of them, or Arrow files. `names`: of classes, where they have both."""
     p, folder = params, Path(root).expanduser()
     if arrow_images.is_there(folder):
@@ -185,7 +181,7 @@ def is_stored(root: str) -> bool:
     return arrow_images.is_there(folder) or is_pattern(root) or tar_shards.are_there(folder)
 
 
-def find(source: Source, params: "EncoderAndDataParams") -> Found:
+def find(source: Source, params: EncoderAndDataParams) -> Found:
     """Raises ValueError for a pattern that is like no path."""
     found = source.find()
     paths = [path for images in found.values() for path, _ in images]
@@ -199,7 +195,7 @@ def find(source: Source, params: "EncoderAndDataParams") -> Found:
     return found
 
 
-def wanted(found: Found, root: Path, params: "EncoderAndDataParams", passed_over: PassedOver) -> Found:
+def wanted(found: Found, root: Path, params: EncoderAndDataParams, passed_over: PassedOver) -> Found:
     """By the patterns, and without labels if labels_from=None.
 
     Raises:
@@ -233,7 +229,7 @@ def wanted(found: Found, root: Path, params: "EncoderAndDataParams", passed_over
     return chosen
 
 
-def without_training(found: Found, params: "EncoderAndDataParams") -> str:
+def without_training(found: Found, params: EncoderAndDataParams) -> str:
     """What there is instead of training images, and the way out."""
     n, others = len(found.get("train", [])), [split for split, images in found.items() if split and images]
     if n:
@@ -247,7 +243,7 @@ def without_training(found: Found, params: "EncoderAndDataParams") -> str:
     return "0 images for training: choose another"
 
 
-def is_wanted(path: str, params: "EncoderAndDataParams") -> bool:
+def is_wanted(path: str, params: EncoderAndDataParams) -> bool:
     included = not params.include_patterns or any(matches(path, pattern) for pattern in params.include_patterns)
     return included and not any(matches(path, pattern) for pattern in params.exclude_patterns)
 

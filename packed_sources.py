@@ -38,3 +38,11 @@ def read_stl10() -> Arrays:
         name: torchvision.datasets.STL10(data_path(), name, download=True) for name in ("train", "unlabeled", "test")
     }
     return {name: (s.data.transpose(0, 2, 3, 1), s.labels) for name, s in sets.items()}
+
+
+READERS: dict[str, Callable[[], Arrays]] = {
+    "digits": read_digits,
+    "cifar10": read_cifar(torchvision.datasets.CIFAR10),
+    "cifar100": read_cifar(torchvision.datasets.CIFAR100),
+    "stl10": read_stl10,
+}  # of the packed data sets of catalogue.DATASETS

@@ -5,22 +5,18 @@ parameter_options=[{"pattern": "projection_model", "lr_mult": 10.0}, {"pattern":
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attrs import frozen
 from torch import nn
 
 import lars
 import layers
+from catalogue import NORMS_AND_BIASES
+from model_params import ModelParams
 
-if TYPE_CHECKING:
-    from model_params import ModelParams
-
-HIGHEST = {"lr": 1000, "lr_mult": 1e6, "momentum": 1, "weight_decay": 1000, "weight_decay_mult": 1e6}
 NORMS = ", and '.bn' is for every normalization layer, whatever its name"
 ONLINE = "online_classifier."  # its parameters' names
-KEYS = ("pattern", *HIGHEST, "lars_exclude")
 
 
 @frozen
@@ -41,39 +37,7 @@ class Row:
         return (self.lr, self.momentum, self.weight_decay, self.final_weight_decay, self.adapted)
 
 
-def check(_: Any, attribute: Any, value: Any) -> None:
-    """Validator of the field."""
-    if not isinstance(value, list | tuple) or not all(isinstance(row, dict) for row in value):
-        raise ValueError(f"{attribute.name}={value!r} must be a list of dictionaries with the keys {', '.join(KEYS)}")
-    for row in value:
-        for message in wrong(row):
-            raise ValueError(f"{attribute.name}: {row} {message}")
-
-
-def wrong(row: dict[str, Any]) -> Iterable[str]:
-    if unknown := [key for key in row if key not in KEYS]:
-        near = [f" (or {n})" for key in unknown for n in difflib.get_close_matches(str(key), KEYS, 1)]
-        yield f"has unknown keys {unknown}{''.join(near)}: choose from {', '.join(KEYS)}"
-    if not isinstance(row.get("pattern"), str):
-        yield "needs a pattern, a regular expression of parameters' names"
-    try:
-        re.compile(row["pattern"])
-    except re.error as error:
-        yield f"has a pattern that is no regular expression ({error}): mend it, a literal dot is \\."
-    for key in row.keys() & HIGHEST.keys():
-        is_number = isinstance(row[key], int | float) and not isinstance(row[key], bool)
-        if not is_number or not 0 <= row[key] <= HIGHEST[key]:  # nan is not, either
-            yield f"must have for {key} a number of at least 0 and at most {HIGHEST[key]:g}"
-    if not isinstance(row.get("lars_exclude", False), bool):
-        yield "must have True or False for lars_exclude"
-    for name in ("lr", "weight_decay"):
-        if {name, f"{name}_mult"} <= row.keys():
-            yield f"says {name} in two ways: leave one of {name} and {name}_mult out"
-    if len(row) < 2:
-        yield f"sets nothing: add one of {', '.join(KEYS[1:])}"
-
-
-def table(module: nn.Module, params: "ModelParams") -> list[Row]:
+def table(module: nn.Module, params: ModelParams) -> list[Row]:
     """One row for each trainable parameter of `module`, in its order; its encoder is `module.model`.
 
     A parameter starts with `lr` (times `layer_decay` for each stage of the encoder from its own to the heads, as in
@@ -109,7 +73,7 @@ def table(module: nn.Module, params: "ModelParams") -> list[Row]:
     return rows
 
 
-def growth(params: "ModelParams") -> float:
+def growth(params: ModelParams) -> float:
     """Of the decay, from the first step to the last."""
     return 1.0 if params.final_weight_decay is None else params.final_weight_decay / params.weight_decay
 
@@ -132,11 +96,11 @@ def layer_factors(encoder: nn.Module, layer_decay: float) -> dict[str, float]:
     return {f"model.{name}": layer_decay**depth for depth, stage in enumerate(stages, start=1) for name in stage}
 
 
-def check_matches(module: nn.Module, params: "ModelParams", names: list[str]) -> None:
+def check_matches(module: nn.Module, params: ModelParams, names: list[str]) -> None:
     options = [option["pattern"] for option in params.parameter_options]
     lost = [("parameter_options", o) for o in options if not any(re.search(o, name) for name in names)]
     for pattern in params.exclude_matching_parameters_from_lars:
-        may_be_absent = pattern in lars.NORMS_AND_BIASES  # an encoder may have no norms
+        may_be_absent = pattern in NORMS_AND_BIASES  # an encoder may have no norms
         if not may_be_absent and not lars.parameter_groups(module, [pattern])[1]:
             lost.append(("exclude_matching_parameters_from_lars", pattern))
     for field, pattern in lost:
@@ -147,7 +111,7 @@ def check_matches(module: nn.Module, params: "ModelParams", names: list[str]) ->
         )
 
 
-def groups(rows: list[Row], named: dict[str, nn.Parameter], params: "ModelParams") -> list[dict[str, Any]]:
+def groups(rows: list[Row], named: dict[str, nn.Parameter], params: ModelParams) -> list[dict[str, Any]]:
     """The optimizer's: parameters that get the same are stepped together. First those without and with exclusion that
     have no options of their own, even if there are none, because checkpoints of the optimizer count groups."""
     p = params

@@ -8,19 +8,18 @@ import attrs
 
 import data
 import own_images
+from data import labelled, n_classes
 from image_folders import listed_in
-from linear_classifier import FROM_PRETRAINING
-from linear_params import LinearClassifierMethodParams
-from model_params import ModelParams
+from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
+from model_params import EncoderAndDataParams, ModelParams
 from run_options import RunOptions
-from shared_params import EncoderAndDataParams, labelled, n_classes
 
 
 def linear_settings(options: RunOptions, params: ModelParams) -> dict:
     """Fields of the linear stage that train.py sets. A data set smaller than one batch is one batch."""
     settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": params.seed}
     n_images = len(data.get_dataset(params, params.dataset.train_splits))
-    if params.dataset.own or n_images < attrs.fields(LinearClassifierMethodParams).batch_size.default:
+    if params.dataset.is_custom or n_images < attrs.fields(LinearClassifierMethodParams).batch_size.default:
         settings["drop_last_batch"] = None
     return settings
 
@@ -44,7 +43,7 @@ def check_run(options: RunOptions, params: ModelParams) -> None:
 def lists_aside(params: ModelParams) -> Iterator[ModelParams]:
     """Meanwhile lists of splits that are not drawn yet are in a temporary directory: the run may be refused."""
     kept = own_images.folder_of_lists(params)
-    if params.dataset.own is None or (kept is not None and listed_in(kept)):
+    if not params.dataset.is_custom or (kept is not None and listed_in(kept)):
         yield params
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import augmentations
 import data
+from data import resolve
 from fields import as_path
 from loader import images_and_labels
 from model_params import ModelParams
-from shared_params import resolve
 from whole_files import check_file, whole
 
 TILE = 160  # pixels that a large view is magnified to, about; by whole numbers, so that pixels stay squares
@@ -54,7 +54,7 @@ def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows
         originals = torch.stack([images_alone[i][0] for i in islice(loader.sampler, rows)])
     images, _ = images_and_labels(next(iter(loader)))
     columns = columns_of(images, params, rows, originals)
-    if originals is not None and params.dataset.read is None:
+    if originals is not None and not params.dataset.is_packed:
         columns[0][0][0] += ", central square"
     return columns
 

@@ -15,9 +15,8 @@ import features
 import label_free
 import probes
 import svm
-from linear_classifier import READING, LinearClassifierMethod
-from linear_params import LINEAR_PRESETS, LinearClassifierMethodParams
-from shared_params import EncoderAndDataParams
+from linear_classifier import LINEAR_PRESETS, READING, LinearClassifierMethod, LinearClassifierMethodParams
+from model_params import EncoderAndDataParams
 from subject import MOST_IMAGES, VIEWS, Subject
 from weights import Encoder
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import augmentations
+import catalogue
 import checkpoints
 import data
 import ddp
@@ -137,7 +138,7 @@ class Stage(pl.LightningModule):
 
     def counted_classes(self) -> dict[str, int]:
         """Hyperparameter of a classifier whose classes were counted in files, which may be gone or others one day."""
-        packed = self.params.dataset.read is not None
+        packed = self.params.dataset.is_packed
         return {} if packed or self.n_outputs is None else {"n_classes": self.n_outputs}
 
     needs_labels = False  # also to validate
@@ -203,7 +204,7 @@ class Stage(pl.LightningModule):
         """Loaders for evaluation, one for each of the sets of splits: all images, whatever `data_fraction` is."""
         p = attrs.evolve(self.params, data_fraction=1.0)
         datasets = [data.get_dataset(p, names) for names in splits]
-        labels = [dataset.labels for dataset in datasets if self.params.dataset.own]
+        labels = [dataset.labels for dataset in datasets if self.params.dataset.is_custom]
         if any(of_set.min() < 0 for of_set in labels):
             rank_zero_info(f"{self.params.dataset_name} has no labels: linear_probe and knn are left out")
         elif any(of_set.min() == of_set.max() for of_set in labels):
@@ -310,8 +311,8 @@ class Stage(pl.LightningModule):
 
 def packed_classes(settings: dict[str, Any]) -> int | None:
     """Number of classes of the data set in a checkpoint's settings, where it is packed and has always as many."""
-    info = data.DATASETS.get(settings.get("dataset_name"))
-    return None if info is None or info.read is None else info.n_classes
+    info = catalogue.DATASETS.get(settings.get("dataset_name"))
+    return None if info is None or not info.is_packed else info.n_classes
 
 
 @contextmanager

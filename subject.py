@@ -8,8 +8,8 @@ from torch import Tensor
 
 import features
 from features import Features
+from model_params import EncoderAndDataParams
 from numerics import able
-from shared_params import EncoderAndDataParams
 from weights import Encoder
 
 MOST_IMAGES = 25_600  # for what needs no labels (as in https://arxiv.org/abs/2210.02885)

@@ -153,7 +153,7 @@ def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None,
     results["epochs"] = fit.current_epoch  # fewer than max_epochs where max_time was up
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     results["trained encoder"] = score(fit, model)
-    if model.params.dataset.own and model.params.is_evaluated:  # elsewhere the validation set is the test set
+    if model.params.dataset.is_custom and model.params.is_evaluated:  # elsewhere the validation set is the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
     write(out / "results.json", results)
 
@@ -177,7 +177,7 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
     results = {"preset": preset}
     if options.resume:
         results = run_folder.results_of(out) | results
-    if params.dataset.own:
+    if params.dataset.is_custom:
         lists = params.splits_path or str((out / "splits").resolve())
         gone = options.resume and not Path(lists).expanduser().is_dir()  # the run was moved
         params = attrs.evolve(params, splits_path=(gone and kept_lists(out.resolve())) or lists)

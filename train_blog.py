@@ -26,7 +26,7 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 import preflight
-from data import DATASETS
+from catalogue import DATASETS
 from fields import as_path
 from folder_lock import locked
 from moco import SelfSupervisedMethod

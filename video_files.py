@@ -7,7 +7,6 @@ import importlib.util
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,16 +15,15 @@ from torch import Tensor
 import clips
 import decoders
 import image_files
-from augmentations import View, generator
+from augmentations import generator
+from catalogue import View
 from class_labels import UNLABELED, numbers
 from file_search import PassedOver, folders_in, is_hidden, tell
 from files import LabelledFiles, Sample, class_numbers
 from foreign_paths import refuse_foreign
 from image_files import CENTRAL, Box, draw_box, resized
 from image_ops import LUMA
-
-if TYPE_CHECKING:
-    from model_params import EncoderAndDataParams
+from model_params import EncoderAndDataParams
 
 VIDEO_EXTENSIONS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".ogv"),
@@ -124,7 +122,7 @@ def time_difference(frames: np.ndarray, following: np.ndarray) -> np.ndarray:
 # ---- lists of videos ----
 
 
-def get_videos(params: "EncoderAndDataParams", folder: Path, views: list[View]) -> VideoFiles:
+def get_videos(params: EncoderAndDataParams, folder: Path, views: list[View]) -> VideoFiles:
     """The videos of a split by the settings of `params`.
 
     Raises:
@@ -143,7 +141,7 @@ def get_videos(params: "EncoderAndDataParams", folder: Path, views: list[View]) 
     return as_set(params, videos, views)
 
 
-def as_set(params: "EncoderAndDataParams", videos: list[Sample], views: list[View]) -> VideoFiles:
+def as_set(params: EncoderAndDataParams, videos: list[Sample], views: list[View]) -> VideoFiles:
     """Videos that are known, read by the settings of `params`. Raises ValueError if PyAV is wanted and missing."""
     p, of_frames = params, params.video_decoder == "frames"
     if not of_frames and importlib.util.find_spec("av") is None:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import architectures
 import augmentations
+import catalogue
 import encoders
 import layouts
-from data import DATASETS
+from catalogue import DATASETS
 from foreign_paths import vetted, vetted_start
-from shared_params import OF_ONE_KIND, EncoderAndDataParams
+from model_params import OF_ONE_KIND, EncoderAndDataParams
 
 SHARED = {field.name for field in fields(EncoderAndDataParams)}
 OF_PRETRAINING = {"data_fraction"}  # not of the encoder: evaluations and linear stages take all labeled images
@@ -106,7 +107,7 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
         return published(name, overrides)
     found = layouts.read(Path(name).expanduser())
     if encoder is not None:
-        overrides = {"low_resolution_stem": False, **overrides, "encoder_arch": encoders.OWN_MODULE}
+        overrides = {"low_resolution_stem": False, **overrides, "encoder_arch": catalogue.OWN_MODULE}
     settings, assumed = settings_of(found, overrides)
     params = with_overrides(settings, overrides)
     model, _ = encoders.get_encoder(params, encoder)
@@ -122,7 +123,7 @@ def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[s
         settings = {key: value for key, value in found.settings.items() if key in SHARED - OF_PRETRAINING}
         return {"stem_variant": found.stem_variant, **vetted(settings, found.source, overrides)}, ""
     settings, arch = {"dataset_name": "imagenet"}, overrides.get("encoder_arch")
-    if arch != encoders.OWN_MODULE:
+    if arch != catalogue.OWN_MODULE:
         settings |= attrs.asdict(architectures.find(found, arch))
         settings |= of_videos(settings["encoder_arch"])
         if found.layout == "moco v3" and settings["encoder_arch"].startswith("timm:vit_small"):
@@ -182,7 +183,7 @@ def published(name: str, overrides: dict[str, Any]) -> Encoder:
     """An encoder with the weights that torchvision or timm publish, downloaded unless they are in the cache."""
     arch, _, weights = (name, "", "DEFAULT") if name.startswith("timm:") else name.partition(":")
     try:
-        encoders.check_name(arch)
+        catalogue.check_name(arch)
     except ValueError as error:
         raise ValueError(f"there is no file {name}, and as a name: {error}") from error
     weights = weights or "DEFAULT"
@@ -194,7 +195,7 @@ def published(name: str, overrides: dict[str, Any]) -> Encoder:
         **facts(arch, weights),
     }
     params = with_overrides(settings, overrides)
-    if arch in encoders.TORCHVISION and (params.channels != 3 or params.low_resolution):
+    if arch in catalogue.torchvision_models() and (params.channels != 3 or params.low_resolution):
         raise ValueError(
             f"in_channels={params.channels} with low_resolution_stem={params.low_resolution} would leave the first "
             f"layer of {name} without its published weights: leave them out"
@@ -211,7 +212,7 @@ def published(name: str, overrides: dict[str, Any]) -> Encoder:
 
 def of_videos(arch: str) -> dict[str, Any]:
     """The data set of torchvision's encoders of clips, and as many frames as they must have; {} for other encoders."""
-    if arch not in encoders.VIDEO_MODELS:
+    if arch not in catalogue.video_models():
         return {}
     fewest = torchvision.models.get_model_weights(arch).DEFAULT.meta.get("min_temporal_size", 1)
     return {"dataset_name": "kinetics", "num_frames": max(fields(EncoderAndDataParams).num_frames.default, fewest)}
@@ -230,7 +231,7 @@ def facts(arch: str, weights: str) -> dict[str, Any]:
         about = timm.get_pretrained_cfg(arch.removeprefix("timm:"))
         size, mean, std = about.input_size[-1], about.mean, about.std
     else:
-        enum = torchvision.models.get_model_weights(arch) if arch in encoders.TORCHVISION else None
+        enum = torchvision.models.get_model_weights(arch) if arch in catalogue.torchvision_models() else None
         known = {} if enum is None else enum.__members__
         if weights not in known:
             return {}

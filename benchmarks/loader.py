@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
 import augmentations
-from augmentations import View, generator
+from augmentations import generator
 from benchmarks import harness, peers
+from catalogue import View
 from fields import as_path
 from image_files import ImageFiles
 from loader import Loader, Share

@@ -4,7 +4,7 @@ Compared, on the parameters of BYOL with torchvision's ResNet-18 and its heads, 
 
 - LARS of lars.py; a loop over the parameters, as in the official code of VICReg and Barlow Twins; lightly's LARS; and,
   as a floor without any norms, torch.optim.SGD one by one (foreach=False) and batched (foreach=True)
-- lagging.move_towards; a loop, as in the official code of MoCo; lightly's update_momentum; torch's AveragedModel with
+- moco.move_towards; a loop, as in the official code of MoCo; lightly's update_momentum; torch's AveragedModel with
   its batched average, and with a function per parameter and the buffers too, as torchvision's references use it
 
 `ops` are operators dispatched in one step, `host syncs` those that read a value of a tensor on the host: on a GPU each
@@ -22,9 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Row, arguments, in_turns, installed, report
-from lagging import move_towards
 from lars import LARS, parameter_groups
-from moco import SelfSupervisedMethod
+from moco import SelfSupervisedMethod, move_towards
 from model_params import NORMS_AND_BIASES, BYOLParams
 
 LR, MOMENTUM, WEIGHT_DECAY, ETA, M = 0.1, 0.9, 1e-4, 1e-3, 0.99

@@ -38,8 +38,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import data
-from augmentations import View, augment, generator
+from augmentations import augment, generator
 from benchmarks import harness, peers
+from catalogue import View
 from image_files import draw_box
 from moco import SelfSupervisedMethod
 from model_params import SCEParams

@@ -12,7 +12,8 @@ import augmentations
 import color_loops
 import image_loops
 import image_ops
-from augmentations import View, draw, draw_crops, generator
+from augmentations import draw, draw_crops, generator
+from catalogue import View
 from model_params import ModelParams
 
 SIZES = [(32, 32), (96, 96), (256, 224), (32, 14), (8, 7)]  # of image and view; 7: as small as blurring allows

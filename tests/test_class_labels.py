@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import catalogue
 import data
 import evaluation
 import image_folders
@@ -15,9 +16,9 @@ import loader
 import own_images
 import probes
 from class_labels import in_classes, numbers
+from data import n_classes
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
-from shared_params import n_classes
 from svm import svm
 
 SPLIT_OF_FOUR = {"train": (0, 1), "val": (2,), "test": (3,)}
@@ -56,7 +57,7 @@ def test_scores_do_not_depend_on_the_numbers_of_classes():
 
     def scores(y: torch.Tensor) -> list[dict]:
         sets = x[:60], y[:60], x[60:], y[60:]
-        names = list(evaluation.EVALUATIONS)
+        names = list(catalogue.EVALUATIONS)
         found = [evaluation.evaluate(names, x, y), evaluation.evaluate(names, x, y, (x, y))]
         return found + [score(*sets) for score in (probes.knn, probes.retrieval, probes.linear, probes.few_labels, svm)]
 

@@ -7,7 +7,8 @@ import torchvision.transforms.v2.functional as tv
 
 import augmentations
 import image_ops
-from augmentations import View, draw, draw_crops, generator
+from augmentations import draw, draw_crops, generator
+from catalogue import View
 from model_params import ModelParams
 
 MEAN, STD = (0.45, 0.4, 0.5), (0.225, 0.25, 0.2)

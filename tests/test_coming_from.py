@@ -18,13 +18,14 @@ import torch
 import videos
 from PIL import Image
 
+import catalogue
 import command_line
 import data
 import evaluate
 import model_params
 import run_options
 from checkpoints import Checkpoints
-from linear_params import LinearClassifierMethodParams
+from linear_classifier import LinearClassifierMethodParams
 from moco import SelfSupervisedMethod
 from model_params import ModelParams, SCEVideoParams
 from protocols import PROTOCOLS
@@ -269,7 +270,7 @@ def small_data(monkeypatch, tmp_path):
         return lambda: {name: (images, np.arange(8) % 2) for name, images in arrays.items()}
 
     for name, size, splits in (("cifar10", 32, ["train", "test"]), ("stl10", 96, ["train", "unlabeled", "test"])):
-        monkeypatch.setitem(data.DATASETS, name, attrs.evolve(data.DATASETS[name], read=read(size, splits)))
+        monkeypatch.setitem(catalogue.DATASETS, name, attrs.evolve(catalogue.DATASETS[name], read=read(size, splits)))
     for i in range(24):
         file = tmp_path / "dataset" / f"class_{i % 2}" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)

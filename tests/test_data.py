@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import catalogue
 import data
-from augmentations import View
+from catalogue import View
 from loader import Loader, Share, images_and_labels
 from model_params import ModelParams
 
@@ -32,8 +33,8 @@ def toy(monkeypatch, tmp_path):
         reads.append(1)
         return {"train": arrays(12), "unlabeled": arrays(20), "test": arrays(7)}
 
-    info = data.DatasetInfo(8, 3, (0.5,) * 3, (0.2,) * 3, read, pretraining_splits=("train", "unlabeled"))
-    monkeypatch.setitem(data.DATASETS, "toy", info)
+    info = catalogue.DatasetInfo(8, 3, (0.5,) * 3, (0.2,) * 3, read, pretraining_splits=("train", "unlabeled"))
+    monkeypatch.setitem(catalogue.DATASETS, "toy", info)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     return reads
 
@@ -109,7 +110,7 @@ def test_missing_sets_are_named_with_the_way_out(monkeypatch, tmp_path):
     def offline():
         raise OSError("no route to host")
 
-    monkeypatch.setitem(data.DATASETS, "stl10", attrs.evolve(data.DATASETS["stl10"], read=offline))
+    monkeypatch.setitem(catalogue.DATASETS, "stl10", attrs.evolve(catalogue.DATASETS["stl10"], read=offline))
     with pytest.raises(FileNotFoundError, match=r"stl10/unlabeled.*no route to host.*internet.*DATA_PATH"):
         data.prepare_data("stl10")
 
@@ -130,7 +131,7 @@ def test_downloads_go_through_torchvision(name, monkeypatch, tmp_path):
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     monkeypatch.setattr(data.torchvision.datasets, "STL10", Source)
     read = data.read_stl10 if name == "stl10" else data.read_cifar(Source)
-    monkeypatch.setitem(data.DATASETS, name, attrs.evolve(data.DATASETS[name], read=read))
+    monkeypatch.setitem(catalogue.DATASETS, name, attrs.evolve(catalogue.DATASETS[name], read=read))
     params = ModelParams(dataset_name=name, seed=0)
     size = params.dataset.crop_size
     batch, labels = data.get_dataset(params, params.dataset.pretraining_splits).__getitems__([0, 5])
@@ -148,7 +149,7 @@ def test_digits_are_scikit_learns(digits_path):
         (label, *np.round(image.ravel() / 255 * 16).astype(int)) for label, image in zip(labels, images, strict=True)
     }
     assert ours == {(t, *x.astype(int)) for t, x in zip(digits.target, digits.data, strict=True)}
-    info = data.DATASETS["digits"]
+    info = catalogue.DATASETS["digits"]
     assert info.mean == pytest.approx([digits.images.mean() / 16], abs=1e-3)
     assert info.std == pytest.approx([digits.images.std() / 16], abs=1e-3)
 

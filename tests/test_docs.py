@@ -13,9 +13,10 @@ import pytest
 import pytorch_lightning as pl
 from PIL import Image
 
+import catalogue
 import command_line
 import data
-from lars import NORMS_AND_BIASES
+from catalogue import NORMS_AND_BIASES
 from model_params import PRESETS, ModelParams
 from tools import curves
 
@@ -75,7 +76,7 @@ def test_getting_started_runs_from_training_to_scores(monkeypatch, tmp_path, cap
 
     whole = data.read_digits()
     few = {split: (images[:120], labels[:120]) for split, (images, labels) in whole.items()}
-    monkeypatch.setitem(data.DATASETS, "digits", attrs.evolve(data.DATASETS["digits"], read=lambda: few))
+    monkeypatch.setitem(catalogue.DATASETS, "digits", attrs.evolve(catalogue.DATASETS["digits"], read=lambda: few))
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
     monkeypatch.setattr(pl, "Trainer", ShortTrainer)
     names: dict = {}

@@ -28,7 +28,7 @@ from torch import nn
 
 import data
 from moco import SelfSupervisedMethod
-from shared_params import EncoderAndDataParams
+from model_params import EncoderAndDataParams
 from tools import commands, contact_sheet, curves, embed, embedding_work, feature_files, map_files, nearest
 from tools import map as maps
 from tools.image_sources import open_source

@@ -5,6 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
+import catalogue
 import encoders
 import ws_resnet
 from moco import SelfSupervisedMethod
@@ -23,14 +24,16 @@ REGNETS = ("regnet_x_400mf", "regnet_y_400mf")  # cannot be built on meta; the l
 HAS_SIDE_CLASSIFIERS = ("googlenet", "inception_v3")  # in training mode
 
 
-@pytest.mark.parametrize("name", [n for n in encoders.TORCHVISION if not n.startswith("regnet") or n in REGNETS])
+@pytest.mark.parametrize(
+    "name", [n for n in catalogue.torchvision_models() if not n.startswith("regnet") or n in REGNETS]
+)
 def test_every_torchvision_classifier_gives_n_by_e(name):
     """On the meta device: shapes without the arithmetic."""
     size = 299 if name == "inception_v3" else 224
     with torch.device("cpu" if name in REGNETS else "meta"):
         encoder, width = encoders.without_classifier(encoders.build(name, None, size), name)
     encoder.to("meta").train(name in HAS_SIDE_CLASSIFIERS)
-    frames = (16,) if name in encoders.VIDEO_MODELS else ()
+    frames = (16,) if name in catalogue.video_models() else ()
     assert encoder(torch.zeros(2, 3, *frames, size, size, device="meta")).shape == (2, width)
     assert not any(getattr(layer, "out_features", 0) in (1000, 400) for layer in encoder.modules())
 

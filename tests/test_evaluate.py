@@ -11,6 +11,7 @@ from attrs import evolve
 from conftest import SMALL
 from PIL import Image
 
+import catalogue
 import data
 import evaluate
 import protocols
@@ -18,9 +19,8 @@ import results
 import voc
 from evaluate import evaluate_checkpoint
 from moco import SelfSupervisedMethod
-from model_params import PRESETS
+from model_params import PRESETS, EncoderAndDataParams
 from protocols import PROTOCOLS
-from shared_params import EncoderAndDataParams
 
 QUICK = ("knn", "uniformity")
 
@@ -187,12 +187,12 @@ def test_transfer_to_another_data_set_keeps_both_in_one_file(checkpoint, data_pa
         path = tmp_path / "data/negatives" / split / "images.npy"
         np.save(path, 255 - np.load(path))
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
-    monkeypatch.setitem(data.DATASETS, "negatives", evolve(data.DATASETS["digits"], mean=(0.7,)))
+    monkeypatch.setitem(catalogue.DATASETS, "negatives", evolve(catalogue.DATASETS["digits"], mean=(0.7,)))
     own = evaluate_checkpoint(checkpoint, QUICK, baselines=False)
     both = evaluate_checkpoint(checkpoint, QUICK, dataset="negatives", baselines=False)
     assert both["runs"][:2] == own["runs"] and {run["dataset"] for run in both["runs"][2:]} == {"negatives"}
     assert both["config"]["negatives"]["reading"]["image_mean"] == list(
-        data.DATASETS["digits"].mean
+        catalogue.DATASETS["digits"].mean
     )  # that of the encoder
     assert both["runs"][0]["scores"] != both["runs"][2]["scores"]
     table = (tmp_path / "first.evaluation/results.md").read_text()

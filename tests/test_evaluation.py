@@ -5,6 +5,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+import catalogue
 import evaluation
 from moco import SelfSupervisedMethod
 
@@ -89,7 +90,7 @@ def test_logistic_regression_has_scikit_learns_weights():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_evaluations_run_on_the_device_of_the_features(blobs):
-    names = list(evaluation.EVALUATIONS)
+    names = list(catalogue.EVALUATIONS)
     found = evaluation.evaluate(names, *(part.cuda() for part in blobs))
     assert found == pytest.approx(evaluation.evaluate(names, *blobs), abs=1)
 
@@ -97,7 +98,7 @@ def test_evaluations_run_on_the_device_of_the_features(blobs):
 def test_probes_take_bfloat16_and_dead_features(blobs):
     x = blobs[0].bfloat16()
     x[:, 3] = 2.0
-    found = evaluation.evaluate(list(evaluation.EVALUATIONS), x, blobs[1])
+    found = evaluation.evaluate(list(catalogue.EVALUATIONS), x, blobs[1])
     assert all(np.isfinite(value) for value in found.values()) and found["valid_class_acc"] > 50
 
 
@@ -136,7 +137,7 @@ def test_embedding_std():
 
 
 def test_without_labels_the_label_free_scores_remain(blobs):
-    names, label_free = list(evaluation.EVALUATIONS), {"valid_rank_me", "valid_embedding_std"}
+    names, label_free = list(catalogue.EVALUATIONS), {"valid_rank_me", "valid_embedding_std"}
     x, y = blobs
     assert set(evaluation.evaluate(names, x, None)) == label_free
     assert set(evaluation.evaluate(names, x, torch.full_like(y, -1))) == label_free
@@ -148,7 +149,7 @@ def test_a_class_of_one_image_stops_nothing():
     for rare in range(12):
         y = torch.zeros(12, dtype=torch.long)
         y[rare] = 1
-        assert "valid_rank_me" in evaluation.evaluate(list(evaluation.EVALUATIONS), x, y)
+        assert "valid_rank_me" in evaluation.evaluate(list(catalogue.EVALUATIONS), x, y)
 
 
 def test_the_name_says_that_the_training_set_was_used(blobs):

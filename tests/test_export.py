@@ -23,8 +23,7 @@ from torch import nn
 
 from encoders import get_encoder
 from moco import SelfSupervisedMethod
-from model_params import BYOLParams
-from shared_params import EncoderAndDataParams
+from model_params import BYOLParams, EncoderAndDataParams
 from tools import count, export, formats, fresh, twins, verify
 from weights import Encoder, Report, load_encoder
 

@@ -7,10 +7,11 @@ from PIL import Image
 from torch import nn
 
 import augmentations
+import catalogue
 import data
 import features
 from features import data_params, extract, extract_views, fingerprint
-from shared_params import EncoderAndDataParams
+from model_params import EncoderAndDataParams
 from weights import Encoder, Report
 
 
@@ -152,7 +153,7 @@ def test_views_are_the_data_sets_augmentations(tmp_path):
     found = extract_views(e, data_params(e), ("train",), tmp_path, 30, 4, seed=3)
     assert found.shape == (30, 4, 8)
     params = data_params(e)
-    view = augmentations.View(**{**vars_of(params.dataset.view), "crop_size": 8})
+    view = catalogue.View(**{**vars_of(params.dataset.view), "crop_size": 8})
     chosen = np.sort(augmentations.generator(3).permutation(1297)[:30])
     images, _ = data.get_dataset(params, ("train",)).__getitems__(chosen)
     views = augmentations.augment(images, (3, 0), [view] * 4, params.mean, params.std)

@@ -20,8 +20,7 @@ import layers
 import subsets
 import watch
 from lars import LARS
-from linear_classifier import LinearClassifierMethod
-from linear_params import LINEAR_PRESETS, LinearClassifierMethodParams
+from linear_classifier import LINEAR_PRESETS, LinearClassifierMethod, LinearClassifierMethodParams
 from loader import Loader
 from packed_images import ImagesOnDevice
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import data
 import image_files
-from augmentations import View
+from catalogue import View
 from image_files import ImageFiles, class_folders, read_image
 from moco import SelfSupervisedMethod
 from model_params import ModelParams

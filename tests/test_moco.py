@@ -16,11 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import data
 import losses
 import schedules
-from lagging import move_towards
-from linear_classifier import LinearClassifierMethod
-from linear_params import LinearClassifierMethodParams
+from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
 from loader import images_and_labels
-from moco import SelfSupervisedMethod
+from moco import SelfSupervisedMethod, move_towards
 from model_params import ModelParams
 
 

@@ -21,15 +21,15 @@ import checkpoints
 import data
 import evaluate
 import features
+import model_params
 import own_images
 import train
+from data import n_classes
 from evaluate import runnable
 from image_folders import check_settings
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
-from model_params import ModelParams
-from own_data_params import OwnDataParams
-from shared_params import EncoderAndDataParams, n_classes
+from model_params import EncoderAndDataParams, ModelParams
 from weights import load_encoder
 
 SIDE = 40
@@ -329,7 +329,7 @@ def test_a_file_of_the_users_may_be_called_as_that_of_the_settings(photos, tmp_p
 
 def test_lists_know_every_setting_that_is_not_of_another_place():
     others = {"data_path", "splits_path", "pixel_range", "data_fraction"}
-    names = {field.name for field in attrs.fields(OwnDataParams)}
+    names = set(model_params.OWN_DATA)
     assert set(own_images.settings(EncoderAndDataParams(dataset_name="folder"))) == names - others
     check_settings(Path(), {"val_size": 0.1}, {"val_size": 0.1, "image_key": "jpg"})  # lists of an earlier version
 

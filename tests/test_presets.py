@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from heads import NORMALIZATIONS
+from catalogue import NORMALIZATIONS
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS

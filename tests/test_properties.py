@@ -18,10 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from data import DATASETS
-from encoders import STEM_VARIANTS
-from evaluation import EVALUATIONS
-from heads import NORMALIZATIONS
+from catalogue import DATASETS, EVALUATIONS, NORMALIZATIONS, STEM_VARIANTS
 from moco import SelfSupervisedMethod
 from model_params import LOSSES, PRESETS, ModelParams
 

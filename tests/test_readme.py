@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 
+import catalogue
 import data
 from checkpoints import newest
 
@@ -31,7 +32,7 @@ def test_python_blocks(monkeypatch, tmp_path):
             super().__init__(**{**options, **quiet, "max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1})
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setitem(data.DATASETS, "stl10", attrs.evolve(data.DATASETS["stl10"], read=read))
+    monkeypatch.setitem(catalogue.DATASETS, "stl10", attrs.evolve(catalogue.DATASETS["stl10"], read=read))
     monkeypatch.setattr(pl, "Trainer", ShortTrainer)
     get_loader = data.get_loader
     monkeypatch.setattr(

@@ -12,19 +12,20 @@ import videos
 from torch import nn
 from torch.utils.data import DataLoader
 
+import catalogue
 import command_line
-import image_ops
 import losses
+import moco
+import model_params
 import optimizers
-import sce_params
 import schedules
-from data import DATASETS
+from catalogue import DATASETS, NORMALIZATIONS
+from data import n_classes
 from ddp import shuffled
-from heads import MLP, NORMALIZATIONS
+from heads import MLP
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import NORMS_AND_BIASES, ModelParams, SCEParams, SCEVideoParams
-from shared_params import n_classes
 
 N, D, K = 6, 5, 9
 SETS = {"queue": (True, False), "keys": (False, True), "keys and queue": (True, True)}
@@ -173,18 +174,18 @@ def plan(**fields) -> optimizers.Plan:
 
 
 @pytest.mark.parametrize(("fields", "expected"), CASES)
-@pytest.mark.parametrize("name", sce_params.CHANGING)
+@pytest.mark.parametrize("name", model_params.CHANGING)
 def test_values_of_a_schedule(name, fields, expected):
     fields = {"warmup_start": 1.0, "final": 0.0 if name == "sce_coefficient" else 1e-4, **fields}
     p = SCEParams(**{name: 0.5}, **{f"{name}_{part}": value for part, value in fields.items()})
-    found = [sce_params.scheduled(p, step, plan()) for step in range(13)]
+    found = [moco.scheduled(p, step, plan()) for step in range(13)]
     assert all(one.keys() == {name} for one in found)
     assert [one[name] for one in found] == pytest.approx(expected, abs=2e-4 if name == "sce_target_T" else 1e-12)
 
 
 def test_without_a_schedule_nothing_changes_and_no_length_is_asked_for():
-    assert sce_params.scheduled(SCEVideoParams(), 7, None) == {}
-    assert sce_params.scheduled(SCEParams(sce_coefficient_final=0.3), 7, None) == {}
+    assert moco.scheduled(SCEVideoParams(), 7, None) == {}
+    assert moco.scheduled(SCEParams(sce_coefficient_final=0.3), 7, None) == {}
 
 
 def test_curves_meet_their_ends():
@@ -217,7 +218,7 @@ class Logged(pl.Callback):
         self.rows = []
 
     def on_train_batch_end(self, trainer, *_):
-        self.rows.append(tuple(trainer.callback_metrics[name].item() for name in sce_params.CHANGING))
+        self.rows.append(tuple(trainer.callback_metrics[name].item() for name in model_params.CHANGING))
 
 
 def test_the_loss_gets_what_is_logged_and_a_resumed_run_goes_on_with_it(trainer, monkeypatch):
@@ -235,8 +236,8 @@ def test_the_loss_gets_what_is_logged_and_a_resumed_run_goes_on_with_it(trainer,
         trainer(callbacks=list(callbacks), **length).fit(small_method(**CHANGING), **options)
 
     fit(logged)
-    expected = [sce_params.scheduled(SCEParams(**CHANGING), step, plan()) for step in range(12)]
-    expected = [tuple(row[name] for name in sce_params.CHANGING) for row in expected]
+    expected = [moco.scheduled(SCEParams(**CHANGING), step, plan()) for step in range(12)]
+    expected = [tuple(row[name] for name in model_params.CHANGING) for row in expected]
     assert used[::2] == used[1::2] == expected and expected[0] == (1.0, 0.1) and expected[3][0] == 0.5
     assert np.allclose(logged.rows, expected, rtol=1e-6)
     with pytest.raises(SystemExit):
@@ -456,7 +457,7 @@ def test_the_preset_has_the_seeds_views_and_hidden_layers():
 def test_the_seeds_blur_of_23_pixels_is_that_of_13():
     """What lies beyond 13 at the largest sigma changes no pixel by as much as half a gray level of 255."""
     weights = np.exp(-0.5 * (np.arange(-11, 12) / 2.0) ** 2)
-    beyond = 1 - weights[11 - image_ops.BLUR_RADIUS : 12 + image_ops.BLUR_RADIUS].sum() / weights.sum()
+    beyond = 1 - weights[11 - catalogue.BLUR_RADIUS : 12 + catalogue.BLUR_RADIUS].sum() / weights.sum()
     assert 2 * beyond < 0.53 / 255  # along both axes
 
 

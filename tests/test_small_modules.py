@@ -12,8 +12,9 @@ from torch import nn
 
 import schedules
 import ws_resnet
-from heads import MLP, NORMALIZATIONS
-from key_queue import KeyQueue
+from catalogue import NORMALIZATIONS
+from heads import MLP
+from moco import KeyQueue
 
 
 def test_cosine_is_byols_momentum_schedule():

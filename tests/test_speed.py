@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import augmentations
 import data
 import image_ops
-from augmentations import View, draw, draw_crops, generator
+from augmentations import draw, draw_crops, generator
+from catalogue import View
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from packed_images import ImagesOnDevice

@@ -19,6 +19,7 @@ from PIL import Image
 from test_own_data import NAMES, TILES, params
 from test_own_data import write as write_folder
 
+import catalogue
 import data
 import file_search
 import loader
@@ -105,7 +106,7 @@ def test_pages_call_classes_by_their_names(stored, photos):
     assert shown(photos) == shown(stored["arrow"]) == shown(stored["shards"]) == names
     assert shown(stored["arrow"], class_to_idx=["china=1", "flower=0"]) == names
     assert report_pictures.class_names(ModelParams(dataset_name="cifar10"), None)[3] == "cat"
-    assert all(len(info.class_names.split()) in (0, info.n_classes) for info in data.DATASETS.values())
+    assert all(len(info.class_names.split()) in (0, info.n_classes) for info in catalogue.DATASETS.values())
 
 
 # ---- the same as files ----

@@ -17,7 +17,7 @@ import features
 import preview
 import video_files
 import weights
-from augmentations import View
+from catalogue import View
 from encoders import embed
 from files import readable_rows
 from linear_classifier import LinearClassifierMethod

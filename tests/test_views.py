@@ -11,7 +11,7 @@ from torch import nn
 import augmentations
 import data
 import preview
-from augmentations import View
+from catalogue import View
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 

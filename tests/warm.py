@@ -3,7 +3,6 @@
 import torch
 
 import augmentations
+import catalogue
 
-augmentations.augment(
-    torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 0, [augmentations.View(crop_size=8)], (0,) * 3, (1,) * 3
-)
+augmentations.augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 0, [catalogue.View(crop_size=8)], (0,) * 3, (1,) * 3)

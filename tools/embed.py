@@ -144,7 +144,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--skip_unreadable", action="store_true", help="count and list them instead of stopping")
     parser.add_argument("--overwrite", action="store_true", help="embed all anew, whatever --out holds")
-    fields = parser.add_argument_group("where the checkpoint does not say, or says it wrong (see shared_params.py)")
+    fields = parser.add_argument_group("where the checkpoint does not say, or says it wrong (see model_params.py)")
     add_fields(fields, OVERRIDES)
     return parser.parse_args()
 

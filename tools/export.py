@@ -23,8 +23,8 @@ from rich.console import Console
 from torch import nn
 
 from command_line import add_fields
+from model_params import EncoderAndDataParams
 from program import one_line_errors
-from shared_params import EncoderAndDataParams
 from tools import count
 from tools.commands import parser_of
 from tools.formats import FORMATS, Normalized

@@ -13,13 +13,14 @@ from torch.utils.data import Dataset
 import decoders
 import video_files
 from array_files import read_npy
-from data import DATASETS, data_path, prepare_data
+from catalogue import DATASETS
+from data import data_path, prepare_data
 from file_search import ARRAY_SUFFIX, PassedOver, files_below, image_suffixes
 from files import File
 from image_files import central_square, in_mode, jpeg_size, read_any, read_image, read_reduced
+from model_params import EncoderAndDataParams
 from own_images import get_source, is_stored
 from packed_images import PackedImages
-from shared_params import EncoderAndDataParams
 
 
 class Folder:
@@ -173,7 +174,7 @@ def open_source(name: str | Path, kind: str = "image") -> Source:
         return Stored(str(name))
     if folder.is_dir():
         return Folder(folder)
-    packed = [dataset for dataset, info in DATASETS.items() if info.read is not None]
+    packed = [dataset for dataset, info in DATASETS.items() if info.is_packed]
     dataset, _, split = str(name).partition("/")
     if dataset not in packed:
         raise ValueError(f"{name} is neither a folder nor one of the data sets {', '.join(packed)}")
@@ -186,7 +187,7 @@ def open_source(name: str | Path, kind: str = "image") -> Source:
 
 def part_kept(params: EncoderAndDataParams) -> float:
     """Side of the central square that an encoder sees, over an image's shorter side: as it is evaluated in training."""
-    return 7 / 8 if params.dataset.read is None else 1.0
+    return 7 / 8 if not params.dataset.is_packed else 1.0
 
 
 def square(image: Image.Image | np.ndarray, params: EncoderAndDataParams) -> Tensor:

@@ -19,9 +19,8 @@ import own_images
 import preview
 from device import usable
 from files import readable_rows
-from model_params import ModelParams
+from model_params import EncoderAndDataParams, ModelParams
 from packed_images import is_there
-from shared_params import EncoderAndDataParams
 from tools import map_files
 from tools.commands import bar
 from tools.neighbours import best_of
@@ -90,7 +89,7 @@ def views(settings: dict[str, Any]) -> dict[str, Any]:
 def check_data(params: ModelParams, splits: tuple[str, ...]) -> None:
     """A report downloads nothing."""
     folders = [data.data_path() / params.dataset_name / split for split in splits]
-    if params.dataset.read is not None and not all(map(is_there, folders)):
+    if params.dataset.is_packed and not all(map(is_there, folders)):
         raise FileNotFoundError(
             f"{params.dataset_name} is not in {data.data_path().resolve()}: set DATA_PATH to where it is"
         )

@@ -7,8 +7,8 @@ from typing import Any
 import attrs
 
 import run_folder
+from catalogue import OWN_MODULE
 from command_line import described, text
-from encoders import OWN_MODULE
 from model_params import PRESETS, ModelParams
 from run_options import RunOptions
 from tools import compare, report_figures

@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 from torch import nn
 
 import ws_resnet
-from encoders import OWN_MODULE
+from catalogue import OWN_MODULE
 from weights import Encoder
 
 PROGRAMS = "a program (torchscript, onnx, torch_export)"

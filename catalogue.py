@@ -1,0 +1,194 @@
+"""What a setting may name, with its facts: data sets, encoders, view recipes, normalizations, evaluations.
+
+Only names and numbers: the code behind a name is in the package's folders, in a table with the same names (a test
+compares them). Importing this file reads no data and builds no network.
+"""
+
+import difflib
+import importlib.util
+from functools import cache, partial
+
+from attrs import field, frozen
+
+# ---- views ----
+
+BLUR_RADIUS = 6  # pixels, 3 sigma of the strongest blur: kernels of 13 pixels
+
+
+@frozen
+class View:
+    """How one view is made. The defaults are MoCo v2's (https://arxiv.org/abs/2003.04297)."""
+
+    crop_size: int = 224
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    jitter_probability: float = 0.8
+    brightness: float = 0.4  # factor from 1 - 0.4 to 1 + 0.4; contrast and saturation likewise
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1  # turn of the colour wheel, from -0.1 to 0.1
+    grayscale_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    solarize_probability: float = 0.0
+    solarize_threshold: float = 0.5
+    flip_probability: float = 0.5
+    time_difference_probability: float = 0.0  # of clips; by whoever decodes them, because it needs the frames between
+
+
+# ---- data sets ----
+
+MOST_WORKERS = 1024  # processes of a loader, threads of a decoder
+STORAGES = ("packed", "folders", "voc", "videos", "custom")
+
+
+@frozen
+class DatasetInfo:
+    """Facts of a data set. Its splits are folders (or lists) below `$DATA_PATH/<name>`."""
+
+    crop_size: int  # pixels
+    n_classes: int
+    mean: tuple[float, ...]  # of each channel, of values from 0 to 1
+    std: tuple[float, ...]
+    storage: str = "packed"  # one of STORAGES: arrays, class folders, VOC's lists, videos, or the user's own images
+    pretraining_splits: tuple[str, ...] = ("train",)
+    train_splits: tuple[str, ...] = ("train",)  # labeled
+    test_splits: tuple[str, ...] = ("test",)
+    validation_splits: tuple[str, ...] | None = None  # during pretraining; None: test_splits
+    many_labels: bool = False  # multi-label: an image has [K] entries 1, -1 or 0, and not one class
+    view: View = field(factory=View)  # training views, where the settings do not say otherwise
+    class_names: str = ""  # of a packed set, in the order of their numbers; "": the numbers
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    def feeds(self, channels: int) -> bool:
+        """Whether an encoder with this number of channels can take the images: gray ones are repeated for RGB."""
+        return self.is_custom or self.channels == channels or (self.channels, channels) == (1, 3)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.storage == "packed"
+
+    @property
+    def is_custom(self) -> bool:
+        return self.storage == "custom"
+
+    @property
+    def of_videos(self) -> bool:
+        return self.storage == "videos"
+
+    @property
+    def kind(self) -> str:
+        return "videos" if self.of_videos else "images"
+
+
+DIGIT_VIEW = View(  # a mirrored digit is another one, and has no color; blurred at 8 x 8 it is a spot
+    crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.0
+)
+CLIP_VIEW = View(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for video: the area of CVRL's crops
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+TRAINVAL = ("trainval",)
+OfFiles = partial(DatasetInfo, 224, mean=IMAGENET_MEAN, std=IMAGENET_STD, storage="folders")
+
+DATASETS = {
+    "digits": DatasetInfo(8, 10, (0.3053,), (0.3760,), view=DIGIT_VIEW),
+    "cifar10": DatasetInfo(
+        32,
+        10,
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        class_names="airplane automobile bird cat deer dog frog horse ship truck",
+    ),
+    "cifar100": DatasetInfo(32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": DatasetInfo(
+        96,
+        10,
+        (0.4406, 0.4273, 0.3858),
+        (0.2603, 0.2566, 0.2713),
+        pretraining_splits=("train", "unlabeled"),
+        class_names="airplane bird car cat deer dog horse monkey ship truck",
+    ),
+    "imagenet": OfFiles(n_classes=1000, test_splits=("val",)),
+    "voc07": OfFiles(n_classes=20, pretraining_splits=TRAINVAL, train_splits=TRAINVAL, storage="voc", many_labels=True),
+    "folder": OfFiles(n_classes=0, storage="custom", validation_splits=("val",)),
+    "kinetics": OfFiles(
+        n_classes=400, mean=(0.45,) * 3, std=(0.225,) * 3, test_splits=("val",), storage="videos", view=CLIP_VIEW
+    ),
+}
+
+
+# ---- encoders ----
+
+OWN_MODULE = "module"  # encoder_arch when the encoder is the user's own nn.Module
+STEM_VARIANTS = ("standard", "padding_2", "no_relu")
+WS_RESNET_NAMES = ("ws_resnet18", "ws_resnet34", "ws_resnet50", "ws_resnet101", "ws_resnet152")
+
+
+@cache
+def image_models() -> list[str]:
+    """Return the names of torchvision's classification models."""
+    import torchvision  # slow to import, and needed only to check a name
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+@cache
+def video_models() -> list[str]:
+    """Return the names of torchvision's video models, all of which have weights pretrained on Kinetics-400."""
+    import torchvision  # likewise
+
+    return torchvision.models.list_models(module=torchvision.models.video)
+
+
+@cache
+def torchvision_models() -> list[str]:
+    """Return the names of all models of torchvision that encode images or clips."""
+    return [*image_models(), *video_models()]
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError, with the nearest names, unless `name` is an encoder that can be built here."""
+    if name.startswith("timm:"):
+        if importlib.util.find_spec("timm") is None:
+            raise ValueError(f"encoder_arch={name!r} needs the package timm, which is not installed: pip install timm")
+        import timm  # optional, and slow to import
+
+        known = timm.list_models()
+        name = name.removeprefix("timm:").split(".")[0]  # without the tag of weights
+    else:
+        known = [*torchvision_models(), *WS_RESNET_NAMES, OWN_MODULE]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or ["resnet18", "resnet50", "vit_b_16"]
+        raise ValueError(
+            f"encoder_arch={name!r} is unknown: choose a classification model of torchvision, one of "
+            f"{', '.join(WS_RESNET_NAMES)}, or timm:NAME; for clips {', '.join(video_models())}. "
+            f"Nearest: {', '.join(near)}"
+        )
+
+
+def has_low_resolution_stem(name: str) -> bool:
+    """Whether the encoder is one of the ResNets whose stem can be replaced for small images."""
+    return "resnet" in name and not name.startswith("timm:")
+
+
+def is_resnet(name: str) -> bool:
+    """Whether the encoder is of torchvision's class ResNet, weight-standardized or not."""
+    return ("resnet" in name or "resnext" in name) and not name.startswith("timm:")
+
+
+# ---- heads, optimizer, schedules ----
+
+NORMALIZATIONS = ("bn", "ln", "gn", "br")  # of heads: batch, layer, group norm, batch renormalization
+GROUPS = 32  # of group norm
+NORMS_AND_BIASES = [".bias", ".bn"]  # patterns for lars.parameter_groups: every bias, every normalization layer
+CURVES = ("constant", "linear", "cosine")  # of a schedule
+
+
+# ---- evaluations during training ----
+
+EVALUATIONS = ("linear_probe", "knn", "rank_me", "embedding_std")
+LABEL_FREE = ("rank_me", "embedding_std")
+PROBE_SOLVERS = ("sklearn", "torch")
