@@ -18,11 +18,11 @@ import torch
 import videos
 from PIL import Image
 
-import catalogue
 import command_line
 import data
 import evaluate
 import model_params
+import packed_sources
 import run_options
 from checkpoints import Checkpoints
 from linear_classifier import LinearClassifierMethodParams
@@ -270,7 +270,7 @@ def small_data(monkeypatch, tmp_path):
         return lambda: {name: (images, np.arange(8) % 2) for name, images in arrays.items()}
 
     for name, size, splits in (("cifar10", 32, ["train", "test"]), ("stl10", 96, ["train", "unlabeled", "test"])):
-        monkeypatch.setitem(catalogue.DATASETS, name, attrs.evolve(catalogue.DATASETS[name], read=read(size, splits)))
+        monkeypatch.setitem(packed_sources.READERS, name, read(size, splits))
     for i in range(24):
         file = tmp_path / "dataset" / f"class_{i % 2}" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)

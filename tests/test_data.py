@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 import catalogue
 import data
+import packed_sources
 from catalogue import View
 from loader import Loader, Share, images_and_labels
 from model_params import ModelParams
@@ -33,8 +34,9 @@ def toy(monkeypatch, tmp_path):
         reads.append(1)
         return {"train": arrays(12), "unlabeled": arrays(20), "test": arrays(7)}
 
-    info = catalogue.DatasetInfo(8, 3, (0.5,) * 3, (0.2,) * 3, read, pretraining_splits=("train", "unlabeled"))
+    info = catalogue.DatasetInfo(8, 3, (0.5,) * 3, (0.2,) * 3, pretraining_splits=("train", "unlabeled"))
     monkeypatch.setitem(catalogue.DATASETS, "toy", info)
+    monkeypatch.setitem(packed_sources.READERS, "toy", read)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     return reads
 
@@ -110,7 +112,7 @@ def test_missing_sets_are_named_with_the_way_out(monkeypatch, tmp_path):
     def offline():
         raise OSError("no route to host")
 
-    monkeypatch.setitem(catalogue.DATASETS, "stl10", attrs.evolve(catalogue.DATASETS["stl10"], read=offline))
+    monkeypatch.setitem(packed_sources.READERS, "stl10", offline)
     with pytest.raises(FileNotFoundError, match=r"stl10/unlabeled.*no route to host.*internet.*DATA_PATH"):
         data.prepare_data("stl10")
 
@@ -129,9 +131,9 @@ def test_downloads_go_through_torchvision(name, monkeypatch, tmp_path):
             self.labels, self.targets = np.arange(6), list(range(6))
 
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    monkeypatch.setattr(data.torchvision.datasets, "STL10", Source)
-    read = data.read_stl10 if name == "stl10" else data.read_cifar(Source)
-    monkeypatch.setitem(catalogue.DATASETS, name, attrs.evolve(catalogue.DATASETS[name], read=read))
+    monkeypatch.setattr(packed_sources.torchvision.datasets, "STL10", Source)
+    read = packed_sources.read_stl10 if name == "stl10" else packed_sources.read_cifar(Source)
+    monkeypatch.setitem(packed_sources.READERS, name, read)
     params = ModelParams(dataset_name=name, seed=0)
     size = params.dataset.crop_size
     batch, labels = data.get_dataset(params, params.dataset.pretraining_splits).__getitems__([0, 5])

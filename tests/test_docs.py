@@ -7,15 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import attrs
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 from PIL import Image
 
-import catalogue
 import command_line
-import data
+import packed_sources
 from catalogue import NORMS_AND_BIASES
 from model_params import PRESETS, ModelParams
 from tools import curves
@@ -74,9 +72,9 @@ def test_getting_started_runs_from_training_to_scores(monkeypatch, tmp_path, cap
             quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "log_every_n_steps": 1}
             super().__init__(**{**options, **quiet, "max_epochs": 1, "limit_train_batches": 2})
 
-    whole = data.read_digits()
+    whole = packed_sources.read_digits()
     few = {split: (images[:120], labels[:120]) for split, (images, labels) in whole.items()}
-    monkeypatch.setitem(catalogue.DATASETS, "digits", attrs.evolve(catalogue.DATASETS["digits"], read=lambda: few))
+    monkeypatch.setitem(packed_sources.READERS, "digits", lambda: few)
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
     monkeypatch.setattr(pl, "Trainer", ShortTrainer)
     names: dict = {}

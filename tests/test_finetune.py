@@ -17,6 +17,7 @@ from torchvision.models import VisionTransformer, resnet18
 
 import data
 import layers
+import packed_sources
 import subsets
 import watch
 from lars import LARS
@@ -131,7 +132,7 @@ def test_the_loaders_hold_what_the_settings_say(fields, n_train, n_valid, traine
     if "validate_on" in fields:
         shutil.copytree(data_path / "digits" / "train", tmp_path / "digits" / "train")
         monkeypatch.setenv("DATA_PATH", str(tmp_path))
-        monkeypatch.setattr(data, "read_digits", None)
+        monkeypatch.setitem(packed_sources.READERS, "digits", None)
     linear, fit = method(drop_last_batch=False, encoder_lr=0.1, **fields), trainer(max_steps=1)
     fit.fit(linear)
     train, valid = fit.train_dataloader, fit.val_dataloaders

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 
-import catalogue
 import data
+import packed_sources
 from checkpoints import newest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -32,7 +32,7 @@ def test_python_blocks(monkeypatch, tmp_path):
             super().__init__(**{**options, **quiet, "max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1})
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setitem(catalogue.DATASETS, "stl10", attrs.evolve(catalogue.DATASETS["stl10"], read=read))
+    monkeypatch.setitem(packed_sources.READERS, "stl10", read)
     monkeypatch.setattr(pl, "Trainer", ShortTrainer)
     get_loader = data.get_loader
     monkeypatch.setattr(
