@@ -121,6 +121,7 @@ def test_finished_run_is_resumed_for_more_epochs(run, call):
     assert kept == old and len(old) == len(rows) - 1  # the last row scored the finished run
     steps = [row for row in new if "lr" in row]
     assert [row["step"] for row in steps] == [10, 11, 12, 13, 14] and {row["epoch"] for row in steps} == {2}
+    assert [row["step"] for row in new if "valid_rank_me" in row] == [14, 15]  # of the epoch, and of the end
     rates = [0.05 * (1 + math.cos(math.pi * step / 10)) for step in range(5, 10)]  # 15 steps, 5 of warm-up
     assert [row["lr"] for row in steps] == pytest.approx(rates, abs=1e-6)
     assert content_of(run / "pretrained.ckpt")["global_step"] == 15
