@@ -7,30 +7,24 @@ Leaves a run in runs/demo, like those of train.py, with results.md and a page ab
 
 import argparse
 import logging
-import sys
+import shutil
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 
 import augmentations
-import command_line
 import data
 import evaluation
 import layers
-import run_folder
+import train
+from encoders import OWN_MODULE
 from folder_lock import locked
-from learning_rate import LearningRate
-from linear_classifier import LinearClassifierMethod
-from moco import SelfSupervisedMethod
 from model_params import ModelParams, VICRegParams
 from program import one_line_errors
-from progress import Progress
 from run_options import RunOptions
 from tools import report
 from whole_files import to_json, write_whole
@@ -56,19 +50,6 @@ def small_encoder() -> nn.Module:
         block(256, 256, 1),
     ]
     return nn.Sequential(*sum(widths, []), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-def quiet_trainer(epochs: int, name: str) -> pl.Trainer:
-    return pl.Trainer(
-        max_epochs=epochs,
-        accelerator="auto",
-        callbacks=[Progress(OUT / name / "throughput.csv"), LearningRate()],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        logger=CSVLogger(OUT, name=name, version=""),
-        num_sanity_val_steps=0,
-    )
 
 
 @torch.no_grad()
@@ -114,38 +95,6 @@ def table(random: dict[str, float], trained: dict[str, float]) -> str:
     return "\n".join(["| test set | random encoder | trained encoder |", "|---|---|---|", *rows])
 
 
-def begin(params: ModelParams) -> None:
-    """Leave what train.py leaves of a run, for the report."""
-    for name in ("command.txt", "run.json"):  # of an earlier demo
-        (OUT / name).unlink(missing_ok=True)
-    options = RunOptions(out=str(OUT), logger=["csv"], log_every_n_steps=1)
-    run_folder.begin(OUT, command_line.to_yaml("vicreg", options, params), sys.argv)
-
-
-def pretrain(params: ModelParams, epochs: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores of the random and of the trained encoder; leaves pretrained.ckpt."""
-    torch.manual_seed(0)  # the weights of an encoder of one's own are one's own business
-    model = SelfSupervisedMethod(params, encoder=small_encoder())
-    begin(model.params)
-    random = score(model.model, params)
-    print(f"Pretraining a small convolutional network with VICReg on {params.dataset_name}, without labels:")
-    trainer = quiet_trainer(epochs, "pretraining")
-    trainer.fit(model)
-    trainer.save_checkpoint(OUT / "pretrained.ckpt")
-    return random, score(model.model, params)
-
-
-def train_classifier(epochs: int) -> float:
-    """Accuracy of LinearClassifierMethod on the test set."""
-    print("Training LinearClassifierMethod on its frozen encoder:")
-    linear = LinearClassifierMethod.from_moco_checkpoint(
-        OUT / "pretrained.ckpt", encoder=small_encoder(), batch_size=64, lr=1.0, seed=0
-    )
-    trainer = quiet_trainer(epochs, "linear")
-    trainer.fit(linear)
-    return trainer.callback_metrics["valid_acc1"].item()
-
-
 @one_line_errors()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,20 +108,35 @@ def main() -> None:
 
 
 def run(epochs: int, linear_epochs: int) -> None:
-    start, evaluations = time.time(), ["linear_probe", "knn"]
-
-    recipe = {"batch_size": 64, "lars_eta": 0.005, "lars_warmup_epochs": 2, "seed": 0, "evaluations": evaluations}
+    start = time.time()
+    recipe = {"batch_size": 64, "lars_eta": 0.005, "lars_warmup_epochs": 2, "seed": 0}
+    recipe |= {"encoder_arch": OWN_MODULE, "evaluations": ["linear_probe", "knn"]}
     params = VICRegParams(dataset_name="digits", max_epochs=epochs, **recipe)
-    with run_folder.logged(OUT / "log.txt"):
-        random, trained = pretrain(params, epochs)
-        accuracy = train_classifier(linear_epochs)
+    options = RunOptions(out=str(OUT), logger=["csv"], log_every_n_steps=1, linear_epochs=linear_epochs, linear_lr=4.0)
+    torch.manual_seed(0)  # draws the weights of our module; `seed` draws those of the heads
+    encoder = small_encoder()
+    random = score(encoder, params)
+    forget_earlier_demo()
+    print(f"Pretraining a small convolutional network with VICReg on {params.dataset_name}, without labels:")
+    results = train.run(OUT, "vicreg", options, params, encoder, batch_size=64)
+    trained = score(encoder, params)
     result = table(random, trained)
+    accuracy = results["linear classifier"]["valid_acc1"]
     result += f"\n\nLinearClassifierMethod after {linear_epochs} epochs: {accuracy:.1f} % of the test set."
     write_whole(OUT / "results.md", result + "\n")
-    results = {"random encoder": random, "trained encoder": trained, "linear classifier": {"valid_acc1": accuracy}}
+    results["random encoder"] |= random
+    results["trained encoder"] |= trained
     write_whole(OUT / "results.json", to_json(results, indent=2))
     page = report.write([OUT], encoder=small_encoder())
     print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves, neighbours and a map, in a browser: {page}")
+
+
+def forget_earlier_demo() -> None:
+    """Remove what train.py would append to or resume from."""
+    for name in ("command.txt", "run.json"):
+        (OUT / name).unlink(missing_ok=True)
+    for name in ("pretraining", "linear"):
+        shutil.rmtree(OUT / name, ignore_errors=True)
 
 
 if __name__ == "__main__":

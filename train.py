@@ -20,6 +20,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 import checkpoints
 import command_line
@@ -158,12 +159,16 @@ def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None,
     write(out / "results.json", results)
 
 
-def train_classifier(out: Path, options: RunOptions, params: ModelParams, results: dict[str, Any]) -> None:
-    settings = preflight.linear_settings(options, params)
-    linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", **settings)
+def train_classifier(
+    out: Path, options: RunOptions, params: ModelParams, results: dict, encoder: nn.Module | None, settings: dict
+) -> None:
+    """Fills in `results`: the scores of a linear classifier. `settings` go before those that train.py sets."""
+    settings = preflight.linear_settings(options, params) | settings
+    linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", encoder, **settings)
     fit = trainer(out, "linear", options.linear_epochs, options)
     resumed, step = beginning("auto" if options.resume else None, out, "linear", linear, fit)
     fit.loggers = run_folder.get_loggers(out, "linear", options.logger, step)
+    run_folder.say("Training LinearClassifierMethod on the frozen encoder:")
     start = time.time()
     fit.fit(linear, ckpt_path=resumed)
     results["linear minutes"] = results.get("linear minutes", 0) + (time.time() - start) / 60
@@ -172,8 +177,20 @@ def train_classifier(out: Path, options: RunOptions, params: ModelParams, result
     write(out / "results.json", results)
 
 
-def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:
-    """One run, or the rest of one."""
+def run(
+    out: Path,
+    preset: str,
+    options: RunOptions,
+    params: ModelParams,
+    encoder: nn.Module | None = None,
+    **linear_settings: Any,
+) -> dict[str, Any]:
+    """Carry out one run, or the rest of one, and return what results.json holds.
+
+    Args:
+        encoder: your own module, instead of the one that `params.encoder_arch` names; it is trained in place.
+        linear_settings: fields of LinearClassifierMethodParams for the linear stage, such as batch_size.
+    """
     results = {"preset": preset}
     if options.resume:
         results = run_folder.results_of(out) | results
@@ -182,7 +199,7 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
         gone = options.resume and not Path(lists).expanduser().is_dir()  # the run was moved
         params = attrs.evolve(params, splits_path=(gone and kept_lists(out.resolve())) or lists)
         own_images.has_written(params)  # refuses other settings than the lists' before config.yaml says them
-    model = SelfSupervisedMethod(params)
+    model = SelfSupervisedMethod(params, encoder=encoder)
     with run_folder.logged(out / "log.txt"):
         fit = trainer(out, "pretraining", params.max_epochs, options)
         # Before anything is written: what is refused leaves a run as it was.
@@ -193,8 +210,8 @@ def run(out: Path, preset: str, options: RunOptions, params: ModelParams) -> Non
         write(out / "parameters.txt", table)
         pretrain(fit, model, resumed, out, results)
         if options.linear_epochs:
-            train_classifier(out, options, model.params, results)
-        run_folder.say(json.dumps(results, indent=2))
+            train_classifier(out, options, model.params, results, encoder, linear_settings)
+    return results
 
 
 @one_line_errors()
@@ -230,7 +247,9 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
         if params.seed is None:  # that of the run that we go on with
             params = attrs.evolve(params, seed=before.get("seed"))
     preflight.check_run(options, params)
-    run(out, preset, options, params)
+    results = run(out, preset, options, params)
+    with run_folder.logged(out / "log.txt"):
+        run_folder.say(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import time
 import warnings
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytorch_lightning as pl
 from attr import evolve
@@ -33,10 +32,8 @@ from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from program import one_line_errors
 from run_folder import logged
+from tools import curves
 from whole_files import check_folder, whole, write_whole
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
 
 BASE = ModelParams(
     lr=0.8,
@@ -158,24 +155,11 @@ def table(rows: list[dict]) -> str:
 
 
 def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    names = [name for name in CONFIGS if any(row["config"] == name for row in rows)]
-    for color, name in enumerate(names):
-        for row in (row for row in rows if row["config"] == name):
-            steps = np.genfromtxt(run_folder(name, row["seed"], args) / "metrics.csv", delimiter=",", names=True)
-            there = ~np.isnan(steps["step_pos_cos"])
-            for axis, column in zip(axes, ("step_pos_cos", "step_neg_cos"), strict=True):
-                label = name if row["seed"] == min(r["seed"] for r in rows if r["config"] == name) else None
-                style = {"color": f"C{color}", "label": label, "linewidth": 1.2}
-                axis.plot(steps["step"][there], steps[column][there], **style)
-    axes[0].set(title="cosine of two views of one image", xlabel="step", ylabel="cosine of z and z'")
-    axes[1].set(title="cosine of views of different images", xlabel="step")
-    axes[1].legend(frameon=False)
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    with whole(file) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=120)
-    plt.close(figure)
+    runs: dict[str, list[curves.Curves]] = {}
+    for row in rows:
+        runs.setdefault(row["config"], []).append(curves.read(run_folder(row["config"], row["seed"], args)))
+    in_order = {name: runs[name] for name in CONFIGS if name in runs}
+    curves.draw(in_order, file, ["step_pos_cos", "step_neg_cos"], figsize=(14, 5), sharey=True)
 
 
 @one_line_errors()

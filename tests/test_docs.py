@@ -214,6 +214,14 @@ def test_curves_are_those_of_the_runs(runs, figures):
     assert picture(runs / "curves.png").width > 500
 
 
+def test_curves_of_several_runs_of_one_label_share_color_and_legend_entry(runs, figures):
+    a, b = (curves.read(runs / name) for name in "ab")
+    curves.draw({"seeds": [a, b], "b": b}, runs / "curves.png", ["step_train_loss"])
+    first, second, third = (line.get_color() for line in figures[0].axes[0].lines)
+    assert first == second != third
+    assert [text.get_text() for text in figures[0].legends[0].texts] == ["seeds", "b"]
+
+
 def test_curves_that_no_run_has_are_left_out_unless_they_were_asked_for(runs, figures):
     curves.draw({"b": curves.read(runs / "b")}, runs / "curves.png")
     assert [axis.get_title() for axis in figures[0].axes] == [curves.MEANINGS["step_train_loss"]]

@@ -86,6 +86,9 @@ def test_the_blogs_configurations_differ_as_its_table_says():
 
 
 def test_demo_ends_with_a_table_and_a_report(monkeypatch, capsys):
+    earlier = demo.OUT / "pretraining" / "checkpoints" / "step_000009999.ckpt"
+    earlier.parent.mkdir(parents=True, exist_ok=True)
+    earlier.touch()
     run(demo, monkeypatch, "--epochs", 2, "--linear_epochs", 1)
     table, shown = (demo.OUT / "results.md").read_text(), capsys.readouterr().out
     assert table in shown and shown.splitlines()[-1].endswith(str(demo.OUT / "report.html"))
@@ -93,6 +96,9 @@ def test_demo_ends_with_a_table_and_a_report(monkeypatch, capsys):
     assert rows == ["linear, 50 labels (%)", "linear, all labels (%)", "kNN, k = 20 (%)", "RankMe"]
     page = (demo.OUT / "report.html").read_text()
     assert "Cosine of two views" in page and '"missing": "' not in page and (demo.OUT / "pretrained.ckpt").exists()
+    assert not earlier.exists() and {"linear.ckpt", "parameters.txt"} <= {path.name for path in demo.OUT.iterdir()}
+    scores = json.loads((demo.OUT / "results.json").read_text())["trained encoder"]
+    assert {"RankMe", "valid_class_acc"} <= set(scores)
 
 
 def test_train_takes_any_field_and_evaluates_what_it_saved(monkeypatch, tmp_path):

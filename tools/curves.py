@@ -9,6 +9,7 @@ What healthy and collapsed curves look like: docs/troubleshooting.md.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,15 +29,18 @@ PANELS = ("step_train_loss", "step_pos_cos,step_neg_cos", "step_projection_std",
 MEANINGS = {  # of names in the titles
     "step_train_loss": "loss",
     "step_pos_cos,step_neg_cos": "cosine: same image —, others - -",
+    "step_pos_cos": "cosine of two views of one image",
+    "step_neg_cos": "cosine of views of different images",
     "step_projection_std": "step_projection_std",
     "valid_class_acc": "linear probe (%)",
 }
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")  # on white; other pages see a white card
 STYLES = ("-", "--", ":", "-.")
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
+Curves = dict[str, Curve]  # of one run, by the figure's name
 
 
-def read(folder: str | Path) -> dict[str, Curve]:
+def read(folder: str | Path) -> Curves:
     """The figures of a run's pretraining.
 
     Raises:
@@ -50,9 +54,13 @@ def read(folder: str | Path) -> dict[str, Curve]:
     return report_figures.read(path)
 
 
-def draw(runs: dict[str, dict[str, Curve]], path: str | Path, panels: Sequence[str] | None = None) -> None:
-    """A PNG of runs, {label: what `read` returns}. A panel is a figure's name, or several joined by commas; None: those
-    of PANELS that are logged.
+def draw(
+    runs: dict[str, Curves | list[Curves]], path: str | Path, panels: Sequence[str] | None = None, **of_figure: Any
+) -> None:
+    """Draw a PNG of runs, {label: what `read` returns, or a list of that for runs of one color, such as seeds}.
+
+    A panel is a figure's name, or several joined by commas; None: those of PANELS that are logged. `of_figure` are
+    options of plt.subplots, such as figsize and sharey.
 
     Raises:
         ValueError: a figure is in none of the runs, or the path is no PNG.
@@ -60,26 +68,29 @@ def draw(runs: dict[str, dict[str, Curve]], path: str | Path, panels: Sequence[s
     if Path(path).suffix != ".png":
         raise ValueError(f"the curves are a PNG, and {path} does not end in .png")
     check_file("out", path)
-    known = sorted({name for curves in runs.values() for name in curves})
+    groups = {label: found if isinstance(found, list) else [found] for label, found in runs.items()}
+    known = sorted({name for group in groups.values() for curves in group for name in curves})
     panels = panels or [panel for panel in PANELS if set(panel.split(",")) <= set(known)] or PANELS
     for name in {name for panel in panels for name in panel.split(",")} - set(known):
         raise ValueError(f"{name!r} is logged in none of the runs: choose of {', '.join(known)}")
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3), layout="constrained", squeeze=False)
+    of_figure = {"figsize": (3.2 * len(panels), 3), "layout": "constrained", **of_figure}
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, **of_figure)
     for axis, panel in zip(axes[0], panels, strict=True):
-        fill(axis, runs, panel)
+        fill(axis, groups, panel)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
     with whole(as_path(path)) as unfinished:
         figure.savefig(unfinished, format="png", dpi=90, facecolor="white")
     plt.close(figure)
 
 
-def fill(axis: Axes, runs: dict[str, dict[str, Curve]], panel: str) -> None:
-    for i, (name_of_run, curves) in enumerate(runs.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        shown = label(name_of_run, 40)
+def fill(axis: Axes, groups: dict[str, list[Curves]], panel: str) -> None:
+    for i, (name_of_group, group) in enumerate(groups.items()):
+        shown = label(name_of_group, 40)
         for j, name in enumerate(panel.split(",")):
             style = {"linestyle": STYLES[j % len(STYLES)], "marker": "." if name.startswith("valid") else None}
-            axis.plot(*curves.get(name, ([], [])), color=colour, label=shown if j == 0 else None, **style)
+            for curves in group:
+                axis.plot(*curves.get(name, ([], [])), color=COLOURS[i % len(COLOURS)], label=shown, **style)
+                shown = None  # one entry of the legend
     if panel == "step_projection_std":
         axis.axhline(COLLAPSED_STD, color="black", linewidth=0.8, linestyle=":")  # where the warning comes
         axis.set_ylim(bottom=0)
@@ -88,7 +99,7 @@ def fill(axis: Axes, runs: dict[str, dict[str, Curve]], panel: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def labelled(runs: Sequence[str]) -> dict[str, dict[str, Curve]]:
+def labelled(runs: Sequence[str]) -> dict[str, Curves]:
     """LABEL=FOLDER, or FOLDER, whose name is the label."""
     found = {}
     for run in runs:
