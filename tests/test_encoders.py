@@ -1,3 +1,4 @@
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -145,7 +146,7 @@ def test_own_module():
 
 
 def test_timm_where_it_is_installed():
-    if encoders.importlib.util.find_spec("timm") is None:
+    if importlib.util.find_spec("timm") is None:
         with pytest.raises(ValueError, match="timm, which is not installed: pip install timm"):
             ModelParams(encoder_arch="timm:resnet10t")
     else:

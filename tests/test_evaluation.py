@@ -41,7 +41,7 @@ def test_linear_probe_is_scikit_learns_pipeline(blobs):
     assert found["valid_class_acc"] > 50
 
 
-@pytest.mark.parametrize("solver", evaluation.PROBE_SOLVERS)
+@pytest.mark.parametrize("solver", evaluation.SOLVERS)
 @pytest.mark.parametrize("n, width, n_classes", [(400, 30, 2), (900, 40, 7), (60, 200, 4)])
 def test_linear_probe_finds_scikit_learns_optimum(n, width, n_classes, solver):
     """Of two classes, of many, and of more features than images; labels with gaps, under Lightning's inference mode."""
@@ -67,9 +67,9 @@ def test_both_solvers_of_the_probe_give_the_same_accuracy():
 
 def test_validation_fits_scikit_learns_probe_unless_the_field_says_otherwise(small, trainer, monkeypatch):
     asked = []
-    for name, solve in evaluation.PROBE_SOLVERS.items():
+    for name, solve in evaluation.SOLVERS.items():
         counted = lambda *sets, name=name, solve=solve: asked.append(name) or solve(*sets)  # noqa: E731
-        monkeypatch.setitem(evaluation.PROBE_SOLVERS, name, counted)
+        monkeypatch.setitem(evaluation.SOLVERS, name, counted)
     for settings in ({}, {"probe_solver": "torch"}):
         model = SelfSupervisedMethod(small(evaluations=["linear_probe"], evaluate_every_n_epochs=2, **settings))
         trainer(max_epochs=3).fit(model)
