@@ -15,7 +15,7 @@ import torch
 from attrs import frozen
 from filelock import FileLock
 from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 import channel_statistics
@@ -28,7 +28,7 @@ from files import class_numbers
 from image_files import ImageFiles, Sample, class_folders
 from loader import Loader, Share
 from model_params import EncoderAndDataParams
-from packed_images import ImagesOnDevice, PackedImages, fits, is_there, pack
+from packed_images import ImagesOnDevice, PackedImages, already_a_batch, fits, is_there, pack
 from packed_sources import READERS, data_path
 
 # ---- sets of files ----
@@ -94,10 +94,6 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
 
 
 # ---- for the modules above ----
-
-
-def already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch
 
 
 def get_dataset(params: EncoderAndDataParams, splits: tuple[str, ...], views: list[View] | tuple = ()) -> Dataset:

@@ -42,11 +42,6 @@ def usable(device: str) -> torch.device:
         raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision becomes float32, float64 stays: losses and scores are computed in it, whatever the weights are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def has_room(size: int, device: torch.device) -> bool:
     """Whether `size` bytes are at most a quarter of a GPU's free memory."""
     return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 4

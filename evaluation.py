@@ -18,9 +18,8 @@ from torch import Tensor
 from catalogue import LABEL_FREE
 from class_labels import is_one_hot
 from logistic_regression import logistic_regression, within_span
-from numerics import able, finite, power_of_two, rescaled, unit
+from numerics import Scores, able, finite, power_of_two, rescaled, unit
 
-Scores = dict[str, float]
 PROBE_DECAY = 100.0  # L2 of the probe, scikit-learn's 1 / C
 
 

@@ -30,7 +30,7 @@ from encoders import embed
 from files import name_skipped, readable_rows
 from model_params import OF_ONE_KIND, OF_TRAINING, EncoderAndDataParams
 from numerics import finite
-from packed_images import PackedImages
+from packed_images import PackedImages, already_a_batch
 from weights import Encoder
 from whole_files import whole_folder
 
@@ -160,7 +160,7 @@ def batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoader:
         dataset,
         batch_size=max(1, params.batch_size // params.clips_of_a_video),
         num_workers=0 if packed else params.num_data_workers,
-        collate_fn=data.already_a_batch if packed else None,
+        collate_fn=already_a_batch if packed else None,
     )
 
 

@@ -8,9 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from numerics import finite, in_float64, unit
-
-Scores = dict[str, float]
+from numerics import Scores, finite, in_float64, unit
 
 
 def alpha_req(x: Tensor, ranks: tuple[int, int] = (11, 100)) -> Scores:

@@ -25,12 +25,12 @@ import schedules
 import subsets
 from catalogue import NORMS_AND_BIASES, View
 from data import labelled, n_classes, resolve
-from device import at_least_float32
 from encoders import embed, get_encoder
 from fields import choice, fraction, non_negative, number, plain, positive
 from files import UNREADABLE, nan_where_unreadable
 from lars import parameter_groups
 from model_params import OF_ONE_KIND, OF_TRAINING, EncoderAndDataParams, refuse
+from numerics import at_least_float32
 from stage import Stage, one_image_explained
 from weights import SHARED, load_encoder
 

@@ -23,12 +23,12 @@ import parameter_options
 import schedules
 import watch
 from data import labelled, n_classes, resolve
-from device import at_least_float32
 from encoders import check_small_views, embed, get_encoder, source_of_weights
 from fields import plain
 from files import nan_where_unreadable
 from heads import MLP
 from model_params import CHANGING, ModelParams, changes
+from numerics import at_least_float32
 from stage import Stage, one_image_explained
 
 
@@ -171,6 +171,8 @@ class SelfSupervisedMethod(Stage):
         return optimizers.for_pretraining(self.params, self.plan, groups)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        if self.online_classifier is None:
+            return super().configure_gradient_clipping(optimizer, *args, **kwargs)
         with online_classifier.gradients_aside(self.online_classifier):
             super().configure_gradient_clipping(optimizer, *args, **kwargs)
 

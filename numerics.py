@@ -15,6 +15,9 @@ class NotFinite(ValueError):
     """NaN or infinite numbers where a score or a file needs finite ones."""
 
 
+Scores = dict[str, float]  # name of a metric -> value
+
+
 def unit(x: Tensor) -> Tensor:
     """Vectors [..., E] divided by their lengths, in float32 or float64; zero vectors stay zero.
 
@@ -69,8 +72,9 @@ def not_finite(module: nn.Module) -> list[str]:
     return [name for name, is_good in zip(good, flags, strict=True) if not is_good]
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return half precision as float32 and float64 as it is: losses and scores are computed in these."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def in_float64(x: Tensor) -> Tensor:

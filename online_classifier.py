@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ddp
-
-UNLABELED = -1
+from class_labels import UNLABELED
 
 
 def loss_and_accuracy(classifier: nn.Linear, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -44,9 +43,9 @@ def logits_of(classifier: nn.Linear, embeddings: Tensor) -> Tensor:
 
 
 @contextmanager
-def gradients_aside(classifier: nn.Linear | None) -> Iterator[None]:
+def gradients_aside(classifier: nn.Linear) -> Iterator[None]:
     """Meanwhile the classifier has none: clipped together, they would shorten those of the method."""
-    kept = {parameter: parameter.grad for parameter in (classifier.parameters() if classifier is not None else ())}
+    kept = {parameter: parameter.grad for parameter in classifier.parameters()}
     for parameter in kept:
         parameter.grad = None
     yield

@@ -10,10 +10,8 @@ from torch import Tensor
 
 import evaluation
 import subsets
-from numerics import finite, unit
+from numerics import Scores, finite, unit
 from svm import few_presences, svm
-
-Scores = dict[str, float]
 
 KS = (1, 5, 20, 200)
 RETRIEVED = (1, 5, 10, 20)

@@ -17,10 +17,9 @@ import probes
 import svm
 from linear_classifier import LINEAR_PRESETS, READING, LinearClassifierMethod, LinearClassifierMethodParams
 from model_params import EncoderAndDataParams
+from numerics import Scores
 from subject import MOST_IMAGES, VIEWS, Subject
 from weights import Encoder
-
-Scores = dict[str, float]
 
 
 def of_stages(subject: Subject, seed: int, score: Callable[..., Scores]) -> Scores:

@@ -15,14 +15,12 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 from logistic_regression import fit_linear, within_span
-from numerics import finite, in_float64, unit
+from numerics import Scores, finite, in_float64, unit
 
 COSTS = (*(2.0**-i for i in range(19, 3, -1)), *(10.0**i for i in range(-7, 3)))  # 26, those of the source
 FOLDS = 3
 COST_OF_FEW = 0.5  # where a class has fewer images than there are folds (that of https://arxiv.org/abs/2005.04966)
 PRESENCE_WEIGHT = 2.0
-
-Scores = dict[str, float]
 
 
 def svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:

@@ -19,10 +19,10 @@ import torchvision
 from torch.utils.data import DataLoader
 
 from command_line import add_fields
-from data import already_a_batch
 from device import usable
 from features import encoder_hash
 from fields import as_path
+from packed_images import already_a_batch
 from program import one_line_errors
 from tools.commands import parser_of
 from tools.embedding_work import Work
