@@ -17,7 +17,6 @@ import os
 import platform
 import shlex
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,10 @@ from whole_files import rows_of, to_json, whole, write_whole
 
 FIXED = ("preset", "optimizer_name")  # of a run; checkpoints.refuse_another sees what else cannot be resumed
 Kind = TypeVar("Kind", dict, list)
-LOG_SOURCES = ("", "pytorch_lightning", "lightning_fabric")  # Lightning's loggers hand nothing on to the root
+LOG = logging.getLogger("self_supervised")  # writes into log.txt alone: `say` and warnings print themselves
+LOG.setLevel(logging.INFO)
+LOG.propagate = False
+LOG_SOURCES = ("", LOG.name, "pytorch_lightning", "lightning_fabric")  # none of the three propagates to the root
 
 
 @rank_zero_only
@@ -144,11 +146,12 @@ def logged(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    sources, show = [logging.getLogger(name) for name in LOG_SOURCES], warnings.showwarning
+    sources = [logging.getLogger(name) for name in LOG_SOURCES]
+    show = warnings.showwarning
 
     def show_and_log(message: Any, category: type, *args: Any, **kwargs: Any) -> None:
-        show(message, category, *args, **kwargs)
-        log(handler, f"{category.__name__}: {message}")
+        show(message, category, *args, **kwargs)  # logging.captureWarnings would keep warnings from the terminal
+        LOG.warning("%s: %s", category.__name__, message)
 
     for source in sources:
         source.addHandler(handler)
@@ -156,7 +159,7 @@ def logged(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        log(handler, traceback.format_exc())
+        LOG.exception("ended by an error")
         raise
     finally:
         warnings.showwarning = show
@@ -165,17 +168,11 @@ def logged(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def log(handler: logging.Handler, text: str) -> None:
-    handler.emit(logging.LogRecord("", logging.INFO, "", 0, text, None, None))
-
-
 @rank_zero_only
 def say(text: str) -> None:
     """Print, and into log.txt while that is open."""
     print(text)
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler):
-            log(handler, Text.from_ansi(text).plain)
+    LOG.info("%s", Text.from_ansi(text).plain)
 
 
 # ---- loggers ----
