@@ -44,21 +44,25 @@ LOG_SOURCES = ("", LOG.name, "pytorch_lightning", "lightning_fabric")  # none of
 def begin(out: Path, config: str, command: Sequence[str]) -> None:
     """Start or go on with a run: config.yaml, command.txt and run.json. Other settings than before are named."""
     (out / "splits").mkdir(parents=True, exist_ok=True)
-    old, new = settings(out), yaml.safe_load(config)
+    old = settings(out)
+    new = yaml.safe_load(config)
     keep_edited(out / "config.yaml")
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old and old.get(name) != new.get(name)]
     if changed:
         say(f"{out} goes on with other settings: {', '.join(changed)}")
     write_whole(out / "config.yaml", config)
-    commands, starts = out / "command.txt", out / "run.json"
+    commands = out / "command.txt"
     before = text_of(commands) if commands.is_file() else ""
     write_whole(commands, before + shlex.join(["python", *command]) + "\n")
-    write_whole(starts, to_json([*starts_of(out), circumstances()], indent=2))
+    write_whole(out / "run.json", to_json([*starts_of(out), circumstances()], indent=2))
 
 
 def keep_edited(config: Path) -> None:
     """Set a config.yaml aside that was written or edited by hand, before ours takes its name."""
-    if config.is_file() and dumped(yaml.safe_load(text := text_of(config))) != text:
+    if not config.is_file():
+        return
+    text = text_of(config)
+    if yaml.safe_dump(yaml.safe_load(text), sort_keys=False) != text:  # ours is what `command_line.to_yaml` makes
         kept = config.with_name(f"config_by_hand_{time.strftime('%Y%m%d_%H%M%S')}.yaml")
         write_whole(kept, text)
         say(f"{config} was written by hand: kept as {kept.name}")
@@ -119,11 +123,6 @@ def text_of(path: Path) -> str:
         raise ValueError(f"{path} is not text in UTF-8 ({error}): correct it, or move it away") from error
 
 
-def dumped(settings: Any) -> str:
-    """YAML as config.yaml has it."""
-    return yaml.safe_dump(settings, sort_keys=False)
-
-
 def circumstances() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -180,8 +179,10 @@ def say(text: str) -> None:
 
 def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
     """metrics.csv goes on at `first_step`: Lightning's logger would delete the rows before it."""
-    path, kept = out / name / "metrics.csv", out / name / "metrics.kept.csv"
-    logger, header = loggers.CSVLogger(out, name=name, version=""), []
+    path = out / name / "metrics.csv"
+    kept = out / name / "metrics.kept.csv"
+    logger = loggers.CSVLogger(out, name=name, version="")
+    header = []
     if rank_zero_only.rank != 0:
         return logger
     if kept.is_file() and not path.is_file():  # we were killed here
