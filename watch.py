@@ -79,7 +79,8 @@ class Watch(pl.Callback):
             loader.load_state_dict(self.position)
         if pl_module.plan is not None:
             refuse_other_steps(self.steps, pl_module.plan.of_checkpoint())
-        self.position = self.steps = None
+        self.position = None
+        self.steps = None
         rank_zero_info(f"{pl_module.plan}; {optimizers.described(trainer.optimizers[0])}")
 
     # ---- a loss that is not finite ----
