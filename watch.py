@@ -157,8 +157,11 @@ class Watch(pl.Callback):
     def name_last_file(trainer: pl.Trainer, exception: BaseException) -> None:
         """Whatever the exception is: often not more than a lost connection."""
         for loader in loaders(trainer):
-            for process, end in loader.dead_workers() if isinstance(loader, Loader) else ():
-                if hasattr(loader.dataset, "last_read") and (path := loader.dataset.last_read(process)) is not None:
+            if not isinstance(loader, Loader) or not hasattr(loader.dataset, "last_read"):
+                continue
+            for process, end in loader.dead_workers():
+                path = loader.dataset.last_read(process)
+                if path is not None:
                     exception.add_note(f"worker {process} died ({end}); the last file that this worker read is {path}")
 
     def state_dict(self) -> dict[str, Any]:
