@@ -65,9 +65,7 @@ def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows
     return columns
 
 
-def contact_sheet(
-    images: Tensor | list[Tensor], params: ModelParams, rows: int = 8, originals: Tensor | None = None
-) -> Image.Image:
+def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, originals: Tensor | None) -> list[Column]:
     """The first rows of a batch: the original, then every view.
 
     Args:
@@ -75,11 +73,6 @@ def contact_sheet(
             training with `params.seed`; a list of crops; or float views, which are shown as they are.
         originals: uint8 [at least `rows`, C, H, W], where `images` are not these; None: no such column then.
     """
-    return arrange(columns_of(images, params, rows, originals))
-
-
-def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, originals: Tensor | None) -> list[Column]:
-    """What `contact_sheet` draws."""
     seed = (params.seed or 0, 0, 0, 0)  # of the first epoch and batch, on the first process
     first = images if isinstance(images, Tensor) else images[0]
     if first.is_floating_point():
