@@ -82,9 +82,10 @@ def refuse_another(content: dict[str, Any], method: pl.LightningModule, trainer:
     changed = {name: value for name, value in method.hparams.items() if before.get(name, value) != value}
     if differing:
         named = ", ".join(f"{name}={value!r} (it has {before[name]!r})" for name, value in changed.items())
+        others = " and others" if len(differing) > 3 else ""
         raise ValueError(
-            f"the checkpoint is of another model, in which {', '.join(differing[:3])} "
-            f"{'and others ' * (len(differing) > 3)}differ: resume with the settings of its run. "
+            f"the checkpoint is of another model, in which {', '.join(differing[:3])}{others} differ: "
+            "resume with the settings of its run. "
             f"Other than in it: {named or 'the encoder'}"
         )
     groups = next(iter(content.get("optimizer_states", [])), {}).get("param_groups", [])
@@ -105,7 +106,8 @@ def epochs_done(content: dict[str, Any]) -> int:
 
 def refuse_shorter(content: dict[str, Any], trainer: pl.Trainer) -> None:
     done = {"max_epochs": epochs_done(content), "max_steps": content["global_step"]}
-    for name, limit, reached in ((name, getattr(trainer, name), reached) for name, reached in done.items()):
+    for name, reached in done.items():
+        limit = getattr(trainer, name)
         if limit not in (None, -1) and reached > limit:
             raise ValueError(f"{name}={limit}: the checkpoint is of a training that reached {reached}. Choose more")
 
@@ -187,7 +189,9 @@ class Checkpoints(pl.Callback):
     def __init__(self, folder: str | Path, every_n_steps: int | None = 1000, keep: int = 2):
         if keep < 1 or (every_n_steps is not None and every_n_steps < 1):
             raise ValueError(f"keep={keep} and every_n_steps={every_n_steps} must be at least 1")
-        self.folder, self.every_n_steps, self.keep = Path(folder).expanduser(), every_n_steps, keep
+        self.folder = Path(folder).expanduser()
+        self.every_n_steps = every_n_steps
+        self.keep = keep
         self.lock = ExitStack()
         self.last_saved = 0
         self.begun_batches = 0
@@ -245,7 +249,8 @@ class Checkpoints(pl.Callback):
         # Here, and not at the end of the batch before, because by now its figures are logged. Not after a validation
         # within the epoch: Lightning would leave a batch out. Not between accumulated batches: their gradients are not
         # saved.
-        validated, self.validated = self.validated, False
+        validated = self.validated
+        self.validated = False
         if batch_idx == 0 or validated or batch_idx % trainer.accumulate_grad_batches:
             return
         stop = self.asked_all(pl_module.device)
@@ -259,7 +264,8 @@ class Checkpoints(pl.Callback):
 
     def asked_all(self, device: torch.device) -> bool:
         """Whether any process has received a signal; of several, at the batch before: nobody waits for the answer."""
-        before, self.asked = self.asked, ddp.ask_all(self.received is not None, device)
+        before = self.asked
+        self.asked = ddp.ask_all(self.received is not None, device)
         return (before if ddp.is_distributed() else self.asked)()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:

@@ -50,7 +50,8 @@ def described(kind: type) -> dict[str, tuple[str, str]]:
             for token in tokenize.generate_tokens(io.StringIO(source).readline)
             if token.type == tokenize.COMMENT
         }
-        lines, heading = source.splitlines(), owner.__doc__.split(".")[0]
+        lines = source.splitlines()
+        heading = owner.__doc__.split(".")[0]
         previous_end = 0
         for node in ast.parse(source).body[0].body:
             own_lines = [n for n in range(previous_end + 1, node.lineno) if n in comments and comments[n][1]]
@@ -108,7 +109,8 @@ def reader(kind: Any) -> Callable[[Any], Any]:
 
 def add_fields(parser: argparse._ArgumentGroup, names: Iterable[str]) -> None:
     """Options for fields of EncoderAndDataParams, read as train.py reads them; none is there that was not given."""
-    fields, told = attrs.fields_dict(EncoderAndDataParams), described(EncoderAndDataParams)
+    fields = attrs.fields_dict(EncoderAndDataParams)
+    told = described(EncoderAndDataParams)
     for name in names:
         options = {"type": reader(fields[name].type), "default": argparse.SUPPRESS, "metavar": "VALUE"}
         parser.add_argument(f"--{name}", help=told[name][1].replace("%", "%%"), **options)
@@ -141,7 +143,8 @@ def known_names() -> tuple[str, ...]:
 
 def meant(name: str, names: Sequence[str] | None = None, start: str = "--") -> str:
     """' Did you mean --lr?': names that are spelt alike, or that have its initials (learning_rate: lr) as a word."""
-    names, name = names or known_names(), name.lower()
+    names = names or known_names()
+    name = name.lower()
     lower = {known.lower(): known for known in names}
     alike = [lower[known] for known in difflib.get_close_matches(name, lower, n=3, cutoff=0.6)]
     initials = "".join(word[0] for word in name.split("_") if word)
@@ -182,7 +185,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 def differences(preset: str) -> str:
     """What a preset sets, in which it differs from the defaults."""
-    found, plain = attrs.asdict(PRESETS[preset]()), attrs.asdict(ModelParams())
+    found = attrs.asdict(PRESETS[preset]())
+    plain = attrs.asdict(ModelParams())
     return ", ".join(f"{name} {text(value)}" for name, value in found.items() if value != plain[name]) or "the defaults"
 
 

@@ -63,7 +63,8 @@ def run(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Trainer]) ->
         make_trainer: callbacks -> the Trainer of the run, without loggers and checkpoints, which validates one batch.
     """
     model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1))
-    stop, watch = Stop(), Watch()
+    stop = Stop()
+    watch = Watch()
     watch.collapse_was_named = True  # two steps say nothing of that
     trainer = make_trainer([stop, watch])
     trainer.fit(model)
@@ -90,7 +91,8 @@ def table(title: str, *columns: str) -> Table:
 
 def parts(model: SelfSupervisedMethod) -> Table:
     """Encoder, heads, lagging pair, queue: output shape, parameters, whether they are trained."""
-    p, made = model.params, table("Parts", "part", "is", "output", "parameters", "trained")
+    p = model.params
+    made = table("Parts", "part", "is", "output", "parameters", "trained")
     outputs = output_shapes(model)
     for name, part in model.named_children():
         if not any(True for _ in part.parameters()) and name != "queue":
@@ -113,7 +115,8 @@ def widths(part: nn.Module) -> str:
 
 @torch.no_grad()
 def output_shapes(model: SelfSupervisedMethod) -> dict[str, str]:
-    p, found = model.params, {}
+    p = model.params
+    found = {}
     x = torch.zeros(2, *p.input_shape, device=model.device)
     with layers.in_eval_mode(model):
         for start, names in (
@@ -141,17 +144,17 @@ def groups(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
         members = group["params"]
         example = names[id(members[0])] if members else "none"
         count = sum(weight.numel() for weight in members)
-        made.add_row(f"{len(members)}", f"{count:,}", example, *(in_words(settings.get(key)) for key in differing))
+        values = [settings.get(key) for key in differing]
+        words = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+        made.add_row(f"{len(members)}", f"{count:,}", example, *words)
     return made
-
-
-def in_words(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def plan(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: float) -> Table:
     """Batch, steps, rates, data, memory and time."""
-    p, plan, made = model.params, model.plan, table("Plan", "what", "value")
+    p = model.params
+    plan = model.plan
+    made = table("Plan", "what", "value")
     epoch = timedelta(seconds=round(seconds_per_step * plan.steps_per_epoch))
     splits = {"training": p.dataset.pretraining_splits, "evaluation": p.dataset.test_splits}
     sizes = [f"{len(data.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]

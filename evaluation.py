@@ -88,10 +88,12 @@ def knn(
     """k nearest neighbours by cosine, each voting with weight exp(cosine / T) (InstDisc,
     https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images all of them vote."""
     train_x, test_x = unit(finite(train_x, "training features")), unit(finite(test_x, "test features"))
-    (classes, target), correct = train_y.unique(return_inverse=True), {k: 0 for k in ks}
+    classes, target = train_y.unique(return_inverse=True)
+    correct = {k: 0 for k in ks}
     for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
         cosine, neighbour = (x @ train_x.T).topk(min(max(ks), len(train_x)), dim=1)
-        votes, label = (cosine / T).exp(), target[neighbour]
+        votes = (cosine / T).exp()
+        label = target[neighbour]
         for k in ks:
             scores = votes.new_zeros(len(x), len(classes)).scatter_add_(1, label[:, :k], votes[:, :k])
             correct[k] += int((classes[scores.argmax(1)] == y).sum())
@@ -129,10 +131,13 @@ def evaluate(
     set) they are fitted on that and scored on all of x; the names of their scores then end in "_trainset". Without two
     labelled classes only the evaluations that need no labels are left.
     """
-    x, y, train = finite(able(x), "embeddings"), able(y), None if train is None else tuple(map(able, train))
+    x = finite(able(x), "embeddings")
+    y = one_label_each(able(y))
+    if train is not None:
+        train = (able(train[0]), one_label_each(able(train[1])))
     table = FUNCTIONS | {"linear_probe": partial(linear_probe, solver=probe_solver)}
-    scores, split = {}, None
-    y, train = one_label_each(y), None if train is None else (train[0], one_label_each(train[1]))
+    scores = {}
+    split = None
     if all(one is not None and one.min() >= 0 for one in (y, y if train is None else train[1])) and len(y) > 1:
         split = halves(x, y) if train is None else (*train, x, y)
     for name in names:

@@ -92,7 +92,8 @@ def extract(
     """Embeddings and labels of whole images, in the order of the set; with `stages` also what comes out of each. Of
     videos: the means over their evaluation_clips x evaluation_crops clips. Unreadable files are left out, and named."""
     dataset = data.get_dataset(params, splits)
-    names, what = stages_of(encoder) if stages else [], f"features of {'+'.join(splits)}"
+    names = stages_of(encoder) if stages else []
+    what = f"features of {'+'.join(splits)}"
     folder = cache / fingerprint(encoder, params, dataset, {"whole images": names})
     if not folder.is_dir():
 
@@ -172,7 +173,8 @@ class Tap:
     """Within it, every forward pass leaves the averages over the image of what comes out of the named modules."""
 
     def __init__(self, encoder: Encoder, names: list[str]):
-        self.modules, self.found = {name: getattr(encoder.model, name) for name in names}, {}
+        self.modules = {name: getattr(encoder.model, name) for name in names}
+        self.found = {}
 
     def __enter__(self) -> "Tap":
         self.hooks = [module.register_forward_hook(self.keeper(name)) for name, module in self.modules.items()]
@@ -261,8 +263,9 @@ def write(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_batches: in
                     write_header(*files[name], n)
                 files[name][0].write(part.tobytes())  # not a memory map, where a full disk kills the process
             done += len(labels)
-        for file, none in files.values() if done < n else ():
-            write_header(file, none, done)
+        if done < n:
+            for file, none in files.values():
+                write_header(file, none, done)
 
 
 def write_header(file: BinaryIO, none: np.ndarray, n: int) -> None:

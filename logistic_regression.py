@@ -21,7 +21,8 @@ def within_span(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def logistic_regression(x: Tensor, y: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """Weights [E, C] and bias [C] that minimize the summed cross entropy of x [N, E] + decay / 2 |weights|^2."""
-    n_classes, rows = int(y.max()) + 1, torch.arange(len(x), device=x.device)
+    n_classes = int(y.max()) + 1
+    rows = torch.arange(len(x), device=x.device)
 
     def cross_entropy(scores: Tensor) -> tuple[Tensor, Tensor]:
         log_p = scores.log_softmax(1)
@@ -58,11 +59,14 @@ def fit_linear(
     curvature = (x.T @ x if gram is None else gram) / flatness
     rounding = 1e-6 * float(curvature.trace())  # smaller eigenvalues are noise in float32, and may be negative
     curvature.diagonal().add_(max(decay, rounding))
-    factor, bias_factor = torch.linalg.cholesky(curvature / scale), (n / flatness / scale) ** 0.5
-    v, b = x.new_zeros(x.shape[1], n_outputs), x.new_zeros(n_outputs)
+    factor = torch.linalg.cholesky(curvature / scale)
+    bias_factor = (n / flatness / scale) ** 0.5
+    v = x.new_zeros(x.shape[1], n_outputs)
+    b = x.new_zeros(n_outputs)
     tolerance = precision * (n / scale) ** 0.5
     search = {"max_iter": 100, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([v, b][: 1 + bias], tolerance_grad=tolerance, tolerance_change=0, **search)
+    fitted = [v, b] if bias else [v]
+    optimizer = torch.optim.LBFGS(fitted, tolerance_grad=tolerance, tolerance_change=0, **search)
 
     def weights() -> tuple[Tensor, Tensor]:
         return torch.linalg.solve_triangular(factor.T, v, upper=True), b / bias_factor

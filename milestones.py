@@ -1,4 +1,9 @@
-"""Checkpoints that stay: the best by a figure, and every n epochs. `Checkpoints` keeps the newest, to resume from."""
+"""Checkpoints that stay: the best by a figure, and every n epochs. `Checkpoints` keeps the newest, to resume from.
+
+Lightning's ModelCheckpoint cannot replace them. Lightning runs it after all other callbacks: `step_N.ckpt` would lack
+the best value of its own epoch. It also saves a first value that is NaN, saves only if all processes agree, forgets the
+best value in a run that was moved, and counts epochs from 0.
+"""
 
 import math
 from pathlib import Path
@@ -26,7 +31,8 @@ class Best(pl.Callback):
     def __init__(self, folder: str | Path, wanted: str):
         self.name, _, given = wanted.partition(":")
         self.sign = -1 if given == "min" or (not given and lowest_is_best(self.name)) else 1
-        self.path, self.best = Path(folder) / f"best_{self.name}.ckpt", None
+        self.path = Path(folder) / f"best_{self.name}.ckpt"
+        self.best: float | None = None
         self.seen: set[str] = set()
         self.validated = False
         self.scores: set[str] | None = None  # names that a validation before the training logged, if there was one
@@ -104,7 +110,8 @@ class EveryNEpochs(pl.Callback):
     """epoch_N.ckpt after N epochs, for every multiple of n."""
 
     def __init__(self, folder: str | Path, n: int):
-        self.folder, self.n = Path(folder), n
+        self.folder = Path(folder)
+        self.n = n
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trained = trainer.current_epoch + 1

@@ -28,7 +28,7 @@ from fields import plain
 from files import nan_where_unreadable
 from heads import MLP
 from model_params import CHANGING, ModelParams, changes
-from numerics import at_least_float32
+from numerics import Scores, at_least_float32
 from stage import Stage, one_image_explained
 
 
@@ -260,7 +260,7 @@ class SelfSupervisedMethod(Stage):
         scores = self.scores(*test, tuple(train[0]) if train else None)
         self.log_dict({evaluation.of_test(name): value for name, value in scores.items()})
 
-    def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> evaluation.Scores:
+    def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> Scores:
         """Of embeddings x and labels y, and of the online classifier on them."""
         p = self.params
         found = ddp.on_rank_zero(lambda: watch.scores(p.evaluations, x, y, train, p.probe_solver))

@@ -54,9 +54,12 @@ def check_images(params: ModelParams, accumulated: int = 1) -> None:
     """Open the images of the pretraining and of its evaluations."""
     info = params.dataset
     check_batches(params, info.pretraining_splits, accumulated)
+    if not params.is_evaluated:
+        return
     evaluated = [info.validation_splits or info.test_splits, info.test_splits]
-    evaluated += [info.train_splits] * params.probe_on_training_set
-    for splits in dict.fromkeys(evaluated) if params.is_evaluated else ():
+    if params.probe_on_training_set:
+        evaluated.append(info.train_splits)
+    for splits in dict.fromkeys(evaluated):
         data.get_dataset(params, splits)
 
 

@@ -19,9 +19,14 @@ from model_params import ModelParams
 from whole_files import check_file, whole
 
 TILE = 160  # pixels that a large view is magnified to, about; by whole numbers, so that pixels stay squares
-GAP, MARGIN, FONT_SIZE, LINE = 8, 20, 13, 18  # pixels
+GAP = 8  # pixels, as all sizes here
+MARGIN = 20
+FONT_SIZE = 13
+LINE = 18
 FRAMES = 4  # of a clip
-PAPER, INK, PALE_INK = (240, 240, 240), (24, 24, 24), (96, 96, 96)
+PAPER = (240, 240, 240)
+INK = (24, 24, 24)
+PALE_INK = (96, 96, 96)
 Column = tuple[list[str], Tensor]  # lines of the caption; uint8 images [rows, C, H, W]
 
 
@@ -45,7 +50,8 @@ def write(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = 
 
 def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows: int = 8) -> list[Column]:
     """The first images of the first training batch: the originals, where they are known, then every view."""
-    params, originals = resolve(ModelParams, params, None, {})[0], None  # with the seed of pl.seed_everything
+    params = resolve(ModelParams, params, None, {})[0]  # with the seed of pl.seed_everything
+    originals = None
     params = evolve(params, drop_last_batch=False)  # a batch that is not full has images, too
     if loader is None:
         splits = params.dataset.pretraining_splits
@@ -59,9 +65,7 @@ def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows
     return columns
 
 
-def contact_sheet(
-    images: Tensor | list[Tensor], params: ModelParams, rows: int = 8, originals: Tensor | None = None
-) -> Image.Image:
+def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, originals: Tensor | None) -> list[Column]:
     """The first rows of a batch: the original, then every view.
 
     Args:
@@ -69,11 +73,6 @@ def contact_sheet(
             training with `params.seed`; a list of crops; or float views, which are shown as they are.
         originals: uint8 [at least `rows`, C, H, W], where `images` are not these; None: no such column then.
     """
-    return arrange(columns_of(images, params, rows, originals))
-
-
-def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, originals: Tensor | None) -> list[Column]:
-    """What `contact_sheet` draws."""
     seed = (params.seed or 0, 0, 0, 0)  # of the first epoch and batch, on the first process
     first = images if isinstance(images, Tensor) else images[0]
     if first.is_floating_point():
@@ -110,8 +109,9 @@ def as_strips(images: Tensor) -> Tensor:
 
 def caption(params: ModelParams, i: int) -> list[str]:
     """What view i is, and every setting in which the views differ."""
-    views, pairs = params.views, params.pairs
-    roles = [name for name, ends in zip(("query", "key"), zip(*pairs, strict=True), strict=True) if i in ends]
+    views = params.views
+    queries, keys = zip(*params.pairs, strict=True)
+    roles = [name for name, ends in (("query", queries), ("key", keys)) if i in ends]
     kind = "large" if i < params.n_large_views else "small"
     size = in_pixels(views[i].crop_size, views[i].crop_size, params)
     rows = [asdict(view) for view in views]
@@ -121,7 +121,8 @@ def caption(params: ModelParams, i: int) -> list[str]:
 
 def in_pixels(width: int, height: int, params: ModelParams) -> str:
     """The size, and which channel is shown where not all are."""
-    return f"{width} x {height} px" + f", first of {params.channels} channels" * (params.channels not in (1, 3))
+    shown = "" if params.channels in (1, 3) else f", first of {params.channels} channels"
+    return f"{width} x {height} px{shown}"
 
 
 def in_words(name: str, value: float | tuple[float, float]) -> str:
@@ -145,7 +146,8 @@ def arrange(columns: list[Column]) -> Image.Image:
     top = MARGIN + LINE * max(len(lines) for lines, _ in columns) + GAP
     size = (2 * MARGIN + sum(widths) + 2 * GAP * (len(widths) - 1), top + height * len(columns[0][1]) - GAP + MARGIN)
     sheet = Image.new("RGB", size, PAPER)
-    draw, left = ImageDraw.Draw(sheet), MARGIN
+    draw = ImageDraw.Draw(sheet)
+    left = MARGIN
     for (lines, images), width in zip(columns, widths, strict=True):
         for line, text in enumerate(lines):
             draw.text((left, MARGIN + LINE * line), text, INK if line == 0 else PALE_INK, font)

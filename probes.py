@@ -15,10 +15,13 @@ from svm import few_presences, svm
 
 KS = (1, 5, 20, 200)
 RETRIEVED = (1, 5, 10, 20)
-SHOTS, DRAWS = (1, 2, 4, 8, 16, 32, 64, 96), 5
-FEW_LABELS, FEW_DRAWS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000), 3
+SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
+DRAWS = 5
+FEW_LABELS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+FEW_DRAWS = 3
 DECAYS = tuple(10.0**i for i in range(5, -7, -1))
-HELD_OUT, FEWEST_TO_HOLD_OUT = 0.2, 5  # of the training set; images of a class, below which nothing is held out
+HELD_OUT = 0.2  # of the training set
+FEWEST_TO_HOLD_OUT = 5  # images of a class, below which nothing is held out
 DECAY_OF_FEW = 100.0  # that of the probe while pretraining
 
 
@@ -55,7 +58,8 @@ def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:
     if int(target.bincount().min()) < FEWEST_TO_HOLD_OUT:
         return DECAY_OF_FEW
     fit, score = (torch.from_numpy(rows) for rows in subsets.held_out(target.cpu().numpy(), HELD_OUT, seed))
-    sets, classes = (x[fit], x[score], target[fit]), torch.arange(int(target.max()) + 1, device=x.device)
+    sets = (x[fit], x[score], target[fit])
+    classes = torch.arange(int(target.max()) + 1, device=x.device)
 
     def best(decays: list[float]) -> float:
         logits = {decay: evaluation.linear_logits(*sets, decay)[1] for decay in sorted(decays, reverse=True)}
@@ -87,14 +91,18 @@ def few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
 def low_shot_svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
     """`svm` on few images of each class: mean and deviation over draws."""
     train_x, test_x = finite(train_x, "training features"), finite(test_x, "test features")
-    found, many = {}, train_y.dim() == 2
+    found = {}
+    many = train_y.dim() == 2
     present = (train_y > 0).sum(0) if many else train_y.unique(return_counts=True)[1]
     for k in track([k for k in SHOTS if k <= int(present.min())], "low-shot SVMs"):
         scores = []
         for draw in range(seed * DRAWS, (seed + 1) * DRAWS):
-            labels = few_presences(train_y, k, draw) if many else train_y
-            rows = (labels != 0).any(1).cpu().numpy().nonzero()[0] if many else None
-            rows = subsets.stratified(train_y.cpu().numpy(), per_class=k, seed=draw) if rows is None else rows
+            if many:
+                labels = few_presences(train_y, k, draw)
+                rows = (labels != 0).any(1).cpu().numpy().nonzero()[0]
+            else:
+                labels = train_y
+                rows = subsets.stratified(train_y.cpu().numpy(), per_class=k, seed=draw)
             rows = torch.from_numpy(rows)
             scores.append(svm(train_x[rows], labels[rows], test_x, test_y))
         (name,) = scores[0]

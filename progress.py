@@ -31,15 +31,18 @@ class Progress(RichProgressBar):
     def __init__(self, file: Path | None = None) -> None:
         super().__init__(refresh_rate=4)
         self.file = file
-        self.epoch = (0, 0.0)  # batches, and their seconds
+        self.batches = 0  # of this epoch
+        self.seconds = 0.0  # of these batches
         self.seconds_per_batch: float | None = None
         self.batch_ended: float | None = None  # None: what comes now is no batch
-        self.begun = (0.0, 0)  # time and step
+        self.begun = 0.0  # time
+        self.first_step = 0
         self.status = ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.begun = (time.monotonic(), trainer.global_step)
+        self.begun = time.monotonic()
+        self.first_step = trainer.global_step
         self.status = ""
         if self.file is not None:
             keep_until(self.file, trainer.global_step)
@@ -51,23 +54,26 @@ class Progress(RichProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
         now = time.monotonic()
-        took, self.batch_ended = now - self.batch_ended, now
-        self.epoch = (self.epoch[0] + 1, self.epoch[1] + took)
+        took = now - self.batch_ended
+        self.batch_ended = now
+        self.batches += 1
+        self.seconds += took
         before = took if self.seconds_per_batch is None else self.seconds_per_batch
         self.seconds_per_batch = before + SMOOTHING * (took - before)
-        since, first_step = self.begun
-        done = trainer.global_step - first_step
-        left = (now - since) / max(1, done) * (trainer.estimated_stepping_batches - trainer.global_step)
+        done = trainer.global_step - self.first_step
+        left = (now - self.begun) / max(1, done) * (trainer.estimated_stepping_batches - trainer.global_step)
         images = images_in(pl_module) / max(self.seconds_per_batch, 1e-9)
         self.status = f"{images:,.0f} images/s, {timedelta(seconds=round(left))} left" if done else ""
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         super().on_train_epoch_end(trainer, pl_module, *args)
-        (batches, seconds), self.epoch, self.batch_ended = self.epoch, (0, 0.0), None
-        if self.file is not None and batches:
-            speed = images_in(pl_module) * batches / max(seconds, 1e-9)
+        if self.file is not None and self.batches:
+            speed = images_in(pl_module) * self.batches / max(self.seconds, 1e-9)
             append(self.file, (trainer.global_step, trainer.current_epoch, round(speed, 1)))
+        self.batches = 0
+        self.seconds = 0.0
+        self.batch_ended = None
 
     def on_validation_start(self, *args: Any, **kwargs: Any) -> None:
         super().on_validation_start(*args, **kwargs)

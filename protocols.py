@@ -24,7 +24,9 @@ from weights import Encoder
 
 def of_stages(subject: Subject, seed: int, score: Callable[..., Scores]) -> Scores:
     """`score` of the output of each stage of a ResNet: its acc1, or its map where images have several labels."""
-    train, test, found = subject.train, subject.test, {}
+    train = subject.train
+    test = subject.test
+    found = {}
     for name in track(sorted(train.stages), "classifiers of the stages"):
         scores = score(subject.on_device(train.stages[name], train.y, test.stages[name], test.y), seed)
         found |= {f"{name}_{key}": value for key, value in scores.items() if key in ("acc1", "map")}

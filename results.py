@@ -34,7 +34,9 @@ def versions() -> dict[str, str | None]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
+        commit = git("rev-parse", "HEAD")
+        if git("status", "--porcelain", "--untracked-files=no"):
+            commit += "+changes"
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, "commit": commit}
@@ -45,7 +47,8 @@ class Results:
     meanwhile is read again, under a lock, before ours is added."""
 
     def __init__(self, folder: Path, fresh: bool = False):
-        self.folder, self.path = folder, folder / "results.json"
+        self.folder = folder
+        self.path = folder / "results.json"
         if fresh:
             self.path.unlink(missing_ok=True)
         found = read(self.path)
@@ -102,7 +105,7 @@ class Results:
             used = ", ".join(f"{name} {value}" for name, value in config["versions"].items() if value)
             others = sum(run["dataset"] == dataset for run in self.runs) - len(runs)
             why = "with other clips, of other images, or trained with other settings"
-            told = f"Runs {why}, are in results.json alone: {others}." * bool(others)
+            told = f"Runs {why}, are in results.json alone: {others}." if others else ""
             clips = of_each_video(config.get("seen", {}))
             parts += [f"## {dataset}", encoders, clips, table(runs), told, definitions(runs), used]
         return "\n\n".join(filter(None, parts)) + "\n"
@@ -164,7 +167,8 @@ def table(runs: list[Run]) -> str:
 def cell(found: dict[str, dict], metric: str) -> str:
     if metric not in found:
         return ""
-    mean, drawn = found[metric]["mean"], found.get(f"{metric}{DRAWN}", {}).get("mean")
+    mean = found[metric]["mean"]
+    drawn = found.get(f"{metric}{DRAWN}", {}).get("mean")
     deviation = found[metric].get("std", drawn)
     if math.isnan(mean):
         return "not finite"
@@ -180,7 +184,7 @@ def of_each_video(seen: dict[str, Any]) -> str:
     if "evaluation_clips" not in seen:
         return ""
     clips, crops, frames = (seen[name] for name in ("evaluation_clips", "evaluation_crops", "num_frames"))
-    many = f"{clips} clip{'s' * (clips > 1)} x {crops} crop{'s' * (crops > 1)}"
+    many = f"{clips} {'clips' if clips > 1 else 'clip'} x {crops} {'crops' if crops > 1 else 'crop'}"
     return f"{many} of each video, each {frames} frames in {seen['clip_duration']:g} seconds."
 
 

@@ -17,7 +17,6 @@ import os
 import platform
 import shlex
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,28 +34,35 @@ from whole_files import rows_of, to_json, whole, write_whole
 
 FIXED = ("preset", "optimizer_name")  # of a run; checkpoints.refuse_another sees what else cannot be resumed
 Kind = TypeVar("Kind", dict, list)
-LOG_SOURCES = ("", "pytorch_lightning", "lightning_fabric")  # Lightning's loggers hand nothing on to the root
+LOG = logging.getLogger("self_supervised")  # writes into log.txt alone: `say` and warnings print themselves
+LOG.setLevel(logging.INFO)
+LOG.propagate = False
+LOG_SOURCES = ("", LOG.name, "pytorch_lightning", "lightning_fabric")  # none of the three propagates to the root
 
 
 @rank_zero_only
 def begin(out: Path, config: str, command: Sequence[str]) -> None:
     """Start or go on with a run: config.yaml, command.txt and run.json. Other settings than before are named."""
     (out / "splits").mkdir(parents=True, exist_ok=True)
-    old, new = settings(out), yaml.safe_load(config)
+    old = settings(out)
+    new = yaml.safe_load(config)
     keep_edited(out / "config.yaml")
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old and old.get(name) != new.get(name)]
     if changed:
         say(f"{out} goes on with other settings: {', '.join(changed)}")
     write_whole(out / "config.yaml", config)
-    commands, starts = out / "command.txt", out / "run.json"
+    commands = out / "command.txt"
     before = text_of(commands) if commands.is_file() else ""
     write_whole(commands, before + shlex.join(["python", *command]) + "\n")
-    write_whole(starts, to_json([*starts_of(out), circumstances()], indent=2))
+    write_whole(out / "run.json", to_json([*starts_of(out), circumstances()], indent=2))
 
 
 def keep_edited(config: Path) -> None:
     """Set a config.yaml aside that was written or edited by hand, before ours takes its name."""
-    if config.is_file() and dumped(yaml.safe_load(text := text_of(config))) != text:
+    if not config.is_file():
+        return
+    text = text_of(config)
+    if yaml.safe_dump(yaml.safe_load(text), sort_keys=False) != text:  # ours is what `command_line.to_yaml` makes
         kept = config.with_name(f"config_by_hand_{time.strftime('%Y%m%d_%H%M%S')}.yaml")
         write_whole(kept, text)
         say(f"{config} was written by hand: kept as {kept.name}")
@@ -117,11 +123,6 @@ def text_of(path: Path) -> str:
         raise ValueError(f"{path} is not text in UTF-8 ({error}): correct it, or move it away") from error
 
 
-def dumped(settings: Any) -> str:
-    """YAML as config.yaml has it."""
-    return yaml.safe_dump(settings, sort_keys=False)
-
-
 def circumstances() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -144,11 +145,12 @@ def logged(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    sources, show = [logging.getLogger(name) for name in LOG_SOURCES], warnings.showwarning
+    sources = [logging.getLogger(name) for name in LOG_SOURCES]
+    show = warnings.showwarning
 
     def show_and_log(message: Any, category: type, *args: Any, **kwargs: Any) -> None:
-        show(message, category, *args, **kwargs)
-        log(handler, f"{category.__name__}: {message}")
+        show(message, category, *args, **kwargs)  # logging.captureWarnings would keep warnings from the terminal
+        LOG.warning("%s: %s", category.__name__, message)
 
     for source in sources:
         source.addHandler(handler)
@@ -156,7 +158,7 @@ def logged(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        log(handler, traceback.format_exc())
+        LOG.exception("ended by an error")
         raise
     finally:
         warnings.showwarning = show
@@ -165,17 +167,11 @@ def logged(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def log(handler: logging.Handler, text: str) -> None:
-    handler.emit(logging.LogRecord("", logging.INFO, "", 0, text, None, None))
-
-
 @rank_zero_only
 def say(text: str) -> None:
     """Print, and into log.txt while that is open."""
     print(text)
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler):
-            log(handler, Text.from_ansi(text).plain)
+    LOG.info("%s", Text.from_ansi(text).plain)
 
 
 # ---- loggers ----
@@ -183,8 +179,10 @@ def say(text: str) -> None:
 
 def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
     """metrics.csv goes on at `first_step`: Lightning's logger would delete the rows before it."""
-    path, kept = out / name / "metrics.csv", out / name / "metrics.kept.csv"
-    logger, header = loggers.CSVLogger(out, name=name, version=""), []
+    path = out / name / "metrics.csv"
+    kept = out / name / "metrics.kept.csv"
+    logger = loggers.CSVLogger(out, name=name, version="")
+    header = []
     if rank_zero_only.rank != 0:
         return logger
     if kept.is_file() and not path.is_file():  # we were killed here

@@ -32,7 +32,8 @@ UNSUPPORTED = re.compile(r"unsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", 
 MOST_CLASS_NAMES = 30
 
 
-DATA_ONLY, WITH_CODE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # variables of torch
+DATA_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # variables of torch
+WITH_CODE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 class StandIn:

@@ -57,7 +57,8 @@ def few(signs: Tensor) -> bool:
 def folds_of(labels: np.ndarray) -> np.ndarray:
     """Of each image the fold that it is scored in, [N]; those of scikit-learn's cross_val_score, stratified, not
     shuffled. Images with label 0 are in none: -1."""
-    rows, fold = np.flatnonzero(labels), np.full(len(labels), -1)
+    rows = np.flatnonzero(labels)
+    fold = np.full(len(labels), -1)
     for i, (_, scored) in enumerate(StratifiedKFold(FOLDS).split(rows, labels[rows])):
         fold[rows[scored]] = i
     return fold
@@ -88,14 +89,16 @@ def choose_costs(x: Tensor, signs: Tensor, folds: np.ndarray, many: bool) -> Ten
     is one for all classes."""
     fold = torch.from_numpy(folds).to(x.device)
     training = torch.cat([signs * (fold != i) for i in range(FOLDS)], 1)  # the machines of all folds, side by side
-    costs, gram = sorted(COSTS), x.T @ x
+    costs = sorted(COSTS)
+    gram = x.T @ x
     quality: Callable = mean_precisions if many else mean_accuracy
     found = [quality((x @ fit_at(x, training, cost, gram)).chunk(FOLDS, 1), signs, fold) for cost in costs]
     return torch.tensor(costs, device=x.device)[torch.stack(found).argmax(0)].expand(signs.shape[1])
 
 
 def mean_accuracy(scores: tuple[Tensor, ...], signs: Tensor, fold: Tensor) -> Tensor:
-    target, fold = signs.argmax(1), fold[:, 0]
+    target = signs.argmax(1)
+    fold = fold[:, 0]
     right = [in_float64((score.argmax(1) == target)[fold == i]).mean() for i, score in enumerate(scores)]
     return torch.stack(right).mean(0, keepdim=True)
 
@@ -119,7 +122,8 @@ def average_precision(scores: Tensor, signs: Tensor, interpolated: bool = False)
 def few_presences(presences: Tensor, k: int, seed: int) -> Tensor:
     """Labels [N, K] that are left when each class keeps k images with it and (K - 1) k without it, drawn by itself, and
     all others become 0 (the low-shot samples of the source)."""
-    rng, left = np.random.default_rng(seed), torch.zeros_like(presences)
+    rng = np.random.default_rng(seed)
+    left = torch.zeros_like(presences)
     for i, column in enumerate(presences.T.cpu().numpy()):
         for sign, wanted in ((1, k), (-1, (presences.shape[1] - 1) * k)):
             rows = rng.permutation(np.flatnonzero(column == sign))[:wanted]

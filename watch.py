@@ -15,9 +15,8 @@ import files
 import optimizers
 from checkpoints import SafeCheckpointIO, refuse_other_steps
 from device import to_host
-from evaluation import Scores
 from loader import Loader
-from numerics import NotFinite, not_finite
+from numerics import NotFinite, Scores, not_finite
 
 COLLAPSED_STD = 0.15  # step_projection_std below which the mean cosine of different images is 0.98 or more
 COLLAPSED_RANK = 2.0  # RankMe below which the embeddings are nearly one direction
@@ -79,7 +78,8 @@ class Watch(pl.Callback):
             loader.load_state_dict(self.position)
         if pl_module.plan is not None:
             refuse_other_steps(self.steps, pl_module.plan.of_checkpoint())
-        self.position = self.steps = None
+        self.position = None
+        self.steps = None
         rank_zero_info(f"{pl_module.plan}; {optimizers.described(trainer.optimizers[0])}")
 
     # ---- a loss that is not finite ----
@@ -156,8 +156,11 @@ class Watch(pl.Callback):
     def name_last_file(trainer: pl.Trainer, exception: BaseException) -> None:
         """Whatever the exception is: often not more than a lost connection."""
         for loader in loaders(trainer):
-            for process, end in loader.dead_workers() if isinstance(loader, Loader) else ():
-                if hasattr(loader.dataset, "last_read") and (path := loader.dataset.last_read(process)) is not None:
+            if not isinstance(loader, Loader) or not hasattr(loader.dataset, "last_read"):
+                continue
+            for process, end in loader.dead_workers():
+                path = loader.dataset.last_read(process)
+                if path is not None:
                     exception.add_note(f"worker {process} died ({end}); the last file that this worker read is {path}")
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import attrs
 import pytest
 import torch
 import yaml
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 import command_line
 import dry_run
@@ -403,6 +404,23 @@ def test_an_error_is_one_line_and_its_stack_is_in_the_log(monkeypatch, tmp_path)
 
 
 # ---- parts ----
+
+
+def test_log_keeps_what_is_said_warnings_and_the_stack_of_an_error(tmp_path, capsys):
+    """Also printed, by `print` and by `warnings`; nothing is written once the log is closed."""
+    error = ValueError("bad")
+    error.add_note("a note")
+    refused = pytest.raises(ValueError, match="bad")
+    with pytest.warns(UserWarning, match="odd") as shown, refused, run_folder.logged(tmp_path / "log.txt"):
+        run_folder.say("\x1b[1m50 %s\x1b[0m done")
+        rank_zero_info("informed")
+        rank_zero_warn("odd")
+        raise error
+    run_folder.say("later")
+    text = (tmp_path / "log.txt").read_text()
+    assert len(shown) == 1 and capsys.readouterr().out == "\x1b[1m50 %s\x1b[0m done\nlater\n"
+    assert all(part in text for part in (" 50 %s done\n", " informed\n", "UserWarning: odd\n", "Traceback", "a note\n"))
+    assert "later" not in text
 
 
 def test_gradient_norms_are_those_of_torch():
