@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 import attrs
 import jsonargparse
@@ -71,7 +71,7 @@ def type_text(attribute: attrs.Attribute) -> str:
     choices = attribute.metadata.get("choices")
     if choices is None:
         kinds = get_args(attribute.type) or (attribute.type,)
-        kinds = (attribute.type,) if str(attribute.type).startswith("list") else kinds
+        kinds = (attribute.type,) if get_origin(attribute.type) is list else kinds
         words = {bool: "true|false", int: "whole", float: "number", str: "text", NoneType: "none"}
         choices = [words.get(kind, "list") for kind in kinds]
     return "|".join(text(choice) for choice in choices)
@@ -183,11 +183,15 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=44)
 
 
+def changed(settings: Any) -> dict[str, Any]:
+    """Return the fields in which settings differ from the defaults of their class."""
+    plain = attrs.asdict(type(settings)())
+    return {name: value for name, value in attrs.asdict(settings).items() if value != plain[name]}
+
+
 def differences(preset: str) -> str:
     """What a preset sets, in which it differs from the defaults."""
-    found = attrs.asdict(PRESETS[preset]())
-    plain = attrs.asdict(ModelParams())
-    return ", ".join(f"{name} {text(value)}" for name, value in found.items() if value != plain[name]) or "the defaults"
+    return ", ".join(f"{name} {text(value)}" for name, value in changed(PRESETS[preset]()).items()) or "the defaults"
 
 
 def wrapped(words: str, indent: str = "") -> str:

@@ -68,8 +68,7 @@ FLOORS = [
     ],
     ["subject", "command_line", "dry_run", "progress", "baselines", "preflight"],
     ["protocols"],
-    ["train", "train_blog", "evaluate"],
-    ["demo"],
+    ["demo", "train", "train_blog", "evaluate", "options_page"],
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
