@@ -11,7 +11,6 @@ DATA_PATH says where data sets are. What each number means: --list, and docs/eva
 """
 
 import argparse
-import difflib
 import hashlib
 import time
 from collections.abc import Sequence
@@ -21,25 +20,22 @@ from typing import Any
 import attrs
 from torch import nn
 
-import data
 import features
 from baselines import compared
 from command_line import add_fields
-from data import n_classes
 from device import usable
 from fields import as_path
-from model_params import OF_TRAINING, OWN_DATA, VIDEO, EncoderAndDataParams
 from program import one_line_errors
-from protocols import PROTOCOLS, settings_of
-from results import Results, versions
-from subject import Subject
-from weights import Encoder, load_encoder
+from protocols import PROTOCOLS, check_names, runnable, settings_of
+from results import Results
+from run_folder import versions
+from subject import Subject, image_hash, seen
+from weights import load_encoder
 from whole_files import check_folder
 
 READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
            "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns",
            "exclude_patterns")  # fmt: skip
-UNSEEN = (*OF_TRAINING, "decoding_threads")  # by any protocol
 
 
 def evaluate_checkpoint(
@@ -142,42 +138,6 @@ def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[
                 scores = ", ".join(f"{name} {value:.4g}" for name, value in (done or run)["scores"].items())
                 print(f"{protocol}, {encoder} encoder, seed {seed}{' (there)' if done else ''}: {scores}", flush=True)
     results.add()  # what is forgotten, and config
-
-
-def seen(params: EncoderAndDataParams) -> dict[str, Any]:
-    """Settings that decide which clips of videos, or which images of one's own, are seen; {} of other sets."""
-    names = VIDEO if params.dataset.of_videos else OWN_DATA if params.dataset.is_custom else ()
-    return {name: getattr(params, name) for name in names if name not in UNSEEN}
-
-
-def image_hash(subject: Subject) -> str:
-    """Of the encoder and of all labelled images of the data set, as it sees them."""
-    params = subject.params
-    sets = (data.get_dataset(params, splits) for splits in (params.dataset.train_splits, params.dataset.test_splits))
-    return "".join(features.fingerprint(subject.encoder, params, dataset, {}) for dataset in sets)
-
-
-# ---- what is refused ----
-
-
-def check_names(protocols: Sequence[str]) -> None:
-    for name in protocols:
-        if name not in PROTOCOLS:
-            near = difflib.get_close_matches(name, PROTOCOLS, n=3, cutoff=0.3) or list(PROTOCOLS)
-            raise ValueError(f"protocol {name!r} is unknown. Nearest: {', '.join(near)}; all of them: --list")
-
-
-def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
-    """Those wanted; without a wish, all that can be run and do not train."""
-    labelled = n_classes(params) > 0
-    refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, labelled))}
-    if protocols is None:
-        return [name for name, row in PROTOCOLS.items() if not row.trains and name not in refused]
-    for name in protocols:
-        if name in refused:
-            able = ", ".join(other for other in PROTOCOLS if other not in refused)
-            raise ValueError(f"protocol {name!r} {refused[name]}: choose among {able}")
-    return list(dict.fromkeys(protocols))
 
 
 def folder_of(checkpoint: str | Path) -> Path:

@@ -28,7 +28,7 @@ import data
 from catalogue import OWN_MODULE
 from encoders import embed
 from files import name_skipped, readable_rows
-from model_params import OF_ONE_KIND, OF_TRAINING, EncoderAndDataParams
+from model_params import OF_ONE_KIND, OF_TRAINING, OWN_DATA, VIDEO, EncoderAndDataParams
 from numerics import finite
 from packed_images import PackedImages, already_a_batch
 from weights import Encoder
@@ -208,7 +208,8 @@ def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset
 
 def settings(params: EncoderAndDataParams) -> dict[str, Any]:
     """All that may decide what the encoder sees."""
-    names = [field.name for field in attrs.fields(type(params)) if field.name not in UNUSED]
+    names = dict.fromkeys([*VIDEO, *OWN_DATA, *(field.name for field in attrs.fields(type(params)))])
+    names = [name for name in names if name not in UNUSED]  # in this order, which is part of the folders' names
     resolved = {"size": params.crop_size, "channels": params.channels, "mean": params.mean, "std": params.std}
     return {name: getattr(params, name) for name in names} | resolved
 

@@ -1,7 +1,8 @@
 """Every evaluation protocol in one table: name -> (an encoder with a labelled data set, seed) -> dict of scalars."""
 
 import copy
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import attrs
@@ -15,6 +16,7 @@ import features
 import label_free
 import probes
 import svm
+from data import n_classes
 from linear_classifier import LINEAR_PRESETS, READING, LinearClassifierMethod, LinearClassifierMethodParams
 from model_params import EncoderAndDataParams
 from numerics import Scores
@@ -215,3 +217,23 @@ PROTOCOLS = {
         "https://arxiv.org/abs/2111.06377, table 9; https://arxiv.org/abs/2106.08254",
     ),
 }
+
+
+def check_names(protocols: Sequence[str]) -> None:
+    for name in protocols:
+        if name not in PROTOCOLS:
+            near = difflib.get_close_matches(name, PROTOCOLS, n=3, cutoff=0.3) or list(PROTOCOLS)
+            raise ValueError(f"protocol {name!r} is unknown. Nearest: {', '.join(near)}; all of them: --list")
+
+
+def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
+    """Those wanted; without a wish, all that can be run and do not train."""
+    labelled = n_classes(params) > 0
+    refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, labelled))}
+    if protocols is None:
+        return [name for name, row in PROTOCOLS.items() if not row.trains and name not in refused]
+    for name in protocols:
+        if name in refused:
+            able = ", ".join(other for other in PROTOCOLS if other not in refused)
+            raise ValueError(f"protocol {name!r} {refused[name]}: choose among {able}")
+    return list(dict.fromkeys(protocols))

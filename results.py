@@ -6,11 +6,8 @@ that is there with the same key need not be repeated.
 
 import json
 import math
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +17,8 @@ from whole_files import to_json, without_nan, write_whole
 Run = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; seen, of videos and own data
 NAME = ("protocol", "encoder", "dataset", "seed", "seen", "training")
 SECONDS = 60  # to wait for another process that writes
-LIBRARIES = ("torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
 ENCODERS = ("random", "starting", "trained")  # columns of the table
 DRAWN = "_std"  # ends the name of a deviation over draws within one run
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python, of the libraries, and the commit of this code, if it is in a git repository, with "+changes" where
-    files that git knows were changed."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        if git("status", "--porcelain", "--untracked-files=no"):
-            commit += "+changes"
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, "commit": commit}
 
 
 class Results:

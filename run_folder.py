@@ -16,10 +16,12 @@ import logging
 import os
 import platform
 import shlex
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,9 +31,9 @@ from pytorch_lightning import loggers
 from pytorch_lightning.utilities import rank_zero_only
 from rich.text import Text
 
-from results import versions
 from whole_files import rows_of, to_json, whole, write_whole
 
+LIBRARIES = ("torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
 FIXED = ("preset", "optimizer_name")  # of a run; checkpoints.refuse_another sees what else cannot be resumed
 Kind = TypeVar("Kind", dict, list)
 LOG = logging.getLogger("self_supervised")  # writes into log.txt alone: `say` and warnings print themselves
@@ -41,6 +43,23 @@ LOG_SOURCES = ("", LOG.name, "pytorch_lightning", "lightning_fabric")  # none of
 
 
 @rank_zero_only
+def versions() -> dict[str, str | None]:
+    """Of Python, of the libraries, and the commit of this code, if it is in a git repository, with "+changes" where
+    files that git knows were changed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        if git("status", "--porcelain", "--untracked-files=no"):
+            commit += "+changes"
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, "commit": commit}
+
+
 def begin(out: Path, config: str, command: Sequence[str]) -> None:
     """Start or go on with a run: config.yaml, command.txt and run.json. Other settings than before are named."""
     (out / "splits").mkdir(parents=True, exist_ok=True)

@@ -2,16 +2,19 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+import data
 import features
 from features import Features
-from model_params import EncoderAndDataParams
+from model_params import OF_TRAINING, OWN_DATA, VIDEO, EncoderAndDataParams
 from numerics import able
 from weights import Encoder
 
+UNSEEN = (*OF_TRAINING, "decoding_threads")  # by any protocol
 MOST_IMAGES = 25_600  # for what needs no labels (as in https://arxiv.org/abs/2210.02885)
 VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
 
@@ -65,3 +68,16 @@ class Subject:
     def on_device(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """On the encoder's device, if that is able to score them."""
         return tuple(able(part.to(features.device_of(self.encoder))) for part in parts)
+
+
+def seen(params: EncoderAndDataParams) -> dict[str, Any]:
+    """Settings that decide which clips of videos, or which images of one's own, are seen; {} of other sets."""
+    names = VIDEO if params.dataset.of_videos else OWN_DATA if params.dataset.is_custom else ()
+    return {name: getattr(params, name) for name in names if name not in UNSEEN}
+
+
+def image_hash(subject: Subject) -> str:
+    """Of the encoder and of all labelled images of the data set, as it sees them."""
+    params = subject.params
+    sets = (data.get_dataset(params, splits) for splits in (params.dataset.train_splits, params.dataset.test_splits))
+    return "".join(features.fingerprint(subject.encoder, params, dataset, {}) for dataset in sets)

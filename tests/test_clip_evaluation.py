@@ -19,6 +19,7 @@ import data
 import evaluate
 import features as features_of
 import probes
+import protocols
 from baselines import compared
 from evaluate import evaluate_checkpoint
 from linear_classifier import LinearClassifierMethod
@@ -227,7 +228,7 @@ def test_protocols_of_frozen_clips(pretrained, tmp_path):
         "rank_me",
         "lidar",
     ]  # the others take the same features
-    every = evaluate.runnable(list(PROTOCOLS), encoder_of(pretrained), encoder_of(pretrained).params)
+    every = protocols.runnable(list(PROTOCOLS), encoder_of(pretrained), encoder_of(pretrained).params)
     assert every == list(PROTOCOLS)
     clips = {"evaluation_clips": 3, "evaluation_crops": 2}
     found = evaluate_checkpoint(pretrained, names, out=tmp_path, encoder=Clips(), **clips)

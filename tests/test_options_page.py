@@ -4,9 +4,9 @@ import re
 from functools import partial
 
 import attrs
+import options_page
 import pytest
 
-import options_page
 from fields import choice, positive
 
 TEXT = options_page.PAGE.read_text()
@@ -36,7 +36,7 @@ TRAINING_PRESETS = {"fast": FastSettings, "slow": SlowSettings}
 
 
 def test_page_is_current():
-    assert options_page.updated(TEXT) == TEXT, "run: python options_page.py"
+    assert options_page.updated(TEXT) == TEXT, "run: python docs/options_page.py"
 
 
 def test_every_setting_has_one_row_in_its_class():

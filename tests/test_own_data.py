@@ -25,11 +25,11 @@ import model_params
 import own_images
 import train
 from data import n_classes
-from evaluate import runnable
 from image_folders import check_settings
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams, ModelParams
+from protocols import runnable
 from weights import load_encoder
 
 SIDE = 40

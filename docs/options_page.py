@@ -1,6 +1,6 @@
 """Tables of every setting and every preset for docs/options.md, made from the comments behind the fields.
 
-    python options_page.py
+    python docs/options_page.py
 
 rewrites everything below the page's marker. What stands above it is written by hand.
 """
@@ -18,8 +18,8 @@ from linear_classifier import LinearClassifierMethodParams
 from model_params import ModelParams
 from run_options import RunOptions
 
-PAGE = Path(__file__).parent / "docs" / "options.md"
-MARKER = "<!-- Below this line everything is made by `python options_page.py`: change the comments of the fields. -->\n"
+PAGE = Path(__file__).with_name("options.md")
+MARKER = "<!-- Below this line everything is written by `python docs/options_page.py`: edit the fields. -->\n"
 CLASSES = (ModelParams, LinearClassifierMethodParams, RunOptions)
 
 
