@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import warnings
@@ -578,9 +579,21 @@ def test_without_labels_or_train(tmp_path):
     assert set(labels(params(tmp_path / "bare"))) == {-1}
     root = write_arrow(tmp_path / "others", as_dict={"unsupervised": NAMES[:4], "test": NAMES[4:8]})
     with pytest.raises(
-        ValueError, match="has the splits unsupervised, test and no train: give data_path=.*others/SPLIT"
+        ValueError, match="has the splits test, unsupervised and no train: give data_path=.*others/SPLIT"
     ):
         labels(params(root))
+
+
+def test_a_missing_package_is_named(stored, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="data_path=.*pip install datasets"):
+        labels(params(Path(stored["arrow"])))
+
+
+def test_datasets_is_imported_for_its_folders_alone():
+    """It takes longer to import than all other readers."""
+    code = "import sys, own_images; sys.exit('datasets' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(own_images.__file__).parent)
 
 
 # ---- programs ----
