@@ -1,6 +1,7 @@
 """Data sets that Hugging Face's `datasets` saved to disk: Arrow files, memory-mapped; rows are read when needed.
 
-Source: https://huggingface.co/docs/datasets/process#save.
+Folders of Parquet files are read the same way, from the Arrow files that `datasets` makes of them in its cache.
+Sources: https://huggingface.co/docs/datasets/process#save, https://huggingface.co/docs/datasets/loading#parquet.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from file_search import PassedOver, folders_in
 from files import File, OnDisk
-from image_folders import SPLITS, Found, Label, as_label
+from image_folders import SPLITS, Found, Label, as_label, has_images
 
 if TYPE_CHECKING:
     import datasets
@@ -20,12 +21,18 @@ LABEL_KEYS = ("label", "labels")  # where no other is wanted; else the only colu
 
 
 def is_there(folder: Path) -> bool:
-    return (folder / "dataset_dict.json").is_file() or is_single(folder)
+    return (folder / "dataset_dict.json").is_file() or is_single(folder) or is_parquet(folder)
 
 
 def is_single(folder: Path) -> bool:
     """Whether a Dataset was saved there, alone or as a split of a DatasetDict."""
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def is_parquet(folder: Path) -> bool:
+    """Whether Parquet files lie there, or in `data` as on the hub, with no image files that they may describe."""
+    tables = any(next(base.glob("*.parquet"), None) for base in (folder, folder / "data"))
+    return tables and not has_images(folder)
 
 
 class ArrowImages(OnDisk):
@@ -109,13 +116,15 @@ class ArrowImages(OnDisk):
 
 def load(root: Path) -> dict[str, "datasets.Dataset"]:
     """Return folder -> the Dataset saved there, of `root` or of each split below it. Its rows come as tables of Arrow,
-    with images as they were saved, not decoded."""
+    with images as they were saved, not decoded. A split of Parquet files is named like a folder of this name."""
     try:
-        from datasets import load_from_disk  # optional, and slow to import
+        from datasets import load_dataset, load_from_disk  # optional, and slow to import
     except ImportError as error:
         raise ValueError(
             f"data_path={str(root)!r}: a Hugging Face data set is read by `datasets`. Run pip install datasets."
         ) from error
+    if is_parquet(root):
+        return {str(root / split): part.with_format("arrow") for split, part in load_dataset(str(root)).items()}
     folders = [root] if is_single(root) else filter(is_single, folders_in(root))
     return {str(folder): load_from_disk(folder, keep_in_memory=False).with_format("arrow") for folder in folders}
 
