@@ -104,16 +104,13 @@ def converted(
             number = missing.pop(stamp)
             if frame.is_corrupt:
                 raise ValueError(f"frame {number} is damaged")
-            yield number, to_array(reformatter, frame, channels)
+            pixels = reformatter.reformat(frame, format="gray" if channels == 1 else "rgb24").to_ndarray()
+            if channels == 1:
+                pixels = pixels[..., None]
+            # as it is meant to be seen
+            yield number, np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
             if not missing:
                 return
-
-
-def to_array(reformatter, frame: "VideoFrame", channels: int) -> np.ndarray:
-    """[H, W, C], as it is meant to be seen."""
-    pixels = reformatter.reformat(frame, format="gray" if channels == 1 else "rgb24").to_ndarray()
-    pixels = pixels[..., None] if channels == 1 else pixels
-    return np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
 
 
 # ---- folders of frames ----

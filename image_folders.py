@@ -12,7 +12,6 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,20 +122,16 @@ def text_of(file: Path) -> str:
 
 def entries(text: str, root: Path) -> Iterator[tuple[str, Label]]:
     """(path below the root, label or None) of each line."""
+    suffixes = "|".join(map(re.escape, image_suffixes()))
+    # a path ends like an image's name, blanks, commas and all, or else at the last comma, or at the last blank
+    pattern = re.compile(rf"(.+(?:{suffixes})|.+(?=,)|.+(?=\s)|.+)(?:(?:\s*,|\s)(.*))?", re.IGNORECASE)
     roots = [os.path.join(base, "") for base in (os.path.abspath(root), os.path.realpath(root))]
     for line in filter(None, map(str.strip, text.split("\n"))):  # splitlines() would also split names
-        path, label = line_of_list().fullmatch(line).groups()
+        path, label = pattern.fullmatch(line).groups()
         path = posixpath.normpath(path.rstrip())
         for base in roots:
             path = path.removeprefix(base)
         yield path, as_label(label or "")
-
-
-@cache
-def line_of_list() -> re.Pattern:
-    """A path ends like an image's name, blanks, commas and all, or else at the last comma, or at the last blank."""
-    suffixes = "|".join(map(re.escape, image_suffixes()))
-    return re.compile(rf"(.+(?:{suffixes})|.+(?=,)|.+(?=\s)|.+)(?:(?:\s*,|\s)(.*))?", re.IGNORECASE)
 
 
 def as_label(text: str) -> Label:

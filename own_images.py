@@ -208,7 +208,8 @@ def wanted(found: Found, root: Path, params: "EncoderAndDataParams", passed_over
     chosen: Found = {split: [] for split in found}
     for split, images in found.items():
         for image in images:
-            if is_wanted(image[0], params):
+            included = not params.include_patterns or any(matches(image[0], p) for p in params.include_patterns)
+            if included and not any(matches(image[0], pattern) for pattern in params.exclude_patterns):
                 chosen[split].append(image)
             else:
                 passed_over.add("by include_patterns and exclude_patterns", image[0])
@@ -245,11 +246,6 @@ def without_training(found: Found, params: "EncoderAndDataParams") -> str:
             "these are classes, put all class folders into a folder train"
         )
     return "0 images for training: choose another"
-
-
-def is_wanted(path: str, params: "EncoderAndDataParams") -> bool:
-    included = not params.include_patterns or any(matches(path, pattern) for pattern in params.include_patterns)
-    return included and not any(matches(path, pattern) for pattern in params.exclude_patterns)
 
 
 def matches(path: str, pattern: str) -> bool:
