@@ -48,7 +48,9 @@ class ArrowImages(OnDisk):
     """
 
     def __init__(self, root: Path, image_key: str | None, label_key: str | None, labelled: bool, names: bool):
-        self.root, self.names, self.passed_over = root, names, PassedOver()
+        self.root = root
+        self.names = names
+        self.passed_over = PassedOver()
         self.sets = load(root)
         self.splits = splits_of(root, list(self.sets))
         folder = self.splits["train"]

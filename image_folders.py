@@ -37,7 +37,8 @@ class ImageFolder(OnDisk):
     def __init__(self, root: Path, labels_from: str | None):
         if not root.is_dir():
             raise ValueError(f"data_path={str(root)!r} is no folder: give that of your images, or set DATA_PATH")
-        self.root, self.labels_from = root, labels_from
+        self.root = root
+        self.labels_from = labels_from
         self.passed_over = PassedOver()
 
     def find(self) -> Found:
@@ -96,7 +97,8 @@ def lists(folder: Path, source) -> Found:
     Raises:
         ValueError: there is none for training; an image is not in `source`, in two lists, or has two labels.
     """
-    files, seen = listed_in(folder), {}
+    files = listed_in(folder)
+    seen = {}
     found: Found = {split: [] for split, _ in files}
     if "train" not in found:
         raise ValueError(f"{files[0][1]} needs a train.txt beside it: add one, or take the list away")
@@ -151,9 +153,10 @@ def check_that_all_are_there(source, paths: list[str], file: Path) -> None:
     missing = [path for path in paths if not source.holds(path)]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        drawn = ", or draw anew with another splits_path" if file.parent != source.root else ""
         raise ValueError(
             f"{file} names images that are not in {source.root}: {', '.join(missing[:5])}{more}. Put them there, or "
-            f"take their lines away{', or draw anew with another splits_path' * (file.parent != source.root)}"
+            f"take their lines away{drawn}"
         )
 
 
@@ -170,7 +173,7 @@ def write(folder: Path, found: Found, made_by: dict[str, Any]) -> None:
         if odd is not None:
             raise ValueError(f"{odd!r} cannot be listed in {folder / split}.txt: rename it, in UTF-8 and in one line")
         # a blank in front belongs to the name if there is ./ before it
-        lines = (f"{'./' * path[0].isspace()}{path},{label}\n" for path, label in images)
+        lines = (f"{'./' if path[0].isspace() else ''}{path},{label}\n" for path, label in images)
         write_whole(folder / f"{split}.txt", "".join(lines))
 
 
