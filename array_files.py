@@ -57,7 +57,8 @@ def read_array(
     Raises:
         ValueError: another shape, another type, or floats out of 0 to 1.
     """
-    suffix, file = Path(path).suffix.lower(), path if file is None else file
+    suffix = Path(path).suffix.lower()
+    file = path if file is None else file
     if suffix == ARRAY_SUFFIX:
         pixels = read_npy(file, channels)
     elif suffix in TIFF_SUFFIXES:

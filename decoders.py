@@ -46,7 +46,8 @@ def read_video(path: str, choose: Choose, channels: int, threads: int) -> Frames
         check_size(stream.codec_context.width * stream.codec_context.height)
         packets = [packet for packet in container.demux(stream) if packet.size]
         codec = stream.codec_context
-        codec.thread_type, codec.thread_count = ("AUTO" if threads > 1 else "NONE"), threads
+        codec.thread_type = "AUTO" if threads > 1 else "NONE"
+        codec.thread_count = threads
         if codec.codec.intra_only:  # it would conceal damages; the others would then refuse files with open groups
             codec.options = {"err_detect": "explode"}
         counted = container.format.name == COUNTED or any(packet.pts is None for packet in packets)
@@ -104,16 +105,13 @@ def converted(
             number = missing.pop(stamp)
             if frame.is_corrupt:
                 raise ValueError(f"frame {number} is damaged")
-            yield number, to_array(reformatter, frame, channels)
+            pixels = reformatter.reformat(frame, format="gray" if channels == 1 else "rgb24").to_ndarray()
+            if channels == 1:
+                pixels = pixels[..., None]
+            # as it is meant to be seen
+            yield number, np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
             if not missing:
                 return
-
-
-def to_array(reformatter, frame: "VideoFrame", channels: int) -> np.ndarray:
-    """[H, W, C], as it is meant to be seen."""
-    pixels = reformatter.reformat(frame, format="gray" if channels == 1 else "rgb24").to_ndarray()
-    pixels = pixels[..., None] if channels == 1 else pixels
-    return np.rot90(pixels, round(frame.rotation / 90)) if frame.rotation else pixels
 
 
 # ---- folders of frames ----
@@ -159,7 +157,8 @@ def joined(frames: Iterable[tuple[Hashable, np.ndarray]], names: Sequence[Hashab
     Raises:
         ValueError: frames of two sizes.
     """
-    whole, rows = np.empty(0, np.uint8), {name: row for row, name in enumerate(names)}
+    whole = np.empty(0, np.uint8)
+    rows = {name: row for row, name in enumerate(names)}
     for name, frame in frames:
         if not len(whole):
             whole = np.empty((len(names), *frame.shape), np.uint8)

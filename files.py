@@ -59,7 +59,8 @@ def class_numbers(split: Path) -> dict[str, int]:
     def names(folder: Path) -> list[str]:
         return sorted(path.name for path in folders_in(folder)) if folder.is_dir() else []
 
-    here, train = names(split), names(split.with_name("train"))
+    here = names(split)
+    train = names(split.with_name("train"))
     known = numbers(map(composed, train or here), {split.name: map(composed, here)}, split.parent)
     return {name: known[composed(name)] for name in here}
 
@@ -78,8 +79,11 @@ class LabelledFiles(Dataset):
     def __init__(
         self, files: list[Sample], kind: str, skip_unreadable: bool, evaluated: bool, source: OnDisk | None = None
     ):
-        self.files, self.kind, self.skip_unreadable, self.source = files, kind, skip_unreadable, source or OnDisk()
+        self.files = files
+        self.kind = kind
+        self.skip_unreadable = skip_unreadable
         self.evaluated = evaluated
+        self.source = source or OnDisk()
         self.class_names: list[str] = []  # in the order of their numbers, where they are known
         self.epoch = 0  # told by the loader
         self.share()
@@ -140,7 +144,8 @@ class LabelledFiles(Dataset):
             candidate = self.candidate(start)
             while candidate < len(self):
                 try:
-                    found, label = self.read(candidate), self.files[candidate][1]
+                    found = self.read(candidate)
+                    label = self.files[candidate][1]
                     left_out = self.evaluated and candidate != index
                     return found, np.full_like(label, UNREADABLE)[()] if left_out else label
                 except Exception as error:  # readers raise many kinds of them on damaged files

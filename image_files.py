@@ -27,7 +27,8 @@ def class_folders(split: Path) -> list[Sample]:
     Raises:
         ValueError: there are no images, or none of a class; there are classes that train lacks.
     """
-    passed_over, numbers = PassedOver(), class_numbers(split)
+    passed_over = PassedOver()
+    numbers = class_numbers(split)
     of_class = in_class_folders(split, numbers, image_suffixes(), passed_over)
     empty = [name for name, paths in of_class.items() if not paths]
     if empty or not of_class:
@@ -85,7 +86,10 @@ class ImageFiles(LabelledFiles):
         source: OnDisk | None = None,
     ):
         super().__init__(samples(split), "image", skip_unreadable, not views, source)
-        self.channels, self.size, self.views, self.seed = channels, size, views, seed
+        self.channels = channels
+        self.size = size
+        self.views = views
+        self.seed = seed
         self.pixel_range = pixel_range
 
     def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
@@ -98,7 +102,9 @@ class ImageFiles(LabelledFiles):
 
     def read(self, index: int) -> tuple[Image.Image | np.ndarray, list[Box]]:
         """An image and the box of each view. A large JPEG is decoded at the scale that its views have use for."""
-        path, how, boxes = self.files[index][0], (self.channels, self.pixel_range), []
+        path = self.files[index][0]
+        how = (self.channels, self.pixel_range)
+        boxes = []
         file = self.source.open(path)
         if self.views and not is_array(path, *how) and (size := jpeg_size(file)):
             boxes = self.boxes(index, size)
@@ -149,7 +155,8 @@ def read_image(file: File, channels: int, pixel_range: list[float] | None = None
 
 def has_equal_pages(image: Image.Image) -> bool:
     """A smaller page would be the same image once more, reduced."""
-    size, several = image.size, image.n_frames > 1
+    size = image.size
+    several = image.n_frames > 1
     if several:
         image.seek(1)
         several = image.size == size

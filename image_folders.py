@@ -12,7 +12,6 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,8 @@ class ImageFolder(OnDisk):
     def __init__(self, root: Path, labels_from: str | None):
         if not root.is_dir():
             raise ValueError(f"data_path={str(root)!r} is no folder: give that of your images, or set DATA_PATH")
-        self.root, self.labels_from = root, labels_from
+        self.root = root
+        self.labels_from = labels_from
         self.passed_over = PassedOver()
 
     def find(self) -> Found:
@@ -97,7 +97,8 @@ def lists(folder: Path, source) -> Found:
     Raises:
         ValueError: there is none for training; an image is not in `source`, in two lists, or has two labels.
     """
-    files, seen = listed_in(folder), {}
+    files = listed_in(folder)
+    seen = {}
     found: Found = {split: [] for split, _ in files}
     if "train" not in found:
         raise ValueError(f"{files[0][1]} needs a train.txt beside it: add one, or take the list away")
@@ -123,20 +124,16 @@ def text_of(file: Path) -> str:
 
 def entries(text: str, root: Path) -> Iterator[tuple[str, Label]]:
     """(path below the root, label or None) of each line."""
+    suffixes = "|".join(map(re.escape, image_suffixes()))
+    # a path ends like an image's name, blanks, commas and all, or else at the last comma, or at the last blank
+    pattern = re.compile(rf"(.+(?:{suffixes})|.+(?=,)|.+(?=\s)|.+)(?:(?:\s*,|\s)(.*))?", re.IGNORECASE)
     roots = [os.path.join(base, "") for base in (os.path.abspath(root), os.path.realpath(root))]
     for line in filter(None, map(str.strip, text.split("\n"))):  # splitlines() would also split names
-        path, label = line_of_list().fullmatch(line).groups()
+        path, label = pattern.fullmatch(line).groups()
         path = posixpath.normpath(path.rstrip())
         for base in roots:
             path = path.removeprefix(base)
         yield path, as_label(label or "")
-
-
-@cache
-def line_of_list() -> re.Pattern:
-    """A path ends like an image's name, blanks, commas and all, or else at the last comma, or at the last blank."""
-    suffixes = "|".join(map(re.escape, image_suffixes()))
-    return re.compile(rf"(.+(?:{suffixes})|.+(?=,)|.+(?=\s)|.+)(?:(?:\s*,|\s)(.*))?", re.IGNORECASE)
 
 
 def as_label(text: str) -> Label:
@@ -156,9 +153,10 @@ def check_that_all_are_there(source, paths: list[str], file: Path) -> None:
     missing = [path for path in paths if not source.holds(path)]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        drawn = ", or draw anew with another splits_path" if file.parent != source.root else ""
         raise ValueError(
             f"{file} names images that are not in {source.root}: {', '.join(missing[:5])}{more}. Put them there, or "
-            f"take their lines away{', or draw anew with another splits_path' * (file.parent != source.root)}"
+            f"take their lines away{drawn}"
         )
 
 
@@ -175,7 +173,7 @@ def write(folder: Path, found: Found, made_by: dict[str, Any]) -> None:
         if odd is not None:
             raise ValueError(f"{odd!r} cannot be listed in {folder / split}.txt: rename it, in UTF-8 and in one line")
         # a blank in front belongs to the name if there is ./ before it
-        lines = (f"{'./' * path[0].isspace()}{path},{label}\n" for path, label in images)
+        lines = (f"{'./' if path[0].isspace() else ''}{path},{label}\n" for path, label in images)
         write_whole(folder / f"{split}.txt", "".join(lines))
 
 

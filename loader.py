@@ -63,7 +63,9 @@ class Loader(DataLoader):
             return
         # A generator: nothing happens before the first batch is asked for. Lightning wants the iterator before it has
         # set the epoch of a resumed run, and workers would begin with the wrong one.
-        epoch, resumed, self.resumed = self.sampler.epoch, self.resumed, None
+        epoch = self.sampler.epoch
+        resumed = self.resumed
+        self.resumed = None
         start = resumed["batches"] if resumed is not None and resumed["epoch"] == epoch else 0
         self.position = {"epoch": epoch, "batches": start}
         self.sampler.skip = start * self.batch_size

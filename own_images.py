@@ -41,9 +41,11 @@ INSTEAD = {"val": "test", "test": "val"}  # where the one has no images
 def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: list[View]) -> ImageFiles:
     """The images of a split: of `data_path`, or of the data set's name below `folder`."""
     refuse_foreign("data_path", params.data_path)
-    p, source = params, get_source(params, params.data_path or str(folder / params.dataset_name))
+    p = params
+    source = get_source(params, params.data_path or str(folder / params.dataset_name))
     found, class_names = splits(source, params)
-    skip, find = p.unreadable_images == "skip", partial(samples, found=found, params=p, split=split)
+    skip = p.unreadable_images == "skip"
+    find = partial(samples, found=found, params=params, split=split)
     images = ImageFiles(source.root, p.channels, p.crop_size, views, p.seed or 0, skip, find, p.pixel_range, source)
     images.class_names = class_names if class_names != [str(i) for i in range(len(class_names))] else []
     return images
@@ -155,7 +157,8 @@ def settings(params: EncoderAndDataParams) -> dict[str, Any]:
 
 def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> Source:
     """What holds the images: files, shards of them, or Arrow files. `names`: of classes, where they have both."""
-    p, folder = params, Path(root).expanduser()
+    p = params
+    folder = Path(root).expanduser()
     if arrow_images.is_there(folder):
         if p.include_patterns or p.exclude_patterns:
             raise ValueError(
@@ -204,7 +207,8 @@ def wanted(found: Found, root: Path, params: EncoderAndDataParams, passed_over: 
     chosen: Found = {split: [] for split in found}
     for split, images in found.items():
         for image in images:
-            if is_wanted(image[0], params):
+            included = not params.include_patterns or any(matches(image[0], p) for p in params.include_patterns)
+            if included and not any(matches(image[0], pattern) for pattern in params.exclude_patterns):
                 chosen[split].append(image)
             else:
                 passed_over.add("by include_patterns and exclude_patterns", image[0])
@@ -231,7 +235,8 @@ def wanted(found: Found, root: Path, params: EncoderAndDataParams, passed_over: 
 
 def without_training(found: Found, params: EncoderAndDataParams) -> str:
     """What there is instead of training images, and the way out."""
-    n, others = len(found.get("train", [])), [split for split, images in found.items() if split and images]
+    n = len(found.get("train", []))
+    others = [split for split, images in found.items() if split and images]
     if n:
         patterns = f"include_patterns={params.include_patterns}, exclude_patterns={params.exclude_patterns}"
         return f"{n} images for training, of which {patterns} leave none: choose others"
@@ -243,11 +248,14 @@ def without_training(found: Found, params: EncoderAndDataParams) -> str:
     return "0 images for training: choose another"
 
 
+<<<<<<< HEAD
 def is_wanted(path: str, params: EncoderAndDataParams) -> bool:
     included = not params.include_patterns or any(matches(path, pattern) for pattern in params.include_patterns)
     return included and not any(matches(path, pattern) for pattern in params.exclude_patterns)
 
 
+=======
+>>>>>>> w-data
 def matches(path: str, pattern: str) -> bool:
     """A pattern without a slash is for the file's name, one with a slash for its path; `*` is any text, slashes too."""
     return fnmatchcase(path if "/" in pattern else path.rsplit("/", 1)[-1], pattern)
@@ -290,7 +298,8 @@ def names_of(labels: set[str | int], class_to_idx: list[str] | None) -> dict[Lab
                 "set class_to_idx"
             )
         return {label: composed(label) for label in labels}
-    given, first = numbers_of(class_to_idx), first_names(class_to_idx)
+    given = numbers_of(class_to_idx)
+    first = first_names(class_to_idx)
     names = {label: first.get(given.get(str(composed(label)), label)) for label in labels}
     if unknown := sorted(str(label) for label, name in names.items() if name is None):
         raise ValueError(f"class_to_idx has no number for {', '.join(unknown)}: add it, or set exclude_patterns")
@@ -315,7 +324,8 @@ def as_classes(labels: list[int]) -> np.ndarray:
 
 def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed: int) -> Numbered:
     """train, val and test: a share of every class each, at least one image if it is not 0, but never the last one."""
-    rest, found = np.arange(len(images)), {}
+    rest = np.arange(len(images))
+    found = {}
     for split, size in (("test", test_size), ("val", val_size / (1 - test_size))):
         if size > 0:
             classes = as_classes([images[i][1] for i in rest])
@@ -325,5 +335,6 @@ def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed
                     "val_size=0 or test_size=0, or add images"
                 )
             fit, score = subsets.held_out(classes, size, seed)
-            rest, found[split] = rest[fit], [images[i] for i in rest[score]]
+            found[split] = [images[i] for i in rest[score]]
+            rest = rest[fit]
     return {"train": [images[i] for i in rest], **found}

@@ -37,7 +37,8 @@ def arrays(split: Path) -> tuple[np.memmap, np.ndarray]:
         ValueError: a file is cut, empty, or holds something else. Names it.
     """
     file = split / "images.npy"
-    images, labels = loaded(file, "r"), in_classes(loaded(split / "labels.npy"), split / "labels.npy")
+    images = loaded(file, "r")
+    labels = in_classes(loaded(split / "labels.npy"), split / "labels.npy")
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"{file} holds {images.dtype} {images.shape}, not uint8 N x H x W x C: {ANEW}")
     if len(images) != len(labels):
@@ -80,7 +81,8 @@ class PackedImages(Dataset):
     def subset(self, indices: np.ndarray) -> "PackedImages":
         """These images alone, of the same files."""
         part = copy.copy(self)
-        part.labels, part.places = self.labels[indices], self.places[indices]
+        part.labels = self.labels[indices]
+        part.places = self.places[indices]
         return part
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,8 @@ COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz)$", re.IGN
 
 
 def is_pattern(data_path: str) -> bool:
-    return is_shard(data_path) or "://" in data_path or data_path.startswith("pipe:")
-
-
-def is_shard(name: str) -> bool:
-    return name.endswith(SUFFIX) or COMPRESSED.search(name) is not None
+    is_shard = data_path.endswith(SUFFIX) or COMPRESSED.search(data_path) is not None
+    return is_shard or "://" in data_path or data_path.startswith("pipe:")
 
 
 def expanded(pattern: str, passed_over: PassedOver) -> Iterator[str]:

@@ -55,7 +55,8 @@ def share(n: int, fraction: float) -> int:
 
 def shuffled_classes(labels: Labels, seed: int) -> list[np.ndarray]:
     """Indices of the images of each class, in random order."""
-    labels, rng = np.asarray(labels), np.random.default_rng(seed)
+    labels = np.asarray(labels)
+    rng = np.random.default_rng(seed)
     by_class = np.argsort(labels, kind="stable")[np.count_nonzero(labels < 0) :]
     if len(by_class) == 0:
         raise ValueError("no image has a label of 0 or more: there is nothing to draw from")

@@ -75,20 +75,22 @@ class TarShards(OnDisk):
         labels_from: str | None,
         index_file: Path | None = None,
     ):
-        found, parts = PassedOver(), data_path.split("::")
-        shards = sorted({os.path.abspath(shard) for part in parts for shard in expanded(part, found)})
+        found = PassedOver()
+        shards = sorted({os.path.abspath(shard) for part in data_path.split("::") for shard in expanded(part, found)})
         if not shards:
             raise ValueError(f"data_path={data_path!r} matches no shards: give the pattern of your .tar files")
         self.root = Path(os.path.commonpath([os.path.dirname(shard) for shard in shards]))
         endings = tuple(image_key.lower().split(";")) if image_key else tuple(suffix[1:] for suffix in image_suffixes())
         keys = None if labels_from is None else (label_key,) if label_key else LABEL_KEYS
-        self.labels_from, self.label_key = labels_from, label_key
+        self.labels_from = labels_from
+        self.label_key = label_key
         self.stamps = {shard: stamp(shard) for shard in shards}
         indices = index(self.stamps, (endings, keys), index_file)
         self.index = {shard: one.places for shard, one in indices.items()}
         for one in indices.values():
             found.join(one.passed_over)
-        self.found_beside, self.passed_over = found, PassedOver()
+        self.found_beside = found
+        self.passed_over = PassedOver()
 
     def find(self) -> Found:
         """All images, by the split that a word in the shard's name says ("train", "val", ...), or its folder's name;
@@ -179,7 +181,8 @@ def read_index(file: Path, how: How) -> dict[tuple[str, Stamp, How], Shard]:
 
 def indexed(shard: str, stamp: Stamp, endings: tuple[str, ...], label_keys: tuple[str, ...] | None) -> Shard:
     """Image -> its place and label, in the order of the shard."""
-    passed_over, places = PassedOver(), {}
+    passed_over = PassedOver()
+    places = {}
     try:
         contents = contents_of(shard, passed_over)
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:

@@ -51,8 +51,13 @@ class VideoFiles(LabelledFiles):
         skip_unreadable: bool = False, n_clips: int = 1, n_crops: int = 1,
     ):  # fmt: skip
         super().__init__(videos, "video", skip_unreadable, not views)
-        self.read_frames, self.sampling, self.size, self.views, self.seed = read, sampling, size, views, seed
-        self.n_clips, self.n_crops = n_clips, n_crops
+        self.read_frames = read
+        self.sampling = sampling
+        self.size = size
+        self.views = views
+        self.seed = seed
+        self.n_clips = n_clips
+        self.n_crops = n_crops
 
     def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
         return self.readable(index)
@@ -81,8 +86,8 @@ class VideoFiles(LabelledFiles):
 
     def even_clips(self, path: str) -> Tensor:
         frames, places = self.read_frames(path, lambda times: clips.even_clips(times, self.n_clips, self.sampling))
-        boxes, found = squares(frames.shape[2], frames.shape[1], self.n_crops), []
-        for left, top, right, bottom in boxes:
+        found = []
+        for left, top, right, bottom in squares(frames.shape[2], frames.shape[1], self.n_crops):
             found.append(resized_clip(frames[:, top:bottom, left:right], self.size))  # [C, M, size, size]
         found = torch.stack([crop[:, place] for place in torch.from_numpy(places) for crop in found])
         return found if len(found) > 1 else found[0]
@@ -99,9 +104,12 @@ def resized_clip(frames: np.ndarray, size: int) -> Tensor:
 def squares(width: int, height: int, n: int) -> list[Box]:
     """The central square, or as many squares of the shorter side, evenly placed along the longer one."""
     side = round(min(width, height) * (CENTRAL if n == 1 else 1))
-    lefts, tops = (np.round(np.linspace(0, room - side, n) if n > 1 else [(room - side) / 2]).astype(int)
-                   for room in (width, height))  # fmt: skip
-    return [(int(x), int(y), int(x) + side, int(y) + side) for x, y in zip(lefts, tops, strict=True)]
+    if n == 1:
+        lefts, tops = [(width - side) / 2], [(height - side) / 2]
+    else:
+        lefts, tops = np.linspace(0, width - side, n), np.linspace(0, height - side, n)
+    corners = np.round(np.stack([lefts, tops], 1)).astype(int).tolist()
+    return [(left, top, left + side, top + side) for left, top in corners]
 
 
 def with_next(indices: np.ndarray, n_frames: int) -> np.ndarray:
@@ -128,7 +136,9 @@ def get_videos(params: EncoderAndDataParams, folder: Path, views: list[View]) ->
     Raises:
         ValueError: no videos; a line of a list that is not understood; PyAV is wanted and missing.
     """
-    of_frames, train, path = params.video_decoder == "frames", folder.with_name("train"), list_file(folder)
+    of_frames = params.video_decoder == "frames"
+    train = folder.with_name("train")
+    path = list_file(folder)
     if are_there(train) and path.is_file() != list_file(train).is_file():
         check_that_unlabelled(path if path.is_file() else list_file(train), of_frames)
     refuse_foreign("video_path_prefix", params.video_path_prefix)
@@ -143,7 +153,8 @@ def get_videos(params: EncoderAndDataParams, folder: Path, views: list[View]) ->
 
 def as_set(params: EncoderAndDataParams, videos: list[Sample], views: list[View]) -> VideoFiles:
     """Videos that are known, read by the settings of `params`. Raises ValueError if PyAV is wanted and missing."""
-    p, of_frames = params, params.video_decoder == "frames"
+    p = params
+    of_frames = p.video_decoder == "frames"
     if not of_frames and importlib.util.find_spec("av") is None:
         raise ValueError("video_decoder='file' needs PyAV, which is not installed: pip install av, or use 'frames'")
     how = {"channels": p.channels, "threads": p.decoding_threads}
@@ -152,7 +163,8 @@ def as_set(params: EncoderAndDataParams, videos: list[Sample], views: list[View]
     else:
         read = partial(decoders.read_video, **how)
     sampling = clips.Sampling(p.num_frames, p.clip_duration, p.clip_speeds, p.clip_jitter)
-    skip, places = p.unreadable_images == "skip", (p.evaluation_clips, p.evaluation_crops)
+    skip = p.unreadable_images == "skip"
+    places = (p.evaluation_clips, p.evaluation_crops)
     return VideoFiles(videos, read, sampling, p.crop_size, views, p.seed or 0, skip, *places)
 
 
@@ -193,10 +205,12 @@ def numbered(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     Raises:
         ValueError: there are labels that train lacks.
     """
-    videos, train = listed(path, prefix, of_frames), path.with_name("train.csv")
+    videos = listed(path, prefix, of_frames)
+    train = path.with_name("train.csv")
     of_train = listed(train, prefix, of_frames) if train.is_file() and train != path else videos
-    labels, of_train = ([None if label < 0 else label for _, label in found] for found in (videos, of_train))
-    known = {**numbers(of_train, {path.stem: labels}, path), None: UNLABELED}
+    labels = [None if label < 0 else label for _, label in videos]
+    labels_of_train = [None if label < 0 else label for _, label in of_train]
+    known = {**numbers(labels_of_train, {path.stem: labels}, path), None: UNLABELED}
     return [(video, known[label]) for (video, _), label in zip(videos, labels, strict=True)]
 
 

@@ -46,7 +46,8 @@ def samples(split: Path) -> list[tuple[str, np.ndarray]]:
     Raises:
         ValueError: the lists of the classes are not of the same images, or hold something else.
     """
-    names, columns = None, []
+    names = None
+    columns = []
     for path in lists(split):
         rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
         if not rows or any(len(row) != 2 or row[1] not in ("-1", "0", "1") for row in rows):

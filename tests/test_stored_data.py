@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import warnings
@@ -579,9 +580,38 @@ def test_without_labels_or_train(tmp_path):
     assert set(labels(params(tmp_path / "bare"))) == {-1}
     root = write_arrow(tmp_path / "others", as_dict={"unsupervised": NAMES[:4], "test": NAMES[4:8]})
     with pytest.raises(
-        ValueError, match="has the splits unsupervised, test and no train: give data_path=.*others/SPLIT"
+        ValueError, match="has the splits test, unsupervised and no train: give data_path=.*others/SPLIT"
     ):
         labels(params(root))
+
+
+@pytest.mark.parametrize("place", ["", "data"])
+def test_parquet_files_are_read_as_what_was_saved(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    parts = {"train": NAMES[::2], "test": NAMES[1::2]}
+    saved = write_arrow(tmp_path / "saved", as_dict=parts)
+    (tmp_path / "tables" / place).mkdir(parents=True)
+    (tmp_path / "tables" / "README.md").write_text("# Photos\n")
+    for split, rows in datasets.load_from_disk(saved).items():
+        rows.to_parquet(tmp_path / "tables" / place / f"{split}-00000-of-00001.parquet")
+    for split, names in parts.items():
+        assert labels(params(tmp_path / "tables"), split) == list(map(classes, names))
+    ours, expected = (data.get_dataset(params(Path(root)), ("test",)) for root in (tmp_path / "tables", saved))
+    assert torch.equal(ours[7][0], expected[7][0]) and ours.class_names == expected.class_names
+    write_folder(tmp_path / "tables" / "photos")  # features that lie beside their images
+    assert not own_images.is_stored(str(tmp_path / "tables"))
+
+
+def test_a_missing_package_is_named(stored, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="data_path=.*pip install datasets"):
+        labels(params(Path(stored["arrow"])))
+
+
+def test_datasets_is_imported_for_its_folders_alone():
+    """It takes longer to import than all other readers."""
+    code = "import sys, own_images; sys.exit('datasets' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(own_images.__file__).parent)
 
 
 # ---- programs ----
