@@ -8,14 +8,11 @@ import hashlib
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from file_search import PassedOver, folders_in
 from files import File, OnDisk
 from image_folders import SPLITS, Found, Label, as_label, has_images
-
-if TYPE_CHECKING:
-    import datasets
 
 LABEL_KEYS = ("label", "labels")  # where no other is wanted; else the only column of classes
 
@@ -116,7 +113,7 @@ class ArrowImages(OnDisk):
         return (self.hashes[path.rpartition("/")[0]],)
 
 
-def load(root: Path) -> dict[str, "datasets.Dataset"]:
+def load(root: Path) -> dict[str, Any]:
     """Return folder -> the Dataset saved there, of `root` or of each split below it. Its rows come as tables of Arrow,
     with images as they were saved, not decoded. A split of Parquet files is named like a folder of this name."""
     try:
@@ -157,7 +154,7 @@ def only(features: dict[str, Any], kind: str, preferred: tuple[str, ...], field:
     )
 
 
-def hash_of(dataset: "datasets.Dataset") -> str:
+def hash_of(dataset: Any) -> str:
     """Return what changes when one of its Arrow files does."""
     statuses = [(entry["filename"], os.stat(entry["filename"])) for entry in dataset.cache_files]
     files = tuple((file, status.st_size, status.st_mtime_ns) for file, status in statuses)

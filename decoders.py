@@ -9,16 +9,13 @@ import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from array_files import check_size
 from file_search import ARRAY_SUFFIX, image_suffixes, is_hidden
 from image_files import read_image
-
-if TYPE_CHECKING:
-    from av import CodecContext, Packet, VideoFrame
 
 Choose = Callable[[np.ndarray], np.ndarray]
 Frames = tuple[np.ndarray, np.ndarray]
@@ -64,7 +61,7 @@ def read_video(path: str, choose: Choose, channels: int, threads: int) -> Frames
     return frames, places.reshape(indices.shape)
 
 
-def by_time(codec: "CodecContext", packets: list["Packet"], wanted: set[int]) -> Iterator[tuple[int, "VideoFrame"]]:
+def by_time(codec: Any, packets: list[Any], wanted: set[int]) -> Iterator[tuple[int, Any]]:
     """(time stamp, frame) of the wanted frames, and of others on the way to them: from the last keyframe before each.
     Then of all frames from the first packet, for what is missing still: after a "keyframe" of H.264's intra refresh,
     pictures become whole only little by little.
@@ -88,13 +85,13 @@ def by_time(codec: "CodecContext", packets: list["Packet"], wanted: set[int]) ->
     yield from ((frame.pts, frame) for frame in in_order(codec, packets))
 
 
-def in_order(codec: "CodecContext", packets: list["Packet"]) -> Iterator["VideoFrame"]:
+def in_order(codec: Any, packets: list[Any]) -> Iterator[Any]:
     """All frames, as they come out of the decoder."""
     return (frame for packet in [*packets, None] for frame in codec.decode(packet))
 
 
 def converted(
-    decoded: Iterable[tuple[int, "VideoFrame"]], missing: dict[int, int], channels: int
+    decoded: Iterable[tuple[int, Any]], missing: dict[int, int], channels: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(number, [H, W, C]) of each frame whose number is `missing`, by its stamp, until none is."""
     from av.video.reformatter import VideoReformatter

@@ -248,14 +248,6 @@ def without_training(found: Found, params: EncoderAndDataParams) -> str:
     return "0 images for training: choose another"
 
 
-<<<<<<< HEAD
-def is_wanted(path: str, params: EncoderAndDataParams) -> bool:
-    included = not params.include_patterns or any(matches(path, pattern) for pattern in params.include_patterns)
-    return included and not any(matches(path, pattern) for pattern in params.exclude_patterns)
-
-
-=======
->>>>>>> w-data
 def matches(path: str, pattern: str) -> bool:
     """A pattern without a slash is for the file's name, one with a slash for its path; `*` is any text, slashes too."""
     return fnmatchcase(path if "/" in pattern else path.rsplit("/", 1)[-1], pattern)
