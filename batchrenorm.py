@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from numerics import at_least_float32
+from self_supervised.numerics import at_least_float32
 
 
 class BatchRenorm(nn.Module):

@@ -17,22 +17,20 @@ from attrs import field, frozen
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
-import augmentations
-import data
-import layers
-import optimizers
-import schedules
-import subsets
-from catalogue import NORMS_AND_BIASES, View
-from data import labelled, n_classes, resolve
-from encoders import embed, get_encoder
-from fields import choice, fraction, non_negative, number, plain, positive
-from files import UNREADABLE, nan_where_unreadable
 from lars import parameter_groups
 from model_params import OF_ONE_KIND, OF_TRAINING, EncoderAndDataParams, refuse
-from numerics import at_least_float32
-from stage import Stage, one_image_explained
-from weights import SHARED, load_encoder
+from self_supervised.catalogue import NORMS_AND_BIASES, View
+from self_supervised.data import loading, subsets
+from self_supervised.data.files import UNREADABLE, nan_where_unreadable
+from self_supervised.data.loading import labelled, n_classes, resolve
+from self_supervised.fields import choice, fraction, non_negative, number, plain, positive
+from self_supervised.networks import layers
+from self_supervised.networks.encoders import embed, get_encoder
+from self_supervised.networks.pretrained import SHARED, load_encoder
+from self_supervised.numerics import at_least_float32
+from self_supervised.training import optimizers
+from self_supervised.training.base_method import Stage, one_image_explained
+from self_supervised.views import augmentations
 
 # ---- settings ----
 
@@ -338,19 +336,19 @@ class LinearClassifierMethod(Stage):
 
     def train_dataloader(self):
         p = self.params
-        dataset = data.get_dataset(p, p.dataset.train_splits, [self.view])
+        dataset = loading.get_dataset(p, p.dataset.train_splits, [self.view])
         return self.loader(dataset.subset(self.split(dataset.labels)[0]), training=True)
 
     def val_dataloader(self):
         p = self.params
         if p.validate_on == "test":
-            return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)
-        dataset = data.get_dataset(p, p.dataset.train_splits)
+            return self.loader(loading.get_dataset(p, p.dataset.test_splits), training=False)
+        dataset = loading.get_dataset(p, p.dataset.train_splits)
         return self.loader(dataset.subset(self.split(dataset.labels)[1]), training=False)
 
     def test_dataloader(self):
         p = self.params
-        return self.loader(data.get_dataset(p, p.dataset.test_splits), training=False)
+        return self.loader(loading.get_dataset(p, p.dataset.test_splits), training=False)
 
 
 # ---- learning rates ----
@@ -368,10 +366,10 @@ def for_linear_stage(params: LinearClassifierMethodParams, plan: optimizers.Plan
 
 def warmup_cosine(plan: optimizers.Plan, step: int) -> float:
     """Share of the highest rate."""
-    return schedules.warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=0.0)
+    return optimizers.warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=0.0)
 
 
 def warmup_steps_down(plan: optimizers.Plan, step: int) -> float:
     """Share of the highest rate."""
-    share = schedules.steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
-    return share * schedules.warmup(step, plan.warmup_steps)
+    share = optimizers.steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
+    return share * optimizers.warmup(step, plan.warmup_steps)

@@ -12,24 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import augmentations
-import data
-import ddp
-import evaluation
-import losses
-import online_classifier
-import optimizers
-import parameter_options
-import schedules
-import watch
-from data import labelled, n_classes, resolve
-from encoders import check_small_views, embed, get_encoder, source_of_weights
-from fields import plain
-from files import nan_where_unreadable
-from heads import MLP
 from model_params import CHANGING, ModelParams, changes
-from numerics import Scores, at_least_float32
-from stage import Stage, one_image_explained
+from self_supervised import distributed, losses
+from self_supervised.data import loading
+from self_supervised.data.files import nan_where_unreadable
+from self_supervised.data.loading import labelled, n_classes, resolve
+from self_supervised.evaluation import validation
+from self_supervised.fields import plain
+from self_supervised.networks.encoders import check_small_views, embed, get_encoder, source_of_weights
+from self_supervised.networks.heads import MLP
+from self_supervised.numerics import Scores, at_least_float32
+from self_supervised.training import monitor, online_classifier, optimizers, parameter_groups
+from self_supervised.training.base_method import Stage, one_image_explained
+from self_supervised.views import augmentations
 
 
 class SelfSupervisedMethod(Stage):
@@ -97,7 +92,7 @@ class SelfSupervisedMethod(Stage):
             return self.on_sphere(self.lagging_projection_model(self.lagging_model(x)))
 
         if self.params.shuffle_batch_norm:
-            return ddp.shuffled(slow, x, self.step_seed(batch_idx), self.params.n_virtual_devices)
+            return distributed.shuffled(slow, x, self.step_seed(batch_idx), self.params.n_virtual_devices)
         return slow(x)
 
     def on_sphere(self, z: Tensor) -> Tensor:
@@ -135,7 +130,7 @@ class SelfSupervisedMethod(Stage):
         loss = scalars.pop("loss") * p.loss_factor
         if self.queue is not None:
             new_keys = [keys[j].detach() for j in sorted(keys)]  # gathered view by view: in one process's order
-            self.new_keys = [k if p.gather_keys_for_queue is False else ddp.gather(k) for k in new_keys]
+            self.new_keys = [k if p.gather_keys_for_queue is False else distributed.gather(k) for k in new_keys]
         constants = {"m": self.momentum(), "T": p.T, **changing}
         constants = {name: loss.new_full((), value) for name, value in constants.items()}  # a copy would have to wait
         self.log_dict({"step_train_loss": loss.detach(), **scalars, **constants})
@@ -156,7 +151,7 @@ class SelfSupervisedMethod(Stage):
         """The share of itself that the lagging pair keeps at this optimizer step."""
         if not self.params.use_momentum_schedule:
             return self.params.m
-        return schedules.cosine(self.params.m, 1.0, self.global_step / self.trainer.estimated_stepping_batches)
+        return optimizers.cosine(self.params.m, 1.0, self.global_step / self.trainer.estimated_stepping_batches)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         m = self.momentum()
@@ -167,7 +162,7 @@ class SelfSupervisedMethod(Stage):
 
     def configure_optimizers(self) -> dict:
         self.plan = optimizers.get_plan(self.params, self.trainer, optimizers.warmup_epochs(self.params))
-        groups = parameter_options.groups(self.parameter_table(), dict(self.named_parameters()), self.params)
+        groups = parameter_groups.groups(self.parameter_table(), dict(self.named_parameters()), self.params)
         return optimizers.for_pretraining(self.params, self.plan, groups)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -176,9 +171,9 @@ class SelfSupervisedMethod(Stage):
         with online_classifier.gradients_aside(self.online_classifier):
             super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
-    def parameter_table(self) -> list[parameter_options.Row]:
+    def parameter_table(self) -> list[parameter_groups.Row]:
         """What the optimizer does with each trainable parameter; `parameter_options.printed(...)` to read it."""
-        return parameter_options.table(self, self.params)
+        return parameter_groups.table(self, self.params)
 
     # ---- data ----
 
@@ -206,7 +201,7 @@ class SelfSupervisedMethod(Stage):
 
     def train_dataloader(self):
         self.trains_on_own_data, p = True, self.params
-        dataset = data.get_dataset(p, p.dataset.pretraining_splits, p.views)
+        dataset = loading.get_dataset(p, p.dataset.pretraining_splits, p.views)
         return self.loader(dataset, training=True)
 
     def val_dataloader(self) -> list:
@@ -258,13 +253,13 @@ class SelfSupervisedMethod(Stage):
             return
         test, *train = self.gathered(self.validation_outputs, self.trainer.test_dataloaders)
         scores = self.scores(*test, tuple(train[0]) if train else None)
-        self.log_dict({evaluation.of_test(name): value for name, value in scores.items()})
+        self.log_dict({validation.of_test(name): value for name, value in scores.items()})
 
     def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> Scores:
         """Of embeddings x and labels y, and of the online classifier on them."""
         p = self.params
-        found = ddp.on_rank_zero(lambda: watch.scores(p.evaluations, x, y, train, p.probe_solver))
-        return found | online_classifier.accuracies(self.online_classifier, x, evaluation.one_label_each(y))
+        found = distributed.on_rank_zero(lambda: monitor.scores(p.evaluations, x, y, train, p.probe_solver))
+        return found | online_classifier.accuracies(self.online_classifier, x, validation.one_label_each(y))
 
     # ---- checkpoints ----
 
@@ -273,13 +268,15 @@ class SelfSupervisedMethod(Stage):
         super().on_save_checkpoint(checkpoint)
         checkpoint["started_from"] = self.started_from
         if self.queue is not None and self.params.gather_keys_for_queue is False:  # each process has its own
-            checkpoint["queues"] = {name: ddp.gather(t[None]).cpu() for name, t in self.queue.state_dict().items()}
+            checkpoint["queues"] = {
+                name: distributed.gather(t[None]).cpu() for name, t in self.queue.state_dict().items()
+            }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """The original kept the queue as dim x K in `queue`, and the position in `queue_ptr`."""
         self.started_from, state = checkpoint.get("started_from"), checkpoint["state_dict"]
         for name, of_each in checkpoint.get("queues", {}).items():
-            state[f"queue.{name}"] = of_each[ddp.rank() % len(of_each)]
+            state[f"queue.{name}"] = of_each[distributed.rank() % len(of_each)]
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())
@@ -334,5 +331,5 @@ def scheduled(params: ModelParams, step: int, plan: optimizers.Plan | None) -> d
             warmup_steps = getattr(p, f"{name}_warmup_epochs") * plan.steps_per_epoch
             values = (getattr(p, field) for field in (f"{name}_warmup_start", name, f"{name}_final"))
             curves = getattr(p, f"{name}_warmup"), getattr(p, f"{name}_schedule")
-            found[name] = schedules.warmup_then(step, plan.steps, warmup_steps, *values, *curves)
+            found[name] = optimizers.warmup_then(step, plan.steps, warmup_steps, *values, *curves)
     return found

@@ -10,8 +10,8 @@ from typing import Any
 
 from attrs import evolve, field, fields, fields_dict, frozen
 
-import catalogue
-from catalogue import (
+from self_supervised import catalogue
+from self_supervised.catalogue import (
     BLUR_RADIUS,
     CURVES,
     DATASETS,
@@ -25,7 +25,7 @@ from catalogue import (
     DatasetInfo,
     View,
 )
-from fields import (
+from self_supervised.fields import (
     check_parameter_options,
     check_types,
     choice,
@@ -132,7 +132,7 @@ class EncoderAndDataParams:
     in_channels: int | None = positive(None)  # None: the data set's
 
     # data-related parameters
-    dataset_name: str = choice("stl10", DATASETS)  # data.py; $DATA_PATH says where they are
+    dataset_name: str = choice("stl10", DATASETS)  # data/loading.py; $DATA_PATH says where they are
     batch_size: int = positive(256)  # of each process
     global_batch_size: int | None = positive(None)  # instead: images of one optimizer step, over all processes
     transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # None: the data set's

@@ -24,16 +24,16 @@ from attr import evolve
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-import preflight
-from catalogue import DATASETS
-from fields import as_path
-from folder_lock import locked
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
-from program import one_line_errors
-from run_folder import logged
-from tools import curves
-from whole_files import check_folder, whole, write_whole
+from self_supervised.catalogue import DATASETS
+from self_supervised.fields import as_path
+from self_supervised.folder_lock import locked
+from self_supervised.program import one_line_errors
+from self_supervised.report import curves
+from self_supervised.runs import preflight
+from self_supervised.runs.run_folder import logged
+from self_supervised.safe_files import check_folder, whole, write_whole
 
 BASE = ModelParams(
     lr=0.8,

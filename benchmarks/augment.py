@@ -20,9 +20,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from augmentations import augment
 from benchmarks import harness, peers
-from catalogue import View
+from self_supervised.catalogue import View
+from self_supervised.views.augmentations import augment
 
 SIZES = {32: (32, 512), 96: (96, 128), 224: (256, 48)}  # pixels of a view: (of an image, images of a batch)
 TARGETS = {

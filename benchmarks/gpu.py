@@ -44,7 +44,7 @@ from benchmarks.gpu_steps import (
     pool,
     quick_sizes,
 )
-from packed_images import pack
+from self_supervised.data.packed import pack
 
 
 def plan(sizes: Sizes, compiled: bool) -> list[Task]:

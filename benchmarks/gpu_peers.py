@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks import peers
 from benchmarks.gpu_steps import CUDA, DEVICE, Sizes, Task, Windows, pool, some
-from encoders import get_encoder
 from model_params import ModelParams
+from self_supervised.networks.encoders import get_encoder
 
 OF_LIGHTLY = ("simclr", "moco_v2", "byol", "vicreg", "barlow_twins")
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-import augmentations
 from benchmarks import harness
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
+from self_supervised.views import augmentations
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

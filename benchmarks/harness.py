@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fields import as_path
+from self_supervised.fields import as_path
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]

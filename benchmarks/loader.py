@@ -28,13 +28,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
-import augmentations
-from augmentations import generator
 from benchmarks import harness, peers
-from catalogue import View
-from fields import as_path
-from image_files import ImageFiles
-from loader import Loader, Share
+from self_supervised.catalogue import View
+from self_supervised.data.image_files import ImageFiles
+from self_supervised.data.loader import Loader, Share
+from self_supervised.fields import as_path
+from self_supervised.views import augmentations
+from self_supervised.views.augmentations import generator
 
 CLASSES = 10
 OURS, UINT8, TORCHVISION, LIGHTLY = "ours", "ours, uint8", "torchvision, PIL", "lightly"

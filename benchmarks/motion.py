@@ -21,11 +21,11 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from evaluate import evaluate_checkpoint
-from fields import as_path
+from benchmarks.moving_photographs import MOTIONS, make
 from moco import SelfSupervisedMethod
 from model_params import SCEParams
-from tools.moving_photographs import MOTIONS, make
+from self_supervised.evaluate import evaluate_checkpoint
+from self_supervised.fields import as_path
 
 VIDEOS = {"train": 60, "val": 30}  # of each motion
 SETTINGS = {

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from encoders import get_encoder
 from model_params import ModelParams
+from self_supervised.networks.encoders import get_encoder
 from ws_resnet import PointConv2d
 
 WORKERS = 2

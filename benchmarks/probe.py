@@ -38,8 +38,8 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-import evaluation
 from benchmarks.harness import Row, arguments, in_fresh_process, report, seconds
+from self_supervised.evaluation import validation
 
 SIZES = [(8_000, 512), (50_000, 2_048)]  # images, width
 SCORED_BY_KNN = 2_500  # of the larger set
@@ -66,7 +66,7 @@ def nothing(*_: Tensor) -> float:
 
 
 def our_probe(*halves: Tensor, solver: str) -> float:
-    return evaluation.linear_probe(*halves, solver=solver)["valid_class_acc"]
+    return validation.linear_probe(*halves, solver=solver)["valid_class_acc"]
 
 
 def one_versus_rest(*halves: Tensor) -> float:
@@ -76,7 +76,7 @@ def one_versus_rest(*halves: Tensor) -> float:
 
 
 def our_knn(*halves: Tensor) -> float:
-    return evaluation.knn(*halves)["valid_knn200_acc"]
+    return validation.knn(*halves)["valid_knn200_acc"]
 
 
 def neighbours_classifier(*halves: Tensor) -> float:
@@ -88,7 +88,7 @@ def neighbours_classifier(*halves: Tensor) -> float:
 
 
 def our_rank(train_x: Tensor, *_: Tensor) -> float:
-    return evaluation.rank_me(train_x)["valid_rank_me"]
+    return validation.rank_me(train_x)["valid_rank_me"]
 
 
 def numpys_rank(train_x: Tensor, *_: Tensor) -> float:
@@ -112,8 +112,8 @@ CONTESTANTS: dict[tuple[str, str], Score] = {
 def measured(key: tuple[str, str], n: int, width: int, rounds: int, scored: int) -> tuple[float, float]:
     """(median seconds, score), in a process of its own; it is ended after LIMIT seconds of what is measured."""
     warnings.simplefilter("ignore", ConvergenceWarning)  # of liblinear
-    run, halves = CONTESTANTS[key], list(evaluation.halves(*features(n, width)))
-    run(*evaluation.halves(*features(40, 8)))  # imports, and threads that start
+    run, halves = CONTESTANTS[key], list(validation.halves(*features(n, width)))
+    run(*validation.halves(*features(40, 8)))  # imports, and threads that start
     if key[0] == "kNN":
         halves[2:] = halves[2][:scored], halves[3][:scored]
     scores: list[float] = []

@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 from attrs import field, frozen
 
 from benchmarks.harness import RESULTS, Row, markdown
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+# noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
 OURS, OTHERS, FLOOR = "#1f6feb", "#b8bec8", "#e3b341"

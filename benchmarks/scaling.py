@@ -28,6 +28,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.harness import Row, arguments, in_fresh_process, report
+from self_supervised.data import loading
 
 BASE = {"batch_size": 256, "K": 4096, "dim": 128}
 SWEEPS = [  # what grows, preset, field, values
@@ -131,14 +132,13 @@ def resident() -> dict[str, float]:
 
 def read_batches(folder: str, images: int, batches: int) -> tuple[float, dict[str, float], dict[str, float]]:
     """(median ms of a batch, memory before the data set is opened, memory after the batches)."""
-    import data
     from model_params import ModelParams
 
     write_sparse(Path(folder) / "stl10" / "train", images)
     params = ModelParams(dataset_name="stl10", batch_size=256, seed=0)
     before, times = resident(), []
     with mock.patch.dict(os.environ, {"DATA_PATH": folder}):
-        loader = data.get_loader(params, data.get_dataset(params, ("train",)), training=True)
+        loader = loading.get_loader(params, loading.get_dataset(params, ("train",)), training=True)
     batch = iter(loader)
     for _ in range(batches):
         start = time.perf_counter()

@@ -30,10 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import harness, peers
 from benchmarks.augment import photographs
 from benchmarks.peer_loops import PeerLoop, lightly_loss, plain_loss
-from encoders import get_encoder
-from loader import Loader, Share
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
+from self_supervised.data.loader import Loader, Share
+from self_supervised.networks.encoders import get_encoder
 
 METHODS = ["moco_v2", "simclr", "byol", "eqco", "sce", "vicreg", "barlow_twins"]
 LIGHTLY, PLAIN = {"moco_v2", "simclr", "byol", "vicreg", "barlow_twins"}, {"moco_v2", "simclr", "byol"}

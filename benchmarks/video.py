@@ -37,13 +37,13 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-import data
-from augmentations import augment, generator
 from benchmarks import harness, peers
-from catalogue import View
-from image_files import draw_box
 from moco import SelfSupervisedMethod
 from model_params import SCEParams
+from self_supervised.catalogue import View
+from self_supervised.data import loading
+from self_supervised.data.image_files import draw_box
+from self_supervised.views.augmentations import augment, generator
 
 OURS = {"file": "ours, files", "frames": "ours, folders of frames"}
 PYAV, TORCHCODEC = "PyAV, plain loop", "torchcodec"
@@ -112,7 +112,7 @@ def make_videos(work: Work) -> None:
 def ours(work: Work, decoder: str) -> Dataset:
     os.environ["DATA_PATH"] = str(Path(work.folder) / decoder)
     params = SCEParams(**work.settings, video_decoder=decoder, transform_crop_size=work.size)
-    return data.get_dataset(params, ("train",), params.views)
+    return loading.get_dataset(params, ("train",), params.views)
 
 
 class PlainLoop(Dataset):

@@ -13,10 +13,9 @@ from typing import Any
 
 import attrs
 
-from command_line import changed, described, text, type_text
 from linear_classifier import LinearClassifierMethodParams
 from model_params import ModelParams
-from run_options import RunOptions
+from self_supervised.runs.command_line import RunOptions, changed, described, text, type_text
 
 PAGE = Path(__file__).with_name("options.md")
 MARKER = "<!-- Below this line everything is written by `python docs/options_page.py`: edit the fields. -->\n"

@@ -10,9 +10,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-import data
-from checkpoints import Checkpoints
 from model_params import PRESETS
+from self_supervised import train as train_program
+from self_supervised.data import loading
+from self_supervised.training.checkpoints import Checkpoints
 
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and waiting threads slow others down
 
@@ -38,7 +39,7 @@ def digits_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_PATH", str(path))
-        data.prepare_data("digits")
+        loading.prepare_data("digits")
     return path
 
 
@@ -47,13 +48,13 @@ def finished_run(digits_path, tmp_path_factory):
     """finished_run("vicreg --out {out} ..."): the folder of a run of train.py with these arguments."""
 
     def make(arguments: str) -> Path:
-        import train
+        from self_supervised import train as train_program
 
         out = tmp_path_factory.mktemp("runs") / "first"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DATA_PATH", str(digits_path))
             patch.setattr(sys, "argv", ["train.py", *arguments.format(out=out).split()])
-            train.main()
+            train_program.main()
         return out
 
     return make
@@ -97,7 +98,7 @@ def weights_after_two_epochs(trainer, tmp_path):
         trainer(max_epochs=2, limit_train_batches=1.0, callbacks=saving).fit(model, ckpt_path=checkpoint)
         return torch.cat([p.flatten() for p in model.state_dict().values()])
 
-    return train
+    return train_program
 
 
 @pytest.fixture

@@ -20,17 +20,15 @@ import torch
 import videos
 from PIL import Image
 
-import command_line
-import data
 import model_params
-import packed_sources
-import run_options
-from checkpoints import Checkpoints
 from linear_classifier import LinearClassifierMethodParams
 from model_params import SCEVideoParams
-from protocols import PROTOCOLS
-from run_options import RunOptions
-from tools.formats import FORMATS
+from self_supervised.data import loading, packed
+from self_supervised.evaluation.protocols import PROTOCOLS
+from self_supervised.exports.formats import FORMATS
+from self_supervised.runs import command_line
+from self_supervised.runs.command_line import RunOptions
+from self_supervised.training.checkpoints import Checkpoints
 
 PAGE = (Path(__file__).parents[1] / "docs" / "coming_from.md").read_text()
 SECTIONS = dict(zip(*[iter(re.split(r"^## (.*)\n", PAGE, flags=re.MULTILINE)[1:])] * 2, strict=True))
@@ -76,7 +74,7 @@ def test_named_presets_and_functions_exist(name):
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_commands_are_understood(name, monkeypatch):
-    monkeypatch.setitem(run_options.LOGGERS, "wandb", None)  # which need not be installed
+    monkeypatch.setitem(command_line.LOGGERS, "wandb", None)  # which need not be installed
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", SECTIONS[name], re.DOTALL)).replace("\\\n", " ")
     commands = [*blocks.splitlines(), *(span for span in named_here(SECTIONS[name]) if "python " in span)]
     assert commands
@@ -124,7 +122,7 @@ def small_data(monkeypatch, tmp_path):
         return lambda: {name: (images, np.arange(8) % 2) for name, images in arrays.items()}
 
     for name, size, splits in (("cifar10", 32, ["train", "test"]), ("stl10", 96, ["train", "unlabeled", "test"])):
-        monkeypatch.setitem(packed_sources.READERS, name, read(size, splits))
+        monkeypatch.setitem(packed.READERS, name, read(size, splits))
     for i in range(24):
         file = tmp_path / "dataset" / f"class_{i % 2}" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -133,9 +131,9 @@ def small_data(monkeypatch, tmp_path):
         videos.write_frames(tmp_path / "datasets" / "kinetics" / split / f"class_{i % 2}" / f"video_{i}", n=12)
     few = {"global_batch_size": 4, "num_frames": 2, "transform_crop_size": 32, "K": 8, "evaluations": ["knn"]}
     monkeypatch.setattr(model_params, "SCEVideoParams", partial(SCEVideoParams, num_data_workers=0, **few))
-    make = data.get_loader
+    make = loading.get_loader
     few = {"batch_size": 4, "num_data_workers": 0}
-    monkeypatch.setattr(data, "get_loader", lambda p, *rest: make(attrs.evolve(p, **few), *rest))
+    monkeypatch.setattr(loading, "get_loader", lambda p, *rest: make(attrs.evolve(p, **few), *rest))
     monkeypatch.setattr(pl, "Trainer", ShortTrainer)
     monkeypatch.setenv("HOME", str(tmp_path))
 

@@ -12,11 +12,11 @@ import pytest
 import pytorch_lightning as pl
 from PIL import Image
 
-import command_line
-import packed_sources
-from catalogue import NORMS_AND_BIASES
 from model_params import PRESETS, ModelParams
-from tools import curves
+from self_supervised.catalogue import NORMS_AND_BIASES
+from self_supervised.data import packed
+from self_supervised.report import curves
+from self_supervised.runs import command_line
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -72,9 +72,9 @@ def test_getting_started_runs_from_training_to_scores(monkeypatch, tmp_path, cap
             quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "log_every_n_steps": 1}
             super().__init__(**{**options, **quiet, "max_epochs": 1, "limit_train_batches": 2})
 
-    whole = packed_sources.read_digits()
+    whole = packed.read_digits()
     few = {split: (images[:120], labels[:120]) for split, (images, labels) in whole.items()}
-    monkeypatch.setitem(packed_sources.READERS, "digits", lambda: few)
+    monkeypatch.setitem(packed.READERS, "digits", lambda: few)
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
     monkeypatch.setattr(pl, "Trainer", ShortTrainer)
     names: dict = {}
@@ -87,7 +87,7 @@ def test_getting_started_runs_from_training_to_scores(monkeypatch, tmp_path, cap
 
 
 def test_commands_on_the_pages_are_understood():
-    """Every `python train.py PRESET ...` in a block; programs refuse unknown options."""
+    """Every `self-supervised train PRESET ...` in a block; programs refuse unknown options."""
     found = 0
     for page in ("getting_started.md", "troubleshooting/make.sh"):
         text = re.sub(r"\\\n\s*", "", (DOCS / page).read_text())
@@ -239,7 +239,7 @@ def test_curves_that_no_run_has_are_left_out_unless_they_were_asked_for(runs, fi
 )
 def test_curves_refuse_in_one_sentence(arguments, message, runs, monkeypatch):
     monkeypatch.chdir(runs)
-    monkeypatch.setattr(sys, "argv", ["tools.curves", *arguments])
+    monkeypatch.setattr(sys, "argv", ["self_supervised.report.curves", *arguments])
     with pytest.raises(SystemExit, match=message):
         curves.main()
     assert not list(runs.glob("*.png"))

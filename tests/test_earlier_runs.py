@@ -17,11 +17,12 @@ import torch
 import yaml
 from earlier.tiny import NAMED, fixed_images, write_images
 
-import evaluate
-import train
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
-from tools import compare, embed, export, report
+from self_supervised import evaluate, train
+from self_supervised.embeddings import embed
+from self_supervised.exports import export
+from self_supervised.report import compare, report
 
 COMMANDS = {
     "train": train.main,

@@ -15,15 +15,14 @@ import torch
 from torch import nn
 from torchvision.models import VisionTransformer, resnet18
 
-import data
-import layers
-import packed_sources
-import subsets
-import watch
 from lars import LARS
 from linear_classifier import LINEAR_PRESETS, LinearClassifierMethod, LinearClassifierMethodParams
-from loader import Loader
-from packed_images import ImagesOnDevice
+from self_supervised.data import loading, subsets
+from self_supervised.data import packed as packed_data
+from self_supervised.data.loader import Loader
+from self_supervised.data.packed import ImagesOnDevice
+from self_supervised.networks import layers
+from self_supervised.training import monitor
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 5], [200, 100, 30, 4]))
 
@@ -94,7 +93,7 @@ def test_what_cannot_be_drawn_is_refused(draw, message):
 
 
 def test_a_subset_is_the_same_images_mapped_on_the_device_and_as_files(tmp_path, monkeypatch):
-    packed = data.get_dataset(method().params, ("train", "test"))
+    packed = loading.get_dataset(method().params, ("train", "test"))
     chosen = np.array([3, 900, 1296, 1297, 1500, 1796])
     expected = packed.__getitems__(chosen)
     part = packed.subset(chosen)
@@ -111,7 +110,7 @@ def test_a_subset_is_the_same_images_mapped_on_the_device_and_as_files(tmp_path,
         Image.new("RGB", (20, 20), (i, 0, 0)).save(folder / f"{i}.png")
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     params = LinearClassifierMethodParams(dataset_name="imagenet", transform_crop_size=16)
-    files = data.get_dataset(params, ("train",))
+    files = loading.get_dataset(params, ("train",))
     part = files.subset(np.array([1, 4]))
     assert files.labels.tolist() == [0, 0, 0, 1, 1, 1] and part.labels.tolist() == [0, 1]
     assert [int(image.max()) for image, _ in (part[0], part[1])] == [2, 3] and len(part.skipped()) == 0
@@ -132,7 +131,7 @@ def test_the_loaders_hold_what_the_settings_say(fields, n_train, n_valid, traine
     if "validate_on" in fields:
         shutil.copytree(data_path / "digits" / "train", tmp_path / "digits" / "train")
         monkeypatch.setenv("DATA_PATH", str(tmp_path))
-        monkeypatch.setitem(packed_sources.READERS, "digits", None)
+        monkeypatch.setitem(packed_data.READERS, "digits", None)
     linear, fit = method(drop_last_batch=False, encoder_lr=0.1, **fields), trainer(max_steps=1)
     fit.fit(linear)
     train, valid = fit.train_dataloader, fit.val_dataloaders
@@ -147,8 +146,8 @@ def test_the_loaders_hold_what_the_settings_say(fields, n_train, n_valid, traine
 )
 def test_a_last_batch_of_a_few_images_is_dropped_but_not_the_only_one(n, batches):
     params = LinearClassifierMethodParams(dataset_name="digits", batch_size=64, seed=0, drop_last_batch=None)
-    dataset = data.get_dataset(params, ("train",)).subset(np.arange(n))
-    assert [len(labels) for _, labels in data.get_loader(params, dataset, training=True)] == batches
+    dataset = loading.get_dataset(params, ("train",)).subset(np.arange(n))
+    assert [len(labels) for _, labels in loading.get_loader(params, dataset, training=True)] == batches
 
 
 # ---- what is trained, and how fast ----
@@ -212,7 +211,7 @@ def test_every_parameter_is_in_one_stage():
 
 def test_the_groups_are_told(trainer, monkeypatch):
     said = []
-    monkeypatch.setattr(watch, "rank_zero_info", said.append)
+    monkeypatch.setattr(monitor, "rank_zero_info", said.append)
     linear = method(encoder_lr=0.2, layer_decay=0.5, weight_decay=0.1, exclude_matching_parameters_from_lars=[".bn"])
     trainer(max_steps=1).fit(linear)
     lines = "\n".join(said).splitlines()

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-import folder_lock
-from folder_lock import locked
+from self_supervised import folder_lock
+from self_supervised.folder_lock import locked
 
 WORKER = "os.fork() or time.sleep(3); "  # as those of a loader, which outlive a killed process
 

@@ -4,8 +4,8 @@ import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heads import MLP
 from lars import LARS, parameter_groups
+from self_supervised.networks.heads import MLP
 
 
 def reference_step(p, g, v, lr, momentum, weight_decay, eta, adapt):

@@ -15,12 +15,12 @@ from pytorch_lightning.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import augmentations
-import data
 from linear_classifier import LinearClassifierMethod
-from milestones import Best
 from moco import SelfSupervisedMethod
-from weights import load_encoder
+from self_supervised.data import loading
+from self_supervised.networks.pretrained import load_encoder
+from self_supervised.training.milestones import Best
+from self_supervised.views import augmentations
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*mutually exclusive:UserWarning",  # of the Tuner, which finds lr in the method and in its hparams
@@ -78,7 +78,7 @@ def test_predict_on_a_users_loader(kind, labelled, method, trainer):
 
 def test_predict_without_a_loader_takes_the_test_set_in_its_order(method, trainer):
     model = method()
-    dataset = data.get_dataset(model.params, ("test",))
+    dataset = loading.get_dataset(model.params, ("test",))
     images = dataset.__getitems__(list(range(len(dataset))))[0]
     found = torch.cat(trainer().predict(model))
     with torch.no_grad():

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import losses
 from model_params import ModelParams
+from self_supervised import losses
 
 N, D, K = 6, 5, 9
 

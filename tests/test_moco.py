@@ -13,13 +13,13 @@ import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import data
-import losses
-import schedules
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
-from loader import images_and_labels
 from moco import SelfSupervisedMethod, move_towards
 from model_params import ModelParams
+from self_supervised import distributed, losses
+from self_supervised.data import loading
+from self_supervised.data.loader import images_and_labels
+from self_supervised.training import optimizers
 
 
 class TinyEncoder(nn.Module):
@@ -147,10 +147,10 @@ def test_optimizer_schedules_and_lagging_model_follow_optimizer_steps(small, tra
     fit = trainer(max_epochs=3, limit_train_batches=4, accumulate_grad_batches=2, callbacks=[Watch()])
     fit.fit(model)
     assert fit.global_step == 6
-    assert momenta == pytest.approx([schedules.cosine(0.9, 1, (i // 2) / 6) for i in range(12)])
-    after_step = [schedules.warmup_cosine(s, 6, 2, 0.2, 0.02) for s in range(7)]
+    assert momenta == pytest.approx([optimizers.cosine(0.9, 1, (i // 2) / 6) for i in range(12)])
+    after_step = [optimizers.warmup_cosine(s, 6, 2, 0.2, 0.02) for s in range(7)]
     assert rates == pytest.approx([after_step[(i + 1) // 2] for i in range(12)])
-    assert schedules.cosine(0.9, 1.0, 1.0) == 1.0
+    assert optimizers.cosine(0.9, 1.0, 1.0) == 1.0
 
 
 def test_a_warmup_longer_than_the_training_is_named(small, trainer):
@@ -263,7 +263,7 @@ OWN_LOADERS = {
 @pytest.mark.parametrize("kind", OWN_LOADERS)
 def test_a_loader_of_the_users_own_always_works(kind, small, trainer, monkeypatch):
     """Without any look at `dataset_name`."""
-    monkeypatch.setattr(data, "prepare_data", lambda name: pytest.fail("touched the data set"))
+    monkeypatch.setattr(loading, "prepare_data", lambda name: pytest.fail("touched the data set"))
     fit = trainer(num_sanity_val_steps=2)
     fit.fit(SelfSupervisedMethod(small("simclr"), encoder=TinyEncoder()), OWN_LOADERS[kind]())
     assert fit.global_step == 2
@@ -278,7 +278,7 @@ class Endless(torch.utils.data.IterableDataset):
 def test_a_loader_without_length(small, trainer):
     fit = trainer(max_epochs=-1, max_steps=3, limit_train_batches=None)
     fit.fit(SelfSupervisedMethod(small("byol", m=0.9), encoder=TinyEncoder()), DataLoader(Endless(), batch_size=4))
-    assert fit.global_step == 3 and fit.callback_metrics["m"].item() == pytest.approx(schedules.cosine(0.9, 1, 2 / 3))
+    assert fit.global_step == 3 and fit.callback_metrics["m"].item() == pytest.approx(optimizers.cosine(0.9, 1, 2 / 3))
     with pytest.raises(ValueError, match="tell the Trainer max_steps"):
         model = SelfSupervisedMethod(small("byol"), encoder=TinyEncoder())
         trainer(max_epochs=2, limit_train_batches=None).fit(model, DataLoader(Endless(), batch_size=4))
@@ -323,7 +323,7 @@ def test_a_test_loader_of_the_users_own_is_scored_as_in_validation(evaluations, 
 
 
 def test_own_training_and_validation_loaders_and_a_data_module(small, trainer, monkeypatch):
-    monkeypatch.setattr(data, "prepare_data", lambda name: pytest.fail("touched the data set"))
+    monkeypatch.setattr(loading, "prepare_data", lambda name: pytest.fail("touched the data set"))
     train, labels = OWN_LOADERS["stacked views"](), torch.arange(40) % 4
     valid = loader(torch.randn(40, 1, 8, 8) + labels.view(-1, 1, 1, 1), labels)
 
@@ -360,10 +360,9 @@ def test_collapse_is_named_once(small, trainer):
 @pytest.mark.parametrize("devices", [2, 3])
 def test_no_key_shares_its_batch_statistics_with_its_own_query(devices):
     """On one process the shuffled keys are encoded in parts; every key comes back to its place."""
-    import ddp
 
     parts = []
-    keys = ddp.shuffled(lambda x: parts.append(x) or x * 2, torch.arange(12.0).view(12, 1), (1, 2), devices)
+    keys = distributed.shuffled(lambda x: parts.append(x) or x * 2, torch.arange(12.0).view(12, 1), (1, 2), devices)
     assert torch.equal(keys, torch.arange(12.0).view(12, 1) * 2)
     assert len(parts) == devices and {len(part) for part in parts} == {12 // devices}
     assert not torch.equal(torch.cat(parts), torch.arange(12.0).view(12, 1))

@@ -3,9 +3,9 @@ from pathlib import Path
 import attr
 import pytest
 
-from fields import expanded
 from model_params import PRESETS, BYOLParams, ModelParams, VICRegParams
-from run_options import RunOptions
+from self_supervised.fields import expanded
+from self_supervised.runs.command_line import RunOptions
 
 # The listing of the original's README: users rely on every name and default.
 ORIGINAL = {

@@ -9,18 +9,18 @@ import pytest
 from PIL import Image
 from scipy.ndimage import affine_transform
 
-import data
-from augmentations import generator
+from benchmarks import moving_photographs
+from benchmarks.moving_photographs import FASTEST, FRAMES_PER_SECOND, MOTIONS, PHOTOGRAPHS, SLOWEST
 from model_params import ModelParams
-from tools import moving_photographs as moving
-from tools.moving_photographs import FASTEST, FRAMES_PER_SECOND, MOTIONS, PHOTOGRAPHS, SLOWEST
+from self_supervised.data import loading
+from self_supervised.views.augmentations import generator
 
-MIDDLE = moving.FRAMES // 2
+MIDDLE = moving_photographs.FRAMES // 2
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return moving.make(tmp_path_factory.mktemp("data"), {"train": 2, "val": 1}, size=32, seed=3)
+    return moving_photographs.make(tmp_path_factory.mktemp("data"), {"train": 2, "val": 1}, size=32, seed=3)
 
 
 def frames_of(path: Path) -> np.ndarray:
@@ -41,10 +41,10 @@ def moved(frame: np.ndarray, motion: tuple, seconds: float) -> np.ndarray:
 def test_the_motion_is_that_of_its_name(name):
     """Of all eight motions, it is the one that best predicts a frame from an earlier one."""
     right, rng = 0, generator(5)
-    photographs = [moving.photograph(name) for name in PHOTOGRAPHS["train"]]
-    for region in [region for _ in range(3) for region in moving.regions(photographs, rng)]:
+    photographs = [moving_photographs.photograph(name) for name in PHOTOGRAPHS["train"]]
+    for region in [region for _ in range(3) for region in moving_photographs.regions(photographs, rng)]:
         velocity = np.array(MOTIONS[name]) * rng.uniform(SLOWEST, FASTEST)
-        gray = moving.shot(region, velocity, 64).astype(float).mean(3)
+        gray = moving_photographs.shot(region, velocity, 64).astype(float).mean(3)
         before, after, seconds = gray[MIDDLE - 1], gray[MIDDLE + 1], 2 / FRAMES_PER_SECOND
         errors = {}
         for other, motion in MOTIONS.items():
@@ -55,11 +55,14 @@ def test_the_motion_is_that_of_its_name(name):
 
 
 def test_no_motion_leaves_the_photograph():
-    rng, sizes = generator(1), {moving.photograph(name).size for names in PHOTOGRAPHS.values() for name in names}
+    rng, sizes = (
+        generator(1),
+        {moving_photographs.photograph(name).size for names in PHOTOGRAPHS.values() for name in names},
+    )
     white = [Image.new("RGB", size, (255, 255, 255)) for size in sizes] * 2  # PIL is black beyond it
-    for region in [region for _ in range(5) for region in moving.regions(white, rng)]:
+    for region in [region for _ in range(5) for region in moving_photographs.regions(white, rng)]:
         for signs in MOTIONS.values():
-            assert moving.shot(region, np.array(signs) * FASTEST, 16).min() == 255
+            assert moving_photographs.shot(region, np.array(signs) * FASTEST, 16).min() == 255
 
 
 def test_the_middle_frame_is_the_same_in_all_classes(folder):
@@ -67,11 +70,13 @@ def test_the_middle_frame_is_the_same_in_all_classes(folder):
         numbers = sorted(path.name for path in (folder / split / "pan_left").iterdir())
         for number in numbers:
             videos = [frames_of(folder / split / motion / number) for motion in MOTIONS]
-            assert all(video.shape == (moving.SHOTS * moving.FRAMES, 32, 32, 3) for video in videos)
-            middles = np.stack([video[MIDDLE :: moving.FRAMES] for video in videos]).astype(int)
+            assert all(
+                video.shape == (moving_photographs.SHOTS * moving_photographs.FRAMES, 32, 32, 3) for video in videos
+            )
+            middles = np.stack([video[MIDDLE :: moving_photographs.FRAMES] for video in videos]).astype(int)
             codec = np.abs(middles - middles[0]).mean((1, 2, 3, 4)).max()
             assert codec < 2.5  # of 255
-            first = np.stack([video[:: moving.FRAMES] for video in videos]).astype(int)
+            first = np.stack([video[:: moving_photographs.FRAMES] for video in videos]).astype(int)
             assert np.abs(first[1:] - first[0]).mean((1, 2, 3, 4)).min() > max(5, 3 * codec)
             assert np.abs(middles[0, 1:] - middles[0, :-1]).mean((1, 2, 3)).min() > 8  # another photograph
 
@@ -80,7 +85,9 @@ def test_photographs_are_of_training_or_of_validation(folder):
     assert not set(PHOTOGRAPHS["train"]) & set(PHOTOGRAPHS["val"])
     assert [len(list((folder / split).glob("*/*.mp4"))) for split in ("train", "val")] == [2 * 8, 8]
     pixels = {
-        name: np.asarray(moving.photograph(name)).reshape(-1, 3) for split in PHOTOGRAPHS.values() for name in split
+        name: np.asarray(moving_photographs.photograph(name)).reshape(-1, 3)
+        for split in PHOTOGRAPHS.values()
+        for name in split
     }
     assert len({tuple(x[::997].ravel().tolist()) for x in pixels.values()}) == 18  # real ones, all different
     assert min(len(np.unique(x, axis=0)) for x in pixels.values()) > 80
@@ -89,20 +96,20 @@ def test_photographs_are_of_training_or_of_validation(folder):
 def test_it_is_the_set_that_the_library_reads(folder, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(folder.parent))
     params = ModelParams(dataset_name="kinetics", transform_crop_size=32, clip_duration=1.0, encoder_arch="s3d")
-    dataset = data.get_dataset(params, ("val",))
+    dataset = loading.get_dataset(params, ("val",))
     assert [path.split("/")[-2] for path, _ in dataset.files] == sorted(MOTIONS)
     assert dataset[3][0].shape == (3, 8, 32, 32)
 
 
 def test_the_seed_decides_and_nothing_is_overwritten(folder, tmp_path, monkeypatch, capsys):
     n = {"train": 1, "val": 1}
-    first, again, other = (moving.make(tmp_path / str(i), n, 32, seed) for i, seed in enumerate((3, 3, 4)))
+    first, again, other = (moving_photographs.make(tmp_path / str(i), n, 32, seed) for i, seed in enumerate((3, 3, 4)))
     name = "train/roll_left/000.mp4"
     assert (first / name).read_bytes() == (again / name).read_bytes() != (other / name).read_bytes()
     with pytest.raises(ValueError, match="kinetics is there already"):
-        moving.make(tmp_path / "0", n)
+        moving_photographs.make(tmp_path / "0", n)
     with pytest.raises(ValueError, match="size=33 must be even"):
-        moving.make(tmp_path / "x", n, 33)
+        moving_photographs.make(tmp_path / "x", n, 33)
     monkeypatch.setattr(sys, "argv", ["moving_photographs", str(tmp_path / "0")])
     with pytest.raises(SystemExit, match="choose another folder"):
-        moving.main()
+        moving_photographs.main()

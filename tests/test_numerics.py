@@ -10,31 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoints
-import evaluation
-import label_free
-import losses
-import milestones
-import probes
-import results
-import svm
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
-from numerics import finite, not_finite, unit
-from tools import compare, neighbours, projection
-from weights import load_encoder
-from whole_files import to_json
+from self_supervised import losses
+from self_supervised.embeddings import nearest
+from self_supervised.embeddings import projection as embedding_map
+from self_supervised.evaluation import label_free, linear_models, probes, results, validation
+from self_supervised.networks.pretrained import load_encoder
+from self_supervised.numerics import finite, not_finite, unit
+from self_supervised.report import compare
+from self_supervised.safe_files import to_json
+from self_supervised.training import checkpoints, milestones
 
 CLASSES = 4
 MEASURES = {  # of (train features, labels, test features, labels)
-    "linear_probe": evaluation.linear_probe,
-    "linear_probe by torch": lambda *sets: evaluation.linear_probe(*sets, solver="torch"),
-    "knn": evaluation.knn,
-    "rank_me": evaluation.rank_me,
-    "embedding_std": evaluation.embedding_std,
+    "linear_probe": validation.linear_probe,
+    "linear_probe by torch": lambda *sets: validation.linear_probe(*sets, solver="torch"),
+    "knn": validation.knn,
+    "rank_me": validation.rank_me,
+    "embedding_std": validation.embedding_std,
     "retrieval": probes.retrieval,
     "linear": probes.linear,
-    "svm": svm.svm,
+    "svm": linear_models.svm,
     "few_labels": probes.few_labels,
     "low_shot_svm": probes.low_shot_svm,
     "alpha_req": lambda x, *_: label_free.alpha_req(x),
@@ -74,7 +71,7 @@ def test_unit_vectors_have_the_bits_of_pytorchs_normalize(dtype):
 def test_unit_vectors_of_any_scale_have_length_one(scale):
     x = torch.rand(20, 5) * scale
     torch.testing.assert_close(unit(x).norm(dim=1), torch.ones(20))
-    assert np.allclose(np.linalg.norm(projection.unit(x.numpy()), axis=1), 1)
+    assert np.allclose(np.linalg.norm(embedding_map.unit(x.numpy()), axis=1), 1)
     assert torch.equal(unit(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
@@ -99,15 +96,15 @@ def test_the_monitor_does_not_call_large_or_small_projections_collapsed(scale):
 def test_maps_and_neighbours_of_any_scale(scale):
     x = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
     scaled = x * np.float32(scale)
-    assert np.isfinite(projection.project(scaled, "tsne", seed=0)).all()
+    assert np.isfinite(embedding_map.project(scaled, "tsne", seed=0)).all()
     paths = [str(i) for i in range(60)]
-    found, expected = (neighbours.best_of([(paths, some, [None] * 60)], some[:3], k=5) for some in (scaled, x))
+    found, expected = (nearest.best_of([(paths, some, [None] * 60)], some[:3], k=5) for some in (scaled, x))
     assert [[n.path for n in row] for row in found] == [[n.path for n in row] for row in expected]
 
 
 def test_a_map_of_one_direction_is_refused():
     with pytest.raises(ValueError, match="one direction"):
-        projection.project(np.arange(1, 9, dtype=np.float32)[:, None] * np.ones(3, np.float32), "tsne", seed=0)
+        embedding_map.project(np.arange(1, 9, dtype=np.float32)[:, None] * np.ones(3, np.float32), "tsne", seed=0)
 
 
 # ---- what is not finite ----
@@ -127,9 +124,9 @@ def test_the_sentence_names_the_rows():
     with pytest.raises(ValueError, match=r"views: 2 of 5 rows .* \(the first: b\)"):
         finite(x, "views", names="abcde")
     with pytest.raises(ValueError, match="not finite"):
-        neighbours.best_of([(["a"], np.float32([[math.nan]]), [None])], np.ones((1, 1), np.float32), k=1)
+        nearest.best_of([(["a"], np.float32([[math.nan]]), [None])], np.ones((1, 1), np.float32), k=1)
     with pytest.raises(ValueError, match="not finite"):
-        projection.project(np.full((9, 2), np.inf, np.float32), "tsne", seed=0)
+        embedding_map.project(np.full((9, 2), np.inf, np.float32), "tsne", seed=0)
 
 
 class Overflows(nn.Module):

@@ -7,7 +7,7 @@ import attrs
 import options_page
 import pytest
 
-from fields import choice, positive
+from self_supervised.fields import choice, positive
 
 TEXT = options_page.PAGE.read_text()
 

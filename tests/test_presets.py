@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from catalogue import NORMALIZATIONS
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
+from self_supervised.catalogue import NORMALIZATIONS
 
 # An untrained network without normalization does map all images to nearly one point.
 pytestmark = pytest.mark.filterwarnings("ignore:collapse")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 
-import demo
-import evaluate
-import program
-import train
 import train_blog
-from tools import compare, curves, embed, export, moving_photographs, nearest, report
-from tools import map as map_program
+from benchmarks import moving_photographs
+from self_supervised import demo, evaluate, program, train
+from self_supervised.embeddings import embed, nearest
+from self_supervised.embeddings import projection as embedding_map
+from self_supervised.exports import export
+from self_supervised.report import compare, curves, report
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,7 +139,7 @@ MISTAKES = {
     "embed": (embed, "nowhere.ckpt . --out x.parquet --device nonsense", "nonsense|nowhere"),
     "export": (export, "nowhere.ckpt --format onnx --out x", "nowhere.ckpt"),
     "nearest": (nearest, "nowhere.parquet x.png", "nowhere.parquet"),
-    "map": (map_program, "nowhere.parquet", "nowhere.parquet"),
+    "map": (embedding_map, "nowhere.parquet", "nowhere.parquet"),
     "report": (report, "nowhere", "nowhere"),
     "compare": (compare, "nowhere", "nowhere"),
     "curves": (curves, "nowhere --out x.png", "nowhere"),

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from catalogue import DATASETS, EVALUATIONS, NORMALIZATIONS, STEM_VARIANTS
 from moco import SelfSupervisedMethod
 from model_params import LOSSES, PRESETS, ModelParams
+from self_supervised.catalogue import DATASETS, EVALUATIONS, NORMALIZATIONS, STEM_VARIANTS
 
 NAMES = [attribute.name for attribute in attrs.fields(ModelParams)]
 SMALL = {

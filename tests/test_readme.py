@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 
-import data
-import packed_sources
-from checkpoints import newest
+from self_supervised.data import loading, packed
+from self_supervised.training.checkpoints import newest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -32,11 +31,11 @@ def test_python_blocks(monkeypatch, tmp_path):
             super().__init__(**{**options, **quiet, "max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1})
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setitem(packed_sources.READERS, "stl10", read)
+    monkeypatch.setitem(packed.READERS, "stl10", read)
     monkeypatch.setattr(pl, "Trainer", ShortTrainer)
-    get_loader = data.get_loader
+    get_loader = loading.get_loader
     monkeypatch.setattr(
-        data, "get_loader", lambda p, *rest, **kw: get_loader(attrs.evolve(p, batch_size=4), *rest, **kw)
+        loading, "get_loader", lambda p, *rest, **kw: get_loader(attrs.evolve(p, batch_size=4), *rest, **kw)
     )
     blocks, names = re.findall(r"```python\n(.*?)```", README, re.DOTALL), {}
     assert len(blocks) == 9

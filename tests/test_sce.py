@@ -12,20 +12,18 @@ import videos
 from torch import nn
 from torch.utils.data import DataLoader
 
-import catalogue
-import command_line
-import losses
 import moco
 import model_params
-import optimizers
-import schedules
-from catalogue import DATASETS, NORMALIZATIONS
-from data import n_classes
-from ddp import shuffled
-from heads import MLP
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import NORMS_AND_BIASES, ModelParams, SCEParams, SCEVideoParams
+from self_supervised import catalogue, losses
+from self_supervised.catalogue import DATASETS, NORMALIZATIONS
+from self_supervised.data.loading import n_classes
+from self_supervised.distributed import shuffled
+from self_supervised.networks.heads import MLP
+from self_supervised.runs import command_line
+from self_supervised.training import optimizers
 
 N, D, K = 6, 5, 9
 SETS = {"queue": (True, False), "keys": (False, True), "keys and queue": (True, True)}
@@ -191,7 +189,7 @@ def test_without_a_schedule_nothing_changes_and_no_length_is_asked_for():
 def test_curves_meet_their_ends():
     for warmup in ("linear", "cosine"):
         for then in ("linear", "cosine"):
-            values = [schedules.warmup_then(step, 10, 4, 3.0, 1.0, 2.0, warmup, then) for step in (0, 4, 10, 99)]
+            values = [optimizers.warmup_then(step, 10, 4, 3.0, 1.0, 2.0, warmup, then) for step in (0, 4, 10, 99)]
             assert values == [3.0, 1.0, 2.0, 2.0]
 
 

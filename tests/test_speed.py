@@ -9,14 +9,13 @@ from attrs import evolve
 from test_moco import TinyEncoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import augmentations
-import data
-import image_ops
-from augmentations import draw, draw_crops, generator
-from catalogue import View
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
-from packed_images import ImagesOnDevice
+from self_supervised.catalogue import View
+from self_supervised.data import loading
+from self_supervised.data.packed import ImagesOnDevice
+from self_supervised.views import augmentations, tensor_ops
+from self_supervised.views.augmentations import draw, draw_crops, generator
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -29,9 +28,9 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_images_on_the_device_come_in_the_same_batches(small, drop_last):
     params = small(batch_size=100, drop_last_batch=drop_last)
-    dataset = data.get_dataset(params, params.dataset.train_splits)
-    mapped = data.get_loader(params, dataset, training=True)
-    resident = data.get_loader(evolve(params, data_on_device=True), dataset, training=True)
+    dataset = loading.get_dataset(params, params.dataset.train_splits)
+    mapped = loading.get_loader(params, dataset, training=True)
+    resident = loading.get_loader(evolve(params, data_on_device=True), dataset, training=True)
     assert isinstance(resident.dataset, ImagesOnDevice) and len(resident) == len(mapped)
     for epoch in range(2):
         for loader in (mapped, resident):
@@ -60,7 +59,7 @@ def test_image_files_cannot_be_kept_on_the_device(small, tmp_path, monkeypatch):
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "a.png")
     params = small(dataset_name="imagenet", data_on_device=True)
     with pytest.raises(ValueError, match="data_on_device=True is for packed sets"):
-        data.get_loader(params, data.get_dataset(params, ("train",)), training=False)
+        loading.get_loader(params, loading.get_dataset(params, ("train",)), training=False)
 
 
 # ---- compiled ----
@@ -89,7 +88,7 @@ def drawn(n: int, size: int, view: View) -> tuple[torch.Tensor, torch.Tensor]:
     rng = generator(size)
     draws = {**draw_crops(rng, n, size, size, view), **draw(rng, n, view)}
     images = torch.from_numpy(rng.integers(0, 256, (n, 3, size, size), np.uint8, endpoint=False))
-    return images, torch.from_numpy(image_ops.to_matrix(draws))
+    return images, torch.from_numpy(tensor_ops.to_matrix(draws))
 
 
 def test_a_whole_view_is_one_graph():

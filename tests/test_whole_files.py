@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from processes import full_disk
 
-import whole_files
-from whole_files import rows_of, whole, whole_folder, write_whole
+from self_supervised import safe_files
+from self_supervised.safe_files import rows_of, whole, whole_folder, write_whole
 
 
 def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
@@ -36,8 +36,8 @@ def test_two_that_write_one_file_do_not_meet(tmp_path):
 
 def test_what_killed_processes_left_is_removed(tmp_path, monkeypatch):
     alive = {1: False, 2: True}
-    monkeypatch.setattr(whole_files, "is_alive", alive.get)
-    dead, living = (tmp_path / f".a.{whole_files.HOST}.{process}.00.unfinished" for process in alive)
+    monkeypatch.setattr(safe_files, "is_alive", alive.get)
+    dead, living = (tmp_path / f".a.{safe_files.HOST}.{process}.00.unfinished" for process in alive)
     old, new = tmp_path / ".a.gpu7.1.00.unfinished", tmp_path / ".a.gpu8.1.00.unfinished"
     earlier_version, of_another = tmp_path / ".a.unfinished", tmp_path / ".ab.gpu7.1.00.unfinished"
     for folder in (dead, living, old, new, of_another, earlier_version):

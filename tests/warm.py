@@ -2,7 +2,7 @@
 
 import torch
 
-import augmentations
-import catalogue
+from self_supervised import catalogue
+from self_supervised.views import augmentations
 
 augmentations.augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 0, [catalogue.View(crop_size=8)], (0,) * 3, (1,) * 3)

@@ -1,0 +1,61 @@
+"""Self-supervised learning: one LightningModule, one dataclass, every joint-embedding method.
+
+    import self_supervised as ssl
+
+    model = ssl.SelfSupervisedMethod(ssl.BYOLParams(dataset_name="cifar10"))
+
+A name is imported when it is first used, so that importing the package takes no time. `__init__.pyi` says the same to
+type checkers.
+"""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+FRONT_ROOMS = ("moco", "model_params", "linear_classifier", "ws_resnet", "batchrenorm", "lars", "train_blog")
+PRESETS = (
+    "MoCoV2Params", "EqCoParams", "SCEParams", "BYOLParams", "SimCLRParams", "VICRegParams", "BarlowTwinsParams",
+    "MoCoV3Params", "SimSiamParams", "ReSSLParams", "SCEVideoParams",
+)  # fmt: skip
+MODULE_OF = {
+    "SelfSupervisedMethod": "moco",
+    "ModelParams": "model_params",
+    "PRESETS": "model_params",
+    **dict.fromkeys(PRESETS, "model_params"),
+    "LinearClassifierMethod": "linear_classifier",
+    "LinearClassifierMethodParams": "linear_classifier",
+    "LINEAR_PRESETS": "linear_classifier",
+    "load_encoder": "self_supervised.networks.pretrained",
+    "evaluate_checkpoint": "self_supervised.evaluate",
+    "export": "self_supervised.exports.export",
+    "Checkpoints": "self_supervised.training.checkpoints",
+    "newest": "self_supervised.training.checkpoints",
+}
+__all__ = list(MODULE_OF)
+
+
+def refuse_hidden_rooms() -> None:
+    """Raise ImportError if a file of the user's hides one of the seven modules outside of this package."""
+    ours = Path(__file__).resolve().parents[1]
+    for room in FRONT_ROOMS:
+        spec = importlib.util.find_spec(room)
+        found = spec and spec.origin
+        if found is None or Path(found).resolve().parent != ours:
+            raise ImportError(
+                f"{room}: {found} hides the module {room} that self_supervised needs. Rename that file, or start "
+                "Python in another directory."
+            )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    refuse_hidden_rooms()
+    value = getattr(importlib.import_module(MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *MODULE_OF})

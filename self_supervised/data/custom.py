@@ -1,0 +1,338 @@
+"""Images of one's own: what holds them (data/folders.py, data/tar_shards.py, data/arrow.py), which of them are used, and
+who is in train, val and test. Where there is neither val nor test, both are drawn from train, the same share of every
+class.
+"""
+
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pytorch_lightning.utilities import rank_zero_warn
+
+from model_params import OWN_DATA, EncoderAndDataParams
+from self_supervised import distributed
+from self_supervised.catalogue import View
+from self_supervised.data import arrow, subsets, tar_shards
+from self_supervised.data.arrow import ArrowImages
+from self_supervised.data.class_labels import UNLABELED, Label, composed, numbers
+from self_supervised.data.file_search import PassedOver, tell
+from self_supervised.data.files import Sample
+from self_supervised.data.folders import (
+    Found,
+    ImageFolder,
+    check_settings,
+    labelled,
+    listed_in,
+    lists,
+    settings_of,
+    write,
+)
+from self_supervised.data.foreign_paths import ForeignPath, refuse_foreign
+from self_supervised.data.image_files import ImageFiles
+from self_supervised.data.tar_shards import TarShards, is_pattern
+from self_supervised.folder_lock import locked
+
+Source = ImageFolder | TarShards | ArrowImages
+Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class, -1 for none)
+MOST_CLASSES = 10**6  # higher labels are ids or dates
+CLASSES = "classes"  # in the settings beside lists that were written here: names, in the order of their numbers
+# Settings of the places of images and lists, of how images are read, and of what part of a list is used
+NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
+SECONDS = 60  # to wait for another process that writes lists
+INSTEAD = {"val": "test", "test": "val"}  # where the one has no images
+
+
+def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: list[View]) -> ImageFiles:
+    """The images of a split: of `data_path`, or of the data set's name below `folder`."""
+    refuse_foreign("data_path", params.data_path)
+    p = params
+    source = get_source(params, params.data_path or str(folder / params.dataset_name))
+    found, class_names = splits(source, params)
+    skip = p.unreadable_images == "skip"
+    find = partial(samples, found=found, params=params, split=split)
+    images = ImageFiles(source.root, p.channels, p.crop_size, views, p.seed or 0, skip, find, p.pixel_range, source)
+    images.class_names = class_names if class_names != [str(i) for i in range(len(class_names))] else []
+    return images
+
+
+def samples(root: Path, found: Numbered, params: EncoderAndDataParams, split: str) -> list[Sample]:
+    """(path, class) of the images of a split, -1 where there are no labels. Without images for val it is test, and the
+    other way round; of train it is `data_fraction`.
+
+    Raises:
+        ValueError: there are no images. Names the folder.
+    """
+    chosen = found.get(split) or found.get(INSTEAD.get(split, ""))
+    if not chosen:
+        raise ValueError(f"{root} has no images for {split}: set val_size or test_size above 0, or evaluations=[]")
+    if split == "train" and params.data_fraction < 1:
+        labels = as_classes([label for _, label in chosen])
+        chosen = [chosen[i] for i in subsets.stratified(labels, fraction=params.data_fraction, seed=params.data_seed)]
+    return [(str(root / path), label) for path, label in chosen]
+
+
+def splits(source: Source, params: EncoderAndDataParams) -> tuple[Numbered, list[str]]:
+    """Images and classes of every split, and the names of the classes. They are those of the lists in `splits_path`,
+    which were written when the splits were drawn, or are the user's own; else of what is there.
+
+    Raises:
+        ValueError: what the lists name is not there, or a split has classes that train lacks.
+    """
+    kept = folder_of_lists(params)
+    if has_written(params):
+        found, names = as_written(lists(kept, source), kept)
+        say(source, found, f", by the lists in {kept}")
+        return found, names
+    by_hand = kept is not None and bool(listed_in(kept)) and settings_of(kept) is None
+    images = labelled(lists(kept, source), source.label_of) if by_hand else find(source, params)
+    chosen = wanted(images, source.root, params, source.passed_over)
+    found, names = numbered(chosen, params.class_to_idx, source.root)
+    stored = dict(enumerate(getattr(source, "classes", None) or []))  # of a column of numbers that have names
+    names = [stored.get(int(name), name) if name.isdecimal() else name for name in names]
+    if not found.get("val") and not found.get("test"):
+        found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)
+    if kept and not by_hand and distributed.rank() == 0:
+        with locked(kept, wait=SECONDS):  # another process may draw them, too, perhaps by other settings
+            if has_written(params):
+                return as_written(lists(kept, source), kept)
+            write(kept, found, {**settings(params), CLASSES: names})
+    say(source, found, f", by the lists in {kept}" if by_hand else "")
+    return found, names
+
+
+def as_written(found: Found, folder: Path) -> tuple[Numbered, list[str]]:
+    """Lists that were written here: their labels are the numbers of classes. Those of earlier versions, which have no
+    names of classes beside them, may have gaps, which stay, since classifiers were trained on them. Of ids and dates no
+    classifier could be trained."""
+    names = (settings_of(folder) or {}).get(CLASSES, [])
+    labels = {split: {label for _, label in images} for split, images in found.items()}
+    every = set().union(*labels.values()) - {None}
+    if any(isinstance(label, str) or label >= MOST_CLASSES for label in every):
+        return numbered(found, None, folder)
+    numbers(labels.get("train", ()), labels, folder)  # refuses what train lacks
+    in_numbers = {
+        split: [(path, UNLABELED if label is None else label) for path, label in images]
+        for split, images in found.items()
+    }
+    return in_numbers, names
+
+
+def say(source: Source, found: Numbered, how: str) -> None:
+    """How many images there are, and what was passed over where they were looked for."""
+    tell(source.root, sum(map(len, found.values())), f"images{how}", source.passed_over)
+
+
+# ---- lists in splits_path ----
+
+
+def folder_of_lists(params: EncoderAndDataParams) -> Path | None:
+    if params.splits_path is None:
+        return None
+    folder = Path(params.splits_path).expanduser()
+    if isinstance(params.splits_path, ForeignPath) and not folder.exists():
+        rank_zero_warn(
+            f"splits_path={str(folder)!r}, says the checkpoint, and there are no such lists: val and test are drawn "
+            "anew, and not written. Where images came or went, they are others. Pass splits_path if you have the lists"
+        )
+        return None
+    refuse_foreign("splits_path", params.splits_path)
+    if any(path.is_file() for path in (folder, *folder.parents)):
+        raise ValueError(f"splits_path={params.splits_path!r} is a file: give the folder that has or gets the lists")
+    return folder
+
+
+def has_written(params: EncoderAndDataParams) -> bool:
+    """Whether `splits_path` has lists that `splits` wrote. Raises ValueError if other settings made them."""
+    folder = folder_of_lists(params)
+    if folder is None or "train" not in dict(listed_in(folder)) or (made_by := settings_of(folder)) is None:
+        return False
+    check_settings(folder, made_by, settings(params))
+    return True
+
+
+def settings(params: EncoderAndDataParams) -> dict[str, Any]:
+    """Those that decide which images are in the lists, and their labels."""
+    names = [name for name in OWN_DATA if name not in NOT_IN_LISTS]
+    return {name: getattr(params, name) for name in names}
+
+
+# ---- what is there ----
+
+
+def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> Source:
+    """What holds the images: files, shards of them, or Arrow files. `names`: of classes, where they have both."""
+    p = params
+    folder = Path(root).expanduser()
+    if arrow.is_there(folder):
+        if p.include_patterns or p.exclude_patterns:
+            raise ValueError(
+                f"include_patterns={p.include_patterns}, exclude_patterns={p.exclude_patterns} are for names, which "
+                f"rows of {folder} lack: use `filter` of datasets, and save the set again"
+            )
+        names = names or p.class_to_idx is not None
+        return ArrowImages(folder, p.image_key, p.label_key, p.labels_from is not None, names)
+    if is_pattern(root) or tar_shards.are_there(folder):
+        kept = folder_of_lists(p)
+        return TarShards(root, p.image_key, p.label_key, p.labels_from, kept and kept / "shards.json")
+    if p.image_key or p.label_key:
+        raise ValueError(
+            f"image_key={p.image_key!r}, label_key={p.label_key!r} are for Hugging Face data sets and shards, which "
+            f"{folder} does not hold: leave them out"
+        )
+    return ImageFolder(folder, p.labels_from)
+
+
+def is_stored(root: str) -> bool:
+    """Whether the images are not files of their own."""
+    folder = Path(root).expanduser()
+    return arrow.is_there(folder) or is_pattern(root) or tar_shards.are_there(folder)
+
+
+def find(source: Source, params: EncoderAndDataParams) -> Found:
+    """Raises ValueError for a pattern that is like no path."""
+    found = source.find()
+    paths = [path for images in found.values() for path, _ in images]
+    for name in ("include_patterns", "exclude_patterns") if paths else ():
+        for pattern in getattr(params, name):
+            if not any(matches(path, pattern) for path in paths):
+                raise ValueError(
+                    f"{name}: {pattern!r} is like none of the {len(paths)} images in {source.root}, such as {paths[0]}"
+                    ": mend it (with a slash it is for the whole path, large and small letters differ), or leave it out"
+                )
+    return found
+
+
+def wanted(found: Found, root: Path, params: EncoderAndDataParams, passed_over: PassedOver) -> Found:
+    """By the patterns, and without labels if labels_from=None.
+
+    Raises:
+        ValueError: there are no images for training, or some beside all splits, or labels of some images only.
+    """
+    chosen: Found = {split: [] for split in found}
+    for split, images in found.items():
+        for image in images:
+            included = not params.include_patterns or any(matches(image[0], p) for p in params.include_patterns)
+            if included and not any(matches(image[0], pattern) for pattern in params.exclude_patterns):
+                chosen[split].append(image)
+            else:
+                passed_over.add("by include_patterns and exclude_patterns", image[0])
+    beside = chosen.pop("", [])
+    if not chosen.get("train"):
+        raise ValueError(f"{root} holds {without_training(found, params)}{passed_over}")
+    if beside:
+        raise ValueError(
+            f"{root} has {' and '.join(chosen)}, and {len(beside)} images in none of them, such as {beside[0][0]}: "
+            "move them there, or leave them out by exclude_patterns; if a class is called like a split, put all class "
+            "folders into a folder train"
+        )
+    if params.labels_from is None:
+        return {split: [(path, None) for path, _ in images] for split, images in chosen.items()}
+    for split, images in chosen.items():
+        bare = [path for path, label in images if label is None]
+        if 0 < len(bare) < len(images):
+            raise ValueError(
+                f"{len(bare)} of the {len(images)} images for {split} in {root} have no label, such as {bare[0]}: move "
+                "them into a class folder, or away, or set labels_from=None to use none"
+            )
+    return chosen
+
+
+def without_training(found: Found, params: EncoderAndDataParams) -> str:
+    """What there is instead of training images, and the way out."""
+    n = len(found.get("train", []))
+    others = [split for split, images in found.items() if split and images]
+    if n:
+        patterns = f"include_patterns={params.include_patterns}, exclude_patterns={params.exclude_patterns}"
+        return f"{n} images for training, of which {patterns} leave none: choose others"
+    if others:
+        return (
+            f"0 images for training, but some called {' and '.join(others)}: call a folder or shards train, or, if "
+            "these are classes, put all class folders into a folder train"
+        )
+    return "0 images for training: choose another"
+
+
+def matches(path: str, pattern: str) -> bool:
+    """A pattern without a slash is for the file's name, one with a slash for its path; `*` is any text, slashes too."""
+    return fnmatchcase(path if "/" in pattern else path.rsplit("/", 1)[-1], pattern)
+
+
+# ---- classes and splits ----
+
+
+def numbered(found: Found, class_to_idx: list[str] | None, where: object) -> tuple[Numbered, list[str]]:
+    """Labels as the numbers of classes, from 0 without gaps, -1 for none; and the names of the classes in their order:
+    that of `class_to_idx`, or else the alphabetical (or numerical) one of train.
+
+    Raises:
+        ValueError: val or test has classes that train lacks; or see `names_of`.
+    """
+    names = names_of({label for images in found.values() for _, label in images} - {None}, class_to_idx)
+    of_split = {split: {names.get(label) for _, label in images} for split, images in found.items()}
+    known = numbers(of_split.get("train", ()), of_split, where)
+    if class_to_idx is not None:
+        known = {name: number for number, name in enumerate(first_names(class_to_idx).values())}
+    known = {None: UNLABELED, **known}
+    in_numbers = {split: [(path, known[names.get(label)]) for path, label in found[split]] for split in found}
+    return in_numbers, [str(name) for name in known if name is not None]
+
+
+def names_of(labels: set[str | int], class_to_idx: list[str] | None) -> dict[Label, Label]:
+    """Label -> the name of its class: in Unicode's composed form, or the first one in class_to_idx with its number.
+
+    Raises:
+        ValueError: class_to_idx lacks one; without it, there are numbers and names, or numbers below 0.
+    """
+    whole = [label for label in labels if isinstance(label, int)]
+    if whole and min(whole) < 0:
+        raise ValueError(f"the label {min(whole)} is no class: number them from 0, and write -1 for no label")
+    if class_to_idx is None:
+        if 0 < len(whole) < len(labels):
+            word = min(label for label in labels if isinstance(label, str))
+            raise ValueError(
+                f"some labels are numbers, such as {whole[0]}, and some are names, such as {word}: use one kind, or "
+                "set class_to_idx"
+            )
+        return {label: composed(label) for label in labels}
+    given = numbers_of(class_to_idx)
+    first = first_names(class_to_idx)
+    names = {label: first.get(given.get(str(composed(label)), label)) for label in labels}
+    if unknown := sorted(str(label) for label, name in names.items() if name is None):
+        raise ValueError(f"class_to_idx has no number for {', '.join(unknown)}: add it, or set exclude_patterns")
+    return names
+
+
+def numbers_of(class_to_idx: list[str]) -> dict[str, int]:
+    """["cat=0", "dog=1"] -> name -> number."""
+    return {composed(name): int(number) for name, _, number in (entry.rpartition("=") for entry in class_to_idx)}
+
+
+def first_names(class_to_idx: list[str]) -> dict[int, str]:
+    """number -> the first name with it, in the order of the numbers."""
+    given = [(number, name) for name, number in numbers_of(class_to_idx).items()]
+    return dict(sorted(dict(reversed(given)).items()))
+
+
+def as_classes(labels: list[int]) -> np.ndarray:
+    """For drawing: images without labels are one class."""
+    return np.zeros(len(labels), np.int64) if max(labels) < 0 else np.array(labels)
+
+
+def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed: int) -> Numbered:
+    """train, val and test: a share of every class each, at least one image if it is not 0, but never the last one."""
+    rest = np.arange(len(images))
+    found = {}
+    for split, size in (("test", test_size), ("val", val_size / (1 - test_size))):
+        if size > 0:
+            classes = as_classes([images[i][1] for i in rest])
+            if len(np.unique(classes)) == len(rest):
+                raise ValueError(
+                    f"no class of the {len(images)} images has one left for {split} beside that for training: set "
+                    "val_size=0 or test_size=0, or add images"
+                )
+            fit, score = subsets.held_out(classes, size, seed)
+            found[split] = [images[i] for i in rest[score]]
+            rest = rest[fit]
+    return {"train": [images[i] for i in rest], **found}

@@ -1,0 +1,189 @@
+"""Images of one size as two arrays on the disk, memory-mapped, or as one tensor on the device."""
+
+import copy
+import mmap
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from self_supervised.data.class_labels import in_classes
+from self_supervised.distributed import has_room, to_device
+from self_supervised.safe_files import whole_folder
+
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images, labels
+
+
+def data_path() -> Path:
+    """The environment variable DATA_PATH (`~` is expanded), or ./data."""
+    return Path(os.environ.get("DATA_PATH", "data")).expanduser()
+
+
+def read_digits() -> Arrays:
+    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 x 1: 1,297 for training, 500 to test."""
+    digits = load_digits()
+    images = np.round(digits.images / 16 * 255)[..., None]
+    parts = train_test_split(images, digits.target, test_size=500, stratify=digits.target, random_state=0)
+    return {"train": (parts[0], parts[2]), "test": (parts[1], parts[3])}
+
+
+def read_cifar(source: type) -> Callable[[], Arrays]:
+    def read() -> Arrays:
+        sets = {name: source(data_path(), train=name == "train", download=True) for name in ("train", "test")}
+        return {name: (s.data, s.targets) for name, s in sets.items()}
+
+    return read
+
+
+def read_stl10() -> Arrays:
+    sets = {
+        name: torchvision.datasets.STL10(data_path(), name, download=True) for name in ("train", "unlabeled", "test")
+    }
+    return {name: (s.data.transpose(0, 2, 3, 1), s.labels) for name, s in sets.items()}
+
+
+READERS: dict[str, Callable[[], Arrays]] = {
+    "digits": read_digits,
+    "cifar10": read_cifar(torchvision.datasets.CIFAR10),
+    "cifar100": read_cifar(torchvision.datasets.CIFAR100),
+    "stl10": read_stl10,
+}  # of the packed data sets of catalogue.DATASETS
+
+
+# ---- Images of one size as two arrays on the disk, memory-mapped, or as one tensor on the device ----
+
+
+PIECE = 2**26  # bytes; of a copy to the device
+ANEW = "write it again, or remove its folder, to have a set that can be downloaded packed anew"
+
+
+def is_there(split: Path) -> bool:
+    return (split / "images.npy").is_file() and (split / "labels.npy").is_file()
+
+
+def pack(split: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write one split, complete or not at all."""
+    with whole_folder(split) as unfinished:
+        np.save(unfinished / "images.npy", np.ascontiguousarray(images, dtype=np.uint8))
+        np.save(unfinished / "labels.npy", np.asarray(labels, dtype=np.int64))
+        shutil.rmtree(split, ignore_errors=True)  # half of it, put there by hand
+
+
+def arrays(split: Path) -> tuple[np.memmap, np.ndarray]:
+    """Images [N, H, W, C], uint8 and memory-mapped, and their labels [N], int64.
+
+    Raises:
+        ValueError: a file is cut, empty, or holds something else. Names it.
+    """
+    file = split / "images.npy"
+    images = loaded(file, "r")
+    labels = in_classes(loaded(split / "labels.npy"), split / "labels.npy")
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"{file} holds {images.dtype} {images.shape}, not uint8 N x H x W x C: {ANEW}")
+    if len(images) != len(labels):
+        raise ValueError(f"{split}: {len(images)} images but {len(labels)} labels: {ANEW}")
+    return images, labels
+
+
+def loaded(file: Path, mmap_mode: str | None = None) -> np.ndarray:
+    try:
+        array = np.load(file, mmap_mode=mmap_mode)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive")
+        return array
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read as an array, it is cut or something else ({error}): {ANEW}") from error
+
+
+class PackedImages(Dataset):
+    """Memory-mapped splits, one after the other; a whole batch is read at once.
+
+    Raises:
+        ValueError: see `arrays`; or images of one split have another shape than those of another.
+    """
+
+    def __init__(self, splits: list[Path]):
+        self.images, labels = map(list, zip(*map(arrays, splits), strict=True))
+        for split, images in zip(splits, self.images, strict=True):
+            if images.shape[1:] != self.images[0].shape[1:]:
+                raise ValueError(
+                    f"{split / 'images.npy'} holds images of {images.shape[1:]}, and {splits[0]} of "
+                    f"{self.images[0].shape[1:]}: {ANEW}"
+                )
+        self.labels = np.concatenate(labels)
+        self.starts = np.cumsum([0, *map(len, self.images)])
+        self.places = np.arange(len(self.labels))  # of the images that count, in the splits
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: np.ndarray) -> "PackedImages":
+        """These images alone, of the same files."""
+        part = copy.copy(self)
+        part.labels = self.labels[indices]
+        part.places = self.places[indices]
+        return part
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """uint8 [N, C, H, W] and int64 [N]. PyTorch's loader calls this with the indices of a whole batch."""
+        indices = np.asarray(indices)
+        places = self.places[indices]
+        part = np.searchsorted(self.starts, places, side="right") - 1
+        batch = np.empty((len(places), *self.images[0].shape[1:]), dtype=np.uint8)
+        for i, images in enumerate(self.images):
+            batch[part == i] = images[places[part == i] - self.starts[i]]
+            forget(images)
+        return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
+
+
+def forget(mapped: np.memmap) -> None:
+    """What was read stays in the system's cache, but no longer counts as memory of this process: else an epoch would
+    make all of a large set resident."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapped._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+class ImagesOnDevice(Dataset):
+    """Packed images as one uint8 tensor on the device, where batches are picked: nothing is copied to it any more."""
+
+    def __init__(self, packed: PackedImages, device: torch.device):
+        shape = (len(packed), *packed.images[0].shape[1:])
+        self.images = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.labels = torch.from_numpy(packed.labels).to(device)
+        piece = max(1, PIECE // self.images[0].nbytes)  # the whole set need not fit into the host's memory
+        for indices in torch.arange(len(packed)).split(piece):
+            images, _ = packed.__getitems__(indices)
+            self.images[indices[0] : indices[-1] + 1] = images.permute(0, 2, 3, 1).to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Tensor | list[int]) -> tuple[Tensor, Tensor]:
+        """uint8 [N, C, H, W] and int64 [N]."""
+        indices = self.order(indices)
+        return self.images[indices].permute(0, 3, 1, 2), self.labels[indices]
+
+    def order(self, indices: Tensor | list[int]) -> Tensor:
+        """The indices, on the device."""
+        return to_device(torch.as_tensor(indices), self.images.device)
+
+
+def fits(packed: PackedImages, device: torch.device) -> bool:
+    return has_room(len(packed) * packed.images[0][:1].nbytes, device)
+
+
+def already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what `PackedImages` gives for a list of indices as it is: the collate function of a loader."""
+    return batch

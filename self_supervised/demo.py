@@ -1,0 +1,143 @@
+"""Two minutes on a laptop: pretrain on scans of digits without their labels, then see what the encoder has learned.
+
+    self-supervised demo            (or `make demo`, which also installs)
+
+Leaves a run in runs/demo, like those of train.py, with results.md and a page about it: report.html.
+"""
+
+import argparse
+import logging
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model_params import ModelParams, VICRegParams
+from self_supervised import train
+from self_supervised.data import loading
+from self_supervised.evaluation import validation
+from self_supervised.folder_lock import locked
+from self_supervised.networks import layers
+from self_supervised.networks.encoders import OWN_MODULE
+from self_supervised.program import one_line_errors
+from self_supervised.report import report
+from self_supervised.runs.command_line import RunOptions
+from self_supervised.safe_files import to_json, write_whole
+from self_supervised.views import augmentations
+
+OUT = Path("runs/demo")
+LABELS_PER_CLASS = 5
+DRAWS = 5  # of the few labels; the mean is reported
+
+
+def small_encoder() -> nn.Module:
+    """[N, 1, 8, 8] -> [N, 256]: any module may be the encoder, and 8 x 8 scans do not need a ResNet."""
+
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    widths = [
+        block(1, 64, 1),
+        block(64, 64, 1),
+        block(64, 128, 2),
+        block(128, 128, 1),
+        block(128, 256, 2),
+        block(256, 256, 1),
+    ]
+    return nn.Sequential(*sum(widths, []), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@torch.no_grad()
+def features(encoder: nn.Module, params: ModelParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(train features, labels, test features, labels) of an encoder in eval mode."""
+    result = []
+    for splits in (params.dataset.train_splits, params.dataset.test_splits):
+        images, labels = (torch.cat(part) for part in zip(*loader(params, splits), strict=True))
+        views = augmentations.evaluation_view(images, params).split(256)
+        with layers.in_eval_mode(encoder):
+            result += [torch.cat([encoder(view) for view in views]), labels]
+    return tuple(result)
+
+
+def loader(params: ModelParams, splits: tuple[str, ...]):
+    return loading.get_loader(params, loading.get_dataset(params, splits), training=False)
+
+
+def with_few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
+    """Accuracy of the linear probe with LABELS_PER_CLASS labels of each class, mean over DRAWS draws of them."""
+    accuracies = []
+    for draw in range(DRAWS):
+        rng = np.random.default_rng(draw)
+        classes = [np.flatnonzero(train_y == label) for label in train_y.unique()]
+        chosen = np.concatenate([rng.choice(members, LABELS_PER_CLASS, replace=False) for members in classes])
+        scores = validation.linear_probe(train_x[chosen], train_y[chosen], test_x, test_y)
+        accuracies.append(scores["valid_class_acc"])
+    return float(np.mean(accuracies))
+
+
+def score(encoder: nn.Module, params: ModelParams) -> dict[str, float]:
+    sets = features(encoder, params)
+    return {
+        f"linear, {LABELS_PER_CLASS * params.dataset.n_classes} labels (%)": with_few_labels(*sets),
+        "linear, all labels (%)": validation.linear_probe(*sets)["valid_class_acc"],
+        "kNN, k = 20 (%)": validation.knn(*sets)["valid_knn20_acc"],
+        "RankMe": validation.rank_me(*sets)["valid_rank_me"],
+    }
+
+
+def table(random: dict[str, float], trained: dict[str, float]) -> str:
+    rows = [f"| {name} | {random[name]:.1f} | {trained[name]:.1f} |" for name in random]
+    return "\n".join(["| test set | random encoder | trained encoder |", "|---|---|---|", *rows])
+
+
+@one_line_errors()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--linear_epochs", type=int, default=10)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", module="pytorch_lightning")  # of our deliberately small numbers
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    with locked(OUT):
+        run(args.epochs, args.linear_epochs)
+
+
+def run(epochs: int, linear_epochs: int) -> None:
+    start = time.time()
+    recipe = {"batch_size": 64, "lars_eta": 0.005, "lars_warmup_epochs": 2, "seed": 0}
+    recipe |= {"encoder_arch": OWN_MODULE, "evaluations": ["linear_probe", "knn"]}
+    params = VICRegParams(dataset_name="digits", max_epochs=epochs, **recipe)
+    options = RunOptions(out=str(OUT), logger=["csv"], log_every_n_steps=1, linear_epochs=linear_epochs, linear_lr=4.0)
+    torch.manual_seed(0)  # draws the weights of our module; `seed` draws those of the heads
+    encoder = small_encoder()
+    random = score(encoder, params)
+    forget_earlier_demo()
+    print(f"Pretraining a small convolutional network with VICReg on {params.dataset_name}, without labels:")
+    results = train.run(OUT, "vicreg", options, params, encoder, batch_size=64)
+    trained = score(encoder, params)
+    result = table(random, trained)
+    accuracy = results["linear classifier"]["valid_acc1"]
+    result += f"\n\nLinearClassifierMethod after {linear_epochs} epochs: {accuracy:.1f} % of the test set."
+    write_whole(OUT / "results.md", result + "\n")
+    results["random encoder"] |= random
+    results["trained encoder"] |= trained
+    write_whole(OUT / "results.json", to_json(results, indent=2))
+    page = report.write([OUT], encoder=small_encoder())
+    print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves, neighbours and a map, in a browser: {page}")
+
+
+def forget_earlier_demo() -> None:
+    """Remove what train.py would append to or resume from."""
+    for name in ("command.txt", "run.json"):
+        (OUT / name).unlink(missing_ok=True)
+    for name in ("pretraining", "linear"):
+        shutil.rmtree(OUT / name, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Embed any folder of images, or of videos: a Parquet file with path, embedding and label of each.
+
+    self-supervised embed runs/simclr/pretrained.ckpt photos/ --out features.parquet
+
+Killed at any moment, the same command goes on where it was and ends with the same file. Started again later, it embeds
+the images that were added since. CHECKPOINT is anything that weights.load_encoder reads.
+"""
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from torch.utils.data import DataLoader
+
+from self_supervised.data.packed import already_a_batch
+from self_supervised.distributed import usable
+from self_supervised.embeddings.job import Work
+from self_supervised.embeddings.sources import Batches, Source, open_source, part_kept
+from self_supervised.evaluation.features import encoder_hash
+from self_supervised.fields import as_path
+from self_supervised.networks.pretrained import Encoder, load_encoder
+from self_supervised.program import one_line_errors
+from self_supervised.runs.command_line import add_fields, parser_of
+from self_supervised.safe_files import check_file
+
+# noqa: F401  (the reader of what this writes)
+
+
+MOST_WORKERS = 8
+CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # of an encoder of videos
+OVERRIDES = ("encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "image_mean",
+             "image_std", *CLIPS)  # fmt: skip
+
+
+def embed(
+    checkpoint: str | Path | Encoder,
+    folder: str | Path,
+    out: str | Path,
+    *,
+    batch_size: int = 128,
+    num_workers: int | None = None,
+    device: str = "auto",
+    skip_unreadable: bool = False,
+    overwrite: bool = False,
+    **overrides: Any,
+) -> Path:
+    """Embed all images of `folder` (or of a packed data set, by name) into the Parquet file `out`.
+
+    Columns: path (relative to the folder, sorted), embedding (float32 [E]), label (the class folder's name if all
+    images lie in class folders, else null). Labels are for the user: the encoder does not see them. An encoder of
+    clips embeds the video files of `folder`: the mean over evaluation_clips x evaluation_crops clips of each.
+
+    Args:
+        num_workers: processes that decode images; None: one a core, at most MOST_WORKERS.
+        device: "auto", "cpu", "cuda", ...
+        skip_unreadable: count and list images that cannot be read instead of stopping at the first.
+        overwrite: embed all images anew, also where `out` was made with another checkpoint or from another folder.
+        overrides: fields of EncoderAndDataParams, where the checkpoint does not say or says it wrong.
+
+    Raises:
+        ValueError: no images; one that cannot be read; `out` holds features of another checkpoint or folder.
+    """
+    out = Path(out).expanduser()
+    check_file("out", out)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    device = usable(device)
+    encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
+    source = open_source(folder, "video" if encoder.params.dataset.of_videos else "image")
+    with Work(out, description(encoder, source, overrides), overwrite) as work:
+        paths = source.paths()
+        print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
+        if todo := work.left(paths, skip_unreadable):
+            loader = batches(source, encoder, todo, batch_size, num_workers)
+            work.add(encoder.to(device), loader, len(paths), skip_unreadable)
+        work.finish(paths, source)
+    return out
+
+
+def description(encoder: Encoder, source: Source, overrides: dict[str, Any]) -> dict[str, Any]:
+    """How the features are made: the metadata of the file."""
+    p, file = encoder.params, Path(encoder.report.source)
+    packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL, "numpy": np}
+    return {
+        "checkpoint": str(file.resolve()) if file.is_file() else encoder.report.source,
+        "sha256": digest(encoder),
+        "encoder": encoder_hash(encoder),
+        "encoder_arch": p.encoder_arch,
+        "preprocessing": {
+            "central square, of the shorter side": part_kept(p),
+            "size": p.crop_size,
+            "channels": p.channels,
+            "mean": list(p.mean),
+            "std": list(p.std),
+            **({name: getattr(p, name) for name in CLIPS} if p.dataset.of_videos else {}),
+        },
+        "images": source.name,
+        "overrides": overrides,
+        "versions": {name: package.__version__ for name, package in packages.items()},
+    }
+
+
+def digest(encoder: Encoder) -> str:
+    """SHA-256 of the file; of the tensors where there is none, as with published weights by name."""
+    if (path := Path(encoder.report.source)).is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    tensors = hashlib.sha256()
+    for name, tensor in encoder.model.state_dict().items():
+        tensors.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return tensors.hexdigest()
+
+
+def batches(source: Source, encoder: Encoder, todo: list[str], batch_size: int, num_workers: int | None) -> DataLoader:
+    """In a batch there are no more clips than there would be images."""
+    workers = min(os.cpu_count() or 1, MOST_WORKERS) if num_workers is None else num_workers
+    batch_size = max(1, batch_size // encoder.params.clips_of_a_video)
+    return DataLoader(
+        Batches(source, encoder.params),
+        batch_size=batch_size,
+        sampler=todo,
+        num_workers=min(workers, len(todo) // batch_size),  # those that get a whole batch
+        collate_fn=already_a_batch,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = parser_of("embed", __doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="of images or videos, flat or nested; shards; a Hugging Face data set; a packed set: cifar10, digits/test",
+    )
+    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--num_workers", type=int, metavar="N", help=f"default: one a core, at most {MOST_WORKERS}")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    parser.add_argument("--skip_unreadable", action="store_true", help="count and list them instead of stopping")
+    parser.add_argument("--overwrite", action="store_true", help="embed all anew, whatever --out holds")
+    fields = parser.add_argument_group("where the checkpoint does not say, or says it wrong (see model_params.py)")
+    add_fields(fields, OVERRIDES)
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main() -> None:
+    embed(**vars(arguments()))
+
+
+if __name__ == "__main__":
+    main()

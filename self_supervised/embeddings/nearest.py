@@ -1,0 +1,260 @@
+"""The nearest neighbours of images, by cosine of their embeddings: a table, and a contact sheet.
+
+    self-supervised nearest features.parquet photos/cat/12.jpg another.jpg --out nearest.png -k 12
+
+An IMAGE is one of the features' own, by its path in the file or on the disk, and is then not its own neighbour; or any
+other image, which the features' checkpoint embeds.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from attrs import frozen
+from PIL import Image, ImageDraw, ImageFont
+
+from self_supervised.embeddings import parquet
+from self_supervised.embeddings.embed import digest
+from self_supervised.embeddings.projection import unit
+from self_supervised.embeddings.sources import Batches, Folder, Source, open_source, picture_of
+from self_supervised.fields import as_path
+from self_supervised.networks.pretrained import load_encoder
+from self_supervised.program import one_line_errors
+from self_supervised.runs.command_line import in_one_line, parser_of
+from self_supervised.safe_files import check_file, whole
+
+SIDE, GAP, MARGIN = 176, 18, 28  # pixels: of the box of a picture, between boxes, around the sheet
+LINE = 21  # of a caption
+COLUMNS = 6  # of pictures beside the leading one
+WHITE, BOX, RULE, TEXT, FAINT = "#ffffff", "#f3f4f6", "#d8dce2", "#1b1f24", "#68707b"
+LEAD, SAME, OTHER = "#1f6feb", "#1a7f37", "#bc4c00"  # frames
+
+
+@frozen
+class Tile:
+    picture: Image.Image
+    title: str  # bold, on the left
+    note: str  # on its right
+    lines: tuple[str, ...]  # below; those too long lose their beginning
+    colour: str | None = None  # of the frame, and of the first line
+
+
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """matplotlib's own, the same everywhere."""
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf")
+    return ImageFont.truetype(str(file), size)
+
+
+PLAIN, BOLD = font(14), font(15, bold=True)
+
+
+def contact_sheet(rows: list[tuple[Tile, list[Tile]]]) -> Image.Image:
+    """Each row: the leading picture, then the others, COLUMNS a line."""
+    cell = LINE * (1 + max(len(tile.lines) for lead, tiles in rows for tile in (lead, *tiles))) + SIDE + GAP
+    columns = min(COLUMNS, max(len(tiles) for _, tiles in rows))
+    heights = [max(1, -(-len(tiles) // COLUMNS)) * cell for _, tiles in rows]
+    first = MARGIN + SIDE + 2 * GAP  # left edge of the pictures beside the leading one
+    size = first + columns * (SIDE + GAP) - GAP + MARGIN, sum(heights) + GAP * (len(rows) - 1) + 2 * MARGIN - GAP
+    sheet = Image.new("RGB", size, WHITE)
+    draw, top = ImageDraw.Draw(sheet), MARGIN
+    for number, ((lead, tiles), height) in enumerate(zip(rows, heights, strict=True)):
+        if number:
+            draw.line((MARGIN, top - GAP, sheet.width - MARGIN, top - GAP), fill=RULE)
+        paste(sheet, lead, MARGIN, top)
+        draw.line((first - GAP, top, first - GAP, top + height - GAP), fill=RULE)
+        for i, tile in enumerate(tiles):
+            paste(sheet, tile, first + i % COLUMNS * (SIDE + GAP), top + i // COLUMNS * cell)
+        top += height + GAP
+    return sheet
+
+
+def paste(sheet: Image.Image, tile: Tile, left: int, top: int) -> None:
+    draw, right, bottom = ImageDraw.Draw(sheet), left + SIDE, top + SIDE
+    draw.rectangle((left, top, right - 1, bottom - 1), fill=BOX)
+    picture = fitted(tile.picture)
+    sheet.paste(picture, (left + (SIDE - picture.width) // 2, top + (SIDE - picture.height) // 2))
+    if tile.colour:
+        draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=tile.colour, width=3)
+    draw.text((left, bottom + 6), in_one_line(tile.title), TEXT, BOLD)
+    draw.text((right, bottom + 6), in_one_line(tile.note), TEXT, PLAIN, anchor="ra")
+    for i, line in enumerate(tile.lines):
+        colour = (tile.colour or TEXT) if i == 0 else FAINT
+        draw.text((left, bottom + 6 + LINE * (i + 1)), shortened(line), colour, PLAIN)
+
+
+def fitted(picture: Image.Image) -> Image.Image:
+    """As large as the box allows, in its own proportions; small ones by whole pixels, to show what is there."""
+    factor = SIDE / max(picture.size)
+    factor = int(factor) if factor >= 2 else factor
+    size = tuple(max(1, round(edge * factor)) for edge in picture.size)
+    method = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
+    return picture.convert("RGB").resize(size, method)
+
+
+def shortened(line: str) -> str:
+    """The end of it, as much as is as wide as a picture."""
+    line = in_one_line(line)
+    line = f"…{line[-SIDE:]}" if len(line) > SIDE else line  # a letter is wider than a pixel
+    if PLAIN.getlength(line) <= SIDE:
+        return line
+    return next((f"…{line[i:]}" for i in range(len(line)) if PLAIN.getlength(f"…{line[i:]}") <= SIDE), "…")
+
+
+# ---- The nearest neighbours among embeddings, and how a contact sheet shows them ----
+
+
+Piece = tuple[list[str], np.ndarray, list[str | None]]  # paths, embeddings [n, E], labels
+
+
+@frozen
+class Neighbour:
+    path: str
+    label: str | None
+    cosine: float
+
+
+def best_of(
+    pieces: Iterable[Piece], queries: np.ndarray, k: int, own: list[str | None] | None = None
+) -> list[list[Neighbour]]:
+    """The k rows of all pieces with the largest cosine to each query [Q, E], the nearest first; without the row whose
+    path is that of `own`."""
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
+    best: list[list[Neighbour]] = [[] for _ in queries]
+    queries = unit(queries)
+    for paths, embeddings, labels in pieces:
+        cosines = (queries @ unit(embeddings).T).clip(-1, 1)
+        for i, cosine in enumerate(cosines):
+            top = np.argsort(-cosine, kind="stable")[: k + 1]  # one more than k, for the own row
+            found = (Neighbour(paths[j], labels[j], float(cosine[j])) for j in top)
+            found = best[i] + [neighbour for neighbour in found if own is None or neighbour.path != own[i]]
+            best[i] = sorted(found, key=lambda neighbour: -neighbour.cosine)[:k]
+    return best
+
+
+@frozen
+class Query:
+    name: str
+    embedding: np.ndarray
+    picture: Image.Image
+    own: str | None = None  # path of its row
+    label: str | None = None
+
+
+def tiles(query: Query, found: list[Neighbour], source: Source) -> tuple[Tile, list[Tile]]:
+    """A neighbour's frame says whether its label is the query's, where both have one."""
+    lead = Tile(query.picture, "query", "", (query.label, query.name) if query.label else (query.name,), LEAD)
+    row = []
+    for i, n in enumerate(found, start=1):
+        colour = (SAME if n.label == query.label else OTHER) if n.label and query.label else None
+        lines = (n.label, n.path) if n.label else (n.path,)
+        row.append(Tile(source.picture(n.path, side=SIDE), str(i), f"{n.cosine:.3f}", lines, colour))
+    return lead, row
+
+
+# ---- The nearest neighbours of images, by cosine of their embeddings: a table, and a contact sheet ----
+
+
+def nearest(
+    features: str | Path, queries: np.ndarray, k: int = 12, own: list[str | None] | None = None
+) -> list[list[Neighbour]]:
+    """The k rows of `features` with the largest cosine to each query, the nearest first.
+
+    The file is read in pieces, so it may be larger than the memory.
+
+    Args:
+        queries: embeddings [Q, E].
+        own: for each query the path of its own row, which is left out, or None.
+    """
+    return best_of(parquet.pieces(features), queries, k, own)
+
+
+def find_queries(features: str | Path, images: list[str], source: Source, checkpoint: str | None) -> list[Query]:
+    """An image is looked for as a path of a row, as a file that has a row, and as any other file."""
+    candidates = {image: [image, source.path_of(Path(image).expanduser())] for image in images}
+    rows = parquet.rows_of(features, [path for paths in candidates.values() for path in paths if path])
+    own = {image: next((path for path in paths if path in rows), None) for image, paths in candidates.items()}
+    others = [image for image in images if own[image] is None]
+    for image in others:
+        if not Path(image).expanduser().is_file():
+            raise ValueError(f"{image} is neither a file nor the path of a row of {features}")
+    embedded = embed_files(features, others, checkpoint) if others else {}
+    return [
+        Query(own[image], rows[own[image]][0], source.picture(own[image]), own[image], rows[own[image]][1])
+        if own[image]
+        else Query(image, embedded[image], picture_of(str(Path(image).expanduser())))
+        for image in images
+    ]
+
+
+def embed_files(features: str | Path, files: list[str], checkpoint: str | None) -> dict[str, np.ndarray]:
+    """By the features' checkpoint, which may lie elsewhere by now. Raises ValueError if it is another one."""
+    about = parquet.about(features)
+    encoder = load_encoder(checkpoint or about["checkpoint"], **about["overrides"])
+    if digest(encoder) != about["sha256"]:
+        raise ValueError(
+            f"{encoder.report.source} is not the checkpoint of {features}, or has changed since: name a copy with "
+            "--checkpoint, or embed the images anew"
+        )
+    embedded = {}
+    for file in files:
+        path = Path(file).expanduser()
+        prepared = Batches(Folder(path.parent), encoder.params).prepared(path.name)
+        embedded[file] = encoder.embed(prepared[None])[0].numpy()
+    return embedded
+
+
+# ---- what is shown ----
+
+
+def table(query: Query, found: list[Neighbour]) -> str:
+    rows = [("rank", "cosine", "label", "path")]
+    rows += [(str(i), f"{n.cosine:.4f}", n.label or "-", n.path) for i, n in enumerate(found, start=1)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"  {a:>{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}" for a, b, c, d in rows]
+    return "\n".join([query.name + (f" ({query.label})" if query.label else ""), *lines])
+
+
+def nearest_sheet(
+    features: str | Path,
+    images: list[str],
+    out: str | Path,
+    k: int = 12,
+    checkpoint: str | None = None,
+    folder: str | None = None,
+) -> list[list[Neighbour]]:
+    """The neighbours of each image, also as a contact sheet, the PNG `out`.
+
+    Args:
+        checkpoint: of the features, if it is not where it was.
+        folder: of the features' images, likewise.
+    """
+    features = as_path(features)
+    check_file("out", out)
+    source = open_source(folder or parquet.about(features)["images"])
+    queries = find_queries(features, images, source, checkpoint)
+    found = nearest(features, np.stack([query.embedding for query in queries]), k, [query.own for query in queries])
+    sheet = contact_sheet([tiles(query, row, source) for query, row in zip(queries, found, strict=True)])
+    with whole(as_path(out)) as file:
+        sheet.save(file, "PNG")
+    for query, row in zip(queries, found, strict=True):
+        print(table(query, row), end="\n\n")
+    print(out)
+    return found
+
+
+@one_line_errors()
+def main() -> None:
+    parser = parser_of("nearest", __doc__)
+    parser.add_argument("features", metavar="FILE.parquet")
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--out", type=as_path, default=Path("nearest.png"), metavar="FILE.png")
+    parser.add_argument("-k", type=int, default=12, help="neighbours of each image")
+    parser.add_argument("--checkpoint", help="of the features, if it is not where it was")
+    parser.add_argument("--folder", help="of the features' images, likewise")
+    nearest_sheet(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Features in Parquet files: path, embedding and label of each image, sorted by path; written whole, read in pieces."""
+
+import json
+from collections.abc import Iterator
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from self_supervised.fields import as_path
+from self_supervised.safe_files import to_json, whole
+
+try:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.dataset as ds
+    import pyarrow.parquet as pq
+except ImportError as error:
+    raise ImportError("Parquet files need the package pyarrow, which is not installed: pip install pyarrow") from error
+
+ROWS = 4096  # of a row group: what is in memory at a time
+ABOUT = b"self_supervised"  # key of the file's metadata, a JSON object
+
+
+# ---- writing ----
+
+
+def schema(width: int, about: dict[str, Any]) -> pa.Schema:
+    columns = {"path": pa.string(), "embedding": pa.list_(pa.float32(), width), "label": pa.string()}
+    return pa.schema(columns, metadata={ABOUT: to_json(about)})
+
+
+def write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
+    """One row group a table."""
+    with whole(path) as file, pq.ParquetWriter(file, schema, use_dictionary=["label"]) as writer:
+        for table in tables:
+            writer.write_table(table.combine_chunks(), row_group_size=max(len(table), 1))
+
+
+def write_part(path: Path, paths: list[str], embeddings: np.ndarray, about: dict[str, Any]) -> None:
+    """Rows [N] whose labels are not known yet."""
+    width = embeddings.shape[1]
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), width)
+    target = schema(width, about)
+    write(
+        path,
+        iter([pa.Table.from_arrays([pa.array(paths), vectors, pa.nulls(len(paths), "string")], schema=target)]),
+        target,
+    )
+
+
+def join(out: Path, parts: list[Path], paths: list[str], labels: list[str | None], about: dict[str, Any]) -> None:
+    """The rows of these sorted paths, each of which is in one of the parts, as one file."""
+    target = schema(pq.read_schema(parts[0]).field("embedding").type.list_size, about)
+    rows = ds.dataset([str(part) for part in parts], schema=target)
+
+    def tables() -> Iterator[pa.Table]:
+        for start in range(0, len(paths), ROWS):
+            some = paths[start : start + ROWS]
+            # By the range of paths, row groups are passed over unread.
+            found = rows.to_table(filter=(pc.field("path") >= some[0]) & (pc.field("path") <= some[-1]))
+            found = found.filter(pc.is_in(found["path"], pa.array(some))).sort_by("path")
+            assert found["path"].to_pylist() == some
+            yield found.set_column(2, "label", pa.array(labels[start : start + ROWS], pa.string()))
+
+    write(out, tables(), target)
+
+
+# ---- reading ----
+
+
+def about(path: str | Path) -> dict[str, Any]:
+    """How the features of a file were made.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is another kind of file.
+    """
+    path = as_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        found = (pq.read_schema(path).metadata or {}).get(ABOUT)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is no Parquet file, or damaged: {error}") from error
+    if found is None:
+        raise ValueError(f"{path} was not written by self_supervised.embeddings.embed")
+    return json.loads(found)
+
+
+def matrix(embeddings: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """float32 [N, E]"""
+    if isinstance(embeddings, pa.ChunkedArray):
+        embeddings = embeddings.combine_chunks()
+    return embeddings.flatten().to_numpy().reshape(-1, embeddings.type.list_size)
+
+
+def pieces(path: str | Path) -> Iterator[tuple[list[str], np.ndarray, list[str | None]]]:
+    """(paths, embeddings [n, E], labels) of at most ROWS rows at a time, in the file's order."""
+    about(path := as_path(path))
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(ROWS):
+            yield batch["path"].to_pylist(), matrix(batch["embedding"]), batch["label"].to_pylist()
+
+
+def read(path: str | Path) -> tuple[list[str], np.ndarray, list[str | None]]:
+    """(paths, embeddings float32 [N, E], labels) of a whole file."""
+    about(path := as_path(path))
+    table = pq.read_table(path)
+    return table["path"].to_pylist(), matrix(table["embedding"]), table["label"].to_pylist()
+
+
+def count(path: str | Path) -> int:
+    return pq.read_metadata(path).num_rows
+
+
+def paths_in(path: str | Path) -> list[str]:
+    return pq.read_table(path, columns=["path"])["path"].to_pylist()
+
+
+def rows_of(path: str | Path, wanted: list[str]) -> dict[str, tuple[np.ndarray, str | None]]:
+    """path -> (embedding [E], label) of those that the file has."""
+    one_of = reduce(or_, (pc.field("path") == name for name in wanted))
+    found = ds.dataset(str(path)).to_table(filter=one_of)
+    rows = zip(matrix(found["embedding"]), found["label"].to_pylist(), strict=True)
+    return dict(zip(found["path"].to_pylist(), rows, strict=True))

@@ -1,0 +1,222 @@
+"""Where images come from, by name: any folder of image files, or of videos, or a packed data set; and batches of them
+by path. The picture of a video is its middle frame."""
+
+from pathlib import Path
+
+import attrs
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from model_params import EncoderAndDataParams
+from self_supervised.catalogue import DATASETS
+from self_supervised.data import decoders, video_files
+from self_supervised.data.array_files import read_npy
+from self_supervised.data.custom import get_source, is_stored
+from self_supervised.data.file_search import ARRAY_SUFFIX, PassedOver, files_below, image_suffixes
+from self_supervised.data.files import File
+from self_supervised.data.image_files import central_square, in_mode, jpeg_size, read_any, read_image, read_reduced
+from self_supervised.data.loading import data_path, prepare_data
+from self_supervised.data.packed import PackedImages
+
+
+class Folder:
+    """All image files (or videos) below a folder, flat or nested, known by suffix; a path is relative to the folder,
+    with "/".
+
+    Hidden files are passed over. Where every image lies in a folder of its class (CLASS/IMAGE), that is its label.
+    """
+
+    def __init__(self, root: Path, kind: str = "image"):
+        self.root, self.name, self.kind = root, str(root.resolve()), kind
+        self.passed_over = PassedOver()  # once paths() was called
+
+    def paths(self) -> list[str]:
+        """Sorted. Raises ValueError if there are none, or if a name is not UTF-8."""
+        suffixes = image_suffixes() if self.kind == "image" else video_files.VIDEO_EXTENSIONS
+        self.passed_over.clear()
+        found = sorted(files_below(self.root, suffixes, self.passed_over))
+        if not found:
+            raise ValueError(f"{self.root} holds no {self.kind}s{self.passed_over}")
+        for path in found:
+            try:
+                path.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"the name {path!r} in {self.root} is not UTF-8: rename it") from error
+        return found
+
+    def labels(self, paths: list[str]) -> list[str | None]:
+        in_class_folders = all(path.count("/") == 1 for path in paths)
+        return [path.split("/")[0] if in_class_folders else None for path in paths]
+
+    def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
+        """The image, 1 channel gray, else RGB. With `side`, a large JPEG may come reduced, but no smaller than that."""
+        file = str(self.root / path)
+        of_pillow = not video_files.is_video(Path(file)) and not path.lower().endswith(ARRAY_SUFFIX)
+        if side is not None and of_pillow and (size := jpeg_size(file)):
+            scale = next((scale for scale in (8, 4, 2) if min(size) >= scale * side), 1)
+            return read_reduced(file, channels, scale)
+        return picture_of(file, channels)
+
+    def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
+        """The image as an encoder with these settings reads it."""
+        file = str(self.root / path)
+        return read_any(file, file, params.channels, params.pixel_range)
+
+    def path_of(self, file: Path) -> str | None:
+        """The path of a file that lies in this folder."""
+        root, file = self.root.resolve(), file.resolve()
+        return file.relative_to(root).as_posix() if file.is_relative_to(root) else None
+
+
+class Packed:
+    """A packed data set, or one split of it; a path is SPLIT/NUMBER, and a label the number of the class."""
+
+    kind = "image"
+
+    def __init__(self, name: str, dataset: str, splits: list[str]):
+        prepare_data(dataset, splits)
+        self.name, self.passed_over = name, PassedOver()
+        self.splits = {split: PackedImages([data_path() / dataset / split]) for split in splits}
+
+    def paths(self) -> list[str]:
+        return [
+            f"{split}/{i:0{len(str(len(images) - 1))}d}"
+            for split, images in self.splits.items()
+            for i in range(len(images))
+        ]
+
+    def labels(self, paths: list[str]) -> list[str | None]:
+        known = {split: images.labels for split, images in self.splits.items()}
+        labels = (int(known[split][int(i)]) for split, i in (path.split("/") for path in paths))
+        return [str(label) if label >= 0 else None for label in labels]  # STL-10's unlabelled ones are -1
+
+    def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
+        split, i = path.split("/")
+        pixels = self.splits[split][int(i)][0].permute(1, 2, 0)
+        return in_mode(Image.fromarray(pixels.squeeze(2).numpy()), channels)
+
+    def image(self, path: str, params: EncoderAndDataParams) -> Image.Image:
+        return self.picture(path, params.channels)
+
+    def path_of(self, file: Path) -> str | None:
+        return None
+
+
+class Stored:
+    """Images in shards or in a Hugging Face data set, of all splits (data/custom.py); paths are theirs, labels as they
+    are found there."""
+
+    kind = "image"
+
+    def __init__(self, name: str):
+        self.source = get_source(EncoderAndDataParams(dataset_name="folder"), name, names=True)
+        self.label_of = {path: label for images in self.source.find().values() for path, label in images}
+        self.name, self.passed_over = name, self.source.passed_over
+
+    def paths(self) -> list[str]:
+        if not self.label_of:
+            raise ValueError(f"{self.name} holds no images")
+        return sorted(self.label_of)
+
+    def labels(self, paths: list[str]) -> list[str | None]:
+        return [None if self.label_of[path] is None else str(self.label_of[path]) for path in paths]
+
+    def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
+        return picture_in(path, self.source.open(str(self.source.root / path)), channels)
+
+    def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
+        return read_any(path, self.source.open(str(self.source.root / path)), params.channels, params.pixel_range)
+
+    def path_of(self, file: Path) -> str | None:
+        return None
+
+
+Source = Folder | Packed | Stored
+
+
+def picture_of(file: str, channels: int = 3) -> Image.Image:
+    """An image; of a video the frame in the middle."""
+    if not video_files.is_video(Path(file)):
+        return picture_in(file, file, channels)
+    frames, _ = decoders.read_video(file, lambda times: np.array([len(times) // 2]), channels, threads=1)
+    return Image.fromarray(frames[0].squeeze(2) if channels == 1 else frames[0])
+
+
+def picture_in(path: str, file: File, channels: int) -> Image.Image:
+    """An image to be looked at: of an array the first three channels, from its smallest to its largest value."""
+    if Path(path).suffix.lower() != ARRAY_SUFFIX:
+        return read_image(file, channels)
+    pixels = np.atleast_3d(read_npy(file, channels)).astype(np.float64)
+    pixels = np.moveaxis(pixels, int(np.argmin(pixels.shape)), 2)
+    pixels = pixels[..., : 3 if pixels.shape[2] > 2 else 1]
+    low, high = np.nanmin(pixels), np.nanmax(pixels)
+    gray_levels = np.nan_to_num((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    return in_mode(Image.fromarray(gray_levels.squeeze(2) if gray_levels.shape[2] == 1 else gray_levels), channels)
+
+
+def open_source(name: str | Path, kind: str = "image") -> Source:
+    """A folder of images, or of videos (kind="video"), shards or a Hugging Face data set, or a packed one:
+    "cifar10", or one split of it: "cifar10/test".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() and kind == "video":
+        return Folder(folder, kind)
+    if kind == "video":
+        raise ValueError(f"{name} is no folder of videos, which this encoder takes")
+    if is_stored(str(name)):
+        return Stored(str(name))
+    if folder.is_dir():
+        return Folder(folder)
+    packed = [dataset for dataset, info in DATASETS.items() if info.is_packed]
+    dataset, _, split = str(name).partition("/")
+    if dataset not in packed:
+        raise ValueError(f"{name} is neither a folder nor one of the data sets {', '.join(packed)}")
+    info = DATASETS[dataset]
+    splits = sorted({*info.pretraining_splits, *info.train_splits, *info.test_splits})
+    if split not in ("", *splits):
+        raise ValueError(f"{dataset} has no split {split!r}: choose one of {', '.join(splits)}")
+    return Packed(str(name), dataset, [split] if split else splits)
+
+
+def part_kept(params: EncoderAndDataParams) -> float:
+    """Side of the central square that an encoder sees, over an image's shorter side: as it is evaluated in training."""
+    return 7 / 8 if not params.dataset.is_packed else 1.0
+
+
+def square(image: Image.Image | np.ndarray, params: EncoderAndDataParams) -> Tensor:
+    """uint8 [C, size, size] as an encoder with these settings wants it."""
+    return central_square(image, params.crop_size, part_kept(params))
+
+
+class Batches(Dataset):
+    """Paths -> (those that could be read, what an encoder with these settings wants of them: uint8 [n, C, size, size],
+    or clips of videos, {path: why it could not be read}).
+
+    PyTorch's loader calls it with the paths of a whole batch if its sampler is a list of paths.
+    """
+
+    def __init__(self, source: Source, params: EncoderAndDataParams):
+        self.source, self.params, self.videos = source, params, None
+        if params.dataset.of_videos:
+            self.videos = video_files.as_set(attrs.evolve(params, video_decoder="file"), [], [])
+
+    def prepared(self, path: str) -> Tensor:
+        """The square in the middle; of a video its evaluation clips."""
+        if self.videos is not None:
+            return self.videos.even_clips(str(self.source.root / path))
+        return square(self.source.image(path, self.params), self.params)
+
+    def __getitems__(self, paths: list[str]) -> tuple[list[str], Tensor | None, dict[str, str]]:
+        found, unreadable = {}, {}
+        for path in paths:
+            try:
+                found[path] = self.prepared(path)
+            except Exception as error:  # PIL's readers raise many kinds of them on damaged files
+                unreadable[path] = f"{type(error).__name__}: {error}"
+        return list(found), torch.stack(list(found.values())) if found else None, unreadable

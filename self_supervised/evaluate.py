@@ -1,0 +1,201 @@
+"""Every evaluation of one encoder, beside a random one and the weights that it started from.
+
+    self-supervised evaluate runs/simclr_cifar10/pretrained.ckpt
+    self-supervised evaluate runs/simclr_cifar10/pretrained.ckpt --dataset cifar100 --protocols knn semi_10 --seeds 0 1 2
+    self-supervised evaluate resnet50 --dataset imagenet --protocols knn
+    self-supervised evaluate runs/sce_video_kinetics/pretrained.ckpt --evaluation_clips 10 --evaluation_crops 3
+
+CHECKPOINT is a checkpoint, a weights file, or the name of a published encoder (docs/weights.md). The results go into
+CHECKPOINT.evaluation/: results.json and results.md. Started again, it goes on after the last run that is there.
+DATA_PATH says where data sets are. What each number means: --list, and docs/evaluation.md.
+"""
+
+import argparse
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+from torch import nn
+
+from self_supervised.distributed import usable
+from self_supervised.evaluation import features
+from self_supervised.evaluation.features import Subject, image_hash, seen
+from self_supervised.evaluation.protocols import PROTOCOLS, check_names, runnable, settings_of
+from self_supervised.evaluation.results import Results
+from self_supervised.fields import as_path
+from self_supervised.networks.pretrained import compared, load_encoder
+from self_supervised.program import one_line_errors
+from self_supervised.runs.command_line import add_fields
+from self_supervised.runs.run_folder import versions
+from self_supervised.safe_files import check_folder
+
+READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
+           "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns",
+           "exclude_patterns")  # fmt: skip
+
+
+def evaluate_checkpoint(
+    checkpoint: str | Path,
+    protocols: Sequence[str] | None = None,
+    dataset: str | None = None,
+    seeds: Sequence[int] = (0,),
+    *,
+    out: str | Path | None = None,
+    encoder: nn.Module | None = None,
+    starting_weights: str | Path | None = None,
+    baselines: bool = True,
+    fresh: bool = False,
+    device: str = "auto",
+    training: dict[str, Any] | None = None,
+    **reading: Any,
+) -> dict[str, Any]:
+    """What results.json holds: runs, and their means and deviations over seeds.
+
+    Args:
+        checkpoint: whatever weights.load_encoder understands.
+        protocols: names of PROTOCOLS; default: all that can be run here and do not train by SGD.
+        dataset: the data set whose labels are used; default: that of the pretraining.
+        out: folder of the results; default: beside the checkpoint, or below runs/ for a published encoder.
+        encoder: your own module, if the encoder was one.
+        starting_weights: file or name; default: those that the checkpoint says it started from.
+        baselines: also evaluate a random encoder and the starting weights.
+        fresh: forget earlier results.
+        training: fields of LinearClassifierMethodParams for protocols that train, such as max_epochs.
+        reading: fields of EncoderAndDataParams for reading images, such as batch_size and num_data_workers.
+
+    Raises:
+        ValueError: an unknown protocol, or one that needs other labels than the data set's.
+    """
+    check_names(protocols or ())
+    folder = as_path(out) if out else folder_of(checkpoint)
+    check_folder("out", folder)
+    device = str(usable(device))
+    trained = load_encoder(checkpoint, encoder=encoder)
+    params = features.data_params(trained, dataset, **reading)
+    protocols = runnable(protocols, trained, params)
+    encoders = {**(compared(trained, starting_weights) if baselines else {}), "trained": trained}
+    results = Results(folder, fresh)
+    about = {
+        "checkpoint": str(checkpoint),
+        "encoders": {name: str(found.report) for name, found in encoders.items()},
+        "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
+        "seen": seen(params),
+        "training": training or {},
+        "device": device,
+        "versions": versions(),
+    }
+    results.begin(params.dataset_name, about)
+    subjects = {
+        name: Subject(
+            found.to(device),
+            features.data_params(found, params.dataset_name, **reading),
+            results.folder / "features",
+            stages=any(PROTOCOLS[protocol].needs_stages for protocol in protocols),
+            training=training,
+        )
+        for name, found in encoders.items()
+    }
+    for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
+        for seed in seeds:  # settings that cannot be are refused before the first protocol runs
+            settings_of(subjects["trained"], seed, preset)
+    run_all(results, subjects, protocols, seeds)
+    return results.content()
+
+
+def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[str], seeds: Sequence[int]) -> None:
+    hashes = {name: features.encoder_hash(subject.encoder) for name, subject in subjects.items()}
+    results.keep_encoders(hashes)
+    images = {name: image_hash(subject) for name, subject in subjects.items()}
+    for protocol, row in ((name, PROTOCOLS[name]) for name in protocols):
+        for encoder, subject in subjects.items():
+            of_videos = subject.params.dataset.of_videos
+            definition = row.definition.replace("whole images", "videos") if of_videos else row.definition
+            for seed in dict.fromkeys(seeds) if row.seeded else (0,):
+                depends_on = (
+                    protocol,
+                    row.definition,
+                    encoder,
+                    images[encoder],
+                    seed,
+                    subject.training if row.trains else {},
+                    *seen(subject.params).items(),
+                )
+                key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
+                run = {"protocol": protocol, "dataset": subject.params.dataset_name, "encoder": encoder, "seed": seed}
+                done = results.find(key)
+                if done is None:
+                    start = time.monotonic()
+                    scores = row.run(subject, seed)
+                    told = {"definition": definition, "source": row.source, "seen": seen(subject.params)}
+                    told |= {"training": subject.training} if row.trains else {}
+                    seconds = round(time.monotonic() - start, 2)
+                    run |= {"key": key, "hash": hashes[encoder], "scores": scores, "seconds": seconds, **told}
+                    results.add(run)
+                scores = ", ".join(f"{name} {value:.4g}" for name, value in (done or run)["scores"].items())
+                print(f"{protocol}, {encoder} encoder, seed {seed}{' (there)' if done else ''}: {scores}", flush=True)
+    results.add()  # what is forgotten, and config
+
+
+def folder_of(checkpoint: str | Path) -> Path:
+    path = Path(checkpoint).expanduser()
+    name = str(checkpoint).replace("/", "_").replace(":", "_")
+    return path.with_name(f"{path.stem}.evaluation") if path.is_file() else Path("runs") / f"{name}.evaluation"
+
+
+# ---- the command ----
+
+
+def arguments() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT")
+    parser.add_argument("--list", action="store_true", help="print the protocols and what they mean")
+    parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train")
+    parser.add_argument("--dataset", metavar="NAME", help="default: that of the pretraining")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
+    parser.add_argument("--out", type=as_path, metavar="DIR", help="default: CHECKPOINT.evaluation")
+    parser.add_argument("--starting_weights", metavar="FILE_OR_NAME", help="a baseline beside the random encoder")
+    parser.add_argument("--no_baselines", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--epochs", type=int, help="of protocols that train; default: those of their sources")
+    parser.add_argument("--batch_size", type=int, help="of protocols that train, and of extraction")
+    parser.add_argument("--num_workers", type=int, help="that decode files")
+    reading = parser.add_argument_group("how files are read; default: as in the pretraining (see model_params.py)")
+    add_fields(reading, READING)
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main() -> None:
+    args = arguments()
+    if args.list:
+        for name, row in PROTOCOLS.items():
+            print(f"{name:14} {row.definition}. {row.source}")
+        return
+    if args.checkpoint is None:
+        raise ValueError("CHECKPOINT is missing: pass a checkpoint, a weights file or the name of an encoder")
+    training = {"max_epochs": args.epochs, "batch_size": args.batch_size}
+    reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers}
+    reading |= {name: getattr(args, name) for name in READING if hasattr(args, name)}
+    evaluate_checkpoint(
+        args.checkpoint,
+        args.protocols,
+        args.dataset,
+        args.seeds,
+        out=args.out,
+        starting_weights=args.starting_weights,
+        baselines=not args.no_baselines,
+        fresh=args.fresh,
+        device=args.device,
+        training={name: value for name, value in training.items() if value is not None},
+        **{name: value for name, value in reading.items() if value is not None},
+    )
+    print((args.out or folder_of(args.checkpoint)).joinpath("results.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Protocols on frozen features: (train features [N, E], labels, test features, labels) -> dict of scalars.
+
+Accuracies in percent. Settings are chosen on parts of the training set; test labels only score.
+"""
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from self_supervised.data import subsets
+from self_supervised.evaluation import validation
+from self_supervised.evaluation.linear_models import few_presences, svm
+from self_supervised.numerics import Scores, finite, unit
+
+KS = (1, 5, 20, 200)
+RETRIEVED = (1, 5, 10, 20)
+SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
+DRAWS = 5
+FEW_LABELS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+FEW_DRAWS = 3
+DECAYS = tuple(10.0**i for i in range(5, -7, -1))
+HELD_OUT = 0.2  # of the training set
+FEWEST_TO_HOLD_OUT = 5  # images of a class, below which nothing is held out
+DECAY_OF_FEW = 100.0  # that of the probe while pretraining
+
+
+def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
+    found = validation.knn(train_x, train_y, test_x, test_y, ks=KS)
+    return {name.removeprefix("valid_").replace("_acc", "_acc1"): value for name, value in found.items()}
+
+
+def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
+    """Recall at k: how often at least one of the k training samples that are nearest by cosine is of the class of the
+    test sample, in percent. With fewer than k training samples, all of them count."""
+    train_x, test_x = unit(finite(train_x, "training features")), unit(finite(test_x, "test features"))
+    found = {k: 0 for k in RETRIEVED}
+    for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
+        nearest = (x @ train_x.T).topk(min(max(RETRIEVED), len(train_x)), dim=1).indices
+        same = train_y[nearest] == y[:, None]
+        found = {k: n + int(same[:, :k].any(1).sum()) for k, n in found.items()}
+    return {f"recall{k}": 100.0 * n / len(test_y) for k, n in found.items()}
+
+
+def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
+    """Logistic regression on standardized features, with the L2 of `choose_decay`, fitted to the whole training set."""
+    classes, target = train_y.unique(return_inverse=True)
+    train_x, test_x = validation.standardized(train_x, test_x)
+    decay = choose_decay(train_x, target, seed)
+    _, logits = validation.linear_logits(train_x, test_x, target, decay)
+    return {**{f"acc{k}": validation.accuracy(logits, classes, test_y, k) for k in (1, 5)}, "l2": decay}
+
+
+def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:
+    """The L2 with the best accuracy on a held-out part: of 12, a decade apart, then of quarters of a decade around the
+    best (together the grid of https://arxiv.org/abs/1805.08974, appendix). Of equal ones the strongest. A fixed one
+    where a class has fewer than 5 images."""
+    if int(target.bincount().min()) < FEWEST_TO_HOLD_OUT:
+        return DECAY_OF_FEW
+    fit, score = (torch.from_numpy(rows) for rows in subsets.held_out(target.cpu().numpy(), HELD_OUT, seed))
+    sets = (x[fit], x[score], target[fit])
+    classes = torch.arange(int(target.max()) + 1, device=x.device)
+
+    def best(decays: list[float]) -> float:
+        logits = {decay: validation.linear_logits(*sets, decay)[1] for decay in sorted(decays, reverse=True)}
+        return max(logits, key=lambda decay: validation.accuracy(logits[decay], classes, target[score], 1))
+
+    coarse = best(list(DECAYS))
+    return best([coarse * 10 ** (i / 4) for i in range(-3, 4)])
+
+
+def few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
+    """`linear` with few labels of each class, up to all: mean and deviation over draws. Features are standardized by
+    all training images, which takes no labels."""
+    classes, target = train_y.unique(return_inverse=True)
+    train_x, test_x = validation.standardized(train_x, test_x)
+    labels = target.cpu().numpy()
+
+    def score(rows: np.ndarray) -> float:
+        x, y = train_x[torch.from_numpy(rows)], target[torch.from_numpy(rows)]
+        _, logits = validation.linear_logits(x, test_x, y, choose_decay(x, y, seed))
+        return validation.accuracy(logits, classes, test_y, 1)
+
+    found = {}
+    for k in track([k for k in FEW_LABELS if k < np.bincount(labels).min()], "few-label curve"):
+        draws = [subsets.stratified(labels, per_class=k, seed=seed * FEW_DRAWS + draw) for draw in range(FEW_DRAWS)]
+        found |= mean_and_deviation(f"labels{k}_acc1", [score(rows) for rows in draws])
+    return found | {"labels_all_acc1": score(np.arange(len(labels)))}
+
+
+def low_shot_svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
+    """`svm` on few images of each class: mean and deviation over draws."""
+    train_x, test_x = finite(train_x, "training features"), finite(test_x, "test features")
+    found = {}
+    many = train_y.dim() == 2
+    present = (train_y > 0).sum(0) if many else train_y.unique(return_counts=True)[1]
+    for k in track([k for k in SHOTS if k <= int(present.min())], "low-shot SVMs"):
+        scores = []
+        for draw in range(seed * DRAWS, (seed + 1) * DRAWS):
+            if many:
+                labels = few_presences(train_y, k, draw)
+                rows = (labels != 0).any(1).cpu().numpy().nonzero()[0]
+            else:
+                labels = train_y
+                rows = subsets.stratified(train_y.cpu().numpy(), per_class=k, seed=draw)
+            rows = torch.from_numpy(rows)
+            scores.append(svm(train_x[rows], labels[rows], test_x, test_y))
+        (name,) = scores[0]
+        found |= mean_and_deviation(f"shot{k}_{name}", [score[name] for score in scores])
+    return found
+
+
+def mean_and_deviation(name: str, values: list[float]) -> Scores:
+    """Mean over draws, and the sample standard deviation, as over seeds and runs, if there are several."""
+    deviation = {f"{name}_std": float(np.std(values, ddof=1))} if len(values) > 1 else {}
+    return {name: float(np.mean(values)), **deviation}

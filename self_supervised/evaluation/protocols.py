@@ -1,0 +1,235 @@
+"""Every evaluation protocol in one table: name -> (an encoder with a labelled data set, seed) -> dict of scalars."""
+
+import copy
+import difflib
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import attrs
+import pytorch_lightning as pl
+from attrs import frozen
+from pytorch_lightning.callbacks import RichProgressBar
+from rich.progress import track
+
+from linear_classifier import LINEAR_PRESETS, READING, LinearClassifierMethod, LinearClassifierMethodParams
+from model_params import EncoderAndDataParams
+from self_supervised.data.loading import n_classes
+from self_supervised.evaluation import features, label_free, linear_models, probes, validation
+from self_supervised.evaluation.features import MOST_IMAGES, VIEWS, Subject
+from self_supervised.networks.pretrained import Encoder
+from self_supervised.numerics import Scores
+
+
+def of_stages(subject: Subject, seed: int, score: Callable[..., Scores]) -> Scores:
+    """`score` of the output of each stage of a ResNet: its acc1, or its map where images have several labels."""
+    train = subject.train
+    test = subject.test
+    found = {}
+    for name in track(sorted(train.stages), "classifiers of the stages"):
+        scores = score(subject.on_device(train.stages[name], train.y, test.stages[name], test.y), seed)
+        found |= {f"{name}_{key}": value for key, value in scores.items() if key in ("acc1", "map")}
+    return found
+
+
+def settings_of(subject: Subject, seed: int, preset: str) -> LinearClassifierMethodParams:
+    """Raises ValueError for fields of `subject.training` that cannot be."""
+    settings = {name: getattr(subject.params, name) for name in READING} | subject.training
+    params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
+    share = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # of its length: the warm-up keeps its part
+    return attrs.evolve(params, warmup_epochs=params.warmup_epochs * share, drop_last_batch=None)
+
+
+def trained(subject: Subject, seed: int, preset: str) -> Scores:
+    """LinearClassifierMethod with a preset's settings; the test set is scored once, after the last epoch.
+
+    A loss that is not finite is a result too: nan.
+    """
+    params = settings_of(subject, seed, preset)
+    method = LinearClassifierMethod(params, encoder=copy.deepcopy(subject.encoder.model).train())
+    device = features.device_of(subject.encoder)
+    trainer = pl.Trainer(
+        max_epochs=params.max_epochs,
+        check_val_every_n_epoch=params.max_epochs,
+        num_sanity_val_steps=0,
+        accelerator={"cuda": "gpu"}.get(device.type, device.type),
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[RichProgressBar()],
+    )
+    try:
+        trainer.fit(method)
+    except FloatingPointError as error:
+        print(f"{preset}: {error}")
+        return {"acc1": float("nan"), "acc5": float("nan")}
+    return {name: float(trainer.callback_metrics[f"valid_{name}"]) for name in ("acc1", "acc5")}
+
+
+# ---- the table ----
+
+
+@frozen
+class Protocol:
+    run: Callable[[Subject, int], Scores]
+    definition: str  # what its numbers mean, in one line
+    source: str
+    seeded: bool = True  # whether the seed changes anything
+    trains: bool = False  # whether it takes hours where the others take minutes
+    needs_labels: bool = True
+    needs_classes: bool = True  # labels: one class an image
+    needs_stages: bool = False  # an encoder with layer1 to layer4
+    preset: str | None = None  # of LINEAR_PRESETS, of a protocol that trains by SGD
+
+    def refusal(self, encoder: Encoder, params: EncoderAndDataParams, labelled: bool) -> str | None:
+        """Why it cannot be run. Whether images are labelled is told, as files are listed to find out."""
+        if self.needs_labels and not labelled:
+            return f"needs labels, and the images of {params.dataset_name} have none"
+        if self.needs_classes and params.dataset.many_labels:
+            return f"needs one class an image, and those of {params.dataset_name} have several"
+        if self.needs_stages and not features.stages_of(encoder):
+            return f"needs an encoder with layer1 to layer4, and {params.encoder_arch} has none"
+        return None
+
+
+def on_sets(function: Callable[..., Scores]) -> Callable[[Subject, int], Scores]:
+    return lambda subject, seed: function(*subject.sets, seed=seed)
+
+
+def label_free_row(run: Callable[[Subject, int], Scores], definition: str, source: str) -> Protocol:
+    return Protocol(run, definition, source, seeded=False, needs_labels=False, needs_classes=False)
+
+
+def training_row(preset: str, definition: str, source: str) -> Protocol:
+    return Protocol(partial(trained, preset=preset), definition, source, trains=True, preset=preset)
+
+
+FROZEN = "frozen features of whole images"
+PROTOCOLS = {
+    "knn": Protocol(
+        lambda subject, _: probes.knn(*subject.sets),
+        f"{FROZEN}; k = 1, 5, 20, 200 nearest by cosine vote with weight exp(cosine / 0.07)",
+        "https://arxiv.org/abs/1805.01978, section 3.4",
+        seeded=False,
+    ),
+    "retrieval": Protocol(
+        lambda subject, _: probes.retrieval(*subject.sets),
+        f"{FROZEN}; recall at 1, 5, 10, 20: how often a test image finds its class among so many training images, the "
+        "nearest by cosine",
+        "https://arxiv.org/abs/2010.09709, section 4",
+        seeded=False,
+    ),
+    "linear": Protocol(
+        on_sets(probes.linear),
+        f"{FROZEN}, standardized; logistic regression to the optimum (L-BFGS); L2 chosen on a held-out fifth of the "
+        "training set, then fitted to all of it",
+        "https://arxiv.org/abs/1805.08974, appendix; https://arxiv.org/abs/2002.05709, B.8",
+    ),
+    "linear_stages": Protocol(
+        partial(of_stages, score=lambda sets, seed: probes.linear(*sets, seed=seed)),
+        "as linear, on the outputs of layer1 to layer4, averaged over the image",
+        "after https://arxiv.org/abs/1905.01235, section 6.1",
+        needs_stages=True,
+    ),
+    "few_labels": Protocol(
+        on_sets(probes.few_labels),
+        "as linear, on 1, 2, 5, 10, ... and all labels of each class; 3 draws, mean and sample standard deviation",
+        "after https://arxiv.org/abs/2204.07141",
+    ),
+    "svm": Protocol(
+        lambda subject, _: linear_models.svm(*subject.sets),
+        f"{FROZEN}, of length 1; linear SVM of each class against the rest (squared hinge, presences twice), cost of "
+        "26 by 3-fold cross-validation on the training set; accuracy, or mean average precision",
+        "https://arxiv.org/abs/1905.01235, section 6.1",
+        seeded=False,
+        needs_classes=False,
+    ),
+    "svm_stages": Protocol(
+        partial(of_stages, score=lambda sets, _: linear_models.svm(*sets)),
+        "as svm, on the outputs of layer1 to layer4, averaged over the image",
+        "after https://arxiv.org/abs/1905.01235, section 6.1",
+        seeded=False,
+        trains=True,
+        needs_classes=False,
+        needs_stages=True,
+    ),
+    "low_shot_svm": Protocol(
+        on_sets(probes.low_shot_svm),
+        "as svm, on 1, 2, 4, 8, 16, 32, 64, 96 images of each class; 5 draws, mean and sample standard deviation; cost "
+        "by 3-fold cross-validation within the draw from 4 images a class on, 0.5 below",
+        "https://arxiv.org/abs/1905.01235, section 6.2",
+        needs_classes=False,
+    ),
+    "rank_me": label_free_row(
+        lambda subject, _: {"rank_me": validation.rank_me(subject.some)["valid_rank_me"]},
+        f"effective rank of the features of at most {MOST_IMAGES:,} training images: exp of the entropy of the "
+        "normalized singular values",
+        "https://arxiv.org/abs/2210.02885, equation 1",
+    ),
+    "alpha_req": label_free_row(
+        lambda subject, _: label_free.alpha_req(subject.some),
+        "exponent of the decay of the covariance's eigenvalues 11 to 100, of the same images",
+        "https://arxiv.org/abs/2202.05808",
+    ),
+    "uniformity": label_free_row(
+        lambda subject, _: label_free.uniformity(subject.some),
+        "log of the mean over pairs of exp(-2 distance^2) on the unit sphere, of the same images",
+        "https://arxiv.org/abs/2005.10242, section 4.1",
+    ),
+    "alignment": label_free_row(
+        lambda subject, _: label_free.alignment(subject.views),
+        f"mean squared distance on the unit sphere of views of one image; {VIEWS['n']:,} training images, "
+        f"{VIEWS['n_views']} views each, by the data set's augmentations",
+        "https://arxiv.org/abs/2005.10242, section 4.1",
+    ),
+    "lidar": label_free_row(
+        lambda subject, _: label_free.lidar(subject.views),
+        "effective rank of W^-1/2 B W^-1/2, between images and within the views of one; the same views",
+        "https://arxiv.org/abs/2312.04000, equations 1 to 4",
+    ),
+    "linear_moco": training_row(
+        "linear_moco",
+        "SGD on augmented images, encoder frozen; lr 30, a tenth of it from 60 % and from 80 % of 100 epochs",
+        "https://arxiv.org/abs/1911.05722, section 4.1",
+    ),
+    "linear_sgd": training_row(
+        "linear_sgd",
+        "SGD on augmented images, encoder frozen; lr 0.1 x batch / 256, cosine, 90 epochs",
+        "https://arxiv.org/abs/2002.05709, B.6",
+    ),
+    "semi_1": training_row(
+        "semi_supervised_1",
+        "fine-tuning on 1 % of each class's labels (at least one); Nesterov SGD, lr 0.05 x batch / 256, 60 epochs",
+        "https://arxiv.org/abs/2002.05709, B.5",
+    ),
+    "semi_10": training_row(
+        "semi_supervised_10",
+        "the same on 10 %, 30 epochs",
+        "https://arxiv.org/abs/2002.05709, B.5",
+    ),
+    "finetune": training_row(
+        "fine_tune",
+        "fine-tuning on all labels; AdamW, lr 1e-3 x batch / 256, each stage 0.75 of the one after it, 100 epochs",
+        "https://arxiv.org/abs/2111.06377, table 9; https://arxiv.org/abs/2106.08254",
+    ),
+}
+
+
+def check_names(protocols: Sequence[str]) -> None:
+    for name in protocols:
+        if name not in PROTOCOLS:
+            near = difflib.get_close_matches(name, PROTOCOLS, n=3, cutoff=0.3) or list(PROTOCOLS)
+            raise ValueError(f"protocol {name!r} is unknown. Nearest: {', '.join(near)}; all of them: --list")
+
+
+def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
+    """Those wanted; without a wish, all that can be run and do not train."""
+    labelled = n_classes(params) > 0
+    refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, labelled))}
+    if protocols is None:
+        return [name for name, row in PROTOCOLS.items() if not row.trains and name not in refused]
+    for name in protocols:
+        if name in refused:
+            able = ", ".join(other for other in PROTOCOLS if other not in refused)
+            raise ValueError(f"protocol {name!r} {refused[name]}: choose among {able}")
+    return list(dict.fromkeys(protocols))

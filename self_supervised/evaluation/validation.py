@@ -1,0 +1,161 @@
+"""Scores of frozen embeddings: (train features [N, E], labels [N], test features, labels) -> dict of scalars.
+
+Accuracies in percent. Everything is seeded or deterministic; all but scikit-learn's probe is computed on the device of
+the features. Features of any scale have their scores; features that are not finite are refused with a ValueError.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from self_supervised.catalogue import LABEL_FREE
+from self_supervised.data.class_labels import is_one_hot
+from self_supervised.evaluation.linear_models import logistic_regression, within_span
+from self_supervised.numerics import Scores, able, finite, power_of_two, rescaled, unit
+
+PROBE_DECAY = 100.0  # L2 of the probe, scikit-learn's 1 / C
+
+
+def halves(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two random halves, each with every class in proportion: (x, y) to fit on and (x, y) to score."""
+    _, counts = labels.unique(return_counts=True)
+    possible = counts.min() > 1 and len(labels) // 2 >= len(counts)
+    stratify = labels.cpu() if possible else None
+    parts = train_test_split(torch.arange(len(labels)), test_size=0.5, stratify=stratify, random_state=seed)
+    fit, score = (part.to(labels.device) for part in parts)
+    return features[fit], labels[fit], features[score], labels[score]
+
+
+def standardized(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the mean and deviation of the training features; constant features become 0.
+
+    Constant is what varies by rounding only, whatever the scale: a random encoder's features may all be below 1e-8.
+    """
+    train_x, test_x = finite(train_x, "training features"), finite(test_x, "test features")
+    scale = power_of_two(train_x.abs().amax())  # or squares would leave float32
+    train_x, test_x = train_x / scale, test_x / scale
+    mean, std = train_x.mean(0), train_x.std(0, correction=0)
+    std = torch.where(std > 1e-6 * torch.maximum(std.max(), mean.abs()), std, torch.inf)
+    return (train_x - mean) / std, (test_x - mean) / std
+
+
+def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, solver: str = "sklearn") -> Scores:
+    """Multinomial logistic regression on standardized features, L2 with C = 0.01, by one of SOLVERS."""
+    train_x, test_x = standardized(train_x, test_x)
+    classes, target = train_y.unique(return_inverse=True)
+    logits = SOLVERS[solver](train_x, test_x, target, PROBE_DECAY)
+    names = ("train_class_acc", "valid_class_acc")
+    return {name: accuracy(part, classes, y, 1) for name, part, y in zip(names, logits, (train_y, test_y), strict=True)}
+
+
+def sklearn_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """As `linear_logits`, by scikit-learn itself, on one core of the host: on several cores its many small steps take
+    up to 60 times as long, if these have other work, too."""
+    x, test_x = (part.cpu().numpy() for part in within_span(train_x, test_x))
+    classifier = LogisticRegression(C=1 / decay, max_iter=1000)
+    with warnings.catch_warnings(), threadpool_limits(1, "blas"):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # rounding in float32 may end the last line search
+        classifier.fit(x, target.cpu().numpy())
+    logits = (torch.from_numpy(classifier.decision_function(part)).to(train_x.device) for part in (x, test_x))
+    return tuple(torch.stack([-s, s], 1) if s.dim() == 1 else s for s in logits)  # of two classes, that of the second
+
+
+def linear_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Logits of training and test features [N, C], by multinomial logistic regression on the training features with
+    classes `target` from 0 to C - 1: the optimum of scikit-learn's LogisticRegression(C=1 / decay)."""
+    train_x, test_x = within_span(train_x, test_x)
+    decay = decay * (2 if int(target.max()) == 1 else 1)  # scikit-learn: for two classes on half their difference
+    weight, bias = logistic_regression(train_x, target, decay)
+    return train_x @ weight + bias, test_x @ weight + bias
+
+
+def accuracy(logits: Tensor, classes: Tensor, y: Tensor, k: int) -> float:
+    """How often the class of an image is among its k highest logits, in percent; column i is that of classes[i]."""
+    first = logits.argmax(1, keepdim=True) if k == 1 else logits.topk(min(k, len(classes)), dim=1).indices
+    return 100.0 * (int((classes[first] == y[:, None]).any(1).sum()) / len(y))
+
+
+def knn(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...] = (20, 200), T: float = 0.07
+) -> Scores:
+    """k nearest neighbours by cosine, each voting with weight exp(cosine / T) (InstDisc,
+    https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images all of them vote."""
+    train_x, test_x = unit(finite(train_x, "training features")), unit(finite(test_x, "test features"))
+    classes, target = train_y.unique(return_inverse=True)
+    correct = {k: 0 for k in ks}
+    for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
+        cosine, neighbour = (x @ train_x.T).topk(min(max(ks), len(train_x)), dim=1)
+        votes = (cosine / T).exp()
+        label = target[neighbour]
+        for k in ks:
+            scores = votes.new_zeros(len(x), len(classes)).scatter_add_(1, label[:, :k], votes[:, :k])
+            correct[k] += int((classes[scores.argmax(1)] == y).sum())
+    return {f"valid_knn{k}_acc": 100.0 * n / len(test_y) for k, n in correct.items()}
+
+
+def rank_me(train_x: Tensor, *_: Tensor) -> Scores:
+    """Effective rank of the features: exp of the entropy of their normalized singular values
+    (RankMe, https://arxiv.org/abs/2210.02885, equation 1). Needs no labels."""
+    singular = torch.linalg.svdvals(rescaled(finite(train_x)))
+    p = singular / singular.sum().clamp(min=1e-12) + 1e-7
+    return {"valid_rank_me": float((-(p * p.log()).sum()).exp())}
+
+
+def embedding_std(train_x: Tensor, *_: Tensor) -> Scores:
+    """Root mean square deviation of the normalized features times sqrt(E): 1 spreads evenly over the sphere, 0 is a
+    single point (after SimSiam, https://arxiv.org/abs/2011.10566, section 4.1). Needs no labels."""
+    return {"valid_embedding_std": float(unit(finite(train_x)).var(0, correction=0).sum().sqrt())}
+
+
+FUNCTIONS = {"linear_probe": linear_probe, "knn": knn, "rank_me": rank_me, "embedding_std": embedding_std}
+SOLVERS: dict[str, Callable] = {"sklearn": sklearn_logits, "torch": linear_logits}
+
+
+def evaluate(
+    names: list[str],
+    x: Tensor,
+    y: Tensor | None,
+    train: tuple[Tensor, Tensor] | None = None,
+    probe_solver: str = "sklearn",
+) -> Scores:
+    """Every named evaluation of the features x [N, E] with labels y [N].
+
+    Probes are fitted on a random half of x and scored on the other. With `train` (features and labels of the training
+    set) they are fitted on that and scored on all of x; the names of their scores then end in "_trainset". Without two
+    labelled classes only the evaluations that need no labels are left.
+    """
+    x = finite(able(x), "embeddings")
+    y = one_label_each(able(y))
+    if train is not None:
+        train = (able(train[0]), one_label_each(able(train[1])))
+    table = FUNCTIONS | {"linear_probe": partial(linear_probe, solver=probe_solver)}
+    scores = {}
+    split = None
+    if all(one is not None and one.min() >= 0 for one in (y, y if train is None else train[1])) and len(y) > 1:
+        split = halves(x, y) if train is None else (*train, x, y)
+    for name in names:
+        if name in LABEL_FREE:
+            scores |= table[name](x)
+        elif split is not None and len(split[1].unique()) > 1:
+            found = table[name](*split)
+            scores |= found if train is None else {f"{key}_trainset": value for key, value in found.items()}
+    return scores
+
+
+def one_label_each(y: Tensor | None) -> Tensor | None:
+    """Classes [N] of one-hot labels [N, K]; None of other presences, since an image may have several classes."""
+    if y is None or y.dim() == 1:
+        return y
+    return y.argmax(1) if is_one_hot(y.cpu().numpy()) else None
+
+
+def of_test(name: str) -> str:
+    """The name of a score of the test set: valid_knn20_acc_trainset -> test_knn20_acc."""
+    return name.removesuffix("_trainset").replace("valid_", "test_")

@@ -1,0 +1,213 @@
+"""An encoder as another library knows it: its tensors under that library's names, and the code that builds it there.
+
+The code travels in every exported file, and is what checks the file in a fresh process.
+"""
+
+import copy
+import inspect
+import re
+from typing import Any
+
+import torch
+import torchvision
+from attrs import evolve, frozen
+from torch import nn
+
+import ws_resnet
+from self_supervised.catalogue import OWN_MODULE
+from self_supervised.networks.pretrained import Encoder
+
+PROGRAMS = "a program (torchscript, onnx, torch_export)"
+
+TIMM_VITS = {
+    "vit_b_16": "vit_base_patch16_224",
+    "vit_b_32": "vit_base_patch32_224",
+    "vit_l_16": "vit_large_patch16_224",
+    "vit_l_32": "vit_large_patch32_224",
+    "vit_h_14": "vit_huge_patch14_224",
+}
+TIMM_VIT_KEYS = {  # torchvision's name of a part -> timm's; in this order
+    "class_token": "cls_token",
+    "conv_proj": "patch_embed.proj",
+    "encoder.pos_embedding": "pos_embed",
+    "encoder.layers.encoder_layer_": "blocks.",
+    "encoder.ln.": "norm.",
+    "ln_1": "norm1",
+    "ln_2": "norm2",
+    "self_attention.in_proj_": "attn.qkv.",
+    "self_attention.out_proj": "attn.proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.3": "mlp.fc2",
+}
+DETECTRON2_KEYS = {  # patterns, in this order
+    r"^(?=conv|bn)": "stem.",
+    r"^layer1": "res2",
+    r"^layer2": "res3",
+    r"^layer3": "res4",
+    r"^layer4": "res5",
+    r"\bbn(\d)": r"conv\1.norm",
+    r"\bdownsample\.0": "shortcut",
+    r"\bdownsample\.1": "shortcut.norm",
+}
+
+
+USE_STATE = """
+model.load_state_dict(state)
+model.eval()
+with torch.no_grad():
+    embeddings = model(torch.as_tensor(images))
+""".strip()
+STANDARDIZE = f"""
+from torch import Tensor
+
+
+{inspect.getsource(ws_resnet.standardized)}
+
+state = {{key: standardized(value) if value.dim() == 4 else value for key, value in state.items()}}
+""".strip()
+
+
+@frozen
+class Twin:
+    """What a file holds, and how one gets embeddings from it."""
+
+    content: Any  # a state dict, or a module
+    arch: str  # encoder_arch of the content
+    code: str = ""  # Python that makes `model`
+    use: str = USE_STATE  # Python that makes `embeddings`, when the file is read
+
+
+def plain(encoder: Encoder) -> nn.Module:
+    """A copy made of torch's own layers alone, with the same embeddings.
+
+    Standardized weights are computed once and for all: in use, a `ws_resnet` is torchvision's ResNet with group norm.
+    It is no `ws_resnet` any more: to standardize twice gives other weights, by the 1e-5 that is added to deviations.
+    """
+    model = copy.deepcopy(encoder.model)
+    for layer in model.modules():
+        if isinstance(layer, ws_resnet.Conv2d):
+            layer.weight.data = ws_resnet.standardized(layer.weight)
+        if isinstance(layer, ws_resnet.PointConv2d):
+            layer.__class__ = nn.Conv2d
+    return model.to(memory_format=torch.contiguous_format)
+
+
+def in_torchvision(encoder: Encoder) -> Twin:
+    """Raises ValueError for encoders that torchvision does not have."""
+    p = encoder.params
+    if p.encoder_arch.startswith("timm:") or p.encoder_arch == OWN_MODULE:
+        rest = PROGRAMS if p.encoder_arch == OWN_MODULE else f"timm, safetensors or {PROGRAMS}"
+        raise ValueError(f"encoder_arch={p.encoder_arch!r} is no model of torchvision: choose {rest}")
+    options: dict[str, Any] = {}
+    if p.encoder_arch.startswith("vit_"):
+        options["image_size"] = p.crop_size
+    if p.encoder_arch in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": False}
+    call = f"torchvision.models.{p.encoder_arch.removeprefix('ws_')}"
+    model = plain(encoder)
+    code = building("torchvision", call, [], {**options, **normalization(p.encoder_arch)}, model)
+    return Twin(model.state_dict(), p.encoder_arch.removeprefix("ws_"), code)
+
+
+def in_timm(encoder: Encoder) -> Twin:
+    """Raises ValueError for encoders for which timm has no model with the same tensors."""
+    import timm  # optional, and slow to import
+
+    p, model = encoder.params, plain(encoder)
+    arch, state = p.encoder_arch.removeprefix("ws_"), model.state_dict()
+    name = TIMM_VITS.get(arch, arch.removeprefix("timm:"))
+    channels = {} if p.channels == 3 else {"in_chans": p.channels}
+    options = {"num_classes": 0, **channels, **getattr(model, "built_for", {}), **normalization(p.encoder_arch)}
+    if arch in TIMM_VITS:
+        options["img_size"] = p.crop_size
+        arch, state = f"timm:{name}", {renamed(key, TIMM_VIT_KEYS): value for key, value in state.items()}
+    refusal = ValueError(
+        f"timm has no model with the tensors of encoder_arch={p.encoder_arch!r}: choose another format"
+    )
+    if name.split(".")[0] not in timm.list_models():  # less the tag of weights
+        raise refusal
+    code = building("timm", "timm.create_model", [repr(name)], options, model)
+    if shapes(built(code).state_dict()) != shapes(state):
+        raise refusal
+    return Twin(state, arch, code)
+
+
+def in_its_library(encoder: Encoder) -> Twin:
+    """The very tensors of the encoder: those of a `ws_resnet` are standardized by who reads them."""
+    arch = encoder.params.encoder_arch
+    twin = in_timm(encoder) if arch.startswith("timm:") else in_torchvision(encoder)
+    if not normalization(arch):
+        return twin
+    tensors = {key: value.contiguous() for key, value in encoder.model.state_dict().items()}
+    return evolve(twin, content=tensors, arch=arch, use=f"{STANDARDIZE}\n\n{USE_STATE}")
+
+
+def in_detectron2(encoder: Encoder) -> Twin:
+    """The ResNets that detectron2 builds, by its names; `config` is what it must be told.
+
+    Names: https://github.com/facebookresearch/detectron2/blob/main/tools/convert-torchvision-to-d2.py
+    """
+    p, model = encoder.params, encoder.model
+    if not isinstance(model, torchvision.models.ResNet) or p.low_resolution:
+        stem = " with the stem for small images" if p.low_resolution else ""
+        raise ValueError(
+            f"detectron2 has no encoder_arch={p.encoder_arch!r}{stem}: it builds ResNets with a 7 x 7 stem"
+        )
+    twin = in_torchvision(encoder)
+    depth = int(re.search(r"\d+", p.encoder_arch)[0])
+    config = {
+        "MODEL.PIXEL_MEAN": [round(255 * value, 3) for value in p.mean],
+        "MODEL.PIXEL_STD": [round(255 * value, 3) for value in p.std],
+        "MODEL.RESNETS.DEPTH": depth,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if depth < 50 else 256,
+        "MODEL.RESNETS.NUM_GROUPS": model.groups,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": model.base_width,
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        "MODEL.RESNETS.NORM": "GN" if normalization(p.encoder_arch) else "FrozenBN",
+        "INPUT.FORMAT": "RGB",
+    }
+    lines = ["config = [  # cfg.merge_from_list(config), and MODEL.WEIGHTS is this file"]
+    lines += [f"    {key!r}, {value!r}," for key, value in config.items()]
+    state = {renamed(key, DETECTRON2_KEYS): value for key, value in twin.content.items()}
+    return Twin(state, twin.arch, "\n".join([*lines, "]", twin.code]))
+
+
+def normalization(arch: str) -> dict[str, str]:
+    return (
+        {"norm_layer": "lambda channels, **options: nn.GroupNorm(32, channels, **options)"}
+        if arch in ws_resnet.WS_RESNETS
+        else {}
+    )
+
+
+def renamed(key: str, names: dict[str, str]) -> str:
+    for pattern, name in names.items():
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items()}
+
+
+def building(library: str, call: str, arguments: list[str], options: dict[str, Any], ours: nn.Module) -> str:
+    """Python that makes `model` as its library does, then exchanges the layers in which ours differs."""
+    arguments = [*arguments, *(f"{name}={value}" for name, value in options.items())]
+    code = f"import torch\nimport {library}\nfrom torch import nn\n\nmodel = {call}({', '.join(arguments)})"
+    theirs = dict(built(code).named_modules())
+    for path, layer in ours.named_modules():
+        if type(layer) in (nn.Identity, nn.Conv2d) and path in theirs and repr(layer) != repr(theirs[path]):
+            attributes = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split("."))
+            code += f"\nmodel{attributes} = nn.{layer!r}"
+    return code
+
+
+def built(code: str) -> nn.Module:
+    """Without memory for its parameters, where it can be built so."""
+    names: dict[str, Any] = {}
+    try:
+        with torch.device("meta"):
+            exec(code, names)
+    except NotImplementedError:  # torchvision's RegNets read numbers from tensors while they are built
+        exec(code, names)
+    return names["model"]

@@ -1,0 +1,91 @@
+"""Parameters and FLOPs of each part of an encoder, and of the heads in its checkpoint."""
+
+from pathlib import Path
+
+import torch
+from attrs import frozen
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from self_supervised.exports.conversions import plain
+from self_supervised.networks.pretrained import Encoder
+from self_supervised.training import checkpoints
+
+MOSTLY = 0.9  # a part with more than this share of its whole's parameters is shown by its own parts
+STEM = ("conv1", "bn1")  # of a ResNet
+HEADS = ("projection_model", "prediction_model", "classifier")
+
+
+@frozen
+class Part:
+    name: str
+    parameters: int
+    flops: int  # of one image; a multiplication and an addition are two
+
+
+def n_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def paths(module: nn.Module, prefix: str = "") -> list[str]:
+    """Of the parts with parameters, in order."""
+    found, whole = [], n_parameters(module)
+    for name, child in module.named_children():
+        path, size = f"{prefix}{name}", n_parameters(child)
+        inner = paths(child, f"{path}.") if size > MOSTLY * whole else []
+        found += inner or ([path] if size else [])
+    return found
+
+
+def count(encoder: Encoder) -> list[Part]:
+    """The encoder's parts for one image of its size, counted as papers do: with padding, without norms and activations.
+
+    FLOPs are those of convolutions and matrix products; half of them is what many papers call FLOPs (multiply-adds).
+    """
+    model = plain(encoder).to("meta")
+    image = torch.zeros(1, encoder.params.channels, encoder.params.crop_size, encoder.params.crop_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    flops = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
+    parts: dict[str, Part] = {}
+    for path in paths(model):
+        name = "stem" if path in STEM else path
+        before = parts.get(name, Part(name, 0, 0))
+        size = n_parameters(model.get_submodule(path))
+        parts[name] = Part(
+            name, before.parameters + size, before.flops + flops.get(f"{type(model).__name__}.{path}", 0)
+        )
+    rest = n_parameters(model) - sum(part.parameters for part in parts.values())
+    rest_flops = counter.get_total_flops() - sum(part.flops for part in parts.values())
+    return [*parts.values(), *([Part("rest", rest, rest_flops)] if rest or rest_flops else [])]
+
+
+def heads(state: dict[str, Tensor]) -> list[Part]:
+    """Of a checkpoint of ours: layers of MLPs, each weight multiplied once for each image."""
+    found = []
+    for head in HEADS:
+        tensors = [v for k, v in state.items() if k.startswith(f"{head}.") and k.endswith((".weight", ".bias"))]
+        if tensors:
+            flops = sum(2 * tensor.numel() for tensor in tensors if tensor.dim() == 2)
+            found.append(Part(head, sum(tensor.numel() for tensor in tensors), flops))
+    return found
+
+
+def table(encoder: Encoder, checkpoint: str | Path) -> Table:
+    """Of the encoder, and, below its sum, of the heads."""
+    p = encoder.params
+    size = f"{p.channels} x {p.crop_size} x {p.crop_size}"
+    made = Table("part", title=f"{p.encoder_arch}, one image of {size}", caption="FLOPs: a multiply-add is two")
+    for column in ("parameters", "FLOPs"):
+        made.add_column(column, justify="right")
+    parts = count(encoder)
+    total = Part("encoder", sum(part.parameters for part in parts), sum(part.flops for part in parts))
+    ours = encoder.report.layout.startswith("self_supervised")
+    has_heads = ours and any(key.split(".")[0] in HEADS for key in encoder.report.left_out)
+    for part in parts:
+        made.add_row(part.name, f"{part.parameters:,}", f"{part.flops:,}")
+    made.add_section()
+    for part in [total, *(heads(checkpoints.read(checkpoint)["state_dict"]) if has_heads else [])]:
+        made.add_row(part.name, f"{part.parameters:,}", f"{part.flops:,}")
+    return made

@@ -1,0 +1,49 @@
+"""Whether an exported file gives the encoder's embeddings, found out by a fresh process that knows nothing of ours."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+from self_supervised.networks.pretrained import Encoder
+from self_supervised.numerics import finite
+
+TOLERANCE = 1e-5  # largest difference of embeddings, as a share of the largest absolute value of all of them
+
+
+@torch.no_grad()
+def samples(encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """Two photographs and two of noise: normalized images [4, C, H, W], and their embeddings [4, E]."""
+    p = encoder.params
+    photographs = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
+    photographs = photographs.repeat(1, -(-p.channels // 3), 1, 1)[:, : p.channels]
+    noise = torch.randint(256, (2, p.channels, p.crop_size, p.crop_size), generator=torch.Generator().manual_seed(0))
+    images = torch.cat([encoder.prepare(photographs), encoder.prepare(noise.to(torch.uint8))]).contiguous()
+    return images, finite(encoder(images), "embeddings of the images to compare")
+
+
+def verified(file: Path, code: str, images: Tensor, expected: Tensor) -> float:
+    """The largest difference of the embeddings that `code` gets from the file, in a process without our modules."""
+    folder = file.parent
+    (folder / "load.py").write_text(code)
+    np.save(folder / "images.npy", images.numpy())
+    program = Path(__file__).with_name("exports/fresh.py")
+    command = [sys.executable, "-P", program, "load.py", file.name, "images.npy", "embeddings.npy"]
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1]
+        raise RuntimeError(f"the file cannot be loaded in a fresh process, and was removed: {reason}")
+    found = np.load(folder / "embeddings.npy")
+    if found.shape != expected.shape:
+        raise RuntimeError(f"the file gives embeddings of shape {found.shape}, not {tuple(expected.shape)}: removed")
+    scale = float(expected.abs().max()) or 1.0
+    difference = float(np.abs(found - expected.numpy()).max()) / scale
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"the file gives other embeddings (by {difference:.1e} of their largest), and was removed")
+    return difference

@@ -1,0 +1,198 @@
+"""Losses as pure functions of tensors, and the table that binds each to its settings.
+
+N queries on this process, W processes, D dimensions, K keys in the queue. Each loss returns a dict of scalars, of
+which "loss" is minimized and the others are logged. Inputs are float32 (`moco.py` sees to that under autocast).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_params import ModelParams
+from self_supervised import distributed
+from self_supervised.numerics import unit
+
+Scalars = dict[str, Tensor]
+
+
+def similarities(
+    q: Tensor, k: Tensor, queue: Tensor | None = None, in_batch: bool = False, same_view: bool = False
+) -> Tensor:
+    """Inner products of each query with its own key (column 0) and with its negatives: [N, 1 + negatives].
+
+    Args:
+        q, k: [N, D]; row n of k is the key of row n of q.
+        queue: [K, D], K negatives for everybody, or None.
+        in_batch: the keys of all other images in the batch, of all processes, are negatives (W N - 1).
+        same_view: so are the other queries (another W N - 1). With `in_batch` these are the 2 N - 2 negatives of
+            NT-Xent (SimCLR, https://arxiv.org/abs/2002.05709, equation 1).
+    """
+    columns = [(q * k).sum(1, keepdim=True)]
+    if in_batch:
+        columns.append(_without_own_column(q @ distributed.gather(k).T))
+    if same_view:
+        columns.append(_without_own_column(q @ distributed.gather(q).T))
+    if queue is not None:
+        columns.append(q @ queue.T)
+    return torch.cat(columns, dim=1)
+
+
+def _without_own_column(products: Tensor) -> Tensor:
+    """[N, M] -> [N, M - 1]: row n loses the column of its own image, which is column rank N + n."""
+    n, m = products.shape
+    own = distributed.rank() * n + torch.arange(n, device=products.device).unsqueeze(1)
+    others = torch.arange(m - 1, device=products.device).unsqueeze(0)
+    return products.gather(1, others + (others >= own))  # no boolean mask: its size would have to be waited for
+
+
+def _accuracies(sim: Tensor) -> Scalars:
+    """Percent of queries whose own key is the most similar one, or among the five most similar ones.
+
+    Equally similar keys count as more similar: where all keys are one point, or NaN, nothing was recognized.
+    """
+    n_closer = (~(sim[:, 1:] < sim[:, :1])).sum(1)
+    return {f"step_train_acc{k}": (n_closer < k).float().mean() * 100 for k in (1, 5)}
+
+
+def cross_entropy(sim: Tensor, temperature: float, eqco_alpha: float | None = None) -> Scalars:
+    """InfoNCE: -log softmax(sim / temperature)[:, 0] (MoCo, https://arxiv.org/abs/1911.05722, equation 1).
+
+    With `eqco_alpha`, the negatives count as if there were alpha of them, however many there are (EqCo,
+    https://arxiv.org/abs/2010.01929, equation 5): log(alpha / number) joins their logits.
+    """
+    logits = sim / temperature
+    if eqco_alpha is not None:
+        margin = math.log(eqco_alpha / max(1, sim.shape[1] - 1))  # of the last batch, one image may be left
+        logits = torch.cat([logits[:, :1], logits[:, 1:] + margin], dim=1)
+    loss = F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+    return {"loss": loss, **_accuracies(sim)}
+
+
+def binary_cross_entropy(sim: Tensor, temperature: float) -> Scalars:
+    """-log sigmoid(s / temperature) of the own key, plus the mean of -log sigmoid(-s / temperature) over negatives."""
+    logits = sim / temperature
+    loss = F.softplus(-logits[:, 0]).mean()
+    if sim.shape[1] == 1:
+        return {"loss": loss}
+    return {"loss": loss + F.softplus(logits[:, 1:]).mean(), **_accuracies(sim)}
+
+
+def inner_product(sim: Tensor) -> Scalars:
+    """1 - s of the own key, plus the mean of 1 + s over negatives. Without negatives half of BYOL's loss for one query
+    (https://arxiv.org/abs/2006.07733, equation 2: 2 - 2 cos)."""
+    loss = 1 - sim[:, 0].mean()
+    if sim.shape[1] == 1:
+        return {"loss": loss}
+    return {"loss": loss + 1 + sim[:, 1:].mean(), **_accuracies(sim)}
+
+
+def sce(sim: Tensor, key_sim: Tensor, temperature: float, target_temperature: float, coefficient: float) -> Scalars:
+    """Similarity contrastive estimation (https://arxiv.org/abs/2111.14585, equations 4 to 7).
+
+    The target of a query is `coefficient` on its own key, and the rest in proportion to how similar its own key is to
+    each *other* key. Coefficient 1 is InfoNCE. Coefficient 0 is ReSSL (https://arxiv.org/abs/2107.09282, equation 5):
+    the own key is not a candidate of the query either, as in its authors' code. For coefficients that approach 0 the
+    own key remains a candidate (proposition 1), so the loss drops at the step at which a schedule reaches 0.
+    Without in-batch keys, eztorch puts the own key into the target with a similarity of 0; this function never does.
+
+    Args:
+        sim: `similarities` of the queries, [N, 1 + M].
+        key_sim: `similarities` of the keys with the same columns; column 0 is the key with itself, and ignored.
+    """
+    with torch.no_grad():
+        relations = torch.softmax(key_sim[:, 1:] / target_temperature, dim=1) * (1 - coefficient)
+        target = torch.cat([torch.full_like(sim[:, :1], coefficient), relations], dim=1)
+    first = 1 if coefficient == 0 and sim.shape[1] > 1 else 0  # the first candidate: 0 is the own key
+    loss = F.cross_entropy(sim[:, first:] / temperature, target[:, first:])
+    return {"loss": loss, **_accuracies(sim)}
+
+
+def _at_least_two(z: Tensor) -> Tensor:
+    if len(z) < 2:
+        raise ValueError("vic and barlow compare the images of a batch, which has only one: set drop_last_batch=True")
+    return z
+
+
+def vicreg(a: Tensor, b: Tensor, invariance: float, variance: float, covariance: float, epsilon: float) -> Scalars:
+    """Variance-invariance-covariance regularization (https://arxiv.org/abs/2105.04906, equations 1 to 6).
+
+    The variance term is the sum over both views as in equation 6; the authors' code halves it, so their weight of 25
+    is 12.5 here. a, b: [N, D], N at least 2, all processes' rows.
+    """
+    n, d = _at_least_two(a).shape
+
+    def spread(z: Tensor) -> tuple[Tensor, Tensor]:
+        centered = z - z.mean(0)
+        matrix = centered.T @ centered / (n - 1)
+        std = (matrix.diagonal() + epsilon).sqrt()
+        return F.relu(1 - std).mean(), (matrix.square().sum() - matrix.diagonal().square().sum()) / d
+
+    (variance_a, covariance_a), (variance_b, covariance_b) = spread(a), spread(b)
+    parts = {
+        "loss_invariance": invariance * F.mse_loss(a, b),
+        "loss_variance": variance * (variance_a + variance_b),
+        "loss_covariance": covariance * (covariance_a + covariance_b),
+    }
+    return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+
+
+def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
+    """Barlow Twins (https://arxiv.org/abs/2103.03230, equation 1): the views' cross-correlation should be the identity.
+
+    a, b: [N, D], all processes' rows; standardized with the biased variance + 1e-5, as the authors' batch norm does.
+    """
+
+    def standardize(z: Tensor) -> Tensor:
+        return (z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt()
+
+    correlation = standardize(_at_least_two(a)).T @ standardize(b) / len(a)
+    on_diagonal = (correlation.diagonal() - 1).square().sum()
+    off_diagonal = correlation.square().sum() - correlation.diagonal().square().sum()
+    parts = {"loss_invariance": on_diagonal, "loss_redundancy": redundancy_weight * off_diagonal}
+    return {"loss": on_diagonal + parts["loss_redundancy"], **parts}
+
+
+@torch.no_grad()
+def cosines(z: Tensor, k: Tensor) -> Scalars:
+    """Mean cosine of z [N, D] with the own key, and with the keys of the other images; and the deviation of the unit
+    vectors z times sqrt(D): 1 is spread evenly over the sphere, 0 a single point, which is a collapse."""
+    z, k = unit(z), unit(k)
+    n = len(z)
+    own = (z * k).sum()
+    others = z.sum(0) @ k.sum(0) - own  # the sum over all pairs, without a matrix of them
+    spread = (1 - z.mean(0).square().sum()).clamp(min=0).sqrt()  # the variances of unit vectors add up to this square
+    spread = spread if n > 1 else torch.full_like(spread, math.nan)
+    return {
+        "step_pos_cos": own / n,
+        "step_neg_cos": others / max(1, n * (n - 1)),
+        "step_projection_std": spread,
+    }
+
+
+def get_loss(
+    params: ModelParams, sce_coefficient: float | None = None, sce_target_T: float | None = None
+) -> Callable[[Tensor, Tensor, Tensor | None], Scalars]:
+    """loss(q, k, queue_keys) as `params` wants it. Each row shows which settings a loss reads; of those that may change
+    while training, the values at this step are given beside `params`."""
+    p = params
+    coefficient = p.sce_coefficient if sce_coefficient is None else sce_coefficient
+    target_T = p.sce_target_T if sce_target_T is None else sce_target_T
+
+    def sim(q: Tensor, k: Tensor, queue: Tensor | None) -> Tensor:
+        queue = queue if p.use_negative_examples_from_queue else None
+        return similarities(q, k, queue, p.use_negative_examples_from_batch, p.use_negative_examples_from_same_view)
+
+    alpha = p.eqco_alpha if p.use_eqco_margin else None
+    vic_weights = (p.invariance_loss_weight, p.variance_loss_weight, p.covariance_loss_weight, p.variance_loss_epsilon)
+    losses = {
+        "ce": lambda q, k, queue: cross_entropy(sim(q, k, queue), p.T, alpha),
+        "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
+        "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
+        "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, coefficient),
+        "vic": lambda q, k, _: vicreg(distributed.gather(q), distributed.gather(k), *vic_weights),
+        "barlow": lambda q, k, _: barlow_twins(distributed.gather(q), distributed.gather(k), p.redundancy_loss_weight),
+    }
+    return losses[p.loss_type]

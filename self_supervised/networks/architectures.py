@@ -1,0 +1,154 @@
+"""Names and shapes of an encoder's tensors -> the architecture that has exactly these."""
+
+import contextlib
+import importlib.util
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+
+import ws_resnet
+from self_supervised import catalogue
+from self_supervised.networks import encoders, layouts
+
+VIT_SIZES = {"vit_small": "timm:vit_small_patch16_224", "vit_base": "timm:vit_base_patch16_224"}  # moco v3's words
+
+
+@frozen
+class Architecture:
+    """Settings of EncoderAndDataParams under which get_encoder() builds it."""
+
+    encoder_arch: str
+    in_channels: int
+    low_resolution_stem: bool
+    transform_crop_size: int | None  # where the tensors decide it: position embeddings
+
+
+def find(found: layouts.Found, name: str | None = None) -> Architecture:
+    """`name`, if given; else the first that fits: the file's own word, ResNets, torchvision's other models, timm's.
+
+    Models of timm may agree in all shapes and yet compute something else (say, with another number of heads): the
+    report says which was taken, and `encoder_arch=` overrides it.
+
+    Raises:
+        ValueError: none fits; says which comes nearest, and what is wrong with it.
+    """
+    state, nearest = layouts.torchvisions(found.state), (math.inf, "", {})
+    for candidate in candidates(found, state) if name is None else [name]:
+        architecture, wanted = adapted(candidate, state)
+        wrong = layouts.misfits(state, wanted)
+        if not wrong:
+            return architecture
+        nearest = min(nearest, (layouts.n_names(wrong), candidate, wrong), key=lambda item: item[0])
+    if name is not None:
+        raise ValueError(layouts.refusal(found, name, nearest[2]))
+    if not nearest[1]:
+        raise ValueError(
+            f"{found.source} does not hold an encoder of torchvision, timm or ws_resnets that is known by its tensors. "
+            "Say encoder_arch=NAME, or encoder=your_module."
+        )
+    raise ValueError(
+        f"no encoder of torchvision, timm or ws_resnets fits. {layouts.refusal(found, nearest[1], nearest[2])}. That "
+        "is the nearest; if it is another, say encoder_arch=NAME or encoder=your_module"
+    )
+
+
+def candidates(found: layouts.Found, state: dict[str, Tensor]) -> Iterator[str]:
+    word = found.architecture
+    with_timm = importlib.util.find_spec("timm") is not None
+    if word is not None:
+        yield from (name for name in (word, VIT_SIZES.get(word), f"timm:{word}") if name in buildable(with_timm))
+    if of_clips(state):
+        yield from catalogue.video_models()
+        return
+    if "patch_embed.proj.weight" not in state:  # which only timm's models have
+        yield from from_torchvision(state)
+    if with_timm:
+        yield from (f"timm:{name}" for name in alike_in_timm(state))
+
+
+def of_clips(state: dict[str, Tensor]) -> bool:
+    """Whether there are three-dimensional convolutions."""
+    return any(tensor.dim() == 5 for tensor in state.values())
+
+
+def from_torchvision(state: dict[str, Tensor]) -> Iterator[str]:
+    resnets = [name for name in catalogue.image_models() if catalogue.is_resnet(name)]
+    yield from (*resnets, *ws_resnet.WS_RESNETS)
+    if "layer1.0.conv1.weight" in state:  # which no others have
+        return
+    token = "class_token" in state
+    for name in catalogue.image_models():  # RegNets must be named: to build one takes up to 2.6 GB of memory
+        if name not in resnets and not name.startswith("regnet") and name.startswith("vit") == token:
+            yield name
+
+
+def buildable(with_timm: bool) -> set[str]:
+    names = {*catalogue.torchvision_models(), *ws_resnet.WS_RESNETS}
+    if with_timm:
+        import timm  # optional, and slow to import
+
+        names |= {f"timm:{name}" for name in timm.list_models()}
+    return names
+
+
+def alike_in_timm(state: dict[str, Tensor]) -> list[str]:
+    """ViTs of the patch and image size, ResNets of the depth, by timm's names: all of timm would take minutes."""
+    import timm
+
+    if (size := timm_image_size(state)) is not None:
+        patch = state["patch_embed.proj.weight"].shape[-1]
+        patterns = (f"vit_*_patch{patch}_{size}*", f"*_patch{patch}_*{size}*", f"vit_*_patch{patch}_224")
+        return list(dict.fromkeys(name for pattern in patterns for name in timm.list_models(pattern)))
+    blocks = {tuple(key.split(".")[:2]) for key in state if key.startswith("layer")}
+    depth = 2 + len(blocks) * (3 if "layer1.0.conv3.weight" in state else 2)
+    return timm.list_models(f"*res*ne*t{depth}*") if blocks else []
+
+
+def timm_image_size(state: dict[str, Tensor]) -> int | None:
+    """Pixels for which the positions of one of timm's ViTs are; None of other encoders."""
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        return None
+    return state["patch_embed.proj.weight"].shape[-1] * math.isqrt(state["pos_embed"].shape[1])
+
+
+def adapted(name: str, state: dict[str, Tensor]) -> tuple[Architecture, dict[str, Tensor]]:
+    """(the architecture with the channels, stem and image size of the state, its tensors without their memory)."""
+    encoder, size = without_memory(name, state)
+    path, first = encoders.first_convolution(encoder)
+    weight = state.get(f"{path}.weight")
+    channels, low_resolution = first.in_channels, False
+    if weight is not None and weight.dim() in (4, 5):
+        channels = weight.shape[1] * first.groups
+        low_resolution = weight.shape[2:] == (3, 3) != first.kernel_size and catalogue.has_low_resolution_stem(name)
+    if name.startswith("timm:"):
+        encoder = without_memory(name, state, channels)[0] if channels != first.in_channels else encoder
+    else:
+        with torch.device("meta"):
+            encoders.adapt_stem(encoder, channels, low_resolution)
+    return Architecture(name, channels, low_resolution, size), encoder.state_dict()
+
+
+def without_memory(name: str, state: dict[str, Tensor], channels: int = 3) -> tuple[nn.Module, int | None]:
+    """(the encoder, on the meta device if it can be built there; the image size where it has only one)."""
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
+    if name.startswith("timm:"):
+        import timm
+
+        with torch.device("meta"):
+            encoder = timm.create_model(name.removeprefix("timm:"), **options)
+            size, wanted = encoder.default_cfg["input_size"][-1], timm_image_size(state)
+            if wanted not in (None, size):
+                with contextlib.suppress(TypeError, ValueError, AssertionError):  # it has no other size
+                    encoder = timm.create_model(name.removeprefix("timm:"), **options, img_size=wanted)
+                    size = wanted
+        return encoder, size
+    size, positions = None, state.get("encoder.pos_embedding")
+    if positions is not None and "conv_proj.weight" in state:
+        size = state["conv_proj.weight"].shape[-1] * math.isqrt(positions.shape[1] - 1)
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        model = encoders.build(name, None, size or 224)
+    return encoders.without_classifier(model, name)[0], size

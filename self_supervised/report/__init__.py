@@ -1,0 +1,1 @@
+"""Report: runs as one page, as curves and as a table."""

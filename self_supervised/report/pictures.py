@@ -1,0 +1,204 @@
+"""The pictures of a report: views, nearest neighbours and the map, from a run's checkpoint and its images."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from attrs import frozen
+from PIL import Image
+from torch import Tensor, nn
+
+from model_params import EncoderAndDataParams, ModelParams
+from self_supervised.data import custom, loading
+from self_supervised.data.files import readable_rows
+from self_supervised.data.packed import is_there
+from self_supervised.distributed import usable
+from self_supervised.embeddings import map_page as map_pages
+from self_supervised.embeddings.nearest import best_of
+from self_supervised.embeddings.projection import TITLES, kinds, project
+from self_supervised.evaluation import features
+from self_supervised.networks.pretrained import load_encoder
+from self_supervised.runs import preview
+from self_supervised.runs.command_line import bar
+from self_supervised.training import checkpoints
+from self_supervised.views import augmentations
+
+QUERIES, NEIGHBOURS, ROWS_OF_VIEWS = 8, 6, 6
+PIXELS = 64  # up to here every pixel is shown as it is; larger pictures are JPEGs
+LARGEST = 128  # pixels; of the longer side of what the page shows
+MAP_BUDGET = 6_000_000  # characters of the pictures of all maps
+
+
+@frozen
+class Embedded:
+    """Some test images, as the encoder sees them, with their embeddings. It is also where maps get pictures from."""
+
+    images: Tensor  # uint8 [N, C, H, W]; clips as strips of frames
+    x: np.ndarray  # float32 [N, E]
+    labels: list[str | None]
+    paths: list[str]
+    about: str
+
+    def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
+        return preview.magnified(self.images[self.paths.index(path)], 1)
+
+
+def parts(
+    folder: Path, settings: dict[str, Any], n: int, budget: int, encoder: nn.Module | None
+) -> Iterator[tuple[str, Any]]:
+    """(name of the part, its content; or {"missing": why})."""
+    yield "views", or_why(lambda: views(settings))
+    if n == 0:
+        reason = {"missing": "--images 0: no images were embedded"}
+        yield from (("neighbours", reason), ("map", reason))
+        return
+    found = or_why(lambda: embedded(checkpoint(folder), n, encoder))
+    if isinstance(found, Embedded):
+        yield "neighbours", or_why(lambda: neighbours(found))
+        yield "map", or_why(lambda: map_page(found, budget))
+    else:
+        yield from (("neighbours", found), ("map", found))
+
+
+def or_why(make: Callable[[], Any]) -> Any:
+    """What is made, or {"missing": why it cannot be}: a report has what its run has."""
+    try:
+        return make()
+    except (ValueError, TypeError, OSError, ImportError) as error:  # TypeError: a setting of another version
+        return {"missing": str(error) or type(error).__name__}
+
+
+# ---- views ----
+
+
+def views(settings: dict[str, Any]) -> dict[str, Any]:
+    """Columns of the preview: captions, and images as data URIs, all reduced alike; `side` is that of the largest."""
+    known = {attribute.name for attribute in attrs.fields(ModelParams)}
+    params = ModelParams(**{name: value for name, value in settings.items() if name in known})
+    check_data(params, params.dataset.pretraining_splits)
+    columns = preview.first_columns(params, rows=ROWS_OF_VIEWS)
+    factor = min(1.0, LARGEST / (side := max(images.shape[2] for _, images in columns)))
+    shown = [{"caption": lines, "pictures": [uri(image, factor) for image in images]} for lines, images in columns]
+    return {"side": round(side * factor), "columns": shown}
+
+
+def check_data(params: ModelParams, splits: tuple[str, ...]) -> None:
+    """A report downloads nothing."""
+    folders = [loading.data_path() / params.dataset_name / split for split in splits]
+    if params.dataset.is_packed and not all(map(is_there, folders)):
+        raise FileNotFoundError(
+            f"{params.dataset_name} is not in {loading.data_path().resolve()}: set DATA_PATH to where it is"
+        )
+
+
+def uri(image: Tensor, factor: float = 1.0) -> str:
+    """[C, H, W] -> a data URI of the image, reduced if the factor is below 1."""
+    picture = preview.magnified(image, 1)
+    if factor < 1:
+        picture = picture.resize([max(1, round(edge * factor)) for edge in picture.size], Image.Resampling.LANCZOS)
+    if max(picture.size) <= PIXELS:
+        return map_pages.data_uri(picture, "PNG")
+    return map_pages.data_uri(picture, "JPEG", quality=85)
+
+
+# ---- embeddings ----
+
+
+def checkpoint(folder: Path) -> Path:
+    """The end of the pretraining, or as far as it has come."""
+    end = folder / "pretrained.ckpt"
+    newest = end if end.is_file() else checkpoints.newest(folder / "pretraining" / "checkpoints")
+    if newest is None:
+        raise FileNotFoundError(f"{folder.name} has no checkpoint")
+    return Path(newest)
+
+
+def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
+    """At most n random test images; always the same ones."""
+    encoder = load_encoder(file, encoder=own_encoder).to(usable("auto"))
+    params = features.data_params(encoder)
+    splits = params.dataset.test_splits
+    check_data(params, splits)
+    dataset = loading.get_dataset(params, splits)
+    chosen = np.sort(augmentations.generator((0,)).permutation(len(dataset))[:n])
+    some, images, x, y = dataset.subset(chosen), [], [], []
+    with bar() as progress:
+        total = features.n_batches(some, params)
+        for batch, labels in progress.track(features.batches(some, params), total, description="embeddings"):
+            images.append(preview.as_strips(batch))
+            x.append(encoder.embed(batch).cpu())
+            y.append(labels)
+    images, x, rows, labels = readable_rows(torch.cat(y), torch.cat(images), torch.cat(x), torch.from_numpy(chosen))
+    note = f"{len(rows):,} of {len(dataset):,} images of {params.dataset_name}/{'+'.join(splits)}"
+    labels, paths = names(params, dataset, labels), places(dataset, splits, rows.numpy())
+    return Embedded(images, x.numpy(), labels, paths, f"{note}, embedded by {file.name}")
+
+
+def places(dataset: Any, splits: tuple[str, ...], chosen: np.ndarray) -> list[str]:
+    """What each image is called: SPLIT/NUMBER in a packed set, else the end of its path."""
+    files = getattr(dataset, "files", None)
+    if files is None:
+        return [f"{'+'.join(splits)}/{i}" for i in chosen.tolist()]
+    return [f"{i}: {'/'.join(Path(files[i][0]).parts[-2:])}" for i in chosen.tolist()]
+
+
+def names(params: EncoderAndDataParams, dataset: Any, y: Tensor) -> list[str | None]:
+    """Of the classes; their numbers where no names are known. None: no label, or many."""
+    if y.dim() > 1:
+        return [None] * len(y)
+    known = class_names(params, dataset)
+    return [known.get(label, str(label)) if label >= 0 else None for label in y.tolist()]
+
+
+def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
+    """Number -> name, of the data set or the settings, or of the files' folders if each class has its own."""
+    if known := getattr(dataset, "class_names", None):
+        return dict(enumerate(known))
+    if params.class_to_idx:
+        return {number: name for name, number in custom.numbers_of(params.class_to_idx).items()}
+    stored = params.dataset.class_names.split() or getattr(getattr(dataset, "source", None), "classes", None)
+    if stored:
+        return dict(enumerate(stored))
+    of_class: dict[int, set[str]] = {}
+    for path, label in getattr(dataset, "files", []):
+        of_class.setdefault(int(label), set()).add(Path(path).parent.name)
+    folders = {label: next(iter(found)) for label, found in of_class.items() if len(found) == 1}
+    return folders if len(set(folders.values())) == len(of_class) else {}
+
+
+# ---- neighbours and map ----
+
+
+def queries(found: Embedded) -> list[int]:
+    """Rows: the first image of each class in turn, or the first images."""
+    rows = {label: i for i, label in reversed(list(enumerate(found.labels)))}
+    chosen = sorted(rows.values()) if None not in rows else []
+    return [*chosen, *(i for i in range(len(found.x)) if i not in chosen)][:QUERIES]
+
+
+def neighbours(found: Embedded) -> dict[str, Any]:
+    rows = queries(found)
+    best = best_of([(found.paths, found.x, found.labels)], found.x[rows], NEIGHBOURS, [found.paths[i] for i in rows])
+    index = {path: i for i, path in enumerate(found.paths)}
+
+    def shown(i: int) -> dict[str, Any]:
+        reduced = min(1.0, LARGEST / max(found.images.shape[-2:]))
+        return {"picture": uri(found.images[i], reduced), "label": found.labels[i], "path": found.paths[i]}
+
+    lists = [
+        {"query": shown(i), "found": [shown(index[n.path]) | {"cosine": round(n.cosine, 3)} for n in near]}
+        for i, near in zip(rows, best, strict=True)
+    ]
+    return {"about": found.about, "rows": lists}
+
+
+def map_page(found: Embedded, budget: int) -> dict[str, str]:
+    """The page of self_supervised.embeddings.projection, whole: the report shows it in a frame."""
+    points = project(found.x, "tsne", seed=0)
+    kind, kind_names, meaning = kinds(found.labels, found.x, seed=0)
+    title = f"{TITLES['tsne']} of the embeddings"
+    drawn = map_pages.Map(title, f"{found.about}; {meaning}", found.paths, points, kind, kind_names)
+    return {"page": map_pages.as_html(drawn, found, budget)}

@@ -1,0 +1,119 @@
+"""What a report says about runs in words and tables: settings, results, where they came from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from model_params import PRESETS, ModelParams
+from self_supervised.catalogue import OWN_MODULE
+from self_supervised.report import compare, figures
+from self_supervised.report.compare import Run, in_figures
+from self_supervised.runs import run_folder
+from self_supervised.runs.command_line import RunOptions, described, text
+
+SINGLE = {"best": "best epoch", "last": "last step"}  # first words of compare.results
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The folders' names; where two are the same, with as much of the path as tells them apart."""
+    compare.refuse_twins(folders)
+    parts = [folder.resolve().parts for folder in folders]
+    for n in range(1, max(map(len, parts))):
+        names = ["/".join(path[-n:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"{folders[0]} is no folder of a run")
+
+
+def about(run: Run, name: str) -> dict[str, Any]:
+    """What identifies a run, and how to repeat it."""
+    commands, arch = run.folder / "command.txt", run.settings.get("encoder_arch")
+    last = next(reversed(run_folder.starts_of(run.folder)), {})
+    versions = {label.removesuffix(" version"): v for label, v in run.circumstances.items() if is_version(label)}
+    facts = {label: v for label, v in run.circumstances.items() if v and not is_version(label)} | {"versions": versions}
+    return {
+        "name": name,
+        "preset": run.settings.get("preset", ""),
+        "method": f"{'an encoder of its own' if arch == OWN_MODULE else arch} on {run.settings.get('dataset_name')}",
+        "state": state(run),
+        "began": last.get("time", ""),
+        "commands": run_folder.text_of(commands).splitlines() if commands.is_file() else [],
+        "facts": {label: in_words(value) for label, value in facts.items()},
+    }
+
+
+def is_version(label: str) -> bool:
+    return label.endswith(" version")
+
+
+def in_words(value: Any) -> str:
+    """{"cores": 2} -> "cores 2" """
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else text(value)
+
+
+def state(run: Run) -> str:
+    trained, wanted = run.results.get("epochs"), run.settings.get("max_epochs", 0)
+    if trained is not None and trained >= wanted:
+        return "finished"
+    if trained is not None and run.settings.get("max_time"):
+        return f"stopped by max_time in epoch {trained} of {wanted}"
+    _, epochs = figures.read(run.folder / figures.PRETRAINING).get("epoch", ([], [0]))
+    return f"not finished: in epoch {epochs[-1] + 1:.0f} of {wanted}"
+
+
+# ---- settings ----
+
+
+def defaults(preset: str | None) -> dict[str, Any]:
+    """What a run of this preset has where nothing else is said."""
+    params = PRESETS[preset]() if preset in PRESETS else ModelParams()  # one that this version does not know
+    return attrs.asdict(RunOptions()) | attrs.asdict(params)
+
+
+def settings(runs: Sequence[Run]) -> dict[str, Any]:
+    """Every setting in which a run differs from its preset, or runs from each other."""
+    plain = [defaults(run.settings.get("preset")) for run in runs]
+    differing = {row.name for row in compare.differing("setting", [[run.settings] for run in runs])}
+    comments = described(RunOptions) | described(ModelParams)
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run.settings):
+        cells = [cell(run.settings, standard, name) for run, standard in zip(runs, plain, strict=True)]
+        if name in differing or any(one["changed"] for one in cells):
+            presets = [run.settings.get("preset", "") for run in runs]
+            standard = {of: text(values[name]) for of, values in zip(presets, plain, strict=True) if name in values}
+            comment = comments.get(name, ("", ""))[1]
+            rows.append({"name": name, "comment": comment, "preset": of_presets(standard), "values": cells})
+    return {"rows": rows, "differ": bool(differing)}
+
+
+def of_presets(values: dict[str, str]) -> str:
+    """{"simclr": "0", "byol": "2"} -> "simclr 0, byol 2"; where they are the same, just that."""
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    return ", ".join(f"{preset} {value}".strip() for preset, value in values.items())
+
+
+def cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> dict[str, Any]:
+    if name not in values:  # in a run of another version
+        return {"text": "", "changed": False}
+    changed = name in standard and text(values[name]) != text(standard[name])
+    return {"text": text(values[name]), "changed": changed}
+
+
+# ---- results ----
+
+
+def results(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Rows, those of the same thing that was scored beside each other: "trained encoder", "best epoch", ..."""
+    rows = []
+    for name in dict.fromkeys(name for run in runs for name in run.results):
+        scored, _, figure = name.rpartition(": ")
+        if not scored:
+            word, _, figure = name.partition(" ")
+            scored, figure = (SINGLE[word], figure) if word in SINGLE else ("the whole run", name)
+        values = [in_figures([run.results[name]]) if name in run.results else "" for run in runs]
+        rows.append({"of": scored, "name": figure, "values": values})
+    order = list(dict.fromkeys(row["of"] for row in rows))
+    return sorted(rows, key=lambda row: (row["of"] == "the whole run", order.index(row["of"])))

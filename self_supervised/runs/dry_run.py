@@ -1,0 +1,179 @@
+"""Everything that a run is made of, tried and put into tables before the run."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import attrs
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from moco import SelfSupervisedMethod
+from self_supervised.data import loading
+from self_supervised.evaluation import validation
+from self_supervised.networks import layers
+from self_supervised.training.monitor import Watch
+
+STEPS = 2
+TOY = (torch.eye(4), torch.tensor([0, 0, 1, 1]))  # features and labels
+HIDDEN = ("params", "param_names", "name", "lr")  # of groups: an example and the initial_lr say it
+NAMES = {  # of parts, as the field calls them
+    "model": "encoder",
+    "projection_model": "projector",
+    "prediction_model": "predictor",
+    "lagging_model": "lagging encoder",
+    "lagging_projection_model": "lagging projector",
+    "online_classifier": "online classifier",
+}
+
+
+class Stop(pl.Callback):
+    """Ends the training after two optimizer steps, and times the second, in which everything is warm."""
+
+    def __init__(self) -> None:
+        self.times: dict[int, float] = {}  # at the end of each optimizer step
+
+    def on_train_start(self, *_: Any) -> None:
+        self.times[0] = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.setdefault(trainer.global_step, time.monotonic())
+        trainer.should_stop = trainer.global_step >= STEPS
+
+    @property
+    def seconds_per_step(self) -> float:
+        *_, before, last = self.times.values()
+        return last - before
+
+
+def run(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Trainer]) -> SelfSupervisedMethod:
+    """Two optimizer steps and one batch of validation, then the tables. Writes no files, but for a data set that is
+    not there yet.
+
+    Args:
+        params: ModelParams.
+        make_trainer: callbacks -> the Trainer of the run, without loggers and checkpoints, which validates one batch.
+    """
+    model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1))
+    stop = Stop()
+    watch = Watch()
+    watch.collapse_was_named = True  # two steps say nothing of that
+    trainer = make_trainer([stop, watch])
+    trainer.fit(model)
+    if trainer.is_global_zero:
+        console = Console(highlight=False, markup=False)
+        for table in (parts(model), groups(model, trainer), plan(model, trainer, stop.seconds_per_step)):
+            console.print(table)
+    return model
+
+
+def figures(model: SelfSupervisedMethod) -> set[str]:
+    """Names of what this model logged, and of evaluations, which one batch may have too few classes for."""
+    p = model.params
+    toy = validation.evaluate(p.evaluations, *TOY, TOY if p.probe_on_training_set else None)
+    return {*model.trainer.callback_metrics, *toy}
+
+
+def table(title: str, *columns: str) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column in ("parameters", "tensors") else "left", overflow="fold")
+    return made
+
+
+def parts(model: SelfSupervisedMethod) -> Table:
+    """Encoder, heads, lagging pair, queue: output shape, parameters, whether they are trained."""
+    p = model.params
+    made = table("Parts", "part", "is", "output", "parameters", "trained")
+    outputs = output_shapes(model)
+    for name, part in model.named_children():
+        if not any(True for _ in part.parameters()) and name != "queue":
+            continue
+        kind = p.encoder_arch if name in ("model", "lagging_model") else widths(part)
+        count = sum(weight.numel() for weight in part.parameters())
+        trained = any(weight.requires_grad for weight in part.parameters())
+        says = "yes" if trained else "no" if name == "queue" else "lags"
+        shape = f"[{p.K}, {p.dim}]" if name == "queue" else outputs[name]
+        made.add_row(NAMES.get(name, name), kind, shape, f"{count:,}", says)
+    return made
+
+
+def widths(part: nn.Module) -> str:
+    """The linear layers of a head: 512 -> 2048 -> 128."""
+    linear = [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
+    found = [layer.in_features for layer in linear[:1]] + [layer.out_features for layer in linear]
+    return " -> ".join(map(str, found)) or type(part).__name__
+
+
+@torch.no_grad()
+def output_shapes(model: SelfSupervisedMethod) -> dict[str, str]:
+    p = model.params
+    found = {}
+    x = torch.zeros(2, *p.input_shape, device=model.device)
+    with layers.in_eval_mode(model):
+        for start, names in (
+            (x, ("model", "projection_model", "prediction_model")),
+            (x, ("lagging_model", "lagging_projection_model")),
+            (x, ("model", "online_classifier")),
+        ):
+            for name in names:
+                if (part := getattr(model, name)) is not None:
+                    start = part(start)
+                    found[name] = f"[N, {', '.join(map(str, start.shape[1:]))}]"
+    return found
+
+
+def groups(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
+    """The optimizer's groups of parameters, with an example of each, and the settings in which they differ."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    optimizer = trainer.optimizers[0]
+    found = [{key: value for key, value in group.items() if key not in HIDDEN} for group in optimizer.param_groups]
+    for settings, (first, last) in zip(found, trainer.lr_scheduler_configs[0].scheduler.decays, strict=True):
+        settings["weight_decay"] = f"{first:.4g} to {last:.4g}" if first != last else first
+    differing = [key for key in found[0] if len({str(group.get(key)) for group in found}) > 1]
+    made = table(f"Groups of {type(optimizer).__name__}", "tensors", "parameters", "for example", *differing)
+    for group, settings in zip(optimizer.param_groups, found, strict=True):
+        members = group["params"]
+        example = names[id(members[0])] if members else "none"
+        count = sum(weight.numel() for weight in members)
+        values = [settings.get(key) for key in differing]
+        words = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+        made.add_row(f"{len(members)}", f"{count:,}", example, *words)
+    return made
+
+
+def plan(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: float) -> Table:
+    """Batch, steps, rates, data, memory and time."""
+    p = model.params
+    plan = model.plan
+    made = table("Plan", "what", "value")
+    epoch = timedelta(seconds=round(seconds_per_step * plan.steps_per_epoch))
+    splits = {"training": p.dataset.pretraining_splits, "evaluation": p.dataset.test_splits}
+    sizes = [f"{len(loading.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]
+    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    rows = {
+        "images": f"{p.dataset_name}: {', '.join(sizes)}; {' x '.join(map(str, p.input_shape))}",
+        **dict(zip(("batch", "length", "learning rate"), str(plan).split("; "), strict=True)),
+        "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
+        "memory": peak_memory(trainer.strategy.root_device),
+        "time": f"{seconds_per_step:.3g} s a step, {epoch} an epoch without evaluation (by the last step alone)",
+        "loss": f"{scores['step_train_loss']:.4g} at step {trainer.global_step}",
+    }
+    for name, value in rows.items():
+        made.add_row(name, value)
+    return made
+
+
+def peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of the device at most"
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of the process at most"

@@ -1,0 +1,75 @@
+"""Checks before a run: everything that its data would otherwise refuse after hours of work."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import attrs
+
+from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
+from model_params import EncoderAndDataParams, ModelParams
+from self_supervised.data import custom, loading
+from self_supervised.data.folders import listed_in
+from self_supervised.data.loading import labelled, n_classes
+from self_supervised.runs.command_line import RunOptions
+
+
+def linear_settings(options: RunOptions, params: ModelParams) -> dict:
+    """Fields of the linear stage that train.py sets. A data set smaller than one batch is one batch."""
+    settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": params.seed}
+    n_images = len(loading.get_dataset(params, params.dataset.train_splits))
+    if params.dataset.is_custom or n_images < attrs.fields(LinearClassifierMethodParams).batch_size.default:
+        settings["drop_last_batch"] = None
+    return settings
+
+
+def check_run(options: RunOptions, params: ModelParams) -> None:
+    """Open all images that train.py will read, from the first batch to the last score of the linear stage.
+
+    Raises:
+        ValueError: a split is empty, smaller than one batch, or lacks the labels of the linear stage.
+        FileNotFoundError: a split is missing.
+    """
+    with lists_aside(params) as params:
+        check_images(params, options.accumulate_grad_batches)
+        if options.linear_epochs:
+            settings = {name: getattr(params, name) for name in FROM_PRETRAINING} | linear_settings(options, params)
+            check_labels(params)
+            check_batches(LinearClassifierMethodParams(**settings), params.dataset.train_splits)
+
+
+@contextmanager
+def lists_aside(params: ModelParams) -> Iterator[ModelParams]:
+    """Meanwhile lists of splits that are not drawn yet are in a temporary directory: the run may be refused."""
+    kept = custom.folder_of_lists(params)
+    if not params.dataset.is_custom or (kept is not None and listed_in(kept)):
+        yield params
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield attrs.evolve(params, splits_path=folder)
+
+
+def check_images(params: ModelParams, accumulated: int = 1) -> None:
+    """Open the images of the pretraining and of its evaluations."""
+    info = params.dataset
+    check_batches(params, info.pretraining_splits, accumulated)
+    if not params.is_evaluated:
+        return
+    evaluated = [info.validation_splits or info.test_splits, info.test_splits]
+    if params.probe_on_training_set:
+        evaluated.append(info.train_splits)
+    for splits in dict.fromkeys(evaluated):
+        loading.get_dataset(params, splits)
+
+
+def check_batches(params: EncoderAndDataParams, splits: tuple[str, ...], accumulated: int = 1) -> None:
+    """Raise ValueError unless one process could train on the images: several of them need at least as many."""
+    params = attrs.evolve(params, num_data_workers=0)  # nothing is read yet
+    loading.get_loader(params, loading.get_dataset(params, splits), training=True, accumulated=accumulated)
+
+
+def check_labels(params: EncoderAndDataParams) -> None:
+    """Raise ValueError unless each image of the training and test sets has one label."""
+    labelled(n_classes(params), params)
+    for splits in (params.dataset.train_splits, params.dataset.test_splits):
+        labelled(1 + int(loading.get_dataset(params, splits).labels.min()), params)

@@ -1,0 +1,164 @@
+"""A contact sheet of what the model sees: each row an image, each column a view, pixel by pixel."""
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import asdict, evolve
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from model_params import ModelParams
+from self_supervised.data import loading
+from self_supervised.data.loader import images_and_labels
+from self_supervised.data.loading import resolve
+from self_supervised.fields import as_path
+from self_supervised.safe_files import check_file, whole
+from self_supervised.views import augmentations
+
+TILE = 160  # pixels that a large view is magnified to, about; by whole numbers, so that pixels stay squares
+GAP = 8  # pixels, as all sizes here
+MARGIN = 20
+FONT_SIZE = 13
+LINE = 18
+FRAMES = 4  # of a clip
+PAPER = (240, 240, 240)
+INK = (24, 24, 24)
+PALE_INK = (96, 96, 96)
+Column = tuple[list[str], Tensor]  # lines of the caption; uint8 images [rows, C, H, W]
+
+
+def write(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = None, rows: int = 8) -> Path:
+    """The first images of the first training batch, as the model will see them at its first step, as a PNG.
+
+    Args:
+        loader: yours, if you train on one; default: that of `params.dataset_name`.
+
+    Raises:
+        ValueError: the path does not end in .png; or what reading the images raises.
+    """
+    if (path := as_path(path)).suffix != ".png":
+        raise ValueError(f"the preview is a PNG, and {path} does not end in .png")
+    check_file("preview", path)
+    sheet = arrange(first_columns(params, loader, rows))
+    with whole(path) as unfinished:
+        sheet.save(unfinished, "PNG")
+    return path
+
+
+def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows: int = 8) -> list[Column]:
+    """The first images of the first training batch: the originals, where they are known, then every view."""
+    params = resolve(ModelParams, params, None, {})[0]  # with the seed of pl.seed_everything
+    originals = None
+    params = evolve(params, drop_last_batch=False)  # a batch that is not full has images, too
+    if loader is None:
+        splits = params.dataset.pretraining_splits
+        loader = loading.get_loader(params, loading.get_dataset(params, splits, params.views), training=True)
+        images_alone = loading.get_dataset(params, splits)
+        originals = torch.stack([images_alone[i][0] for i in islice(loader.sampler, rows)])
+    images, _ = images_and_labels(next(iter(loader)))
+    columns = columns_of(images, params, rows, originals)
+    if originals is not None and not params.dataset.is_packed:
+        columns[0][0][0] += ", central square"
+    return columns
+
+
+def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, originals: Tensor | None) -> list[Column]:
+    """The first rows of a batch: the original, then every view.
+
+    Args:
+        images: what a loader yields: uint8 images [N, C, H, W], which are augmented here as at the first step of a
+            training with `params.seed`; a list of crops; or float views, which are shown as they are.
+        originals: uint8 [at least `rows`, C, H, W], where `images` are not these; None: no such column then.
+    """
+    seed = (params.seed or 0, 0, 0, 0)  # of the first epoch and batch, on the first process
+    first = images if isinstance(images, Tensor) else images[0]
+    if first.is_floating_point():
+        augmentations.check_floats(first, params)
+    views = augmentations.for_training(images, augmentations.training_views(params), seed)
+    columns = [(caption(params, i), pixels(view[:rows], params)) for i, view in enumerate(views[: params.n_views])]
+    if originals is None and isinstance(images, Tensor) and images.dtype == torch.uint8:
+        originals = images
+    if originals is not None:
+        lines = ["original", in_pixels(originals.shape[-1], originals.shape[-2], params)]
+        columns.insert(0, (lines, as_strips(originals[:rows]).cpu()))
+    return columns
+
+
+def pixels(view: Tensor, params: ModelParams) -> Tensor:
+    """A normalized view -> uint8, as it was before it was normalized."""
+    mean, std = (torch.tensor(values, device=view.device).view(-1, 1, 1) for values in (params.mean, params.std))
+    view = as_strips(view)
+    return ((view.float() * std + mean) * 255).round().clamp(0, 255).byte().cpu()
+
+
+def as_strips(images: Tensor) -> Tensor:
+    """Images as they are; of clips [N, C, T, H, W], four frames from the first to the last, side by side. Of several
+    clips of each video [N, K, C, T, H, W], the first."""
+    images = images[:, 0] if images.dim() == 6 else images
+    if images.dim() == 4:
+        return images
+    chosen = torch.linspace(0, images.shape[2] - 1, min(FRAMES, images.shape[2])).long()
+    return torch.cat(images[:, :, chosen.to(images.device)].unbind(2), dim=3)
+
+
+# ---- captions ----
+
+
+def caption(params: ModelParams, i: int) -> list[str]:
+    """What view i is, and every setting in which the views differ."""
+    views = params.views
+    queries, keys = zip(*params.pairs, strict=True)
+    roles = [name for name, ends in (("query", queries), ("key", keys)) if i in ends]
+    kind = "large" if i < params.n_large_views else "small"
+    size = in_pixels(views[i].crop_size, views[i].crop_size, params)
+    rows = [asdict(view) for view in views]
+    differing = [name for name in rows[0] if name != "crop_size" and len({row[name] for row in rows}) > 1]
+    return [f"view {i}, {kind}", size, " and ".join(roles), *(in_words(name, rows[i][name]) for name in differing)]
+
+
+def in_pixels(width: int, height: int, params: ModelParams) -> str:
+    """The size, and which channel is shown where not all are."""
+    shown = "" if params.channels in (1, 3) else f", first of {params.channels} channels"
+    return f"{width} x {height} px{shown}"
+
+
+def in_words(name: str, value: float | tuple[float, float]) -> str:
+    if name.endswith("_probability"):
+        return f"{name.removesuffix('_probability').replace('_', ' ')} in {100 * value:g} %"
+    number = f"{value:g}" if not isinstance(value, tuple) else "{:g} to {:g}".format(*value)
+    return f"{name.replace('_', ' ')} {number}"
+
+
+# ---- drawing ----
+
+
+def arrange(columns: list[Column]) -> Image.Image:
+    """Columns side by side, all views magnified alike, so that small views are seen to be small."""
+    font = ImageFont.load_default(FONT_SIZE)
+    factor = max(1, round(TILE / max(images.shape[2] for _, images in columns)))
+    height = factor * max(images.shape[2] for _, images in columns) + GAP
+    widths = [
+        max([factor * images.shape[3], *(round(font.getlength(line)) for line in lines)]) for lines, images in columns
+    ]
+    top = MARGIN + LINE * max(len(lines) for lines, _ in columns) + GAP
+    size = (2 * MARGIN + sum(widths) + 2 * GAP * (len(widths) - 1), top + height * len(columns[0][1]) - GAP + MARGIN)
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    left = MARGIN
+    for (lines, images), width in zip(columns, widths, strict=True):
+        for line, text in enumerate(lines):
+            draw.text((left, MARGIN + LINE * line), text, INK if line == 0 else PALE_INK, font)
+        for row, image in enumerate(images):
+            sheet.paste(magnified(image, factor), (left, top + height * row))
+        left += width + 2 * GAP
+    return sheet
+
+
+def magnified(image: Tensor, factor: int) -> Image.Image:
+    """[C, H, W] uint8, of one or three channels (of others the first is shown) -> every pixel a square."""
+    shown = image if image.shape[0] == 3 else image[:1].expand(3, -1, -1)
+    tile = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
+    return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)

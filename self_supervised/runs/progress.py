@@ -1,0 +1,123 @@
+"""The progress bar: images per second, and the time left for the whole training."""
+
+import csv
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.utilities import rank_zero_only
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from self_supervised.runs import run_folder
+from self_supervised.safe_files import rows_of, whole
+
+SMOOTHING = 0.05  # weight of the newest batch in the speed
+COLUMNS = ("step", "epoch", "images_per_second")  # of the file; the clock's, so they are not in metrics.csv
+
+
+class Progress(RichProgressBar):
+    """Lightning's, with images per second over all processes (a moving average of batches, without validations), and
+    the time until the last epoch ends, validations included once there was one.
+
+    Args:
+        file: a CSV that gets a row after each epoch, with its images per second (without validations).
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        super().__init__(refresh_rate=4)
+        self.file = file
+        self.batches = 0  # of this epoch
+        self.seconds = 0.0  # of these batches
+        self.seconds_per_batch: float | None = None
+        self.batch_ended: float | None = None  # None: what comes now is no batch
+        self.begun = 0.0  # time
+        self.first_step = 0
+        self.status = ""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.begun = time.monotonic()
+        self.first_step = trainer.global_step
+        self.status = ""
+        if self.file is not None:
+            keep_until(self.file, trainer.global_step)
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_start(*args, **kwargs)
+        if self.batch_ended is None:
+            self.batch_ended = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        took = now - self.batch_ended
+        self.batch_ended = now
+        self.batches += 1
+        self.seconds += took
+        before = took if self.seconds_per_batch is None else self.seconds_per_batch
+        self.seconds_per_batch = before + SMOOTHING * (took - before)
+        done = trainer.global_step - self.first_step
+        left = (now - self.begun) / max(1, done) * (trainer.estimated_stepping_batches - trainer.global_step)
+        images = images_in(pl_module) / max(self.seconds_per_batch, 1e-9)
+        self.status = f"{images:,.0f} images/s, {timedelta(seconds=round(left))} left" if done else ""
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        super().on_train_epoch_end(trainer, pl_module, *args)
+        if self.file is not None and self.batches:
+            speed = images_in(pl_module) * self.batches / max(self.seconds, 1e-9)
+            append(self.file, (trainer.global_step, trainer.current_epoch, round(speed, 1)))
+        self.batches = 0
+        self.seconds = 0.0
+        self.batch_ended = None
+
+    def on_validation_start(self, *args: Any, **kwargs: Any) -> None:
+        super().on_validation_start(*args, **kwargs)
+        self.batch_ended = None
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        run_folder.say(" ".join(map(str, args)))
+
+    def get_metrics(self, *args: Any, **kwargs: Any) -> dict:
+        return {name: value for name, value in super().get_metrics(*args, **kwargs).items() if name != "v_num"}
+
+    def configure_columns(self, trainer: pl.Trainer) -> list:
+        description = TextColumn("{task.description}")
+        batches = TextColumn("{task.completed:.0f}/{task.total:.0f}")
+        return [description, BarColumn(bar_width=20), batches, Status(self)]
+
+
+def images_in(module: pl.LightningModule) -> int:
+    """One batch, of all processes."""
+    return module.plan.processes * module.plan.batch_size
+
+
+@rank_zero_only
+def keep_until(file: Path, step: int) -> None:
+    """Only the rows until then, of a run that goes on from there; it begins with a heading."""
+    _, rows = rows_of(file)
+    with whole(file) as unfinished, unfinished.open("w", newline="") as kept:
+        writer = csv.DictWriter(kept, COLUMNS)
+        writer.writeheader()
+        writer.writerows(row for row in rows if int(row["step"]) <= step)
+
+
+@rank_zero_only
+def append(file: Path, row: tuple) -> None:
+    with file.open("a", newline="") as rows:
+        csv.writer(rows).writerow(row)
+
+
+class Status(ProgressColumn):
+    """Speed and time left, beside the bar of the training."""
+
+    def __init__(self, bar: Progress):
+        super().__init__(Column(no_wrap=True))
+        self.bar = bar
+
+    def render(self, task: Task) -> Text:
+        return Text(self.bar.status if task.id == self.bar.train_progress_bar_id else "")

@@ -1,0 +1,243 @@
+"""What a run leaves in its folder, so that it can be read, compared and repeated.
+
+config.yaml     the resolved settings: `self-supervised train --config config.yaml` is the same run
+command.txt     the command, and each that went on with it
+parameters.txt  what the optimizer does with each parameter
+run.json        of each of them: time, versions, git commit, machine
+log.txt         what was said
+results.json    scores
+pretraining/    and linear/: metrics.csv, throughput.csv, TensorBoard's events, checkpoints/
+splits/         which images were used, where that was drawn
+"""
+
+import csv
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from pytorch_lightning import loggers
+from pytorch_lightning.utilities import rank_zero_only
+from rich.text import Text
+
+from self_supervised.safe_files import rows_of, to_json, whole, write_whole
+
+LIBRARIES = ("torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
+FIXED = ("preset", "optimizer_name")  # of a run; checkpoints.refuse_another sees what else cannot be resumed
+Kind = TypeVar("Kind", dict, list)
+LOG = logging.getLogger("self_supervised")  # writes into log.txt alone: `say` and warnings print themselves
+LOG.setLevel(logging.INFO)
+LOG.propagate = False
+LOG_SOURCES = ("", LOG.name, "pytorch_lightning", "lightning_fabric")  # none of the three propagates to the root
+
+
+@rank_zero_only
+def versions() -> dict[str, str | None]:
+    """Of Python, of the libraries, and the commit of this code, if it is in a git repository, with "+changes" where
+    files that git knows were changed."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        if git("status", "--porcelain", "--untracked-files=no"):
+            commit += "+changes"
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, "commit": commit}
+
+
+def begin(out: Path, config: str, command: Sequence[str]) -> None:
+    """Start or go on with a run: config.yaml, command.txt and run.json. Other settings than before are named."""
+    (out / "splits").mkdir(parents=True, exist_ok=True)
+    old = settings(out)
+    new = yaml.safe_load(config)
+    keep_edited(out / "config.yaml")
+    changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old and old.get(name) != new.get(name)]
+    if changed:
+        say(f"{out} goes on with other settings: {', '.join(changed)}")
+    write_whole(out / "config.yaml", config)
+    commands = out / "command.txt"
+    before = text_of(commands) if commands.is_file() else ""
+    write_whole(commands, before + shlex.join(["python", *command]) + "\n")
+    write_whole(out / "run.json", to_json([*starts_of(out), circumstances()], indent=2))
+
+
+def keep_edited(config: Path) -> None:
+    """Set a config.yaml aside that was written or edited by hand, before ours takes its name."""
+    if not config.is_file():
+        return
+    text = text_of(config)
+    if yaml.safe_dump(yaml.safe_load(text), sort_keys=False) != text:  # ours is what `command_line.to_yaml` makes
+        kept = config.with_name(f"config_by_hand_{time.strftime('%Y%m%d_%H%M%S')}.yaml")
+        write_whole(kept, text)
+        say(f"{config} was written by hand: kept as {kept.name}")
+
+
+def refuse_another(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: the run of the folder cannot be gone on with by these settings.
+    """
+    for name in FIXED:
+        if name in before and before[name] != now[name]:
+            raise ValueError(f"{out} holds a run with {name}={before[name]!r}: give that, or choose another --out")
+
+
+def settings(out: Path) -> dict[str, Any]:
+    """config.yaml; empty if there is none.
+
+    Raises:
+        ValueError: it is not what a run writes.
+    """
+    return content_of(out / "config.yaml", yaml.safe_load, dict)
+
+
+def results_of(out: Path) -> dict[str, Any]:
+    """results.json; see `settings`."""
+    return content_of(out / "results.json", json.loads, dict)
+
+
+def starts_of(out: Path) -> list[dict[str, Any]]:
+    """run.json; see `settings`."""
+    found = content_of(out / "run.json", json.loads, list)
+    if not all(isinstance(start, dict) for start in found):
+        raise ValueError(f"{out / 'run.json'} must be a list of objects: correct it, or move it away")
+    return found
+
+
+def content_of(path: Path, parse: Callable[[str], Any], kind: type[Kind]) -> Kind:
+    """What a file of a run holds; empty if there is none. Raises ValueError, with the file's name, if it is damaged."""
+    if not path.is_file():
+        return kind()
+    try:
+        found = parse(text_of(path))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({' '.join(str(error).split())}): correct it, or move it away"
+        ) from error
+    if not isinstance(found, kind):
+        wanted = "names and values" if kind is dict else "a list"
+        raise ValueError(f"{path} must hold {wanted}: correct it, or move it away")
+    return found
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}): correct it, or move it away") from error
+
+
+def circumstances() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "versions": versions(),
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "gpus": gpus,
+    }
+
+
+# ---- log.txt ----
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """What Lightning and this library say meanwhile, warnings and the error that ends it, also go to the file."""
+    if rank_zero_only.rank != 0:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    sources = [logging.getLogger(name) for name in LOG_SOURCES]
+    show = warnings.showwarning
+
+    def show_and_log(message: Any, category: type, *args: Any, **kwargs: Any) -> None:
+        show(message, category, *args, **kwargs)  # logging.captureWarnings would keep warnings from the terminal
+        LOG.warning("%s: %s", category.__name__, message)
+
+    for source in sources:
+        source.addHandler(handler)
+    warnings.showwarning = show_and_log
+    try:
+        yield
+    except Exception:
+        LOG.exception("ended by an error")
+        raise
+    finally:
+        warnings.showwarning = show
+        for source in sources:
+            source.removeHandler(handler)
+        handler.close()
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print, and into log.txt while that is open."""
+    print(text)
+    LOG.info("%s", Text.from_ansi(text).plain)
+
+
+# ---- loggers ----
+
+
+def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
+    """metrics.csv goes on at `first_step`: Lightning's logger would delete the rows before it."""
+    path = out / name / "metrics.csv"
+    kept = out / name / "metrics.kept.csv"
+    logger = loggers.CSVLogger(out, name=name, version="")
+    header = []
+    if rank_zero_only.rank != 0:
+        return logger
+    if kept.is_file() and not path.is_file():  # we were killed here
+        kept.replace(path)
+    if first_step > 0 and path.is_file():
+        header, rows = rows_of(path)
+        with whole(kept) as unfinished, unfinished.open("w", newline="") as new:
+            writer = csv.DictWriter(new, header)
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) < first_step)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*logs directory .* exists")
+        experiment = logger.experiment
+    if header:
+        kept.replace(path)
+        experiment.metrics_keys = header
+    return logger
+
+
+def wandb_logger(title: str, out: Path) -> loggers.WandbLogger:
+    import wandb  # optional, and slow to import
+
+    wandb.finish()  # of the stage before, whose run this one's figures would else join
+    return loggers.WandbLogger(title, save_dir=out, id=title, resume="allow")
+
+
+def get_loggers(out: Path, name: str, wanted: Sequence[str], first_step: int) -> list[loggers.Logger]:
+    """metrics.csv, and those that were asked for. Each goes on at `first_step`."""
+    purge = {"purge_step": first_step} if first_step else {}  # what an interrupted run wrote after its checkpoint
+    title = f"{out.name}_{name}"  # of a run on a server, which goes on under the same name
+    tracking = os.environ.get(
+        "MLFLOW_TRACKING_URI", f"sqlite:///{out.resolve() / 'mlflow.db'}"
+    )  # no plain files: MLflow 3
+    makers = {
+        "tensorboard": lambda: loggers.TensorBoardLogger(out, name=name, version="", **purge),
+        "wandb": lambda: wandb_logger(title, out),
+        "mlflow": lambda: loggers.MLFlowLogger(out.name, run_name=name, tracking_uri=tracking),
+    }
+    return [csv_logger(out, name, first_step), *(makers[one]() for one in dict.fromkeys(wanted) if one != "csv")]

@@ -1,0 +1,316 @@
+"""Checkpoints that survive: written whole or not at all, read as data only, resumed at the very batch.
+
+trainer = pl.Trainer(max_epochs=320, callbacks=[Checkpoints("runs/first", every_n_steps=500)])
+trainer.fit(model, ckpt_path=newest("runs/first"))
+"""
+
+import math
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from self_supervised import distributed
+from self_supervised.data.loader import Loader
+from self_supervised.folder_lock import locked
+from self_supervised.numerics import not_finite
+from self_supervised.safe_files import safe_load, whole
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU. Raises what `safe_load` raises, and ValueError if it is no checkpoint."""
+    content = safe_load(path)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{path} is no checkpoint: it has no state_dict")
+    return content
+
+
+def newest(folder: str | Path) -> Path | None:
+    """The newest good checkpoint that `Checkpoints` left in a folder, or None. Damaged ones are named and passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and none of them is good.
+    """
+    found = sorted(Path(folder).expanduser().glob("step_*.ckpt"), reverse=True)
+    for path in found:
+        try:
+            read(path)
+        except (ValueError, FileNotFoundError) as error:  # a training that still runs may have removed it
+            rank_zero_warn(f"{error}; trying the checkpoint before it")
+        else:
+            return path
+    if found:
+        raise ValueError(f"none of the {len(found)} checkpoints in {folder} is good: move them away to start anew")
+    return None
+
+
+# ---- resuming with other settings ----
+
+NOT_OF_TRAINING = (
+    "max_epochs", "evaluations", "evaluate_every_n_epochs", "probe_on_training_set", "evaluation_clips",
+    "evaluation_crops", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device", "torch_compile",
+    "data_path", "splits_path",
+)  # fmt: skip
+MAKE_GROUPS = ("exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr")
+
+
+def refuse_another(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> None:
+    """Refuse to resume where the state in a checkpoint's `content` contradicts the method's settings or the Trainer's.
+    All other settings are those of the method, from the first step on.
+
+    Raises:
+        ValueError: names the settings.
+    """
+    saved, own = ({k: v.shape for k, v in state.items()} for state in (content["state_dict"], method.state_dict()))
+    differing = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
+    before = content.get("hyper_parameters")
+    before = before if isinstance(before, dict) else {}
+    changed = {name: value for name, value in method.hparams.items() if before.get(name, value) != value}
+    if differing:
+        named = ", ".join(f"{name}={value!r} (it has {before[name]!r})" for name, value in changed.items())
+        others = " and others" if len(differing) > 3 else ""
+        raise ValueError(
+            f"the checkpoint is of another model, in which {', '.join(differing[:3])}{others} differ: "
+            "resume with the settings of its run. "
+            f"Other than in it: {named or 'the encoder'}"
+        )
+    groups = next(iter(content.get("optimizer_states", [])), {}).get("param_groups", [])
+    named = all("param_names" in group for group in groups)  # else of an earlier version
+    for name in ("optimizer_name", *(() if named else MAKE_GROUPS)):
+        if name in changed:
+            raise ValueError(
+                f"{name}={changed[name]!r}: the checkpoint's optimizer has state for {before[name]!r}. Resume with "
+                f"that, or start a new run from its weights (encoder_weights)"
+            )
+    refuse_shorter(content, trainer)
+
+
+def epochs_done(content: dict[str, Any]) -> int:
+    loop = content.get("loops", {}).get("fit_loop", {})
+    return loop.get("epoch_progress", {}).get("current", {}).get("processed", 0)
+
+
+def refuse_shorter(content: dict[str, Any], trainer: pl.Trainer) -> None:
+    done = {"max_epochs": epochs_done(content), "max_steps": content["global_step"]}
+    for name, reached in done.items():
+        limit = getattr(trainer, name)
+        if limit not in (None, -1) and reached > limit:
+            raise ValueError(f"{name}={limit}: the checkpoint is of a training that reached {reached}. Choose more")
+
+
+def changed_too_late(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
+    """Settings of the training that differ from the checkpoint's, if that training is complete."""
+    if epochs_done(content) < (trainer.max_epochs or 0):
+        return {}
+    before = content.get("hyper_parameters", {})
+    now = {name: value for name, value in method.hparams.items() if name not in NOT_OF_TRAINING}
+    return {name: value for name, value in now.items() if before.get(name, value) != value}
+
+
+def images_of_a_step(params: Any, trainer: pl.Trainer) -> int:
+    """Images in one optimizer step, according to the settings."""
+    batches = trainer.num_devices * trainer.num_nodes * trainer.accumulate_grad_batches
+    return params.global_batch_size or params.batch_size * batches
+
+
+def refuse_other_steps(before: dict[str, int] | None, now: dict[str, int]) -> None:
+    """Schedules and the position within the epoch count optimizer steps: a step must stay what it was. What `before`
+    says of the run so far, if it does, is compared with `now`."""
+    if before is not None and now["images"] != before["images"]:
+        raise ValueError(
+            f"batch_size: {now['images']} images per optimizer step, but the checkpoint's run had {before['images']}, "
+            "in which its schedules count. Choose batch_size (or global_batch_size), accumulate_grad_batches and the "
+            "number of processes so that their product stays, or start a new run from its weights (encoder_weights)"
+        )
+    if before is not None and now.get("an_epoch", before["an_epoch"]) != before["an_epoch"]:
+        rank_zero_warn(
+            f"an epoch has {now['an_epoch']} optimizer steps, but had {before['an_epoch']} in the checkpoint's run: "
+            "learning rate and momentum m follow the new length, and do not end exactly at their final values"
+        )
+
+
+def count_batches_anew(content: dict[str, Any], accumulated: int) -> None:
+    """Change the position within the epoch to batches of which `accumulated` make an optimizer step."""
+    before = content.get("steps", {}).get("accumulated", accumulated)
+    if before == accumulated:
+        return
+    loop = content["loops"]["fit_loop"]
+    positions = [p for p in loop["state_dict"].get("combined_loader", []) if Loader.is_position(p)]
+    progress = loop["epoch_loop.batch_progress"]
+    for counts in (*positions, progress["total"], progress["current"]):
+        for name in counts.keys() - {"epoch"}:
+            counts[name] = math.ceil(counts[name] * accumulated / before)
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's, but a file appears under its name only when all of it is on the disk, and is read as data only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):  # fsspec's business
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        with whole(Path(path)) as unfinished, unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        """States of callbacks under their classes are left out: the classes are not looked up."""
+        content = read(path)
+        states = content.get("callbacks", {}).items()
+        return {**content, "callbacks": {key: state for key, state in states if isinstance(key, str)}}
+
+
+class Checkpoints(pl.Callback):
+    """Saves every n optimizer steps and after every epoch, keeps the newest ones, and stops cleanly when asked to.
+
+    Resumed from one of its files, a run ends with the same bits as if it had never been interrupted (with data sets of
+    ours, and with others in a `loader.Loader`). On SIGTERM it saves, and the program exits with status 0. So it does on
+    SIGUSR1, which SLURM sends before the time is up if told so (`--signal=SIGUSR1@120`); under SLURM the job is then
+    queued again. Both wait for a validation to end.
+
+    Args:
+        folder: of the files `step_N.ckpt`, N optimizer steps. It is locked while a training writes into it.
+        every_n_steps: optimizer steps between files; None: after epochs only.
+        keep: how many of the newest files stay.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int | None = 1000, keep: int = 2):
+        if keep < 1 or (every_n_steps is not None and every_n_steps < 1):
+            raise ValueError(f"keep={keep} and every_n_steps={every_n_steps} must be at least 1")
+        self.folder = Path(folder).expanduser()
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self.lock = ExitStack()
+        self.last_saved = 0
+        self.begun_batches = 0
+        self.validated = False  # since the last batch
+        self.handlers: dict = {}  # those before ours
+        self.listens = False
+        self.received: int | None = None  # signal
+        self.asked: Callable[[], bool] = lambda: False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+            self.lock.enter_context(locked(self.folder))
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # it saves in the middle of a step, and a file of its own
+        self.handlers = self.listen()
+        self.listens = True
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Also after an exception. Lightning may put our handler back once more, so it must know that we are done."""
+        self.listens = False
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.lock.close()
+
+    on_exception = teardown
+
+    def listen(self) -> dict:
+        """Note the signals from here on; returns the handlers before."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        return {number: signal.signal(number, self.note) for number in SIGNALS}
+
+    def note(self, number: int, _: Any) -> None:
+        if self.listens:
+            self.received = number
+        else:
+            signal.signal(number, self.handlers[number])
+            signal.raise_signal(number)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last_saved = trainer.global_step
+        later = [path for path in self.folder.glob("step_*.ckpt") if path.name > self.path(trainer).name]
+        if later and (ahead := newest(self.folder)) in later:
+            raise ValueError(
+                f"{ahead} is of an earlier run that went further than step {trainer.global_step}, where this one "
+                "begins: resume from it, or choose another folder"
+            )
+        self.listen()  # again: Lightning has put its own handler of SIGTERM before ours
+
+    def path(self, trainer: pl.Trainer) -> Path:
+        return self.folder / f"step_{trainer.global_step:09d}.ckpt"
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int):
+        # Here, and not at the end of the batch before, because by now its figures are logged. Not after a validation
+        # within the epoch: Lightning would leave a batch out. Not between accumulated batches: their gradients are not
+        # saved.
+        validated = self.validated
+        self.validated = False
+        if batch_idx == 0 or validated or batch_idx % trainer.accumulate_grad_batches:
+            return
+        stop = self.asked_all(pl_module.device)
+        due = self.every_n_steps is not None and trainer.global_step - self.last_saved >= self.every_n_steps
+        if due or stop:
+            self.begun_batches = 1
+            self.save(trainer, pl_module)
+            self.begun_batches = 0
+        if stop:
+            self.stop(trainer)
+
+    def asked_all(self, device: torch.device) -> bool:
+        """Whether any process has received a signal; of several, at the batch before: nobody waits for the answer."""
+        before = self.asked
+        self.asked = distributed.ask_all(self.received is not None, device)
+        return (before if distributed.is_distributed() else self.asked)()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        """The batch that has begun when we save is trained on after resuming: it does not count yet."""
+        loop = checkpoint["loops"]["fit_loop"]
+        for position in loop["state_dict"].get("combined_loader", []):
+            if Loader.is_position(position):
+                position["batches"] -= self.begun_batches
+        for counter in ("total", "current"):
+            loop["epoch_loop.batch_progress"][counter]["ready"] -= self.begun_batches
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save(trainer, pl_module)
+        if distributed.any_process(self.received is not None, pl_module.device):
+            self.stop(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validated = True
+        after_training = trainer.state.fn == "validate" and trainer.global_step > 0
+        if after_training and distributed.any_process(self.received is not None, pl_module.device):
+            self.stop(trainer)
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.fast_dev_run:  # its checkpoint would be taken for that of a run
+            return
+        if names := not_finite(module):
+            raise FloatingPointError(
+                f"weights are not finite at step {trainer.global_step}: not saved; the newest good checkpoint is "
+                f"{newest(self.folder)} ({len(names)} tensors, the first: {names[0]})"
+            )
+        for logger in trainer.loggers:
+            logger.save()  # figures up to here are not computed again
+        trainer.save_checkpoint(self.path(trainer), weights_only=False)
+        self.last_saved = trainer.global_step
+        if trainer.is_global_zero:
+            files = sorted(self.folder.glob("step_*.ckpt"))
+            for old in files[: files.index(self.path(trainer)) + 1][: -self.keep]:
+                old.unlink()
+
+    def stop(self, trainer: pl.Trainer) -> None:
+        rank_zero_info(f"stopped by a signal after step {trainer.global_step}, saved in {self.folder}")
+        out_of_time = distributed.any_process(self.received == signal.SIGUSR1, trainer.strategy.root_device)
+        job = os.environ.get("SLURM_JOB_ID")
+        if "SLURM_ARRAY_JOB_ID" in os.environ:
+            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        if out_of_time and job is not None and trainer.is_global_zero:
+            subprocess.run(["scontrol", "requeue", job], check=True)
+        self.received = None
+        raise SIGTERMException

@@ -1,0 +1,229 @@
+"""A batch of uint8 images -> views: every random operation batched on the images' device, each image its own draw.
+
+The parameters are drawn from torchvision's distributions, by one counter-based generator on the host: the same seed
+gives the same views on every device. The operations themselves are in views/tensor_ops.py, and for the CPU in views/compiled_ops.py.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import numpy as np
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+
+from model_params import EncoderAndDataParams, ModelParams
+from self_supervised.catalogue import View
+from self_supervised.distributed import to_device
+from self_supervised.views.tensor_ops import (
+    Draws,
+    blur,
+    clips_of,
+    color_jitter,
+    frames_of,
+    from_matrix,
+    gray,
+    normalize,
+    resized_crop,
+    solarize,
+    to_column,
+    to_matrix,
+)
+
+# ---- drawing ----
+
+
+def generator(seed: int | tuple[int, ...]) -> np.random.Generator:
+    """Philox is counter-based: nearby seeds give unrelated streams, and there is no state to save."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+
+
+def draw_crops(rng: np.random.Generator, n: int, height: int, width: int, view: View) -> Draws:
+    """n boxes as `RandomResizedCrop` draws them: the first of ten tries that fits, else the largest central box."""
+    area = height * width * rng.uniform(*view.crop_scale, (n, 10))
+    ratio = np.exp(rng.uniform(*np.log(view.crop_ratio), (n, 10)))
+    w, h = np.round(np.sqrt(area * ratio)).astype(int), np.round(np.sqrt(area / ratio)).astype(int)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(1)[:, None]
+    central = np.clip(width / height, *view.crop_ratio)
+    largest_h, largest_w = min(height, round(width / central)), min(width, round(height * central))
+    h = np.where(fits.any(1), np.take_along_axis(h, first, 1)[:, 0], largest_h)
+    w = np.where(fits.any(1), np.take_along_axis(w, first, 1)[:, 0], largest_w)
+    top, left = (rng.random((2, n)) * [height - h + 1, width - w + 1]).astype(int)
+    centered = ~fits.any(1)
+    top[centered], left[centered] = (height - largest_h) // 2, (width - largest_w) // 2
+    return {"top": top, "left": left, "height": h, "width": w}
+
+
+def draw(rng: np.random.Generator, n: int, view: View) -> Draws:
+    """The parameters of everything but the crop, for n images."""
+
+    def factor(strength: float) -> np.ndarray:
+        return rng.uniform(max(0.0, 1 - strength), 1 + strength, n)
+
+    return {
+        "jitter": rng.random(n) < view.jitter_probability,
+        "order": rng.random((n, 4)).argsort(1),  # of brightness, contrast, saturation, hue
+        "brightness": factor(view.brightness),
+        "contrast": factor(view.contrast),
+        "saturation": factor(view.saturation),
+        "hue": rng.uniform(-view.hue, view.hue, n),
+        "grayscale": rng.random(n) < view.grayscale_probability,
+        "blur": rng.random(n) < view.blur_probability,
+        "sigma": rng.uniform(*view.blur_sigma, n),
+        "solarize": rng.random(n) < view.solarize_probability,
+        "flip": rng.random(n) < view.flip_probability,
+    }
+
+
+# ---- views ----
+
+
+def make_view(x: Tensor, draws: Draws, boxes: Draws | None, view: View) -> Tensor:
+    """One view from float images and drawn parameters; no boxes: the images were cropped by whoever decoded them."""
+
+    def drawn(name: str) -> Tensor:
+        return to_column(draws[name], x) > 0
+
+    if boxes is None:
+        x = torch.where(drawn("flip"), x.flip(3), x)
+    else:
+        x = resized_crop(x, boxes, view.crop_size, draws["flip"])
+    if view.jitter_probability > 0:
+        x = color_jitter(x, draws)
+    if view.grayscale_probability > 0 and x.shape[1] == 3:
+        x = torch.where(drawn("grayscale"), gray(x), x)
+    if view.blur_probability > 0:
+        x = torch.where(drawn("blur"), blur(x, to_column(draws["sigma"], x)), x)
+    if view.solarize_probability > 0:
+        x = torch.where(drawn("solarize"), solarize(x, view.solarize_threshold), x)
+    return x
+
+
+def augment(
+    images: Tensor | list[Tensor], seed, views: list[View], mean: tuple, std: tuple, torch_compile: bool = False
+) -> list[Tensor]:
+    """uint8 images [N, C, H, W], or a list with one already cropped batch a view -> normalized float views.
+
+    Of clips [N, C, T, H, W], all frames of one are treated alike.
+
+    Args:
+        seed: an int or a tuple of ints; the same seed gives the same views.
+        torch_compile: fuse the operations of one view; on the CPU they are compiled anyway.
+    """
+    rng, result = generator(seed), []
+    for i, view in enumerate(views):
+        cropped = isinstance(images, list)
+        x, n_frames = frames_of(images[i] if cropped else images)
+        x = with_channels(x, len(mean))
+        whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
+        n = len(x) // (n_frames or 1)
+        boxes = whole if cropped else draw_crops(rng, n, *x.shape[2:], view)
+        matrix = to_matrix({**boxes, **draw(rng, n, view)}).repeat(n_frames or 1, axis=0)
+        if x.device.type == "cpu":
+            from self_supervised.views.compiled_ops import make_view as on_cpu  # here: importing Numba takes its time
+
+            size = x.shape[2] if cropped else view.crop_size
+            made = on_cpu(x, matrix, size, view.solarize_threshold, mean, std)
+        else:
+            on_device = fused() if torch_compile else make_normalized_view
+            on_host = torch.from_numpy(matrix)
+            made = on_device(x, to_device(on_host, x.device), view, cropped, mean, std)
+        result.append(clips_of(made, n_frames))
+    return result
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """Gray images, repeated for an encoder of colours."""
+    return images.expand(-1, channels, -1, -1) if (images.shape[1], channels) == (1, 3) else images
+
+
+def make_normalized_view(images: Tensor, matrix: Tensor, view: View, cropped: bool, mean: tuple, std: tuple) -> Tensor:
+    """uint8 images and the matrix of what was drawn for them, both on the device -> one view."""
+    draws = from_matrix(matrix)
+    return normalize(make_view(images.float() / 255, draws, None if cropped else draws, view), mean, std)
+
+
+@cache
+def fused() -> Callable[..., Tensor]:
+    return torch.compile(make_normalized_view, fullgraph=True)
+
+
+def training_views(params: "ModelParams") -> Callable[..., list[Tensor]]:
+    """augment(images, seed) -> list of views, by the settings of `params`."""
+    statistics = {"mean": params.mean, "std": params.std}
+    return partial(augment, views=params.views, **statistics, torch_compile=bool(params.torch_compile))
+
+
+def evaluation_view(images: Tensor, params: "EncoderAndDataParams") -> Tensor:
+    """uint8 images [N, C, H, W] -> normalized floats [N, C, h, w]: the whole image, resized if need be. Likewise clips
+    [N, C, T, H, W], and several of each video [N, K, C, T, H, W].
+
+    Raises:
+        ValueError: `images` are of another type or shape: floats from 0 to 1 would be divided by 255 again.
+    """
+    check_pixels(images, params.channels)
+    if images.dim() == 6:
+        return evaluation_view(images.flatten(0, 1), params).unflatten(0, images.shape[:2])
+    x, n_frames = frames_of(images)
+    x, size = with_channels(x, params.channels).float() / 255, params.crop_size
+    if x.shape[2:] != (size, size):
+        whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
+        x = resized_crop(x, {name: np.full(len(x), value) for name, value in whole.items()}, size)
+    return clips_of(normalize(x, params.mean, params.std), n_frames)
+
+
+def check_pixels(images: Tensor, channels: int) -> None:
+    """Raise ValueError unless `images` are uint8 images or clips with as many channels as the encoder takes."""
+    found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        raise ValueError(
+            f"images={found}: only uint8 tensors with values from 0 to 255 are normalized here. Convert values from 0 "
+            "to 1 with (images * 255).round().to(torch.uint8). Pass normalized images to the encoder itself"
+        )
+    axis = images.dim() - {4: 3, 5: 4, 6: 4}.get(images.dim(), 0)
+    gray = 1 if channels == 3 else channels  # is repeated
+    if images.dim() not in (4, 5, 6) or images.shape[axis] not in (gray, channels):
+        raise ValueError(
+            f"images={found}: the encoder takes images [N, {channels}, H, W], or clips [N, {channels}, T, H, W]. "
+            "Permute the axes, or add the first one with images[None]"
+        )
+
+
+def check_floats(images: Tensor, params: "EncoderAndDataParams") -> None:
+    """Raise ValueError if float images, which are used as they are, hold pixels from 0 to 255; tell if they seem to
+    hold values from 0 to 1 that nobody normalized."""
+    low, high = float(images.min()), float(images.max())
+    if low >= 0 and 1 < high <= 255 and bool((images == images.round()).all()):
+        raise ValueError(
+            f"images={images.dtype} with whole numbers from {low:g} to {high:g}: float images are used as they are. "
+            "Let the loader yield uint8 images, which are normalized here, or normalize them there"
+        )
+    if 0 <= low < high <= 1 and any(params.mean):
+        rank_zero_info(
+            f"the loader's float images lie from {low:.2g} to {high:.2g} and are used as they are: if they are not "
+            f"normalized by image_mean={list(params.mean)} and image_std={list(params.std)}, normalize them in the "
+            "loader, or yield uint8 images"
+        )
+
+
+# ---- what loaders yield: uint8 images to be prepared here, or floats that are ready ----
+
+
+def for_training(images: Tensor | list[Tensor], augment: Callable[..., list[Tensor]], seed: tuple) -> list[Tensor]:
+    """uint8 images or clips -> augmented views; float views, as a list or stacked N x V x C x H x W, of clips
+    N x V x C x T x H x W -> the list of them."""
+    if (images if isinstance(images, Tensor) else images[0]).dtype == torch.uint8:
+        return augment(images, seed)
+    if isinstance(images, Tensor):
+        return list(images.unbind(1)) if images.dim() in (5, 6) else [images]
+    return images
+
+
+def for_evaluation(images: Tensor | list[Tensor], params: "EncoderAndDataParams") -> Tensor:
+    """uint8 images or clips -> normalized; float images, and of data sets of videos clips, as they are; of several
+    float views the first."""
+    images = images if isinstance(images, Tensor) else images[0]
+    if images.dtype == torch.uint8:
+        return evaluation_view(images, params)
+    return images[:, 0] if images.dim() == (6 if params.dataset.of_videos else 5) else images

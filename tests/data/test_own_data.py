@@ -1,0 +1,663 @@
+"""Images of one's own: every layout of files, splits, patterns, labels, channels, statistics; training on them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision.datasets import ImageFolder
+
+import model_params
+from linear_classifier import LinearClassifierMethod
+from moco import SelfSupervisedMethod
+from model_params import EncoderAndDataParams, ModelParams
+from self_supervised import evaluate
+from self_supervised import train as train_program
+from self_supervised.data import custom, loading
+from self_supervised.data.folders import check_settings
+from self_supervised.data.loading import n_classes
+from self_supervised.evaluation import features
+from self_supervised.evaluation.protocols import runnable
+from self_supervised.networks.pretrained import load_encoder
+from self_supervised.training import checkpoints
+
+SIDE = 40
+CLASSES = {"china": 30, "flower": 20}  # images of each, cut from a photograph
+
+pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore::ResourceWarning")
+
+
+def tiles(number: int, n: int) -> list[np.ndarray]:
+    photo = load_sample_images().images[number]
+    return [photo[y : y + SIDE, x : x + SIDE] for y in range(0, 400, SIDE) for x in range(0, 600, SIDE)][:n]
+
+
+TILES = {name: tiles(number, n) for number, (name, n) in enumerate(CLASSES.items())}
+NAMES = [f"{name}/{i:02}.png" for name, n in CLASSES.items() for i in range(n)]
+
+
+def write(root: Path, names: dict[str, str] | None = None) -> Path:
+    """Class folders, or each image under another name."""
+    for name in NAMES:
+        label, number = name.split("/")
+        path = root / (names or {}).get(name, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(TILES[label][int(number[:2])]).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("photos"))
+
+
+def params(root: Path, **fields) -> ModelParams:
+    return ModelParams(
+        **{
+            "dataset_name": "folder",
+            "data_path": str(root),
+            "transform_crop_size": 32,
+            "encoder_arch": "shufflenet_v2_x0_5",
+            "low_resolution_stem": False,
+            "num_data_workers": 0,
+            "batch_size": 8,
+            "K": 32,
+            "dim": 16,
+            "mlp_hidden_dim": 16,
+            "seed": 0,
+            **fields,
+        }
+    )
+
+
+def listed(p: ModelParams, split: str = "train") -> dict[str, int]:
+    """Relative path -> class of the images of a split."""
+    root = Path(p.data_path)
+    return {str(Path(path).relative_to(root)): int(label) for path, label in loading.get_dataset(p, (split,)).files}
+
+
+def three(p: ModelParams) -> list[dict[str, int]]:
+    return [listed(p, split) for split in ("train", "val", "test")]
+
+
+# ---- layouts ----
+
+
+def test_class_folders_are_numbered_as_by_torchvision_and_split_in_proportion(photos):
+    sets = three(params(photos, val_size=0.2, test_size=0.1))
+    everything = {str(Path(path).relative_to(photos)): label for path, label in ImageFolder(str(photos)).samples}
+    assert {name: label for one in sets for name, label in one.items()} == everything
+    assert sum(map(len, sets)) == len(NAMES)
+    counts = [[sum(label == k for label in one.values()) for k in (0, 1)] for one in sets]
+    assert counts == [[21, 14], [6, 4], [3, 2]]  # 70, 20 and 10 % of 30 and of 20
+    again, other = three(params(photos, val_size=0.2, seed=9)), three(params(photos, val_size=0.2, data_seed=1))
+    assert again == sets and other != sets
+
+
+def test_folders_of_splits(tmp_path):
+    place = {name: f"{'train' if int(name[-6:-4]) < 10 else 'valid'}/{name}" for name in NAMES}
+    p = params(write(tmp_path, place))
+    assert listed(p) == {path: path.split("/")[1] == "flower" for path in place.values() if path.startswith("train")}
+    assert listed(p, "val") == {path: path.split("/")[1] == "flower" for path in place.values() if "valid" in path}
+    assert listed(p, "test") == listed(p, "val")  # there is no other
+
+
+@pytest.mark.parametrize("separator", [" ", ",", ", "])
+def test_lists_of_paths_and_labels(photos, tmp_path, separator):
+    root = tmp_path / "root"
+    root.symlink_to(photos)
+    copy = write(tmp_path / "copy", {"china/00.png": "china/the first one.png"})
+    (copy / "train.txt").write_text(f"china/the first one.png{separator}7\nflower/00.png{separator}3\n\n")
+    (copy / "test.txt").write_text(f"flower/01.png{separator}3\n")
+    assert three(params(copy)) == [
+        {"china/the first one.png": 1, "flower/00.png": 0}, {"flower/01.png": 0}, {"flower/01.png": 0}
+    ]  # fmt: skip
+    (copy / "train.txt").write_text(f"china/01.png{separator}oak\nflower/00.png{separator}ash\n")
+    (copy / "test.txt").write_text(f"flower/01.png{separator}oak\n")
+    assert three(params(copy))[:2] == [{"china/01.png": 1, "flower/00.png": 0}, {"flower/01.png": 1}]
+    (copy / "train.txt").write_text("china/the first one.png\nflower/00.png\n")  # the folders are the labels
+    (copy / "test.txt").unlink()
+    (copy / "val.txt").write_text("flower/01.png\n")
+    assert three(params(copy))[:2] == [{"china/the first one.png": 0, "flower/00.png": 1}, {"flower/01.png": 1}]
+    (copy / "val.txt").write_text("flower/01.png\nflower/1000.png\n")
+    with pytest.raises(ValueError, match="val.txt names images that are not in .*: flower/1000.png"):
+        listed(params(copy))
+
+
+def test_nested_folders(tmp_path):
+    place = {name: f"{'ab'[int(name[-5]) % 2]}/{name}" for name in NAMES}
+    write(tmp_path, place)
+    first, last = (params(tmp_path, labels_from=f"{end}_folder") for end in ("first", "last"))
+    assert all(label == (path[0] == "b") for path, label in listed(first).items())
+    assert all(label == ("flower" in path) for path, label in listed(last).items())
+    assert set(listed(params(tmp_path, labels_from=None)).values()) == {-1}
+    Image.fromarray(TILES["china"][0]).save(tmp_path / "stray.png")
+    with pytest.raises(ValueError, match="1 of the 51 images for train .* have no label, such as stray.png"):
+        listed(first)
+
+
+def test_flat_images_have_no_labels(tmp_path):
+    sets = three(params(write(tmp_path, {name: name.replace("/", "_") for name in NAMES})))
+    assert [len(one) for one in sets] == [40, 5, 5] and {v for one in sets for v in one.values()} == {-1}
+
+
+def test_patterns(photos, tmp_path):
+    def chosen(**patterns) -> set[str]:
+        return {name for one in three(params(photos, **patterns)) for name in one}
+
+    assert chosen(include_patterns=["china/*"]) == {name for name in NAMES if "china" in name}
+    assert chosen(exclude_patterns=["0*.png"]) == {name for name in NAMES if "/0" not in name}
+    both = chosen(include_patterns=["*/1?.png"], exclude_patterns=["flower/*", "15.*"])
+    assert both == {f"china/1{i}.png" for i in range(10) if i != 5}
+    with pytest.raises(ValueError, match="holds 50 images .*exclude_patterns=.* leave none"):
+        chosen(exclude_patterns=["*"])
+    for name, pattern in (
+        ("exclude_patterns", "chinas/*"),
+        ("exclude_patterns", "*.PNG"),
+        ("include_patterns", "*.jpg"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: '{re.escape(pattern)}' is like none of the 50 .*china/00.png"):
+            chosen(
+                include_patterns=["*.png", pattern] if name == "include_patterns" else [], exclude_patterns=[pattern]
+            )
+    with pytest.raises(ValueError, match="holds 0 images"):
+        listed(params(tmp_path))
+    with pytest.raises(ValueError, match="data_path=.*nowhere.* is no folder"):
+        listed(params(tmp_path / "nowhere"))
+
+
+def test_class_to_idx(photos, tmp_path):
+    file = tmp_path / "lr=0.1" / "classes.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"flower": 0, "china": 5}))
+    for given in ({"flower": 0, "china": 5}, str(file), ["flower=0", "china=5"]):
+        p = params(photos, class_to_idx=given)
+        assert p.class_to_idx == ["flower=0", "china=5"]
+        assert listed(p)["china/00.png" if "china/00.png" in listed(p) else "china/01.png"] == 1
+        assert set(listed(p).values()) == {0, 1} and n_classes(p) == 2
+    with pytest.raises(ValueError, match="class_to_idx has no number for flower"):
+        listed(params(photos, class_to_idx={"china": 0}))
+
+
+def test_fraction_is_stratified_nested_and_of_training_images_only(photos):
+    whole, half, fifth = (params(photos, data_fraction=fraction) for fraction in (1.0, 0.5, 0.2))
+    assert set(listed(fifth)) < set(listed(half)) < set(listed(whole))
+    counts = np.bincount(list(listed(whole).values()))
+    assert np.bincount(list(listed(half).values())).tolist() == [count // 2 for count in counts]
+    assert three(half)[1:] == three(whole)[1:]
+
+
+def test_the_fraction_of_a_pretraining_leaves_the_labels_of_evaluations_alone(photos, trainer, tmp_path):
+    p = params(photos, data_fraction=0.2, evaluations=["rank_me"], probe_on_training_set=True)
+    model, fit = SelfSupervisedMethod(p), trainer(limit_val_batches=1.0)
+    fit.fit(model)
+    assert len(fit.train_dataloader.dataset) == len(listed(p)) < len(listed(params(photos)))
+    assert len(fit.val_dataloaders[1].dataset) == len(listed(params(photos)))
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    encoder, there = load_encoder(tmp_path / "x.ckpt"), {"data_path": str(photos)}
+    assert features.data_params(encoder, **there).data_fraction == 1
+    assert features.data_params(encoder, **there, data_fraction=0.5).data_fraction == 0.5
+    assert LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt", **there).params.data_fraction == 1
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt", **there, data_fraction=0.5)
+    assert linear.params.data_fraction == 0.5
+
+
+def test_splits_are_written_once_and_reused(tmp_path):
+    root = write(tmp_path / "photos")
+    p = params(root, splits_path=str(tmp_path / "run" / "splits"))
+    sets = three(p)
+    assert (tmp_path / "run/splits/val.txt").read_text() == "".join(f"{k},{v}\n" for k, v in sets[1].items())
+    (root / "ant").mkdir()  # would be class 0
+    Image.fromarray(TILES["china"][0]).save(root / "ant" / "new.png")
+    assert three(p) == sets
+    assert three(attrs.evolve(p, splits_path=None)) != sets
+    gone = next(iter(sets[2]))
+    (root / gone).unlink()
+    with pytest.raises(ValueError, match=f"test.txt names images that are not in .*photos: {gone}"):
+        listed(p)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"val_size": 0.3},
+        {"test_size": 0},
+        {"data_seed": 1},
+        {"labels_from": None},
+        {"include_patterns": ["china/*"]},
+        {"exclude_patterns": ["china/0*"]},
+        {"class_to_idx": ["china=1", "flower=0"]},
+    ],
+)
+def test_lists_made_by_other_settings_are_refused(photos, tmp_path, changed):
+    p = params(photos, splits_path=str(tmp_path))
+    sets = three(p)
+    ((name, value),) = changed.items()
+    was = re.escape(repr(getattr(p, name)))
+    with pytest.raises(ValueError, match=f"were made by {name}={was}, not {re.escape(repr(value))}: .*splits_path"):
+        listed(attrs.evolve(p, **changed))
+    assert three(attrs.evolve(p, lr=0.1, seed=3)) == sets
+
+
+def test_odd_names_are_kept_in_the_lists(tmp_path):
+    odd = {
+        "china/00.png": " china/ 00.png",
+        "china/01.png": "china/a\x85b.png",
+        "china/02.png": "china/a, b.png 2,3.png",
+    }
+    p = params(write(tmp_path / "photos", odd), splits_path=str(tmp_path / "splits"), labels_from="last_folder")
+    p = attrs.evolve(p, class_to_idx=["china=1", " china=1", "flower=0"])
+    sets = three(p)
+    assert set(odd.values()) < {path for one in sets for path in one} and three(p) == sets
+    (tmp_path / "photos/china/03.png").rename(tmp_path / "photos/china/3\n.png")
+    assert len(listed(attrs.evolve(p, splits_path=None))) == len(sets[0])
+    with pytest.raises(ValueError, match=r"'china/3\\n.png' cannot be listed in .*: rename it"):
+        listed(attrs.evolve(p, splits_path=str(tmp_path / "others")))
+
+
+TWO = "china/01.png\nflower/00.png\n"
+AB = {"class_to_idx": {"a": 5, "b": 2}}
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the images", "in splits_path"])
+@pytest.mark.parametrize(
+    ("train", "val", "fields", "expected"),
+    [
+        ("./china/01.png\n./flower/00.png\n", "flower/./01.png", {}, [0, 1, 1]),
+        ("ROOT/china/01.png\nflower/00.png\n", "ROOT/flower/01.png", {}, [0, 1, 1]),
+        ("\ufeffchina/01.png\tb\nflower/00.png\ta\n", "flower/01.png a", {}, [1, 0, 0]),
+        (f"{TWO}china/01.png\n", "flower/01.png", {}, [0, 1, 1]),
+        ("flower/00.png 7", "flower/01.png 7", {"labels_from": None}, [-1, -1]),
+        ("china/01.png 4\nflower/00.png 3", "flower/01.png", {}, [1, 0, -1]),
+        ("china/01.png 20240101\nflower/00.png 7", "flower/01.png 7", {}, [1, 0, 0]),
+        ("china/01.png b\nflower/00.png a", "flower/01.png b", AB, [0, 1, 0]),
+        ("china/01.png 2\nflower/00.png 5", "flower/01.png 2", AB, [0, 1, 0]),
+        ("china/01.png cat\nflower/00.png Cats", "flower/01.png cat", {"class_to_idx": ["cat=3", "Cats=3"]}, [0, 0, 0]),
+        ("china/01.png café\nflower/00.png a", "flower/01.png cafe\u0301", {}, [1, 0, 1]),
+        ("china/01.png cat\nflower/00.png dog", "flower/01.png Cats", {}, "val has .* 1 of 1: 'Cats' .nearest: 'cat'"),
+        ("china/01.png 1\nflower/00.png 2", "flower/01.png 3", {}, "val has classes that train lacks, 1 of 1: '3'"),
+        (TWO, "flower/01.png", {"exclude_patterns": ["china/*"]}, [0, 0]),
+        (
+            "china/01.png 0\nflower/00.png rose",
+            "flower/01.png 0",
+            {},
+            "are numbers, such as 0, .* such as rose: use one",
+        ),
+        ("china/01.png -5", "flower/01.png 0", {}, "the label -5 is no class"),
+        (TWO, "./flower/00.png", {}, "flower/00.png is for train and for val, .*: leave one"),
+        ("china/01.png 1\nchina/01.png 0", "flower/00.png 0", {}, "china/01.png has two labels in train.txt"),
+        ("/china/01.png 1", "flower/00.png 0", {}, "train.txt names /china/01.png, .* not below .*: give data_path"),
+        ("../photos/china/01.png 1", "flower/00.png 0", {}, "names ../photos/china/01.png, .* not below"),
+        (None, "flower/01.png", {}, "VAL.txt needs a train.txt beside it"),
+    ],
+)
+def test_lists_are_read_wherever_they_are(tmp_path, beside, train, val, fields, expected):
+    root = write(tmp_path / "photos")
+    folder = root if beside else tmp_path / "lists"
+    folder.mkdir(exist_ok=True)
+    for split, text in (("train", train), ("VAL", val)):
+        if text is not None:
+            (folder / f"{split}.txt").write_text(text.replace("ROOT", str(root)))
+    before = sorted(folder.iterdir())
+    p = params(root, splits_path=None if beside else str(folder), **fields)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            listed(p)
+    else:
+        assert [*listed(p).values(), *listed(p, "val").values()] == expected and set(listed(p)) < set(NAMES)
+    assert sorted(folder.iterdir()) == before  # a list of the user's is never written over
+
+
+@pytest.mark.parametrize("own", ['{"train": ["china/01.png"]}', '["a"]', "no JSON"])
+def test_a_file_of_the_users_may_be_called_as_that_of_the_settings(photos, tmp_path, own):
+    (tmp_path / "splits.json").write_text(own)
+    (tmp_path / "train.txt").write_text("china/01.png\nflower/00.png\n")
+    (tmp_path / "val.txt").write_text("flower/01.png\n")
+    assert listed(params(photos, splits_path=str(tmp_path))) == {"china/01.png": 0, "flower/00.png": 1}
+
+
+def test_lists_know_every_setting_that_is_not_of_another_place():
+    others = {"data_path", "splits_path", "pixel_range", "data_fraction"}
+    names = set(model_params.OWN_DATA)
+    assert set(custom.settings(EncoderAndDataParams(dataset_name="folder"))) == names - others
+    check_settings(Path(), {"val_size": 0.1}, {"val_size": 0.1, "image_key": "jpg"})  # lists of an earlier version
+
+
+def test_a_list_that_is_not_in_utf_8_is_named(photos, tmp_path):
+    (tmp_path / "train.txt").write_bytes("china/01.png España\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="train.txt is not in UTF-8 .*: save it"):
+        listed(params(photos, splits_path=str(tmp_path)))
+
+
+def test_pages_in_colours_are_no_channels(tmp_path):
+    page = Image.fromarray(TILES["china"][0])
+    page.save(tmp_path / "0.tif", save_all=True, append_images=[page])
+    with pytest.raises(ValueError, match="its 2 pages are images of their own: write each into its own file"):
+        loading.get_dataset(params(tmp_path, val_size=0, test_size=0), ("train",))[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["aeroplane", "bus", "train"], "has train, and 40 images in none of them, such as aeroplane/00.png: .*"),
+        (["Train", "Val"], [20, 20, 20]),
+        (["training", "validation", "TEST"], [20, 20, 20]),
+        (["val", "test"], "0 images for training, but some called test and val: call a folder .*train"),
+        (["cats", "test"], "0 images for training, but some called test"),
+        (["train", "val", "masks"], "has train and val, and 20 images in none of them, such as masks/00.png"),
+        (["train/train", "train/bus"], [32, 4, 4]),
+    ],
+)
+def test_folders_called_like_splits(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        for j in range(20):
+            Image.fromarray(TILES["china"][j]).save(tmp_path / name / f"{j:02}.png")
+    (tmp_path / "empty" / "val").mkdir(parents=True)
+    if isinstance(message, list):
+        assert [len(one) for one in three(params(tmp_path))] == message
+        return
+    with pytest.raises(ValueError, match=message):
+        listed(params(tmp_path))
+    if "masks" in names:
+        assert len(listed(params(tmp_path, exclude_patterns=["masks/*"]))) == 20
+
+
+def test_what_is_refused_at_construction(photos):
+    for wrong, message in [
+        ({"val_size": 0.5, "test_size": 0.5}, "val_size=0.5 and test_size=0.5"),
+        ({"pixel_range": [1, 0]}, "pixel_range"),
+        ({"pixel_range": [0, float("inf")]}, "pixel_range=.* must be two finite numbers"),
+        ({"class_to_idx": ["cat"]}, "class_to_idx='cat' could not be read"),
+        ({"class_to_idx": {"cat": -1}}, "class_to_idx"),
+        ({"class_to_idx": ["cat=-1"]}, "class_to_idx=.* must give each class a whole number"),
+        ({"include_patterns": "*.png"}, "include_patterns='\\*.png' must be a list"),
+        ({"labels_from": "name"}, "labels_from='name' is unknown"),
+        ({"data_fraction": 0.0}, "data_fraction"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            params(photos, **wrong)
+    with pytest.raises(ValueError, match="data_path='x' is for data of your own, not for dataset_name='digits'"):
+        ModelParams(dataset_name="digits", data_path="x")
+    with pytest.raises(ValueError, match="no images for val: set val_size or test_size"):
+        listed(params(photos, val_size=0.0, test_size=0.0), "val")
+    with pytest.raises(ValueError, match="splits_path=.*00.png' is a file: give the folder"):
+        listed(params(photos, splits_path=str(photos / "china/00.png")))
+    two = {"include_patterns": ["*/00.png", "*/01.png"]}
+    with pytest.raises(
+        ValueError, match="no class of the 4 images .* for val beside .*: set val_size=0 or test_size=0"
+    ):
+        listed(params(photos, **two))
+    assert [len(listed(params(photos, val_size=0.0, **two), split)) for split in ("train", "test")] == [2, 2]
+
+
+# ---- pixels ----
+
+
+def one_image(tmp_path: Path, save, **fields) -> torch.Tensor:
+    """What an evaluation gets of a file, at the size at which its central square is not resized: [C, 28, 28]."""
+    tmp_path.mkdir(exist_ok=True)
+    for i in range(3):
+        save(tmp_path / f"{i}")
+    p = params(tmp_path, transform_crop_size=28, val_size=0, test_size=0, **fields)
+    return loading.get_dataset(p, ("train",))[0][0]
+
+
+@pytest.mark.parametrize("kind", ["npy", "npy planes", "tif", "tif planes", "tif deflate", "png"])
+@pytest.mark.parametrize("channels", [1, 3, 4, 13])
+def test_pixels_of_any_number_of_channels_are_exact(tmp_path, kind, channels):
+    if (kind == "png" and channels == 13) or ("planes" in kind and channels == 1):
+        pytest.skip("no such file")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, channels), dtype=np.uint8)
+    stored = pixels.transpose(2, 0, 1) if "planes" in kind else pixels[..., 0] if channels == 1 else pixels
+    stored = np.ascontiguousarray(stored)
+
+    def save(path: Path) -> None:
+        if kind.startswith("npy"):
+            np.save(f"{path}.npy", stored)
+        elif kind.startswith("tif"):
+            options = {"photometric": "rgb" if channels in (3, 4) and "planes" not in kind else "minisblack"}
+            tifffile.imwrite(f"{path}.tif", stored, **options, compression="zlib" if "deflate" in kind else None)
+        else:
+            Image.fromarray(stored).save(f"{path}.png")
+
+    if kind == "tif planes" and channels == 3:  # PIL would read the first page alone
+        for wrong in (1, 3):
+            with pytest.raises(
+                ValueError, match="its 3 pages of one size are channels: set in_channels .* pixel_range"
+            ):
+                one_image(tmp_path, save, in_channels=wrong)
+        found = one_image(tmp_path, save, in_channels=channels, pixel_range=[0, 255])
+    else:
+        found = one_image(tmp_path, save, in_channels=channels)
+    assert torch.equal(found, torch.from_numpy(pixels[2:30, 2:30]).permute(2, 0, 1))
+
+
+def test_values_of_other_types(tmp_path):
+    ramp = np.linspace(0, 1, 32 * 32).reshape(32, 32)
+
+    def expected(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values[2:30, 2:30].astype(np.uint8))[None]
+
+    def read(name: str, values: np.ndarray, **fields) -> torch.Tensor:
+        folder = tmp_path / name
+        folder.mkdir()
+        return one_image(folder, lambda path: np.save(f"{path}.npy", values), in_channels=1, **fields)
+
+    assert torch.equal(read("floats", ramp.astype(np.float32)), expected(np.round(ramp.astype(np.float32) * 255.0)))
+    deep = (ramp * 65535).astype(np.uint16)
+    assert torch.equal(read("uint16", deep), expected(deep / 257))  # cut to whole numbers
+    reflectance = (ramp * 12000).astype(np.int16)
+    shown = np.round((reflectance.clip(1000, 10000) - 1000.0) / 9000 * 255)
+    assert torch.equal(read("int16", reflectance, pixel_range=[1000, 10000]), expected(shown))
+    for name, values, message in [
+        ("int32", reflectance.astype(np.int32), "values of type int32 have no known range: set pixel_range"),
+        ("above", ramp * 2, "values from 0 to 2 are not within 0 to 1"),
+        ("nan", np.where(ramp > 0.5, np.nan, ramp), "not finite"),
+        ("shape", np.zeros((32, 32, 5), np.uint8), r"shape \(32, 32, 5\) is no image of in_channels=1"),
+        ("objects", np.array([{}]), "allow_pickle"),
+    ]:
+        with pytest.raises(ValueError, match=f"0.npy could not be read as an image .*{message}"):
+            read(name, values)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_gray_of_16_bits_is_scaled_and_has_a_range(tmp_path, channels):
+    """PIL would clip it at 255. The fourth channel is opacity, as the second of two."""
+    deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    for fields, gray in (
+        ({}, deep // 257),
+        ({"pixel_range": (np.float32(0), 4095)}, np.round(deep.clip(0, 4095) / 16.06)),
+    ):
+        found = one_image(
+            tmp_path, lambda path: Image.fromarray(deep).save(f"{path}.png"), in_channels=channels, **fields
+        )
+        expected = torch.from_numpy(gray[2:30, 2:30].astype(np.int16)).expand(channels, -1, -1).clone()
+        if channels in (2, 4):
+            expected[-1] = 255
+        assert (found.short() - expected).abs().max() <= (1 if fields else 0)
+
+
+def test_a_tiff_with_a_preview_of_itself_is_read_and_floats_are_told_the_way_out(tmp_path):
+    photo = np.ascontiguousarray(TILES["china"][0][:32, :32])
+
+    def with_preview(path: Path) -> None:
+        Image.fromarray(photo).save(f"{path}.tif", save_all=True, append_images=[Image.fromarray(photo[::2, ::2])])
+
+    found = one_image(tmp_path / "a", with_preview, in_channels=3)
+    assert np.array_equal(found.permute(1, 2, 0), photo[2:30, 2:30])
+    with pytest.raises(ValueError, match="floating-point pixels have no known range: set pixel_range to the values of"):
+        one_image(tmp_path / "b", lambda path: Image.fromarray(photo[..., 0].astype(np.float32)).save(f"{path}.tif"))
+
+
+def test_statistics_are_those_of_numpy(photos):
+    model = SelfSupervisedMethod(params(photos, compute_statistics=True, transform_crop_size=35))
+    pixels = []  # at 35, the central square of 40 pixels is not resized
+    for name in listed(model.params):
+        with Image.open(photos / name) as image:
+            pixels.append(np.asarray(image, np.float64)[2:37, 2:37] / 255)
+    # 7/8 of 40 begin at 2.5 pixels: PIL interpolates between neighbours there, which smoothes by some percent
+    np.testing.assert_allclose(model.params.image_mean, np.mean(pixels, (0, 1, 2)), atol=2e-3)
+    np.testing.assert_allclose(model.params.image_std, np.std(pixels, (0, 1, 2)), rtol=0.1)
+    assert model.hparams["image_mean"] == model.params.image_mean
+
+
+def test_statistics_of_packed_sets(small):
+    model = SelfSupervisedMethod(small(compute_statistics=True))
+    pixels = loading.get_dataset(model.params, ("train",)).images[0] / 255
+    np.testing.assert_allclose(model.params.image_mean, [pixels.mean()], rtol=1e-9)
+    np.testing.assert_allclose(model.params.image_std, [pixels.std()], rtol=1e-9)
+    own = SelfSupervisedMethod(small(compute_statistics=True, image_mean=[0.25])).params
+    assert own.image_mean == [0.25] and own.image_std == model.params.image_std
+
+
+# ---- training ----
+
+
+def test_many_channels_train(tmp_path, trainer):
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        np.save(tmp_path / f"{i}.npy", rng.random((20, 30, 5), np.float32))
+    model = SelfSupervisedMethod(params(tmp_path, in_channels=5, compute_statistics=True))
+    fit = trainer()
+    fit.fit(model)
+    assert np.allclose(model.params.image_mean, 0.5, atol=0.02) and fit.global_step == 2
+    assert next(model.parameters()).shape[1] == 5
+
+
+def test_a_folder_without_labels_trains_and_is_measured(tmp_path, trainer, caplog):
+    p = params(write(tmp_path / "flat", {name: name.replace("/", "_") for name in NAMES}))
+    model, fit = SelfSupervisedMethod(p), trainer(limit_val_batches=1.0)
+    with caplog.at_level("INFO"):
+        fit.fit(model)
+    assert "valid_rank_me" in fit.callback_metrics and "valid_class_acc" not in fit.callback_metrics
+    assert caplog.text.count("folder has no labels: linear_probe and knn are left out") == 1
+    scores = fit.test(model, verbose=False)[0]
+    assert "test_rank_me" in scores and not any("acc" in name for name in scores)
+    fit.save_checkpoint(tmp_path / "flat.ckpt")
+    with pytest.raises(ValueError, match="data_path=.*flat' have no labels, which a classifier needs"):
+        LinearClassifierMethod.from_moco_checkpoint(tmp_path / "flat.ckpt")
+    encoder = load_encoder(tmp_path / "flat.ckpt")
+    with pytest.raises(ValueError, match="'svm' needs labels, and the images of folder have none: .* rank_me"):
+        runnable(["svm"], encoder, encoder.params)
+    assert "rank_me" in runnable(None, encoder, encoder.params)
+    other = load_encoder(tmp_path / "flat.ckpt", dataset_name="cifar10").params
+    assert other.dataset_name == "cifar10" and other.data_path is None
+
+
+def test_one_class_is_named(tmp_path, trainer, caplog):
+    model = SelfSupervisedMethod(params(write(tmp_path, {name: f"one/{name.replace('/', '_')}" for name in NAMES})))
+    with caplog.at_level("INFO"):
+        trainer().validate(model, verbose=False)
+    assert "folder has images of one class: linear_probe and knn are left out" in caplog.text
+
+
+def test_resumed_training_and_workers_change_nothing(photos, weights_after_two_epochs, tmp_path):
+    def weights(workers: int, path: Path | None = None) -> torch.Tensor:
+        model = SelfSupervisedMethod(params(photos, num_data_workers=workers))
+        return weights_after_two_epochs(model, path)
+
+    uninterrupted = weights(workers=0)
+    (after_three,) = tmp_path.glob("step_*03.ckpt")  # of the 5 steps of the first epoch
+    assert torch.equal(weights(2, after_three), uninterrupted)
+
+
+def test_the_program_scores_the_test_set_and_keeps_the_splits(photos, tmp_path, monkeypatch):
+    p = params(photos)
+    names = [
+        "dataset_name",
+        "data_path",
+        "transform_crop_size",
+        "encoder_arch",
+        "num_data_workers",
+        "batch_size",
+        "dim",
+    ]
+    options = [text for name in names for text in (f"--{name}", str(getattr(p, name)))]
+    line = ["train.py", "simclr", *options, "--max_epochs", "1", "--linear_epochs", "1", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", [*line, "--compute_statistics", "true", "--online_classifier", "--seed", "0"])
+    train_program.main()
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert {"test_class_acc", "test_knn20_acc", "test_rank_me", "test_online_acc1"} <= results["test set"].keys()
+    assert 0 <= results["linear classifier"]["valid_acc1"] <= 100
+    found = [(tmp_path / f"run/splits/{split}.txt").read_text().splitlines() for split in ("train", "val", "test")]
+    assert [len(lines) for lines in found] == [40, 5, 5]
+    config = (tmp_path / "run/config.yaml").read_text()
+    monkeypatch.setattr(sys, "argv", [*line, "--resume", "auto", "--val_size", "0.3"])
+    with pytest.raises(SystemExit, match="lists in splits_path=.* were made by val_size=0.1, not 0.3"):
+        train_program.main()
+    assert (tmp_path / "run/config.yaml").read_text() == config
+    encoder = load_encoder(tmp_path / "run/pretrained.ckpt")
+    assert encoder.params.image_mean is not None and listed(encoder.params).keys() == listed(p).keys()
+    linear = LinearClassifierMethod.load_from_checkpoint(tmp_path / "run/linear.ckpt")
+    assert linear.classifier.out_features == linear.params.n_classes == 2
+    others = write(tmp_path / "others", {name: f"{name.replace('/', '/other')}" for name in NAMES})
+    line = ["evaluate.py", str(tmp_path / "run/pretrained.ckpt"), "--data_path", str(others)]
+    line += ["--protocols", "uniformity"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit, match="names images that are not in .*others: .* another splits_path"):
+        evaluate.main()
+    monkeypatch.setattr(sys, "argv", [*line, "--splits_path", str(tmp_path / "drawn"), "--include_patterns", "none"])
+    evaluate.main()
+    assert "/other" in (tmp_path / "drawn/test.txt").read_text()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    kept = str(tmp_path / "moved/splits")
+    assert load_encoder(tmp_path / "moved/pretrained.ckpt").params.splits_path == kept
+    config = ["--config", str(tmp_path / "moved/config.yaml"), "--out", str(tmp_path / "moved"), "--resume", "auto"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *config])
+    train_program.main()
+    assert not (tmp_path / "run").exists() and kept in (tmp_path / "moved/config.yaml").read_text()
+
+
+def test_examples_of_the_page(photos, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "own_data.md").read_text()
+    blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
+    assert blocks
+    code = "\n".join(blocks).replace('"photos"', repr(str(photos)))
+    root = Path(__file__).parents[2]
+    caches = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **caches, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("version", ["this", "earlier"])
+@pytest.mark.parametrize("images", ["gone", "with one class more"])
+def test_a_classifier_is_loaded_where_the_images_are_others(images, version, photos, tmp_path, trainer):
+    """The file knows how many classes it has; a run that is resumed there says what differs."""
+    root = shutil.copytree(photos, tmp_path / "photos")
+    online = SelfSupervisedMethod(params(root, online_classifier=True, evaluations=[]))
+    fields = {"dataset_name": "folder", "data_path": str(root), "batch_size": 8, "num_data_workers": 0, "seed": 0}
+    fields |= {"encoder_arch": "shufflenet_v2_x0_5", "transform_crop_size": 32}
+    linear = LinearClassifierMethod(lr=0.1, **fields)
+    for name, method in (("online", online), ("linear", linear)):
+        fit = trainer(limit_train_batches=1, limit_val_batches=0)
+        fit.fit(method)
+        fit.save_checkpoint(tmp_path / f"{name}.ckpt", weights_only=False)
+        content = checkpoints.read(tmp_path / f"{name}.ckpt")
+        if version == "earlier":
+            content["hyper_parameters"].pop("n_classes")
+        torch.save(content, tmp_path / f"{name}.ckpt")
+    if images == "gone":
+        shutil.rmtree(root)
+    else:
+        shutil.copytree(next(path for path in root.iterdir() if path.is_dir()), root / "zebra")
+    for name, method in (("online", online), ("linear", linear)):
+        loaded = type(method).load_from_checkpoint(tmp_path / f"{name}.ckpt")
+        assert loaded.state_dict().keys() == method.state_dict().keys()
+        assert getattr(loaded, loaded.CLASSIFIER).out_features == 2
+    assert load_encoder(tmp_path / "online.ckpt").params.data_path == str(root)
+    if images != "gone":
+        with pytest.raises(ValueError, match="n_classes|classifier"):
+            again = LinearClassifierMethod(lr=0.1, **fields)
+            trainer(max_epochs=2).fit(again, ckpt_path=tmp_path / "linear.ckpt")

@@ -1,0 +1,573 @@
+"""Features of any folder, their neighbours and their map, from real photographs and scans of digits as files."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import runpy
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import processes
+import pyarrow.parquet as pq
+import pytest
+import torch
+from browser import CHROMIUM, Browser
+from conftest import LONG
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+from sklearn.manifold import trustworthiness
+from sklearn.neighbors import NearestNeighbors
+from torch import nn
+
+from moco import SelfSupervisedMethod
+from model_params import EncoderAndDataParams
+from self_supervised.data import loading
+from self_supervised.embeddings import embed, job, map_page, nearest, parquet
+from self_supervised.embeddings import projection as embedding_map
+from self_supervised.embeddings.sources import open_source
+from self_supervised.networks.pretrained import Encoder, Report, load_encoder
+from self_supervised.report import curves
+from self_supervised.runs import command_line
+
+N_DIGITS = 150
+OPTIONS = {"batch_size": 16, "num_workers": 0, "device": "cpu"}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """24 crops of two photographs, in nested folders, as JPEG and as PNG."""
+    folder = tmp_path / "photos"
+    for name, photo in zip(("china", "flower"), load_sample_images().images, strict=True):
+        for i in range(12):
+            top, left = 30 * i, 40 * i
+            file = folder / name / ("far" if i % 2 else "near") / (f"{i}.png" if i % 3 else f"{i}.JPEG")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(photo[top : top + 64, left : left + 80]).save(file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Scans of digits as files in class folders."""
+    folder, source = tmp_path_factory.mktemp("digits"), load_digits()
+    for i, (image, label) in enumerate(zip(source.images[:N_DIGITS], source.target[:N_DIGITS], strict=True)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        Image.fromarray(np.round(image / 16 * 255).astype(np.uint8)).save(folder / str(label) / f"{i:04d}.png")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(small, tmp_path):
+    return saved(small(), tmp_path / "small.ckpt")
+
+
+def saved(params, path: Path) -> Path:
+    model = SelfSupervisedMethod(params)
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, path)
+    return path
+
+
+def tiny(size: int = 32, dataset: str = "imagenet", seed: int = 0) -> Encoder:
+    """A convolution, for photographs: [N, 3, size, size] -> [N, 64]."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 16, 5, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    params = EncoderAndDataParams(encoder_arch="module", dataset_name=dataset, transform_crop_size=size)
+    return with_report(model, params, f"tiny {seed}")
+
+
+def with_report(model: nn.Module, params: EncoderAndDataParams, source: str) -> Encoder:
+    return Encoder(model, params, Report(source, "module", "module", len(model.state_dict()), ()))
+
+
+def run_command(monkeypatch, command, *arguments) -> str:
+    """The sentence with which a command ended, "" if all went well."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    try:
+        command.main()
+    except SystemExit as end:
+        return str(end)
+    return ""
+
+
+# ---- embeddings ----
+
+
+def test_photographs_are_embedded_as_the_encoder_sees_them(photos, tmp_path):
+    encoder = tiny()
+    embed.embed(encoder, photos, tmp_path / "f.parquet", batch_size=7, num_workers=2, device="cpu")
+    paths, embeddings, labels = embed.read(tmp_path / "f.parquet")
+    assert paths == sorted(str(file.relative_to(photos)) for file in photos.rglob("*.*"))
+    assert embeddings.dtype == np.float32 and embeddings.shape == (24, 64) and set(labels) == {None}
+    mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for path, embedding in zip(paths, embeddings, strict=True):
+        square = Image.open(photos / path).resize((32, 32), Image.Resampling.BILINEAR, box=(12, 4, 68, 60))
+        x = (np.asarray(square).transpose(2, 0, 1) / 255 - mean) / std
+        expected = encoder.model.double()(torch.from_numpy(x)[None])[0].numpy()
+        encoder.model.float()
+        assert np.allclose(embedding, expected, atol=1e-4), path
+
+
+def test_digits_in_class_folders(digits, checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "f.parquet"
+    assert run_command(monkeypatch, embed, checkpoint, digits, "--out", out, "--num_workers", 0) == ""
+    paths, embeddings, labels = embed.read(out)
+    pixels = np.stack([np.asarray(Image.open(digits / path)) for path in paths])
+    expected = load_encoder(checkpoint).embed(torch.from_numpy(pixels)[:, None])
+    assert np.allclose(embeddings, expected, atol=1e-4 * expected.abs().max())
+    assert labels == [str(load_digits().target[int(Path(path).stem)]) for path in paths]
+    schema = pq.read_schema(out)
+    assert [str(field.type) for field in schema][::2] == ["string", "string"]
+    assert str(schema.field("embedding").type) == f"fixed_size_list<element: float>[{expected.shape[1]}]"
+    about = json.loads(schema.metadata[b"self_supervised"])
+    assert about["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert about["checkpoint"] == str(checkpoint) and about["images"] == str(digits)
+    assert about["preprocessing"]["size"] == 8 and about["versions"]["torch"] == torch.__version__
+
+
+def test_a_packed_data_set_by_name_and_its_images_as_files_have_the_same_embeddings(checkpoint, tmp_path):
+    embed.embed(checkpoint, "digits/test", tmp_path / "packed.parquet", device="cpu")
+    images, labels = loading.get_dataset(load_encoder(checkpoint).params, ("test",)).__getitems__(range(500))
+    for i, image in enumerate(images):
+        file = tmp_path / "test" / f"{i:03d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(file)
+    embed.embed(checkpoint, tmp_path / "test", tmp_path / "files.parquet", device="cpu")
+    packed, files = embed.read(tmp_path / "packed.parquet"), embed.read(tmp_path / "files.parquet")
+    assert np.array_equal(packed[1], files[1])
+    assert packed[2] == [str(int(label)) for label in labels]
+    assert packed[0] == [f"test/{i:03d}" for i in range(500)]
+    assert len(open_source("digits").paths()) == 1797
+
+
+def test_order_links_suffixes_and_what_is_passed_over(tmp_path):
+    folder = tmp_path / "images"
+    for name in ("a/1.png", "a-b/1.png", "a/Ä.webp", "b.gif", ".hidden.png", ".cache/1.png", "é/deep/1.bmp", "x.PNG"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), "red").save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    (folder / "a" / "up").symlink_to(folder)  # would lead round and round
+    (folder / "linked").symlink_to(folder / "a-b")
+    source = open_source(folder)
+    expected = ["a-b/1.png", "a/1.png", "a/Ä.webp", "b.gif", "x.PNG", "é/deep/1.bmp"]
+    assert source.paths() == expected
+    counts = {reason: n for reason, (n, _) in source.passed_over.items()}
+    assert counts == {".txt": 1, "hidden": 2, "links to folders that are used already": 2}
+    embed.embed(tiny(), folder, tmp_path / "f.parquet", device="cpu")
+    assert embed.read(tmp_path / "f.parquet")[0] == expected
+
+
+def test_arrays_are_embedded_as_they_are_read_in_training_and_shown(tmp_path):
+    """Whatever the encoder was trained on, from files and from a shard; five channels, floats beyond 1."""
+    rng = np.random.default_rng(0)
+    arrays = {f"{label}/{i}.npy": rng.normal(size=(5, 20, 30)).astype(np.float32) for label in "ab" for i in range(4)}
+    for name, pixels in arrays.items():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "set" / name, pixels)
+    shutil.make_archive(str(tmp_path / "train"), "tar", tmp_path / "set", ".")
+    p = EncoderAndDataParams(
+        encoder_arch="module", dataset_name="folder", data_path=str(tmp_path / "set"), in_channels=5,
+        transform_crop_size=16, pixel_range=[-3, 3], val_size=0, test_size=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    encoder = with_report(nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(20, 6)), p, "five")
+    images = torch.stack([image for image, _ in loading.get_dataset(p, ("train",))])
+    for root, prefix in ((tmp_path / "set", ""), (tmp_path / "train.tar", "train.tar/")):
+        out = tmp_path / "f.parquet"
+        embed.embed(encoder, root, out, device="cpu", num_workers=0, overwrite=True)
+        paths, found, labels = embed.read(out)
+        assert paths == [f"{prefix}{name}" for name in arrays]
+        np.testing.assert_allclose(found, encoder.embed(images), atol=1e-6)
+        source = open_source(str(root))
+        assert source.picture(paths[0]).size == (30, 20) and source.picture(paths[0], side=8).mode == "RGB"
+    nearest.nearest_sheet(out, paths[:1], tmp_path / "n.png", k=2)
+    page = map_page.as_html(map_page.Map("", "", paths, np.zeros((8, 2)), np.zeros(8, int), ["a"]), source, 10**6)
+    assert page.count("data:image/jpeg;base64,") == 8
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("nowhere", "neither a folder nor"), ("digits/valid", "no split 'valid'"), (".", "holds no images")],
+)
+def test_what_holds_no_images_is_refused(name, message, tmp_path, checkpoint, monkeypatch):
+    Path("notes.txt").write_text("no image")
+    assert message in run_command(monkeypatch, embed, checkpoint, name, "--out", tmp_path / "out" / "f.parquet")
+    assert list(tmp_path.glob("out/*")) == []
+
+
+# ---- killed, resumed, continued ----
+
+KILLED_AT = [("before", 0), ("after", 0), ("before", 2), ("after", 3), ("before", 5), ("after", 5)]
+
+
+def in_a_fork(function, *args) -> int:
+    """The status with which it ended."""
+    if (child := os.fork()) == 0:
+        try:
+            function(*args)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def embed_until_killed(checkpoint: str, folder: str, out: Path, when: str, n: int) -> None:
+    """SIGKILL right before or after the n-th file gets its name."""
+    replace, named = os.replace, []
+
+    def replace_and_die(old, new):
+        if when == "before" and len(named) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(old, new)
+        if when == "after" and len(named) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        named.append(new)
+
+    os.replace, job.ROWS = replace_and_die, 32
+    embed.embed(checkpoint, folder, out, **OPTIONS)
+
+
+def be_killed(_: int, checkpoint: str, folder: str, out: str) -> list[int]:
+    return [
+        in_a_fork(embed_until_killed, checkpoint, folder, Path(out, f"{when}{n}.parquet"), when, n)
+        for when, n in KILLED_AT
+    ]
+
+
+def test_killed_at_any_moment_and_resumed_it_is_the_same_file(digits, checkpoint, tmp_path, monkeypatch):
+    """150 images in parts of 32: five parts are renamed, then the file itself."""
+    (ends,) = processes.run(be_killed, 1, tmp_path / "processes", str(checkpoint), str(digits), str(tmp_path))
+    assert ends == [signal.SIGKILL] * len(KILLED_AT)
+    uninterrupted = embed.embed(checkpoint, digits, tmp_path / "whole.parquet", **OPTIONS).read_bytes()
+    seen = count_images(monkeypatch)
+    for when, n in KILLED_AT:
+        out = tmp_path / f"{when}{n}.parquet"
+        assert out.exists() == ((when, n) == ("after", 5))
+        assert len(list(out.with_name(f"{out.name}.parts").glob("*.parquet"))) == min(n + (when == "after"), 5)
+        seen.clear()
+        assert embed.embed(checkpoint, digits, out, **OPTIONS).read_bytes() == uninterrupted
+        assert sum(seen) == N_DIGITS - min(32 * (n + (when == "after")), N_DIGITS)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".parquet", ".ckpt", ""}  # nothing unfinished is left
+
+
+def count_images(monkeypatch) -> list[int]:
+    """How many images each call of `Encoder.embed` gets from now on."""
+    seen, original = [], Encoder.embed
+    monkeypatch.setattr(Encoder, "embed", lambda self, images: (seen.append(len(images)), original(self, images))[1])
+    return seen
+
+
+def test_a_finished_file_is_left_new_images_are_added_and_removed_ones_leave(photos, tmp_path, monkeypatch, capsys):
+    out, encoder = tmp_path / "f.parquet", tiny()
+    embed.embed(encoder, photos, out, device="cpu")
+    paths, embeddings, _ = embed.read(out)
+    written = out.stat().st_mtime_ns
+    seen = count_images(monkeypatch)
+    capsys.readouterr()
+    embed.embed(encoder, photos, out, device="cpu")
+    assert "left as it is" in capsys.readouterr().out and out.stat().st_mtime_ns == written and seen == []
+    (photos / paths[3]).rename(photos / "china" / "0new.png")  # before and after others
+    (photos / paths[5]).unlink()
+    Image.new("RGB", (50, 40), "red").save(photos / "zebra.png")
+    monkeypatch.setattr(parquet, "ROWS", 10)
+    embed.embed(encoder, photos, out, device="cpu")
+    assert "24 embeddings, 2 images are new, 2 are gone" in capsys.readouterr().out
+    now, changed, labels = embed.read(out)
+    assert now == sorted({*paths, "china/0new.png", "zebra.png"} - {paths[3], paths[5]}) and sum(seen) == 2
+    for path, row in zip(now, changed, strict=True):
+        if path in paths:
+            assert np.array_equal(row, embeddings[paths.index(path)])
+    assert np.allclose(changed[now.index("china/0new.png")], embeddings[3], atol=1e-5)
+
+
+def test_another_checkpoint_or_folder_is_refused_unless_told_to_overwrite(photos, digits, tmp_path, monkeypatch):
+    out = tmp_path / "f.parquet"
+    before = embed.embed(tiny(), photos, out, device="cpu").read_bytes()
+    for other, folder, word in [
+        (tiny(seed=1), photos, "sha256"),
+        (tiny(), digits, "images"),
+        (tiny(40), photos, "size"),
+    ]:
+        with pytest.raises(ValueError, match=f"was made otherwise .*{word}.*--overwrite"):
+            embed.embed(other, folder, out, device="cpu")
+    assert out.read_bytes() == before
+    embed.embed(tiny(seed=1), photos, out, device="cpu", overwrite=True)
+    embed.embed(tiny(seed=1), photos, tmp_path / "g.parquet", device="cpu")
+    assert out.read_bytes() == (tmp_path / "g.parquet").read_bytes() != before
+
+
+def test_unreadable_images_stop_or_are_listed(photos, tmp_path, capsys):
+    out, bad = tmp_path / "f.parquet", photos / "china" / "near" / "2.png"
+    good = bad.read_bytes()
+    bad.write_bytes(good[:300])
+    options = {**OPTIONS, "batch_size": 4}
+    with pytest.raises(ValueError, match="china/near/2.png in .* could not be read .*--skip_unreadable"):
+        embed.embed(tiny(), photos, out, **options)
+    assert not out.exists() and out.with_name("f.parquet.parts").is_dir()  # the batches before it are kept
+    embed.embed(tiny(), photos, out, skip_unreadable=True, **options)
+    assert "1 unreadable images were left out" in capsys.readouterr().out
+    assert parquet.count(out) == 23 and list(parquet.about(out)["unreadable"]) == ["china/near/2.png"]
+    embed.embed(tiny(), photos, out, skip_unreadable=True, **options)
+    assert "left as it is" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="china/near/2.png"):
+        embed.embed(tiny(), photos, out, **options)
+    bad.write_bytes(good)
+    embed.embed(tiny(), photos, out, **options)
+    assert parquet.count(out) == 24 and parquet.about(out)["unreadable"] == {}
+    for file in photos.rglob("*.*"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 24 images"):
+        embed.embed(tiny(), photos, tmp_path / "g.parquet", skip_unreadable=True, **options)
+
+
+def embed_and_measure(folder: Path) -> None:
+    """Leaves the most memory that it had, in kB."""
+    job.ROWS = parquet.ROWS = 64
+    params = EncoderAndDataParams(encoder_arch="module", dataset_name="imagenet")
+    model = nn.Sequential(nn.AvgPool2d(7), nn.Flatten(), nn.Linear(3072, 512))
+    embed.embed(with_report(model, params, "mean"), folder, folder.with_suffix(".parquet"), **OPTIONS)
+    folder.with_suffix(".peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+
+def measure(_: int, folder: str) -> list[int]:
+    return [in_a_fork(embed_and_measure, Path(folder, n)) for n in ("200", "1000")]
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """Of 800 images more, 224 x 224, the pixels alone would be 120 MB."""
+    Image.fromarray(load_sample_images().images[0]).resize((64, 64)).save(tmp_path / "one.jpg")
+    for n in (200, 1000):
+        (tmp_path / str(n)).mkdir()
+        for i in range(n):
+            (tmp_path / str(n) / f"{i}.jpg").hardlink_to(tmp_path / "one.jpg")
+    assert processes.run(measure, 1, tmp_path / "processes", str(tmp_path)) == [[0, 0]]
+    few, many = (int((tmp_path / f"{n}.peak").read_text()) for n in (200, 1000))
+    assert many - few < 30_000, (few, many)  # kB
+
+
+def test_only_one_process_writes_a_file(photos, tmp_path, holder):
+    holder(tmp_path / "f.parquet.parts")
+    with pytest.raises(ValueError, match="f.parquet.parts is in use by process"):
+        embed.embed(tiny(), photos, tmp_path / "f.parquet", device="cpu")
+
+
+def test_what_cannot_work_is_refused_in_a_sentence(photos, checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "f.parquet"
+    arguments = [checkpoint, photos, "--out", out]
+    assert "batch_size=0" in run_command(monkeypatch, embed, *arguments, "--batch_size", 0)
+    assert "device='abacus' cannot be used" in run_command(monkeypatch, embed, *arguments, "--device", "abacus")
+    out.write_text("something else")
+    assert "is no Parquet file" in run_command(monkeypatch, embed, *arguments)
+    broken = tiny()
+    broken.model[0].bias[0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        embed.embed(broken, photos, tmp_path / "g.parquet", device="cpu")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match="pip install pyarrow"):
+        runpy.run_path(parquet.__file__)
+
+
+# ---- neighbours ----
+
+
+@pytest.fixture
+def features(digits, checkpoint, tmp_path, capsys):
+    out = embed.embed(checkpoint, digits, tmp_path / "features.parquet", num_workers=0, device="cpu")
+    capsys.readouterr()
+    return out
+
+
+def test_neighbours_are_those_of_scikit_learn(features, monkeypatch):
+    monkeypatch.setattr(parquet, "ROWS", 40)  # several pieces
+    paths, x, _ = embed.read(features)
+    own = [paths[i] for i in (3, 77, 149)]
+    found = nearest.nearest(features, x[[3, 77, 149]], k=9, own=own)
+    distances, rows = (
+        NearestNeighbors(n_neighbors=10, metric="cosine").fit(x.astype(np.float64)).kneighbors(x[[3, 77, 149]])
+    )
+    for query, expected, distance in zip(found, rows[:, 1:], distances[:, 1:], strict=True):
+        assert np.allclose([n.cosine for n in query], 1 - distance, atol=1e-5)
+        assert {n.path for n in query} == {paths[i] for i in expected}
+        assert all(n.path.startswith(f"{n.label}/") for n in query)
+
+
+def test_an_image_finds_its_own_copy_first(digits, features, tmp_path, monkeypatch, capsys):
+    copy, out = tmp_path / "copy.png", tmp_path / "sheet" / "nearest.png"
+    copy.write_bytes((digits / "7" / "0007.png").read_bytes())
+    images = [copy, "7/0007.png", digits / "3" / "0003.png"]
+    assert run_command(monkeypatch, nearest, features, *images, "--out", out, "-k", 8) == ""
+    tables = capsys.readouterr().out.split("\n\n")
+    assert tables[0].splitlines()[0] == str(copy) and tables[0].splitlines()[2].split() == [
+        "1",
+        "1.0000",
+        "7",
+        "7/0007.png",
+    ]
+    assert [table.splitlines()[0] for table in tables[1:3]] == ["7/0007.png (7)", "3/0003.png (3)"]
+    assert "7/0007.png" not in tables[1].split("\n", 1)[1]
+    height, width, _ = np.asarray(Image.open(out)).shape
+    assert width > 7 * nearest.SIDE and height > 6 * nearest.SIDE  # three queries, two lines each
+
+
+def test_nearest_refuses_what_has_no_embedding(features, digits, small, tmp_path, monkeypatch):
+    assert "neither a file nor the path of a row" in run_command(monkeypatch, nearest, features, "7/nothing.png")
+    other, copy = saved(small(seed=1), tmp_path / "other.ckpt"), tmp_path / "copy.png"
+    copy.write_bytes((digits / "7" / "0007.png").read_bytes())
+    message = run_command(monkeypatch, nearest, features, copy, "--checkpoint", other)
+    assert "is not the checkpoint of" in message
+    assert "k=0" in run_command(monkeypatch, nearest, features, "7/0007.png", "-k", 0)
+    assert "there is no file" in run_command(monkeypatch, nearest, tmp_path / "no.parquet", copy)
+
+
+def test_a_contact_sheet_keeps_proportions():
+    wide, small = Image.new("RGB", (600, 200), "#ff0000"), Image.new("L", (8, 4), 0)
+    lead = nearest.Tile(wide, "query", "", ("a/very/long/path" * 9,), nearest.LEAD)
+    sheet = nearest.contact_sheet([(lead, [nearest.Tile(small, "1", "0.9", ("b",))] * 8)])
+    pixels = np.asarray(sheet)
+    ys, xs = np.nonzero((pixels == (255, 0, 0)).all(2))
+    assert np.ptp(xs) + 1 == nearest.SIDE and np.ptp(ys) + 1 == round(nearest.SIDE / 3)
+    assert nearest.fitted(small).size == (176, 88)
+    line = nearest.shortened("a/very/long/path" * 9)
+    assert line.startswith("…") and line.endswith("long/path") and nearest.PLAIN.getlength(line) <= nearest.SIDE
+
+
+# ---- the map ----
+
+
+def data_of(page: Path) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)[1])
+
+
+@pytest.mark.parametrize(
+    "method", ["tsne"] if LONG == 1 else embedding_map.METHODS
+)  # UMAP is compiled for half a minute
+def test_a_map_keeps_neighbours_and_can_be_repeated(method, features):
+    if method == "umap":
+        pytest.importorskip("umap")
+    _, x, _ = embed.read(features)
+    points = embedding_map.project(x, method, seed=0)
+    assert trustworthiness(x, points, n_neighbors=10, metric="cosine") > 0.9
+    assert np.array_equal(points, embedding_map.project(x, method, seed=0))
+
+
+def test_umap_that_is_not_installed_is_named(features, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    assert "pip install umap-learn" in run_command(
+        monkeypatch, embedding_map, features, "--method", "umap", "--out", "m.png"
+    )
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(digits, features, tmp_path, monkeypatch):
+    png, page = tmp_path / "map.png", tmp_path / "map.html"
+    assert run_command(monkeypatch, embedding_map, features, "--out", png, page) == ""
+    assert "://" not in page.read_text()
+    content, (paths, _, labels) = data_of(page), embed.read(features)
+    assert content["paths"] == paths and len(set(zip(content["x"], content["y"], strict=True))) == N_DIGITS
+    assert [content["names"][kind] for kind in content["kind"]] == labels and len(set(content["colours"])) == 10
+    assert min(content["x"] + content["y"]) >= 0 and max(content["x"] + content["y"]) <= 1
+    for path, uri in zip(paths, content["pictures"], strict=True):
+        seen = np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,")))).convert("L")
+        )
+        assert np.abs(seen.astype(float) - np.asarray(Image.open(digits / path))).mean() < 8, path
+    drawn = np.asarray(Image.open(png).convert("RGB")).reshape(-1, 3)
+    for colour in content["colours"]:  # in the legend they are opaque
+        assert (drawn == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(1).any(), colour
+
+
+def test_samples_clusters_hostile_names_and_budgets(photos, tmp_path, monkeypatch, capsys):
+    hostile = photos / "x<" / "script><b>" / "0.png"
+    hostile.parent.mkdir(parents=True)
+    Image.new("RGB", (500, 30), "red").save(hostile)
+    features, page = embed.embed(tiny(), photos, tmp_path / "f.parquet", device="cpu"), tmp_path / "map.html"
+    found = embedding_map.make_map(features, [page], n=25)
+    assert "</script><b>" not in page.read_text() and data_of(page)["paths"][-1] == "x</script><b>/0.png"
+    assert "no labels: coloured by 10 k-means clusters" in data_of(page)["note"] and len(found.names) == 10
+    monkeypatch.setattr(map_page, "BUDGET", 8000)
+    part = embedding_map.make_map(features, [page], n=20, seed=3)
+    assert len(set(part.paths)) == 20 and part.paths == sorted(part.paths)
+    pictures = [uri for uri in data_of(page)["pictures"] if uri]
+    assert 0 < len(pictures) < 20 and sum(map(len, pictures)) <= 8000
+    photos.rename(tmp_path / "elsewhere")
+    embedding_map.make_map(features, [page], n=20)
+    assert "no pictures" in capsys.readouterr().out and not any(data_of(page)["pictures"])
+    embedding_map.make_map(features, [page], n=20, folder=str(tmp_path / "elsewhere"))
+    assert any(data_of(page)["pictures"])
+
+
+def test_maps_of_many_classes_and_of_too_few_images(photos, tmp_path, monkeypatch):
+    for n in (3, 10, 20, 21, 200):
+        assert len(set(map_page.palette(n))) == n
+    kind, names, _ = embedding_map.kinds(["10", "9", None, "a", "9"], np.zeros((5, 2)), 0)
+    assert names == ["9", "10", "a", "no label"] and kind.tolist() == [1, 0, 3, 2, 0]
+    few = tmp_path / "few"
+    few.mkdir()
+    for i in range(30):
+        Image.new("RGB", (9, 9), ("red", "green", "blue")[i % 3]).save(few / f"{i}.png")
+    features = embed.embed(tiny(), few, tmp_path / "few.parquet", device="cpu")
+    assert "at least 4 different images, and there are 3" in run_command(
+        monkeypatch, embedding_map, features, "--out", "m.png"
+    )
+    assert "sample=3" in run_command(monkeypatch, embedding_map, features, "--sample", 3, "--out", "m.png")
+    assert "must end in .png or .html" in run_command(monkeypatch, embedding_map, features, "--out", "m.pdf")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_the_page_works_in_a_browser(features, tmp_path):
+    embedding_map.make_map(features, [tmp_path / "map.html"])
+    with Browser(tmp_path / "map.html", tmp_path / "profile", width=400, dark=True) as browser:
+        assert browser.run("document.documentElement.scrollWidth") == 400  # nothing sticks out
+        assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 26)"
+        at = "(box => [toX(data.x[5]) + box.left, toY(data.y[5]) + box.top])(canvas.getBoundingClientRect())"
+        browser.run("fit([5])")  # so that no other point is near
+        x, y = browser.run(at)
+        browser.mouse("mouseMoved", x, y)
+        assert data_of(tmp_path / "map.html")["paths"][5] in browser.run("tip.innerText")
+        assert browser.run("tip.querySelector('img').naturalWidth") == 8
+        browser.mouse("mouseWheel", x, y, deltaX=0, deltaY=-300)
+        assert np.allclose(browser.run(at), (x, y), atol=1)  # what is under the pointer stays there
+        browser.mouse("mousePressed", x, y, button="left", buttons=1)
+        browser.mouse("mouseMoved", x + 30, y - 20, button="left", buttons=1)
+        browser.mouse("mouseReleased", x + 30, y - 20, button="left")
+        assert np.allclose(browser.run(at), (x + 30, y - 20), atol=1)
+        browser.run("everything(); buttons[0].click()")
+        assert browser.run("shown.filter(Boolean).length") == 9
+        browser.run("$('search').value = '3/'; $('search').dispatchEvent(new Event('input'))")
+        assert browser.run("matches.filter(Boolean).length") == sum(
+            "3/" in p for p in data_of(tmp_path / "map.html")["paths"]
+        )
+        browser.run("$('pictures').click()")
+        browser.settle()
+        assert browser.errors == [] and all(url.startswith(("file:", "data:")) for url in browser.requests)
+
+
+NAMES = ["$x_$", "100%_$", "line\nbreak", "_hidden", "<b>&amp;", "n" * 3000, "\u05e9\u05dc\u05d5\u05dd", "a\x00\udc80"]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_class_or_run_is_shown_as_it_is(name, tmp_path, monkeypatch):
+    """On the map, its page, the curves and the contact sheet; the line break as a space."""
+    shown = []
+    monkeypatch.setattr(map_page.plt, "close", shown.append)
+    points = np.random.default_rng(0).random((6, 2))
+    found = map_page.Map(name, name, [name] * 6, points, np.array([0, 1] * 3), [name, "other"])
+    map_page.draw(found, None, tmp_path / "map.png")
+    map_page.page(found, None, tmp_path / "map.html")
+    curve = {"step_train_loss": (np.arange(3), np.arange(3))}
+    curves.draw({name: curve, "other": curve}, tmp_path / "curves.png")
+    for figure in shown:
+        assert len(figure.legends[0].get_texts()) == 2
+        map_page.plt.figure(figure).clear()
+    tile = nearest.Tile(Image.new("RGB", (8, 8)), name, "0.9", (name,))
+    assert nearest.contact_sheet([(tile, [tile])]).width > 100
+    assert command_line.in_one_line("line\nbreak") == "line break"

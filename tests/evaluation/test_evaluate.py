@@ -1,0 +1,292 @@
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from attrs import evolve
+from conftest import SMALL
+from PIL import Image
+
+from moco import SelfSupervisedMethod
+from model_params import PRESETS, EncoderAndDataParams
+from self_supervised import catalogue, evaluate
+from self_supervised.data import image_files, loading
+from self_supervised.evaluate import evaluate_checkpoint
+from self_supervised.evaluation import protocols, results
+from self_supervised.evaluation.protocols import PROTOCOLS
+
+QUICK = ("knn", "uniformity")
+
+
+@pytest.fixture(scope="module")
+def pretrained(digits_path, tmp_path_factory):
+    """A checkpoint after two steps; what is tested does not depend on how good it is."""
+    path = tmp_path_factory.mktemp("pretrained") / "first.ckpt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATA_PATH", str(digits_path))
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        size = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **size)
+        trainer.fit(SelfSupervisedMethod(PRESETS["simclr"](**SMALL)))
+        trainer.save_checkpoint(path, weights_only=False)
+    return path
+
+
+@pytest.fixture
+def checkpoint(pretrained, tmp_path):
+    """In a folder of its own, where the results go."""
+    return shutil.copy(pretrained, tmp_path / "first.ckpt")
+
+
+def scores(found: dict) -> dict:
+    return {(run["protocol"], run["encoder"], run["seed"]): run["scores"] for run in found["runs"]}
+
+
+def test_results_are_beside_the_checkpoint_and_equal_when_run_again(checkpoint, tmp_path):
+    first = evaluate_checkpoint(checkpoint, QUICK)
+    folder = tmp_path / "first.evaluation"
+    assert json.loads((folder / "results.json").read_text())["runs"] == first["runs"]
+    assert set(scores(first)) == {(name, encoder, 0) for name in QUICK for encoder in ("random", "trained")}
+    assert {"python", "torch", "scikit-learn", "commit"} <= set(first["config"]["digits"]["versions"])
+    table = (folder / "results.md").read_text()
+    assert "| protocol | metric | random | trained |" in table and PROTOCOLS["knn"].definition in table
+    again = evaluate_checkpoint(checkpoint, QUICK, out=tmp_path / "again")
+    assert scores(again) == scores(first)
+
+
+def test_what_is_there_is_not_run_again_unless_something_changed(checkpoint, monkeypatch, tmp_path):
+    first = evaluate_checkpoint(checkpoint, ["uniformity"])
+
+    def must_not(*_):
+        raise AssertionError("run again")
+
+    monkeypatch.setitem(PROTOCOLS, "uniformity", evolve(PROTOCOLS["uniformity"], run=must_not))
+    assert evaluate_checkpoint(checkpoint, ["uniformity"])["runs"] == first["runs"]
+    with pytest.raises(AssertionError, match="run again"):
+        evaluate_checkpoint(checkpoint, ["uniformity"], fresh=True)
+    other = torch.load(checkpoint, weights_only=True)
+    name = next(name for name in other["state_dict"] if name.startswith("model.") and name.endswith("weight"))
+    other["state_dict"][name] += 0.1
+    torch.save(other, checkpoint)
+    with pytest.raises(AssertionError, match="run again"):
+        evaluate_checkpoint(checkpoint, ["uniformity"])
+
+
+def test_two_evaluations_at_once_keep_each_others_runs(tmp_path):
+    def run(protocol: str, **parts) -> dict:
+        names = {"encoder": "trained", "dataset": "digits", "seed": 0, "seen": {}, "hash": "h", "key": protocol}
+        told = {"scores": {"acc": 1.0}, "seconds": 1, "definition": "", "source": ""}
+        return {"protocol": protocol, **names, **told, **parts}
+
+    first, second = results.Results(tmp_path), results.Results(tmp_path)
+    for one in (first, second):
+        one.begin("digits", {"encoders": {}, "versions": {}, "seen": {}, "training": {"max_epochs": 2}})
+    first.add(run("knn"))
+    second.add(run("linear", training={"max_epochs": 1}))
+    first.add(run("linear", training={"max_epochs": 2}))
+    second.add()
+    found = results.Results(tmp_path)
+    assert [one["protocol"] for one in found.runs] == ["knn", "linear", "linear"]
+    assert [one["protocol"] for one in found.shown("digits")] == ["knn", "linear"]  # as it was trained this time
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(checkpoint, monkeypatch, tmp_path):
+    whole = evaluate_checkpoint(checkpoint, QUICK, out=tmp_path / "whole")
+    calls, run = [], PROTOCOLS["uniformity"].run
+
+    def killed(subject, seed):
+        calls.append(seed)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run(subject, seed)
+
+    monkeypatch.setitem(PROTOCOLS, "uniformity", evolve(PROTOCOLS["uniformity"], run=killed))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_checkpoint(checkpoint, QUICK)
+    assert len(json.loads((tmp_path / "first.evaluation/results.json").read_text())["runs"]) == 3
+    assert scores(evaluate_checkpoint(checkpoint, QUICK)) == scores(whole)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("name", [name for name, row in PROTOCOLS.items() if row.trains and not row.needs_stages])
+def test_protocols_that_train(checkpoint, name):
+    """End to end, one epoch of a few steps; the same seed gives the same numbers."""
+    options = {"training": {"max_epochs": 1, "batch_size": 256}, "baselines": False}
+    found = scores(evaluate_checkpoint(checkpoint, [name], **options))[name, "trained", 0]
+    assert 0 <= found["acc1"] <= found["acc5"] <= 100 and found["acc5"] > 10
+    assert scores(evaluate_checkpoint(checkpoint, [name], fresh=True, **options))[name, "trained", 0] == found
+
+
+def test_a_training_leaves_the_encoder_as_it_was(checkpoint):
+    options = {"training": {"max_epochs": 1, "batch_size": 256}, "baselines": False}
+    found = scores(evaluate_checkpoint(checkpoint, ["semi_10", "uniformity"], **options))
+    alone = scores(evaluate_checkpoint(checkpoint, ["uniformity"], fresh=True, baselines=False))
+    assert found["uniformity", "trained", 0] == alone["uniformity", "trained", 0]
+
+
+def test_no_batch_of_few_images_spoils_the_batch_statistics(checkpoint, monkeypatch):
+    """10 % of the digits are 130: 8 batches of 16, and 2 left over, which are dropped. 1 % are 13: one batch."""
+    batches, fit = {}, protocols.pl.Trainer.fit
+
+    def counted(trainer, method):
+        fit(trainer, method)
+        batches[method.params.label_fraction] = trainer.num_training_batches
+
+    monkeypatch.setattr(protocols.pl.Trainer, "fit", counted)
+    options = {"training": {"max_epochs": 1, "batch_size": 16}, "baselines": False}
+    evaluate_checkpoint(checkpoint, ["semi_1", "semi_10"], **options)
+    assert batches == {0.01: 1, 0.1: 8}
+
+
+def test_a_loss_that_is_not_finite_is_a_result(checkpoint, tmp_path, monkeypatch):
+    def diverges(*_):
+        raise FloatingPointError("the loss is not finite")
+
+    monkeypatch.setattr(protocols.pl.Trainer, "fit", diverges)
+    evaluate_checkpoint(checkpoint, ["semi_10"], baselines=False)
+    again = evaluate_checkpoint(checkpoint, ["semi_10"], baselines=False)  # what was written is read
+    assert scores(again)["semi_10", "trained", 0] == {"acc1": None, "acc5": None}
+    assert "| semi_10 | acc1 | not finite |" in (tmp_path / "first.evaluation/results.md").read_text()
+
+
+def test_several_seeds_have_a_mean_and_a_deviation(checkpoint, monkeypatch, tmp_path):
+    values = iter([50.0, 53.0, 59.0])
+    monkeypatch.setitem(PROTOCOLS, "linear", evolve(PROTOCOLS["linear"], run=lambda *_: {"acc1": next(values)}))
+    found = evaluate_checkpoint(checkpoint, ["linear", "knn"], seeds=[0, 1, 2], baselines=False)
+    assert found["summary"]["digits"]["linear"]["trained"]["acc1"] == pytest.approx(
+        {"mean": 54.0, "std": np.std([50, 53, 59], ddof=1), "seeds": 3}
+    )
+    assert found["summary"]["digits"]["knn"]["trained"]["knn1_acc1"]["seeds"] == 1  # the seed changes nothing
+    table = (tmp_path / "first.evaluation/results.md").read_text()
+    assert "| linear | acc1 | 54.00 ± 4.58 |" in table and "seed 0, 1, 2" in table
+
+
+def test_deviations_over_draws_stand_beside_their_mean():
+    run = {"protocol": "svm", "dataset": "digits", "encoder": "trained", "seed": 0}
+    found = results.table([{**run, "scores": {"shot1_acc1": 40.0, "shot1_acc1_std": 2.5}}])
+    assert found.splitlines()[2:] == ["| svm | shot1_acc1 | 40.00 ± 2.50 |"]
+
+
+def test_starting_weights_are_a_column(checkpoint, pretrained):
+    found = scores(evaluate_checkpoint(checkpoint, ["uniformity"], starting_weights=pretrained))
+    assert found["uniformity", "starting", 0] == found["uniformity", "trained", 0]
+    assert found["uniformity", "random", 0] != found["uniformity", "trained", 0]
+
+
+def test_transfer_to_another_data_set_keeps_both_in_one_file(checkpoint, data_path, tmp_path, monkeypatch):
+    for name in ("digits", "negatives"):
+        shutil.copytree(data_path / "digits", tmp_path / "data" / name)
+    for split in ("train", "test"):
+        path = tmp_path / "data/negatives" / split / "images.npy"
+        np.save(path, 255 - np.load(path))
+    monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
+    monkeypatch.setitem(catalogue.DATASETS, "negatives", evolve(catalogue.DATASETS["digits"], mean=(0.7,)))
+    own = evaluate_checkpoint(checkpoint, QUICK, baselines=False)
+    both = evaluate_checkpoint(checkpoint, QUICK, dataset="negatives", baselines=False)
+    assert both["runs"][:2] == own["runs"] and {run["dataset"] for run in both["runs"][2:]} == {"negatives"}
+    assert both["config"]["negatives"]["reading"]["image_mean"] == list(
+        catalogue.DATASETS["digits"].mean
+    )  # that of the encoder
+    assert both["runs"][0]["scores"] != both["runs"][2]["scores"]
+    table = (tmp_path / "first.evaluation/results.md").read_text()
+    assert "## digits" in table and "## negatives" in table
+
+
+def test_what_cannot_work_is_refused_before_it_begins(checkpoint, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="protocol 'lineer' is unknown. Nearest: linear"):
+        evaluate_checkpoint(checkpoint, ["knn", "lineer"])
+    with pytest.raises(ValueError, match="'linear_stages' needs an encoder with layer1 to layer4, and shufflenet"):
+        evaluate_checkpoint(checkpoint, ["knn", "linear_stages"])
+    with pytest.raises(FileNotFoundError, match="nothing.ckpt"):
+        evaluate_checkpoint("nothing.ckpt", ["knn"])
+    (tmp_path / "first.evaluation").mkdir()
+    (tmp_path / "first.evaluation/results.json").write_text("{")
+    with pytest.raises(ValueError, match="results.json is not what evaluate.py writes.*--fresh"):
+        evaluate_checkpoint(checkpoint, ["knn"])
+
+
+def test_the_command(checkpoint, monkeypatch, capsys, tmp_path):
+    command = ["evaluate.py", str(checkpoint), "--protocols", "uniformity", "--no_baselines", "--out", "here"]
+    monkeypatch.setattr(sys, "argv", [*command, "--batch_size", "200"])
+    evaluate.main()
+    assert "| uniformity | uniformity | -" in capsys.readouterr().out and (tmp_path / "here/results.json").is_file()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--list"])
+    evaluate.main()
+    listed = capsys.readouterr().out
+    assert all(row.definition in listed for row in PROTOCOLS.values())
+    monkeypatch.setattr(sys, "argv", [*command[:2], "--protocols", "kn"])
+    with pytest.raises(SystemExit, match="Nearest: knn"):
+        evaluate.main()
+
+
+# ---- VOC07 ----
+
+
+@pytest.fixture
+def voc_folder(tmp_path, monkeypatch):
+    """40 + 20 photographs-to-be in the layout of the archives; in each, the brightness says which classes are there."""
+    monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
+    root, rng = tmp_path / "data/voc07/VOCdevkit/VOC2007", np.random.default_rng(0)
+    for folder in ("JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for split, n in (("trainval", 40), ("test", 20)):
+        labels = rng.choice([-1, 0, 1], size=(n, 20), p=[0.5, 0.1, 0.4])
+        names = [f"{split}{i:03}" for i in range(n)]
+        for name, row in zip(names, labels, strict=True):
+            pixels = rng.integers(100, size=(30, 40, 3)) + 100 * (row[0] > 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / f"JPEGImages/{name}.jpg")
+        for k, name in enumerate(image_files.CLASSES):
+            lines = [f"{image} {label:2}" for image, label in zip(names, labels[:, k], strict=True)]
+            (root / f"ImageSets/Main/{name}_{split}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_voc_is_read_from_its_lists(voc_folder):
+    params = EncoderAndDataParams(dataset_name="voc07", transform_crop_size=32)
+    dataset = loading.get_dataset(params, ("test",))
+    image, label = dataset[3]
+    lines = [
+        (voc_folder / f"ImageSets/Main/{name}_test.txt").read_text().splitlines()[3] for name in image_files.CLASSES
+    ]
+    assert image.shape == (3, 32, 32) and label.tolist() == [int(line.split()[1]) for line in lines]
+    assert dataset.files[3][0].endswith("JPEGImages/test003.jpg") and len(dataset) == 20
+
+
+def test_voc_by_its_protocols(voc_folder, tmp_path, small, trainer):
+    params = small(
+        "simclr", dataset_name="voc07", transform_crop_size=32, num_data_workers=0, low_resolution_stem=False
+    )
+    fit = trainer(limit_val_batches=0)
+    fit.fit(SelfSupervisedMethod(params))  # its labels are not in the way
+    fit.save_checkpoint(tmp_path / "voc.ckpt", weights_only=False)
+    names = ["svm", "low_shot_svm", "rank_me", "lidar"]
+    found = scores(evaluate_checkpoint(tmp_path / "voc.ckpt", names, baselines=False))
+    assert 20 < found["svm", "trained", 0]["map"] <= 100 and "shot4_map" in found["low_shot_svm", "trained", 0]
+    with pytest.raises(ValueError, match="'knn' needs one class an image, and those of voc07.*choose among svm"):
+        evaluate_checkpoint(tmp_path / "voc.ckpt", ["knn"])
+
+
+def test_voc_that_is_not_there_or_contradicts_itself(voc_folder, tmp_path, monkeypatch):
+    path = voc_folder / "ImageSets/Main/dog_test.txt"
+    lines = path.read_text()
+    path.write_text(lines.replace("test003", "test999"))
+    with pytest.raises(ValueError, match="dog_test.txt lists other images than aeroplane_test.txt"):
+        image_files.samples(tmp_path / "data/voc07/test")
+    path.write_text(lines + "test020 2\n")
+    with pytest.raises(ValueError, match="dog_test.txt must hold the name of an image and -1, 0 or 1"):
+        image_files.samples(tmp_path / "data/voc07/test")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="voc07/test, each in VOCdevkit/VOC2007 beside it"):
+        loading.prepare_data("voc07", ("test",))
+
+
+# ---- the manual ----
+
+
+def test_the_manual_has_every_protocol():
+    manual = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    assert all(f"`{name}`" in manual for name in PROTOCOLS)

@@ -1,0 +1,198 @@
+import attrs
+import numpy as np
+import processes
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from model_params import EncoderAndDataParams
+from self_supervised import catalogue
+from self_supervised.data import loading
+from self_supervised.evaluation import features
+from self_supervised.evaluation.features import data_params, extract, extract_views, fingerprint
+from self_supervised.networks.pretrained import Encoder, Report
+from self_supervised.views import augmentations
+
+
+class Tiny(nn.Module):
+    """With the stages of a ResNet, by name."""
+
+    def __init__(self, channels: int = 1):
+        super().__init__()
+        self.layer1, self.layer2 = nn.Conv2d(channels, 4, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2)
+        self.layer3, self.layer4 = nn.Conv2d(6, 7, 1), nn.Conv2d(7, 8, 1)
+
+    def forward(self, x):
+        return self.layer4(self.layer3(self.layer2(self.layer1(x).relu()).relu()).relu()).mean((2, 3))
+
+
+def encoder(channels: int = 1, **fields) -> Encoder:
+    torch.manual_seed(0)
+    settings = {
+        "dataset_name": "digits",
+        "encoder_arch": "module",
+        "in_channels": channels,
+        "batch_size": 100,
+        **fields,
+    }
+    return Encoder(Tiny(channels), EncoderAndDataParams(**settings), Report("tiny", "test", "module", 8, ()))
+
+
+def test_features_are_the_encoders_in_the_order_of_the_set(tmp_path, digits_path):
+    e = encoder()
+    found = extract(e, data_params(e), ("train",), tmp_path, stages=True)
+    images = np.load(digits_path / "digits/train/images.npy")
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found.x, e.embed(x))
+    assert np.array_equal(found.y, np.load(digits_path / "digits/train/labels.npy"))
+    with torch.no_grad():
+        second = e.model.layer2(e.model.layer1(e.prepare(x)).relu())
+    torch.testing.assert_close(found.stages["layer2"], second.mean((2, 3)))
+    assert list(found.stages) == ["layer1", "layer2", "layer3", "layer4"]
+    torch.testing.assert_close(found.stages["layer4"], found.x)
+    assert extract(e, data_params(e), ("train",), tmp_path).stages == {}
+
+
+def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
+    e = encoder()
+    first = extract(e, data_params(e), ("test",), tmp_path, stages=True)
+    views = extract_views(e, data_params(e), ("train",), tmp_path, 20, 3, seed=1)
+
+    def must_not(*_):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(Encoder, "forward", must_not)
+    again = extract(e, data_params(e), ("test",), tmp_path, stages=True)
+    assert torch.equal(first.x, again.x) and torch.equal(first.y, again.y)
+    assert all(torch.equal(first.stages[name], again.stages[name]) for name in features.STAGES)
+    assert torch.equal(views, extract_views(e, data_params(e), ("train",), tmp_path, 20, 3, seed=1))
+
+
+def test_everything_that_features_depend_on_changes_the_name(tmp_path, digits_path):
+    def name(e, split="test", wanted=None, **fields):
+        params = data_params(e, **fields)
+        return fingerprint(e, params, loading.get_dataset(params, (split,)), wanted or {})
+
+    other_weights, other_structure = encoder(), encoder()
+    other_weights.model.layer3.weight.data[0, 0] += 1e-6
+    other_structure.model.layer2.padding = (1, 1)
+    names = [
+        name(encoder()),
+        name(other_weights),
+        name(other_structure),
+        name(encoder(image_mean=[0.5])),
+        name(encoder(transform_crop_size=16)),
+        name(encoder(), "train"),
+        name(encoder(), wanted={"whole images": ["layer1"]}),
+    ]
+    assert len(set(names)) == len(names)
+    assert name(encoder()) == name(encoder(batch_size=7, num_data_workers=0)) == names[0]
+
+
+def test_a_setting_is_part_of_the_name_unless_it_is_listed():
+    @attrs.frozen(kw_only=True)
+    class Later(EncoderAndDataParams):
+        added: int = 0
+
+    assert features.settings(Later()) != features.settings(Later(added=1))
+    names = {field.name for field in attrs.fields(EncoderAndDataParams)}
+    assert set(features.UNUSED) <= names
+    first, other = ({"dataset_name": "folder", "pixel_range": [0, top]} for top in (1, 2))
+    assert features.settings(EncoderAndDataParams(**first)) != features.settings(EncoderAndDataParams(**other))
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool, dtype=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.pool, self.dtype = nn.Conv2d(1, 4, 3), pool, dtype
+
+    def forward(self, x):
+        return self.pool(self.layer(x.to(self.dtype or x.dtype)).flatten(2))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_what_forward_does_is_part_of_an_own_encoders_hash(dtype):
+    params = encoder().params
+
+    def hash_of(pool) -> str:
+        return features.encoder_hash(Encoder(Pooled(pool, dtype), params, Report("", "", "module", 2, ())))
+
+    mean, largest = (lambda x: x.mean(2)), (lambda x: x.amax(2))
+    assert hash_of(mean) == hash_of(mean) != hash_of(largest)
+
+
+def test_a_full_disk_is_named_and_leaves_no_features(tmp_path):
+    rows = ({"x": torch.ones(100, 64), "y": torch.ones(100)} for _ in range(10))
+    with processes.full_disk(50_000), pytest.raises(OSError, match="abc could not be written"):
+        features.write(tmp_path / "abc", 1000, rows, 10, "features")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_extraction_leaves_nothing(tmp_path, monkeypatch):
+    e, calls = encoder(), []
+    whole = extract(e, data_params(e), ("train",), tmp_path / "whole").x
+
+    def killed(images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return Encoder.embed(e, images)
+
+    monkeypatch.setattr(e, "embed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        extract(e, data_params(e), ("train",), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    assert torch.equal(extract(e, data_params(e), ("train",), tmp_path / "cache").x, whole)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_views_are_the_data_sets_augmentations(tmp_path):
+    e = encoder()
+    found = extract_views(e, data_params(e), ("train",), tmp_path, 30, 4, seed=3)
+    assert found.shape == (30, 4, 8)
+    params = data_params(e)
+    view = catalogue.View(**{**vars_of(params.dataset.view), "crop_size": 8})
+    chosen = np.sort(augmentations.generator(3).permutation(1297)[:30])
+    images, _ = loading.get_dataset(params, ("train",)).__getitems__(chosen)
+    views = augmentations.augment(images, (3, 0), [view] * 4, params.mean, params.std)
+    torch.testing.assert_close(found[:, 2], e(views[2]))
+    assert not torch.equal(found, extract_views(e, params, ("train",), tmp_path, 30, 4, seed=4))
+
+
+def vars_of(view) -> dict:
+    return {name: getattr(view, name) for name in view.__slots__ if not name.startswith("__")}
+
+
+def test_class_folders_are_read_in_their_order_and_known_by_their_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = tmp_path / "imagenet" / "val" / f"class{i // 4}" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(40, 30 + i, 3), dtype=np.uint8)).save(path)
+    e = encoder(3, dataset_name="imagenet", transform_crop_size=16, num_data_workers=0, batch_size=5)
+    found = extract(e, data_params(e), ("val",), tmp_path / "cache")
+    assert found.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    image = loading.get_dataset(data_params(e), ("val",))[7][0]
+    torch.testing.assert_close(found.x[7:8], e.embed(image[None]))
+    views = extract_views(e, data_params(e), ("val",), tmp_path / "cache", 12, 2, seed=0)
+    assert views.shape == (12, 2, 8) and not torch.equal(views[:, 0], views[:, 1])
+    before = fingerprint(e, data_params(e), loading.get_dataset(data_params(e), ("val",)), {})
+    path.touch()
+    assert fingerprint(e, data_params(e), loading.get_dataset(data_params(e), ("val",)), {}) != before
+
+
+def test_another_data_set_is_read_in_the_encoders_size_and_normalization(tmp_path):
+    e = encoder(3, dataset_name="cifar10")
+    params = data_params(e, "digits")
+    assert (params.dataset_name, params.crop_size, params.channels) == ("digits", 32, 3)
+    assert params.mean == e.params.mean and params.std == e.params.std
+    x = extract(e, params, ("test",), tmp_path).x
+    images, _ = loading.get_dataset(params, ("test",)).__getitems__([4])
+    torch.testing.assert_close(x[4:5], e.embed(images))
+    with pytest.raises(ValueError, match="cifar10.*3 channels.*takes 1"):
+        data_params(encoder(), "cifar10")
+    with pytest.raises(ValueError, match="'digit' is unknown: choose one of digits, cifar10"):
+        data_params(encoder(), "digit")

@@ -1,0 +1,109 @@
+"""Against scikit-learn on the same features."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from self_supervised.evaluation import linear_models, probes, validation
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """96 random features of the digits, rectified, as of a network: (train x, y, test x, y)."""
+    images, labels = load_digits(return_X_y=True)
+    weights = np.random.default_rng(0).normal(size=(64, 96)) / 64
+    x, y = torch.from_numpy(images @ weights).float().relu(), torch.from_numpy(labels)
+    return x[:500], y[:500], x[500:1000], y[500:1000]
+
+
+def test_knn_is_scikit_learns(digits):
+    train_x, train_y, test_x, test_y = (part.double().numpy() for part in digits)
+    found = probes.knn(*digits)
+    for k in probes.KS:
+        reference = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+        expected = 100 * reference.fit(train_x, train_y).score(test_x, test_y)
+        assert found[f"knn{k}_acc1"] == pytest.approx(expected, abs=0.41)  # equal cosines in float32: 2 of 500
+
+
+def test_linear_is_scikit_learns_optimum_at_the_chosen_l2(digits):
+    train_x, train_y, test_x, test_y = (part.double().numpy() for part in digits)
+    found = probes.linear(*digits, seed=0)
+    scaler = StandardScaler().fit(train_x)
+    reference = LogisticRegression(C=1 / found["l2"], max_iter=5000, tol=1e-8).fit(scaler.transform(train_x), train_y)
+    assert found["acc1"] == pytest.approx(100 * reference.score(scaler.transform(test_x), test_y), abs=0.41)
+    p = reference.predict_proba(scaler.transform(test_x))
+    top5 = (np.argsort(-p, axis=1)[:, :5] == test_y[:, None]).any(1).mean()
+    assert found["acc5"] == pytest.approx(100 * top5, abs=0.61)
+    assert found["acc1"] > 80
+
+
+def test_the_chosen_l2_is_the_best_on_the_held_out_part(digits):
+    x, y = digits[0], digits[1]
+    x = validation.standardized(x, x)[0]
+    chosen = probes.choose_decay(x, y, seed=3)
+    fit, score = probes.subsets.held_out(y.numpy(), probes.HELD_OUT, 3)
+
+    def held_out(decay: float) -> float:
+        reference = LogisticRegression(C=1 / decay, max_iter=3000, tol=1e-7).fit(x[fit].double(), y[fit])
+        return reference.score(x[score].double(), y[score])
+
+    assert held_out(chosen) >= max(held_out(10.0**i) for i in range(-2, 5)) - 0.011  # one of 100 images
+
+
+def test_test_labels_have_no_part_in_what_is_chosen(digits):
+    train_x, train_y, test_x, test_y = digits
+    right, wrong = (probes.linear(train_x, train_y, test_x, y, seed=0) for y in (test_y, (test_y + 1) % 10))
+    assert right["l2"] == wrong["l2"] and right["acc1"] + wrong["acc1"] <= 100
+
+
+def test_the_few_label_curve_rises_to_all_labels(digits, monkeypatch):
+    monkeypatch.setattr(probes, "FEW_LABELS", (1, 20, 1000))
+    found = probes.few_labels(*digits, seed=1)
+    assert found["labels_all_acc1"] == probes.linear(*digits, seed=1)["acc1"]
+    assert found["labels1_acc1"] + 10 < found["labels20_acc1"] < found["labels_all_acc1"]
+    assert found == probes.few_labels(*digits, seed=1)
+    assert found["labels1_acc1"] != probes.few_labels(*digits, seed=2)["labels1_acc1"]
+    assert "labels1000_acc1" not in found  # there are not so many
+
+
+def test_one_label_a_class_is_this_logistic_regression(digits, monkeypatch):
+    """No draw, no split: the features and the fixed L2 of few labels."""
+    train_x, train_y, test_x, test_y = (part.double().numpy() for part in digits)
+    scaler, scores = StandardScaler().fit(train_x), []
+    for draw in range(probes.FEW_DRAWS):
+        rows = probes.subsets.stratified(digits[1].numpy(), per_class=1, seed=draw)
+        reference = LogisticRegression(C=1 / probes.DECAY_OF_FEW, max_iter=5000, tol=1e-10)
+        reference.fit(scaler.transform(train_x[rows]), train_y[rows])
+        scores.append(100 * reference.score(scaler.transform(test_x), test_y))
+    monkeypatch.setattr(probes, "FEW_LABELS", (1,))
+    found = probes.few_labels(*digits, seed=0)
+    assert found["labels1_acc1"] == pytest.approx(np.mean(scores), abs=0.3)
+    assert found["labels1_acc1_std"] == pytest.approx(np.std(scores, ddof=1), abs=0.3)
+
+
+def test_low_shot_svms_are_those_of_their_draws(digits, monkeypatch):
+    monkeypatch.setattr(probes, "SHOTS", (1, 4, 96))
+    monkeypatch.setattr(probes, "DRAWS", 2)
+    found = probes.low_shot_svm(*digits, seed=2)
+    assert sorted(found) == ["shot1_acc1", "shot1_acc1_std", "shot4_acc1", "shot4_acc1_std"]  # 96 are not there
+    train_x, train_y, test_x, test_y = digits
+    draws = [probes.subsets.stratified(train_y.numpy(), per_class=4, seed=seed) for seed in (4, 5)]
+    scores = [linear_models.svm(train_x[rows], train_y[rows], test_x, test_y)["acc1"] for rows in draws]
+    assert found["shot4_acc1"] == pytest.approx(np.mean(scores)) and found["shot4_acc1_std"] == pytest.approx(
+        np.std(scores, ddof=1)
+    )
+    assert probes.mean_and_deviation("acc1", [50.0]) == {"acc1": 50.0}
+    assert found["shot1_acc1"] < found["shot4_acc1"]
+
+
+def test_low_shot_svms_of_presences(digits, monkeypatch):
+    monkeypatch.setattr(probes, "SHOTS", (2, 8))
+    monkeypatch.setattr(probes, "DRAWS", 2)
+    train_x, train_y, test_x, test_y = digits
+    train, test = (torch.stack([y % 2 * 2 - 1, (y > 6) * 2 - 1, (y < 4) * 2 - 1], 1) for y in (train_y, test_y))
+    found = probes.low_shot_svm(train_x, train, test_x, test)
+    assert 40 < found["shot2_map"] < found["shot8_map"] < linear_models.svm(train_x, train, test_x, test)["map"]

@@ -1,0 +1,518 @@
+"""Exported files, loaded as docs/export.md says; names against timm, torchvision and detectron2's layout; refusals."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import attrs
+import numpy as np
+import onnx
+import onnxruntime
+import processes
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from moco import SelfSupervisedMethod
+from model_params import BYOLParams, EncoderAndDataParams
+from self_supervised.exports import conversions, count, export, formats, fresh, verify
+from self_supervised.networks.encoders import get_encoder
+from self_supervised.networks.pretrained import Encoder, Report, load_encoder
+
+DOCS = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+BLOCKS = dict(re.findall(r"^## (\w+)\n\n```python\n(.*?)```", DOCS, re.MULTILINE | re.DOTALL))
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+
+
+def as_if_trained(module):
+    """Norms that differ: those of a new network are all the same, which would hide an exchange of two."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in module.modules():
+        for parameter in layer.parameters(recurse=False):
+            if parameter.dim() == 1:
+                parameter.data.uniform_(0.5, 1.5, generator=generator)
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(generator=generator)
+            layer.running_var.uniform_(0.5, 1.5, generator=generator)
+    return module
+
+
+def save(method, path):
+    torch.save({"state_dict": method.state_dict(), "hyper_parameters": dict(method.hparams)}, path)
+    return path
+
+
+def new_checkpoint(folder, name, arch, size):
+    settings = {"dataset_name": "cifar10", "seed": 0, "dim": 16, "mlp_hidden_dim": 32}
+    params = BYOLParams(encoder_arch=arch, transform_crop_size=size, **settings)
+    return save(as_if_trained(SelfSupervisedMethod(params)), folder / name)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A ResNet-18 of 64 pixels, with the usual stem."""
+    return new_checkpoint(tmp_path_factory.mktemp("export"), "encoder.ckpt", "resnet18", 64)
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint(tmp_path_factory):
+    return new_checkpoint(tmp_path_factory.mktemp("export"), "small.ckpt", "shufflenet_v2_x0_5", 32)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    """exported("onnx"): the file, alone in its folder; made once."""
+    return cache(lambda format: export.export(checkpoint, format, tmp_path_factory.mktemp(format)))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """encoder("resnet18", 32): made once; frozen, so tests may share it."""
+
+    @cache
+    def build(arch, size, channels=3):
+        own = {"in_channels": channels, "image_mean": [0.4] * channels, "image_std": [0.2] * channels}
+        params = EncoderAndDataParams(
+            encoder_arch=arch, transform_crop_size=size, dataset_name="cifar10", **(own if channels != 3 else {})
+        )
+        return Encoder(as_if_trained(get_encoder(params)[0]), params, Report("", "self_supervised", "", 0, ()))
+
+    return build
+
+
+@pytest.fixture
+def same_process(monkeypatch):
+    """To save seconds where the check itself is not in question: it runs here, not in a fresh process."""
+
+    def run(command, cwd, **_):
+        monkeypatch.chdir(cwd)
+        fresh.main(*command[3:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
+
+
+def close(found, expected):
+    found, expected = torch.as_tensor(found), torch.as_tensor(expected)
+    return found.shape == expected.shape and (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def current_umask():
+    os.umask(mask := os.umask(0))
+    return mask
+
+
+# ---- every format ----
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
+    path = exported(format)
+    monkeypatch.chdir(path.parent)
+    assert list(path.parent.iterdir()) == [path]  # one file, and nothing else
+    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    images = torch.randn(3, 3, 64, 64)
+    names = {"images": images}
+    with torch.no_grad():
+        exec(BLOCKS[format], names)
+        expected = load_encoder(checkpoint)(images)
+    if format == "detectron2":
+        assert np.array_equal(names["stem"], load_encoder(checkpoint).model.conv1.weight)
+    else:
+        assert close(names["embeddings"], expected)
+    assert names["facts"] == {
+        "encoder_arch": "resnet18",
+        "embedding_dim": 512,
+        "in_channels": 3,
+        "low_resolution_stem": False,
+        "dataset_name": "cifar10",
+        "transform_crop_size": 64,
+        "image_mean": list(load_encoder(checkpoint).params.mean),
+        "image_std": list(load_encoder(checkpoint).params.std),
+    }
+
+
+def test_the_manual_names_every_format_and_the_opset():
+    assert BLOCKS.keys() == formats.FORMATS.keys()
+    assert all(f"`{name}` |" in DOCS for name in formats.FORMATS)
+    assert f"opset {formats.ONNX_OPSET}" in DOCS
+
+
+def test_onnx_is_one_valid_file_with_any_batch(checkpoint, exported):
+    model = onnx.load(exported("onnx"), load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    assert {(row.domain, row.version) for row in model.opset_import} == {("", formats.ONNX_OPSET)}
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+    session = onnxruntime.InferenceSession(exported("onnx"))
+    for n in (1, 2, 5):
+        images = torch.randn(n, 3, 64, 64)
+        with torch.no_grad():
+            expected = load_encoder(checkpoint)(images)
+        assert close(session.run(None, {"images": images.numpy()})[0], expected)
+
+
+def test_normalize_is_part_of_the_program(small_checkpoint, same_process, tmp_path):
+    path = export.export(small_checkpoint, "torchscript", tmp_path, normalize=True)
+    notes = {"self_supervised": ""}
+    model = torch.jit.load(path, _extra_files=notes)
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert close(model(images / 255), load_encoder(small_checkpoint).embed(images))
+    facts = json.loads(notes["self_supervised"])
+    assert facts["image_mean"] == [0, 0, 0] and facts["image_std"] == [1, 1, 1]  # nothing is left to do
+
+
+def test_an_encoder_of_ones_own(same_process, tmp_path):
+    own = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    made = SelfSupervisedMethod(dataset_name="digits", encoder=own, dim=16, K=64, mlp_hidden_dim=32)
+    path = save(made, tmp_path / "own.ckpt")
+    written = export.export(path, "torch_export", encoder=own)
+    assert written == tmp_path / "own.torch_export.pt2"
+    images = torch.randn(2, 1, 8, 8)
+    assert close(torch.export.load(written).module()(images), own(images).detach())
+    for name in ("torchvision", "timm", "safetensors", "detectron2"):
+        with pytest.raises(ValueError, match="encoder_arch='module'"):
+            export.export(path, name, encoder=own)
+
+
+# ---- the names of other libraries: loaded strictly there, equal outputs ----
+
+
+def equal_there(twin, made, images):
+    names = {"state": twin.content, "images": images}
+    exec(f"{twin.code}\n{twin.use}", names)
+    with torch.no_grad():
+        return close(names["embeddings"], made(images))
+
+
+OTHERS = [
+    ("resnet18", 32, 3),
+    ("resnet50", 64, 5),
+    ("ws_resnet18", 64, 3),
+    ("vit_b_32", 64, 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "channels"),
+    [*OTHERS, *((arch, 64, 3) for arch in ("mobilenet_v3_small", "squeezenet1_1", "regnet_y_400mf"))],
+)
+def test_torchvision_builds_it(arch, size, channels, encoder):
+    made = encoder(arch, size, channels)
+    twin = conversions.in_torchvision(made)
+    assert "ws_" not in twin.code
+    assert equal_there(twin, made, torch.randn(2, channels, size, size))
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "channels"), [*OTHERS, ("timm:resnet10t", 64, 1), ("timm:vit_tiny_patch16_224", 64, 3)]
+)
+def test_timm_builds_it(arch, size, channels, encoder):
+    made = encoder(arch, size, channels)
+    assert equal_there(conversions.in_timm(made), made, torch.randn(2, channels, size, size))
+
+
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "shufflenet_v2_x0_5"])
+def test_what_timm_builds_differently_is_refused(arch, encoder):
+    with pytest.raises(ValueError, match=f"timm has no model with the tensors of encoder_arch='{arch}': choose"):
+        conversions.in_timm(encoder(arch, 64))
+
+
+def test_torchvision_has_no_timm_models(encoder):
+    with pytest.raises(ValueError, match="encoder_arch='timm:resnet10t' is no model of torchvision: choose timm"):
+        conversions.in_torchvision(encoder("timm:resnet10t", 64))
+
+
+def test_a_ws_resnet_stays_one_in_safetensors_alone(encoder):
+    """There its weights are those that were trained, and others are told how to standardize them."""
+    made = encoder("ws_resnet18", 64)
+    twin = conversions.in_its_library(made)
+    assert (
+        twin.arch == "ws_resnet18"
+        and conversions.in_torchvision(made).arch == conversions.in_timm(made).arch == "resnet18"
+    )
+    assert all(torch.equal(value, twin.content[key]) for key, value in made.model.state_dict().items())
+    assert equal_there(twin, made, torch.randn(2, 3, 64, 64))
+
+
+# ---- detectron2: its ResNet, with its names of modules (modeling/backbone/resnet.py), written down here ----
+
+
+class Convolution(nn.Conv2d):
+    """detectron2's Conv2d: the norm is a part of it."""
+
+    def __init__(self, *args, norm, **kwargs):
+        super().__init__(*args, bias=False, **kwargs)
+        self.norm = norm(self.out_channels)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+class Basic(nn.Module):
+    def __init__(self, c_in, c_out, inner, stride, norm):
+        super().__init__()
+        self.conv1 = Convolution(c_in, c_out, 3, stride, 1, norm=norm)
+        self.conv2 = Convolution(c_out, c_out, 3, 1, 1, norm=norm)
+        if c_in != c_out:
+            self.shortcut = Convolution(c_in, c_out, 1, stride, norm=norm)
+
+    def forward(self, x):
+        shortcut = self.shortcut(x) if hasattr(self, "shortcut") else x
+        return (self.conv2(self.conv1(x).relu()) + shortcut).relu()
+
+
+class Bottle(Basic):
+    def __init__(self, c_in, c_out, inner, stride, norm):
+        nn.Module.__init__(self)
+        self.conv1 = Convolution(c_in, inner, 1, norm=norm)
+        self.conv2 = Convolution(inner, inner, 3, stride, 1, norm=norm)  # STRIDE_IN_1X1 False
+        self.conv3 = Convolution(inner, c_out, 1, norm=norm)
+        if c_in != c_out:
+            self.shortcut = Convolution(c_in, c_out, 1, stride, norm=norm)
+
+    def forward(self, x):
+        shortcut = self.shortcut(x) if hasattr(self, "shortcut") else x
+        return (self.conv3(self.conv2(self.conv1(x).relu()).relu()) + shortcut).relu()
+
+
+class Detectron2ResNet(nn.Module):
+    def __init__(self, config, norm):
+        super().__init__()
+        depth, width = config["MODEL.RESNETS.DEPTH"], config["MODEL.RESNETS.RES2_OUT_CHANNELS"]
+        blocks = {18: [2, 2, 2, 2], 50: [3, 4, 6, 3]}[depth]
+        kind = Basic if depth < 50 else Bottle
+        self.stem = nn.Module()
+        self.stem.conv1 = Convolution(len(config["MODEL.PIXEL_MEAN"]), 64, 7, 2, 3, norm=norm)
+        before = 64
+        for stage, n in enumerate(blocks):
+            out = width * 2**stage
+            layers = [
+                kind(before if i == 0 else out, out, 64 * 2**stage, 2 if i == 0 and stage else 1, norm)
+                for i in range(n)
+            ]
+            setattr(self, f"res{stage + 2}", nn.Sequential(*layers))
+            before = out
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.stem.conv1(x).relu(), 3, 2, 1)
+        return self.res5(self.res4(self.res3(self.res2(x)))).mean((2, 3))
+
+
+@pytest.mark.parametrize(("arch", "channels"), [("resnet50", 5), ("ws_resnet18", 3)])
+def test_detectron2_finds_every_tensor_under_its_name(arch, channels, encoder):
+    made = encoder(arch, 64, channels)
+    twin = conversions.in_detectron2(made)
+    names = {}
+    exec(twin.code, names)
+    config = dict(zip(names["config"][::2], names["config"][1::2], strict=True))
+    norm = {"GN": lambda n: nn.GroupNorm(32, n), "FrozenBN": nn.BatchNorm2d}[config["MODEL.RESNETS.NORM"]]
+    theirs = Detectron2ResNet(config, norm).eval()
+    theirs.load_state_dict(twin.content)
+    images = torch.randn(2, channels, 64, 64)
+    with torch.no_grad():
+        assert close(theirs(images), made(images))
+    assert config["MODEL.PIXEL_MEAN"] == pytest.approx([255 * m for m in made.params.mean], abs=1e-3)
+    assert config["MODEL.RESNETS.STRIDE_IN_1X1"] is False and config["INPUT.FORMAT"] == "RGB"
+
+
+def test_detectron2_file_is_like_those_of_its_model_zoo(exported):
+    file = pickle.loads(exported("detectron2").read_bytes())
+    assert file["matching_heuristics"] is True and file["__author__"] == "self_supervised"
+    assert all(type(array) is np.ndarray for array in file["model"].values())
+
+
+def test_detectron2_is_for_resnets_with_its_stem(encoder):
+    with pytest.raises(ValueError, match="detectron2 has no encoder_arch='resnet18' with the stem for small images"):
+        conversions.in_detectron2(encoder("resnet18", 32))
+    with pytest.raises(ValueError, match="detectron2 has no encoder_arch='shufflenet_v2_x0_5': it builds"):
+        conversions.in_detectron2(encoder("shufflenet_v2_x0_5", 32))
+
+
+# ---- a file appears whole, once, and only if it is right ----
+
+
+def test_nothing_is_overwritten(checkpoint, tmp_path):
+    there = tmp_path / "there.pt"
+    there.write_text("precious")
+    with pytest.raises(FileExistsError, match="there.pt is there already: move it away, or choose another --out"):
+        export.export(checkpoint, "torchvision", there)
+    assert there.read_text() == "precious" and list(tmp_path.iterdir()) == [there]
+
+
+def broken(write):
+    """A row of FORMATS whose writer does something else."""
+    return attrs.evolve(formats.FORMATS["torchvision"], write=write)
+
+
+def test_a_file_with_another_weight_does_not_appear(small_checkpoint, same_process, tmp_path, monkeypatch):
+    def write(state, path, notes, images):
+        state["conv5.0.weight"][0] *= 1.01
+        formats.write_torch(state, path, notes, images)
+
+    monkeypatch.setitem(formats.FORMATS, "torchvision", broken(write))
+    with pytest.raises(RuntimeError, match=r"other embeddings \(by .* of their largest\), and was removed"):
+        export.export(small_checkpoint, "torchvision", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_leaves_nothing(small_checkpoint, tmp_path, monkeypatch):
+    def write(state, path, notes, images):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setitem(formats.FORMATS, "torchvision", broken(write))
+    with pytest.raises(OSError, match="disk full"):
+        export.export(small_checkpoint, "torchvision", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["torchvision", "safetensors", "detectron2", "torchscript", "torch_export"])
+def test_a_full_disk_is_named_and_leaves_nothing(format, checkpoint, same_process, tmp_path):
+    encoder = load_encoder(checkpoint)
+    with processes.full_disk(100_000), pytest.raises(OSError, match="encoder.pt could not be written"):
+        export.write_checked(encoder, format, tmp_path / "encoder.pt", False, False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_check_cannot_import_this_project(tmp_path):
+    images = torch.zeros(2, 3, 8, 8)
+    with pytest.raises(RuntimeError, match="No module named 'weights'"):
+        verify.verified(tmp_path / "file", "import weights", images, torch.zeros(2, 4))
+
+
+def test_weights_that_are_not_finite_are_refused(small_checkpoint, tmp_path):
+    content = torch.load(small_checkpoint)
+    content["state_dict"]["model.conv1.0.weight"][0] = torch.nan
+    torch.save(content, tmp_path / "nan.ckpt")
+    with pytest.raises(ValueError, match="not finite"):
+        export.export(tmp_path / "nan.ckpt", "torchvision")
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.ckpt"]
+
+
+def test_published_files_are_what_torch_hub_checks(small_checkpoint, same_process, tmp_path):
+    """The name before the hash holds what torch.hub would take for one."""
+    path = export.export(small_checkpoint, "torchvision", tmp_path / "moco-800.torchvision.pt", publish=True)
+    assert path.name == f"moco-800_torchvision-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pt"
+    state = torch.hub.load_state_dict_from_url(
+        path.as_uri(), str(tmp_path / "hub"), progress=False, check_hash=True, weights_only=True
+    )["state_dict"]
+    model = torchvision.models.shufflenet_v2_x0_5()
+    model.fc = nn.Identity()
+    model.load_state_dict(state)
+    again = shutil.copy(path, tmp_path / "again.pt")
+    with pytest.raises(FileExistsError, match=path.name):
+        export.place(Path(again), tmp_path / "moco-800.torchvision.pt", publish=True)
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "message"),
+    [
+        ("onxx", {}, "format='onxx' is unknown: choose one of torchvision, timm, safetensors, "),
+        ("timm", {"normalize": True}, "normalize=True does not fit format='timm', .*choose torchscript, onnx"),
+    ],
+)
+def test_refused_in_words(format, options, message, checkpoint):
+    with pytest.raises(ValueError, match=message):
+        export.export(checkpoint, format, **options)
+
+
+def test_a_missing_package_is_named(checkpoint, monkeypatch):
+    missing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None if name == "onnxscript" else name))
+    monkeypatch.setattr(export, "importlib", missing)
+    with pytest.raises(ValueError, match="format='onnx' needs what is not installed: pip install onnxscript$"):
+        export.export(checkpoint, "onnx")
+
+
+def test_a_protobuf_too_large_is_refused(tmp_path):
+    with torch.device("meta"):
+        large = nn.Linear(2**15, 2**14)
+    with pytest.raises(ValueError, match="at most 2 GiB, and the encoder has 2.0: choose torch_export"):
+        formats.write_onnx(large, tmp_path / "large.onnx", {}, torch.zeros(1))
+
+
+# ---- the command ----
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+    export.main()
+
+
+def test_command_line(small_checkpoint, same_process, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, small_checkpoint, "--format", "torchvision", "safetensors", "--out", tmp_path / "new", "--count")
+    output = capsys.readouterr().out
+    found = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert found == ["small.safetensors", "small.torchvision.pt"]
+    assert all(name in output for name in (*found, "stage4", "projection_model"))
+    with pytest.raises(SystemExit, match="error: .*small.safetensors is there already"):
+        run(monkeypatch, small_checkpoint, "--format", "onnx", "safetensors", "--out", tmp_path / "new")
+    with pytest.raises(SystemExit, match="is one file, but there are 2 formats: give a folder"):
+        run(monkeypatch, small_checkpoint, "--format", "onnx", "safetensors", "--out", "a.pt")
+    with pytest.raises(SystemExit, match="error: detectron2 has no encoder_arch='shufflenet"):
+        run(monkeypatch, small_checkpoint, "--format", "torchvision", "detectron2", "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    monkeypatch.chdir(tmp_path)  # the fresh process, which is this one here, has left for a folder that is gone
+    with pytest.raises(SystemExit, match="error: there is no file nowhere.ckpt"):
+        run(monkeypatch, "nowhere.ckpt", "--format", "onnx")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, small_checkpoint)
+    assert "say --format, or --count" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == found
+
+
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [
+        (None, "{beside}/small.onnx"),
+        ("new", "new/small.onnx"),
+        ("v1.0/", "v1.0/small.onnx"),
+        ("there.d", "there.d/small.onnx"),
+        ("model.onnx", "model.onnx"),
+    ],
+)
+def test_where_the_file_lies(out, expected, small_checkpoint):
+    Path("there.d").mkdir()
+    paths = export.targets(small_checkpoint, ["onnx"], out, publish=False, normalize=False)
+    assert paths == [Path(expected.format(beside=small_checkpoint.parent))]
+
+
+# ---- parameters and FLOPs ----
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "vit_b_32", "mobilenet_v3_small"])
+def test_counts_are_those_of_torchvisions_tables(arch):
+    """Which count the classifier, and a multiply-add as one (`_ops`, in units of 1e9 and rounded to 3 digits)."""
+    params = EncoderAndDataParams(encoder_arch=arch, transform_crop_size=224, dataset_name="imagenet")
+    with torch.device("meta"):
+        made, width = get_encoder(params)
+    parts = count.count(Encoder(made, params, Report("", "", "", 0, ())))
+    table = next(iter(torchvision.models.get_model_weights(arch))).meta
+    parameters, flops = sum(part.parameters for part in parts), sum(part.flops for part in parts)
+    classifier = width * 1000
+    assert parameters == table["num_params"] - classifier - 1000
+    assert (flops / 2 + classifier) / 1e9 == pytest.approx(table["_ops"], abs=6e-4)
+
+
+def test_parts_of_a_resnet_and_its_heads(checkpoint):
+    content = torch.load(checkpoint)
+    method = SelfSupervisedMethod(content["hyper_parameters"])
+    method.load_state_dict(content["state_dict"])
+    parts = {part.name: part.parameters for part in count.count(load_encoder(checkpoint))}
+    parts |= {part.name: part.parameters for part in count.heads(method.state_dict())}
+    expected = {"stem": [method.model.conv1, method.model.bn1]}
+    expected |= {f"layer{i}": [getattr(method.model, f"layer{i}")] for i in (1, 2, 3, 4)}
+    expected |= {name: [getattr(method, name)] for name in ("projection_model", "prediction_model")}
+    assert parts == {
+        name: sum(p.numel() for module in modules for p in module.parameters()) for name, modules in expected.items()
+    }
+    flops = {part.name: part.flops for part in count.heads(method.state_dict())}
+    assert flops["prediction_model"] == 2 * (16 * 32 + 32 * 16)

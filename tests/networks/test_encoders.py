@@ -1,0 +1,239 @@
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import ws_resnet
+from moco import SelfSupervisedMethod
+from model_params import ModelParams
+from self_supervised import catalogue
+from self_supervised.networks import encoders
+from self_supervised.networks.pretrained import load_encoder
+
+
+def build(name, size=32, **fields):
+    dataset = {1: "digits"}.get(fields.get("in_channels"), "cifar10")
+    return encoders.get_encoder(
+        ModelParams(encoder_arch=name, transform_crop_size=size, dataset_name=dataset, **fields)
+    )
+
+
+REGNETS = ("regnet_x_400mf", "regnet_y_400mf")  # cannot be built on meta; the larger ones are the same code
+HAS_SIDE_CLASSIFIERS = ("googlenet", "inception_v3")  # in training mode
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in catalogue.torchvision_models() if not n.startswith("regnet") or n in REGNETS]
+)
+def test_every_torchvision_classifier_gives_n_by_e(name):
+    """On the meta device: shapes without the arithmetic."""
+    size = 299 if name == "inception_v3" else 224
+    with torch.device("cpu" if name in REGNETS else "meta"):
+        encoder, width = encoders.without_classifier(encoders.build(name, None, size), name)
+    encoder.to("meta").train(name in HAS_SIDE_CLASSIFIERS)
+    frames = (16,) if name in catalogue.video_models() else ()
+    assert encoder(torch.zeros(2, 3, *frames, size, size, device="meta")).shape == (2, width)
+    assert not any(getattr(layer, "out_features", 0) in (1000, 400) for layer in encoder.modules())
+
+
+def test_what_is_left_is_the_classifiers_input():
+    """The encoder's output times the removed layer is torchvision's output."""
+    for name in ("resnet18", "mobilenet_v3_small", "convnext_tiny", "squeezenet1_1"):
+        torch.manual_seed(0)
+        model = torchvision.models.get_model(name).eval()
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            expected = model(x)
+            last_type = nn.Conv2d if name.startswith("squeezenet") else nn.Linear
+            last = [layer for layer in model.modules() if isinstance(layer, last_type)][-1]
+            found = encoders.without_classifier(model, name)[0](x)
+            if name.startswith("squeezenet"):  # its classifier sits before the pooling
+                assert found.shape == (1, 512)
+            else:
+                assert torch.allclose(last(found), expected, atol=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "ws_resnet18"])
+def test_low_resolution_stem(name):
+    encoder, width = build(name, size=32)
+    stem = encoder.conv1
+    assert (stem.kernel_size, stem.stride, stem.padding) == ((3, 3), (1, 1), (1, 1))
+    assert isinstance(encoder.maxpool, nn.Identity) and width == 512
+    assert isinstance(stem, ws_resnet.Conv2d) == name.startswith("ws")
+    maps = []
+    encoder.layer1.register_forward_hook(lambda module, inputs, output: maps.append(output.shape[2:]))
+    encoder(torch.zeros(2, 3, 32, 32))
+    assert maps == [(32, 32)]
+    assert build(name, size=96)[0].conv1.kernel_size == (7, 7)
+    assert build(name, size=32, low_resolution_stem=False)[0].conv1.kernel_size == (7, 7)
+    assert build(name, size=96, low_resolution_stem=True)[0].conv1.kernel_size == (3, 3)
+
+
+@pytest.mark.parametrize("name, last", [("resnet18", "bn2"), ("resnext50_32x4d", "bn3"), ("ws_resnet18", "bn2")])
+def test_residual_blocks_that_begin_as_the_identity(name, last):
+    encoder, _ = build(name, size=64, zero_init_residual=True)
+    weights = dict(encoder.named_parameters())
+    assert all(
+        bool(weights[key].any()) != key.endswith(f"{last}.weight")
+        for key in weights
+        if ".bn" in key and "weight" in key
+    )
+    block, x = (
+        encoder.layer1[1].eval(),
+        torch.rand(1, encoder.layer1[0].conv1.in_channels * (1 if last == "bn2" else 4), 8, 8),
+    )
+    assert torch.equal(block(x), x)
+    with pytest.raises(ValueError, match="zero_init_residual=True does not fit encoder_arch='vit_b_32'"):
+        build("vit_b_32", zero_init_residual=True)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "ws_resnet18", "shufflenet_v2_x0_5", "vit_b_32"])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_any_number_of_channels(name, channels):
+    encoder, width = build(name, size=64, in_channels=channels)
+    assert encoder.eval()(torch.zeros(1, channels, 64, 64)).shape == (1, width)
+
+
+def test_weights_from_a_file_with_and_without_classifier(tmp_path):
+    torch.manual_seed(1)
+    source = torchvision.models.resnet18()
+    torch.save(source.state_dict(), tmp_path / "full.pt")
+    encoder, _ = build("resnet18", size=64, encoder_weights=str(tmp_path / "full.pt"))
+    source.fc = nn.Identity()
+    torch.save(source.state_dict(), tmp_path / "headless.pt")
+    twin, _ = build("resnet18", size=64, encoder_weights=str(tmp_path / "headless.pt"))
+    for key, value in source.state_dict().items():
+        assert torch.equal(encoder.state_dict()[key], value) and torch.equal(twin.state_dict()[key], value)
+    torch.save({"conv1.weight": source.conv1.weight.detach()}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"encoder_weights=.*part.pt. .*missing: bn1.weight"):
+        build("resnet18", size=64, encoder_weights=str(tmp_path / "part.pt"))
+
+
+def test_unknown_weights_are_refused_with_the_choices():
+    with pytest.raises(
+        ValueError, match="encoder_weights='IMAGENET' is no file, and resnet50 has only .*IMAGENET1K_V2"
+    ):
+        build("resnet50", encoder_weights="IMAGENET")
+    with pytest.raises(ValueError, match="no published weights of ws_resnet18"):
+        build("ws_resnet18", encoder_weights="DEFAULT")
+
+
+def test_width_is_checked():
+    assert build("resnet18", embedding_dim=512)[1] == 512
+    with pytest.raises(ValueError, match="embedding_dim=2048, but resnet18 gives 512"):
+        build("resnet18", embedding_dim=2048)
+
+
+def test_an_encoder_that_cannot_take_the_images_is_refused_when_built():
+    with pytest.raises(ValueError, match=r"encoder_arch='alexnet' cannot encode images of shape \(1, 3, 32, 32\)"):
+        build("alexnet")
+
+
+def test_own_module():
+    params = SimpleNamespace(encoder_arch="module", embedding_dim=None, input_shape=(3, 8, 8))
+    own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder, width = encoders.get_encoder(params, own)
+    assert encoder is own and width == 4 and own.training and own[1].num_batches_tracked == 0
+    with pytest.raises(ValueError, match=r"got \(1, 4, 1, 1\): flatten or pool"):
+        encoders.get_encoder(params, own[:3])
+    with pytest.raises(ValueError, match="needs encoder=your_module"):
+        encoders.get_encoder(params)
+    with pytest.raises(ValueError, match="encoder_arch='resnet18' needs no encoder"):
+        encoders.get_encoder(ModelParams(), own)
+
+
+def test_timm_where_it_is_installed():
+    if importlib.util.find_spec("timm") is None:
+        with pytest.raises(ValueError, match="timm, which is not installed: pip install timm"):
+            ModelParams(encoder_arch="timm:resnet10t")
+    else:
+        encoder, width = build("timm:resnet10t", size=64, in_channels=1)
+        assert encoder.eval()(torch.zeros(1, 1, 64, 64)).shape == (1, width)
+        with pytest.raises(ValueError, match="Nearest: .*resnet10t"):
+            ModelParams(encoder_arch="timm:resnet10")
+
+
+def test_timms_vit_is_built_for_the_size_of_the_images(tmp_path):
+    """By name, from a checkpoint's settings, and from tensors alone, whose positions say the size."""
+    pytest.importorskip("timm")
+    fields = {"encoder_arch": "timm:vit_tiny_patch16_224", "dataset_name": "stl10"}
+    model = SelfSupervisedMethod(**fields, K=64, seed=0)
+    assert model.hparams.embedding_dim == 192 and model.model.built_for == {"img_size": 96}
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "own.ckpt")
+    torch.save(model.model.state_dict(), tmp_path / "bare.pt")
+    images = torch.randint(255, (2, 3, 96, 96), dtype=torch.uint8)
+    own, bare = load_encoder(tmp_path / "own.ckpt"), load_encoder(tmp_path / "bare.pt")
+    assert bare.params.crop_size == 96 and bare.params.encoder_arch.startswith("timm:vit_tiny")
+    assert own.embed(images).shape == bare.embed(images).shape == (2, 192)
+    with pytest.raises(ValueError, match="pos_embed"):
+        load_encoder(tmp_path / "own.ckpt", transform_crop_size=64)
+
+
+def clips(name, size=16, frames=4, **fields):
+    params = ModelParams(
+        dataset_name="kinetics", encoder_arch=name, transform_crop_size=size, num_frames=frames, **fields
+    )
+    return encoders.get_encoder(params)
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18", "swin3d_t", "s3d"])
+def test_encoders_of_clips_by_name(name):
+    """The encoder, followed by the layer that was removed, is torchvision's model with the same weights."""
+    size, frames = (16, 4) if name != "s3d" else (96, 10)
+    encoder, width = clips(name, size, frames)
+    reference, x = torchvision.models.get_model(name).eval(), torch.randn(2, 3, frames, size, size)
+    last = [layer for layer in reference.modules() if isinstance(layer, nn.Conv3d if name == "s3d" else nn.Linear)][-1]
+    missing = encoder.load_state_dict(reference.state_dict(), strict=False)
+    assert not missing.missing_keys and len(missing.unexpected_keys) == 2
+    with torch.no_grad():
+        embeddings = encoder.eval()(x)
+        assert embeddings.shape == (2, width)
+        if name == "s3d":  # torchvision's pooling takes no clips as small as this
+            embeddings, reference.avgpool = embeddings[:, :, None, None, None], nn.AdaptiveAvgPool3d(1)
+        assert torch.allclose(last(embeddings).flatten(1), reference(x), atol=1e-5)
+
+
+def test_large_clips_are_pooled_as_torchvision_does():
+    assert isinstance(clips("s3d", 224, 16)[0].avgpool, nn.AvgPool3d)
+    x = torch.randn(1, 4, 2, 7, 7)  # the smallest map that fits its window: at 14 frames of 224 pixels
+    pooled = encoders.build("s3d", None, 224).avgpool(x)
+    assert torch.allclose(pooled, encoders.build("s3d", None, 223).avgpool(x), atol=1e-6)
+
+
+def test_multiscale_transformers_take_clips_of_one_size():
+    encoder, width = clips("mvit_v2_s", 224, 16)
+    assert width == 768
+    with pytest.raises(ValueError, match="num_frames=16 .is 8. and transform_crop_size=224 .is 112."):
+        clips("mvit_v2_s", 112, 8)
+
+
+def test_too_few_frames_are_named():
+    with pytest.raises(
+        ValueError, match=r"cannot encode clips of shape \(1, 3, 4, 32, 32\) \(num_frames, transform_cr"
+    ):
+        clips("s3d", 32, 4)
+
+
+def test_any_number_of_channels_of_clips():
+    for name in ("r3d_18", "swin3d_t"):
+        encoder, width = clips(name, in_channels=2, image_mean=[0.5] * 2, image_std=[0.2] * 2)
+        assert encoder.eval()(torch.zeros(1, 2, 4, 16, 16)).shape == (1, width)
+
+
+def test_images_and_clips_are_told_apart():
+    with pytest.raises(ValueError, match="'resnet18' encodes images, and dataset_name='kinetics' has clips.*r3d_18"):
+        clips("resnet18")
+    with pytest.raises(ValueError, match="'r3d_18' encodes clips, and dataset_name='cifar10' has images"):
+        build("r3d_18")
+    with pytest.raises(ValueError, match="for clips .*Nearest: r3d_18"):
+        ModelParams(encoder_arch="r3d18")
+
+
+def test_an_own_encoder_of_clips_has_the_layout_of_clips():
+    own = nn.Sequential(nn.Conv3d(3, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    params = ModelParams(dataset_name="kinetics", encoder_arch="module", transform_crop_size=16)
+    encoder, width = encoders.get_encoder(params, own)
+    assert width == 4 and own[0].weight.is_contiguous(memory_format=torch.channels_last_3d)

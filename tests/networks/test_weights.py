@@ -1,0 +1,650 @@
+"""A file of every system, made of real networks under its key names, gives that system's own network."""
+
+import argparse
+import copy
+import json
+import os
+import sys
+import urllib.error
+from functools import cache
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import ws_resnet
+from linear_classifier import LinearClassifierMethod
+from moco import SelfSupervisedMethod
+from self_supervised.networks import encoders
+from self_supervised.networks.pretrained import load_encoder
+from self_supervised.safe_files import StandIn, safe_load
+
+
+@cache
+def network(name: str = "resnet18", seed: int = 0, stem: str | None = None) -> nn.Module:
+    """A network without its classifier. stem="cifar": that of the original and of solo-learn."""
+    torch.manual_seed(seed)
+    model = torchvision.models.get_model(name)
+    if hasattr(model, "fc"):
+        model.fc = nn.Identity()
+    if stem == "cifar":
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, padding=2, bias=False), nn.Identity()
+    return shaken(model)
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Other statistics in every batch norm than the initial ones."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1), layer.running_var.uniform_(0.5, 2), layer.num_batches_tracked.fill_(7)
+    return model.eval()
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def twin(name: str = "resnet18", **kwargs) -> dict[str, Tensor]:
+    """The momentum copy: the same names with other values, which must not be taken."""
+    return network(name, seed=1, **kwargs).state_dict()
+
+
+MLP = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)).state_dict()
+QUEUE = {"queue": torch.randn(4, 8), "queue_ptr": torch.zeros(1, dtype=torch.long)}
+
+
+def moco() -> tuple[dict, nn.Module, int]:
+    heads = {key: under("fc.", {"0.weight": torch.randn(8, 512), "2.weight": torch.randn(4, 8)}) for key in "qk"}
+    state = {**under("encoder_q.", own() | heads["q"]), **under("encoder_k.", twin() | heads["k"]), **QUEUE}
+    return {"epoch": 200, "arch": "resnet18", "state_dict": under("module.", state), "optimizer": {}}, network(), 64
+
+
+def own(name: str = "resnet18", **kwargs) -> dict[str, Tensor]:
+    return network(name, **kwargs).state_dict()
+
+
+def moco_v3():
+    state = {**under("base_encoder.", own() | under("fc.", MLP)), **under("predictor.", MLP)}
+    state |= under("momentum_encoder.", twin() | under("fc.", MLP))
+    return {"epoch": 100, "arch": "resnet18", "state_dict": under("module.", state)}, network(), 64
+
+
+def barlowtwins_backbone():
+    return own("resnet50"), network("resnet50"), 64
+
+
+def barlowtwins():
+    state = {**under("backbone.", own()), **under("projector.", MLP), "bn.running_mean": torch.zeros(4)}
+    return {"epoch": 3, "model": under("module.", state), "optimizer": {"param_groups": []}}, network(), 64
+
+
+def vicreg():
+    """Its optimizer's state names a function of its script."""
+    state = {**under("backbone.", own()), **under("projector.", MLP)}
+    groups = [{"lr": 0, "weight_decay_filter": sys.modules["__main__"].exclude_bias_and_norm}]
+    return {"epoch": 3, "model": under("module.", state), "optimizer": {"param_groups": groups}}, network(), 64
+
+
+def lightly():
+    """backbone = nn.Sequential(*list(resnet.children())[:-1]), as in its examples."""
+    sequential = nn.Sequential(*list(network().children())[:-1])
+    other = nn.Sequential(*list(network(seed=1).children())[:-1])
+    state = {**under("backbone.", sequential.state_dict()), **under("projection_head.layers.", MLP)}
+    state |= {**under("backbone_momentum.", other.state_dict()), **under("projection_head_momentum.layers.", MLP)}
+    content = {"epoch": 9, "pytorch-lightning_version": "2.6.0", "state_dict": state, "hyper_parameters": {}}
+    return content, nn.Sequential(sequential, nn.Flatten()), 64
+
+
+def lightlys_generator():
+    """Where lightly is installed (benchmarks/requirements.txt)."""
+    return pytest.importorskip("lightly.models").ResNetGenerator
+
+
+def lightlys_own_resnet():
+    """Numbered, it has no ReLU after the stem: F.relu is no child."""
+    children = list(shaken(lightlys_generator()("resnet-18")).children())[:-1]
+    backbone = nn.Sequential(*children, nn.AdaptiveAvgPool2d(1)).eval()
+    state = {**under("backbone.", backbone.state_dict()), **under("projection_head.layers.", MLP)}
+    return {"state_dict": state}, nn.Sequential(backbone, nn.Flatten()), 32
+
+
+def lightlys_own_resnet_unnumbered():
+    resnet = shaken(lightlys_generator()("resnet-18"))
+    state = {**under("backbone.", resnet.state_dict()), **under("projection_head.layers.", MLP)}
+    resnet = copy.deepcopy(resnet)
+    resnet.linear = nn.Identity()
+    return {"state_dict": state}, resnet, 32
+
+
+def lightly_backbone():
+    """As its tutorials save it."""
+    sequential = nn.Sequential(*list(network().children())[:-1])
+    return {"resnet18_parameters": sequential.state_dict()}, nn.Sequential(sequential, nn.Flatten()), 64
+
+
+def solo_learn():
+    state = {**under("backbone.", own(stem="cifar")), **under("momentum_backbone.", twin(stem="cifar")), **QUEUE}
+    state |= {"classifier.weight": torch.randn(10, 512), "classifier.bias": torch.randn(10), **under("projector.", MLP)}
+    return {"epoch": 9, "state_dict": state, "loops": {}}, network(stem="cifar"), 32
+
+
+def solo_learn_first_versions():
+    state = {**under("encoder.", own()), **under("momentum_encoder.", twin()), **under("projector.", MLP)}
+    return {"state_dict": {**state, "classifier.weight": torch.randn(10, 512)}}, network(), 64
+
+
+def openselfsup():
+    """It keeps the trained backbone twice."""
+    state = {**under("backbone.", own()), **under("encoder_q.0.", own()), **under("encoder_q.1.mlp.", MLP)}
+    state |= {**under("encoder_k.0.", twin()), **under("encoder_k.1.mlp.", MLP), **QUEUE}
+    return {"meta": {"epoch": 200, "config": "..."}, "state_dict": state}, network(), 64
+
+
+def mmselfsup():
+    state = {**under("backbone.", own()), **under("neck.", MLP), **under("target_net.module.0.", twin())}
+    return {"meta": {"seed": 0}, "state_dict": state}, network(), 64
+
+
+def mmselfsup_extracted():
+    return {"state_dict": own(), "author": "MMSelfSup"}, network(), 64
+
+
+def dino():
+    def student_or_teacher(state):
+        return {**under("backbone.", state), **under("head.mlp.", MLP)}
+
+    content = {"student": under("module.", student_or_teacher(twin())), "teacher": student_or_teacher(own())}
+    return {**content, "epoch": 5, "args": argparse.Namespace(arch="resnet18", seed=0)}, network(), 64
+
+
+def torchvision_classifier():
+    return (
+        {**own("vit_b_32"), **under("heads.head.", {"weight": torch.randn(9, 768), "bias": torch.randn(9)})},
+        headless_vit(),
+        224,
+    )
+
+
+@cache
+def headless_vit():
+    model = copy.deepcopy(network("vit_b_32"))
+    model.heads = nn.Identity()
+    return model
+
+
+def torchvision_training():
+    state = {**own(), "fc.weight": torch.randn(9, 512), "fc.bias": torch.randn(9)}
+    return {"model": state, "epoch": 1, "args": argparse.Namespace(model="resnet18")}, network(), 64
+
+
+def timm_training():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=9)
+    state = copy.deepcopy(model.state_dict())
+    model.reset_classifier(0)
+    return {"arch": "vit_tiny_patch16_224", "version": 2, "state_dict": state}, model.eval(), 224
+
+
+def timm_state_dict():
+    content, model, size = timm_training()
+    return content["state_dict"], model, size
+
+
+def compiled_and_wrapped():
+    return {"state_dict": under("_orig_mod.module.", own())}, network(), 64
+
+
+def of_an_unknown_system():
+    return {"state_dict": {**under("net.", own()), "temperature": torch.ones(1)}}, network(), 64
+
+
+def ours_exported():
+    settings = {"encoder_arch": "resnet18", "in_channels": 3, "low_resolution_stem": False, "transform_crop_size": 64}
+    constants = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "dataset_name": "stl10"}
+    return {"state_dict": own(), "self_supervised": settings | constants}, network(), 64
+
+
+def the_original_on_cifar10():
+    settings = {
+        "encoder_arch": "resnet18",
+        "embedding_dim": 512,
+        "dataset_name": "cifar10",
+        "lr": 0.5,
+        "K": 8,
+        "dim": 4,
+    }
+    state = {**under("model.", own(stem="cifar")), **under("lagging_model.", twin(stem="cifar")), **QUEUE}
+    state |= under("projection_model.net.", MLP)
+    return {"state_dict": state, "hyper_parameters": settings}, network(stem="cifar"), 32
+
+
+SYSTEMS = {
+    "moco": (moco, "moco", "fc. (2), encoder_k. (122), queue, queue_ptr"),
+    "moco v3": (moco_v3, "moco v3", "fc. (9), predictor. (9), momentum_encoder. (129)"),
+    "barlowtwins, resnet50.pth": (barlowtwins_backbone, "names of torchvision or timm", ""),
+    "barlowtwins": (barlowtwins, "barlowtwins", "projector. (9), bn. (1)"),
+    "vicreg": (vicreg, "vicreg", "projector. (9)"),
+    "lightly": (lightly, "lightly", "backbone_momentum. (120)"),
+    "lightly's own resnet": (lightlys_own_resnet, "lightly", "projection_head. (9)"),
+    "lightly's own resnet, unnumbered": (
+        lightlys_own_resnet_unnumbered,
+        "lightly",
+        "linear. (2), projection_head. (9)",
+    ),
+    "lightly, backbone": (lightly_backbone, "names without a system", ""),
+    "solo-learn on CIFAR": (solo_learn, "solo-learn", "momentum_backbone. (120)"),
+    "solo-learn, first versions": (solo_learn_first_versions, "solo-learn", "momentum_encoder. (120)"),
+    "OpenSelfSup": (openselfsup, "OpenSelfSup or mmselfsup", "encoder_q. (129), encoder_k. (129)"),
+    "mmselfsup": (mmselfsup, "OpenSelfSup or mmselfsup", "neck. (9), target_net. (120)"),
+    "mmselfsup, extracted": (mmselfsup_extracted, "names of torchvision or timm", ""),
+    "dino": (dino, "dino", "head. (9)"),
+    "torchvision": (torchvision_classifier, "names of torchvision or timm", "heads. (2)"),
+    "torchvision's training": (torchvision_training, "names of torchvision or timm", "fc. (2)"),
+    "timm's training": (timm_training, "names of torchvision or timm", "head. (2)"),
+    "timm": (timm_state_dict, "names of torchvision or timm", "head. (2)"),
+    "compiled and wrapped": (compiled_and_wrapped, "names of torchvision or timm", ""),
+    "unknown system": (of_an_unknown_system, "encoder under net.", "temperature"),
+    "exported": (ours_exported, "self_supervised, exported", ""),
+    "the original on CIFAR-10": (the_original_on_cifar10, "self_supervised, the original", "lagging_model. (120)"),
+}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A function of vicreg's main program, which is not there when the file is read."""
+
+    def exclude_bias_and_norm(p):
+        raise AssertionError("this ran")
+
+    exclude_bias_and_norm.__module__, exclude_bias_and_norm.__qualname__ = "__main__", "exclude_bias_and_norm"
+    monkeypatch.setattr(sys.modules["__main__"], "exclude_bias_and_norm", exclude_bias_and_norm, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_file_of_every_system_gives_that_systems_network(system, tmp_path, script):
+    make, layout, left_out = SYSTEMS[system]
+    content, source, size = make()
+    torch.save(content, tmp_path / "weights.pth")
+    script.undo()
+    encoder = load_encoder(tmp_path / "weights.pth")
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = source(x)
+        found = encoder(x)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    report = encoder.report
+    assert report.layout == layout and report.matched == len(encoder.model.state_dict())
+    assert left_out in str(report) and f"all {report.matched} tensors" in str(report)
+    assert encoder.params.crop_size == (size if size != 64 or system == "exported" else 224)
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+
+
+# ---- what is read back of our own ----
+
+
+def test_our_checkpoint_says_everything_itself(small, tmp_path):
+    settings = {"encoder_arch": "ws_resnet18", "in_channels": 1, "image_mean": [0.3], "image_std": [0.7]}
+    model = SelfSupervisedMethod(small("byol", **settings)).eval()
+    save(model, tmp_path / "ours.ckpt")
+    encoder = load_encoder(tmp_path / "ours.ckpt")
+    assert encoder.report.layout == "self_supervised" and "assumed" not in str(encoder.report)
+    assert "lagging_model. (60)" in str(encoder.report) and encoder.started_from is None
+    assert (encoder.params.encoder_arch, encoder.params.low_resolution, encoder.params.crop_size) == (
+        "ws_resnet18",
+        True,
+        8,
+    )
+    assert (encoder.params.mean, encoder.params.std, encoder.params.dataset_name) == ((0.3,), (0.7,), "digits")
+    images = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
+    expected = model((images / 255 - 0.3) / 0.7)
+    assert torch.allclose(encoder.embed(images), expected, rtol=1e-4, atol=1e-5)
+    assert encoder.train() is encoder and not encoder.model.training
+
+
+def save(model, path, **more) -> None:
+    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    model.on_save_checkpoint(checkpoint)
+    torch.save({**checkpoint, **more}, path)
+
+
+def test_our_export_as_safetensors(tmp_path):
+    content, source, _ = ours_exported()
+    metadata = {"self_supervised": json.dumps(content["self_supervised"]), "format": "pt"}
+    safetensors.torch.save_file(content["state_dict"], tmp_path / "ours.safetensors", metadata)
+    encoder = load_encoder(tmp_path / "ours.safetensors")
+    assert encoder.report.layout == "self_supervised, exported"
+    assert (encoder.params.crop_size, encoder.params.mean, encoder.params.std) == (64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.allclose(encoder(x), source(x), rtol=1e-4, atol=1e-4)
+
+    safetensors.torch.save_file(under("module.encoder_q.", own()), tmp_path / "others.safetensors")
+    encoder = load_encoder(tmp_path / "others.safetensors")
+    assert encoder.report.layout == "encoder under encoder_q." and torch.equal(
+        encoder(x), load_encoder(tmp_path / "ours.safetensors")(x)
+    )
+    (tmp_path / "damaged.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match="damaged.safetensors is damaged, or no safetensors file"):
+        load_encoder(tmp_path / "damaged.safetensors")
+
+
+def test_a_module_of_ones_own_keeps_its_names(tmp_path):
+    """Numbered like lightly's, but it is not lightly's."""
+    model = SelfSupervisedMethod(dataset_name="cifar10", encoder=numbered(), K=8).eval()
+    save(model, tmp_path / "ours.ckpt")
+    with pytest.raises(ValueError, match="needs encoder=your_module"):
+        load_encoder(tmp_path / "ours.ckpt")
+    torch.manual_seed(5)
+    encoder = load_encoder(tmp_path / "ours.ckpt", encoder=numbered())
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(encoder(x), model(x)) and encoder.params.encoder_arch == "module"
+    with pytest.raises(
+        ValueError, match=r"does not hold a module .*unexpected: 0.weight, .* shape: 1.weight \(64,\) instead"
+    ):
+        load_encoder(tmp_path / "ours.ckpt", encoder=nn.Sequential(nn.Flatten(), nn.Linear(3072, 512)))
+
+
+def numbered() -> nn.Module:
+    return nn.Sequential(*list(torchvision.models.resnet18().children())[:-1], nn.Flatten())
+
+
+def test_what_the_pretraining_started_from(small, trainer, tmp_path):
+    torch.save(own("shufflenet_v2_x0_5"), tmp_path / "start.pth")
+    channels = {"in_channels": 3, "evaluations": []}
+    model, fit = SelfSupervisedMethod(small(encoder_weights="start.pth", **channels)), trainer(limit_val_batches=0)
+    assert torch.equal(model.model.conv1[0].weight, network("shufflenet_v2_x0_5").conv1[0].weight)
+    fit.fit(model)
+    fit.save_checkpoint(tmp_path / "trained.ckpt")
+    encoder = load_encoder(tmp_path / "trained.ckpt")
+    assert encoder.started_from == encoder.report.started_from == str(tmp_path / "start.pth")
+    assert encoder.params.encoder_weights is None
+    again = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "trained.ckpt")
+    assert again.started_from == encoder.started_from and again.hparams.encoder_weights is None
+    for arch, name in {"resnet18": "resnet18:DEFAULT", "timm:resnet10t": "timm:resnet10t"}.items():
+        assert encoders.source_of_weights(small(encoder_arch=arch, encoder_weights="DEFAULT")) == name
+
+
+# ---- what the file does not say ----
+
+
+@pytest.mark.parametrize("name", ["resnext50_32x4d", "shufflenet_v2_x0_5", "regnet_y_400mf"])
+def test_the_architecture_is_found(name, tmp_path):
+    """RegNets must be named."""
+    torch.save(torchvision.models.get_model(name).state_dict(), tmp_path / "weights.pth")
+    named = {"encoder_arch": name} if name.startswith("regnet") else {}
+    assert load_encoder(tmp_path / "weights.pth", **named).params.encoder_arch == name
+
+
+def test_what_is_assumed_is_said(tmp_path):
+    """Group norm without weight standardization has the same names; many of timm's models have the same shapes."""
+    torch.save(ws_resnet.ws_resnet18().state_dict(), tmp_path / "gn.pth")
+    report = str(load_encoder(tmp_path / "gn.pth").report)
+    assert "ws_resnet18 loaded; left out: fc. (2); assumed: size and norm" in report and "weight standard" in report
+    torch.save(timm_state_dict()[0], tmp_path / "vit.pth")
+    assert "timm:vit_tiny_patch16_224 of all models" in str(load_encoder(tmp_path / "vit.pth").report)
+    named = load_encoder(tmp_path / "vit.pth", encoder_arch="timm:vit_tiny_patch16_224", dataset_name="stl10")
+    assert "; assumed" not in str(named.report) and named.params.crop_size == 224
+
+
+def test_stems_channels_and_old_files(tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet34()
+    model.conv1, model.maxpool, model.fc = nn.Conv2d(1, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
+    model = shaken(model)
+    old = {key: value for key, value in model.state_dict().items() if "num_batches" not in key}
+    torch.save(old, tmp_path / "gray.pth", _use_new_zipfile_serialization=False)
+    encoder = load_encoder(tmp_path / "gray.pth")
+    p = encoder.params
+    assert (p.encoder_arch, p.channels, p.low_resolution, p.crop_size) == ("resnet34", 1, True, 32)
+    assert (p.mean, p.std) == ((0.449,), (0.226,)) and "assumed: size and norm" in str(encoder.report)
+    images = torch.randint(256, (2, 1, 32, 32), dtype=torch.uint8)
+    assert torch.allclose(encoder.embed(images), model((images / 255 - 0.449) / 0.226), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="'stl10' has images of 3 channels, the encoder takes 1"):
+        load_encoder(tmp_path / "gray.pth", dataset_name="stl10")
+
+
+def test_the_originals_weight_standardized_resnet_on_cifar10(tmp_path):
+    """Its stem for CIFAR-10 was a plain convolution with padding 2."""
+    torch.manual_seed(0)
+    source = ws_resnet.ws_resnet18().eval()
+    source.conv1, source.maxpool, source.fc = nn.Conv2d(3, 64, 3, 1, 2, bias=False), nn.Identity(), nn.Identity()
+    settings = {"encoder_arch": "ws_resnet18", "embedding_dim": 512, "dataset_name": "cifar10"}
+    content = {"state_dict": under("model.", source.state_dict()), "hyper_parameters": settings}
+    torch.save(content, tmp_path / "original.ckpt")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(load_encoder(tmp_path / "original.ckpt")(x), source(x), rtol=1e-4, atol=1e-4)
+
+
+def test_moco_v3s_vit_small_has_other_heads_than_timms(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("vit_small_patch16_224", num_heads=12, num_classes=0).eval()
+    state = {**under("module.base_encoder.", source.state_dict()), **under("module.base_encoder.head.", MLP)}
+    state |= under("module.momentum_encoder.", {"cls_token": torch.zeros(1)})
+    torch.save({"arch": "vit_small", "state_dict": state}, tmp_path / "vit-s.pth.tar")
+    with pytest.raises(ValueError, match=r"12 heads .* encoder=timm.create_model\('vit_small_patch16_224'"):
+        load_encoder(tmp_path / "vit-s.pth.tar")
+    mine = timm.create_model("vit_small_patch16_224", num_heads=12, num_classes=0)
+    encoder, x = load_encoder(tmp_path / "vit-s.pth.tar", encoder=mine), torch.randn(1, 3, 224, 224)
+    assert torch.equal(encoder(x), source(x)) and encoder.report.layout == "moco v3"
+
+
+def test_objects_of_other_programs_are_not_made(tmp_path):
+    """mmengine keeps figures as NumPy's and in objects of its own."""
+    content = mmselfsup()[0] | {
+        "message_hub": {"loss": np.ones(3), "lr": np.float64(0.1)},
+        "args": argparse.Namespace(),
+    }
+    torch.save(content, tmp_path / "mm.pth")
+    read = safe_load(tmp_path / "mm.pth", of_others=True)
+    assert {type(read["args"]), *map(type, read["message_hub"].values())} == {StandIn}
+    assert load_encoder(tmp_path / "mm.pth").report.matched == 120
+    with pytest.raises(ValueError, match="mm.pth holds more than data"):
+        safe_load(tmp_path / "mm.pth")
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("touch it_ran",)
+
+
+@pytest.mark.parametrize("where", ["extra", "state_dict", "args"])
+def test_a_file_that_would_run_code_is_refused(where, tmp_path):
+    content = {"state_dict": own(), "args": argparse.Namespace()}
+    if where == "args":
+        content["args"].more = RunsCode()
+    elif where == "state_dict":
+        content["state_dict"] = {**own(), "more": RunsCode()}
+    else:
+        content["extra"] = RunsCode()
+    torch.save(content, tmp_path / "malicious.pth")
+    with pytest.raises(ValueError, match="malicious.pth holds more than data and would run code on loading"):
+        load_encoder(tmp_path / "malicious.pth")
+    assert not os.path.exists("it_ran")
+    torch.load(tmp_path / "malicious.pth", weights_only=False)
+    assert os.path.exists("it_ran")  # so it would have
+
+
+# ---- refusals ----
+
+
+def broken(change: str) -> dict:
+    content = moco()[0]
+    state = content["state_dict"]
+    if change == "missing":
+        del state["module.encoder_q.layer4.1.conv2.weight"]
+    elif change == "unexpected":
+        state["module.encoder_q.layer5.weight"] = torch.zeros(1)
+    elif change == "shape":
+        state["module.encoder_q.layer2.0.conv1.weight"] = torch.zeros(128, 64, 1, 1)
+    elif change == "count":
+        del state["module.encoder_q.bn1.num_batches_tracked"]
+    else:
+        content["state_dict"] = {k: v for k, v in state.items() if "encoder_q" not in k}
+    return content
+
+
+REFUSALS = {
+    "missing": r"does not hold a resnet18 \(read as moco\): missing: layer4.1.conv2.weight",
+    "unexpected": "unexpected: layer5.weight",
+    "shape": r"of another shape: layer2.0.conv1.weight \(128, 64, 1, 1\) instead of \(128, 64, 3, 3\)",
+    "count": "missing: bn1.num_batches_tracked",
+    "only the twin": "read as names without a system",
+}
+
+
+@pytest.mark.parametrize("change", REFUSALS)
+def test_anything_less_than_a_complete_encoder_is_refused(change, tmp_path):
+    torch.save(broken(change), tmp_path / "broken.pth")
+    with pytest.raises(ValueError, match=f"broken.pth.*{REFUSALS[change]}"):
+        load_encoder(tmp_path / "broken.pth", encoder_arch="resnet18")
+    if change == "missing":
+        with pytest.raises(
+            ValueError, match="no encoder of .* fits. .*broken.pth does not hold a resnet18.*missing: lay"
+        ):
+            load_encoder(tmp_path / "broken.pth")
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [torch.zeros(2)], {"state_dict": {}}, torch.zeros(2)])
+def test_files_without_named_tensors_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth is no checkpoint and no weights file"):
+        load_encoder(tmp_path / "other.pth")
+
+
+def test_names_and_paths_that_are_none():
+    with pytest.raises(FileNotFoundError, match="there is no file resnet50.pth"):
+        load_encoder("resnet50.pth")
+    with pytest.raises(FileNotFoundError, match="there is no file runs/step"):
+        load_encoder("runs/step")
+    with pytest.raises(ValueError, match="there is no file resnet51, and as a name: .*Nearest: .*resnet50"):
+        load_encoder("resnet51")
+    with pytest.raises(ValueError, match="resnet50 has only IMAGENET1K_V1, IMAGENET1K_V2"):
+        load_encoder("resnet50:V3")
+    with pytest.raises(ValueError, match="no published weights of ws_resnet18"):
+        load_encoder("ws_resnet18")
+    with pytest.raises(ValueError, match="timm publishes no weights resnet18.nobodys: .*resnet18.a1_in1k"):
+        load_encoder("timm:resnet18.nobodys")
+    with pytest.raises(ValueError, match="there is no file timm:resnet19, and as a name: .*Nearest: .*resnet18"):
+        load_encoder("timm:resnet19")
+
+
+# ---- published weights, from a cache filled here ----
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torch.hub's cache with a ResNet-18 under the name of torchvision's file."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    path = folder / torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    torch.save({**own(), "fc.weight": torch.randn(1000, 512), "fc.bias": torch.randn(1000)}, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18:IMAGENET1K_V1"])
+def test_published_by_torchvision(name, hub):
+    encoder = load_encoder(name)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.allclose(encoder(x), network()(x), rtol=1e-4, atol=1e-4)
+    assert str(encoder.report) == f"{name}: published, all 120 tensors of resnet18 loaded"
+    p = encoder.params
+    assert (p.crop_size, p.mean, p.std) == (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert p.encoder_weights is None and p.dataset_name == "imagenet"
+    for change in ({"in_channels": 1, "image_mean": [0.4], "image_std": [0.2]}, {"low_resolution_stem": True}):
+        with pytest.raises(ValueError, match="would leave the first layer of resnet18.* without its published weights"):
+            load_encoder(name, **change)
+    p = load_encoder(name, dataset_name="stl10", transform_crop_size=96).params
+    assert (p.crop_size, p.mean, p.dataset_name) == (96, (0.485, 0.456, 0.406), "stl10")
+
+
+@pytest.mark.parametrize("variable", ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "OTHER"])
+def test_published_files_run_no_code_whatever_the_environment_says(variable, hub, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    assert load_encoder("resnet18").report.matched == 120
+    torch.save({**own(), "more": RunsCode()}, hub)
+    with pytest.raises(ValueError, match="published weights of resnet18 holds more than data and would run code"):
+        load_encoder("resnet18")
+    assert not os.path.exists("it_ran") and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    assert os.environ[variable] == "1"
+
+
+def test_published_by_timm(monkeypatch):
+    torch.manual_seed(0)
+    source = timm.create_model("resnet10t.c3_in1k", num_classes=0).eval()
+
+    def downloaded(model, **kwargs):
+        model.load_state_dict(source.state_dict())
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", downloaded)
+    encoder, x = load_encoder("timm:resnet10t.c3_in1k"), torch.randn(1, 3, 64, 64)
+    assert torch.allclose(encoder(x), source(x), rtol=1e-4, atol=1e-4)
+    about = timm.get_pretrained_cfg("resnet10t.c3_in1k")
+    assert (encoder.params.crop_size, encoder.params.mean) == (about.input_size[-1], about.mean)
+
+
+def test_without_a_connection(monkeypatch):
+    def fails(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fails)
+    with pytest.raises(OSError, match="resnet18 could not be downloaded .*no route.*get the file elsewhere"):
+        load_encoder("resnet18")
+
+
+# ---- who uses it ----
+
+
+def test_the_linear_stage_takes_any_of_them(tmp_path):
+    torch.save(moco()[0], tmp_path / "moco.pth")
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "moco.pth", dataset_name="stl10", lr=0.5)
+    assert torch.equal(linear.model.layer4[1].conv2.weight, network().layer4[1].conv2.weight)
+    p = linear.params
+    assert (p.crop_size, p.mean, p.dataset_name, p.lr) == (224, (0.485, 0.456, 0.406), "stl10", 0.5)
+    assert linear.classifier.out_features == 10 and linear.view.crop_size == 224
+
+
+def test_transfer_keeps_size_and_constants_of_the_pretraining(tmp_path):
+    model = SelfSupervisedMethod(dataset_name="cifar10", encoder_arch="resnet18", K=8, num_data_workers=3)
+    save(model, tmp_path / "ours.ckpt")
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "ours.ckpt", dataset_name="stl10")
+    assert linear.params.mean == model.params.mean and linear.params.std == model.params.std
+    assert linear.params.crop_size == 32 and linear.model.conv1.kernel_size == (3, 3)
+    assert linear.params.num_data_workers == 3 and linear.hparams.dataset_name == "stl10"
+    with pytest.raises(ValueError, match="dataset_name='nowhere' is unknown"):
+        load_encoder(tmp_path / "ours.ckpt", dataset_name="nowhere")
+
+
+def test_pretraining_starts_from_any_of_them(small, tmp_path):
+    torch.save(lightly()[0], tmp_path / "lightly.ckpt")
+    start = small(encoder_arch="resnet18", encoder_weights="lightly.ckpt", in_channels=3, low_resolution_stem=False)
+    model = SelfSupervisedMethod(start)
+    for key, value in own().items():
+        assert torch.equal(model.model.state_dict()[key], value), key
+    with pytest.raises(ValueError, match="encoder_weights='lightly.ckpt' .*missing: layer1.2"):
+        SelfSupervisedMethod(small(encoder_arch="resnet34", encoder_weights="lightly.ckpt"))
+
+
+# ---- encoders of clips ----
+
+
+def test_clips_from_a_file_and_published(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    source = torchvision.models.get_model("r3d_18").eval()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub/checkpoints" / torchvision.models.video.R3D_18_Weights.DEFAULT.url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    torch.save(source.state_dict(), path)
+    source.fc, x = nn.Identity(), torch.randint(256, (1, 3, 8, 112, 112), dtype=torch.uint8)
+    named, found = load_encoder("r3d_18"), load_encoder(path, transform_crop_size=112)
+    assert named.params.mean == (0.43216, 0.394666, 0.37645) and named.params.input_shape == (3, 8, 112, 112)
+    assert found.params.encoder_arch == "r3d_18" and found.params.dataset_name == "kinetics"
+    assert torch.allclose(named.embed(x), source(named.prepare(x)), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.embed(x), source(found.prepare(x)), rtol=1e-4, atol=1e-4)
+    several = torch.stack([x, x.flip(2)], 1)  # [N, K, C, T, H, W]: the mean over the clips of a video
+    expected = (source(named.prepare(x)) + source(named.prepare(x.flip(2)))) / 2
+    assert torch.allclose(named.embed(several), expected, rtol=1e-4, atol=1e-4)

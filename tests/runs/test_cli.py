@@ -1,0 +1,530 @@
+"""The command line: options, configuration files, what a run leaves, what differs between runs."""
+
+import csv
+import inspect
+import json
+import re
+import shutil
+import statistics
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import attrs
+import pytest
+import torch
+import yaml
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+
+from moco import SelfSupervisedMethod
+from model_params import PRESETS, ModelParams
+from self_supervised import train
+from self_supervised.report import compare, tables
+from self_supervised.runs import command_line, dry_run, progress, run_folder
+from self_supervised.runs.command_line import RunOptions
+from self_supervised.training import milestones
+from self_supervised.training.monitor import GradientNorms
+
+pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore:save_best", "ignore::ResourceWarning")
+SMALL = "simclr --dataset_name digits --encoder_arch shufflenet_v2_x0_5 --batch_size 64 --dim 16 --mlp_hidden_dim 32"
+RUN = (
+    f"{SMALL} --max_epochs 3 --limit_train_batches 2 --evaluations knn --seed 3 --save_best valid_knn20_acc,"
+    "step_train_loss --save_every_n_epochs 2 --log_gradient_norms --deterministic --linear_epochs 1 --linear_lr 0.1 "
+    "--out {out}"
+)
+
+
+def parse(line: str):
+    return command_line.parse(line.split())
+
+
+def refused(line: str, capsys) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        parse(line)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.fixture(scope="module")
+def run(finished_run) -> Path:
+    out = finished_run(RUN)
+    torch.use_deterministic_algorithms(False)
+    return out
+
+
+def main(line: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
+    train.main()
+
+
+# ---- options ----
+
+
+def test_help_shows_every_field_with_its_comment_type_and_the_presets_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as exit_:
+        parse("byol --help")
+    words = " ".join(capsys.readouterr().out.split())
+    assert exit_.value.code == 0
+    for kind in (ModelParams, RunOptions):
+        sources = "".join(inspect.getsource(base) for base in kind.__mro__ if attrs.has(base))
+        written = dict(re.findall(r"^    (\w+): .*?  # (.*)$", sources, re.M))
+        for attribute in attrs.fields(kind):
+            heading, comment = command_line.described(kind)[attribute.name]
+            assert comment and f"--{attribute.name} " in words and f"{heading}:" in words, attribute.name
+            assert written.get(attribute.name, comment) == comment and f"{comment} (default" in words, attribute.name
+    assert "--optimizer_name sgd|lars|adamw|adam lars: for large batches (default: lars)" in words
+    assert "--T number temperature (default: 0.2)" in words
+    assert f"{ModelParams.__doc__.split('.')[0]}:" not in words  # all of its fields are in sections
+
+
+def test_help_without_a_preset_lists_them_by_what_they_set(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse("--help")
+    shown = capsys.readouterr().out
+    assert exit_.value.code == 0 and all(f"\n{name} " in shown for name in PRESETS)
+    assert "exclude_matching_parameters_from_lars [.bias, .bn]" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("byol --learning_rate 1", "unknown option --learning_rate. Did you mean --lr, --lr_scaling"),
+        ("byol --temperature=1", "unknown option --temperature. Did you mean --T, "),
+        ("byol --epochs 1", "Did you mean --max_epochs, "),
+        ("byol stray", "unknown argument stray"),
+        ("byoll", "unknown preset byoll. Did you mean byol?"),
+        ("BYOL", "unknown preset BYOL. Did you mean byol?"),
+        ("byol simclr", "simclr is a preset: one is needed, as the first argument"),
+        ("--lr 1 byol", "which preset? the first argument must be one of moco_v2, "),
+        ("byol --max_ep 3", "unknown option --max_ep. Did you mean --max_epochs"),
+        ("byol --conf run.yaml", "unknown option --conf"),
+        ("byol --config a.yaml --config b.yaml", "--config is there twice"),
+        ("byol --max_time 10", "max_time='10' must be DD:HH:MM:SS"),
+        ("byol --lr -1", "lr=-1 must be above 0"),
+        ("byol --lr fast", "lr='fast' must be a number"),
+        ("byol --lr", "--lr: expected one argument"),
+        ("byol --transform_s [1,", "--transform_s: '[1,' is no YAML"),
+        ("byol --drop_last_batch perhaps", "drop_last_batch='perhaps' must be True or False"),
+        ("byol --config nowhere.yaml", "config=nowhere.yaml is no file"),
+        ("byol --logger tensorbord", "logger='tensorbord' is unknown"),
+        ("byol --save_best valid_loss:least", "save_best='valid_loss:least' must be"),
+        ("byol --limit_train_batches 1.5", "limit_train_batches=1.5 is no share"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(line, message, capsys):
+    assert message in refused(line, capsys)
+
+
+def test_a_logger_whose_package_is_missing_is_refused_with_the_way_out(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "mlflow" or None)
+    assert "pip install mlflow" in refused("byol --logger csv,mlflow", capsys)
+
+
+def test_values_are_what_python_would_have():
+    preset, options, params = parse(
+        "byol --lr 1e-3 --transform_s [1.0,0.1] --warmup_epochs none --drop_last_batch false --pin_data_memory "
+        "--use_momentum_schedule=False --mlp_normalization None --evaluations knn,rank_me --torch_compile true "
+        "--max_time 10:00:00:00 --devices 2 --sync_batchnorm --K 7"
+    )
+    assert preset == "byol"
+    assert params == PRESETS["byol"](
+        lr=0.001, transform_s=[1.0, 0.1], drop_last_batch=False, use_momentum_schedule=False, mlp_normalization=None,
+        evaluations=["knn", "rank_me"], torch_compile=True, K=7,
+    )  # fmt: skip
+    assert options == RunOptions(max_time="10:00:00:00", devices=2, sync_batchnorm=True)
+
+
+# ---- configuration files ----
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_configuration_file_is_the_same_run_to_the_bit(preset, tmp_path):
+    given = parse(
+        f"{preset} --lr 0.1234567890123456789 --weight_decay 1e-7 --seed 5 --max_time 10:00:00:00 --logger none"
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(command_line.to_yaml(*given))
+    assert parse(f"--config {path}") == given and parse(f"{preset} --config={path}") == given
+
+
+def test_options_win_over_the_file_wherever_they_stand_and_the_preset_fills_what_it_leaves_out(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: sce\nlr: 0.25\nT: 0.3\n")
+    for line in (f"--config {path} --lr 0.5", f"--lr 0.5 --config {path}"):
+        assert parse(line)[2] == PRESETS["sce"](lr=0.5, T=0.3)
+    assert "preset=byol contradicts sce" in refused(f"byol --config {path}", capsys)
+    path.write_text("preset: sce\nlearning_rate: 0.25\n")
+    assert "run.yaml: unknown setting learning_rate. Did you mean --lr" in refused(f"--config {path}", capsys)
+    path.write_text("lr: [")
+    assert "run.yaml is no YAML: while parsing" in refused(f"byol --config {path}", capsys)
+
+
+def test_print_config_prints_what_config_reads_and_leaves_nothing(monkeypatch, capsys, tmp_path):
+    main(f"{SMALL} --print_config --out elsewhere", monkeypatch)
+    printed = capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text(printed)
+    assert parse(f"--config {tmp_path / 'run.yaml'}")[2] == parse(SMALL)[2]
+    assert yaml.safe_load(printed)["preset"] == "simclr" and sorted(tmp_path.iterdir()) == [tmp_path / "run.yaml"]
+
+
+# ---- the dry run ----
+
+
+def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "160")
+    line = "byol" + SMALL.removeprefix("simclr") + " --lr_scaling linear --lr 0.4 --accumulate_grad_batches 2"
+    line += " --online_classifier true --online_classifier_lr 0.02 --final_weight_decay 0.0003"
+    main(f"{line} --max_epochs 3 --dry_run", monkeypatch)
+    shown = capsys.readouterr().out
+    model = SelfSupervisedMethod(parse(line)[2])
+    rows = [[cell.strip() for cell in row.strip("│").split("│")] for row in shown.splitlines() if row.startswith("│")]
+    cells = {row[0]: row[1:] for row in rows}
+    count = sum(weight.numel() for weight in model.model.parameters())
+    assert cells["encoder"] == ["shufflenet_v2_x0_5", "[N, 1024]", f"{count:,}", "yes"]
+    assert cells["predictor"] == ["16 -> 32 -> 16", "[N, 16]", f"{16 * 32 + 32 + 2 * 32 + 32 * 16 + 16:,}", "yes"]
+    assert cells["lagging encoder"][2:] == [f"{count:,}", "lags"]
+    assert cells["online classifier"] == ["1024 -> 10", "[N, 10]", "10,250", "yes"]
+    assert cells["2"][:2] == ["10,250", "online_classifier.weight"] and "0.01" in cells["2"][2:]
+    table, weights = model.parameter_table(), dict(model.named_parameters())
+    for adapted, decay in ((True, "0.0001 to 0.0003"), (False, "0")):
+        group = [r.name for r in table if r.adapted == adapted and r.lr == 0.4]
+        name, total = group[0], sum(weights[member].numel() for member in group)
+        row = cells[str(len(group))]
+        assert row[:2] == [f"{total:,}", name] and decay in row[2:]
+    assert "x 2 (accumulated batches) x 64 (images) = 128 images per optimizer step" in shown
+    assert cells["learning rate"] == ["lr 0.2"] and "30 steps, 10 an epoch" in shown  # 0.4 x 128 / 256; 1297 / 128
+    assert "1,297 for training, 500 for evaluation" in shown and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fitted_on", ["", "_trainset"])
+def test_the_dry_run_knows_the_figures_of_the_run_even_if_one_batch_has_only_one_class(fitted_on, monkeypatch):
+    def dry(params, make_trainer):
+        return SimpleNamespace(params=params, trainer=SimpleNamespace(callback_metrics={"step_train_loss": 1.0}))
+
+    monkeypatch.setattr(dry_run, "run", dry)
+    line = f"{SMALL} --dry_run --probe_on_training_set {bool(fitted_on)} --save_best step_train_loss:max,valid_rank_me,"
+    main(f"{line}valid_knn20_acc{fitted_on},valid_class_acc{fitted_on}", monkeypatch)
+    with pytest.raises(SystemExit, match="save_best='valid_clas_acc' is not logged: choose one of .*valid_class_acc"):
+        main(f"{line}valid_clas_acc", monkeypatch)
+
+
+# ---- the run's folder ----
+
+
+def rows_of(run: Path) -> list[dict]:
+    with (run / "pretraining" / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(("name", "choose"), [("valid_knn20_acc", max), ("step_train_loss", min)])
+def test_the_best_checkpoint_is_of_the_best_epoch(run, name, choose):
+    saved = torch.load(run / "pretraining" / "checkpoints" / f"best_{name}.ckpt", weights_only=True)
+    known = saved["callbacks"][f"Best{{{name}}}"]["best"]
+    if name == "valid_knn20_acc":  # of every epoch in metrics.csv; its first row is the random encoder
+        values = [float(row[name]) for row in rows_of(run) if row[name]][1:4]
+        assert known == choose(values) and saved["epoch"] == values.index(choose(values))
+    first = torch.load(run / "pretraining" / "checkpoints" / "epoch_0002.ckpt", weights_only=True)
+    assert (known == choose(known, first["callbacks"][f"Best{{{name}}}"]["best"])) and first["epoch"] == 1
+
+
+def test_the_folder_says_what_was_run_and_repeats_it(run):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    checkpoint = torch.load(run / "pretrained.ckpt", weights_only=True)
+    saved, saved_weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
+    assert {name: settings[name] for name in saved if name != "embedding_dim"} == {
+        name: value for name, value in saved.items() if name != "embedding_dim"
+    }
+    assert parse(f"--config {run / 'config.yaml'}")[2] == parse(RUN.format(out=run))[2]
+    assert (run / "command.txt").read_text() == f"self-supervised train {RUN.format(out=run)}\n"
+    (start,) = json.loads((run / "run.json").read_text())
+    assert start["versions"]["torch"] == torch.__version__.split("+")[0] and start["time"].startswith("20")
+    assert start["versions"]["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", start["versions"]["commit"])
+    table = (run / "parameters.txt").read_text().splitlines()
+    assert table[0].split() == ["parameter", "shape", "lr", "layer", "momentum", "decay"]
+    assert {line.split()[0] for line in table[1:]} < saved_weights.keys()
+    log = (run / "log.txt").read_text()
+    assert "images per optimizer step" in log and "valid_knn20_acc" in log and '"trained encoder"' in log
+    assert list((run / "pretraining").glob("events.out.tfevents.*")) and (run / "splits").is_dir()
+    norms = [float(row["grad_norm_model"]) for row in rows_of(run) if row.get("grad_norm_model")]
+    assert all(norm > 0 for norm in norms)
+
+
+def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tmp_path):
+    out = shutil.copytree(run, tmp_path / "copy")
+    with pytest.raises(SystemExit, match="holds an earlier run"):
+        main(RUN.format(out=out), monkeypatch)
+    line = RUN.format(out=out).replace(" --seed 3", " --resume auto --max_epochs 4 --lr 0.01")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
+        patch.setattr(train, "score", interrupted)
+        main(line, monkeypatch)
+    scores = json.loads((out / "results.json").read_text())
+    assert set(scores) == {"preset", "random encoder", "pretraining minutes"}  # the others were of the encoder before
+    assert tables.state(compare.read(out)) == "not finished: in epoch 4 of 4"
+    main(line, monkeypatch)
+    states = [torch.load(out / name, weights_only=True)["state_dict"] for name in ("pretrained.ckpt", "linear.ckpt")]
+    assert torch.equal(*(state["model.conv1.0.weight"] for state in states))  # the classifier is of this encoder
+    scores = json.loads((out / "results.json").read_text())
+    main(line.replace("--linear_lr 0.1", "--linear_lr 0.2"), monkeypatch)
+    rates = [torch.load(out / "linear.ckpt", weights_only=True)[name] for name in ("hyper_parameters", "global_step")]
+    assert rates[0]["lr"] == 0.2 and rates[1] == 2  # it was trained once more
+    scores = json.loads((out / "results.json").read_text())
+    main(line.replace("--linear_epochs 1 ", ""), monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    kept = json.loads((out / "results.json").read_text())
+    assert kept == {**scores, "pretraining minutes": kept["pretraining minutes"]}  # of the same encoder
+    (optimizer,) = torch.load(out / "pretrained.ckpt", weights_only=True)["optimizer_states"]
+    assert {group["initial_lr"] for group in optimizer["param_groups"]} == {0.01}
+    assert tables.state(compare.read(out)) == "finished"
+    assert (out / "command.txt").read_text().splitlines()[1] == f"self-supervised train {line}"
+    assert len(json.loads((out / "run.json").read_text())) == 5
+    assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3  # of the run that it goes on with
+    assert len([row for row in rows_of(out) if row["valid_knn20_acc"]]) == 5 + 1  # random, four epochs, the end
+
+
+def interrupted(*_) -> None:
+    raise ValueError("interrupted")
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "message"),
+    [
+        ("byol", "", "holds a run with preset='simclr': give that, or choose another --out"),
+        ("simclr", "--optimizer_name lars", "holds a run with optimizer_name='sgd'"),
+        ("simclr", "--mlp_hidden_dim 33", "is of another model, in which projection_model.net.0.weight, "),
+        ("simclr", "--lr 0.01 --weight_decay 0.1", "lr=0.01, weight_decay=0.1: "),  # nothing is left to train
+        ("simclr", "--max_epochs 4 --batch_size 32", "batch_size"),
+        ("simclr", "--max_epochs 2", "max_epochs"),
+        ("simclr", "--devices [99]", "Lightning refuses devices=.99., "),
+    ],
+)
+def test_a_run_that_cannot_go_on_by_other_settings_stays_as_it_was(
+    preset, options, message, run, monkeypatch, tmp_path
+):
+    def files() -> dict:
+        return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+    out = shutil.copytree(run, tmp_path / "copy")
+    before = files()
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main(f"{preset}{RUN.format(out=out).removeprefix('simclr')} --resume auto {options}", monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    assert files() == before
+
+
+def test_a_folder_or_checkpoint_that_cannot_be_is_refused_before_the_run_begins(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="error: out=file"):
+        main(f"{SMALL} --out file", monkeypatch)
+    with pytest.raises(SystemExit, match="error: out=file/run"):
+        main(f"{SMALL} --out file/run", monkeypatch)
+    with pytest.raises(SystemExit, match="error: there is no file maybe"):
+        main(f"{SMALL} --resume maybe --out new", monkeypatch)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["log.txt"]
+
+
+def test_a_folder_in_use_is_refused_before_any_work(monkeypatch, tmp_path, holder):
+    process = holder(tmp_path / "run")
+    with pytest.raises(SystemExit, match=f"error: .*run is in use by process {process.pid}"):
+        main(f"{SMALL} --out run", monkeypatch)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # a process of the same run
+    with pytest.raises(SystemExit, match="there is no file maybe"):
+        main(f"{SMALL} --out run --resume maybe", monkeypatch)
+
+
+def test_a_finished_run_without_its_steps_is_kept(run, monkeypatch, tmp_path):
+    out = shutil.copytree(run, tmp_path / "copy")
+    for file in out.glob("pretraining/checkpoints/*.ckpt"):
+        file.unlink()
+    before = (out / "pretrained.ckpt").read_bytes()
+    with pytest.raises(SystemExit, match="holds an earlier run"):
+        main(RUN.format(out=out), monkeypatch)
+    assert (out / "pretrained.ckpt").read_bytes() == before
+    assert train.newest(out, "pretraining") == out / "pretrained.ckpt"  # --resume auto goes on with it
+
+
+def test_a_configuration_written_by_hand_is_kept(tmp_path):
+    text = "preset: simclr  # a note\n"
+    (tmp_path / "config.yaml").write_text(text)
+    run_folder.begin(tmp_path, "preset: simclr\n", ["train.py"])
+    run_folder.begin(tmp_path, "preset: simclr\n", ["train.py"])  # not kept once more
+    (kept,) = tmp_path.glob("config_by_hand_*.yaml")
+    assert kept.read_text() == text and (tmp_path / "config.yaml").read_text() == "preset: simclr\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", b"preset: [simclr"),
+        ("config.yaml", b"- 1"),
+        ("config.yaml", b"\xff"),
+        ("results.json", b"[1]"),
+        ("results.json", b"{"),
+        ("run.json", b"{}"),
+        ("run.json", b"[1]"),
+    ],
+)
+def test_a_file_of_a_run_that_cannot_be_read_is_named(name, content, tmp_path):
+    (tmp_path / "config.yaml").write_text("preset: simclr\n")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        compare.read(tmp_path)
+
+
+def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, monkeypatch, tmp_path):
+    """It scores the random encoder again, whose row begins metrics.csv, and says how far it came."""
+    scores = {"random encoder": {"valid_knn20_acc": 99.0, "valid_knn200_acc": 99.0}}
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/results.json").write_text(json.dumps(scores))
+    line = RUN.format(out=tmp_path / "killed").replace("--linear_epochs 1", "--resume auto --max_time 00:00:00:01")
+    main(line.replace("--max_epochs 3", "--max_epochs 300"), monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    scores, found = json.loads((tmp_path / "killed/results.json").read_text()), compare.read(tmp_path / "killed")
+    random, *epochs = [float(row["valid_knn20_acc"]) for row in rows_of(tmp_path / "killed") if row["valid_knn20_acc"]]
+    assert random == pytest.approx(scores["random encoder"]["valid_knn20_acc"])
+    assert found.results["best valid_knn20_acc"] == max(epochs)
+    assert 0 < scores["epochs"] == found.results["epochs"] == len(epochs) - 1 < 300  # the end is scored once more
+    assert tables.state(found) == f"stopped by max_time in epoch {scores['epochs']} of 300"
+
+
+def test_an_error_is_one_line_and_its_stack_is_in_the_log(monkeypatch, tmp_path):
+    line = RUN.format(out=tmp_path / "bad").replace("valid_knn20_acc,step_train_loss", "valid_accuracy")
+    with pytest.raises(
+        SystemExit, match="error: save_best='valid_accuracy' is not logged: choose one of .*valid_knn20"
+    ):
+        main(line, monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    assert "Traceback" in (tmp_path / "bad" / "log.txt").read_text()
+
+
+# ---- parts ----
+
+
+def test_log_keeps_what_is_said_warnings_and_the_stack_of_an_error(tmp_path, capsys):
+    """Also printed, by `print` and by `warnings`; nothing is written once the log is closed."""
+    error = ValueError("bad")
+    error.add_note("a note")
+    refused = pytest.raises(ValueError, match="bad")
+    with pytest.warns(UserWarning, match="odd") as shown, refused, run_folder.logged(tmp_path / "log.txt"):
+        run_folder.say("\x1b[1m50 %s\x1b[0m done")
+        rank_zero_info("informed")
+        rank_zero_warn("odd")
+        raise error
+    run_folder.say("later")
+    text = (tmp_path / "log.txt").read_text()
+    assert len(shown) == 1 and capsys.readouterr().out == "\x1b[1m50 %s\x1b[0m done\nlater\n"
+    assert all(part in text for part in (" 50 %s done\n", " informed\n", "UserWarning: odd\n", "Traceback", "a note\n"))
+    assert "later" not in text
+
+
+def test_gradient_norms_are_those_of_torch():
+    parts = torch.nn.ModuleDict(
+        {"model": torch.nn.Linear(3, 4), "head": torch.nn.Linear(4, 2), "rest": torch.nn.ReLU()}
+    )
+    parts.head(parts.model(torch.randn(5, 3))).square().sum().backward()
+    logged = {}
+    parts.log_dict = logged.update
+    GradientNorms().on_before_optimizer_step(None, parts, None)
+    assert set(logged) == {"grad_norm_model", "grad_norm_head"}
+    for name in ("model", "head"):
+        expected = torch.nn.utils.clip_grad_norm_(parts[name].parameters(), float("inf"))
+        assert torch.allclose(logged[f"grad_norm_{name}"], expected)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "known", "refused"), [(6, None, False), (9, None, True), (9, 50.0, False)]
+)  # resumed in the seventh of epochs of which every fifth is evaluated
+def test_an_unknown_figure_is_refused_once_all_are_known(epoch, known, refused, tmp_path):
+    best = milestones.Best(tmp_path, "valid_knn20_acc")
+    best.load_state_dict({"best": known})
+    metrics = {"lr": torch.tensor(1.0)}
+    trainer = SimpleNamespace(callback_metrics=metrics, current_epoch=epoch, check_val_every_n_epoch=5)
+    with pytest.raises(ValueError, match="choose one of lr") if refused else nullcontext():
+        best.on_train_epoch_end(trainer, SimpleNamespace())
+
+
+def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
+    """Batches of 2 s, 8 images on each of 2 processes, 10 steps; after the fourth, 12 s are left. The file says it,
+    too, without what a killed run wrote later."""
+    now, file = [0.0], tmp_path / "throughput.csv"
+    file.write_text("step,epoch,images_per_second\n3,0,1.0\n7,1,1.0\n")
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for name in ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"):
+        monkeypatch.setattr(progress.RichProgressBar, name, lambda *args, **kwargs: None)
+    bar, module = progress.Progress(file), SimpleNamespace(plan=SimpleNamespace(processes=2, batch_size=8))
+    bar.on_train_start(SimpleNamespace(global_step=3), module)
+    assert file.read_text().splitlines()[1:] == ["3,0,1.0"]
+    bar.on_train_start(SimpleNamespace(global_step=0), module)
+    for step in range(1, 5):
+        bar.on_train_batch_start()
+        now[0] += 2
+        bar.on_train_batch_end(SimpleNamespace(global_step=step, estimated_stepping_batches=10), module)
+    assert bar.status == "8 images/s, 0:00:12 left"
+    now[0] += 100  # of a validation
+    bar.on_train_epoch_end(SimpleNamespace(global_step=4, current_epoch=0), module)
+    assert file.read_text().splitlines() == ["step,epoch,images_per_second", "4,0,8.0"]
+
+
+# ---- comparing ----
+
+
+def altered(run: Path, copy: Path, accuracy: float, **settings) -> Path:
+    shutil.copytree(run, copy)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump({**config, **settings}))
+    results = json.loads((run / "results.json").read_text())
+    results["trained encoder"]["valid_knn20_acc"] = accuracy
+    (copy / "results.json").write_text(json.dumps(results))
+    return copy
+
+
+def test_compare_shows_exactly_what_differs_and_joins_seeds(run, tmp_path, capsys, monkeypatch):
+    seeds = [altered(run, tmp_path / f"seed_{i}", accuracy, seed=i) for i, accuracy in enumerate((50.0, 53.0, 59.0))]
+    other = altered(run, tmp_path / "other", 61.0, lr=0.125, transform_s=[1.0, 0.5], seed=0)
+    columns, rows = compare.compare([*seeds, other])
+    assert [[found.folder for found in column] for column in columns] == [seeds, [other]]
+    settings = {row.name: row.values for row in rows if row.kind != "result"}
+    assert settings == {"lr": ("0.5", "0.125"), "transform_s": ("0.5", "[1.0, 0.5]"), "seed": ("0, 1, 2", "0")}
+    results = {row.name: row.values for row in rows if row.kind == "result"}
+    assert results["trained encoder: valid_knn20_acc"] == ([50.0, 53.0, 59.0], [61.0])
+    best = max([float(row["valid_knn20_acc"]) for row in rows_of(run) if row["valid_knn20_acc"]][1:])
+    assert results["best valid_knn20_acc"] == ([best] * 3, [best])
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, [*seeds, other])])
+    monkeypatch.setenv("COLUMNS", "120")
+    compare.main()
+    mean, deviation = statistics.mean((50, 53, 59)), statistics.stdev((50, 53, 59))
+    shown = capsys.readouterr().out
+    assert f"{mean:.4g} ± {deviation:.2g} (3)" in shown and "[1.0, 0.5]" in shown
+    assert "test labels (digits)" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "warned"),
+    [
+        ("valid_class_acc", "digits", True),
+        ("valid_knn20_acc_trainset", "cifar10", True),
+        ("valid_online_acc1:max", "imagenet", True),
+        ("train_class_acc", "stl10", True),
+        ("valid_rank_me", "digits", False),
+        ("valid_embedding_std_1", "digits", False),
+        ("step_train_loss", "digits", False),
+        ("valid_class_acc", "folder", False),
+    ],
+)
+def test_an_epoch_that_test_labels_choose_is_named(name, dataset, warned, tmp_path):
+    best, params = milestones.Best(tmp_path, name), ModelParams(dataset_name=dataset)
+    with pytest.warns(UserWarning, match="save_best") if warned else nullcontext():
+        best.on_train_start(None, SimpleNamespace(params=params, trains_on_own_data=True))
+    best.on_train_start(
+        None, SimpleNamespace(params=params, trains_on_own_data=False)
+    )  # validated on the user's images
+
+
+def test_compare_refuses_what_is_no_run_or_the_same_one(run, tmp_path):
+    with pytest.raises(ValueError, match="is no run"):
+        compare.compare([tmp_path])
+    with pytest.raises(ValueError, match="named twice"):
+        compare.compare([run, f"{run}/../{run.name}"])

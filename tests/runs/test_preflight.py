@@ -1,0 +1,108 @@
+"""Mistakes that the settings, the data or the machine reveal are refused before any work is done."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco import SelfSupervisedMethod
+from self_supervised import evaluate, train
+from self_supervised.data import loading
+from self_supervised.runs.command_line import RunOptions
+from self_supervised.runs.preflight import check_run
+
+SMALL = "--encoder_arch shufflenet_v2_x0_5 --transform_crop_size 16 --dim 8 --mlp_hidden_dim 8 --batch_size 8 --seed 0"
+
+
+def images(folder: Path, n: int = 12) -> None:
+    folder.mkdir(parents=True)
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def refused(line: str, message: str, monkeypatch) -> None:
+    """train.py ends with this message, and the run's folder holds nothing that it trained or drew."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "simclr", *SMALL.split(), "--out", "run", *line.split()])
+    with pytest.raises(SystemExit, match=message):
+        train.main()
+    assert not list(Path("run").glob("**/*.*"))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--linear_epochs 1", "labels"),
+        ("--linear_epochs 1 --evaluations [] --dry_run", "labels"),
+        ("--batch_size 64", "batch_size"),
+        ("--val_size 0 --test_size 0", "val_size"),
+    ],
+)
+def test_what_images_without_labels_cannot_do_is_refused_before_the_run(line, message, monkeypatch):
+    images(Path("flat"))
+    refused(f"--dataset_name folder --data_path flat --num_data_workers 0 {line}", message, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--linear_epochs 1 --evaluations []", "imagenet.val"),
+        ("--evaluations [] --in_channels 1", "in_channels=1"),
+        ("--evaluations [] --data_on_device true", "data_on_device=True"),
+    ],
+)
+def test_a_missing_split_or_another_number_of_channels_is_refused_before_the_run(line, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
+    for name in ("cat", "dog"):
+        images(tmp_path / "data" / "imagenet" / "train" / name)
+    refused(f"--dataset_name imagenet --num_data_workers 0 {line}", message, monkeypatch)
+
+
+def test_a_linear_stage_of_fewer_images_than_its_batch_is_one_batch(monkeypatch, tmp_path, small):
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    for split in ("train", "val"):
+        images(tmp_path / "imagenet" / split / "cat")
+    params = small("simclr", dataset_name="imagenet", batch_size=4, evaluations=[])
+    check_run(RunOptions(linear_epochs=1), params)
+
+
+def test_multiple_labels_of_an_image_are_refused_by_a_linear_stage(monkeypatch, small):
+    monkeypatch.setattr(loading, "get_dataset", lambda *_: range(300))
+    monkeypatch.setattr(loading, "get_loader", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="voc07"):
+        check_run(RunOptions(linear_epochs=1), small("simclr", dataset_name="voc07"))
+
+
+def test_an_unknown_metric_of_save_best_is_refused_at_the_first_step(monkeypatch, tmp_path):
+    line = "--dataset_name digits --evaluations knn --max_epochs 1000 --save_best accuracy"
+    monkeypatch.setattr(sys, "argv", ["train.py", "simclr", *SMALL.split(), "--out", "run", *line.split()])
+    with pytest.raises(SystemExit, match="save_best='accuracy'"):
+        train.main()
+    assert not list(Path("run").glob("**/*.ckpt"))
+
+
+def test_a_file_in_place_of_the_runs_folder_is_refused(monkeypatch):
+    Path("file").touch()
+    refused("--dataset_name digits --out file/run", "out=file/run", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"device": "nonsense"}, "device='nonsense'"),
+        ({"device": "meta"}, "device='meta'"),
+        ({"out": "file"}, "out=file"),
+        ({"protocols": ["knn", "linear_sgd"], "training": {"max_epochs": 0}}, "max_epochs"),
+        ({"protocols": ["knn", "linear_sgd"], "seeds": [0, -1]}, "seed"),
+    ],
+)
+def test_evaluate_refuses_before_the_first_protocol_runs(options, message, small, monkeypatch):
+    Path("file").touch()
+    model = SelfSupervisedMethod(small(transform_crop_size=16))
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, "a.ckpt")
+    monkeypatch.setattr(evaluate, "run_all", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match=message):
+        evaluate.evaluate_checkpoint("a.ckpt", **{"protocols": ["knn"], "baselines": False, **options})

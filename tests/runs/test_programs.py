@@ -1,0 +1,156 @@
+"""The programs people run, from their arguments to the files they leave."""
+
+import csv
+import json
+import os
+import signal
+import sys
+
+import numpy as np
+import processes
+import pytest
+import torch
+
+import train_blog
+from linear_classifier import LinearClassifierMethod
+from self_supervised import demo, train
+from self_supervised.training import checkpoints
+
+# Lightning resets its progress bar's file handles late; collapse is what some of the blog's configurations show.
+pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore::ResourceWarning")
+
+
+def run(program, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, arguments)])
+    program.main()
+
+
+def is_picture(path):
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(path)
+    return pixels.shape[0] > 200 and len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
+
+
+def test_train_blog_writes_rows_table_and_figure_and_skips_what_is_finished(monkeypatch, tmp_path, capsys):
+    options = ["--quick", "--epochs", 1, "--configs", "base", "--out", tmp_path / "blog"]
+    run(train_blog, monkeypatch, *options, "--seeds", 0, 1)
+    with (tmp_path / "blog" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["config"], row["seed"]) for row in rows] == [("base", "0"), ("base", "1")]
+    assert all(0 < float(row["accuracy"]) <= 100 for row in rows)
+    steps = np.genfromtxt(
+        tmp_path / "blog" / "digits_shufflenet_v2_x0_5_1epochs_quick" / "base_1" / "metrics.csv",
+        delimiter=",",
+        names=True,
+    )
+    logged = steps["step_pos_cos"][~np.isnan(steps["step_pos_cos"])]
+    assert len(logged) == 20 and float(rows[1]["pos_cos"]) == pytest.approx(logged[-1], abs=1e-3)
+    table = (tmp_path / "blog" / "results.md").read_text()
+    mean = np.mean([float(rows[0]["accuracy"]), float(rows[1]["accuracy"])])
+    assert f"| base | {mean:.1f} ± " in table and "57.7" in table and "no_norm" not in table
+    assert is_picture(tmp_path / "blog" / "cosines.png")
+
+    capsys.readouterr()
+    run(train_blog, monkeypatch, *options, "--seeds", 0, 1)
+    assert capsys.readouterr().out.count("finished before") == 2
+    assert len((tmp_path / "blog" / "results.csv").read_text().splitlines()) == 3
+
+
+def test_one_seed_of_the_blog_has_no_deviation():
+    row = {"config": "base", "accuracy": "34.8", "pos_cos": "0.226", "neg_cos": "0.225"}
+    assert "| base | 34.8 | 57.7 | 0.226 | 0.225 | 1 |" in train_blog.table([row])
+    assert "34.8 ± 0.0" in train_blog.table([row, row])
+
+
+def test_the_blogs_configurations_differ_as_its_table_says():
+    found = {
+        name: (
+            p.mlp_normalization,
+            p.prediction_mlp_normalization,
+            p.loss_type,
+            p.use_negative_examples_from_queue,
+            p.lr,
+        )
+        for name, p in train_blog.CONFIGS.items()
+    }
+    assert found == {
+        "base": ("bn", "same", "ip", False, 0.8),
+        "proj_only": ("bn", None, "ip", False, 0.8),
+        "pred_only": (None, "bn", "ip", False, 0.8),
+        "no_norm": (None, "same", "ip", False, 0.8),
+        "layer_norm": ("ln", "same", "ip", False, 0.8),
+        "xent": (None, "same", "ce", True, 0.02),
+    }
+
+
+def test_demo_ends_with_a_table_and_a_report(monkeypatch, capsys):
+    earlier = demo.OUT / "pretraining" / "checkpoints" / "step_000009999.ckpt"
+    earlier.parent.mkdir(parents=True, exist_ok=True)
+    earlier.touch()
+    run(demo, monkeypatch, "--epochs", 2, "--linear_epochs", 1)
+    table, shown = (demo.OUT / "results.md").read_text(), capsys.readouterr().out
+    assert table in shown and shown.splitlines()[-1].endswith(str(demo.OUT / "report.html"))
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")][2:]
+    assert rows == ["linear, 50 labels (%)", "linear, all labels (%)", "kNN, k = 20 (%)", "RankMe"]
+    page = (demo.OUT / "report.html").read_text()
+    assert "Cosine of two views" in page and '"missing": "' not in page and (demo.OUT / "pretrained.ckpt").exists()
+    assert not earlier.exists() and {"linear.ckpt", "parameters.txt"} <= {path.name for path in demo.OUT.iterdir()}
+    scores = json.loads((demo.OUT / "results.json").read_text())["trained encoder"]
+    assert {"RankMe", "valid_class_acc"} <= set(scores)
+
+
+def test_train_takes_any_field_and_evaluates_what_it_saved(monkeypatch, tmp_path):
+    fields = {"dataset_name": "digits", "encoder_arch": "shufflenet_v2_x0_5", "max_epochs": 1, "batch_size": 64}
+    fields |= {"transform_crop_scale_min": "[0.5, 0.4]", "lars_warmup_epochs": 0, "mlp_normalization": "bn"}
+    options = [part for name, value in fields.items() for part in (f"--{name}", value)]
+    run(train, monkeypatch, "byol", *options, "--linear_epochs", 1, "--linear_lr", 0.1, "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"random encoder", "trained encoder", "linear classifier"} <= set(results)
+    linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "run" / "pretrained.ckpt")
+    assert linear.params.encoder_arch == "shufflenet_v2_x0_5"
+    settings = torch.load(tmp_path / "run" / "pretrained.ckpt", weights_only=True)["hyper_parameters"]
+    assert settings["transform_crop_scale_min"] == [0.5, 0.4] and settings["lars_warmup_epochs"] == 0
+
+
+@pytest.mark.parametrize("arguments", [["byoll"], ["byol", "--learning_rate", "1"]])
+def test_train_refuses_typos(arguments, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(train, monkeypatch, *arguments)
+    assert arguments[-2 if len(arguments) > 1 else 0] in capsys.readouterr().err
+
+
+def train_to_the_end(rank: int, folder: str, resume: bool, kill_at: int | None) -> None:
+    """train.py; killed when its n-th checkpoint was written."""
+    written = []
+    replace = os.replace
+
+    def replace_or_die(*paths):
+        replace(*paths)
+        written.extend([paths] * str(paths[1]).endswith(".ckpt"))
+        if len(written) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints.os.replace = replace_or_die
+    sys.argv = ["train.py", "simclr", *OPTIONS, "--out", folder, *(["--resume", "auto"] if resume else [])]
+    train.main()
+
+
+OPTIONS = ["--dataset_name", "digits", "--encoder_arch", "shufflenet_v2_x0_5", "--batch_size", "128", "--seed", "0",
+           "--max_epochs", "2", "--mlp_hidden_dim", "32", "--dim", "16", "--checkpoint_every_n_steps", "3",
+           "--linear_epochs", "2", "--linear_lr", "0.1", "--evaluations", "['knn', 'rank_me']"]  # fmt: skip
+
+
+def test_train_goes_on_where_it_was_killed(tmp_path):
+    """In the pretraining, and in the linear stage: the same results, the same rows in metrics.csv."""
+    processes.run(train_to_the_end, 1, tmp_path / "whole", str(tmp_path / "whole"), False, None)
+    for kill_at in (4, 10):
+        out = tmp_path / f"killed_{kill_at}"
+        assert processes.join(processes.launch(train_to_the_end, 1, out, str(out), True, kill_at)) == [-signal.SIGKILL]
+        processes.run(train_to_the_end, 1, out, str(out), True, None)
+        for name in ("pretraining", "linear"):
+            rows = [(folder / name / "metrics.csv").read_text() for folder in (out, tmp_path / "whole")]
+            assert rows[0] == rows[1] and len(rows[0].splitlines()) > 1
+        found, expected = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "whole"))
+        for name in ("random encoder", "trained encoder", "linear classifier"):
+            assert found[name] == expected[name]

@@ -1,0 +1,268 @@
+"""Several real processes (gloo, CPU): what they compute together equals one process with the joined batch."""
+
+import copy
+
+import numpy as np
+import processes
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from linear_classifier import LinearClassifierMethod
+from moco import SelfSupervisedMethod
+from model_params import PRESETS
+from self_supervised import distributed
+from self_supervised.data.loader import Loader, Share
+
+WORLDS, IMAGES, STEPS = (2, 4), 16, 5  # images of the joined batch
+BATCH = {"use_negative_examples_from_batch": True}
+BOTH_VIEWS = {"use_both_augmentations_as_queries": True}
+SMALL_VIEWS = {"n_small_views": 2, "transform_small_crop_size": 8}  # as large as the others: one encoder for all
+CASES = {
+    **{name: {"preset": name} for name in PRESETS},
+    "ce, batch": {**BATCH, "use_negative_examples_from_queue": False},
+    "ce, queue and batch": BATCH,
+    "ce, queue, both views": BOTH_VIEWS,
+    "eqco, queue": {"use_eqco_margin": True},
+    "bce, queue": {"loss_type": "bce"},
+    "bce, batch": {"loss_type": "bce", **BATCH, "use_negative_examples_from_queue": False},
+    "ip, queue and batch": {"loss_type": "ip", **BATCH},
+    "sce, batch": {"preset": "sce", "use_negative_examples_from_queue": False},
+    "shuffled": {"shuffle_batch_norm": True},
+    **{f"{name}, small views": {"preset": name, **SMALL_VIEWS} for name in ("sce", "simclr", "vicreg")},
+    "online classifier": {"online_classifier": True},
+    "online classifier, lars": {"preset": "byol", "online_classifier": True, "online_classifier_lr": 2.0},
+    "lars": {"optimizer_name": "lars", "exclude_matching_parameters_from_lars": [".bias", ".bn"], "lars_eta": 0.02},
+}
+SMALL = {
+    "dataset_name": "digits", "encoder_arch": "module", "global_batch_size": None, "lr_scaling": None, "lr": 0.05,
+    "K": 24, "dim": 6, "mlp_hidden_dim": 12, "warmup_epochs": 0, "seed": 0,
+}  # fmt: skip
+
+
+def encoder() -> nn.Module:
+    """Its normalization does not look across the batch, as that of the heads."""
+    layers = nn.Conv2d(1, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10)
+    return nn.Sequential(*layers, nn.LayerNorm(10))
+
+
+class Gradients(pl.Callback):
+    def __init__(self):
+        self.found = None
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if self.found is None:  # a head of no layers has none
+            self.found = {n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad}
+            self.loss = trainer.callback_metrics["step_train_loss"].clone()
+
+
+def trainer(world: int, **options) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    several = {"strategy": "ddp", "devices": world} if world > 1 else {}
+    return pl.Trainer(accelerator="cpu", enable_model_summary=False, max_epochs=1, **{**quiet, **several, **options})
+
+
+class Batches:
+    """A loader of fixed batches (a list would be taken for a list of loaders)."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def train_every_case(rank: int, world: int) -> dict:
+    """Of every case: loss and gradients of the first step, and what there is after the last one."""
+    g = torch.Generator().manual_seed(0)
+    share = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
+    views = [[torch.randn(IMAGES, 1, 8, 8, generator=g)[share] for _ in range(4)] for _ in range(STEPS)]
+    labels = [(torch.arange(IMAGES) * (step + 3) % 11 - 1)[share] for step in range(STEPS)]  # -1: not known
+    batches = [(list(v), y) for v, y in zip(views, labels, strict=True)]
+    found = {}
+    for case, fields in CASES.items():
+        preset = PRESETS[fields.get("preset", "moco_v2")]
+        fields = {name: value for name, value in fields.items() if name != "preset"}
+        params = preset(**{**SMALL, "mlp_normalization": "ln", "evaluations": [], **fields})
+        torch.manual_seed(1)
+        model, gradients = SelfSupervisedMethod(params, encoder=encoder()), Gradients()
+        trainer(world, callbacks=[gradients]).fit(model, Batches(batches))
+        found[case] = {"loss": gradients.loss, "gradients": gradients.found, "state": model.state_dict()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return processes.run(train_every_case, 1, tmp_path_factory.mktemp("one"), 1)[0]
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def together(request, tmp_path_factory):
+    return processes.run(train_every_case, request.param, tmp_path_factory.mktemp("several"), request.param)
+
+
+def assert_close(found: dict, expected: dict) -> None:
+    """To 1e-5 of the largest value (some gradients are zero but for rounding: of biases before a mean is taken off)."""
+    assert found.keys() == expected.keys()
+    largest = max(value.abs().max().item() for name, value in expected.items() if name != "queue.position")
+    for name, value in expected.items():
+        assert torch.allclose(found[name].double(), value.double(), rtol=1e-5, atol=1e-5 * largest), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_equals_one_process_on_the_joined_batch(case, together, alone):
+    """DDP averages gradients over processes; a loss of each process's own queries averages likewise."""
+    expected = alone[case]
+    average = torch.stack([process[case]["loss"] for process in together]).mean()
+    assert average.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
+    for process in together:
+        assert_close(process[case]["gradients"], expected["gradients"])
+        assert_close(process[case]["state"], expected["state"])  # weights, lagging weights, queue after 5 steps
+        for name, value in together[0][case]["state"].items():
+            assert torch.equal(process[case]["state"][name], value), name
+    moved = max(g.abs().max().item() for g in expected["gradients"].values())
+    assert moved > 1e-4  # there was something to compare
+
+
+# ---- the parts ----
+
+
+def parts(rank: int, world: int) -> dict:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    loader = torch.utils.data.DataLoader(
+        range(5), sampler=torch.utils.data.DistributedSampler(range(5), shuffle=False), batch_size=2
+    )
+    found = {"gathered": distributed.gather(torch.arange(3.0) + 10 * rank)}
+    found["evaluated"] = distributed.gather_evaluated(torch.cat(list(loader)), loader)
+    found["all of it"] = distributed.gather_evaluated(torch.arange(5), torch.utils.data.DataLoader(range(5)))
+    found["from rank zero"] = distributed.on_rank_zero(lambda: {"score": 5.0 + rank})
+    found["any"] = distributed.any_process(rank == 1), distributed.any_process(False)
+    images = torch.arange(6).float().unsqueeze(1) + 6 * rank
+    found["shuffled"], found["seen"] = [], []
+    for seed in range(50):
+        seen = []
+        keys = distributed.shuffled(
+            lambda x, seen=seen: seen.append(x) or x * 2, images, (seed, 1), n_virtual_devices=8
+        )
+        found["shuffled"].append(keys)
+        found["seen"].append(seen[0].flatten())
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.fixture(scope="module", params=(2, 3))
+def found_parts(request, tmp_path_factory):
+    return processes.run(parts, request.param, tmp_path_factory.mktemp("parts"), request.param)
+
+
+def test_gathering(found_parts):
+    world = len(found_parts)
+    for process in found_parts:
+        assert process["gathered"].tolist() == [i + 10 * rank for rank in range(world) for i in range(3)]
+        assert process["evaluated"].tolist() == [0, 1, 2, 3, 4]  # each image once, in order
+        assert process["all of it"].tolist() == [0, 1, 2, 3, 4]
+        assert process["from rank zero"] == {"score": 5.0} and process["any"] == (True, False)
+
+
+def test_no_key_is_normalized_by_the_batch_of_its_query(found_parts):
+    """Of the images that share their batch statistics as keys, an equal part comes from each process."""
+    world = len(found_parts)
+    partners = set()
+    for draw in range(50):
+        seen = torch.stack([process["seen"][draw] for process in found_parts])
+        assert seen.flatten().sort().values.tolist() == list(range(6 * world))
+        for batch in seen:
+            counts = np.bincount((batch // 6).long(), minlength=world)
+            assert counts.tolist() == [6 // world] * world
+            partners |= {tuple(sorted(pair)) for pair in torch.combinations(batch.long()).tolist()}
+        for rank, process in enumerate(found_parts):
+            own = (torch.arange(6).float().unsqueeze(1) + 6 * rank) * 2
+            assert torch.equal(process["shuffled"][draw], own)  # every key comes back to its place
+    assert len(partners) == 6 * world * (6 * world - 1) // 2  # in time everybody meets everybody
+
+
+def test_without_processes_everything_is_the_identity():
+    x = torch.randn(3, 2)
+    assert distributed.gather(x) is x and distributed.gather_evaluated(x, None) is x
+    assert (distributed.rank(), distributed.world_size()) == (0, 1) and distributed.on_rank_zero(lambda: 3) == 3
+    assert distributed.any_process(True) and not distributed.any_process(False)
+
+
+def drawn_seeds(rank: int, world: int, given: int | None) -> dict:
+    """As in PyTorch from 2.14 on, each process has another seed unless one is given."""
+    torch.manual_seed(rank + 5)
+    method = SelfSupervisedMethod(PRESETS["moco_v2"](**{**SMALL, "seed": None}), encoder=encoder())
+    stage = LinearClassifierMethod(dataset_name="digits", batch_size=8, seed=given and given + rank, encoder=encoder())
+    fit = trainer(world)
+    fit.validate(method, verbose=False)  # the random encoder is scored before any training
+    first = copy.deepcopy(method.state_dict())
+    fit.fit(method)
+    try:
+        trainer(world).fit(stage)
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"seed": method.params.seed, "hparams": dict(stage.hparams), "first": first, "last": method.state_dict()}
+
+
+def test_processes_share_a_seed_that_is_drawn(tmp_path):
+    first, second = processes.run(drawn_seeds, 2, tmp_path, 2, None)
+    assert first["seed"] == second["seed"] == 5 == first["hparams"]["seed"] == second["hparams"]["seed"]
+    for state in ("first", "last"):
+        for name, value in first[state].items():
+            is_own = state == "last" and "running" in name  # batch statistics
+            assert is_own or torch.equal(value, second[state][name]), name
+
+
+def test_processes_with_other_seeds_are_refused(tmp_path):
+    for found in processes.run(drawn_seeds, 2, tmp_path, 2, 1):
+        assert found["error"].startswith("seed differs between processes ([1, 2])")
+
+
+def share_of_one_process(rank: int, world: int) -> str:
+    images = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8)
+    method = SelfSupervisedMethod(PRESETS["moco_v2"](**SMALL, evaluations=[]), encoder=encoder())
+    try:
+        trainer(world).fit(method, Loader(images, 8, sampler=Share(images, 1, 0)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_loader_made_for_fewer_processes_is_refused(tmp_path):
+    """Both would train on the same images."""
+    for message in processes.run(share_of_one_process, 2, tmp_path, 2):
+        assert message.startswith("the loader deals images out to 1 processes, but there are 2")
+
+
+# ---- scores ----
+
+
+def scores(rank: int, world: int, folder: str) -> dict:
+    """500 test images in batches of 33: the sampler repeats some on 3 processes, the last batches are smaller."""
+    params = PRESETS["byol"](**{**SMALL, "batch_size": 33})
+    torch.manual_seed(1)
+    model = SelfSupervisedMethod(params, encoder=encoder())
+    fit = trainer(world, limit_train_batches=1)
+    if world == 1:
+        fit.fit(model)
+        fit.save_checkpoint(f"{folder}/example.ckpt")
+    model = SelfSupervisedMethod.load_from_checkpoint(f"{folder}/example.ckpt", encoder=encoder())
+    found = dict(trainer(world).validate(model, verbose=False)[0])
+    torch.manual_seed(2)
+    linear = LinearClassifierMethod.from_moco_checkpoint(f"{folder}/example.ckpt", encoder=encoder(), batch_size=33)
+    return found | trainer(world).validate(linear, verbose=False)[0]
+
+
+def test_scores_are_those_of_the_whole_set_on_every_process(tmp_path):
+    (expected,) = processes.run(scores, 1, tmp_path / "1", 1, str(tmp_path))
+    assert expected["valid_class_acc"] > 20 and 0 < expected["valid_acc1"] < 100 and "valid_rank_me" in expected
+    for world in (2, 3):
+        found = processes.run(scores, world, tmp_path / str(world), world, str(tmp_path))
+        assert all(process == found[0] for process in found)
+        assert found[0] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,492 @@
+"""Every way to start several processes ends with the same weights, and what a Trainer is told is what is trained."""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import processes
+import pytest
+import pytorch_lightning as pl
+import torch
+import videos
+from conftest import LONG
+from pytorch_lightning.strategies import DDPStrategy
+from test_ddp import IMAGES, Batches, assert_close, encoder
+from test_ddp import SMALL as TINY
+from test_ddp import trainer as trainer_of
+
+from moco import SelfSupervisedMethod
+from model_params import PRESETS
+from self_supervised.training.checkpoints import read
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = '''
+import faulthandler
+import json
+import sys
+import time
+from pathlib import Path
+
+faulthandler.dump_traceback_later(120, exit=True)  # whoever started us may be gone
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from self_supervised.training.checkpoints import Checkpoints, newest
+from moco import SelfSupervisedMethod
+from model_params import SCEParams
+
+folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+
+
+class Pause(pl.Callback):
+    """After three steps, until told to go on."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 3 and options.get("pause"):
+            (folder / f"paused_{trainer.global_rank}").touch()
+            while not (folder / "go_on").exists():
+                time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(1)
+    encoder = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10))
+    params = SCEParams(  # gathers negatives, and keys for its queue
+        dataset_name="digits", batch_size=8, mlp_normalization="ln", mlp_hidden_dim=12, dim=6, K=64, lr=0.05,
+        evaluations=[], seed=0,
+    )
+    model = SelfSupervisedMethod(params, encoder=encoder)
+    trainer = pl.Trainer(
+        accelerator="cpu", strategy="ddp", devices=options["devices"], num_nodes=options.get("num_nodes", 1),
+        max_steps=6, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=0, callbacks=[Checkpoints(folder / "run", every_n_steps=None), Pause()],
+    )
+    trainer.fit(model, ckpt_path=newest(folder / "run"))
+    cluster = type(trainer.strategy.cluster_environment).__name__
+    torch.save({"weights": model.state_dict(), "steps": trainer.global_step, "cluster": cluster,
+                "world": trainer.world_size}, folder / f"final_{trainer.global_rank}.pt")
+'''
+FORCE = "2 (processes) x 1 (accumulated batches) x 8 (images) = 16 images per optimizer step; 6 steps"
+
+
+class Programs:
+    """Programs started in a folder; at the end of the test nothing of them is left."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.running = folder, []
+        self.script = folder / "script.py"
+        self.script.write_text(SCRIPT)
+
+    def start(self, command: list, **variables: object) -> None:
+        of_launchers = ("SLURM_", "TORCHELASTIC_", "PL_", "MASTER_", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK", "RANK")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(of_launchers)}
+        clean |= {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        output = (self.folder / f"output_{len(self.running)}.txt").open("w")
+        self.running.append(
+            subprocess.Popen(
+                list(map(str, [sys.executable, *command])), cwd=self.folder, stdout=output, stderr=subprocess.STDOUT,
+                env=clean | {name: str(value) for name, value in variables.items()}, start_new_session=True,
+            )
+        )  # fmt: skip
+        output.close()
+
+    def outputs(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("output_*.txt")))
+
+    def wait(self, seconds: float = 100, status: int = 0) -> None:
+        """Until all have ended, with that status."""
+        end = time.monotonic() + seconds
+        for process in self.running:
+            try:
+                process.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.stop()
+        assert [process.returncode for process in self.running] == [status] * len(self.running), self.outputs()[-5000:]
+        self.running.clear()
+
+    def stop(self) -> None:
+        """First gently: torchrun's own processes are in other groups, and it ends them."""
+        for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+            for process in self.running:
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+            end = time.monotonic() + patience
+            while any(process.poll() is None for process in self.running) and time.monotonic() < end:
+                time.sleep(0.05)
+
+    def found(self) -> list[dict]:
+        return [torch.load(self.folder / f"final_{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture
+def programs(tmp_path):
+    programs = Programs(tmp_path)
+    yield programs
+    programs.stop()
+
+
+def as_script(rank: int, script: str, folder: str) -> None:
+    sys.argv = [script, folder, json.dumps({"devices": 2})]
+    runpy.run_path(script, run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Of the same program on two processes that are started as in test_ddp.py, where two equal one."""
+    folder = tmp_path_factory.mktemp("reference")
+    script = Programs(folder).script
+    processes.run(as_script, 2, folder, str(script), str(folder))
+    found = [torch.load(folder / f"final_{rank}.pt") for rank in range(2)]
+    assert all(process["steps"] == 6 and process["world"] == 2 for process in found)
+    return found[0]["weights"]
+
+
+def assert_same(found: list[dict], weights: dict, cluster: str | None = None) -> None:
+    for process in found:
+        assert (process["steps"], process["world"]) == (6, 2) and process["cluster"] == (cluster or process["cluster"])
+        assert process["weights"].keys() == weights.keys()
+        for name, value in weights.items():
+            assert torch.equal(process["weights"][name], value), name
+
+
+TORCHRUN = ["-m", "torch.distributed.run"]
+LAUNCHERS = {"script": [], "torchrun": [*TORCHRUN, "--standalone", "--nproc_per_node", 2]}
+
+
+def start(programs: Programs, launcher: str, **options: object) -> None:
+    """Two processes on one node. Without torchrun, Lightning starts the second one."""
+    port = {"MASTER_PORT": processes.free_port()} if launcher == "script" else {}
+    options = json.dumps({"devices": 2, **options})
+    programs.start([*LAUNCHERS[launcher], programs.script, programs.folder, options], **port)
+
+
+# A signal after step 3: at the next batch the processes tell each other, and stop at the one after that.
+SAVED = "step_000000004.ckpt"
+
+
+def wait_for_pause(programs: Programs, seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not all((programs.folder / f"paused_{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < end, programs.outputs()[-5000:]
+        assert all(process.poll() is None for process in programs.running), programs.outputs()[-5000:]
+        time.sleep(0.05)
+
+
+def test_devices_2(programs, weights):
+    start(programs, "script")
+    programs.wait()
+    assert_same(programs.found(), weights, "LightningEnvironment")
+    assert programs.outputs().count(FORCE) == 1  # rank 0 says what is in force, once
+
+
+def test_torchrun_on_one_node(programs, weights):
+    start(programs, "torchrun")
+    programs.wait()
+    assert_same(programs.found(), weights, "TorchElasticEnvironment")
+    assert programs.outputs().count(FORCE) == 1
+
+
+def test_torchrun_on_two_nodes(programs, weights):
+    """Each has its own address, and would be a machine of its own."""
+    port = processes.free_port()
+    for node, address in enumerate(("127.0.0.1", "127.0.0.2")):
+        torchrun = [*TORCHRUN, "--nnodes", 2, "--node_rank", node, "--nproc_per_node", 1, "--local_addr", address]
+        torchrun += ["--master_addr", "127.0.0.1", "--master_port", port]
+        programs.start([*torchrun, programs.script, programs.folder, '{"devices": 1, "num_nodes": 2}'])
+    programs.wait()
+    assert_same(programs.found(), weights, "TorchElasticEnvironment")
+    assert programs.outputs().count(FORCE) == 1
+
+
+@pytest.mark.skipif(LONG == 1, reason="with LONG=2 in the environment")
+@pytest.mark.parametrize("launcher, status", [("script", 0), ("torchrun", 1)])
+def test_sigterm_to_the_launcher(launcher, status, programs, weights, tmp_path):
+    """Either hands it on, or the processes tell each other; torchrun itself then ends with status 1."""
+    start(programs, launcher, pause=True)
+    wait_for_pause(programs)
+    programs.running[0].send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    (tmp_path / "go_on").touch()
+    programs.wait(status=status)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [SAVED]
+    start(programs, launcher)
+    programs.wait()
+    assert_same(programs.found(), weights)
+
+
+# ---- SLURM ----
+
+
+def slurm_job() -> int:
+    """A job's number. Lightning's port is 15000 and its last four digits: one that is free."""
+    for job in range(120000 + os.getpid() % 5000, 130000):
+        with socket.socket() as free:
+            if free.connect_ex(("127.0.0.1", 15000 + job % 10000)):
+                return job
+    raise AssertionError("no port is free")
+
+
+def start_as_srun(programs: Programs, job: int, command: list, **variables: str) -> None:
+    """Two nodes with a task each, as srun would start them, with the variables that it would set."""
+    for task in range(2):
+        of_the_job = {"JOB_ID": job, "JOB_NAME": "train", "NTASKS": 2, "NTASKS_PER_NODE": 1, "NNODES": 2}
+        of_the_task = {"PROCID": task, "LOCALID": 0, "NODEID": task}
+        nodes = {"NODELIST": "127.0.0.[1-2]", "JOB_NODELIST": "127.0.0.[1-2]"}
+        given = {f"SLURM_{name}": value for name, value in {**of_the_job, **of_the_task, **nodes}.items()}
+        path = f"{programs.folder / 'bin'}:{os.environ['PATH']}"
+        programs.start(command, PATH=path, **given, **variables)
+
+
+def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path):
+    """SIGUSR1 to every task, as `--signal=SIGUSR1@120` has it: saved, queued again once, status 0; then resumed."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "queued"}\n')
+    scontrol.chmod(0o755)
+    job = slurm_job()
+    command, options = [programs.script, programs.folder], {"devices": 1, "num_nodes": 2}
+    start_as_srun(programs, job, [*command, json.dumps({**options, "pause": True})])
+    wait_for_pause(programs)
+    for process in programs.running:
+        process.send_signal(signal.SIGUSR1)
+    time.sleep(0.2)
+    (tmp_path / "go_on").touch()
+    programs.wait()
+    assert (tmp_path / "queued").read_text() == f"requeue {job}\n"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [SAVED]
+    assert read(tmp_path / "run" / SAVED)["global_step"] == 4
+    assert not list(tmp_path.glob("final_*.pt")) and not list(tmp_path.glob("hpc_ckpt*"))
+
+    start_as_srun(programs, job, [*command, json.dumps(options)])
+    programs.wait()
+    assert_same(programs.found(), weights, "SLURMEnvironment")
+    assert (tmp_path / "queued").read_text().count("\n") == 1
+    assert programs.outputs().count(FORCE) == 1  # of the second start
+
+
+def expanded(script: str, arguments: list[str], **variables: str) -> list[str]:
+    """$DATA_PATH, then what bash makes of the line with srun."""
+    told = f'srun() {{ printf \'%s\\n\' "$DATA_PATH" "$@"; }}\n{script}'
+    command, environment = ["bash", "-ec", told, "video.sh", *arguments], {**os.environ, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_the_slurm_script_for_videos(programs, tmp_path):
+    """That of docs/distributed.md, word for word, with its variables and a few options to make it small."""
+    blocks = (ROOT / "docs" / "distributed.md").read_text().split("```bash\n")[1:]
+    (script,) = (block.split("```")[0] for block in blocks if "sce_video --seed" in block)
+    for split in ("train", "val"):
+        for name in ("a/0", "a/1", "b/0", "b/1"):
+            videos.write_frames(tmp_path / "data" / "kinetics" / split / name, n=10, size=(36, 36))
+    small = "--encoder_arch s3d --transform_crop_size 32 --K 8 --global_batch_size 4 --max_epochs 1 --warmup_epochs 0"
+    small += " --evaluations knn --precision 32-true --sync_batchnorm false --logger csv"  # for there is no GPU
+    given = {"seed": "7", "workers": "0", "devices": "1", "output_dir": str(tmp_path / "run")}
+    given |= {"dataset_dir": str(tmp_path / "data"), "SLURM_JOB_NUM_NODES": "2"}
+    data_path, srun, python, program, *options = expanded(script, small.split(), **given)
+    assert (srun, python, program) == ("--kill-on-bad-exit=1", "python", "train.py")
+    start_as_srun(programs, slurm_job(), [ROOT / program, *options], DATA_PATH=data_path)
+    programs.wait()
+    assert "2 (processes) x 1 (accumulated batches) x 2 (videos) = 4 videos per optimizer step" in programs.outputs()
+    found = read(tmp_path / "run" / "pretrained.ckpt")
+    assert found["global_step"] == 1 and found["hyper_parameters"]["seed"] == 7
+    assert found["hyper_parameters"]["num_data_workers"] == 0
+    assert "valid_knn20_acc" in json.loads((tmp_path / "run" / "results.json").read_text())["trained encoder"]
+
+
+# ---- batch sizes, accumulated batches, learning rates ----
+
+
+class First(pl.Callback):
+    """What the first batch has, and what the optimizer is told."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 0:
+            self.lr, self.images = trainer.optimizers[0].param_groups[0]["lr"], len(batch[0][0])
+
+
+def own_loader() -> torch.utils.data.DataLoader:
+    images = torch.randint(256, (96, 1, 8, 8), dtype=torch.uint8)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), batch_size=6, drop_last=True)
+
+
+RUNS = {  # accumulated batches, settings; images of a process in a batch and learning rate on one process and on two
+    "batch size": (2, {"batch_size": 8}, (8, 0.05), (8, 0.05)),
+    "global": (2, {"global_batch_size": 32}, (16, 0.05), (8, 0.05)),
+    "linear": (2, {"batch_size": 8, "lr_scaling": "linear", "lr_batch_size": 4}, (8, 0.2), (8, 0.4)),
+    "root": (1, {"batch_size": 8, "lr_scaling": "sqrt", "lr_batch_size": 4}, (8, 0.05 * 2**0.5), (8, 0.1)),
+    "both": (2, {"global_batch_size": 32, "lr_scaling": "linear", "lr_batch_size": 64}, (16, 0.025), (8, 0.025)),
+    "own loader": (1, {"batch_size": 8, "lr_scaling": "linear", "lr_batch_size": 4}, (6, 0.075), (6, 0.15)),
+}  # fmt: skip
+
+
+def settings_in_force(rank: int, world: int) -> dict:
+    found = {}
+    for name, (accumulated, fields, *_) in RUNS.items():
+        params = PRESETS["moco_v2"](**{**TINY, "evaluations": [], **fields})
+        first = First()
+        fit = trainer_of(world, callbacks=[first], accumulate_grad_batches=accumulated, limit_train_batches=4)
+        loader = (own_loader(),) if name == "own loader" else ()
+        fit.fit(SelfSupervisedMethod(params, encoder=encoder()), *loader)
+        found[name] = first.images, first.lr
+    params = PRESETS["moco_v2"](**{**TINY, "global_batch_size": 30})
+    try:
+        trainer_of(world, accumulate_grad_batches=4).fit(SelfSupervisedMethod(params, encoder=encoder()))
+    except ValueError as error:
+        found["refused"] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_batch_size_and_learning_rate_are_as_promised(world, tmp_path):
+    for process in processes.run(settings_in_force, world, tmp_path, world):
+        for name, (_, _, *expected) in RUNS.items():
+            assert process[name] == pytest.approx(expected[world - 1], rel=1e-6), name
+        shares = 4 * world
+        assert f"global_batch_size=30 is not divisible by {shares}" in process["refused"]
+        assert f"choose a multiple of {shares}" in process["refused"]
+
+
+ACCUMULATED, STEPS = 2, 3
+
+
+def accumulate(rank: int, world: int) -> dict:
+    """Every preset on batches of `IMAGES`, two to a step; BYOL, whose images do not meet, also on one of both."""
+    g = torch.Generator().manual_seed(0)
+    views = [[torch.randn(IMAGES, 1, 8, 8, generator=g) for _ in range(2)] for _ in range(ACCUMULATED * STEPS)]
+    share = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
+    runs = {name: ([[view[share] for view in batch] for batch in views], ACCUMULATED) for name in PRESETS}
+    if world == 1:
+        pairs = zip(views[::2], views[1::2], strict=True)
+        runs["byol at once"] = [[torch.cat(both) for both in zip(*pair, strict=True)] for pair in pairs], 1
+    found = {}
+    for name, (batches, accumulated) in runs.items():
+        preset = PRESETS[name.split()[0]]
+        params = preset(**{**TINY, "mlp_normalization": "ln", "evaluations": []})
+        torch.manual_seed(1)
+        model = SelfSupervisedMethod(params, encoder=encoder())
+        fit = trainer_of(world, accumulate_grad_batches=accumulated)
+        fit.fit(model, Batches(batches))
+        assert fit.global_step == STEPS
+        found[name] = model.state_dict()
+    return found
+
+
+def test_accumulated_batches_on_two_processes_equal_those_on_one(tmp_path):
+    (alone,) = processes.run(accumulate, 1, tmp_path / "1", 1)
+    assert_close(alone["byol"], alone["byol at once"])
+    for process in processes.run(accumulate, 2, tmp_path / "2", 2):
+        for name in PRESETS:
+            assert_close(process[name], alone[name])
+
+
+STRATEGIES = ({}, {"static_graph": True}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True})
+
+
+def strategies(rank: int, world: int) -> dict:
+    found = {}
+    for name in PRESETS:
+        for index, options in enumerate(STRATEGIES):
+            g = torch.Generator().manual_seed(rank)
+            views = [[torch.randn(8, 1, 8, 8, generator=g) for _ in range(2)] for _ in range(STEPS)]
+            torch.manual_seed(1)
+            params = PRESETS[name](**{**TINY, "mlp_normalization": "ln", "evaluations": []})
+            model = SelfSupervisedMethod(params, encoder=encoder())
+            trainer_of(world, strategy=DDPStrategy(**options)).fit(model, Batches(views))
+            found[name, index] = model.state_dict()
+    return found
+
+
+def test_options_of_ddp_change_nothing(tmp_path):
+    """Every preset uses every parameter in every step: a static graph is right, and a search is not needed."""
+    for process in processes.run(strategies, 2, tmp_path, 2):
+        for name in PRESETS:
+            for index in range(1, len(STRATEGIES)):
+                for key, value in process[name, 0].items():
+                    assert torch.equal(process[name, index][key], value), (name, STRATEGIES[index], key)
+
+
+# ---- precision, and what needs a GPU ----
+
+
+def half_precision(scale: float) -> pl.plugins.precision.MixedPrecision:
+    """float16 with a gradient scaler, as on a GPU; `precision="16-mixed"` alone means bfloat16 on a CPU."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return pl.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+
+
+@pytest.mark.filterwarnings("ignore:collapse")
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_every_preset_in_mixed_precision(precision, name, small, trainer):
+    half = precision == "16-mixed"
+    plugin = half_precision(2.0**10) if half else None
+    model = SelfSupervisedMethod(small(name, evaluations=[]), encoder=encoder())
+    kinds, losses = set(), []
+    model.model[0].register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    model.on_train_batch_end = lambda outputs, batch, index: losses.append(outputs["loss"])
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    options = {"plugins": [plugin]} if half else {"precision": precision}
+    fit = trainer(limit_train_batches=3, **options)
+    fit.fit(model)
+    assert fit.global_step == len(losses) == 3 and torch.stack(losses).isfinite().all()
+    assert kinds == {torch.float16 if half else torch.bfloat16}
+    for key, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32 and parameter.isfinite().all(), key
+        assert parameter.ndim == 1 or not torch.equal(parameter, before[key]), key
+    assert not half or plugin.scaler.get_scale() == 2.0**10  # no step was left out
+
+
+class Norms(pl.Callback):
+    """Of all gradients: as the backward pass leaves them, and as the optimizer gets them."""
+
+    def norm(self, module) -> torch.Tensor:
+        return torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
+
+    def on_after_backward(self, trainer, module):
+        self.scaled = self.norm(module)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.unscaled = self.norm(module)
+
+
+def test_lars_gets_gradients_without_the_scale(small, trainer):
+    """Its own adaptation would hide a scale; weight decay, and the parameters that it does not adapt, would not."""
+    found, norms = {}, {}
+    for scale in (2.0**2, 2.0**10):
+        torch.manual_seed(1)
+        params = small("byol", evaluations=[], mlp_normalization="ln", lars_eta=0.1, weight_decay=0.1)
+        model, norms[scale] = SelfSupervisedMethod(params, encoder=encoder()), Norms()
+        before = {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
+        trainer(limit_train_batches=1, plugins=[half_precision(scale)], callbacks=[norms[scale]]).fit(model)
+        found[scale] = model.state_dict()
+    small_scale, large_scale = norms.values()
+    assert (large_scale.scaled / small_scale.scaled).item() == pytest.approx(2.0**8, rel=0.01)
+    assert (large_scale.unscaled / small_scale.unscaled).item() == pytest.approx(1.0, rel=0.01)
+    for name, value in found[2.0**2].items():
+        assert torch.allclose(found[2.0**10][name], value, rtol=1e-3, atol=1e-4), name
+    moved = [(found[2.0**2][name] - value).abs().max() for name, value in before.items()]
+    assert torch.stack(moved).median() > 1e-3
+
+
+def sync_batchnorm(rank: int, world: int) -> str:
+    model = SelfSupervisedMethod(PRESETS["byol"](**TINY), encoder=encoder())
+    with pytest.raises(ValueError) as refusal:
+        trainer_of(world, sync_batchnorm=True).fit(model)
+    return str(refusal.value)
+
+
+def test_refused_without_a_gpu(tmp_path):
+    """By Lightning and PyTorch: this is why these are not tried here."""
+    for strategy in ("fsdp", "fsdp_cpu_offload"):
+        with pytest.raises(ValueError, match="requires a GPU accelerator"):
+            pl.Trainer(accelerator="cpu", devices=2, strategy=strategy)
+    for message in processes.run(sync_batchnorm, 2, tmp_path, 2):
+        assert message == "SyncBatchNorm layers only work with GPU modules"

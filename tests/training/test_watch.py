@@ -1,0 +1,102 @@
+"""What is said while a method trains."""
+
+import re
+
+import processes
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import SMALL
+from torch import nn
+
+from moco import SelfSupervisedMethod
+from model_params import PRESETS
+from self_supervised.training import monitor
+from self_supervised.training.checkpoints import Checkpoints, newest, read
+
+
+class Encoder(nn.Module):
+    """[N, 1, 8, 8] -> [N, 6]; from its n-th training pass on, its output is multiplied by `factor`."""
+
+    def __init__(self, n: int | None = None, factor: float = 1.0):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
+        self.n, self.factor, self.passes = n, factor, 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return self.net(x) * (self.factor if self.n is not None and self.passes > self.n else 1.0)
+
+
+@pytest.mark.parametrize("preset", ["moco_v2", "vicreg"])
+def test_a_loss_that_is_not_finite_stops_the_run(preset, small, trainer, tmp_path):
+    """Before the weights are touched; the message has all that is asked for first."""
+    passes = {"moco_v2": 5, "vicreg": 10}[preset]  # of the encoder before step 5
+    params = small(preset, lr=0.01, evaluations=[])
+    model = SelfSupervisedMethod(params, encoder=Encoder(passes, float("nan")))
+    before = []
+
+    class Remember(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            before[:] = [module.model.net[1].weight.detach().clone()]
+
+    fit = trainer(limit_train_batches=9, callbacks=[Checkpoints(tmp_path / "run", every_n_steps=2), Remember()])
+    with pytest.raises(FloatingPointError) as found:
+        fit.fit(model)
+    message = str(found.value)
+    assert "not finite at step 5 (epoch 0, batch 5) on process 0" in message
+    assert "step_train_loss=nan" in message and ("loss_variance=nan" in message) == (preset == "vicreg")
+    assert re.search(
+        r"learning rate 0\.0\d+, gradient norm nan, first parameter without a finite gradient: model", message
+    )
+    assert torch.equal(model.model.net[1].weight, before[0]) and before[0].isfinite().all()
+    assert newest(tmp_path / "run").name == "step_000000004.ckpt" and read(newest(tmp_path / "run"))
+
+
+def test_what_is_in_force_is_printed_once(small, trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr(monitor, "rank_zero_info", said.append)
+    params = small("byol", lr=0.1, lr_scaling="linear", lr_batch_size=64, warmup_epochs=1, mlp_normalization="bn")
+    fit = trainer(max_epochs=2, limit_train_batches=4, accumulate_grad_batches=2)
+    fit.fit(SelfSupervisedMethod(params, encoder=Encoder(), evaluations=[]))
+    assert len(said) == 1
+    assert "1 (processes) x 2 (accumulated batches) x 16 (images) = 32 images per optimizer step" in said[0]
+    assert "4 steps, 2 an epoch, 2 of warm-up; lr 0.05" in said[0]
+    assert "parameters with and without weight decay: 5 and 9" in said[0]
+
+
+def test_collapsed_embeddings_are_named_once(small, trainer):
+    params = small("simclr", evaluations=[])
+
+    class OnePoint(Encoder):
+        def forward(self, x):
+            return super().forward(x) * 0 + 1
+
+    class OneDirection(Encoder):
+        def forward(self, x):
+            return super().forward(x)[:, :1] * torch.arange(6.0)
+
+    with pytest.warns(UserWarning, match="collapse: step_projection_std=0.000 .*Try another") as found:
+        trainer(max_epochs=3).fit(SelfSupervisedMethod(params, encoder=OnePoint()))
+    assert len([w for w in found if "collapse" in str(w.message)]) == 1
+    with pytest.warns(UserWarning, match="collapse: valid_rank_me=1.0"):
+        trainer().fit(SelfSupervisedMethod(params, encoder=OneDirection(), evaluations=["rank_me"]))
+
+
+def spoiled_on_one(rank: int, world: int) -> str:
+    params = PRESETS["moco_v2"](**{**SMALL, "evaluations": []})
+    model = SelfSupervisedMethod(params, encoder=Encoder(2 if rank == 1 else None, float("inf")))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", strategy="ddp", devices=world, max_epochs=1, **quiet)
+    try:
+        trainer.fit(model)
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
+def test_all_processes_stop_when_one_loss_is_not_finite(tmp_path):
+    """MoCo's loss of the other process stays finite: it would wait for gradients that never come."""
+    for rank, message in enumerate(processes.run(spoiled_on_one, 2, tmp_path, 2)):
+        assert "not finite at step 2 (epoch 0, batch 2) on process 1; " in message
+        assert f"on process {rank} step_train_loss=" in message and ("step_train_loss=nan" in message) == (rank == 1)
