@@ -6,19 +6,21 @@ VENV := .venv
 BENCHMARKS := augment step optimizer probe loader scaling startup
 .PHONY: demo test test-long lint bench
 
-$(VENV)/installed: requirements.txt requirements-dev.txt
+$(VENV)/installed: pyproject.toml requirements.txt requirements-dev.txt $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python demo.py
+	$(VENV)/bin/self-supervised demo
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test-long: $(VENV)/installed
-	LONG=5 $(VENV)/bin/python -m pytest tests/test_resume.py tests/test_properties.py tests/test_memory.py tests/test_embed.py
+	LONG=5 $(VENV)/bin/python -m pytest tests/training/test_resume.py tests/test_properties.py tests/training/test_memory.py \
+		tests/embeddings/test_embed.py
 
 bench: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt

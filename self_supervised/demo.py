@@ -5,11 +5,11 @@
 Leaves a run in runs/demo, like those of train.py, with results.md and a page about it: report.html.
 """
 
-import argparse
 import logging
 import shutil
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from self_supervised.networks import layers
 from self_supervised.networks.encoders import OWN_MODULE
 from self_supervised.program import one_line_errors
 from self_supervised.report import report
-from self_supervised.runs.command_line import RunOptions
+from self_supervised.runs.command_line import RunOptions, parser_of
 from self_supervised.safe_files import to_json, write_whole
 from self_supervised.views import augmentations
 
@@ -96,11 +96,11 @@ def table(random: dict[str, float], trained: dict[str, float]) -> str:
 
 
 @one_line_errors()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of("demo", __doc__)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--linear_epochs", type=int, default=10)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", module="pytorch_lightning")  # of our deliberately small numbers
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     with locked(OUT):
@@ -137,7 +137,3 @@ def forget_earlier_demo() -> None:
         (OUT / name).unlink(missing_ok=True)
     for name in ("pretraining", "linear"):
         shutil.rmtree(OUT / name, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    main()

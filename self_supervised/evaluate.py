@@ -28,7 +28,7 @@ from self_supervised.evaluation.results import Results
 from self_supervised.fields import as_path
 from self_supervised.networks.pretrained import compared, load_encoder
 from self_supervised.program import one_line_errors
-from self_supervised.runs.command_line import add_fields
+from self_supervised.runs.command_line import add_fields, parser_of
 from self_supervised.runs.run_folder import versions
 from self_supervised.safe_files import check_folder
 
@@ -148,9 +148,8 @@ def folder_of(checkpoint: str | Path) -> Path:
 # ---- the command ----
 
 
-def arguments() -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = parser_of("evaluate", __doc__)
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT")
     parser.add_argument("--list", action="store_true", help="print the protocols and what they mean")
     parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train")
@@ -166,12 +165,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, help="that decode files")
     reading = parser.add_argument_group("how files are read; default: as in the pretraining (see model_params.py)")
     add_fields(reading, READING)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 @one_line_errors()
-def main() -> None:
-    args = arguments()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parsed(arguments)
     if args.list:
         for name, row in PROTOCOLS.items():
             print(f"{name:14} {row.definition}. {row.source}")
@@ -195,7 +194,3 @@ def main() -> None:
         **{name: value for name, value in reading.items() if value is not None},
     )
     print((args.out or folder_of(args.checkpoint)).joinpath("results.md").read_text())
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -209,8 +210,8 @@ def run(
 
 
 @one_line_errors()
-def main() -> None:
-    do(*command_line.parse(sys.argv[1:]))
+def main(arguments: Sequence[str] | None = None) -> None:
+    do(*command_line.parse(sys.argv[1:] if arguments is None else arguments))
 
 
 def do(preset: str, options: RunOptions, params: ModelParams) -> None:
@@ -244,7 +245,3 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
     results = run(out, preset, options, params)
     with run_folder.logged(out / "log.txt"):
         run_folder.say(json.dumps(results, indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ the images that were added since. CHECKPOINT is anything that weights.load_encod
 import argparse
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def batches(source: Source, encoder: Encoder, todo: list[str], batch_size: int, 
     )
 
 
-def arguments() -> argparse.Namespace:
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("embed", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
@@ -147,13 +148,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="embed all anew, whatever --out holds")
     fields = parser.add_argument_group("where the checkpoint does not say, or says it wrong (see model_params.py)")
     add_fields(fields, OVERRIDES)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 @one_line_errors()
-def main() -> None:
-    embed(**vars(arguments()))
-
-
-if __name__ == "__main__":
-    main()
+def main(arguments: Sequence[str] | None = None) -> None:
+    embed(**vars(parsed(arguments)))

@@ -6,7 +6,7 @@ An IMAGE is one of the features' own, by its path in the file or on the disk, an
 other image, which the features' checkpoint embeds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -245,7 +245,7 @@ def nearest_sheet(
 
 
 @one_line_errors()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("nearest", __doc__)
     parser.add_argument("features", metavar="FILE.parquet")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
@@ -253,8 +253,4 @@ def main() -> None:
     parser.add_argument("-k", type=int, default=12, help="neighbours of each image")
     parser.add_argument("--checkpoint", help="of the features, if it is not where it was")
     parser.add_argument("--folder", help="of the features' images, likewise")
-    nearest_sheet(**vars(parser.parse_args()))
-
-
-if __name__ == "__main__":
-    main()
+    nearest_sheet(**vars(parser.parse_args(arguments)))

@@ -5,6 +5,7 @@
 t-SNE is scikit-learn's; --method umap needs the package umap-learn. Both see the embeddings on the unit sphere.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ def make_map(
 
 
 @one_line_errors()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("map", __doc__)
     parser.add_argument("features", metavar="FILE.parquet")
     parser.add_argument("--out", type=as_path, nargs="+", default=[Path("map.png"), Path("map.html")], metavar="FILE")
@@ -162,8 +163,4 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=5000, metavar="N", dest="n", help="so many rows, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="of the features' images, if it is not where it was")
-    make_map(**vars(parser.parse_args()))
-
-
-if __name__ == "__main__":
-    main()
+    make_map(**vars(parser.parse_args(arguments)))

@@ -178,7 +178,7 @@ def place(file: Path, target: Path, publish: bool) -> Path:
     return target
 
 
-def arguments() -> argparse.Namespace:
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("export", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
@@ -190,15 +190,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", action="store_true", help="print parameters and FLOPs of each part")
     fields = parser.add_argument_group("where the file does not say (fields of EncoderAndDataParams)")
     add_fields(fields, FACTS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not args.format and not args.count:
         parser.error("say --format, or --count")
     return args
 
 
 @one_line_errors(RuntimeError)  # of the systems that export: they say what they cannot convert
-def main() -> None:
-    args = vars(arguments())
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = vars(parsed(arguments))
     checkpoint, formats = args.pop("checkpoint"), list(dict.fromkeys(args.pop("format")))
     count_parts = args.pop("count")
     out, publish, normalize = args.pop("out"), args.pop("publish"), args.pop("normalize")
@@ -213,7 +213,3 @@ def main() -> None:
         done = write_checked(encoder, format, target, publish, normalize)
         size = done.path.stat().st_size / 1e6
         print(f"{format}: {done.path} ({size:.1f} MB), embeddings equal to {done.difference:.0e} of the largest")
-
-
-if __name__ == "__main__":
-    main()

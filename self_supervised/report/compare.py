@@ -5,7 +5,6 @@
 Runs of the same settings but for the seed are one column: mean ± standard deviation over them.
 """
 
-import argparse
 import json
 import math
 import re
@@ -23,7 +22,7 @@ from self_supervised.evaluation.results import deviation
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
 from self_supervised.runs import run_folder
-from self_supervised.runs.command_line import text
+from self_supervised.runs.command_line import parser_of, text
 from self_supervised.safe_files import rows_of
 from self_supervised.training.milestones import is_finite, lowest_is_best, uses_test_labels
 
@@ -160,11 +159,7 @@ def table(columns: list[list[Run]], rows: list[Row]) -> Table:
 
 
 @one_line_errors()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of("compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    Console(highlight=False, markup=False).print(table(*compare(parser.parse_args().runs)))
-
-
-if __name__ == "__main__":
-    main()
+    Console(highlight=False, markup=False).print(table(*compare(parser.parse_args(arguments).runs)))

@@ -6,7 +6,6 @@
 What healthy and collapsed curves look like: docs/troubleshooting.md.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from matplotlib.axes import Axes
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
 from self_supervised.report import figures
-from self_supervised.runs.command_line import label
+from self_supervised.runs.command_line import label, parser_of
 from self_supervised.safe_files import check_file, whole
 from self_supervised.training.monitor import COLLAPSED_STD
 
@@ -112,15 +111,11 @@ def labelled(runs: Sequence[str]) -> dict[str, Curves]:
 
 
 @one_line_errors()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of("curves", __doc__)
     parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="folder of a run")
     parser.add_argument("--out", required=True, metavar="FILE.png")
     parser.add_argument("--panels", nargs="+", metavar="NAME[,NAME]", help="figures of metrics.csv")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     draw(labelled(args.runs), args.out, args.panels)
     print(args.out)
-
-
-if __name__ == "__main__":
-    main()

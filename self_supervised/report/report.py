@@ -80,7 +80,7 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
 
 
 @one_line_errors()
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
@@ -89,8 +89,4 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, default=IMAGES, metavar="N", help=f"test images to embed, at most; 0: none ({IMAGES})"
     )
-    print(write(**vars(parser.parse_args())))
-
-
-if __name__ == "__main__":
-    main()
+    print(write(**vars(parser.parse_args(arguments))))

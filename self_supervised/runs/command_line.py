@@ -34,10 +34,10 @@ from self_supervised.fields import check_types, choice, expanded, non_negative, 
 
 
 def parser_of(name: str, description: str) -> argparse.ArgumentParser:
-    """Of `python -m tools.NAME`; its help is the module's docstring, as it stands there."""
+    """Return the parser of `self-supervised NAME`, whose help is the module's docstring as it stands."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
-        prog=f"python -m tools.{name}", description=description, formatter_class=formatter, allow_abbrev=False
+        prog=f"self-supervised {name}", description=description, formatter_class=formatter, allow_abbrev=False
     )
 
 

@@ -42,7 +42,6 @@ LOG.propagate = False
 LOG_SOURCES = ("", LOG.name, "pytorch_lightning", "lightning_fabric")  # none of the three propagates to the root
 
 
-@rank_zero_only
 def versions() -> dict[str, str | None]:
     """Of Python, of the libraries, and the commit of this code, if it is in a git repository, with "+changes" where
     files that git knows were changed."""
@@ -60,7 +59,15 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, "commit": commit}
 
 
-def begin(out: Path, config: str, command: Sequence[str]) -> None:
+def as_typed(arguments: Sequence[str]) -> str:
+    """Return the command line that made `sys.argv`."""
+    program = Path(arguments[0]).name
+    start = ["python", "-m", "self_supervised"] if program == "__main__.py" else [program]
+    return shlex.join([*start, *arguments[1:]])
+
+
+@rank_zero_only
+def begin(out: Path, config: str, arguments: Sequence[str]) -> None:
     """Start or go on with a run: config.yaml, command.txt and run.json. Other settings than before are named."""
     (out / "splits").mkdir(parents=True, exist_ok=True)
     old = settings(out)
@@ -72,7 +79,7 @@ def begin(out: Path, config: str, command: Sequence[str]) -> None:
     write_whole(out / "config.yaml", config)
     commands = out / "command.txt"
     before = text_of(commands) if commands.is_file() else ""
-    write_whole(commands, before + shlex.join(["python", *command]) + "\n")
+    write_whole(commands, before + as_typed(arguments) + "\n")
     write_whole(out / "run.json", to_json([*starts_of(out), circumstances()], indent=2))
 
 

@@ -1,0 +1,137 @@
+"""The wheel, installed into an environment of its own, works next to a user's files of our modules' names."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import self_supervised
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SOURCES = ["pyproject.toml", "README.md", "LICENSE", "requirements.txt", "requirements", "self_supervised"]
+FIRST_EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+SMALL = "--dataset_name digits --encoder_arch shufflenet_v2_x0_5 --batch_size 64 --num_data_workers 0 --max_epochs 1"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, because building leaves files next to the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in [*SOURCES, *(f"{room}.py" for room in self_supervised.FRONT_ROOMS)]:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / "sources" / name) if (folder / "sources").mkdir(exist_ok=True) is None else None
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "wheel", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", "-w", str(folder), str(folder / "sources")], check=True)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A directory of a user's own modules, and a function that runs a program of the environment in it."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    site = next((folder / "lib").glob("python*/site-packages"))
+    (site / "shared.pth").write_text(sysconfig.get_path("purelib"))  # dependencies, not what is installed editable
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install", "-q"]
+    subprocess.run([*pip, "--no-deps", str(wheel)], check=True)
+    user = tmp_path_factory.mktemp("user")
+    for path in (ROOT / "self_supervised").rglob("*.py"):
+        if not path.stem.startswith("__"):
+            (user / f"{path.stem}.py").write_text("raise RuntimeError('a module of the user was imported')\n")
+
+    def run(*command: str, status: int = 0) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"DATA_PATH": str(user / "packed"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        program = folder / "bin" / command[0]
+        ran = subprocess.run([program, *command[1:]], cwd=user, env=environment, capture_output=True, text=True)
+        assert ran.returncode == status, f"{ran.stdout}\n{ran.stderr}"
+        return ran.stdout + ran.stderr
+
+    run.user = user
+    return run
+
+
+def test_the_users_modules_are_in_the_way(installed):
+    """What follows is no proof unless Python finds the user's modules first."""
+    assert "a module of the user was imported" in installed("python", "-c", "import loader", status=1)
+
+
+def test_public_names_and_other_packages_of_the_same_names(installed):
+    code = (
+        "import sys; import self_supervised as ssl; ssl.SelfSupervisedMethod(ssl.BYOLParams(dataset_name='digits')); "
+        "assert all(getattr(ssl, name) for name in ssl.__all__); assert callable(ssl.export); print(ssl.__file__)"
+    )
+    assert str(ROOT) not in installed("python", "-c", code)
+    (installed.user / "evaluate.py").unlink()
+    (installed.user / "progress.py").unlink()
+    code = "import evaluate, progress, self_supervised.evaluate; print(evaluate.load, progress.Infinite)"
+    assert "function load" in installed("python", "-c", code)
+
+
+def test_the_first_example_of_the_readme(installed):
+    """As it stands there, on two batches."""
+    short = (
+        "import pytorch_lightning as pl\nmade = pl.Trainer.__init__\n"
+        "def short(self, **options):\n"
+        "    made(self, **{**options, 'max_epochs': 1, 'limit_train_batches': 2, 'limit_val_batches': 0})\n"
+        "pl.Trainer.__init__ = short\n"
+    )
+    assert "self_supervised" in FIRST_EXAMPLE
+    installed("python", "-c", short + FIRST_EXAMPLE.replace("cifar10", "digits"))
+
+
+def test_commands_from_training_to_report(installed):
+    assert "embed" in installed("self-supervised", "--help") and "embed" in installed("python", "-m", "self_supervised")
+    installed("self-supervised", *f"train byol {SMALL} --out run --logger csv --linear_epochs 1".split())
+    assert (installed.user / "run/command.txt").read_text().startswith("self-supervised train byol --dataset_name digits")
+    out = "run/pretrained.ckpt"
+    assert "knn20_acc1" in installed("self-supervised", *f"evaluate {out} --protocols knn --no_baselines".split())
+    assert "verified" in installed("self-supervised", *f"export {out} --format torchvision".split()).lower()
+    installed("self-supervised", *f"embed {out} digits/test --out features.parquet --num_workers 0".split())
+    installed("self-supervised", *"report run --images 0".split())
+    page = (installed.user / "run/report.html").read_text()
+    assert "<script>" in page and len(page) > 10_000
+
+
+@pytest.mark.parametrize("command", [["python", "-m", "self_supervised", "train"], ["python", "-c", "import "]])
+def test_a_front_room_that_is_hidden_is_named(installed, command):
+    hidden = installed.user / "lars.py"
+    hidden.write_text("")
+    if command[-1] == "import ":
+        command = [*command[:-1], "import self_supervised as ssl; ssl.SelfSupervisedMethod"]
+    message = installed(*command, status=1)
+    hidden.unlink()
+    assert f"{hidden} hides the module lars" in message
+
+
+def test_the_stub_has_the_public_names():
+    stub = (ROOT / "self_supervised" / "__init__.pyi").read_text()
+    found = dict(re.findall(r"^from (\S+) import (\w+) as \2$", stub, re.MULTILINE)[::1])
+    named = {name: module for module, name in re.findall(r"^from (\S+) import (\w+) as \2$", stub, re.MULTILINE)}
+    assert found and named == self_supervised.MODULE_OF
+
+
+def test_every_dependency_has_one_list():
+    """The extras, their files, and what the tests install are the same lists."""
+    extras = PROJECT["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
+    files = {name: extras[name]["file"] for name in extras}
+    assert set(files) == {"video", "export", "embed", "all"}
+    everything = {str(path.relative_to(ROOT)) for path in (ROOT / "requirements").glob("*.txt")}
+    assert set(files["all"]) == everything and all(set(files[name]) <= everything for name in files)
+    dev = (ROOT / "requirements-dev.txt").read_text()
+    assert everything == set(re.findall(r"^-r (requirements/\S+)", dev, re.MULTILINE))
+    lightning = next(
+        Requirement(line.split("#")[0])
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line.startswith("pytorch-lightning")
+    )
+    assert not lightning.specifier.contains("2.6.2") and not lightning.specifier.contains("2.6.3")
