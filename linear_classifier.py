@@ -18,18 +18,18 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lars import parameter_groups
-from model_params import OF_ONE_KIND, OF_TRAINING, EncoderAndDataParams, refuse
-from self_supervised.catalogue import NORMS_AND_BIASES, View
+from model_params import DATASET_DEFAULTS, TRAINING_ONLY, EncoderAndDataParams, refuse
+from self_supervised.catalogue import NORMS_AND_BIASES, ViewSettings
 from self_supervised.data import loading, subsets
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
-from self_supervised.data.loading import labelled, n_classes, resolve
+from self_supervised.data.loading import n_classes, require_labels, resolve
 from self_supervised.fields import choice, fraction, non_negative, number, plain, positive
 from self_supervised.networks import layers
-from self_supervised.networks.encoders import embed, get_encoder
+from self_supervised.networks.encoders import embeddings_of, get_encoder
 from self_supervised.networks.pretrained import SHARED, load_encoder
 from self_supervised.numerics import at_least_float32
 from self_supervised.training import optimizers
-from self_supervised.training.base_method import Stage, one_image_explained
+from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.views import augmentations
 
 # ---- settings ----
@@ -128,9 +128,11 @@ LINEAR_PRESETS = {
 
 SCORES = ("loss", "acc1", "acc5")
 
-LINEAR_VIEW = View(crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
+LINEAR_VIEW = ViewSettings(
+    crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
+)
 
-READING = (  # settings of how images are read
+IMAGE_SETTINGS = (  # settings of how images are read
     "dataset_name",
     "in_channels",
     "transform_crop_size",
@@ -140,12 +142,12 @@ READING = (  # settings of how images are read
     "pin_data_memory",
     "data_on_device",
     "unreadable_images",
-    *(name for name in OF_ONE_KIND if name not in OF_TRAINING),
+    *(name for name in DATASET_DEFAULTS if name not in TRAINING_ONLY),
 )
-FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", *READING)
+FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", *IMAGE_SETTINGS)
 
 
-class LinearClassifierMethod(Stage):
+class LinearClassifierMethod(BaseMethod):
     """embedding of `model` -> `normalize`, if wanted -> `classifier` -> logits.
 
     Training images get a random resized crop and, where the data set's images may be mirrored, a flip. They are
@@ -173,7 +175,7 @@ class LinearClassifierMethod(Stage):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
             self.normalize = nn.BatchNorm1d(width, eps=1e-6, affine=False) if p.normalize_features else None
-            self.classifier = nn.Linear(width, p.n_classes or labelled(n_classes(p), p))
+            self.classifier = nn.Linear(width, p.n_classes or require_labels(n_classes(p), p))
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(self.trains_encoder)
@@ -223,7 +225,7 @@ class LinearClassifierMethod(Stage):
             return each.unflatten(0, x.shape[:2]).logsumexp(1) - math.log(x.shape[1])
         with one_image_explained(x):
             with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
-                h = embed(self.model, x)
+                h = embeddings_of(self.model, x)
             return self.classifier(h if self.normalize is None else self.normalize(h))
 
     @property
@@ -326,7 +328,7 @@ class LinearClassifierMethod(Stage):
         """Images of the labelled training set: those to train on, and those to validate on instead of the test set.
         A subset is drawn from what is left: the labels by which settings are chosen come on top of it."""
         p, every = self.params, np.arange(len(labels))
-        labelled(1 + int(labels.min()), p)
+        require_labels(1 + int(labels.min()), p)
         held_out = p.validate_on == "held_out"
         fit, score = subsets.held_out(labels, p.held_out_fraction, p.split_seed) if held_out else (every, every[:0])
         if p.label_fraction is not None or p.labels_per_class is not None:
@@ -358,18 +360,18 @@ def for_linear_stage(params: LinearClassifierMethodParams, plan: optimizers.Plan
     """The optimizer that `params` names over groups with rates of their own, which fall together: to a tenth at 60 %
     and at 80 % of the training, or along half a cosine to 0."""
     groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
-    curve = {"cosine": warmup_cosine, "steps": warmup_steps_down}[params.lr_schedule]
+    curve = {"cosine": linear_cosine, "steps": linear_steps}[params.lr_schedule]
     optimizer = optimizers.get_optimizer(params, groups, plan.lr, params.nesterov)
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     return optimizers.per_step(optimizers.Schedule(optimizer, partial(curve, plan), plan.steps, decays))
 
 
-def warmup_cosine(plan: optimizers.Plan, step: int) -> float:
+def linear_cosine(plan: optimizers.Plan, step: int) -> float:
     """Share of the highest rate."""
     return optimizers.warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=0.0)
 
 
-def warmup_steps_down(plan: optimizers.Plan, step: int) -> float:
+def linear_steps(plan: optimizers.Plan, step: int) -> float:
     """Share of the highest rate."""
     share = optimizers.steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
     return share * optimizers.warmup(step, plan.warmup_steps)

@@ -12,22 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_params import CHANGING, ModelParams, changes
+from model_params import SCHEDULED, ModelParams, changes
 from self_supervised import distributed, losses
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
-from self_supervised.data.loading import labelled, n_classes, resolve
+from self_supervised.data.loading import n_classes, require_labels, resolve
 from self_supervised.evaluation import validation
 from self_supervised.fields import plain
-from self_supervised.networks.encoders import check_small_views, embed, get_encoder, source_of_weights
+from self_supervised.networks.encoders import check_small_views, embeddings_of, get_encoder, source_of_weights
 from self_supervised.networks.heads import MLP
 from self_supervised.numerics import Scores, at_least_float32
 from self_supervised.training import monitor, online_classifier, optimizers, parameter_groups
-from self_supervised.training.base_method import Stage, one_image_explained
+from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.views import augmentations
 
 
-class SelfSupervisedMethod(Stage):
+class SelfSupervisedMethod(BaseMethod):
     """MoCo, SimCLR, BYOL, EqCo, VICReg, Barlow Twins and SCE; `params` says which parts exist and how they join.
 
     view i -> model -> projection_model -> z -> prediction_model -> q     the query: trained
@@ -56,7 +56,7 @@ class SelfSupervisedMethod(Stage):
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
-            classes = (p.n_classes or labelled(n_classes(p), p)) if p.online_classifier else None
+            classes = (p.n_classes or require_labels(n_classes(p), p)) if p.online_classifier else None
             self.online_classifier = nn.Linear(width, classes) if classes else None
             if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
                 copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], min(sizes), min(sizes)))
@@ -157,12 +157,12 @@ class SelfSupervisedMethod(Stage):
         m = self.momentum()
         super().optimizer_step(*args, **kwargs)
         if self.lagging_model is not None:  # once per weight update, however many batches it was accumulated over
-            move_towards(self.lagging_model, self.model, 1 - m)
-            move_towards(self.lagging_projection_model, self.projection_model, 1 - m)
+            ema_update(self.lagging_model, self.model, 1 - m)
+            ema_update(self.lagging_projection_model, self.projection_model, 1 - m)
 
     def configure_optimizers(self) -> dict:
         self.plan = optimizers.get_plan(self.params, self.trainer, optimizers.warmup_epochs(self.params))
-        groups = parameter_groups.groups(self.parameter_table(), dict(self.named_parameters()), self.params)
+        groups = parameter_groups.optimizer_groups(self.parameter_table(), dict(self.named_parameters()), self.params)
         return optimizers.for_pretraining(self.params, self.plan, groups)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -171,9 +171,9 @@ class SelfSupervisedMethod(Stage):
         with online_classifier.gradients_aside(self.online_classifier):
             super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
-    def parameter_table(self) -> list[parameter_groups.Row]:
+    def parameter_table(self) -> list[parameter_groups.ParameterRow]:
         """What the optimizer does with each trainable parameter; `parameter_options.printed(...)` to read it."""
-        return parameter_groups.table(self, self.params)
+        return parameter_groups.parameter_table(self, self.params)
 
     # ---- data ----
 
@@ -226,7 +226,7 @@ class SelfSupervisedMethod(Stage):
         if due and self.params.is_evaluated and not self.trainer.sanity_checking:
             images, labels = batch
             with self.eagerly():
-                features = embed(self.model, images).float()
+                features = embeddings_of(self.model, images).float()
             self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
 
     def on_validation_epoch_end(self) -> None:
@@ -242,7 +242,7 @@ class SelfSupervisedMethod(Stage):
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
         """Embeddings [N, E] of a batch's images, in float32 or more; NaN for images that could not be read."""
         with self.eagerly():
-            return nan_where_unreadable(at_least_float32(embed(self.model, batch[0])), batch[1])
+            return nan_where_unreadable(at_least_float32(embeddings_of(self.model, batch[0])), batch[1])
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
@@ -314,7 +314,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def move_towards(target: nn.Module, source: nn.Module, weight: float) -> None:
+def ema_update(target: nn.Module, source: nn.Module, weight: float) -> None:
     """target <- (1 - weight) target + weight source, parameters only: batch statistics are each network's own."""
     if targets := list(target.parameters()):  # a head of no layers has none
         torch._foreach_lerp_(targets, list(source.parameters()), weight)
@@ -326,7 +326,7 @@ def move_towards(target: nn.Module, source: nn.Module, weight: float) -> None:
 def scheduled(params: ModelParams, step: int, plan: optimizers.Plan | None) -> dict[str, float]:
     """Those of CHANGING that do change, at an optimizer step of a training whose length is in `plan`."""
     p, found = params, {}
-    for name in CHANGING:
+    for name in SCHEDULED:
         if changes(p, name):
             warmup_steps = getattr(p, f"{name}_warmup_epochs") * plan.steps_per_epoch
             values = (getattr(p, field) for field in (f"{name}_warmup_start", name, f"{name}_final"))

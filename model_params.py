@@ -23,7 +23,7 @@ from self_supervised.catalogue import (
     PROBE_SOLVERS,
     STEM_VARIANTS,
     DatasetInfo,
-    View,
+    ViewSettings,
 )
 from self_supervised.fields import (
     check_parameter_options,
@@ -54,11 +54,11 @@ LOSSES = ("ce", "bce", "ip", "sce", "vic", "barlow")
 NEED_NEGATIVES = ("ce", "sce")
 HEADS = ("projection", "prediction")
 LAST_NORMALIZATIONS = (None, "same", *NORMALIZATIONS)
-CHANGING = ("sce_coefficient", "sce_target_T")
+SCHEDULED = ("sce_coefficient", "sce_target_T")
 WARMUPS = ("linear", "cosine")
 PerView = float | list[float] | None
 
-OWN_DATA = (
+CUSTOM_DATA = (
     "data_path",
     "image_key",
     "label_key",
@@ -85,14 +85,14 @@ VIDEO = (
     "evaluation_clips",
     "evaluation_crops",
 )  # fields of videos
-OF_TRAINING = ("clip_speeds", "clip_jitter")  # drawn at random for its views; an evaluation has neither
-HOW = ("video_decoder", "decoding_threads")  # sce_video sets them, and a preset may be tried on images
+TRAINING_ONLY = ("clip_speeds", "clip_jitter")  # drawn at random for its views; an evaluation has neither
+VIDEO_READING = ("video_decoder", "decoding_threads")  # sce_video sets them, and a preset may be tried on images
 
 
 # ---- what pretraining and the linear stage share ----
 
 
-def class_numbers(value: Any) -> Any:
+def class_to_idx_entries(value: Any) -> Any:
     """{"cat": 0}, the path of a JSON file with such an object, or ["cat=0"] -> ["cat=0"], which a checkpoint can hold.
 
     Raises:
@@ -162,7 +162,7 @@ class EncoderAndDataParams:
     include_patterns: list[str] = field(factory=list)  # "*.png", "cats/*": only paths, or file names, like one of them
     exclude_patterns: list[str] = field(factory=list)  # and like none of these: "*_mask.png", "*/thumbnails/*"
     labels_from: str | None = choice("first_folder", ("first_folder", "last_folder", None))  # of a path; None: none
-    class_to_idx: list[str] | None = field(default=None, converter=class_numbers)  # dict, JSON file or ["cat=0"]
+    class_to_idx: list[str] | None = field(default=None, converter=class_to_idx_entries)  # dict, JSON file or ["cat=0"]
     val_size: float = number(0.1, at_most=0.9)  # share of every class, where the data has no val and no test
     test_size: float = number(0.1, at_most=0.9)  # likewise
     data_fraction: float = number(1.0, above=0, by=1e-9, at_most=1)  # of every class of the training images
@@ -242,7 +242,7 @@ def refuse(contradictions: Iterable[tuple[bool, str]]) -> None:
             raise ValueError(message)
 
 
-OF_ONE_KIND = defaults(EncoderAndDataParams, (*OWN_DATA, *VIDEO))  # of data sets: another one begins with these
+DATASET_DEFAULTS = defaults(EncoderAndDataParams, (*CUSTOM_DATA, *VIDEO))  # of data sets: another one begins with these
 
 
 def contradictions_of_data(params: EncoderAndDataParams) -> Iterator[tuple[bool, str]]:
@@ -261,14 +261,14 @@ def contradictions_of_data(params: EncoderAndDataParams) -> Iterator[tuple[bool,
         not all(name and number.isdecimal() for name, _, number in parts),
         f"class_to_idx={p.class_to_idx} must give each class a whole number: {{'cat': 0, 'dog': 1}}",
     )
-    for name in () if p.dataset.is_custom else OWN_DATA:
+    for name in () if p.dataset.is_custom else CUSTOM_DATA:
         yield (
-            getattr(p, name) != OF_ONE_KIND[name],
+            getattr(p, name) != DATASET_DEFAULTS[name],
             f"{name}={getattr(p, name)!r} is for data of your own, not for dataset_name={p.dataset_name!r}: leave it "
             "out, or set dataset_name='folder'",
         )
     for name in () if p.dataset.of_videos else VIDEO:
-        is_set = getattr(p, name) != OF_ONE_KIND[name] and name not in HOW
+        is_set = getattr(p, name) != DATASET_DEFAULTS[name] and name not in VIDEO_READING
         yield is_set, only_for_videos(name, getattr(p, name), p.dataset_name)
 
 
@@ -492,7 +492,7 @@ class ModelParams(EncoderAndDataParams):
         return self.n_large_views + self.n_small_views
 
     @property
-    def views(self) -> list[View]:
+    def views(self) -> list[ViewSettings]:
         """One row of settings a view: the data set's, changed by the transform_... fields.
 
         Raises:
@@ -585,13 +585,13 @@ def contradictions_of_views(params: ModelParams) -> list[tuple[bool, str]]:
     ]
 
 
-def view_of(params: ModelParams, i: int) -> View:
+def view_of(params: ModelParams, i: int) -> ViewSettings:
     """Row i. Every field of View has fields in ModelParams: one of its name, or for an interval two."""
     size = params.crop_size if i < params.n_large_views else small_crop_size(params.crop_size)
     s = number_of_view(params, "transform_s", i)
     strengths = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": 0.8 * s, "hue": 0.2 * s}
     view = evolve(params.dataset.view, crop_size=size, **strengths)
-    found = {field.name: setting(params, field.name, getattr(view, field.name), i) for field in fields(View)}
+    found = {field.name: setting(params, field.name, getattr(view, field.name), i) for field in fields(ViewSettings)}
     if found["crop_size"] > params.crop_size:
         small = f"transform_small_crop_size={found['crop_size']}"
         raise ValueError(f"{small} is above transform_crop_size={params.crop_size}: choose a smaller one")
@@ -680,7 +680,7 @@ def contradictions_of_optimizer(params: ModelParams) -> list[tuple[bool, str]]:
 def contradictions_of_sce(params: ModelParams) -> list[tuple[bool, str]]:
     """Return (whether the settings contradict each other, how, and the way out)."""
     p, found = params, []
-    for name in CHANGING:
+    for name in SCHEDULED:
         warmup, schedule = getattr(p, f"{name}_warmup_epochs"), getattr(p, f"{name}_schedule")
         start, final = f"{name}_warmup_start", f"{name}_final"
         of_other_loss = f"a schedule of {name} is a part of loss_type='sce', not of {p.loss_type!r}: leave "

@@ -33,7 +33,7 @@ from self_supervised.program import one_line_errors
 from self_supervised.report import curves
 from self_supervised.runs import preflight
 from self_supervised.runs.run_folder import logged
-from self_supervised.safe_files import check_folder, whole, write_whole
+from self_supervised.safe_files import atomic_file, atomic_write, check_folder
 
 BASE = ModelParams(
     lr=0.8,
@@ -54,10 +54,10 @@ CONFIGS = {
 }
 # valid_class_acc in the post: STL-10, 10 epochs
 POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1}
-COLUMNS = ["config", "seed", "dataset", "epochs", "encoder", "accuracy", "pos_cos", "neg_cos", "minutes", "quick"]
+ROW_COLUMNS = ["config", "seed", "dataset", "epochs", "encoder", "accuracy", "pos_cos", "neg_cos", "minutes", "quick"]
 
 
-def arguments() -> argparse.Namespace:
+def blog_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=DATASETS, default=None, help="default: stl10; with --quick: digits")
     parser.add_argument("--epochs", type=int, default=None, help="default: 10; with --quick: 4")
@@ -83,13 +83,13 @@ def finished_runs(results: Path) -> list[dict[str, str]]:
 
 
 def keep(results: Path, rows: list[dict]) -> None:
-    with whole(results) as unfinished, unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+    with atomic_file(results) as unfinished, unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ROW_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
 
 
-def circumstances(args: argparse.Namespace) -> dict:
+def experiment_facts(args: argparse.Namespace) -> dict:
     """What a row's numbers depend on, beside configuration and seed."""
     return {"dataset": args.dataset, "epochs": args.epochs, "encoder": args.encoder, "quick": args.quick}
 
@@ -99,7 +99,7 @@ def run_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
     return args.out / f"{args.dataset}_{args.encoder}_{args.epochs}epochs{quick}" / f"{name}_{seed}"
 
 
-def settings(name: str, seed: int, args: argparse.Namespace) -> ModelParams:
+def experiment_settings(name: str, seed: int, args: argparse.Namespace) -> ModelParams:
     return evolve(
         CONFIGS[name],
         seed=seed,
@@ -126,15 +126,15 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         num_sanity_val_steps=0,
     )
     start = time.time()
-    trainer.fit(SelfSupervisedMethod(settings(name, seed, args)))
+    trainer.fit(SelfSupervisedMethod(experiment_settings(name, seed, args)))
     found = trainer.callback_metrics
-    row = {"config": name, "seed": seed, **circumstances(args)}
+    row = {"config": name, "seed": seed, **experiment_facts(args)}
     logged = {"accuracy": "valid_class_acc", "pos_cos": "step_pos_cos", "neg_cos": "step_neg_cos"}
     row |= {column: round(found[metric].item(), 4) for column, metric in logged.items()}
     return row | {"minutes": round((time.time() - start) / 60, 2)}
 
 
-def table(rows: list[dict]) -> str:
+def results_table(rows: list[dict]) -> str:
     """Markdown: one line a configuration, mean over seeds and, of several, their sample standard deviation."""
 
     def mean_and_deviation(group: list[dict], column: str, digits: int) -> str:
@@ -157,26 +157,28 @@ def table(rows: list[dict]) -> str:
 def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> None:
     runs: dict[str, list[curves.Curves]] = {}
     for row in rows:
-        runs.setdefault(row["config"], []).append(curves.read(run_folder(row["config"], row["seed"], args)))
+        runs.setdefault(row["config"], []).append(curves.read_curves(run_folder(row["config"], row["seed"], args)))
     in_order = {name: runs[name] for name in CONFIGS if name in runs}
-    curves.draw(in_order, file, ["step_pos_cos", "step_neg_cos"], figsize=(14, 5), sharey=True)
+    curves.draw_curves(in_order, file, ["step_pos_cos", "step_neg_cos"], figsize=(14, 5), sharey=True)
 
 
 @one_line_errors()
 def main() -> None:
-    args = arguments()
+    args = blog_arguments()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     check_folder("out", args.out)
-    preflight.check_images(settings(args.configs[0], args.seeds[0], args))
-    preflight.check_labels(settings(args.configs[0], args.seeds[0], args))  # the post's figure is an accuracy
+    preflight.check_images(experiment_settings(args.configs[0], args.seeds[0], args))
+    preflight.check_labels(
+        experiment_settings(args.configs[0], args.seeds[0], args)
+    )  # the post's figure is an accuracy
     with locked(args.out):
-        run_all(args)
+        run_experiments(args)
 
 
-def run_all(args: argparse.Namespace) -> None:
+def run_experiments(args: argparse.Namespace) -> None:
     results = args.out / "results.csv"
-    same = {column: str(value) for column, value in circumstances(args).items()}
+    same = {column: str(value) for column, value in experiment_facts(args).items()}
     for seed in args.seeds:
         for name in args.configs:
             key = {"config": name, "seed": str(seed), **same}
@@ -188,10 +190,9 @@ def run_all(args: argparse.Namespace) -> None:
                 row = train(name, seed, args)
             keep(results, [*finished_runs(results), row])
     rows = [row for row in finished_runs(results) if same.items() <= row.items()]
-    markdown = (
-        f"{args.encoder} on {args.dataset}, {args.epochs} epochs, linear probe on half of the test set\n\n{table(rows)}"
-    )
-    write_whole(args.out / "results.md", markdown)
+    markdown = f"{args.encoder} on {args.dataset}, {args.epochs} epochs, linear probe on half of the test set\n\n"
+    markdown += results_table(rows)
+    atomic_write(args.out / "results.md", markdown)
     draw_cosines(rows, args, args.out / "cosines.png")
     print(f"\n{markdown}\n{results}, {args.out / 'results.md'}, {args.out / 'cosines.png'}")
 

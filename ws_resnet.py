@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 
-def standardized(weight: Tensor) -> Tensor:
+def standardized_weight(weight: Tensor) -> Tensor:
     """Every output unit's weights with mean 0 and standard deviation 1 over its inputs (unbiased, + 1e-5)."""
     flat = weight.float().flatten(1)
     correction = min(1, flat.shape[1] - 1)  # with one input the unbiased deviation would be 0 / 0
@@ -59,12 +59,12 @@ class Taps(torch.autograd.Function):
 
 class Conv2d(PointConv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, standardized(self.weight), self.bias)
+        return self._conv_forward(x, standardized_weight(self.weight), self.bias)
 
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, standardized(self.weight), self.bias)
+        return F.linear(x, standardized_weight(self.weight), self.bias)
 
 
 def exchange_convolutions(module: nn.Module, kind: type[nn.Conv2d]) -> None:

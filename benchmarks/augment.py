@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from benchmarks import harness, peers
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.views.augmentations import augment
 
 SIZES = {32: (32, 512), 96: (96, 128), 224: (256, 48)}  # pixels of a view: (of an image, images of a batch)
@@ -62,7 +62,7 @@ def one_by_one(name: str, size: int, first: int, after: int) -> None:
 
 def contestants(size: int, images: Tensor, pool) -> dict[str, tuple[Callable, int]]:
     """name: (what makes one view of each image, how many images). The slow ones get fewer images."""
-    few, view = max(2, len(images) // 8), [View(crop_size=size)]
+    few, view = max(2, len(images) // 8), [ViewSettings(crop_size=size)]
     found: dict[str, tuple[Callable, int]] = {
         "ours": (lambda: augment(images, 0, view, peers.MEAN, peers.STD), len(images))
     }

@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
 from benchmarks import harness, peers
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.data.image_files import ImageFiles
-from self_supervised.data.loader import Loader, Share
+from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 from self_supervised.fields import as_path
 from self_supervised.views import augmentations
 from self_supervised.views.augmentations import generator
@@ -107,10 +107,10 @@ def some(dataset: Dataset, images: int) -> Subset:
 
 
 def ours(work: Work, images: int, workers: int, to_float: bool = True) -> Iterator[list[Tensor]]:
-    views, device = [View(crop_size=work.size)] * 2, "cuda" if torch.cuda.is_available() else "cpu"
+    views, device = [ViewSettings(crop_size=work.size)] * 2, "cuda" if torch.cuda.is_available() else "cpu"
     dataset = some(ImageFiles(Path(work.folder), 3, work.size, views, seed=0), images)
-    sampler = Share(dataset, 1, 0, seed=0)
-    for i, (crops, _) in enumerate(Loader(dataset, work.batch_size, sampler=sampler, num_workers=workers)):
+    sampler = ResumableSampler(dataset, 1, 0, seed=0)
+    for i, (crops, _) in enumerate(ResumableDataLoader(dataset, work.batch_size, sampler=sampler, num_workers=workers)):
         if to_float:
             crops = augmentations.augment([c.to(device) for c in crops], (0, i), views, peers.MEAN, peers.STD)
         yield crops

@@ -20,7 +20,7 @@ from PIL import Image
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import bar, parser_of
-from self_supervised.safe_files import check_folder, whole_folder
+from self_supervised.safe_files import atomic_folder, check_folder
 from self_supervised.views.augmentations import generator
 
 PHOTOGRAPHS = {
@@ -123,7 +123,7 @@ def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
         raise ValueError(f"{folder} is there already: choose another folder")
     if size < 16 or size % 2 or min(n.values()) < 1:
         raise ValueError(f"size={size} must be even and at least 16, and of {n} videos there must be one at least")
-    with whole_folder(folder) as unfinished, bar() as progress:
+    with atomic_folder(folder) as unfinished, bar() as progress:
         task = progress.add_task("videos", total=sum(n.values()) * len(MOTIONS))
         for which, (split, names) in enumerate(PHOTOGRAPHS.items()):
             rng, photographs = generator((seed, which)), [photograph(name) for name in names]

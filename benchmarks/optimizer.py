@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Row, arguments, in_turns, installed, report
 from lars import LARS, parameter_groups
-from moco import SelfSupervisedMethod, move_towards
+from moco import SelfSupervisedMethod, ema_update
 from model_params import NORMS_AND_BIASES, BYOLParams
 
 LR, MOMENTUM, WEIGHT_DECAY, ETA, M = 0.1, 0.9, 1e-4, 1e-3, 0.99
@@ -125,7 +125,7 @@ def sgd(network: nn.Module, foreach: bool) -> Callable[[], None]:
 
 
 def our_average(lagging: nn.Module, trained: nn.Module) -> Callable[[], None]:
-    return lambda: move_towards(lagging, trained, 1 - M)
+    return lambda: ema_update(lagging, trained, 1 - M)
 
 
 def loop_average(lagging: nn.Module, trained: nn.Module) -> Callable[[], None]:

@@ -6,10 +6,10 @@ import torch
 import torchvision.transforms as classic
 import torchvision.transforms.v2 as v2
 
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RECIPE = View()  # the numbers have their home there
+RECIPE = ViewSettings()  # the numbers have their home there
 
 
 def blur_kernel(size: int) -> int:

@@ -32,7 +32,7 @@ from benchmarks.augment import photographs
 from benchmarks.peer_loops import PeerLoop, lightly_loss, plain_loss
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
-from self_supervised.data.loader import Loader, Share
+from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 from self_supervised.networks.encoders import get_encoder
 
 METHODS = ["moco_v2", "simclr", "byol", "eqco", "sce", "vicreg", "barlow_twins"]
@@ -98,7 +98,9 @@ def ours(params: ModelParams, steps: int, encoder: nn.Module | None = None) -> C
     """One turn under `Trainer.fit`, with a logger, a progress bar and everything that comes by default."""
     model = SelfSupervisedMethod(params, encoder=encoder)
     dataset = Images(photographs(64, params.crop_size), params.batch_size * (steps + 1))
-    loader = Loader(dataset, batch_size=params.batch_size, sampler=Share(dataset, 1, 0), collate_fn=lambda batch: batch)
+    loader = ResumableDataLoader(
+        dataset, batch_size=params.batch_size, sampler=ResumableSampler(dataset, 1, 0), collate_fn=lambda batch: batch
+    )
 
     def run() -> float:
         clock = Clock()

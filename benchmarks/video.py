@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from benchmarks import harness, peers
 from moco import SelfSupervisedMethod
 from model_params import SCEParams
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.data import loading
 from self_supervised.data.image_files import draw_box
 from self_supervised.views.augmentations import augment, generator
@@ -119,7 +119,7 @@ class PlainLoop(Dataset):
     """PyAV as its documentation shows it; the crop by torch, as ours."""
 
     def __init__(self, work: Work):
-        self.work, self.files, self.view = work, ours(work, "file").files, View(crop_size=work.size)
+        self.work, self.files, self.view = work, ours(work, "file").files, ViewSettings(crop_size=work.size)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -205,7 +205,11 @@ def augmenting(work: Work, rounds: int) -> list[harness.Row]:
     frames = np.stack([moving(work, i // work.n_frames, i) for i in range(work.clips * work.n_frames)])
     frames = torch.from_numpy(frames[:, :side, :side].copy()).permute(0, 3, 1, 2)
     clips = frames.unflatten(0, (work.clips, work.n_frames)).transpose(1, 2).contiguous()
-    few, view, v2 = clips[: max(1, work.clips // 8)], [View(crop_size=work.size)], peers.torchvision_v2(work.size)
+    few, view, v2 = (
+        clips[: max(1, work.clips // 8)],
+        [ViewSettings(crop_size=work.size)],
+        peers.torchvision_v2(work.size),
+    )
     runs = {
         "ours": (lambda: augment(clips, 0, view, peers.MEAN, peers.STD), len(clips)),
         "torchvision v2, frame by frame": (lambda: [v2(f) for clip in few for f in clip.unbind(1)], len(few)),

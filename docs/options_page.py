@@ -15,7 +15,7 @@ import attrs
 
 from linear_classifier import LinearClassifierMethodParams
 from model_params import ModelParams
-from self_supervised.runs.command_line import RunOptions, changed, described, text, type_text
+from self_supervised.runs.command_line import RunOptions, changed, field_comments, text, type_text
 
 PAGE = Path(__file__).with_name("options.md")
 MARKER = "<!-- Below this line everything is written by `python docs/options_page.py`: edit the fields. -->\n"
@@ -52,7 +52,7 @@ def rows(kind: type) -> list[tuple[str, ...]]:
     defaults = kind()
     found = []
     for attribute in attrs.fields(kind):
-        heading, comment = described(kind)[attribute.name]
+        heading, comment = field_comments(kind)[attribute.name]
         default = f"`{text(getattr(defaults, attribute.name))}`"
         found.append((heading, attribute.name, default, comment, choices(attribute)))
     return found

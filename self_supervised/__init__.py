@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 FRONT_ROOMS = ("moco", "model_params", "linear_classifier", "ws_resnet", "batchrenorm", "lars", "train_blog")
-PRESETS = (
+PRESET_NAMES = (
     "MoCoV2Params", "EqCoParams", "SCEParams", "BYOLParams", "SimCLRParams", "VICRegParams", "BarlowTwinsParams",
     "MoCoV3Params", "SimSiamParams", "ReSSLParams", "SCEVideoParams",
 )  # fmt: skip
@@ -22,7 +22,7 @@ MODULE_OF = {
     "SelfSupervisedMethod": "moco",
     "ModelParams": "model_params",
     "PRESETS": "model_params",
-    **dict.fromkeys(PRESETS, "model_params"),
+    **dict.fromkeys(PRESET_NAMES, "model_params"),
     "LinearClassifierMethod": "linear_classifier",
     "LinearClassifierMethodParams": "linear_classifier",
     "LINEAR_PRESETS": "linear_classifier",

@@ -16,7 +16,7 @@ BLUR_RADIUS = 6  # pixels, 3 sigma of the strongest blur: kernels of 13 pixels
 
 
 @frozen
-class View:
+class ViewSettings:
     """How one view is made. The defaults are MoCo v2's (https://arxiv.org/abs/2003.04297)."""
 
     crop_size: int = 224
@@ -56,7 +56,7 @@ class DatasetInfo:
     test_splits: tuple[str, ...] = ("test",)
     validation_splits: tuple[str, ...] | None = None  # during pretraining; None: test_splits
     many_labels: bool = False  # multi-label: an image has [K] entries 1, -1 or 0, and not one class
-    view: View = field(factory=View)  # training views, where the settings do not say otherwise
+    view: ViewSettings = field(factory=ViewSettings)  # training views, where the settings do not say otherwise
     class_names: str = ""  # of a packed set, in the order of their numbers; "": the numbers
 
     @property
@@ -84,10 +84,10 @@ class DatasetInfo:
         return "videos" if self.of_videos else "images"
 
 
-DIGIT_VIEW = View(  # a mirrored digit is another one, and has no color; blurred at 8 x 8 it is a spot
+DIGIT_VIEW = ViewSettings(  # a mirrored digit is another one, and has no color; blurred at 8 x 8 it is a spot
     crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.0
 )
-CLIP_VIEW = View(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for video: the area of CVRL's crops
+CLIP_VIEW = ViewSettings(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for video: the area of CVRL's crops
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TRAINVAL = ("trainval",)

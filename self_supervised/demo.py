@@ -26,12 +26,12 @@ from self_supervised.networks.encoders import OWN_MODULE
 from self_supervised.program import one_line_errors
 from self_supervised.report import report
 from self_supervised.runs.command_line import RunOptions, parser_of
-from self_supervised.safe_files import to_json, write_whole
+from self_supervised.safe_files import atomic_write, to_json
 from self_supervised.views import augmentations
 
 OUT = Path("runs/demo")
 LABELS_PER_CLASS = 5
-DRAWS = 5  # of the few labels; the mean is reported
+LABEL_DRAWS = 5  # of the few labels; the mean is reported
 
 
 def small_encoder() -> nn.Module:
@@ -71,7 +71,7 @@ def loader(params: ModelParams, splits: tuple[str, ...]):
 def with_few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
     """Accuracy of the linear probe with LABELS_PER_CLASS labels of each class, mean over DRAWS draws of them."""
     accuracies = []
-    for draw in range(DRAWS):
+    for draw in range(LABEL_DRAWS):
         rng = np.random.default_rng(draw)
         classes = [np.flatnonzero(train_y == label) for label in train_y.unique()]
         chosen = np.concatenate([rng.choice(members, LABELS_PER_CLASS, replace=False) for members in classes])
@@ -80,7 +80,7 @@ def with_few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Te
     return float(np.mean(accuracies))
 
 
-def score(encoder: nn.Module, params: ModelParams) -> dict[str, float]:
+def encoder_scores(encoder: nn.Module, params: ModelParams) -> dict[str, float]:
     sets = features(encoder, params)
     return {
         f"linear, {LABELS_PER_CLASS * params.dataset.n_classes} labels (%)": with_few_labels(*sets),
@@ -90,7 +90,7 @@ def score(encoder: nn.Module, params: ModelParams) -> dict[str, float]:
     }
 
 
-def table(random: dict[str, float], trained: dict[str, float]) -> str:
+def scores_table(random: dict[str, float], trained: dict[str, float]) -> str:
     rows = [f"| {name} | {random[name]:.1f} | {trained[name]:.1f} |" for name in random]
     return "\n".join(["| test set | random encoder | trained encoder |", "|---|---|---|", *rows])
 
@@ -104,10 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")  # of our deliberately small numbers
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     with locked(OUT):
-        run(args.epochs, args.linear_epochs)
+        run_demo(args.epochs, args.linear_epochs)
 
 
-def run(epochs: int, linear_epochs: int) -> None:
+def run_demo(epochs: int, linear_epochs: int) -> None:
     start = time.time()
     recipe = {"batch_size": 64, "lars_eta": 0.005, "lars_warmup_epochs": 2, "seed": 0}
     recipe |= {"encoder_arch": OWN_MODULE, "evaluations": ["linear_probe", "knn"]}
@@ -115,19 +115,19 @@ def run(epochs: int, linear_epochs: int) -> None:
     options = RunOptions(out=str(OUT), logger=["csv"], log_every_n_steps=1, linear_epochs=linear_epochs, linear_lr=4.0)
     torch.manual_seed(0)  # draws the weights of our module; `seed` draws those of the heads
     encoder = small_encoder()
-    random = score(encoder, params)
+    random = encoder_scores(encoder, params)
     forget_earlier_demo()
     print(f"Pretraining a small convolutional network with VICReg on {params.dataset_name}, without labels:")
-    results = train.run(OUT, "vicreg", options, params, encoder, batch_size=64)
-    trained = score(encoder, params)
-    result = table(random, trained)
+    results = train.run_or_resume(OUT, "vicreg", options, params, encoder, batch_size=64)
+    trained = encoder_scores(encoder, params)
+    result = scores_table(random, trained)
     accuracy = results["linear classifier"]["valid_acc1"]
     result += f"\n\nLinearClassifierMethod after {linear_epochs} epochs: {accuracy:.1f} % of the test set."
-    write_whole(OUT / "results.md", result + "\n")
+    atomic_write(OUT / "results.md", result + "\n")
     results["random encoder"] |= random
     results["trained encoder"] |= trained
-    write_whole(OUT / "results.json", to_json(results, indent=2))
-    page = report.write([OUT], encoder=small_encoder())
+    atomic_write(OUT / "results.json", to_json(results, indent=2))
+    page = report.write_report([OUT], encoder=small_encoder())
     print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves, neighbours and a map, in a browser: {page}")
 
 

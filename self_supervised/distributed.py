@@ -67,7 +67,7 @@ def keep_freed_memory() -> None:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-# ---- The only file that knows there may be several processes. Without a process group everything here is the identity ----
+# ---- processes: without a process group everything here is the identity ----
 
 
 Result = TypeVar("Result")

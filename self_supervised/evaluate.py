@@ -1,7 +1,7 @@
 """Every evaluation of one encoder, beside a random one and the weights that it started from.
 
     self-supervised evaluate runs/simclr_cifar10/pretrained.ckpt
-    self-supervised evaluate runs/simclr_cifar10/pretrained.ckpt --dataset cifar100 --protocols knn semi_10 --seeds 0 1 2
+    self-supervised evaluate runs/simclr_cifar10/pretrained.ckpt --dataset cifar100 --protocols knn semi_10 --seeds 0 1
     self-supervised evaluate resnet50 --dataset imagenet --protocols knn
     self-supervised evaluate runs/sce_video_kinetics/pretrained.ckpt --evaluation_clips 10 --evaluation_crops 3
 
@@ -22,8 +22,8 @@ from torch import nn
 
 from self_supervised.distributed import usable
 from self_supervised.evaluation import features
-from self_supervised.evaluation.features import Subject, image_hash, seen
-from self_supervised.evaluation.protocols import PROTOCOLS, check_names, runnable, settings_of
+from self_supervised.evaluation.features import EvaluationData, image_hash, seen
+from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
 from self_supervised.evaluation.results import Results
 from self_supervised.fields import as_path
 from self_supervised.networks.pretrained import compared, load_encoder
@@ -32,7 +32,7 @@ from self_supervised.runs.command_line import add_fields, parser_of
 from self_supervised.runs.run_folder import versions
 from self_supervised.safe_files import check_folder
 
-READING = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
+READING_OPTIONS = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
            "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns",
            "exclude_patterns")  # fmt: skip
 
@@ -89,7 +89,7 @@ def evaluate_checkpoint(
     }
     results.begin(params.dataset_name, about)
     subjects = {
-        name: Subject(
+        name: EvaluationData(
             found.to(device),
             features.data_params(found, params.dataset_name, **reading),
             results.folder / "features",
@@ -100,12 +100,14 @@ def evaluate_checkpoint(
     }
     for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
         for seed in seeds:  # settings that cannot be are refused before the first protocol runs
-            settings_of(subjects["trained"], seed, preset)
-    run_all(results, subjects, protocols, seeds)
+            linear_settings_of(subjects["trained"], seed, preset)
+    run_protocols(results, subjects, protocols, seeds)
     return results.content()
 
 
-def run_all(results: Results, subjects: dict[str, Subject], protocols: Sequence[str], seeds: Sequence[int]) -> None:
+def run_protocols(
+    results: Results, subjects: dict[str, EvaluationData], protocols: Sequence[str], seeds: Sequence[int]
+) -> None:
     hashes = {name: features.encoder_hash(subject.encoder) for name, subject in subjects.items()}
     results.keep_encoders(hashes)
     images = {name: image_hash(subject) for name, subject in subjects.items()}
@@ -148,7 +150,7 @@ def folder_of(checkpoint: str | Path) -> Path:
 # ---- the command ----
 
 
-def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("evaluate", __doc__)
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT")
     parser.add_argument("--list", action="store_true", help="print the protocols and what they mean")
@@ -164,13 +166,13 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="of protocols that train, and of extraction")
     parser.add_argument("--num_workers", type=int, help="that decode files")
     reading = parser.add_argument_group("how files are read; default: as in the pretraining (see model_params.py)")
-    add_fields(reading, READING)
+    add_fields(reading, READING_OPTIONS)
     return parser.parse_args(arguments)
 
 
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parsed(arguments)
+    args = evaluate_options(arguments)
     if args.list:
         for name, row in PROTOCOLS.items():
             print(f"{name:14} {row.definition}. {row.source}")
@@ -179,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError("CHECKPOINT is missing: pass a checkpoint, a weights file or the name of an encoder")
     training = {"max_epochs": args.epochs, "batch_size": args.batch_size}
     reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers}
-    reading |= {name: getattr(args, name) for name in READING if hasattr(args, name)}
+    reading |= {name: getattr(args, name) for name in READING_OPTIONS if hasattr(args, name)}
     evaluate_checkpoint(
         args.checkpoint,
         args.protocols,

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-NAME = ".lock"
+LOCK_FILE = ".lock"
 POLL = 0.05  # seconds
 held: set[Path] = set()  # lock files of this process, or of the process that it was forked from
 
@@ -29,7 +29,7 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
     Raises:
         ValueError: another process holds the lock; says which, and what to do if that process is gone.
     """
-    path = Path(folder).expanduser().resolve() / NAME
+    path = Path(folder).expanduser().resolve() / LOCK_FILE
     if path in held:
         yield
         return

@@ -46,7 +46,7 @@ def check_file(name: str, path: str | Path) -> None:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, which becomes `path` once the block is done, and is removed if it fails.
 
     Raises:
@@ -59,7 +59,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to write files into, which becomes `path` once the block is done. If another process
     was faster, its folder stays.
 
@@ -78,8 +78,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    with whole(path) as unfinished:
+def atomic_write(path: Path, text: str) -> None:
+    with atomic_file(path) as unfinished:
         unfinished.write_text(text)
 
 
@@ -277,7 +277,7 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
         with variables_of_torch():
             return load_with_class_names(path, [(StandIn, name) for name in STAND_INS] if of_others else [])
     except pickle.UnpicklingError as error:
-        raise refusal(path, error) from error
+        raise refusal_message(path, error) from error
     except Exception as error:  # torch and zipfile raise many kinds of them on damaged files
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path} is damaged, or no file of torch: {first_line}") from error
@@ -317,7 +317,7 @@ def class_names_allowed(content: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def refusal(path: str | Path, error: pickle.UnpicklingError) -> ValueError:
+def refusal_message(path: str | Path, error: pickle.UnpicklingError) -> ValueError:
     """In our words: torch's go on to advise how to run the file all the same."""
     if (found := UNSUPPORTED.search(str(error))) is None:
         return ValueError(f"{path} is damaged, or no file of torch")
@@ -331,7 +331,7 @@ def data_only(what: str) -> Iterator[None]:
         with variables_of_torch():
             yield
     except pickle.UnpicklingError as error:
-        raise refusal(what, error) from error
+        raise refusal_message(what, error) from error
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from self_supervised.program import one_line_errors
 from self_supervised.runs import command_line, dry_run, preflight, preview, run_folder
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.progress import Progress
-from self_supervised.safe_files import check_folder, to_json, write_whole
+from self_supervised.safe_files import atomic_write, check_folder, to_json
 from self_supervised.training import checkpoints, parameter_groups
 from self_supervised.training.milestones import Best, EveryNEpochs, refuse_unknown
 from self_supervised.training.monitor import GradientNorms, LearningRate
@@ -50,16 +50,16 @@ def trainer(out: Path, name: str, epochs: int, options: RunOptions) -> pl.Traine
     if options.save_every_n_epochs and pretraining:
         milestones.append(EveryNEpochs(folder, options.save_every_n_epochs))
     saving = checkpoints.Checkpoints(folder, options.checkpoint_every_n_steps)
-    callbacks = [Progress(out / name / "throughput.csv"), *figures(options), *milestones, saving]
+    callbacks = [Progress(out / name / "throughput.csv"), *figure_callbacks(options), *milestones, saving]
     return lightning(options, max_epochs=epochs, callbacks=callbacks)
 
 
 def trainer_of_dry_run(params: ModelParams, options: RunOptions, callbacks: list[pl.Callback]) -> pl.Trainer:
     quiet = {"enable_model_summary": False, "enable_progress_bar": False, "limit_val_batches": 1}
-    return lightning(options, max_epochs=params.max_epochs, callbacks=[*figures(options), *callbacks], **quiet)
+    return lightning(options, max_epochs=params.max_epochs, callbacks=[*figure_callbacks(options), *callbacks], **quiet)
 
 
-def figures(options: RunOptions) -> list[pl.Callback]:
+def figure_callbacks(options: RunOptions) -> list[pl.Callback]:
     """What is logged beside the method's own figures."""
     return [LearningRate(), *[GradientNorms()] * options.log_gradient_norms]
 
@@ -82,13 +82,13 @@ def beginning(
     Raises:
         ValueError: the method or its Trainer cannot resume from it.
     """
-    path = newest(out, name) if given == "auto" else Path(given) if given else None
+    path = newest_of_stage(out, name) if given == "auto" else Path(given) if given else None
     if path is None:
         return None, 0
-    content = checkpoints.read(path)
+    content = checkpoints.read_checkpoint(path)
     method.on_load_checkpoint(content)  # as Lightning does before it loads: other names are translated
     try:
-        checkpoints.refuse_another(content, method, fit)
+        checkpoints.refuse_another_model(content, method, fit)
         images = checkpoints.images_of_a_step(method.params, fit)
         checkpoints.refuse_other_steps(content.get("steps"), {"images": images})
         changed = ", ".join(f"{k}={v!r}" for k, v in checkpoints.changed_too_late(content, method, fit).items())
@@ -104,7 +104,7 @@ def beginning(
     return path, content["global_step"]
 
 
-def newest(out: Path, name: str) -> Path | None:
+def newest_of_stage(out: Path, name: str) -> Path | None:
     """The newest checkpoint of a stage. Of a finished pretraining whose step_*.ckpt were deleted, its last one."""
     found, finished = checkpoints.newest(out / name / "checkpoints"), out / "pretrained.ckpt"
     return finished if found is None and name == "pretraining" and finished.is_file() else found
@@ -115,46 +115,48 @@ def start_over(folder: Path) -> None:
     distributed.on_rank_zero(lambda: shutil.rmtree(folder))
 
 
-def score(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
+def validation_scores(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
     return next(iter(fit.validate(method, verbose=False)), {})  # nothing where `evaluations` is empty
 
 
 @rank_zero_only
-def write(path: Path, content: str | dict[str, Any]) -> None:
-    write_whole(path, content if isinstance(content, str) else to_json(content, indent=2))
+def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
+    atomic_write(path, content if isinstance(content, str) else to_json(content, indent=2))
 
 
 @rank_zero_only
-def forget(out: Path, results: dict[str, Any]) -> None:
+def forget_outdated(out: Path, results: dict[str, Any]) -> None:
     """The encoder is trained further: what was scored, and the linear stage, are of the one before."""
     if outdated := [name for name in OF_THE_ENCODER if name in results]:
         for name in outdated:
             del results[name]
         shutil.rmtree(out / "linear", ignore_errors=True)
-        write(out / "results.json", results)
+        write_on_rank_zero(out / "results.json", results)
 
 
-def pretrain(fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict) -> None:
+def pretrain_stage(
+    fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict
+) -> None:
     """Fills in `results`: the encoder's scores before and after."""
     if resumed is None or "random encoder" not in results:  # its row begins metrics.csv
-        results["random encoder"] = score(fit, model)
-        write(out / "results.json", results)
+        results["random encoder"] = validation_scores(fit, model)
+        write_on_rank_zero(out / "results.json", results)
         for callback in fit.callbacks:
             if isinstance(callback, Best):
                 callback.scores = set(results["random encoder"])
-    fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: forget(out, results)))
+    fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: forget_outdated(out, results)))
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
     results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
     results["epochs"] = fit.current_epoch  # fewer than max_epochs where max_time was up
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
-    results["trained encoder"] = score(fit, model)
+    results["trained encoder"] = validation_scores(fit, model)
     if model.params.dataset.is_custom and model.params.is_evaluated:  # elsewhere the validation set is the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
-    write(out / "results.json", results)
+    write_on_rank_zero(out / "results.json", results)
 
 
-def train_classifier(
+def linear_stage(
     out: Path, options: RunOptions, params: ModelParams, results: dict, encoder: nn.Module | None, settings: dict
 ) -> None:
     """Fills in `results`: the scores of a linear classifier. `settings` go before those that train.py sets."""
@@ -167,12 +169,12 @@ def train_classifier(
     start = time.time()
     fit.fit(linear, ckpt_path=resumed)
     results["linear minutes"] = results.get("linear minutes", 0) + (time.time() - start) / 60
-    results["linear classifier"] = score(fit, linear)
+    results["linear classifier"] = validation_scores(fit, linear)
     fit.save_checkpoint(out / "linear.ckpt", weights_only=False)
-    write(out / "results.json", results)
+    write_on_rank_zero(out / "results.json", results)
 
 
-def run(
+def run_or_resume(
     out: Path,
     preset: str,
     options: RunOptions,
@@ -199,13 +201,13 @@ def run(
         fit = trainer(out, "pretraining", params.max_epochs, options)
         # Before anything is written: what is refused leaves a run as it was.
         resumed, step = beginning(options.resume, out, "pretraining", model, fit)
-        run_folder.begin(out, command_line.to_yaml(preset, options, model.params), sys.argv)
+        run_folder.begin_run_folder(out, command_line.to_yaml(preset, options, model.params), sys.argv)
         fit.loggers = run_folder.get_loggers(out, "pretraining", options.logger, step)
         table = parameter_groups.printed(model.parameter_table(), params.optimizer_name)
-        write(out / "parameters.txt", table)
-        pretrain(fit, model, resumed, out, results)
+        write_on_rank_zero(out / "parameters.txt", table)
+        pretrain_stage(fit, model, resumed, out, results)
         if options.linear_epochs:
-            train_classifier(out, options, model.params, results, encoder, linear_settings)
+            linear_stage(out, options, model.params, results, encoder, linear_settings)
     return results
 
 
@@ -219,12 +221,12 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
     if options.print_config:
         print(command_line.to_yaml(preset, options, params), end="")
     elif options.preview:
-        print(preview.write(params, options.preview))
+        print(preview.write_preview(params, options.preview))
     elif options.dry_run:
         preflight.check_run(options, params)
-        model = dry_run.run(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
+        model = dry_run.run_two_steps(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
         for wanted in options.save_best:
-            refuse_unknown(wanted, dry_run.figures(model))
+            refuse_unknown(wanted, dry_run.logged_names(model))
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
         check_folder("out", out)
@@ -237,11 +239,11 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
     if not options.resume and any(file for pattern in KEPT for file in out.glob(pattern)):
         raise ValueError(f"out={out} holds an earlier run. Pass --resume auto to resume it, or another --out")
     if options.resume:
-        before = run_folder.settings(out)
-        run_folder.refuse_another(out, before, {"preset": preset, **attrs.asdict(params)})
+        before = run_folder.settings_of_run(out)
+        run_folder.refuse_another_run(out, before, {"preset": preset, **attrs.asdict(params)})
         if params.seed is None:  # that of the run that we go on with
             params = attrs.evolve(params, seed=before.get("seed"))
     preflight.check_run(options, params)
-    results = run(out, preset, options, params)
+    results = run_or_resume(out, preset, options, params)
     with run_folder.logged(out / "log.txt"):
         run_folder.say(json.dumps(results, indent=2))

@@ -198,7 +198,7 @@ def figures(monkeypatch) -> list:
 
 
 def test_curves_are_those_of_the_runs(runs, figures):
-    read = curves.labelled([str(runs / "a"), f"other={runs / 'b'}"])
+    read = curves.labeled_curves([str(runs / "a"), f"other={runs / 'b'}"])
     as_lists = {
         run: {name: tuple(points.tolist() for points in curve) for name, curve in of.items()}
         for run, of in read.items()
@@ -207,7 +207,7 @@ def test_curves_are_those_of_the_runs(runs, figures):
         "a": {"step_train_loss": ([4, 9], [0.5, 0.25]), "valid_class_acc": ([9], [80.0])},
         "other": {"step_train_loss": ([4], [0.75])},
     }
-    curves.draw(read, runs / "curves.png", ["step_train_loss", "valid_class_acc"])
+    curves.draw_curves(read, runs / "curves.png", ["step_train_loss", "valid_class_acc"])
     (figure,), (loss, accuracy) = figures, figures[0].axes
     assert [list(line.get_ydata()) for line in loss.lines] == [[0.5, 0.25], [0.75]] and len(accuracy.lines) == 2
     assert [text.get_text() for text in figure.legends[0].texts] == ["a", "other"]
@@ -215,15 +215,15 @@ def test_curves_are_those_of_the_runs(runs, figures):
 
 
 def test_curves_of_several_runs_of_one_label_share_color_and_legend_entry(runs, figures):
-    a, b = (curves.read(runs / name) for name in "ab")
-    curves.draw({"seeds": [a, b], "b": b}, runs / "curves.png", ["step_train_loss"])
+    a, b = (curves.read_curves(runs / name) for name in "ab")
+    curves.draw_curves({"seeds": [a, b], "b": b}, runs / "curves.png", ["step_train_loss"])
     first, second, third = (line.get_color() for line in figures[0].axes[0].lines)
     assert first == second != third
     assert [text.get_text() for text in figures[0].legends[0].texts] == ["seeds", "b"]
 
 
 def test_curves_that_no_run_has_are_left_out_unless_they_were_asked_for(runs, figures):
-    curves.draw({"b": curves.read(runs / "b")}, runs / "curves.png")
+    curves.draw_curves({"b": curves.read_curves(runs / "b")}, runs / "curves.png")
     assert [axis.get_title() for axis in figures[0].axes] == [curves.MEANINGS["step_train_loss"]]
 
 

@@ -19,7 +19,7 @@ from lars import LARS
 from linear_classifier import LINEAR_PRESETS, LinearClassifierMethod, LinearClassifierMethodParams
 from self_supervised.data import loading, subsets
 from self_supervised.data import packed as packed_data
-from self_supervised.data.loader import Loader
+from self_supervised.data.loader import ResumableDataLoader
 from self_supervised.data.packed import ImagesOnDevice
 from self_supervised.networks import layers
 from self_supervised.training import monitor
@@ -116,7 +116,7 @@ def test_a_subset_is_the_same_images_mapped_on_the_device_and_as_files(tmp_path,
     assert [int(image.max()) for image, _ in (part[0], part[1])] == [2, 3] and len(part.skipped()) == 0
 
 
-def seen(loader: Loader) -> set[bytes]:
+def seen(loader: ResumableDataLoader) -> set[bytes]:
     return {image.numpy().tobytes() for images, _ in loader for image in images}
 
 

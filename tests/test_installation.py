@@ -92,12 +92,14 @@ def test_the_first_example_of_the_readme(installed):
 def test_commands_from_training_to_report(installed):
     assert "embed" in installed("self-supervised", "--help") and "embed" in installed("python", "-m", "self_supervised")
     installed("self-supervised", *f"train byol {SMALL} --out run --logger csv --linear_epochs 1".split())
-    assert (installed.user / "run/command.txt").read_text().startswith("self-supervised train byol --dataset_name digits")
+    assert (
+        (installed.user / "run/command.txt").read_text().startswith("self-supervised train byol --dataset_name digits")
+    )
     out = "run/pretrained.ckpt"
     assert "knn20_acc1" in installed("self-supervised", *f"evaluate {out} --protocols knn --no_baselines".split())
     assert "verified" in installed("self-supervised", *f"export {out} --format torchvision".split()).lower()
     installed("self-supervised", *f"embed {out} digits/test --out features.parquet --num_workers 0".split())
-    installed("self-supervised", *"report run --images 0".split())
+    installed("self-supervised", *["report", "run", "--images", "0"])
     page = (installed.user / "run/report.html").read_text()
     assert "<script>" in page and len(page) > 10_000
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
-from moco import SelfSupervisedMethod, move_towards
+from moco import SelfSupervisedMethod, ema_update
 from model_params import ModelParams
 from self_supervised import distributed, losses
 from self_supervised.data import loading
@@ -162,9 +162,9 @@ def test_a_warmup_longer_than_the_training_is_named(small, trainer):
 def test_moving_towards_is_the_moving_average():
     target, source = nn.Linear(3, 2), nn.Linear(3, 2)
     expected = 0.9 * target.weight.detach() + 0.1 * source.weight.detach()
-    move_towards(target, source, 0.1)
+    ema_update(target, source, 0.1)
     assert torch.allclose(target.weight, expected)
-    move_towards(nn.Identity(), nn.Identity(), 0.1)
+    ema_update(nn.Identity(), nn.Identity(), 0.1)
 
 
 def test_the_queue_takes_the_keys_after_they_were_compared(small, trainer):

@@ -71,7 +71,7 @@ def test_unit_vectors_have_the_bits_of_pytorchs_normalize(dtype):
 def test_unit_vectors_of_any_scale_have_length_one(scale):
     x = torch.rand(20, 5) * scale
     torch.testing.assert_close(unit(x).norm(dim=1), torch.ones(20))
-    assert np.allclose(np.linalg.norm(embedding_map.unit(x.numpy()), axis=1), 1)
+    assert np.allclose(np.linalg.norm(embedding_map.unit_rows(x.numpy()), axis=1), 1)
     assert torch.equal(unit(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
@@ -178,7 +178,7 @@ def test_comparing_runs_passes_over_nan(tmp_path):
     (tmp_path / "results.json").write_text('{"trained encoder": {"valid_rank_me": null}, "epochs": 3}')
     rows = "step,valid_rank_me,valid_loss\n0,nan,nan\n1,3.0,nan\n2,2.0,nan\n"
     (tmp_path / "pretraining" / "metrics.csv").write_text(rows)
-    found = compare.results(tmp_path)
+    found = compare.results_of_run(tmp_path)
     assert math.isnan(found["trained encoder: valid_rank_me"]) and found["best valid_rank_me"] == 3.0
     assert math.isnan(found["best valid_loss"]) and compare.in_figures([math.nan, 1.0]).startswith("nan")
 
@@ -204,7 +204,7 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(name, va
     fit = trainer()
     fit.fit(SelfSupervisedMethod(params))
     fit.save_checkpoint(path)
-    content = checkpoints.read(path)
+    content = checkpoints.read_checkpoint(path)
     content["state_dict"][name].view(-1)[0] = value
     torch.save(content, path)
     for read in (

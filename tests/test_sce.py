@@ -172,7 +172,7 @@ def plan(**fields) -> optimizers.Plan:
 
 
 @pytest.mark.parametrize(("fields", "expected"), CASES)
-@pytest.mark.parametrize("name", model_params.CHANGING)
+@pytest.mark.parametrize("name", model_params.SCHEDULED)
 def test_values_of_a_schedule(name, fields, expected):
     fields = {"warmup_start": 1.0, "final": 0.0 if name == "sce_coefficient" else 1e-4, **fields}
     p = SCEParams(**{name: 0.5}, **{f"{name}_{part}": value for part, value in fields.items()})
@@ -216,7 +216,7 @@ class Logged(pl.Callback):
         self.rows = []
 
     def on_train_batch_end(self, trainer, *_):
-        self.rows.append(tuple(trainer.callback_metrics[name].item() for name in model_params.CHANGING))
+        self.rows.append(tuple(trainer.callback_metrics[name].item() for name in model_params.SCHEDULED))
 
 
 def test_the_loss_gets_what_is_logged_and_a_resumed_run_goes_on_with_it(trainer, monkeypatch):
@@ -235,7 +235,7 @@ def test_the_loss_gets_what_is_logged_and_a_resumed_run_goes_on_with_it(trainer,
 
     fit(logged)
     expected = [moco.scheduled(SCEParams(**CHANGING), step, plan()) for step in range(12)]
-    expected = [tuple(row[name] for name in model_params.CHANGING) for row in expected]
+    expected = [tuple(row[name] for name in model_params.SCHEDULED) for row in expected]
     assert used[::2] == used[1::2] == expected and expected[0] == (1.0, 0.1) and expected[3][0] == 0.5
     assert np.allclose(logged.rows, expected, rtol=1e-6)
     with pytest.raises(SystemExit):

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.data import loading
 from self_supervised.data.packed import ImagesOnDevice
 from self_supervised.views import augmentations, tensor_ops
-from self_supervised.views.augmentations import draw, draw_crops, generator
+from self_supervised.views.augmentations import draw_crops, draw_operations, generator
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -84,16 +84,16 @@ def test_compiled_training_equals_eager_and_leaves_no_trace_in_checkpoints(small
     assert torch.equal(weights(linear.model), weights(compiled.model))
 
 
-def drawn(n: int, size: int, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+def drawn(n: int, size: int, view: ViewSettings) -> tuple[torch.Tensor, torch.Tensor]:
     rng = generator(size)
-    draws = {**draw_crops(rng, n, size, size, view), **draw(rng, n, view)}
+    draws = {**draw_crops(rng, n, size, size, view), **draw_operations(rng, n, view)}
     images = torch.from_numpy(rng.integers(0, 256, (n, 3, size, size), np.uint8, endpoint=False))
     return images, torch.from_numpy(tensor_ops.to_matrix(draws))
 
 
 def test_a_whole_view_is_one_graph():
     """As `torch_compile` needs it on a GPU; here with a compiler that changes nothing."""
-    view = View(crop_size=24, solarize_probability=0.2)
+    view = ViewSettings(crop_size=24, solarize_probability=0.2)
     compiled = torch.compile(augmentations.make_normalized_view, fullgraph=True, backend="eager", dynamic=False)
     for n in (8, 5):
         arguments = (*drawn(n, 32, view), view, False, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
@@ -128,7 +128,7 @@ def test_the_waits_are_seen():
 
 
 def test_views_on_tensors_wait_for_nothing():
-    view = View(crop_size=24, solarize_probability=0.2)
+    view = ViewSettings(crop_size=24, solarize_probability=0.2)
     images, matrix = drawn(8, 32, view)
     with Waits() as waits:
         augmentations.make_normalized_view(images, matrix, view, False, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))

@@ -5,30 +5,30 @@ import pytest
 from processes import full_disk
 
 from self_supervised import safe_files
-from self_supervised.safe_files import rows_of, whole, whole_folder, write_whole
+from self_supervised.safe_files import atomic_file, atomic_folder, atomic_write, rows_of
 
 
 def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
-    write_whole(tmp_path / "a.txt", "earlier")
+    atomic_write(tmp_path / "a.txt", "earlier")
     with full_disk(1000), pytest.raises(OSError, match="a.txt could not be written"):
-        write_whole(tmp_path / "a.txt", "x" * 10_000)
-    with full_disk(1000), pytest.raises(OSError, match="folder could not"), whole_folder(tmp_path / "folder") as new:
+        atomic_write(tmp_path / "a.txt", "x" * 10_000)
+    with full_disk(1000), pytest.raises(OSError, match="folder could not"), atomic_folder(tmp_path / "folder") as new:
         np.save(new / "a.npy", np.zeros(10_000))
     assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "earlier"
 
 
 def test_other_errors_are_not_called_a_full_disk(tmp_path):
-    with pytest.raises(FileNotFoundError), whole(tmp_path / "a.txt"):
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a.txt"):
         (tmp_path / "no such file").read_text()
 
 
 def test_two_that_write_one_file_do_not_meet(tmp_path):
-    with whole(tmp_path / "a") as first, whole(tmp_path / "a") as second:
+    with atomic_file(tmp_path / "a") as first, atomic_file(tmp_path / "a") as second:
         first.write_text("1")
         second.write_text("2")
     assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "1"
-    with whole_folder(tmp_path / "b") as first:
-        with whole_folder(tmp_path / "b") as second:
+    with atomic_folder(tmp_path / "b") as first:
+        with atomic_folder(tmp_path / "b") as second:
             (second / "x").write_text("2")
         (first / "x").write_text("1")
     assert sorted(os.listdir(tmp_path)) == ["a", "b"] and (tmp_path / "b/x").read_text() == "2"
@@ -44,7 +44,7 @@ def test_what_killed_processes_left_is_removed(tmp_path, monkeypatch):
         folder.mkdir()
     for path in (old, of_another, earlier_version):
         os.utime(path, (0, 0))
-    write_whole(tmp_path / "a", "")
+    atomic_write(tmp_path / "a", "")
     assert sorted(os.listdir(tmp_path)) == sorted(["a", living.name, new.name, of_another.name])
 
 

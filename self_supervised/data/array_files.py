@@ -18,7 +18,7 @@ WAY_OUT = "set pixel_range to the values of black and white"
 
 
 @contextmanager
-def opened(file: str | BinaryIO) -> Iterator[Image.Image]:
+def opened_image(file: str | BinaryIO) -> Iterator[Image.Image]:
     """Image.open, whose limit of pixels is also that of all other readers; it is decided by the header."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -66,7 +66,7 @@ def read_array(
     else:
         if channels not in PIL_MODES:
             raise ValueError(f"in_channels={channels} are read from .npy and TIFF files only")
-        with opened(file) as image:
+        with opened_image(file) as image:
             return np.asarray(of_16_bits(image, pixel_range).convert(PIL_MODES[channels]))
     return in_8_bits(channels_last(pixels, channels), pixel_range)
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from self_supervised.data.file_search import PassedOver, folders_in
 from self_supervised.data.files import File, OnDisk
-from self_supervised.data.folders import SPLITS, Found, Label, as_label, has_images
+from self_supervised.data.folders import SPLITS, ImageList, Label, as_label, has_images
 
-LABEL_KEYS = ("label", "labels")  # where no other is wanted; else the only column of classes
+COLUMN_LABEL_KEYS = ("label", "labels")  # where no other is wanted; else the only column of classes
 
 
-def is_there(folder: Path) -> bool:
+def arrow_is_there(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or is_single(folder) or is_parquet(folder)
 
 
@@ -48,14 +48,14 @@ class ArrowImages(OnDisk):
         self.root = root
         self.names = names
         self.passed_over = PassedOver()
-        self.sets = load(root)
+        self.sets = load_splits(root)
         self.splits = splits_of(root, list(self.sets))
         folder = self.splits["train"]
         features = self.sets[folder].features
         self.image_key = image_key or only(features, "Image", ("image", "img"), "image_key", root)
         self.label_key = None
         if labelled:
-            self.label_key = label_key or only(features, "ClassLabel", LABEL_KEYS, "label_key", root)
+            self.label_key = label_key or only(features, "ClassLabel", COLUMN_LABEL_KEYS, "label_key", root)
         for field, key in (("image_key", self.image_key), ("label_key", self.label_key)):
             if key is not None and key not in features:
                 raise ValueError(f"{field}={key!r} is no column of {folder}: choose one of {', '.join(features)}")
@@ -66,8 +66,8 @@ class ArrowImages(OnDisk):
             self.names = True
         self.hashes = {folder: hash_of(self.sets[folder]) for folder in self.splits.values()}
 
-    def find(self) -> Found:
-        found: Found = {}
+    def find(self) -> ImageList:
+        found: ImageList = {}
         for split, folder in self.splits.items():
             labels: list[Label] = [None] * len(self.sets[folder])
             if self.label_key is not None:
@@ -113,7 +113,7 @@ class ArrowImages(OnDisk):
         return (self.hashes[path.rpartition("/")[0]],)
 
 
-def load(root: Path) -> dict[str, Any]:
+def load_splits(root: Path) -> dict[str, Any]:
     """Return folder -> the Dataset saved there, of `root` or of each split below it. Its rows come as tables of Arrow,
     with images as they were saved, not decoded. A split of Parquet files is named like a folder of this name."""
     try:

@@ -18,7 +18,7 @@ def composed(label: Label) -> Label:
     return unicodedata.normalize("NFC", label) if isinstance(label, str) else label
 
 
-def numbers(train: Iterable[Label], others: Mapping[str, Iterable[Label]], where: object) -> dict[Label, int]:
+def class_numbers_of(train: Iterable[Label], others: Mapping[str, Iterable[Label]], where: object) -> dict[Label, int]:
     """Label -> number of its class: its place among the sorted labels of the training set (of all, if train has none).
 
     Args:
@@ -34,7 +34,7 @@ def numbers(train: Iterable[Label], others: Mapping[str, Iterable[Label]], where
     for split, labels in of_split.items():
         if unknown := sorted(map(str, labels - known)):
             more = f" and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
-            named = ", ".join(nearest(label, map(str, known)) for label in unknown[:MOST_NAMED])
+            named = ", ".join(nearest_name(label, map(str, known)) for label in unknown[:MOST_NAMED])
             raise ValueError(
                 f"{where}: {split} has classes that train lacks, {len(unknown)} of {len(labels)}: "
                 f"{named}{more}. Classes are matched by name: rename them as in train, or move them away. Images "
@@ -43,7 +43,7 @@ def numbers(train: Iterable[Label], others: Mapping[str, Iterable[Label]], where
     return {label: number for number, label in enumerate(sorted(known))}
 
 
-def nearest(label: str, known: Iterable[str]) -> str:
+def nearest_name(label: str, known: Iterable[str]) -> str:
     """The label, and the nearest known ones, whatever their case: "Cats (nearest: cats, cat)"."""
     folded: dict[str, str] = {}
     for name in sorted(known):

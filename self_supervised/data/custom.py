@@ -1,5 +1,4 @@
-"""Images of one's own: what holds them (data/folders.py, data/tar_shards.py, data/arrow.py), which of them are used, and
-who is in train, val and test. Where there is neither val nor test, both are drawn from train, the same share of every
+"""Custom data sets: what holds the images (folders.py, tar_shards.py, arrow.py), which of them are used, and which are in train, val and test. Where there is neither val nor test, both are drawn from train, the same share of every
 class.
 """
 
@@ -11,53 +10,53 @@ from typing import Any
 import numpy as np
 from pytorch_lightning.utilities import rank_zero_warn
 
-from model_params import OWN_DATA, EncoderAndDataParams
+from model_params import CUSTOM_DATA, EncoderAndDataParams
 from self_supervised import distributed
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.data import arrow, subsets, tar_shards
 from self_supervised.data.arrow import ArrowImages
-from self_supervised.data.class_labels import UNLABELED, Label, composed, numbers
+from self_supervised.data.class_labels import UNLABELED, Label, class_numbers_of, composed
 from self_supervised.data.file_search import PassedOver, tell
 from self_supervised.data.files import Sample
 from self_supervised.data.folders import (
-    Found,
     ImageFolder,
+    ImageList,
     check_settings,
-    labelled,
     listed_in,
-    lists,
-    settings_of,
-    write,
+    read_lists,
+    settings_of_lists,
+    with_labels,
+    write_lists,
 )
 from self_supervised.data.foreign_paths import ForeignPath, refuse_foreign
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.tar_shards import TarShards, is_pattern
 from self_supervised.folder_lock import locked
 
-Source = ImageFolder | TarShards | ArrowImages
+CustomSource = ImageFolder | TarShards | ArrowImages
 Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class, -1 for none)
 MOST_CLASSES = 10**6  # higher labels are ids or dates
-CLASSES = "classes"  # in the settings beside lists that were written here: names, in the order of their numbers
+CLASS_NAMES_KEY = "classes"  # in the settings beside lists that were written here: names, in the order of their numbers
 # Settings of the places of images and lists, of how images are read, and of what part of a list is used
 NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
-SECONDS = 60  # to wait for another process that writes lists
+WAIT_FOR_LISTS = 60  # to wait for another process that writes lists
 INSTEAD = {"val": "test", "test": "val"}  # where the one has no images
 
 
-def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: list[View]) -> ImageFiles:
+def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: list[ViewSettings]) -> ImageFiles:
     """The images of a split: of `data_path`, or of the data set's name below `folder`."""
     refuse_foreign("data_path", params.data_path)
     p = params
     source = get_source(params, params.data_path or str(folder / params.dataset_name))
     found, class_names = splits(source, params)
     skip = p.unreadable_images == "skip"
-    find = partial(samples, found=found, params=params, split=split)
+    find = partial(custom_samples, found=found, params=params, split=split)
     images = ImageFiles(source.root, p.channels, p.crop_size, views, p.seed or 0, skip, find, p.pixel_range, source)
     images.class_names = class_names if class_names != [str(i) for i in range(len(class_names))] else []
     return images
 
 
-def samples(root: Path, found: Numbered, params: EncoderAndDataParams, split: str) -> list[Sample]:
+def custom_samples(root: Path, found: Numbered, params: EncoderAndDataParams, split: str) -> list[Sample]:
     """(path, class) of the images of a split, -1 where there are no labels. Without images for val it is test, and the
     other way round; of train it is `data_fraction`.
 
@@ -73,7 +72,7 @@ def samples(root: Path, found: Numbered, params: EncoderAndDataParams, split: st
     return [(str(root / path), label) for path, label in chosen]
 
 
-def splits(source: Source, params: EncoderAndDataParams) -> tuple[Numbered, list[str]]:
+def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered, list[str]]:
     """Images and classes of every split, and the names of the classes. They are those of the lists in `splits_path`,
     which were written when the splits were drawn, or are the user's own; else of what is there.
 
@@ -82,36 +81,36 @@ def splits(source: Source, params: EncoderAndDataParams) -> tuple[Numbered, list
     """
     kept = folder_of_lists(params)
     if has_written(params):
-        found, names = as_written(lists(kept, source), kept)
-        say(source, found, f", by the lists in {kept}")
+        found, names = as_written(read_lists(kept, source), kept)
+        report_lists(source, found, f", by the lists in {kept}")
         return found, names
-    by_hand = kept is not None and bool(listed_in(kept)) and settings_of(kept) is None
-    images = labelled(lists(kept, source), source.label_of) if by_hand else find(source, params)
+    by_hand = kept is not None and bool(listed_in(kept)) and settings_of_lists(kept) is None
+    images = with_labels(read_lists(kept, source), source.label_of) if by_hand else found_lists(source, params)
     chosen = wanted(images, source.root, params, source.passed_over)
-    found, names = numbered(chosen, params.class_to_idx, source.root)
+    found, names = with_numbers(chosen, params.class_to_idx, source.root)
     stored = dict(enumerate(getattr(source, "classes", None) or []))  # of a column of numbers that have names
     names = [stored.get(int(name), name) if name.isdecimal() else name for name in names]
     if not found.get("val") and not found.get("test"):
         found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)
     if kept and not by_hand and distributed.rank() == 0:
-        with locked(kept, wait=SECONDS):  # another process may draw them, too, perhaps by other settings
+        with locked(kept, wait=WAIT_FOR_LISTS):  # another process may draw them, too, perhaps by other settings
             if has_written(params):
-                return as_written(lists(kept, source), kept)
-            write(kept, found, {**settings(params), CLASSES: names})
-    say(source, found, f", by the lists in {kept}" if by_hand else "")
+                return as_written(read_lists(kept, source), kept)
+            write_lists(kept, found, {**list_settings(params), CLASS_NAMES_KEY: names})
+    report_lists(source, found, f", by the lists in {kept}" if by_hand else "")
     return found, names
 
 
-def as_written(found: Found, folder: Path) -> tuple[Numbered, list[str]]:
+def as_written(found: ImageList, folder: Path) -> tuple[Numbered, list[str]]:
     """Lists that were written here: their labels are the numbers of classes. Those of earlier versions, which have no
     names of classes beside them, may have gaps, which stay, since classifiers were trained on them. Of ids and dates no
     classifier could be trained."""
-    names = (settings_of(folder) or {}).get(CLASSES, [])
+    names = (settings_of_lists(folder) or {}).get(CLASS_NAMES_KEY, [])
     labels = {split: {label for _, label in images} for split, images in found.items()}
     every = set().union(*labels.values()) - {None}
     if any(isinstance(label, str) or label >= MOST_CLASSES for label in every):
-        return numbered(found, None, folder)
-    numbers(labels.get("train", ()), labels, folder)  # refuses what train lacks
+        return with_numbers(found, None, folder)
+    class_numbers_of(labels.get("train", ()), labels, folder)  # refuses what train lacks
     in_numbers = {
         split: [(path, UNLABELED if label is None else label) for path, label in images]
         for split, images in found.items()
@@ -119,7 +118,7 @@ def as_written(found: Found, folder: Path) -> tuple[Numbered, list[str]]:
     return in_numbers, names
 
 
-def say(source: Source, found: Numbered, how: str) -> None:
+def report_lists(source: CustomSource, found: Numbered, how: str) -> None:
     """How many images there are, and what was passed over where they were looked for."""
     tell(source.root, sum(map(len, found.values())), f"images{how}", source.passed_over)
 
@@ -146,26 +145,26 @@ def folder_of_lists(params: EncoderAndDataParams) -> Path | None:
 def has_written(params: EncoderAndDataParams) -> bool:
     """Whether `splits_path` has lists that `splits` wrote. Raises ValueError if other settings made them."""
     folder = folder_of_lists(params)
-    if folder is None or "train" not in dict(listed_in(folder)) or (made_by := settings_of(folder)) is None:
+    if folder is None or "train" not in dict(listed_in(folder)) or (made_by := settings_of_lists(folder)) is None:
         return False
-    check_settings(folder, made_by, settings(params))
+    check_settings(folder, made_by, list_settings(params))
     return True
 
 
-def settings(params: EncoderAndDataParams) -> dict[str, Any]:
+def list_settings(params: EncoderAndDataParams) -> dict[str, Any]:
     """Those that decide which images are in the lists, and their labels."""
-    names = [name for name in OWN_DATA if name not in NOT_IN_LISTS]
+    names = [name for name in CUSTOM_DATA if name not in NOT_IN_LISTS]
     return {name: getattr(params, name) for name in names}
 
 
 # ---- what is there ----
 
 
-def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> Source:
+def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> CustomSource:
     """What holds the images: files, shards of them, or Arrow files. `names`: of classes, where they have both."""
     p = params
     folder = Path(root).expanduser()
-    if arrow.is_there(folder):
+    if arrow.arrow_is_there(folder):
         if p.include_patterns or p.exclude_patterns:
             raise ValueError(
                 f"include_patterns={p.include_patterns}, exclude_patterns={p.exclude_patterns} are for names, which "
@@ -173,7 +172,7 @@ def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> 
             )
         names = names or p.class_to_idx is not None
         return ArrowImages(folder, p.image_key, p.label_key, p.labels_from is not None, names)
-    if is_pattern(root) or tar_shards.are_there(folder):
+    if is_pattern(root) or tar_shards.shards_are_there(folder):
         kept = folder_of_lists(p)
         return TarShards(root, p.image_key, p.label_key, p.labels_from, kept and kept / "shards.json")
     if p.image_key or p.label_key:
@@ -187,10 +186,10 @@ def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> 
 def is_stored(root: str) -> bool:
     """Whether the images are not files of their own."""
     folder = Path(root).expanduser()
-    return arrow.is_there(folder) or is_pattern(root) or tar_shards.are_there(folder)
+    return arrow.arrow_is_there(folder) or is_pattern(root) or tar_shards.shards_are_there(folder)
 
 
-def find(source: Source, params: EncoderAndDataParams) -> Found:
+def found_lists(source: CustomSource, params: EncoderAndDataParams) -> ImageList:
     """Raises ValueError for a pattern that is like no path."""
     found = source.find()
     paths = [path for images in found.values() for path, _ in images]
@@ -204,13 +203,13 @@ def find(source: Source, params: EncoderAndDataParams) -> Found:
     return found
 
 
-def wanted(found: Found, root: Path, params: EncoderAndDataParams, passed_over: PassedOver) -> Found:
+def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_over: PassedOver) -> ImageList:
     """By the patterns, and without labels if labels_from=None.
 
     Raises:
         ValueError: there are no images for training, or some beside all splits, or labels of some images only.
     """
-    chosen: Found = {split: [] for split in found}
+    chosen: ImageList = {split: [] for split in found}
     for split, images in found.items():
         for image in images:
             included = not params.include_patterns or any(matches(image[0], p) for p in params.include_patterns)
@@ -239,7 +238,7 @@ def wanted(found: Found, root: Path, params: EncoderAndDataParams, passed_over: 
     return chosen
 
 
-def without_training(found: Found, params: EncoderAndDataParams) -> str:
+def without_training(found: ImageList, params: EncoderAndDataParams) -> str:
     """What there is instead of training images, and the way out."""
     n = len(found.get("train", []))
     others = [split for split, images in found.items() if split and images]
@@ -262,16 +261,16 @@ def matches(path: str, pattern: str) -> bool:
 # ---- classes and splits ----
 
 
-def numbered(found: Found, class_to_idx: list[str] | None, where: object) -> tuple[Numbered, list[str]]:
+def with_numbers(found: ImageList, class_to_idx: list[str] | None, where: object) -> tuple[Numbered, list[str]]:
     """Labels as the numbers of classes, from 0 without gaps, -1 for none; and the names of the classes in their order:
     that of `class_to_idx`, or else the alphabetical (or numerical) one of train.
 
     Raises:
-        ValueError: val or test has classes that train lacks; or see `names_of`.
+        ValueError: val or test has classes that train lacks; or see `class_names_of`.
     """
-    names = names_of({label for images in found.values() for _, label in images} - {None}, class_to_idx)
+    names = class_names_of({label for images in found.values() for _, label in images} - {None}, class_to_idx)
     of_split = {split: {names.get(label) for _, label in images} for split, images in found.items()}
-    known = numbers(of_split.get("train", ()), of_split, where)
+    known = class_numbers_of(of_split.get("train", ()), of_split, where)
     if class_to_idx is not None:
         known = {name: number for number, name in enumerate(first_names(class_to_idx).values())}
     known = {None: UNLABELED, **known}
@@ -279,7 +278,7 @@ def numbered(found: Found, class_to_idx: list[str] | None, where: object) -> tup
     return in_numbers, [str(name) for name in known if name is not None]
 
 
-def names_of(labels: set[str | int], class_to_idx: list[str] | None) -> dict[Label, Label]:
+def class_names_of(labels: set[str | int], class_to_idx: list[str] | None) -> dict[Label, Label]:
     """Label -> the name of its class: in Unicode's composed form, or the first one in class_to_idx with its number.
 
     Raises:

@@ -55,7 +55,7 @@ def read_video(path: str, choose: Choose, channels: int, threads: int) -> Frames
         numbers, places = np.unique(indices, return_inverse=True)
         missing = dict(zip(stamps[numbers].tolist(), numbers.tolist(), strict=True))
         decoded = enumerate(in_order(codec, packets)) if counted else by_time(codec, packets, set(missing))
-        frames = joined(converted(decoded, missing, channels), numbers.tolist())
+        frames = joined_frames(converted(decoded, missing, channels), numbers.tolist())
     if missing:
         raise ValueError(f"frames {list(missing.values())} of {len(stamps)} could not be decoded")
     return frames, places.reshape(indices.shape)
@@ -138,7 +138,7 @@ def read_folder(path: str, choose: Choose, channels: int, threads: int, frames_p
 
     chosen = [names[index] for index in wanted]
     with ThreadPoolExecutor(threads) as pool:
-        return joined((pool.map if threads > 1 else map)(read, chosen), chosen), places.reshape(indices.shape)
+        return joined_frames((pool.map if threads > 1 else map)(read, chosen), chosen), places.reshape(indices.shape)
 
 
 def by_number(name: str) -> list[str | int]:
@@ -148,7 +148,7 @@ def by_number(name: str) -> list[str | int]:
 # ---- both ----
 
 
-def joined(frames: Iterable[tuple[Hashable, np.ndarray]], names: Sequence[Hashable]) -> np.ndarray:
+def joined_frames(frames: Iterable[tuple[Hashable, np.ndarray]], names: Sequence[Hashable]) -> np.ndarray:
     """[M, H, W, C] of (name, [H, W, C]) in any order: each is copied as it comes, so that none is held twice.
 
     Raises:

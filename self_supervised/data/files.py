@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from self_supervised.catalogue import MOST_WORKERS
-from self_supervised.data.class_labels import composed, numbers
+from self_supervised.data.class_labels import class_numbers_of, composed
 from self_supervised.data.file_search import folders_in
 
 UNREADABLE = -(2**31)  # label of a row that stands in for an image which could not be read, in an evaluation
@@ -48,7 +48,7 @@ class UnreadableFile(ValueError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
-def class_numbers(split: Path) -> dict[str, int]:
+def class_numbers_of_split(split: Path) -> dict[str, int]:
     """Class folder of a split -> number of its class, by the sorted names of the class folders of `train` beside it
     (of its own, if there is no such folder), whatever other folders the split has.
 
@@ -61,7 +61,7 @@ def class_numbers(split: Path) -> dict[str, int]:
 
     here = names(split)
     train = names(split.with_name("train"))
-    known = numbers(map(composed, train or here), {split.name: map(composed, here)}, split.parent)
+    known = class_numbers_of(map(composed, train or here), {split.name: map(composed, here)}, split.parent)
     return {name: known[composed(name)] for name in here}
 
 

@@ -18,12 +18,12 @@ from typing import Any
 from self_supervised.data.class_labels import Label
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes
 from self_supervised.data.files import OnDisk
-from self_supervised.safe_files import write_whole
+from self_supervised.safe_files import atomic_write
 
 # split -> its names, in upper or lower case
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 # split, or "" of images that lie beside all splits -> (path below the root, label)
-Found = dict[str, list[tuple[str, Label]]]
+ImageList = dict[str, list[tuple[str, Label]]]
 SETTINGS = "splits.json"  # beside lists that were written here
 
 
@@ -41,12 +41,12 @@ class ImageFolder(OnDisk):
         self.labels_from = labels_from
         self.passed_over = PassedOver()
 
-    def find(self) -> Found:
+    def find(self) -> ImageList:
         """All images, by split; `train` alone where the folder knows no splits."""
         self.passed_over.clear()
         if listed_in(self.root):
-            return labelled(lists(self.root, self), self.label_of)
-        found: Found = {}
+            return with_labels(read_lists(self.root, self), self.label_of)
+        found: ImageList = {}
         for path in sorted(files_below(self.root, image_suffixes(), self.passed_over)):
             first, _, inner = path.partition("/")
             split = split_named(first) if inner else None
@@ -75,7 +75,7 @@ def of_folder(path: str, labels_from: str | None) -> str | None:
     return None if labels_from is None or not folders else folders[0 if labels_from == "first_folder" else -1]
 
 
-def labelled(found: Found, label_of: Callable[[str], Label]) -> Found:
+def with_labels(found: ImageList, label_of: Callable[[str], Label]) -> ImageList:
     """With labels by path where there are none at all: two sources of labels would number classes twice."""
     if any(label is not None for images in found.values() for _, label in images):
         return found
@@ -91,7 +91,7 @@ def listed_in(folder: Path) -> list[tuple[str, Path]]:
     return [(split, file) for split in SPLITS for file in files if split_named(file.stem) == split]
 
 
-def lists(folder: Path, source) -> Found:
+def read_lists(folder: Path, source) -> ImageList:
     """What the lists in `folder` name of `source`, each image once.
 
     Raises:
@@ -99,11 +99,11 @@ def lists(folder: Path, source) -> Found:
     """
     files = listed_in(folder)
     seen = {}
-    found: Found = {split: [] for split, _ in files}
+    found: ImageList = {split: [] for split, _ in files}
     if "train" not in found:
         raise ValueError(f"{files[0][1]} needs a train.txt beside it: add one, or take the list away")
     for split, file in files:
-        images = list(entries(text_of(file), source.root))
+        images = list(entries(list_text(file), source.root))
         check_that_all_are_there(source, [path for path, _ in images], file)
         for path, label in images:
             before = seen.setdefault(path, (split, label))
@@ -115,7 +115,7 @@ def lists(folder: Path, source) -> Found:
     return found
 
 
-def text_of(file: Path) -> str:
+def list_text(file: Path) -> str:
     try:
         return file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -160,13 +160,13 @@ def check_that_all_are_there(source, paths: list[str], file: Path) -> None:
         )
 
 
-def write(folder: Path, found: Found, made_by: dict[str, Any]) -> None:
+def write_lists(folder: Path, found: ImageList, made_by: dict[str, Any]) -> None:
     """Lists, and the settings that they were made by. train.txt comes last: who sees it finds them all.
 
     Raises:
         ValueError: a name that no line of a list can hold.
     """
-    write_whole(folder / SETTINGS, json.dumps(made_by, indent=2))
+    atomic_write(folder / SETTINGS, json.dumps(made_by, indent=2))
     for split in ("val", "test", "train"):
         images = found.get(split, [])
         odd = next((path for path, _ in images if re.search(r"[\n\r\ud800-\udfff]", path)), None)
@@ -174,11 +174,11 @@ def write(folder: Path, found: Found, made_by: dict[str, Any]) -> None:
             raise ValueError(f"{odd!r} cannot be listed in {folder / split}.txt: rename it, in UTF-8 and in one line")
         # a blank in front belongs to the name if there is ./ before it
         lines = (f"{'./' if path[0].isspace() else ''}{path},{label}\n" for path, label in images)
-        write_whole(folder / f"{split}.txt", "".join(lines))
+        atomic_write(folder / f"{split}.txt", "".join(lines))
 
 
-def settings_of(folder: Path) -> dict[str, Any] | None:
-    """By which `write` made the lists; None where it did not. A user's own file may have this name."""
+def settings_of_lists(folder: Path) -> dict[str, Any] | None:
+    """By which `write_lists` made the lists; None where it did not. A user's own file may have this name."""
     file = folder / SETTINGS
     try:
         made_by = json.loads(file.read_text()) if file.is_file() else None

@@ -10,26 +10,26 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from self_supervised.catalogue import View
-from self_supervised.data.array_files import WAY_OUT, is_array, of_16_bits, opened, read_array
+from self_supervised.catalogue import ViewSettings
+from self_supervised.data.array_files import WAY_OUT, is_array, of_16_bits, opened_image, read_array
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, tell
-from self_supervised.data.files import File, LabelledFiles, OnDisk, Sample, class_numbers
+from self_supervised.data.files import File, LabelledFiles, OnDisk, Sample, class_numbers_of_split
 from self_supervised.views.augmentations import draw_crops, generator
 
 CENTRAL = 7 / 8  # of the shorter side: what an evaluation sees
-MARGIN = 1.25  # of a crop at a reduced scale over its view, see ImageFiles
+REDUCED_MARGIN = 1.25  # of a crop at a reduced scale over its view, see ImageFiles
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def class_folders(split: Path) -> list[Sample]:
-    """Return (path, class) of the images in class folders, numbered as `class_numbers` does.
+    """Return (path, class) of the images in class folders, numbered as `class_numbers_of_split` does.
 
     Raises:
         ValueError: there are no images, or none of a class; there are classes that train lacks.
     """
     passed_over = PassedOver()
-    numbers = class_numbers(split)
-    of_class = in_class_folders(split, numbers, image_suffixes(), passed_over)
+    numbers = class_numbers_of_split(split)
+    of_class = images_in_class_folders(split, numbers, image_suffixes(), passed_over)
     empty = [name for name, paths in of_class.items() if not paths]
     if empty or not of_class:
         none = f"{', '.join(empty[:5])} holds none" if empty else "there is no folder"
@@ -39,7 +39,7 @@ def class_folders(split: Path) -> list[Sample]:
     return found
 
 
-def in_class_folders(
+def images_in_class_folders(
     split: Path, names: Iterable[str], suffixes: Collection[str], passed_over: PassedOver
 ) -> dict[str, list[str]]:
     """Return class -> its files, as paths below `split`, of every class folder; sorted by folder, then name."""
@@ -78,7 +78,7 @@ class ImageFiles(LabelledFiles):
         split: Path,
         channels: int,
         size: int,
-        views: list[View],
+        views: list[ViewSettings],
         seed: int,
         skip_unreadable: bool = False,
         samples: Callable[[Path], list[Sample]] = class_folders,
@@ -98,7 +98,7 @@ class ImageFiles(LabelledFiles):
             return central_square(image, self.size), label
         pixels = torch.from_numpy(np.atleast_3d(np.array(image)))
         sizes = (view.crop_size for view in self.views)
-        return [resized_crop(pixels, box, size) for box, size in zip(boxes, sizes, strict=True)], label
+        return [resized_box(pixels, box, size) for box, size in zip(boxes, sizes, strict=True)], label
 
     def read(self, index: int) -> tuple[Image.Image | np.ndarray, list[Box]]:
         """An image and the box of each view. A large JPEG is decoded at the scale that its views have use for."""
@@ -138,7 +138,7 @@ def read_image(file: File, channels: int, pixel_range: list[float] | None = None
     Raises:
         ValueError: too many pixels; values of no known range; a TIFF with channels, or images, in pages of their own.
     """
-    with opened(file) as image:
+    with opened_image(file) as image:
         if image.format == "TIFF" and has_equal_pages(image):
             if len(image.getbands()) > 1:
                 raise ValueError(f"its {image.n_frames} pages are images of their own: write each into its own file")
@@ -173,13 +173,13 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
 
 def jpeg_size(file: File) -> tuple[int, int] | None:
     """(width, height) in the header of a gray or RGB JPEG; None for any other image."""
-    with opened(file) as image:
+    with opened_image(file) as image:
         return image.size if image.format == "JPEG" and image.mode in ("L", "RGB") else None
 
 
 def read_reduced(file: File, channels: int, scale: int) -> Image.Image:
     """A JPEG at 1/scale of its size, from the lowest frequencies of its blocks: 8/scale x 8/scale of 8 x 8."""
-    with opened(file) as image:
+    with opened_image(file) as image:
         image.draft(None, (image.width // scale, image.height // scale))
         return in_mode(image, channels)
 
@@ -187,16 +187,16 @@ def read_reduced(file: File, channels: int, scale: int) -> Image.Image:
 # ---- cropping ----
 
 
-def draw_box(rng: np.random.Generator, size: tuple[int, int], view: View) -> Box:
+def draw_box(rng: np.random.Generator, size: tuple[int, int], view: ViewSettings) -> Box:
     """A random crop of an image of (width, height)."""
     box = {name: int(value[0]) for name, value in draw_crops(rng, 1, size[1], size[0], view).items()}
     return box["left"], box["top"], box["left"] + box["width"], box["top"] + box["height"]
 
 
-def reduction(boxes: list[Box], views: list[View]) -> int:
+def reduction(boxes: list[Box], views: list[ViewSettings]) -> int:
     """The largest scale of JPEG after which every crop is still larger than its view, by MARGIN."""
     sides = [min(right - left, bottom - top) for left, top, right, bottom in boxes]
-    room = min(side / view.crop_size for side, view in zip(sides, views, strict=True)) / MARGIN
+    room = min(side / view.crop_size for side, view in zip(sides, views, strict=True)) / REDUCED_MARGIN
     return next((scale for scale in (8, 4, 2) if scale <= room), 1)
 
 
@@ -204,7 +204,7 @@ def reduced(box: Box, scale: int) -> Box:
     return tuple(round(edge / scale) for edge in box)
 
 
-def resized_crop(pixels: Tensor, box: Box, size: int) -> Tensor:
+def resized_box(pixels: Tensor, box: Box, size: int) -> Tensor:
     """[H, W, C] -> [C, size, size]"""
     left, top, right, bottom = box
     return resized(pixels[None, top:bottom, left:right], size)[0].contiguous()
@@ -227,10 +227,10 @@ def central_square(image: Image.Image | np.ndarray, size: int, part: float = CEN
     return torch.from_numpy(pixels).view(size, size, -1).permute(2, 0, 1).contiguous()
 
 
-# ---- PASCAL VOC 2007, as its archives unpack: `$DATA_PATH/voc07/VOCdevkit/VOC2007/` with JPEGImages and ImageSets/Main ----
+# ---- PASCAL VOC 2007, as its archives unpack: $DATA_PATH/voc07/VOCdevkit/VOC2007 with JPEGImages, ImageSets/Main ----
 
 
-CLASSES = [
+VOC_CLASSES = [
     "aeroplane",
     "bicycle",
     "bird",
@@ -254,17 +254,17 @@ CLASSES = [
 ]
 
 
-def lists(split: Path) -> list[Path]:
+def voc_lists(split: Path) -> list[Path]:
     """Of `$DATA_PATH/voc07/trainval` (a name, no folder) the files with the labels of each class."""
     main = split.parent / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
-    return [main / f"{name}_{split.name}.txt" for name in CLASSES]
+    return [main / f"{name}_{split.name}.txt" for name in VOC_CLASSES]
 
 
-def is_there(split: Path) -> bool:
-    return all(path.is_file() for path in lists(split))
+def voc_is_there(split: Path) -> bool:
+    return all(path.is_file() for path in voc_lists(split))
 
 
-def samples(split: Path) -> list[tuple[str, np.ndarray]]:
+def voc_samples(split: Path) -> list[tuple[str, np.ndarray]]:
     """Images, and of each class whether it is there: 1, not: -1, or only in a way that is hard to see: 0.
 
     Raises:
@@ -272,14 +272,14 @@ def samples(split: Path) -> list[tuple[str, np.ndarray]]:
     """
     names = None
     columns = []
-    for path in lists(split):
+    for path in voc_lists(split):
         rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
         if not rows or any(len(row) != 2 or row[1] not in ("-1", "0", "1") for row in rows):
             raise ValueError(f"{path} must hold the name of an image and -1, 0 or 1 in each line")
         names = names or [name for name, _ in rows]
         if names != [name for name, _ in rows]:
-            raise ValueError(f"{path} lists other images than {lists(split)[0].name}")
+            raise ValueError(f"{path} lists other images than {voc_lists(split)[0].name}")
         columns.append([int(label) for _, label in rows])
     images = split.parent / "VOCdevkit" / "VOC2007" / "JPEGImages"
-    tell(lists(split)[0].parent, len(names), f"images of {split.name}", PassedOver())
+    tell(voc_lists(split)[0].parent, len(names), f"images of {split.name}", PassedOver())
     return [(str(images / f"{name}.jpg"), row) for name, row in zip(names, np.array(columns).T, strict=True)]

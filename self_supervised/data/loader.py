@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 WINDOW = 2**14  # images of shards that are shuffled together: of ImageNet's, less than 2 GB
 
 
-class Share(DistributedSampler):
+class ResumableSampler(DistributedSampler):
     """This process's share of the indices, in an order that follows from seed and epoch, without the first `skip`.
 
     Of a large data set with `shards`, each process gets a run of whole shards (and parts of those at its ends), in
@@ -42,8 +42,8 @@ class Share(DistributedSampler):
         return iter([*np.concatenate(windows).tolist(), *run[:1].tolist()][: self.num_samples])
 
 
-class Loader(DataLoader):
-    """DataLoader over a `Share`, whose state is (epoch, batches yielded): Lightning saves it with a checkpoint.
+class ResumableDataLoader(DataLoader):
+    """DataLoader over a `ResumableSampler` with a state, (epoch, batches yielded), that Lightning saves in checkpoints.
 
     A data set with an `epoch` is told it before its workers start.
     """
@@ -58,7 +58,7 @@ class Loader(DataLoader):
             raise ValueError("persistent_workers=True would keep the workers in the first epoch: leave it out")
 
     def __iter__(self) -> Iterator[Any]:
-        if not isinstance(self.sampler, Share):  # Lightning's choice, to overfit
+        if not isinstance(self.sampler, ResumableSampler):  # Lightning's choice, to overfit
             yield from super().__iter__()
             return
         # A generator: nothing happens before the first batch is asked for. Lightning wants the iterator before it has

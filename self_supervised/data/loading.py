@@ -21,11 +21,11 @@ from torch.utils.data import Dataset
 
 from model_params import EncoderAndDataParams
 from self_supervised import distributed
-from self_supervised.catalogue import DATASETS, OWN_MODULE, View
+from self_supervised.catalogue import DATASETS, OWN_MODULE, ViewSettings
 from self_supervised.data import custom, image_files, video_files
-from self_supervised.data.files import UNREADABLE, class_numbers
+from self_supervised.data.files import UNREADABLE, class_numbers_of_split
 from self_supervised.data.image_files import ImageFiles, Sample, class_folders
-from self_supervised.data.loader import Loader, Share
+from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 from self_supervised.data.packed import (
     READERS,
     ImagesOnDevice,
@@ -33,19 +33,19 @@ from self_supervised.data.packed import (
     already_a_batch,
     data_path,
     fits,
-    is_there,
     pack,
+    packed_is_there,
 )
 from self_supervised.views.augmentations import generator
 
-MOST_IMAGES = 2000
+IMAGES_FOR_STATISTICS = 2000
 SMALLEST_STD = 1 / 255  # of a channel that is the same everywhere
 
 
 def of_images(dataset: Dataset, seed: int) -> tuple[list[float], list[float]]:
     """(means, deviations) of the values, from 0 to 1, of at most MOST_IMAGES whole images, drawn from `seed`. Images
     are as an evaluation sees them, in the data set's size: the central squares of files."""
-    chosen = np.sort(generator(seed).permutation(len(dataset))[:MOST_IMAGES])
+    chosen = np.sort(generator(seed).permutation(len(dataset))[:IMAGES_FOR_STATISTICS])
     n, total, squares = 0, 0.0, 0.0
     for index in chosen.tolist():
         image, label = dataset[index]
@@ -76,9 +76,13 @@ class Files:
 
 
 CLASS_FOLDERS = Files(Path.is_dir, class_folders, "with one folder of images per class")
-VIDEOS = Files(video_files.are_there, None, "with one folder of videos per class, or listed in a .csv of its name")
+VIDEOS = Files(
+    video_files.videos_are_there, None, "with one folder of videos per class, or listed in a .csv of its name"
+)
 VOC_LISTS = Files(
-    image_files.is_there, image_files.samples, "in VOCdevkit/VOC2007 beside it, with JPEGImages and ImageSets/Main"
+    image_files.voc_is_there,
+    image_files.voc_samples,
+    "in VOCdevkit/VOC2007 beside it, with JPEGImages and ImageSets/Main",
 )
 
 
@@ -102,7 +106,7 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
     if data_path().is_file():
         raise ValueError(f"DATA_PATH={data_path()} is a file: it must be the folder of the data sets")
     splits = sorted(splits or {*info.pretraining_splits, *info.train_splits, *info.test_splits})
-    there = is_there if info.is_packed else FILES[info.storage].are_there
+    there = packed_is_there if info.is_packed else FILES[info.storage].are_there
     missing = [folder / split for split in splits if not there(folder / split)]
     if not missing:
         return
@@ -112,7 +116,7 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
         raise FileNotFoundError(f"{wanted}, each {FILES[info.storage].layout}, and is not there: {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        missing = [path for path in missing if not is_there(path)]  # others may have packed it meanwhile
+        missing = [path for path in missing if not packed_is_there(path)]  # others may have packed it meanwhile
         if not missing:
             return
         try:
@@ -123,14 +127,16 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
                 "to the internet, or put the arrays there, or set the environment variable DATA_PATH to their folder."
             ) from error
         for split, content in arrays.items():  # all that came, wanted now or not: it was the download that took time
-            if not is_there(folder / split):
+            if not packed_is_there(folder / split):
                 pack(folder / split, *content)
 
 
 # ---- for the modules above ----
 
 
-def get_dataset(params: EncoderAndDataParams, splits: tuple[str, ...], views: list[View] | tuple = ()) -> Dataset:
+def get_dataset(
+    params: EncoderAndDataParams, splits: tuple[str, ...], views: list[ViewSettings] | tuple = ()
+) -> Dataset:
     """uint8 images and labels of some splits, downloaded if need be. `views` are taken here only from sets of files."""
     if not params.dataset.feeds(params.channels):
         raise ValueError(
@@ -168,7 +174,7 @@ def check_arrays(images: PackedImages, params: EncoderAndDataParams, folders: li
         )
 
 
-def drops_last(wish: bool | None, n_images: int, size: int) -> bool:
+def should_drop_last(wish: bool | None, n_images: int, size: int) -> bool:
     """None: a last batch of a few images is dropped, because its batch statistics would harm a network in train mode,
     but not one of at least half the images, and not the only one."""
     return wish if wish is not None else n_images >= size and n_images % size < size / 2
@@ -181,7 +187,7 @@ def get_loader(
     accumulated: int = 1,
     device: Any = "cpu",
     in_order: bool = False,
-) -> Loader:
+) -> ResumableDataLoader:
     """Batches of (images, labels): shuffled by (seed, epoch) for training, else nothing is dropped.
 
     Packed sets need no workers: reading a batch is one copy of memory. Class folders are shuffled for evaluation too:
@@ -197,7 +203,7 @@ def get_loader(
     if packed and (fits(dataset, device) if params.data_on_device is None else params.data_on_device):
         dataset = ImagesOnDevice(dataset, device)
     size, processes = batch_size(params, accumulated), distributed.world_size()
-    drop_last = training and drops_last(params.drop_last_batch, len(dataset) // processes, size)
+    drop_last = training and should_drop_last(params.drop_last_batch, len(dataset) // processes, size)
     if drop_last and len(dataset) < size * processes:
         which = "batch_size" if params.global_batch_size is None else "global_batch_size"
         found, each = f"{len(dataset)} {params.dataset.kind}", f" on each of {processes} processes" * (processes > 1)
@@ -206,10 +212,12 @@ def get_loader(
             f"{getattr(params, which)}), or drop_last_batch=None"
         )
     shuffle = training or not (packed or in_order)
-    return Loader(
+    return ResumableDataLoader(
         dataset,
         batch_size=size if training else max(1, size // params.clips_of_a_video),
-        sampler=Share(dataset, processes, distributed.rank(), shuffle, seed=params.seed or 0, drop_last=drop_last),
+        sampler=ResumableSampler(
+            dataset, processes, distributed.rank(), shuffle, seed=params.seed or 0, drop_last=drop_last
+        ),
         num_workers=0 if packed else params.num_data_workers,
         collate_fn=already_a_batch if packed else None,
         pin_memory=params.pin_data_memory and torch.cuda.is_available() and not isinstance(dataset, ImagesOnDevice),
@@ -228,8 +236,8 @@ def batch_size(params: EncoderAndDataParams, accumulated: int) -> int:
     shares = distributed.world_size() * accumulated
     if params.global_batch_size % shares:
         raise ValueError(
-            f"global_batch_size={params.global_batch_size} is not divisible by {shares} = {distributed.world_size()} processes "
-            f"x {accumulated} accumulated batches: choose a multiple of {shares}"
+            f"global_batch_size={params.global_batch_size} is not divisible by {shares} = {distributed.world_size()} "
+            f"processes x {accumulated} accumulated batches: choose a multiple of {shares}"
         )
     return params.global_batch_size // shares
 
@@ -282,13 +290,13 @@ def n_classes(params: EncoderAndDataParams) -> int:
     info, (split,) = params.dataset, params.dataset.train_splits
     folder = data_path() / params.dataset_name / split
     if info.storage == "folders" and folder.is_dir():
-        return len(set(class_numbers(folder).values()))
+        return len(set(class_numbers_of_split(folder).values()))
     if not info.is_custom and not (info.of_videos and VIDEOS.are_there(folder)):
         return info.n_classes
     return 1 + int(get_dataset(params, (split,)).labels.max())
 
 
-def labelled(classes: int, params: EncoderAndDataParams) -> int:
+def require_labels(classes: int, params: EncoderAndDataParams) -> int:
     """Refuses images without labels, and those with several."""
     if params.dataset.many_labels:
         raise ValueError(

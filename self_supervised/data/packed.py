@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from self_supervised.data.class_labels import in_classes
 from self_supervised.distributed import has_room, to_device
-from self_supervised.safe_files import whole_folder
+from self_supervised.safe_files import atomic_folder
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images, labels
 
@@ -61,17 +61,17 @@ READERS: dict[str, Callable[[], Arrays]] = {
 # ---- Images of one size as two arrays on the disk, memory-mapped, or as one tensor on the device ----
 
 
-PIECE = 2**26  # bytes; of a copy to the device
+COPY_BYTES = 2**26  # bytes; of a copy to the device
 ANEW = "write it again, or remove its folder, to have a set that can be downloaded packed anew"
 
 
-def is_there(split: Path) -> bool:
+def packed_is_there(split: Path) -> bool:
     return (split / "images.npy").is_file() and (split / "labels.npy").is_file()
 
 
 def pack(split: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Write one split, complete or not at all."""
-    with whole_folder(split) as unfinished:
+    with atomic_folder(split) as unfinished:
         np.save(unfinished / "images.npy", np.ascontiguousarray(images, dtype=np.uint8))
         np.save(unfinished / "labels.npy", np.asarray(labels, dtype=np.int64))
         shutil.rmtree(split, ignore_errors=True)  # half of it, put there by hand
@@ -144,11 +144,11 @@ class PackedImages(Dataset):
         batch = np.empty((len(places), *self.images[0].shape[1:]), dtype=np.uint8)
         for i, images in enumerate(self.images):
             batch[part == i] = images[places[part == i] - self.starts[i]]
-            forget(images)
+            release_pages(images)
         return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
 
 
-def forget(mapped: np.memmap) -> None:
+def release_pages(mapped: np.memmap) -> None:
     """What was read stays in the system's cache, but no longer counts as memory of this process: else an epoch would
     make all of a large set resident."""
     if hasattr(mmap, "MADV_DONTNEED"):
@@ -162,7 +162,7 @@ class ImagesOnDevice(Dataset):
         shape = (len(packed), *packed.images[0].shape[1:])
         self.images = torch.empty(shape, dtype=torch.uint8, device=device)
         self.labels = torch.from_numpy(packed.labels).to(device)
-        piece = max(1, PIECE // self.images[0].nbytes)  # the whole set need not fit into the host's memory
+        piece = max(1, COPY_BYTES // self.images[0].nbytes)  # the whole set need not fit into the host's memory
         for indices in torch.arange(len(packed)).split(piece):
             images, _ = packed.__getitems__(indices)
             self.images[indices[0] : indices[-1] + 1] = images.permute(0, 2, 3, 1).to(device)

@@ -24,8 +24,8 @@ import numpy as np
 from self_supervised import distributed
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, is_hidden
 from self_supervised.data.files import OnDisk
-from self_supervised.data.folders import SPLITS, Found, Label, as_label, has_images, labelled, of_folder
-from self_supervised.safe_files import write_whole
+from self_supervised.data.folders import SPLITS, ImageList, Label, as_label, has_images, of_folder, with_labels
+from self_supervised.safe_files import atomic_write
 
 SUFFIX = ".tar"
 NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
@@ -37,7 +37,7 @@ def is_pattern(data_path: str) -> bool:
     return is_shard or "://" in data_path or data_path.startswith("pipe:")
 
 
-def expanded(pattern: str, passed_over: PassedOver) -> Iterator[str]:
+def expanded_shards(pattern: str, passed_over: PassedOver) -> Iterator[str]:
     """The files that a pattern or a folder names. What is there under the very name is that: [ and { are letters then.
 
     Raises:
@@ -86,17 +86,17 @@ def split_in(name: str) -> str | None:
     return next((split for split, names in SPLITS.items() if any(name in words for name in names)), None)
 
 
-# ---- WebDataset's shards: tar files whose members of one name up to its first dot, `cat/7.jpg`, `cat/7.cls`, are a sample ----
+# ---- WebDataset's shards: tar files; members with one name up to its first dot (cat/7.jpg, cat/7.cls) are a sample ----
 
 
-LABEL_KEYS = ("cls", "label")  # where no other is wanted
+SHARD_LABEL_KEYS = ("cls", "label")  # where no other is wanted
 MOST_OPEN = 128  # shards, of each process
 BLOCK = 512  # bytes, of which a tar file is made
 VERSION = 2  # of the kept index
 MOST_LINKS = 40  # from one to the next, as in file systems
 Content = tuple[int, int]  # first byte, bytes
 Place = tuple[int, int, Label]  # first byte, bytes, label
-Stamp = tuple[int, int]  # size and time of a shard
+ShardSignature = tuple[int, int]  # size and time of a shard
 How = tuple[tuple[str, ...], tuple[str, ...] | None]  # endings of images, keys of labels
 
 
@@ -105,11 +105,11 @@ class Shard(NamedTuple):
     passed_over: PassedOver
 
 
-known: dict[tuple[str, Stamp, How], Shard] = {}  # indices of shards, for all data sets of this process
-opened: dict[tuple[str, Stamp], int] = {}  # descriptors
+known: dict[tuple[str, ShardSignature, How], Shard] = {}  # indices of shards, for all data sets of this process
+open_shards: dict[tuple[str, ShardSignature], int] = {}  # descriptors
 
 
-def are_there(folder: Path) -> bool:
+def shards_are_there(folder: Path) -> bool:
     """Whether a folder holds shards, and no image files."""
     return not has_images(folder) and next(files_below(folder, (SUFFIX,), PassedOver()), None) is not None
 
@@ -139,15 +139,17 @@ class TarShards(OnDisk):
         index_file: Path | None = None,
     ):
         found = PassedOver()
-        shards = sorted({os.path.abspath(shard) for part in data_path.split("::") for shard in expanded(part, found)})
+        shards = sorted(
+            {os.path.abspath(shard) for part in data_path.split("::") for shard in expanded_shards(part, found)}
+        )
         if not shards:
             raise ValueError(f"data_path={data_path!r} matches no shards: give the pattern of your .tar files")
         self.root = Path(os.path.commonpath([os.path.dirname(shard) for shard in shards]))
         endings = tuple(image_key.lower().split(";")) if image_key else tuple(suffix[1:] for suffix in image_suffixes())
-        keys = None if labels_from is None else (label_key,) if label_key else LABEL_KEYS
+        keys = None if labels_from is None else (label_key,) if label_key else SHARD_LABEL_KEYS
         self.labels_from = labels_from
         self.label_key = label_key
-        self.stamps = {shard: stamp(shard) for shard in shards}
+        self.stamps = {shard: shard_signature(shard) for shard in shards}
         indices = index(self.stamps, (endings, keys), index_file)
         self.index = {shard: one.places for shard, one in indices.items()}
         for one in indices.values():
@@ -155,13 +157,13 @@ class TarShards(OnDisk):
         self.found_beside = found
         self.passed_over = PassedOver()
 
-    def find(self) -> Found:
+    def find(self) -> ImageList:
         """All images, by the split that a word in the shard's name says ("train", "val", ...), or its folder's name;
         where none says so, all are for training."""
         split_of = {shard: split_in(os.path.relpath(shard, self.root)) for shard in self.stamps}
         if not any(split_of.values()):
             split_of = dict.fromkeys(split_of, "train")
-        found: Found = {}
+        found: ImageList = {}
         for shard, split in split_of.items():
             below = os.path.relpath(shard, self.root)
             images = ((f"{below}/{member}", label) for member, (_, _, label) in self.index[shard].items())
@@ -172,7 +174,7 @@ class TarShards(OnDisk):
             raise ValueError(
                 f"label_key={self.label_key!r}: no sample in {self.root} has such an ending or .json entry"
             )
-        return labelled(found, self.label_of)
+        return with_labels(found, self.label_of)
 
     @cached_property
     def has_labels(self) -> bool:
@@ -189,7 +191,7 @@ class TarShards(OnDisk):
     def open(self, path: str) -> io.BytesIO:
         shard, member = self.parts(path)
         start, size, _ = self.index[shard][member]
-        return io.BytesIO(read(shard, self.stamps[shard], start, size))
+        return io.BytesIO(read_member(shard, self.stamps[shard], start, size))
 
     def stamp(self, path: str) -> tuple:
         shard, member = self.parts(path)
@@ -206,12 +208,12 @@ class TarShards(OnDisk):
         return path[: max(end - 1, 0)], path[end:]
 
 
-def stamp(shard: str) -> Stamp:
+def shard_signature(shard: str) -> ShardSignature:
     status = os.stat(shard)
     return status.st_size, status.st_mtime_ns
 
 
-def index(stamps: dict[str, Stamp], how: How, file: Path | None) -> dict[str, Shard]:
+def index(stamps: dict[str, ShardSignature], how: How, file: Path | None) -> dict[str, Shard]:
     """Of every shard. What is not known to this process is taken from `file`, else read and written there."""
 
     def unknown() -> list[str]:
@@ -225,11 +227,11 @@ def index(stamps: dict[str, Stamp], how: How, file: Path | None) -> dict[str, Sh
     found = {shard: known[shard, stamp, how] for shard, stamp in stamps.items()}
     if file is not None and (fresh or not is_kept) and distributed.rank() == 0:
         shards = {shard: {"stamp": stamps[shard], **one._asdict()} for shard, one in found.items()}
-        write_whole(file, json.dumps({"how": repr((VERSION, how)), "shards": shards}))
+        atomic_write(file, json.dumps({"how": repr((VERSION, how)), "shards": shards}))
     return found
 
 
-def read_index(file: Path, how: How) -> dict[tuple[str, Stamp, How], Shard]:
+def read_index(file: Path, how: How) -> dict[tuple[str, ShardSignature, How], Shard]:
     """What `index` wrote; {} where it was made in another way, or is damaged: then the shards are read again."""
     try:
         kept = json.loads(file.read_text())
@@ -242,7 +244,7 @@ def read_index(file: Path, how: How) -> dict[tuple[str, Stamp, How], Shard]:
         return {}
 
 
-def indexed(shard: str, stamp: Stamp, endings: tuple[str, ...], label_keys: tuple[str, ...] | None) -> Shard:
+def indexed(shard: str, stamp: ShardSignature, endings: tuple[str, ...], label_keys: tuple[str, ...] | None) -> Shard:
     """Image -> its place and label, in the order of the shard."""
     passed_over = PassedOver()
     places = {}
@@ -253,7 +255,7 @@ def indexed(shard: str, stamp: Stamp, endings: tuple[str, ...], label_keys: tupl
             f"{shard} could not be read as a tar file ({error}): mend it, or unpack it if it is compressed"
         ) from error
     used = set()
-    for image, sample in samples(contents, endings, label_keys or ()):
+    for image, sample in shard_samples(contents, endings, label_keys or ()):
         beside = {ending: contents[name] for ending, name in sample.items()}
         try:
             label = None if label_keys is None else label_of(shard, stamp, beside, label_keys)
@@ -326,7 +328,7 @@ def next_used(file: BinaryIO) -> int | None:
     return None
 
 
-def samples(
+def shard_samples(
     names: Iterable[str], endings: tuple[str, ...], keys: tuple[str, ...]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (image, ending -> member) of each sample.
@@ -363,11 +365,11 @@ def by_sample(names: Iterable[str], wanted: Collection[str]) -> dict[str, dict[s
     return found
 
 
-def label_of(shard: str, stamp: Stamp, sample: dict[str, Content], keys: tuple[str, ...]) -> Label:
+def label_of(shard: str, stamp: ShardSignature, sample: dict[str, Content], keys: tuple[str, ...]) -> Label:
     """Of the first of the keys that is an ending of the sample, or an entry of its .json."""
 
     def content(ending: str) -> str:
-        return read(shard, stamp, *sample[ending]).decode()
+        return read_member(shard, stamp, *sample[ending]).decode()
 
     entries = None
     for key in keys:
@@ -381,14 +383,14 @@ def label_of(shard: str, stamp: Stamp, sample: dict[str, Content], keys: tuple[s
     return None
 
 
-def read(shard: str, stamp: Stamp, start: int, size: int) -> bytes:
+def read_member(shard: str, stamp: ShardSignature, start: int, size: int) -> bytes:
     """Workers share the descriptors that were there when they started: nothing moves a position."""
     key = (shard, stamp)
-    if key not in opened:
-        while len(opened) >= MOST_OPEN:
-            os.close(opened.pop(next(iter(opened))))
-        opened[key] = os.open(shard, os.O_RDONLY)
-    content = os.pread(opened[key], size, start)
+    if key not in open_shards:
+        while len(open_shards) >= MOST_OPEN:
+            os.close(open_shards.pop(next(iter(open_shards))))
+        open_shards[key] = os.open(shard, os.O_RDONLY)
+    content = os.pread(open_shards[key], size, start)
     if len(content) < size:
         raise ValueError(f"{shard} ends before byte {start + size}")
     return content

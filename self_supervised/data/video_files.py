@@ -15,11 +15,11 @@ from attrs import frozen
 from torch import Tensor
 
 from model_params import EncoderAndDataParams
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.data import decoders, image_files
-from self_supervised.data.class_labels import UNLABELED, numbers
+from self_supervised.data.class_labels import UNLABELED, class_numbers_of
 from self_supervised.data.file_search import PassedOver, folders_in, is_hidden, tell
-from self_supervised.data.files import LabelledFiles, Sample, class_numbers
+from self_supervised.data.files import LabelledFiles, Sample, class_numbers_of_split
 from self_supervised.data.foreign_paths import refuse_foreign
 from self_supervised.data.image_files import CENTRAL, Box, draw_box, resized
 from self_supervised.views.augmentations import generator
@@ -36,7 +36,7 @@ class Sampling:
     jitter: float  # and 1 - jitter to 1 + jitter times that
 
 
-def length(times: np.ndarray) -> float:
+def clip_length(times: np.ndarray) -> float:
     """Seconds of a video with frames at these times: the last one lasts as long as its neighbours do."""
     return float(times[-1] + np.median(np.diff(times))) if len(times) > 1 else 0.0
 
@@ -53,13 +53,13 @@ def random_clip(rng: np.random.Generator, times: np.ndarray, sampling: Sampling)
     """Indices [n_frames] of a clip that starts anywhere where it fits into the video."""
     speed = sampling.speeds[rng.integers(len(sampling.speeds))] * rng.uniform(1 - sampling.jitter, 1 + sampling.jitter)
     span = sampling.duration * speed
-    start = rng.uniform(0, max(length(times) - span, 0))
+    start = rng.uniform(0, max(clip_length(times) - span, 0))
     return frames_in(times, start, span, sampling.n_frames)
 
 
 def even_clips(times: np.ndarray, n_clips: int, sampling: Sampling) -> np.ndarray:
     """Indices [n_clips, n_frames] of clips at speed 1, from the beginning of the video to its end; of 1, its middle."""
-    latest = max(length(times) - sampling.duration, 0)
+    latest = max(clip_length(times) - sampling.duration, 0)
     starts = np.linspace(0, latest, n_clips) if n_clips > 1 else [latest / 2]
     return np.stack([frames_in(times, start, sampling.duration, sampling.n_frames) for start in starts])
 
@@ -71,7 +71,7 @@ VIDEO_EXTENSIONS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".ogv"),
     *(".mts", ".m2ts", ".vob", ".asf"),
 )
-LINE = re.compile(r'(?:"(?P<quoted>[^"]+)"|(?P<plain>[^,"]+?))(?:(?:\s*,\s*|\s+)(?P<label>-?\d+))?')
+LIST_LINE = re.compile(r'(?:"(?P<quoted>[^"]+)"|(?P<plain>[^,"]+?))(?:(?:\s*,\s*|\s+)(?P<label>-?\d+))?')
 BEHIND = re.compile(rf"({'|'.join(map(re.escape, VIDEO_EXTENSIONS))})[\s;][^/]*$", re.IGNORECASE)  # the file's name
 NUMBER = re.compile(r"\s-?\d+$")
 
@@ -89,7 +89,7 @@ class VideoFiles(LabelledFiles):
     """
 
     def __init__(
-        self, videos: list[Sample], read, sampling: Sampling, size: int, views: list[View], seed: int,
+        self, videos: list[Sample], read, sampling: Sampling, size: int, views: list[ViewSettings], seed: int,
         skip_unreadable: bool = False, n_clips: int = 1, n_crops: int = 1,
     ):  # fmt: skip
         super().__init__(videos, "video", skip_unreadable, not views)
@@ -172,7 +172,7 @@ def time_difference(frames: np.ndarray, following: np.ndarray) -> np.ndarray:
 # ---- lists of videos ----
 
 
-def get_videos(params: EncoderAndDataParams, folder: Path, views: list[View]) -> VideoFiles:
+def get_videos(params: EncoderAndDataParams, folder: Path, views: list[ViewSettings]) -> VideoFiles:
     """The videos of a split by the settings of `params`.
 
     Raises:
@@ -181,19 +181,19 @@ def get_videos(params: EncoderAndDataParams, folder: Path, views: list[View]) ->
     of_frames = params.video_decoder == "frames"
     train = folder.with_name("train")
     path = list_file(folder)
-    if are_there(train) and path.is_file() != list_file(train).is_file():
+    if videos_are_there(train) and path.is_file() != list_file(train).is_file():
         check_that_unlabelled(path if path.is_file() else list_file(train), of_frames)
     refuse_foreign("video_path_prefix", params.video_path_prefix)
     prefix = folder if params.video_path_prefix is None else Path(params.video_path_prefix).expanduser()
     if path.is_file():
-        videos = numbered(path, prefix, of_frames)
+        videos = numbered_videos(path, prefix, of_frames)
         tell(path, len(videos), "videos", PassedOver())
     else:
-        videos = in_class_folders(folder, of_frames)
+        videos = videos_in_class_folders(folder, of_frames)
     return as_set(params, videos, views)
 
 
-def as_set(params: EncoderAndDataParams, videos: list[Sample], views: list[View]) -> VideoFiles:
+def as_set(params: EncoderAndDataParams, videos: list[Sample], views: list[ViewSettings]) -> VideoFiles:
     """Videos that are known, read by the settings of `params`. Raises ValueError if PyAV is wanted and missing."""
     p = params
     of_frames = p.video_decoder == "frames"
@@ -210,7 +210,7 @@ def as_set(params: EncoderAndDataParams, videos: list[Sample], views: list[View]
     return VideoFiles(videos, read, sampling, p.crop_size, views, p.seed or 0, skip, *places)
 
 
-def are_there(folder: Path) -> bool:
+def videos_are_there(folder: Path) -> bool:
     return folder.is_dir() or list_file(folder).is_file()
 
 
@@ -226,7 +226,7 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     for number, line in enumerate(map(str.strip, path.read_text(encoding="utf-8-sig").splitlines()), 1):
         if not line:
             continue
-        found = LINE.fullmatch(line)
+        found = LIST_LINE.fullmatch(line)
         plain = found["plain"] or "" if found else ""
         if not found or BEHIND.search(plain) or (NUMBER.search(plain) and "," not in line):
             raise ValueError(
@@ -241,7 +241,7 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     return videos
 
 
-def numbered(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
+def numbered_videos(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     """(path, class) of each line, numbered without gaps by the labels in the list of train beside it.
 
     Raises:
@@ -252,7 +252,7 @@ def numbered(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     of_train = listed(train, prefix, of_frames) if train.is_file() and train != path else videos
     labels = [None if label < 0 else label for _, label in videos]
     labels_of_train = [None if label < 0 else label for _, label in of_train]
-    known = {**numbers(labels_of_train, {path.stem: labels}, path), None: UNLABELED}
+    known = {**class_numbers_of(labels_of_train, {path.stem: labels}, path), None: UNLABELED}
     return [(video, known[label]) for (video, _), label in zip(videos, labels, strict=True)]
 
 
@@ -265,15 +265,15 @@ def check_that_unlabelled(path: Path, of_frames: bool) -> None:
         )
 
 
-def in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
+def videos_in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
     """(path, class) of each, numbered as class_numbers does."""
-    number_of = class_numbers(folder)
+    number_of = class_numbers_of_split(folder)
     what = "a folder of frames for each video" if of_frames else "videos"
     passed_over = PassedOver()
     if of_frames:
         of_class = {name: frame_folders(folder / name, passed_over) for name in number_of}
     else:
-        found_in = image_files.in_class_folders(folder, number_of, VIDEO_EXTENSIONS, passed_over)
+        found_in = image_files.images_in_class_folders(folder, number_of, VIDEO_EXTENSIONS, passed_over)
         of_class = {name: sorted(folder / path for path in found) for name, found in found_in.items()}
     for name, found in of_class.items():
         if not found:

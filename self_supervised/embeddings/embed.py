@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from self_supervised.data.packed import already_a_batch
 from self_supervised.distributed import usable
 from self_supervised.embeddings.job import Work
-from self_supervised.embeddings.sources import Batches, Source, open_source, part_kept
+from self_supervised.embeddings.sources import Batches, ImageSource, open_source, part_kept
 from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import as_path
 from self_supervised.networks.pretrained import Encoder, load_encoder
@@ -33,13 +33,13 @@ from self_supervised.safe_files import check_file
 # noqa: F401  (the reader of what this writes)
 
 
-MOST_WORKERS = 8
+MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # of an encoder of videos
 OVERRIDES = ("encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "image_mean",
              "image_std", *CLIPS)  # fmt: skip
 
 
-def embed(
+def embed_folder(
     checkpoint: str | Path | Encoder,
     folder: str | Path,
     out: str | Path,
@@ -78,13 +78,13 @@ def embed(
         paths = source.paths()
         print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
         if todo := work.left(paths, skip_unreadable):
-            loader = batches(source, encoder, todo, batch_size, num_workers)
+            loader = todo_batches(source, encoder, todo, batch_size, num_workers)
             work.add(encoder.to(device), loader, len(paths), skip_unreadable)
         work.finish(paths, source)
     return out
 
 
-def description(encoder: Encoder, source: Source, overrides: dict[str, Any]) -> dict[str, Any]:
+def description(encoder: Encoder, source: ImageSource, overrides: dict[str, Any]) -> dict[str, Any]:
     """How the features are made: the metadata of the file."""
     p, file = encoder.params, Path(encoder.report.source)
     packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL, "numpy": np}
@@ -118,9 +118,11 @@ def digest(encoder: Encoder) -> str:
     return tensors.hexdigest()
 
 
-def batches(source: Source, encoder: Encoder, todo: list[str], batch_size: int, num_workers: int | None) -> DataLoader:
+def todo_batches(
+    source: ImageSource, encoder: Encoder, todo: list[str], batch_size: int, num_workers: int | None
+) -> DataLoader:
     """In a batch there are no more clips than there would be images."""
-    workers = min(os.cpu_count() or 1, MOST_WORKERS) if num_workers is None else num_workers
+    workers = min(os.cpu_count() or 1, MOST_EMBED_WORKERS) if num_workers is None else num_workers
     batch_size = max(1, batch_size // encoder.params.clips_of_a_video)
     return DataLoader(
         Batches(source, encoder.params),
@@ -132,7 +134,7 @@ def batches(source: Source, encoder: Encoder, todo: list[str], batch_size: int, 
     )
 
 
-def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def embed_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("embed", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
@@ -142,7 +144,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet")
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--num_workers", type=int, metavar="N", help=f"default: one a core, at most {MOST_WORKERS}")
+    parser.add_argument(
+        "--num_workers", type=int, metavar="N", help=f"default: one a core, at most {MOST_EMBED_WORKERS}"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
     parser.add_argument("--skip_unreadable", action="store_true", help="count and list them instead of stopping")
     parser.add_argument("--overwrite", action="store_true", help="embed all anew, whatever --out holds")
@@ -153,4 +157,4 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
-    embed(**vars(parsed(arguments)))
+    embed_folder(**vars(embed_options(arguments)))

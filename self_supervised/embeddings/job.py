@@ -11,14 +11,14 @@ from torch.utils.data import DataLoader
 
 from self_supervised.embeddings import parquet
 from self_supervised.embeddings.parquet import ROWS
-from self_supervised.embeddings.sources import Source
+from self_supervised.embeddings.sources import ImageSource
 from self_supervised.folder_lock import locked
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import finite
 from self_supervised.runs.command_line import bar
 
-SECONDS = 30  # after which a part is written, however few rows it has
-SAME = ("sha256", "encoder", "preprocessing", "images")  # what all rows of a file have in common
+SECONDS_OF_PART = 30  # after which a part is written, however few rows it has
+COMMON_FACTS = ("sha256", "encoder", "preprocessing", "images")  # what all rows of a file have in common
 
 
 class Work:
@@ -73,9 +73,9 @@ class Work:
 
     def check(self, file: Path) -> bool:
         """Whether a file's rows were made as ours will be; notes what it says of unreadable images."""
-        there = parquet.about(file)
+        there = parquet.facts_of_file(file)
         there = {"encoder": self.about["encoder"], **there}  # earlier versions did not note it
-        other = [name for name in SAME if there[name] != self.about[name]]
+        other = [name for name in COMMON_FACTS if there[name] != self.about[name]]
         if other and not self.overwrite:
             differ = "; ".join(f"{name} {there[name]} there, {self.about[name]} now" for name in other)
             raise ValueError(f"{file} was made otherwise ({differ}): choose another --out, or --overwrite")
@@ -100,7 +100,7 @@ class Work:
                     progress.advance(task, len(paths) + len(unreadable))
                     if (
                         sum(len(paths) for paths, _ in self.pending) >= ROWS
-                        or time.monotonic() > self.written + SECONDS
+                        or time.monotonic() > self.written + SECONDS_OF_PART
                     ):
                         self.flush()
             finally:
@@ -117,7 +117,7 @@ class Work:
         parquet.write_part(self.folder / f"{number:08d}.parquet", sum(paths, []), np.concatenate(embeddings), about)
         self.pending, self.written = [], time.monotonic()
 
-    def finish(self, paths: list[str], source: Source) -> None:
+    def finish(self, paths: list[str], source: ImageSource) -> None:
         """Join all there is into `out`, and say what was done."""
         rows = [path for path in paths if path not in self.unreadable]
         if not rows:

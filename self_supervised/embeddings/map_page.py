@@ -13,7 +13,7 @@ import numpy as np
 from attrs import frozen
 from PIL import Image
 
-from self_supervised.embeddings.sources import Source
+from self_supervised.embeddings.sources import ImageSource
 from self_supervised.runs.command_line import bar, in_one_line, label
 from self_supervised.safe_files import to_json
 
@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 
 NOTE = 400  # characters of the picture's second line
 LEGEND = 30  # rows of the picture's legend
-SIDE = 64  # pixels; of the page's pictures at most
+THUMBNAIL_SIDE = 64  # pixels; of the page's pictures at most
 BUDGET = 12_000_000  # characters of all pictures of a page
 
 
@@ -54,7 +54,7 @@ def palette(n: int) -> list[str]:
     return [matplotlib.colors.to_hex(colour) for colour in colours]
 
 
-def draw(found: Map, source: Source | None, file: Path) -> None:
+def draw_map(found: Map, source: ImageSource | None, file: Path) -> None:
     """A PNG with a legend of the most frequent names."""
     width, height = np.ptp(found.points, axis=0)
     aspect = float(np.clip(width / max(height, 1e-12), 0.6, 1.8))
@@ -80,11 +80,11 @@ def draw(found: Map, source: Source | None, file: Path) -> None:
     plt.close(figure)
 
 
-def page(found: Map, source: Source | None, file: Path) -> None:
+def page(found: Map, source: ImageSource | None, file: Path) -> None:
     file.write_text(as_html(found, source, BUDGET), encoding="utf-8")
 
 
-def as_html(found: Map, source: Source | None, budget: int) -> str:
+def as_html(found: Map, source: ImageSource | None, budget: int) -> str:
     """The template with the points within the unit square, and as many pictures as the budget allows."""
     low, high = found.points.min(0), found.points.max(0)
     points = (found.points - (low + high) / 2) / max((high - low).max(), 1e-12) + 0.5
@@ -108,13 +108,13 @@ def in_script(content: Any) -> str:
     return to_json(content).replace("<", "\\u003c")
 
 
-def pictures(paths: list[str], source: Source, budget: int) -> list[str | None]:
+def pictures(paths: list[str], source: ImageSource, budget: int) -> list[str | None]:
     """Small JPEGs as data URIs; at random None, once the budget is spent, and where a file is gone or no picture."""
     uris, left = [None] * len(paths), budget
     with bar() as progress:
         for i in progress.track(np.random.default_rng(0).permutation(len(paths)), description="pictures"):
             try:
-                uri = thumbnail(source.picture(paths[i], side=SIDE))
+                uri = thumbnail(source.picture(paths[i], side=THUMBNAIL_SIDE))
             except (OSError, ValueError):
                 continue
             left -= len(uri)
@@ -125,7 +125,7 @@ def pictures(paths: list[str], source: Source, budget: int) -> list[str | None]:
 
 
 def thumbnail(picture: Image.Image) -> str:
-    picture.thumbnail((SIDE, SIDE))
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return data_uri(picture, "JPEG", quality=80)
 
 
@@ -136,4 +136,4 @@ def data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-WRITERS = {".png": draw, ".html": page}
+WRITERS = {".png": draw_map, ".html": page}

@@ -16,19 +16,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 from self_supervised.embeddings import parquet
 from self_supervised.embeddings.embed import digest
-from self_supervised.embeddings.projection import unit
-from self_supervised.embeddings.sources import Batches, Folder, Source, open_source, picture_of
+from self_supervised.embeddings.projection import unit_rows
+from self_supervised.embeddings.sources import Batches, Folder, ImageSource, open_source, picture_of
 from self_supervised.fields import as_path
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import in_one_line, parser_of
-from self_supervised.safe_files import check_file, whole
+from self_supervised.safe_files import atomic_file, check_file
 
-SIDE, GAP, MARGIN = 176, 18, 28  # pixels: of the box of a picture, between boxes, around the sheet
-LINE = 21  # of a caption
-COLUMNS = 6  # of pictures beside the leading one
+PICTURE_SIDE, SHEET_GAP, SHEET_MARGIN = 176, 18, 28  # pixels: of the box of a picture, between boxes, around the sheet
+CAPTION_HEIGHT = 21  # of a caption
+SHEET_COLUMNS = 6  # of pictures beside the leading one
 WHITE, BOX, RULE, TEXT, FAINT = "#ffffff", "#f3f4f6", "#d8dce2", "#1b1f24", "#68707b"
-LEAD, SAME, OTHER = "#1f6feb", "#1a7f37", "#bc4c00"  # frames
+LEAD_COLOR, SAME_COLOR, OTHER_COLOR = "#1f6feb", "#1a7f37", "#bc4c00"  # frames
 
 
 @frozen
@@ -46,46 +46,53 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(file), size)
 
 
-PLAIN, BOLD = font(14), font(15, bold=True)
+PLAIN_FONT, BOLD_FONT = font(14), font(15, bold=True)
 
 
-def contact_sheet(rows: list[tuple[Tile, list[Tile]]]) -> Image.Image:
+def neighbor_sheet(rows: list[tuple[Tile, list[Tile]]]) -> Image.Image:
     """Each row: the leading picture, then the others, COLUMNS a line."""
-    cell = LINE * (1 + max(len(tile.lines) for lead, tiles in rows for tile in (lead, *tiles))) + SIDE + GAP
-    columns = min(COLUMNS, max(len(tiles) for _, tiles in rows))
-    heights = [max(1, -(-len(tiles) // COLUMNS)) * cell for _, tiles in rows]
-    first = MARGIN + SIDE + 2 * GAP  # left edge of the pictures beside the leading one
-    size = first + columns * (SIDE + GAP) - GAP + MARGIN, sum(heights) + GAP * (len(rows) - 1) + 2 * MARGIN - GAP
+    cell = (
+        CAPTION_HEIGHT * (1 + max(len(tile.lines) for lead, tiles in rows for tile in (lead, *tiles)))
+        + PICTURE_SIDE
+        + SHEET_GAP
+    )
+    columns = min(SHEET_COLUMNS, max(len(tiles) for _, tiles in rows))
+    heights = [max(1, -(-len(tiles) // SHEET_COLUMNS)) * cell for _, tiles in rows]
+    first = SHEET_MARGIN + PICTURE_SIDE + 2 * SHEET_GAP  # left edge of the pictures beside the leading one
+    size = (
+        first + columns * (PICTURE_SIDE + SHEET_GAP) - SHEET_GAP + SHEET_MARGIN,
+        sum(heights) + SHEET_GAP * (len(rows) - 1) + 2 * SHEET_MARGIN - SHEET_GAP,
+    )
     sheet = Image.new("RGB", size, WHITE)
-    draw, top = ImageDraw.Draw(sheet), MARGIN
+    draw, top = ImageDraw.Draw(sheet), SHEET_MARGIN
     for number, ((lead, tiles), height) in enumerate(zip(rows, heights, strict=True)):
         if number:
-            draw.line((MARGIN, top - GAP, sheet.width - MARGIN, top - GAP), fill=RULE)
-        paste(sheet, lead, MARGIN, top)
-        draw.line((first - GAP, top, first - GAP, top + height - GAP), fill=RULE)
+            draw.line((SHEET_MARGIN, top - SHEET_GAP, sheet.width - SHEET_MARGIN, top - SHEET_GAP), fill=RULE)
+        paste(sheet, lead, SHEET_MARGIN, top)
+        draw.line((first - SHEET_GAP, top, first - SHEET_GAP, top + height - SHEET_GAP), fill=RULE)
         for i, tile in enumerate(tiles):
-            paste(sheet, tile, first + i % COLUMNS * (SIDE + GAP), top + i // COLUMNS * cell)
-        top += height + GAP
+            paste(sheet, tile, first + i % SHEET_COLUMNS * (PICTURE_SIDE + SHEET_GAP), top + i // SHEET_COLUMNS * cell)
+        top += height + SHEET_GAP
     return sheet
 
 
 def paste(sheet: Image.Image, tile: Tile, left: int, top: int) -> None:
-    draw, right, bottom = ImageDraw.Draw(sheet), left + SIDE, top + SIDE
+    draw, right, bottom = ImageDraw.Draw(sheet), left + PICTURE_SIDE, top + PICTURE_SIDE
     draw.rectangle((left, top, right - 1, bottom - 1), fill=BOX)
     picture = fitted(tile.picture)
-    sheet.paste(picture, (left + (SIDE - picture.width) // 2, top + (SIDE - picture.height) // 2))
+    sheet.paste(picture, (left + (PICTURE_SIDE - picture.width) // 2, top + (PICTURE_SIDE - picture.height) // 2))
     if tile.colour:
         draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=tile.colour, width=3)
-    draw.text((left, bottom + 6), in_one_line(tile.title), TEXT, BOLD)
-    draw.text((right, bottom + 6), in_one_line(tile.note), TEXT, PLAIN, anchor="ra")
+    draw.text((left, bottom + 6), in_one_line(tile.title), TEXT, BOLD_FONT)
+    draw.text((right, bottom + 6), in_one_line(tile.note), TEXT, PLAIN_FONT, anchor="ra")
     for i, line in enumerate(tile.lines):
         colour = (tile.colour or TEXT) if i == 0 else FAINT
-        draw.text((left, bottom + 6 + LINE * (i + 1)), shortened(line), colour, PLAIN)
+        draw.text((left, bottom + 6 + CAPTION_HEIGHT * (i + 1)), shortened(line), colour, PLAIN_FONT)
 
 
 def fitted(picture: Image.Image) -> Image.Image:
     """As large as the box allows, in its own proportions; small ones by whole pixels, to show what is there."""
-    factor = SIDE / max(picture.size)
+    factor = PICTURE_SIDE / max(picture.size)
     factor = int(factor) if factor >= 2 else factor
     size = tuple(max(1, round(edge * factor)) for edge in picture.size)
     method = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
@@ -95,10 +102,10 @@ def fitted(picture: Image.Image) -> Image.Image:
 def shortened(line: str) -> str:
     """The end of it, as much as is as wide as a picture."""
     line = in_one_line(line)
-    line = f"…{line[-SIDE:]}" if len(line) > SIDE else line  # a letter is wider than a pixel
-    if PLAIN.getlength(line) <= SIDE:
+    line = f"…{line[-PICTURE_SIDE:]}" if len(line) > PICTURE_SIDE else line  # a letter is wider than a pixel
+    if PLAIN_FONT.getlength(line) <= PICTURE_SIDE:
         return line
-    return next((f"…{line[i:]}" for i in range(len(line)) if PLAIN.getlength(f"…{line[i:]}") <= SIDE), "…")
+    return next((f"…{line[i:]}" for i in range(len(line)) if PLAIN_FONT.getlength(f"…{line[i:]}") <= PICTURE_SIDE), "…")
 
 
 # ---- The nearest neighbours among embeddings, and how a contact sheet shows them ----
@@ -122,9 +129,9 @@ def best_of(
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
     best: list[list[Neighbour]] = [[] for _ in queries]
-    queries = unit(queries)
+    queries = unit_rows(queries)
     for paths, embeddings, labels in pieces:
-        cosines = (queries @ unit(embeddings).T).clip(-1, 1)
+        cosines = (queries @ unit_rows(embeddings).T).clip(-1, 1)
         for i, cosine in enumerate(cosines):
             top = np.argsort(-cosine, kind="stable")[: k + 1]  # one more than k, for the own row
             found = (Neighbour(paths[j], labels[j], float(cosine[j])) for j in top)
@@ -142,21 +149,21 @@ class Query:
     label: str | None = None
 
 
-def tiles(query: Query, found: list[Neighbour], source: Source) -> tuple[Tile, list[Tile]]:
+def tiles(query: Query, found: list[Neighbour], source: ImageSource) -> tuple[Tile, list[Tile]]:
     """A neighbour's frame says whether its label is the query's, where both have one."""
-    lead = Tile(query.picture, "query", "", (query.label, query.name) if query.label else (query.name,), LEAD)
+    lead = Tile(query.picture, "query", "", (query.label, query.name) if query.label else (query.name,), LEAD_COLOR)
     row = []
     for i, n in enumerate(found, start=1):
-        colour = (SAME if n.label == query.label else OTHER) if n.label and query.label else None
+        colour = (SAME_COLOR if n.label == query.label else OTHER_COLOR) if n.label and query.label else None
         lines = (n.label, n.path) if n.label else (n.path,)
-        row.append(Tile(source.picture(n.path, side=SIDE), str(i), f"{n.cosine:.3f}", lines, colour))
+        row.append(Tile(source.picture(n.path, side=PICTURE_SIDE), str(i), f"{n.cosine:.3f}", lines, colour))
     return lead, row
 
 
 # ---- The nearest neighbours of images, by cosine of their embeddings: a table, and a contact sheet ----
 
 
-def nearest(
+def nearest_rows(
     features: str | Path, queries: np.ndarray, k: int = 12, own: list[str | None] | None = None
 ) -> list[list[Neighbour]]:
     """The k rows of `features` with the largest cosine to each query, the nearest first.
@@ -170,10 +177,10 @@ def nearest(
     return best_of(parquet.pieces(features), queries, k, own)
 
 
-def find_queries(features: str | Path, images: list[str], source: Source, checkpoint: str | None) -> list[Query]:
+def find_queries(features: str | Path, images: list[str], source: ImageSource, checkpoint: str | None) -> list[Query]:
     """An image is looked for as a path of a row, as a file that has a row, and as any other file."""
     candidates = {image: [image, source.path_of(Path(image).expanduser())] for image in images}
-    rows = parquet.rows_of(features, [path for paths in candidates.values() for path in paths if path])
+    rows = parquet.rows_of_ids(features, [path for paths in candidates.values() for path in paths if path])
     own = {image: next((path for path in paths if path in rows), None) for image, paths in candidates.items()}
     others = [image for image in images if own[image] is None]
     for image in others:
@@ -190,7 +197,7 @@ def find_queries(features: str | Path, images: list[str], source: Source, checkp
 
 def embed_files(features: str | Path, files: list[str], checkpoint: str | None) -> dict[str, np.ndarray]:
     """By the features' checkpoint, which may lie elsewhere by now. Raises ValueError if it is another one."""
-    about = parquet.about(features)
+    about = parquet.facts_of_file(features)
     encoder = load_encoder(checkpoint or about["checkpoint"], **about["overrides"])
     if digest(encoder) != about["sha256"]:
         raise ValueError(
@@ -208,7 +215,7 @@ def embed_files(features: str | Path, files: list[str], checkpoint: str | None) 
 # ---- what is shown ----
 
 
-def table(query: Query, found: list[Neighbour]) -> str:
+def neighbor_table(query: Query, found: list[Neighbour]) -> str:
     rows = [("rank", "cosine", "label", "path")]
     rows += [(str(i), f"{n.cosine:.4f}", n.label or "-", n.path) for i, n in enumerate(found, start=1)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -232,14 +239,16 @@ def nearest_sheet(
     """
     features = as_path(features)
     check_file("out", out)
-    source = open_source(folder or parquet.about(features)["images"])
+    source = open_source(folder or parquet.facts_of_file(features)["images"])
     queries = find_queries(features, images, source, checkpoint)
-    found = nearest(features, np.stack([query.embedding for query in queries]), k, [query.own for query in queries])
-    sheet = contact_sheet([tiles(query, row, source) for query, row in zip(queries, found, strict=True)])
-    with whole(as_path(out)) as file:
+    found = nearest_rows(
+        features, np.stack([query.embedding for query in queries]), k, [query.own for query in queries]
+    )
+    sheet = neighbor_sheet([tiles(query, row, source) for query, row in zip(queries, found, strict=True)])
+    with atomic_file(as_path(out)) as file:
         sheet.save(file, "PNG")
     for query, row in zip(queries, found, strict=True):
-        print(table(query, row), end="\n\n")
+        print(neighbor_table(query, row), end="\n\n")
     print(out)
     return found
 

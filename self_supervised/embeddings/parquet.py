@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from self_supervised.fields import as_path
-from self_supervised.safe_files import to_json, whole
+from self_supervised.safe_files import atomic_file, to_json
 
 try:
     import pyarrow as pa
@@ -32,9 +32,9 @@ def schema(width: int, about: dict[str, Any]) -> pa.Schema:
     return pa.schema(columns, metadata={ABOUT: to_json(about)})
 
 
-def write(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
+def write_table(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
     """One row group a table."""
-    with whole(path) as file, pq.ParquetWriter(file, schema, use_dictionary=["label"]) as writer:
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema, use_dictionary=["label"]) as writer:
         for table in tables:
             writer.write_table(table.combine_chunks(), row_group_size=max(len(table), 1))
 
@@ -44,7 +44,7 @@ def write_part(path: Path, paths: list[str], embeddings: np.ndarray, about: dict
     width = embeddings.shape[1]
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), width)
     target = schema(width, about)
-    write(
+    write_table(
         path,
         iter([pa.Table.from_arrays([pa.array(paths), vectors, pa.nulls(len(paths), "string")], schema=target)]),
         target,
@@ -65,13 +65,13 @@ def join(out: Path, parts: list[Path], paths: list[str], labels: list[str | None
             assert found["path"].to_pylist() == some
             yield found.set_column(2, "label", pa.array(labels[start : start + ROWS], pa.string()))
 
-    write(out, tables(), target)
+    write_table(out, tables(), target)
 
 
 # ---- reading ----
 
 
-def about(path: str | Path) -> dict[str, Any]:
+def facts_of_file(path: str | Path) -> dict[str, Any]:
     """How the features of a file were made.
 
     Raises:
@@ -99,20 +99,20 @@ def matrix(embeddings: pa.Array | pa.ChunkedArray) -> np.ndarray:
 
 def pieces(path: str | Path) -> Iterator[tuple[list[str], np.ndarray, list[str | None]]]:
     """(paths, embeddings [n, E], labels) of at most ROWS rows at a time, in the file's order."""
-    about(path := as_path(path))
+    facts_of_file(path := as_path(path))
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(ROWS):
             yield batch["path"].to_pylist(), matrix(batch["embedding"]), batch["label"].to_pylist()
 
 
-def read(path: str | Path) -> tuple[list[str], np.ndarray, list[str | None]]:
+def read_embeddings(path: str | Path) -> tuple[list[str], np.ndarray, list[str | None]]:
     """(paths, embeddings float32 [N, E], labels) of a whole file."""
-    about(path := as_path(path))
+    facts_of_file(path := as_path(path))
     table = pq.read_table(path)
     return table["path"].to_pylist(), matrix(table["embedding"]), table["label"].to_pylist()
 
 
-def count(path: str | Path) -> int:
+def count_rows(path: str | Path) -> int:
     return pq.read_metadata(path).num_rows
 
 
@@ -120,7 +120,7 @@ def paths_in(path: str | Path) -> list[str]:
     return pq.read_table(path, columns=["path"])["path"].to_pylist()
 
 
-def rows_of(path: str | Path, wanted: list[str]) -> dict[str, tuple[np.ndarray, str | None]]:
+def rows_of_ids(path: str | Path, wanted: list[str]) -> dict[str, tuple[np.ndarray, str | None]]:
     """path -> (embedding [E], label) of those that the file has."""
     one_of = reduce(or_, (pc.field("path") == name for name in wanted))
     found = ds.dataset(str(path)).to_table(filter=one_of)

@@ -22,13 +22,13 @@ from self_supervised.embeddings.sources import open_source
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import parser_of
-from self_supervised.safe_files import check_file, whole
+from self_supervised.safe_files import atomic_file, check_file
 
 CLUSTERS = 10  # where there are no labels
 NO_LABEL = "no label"
 
 
-def unit(x: np.ndarray) -> np.ndarray:
+def unit_rows(x: np.ndarray) -> np.ndarray:
     """Each row divided by its length, whatever its scale: their products are cosines. Raises ValueError where a number
     is not finite."""
     return numerics.unit(numerics.finite(torch.tensor(x), "embeddings")).numpy()
@@ -66,7 +66,7 @@ def project(embeddings: np.ndarray, method: str, seed: int) -> np.ndarray:
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
-    x = unit(embeddings)
+    x = unit_rows(embeddings)
     if (n := different(x)) < 4:
         raise ValueError(f"a map needs at least 4 different images, and there are {n} (those of one direction are one)")
     if min(x.shape) > 50:
@@ -89,7 +89,7 @@ def kinds(labels: list[str | None], embeddings: np.ndarray, seed: int) -> tuple[
         names += [NO_LABEL] * (None in labels)
         index = {name: i for i, name in enumerate(names)}
         return np.array([index[label or NO_LABEL] for label in labels]), names, "coloured by label"
-    x = unit(embeddings)
+    x = unit_rows(embeddings)
     clusters = KMeans(min(CLUSTERS, different(x)), n_init=3, random_state=seed).fit_predict(x)
     found, kind = np.unique(clusters, return_inverse=True)
     names = [f"cluster {i + 1}" for i in range(len(found))]
@@ -106,7 +106,7 @@ def natural(name: str) -> tuple:
 
 def sample(features: str | Path, n: int, seed: int) -> tuple[list[str], np.ndarray, list[str | None]]:
     """n random rows in their order, or all if there are no more. The file is read in pieces."""
-    total, start = parquet.count(features), 0
+    total, start = parquet.count_rows(features), 0
     chosen = np.sort(np.random.default_rng(seed).choice(total, min(n, total), replace=False))
     paths, embeddings, labels = [], [], []
     for some, x, y in parquet.pieces(features):
@@ -133,11 +133,11 @@ def make_map(
     if n < 4:
         raise ValueError(f"sample={n} must be at least 4: a map needs some points")
     features = as_path(features)
-    about = parquet.about(features)
+    about = parquet.facts_of_file(features)
     paths, embeddings, labels = sample(features, n, seed)
     points = project(embeddings, method, seed)
     kind, names, meaning = kinds(labels, embeddings, seed)
-    of = f"{len(paths):,} of {parquet.count(features):,} images"
+    of = f"{len(paths):,} of {parquet.count_rows(features):,} images"
     note = (
         f"{of} in {Path(about['images']).name}, {about['encoder_arch']} of {Path(about['checkpoint']).name}; {meaning}"
     )
@@ -148,7 +148,7 @@ def make_map(
         print(f"no pictures: {error}; --folder says where the images are")
         source = None
     for file in out:
-        with whole(as_path(file)) as unfinished:
+        with atomic_file(as_path(file)) as unfinished:
             WRITERS[file.suffix](found, source, unfinished)
         print(file)
     return found

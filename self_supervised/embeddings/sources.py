@@ -134,7 +134,7 @@ class Stored:
         return None
 
 
-Source = Folder | Packed | Stored
+ImageSource = Folder | Packed | Stored
 
 
 def picture_of(file: str, channels: int = 3) -> Image.Image:
@@ -157,7 +157,7 @@ def picture_in(path: str, file: File, channels: int) -> Image.Image:
     return in_mode(Image.fromarray(gray_levels.squeeze(2) if gray_levels.shape[2] == 1 else gray_levels), channels)
 
 
-def open_source(name: str | Path, kind: str = "image") -> Source:
+def open_source(name: str | Path, kind: str = "image") -> ImageSource:
     """A folder of images, or of videos (kind="video"), shards or a Hugging Face data set, or a packed one:
     "cifar10", or one split of it: "cifar10/test".
 
@@ -201,7 +201,7 @@ class Batches(Dataset):
     PyTorch's loader calls it with the paths of a whole batch if its sampler is a list of paths.
     """
 
-    def __init__(self, source: Source, params: EncoderAndDataParams):
+    def __init__(self, source: ImageSource, params: EncoderAndDataParams):
         self.source, self.params, self.videos = source, params, None
         if params.dataset.of_videos:
             self.videos = video_files.as_set(attrs.evolve(params, video_decoder="file"), [], [])

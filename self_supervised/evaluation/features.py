@@ -17,27 +17,27 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from model_params import OF_ONE_KIND, OF_TRAINING, OWN_DATA, VIDEO, EncoderAndDataParams
+from model_params import CUSTOM_DATA, DATASET_DEFAULTS, TRAINING_ONLY, VIDEO, EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.data import loading
 from self_supervised.data.files import name_skipped, readable_rows
 from self_supervised.data.packed import PackedImages, already_a_batch
-from self_supervised.networks.encoders import embed
+from self_supervised.networks.encoders import embeddings_of
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import able, finite
-from self_supervised.safe_files import whole_folder
+from self_supervised.safe_files import atomic_folder
 from self_supervised.views import augmentations
 
-STAGES = ("layer1", "layer2", "layer3", "layer4")
-PIECE = 2**14  # images hashed at once
+ENCODER_STAGES = ("layer1", "layer2", "layer3", "layer4")
+HASHED_AT_ONCE = 2**14  # images hashed at once
 # Settings on which features do not depend. Any other, and one added later, is part of a folder's name.
 UNUSED = (
     "encoder_weights", "embedding_dim", "zero_init_residual",  # of the encoder, whose tensors are hashed
-    "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # see `settings`
+    "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # `settings_for_features`
     "data_path", "splits_path", "video_path_prefix",  # places: the files found there are hashed
     "batch_size", "global_batch_size", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device",
-    "torch_compile", "seed", "drop_last_batch", "lr_scaling", "lr_batch_size", *OF_TRAINING,
+    "torch_compile", "seed", "drop_last_batch", "lr_scaling", "lr_batch_size", *TRAINING_ONLY,
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
     if (dataset_name or p.dataset_name) not in catalogue.DATASETS:
         raise ValueError(f"dataset={dataset_name!r} is unknown: choose one of {', '.join(catalogue.DATASETS)}")
     if dataset_name not in (None, p.dataset_name):
-        changes = OF_ONE_KIND | changes
+        changes = DATASET_DEFAULTS | changes
     found = attrs.evolve(
         p,
         dataset_name=dataset_name or p.dataset_name,
@@ -94,12 +94,12 @@ def extract(
 
         def rows() -> Iterator[dict[str, Tensor]]:
             with Tap(encoder, names) as tap:
-                for images, labels in batches(dataset, params):
+                for images, labels in feature_batches(dataset, params):
                     yield {"x": finite(encoder.embed(images), what), "y": labels, **tap.averages(len(images))}
 
-        write(folder, len(dataset), rows(), n_batches(dataset, params), what)
+        write_features(folder, len(dataset), rows(), n_batches(dataset, params), what)
         name_skipped(dataset)
-    arrays = read(folder)
+    arrays = read_features(folder)
     if left_out := len(dataset) - len(arrays["x"]):
         print(f"{what}: without {left_out:,} images that could not be read", flush=True)
     return Features(arrays.pop("x"), arrays.pop("y"), arrays)
@@ -128,28 +128,30 @@ def extract_views(
         subset.evaluated = True
 
         def rows() -> Iterator[dict[str, Tensor]]:
-            for i, (images, labels) in enumerate(batches(subset, params)):
+            for i, (images, labels) in enumerate(feature_batches(subset, params)):
                 on_device = [x.to(device) for x in images] if isinstance(images, list) else images.to(device)
                 views = augmentations.augment(on_device, (seed, i), [view] * n_views, params.mean, params.std)
                 with torch.no_grad():
                     found = torch.stack([encoder(x.to(device)).float() for x in views], 1)
                     yield {"x": finite(found, f"views of {'+'.join(splits)}"), "y": labels}
 
-        write(folder, len(subset), rows(), n_batches(subset, params), f"{n_views} views of {len(subset)} images")
+        write_features(
+            folder, len(subset), rows(), n_batches(subset, params), f"{n_views} views of {len(subset)} images"
+        )
         name_skipped(subset)
-    return read(folder)["x"]
+    return read_features(folder)["x"]
 
 
 def stages_of(encoder: Encoder) -> list[str]:
     """layer1 to layer4 of a ResNet; [] of others."""
-    return [name for name in STAGES if hasattr(encoder.model, name)]
+    return [name for name in ENCODER_STAGES if hasattr(encoder.model, name)]
 
 
 def device_of(encoder: Encoder) -> torch.device:
     return next(encoder.model.parameters()).device
 
 
-def batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoader:
+def feature_batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoader:
     """(uint8 images, labels), in order. In a batch there are no more clips than there would be images."""
     packed = isinstance(dataset, PackedImages)
     return DataLoader(
@@ -161,7 +163,7 @@ def batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoader:
 
 
 def n_batches(dataset: Dataset, params: EncoderAndDataParams) -> int:
-    return len(batches(dataset, params))
+    return len(feature_batches(dataset, params))
 
 
 class Tap:
@@ -195,15 +197,15 @@ class Tap:
 
 def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset, wanted: dict) -> str:
     """A hash of everything that the features depend on."""
-    found = hashlib.sha256(repr((encoder_hash(encoder), settings(params), wanted)).encode())
+    found = hashlib.sha256(repr((encoder_hash(encoder), settings_for_features(params), wanted)).encode())
     for piece in contents(dataset):
         found.update(piece)
     return found.hexdigest()[:32]
 
 
-def settings(params: EncoderAndDataParams) -> dict[str, Any]:
+def settings_for_features(params: EncoderAndDataParams) -> dict[str, Any]:
     """All that may decide what the encoder sees."""
-    names = dict.fromkeys([*VIDEO, *OWN_DATA, *(field.name for field in attrs.fields(type(params)))])
+    names = dict.fromkeys([*VIDEO, *CUSTOM_DATA, *(field.name for field in attrs.fields(type(params)))])
     names = [name for name in names if name not in UNUSED]  # in this order, which is part of the folders' names
     resolved = {"size": params.crop_size, "channels": params.channels, "mean": params.mean, "std": params.std}
     return {name: getattr(params, name) for name in names} | resolved
@@ -227,7 +229,7 @@ def outputs(encoder: Encoder) -> np.ndarray:
     images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *encoder.params.input_shape)))
     with torch.no_grad():
         try:
-            found = embed(copy.deepcopy(encoder.model).to("cpu", torch.float64), images)
+            found = embeddings_of(copy.deepcopy(encoder.model).to("cpu", torch.float64), images)
         except (RuntimeError, TypeError):  # another dtype within, or a module that cannot be copied
             found = encoder(images.to(device_of(encoder), torch.float32)).cpu().double()
     return (found / found.abs().max().clamp(min=1e-30)).round(decimals=6).add(0.0).numpy()
@@ -237,17 +239,19 @@ def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
     if isinstance(dataset, PackedImages):
         for images in dataset.images:
             yield repr(images.shape).encode()
-            yield from (np.ascontiguousarray(images[i : i + PIECE]) for i in range(0, len(images), PIECE))
+            yield from (
+                np.ascontiguousarray(images[i : i + HASHED_AT_ONCE]) for i in range(0, len(images), HASHED_AT_ONCE)
+            )
         yield dataset.labels
         return
     for path, stamp, label in dataset.stamps():
         yield repr((os.path.relpath(path, loading.data_path()), *stamp, label)).encode()
 
 
-def write(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_batches: int, what: str) -> None:
+def write_features(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_batches: int, what: str) -> None:
     """Batches of rows of each array -> one .npy an array, in constant memory, complete or not at all. Rows whose label
     `y` says that they stand in for unreadable files are left out: the arrays then have less than n rows."""
-    with whole_folder(folder) as unfinished, ExitStack() as opened:
+    with atomic_folder(folder) as unfinished, ExitStack() as opened:
         files: dict[str, tuple[BinaryIO, np.ndarray]] = {}  # and a row
         done = 0
         for batch in track(rows, what, total=n_batches):
@@ -271,7 +275,7 @@ def write_header(file: BinaryIO, none: np.ndarray, n: int) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def read(folder: Path) -> dict[str, Tensor]:
+def read_features(folder: Path) -> dict[str, Tensor]:
     """Memory-mapped; what is written into them stays in memory."""
     return {path.stem: torch.from_numpy(np.load(path, mmap_mode="c")) for path in sorted(folder.glob("*.npy"))}
 
@@ -279,12 +283,12 @@ def read(folder: Path) -> dict[str, Tensor]:
 # ---- What is evaluated: an encoder with a data set ----
 
 
-UNSEEN = (*OF_TRAINING, "decoding_threads")  # by any protocol
-MOST_IMAGES = 25_600  # for what needs no labels (as in https://arxiv.org/abs/2210.02885)
+WITHOUT_EFFECT = (*TRAINING_ONLY, "decoding_threads")  # by any protocol
+LABEL_FREE_IMAGES = 25_600  # for what needs no labels (as in https://arxiv.org/abs/2210.02885)
 VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
 
 
-class Subject:
+class EvaluationData:
     """An encoder, and the data set on which it is evaluated. Features are extracted when they are first asked for.
 
     Args:
@@ -321,7 +325,7 @@ class Subject:
     @property
     def some(self) -> Tensor:
         """Features of at most MOST_IMAGES training images, always the same ones."""
-        chosen = np.random.default_rng(0).permutation(len(self.train.x))[:MOST_IMAGES]
+        chosen = np.random.default_rng(0).permutation(len(self.train.x))[:LABEL_FREE_IMAGES]
         return self.on_device(self.train.x[np.sort(chosen)])[0]
 
     @cached_property
@@ -337,11 +341,11 @@ class Subject:
 
 def seen(params: EncoderAndDataParams) -> dict[str, Any]:
     """Settings that decide which clips of videos, or which images of one's own, are seen; {} of other sets."""
-    names = VIDEO if params.dataset.of_videos else OWN_DATA if params.dataset.is_custom else ()
-    return {name: getattr(params, name) for name in names if name not in UNSEEN}
+    names = VIDEO if params.dataset.of_videos else CUSTOM_DATA if params.dataset.is_custom else ()
+    return {name: getattr(params, name) for name in names if name not in WITHOUT_EFFECT}
 
 
-def image_hash(subject: Subject) -> str:
+def image_hash(subject: EvaluationData) -> str:
     """Of the encoder and of all labelled images of the data set, as it sees them."""
     params = subject.params
     sets = (loading.get_dataset(params, splits) for splits in (params.dataset.train_splits, params.dataset.test_splits))

@@ -15,8 +15,8 @@ from self_supervised.numerics import Scores, finite, unit
 
 KS = (1, 5, 20, 200)
 RETRIEVED = (1, 5, 10, 20)
-SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
-DRAWS = 5
+VOC_SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
+VOC_DRAWS = 5
 FEW_LABELS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 FEW_DRAWS = 3
 DECAYS = tuple(10.0**i for i in range(5, -7, -1))
@@ -25,7 +25,7 @@ FEWEST_TO_HOLD_OUT = 5  # images of a class, below which nothing is held out
 DECAY_OF_FEW = 100.0  # that of the probe while pretraining
 
 
-def knn(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
+def knn_protocol(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
     found = validation.knn(train_x, train_y, test_x, test_y, ks=KS)
     return {name.removeprefix("valid_").replace("_acc", "_acc1"): value for name, value in found.items()}
 
@@ -94,9 +94,9 @@ def low_shot_svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
     found = {}
     many = train_y.dim() == 2
     present = (train_y > 0).sum(0) if many else train_y.unique(return_counts=True)[1]
-    for k in track([k for k in SHOTS if k <= int(present.min())], "low-shot SVMs"):
+    for k in track([k for k in VOC_SHOTS if k <= int(present.min())], "low-shot SVMs"):
         scores = []
-        for draw in range(seed * DRAWS, (seed + 1) * DRAWS):
+        for draw in range(seed * VOC_DRAWS, (seed + 1) * VOC_DRAWS):
             if many:
                 labels = few_presences(train_y, k, draw)
                 rows = (labels != 0).any(1).cpu().numpy().nonzero()[0]

@@ -11,16 +11,16 @@ from attrs import frozen
 from pytorch_lightning.callbacks import RichProgressBar
 from rich.progress import track
 
-from linear_classifier import LINEAR_PRESETS, READING, LinearClassifierMethod, LinearClassifierMethodParams
+from linear_classifier import IMAGE_SETTINGS, LINEAR_PRESETS, LinearClassifierMethod, LinearClassifierMethodParams
 from model_params import EncoderAndDataParams
 from self_supervised.data.loading import n_classes
 from self_supervised.evaluation import features, label_free, linear_models, probes, validation
-from self_supervised.evaluation.features import MOST_IMAGES, VIEWS, Subject
+from self_supervised.evaluation.features import LABEL_FREE_IMAGES, VIEWS, EvaluationData
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import Scores
 
 
-def of_stages(subject: Subject, seed: int, score: Callable[..., Scores]) -> Scores:
+def of_stages(subject: EvaluationData, seed: int, score: Callable[..., Scores]) -> Scores:
     """`score` of the output of each stage of a ResNet: its acc1, or its map where images have several labels."""
     train = subject.train
     test = subject.test
@@ -31,20 +31,20 @@ def of_stages(subject: Subject, seed: int, score: Callable[..., Scores]) -> Scor
     return found
 
 
-def settings_of(subject: Subject, seed: int, preset: str) -> LinearClassifierMethodParams:
+def linear_settings_of(subject: EvaluationData, seed: int, preset: str) -> LinearClassifierMethodParams:
     """Raises ValueError for fields of `subject.training` that cannot be."""
-    settings = {name: getattr(subject.params, name) for name in READING} | subject.training
+    settings = {name: getattr(subject.params, name) for name in IMAGE_SETTINGS} | subject.training
     params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
     share = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # of its length: the warm-up keeps its part
     return attrs.evolve(params, warmup_epochs=params.warmup_epochs * share, drop_last_batch=None)
 
 
-def trained(subject: Subject, seed: int, preset: str) -> Scores:
+def trained(subject: EvaluationData, seed: int, preset: str) -> Scores:
     """LinearClassifierMethod with a preset's settings; the test set is scored once, after the last epoch.
 
     A loss that is not finite is a result too: nan.
     """
-    params = settings_of(subject, seed, preset)
+    params = linear_settings_of(subject, seed, preset)
     method = LinearClassifierMethod(params, encoder=copy.deepcopy(subject.encoder.model).train())
     device = features.device_of(subject.encoder)
     trainer = pl.Trainer(
@@ -71,7 +71,7 @@ def trained(subject: Subject, seed: int, preset: str) -> Scores:
 
 @frozen
 class Protocol:
-    run: Callable[[Subject, int], Scores]
+    run: Callable[[EvaluationData, int], Scores]
     definition: str  # what its numbers mean, in one line
     source: str
     seeded: bool = True  # whether the seed changes anything
@@ -92,11 +92,11 @@ class Protocol:
         return None
 
 
-def on_sets(function: Callable[..., Scores]) -> Callable[[Subject, int], Scores]:
+def on_sets(function: Callable[..., Scores]) -> Callable[[EvaluationData, int], Scores]:
     return lambda subject, seed: function(*subject.sets, seed=seed)
 
 
-def label_free_row(run: Callable[[Subject, int], Scores], definition: str, source: str) -> Protocol:
+def label_free_row(run: Callable[[EvaluationData, int], Scores], definition: str, source: str) -> Protocol:
     return Protocol(run, definition, source, seeded=False, needs_labels=False, needs_classes=False)
 
 
@@ -107,7 +107,7 @@ def training_row(preset: str, definition: str, source: str) -> Protocol:
 FROZEN = "frozen features of whole images"
 PROTOCOLS = {
     "knn": Protocol(
-        lambda subject, _: probes.knn(*subject.sets),
+        lambda subject, _: probes.knn_protocol(*subject.sets),
         f"{FROZEN}; k = 1, 5, 20, 200 nearest by cosine vote with weight exp(cosine / 0.07)",
         "https://arxiv.org/abs/1805.01978, section 3.4",
         seeded=False,
@@ -162,7 +162,7 @@ PROTOCOLS = {
     ),
     "rank_me": label_free_row(
         lambda subject, _: {"rank_me": validation.rank_me(subject.some)["valid_rank_me"]},
-        f"effective rank of the features of at most {MOST_IMAGES:,} training images: exp of the entropy of the "
+        f"effective rank of the features of at most {LABEL_FREE_IMAGES:,} training images: exp of the entropy of the "
         "normalized singular values",
         "https://arxiv.org/abs/2210.02885, equation 1",
     ),

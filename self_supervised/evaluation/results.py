@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from self_supervised.folder_lock import locked
-from self_supervised.safe_files import to_json, without_nan, write_whole
+from self_supervised.safe_files import atomic_write, to_json, without_nan
 
-Run = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; seen, of videos and own data
-NAME = ("protocol", "encoder", "dataset", "seed", "seen", "training")
-SECONDS = 60  # to wait for another process that writes
+RunRecord = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; seen, of videos and own data
+RUN_KEYS = ("protocol", "encoder", "dataset", "seed", "seen", "training")
+WAIT_FOR_RESULTS = 60  # to wait for another process that writes
 ENCODERS = ("random", "starting", "trained")  # columns of the table
 DRAWN = "_std"  # ends the name of a deviation over draws within one run
 
@@ -30,13 +30,13 @@ class Results:
         self.path = folder / "results.json"
         if fresh:
             self.path.unlink(missing_ok=True)
-        found = read(self.path)
-        self.runs: list[Run] = found["runs"]
+        found = read_results(self.path)
+        self.runs: list[RunRecord] = found["runs"]
         self.config: dict[str, Any] = found["config"]  # of the newest evaluation on each data set
         self.own: dict[str, Any] = {}  # of it, this evaluation's
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights, of this evaluation
 
-    def find(self, key: str) -> Run | None:
+    def find(self, key: str) -> RunRecord | None:
         return next((run for run in self.runs if run["key"] == key), None)
 
     def keep_encoders(self, hashes: dict[str, str]) -> None:
@@ -44,7 +44,7 @@ class Results:
         self.hashes = hashes
         self.runs = list(filter(self.is_kept, self.runs))
 
-    def is_kept(self, run: Run) -> bool:
+    def is_kept(self, run: RunRecord) -> bool:
         return self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
 
     def begin(self, dataset: str, config: dict[str, Any]) -> None:
@@ -52,16 +52,16 @@ class Results:
         self.own[dataset] = config
         self.config = self.config | self.own
 
-    def add(self, *runs: Run) -> None:
+    def add(self, *runs: RunRecord) -> None:
         """In place of earlier runs of the same protocol, encoder, data set, seed, what is seen and training."""
-        with locked(self.folder, wait=SECONDS):
-            there = read(self.path)
+        with locked(self.folder, wait=WAIT_FOR_RESULTS):
+            there = read_results(self.path)
             kept = filter(self.is_kept, there["runs"])
             self.runs = [old for old in kept if not any(is_same(old, run) for run in runs)] + list(runs)
             self.config = there["config"] | self.own
             self.write()
 
-    def shown(self, dataset: str) -> list[Run]:
+    def shown(self, dataset: str) -> list[RunRecord]:
         """Runs that see and train what the newest evaluation of the data set does: others cannot be compared."""
         seen, training = (self.config[dataset].get(name, {}) for name in ("seen", "training"))
         alike = [run for run in self.runs if run.get("seen", {}) == seen and run.get("training", training) == training]
@@ -73,8 +73,8 @@ class Results:
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, to_json(self.content(), indent=2) + "\n")
-        write_whole(self.folder / "results.md", self.markdown())
+        atomic_write(self.path, to_json(self.content(), indent=2) + "\n")
+        atomic_write(self.folder / "results.md", self.markdown())
 
     def markdown(self) -> str:
         parts = [f"# Evaluation: {self.folder.stem}"]
@@ -86,16 +86,16 @@ class Results:
             why = "with other clips, of other images, or trained with other settings"
             told = f"Runs {why}, are in results.json alone: {others}." if others else ""
             clips = of_each_video(config.get("seen", {}))
-            parts += [f"## {dataset}", encoders, clips, table(runs), told, definitions(runs), used]
+            parts += [f"## {dataset}", encoders, clips, results_markdown(runs), told, definitions(runs), used]
         return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def is_same(old: Run, run: Run) -> bool:
+def is_same(old: RunRecord, run: RunRecord) -> bool:
     """Whether a run takes the place of an old one, which an earlier version may have written without all parts."""
-    return all(old.get(part, run.get(part)) == run.get(part) for part in NAME)
+    return all(old.get(part, run.get(part)) == run.get(part) for part in RUN_KEYS)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
     """runs and config of results.json; none if there is no such file."""
     if not path.is_file():
         return {"runs": [], "config": {}}
@@ -111,7 +111,7 @@ def read(path: Path) -> dict[str, Any]:
 # ---- over seeds ----
 
 
-def summary(runs: Iterable[Run]) -> dict[str, Any]:
+def summary(runs: Iterable[RunRecord]) -> dict[str, Any]:
     """data set -> protocol -> encoder -> metric -> mean, and deviation over seeds where there are several."""
     scores: dict[tuple, list[float]] = {}
     for run in runs:
@@ -131,19 +131,19 @@ def deviation(values: list[float]) -> float:
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
-def table(runs: list[Run]) -> str:
+def results_markdown(runs: list[RunRecord]) -> str:
     """Rows: metrics. Columns: encoders. After +-: the deviation over seeds; with one seed, that over draws."""
     encoders = [name for name in ENCODERS if any(run["encoder"] == name for run in runs)]
     rows = [["protocol", "metric", *encoders], ["---", "---", *("---:" for _ in encoders)]]
     for protocol, of_encoders in next(iter(summary(runs).values()), {}).items():
         metrics = dict.fromkeys(metric for found in of_encoders.values() for metric in found)
         for metric in (name for name in metrics if not name.endswith(DRAWN)):
-            cells = [cell(of_encoders.get(name, {}), metric) for name in encoders]
+            cells = [score_cell(of_encoders.get(name, {}), metric) for name in encoders]
             rows.append([protocol, metric, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def cell(found: dict[str, dict], metric: str) -> str:
+def score_cell(found: dict[str, dict], metric: str) -> str:
     if metric not in found:
         return ""
     mean = found[metric]["mean"]
@@ -151,10 +151,10 @@ def cell(found: dict[str, dict], metric: str) -> str:
     deviation = found[metric].get("std", drawn)
     if math.isnan(mean):
         return "not finite"
-    return number(mean) + (f" ± {number(deviation)}" if deviation is not None else "")
+    return rounded(mean) + (f" ± {rounded(deviation)}" if deviation is not None else "")
 
 
-def number(value: float) -> str:
+def rounded(value: float) -> str:
     return f"{value:.2f}" if 0.1 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
 
 
@@ -167,7 +167,7 @@ def of_each_video(seen: dict[str, Any]) -> str:
     return f"{many} of each video, each {frames} frames in {seen['clip_duration']:g} seconds."
 
 
-def definitions(runs: list[Run]) -> str:
+def definitions(runs: list[RunRecord]) -> str:
     """What the protocols of the table are, and how long they took."""
     lines = []
     for protocol in dict.fromkeys(run["protocol"] for run in runs):

@@ -61,14 +61,14 @@ STANDARDIZE = f"""
 from torch import Tensor
 
 
-{inspect.getsource(ws_resnet.standardized)}
+{inspect.getsource(ws_resnet.standardized_weight)}
 
 state = {{key: standardized(value) if value.dim() == 4 else value for key, value in state.items()}}
 """.strip()
 
 
 @frozen
-class Twin:
+class Converted:
     """What a file holds, and how one gets embeddings from it."""
 
     content: Any  # a state dict, or a module
@@ -77,7 +77,7 @@ class Twin:
     use: str = USE_STATE  # Python that makes `embeddings`, when the file is read
 
 
-def plain(encoder: Encoder) -> nn.Module:
+def plain_model(encoder: Encoder) -> nn.Module:
     """A copy made of torch's own layers alone, with the same embeddings.
 
     Standardized weights are computed once and for all: in use, a `ws_resnet` is torchvision's ResNet with group norm.
@@ -86,13 +86,13 @@ def plain(encoder: Encoder) -> nn.Module:
     model = copy.deepcopy(encoder.model)
     for layer in model.modules():
         if isinstance(layer, ws_resnet.Conv2d):
-            layer.weight.data = ws_resnet.standardized(layer.weight)
+            layer.weight.data = ws_resnet.standardized_weight(layer.weight)
         if isinstance(layer, ws_resnet.PointConv2d):
             layer.__class__ = nn.Conv2d
     return model.to(memory_format=torch.contiguous_format)
 
 
-def in_torchvision(encoder: Encoder) -> Twin:
+def in_torchvision(encoder: Encoder) -> Converted:
     """Raises ValueError for encoders that torchvision does not have."""
     p = encoder.params
     if p.encoder_arch.startswith("timm:") or p.encoder_arch == OWN_MODULE:
@@ -104,16 +104,16 @@ def in_torchvision(encoder: Encoder) -> Twin:
     if p.encoder_arch in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": False}
     call = f"torchvision.models.{p.encoder_arch.removeprefix('ws_')}"
-    model = plain(encoder)
+    model = plain_model(encoder)
     code = building("torchvision", call, [], {**options, **normalization(p.encoder_arch)}, model)
-    return Twin(model.state_dict(), p.encoder_arch.removeprefix("ws_"), code)
+    return Converted(model.state_dict(), p.encoder_arch.removeprefix("ws_"), code)
 
 
-def in_timm(encoder: Encoder) -> Twin:
+def in_timm(encoder: Encoder) -> Converted:
     """Raises ValueError for encoders for which timm has no model with the same tensors."""
     import timm  # optional, and slow to import
 
-    p, model = encoder.params, plain(encoder)
+    p, model = encoder.params, plain_model(encoder)
     arch, state = p.encoder_arch.removeprefix("ws_"), model.state_dict()
     name = TIMM_VITS.get(arch, arch.removeprefix("timm:"))
     channels = {} if p.channels == 3 else {"in_chans": p.channels}
@@ -129,10 +129,10 @@ def in_timm(encoder: Encoder) -> Twin:
     code = building("timm", "timm.create_model", [repr(name)], options, model)
     if shapes(built(code).state_dict()) != shapes(state):
         raise refusal
-    return Twin(state, arch, code)
+    return Converted(state, arch, code)
 
 
-def in_its_library(encoder: Encoder) -> Twin:
+def in_its_library(encoder: Encoder) -> Converted:
     """The very tensors of the encoder: those of a `ws_resnet` are standardized by who reads them."""
     arch = encoder.params.encoder_arch
     twin = in_timm(encoder) if arch.startswith("timm:") else in_torchvision(encoder)
@@ -142,7 +142,7 @@ def in_its_library(encoder: Encoder) -> Twin:
     return evolve(twin, content=tensors, arch=arch, use=f"{STANDARDIZE}\n\n{USE_STATE}")
 
 
-def in_detectron2(encoder: Encoder) -> Twin:
+def in_detectron2(encoder: Encoder) -> Converted:
     """The ResNets that detectron2 builds, by its names; `config` is what it must be told.
 
     Names: https://github.com/facebookresearch/detectron2/blob/main/tools/convert-torchvision-to-d2.py
@@ -169,7 +169,7 @@ def in_detectron2(encoder: Encoder) -> Twin:
     lines = ["config = [  # cfg.merge_from_list(config), and MODEL.WEIGHTS is this file"]
     lines += [f"    {key!r}, {value!r}," for key, value in config.items()]
     state = {renamed(key, DETECTRON2_KEYS): value for key, value in twin.content.items()}
-    return Twin(state, twin.arch, "\n".join([*lines, "]", twin.code]))
+    return Converted(state, twin.arch, "\n".join([*lines, "]", twin.code]))
 
 
 def normalization(arch: str) -> dict[str, str]:

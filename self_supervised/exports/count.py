@@ -8,13 +8,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from self_supervised.exports.conversions import plain
+from self_supervised.exports.conversions import plain_model
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.training import checkpoints
 
 MOSTLY = 0.9  # a part with more than this share of its whole's parameters is shown by its own parts
 STEM = ("conv1", "bn1")  # of a ResNet
-HEADS = ("projection_model", "prediction_model", "classifier")
+HEAD_MODULES = ("projection_model", "prediction_model", "classifier")
 
 
 @frozen
@@ -38,12 +38,12 @@ def paths(module: nn.Module, prefix: str = "") -> list[str]:
     return found
 
 
-def count(encoder: Encoder) -> list[Part]:
+def count_parts(encoder: Encoder) -> list[Part]:
     """The encoder's parts for one image of its size, counted as papers do: with padding, without norms and activations.
 
     FLOPs are those of convolutions and matrix products; half of them is what many papers call FLOPs (multiply-adds).
     """
-    model = plain(encoder).to("meta")
+    model = plain_model(encoder).to("meta")
     image = torch.zeros(1, encoder.params.channels, encoder.params.crop_size, encoder.params.crop_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
@@ -64,7 +64,7 @@ def count(encoder: Encoder) -> list[Part]:
 def heads(state: dict[str, Tensor]) -> list[Part]:
     """Of a checkpoint of ours: layers of MLPs, each weight multiplied once for each image."""
     found = []
-    for head in HEADS:
+    for head in HEAD_MODULES:
         tensors = [v for k, v in state.items() if k.startswith(f"{head}.") and k.endswith((".weight", ".bias"))]
         if tensors:
             flops = sum(2 * tensor.numel() for tensor in tensors if tensor.dim() == 2)
@@ -72,20 +72,20 @@ def heads(state: dict[str, Tensor]) -> list[Part]:
     return found
 
 
-def table(encoder: Encoder, checkpoint: str | Path) -> Table:
+def cost_table(encoder: Encoder, checkpoint: str | Path) -> Table:
     """Of the encoder, and, below its sum, of the heads."""
     p = encoder.params
     size = f"{p.channels} x {p.crop_size} x {p.crop_size}"
     made = Table("part", title=f"{p.encoder_arch}, one image of {size}", caption="FLOPs: a multiply-add is two")
     for column in ("parameters", "FLOPs"):
         made.add_column(column, justify="right")
-    parts = count(encoder)
+    parts = count_parts(encoder)
     total = Part("encoder", sum(part.parameters for part in parts), sum(part.flops for part in parts))
     ours = encoder.report.layout.startswith("self_supervised")
-    has_heads = ours and any(key.split(".")[0] in HEADS for key in encoder.report.left_out)
+    has_heads = ours and any(key.split(".")[0] in HEAD_MODULES for key in encoder.report.left_out)
     for part in parts:
         made.add_row(part.name, f"{part.parameters:,}", f"{part.flops:,}")
     made.add_section()
-    for part in [total, *(heads(checkpoints.read(checkpoint)["state_dict"]) if has_heads else [])]:
+    for part in [total, *(heads(checkpoints.read_checkpoint(checkpoint)["state_dict"]) if has_heads else [])]:
         made.add_row(part.name, f"{part.parameters:,}", f"{part.flops:,}")
     return made

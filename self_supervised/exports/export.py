@@ -25,7 +25,7 @@ from torch import nn
 from model_params import EncoderAndDataParams
 from self_supervised.exports import count
 from self_supervised.exports.formats import FORMATS, Normalized
-from self_supervised.exports.verify import samples, verified
+from self_supervised.exports.verify import sample_images, verified
 from self_supervised.networks.pretrained import Encoder, load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import add_fields, parser_of
@@ -126,14 +126,14 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
     """Written and checked in a hidden folder beside `target`; the name appears when all is well."""
     row = FORMATS[format]
     twin = row.twin(encoder)
-    images, expected = samples(encoder)
+    images, expected = sample_images(encoder)
     mean, std = encoder.params.mean, encoder.params.std
     if normalize:
         images = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
         twin = attrs.evolve(twin, content=Normalized(twin.content, mean, std).eval())
         mean, std = (0.0,) * len(mean), (1.0,) * len(std)  # what is left to do
     code = "\n\n".join(filter(None, [twin.code, row.read, twin.use])) + "\n"
-    notes = {"self_supervised": facts(encoder.params, twin.arch, expected.shape[1], mean, std), "load": code}
+    notes = {"self_supervised": export_facts(encoder.params, twin.arch, expected.shape[1], mean, std), "load": code}
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         disk_errors_named(target),
@@ -147,7 +147,7 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
         return Exported(place(file, target, publish), difference)
 
 
-def facts(
+def export_facts(
     p: EncoderAndDataParams, arch: str, width: int, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
     """What one must know to feed the encoder, and what `weights.load_encoder` needs: nothing is left to a default."""
@@ -178,7 +178,7 @@ def place(file: Path, target: Path, publish: bool) -> Path:
     return target
 
 
-def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def export_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("export", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
@@ -198,7 +198,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @one_line_errors(RuntimeError)  # of the systems that export: they say what they cannot convert
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = vars(parsed(arguments))
+    args = vars(export_options(arguments))
     checkpoint, formats = args.pop("checkpoint"), list(dict.fromkeys(args.pop("format")))
     count_parts = args.pop("count")
     out, publish, normalize = args.pop("out"), args.pop("publish"), args.pop("normalize")
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoder = load_encoder(checkpoint, **args)
     print(encoder.report)
     if count_parts:
-        Console().print(count.table(encoder, checkpoint))
+        Console().print(count.cost_table(encoder, checkpoint))
     for format in formats:  # refuse before any of them is written
         FORMATS[format].twin(encoder)
     for format, target in zip(formats, paths, strict=True):

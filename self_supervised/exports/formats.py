@@ -16,7 +16,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from self_supervised.exports import conversions
-from self_supervised.exports.conversions import Twin
+from self_supervised.exports.conversions import Converted
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.safe_files import to_json
 
@@ -71,8 +71,8 @@ class Normalized(nn.Module):
         return self.model((images - self.mean) / self.std)
 
 
-def program(encoder: Encoder) -> Twin:
-    return Twin(conversions.plain(encoder).eval(), encoder.params.encoder_arch, use="")
+def program(encoder: Encoder) -> Converted:
+    return Converted(conversions.plain_model(encoder).eval(), encoder.params.encoder_arch, use="")
 
 
 def as_json(notes: dict[str, Any]) -> dict[str, str]:
@@ -140,7 +140,7 @@ class Format:
     """A row of FORMATS."""
 
     extension: str
-    twin: Callable[[Encoder], Twin]
+    twin: Callable[[Encoder], Converted]
     write: Callable[[Any, Path, dict[str, Any], Tensor], None]  # content, file, notes, images to trace with
     read: str  # Python that reads `path`: after the twin's `code`, before its `use`
     needs: tuple[str, ...] = ()  # packages beyond requirements.txt

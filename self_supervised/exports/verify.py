@@ -17,7 +17,7 @@ TOLERANCE = 1e-5  # largest difference of embeddings, as a share of the largest 
 
 
 @torch.no_grad()
-def samples(encoder: Encoder) -> tuple[Tensor, Tensor]:
+def sample_images(encoder: Encoder) -> tuple[Tensor, Tensor]:
     """Two photographs and two of noise: normalized images [4, C, H, W], and their embeddings [4, E]."""
     p = encoder.params
     photographs = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
@@ -32,7 +32,7 @@ def verified(file: Path, code: str, images: Tensor, expected: Tensor) -> float:
     folder = file.parent
     (folder / "load.py").write_text(code)
     np.save(folder / "images.npy", images.numpy())
-    program = Path(__file__).with_name("exports/fresh.py")
+    program = Path(__file__).with_name("fresh.py")
     command = [sys.executable, "-P", program, "load.py", file.name, "images.npy", "embeddings.npy"]
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")

@@ -27,7 +27,7 @@ class Architecture:
     transform_crop_size: int | None  # where the tensors decide it: position embeddings
 
 
-def find(found: layouts.Found, name: str | None = None) -> Architecture:
+def matching_architecture(found: layouts.WeightsFile, name: str | None = None) -> Architecture:
     """`name`, if given; else the first that fits: the file's own word, ResNets, torchvision's other models, timm's.
 
     Models of timm may agree in all shapes and yet compute something else (say, with another number of heads): the
@@ -44,19 +44,20 @@ def find(found: layouts.Found, name: str | None = None) -> Architecture:
             return architecture
         nearest = min(nearest, (layouts.n_names(wrong), candidate, wrong), key=lambda item: item[0])
     if name is not None:
-        raise ValueError(layouts.refusal(found, name, nearest[2]))
+        raise ValueError(layouts.mismatch_message(found, name, nearest[2]))
     if not nearest[1]:
         raise ValueError(
             f"{found.source} does not hold an encoder of torchvision, timm or ws_resnets that is known by its tensors. "
             "Say encoder_arch=NAME, or encoder=your_module."
         )
     raise ValueError(
-        f"no encoder of torchvision, timm or ws_resnets fits. {layouts.refusal(found, nearest[1], nearest[2])}. That "
+        f"no encoder of torchvision, timm or ws_resnets fits. "
+        f"{layouts.mismatch_message(found, nearest[1], nearest[2])}. That "
         "is the nearest; if it is another, say encoder_arch=NAME or encoder=your_module"
     )
 
 
-def candidates(found: layouts.Found, state: dict[str, Tensor]) -> Iterator[str]:
+def candidates(found: layouts.WeightsFile, state: dict[str, Tensor]) -> Iterator[str]:
     word = found.architecture
     with_timm = importlib.util.find_spec("timm") is not None
     if word is not None:

@@ -54,7 +54,7 @@ def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]
         ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
     if from_file:
         try:
-            layouts.load(encoder, layouts.read(file), p.encoder_arch)
+            layouts.load_into(encoder, layouts.read_weights(file), p.encoder_arch)
         except ValueError as error:
             raise ValueError(f"encoder_weights={p.encoder_weights!r} for {p.encoder_arch}: {error}") from error
     return encoder, measured_width(encoder, image, f"encoder_arch={p.encoder_arch!r}")
@@ -172,7 +172,7 @@ def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d]:
     return next((path, layer) for path, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d | nn.Conv3d))
 
 
-def embed(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def embeddings_of(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Images or clips -> embeddings [N, E]; of several clips of each video, [N, K, C, T, H, W], their mean."""
     return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) if x.dim() == 6 else encoder(x)
 

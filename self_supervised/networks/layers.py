@@ -37,7 +37,9 @@ def stages(encoder: nn.Module) -> dict[str, Parameters]:
     it; parameters of what was opened (class token, position embedding) belong to the first stage.
     """
     parts = [("", encoder)]
-    while len(found := joined(parts)) < FEWEST and (openable := [part for part in parts if can_be_opened(part[1])]):
+    while len(found := joined_parts(parts)) < FEWEST and (
+        openable := [part for part in parts if can_be_opened(part[1])]
+    ):
         name, module = largest = max(openable, key=lambda part: size(part[1]))
         at = parts.index(largest)
         parts[at : at + 1] = [(f"{name}.{child}".lstrip("."), part) for child, part in module.named_children()]
@@ -47,7 +49,7 @@ def stages(encoder: nn.Module) -> dict[str, Parameters]:
     return {**found, first: {**rest, **found.get(first, {})}}
 
 
-def joined(parts: list[tuple[str, nn.Module]]) -> dict[str, Parameters]:
+def joined_parts(parts: list[tuple[str, nn.Module]]) -> dict[str, Parameters]:
     """Parts that have parameters, vectors with the part before them. What two parts share is the first one's."""
     found, seen = {}, set()
     for name, module in parts:

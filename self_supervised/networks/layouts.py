@@ -30,7 +30,16 @@ class Layout:
 HEADS_OF_LIGHTLY = ("projection_head.", "prediction_head.", "projection_mlp.", "online_classifier.")
 TWINS_OF_OPENSELFSUP = ("neck.", "encoder_k.0.", "encoder_k.module.0.", "online_net.", "target_net.")
 UNNAMED = ("backbone.", "encoder.", "encoder_q.", "base_encoder.", "model.", "net.")  # prefixes without a system
-PLAIN = ("conv1.", "features.", "cls_token", "class_token", "patch_embed.", "stem.", "layers.0.", "Conv2d_1a_3x3.")
+PLAIN_STARTS = (
+    "conv1.",
+    "features.",
+    "cls_token",
+    "class_token",
+    "patch_embed.",
+    "stem.",
+    "layers.0.",
+    "Conv2d_1a_3x3.",
+)
 
 # The first row that fits. Names are those in the systems' own code and published files.
 LAYOUTS = (
@@ -44,7 +53,7 @@ LAYOUTS = (
     Layout("solo-learn", "encoder.", ("classifier.",), stem_variant="padding_2"),  # its first versions
     Layout("barlowtwins", "backbone.", ("bn.running_mean",)),
     Layout("vicreg", "backbone.", ("projector.",)),
-    Layout("names of torchvision or timm", "", PLAIN),
+    Layout("names of torchvision or timm", "", PLAIN_STARTS),
     *(Layout(f"encoder under {prefix}", prefix) for prefix in UNNAMED),
     Layout("names without a system", ""),
 )
@@ -53,14 +62,14 @@ ORIGINAL = Layout("self_supervised, the original", "model.")
 EXPORT = Layout("self_supervised, exported", "")
 
 HOLDERS = ("state_dict", "model", "model_state_dict", "teacher")  # entries with the tensors, in one system or another
-HEADS = ("fc", "classifier", "head", "heads", "linear", "head_dist", "aux1", "aux2", "AuxLogits")
-STAGES = ("layer1", "layer2", "layer3", "layer4")
-NUMBERED = ("conv1", "bn1", "relu", "maxpool", *STAGES)  # nn.Sequential(*resnet.children()), torchvision's
-NUMBERED_OF_LIGHTLY = ("conv1", "bn1", *STAGES)  # of lightly's own ResNet, which so loses the ReLU of its stem
+HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear", "head_dist", "aux1", "aux2", "AuxLogits")
+RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
+NUMBERED = ("conv1", "bn1", "relu", "maxpool", *RESNET_STAGES)  # nn.Sequential(*resnet.children()), torchvision's
+NUMBERED_OF_LIGHTLY = ("conv1", "bn1", *RESNET_STAGES)  # of lightly's own ResNet, which so loses the ReLU of its stem
 
 
 @frozen
-class Found:
+class WeightsFile:
     """What a file holds."""
 
     source: str
@@ -73,7 +82,7 @@ class Found:
     started_from: str | None = None  # what the pretraining started from, if it was ours
 
 
-def read(path: str | Path) -> Found:
+def read_weights(path: str | Path) -> WeightsFile:
     """The encoder in a file of ours, of another system, or of .safetensors.
 
     Raises:
@@ -81,7 +90,7 @@ def read(path: str | Path) -> Found:
         ValueError: it is damaged, would run code, or holds no tensors.
     """
     content = safe_load(path, of_others=True)
-    holder, tensors = held(content, path)
+    holder, tensors = held_weights(content, path)
     about = {} if holder is None else content  # what is said beside the tensors
     names = {key: key.replace("_orig_mod.", "").removeprefix("module.") for key in tensors}
     settings = about.get(EXPORTED) or about.get("hyper_parameters")
@@ -89,7 +98,7 @@ def read(path: str | Path) -> Found:
     layout = recognized(tuple(names.values()), holder, settings, EXPORTED in about)
     inside = {key: name.removeprefix(layout.prefix) for key, name in names.items() if name.startswith(layout.prefix)}
     state = {name: tensors[key] for key, name in inside.items()}
-    return Found(
+    return WeightsFile(
         source=str(path),
         layout=layout.name,
         state=state,
@@ -101,7 +110,7 @@ def read(path: str | Path) -> Found:
     )
 
 
-def held(content: Any, path: str | Path) -> tuple[str | None, dict[str, Tensor]]:
+def held_weights(content: Any, path: str | Path) -> tuple[str | None, dict[str, Tensor]]:
     """(the file's entry that holds the tensors, or None if the file is nothing else; the tensors by name)."""
 
     def tensors(value: Any) -> dict[str, Tensor]:
@@ -162,7 +171,7 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
     counts = "num_batches_tracked"  # all absent in files of torch before 0.4.1; no encoder needs them
     old = not any(key.endswith(counts) for key in state)
     absent = [key for key in wanted if key not in state and not (old and key.endswith(counts))]
-    foreign = [key for key in state if key not in wanted and key.split(".")[0] not in HEADS]
+    foreign = [key for key in state if key not in wanted and key.split(".")[0] not in HEAD_NAMES]
     other = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
         for key in wanted
@@ -172,7 +181,7 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
     return {kind: names for kind, names in kinds.items() if names}
 
 
-def load(encoder: nn.Module, found: Found, name: str) -> tuple[str, ...]:
+def load_into(encoder: nn.Module, found: WeightsFile, name: str) -> tuple[str, ...]:
     """All of the encoder's tensors from the file. Returns the keys that were left out: heads and other networks.
 
     Raises:
@@ -183,7 +192,7 @@ def load(encoder: nn.Module, found: Found, name: str) -> tuple[str, ...]:
     states = (found.state, torchvisions(found.state))  # a module of the user's own may be numbered, too
     state, wrong = min(((state, misfits(state, wanted)) for state in states), key=lambda pair: n_names(pair[1]))
     if wrong:
-        raise ValueError(refusal(found, name, wrong))
+        raise ValueError(mismatch_message(found, name, wrong))
     encoder.load_state_dict({**wanted, **{key: state[key] for key in wanted if key in state}})
     if bad := not_finite(encoder):
         raise ValueError(
@@ -197,7 +206,7 @@ def n_names(wrong: Mapping[str, list[str]]) -> int:
     return sum(map(len, wrong.values()))
 
 
-def refusal(found: Found, name: str, wrong: Mapping[str, list[str]], most: int = 3) -> str:
+def mismatch_message(found: WeightsFile, name: str, wrong: Mapping[str, list[str]], most: int = 3) -> str:
     more = {kind: f" and {len(names) - most} more" * (len(names) > most) for kind, names in wrong.items()}
     what = "; ".join(f"{kind}: {', '.join(names[:most])}{more[kind]}" for kind, names in wrong.items())
     return f"{found.source} does not hold a {name} (read as {found.layout}): {what}"

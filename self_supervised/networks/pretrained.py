@@ -12,7 +12,7 @@ from attrs import fields, frozen
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from model_params import OF_ONE_KIND, EncoderAndDataParams
+from model_params import DATASET_DEFAULTS, EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.catalogue import DATASETS, OWN_MODULE
 from self_supervised.data.foreign_paths import ForeignPath, vetted, vetted_start
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
         """Normalized images [N, C, H, W] -> embeddings [N, E]. Raises ValueError for integers."""
         if not x.is_floating_point():
             raise ValueError(f"images={x.dtype}: an encoder takes normalized floats. Pass uint8 images to embed()")
-        return encoders.embed(self.model, x)
+        return encoders.embeddings_of(self.model, x)
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 images [N, C, H, W] of any size -> normalized floats of the encoder's size, whole images. Raises
@@ -107,26 +107,26 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
     name = str(path_or_name)
     if encoder is None and not Path(name).expanduser().is_file() and is_name(name):
         return published(name, overrides)
-    found = layouts.read(Path(name).expanduser())
+    found = layouts.read_weights(Path(name).expanduser())
     if encoder is not None:
         overrides = {"low_resolution_stem": False, **overrides, "encoder_arch": catalogue.OWN_MODULE}
     settings, assumed = settings_of(found, overrides)
     params = with_overrides(settings, overrides)
     model, _ = encoders.get_encoder(params, encoder)
-    left_out = layouts.load(model, found, params.encoder_arch)
+    left_out = layouts.load_into(model, found, params.encoder_arch)
     matched, started_from = len(model.state_dict()), vetted_start(found.started_from, found.source)
     report = Report(found.source, found.layout, params.encoder_arch, matched, left_out, assumed, started_from)
     return Encoder(model, params, report)
 
 
-def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """(settings as the file says them, else found out from its tensors or ImageNet's; in words what is not sure)."""
     if found.settings:
         settings = {key: value for key, value in found.settings.items() if key in SHARED - OF_PRETRAINING}
         return {"stem_variant": found.stem_variant, **vetted(settings, found.source, overrides)}, ""
     settings, arch = {"dataset_name": "imagenet"}, overrides.get("encoder_arch")
     if arch != catalogue.OWN_MODULE:
-        settings |= attrs.asdict(architectures.find(found, arch))
+        settings |= attrs.asdict(architectures.matching_architecture(found, arch))
         settings |= of_videos(settings["encoder_arch"])
         if found.layout == "moco v3" and settings["encoder_arch"].startswith("timm:vit_small"):
             raise ValueError(
@@ -148,12 +148,12 @@ def settings_of(found: layouts.Found, overrides: dict[str, Any]) -> tuple[dict[s
 def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> EncoderAndDataParams:
     """Settings that say everything about the encoder's images themselves, so that another data set changes nothing."""
     own = {key: value for key, value in overrides.items() if key != "dataset_name"}
-    of_one_kind = {key: value for key, value in own.items() if key in OF_ONE_KIND}
+    of_one_kind = {key: value for key, value in own.items() if key in DATASET_DEFAULTS}
     if overrides.get("dataset_name", settings["dataset_name"]) != settings["dataset_name"]:
-        settings = {key: value for key, value in settings.items() if key not in OF_ONE_KIND}
+        settings = {key: value for key, value in settings.items() if key not in DATASET_DEFAULTS}
         own, of_one_kind = (
             {k: v for k, v in own.items() if k not in of_one_kind},
-            OF_ONE_KIND | of_one_kind,
+            DATASET_DEFAULTS | of_one_kind,
         )
     params = EncoderAndDataParams(**{**settings, **own})
     explicit = {
@@ -194,7 +194,7 @@ def published(name: str, overrides: dict[str, Any]) -> Encoder:
         "dataset_name": "imagenet",
         "encoder_weights": weights,
         **of_videos(arch),
-        **facts(arch, weights),
+        **facts_of_weights(arch, weights),
     }
     params = with_overrides(settings, overrides)
     if arch in catalogue.torchvision_models() and (params.channels != 3 or params.low_resolution):
@@ -220,7 +220,7 @@ def of_videos(arch: str) -> dict[str, Any]:
     return {"dataset_name": "kinetics", "num_frames": max(fields(EncoderAndDataParams).num_frames.default, fewest)}
 
 
-def facts(arch: str, weights: str) -> dict[str, Any]:
+def facts_of_weights(arch: str, weights: str) -> dict[str, Any]:
     """Image size and constants of published weights; {} if there are none (the builder then says so)."""
     if arch.startswith("timm:"):
         import timm  # optional, and slow to import
@@ -264,7 +264,7 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
             "transform_crop_size",
             "image_mean",
             "image_std",
-            *OF_ONE_KIND,
+            *DATASET_DEFAULTS,
         )
         same = {name: getattr(p, name) for name in same} | {"low_resolution_stem": p.low_resolution}
         with seeded():  # a stem of another kind starts from random weights

@@ -31,7 +31,7 @@ LAST = "step_train_loss"  # of metrics.csv; of what is in results.json the last 
 
 
 @frozen
-class Row:
+class MetricRow:
     """One line of the comparison: a value for each group of runs, None where it has none."""
 
     kind: str  # "setting", "circumstance" or "result"
@@ -51,13 +51,13 @@ class Run:
         return json.dumps({name: value for name, value in self.settings.items() if name != "seed"}, sort_keys=True)
 
 
-def read(folder: str | Path) -> Run:
+def read_run(folder: str | Path) -> Run:
     """
     Raises:
         ValueError: it is no folder of a run.
     """
     folder = as_path(folder)
-    settings = run_folder.settings(folder)
+    settings = run_folder.settings_of_run(folder)
     if not settings:
         raise ValueError(f"{folder} is no run of train.py: it holds no config.yaml")
     last = next(reversed(run_folder.starts_of(folder)), {})
@@ -65,10 +65,10 @@ def read(folder: str | Path) -> Run:
     versions = {f"{name} version": number for name, number in last.get("versions", {}).items() if name != "commit"}
     commit = last.get("versions", {}).get("commit") or "none"
     where["commit"] = re.sub(r"(?<=^.{10})[0-9a-f]{30}", "", commit)  # as git shortens it
-    return Run(folder, settings, {**where, **versions}, results(folder))
+    return Run(folder, settings, {**where, **versions}, results_of_run(folder))
 
 
-def results(folder: Path) -> dict[str, float]:
+def results_of_run(folder: Path) -> dict[str, float]:
     """Numbers of results.json; of metrics.csv the last training loss, and the best of what is evaluated each epoch (the
     random encoder, whose row is the first, is no epoch)."""
     written, found = run_folder.results_of(folder), {}
@@ -94,23 +94,23 @@ def refuse_twins(folders: Sequence[str | Path]) -> None:
             raise ValueError(f"{folder} is named twice: name it once")
 
 
-def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[Row]]:
+def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[MetricRow]]:
     """(the runs, in groups that differ in nothing but the seed; the settings and circumstances in which groups differ,
     and all results)."""
     refuse_twins(folders)
     groups: dict[str, list[Run]] = {}
-    for run in map(read, folders):
+    for run in map(read_run, folders):
         groups.setdefault(run.without_seed, []).append(run)
     columns = list(groups.values())
     rows = differing("setting", [[run.settings for run in column] for column in columns])
     rows += differing("circumstance", [[run.circumstances for run in column] for column in columns])
     for name in dict.fromkeys(name for column in columns for run in column for name in run.results):
         values = ([run.results[name] for run in column if name in run.results] for column in columns)
-        rows.append(Row("result", name, tuple(numbers or None for numbers in values)))
+        rows.append(MetricRow("result", name, tuple(numbers or None for numbers in values)))
     return columns, rows
 
 
-def differing(kind: str, columns: list[list[dict[str, Any]]]) -> list[Row]:
+def differing(kind: str, columns: list[list[dict[str, Any]]]) -> list[MetricRow]:
     """A group's value is that of its runs; the different ones joined, where there are several; "-" where there is none,
     as in a run of an older version."""
     rows = []
@@ -120,7 +120,7 @@ def differing(kind: str, columns: list[list[dict[str, Any]]]) -> list[Row]:
             for column in columns
         ]
         if len(set(shown)) > 1:
-            rows.append(Row(kind, name, tuple(shown)))
+            rows.append(MetricRow(kind, name, tuple(shown)))
     return rows
 
 
@@ -145,7 +145,7 @@ def caution(runs: Iterable[Run]) -> str:
     return f"The best epochs are chosen by test labels ({names}): they are no results to report." if chosen else ""
 
 
-def table(columns: list[list[Run]], rows: list[Row]) -> Table:
+def comparison_table(columns: list[list[Run]], rows: list[MetricRow]) -> Table:
     joined = "mean ± sample standard deviation (runs). " if any(len(column) > 1 for column in columns) else ""
     made = Table(caption=joined + caution(run for column in columns for run in column) or None)
     made.add_column("", no_wrap=True)
@@ -162,4 +162,4 @@ def table(columns: list[list[Run]], rows: list[Row]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    Console(highlight=False, markup=False).print(table(*compare(parser.parse_args(arguments).runs)))
+    Console(highlight=False, markup=False).print(comparison_table(*compare(parser.parse_args(arguments).runs)))

@@ -19,7 +19,7 @@ from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
 from self_supervised.report import figures
 from self_supervised.runs.command_line import label, parser_of
-from self_supervised.safe_files import check_file, whole
+from self_supervised.safe_files import atomic_file, check_file
 from self_supervised.training.monitor import COLLAPSED_STD
 
 matplotlib.use("Agg")
@@ -40,7 +40,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 Curves = dict[str, Curve]  # of one run, by the figure's name
 
 
-def read(folder: str | Path) -> Curves:
+def read_curves(folder: str | Path) -> Curves:
     """The figures of a run's pretraining.
 
     Raises:
@@ -51,13 +51,13 @@ def read(folder: str | Path) -> Curves:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ValueError(f"{folder} is no run: there is neither {paths[0]} nor {paths[1]}")
-    return figures.read(path)
+    return figures.read_metrics(path)
 
 
-def draw(
+def draw_curves(
     runs: dict[str, Curves | list[Curves]], path: str | Path, panels: Sequence[str] | None = None, **of_figure: Any
 ) -> None:
-    """Draw a PNG of runs, {label: what `read` returns, or a list of that for runs of one color, such as seeds}.
+    """Draw a PNG of runs, {label: what `read_curves` returns, or a list of that for runs of one color, such as seeds}.
 
     A panel is a figure's name, or several joined by commas; None: those of PANELS that are logged. `of_figure` are
     options of plt.subplots, such as figsize and sharey.
@@ -78,7 +78,7 @@ def draw(
     for axis, panel in zip(axes[0], panels, strict=True):
         fill(axis, groups, panel)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
-    with whole(as_path(path)) as unfinished:
+    with atomic_file(as_path(path)) as unfinished:
         figure.savefig(unfinished, format="png", dpi=90, facecolor="white")
     plt.close(figure)
 
@@ -99,12 +99,12 @@ def fill(axis: Axes, groups: dict[str, list[Curves]], panel: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def labelled(runs: Sequence[str]) -> dict[str, Curves]:
+def labeled_curves(runs: Sequence[str]) -> dict[str, Curves]:
     """LABEL=FOLDER, or FOLDER, whose name is the label."""
     found = {}
     for run in runs:
         label, _, folder = run.rpartition("=") if not Path(run).is_dir() else ("", "", run)
-        found[label or Path(folder).resolve().name] = read(folder)
+        found[label or Path(folder).resolve().name] = read_curves(folder)
     if len(found) < len(runs):
         raise ValueError(f"of {', '.join(runs)} some have the same name: give them others, as LABEL=FOLDER")
     return found
@@ -117,5 +117,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, metavar="FILE.png")
     parser.add_argument("--panels", nargs="+", metavar="NAME[,NAME]", help="figures of metrics.csv")
     args = parser.parse_args(arguments)
-    draw(labelled(args.runs), args.out, args.panels)
+    draw_curves(labeled_curves(args.runs), args.out, args.panels)
     print(args.out)

@@ -134,7 +134,7 @@ NO_FIGURE = re.compile("epoch|step_train_acc5|lr|test_.*")  # columns that need 
 ONLY_IF_IT_VARIES = ("T",)
 
 
-def read(file: Path) -> Lines:
+def read_metrics(file: Path) -> Lines:
     """Every column of a metrics.csv or throughput.csv; of several rows of one step the last."""
     found: dict[str, dict[int, float]] = {}
     for row in rows_of(file)[1]:
@@ -162,7 +162,7 @@ def thinned(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> t
     return steps[rows], values[rows]
 
 
-def figures(folders: list[Path], without: list[set[str]]) -> list[dict[str, Any]]:
+def figures_of_runs(folders: list[Path], without: list[set[str]]) -> list[dict[str, Any]]:
     """What the page draws: of every figure that some run has points for, its lines in the order of runs.
 
     Args:
@@ -170,7 +170,7 @@ def figures(folders: list[Path], without: list[set[str]]) -> list[dict[str, Any]
     """
     tables: dict[str, list[Lines]] = {}
     for file in dict.fromkeys(figure.file for figure in FIGURES):
-        tables[file] = [read(folder / file) for folder in folders]
+        tables[file] = [read_metrics(folder / file) for folder in folders]
     made = []
     for figure in (*FIGURES, *others(tables)):
         lines = [
@@ -210,5 +210,5 @@ def as_lists(steps: np.ndarray, values: np.ndarray) -> dict[str, list]:
 
 def steps_per_epoch(folder: Path) -> float | None:
     """None: the run does not say, for it has no throughput.csv."""
-    epochs = read(folder / "pretraining/throughput.csv").get("epoch")
+    epochs = read_metrics(folder / "pretraining/throughput.csv").get("epoch")
     return float(epochs[0][-1] / (epochs[1][-1] + 1)) if epochs and len(epochs[0]) else None

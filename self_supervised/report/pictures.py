@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised.data import custom, loading
 from self_supervised.data.files import readable_rows
-from self_supervised.data.packed import is_there
+from self_supervised.data.packed import packed_is_there
 from self_supervised.distributed import usable
 from self_supervised.embeddings import map_page as map_pages
 from self_supervised.embeddings.nearest import best_of
@@ -28,7 +28,7 @@ from self_supervised.views import augmentations
 
 QUERIES, NEIGHBOURS, ROWS_OF_VIEWS = 8, 6, 6
 PIXELS = 64  # up to here every pixel is shown as it is; larger pictures are JPEGs
-LARGEST = 128  # pixels; of the longer side of what the page shows
+LARGEST_PICTURE = 128  # pixels; of the longer side of what the page shows
 MAP_BUDGET = 6_000_000  # characters of the pictures of all maps
 
 
@@ -46,7 +46,7 @@ class Embedded:
         return preview.magnified(self.images[self.paths.index(path)], 1)
 
 
-def parts(
+def picture_parts(
     folder: Path, settings: dict[str, Any], n: int, budget: int, encoder: nn.Module | None
 ) -> Iterator[tuple[str, Any]]:
     """(name of the part, its content; or {"missing": why})."""
@@ -80,7 +80,7 @@ def views(settings: dict[str, Any]) -> dict[str, Any]:
     params = ModelParams(**{name: value for name, value in settings.items() if name in known})
     check_data(params, params.dataset.pretraining_splits)
     columns = preview.first_columns(params, rows=ROWS_OF_VIEWS)
-    factor = min(1.0, LARGEST / (side := max(images.shape[2] for _, images in columns)))
+    factor = min(1.0, LARGEST_PICTURE / (side := max(images.shape[2] for _, images in columns)))
     shown = [{"caption": lines, "pictures": [uri(image, factor) for image in images]} for lines, images in columns]
     return {"side": round(side * factor), "columns": shown}
 
@@ -88,7 +88,7 @@ def views(settings: dict[str, Any]) -> dict[str, Any]:
 def check_data(params: ModelParams, splits: tuple[str, ...]) -> None:
     """A report downloads nothing."""
     folders = [loading.data_path() / params.dataset_name / split for split in splits]
-    if params.dataset.is_packed and not all(map(is_there, folders)):
+    if params.dataset.is_packed and not all(map(packed_is_there, folders)):
         raise FileNotFoundError(
             f"{params.dataset_name} is not in {loading.data_path().resolve()}: set DATA_PATH to where it is"
         )
@@ -127,7 +127,7 @@ def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
     some, images, x, y = dataset.subset(chosen), [], [], []
     with bar() as progress:
         total = features.n_batches(some, params)
-        for batch, labels in progress.track(features.batches(some, params), total, description="embeddings"):
+        for batch, labels in progress.track(features.feature_batches(some, params), total, description="embeddings"):
             images.append(preview.as_strips(batch))
             x.append(encoder.embed(batch).cpu())
             y.append(labels)
@@ -185,7 +185,7 @@ def neighbours(found: Embedded) -> dict[str, Any]:
     index = {path: i for i, path in enumerate(found.paths)}
 
     def shown(i: int) -> dict[str, Any]:
-        reduced = min(1.0, LARGEST / max(found.images.shape[-2:]))
+        reduced = min(1.0, LARGEST_PICTURE / max(found.images.shape[-2:]))
         return {"picture": uri(found.images[i], reduced), "label": found.labels[i], "path": found.paths[i]}
 
     lists = [

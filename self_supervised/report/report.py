@@ -19,13 +19,13 @@ from self_supervised.embeddings.map_page import in_script
 from self_supervised.program import one_line_errors
 from self_supervised.report import compare, figures, pictures, tables
 from self_supervised.runs.command_line import in_one_line, parser_of
-from self_supervised.safe_files import check_file, write_whole
+from self_supervised.safe_files import atomic_write, check_file
 
 MOST_RUNS = 8  # more colours cannot be told apart
 IMAGES = 2000
 
 
-def write(
+def write_report(
     runs: Sequence[str | Path], out: str | Path | None = None, images: int = IMAGES, encoder: nn.Module | None = None
 ) -> Path:
     """The report on the folders of runs, as one HTML file.
@@ -55,27 +55,27 @@ def write(
         ("__DATA__", in_script(found)),  # last: it may hold any text
     ):
         page = page.replace(mark, text)
-    write_whole(out, page)
+    atomic_write(out, page)
     return out
 
 
 def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict[str, Any]:
     """Everything that the page shows."""
-    runs, names = [compare.read(folder) for folder in folders], tables.names_of(folders)
-    about = [tables.about(run, name) for run, name in zip(runs, names, strict=True)]
+    runs, names = [compare.read_run(folder) for folder in folders], tables.names_of_runs(folders)
+    about = [tables.facts_of_run(run, name) for run, name in zip(runs, names, strict=True)]
     for one, run in zip(about, runs, strict=True):
         one["steps_per_epoch"] = figures.steps_per_epoch(run.folder)
         each, budget = images // len(runs), pictures.MAP_BUDGET // len(runs)
-        one |= dict(pictures.parts(run.folder, run.settings, each, budget, encoder))
+        one |= dict(pictures.picture_parts(run.folder, run.settings, each, budget, encoder))
     silent = [{"m"} if run.settings.get("use_lagging_model") is False else set() for run in runs]
     return {
         "title": f"{', '.join(names)}: report",
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "runs": about,
-        "settings": tables.settings(runs),
-        "results": tables.results(runs),
+        "settings": tables.setting_rows(runs),
+        "results": tables.result_rows(runs),
         "caution": compare.caution(runs),
-        "figures": figures.figures(folders, silent),
+        "figures": figures.figures_of_runs(folders, silent),
     }
 
 
@@ -89,4 +89,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--images", type=int, default=IMAGES, metavar="N", help=f"test images to embed, at most; 0: none ({IMAGES})"
     )
-    print(write(**vars(parser.parse_args(arguments))))
+    print(write_report(**vars(parser.parse_args(arguments))))

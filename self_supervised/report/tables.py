@@ -11,12 +11,12 @@ from self_supervised.catalogue import OWN_MODULE
 from self_supervised.report import compare, figures
 from self_supervised.report.compare import Run, in_figures
 from self_supervised.runs import run_folder
-from self_supervised.runs.command_line import RunOptions, described, text
+from self_supervised.runs.command_line import RunOptions, field_comments, text
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first words of compare.results
 
 
-def names_of(folders: Sequence[Path]) -> list[str]:
+def names_of_runs(folders: Sequence[Path]) -> list[str]:
     """The folders' names; where two are the same, with as much of the path as tells them apart."""
     compare.refuse_twins(folders)
     parts = [folder.resolve().parts for folder in folders]
@@ -27,7 +27,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     raise ValueError(f"{folders[0]} is no folder of a run")
 
 
-def about(run: Run, name: str) -> dict[str, Any]:
+def facts_of_run(run: Run, name: str) -> dict[str, Any]:
     """What identifies a run, and how to repeat it."""
     commands, arch = run.folder / "command.txt", run.settings.get("encoder_arch")
     last = next(reversed(run_folder.starts_of(run.folder)), {})
@@ -39,8 +39,8 @@ def about(run: Run, name: str) -> dict[str, Any]:
         "method": f"{'an encoder of its own' if arch == OWN_MODULE else arch} on {run.settings.get('dataset_name')}",
         "state": state(run),
         "began": last.get("time", ""),
-        "commands": run_folder.text_of(commands).splitlines() if commands.is_file() else [],
-        "facts": {label: in_words(value) for label, value in facts.items()},
+        "commands": run_folder.text_of_file(commands).splitlines() if commands.is_file() else [],
+        "facts": {label: value_text(value) for label, value in facts.items()},
     }
 
 
@@ -48,7 +48,7 @@ def is_version(label: str) -> bool:
     return label.endswith(" version")
 
 
-def in_words(value: Any) -> str:
+def value_text(value: Any) -> str:
     """{"cores": 2} -> "cores 2" """
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else text(value)
 
@@ -59,27 +59,27 @@ def state(run: Run) -> str:
         return "finished"
     if trained is not None and run.settings.get("max_time"):
         return f"stopped by max_time in epoch {trained} of {wanted}"
-    _, epochs = figures.read(run.folder / figures.PRETRAINING).get("epoch", ([], [0]))
+    _, epochs = figures.read_metrics(run.folder / figures.PRETRAINING).get("epoch", ([], [0]))
     return f"not finished: in epoch {epochs[-1] + 1:.0f} of {wanted}"
 
 
 # ---- settings ----
 
 
-def defaults(preset: str | None) -> dict[str, Any]:
+def default_settings(preset: str | None) -> dict[str, Any]:
     """What a run of this preset has where nothing else is said."""
     params = PRESETS[preset]() if preset in PRESETS else ModelParams()  # one that this version does not know
     return attrs.asdict(RunOptions()) | attrs.asdict(params)
 
 
-def settings(runs: Sequence[Run]) -> dict[str, Any]:
+def setting_rows(runs: Sequence[Run]) -> dict[str, Any]:
     """Every setting in which a run differs from its preset, or runs from each other."""
-    plain = [defaults(run.settings.get("preset")) for run in runs]
+    plain = [default_settings(run.settings.get("preset")) for run in runs]
     differing = {row.name for row in compare.differing("setting", [[run.settings] for run in runs])}
-    comments = described(RunOptions) | described(ModelParams)
+    comments = field_comments(RunOptions) | field_comments(ModelParams)
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run.settings):
-        cells = [cell(run.settings, standard, name) for run, standard in zip(runs, plain, strict=True)]
+        cells = [option_cell(run.settings, standard, name) for run, standard in zip(runs, plain, strict=True)]
         if name in differing or any(one["changed"] for one in cells):
             presets = [run.settings.get("preset", "") for run in runs]
             standard = {of: text(values[name]) for of, values in zip(presets, plain, strict=True) if name in values}
@@ -95,7 +95,7 @@ def of_presets(values: dict[str, str]) -> str:
     return ", ".join(f"{preset} {value}".strip() for preset, value in values.items())
 
 
-def cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> dict[str, Any]:
+def option_cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> dict[str, Any]:
     if name not in values:  # in a run of another version
         return {"text": "", "changed": False}
     changed = name in standard and text(values[name]) != text(standard[name])
@@ -105,7 +105,7 @@ def cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> dict[st
 # ---- results ----
 
 
-def results(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Rows, those of the same thing that was scored beside each other: "trained encoder", "best epoch", ..."""
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run.results):

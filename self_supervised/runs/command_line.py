@@ -130,7 +130,7 @@ class RunOptions:
         return {name: value for name, value in asdict(self).items() if name not in OF_THE_COMMAND}
 
 
-NAMES = tuple(attribute.name for attribute in fields(RunOptions))
+RUN_OPTION_NAMES = tuple(attribute.name for attribute in fields(RunOptions))
 
 
 # ---- Every field of ModelParams and RunOptions as an option of a program ----
@@ -145,7 +145,7 @@ VALUES = "Values are YAML: 0.3, true, none, [1.0, 0.1]. In lists of words the br
 
 
 @cache
-def described(kind: type) -> dict[str, tuple[str, str]]:
+def field_comments(kind: type) -> dict[str, tuple[str, str]]:
     """Of each field: (the heading of its section, the comment behind or directly above it).
 
     A heading is a comment of its own line after an empty one; before the first, it is the docstring's first sentence.
@@ -218,7 +218,7 @@ def reader(kind: Any) -> Callable[[Any], Any]:
 def add_fields(parser: argparse._ArgumentGroup, names: Iterable[str]) -> None:
     """Options for fields of EncoderAndDataParams, read as train.py reads them; none is there that was not given."""
     fields = attrs.fields_dict(EncoderAndDataParams)
-    told = described(EncoderAndDataParams)
+    told = field_comments(EncoderAndDataParams)
     for name in names:
         options = {"type": reader(fields[name].type), "default": argparse.SUPPRESS, "metavar": "VALUE"}
         parser.add_argument(f"--{name}", help=told[name][1].replace("%", "%%"), **options)
@@ -246,7 +246,7 @@ def fail(message: str) -> NoReturn:
 
 
 def known_names() -> tuple[str, ...]:
-    return *NAMES, *(attribute.name for attribute in attrs.fields(ModelParams))
+    return *RUN_OPTION_NAMES, *(attribute.name for attribute in attrs.fields(ModelParams))
 
 
 def meant(name: str, names: Sequence[str] | None = None, start: str = "--") -> str:
@@ -271,7 +271,7 @@ def parser(preset: str) -> Parser:
     groups = {}
     for defaults in (RunOptions(), PRESETS[preset]()):
         for attribute in attrs.fields(type(defaults)):
-            heading, comment = described(type(defaults))[attribute.name]
+            heading, comment = field_comments(type(defaults))[attribute.name]
             if heading not in groups:
                 groups[heading] = built.add_argument_group(heading)
             default = getattr(defaults, attribute.name)
@@ -324,7 +324,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
     preset = preset_of(given, config)
     found = parser(preset).parse_args(config + arguments).as_dict()  # the file first: options win
     try:
-        options = RunOptions(**{name: found[name] for name in NAMES})
+        options = RunOptions(**{name: found[name] for name in RUN_OPTION_NAMES})
         return preset, options, PRESETS[preset](**{a.name: found[a.name] for a in attrs.fields(ModelParams)})
     except ValueError as error:
         fail(str(error))
@@ -362,5 +362,5 @@ def preset_of(given: str | None, config: list[str]) -> str:
 
 def to_yaml(preset: str, options: RunOptions, params: ModelParams) -> str:
     """Everything that makes this run, as --config reads it."""
-    assert not set(OF_THE_COMMAND) - set(NAMES)
+    assert not set(OF_THE_COMMAND) - set(RUN_OPTION_NAMES)
     return yaml.safe_dump({"preset": preset, **options.of_the_run(), **attrs.asdict(params)}, sort_keys=False)

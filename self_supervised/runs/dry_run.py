@@ -18,12 +18,12 @@ from moco import SelfSupervisedMethod
 from self_supervised.data import loading
 from self_supervised.evaluation import validation
 from self_supervised.networks import layers
-from self_supervised.training.monitor import Watch
+from self_supervised.training.monitor import TrainingMonitor
 
 STEPS = 2
 TOY = (torch.eye(4), torch.tensor([0, 0, 1, 1]))  # features and labels
 HIDDEN = ("params", "param_names", "name", "lr")  # of groups: an example and the initial_lr say it
-NAMES = {  # of parts, as the field calls them
+PART_NAMES = {  # of parts, as the field calls them
     "model": "encoder",
     "projection_model": "projector",
     "prediction_model": "predictor",
@@ -54,7 +54,7 @@ class Stop(pl.Callback):
         return last - before
 
 
-def run(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Trainer]) -> SelfSupervisedMethod:
+def run_two_steps(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Trainer]) -> SelfSupervisedMethod:
     """Two optimizer steps and one batch of validation, then the tables. Writes no files, but for a data set that is
     not there yet.
 
@@ -64,35 +64,35 @@ def run(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Trainer]) ->
     """
     model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1))
     stop = Stop()
-    watch = Watch()
+    watch = TrainingMonitor()
     watch.collapse_was_named = True  # two steps say nothing of that
     trainer = make_trainer([stop, watch])
     trainer.fit(model)
     if trainer.is_global_zero:
         console = Console(highlight=False, markup=False)
-        for table in (parts(model), groups(model, trainer), plan(model, trainer, stop.seconds_per_step)):
+        for table in (parts_table(model), groups_table(model, trainer), plan(model, trainer, stop.seconds_per_step)):
             console.print(table)
     return model
 
 
-def figures(model: SelfSupervisedMethod) -> set[str]:
+def logged_names(model: SelfSupervisedMethod) -> set[str]:
     """Names of what this model logged, and of evaluations, which one batch may have too few classes for."""
     p = model.params
     toy = validation.evaluate(p.evaluations, *TOY, TOY if p.probe_on_training_set else None)
     return {*model.trainer.callback_metrics, *toy}
 
 
-def table(title: str, *columns: str) -> Table:
+def empty_table(title: str, *columns: str) -> Table:
     made = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
         made.add_column(column, justify="right" if column in ("parameters", "tensors") else "left", overflow="fold")
     return made
 
 
-def parts(model: SelfSupervisedMethod) -> Table:
+def parts_table(model: SelfSupervisedMethod) -> Table:
     """Encoder, heads, lagging pair, queue: output shape, parameters, whether they are trained."""
     p = model.params
-    made = table("Parts", "part", "is", "output", "parameters", "trained")
+    made = empty_table("Parts", "part", "is", "output", "parameters", "trained")
     outputs = output_shapes(model)
     for name, part in model.named_children():
         if not any(True for _ in part.parameters()) and name != "queue":
@@ -102,7 +102,7 @@ def parts(model: SelfSupervisedMethod) -> Table:
         trained = any(weight.requires_grad for weight in part.parameters())
         says = "yes" if trained else "no" if name == "queue" else "lags"
         shape = f"[{p.K}, {p.dim}]" if name == "queue" else outputs[name]
-        made.add_row(NAMES.get(name, name), kind, shape, f"{count:,}", says)
+        made.add_row(PART_NAMES.get(name, name), kind, shape, f"{count:,}", says)
     return made
 
 
@@ -131,7 +131,7 @@ def output_shapes(model: SelfSupervisedMethod) -> dict[str, str]:
     return found
 
 
-def groups(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
+def groups_table(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
     """The optimizer's groups of parameters, with an example of each, and the settings in which they differ."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     optimizer = trainer.optimizers[0]
@@ -139,7 +139,7 @@ def groups(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
     for settings, (first, last) in zip(found, trainer.lr_scheduler_configs[0].scheduler.decays, strict=True):
         settings["weight_decay"] = f"{first:.4g} to {last:.4g}" if first != last else first
     differing = [key for key in found[0] if len({str(group.get(key)) for group in found}) > 1]
-    made = table(f"Groups of {type(optimizer).__name__}", "tensors", "parameters", "for example", *differing)
+    made = empty_table(f"Groups of {type(optimizer).__name__}", "tensors", "parameters", "for example", *differing)
     for group, settings in zip(optimizer.param_groups, found, strict=True):
         members = group["params"]
         example = names[id(members[0])] if members else "none"
@@ -154,7 +154,7 @@ def plan(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: flo
     """Batch, steps, rates, data, memory and time."""
     p = model.params
     plan = model.plan
-    made = table("Plan", "what", "value")
+    made = empty_table("Plan", "what", "value")
     epoch = timedelta(seconds=round(seconds_per_step * plan.steps_per_epoch))
     splits = {"training": p.dataset.pretraining_splits, "evaluation": p.dataset.test_splits}
     sizes = [f"{len(loading.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]

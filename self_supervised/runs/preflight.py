@@ -10,7 +10,7 @@ from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised.data import custom, loading
 from self_supervised.data.folders import listed_in
-from self_supervised.data.loading import labelled, n_classes
+from self_supervised.data.loading import n_classes, require_labels
 from self_supervised.runs.command_line import RunOptions
 
 
@@ -70,6 +70,6 @@ def check_batches(params: EncoderAndDataParams, splits: tuple[str, ...], accumul
 
 def check_labels(params: EncoderAndDataParams) -> None:
     """Raise ValueError unless each image of the training and test sets has one label."""
-    labelled(n_classes(params), params)
+    require_labels(n_classes(params), params)
     for splits in (params.dataset.train_splits, params.dataset.test_splits):
-        labelled(1 + int(loading.get_dataset(params, splits).labels.min()), params)
+        require_labels(1 + int(loading.get_dataset(params, splits).labels.min()), params)

@@ -15,22 +15,22 @@ from self_supervised.data import loading
 from self_supervised.data.loader import images_and_labels
 from self_supervised.data.loading import resolve
 from self_supervised.fields import as_path
-from self_supervised.safe_files import check_file, whole
+from self_supervised.safe_files import atomic_file, check_file
 from self_supervised.views import augmentations
 
 TILE = 160  # pixels that a large view is magnified to, about; by whole numbers, so that pixels stay squares
-GAP = 8  # pixels, as all sizes here
-MARGIN = 20
+PREVIEW_GAP = 8  # pixels, as all sizes here
+PREVIEW_MARGIN = 20
 FONT_SIZE = 13
-LINE = 18
-FRAMES = 4  # of a clip
+LINE_HEIGHT = 18
+SHOWN_FRAMES = 4  # of a clip
 PAPER = (240, 240, 240)
 INK = (24, 24, 24)
 PALE_INK = (96, 96, 96)
 Column = tuple[list[str], Tensor]  # lines of the caption; uint8 images [rows, C, H, W]
 
 
-def write(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = None, rows: int = 8) -> Path:
+def write_preview(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = None, rows: int = 8) -> Path:
     """The first images of the first training batch, as the model will see them at its first step, as a PNG.
 
     Args:
@@ -43,7 +43,7 @@ def write(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = 
         raise ValueError(f"the preview is a PNG, and {path} does not end in .png")
     check_file("preview", path)
     sheet = arrange(first_columns(params, loader, rows))
-    with whole(path) as unfinished:
+    with atomic_file(path) as unfinished:
         sheet.save(unfinished, "PNG")
     return path
 
@@ -100,7 +100,7 @@ def as_strips(images: Tensor) -> Tensor:
     images = images[:, 0] if images.dim() == 6 else images
     if images.dim() == 4:
         return images
-    chosen = torch.linspace(0, images.shape[2] - 1, min(FRAMES, images.shape[2])).long()
+    chosen = torch.linspace(0, images.shape[2] - 1, min(SHOWN_FRAMES, images.shape[2])).long()
     return torch.cat(images[:, :, chosen.to(images.device)].unbind(2), dim=3)
 
 
@@ -116,7 +116,12 @@ def caption(params: ModelParams, i: int) -> list[str]:
     size = in_pixels(views[i].crop_size, views[i].crop_size, params)
     rows = [asdict(view) for view in views]
     differing = [name for name in rows[0] if name != "crop_size" and len({row[name] for row in rows}) > 1]
-    return [f"view {i}, {kind}", size, " and ".join(roles), *(in_words(name, rows[i][name]) for name in differing)]
+    return [
+        f"view {i}, {kind}",
+        size,
+        " and ".join(roles),
+        *(operation_text(name, rows[i][name]) for name in differing),
+    ]
 
 
 def in_pixels(width: int, height: int, params: ModelParams) -> str:
@@ -125,7 +130,7 @@ def in_pixels(width: int, height: int, params: ModelParams) -> str:
     return f"{width} x {height} px{shown}"
 
 
-def in_words(name: str, value: float | tuple[float, float]) -> str:
+def operation_text(name: str, value: float | tuple[float, float]) -> str:
     if name.endswith("_probability"):
         return f"{name.removesuffix('_probability').replace('_', ' ')} in {100 * value:g} %"
     number = f"{value:g}" if not isinstance(value, tuple) else "{:g} to {:g}".format(*value)
@@ -139,21 +144,24 @@ def arrange(columns: list[Column]) -> Image.Image:
     """Columns side by side, all views magnified alike, so that small views are seen to be small."""
     font = ImageFont.load_default(FONT_SIZE)
     factor = max(1, round(TILE / max(images.shape[2] for _, images in columns)))
-    height = factor * max(images.shape[2] for _, images in columns) + GAP
+    height = factor * max(images.shape[2] for _, images in columns) + PREVIEW_GAP
     widths = [
         max([factor * images.shape[3], *(round(font.getlength(line)) for line in lines)]) for lines, images in columns
     ]
-    top = MARGIN + LINE * max(len(lines) for lines, _ in columns) + GAP
-    size = (2 * MARGIN + sum(widths) + 2 * GAP * (len(widths) - 1), top + height * len(columns[0][1]) - GAP + MARGIN)
+    top = PREVIEW_MARGIN + LINE_HEIGHT * max(len(lines) for lines, _ in columns) + PREVIEW_GAP
+    size = (
+        2 * PREVIEW_MARGIN + sum(widths) + 2 * PREVIEW_GAP * (len(widths) - 1),
+        top + height * len(columns[0][1]) - PREVIEW_GAP + PREVIEW_MARGIN,
+    )
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    left = MARGIN
+    left = PREVIEW_MARGIN
     for (lines, images), width in zip(columns, widths, strict=True):
         for line, text in enumerate(lines):
-            draw.text((left, MARGIN + LINE * line), text, INK if line == 0 else PALE_INK, font)
+            draw.text((left, PREVIEW_MARGIN + LINE_HEIGHT * line), text, INK if line == 0 else PALE_INK, font)
         for row, image in enumerate(images):
             sheet.paste(magnified(image, factor), (left, top + height * row))
-        left += width + 2 * GAP
+        left += width + 2 * PREVIEW_GAP
     return sheet
 
 

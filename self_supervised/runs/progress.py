@@ -14,10 +14,10 @@ from rich.table import Column
 from rich.text import Text
 
 from self_supervised.runs import run_folder
-from self_supervised.safe_files import rows_of, whole
+from self_supervised.safe_files import atomic_file, rows_of
 
 SMOOTHING = 0.05  # weight of the newest batch in the speed
-COLUMNS = ("step", "epoch", "images_per_second")  # of the file; the clock's, so they are not in metrics.csv
+THROUGHPUT_COLUMNS = ("step", "epoch", "images_per_second")  # of the file; the clock's, so they are not in metrics.csv
 
 
 class Progress(RichProgressBar):
@@ -100,8 +100,8 @@ def images_in(module: pl.LightningModule) -> int:
 def keep_until(file: Path, step: int) -> None:
     """Only the rows until then, of a run that goes on from there; it begins with a heading."""
     _, rows = rows_of(file)
-    with whole(file) as unfinished, unfinished.open("w", newline="") as kept:
-        writer = csv.DictWriter(kept, COLUMNS)
+    with atomic_file(file) as unfinished, unfinished.open("w", newline="") as kept:
+        writer = csv.DictWriter(kept, THROUGHPUT_COLUMNS)
         writer.writeheader()
         writer.writerows(row for row in rows if int(row["step"]) <= step)
 

@@ -31,7 +31,7 @@ from pytorch_lightning import loggers
 from pytorch_lightning.utilities import rank_zero_only
 from rich.text import Text
 
-from self_supervised.safe_files import rows_of, to_json, whole, write_whole
+from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_json
 
 LIBRARIES = ("torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
 FIXED = ("preset", "optimizer_name")  # of a run; checkpoints.refuse_another sees what else cannot be resumed
@@ -67,34 +67,34 @@ def as_typed(arguments: Sequence[str]) -> str:
 
 
 @rank_zero_only
-def begin(out: Path, config: str, arguments: Sequence[str]) -> None:
+def begin_run_folder(out: Path, config: str, arguments: Sequence[str]) -> None:
     """Start or go on with a run: config.yaml, command.txt and run.json. Other settings than before are named."""
     (out / "splits").mkdir(parents=True, exist_ok=True)
-    old = settings(out)
+    old = settings_of_run(out)
     new = yaml.safe_load(config)
     keep_edited(out / "config.yaml")
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old and old.get(name) != new.get(name)]
     if changed:
         say(f"{out} goes on with other settings: {', '.join(changed)}")
-    write_whole(out / "config.yaml", config)
+    atomic_write(out / "config.yaml", config)
     commands = out / "command.txt"
-    before = text_of(commands) if commands.is_file() else ""
-    write_whole(commands, before + as_typed(arguments) + "\n")
-    write_whole(out / "run.json", to_json([*starts_of(out), circumstances()], indent=2))
+    before = text_of_file(commands) if commands.is_file() else ""
+    atomic_write(commands, before + as_typed(arguments) + "\n")
+    atomic_write(out / "run.json", to_json([*starts_of(out), machine_facts()], indent=2))
 
 
 def keep_edited(config: Path) -> None:
     """Set a config.yaml aside that was written or edited by hand, before ours takes its name."""
     if not config.is_file():
         return
-    text = text_of(config)
+    text = text_of_file(config)
     if yaml.safe_dump(yaml.safe_load(text), sort_keys=False) != text:  # ours is what `command_line.to_yaml` makes
         kept = config.with_name(f"config_by_hand_{time.strftime('%Y%m%d_%H%M%S')}.yaml")
-        write_whole(kept, text)
+        atomic_write(kept, text)
         say(f"{config} was written by hand: kept as {kept.name}")
 
 
-def refuse_another(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def refuse_another_run(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """
     Raises:
         ValueError: the run of the folder cannot be gone on with by these settings.
@@ -104,7 +104,7 @@ def refuse_another(out: Path, before: dict[str, Any], now: dict[str, Any]) -> No
             raise ValueError(f"{out} holds a run with {name}={before[name]!r}: give that, or choose another --out")
 
 
-def settings(out: Path) -> dict[str, Any]:
+def settings_of_run(out: Path) -> dict[str, Any]:
     """config.yaml; empty if there is none.
 
     Raises:
@@ -114,12 +114,12 @@ def settings(out: Path) -> dict[str, Any]:
 
 
 def results_of(out: Path) -> dict[str, Any]:
-    """results.json; see `settings`."""
+    """results.json; see `settings_of_run`."""
     return content_of(out / "results.json", json.loads, dict)
 
 
 def starts_of(out: Path) -> list[dict[str, Any]]:
-    """run.json; see `settings`."""
+    """run.json; see `settings_of_run`."""
     found = content_of(out / "run.json", json.loads, list)
     if not all(isinstance(start, dict) for start in found):
         raise ValueError(f"{out / 'run.json'} must be a list of objects: correct it, or move it away")
@@ -131,7 +131,7 @@ def content_of(path: Path, parse: Callable[[str], Any], kind: type[Kind]) -> Kin
     if not path.is_file():
         return kind()
     try:
-        found = parse(text_of(path))
+        found = parse(text_of_file(path))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"{path} cannot be read ({' '.join(str(error).split())}): correct it, or move it away"
@@ -142,14 +142,14 @@ def content_of(path: Path, parse: Callable[[str], Any], kind: type[Kind]) -> Kin
     return found
 
 
-def text_of(path: Path) -> str:
+def text_of_file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}): correct it, or move it away") from error
 
 
-def circumstances() -> dict[str, Any]:
+def machine_facts() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -215,7 +215,7 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
         kept.replace(path)
     if first_step > 0 and path.is_file():
         header, rows = rows_of(path)
-        with whole(kept) as unfinished, unfinished.open("w", newline="") as new:
+        with atomic_file(kept) as unfinished, unfinished.open("w", newline="") as new:
             writer = csv.DictWriter(new, header)
             writer.writeheader()
             writer.writerows(row for row in rows if int(row["step"]) < first_step)

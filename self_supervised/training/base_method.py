@@ -21,12 +21,12 @@ from self_supervised.data import loading
 from self_supervised.data.class_labels import in_classes
 from self_supervised.data.files import readable_rows
 from self_supervised.data.foreign_paths import vetted
-from self_supervised.data.loader import Loader, images_and_labels, whole_numbers
+from self_supervised.data.loader import ResumableDataLoader, images_and_labels, whole_numbers
 from self_supervised.distributed import keep_freed_memory
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, optimizers
-from self_supervised.training.monitor import Watch
+from self_supervised.training.monitor import TrainingMonitor
 from self_supervised.views import augmentations
 
 
@@ -54,7 +54,7 @@ class Settings(AttributeDict):
         return type(self), (dict(self),)
 
 
-class Stage(pl.LightningModule):
+class BaseMethod(pl.LightningModule):
     """A method with `params` and with `augment(images, seed)`, which makes the views of a training batch."""
 
     CLASSIFIER: str  # name of its linear layer
@@ -167,14 +167,14 @@ class Stage(pl.LightningModule):
         _, labels = images_and_labels(batch)
         first = training and self.trainer.fit_loop.batch_idx < 0
         waits = labels is not None and labels.device.type != "cpu" and not labels.is_floating_point() and not first
-        if not isinstance(loader, Loader) and self.reads_labels(training) and not waits:
+        if not isinstance(loader, ResumableDataLoader) and self.reads_labels(training) and not waits:
             self.check_labels(labels, "the loader", needed=training or self.needs_labels)
 
     def on_train_start(self) -> None:
         """Check the first batch of the user's loaders for validation, which would come only after an epoch."""
         loaders = self.trainer.val_dataloaders
         for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-            if isinstance(loader, DataLoader) and not isinstance(loader, Loader):
+            if isinstance(loader, DataLoader) and not isinstance(loader, ResumableDataLoader):
                 with isolate_rng():
                     self.check_batch(next(iter(loader)), loader, training=False)
 
@@ -187,18 +187,18 @@ class Stage(pl.LightningModule):
 
     # ---- data ----
 
-    def loader(self, dataset: Dataset, training: bool, in_order: bool = False) -> Loader:
+    def loader(self, dataset: Dataset, training: bool, in_order: bool = False) -> ResumableDataLoader:
         if self.n_outputs is not None:
             self.check_labels(dataset.labels, f"dataset_name={self.params.dataset_name!r}")
         device, accumulated = self.trainer.strategy.root_device, self.trainer.accumulate_grad_batches
         return loading.get_loader(self.params, dataset, training, accumulated, device, in_order)
 
-    def predict_dataloader(self) -> Loader:
+    def predict_dataloader(self) -> ResumableDataLoader:
         """The test set, in its order."""
         p = self.params
         return self.loader(loading.get_dataset(p, p.dataset.test_splits), training=False, in_order=True)
 
-    def whole_sets(self, splits: list[tuple[str, ...]]) -> list[Loader]:
+    def whole_sets(self, splits: list[tuple[str, ...]]) -> list[ResumableDataLoader]:
         """Loaders for evaluation, one for each of the sets of splits: all images, whatever `data_fraction` is."""
         p = attrs.evolve(self.params, data_fraction=1.0)
         datasets = [loading.get_dataset(p, names) for names in splits]
@@ -264,7 +264,7 @@ class Stage(pl.LightningModule):
         """Of a run that is resumed: what cannot be resumed by these settings is refused."""
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        checkpoints.refuse_another(checkpoint, self, self.trainer)
+        checkpoints.refuse_another_model(checkpoint, self, self.trainer)
         checkpoints.count_batches_anew(checkpoint, self.trainer.accumulate_grad_batches)
         if self.seed_was_drawn and "seed" in checkpoint.get("hyper_parameters", {}):
             self.change(seed=checkpoint["hyper_parameters"]["seed"])
@@ -272,9 +272,9 @@ class Stage(pl.LightningModule):
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:
         """Lightning's; a damaged file, or one that would run code, is refused in words. The images may be gone: the
-        classifier has as many classes as in the file. Paths that the file names are used only where data/foreign_paths.py
-        says; pass data_path, splits_path, ... to use others."""
-        content = checkpoints.read(checkpoint_path)
+        classifier has as many classes as in the file. Paths in the file are used only where
+        data/foreign_paths.py says so; pass data_path, splits_path, ... to use others."""
+        content = checkpoints.read_checkpoint(checkpoint_path)
         settings = content.get("hyper_parameters", {})
         said = vetted(settings, checkpoint_path, kwargs)
         weight = content["state_dict"].get(f"{cls.CLASSIFIER}.weight")
@@ -289,13 +289,13 @@ class Stage(pl.LightningModule):
         dict.update(self._hparams, self._to_hparams_dict(hp))
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return Watch.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
+        return TrainingMonitor.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
 
     # ---- other programs' files ----
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's: images that are normalized already -> what `forward` returns. `self_supervised.exports.export` also writes
-        weights files, and verifies what it writes."""
+        """Lightning's: images that are normalized already -> what `forward` returns. `self-supervised export` also
+        writes weights files, and verifies what it writes."""
         with layers.in_eval_mode(self):
             return super().to_onnx(*args, **kwargs)
 

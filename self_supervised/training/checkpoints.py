@@ -22,15 +22,15 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from self_supervised import distributed
-from self_supervised.data.loader import Loader
+from self_supervised.data.loader import ResumableDataLoader
 from self_supervised.folder_lock import locked
 from self_supervised.numerics import not_finite
-from self_supervised.safe_files import safe_load, whole
+from self_supervised.safe_files import atomic_file, safe_load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's content, on the CPU. Raises what `safe_load` raises, and ValueError if it is no checkpoint."""
     content = safe_load(path)
     if not isinstance(content, dict) or "state_dict" not in content:
@@ -47,7 +47,7 @@ def newest(folder: str | Path) -> Path | None:
     found = sorted(Path(folder).expanduser().glob("step_*.ckpt"), reverse=True)
     for path in found:
         try:
-            read(path)
+            read_checkpoint(path)
         except (ValueError, FileNotFoundError) as error:  # a training that still runs may have removed it
             rank_zero_warn(f"{error}; trying the checkpoint before it")
         else:
@@ -67,7 +67,7 @@ NOT_OF_TRAINING = (
 MAKE_GROUPS = ("exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr")
 
 
-def refuse_another(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> None:
+def refuse_another_model(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> None:
     """Refuse to resume where the state in a checkpoint's `content` contradicts the method's settings or the Trainer's.
     All other settings are those of the method, from the first step on.
 
@@ -148,7 +148,7 @@ def count_batches_anew(content: dict[str, Any], accumulated: int) -> None:
     if before == accumulated:
         return
     loop = content["loops"]["fit_loop"]
-    positions = [p for p in loop["state_dict"].get("combined_loader", []) if Loader.is_position(p)]
+    positions = [p for p in loop["state_dict"].get("combined_loader", []) if ResumableDataLoader.is_position(p)]
     progress = loop["epoch_loop.batch_progress"]
     for counts in (*positions, progress["total"], progress["current"]):
         for name in counts.keys() - {"epoch"}:
@@ -161,12 +161,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):  # fsspec's business
             return super().save_checkpoint(checkpoint, path, storage_options)
-        with whole(Path(path)) as unfinished, unfinished.open("wb") as file:
+        with atomic_file(Path(path)) as unfinished, unfinished.open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """States of callbacks under their classes are left out: the classes are not looked up."""
-        content = read(path)
+        content = read_checkpoint(path)
         states = content.get("callbacks", {}).items()
         return {**content, "callbacks": {key: state for key, state in states if isinstance(key, str)}}
 
@@ -271,7 +271,7 @@ class Checkpoints(pl.Callback):
         """The batch that has begun when we save is trained on after resuming: it does not count yet."""
         loop = checkpoint["loops"]["fit_loop"]
         for position in loop["state_dict"].get("combined_loader", []):
-            if Loader.is_position(position):
+            if ResumableDataLoader.is_position(position):
                 position["batches"] -= self.begun_batches
         for counter in ("total", "current"):
             loop["epoch_loop.batch_progress"][counter]["ready"] -= self.begun_batches

@@ -1,7 +1,7 @@
 """The learning rate, logged at every step."""
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from self_supervised import distributed
 from self_supervised.data import files
-from self_supervised.data.loader import Loader
+from self_supervised.data.loader import ResumableDataLoader
 from self_supervised.distributed import to_host
 from self_supervised.evaluation import validation
 from self_supervised.numerics import NotFinite, Scores, not_finite
@@ -24,9 +24,11 @@ COLLAPSED_STD = 0.15  # step_projection_std below which the mean cosine of diffe
 COLLAPSED_RANK = 2.0  # RankMe below which the embeddings are nearly one direction
 
 
-class Watch(pl.Callback):
+class TrainingMonitor(pl.Callback):
     """Both methods bring it along (`configure_callbacks`): any Trainer then stops at a loss that is not finite, says
     once if the embeddings collapse, names unreadable images, and reads and writes checkpoints safely."""
+
+    state_key = "Watch"  # its name in checkpoints of every version
 
     def __init__(self):
         self.collapse_was_named = False
@@ -37,8 +39,8 @@ class Watch(pl.Callback):
         self.own_interval: int | None = None  # check_val_every_n_epoch as the user passed it
 
     @classmethod
-    def of(cls, trainer: pl.Trainer, evaluate_every_n_epochs: int) -> list["Watch"]:
-        """What `configure_callbacks` returns: a Watch, unless the Trainer has one.
+    def of(cls, trainer: pl.Trainer, evaluate_every_n_epochs: int) -> list[Self]:
+        """What `configure_callbacks` returns: a TrainingMonitor, unless the Trainer has one.
 
         The Trainer then validates only in the epochs that are evaluated: its callbacks that monitor a score
         (ModelCheckpoint, EarlyStopping) ask for it after validations, and would miss it after an empty one.
@@ -71,18 +73,21 @@ class Watch(pl.Callback):
                 f"ckpt_path={trainer.ckpt_path}). Resume from an earlier checkpoint, or start from finite weights"
             )
         loader = trainer.train_dataloader
-        if isinstance(loader, Loader) and getattr(loader.sampler, "num_replicas", 1) != distributed.world_size() > 1:
+        if (
+            isinstance(loader, ResumableDataLoader)
+            and getattr(loader.sampler, "num_replicas", 1) != distributed.world_size() > 1
+        ):
             raise ValueError(
                 f"the loader deals images out to {loader.sampler.num_replicas} processes, but there are "
                 f"{distributed.world_size()}: make its Share(dataset, ddp.world_size(), ddp.rank()) in train_dataloader"
             )
-        if Loader.is_position(self.position) and isinstance(loader, Loader):
+        if ResumableDataLoader.is_position(self.position) and isinstance(loader, ResumableDataLoader):
             loader.load_state_dict(self.position)
         if pl_module.plan is not None:
             refuse_other_steps(self.steps, pl_module.plan.of_checkpoint())
         self.position = None
         self.steps = None
-        rank_zero_info(f"{pl_module.plan}; {optimizers.described(trainer.optimizers[0])}")
+        rank_zero_info(f"{pl_module.plan}; {optimizers.groups_text(trainer.optimizers[0])}")
 
     # ---- a loss that is not finite ----
 
@@ -105,7 +110,8 @@ class Watch(pl.Callback):
         first = next((name for name, norm in named if not math.isfinite(norm)), "none")
         return (
             f"the loss is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}, batch "
-            f"{trainer.fit_loop.batch_idx}) on process {', '.join(map(str, ranks))}; on process {distributed.rank()} {terms}; "
+            f"{trainer.fit_loop.batch_idx}) on process {', '.join(map(str, ranks))}; on process {distributed.rank()} "
+            f"{terms}; "
             f"learning rate {trainer.optimizers[0].param_groups[0]['lr']:.4g}, gradient norm {norm:.4g}, first "
             f"parameter without a finite gradient: {first}. The weights were not changed by it, and checkpoints are as "
             "they were. Try a lower lr, a longer warm-up, precision 32-true or bf16-mixed, a higher T"
@@ -158,7 +164,7 @@ class Watch(pl.Callback):
     def name_last_file(trainer: pl.Trainer, exception: BaseException) -> None:
         """Whatever the exception is: often not more than a lost connection."""
         for loader in loaders(trainer):
-            if not isinstance(loader, Loader) or not hasattr(loader.dataset, "last_read"):
+            if not isinstance(loader, ResumableDataLoader) or not hasattr(loader.dataset, "last_read"):
                 continue
             for process, end in loader.dead_workers():
                 path = loader.dataset.last_read(process)

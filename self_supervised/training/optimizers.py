@@ -32,7 +32,7 @@ def constant(start: float, end: float, progress: float) -> float:
     return start
 
 
-CURVES = {"constant": constant, "linear": line, "cosine": cosine}
+CURVE_FUNCTIONS = {"constant": constant, "linear": line, "cosine": cosine}
 
 
 def warmup(step: int, warmup_steps: float, start: float = 0.0) -> float:
@@ -61,8 +61,8 @@ def warmup_then(
         warmup, then: keys of CURVES, the ways to `value` and to `end`; constant: `value` to the last step.
     """
     if step < warmup_steps:
-        return CURVES[warmup](start, value, step / warmup_steps)
-    return CURVES[then](value, end, after_warmup(step, total_steps, warmup_steps))
+        return CURVE_FUNCTIONS[warmup](start, value, step / warmup_steps)
+    return CURVE_FUNCTIONS[then](value, end, after_warmup(step, total_steps, warmup_steps))
 
 
 def steps_down(progress: float, milestones: tuple[float, ...], factor: float) -> float:
@@ -131,7 +131,7 @@ def checked_batch_size(params: EncoderAndDataParams, accumulated: int, loader: A
 def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: float = 0) -> Plan:
     """The Trainer's length in optimizer steps, and the learning rate for its number of images in one of them
     (linear scaling: https://arxiv.org/abs/1706.02677; square root: https://arxiv.org/abs/1404.5997)."""
-    steps, steps_per_epoch = length(trainer)
+    steps, steps_per_epoch = training_length(trainer)
     accumulated = trainer.accumulate_grad_batches
     if math.isinf(trainer.num_training_batches):
         warmup_epochs = of_endless_loader(params, warmup_epochs)
@@ -146,7 +146,7 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
     return evolve(plan, lr=params.lr * factor, lr_factor=factor, kind=params.dataset.kind)
 
 
-def length(trainer: pl.Trainer) -> tuple[int, int]:
+def training_length(trainer: pl.Trainer) -> tuple[int, int]:
     """Optimizer steps of the whole training and of one epoch; of an endless loader the training is one epoch.
 
     Raises:
@@ -266,7 +266,7 @@ def pretraining_rate(params: ModelParams, plan: Plan, step: int) -> float:
     if p.lr_schedule == "steps":
         milestones = tuple(epoch * plan.steps_per_epoch for epoch in p.lr_decay_steps)
         return max(steps_down(step, milestones, p.lr_decay_factor), end)
-    return CURVES[p.lr_schedule](1.0, end, progress)
+    return CURVE_FUNCTIONS[p.lr_schedule](1.0, end, progress)
 
 
 class Schedule(LambdaLR):
@@ -302,7 +302,7 @@ def per_step(scheduler: LambdaLR) -> dict:
     return {"optimizer": scheduler.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def described(optimizer: torch.optim.Optimizer) -> str:
+def groups_text(optimizer: torch.optim.Optimizer) -> str:
     """Its groups of parameters: one line each, where they have names."""
     groups = optimizer.param_groups
     if not all("name" in group for group in groups):

@@ -20,7 +20,7 @@ ONLINE = "online_classifier."  # its parameters' names
 
 
 @frozen
-class Row:
+class ParameterRow:
     """What one parameter gets."""
 
     name: str
@@ -37,7 +37,7 @@ class Row:
         return (self.lr, self.momentum, self.weight_decay, self.final_weight_decay, self.adapted)
 
 
-def table(module: nn.Module, params: ModelParams) -> list[Row]:
+def parameter_table(module: nn.Module, params: ModelParams) -> list[ParameterRow]:
     """One row for each trainable parameter of `module`, in its order; its encoder is `module.model`.
 
     A parameter starts with `lr` (times `layer_decay` for each stage of the encoder from its own to the heads, as in
@@ -59,7 +59,9 @@ def table(module: nn.Module, params: ModelParams) -> list[Row]:
     rows = []
     for name, parameter in named.items():
         if name.startswith(ONLINE):
-            rows.append(Row(name, tuple(parameter.shape), p.online_classifier_lr, p.momentum, 0.0, 0.0, False, 1.0))
+            rows.append(
+                ParameterRow(name, tuple(parameter.shape), p.online_classifier_lr, p.momentum, 0.0, 0.0, False, 1.0)
+            )
             continue
         factor = factors.get(name, 1.0)
         lr, decay = p.lr * factor, 0.0 if name in excluded else p.weight_decay
@@ -69,7 +71,7 @@ def table(module: nn.Module, params: ModelParams) -> list[Row]:
             if re.search(option["pattern"], name):
                 found |= resolved(option, lr, decay, growth(p))
         adapted = not found.pop("lars_exclude")
-        rows.append(Row(name, tuple(parameter.shape), adapted=adapted, layer_factor=factor, **found))
+        rows.append(ParameterRow(name, tuple(parameter.shape), adapted=adapted, layer_factor=factor, **found))
     return rows
 
 
@@ -111,7 +113,9 @@ def check_matches(module: nn.Module, params: ModelParams, names: list[str]) -> N
         )
 
 
-def groups(rows: list[Row], named: dict[str, nn.Parameter], params: ModelParams) -> list[dict[str, Any]]:
+def optimizer_groups(
+    rows: list[ParameterRow], named: dict[str, nn.Parameter], params: ModelParams
+) -> list[dict[str, Any]]:
     """The optimizer's: parameters that get the same are stepped together. First those without and with exclusion that
     have no options of their own, even if there are none, because checkpoints of the optimizer count groups."""
     p = params
@@ -128,7 +132,7 @@ def groups(rows: list[Row], named: dict[str, nn.Parameter], params: ModelParams)
     ]
 
 
-def printed(rows: list[Row], optimizer_name: str) -> str:
+def printed(rows: list[ParameterRow], optimizer_name: str) -> str:
     """The table in words and numbers, one line a parameter; of what this optimizer has."""
     cells = {
         "parameter": [row.name for row in rows],

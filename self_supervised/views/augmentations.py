@@ -1,7 +1,8 @@
 """A batch of uint8 images -> views: every random operation batched on the images' device, each image its own draw.
 
 The parameters are drawn from torchvision's distributions, by one counter-based generator on the host: the same seed
-gives the same views on every device. The operations themselves are in views/tensor_ops.py, and for the CPU in views/compiled_ops.py.
+gives the same views on every device. The operations themselves are in tensor_ops.py, and for the CPU in
+compiled_ops.py.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from model_params import EncoderAndDataParams, ModelParams
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.distributed import to_device
 from self_supervised.views.tensor_ops import (
     Draws,
@@ -38,7 +39,7 @@ def generator(seed: int | tuple[int, ...]) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
 
 
-def draw_crops(rng: np.random.Generator, n: int, height: int, width: int, view: View) -> Draws:
+def draw_crops(rng: np.random.Generator, n: int, height: int, width: int, view: ViewSettings) -> Draws:
     """n boxes as `RandomResizedCrop` draws them: the first of ten tries that fits, else the largest central box."""
     area = height * width * rng.uniform(*view.crop_scale, (n, 10))
     ratio = np.exp(rng.uniform(*np.log(view.crop_ratio), (n, 10)))
@@ -55,7 +56,7 @@ def draw_crops(rng: np.random.Generator, n: int, height: int, width: int, view: 
     return {"top": top, "left": left, "height": h, "width": w}
 
 
-def draw(rng: np.random.Generator, n: int, view: View) -> Draws:
+def draw_operations(rng: np.random.Generator, n: int, view: ViewSettings) -> Draws:
     """The parameters of everything but the crop, for n images."""
 
     def factor(strength: float) -> np.ndarray:
@@ -79,7 +80,7 @@ def draw(rng: np.random.Generator, n: int, view: View) -> Draws:
 # ---- views ----
 
 
-def make_view(x: Tensor, draws: Draws, boxes: Draws | None, view: View) -> Tensor:
+def make_view(x: Tensor, draws: Draws, boxes: Draws | None, view: ViewSettings) -> Tensor:
     """One view from float images and drawn parameters; no boxes: the images were cropped by whoever decoded them."""
 
     def drawn(name: str) -> Tensor:
@@ -101,7 +102,7 @@ def make_view(x: Tensor, draws: Draws, boxes: Draws | None, view: View) -> Tenso
 
 
 def augment(
-    images: Tensor | list[Tensor], seed, views: list[View], mean: tuple, std: tuple, torch_compile: bool = False
+    images: Tensor | list[Tensor], seed, views: list[ViewSettings], mean: tuple, std: tuple, torch_compile: bool = False
 ) -> list[Tensor]:
     """uint8 images [N, C, H, W], or a list with one already cropped batch a view -> normalized float views.
 
@@ -119,9 +120,11 @@ def augment(
         whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
         n = len(x) // (n_frames or 1)
         boxes = whole if cropped else draw_crops(rng, n, *x.shape[2:], view)
-        matrix = to_matrix({**boxes, **draw(rng, n, view)}).repeat(n_frames or 1, axis=0)
+        matrix = to_matrix({**boxes, **draw_operations(rng, n, view)}).repeat(n_frames or 1, axis=0)
         if x.device.type == "cpu":
-            from self_supervised.views.compiled_ops import make_view as on_cpu  # here: importing Numba takes its time
+            from self_supervised.views.compiled_ops import (
+                compiled_view as on_cpu,  # here: importing Numba takes its time
+            )
 
             size = x.shape[2] if cropped else view.crop_size
             made = on_cpu(x, matrix, size, view.solarize_threshold, mean, std)
@@ -138,7 +141,9 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
     return images.expand(-1, channels, -1, -1) if (images.shape[1], channels) == (1, 3) else images
 
 
-def make_normalized_view(images: Tensor, matrix: Tensor, view: View, cropped: bool, mean: tuple, std: tuple) -> Tensor:
+def make_normalized_view(
+    images: Tensor, matrix: Tensor, view: ViewSettings, cropped: bool, mean: tuple, std: tuple
+) -> Tensor:
     """uint8 images and the matrix of what was drawn for them, both on the device -> one view."""
     draws = from_matrix(matrix)
     return normalize(make_view(images.float() / 255, draws, None if cropped else draws, view), mean, std)

@@ -1,4 +1,4 @@
-"""The operations of views/tensor_ops.py as loops over one image, compiled by Numba: the views of uint8 images on the CPU.
+"""The operations of tensor_ops.py as loops over one image, compiled by Numba: the views of uint8 images on the CPU.
 
 An image stays in the cache from its first operation to its last, operations that it was not drawn for cost nothing, and
 it is written once, normalized. Both are held to torchvision's by the same tests.
@@ -16,7 +16,7 @@ from numba import njit
 from torch import Tensor
 
 from self_supervised.catalogue import BLUR_RADIUS
-from self_supervised.views.tensor_ops import COLUMNS, LUMA, check_channels
+from self_supervised.views.tensor_ops import DRAW_COLUMNS, LUMA, check_channels
 
 OPTIONS = {"nogil": True, "fastmath": True, "error_model": "numpy"}
 
@@ -43,18 +43,18 @@ def say_uncached() -> None:
 
 ZERO, ONE, FOUR, SIX = (np.float32(value) for value in (0, 1, 4, 6))  # with Python's numbers all were float64
 RED, GREEN, BLUE = (np.float32(value) for value in LUMA)
-STRENGTHS, ORDER = map(COLUMNS.index, ("brightness", "order0"))
+STRENGTHS, ORDER = map(DRAW_COLUMNS.index, ("brightness", "order0"))
 
 
 @compiled
-def color_jitter(x, d):
+def jitter_pixels(x, d):
     for position in range(4):
         which = int(d[ORDER + position])
         strength = d[STRENGTHS + which]
         if which == 0:
-            blend(x, ZERO, strength)
+            blend_pixels(x, ZERO, strength)
         elif which == 1:
-            blend(x, mean_gray(x), strength)
+            blend_pixels(x, mean_gray(x), strength)
         elif which == 2 and x.shape[0] == 3:
             saturation(x, strength)
         elif which == 3 and x.shape[0] == 3:
@@ -77,7 +77,7 @@ def mean_gray(x):
 
 
 @compiled
-def blend(x, other, factor):
+def blend_pixels(x, other, factor):
     """Brightness blends with black, contrast with the image's mean gray."""
     rest = (ONE - factor) * other
     for c in range(x.shape[0]):
@@ -125,22 +125,22 @@ def grayscale(x):
 
 
 @compiled
-def solarize(x, threshold):
+def solarize_pixels(x, threshold):
     for c in range(x.shape[0]):
         plane = x[c]
         for k in range(plane.size):
             plane[k] = ONE - plane[k] if plane[k] >= threshold else plane[k]
 
 
-# ---- The operations of views/tensor_ops.py as loops over one image, compiled by Numba: the views of uint8 images on the CPU ----
+# ---- one view of one image ----
 
 
 HALF = np.float32(0.5)
-TOP, LEFT, HEIGHT, WIDTH, FLIP = map(COLUMNS.index, ("top", "left", "height", "width", "flip"))
-JITTER, GRAYSCALE, BLUR, SIGMA, SOLARIZE = map(COLUMNS.index, ("jitter", "grayscale", "blur", "sigma", "solarize"))
+TOP, LEFT, HEIGHT, WIDTH, FLIP = map(DRAW_COLUMNS.index, ("top", "left", "height", "width", "flip"))
+JITTER, GRAYSCALE, BLUR, SIGMA, SOLARIZE = map(DRAW_COLUMNS.index, ("jitter", "grayscale", "blur", "sigma", "solarize"))
 
 
-def make_view(images: Tensor, draws: np.ndarray, size: int, threshold: float, mean: tuple, std: tuple) -> Tensor:
+def compiled_view(images: Tensor, draws: np.ndarray, size: int, threshold: float, mean: tuple, std: tuple) -> Tensor:
     """uint8 images [N, C, H, W] and one row of `draws` an image -> normalized floats [N, C, size, size]."""
     check_channels(images, mean)
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -171,15 +171,15 @@ def write_views(images, draws, threshold, mean, std, out):
     planes = x.reshape(channels, -1)
     for n in range(len(images)):
         d = draws[n]
-        resized_crop(images[n], int(d[TOP]), int(d[LEFT]), int(d[HEIGHT]), int(d[WIDTH]), d[FLIP] > 0, x)
+        crop_loop(images[n], int(d[TOP]), int(d[LEFT]), int(d[HEIGHT]), int(d[WIDTH]), d[FLIP] > 0, x)
         if d[JITTER] > 0:
-            color_jitter(planes, d)
+            jitter_pixels(planes, d)
         if d[GRAYSCALE] > 0 and channels == 3:
             grayscale(planes)
         if d[BLUR] > 0:
-            blur(x, d[SIGMA], scratch)
+            blurred_crop(x, d[SIGMA], scratch)
         if d[SOLARIZE] > 0:
-            solarize(planes, threshold)
+            solarize_pixels(planes, threshold)
         pixels = out[n].reshape(-1, channels)
         for c in range(channels):
             scale, plane = ONE / std[c], planes[c]
@@ -208,7 +208,7 @@ def interpolation(length, size):
 
 
 @compiled
-def resized_crop(image, top, left, height, width, flip, x):
+def crop_loop(image, top, left, height, width, flip, x):
     """The box of image [H, W, C] -> x [C, size, size], values from 0 to 1."""
     channels, size = x.shape[0], x.shape[1]
     first_row, row_weights = interpolation(height, size)
@@ -255,7 +255,7 @@ def three_channels(line, first, weights, flip, x, i):
 
 
 @compiled
-def blur(x, sigma, columns_done):
+def blurred_crop(x, sigma, columns_done):
     """Columns, then rows, each with half a kernel: it is symmetric. Borders are reflected. columns_done: scratch."""
     size = x.shape[1]
     kernel = np.exp(np.float32(-0.5) * (np.arange(BLUR_RADIUS + 1) / sigma) ** 2).astype(np.float32)

@@ -2,8 +2,7 @@
 
 x is [N, C, H, W], floats from 0 to 1. Given the same parameters, each operation equals torchvision's v2 operation on
 float images to 1e-5. Parameters are N numbers each, drawn on the host. There are no branches and no sizes that depend
-on them: nothing waits for the device, and `torch.compile` can fuse a whole view. views/compiled_ops.py has the same for the
-CPU.
+on them: nothing waits for the device, and `torch.compile` can fuse a whole view. compiled_ops.py has the same for the CPU.
 """
 
 import numpy as np
@@ -18,7 +17,7 @@ LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green, blue
 
 
 # Of the matrix [N, columns] in which the draws of N images travel: to the device in one copy, or into compiled loops.
-COLUMNS = (
+DRAW_COLUMNS = (
     *("top", "left", "height", "width", "flip", "jitter", "brightness", "contrast", "saturation", "hue"),
     *("grayscale", "blur", "sigma", "solarize", "order0", "order1", "order2", "order3"),
 )
@@ -27,14 +26,14 @@ COLUMNS = (
 def to_matrix(draws: Draws) -> np.ndarray:
     """[N, columns] in float32. Without a box: the columns of one are 0."""
     orders = {f"order{i}": draws["order"][:, i] for i in range(4)}
-    matrix = np.zeros((len(draws["flip"]), len(COLUMNS)), np.float32)
-    for i, name in enumerate(COLUMNS):
+    matrix = np.zeros((len(draws["flip"]), len(DRAW_COLUMNS)), np.float32)
+    for i, name in enumerate(DRAW_COLUMNS):
         matrix[:, i] = orders.get(name, draws.get(name, 0))
     return matrix
 
 
 def from_matrix(matrix: Tensor) -> Draws:
-    draws = dict(zip(COLUMNS, matrix.unbind(1), strict=True))
+    draws = dict(zip(DRAW_COLUMNS, matrix.unbind(1), strict=True))
     return {**draws, "order": torch.stack([draws[f"order{i}"] for i in range(4)], 1)}
 
 

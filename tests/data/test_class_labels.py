@@ -12,7 +12,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from self_supervised import catalogue
 from self_supervised.data import custom, folders, loader, loading
-from self_supervised.data.class_labels import in_classes, numbers
+from self_supervised.data.class_labels import class_numbers_of, in_classes
 from self_supervised.data.loading import n_classes
 from self_supervised.evaluation import probes, validation
 from self_supervised.evaluation.linear_models import svm
@@ -22,11 +22,11 @@ DATES = torch.tensor([20230101, 20230215, 20240101])
 
 
 def test_classes_are_numbered_by_train_and_others_are_named_with_the_nearest():
-    assert numbers(["b", "a", None], {"val": ["b", None], "test": []}, "x") == {"a": 0, "b": 1}
-    assert numbers([7, 20240101], {"val": [7]}, "x") == {7: 0, 20240101: 1}
-    assert numbers([None], {"val": ["b", "a"]}, "x") == {"a": 0, "b": 1}  # nothing to compare with
+    assert class_numbers_of(["b", "a", None], {"val": ["b", None], "test": []}, "x") == {"a": 0, "b": 1}
+    assert class_numbers_of([7, 20240101], {"val": [7]}, "x") == {7: 0, 20240101: 1}
+    assert class_numbers_of([None], {"val": ["b", "a"]}, "x") == {"a": 0, "b": 1}  # nothing to compare with
     with pytest.raises(ValueError, match="x: val has .* 2 of 3: 'CAR' .nearest: 'car'"):
-        numbers(["cat", "car"], {"val": ["CAR", "zoo", "cat"]}, "x")
+        class_numbers_of(["cat", "car"], {"val": ["CAR", "zoo", "cat"]}, "x")
 
 
 @pytest.mark.parametrize("labels", [
@@ -55,7 +55,9 @@ def test_scores_do_not_depend_on_the_numbers_of_classes():
         sets = x[:60], y[:60], x[60:], y[60:]
         names = list(catalogue.EVALUATIONS)
         found = [validation.evaluate(names, x, y), validation.evaluate(names, x, y, (x, y))]
-        return found + [score(*sets) for score in (probes.knn, probes.retrieval, probes.linear, probes.few_labels, svm)]
+        return found + [
+            score(*sets) for score in (probes.knn_protocol, probes.retrieval, probes.linear, probes.few_labels, svm)
+        ]
 
     assert scores(y) == scores(DATES[y])
     one_hot = nn.functional.one_hot(y)
@@ -224,12 +226,12 @@ def test_lists_of_an_earlier_version_keep_their_numbers_but_for_ids(tmp_path, sm
     p = small(
         dataset_name="folder", data_path=str(tmp_path), transform_crop_size=16, splits_path=str(tmp_path / "kept")
     )
-    made_by = custom.settings(p)
+    made_by = custom.list_settings(p)
     for written, expected in (([7, 3], {7, 3}), ([20240101, 20230101], {0, 1})):
         found = {split: [(f"{i}.png", written[i % 2]) for i in images] for split, images in SPLIT_OF_FOUR.items()}
-        folders.write(tmp_path / "kept", found, made_by)
+        folders.write_lists(tmp_path / "kept", found, made_by)
         assert set(loading.get_dataset(p, ("train",)).labels) == expected and n_classes(p) == 1 + max(expected)
         wrong = {**found, "test": [(found["test"][0][0], 99)]}
-        folders.write(tmp_path / "kept", wrong, made_by)
+        folders.write_lists(tmp_path / "kept", wrong, made_by)
         with pytest.raises(ValueError, match="kept: test has classes that train lacks, 1 of 1: '99'"):
             loading.get_dataset(p, ("train",))

@@ -72,5 +72,5 @@ def test_short_videos_spread_over_the_clip_and_gaps_show_the_frame_before():
 
 
 def test_length_counts_the_last_frame():
-    assert video_files.length(at_rate(300)) == pytest.approx(10)
-    assert video_files.length(np.array([0.0])) == 0
+    assert video_files.clip_length(at_rate(300)) == pytest.approx(10)
+    assert video_files.clip_length(np.array([0.0])) == 0

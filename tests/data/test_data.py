@@ -13,9 +13,9 @@ from sklearn.datasets import load_digits
 
 from model_params import ModelParams
 from self_supervised import catalogue
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.data import loading, packed
-from self_supervised.data.loader import Loader, Share, images_and_labels
+from self_supervised.data.loader import ResumableDataLoader, ResumableSampler, images_and_labels
 
 ROOT = Path(__file__).parents[2]
 
@@ -206,7 +206,7 @@ def folders(tmp_path, monkeypatch):
 
 def test_files_give_one_crop_a_view_drawn_from_seed_epoch_and_image(folders):
     def batches(params, epoch):
-        views = [View(crop_size=16), View(crop_size=8)]
+        views = [ViewSettings(crop_size=16), ViewSettings(crop_size=8)]
         loader = loading.get_loader(params, loading.get_dataset(params, ("train",), views), training=True)
         loader.sampler.set_epoch(epoch)
         return [([view.clone() for view in images], labels) for images, labels in loader]
@@ -240,4 +240,4 @@ def test_what_loaders_may_yield():
 
 def test_workers_that_would_stay_in_the_first_epoch_are_refused():
     with pytest.raises(ValueError, match="persistent_workers=True would keep the workers in the first epoch"):
-        Loader(range(4), sampler=Share(range(4), 1, 0), num_workers=1, persistent_workers=True)
+        ResumableDataLoader(range(4), sampler=ResumableSampler(range(4), 1, 0), num_workers=1, persistent_workers=True)

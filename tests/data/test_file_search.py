@@ -12,7 +12,7 @@ from self_supervised.data import file_search, loading
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, is_hidden
 from self_supervised.data.folders import entries
 from self_supervised.data.image_files import class_folders
-from self_supervised.data.video_files import in_class_folders
+from self_supervised.data.video_files import videos_in_class_folders
 from self_supervised.embeddings.sources import open_source
 
 HIDDEN = (".ipynb_checkpoints/1.png", "a/._1.png", "a/.DS_Store", "__MACOSX/a/1.png", "a/.cache/deep/2.png")
@@ -69,7 +69,7 @@ def test_hidden_files_are_passed_over_by_every_search_also_below_a_hidden_folder
     (root / ".empty").mkdir()
     for name in ("a/v", "b/v", ".ipynb_checkpoints/v", "a/.thumbnails"):
         save(root.parent / "frames" / name / "1.png")
-    videos = in_class_folders(root.parent / "frames", of_frames=True)
+    videos = videos_in_class_folders(root.parent / "frames", of_frames=True)
     assert [(os.path.relpath(path, root.parent / "frames"), label) for path, label in videos] == [
         ("a/v", 0),
         ("b/v", 1),

@@ -20,10 +20,10 @@ from torch import nn
 
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.data import image_files, loading
 from self_supervised.data.image_files import ImageFiles, class_folders, read_image
-from self_supervised.data.video_files import in_class_folders
+from self_supervised.data.video_files import videos_in_class_folders
 from self_supervised.embeddings.sources import Batches, open_source
 
 RAMP = np.linspace(0, 255, 40 * 30).reshape(40, 30).astype(np.uint8)
@@ -209,7 +209,10 @@ def pil_view(image: Image.Image, box: tuple[int, ...], size: int) -> np.ndarray:
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_views_are_the_crops_of_pil_to_one_gray_level(channels, mode, tmp_path):
     path = one_class(tmp_path, Image.fromarray(load_sample_images().images[0]).convert(mode))
-    views = [View(crop_size=224), View(crop_size=200, crop_scale=(0.05, 0.2))]  # made smaller, and larger
+    views = [
+        ViewSettings(crop_size=224),
+        ViewSettings(crop_size=200, crop_scale=(0.05, 0.2)),
+    ]  # made smaller, and larger
     dataset = ImageFiles(tmp_path, channels, 224, views, seed=0)
     image = read_image(str(path), channels)
     for dataset.epoch in range(5):
@@ -223,7 +226,10 @@ def test_views_are_the_crops_of_pil_to_one_gray_level(channels, mode, tmp_path):
 def test_large_jpegs_are_decoded_at_a_reduced_scale_and_views_stay_close(size, scale, progressive, tmp_path):
     photograph = Image.fromarray(load_sample_images().images[0])  # a temple with fine tiles, 640 x 427
     path = one_class(tmp_path, photograph, progressive=progressive)
-    views = [View(crop_size=size, crop_scale=(0.6, 1.0)), View(crop_size=size // 2, crop_scale=(0.5, 1.0))]
+    views = [
+        ViewSettings(crop_size=size, crop_scale=(0.6, 1.0)),
+        ViewSettings(crop_size=size // 2, crop_scale=(0.5, 1.0)),
+    ]
     dataset, image, differences = ImageFiles(tmp_path, 3, size, views, seed=0), read_image(str(path), 3), []
     for dataset.epoch in range(10):
         exact = dataset.boxes(0, image.size)
@@ -237,7 +243,7 @@ def test_large_jpegs_are_decoded_at_a_reduced_scale_and_views_stay_close(size, s
 
 
 def test_no_crop_becomes_smaller_than_its_view(folders):
-    views = [View(crop_size=224), View(crop_size=96)]
+    views = [ViewSettings(crop_size=224), ViewSettings(crop_size=96)]
     for sides, scale in (((559, 500), 1), ((560, 500), 2), ((1200, 239), 1), ((1200, 480), 4), ((99999, 99999), 8)):
         assert image_files.reduction([(7, 7, 7 + side, 2007 + side) for side in sides], views) == scale
     dataset, _ = everything(folders)  # 40 x 30: too small to be reduced
@@ -248,14 +254,14 @@ def test_no_crop_becomes_smaller_than_its_view(folders):
 def test_only_jpegs_of_known_modes_are_reduced(mode, kept, tmp_path):
     path = one_class(tmp_path, photo(200, 400).convert(mode))
     assert image_files.jpeg_size(str(path)) == ((400, 200) if kept else None)
-    dataset = ImageFiles(tmp_path, 3, 16, [View(crop_size=16)] * 2, seed=0)
+    dataset = ImageFiles(tmp_path, 3, 16, [ViewSettings(crop_size=16)] * 2, seed=0)
     assert (dataset.read(0)[0].width < 400) == kept and dataset.read(0)[0].mode == "RGB"
 
 
 def test_a_large_truncated_jpeg_is_named_too(tmp_path):
     path = one_class(tmp_path, photo(400, 300))
     path.write_bytes(path.read_bytes()[:20000])
-    for views in ([View(crop_size=16)] * 2, []):
+    for views in ([ViewSettings(crop_size=16)] * 2, []):
         with pytest.raises(ValueError, match="cat/0.jpg could not be read as an image .*truncated"):
             ImageFiles(tmp_path, 3, 16, views, seed=0)[0]
         with pytest.raises(ValueError, match="none of the 1 images could be read"):
@@ -276,7 +282,7 @@ def test_class_folders_are_numbered_by_those_of_train(tmp_path):
         assert found[0] == found[1]
         return found[0]
 
-    frames = partial(in_class_folders, of_frames=True)
+    frames = partial(videos_in_class_folders, of_frames=True)
     make("train", "ant", "bee", "café")
     assert labels("train") == [0, 1, 2]
     make("val", "ant", "cafe\u0301")  # a class may be missing, and macOS decomposes accents
@@ -300,7 +306,7 @@ def test_one_limit_of_pixels_for_all_readers_before_decoding(name, side, tmp_pat
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         tar.add(path, f"c/{name}")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    views = [View(crop_size=4)] * 2
+    views = [ViewSettings(crop_size=4)] * 2
     pages = {"a.tif": [None, [0, 255]], "a.npy": [[0, 255]]}.get(name, [None])
     for pixel_range in pages:
         for root in (tmp_path / "train", tmp_path / "train.tar"):

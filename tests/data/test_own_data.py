@@ -328,8 +328,8 @@ def test_a_file_of_the_users_may_be_called_as_that_of_the_settings(photos, tmp_p
 
 def test_lists_know_every_setting_that_is_not_of_another_place():
     others = {"data_path", "splits_path", "pixel_range", "data_fraction"}
-    names = set(model_params.OWN_DATA)
-    assert set(custom.settings(EncoderAndDataParams(dataset_name="folder"))) == names - others
+    names = set(model_params.CUSTOM_DATA)
+    assert set(custom.list_settings(EncoderAndDataParams(dataset_name="folder"))) == names - others
     check_settings(Path(), {"val_size": 0.1}, {"val_size": 0.1, "image_key": "jpg"})  # lists of an earlier version
 
 
@@ -644,7 +644,7 @@ def test_a_classifier_is_loaded_where_the_images_are_others(images, version, pho
         fit = trainer(limit_train_batches=1, limit_val_batches=0)
         fit.fit(method)
         fit.save_checkpoint(tmp_path / f"{name}.ckpt", weights_only=False)
-        content = checkpoints.read(tmp_path / f"{name}.ckpt")
+        content = checkpoints.read_checkpoint(tmp_path / f"{name}.ckpt")
         if version == "earlier":
             content["hyper_parameters"].pop("n_classes")
         torch.save(content, tmp_path / f"{name}.ckpt")

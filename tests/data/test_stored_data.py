@@ -24,7 +24,7 @@ from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import catalogue, train
 from self_supervised.data import custom, file_search, loader, loading, tar_shards
-from self_supervised.data.loader import Share
+from self_supervised.data.loader import ResumableSampler
 from self_supervised.embeddings import embed
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import features
@@ -437,7 +437,7 @@ def test_processes_read_runs_of_shards_and_every_image_once(world, sizes, monkey
     dataset = Numbers(sizes)
     orders = []
     for epoch in (0, 1):
-        shares = [Share(dataset, world, rank, seed=3) for rank in range(world)]
+        shares = [ResumableSampler(dataset, world, rank, seed=3) for rank in range(world)]
         for share in shares:
             share.set_epoch(epoch)
         dealt = [list(share) for share in shares]
@@ -453,15 +453,15 @@ def test_processes_read_runs_of_shards_and_every_image_once(world, sizes, monkey
     assert orders[0] != orders[1] and (
         len(sizes) == 1 or list(dataset.shards[orders[0]]) != list(dataset.shards[orders[1]])
     )
-    short = [list(Share(dataset, world, rank, seed=3, drop_last=True)) for rank in range(world)]
+    short = [list(ResumableSampler(dataset, world, rank, seed=3, drop_last=True)) for rank in range(world)]
     assert len({i for part in short for i in part}) == len(dataset) // world * world
-    in_order = [list(Share(dataset, world, rank, shuffle=False)) for rank in range(world)]
+    in_order = [list(ResumableSampler(dataset, world, rank, shuffle=False)) for rank in range(world)]
     assert in_order[0] == list(range(0, len(dataset), world))
 
 
 def test_a_set_within_the_window_is_shuffled_as_files_are():
     dataset = Numbers([50, 50])
-    assert list(Share(dataset, 2, 1, seed=3)) == list(Share(range(100), 2, 1, seed=3))
+    assert list(ResumableSampler(dataset, 2, 1, seed=3)) == list(ResumableSampler(range(100), 2, 1, seed=3))
 
 
 # ---- training ----
@@ -632,7 +632,7 @@ def test_programs(kind, stored, tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / "run" / "pretrained.ckpt"
     scores = evaluate_checkpoint(checkpoint, ["knn"], baselines=False, num_data_workers=0)
     assert [run["dataset"] for run in scores["runs"]] == ["folder"]
-    embed.embed(checkpoint, stored[kind], tmp_path / "features.parquet", batch_size=16, num_workers=0)
+    embed.embed_folder(checkpoint, stored[kind], tmp_path / "features.parquet", batch_size=16, num_workers=0)
     paths, embeddings, found = embed.read(tmp_path / "features.parquet")
     assert len(paths) == 50 and embeddings.shape[0] == 50
     assert sorted(found) == ["0"] * 30 + ["1"] * 20 if kind == "shards" else ["china"] * 30 + ["flower"] * 20

@@ -14,12 +14,12 @@ from torch import nn
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.data import loading, video_files
 from self_supervised.data.files import readable_rows
 from self_supervised.evaluation import features
 from self_supervised.networks import pretrained
-from self_supervised.networks.encoders import embed
+from self_supervised.networks.encoders import embeddings_of
 from self_supervised.runs import preview
 from self_supervised.views import augmentations
 
@@ -44,7 +44,7 @@ def params(request, tmp_path, monkeypatch):
     return ModelParams(**SMALL, video_decoder=request.param, frames_per_second=10)
 
 
-def views_of(params) -> list[View]:
+def views_of(params) -> list[ViewSettings]:
     return params.views
 
 
@@ -217,7 +217,7 @@ def test_class_folders_are_read_to_their_depths_and_what_is_no_video_is_counted(
         (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "train" / name).touch()
     with caplog.at_level("INFO"):
-        found = video_files.in_class_folders(tmp_path / "train", False)
+        found = video_files.videos_in_class_folders(tmp_path / "train", False)
     assert "train: 3 videos; passed over: 3 hidden (such as" in caplog.text
     assert "1 .txt (such as" in caplog.text and "1 .gif (such as" in caplog.text
     expected = [("a/1.mp4", 0), ("a/sub/2.MTS", 0), ("b/5.mkv", 1)]
@@ -340,12 +340,12 @@ def test_the_linear_stage_takes_over_how_clips_are_read(params, trainer, tmp_pat
 def test_the_mean_embedding_of_the_clips_of_a_video():
     encoder, x = SmallEncoder().eval(), torch.rand(2, 5, 3, 4, 16, 16)
     expected = torch.stack([torch.stack([encoder(clip[None])[0] for clip in video]).mean(0) for video in x])
-    assert torch.allclose(embed(encoder, x), expected, atol=1e-6)
-    assert torch.equal(embed(encoder, x[:, 0]), encoder(x[:, 0]))
+    assert torch.allclose(embeddings_of(encoder, x), expected, atol=1e-6)
+    assert torch.equal(embeddings_of(encoder, x[:, 0]), encoder(x[:, 0]))
 
 
 def test_a_preview_shows_strips_of_frames(params, tmp_path):
-    path = preview.write(attrs.evolve(params, evaluation_clips=2), tmp_path / "views.png", rows=2)
+    path = preview.write_preview(attrs.evolve(params, evaluation_clips=2), tmp_path / "views.png", rows=2)
     strips = preview.as_strips(torch.arange(10).view(1, 1, 10, 1, 1).expand(2, 3, 10, 5, 7))
     assert strips.shape == (2, 3, 5, 4 * 7) and strips[0, 0, 0, ::7].tolist() == [0, 3, 6, 9]
     with Image.open(path) as sheet:

@@ -167,7 +167,7 @@ def test_several_seeds_have_a_mean_and_a_deviation(checkpoint, monkeypatch, tmp_
 
 def test_deviations_over_draws_stand_beside_their_mean():
     run = {"protocol": "svm", "dataset": "digits", "encoder": "trained", "seed": 0}
-    found = results.table([{**run, "scores": {"shot1_acc1": 40.0, "shot1_acc1_std": 2.5}}])
+    found = results.results_markdown([{**run, "scores": {"shot1_acc1": 40.0, "shot1_acc1_std": 2.5}}])
     assert found.splitlines()[2:] == ["| svm | shot1_acc1 | 40.00 ± 2.50 |"]
 
 
@@ -239,7 +239,7 @@ def voc_folder(tmp_path, monkeypatch):
         for name, row in zip(names, labels, strict=True):
             pixels = rng.integers(100, size=(30, 40, 3)) + 100 * (row[0] > 0)
             Image.fromarray(pixels.astype(np.uint8)).save(root / f"JPEGImages/{name}.jpg")
-        for k, name in enumerate(image_files.CLASSES):
+        for k, name in enumerate(image_files.VOC_CLASSES):
             lines = [f"{image} {label:2}" for image, label in zip(names, labels[:, k], strict=True)]
             (root / f"ImageSets/Main/{name}_{split}.txt").write_text("\n".join(lines) + "\n")
     return root
@@ -250,7 +250,7 @@ def test_voc_is_read_from_its_lists(voc_folder):
     dataset = loading.get_dataset(params, ("test",))
     image, label = dataset[3]
     lines = [
-        (voc_folder / f"ImageSets/Main/{name}_test.txt").read_text().splitlines()[3] for name in image_files.CLASSES
+        (voc_folder / f"ImageSets/Main/{name}_test.txt").read_text().splitlines()[3] for name in image_files.VOC_CLASSES
     ]
     assert image.shape == (3, 32, 32) and label.tolist() == [int(line.split()[1]) for line in lines]
     assert dataset.files[3][0].endswith("JPEGImages/test003.jpg") and len(dataset) == 20
@@ -275,10 +275,10 @@ def test_voc_that_is_not_there_or_contradicts_itself(voc_folder, tmp_path, monke
     lines = path.read_text()
     path.write_text(lines.replace("test003", "test999"))
     with pytest.raises(ValueError, match="dog_test.txt lists other images than aeroplane_test.txt"):
-        image_files.samples(tmp_path / "data/voc07/test")
+        image_files.voc_samples(tmp_path / "data/voc07/test")
     path.write_text(lines + "test020 2\n")
     with pytest.raises(ValueError, match="dog_test.txt must hold the name of an image and -1, 0 or 1"):
-        image_files.samples(tmp_path / "data/voc07/test")
+        image_files.voc_samples(tmp_path / "data/voc07/test")
     path.unlink()
     with pytest.raises(FileNotFoundError, match="voc07/test, each in VOCdevkit/VOC2007 beside it"):
         loading.prepare_data("voc07", ("test",))

@@ -65,7 +65,7 @@ def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Encoder, "forward", must_not)
     again = extract(e, data_params(e), ("test",), tmp_path, stages=True)
     assert torch.equal(first.x, again.x) and torch.equal(first.y, again.y)
-    assert all(torch.equal(first.stages[name], again.stages[name]) for name in features.STAGES)
+    assert all(torch.equal(first.stages[name], again.stages[name]) for name in features.ENCODER_STAGES)
     assert torch.equal(views, extract_views(e, data_params(e), ("train",), tmp_path, 20, 3, seed=1))
 
 
@@ -95,11 +95,13 @@ def test_a_setting_is_part_of_the_name_unless_it_is_listed():
     class Later(EncoderAndDataParams):
         added: int = 0
 
-    assert features.settings(Later()) != features.settings(Later(added=1))
+    assert features.settings_for_features(Later()) != features.settings_for_features(Later(added=1))
     names = {field.name for field in attrs.fields(EncoderAndDataParams)}
     assert set(features.UNUSED) <= names
     first, other = ({"dataset_name": "folder", "pixel_range": [0, top]} for top in (1, 2))
-    assert features.settings(EncoderAndDataParams(**first)) != features.settings(EncoderAndDataParams(**other))
+    assert features.settings_for_features(EncoderAndDataParams(**first)) != features.settings_for_features(
+        EncoderAndDataParams(**other)
+    )
 
 
 class Pooled(nn.Module):
@@ -126,7 +128,7 @@ def test_what_forward_does_is_part_of_an_own_encoders_hash(dtype):
 def test_a_full_disk_is_named_and_leaves_no_features(tmp_path):
     rows = ({"x": torch.ones(100, 64), "y": torch.ones(100)} for _ in range(10))
     with processes.full_disk(50_000), pytest.raises(OSError, match="abc could not be written"):
-        features.write(tmp_path / "abc", 1000, rows, 10, "features")
+        features.write_features(tmp_path / "abc", 1000, rows, 10, "features")
     assert not list(tmp_path.iterdir())
 
 
@@ -153,7 +155,7 @@ def test_views_are_the_data_sets_augmentations(tmp_path):
     found = extract_views(e, data_params(e), ("train",), tmp_path, 30, 4, seed=3)
     assert found.shape == (30, 4, 8)
     params = data_params(e)
-    view = catalogue.View(**{**vars_of(params.dataset.view), "crop_size": 8})
+    view = catalogue.ViewSettings(**{**vars_of(params.dataset.view), "crop_size": 8})
     chosen = np.sort(augmentations.generator(3).permutation(1297)[:30])
     images, _ = loading.get_dataset(params, ("train",)).__getitems__(chosen)
     views = augmentations.augment(images, (3, 0), [view] * 4, params.mean, params.std)

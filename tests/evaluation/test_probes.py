@@ -22,7 +22,7 @@ def digits():
 
 def test_knn_is_scikit_learns(digits):
     train_x, train_y, test_x, test_y = (part.double().numpy() for part in digits)
-    found = probes.knn(*digits)
+    found = probes.knn_protocol(*digits)
     for k in probes.KS:
         reference = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
         expected = 100 * reference.fit(train_x, train_y).score(test_x, test_y)
@@ -86,8 +86,8 @@ def test_one_label_a_class_is_this_logistic_regression(digits, monkeypatch):
 
 
 def test_low_shot_svms_are_those_of_their_draws(digits, monkeypatch):
-    monkeypatch.setattr(probes, "SHOTS", (1, 4, 96))
-    monkeypatch.setattr(probes, "DRAWS", 2)
+    monkeypatch.setattr(probes, "VOC_SHOTS", (1, 4, 96))
+    monkeypatch.setattr(probes, "VOC_DRAWS", 2)
     found = probes.low_shot_svm(*digits, seed=2)
     assert sorted(found) == ["shot1_acc1", "shot1_acc1_std", "shot4_acc1", "shot4_acc1_std"]  # 96 are not there
     train_x, train_y, test_x, test_y = digits
@@ -101,8 +101,8 @@ def test_low_shot_svms_are_those_of_their_draws(digits, monkeypatch):
 
 
 def test_low_shot_svms_of_presences(digits, monkeypatch):
-    monkeypatch.setattr(probes, "SHOTS", (2, 8))
-    monkeypatch.setattr(probes, "DRAWS", 2)
+    monkeypatch.setattr(probes, "VOC_SHOTS", (2, 8))
+    monkeypatch.setattr(probes, "VOC_DRAWS", 2)
     train_x, train_y, test_x, test_y = digits
     train, test = (torch.stack([y % 2 * 2 - 1, (y > 6) * 2 - 1, (y < 4) * 2 - 1], 1) for y in (train_y, test_y))
     found = probes.low_shot_svm(train_x, train, test_x, test)

@@ -494,7 +494,7 @@ def test_counts_are_those_of_torchvisions_tables(arch):
     params = EncoderAndDataParams(encoder_arch=arch, transform_crop_size=224, dataset_name="imagenet")
     with torch.device("meta"):
         made, width = get_encoder(params)
-    parts = count.count(Encoder(made, params, Report("", "", "", 0, ())))
+    parts = count.count_parts(Encoder(made, params, Report("", "", "", 0, ())))
     table = next(iter(torchvision.models.get_model_weights(arch))).meta
     parameters, flops = sum(part.parameters for part in parts), sum(part.flops for part in parts)
     classifier = width * 1000
@@ -506,7 +506,7 @@ def test_parts_of_a_resnet_and_its_heads(checkpoint):
     content = torch.load(checkpoint)
     method = SelfSupervisedMethod(content["hyper_parameters"])
     method.load_state_dict(content["state_dict"])
-    parts = {part.name: part.parameters for part in count.count(load_encoder(checkpoint))}
+    parts = {part.name: part.parameters for part in count.count_parts(load_encoder(checkpoint))}
     parts |= {part.name: part.parameters for part in count.heads(method.state_dict())}
     expected = {"stem": [method.model.conv1, method.model.bn1]}
     expected |= {f"layer{i}": [getattr(method.model, f"layer{i}")] for i in (1, 2, 3, 4)}

@@ -94,11 +94,11 @@ def test_standardized_weights(shape):
     weight = torch.randn(shape) * 2 + 1
     rows = weight.flatten(1).numpy()
     expected = (rows - rows.mean(1, keepdims=True)) / (rows.std(1, ddof=1, keepdims=True) + 1e-5)
-    assert np.allclose(ws_resnet.standardized(weight).flatten(1), expected, atol=1e-6)
+    assert np.allclose(ws_resnet.standardized_weight(weight).flatten(1), expected, atol=1e-6)
 
 
 def test_one_input_gives_zero_not_nan():
-    assert torch.equal(ws_resnet.standardized(torch.randn(4, 1, 1, 1)), torch.zeros(4, 1, 1, 1))
+    assert torch.equal(ws_resnet.standardized_weight(torch.randn(4, 1, 1, 1)), torch.zeros(4, 1, 1, 1))
 
 
 def test_ws_resnet_is_a_group_normalized_resnet_with_standardized_weights():

@@ -57,7 +57,7 @@ def other(run, tmp_path_factory) -> Path:
 def page(run, digits_path, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_PATH", str(digits_path))
-        return report.write([run], tmp_path_factory.mktemp("page") / "report.html")
+        return report.write_report([run], tmp_path_factory.mktemp("page") / "report.html")
 
 
 def data_of(page: Path) -> dict:
@@ -156,7 +156,7 @@ def test_views_neighbours_and_map_are_of_the_runs_images_and_encoder(run, page):
 
 
 def test_several_runs_are_overlaid_and_told_apart(run, other, tmp_path):
-    content = data_of(report.write([run, other], tmp_path / "both.html", images=0))
+    content = data_of(report.write_report([run, other], tmp_path / "both.html", images=0))
     assert [one["name"] for one in content["runs"]] == ["first", "second"]
     lines = {f["title"]: {(line["run"], line["name"]) for line in f["lines"]} for f in content["figures"]}
     assert lines["Loss"] == {(0, "step_train_loss"), (1, "step_train_loss")}
@@ -172,7 +172,7 @@ def test_presets_that_differ_say_whose_standard_is_whose(run, other, tmp_path):
     config = yaml.safe_load((other / "config.yaml").read_text())
     changed = {"preset": "byol", "prediction_mlp_layers": 3, "dim": 32}
     (tmp_path / "third" / "config.yaml").write_text(yaml.safe_dump(config | changed))
-    content = data_of(report.write([run, other, tmp_path / "third"], tmp_path / "three.html", images=0))
+    content = data_of(report.write_report([run, other, tmp_path / "third"], tmp_path / "three.html", images=0))
     standard = {row["name"]: row["preset"] for row in content["settings"]["rows"]}
     assert standard["prediction_mlp_layers"] == "moco_v2 0, byol 2" and standard["dim"] == "128"
 
@@ -187,21 +187,21 @@ def test_long_lines_are_thinned_without_losing_a_peak():
 
 
 def test_what_a_run_has_not_is_left_out_with_the_reason(run, other, tmp_path, monkeypatch):
-    (about,) = data_of(report.write([other], tmp_path / "r.html"))["runs"]
+    (about,) = data_of(report.write_report([other], tmp_path / "r.html"))["runs"]
     assert (
         about["map"] == about["neighbours"] == {"missing": "second has no checkpoint"} and "columns" in about["views"]
     )
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "nothing"))
-    (about,) = data_of(report.write([run], tmp_path / "r.html"))["runs"]
+    (about,) = data_of(report.write_report([run], tmp_path / "r.html"))["runs"]
     for part in ("views", "neighbours", "map"):
         assert "digits is not in" in about[part]["missing"] and "set DATA_PATH" in about[part]["missing"]
     assert not (tmp_path / "nothing").exists()  # nothing was downloaded or packed
     (tmp_path / "begun").mkdir()
     shutil.copy(run / "config.yaml", tmp_path / "begun")
-    content = data_of(report.write([tmp_path / "begun"]))
+    content = data_of(report.write_report([tmp_path / "begun"]))
     assert content["figures"] == content["results"] == [] and content["runs"][0]["state"].startswith("not finished")
     (tmp_path / "begun/results.json").write_text('{"epochs": 300, "random encoder": {}}')  # as it was written earlier
-    (about,) = data_of(report.write([tmp_path / "begun"]))["runs"]
+    (about,) = data_of(report.write_report([tmp_path / "begun"]))["runs"]
     assert about["state"].startswith("not finished")
 
 
@@ -216,14 +216,14 @@ def test_what_a_run_has_not_is_left_out_with_the_reason(run, other, tmp_path, mo
 )
 def test_what_cannot_work_is_refused_in_a_sentence(runs, more, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        report.write(runs, **more)
+        report.write_report(runs, **more)
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_path(tmp_path):
     folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
-    assert tables.names_of(folders) == ["a/run", "b/run"]
+    assert tables.names_of_runs(folders) == ["a/run", "b/run"]
     with pytest.raises(ValueError, match="named twice"):
-        tables.names_of([folders[0], folders[0]])
+        tables.names_of_runs([folders[0], folders[0]])
 
 
 def test_the_command_writes_into_the_runs_folder(run, monkeypatch, capsys):
@@ -287,7 +287,7 @@ def test_the_page_is_drawn_and_readable(page, tmp_path, width, dark):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_curves_answer(run, other, tmp_path):
     """The read-out, smoothing, epochs, hiding a run; and a hostile command is only text."""
-    page = report.write([run, other], tmp_path / "both.html", images=0)
+    page = report.write_report([run, other], tmp_path / "both.html", images=0)
     with Browser(page, tmp_path / "profile") as browser:
         assert browser.run("document.title") == "first, second: report"
         assert "document.title='bad'" in browser.run("document.querySelector('#provenance').innerText")

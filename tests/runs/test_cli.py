@@ -72,7 +72,7 @@ def test_help_shows_every_field_with_its_comment_type_and_the_presets_default(ca
         sources = "".join(inspect.getsource(base) for base in kind.__mro__ if attrs.has(base))
         written = dict(re.findall(r"^    (\w+): .*?  # (.*)$", sources, re.M))
         for attribute in attrs.fields(kind):
-            heading, comment = command_line.described(kind)[attribute.name]
+            heading, comment = command_line.field_comments(kind)[attribute.name]
             assert comment and f"--{attribute.name} " in words and f"{heading}:" in words, attribute.name
             assert written.get(attribute.name, comment) == comment and f"{comment} (default" in words, attribute.name
     assert "--optimizer_name sgd|lars|adamw|adam lars: for large batches (default: lars)" in words
@@ -204,7 +204,7 @@ def test_the_dry_run_knows_the_figures_of_the_run_even_if_one_batch_has_only_one
     def dry(params, make_trainer):
         return SimpleNamespace(params=params, trainer=SimpleNamespace(callback_metrics={"step_train_loss": 1.0}))
 
-    monkeypatch.setattr(dry_run, "run", dry)
+    monkeypatch.setattr(dry_run, "run_two_steps", dry)
     line = f"{SMALL} --dry_run --probe_on_training_set {bool(fitted_on)} --save_best step_train_loss:max,valid_rank_me,"
     main(f"{line}valid_knn20_acc{fitted_on},valid_class_acc{fitted_on}", monkeypatch)
     with pytest.raises(SystemExit, match="save_best='valid_clas_acc' is not logged: choose one of .*valid_class_acc"):
@@ -258,11 +258,11 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
         main(RUN.format(out=out), monkeypatch)
     line = RUN.format(out=out).replace(" --seed 3", " --resume auto --max_epochs 4 --lr 0.01")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
-        patch.setattr(train, "score", interrupted)
+        patch.setattr(train, "validation_scores", interrupted)
         main(line, monkeypatch)
     scores = json.loads((out / "results.json").read_text())
     assert set(scores) == {"preset", "random encoder", "pretraining minutes"}  # the others were of the encoder before
-    assert tables.state(compare.read(out)) == "not finished: in epoch 4 of 4"
+    assert tables.state(compare.read_run(out)) == "not finished: in epoch 4 of 4"
     main(line, monkeypatch)
     states = [torch.load(out / name, weights_only=True)["state_dict"] for name in ("pretrained.ckpt", "linear.ckpt")]
     assert torch.equal(*(state["model.conv1.0.weight"] for state in states))  # the classifier is of this encoder
@@ -277,7 +277,7 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     assert kept == {**scores, "pretraining minutes": kept["pretraining minutes"]}  # of the same encoder
     (optimizer,) = torch.load(out / "pretrained.ckpt", weights_only=True)["optimizer_states"]
     assert {group["initial_lr"] for group in optimizer["param_groups"]} == {0.01}
-    assert tables.state(compare.read(out)) == "finished"
+    assert tables.state(compare.read_run(out)) == "finished"
     assert (out / "command.txt").read_text().splitlines()[1] == f"self-supervised train {line}"
     assert len(json.loads((out / "run.json").read_text())) == 5
     assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3  # of the run that it goes on with
@@ -343,14 +343,14 @@ def test_a_finished_run_without_its_steps_is_kept(run, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="holds an earlier run"):
         main(RUN.format(out=out), monkeypatch)
     assert (out / "pretrained.ckpt").read_bytes() == before
-    assert train.newest(out, "pretraining") == out / "pretrained.ckpt"  # --resume auto goes on with it
+    assert train.newest_of_stage(out, "pretraining") == out / "pretrained.ckpt"  # --resume auto goes on with it
 
 
 def test_a_configuration_written_by_hand_is_kept(tmp_path):
     text = "preset: simclr  # a note\n"
     (tmp_path / "config.yaml").write_text(text)
-    run_folder.begin(tmp_path, "preset: simclr\n", ["train.py"])
-    run_folder.begin(tmp_path, "preset: simclr\n", ["train.py"])  # not kept once more
+    run_folder.begin_run_folder(tmp_path, "preset: simclr\n", ["train.py"])
+    run_folder.begin_run_folder(tmp_path, "preset: simclr\n", ["train.py"])  # not kept once more
     (kept,) = tmp_path.glob("config_by_hand_*.yaml")
     assert kept.read_text() == text and (tmp_path / "config.yaml").read_text() == "preset: simclr\n"
 
@@ -371,7 +371,7 @@ def test_a_file_of_a_run_that_cannot_be_read_is_named(name, content, tmp_path):
     (tmp_path / "config.yaml").write_text("preset: simclr\n")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
-        compare.read(tmp_path)
+        compare.read_run(tmp_path)
 
 
 def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, monkeypatch, tmp_path):
@@ -382,7 +382,7 @@ def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, m
     line = RUN.format(out=tmp_path / "killed").replace("--linear_epochs 1", "--resume auto --max_time 00:00:00:01")
     main(line.replace("--max_epochs 3", "--max_epochs 300"), monkeypatch)
     torch.use_deterministic_algorithms(False)
-    scores, found = json.loads((tmp_path / "killed/results.json").read_text()), compare.read(tmp_path / "killed")
+    scores, found = json.loads((tmp_path / "killed/results.json").read_text()), compare.read_run(tmp_path / "killed")
     random, *epochs = [float(row["valid_knn20_acc"]) for row in rows_of(tmp_path / "killed") if row["valid_knn20_acc"]]
     assert random == pytest.approx(scores["random encoder"]["valid_knn20_acc"])
     assert found.results["best valid_knn20_acc"] == max(epochs)

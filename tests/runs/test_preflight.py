@@ -103,6 +103,6 @@ def test_evaluate_refuses_before_the_first_protocol_runs(options, message, small
     Path("file").touch()
     model = SelfSupervisedMethod(small(transform_crop_size=16))
     torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, "a.ckpt")
-    monkeypatch.setattr(evaluate, "run_all", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(evaluate, "run_protocols", lambda *_: pytest.fail("it ran"))
     with pytest.raises(ValueError, match=message):
         evaluate.evaluate_checkpoint("a.ckpt", **{"protocols": ["knn"], "baselines": False, **options})

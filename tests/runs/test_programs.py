@@ -59,8 +59,8 @@ def test_train_blog_writes_rows_table_and_figure_and_skips_what_is_finished(monk
 
 def test_one_seed_of_the_blog_has_no_deviation():
     row = {"config": "base", "accuracy": "34.8", "pos_cos": "0.226", "neg_cos": "0.225"}
-    assert "| base | 34.8 | 57.7 | 0.226 | 0.225 | 1 |" in train_blog.table([row])
-    assert "34.8 ± 0.0" in train_blog.table([row, row])
+    assert "| base | 34.8 | 57.7 | 0.226 | 0.225 | 1 |" in train_blog.results_table([row])
+    assert "34.8 ± 0.0" in train_blog.results_table([row, row])
 
 
 def test_the_blogs_configurations_differ_as_its_table_says():

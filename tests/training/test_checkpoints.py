@@ -45,7 +45,7 @@ def names(folder: Path) -> list[str]:
 def test_the_newest_are_kept_and_nothing_unfinished(saved):
     assert names(saved) == [f"step_{step:09d}.ckpt" for step in (2, 4, 6)]
     assert newest(saved).name == "step_000000006.ckpt"
-    assert checkpoints.read(newest(saved))["global_step"] == 6
+    assert checkpoints.read_checkpoint(newest(saved))["global_step"] == 6
     assert newest(saved / "nothing") is None
     with pytest.raises(ValueError, match="keep=0 and every_n_steps=5 must be at least 1"):
         Checkpoints(saved, every_n_steps=5, keep=0)
@@ -78,7 +78,7 @@ KINDS = ["truncated", "empty", "text", "weights without a name", "one bit flippe
 def test_a_damaged_file_is_named_and_the_one_before_it_taken(kind, saved):
     damage(saved / "step_000000006.ckpt", kind)
     with pytest.raises(ValueError, match=r"step_000000006.ckpt is (damaged|no checkpoint)"):
-        checkpoints.read(saved / "step_000000006.ckpt")
+        checkpoints.read_checkpoint(saved / "step_000000006.ckpt")
     with pytest.warns(UserWarning, match="step_000000006.ckpt .*; trying the checkpoint before it"):
         assert newest(saved).name == "step_000000004.ckpt"
     for path in saved.iterdir():
@@ -93,12 +93,12 @@ def test_a_damaged_file_is_named_and_the_one_before_it_taken(kind, saved):
 def test_any_flipped_bit_is_noticed_or_harmless(saved):
     """Harmless are those in the few bytes between the parts of the file, which hold nothing."""
     path = saved / "step_000000006.ckpt"
-    original, content = path.read_bytes(), checkpoints.read(path)
+    original, content = path.read_bytes(), checkpoints.read_checkpoint(path)
     noticed = 0
     for at in torch.rand(60, generator=torch.Generator().manual_seed(0)).tolist():
         flip_a_bit(path, at)
         try:
-            state = checkpoints.read(path)["state_dict"]
+            state = checkpoints.read_checkpoint(path)["state_dict"]
             assert all(torch.equal(value, content["state_dict"][name]) for name, value in state.items())
         except ValueError:
             noticed += 1
@@ -114,11 +114,11 @@ class RunsCode:
 
 
 def test_a_file_that_would_run_code_is_refused_everywhere(saved, method, trainer, tmp_path):
-    content = checkpoints.read(newest(saved))
+    content = checkpoints.read_checkpoint(newest(saved))
     path = tmp_path / "malicious.ckpt"
     torch.save({**content, "extra": RunsCode()}, path)
     tries = [
-        lambda: checkpoints.read(path),
+        lambda: checkpoints.read_checkpoint(path),
         lambda: SelfSupervisedMethod.load_from_checkpoint(path, encoder=tiny()),
         lambda: LinearClassifierMethod.load_from_checkpoint(path, encoder=tiny()),
         lambda: LinearClassifierMethod.from_moco_checkpoint(path, encoder=tiny()),
@@ -140,7 +140,7 @@ class OfTheUser(pl.Callback):
 def test_states_of_callbacks_may_be_under_their_classes(saved, method, trainer, tmp_path):
     """As Lightning had it before 1.5. The classes are not looked up."""
     states = {pl.callbacks.ModelCheckpoint: {"best_model_path": "x.ckpt"}, OfTheUser: {}}
-    content = {**checkpoints.read(newest(saved)), "callbacks": states, "pytorch-lightning_version": "1.3.8"}
+    content = {**checkpoints.read_checkpoint(newest(saved)), "callbacks": states, "pytorch-lightning_version": "1.3.8"}
     del content["loops"]
     early, linear = tmp_path / "early.ckpt", tmp_path / "linear.ckpt"
     torch.save(content, early)
@@ -160,7 +160,7 @@ def test_states_of_callbacks_may_be_under_their_classes(saved, method, trainer, 
 def test_a_class_of_which_an_object_is_made_is_refused(tmp_path):
     torch.save({"state_dict": {}, "callbacks": {OfTheUser: OfTheUser()}}, tmp_path / "object.ckpt")
     with pytest.raises(ValueError, match="object.ckpt holds more than data .*OfTheUser"):
-        checkpoints.read(tmp_path / "object.ckpt")
+        checkpoints.read_checkpoint(tmp_path / "object.ckpt")
 
 
 def fill_the_disk(rank: int, folder: str) -> str:
@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):
     (message,) = processes.run(fill_the_disk, 1, tmp_path, str(tmp_path / "run"))
     assert re.search(r"step_000000004.ckpt could not be written \(.*\): is the disk full\?", message), message
     assert names(tmp_path / "run") == ["step_000000002.ckpt"]
-    assert checkpoints.read(newest(tmp_path / "run"))["global_step"] == 2
+    assert checkpoints.read_checkpoint(newest(tmp_path / "run"))["global_step"] == 2
 
 
 def test_a_folder_that_another_training_uses_is_refused(method, trainer, tmp_path, holder):
@@ -233,27 +233,27 @@ def test_an_earlier_run_is_not_mixed_with_a_new_one(saved, method, trainer):
     damage(saved / "step_000000006.ckpt", "truncated")
     with pytest.warns(UserWarning, match="trying the checkpoint before it"):
         trainer(limit_train_batches=6, callbacks=[Checkpoints(saved, keep=1)]).fit(method, ckpt_path=newest(saved))
-    assert names(saved) == ["step_000000006.ckpt"] and checkpoints.read(newest(saved))["global_step"] == 6
+    assert names(saved) == ["step_000000006.ckpt"] and checkpoints.read_checkpoint(newest(saved))["global_step"] == 6
 
 
 def test_settings_of_numpy_do_not_spoil_a_checkpoint(trainer, small, tmp_path):
     swept = small(lr=np.logspace(-3, -1, 3)[1], transform_s=[np.float64(0.5), 1], evaluations=[])
     model = SelfSupervisedMethod(swept, encoder=tiny())
     trainer(callbacks=[Checkpoints(tmp_path / "run")]).fit(model)
-    assert checkpoints.read(newest(tmp_path / "run"))["hyper_parameters"]["lr"] == pytest.approx(0.01)
+    assert checkpoints.read_checkpoint(newest(tmp_path / "run"))["hyper_parameters"]["lr"] == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("content", [b"\x80\x02", b"P", b"a,b\n1,2\n", b"\x80\x02}q\x00(X\x05", bytes(range(256))])
 def test_other_content_is_no_file_of_torch(content, tmp_path):
     (tmp_path / "other.ckpt").write_bytes(content)
     with pytest.raises(ValueError, match="other.ckpt is damaged, or no file of torch"):
-        checkpoints.read(tmp_path / "other.ckpt")
+        checkpoints.read_checkpoint(tmp_path / "other.ckpt")
 
 
 def test_files_of_old_torch_are_read(tmp_path):
     """As torchvision's first weights are: no zip archive, no checksums."""
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert checkpoints.read(tmp_path / "old.pt")["state_dict"]["a"].tolist() == [1, 1]
+    assert checkpoints.read_checkpoint(tmp_path / "old.pt")["state_dict"]["a"].tolist() == [1, 1]
 
 
 def test_validating_a_checkpoint_does_not_skip_batches_of_a_later_fit(saved, method, trainer):

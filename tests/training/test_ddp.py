@@ -13,7 +13,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised import distributed
-from self_supervised.data.loader import Loader, Share
+from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 
 WORLDS, IMAGES, STEPS = (2, 4), 16, 5  # images of the joined batch
 BATCH = {"use_negative_examples_from_batch": True}
@@ -228,7 +228,7 @@ def share_of_one_process(rank: int, world: int) -> str:
     images = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8)
     method = SelfSupervisedMethod(PRESETS["moco_v2"](**SMALL, evaluations=[]), encoder=encoder())
     try:
-        trainer(world).fit(method, Loader(images, 8, sampler=Share(images, 1, 0)))
+        trainer(world).fit(method, ResumableDataLoader(images, 8, sampler=ResumableSampler(images, 1, 0)))
     except ValueError as error:
         return str(error)
     return ""

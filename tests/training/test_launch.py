@@ -23,7 +23,7 @@ from test_ddp import trainer as trainer_of
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
-from self_supervised.training.checkpoints import read
+from self_supervised.training.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = '''
@@ -262,7 +262,7 @@ def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path
     programs.wait()
     assert (tmp_path / "queued").read_text() == f"requeue {job}\n"
     assert [path.name for path in (tmp_path / "run").iterdir()] == [SAVED]
-    assert read(tmp_path / "run" / SAVED)["global_step"] == 4
+    assert read_checkpoint(tmp_path / "run" / SAVED)["global_step"] == 4
     assert not list(tmp_path.glob("final_*.pt")) and not list(tmp_path.glob("hpc_ckpt*"))
 
     start_as_srun(programs, job, [*command, json.dumps(options)])
@@ -295,7 +295,7 @@ def test_the_slurm_script_for_videos(programs, tmp_path):
     start_as_srun(programs, slurm_job(), [ROOT / program, *options], DATA_PATH=data_path)
     programs.wait()
     assert "2 (processes) x 1 (accumulated batches) x 2 (videos) = 4 videos per optimizer step" in programs.outputs()
-    found = read(tmp_path / "run" / "pretrained.ckpt")
+    found = read_checkpoint(tmp_path / "run" / "pretrained.ckpt")
     assert found["global_step"] == 1 and found["hyper_parameters"]["seed"] == 7
     assert found["hyper_parameters"]["num_data_workers"] == 0
     assert "valid_knn20_acc" in json.loads((tmp_path / "run" / "results.json").read_text())["trained encoder"]

@@ -134,7 +134,7 @@ def test_groups_are_the_table(optimizer, method, trainer):
             assert record.lr[0][i] == group["initial_lr"]
             assert group.get("momentum", 0.9) == 0.9 and group.get("adapt", row.adapted) == row.adapted
     assert not torch.equal(model.model.stem.weight, before)
-    assert "model.stem.weight" in optimizers.described(fit.optimizers[0])
+    assert "model.stem.weight" in optimizers.groups_text(fit.optimizers[0])
 
 
 def test_steps_with_options_equal_sgd_written_out(method, trainer):

@@ -20,7 +20,7 @@ from torch import nn
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
-from self_supervised.data.loader import Loader, Share
+from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 from self_supervised.training import checkpoints
 from self_supervised.training.checkpoints import Checkpoints, newest
 
@@ -124,7 +124,11 @@ def train(rank: int, kind: str, world: int, folder: str, kill_at: int | None) ->
     logger = {"logger": Figures(f"{folder}/figures.jsonl"), "log_every_n_steps": 1}
     trainer = pl.Trainer(accelerator="cpu", callbacks=callbacks, **{**logger, **quiet, **size, **several, **options})
     images = torch.randint(256, (128, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    loader = Loader(images, 16, sampler=Share(images, 1, 0), num_workers=1) if kind == "own loader" else None
+    loader = (
+        ResumableDataLoader(images, 16, sampler=ResumableSampler(images, 1, 0), num_workers=1)
+        if kind == "own loader"
+        else None
+    )
     trainer.fit(method, loader, ckpt_path=newest(f"{folder}/run"))
     if rank == 0:
         optimizer = trainer.optimizers[0].state_dict()
@@ -223,7 +227,7 @@ def test_a_signal_saves_and_ends_the_run_cleanly(world, to, number, tmp_path):
     for rank in to:
         os.kill(running[rank].pid, getattr(signal, number))
     assert processes.join(running, timeout=60) == [0] * world, (tmp_path / "output_0.txt").read_text()
-    saved = checkpoints.read(newest(tmp_path / "run"))
+    saved = checkpoints.read_checkpoint(newest(tmp_path / "run"))
     assert saved["global_step"] > 0
     assert "Error" not in (tmp_path / "output_0.txt").read_text()
     assert queued.exists() == (number == "SIGUSR1") and (not queued.exists() or queued.read_text() == "requeue 123\n")
@@ -360,7 +364,7 @@ def test_changed_settings_are_in_force_from_the_first_step(build, optimizer, cha
     """They are those of a run that had them from its beginning; the optimizer's state goes on."""
     before, _ = epochs(build(optimizer), tmp_path / "run", 1)
     _, expected = epochs(build(optimizer, **changed), tmp_path / "whole", 2)
-    saved = checkpoints.read(newest(tmp_path / "run"))["optimizer_states"][0]
+    saved = checkpoints.read_checkpoint(newest(tmp_path / "run"))["optimizer_states"][0]
     names = [name for group in saved["param_groups"] for name in group["param_names"]]
     method, states = build(optimizer, **changed), []
     known = dict(method.named_parameters())
@@ -424,7 +428,7 @@ class Stopped(pl.Callback):
             raise KeyError("stopped")
 
 
-class Recorded(Loader):
+class Recorded(ResumableDataLoader):
     """Notes the numbers of the images, which are their values."""
 
     def __iter__(self):
@@ -440,13 +444,13 @@ def test_a_run_goes_on_in_other_batches_of_the_same_step(before, after, tmp_path
 
     def train(size, accumulated, *callbacks):
         images = torch.arange(160, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
-        loader = Recorded(images, size, sampler=Share(images, 1, 0), drop_last=True)
+        loader = Recorded(images, size, sampler=ResumableSampler(images, 1, 0), drop_last=True)
         options = {"limit_train_batches": None, "accumulate_grad_batches": accumulated}
         return loader, epochs(pretraining(batch_size=size), tmp_path / "run", 1, loader, callbacks, **options)
 
     with pytest.raises(KeyError):
         train(*before, Stopped())
-    first = list(Share(range(160), 1, 0))[: 3 * before[0] * before[1]]
+    first = list(ResumableSampler(range(160), 1, 0))[: 3 * before[0] * before[1]]
     loader, (fit, seen) = train(*after)
     assert sorted([*first, *loader.taken]) == list(range(160)) and fit.global_step == 160 // (before[0] * before[1])
     shutil.rmtree(tmp_path / "run")
@@ -468,4 +472,4 @@ def test_a_run_without_a_seed_is_resumed_with_its_own(tmp_path):
     assert resumed.params.seed == 2
     epochs(resumed, tmp_path / "run", 2)
     assert resumed.params.seed == resumed.hparams.seed == resumed.hparams_initial.seed == 1
-    assert checkpoints.read(newest(tmp_path / "run"))["hyper_parameters"]["seed"] == 1
+    assert checkpoints.read_checkpoint(newest(tmp_path / "run"))["hyper_parameters"]["seed"] == 1

@@ -12,7 +12,7 @@ from torch import nn
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised.training import monitor
-from self_supervised.training.checkpoints import Checkpoints, newest, read
+from self_supervised.training.checkpoints import Checkpoints, newest, read_checkpoint
 
 
 class Encoder(nn.Module):
@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(preset, small, trainer, tmp_pat
         r"learning rate 0\.0\d+, gradient norm nan, first parameter without a finite gradient: model", message
     )
     assert torch.equal(model.model.net[1].weight, before[0]) and before[0].isfinite().all()
-    assert newest(tmp_path / "run").name == "step_000000004.ckpt" and read(newest(tmp_path / "run"))
+    assert newest(tmp_path / "run").name == "step_000000004.ckpt" and read_checkpoint(newest(tmp_path / "run"))
 
 
 def test_what_is_in_force_is_printed_once(small, trainer, monkeypatch):

@@ -9,9 +9,9 @@ import torchvision.transforms as classic
 import torchvision.transforms.v2.functional as tv
 
 from model_params import ModelParams
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.views import augmentations, compiled_ops, tensor_ops
-from self_supervised.views.augmentations import draw, draw_crops, generator
+from self_supervised.views.augmentations import draw_crops, draw_operations, generator
 
 SIZES = [(32, 32), (96, 96), (256, 224), (32, 14), (8, 7)]  # of image and view; 7: as small as blurring allows
 
@@ -35,7 +35,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("source, size", SIZES)
 def test_resized_crop_with_flip(source, size):
     x, rng = images(6, source), generator(source)
-    boxes, flip = draw_crops(rng, 6, source, source, View()), rng.random(6) < 0.5
+    boxes, flip = draw_crops(rng, 6, source, source, ViewSettings()), rng.random(6) < 0.5
     ours = tensor_ops.resized_crop(x, boxes, size, flip)
     for i in range(6):
         box = [int(boxes[name][i]) for name in ("top", "left", "height", "width")]
@@ -46,7 +46,10 @@ def test_resized_crop_with_flip(source, size):
 @pytest.mark.parametrize("source, size", SIZES)
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
 def test_color_adjustments(source, size, name):
-    x, draws = images(6, size), draw(generator(1), 6, View(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2))
+    x, draws = (
+        images(6, size),
+        draw_operations(generator(1), 6, ViewSettings(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)),
+    )
     ours = getattr(tensor_ops, f"adjust_{name}")(x, tensor_ops.to_column(draws[name], x))
     assert_close(ours, each(getattr(tv, f"adjust_{name}"), x, draws[name]))
 
@@ -61,7 +64,9 @@ def test_blur_and_solarize(source, size):
 
 def make_view_by_loops(x, draws, boxes, view, mean, std):
     matrix = tensor_ops.to_matrix({**boxes, **draws})
-    return compiled_ops.make_view((x * 255).round().byte(), matrix, view.crop_size, view.solarize_threshold, mean, std)
+    return compiled_ops.compiled_view(
+        (x * 255).round().byte(), matrix, view.crop_size, view.solarize_threshold, mean, std
+    )
 
 
 def make_view_by_tensors(x, draws, boxes, view, mean, std):
@@ -73,9 +78,9 @@ def make_view_by_tensors(x, draws, boxes, view, mean, std):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("source, size", SIZES)
 def test_whole_view_equals_torchvision_image_by_image(source, size, channels, make_view):
-    view = View(crop_size=size, solarize_probability=0.3)
+    view = ViewSettings(crop_size=size, solarize_probability=0.3)
     x, rng, n = images(8, source, channels), generator(7), 8
-    boxes, draws = draw_crops(rng, n, source, source, view), draw(rng, n, view)
+    boxes, draws = draw_crops(rng, n, source, source, view), draw_operations(rng, n, view)
     mean, std = [0.4, 0.5, 0.6][:channels], [0.2, 0.25, 0.3][:channels]
     ours = make_view(x, draws, boxes, view, mean, std)
     assert ours.is_contiguous(memory_format=torch.channels_last)
@@ -106,7 +111,7 @@ def same_distribution(ours, theirs) -> bool:
 def test_crops_are_distributed_as_torchvisions(height, width):
     """(300, 30): hardly a box fits, so that the fallback shows too."""
     random.seed(0)
-    n, blank, view = 3000, torch.zeros(3, height, width), View()
+    n, blank, view = 3000, torch.zeros(3, height, width), ViewSettings()
     ours = draw_crops(generator(3), n, height, width, view)
     theirs = [classic.RandomResizedCrop.get_params(blank, view.crop_scale, view.crop_ratio) for _ in range(n)]
     for name, values in zip(("top", "left", "height", "width"), np.array(theirs).T, strict=True):
@@ -116,8 +121,8 @@ def test_crops_are_distributed_as_torchvisions(height, width):
 
 
 def test_other_draws_are_distributed_as_torchvisions():
-    n, view = 4000, View(solarize_probability=0.1)
-    draws = draw(generator(4), n, view)
+    n, view = 4000, ViewSettings(solarize_probability=0.1)
+    draws = draw_operations(generator(4), n, view)
     jitter = [classic.ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1)) for _ in range(n)]
     for i, name in enumerate(("brightness", "contrast", "saturation", "hue"), start=1):
         assert same_distribution(draws[name], [values[i] for values in jitter]), name

@@ -6,12 +6,12 @@ import torch
 import torchvision.transforms.v2.functional as tv
 
 from model_params import ModelParams
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.views import augmentations, tensor_ops
-from self_supervised.views.augmentations import draw, draw_crops, generator
+from self_supervised.views.augmentations import draw_crops, draw_operations, generator
 
 MEAN, STD = (0.45, 0.4, 0.5), (0.225, 0.25, 0.2)
-STRONG = View(crop_size=32, jitter_probability=1.0, brightness=0.8, contrast=0.8, saturation=0.4, hue=0.2,
+STRONG = ViewSettings(crop_size=32, jitter_probability=1.0, brightness=0.8, contrast=0.8, saturation=0.4, hue=0.2,
               grayscale_probability=0.3, blur_probability=0.7, solarize_probability=0.4)  # fmt: skip
 
 
@@ -20,7 +20,7 @@ def clips(n: int, n_frames: int = 5, channels: int = 3, height: int = 40, width:
     return torch.randint(256, (n, channels, n_frames, height, width), dtype=torch.uint8)
 
 
-def by_torchvision(frame: torch.Tensor, box: list[int] | None, d: dict, view: View, mean, std) -> torch.Tensor:
+def by_torchvision(frame: torch.Tensor, box: list[int] | None, d: dict, view: ViewSettings, mean, std) -> torch.Tensor:
     """One uint8 frame [C, H, W], with the parameters d drawn for its clip."""
     x = tv.to_dtype(frame, torch.float32, scale=True)
     x = x if box is None else tv.resized_crop(x, *box, [view.crop_size] * 2, antialias=True)
@@ -51,7 +51,7 @@ def test_every_frame_equals_torchvision_with_the_draw_of_its_clip(where, cropped
     x = clips(6, channels=channels, **({"height": 32, "width": 32} if cropped else {}))
     rng = generator(11)  # as augment(x, 11) draws
     boxes = {} if cropped else draw_crops(rng, 6, *x.shape[3:], view)
-    draws = draw(rng, 6, view)
+    draws = draw_operations(rng, 6, view)
     if where == "loops":
         (ours,) = augmentations.augment([x] if cropped else x, 11, [view], mean, std)
     else:

@@ -10,7 +10,7 @@ from torch import nn
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
-from self_supervised.catalogue import View
+from self_supervised.catalogue import ViewSettings
 from self_supervised.data import loading
 from self_supervised.runs import preview
 from self_supervised.views import augmentations
@@ -155,7 +155,7 @@ def test_loss_and_gradient_of_two_large_and_two_small_views(name, formula, n_ter
 # ---- settings ----
 
 
-@pytest.mark.parametrize("field", attrs.fields(View), ids=lambda field: field.name)
+@pytest.mark.parametrize("field", attrs.fields(ViewSettings), ids=lambda field: field.name)
 def test_every_field_of_a_view_is_a_setting(field):
     """Of each large and each small view its own, in settings that the data set does not have."""
     wanted = {
@@ -185,7 +185,7 @@ def test_defaults_are_mocos_and_swavs():
         p = ModelParams(dataset_name=name, n_small_views=1)
         assert p.views == [*ModelParams(dataset_name=name).views, attrs.evolve(
             p.views[0], crop_size=small_size, crop_scale=(0.05, 0.14))]  # fmt: skip
-        assert attrs.evolve(p.views[0], crop_size=224) == View()
+        assert attrs.evolve(p.views[0], crop_size=224) == ViewSettings()
 
 
 def test_lists_shorter_than_the_views():
@@ -248,7 +248,7 @@ def test_small_views_of_packed_images_on_either_path():
     assert all(torch.equal(a, b) for a, b in zip(views, large_only, strict=False))  # more views change no others
     rng = augmentations.generator(1)
     for view, found in zip(p.views, views, strict=True):
-        draws = {**augmentations.draw_crops(rng, 8, 32, 32, view), **augmentations.draw(rng, 8, view)}
+        draws = {**augmentations.draw_crops(rng, 8, 32, 32, view), **augmentations.draw_operations(rng, 8, view)}
         matrix = torch.from_numpy(augmentations.to_matrix(draws))
         expected = augmentations.make_normalized_view(x, matrix, view, False, p.mean, p.std)
         assert (expected - found).abs().max() < 1e-4
@@ -286,7 +286,7 @@ def read(path):
 
 def tiles(sheet, left, size, factor, spacing):
     """The pixels of the three tiles below each other from `left` on, [3, 3, size, size]."""
-    top, picked = len(sheet) - preview.MARGIN + preview.GAP - 3 * spacing, []
+    top, picked = len(sheet) - preview.PREVIEW_MARGIN + preview.PREVIEW_GAP - 3 * spacing, []
     for row in range(3):
         tile = sheet[top + row * spacing :, left:][: size * factor, : size * factor]
         squares = tile.reshape(size, factor, size, factor, 3)
@@ -299,19 +299,19 @@ def test_the_preview_shows_what_the_model_sees_at_its_first_step(small, trainer,
     model = Witness(small("byol", **MULTI_CROP, transform_small_crop_scale_max=0.6), encoder=Pooled())
     trainer(limit_train_batches=1).fit(model)
     p = model.params
-    path = preview.write(p, tmp_path / "new" / "views.png", rows=3)
+    path = preview.write_preview(p, tmp_path / "new" / "views.png", rows=3)
     assert path == tmp_path / "new" / "views.png" and [file.name for file in path.parent.iterdir()] == ["views.png"]
-    sheet, factor, left = read(path), 13, preview.MARGIN  # 12 pixels are magnified to 160, about
+    sheet, factor, left = read(path), 13, preview.PREVIEW_MARGIN  # 12 pixels are magnified to 160, about
     dataset = loading.get_dataset(p, ("train",))
     first = list(loading.get_loader(p, dataset, training=True).sampler)[:3]
     columns = [(torch.stack([dataset[i][0] for i in first]), ["original", "8 x 8 px"])]
     columns += [((v[:3] * p.std[0] + p.mean[0]) * 255, preview.caption(p, i)) for i, v in enumerate(model.seen)]
     for exact, lines in columns:
         size, font = exact.shape[-1], preview.ImageFont.load_default(preview.FONT_SIZE)
-        shown = tiles(sheet, left, size, factor, 12 * factor + preview.GAP)
+        shown = tiles(sheet, left, size, factor, 12 * factor + preview.PREVIEW_GAP)
         assert (shown[:, :1] - exact).abs().max() <= 0.501 and (shown == shown[:, :1]).all()
-        left += max(size * factor, *(round(font.getlength(line)) for line in lines)) + 2 * preview.GAP
-    assert sheet.shape[1] == left - 2 * preview.GAP + preview.MARGIN
+        left += max(size * factor, *(round(font.getlength(line)) for line in lines)) + 2 * preview.PREVIEW_GAP
+    assert sheet.shape[1] == left - 2 * preview.PREVIEW_GAP + preview.PREVIEW_MARGIN
 
 
 def test_captions_name_what_differs():
@@ -334,10 +334,10 @@ def test_preview_of_image_files_and_of_ones_own_loader(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     write_photographs(tmp_path)
     p = ModelParams(**IMAGE_FILES)
-    files = read(preview.write(p, "files.png", rows=2))
+    files = read(preview.write_preview(p, "files.png", rows=2))
     assert preview.first_columns(p, rows=2)[0][0] == ["original, central square", "24 x 24 px"]
     floats = [[torch.randn(4, 3, size, size) for size in (24, 24, 10, 10)]]
-    own = read(preview.write(p, "own.png", floats, rows=2))
+    own = read(preview.write_preview(p, "own.png", floats, rows=2))
     assert len(files) == len(own) and files.shape[1] > own.shape[1]  # no originals
     with pytest.raises(ValueError, match="files.jpg does not end in .png"):
-        preview.write(p, "files.jpg")
+        preview.write_preview(p, "files.jpg")
