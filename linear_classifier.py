@@ -325,7 +325,7 @@ class LinearClassifierMethod(BaseMethod):
     # ---- data ----
 
     def split(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images of the labelled training set: those to train on, and those to validate on instead of the test set.
+        """Images of the labeled training set: those to train on, and those to validate on instead of the test set.
         A subset is drawn from what is left: the labels by which settings are chosen come on top of it."""
         p, every = self.params, np.arange(len(labels))
         require_labels(1 + int(labels.min()), p)

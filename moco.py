@@ -88,12 +88,12 @@ class SelfSupervisedMethod(BaseMethod):
     def encode_lagging(self, x: Tensor, batch_idx: int) -> Tensor:
         """One view -> k [N, D]."""
 
-        def slow(x: Tensor) -> Tensor:
+        def encode_key(x: Tensor) -> Tensor:
             return self.on_sphere(self.lagging_projection_model(self.lagging_model(x)))
 
         if self.params.shuffle_batch_norm:
-            return distributed.shuffled(slow, x, self.step_seed(batch_idx), self.params.n_virtual_devices)
-        return slow(x)
+            return distributed.shuffled(encode_key, x, self.step_seed(batch_idx), self.params.n_virtual_devices)
+        return encode_key(x)
 
     def on_sphere(self, z: Tensor) -> Tensor:
         """Unit length if the method asks for it; float32 or more from here on, whatever the precision."""
@@ -205,7 +205,7 @@ class SelfSupervisedMethod(BaseMethod):
         return self.loader(dataset, training=True)
 
     def val_dataloader(self) -> list:
-        """The test set, and the labelled training set if probes are fitted on that. Nothing while fitting a loader of
+        """The test set, and the labeled training set if probes are fitted on that. Nothing while fitting a loader of
         the user's: its images need not have anything to do with `dataset_name`."""
         p = self.params
         splits = [p.dataset.validation_splits or p.dataset.test_splits]
@@ -213,7 +213,7 @@ class SelfSupervisedMethod(BaseMethod):
         return self.whole_sets(splits if self.trains_on_own_data and p.is_evaluated else [])
 
     def test_dataloader(self) -> list:
-        """The test set, and the labelled training set on which the probes are fitted."""
+        """The test set, and the labeled training set on which the probes are fitted."""
         return self.whole_sets([self.params.dataset.test_splits, self.params.dataset.train_splits])
 
     # ---- evaluation ----

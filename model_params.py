@@ -216,7 +216,7 @@ class EncoderAndDataParams:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of each channel; gray images are repeated for an encoder of colours."""
+        """Of each channel; gray images are repeated for an encoder of colors."""
         return self.of_each_channel(self.image_mean or self.dataset.mean)
 
     @property
@@ -361,7 +361,7 @@ class ModelParams(EncoderAndDataParams):
     online_classifier: bool = False  # a linear one, trained beside the method on the batches' labels (-1: none)
     n_classes: int | None = positive(None)  # of the online classifier; None: the data set's
     online_classifier_lr: float = positive(0.1, at_most=1000)  # follows lr_schedule; momentum as all, no decay
-    probe_on_training_set: bool = False  # fit on the labelled training set instead of half of the validation set
+    probe_on_training_set: bool = False  # fit on the labeled training set instead of half of the validation set
 
     # sce parameters
     sce_coefficient: float = fraction(0.5)  # fraction of the target on the own key. 1: InfoNCE, 0: ReSSL
@@ -411,13 +411,13 @@ class ModelParams(EncoderAndDataParams):
     transform_crop_scale_max: PerView = per_view(None)  # largest share of the image's area; of large views
     transform_crop_ratio_min: PerView = per_view(None, 0.01, 100)  # narrowest crop, width / height
     transform_crop_ratio_max: PerView = per_view(None, 0.01, 100)  # widest crop, width / height
-    transform_s: PerView = per_view(0.5, 0, STRONGEST)  # strength of the colour jitter
+    transform_s: PerView = per_view(0.5, 0, STRONGEST)  # strength of the color jitter
     transform_brightness: PerView = per_view(None, 0, STRONGEST)  # 0.4: factors 0.6 to 1.4; None: 0.8 transform_s
     transform_contrast: PerView = per_view(None, 0, STRONGEST)  # by factors, as brightness; None: 0.8 transform_s
     transform_saturation: PerView = per_view(None, 0, STRONGEST)  # by factors, as brightness; None: 0.8 transform_s
-    transform_hue: PerView = per_view(None, 0, 0.5)  # share of the colour wheel, both ways; None: 0.2 transform_s
+    transform_hue: PerView = per_view(None, 0, 0.5)  # share of the color wheel, both ways; None: 0.2 transform_s
     transform_jitter_probability: PerView = per_view(None)  # of brightness, contrast, saturation and hue together
-    transform_grayscale_probability: PerView = per_view(None)  # of losing the colours
+    transform_grayscale_probability: PerView = per_view(None)  # of losing the colors
     transform_apply_blur: bool = True  # False: no blur, whatever its probability
     transform_blur_probability: PerView = per_view(None)  # of a Gaussian blur
     transform_blur_sigma_min: PerView = per_view(None, 0.01, BLUR_RADIUS / 2)  # pixels
@@ -425,7 +425,7 @@ class ModelParams(EncoderAndDataParams):
     transform_solarize_probability: PerView = per_view(None)  # of inverting bright values
     transform_solarize_threshold: PerView = per_view(None)  # from which on they are inverted; white is 1
     transform_flip_probability: PerView = per_view(None)  # of mirroring
-    transform_time_difference_probability: PerView = per_view(None)  # of clips: what changes, instead of colours
+    transform_time_difference_probability: PerView = per_view(None)  # of clips: what changes, instead of colors
 
     # optimization parameters
     optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw", "adam"))  # lars: for large batches

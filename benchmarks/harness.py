@@ -1,6 +1,6 @@
 """What every benchmark shares: contestants timed in turns, the machine's peak, tables, CSV files, fresh processes.
 
-Figures are medians over rounds in which every contestant has its turn (A B C, A B C, ...), so that a neighbour of the
+Figures are medians over rounds in which every contestant has its turn (A B C, A B C, ...), so that a neighbor of the
 machine slows all of them; ratios of medians are what to compare.
 """
 

@@ -8,7 +8,7 @@ both encoders, of one clip in the middle of a video and of ten from its beginnin
 videos, scored on those of other photographs. Prints a table in Markdown: mean and sample deviation over seeds.
 
 Within so few steps a slow copy of the encoder would stay what it was at the beginning, hence m=0: keys come from the
-encoder of the step before. Gray, so that colours do not tell videos apart.
+encoder of the step before. Gray, so that colors do not tell videos apart.
 """
 
 import argparse

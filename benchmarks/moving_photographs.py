@@ -54,7 +54,7 @@ class Region:
 
 
 def photograph(name: str) -> Image.Image:
-    """In colours, its shorter side SHORTER_SIDE.
+    """In colors, its shorter side SHORTER_SIDE.
 
     Raises:
         ImportError: scikit-image is not installed.

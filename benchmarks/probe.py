@@ -1,4 +1,4 @@
-"""What it costs to score an encoder: linear probe, nearest neighbours and RankMe, beside scikit-learn.
+"""What it costs to score an encoder: linear probe, nearest neighbors and RankMe, beside scikit-learn.
 
 Compared, on the same halves of the same features (made here: ten overlapping classes, few directions that matter, as
 encoders give them), each in a process of its own:
@@ -11,7 +11,7 @@ encoders give them), each in a process of its own:
 - evaluation.rank_me; the singular values by numpy
 
 `%` is the accuracy on the scored half (of kNN with k = 200; for RankMe the effective rank), `peak MB` that of the
-whole process, of which the row "features alone" says what the libraries and the features are. Neighbours of the larger
+whole process, of which the row "features alone" says what the libraries and the features are. Neighbors of the larger
 set are looked for only for the first 2,500 images, by all. What takes longer than the limit is stopped: ">" is a lower
 bound.
 
@@ -48,7 +48,7 @@ Score = Callable[[Tensor, Tensor, Tensor, Tensor], float]
 
 
 def features(n: int, width: int) -> tuple[Tensor, Tensor]:
-    """Class centres and noise in a few directions, of strength 1 / sqrt(i), mixed and cut off at 0 as by a ReLU."""
+    """Class centers and noise in a few directions, of strength 1 / sqrt(i), mixed and cut off at 0 as by a ReLU."""
     g = torch.Generator().manual_seed(0)
     rank = 2 * round(width**0.5 * 1.4)
     labels = torch.randperm(n, generator=g) % CLASSES
@@ -79,7 +79,7 @@ def our_knn(*halves: Tensor) -> float:
     return validation.knn(*halves)["valid_knn200_acc"]
 
 
-def neighbours_classifier(*halves: Tensor) -> float:
+def neighbors_classifier(*halves: Tensor) -> float:
     train_x, train_y, test_x, test_y = (part.numpy() for part in halves)
     options = {"metric": "cosine", "algorithm": "brute", "weights": lambda distance: np.exp((1 - distance) / T)}
     classifier = KNeighborsClassifier(**options).fit(train_x, train_y)
@@ -103,7 +103,7 @@ CONTESTANTS: dict[tuple[str, str], Score] = {
     ("linear probe", "ours, sklearn"): partial(our_probe, solver="sklearn"),
     ("linear probe", "sklearn, one vs rest"): one_versus_rest,
     ("kNN", "ours"): our_knn,
-    ("kNN", "sklearn"): neighbours_classifier,
+    ("kNN", "sklearn"): neighbors_classifier,
     ("RankMe", "ours"): our_rank,
     ("RankMe", "numpy"): numpys_rank,
 }

@@ -26,7 +26,7 @@ class ViewSettings:
     brightness: float = 0.4  # factor from 1 - 0.4 to 1 + 0.4; contrast and saturation likewise
     contrast: float = 0.4
     saturation: float = 0.4
-    hue: float = 0.1  # turn of the colour wheel, from -0.1 to 0.1
+    hue: float = 0.1  # turn of the color wheel, from -0.1 to 0.1
     grayscale_probability: float = 0.2
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels

@@ -128,7 +128,7 @@ def run_demo(epochs: int, linear_epochs: int) -> None:
     results["trained encoder"] |= trained
     atomic_write(OUT / "results.json", to_json(results, indent=2))
     page = report.write_report([OUT], encoder=small_encoder())
-    print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves, neighbours and a map, in a browser: {page}")
+    print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves, neighbors and a map, in a browser: {page}")
 
 
 def forget_earlier_demo() -> None:

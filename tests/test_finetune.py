@@ -1,4 +1,4 @@
-"""Fine-tuning, layer-wise rates, labelled subsets, settings chosen on a held-out part, and the presets."""
+"""Fine-tuning, layer-wise rates, labeled subsets, settings chosen on a held-out part, and the presets."""
 
 import copy
 import math

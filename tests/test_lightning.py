@@ -62,13 +62,13 @@ def method(request, small):
 IMAGES, LABELS = torch.arange(20 * 64).reshape(20, 1, 8, 8).remainder(256).byte(), torch.arange(20) % 2
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labeled", [False, True])
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32, torch.float64])
-def test_predict_on_a_users_loader(kind, labelled, method, trainer):
+def test_predict_on_a_users_loader(kind, labeled, method, trainer):
     model = method()
     ready = augmentations.evaluation_view(IMAGES, model.params)
     images = IMAGES if kind == torch.uint8 else ready.to(kind)
-    dataset = TensorDataset(images, LABELS) if labelled else TensorDataset(images)
+    dataset = TensorDataset(images, LABELS) if labeled else TensorDataset(images)
     found = torch.cat(trainer().predict(model, DataLoader(dataset, batch_size=8)))
     with torch.no_grad():
         expected = model.eval()(ready)

@@ -93,7 +93,7 @@ def test_the_monitor_does_not_call_large_or_small_projections_collapsed(scale):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_maps_and_neighbours_of_any_scale(scale):
+def test_maps_and_neighbors_of_any_scale(scale):
     x = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
     scaled = x * np.float32(scale)
     assert np.isfinite(embedding_map.project(scaled, "tsne", seed=0)).all()

@@ -106,7 +106,7 @@ def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
         pixels = pixels[..., None]
     if pixels.ndim == 3 and pixels.shape[0] == channels != pixels.shape[2]:
         pixels = pixels.transpose(1, 2, 0)
-    if pixels.ndim == 3 and pixels.shape[2] == 1 and channels == 3:  # gray, for an encoder of colours
+    if pixels.ndim == 3 and pixels.shape[2] == 1 and channels == 3:  # gray, for an encoder of colors
         pixels = pixels.repeat(3, axis=2)
     if pixels.ndim != 3 or pixels.shape[2] != channels or 0 in pixels.shape:
         raise ValueError(f"an array of shape {pixels.shape} is no image of in_channels={channels}")

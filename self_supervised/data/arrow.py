@@ -44,7 +44,7 @@ class ArrowImages(OnDisk):
         ValueError: there are no or several such columns; `datasets` is not installed.
     """
 
-    def __init__(self, root: Path, image_key: str | None, label_key: str | None, labelled: bool, names: bool):
+    def __init__(self, root: Path, image_key: str | None, label_key: str | None, labeled: bool, names: bool):
         self.root = root
         self.names = names
         self.passed_over = PassedOver()
@@ -54,7 +54,7 @@ class ArrowImages(OnDisk):
         features = self.sets[folder].features
         self.image_key = image_key or only(features, "Image", ("image", "img"), "image_key", root)
         self.label_key = None
-        if labelled:
+        if labeled:
             self.label_key = label_key or only(features, "ClassLabel", COLUMN_LABEL_KEYS, "label_key", root)
         for field, key in (("image_key", self.image_key), ("label_key", self.label_key)):
             if key is not None and key not in features:
@@ -109,7 +109,7 @@ class ArrowImages(OnDisk):
             return value["path"]
         raise ValueError(f"its column {self.image_key!r} is empty")
 
-    def stamp(self, path: str) -> tuple:
+    def signature(self, path: str) -> tuple:
         return (self.hashes[path.rpartition("/")[0]],)
 
 

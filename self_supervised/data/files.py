@@ -28,7 +28,7 @@ class OnDisk:
     def open(self, path: str) -> File:
         return path
 
-    def stamp(self, path: str) -> tuple:
+    def signature(self, path: str) -> tuple:
         """What changes when the file does, or a file of the folder: its own time stays when one is overwritten."""
         status = os.stat(path)
         if not stat.S_ISDIR(status.st_mode):
@@ -65,7 +65,7 @@ def class_numbers_of_split(split: Path) -> dict[str, int]:
     return {name: known[composed(name)] for name in here}
 
 
-class LabelledFiles(Dataset):
+class LabeledFiles(Dataset):
     """Paths and labels of files, each a sample of its own. A subclass reads one: `read(index)`.
 
     Args:
@@ -113,11 +113,11 @@ class LabelledFiles(Dataset):
         """Of each file, for loader.Share."""
         return self.source.shards([path for path, _ in self.files])
 
-    def stamps(self) -> Iterator[tuple[str, tuple, int | np.ndarray]]:
+    def signatures(self) -> Iterator[tuple[str, tuple, int | np.ndarray]]:
         """(path, what changes when the file does, label) of each."""
         for path, label in self.files:
             try:
-                yield path, self.source.stamp(path), label
+                yield path, self.source.signature(path), label
             except OSError as error:  # whether it may be left out is decided when it is read
                 yield path, (error.errno,), label
 
@@ -185,7 +185,7 @@ class LabelledFiles(Dataset):
 
 def name_skipped(*datasets: Any, already: int = 0) -> int:
     """Warn of the unreadable files of these data sets, if there are more than `already`. Returns how many."""
-    skipped = [path for dataset in datasets if isinstance(dataset, LabelledFiles) for path in dataset.skipped()]
+    skipped = [path for dataset in datasets if isinstance(dataset, LabeledFiles) for path in dataset.skipped()]
     if len(skipped) > already:
         how = "left out" if all(getattr(dataset, "evaluated", True) for dataset in datasets) else "skipped"
         more = f" and {len(skipped) - 20} more" if len(skipped) > 20 else ""

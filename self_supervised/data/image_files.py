@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data.array_files import WAY_OUT, is_array, of_16_bits, opened_image, read_array
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, tell
-from self_supervised.data.files import File, LabelledFiles, OnDisk, Sample, class_numbers_of_split
+from self_supervised.data.files import File, LabeledFiles, OnDisk, Sample, class_numbers_of_split
 from self_supervised.views.augmentations import draw_crops, generator
 
 CENTRAL = 7 / 8  # of the shorter side: what an evaluation sees
@@ -53,7 +53,7 @@ def images_in_class_folders(
     return {name: sorted(paths, key=lambda path: path.rpartition("/")) for name, paths in of_class.items()}
 
 
-class ImageFiles(LabelledFiles):
+class ImageFiles(LabeledFiles):
     """Image files, by default in class folders. With views: one random resized crop a view, drawn from (seed, epoch,
     image). Without: the central square, after the shorter side was resized to 8/7 of `size`.
 

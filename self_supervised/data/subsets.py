@@ -1,4 +1,4 @@
-"""Which images of a labelled set are used: subsets and splits as pure functions of (labels, how many, seed).
+"""Which images of a labeled set are used: subsets and splits as pure functions of (labels, how many, seed).
 
 Every class is drawn from by itself, so each is there in proportion. Images without a label (below 0) are never drawn.
 The same seed makes nested subsets: 1 label a class is among the 5 labels a class, and those among the 10 %.
@@ -14,7 +14,7 @@ Labels = Sequence[int] | np.ndarray
 def stratified(
     labels: Labels, *, fraction: float | None = None, per_class: int | None = None, seed: int = 0
 ) -> np.ndarray:
-    """Sorted indices of a random part of the labelled images: a fraction of every class, but at least one image, or
+    """Sorted indices of a random part of the labeled images: a fraction of every class, but at least one image, or
     `per_class` images of every class; without both, all of them.
 
     With 0.01 and 0.1 of ImageNet: SimCLR's semi-supervised subsets, by another draw (https://arxiv.org/abs/2002.05709,
@@ -34,7 +34,7 @@ def stratified(
 
 
 def held_out(labels: Labels, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(to fit on, to score): sorted indices of two parts of the labelled images. The second is a fraction of every
+    """(to fit on, to score): sorted indices of two parts of the labeled images. The second is a fraction of every
     class: at least one image, but never the last one. It is for choosing settings, which must not see the test set.
 
     Raises:

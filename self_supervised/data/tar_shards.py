@@ -149,8 +149,8 @@ class TarShards(OnDisk):
         keys = None if labels_from is None else (label_key,) if label_key else SHARD_LABEL_KEYS
         self.labels_from = labels_from
         self.label_key = label_key
-        self.stamps = {shard: shard_signature(shard) for shard in shards}
-        indices = index(self.stamps, (endings, keys), index_file)
+        self.signatures = {shard: shard_signature(shard) for shard in shards}
+        indices = index(self.signatures, (endings, keys), index_file)
         self.index = {shard: one.places for shard, one in indices.items()}
         for one in indices.values():
             found.join(one.passed_over)
@@ -160,7 +160,7 @@ class TarShards(OnDisk):
     def find(self) -> ImageList:
         """All images, by the split that a word in the shard's name says ("train", "val", ...), or its folder's name;
         where none says so, all are for training."""
-        split_of = {shard: split_in(os.path.relpath(shard, self.root)) for shard in self.stamps}
+        split_of = {shard: split_in(os.path.relpath(shard, self.root)) for shard in self.signatures}
         if not any(split_of.values()):
             split_of = dict.fromkeys(split_of, "train")
         found: ImageList = {}
@@ -191,20 +191,20 @@ class TarShards(OnDisk):
     def open(self, path: str) -> io.BytesIO:
         shard, member = self.parts(path)
         start, size, _ = self.index[shard][member]
-        return io.BytesIO(read_member(shard, self.stamps[shard], start, size))
+        return io.BytesIO(read_member(shard, self.signatures[shard], start, size))
 
-    def stamp(self, path: str) -> tuple:
+    def signature(self, path: str) -> tuple:
         shard, member = self.parts(path)
-        return (*self.index[shard][member][:2], *self.stamps[shard])
+        return (*self.index[shard][member][:2], *self.signatures[shard])
 
     def shards(self, paths: list[str]) -> np.ndarray:
-        numbers = {shard: number for number, shard in enumerate(self.stamps)}
+        numbers = {shard: number for number, shard in enumerate(self.signatures)}
         return np.array([numbers[self.parts(path)[0]] for path in paths])
 
     def parts(self, path: str) -> tuple[str, str]:
         """Shard and member; folders may be called like shards."""
         ends = (found.end() for found in re.finditer(re.escape(SUFFIX) + "/", path))
-        end = next((end for end in ends if path[: end - 1] in self.stamps), 0)
+        end = next((end for end in ends if path[: end - 1] in self.signatures), 0)
         return path[: max(end - 1, 0)], path[end:]
 
 
@@ -213,20 +213,20 @@ def shard_signature(shard: str) -> ShardSignature:
     return status.st_size, status.st_mtime_ns
 
 
-def index(stamps: dict[str, ShardSignature], how: How, file: Path | None) -> dict[str, Shard]:
+def index(signatures: dict[str, ShardSignature], how: How, file: Path | None) -> dict[str, Shard]:
     """Of every shard. What is not known to this process is taken from `file`, else read and written there."""
 
     def unknown() -> list[str]:
-        return [shard for shard, stamp in stamps.items() if (shard, stamp, how) not in known]
+        return [shard for shard, signature in signatures.items() if (shard, signature, how) not in known]
 
     is_kept = file is not None and file.is_file()
     if is_kept and unknown():
         known.update(read_index(file, how))
     fresh = unknown()
-    known.update(((shard, stamps[shard], how), indexed(shard, stamps[shard], *how)) for shard in fresh)
-    found = {shard: known[shard, stamp, how] for shard, stamp in stamps.items()}
+    known.update(((shard, signatures[shard], how), indexed(shard, signatures[shard], *how)) for shard in fresh)
+    found = {shard: known[shard, signature, how] for shard, signature in signatures.items()}
     if file is not None and (fresh or not is_kept) and distributed.rank() == 0:
-        shards = {shard: {"stamp": stamps[shard], **one._asdict()} for shard, one in found.items()}
+        shards = {shard: {"stamp": signatures[shard], **one._asdict()} for shard, one in found.items()}
         atomic_write(file, json.dumps({"how": repr((VERSION, how)), "shards": shards}))
     return found
 
@@ -244,7 +244,9 @@ def read_index(file: Path, how: How) -> dict[tuple[str, ShardSignature, How], Sh
         return {}
 
 
-def indexed(shard: str, stamp: ShardSignature, endings: tuple[str, ...], label_keys: tuple[str, ...] | None) -> Shard:
+def indexed(
+    shard: str, signature: ShardSignature, endings: tuple[str, ...], label_keys: tuple[str, ...] | None
+) -> Shard:
     """Image -> its place and label, in the order of the shard."""
     passed_over = PassedOver()
     places = {}
@@ -258,7 +260,7 @@ def indexed(shard: str, stamp: ShardSignature, endings: tuple[str, ...], label_k
     for image, sample in shard_samples(contents, endings, label_keys or ()):
         beside = {ending: contents[name] for ending, name in sample.items()}
         try:
-            label = None if label_keys is None else label_of(shard, stamp, beside, label_keys)
+            label = None if label_keys is None else label_of(shard, signature, beside, label_keys)
         except ValueError as error:
             raise ValueError(f"the label of {image} in {shard} could not be read: {error}") from error
         places[image] = (*contents[image], label)
@@ -365,11 +367,11 @@ def by_sample(names: Iterable[str], wanted: Collection[str]) -> dict[str, dict[s
     return found
 
 
-def label_of(shard: str, stamp: ShardSignature, sample: dict[str, Content], keys: tuple[str, ...]) -> Label:
+def label_of(shard: str, signature: ShardSignature, sample: dict[str, Content], keys: tuple[str, ...]) -> Label:
     """Of the first of the keys that is an ending of the sample, or an entry of its .json."""
 
     def content(ending: str) -> str:
-        return read_member(shard, stamp, *sample[ending]).decode()
+        return read_member(shard, signature, *sample[ending]).decode()
 
     entries = None
     for key in keys:
@@ -383,9 +385,9 @@ def label_of(shard: str, stamp: ShardSignature, sample: dict[str, Content], keys
     return None
 
 
-def read_member(shard: str, stamp: ShardSignature, start: int, size: int) -> bytes:
+def read_member(shard: str, signature: ShardSignature, start: int, size: int) -> bytes:
     """Workers share the descriptors that were there when they started: nothing moves a position."""
-    key = (shard, stamp)
+    key = (shard, signature)
     if key not in open_shards:
         while len(open_shards) >= MOST_OPEN:
             os.close(open_shards.pop(next(iter(open_shards))))

@@ -19,7 +19,7 @@ from self_supervised.catalogue import ViewSettings
 from self_supervised.data import decoders, image_files
 from self_supervised.data.class_labels import UNLABELED, class_numbers_of
 from self_supervised.data.file_search import PassedOver, folders_in, is_hidden, tell
-from self_supervised.data.files import LabelledFiles, Sample, class_numbers_of_split
+from self_supervised.data.files import LabeledFiles, Sample, class_numbers_of_split
 from self_supervised.data.foreign_paths import refuse_foreign
 from self_supervised.data.image_files import CENTRAL, Box, draw_box, resized
 from self_supervised.views.augmentations import generator
@@ -37,7 +37,7 @@ class Sampling:
 
 
 def clip_length(times: np.ndarray) -> float:
-    """Seconds of a video with frames at these times: the last one lasts as long as its neighbours do."""
+    """Seconds of a video with frames at these times: the last one lasts as long as its neighbors do."""
     return float(times[-1] + np.median(np.diff(times))) if len(times) > 1 else 0.0
 
 
@@ -76,7 +76,7 @@ BEHIND = re.compile(rf"({'|'.join(map(re.escape, VIDEO_EXTENSIONS))})[\s;][^/]*$
 NUMBER = re.compile(r"\s-?\d+$")
 
 
-class VideoFiles(LabelledFiles):
+class VideoFiles(LabeledFiles):
     """With views: one random clip a view, and one random resized crop for all its frames, drawn from (seed, epoch,
     video). Without: n_clips x n_crops evenly placed ones, [n_clips * n_crops, C, T, size, size], or the only one.
 
@@ -162,7 +162,7 @@ def with_next(indices: np.ndarray, n_frames: int) -> np.ndarray:
 
 def time_difference(frames: np.ndarray, following: np.ndarray) -> np.ndarray:
     """[T, H, W, C] -> what changes from each frame to the following one of the video, in gray: (255 + now - next) / 2,
-    so that 127.5 is no change. In place of colours where a view draws it (SCE for video, as in eztorch)."""
+    so that 127.5 is no change. In place of colors where a view draws it (SCE for video, as in eztorch)."""
     luma = np.array(LUMA if frames.shape[3] == 3 else (1.0,), np.float32)
     change = (255 + (frames @ luma) - (following @ luma)) / 2
     gray = np.clip(np.rint(change), 0, 255).astype(np.uint8)
@@ -182,7 +182,7 @@ def get_videos(params: EncoderAndDataParams, folder: Path, views: list[ViewSetti
     train = folder.with_name("train")
     path = list_file(folder)
     if videos_are_there(train) and path.is_file() != list_file(train).is_file():
-        check_that_unlabelled(path if path.is_file() else list_file(train), of_frames)
+        check_that_unlabeled(path if path.is_file() else list_file(train), of_frames)
     refuse_foreign("video_path_prefix", params.video_path_prefix)
     prefix = folder if params.video_path_prefix is None else Path(params.video_path_prefix).expanduser()
     if path.is_file():
@@ -256,11 +256,11 @@ def numbered_videos(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     return [(video, known[label]) for (video, _), label in zip(videos, labels, strict=True)]
 
 
-def check_that_unlabelled(path: Path, of_frames: bool) -> None:
+def check_that_unlabeled(path: Path, of_frames: bool) -> None:
     """Raises ValueError: a list of one split numbers classes, and class folders of the other are numbered by name."""
     if any(label >= 0 for _, label in listed(path, path.parent, of_frames)):
         raise ValueError(
-            f"{path} numbers the classes, and the neighbouring split has class folders, numbered in the order of their "
+            f"{path} numbers the classes, and the neighboring split has class folders, numbered in the order of their "
             "names, so that the labels would differ: list the videos of both, or of neither"
         )
 

@@ -38,20 +38,20 @@ class Map:
     names: list[str]
 
     @property
-    def colours(self) -> list[str]:
+    def colors(self) -> list[str]:
         """Of each name."""
         return palette(len(self.names))
 
 
 def palette(n: int) -> list[str]:
-    """n colours; from 21 on neighbouring ones are hard to tell apart, whatever they are."""
+    """n colors; from 21 on neighboring ones are hard to tell apart, whatever they are."""
     if n <= 20:
         table = matplotlib.colormaps["tab10" if n <= 10 else "tab20"]
-        colours = [table(i) for i in range(n)]
+        colors = [table(i) for i in range(n)]
     else:
-        hues = np.arange(n) * 0.618034 % 1  # golden ratio: those of neighbours lie far apart
-        colours = [matplotlib.colors.hsv_to_rgb((hue, 0.75, (0.95, 0.7)[i % 2])) for i, hue in enumerate(hues)]
-    return [matplotlib.colors.to_hex(colour) for colour in colours]
+        hues = np.arange(n) * 0.618034 % 1  # golden ratio: those of neighbors lie far apart
+        colors = [matplotlib.colors.hsv_to_rgb((hue, 0.75, (0.95, 0.7)[i % 2])) for i, hue in enumerate(hues)]
+    return [matplotlib.colors.to_hex(color) for color in colors]
 
 
 def draw_map(found: Map, source: ImageSource | None, file: Path) -> None:
@@ -60,13 +60,13 @@ def draw_map(found: Map, source: ImageSource | None, file: Path) -> None:
     aspect = float(np.clip(width / max(height, 1e-12), 0.6, 1.8))
     figure, axis = plt.subplots(figsize=(7 * aspect + 2, 7.5), layout="constrained")
     size = float(np.clip(45000 / len(found.points), 3, 40))
-    colours = np.array(found.colours)
-    axis.scatter(*found.points.T, s=size, c=colours[found.kind], linewidths=0, alpha=0.8)
+    colors = np.array(found.colors)
+    axis.scatter(*found.points.T, s=size, c=colors[found.kind], linewidths=0, alpha=0.8)
     counts = np.bincount(found.kind, minlength=len(found.names))
     listed = np.sort(np.argsort(-counts, kind="stable")[:LEGEND])
     handles = [
         plt.Line2D(
-            [], [], marker="o", linestyle="", color=colours[i], label=label(f"{found.names[i][:28]} ({counts[i]:,})")
+            [], [], marker="o", linestyle="", color=colors[i], label=label(f"{found.names[i][:28]} ({counts[i]:,})")
         )
         for i in listed
     ]
@@ -91,7 +91,7 @@ def as_html(found: Map, source: ImageSource | None, budget: int) -> str:
     content = {
         "note": found.note,
         "names": found.names,
-        "colours": found.colours,
+        "colors": found.colors,
         "kind": found.kind.tolist(),
         "x": [round(float(x), 5) for x in points[:, 0]],
         "y": [round(float(y), 5) for y in points[:, 1]],

@@ -1,8 +1,8 @@
-"""The nearest neighbours of images, by cosine of their embeddings: a table, and a contact sheet.
+"""The nearest neighbors of images, by cosine of their embeddings: a table, and a contact sheet.
 
     self-supervised nearest features.parquet photos/cat/12.jpg another.jpg --out nearest.png -k 12
 
-An IMAGE is one of the features' own, by its path in the file or on the disk, and is then not its own neighbour; or any
+An IMAGE is one of the features' own, by its path in the file or on the disk, and is then not its own neighbor; or any
 other image, which the features' checkpoint embeds.
 """
 
@@ -37,7 +37,7 @@ class Tile:
     title: str  # bold, on the left
     note: str  # on its right
     lines: tuple[str, ...]  # below; those too long lose their beginning
-    colour: str | None = None  # of the frame, and of the first line
+    color: str | None = None  # of the frame, and of the first line
 
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
@@ -81,13 +81,13 @@ def paste(sheet: Image.Image, tile: Tile, left: int, top: int) -> None:
     draw.rectangle((left, top, right - 1, bottom - 1), fill=BOX)
     picture = fitted(tile.picture)
     sheet.paste(picture, (left + (PICTURE_SIDE - picture.width) // 2, top + (PICTURE_SIDE - picture.height) // 2))
-    if tile.colour:
-        draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=tile.colour, width=3)
+    if tile.color:
+        draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=tile.color, width=3)
     draw.text((left, bottom + 6), in_one_line(tile.title), TEXT, BOLD_FONT)
     draw.text((right, bottom + 6), in_one_line(tile.note), TEXT, PLAIN_FONT, anchor="ra")
     for i, line in enumerate(tile.lines):
-        colour = (tile.colour or TEXT) if i == 0 else FAINT
-        draw.text((left, bottom + 6 + CAPTION_HEIGHT * (i + 1)), shortened(line), colour, PLAIN_FONT)
+        color = (tile.color or TEXT) if i == 0 else FAINT
+        draw.text((left, bottom + 6 + CAPTION_HEIGHT * (i + 1)), shortened(line), color, PLAIN_FONT)
 
 
 def fitted(picture: Image.Image) -> Image.Image:
@@ -108,14 +108,14 @@ def shortened(line: str) -> str:
     return next((f"…{line[i:]}" for i in range(len(line)) if PLAIN_FONT.getlength(f"…{line[i:]}") <= PICTURE_SIDE), "…")
 
 
-# ---- The nearest neighbours among embeddings, and how a contact sheet shows them ----
+# ---- The nearest neighbors among embeddings, and how a contact sheet shows them ----
 
 
 Piece = tuple[list[str], np.ndarray, list[str | None]]  # paths, embeddings [n, E], labels
 
 
 @frozen
-class Neighbour:
+class Neighbor:
     path: str
     label: str | None
     cosine: float
@@ -123,20 +123,20 @@ class Neighbour:
 
 def best_of(
     pieces: Iterable[Piece], queries: np.ndarray, k: int, own: list[str | None] | None = None
-) -> list[list[Neighbour]]:
+) -> list[list[Neighbor]]:
     """The k rows of all pieces with the largest cosine to each query [Q, E], the nearest first; without the row whose
     path is that of `own`."""
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
-    best: list[list[Neighbour]] = [[] for _ in queries]
+    best: list[list[Neighbor]] = [[] for _ in queries]
     queries = unit_rows(queries)
     for paths, embeddings, labels in pieces:
         cosines = (queries @ unit_rows(embeddings).T).clip(-1, 1)
         for i, cosine in enumerate(cosines):
             top = np.argsort(-cosine, kind="stable")[: k + 1]  # one more than k, for the own row
-            found = (Neighbour(paths[j], labels[j], float(cosine[j])) for j in top)
-            found = best[i] + [neighbour for neighbour in found if own is None or neighbour.path != own[i]]
-            best[i] = sorted(found, key=lambda neighbour: -neighbour.cosine)[:k]
+            found = (Neighbor(paths[j], labels[j], float(cosine[j])) for j in top)
+            found = best[i] + [neighbor for neighbor in found if own is None or neighbor.path != own[i]]
+            best[i] = sorted(found, key=lambda neighbor: -neighbor.cosine)[:k]
     return best
 
 
@@ -149,23 +149,23 @@ class Query:
     label: str | None = None
 
 
-def tiles(query: Query, found: list[Neighbour], source: ImageSource) -> tuple[Tile, list[Tile]]:
-    """A neighbour's frame says whether its label is the query's, where both have one."""
+def tiles(query: Query, found: list[Neighbor], source: ImageSource) -> tuple[Tile, list[Tile]]:
+    """A neighbor's frame says whether its label is the query's, where both have one."""
     lead = Tile(query.picture, "query", "", (query.label, query.name) if query.label else (query.name,), LEAD_COLOR)
     row = []
     for i, n in enumerate(found, start=1):
-        colour = (SAME_COLOR if n.label == query.label else OTHER_COLOR) if n.label and query.label else None
+        color = (SAME_COLOR if n.label == query.label else OTHER_COLOR) if n.label and query.label else None
         lines = (n.label, n.path) if n.label else (n.path,)
-        row.append(Tile(source.picture(n.path, side=PICTURE_SIDE), str(i), f"{n.cosine:.3f}", lines, colour))
+        row.append(Tile(source.picture(n.path, side=PICTURE_SIDE), str(i), f"{n.cosine:.3f}", lines, color))
     return lead, row
 
 
-# ---- The nearest neighbours of images, by cosine of their embeddings: a table, and a contact sheet ----
+# ---- The nearest neighbors of images, by cosine of their embeddings: a table, and a contact sheet ----
 
 
 def nearest_rows(
     features: str | Path, queries: np.ndarray, k: int = 12, own: list[str | None] | None = None
-) -> list[list[Neighbour]]:
+) -> list[list[Neighbor]]:
     """The k rows of `features` with the largest cosine to each query, the nearest first.
 
     The file is read in pieces, so it may be larger than the memory.
@@ -215,7 +215,7 @@ def embed_files(features: str | Path, files: list[str], checkpoint: str | None) 
 # ---- what is shown ----
 
 
-def neighbor_table(query: Query, found: list[Neighbour]) -> str:
+def neighbor_table(query: Query, found: list[Neighbor]) -> str:
     rows = [("rank", "cosine", "label", "path")]
     rows += [(str(i), f"{n.cosine:.4f}", n.label or "-", n.path) for i, n in enumerate(found, start=1)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -230,8 +230,8 @@ def nearest_sheet(
     k: int = 12,
     checkpoint: str | None = None,
     folder: str | None = None,
-) -> list[list[Neighbour]]:
-    """The neighbours of each image, also as a contact sheet, the PNG `out`.
+) -> list[list[Neighbor]]:
+    """The neighbors of each image, also as a contact sheet, the PNG `out`.
 
     Args:
         checkpoint: of the features, if it is not where it was.
@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("features", metavar="FILE.parquet")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--out", type=as_path, default=Path("nearest.png"), metavar="FILE.png")
-    parser.add_argument("-k", type=int, default=12, help="neighbours of each image")
+    parser.add_argument("-k", type=int, default=12, help="neighbors of each image")
     parser.add_argument("--checkpoint", help="of the features, if it is not where it was")
     parser.add_argument("--folder", help="of the features' images, likewise")
     nearest_sheet(**vars(parser.parse_args(arguments)))

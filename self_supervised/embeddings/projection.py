@@ -79,7 +79,7 @@ def different(embeddings: np.ndarray) -> int:
     return len(np.unique(embeddings, axis=0))
 
 
-# ---- colours ----
+# ---- colors ----
 
 
 def kinds(labels: list[str | None], embeddings: np.ndarray, seed: int) -> tuple[np.ndarray, list[str], str]:
@@ -88,12 +88,12 @@ def kinds(labels: list[str | None], embeddings: np.ndarray, seed: int) -> tuple[
         names = sorted({label for label in labels if label is not None}, key=natural)
         names += [NO_LABEL] * (None in labels)
         index = {name: i for i, name in enumerate(names)}
-        return np.array([index[label or NO_LABEL] for label in labels]), names, "coloured by label"
+        return np.array([index[label or NO_LABEL] for label in labels]), names, "colored by label"
     x = unit_rows(embeddings)
     clusters = KMeans(min(CLUSTERS, different(x)), n_init=3, random_state=seed).fit_predict(x)
     found, kind = np.unique(clusters, return_inverse=True)
     names = [f"cluster {i + 1}" for i in range(len(found))]
-    return kind, names, f"no labels: coloured by {len(found)} k-means clusters of the embeddings"
+    return kind, names, f"no labels: colored by {len(found)} k-means clusters of the embeddings"
 
 
 def natural(name: str) -> tuple:

@@ -91,7 +91,7 @@ class Packed:
     def labels(self, paths: list[str]) -> list[str | None]:
         known = {split: images.labels for split, images in self.splits.items()}
         labels = (int(known[split][int(i)]) for split, i in (path.split("/") for path in paths))
-        return [str(label) if label >= 0 else None for label in labels]  # STL-10's unlabelled ones are -1
+        return [str(label) if label >= 0 else None for label in labels]  # STL-10's unlabeled ones are -1
 
     def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
         split, i = path.split("/")

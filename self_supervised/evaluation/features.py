@@ -52,7 +52,7 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
     """Settings to read a data set (default: the encoder's own) in the encoder's size and normalization.
 
     Raises:
-        ValueError: the set has colours and the encoder takes gray images.
+        ValueError: the set has colors and the encoder takes gray images.
     """
     p = encoder.params
     if (dataset_name or p.dataset_name) not in catalogue.DATASETS:
@@ -93,9 +93,9 @@ def extract(
     if not folder.is_dir():
 
         def rows() -> Iterator[dict[str, Tensor]]:
-            with Tap(encoder, names) as tap:
+            with ActivationRecorder(encoder, names) as recorder:
                 for images, labels in feature_batches(dataset, params):
-                    yield {"x": finite(encoder.embed(images), what), "y": labels, **tap.averages(len(images))}
+                    yield {"x": finite(encoder.embed(images), what), "y": labels, **recorder.averages(len(images))}
 
         write_features(folder, len(dataset), rows(), n_batches(dataset, params), what)
         name_skipped(dataset)
@@ -166,14 +166,14 @@ def n_batches(dataset: Dataset, params: EncoderAndDataParams) -> int:
     return len(feature_batches(dataset, params))
 
 
-class Tap:
+class ActivationRecorder:
     """Within it, every forward pass leaves the averages over the image of what comes out of the named modules."""
 
     def __init__(self, encoder: Encoder, names: list[str]):
         self.modules = {name: getattr(encoder.model, name) for name in names}
         self.found = {}
 
-    def __enter__(self) -> "Tap":
+    def __enter__(self) -> "ActivationRecorder":
         self.hooks = [module.register_forward_hook(self.keeper(name)) for name, module in self.modules.items()]
         return self
 
@@ -244,8 +244,8 @@ def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
             )
         yield dataset.labels
         return
-    for path, stamp, label in dataset.stamps():
-        yield repr((os.path.relpath(path, loading.data_path()), *stamp, label)).encode()
+    for path, signature, label in dataset.signatures():
+        yield repr((os.path.relpath(path, loading.data_path()), *signature, label)).encode()
 
 
 def write_features(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_batches: int, what: str) -> None:
@@ -346,7 +346,7 @@ def seen(params: EncoderAndDataParams) -> dict[str, Any]:
 
 
 def image_hash(subject: EvaluationData) -> str:
-    """Of the encoder and of all labelled images of the data set, as it sees them."""
+    """Of the encoder and of all labeled images of the data set, as it sees them."""
     params = subject.params
     sets = (loading.get_dataset(params, splits) for splits in (params.dataset.train_splits, params.dataset.test_splits))
     return "".join(fingerprint(subject.encoder, params, dataset, {}) for dataset in sets)

@@ -61,5 +61,5 @@ def lidar(views: Tensor, delta: float = 1e-4) -> Scores:
     return {"lidar": float(torch.special.entr(p).sum().exp())}
 
 
-def covariance(centred: Tensor) -> Tensor:
-    return centred.T @ centred / len(centred)
+def covariance(centered: Tensor) -> Tensor:
+    return centered.T @ centered / len(centered)

@@ -1,4 +1,4 @@
-"""Every evaluation protocol in one table: name -> (an encoder with a labelled data set, seed) -> dict of scalars."""
+"""Every evaluation protocol in one table: name -> (an encoder with a labeled data set, seed) -> dict of scalars."""
 
 import copy
 import difflib
@@ -81,9 +81,9 @@ class Protocol:
     needs_stages: bool = False  # an encoder with layer1 to layer4
     preset: str | None = None  # of LINEAR_PRESETS, of a protocol that trains by SGD
 
-    def refusal(self, encoder: Encoder, params: EncoderAndDataParams, labelled: bool) -> str | None:
-        """Why it cannot be run. Whether images are labelled is told, as files are listed to find out."""
-        if self.needs_labels and not labelled:
+    def refusal(self, encoder: Encoder, params: EncoderAndDataParams, labeled: bool) -> str | None:
+        """Why it cannot be run. Whether images are labeled is told, as files are listed to find out."""
+        if self.needs_labels and not labeled:
             return f"needs labels, and the images of {params.dataset_name} have none"
         if self.needs_classes and params.dataset.many_labels:
             return f"needs one class an image, and those of {params.dataset_name} have several"
@@ -224,8 +224,8 @@ def check_names(protocols: Sequence[str]) -> None:
 
 def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
     """Those wanted; without a wish, all that can be run and do not train."""
-    labelled = n_classes(params) > 0
-    refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, labelled))}
+    labeled = n_classes(params) > 0
+    refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, labeled))}
     if protocols is None:
         return [name for name, row in PROTOCOLS.items() if not row.trains and name not in refused]
     for name in protocols:

@@ -85,15 +85,15 @@ def accuracy(logits: Tensor, classes: Tensor, y: Tensor, k: int) -> float:
 def knn(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...] = (20, 200), T: float = 0.07
 ) -> Scores:
-    """k nearest neighbours by cosine, each voting with weight exp(cosine / T) (InstDisc,
+    """k nearest neighbors by cosine, each voting with weight exp(cosine / T) (InstDisc,
     https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images all of them vote."""
     train_x, test_x = unit(finite(train_x, "training features")), unit(finite(test_x, "test features"))
     classes, target = train_y.unique(return_inverse=True)
     correct = {k: 0 for k in ks}
     for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
-        cosine, neighbour = (x @ train_x.T).topk(min(max(ks), len(train_x)), dim=1)
+        cosine, neighbor = (x @ train_x.T).topk(min(max(ks), len(train_x)), dim=1)
         votes = (cosine / T).exp()
-        label = target[neighbour]
+        label = target[neighbor]
         for k in ks:
             scores = votes.new_zeros(len(x), len(classes)).scatter_add_(1, label[:, :k], votes[:, :k])
             correct[k] += int((classes[scores.argmax(1)] == y).sum())
@@ -129,7 +129,7 @@ def evaluate(
 
     Probes are fitted on a random half of x and scored on the other. With `train` (features and labels of the training
     set) they are fitted on that and scored on all of x; the names of their scores then end in "_trainset". Without two
-    labelled classes only the evaluations that need no labels are left.
+    labeled classes only the evaluations that need no labels are left.
     """
     x = finite(able(x), "embeddings")
     y = one_label_each(able(y))

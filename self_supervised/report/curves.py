@@ -1,4 +1,4 @@
-"""Curves of runs side by side, from the metrics.csv of each: one colour a run, one panel a figure.
+"""Curves of runs side by side, from the metrics.csv of each: one color a run, one panel a figure.
 
     self-supervised curves runs/byol_cifar10 lower_lr=runs/byol_low --out curves.png
     self-supervised curves runs/simclr --out curves.png --panels step_train_loss step_pos_cos,step_neg_cos

@@ -70,7 +70,7 @@ FIGURES = (
         "other: a monitor.",
     ),
     Figure(
-        "k nearest neighbours (%)",
+        "k nearest neighbors (%)",
         {
             "valid_knn20_acc": "k = 20",
             "valid_knn200_acc": "k = 200",

@@ -1,4 +1,4 @@
-"""The pictures of a report: views, nearest neighbours and the map, from a run's checkpoint and its images."""
+"""The pictures of a report: views, nearest neighbors and the map, from a run's checkpoint and its images."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,14 +53,14 @@ def picture_parts(
     yield "views", or_why(lambda: views(settings))
     if n == 0:
         reason = {"missing": "--images 0: no images were embedded"}
-        yield from (("neighbours", reason), ("map", reason))
+        yield from (("neighbors", reason), ("map", reason))
         return
     found = or_why(lambda: embedded(checkpoint(folder), n, encoder))
     if isinstance(found, Embedded):
-        yield "neighbours", or_why(lambda: neighbours(found))
+        yield "neighbors", or_why(lambda: neighbors(found))
         yield "map", or_why(lambda: map_page(found, budget))
     else:
-        yield from (("neighbours", found), ("map", found))
+        yield from (("neighbors", found), ("map", found))
 
 
 def or_why(make: Callable[[], Any]) -> Any:
@@ -169,7 +169,7 @@ def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
     return folders if len(set(folders.values())) == len(of_class) else {}
 
 
-# ---- neighbours and map ----
+# ---- neighbors and map ----
 
 
 def queries(found: Embedded) -> list[int]:
@@ -179,7 +179,7 @@ def queries(found: Embedded) -> list[int]:
     return [*chosen, *(i for i in range(len(found.x)) if i not in chosen)][:QUERIES]
 
 
-def neighbours(found: Embedded) -> dict[str, Any]:
+def neighbors(found: Embedded) -> dict[str, Any]:
     rows = queries(found)
     best = best_of([(found.paths, found.x, found.labels)], found.x[rows], NEIGHBOURS, [found.paths[i] for i in rows])
     index = {path: i for i, path in enumerate(found.paths)}

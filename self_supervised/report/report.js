@@ -20,8 +20,8 @@ function name(parent, text) {
   parts.forEach((part, i) => { if (i) make(parent, "wbr"); parent.append(part); });
 }
 
-const colour = i => `var(--c${i % 8})`;
-const swatch = (parent, i) => make(parent, "span", {class: "swatch", style: `background: ${colour(i)}`});
+const color = i => `var(--c${i % 8})`;
+const swatch = (parent, i) => make(parent, "span", {class: "swatch", style: `background: ${color(i)}`});
 
 function number(value) {
   if (value === 0) return "0";
@@ -142,15 +142,15 @@ function chart(figure, index) {
   make(caption, "h3", {}, figure.title);
   if (figure.healthy) make(caption, "p", {}, figure.healthy);
   const names = [...new Set(figure.lines.map(line => line.name))];
-  // One run: a colour for each column. Several: a colour for each run, a dash for each column.
-  const colourOf = line => colour(several ? line.run : names.indexOf(line.name));
+  // One run: a color for each column. Several: a color for each run, a dash for each column.
+  const colorOf = line => color(several ? line.run : names.indexOf(line.name));
   const dashOf = line => several ? DASHES[names.indexOf(line.name) % DASHES.length] : "";
   if (names.length > 1) {
     const legend = make(box, "div", {class: "legend"});
     for (const name of names) {
       const line = figure.lines.find(one => one.name === name), item = make(legend, "span", {title: name});
       const key = make(item, "svg", {viewBox: "0 0 22 8", "aria-hidden": true});
-      make(key, "path", {d: "M1 4H21", "stroke-width": 2, "stroke-dasharray": dashOf(line), style: `stroke: ${several ? "var(--text)" : colourOf(line)}`});
+      make(key, "path", {d: "M1 4H21", "stroke-width": 2, "stroke-dasharray": dashOf(line), style: `stroke: ${several ? "var(--text)" : colorOf(line)}`});
       item.append(line.label);
     }
   }
@@ -187,10 +187,10 @@ function chart(figure, index) {
       make(plot, "text", {x: toX(x), y: frame.bottom + 16, "text-anchor": "middle"}, number(x));
     make(plot, "text", {x: frame.right, y: height - 2, "text-anchor": "end"}, along);
     for (const line of shown) {
-      const style = `stroke: ${colourOf(line)}`, path = ys => "M" + line.xs.map((x, i) => `${toX(x).toFixed(1)} ${toY(ys[i]).toFixed(1)}`).join("L");
+      const style = `stroke: ${colorOf(line)}`, path = ys => "M" + line.xs.map((x, i) => `${toX(x).toFixed(1)} ${toY(ys[i]).toFixed(1)}`).join("L");
       if (line.isSmoothed) make(plot, "path", {class: "raw", d: path(line.y), style});
       make(plot, "path", {class: "line", d: path(line.ys), style, "stroke-dasharray": dashOf(line)});
-      if (!line.isLong) line.xs.forEach((x, i) => make(plot, "circle", {cx: toX(x), cy: toY(line.ys[i]), r: 3, style: `fill: ${colourOf(line)}`}));
+      if (!line.isLong) line.xs.forEach((x, i) => make(plot, "circle", {cx: toX(x), cy: toY(line.ys[i]), r: 3, style: `fill: ${colorOf(line)}`}));
     }
     if (cursor !== null) point(cursor);
   }
@@ -206,8 +206,8 @@ function chart(figure, index) {
     make(tip, "div", {}, `${along} ${number(cursor)}`);
     for (const line of lines) {
       const row = make(tip, "div"), y = line.ys[line.at], labels = [];
-      make(plot, "circle", {class: "at", cx: toX(line.xs[line.at]), cy: toY(y), r: 4, style: `fill: ${colourOf(line)}`});
-      make(row, "span", {class: "swatch", style: `background: ${colourOf(line)}`});
+      make(plot, "circle", {class: "at", cx: toX(line.xs[line.at]), cy: toY(y), r: 4, style: `fill: ${colorOf(line)}`});
+      make(row, "span", {class: "swatch", style: `background: ${colorOf(line)}`});
       if (several) labels.push(runs[line.run].name);
       if (names.length > 1 || !several) labels.push(line.label);
       make(row, "span", {}, labels.join(", "));
@@ -311,9 +311,9 @@ function views(parent, {side, columns}) {
   });
 }
 
-function neighbours(parent, {about, rows}) {
+function neighbors(parent, {about, rows}) {
   make(parent, "p", {class: "about"}, about);
-  const grid = make(parent, "div", {class: "neighbours"});
+  const grid = make(parent, "div", {class: "neighbors"});
   const card = (box, {picture: source, label, path, cosine}, kind) => {
     const figure = make(box, "figure", {class: kind, title: path}), caption = document.createElement("figcaption");
     picture(figure, source, label ?? path);
@@ -351,6 +351,6 @@ resultsTable();
 settingsTable();
 curves();
 ofRuns("views", views);
-ofRuns("neighbours", neighbours);
+ofRuns("neighbors", neighbors);
 ofRuns("map", map);
 provenance();

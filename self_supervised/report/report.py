@@ -21,7 +21,7 @@ from self_supervised.report import compare, figures, pictures, tables
 from self_supervised.runs.command_line import in_one_line, parser_of
 from self_supervised.safe_files import atomic_write, check_file
 
-MOST_RUNS = 8  # more colours cannot be told apart
+MOST_RUNS = 8  # more colors cannot be told apart
 IMAGES = 2000
 
 
@@ -32,7 +32,7 @@ def write_report(
 
     Args:
         out: the file; None: report.html, in the run's folder if it is one run, else here.
-        images: at most so many test images are embedded, for map and neighbours, over all runs; 0: none.
+        images: at most so many test images are embedded, for map and neighbors, over all runs; 0: none.
         encoder: your own module, if the encoder of these runs was one.
 
     Raises:
@@ -40,7 +40,7 @@ def write_report(
     """
     folders = [Path(run).expanduser() for run in runs]
     if not 1 <= len(folders) <= MOST_RUNS:
-        raise ValueError(f"{len(folders)} runs: a report shows 1 to {MOST_RUNS}, more colours cannot be told apart")
+        raise ValueError(f"{len(folders)} runs: a report shows 1 to {MOST_RUNS}, more colors cannot be told apart")
     if images < 0:
         raise ValueError(f"images={images} must be at least 0")
     out = Path(out or (folders[0] / "report.html" if len(folders) == 1 else "report.html")).expanduser()

@@ -250,7 +250,7 @@ def known_names() -> tuple[str, ...]:
 
 
 def meant(name: str, names: Sequence[str] | None = None, start: str = "--") -> str:
-    """' Did you mean --lr?': names that are spelt alike, or that have its initials (learning_rate: lr) as a word."""
+    """' Did you mean --lr?': names that are spelled alike, or that have its initials (learning_rate: lr) as a word."""
     names = names or known_names()
     name = name.lower()
     lower = {known.lower(): known for known in names}

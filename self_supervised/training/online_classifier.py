@@ -13,7 +13,7 @@ from self_supervised.data.class_labels import UNLABELED
 
 
 def loss_and_accuracy(classifier: nn.Linear, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of the batch's labelled images [N, E], [N]: the mean cross entropy, which DDP's average makes that over all
+    """Of the batch's labeled images [N, E], [N]: the mean cross entropy, which DDP's average makes that over all
     processes, and the share in percent, over all processes, of which the class is the most likely one.
 
     Raises:
@@ -54,10 +54,10 @@ def gradients_aside(classifier: nn.Linear) -> Iterator[None]:
 
 
 def accuracies(classifier: nn.Linear | None, embeddings: Tensor, labels: Tensor | None) -> dict[str, float]:
-    """In percent, of the labelled images among [N, E], [N]: the class is the most likely, one of the five likeliest."""
-    if classifier is None or labels is None or not (labelled := labels != UNLABELED).any():
+    """In percent, of the labeled images among [N, E], [N]: the class is the most likely, one of the five likeliest."""
+    if classifier is None or labels is None or not (labeled := labels != UNLABELED).any():
         return {}
     with torch.no_grad():
-        logits, y = logits_of(classifier, embeddings[labelled]), labels[labelled]
+        logits, y = logits_of(classifier, embeddings[labeled]), labels[labeled]
     rank = (~(logits < logits.gather(1, y.unsqueeze(1)))).sum(1) - 1  # 0: the right class alone is the most likely
     return {f"valid_online_acc{k}": 100.0 * (rank < k).float().mean().item() for k in (1, 5)}

@@ -137,7 +137,7 @@ def augment(
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
-    """Gray images, repeated for an encoder of colours."""
+    """Gray images, repeated for an encoder of colors."""
     return images.expand(-1, channels, -1, -1) if (images.shape[1], channels) == (1, 3) else images
 
 

@@ -237,7 +237,7 @@ def crop_loop(image, top, left, height, width, flip, x):
 
 @compiled
 def three_channels(line, first, weights, flip, x, i):
-    """Row i of x from a line of interleaved colours: all three at once, the usual case."""
+    """Row i of x from a line of interleaved colors: all three at once, the usual case."""
     size = x.shape[2]
     for j in range(size):
         red, green, blue, k = ZERO, ZERO, ZERO, first[j] * 3

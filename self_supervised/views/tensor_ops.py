@@ -102,7 +102,7 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Shift of the hue by `turn` of the colour wheel, exact in HSV, without branches."""
+    """Shift of the hue by `turn` of the color wheel, exact in HSV, without branches."""
     r, g, b = x.unbind(1)
     value = x.amax(1)
     chroma = value - x.amin(1)

@@ -339,7 +339,7 @@ def test_a_list_that_is_not_in_utf_8_is_named(photos, tmp_path):
         listed(params(photos, splits_path=str(tmp_path)))
 
 
-def test_pages_in_colours_are_no_channels(tmp_path):
+def test_pages_in_colors_are_no_channels(tmp_path):
     page = Image.fromarray(TILES["china"][0])
     page.save(tmp_path / "0.tif", save_all=True, append_images=[page])
     with pytest.raises(ValueError, match="its 2 pages are images of their own: write each into its own file"):
@@ -506,7 +506,7 @@ def test_statistics_are_those_of_numpy(photos):
     for name in listed(model.params):
         with Image.open(photos / name) as image:
             pixels.append(np.asarray(image, np.float64)[2:37, 2:37] / 255)
-    # 7/8 of 40 begin at 2.5 pixels: PIL interpolates between neighbours there, which smoothes by some percent
+    # 7/8 of 40 begin at 2.5 pixels: PIL interpolates between neighbors there, which smoothes by some percent
     np.testing.assert_allclose(model.params.image_mean, np.mean(pixels, (0, 1, 2)), atol=2e-3)
     np.testing.assert_allclose(model.params.image_std, np.std(pixels, (0, 1, 2)), rtol=0.1)
     assert model.hparams["image_mean"] == model.params.image_mean

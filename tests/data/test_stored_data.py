@@ -303,9 +303,9 @@ def in_shard(root: Path | str, **fields) -> tuple[list[str], dict[str, int]]:
 def test_dots_in_names_within_shards(tmp_path):
     image = png(NAMES[0])
     dotted = {f"v1.0/IMG_2024.05.{i}.png": image for i in range(3)} | {f"v1.0/plain{i}.png": image for i in range(2)}
-    labelled = dotted | {f"v1.0/IMG_2024.05.{i}.cls": str(i % 2).encode() for i in range(3)}
-    labelled |= {f"v1.0/plain{i}.cls": b"1" for i in range(2)}
-    for members in (dotted, labelled):
+    labeled = dotted | {f"v1.0/IMG_2024.05.{i}.cls": str(i % 2).encode() for i in range(3)}
+    labeled |= {f"v1.0/plain{i}.cls": b"1" for i in range(2)}
+    for members in (dotted, labeled):
         shard = write_tar(tmp_path / "a.tar", members)
         assert sorted(in_shard(shard)[0]) == sorted(dotted) and not in_shard(shard)[1]
     dataset = loading.get_dataset(params(shard, val_size=0, test_size=0), ("train",))

@@ -115,7 +115,7 @@ def test_a_missing_file_is_left_out_too(roots, tmp_path):
     p = params(write(tmp_path / "own", BROKEN))
     dataset = loading.get_dataset(p, ("test",))
     (tmp_path / "own" / "test/a/0.png").unlink()
-    assert len(list(dataset.stamps())) == 14 and dataset[0][1] == UNREADABLE
+    assert len(list(dataset.signatures())) == 14 and dataset[0][1] == UNREADABLE
     model = Encoder(encoder(), p, Report("tiny", "test", "module", 12, ()))
     assert len(features.extract(model, p, ("test",), tmp_path / "kept").x) == 11
 

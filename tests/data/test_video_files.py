@@ -198,10 +198,10 @@ def test_a_list_and_class_folders_number_classes_differently(params, tmp_path):
     (folder / "train.csv").write_text("zumba/v0.mp4\nair drumming/v0.mp4\n")  # without labels nothing can differ
     assert [label for _, label in get(params, split="val").files] == [0, 0, 0, 1, 1, 1]
     (folder / "train.csv").write_text("zumba/v0.mp4 0\nair drumming/v0.mp4 1\n")
-    with pytest.raises(ValueError, match="train.csv numbers the classes, and the neighbouring split has class folders"):
+    with pytest.raises(ValueError, match="train.csv numbers the classes, and the neighboring split has class folders"):
         get(params, split="val")
     (folder / "train.csv").rename(folder / "val.csv")
-    with pytest.raises(ValueError, match="val.csv numbers the classes, and the neighbouring split has class folders"):
+    with pytest.raises(ValueError, match="val.csv numbers the classes, and the neighboring split has class folders"):
         get(params, split="val")
     (folder / "train.csv").write_text("zumba/v0.mp4 0\n")
     with pytest.raises(ValueError, match="val.csv: val has classes that train lacks, 1 of 2: '1'"):

@@ -1,4 +1,4 @@
-"""Features of any folder, their neighbours and their map, from real photographs and scans of digits as files."""
+"""Features of any folder, their neighbors and their map, from real photographs and scans of digits as files."""
 
 import base64
 import hashlib
@@ -376,7 +376,7 @@ def test_a_missing_package_is_named(monkeypatch):
         runpy.run_path(parquet.__file__)
 
 
-# ---- neighbours ----
+# ---- neighbors ----
 
 
 @pytest.fixture
@@ -386,7 +386,7 @@ def features(digits, checkpoint, tmp_path, capsys):
     return out
 
 
-def test_neighbours_are_those_of_scikit_learn(features, monkeypatch):
+def test_neighbors_are_those_of_scikit_learn(features, monkeypatch):
     monkeypatch.setattr(parquet, "ROWS", 40)  # several pieces
     paths, x, _ = embed.read(features)
     own = [paths[i] for i in (3, 77, 149)]
@@ -454,7 +454,7 @@ def data_of(page: Path) -> dict:
 @pytest.mark.parametrize(
     "method", ["tsne"] if LONG == 1 else embedding_map.METHODS
 )  # UMAP is compiled for half a minute
-def test_a_map_keeps_neighbours_and_can_be_repeated(method, features):
+def test_a_map_keeps_neighbors_and_can_be_repeated(method, features):
     if method == "umap":
         pytest.importorskip("umap")
     _, x, _ = embed.read(features)
@@ -476,7 +476,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(digits, features, tmp_pa
     assert "://" not in page.read_text()
     content, (paths, _, labels) = data_of(page), embed.read(features)
     assert content["paths"] == paths and len(set(zip(content["x"], content["y"], strict=True))) == N_DIGITS
-    assert [content["names"][kind] for kind in content["kind"]] == labels and len(set(content["colours"])) == 10
+    assert [content["names"][kind] for kind in content["kind"]] == labels and len(set(content["colors"])) == 10
     assert min(content["x"] + content["y"]) >= 0 and max(content["x"] + content["y"]) <= 1
     for path, uri in zip(paths, content["pictures"], strict=True):
         seen = np.asarray(
@@ -484,8 +484,8 @@ def test_the_page_holds_everything_and_asks_for_nothing(digits, features, tmp_pa
         )
         assert np.abs(seen.astype(float) - np.asarray(Image.open(digits / path))).mean() < 8, path
     drawn = np.asarray(Image.open(png).convert("RGB")).reshape(-1, 3)
-    for colour in content["colours"]:  # in the legend they are opaque
-        assert (drawn == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(1).any(), colour
+    for color in content["colors"]:  # in the legend they are opaque
+        assert (drawn == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(1).any(), color
 
 
 def test_samples_clusters_hostile_names_and_budgets(photos, tmp_path, monkeypatch, capsys):
@@ -495,7 +495,7 @@ def test_samples_clusters_hostile_names_and_budgets(photos, tmp_path, monkeypatc
     features, page = embed.embed_folder(tiny(), photos, tmp_path / "f.parquet", device="cpu"), tmp_path / "map.html"
     found = embedding_map.make_map(features, [page], n=25)
     assert "</script><b>" not in page.read_text() and data_of(page)["paths"][-1] == "x</script><b>/0.png"
-    assert "no labels: coloured by 10 k-means clusters" in data_of(page)["note"] and len(found.names) == 10
+    assert "no labels: colored by 10 k-means clusters" in data_of(page)["note"] and len(found.names) == 10
     monkeypatch.setattr(map_page, "BUDGET", 8000)
     part = embedding_map.make_map(features, [page], n=20, seed=3)
     assert len(set(part.paths)) == 20 and part.paths == sorted(part.paths)

@@ -192,13 +192,13 @@ def test_starting_weights_see_the_clips_of_the_trained_encoder(folder, tmp_path)
 # ---- retrieval ----
 
 
-def test_retrieval_is_scikit_learns_neighbours():
+def test_retrieval_is_scikit_learns_neighbors():
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(9, 8))
+    centers = rng.normal(size=(9, 8))
     labels = {name: rng.integers(9, size=n) for name, n in (("train", 150), ("test", 80))}
-    x = {name: centres[y] + 1.5 * rng.normal(size=(len(y), 8)) for name, y in labels.items()}
-    neighbours = NearestNeighbors(n_neighbors=20, metric="cosine").fit(x["train"]).kneighbors(x["test"])[1]
-    same = labels["train"][neighbours] == labels["test"][:, None]
+    x = {name: centers[y] + 1.5 * rng.normal(size=(len(y), 8)) for name, y in labels.items()}
+    neighbors = NearestNeighbors(n_neighbors=20, metric="cosine").fit(x["train"]).kneighbors(x["test"])[1]
+    same = labels["train"][neighbors] == labels["test"][:, None]
     sets = (torch.from_numpy(part[name]) for name in ("train", "test") for part in (x, labels))
     found = probes.retrieval(*sets)
     assert found == {f"recall{k}": pytest.approx(100 * same[:, :k].any(1).mean()) for k in (1, 5, 10, 20)}
@@ -342,11 +342,11 @@ def test_a_folder_of_videos_is_embedded_as_it_is_evaluated(features, pretrained,
     assert about["preprocessing"]["evaluation_clips"] == 2 and about["preprocessing"]["clip_duration"] == 1.03
 
 
-def test_neighbours_of_videos_are_shown_by_their_middle_frames(features, folder, monkeypatch, tmp_path):
+def test_neighbors_of_videos_are_shown_by_their_middle_frames(features, folder, monkeypatch, tmp_path):
     encoder = lambda *_, **__: None  # noqa: E731  (the query has a row: nothing is embedded)
     monkeypatch.setattr(nearest, "load_encoder", encoder)
     (found,) = nearest.nearest_sheet(features, ["light/v3.mp4"], tmp_path / "nearest.png", k=4)
-    assert [neighbour.label for neighbour in found] == ["light"] * 4 and "light/v3.mp4" not in {n.path for n in found}
+    assert [neighbor.label for neighbor in found] == ["light"] * 4 and "light/v3.mp4" not in {n.path for n in found}
     source = nearest.open_source(folder / "kinetics/train")
     expected = pattern(1, 3)(15)
     assert np.abs(np.asarray(source.picture("light/v3.mp4", side=40)).astype(int) - expected).mean() < 6

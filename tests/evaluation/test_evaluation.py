@@ -112,8 +112,8 @@ def test_knn_equals_a_vote_counted_by_hand(blobs):
         for x, label in zip(score_x, score_y, strict=True):
             cosine = fit_x @ x
             votes = np.zeros(4)
-            for neighbour in np.argsort(-cosine)[:k]:
-                votes[int(fit_y[neighbour])] += np.exp(cosine[neighbour] / 0.07)
+            for neighbor in np.argsort(-cosine)[:k]:
+                votes[int(fit_y[neighbor])] += np.exp(cosine[neighbor] / 0.07)
             correct += votes.argmax() == label
         assert found[f"valid_knn{k}_acc"] == pytest.approx(100 * correct / len(score_y))
 

@@ -19,8 +19,8 @@ def reference(cost: float) -> LinearSVC:
 @pytest.fixture
 def blobs():
     """Four overlapping classes in 12 dimensions: (x, y) to train, (x, y) to test."""
-    centres, y = torch.randn(4, 12) * 0.5, torch.randint(4, (700,))
-    x = torch.randn(700, 12) + centres[y] + 0.3
+    centers, y = torch.randn(4, 12) * 0.5, torch.randint(4, (700,))
+    x = torch.randn(700, 12) + centers[y] + 0.3
     return x[:300], y[:300], x[300:], y[300:]
 
 

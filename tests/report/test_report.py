@@ -127,7 +127,7 @@ def test_settings_are_those_that_differ_from_the_preset_and_results_are_the_file
     assert torch.__version__.split("+")[0] in about["facts"]["versions"]
 
 
-def test_views_neighbours_and_map_are_of_the_runs_images_and_encoder(run, page):
+def test_views_neighbors_and_map_are_of_the_runs_images_and_encoder(run, page):
     (about,) = data_of(page)["runs"]
     params = load_encoder(run / "pretrained.ckpt").params
     images, _ = loading.get_dataset(params, ("train",)).__getitems__(range(1297))
@@ -140,7 +140,7 @@ def test_views_neighbours_and_map_are_of_the_runs_images_and_encoder(run, page):
     images, labels = loading.get_dataset(params, ("test",)).__getitems__(range(500))
     x = load_encoder(run / "pretrained.ckpt").embed(images).numpy().astype(np.float64)
     near = NearestNeighbors(n_neighbors=pictures.NEIGHBOURS + 1, metric="cosine").fit(x)
-    rows = about["neighbours"]["rows"]
+    rows = about["neighbors"]["rows"]
     assert len({row["query"]["label"] for row in rows}) == len(rows) == pictures.QUERIES
     for row in rows:
         i = int(row["query"]["path"].removeprefix("test/"))
@@ -188,12 +188,10 @@ def test_long_lines_are_thinned_without_losing_a_peak():
 
 def test_what_a_run_has_not_is_left_out_with_the_reason(run, other, tmp_path, monkeypatch):
     (about,) = data_of(report.write_report([other], tmp_path / "r.html"))["runs"]
-    assert (
-        about["map"] == about["neighbours"] == {"missing": "second has no checkpoint"} and "columns" in about["views"]
-    )
+    assert about["map"] == about["neighbors"] == {"missing": "second has no checkpoint"} and "columns" in about["views"]
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "nothing"))
     (about,) = data_of(report.write_report([run], tmp_path / "r.html"))["runs"]
-    for part in ("views", "neighbours", "map"):
+    for part in ("views", "neighbors", "map"):
         assert "digits is not in" in about[part]["missing"] and "set DATA_PATH" in about[part]["missing"]
     assert not (tmp_path / "nothing").exists()  # nothing was downloaded or packed
     (tmp_path / "begun").mkdir()
@@ -251,9 +249,9 @@ CONTRAST = """(() => {
 })()"""  # https://www.w3.org/TR/WCAG21/#dfn-contrast-ratio
 
 
-def eventually_shows(browser: Browser, file: Path, colours: list[str], seconds: float = 20) -> bool:
-    """Whether all of the colours (of the legend) are on the screen within that time."""
-    wanted, until = {bytes.fromhex(colour[1:]) for colour in colours}, time.monotonic() + seconds
+def eventually_shows(browser: Browser, file: Path, colors: list[str], seconds: float = 20) -> bool:
+    """Whether all of the colors (of the legend) are on the screen within that time."""
+    wanted, until = {bytes.fromhex(color[1:]) for color in colors}, time.monotonic() + seconds
     while time.monotonic() < until:
         browser.screenshot(file)
         pixels = np.asarray(Image.open(file).convert("RGB")).reshape(-1, 3)
@@ -280,7 +278,7 @@ def test_the_page_is_drawn_and_readable(page, tmp_path, width, dark):
         assert browser.run("document.querySelectorAll('.missing').length") == 0
         assert browser.run("[...document.images].every(image => image.complete && image.naturalWidth === 8)")
         browser.run("document.querySelector('iframe').scrollIntoView({behavior: 'instant'})")
-        assert eventually_shows(browser, tmp_path / "map.png", inner["colours"])
+        assert eventually_shows(browser, tmp_path / "map.png", inner["colors"])
         assert browser.errors == [] and all(url.startswith(("file:", "data:", "about:")) for url in browser.requests)
 
 

@@ -17,7 +17,7 @@ SIZES = [(32, 32), (96, 96), (256, 224), (32, 14), (8, 7)]  # of image and view;
 
 
 def images(n: int, size: int, channels: int = 3) -> torch.Tensor:
-    """Smooth colours with sharp edges, full range, and some exactly gray pixels."""
+    """Smooth colors with sharp edges, full range, and some exactly gray pixels."""
     x = torch.rand(n, channels, size, size)
     x = torch.where(torch.rand(n, 1, size, size) < 0.2, x[:, :1].expand_as(x), x)
     return (x * 255).round() / 255
@@ -160,7 +160,7 @@ def test_settings_per_view_as_in_byol():
     assert no_blur.views[0].brightness == pytest.approx(0.8)
 
 
-def test_digits_are_neither_mirrored_nor_coloured():
+def test_digits_are_neither_mirrored_nor_colored():
     view = ModelParams(dataset_name="digits").views[0]
     assert view.flip_probability == view.jitter_probability == view.grayscale_probability == 0
 

@@ -290,7 +290,7 @@ def tiles(sheet, left, size, factor, spacing):
     for row in range(3):
         tile = sheet[top + row * spacing :, left:][: size * factor, : size * factor]
         squares = tile.reshape(size, factor, size, factor, 3)
-        assert (squares == squares[:, :1, :, :1]).all()  # of one colour each
+        assert (squares == squares[:, :1, :, :1]).all()  # of one color each
         picked.append(squares[:, 0, :, 0].permute(2, 0, 1))
     return torch.stack(picked)
 
