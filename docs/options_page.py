@@ -78,7 +78,8 @@ def preset_sections(kind: type) -> list[str]:
 def presets_of(kind: type) -> dict[str, Callable[..., Any]]:
     """Return the module's table of presets: its dictionary that is called PRESETS, or ..._PRESETS."""
     module = vars(sys.modules[kind.__module__])
-    return next((value for name, value in module.items() if re.fullmatch(r"(\w+_)?PRESETS", name)), {})
+    tables = (value for name, value in module.items() if re.fullmatch(r"(\w+_)?PRESETS", name))
+    return next((table for table in tables if isinstance(next(iter(table.values()))(), kind)), {})
 
 
 def python_name(kind: type, preset: Callable[..., Any]) -> str:

@@ -17,7 +17,10 @@ from self_supervised.training.checkpoints import Checkpoints
 
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and waiting threads slow others down
 
-HOLD = "import sys; from folder_lock import *; l = locked(Path(sys.argv[1])); l.__enter__(); print(1, flush=True); "
+HOLD = (
+    "import sys; from pathlib import Path; from self_supervised.folder_lock import locked; "
+    "l = locked(Path(sys.argv[1])); l.__enter__(); print(1, flush=True); "
+)
 
 LONG = int(os.environ.get("LONG", "1"))  # `make test-long`: that many times as many cases
 

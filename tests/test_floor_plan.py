@@ -160,7 +160,7 @@ def test_a_name_means_one_thing():
 
 
 def test_the_tables_have_the_names_of_the_catalogue():
-    """A setting may name what the catalogue lists; the code behind each name is a row of a table with the same names."""
+    """A setting may name what the catalogue lists; the code behind each is a row of a table with the same names."""
     import ws_resnet
     from self_supervised import catalogue
     from self_supervised.data import loading, packed

@@ -1,5 +1,6 @@
-"""Custom data sets: what holds the images (folders.py, tar_shards.py, arrow.py), which of them are used, and which are in train, val and test. Where there is neither val nor test, both are drawn from train, the same share of every
-class.
+"""Custom data sets: what holds the images (folders.py, tar_shards.py, arrow.py), which are used, and in which split.
+
+Where there is neither val nor test, both are drawn from train, with the same fraction of every class.
 """
 
 from fnmatch import fnmatchcase

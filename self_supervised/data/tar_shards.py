@@ -86,7 +86,7 @@ def split_in(name: str) -> str | None:
     return next((split for split, names in SPLITS.items() if any(name in words for name in names)), None)
 
 
-# ---- WebDataset's shards: tar files; members with one name up to its first dot (cat/7.jpg, cat/7.cls) are a sample ----
+# ---- WebDataset's shards: tar files; members of one name up to its first dot (cat/7.jpg, cat/7.cls) are a sample ----
 
 
 SHARD_LABEL_KEYS = ("cls", "label")  # where no other is wanted

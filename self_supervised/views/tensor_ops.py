@@ -2,7 +2,8 @@
 
 x is [N, C, H, W], floats from 0 to 1. Given the same parameters, each operation equals torchvision's v2 operation on
 float images to 1e-5. Parameters are N numbers each, drawn on the host. There are no branches and no sizes that depend
-on them: nothing waits for the device, and `torch.compile` can fuse a whole view. compiled_ops.py has the same for the CPU.
+on them: nothing waits for the device, and `torch.compile` can fuse a whole view. compiled_ops.py has the same for
+the CPU.
 """
 
 import numpy as np

@@ -68,14 +68,15 @@ def test_a_killed_packing_leaves_nothing_that_looks_like_data(tmp_path, monkeypa
     script = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import numpy as np, data
+import numpy as np
+from self_supervised.data import loading
 save = np.save
 def killed(path, array):
     if "labels" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
     save(path, array)
 np.save = killed
-data.prepare_data("digits")
+loading.prepare_data("digits")
 """
     environment = {**os.environ, "DATA_PATH": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == -9
