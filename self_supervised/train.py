@@ -66,7 +66,7 @@ def figure_callbacks(options: RunOptions) -> list[pl.Callback]:
 
 def lightning(options: RunOptions, **more: Any) -> pl.Trainer:
     """Its Trainer. What it refuses is said in one line."""
-    given, plain = options.of_the_trainer(), RunOptions().of_the_trainer()
+    given, plain = options.trainer_arguments(), RunOptions().trainer_arguments()
     try:
         return pl.Trainer(logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **given, **more)
     except (TypeError, ValueError, MisconfigurationException) as error:

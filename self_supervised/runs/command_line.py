@@ -1,8 +1,9 @@
-"""Every field of ModelParams and RunOptions as an option of a program.
+"""Command lines of the programs: RunOptions, and the parser of `self-supervised train`, which has every setting.
 
-Parsed by jsonargparse rather than tyro; both were tried on these classes. jsonargparse is argparse with YAML: a group
-of options for each section, `true` and `[1.0, 0.1]` as values, --config. tyro reads comments by itself, but takes a
-section's heading for the comment of its first field, makes one group of a class, and refuses `true` and `[1.0, 0.1]`.
+`train` is parsed by jsonargparse rather than tyro; both were tried on these classes. jsonargparse is argparse with
+YAML: a group of options per section, `true` and `[1.0, 0.1]` as values, --config. tyro reads comments by itself, but
+takes a section's heading for the comment of its first field, makes one group per class, and rejects these values.
+Presets are not its sub-commands, which reject our flat configuration files and a command line without a preset.
 """
 
 import argparse
@@ -32,123 +33,125 @@ from rich.progress import MofNCompleteColumn, Progress
 from model_params import PRESETS, EncoderAndDataParams, ModelParams
 from self_supervised.fields import check_types, choice, expanded, non_negative, number, path, positive
 
+LOGGERS = {"tensorboard": "tensorboard", "csv": None, "wandb": "wandb", "mlflow": "mlflow"}  # name -> package it needs
+TRAINER_OPTIONS = (
+    "precision", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "sync_batchnorm", "max_time",
+    "limit_train_batches", "log_every_n_steps", "deterministic",
+)  # fmt: skip
+COMMAND_OPTIONS = ("out", "resume", "dry_run", "preview", "print_config")  # do not change what a run computes
+USAGE = "self-supervised train PRESET [options]"
+VALUES = "Values are YAML: 0.3, true, none, [1.0, 0.1]. Lists of words need no brackets: knn,rank_me"
+
+from_yaml = jsonargparse.get_loader("yaml")
+
 
 def parser_of(name: str, description: str) -> argparse.ArgumentParser:
-    """Return the parser of `self-supervised NAME`, whose help is the module's docstring as it stands."""
+    """Return the parser of `self-supervised NAME`, whose help shows the module's docstring unchanged."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
         prog=f"self-supervised {name}", description=description, formatter_class=formatter, allow_abbrev=False
     )
 
 
+# ---- Names in pictures, progress bar ----
+
+
 def in_one_line(name: str) -> str:
-    """The name of a class, run or file as a picture can show it: without line breaks, and without the characters that
-    no font has (control characters; bytes of a file's name that are not text)."""
+    """Return the name of a class, run or file without line breaks, and with a replacement character for everything that
+    no font has: control characters, and bytes of a file name that are not text."""
     shown = " ".join(name.split())
     return "".join("\ufffd" if unicodedata.category(one) in ("Cc", "Cs") else one for one in shown)
 
 
 def label(name: str, longest: int = 160) -> str:
-    """For matplotlib, which reads text between dollar signs as a formula, and leaves names with _ out of legends."""
+    """Return a name as a label for matplotlib, which reads text between dollar signs as a formula and omits names with
+    a leading underscore from legends."""
     shown = in_one_line(name)
     shown = (shown if len(shown) <= longest else f"{shown[: longest - 1]}…").replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 def bar() -> Progress:
+    """Return a progress bar that also counts its steps."""
     return Progress(*Progress.get_default_columns(), MofNCompleteColumn())
 
 
-# ---- How a run is carried out and where it is kept. What it computes is in ModelParams ----
-
-
-LOGGERS = {"tensorboard": "tensorboard", "csv": None, "wandb": "wandb", "mlflow": "mlflow"}  # name -> package it needs
-OF_THE_TRAINER = (
-    "precision", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "sync_batchnorm", "max_time",
-    "limit_train_batches", "log_every_n_steps", "deterministic",
-)  # fmt: skip
-OF_THE_COMMAND = ("out", "resume", "dry_run", "preview", "print_config")  # do not make another run
+# ---- Options of a run ----
 
 
 @frozen(kw_only=True)
 class RunOptions:
-    """The programs' options."""
+    """Options of a run: how it is carried out and where it is stored. What it computes is in ModelParams."""
 
     # instead of a run
-    dry_run: bool = False  # build everything, train two steps, validate one batch, print a summary; leaves no files
-    preview: str | None = path()  # draw the first images and their views into this PNG
-    print_config: bool = False  # print the settings as YAML, as --config reads them
+    dry_run: bool = False  # build everything, train two steps, validate one batch, print a summary; writes no files
+    preview: str | None = path()  # PNG file into which the first images and their views are drawn
+    print_config: bool = False  # print the settings as YAML that --config reads
 
     # the run
-    out: str | None = path()  # its folder; none: runs/PRESET_DATASET
-    resume: str | None = path()  # auto: from the newest good checkpoint of --out, if any; else a checkpoint
-    logger: list[str] = field(factory=lambda: ["tensorboard"])  # of tensorboard, wandb, mlflow; csv is always there
-    log_gradient_norms: bool = False  # grad_norm_PART at every logged step
+    out: str | None = path()  # run directory; none: runs/PRESET_DATASET
+    resume: str | None = path()  # checkpoint to resume from; auto: the newest valid one in --out, if there is one
+    logger: list[str] = field(factory=lambda: ["tensorboard"])  # tensorboard, wandb, mlflow; csv is always written
+    log_gradient_norms: bool = False  # log grad_norm_PART of each part of the model at every logged step
 
     # checkpoints
-    checkpoint_every_n_steps: int = positive(1000)  # and after every epoch; the newest two stay, to resume from
-    save_best: list[str] = field(factory=list)  # best_NAME.ckpt; lowest of a loss, else highest; or NAME:min, NAME:max
-    save_every_n_epochs: int | None = positive(None)  # epoch_N.ckpt, which stay
+    checkpoint_every_n_steps: int = positive(1000)  # optimizer steps; also after every epoch; the newest two are kept
+    # metrics whose best checkpoint is kept as best_NAME.ckpt: lowest if NAME contains "loss", else highest; or
+    # NAME:min, NAME:max
+    save_best: list[str] = field(factory=list)
+    save_every_n_epochs: int | None = positive(None)  # epochs between checkpoints epoch_N.ckpt, all of which are kept
 
     # the linear classifier
-    linear_epochs: int = non_negative(0)  # train LinearClassifierMethod this long afterwards
-    linear_lr: float = positive(30.0)  # meant for 256 images in one optimizer step
+    linear_epochs: int = non_negative(0)  # epochs of LinearClassifierMethod after pretraining; 0: none
+    linear_lr: float = positive(30.0)  # learning rate of the linear classifier, for 256 images in one optimizer step
 
     # the Trainer
-    precision: str = choice("32-true", ("32-true", "16-mixed", "bf16-mixed"))  # of numbers: mixed, for GPUs
-    devices: int | str | list[int] = "auto"  # how many, or which
-    num_nodes: int = positive(1)  # machines
-    strategy: str = "auto"  # ddp, ddp_find_unused_parameters_true, fsdp, ...
-    accumulate_grad_batches: int = positive(1)  # batches of one optimizer step
-    sync_batchnorm: bool = False  # batch statistics over all processes
-    max_time: str | None = None  # DD:HH:MM:SS, after which the training ends as if it were finished
-    limit_train_batches: int | float | None = number(None, above=0)  # of an epoch: whole: batches; else: share
-    log_every_n_steps: int = positive(50)  # rows of metrics.csv; choose fewer where an epoch has fewer
-    deterministic: bool = False  # algorithms with the same bits every time, or an error; slower
+    precision: str = choice("32-true", ("32-true", "16-mixed", "bf16-mixed"))  # floating point; mixed is for GPUs
+    devices: int | str | list[int] = "auto"  # number of devices, or a list of them
+    num_nodes: int = positive(1)  # number of machines
+    strategy: str = "auto"  # distributed strategy: ddp, ddp_find_unused_parameters_true, fsdp, ...
+    accumulate_grad_batches: int = positive(1)  # batches per optimizer step
+    sync_batchnorm: bool = False  # compute batch statistics over all processes
+    max_time: str | None = None  # time limit DD:HH:MM:SS, after which the training ends as if it were finished
+    limit_train_batches: int | float | None = number(None, above=0)  # number of batches per epoch, or fraction of them
+    log_every_n_steps: int = positive(50)  # optimizer steps per row of metrics.csv; choose fewer for short epochs
+    deterministic: bool = False  # use only algorithms with bit-identical results, or raise an error; slower
 
     def __attrs_post_init__(self):
         check_types(self)
         for name in self.logger:
             if name not in LOGGERS:
-                raise ValueError(f"logger={name!r} is unknown: choose of {', '.join(LOGGERS)}")
+                raise ValueError(f"logger={name!r}: unknown logger. Choose from {', '.join(LOGGERS)}.")
             if LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
-                raise ValueError(f"logger={name!r} needs a package that is not installed: pip install {LOGGERS[name]}")
+                raise ValueError(f"logger={name!r}: a package is not installed. Run pip install {LOGGERS[name]}.")
         for wanted in self.save_best:
             if ":" in wanted and wanted.split(":")[1] not in ("min", "max"):
-                raise ValueError(f"save_best={wanted!r} must be the name of a figure, NAME:min or NAME:max")
+                raise ValueError(f"save_best={wanted!r}: unknown mode. Pass a metric's NAME, NAME:min or NAME:max.")
         if self.max_time is not None and not re.fullmatch(r"\d+(:\d\d){3}", self.max_time):
-            raise ValueError(f"max_time={self.max_time!r} must be DD:HH:MM:SS: 00:10:00:00 for ten hours")
-        share = self.limit_train_batches
-        if isinstance(share, float) and share > 1:
-            raise ValueError(f"limit_train_batches={share} is no share: give a whole number of batches, or at most 1.0")
+            raise ValueError(f"max_time={self.max_time!r}: must be DD:HH:MM:SS, such as 00:10:00:00 for ten hours.")
+        limit = self.limit_train_batches
+        if isinstance(limit, float) and limit > 1:
+            raise ValueError(
+                f"limit_train_batches={limit}: a fraction is at most 1.0. Pass a whole number to limit the batches."
+            )
 
-    def of_the_trainer(self) -> dict[str, Any]:
-        """Arguments of pl.Trainer."""
-        return {name: getattr(self, name) for name in OF_THE_TRAINER}
-
-    def of_the_run(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name not in OF_THE_COMMAND}
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Return the arguments of pl.Trainer."""
+        return {name: getattr(self, name) for name in TRAINER_OPTIONS}
 
 
 RUN_OPTION_NAMES = tuple(attribute.name for attribute in fields(RunOptions))
 
 
-# ---- Every field of ModelParams and RunOptions as an option of a program ----
-
-
-from_yaml = jsonargparse.get_loader("yaml")
-USAGE = "self-supervised train PRESET [options]"
-VALUES = "Values are YAML: 0.3, true, none, [1.0, 0.1]. In lists of words the brackets may be left out: knn,rank_me"
-
-
-# ---- what the source says of a field ----
+# ---- Help texts and values of fields ----
 
 
 @cache
 def field_comments(kind: type) -> dict[str, tuple[str, str]]:
-    """Of each field: (the heading of its section, the comment behind or directly above it).
+    """Return (heading of its section, comment after it or directly above it) for every field of an attrs class.
 
-    A heading is a comment of its own line after an empty one; before the first, it is the docstring's first sentence.
+    A heading is a comment on its own line after an empty line. Before the first heading, the first sentence of the
+    docstring is used.
     """
     found = {}
     for owner in reversed([base for base in kind.__mro__ if attrs.has(base)]):
@@ -175,25 +178,25 @@ def field_comments(kind: type) -> dict[str, tuple[str, str]]:
 
 
 def type_text(attribute: attrs.Attribute) -> str:
-    """For the help: what may be given."""
+    """Return the choices of a field, or the names of its types, as the help shows them."""
     choices = attribute.metadata.get("choices")
     if choices is None:
         kinds = get_args(attribute.type) or (attribute.type,)
         kinds = (attribute.type,) if get_origin(attribute.type) is list else kinds
-        words = {bool: "true|false", int: "whole", float: "number", str: "text", NoneType: "none"}
+        words = {bool: "true|false", int: "integer", float: "number", str: "text", NoneType: "none"}
         choices = [words.get(kind, "list") for kind in kinds]
     return "|".join(text(choice) for choice in choices)
 
 
 def text(value: Any) -> str:
-    """As it is written on the command line."""
+    """Return a value as it is written on the command line."""
     if isinstance(value, list):
         return f"[{', '.join(map(text, value))}]"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def reader(kind: Any) -> Callable[[Any], Any]:
-    """What is given for a field of this type -> its value. Whether it is allowed, the field says."""
+    """Return the function that turns an argument into a value for a field of this type. The field validates it."""
 
     def read(given: Any) -> Any:
         if not isinstance(given, str):  # from a configuration file, or a default
@@ -207,7 +210,7 @@ def reader(kind: Any) -> Callable[[Any], Any]:
         try:
             value = from_yaml(given)
         except yaml.YAMLError as error:
-            raise argparse.ArgumentTypeError(f"{given!r} is no YAML") from error
+            raise argparse.ArgumentTypeError(f"{given!r} is not valid YAML") from error
         if isinstance(value, list):
             return [None if one in ("none", "None") else one for one in value]
         return value
@@ -216,31 +219,34 @@ def reader(kind: Any) -> Callable[[Any], Any]:
 
 
 def add_fields(parser: argparse._ArgumentGroup, names: Iterable[str]) -> None:
-    """Options for fields of EncoderAndDataParams, read as train.py reads them; none is there that was not given."""
+    """Add options for fields of EncoderAndDataParams, read as by `self-supervised train`. The parsed namespace lacks
+    options that were not passed."""
     fields = attrs.fields_dict(EncoderAndDataParams)
-    told = field_comments(EncoderAndDataParams)
+    comments = field_comments(EncoderAndDataParams)
     for name in names:
-        options = {"type": reader(fields[name].type), "default": argparse.SUPPRESS, "metavar": "VALUE"}
-        parser.add_argument(f"--{name}", help=told[name][1].replace("%", "%%"), **options)
+        options = {"type": reader(fields[name].type), "default": argparse.SUPPRESS, "metavar": type_text(fields[name])}
+        parser.add_argument(f"--{name}", help=comments[name][1].replace("%", "%%"), **options)
 
 
-# ---- the parser ----
+# ---- The parser of `self-supervised train` ----
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Errors in one line; unknown names with those that may have been meant."""
+    """Parser that reports errors in one line, and suggests names for unknown ones."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = str(ex or message)
         if message.lower().startswith("unrecognized arguments: "):
             given = message.split(": ")[1].split()[0].split("=")[0]
             name = given.lstrip("-")
-            unknown = f"unknown {'argument' if given == name else 'option'} {given}.{meant(name)}"
-            message = f"{given} is a preset: one is needed, as the first argument" if given in PRESETS else unknown
+            message = f"unknown {'argument' if given == name else 'option'} {given}.{suggestion(name)}"
+            if given in PRESETS:
+                message = f"{given} is a preset. Pass exactly one, as the first argument."
         fail(message)
 
 
 def fail(message: str) -> NoReturn:
+    """Print an error in one line and exit with status 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -249,8 +255,9 @@ def known_names() -> tuple[str, ...]:
     return *RUN_OPTION_NAMES, *(attribute.name for attribute in attrs.fields(ModelParams))
 
 
-def meant(name: str, names: Sequence[str] | None = None, start: str = "--") -> str:
-    """' Did you mean --lr?': names that are spelled alike, or that have its initials (learning_rate: lr) as a word."""
+def suggestion(name: str, names: Sequence[str] | None = None, start: str = "--") -> str:
+    """Return ' Did you mean --lr?', with names that are spelled alike or have the initials of `name` as a word
+    (learning_rate: lr), or a reference to the help if there are none."""
     names = names or known_names()
     name = name.lower()
     lower = {known.lower(): known for known in names}
@@ -258,16 +265,18 @@ def meant(name: str, names: Sequence[str] | None = None, start: str = "--") -> s
     initials = "".join(word[0] for word in name.split("_") if word)
     short = [known for known in names if initials in known.lower().split("_")]
     found = (alike or sorted(short, key=lambda known: (not known.lower().startswith(initials), len(known))))[:3]
-    return f" Did you mean {', '.join(start + one for one in found)}?" if found else " --help lists all"
+    return f" Did you mean {', '.join(start + one for one in found)}?" if found else " See --help for all names."
 
 
 def parser(preset: str) -> Parser:
-    """Of all options, with this preset's values as defaults."""
+    """Return the parser of all options, with the values of a preset as defaults."""
     about = f"{wrapped(f'{preset}: {differences(preset)}')}\n{VALUES}"
-    # print_config=None: ours prints what was validated. allow_abbrev: `parse` would not know --conf for --config
+    # print_config=None: ours prints the validated settings. allow_abbrev: `parse` does not recognize --conf as --config
     built = Parser(usage=USAGE, description=about, formatter_class=Formatter, print_config=None, allow_abbrev=False)
-    built.add_argument("--config", action="config", metavar="FILE", help="YAML of --print_config; options win")
-    built.add_argument("--preset", default=preset, help=argparse.SUPPRESS)  # of a configuration file
+    built.add_argument(
+        "--config", action="config", metavar="FILE", help="YAML file as --print_config writes it; options override it"
+    )
+    built.add_argument("--preset", default=preset, help=argparse.SUPPRESS)  # accepts the key of a configuration file
     groups = {}
     for defaults in (RunOptions(), PRESETS[preset]()):
         for attribute in attrs.fields(type(defaults)):
@@ -298,7 +307,7 @@ def changed(settings: Any) -> dict[str, Any]:
 
 
 def differences(preset: str) -> str:
-    """What a preset sets, in which it differs from the defaults."""
+    """Return the settings in which a preset differs from the defaults, as text."""
     return ", ".join(f"{name} {text(value)}" for name, value in changed(PRESETS[preset]()).items()) or "the defaults"
 
 
@@ -306,23 +315,21 @@ def wrapped(words: str, indent: str = "") -> str:
     return textwrap.fill(words, shutil.get_terminal_size().columns - 2, subsequent_indent=indent)
 
 
-# ---- a command ----
+# ---- Parsing a command ----
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
-    """(preset, options, settings). What is wrong ends the program with one line and status 2."""
+    """Return (preset, options, settings) of a command line. An error ends the program with one line and status 2."""
     arguments = list(arguments)
     given = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     if given is None and (not arguments or {"-h", "--help"} & set(arguments)):
-        print(f"usage: {USAGE}\n\nPRESET --help shows every option. Presets, and the settings that make them:\n")
+        print(f"usage: {USAGE}\n\nPRESET --help lists all options. Presets, and what they change in the defaults:\n")
         print("\n".join(wrapped(f"{name:14}{differences(name)}", " " * 14) for name in PRESETS))
         raise SystemExit(0 if arguments else 2)
-    config = [arguments.pop(at) for at in option_at(arguments, "--config")]
-    config = [f"--config={expanded(one.removeprefix('--config='))}" for one in config if one != "--config"]
-    if option_at(arguments, "--config"):
-        fail("--config is there twice: give one file")
-    preset = preset_of(given, config)
-    found = parser(preset).parse_args(config + arguments).as_dict()  # the file first: options win
+    file, others = split_config(arguments)
+    preset = preset_of(given, file)
+    config = [f"--config={file}"] if file else []
+    found = parser(preset).parse_args(config + others).as_dict()  # the file first, so that options override it
     try:
         options = RunOptions(**{name: found[name] for name in RUN_OPTION_NAMES})
         return preset, options, PRESETS[preset](**{a.name: found[a.name] for a in attrs.fields(ModelParams)})
@@ -330,37 +337,48 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
         fail(str(error))
 
 
-def option_at(arguments: list[str], name: str) -> list[int]:
-    """Where to pop an option and its value; empty if it is not there."""
-    for at, argument in enumerate(arguments):
-        if argument == name or argument.startswith(f"{name}="):
-            return [at] if "=" in argument else [at, at]
-    return []
+def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the configuration file, if --config names one, and the other arguments."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    files.add_argument("--config", action="append", type=expanded, default=[])
+    try:
+        found, others = files.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        fail(str(error))
+    if len(found.config) > 1:
+        fail("--config was given twice. Pass one file.")
+    return (found.config or [None])[0], others
 
 
-def preset_of(given: str | None, config: list[str]) -> str:
-    """The first argument, or what the configuration file says."""
-    written = None
-    if config:
-        path = Path(config[-1].removeprefix("--config="))
-        if not path.is_file():
-            fail(f"config={path} is no file")
-        try:
-            content = from_yaml(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            fail(f"config={path} is no YAML: {error}")
-        if not isinstance(content, dict):
-            fail(f"config={path} holds no settings")
-        for name in set(content) - {"preset", *known_names()}:
-            fail(f"{path}: unknown setting {name}.{meant(name)}")
-        written = content.get("preset")
+def preset_of(given: str | None, file: str | None) -> str:
+    """Return the preset: the first argument, or that of the configuration file. The file's names are checked here."""
+    written = settings_in(file).get("preset") if file else None
     if given and written and given != written:
-        fail(f"preset={given} contradicts {written} in {config[-1]}: leave one of them out")
-    preset = given or written or fail(f"which preset? the first argument must be one of {', '.join(PRESETS)}")
-    return preset if preset in PRESETS else fail(f"unknown preset {preset}.{meant(preset, tuple(PRESETS), '')}")
+        fail(f"preset={given}: {file} has preset={written}. Leave one of them out.")
+    preset = str(given or written or fail(f"preset is missing. Pass one as the first argument: {', '.join(PRESETS)}."))
+    if preset not in PRESETS:
+        fail(f"preset={preset}: unknown preset.{suggestion(preset, tuple(PRESETS), '')}")
+    return preset
+
+
+def settings_in(file: str) -> dict[str, Any]:
+    """Return the content of a configuration file, all of whose names are known."""
+    path = Path(file)
+    if not path.is_file():
+        fail(f"config={path}: there is no such file.")
+    try:
+        content = from_yaml(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        fail(f"config={path}: not valid YAML: {error}")
+    if not isinstance(content, dict):
+        fail(f"config={path}: has no settings. Write one `name: value` per line.")
+    for name in set(content) - {"preset", *known_names()}:
+        fail(f"config={path}: unknown setting {name}.{suggestion(str(name))}")
+    return content
 
 
 def to_yaml(preset: str, options: RunOptions, params: ModelParams) -> str:
-    """Everything that makes this run, as --config reads it."""
-    assert not set(OF_THE_COMMAND) - set(RUN_OPTION_NAMES)
-    return yaml.safe_dump({"preset": preset, **options.of_the_run(), **attrs.asdict(params)}, sort_keys=False)
+    """Return everything that determines a run, as YAML that --config reads."""
+    assert set(COMMAND_OPTIONS) <= set(RUN_OPTION_NAMES)
+    run = {name: value for name, value in asdict(options).items() if name not in COMMAND_OPTIONS}
+    return yaml.safe_dump({"preset": preset, **run, **attrs.asdict(params)}, sort_keys=False)

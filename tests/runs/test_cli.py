@@ -95,23 +95,24 @@ def test_help_without_a_preset_lists_them_by_what_they_set(capsys):
         ("byol --temperature=1", "unknown option --temperature. Did you mean --T, "),
         ("byol --epochs 1", "Did you mean --max_epochs, "),
         ("byol stray", "unknown argument stray"),
-        ("byoll", "unknown preset byoll. Did you mean byol?"),
-        ("BYOL", "unknown preset BYOL. Did you mean byol?"),
-        ("byol simclr", "simclr is a preset: one is needed, as the first argument"),
-        ("--lr 1 byol", "which preset? the first argument must be one of moco_v2, "),
+        ("byoll", "preset=byoll: unknown preset. Did you mean byol?"),
+        ("BYOL", "preset=BYOL: unknown preset. Did you mean byol?"),
+        ("byol simclr", "simclr is a preset"),
+        ("--lr 1 byol", "preset is missing. Pass one as the first argument: moco_v2, "),
         ("byol --max_ep 3", "unknown option --max_ep. Did you mean --max_epochs"),
         ("byol --conf run.yaml", "unknown option --conf"),
-        ("byol --config a.yaml --config b.yaml", "--config is there twice"),
-        ("byol --max_time 10", "max_time='10' must be DD:HH:MM:SS"),
+        ("byol --config a.yaml --config b.yaml", "--config was given twice"),
+        ("byol --config", "--config: expected one argument"),
+        ("byol --max_time 10", "max_time='10': must be DD:HH:MM:SS"),
         ("byol --lr -1", "lr=-1 must be above 0"),
         ("byol --lr fast", "lr='fast' must be a number"),
         ("byol --lr", "--lr: expected one argument"),
-        ("byol --transform_s [1,", "--transform_s: '[1,' is no YAML"),
+        ("byol --transform_s [1,", "--transform_s: '[1,' is not valid YAML"),
         ("byol --drop_last_batch perhaps", "drop_last_batch='perhaps' must be True or False"),
-        ("byol --config nowhere.yaml", "config=nowhere.yaml is no file"),
-        ("byol --logger tensorbord", "logger='tensorbord' is unknown"),
-        ("byol --save_best valid_loss:least", "save_best='valid_loss:least' must be"),
-        ("byol --limit_train_batches 1.5", "limit_train_batches=1.5 is no share"),
+        ("byol --config nowhere.yaml", "config=nowhere.yaml: there is no such file"),
+        ("byol --logger tensorbord", "logger='tensorbord': unknown logger"),
+        ("byol --save_best valid_loss:least", "save_best='valid_loss:least': "),
+        ("byol --limit_train_batches 1.5", "limit_train_batches=1.5: "),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(line, message, capsys):
@@ -155,11 +156,11 @@ def test_options_win_over_the_file_wherever_they_stand_and_the_preset_fills_what
     path.write_text("preset: sce\nlr: 0.25\nT: 0.3\n")
     for line in (f"--config {path} --lr 0.5", f"--lr 0.5 --config {path}"):
         assert parse(line)[2] == PRESETS["sce"](lr=0.5, T=0.3)
-    assert "preset=byol contradicts sce" in refused(f"byol --config {path}", capsys)
+    assert f"preset=byol: {path} has preset=sce" in refused(f"byol --config {path}", capsys)
     path.write_text("preset: sce\nlearning_rate: 0.25\n")
     assert "run.yaml: unknown setting learning_rate. Did you mean --lr" in refused(f"--config {path}", capsys)
     path.write_text("lr: [")
-    assert "run.yaml is no YAML: while parsing" in refused(f"byol --config {path}", capsys)
+    assert "run.yaml: not valid YAML: while parsing" in refused(f"byol --config {path}", capsys)
 
 
 def test_print_config_prints_what_config_reads_and_leaves_nothing(monkeypatch, capsys, tmp_path):
