@@ -1,13 +1,14 @@
-"""Every evaluation of one encoder, beside a random one and the weights that it started from.
+"""Evaluate an encoder by every protocol, next to a random encoder and the weights from which its training started.
 
     self-supervised evaluate runs/simclr_cifar10/pretrained.ckpt
     self-supervised evaluate runs/simclr_cifar10/pretrained.ckpt --dataset cifar100 --protocols knn semi_10 --seeds 0 1
     self-supervised evaluate resnet50 --dataset imagenet --protocols knn
     self-supervised evaluate runs/sce_video_kinetics/pretrained.ckpt --evaluation_clips 10 --evaluation_crops 3
 
-CHECKPOINT is a checkpoint, a weights file, or the name of a published encoder (docs/weights.md). The results go into
-CHECKPOINT.evaluation/: results.json and results.md. Started again, it goes on after the last run that is there.
-DATA_PATH says where data sets are. What each number means: --list, and docs/evaluation.md.
+CHECKPOINT is a checkpoint, a weights file, or the name of a published encoder (docs/weights.md). The results are
+written to results.json and results.md in CHECKPOINT.evaluation/. If interrupted, repeat the command: runs that are
+already in results.json are skipped. The environment variable DATA_PATH is the directory of the data sets. --list and
+docs/evaluation.md explain the scores.
 """
 
 import argparse
@@ -32,9 +33,10 @@ from self_supervised.runs.command_line import add_fields, parser_of
 from self_supervised.runs.run_folder import versions
 from self_supervised.safe_files import check_folder
 
-READING_OPTIONS = ("data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
-           "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns",
-           "exclude_patterns")  # fmt: skip
+READING_OPTIONS = (
+    "data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
+    "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns", "exclude_patterns",
+)  # fmt: skip
 
 
 def evaluate_checkpoint(
@@ -52,22 +54,23 @@ def evaluate_checkpoint(
     training: dict[str, Any] | None = None,
     **reading: Any,
 ) -> dict[str, Any]:
-    """What results.json holds: runs, and their means and deviations over seeds.
+    """Evaluate an encoder and return the content of results.json: runs, and their means and standard deviations over
+    seeds.
 
     Args:
-        checkpoint: whatever weights.load_encoder understands.
-        protocols: names of PROTOCOLS; default: all that can be run here and do not train by SGD.
-        dataset: the data set whose labels are used; default: that of the pretraining.
-        out: folder of the results; default: beside the checkpoint, or below runs/ for a published encoder.
-        encoder: your own module, if the encoder was one.
-        starting_weights: file or name; default: those that the checkpoint says it started from.
-        baselines: also evaluate a random encoder and the starting weights.
-        fresh: forget earlier results.
+        checkpoint: anything that `load_encoder` accepts.
+        protocols: names in PROTOCOLS; default: all that the encoder and data set permit and that do not train by SGD.
+        dataset: data set whose labels are used; default: that of the pretraining.
+        out: directory of the results; default: next to the checkpoint, or in runs/ for a published encoder.
+        encoder: your own module, if one was pretrained.
+        starting_weights: file or name; default: the weights that the checkpoint names as its start.
+        baselines: whether to evaluate a random encoder and the starting weights as well.
+        fresh: whether to discard earlier results.
         training: fields of LinearClassifierMethodParams for protocols that train, such as max_epochs.
         reading: fields of EncoderAndDataParams for reading images, such as batch_size and num_data_workers.
 
     Raises:
-        ValueError: an unknown protocol, or one that needs other labels than the data set's.
+        ValueError: a protocol is unknown, or needs labels that the data set does not have.
     """
     check_names(protocols or ())
     folder = as_path(out) if out else folder_of(checkpoint)
@@ -99,7 +102,7 @@ def evaluate_checkpoint(
         for name, found in encoders.items()
     }
     for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
-        for seed in seeds:  # settings that cannot be are refused before the first protocol runs
+        for seed in seeds:  # raises for invalid settings before the first protocol runs
             linear_settings_of(subjects["trained"], seed, preset)
     run_protocols(results, subjects, protocols, seeds)
     return results.content()
@@ -108,6 +111,8 @@ def evaluate_checkpoint(
 def run_protocols(
     results: Results, subjects: dict[str, EvaluationData], protocols: Sequence[str], seeds: Sequence[int]
 ) -> None:
+    """Run every protocol on every encoder, and on every seed if it draws anything. Runs whose key is in `results` are
+    skipped."""
     hashes = {name: features.encoder_hash(subject.encoder) for name, subject in subjects.items()}
     results.keep_encoders(hashes)
     images = {name: image_hash(subject) for name, subject in subjects.items()}
@@ -131,41 +136,49 @@ def run_protocols(
                 if done is None:
                     start = time.monotonic()
                     scores = row.run(subject, seed)
-                    told = {"definition": definition, "source": row.source, "seen": seen(subject.params)}
-                    told |= {"training": subject.training} if row.trains else {}
                     seconds = round(time.monotonic() - start, 2)
-                    run |= {"key": key, "hash": hashes[encoder], "scores": scores, "seconds": seconds, **told}
+                    run |= {"key": key, "hash": hashes[encoder], "scores": scores, "seconds": seconds}
+                    run |= {"definition": definition, "source": row.source, "seen": seen(subject.params)}
+                    run |= {"training": subject.training} if row.trains else {}
                     results.add(run)
                 scores = ", ".join(f"{name} {value:.4g}" for name, value in (done or run)["scores"].items())
-                print(f"{protocol}, {encoder} encoder, seed {seed}{' (there)' if done else ''}: {scores}", flush=True)
-    results.add()  # what is forgotten, and config
+                origin = " (from results.json)" if done else ""
+                print(f"{protocol}, {encoder} encoder, seed {seed}{origin}: {scores}", flush=True)
+    results.add()  # writes config, and drops runs of earlier encoders
 
 
 def folder_of(checkpoint: str | Path) -> Path:
+    """Return the default directory of the results."""
     path = Path(checkpoint).expanduser()
     name = str(checkpoint).replace("/", "_").replace(":", "_")
     return path.with_name(f"{path.stem}.evaluation") if path.is_file() else Path("runs") / f"{name}.evaluation"
 
 
-# ---- the command ----
+# ---- The command ----
 
 
 def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("evaluate", __doc__)
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT")
-    parser.add_argument("--list", action="store_true", help="print the protocols and what they mean")
-    parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train")
-    parser.add_argument("--dataset", metavar="NAME", help="default: that of the pretraining")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="file or name of an encoder")
+    parser.add_argument("--list", action="store_true", help="print the protocols with their definitions and exit")
+    parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train by SGD")
+    parser.add_argument("--dataset", metavar="NAME", help="labeled data set; default: that of the pretraining")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="default: 0")
     parser.add_argument("--out", type=as_path, metavar="DIR", help="default: CHECKPOINT.evaluation")
-    parser.add_argument("--starting_weights", metavar="FILE_OR_NAME", help="a baseline beside the random encoder")
-    parser.add_argument("--no_baselines", action="store_true")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--epochs", type=int, help="of protocols that train; default: those of their sources")
-    parser.add_argument("--batch_size", type=int, help="of protocols that train, and of extraction")
-    parser.add_argument("--num_workers", type=int, help="that decode files")
-    reading = parser.add_argument_group("how files are read; default: as in the pretraining (see model_params.py)")
+    parser.add_argument(
+        "--starting_weights", metavar="FILE_OR_NAME", help="second baseline; default: those named in the checkpoint"
+    )
+    parser.add_argument("--no_baselines", action="store_true", help="evaluate only the trained encoder")
+    parser.add_argument("--fresh", action="store_true", help="discard earlier results")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of protocols that train; default: as in their sources")
+    parser.add_argument(
+        "--batch_size", type=int, metavar="N", help="of protocols that train, and of feature extraction"
+    )
+    parser.add_argument(
+        "--num_workers", type=int, metavar="N", help="processes that decode files; default: as in the pretraining"
+    )
+    reading = parser.add_argument_group("how files are read (model_params.py); default: as in the pretraining")
     add_fields(reading, READING_OPTIONS)
     return parser.parse_args(arguments)
 
@@ -178,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name:14} {row.definition}. {row.source}")
         return
     if args.checkpoint is None:
-        raise ValueError("CHECKPOINT is missing: pass a checkpoint, a weights file or the name of an encoder")
+        raise ValueError("CHECKPOINT is missing. Pass a checkpoint, a weights file or the name of an encoder.")
     training = {"max_epochs": args.epochs, "batch_size": args.batch_size}
     reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers}
     reading |= {name: getattr(args, name) for name in READING_OPTIONS if hasattr(args, name)}

@@ -1,10 +1,10 @@
-"""Pretrain, then score: the encoder before and after, and a linear classifier on it.
+"""Pretrain an encoder, score it before and after, and train a linear classifier on it.
 
     self-supervised train simclr --dataset_name cifar10 --low_resolution_stem false --max_epochs 3 --linear_epochs 5
 
-The first argument is a preset; every field of ModelParams and of RunOptions is an option: docs/command_line.md.
-DATA_PATH says where data sets are. With --resume auto, the same command started again goes on where it was interrupted.
-Several processes: docs/distributed.md.
+The first argument is a preset; every field of ModelParams and of RunOptions is an option: docs/command_line.md. The
+environment variable DATA_PATH is the directory of the data sets. With --resume auto, the same command resumes an
+interrupted run. Multiple processes: docs/distributed.md.
 """
 
 import json
@@ -39,45 +39,59 @@ from self_supervised.training import checkpoints, parameter_groups
 from self_supervised.training.milestones import Best, EveryNEpochs, refuse_unknown
 from self_supervised.training.monitor import GradientNorms, LearningRate
 
-KEPT = ("*.ckpt", "*/checkpoints/*.ckpt")  # of a run: never overwritten by another one
-OF_THE_ENCODER = ("epochs", "trained encoder", "test set", "linear minutes", "linear classifier")  # of results.json
+NEVER_OVERWRITTEN = ("*.ckpt", "*/checkpoints/*.ckpt")  # files of a run
+ENCODER_RESULTS = ("epochs", "trained encoder", "test set", "linear minutes", "linear classifier")  # keys, results.json
+
+
+# ---- Trainers ----
 
 
 def trainer(out: Path, name: str, epochs: int, options: RunOptions) -> pl.Trainer:
-    """Of one stage, without its loggers. The milestones are made before `Checkpoints` saves what they know."""
-    folder, pretraining = out / name / "checkpoints", name == "pretraining"
-    milestones = [Best(folder, wanted) for wanted in options.save_best if pretraining]
-    if options.save_every_n_epochs and pretraining:
-        milestones.append(EveryNEpochs(folder, options.save_every_n_epochs))
-    saving = checkpoints.Checkpoints(folder, options.checkpoint_every_n_steps)
-    callbacks = [Progress(out / name / "throughput.csv"), *figure_callbacks(options), *milestones, saving]
-    return lightning(options, max_epochs=epochs, callbacks=callbacks)
+    """Return the Trainer of one stage, without loggers. `Checkpoints` comes last, since it saves the state of the
+    milestones."""
+    folder = out / name / "checkpoints"
+    callbacks = [Progress(out / name / "throughput.csv"), *logging_callbacks(options)]
+    if name == "pretraining":
+        callbacks += [Best(folder, wanted) for wanted in options.save_best]
+        if options.save_every_n_epochs:
+            callbacks.append(EveryNEpochs(folder, options.save_every_n_epochs))
+    callbacks.append(checkpoints.Checkpoints(folder, options.checkpoint_every_n_steps))
+    return lightning_trainer(options, max_epochs=epochs, callbacks=callbacks)
 
 
 def trainer_of_dry_run(params: ModelParams, options: RunOptions, callbacks: list[pl.Callback]) -> pl.Trainer:
     quiet = {"enable_model_summary": False, "enable_progress_bar": False, "limit_val_batches": 1}
-    return lightning(options, max_epochs=params.max_epochs, callbacks=[*figure_callbacks(options), *callbacks], **quiet)
+    callbacks = [*logging_callbacks(options), *callbacks]
+    return lightning_trainer(options, max_epochs=params.max_epochs, callbacks=callbacks, **quiet)
 
 
-def figure_callbacks(options: RunOptions) -> list[pl.Callback]:
-    """What is logged beside the method's own figures."""
-    return [LearningRate(), *[GradientNorms()] * options.log_gradient_norms]
+def logging_callbacks(options: RunOptions) -> list[pl.Callback]:
+    """Return the callbacks that log more than the method itself does."""
+    return [LearningRate(), GradientNorms()] if options.log_gradient_norms else [LearningRate()]
 
 
-def lightning(options: RunOptions, **more: Any) -> pl.Trainer:
-    """Its Trainer. What it refuses is said in one line."""
-    given, plain = options.trainer_arguments(), RunOptions().trainer_arguments()
+def lightning_trainer(options: RunOptions, **more: Any) -> pl.Trainer:
+    """Return a Trainer with the arguments in `options` and `more`.
+
+    Raises:
+        ValueError: Lightning rejects an argument; the message names all that differ from their defaults.
+    """
+    given = options.trainer_arguments()
+    plain = RunOptions().trainer_arguments()
     try:
         return pl.Trainer(logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **given, **more)
     except (TypeError, ValueError, MisconfigurationException) as error:
         refused = ", ".join(f"{name}={value!r}" for name, value in given.items() if value != plain[name])
-        raise ValueError(f"Lightning refuses {refused}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{refused}: rejected by Lightning. {' '.join(str(error).split())}") from error
 
 
-def beginning(
+# ---- Resuming ----
+
+
+def resume_point(
     given: str | None, out: Path, name: str, method: pl.LightningModule, fit: pl.Trainer
 ) -> tuple[Path | None, int]:
-    """The checkpoint from which a stage goes on, if there is one, and its optimizer steps.
+    """Return (checkpoint, its optimizer steps) from which a stage resumes, or (None, 0).
 
     Raises:
         ValueError: the method or its Trainer cannot resume from it.
@@ -86,7 +100,7 @@ def beginning(
     if path is None:
         return None, 0
     content = checkpoints.read_checkpoint(path)
-    method.on_load_checkpoint(content)  # as Lightning does before it loads: other names are translated
+    method.on_load_checkpoint(content)  # translates earlier names, as Lightning does before it loads
     try:
         checkpoints.refuse_another_model(content, method, fit)
         images = checkpoints.images_of_a_step(method.params, fit)
@@ -97,26 +111,33 @@ def beginning(
             return None, 0
         if changed:
             raise ValueError(
-                f"{changed}: the training is complete. Choose more max_epochs to go on with other settings"
+                f"{changed}: the training is complete. Choose more max_epochs to continue with other settings"
             )
     except ValueError as error:
-        raise ValueError(f"{error}, or choose another --out (resume={given!r}: {path})") from error
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{reason}, or choose another --out (resume={given!r}: {path}).") from error
     return path, content["global_step"]
 
 
 def newest_of_stage(out: Path, name: str) -> Path | None:
-    """The newest checkpoint of a stage. Of a finished pretraining whose step_*.ckpt were deleted, its last one."""
-    found, finished = checkpoints.newest(out / name / "checkpoints"), out / "pretrained.ckpt"
+    """Return the newest checkpoint of a stage, or pretrained.ckpt of a finished pretraining whose step_*.ckpt were
+    deleted."""
+    found = checkpoints.newest(out / name / "checkpoints")
+    finished = out / "pretrained.ckpt"
     return finished if found is None and name == "pretraining" and finished.is_file() else found
 
 
 def start_over(folder: Path) -> None:
-    distributed.any_process(False)  # waits until all have read what is there
+    """Delete the files of a stage."""
+    distributed.any_process(False)  # waits until all processes have read them
     distributed.on_rank_zero(lambda: shutil.rmtree(folder))
 
 
+# ---- The two stages ----
+
+
 def validation_scores(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
-    return next(iter(fit.validate(method, verbose=False)), {})  # nothing where `evaluations` is empty
+    return next(iter(fit.validate(method, verbose=False)), {})  # no scores if `evaluations` is empty
 
 
 @rank_zero_only
@@ -126,8 +147,8 @@ def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
 
 @rank_zero_only
 def forget_outdated(out: Path, results: dict[str, Any]) -> None:
-    """The encoder is trained further: what was scored, and the linear stage, are of the one before."""
-    if outdated := [name for name in OF_THE_ENCODER if name in results]:
+    """Delete the encoder's scores and the linear stage, which become outdated when the encoder is trained further."""
+    if outdated := [name for name in ENCODER_RESULTS if name in results]:
         for name in outdated:
             del results[name]
         shutil.rmtree(out / "linear", ignore_errors=True)
@@ -137,8 +158,8 @@ def forget_outdated(out: Path, results: dict[str, Any]) -> None:
 def pretrain_stage(
     fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict
 ) -> None:
-    """Fills in `results`: the encoder's scores before and after."""
-    if resumed is None or "random encoder" not in results:  # its row begins metrics.csv
+    """Pretrain, and add the encoder's scores before and after to `results`."""
+    if resumed is None or "random encoder" not in results:  # its scores are the first row of metrics.csv
         results["random encoder"] = validation_scores(fit, model)
         write_on_rank_zero(out / "results.json", results)
         for callback in fit.callbacks:
@@ -148,10 +169,10 @@ def pretrain_stage(
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
     results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
-    results["epochs"] = fit.current_epoch  # fewer than max_epochs where max_time was up
+    results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     results["trained encoder"] = validation_scores(fit, model)
-    if model.params.dataset.is_custom and model.params.is_evaluated:  # elsewhere the validation set is the test set
+    if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
     write_on_rank_zero(out / "results.json", results)
 
@@ -159,11 +180,12 @@ def pretrain_stage(
 def linear_stage(
     out: Path, options: RunOptions, params: ModelParams, results: dict, encoder: nn.Module | None, settings: dict
 ) -> None:
-    """Fills in `results`: the scores of a linear classifier. `settings` go before those that train.py sets."""
+    """Train a linear classifier, and add its scores to `results`. `settings` override those of
+    `preflight.linear_settings`."""
     settings = preflight.linear_settings(options, params) | settings
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", encoder, **settings)
     fit = trainer(out, "linear", options.linear_epochs, options)
-    resumed, step = beginning("auto" if options.resume else None, out, "linear", linear, fit)
+    resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit)
     fit.loggers = run_folder.get_loggers(out, "linear", options.logger, step)
     run_folder.say("Training LinearClassifierMethod on the frozen encoder:")
     start = time.time()
@@ -182,7 +204,7 @@ def run_or_resume(
     encoder: nn.Module | None = None,
     **linear_settings: Any,
 ) -> dict[str, Any]:
-    """Carry out one run, or the rest of one, and return what results.json holds.
+    """Carry out a run, or the rest of an interrupted one, and return the content of results.json.
 
     Args:
         encoder: your own module, instead of the one that `params.encoder_arch` names; it is trained in place.
@@ -193,14 +215,14 @@ def run_or_resume(
         results = run_folder.results_of(out) | results
     if params.dataset.is_custom:
         lists = params.splits_path or str((out / "splits").resolve())
-        gone = options.resume and not Path(lists).expanduser().is_dir()  # the run was moved
-        params = attrs.evolve(params, splits_path=(gone and kept_lists(out.resolve())) or lists)
-        custom.has_written(params)  # refuses other settings than the lists' before config.yaml says them
+        was_moved = options.resume and not Path(lists).expanduser().is_dir()
+        params = attrs.evolve(params, splits_path=(was_moved and kept_lists(out.resolve())) or lists)
+        custom.has_written(params)  # raises if the lists were drawn with other settings, before config.yaml is written
     model = SelfSupervisedMethod(params, encoder=encoder)
     with run_folder.logged(out / "log.txt"):
         fit = trainer(out, "pretraining", params.max_epochs, options)
-        # Before anything is written: what is refused leaves a run as it was.
-        resumed, step = beginning(options.resume, out, "pretraining", model, fit)
+        # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
+        resumed, step = resume_point(options.resume, out, "pretraining", model, fit)
         run_folder.begin_run_folder(out, command_line.to_yaml(preset, options, model.params), sys.argv)
         fit.loggers = run_folder.get_loggers(out, "pretraining", options.logger, step)
         table = parameter_groups.printed(model.parameter_table(), params.optimizer_name)
@@ -211,13 +233,12 @@ def run_or_resume(
     return results
 
 
+# ---- The command ----
+
+
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
-    do(*command_line.parse(sys.argv[1:] if arguments is None else arguments))
-
-
-def do(preset: str, options: RunOptions, params: ModelParams) -> None:
-    """What the command asks for."""
+    preset, options, params = command_line.parse(sys.argv[1:] if arguments is None else arguments)
     if options.print_config:
         print(command_line.to_yaml(preset, options, params), end="")
     elif options.preview:
@@ -230,19 +251,23 @@ def do(preset: str, options: RunOptions, params: ModelParams) -> None:
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
         check_folder("out", out)
-        with locked(out) if distributed.is_first_process() else nullcontext():  # the others belong to it
+        with locked(out) if distributed.is_first_process() else nullcontext():  # one lock for all processes of a run
             start(out, preset, options, params)
 
 
 def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:
-    """A new run, or the rest of an earlier one."""
-    if not options.resume and any(file for pattern in KEPT for file in out.glob(pattern)):
-        raise ValueError(f"out={out} holds an earlier run. Pass --resume auto to resume it, or another --out")
+    """Start a run, or resume an earlier one.
+
+    Raises:
+        ValueError: `out` has an earlier run that is not resumed, or the run cannot work.
+    """
+    if not options.resume and any(file for pattern in NEVER_OVERWRITTEN for file in out.glob(pattern)):
+        raise ValueError(f"out={out}: holds an earlier run. Pass --resume auto to resume it, or another --out.")
     if options.resume:
         before = run_folder.settings_of_run(out)
         run_folder.refuse_another_run(out, before, {"preset": preset, **attrs.asdict(params)})
-        if params.seed is None:  # that of the run that we go on with
-            params = attrs.evolve(params, seed=before.get("seed"))
+        if params.seed is None:
+            params = attrs.evolve(params, seed=before.get("seed"))  # of the resumed run
     preflight.check_run(options, params)
     results = run_or_resume(out, preset, options, params)
     with run_folder.logged(out / "log.txt"):

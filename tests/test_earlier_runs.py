@@ -201,7 +201,7 @@ def test_earlier_evaluation_is_found_and_not_repeated(run, call, capsys):
     call("evaluate", "run/pretrained.ckpt --protocols knn --device cpu")
     after = json.loads(file.read_text())
     assert after["runs"] == before["runs"] and after["summary"] == before["summary"]
-    assert capsys.readouterr().out.count("(there)") == 2
+    assert capsys.readouterr().out.count("(from results.json)") == 2
 
 
 def test_checkpoint_is_evaluated_under_the_same_keys_features_and_scores(run, call, tmp_path):

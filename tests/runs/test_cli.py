@@ -281,7 +281,7 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     assert tables.state(compare.read_run(out)) == "finished"
     assert (out / "command.txt").read_text().splitlines()[1] == f"self-supervised train {line}"
     assert len(json.loads((out / "run.json").read_text())) == 5
-    assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3  # of the run that it goes on with
+    assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3  # of the resumed run
     assert len([row for row in rows_of(out) if row["valid_knn20_acc"]]) == 5 + 1  # random, four epochs, the end
 
 
@@ -292,13 +292,13 @@ def interrupted(*_) -> None:
 @pytest.mark.parametrize(
     ("preset", "options", "message"),
     [
-        ("byol", "", "holds a run with preset='simclr': give that, or choose another --out"),
+        ("byol", "", "preset='byol': .* holds a run with preset='simclr'"),
         ("simclr", "--optimizer_name lars", "holds a run with optimizer_name='sgd'"),
         ("simclr", "--mlp_hidden_dim 33", "is of another model, in which projection_model.net.0.weight, "),
         ("simclr", "--lr 0.01 --weight_decay 0.1", "lr=0.01, weight_decay=0.1: "),  # nothing is left to train
         ("simclr", "--max_epochs 4 --batch_size 32", "batch_size"),
         ("simclr", "--max_epochs 2", "max_epochs"),
-        ("simclr", "--devices [99]", "Lightning refuses devices=.99., "),
+        ("simclr", "--devices [99]", "devices=.99., "),
     ],
 )
 def test_a_run_that_cannot_go_on_by_other_settings_stays_as_it_was(
@@ -344,7 +344,7 @@ def test_a_finished_run_without_its_steps_is_kept(run, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="holds an earlier run"):
         main(RUN.format(out=out), monkeypatch)
     assert (out / "pretrained.ckpt").read_bytes() == before
-    assert train.newest_of_stage(out, "pretraining") == out / "pretrained.ckpt"  # --resume auto goes on with it
+    assert train.newest_of_stage(out, "pretraining") == out / "pretrained.ckpt"  # --resume auto resumes from it
 
 
 def test_a_configuration_written_by_hand_is_kept(tmp_path):
