@@ -1,11 +1,11 @@
-"""Self-supervised learning: one LightningModule, one dataclass, every joint-embedding method.
+"""Self-supervised learning: joint-embedding methods in one LightningModule, selected by the settings in one dataclass.
 
     import self_supervised as ssl
 
     model = ssl.SelfSupervisedMethod(ssl.BYOLParams(dataset_name="cifar10"))
 
-A name is imported when it is first used, so that importing the package takes no time. `__init__.pyi` says the same to
-type checkers.
+A name is imported when it is first used, so that importing the package takes no time. `__init__.pyi` lists the same
+names for type checkers.
 """
 
 import importlib
@@ -36,15 +36,15 @@ __all__ = list(MODULE_OF)
 
 
 def refuse_hidden_rooms() -> None:
-    """Raise ImportError if a file of the user's hides one of the seven modules outside of this package."""
+    """Raise ImportError if a user's file hides one of the seven modules next to this package."""
     ours = Path(__file__).resolve().parents[1]
     for room in FRONT_ROOMS:
         spec = importlib.util.find_spec(room)
         found = spec and spec.origin
         if found is None or Path(found).resolve().parent != ours:
             raise ImportError(
-                f"{room}: {found} hides the module {room} that self_supervised needs. Rename that file, or start "
-                "Python in another directory."
+                f"{room}: {found} hides the module {room} of self_supervised. Rename that file, or start Python in "
+                "another directory."
             )
 
 

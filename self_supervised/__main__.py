@@ -1,4 +1,4 @@
-"""One command for every program: `self-supervised NAME ...`, or `python -m self_supervised NAME ...`."""
+"""Entry point of all programs: `self-supervised COMMAND ...`, or `python -m self_supervised COMMAND ...`."""
 
 import difflib
 import importlib
@@ -7,26 +7,25 @@ from collections.abc import Sequence
 
 from self_supervised import refuse_hidden_rooms
 
-COMMANDS = {  # name -> (module, what it does)
-    "train": ("self_supervised.train", "pretrain an encoder, score it, train a linear classifier on it"),
+COMMANDS = {  # name -> (module, description)
+    "train": ("self_supervised.train", "pretrain an encoder, score it, and train a linear classifier on it"),
     "evaluate": ("self_supervised.evaluate", "evaluate an encoder by every protocol, next to a random encoder"),
-    "export": ("self_supervised.exports.export", "write an encoder as a file of another system, and verify it"),
-    "embed": ("self_supervised.embeddings.embed", "compute the features of a folder of images or videos"),
-    "nearest": ("self_supervised.embeddings.nearest", "show the nearest neighbors of images"),
+    "export": ("self_supervised.exports.export", "write an encoder in the format of another library, and verify it"),
+    "embed": ("self_supervised.embeddings.embed", "compute the features of a directory of images or videos"),
+    "nearest": ("self_supervised.embeddings.nearest", "find the nearest neighbors of images"),
     "map": ("self_supervised.embeddings.projection", "draw the features as a two-dimensional map"),
     "curves": ("self_supervised.report.curves", "draw the training curves of runs"),
-    "compare": ("self_supervised.report.compare", "print runs as one table"),
-    "report": ("self_supervised.report.report", "write runs as one HTML page"),
-    "demo": ("self_supervised.demo", "a small training on digits, in two minutes"),
+    "compare": ("self_supervised.report.compare", "print the differences between runs as a table"),
+    "report": ("self_supervised.report.report", "write an HTML page about one or more runs"),
+    "demo": ("self_supervised.demo", "train on small images of digits, in two minutes"),
 }
 
 
 def help_page() -> str:
     """Return the text of `self-supervised --help`."""
-    rows = [f"  {name:10}{what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(
-        ["usage: self-supervised COMMAND ...", "", *rows, "", "self-supervised COMMAND --help lists options"]
-    )
+    rows = [f"  {name:10}{description}" for name, (_, description) in COMMANDS.items()]
+    usage = "usage: self-supervised COMMAND ..."
+    return "\n".join([usage, "", *rows, "", "self-supervised COMMAND --help lists the options of a command."])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f" Did you mean {near[0]}?" if near else f" Choose from {', '.join(COMMANDS)}."
-        print(f"error: command={name}: unknown.{meant}", file=sys.stderr)
+        remedy = f"Did you mean {near[0]}?" if near else f"Choose from {', '.join(COMMANDS)}."
+        print(f"error: command={name}: unknown command. {remedy}", file=sys.stderr)
         raise SystemExit(2)
     refuse_hidden_rooms()
     importlib.import_module(COMMANDS[name][0]).main(rest)

@@ -1,8 +1,8 @@
-"""Two minutes on a laptop: pretrain on scans of digits without their labels, then see what the encoder has learned.
+"""Pretrain on scans of digits without their labels, and score what the encoder has learned: two minutes on a laptop.
 
     self-supervised demo            (or `make demo`, which also installs)
 
-Leaves a run in runs/demo, like those of train.py, with results.md and a page about it: report.html.
+The run is written to runs/demo, as by `self-supervised train`, together with results.md and the page report.html.
 """
 
 import logging
@@ -31,11 +31,12 @@ from self_supervised.views import augmentations
 
 OUT = Path("runs/demo")
 LABELS_PER_CLASS = 5
-LABEL_DRAWS = 5  # of the few labels; the mean is reported
+LABEL_DRAWS = 5  # random draws of the labels, over which accuracies are averaged
 
 
 def small_encoder() -> nn.Module:
-    """[N, 1, 8, 8] -> [N, 256]: any module may be the encoder, and 8 x 8 scans do not need a ResNet."""
+    """Return a convolutional network [N, 1, 8, 8] -> [N, 256]. Any module may be the encoder, and 8 x 8 scans do not
+    need a ResNet."""
 
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
@@ -54,22 +55,20 @@ def small_encoder() -> nn.Module:
 
 @torch.no_grad()
 def features(encoder: nn.Module, params: ModelParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(train features, labels, test features, labels) of an encoder in eval mode."""
+    """Return (training features, labels, test features, labels) of an encoder in eval mode."""
     result = []
     for splits in (params.dataset.train_splits, params.dataset.test_splits):
-        images, labels = (torch.cat(part) for part in zip(*loader(params, splits), strict=True))
+        loader = loading.get_loader(params, loading.get_dataset(params, splits), training=False)
+        images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
         views = augmentations.evaluation_view(images, params).split(256)
         with layers.in_eval_mode(encoder):
             result += [torch.cat([encoder(view) for view in views]), labels]
     return tuple(result)
 
 
-def loader(params: ModelParams, splits: tuple[str, ...]):
-    return loading.get_loader(params, loading.get_dataset(params, splits), training=False)
-
-
 def with_few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
-    """Accuracy of the linear probe with LABELS_PER_CLASS labels of each class, mean over DRAWS draws of them."""
+    """Return the accuracy (%) of a linear probe fitted to LABELS_PER_CLASS labels of each class, averaged over
+    LABEL_DRAWS draws."""
     accuracies = []
     for draw in range(LABEL_DRAWS):
         rng = np.random.default_rng(draw)
@@ -98,10 +97,10 @@ def scores_table(random: dict[str, float], trained: dict[str, float]) -> str:
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("demo", __doc__)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--linear_epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, metavar="N", default=20, help="of pretraining; default: 20")
+    parser.add_argument("--linear_epochs", type=int, metavar="N", default=10, help="of the classifier; default: 10")
     args = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")  # of our deliberately small numbers
+    warnings.filterwarnings("ignore", module="pytorch_lightning")  # about our deliberately small numbers
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     with locked(OUT):
         run_demo(args.epochs, args.linear_epochs)
@@ -113,10 +112,10 @@ def run_demo(epochs: int, linear_epochs: int) -> None:
     recipe |= {"encoder_arch": OWN_MODULE, "evaluations": ["linear_probe", "knn"]}
     params = VICRegParams(dataset_name="digits", max_epochs=epochs, **recipe)
     options = RunOptions(out=str(OUT), logger=["csv"], log_every_n_steps=1, linear_epochs=linear_epochs, linear_lr=4.0)
-    torch.manual_seed(0)  # draws the weights of our module; `seed` draws those of the heads
+    torch.manual_seed(0)  # for the weights of our module; `seed` is for those of the heads
     encoder = small_encoder()
     random = encoder_scores(encoder, params)
-    forget_earlier_demo()
+    delete_earlier_demo()
     print(f"Pretraining a small convolutional network with VICReg on {params.dataset_name}, without labels:")
     results = train.run_or_resume(OUT, "vicreg", options, params, encoder, batch_size=64)
     trained = encoder_scores(encoder, params)
@@ -131,8 +130,8 @@ def run_demo(epochs: int, linear_epochs: int) -> None:
     print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves, neighbors and a map, in a browser: {page}")
 
 
-def forget_earlier_demo() -> None:
-    """Remove what train.py would append to or resume from."""
+def delete_earlier_demo() -> None:
+    """Delete the files that a new run would append to or resume from."""
     for name in ("command.txt", "run.json"):
         (OUT / name).unlink(missing_ok=True)
     for name in ("pretraining", "linear"):

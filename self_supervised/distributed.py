@@ -1,6 +1,7 @@
-"""The only file that knows there may be several processes. Without a process group everything here is the identity.
+"""Devices and processes: copies to and from a device, and communication between W processes with N images each.
 
-W processes, N images on each. Every function that communicates must be called by all processes.
+Only this module knows how many processes there are. Without a process group, every function that communicates is the
+identity; with one, all processes must call it.
 """
 
 import contextlib
@@ -16,15 +17,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+M_TRIM_THRESHOLD = -1  # malloc.h
+M_MMAP_THRESHOLD = -3
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # set by launchers
+Result = TypeVar("Result")
+
+
+# ---- Devices ----
+
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for the device, which only copies from pinned memory do not."""
+    """Return a copy on the device. The host does not wait for it, which requires pinned memory."""
     pinned = values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
     return pinned.to(device, non_blocking=True)
 
 
 def to_host(values: Tensor) -> Callable[[], Tensor]:
-    """Starts the copy; what it returns is called for the values, and waits only if they have not arrived by then."""
+    """Start a copy to the host, and return a function that returns the copy and waits only if it is not complete."""
     on_host = values.to("cpu", non_blocking=True)
     if not values.is_cuda:
         return lambda: on_host
@@ -39,7 +48,11 @@ def to_host(values: Tensor) -> Callable[[], Tensor]:
 
 
 def usable(device: str) -> torch.device:
-    """Return the device of this name; "auto" is a GPU if there is one. Raises ValueError if it cannot be used here."""
+    """Return the device of this name, or for "auto" a GPU if there is one.
+
+    Raises:
+        ValueError: the device cannot be used on this machine.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -47,34 +60,28 @@ def usable(device: str) -> torch.device:
         made.item()  # "meta" has no values
         return made.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device={device!r}: cannot be used on this machine. {str(error).splitlines()[0]}") from error
 
 
 def has_room(size: int, device: torch.device) -> bool:
-    """Whether `size` bytes are at most a quarter of a GPU's free memory."""
+    """Return whether `size` bytes are at most a quarter of a GPU's free memory."""
     return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 4
 
 
 def keep_freed_memory() -> None:
-    """Keep the memory that tensors on the CPU free for those of the next step. Otherwise glibc returns every large
-    block to the system, which then has to clear its pages anew. Other mallocs are left alone."""
+    """Make glibc keep the memory of freed CPU tensors for those of the next step. By default, glibc returns every large
+    block to the system, which then has to clear its pages again. Other allocators are not changed."""
     if platform.libc_ver()[0] == "glibc":
-        with contextlib.suppress(OSError, AttributeError):  # another malloc has taken its place
+        with contextlib.suppress(OSError, AttributeError):  # another allocator replaces that of glibc
             for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
                 ctypes.CDLL(None).mallopt(option, size)
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
-# ---- processes: without a process group everything here is the identity ----
-
-
-Result = TypeVar("Result")
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # of launchers
+# ---- Processes ----
 
 
 def is_distributed() -> bool:
+    """Return whether there are at least two processes in the process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -87,13 +94,13 @@ def world_size() -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this is the first process of a run. Before there is a process group, its launcher's variables say so."""
+    """Return whether this is the first process of a run: by its launcher's variables before a process group exists."""
     return rank() == 0 and not any(int(os.environ.get(name) or 0) for name in RANKS)
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather whose backward sums: each process's loss depends on everybody's rows, and the torch collective
-    forgets that (the gradient would come out W times too small, and no error would say so)."""
+    """All-gather whose backward sums the gradients of all processes, because the loss of each process depends on the
+    rows of all. The collective of torch does not: the gradient would be W times too small, without an error."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -109,20 +116,20 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor) -> Tensor:
-    """[N, ...] on each process -> [W N, ...] on every process, in the order of ranks, with gradient.
+    """Return the rows of all processes in the order of ranks, with gradient: [N, ...] -> [W N, ...].
 
-    N must be the same everywhere. DDP averages the gradients of the processes, so a loss that every process computes
-    from gathered rows has exactly the gradient of one process with the joined batch.
+    N must be the same on all processes. DDP averages the gradients of the processes, so a loss that every process
+    computes from gathered rows has exactly the gradient of one process with the joined batch.
     """
     return _Gather.apply(x) if is_distributed() else x
 
 
 def gather_evaluated(x: Tensor, loader: DataLoader) -> Tensor:
-    """x [n, ...], results for the samples that `loader` dealt to this process -> those for all samples, each once.
+    """Return the results for all samples, each once, from x [n, ...] for the samples of `loader` on this process.
 
-    `DistributedSampler` deals sample i to process i mod W and repeats the first ones until all have equally many:
-    interleaving the shares restores the order, cutting at the size of the set drops the repeated ones. Any other
-    sampler gives every process all samples, so that there is nothing to gather.
+    `DistributedSampler` gives sample i to process i mod W and repeats the first samples until all processes have
+    equally many. Interleaving the parts restores the order, and cutting at the size of the set drops the repeated
+    samples. Any other sampler gives every process all samples, so there is nothing to gather.
     """
     if not is_distributed() or not isinstance(getattr(loader, "sampler", None), DistributedSampler):
         return x
@@ -132,25 +139,25 @@ def gather_evaluated(x: Tensor, loader: DataLoader) -> Tensor:
 
 
 def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...], n_virtual_devices: int) -> Tensor:
-    """encode(x), but every image shares its batch statistics with randomly chosen others (MoCo's shuffled batch norm).
+    """Return encode(x) with shuffled batch norm: every image shares its batch statistics with randomly chosen others.
 
-    On W processes every process shuffles its images and deals them out evenly, so that of the N images which share
-    their statistics no more than N / W (rounded up) also shared them as queries. On one process the shuffled batch is
-    encoded in `n_virtual_devices` separate parts. Source: MoCo (https://arxiv.org/abs/1911.05722), section 3.3.
+    Each of W processes shuffles its images and distributes them evenly over all processes. Of the N images that share
+    their statistics as keys, at most N / W (rounded up) also share them as queries. One process encodes the shuffled
+    batch in `n_virtual_devices` separate parts. Source: MoCo (https://arxiv.org/abs/1911.05722), section 3.3.
 
     Args:
-        encode: [n, ...] -> [n, D]; called without gradient by the caller.
+        encode: function [n, ...] -> [n, D]. The caller disables gradients.
         x: images of this process [N, ...].
         seed: the same on every process, so that all draw the same permutation.
     """
     images = gather(x)
-    of_each = np.arange(len(images)).reshape(world_size(), -1)
-    order = np.random.default_rng(seed).permuted(of_each, axis=1).T.ravel()  # one of each process, again and again
+    by_process = np.arange(len(images)).reshape(world_size(), -1)
+    order = np.random.default_rng(seed).permuted(by_process, axis=1).T.ravel()  # one image of each process in turn
     order = to_device(torch.from_numpy(order), x.device)
     if is_distributed():
         keys = gather(encode(images[order.chunk(world_size())[rank()]]))
     else:
-        n_parts = max(1, min(n_virtual_devices, len(images) // 2))  # one image alone has no batch statistics
+        n_parts = max(1, min(n_virtual_devices, len(images) // 2))  # batch statistics need two images
         keys = torch.cat([encode(part) for part in images[order].tensor_split(n_parts)])
     restored = torch.empty_like(keys)
     restored[order] = keys
@@ -158,12 +165,12 @@ def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...
 
 
 def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether the flag is set on any process: the same answer on all of them."""
+    """Return whether the flag is set on any process: the same answer on all processes."""
     return ask_all(flag, device)()
 
 
 def ask_all(flag: bool, device: torch.device | str = "cpu") -> Callable[[], bool]:
-    """any_process, whose answer may be fetched later, when nobody has to wait for it any more."""
+    """Return a function that returns the answer of `any_process`. Called later, it does not wait for the device."""
     if not is_distributed():
         return lambda: flag
     answers = to_host(gather(torch.full((1,), flag, device=device)))
@@ -171,7 +178,7 @@ def ask_all(flag: bool, device: torch.device | str = "cpu") -> Callable[[], bool
 
 
 def from_rank_zero(x: Tensor) -> Tensor:
-    """The first process's x."""
+    """Return the first process's x on every process."""
     if is_distributed():
         x = x.contiguous()
         dist.broadcast(x, src=0)
@@ -179,7 +186,7 @@ def from_rank_zero(x: Tensor) -> Tensor:
 
 
 def on_rank_zero(compute: Callable[[], Result]) -> Result:
-    """compute() on the first process only; every process gets its result."""
+    """Return compute() of the first process on every process. Only the first process computes it."""
     result = [compute() if rank() == 0 else None]
     if is_distributed():
         dist.broadcast_object_list(result, src=0)

@@ -1,4 +1,5 @@
-"""A lock on a folder that one process holds at a time. The lock ends with its process, and its file names the owner."""
+"""Lock on a directory, which one process holds at a time. It is released when its process ends, and its file names the
+owner."""
 
 import fcntl
 import json
@@ -12,22 +13,23 @@ from pathlib import Path
 from typing import Any
 
 LOCK_FILE = ".lock"
-POLL = 0.05  # seconds
-held: set[Path] = set()  # lock files of this process, or of the process that it was forked from
+POLL = 0.05  # seconds between attempts
+held: set[Path] = set()  # lock files held by this process, or by the process from which it was forked
 
 
 @contextmanager
 def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
-    """Hold the lock of `folder` (created if need be) within the block. The holder may enter again.
+    """Hold the lock of a directory within the block. The holder may enter again.
 
-    POSIX record locks: they work over NFS, the kernel drops them when the process dies, and forked workers, which may
-    live a moment longer than a killed process, do not inherit them.
+    The lock is a POSIX record lock: it works over NFS, the kernel releases it when the process dies, and forked
+    workers, which may outlive a killed process by a moment, do not inherit it.
 
     Args:
-        wait: seconds to wait for another process before giving up.
+        folder: directory to lock; created if it is missing.
+        wait: seconds to wait for another process.
 
     Raises:
-        ValueError: another process holds the lock; says which, and what to do if that process is gone.
+        ValueError: another process holds the lock. The message names it.
     """
     path = Path(folder).expanduser().resolve() / LOCK_FILE
     if path in held:
@@ -40,7 +42,7 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
         yield
     finally:
         held.discard(path)
-        path.unlink(missing_ok=True)  # before the lock is dropped; who has opened it already notices (`is_current`)
+        path.unlink(missing_ok=True)  # before the release; processes that have opened it check `is_current`
         os.close(descriptor)
         with suppress(OSError):  # not empty
             if is_new:
@@ -48,12 +50,12 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
 
 
 def acquire(path: Path, end: float) -> int:
-    """The descriptor of the lock file, locked until it is closed."""
+    """Return the descriptor of the lock file, which stays locked until the descriptor is closed."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the holder has just removed the folder
+        except FileNotFoundError:  # the holder has just removed the directory
             continue
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,16 +65,16 @@ def acquire(path: Path, end: float) -> int:
             if is_requeued(owner):
                 path.unlink(missing_ok=True)
             elif time.monotonic() > end:
-                raise ValueError(in_use(path, owner)) from None
+                raise ValueError(in_use_message(path, owner)) from None
             else:
                 time.sleep(POLL)
             continue
         except OSError as error:
             warnings.warn(
-                f"{path.parent} cannot be locked ({error}): do not start two programs that write into it", stacklevel=3
+                f"{path.parent} cannot be locked ({error}). Do not start two programs that write to it.", stacklevel=3
             )
         if is_current(descriptor, path):
-            with suppress(OSError):  # a full disk: the lock holds without a name
+            with suppress(OSError):  # if the disk is full, the lock does not name its owner
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(this_process()).encode(), 0)
             return descriptor
@@ -80,7 +82,7 @@ def acquire(path: Path, end: float) -> int:
 
 
 def is_current(descriptor: int, path: Path) -> bool:
-    """Whether the lock file is still the one that was opened: its holder may have removed it meanwhile."""
+    """Return whether the lock file is still the one that was opened. Its holder may have removed it in the meantime."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
@@ -97,7 +99,7 @@ def this_process() -> dict[str, Any]:
 
 
 def owner_of(path: Path) -> dict[str, Any]:
-    """What the holder wrote about itself; {} while it has not."""
+    """Return what the holder wrote about itself, or {} if it has not written it yet."""
     with suppress(OSError, ValueError):
         owner = json.loads(path.read_text())
         return owner if isinstance(owner, dict) else {}
@@ -105,14 +107,14 @@ def owner_of(path: Path) -> dict[str, Any]:
 
 
 def is_requeued(owner: dict[str, Any]) -> bool:
-    """Whether the owner is an earlier start of this SLURM job, whose lock a file server has not dropped yet."""
+    """Return whether the owner is an earlier start of this SLURM job, whose lock a file server has not released yet."""
     here = this_process()
     return here["job"] is not None and owner.get("job") == here["job"] and owner.get("restarts", 0) < here["restarts"]
 
 
-def in_use(path: Path, owner: dict[str, Any]) -> str:
-    told = f"process {owner['process']} on {owner['host']} since {owner['time']}" if owner else "another process"
+def in_use_message(path: Path, owner: dict[str, Any]) -> str:
+    holder = f"process {owner['process']} on {owner['host']} since {owner['time']}" if owner else "another process"
     return (
-        f"{path.parent} is in use by {told}: wait for its end, or choose another folder. If that process is gone, as "
-        f"after a crash of another machine, delete {path}"
+        f"{path.parent} is in use by {holder}. Wait until it ends, or choose another directory. If that process no "
+        f"longer exists, for example after a crash of another machine, delete {path}"
     )

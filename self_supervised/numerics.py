@@ -1,4 +1,4 @@
-"""Numbers of features and weights: checks that they are finite, vectors of any scale, float64."""
+"""Numerics of features and weights: unit vectors of any scale, checks for NaN and infinity, float64 on any device."""
 
 import math
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int6
 STATISTICS = ("running_mean", "running_var", "running_std")
 
 
-class NotFinite(ValueError):
-    """NaN or infinite numbers where a score or a file needs finite ones."""
-
-
 Scores = dict[str, float]  # name of a metric -> value
 
 
-def unit(x: Tensor) -> Tensor:
-    """Vectors [..., E] divided by their lengths, in float32 or float64; zero vectors stay zero.
+class NotFinite(ValueError):
+    """Error for NaN or infinity where a score or a file needs finite numbers."""
 
-    F.normalize alone turns vectors below 1e-12 and above 1e19 into zeros. In between, its bits do not change: the
-    division by a power of two before it is exact.
+
+def unit(x: Tensor) -> Tensor:
+    """Return vectors [..., E] divided by their lengths, in float32 or float64. Zero vectors stay zero.
+
+    F.normalize alone turns vectors below 1e-12 and above 1e19 into zeros. In between, the result is bit-identical to
+    that of F.normalize, because the division by a power of two before it is exact.
     """
     x = at_least_float32(x)
     largest = x.detach().abs().amax(-1, keepdim=True)
@@ -30,25 +30,29 @@ def unit(x: Tensor) -> Tensor:
 
 
 def power_of_two(largest: Tensor) -> Tensor:
-    """The power of two at or below each number, from its exponent's bits: nothing waits for the device."""
+    """Return the power of two at or below each number. It is read from the bits of the exponent, so the host does not
+    wait for the device."""
     integer, exponent = EXPONENT[largest.dtype]
     found = (largest.view(integer) & exponent).view(largest.dtype)
-    return found.clamp(min=torch.finfo(largest.dtype).tiny)  # of 0
+    return found.clamp(min=torch.finfo(largest.dtype).tiny)  # for 0
 
 
 def rescaled(x: Tensor) -> Tensor:
-    """All numbers divided by one power of two, so that the largest lies from 1 to 2: sums of squares stay finite."""
+    """Return all numbers divided by one power of two, so that the largest is from 1 to 2 and sums of squares stay
+    finite."""
     return x / power_of_two(x.abs().amax())
 
 
 def finite(x: Tensor, what: str = "features", names: Sequence[str] | None = None) -> Tensor:
-    """x [N, ...] in float32 or float64.
+    """Return x [N, ...] in float32 or float64, after a check for NaN and infinity.
 
     Args:
-        names: of the rows; default: their numbers.
+        x: features or other rows of numbers.
+        what: name of x in the error.
+        names: names of the rows; default: their indices.
 
     Raises:
-        NotFinite: there are NaN or infinite numbers; says in how many rows.
+        NotFinite: there are NaN or infinite numbers. The message counts their rows.
     """
     bad = ~x.isfinite().flatten(1).all(1)
     if bad.any():
@@ -56,19 +60,19 @@ def finite(x: Tensor, what: str = "features", names: Sequence[str] | None = None
         first = rows[0] if names is None else names[rows[0]]
         raise NotFinite(
             f"{what}: {len(rows):,} of {len(x):,} rows are not finite (the first: {first}). Choose an earlier "
-            "checkpoint, or precision 32-true if half precision overflows"
+            "checkpoint, or precision 32-true if half precision overflows."
         )
     return at_least_float32(x)
 
 
 def not_finite(module: nn.Module) -> list[str]:
-    """Names of the weights that hold NaN or infinite numbers, running statistics included. Infinity in another buffer,
-    such as the mask of an attention, is meant."""
+    """Return the names of weights and running statistics with NaN or infinity, and of other buffers with NaN. Infinity
+    in those is intended, for example in attention masks."""
     good = {name: weight.isfinite().all() for name, weight in module.named_parameters()}
     for name, buffer in module.named_buffers():
         known = buffer if name.endswith(STATISTICS) else buffer.nan_to_num(math.nan, 0, 0)
         good[name] = known.isfinite().all()
-    flags = torch.stack(list(good.values())).tolist() if good else []  # the device is waited for once
+    flags = torch.stack(list(good.values())).tolist() if good else []  # waits for the device once
     return [name for name, is_good in zip(good, flags, strict=True) if not is_good]
 
 
@@ -78,7 +82,7 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def in_float64(x: Tensor) -> Tensor:
-    """On x's device, or on the host if the device has no float64 (Apple's MPS)."""
+    """Return x in float64, on the host if its device has no float64 (Apple's MPS)."""
     try:
         return x.double()
     except TypeError:
@@ -86,5 +90,5 @@ def in_float64(x: Tensor) -> Tensor:
 
 
 def able(x: Tensor | None) -> Tensor | None:
-    """x, moved to the host from Apple's MPS, which lacks float64 and most of torch.linalg."""
+    """Return x, copied to the host if it is on Apple's MPS, which lacks float64 and most of torch.linalg."""
     return x.cpu() if x is not None and x.device.type == "mps" else x

@@ -1,4 +1,8 @@
-"""Files of torch are read as data only: nothing in them can run, and damage is noticed."""
+"""Safe files: written atomically, and read as data only.
+
+A file or directory appears under its name when it is complete, and a full disk leaves the earlier file. PyTorch and
+safetensors files are read without running code from them, and corrupt files raise an error.
+"""
 
 import csv
 import errno
@@ -21,38 +25,60 @@ from typing import Any, NoReturn
 
 import torch
 
-ENDING = ".unfinished"
+UNFINISHED = ".unfinished"  # extension of temporary files
 HOST = socket.gethostname().replace(".", "_")
-DAY = 86400  # seconds after which an unfinished file of another machine is left behind
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DAY = 86400  # seconds after which a temporary file of another machine counts as abandoned
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+EXPORTED = "self_supervised"  # key under which our exported weights store their settings
+# What other systems store next to the tensors, for their own programs. Nothing of these names is imported or called.
+STAND_INS = (
+    "argparse.Namespace",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",  # Python 3.13
+    "__main__.exclude_bias_and_norm",  # LARS of vicreg and barlowtwins
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",  # mmengine's files name a method of HistoryBuffer with it
+    *(f"numpy{core}.multiarray.{name}" for core in (".core", "._core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+)
+UNSUPPORTED = re.compile(r"unsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", re.I)  # in torch's errors
+MOST_CLASS_NAMES = 30  # in one file
+DATA_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # environment variables of torch
+WITH_CODE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+# ---- Writing ----
 
 
 def check_folder(name: str, folder: str | Path) -> None:
-    """Raise ValueError, naming the option, unless files can be written into the folder, which need not exist yet."""
+    """Raise ValueError unless files can be written to the directory, which need not exist yet. `name` is its option."""
     folder = Path(folder).expanduser()
-    there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
-    if not there.is_dir():
-        raise ValueError(f"{name}={folder}: {there} is a file. Choose another directory.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}={folder}: {there} cannot be written. Choose another directory.")
+    existing = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{name}={folder}: {existing} is a file. Choose another directory.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}={folder}: {existing} is not writable. Choose another directory.")
 
 
 def check_file(name: str, path: str | Path) -> None:
-    """Raise ValueError, naming the option, unless a file can be written there."""
+    """Raise ValueError unless a file can be written at the path. `name` is its option."""
     path = Path(path).expanduser()
     if path.is_dir():
-        raise ValueError(f"{name}={path} is a directory. Name a file.")
+        raise ValueError(f"{name}={path}: is a directory. Pass the path of a file.")
     check_folder(name, path.parent)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which becomes `path` once the block is done, and is removed if it fails.
+    """Yield a temporary path next to `path`. The file written there becomes `path` at the end of the block, or is
+    deleted if the block fails.
 
     Raises:
         OSError: the disk is full.
     """
-    with unfinished_beside(path) as unfinished:
+    with temporary_path(path) as unfinished:
         yield unfinished
         sync(unfinished)
         os.replace(unfinished, path)
@@ -60,13 +86,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write files into, which becomes `path` once the block is done. If another process
-    was faster, its folder stays.
+    """Yield a temporary directory next to `path`, which becomes `path` at the end of the block. If another process was
+    faster, its directory stays.
 
     Raises:
         OSError: the disk is full.
     """
-    with unfinished_beside(path) as unfinished:
+    with temporary_path(path) as unfinished:
         unfinished.mkdir()
         yield unfinished
         for file in unfinished.iterdir():
@@ -79,16 +105,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, text: str) -> None:
+    """Write text to a file, completely or not at all."""
     with atomic_file(path) as unfinished:
         unfinished.write_text(text)
 
 
 @contextmanager
-def unfinished_beside(path: Path) -> Iterator[Path]:
-    """A name that no other process uses."""
+def temporary_path(path: Path) -> Iterator[Path]:
+    """Yield a path next to `path` that no other process uses, and delete what is left there at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    unfinished = path.with_name(f"{start_of(path)}{HOST}.{os.getpid()}.{os.urandom(4).hex()}{ENDING}")
+    unfinished = path.with_name(f"{start_of(path)}{HOST}.{os.getpid()}.{os.urandom(4).hex()}{UNFINISHED}")
     try:
         with disk_errors_named(path):
             yield unfinished
@@ -98,18 +125,18 @@ def unfinished_beside(path: Path) -> Iterator[Path]:
 
 
 def start_of(path: Path) -> str:
-    return f".{path.name[:80]}."  # a name has at most 255 bytes
+    return f".{path.name[:80]}."  # a file name has at most 255 bytes
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of earlier tries to write `path`."""
-    for found in path.parent.glob(f"{glob.escape(start_of(path))}*{ENDING[1:]}"):
-        host, _, process = found.name.removesuffix(ENDING).rpartition(".")[0].rpartition(".")
+    """Delete the temporary files and directories of `path` that killed processes left."""
+    for found in path.parent.glob(f"{glob.escape(start_of(path))}*{UNFINISHED[1:]}"):
+        host, _, process = found.name.removesuffix(UNFINISHED).rpartition(".")[0].rpartition(".")
         if host.endswith(f".{HOST}") and process.isdecimal():
-            is_left = not is_alive(int(process))
+            is_abandoned = not is_alive(int(process))
         else:
-            is_left = time.time() - newest_change(found) > DAY
-        if is_left:
+            is_abandoned = time.time() - newest_change(found) > DAY
+        if is_abandoned:
             remove(found)
 
 
@@ -118,13 +145,13 @@ def is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # the process of another user
         pass
     return True
 
 
 def newest_change(path: Path) -> float:
-    with suppress(OSError):  # finished meanwhile
+    with suppress(OSError):  # it was completed in the meantime
         return max(file.stat().st_mtime for file in (path, *(path.iterdir() if path.is_dir() else ())))
     return time.time()
 
@@ -137,7 +164,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk."""
+    """Flush the content of a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -147,9 +174,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors_named(path: Path) -> Iterator[None]:
-    """
+    """Name `path` in the errors of a full disk.
+
     Raises:
-        OSError: the disk was full, or a limit on space or file size was reached, while `path` was written.
+        OSError: the disk is full, or a limit on space or file size is reached.
     """
     try:
         yield
@@ -158,28 +186,28 @@ def disk_errors_named(path: Path) -> Iterator[None]:
         if cause is None:
             raise
         raise OSError(
-            f"{path} could not be written ({cause.strerror or cause}): is the disk full? Nothing half-written is "
-            "left, and earlier files are as they were"
+            f"{path} cannot be written ({cause.strerror or cause}): is the disk full? Earlier files are unchanged, and "
+            "no incomplete file is left."
         ) from error
 
 
 def full_disk(error: BaseException | None) -> OSError | None:
-    """The error of a full disk among those that led to this one."""
+    """Return the error of a full disk among the causes of an error."""
     while error is not None:
-        by_numpy = "requested and" in str(error)  # tofile() says how much was written, and not why
-        if isinstance(error, OSError) and (error.errno in FULL or by_numpy):
+        by_numpy = "requested and" in str(error)  # tofile() reports how much was written, but not the cause
+        if isinstance(error, OSError) and (error.errno in DISK_FULL or by_numpy):
             return error
         error = error.__cause__ or error.__context__
     return None
 
 
-# ---- tables that grow row by row ----
+# ---- CSV and JSON ----
 
 
 def rows_of(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """(columns, rows) of a CSV file of numbers with a column `step`; ([], []) if there is none.
+    """Return (columns, rows) of a CSV file of numbers with a column `step`, or ([], []) if there is no file.
 
-    Rows that are not complete are passed over: a full disk or a power failure leaves half a row, or zeros, at the end.
+    Incomplete rows are skipped: a full disk or a power failure leaves half a row, or zeros, at the end.
     """
     if not file.is_file():
         return [], []
@@ -200,7 +228,7 @@ def is_complete(row: dict[str | None, Any]) -> bool:
 
 
 def to_json(content: Any, **options: Any) -> str:
-    """JSON that every reader takes: null in place of NaN and infinity, which JSON does not have."""
+    """Return JSON that every reader accepts, with null in place of NaN and infinity, which JSON does not have."""
     return json.dumps(without_nan(content), allow_nan=False, **options)
 
 
@@ -212,33 +240,11 @@ def without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-# ---- Files of torch are read as data only: nothing in them can run, and damage is noticed ----
-
-
-EXPORTED = "self_supervised"  # the key under which our exported weights keep their settings
-
-# What other systems keep beside the tensors, for their own programs. Nothing of these names is imported or called.
-STAND_INS = (
-    "argparse.Namespace",
-    "pathlib.PosixPath",
-    "pathlib._local.PosixPath",  # of Python 3.13
-    "__main__.exclude_bias_and_norm",  # vicreg's and barlowtwins' LARS
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "builtins.getattr",  # as mmengine's files name a method of it
-    *(f"numpy{core}.multiarray.{name}" for core in (".core", "._core") for name in ("scalar", "_reconstruct")),
-    "numpy.dtype",
-    "numpy.ndarray",
-)
-UNSUPPORTED = re.compile(r"unsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", re.I)  # in torch's errors
-MOST_CLASS_NAMES = 30
-
-
-DATA_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # variables of torch
-WITH_CODE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+# ---- Reading PyTorch and safetensors files ----
 
 
 class StandIn:
-    """In place of an object that is not read: takes whatever the file says of it, and does nothing."""
+    """Object in place of one that is not read: it accepts any arguments and state, and does nothing."""
 
     def __new__(cls, *_: Any) -> "StandIn":
         return super().__new__(cls)
@@ -251,41 +257,43 @@ class StandIn:
 
 
 def safe_load(path: str | Path, of_others: bool = False) -> Any:
-    """What `torch.save` wrote, on the CPU; of a .safetensors file, {"state_dict": tensors, EXPORTED: our settings}.
+    """Return the content of a PyTorch file on the CPU, or {"state_dict": tensors, EXPORTED: our settings} of a
+    .safetensors file.
 
     Args:
         path: the file.
-        of_others: read files that name some harmless objects of other systems (STAND_INS), without those objects.
+        of_others: whether to accept files that name some harmless objects of other systems (STAND_INS). These objects
+            are not read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or another kind of file, or would run code when loaded; says which.
+        ValueError: the file is corrupt, is of another kind, or would run code when loaded.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is damaged: it is empty")
+        raise ValueError(f"{path} is corrupt: it is empty")
     if path.suffix == ".safetensors":
         return load_safetensors(path)
     try:
-        if zipfile.is_zipfile(path):  # files of torch before 1.6 are none, and have no checksums
+        if zipfile.is_zipfile(path):  # files of torch before 1.6 are not, and have no checksums
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch itself does not compare the checksums
-            if damaged is not None:
-                raise OSError(f"the checksum of {damaged} is wrong")
-        with variables_of_torch():
+                corrupt = archive.testzip()  # torch itself does not compare the checksums
+            if corrupt is not None:
+                raise OSError(f"the checksum of {corrupt} is wrong")
+        with data_only_variables():
             return load_with_class_names(path, [(StandIn, name) for name in STAND_INS] if of_others else [])
     except pickle.UnpicklingError as error:
-        raise refusal_message(path, error) from error
-    except Exception as error:  # torch and zipfile raise many kinds of them on damaged files
+        raise refusal(path, error) from error
+    except Exception as error:  # torch and zipfile raise exceptions of many types for corrupt files
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} is damaged, or no file of torch: {first_line}") from error
+        raise ValueError(f"{path} is corrupt, or not a PyTorch file: {first_line}") from error
 
 
 def load_with_class_names(path: Path, known: list[tuple[type, str]]) -> Any:
-    """torch.load of a file that may name classes, as long as no object of them is made: Lightning before 1.5 kept the
-    state of callbacks under their classes."""
+    """Return the content of a file that may name classes but may not create objects of them. Lightning before 1.5
+    stored the state of callbacks under their classes."""
     for _ in range(MOST_CLASS_NAMES):
         try:
             with torch.serialization.safe_globals(known):
@@ -294,12 +302,12 @@ def load_with_class_names(path: Path, known: list[tuple[type, str]]) -> Any:
             found = UNSUPPORTED.search(str(error))
             if found is None or found[1] in (name for _, name in known):
                 raise
-            known = [*known, (class_name(found[1]), found[1])]
+            known = [*known, (class_without_objects(found[1]), found[1])]
     raise ValueError("it names too many classes")
 
 
-def class_name(name: str) -> type:
-    """A class in place of the one of that name. To make an object of it is refused in torch's words."""
+def class_without_objects(name: str) -> type:
+    """Return a class in place of the one of that name. Creating an object of it raises torch's error."""
 
     def refuse(*_: Any) -> NoReturn:
         raise pickle.UnpicklingError(f"Unsupported class {name}")
@@ -309,7 +317,7 @@ def class_name(name: str) -> type:
 
 @contextmanager
 def class_names_allowed(content: dict[str, Any]) -> Iterator[None]:
-    """While Lightning reads the file with this content once more. It leaves callbacks under their classes out."""
+    """Let Lightning read the file with this content again. Lightning ignores states of callbacks under classes."""
     names = [key for key in content.get("callbacks", {}) if isinstance(key, type)]
     with torch.serialization.safe_globals([(key, key.__name__) for key in names]), warnings.catch_warnings():
         if names:
@@ -317,26 +325,26 @@ def class_names_allowed(content: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def refusal_message(path: str | Path, error: pickle.UnpicklingError) -> ValueError:
-    """In our words: torch's go on to advise how to run the file all the same."""
+def refusal(path: str | Path, error: pickle.UnpicklingError) -> ValueError:
+    """Return an error in our words, because those of torch explain how to run the file's code."""
     if (found := UNSUPPORTED.search(str(error))) is None:
-        return ValueError(f"{path} is damaged, or no file of torch")
+        return ValueError(f"{path} is corrupt, or not a PyTorch file")
     return ValueError(f"{path} holds more than data and would run code on loading, which is refused: {found[1]}")
 
 
 @contextmanager
 def data_only(what: str) -> Iterator[None]:
-    """While others load `what`: torch.hub, left to itself, would run code that lies in a file of its cache."""
+    """Make other libraries load `what` as data only. By default, torch.hub runs code in a file of its cache."""
     try:
-        with variables_of_torch():
+        with data_only_variables():
             yield
     except pickle.UnpicklingError as error:
-        raise refusal_message(what, error) from error
+        raise refusal(what, error) from error
 
 
 @contextmanager
-def variables_of_torch() -> Iterator[None]:
-    """torch.load reads data only, whatever the environment says. Both variables at once, torch refuses."""
+def data_only_variables() -> Iterator[None]:
+    """Set torch's environment variables so that torch.load reads data only. Setting both at once is an error."""
     before = {name: os.environ.pop(name, None) for name in (DATA_ONLY, WITH_CODE)}
     os.environ[DATA_ONLY] = "1"
     try:
@@ -348,7 +356,7 @@ def variables_of_torch() -> Iterator[None]:
 
 def load_safetensors(path: Path) -> dict[str, Any]:
     if importlib.util.find_spec("safetensors") is None:
-        raise ValueError(f"{path} needs the package safetensors, which is not installed: pip install safetensors")
+        raise ValueError(f"{path}: needs the package safetensors, which is not installed. Run pip install safetensors.")
     from safetensors import SafetensorError, safe_open  # optional
 
     try:
@@ -357,4 +365,4 @@ def load_safetensors(path: Path) -> dict[str, Any]:
             content = {"state_dict": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118, it is no dict
         return content | ({EXPORTED: json.loads(metadata[EXPORTED])} if EXPORTED in metadata else {})
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+        raise ValueError(f"{path} is corrupt, or not a safetensors file: {error}") from error

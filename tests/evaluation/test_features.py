@@ -127,7 +127,7 @@ def test_what_forward_does_is_part_of_an_own_encoders_hash(dtype):
 
 def test_a_full_disk_is_named_and_leaves_no_features(tmp_path):
     rows = ({"x": torch.ones(100, 64), "y": torch.ones(100)} for _ in range(10))
-    with processes.full_disk(50_000), pytest.raises(OSError, match="abc could not be written"):
+    with processes.full_disk(50_000), pytest.raises(OSError, match="abc cannot be written"):
         features.write_features(tmp_path / "abc", 1000, rows, 10, "features")
     assert not list(tmp_path.iterdir())
 

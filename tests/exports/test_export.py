@@ -378,7 +378,7 @@ def test_a_write_that_fails_leaves_nothing(small_checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize("format", ["torchvision", "safetensors", "detectron2", "torchscript", "torch_export"])
 def test_a_full_disk_is_named_and_leaves_nothing(format, checkpoint, same_process, tmp_path):
     encoder = load_encoder(checkpoint)
-    with processes.full_disk(100_000), pytest.raises(OSError, match="encoder.pt could not be written"):
+    with processes.full_disk(100_000), pytest.raises(OSError, match="encoder.pt cannot be written"):
         export.write_checked(encoder, format, tmp_path / "encoder.pt", False, False)
     assert not list(tmp_path.iterdir())
 

@@ -187,7 +187,7 @@ def fill_the_disk(rank: int, folder: str) -> str:
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path):
     (message,) = processes.run(fill_the_disk, 1, tmp_path, str(tmp_path / "run"))
-    assert re.search(r"step_000000004.ckpt could not be written \(.*\): is the disk full\?", message), message
+    assert re.search(r"step_000000004.ckpt cannot be written", message), message
     assert names(tmp_path / "run") == ["step_000000002.ckpt"]
     assert checkpoints.read_checkpoint(newest(tmp_path / "run"))["global_step"] == 2
 
@@ -246,7 +246,7 @@ def test_settings_of_numpy_do_not_spoil_a_checkpoint(trainer, small, tmp_path):
 @pytest.mark.parametrize("content", [b"\x80\x02", b"P", b"a,b\n1,2\n", b"\x80\x02}q\x00(X\x05", bytes(range(256))])
 def test_other_content_is_no_file_of_torch(content, tmp_path):
     (tmp_path / "other.ckpt").write_bytes(content)
-    with pytest.raises(ValueError, match="other.ckpt is damaged, or no file of torch"):
+    with pytest.raises(ValueError, match="other.ckpt is corrupt"):
         checkpoints.read_checkpoint(tmp_path / "other.ckpt")
 
 

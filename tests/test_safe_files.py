@@ -10,9 +10,13 @@ from self_supervised.safe_files import atomic_file, atomic_folder, atomic_write,
 
 def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
     atomic_write(tmp_path / "a.txt", "earlier")
-    with full_disk(1000), pytest.raises(OSError, match="a.txt could not be written"):
+    with full_disk(1000), pytest.raises(OSError, match="a.txt cannot be written"):
         atomic_write(tmp_path / "a.txt", "x" * 10_000)
-    with full_disk(1000), pytest.raises(OSError, match="folder could not"), atomic_folder(tmp_path / "folder") as new:
+    with (
+        full_disk(1000),
+        pytest.raises(OSError, match="folder cannot be written"),
+        atomic_folder(tmp_path / "folder") as new,
+    ):
         np.save(new / "a.npy", np.zeros(10_000))
     assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "earlier"
 
