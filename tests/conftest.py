@@ -11,7 +11,6 @@ import pytorch_lightning as pl
 import torch
 
 from model_params import PRESETS
-from self_supervised import train as train_program
 from self_supervised.data import loading
 from self_supervised.training.checkpoints import Checkpoints
 
@@ -101,7 +100,7 @@ def weights_after_two_epochs(trainer, tmp_path):
         trainer(max_epochs=2, limit_train_batches=1.0, callbacks=saving).fit(model, ckpt_path=checkpoint)
         return torch.cat([p.flatten() for p in model.state_dict().values()])
 
-    return train_program
+    return train
 
 
 @pytest.fixture
