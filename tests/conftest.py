@@ -17,7 +17,7 @@ from self_supervised.training.checkpoints import Checkpoints
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and waiting threads slow others down
 
 HOLD = (
-    "import sys; from pathlib import Path; from self_supervised.folder_lock import locked; "
+    "import os, sys, time; from pathlib import Path; from self_supervised.folder_lock import locked; "
     "l = locked(Path(sys.argv[1])); l.__enter__(); print(1, flush=True); "
 )
 
