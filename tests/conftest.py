@@ -55,8 +55,9 @@ def finished_run(digits_path, tmp_path_factory):
         out = tmp_path_factory.mktemp("runs") / "first"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DATA_PATH", str(digits_path))
-            patch.setattr(sys, "argv", ["train.py", *arguments.format(out=out).split()])
-            train_program.main()
+            options = arguments.format(out=out).split()
+            patch.setattr(sys, "argv", ["self-supervised", "train", *options])  # what command.txt says
+            train_program.main(options)
         return out
 
     return make
