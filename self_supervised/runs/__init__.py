@@ -1,1 +1,1 @@
-"""Runs: the options, the directory, the progress, the dry run and the preview of a training."""
+"""Training runs: options, directory, checks, dry run, preview and progress."""

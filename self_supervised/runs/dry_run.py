@@ -1,4 +1,4 @@
-"""Everything that a run is made of, tried and put into tables before the run."""
+"""Dry run: two optimizer steps and one validation batch, and tables of parts, parameter groups and plan."""
 
 import resource
 import sys
@@ -22,8 +22,8 @@ from self_supervised.training.monitor import TrainingMonitor
 
 STEPS = 2
 TOY = (torch.eye(4), torch.tensor([0, 0, 1, 1]))  # features and labels
-HIDDEN = ("params", "param_names", "name", "lr")  # of groups: an example and the initial_lr say it
-PART_NAMES = {  # of parts, as the field calls them
+HIDDEN = ("params", "param_names", "name", "lr")  # keys of groups; the table has an example and the initial_lr instead
+PART_NAMES = {  # attribute -> name in the table
     "model": "encoder",
     "projection_model": "projector",
     "prediction_model": "predictor",
@@ -34,10 +34,10 @@ PART_NAMES = {  # of parts, as the field calls them
 
 
 class Stop(pl.Callback):
-    """Ends the training after two optimizer steps, and times the second, in which everything is warm."""
+    """Callback that ends the training after two optimizer steps. It times the second, without start-up costs."""
 
     def __init__(self) -> None:
-        self.times: dict[int, float] = {}  # at the end of each optimizer step
+        self.times: dict[int, float] = {}  # optimizer step -> time of its end
 
     def on_train_start(self, *_: Any) -> None:
         self.times[0] = time.monotonic()
@@ -55,28 +55,31 @@ class Stop(pl.Callback):
 
 
 def run_two_steps(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Trainer]) -> SelfSupervisedMethod:
-    """Two optimizer steps and one batch of validation, then the tables. Writes no files, but for a data set that is
-    not there yet.
+    """Run two optimizer steps and one validation batch, print the tables, and return the model. No files are written,
+    except for a data set that is downloaded.
 
     Args:
         params: ModelParams.
-        make_trainer: callbacks -> the Trainer of the run, without loggers and checkpoints, which validates one batch.
+        make_trainer: function that turns callbacks into the Trainer of the run, without loggers and checkpoints, which
+            validates one batch.
     """
     model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1))
     stop = Stop()
     watch = TrainingMonitor()
-    watch.collapse_was_named = True  # two steps say nothing of that
+    watch.collapse_was_named = True  # two steps are too few to detect a collapse
     trainer = make_trainer([stop, watch])
     trainer.fit(model)
     if trainer.is_global_zero:
         console = Console(highlight=False, markup=False)
-        for table in (parts_table(model), groups_table(model, trainer), plan(model, trainer, stop.seconds_per_step)):
-            console.print(table)
+        console.print(parts_table(model))
+        console.print(groups_table(model, trainer))
+        console.print(plan_table(model, trainer, stop.seconds_per_step))
     return model
 
 
 def logged_names(model: SelfSupervisedMethod) -> set[str]:
-    """Names of what this model logged, and of evaluations, which one batch may have too few classes for."""
+    """Return the names of all metrics that the model logs. Those of evaluations are computed on toy features, because
+    one batch may have too few classes for them."""
     p = model.params
     toy = validation.evaluate(p.evaluations, *TOY, TOY if p.probe_on_training_set else None)
     return {*model.trainer.callback_metrics, *toy}
@@ -90,7 +93,7 @@ def empty_table(title: str, *columns: str) -> Table:
 
 
 def parts_table(model: SelfSupervisedMethod) -> Table:
-    """Encoder, heads, lagging pair, queue: output shape, parameters, whether they are trained."""
+    """Return the table of encoder, heads, lagging models and queue: output shape, parameters, whether it is trained."""
     p = model.params
     made = empty_table("Parts", "part", "is", "output", "parameters", "trained")
     outputs = output_shapes(model)
@@ -107,7 +110,7 @@ def parts_table(model: SelfSupervisedMethod) -> Table:
 
 
 def widths(part: nn.Module) -> str:
-    """The linear layers of a head: 512 -> 2048 -> 128."""
+    """Return the widths of the linear layers of a head as text: 512 -> 2048 -> 128."""
     linear = [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
     found = [layer.in_features for layer in linear[:1]] + [layer.out_features for layer in linear]
     return " -> ".join(map(str, found)) or type(part).__name__
@@ -132,7 +135,8 @@ def output_shapes(model: SelfSupervisedMethod) -> dict[str, str]:
 
 
 def groups_table(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
-    """The optimizer's groups of parameters, with an example of each, and the settings in which they differ."""
+    """Return the table of the optimizer's parameter groups, with an example of each and the settings in which they
+    differ."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     optimizer = trainer.optimizers[0]
     found = [{key: value for key, value in group.items() if key not in HIDDEN} for group in optimizer.param_groups]
@@ -150,8 +154,8 @@ def groups_table(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
     return made
 
 
-def plan(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: float) -> Table:
-    """Batch, steps, rates, data, memory and time."""
+def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: float) -> Table:
+    """Return the table of data, batch, steps, learning rate, memory and time."""
     p = model.params
     plan = model.plan
     made = empty_table("Plan", "what", "value")
@@ -164,7 +168,7 @@ def plan(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: flo
         **dict(zip(("batch", "length", "learning rate"), str(plan).split("; "), strict=True)),
         "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
         "memory": peak_memory(trainer.strategy.root_device),
-        "time": f"{seconds_per_step:.3g} s a step, {epoch} an epoch without evaluation (by the last step alone)",
+        "time": f"{seconds_per_step:.3g} s per step, {epoch} per epoch without evaluation (from the last step only)",
         "loss": f"{scores['step_train_loss']:.4g} at step {trainer.global_step}",
     }
     for name, value in rows.items():
@@ -174,6 +178,6 @@ def plan(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: flo
 
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of the device at most"
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of the process at most"
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the device at most"
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB in the process at most"

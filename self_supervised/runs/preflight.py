@@ -1,4 +1,4 @@
-"""Checks before a run: everything that its data would otherwise refuse after hours of work."""
+"""Checks before a run, for errors in its data that would otherwise appear after hours of training."""
 
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from self_supervised.runs.command_line import RunOptions
 
 
 def linear_settings(options: RunOptions, params: ModelParams) -> dict:
-    """Fields of the linear stage that train.py sets. A data set smaller than one batch is one batch."""
+    """Return the settings that a run passes to its linear stage. A data set smaller than one batch is one batch."""
     settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": params.seed}
     n_images = len(loading.get_dataset(params, params.dataset.train_splits))
     if params.dataset.is_custom or n_images < attrs.fields(LinearClassifierMethodParams).batch_size.default:
@@ -24,13 +24,13 @@ def linear_settings(options: RunOptions, params: ModelParams) -> dict:
 
 
 def check_run(options: RunOptions, params: ModelParams) -> None:
-    """Open all images that train.py will read, from the first batch to the last score of the linear stage.
+    """Open all images that the run will read, from the first batch to the last score of the linear stage.
 
     Raises:
-        ValueError: a split is empty, smaller than one batch, or lacks the labels of the linear stage.
+        ValueError: a split is empty, smaller than one batch, or lacks the labels that the linear stage needs.
         FileNotFoundError: a split is missing.
     """
-    with lists_aside(params) as params:
+    with temporary_lists(params) as params:
         check_images(params, options.accumulate_grad_batches)
         if options.linear_epochs:
             settings = {name: getattr(params, name) for name in FROM_PRETRAINING} | linear_settings(options, params)
@@ -39,8 +39,9 @@ def check_run(options: RunOptions, params: ModelParams) -> None:
 
 
 @contextmanager
-def lists_aside(params: ModelParams) -> Iterator[ModelParams]:
-    """Meanwhile lists of splits that are not drawn yet are in a temporary directory: the run may be refused."""
+def temporary_lists(params: ModelParams) -> Iterator[ModelParams]:
+    """Yield settings that write lists of splits to a temporary directory unless the run has lists already: a run that
+    fails its checks must not leave any."""
     kept = custom.folder_of_lists(params)
     if not params.dataset.is_custom or (kept is not None and listed_in(kept)):
         yield params
@@ -50,7 +51,7 @@ def lists_aside(params: ModelParams) -> Iterator[ModelParams]:
 
 
 def check_images(params: ModelParams, accumulated: int = 1) -> None:
-    """Open the images of the pretraining and of its evaluations."""
+    """Open the images of pretraining and of its evaluations. `accumulated` is the number of batches per step."""
     info = params.dataset
     check_batches(params, info.pretraining_splits, accumulated)
     if not params.is_evaluated:
@@ -63,8 +64,8 @@ def check_images(params: ModelParams, accumulated: int = 1) -> None:
 
 
 def check_batches(params: EncoderAndDataParams, splits: tuple[str, ...], accumulated: int = 1) -> None:
-    """Raise ValueError unless one process could train on the images: several of them need at least as many."""
-    params = attrs.evolve(params, num_data_workers=0)  # nothing is read yet
+    """Raise ValueError unless one process has enough images to train on. Multiple processes need at least as many."""
+    params = attrs.evolve(params, num_data_workers=0)  # no image is decoded yet
     loading.get_loader(params, loading.get_dataset(params, splits), training=True, accumulated=accumulated)
 
 

@@ -1,4 +1,4 @@
-"""A contact sheet of what the model sees: each row an image, each column a view, pixel by pixel."""
+"""Contact sheet of the images and views that a model trains on: one row per image, one column per view."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -18,12 +18,12 @@ from self_supervised.fields import as_path
 from self_supervised.safe_files import atomic_file, check_file
 from self_supervised.views import augmentations
 
-TILE = 160  # pixels that a large view is magnified to, about; by whole numbers, so that pixels stay squares
-PREVIEW_GAP = 8  # pixels, as all sizes here
+TILE = 160  # approximate width in pixels of a magnified large view; factors are whole, so that pixels stay squares
+PREVIEW_GAP = 8  # pixels, like all sizes below
 PREVIEW_MARGIN = 20
 FONT_SIZE = 13
 LINE_HEIGHT = 18
-SHOWN_FRAMES = 4  # of a clip
+SHOWN_FRAMES = 4  # frames of a clip
 PAPER = (240, 240, 240)
 INK = (24, 24, 24)
 PALE_INK = (96, 96, 96)
@@ -31,16 +31,17 @@ Column = tuple[list[str], Tensor]  # lines of the caption; uint8 images [rows, C
 
 
 def write_preview(params: ModelParams, path: str | Path, loader: Iterable[Any] | None = None, rows: int = 8) -> Path:
-    """The first images of the first training batch, as the model will see them at its first step, as a PNG.
+    """Write the first images of the first training batch and their views at the first step to a PNG, and return its
+    path.
 
     Args:
-        loader: yours, if you train on one; default: that of `params.dataset_name`.
+        loader: your own loader, if you train on one; default: the loader of `params.dataset_name`.
 
     Raises:
-        ValueError: the path does not end in .png; or what reading the images raises.
+        ValueError: the path does not end in .png, or an image cannot be read.
     """
     if (path := as_path(path)).suffix != ".png":
-        raise ValueError(f"the preview is a PNG, and {path} does not end in .png")
+        raise ValueError(f"preview={path}: must end in .png.")
     check_file("preview", path)
     sheet = arrange(first_columns(params, loader, rows))
     with atomic_file(path) as unfinished:
@@ -49,10 +50,10 @@ def write_preview(params: ModelParams, path: str | Path, loader: Iterable[Any] |
 
 
 def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows: int = 8) -> list[Column]:
-    """The first images of the first training batch: the originals, where they are known, then every view."""
+    """Return the columns for the first training batch: the originals, if they are known, then every view."""
     params = resolve(ModelParams, params, None, {})[0]  # with the seed of pl.seed_everything
     originals = None
-    params = evolve(params, drop_last_batch=False)  # a batch that is not full has images, too
+    params = evolve(params, drop_last_batch=False)  # an incomplete batch is enough
     if loader is None:
         splits = params.dataset.pretraining_splits
         loader = loading.get_loader(params, loading.get_dataset(params, splits, params.views), training=True)
@@ -66,14 +67,15 @@ def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows
 
 
 def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, originals: Tensor | None) -> list[Column]:
-    """The first rows of a batch: the original, then every view.
+    """Return the columns for the first rows of a batch: the original, then every view.
 
     Args:
-        images: what a loader yields: uint8 images [N, C, H, W], which are augmented here as at the first step of a
-            training with `params.seed`; a list of crops; or float views, which are shown as they are.
-        originals: uint8 [at least `rows`, C, H, W], where `images` are not these; None: no such column then.
+        images: batch of a loader: uint8 images [N, C, H, W], which are augmented here as at the first step of a
+            training with `params.seed`; a list of crops; or float views, which are shown unchanged.
+        rows: number of images.
+        originals: uint8 [at least `rows`, C, H, W]; default: `images`, if they are uint8, otherwise no such column.
     """
-    seed = (params.seed or 0, 0, 0, 0)  # of the first epoch and batch, on the first process
+    seed = (params.seed or 0, 0, 0, 0)  # seed, first epoch, first batch, first process
     first = images if isinstance(images, Tensor) else images[0]
     if first.is_floating_point():
         augmentations.check_floats(first, params)
@@ -88,15 +90,15 @@ def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, or
 
 
 def pixels(view: Tensor, params: ModelParams) -> Tensor:
-    """A normalized view -> uint8, as it was before it was normalized."""
+    """Return a normalized view as uint8, as it was before normalization."""
     mean, std = (torch.tensor(values, device=view.device).view(-1, 1, 1) for values in (params.mean, params.std))
     view = as_strips(view)
     return ((view.float() * std + mean) * 255).round().clamp(0, 255).byte().cpu()
 
 
 def as_strips(images: Tensor) -> Tensor:
-    """Images as they are; of clips [N, C, T, H, W], four frames from the first to the last, side by side. Of several
-    clips of each video [N, K, C, T, H, W], the first."""
+    """Return images unchanged, and clips [N, C, T, H, W] as four frames from the first to the last, side by side. If
+    there are multiple clips per video [N, K, C, T, H, W], the first one is used."""
     images = images[:, 0] if images.dim() == 6 else images
     if images.dim() == 4:
         return images
@@ -104,11 +106,11 @@ def as_strips(images: Tensor) -> Tensor:
     return torch.cat(images[:, :, chosen.to(images.device)].unbind(2), dim=3)
 
 
-# ---- captions ----
+# ---- Captions ----
 
 
 def caption(params: ModelParams, i: int) -> list[str]:
-    """What view i is, and every setting in which the views differ."""
+    """Return the caption of view i, with every setting in which the views differ."""
     views = params.views
     queries, keys = zip(*params.pairs, strict=True)
     roles = [name for name, ends in (("query", queries), ("key", keys)) if i in ends]
@@ -125,7 +127,7 @@ def caption(params: ModelParams, i: int) -> list[str]:
 
 
 def in_pixels(width: int, height: int, params: ModelParams) -> str:
-    """The size, and which channel is shown where not all are."""
+    """Return the size, and the channel that is shown if not all are."""
     shown = "" if params.channels in (1, 3) else f", first of {params.channels} channels"
     return f"{width} x {height} px{shown}"
 
@@ -137,11 +139,11 @@ def operation_text(name: str, value: float | tuple[float, float]) -> str:
     return f"{name.replace('_', ' ')} {number}"
 
 
-# ---- drawing ----
+# ---- Drawing ----
 
 
 def arrange(columns: list[Column]) -> Image.Image:
-    """Columns side by side, all views magnified alike, so that small views are seen to be small."""
+    """Return the columns side by side. All views are magnified by the same factor, so that small views look small."""
     font = ImageFont.load_default(FONT_SIZE)
     factor = max(1, round(TILE / max(images.shape[2] for _, images in columns)))
     height = factor * max(images.shape[2] for _, images in columns) + PREVIEW_GAP
@@ -166,7 +168,7 @@ def arrange(columns: list[Column]) -> Image.Image:
 
 
 def magnified(image: Tensor, factor: int) -> Image.Image:
-    """[C, H, W] uint8, of one or three channels (of others the first is shown) -> every pixel a square."""
+    """Return a uint8 image [C, H, W], of three channels or the first one, with every pixel as a square of `factor`."""
     shown = image if image.shape[0] == 3 else image[:1].expand(3, -1, -1)
     tile = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
     return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""The progress bar: images per second, and the time left for the whole training."""
+"""Progress bar with images per second and the remaining time of the training, and throughput.csv."""
 
 import csv
 import time
@@ -16,25 +16,27 @@ from rich.text import Text
 from self_supervised.runs import run_folder
 from self_supervised.safe_files import atomic_file, rows_of
 
-SMOOTHING = 0.05  # weight of the newest batch in the speed
-THROUGHPUT_COLUMNS = ("step", "epoch", "images_per_second")  # of the file; the clock's, so they are not in metrics.csv
+SMOOTHING = 0.05  # weight of the newest batch in the average speed
+THROUGHPUT_COLUMNS = ("step", "epoch", "images_per_second")  # not in metrics.csv, since they depend on the clock
 
 
 class Progress(RichProgressBar):
-    """Lightning's, with images per second over all processes (a moving average of batches, without validations), and
-    the time until the last epoch ends, validations included once there was one.
+    """Lightning's progress bar with images per second and remaining time.
+
+    Images per second count all processes, as a moving average over batches without validations. The remaining time is
+    that until the end of the last epoch. It includes validations once there has been one.
 
     Args:
-        file: a CSV that gets a row after each epoch, with its images per second (without validations).
+        file: CSV file that gets a row after each epoch, with its images per second (without validations).
     """
 
     def __init__(self, file: Path | None = None) -> None:
         super().__init__(refresh_rate=4)
         self.file = file
-        self.batches = 0  # of this epoch
-        self.seconds = 0.0  # of these batches
+        self.batches = 0  # in this epoch
+        self.seconds = 0.0  # duration of these batches
         self.seconds_per_batch: float | None = None
-        self.batch_ended: float | None = None  # None: what comes now is no batch
+        self.batch_ended: float | None = None  # time; None at the start of an epoch and during validations
         self.begun = 0.0  # time
         self.first_step = 0
         self.status = ""
@@ -92,13 +94,13 @@ class Progress(RichProgressBar):
 
 
 def images_in(module: pl.LightningModule) -> int:
-    """One batch, of all processes."""
+    """Return the number of images in one batch of all processes."""
     return module.plan.processes * module.plan.batch_size
 
 
 @rank_zero_only
 def keep_until(file: Path, step: int) -> None:
-    """Only the rows until then, of a run that goes on from there; it begins with a heading."""
+    """Write the heading and the rows up to `step`, from which a run resumes, and delete later rows."""
     _, rows = rows_of(file)
     with atomic_file(file) as unfinished, unfinished.open("w", newline="") as kept:
         writer = csv.DictWriter(kept, THROUGHPUT_COLUMNS)
@@ -113,7 +115,7 @@ def append(file: Path, row: tuple) -> None:
 
 
 class Status(ProgressColumn):
-    """Speed and time left, beside the bar of the training."""
+    """Column with speed and remaining time, next to the bar of the training."""
 
     def __init__(self, bar: Progress):
         super().__init__(Column(no_wrap=True))

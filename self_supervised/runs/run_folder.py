@@ -1,13 +1,14 @@
-"""What a run leaves in its folder, so that it can be read, compared and repeated.
+"""Directory of a run, whose files suffice to read, compare and repeat it.
 
-config.yaml     the resolved settings: `self-supervised train --config config.yaml` is the same run
-command.txt     the command, and each that went on with it
-parameters.txt  what the optimizer does with each parameter
-run.json        of each of them: time, versions, git commit, machine
-log.txt         what was said
+config.yaml     resolved settings: `self-supervised train --config config.yaml` is the same run
+command.txt     the command, and every command that resumed the run
+run.json        time, versions, git commit and machine of each of these commands
+parameters.txt  learning rate, momentum and weight decay of each parameter
+log.txt         messages, warnings and errors
 results.json    scores
-pretraining/    and linear/: metrics.csv, throughput.csv, TensorBoard's events, checkpoints/
-splits/         which images were used, where that was drawn
+pretraining/    metrics.csv, throughput.csv, TensorBoard's events, checkpoints/
+linear/         the same of the linear stage
+splits/         lists of the images in each split, if they were drawn at random
 """
 
 import csv
@@ -34,17 +35,17 @@ from rich.text import Text
 from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_json
 
 LIBRARIES = ("torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
-FIXED = ("preset", "optimizer_name")  # of a run; checkpoints.refuse_another sees what else cannot be resumed
+FIXED = ("preset", "optimizer_name")  # settings that cannot change; checkpoints.refuse_another_model checks the others
 Kind = TypeVar("Kind", dict, list)
-LOG = logging.getLogger("self_supervised")  # writes into log.txt alone: `say` and warnings print themselves
+LOG = logging.getLogger("self_supervised")  # writes only to log.txt: `say` and warnings print themselves
 LOG.setLevel(logging.INFO)
 LOG.propagate = False
-LOG_SOURCES = ("", LOG.name, "pytorch_lightning", "lightning_fabric")  # none of the three propagates to the root
+LOG_SOURCES = ("", LOG.name, "pytorch_lightning", "lightning_fabric")  # the named three do not propagate to the root
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, of the libraries, and the commit of this code, if it is in a git repository, with "+changes" where
-    files that git knows were changed."""
+    """Return the versions of Python and the libraries, and the git commit of this code, or None outside a repository.
+    "+changes" is appended to the commit if tracked files were changed."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -68,14 +69,14 @@ def as_typed(arguments: Sequence[str]) -> str:
 
 @rank_zero_only
 def begin_run_folder(out: Path, config: str, arguments: Sequence[str]) -> None:
-    """Start or go on with a run: config.yaml, command.txt and run.json. Other settings than before are named."""
+    """Write config.yaml, command.txt and run.json of a run that starts or resumes. Changed settings are printed."""
     (out / "splits").mkdir(parents=True, exist_ok=True)
     old = settings_of_run(out)
     new = yaml.safe_load(config)
     keep_edited(out / "config.yaml")
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old and old.get(name) != new.get(name)]
     if changed:
-        say(f"{out} goes on with other settings: {', '.join(changed)}")
+        say(f"{out} resumes with changed settings: {', '.join(changed)}")
     atomic_write(out / "config.yaml", config)
     commands = out / "command.txt"
     before = text_of_file(commands) if commands.is_file() else ""
@@ -84,69 +85,78 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str]) -> None:
 
 
 def keep_edited(config: Path) -> None:
-    """Set a config.yaml aside that was written or edited by hand, before ours takes its name."""
+    """Copy a config.yaml that was written or edited by hand, before it is overwritten."""
     if not config.is_file():
         return
     text = text_of_file(config)
-    if yaml.safe_dump(yaml.safe_load(text), sort_keys=False) != text:  # ours is what `command_line.to_yaml` makes
+    if yaml.safe_dump(yaml.safe_load(text), sort_keys=False) != text:  # not as `command_line.to_yaml` writes it
         kept = config.with_name(f"config_by_hand_{time.strftime('%Y%m%d_%H%M%S')}.yaml")
         atomic_write(kept, text)
-        say(f"{config} was written by hand: kept as {kept.name}")
+        say(f"{config} was edited by hand. A copy is in {kept.name}.")
 
 
 def refuse_another_run(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """
+    """Compare the settings of the directory with those of the command.
+
     Raises:
-        ValueError: the run of the folder cannot be gone on with by these settings.
+        ValueError: the run cannot be resumed with these settings.
     """
     for name in FIXED:
         if name in before and before[name] != now[name]:
-            raise ValueError(f"{out} holds a run with {name}={before[name]!r}: give that, or choose another --out")
+            raise ValueError(
+                f"{name}={now[name]!r}: {out} holds a run with {name}={before[name]!r}. Pass that value, or choose "
+                "another --out."
+            )
 
 
 def settings_of_run(out: Path) -> dict[str, Any]:
-    """config.yaml; empty if there is none.
+    """Return the content of config.yaml, or {} if there is no file.
 
     Raises:
-        ValueError: it is not what a run writes.
+        ValueError: the file is corrupt.
     """
     return content_of(out / "config.yaml", yaml.safe_load, dict)
 
 
 def results_of(out: Path) -> dict[str, Any]:
-    """results.json; see `settings_of_run`."""
+    """Return the content of results.json; see `settings_of_run`."""
     return content_of(out / "results.json", json.loads, dict)
 
 
 def starts_of(out: Path) -> list[dict[str, Any]]:
-    """run.json; see `settings_of_run`."""
+    """Return the content of run.json, or [] if there is no file; see `settings_of_run`."""
     found = content_of(out / "run.json", json.loads, list)
     if not all(isinstance(start, dict) for start in found):
-        raise ValueError(f"{out / 'run.json'} must be a list of objects: correct it, or move it away")
+        raise ValueError(f"{out / 'run.json'}: must be a list of objects. Correct the file, or move it away.")
     return found
 
 
 def content_of(path: Path, parse: Callable[[str], Any], kind: type[Kind]) -> Kind:
-    """What a file of a run holds; empty if there is none. Raises ValueError, with the file's name, if it is damaged."""
+    """Return the parsed content of a file of a run, or an empty `kind` if there is no file.
+
+    Raises:
+        ValueError: the file is corrupt, or is not of this kind.
+    """
     if not path.is_file():
         return kind()
+    text = text_of_file(path)
     try:
-        found = parse(text_of_file(path))
+        found = parse(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({' '.join(str(error).split())}): correct it, or move it away"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read ({reason}). Correct the file, or move it away.") from error
     if not isinstance(found, kind):
-        wanted = "names and values" if kind is dict else "a list"
-        raise ValueError(f"{path} must hold {wanted}: correct it, or move it away")
+        expected = "names and values" if kind is dict else "a list"
+        raise ValueError(f"{path}: must hold {expected}. Correct the file, or move it away.")
     return found
 
 
 def text_of_file(path: Path) -> str:
+    """Return the text of a file. Raises ValueError if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}): correct it, or move it away") from error
+        raise ValueError(f"{path}: is not UTF-8 text ({error}). Correct the file, or move it away.") from error
 
 
 def machine_facts() -> dict[str, Any]:
@@ -164,7 +174,7 @@ def machine_facts() -> dict[str, Any]:
 
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """What Lightning and this library say meanwhile, warnings and the error that ends it, also go to the file."""
+    """Also write messages of Lightning and of this library, warnings, and an error that ends the block to a file."""
     if rank_zero_only.rank != 0:
         yield
         return
@@ -175,7 +185,7 @@ def logged(path: Path) -> Iterator[None]:
     show = warnings.showwarning
 
     def show_and_log(message: Any, category: type, *args: Any, **kwargs: Any) -> None:
-        show(message, category, *args, **kwargs)  # logging.captureWarnings would keep warnings from the terminal
+        show(message, category, *args, **kwargs)  # logging.captureWarnings would hide warnings in the terminal
         LOG.warning("%s: %s", category.__name__, message)
 
     for source in sources:
@@ -195,23 +205,23 @@ def logged(path: Path) -> Iterator[None]:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print, and into log.txt while that is open."""
+    """Print a text, and write it to log.txt while that is open."""
     print(text)
     LOG.info("%s", Text.from_ansi(text).plain)
 
 
-# ---- loggers ----
+# ---- Loggers ----
 
 
 def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
-    """metrics.csv goes on at `first_step`: Lightning's logger would delete the rows before it."""
+    """Return a logger that continues metrics.csv at `first_step`. Lightning's own logger would delete earlier rows."""
     path = out / name / "metrics.csv"
     kept = out / name / "metrics.kept.csv"
     logger = loggers.CSVLogger(out, name=name, version="")
     header = []
     if rank_zero_only.rank != 0:
         return logger
-    if kept.is_file() and not path.is_file():  # we were killed here
+    if kept.is_file() and not path.is_file():  # an earlier process was killed before the last lines of this function
         kept.replace(path)
     if first_step > 0 and path.is_file():
         header, rows = rows_of(path)
@@ -231,17 +241,16 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
 def wandb_logger(title: str, out: Path) -> loggers.WandbLogger:
     import wandb  # optional, and slow to import
 
-    wandb.finish()  # of the stage before, whose run this one's figures would else join
+    wandb.finish()  # ends the run of the previous stage, which would otherwise receive these metrics
     return loggers.WandbLogger(title, save_dir=out, id=title, resume="allow")
 
 
 def get_loggers(out: Path, name: str, wanted: Sequence[str], first_step: int) -> list[loggers.Logger]:
-    """metrics.csv, and those that were asked for. Each goes on at `first_step`."""
-    purge = {"purge_step": first_step} if first_step else {}  # what an interrupted run wrote after its checkpoint
-    title = f"{out.name}_{name}"  # of a run on a server, which goes on under the same name
-    tracking = os.environ.get(
-        "MLFLOW_TRACKING_URI", f"sqlite:///{out.resolve() / 'mlflow.db'}"
-    )  # no plain files: MLflow 3
+    """Return the logger of metrics.csv and those in `wanted`. All continue at `first_step`."""
+    purge = {"purge_step": first_step} if first_step else {}  # deletes what was written after the checkpoint
+    title = f"{out.name}_{name}"  # identifies the run on a server, so that it can be resumed
+    database = f"sqlite:///{out.resolve() / 'mlflow.db'}"  # MLflow 3 does not support plain files
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", database)
     makers = {
         "tensorboard": lambda: loggers.TensorBoardLogger(out, name=name, version="", **purge),
         "wandb": lambda: wandb_logger(title, out),

