@@ -1,5 +1,6 @@
 """How programs end: in one line for what the user or the machine caused, with the stack for a fault of ours."""
 
+import importlib
 import os
 import re
 import signal
@@ -13,7 +14,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 import train_blog
 from benchmarks import moving_photographs
-from self_supervised import demo, evaluate, program, train
+from self_supervised import evaluate, program, train
+from self_supervised.__main__ import COMMANDS
 from self_supervised.embeddings import embed, nearest
 from self_supervised.embeddings import projection as embedding_map
 from self_supervised.exports import export
@@ -104,16 +106,9 @@ def test_interrupted_training_ends_in_a_line(tmp_path, digits_path):
     options = (
         "vicreg --dataset_name digits --encoder_arch shufflenet_v2_x0_5 --max_epochs 500 --warmup_epochs 0 --seed 0"
     )
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        *options.split(),
-        "--out",
-        str(tmp_path / "run"),
-        "--logger",
-        "csv",
-    ]
-    environment = {**os.environ, "DATA_PATH": str(digits_path), "PYTHONUNBUFFERED": "1"}
+    options += f" --out {tmp_path / 'run'} --logger csv"
+    command = [sys.executable, "-m", "self_supervised", "train", *options.split()]
+    environment = {**os.environ, "DATA_PATH": str(digits_path), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     seen, said = [], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, **said) as process:
         for line in process.stdout:
@@ -162,7 +157,6 @@ def test_mistake_ends_in_one_line(mistake, monkeypatch, tmp_path):
 
 def test_every_program_ends_this_way():
     """Nothing else may turn errors into exits."""
-    programs = [path for path in [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")] if "__main__" in path.read_text()]
-    programs = [path for path in programs if "\ndef main() -> None:" in path.read_text()]
-    assert len(programs) >= 12 and demo.main
-    assert [path.name for path in programs if "@one_line_errors(" not in path.read_text()] == []
+    programs = [importlib.import_module(module) for module, _ in COMMANDS.values()]
+    programs += [train_blog, moving_photographs]
+    assert [module.__name__ for module in programs if not hasattr(module.main, "__wrapped__")] == []
