@@ -95,7 +95,7 @@ class RunOptions:
     log_gradient_norms: bool = False  # log grad_norm_PART of each part of the model at every logged step
 
     # checkpoints
-    checkpoint_every_n_steps: int = positive(1000)  # optimizer steps; also after every epoch; the newest two are kept
+    checkpoint_every_n_steps: int = positive(1000)  # interval in steps, and after every epoch; the newest two are kept
     # metrics whose best checkpoint is kept as best_NAME.ckpt: lowest if NAME contains "loss", else highest; or
     # NAME:min, NAME:max
     save_best: list[str] = field(factory=list)
@@ -270,7 +270,7 @@ def suggestion(name: str, names: Sequence[str] | None = None, start: str = "--")
 
 def parser(preset: str) -> Parser:
     """Return the parser of all options, with the values of a preset as defaults."""
-    about = f"{wrapped(f'{preset}: {differences(preset)}')}\n{VALUES}"
+    about = f"{wrapped(f'Preset {preset}: {differences(preset)}')}\n{VALUES}"
     # print_config=None: ours prints the validated settings. allow_abbrev: `parse` does not recognize --conf as --config
     built = Parser(usage=USAGE, description=about, formatter_class=Formatter, print_config=None, allow_abbrev=False)
     built.add_argument(

@@ -55,8 +55,8 @@ def run(finished_run) -> Path:
 
 
 def main(line: str, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
-    train.main()
+    monkeypatch.setattr(sys, "argv", ["self-supervised", "train", *line.split()])  # what command.txt says
+    train.main(line.split())
 
 
 # ---- options ----
