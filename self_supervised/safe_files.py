@@ -362,7 +362,7 @@ def load_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            content = {"state_dict": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118, it is no dict
+            content = {"state_dict": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118, not a dict
         return content | ({EXPORTED: json.loads(metadata[EXPORTED])} if EXPORTED in metadata else {})
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is corrupt, or not a safetensors file: {error}") from error

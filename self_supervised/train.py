@@ -146,7 +146,7 @@ def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
 
 
 @rank_zero_only
-def forget_outdated(out: Path, results: dict[str, Any]) -> None:
+def delete_outdated(out: Path, results: dict[str, Any]) -> None:
     """Delete the encoder's scores and the linear stage, which become outdated when the encoder is trained further."""
     if outdated := [name for name in ENCODER_RESULTS if name in results]:
         for name in outdated:
@@ -165,7 +165,7 @@ def pretrain_stage(
         for callback in fit.callbacks:
             if isinstance(callback, Best):
                 callback.scores = set(results["random encoder"])
-    fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: forget_outdated(out, results)))
+    fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: delete_outdated(out, results)))
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
     results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
