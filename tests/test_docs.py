@@ -125,7 +125,7 @@ def test_every_preset_has_a_section_with_its_settings():
             "*Needs*",
             "*Source*",
             "*Ours differs*",
-            "*To see it fail*",
+            "*Signs of failure*",
             "](https://arxiv.org/abs/",
         ):
             assert part in " ".join(text.split()), f"{name}: {part}"
