@@ -22,7 +22,7 @@ from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import image_files, loading
-from self_supervised.data.image_files import ImageFiles, class_folders, read_image
+from self_supervised.data.image_files import ImageFiles, samples_in_class_folders, read_image
 from self_supervised.data.video_files import videos_in_class_folders
 from self_supervised.embeddings.sources import Batches, open_source
 
@@ -278,7 +278,7 @@ def test_class_folders_are_numbered_by_those_of_train(tmp_path):
             Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / split / name / "frames" / "0.png")
 
     def labels(split: str) -> list[int]:
-        found = [[label for _, label in read(tmp_path / split)] for read in (class_folders, frames)]
+        found = [[label for _, label in read(tmp_path / split)] for read in (samples_in_class_folders, frames)]
         assert found[0] == found[1]
         return found[0]
 
@@ -289,7 +289,7 @@ def test_class_folders_are_numbered_by_those_of_train(tmp_path):
     assert labels("val") == [0, 2]
     for name, message in (("all", "'all'"), ("Bees", "'Bees' .nearest: 'bee'"), ("000", "'000'")):
         make("val", "ant", name)
-        for read in (class_folders, frames):
+        for read in (samples_in_class_folders, frames):
             with pytest.raises(ValueError, match=f"val has classes that train lacks, 1 of 2: {message}"):
                 read(tmp_path / "val")
     shutil.rmtree(tmp_path / "train")

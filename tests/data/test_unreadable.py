@@ -107,7 +107,7 @@ def test_features_are_those_of_the_readable_images_and_the_others_are_named(root
 
 
 def test_statistics_are_those_of_the_readable_images(roots):
-    found = [loading.of_images(loading.get_dataset(params(root), ("train",)), seed=0) for root in roots]
+    found = [loading.channel_statistics(loading.get_dataset(params(root), ("train",)), seed=0) for root in roots]
     np.testing.assert_allclose(found[0], found[1])
 
 
