@@ -17,7 +17,7 @@ from self_supervised.data.file_search import ARRAY_SUFFIX
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 PIL_MODES = {2: "LA", 4: "RGBA"}  # number of channels -> mode, for formats other than .npy and TIFF
-WAY_OUT = "Set pixel_range to the values of black and white."
+WAY_OUT = "Set pixel_range to the values of black and white"  # end of messages, which the name of the file precedes
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def check_size(n_pixels: int) -> None:
 
 def too_large() -> str:
     limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
-    return f"the image has more than {limit}. Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS."
+    return f"the image has more than {limit}. Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
 
 
 def is_array(path: str, channels: int, pixel_range: list[float] | None) -> bool:
@@ -79,7 +79,7 @@ def read_array(
         if channels not in PIL_MODES:
             raise ValueError(
                 f"in_channels={channels}: images with this number of channels can be read from .npy and TIFF files "
-                "only. Convert the images."
+                "only. Convert the images"
             )
         with opened_image(file) as image:
             return np.asarray(of_16_bits(image, pixel_range).convert(PIL_MODES[channels]))
@@ -100,7 +100,7 @@ def read_tiff(file: str | BinaryIO, channels: int) -> np.ndarray:
     try:
         import tifffile  # optional
     except ImportError as error:
-        raise ValueError("TIFF files with many bands are read with tifffile. Run pip install tifffile.") from error
+        raise ValueError("TIFF files with many bands are read with tifffile. Run pip install tifffile") from error
     with tifffile.TiffFile(file) as tiff:
         check_size(math.prod(tiff.series[0].shape) // channels)
         return tiff.asarray()
@@ -112,11 +112,12 @@ def of_16_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Ima
         return image
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"its pixels from {pixels.min()} to {pixels.max()} do not fit into 16 bits. Scale them.")
+        raise ValueError(f"its pixels from {pixels.min()} to {pixels.max()} do not fit into 16 bits. Scale them")
     return Image.fromarray(in_8_bits(pixels.astype(np.uint16), pixel_range))
 
 
 def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Return pixels [H, W], [H, W, C] or [C, H, W] as [H, W, C]; gray ones are repeated for RGB."""
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim == 3 and pixels.shape[0] == channels != pixels.shape[2]:
@@ -129,6 +130,7 @@ def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 
 def in_8_bits(pixels: np.ndarray, pixel_range: list[float] | None) -> np.ndarray:
+    """Return pixels scaled to uint8; see `read_array`."""
     if pixel_range is None and pixels.dtype == np.uint8:
         return pixels
     if pixel_range is None and pixels.dtype == np.uint16:

@@ -12,8 +12,8 @@ import numpy as np
 
 Label = str | int | None  # name or number of a class; None: no label
 UNLABELED = -1  # class number of an image without a label
-MOST_NAMED = 5  # labels listed in a message
-WAY_OUT = "Number classes from 0 to the number of classes - 1, and write -1 for no label."
+MOST_NAMED = 5  # labels or paths listed in a message
+NUMBERING = "Number classes from 0 to the number of classes - 1, and write -1 for no label."
 
 
 def composed(label: Label) -> Label:
@@ -75,13 +75,13 @@ def in_classes(labels: np.ndarray, what: object) -> np.ndarray:
     if is_one_hot(labels):
         labels = labels.argmax(1)
     if labels.ndim != 1 or labels.dtype.kind not in "buif":
-        raise ValueError(f"{what} holds {labels.dtype} {labels.shape}, not one label per image [N]. {WAY_OUT}")
+        raise ValueError(f"{what} holds {labels.dtype} {labels.shape}, not one label per image [N]. {NUMBERING}")
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        raise ValueError(f"{what} holds labels that are not finite. {WAY_OUT}")
+        raise ValueError(f"{what} holds labels that are not finite. {NUMBERING}")
     classes = labels.astype(np.int64)
     wrong = labels[(classes != labels) | (classes < UNLABELED)]
     if len(wrong):
-        raise ValueError(f"{what} holds {len(wrong)} labels that are not classes, such as {wrong[0]}. {WAY_OUT}")
+        raise ValueError(f"{what} holds {len(wrong)} labels that are not classes, such as {wrong[0]}. {NUMBERING}")
     return classes
 
 

@@ -247,7 +247,7 @@ def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_ov
                 passed_over.add("by include_patterns and exclude_patterns", image[0])
     outside = chosen.pop("", [])
     if not chosen.get("train"):
-        raise ValueError(f"{root} holds {without_training(found, params)}{passed_over}")
+        raise ValueError(f"{root} holds {without_training(found, params, passed_over)}")
     if outside:
         raise ValueError(
             f"{root} has {' and '.join(chosen)}, and {len(outside)} images outside them, such as {outside[0][0]}. "
@@ -266,19 +266,19 @@ def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_ov
     return chosen
 
 
-def without_training(found: ImageList, params: EncoderAndDataParams) -> str:
+def without_training(found: ImageList, params: EncoderAndDataParams, passed_over: PassedOver) -> str:
     """Return the part of a message that says why there are no training images, and what to do."""
     n = len(found.get("train", []))
     others = [split for split, images in found.items() if split and images]
     if n:
         patterns = f"include_patterns={params.include_patterns}, exclude_patterns={params.exclude_patterns}"
-        return f"{n} images for training, and {patterns} select none of them. Choose other patterns."
+        return f"{n} images for training, and {patterns} select none of them{passed_over}. Choose other patterns."
     if others:
         return (
-            f"0 images for training, but some for {' and '.join(others)}. Name a directory or shards train; if these "
-            "are classes, put all class folders into a directory train."
+            f"0 images for training, but some for {' and '.join(others)}{passed_over}. Name a directory or shards "
+            "train; if these are classes, put all class folders into a directory train."
         )
-    return "0 images for training. Choose another data_path."
+    return f"0 images for training{passed_over}. Choose another data_path."
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -321,14 +321,14 @@ def class_names_of(labels: set[str | int], class_to_idx: list[str] | None) -> di
     Raises:
         ValueError: class_to_idx lacks a label; without it, labels are both numbers and names; a number is below -1.
     """
-    whole = [label for label in labels if isinstance(label, int)]
-    if whole and min(whole) < 0:
-        raise ValueError(f"label={min(whole)} is not a class. Number classes from 0, and write -1 for no label.")
+    numbers = [label for label in labels if isinstance(label, int)]
+    if numbers and min(numbers) < 0:
+        raise ValueError(f"label={min(numbers)} is not a class. Number classes from 0, and write -1 for no label.")
     if class_to_idx is None:
-        if 0 < len(whole) < len(labels):
+        if 0 < len(numbers) < len(labels):
             word = min(label for label in labels if isinstance(label, str))
             raise ValueError(
-                f"some labels are numbers, such as {whole[0]}, and some are names, such as {word}. Use one kind, or "
+                f"some labels are numbers, such as {numbers[0]}, and some are names, such as {word}. Use one kind, or "
                 "set class_to_idx."
             )
         return {label: composed(label) for label in labels}

@@ -167,13 +167,13 @@ def joined_frames(frames: Iterable[tuple[Hashable, np.ndarray]], names: Sequence
     Raises:
         ValueError: the frames are of two sizes.
     """
-    whole = np.empty(0, np.uint8)
+    joined = np.empty(0, np.uint8)
     rows = {name: row for row, name in enumerate(names)}
     for name, frame in frames:
-        if not len(whole):
-            whole = np.empty((len(names), *frame.shape), np.uint8)
-        if frame.shape != whole.shape[1:]:
-            sizes = " and ".join(f"{width} x {height}" for height, width, _ in (whole.shape[1:], frame.shape))
-            raise ValueError(f"its frames are of two sizes, {sizes} (frame {name}). Resize them to one.")
-        whole[rows[name]] = frame
-    return whole
+        if not len(joined):
+            joined = np.empty((len(names), *frame.shape), np.uint8)
+        if frame.shape != joined.shape[1:]:
+            sizes = " and ".join(f"{width} x {height}" for height, width, _ in (joined.shape[1:], frame.shape))
+            raise ValueError(f"its frames are of two sizes, {sizes} (frame {name}). Resize them to one")
+        joined[rows[name]] = frame
+    return joined

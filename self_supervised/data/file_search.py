@@ -14,7 +14,7 @@ COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".ti
 ONLY_RECOGNIZED = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
 MOST_REASONS = 6  # reasons listed in a message
 
-told: set[str] = set()  # lines that this process has logged
+logged_lines: set[str] = set()  # lines that this process has logged
 
 
 @cache
@@ -56,8 +56,8 @@ class PassedOver(dict[str, list]):
 def tell(where: str | Path, n: int, kind: str, passed_over: PassedOver) -> None:
     """Log how many images or videos a source has, and what was passed over; each line once per process."""
     line = f"{where}: {n:,} {kind}{passed_over}"
-    if line not in told:
-        told.add(line)
+    if line not in logged_lines:
+        logged_lines.add(line)
         rank_zero_info(line)
 
 

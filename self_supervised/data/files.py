@@ -21,7 +21,7 @@ from self_supervised.data.class_labels import class_numbers_of, composed
 from self_supervised.data.file_search import folders_in
 
 UNREADABLE = -(2**31)  # label of a row that replaces an unreadable image in an evaluation
-MOST_NAMED = 20  # files listed in a warning
+MOST_SKIPPED = 20  # files listed in a warning
 Sample = tuple[str, int | np.ndarray]  # (path, class), or (path, multi-hot labels)
 File = str | BinaryIO  # a path, or the content of a file
 
@@ -213,8 +213,8 @@ def name_skipped(*datasets: Any, already: int = 0) -> int:
     skipped = [path for dataset in datasets if isinstance(dataset, LabeledFiles) for path in dataset.skipped()]
     if len(skipped) > already:
         how = "left out" if all(getattr(dataset, "evaluated", True) for dataset in datasets) else "skipped"
-        more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
-        named = f"{', '.join(skipped[:MOST_NAMED])}{more}"
+        more = f" and {len(skipped) - MOST_SKIPPED} more" if len(skipped) > MOST_SKIPPED else ""
+        named = f"{', '.join(skipped[:MOST_SKIPPED])}{more}"
         warnings.warn(f"{len(skipped)} files could not be read and were {how}: {named}", stacklevel=2)
     return len(skipped)
 

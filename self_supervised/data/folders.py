@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from self_supervised.data.class_labels import Label
+from self_supervised.data.class_labels import MOST_NAMED, Label
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes
 from self_supervised.data.files import OnDisk
 from self_supervised.safe_files import atomic_write
@@ -27,7 +27,6 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
 # split -> (path below the root, label) of its images; the key "" is for images outside all splits
 ImageList = dict[str, list[tuple[str, Label]]]
 SETTINGS = "splits.json"  # the settings with which `write_lists` wrote the lists next to it
-MOST_NAMED = 5  # missing images listed in a message
 
 
 class ImageFolder(OnDisk):
@@ -104,8 +103,11 @@ def listed_in(folder: Path) -> list[tuple[str, Path]]:
     return [(split, file) for split in SPLITS for file in files if split_named(file.stem) == split]
 
 
-def read_lists(folder: Path, source) -> ImageList:
+def read_lists(folder: Path, source: Any) -> ImageList:
     """Return the images of `source` that the lists in `folder` name, each once.
+
+    Args:
+        source: ImageFolder, TarShards or ArrowImages.
 
     Raises:
         ValueError: there is no list for training; an image is not in `source`, is in two lists, or has two labels.
@@ -156,7 +158,7 @@ def as_label(text: str) -> Label:
     return None if label in ("", -1) else label
 
 
-def check_that_all_are_there(source, paths: list[str], file: Path) -> None:
+def check_that_all_are_there(source: Any, paths: list[str], file: Path) -> None:
     """Raise ValueError for paths in the list `file` that `source` does not hold, or that are not below its root."""
     outside = next((path for path in paths if path.startswith(("/", "../"))), None)
     if outside:

@@ -240,8 +240,8 @@ def check_one_batch(params: EncoderAndDataParams, n_images: int, size: int) -> N
     name = "batch_size" if params.global_batch_size is None else "global_batch_size"
     each = f" on each of {processes} processes" if processes > 1 else ""
     raise ValueError(
-        f"{name}={getattr(params, name)}: the {n_images} {params.dataset.kind} of {params.dataset_name} are fewer than "
-        f"one batch of {size}{each}. Choose a smaller {name}, or drop_last_batch=None."
+        f"{name}={getattr(params, name)}: the {n_images} {params.dataset.kind} of {params.dataset_name} "
+        f"are fewer than one batch of {size}{each}. Choose a smaller {name}, or drop_last_batch=None."
     )
 
 
@@ -336,7 +336,8 @@ def n_classes(params: EncoderAndDataParams) -> int:
     Classes of custom data sets, videos and class folders are counted, since subsets go by the same dataset_name
     (ImageNet-100, Kinetics-200, ...). If the data is not on disk, or is packed, the number is the catalogue's.
     """
-    info, (split,) = params.dataset, params.dataset.train_splits
+    info = params.dataset
+    (split,) = info.train_splits
     folder = data_path() / params.dataset_name / split
     if info.storage == "folders" and folder.is_dir():
         return len(set(class_numbers_of_split(folder).values()))
@@ -358,7 +359,7 @@ def require_labels(classes: int, params: EncoderAndDataParams) -> int:
         )
     if classes < 1:
         raise ValueError(
-            f"dataset_name={params.dataset_name!r}, data_path={params.data_path!r}: the images have no labels, which a "
-            "classifier needs. Put them into class folders, or list labels in train.txt (docs/own_data.md)."
+            f"dataset_name={params.dataset_name!r}, data_path={params.data_path!r}: the images have no labels, which "
+            "a classifier needs. Put them into class folders, or list labels in train.txt (docs/own_data.md)."
         )
     return classes

@@ -21,7 +21,7 @@ from self_supervised.safe_files import atomic_folder
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images [N, H, W, C], labels [N]
 COPY_BYTES = 2**26  # size of one copy to the device
-WAY_OUT = "Write it again, or remove its directory to have the data set downloaded and packed again, if it can be."
+REPACK = "Write it again, or remove its directory to have the data set downloaded and packed again, if it can be."
 
 
 def data_path() -> Path:
@@ -92,9 +92,9 @@ def arrays(split: Path) -> tuple[np.memmap, np.ndarray]:
     images = loaded(file, "r")
     labels = in_classes(loaded(split / "labels.npy"), split / "labels.npy")
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"{file} holds {images.dtype} {images.shape}, not uint8 N x H x W x C. {WAY_OUT}")
+        raise ValueError(f"{file} holds {images.dtype} {images.shape}, not uint8 N x H x W x C. {REPACK}")
     if len(images) != len(labels):
-        raise ValueError(f"{split} holds {len(images)} images but {len(labels)} labels. {WAY_OUT}")
+        raise ValueError(f"{split} holds {len(images)} images but {len(labels)} labels. {REPACK}")
     return images, labels
 
 
@@ -106,7 +106,7 @@ def loaded(file: Path, mmap_mode: str | None = None) -> np.ndarray:
         return array
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(
-            f"{file} cannot be read as an array; it is truncated, or something else ({error}). {WAY_OUT}"
+            f"{file} cannot be read as an array; it is truncated, or something else ({error}). {REPACK}"
         ) from error
 
 
@@ -123,7 +123,7 @@ class PackedImages(Dataset):
             if images.shape[1:] != self.images[0].shape[1:]:
                 raise ValueError(
                     f"{split / 'images.npy'} holds images of shape {images.shape[1:]}, and {splits[0]} holds images "
-                    f"of shape {self.images[0].shape[1:]}. {WAY_OUT}"
+                    f"of shape {self.images[0].shape[1:]}. {REPACK}"
                 )
         self.labels = np.concatenate(labels)
         self.starts = np.cumsum([0, *map(len, self.images)])  # position of the first image of each split

@@ -32,7 +32,7 @@ def stratified(
     fewest = min(map(len, classes))
     if per_class is not None and not 1 <= per_class <= fewest:
         raise ValueError(
-            f"labels_per_class={per_class}: it must be from 1 to {fewest}, the number of images of the smallest class"
+            f"labels_per_class={per_class} must be from 1 to {fewest}, the number of images of the smallest class"
         )
     counts = [per_class or count_of(len(order), 1.0 if fraction is None else fraction) for order in classes]
     return np.sort(np.concatenate([order[:count] for order, count in zip(classes, counts, strict=True)]))

@@ -1,10 +1,9 @@
 """WebDataset's shards: tar files, in which members of one name up to its first dot (`7.jpg`, `7.cls`) are a sample.
 
-Every shard is indexed once, from its headers, and images are then read by their position in it. So splits, fractions,
-labels and resuming within an epoch are the same as with image files, which streaming cannot provide, and no process
-waits for one with more images. The benefits of shards remain: few large files, read one after the other, and different
-ones in each process (see loader.ResumableSampler). Source: https://github.com/webdataset/webdataset.
-In this module: the source of images; patterns of shard names; the index of a shard; samples and their labels.
+Every shard is indexed once, from its headers, and images are then read by their position in it. Unlike streaming, this
+gives the same splits, fractions, labels and resuming within an epoch as image files, and every process has as many
+images. Shards are still read one after the other, different ones in each process (see loader.ResumableSampler).
+Source: https://github.com/webdataset/webdataset. Order: source, patterns of shard names, index, samples and labels.
 """
 
 import io
@@ -255,9 +254,7 @@ def indexed(shard: str, signature: ShardSignature, settings: IndexSettings) -> S
     try:
         contents = contents_of(shard, passed_over)
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"{shard} could not be read as a tar file ({error}). Fix it, or unpack it if it is compressed."
-        ) from error
+        raise ValueError(f"{shard} could not be read as a tar file ({error}). Fix or decompress it.") from error
     used = set()
     for image, sample in shard_samples(contents, settings):
         parts = {suffix: contents[name] for suffix, name in sample.items()}
@@ -341,7 +338,7 @@ def read_member(shard: str, signature: ShardSignature, start: int, size: int) ->
         open_shards[key] = os.open(shard, os.O_RDONLY)
     content = os.pread(open_shards[key], size, start)
     if len(content) < size:
-        raise ValueError(f"{shard} ends before byte {start + size}. Copy it again.")
+        raise ValueError(f"{shard} ends before byte {start + size}. Copy it again")
     return content
 
 

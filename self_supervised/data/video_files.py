@@ -6,7 +6,7 @@ next to the directory `<split>`, with a line `path label` per video.
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -105,9 +105,17 @@ class VideoFiles(LabeledFiles):
     """
 
     def __init__(
-        self, videos: list[Sample], read, sampling: Sampling, size: int, views: list[ViewSettings], seed: int,
-        skip_unreadable: bool = False, n_clips: int = 1, n_crops: int = 1,
-    ):  # fmt: skip
+        self,
+        videos: list[Sample],
+        read: Callable[[str, decoders.Choose], decoders.Frames],
+        sampling: Sampling,
+        size: int,
+        views: list[ViewSettings],
+        seed: int,
+        skip_unreadable: bool = False,
+        n_clips: int = 1,
+        n_crops: int = 1,
+    ):
         super().__init__(videos, "video", skip_unreadable, not views)
         self.read_frames = read
         self.sampling = sampling

@@ -186,11 +186,9 @@ def three_channels(line, first, weights, flip, x, i):
 # ---- color ----
 
 
-# x is [C, pixels] here
-
-
 @compiled
 def jitter_pixels(x, d):
+    """Jitter the colors of x [C, pixels] in place, in the order and with the strengths of the row d of draws."""
     for position in range(4):
         which = int(d[ORDER + position])
         strength = d[BRIGHTNESS + which]

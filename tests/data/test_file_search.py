@@ -1,11 +1,11 @@
-"""Which files of a folder are images: hidden ones and other kinds are passed over everywhere alike, and counted."""
+"""Search for image files: hidden files and other kinds are passed over by every search, and counted."""
 
 import os
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_own_data import params
+from test_custom_data import params
 
 from model_params import SimCLRParams
 from self_supervised.data import file_search, loading
@@ -36,8 +36,10 @@ def own(root, **fields):
 def test_one_list_of_extensions_for_all_that_read_images(tmp_path):
     kinds = {".jfif": "JPEG", ".jpe": "JPEG", ".gif": "GIF", ".jp2": "JPEG2000", ".avif": "AVIF", ".tga": "TGA"}
     assert {".jfif", ".jpe", ".gif", ".npy", ".webp", ".mpo"} <= set(image_suffixes())
-    kinds = {suffix: kind for suffix, kind in kinds.items() if kind in Image.SAVE}  # an older Pillow knows no AVIF
-    assert image_suffixes()[:3] == (".jpg", ".jpeg", ".png")  # the first that a sample of a shard has is used
+    kinds = {
+        suffix: kind for suffix, kind in kinds.items() if kind in Image.SAVE
+    }  # older versions of Pillow do not have AVIF
+    assert image_suffixes()[:3] == (".jpg", ".jpeg", ".png")  # the order is a preference in shards
     assert {".pdf", ".eps", ".mpg", ".h5", ".txt", ".mp4", ".heic"}.isdisjoint(image_suffixes())
     for split in ("imagenet/train", "own"):
         for suffix, kind in kinds.items():
@@ -87,7 +89,7 @@ def test_links_between_folders_give_each_image_once(tmp_path):
         for other in "abcdef":
             (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other)
     real = sorted(f"{name}/{i}.png" for name in "abcdef" for i in range(3))
-    assert found_below(tmp_path) == (real, {"links to folders that are used already": 36})
+    assert found_below(tmp_path) == (real, {"links to folders that were already searched": 36})
     assert sorted(os.path.relpath(path, tmp_path) for path, _ in samples_in_class_folders(tmp_path)) == real
 
 
@@ -117,7 +119,7 @@ def test_what_is_passed_over_is_counted_by_reason_and_said_once(tmp_path, caplog
     with caplog.at_level("INFO"):
         samples_in_class_folders(tmp_path)
     assert f"{tmp_path}: 3 images; passed over: 2 .heic (such as " in caplog.text
-    with pytest.raises(ValueError, match="c holds none; passed over: .*heic"):
+    with pytest.raises(ValueError, match="c holds no images; passed over: .*heic"):
         (tmp_path / "c").mkdir()
         samples_in_class_folders(tmp_path)
     many = PassedOver()
