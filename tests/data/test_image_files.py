@@ -144,7 +144,7 @@ def test_folders_that_hold_nothing_are_refused_in_one_sentence(folders, monkeypa
     for path in (train / "dog").iterdir():
         path.write_bytes(b"")
         (train / "cat" / path.name).write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 24 images could be read, the last one was .*jpg"):
+    with pytest.raises(ValueError, match="none of the 24 images can be read, the last one is .*jpg"):
         everything(attrs.evolve(folders, unreadable_images="skip"))
     for label in ("cat", "dog"):
         for path in (train / label).iterdir():

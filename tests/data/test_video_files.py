@@ -235,7 +235,7 @@ def test_what_is_not_there_is_said(params, tmp_path, monkeypatch):
     ):
         get(params)
     (empty / "zumba").mkdir()
-    with pytest.raises(ValueError, match=f"zumba must hold .*video_decoder='{params.video_decoder}'"):
+    with pytest.raises(ValueError, match=f"video_decoder='{params.video_decoder}': .*zumba must hold"):
         get(params)
 
 

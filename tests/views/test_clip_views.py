@@ -104,8 +104,8 @@ def test_evaluation_of_clips_is_that_of_their_frames():
         assert ours.shape == (3, 3, 5, 32, 32)
         for t in range(5):
             assert torch.equal(ours[:, :, t], augmentations.evaluation_view(x[:, :, t], params))
-    clips = torch.stack([x, x.flip(0)], 1)  # [N, K, C, T, H, W]
-    assert torch.equal(augmentations.for_evaluation(clips, params)[:, 0], ours)
+    pairs = torch.stack([x, x.flip(0)], 1)  # [N, K, C, T, H, W]
+    assert torch.equal(augmentations.for_evaluation(pairs, params)[:, 0], ours)
 
 
 def test_float_clips_are_used_as_they_come():
