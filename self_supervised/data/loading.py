@@ -49,7 +49,7 @@ Params = TypeVar("Params", bound=EncoderAndDataParams)
 
 @frozen
 class FileLayout:
-    """How the images or videos of a split are found, if they are stored as files."""
+    """Layout of a split that is stored as files: how its images or videos are found."""
 
     are_there: Callable[[Path], bool]
     samples: Callable[[Path], list[Sample]] | None  # None: videos, which are found as the settings say (video_files.py)
