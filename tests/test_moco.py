@@ -287,7 +287,7 @@ def test_a_loader_without_length(small, trainer):
 @pytest.mark.parametrize("batch", [{"image": torch.zeros(2, 1, 8, 8)}, [torch.zeros(2, 1, 8, 8), "cat"], []])
 def test_other_batches_are_refused_in_words(batch):
     with pytest.raises(
-        ValueError, match=r"was not understood: a loader yields images \[N, C, H, W\], \(images, labels\)"
+        ValueError, match=r"this format is unknown. A loader yields images \[N, C, H, W\], \(images, labels\)"
     ):
         images_and_labels(batch)
 

@@ -99,7 +99,7 @@ SENSIBLE = {
     "data_seed": either(0, 1, 2**63 - 1),
     "splits_path": either(None, "splits"),
     "pixel_range": either(None, [0, 10000], [-1.0, 1.0]),
-    "compute_statistics": either(False),  # reads the data set: test_own_data.py
+    "compute_statistics": either(False),  # reads the data set: test_custom_data.py
     "lr_scaling": either(None, "linear", "sqrt"),
     "lr_batch_size": either(1, 8, 256, 100_000),
     "shuffle_batch_norm": FLAG,

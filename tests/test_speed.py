@@ -1,4 +1,4 @@
-"""What makes it fast must not change what it computes: images on the device, compiled encoders, no waiting."""
+"""Optimizations that must not change results: images on the device, compiled encoders, no waiting for the device."""
 
 import copy
 
@@ -37,7 +37,7 @@ def test_images_on_the_device_come_in_the_same_batches(small, drop_last):
             loader.sampler.set_epoch(epoch)
         for (x, y), (images, labels) in zip(mapped, resident, strict=True):
             assert torch.equal(x, images) and torch.equal(y, labels) and images.dtype == torch.uint8
-    resident.load_state_dict({"epoch": 1, "batches": 5})  # goes on within an epoch
+    resident.load_state_dict({"epoch": 1, "batches": 5})  # resumes within an epoch
     _, *rest = [labels for _, labels in mapped][4:]
     assert all(torch.equal(a, b) for a, (_, b) in zip(rest, resident, strict=True))
 
@@ -58,14 +58,14 @@ def test_image_files_cannot_be_kept_on_the_device(small, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "a.png")
     params = small(dataset_name="imagenet", data_on_device=True)
-    with pytest.raises(ValueError, match="data_on_device=True is for packed sets"):
+    with pytest.raises(ValueError, match="data_on_device=True: only packed data sets"):
         loading.get_loader(params, loading.get_dataset(params, ("train",)), training=False)
 
 
 # ---- compiled ----
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's compiler, of itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from PyTorch's compiler
 @pytest.mark.filterwarnings("ignore:collapse")
 def test_compiled_training_equals_eager_and_leaves_no_trace_in_checkpoints(small, trainer, tmp_path):
     tiny = TinyEncoder()
@@ -92,7 +92,7 @@ def drawn(n: int, size: int, view: ViewSettings) -> tuple[torch.Tensor, torch.Te
 
 
 def test_a_whole_view_is_one_graph():
-    """As `torch_compile` needs it on a GPU; here with a compiler that changes nothing."""
+    """`torch_compile` needs it on a GPU; here it is tested with a compiler that changes nothing."""
     view = ViewSettings(crop_size=24, solarize_probability=0.2)
     compiled = torch.compile(augmentations.make_normalized_view, fullgraph=True, backend="eager", dynamic=False)
     for n in (8, 5):
@@ -104,7 +104,7 @@ def test_a_whole_view_is_one_graph():
 
 
 class Waits(TorchDispatchMode):
-    """Names every operation whose result the host must know before it can go on."""
+    """Mode that records every operation whose result the host must wait for."""
 
     NAMES = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "bincount")
 
@@ -138,9 +138,12 @@ def test_views_on_tensors_wait_for_nothing():
 @pytest.mark.filterwarnings("ignore:collapse")
 @pytest.mark.parametrize("name", ["moco_v2", "simclr", "byol", "vicreg", "barlow_twins", "sce", "eqco"])
 def test_a_training_step_waits_for_nothing(small, trainer, name):
-    """From the views to the updated weights, but for the one look at the loss that Watch takes (and for Lightning's
-    own at its logging steps)."""
-    model, waits = SelfSupervisedMethod(small(name, evaluations=[], shuffle_batch_norm=name == "moco_v2")), Waits()
+    """From the views to the updated weights, one value is read per step: the loss, by TrainingMonitor.
+
+    Lightning reads values at its logging steps only.
+    """
+    model = SelfSupervisedMethod(small(name, evaluations=[], shuffle_batch_norm=name == "moco_v2"))
+    waits = Waits()
     optimizer_step = model.optimizer_step  # Lightning calls the forward and the backward pass from within
 
     def watched(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Video files and folders of frames whose frames tell their number, for tests."""
+"""Video files and frame folders for tests, whose frames show their number."""
 
 from pathlib import Path
 
@@ -6,20 +6,24 @@ import av
 import numpy as np
 from PIL import Image
 
-STEP = 16  # of gray between two digits of a number: far more than a codec's error
+STEP = 16  # gray levels between two digits, far more than a codec's error
 
 
 def frame(number: int, width: int = 64, height: int = 48) -> np.ndarray:
-    """[H, W, 3]: the left half has the tens' gray, the right half the ones', apart by a stripe of red at the top."""
+    """Return a frame [H, W, 3] that shows a number: the tens as gray in the left half, the ones in the right half.
+
+    A red stripe is at the top.
+    """
     pixels = np.zeros((height, width, 3), np.uint8)
     tens, ones = divmod(number, 10)
-    pixels[:, : width // 2], pixels[:, width // 2 :] = 20 + STEP * tens, 20 + STEP * ones
+    pixels[:, : width // 2] = 20 + STEP * tens
+    pixels[:, width // 2 :] = 20 + STEP * ones
     pixels[: height // 4] = (220, 30, 30)
     return pixels
 
 
 def number_of(pixels: np.ndarray) -> int:
-    """Of one frame [H, W, C]: the reverse, from the lower half."""
+    """Return the number that a frame [H, W, C] shows, read from its lower half."""
     lower = pixels[pixels.shape[0] // 2 :].astype(float)
     quarter = pixels.shape[1] // 4
     grays = (lower[:, :quarter].mean(), lower[:, -quarter:].mean())
@@ -30,7 +34,7 @@ def number_of(pixels: np.ndarray) -> int:
 def write_video(
     path: Path, n: int = 50, codec: str = "libx264", fps: int = 10, stamps=None, size=(64, 48), pattern=frame, **options
 ) -> Path:
-    """`stamps`: of each frame in units of 1 / fps, for a varying rate."""
+    """Write a video of n frames. `stamps` are their times in units of 1 / fps, for a varying frame rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=options.pop("container", {})) as container:
         stream = container.add_stream(codec, rate=fps, options={k: str(v) for k, v in options.items()})

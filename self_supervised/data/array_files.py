@@ -1,4 +1,7 @@
-"""Images of any number of channels, from .npy, TIFF and whatever else holds them, as arrays of 8 bits."""
+"""Reading images as uint8 arrays: .npy and TIFF files of any number of channels, and 16-bit images of other formats.
+
+All readers of images share Pillow's limit on the number of pixels (`opened_image`, `check_size`).
+"""
 
 import math
 import warnings
@@ -13,13 +16,17 @@ from PIL import Image
 from self_supervised.data.file_search import ARRAY_SUFFIX
 
 TIFF_SUFFIXES = (".tif", ".tiff")
-PIL_MODES = {2: "LA", 4: "RGBA"}  # of other files
-WAY_OUT = "set pixel_range to the values of black and white"
+PIL_MODES = {2: "LA", 4: "RGBA"}  # number of channels -> mode, for formats other than .npy and TIFF
+WAY_OUT = "Set pixel_range to the values of black and white"  # end of messages, which the name of the file precedes
 
 
 @contextmanager
 def opened_image(file: str | BinaryIO) -> Iterator[Image.Image]:
-    """Image.open, whose limit of pixels is also that of all other readers; it is decided by the header."""
+    """Open an image with Pillow, and close it afterwards. Only the header is read.
+
+    Raises:
+        ValueError: the image has more pixels than Pillow's limit.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -30,17 +37,18 @@ def opened_image(file: str | BinaryIO) -> Iterator[Image.Image]:
 
 
 def check_size(n_pixels: int) -> None:
-    """Raise ValueError for more pixels than Pillow's limit."""
+    """Raise ValueError if there are more pixels than Pillow's limit."""
     if Image.MAX_IMAGE_PIXELS is not None and n_pixels > Image.MAX_IMAGE_PIXELS:
         raise ValueError(too_large())
 
 
 def too_large() -> str:
-    return f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
+    limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
+    return f"the image has more than {limit}. Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
 
 
 def is_array(path: str, channels: int, pixel_range: list[float] | None) -> bool:
-    """Whether an image is read here. Gray or RGB TIFFs are read by PIL, unless their range is told."""
+    """Return whether `read_array` reads an image. Gray and RGB TIFFs without `pixel_range` are read by PIL."""
     suffix = Path(path).suffix.lower()
     return suffix == ARRAY_SUFFIX or channels not in (1, 3) or (suffix in TIFF_SUFFIXES and pixel_range is not None)
 
@@ -48,14 +56,18 @@ def is_array(path: str, channels: int, pixel_range: list[float] | None) -> bool:
 def read_array(
     path: str, channels: int, pixel_range: list[float] | None = None, file: str | BinaryIO | None = None
 ) -> np.ndarray:
-    """uint8 [H, W, C]. `file` holds the image where `path` is but its name.
+    """Return an image as uint8 [H, W, C].
 
-    Files hold H x W, H x W x C, or C x H x W where only the first axis has the length C. Values of uint8 stay what they
-    are; uint16 is divided by 257; floats go from 0 to 1. With `pixel_range`, the values from its first to its second
-    become 0 to 255, rounded, and those beyond are cut off; of other files than .npy and TIFF, those of 16 bits only.
+    The array in the file is [H, W], [H, W, C], or [C, H, W] if only its first axis has the length C. uint8 values are
+    kept, uint16 values are divided by 257, and floats from 0 to 1 are scaled to 0 to 255.
+
+    Args:
+        pixel_range: the values that become 0 and 255. Values in between are scaled linearly and rounded, values
+            outside are clipped. In formats other than .npy and TIFF, it applies to 16-bit images only.
+        file: the image's path or content, if `path` is only its name.
 
     Raises:
-        ValueError: another shape, another type, or floats out of 0 to 1.
+        ValueError: the array has another shape or type, or holds floats outside 0 to 1.
     """
     suffix = Path(path).suffix.lower()
     file = path if file is None else file
@@ -65,7 +77,10 @@ def read_array(
         pixels = read_tiff(file, channels)
     else:
         if channels not in PIL_MODES:
-            raise ValueError(f"in_channels={channels} are read from .npy and TIFF files only")
+            raise ValueError(
+                f"in_channels={channels}: images with this number of channels can be read from .npy and TIFF files "
+                "only. Convert the images"
+            )
         with opened_image(file) as image:
             return np.asarray(of_16_bits(image, pixel_range).convert(PIL_MODES[channels]))
     return in_8_bits(channels_last(pixels, channels), pixel_range)
@@ -85,47 +100,49 @@ def read_tiff(file: str | BinaryIO, channels: int) -> np.ndarray:
     try:
         import tifffile  # optional
     except ImportError as error:
-        raise ValueError("TIFF files of many bands need tifffile: pip install tifffile") from error
+        raise ValueError("TIFF files with many bands are read with tifffile. Run pip install tifffile") from error
     with tifffile.TiffFile(file) as tiff:
         check_size(math.prod(tiff.series[0].shape) // channels)
         return tiff.asarray()
 
 
 def of_16_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Image:
-    """Such an image in 8 bits, because PIL would clip it at 255; another one as it is."""
+    """Return a 16-bit image scaled to 8 bits, since PIL would clip its values at 255. Other images are unchanged."""
     if not image.mode.startswith("I"):
         return image
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"pixels from {pixels.min()} to {pixels.max()} are not 16 bits")
+        raise ValueError(f"its pixels from {pixels.min()} to {pixels.max()} do not fit into 16 bits. Scale them")
     return Image.fromarray(in_8_bits(pixels.astype(np.uint16), pixel_range))
 
 
 def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """Return pixels [H, W], [H, W, C] or [C, H, W] as [H, W, C]; gray ones are repeated for RGB."""
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim == 3 and pixels.shape[0] == channels != pixels.shape[2]:
         pixels = pixels.transpose(1, 2, 0)
-    if pixels.ndim == 3 and pixels.shape[2] == 1 and channels == 3:  # gray, for an encoder of colors
+    if pixels.ndim == 3 and pixels.shape[2] == 1 and channels == 3:  # a gray image for an RGB encoder
         pixels = pixels.repeat(3, axis=2)
     if pixels.ndim != 3 or pixels.shape[2] != channels or 0 in pixels.shape:
-        raise ValueError(f"an array of shape {pixels.shape} is no image of in_channels={channels}")
+        raise ValueError(f"an array of shape {pixels.shape} is not an image with in_channels={channels}")
     return np.ascontiguousarray(pixels)
 
 
 def in_8_bits(pixels: np.ndarray, pixel_range: list[float] | None) -> np.ndarray:
+    """Return pixels scaled to uint8; see `read_array`."""
     if pixel_range is None and pixels.dtype == np.uint8:
         return pixels
     if pixel_range is None and pixels.dtype == np.uint16:
         return (pixels // 257).astype(np.uint8)
     if pixels.dtype.kind not in "uif":
-        raise ValueError(f"values of type {pixels.dtype} are no pixels")
+        raise ValueError(f"values of type {pixels.dtype} are not pixels")
     if not np.isfinite(pixels).all():
-        raise ValueError("there are values that are not finite")
+        raise ValueError("some pixels are not finite")
     if pixel_range is None and pixels.dtype.kind != "f":
-        raise ValueError(f"values of type {pixels.dtype} have no known range: {WAY_OUT}")
+        raise ValueError(f"the range of values of type {pixels.dtype} is unknown. {WAY_OUT}")
     low, high = pixel_range or (0.0, 1.0)
     if pixel_range is None and (pixels.min() < 0 or pixels.max() > 1):
-        raise ValueError(f"values from {pixels.min():g} to {pixels.max():g} are not within 0 to 1: {WAY_OUT}")
+        raise ValueError(f"values from {pixels.min():g} to {pixels.max():g} are not within 0 to 1. {WAY_OUT}")
     scaled = (pixels.astype(np.float64) - low) * (255 / (high - low))
     return np.round(scaled).clip(0, 255).astype(np.uint8)

@@ -1,6 +1,6 @@
-"""Data sets that Hugging Face's `datasets` saved to disk: Arrow files, memory-mapped; rows are read when needed.
+"""Hugging Face data sets on disk: memory-mapped Arrow files, whose rows are read when they are needed.
 
-Folders of Parquet files are read the same way, from the Arrow files that `datasets` makes of them in its cache.
+Directories of Parquet files are read the same way, from the Arrow files that `datasets` creates in its cache.
 Sources: https://huggingface.co/docs/datasets/process#save, https://huggingface.co/docs/datasets/loading#parquet.
 """
 
@@ -14,34 +14,39 @@ from self_supervised.data.file_search import PassedOver, folders_in
 from self_supervised.data.files import File, OnDisk
 from self_supervised.data.folders import SPLITS, ImageList, Label, as_label, has_images
 
-COLUMN_LABEL_KEYS = ("label", "labels")  # where no other is wanted; else the only column of classes
+COLUMN_LABEL_KEYS = ("label", "labels")  # default label columns; without them, the only column of type ClassLabel
 
 
 def arrow_is_there(folder: Path) -> bool:
+    """Return whether a directory holds a Hugging Face data set: a Dataset, a DatasetDict or Parquet files."""
     return (folder / "dataset_dict.json").is_file() or is_single(folder) or is_parquet(folder)
 
 
 def is_single(folder: Path) -> bool:
-    """Whether a Dataset was saved there, alone or as a split of a DatasetDict."""
+    """Return whether a directory holds a Dataset, by itself or as a split of a DatasetDict."""
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
 def is_parquet(folder: Path) -> bool:
-    """Whether Parquet files lie there, or in `data` as on the hub, with no image files that they may describe."""
+    """Return whether a directory, or its subdirectory `data` as on the hub, holds Parquet files and no image files.
+
+    Parquet files next to image files may be their metadata.
+    """
     tables = any(next(base.glob("*.parquet"), None) for base in (folder, folder / "data"))
     return tables and not has_images(folder)
 
 
 class ArrowImages(OnDisk):
-    """The images of a Dataset or DatasetDict; a path is the number of a row, below its split.
+    """Images of a Dataset or DatasetDict. The path of an image is SPLIT/ROW, or ROW alone.
 
     Args:
-        image_key: column of the images; None: the only one of that type.
-        label_key: column of the labels; None: `label`, or the only one of type ClassLabel.
-        names: labels are the names of classes, where they have some, and not their numbers.
+        image_key: column of the images; None: the only column of type Image.
+        label_key: column of the labels; None: `label`, `labels`, or the only column of type ClassLabel.
+        labeled: whether labels are read.
+        names: whether labels are the names of classes, if the column stores them, and not their numbers.
 
     Raises:
-        ValueError: there are no or several such columns; `datasets` is not installed.
+        ValueError: no column or more than one column fits, or `datasets` is not installed.
     """
 
     def __init__(self, root: Path, image_key: str | None, label_key: str | None, labeled: bool, names: bool):
@@ -58,15 +63,16 @@ class ArrowImages(OnDisk):
             self.label_key = label_key or only(features, "ClassLabel", COLUMN_LABEL_KEYS, "label_key", root)
         for field, key in (("image_key", self.image_key), ("label_key", self.label_key)):
             if key is not None and key not in features:
-                raise ValueError(f"{field}={key!r} is no column of {folder}: choose one of {', '.join(features)}")
+                raise ValueError(f"{field}={key!r}: {folder} has no such column. Choose one of {', '.join(features)}.")
         columns = {folder: self.sets[folder].features.get(self.label_key) for folder in self.splits.values()}
         self.classes_of = {folder: getattr(column, "names", None) for folder, column in columns.items()}
         self.classes = self.classes_of[folder]
-        if any(classes != self.classes for classes in self.classes_of.values()):  # their numbers mean other classes
+        if any(classes != self.classes for classes in self.classes_of.values()):  # a number means different classes
             self.names = True
         self.hashes = {folder: hash_of(self.sets[folder]) for folder in self.splits.values()}
 
     def find(self) -> ImageList:
+        """Return all images and their labels, by split."""
         found: ImageList = {}
         for split, folder in self.splits.items():
             labels: list[Label] = [None] * len(self.sets[folder])
@@ -78,7 +84,7 @@ class ArrowImages(OnDisk):
         self.passed_over.clear()
         for folder, dataset in self.sets.items():
             if folder not in self.hashes:
-                self.passed_over.add("in splits that are not used", folder, len(dataset))
+                self.passed_over.add("in unused splits", folder, len(dataset))
         return found
 
     def label_of(self, path: str) -> Label:
@@ -88,11 +94,13 @@ class ArrowImages(OnDisk):
         return self.label(self.sets[folder][int(row)][self.label_key][0].as_py(), self.classes_of[folder])
 
     def label(self, value: Any, classes: list[str] | None) -> Label:
-        """Classes are numbers, or their names; -1 is none."""
+        """Return the label that a value of the label column means: a class number or name, or None for -1."""
         if value is None or value == -1:
             return None
         if not isinstance(value, int | str) or isinstance(value, bool):
-            raise ValueError(f"label_key={self.label_key!r} has {value!r}, which is no class: choose another column")
+            raise ValueError(
+                f"label_key={self.label_key!r}: {value!r} in this column is not a class. Choose another column."
+            )
         return classes[value] if self.names and classes else as_label(str(value))
 
     def holds(self, path: str) -> bool:
@@ -107,15 +115,18 @@ class ArrowImages(OnDisk):
             return io.BytesIO(content)
         if isinstance(value, dict) and value["path"]:
             return value["path"]
-        raise ValueError(f"its column {self.image_key!r} is empty")
+        raise ValueError(f"image_key={self.image_key!r}: this column is empty in this row")
 
     def signature(self, path: str) -> tuple:
         return (self.hashes[path.rpartition("/")[0]],)
 
 
 def load_splits(root: Path) -> dict[str, Any]:
-    """Return folder -> the Dataset saved there, of `root` or of each split below it. Its rows come as tables of Arrow,
-    with images as they were saved, not decoded. A split of Parquet files is named like a folder of this name."""
+    """Return directory -> Dataset, for `root` or for each split below it.
+
+    Rows come as Arrow tables, whose images are not decoded. A split of Parquet files gets the directory ROOT/SPLIT,
+    although there is none.
+    """
     try:
         from datasets import load_dataset, load_from_disk  # optional, and slow to import
     except ImportError as error:
@@ -129,33 +140,43 @@ def load_splits(root: Path) -> dict[str, Any]:
 
 
 def splits_of(root: Path, folders: list[str]) -> dict[str, str]:
-    """Return split -> the folder of its data set. Splits of other names are not used."""
+    """Return split -> directory of its Dataset. Splits with other names than those in SPLITS are not used."""
     if folders == [str(root)]:
         return {"train": str(root)}
     names = [os.path.basename(folder) for folder in folders]
     found = {s: str(root / name) for s, wanted in SPLITS.items() for name in wanted[::-1] if name in names}
     if "train" not in found:
-        raise ValueError(f"{root} has the splits {', '.join(names)} and no train: give data_path={str(root)}/SPLIT")
+        raise ValueError(
+            f"data_path={str(root)!r}: the data set has the splits {', '.join(names)}, but no train. Select one with "
+            f"data_path={str(root)}/SPLIT."
+        )
     return found
 
 
 def only(features: dict[str, Any], kind: str, preferred: tuple[str, ...], field: str, root: Path) -> str | None:
-    """Return the column of this type; None if there is none, and it is that of labels."""
+    """Return the name of the only column of type `kind`, or of one of the `preferred` ones.
+
+    None if `kind` is ClassLabel and no column fits.
+
+    Raises:
+        ValueError: there is no such column, or more than one.
+    """
     of_kind = [name for name, feature in features.items() if type(feature).__name__ == kind]
     for name in preferred:
         if name in of_kind or (kind == "ClassLabel" and name in features):
             return name
     if len(of_kind) == 1 or (not of_kind and kind == "ClassLabel"):
         return of_kind[0] if of_kind else None
-    several = f"{len(of_kind)} columns" if of_kind else "no column"
+    count = f"{len(of_kind)} columns" if of_kind else "no column"
     instead = ", or labels_from=None" if kind == "ClassLabel" else ""
     raise ValueError(
-        f"{root} has {several} of type {kind}: set {field} to one of {', '.join(of_kind or features)}{instead}"
+        f"{field}=None: {root} has {count} of type {kind}. Set {field} to one of {', '.join(of_kind or features)}"
+        f"{instead}."
     )
 
 
 def hash_of(dataset: Any) -> str:
-    """Return what changes when one of its Arrow files does."""
+    """Return a hash of the paths, sizes and modification times of a Dataset's Arrow files."""
     statuses = [(entry["filename"], os.stat(entry["filename"])) for entry in dataset.cache_files]
     files = tuple((file, status.st_size, status.st_mtime_ns) for file, status in statuses)
     return hashlib.sha256(repr(files).encode()).hexdigest()

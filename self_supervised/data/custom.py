@@ -1,6 +1,7 @@
-"""Custom data sets: what holds the images (folders.py, tar_shards.py, arrow.py), which are used, and in which split.
+"""Custom data sets: where the images are (folders.py, tar_shards.py, arrow.py), which are used, and in which split.
 
-Where there is neither val nor test, both are drawn from train, with the same fraction of every class.
+If there is neither a val nor a test split, both are drawn from train, with the same fraction of every class. Splits can
+be kept as lists in `splits_path`.
 """
 
 from fnmatch import fnmatchcase
@@ -35,17 +36,17 @@ from self_supervised.data.tar_shards import TarShards, is_pattern
 from self_supervised.folder_lock import locked
 
 CustomSource = ImageFolder | TarShards | ArrowImages
-Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class, -1 for none)
-MOST_CLASSES = 10**6  # higher labels are ids or dates
-CLASS_NAMES_KEY = "classes"  # in the settings beside lists that were written here: names, in the order of their numbers
-# Settings of the places of images and lists, of how images are read, and of what part of a list is used
+Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class number or -1) of its images
+MOST_CLASSES = 10**6  # labels from this number on are ids or dates
+CLASS_NAMES_KEY = "classes"  # key in folders.SETTINGS: names of the classes, in the order of their numbers
+# Settings that change neither which images are in the lists nor their labels
 NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
-WAIT_FOR_LISTS = 60  # to wait for another process that writes lists
-INSTEAD = {"val": "test", "test": "val"}  # where the one has no images
+WAIT_FOR_LISTS = 60  # seconds to wait for another process that writes lists
+INSTEAD = {"val": "test", "test": "val"}  # split -> the one that replaces it if it has no images
 
 
 def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: list[ViewSettings]) -> ImageFiles:
-    """The images of a split: of `data_path`, or of the data set's name below `folder`."""
+    """Return the images of a split, from `data_path` or, by default, from `folder`/<dataset_name>."""
     refuse_foreign("data_path", params.data_path)
     p = params
     source = get_source(params, params.data_path or str(folder / params.dataset_name))
@@ -58,15 +59,16 @@ def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: li
 
 
 def custom_samples(root: Path, found: Numbered, params: EncoderAndDataParams, split: str) -> list[Sample]:
-    """(path, class) of the images of a split, -1 where there are no labels. Without images for val it is test, and the
-    other way round; of train it is `data_fraction`.
+    """Return (path, class number or -1) of the images of a split.
+
+    An empty val is replaced by test, and the other way round. Of train, only `data_fraction` is returned.
 
     Raises:
-        ValueError: there are no images. Names the folder.
+        ValueError: there are no images.
     """
     chosen = found.get(split) or found.get(INSTEAD.get(split, ""))
     if not chosen:
-        raise ValueError(f"{root} has no images for {split}: set val_size or test_size above 0, or evaluations=[]")
+        raise ValueError(f"{root} has no images for {split}. Set val_size or test_size above 0, or evaluations=[].")
     if split == "train" and params.data_fraction < 1:
         labels = as_classes([label for _, label in chosen])
         chosen = [chosen[i] for i in subsets.stratified(labels, fraction=params.data_fraction, seed=params.data_seed)]
@@ -74,11 +76,13 @@ def custom_samples(root: Path, found: Numbered, params: EncoderAndDataParams, sp
 
 
 def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered, list[str]]:
-    """Images and classes of every split, and the names of the classes. They are those of the lists in `splits_path`,
-    which were written when the splits were drawn, or are the user's own; else of what is there.
+    """Return the images and class numbers of every split, and the names of the classes.
+
+    They come from the lists in `splits_path`, which the user wrote or which were written when the splits were drawn;
+    without lists, from `source`.
 
     Raises:
-        ValueError: what the lists name is not there, or a split has classes that train lacks.
+        ValueError: a listed image is missing, or a split has classes that train lacks.
     """
     kept = folder_of_lists(params)
     if has_written(params):
@@ -89,12 +93,12 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
     images = with_labels(read_lists(kept, source), source.label_of) if by_hand else found_lists(source, params)
     chosen = wanted(images, source.root, params, source.passed_over)
     found, names = with_numbers(chosen, params.class_to_idx, source.root)
-    stored = dict(enumerate(getattr(source, "classes", None) or []))  # of a column of numbers that have names
+    stored = dict(enumerate(getattr(source, "classes", None) or []))  # class names that an Arrow column stores
     names = [stored.get(int(name), name) if name.isdecimal() else name for name in names]
     if not found.get("val") and not found.get("test"):
         found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)
     if kept and not by_hand and distributed.rank() == 0:
-        with locked(kept, wait=WAIT_FOR_LISTS):  # another process may draw them, too, perhaps by other settings
+        with locked(kept, wait=WAIT_FOR_LISTS):  # another process may draw splits, too, perhaps with other settings
             if has_written(params):
                 return as_written(read_lists(kept, source), kept)
             write_lists(kept, found, {**list_settings(params), CLASS_NAMES_KEY: names})
@@ -103,15 +107,17 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
 
 
 def as_written(found: ImageList, folder: Path) -> tuple[Numbered, list[str]]:
-    """Lists that were written here: their labels are the numbers of classes. Those of earlier versions, which have no
-    names of classes beside them, may have gaps, which stay, since classifiers were trained on them. Of ids and dates no
-    classifier could be trained."""
+    """Return the images and class numbers in lists that `splits` wrote to `folder`, and the names of the classes.
+
+    Lists of earlier versions have no class names, and their numbers may have gaps. They are kept, since classifiers
+    were trained on them, unless they are ids or dates, on which no classifier can have been trained.
+    """
     names = (settings_of_lists(folder) or {}).get(CLASS_NAMES_KEY, [])
     labels = {split: {label for _, label in images} for split, images in found.items()}
     every = set().union(*labels.values()) - {None}
     if any(isinstance(label, str) or label >= MOST_CLASSES for label in every):
         return with_numbers(found, None, folder)
-    class_numbers_of(labels.get("train", ()), labels, folder)  # refuses what train lacks
+    class_numbers_of(labels.get("train", ()), labels, folder)  # raises for classes that train lacks
     in_numbers = {
         split: [(path, UNLABELED if label is None else label) for path, label in images]
         for split, images in found.items()
@@ -120,7 +126,7 @@ def as_written(found: ImageList, folder: Path) -> tuple[Numbered, list[str]]:
 
 
 def report_lists(source: CustomSource, found: Numbered, how: str) -> None:
-    """How many images there are, and what was passed over where they were looked for."""
+    """Log how many images there are, and what was passed over in the search for them."""
     tell(source.root, sum(map(len, found.values())), f"images{how}", source.passed_over)
 
 
@@ -128,23 +134,33 @@ def report_lists(source: CustomSource, found: Numbered, how: str) -> None:
 
 
 def folder_of_lists(params: EncoderAndDataParams) -> Path | None:
+    """Return the directory of the lists, which may not exist yet; None if no lists are kept.
+
+    Raises:
+        ValueError: `splits_path` is a file, or comes from a checkpoint and was not requested.
+    """
     if params.splits_path is None:
         return None
     folder = Path(params.splits_path).expanduser()
     if isinstance(params.splits_path, ForeignPath) and not folder.exists():
         rank_zero_warn(
-            f"splits_path={str(folder)!r}, says the checkpoint, and there are no such lists: val and test are drawn "
-            "anew, and not written. Where images came or went, they are others. Pass splits_path if you have the lists"
+            f"splits_path={str(folder)!r}: the checkpoint names these lists, but they do not exist. val and test are "
+            "drawn again and not written; if images were added or removed, they differ from those of the checkpoint. "
+            "Pass splits_path if you have the lists."
         )
         return None
     refuse_foreign("splits_path", params.splits_path)
     if any(path.is_file() for path in (folder, *folder.parents)):
-        raise ValueError(f"splits_path={params.splits_path!r} is a file: give the folder that has or gets the lists")
+        raise ValueError(f"splits_path={params.splits_path!r} is a file. Pass the directory for the lists.")
     return folder
 
 
 def has_written(params: EncoderAndDataParams) -> bool:
-    """Whether `splits_path` has lists that `splits` wrote. Raises ValueError if other settings made them."""
+    """Return whether `splits_path` has lists that `splits` wrote.
+
+    Raises:
+        ValueError: they were written with other settings.
+    """
     folder = folder_of_lists(params)
     if folder is None or "train" not in dict(listed_in(folder)) or (made_by := settings_of_lists(folder)) is None:
         return False
@@ -153,23 +169,30 @@ def has_written(params: EncoderAndDataParams) -> bool:
 
 
 def list_settings(params: EncoderAndDataParams) -> dict[str, Any]:
-    """Those that decide which images are in the lists, and their labels."""
+    """Return the settings that decide which images are in the lists, and their labels."""
     names = [name for name in CUSTOM_DATA if name not in NOT_IN_LISTS]
     return {name: getattr(params, name) for name in names}
 
 
-# ---- what is there ----
+# ---- sources and patterns ----
 
 
 def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> CustomSource:
-    """What holds the images: files, shards of them, or Arrow files. `names`: of classes, where they have both."""
+    """Return the source of the images in `root`: a directory of image files, tar shards, or Arrow files.
+
+    Args:
+        names: take class names as labels, not class numbers, if an Arrow column has both.
+
+    Raises:
+        ValueError: a setting does not apply to this kind of source.
+    """
     p = params
     folder = Path(root).expanduser()
     if arrow.arrow_is_there(folder):
         if p.include_patterns or p.exclude_patterns:
             raise ValueError(
-                f"include_patterns={p.include_patterns}, exclude_patterns={p.exclude_patterns} are for names, which "
-                f"rows of {folder} lack: use `filter` of datasets, and save the set again"
+                f"include_patterns={p.include_patterns}, exclude_patterns={p.exclude_patterns}: patterns match file "
+                f"names, which the rows of {folder} do not have. Use `Dataset.filter`, and save the data set again."
             )
         names = names or p.class_to_idx is not None
         return ArrowImages(folder, p.image_key, p.label_key, p.labels_from is not None, names)
@@ -178,37 +201,41 @@ def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> 
         return TarShards(root, p.image_key, p.label_key, p.labels_from, kept and kept / "shards.json")
     if p.image_key or p.label_key:
         raise ValueError(
-            f"image_key={p.image_key!r}, label_key={p.label_key!r} are for Hugging Face data sets and shards, which "
-            f"{folder} does not hold: leave them out"
+            f"image_key={p.image_key!r}, label_key={p.label_key!r}: {folder} holds neither a Hugging Face data set "
+            "nor shards, to which these fields apply. Leave them out."
         )
     return ImageFolder(folder, p.labels_from)
 
 
 def is_stored(root: str) -> bool:
-    """Whether the images are not files of their own."""
+    """Return whether the images are in shards or Arrow files, instead of in one file each."""
     folder = Path(root).expanduser()
     return arrow.arrow_is_there(folder) or is_pattern(root) or tar_shards.shards_are_there(folder)
 
 
 def found_lists(source: CustomSource, params: EncoderAndDataParams) -> ImageList:
-    """Raises ValueError for a pattern that is like no path."""
+    """Return all images of `source`, by split.
+
+    Raises:
+        ValueError: a pattern matches none of them.
+    """
     found = source.find()
     paths = [path for images in found.values() for path, _ in images]
     for name in ("include_patterns", "exclude_patterns") if paths else ():
         for pattern in getattr(params, name):
             if not any(matches(path, pattern) for path in paths):
                 raise ValueError(
-                    f"{name}: {pattern!r} is like none of the {len(paths)} images in {source.root}, such as {paths[0]}"
-                    ": mend it (with a slash it is for the whole path, large and small letters differ), or leave it out"
+                    f"{name}={pattern!r} matches none of the {len(paths)} images in {source.root}, such as {paths[0]}. "
+                    "Fix it (a pattern with a slash is compared with the whole path; case matters), or leave it out."
                 )
     return found
 
 
 def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_over: PassedOver) -> ImageList:
-    """By the patterns, and without labels if labels_from=None.
+    """Return the images that the patterns select, without labels if labels_from=None.
 
     Raises:
-        ValueError: there are no images for training, or some beside all splits, or labels of some images only.
+        ValueError: there are no images for training, some are outside all splits, or only some of a split have labels.
     """
     chosen: ImageList = {split: [] for split in found}
     for split, images in found.items():
@@ -218,14 +245,14 @@ def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_ov
                 chosen[split].append(image)
             else:
                 passed_over.add("by include_patterns and exclude_patterns", image[0])
-    beside = chosen.pop("", [])
+    outside = chosen.pop("", [])
     if not chosen.get("train"):
-        raise ValueError(f"{root} holds {without_training(found, params)}{passed_over}")
-    if beside:
+        raise ValueError(f"{root} holds {without_training(found, params, passed_over)}")
+    if outside:
         raise ValueError(
-            f"{root} has {' and '.join(chosen)}, and {len(beside)} images in none of them, such as {beside[0][0]}: "
-            "move them there, or leave them out by exclude_patterns; if a class is called like a split, put all class "
-            "folders into a folder train"
+            f"{root} has {' and '.join(chosen)}, and {len(outside)} images outside them, such as {outside[0][0]}. "
+            "Move them into a split, or exclude them with exclude_patterns. If a class has the name of a split, put "
+            "all class folders into a directory train."
         )
     if params.labels_from is None:
         return {split: [(path, None) for path, _ in images] for split, images in chosen.items()}
@@ -233,29 +260,32 @@ def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_ov
         bare = [path for path, label in images if label is None]
         if 0 < len(bare) < len(images):
             raise ValueError(
-                f"{len(bare)} of the {len(images)} images for {split} in {root} have no label, such as {bare[0]}: move "
-                "them into a class folder, or away, or set labels_from=None to use none"
+                f"{len(bare)} of the {len(images)} images for {split} in {root} have no label, such as {bare[0]}. Move "
+                "them into a class folder or remove them, or set labels_from=None to use no labels."
             )
     return chosen
 
 
-def without_training(found: ImageList, params: EncoderAndDataParams) -> str:
-    """What there is instead of training images, and the way out."""
+def without_training(found: ImageList, params: EncoderAndDataParams, passed_over: PassedOver) -> str:
+    """Return the part of a message that says why there are no training images, and what to do."""
     n = len(found.get("train", []))
     others = [split for split, images in found.items() if split and images]
     if n:
         patterns = f"include_patterns={params.include_patterns}, exclude_patterns={params.exclude_patterns}"
-        return f"{n} images for training, of which {patterns} leave none: choose others"
+        return f"{n} images for training, and {patterns} select none of them{passed_over}. Choose other patterns."
     if others:
         return (
-            f"0 images for training, but some called {' and '.join(others)}: call a folder or shards train, or, if "
-            "these are classes, put all class folders into a folder train"
+            f"0 images for training, but some for {' and '.join(others)}{passed_over}. Name a directory or shards "
+            "train; if these are classes, put all class folders into a directory train."
         )
-    return "0 images for training: choose another"
+    return f"0 images for training{passed_over}. Choose another data_path."
 
 
 def matches(path: str, pattern: str) -> bool:
-    """A pattern without a slash is for the file's name, one with a slash for its path; `*` is any text, slashes too."""
+    """Return whether a path matches a glob pattern.
+
+    A pattern without a slash is compared with the file's name, one with a slash with its path. `*` may match slashes.
+    """
     return fnmatchcase(path if "/" in pattern else path.rsplit("/", 1)[-1], pattern)
 
 
@@ -263,8 +293,12 @@ def matches(path: str, pattern: str) -> bool:
 
 
 def with_numbers(found: ImageList, class_to_idx: list[str] | None, where: object) -> tuple[Numbered, list[str]]:
-    """Labels as the numbers of classes, from 0 without gaps, -1 for none; and the names of the classes in their order:
-    that of `class_to_idx`, or else the alphabetical (or numerical) one of train.
+    """Return images with class numbers (from 0 without gaps, -1 for no label), and the names of the classes.
+
+    The order of the classes is that of `class_to_idx`; without it, the labels of train are sorted.
+
+    Args:
+        where: the directory or list, for the message.
 
     Raises:
         ValueError: val or test has classes that train lacks; or see `class_names_of`.
@@ -280,48 +314,60 @@ def with_numbers(found: ImageList, class_to_idx: list[str] | None, where: object
 
 
 def class_names_of(labels: set[str | int], class_to_idx: list[str] | None) -> dict[Label, Label]:
-    """Label -> the name of its class: in Unicode's composed form, or the first one in class_to_idx with its number.
+    """Return label -> name of its class.
+
+    It is the label in Unicode's composed form, or the first name that `class_to_idx` has for the label's number.
 
     Raises:
-        ValueError: class_to_idx lacks one; without it, there are numbers and names, or numbers below 0.
+        ValueError: class_to_idx lacks a label; without it, labels are both numbers and names; a number is below -1.
     """
-    whole = [label for label in labels if isinstance(label, int)]
-    if whole and min(whole) < 0:
-        raise ValueError(f"the label {min(whole)} is no class: number them from 0, and write -1 for no label")
+    numbers = [label for label in labels if isinstance(label, int)]
+    if numbers and min(numbers) < 0:
+        raise ValueError(f"label={min(numbers)} is not a class. Number classes from 0, and write -1 for no label.")
     if class_to_idx is None:
-        if 0 < len(whole) < len(labels):
+        if 0 < len(numbers) < len(labels):
             word = min(label for label in labels if isinstance(label, str))
             raise ValueError(
-                f"some labels are numbers, such as {whole[0]}, and some are names, such as {word}: use one kind, or "
-                "set class_to_idx"
+                f"some labels are numbers, such as {numbers[0]}, and some are names, such as {word}. Use one kind, or "
+                "set class_to_idx."
             )
         return {label: composed(label) for label in labels}
     given = numbers_of(class_to_idx)
     first = first_names(class_to_idx)
     names = {label: first.get(given.get(str(composed(label)), label)) for label in labels}
     if unknown := sorted(str(label) for label, name in names.items() if name is None):
-        raise ValueError(f"class_to_idx has no number for {', '.join(unknown)}: add it, or set exclude_patterns")
+        raise ValueError(
+            f"class_to_idx has no number for {', '.join(unknown)}. Add one, or exclude these images with "
+            "exclude_patterns."
+        )
     return names
 
 
 def numbers_of(class_to_idx: list[str]) -> dict[str, int]:
-    """["cat=0", "dog=1"] -> name -> number."""
+    """Return name -> number, from entries such as "cat=0"."""
     return {composed(name): int(number) for name, _, number in (entry.rpartition("=") for entry in class_to_idx)}
 
 
 def first_names(class_to_idx: list[str]) -> dict[int, str]:
-    """number -> the first name with it, in the order of the numbers."""
+    """Return number -> the first name that has it, in the order of the numbers."""
     given = [(number, name) for name, number in numbers_of(class_to_idx).items()]
     return dict(sorted(dict(reversed(given)).items()))
 
 
 def as_classes(labels: list[int]) -> np.ndarray:
-    """For drawing: images without labels are one class."""
+    """Return labels as an array for drawing; if no image has a label, all are one class."""
     return np.zeros(len(labels), np.int64) if max(labels) < 0 else np.array(labels)
 
 
 def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed: int) -> Numbered:
-    """train, val and test: a share of every class each, at least one image if it is not 0, but never the last one."""
+    """Return images divided into train, val and test.
+
+    Each of val and test is a fraction of every class: at least one image if the fraction is above 0, but never a
+    class's last one.
+
+    Raises:
+        ValueError: no class has enough images.
+    """
     rest = np.arange(len(images))
     found = {}
     for split, size in (("test", test_size), ("val", val_size / (1 - test_size))):
@@ -329,8 +375,8 @@ def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed
             classes = as_classes([images[i][1] for i in rest])
             if len(np.unique(classes)) == len(rest):
                 raise ValueError(
-                    f"no class of the {len(images)} images has one left for {split} beside that for training: set "
-                    "val_size=0 or test_size=0, or add images"
+                    f"{split}_size={size:g}: no class of the {len(images)} images has one left for {split} in addition "
+                    "to one for training. Set val_size=0 or test_size=0, or add images."
                 )
             fit, score = subsets.held_out(classes, size, seed)
             found[split] = [images[i] for i in rest[score]]

@@ -1,4 +1,4 @@
-"""Which files below a folder are used: hidden ones and those of other kinds are passed over, and counted."""
+"""Search for files below a directory, without hidden files and files of other kinds, which are counted and reported."""
 
 import os
 from collections.abc import Collection, Iterator
@@ -9,32 +9,34 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 
 ARRAY_SUFFIX = ".npy"
-FIRST = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ARRAY_SUFFIX)
-# Formats that Pillow recognizes, but decodes with other programs only; MPO is read as JPEG.
+COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ARRAY_SUFFIX)
+# Formats that Pillow recognizes but cannot decode by itself
 ONLY_RECOGNIZED = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
-MOST_REASONS = 6  # of a line
+MOST_REASONS = 6  # reasons listed in a message
 
-told: set[str] = set()  # lines of this process
+logged_lines: set[str] = set()  # lines that this process has logged
 
 
 @cache
 def image_suffixes() -> tuple[str, ...]:
-    """Return the file extensions of images: arrays, and all formats that the installed Pillow decodes. Of the images
-    of one sample of a shard, the one whose extension comes first is used."""
+    """Return the file extensions of images: .npy, and those of all formats that the installed Pillow decodes.
+
+    The order is also a preference: if a sample of a shard has multiple images, the first extension decides.
+    """
     Image.init()
-    readable = (set(Image.OPEN) | {"MPO"}) - ONLY_RECOGNIZED
+    readable = (set(Image.OPEN) | {"MPO"}) - ONLY_RECOGNIZED  # MPO is read as JPEG
     decoded = {suffix for suffix, name in Image.registered_extensions().items() if name in readable}
-    return (*FIRST, *sorted(decoded.difference(FIRST)))
+    return (*COMMON_SUFFIXES, *sorted(decoded.difference(COMMON_SUFFIXES)))
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a relative path has a hidden part: `._x.png`, `.DS_Store`, `.ipynb_checkpoints`, `__MACOSX`."""
+    """Return whether a relative path has a hidden part: `._x.png`, `.DS_Store`, `.ipynb_checkpoints`, `__MACOSX`."""
     parts = path.split("/")
     return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
 
 
 class PassedOver(dict[str, list]):
-    """Files that are not used: reason -> [how many, the path of one]."""
+    """Counts of the files that are not used: reason -> [number of files, path of one]."""
 
     def add(self, reason: str, path: str | Path, n: int = 1) -> None:
         self.setdefault(reason, [0, str(path)])[0] += n
@@ -44,7 +46,7 @@ class PassedOver(dict[str, list]):
             self.add(reason, path, n)
 
     def __str__(self) -> str:
-        """Return "; passed over: 3 hidden (such as cats/._1.png), 1 .txt (such as notes.txt)", or nothing for none."""
+        """Return "; passed over: 3 hidden (such as cats/._1.png), 1 .txt (such as notes.txt)"; "" if there are none."""
         rows = sorted(self.items(), key=lambda row: -row[1][0])
         more = [f"{sum(n for _, (n, _) in rows[MOST_REASONS:])} others"] if len(rows) > MOST_REASONS else []
         found = [*(f"{n:,} {reason} (such as {path})" for reason, (n, path) in rows[:MOST_REASONS]), *more]
@@ -52,20 +54,21 @@ class PassedOver(dict[str, list]):
 
 
 def tell(where: str | Path, n: int, kind: str, passed_over: PassedOver) -> None:
-    """Say, once in a process, how many images or videos a source has, and what it passes over."""
+    """Log how many images or videos a source has, and what was passed over; each line once per process."""
     line = f"{where}: {n:,} {kind}{passed_over}"
-    if line not in told:
-        told.add(line)
+    if line not in logged_lines:
+        logged_lines.add(line)
         rank_zero_info(line)
 
 
 def folders_below(base: Path, passed_over: PassedOver) -> Iterator[tuple[str, list[str]]]:
-    """Yield (path, names of the files) of `base` and of every folder below it.
+    """Yield (path, names of the files) of `base` and of every directory below it.
 
-    Links are followed after all else, and no folder is entered twice: each image has one place, that of the folder
-    itself, and links that lead to one another come to an end.
+    Links are followed last, and no directory is entered twice. So each image is found once, under the directory itself,
+    and links that lead to one another do not loop.
     """
-    starts, seen = [str(base)], set()
+    starts = [str(base)]
+    seen = set()
 
     def unreadable(error: OSError) -> None:
         passed_over.add("folders that cannot be read", error.filename)
@@ -74,7 +77,7 @@ def folders_below(base: Path, passed_over: PassedOver) -> Iterator[tuple[str, li
         for here, folders, files in os.walk(starts.pop(0), onerror=unreadable):
             status = os.stat(here)
             if (status.st_dev, status.st_ino) in seen:
-                passed_over.add("links to folders that are used already", here)
+                passed_over.add("links to folders that were already searched", here)
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
@@ -86,7 +89,7 @@ def folders_below(base: Path, passed_over: PassedOver) -> Iterator[tuple[str, li
 
 
 def files_below(base: Path, suffixes: Collection[str], passed_over: PassedOver) -> Iterator[str]:
-    """Yield the paths below `base`, with "/", of files with one of these extensions, in lower or upper case."""
+    """Yield the paths, relative to `base` and with "/", of files with one of these extensions, in any case."""
     suffixes = frozenset(suffixes)
     for here, names in folders_below(base, passed_over):
         folder = Path(here).relative_to(base).as_posix()
@@ -99,5 +102,5 @@ def files_below(base: Path, suffixes: Collection[str], passed_over: PassedOver) 
 
 
 def folders_in(base: Path) -> list[Path]:
-    """Return the folders directly in `base`, hidden ones aside, in the order of their names."""
+    """Return the directories directly in `base`, without hidden ones, sorted by name."""
     return sorted(path for path in base.iterdir() if path.is_dir() and not is_hidden(path.name))

@@ -1,4 +1,7 @@
-"""What data sets of files have in common: labels, and files that cannot be read, found out by any worker."""
+"""Base classes of data sets of files: where files are read from, their labels, and how unreadable files are handled.
+
+Loader workers share what they learn about unreadable files. Functions at the end remove the rows of such files.
+"""
 
 import copy
 import os
@@ -17,19 +20,27 @@ from self_supervised.catalogue import MOST_WORKERS
 from self_supervised.data.class_labels import class_numbers_of, composed
 from self_supervised.data.file_search import folders_in
 
-UNREADABLE = -(2**31)  # label of a row that stands in for an image which could not be read, in an evaluation
-Sample = tuple[str, int | np.ndarray]  # path; class, or presences of all classes
-File = str | BinaryIO  # a path, or what is in the file
+UNREADABLE = -(2**31)  # label of a row that replaces an unreadable image in an evaluation
+MOST_SKIPPED = 20  # files listed in a warning
+Sample = tuple[str, int | np.ndarray]  # (path, class), or (path, multi-hot labels)
+File = str | BinaryIO  # a path, or the content of a file
 
 
 class OnDisk:
-    """Where each file is what its path says; others read them from larger files (data/tar_shards.py, data/arrow.py)."""
+    """Source of files that lie on the disk under their own paths.
+
+    Subclasses read them from larger files instead (data/tar_shards.py, data/arrow.py).
+    """
 
     def open(self, path: str) -> File:
+        """Return where to read the file from: its path, or its content as a binary stream."""
         return path
 
     def signature(self, path: str) -> tuple:
-        """What changes when the file does, or a file of the folder: its own time stays when one is overwritten."""
+        """Return sizes and modification times that change when the file changes, or a file in the directory `path`.
+
+        The directory's own time does not change when one of its files is overwritten.
+        """
         status = os.stat(path)
         if not stat.S_ISDIR(status.st_mode):
             return status.st_size, status.st_mtime_ns
@@ -37,20 +48,26 @@ class OnDisk:
         return len(inside), sum(s.st_size for s in inside), max((s.st_mtime_ns for s in inside), default=0)
 
     def shards(self, paths: list[str]) -> np.ndarray | None:
-        """The number of the larger file in which each is, where it pays to read one after the other."""
+        """Return the number of the shard that holds each file; None if there are no shards."""
         return None
 
 
 class UnreadableFile(ValueError):
-    """Of one in a worker, PyTorch makes another of the whole traceback, which ends with the sentence: that remains."""
+    """A file could not be read.
+
+    PyTorch rebuilds a worker's exception with the worker's whole traceback as its message. Only the original message,
+    at the end of it, is kept.
+    """
 
     def __init__(self, message: str):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 def class_numbers_of_split(split: Path) -> dict[str, int]:
-    """Class folder of a split -> number of its class, by the sorted names of the class folders of `train` beside it
-    (of its own, if there is no such folder), whatever other folders the split has.
+    """Return class folder of a split -> class number.
+
+    Numbers are positions among the sorted class folders of `train`, which is next to the split; if there is no `train`,
+    among the split's own.
 
     Raises:
         ValueError: the split has class folders that train lacks.
@@ -66,14 +83,14 @@ def class_numbers_of_split(split: Path) -> dict[str, int]:
 
 
 class LabeledFiles(Dataset):
-    """Paths and labels of files, each a sample of its own. A subclass reads one: `read(index)`.
+    """Data set with one sample per file. Subclasses implement `read(index)`.
 
     Args:
-        files: (path, label) of each.
-        kind: what a file is, for the messages.
-        skip_unreadable: take the next readable file in place of one that cannot be read, instead of stopping.
-        evaluated: label what stands in for an unreadable file UNREADABLE, so that `readable_rows` leaves it out.
-        source: opens them; default: the disk.
+        files: (path, label) of each file.
+        kind: what a file is, for the messages: "image" or "video".
+        skip_unreadable: replace a file that cannot be read with the next readable one, instead of raising.
+        evaluated: give such a replacement the label UNREADABLE, so that `readable_rows` removes it.
+        source: opens the files; default: the disk.
     """
 
     def __init__(
@@ -84,13 +101,16 @@ class LabeledFiles(Dataset):
         self.skip_unreadable = skip_unreadable
         self.evaluated = evaluated
         self.source = source or OnDisk()
-        self.class_names: list[str] = []  # in the order of their numbers, where they are known
-        self.epoch = 0  # told by the loader
+        self.class_names: list[str] = []  # in the order of the class numbers; empty if unknown
+        self.epoch = 0  # set by the loader
         self.share()
 
     def share(self) -> None:
-        """With the workers: of each file the next one that may be readable (itself, until it was found unreadable), and
-        which file each worker (by process) read last."""
+        """Allocate the tensors that are shared with the loader's workers.
+
+        `next`: for each file, the next one that may be readable (the file itself, until reading it failed).
+        `reading`: for each worker, its process id and the index of the file that it read last.
+        """
         self.next = torch.arange(len(self.files) + 1, dtype=torch.int32)
         if self.skip_unreadable:
             self.next.share_memory_()
@@ -98,7 +118,7 @@ class LabeledFiles(Dataset):
 
     @property
     def unreadable(self) -> Tensor:
-        """Which files could not be read so far: bool [N]."""
+        """Mask of the files that could not be read so far: bool [N]."""
         return self.next[:-1] != torch.arange(len(self))
 
     def __len__(self) -> int:
@@ -106,68 +126,73 @@ class LabeledFiles(Dataset):
 
     @property
     def labels(self) -> np.ndarray:
+        """Class numbers [N], or multi-hot labels [N, K]."""
         return np.array([label for _, label in self.files])
 
     @property
     def shards(self) -> np.ndarray | None:
-        """Of each file, for loader.Share."""
+        """Number of the shard that holds each file, [N], for loader.ResumableSampler; None if there are no shards."""
         return self.source.shards([path for path, _ in self.files])
 
     def signatures(self) -> Iterator[tuple[str, tuple, int | np.ndarray]]:
-        """(path, what changes when the file does, label) of each."""
+        """Yield (path, signature, label) of each file; the signature changes when the file changes."""
         for path, label in self.files:
             try:
                 yield path, self.source.signature(path), label
-            except OSError as error:  # whether it may be left out is decided when it is read
+            except OSError as error:  # `readable` decides whether the file may be skipped
                 yield path, (error.errno,), label
 
     def subset(self, indices: np.ndarray) -> Self:
-        """These files alone."""
+        """Return a data set of these files only."""
         part = copy.copy(self)
         part.files = [self.files[i] for i in indices]
         part.share()
         return part
 
     def read(self, index: int) -> Any:
+        """Return the content of a file."""
         raise NotImplementedError
 
     def readable(self, index: int) -> tuple[Any, int | np.ndarray]:
-        """What `read` returns for this index, or for the next one that can be read; and its label.
+        """Return what `read` returns for this index, or for the next readable one, and its label.
 
         Raises:
-            UnreadableFile: names the path.
+            UnreadableFile: the file, or every file, cannot be read.
         """
         index = range(len(self))[index]
         if (worker := get_worker_info()) is not None:
             self.reading[worker.id] = torch.tensor([os.getpid(), index])
-        for start in (index, 0):  # from here to the end, then around
+        for start in (index, 0):  # from the index to the end, then from the start
             candidate = self.candidate(start)
             while candidate < len(self):
                 try:
                     found = self.read(candidate)
                     label = self.files[candidate][1]
-                    left_out = self.evaluated and candidate != index
-                    return found, np.full_like(label, UNREADABLE)[()] if left_out else label
-                except Exception as error:  # readers raise many kinds of them on damaged files
+                    is_replaced = self.evaluated and candidate != index
+                    return found, np.full_like(label, UNREADABLE)[()] if is_replaced else label
+                except Exception as error:  # on corrupt files, readers raise exceptions of many types
                     self.refuse(candidate, error)
                     self.next[candidate] = candidate + 1
                     candidate = self.candidate(candidate)
         raise UnreadableFile(
-            f"none of the {len(self)} {self.kind}s could be read, the last one was {self.files[index][0]}"
+            f"none of the {len(self)} {self.kind}s can be read, the last one is {self.files[index][0]}"
         )
 
     def refuse(self, index: int, error: Exception) -> None:
-        """Raise UnreadableFile for a file that could not be read, unless such are skipped."""
+        """Raise UnreadableFile for a file that could not be read, unless `skip_unreadable` is set."""
         if not self.skip_unreadable:
             a = "an" if self.kind[0] in "aeiou" else "a"
             raise UnreadableFile(
-                f"{self.files[index][0]} could not be read as {a} {self.kind} ({type(error).__name__}: {error}): "
-                'mend or remove it, or set unreadable_images="skip"'
+                f"{self.files[index][0]} could not be read as {a} {self.kind} ({type(error).__name__}: {error}). "
+                'Fix or remove it, or set unreadable_images="skip".'
             ) from error
 
     def candidate(self, index: int) -> int:
-        """Return the first file from `index` on that may be readable; N if there is none. The way is shortened for
-        those who come after, so that a run of B unreadable files costs about B steps, however many ask for them."""
+        """Return the first index from `index` on whose file may be readable; N if there is none.
+
+        Each search shortens the chain for later ones (path compression), so that B unreadable files in a row cost about
+        B steps in total, however often they are requested.
+        """
         following = self.next.numpy()
         while following[index] != index:
             following[index] = following[following[index]]
@@ -175,27 +200,27 @@ class LabeledFiles(Dataset):
         return index
 
     def skipped(self) -> list[str]:
-        """Paths of the files found unreadable so far, by any worker."""
+        """Return the paths of the files that any worker could not read so far."""
         return [self.files[i][0] for i in self.unreadable.nonzero().flatten().tolist()]
 
     def last_read(self, process: int) -> str | None:
-        """Path of the file that this worker read last."""
+        """Return the path of the file that the worker with this process id read last; None if unknown."""
         return next((self.files[i][0] for reader, i in self.reading.tolist() if reader == process), None)
 
 
 def name_skipped(*datasets: Any, already: int = 0) -> int:
-    """Warn of the unreadable files of these data sets, if there are more than `already`. Returns how many."""
+    """Warn of the unreadable files of these data sets if there are more than `already`, and return their number."""
     skipped = [path for dataset in datasets if isinstance(dataset, LabeledFiles) for path in dataset.skipped()]
     if len(skipped) > already:
         how = "left out" if all(getattr(dataset, "evaluated", True) for dataset in datasets) else "skipped"
-        more = f" and {len(skipped) - 20} more" if len(skipped) > 20 else ""
-        named = f"{', '.join(skipped[:20])}{more}"
+        more = f" and {len(skipped) - MOST_SKIPPED} more" if len(skipped) > MOST_SKIPPED else ""
+        named = f"{', '.join(skipped[:MOST_SKIPPED])}{more}"
         warnings.warn(f"{len(skipped)} files could not be read and were {how}: {named}", stacklevel=2)
     return len(skipped)
 
 
 def readable_rows(labels: Tensor | None, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Return rows (images, features, ...) and their labels without those that stand in for unreadable files."""
+    """Return rows (images, features, ...) and their labels, without those of unreadable files."""
     if labels is None:
         return (*rows, None)
     kept = (labels != UNREADABLE).flatten(1).all(1) if labels.dim() > 1 else labels != UNREADABLE
@@ -203,7 +228,7 @@ def readable_rows(labels: Tensor | None, *rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def nan_where_unreadable(rows: Tensor, labels: Tensor | None) -> Tensor:
-    """Return rows [N, E], NaN for those that stand in for unreadable files."""
+    """Return rows [N, E] with NaN in those of unreadable files."""
     if labels is None:
         return rows
     unreadable = (labels == UNREADABLE).reshape(len(labels), -1).any(1)

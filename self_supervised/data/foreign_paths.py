@@ -1,12 +1,13 @@
-"""Paths in the settings of a checkpoint. A checkpoint may be a stranger's: what it names is neither read nor created on
-this machine, unless somebody asked for it here. A path is asked for if
+"""Foreign paths: paths in a checkpoint's settings that nobody requested on this machine.
 
-1. the caller passes it;
-2. it is relative and stays below the current folder, or lies below DATA_PATH;
-3. it lies below the folder of the checkpoint's run, or is named by that folder's config.yaml, which train.py wrote.
-   Runs hold RUN/pretrained.ckpt and RUN/STAGE/checkpoints/NAME.ckpt; of other checkpoints it is the folder around them.
+A checkpoint may come from a stranger, so foreign paths are neither read nor created. A path is requested if
 
-Lists of the splits are read only where they exist, of a run that was moved in RUN/splits. They are never written.
+1. the caller passes it,
+2. it is relative and stays below the current directory, or lies below DATA_PATH, or
+3. it lies below the directory of the checkpoint's run, or is in the config.yaml there, which train.py wrote. The run of
+   RUN/pretrained.ckpt and RUN/STAGE/checkpoints/NAME.ckpt is RUN; that of other checkpoints is their directory.
+
+A checkpoint's lists of splits are read only if they exist (for a run that was moved: in RUN/splits), and never written.
 """
 
 import os
@@ -20,35 +21,36 @@ import yaml
 from self_supervised.data.folders import listed_in
 from self_supervised.data.packed import data_path
 
-READ = ("data_path", "video_path_prefix", "splits_path")
+PATH_FIELDS = ("data_path", "video_path_prefix", "splits_path")
 
 
 class ForeignPath(str):
-    """A path that a checkpoint names, and nobody asked for."""
+    """A path in a checkpoint's settings that nobody requested."""
 
 
 def refuse_foreign(name: str, value: str | None) -> None:
-    """Raise ValueError for a path that nobody asked for."""
+    """Raise ValueError if the value of the field `name` is a foreign path."""
     if isinstance(value, ForeignPath):
         raise ValueError(
-            f"{name}={str(value)!r} is what the checkpoint says, and is not below its folder or DATA_PATH: pass {name} "
-            "yourself, to have that or another path used"
+            f"{name}={str(value)!r}: this path comes from the checkpoint, and is neither below the checkpoint's "
+            f"directory nor below DATA_PATH. Pass {name} to use this path or another one."
         )
 
 
 def vetted(settings: dict[str, Any], checkpoint: str | Path, given: Collection[str] = ()) -> dict[str, Any]:
-    """Settings of a checkpoint whose paths are ForeignPath where nobody asked for them. Its own weights need no
-    encoder_weights to start from.
+    """Return the settings of a checkpoint, with foreign paths marked as ForeignPath.
+
+    `encoder_weights` becomes None, since the checkpoint has its own weights.
 
     Args:
-        given: names of settings that the caller passes in their place.
+        given: names of the settings that the caller replaces.
 
     Raises:
-        ValueError: class_to_idx names a file, which no checkpoint of ours does.
+        ValueError: class_to_idx names a file, which no checkpoint of this library does.
     """
     run = run_of(checkpoint)
     found = {**settings, "encoder_weights": None}
-    for name in READ:
+    for name in PATH_FIELDS:
         if isinstance(value := settings.get(name), str) and not asked_for(value, name, run):
             found[name] = ForeignPath(value)
     lists = found.get("splits_path")
@@ -56,37 +58,46 @@ def vetted(settings: dict[str, Any], checkpoint: str | Path, given: Collection[s
         found["splits_path"] = kept_lists(run) or ForeignPath(lists)
     classes = () if "class_to_idx" in given else settings.get("class_to_idx") or ()
     if not all(re.search(r"=-?\d+$", str(entry)) for entry in classes):
-        raise ValueError(f"class_to_idx={classes!r} of {checkpoint} names a file, which is not read: pass class_to_idx")
+        raise ValueError(
+            f"class_to_idx={classes!r} in {checkpoint} names a file, which is not read. Pass class_to_idx."
+        )
     return found
 
 
 def vetted_start(started_from: str | None, checkpoint: str | Path) -> str | None:
-    """Starting weights that a checkpoint names: a published encoder's name as it is, a file as a path."""
-    if started_from is None or not os.path.isabs(started_from):  # train.py and the methods keep absolute paths
+    """Return the starting weights that a checkpoint names: the name of a published encoder, or a path.
+
+    A foreign path becomes a ForeignPath.
+    """
+    if started_from is None or not os.path.isabs(started_from):  # train.py and the methods store absolute paths
         return started_from
     return started_from if asked_for(started_from, "encoder_weights", run_of(checkpoint)) else ForeignPath(started_from)
 
 
 def run_of(checkpoint: str | Path) -> Path:
-    """The folder of the run to which a checkpoint belongs."""
+    """Return the directory of the run to which a checkpoint belongs."""
     folder = Path(checkpoint).expanduser().resolve().parent
     run = folder.parent.parent
     return run if folder.name == "checkpoints" and (kept_lists(run) or config_of(run)) else folder
 
 
 def kept_lists(run: Path) -> str | None:
-    """The lists that a run took along."""
+    """Return the directory of the split lists in a run's directory; None if there are none."""
     return str(run / "splits") if "train" in dict(listed_in(run / "splits")) else None
 
 
 def asked_for(value: str, name: str, run: Path) -> bool:
-    """Whether a path, or pattern of shards, is that of the run's config.yaml, or each of its parts is near."""
-    told = config_of(run).get(name)
-    same = isinstance(told, str) and os.path.abspath(os.path.expanduser(told)) == os.path.abspath(value)
-    return told == value or same or all(is_near(part, run) for part in value.split("::"))
+    """Return whether a path or pattern of shards is requested.
+
+    It is if it is the value of `name` in the run's config.yaml, or if each of its parts satisfies `is_near`.
+    """
+    configured = config_of(run).get(name)
+    same = isinstance(configured, str) and os.path.abspath(os.path.expanduser(configured)) == os.path.abspath(value)
+    return configured == value or same or all(is_near(part, run) for part in value.split("::"))
 
 
 def config_of(run: Path) -> dict[str, Any]:
+    """Return the content of a run's config.yaml; {} if there is none, or none that can be read."""
     try:
         found = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").is_file() else None
     except (OSError, ValueError, yaml.YAMLError):
@@ -95,7 +106,7 @@ def config_of(run: Path) -> dict[str, Any]:
 
 
 def is_near(pattern: str, run: Path) -> bool:
-    """Whether everything that a pattern can name lies below the current folder, DATA_PATH or the folder of the run."""
+    """Return whether everything that a pattern can match lies below the current directory, DATA_PATH or the run."""
     literal = os.path.expanduser(re.split(r"[{*?\[]", pattern)[0])
     if ".." in re.split(r"[/{},]", pattern) or pattern.startswith("{"):
         return False
@@ -103,5 +114,5 @@ def is_near(pattern: str, run: Path) -> bool:
         return True
     if Path(literal).is_relative_to(data_path().absolute()):
         return True
-    holds_home = Path.home().is_relative_to(run)  # a file that lies there makes no run of it
+    holds_home = Path.home().is_relative_to(run)  # a checkpoint in the home directory does not make it a run
     return not holds_home and Path(os.path.realpath(literal)).is_relative_to(run)

@@ -1,4 +1,4 @@
-"""The DataLoader of our own data sets, which goes on within an epoch; and what any loader may yield."""
+"""DataLoader that can resume within an epoch, and the formats of batches that any loader may yield."""
 
 import signal
 from collections.abc import Iterator
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-WINDOW = 2**14  # images of shards that are shuffled together: of ImageNet's, less than 2 GB
+WINDOW = 2**14  # number of images in shards that are shuffled together: for ImageNet, less than 2 GB
 
 
 class ResumableSampler(DistributedSampler):
-    """This process's share of the indices, in an order that follows from seed and epoch, without the first `skip`.
+    """Sampler of one process's part of the indices, in an order that depends on seed and epoch only.
 
-    Of a large data set with `shards`, each process gets a run of whole shards (and parts of those at its ends), in
-    random order, of which WINDOW images at a time are shuffled together: a disk or network reads one shard after the
-    other. What fits into the window is shuffled as a whole, like any other data set.
+    The first `skip` indices are left out.
+
+    A data set with more than WINDOW images in `shards` is shuffled in windows, so that shards are read one after the
+    other. The shards are put in random order and divided into one run per process, which may begin and end within a
+    shard. WINDOW images of a run at a time are shuffled together. All other data sets are shuffled as a whole.
     """
 
     skip = 0
@@ -32,8 +34,11 @@ class ResumableSampler(DistributedSampler):
         return islice(self.of_shards(shards) if in_runs else super().__iter__(), self.skip, None)
 
     def of_shards(self, shards: np.ndarray) -> Iterator[int]:
-        """Runs differ by one image where they must: the shorter ones repeat one at their ends, which is where
-        `ddp.gather_evaluated` leaves it out, or (drop_last) the longer ones lose it."""
+        """Return the indices of this process's run of shards, shuffled in windows.
+
+        If the images cannot be divided equally, the shorter runs repeat an image at their ends, where
+        `distributed.gather_evaluated` removes it; with drop_last, the longer runs lose their last image.
+        """
         rng = np.random.default_rng((self.seed, self.epoch))
         places = rng.permutation(shards.max() + 1)
         stream = np.argsort(places[shards], kind="stable")  # shard after shard
@@ -43,26 +48,26 @@ class ResumableSampler(DistributedSampler):
 
 
 class ResumableDataLoader(DataLoader):
-    """DataLoader over a `ResumableSampler` with a state, (epoch, batches yielded), that Lightning saves in checkpoints.
+    """DataLoader over a `ResumableSampler`, with a state (epoch, batches yielded) that Lightning saves in checkpoints.
 
-    A data set with an `epoch` is told it before its workers start.
+    If the data set has an attribute `epoch`, it is set before the workers start.
     """
 
     position = {"epoch": 0, "batches": 0}
-    resumed: dict[str, int] | None = None
-    workers: tuple[BaseProcess, ...] = ()  # of the epoch begun last
+    resumed: dict[str, int] | None = None  # position to resume from
+    workers: tuple[BaseProcess, ...] = ()  # of the latest epoch
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.persistent_workers:
-            raise ValueError("persistent_workers=True would keep the workers in the first epoch: leave it out")
+            raise ValueError("persistent_workers=True: the workers would stay in the first epoch. Leave it out.")
 
     def __iter__(self) -> Iterator[Any]:
-        if not isinstance(self.sampler, ResumableSampler):  # Lightning's choice, to overfit
+        if not isinstance(self.sampler, ResumableSampler):  # Lightning replaces it for overfit_batches
             yield from super().__iter__()
             return
-        # A generator: nothing happens before the first batch is asked for. Lightning wants the iterator before it has
-        # set the epoch of a resumed run, and workers would begin with the wrong one.
+        # As a generator, this starts the workers at the first batch. Lightning creates the iterator before it sets the
+        # epoch of a resumed run, so that they would start with the wrong epoch.
         epoch = self.sampler.epoch
         resumed = self.resumed
         self.resumed = None
@@ -75,12 +80,15 @@ class ResumableDataLoader(DataLoader):
             for batch in self.batches():
                 self.position["batches"] += 1
                 yield batch
-        except (OSError, EOFError):  # the connection to a worker is lost, before the system says that it died
+        except (OSError, EOFError):  # the connection to a worker is lost; its exit code may come a little later
             wait([worker.sentinel for worker in self.workers], timeout=1 if self.workers else 0)
             raise
 
     def batches(self) -> Iterator[Any]:
-        """A data set that knows `order` has its images on the device: the order of the epoch goes there once."""
+        """Return the batches of an epoch, and store its workers.
+
+        A data set with a method `order` is on the device, to which the indices of the epoch are copied once.
+        """
         if not hasattr(self.dataset, "order"):
             others = set(active_children())
             batches = super().__iter__()
@@ -92,7 +100,7 @@ class ResumableDataLoader(DataLoader):
         return map(self.dataset.__getitems__, order.split(self.batch_size))
 
     def dead_workers(self) -> Iterator[tuple[int, str]]:
-        """(process, how it ended) of those that did not end well. PyTorch itself ends late ones, by SIGTERM."""
+        """Yield (process id, exit code or signal) of failed workers. PyTorch itself ends slow ones with SIGTERM."""
         for worker in self.workers:
             if worker.exitcode not in (None, 0, -signal.SIGTERM):
                 code = worker.exitcode
@@ -103,21 +111,22 @@ class ResumableDataLoader(DataLoader):
 
     @staticmethod
     def is_position(state: Any) -> bool:
-        """Whether it is the state of such a loader, and not of one of the user's."""
+        """Return whether `state` is that of a ResumableDataLoader, and not of another loader."""
         return isinstance(state, dict) and state.keys() == {"epoch", "batches"}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after that many batches of that epoch; other epochs begin at their beginning."""
+        """Resume after `batches` batches of epoch `epoch`; other epochs start from their first batch."""
         self.resumed = dict(state)
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]:
-    """What a loader may yield -> (images or list of views, labels or None). Labels are known by their one axis, or two
-    (presences of all classes).
+    """Return (images or list of views, labels or None) of a batch of any loader.
+
+    A batch is images, or images and labels; or two or more views, with or without labels after them; or a list of views
+    and labels. The last tensor is taken as labels if it has one axis, or two (multi-hot).
 
     Raises:
-        ValueError: the batch is none of: images; images and labels; two or more views, then labels or none; a list of
-            views, and labels. Or the images are neither uint8 nor float.
+        ValueError: the batch is something else, or its images are neither uint8 nor float.
     """
     parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
     labels = parts.pop() if len(parts) > 1 and isinstance(parts[-1], Tensor) and parts[-1].dim() < 3 else None
@@ -126,19 +135,22 @@ def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]
     if not parts or not all(isinstance(part, Tensor) and part.dim() > 2 for part in parts):
         kinds = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
         raise ValueError(
-            f"a batch of {type(batch).__name__} with {kinds} was not understood: a loader yields images [N, C, H, W], "
-            "(images, labels), a list of views, or (list of views, labels), with labels [N]"
+            f"batch={type(batch).__name__} with {kinds}: this format is unknown. A loader yields images [N, C, H, W], "
+            "(images, labels), a list of views, or (list of views, labels), with labels [N]."
         )
     if not all(part.dtype == torch.uint8 or part.is_floating_point() for part in parts):
         raise ValueError(
             f"images={parts[0].dtype}: a loader yields uint8 images with values from 0 to 255, or normalized float "
-            "images. Convert them with .to(torch.uint8)"
+            "images. Convert them with .to(torch.uint8)."
         )
     return parts[0] if len(parts) == 1 else parts, labels
 
 
 def whole_numbers(labels: Tensor | None) -> Tensor | None:
-    """Classes [N] or [N, 1] of any type -> int64 [N]; presences [N, K] as they are. Looks at no values."""
+    """Return class labels [N] or [N, 1] of any type as int64 [N]; multi-hot labels [N, K] are unchanged.
+
+    Values are not read, which would wait for the device.
+    """
     if labels is None:
         return None
     labels = labels[:, 0] if labels.dim() == 2 and labels.shape[1] == 1 else labels

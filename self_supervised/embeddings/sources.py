@@ -204,7 +204,7 @@ class Batches(Dataset):
     def __init__(self, source: ImageSource, params: EncoderAndDataParams):
         self.source, self.params, self.videos = source, params, None
         if params.dataset.of_videos:
-            self.videos = video_files.as_set(attrs.evolve(params, video_decoder="file"), [], [])
+            self.videos = video_files.dataset_of_videos(attrs.evolve(params, video_decoder="file"), [], [])
 
     def prepared(self, path: str) -> Tensor:
         """The square in the middle; of a video its evaluation clips."""

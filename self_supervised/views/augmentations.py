@@ -1,8 +1,8 @@
-"""A batch of uint8 images -> views: every random operation batched on the images' device, each image its own draw.
+"""Views of a batch of uint8 images: every random operation is batched on the images' device, and drawn for each image.
 
-The parameters are drawn from torchvision's distributions, by one counter-based generator on the host: the same seed
-gives the same views on every device. The operations themselves are in tensor_ops.py, and for the CPU in
-compiled_ops.py.
+Parameters are drawn from torchvision's distributions by one counter-based generator on the host, so that a seed gives
+the same views on every device. The operations are in tensor_ops.py and, for the CPU, in compiled_ops.py. At the end:
+batches of any loader, whether uint8 images or float views that are ready.
 """
 
 from collections.abc import Callable
@@ -35,29 +35,35 @@ from self_supervised.views.tensor_ops import (
 
 
 def generator(seed: int | tuple[int, ...]) -> np.random.Generator:
-    """Philox is counter-based: nearby seeds give unrelated streams, and there is no state to save."""
+    """Return a counter-based generator (Philox): nearby seeds give unrelated streams, and there is no state to save."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
 
 
 def draw_crops(rng: np.random.Generator, n: int, height: int, width: int, view: ViewSettings) -> Draws:
-    """n boxes as `RandomResizedCrop` draws them: the first of ten tries that fits, else the largest central box."""
+    """Return n boxes, drawn as by torchvision's `RandomResizedCrop`.
+
+    A box is the first of ten tries that fits into the image, else the largest central box of an allowed ratio.
+    """
     area = height * width * rng.uniform(*view.crop_scale, (n, 10))
     ratio = np.exp(rng.uniform(*np.log(view.crop_ratio), (n, 10)))
-    w, h = np.round(np.sqrt(area * ratio)).astype(int), np.round(np.sqrt(area / ratio)).astype(int)
+    w = np.round(np.sqrt(area * ratio)).astype(int)
+    h = np.round(np.sqrt(area / ratio)).astype(int)
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.argmax(1)[:, None]
     central = np.clip(width / height, *view.crop_ratio)
-    largest_h, largest_w = min(height, round(width / central)), min(width, round(height * central))
+    largest_h = min(height, round(width / central))
+    largest_w = min(width, round(height * central))
     h = np.where(fits.any(1), np.take_along_axis(h, first, 1)[:, 0], largest_h)
     w = np.where(fits.any(1), np.take_along_axis(w, first, 1)[:, 0], largest_w)
     top, left = (rng.random((2, n)) * [height - h + 1, width - w + 1]).astype(int)
     centered = ~fits.any(1)
-    top[centered], left[centered] = (height - largest_h) // 2, (width - largest_w) // 2
+    top[centered] = (height - largest_h) // 2
+    left[centered] = (width - largest_w) // 2
     return {"top": top, "left": left, "height": h, "width": w}
 
 
 def draw_operations(rng: np.random.Generator, n: int, view: ViewSettings) -> Draws:
-    """The parameters of everything but the crop, for n images."""
+    """Return the random parameters of all operations except the crop, for n images."""
 
     def factor(strength: float) -> np.ndarray:
         return rng.uniform(max(0.0, 1 - strength), 1 + strength, n)
@@ -81,7 +87,11 @@ def draw_operations(rng: np.random.Generator, n: int, view: ViewSettings) -> Dra
 
 
 def make_view(x: Tensor, draws: Draws, boxes: Draws | None, view: ViewSettings) -> Tensor:
-    """One view from float images and drawn parameters; no boxes: the images were cropped by whoever decoded them."""
+    """Return one view of float images [N, C, H, W], with the parameters in `draws`.
+
+    Args:
+        boxes: crops; None: the images were cropped when they were decoded.
+    """
 
     def drawn(name: str) -> Tensor:
         return to_column(draws[name], x) > 0
@@ -102,32 +112,35 @@ def make_view(x: Tensor, draws: Draws, boxes: Draws | None, view: ViewSettings) 
 
 
 def augment(
-    images: Tensor | list[Tensor], seed, views: list[ViewSettings], mean: tuple, std: tuple, torch_compile: bool = False
+    images: Tensor | list[Tensor],
+    seed: int | tuple[int, ...],
+    views: list[ViewSettings],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    torch_compile: bool = False,
 ) -> list[Tensor]:
-    """uint8 images [N, C, H, W], or a list with one already cropped batch a view -> normalized float views.
-
-    Of clips [N, C, T, H, W], all frames of one are treated alike.
+    """Return normalized float views of a batch. The same seed gives the same views.
 
     Args:
-        seed: an int or a tuple of ints; the same seed gives the same views.
-        torch_compile: fuse the operations of one view; on the CPU they are compiled anyway.
+        images: uint8 [N, C, H, W], or a list with one batch per view, already cropped. All frames of a clip
+            [N, C, T, H, W] get the same parameters.
+        torch_compile: fuse the operations of a view on a GPU; on the CPU they are always compiled.
     """
-    rng, result = generator(seed), []
+    rng = generator(seed)
+    result = []
     for i, view in enumerate(views):
         cropped = isinstance(images, list)
         x, n_frames = frames_of(images[i] if cropped else images)
         x = with_channels(x, len(mean))
-        whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
+        full = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
         n = len(x) // (n_frames or 1)
-        boxes = whole if cropped else draw_crops(rng, n, *x.shape[2:], view)
+        boxes = full if cropped else draw_crops(rng, n, *x.shape[2:], view)
         matrix = to_matrix({**boxes, **draw_operations(rng, n, view)}).repeat(n_frames or 1, axis=0)
         if x.device.type == "cpu":
-            from self_supervised.views.compiled_ops import (
-                compiled_view as on_cpu,  # here: importing Numba takes its time
-            )
+            from self_supervised.views.compiled_ops import compiled_view  # imports Numba, which is slow
 
             size = x.shape[2] if cropped else view.crop_size
-            made = on_cpu(x, matrix, size, view.solarize_threshold, mean, std)
+            made = compiled_view(x, matrix, size, view.solarize_threshold, mean, std)
         else:
             on_device = fused() if torch_compile else make_normalized_view
             on_host = torch.from_numpy(matrix)
@@ -137,87 +150,98 @@ def augment(
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:
-    """Gray images, repeated for an encoder of colors."""
+    """Return images for an encoder of that many channels: gray ones are repeated for RGB, others are unchanged."""
     return images.expand(-1, channels, -1, -1) if (images.shape[1], channels) == (1, 3) else images
 
 
 def make_normalized_view(
     images: Tensor, matrix: Tensor, view: ViewSettings, cropped: bool, mean: tuple, std: tuple
 ) -> Tensor:
-    """uint8 images and the matrix of what was drawn for them, both on the device -> one view."""
+    """Return one normalized view of uint8 images. `matrix` holds the drawn parameters, on the same device."""
     draws = from_matrix(matrix)
     return normalize(make_view(images.float() / 255, draws, None if cropped else draws, view), mean, std)
 
 
 @cache
 def fused() -> Callable[..., Tensor]:
+    """Return `make_normalized_view`, compiled."""
     return torch.compile(make_normalized_view, fullgraph=True)
 
 
-def training_views(params: "ModelParams") -> Callable[..., list[Tensor]]:
-    """augment(images, seed) -> list of views, by the settings of `params`."""
+def training_views(params: ModelParams) -> Callable[..., list[Tensor]]:
+    """Return augment(images, seed) -> list of float views, with the settings of `params`."""
     statistics = {"mean": params.mean, "std": params.std}
     return partial(augment, views=params.views, **statistics, torch_compile=bool(params.torch_compile))
 
 
-def evaluation_view(images: Tensor, params: "EncoderAndDataParams") -> Tensor:
-    """uint8 images [N, C, H, W] -> normalized floats [N, C, h, w]: the whole image, resized if need be. Likewise clips
-    [N, C, T, H, W], and several of each video [N, K, C, T, H, W].
+def evaluation_view(images: Tensor, params: EncoderAndDataParams) -> Tensor:
+    """Return the full images, normalized and, if their size differs from `crop_size`, resized.
+
+    Args:
+        images: uint8 images [N, C, H, W], clips [N, C, T, H, W], or multiple clips of each video [N, K, C, T, H, W].
 
     Raises:
-        ValueError: `images` are of another type or shape: floats from 0 to 1 would be divided by 255 again.
+        ValueError: `images` have another type or shape. Floats from 0 to 1 would be divided by 255 again.
     """
     check_pixels(images, params.channels)
     if images.dim() == 6:
         return evaluation_view(images.flatten(0, 1), params).unflatten(0, images.shape[:2])
     x, n_frames = frames_of(images)
-    x, size = with_channels(x, params.channels).float() / 255, params.crop_size
+    x = with_channels(x, params.channels).float() / 255
+    size = params.crop_size
     if x.shape[2:] != (size, size):
-        whole = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
-        x = resized_crop(x, {name: np.full(len(x), value) for name, value in whole.items()}, size)
+        full = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
+        x = resized_crop(x, {name: np.full(len(x), value) for name, value in full.items()}, size)
     return clips_of(normalize(x, params.mean, params.std), n_frames)
 
 
 def check_pixels(images: Tensor, channels: int) -> None:
-    """Raise ValueError unless `images` are uint8 images or clips with as many channels as the encoder takes."""
+    """Raise ValueError unless `images` are uint8 images or clips with the channels that the encoder takes."""
     found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         raise ValueError(
             f"images={found}: only uint8 tensors with values from 0 to 255 are normalized here. Convert values from 0 "
-            "to 1 with (images * 255).round().to(torch.uint8). Pass normalized images to the encoder itself"
+            "to 1 with (images * 255).round().to(torch.uint8). Pass normalized images to the encoder itself."
         )
     axis = images.dim() - {4: 3, 5: 4, 6: 4}.get(images.dim(), 0)
-    gray = 1 if channels == 3 else channels  # is repeated
+    gray = 1 if channels == 3 else channels  # gray images are repeated for RGB
     if images.dim() not in (4, 5, 6) or images.shape[axis] not in (gray, channels):
         raise ValueError(
             f"images={found}: the encoder takes images [N, {channels}, H, W], or clips [N, {channels}, T, H, W]. "
-            "Permute the axes, or add the first one with images[None]"
+            "Permute the axes, or add the first one with images[None]."
         )
 
 
-def check_floats(images: Tensor, params: "EncoderAndDataParams") -> None:
-    """Raise ValueError if float images, which are used as they are, hold pixels from 0 to 255; tell if they seem to
-    hold values from 0 to 1 that nobody normalized."""
+def check_floats(images: Tensor, params: EncoderAndDataParams) -> None:
+    """Check float images, which are used without normalization.
+
+    Log a message if their values seem to be pixels from 0 to 1 that are not normalized.
+
+    Raises:
+        ValueError: the values are pixels from 0 to 255.
+    """
     low, high = float(images.min()), float(images.max())
     if low >= 0 and 1 < high <= 255 and bool((images == images.round()).all()):
         raise ValueError(
-            f"images={images.dtype} with whole numbers from {low:g} to {high:g}: float images are used as they are. "
-            "Let the loader yield uint8 images, which are normalized here, or normalize them there"
+            f"images={images.dtype} with whole numbers from {low:g} to {high:g}: float images are not normalized here. "
+            "Yield uint8 images, which are, or normalize them in the loader."
         )
     if 0 <= low < high <= 1 and any(params.mean):
         rank_zero_info(
-            f"the loader's float images lie from {low:.2g} to {high:.2g} and are used as they are: if they are not "
-            f"normalized by image_mean={list(params.mean)} and image_std={list(params.std)}, normalize them in the "
-            "loader, or yield uint8 images"
+            f"the loader's float images have values from {low:.2g} to {high:.2g} and are not normalized here. Unless "
+            f"they are normalized with image_mean={list(params.mean)} and image_std={list(params.std)}, normalize them "
+            "in the loader, or yield uint8 images."
         )
 
 
-# ---- what loaders yield: uint8 images to be prepared here, or floats that are ready ----
+# ---- batches of any loader ----
 
 
 def for_training(images: Tensor | list[Tensor], augment: Callable[..., list[Tensor]], seed: tuple) -> list[Tensor]:
-    """uint8 images or clips -> augmented views; float views, as a list or stacked N x V x C x H x W, of clips
-    N x V x C x T x H x W -> the list of them."""
+    """Return a list of float views: augmented from uint8 images or clips, or the float views of the loader.
+
+    Float views come as a list, or stacked, [N, V, C, H, W] or, of clips, [N, V, C, T, H, W].
+    """
     if (images if isinstance(images, Tensor) else images[0]).dtype == torch.uint8:
         return augment(images, seed)
     if isinstance(images, Tensor):
@@ -225,9 +249,8 @@ def for_training(images: Tensor | list[Tensor], augment: Callable[..., list[Tens
     return images
 
 
-def for_evaluation(images: Tensor | list[Tensor], params: "EncoderAndDataParams") -> Tensor:
-    """uint8 images or clips -> normalized; float images, and of data sets of videos clips, as they are; of several
-    float views the first."""
+def for_evaluation(images: Tensor | list[Tensor], params: EncoderAndDataParams) -> Tensor:
+    """Return normalized images or clips: from uint8, or the loader's floats unchanged, and of float views the first."""
     images = images if isinstance(images, Tensor) else images[0]
     if images.dtype == torch.uint8:
         return evaluation_view(images, params)

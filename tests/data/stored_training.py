@@ -1,10 +1,10 @@
-"""What the processes of test_stored_data.py do, without what only its own process needs to import."""
+"""Training in the processes of test_stored_data.py, without the imports that only the main process needs."""
 
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from test_own_data import params
+from test_custom_data import params
 
 from moco import SelfSupervisedMethod
 from self_supervised.data import loader
@@ -12,7 +12,7 @@ from self_supervised.training.checkpoints import Checkpoints
 
 
 class Seen(pl.Callback):
-    """Labels of the images, which are their numbers."""
+    """Callback that records the labels of the images, which are their numbers."""
 
     def __init__(self):
         self.epochs: dict[int, list[int]] = {}
@@ -22,12 +22,13 @@ class Seen(pl.Callback):
 
 
 def train_on(rank: int, roots: dict[str, str], checkpoints: str) -> dict:
-    """Two epochs on each of them; on shards again from a checkpoint amid the second."""
+    """Train for two epochs on each data set; on shards, resume also from a checkpoint within the second epoch."""
     found = {}
     loader.WINDOW = 10
     for kind, root in roots.items():
         for resumed in (False, True) if kind == "shards" else (False,):
-            seen, folder = Seen(), Path(checkpoints) / kind
+            seen = Seen()
+            folder = Path(checkpoints) / kind
             encoder = torch.nn.Sequential(
                 torch.nn.Conv2d(3, 4, 3, stride=4), torch.nn.Flatten(), torch.nn.LazyLinear(8)
             )
@@ -42,8 +43,8 @@ def train_on(rank: int, roots: dict[str, str], checkpoints: str) -> dict:
                 torch.nn.init.normal_(parameter, std=0.1)
             callbacks = [seen] if resumed else [seen, Checkpoints(folder, every_n_steps=1, keep=99)]
             quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-            several = {"strategy": "ddp", "devices": 2, "max_epochs": 2, "num_sanity_val_steps": 0}
-            trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, **several, **quiet)
+            processes = {"strategy": "ddp", "devices": 2, "max_epochs": 2, "num_sanity_val_steps": 0}
+            trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=callbacks, **processes, **quiet)
             trainer.fit(model, ckpt_path=folder / "step_000000005.ckpt" if resumed else None)
             found[kind, resumed] = seen.epochs, torch.cat([x.flatten() for x in model.model.state_dict().values()])
     return found

@@ -24,7 +24,7 @@ DATES = torch.tensor([20230101, 20230215, 20240101])
 def test_classes_are_numbered_by_train_and_others_are_named_with_the_nearest():
     assert class_numbers_of(["b", "a", None], {"val": ["b", None], "test": []}, "x") == {"a": 0, "b": 1}
     assert class_numbers_of([7, 20240101], {"val": [7]}, "x") == {7: 0, 20240101: 1}
-    assert class_numbers_of([None], {"val": ["b", "a"]}, "x") == {"a": 0, "b": 1}  # nothing to compare with
+    assert class_numbers_of([None], {"val": ["b", "a"]}, "x") == {"a": 0, "b": 1}  # train has no labels
     with pytest.raises(ValueError, match="x: val has .* 2 of 3: 'CAR' .nearest: 'car'"):
         class_numbers_of(["cat", "car"], {"val": ["CAR", "zoo", "cat"]}, "x")
 
@@ -43,7 +43,7 @@ def test_labels_of_other_types_and_shapes_are_the_same_classes(labels):
     np.array([[1, 1], [0, 1]]), np.zeros((2, 2, 1)), np.array(3), np.array([1j]), np.array([np.inf, 0]),
 ])  # fmt: skip
 def test_labels_that_are_no_classes_are_refused(labels):
-    with pytest.raises(ValueError, match="labels.npy holds .*: number classes from 0"):
+    with pytest.raises(ValueError, match="labels.npy holds .*Number classes from 0"):
         in_classes(labels, "labels.npy")
 
 
@@ -62,7 +62,7 @@ def test_scores_do_not_depend_on_the_numbers_of_classes():
     assert scores(y) == scores(DATES[y])
     one_hot = nn.functional.one_hot(y)
     assert validation.evaluate(["knn"], x, one_hot) == validation.evaluate(["knn"], x, y)
-    assert validation.evaluate(["knn"], x, one_hot + one_hot.roll(1, 1)) == {}  # several classes an image
+    assert validation.evaluate(["knn"], x, one_hot + one_hot.roll(1, 1)) == {}  # multi-label
 
 
 # ---- loaders of the user's ----
@@ -108,7 +108,7 @@ def test_wrong_labels_for_validation_are_refused_before_the_first_step(wrong, me
         steps.fit(SelfSupervisedMethod(small(evaluations=["knn"])), batches(right), batches(wrong))
     assert steps.global_step == 0
     steps = trainer(num_sanity_val_steps=sanity)
-    steps.fit(SelfSupervisedMethod(small(evaluations=[])), batches(wrong), batches(wrong))  # nobody reads them
+    steps.fit(SelfSupervisedMethod(small(evaluations=[])), batches(wrong), batches(wrong))  # labels are not read
     assert steps.global_step == 2
     steps = trainer(num_sanity_val_steps=sanity)
     with pytest.raises(ValueError, match=message):
@@ -138,7 +138,7 @@ def test_types_of_labels_are_exchanged_without_looking_at_values():
 
 @pytest.fixture
 def digits(tmp_path, monkeypatch):
-    """write(images=..., labels=...): these arrays in place of those of the digits."""
+    """Return write(images=..., labels=...), which replaces arrays of the digits."""
 
     def write(**changed: np.ndarray | bytes) -> None:
         monkeypatch.setenv("DATA_PATH", str(tmp_path))
@@ -163,13 +163,13 @@ def test_labels_put_there_by_hand_are_taken_right(digits, small):
 
 @pytest.mark.parametrize(("changed", "message"), [
     ({"labels": np.array(["a"] * 20)}, "train/labels.npy holds"), ({"labels": np.full(20, np.nan)}, "labels.npy holds"),
-    ({"labels": np.full(20, 20240101)}, "labels.npy has the label 20240101, .* 10 classes"),
+    ({"labels": np.full(20, 20240101)}, "10 classes.*labels.npy .* has the label 20240101"),
     ({"labels": b""}, "labels.npy cannot be read"), ({"labels": b"cut"}, "labels.npy cannot be read"),
     ({"images": b""}, "images.npy cannot be read"), ({"images": np.zeros((0, 8, 8, 1), np.uint8)}, "images.npy holds"),
     ({"labels": b"PK\5\6" + bytes(18)}, "labels.npy cannot be read"),
     ({"labels": np.arange(0)}, "20 images but 0 labels"),
     ({"images": np.zeros((20, 8, 8, 1))}, "images.npy holds float64"),
-    ({"images": np.zeros((20, 8, 8, 3), np.uint8)}, "images.npy has 3 channels"),
+    ({"images": np.zeros((20, 8, 8, 3), np.uint8)}, "images.npy .* has 3 channels"),
 ])  # fmt: skip
 def test_arrays_that_are_cut_or_of_another_kind_are_named(changed, message, digits, small):
     digits(**changed)
@@ -195,8 +195,8 @@ def test_class_folders_are_counted_and_kept_by_the_linear_stage(tmp_path, monkey
             Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "imagenet" / split / name / "0.png")
     settings = small(dataset_name="imagenet", transform_crop_size=16)
     shared = {"dataset_name": "imagenet", "transform_crop_size": 16, "encoder_arch": "shufflenet_v2_x0_5", "seed": 0}
-    assert n_classes(settings) == 1000  # of the table: no images are there
-    before = LinearClassifierMethod(**shared)  # as earlier versions had it
+    assert n_classes(settings) == 1000  # from the catalogue: there are no images
+    before = LinearClassifierMethod(**shared)  # as in earlier versions
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     assert n_classes(settings) == 3
     linear = LinearClassifierMethod(**shared)

@@ -16,7 +16,7 @@ def at_rate(n: int, fps: float = 30) -> np.ndarray:
 
 
 def pytorchvideo_frames(start: float, span: float, n: int, fps: float, n_frames: int) -> list[int]:
-    """As its frame decoder: of the frames from ceil(start fps) to ceil(end fps), linspace, rounded down."""
+    """Return the frames of PyTorchVideo's decoder: linspace over ceil(start fps) to ceil(end fps), rounded down."""
     end = min(start + span, n / fps)
     inside = list(range(math.ceil(fps * start), math.ceil(fps * end)))
     return [inside[int(i)] for i in np.linspace(0, len(inside) - 1, n_frames)]
@@ -66,7 +66,7 @@ def test_short_videos_spread_over_the_clip_and_gaps_show_the_frame_before():
     assert video_files.random_clip(generator(0), at_rate(4), sampling).tolist() == [0, 0, 0, 1, 1, 2, 2, 3]
     assert video_files.random_clip(generator(0), at_rate(1), sampling).tolist() == [0] * 8
     assert video_files.even_clips(at_rate(1), 3, sampling).tolist() == [[0] * 8] * 3
-    still = np.array([0.0, 1.0, 9.0, 10.0])  # nothing moves from 1 to 9 s
+    still = np.array([0.0, 1.0, 9.0, 10.0])  # no frame from 1 to 9 s
     assert video_files.frames_in(still, 3.0, 2.0, 2).tolist() == [1, 1]
     assert video_files.frames_in(still, 8.5, 2.0, 2).tolist() == [2, 3]
 

@@ -26,7 +26,7 @@ def arrays(n: int = 12, size: int = 8, channels: int = 3):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """A data set "toy" of three splits whose source counts how often it is read."""
+    """Data set "toy" with three splits, whose reader counts its calls."""
     reads = []
 
     def read():
@@ -64,7 +64,7 @@ def test_arrays_that_are_there_are_used_without_reading_the_source(toy, tmp_path
 
 
 def test_a_killed_packing_leaves_nothing_that_looks_like_data(tmp_path, monkeypatch):
-    """A process is killed with SIGKILL while it writes labels; the next one packs the split anew."""
+    """A process is killed with SIGKILL while it writes labels; the next one packs the split again."""
     script = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -81,7 +81,7 @@ loading.prepare_data("digits")
     environment = {**os.environ, "DATA_PATH": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == -9
     folder = tmp_path / "digits"
-    assert not any(loading.is_there(folder / split) for split in ("train", "test"))
+    assert not any(loading.packed_is_there(folder / split) for split in ("train", "test"))
     assert any(folder.glob(".*unfinished/images.npy"))
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     loading.prepare_data("digits")
@@ -106,7 +106,7 @@ def test_home_is_expanded(monkeypatch):
 
 def test_missing_sets_are_named_with_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"imagenet was looked for in .*imagenet/train.*class.*DATA_PATH"):
+    with pytest.raises(FileNotFoundError, match=r"dataset_name='imagenet'.*imagenet/train.*class.*DATA_PATH"):
         loading.prepare_data("imagenet")
 
     def offline():
@@ -119,7 +119,7 @@ def test_missing_sets_are_named_with_the_way_out(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
 def test_downloads_go_through_torchvision(name, monkeypatch, tmp_path):
-    """The real download code, up to the network: what torchvision would hand over is packed."""
+    """The real code, with a stand-in for the download: what torchvision returns is packed."""
     rng, made = np.random.default_rng(0), []
 
     class Source:
@@ -240,5 +240,5 @@ def test_what_loaders_may_yield():
 
 
 def test_workers_that_would_stay_in_the_first_epoch_are_refused():
-    with pytest.raises(ValueError, match="persistent_workers=True would keep the workers in the first epoch"):
+    with pytest.raises(ValueError, match="persistent_workers=True"):
         ResumableDataLoader(range(4), sampler=ResumableSampler(range(4), 1, 0), num_workers=1, persistent_workers=True)

@@ -1,4 +1,4 @@
-"""Frames that tell their number: of every codec and container, of varying rates, of damaged files."""
+"""Decoders on videos whose frames show their number: codecs, containers, varying frame rates, corrupt files."""
 
 import struct
 import tracemalloc
@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 
 from self_supervised.data import decoders
 
-FILES = {  # suffix and codec, with frames that are shown in another order than they are stored
+FILES = {  # extension and codec, some with frames that are stored in another order than shown
     "h264": ("mp4", "libx264", {"bf": 3, "g": 12}),
     "h264 with open groups": ("mkv", "libx264", {"bf": 3, "g": 12, "x264-params": "open-gop=1:b-pyramid=2"}),
     "one keyframe": ("mp4", "libx264", {"g": 1000}),
@@ -30,7 +30,7 @@ FILES = {  # suffix and codec, with frames that are shown in another order than 
 
 
 def read(path, indices, channels: int = 3, threads: int = 1):
-    """The numbers that the wanted frames show, the frames, and the times of all."""
+    """Return the numbers that the requested frames show, the frames, and the times of all frames."""
     seen = []
 
     def choose(times: np.ndarray) -> np.ndarray:
@@ -47,14 +47,14 @@ def test_the_wanted_frames_and_no_others(kind, threads, tmp_path):
     suffix, codec, options = FILES[kind]
     fps = 25 if suffix == "mpg" else 10
     path = videos.write_video(tmp_path / f"a.{suffix}", codec=codec, fps=fps, **options)
-    with av.open(str(path)) as container:  # every frame, in the plainest way
+    with av.open(str(path)) as container:  # decode every frame, in the simplest way
         whole = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     for indices in ([[0]], [[49]], [[11, 12, 13]], [[3, 30, 3], [47, 12, 24]], [range(50)], [[26, 25]]):
         indices = np.array(indices)
         numbers, frames, times = read(path, indices, threads=threads)
         assert numbers == indices.tolist() and np.allclose(times, np.arange(50) / fps, atol=1e-3)
         for frame, index in zip(frames.reshape(-1, 48, 64, 3), indices.flat, strict=True):
-            assert np.array_equal(frame, whole[index])  # bit by bit, though most others were passed over
+            assert np.array_equal(frame, whole[index])  # bit by bit, although most other frames were skipped
 
 
 TEMPLE = load_sample_images().images[0]
@@ -98,7 +98,7 @@ def test_gray(tmp_path):
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_frames_of_phones_are_turned_upright(degrees, tmp_path):
-    """A turned file says so in its header, by a matrix of which the players know."""
+    """The header of a rotated video has a matrix that players apply."""
     path = videos.write_video(tmp_path / "a.mp4", n=3)
     one = 1 << 16
     a, b, c, d = {90: (0, one, -one, 0), 180: (-one, 0, 0, -one), 270: (0, -one, one, 0)}[degrees]  # clockwise
@@ -130,7 +130,7 @@ def test_a_video_of_two_sizes_is_refused(tmp_path):
 
 
 def test_frames_are_held_once(tmp_path):
-    """tracemalloc knows numpy's memory, not FFmpeg's."""
+    """tracemalloc counts numpy's memory, not FFmpeg's."""
     video = videos.write_video(tmp_path / "a.mp4", size=(320, 240))
     folder = videos.write_frames(tmp_path / "frames", size=(320, 240))
     for reader in (decoders.read_video, partial(decoders.read_folder, frames_per_second=10)):
@@ -158,7 +158,7 @@ def write_sound(path, cover: bool):
 
 
 def damaged(path, kind: str):
-    """A file of that name with a known damage."""
+    """Write a file that is corrupt in a known way, named after it."""
     if kind in ("sound", "sound with a cover"):
         return write_sound(path, cover=kind != "sound")
     settings = {"container": {"movflags": "faststart"}} if kind != "header lost" else {}
@@ -188,7 +188,7 @@ def test_damaged_files_are_refused(kind, message, tmp_path):
         decoders.read_video(str(damaged(tmp_path / "a.mp4", kind)), lambda times: np.arange(len(times)), 3, 1)
 
 
-# ---- folders of frames ----
+# ---- frame folders ----
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -1,17 +1,17 @@
-"""Which files of a folder are images: hidden ones and other kinds are passed over everywhere alike, and counted."""
+"""Search for image files: hidden files and other kinds are passed over by every search, and counted."""
 
 import os
 
 import numpy as np
 import pytest
 from PIL import Image
-from test_own_data import params
+from test_custom_data import params
 
 from model_params import SimCLRParams
 from self_supervised.data import file_search, loading
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, is_hidden
 from self_supervised.data.folders import entries
-from self_supervised.data.image_files import class_folders
+from self_supervised.data.image_files import samples_in_class_folders
 from self_supervised.data.video_files import videos_in_class_folders
 from self_supervised.embeddings.sources import open_source
 
@@ -36,8 +36,10 @@ def own(root, **fields):
 def test_one_list_of_extensions_for_all_that_read_images(tmp_path):
     kinds = {".jfif": "JPEG", ".jpe": "JPEG", ".gif": "GIF", ".jp2": "JPEG2000", ".avif": "AVIF", ".tga": "TGA"}
     assert {".jfif", ".jpe", ".gif", ".npy", ".webp", ".mpo"} <= set(image_suffixes())
-    kinds = {suffix: kind for suffix, kind in kinds.items() if kind in Image.SAVE}  # an older Pillow knows no AVIF
-    assert image_suffixes()[:3] == (".jpg", ".jpeg", ".png")  # the first that a sample of a shard has is used
+    kinds = {
+        suffix: kind for suffix, kind in kinds.items() if kind in Image.SAVE
+    }  # older versions of Pillow do not have AVIF
+    assert image_suffixes()[:3] == (".jpg", ".jpeg", ".png")  # the order is a preference in shards
     assert {".pdf", ".eps", ".mpg", ".h5", ".txt", ".mp4", ".heic"}.isdisjoint(image_suffixes())
     for split in ("imagenet/train", "own"):
         for suffix, kind in kinds.items():
@@ -47,7 +49,7 @@ def test_one_list_of_extensions_for_all_that_read_images(tmp_path):
     dataset = own(tmp_path / "own")
     assert sorted("/".join(path.split("/")[-2:]) for path, _ in dataset.files) == names
     assert {dataset[i][0].shape for i in range(len(names))} == {(3, 32, 32)}
-    assert len(class_folders(tmp_path / "imagenet" / "train")) == len(names)
+    assert len(samples_in_class_folders(tmp_path / "imagenet" / "train")) == len(names)
     assert open_source(tmp_path / "own").paths() == names
     assert list(entries("a/one, two.jp2 3\nb/x.jfif,cat", tmp_path)) == [("a/one, two.jp2", 3), ("b/x.jfif", "cat")]
 
@@ -63,7 +65,7 @@ def test_hidden_files_are_passed_over_by_every_search_also_below_a_hidden_folder
     for name in ("a/1.png", "b/2.png", *HIDDEN):
         save(root / name)
     expected = [("a/1.png", 0), ("b/2.png", 1)]
-    assert [(os.path.relpath(path, root), label) for path, label in class_folders(root)] == expected
+    assert [(os.path.relpath(path, root), label) for path, label in samples_in_class_folders(root)] == expected
     assert [(os.path.relpath(path, root), label) for path, label in own(root).files] == expected
     assert open_source(root).paths() == ["a/1.png", "b/2.png"]
     (root / ".empty").mkdir()
@@ -87,8 +89,8 @@ def test_links_between_folders_give_each_image_once(tmp_path):
         for other in "abcdef":
             (tmp_path / name / f"to_{other}").symlink_to(tmp_path / other)
     real = sorted(f"{name}/{i}.png" for name in "abcdef" for i in range(3))
-    assert found_below(tmp_path) == (real, {"links to folders that are used already": 36})
-    assert sorted(os.path.relpath(path, tmp_path) for path, _ in class_folders(tmp_path)) == real
+    assert found_below(tmp_path) == (real, {"links to folders that were already searched": 36})
+    assert sorted(os.path.relpath(path, tmp_path) for path, _ in samples_in_class_folders(tmp_path)) == real
 
 
 def test_class_folders_that_are_links_are_used(tmp_path):
@@ -99,7 +101,7 @@ def test_class_folders_that_are_links_are_used(tmp_path):
         (tmp_path / "train" / name).symlink_to(tmp_path / "elsewhere" / name)
     (tmp_path / "train" / "x" / "round").symlink_to(tmp_path / "train")
     expected = [(str(tmp_path / "train/x/1.png"), 0), (str(tmp_path / "train/y/2.png"), 1)]
-    assert class_folders(tmp_path / "train") == own(tmp_path / "train").files == expected
+    assert samples_in_class_folders(tmp_path / "train") == own(tmp_path / "train").files == expected
 
 
 def test_what_is_passed_over_is_counted_by_reason_and_said_once(tmp_path, caplog):
@@ -115,11 +117,11 @@ def test_what_is_passed_over_is_counted_by_reason_and_said_once(tmp_path, caplog
     for part in ("1 hidden", "1 .txt", "1 without an extension", "1 by include_patterns and exclude_patterns"):
         assert part in caplog.text
     with caplog.at_level("INFO"):
-        class_folders(tmp_path)
+        samples_in_class_folders(tmp_path)
     assert f"{tmp_path}: 3 images; passed over: 2 .heic (such as " in caplog.text
-    with pytest.raises(ValueError, match="c holds none; passed over: .*heic"):
+    with pytest.raises(ValueError, match="c holds no images; passed over: .*heic"):
         (tmp_path / "c").mkdir()
-        class_folders(tmp_path)
+        samples_in_class_folders(tmp_path)
     many = PassedOver()
     for i in range(9):
         many.add(f".{i}", "x", n=10 - i)

@@ -36,7 +36,7 @@ def photographs(folder: Path, first: int = 0, n: int = 20) -> Path:
 
 @pytest.fixture
 def strangers(tmp_path, small):
-    """strangers(data_path=...): a file with these settings, in a folder of its own."""
+    """Return strangers(data_path=...), which writes a checkpoint with these settings to a directory of its own."""
 
     def write(**settings) -> Path:
         model = SelfSupervisedMethod(
@@ -55,12 +55,12 @@ def test_images_and_lists_that_a_stranger_names_are_not_read(strangers, tmp_path
     private = photographs(tmp_path / "private")
     for where in (str(private), f"{private}/{{a,b}}.tar", "../private", f"{tmp_path}/downloads/../private"):
         file = strangers(data_path=where, splits_path=str(tmp_path / "made"))
-        assert load_encoder(file).params.data_path == where  # known, and of no use
+        assert load_encoder(file).params.data_path == where  # kept, but not used
         for load in (evaluate_checkpoint, LinearClassifierMethod.from_moco_checkpoint):
-            with pytest.raises(ValueError, match="data_path=.*pass data_path"):
+            with pytest.raises(ValueError, match="data_path=.*Pass data_path"):
                 load(file)
         model = SelfSupervisedMethod.load_from_checkpoint(file)
-        with pytest.raises(ValueError, match="data_path=.*pass data_path"):
+        with pytest.raises(ValueError, match="data_path=.*Pass data_path"):
             loading.get_dataset(model.params, ("test",))
         assert type(model.hparams.data_path) is str  # so that it can be saved
     file = strangers(data_path=str(private), splits_path=str(tmp_path / "made"))
@@ -70,9 +70,9 @@ def test_images_and_lists_that_a_stranger_names_are_not_read(strangers, tmp_path
     lists = tmp_path / "lists"
     lists.mkdir()
     (lists / "train.txt").write_text("a/000.png\n")
-    with pytest.raises(ValueError, match="splits_path=.*pass splits_path"):
+    with pytest.raises(ValueError, match="splits_path=.*Pass splits_path"):
         evaluate_checkpoint(strangers(splits_path=str(lists)), ["knn"], baselines=False, data_path=str(private))
-    embed(file, private, tmp_path / "features")  # needs none of them
+    embed(file, private, tmp_path / "features")  # does not need the checkpoint's paths
 
 
 def test_files_that_a_stranger_names_are_not_opened(strangers, tmp_path):
@@ -89,7 +89,7 @@ def test_files_that_a_stranger_names_are_not_opened(strangers, tmp_path):
         assert isinstance(encoder.started_from, ForeignPath)
     file = strangers(started_from=str(tmp_path / "pipe"), data_path=str(photographs(tmp_path / "downloads" / "images")))
     with pytest.warns(UserWarning, match="started from .*pass starting_weights"):
-        found = evaluate_checkpoint(file, ["rank_me"])  # images that came with the file
+        found = evaluate_checkpoint(file, ["rank_me"])  # images next to the file
     assert {run["encoder"] for run in found["runs"]} == {"random", "trained"}
 
 

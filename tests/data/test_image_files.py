@@ -1,4 +1,4 @@
-"""Images as they come: other modes and shapes, damaged files, folders that hold nothing."""
+"""Image files of all kinds: modes and shapes, corrupt files, empty folders."""
 
 import os
 import re
@@ -15,14 +15,14 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from test_own_data import params as own_data
+from test_custom_data import params as custom_params
 from torch import nn
 
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import image_files, loading
-from self_supervised.data.image_files import ImageFiles, class_folders, read_image
+from self_supervised.data.image_files import ImageFiles, read_image, samples_in_class_folders
 from self_supervised.data.video_files import videos_in_class_folders
 from self_supervised.embeddings.sources import Batches, open_source
 
@@ -34,7 +34,7 @@ def photo(height: int = 40, width: int = 30) -> Image.Image:
 
 
 def write(path, kind: str) -> None:
-    """One file of a kind; the first ones are images, the others are not."""
+    """Write a file of this kind; the first kinds are images, the others are not."""
     saved = {
         "jpeg": lambda: photo().save(path, "JPEG"),
         "gray": lambda: Image.fromarray(RAMP).save(path, "PNG"),
@@ -68,7 +68,7 @@ BAD = ["truncated", "truncated png", "corrupted", "empty", "text", "html", "floa
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """Class folders with twelve good images each, and settings for them."""
+    """Class folders with twelve readable images each, and settings for them."""
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
     for split in ("train", "val"):
         for label in ("cat", "dog"):
@@ -134,19 +134,17 @@ def test_skipped_images_are_reported_with_their_number(folders, trainer):
 
 def test_folders_that_hold_nothing_are_refused_in_one_sentence(folders, monkeypatch, tmp_path):
     train = loading.data_path() / "imagenet" / "train"
-    with pytest.raises(
-        ValueError, match="24 images of imagenet are fewer than one batch of 32: choose a smaller batch_size .is 32."
-    ):
+    with pytest.raises(ValueError, match="batch_size=32: the 24 images of imagenet are fewer than one batch of 32"):
         everything(attrs.evolve(folders, batch_size=32))
     everything(attrs.evolve(folders, batch_size=32, drop_last_batch=False))
     for path in (train / "cat").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match="train must hold one folder of images per class: .*cat"):
+    with pytest.raises(ValueError, match="train must hold one folder of images per class, but cat"):
         everything(folders)
     for path in (train / "dog").iterdir():
         path.write_bytes(b"")
         (train / "cat" / path.name).write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 24 images could be read, the last one was .*jpg"):
+    with pytest.raises(ValueError, match="none of the 24 images can be read, the last one is .*jpg"):
         everything(attrs.evolve(folders, unreadable_images="skip"))
     for label in ("cat", "dog"):
         for path in (train / label).iterdir():
@@ -180,7 +178,7 @@ def train_on_what_kills(rank: int, params: ModelParams) -> None:
 
 
 def test_a_worker_that_dies_is_reported_with_the_file_it_read(folders, tmp_path):
-    """In a process of its own: PyTorch raises wherever it is then, in the middle of an import too."""
+    """In a separate process, since PyTorch raises at an arbitrary place, even during an import."""
     assert processes.join(processes.launch(train_on_what_kills, 1, tmp_path, folders)) != [0]
     said = (tmp_path / "output_0.txt").read_text()
     assert re.search(r"died \(SIGKILL\); the last file that this worker read is .*dog/04\.jpg", said), said
@@ -194,7 +192,7 @@ def test_memory_of_the_workers_is_shared(folders):
 
 
 def one_class(folder, image: Image.Image, **options):
-    """A folder with one class and one JPEG, and its path."""
+    """Directory with one class and one JPEG, and the JPEG's path."""
     (folder / "cat").mkdir(parents=True)
     image.save(folder / "cat" / "0.jpg", quality=95, **options)
     return folder / "cat" / "0.jpg"
@@ -212,7 +210,7 @@ def test_views_are_the_crops_of_pil_to_one_gray_level(channels, mode, tmp_path):
     views = [
         ViewSettings(crop_size=224),
         ViewSettings(crop_size=200, crop_scale=(0.05, 0.2)),
-    ]  # made smaller, and larger
+    ]  # views smaller and larger than the crop
     dataset = ImageFiles(tmp_path, channels, 224, views, seed=0)
     image = read_image(str(path), channels)
     for dataset.epoch in range(5):
@@ -246,7 +244,7 @@ def test_no_crop_becomes_smaller_than_its_view(folders):
     views = [ViewSettings(crop_size=224), ViewSettings(crop_size=96)]
     for sides, scale in (((559, 500), 1), ((560, 500), 2), ((1200, 239), 1), ((1200, 480), 4), ((99999, 99999), 8)):
         assert image_files.reduction([(7, 7, 7 + side, 2007 + side) for side in sides], views) == scale
-    dataset, _ = everything(folders)  # 40 x 30: too small to be reduced
+    dataset, _ = everything(folders)  # 40 x 30 pixels, too small for a reduced scale
     assert dataset.read(0)[0].size == (30, 40)
 
 
@@ -264,12 +262,12 @@ def test_a_large_truncated_jpeg_is_named_too(tmp_path):
     for views in ([ViewSettings(crop_size=16)] * 2, []):
         with pytest.raises(ValueError, match="cat/0.jpg could not be read as an image .*truncated"):
             ImageFiles(tmp_path, 3, 16, views, seed=0)[0]
-        with pytest.raises(ValueError, match="none of the 1 images could be read"):
+        with pytest.raises(ValueError, match="none of the 1 images can be read"):
             ImageFiles(tmp_path, 3, 16, views, seed=0, skip_unreadable=True)[0]
 
 
 def test_class_folders_are_numbered_by_those_of_train(tmp_path):
-    """torchvision's ImageFolder would number each split by itself, and every score would be wrong without a word."""
+    """torchvision's ImageFolder would number each split separately, and every score would silently be wrong."""
 
     def make(split: str, *names: str) -> None:
         shutil.rmtree(tmp_path / split, ignore_errors=True)
@@ -278,7 +276,7 @@ def test_class_folders_are_numbered_by_those_of_train(tmp_path):
             Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / split / name / "frames" / "0.png")
 
     def labels(split: str) -> list[int]:
-        found = [[label for _, label in read(tmp_path / split)] for read in (class_folders, frames)]
+        found = [[label for _, label in read(tmp_path / split)] for read in (samples_in_class_folders, frames)]
         assert found[0] == found[1]
         return found[0]
 
@@ -289,14 +287,14 @@ def test_class_folders_are_numbered_by_those_of_train(tmp_path):
     assert labels("val") == [0, 2]
     for name, message in (("all", "'all'"), ("Bees", "'Bees' .nearest: 'bee'"), ("000", "'000'")):
         make("val", "ant", name)
-        for read in (class_folders, frames):
+        for read in (samples_in_class_folders, frames):
             with pytest.raises(ValueError, match=f"val has classes that train lacks, 1 of 2: {message}"):
                 read(tmp_path / "val")
     shutil.rmtree(tmp_path / "train")
-    assert labels("val") == [0, 1]  # nothing to compare with: in alphabetical order
+    assert labels("val") == [0, 1]  # train has no labels: alphabetical order
 
 
-@pytest.mark.parametrize("side", [12, 40])  # up to twice the limit, and beyond: Pillow treats them differently
+@pytest.mark.parametrize("side", [12, 40])  # below and above twice the limit, which Pillow treats differently
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.tif", "a.npy"])
 def test_one_limit_of_pixels_for_all_readers_before_decoding(name, side, tmp_path, monkeypatch):
     path = tmp_path / "train" / "c" / name
@@ -310,7 +308,7 @@ def test_one_limit_of_pixels_for_all_readers_before_decoding(name, side, tmp_pat
     pages = {"a.tif": [None, [0, 255]], "a.npy": [[0, 255]]}.get(name, [None])
     for pixel_range in pages:
         for root in (tmp_path / "train", tmp_path / "train.tar"):
-            p = own_data(root, pixel_range=pixel_range, val_size=0, test_size=0)
+            p = custom_params(root, pixel_range=pixel_range, val_size=0, test_size=0)
             for of_training in (views, []):
                 with pytest.raises(ValueError, match="more than 100 pixels"):
                     loading.get_dataset(p, ("train",), of_training)[0]
@@ -327,4 +325,4 @@ def test_a_header_that_lies_about_its_size_is_refused_before_memory_is_taken(tmp
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6, 3)})
     with pytest.raises(ValueError, match="a.npy could not be read as an image .*pixels"):
-        loading.get_dataset(own_data(tmp_path, val_size=0, test_size=0), ("train",))[0]
+        loading.get_dataset(custom_params(tmp_path, val_size=0, test_size=0), ("train",))[0]

@@ -1,4 +1,4 @@
-"""unreadable_images="skip": in evaluations such images are left out and named, never replaced by another one."""
+"""unreadable_images="skip": evaluations leave unreadable images out and name them, and never replace them."""
 
 import time
 from pathlib import Path
@@ -42,7 +42,7 @@ def write(root: Path, broken: tuple[str, ...] = ()) -> Path:
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory) -> tuple[Path, Path]:
-    """The same readable images, the second time among broken ones."""
+    """Two data sets of the same readable images; the second one has corrupt ones, too."""
     folder = tmp_path_factory.mktemp("images")
     return write(folder / "good"), write(folder / "mixed", BROKEN)
 
@@ -107,7 +107,7 @@ def test_features_are_those_of_the_readable_images_and_the_others_are_named(root
 
 
 def test_statistics_are_those_of_the_readable_images(roots):
-    found = [loading.of_images(loading.get_dataset(params(root), ("train",)), seed=0) for root in roots]
+    found = [loading.channel_statistics(loading.get_dataset(params(root), ("train",)), seed=0) for root in roots]
     np.testing.assert_allclose(found[0], found[1])
 
 

@@ -1,4 +1,4 @@
-"""Class folders, lists, clips and crops of videos; what is broken; memory and resuming as of image files."""
+"""Class folders, lists, clips and crops of videos; corrupt files; memory and resuming as for image files."""
 
 import re
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_view_is_a_clip_of_its_own(params):
 
 
 def test_clips_are_the_drawn_frames_and_one_crop(params, monkeypatch):
-    """Crops of the whole frame show which frames were taken; a drawn crop equals that of each frame alone."""
+    """Full-frame crops show which frames were selected; a drawn crop equals that of each frame alone."""
     whole = [attrs.evolve(view, crop_scale=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3)) for view in views_of(params)]
     dataset, starts = loading.get_dataset(params, ("train",), whole), set()
     for dataset.epoch in range(20):
@@ -101,7 +101,7 @@ def test_time_difference_is_of_each_frame_and_the_next_of_the_video(params):
     always = attrs.evolve(params, transform_time_difference_probability=[1.0, 0.0])
     dataset, plain = get(always), get(params)
     differing, kept = dataset[0][0]
-    assert differing.float().std((2, 3)).mean() > 0  # the steps from one number to the next are seen
+    assert differing.float().std((2, 3)).mean() > 0  # the changes between numbers are visible
     assert torch.equal(differing[0], differing[1]) and torch.equal(differing[1], differing[2])
     assert kept.shape == plain[0][0][1].shape and not torch.equal(kept[0], kept[1])
     now, following = videos.frame(12)[None], videos.frame(13)[None]
@@ -142,7 +142,7 @@ def test_evaluation_sees_the_middle_or_all_clips_and_crops(params):
             first = torch.from_numpy(frames[int(np.ceil(start)), :, left : left + 48].copy()).permute(2, 0, 1)[None]
             first = nn.functional.interpolate(first, (16, 16), mode="bilinear", antialias=True)[0]
             difference = (clips[3 * k + crop, :, 0].int() - first.int()).abs()
-            assert difference.max() <= 2  # PyTorch rounds after rows and after columns, in an order of its own
+            assert difference.max() <= 2  # PyTorch rounds after rows and after columns, in its own order
 
 
 @pytest.mark.parametrize("width, height, n, expected", [
@@ -195,13 +195,13 @@ def test_empty_lists(tmp_path):
 
 def test_a_list_and_class_folders_number_classes_differently(params, tmp_path):
     folder = tmp_path / "kinetics"
-    (folder / "train.csv").write_text("zumba/v0.mp4\nair drumming/v0.mp4\n")  # without labels nothing can differ
+    (folder / "train.csv").write_text("zumba/v0.mp4\nair drumming/v0.mp4\n")  # without labels, numbers cannot differ
     assert [label for _, label in get(params, split="val").files] == [0, 0, 0, 1, 1, 1]
     (folder / "train.csv").write_text("zumba/v0.mp4 0\nair drumming/v0.mp4 1\n")
-    with pytest.raises(ValueError, match="train.csv numbers the classes, and the neighboring split has class folders"):
+    with pytest.raises(ValueError, match="train.csv numbers the classes, and the other split has class folders"):
         get(params, split="val")
     (folder / "train.csv").rename(folder / "val.csv")
-    with pytest.raises(ValueError, match="val.csv numbers the classes, and the neighboring split has class folders"):
+    with pytest.raises(ValueError, match="val.csv numbers the classes, and the other split has class folders"):
         get(params, split="val")
     (folder / "train.csv").write_text("zumba/v0.mp4 0\n")
     with pytest.raises(ValueError, match="val.csv: val has classes that train lacks, 1 of 2: '1'"):
@@ -226,16 +226,16 @@ def test_class_folders_are_read_to_their_depths_and_what_is_no_video_is_counted(
 
 def test_what_is_not_there_is_said(params, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="kinetics was looked for in .*train, each with one folder of videos"):
+    with pytest.raises(FileNotFoundError, match="dataset_name='kinetics' .*train, each with one folder of videos"):
         get(params)
     empty = tmp_path / "nowhere" / "kinetics" / "train"
     empty.mkdir(parents=True)
     with pytest.raises(
-        ValueError, match="train must hold one folder per class, each with .*, or .*train.csv list them"
+        ValueError, match="train must hold one folder per class, each with .*, or .*train.csv must list"
     ):
         get(params)
     (empty / "zumba").mkdir()
-    with pytest.raises(ValueError, match=f"zumba must hold .*video_decoder='{params.video_decoder}'"):
+    with pytest.raises(ValueError, match=f"video_decoder='{params.video_decoder}': .*zumba must hold"):
         get(params)
 
 
@@ -324,7 +324,7 @@ def test_training_and_validating_on_clips(params, trainer):
     assert "valid_knn20_acc" in fit.callback_metrics
 
 
-@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # Lightning's, of the frozen encoder
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # from Lightning, for the frozen encoder
 def test_the_linear_stage_takes_over_how_clips_are_read(params, trainer, tmp_path):
     fit = trainer()
     fit.fit(SelfSupervisedMethod(attrs.evolve(params, clip_speeds=[2.0]), encoder=SmallEncoder()))
@@ -349,15 +349,13 @@ def test_a_preview_shows_strips_of_frames(params, tmp_path):
     strips = preview.as_strips(torch.arange(10).view(1, 1, 10, 1, 1).expand(2, 3, 10, 5, 7))
     assert strips.shape == (2, 3, 5, 4 * 7) and strips[0, 0, 0, ::7].tolist() == [0, 3, 6, 9]
     with Image.open(path) as sheet:
-        assert sheet.width > 3 * 4 * 16 * 10  # original and two views of four frames, magnified ten times
+        assert sheet.width > 3 * 4 * 16 * 10  # original and two views, four frames each, magnified ten times
 
 
 def test_a_preview_needs_no_full_batch(params, tmp_path):
     few = attrs.evolve(params, batch_size=99, global_batch_size=7)
     assert [len(images) for _, images in preview.first_columns(few, rows=2)] == [2, 2, 2]
-    with pytest.raises(
-        ValueError, match="6 videos of kinetics are fewer than one batch of 7: .* global_batch_size .is 7"
-    ):
+    with pytest.raises(ValueError, match="global_batch_size=7: the 6 videos of kinetics are fewer than one batch of 7"):
         loading.get_loader(few, get(few), training=True)
 
 

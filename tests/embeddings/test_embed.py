@@ -161,7 +161,7 @@ def test_order_links_suffixes_and_what_is_passed_over(tmp_path):
     expected = ["a-b/1.png", "a/1.png", "a/Ä.webp", "b.gif", "x.PNG", "é/deep/1.bmp"]
     assert source.paths() == expected
     counts = {reason: n for reason, (n, _) in source.passed_over.items()}
-    assert counts == {".txt": 1, "hidden": 2, "links to folders that are used already": 2}
+    assert counts == {".txt": 1, "hidden": 2, "links to folders that were already searched": 2}
     embed.embed(tiny(), folder, tmp_path / "f.parquet", device="cpu")
     assert parquet.read_embeddings(tmp_path / "f.parquet")[0] == expected
 

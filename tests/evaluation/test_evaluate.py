@@ -280,7 +280,7 @@ def test_voc_that_is_not_there_or_contradicts_itself(voc_folder, tmp_path, monke
     with pytest.raises(ValueError, match="dog_test.txt must hold the name of an image and -1, 0 or 1"):
         image_files.voc_samples(tmp_path / "data/voc07/test")
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="voc07/test, each in VOCdevkit/VOC2007 beside it"):
+    with pytest.raises(FileNotFoundError, match="voc07/test, each in VOCdevkit/VOC2007 next to it"):
         loading.prepare_data("voc07", ("test",))
 
 

@@ -351,7 +351,7 @@ def test_batch_size_and_learning_rate_are_as_promised(world, tmp_path):
             assert process[name] == pytest.approx(expected[world - 1], rel=1e-6), name
         shares = 4 * world
         assert f"global_batch_size=30 is not divisible by {shares}" in process["refused"]
-        assert f"choose a multiple of {shares}" in process["refused"]
+        assert f"Choose a multiple of {shares}" in process["refused"]
 
 
 ACCUMULATED, STEPS = 2, 3

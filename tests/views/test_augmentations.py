@@ -13,18 +13,18 @@ from self_supervised.catalogue import ViewSettings
 from self_supervised.views import augmentations, compiled_ops, tensor_ops
 from self_supervised.views.augmentations import draw_crops, draw_operations, generator
 
-SIZES = [(32, 32), (96, 96), (256, 224), (32, 14), (8, 7)]  # of image and view; 7: as small as blurring allows
+SIZES = [(32, 32), (96, 96), (256, 224), (32, 14), (8, 7)]  # (image, view) in pixels; blurring needs at least 7
 
 
 def images(n: int, size: int, channels: int = 3) -> torch.Tensor:
-    """Smooth colors with sharp edges, full range, and some exactly gray pixels."""
+    """Return images with smooth colors, sharp edges, the full range and some exactly gray pixels."""
     x = torch.rand(n, channels, size, size)
     x = torch.where(torch.rand(n, 1, size, size) < 0.2, x[:, :1].expand_as(x), x)
     return (x * 255).round() / 255
 
 
 def each(operation, x, *parameters):
-    """operation(one image, its parameters), stacked."""
+    """Return operation(image, its parameters) of each image, stacked."""
     return torch.stack([operation(image, *map(float, p)) for image, *p in zip(x, *parameters, strict=True)])
 
 
@@ -70,7 +70,7 @@ def make_view_by_loops(x, draws, boxes, view, mean, std):
 
 
 def make_view_by_tensors(x, draws, boxes, view, mean, std):
-    matrix = torch.from_numpy(tensor_ops.to_matrix({**boxes, **draws}))  # float32, as it travels to a GPU
+    matrix = torch.from_numpy(tensor_ops.to_matrix({**boxes, **draws}))  # float32, as copied to a GPU
     return augmentations.make_normalized_view((x * 255).round().byte(), matrix, view, False, mean, std)
 
 
@@ -109,7 +109,7 @@ def same_distribution(ours, theirs) -> bool:
 
 @pytest.mark.parametrize("height, width", [(32, 32), (48, 100), (300, 30)])
 def test_crops_are_distributed_as_torchvisions(height, width):
-    """(300, 30): hardly a box fits, so that the fallback shows too."""
+    """At 300 x 30 hardly a box fits, so the fallback is tested, too."""
     random.seed(0)
     n, blank, view = 3000, torch.zeros(3, height, width), ViewSettings()
     ours = draw_crops(generator(3), n, height, width, view)
@@ -141,7 +141,7 @@ def test_same_seed_same_views_and_other_seeds_other_views():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
     alike = augment(x[:1].expand(8, -1, -1, -1), 5)[0]
-    assert len({image.sum().item() for image in alike}) == 8  # every image of a batch has its own draw
+    assert len({image.sum().item() for image in alike}) == 8  # independent draws for each image
 
 
 def test_settings_per_view_as_in_byol():
@@ -184,7 +184,7 @@ def test_evaluation_view_is_the_whole_image():
 
 
 def test_without_a_place_for_its_cache_numba_compiles_all_the_same(monkeypatch):
-    """As in a container whose code cannot be written, for a user without a home."""
+    """Conditions of a container with read-only code and a user without a home directory."""
     from numba import njit
 
     def without_place(function, cache=False, **options):
@@ -193,7 +193,7 @@ def test_without_a_place_for_its_cache_numba_compiles_all_the_same(monkeypatch):
         return njit(function, **options)
 
     monkeypatch.setattr(compiled_ops, "njit", without_place)
-    compiled_ops.say_uncached.cache_clear()
+    compiled_ops.warn_uncached.cache_clear()
     with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR") as said:
         double, triple = (compiled_ops.compiled(function) for function in (lambda x: 2 * x, lambda x: 3 * x))
     assert len(said) == 1 and (double(2), triple(2)) == (4, 6)

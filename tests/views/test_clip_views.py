@@ -16,12 +16,12 @@ STRONG = ViewSettings(crop_size=32, jitter_probability=1.0, brightness=0.8, cont
 
 
 def clips(n: int, n_frames: int = 5, channels: int = 3, height: int = 40, width: int = 48) -> torch.Tensor:
-    """uint8 [N, C, T, H, W], every frame another."""
+    """Return clips, uint8 [N, C, T, H, W], whose frames all differ."""
     return torch.randint(256, (n, channels, n_frames, height, width), dtype=torch.uint8)
 
 
 def by_torchvision(frame: torch.Tensor, box: list[int] | None, d: dict, view: ViewSettings, mean, std) -> torch.Tensor:
-    """One uint8 frame [C, H, W], with the parameters d drawn for its clip."""
+    """Return the view of one uint8 frame [C, H, W], with the parameters d of its clip."""
     x = tv.to_dtype(frame, torch.float32, scale=True)
     x = x if box is None else tv.resized_crop(x, *box, [view.crop_size] * 2, antialias=True)
     x = tv.horizontal_flip(x) if d["flip"] else x
@@ -63,7 +63,7 @@ def test_every_frame_equals_torchvision_with_the_draw_of_its_clip(where, cropped
         for t in range(5):
             theirs = by_torchvision(x[i, :, t], box, d, view, mean, std)
             difference = (ours[i, :, t] - theirs).abs()
-            # Just at the threshold of solarization, 1e-7 decides which side a value falls on.
+            # at the threshold of solarization, a difference of 1e-7 decides
             assert (difference < 5e-5).float().mean() >= (0.999 if d["solarize"] else 1), difference.max()
 
 
@@ -104,8 +104,8 @@ def test_evaluation_of_clips_is_that_of_their_frames():
         assert ours.shape == (3, 3, 5, 32, 32)
         for t in range(5):
             assert torch.equal(ours[:, :, t], augmentations.evaluation_view(x[:, :, t], params))
-    several = torch.stack([x, x.flip(0)], 1)  # [N, K, C, T, H, W]
-    assert torch.equal(augmentations.for_evaluation(several, params)[:, 0], ours)
+    pairs = torch.stack([x, x.flip(0)], 1)  # [N, K, C, T, H, W]
+    assert torch.equal(augmentations.for_evaluation(pairs, params)[:, 0], ours)
 
 
 def test_float_clips_are_used_as_they_come():

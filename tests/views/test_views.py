@@ -1,4 +1,4 @@
-"""Views from settings, and multi-crop: which views there are, how they are paired, and what the loss of them is."""
+"""Views from settings, and multi-crop: the views, their pairs and their loss."""
 
 import attrs
 import numpy as np
@@ -20,7 +20,7 @@ MULTI_CROP = {"n_small_views": 2, "transform_crop_size": 12, "transform_small_cr
 
 
 class Pooled(nn.Module):
-    """[N, 1, h, w] -> [N, 6], of any size; remembers the sizes that it saw in training."""
+    """Encoder [N, 1, h, w] -> [N, 6] for any size, which records the sizes that it gets in training."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +34,7 @@ class Pooled(nn.Module):
 
 
 class Witness(SelfSupervisedMethod):
-    """Remembers the views of its first step."""
+    """Method that records the views of its first step."""
 
     seen = None
 
@@ -51,7 +51,10 @@ def test_small_views_are_queries_for_every_large_views_key(name):
     two_small = PRESETS[name](n_small_views=2)
     large = [(0, 1), (1, 0)] if name in SYMMETRIC else [(0, 1)]
     assert two_small.pairs == [*large, (2, 0), (2, 1), (3, 0), (3, 1)] and two_small.n_views == 4
-    of_all = {"transform_blur_probability": 0.5, "transform_solarize_probability": 0.2}  # no lists of two
+    of_all = {
+        "transform_blur_probability": 0.5,
+        "transform_solarize_probability": 0.2,
+    }  # fields without a value per view
     three_large = PRESETS[name](n_large_views=3, n_small_views=1, **of_all)
     large = [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)] if name in SYMMETRIC else [(0, 1), (0, 2)]
     assert three_large.pairs == [*large, (3, 0), (3, 1), (3, 2)]
@@ -64,7 +67,7 @@ def test_lagging_model_and_queue_see_large_views_only(name, small, trainer):
     trainer(limit_train_batches=1).fit(model)
     if model.lagging_model is not None:
         assert model.lagging_model.sizes == [12, 12]
-    # With MoCo and the like, the second large view is a key only.
+    # In MoCo and similar methods, the second large view is only a key.
     assert sorted(model.model.sizes) == [8, 8, *[12] * (1 if model.lagging_model and name not in SYMMETRIC else 2)]
     if model.queue is not None:
         assert model.queue.position == 2 * 16
@@ -126,12 +129,12 @@ def barlow_twins(a, b, queue, p):
      ("barlow_twins", barlow_twins, 1), ("simsiam", simsiam, 2)],
 )  # fmt: skip
 def test_loss_and_gradient_of_two_large_and_two_small_views(name, formula, n_terms, small, monkeypatch):
-    """The mean over pairs, times the pairs that the method has with two views; and where the gradient flows."""
+    """Compare the loss (mean over pairs, times the number of pairs of two views) and where gradients flow."""
     fields = {"T": 0.3, "dim": 5, "m": 0.5, "use_momentum_schedule": False, "projection_mlp_layers": 1}
     model = SelfSupervisedMethod(small(name, **MULTI_CROP, **fields), encoder=Pooled()).double()
     monkeypatch.setattr(model, "log_dict", lambda _: None)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # no rounding to float32 on the way
-    if model.lagging_model is not None:  # so that keys are not z
+    if model.lagging_model is not None:  # makes keys differ from z
         for p in model.lagging_model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     p, views = model.params, [torch.randn(16, 1, size, size, dtype=torch.double) for size in (12, 12, 8, 8)]
@@ -157,7 +160,7 @@ def test_loss_and_gradient_of_two_large_and_two_small_views(name, formula, n_ter
 
 @pytest.mark.parametrize("field", attrs.fields(ViewSettings), ids=lambda field: field.name)
 def test_every_field_of_a_view_is_a_setting(field):
-    """Of each large and each small view its own, in settings that the data set does not have."""
+    """Every large and small view has its own settings, which the data set does not have."""
     wanted = {
         "crop_size": [96, 96, 16, 24],
         "crop_scale": [(0.31, 0.91), (0.32, 0.92), (0.03, 0.13), (0.04, 0.14)],
@@ -189,7 +192,7 @@ def test_defaults_are_mocos_and_swavs():
 
 
 def test_lists_shorter_than_the_views():
-    """BYOL's two large views; DINO's, whose small views have a third number for all of them."""
+    """BYOL sets two large views; DINO's small views share a third value."""
     byol = {"n_small_views": 2, "transform_solarize_probability": [0.0, 0.2]}
     assert [v.solarize_probability for v in ModelParams(**byol).views] == [0.0, 0.2, 0.2, 0.2]
     dino = {"n_small_views": 2, "transform_blur_probability": (1.0, 0.1, 0.5), "transform_s": [0.5, 1, 0]}
@@ -245,7 +248,9 @@ def test_small_views_of_packed_images_on_either_path():
     views = augmentations.training_views(p)(x, 1)
     assert [tuple(v.shape) for v in views] == [(8, 3, 32, 32)] * 2 + [(8, 3, 14, 14), (8, 3, 9, 9)]
     large_only = augmentations.training_views(attrs.evolve(p, n_small_views=0, transform_small_crop_size=None))(x, 1)
-    assert all(torch.equal(a, b) for a, b in zip(views, large_only, strict=False))  # more views change no others
+    assert all(
+        torch.equal(a, b) for a, b in zip(views, large_only, strict=False)
+    )  # additional views do not change the others
     rng = augmentations.generator(1)
     for view, found in zip(p.views, views, strict=True):
         draws = {**augmentations.draw_crops(rng, 8, 32, 32, view), **augmentations.draw_operations(rng, 8, view)}
@@ -279,13 +284,13 @@ def test_small_views_of_image_files_are_cropped_in_the_workers(tmp_path, monkeyp
 
 
 def read(path):
-    """[H, W, 3]"""
+    """Return the pixels of a PNG, [H, W, 3]."""
     with Image.open(path) as file:
         return torch.from_numpy(np.array(file))
 
 
 def tiles(sheet, left, size, factor, spacing):
-    """The pixels of the three tiles below each other from `left` on, [3, 3, size, size]."""
+    """Return the pixels of the three tiles below each other from `left` on, [3, 3, size, size]."""
     top, picked = len(sheet) - preview.PREVIEW_MARGIN + preview.PREVIEW_GAP - 3 * spacing, []
     for row in range(3):
         tile = sheet[top + row * spacing :, left:][: size * factor, : size * factor]
@@ -301,7 +306,7 @@ def test_the_preview_shows_what_the_model_sees_at_its_first_step(small, trainer,
     p = model.params
     path = preview.write_preview(p, tmp_path / "new" / "views.png", rows=3)
     assert path == tmp_path / "new" / "views.png" and [file.name for file in path.parent.iterdir()] == ["views.png"]
-    sheet, factor, left = read(path), 13, preview.PREVIEW_MARGIN  # 12 pixels are magnified to 160, about
+    sheet, factor, left = read(path), 13, preview.PREVIEW_MARGIN  # 12 pixels are magnified to about 160
     dataset = loading.get_dataset(p, ("train",))
     first = list(loading.get_loader(p, dataset, training=True).sampler)[:3]
     columns = [(torch.stack([dataset[i][0] for i in first]), ["original", "8 x 8 px"])]
