@@ -298,11 +298,11 @@ def test_fine_tuning_is_plain_pytorch(fields, reference, trainer):
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"label_fraction": 0.1, "labels_per_class": 4}, "label_fraction=0.1 and labels_per_class=4 are two ways"),
-    ({"layer_decay": 0.5}, "layer_decay=0.5 is for an encoder that is trained: set encoder_lr"),
+    ({"label_fraction": 0.1, "labels_per_class": 4}, "label_fraction=0.1 and labels_per_class=4"),
+    ({"layer_decay": 0.5}, "layer_decay=0.5 needs .* encoder_lr"),
     ({"layer_decay": 0.0, "encoder_lr": 1}, "layer_decay=0"),
-    ({"nesterov": True, "momentum": 0}, "nesterov=True is a kind of SGD with momentum"),
-    ({"nesterov": True, "optimizer_name": "adamw"}, "set optimizer_name='sgd'"),
+    ({"nesterov": True, "momentum": 0}, "nesterov=True .* momentum above 0"),
+    ({"nesterov": True, "optimizer_name": "adamw"}, "nesterov=True .* optimizer_name='sgd'"),
     ({"label_fraction": 0}, "label_fraction=0 must be above 0"),
     ({"validate_on": "train"}, "validate_on='train' is unknown: choose one of test, held_out"),
     ({"encoder_lr": -1}, "encoder_lr=-1 must be above 0"),
