@@ -169,7 +169,7 @@ def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
 
 @torch.no_grad()
 def cosines(z: Tensor, k: Tensor) -> Scalars:
-    """Return the mean cosine of z [N, D] with own keys k [N, D] and with those of other images; and the spread of z.
+    """Return the mean cosine of z [N, D] with own keys k [N, D] and with those of other images, and the spread of z.
 
     The spread is the standard deviation of z / |z| times sqrt(D): 1 if the projections are spread evenly over the
     sphere, 0 if they are a single point, which is a collapse.

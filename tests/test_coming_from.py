@@ -41,7 +41,7 @@ TRAINER = inspect.signature(pl.Trainer).parameters
 
 
 def named_here(section: str) -> list[str]:
-    """What stands in backticks in the second columns of the tables."""
+    """Return the texts in backticks in the second columns of the tables."""
     lines = [re.split(r"(?<!\\)\|", line) for line in section.splitlines() if line.startswith("| ")]
     assert lines and all(len(cells) == 5 for cells in lines)
     return [span for cells in lines for span in re.findall(r"`([^`]+)`", cells[2])]
@@ -74,7 +74,7 @@ def test_named_presets_and_functions_exist(name):
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_commands_are_understood(name, monkeypatch):
-    monkeypatch.setitem(command_line.LOGGERS, "wandb", None)  # which need not be installed
+    monkeypatch.setitem(command_line.LOGGERS, "wandb", None)  # need not be installed
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", SECTIONS[name], re.DOTALL)).replace("\\\n", " ")
     commands = [*blocks.splitlines(), *(span for span in named_here(SECTIONS[name]) if "python " in span)]
     assert commands
@@ -86,7 +86,7 @@ def test_commands_are_understood(name, monkeypatch):
 
 
 def check(program: str, arguments: list[str], monkeypatch) -> None:
-    """The program stops as soon as it has understood its arguments; with status 2, if it has not."""
+    """Parse a program's arguments without running it; status 2 means that it does not understand them."""
     if program == "train":
         if "--config" not in arguments:
             command_line.parse(arguments)
@@ -114,7 +114,7 @@ class ShortTrainer(pl.Trainer):
 
 @pytest.fixture
 def small_data(monkeypatch, tmp_path):
-    """The data sets of the page in small, batches of 4, and a folder `dataset` of 2 classes."""
+    """Small versions of the page's data sets, batches of 4, and a directory `dataset` with 2 classes."""
     rng = np.random.default_rng(0)
 
     def read(size: int, splits: list[str]):
@@ -141,7 +141,7 @@ def small_data(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore:collapse", "ignore:the warm-up of", "ignore:There is a wandb")
 @pytest.mark.parametrize("name", SECTIONS)
 def test_python_blocks(name, small_data, tmp_path, monkeypatch):
-    """Run in order, as a notebook would."""
+    """Blocks run in order, as in a notebook."""
     if name == "eztorch":
         monkeypatch.setattr(Checkpoints, "save", lambda *_: None)  # 400 MB
     blocks, names = re.findall(r"```python\n(.*?)```", SECTIONS[name], re.DOTALL), {}

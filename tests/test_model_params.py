@@ -1,3 +1,5 @@
+"""Settings of pretraining: the original's names and defaults, the presets, and what is refused."""
+
 from pathlib import Path
 
 import attr
@@ -7,7 +9,7 @@ from model_params import PRESETS, BYOLParams, ModelParams, VICRegParams
 from self_supervised.fields import expanded
 from self_supervised.runs.command_line import RunOptions
 
-# The listing of the original's README: users rely on every name and default.
+# The listing in the original's README: users rely on every name and default.
 ORIGINAL = {
     "encoder_arch": "resnet18", "shuffle_batch_norm": False, "dataset_name": "stl10", "batch_size": 256,
     "K": 65536, "dim": 128, "m": 0.996, "T": 0.2,
@@ -29,7 +31,7 @@ ORIGINAL = {
 def test_every_field_and_default_of_the_original():
     params = ModelParams()
     assert {name: getattr(params, name) for name in ORIGINAL} == ORIGINAL
-    # Two defaults are "find out": the width of the encoder, and whether there are processes to gather from.
+    # Two defaults are inferred: the width of the encoder, and whether there are processes to gather from.
     assert params.embedding_dim is None and params.gather_keys_for_queue is None
     ModelParams(embedding_dim=512, gather_keys_for_queue=False)
 
@@ -59,7 +61,7 @@ def test_the_originals_recipes():
 
 
 def test_the_method_table():
-    """Which row of settings is which method: the table of the README."""
+    """The rows of settings are those of the README's table of methods."""
     rows = {
         "moco_v2": ([(0, 1)], True, (True, False, False), True, 0, "ce"),
         "eqco": ([(0, 1)], True, (False, True, False), True, 0, "ce"),
