@@ -5,7 +5,7 @@ import ast
 import importlib
 import inspect
 import itertools
-import operator
+import pkgutil
 import re
 import shlex
 import sys
@@ -23,6 +23,7 @@ from PIL import Image
 import model_params
 from linear_classifier import LinearClassifierMethodParams
 from model_params import SCEVideoParams
+from self_supervised.__main__ import COMMANDS
 from self_supervised.data import loading, packed
 from self_supervised.evaluation.protocols import PROTOCOLS
 from self_supervised.exports.formats import FORMATS
@@ -47,10 +48,14 @@ def named_here(section: str) -> list[str]:
     return [span for cells in lines for span in re.findall(r"`([^`]+)`", cells[2])]
 
 
+def is_command(text: str) -> bool:
+    return bool({"python", "self-supervised"} & set(text.split()))
+
+
 @pytest.mark.parametrize("name", SECTIONS)
 def test_named_settings_exist_and_take_the_values(name):
     for span in named_here(SECTIONS[name]):
-        if not re.search(r"\w=", span) or "python " in span:
+        if not re.search(r"\w=", span) or is_command(span):
             continue
         call = ast.parse(span if re.match(r"[\w.]+\(", span) else f"f({span})", mode="eval").body
         for keyword in call.keywords:
@@ -68,21 +73,19 @@ def test_named_presets_and_functions_exist(name):
         if re.fullmatch(r"\w+Params", span):
             assert span in vars(model_params)
         elif re.fullmatch(r"[a-z]\w+(\.\w+)+", span) and not span.endswith((".py", ".json", ".yaml", ".txt", ".ckpt")):
-            module, *path = span.split(".")
-            operator.attrgetter(".".join(path))(importlib.import_module(module))
+            pkgutil.resolve_name(span)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_commands_are_understood(name, monkeypatch):
     monkeypatch.setitem(command_line.LOGGERS, "wandb", None)  # need not be installed
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", SECTIONS[name], re.DOTALL)).replace("\\\n", " ")
-    commands = [*blocks.splitlines(), *(span for span in named_here(SECTIONS[name]) if "python " in span)]
+    commands = [*blocks.splitlines(), *filter(is_command, named_here(SECTIONS[name]))]
     assert commands
     for command in commands:
         words = shlex.split(command)
-        words = words[words.index("python") + 1 :]
-        program, *arguments = words[1:] if words[0] == "-m" else words
-        check(program.removesuffix(".py"), arguments, monkeypatch)
+        start = words.index("self-supervised" if "self-supervised" in words else "python") + 1
+        check(words[start], words[start + 1 :], monkeypatch)
 
 
 def check(program: str, arguments: list[str], monkeypatch) -> None:
@@ -101,7 +104,10 @@ def check(program: str, arguments: list[str], monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         patch.setattr(sys, "argv", [program, *arguments])
-        importlib.import_module(program).main()
+        if program in COMMANDS:
+            importlib.import_module(COMMANDS[program][0]).main(arguments)
+        else:
+            importlib.import_module(program.removesuffix(".py")).main()
     assert ended.value.code == 0, arguments
 
 
