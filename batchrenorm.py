@@ -1,4 +1,4 @@
-"""Batch renormalization (Ioffe, https://arxiv.org/abs/1702.03275): batch norm that trusts its running statistics."""
+"""Batch renormalization (Ioffe, https://arxiv.org/abs/1702.03275): batch norm corrected by running statistics."""
 
 import torch
 from torch import Tensor, nn
@@ -7,18 +7,26 @@ from self_supervised.numerics import at_least_float32
 
 
 class BatchRenorm(nn.Module):
-    """x -> ((x - batch mean) / batch std * r + d) * weight + bias, over all axes but the second.
+    """Batch renormalization over all axes but the second: ((x - mean) / std * r + d) * weight + bias.
 
-    r and d move the batch's statistics towards the running ones (Algorithm 1); no gradient passes through them. They
-    are clipped to [1/rmax, rmax] and [-dmax, dmax], which open with the number of batches seen: before batch 5,000
-    this is exactly batch norm. The standard deviation is sqrt(biased variance + eps), always in float32 or more.
+    `mean` and `std` are those of the batch. r and d correct them towards the running statistics (algorithm 1) and have
+    no gradient. They are clipped to [1 / rmax, rmax] and [-dmax, dmax]. These intervals widen with the number of
+    batches: before batch 5,000 the layer is exactly batch norm. std is sqrt(biased variance + eps). All statistics are
+    in at least float32.
+
+    Args:
+        num_features: C, the size of the second axis.
+        eps: added to the variance before the square root.
+        momentum: weight of a batch in the running statistics.
+        affine: whether there are a weight and a bias, [C] each.
     """
 
-    dimensions: tuple[int, ...] = ()  # how many axes the input may have
+    dimensions: tuple[int, ...] = ()  # allowed numbers of axes of the input
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.01, affine: bool = True):
         super().__init__()
-        self.eps, self.momentum = eps, momentum
+        self.eps = eps
+        self.momentum = momentum
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_std", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
@@ -39,8 +47,9 @@ class BatchRenorm(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} expects {expected} input, got {x.dim()}D input of shape {tuple(x.shape)}"
             )
-        dtype, x = x.dtype, at_least_float32(x)
-        column = (1, -1) + (1,) * (x.dim() - 2)  # shape that lines statistics up with axis 1
+        dtype = x.dtype
+        x = at_least_float32(x)
+        column = (1, -1) + (1,) * (x.dim() - 2)  # shape in which statistics broadcast along axis 1
         if self.training:
             x = self._renormalized(x, column)
         else:
@@ -63,12 +72,18 @@ class BatchRenorm(nn.Module):
 
 
 class BatchRenorm1d(BatchRenorm):
+    """Batch renormalization of [N, C] or [N, C, L]."""
+
     dimensions = (2, 3)
 
 
 class BatchRenorm2d(BatchRenorm):
+    """Batch renormalization of [N, C, H, W]."""
+
     dimensions = (4,)
 
 
 class BatchRenorm3d(BatchRenorm):
+    """Batch renormalization of [N, C, T, H, W]."""
+
     dimensions = (5,)

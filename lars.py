@@ -1,4 +1,4 @@
-"""LARS, and the two groups of parameters: those it adapts and those it leaves alone."""
+"""LARS, and the split of parameters into those that it adapts and those that it does not."""
 
 from collections.abc import Iterable
 
@@ -7,18 +7,27 @@ from torch import nn
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling on top of SGD with momentum (You et al., https://arxiv.org/abs/1708.03888).
+    """SGD with momentum and layer-wise adaptive rate scaling (You et al., https://arxiv.org/abs/1708.03888).
 
-    For every parameter p with gradient g, of a group with `adapt`:
+    For each parameter p with gradient g in a group with `adapt=True`:
 
-        g <- g + weight_decay p;   q = eta |p| / |g|, or 1 where a norm is 0;   v <- momentum v + q g;   p <- p - lr v
+        g <- g + weight_decay p
+        q = eta |p| / |g|, or 1 if one of the norms is 0
+        v <- momentum v + q g
+        p <- p - lr v
 
-    as in the code of VICReg, Barlow Twins and MoCo v3. Groups with `adapt=False` get plain SGD with momentum and their
-    own weight decay. All arithmetic is batched over the parameters and never waits for the device.
+    This is the code of VICReg, Barlow Twins and MoCo v3. Groups with `adapt=False` are updated by plain SGD with
+    momentum and their own weight decay. All operations are batched over parameters and never wait for the device.
 
-    With `clip`, q <- min(q / lr, 1): no parameter has a rate lr q above lr, and in a small one it is eta |p| / |g|
-    whatever lr is (LARC, https://github.com/NVIDIA/apex, parallel/LARC.py; solo-learn's `grad_clip_lars`, which
-    divides by |g| + weight_decay |p| instead of the norm of their sum).
+    Args:
+        params: parameters, or groups with the key `adapt` (default: True).
+        lr: learning rate.
+        momentum: factor of the previous velocity v.
+        weight_decay: factor of p that is added to its gradient.
+        eta: trust coefficient.
+        clip: use min(q / lr, 1) as q, so that the learning rate lr q of a parameter is at most lr (LARC,
+            https://github.com/NVIDIA/apex, parallel/LARC.py). solo-learn's `grad_clip_lars` differs slightly: it
+            divides by |g| + weight_decay |p| instead of the norm of their sum.
     """
 
     def __init__(
@@ -30,9 +39,9 @@ class LARS(torch.optim.Optimizer):
         eta: float = 1e-3,
         clip: bool = False,
     ):
-        of_all = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
-        self.clip = clip  # not in the groups, which a checkpoint replaces
-        super().__init__(params, of_all)
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
+        self.clip = clip  # not an option of groups, because loading a checkpoint replaces those
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -51,7 +60,7 @@ class LARS(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         velocities = [self.state[p]["momentum_buffer"] for p in params]
-        # A copy of ours, to be changed in place: another one would cost as much as all the rest.
+        # This copy is changed in place below: a second one would cost as much as all other operations.
         gradients = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
         if group["adapt"]:
             weight_norms = torch.stack(torch._foreach_norm(params))
@@ -69,13 +78,15 @@ class LARS(torch.optim.Optimizer):
 def parameter_groups(
     module: nn.Module, patterns: Iterable[str]
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """(adapted, excluded) trainable parameters by name; the excluded ones match a pattern.
+    """Return the trainable parameters (adapted, excluded) by name. Excluded ones match a pattern.
 
-    A pattern is a part of the parameter's name. Two of them mean more, because names alone miss the norms inside
-    heads and downsample branches: ".bias" is every bias, ".bn" every parameter of a normalization layer.
+    A pattern is a part of the parameter's name. Two patterns match more, because names alone would miss the
+    normalization layers in heads and downsample branches: ".bias" matches every bias, and ".bn" every parameter of a
+    normalization layer.
     """
     patterns = list(patterns)
-    adapted, excluded = {}, {}
+    adapted = {}
+    excluded = {}
     for prefix, layer in module.named_modules():
         is_norm = "norm" in type(layer).__name__.lower()
         for leaf, parameter in layer.named_parameters(recurse=False):

@@ -1,6 +1,6 @@
-"""LinearClassifierMethod: a linear classifier on an encoder, which stays frozen (MoCo's protocol) or is fine-tuned.
+"""LinearClassifierMethod: a linear classifier on an encoder that stays frozen (MoCo's protocol) or is fine-tuned.
 
-It meets the pretraining in a checkpoint: `hyper_parameters`, and the keys that start with `model.`.
+From a checkpoint of pretraining it takes `hyper_parameters` and the weights whose names start with `model.`.
 """
 
 import math
@@ -33,84 +33,87 @@ from self_supervised.training import optimizers
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.views import augmentations
 
-# ---- settings ----
+# ---- Settings ----
 
 
 @frozen(kw_only=True)
 class LinearClassifierMethodParams(EncoderAndDataParams):
-    """Settings of LinearClassifierMethod; the defaults are MoCo's."""
+    """Settings of LinearClassifierMethod. The defaults are MoCo's."""
 
-    n_classes: int | None = positive(None)  # None: the data set's
-
-    # what is trained beside the classifier, and how
-    encoder_lr: float | None = positive(None)  # of its last stage; None: frozen, in eval mode (lr=30 is only for that)
-    layer_decay: float = fraction(1.0)  # each stage of the encoder has the rate of the next one times this
+    # classifier and encoder
+    n_classes: int | None = positive(None)  # number of classes; None: the data set's
+    # peak learning rate of the encoder's last stage; None: frozen, in eval mode (for which lr=30 is meant)
+    encoder_lr: float | None = positive(None)
+    layer_decay: float = fraction(1.0)  # learning rate of each encoder stage, relative to the next stage's
     normalize_features: bool = False  # batch norm without parameters before the classifier: one lr fits all encoders
-
-    transform_flip_probability: float | None = fraction(None)  # of mirroring training images; None: the data set's
+    # probability of a horizontal flip of training images; None: the data set's
+    transform_flip_probability: float | None = fraction(None)
 
     # labels
-    label_fraction: float | None = number(None, above=0, at_most=1)  # of every class, at least one image
-    labels_per_class: int | None = positive(None)  # instead: so many of every class
-    validate_on: str = choice("test", ("test", "held_out"))  # held_out: part of the training set, to choose settings by
-    held_out_fraction: float = number(0.1, above=0, at_most=0.9)  # of every class; training does without it
-    split_seed: int = non_negative(0, at_most=2**63 - 1)  # draws both, whatever `seed` is
+    label_fraction: float | None = number(None, above=0, at_most=1)  # fraction of labels per class (at least one label)
+    labels_per_class: int | None = positive(None)  # number of labels per class, instead of label_fraction
+    # validation set: the test set, or a held-out part of the training set, by which settings may be chosen
+    validate_on: str = choice("test", ("test", "held_out"))
+    held_out_fraction: float = number(0.1, above=0, at_most=0.9)  # fraction of every class to hold out from training
+    split_seed: int = non_negative(0, at_most=2**63 - 1)  # seed of label subset and held-out part, whatever `seed` is
 
-    # optimization parameters
-    optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw"))
-    lr: float = positive(30.0)  # of the classifier
-    momentum: float = fraction(0.9)
-    nesterov: bool = False
-    weight_decay: float = non_negative(0.0)
-    max_epochs: int = positive(100)  # for the programs that make the Trainer; the schedule follows the Trainer
-    lr_schedule: str = choice("steps", ("steps", "cosine"))  # steps: a tenth from 60 %, again from 80 % of the training
-    warmup_epochs: float = non_negative(0.0)
-    lars_eta: float = positive(1e-3, at_most=1000)
-    exclude_matching_parameters_from_lars: list[str] = field(factory=list)  # and from weight decay, as in ModelParams
+    # optimizer
+    optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw"))  # optimizer; lars: for large batches
+    lr: float = positive(30.0)  # peak learning rate of the classifier
+    momentum: float = fraction(0.9)  # momentum of sgd and lars
+    nesterov: bool = False  # use Nesterov's momentum, with sgd
+    weight_decay: float = non_negative(0.0)  # weight decay; not applied to excluded parameters
+    max_epochs: int = positive(100)  # epochs, for the programs that create the Trainer; schedules follow the Trainer
+    # shape of the learning rate after the warm-up; steps: divided by 10 after 60 % and after 80 % of the training
+    lr_schedule: str = choice("steps", ("steps", "cosine"))
+    warmup_epochs: float = non_negative(0.0)  # epochs of the warm-up
+    lars_eta: float = positive(1e-3, at_most=1000)  # trust coefficient of lars
+    # parts of the names of parameters without weight decay and adaptation by lars; [".bias", ".bn"]: biases and norms
+    exclude_matching_parameters_from_lars: list[str] = field(factory=list)
 
     def __attrs_post_init__(self):
         super().__attrs_post_init__()
         refuse(self._contradictions())
 
     def _contradictions(self) -> list[tuple[bool, str]]:
-        """(whether the settings contradict each other, how, and the way out)"""
+        """Return the pairs that `refuse` takes."""
         p = self
         # fmt: off
         return [
             (p.label_fraction is not None and p.labels_per_class is not None,
-             f"label_fraction={p.label_fraction} and labels_per_class={p.labels_per_class} are two ways to say how "
-             "many labels are used: set one of them"),
+             f"label_fraction={p.label_fraction} and labels_per_class={p.labels_per_class} are mutually exclusive. Set "
+             "one of them"),
             (p.layer_decay != 1 and p.encoder_lr is None,
-             f"layer_decay={p.layer_decay} is for an encoder that is trained: set encoder_lr, or leave it out"),
-            (p.layer_decay == 0, "layer_decay=0 would train the encoder's last stage alone: choose more than 0"),
+             f"layer_decay={p.layer_decay} needs an encoder that is trained. Set encoder_lr, or remove layer_decay"),
+            (p.layer_decay == 0, "layer_decay=0 would train the encoder's last stage only. Choose a value above 0"),
             (p.nesterov and (p.optimizer_name != "sgd" or p.momentum == 0),
-             f"nesterov=True is a kind of SGD with momentum: set optimizer_name='sgd' (is {p.optimizer_name!r}) and "
+             f"nesterov=True needs SGD with momentum. Set optimizer_name='sgd' (is {p.optimizer_name!r}) and "
              f"momentum above 0 (is {p.momentum})"),
         ]
         # fmt: on
 
 
-# ---- the presets: rows of settings. LINEAR_PRESETS["linear_sgd"](dataset_name="cifar10") ----
+# ---- Presets: rows of settings. LINEAR_PRESETS["linear_sgd"](dataset_name="cifar10") ----
 # fmt: off
 
-# The linear classifier of MoCo (https://arxiv.org/abs/1911.05722, section 4.1). Its rate of 30 is for embeddings like
-# MoCo's; set normalize_features=True where it diverges.
+# The linear classifier of MoCo (https://arxiv.org/abs/1911.05722, section 4.1). Its learning rate of 30 is meant for
+# embeddings like MoCo's. If it diverges, set normalize_features=True.
 LinearMoCoParams = LinearClassifierMethodParams
-# SimCLR's (https://arxiv.org/abs/2002.05709, B.6) without Nesterov's momentum, as most libraries have it. MAE's
-# (https://arxiv.org/abs/2111.06377, table 10) is this one with normalize_features=True, warmup_epochs=10 and
-# optimizer_name="lars", for global_batch_size=16384: with 256 images LARS would hardly move.
+# The linear classifier of SimCLR (https://arxiv.org/abs/2002.05709, B.6) without Nesterov's momentum, as most libraries
+# have it. For that of MAE (https://arxiv.org/abs/2111.06377, table 10), add normalize_features=True, warmup_epochs=10,
+# optimizer_name="lars" and global_batch_size=16384 (with 256 images, LARS would hardly change the weights).
 LinearSGDParams = partial(
     LinearClassifierMethodParams, lr=0.1, lr_scaling="linear", lr_schedule="cosine", max_epochs=90,
 )
-# SimCLR's fine-tuning with few labels (B.5): no weight decay, no warm-up. VICReg's (README of its code) differs by
-# lr_scaling=None, nesterov=False, max_epochs=20 and the rates: lr=0.08, encoder_lr=0.03 for 1 %, 0.1, 0.01 for 10 %.
+# SimCLR's fine-tuning with few labels (B.5), without weight decay and warm-up. VICReg's (README of its code) has
+# lr_scaling=None, nesterov=False, max_epochs=20; lr=0.08, encoder_lr=0.03 for 1 %; lr=0.1, encoder_lr=0.01 for 10 %.
 SemiSupervised1Params = partial(
     LinearClassifierMethodParams, label_fraction=0.01, drop_last_batch=None, lr=0.05, encoder_lr=0.05,
     lr_scaling="linear", lr_schedule="cosine", nesterov=True, max_epochs=60,
 )
 SemiSupervised10Params = partial(SemiSupervised1Params, label_fraction=0.1, max_epochs=30)
-# MAE's end-to-end fine-tuning (table 9) without its stronger augmentations; layer-wise rates as in BEiT
-# (https://arxiv.org/abs/2106.08254), where the encoder's last stage has layer_decay times the classifier's rate.
+# MAE's end-to-end fine-tuning (table 9) without its stronger augmentations. Layer-wise learning rates are as in BEiT
+# (https://arxiv.org/abs/2106.08254): that of the encoder's last stage is layer_decay times the classifier's.
 FineTuneParams = partial(
     LinearClassifierMethodParams, optimizer_name="adamw", lr=1e-3, encoder_lr=0.75e-3, layer_decay=0.75,
     lr_scaling="linear", lr_schedule="cosine", warmup_epochs=5, weight_decay=0.05, max_epochs=100,
@@ -125,7 +128,7 @@ LINEAR_PRESETS: dict[str, Callable[..., LinearClassifierMethodParams]] = {
 # fmt: on
 
 
-# ---- the method ----
+# ---- Method ----
 
 SCORES = ("loss", "acc1", "acc5")
 
@@ -133,7 +136,7 @@ LINEAR_VIEW = ViewSettings(
     crop_scale=(0.08, 1.0), jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
 )
 
-IMAGE_SETTINGS = (  # settings of how images are read
+IMAGE_SETTINGS = (  # how images are read
     "dataset_name",
     "in_channels",
     "transform_crop_size",
@@ -149,15 +152,17 @@ FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "ste
 
 
 class LinearClassifierMethod(BaseMethod):
-    """embedding of `model` -> `normalize`, if wanted -> `classifier` -> logits.
+    """Linear classifier on the embeddings of an encoder.
 
-    Training images get a random resized crop and, where the data set's images may be mirrored, a flip. They are
-    normalized as in pretraining. Without `encoder_lr` the encoder is frozen, with its batch statistics.
+        image -> model -> normalize (optional) -> classifier -> logits
+
+    Training images get a random resized crop and, if the data set's images may be mirrored, a random flip. They are
+    normalized as in pretraining. Without `encoder_lr` the encoder is frozen, including its batch statistics.
 
     Args:
         params: settings, as LinearClassifierMethodParams or dict.
-        encoder: your own module, if the encoder was one.
-        fields: single settings that change `params`.
+        encoder: your own module, if pretraining used one.
+        fields: single settings that override those of `params`.
     """
 
     CLASSIFIER = "classifier"
@@ -183,28 +188,28 @@ class LinearClassifierMethod(BaseMethod):
         found = {"embedding_dim": width, **self.counted_classes()}
         self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
 
-        of_data, flips = p.dataset.view, p.transform_flip_probability
-        flips = of_data.flip_probability if flips is None else flips
+        of_data = p.dataset.view
+        flips = of_data.flip_probability if p.transform_flip_probability is None else p.transform_flip_probability
         self.view = attrs.evolve(LINEAR_VIEW, crop_size=p.crop_size, flip_probability=flips)
-        if not of_data.flip_probability:  # scans of digits: a small crop would cut off what tells the classes apart
+        if not of_data.flip_probability:  # digits: a small crop would cut off what distinguishes the classes
             self.view = attrs.evolve(self.view, crop_scale=of_data.crop_scale)
-        self.validation_scores: dict[int, list[tuple[Tensor, Tensor]]] = {}  # and labels
+        self.validation_scores: dict[int, list[tuple[Tensor, Tensor]]] = {}  # loader -> (scores, labels) of each batch
         self.augment = partial(augmentations.augment, views=[self.view], mean=p.mean, std=p.std)
 
     @classmethod
     def from_moco_checkpoint(
         cls, path: str | Path, encoder: nn.Module | None = None, **overrides: Any
     ) -> "LinearClassifierMethod":
-        """The encoder of a checkpoint or of any file or name that `load_encoder` takes, frozen, with a new classifier.
+        """Return a new classifier on the encoder of a checkpoint.
 
         Args:
-            path: the checkpoint.
-            encoder: your own module, if the encoder was one.
+            path: checkpoint, or any other file or name that `load_encoder` accepts.
+            encoder: your own module, if pretraining used one.
             overrides: fields of LinearClassifierMethodParams. With another dataset_name, images keep the size and the
-                normalization constants of the pretraining.
+                normalization constants of pretraining.
 
         Raises:
-            ValueError: the checkpoint does not hold exactly the parameters of the encoder; says which differ.
+            ValueError: the tensors of the checkpoint are not exactly those of the encoder. The message lists them.
         """
         with layers.modes_kept(encoder) if encoder is not None else nullcontext():
             source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
@@ -218,9 +223,11 @@ class LinearClassifierMethod(BaseMethod):
         return method
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized images [N, C, H, W] or clips [N, C, T, H, W] -> logits [N, classes]. Of several clips of each
-        video, [N, K, C, T, H, W], the logarithms of the means of their probabilities, as is usual for videos
-        (SlowFast, https://arxiv.org/abs/1812.03982, section 4.1)."""
+        """Return the logits [N, classes] of normalized images [N, C, H, W] or clips [N, C, T, H, W].
+
+        For multiple clips per video, [N, clips, C, T, H, W], return the logarithm of their mean probabilities, as is
+        usual for videos (SlowFast, https://arxiv.org/abs/1812.03982, section 4.1).
+        """
         if x.dim() == 6:
             each = self(x.flatten(0, 1)).float().log_softmax(1)
             return each.unflatten(0, x.shape[:2]).logsumexp(1) - math.log(x.shape[1])
@@ -234,7 +241,7 @@ class LinearClassifierMethod(BaseMethod):
         return self.params.encoder_lr is not None
 
     def train(self, mode: bool = True) -> "LinearClassifierMethod":
-        """A frozen encoder stays in eval mode: else its batch statistics would drift though its weights do not."""
+        """Set the mode, except that a frozen encoder stays in eval mode, so that its batch statistics do not drift."""
         super().train(mode)
         self.model.train(mode and self.trains_encoder)
         return self
@@ -246,8 +253,11 @@ class LinearClassifierMethod(BaseMethod):
         return self.classifier.out_features
 
     def on_train_start(self) -> None:
-        """Lightning takes modules in the mode in which it finds them. Parts of an encoder that are in eval mode stay
-        in it; an encoder that is in eval mode as a whole, as `load_encoder` returns it, is trained like any other."""
+        """Put the encoder into train mode if it is trained, which Lightning does not do.
+
+        An encoder that is in eval mode as a whole, such as one from `load_encoder`, is put into train mode. If only
+        parts of it are in eval mode, they stay so.
+        """
         super().on_train_start()
         if not self.trains_encoder or not self.model.training:
             self.model.train(self.trains_encoder)
@@ -264,7 +274,7 @@ class LinearClassifierMethod(BaseMethod):
         return means[0]
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_scores.clear()  # of one that was interrupted
+        self.validation_scores.clear()  # left by an interrupted validation
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         with self.eagerly():
@@ -286,19 +296,19 @@ class LinearClassifierMethod(BaseMethod):
             self.log_dict(means, prog_bar=True, sync_dist=True)
 
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
-        """Logits [N, classes] of a batch's images, in float32 or more; NaN for images that could not be read."""
+        """Return the logits [N, classes] of a batch in at least float32, NaN for images that could not be read."""
         with self.eagerly():
             return nan_where_unreadable(at_least_float32(self(batch[0])), batch[1])
 
     def scores(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Of each image: cross entropy, and 100 where its class is the first, or among the first five: [N, 3]."""
+        """Return loss, acc1 and acc5 of each image, [N, 3]. The accuracies are 0 or 100 (percent)."""
         images, labels = batch
         if labels is None:
-            raise ValueError("labels=None: a classifier needs them. Let the loader yield (images, labels)")
+            raise ValueError("labels=None: a classifier needs labels. Let the loader yield (images, labels)")
         logits = at_least_float32(self(images))
-        labels = labels.where(labels != UNREADABLE, 0)  # these are left out in the end
+        labels = labels.where(labels != UNREADABLE, 0)  # scores of unreadable images are left out later
         own = logits.gather(1, labels.unsqueeze(1))
-        rank = (~(logits < own)).sum(1) - 1  # 0: the right class alone has the highest logit (never so with NaN)
+        rank = (~(logits < own)).sum(1) - 1  # 0: only the right class has the highest logit (never with NaN)
         accuracies = [100.0 * (rank < k) for k in (1, 5)]
         return torch.stack([F.cross_entropy(logits, labels, reduction="none"), *accuracies], dim=1)
 
@@ -307,9 +317,12 @@ class LinearClassifierMethod(BaseMethod):
         return for_linear_stage(self.params, self.plan, self.parameter_groups())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups, with their names, and their learning rates before `lr_scaling`: the classifier, then
-        the stages of an encoder that is trained from the last to the first, each slower than the one before it by
-        `layer_decay` (ELECTRA, https://arxiv.org/abs/2003.10555, appendix A; BEiT)."""
+        """Return the optimizer's groups, with learning rates before `lr_scaling`.
+
+        The classifier comes first. If the encoder is trained, its stages follow from the last to the first. The
+        learning rate of each is `layer_decay` times that of the group before (ELECTRA,
+        https://arxiv.org/abs/2003.10555, appendix A; BEiT).
+        """
         p = self.params
         parts = [("classifier", p.lr, {*self.classifier.parameters()})]
         found = layers.stages(self.model).items() if self.trains_encoder else []
@@ -323,15 +336,19 @@ class LinearClassifierMethod(BaseMethod):
             if (chosen := {name: parameter for name, parameter in kind.items() if parameter in part})
         ]
 
-    # ---- data ----
+    # ---- Data ----
 
     def split(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images of the labeled training set: those to train on, and those to validate on instead of the test set.
-        A subset is drawn from what is left: the labels by which settings are chosen come on top of it."""
-        p, every = self.params, np.arange(len(labels))
+        """Return the indices of images to train on, and of those to validate on in place of the test set.
+
+        A subset of labels is drawn from the images that remain after holding out, so its size excludes the latter.
+        """
+        p = self.params
         require_labels(1 + int(labels.min()), p)
-        held_out = p.validate_on == "held_out"
-        fit, score = subsets.held_out(labels, p.held_out_fraction, p.split_seed) if held_out else (every, every[:0])
+        fit = np.arange(len(labels))
+        score = fit[:0]
+        if p.validate_on == "held_out":
+            fit, score = subsets.held_out(labels, p.held_out_fraction, p.split_seed)
         if p.label_fraction is not None or p.labels_per_class is not None:
             number = {"fraction": p.label_fraction, "per_class": p.labels_per_class}
             fit = fit[subsets.stratified(labels[fit], **number, seed=p.split_seed)]
@@ -354,12 +371,14 @@ class LinearClassifierMethod(BaseMethod):
         return self.loader(loading.get_dataset(p, p.dataset.test_splits), training=False)
 
 
-# ---- learning rates ----
+# ---- Learning rates ----
 
 
 def for_linear_stage(params: LinearClassifierMethodParams, plan: optimizers.Plan, groups: list[dict]) -> dict:
-    """The optimizer that `params` names over groups with rates of their own, which fall together: to a tenth at 60 %
-    and at 80 % of the training, or along half a cosine to 0."""
+    """Return Lightning's configuration of the optimizer, whose groups have their own learning rates.
+
+    All of them follow one curve: divided by 10 after 60 % and after 80 % of the training, or half a cosine to 0.
+    """
     groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
     curve = {"cosine": linear_cosine, "steps": linear_steps}[params.lr_schedule]
     optimizer = optimizers.get_optimizer(params, groups, plan.lr, params.nesterov)
@@ -368,11 +387,11 @@ def for_linear_stage(params: LinearClassifierMethodParams, plan: optimizers.Plan
 
 
 def linear_cosine(plan: optimizers.Plan, step: int) -> float:
-    """Share of the highest rate."""
+    """Return the fraction of the peak learning rate at a step."""
     return optimizers.warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=0.0)
 
 
 def linear_steps(plan: optimizers.Plan, step: int) -> float:
-    """Share of the highest rate."""
-    share = optimizers.steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
-    return share * optimizers.warmup(step, plan.warmup_steps)
+    """Return the fraction of the peak learning rate at a step."""
+    decay = optimizers.steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
+    return decay * optimizers.warmup(step, plan.warmup_steps)

@@ -1,6 +1,6 @@
-"""SelfSupervisedMethod: one LightningModule for every joint-embedding method.
+"""SelfSupervisedMethod: one LightningModule for all joint-embedding methods.
 
-Shapes: N images on this process, C channels, E width of the encoder, D = params.dim, K slots in the queue.
+Sizes: N images on this process, C channels, E width of the embeddings, D = params.dim, K keys in the queue.
 """
 
 import copy
@@ -28,16 +28,17 @@ from self_supervised.views import augmentations
 
 
 class SelfSupervisedMethod(BaseMethod):
-    """MoCo, SimCLR, BYOL, EqCo, VICReg, Barlow Twins and SCE; `params` says which parts exist and how they join.
+    """MoCo, EqCo, SCE, BYOL, SimCLR, VICReg, Barlow Twins and relatives. `params` selects the parts of the network.
 
-    view i -> model -> projection_model -> z -> prediction_model -> q     the query: trained
-    view j -> lagging_model -> lagging_projection_model -> k              the key: a slow copy, never trained
+        view i -> model -> projection_model -> z -> prediction_model -> q      query: trained by gradients
+        view j -> lagging_model -> lagging_projection_model -> k               key: moving average of the weights above
 
     The loss compares q and k for every (i, j) in `params.pairs`. Without a lagging model, k is z of view j.
 
     Args:
-        params: settings, as ModelParams or dict; default: MoCo v2. `fields` change single ones.
-        encoder: your own module, [N, C, H, W] -> [N, E], instead of the one that `params.encoder_arch` names.
+        params: settings, as ModelParams or dict. The default is MoCo v2.
+        encoder: your own module, [N, C, H, W] -> [N, E], in place of `params.encoder_arch`.
+        fields: single settings that override those of `params`.
     """
 
     CLASSIFIER = "online_classifier"
@@ -58,27 +59,27 @@ class SelfSupervisedMethod(BaseMethod):
             self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
             classes = (p.n_classes or require_labels(n_classes(p), p)) if p.online_classifier else None
             self.online_classifier = nn.Linear(width, classes) if classes else None
-            if 1 in (p.batch_size, p.global_batch_size):  # may the encoder have that?
+            if 1 in (p.batch_size, p.global_batch_size):  # fail early if the networks cannot train on a single image
                 copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], min(sizes), min(sizes)))
-        self.parameter_table()  # refuses patterns of nothing
-        # All processes push the same keys: DDP need not send 4 K dim bytes at every forward.
+        self.parameter_table()  # raises if a pattern matches no parameter
+        # All processes push the same keys, so DDP need not send 4 K D bytes in every forward pass.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
-        # Flat, so that load_from_checkpoint() needs no more; a checkpoint's own weights need no others to start from.
+        # Flat, for load_from_checkpoint(). encoder_weights is dropped: a checkpoint has its own weights.
         found = {"embedding_dim": width, **self.counted_classes()}
         self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
         self.augment = augmentations.training_views(p)
         self.started_from = source_of_weights(p)
-        self.trains_on_own_data = False  # on `dataset_name`, not on a loader of the user's
+        self.trains_on_own_data = False  # True: on `dataset_name`; False: on the user's loader
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
-    # ---- the method ----
+    # ---- Method ----
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalized images [N, C, H, W] -> embeddings [N, E]."""
+        """Return the embeddings [N, E] of normalized images [N, C, H, W]."""
         return self.model(x)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One view -> z and q, [N, D] each, and the embeddings [N, E]."""
+        """Return z [N, D], q [N, D] and the embeddings [N, E] of one view."""
         with one_image_explained(x):
             embeddings = self.model(x)
             z = self.projection_model(embeddings)
@@ -86,7 +87,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     @torch.no_grad()
     def encode_lagging(self, x: Tensor, batch_idx: int) -> Tensor:
-        """One view -> k [N, D]."""
+        """Return the keys [N, D] of one view, without gradient."""
 
         def encode_key(x: Tensor) -> Tensor:
             return self.on_sphere(self.lagging_projection_model(self.lagging_model(x)))
@@ -96,12 +97,12 @@ class SelfSupervisedMethod(BaseMethod):
         return encode_key(x)
 
     def on_sphere(self, z: Tensor) -> Tensor:
-        """Unit length if the method asks for it; float32 or more from here on, whatever the precision."""
+        """Return vectors in at least float32, scaled to unit length if `use_unit_sphere_projection` is set."""
         z = at_least_float32(z)
         return F.normalize(z, dim=1) if self.params.use_unit_sphere_projection else z
 
     def encode_views(self, views: list[Tensor], batch_idx: int) -> tuple[dict[int, tuple], dict[int, Tensor]]:
-        """({view i: what `encode` returns} of the queries, {view j: k} of the keys); each view is encoded once."""
+        """Return {view i: (z, q, embeddings)} of the queries and {view j: k} of the keys. Each view is encoded once."""
         p = self.params
         query_views, key_views = map(set, zip(*p.pairs, strict=True))
         if self.lagging_model is None:
@@ -111,11 +112,12 @@ class SelfSupervisedMethod(BaseMethod):
         return online, {j: self.encode_lagging(views[j], batch_idx) for j in key_views}
 
     def training_step(self, batch: tuple[list[Tensor], Tensor | None], batch_idx: int) -> Tensor:
-        p, (views, labels) = self.params, batch
+        p = self.params
+        views, labels = batch
         if len(views) < p.n_views:
             raise ValueError(
-                f"the loader yields {len(views)} of the {p.n_views} float views needed of each image: yield a list of "
-                "views, or one tensor N x V x C x H x W, or uint8 images, which are augmented here"
+                f"the loader yields {len(views)} of the {p.n_views} float views needed of each image. Yield a list of "
+                "views, a tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
         online, keys = self.encode_views(views, batch_idx)
         changing = scheduled(p, self.global_step, self.plan)
@@ -129,26 +131,26 @@ class SelfSupervisedMethod(BaseMethod):
         scalars = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
         loss = scalars.pop("loss") * p.loss_factor
         if self.queue is not None:
-            new_keys = [keys[j].detach() for j in sorted(keys)]  # gathered view by view: in one process's order
+            new_keys = [keys[j].detach() for j in sorted(keys)]  # gathered by view, in the order of a single process
             self.new_keys = [k if p.gather_keys_for_queue is False else distributed.gather(k) for k in new_keys]
         constants = {"m": self.momentum(), "T": p.T, **changing}
-        constants = {name: loss.new_full((), value) for name, value in constants.items()}  # a copy would have to wait
+        constants = {name: loss.new_full((), value) for name, value in constants.items()}  # a copy would wait
         self.log_dict({"step_train_loss": loss.detach(), **scalars, **constants})
         return loss + self.online_loss(online[0][2], labels) if p.online_classifier else loss
 
     def online_loss(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
-        """Of the only part of training that sees labels; it ends at the embeddings."""
+        """Return the online classifier's loss. No gradient reaches the encoder, which never sees labels."""
         with torch.autocast(self.device.type, enabled=False):
             loss, accuracy = online_classifier.loss_and_accuracy(self.online_classifier, embeddings, labels)
         self.log_dict({"online_train_loss": loss.detach(), "online_train_acc1": accuracy})
         return loss
 
     def on_after_backward(self) -> None:
-        if self.queue is not None:  # not before, because backward() reads what push() overwrites
+        if self.queue is not None:  # not earlier: backward() still reads the keys that push() overwrites
             self.queue.push(torch.cat(self.new_keys))
 
     def momentum(self) -> float:
-        """The share of itself that the lagging pair keeps at this optimizer step."""
+        """Return the fraction of itself that the lagging model keeps at this optimizer step."""
         if not self.params.use_momentum_schedule:
             return self.params.m
         return optimizers.cosine(self.params.m, 1.0, self.global_step / self.trainer.estimated_stepping_batches)
@@ -156,7 +158,7 @@ class SelfSupervisedMethod(BaseMethod):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         m = self.momentum()
         super().optimizer_step(*args, **kwargs)
-        if self.lagging_model is not None:  # once per weight update, however many batches it was accumulated over
+        if self.lagging_model is not None:  # once per optimizer step, also with accumulated batches
             ema_update(self.lagging_model, self.model, 1 - m)
             ema_update(self.lagging_projection_model, self.projection_model, 1 - m)
 
@@ -172,10 +174,10 @@ class SelfSupervisedMethod(BaseMethod):
             super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
     def parameter_table(self) -> list[parameter_groups.ParameterRow]:
-        """What the optimizer does with each trainable parameter; `parameter_options.printed(...)` to read it."""
+        """Return what the optimizer does with each trainable parameter (`parameter_groups.printed` formats it)."""
         return parameter_groups.parameter_table(self, self.params)
 
-    # ---- data ----
+    # ---- Data ----
 
     @property
     def n_outputs(self) -> int | None:
@@ -189,37 +191,43 @@ class SelfSupervisedMethod(BaseMethod):
         if stage == "fit":
             self.refuse_callbacks({row.lr for row in self.parameter_table()})
             self.refuse_half_precision()
-        self.trains_on_own_data = stage != "fit"  # while fitting: once train_dataloader() was called
+        self.trains_on_own_data = stage != "fit"  # when fitting: as soon as train_dataloader() is called
 
     def refuse_half_precision(self) -> None:
         if self.lagging_model is not None and self.trainer.precision in ("bf16-true", "16-true"):
             mixed = self.trainer.precision.replace("true", "mixed")
             raise ValueError(
-                f"precision={self.trainer.precision!r} cannot hold the lagging model: a step moves it by 1 - m = "
-                f"{1 - self.params.m:.2g} of a difference, which half precision rounds to nothing. Use {mixed!r}"
+                f"precision={self.trainer.precision!r} is too low for the lagging model: half precision rounds its "
+                f"updates, of which the weight is 1 - m = {1 - self.params.m:.2g}, to zero. Use {mixed!r}"
             )
 
     def train_dataloader(self):
-        self.trains_on_own_data, p = True, self.params
+        self.trains_on_own_data = True
+        p = self.params
         dataset = loading.get_dataset(p, p.dataset.pretraining_splits, p.views)
         return self.loader(dataset, training=True)
 
     def val_dataloader(self) -> list:
-        """The test set, and the labeled training set if probes are fitted on that. Nothing while fitting a loader of
-        the user's: its images need not have anything to do with `dataset_name`."""
+        """Return loaders of the validation set and, with `probe_on_training_set`, of the labeled training set.
+
+        There are none while the user's own loader is fitted, whose images may be unrelated to `dataset_name`.
+        """
         p = self.params
+        if not (self.trains_on_own_data and p.is_evaluated):
+            return []
         splits = [p.dataset.validation_splits or p.dataset.test_splits]
-        splits += [p.dataset.train_splits] * p.probe_on_training_set
-        return self.whole_sets(splits if self.trains_on_own_data and p.is_evaluated else [])
+        if p.probe_on_training_set:
+            splits.append(p.dataset.train_splits)
+        return self.whole_sets(splits)
 
     def test_dataloader(self) -> list:
-        """The test set, and the labeled training set on which the probes are fitted."""
+        """Return loaders of the test set and of the labeled training set, on which the probes are fitted."""
         return self.whole_sets([self.params.dataset.test_splits, self.params.dataset.train_splits])
 
-    # ---- evaluation ----
+    # ---- Evaluation ----
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_outputs.clear()  # of one that was interrupted
+        self.validation_outputs.clear()  # left by an interrupted validation
 
     def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int, dataloader_idx: int = 0) -> None:
         due = self.trainer.state.fn != "fit" or (self.current_epoch + 1) % self.params.evaluate_every_n_epochs == 0
@@ -240,15 +248,17 @@ class SelfSupervisedMethod(BaseMethod):
             self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
-        """Embeddings [N, E] of a batch's images, in float32 or more; NaN for images that could not be read."""
+        """Return the embeddings [N, E] of a batch in at least float32, NaN for images that could not be read."""
         with self.eagerly():
             return nan_where_unreadable(at_least_float32(embeddings_of(self.model, batch[0])), batch[1])
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def on_test_epoch_end(self) -> None:
-        """`trainer.test(model)`: the names of its scores begin with "test_". Of a single loader, the probes are fitted
-        on half of the images and scored on the other."""
+        """Log the scores under names that start with "test_".
+
+        If there is only one loader, probes are fitted on half of its images and scored on the other half.
+        """
         if not self.validation_outputs:
             return
         test, *train = self.gathered(self.validation_outputs, self.trainer.test_dataloaders)
@@ -256,25 +266,26 @@ class SelfSupervisedMethod(BaseMethod):
         self.log_dict({validation.of_test(name): value for name, value in scores.items()})
 
     def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> Scores:
-        """Of embeddings x and labels y, and of the online classifier on them."""
+        """Return the scores of embeddings x [N, E] with labels y, and those of the online classifier."""
         p = self.params
         found = distributed.on_rank_zero(lambda: monitor.scores(p.evaluations, x, y, train, p.probe_solver))
         return found | online_classifier.accuracies(self.online_classifier, x, validation.one_label_each(y))
 
-    # ---- checkpoints ----
+    # ---- Checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """`encoder_weights` is not kept, lest they be loaded again; what they were is."""
+        """Add the origin of the starting weights and, if processes have their own queues, all queues."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["started_from"] = self.started_from
-        if self.queue is not None and self.params.gather_keys_for_queue is False:  # each process has its own
+        if self.queue is not None and self.params.gather_keys_for_queue is False:
             checkpoint["queues"] = {
                 name: distributed.gather(t[None]).cpu() for name, t in self.queue.state_dict().items()
             }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """The original kept the queue as dim x K in `queue`, and the position in `queue_ptr`."""
-        self.started_from, state = checkpoint.get("started_from"), checkpoint["state_dict"]
+        """Restore the queue of this process, also from the original's format: `queue` [D, K] and `queue_ptr` [1]."""
+        self.started_from = checkpoint.get("started_from")
+        state = checkpoint["state_dict"]
         for name, of_each in checkpoint.get("queues", {}).items():
             state[f"queue.{name}"] = of_each[distributed.rank() % len(of_each)]
         if "queue_ptr" in state:
@@ -283,25 +294,25 @@ class SelfSupervisedMethod(BaseMethod):
         super().on_load_checkpoint(checkpoint)
 
 
-# ---- the queue and the lagging copy ----
+# ---- Queue and lagging model ----
 
 
 class KeyQueue(nn.Module):
-    """`keys` [K, dim]: random unit vectors at first, later the newest K keys. Saved with the model.
+    """Ring buffer with the newest keys [K, D], which starts with random unit vectors and is saved with the model.
 
-    The slots wrap around, so a batch of any size fits, and no host synchronization is needed to write.
+    A batch of any size fits. Writing needs no synchronization with the device.
     """
 
     def __init__(self, size: int, dim: int):
         super().__init__()
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
-        self.register_buffer("position", torch.zeros((), dtype=torch.long))  # the slot that is written next
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))  # next slot to write
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
-        """Overwrite the oldest slots with `keys` [n, dim]."""
+        """Overwrite the oldest slots with `keys` [n, D]."""
         size = len(self.keys)
-        if (skipped := len(keys) - size) > 0:  # more than fit: only the last ones stay
+        if (skipped := len(keys) - size) > 0:  # more keys than slots: only the last ones stay
             self.position.add_(skipped)
             keys = keys[skipped:]
         slots = (self.position + torch.arange(len(keys), device=keys.device)) % size
@@ -315,21 +326,28 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def ema_update(target: nn.Module, source: nn.Module, weight: float) -> None:
-    """target <- (1 - weight) target + weight source, parameters only: batch statistics are each network's own."""
-    if targets := list(target.parameters()):  # a head of no layers has none
+    """Update in place: target <- (1 - weight) target + weight source.
+
+    Only parameters are updated: each network keeps its own batch statistics.
+    """
+    if targets := list(target.parameters()):  # a head without layers has none
         torch._foreach_lerp_(targets, list(source.parameters()), weight)
 
 
-# ---- SCE: settings that change with the step ----
+# ---- Schedules of SCE ----
 
 
 def scheduled(params: ModelParams, step: int, plan: optimizers.Plan | None) -> dict[str, float]:
-    """Those of CHANGING that do change, at an optimizer step of a training whose length is in `plan`."""
-    p, found = params, {}
+    """Return the values of the settings in SCHEDULED at an optimizer step, without those that are constant.
+
+    `plan` has the length of the training. It may be None if all of them are constant.
+    """
+    p = params
+    found = {}
     for name in SCHEDULED:
         if changes(p, name):
             warmup_steps = getattr(p, f"{name}_warmup_epochs") * plan.steps_per_epoch
             values = (getattr(p, field) for field in (f"{name}_warmup_start", name, f"{name}_final"))
-            curves = getattr(p, f"{name}_warmup"), getattr(p, f"{name}_schedule")
+            curves = (getattr(p, f"{name}_warmup"), getattr(p, f"{name}_schedule"))
             found[name] = optimizers.warmup_then(step, plan.steps, warmup_steps, *values, *curves)
     return found

@@ -1,4 +1,4 @@
-"""Every setting once, what cannot go together, and the presets. A method is a row of settings, not a class."""
+"""Settings of pretraining, with their checks, and the presets. A method is a row of settings, not a class."""
 
 import json
 import math
@@ -26,12 +26,13 @@ from self_supervised.catalogue import (
     ViewSettings,
 )
 from self_supervised.fields import (
+    PerView,
+    WholePerView,
     check_parameter_options,
     check_types,
     choice,
     defaults,
     fraction,
-    list_of_numbers,
     non_negative,
     number,
     numbers,
@@ -41,22 +42,17 @@ from self_supervised.fields import (
     positive,
 )
 
-LARGEST_IMAGE = 2**28  # numbers; a GiB
-LARGEST_QUEUE = 2**34  # numbers, 64 GiB
-LARGEST_WIDTH = 2**17
-MOST_LAYERS = 20
-MOST_FRAMES = 1024
-MOST_VIEWS = 100
-LARGEST_CROP = 2**14
-STRONGEST = 5
+LARGEST_IMAGE = 2**28  # elements of one image or clip, 1 GiB in float32
+LARGEST_QUEUE = 2**34  # elements of the queue, 64 GiB in float32
+LARGEST_WIDTH = 2**17  # units of a layer of the heads
 COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
 LOSSES = ("ce", "bce", "ip", "sce", "vic", "barlow")
 NEED_NEGATIVES = ("ce", "sce")
 HEADS = ("projection", "prediction")
 LAST_NORMALIZATIONS = (None, "same", *NORMALIZATIONS)
-SCHEDULED = ("sce_coefficient", "sce_target_T")
+SCHEDULED = ("sce_coefficient", "sce_target_T")  # settings with a schedule of their own
 WARMUPS = ("linear", "cosine")
-PerView = float | list[float] | None
+LR_SCHEDULES = ("cosine", "linear", "steps", "constant")
 
 CUSTOM_DATA = (
     "data_path",
@@ -72,7 +68,7 @@ CUSTOM_DATA = (
     "data_seed",
     "splits_path",
     "pixel_range",
-)  # fields of the user's own images; other data sets refuse them
+)  # settings of dataset_name="folder"; other data sets refuse them
 VIDEO = (
     "num_frames",
     "clip_duration",
@@ -84,112 +80,117 @@ VIDEO = (
     "video_path_prefix",
     "evaluation_clips",
     "evaluation_crops",
-)  # fields of videos
-TRAINING_ONLY = ("clip_speeds", "clip_jitter")  # drawn at random for its views; an evaluation has neither
-VIDEO_READING = ("video_decoder", "decoding_threads")  # sce_video sets them, and a preset may be tried on images
+)  # settings of videos
+TRAINING_ONLY = ("clip_speeds", "clip_jitter")  # random choices for training clips; evaluations make none
+VIDEO_READING = ("video_decoder", "decoding_threads")  # allowed with images: the preset sce_video sets them
 
 
-# ---- what pretraining and the linear stage share ----
+# ---- Settings of both stages ----
 
 
 def class_to_idx_entries(value: Any) -> Any:
-    """{"cat": 0}, the path of a JSON file with such an object, or ["cat=0"] -> ["cat=0"], which a checkpoint can hold.
+    """Return class numbers as a list like ["cat=0", "dog=1"], which a checkpoint can hold.
+
+    Args:
+        value: such a list, a dictionary {"cat": 0}, or the path of a JSON file that holds one.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: a single string is neither an entry nor a JSON file that can be read.
     """
     value = [value] if isinstance(value, str | Path) else value
     if isinstance(value, list | tuple) and len(value) == 1 and not re.search(r"=-?\d+$", str(value[0])):
         try:
             file = Path(str(value[0])).expanduser()
-            if not file.is_file():  # a device or a pipe may never end
+            if not file.is_file():  # reading a device or a pipe may never end
                 raise OSError("it is not a regular file")
             value = json.loads(file.read_text())
-        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home of ~somebody
-            raise ValueError(f"class_to_idx={str(value[0])!r} could not be read as a file of JSON: {error}") from error
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~somebody has no home directory
+            raise ValueError(f"class_to_idx={str(value[0])!r} could not be read as a JSON file: {error}") from error
     if isinstance(value, dict):
         value = [f"{name}={number}" for name, number in value.items()]
     return plain(value)
 
 
-def is_range(value: Any) -> bool:
-    """Two finite numbers, the first below the second."""
-    numbers = isinstance(value, list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
-    return numbers and -math.inf < value[0] < value[1] < math.inf
-
-
 @frozen(kw_only=True)
 class EncoderAndDataParams:
-    """Encoder, data and seed."""
+    """Settings of encoder and data, shared by both stages."""
 
-    # encoder model selection
-    encoder_arch: str = "resnet18"  # a torchvision model, ws_resnet18...152, timm:NAME, or "module": your own
-    embedding_dim: int | None = positive(None)  # inferred; checked if given
-    encoder_weights: str | None = path()  # to start from: torchvision's name ("DEFAULT", ...), or a file
-    low_resolution_stem: bool | None = None  # 3 x 3 stem without pooling; None: for ResNets on 32 pixels or fewer
-    zero_init_residual: bool = False  # ResNets: each block begins as the identity (its last normalization at weight 0)
-    stem_variant: str = choice("standard", STEM_VARIANTS)  # of the 3 x 3 stem; others: for others' weights
-    in_channels: int | None = positive(None)  # None: the data set's
+    # encoder
+    encoder_arch: str = "resnet18"  # torchvision's name, ws_resnet18 to ws_resnet152, timm:NAME; "module": your own
+    embedding_dim: int | None = positive(None)  # width of the embeddings; None: inferred from the encoder
+    encoder_weights: str | None = path()  # weights to start from: a file, or torchvision's name such as "DEFAULT"
+    low_resolution_stem: bool | None = None  # use a 3 x 3 stem without pooling; None: for ResNets up to 32 pixels
+    zero_init_residual: bool = False  # start each residual block of a ResNet as the identity (last norm weight 0)
+    stem_variant: str = choice("standard", STEM_VARIANTS)  # variant of the 3 x 3 stem, to fit weights of other systems
+    in_channels: int | None = positive(None)  # number of input channels; None: the data set's
 
-    # data-related parameters
-    dataset_name: str = choice("stl10", DATASETS)  # data/loading.py; $DATA_PATH says where they are
-    batch_size: int = positive(256)  # of each process
-    global_batch_size: int | None = positive(None)  # instead: images of one optimizer step, over all processes
-    transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # None: the data set's
-    image_mean: list[float] | None = None  # of each channel, of values from 0 to 1; None: the data set's
-    image_std: list[float] | None = None  # likewise
-    compute_statistics: bool = False  # image_mean and image_std from the training images, where they are None
-    seed: int | None = non_negative(None, at_most=2**63 - 1)  # of every random draw; None: that of pl.seed_everything
+    # data
+    dataset_name: str = choice("stl10", DATASETS)  # data set, read from $DATA_PATH
+    batch_size: int = positive(256)  # images per process in a batch
+    global_batch_size: int | None = positive(None)  # images of all processes in an optimizer step; replaces batch_size
+    transform_crop_size: int | None = number(None, above=BLUR_RADIUS)  # side of a view in pixels; None: the data set's
+    image_mean: list[float] | None = None  # mean of each channel, for pixel values from 0 to 1; None: the data set's
+    image_std: list[float] | None = None  # standard deviation of each channel; None: the data set's
+    compute_statistics: bool = False  # compute image_mean and image_std from the training images, where they are None
+    # seed of all random choices; None: that of pl.seed_everything
+    seed: int | None = non_negative(None, at_most=2**63 - 1)
 
-    # data loader parameters
-    num_data_workers: int = non_negative(4, at_most=MOST_WORKERS)  # decode image files; packed sets need none
-    drop_last_batch: bool | None = True  # in training only; None: if it is less than half a batch, and not the only one
-    pin_data_memory: bool = True  # for faster copies to a GPU
-    data_on_device: bool | None = None  # packed sets as uint8; None: on a GPU, where they fit
-    unreadable_images: str = choice("stop", ("stop", "skip"))  # skip: train on the next one, evaluate without; count
+    # data loader
+    num_data_workers: int = non_negative(4, at_most=MOST_WORKERS)  # processes that decode files; packed sets need none
+    # drop an incomplete last batch in training; None: only if it is less than half full and not the only one
+    drop_last_batch: bool | None = True
+    pin_data_memory: bool = True  # use pinned memory, for faster copies to a GPU
+    data_on_device: bool | None = None  # keep packed sets on the device as uint8; None: on a GPU, if they fit
+    # reaction to a broken file; skip: train on the next one, leave it out of evaluations, and count it
+    unreadable_images: str = choice("stop", ("stop", "skip"))
 
-    # torch.compile of encoder, heads and, on a GPU, views
-    torch_compile: bool | str = choice(False, COMPILE_MODES)  # reduce-overhead: CUDA graphs
+    # torch.compile (reduce-overhead: CUDA graphs)
+    torch_compile: bool | str = choice(False, COMPILE_MODES)  # compile encoder and heads, and the views on a GPU
 
-    # learning rate by batch size: lr is meant for lr_batch_size images in one optimizer step
-    lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))  # None: lr is meant as it is
-    lr_batch_size: int = positive(256)  # images
+    # learning rate by batch size
+    lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))  # scaling of lr with the batch size; None: none
+    lr_batch_size: int = positive(256)  # images per optimizer step for which lr is meant, if lr_scaling is set
 
-    # images of one's own
-    data_path: str | None = path()  # a folder, or shards/train-{000..099}.tar; None: $DATA_PATH/<dataset_name>
-    image_key: str | None = None  # column of a Hugging Face set, or endings in shards: "jpg;png"; None: any image
-    label_key: str | None = None  # likewise, or entry of the .json in shards; None: label, cls
-    include_patterns: list[str] = field(factory=list)  # "*.png", "cats/*": only paths, or file names, like one of them
-    exclude_patterns: list[str] = field(factory=list)  # and like none of these: "*_mask.png", "*/thumbnails/*"
-    labels_from: str | None = choice("first_folder", ("first_folder", "last_folder", None))  # of a path; None: none
-    class_to_idx: list[str] | None = field(default=None, converter=class_to_idx_entries)  # dict, JSON file or ["cat=0"]
-    val_size: float = number(0.1, at_most=0.9)  # share of every class, where the data has no val and no test
-    test_size: float = number(0.1, at_most=0.9)  # likewise
-    data_fraction: float = number(1.0, above=0, by=1e-9, at_most=1)  # of every class of the training images
-    data_seed: int = non_negative(0, at_most=2**63 - 1)  # draws the splits and the fraction, whatever `seed` is
-    splits_path: str | None = path()  # folder of the lists train.txt, val.txt, test.txt: written once, then reused
-    # what is black and white in .npy, TIFF and other 16-bit files; None: that of their type
+    # your images
+    data_path: str | None = path()  # directory, or shards/train-{000..099}.tar; None: $DATA_PATH/<dataset_name>
+    # column of a Hugging Face set, or file extensions in shards ("jpg;png"); None: any image
+    image_key: str | None = None
+    # column of a Hugging Face set, or key of the .json files in shards; None: label or cls
+    label_key: str | None = None
+    include_patterns: list[str] = field(factory=list)  # globs ("*.png", "cats/*"): use only paths or names that match
+    exclude_patterns: list[str] = field(factory=list)  # globs ("*_mask.png"): leave out paths and names that match
+    # directory of a path that is its label; None: no labels
+    labels_from: str | None = choice("first_folder", ("first_folder", "last_folder", None))
+    # class numbers: a dictionary, a JSON file, or ["cat=0"]; None: alphabetical order
+    class_to_idx: list[str] | None = field(default=None, converter=class_to_idx_entries)
+    val_size: float = number(0.1, at_most=0.9)  # fraction of every class for validation, if the data has no such split
+    test_size: float = number(0.1, at_most=0.9)  # fraction of every class for the test, if the data has no such split
+    data_fraction: float = number(1.0, above=0, by=1e-9, at_most=1)  # fraction of every class to train on
+    data_seed: int = non_negative(0, at_most=2**63 - 1)  # seed of splits and fraction, independent of `seed`
+    splits_path: str | None = path()  # directory of train.txt, val.txt and test.txt: written once, then reused
+    # pixel values of black and white in .npy, TIFF and other 16-bit files; None: the limits of their type
     pixel_range: list[float] | None = field(default=None, converter=plain)
 
-    # video: data sets of videos only. Each view is a clip of its own
-    num_frames: int = positive(8, at_most=MOST_FRAMES)  # of a clip, evenly taken from its duration
-    clip_duration: float = positive(2.56, by=1e-3)  # seconds
-    clip_speeds: list[float] = numbers((1.0,), 0.01, 100)  # one is drawn for each clip; 2: of twice the duration
-    clip_jitter: float = number(0.0, at_most=0.99)  # of the speed, at random: 0.2 is 0.8 to 1.2 times it
-    video_decoder: str = choice("file", ("file", "frames"))  # frames: each video is a folder of image files
-    frames_per_second: float = positive(30.0, by=1e-3)  # of folders of frames; a video file knows its own
-    decoding_threads: int = positive(1, at_most=MOST_WORKERS)  # of each worker
-    video_path_prefix: str | None = path()  # of the paths in train.csv, val.csv; None: the folder train, val
-    evaluation_clips: int = positive(1, at_most=MOST_FRAMES)  # of each video, averaged; training: one for each view
-    evaluation_crops: int = positive(1, at_most=MOST_FRAMES)  # of each of them: the middle; else along the longer side
+    # videos
+    num_frames: int = positive(8, at_most=1024)  # frames of a clip, spread evenly over its duration
+    clip_duration: float = positive(2.56, by=1e-3)  # seconds of a clip; each view is a clip of its own
+    clip_speeds: list[float] = numbers((1.0,), 0.01, 100)  # playback speeds, one drawn per clip; 2: twice the duration
+    clip_jitter: float = number(0.0, at_most=0.99)  # random change of the speed; 0.2: factors 0.8 to 1.2
+    video_decoder: str = choice("file", ("file", "frames"))  # format of a video: a file, or a directory of frames
+    frames_per_second: float = positive(30.0, by=1e-3)  # frame rate of videos that are directories of frames
+    decoding_threads: int = positive(1, at_most=MOST_WORKERS)  # decoder threads per worker
+    video_path_prefix: str | None = path()  # directory before the paths in train.csv, val.csv; None: train, val
+    evaluation_clips: int = positive(1, at_most=1024)  # clips per video whose outputs evaluations average
+    # crops per evaluation clip; 1: the center, else spread along the longer side
+    evaluation_crops: int = positive(1, at_most=1024)
 
     def __attrs_post_init__(self):
         check_types(self)
         refuse(contradictions_of_data(self))
         catalogue.check_name(self.encoder_arch)
         refuse(contradictions_of_encoder(self))
-        for name in ("image_mean", "image_std"):
-            check_statistics(name, getattr(self, name), self.channels)
+        check_statistics("image_mean", self.image_mean, self.channels, lowest=0)
+        check_statistics("image_std", self.image_std, self.channels, lowest=1e-6)
 
     @property
     def dataset(self) -> DatasetInfo:
@@ -205,18 +206,18 @@ class EncoderAndDataParams:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of what an encoder gets: (C, H, W), or of clips (C, T, H, W)."""
+        """Shape of one input of the encoder: (C, H, W), or (C, T, H, W) for clips."""
         frames = (self.num_frames,) if self.dataset.of_videos else ()
         return (self.channels, *frames, self.crop_size, self.crop_size)
 
     @property
     def clips_of_a_video(self) -> int:
-        """How many an evaluation averages; 1 of images."""
+        """Number of clips per video whose outputs an evaluation averages; 1 for images."""
         return self.evaluation_clips * self.evaluation_crops
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Of each channel; gray images are repeated for an encoder of colors."""
+        """Mean of each input channel. An encoder for color images takes gray ones repeated three times."""
         return self.of_each_channel(self.image_mean or self.dataset.mean)
 
     @property
@@ -224,9 +225,11 @@ class EncoderAndDataParams:
         return self.of_each_channel(self.image_std or self.dataset.std)
 
     def of_each_channel(self, values: Sequence[float]) -> tuple[float, ...]:
-        if self.dataset.is_custom and len(values) not in (1, self.channels):  # ImageNet's, of other channels
+        """Return one number per input channel."""
+        if self.dataset.is_custom and len(values) not in (1, self.channels):  # ImageNet's do not fit other channels
             return (round(sum(values) / len(values), 3),) * self.channels
-        return tuple(values) * (3 if len(values) == 1 and self.channels == 3 else 1)
+        repeats = 3 if len(values) == 1 and self.channels == 3 else 1
+        return tuple(values) * repeats
 
     @property
     def low_resolution(self) -> bool:
@@ -235,226 +238,258 @@ class EncoderAndDataParams:
         return self.low_resolution_stem
 
 
+DATASET_DEFAULTS = defaults(EncoderAndDataParams, (*CUSTOM_DATA, *VIDEO))  # to start from with another data set
+
+
+# ---- Checks of these settings ----
+
+
 def refuse(contradictions: Iterable[tuple[bool, str]]) -> None:
-    """Raise ValueError with the first message of a list of (whether it applies, message)."""
+    """Raise ValueError with the first message that applies.
+
+    Args:
+        contradictions: pairs (whether the settings contradict each other, message with the way out).
+    """
     for applies, message in contradictions:
         if applies:
             raise ValueError(message)
 
 
-DATASET_DEFAULTS = defaults(EncoderAndDataParams, (*CUSTOM_DATA, *VIDEO))  # of data sets: another one begins with these
-
-
 def contradictions_of_data(params: EncoderAndDataParams) -> Iterator[tuple[bool, str]]:
-    """Yield (whether the settings contradict each other, how, and the way out)."""
+    """Yield the pairs that `refuse` takes."""
     p = params
     yield (
         p.val_size + p.test_size > 0.95,
-        f"val_size={p.val_size} and test_size={p.test_size} leave too little to train on: choose smaller ones",
+        f"val_size={p.val_size} and test_size={p.test_size} leave too few images for training. Choose smaller values",
     )
     yield (
         p.pixel_range is not None and not is_range(p.pixel_range),
-        f"pixel_range={p.pixel_range} must be two finite numbers: the value of black, and that of white",
+        f"pixel_range={p.pixel_range} must be two finite numbers: the values of black and of white",
     )
     parts = [entry.rpartition("=") for entry in p.class_to_idx or []]
     yield (
         not all(name and number.isdecimal() for name, _, number in parts),
-        f"class_to_idx={p.class_to_idx} must give each class a whole number: {{'cat': 0, 'dog': 1}}",
+        f"class_to_idx={p.class_to_idx} must give each class a whole number, such as {{'cat': 0, 'dog': 1}}",
     )
     for name in () if p.dataset.is_custom else CUSTOM_DATA:
         yield (
             getattr(p, name) != DATASET_DEFAULTS[name],
-            f"{name}={getattr(p, name)!r} is for data of your own, not for dataset_name={p.dataset_name!r}: leave it "
-            "out, or set dataset_name='folder'",
+            f"{name}={getattr(p, name)!r} is for your own images, not for dataset_name={p.dataset_name!r}. Remove it, "
+            "or set dataset_name='folder'",
         )
     for name in () if p.dataset.of_videos else VIDEO:
         is_set = getattr(p, name) != DATASET_DEFAULTS[name] and name not in VIDEO_READING
         yield is_set, only_for_videos(name, getattr(p, name), p.dataset_name)
 
 
+def is_range(value: Any) -> bool:
+    """Return whether this is a list of two finite numbers, the first below the second."""
+    is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(one, int | float) for one in value)
+    return is_pair and -math.inf < value[0] < value[1] < math.inf
+
+
+def only_for_videos(name: str, value: Any, dataset_name: str) -> str:
+    """Return the message about a setting of videos that is set for images."""
+    way_out = "Remove it, or set dataset_name='kinetics'"
+    return f"{name}={value!r} is for videos, not for dataset_name={dataset_name!r}. {way_out}"
+
+
 def contradictions_of_encoder(params: EncoderAndDataParams) -> list[tuple[bool, str]]:
-    """Return (whether the settings contradict each other, how, and the way out)."""
+    """Return the pairs that `refuse` takes."""
     p = params
-    catalogue.check_name(p.encoder_arch)
-    made = f"clips of num_frames={p.num_frames}" if p.dataset.of_videos else "images"
+    shape = " x ".join(map(str, p.input_shape))
     # fmt: off
     return [
         (bool(p.low_resolution_stem) and not catalogue.has_low_resolution_stem(p.encoder_arch),
-         f"low_resolution_stem=True does not fit encoder_arch={p.encoder_arch!r}: it is for torchvision's ResNets and "
-         "ws_resnets; choose one of them, or low_resolution_stem=False"),
+         f"low_resolution_stem=True does not fit encoder_arch={p.encoder_arch!r}. Only torchvision's ResNets and "
+         "ws_resnets have such a stem. Choose one of them, or set low_resolution_stem=False"),
         (p.zero_init_residual and not catalogue.is_resnet(p.encoder_arch),
-         f"zero_init_residual=True does not fit encoder_arch={p.encoder_arch!r}: it is for torchvision's ResNets and "
-         "ResNeXts and for ws_resnets; choose one of them, or zero_init_residual=False"),
+         f"zero_init_residual=True does not fit encoder_arch={p.encoder_arch!r}. It needs a ResNet or ResNeXt of "
+         "torchvision, or a ws_resnet. Choose one of them, or set zero_init_residual=False"),
         (p.encoder_weights is not None and p.encoder_arch == catalogue.OWN_MODULE,
-         f"encoder_weights={p.encoder_weights!r} is for encoders that encoder_arch names: load those of your own "
-         "module into it, and leave encoder_weights out"),
+         f"encoder_weights={p.encoder_weights!r} cannot be loaded into your own module. Load them before you pass the "
+         "module, and remove encoder_weights"),
         (math.prod(p.input_shape) > LARGEST_IMAGE,
-         f"transform_crop_size={p.crop_size} with in_channels={p.channels} makes {made} of more than {LARGEST_IMAGE} "
-         "numbers: choose smaller ones"),
+         f"transform_crop_size={p.crop_size} and in_channels={p.channels} make inputs of {shape}, which are more than "
+         f"{LARGEST_IMAGE} numbers. Choose smaller ones"),
     ]
     # fmt: on
 
 
-def only_for_videos(name: str, value: Any, dataset_name: str) -> str:
-    way_out = "leave it out, or set dataset_name='kinetics'"
-    return f"{name}={value!r} is for videos, not for dataset_name={dataset_name!r}: {way_out}"
-
-
-def check_statistics(name: str, values: Any, channels: int) -> None:
-    lowest = 1e-6 if name == "image_std" else 0
+def check_statistics(name: str, values: Any, channels: int, lowest: float) -> None:
+    """Raise ValueError unless these are None or a list of one number per channel, from `lowest` to 1."""
     if values is None:
         return
-    numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
-    if not numbers or len(values) != channels or not all(lowest <= v <= 1 for v in values):
-        wanted = f"{channels} numbers, one a channel, from {lowest:g} to 1"
-        raise ValueError(f"{name}={values!r} must be a list of {wanted}")
+    are_numbers = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
+    if not are_numbers or len(values) != channels or not all(lowest <= value <= 1 for value in values):
+        wanted = f"a list of {channels} numbers from {lowest:g} to 1, one per channel"
+        raise ValueError(f"{name}={values!r} must be {wanted}")
 
 
-# ---- pretraining ----
+# ---- Settings of pretraining ----
 
 
 @frozen(kw_only=True)
 class ModelParams(EncoderAndDataParams):
     """Settings of SelfSupervisedMethod. The defaults are MoCo v2."""
 
-    # batch statistics of the keys
-    shuffle_batch_norm: bool = False  # keys share batch statistics with other images than their queries do
-    n_virtual_devices: int = positive(8)  # for shuffle_batch_norm on one process: parts of the shuffled keys' batch
+    # shuffled batch norm
+    shuffle_batch_norm: bool = False  # compute batch statistics of keys over other images than those of queries
+    n_virtual_devices: int = positive(8)  # number of parts in which a single process encodes shuffled keys
 
-    # MoCo parameters
-    K: int = non_negative(65536)  # number of examples in queue
+    # MoCo
+    K: int = non_negative(65536)  # number of keys in the queue
     dim: int = positive(128, at_most=LARGEST_WIDTH)  # width of the projections
-    m: float = fraction(0.996)  # share of itself that the lagging model keeps in a step
-    T: float = positive(0.2, by=1e-4)  # temperature
+    m: float = fraction(0.996)  # fraction of itself that the lagging model keeps at each step
+    T: float = positive(0.2, by=1e-4)  # temperature of the softmax over similarities
 
-    # eqco parameters
-    eqco_alpha: float = positive(65536)  # as many negatives as the loss behaves like
-    use_eqco_margin: bool = False  # the margin that eqco_alpha makes
-    use_negative_examples_from_batch: bool = False  # the other images' keys
-    use_negative_examples_from_same_view: bool = False  # the other images' queries, as in SimCLR
+    # EqCo and negatives
+    eqco_alpha: float = positive(65536)  # number of negatives that the loss emulates, if use_eqco_margin is set
+    use_eqco_margin: bool = False  # add EqCo's margin to the logits of the negatives
+    use_negative_examples_from_batch: bool = False  # use the keys of other images in the batch as negatives
+    use_negative_examples_from_same_view: bool = False  # use the queries of other images as negatives, as in SimCLR
 
-    # Change these to make more like BYOL
-    use_momentum_schedule: bool = False  # m rises to 1 along half a cosine
-    loss_constant_factor: float = positive(1, at_most=1e6)  # the loss is multiplied by it
-    loss_type: str = choice("ce", LOSSES)  # ce: InfoNCE, ip: BYOL, vic: VICReg; losses.py
-    use_negative_examples_from_queue: bool = True  # keys of earlier batches
-    use_both_augmentations_as_queries: bool = False  # the loss in both directions
-    stop_gradient_of_keys: bool = False  # for SimSiam; keys of a lagging model have no gradient anyway
+    # BYOL and the loss
+    use_momentum_schedule: bool = False  # raise m to 1 along half a cosine
+    loss_constant_factor: float = positive(1, at_most=1e6)  # factor by which the loss is multiplied
+    loss_type: str = choice("ce", LOSSES)  # loss of a pair of views; ce: InfoNCE, ip: BYOL's, vic: VICReg's
+    use_negative_examples_from_queue: bool = True  # use the keys of earlier batches as negatives
+    use_both_augmentations_as_queries: bool = False  # compute the loss in both directions
+    stop_gradient_of_keys: bool = False  # detach keys, as in SimSiam; those of a lagging model always are
 
-    # Change these to make more like VICReg
-    use_vicreg_loss: bool = False  # another way to say loss_type="vic"
-    use_lagging_model: bool = True  # keys come from a slow copy of the network
-    use_unit_sphere_projection: bool = True  # projections have length 1
-    invariance_loss_weight: float = non_negative(25.0, at_most=1e6)  # VICReg's lambda
-    variance_loss_weight: float = non_negative(25.0, at_most=1e6)  # VICReg's mu
-    covariance_loss_weight: float = non_negative(1.0, at_most=1e6)  # VICReg's nu
-    variance_loss_epsilon: float = positive(1e-4)  # within the root of the variance
-    redundancy_loss_weight: float = non_negative(0.0051, at_most=1e6)  # Barlow Twins' lambda
+    # VICReg and Barlow Twins
+    use_vicreg_loss: bool = False  # the same as loss_type="vic"
+    use_lagging_model: bool = True  # compute keys with a lagging model, the moving average of the network
+    use_unit_sphere_projection: bool = True  # scale projections to length 1
+    invariance_loss_weight: float = non_negative(25.0, at_most=1e6)  # weight of VICReg's invariance term, lambda
+    variance_loss_weight: float = non_negative(25.0, at_most=1e6)  # weight of VICReg's variance term, mu
+    covariance_loss_weight: float = non_negative(1.0, at_most=1e6)  # weight of VICReg's covariance term, nu
+    variance_loss_epsilon: float = positive(1e-4)  # constant added to VICReg's variance before the square root
+    redundancy_loss_weight: float = non_negative(0.0051, at_most=1e6)  # weight of Barlow Twins' redundancy, lambda
 
-    # several processes
-    gather_keys_for_queue: bool | None = None  # into every queue; None: where there are several
+    # multiple processes
+    gather_keys_for_queue: bool | None = None  # push the keys of all processes into every queue; None: as True
 
     # evaluation during training
-    evaluations: list[str] = field(factory=lambda: list(EVALUATIONS))  # [] for none
-    evaluate_every_n_epochs: int = positive(1)  # the other epochs are not evaluated
-    probe_solver: str = choice("sklearn", PROBE_SOLVERS)  # of linear_probe; torch: on the features' device
-    online_classifier: bool = False  # a linear one, trained beside the method on the batches' labels (-1: none)
-    n_classes: int | None = positive(None)  # of the online classifier; None: the data set's
-    online_classifier_lr: float = positive(0.1, at_most=1000)  # follows lr_schedule; momentum as all, no decay
-    probe_on_training_set: bool = False  # fit on the labeled training set instead of half of the validation set
+    evaluations: list[str] = field(factory=lambda: list(EVALUATIONS))  # validation metrics; [] for none
+    evaluate_every_n_epochs: int = positive(1)  # epochs from one evaluation to the next
+    probe_solver: str = choice("sklearn", PROBE_SOLVERS)  # solver of linear_probe; torch: on the features' device
+    online_classifier: bool = False  # train a linear classifier alongside, on the labels of the batches (-1: no label)
+    n_classes: int | None = positive(None)  # number of classes of the online classifier; None: the data set's
+    # peak learning rate of the online classifier, which has no weight decay
+    online_classifier_lr: float = positive(0.1, at_most=1000)
+    probe_on_training_set: bool = False  # fit probes on the labeled training set, not on half of the validation set
 
-    # sce parameters
-    sce_coefficient: float = fraction(0.5)  # fraction of the target on the own key. 1: InfoNCE, 0: ReSSL
-    sce_target_T: float = positive(0.05, by=1e-4)  # sharper than T
+    # SCE
+    sce_coefficient: float = fraction(0.5)  # weight of the own key in the target; 1: InfoNCE, 0: ReSSL
+    sce_target_T: float = positive(0.05, by=1e-4)  # temperature of the target; lower than T
 
-    # sce: the coefficient's schedule, in optimizer steps of the Trainer
-    sce_coefficient_warmup_epochs: float = non_negative(0)  # in which it goes from its start to sce_coefficient
-    sce_coefficient_warmup_start: float = fraction(1.0)  # as if it were InfoNCE
-    sce_coefficient_warmup: str = choice("linear", WARMUPS)  # how it goes there
-    sce_coefficient_schedule: str = choice("constant", CURVES)  # after the warm-up
-    sce_coefficient_final: float = fraction(0.0)  # linear, cosine: what it goes to, reached at the end
+    # SCE: schedule of the coefficient
+    sce_coefficient_warmup_epochs: float = non_negative(0)  # epochs of the warm-up to sce_coefficient
+    sce_coefficient_warmup_start: float = fraction(1.0)  # coefficient at the start of its warm-up; 1: InfoNCE
+    sce_coefficient_warmup: str = choice("linear", WARMUPS)  # shape of the coefficient's warm-up
+    sce_coefficient_schedule: str = choice("constant", CURVES)  # shape of the coefficient after its warm-up
+    sce_coefficient_final: float = fraction(0.0)  # coefficient at the end of a linear or cosine schedule
 
-    # sce: the target temperature's schedule, likewise
-    sce_target_T_warmup_epochs: float = non_negative(0)  # in which it goes from its start to sce_target_T
-    sce_target_T_warmup_start: float | None = positive(None, by=1e-4)  # to be set where there is a warm-up
-    sce_target_T_warmup: str = choice("cosine", WARMUPS)  # how it goes there
-    sce_target_T_schedule: str = choice("constant", CURVES)  # after the warm-up
-    sce_target_T_final: float | None = positive(None, by=1e-4)  # linear, cosine: what it goes to, reached at the end
+    # SCE: schedule of the target temperature
+    sce_target_T_warmup_epochs: float = non_negative(0)  # epochs of the warm-up to sce_target_T
+    sce_target_T_warmup_start: float | None = positive(None, by=1e-4)  # target temperature at the start of its warm-up
+    sce_target_T_warmup: str = choice("cosine", WARMUPS)  # shape of the target temperature's warm-up
+    sce_target_T_schedule: str = choice("constant", CURVES)  # shape of the target temperature after its warm-up
+    # target temperature at the end of a linear or cosine schedule
+    sce_target_T_final: float | None = positive(None, by=1e-4)
 
-    # MLP parameters
-    projection_mlp_layers: int = non_negative(2, at_most=MOST_LAYERS)  # 0: none
-    prediction_mlp_layers: int = non_negative(0, at_most=MOST_LAYERS)  # 0: none; 2 in BYOL
-    mlp_hidden_dim: int = positive(512, at_most=LARGEST_WIDTH)  # of both
-    projection_mlp_hidden_dims: list[int] = list_of_numbers(1, LARGEST_WIDTH)  # one a hidden layer; []: mlp_hidden_dim
-    prediction_mlp_hidden_dims: list[int] = list_of_numbers(1, LARGEST_WIDTH)  # likewise
-    mlp_normalization: str | None = choice(None, (None, *NORMALIZATIONS))  # of hidden layers
-    prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))  # of hidden layers
-    use_mlp_weight_standardization: bool = False  # of their linear layers
-    mlp_bias: bool = True  # of the linear layers before hidden ones, of both; a normalization makes it superfluous
+    # heads
+    projection_mlp_layers: int = non_negative(2, at_most=20)  # number of layers of the projection head; 0: no head
+    prediction_mlp_layers: int = non_negative(0, at_most=20)  # number of layers of the prediction head; 0: no head
+    mlp_hidden_dim: int = positive(512, at_most=LARGEST_WIDTH)  # width of the hidden layers of both heads
+    # width of each hidden layer of the projection head; []: mlp_hidden_dim
+    projection_mlp_hidden_dims: list[int] = numbers((), 1, LARGEST_WIDTH)
+    # width of each hidden layer of the prediction head; []: mlp_hidden_dim
+    prediction_mlp_hidden_dims: list[int] = numbers((), 1, LARGEST_WIDTH)
+    # normalization after the hidden layers of both heads
+    mlp_normalization: str | None = choice(None, (None, *NORMALIZATIONS))
+    # normalization after the hidden layers of the prediction head; same: mlp_normalization
+    prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))
+    use_mlp_weight_standardization: bool = False  # standardize the weights of both heads' linear layers
+    mlp_bias: bool = True  # give both heads' hidden layers biases; after a normalization they have no effect
 
-    # the last layer of each MLP
-    projection_mlp_last_bias: bool = True  # of the linear layer
-    prediction_mlp_last_bias: bool = True  # likewise
-    projection_mlp_last_normalization: str | None = choice(None, LAST_NORMALIZATIONS)  # same: as hidden layers
-    prediction_mlp_last_normalization: str | None = choice(None, LAST_NORMALIZATIONS)  # likewise
-    mlp_last_affine: bool = True  # whether these two normalizations have weights and biases
+    # last layer of each head
+    projection_mlp_last_bias: bool = True  # give the projection head's last linear layer a bias
+    prediction_mlp_last_bias: bool = True  # give the prediction head's last linear layer a bias
+    # normalization after the projection head; same: as after its hidden layers
+    projection_mlp_last_normalization: str | None = choice(None, LAST_NORMALIZATIONS)
+    # normalization after the prediction head; same: as after its hidden layers
+    prediction_mlp_last_normalization: str | None = choice(None, LAST_NORMALIZATIONS)
+    mlp_last_affine: bool = True  # give the normalizations after both heads weights and biases
 
-    # how many views
-    n_large_views: int = number(2, at_least=2, at_most=MOST_VIEWS)  # of each image; keys are of large views only
-    n_small_views: int = number(0, at_most=MOST_VIEWS)  # of each image; queries for the keys of all large views
-    transform_small_crop_size: PerView = per_view(None, BLUR_RADIUS + 1, LARGEST_CROP, whole=True)  # None: 3/7 of large
-    transform_small_crop_scale_min: PerView = per_view(0.05)  # smallest share of the image's area
-    transform_small_crop_scale_max: PerView = per_view(0.14)  # largest share of the image's area
+    # number of views
+    n_large_views: int = number(2, at_least=2, at_most=100)  # large views per image; only large views have keys
+    n_small_views: int = number(0, at_most=100)  # small views per image: queries for the keys of all large views
+    # side of small views in pixels; None: 3/7 of large views
+    transform_small_crop_size: WholePerView = per_view(None, BLUR_RADIUS + 1, math.inf)
+    transform_small_crop_scale_min: PerView = per_view(0.05)  # smallest area of small views (fraction of the image)
+    transform_small_crop_scale_max: PerView = per_view(0.14)  # largest area of small views (fraction of the image)
 
-    # how each view is made: PerView; None: the data set's
-    transform_crop_scale_min: PerView = per_view(None)  # smallest share of the image's area; of large views
-    transform_crop_scale_max: PerView = per_view(None)  # largest share of the image's area; of large views
-    transform_crop_ratio_min: PerView = per_view(None, 0.01, 100)  # narrowest crop, width / height
-    transform_crop_ratio_max: PerView = per_view(None, 0.01, 100)  # widest crop, width / height
-    transform_s: PerView = per_view(0.5, 0, STRONGEST)  # strength of the color jitter
-    transform_brightness: PerView = per_view(None, 0, STRONGEST)  # 0.4: factors 0.6 to 1.4; None: 0.8 transform_s
-    transform_contrast: PerView = per_view(None, 0, STRONGEST)  # by factors, as brightness; None: 0.8 transform_s
-    transform_saturation: PerView = per_view(None, 0, STRONGEST)  # by factors, as brightness; None: 0.8 transform_s
-    transform_hue: PerView = per_view(None, 0, 0.5)  # share of the color wheel, both ways; None: 0.2 transform_s
-    transform_jitter_probability: PerView = per_view(None)  # of brightness, contrast, saturation and hue together
-    transform_grayscale_probability: PerView = per_view(None)  # of losing the colors
-    transform_apply_blur: bool = True  # False: no blur, whatever its probability
-    transform_blur_probability: PerView = per_view(None)  # of a Gaussian blur
-    transform_blur_sigma_min: PerView = per_view(None, 0.01, BLUR_RADIUS / 2)  # pixels
-    transform_blur_sigma_max: PerView = per_view(None, 0.01, BLUR_RADIUS / 2)  # pixels; the kernel has 13
-    transform_solarize_probability: PerView = per_view(None)  # of inverting bright values
-    transform_solarize_threshold: PerView = per_view(None)  # from which on they are inverted; white is 1
-    transform_flip_probability: PerView = per_view(None)  # of mirroring
-    transform_time_difference_probability: PerView = per_view(None)  # of clips: what changes, instead of colors
+    # augmentation of each view
+    transform_crop_scale_min: PerView = per_view(None)  # smallest area of large views (fraction); None: the data set's
+    transform_crop_scale_max: PerView = per_view(None)  # largest area of large views (fraction); None: the data set's
+    # width / height of the narrowest crop; None: the data set's
+    transform_crop_ratio_min: PerView = per_view(None, 0.01, 100)
+    # width / height of the widest crop; None: the data set's
+    transform_crop_ratio_max: PerView = per_view(None, 0.01, 100)
+    transform_s: PerView = per_view(0.5, 0, 5)  # strength of the color jitter
+    transform_brightness: PerView = per_view(None, 0, 5)  # brightness factors of 1 ± value; None: 0.8 transform_s
+    transform_contrast: PerView = per_view(None, 0, 5)  # contrast factors of 1 ± value; None: 0.8 transform_s
+    transform_saturation: PerView = per_view(None, 0, 5)  # saturation factors of 1 ± value; None: 0.8 transform_s
+    # largest turn of the color wheel in either direction (fraction); None: 0.2 transform_s
+    transform_hue: PerView = per_view(None, 0, 0.5)
+    transform_jitter_probability: PerView = per_view(None)  # probability of the color jitter; None: the data set's
+    transform_grayscale_probability: PerView = per_view(None)  # probability of gray views; None: the data set's
+    transform_apply_blur: bool = True  # whether views are blurred at all
+    transform_blur_probability: PerView = per_view(None)  # probability of a Gaussian blur; None: the data set's
+    # smallest standard deviation of the blur in pixels; None: the data set's
+    transform_blur_sigma_min: PerView = per_view(None, 0.01, BLUR_RADIUS / 2)
+    # largest standard deviation of the blur in pixels (its kernel has 13); None: the data set's
+    transform_blur_sigma_max: PerView = per_view(None, 0.01, BLUR_RADIUS / 2)
+    # probability of inverting bright pixels (solarization); None: the data set's
+    transform_solarize_probability: PerView = per_view(None)
+    # pixel value from which pixels are inverted (white is 1); None: the data set's
+    transform_solarize_threshold: PerView = per_view(None)
+    transform_flip_probability: PerView = per_view(None)  # probability of a horizontal flip; None: the data set's
+    # clips only: probability of replacing the frames by differences between frames; None: the data set's
+    transform_time_difference_probability: PerView = per_view(None)
 
-    # optimization parameters
-    optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw", "adam"))  # lars: for large batches
-    lr: float = positive(0.5, at_most=1000)  # learning rate: the highest, after the warm-up
-    momentum: float = fraction(0.9)  # of sgd and lars
-    weight_decay: float = non_negative(1e-4, at_most=1000)  # not of parameters that are excluded below
-    max_epochs: int = positive(320)  # for the programs that make the Trainer; schedules follow the Trainer
+    # optimizer
+    optimizer_name: str = choice("sgd", ("sgd", "lars", "adamw", "adam"))  # optimizer; lars: for large batches
+    lr: float = positive(0.5, at_most=1000)  # peak learning rate, reached after the warm-up
+    momentum: float = fraction(0.9)  # momentum of sgd and lars
+    weight_decay: float = non_negative(1e-4, at_most=1000)  # weight decay; not applied to excluded parameters
+    max_epochs: int = positive(320)  # epochs, for the programs that create the Trainer; schedules follow the Trainer
     lars_eta: float = positive(1e-3, at_most=1000)  # trust coefficient of lars
-    grad_clip_lars: bool = False  # lars: no parameter's rate above lr
-    exclude_matching_parameters_from_lars: list[str] = field(factory=list)  # [".bias", ".bn"]: every bias and norm
+    grad_clip_lars: bool = False  # lars: limit each parameter's learning rate to lr
+    # parts of the names of parameters without weight decay and adaptation by lars; [".bias", ".bn"]: biases and norms
+    exclude_matching_parameters_from_lars: list[str] = field(factory=list)
 
-    # schedules, in optimizer steps of the Trainer
-    lr_schedule: str = choice("cosine", ("cosine", "linear", "steps", "constant"))  # after the warm-up
-    final_lr_schedule_value: float = non_negative(0.0, at_most=1000)  # a learning rate; steps: the lowest
-    lr_decay_steps: list[float] = list_of_numbers()  # steps: epochs from the beginning, as [60, 80]
-    lr_decay_factor: float = positive(0.1, at_most=1)  # steps: of the rate, at each of them
-    warmup_epochs: float | None = non_negative(None)  # None: lars_warmup_epochs, else 0
-    lars_warmup_epochs: float = non_negative(1)  # with lars, where warmup_epochs is None
-    warmup_start_lr: float = non_negative(0.0, at_most=1000)  # the warm-up's line rises from here
-    final_weight_decay: float | None = non_negative(None, at_most=1000)  # None: constant; else along half a cosine
+    # schedules
+    lr_schedule: str = choice("cosine", LR_SCHEDULES)  # shape of the learning rate after the warm-up
+    final_lr_schedule_value: float = non_negative(0.0, at_most=1000)  # learning rate at the end; steps: lower bound
+    lr_decay_steps: list[float] = numbers()  # steps: epochs at which the learning rate decays, such as [60, 80]
+    lr_decay_factor: float = positive(0.1, at_most=1)  # steps: factor of the learning rate at each of lr_decay_steps
+    warmup_epochs: float | None = non_negative(None)  # epochs of warm-up; None: lars_warmup_epochs with lars, else 0
+    lars_warmup_epochs: float = non_negative(1)  # epochs of warm-up with lars, if warmup_epochs is None
+    warmup_start_lr: float = non_negative(0.0, at_most=1000)  # learning rate at which the warm-up starts
+    # weight decay at the end, reached along half a cosine; None: constant
+    final_weight_decay: float | None = non_negative(None, at_most=1000)
 
-    # single parameters
-    layer_decay: float = positive(1.0, at_most=1)  # stages of the encoder: each has the next one's rate times this
-    # [{"pattern": "projection", "lr_mult": 10}, ...]: by regular expression of the name; parameter_groups.py
+    # options of single parameters
+    layer_decay: float = positive(1.0, at_most=1)  # learning rate of each encoder stage, relative to the next stage's
+    # options of parameters whose name matches a regular expression: [{"pattern": "projection", "lr_mult": 10}, ...]
     parameter_options: list[dict[str, Any]] = field(factory=list, converter=plain, validator=check_parameter_options)
 
     def __attrs_post_init__(self):
         super().__attrs_post_init__()
-        if self.use_vicreg_loss and self.loss_type == "ce":  # the default, hence nobody's wish
+        if self.use_vicreg_loss and self.loss_type == "ce":  # "ce" is the default, which nobody has chosen
             object.__setattr__(self, "loss_type", "vic")
         refuse(contradictions_of_method(self))
         refuse(contradictions_of_heads(self))
@@ -462,7 +497,7 @@ class ModelParams(EncoderAndDataParams):
         refuse(contradictions_of_optimizer(self))
         refuse(contradictions_of_sce(self))
         refuse(contradictions_of_views(self))
-        _ = self.views  # refuses lists of the wrong length
+        _ = self.views  # raises if a list has the wrong length
 
     @property
     def is_evaluated(self) -> bool:
@@ -472,10 +507,10 @@ class ModelParams(EncoderAndDataParams):
     def pairs(self) -> list[tuple[int, int]]:
         """(query view, key view) of every term of the loss.
 
-        Of large views every ordered pair with use_both_augmentations_as_queries, else the first view with each other.
-        A small view is a query for the key of every large view, and never a key itself (SwAV's multi-crop,
-        https://arxiv.org/abs/2006.09882, section 3.2). `vic` and `barlow` compare the batches of z of the same pairs,
-        as VICRegL does (https://arxiv.org/abs/2210.01571).
+        With use_both_augmentations_as_queries these are all ordered pairs of large views, otherwise the first view
+        with each of the others. A small view is a query for the key of every large view, and never a key (SwAV's
+        multi-crop, https://arxiv.org/abs/2006.09882, section 3.2). `vic` and `barlow` compare the batches of z of the
+        same pairs, as VICRegL does (https://arxiv.org/abs/2210.01571).
         """
         large, small = range(self.n_large_views), range(self.n_large_views, self.n_views)
         queries = large if self.use_both_augmentations_as_queries else large[:1]
@@ -483,8 +518,11 @@ class ModelParams(EncoderAndDataParams):
 
     @property
     def loss_factor(self) -> float:
-        """Of the mean over pairs. With two views the loss is the sum over pairs times loss_constant_factor, as in BYOL
-        and SimCLR; more views do not change its size (as in SwAV and DINO), so that the same lr fits."""
+        """Factor by which the mean over pairs is multiplied.
+
+        With two views the loss is the sum over pairs times loss_constant_factor, as in BYOL and SimCLR. More views do
+        not change its size (as in SwAV and DINO), so that the same lr fits.
+        """
         return (2 if self.use_both_augmentations_as_queries else 1) * self.loss_constant_factor
 
     @property
@@ -493,16 +531,17 @@ class ModelParams(EncoderAndDataParams):
 
     @property
     def views(self) -> list[ViewSettings]:
-        """One row of settings a view: the data set's, changed by the transform_... fields.
+        """Settings of each view: the data set's, changed by the transform_... fields.
 
         Raises:
-            ValueError: a list has too few or too many values, or a smallest value is above the largest.
+            ValueError: a list has too few or too many values, or a lower limit is above the upper one.
         """
         return [view_of(self, i) for i in range(self.n_views)]
 
     def head(self, name: str) -> dict[str, Any]:
-        """Of "projection" or "prediction": the arguments of heads.MLP, beside the widths of its input and output."""
-        n_layers, normalization = getattr(self, f"{name}_mlp_layers"), self.mlp_normalization
+        """Return the arguments of `heads.MLP` for the "projection" or "prediction" head, except input and output."""
+        n_layers = getattr(self, f"{name}_mlp_layers")
+        normalization = self.mlp_normalization
         if name == "prediction" and self.prediction_mlp_normalization != "same":
             normalization = self.prediction_mlp_normalization
         last = getattr(self, f"{name}_mlp_last_normalization")
@@ -518,29 +557,32 @@ class ModelParams(EncoderAndDataParams):
         }
 
 
+# ---- Checks of method and heads ----
+
+
 def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return (whether the settings contradict each other, how, and the way out)."""
+    """Return the pairs that `refuse` takes."""
     p = params
     negatives = p.use_negative_examples_from_batch or p.use_negative_examples_from_queue
     one_network = not p.use_lagging_model and p.prediction_mlp_layers == 0
     unknown = sorted(set(p.evaluations) - set(EVALUATIONS))
     time_difference = "transform_time_difference_probability"
-    of_preset = SCEVideoParams.keywords[time_difference]  # which may be tried on images
+    of_preset = SCEVideoParams.keywords[time_difference]  # allowed with images: the preset may be tried on them
     # fmt: off
     return [
         (p.use_vicreg_loss and p.loss_type != "vic",
-         f"use_vicreg_loss=True contradicts loss_type={p.loss_type!r}: set only one of them"),
+         f"use_vicreg_loss=True contradicts loss_type={p.loss_type!r}. Set only one of them"),
         (p.loss_type in NEED_NEGATIVES and not negatives,
-         f"loss_type={p.loss_type!r} compares an image with negatives and has none: set "
+         f"loss_type={p.loss_type!r} needs negatives, but there are none. Set "
          "use_negative_examples_from_queue=True or use_negative_examples_from_batch=True"),
         (p.use_negative_examples_from_same_view and not one_network,
-         "use_negative_examples_from_same_view=True needs queries and keys of one network: set "
-         f"use_lagging_model=False (is {p.use_lagging_model}), "
+         "use_negative_examples_from_same_view=True needs queries and keys of one network. Set "
+         f"use_lagging_model=False (is {p.use_lagging_model}) and "
          f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers})"),
         (p.shuffle_batch_norm and not p.use_lagging_model,
-         "shuffle_batch_norm=True shuffles the images of the lagging model: set use_lagging_model=True"),
+         "shuffle_batch_norm=True needs a lagging model, whose images it shuffles. Set use_lagging_model=True"),
         (p.use_eqco_margin and p.loss_type != "ce",
-         f"use_eqco_margin=True is a part of loss_type='ce', not of {p.loss_type!r}: set one or the other"),
+         f"use_eqco_margin=True is for loss_type='ce', not for {p.loss_type!r}. Change one of them"),
         (not p.dataset.of_videos and p.transform_time_difference_probability not in (None, 0, of_preset),
          only_for_videos(time_difference, p.transform_time_difference_probability, p.dataset_name)),
         (bool(unknown), f"evaluations={unknown} unknown: choose from {', '.join(EVALUATIONS)}"),
@@ -548,102 +590,66 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
     # fmt: on
 
 
+def contradictions_of_heads(params: ModelParams) -> list[tuple[bool, str]]:
+    """Return the pairs that `refuse` takes."""
+    found = []
+    for name in HEADS:
+        n_layers = getattr(params, f"{name}_mlp_layers")
+        n_hidden = max(0, n_layers - 1)
+        widths = getattr(params, f"{name}_mlp_hidden_dims")
+        message = (
+            f"{name}_mlp_hidden_dims={widths} has {len(widths)} widths, but {name}_mlp_layers={n_layers} has "
+            f"{n_hidden} hidden layers. Pass one width for each of them, or none"
+        )
+        found.append((len(widths) not in (0, n_hidden), message))
+    return found
+
+
 def contradictions_of_numbers(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return the same for numbers that do not fit together."""
+    """Return the pairs that `refuse` takes, about sizes of batch, queue and layers."""
     p = params
     which = "batch_size" if p.global_batch_size is None else "global_batch_size"
     one_image = getattr(p, which) == 1
     size = f"{which}={getattr(p, which)}"
-    in_batch = p.use_negative_examples_from_batch and not p.use_negative_examples_from_queue
+    batch_alone = p.use_negative_examples_from_batch and not p.use_negative_examples_from_queue
     layers = normalized_layers(p)
     ungrouped = [f"{field}={width}" for kind, width, field in layers if kind == "gn" and width % GROUPS]
-    of_one = any(kind == "bn" or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)
+    of_batch = any(kind == "bn" or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)
     # fmt: off
     return [
         (p.use_negative_examples_from_queue and p.K == 0,
-         "K=0 is no queue: choose K above 0, or use_negative_examples_from_queue=False"),
+         "K=0 makes an empty queue. Choose K above 0, or use_negative_examples_from_queue=False"),
         (p.use_negative_examples_from_queue and p.K * p.dim > LARGEST_QUEUE,
-         f"K={p.K} keys of dim={p.dim} are a queue of more than {LARGEST_QUEUE} numbers: choose fewer"),
+         f"K={p.K} keys of dim={p.dim} make a queue of more than {LARGEST_QUEUE} numbers. Choose fewer"),
         (bool(ungrouped),
-         f"{', '.join(ungrouped[:1])} does not fit group norm: choose a multiple of {GROUPS}"),
-        (one_image and (in_batch or p.loss_type in ("vic", "barlow")),
-         f"{size} leaves loss_type={p.loss_type!r} nothing to compare with: choose a larger one, or a queue"),
-        (one_image and of_one,
-         f"{size} leaves mlp_normalization={p.mlp_normalization!r}, "
-         f"prediction_mlp_normalization={p.prediction_mlp_normalization!r} no mean to take: choose a larger one"),
+         f"{', '.join(ungrouped[:1])} does not fit group norm. Choose a multiple of {GROUPS}"),
+        (one_image and (batch_alone or p.loss_type in ("vic", "barlow")),
+         f"{size} gives loss_type={p.loss_type!r} no other image to compare with. Choose a larger batch, or a queue"),
+        (one_image and of_batch,
+         f"{size} is too small for mlp_normalization={p.mlp_normalization!r}, "
+         f"prediction_mlp_normalization={p.prediction_mlp_normalization!r}: a single image has no statistics. Choose a "
+         "larger batch"),
     ]
     # fmt: on
 
 
-def contradictions_of_views(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return (whether the settings contradict each other, how, and the way out)."""
-    small = [a.name for a in fields(ModelParams) if a.name.startswith("transform_small_")]
-    changed = [name for name in small if getattr(params, name) != fields_dict(ModelParams)[name].default]
-    without = bool(changed) and params.n_small_views == 0
-    return [
-        (without, f"{', '.join(changed)} set, but there are no small views: set n_small_views above 0, or leave it out")
-    ]
-
-
-def view_of(params: ModelParams, i: int) -> ViewSettings:
-    """Row i. Every field of View has fields in ModelParams: one of its name, or for an interval two."""
-    size = params.crop_size if i < params.n_large_views else small_crop_size(params.crop_size)
-    s = number_of_view(params, "transform_s", i)
-    strengths = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": 0.8 * s, "hue": 0.2 * s}
-    view = evolve(params.dataset.view, crop_size=size, **strengths)
-    found = {field.name: setting(params, field.name, getattr(view, field.name), i) for field in fields(ViewSettings)}
-    if found["crop_size"] > params.crop_size:
-        small = f"transform_small_crop_size={found['crop_size']}"
-        raise ValueError(f"{small} is above transform_crop_size={params.crop_size}: choose a smaller one")
-    return evolve(view, **found if params.transform_apply_blur else {**found, "blur_probability": 0.0})
-
-
-def small_crop_size(crop_size: int) -> int:
-    """96 for 224, as in SwAV; multiples of 8."""
-    return min(crop_size, max(8, 8 * round(crop_size * 3 / 7 / 8)))
-
-
-def setting(params: ModelParams, name: str, default: float | tuple[float, float], i: int) -> float | tuple:
-    """What View's field `name` is for view i: a number, or an interval."""
-    is_small_crop = name in ("crop_size", "crop_scale") and i >= params.n_large_views
-    field = f"transform_{'small_' * is_small_crop}{name}"
-    if not isinstance(default, tuple):
-        value = number_of_view(params, field, i)
-        return default if value is None else value
-    ends = [number_of_view(params, f"{field}_{end}", i) for end in ("min", "max")]
-    low, high = (of_data if given is None else given for given, of_data in zip(ends, default, strict=True))
-    if low > high:
-        raise ValueError(f"{field}_min={low} is above {field}_max={high} in view {i}: lower the one or raise the other")
-    return low, high
-
-
-def number_of_view(params: ModelParams, field: str, i: int) -> float | None:
-    value, fewest, most = getattr(params, field), params.n_large_views, params.n_views
-    if field.startswith("transform_small"):
-        i, fewest, most = i - fewest, 1, params.n_small_views
-    elif field.startswith("transform_crop_scale"):
-        most = fewest
-    if isinstance(value, list | tuple):
-        if not fewest <= len(value) <= most:
-            at_least = f", and at least {fewest} are needed" if fewest < most else ""
-            raise ValueError(f"{field}={value} has {len(value)} values for {most} views{at_least}")
-        value = value[min(i, len(value) - 1)]
-    return None if value is None else abs(value)  # -0.0 is no width of an interval
-
-
-def contradictions_of_heads(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return (whether the settings contradict each other, how, and the way out)."""
+def normalized_layers(params: ModelParams) -> list[tuple[str, int, str]]:
+    """Return (normalization, width, name of the field that sets the width) of all normalized layers of both heads."""
     found = []
     for name in HEADS:
-        field, n_layers = f"{name}_mlp_hidden_dims", getattr(params, f"{name}_mlp_layers")
-        widths, hidden = getattr(params, field), max(0, n_layers - 1)
-        message = f"{field}={widths} are {len(widths)} widths, and {name}_mlp_layers={n_layers} has {hidden} hidden "
-        found.append((len(widths) not in (0, hidden), f"{message}layers: give one width for each of them, or none"))
-    return found
+        head = params.head(name)
+        field = f"{name}_mlp_hidden_dims"
+        field = field if getattr(params, field) else "mlp_hidden_dim"
+        found += [(head["normalization"], width, field) for width in head["hidden_dim"]]
+        found += [(head["last_normalization"], params.dim, "dim")]
+    return [layer for layer in found if layer[0] is not None]
+
+
+# ---- Checks of optimizer and schedules ----
 
 
 def contradictions_of_optimizer(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return (whether the settings contradict each other, how, and the way out)."""
+    """Return the pairs that `refuse` takes."""
     p = params
     decay = max(p.weight_decay, p.final_weight_decay or 0.0)
     named = "weight_decay" if decay == p.weight_decay else "final_weight_decay"
@@ -651,70 +657,126 @@ def contradictions_of_optimizer(params: ModelParams) -> list[tuple[bool, str]]:
     # fmt: off
     return [
         (p.optimizer_name != "lars" and p.lr_scaling is None and p.lr * decay > 2,
-         f"lr={p.lr} times {named}={decay} is above 2, so that every step would enlarge the weights: "
-         f"choose a smaller {named}"),
+         f"lr={p.lr} times {named}={decay} is above 2, so every step would enlarge the weights. "
+         f"Choose a smaller {named}"),
         (p.lr_schedule == "steps" and not p.lr_decay_steps,
-         "lr_schedule='steps' needs the epochs of the steps: set lr_decay_steps, for example "
+         "lr_schedule='steps' needs the epochs of the steps. Set lr_decay_steps, for example "
          f"[{0.6 * p.max_epochs:.4g}, {0.8 * p.max_epochs:.4g}]"),
         (p.lr_schedule != "steps" and bool(p.lr_decay_steps),
-         f"lr_decay_steps={p.lr_decay_steps} are of lr_schedule='steps', not of {p.lr_schedule!r}: set only one"),
+         f"lr_decay_steps={p.lr_decay_steps} is for lr_schedule='steps', not for {p.lr_schedule!r}. Set only one"),
         (p.warmup_start_lr > p.lr,
-         f"warmup_start_lr={p.warmup_start_lr} is above lr={p.lr}, to which the warm-up rises: choose a smaller one"),
+         f"warmup_start_lr={p.warmup_start_lr} is above lr={p.lr}, at which the warm-up ends. Choose a smaller one"),
         (p.lr_schedule != "constant" and p.final_lr_schedule_value > p.lr,
-         f"final_lr_schedule_value={p.final_lr_schedule_value} is above lr={p.lr}, from which lr_schedule falls to it: "
-         "choose a smaller one, such as 0"),
+         f"final_lr_schedule_value={p.final_lr_schedule_value} is above lr={p.lr}, from which lr_schedule falls. "
+         "Choose a smaller one, such as 0"),
         (p.final_weight_decay is not None and p.weight_decay == 0,
-         f"final_weight_decay={p.final_weight_decay} is reached from weight_decay, in the same proportion for every "
-         "parameter: set weight_decay above 0"),
+         f"final_weight_decay={p.final_weight_decay} needs weight_decay above 0, because the weight decay of every "
+         "parameter changes by the same factor. Set weight_decay"),
         (p.grad_clip_lars and p.optimizer_name != "lars",
-         f"grad_clip_lars=True is a part of optimizer_name='lars', not of {p.optimizer_name!r}: set one or the other"),
+         f"grad_clip_lars=True is for optimizer_name='lars', not for {p.optimizer_name!r}. Change one of them"),
         (is_adam and any("momentum" in row for row in p.parameter_options),
-         f"parameter_options set momentum, which optimizer_name={p.optimizer_name!r} does not have: leave it out"),
+         f"parameter_options sets momentum, which optimizer_name={p.optimizer_name!r} does not have. Remove it"),
         (p.optimizer_name != "lars" and any("lars_exclude" in row for row in p.parameter_options),
-         f"parameter_options set lars_exclude, which is of optimizer_name='lars', not of {p.optimizer_name!r}: "
-         "leave it out"),
+         f"parameter_options sets lars_exclude, which is for optimizer_name='lars', not for {p.optimizer_name!r}. "
+         "Remove it"),
     ]
     # fmt: on
 
 
 def contradictions_of_sce(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return (whether the settings contradict each other, how, and the way out)."""
-    p, found = params, []
+    """Return the pairs that `refuse` takes."""
+    found = []
     for name in SCHEDULED:
-        warmup, schedule = getattr(p, f"{name}_warmup_epochs"), getattr(p, f"{name}_schedule")
+        warmup_epochs = getattr(params, f"{name}_warmup_epochs")
+        schedule = getattr(params, f"{name}_schedule")
         start, final = f"{name}_warmup_start", f"{name}_final"
-        of_other_loss = f"a schedule of {name} is a part of loss_type='sce', not of {p.loss_type!r}: leave "
+        # fmt: off
         found += [
-            (changes(p, name) and p.loss_type != "sce", f"{of_other_loss}{name}_warmup_epochs and {name}_schedule out"),
-            (warmup > 0 and getattr(p, start) is None,
-             f"{name}_warmup_epochs={warmup} needs the value that the warm-up starts with: set {start}"),
-            (schedule != "constant" and getattr(p, final) is None,
-             f"{name}_schedule={schedule!r} needs the value that it ends with: set {final}"),
-        ]  # fmt: skip
+            (changes(params, name) and params.loss_type != "sce",
+             f"{name}_warmup_epochs={warmup_epochs} and {name}_schedule={schedule!r} are for loss_type='sce', not for "
+             f"{params.loss_type!r}. Remove them"),
+            (warmup_epochs > 0 and getattr(params, start) is None,
+             f"{name}_warmup_epochs={warmup_epochs} needs the value at the start of the warm-up. Set {start}"),
+            (schedule != "constant" and getattr(params, final) is None,
+             f"{name}_schedule={schedule!r} needs the value at the end of the schedule. Set {final}"),
+        ]
+        # fmt: on
     return found
 
 
-def normalized_layers(params: ModelParams) -> list[tuple[str, int, str]]:
-    """(normalization, width, name of the field that sets the width) of every normalized layer of both heads."""
-    found = []
-    for name in HEADS:
-        head, field = params.head(name), f"{name}_mlp_hidden_dims"
-        field = field if getattr(params, field) else "mlp_hidden_dim"
-        found += [(head["normalization"], width, field) for width in head["hidden_dim"]]
-        found += [(head["last_normalization"], params.dim, "dim")]
-    return [layer for layer in found if layer[0] is not None]
-
-
 def changes(params: ModelParams, name: str) -> bool:
-    """Whether `name` of CHANGING is not the same in all steps."""
+    """Return whether a setting of SCHEDULED changes during training."""
     return getattr(params, f"{name}_warmup_epochs") > 0 or getattr(params, f"{name}_schedule") != "constant"
 
 
-# ---- the presets: rows of settings, and what differs from another row. PRESETS["byol"](lr=0.3) ----
+# ---- Views ----
+
+
+def contradictions_of_views(params: ModelParams) -> list[tuple[bool, str]]:
+    """Return the pairs that `refuse` takes. Lists of a wrong length are refused by `view_of`."""
+    small = [a.name for a in fields(ModelParams) if a.name.startswith("transform_small_")]
+    changed = [name for name in small if getattr(params, name) != fields_dict(ModelParams)[name].default]
+    message = f"{', '.join(changed)} set, but there are no small views. Set n_small_views above 0, or remove it"
+    return [(bool(changed) and params.n_small_views == 0, message)]
+
+
+def view_of(params: ModelParams, i: int) -> ViewSettings:
+    """Return the settings of view i. A field of ViewSettings is set by one field of ModelParams, an interval by two."""
+    size = params.crop_size if i < params.n_large_views else small_crop_size(params.crop_size)
+    s = number_of_view(params, "transform_s", i)
+    strengths = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": 0.8 * s, "hue": 0.2 * s}
+    view = evolve(params.dataset.view, crop_size=size, **strengths)
+    found = {field.name: setting(params, field.name, getattr(view, field.name), i) for field in fields(ViewSettings)}
+    if found["crop_size"] > params.crop_size:
+        small = f"transform_small_crop_size={found['crop_size']}"
+        raise ValueError(f"{small} is above transform_crop_size={params.crop_size}. Choose a smaller one")
+    if not params.transform_apply_blur:
+        found["blur_probability"] = 0.0
+    return evolve(view, **found)
+
+
+def small_crop_size(crop_size: int) -> int:
+    """Return the default size of small views: a multiple of 8 near 3/7 of large views (96 for 224, as in SwAV)."""
+    return min(crop_size, max(8, 8 * round(crop_size * 3 / 7 / 8)))
+
+
+def setting(params: ModelParams, name: str, default: float | tuple[float, float], i: int) -> float | tuple:
+    """Return the value of a field of ViewSettings for view i: a number, or an interval."""
+    of_small_views = name in ("crop_size", "crop_scale") and i >= params.n_large_views
+    field = f"transform_small_{name}" if of_small_views else f"transform_{name}"
+    if not isinstance(default, tuple):
+        value = number_of_view(params, field, i)
+        return default if value is None else value
+    low = number_of_view(params, f"{field}_min", i)
+    high = number_of_view(params, f"{field}_max", i)
+    low = default[0] if low is None else low
+    high = default[1] if high is None else high
+    if low > high:
+        raise ValueError(f"{field}_min={low} is above {field}_max={high} in view {i}. Lower the one or raise the other")
+    return low, high
+
+
+def number_of_view(params: ModelParams, field: str, i: int) -> float | None:
+    """Return the value of a transform_... field for view i, after a check of the list's length."""
+    value = getattr(params, field)
+    fewest, most = params.n_large_views, params.n_views
+    if field.startswith("transform_small"):
+        i, fewest, most = i - fewest, 1, params.n_small_views
+    elif field.startswith("transform_crop_scale"):
+        most = fewest
+    if isinstance(value, list | tuple):
+        if not fewest <= len(value) <= most:
+            at_least = f". At least {fewest} are needed" if fewest < most else ""
+            raise ValueError(f"{field}={value} has {len(value)} values for {most} views{at_least}")
+        value = value[min(i, len(value) - 1)]
+    return None if value is None else abs(value)  # -0.0 would make a negative width of an interval
+
+
+# ---- Presets: rows of settings, or of differences from another row. PRESETS["byol"](lr=0.3) ----
 # fmt: off
 
 MoCoV2Params = ModelParams
-# Few negatives that count as many, and no queue: SiMo, the paper's own method.
+# SiMo, the method of the EqCo paper: no queue, and few negatives that count as many.
 EqCoParams = partial(
     ModelParams, use_eqco_margin=True, use_negative_examples_from_batch=True, use_negative_examples_from_queue=False,
 )
@@ -743,7 +805,7 @@ BarlowTwinsParams = partial(
     VICRegParams, loss_type="barlow", loss_constant_factor=0.1, mlp_hidden_dim=2048, dim=2048,
     lr=0.3, weight_decay=1e-6, final_lr_schedule_value=0.0003,
 )
-MoCoV3Params = partial(  # loss_constant_factor is 2 T, as in the paper's code
+MoCoV3Params = partial(  # loss_constant_factor is 2 T, as in the authors' code
     EqCoParams, use_eqco_margin=False, loss_constant_factor=0.4, prediction_mlp_layers=2, mlp_normalization="bn",
     use_both_augmentations_as_queries=True, m=0.99, use_momentum_schedule=True, optimizer_name="adamw", lr=1.5e-4,
     weight_decay=0.1, warmup_epochs=10, exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
@@ -753,8 +815,8 @@ SimSiamParams = partial(
     loss_constant_factor=0.5, optimizer_name="sgd", exclude_matching_parameters_from_lars=[], lr=0.05,
 )
 ReSSLParams = partial(SCEParams, sce_coefficient=0.0, sce_target_T=0.04, use_both_augmentations_as_queries=False)
-# R3D-18 on Kinetics200 (https://arxiv.org/abs/2212.11187, eztorch's configuration). loss_constant_factor: its loss is
-# the mean over both directions. Its Trainer: --precision 16-mixed --sync_batchnorm --save_every_n_epochs 100.
+# R3D-18 on Kinetics200 (https://arxiv.org/abs/2212.11187, eztorch's configuration). loss_constant_factor=0.5 makes the
+# loss the mean over both directions. Its run: --precision 16-mixed --sync_batchnorm --save_every_n_epochs 100
 SCEVideoParams = partial(
     SCEParams, dataset_name="kinetics", video_decoder="frames", frames_per_second=30, num_frames=8, clip_duration=2.56,
     encoder_arch="r3d_18", global_batch_size=512, num_data_workers=5, decoding_threads=4,

@@ -1,14 +1,14 @@
-"""Does BYOL need batch norm? The six configurations of the blog post, several seeds each.
+"""Does BYOL need batch norm? The six configurations of the blog post, with multiple seeds each.
 
     python train_blog.py                      # as in the post: STL-10, 10 epochs, seeds 0 1 2
-    python train_blog.py --quick              # the same on the digits, in minutes
+    python train_blog.py --quick              # the same on digits, in minutes
     python train_blog.py --configs base no_norm --seeds 0 --dataset cifar10
 
 https://untitled-ai.github.io/understanding-self-supervised-contrastive-learning.html
 
-A finished run is not repeated. In --out: results.csv (a row a run), results.md (mean and deviation beside the post's
-numbers), cosines.png (step_pos_cos and step_neg_cos of every configuration), and one folder of metrics a run.
-The post trained 10 epochs of a schedule laid out for 320; `--epochs` is the whole schedule here.
+Finished runs are not repeated. The directory --out gets results.csv (one row per run), results.md (mean and standard
+deviation next to the post's numbers), cosines.png (step_pos_cos and step_neg_cos of each configuration), and one
+directory of metrics per run. The post trained for 10 epochs of a schedule of 320; here the schedule ends with --epochs.
 """
 
 import argparse
@@ -52,7 +52,7 @@ CONFIGS = {
     "layer_norm": evolve(BASE, mlp_normalization="ln"),
     "xent": evolve(BASE, use_negative_examples_from_queue=True, loss_type="ce", mlp_normalization=None, lr=0.02),
 }
-# valid_class_acc in the post: STL-10, 10 epochs
+# accuracies of the post in percent: valid_class_acc on STL-10 after 10 epochs
 POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1}
 ROW_COLUMNS = ["config", "seed", "dataset", "epochs", "encoder", "accuracy", "pos_cos", "neg_cos", "minutes", "quick"]
 
@@ -65,7 +65,7 @@ def blog_arguments() -> argparse.Namespace:
     parser.add_argument("--encoder", default=None, help="default: resnet18; with --quick: shufflenet_v2_x0_5")
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--out", type=as_path, default=Path("runs/blog"))
-    parser.add_argument("--quick", action="store_true", help="digits, small batches, a small encoder")
+    parser.add_argument("--quick", action="store_true", help="use digits, small batches and a small encoder")
     args = parser.parse_args()
     args.dataset = args.dataset or ("digits" if args.quick else "stl10")
     args.epochs = args.epochs or (4 if args.quick else 10)
@@ -74,15 +74,15 @@ def blog_arguments() -> argparse.Namespace:
 
 
 def finished_runs(results: Path) -> list[dict[str, str]]:
-    """Rows of results.csv; half a row, which a power failure leaves, is passed over."""
+    """Return the rows of results.csv, without incomplete ones, which a power failure may leave."""
     if not results.exists():
         return []
     with results.open() as file:
         rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
-    return [{"quick": "False", **row} for row in rows]  # earlier versions did not note it
+    return [{"quick": "False", **row} for row in rows]  # earlier versions had no such column
 
 
-def keep(results: Path, rows: list[dict]) -> None:
+def write_rows(results: Path, rows: list[dict]) -> None:
     with atomic_file(results) as unfinished, unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, ROW_COLUMNS)
         writer.writeheader()
@@ -90,7 +90,7 @@ def keep(results: Path, rows: list[dict]) -> None:
 
 
 def experiment_facts(args: argparse.Namespace) -> dict:
-    """What a row's numbers depend on, beside configuration and seed."""
+    """Return what the numbers of a row depend on, in addition to configuration and seed."""
     return {"dataset": args.dataset, "epochs": args.epochs, "encoder": args.encoder, "quick": args.quick}
 
 
@@ -106,15 +106,15 @@ def experiment_settings(name: str, seed: int, args: argparse.Namespace) -> Model
         dataset_name=args.dataset,
         encoder_arch=args.encoder,
         batch_size=64 if args.quick else 256,
-        transform_crop_size=32 if args.quick else None,  # scans of 8 x 8 vanish in a deep encoder
-        lr=CONFIGS[name].lr / (4 if args.quick else 1),  # as the batch
+        transform_crop_size=32 if args.quick else None,  # a deep encoder would shrink 8 x 8 digits to nothing
+        lr=CONFIGS[name].lr / (4 if args.quick else 1),  # in proportion to the batch size
         max_epochs=args.epochs,
-        evaluate_every_n_epochs=args.epochs,  # the post's number is that of the last epoch
+        evaluate_every_n_epochs=args.epochs,  # the post reports the last epoch
     )
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> dict:
-    """One run -> its row."""
+    """Run one configuration with one seed. Return its row."""
     logs = {"save_dir": run_folder(name, seed, args), "name": "", "version": ""}
     trainer = pl.Trainer(
         max_epochs=args.epochs,
@@ -127,15 +127,14 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     )
     start = time.time()
     trainer.fit(SelfSupervisedMethod(experiment_settings(name, seed, args)))
-    found = trainer.callback_metrics
     row = {"config": name, "seed": seed, **experiment_facts(args)}
-    logged = {"accuracy": "valid_class_acc", "pos_cos": "step_pos_cos", "neg_cos": "step_neg_cos"}
-    row |= {column: round(found[metric].item(), 4) for column, metric in logged.items()}
+    metrics = {"accuracy": "valid_class_acc", "pos_cos": "step_pos_cos", "neg_cos": "step_neg_cos"}
+    row |= {column: round(trainer.callback_metrics[metric].item(), 4) for column, metric in metrics.items()}
     return row | {"minutes": round((time.time() - start) / 60, 2)}
 
 
 def results_table(rows: list[dict]) -> str:
-    """Markdown: one line a configuration, mean over seeds and, of several, their sample standard deviation."""
+    """Return a Markdown table with one line per configuration: mean ± sample standard deviation over seeds."""
 
     def mean_and_deviation(group: list[dict], column: str, digits: int) -> str:
         values = np.array([float(row[column]) for row in group])
@@ -168,10 +167,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     check_folder("out", args.out)
-    preflight.check_images(experiment_settings(args.configs[0], args.seeds[0], args))
-    preflight.check_labels(
-        experiment_settings(args.configs[0], args.seeds[0], args)
-    )  # the post's figure is an accuracy
+    settings = experiment_settings(args.configs[0], args.seeds[0], args)
+    preflight.check_images(settings)
+    preflight.check_labels(settings)  # accuracies need labels
     with locked(args.out):
         run_experiments(args)
 
@@ -188,7 +186,7 @@ def run_experiments(args: argparse.Namespace) -> None:
             print(f"{name}, seed {seed}:")
             with logged(args.out / "log.txt"):
                 row = train(name, seed, args)
-            keep(results, [*finished_runs(results), row])
+            write_rows(results, [*finished_runs(results), row])
     rows = [row for row in finished_runs(results) if same.items() <= row.items()]
     markdown = f"{args.encoder} on {args.dataset}, {args.epochs} epochs, linear probe on half of the test set\n\n"
     markdown += results_table(rows)

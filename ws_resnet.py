@@ -1,6 +1,6 @@
-"""ResNets without batch norm: weight-standardized convolutions and group norm (https://arxiv.org/abs/1903.10520).
+"""ResNets with weight-standardized convolutions and group norm (https://arxiv.org/abs/1903.10520).
 
-torchvision's ResNets with two layers exchanged; parameters keep torchvision's names.
+They are torchvision's ResNets with two kinds of layers replaced. Parameters keep torchvision's names.
 """
 
 from functools import partial
@@ -13,18 +13,21 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 
 def standardized_weight(weight: Tensor) -> Tensor:
-    """Every output unit's weights with mean 0 and standard deviation 1 over its inputs (unbiased, + 1e-5)."""
+    """Return weights of mean 0 and standard deviation 1 over the inputs of each output unit.
+
+    The standard deviation is the unbiased one, plus 1e-5.
+    """
     flat = weight.float().flatten(1)
-    correction = min(1, flat.shape[1] - 1)  # with one input the unbiased deviation would be 0 / 0
+    correction = min(1, flat.shape[1] - 1)  # with one input, the unbiased standard deviation would be 0 / 0
     flat = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True, correction=correction) + 1e-5)
     return flat.view_as(weight).to(weight.dtype)
 
 
 class PointConv2d(nn.Conv2d):
-    """A convolution that notices when its output is a single pixel, as in the last stage of a ResNet on small images.
+    """Convolution that is computed as a linear layer if its output is a single pixel.
 
-    Then it is a linear layer over the taps that meet the image, and many times faster than as a convolution (most of
-    its taps see nothing but padding).
+    This happens in the last stage of a ResNet on small images. Most taps of the kernel see only padding there, so a
+    linear layer over the other taps is many times faster than a convolution.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -42,7 +45,7 @@ class PointConv2d(nn.Conv2d):
 
 
 class Taps(torch.autograd.Function):
-    """weight[seen], whose gradient has the weight's memory format: PyTorch's own would be copied twice more."""
+    """Indexing weight[seen] with a gradient in the weight's memory format, which saves two copies."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, seen: tuple[slice, ...]) -> Tensor:
@@ -58,19 +61,24 @@ class Taps(torch.autograd.Function):
 
 
 class Conv2d(PointConv2d):
+    """Convolution with standardized weights."""
+
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, standardized_weight(self.weight), self.bias)
 
 
 class Linear(nn.Linear):
+    """Linear layer with standardized weights."""
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, standardized_weight(self.weight), self.bias)
 
 
 def exchange_convolutions(module: nn.Module, kind: type[nn.Conv2d]) -> None:
+    """Turn all plain convolutions of a module into another kind, in place."""
     for layer in module.modules():
         if type(layer) is nn.Conv2d:
-            layer.__class__ = kind  # the same parameters and initial values; only forward() differs
+            layer.__class__ = kind  # keeps parameters and initial values; only forward() changes
 
 
 def _ws_resnet(block: type, layers: list[int], **kwargs) -> ResNet:

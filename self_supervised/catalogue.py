@@ -1,7 +1,7 @@
-"""What a setting may name, with its facts: data sets, encoders, view recipes, normalizations, evaluations.
+"""Names that settings may have as values, with their facts: data sets, encoders, normalizations, evaluations.
 
-Only names and numbers: the code behind a name is in the package's folders, in a table with the same names (a test
-compares them). Importing this file reads no data and builds no network.
+There are only names and numbers here. The code of a name is in the package's folders, in tables with the same names
+(tests compare them). Importing this module reads no data and builds no network.
 """
 
 import difflib
@@ -10,61 +10,61 @@ from functools import cache, partial
 
 from attrs import field, frozen
 
-# ---- views ----
+# ---- Views ----
 
-BLUR_RADIUS = 6  # pixels, 3 sigma of the strongest blur: kernels of 13 pixels
+BLUR_RADIUS = 6  # pixels: 3 sigma of the strongest blur, whose kernel has 13 pixels
 
 
 @frozen
 class ViewSettings:
-    """How one view is made. The defaults are MoCo v2's (https://arxiv.org/abs/2003.04297)."""
+    """Augmentation of one view. The defaults are MoCo v2's (https://arxiv.org/abs/2003.04297)."""
 
-    crop_size: int = 224
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    crop_size: int = 224  # pixels
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # interval of the crop's area, as a fraction of the image
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # interval of width / height
     jitter_probability: float = 0.8
-    brightness: float = 0.4  # factor from 1 - 0.4 to 1 + 0.4; contrast and saturation likewise
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1  # turn of the color wheel, from -0.1 to 0.1
+    brightness: float = 0.4  # factors from 1 - 0.4 to 1 + 0.4
+    contrast: float = 0.4  # factors from 1 - 0.4 to 1 + 0.4
+    saturation: float = 0.4  # factors from 1 - 0.4 to 1 + 0.4
+    hue: float = 0.1  # turn of the color wheel from -0.1 to 0.1
     grayscale_probability: float = 0.2
     blur_probability: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # interval of the standard deviation in pixels
     solarize_probability: float = 0.0
-    solarize_threshold: float = 0.5
+    solarize_threshold: float = 0.5  # pixel value, where white is 1
     flip_probability: float = 0.5
-    time_difference_probability: float = 0.0  # of clips; by whoever decodes them, because it needs the frames between
+    time_difference_probability: float = 0.0  # clips only; applied by the decoder, which has the neighboring frames
 
 
-# ---- data sets ----
+# ---- Data sets ----
 
-MOST_WORKERS = 1024  # processes of a loader, threads of a decoder
+MOST_WORKERS = 1024  # processes of a loader, or threads of a decoder
 STORAGES = ("packed", "folders", "voc", "videos", "custom")
 
 
 @frozen
 class DatasetInfo:
-    """Facts of a data set. Its splits are folders (or lists) below `$DATA_PATH/<name>`."""
+    """Facts about a data set. Its splits are directories (or lists) in `$DATA_PATH/<name>`."""
 
     crop_size: int  # pixels
     n_classes: int
-    mean: tuple[float, ...]  # of each channel, of values from 0 to 1
-    std: tuple[float, ...]
-    storage: str = "packed"  # one of STORAGES: arrays, class folders, VOC's lists, videos, or the user's own images
+    mean: tuple[float, ...]  # mean of each channel, for pixel values from 0 to 1
+    std: tuple[float, ...]  # standard deviation of each channel
+    storage: str = "packed"  # one of STORAGES: arrays, class folders, VOC's lists, videos, or custom images
     pretraining_splits: tuple[str, ...] = ("train",)
     train_splits: tuple[str, ...] = ("train",)  # labeled
     test_splits: tuple[str, ...] = ("test",)
-    validation_splits: tuple[str, ...] | None = None  # during pretraining; None: test_splits
-    many_labels: bool = False  # multi-label: an image has [K] entries 1, -1 or 0, and not one class
-    view: ViewSettings = field(factory=ViewSettings)  # training views, where the settings do not say otherwise
-    class_names: str = ""  # of a packed set, in the order of their numbers; "": the numbers
+    validation_splits: tuple[str, ...] | None = None  # for pretraining; None: test_splits
+    many_labels: bool = False  # multi-label: an image has one entry 1, -1 or 0 per class, [classes]
+    view: ViewSettings = field(factory=ViewSettings)  # training views, unless settings change them
+    class_names: str = ""  # names of a packed set's classes in the order of their numbers; "": the numbers
 
     @property
     def channels(self) -> int:
         return len(self.mean)
 
     def feeds(self, channels: int) -> bool:
-        """Whether an encoder with this number of channels can take the images: gray ones are repeated for RGB."""
+        """Return whether an encoder with this number of channels accepts the images: gray is repeated for RGB."""
         return self.is_custom or self.channels == channels or (self.channels, channels) == (1, 3)
 
     @property
@@ -84,10 +84,10 @@ class DatasetInfo:
         return "videos" if self.of_videos else "images"
 
 
-DIGIT_VIEW = ViewSettings(  # a mirrored digit is another one, and has no color; blurred at 8 x 8 it is a spot
+DIGIT_VIEW = ViewSettings(  # digits have no color, mirrored ones are others, and a blur of 8 x 8 pixels leaves a spot
     crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.0
 )
-CLIP_VIEW = ViewSettings(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for video: the area of CVRL's crops
+CLIP_VIEW = ViewSettings(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for videos: the crops of CVRL
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TRAINVAL = ("trainval",)
@@ -120,9 +120,9 @@ DATASETS = {
 }
 
 
-# ---- encoders ----
+# ---- Encoders ----
 
-OWN_MODULE = "module"  # encoder_arch when the encoder is the user's own nn.Module
+OWN_MODULE = "module"  # encoder_arch of the user's own nn.Module
 STEM_VARIANTS = ("standard", "padding_2", "no_relu")
 WS_RESNET_NAMES = ("ws_resnet18", "ws_resnet34", "ws_resnet50", "ws_resnet101", "ws_resnet152")
 
@@ -130,7 +130,7 @@ WS_RESNET_NAMES = ("ws_resnet18", "ws_resnet34", "ws_resnet50", "ws_resnet101", 
 @cache
 def image_models() -> list[str]:
     """Return the names of torchvision's classification models."""
-    import torchvision  # slow to import, and needed only to check a name
+    import torchvision  # slow to import, and only needed to check a name
 
     return torchvision.models.list_models(module=torchvision.models)
 
@@ -138,26 +138,26 @@ def image_models() -> list[str]:
 @cache
 def video_models() -> list[str]:
     """Return the names of torchvision's video models, all of which have weights pretrained on Kinetics-400."""
-    import torchvision  # likewise
+    import torchvision
 
     return torchvision.models.list_models(module=torchvision.models.video)
 
 
 @cache
 def torchvision_models() -> list[str]:
-    """Return the names of all models of torchvision that encode images or clips."""
+    """Return the names of all torchvision models that encode images or clips."""
     return [*image_models(), *video_models()]
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError, with the nearest names, unless `name` is an encoder that can be built here."""
+    """Raise ValueError, with similar names, unless `name` is an encoder that can be built."""
     if name.startswith("timm:"):
         if importlib.util.find_spec("timm") is None:
             raise ValueError(f"encoder_arch={name!r} needs the package timm, which is not installed: pip install timm")
         import timm  # optional, and slow to import
 
         known = timm.list_models()
-        name = name.removeprefix("timm:").split(".")[0]  # without the tag of weights
+        name = name.removeprefix("timm:").split(".")[0]  # without the tag that names the weights
     else:
         known = [*torchvision_models(), *WS_RESNET_NAMES, OWN_MODULE]
     if name not in known:
@@ -170,24 +170,24 @@ def check_name(name: str) -> None:
 
 
 def has_low_resolution_stem(name: str) -> bool:
-    """Whether the encoder is one of the ResNets whose stem can be replaced for small images."""
+    """Return whether the encoder is one of the ResNets whose stem can be replaced for small images."""
     return "resnet" in name and not name.startswith("timm:")
 
 
 def is_resnet(name: str) -> bool:
-    """Whether the encoder is of torchvision's class ResNet, weight-standardized or not."""
+    """Return whether the encoder is an instance of torchvision's class ResNet, weight-standardized or not."""
     return ("resnet" in name or "resnext" in name) and not name.startswith("timm:")
 
 
-# ---- heads, optimizer, schedules ----
+# ---- Heads, optimizer, schedules ----
 
-NORMALIZATIONS = ("bn", "ln", "gn", "br")  # of heads: batch, layer, group norm, batch renormalization
-GROUPS = 32  # of group norm
-NORMS_AND_BIASES = [".bias", ".bn"]  # patterns for lars.parameter_groups: every bias, every normalization layer
-CURVES = ("constant", "linear", "cosine")  # of a schedule
+NORMALIZATIONS = ("bn", "ln", "gn", "br")  # in heads: batch norm, layer norm, group norm, batch renormalization
+GROUPS = 32  # number of groups of group norm
+NORMS_AND_BIASES = [".bias", ".bn"]  # patterns for lars.parameter_groups: all biases and all normalization layers
+CURVES = ("constant", "linear", "cosine")  # shapes of a schedule
 
 
-# ---- evaluations during training ----
+# ---- Evaluations during training ----
 
 EVALUATIONS = ("linear_probe", "knn", "rank_me", "embedding_std")
 LABEL_FREE = ("rank_me", "embedding_std")

@@ -1,4 +1,4 @@
-"""Validated attrs fields. An error names the field, the value and what is allowed."""
+"""Fields of settings classes (attrs) with validation. An error names the field, its value and what is allowed."""
 
 import difflib
 import os
@@ -6,111 +6,44 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-from attrs import Factory, field, fields, fields_dict
+from attrs import Attribute, Factory, field, fields, fields_dict
 
+SMALLEST, LARGEST = 1e-12, 1e9  # outside these limits float32 overflows or underflows sooner or later
+PerView = float | list[float] | None
+WholePerView = int | list[int] | None
+WHOLE = (int, int | None, list[int], WholePerView)  # annotations that allow whole numbers only
 HIGHEST_OPTIONS = {"lr": 1000, "lr_mult": 1e6, "momentum": 1, "weight_decay": 1000, "weight_decay_mult": 1e6}
-OPTION_KEYS = ("pattern", *HIGHEST_OPTIONS, "lars_exclude")  # of a row of parameter_options
-WHOLE = (int, int | None, list[int])
-SMALLEST, LARGEST = 1e-12, 1e9  # beyond them float32 overflows sooner or later, and nobody means it
+OPTION_KEYS = ("pattern", *HIGHEST_OPTIONS, "lars_exclude")  # keys of a row of parameter_options
 
 
-def check_number(attribute, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{attribute.name}={value!r} must be a number")
-    if attribute.type in WHOLE and not isinstance(value, int):
-        raise ValueError(f"{attribute.name}={value!r} must be a whole number")
+# ---- Numbers ----
 
 
-def number(default, at_least: float = 0, above: float | None = None, by: float = SMALLEST, at_most: float = LARGEST):
-    """A numeric field, from `at_least` or `by` above `above`, to `at_most`; None passes where it is the default."""
+def number(
+    default: float | None,
+    at_least: float = 0,
+    above: float | None = None,
+    by: float = SMALLEST,
+    at_most: float = LARGEST,
+) -> Any:
+    """Return a field for a number from `at_least`, or from `above + by`, to `at_most`.
 
-    def check(_, attribute, value):
+    None is allowed if it is the default.
+    """
+    lowest = at_least if above is None else above + by
+
+    def check(_: Any, attribute: Attribute, value: Any) -> None:
         if value is None and default is None:
             return
         check_number(attribute, value)
-        if not (at_least if above is None else above + by) <= value <= at_most:  # nan is not, either
-            low = f"at least {at_least}" if above is None else f"above {above}"
-            low += f", by {by} or more," if isinstance(value, float) and above is not None else ""
+        if not lowest <= value <= at_most:  # nan is refused, too
+            low = f"at least {lowest:g}" if above is None or above < value < lowest else f"above {above}"
             raise ValueError(f"{attribute.name}={value!r} must be {low} and at most {at_most:.10g}")
 
     return field(default=default, converter=plain, validator=check)
-
-
-def numbers(default: tuple[float, ...], at_least: float, at_most: float):
-    """A list of one number or more."""
-
-    def check(_, attribute, value):
-        if not isinstance(value, list) or not value:
-            raise ValueError(f"{attribute.name}={value!r} must be a list of numbers")
-        for one in value:
-            check_number(attribute, one)
-            if not at_least <= one <= at_most:
-                raise ValueError(f"{attribute.name}={value} must be numbers from {at_least:g} to {at_most:g}")
-
-    return field(factory=lambda: list(default), converter=plain, validator=check)
-
-
-def per_view(default, at_least: float = 0, at_most: float = 1, whole: bool = False):
-    """One number for every view, or a list with one a view; None passes, also within a list, where it is the default.
-    How long a list must be, only all settings together say (model_params.py)."""
-    kinds, kind = (int, "a whole number") if whole else (int | float, "a number")
-
-    def check(_, attribute, value):
-        for one in value if isinstance(value, list | tuple) else [value]:
-            if one is None and default is None:
-                continue
-            if isinstance(one, bool) or not isinstance(one, kinds):
-                raise ValueError(f"{attribute.name}={value!r} must be {kind}, or a list with one a view")
-            if not at_least <= one <= at_most:
-                raise ValueError(f"{attribute.name}={one} must be at least {at_least:g} and at most {at_most:g}")
-
-    return field(default=default, converter=plain, validator=check)
-
-
-def list_of_numbers(at_least: float = 0, at_most: float = LARGEST):
-    """A list of numbers, empty unless given."""
-
-    def check(_, attribute, value):
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{attribute.name}={value!r} must be a list of numbers")
-        for one in value:
-            check_number(attribute, one)
-            if not at_least <= one <= at_most:  # nan is not, either
-                raise ValueError(f"{attribute.name}={one!r} must be at least {at_least} and at most {at_most:.10g}")
-
-    return field(factory=list, converter=plain, validator=check)
-
-
-def as_path(given: str | Path) -> Path:
-    """A path with the home directory in place of `~`, which a shell leaves behind `=`, and YAML and Python leave."""
-    return Path(given).expanduser()
-
-
-def expanded(value: Any) -> Any:
-    """As `as_path`, but the text stays text, of its own kind (foreign_paths.ForeignPath): it may be a pattern, several
-    joined by "::", or a name."""
-    if not isinstance(value, str | Path):
-        return value
-    kind = type(value) if isinstance(value, str) else str
-    return kind("::".join(map(os.path.expanduser, str(value).split("::"))))
-
-
-def path():
-    """The path of a file or folder, None unless given."""
-    return field(default=None, converter=expanded)
-
-
-def choice(default, choices: Iterable):
-    """One of `choices`, which the help of a program shows (runs/command_line.py)."""
-
-    def check(_, attribute, value):
-        if not isinstance(value, str | bool | None) or value not in choices:
-            raise ValueError(f"{attribute.name}={value!r} is unknown: choose one of {', '.join(map(str, choices))}")
-
-    return field(default=default, validator=check, metadata={"choices": tuple(choices)})
 
 
 positive = partial(number, above=0)
@@ -118,64 +51,111 @@ non_negative = number
 fraction = partial(number, at_most=1)
 
 
-def check_types(settings) -> None:
-    """Refuse values of another kind than a field's annotation where nothing else would notice."""
-    for attribute in fields(type(settings)):
-        value, kind = getattr(settings, attribute.name), attribute.type
-        if kind in (bool, bool | None) and not isinstance(value, kind):
-            raise ValueError(f"{attribute.name}={value!r} must be True or False{', or None' * (kind is not bool)}")
-        if kind in (str, str | None) and not isinstance(value, kind):
-            raise ValueError(f"{attribute.name}={value!r} must be a string")
-        if kind == list[str] | None and value is None:
-            continue
-        words = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
-        if kind in (list[str], list[str] | None) and not words:
-            raise ValueError(f"{attribute.name}={value!r} must be a list of strings")
+def numbers(default: tuple[float, ...] = (), at_least: float = 0, at_most: float = LARGEST) -> Any:
+    """Return a field for a list of numbers, which may be empty only if the default is."""
+
+    def check(_: Any, attribute: Attribute, value: Any) -> None:
+        if not isinstance(value, list) or (default and not value):
+            raise ValueError(f"{attribute.name}={value!r} must be a list of numbers")
+        check_each(attribute, value, at_least, at_most)
+
+    return field(factory=lambda: list(default), converter=plain, validator=check)
+
+
+def per_view(default: float | None, at_least: float = 0, at_most: float = 1) -> Any:
+    """Return a field for one number for all views, or a list with one number per view.
+
+    None is allowed, also within a list, if it is the default. The length of the list is checked together with the
+    number of views (`model_params.number_of_view`).
+    """
+
+    def check(_: Any, attribute: Attribute, value: Any) -> None:
+        each = value if isinstance(value, list) else [value]
+        check_each(attribute, [one for one in each if one is not None or default is not None], at_least, at_most)
+
+    return field(default=default, converter=plain, validator=check)
+
+
+def check_each(attribute: Attribute, values: list, at_least: float, at_most: float) -> None:
+    for value in values:
+        check_number(attribute, value)
+        if not at_least <= value <= at_most:  # nan is refused, too
+            raise ValueError(f"{attribute.name}={value!r} must be at least {at_least:g} and at most {at_most:.10g}")
+
+
+def check_number(attribute: Attribute, value: Any) -> None:
+    """Raise ValueError unless `value` is a number, and a whole number if the field's annotation says so."""
+    is_whole = attribute.type in WHOLE
+    if isinstance(value, bool) or not isinstance(value, int if is_whole else int | float):
+        wanted = "a whole number" if is_whole else "a number"
+        if attribute.type in (PerView, WholePerView):
+            wanted += ", or a list with one per view"
+        raise ValueError(f"{attribute.name}={value!r} must be {wanted}")
 
 
 def plain(value: Any) -> Any:
-    """Settings without NumPy's numbers and subclasses of str, which a checkpoint that is data only cannot hold."""
+    """Return settings with Python's own numbers and strings.
+
+    NumPy's numbers and subclasses of str could not be loaded from a checkpoint with `weights_only=True`.
+    """
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, str):
-        return str(value)  # of a subclass
+        return str(value)
     return value.item() if isinstance(value, np.generic) else value
 
 
-def check_parameter_options(_: Any, attribute: Any, value: Any) -> None:
-    """Refuse rows of `parameter_options` that are not valid (the validator of that field)."""
-    if not isinstance(value, list | tuple) or not all(isinstance(row, dict) for row in value):
-        raise ValueError(
-            f"{attribute.name}={value!r} must be a list of dictionaries with the keys {', '.join(OPTION_KEYS)}"
-        )
-    for row in value:
-        for message in wrong_in_options(row):
-            raise ValueError(f"{attribute.name}: {row} {message}")
+# ---- Paths, choices and other types ----
 
 
-def wrong_in_options(row: dict[str, Any]) -> Iterable[str]:
-    if unknown := [key for key in row if key not in OPTION_KEYS]:
-        near = [f" (or {n})" for key in unknown for n in difflib.get_close_matches(str(key), OPTION_KEYS, 1)]
-        yield f"has unknown keys {unknown}{''.join(near)}: choose from {', '.join(OPTION_KEYS)}"
-    if not isinstance(row.get("pattern"), str):
-        yield "needs a pattern, a regular expression of parameters' names"
-    try:
-        re.compile(row["pattern"])
-    except re.error as error:
-        yield f"has a pattern that is no regular expression ({error}): mend it, a literal dot is \\."
-    for key in row.keys() & HIGHEST_OPTIONS.keys():
-        is_number = isinstance(row[key], int | float) and not isinstance(row[key], bool)
-        if not is_number or not 0 <= row[key] <= HIGHEST_OPTIONS[key]:  # nan is not, either
-            yield f"must have for {key} a number of at least 0 and at most {HIGHEST_OPTIONS[key]:g}"
-    if not isinstance(row.get("lars_exclude", False), bool):
-        yield "must have True or False for lars_exclude"
-    for name in ("lr", "weight_decay"):
-        if {name, f"{name}_mult"} <= row.keys():
-            yield f"says {name} in two ways: leave one of {name} and {name}_mult out"
-    if len(row) < 2:
-        yield f"sets nothing: add one of {', '.join(OPTION_KEYS[1:])}"
+def path() -> Any:
+    """Return a field for the path of a file or directory. The default is None."""
+    return field(default=None, converter=expanded)
+
+
+def as_path(given: str | Path) -> Path:
+    """Return a path in which `~` is replaced by the home directory (a shell does not replace it after `=`)."""
+    return Path(given).expanduser()
+
+
+def expanded(value: Any) -> Any:
+    """Return a path as text, with `~` replaced by the home directory.
+
+    The text may also be a pattern, a name, or multiple paths joined by "::". A subclass of str keeps its type
+    (`foreign_paths.ForeignPath`). Anything but text and paths is returned as it is.
+    """
+    if not isinstance(value, str | Path):
+        return value
+    kind = type(value) if isinstance(value, str) else str
+    return kind("::".join(map(os.path.expanduser, str(value).split("::"))))
+
+
+def choice(default: str | bool | None, choices: Iterable) -> Any:
+    """Return a field for one of `choices`. The programs' help lists them (runs/command_line.py)."""
+    choices = tuple(choices)
+
+    def check(_: Any, attribute: Attribute, value: Any) -> None:
+        if not isinstance(value, str | bool | None) or value not in choices:
+            raise ValueError(f"{attribute.name}={value!r} is unknown: choose one of {', '.join(map(str, choices))}")
+
+    return field(default=default, validator=check, metadata={"choices": choices})
+
+
+def check_types(settings: Any) -> None:
+    """Raise ValueError if a value is not of its field's annotated type: bool, str, or list of str."""
+    for attribute in fields(type(settings)):
+        value = getattr(settings, attribute.name)
+        kinds = get_args(attribute.type) or (attribute.type,)
+        or_none = ", or None" if type(None) in kinds else ""
+        if bool in kinds and str not in kinds and not isinstance(value, attribute.type):
+            raise ValueError(f"{attribute.name}={value!r} must be True or False{or_none}")
+        if attribute.type in (str, str | None) and not isinstance(value, attribute.type):
+            raise ValueError(f"{attribute.name}={value!r} must be a string")
+        is_list = attribute.type == list[str] or (attribute.type == list[str] | None and value is not None)
+        if is_list and not (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)):
+            raise ValueError(f"{attribute.name}={value!r} must be a list of strings")
 
 
 def defaults(kind: type, names: Iterable[str]) -> dict[str, Any]:
@@ -185,3 +165,41 @@ def defaults(kind: type, names: Iterable[str]) -> dict[str, Any]:
         default = fields_dict(kind)[name].default
         found[name] = default.factory() if isinstance(default, Factory) else default
     return found
+
+
+# ---- Options of single parameters ----
+
+
+def check_parameter_options(_: Any, attribute: Attribute, value: Any) -> None:
+    """Raise ValueError unless all rows of `parameter_options` are valid. This is the validator of that field."""
+    if not isinstance(value, list | tuple) or not all(isinstance(row, dict) for row in value):
+        keys = ", ".join(OPTION_KEYS)
+        raise ValueError(f"{attribute.name}={value!r} must be a list of dictionaries with the keys {keys}")
+    for row in value:
+        for message in errors_of_options(row):
+            raise ValueError(f"{attribute.name}: {row} {message}")
+
+
+def errors_of_options(row: dict[str, Any]) -> Iterable[str]:
+    """Yield what is wrong with a row of `parameter_options`, as the predicate of a sentence about it."""
+    if unknown := [key for key in row if key not in OPTION_KEYS]:
+        near = [match for key in unknown for match in difflib.get_close_matches(str(key), OPTION_KEYS, 1)]
+        meant = f" Did you mean {', '.join(near)}?" if near else ""
+        yield f"has unknown keys {unknown}.{meant} The keys are {', '.join(OPTION_KEYS)}"
+    if not isinstance(row.get("pattern"), str):
+        yield "needs a pattern: a regular expression for names of parameters"
+    try:
+        re.compile(row["pattern"])
+    except re.error as error:
+        yield f"has a pattern that is not a valid regular expression ({error}). Escape a literal dot as \\."
+    for key in row.keys() & HIGHEST_OPTIONS.keys():
+        is_number = isinstance(row[key], int | float) and not isinstance(row[key], bool)
+        if not is_number or not 0 <= row[key] <= HIGHEST_OPTIONS[key]:  # nan is refused, too
+            yield f"must have a number of at least 0 and at most {HIGHEST_OPTIONS[key]:g} as {key}"
+    if not isinstance(row.get("lars_exclude", False), bool):
+        yield "must have True or False as lars_exclude"
+    for name in ("lr", "weight_decay"):
+        if {name, f"{name}_mult"} <= row.keys():
+            yield f"has both {name} and {name}_mult, which are mutually exclusive. Remove one of them"
+    if len(row) < 2:
+        yield f"has no option. Add one of {', '.join(OPTION_KEYS[1:])}"

@@ -1,7 +1,7 @@
-"""Losses as pure functions of tensors, and the table that binds each to its settings.
+"""Losses as pure functions of tensors, and the table that binds each of them to its settings.
 
-N queries on this process, W processes, D dimensions, K keys in the queue. Each loss returns a dict of scalars, of
-which "loss" is minimized and the others are logged. Inputs are float32 (`moco.py` sees to that under autocast).
+Sizes: N queries on this process, W processes, D dimensions, K keys in the queue. Each loss returns a dict of scalars:
+"loss" is minimized, the others are logged. Inputs are in at least float32 (`moco.py` converts them under autocast).
 """
 
 import math
@@ -21,13 +21,13 @@ Scalars = dict[str, Tensor]
 def similarities(
     q: Tensor, k: Tensor, queue: Tensor | None = None, in_batch: bool = False, same_view: bool = False
 ) -> Tensor:
-    """Inner products of each query with its own key (column 0) and with its negatives: [N, 1 + negatives].
+    """Return the inner products of each query with its own key and with its negatives, [N, 1 + negatives].
 
     Args:
-        q, k: [N, D]; row n of k is the key of row n of q.
-        queue: [K, D], K negatives for everybody, or None.
-        in_batch: the keys of all other images in the batch, of all processes, are negatives (W N - 1).
-        same_view: so are the other queries (another W N - 1). With `in_batch` these are the 2 N - 2 negatives of
+        q, k: queries and keys [N, D]. Row n of k is the own key of row n of q, whose product is in column 0.
+        queue: K negatives of all queries [K, D], or None.
+        in_batch: use the keys of all other images in the batches of all processes as negatives (W N - 1).
+        same_view: use the other queries as negatives (W N - 1). With `in_batch` these are the 2 W N - 2 negatives of
             NT-Xent (SimCLR, https://arxiv.org/abs/2002.05709, equation 1).
     """
     columns = [(q * k).sum(1, keepdim=True)]
@@ -41,17 +41,17 @@ def similarities(
 
 
 def _without_own_column(products: Tensor) -> Tensor:
-    """[N, M] -> [N, M - 1]: row n loses the column of its own image, which is column rank N + n."""
+    """Remove the column of its own image from each row: column rank N + n from row n, [N, W N] -> [N, W N - 1]."""
     n, m = products.shape
     own = distributed.rank() * n + torch.arange(n, device=products.device).unsqueeze(1)
     others = torch.arange(m - 1, device=products.device).unsqueeze(0)
-    return products.gather(1, others + (others >= own))  # no boolean mask: its size would have to be waited for
+    return products.gather(1, others + (others >= own))  # a boolean mask would wait for the device
 
 
 def _accuracies(sim: Tensor) -> Scalars:
-    """Percent of queries whose own key is the most similar one, or among the five most similar ones.
+    """Return the percentage of queries whose own key is the most similar, or among the five most similar.
 
-    Equally similar keys count as more similar: where all keys are one point, or NaN, nothing was recognized.
+    Ties count against the own key, so that the accuracies are 0 if all keys are equal or NaN.
     """
     n_closer = (~(sim[:, 1:] < sim[:, :1])).sum(1)
     return {f"step_train_acc{k}": (n_closer < k).float().mean() * 100 for k in (1, 5)}
@@ -60,19 +60,22 @@ def _accuracies(sim: Tensor) -> Scalars:
 def cross_entropy(sim: Tensor, temperature: float, eqco_alpha: float | None = None) -> Scalars:
     """InfoNCE: -log softmax(sim / temperature)[:, 0] (MoCo, https://arxiv.org/abs/1911.05722, equation 1).
 
-    With `eqco_alpha`, the negatives count as if there were alpha of them, however many there are (EqCo,
-    https://arxiv.org/abs/2010.01929, equation 5): log(alpha / number) joins their logits.
+    With `eqco_alpha`, the negatives count as if there were alpha of them (EqCo, https://arxiv.org/abs/2010.01929,
+    equation 5): log(alpha / number of negatives) is added to their logits.
     """
     logits = sim / temperature
     if eqco_alpha is not None:
-        margin = math.log(eqco_alpha / max(1, sim.shape[1] - 1))  # of the last batch, one image may be left
+        margin = math.log(eqco_alpha / max(1, sim.shape[1] - 1))  # 0 negatives if the last batch has one image
         logits = torch.cat([logits[:, :1], logits[:, 1:] + margin], dim=1)
     loss = F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
     return {"loss": loss, **_accuracies(sim)}
 
 
 def binary_cross_entropy(sim: Tensor, temperature: float) -> Scalars:
-    """-log sigmoid(s / temperature) of the own key, plus the mean of -log sigmoid(-s / temperature) over negatives."""
+    """Binary cross entropy of similarities s.
+
+    -log sigmoid(s / temperature) of the own key, plus the mean of -log sigmoid(-s / temperature) over negatives.
+    """
     logits = sim / temperature
     loss = F.softplus(-logits[:, 0]).mean()
     if sim.shape[1] == 1:
@@ -81,8 +84,10 @@ def binary_cross_entropy(sim: Tensor, temperature: float) -> Scalars:
 
 
 def inner_product(sim: Tensor) -> Scalars:
-    """1 - s of the own key, plus the mean of 1 + s over negatives. Without negatives half of BYOL's loss for one query
-    (https://arxiv.org/abs/2006.07733, equation 2: 2 - 2 cos)."""
+    """1 - s of the own key, plus the mean of 1 + s over negatives, where s are similarities.
+
+    Without negatives this is half of BYOL's loss (2 - 2 cos, https://arxiv.org/abs/2006.07733, equation 2).
+    """
     loss = 1 - sim[:, 0].mean()
     if sim.shape[1] == 1:
         return {"loss": loss}
@@ -92,35 +97,40 @@ def inner_product(sim: Tensor) -> Scalars:
 def sce(sim: Tensor, key_sim: Tensor, temperature: float, target_temperature: float, coefficient: float) -> Scalars:
     """Similarity contrastive estimation (https://arxiv.org/abs/2111.14585, equations 4 to 7).
 
-    The target of a query is `coefficient` on its own key, and the rest in proportion to how similar its own key is to
-    each *other* key. Coefficient 1 is InfoNCE. Coefficient 0 is ReSSL (https://arxiv.org/abs/2107.09282, equation 5):
-    the own key is not a candidate of the query either, as in its authors' code. For coefficients that approach 0 the
-    own key remains a candidate (proposition 1), so the loss drops at the step at which a schedule reaches 0.
-    Without in-batch keys, eztorch puts the own key into the target with a similarity of 0; this function never does.
+    The target distribution of a query has `coefficient` on its own key. The rest is spread over the other keys by a
+    softmax over their similarities to the own key.
+
+    Coefficient 1 is InfoNCE. Coefficient 0 is ReSSL (https://arxiv.org/abs/2107.09282, equation 5), where the own key
+    is also removed from the query's candidates, as in its authors' code. For any coefficient above 0 it remains a
+    candidate (proposition 1), so the loss drops at the step at which a schedule reaches 0. Without in-batch keys,
+    eztorch gives the own key a similarity of 0 in that softmax; this function leaves it out.
 
     Args:
         sim: `similarities` of the queries, [N, 1 + M].
-        key_sim: `similarities` of the keys with the same columns; column 0 is the key with itself, and ignored.
+        key_sim: `similarities` of the keys, with the same columns. Column 0, a key with itself, is ignored.
     """
     with torch.no_grad():
         relations = torch.softmax(key_sim[:, 1:] / target_temperature, dim=1) * (1 - coefficient)
         target = torch.cat([torch.full_like(sim[:, :1], coefficient), relations], dim=1)
-    first = 1 if coefficient == 0 and sim.shape[1] > 1 else 0  # the first candidate: 0 is the own key
+    first = 1 if coefficient == 0 and sim.shape[1] > 1 else 0  # column of the first candidate; 0 is the own key
     loss = F.cross_entropy(sim[:, first:] / temperature, target[:, first:])
     return {"loss": loss, **_accuracies(sim)}
 
 
 def _at_least_two(z: Tensor) -> Tensor:
     if len(z) < 2:
-        raise ValueError("vic and barlow compare the images of a batch, which has only one: set drop_last_batch=True")
+        raise ValueError("loss_type='vic' and 'barlow' need two images, but a batch has one. Set drop_last_batch=True")
     return z
 
 
 def vicreg(a: Tensor, b: Tensor, invariance: float, variance: float, covariance: float, epsilon: float) -> Scalars:
     """Variance-invariance-covariance regularization (https://arxiv.org/abs/2105.04906, equations 1 to 6).
 
-    The variance term is the sum over both views as in equation 6; the authors' code halves it, so their weight of 25
-    is 12.5 here. a, b: [N, D], N at least 2, all processes' rows.
+    The variance term is the sum over both views, as in equation 6. The authors' code halves it, so their weight of 25
+    is 12.5 here.
+
+    Args:
+        a, b: projections of both views, [N, D], from all processes. N is at least 2.
     """
     n, d = _at_least_two(a).shape
 
@@ -140,9 +150,11 @@ def vicreg(a: Tensor, b: Tensor, invariance: float, variance: float, covariance:
 
 
 def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
-    """Barlow Twins (https://arxiv.org/abs/2103.03230, equation 1): the views' cross-correlation should be the identity.
+    """Barlow Twins (https://arxiv.org/abs/2103.03230, equation 1): cross-correlation of the views against the identity.
 
-    a, b: [N, D], all processes' rows; standardized with the biased variance + 1e-5, as the authors' batch norm does.
+    Args:
+        a, b: projections of both views, [N, D], from all processes. N is at least 2. They are standardized with the
+            biased variance + 1e-5, as by the authors' batch norm.
     """
 
     def standardize(z: Tensor) -> Tensor:
@@ -157,13 +169,16 @@ def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
 
 @torch.no_grad()
 def cosines(z: Tensor, k: Tensor) -> Scalars:
-    """Mean cosine of z [N, D] with the own key, and with the keys of the other images; and the deviation of the unit
-    vectors z times sqrt(D): 1 is spread evenly over the sphere, 0 a single point, which is a collapse."""
+    """Return the mean cosine of z [N, D] with own keys k [N, D] and with those of other images, and the spread of z.
+
+    The spread is the standard deviation of z / |z| times sqrt(D): 1 if the projections are spread evenly over the
+    sphere, 0 if they are a single point, which is a collapse.
+    """
     z, k = unit(z), unit(k)
     n = len(z)
     own = (z * k).sum()
-    others = z.sum(0) @ k.sum(0) - own  # the sum over all pairs, without a matrix of them
-    spread = (1 - z.mean(0).square().sum()).clamp(min=0).sqrt()  # the variances of unit vectors add up to this square
+    others = z.sum(0) @ k.sum(0) - own  # sum over all pairs, without an N x N matrix
+    spread = (1 - z.mean(0).square().sum()).clamp(min=0).sqrt()  # of unit vectors, the variances add up to its square
     spread = spread if n > 1 else torch.full_like(spread, math.nan)
     return {
         "step_pos_cos": own / n,
@@ -175,8 +190,11 @@ def cosines(z: Tensor, k: Tensor) -> Scalars:
 def get_loss(
     params: ModelParams, sce_coefficient: float | None = None, sce_target_T: float | None = None
 ) -> Callable[[Tensor, Tensor, Tensor | None], Scalars]:
-    """loss(q, k, queue_keys) as `params` wants it. Each row shows which settings a loss reads; of those that may change
-    while training, the values at this step are given beside `params`."""
+    """Return the function loss(q, k, queue_keys) that `params` selects. Each row shows which settings a loss reads.
+
+    Args:
+        sce_coefficient, sce_target_T: values at this step, if they change during training; None: those of `params`.
+    """
     p = params
     coefficient = p.sce_coefficient if sce_coefficient is None else sce_coefficient
     target_T = p.sce_target_T if sce_target_T is None else sce_target_T

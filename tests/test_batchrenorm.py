@@ -1,3 +1,5 @@
+"""Batch renormalization against batch norm and the algorithm of its paper."""
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ SHAPES = {BatchRenorm1d: (16, 4), BatchRenorm2d: (8, 4, 5, 3), BatchRenorm3d: (8
 
 @pytest.mark.parametrize("layer_type", SHAPES)
 def test_young_layer_is_batch_norm(layer_type):
-    """Before batch 5,000 nothing is corrected: rmax = 1, dmax = 0."""
+    """There is no correction before batch 5,000: rmax = 1, dmax = 0."""
     layer, x = layer_type(4), torch.randn(SHAPES[layer_type]) * 3 + 1
     torch.nn.init.normal_(layer.weight)
     expected = F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
@@ -18,7 +20,7 @@ def test_young_layer_is_batch_norm(layer_type):
 
 
 def algorithm_1(x, running_mean, running_std, rmax, dmax, eps, momentum):
-    """The paper's Algorithm 1 in NumPy: (output, new running mean, new running std)."""
+    """Return (output, new running mean, new running std) by the paper's algorithm 1 in NumPy."""
     mean, std = x.mean(0), np.sqrt(x.var(0) + eps)
     r = np.clip(std / running_std, 1 / rmax, rmax)
     d = np.clip((mean - running_mean) / running_std, -dmax, dmax)
@@ -41,7 +43,7 @@ def test_old_layer_is_algorithm_1(batches, rmax, dmax):
 
 
 def test_no_gradient_through_the_corrections():
-    """With r and d constant, the gradient is batch norm's times r."""
+    """If r and d are constants, the gradient is that of batch norm times r."""
     layer, x = BatchRenorm1d(3), torch.randn(8, 3, requires_grad=True)
     layer.num_batches_tracked.fill_(100000)
     layer.running_std.fill_(2.0)

@@ -5,7 +5,7 @@ import ast
 import importlib
 import inspect
 import itertools
-import operator
+import pkgutil
 import re
 import shlex
 import sys
@@ -23,6 +23,7 @@ from PIL import Image
 import model_params
 from linear_classifier import LinearClassifierMethodParams
 from model_params import SCEVideoParams
+from self_supervised.__main__ import COMMANDS
 from self_supervised.data import loading, packed
 from self_supervised.evaluation.protocols import PROTOCOLS
 from self_supervised.exports.formats import FORMATS
@@ -41,16 +42,20 @@ TRAINER = inspect.signature(pl.Trainer).parameters
 
 
 def named_here(section: str) -> list[str]:
-    """What stands in backticks in the second columns of the tables."""
+    """Return the texts in backticks in the second columns of the tables."""
     lines = [re.split(r"(?<!\\)\|", line) for line in section.splitlines() if line.startswith("| ")]
     assert lines and all(len(cells) == 5 for cells in lines)
     return [span for cells in lines for span in re.findall(r"`([^`]+)`", cells[2])]
 
 
+def is_command(text: str) -> bool:
+    return bool({"python", "self-supervised"} & set(text.split()))
+
+
 @pytest.mark.parametrize("name", SECTIONS)
 def test_named_settings_exist_and_take_the_values(name):
     for span in named_here(SECTIONS[name]):
-        if not re.search(r"\w=", span) or "python " in span:
+        if not re.search(r"\w=", span) or is_command(span):
             continue
         call = ast.parse(span if re.match(r"[\w.]+\(", span) else f"f({span})", mode="eval").body
         for keyword in call.keywords:
@@ -68,25 +73,23 @@ def test_named_presets_and_functions_exist(name):
         if re.fullmatch(r"\w+Params", span):
             assert span in vars(model_params)
         elif re.fullmatch(r"[a-z]\w+(\.\w+)+", span) and not span.endswith((".py", ".json", ".yaml", ".txt", ".ckpt")):
-            module, *path = span.split(".")
-            operator.attrgetter(".".join(path))(importlib.import_module(module))
+            pkgutil.resolve_name(span)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_commands_are_understood(name, monkeypatch):
-    monkeypatch.setitem(command_line.LOGGERS, "wandb", None)  # which need not be installed
+    monkeypatch.setitem(command_line.LOGGERS, "wandb", None)  # need not be installed
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", SECTIONS[name], re.DOTALL)).replace("\\\n", " ")
-    commands = [*blocks.splitlines(), *(span for span in named_here(SECTIONS[name]) if "python " in span)]
+    commands = [*blocks.splitlines(), *filter(is_command, named_here(SECTIONS[name]))]
     assert commands
     for command in commands:
         words = shlex.split(command)
-        words = words[words.index("python") + 1 :]
-        program, *arguments = words[1:] if words[0] == "-m" else words
-        check(program.removesuffix(".py"), arguments, monkeypatch)
+        start = words.index("self-supervised" if "self-supervised" in words else "python") + 1
+        check(words[start], words[start + 1 :], monkeypatch)
 
 
 def check(program: str, arguments: list[str], monkeypatch) -> None:
-    """The program stops as soon as it has understood its arguments; with status 2, if it has not."""
+    """Parse a program's arguments without running it; status 2 means that it does not understand them."""
     if program == "train":
         if "--config" not in arguments:
             command_line.parse(arguments)
@@ -101,7 +104,10 @@ def check(program: str, arguments: list[str], monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         patch.setattr(sys, "argv", [program, *arguments])
-        importlib.import_module(program).main()
+        if program in COMMANDS:
+            importlib.import_module(COMMANDS[program][0]).main(arguments)
+        else:
+            importlib.import_module(program.removesuffix(".py")).main()
     assert ended.value.code == 0, arguments
 
 
@@ -114,7 +120,7 @@ class ShortTrainer(pl.Trainer):
 
 @pytest.fixture
 def small_data(monkeypatch, tmp_path):
-    """The data sets of the page in small, batches of 4, and a folder `dataset` of 2 classes."""
+    """Small versions of the page's data sets, batches of 4, and a directory `dataset` with 2 classes."""
     rng = np.random.default_rng(0)
 
     def read(size: int, splits: list[str]):
@@ -141,7 +147,7 @@ def small_data(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore:collapse", "ignore:the warm-up of", "ignore:There is a wandb")
 @pytest.mark.parametrize("name", SECTIONS)
 def test_python_blocks(name, small_data, tmp_path, monkeypatch):
-    """Run in order, as a notebook would."""
+    """Blocks run in order, as in a notebook."""
     if name == "eztorch":
         monkeypatch.setattr(Checkpoints, "save", lambda *_: None)  # 400 MB
     blocks, names = re.findall(r"```python\n(.*?)```", SECTIONS[name], re.DOTALL), {}

@@ -1,4 +1,4 @@
-"""Fine-tuning, layer-wise rates, labeled subsets, settings chosen on a held-out part, and the presets."""
+"""Fine-tuning, layer-wise learning rates, labeled subsets, held-out validation, and the presets."""
 
 import copy
 import math
@@ -51,7 +51,7 @@ def method(preset=LinearClassifierMethodParams, encoder: nn.Module | None = None
     return LinearClassifierMethod(preset(**fields), encoder=encoder or small_encoder())
 
 
-# ---- which labels ----
+# ---- Labels ----
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.01, 0.1, 0.35, 1.0])
@@ -127,7 +127,7 @@ def seen(loader: ResumableDataLoader) -> set[bytes]:
     ({"validate_on": "held_out", "held_out_fraction": 0.5, "labels_per_class": 4}, 40, 648),
 ])  # fmt: skip
 def test_the_loaders_hold_what_the_settings_say(fields, n_train, n_valid, trainer, data_path, tmp_path, monkeypatch):
-    """And with a held-out part, the test set need not even be there."""
+    """With a held-out part, the test set need not exist."""
     if "validate_on" in fields:
         shutil.copytree(data_path / "digits" / "train", tmp_path / "digits" / "train")
         monkeypatch.setenv("DATA_PATH", str(tmp_path))
@@ -150,11 +150,14 @@ def test_a_last_batch_of_a_few_images_is_dropped_but_not_the_only_one(n, batches
     assert [len(labels) for _, labels in loading.get_loader(params, dataset, training=True)] == batches
 
 
-# ---- what is trained, and how fast ----
+# ---- Parameter groups and learning rates ----
 
 
 def beit_layer(name: str, n_blocks: int) -> int:
-    """After BEiT: 0 for patches, class token and positions, 1 to n_blocks for the blocks; the last norm is of them."""
+    """Return BEiT's number of a layer: 0 for patches, class token and positions, then 1 to n_blocks.
+
+    The last norm belongs to the last block.
+    """
     if name.startswith(("conv_proj", "class_token", "encoder.pos_embedding")):
         return 0
     found = re.match(r"encoder\.layers\.encoder_layer_(\d+)\.", name)
@@ -170,7 +173,7 @@ def vision_transformer(n_blocks: int = 5) -> nn.Module:
 
 
 def test_a_step_of_every_parameter_has_the_rate_of_its_layer(trainer):
-    """w - rate g, in float64, with rates by BEiT's numbering of layers, for a batch of twice lr_batch_size."""
+    """A step in float64 is w - lr g, with BEiT's learning rates per layer and a batch of twice lr_batch_size."""
     fields = {"in_channels": 3, "lr_scaling": "linear", "lr_batch_size": 32, "momentum": 0.0, "weight_decay": 0.01}
     fields |= {"lr": 0.3, "encoder_lr": 0.2, "layer_decay": 0.6, "exclude_matching_parameters_from_lars": [".bias"]}
     linear = method(encoder=vision_transformer(), **fields)
@@ -256,12 +259,12 @@ def test_normalized_features_are_z_scores_and_their_scale_does_not_matter(traine
     torch.testing.assert_close(linear(x), linear.classifier(z.float()), rtol=1e-4, atol=1e-4)
 
 
-# ---- optimizers and schedules ----
+# ---- Optimizers and schedules ----
 
 
 @pytest.mark.parametrize("schedule", ["steps", "cosine"])
 def test_the_rates_over_the_training(schedule, trainer):
-    """Warm-up over two of ten epochs of two steps; all groups fall together. Seen after a step: those of the next."""
+    """Two of ten epochs (two steps each) are warm-up; all groups share a curve. Recorded after each step."""
     linear, rates = method(encoder_lr=0.02, lr_schedule=schedule, warmup_epochs=2, batch_size=64), []
     linear.on_train_batch_end = lambda *_: rates.append([g["lr"] for g in linear.optimizers().param_groups])
     trainer(max_epochs=10, limit_val_batches=0).fit(linear)
@@ -279,7 +282,7 @@ def test_the_rates_over_the_training(schedule, trainer):
     ({**LARS_FIELDS, "weight_decay": 0.01}, lambda p: lars([*p])),
 ])  # fmt: skip
 def test_fine_tuning_is_plain_pytorch(fields, reference, trainer):
-    """The same steps as a loop of five lines, on the same float images, encoder in train mode."""
+    """The steps are those of a loop of five lines on the same float images, with the encoder in train mode."""
     images, labels = torch.randn(4, 32, 1, 8, 8), torch.randint(10, (4, 32))
     linear = method(encoder_lr=0.1, drop_last_batch=False, **fields)
     plain = nn.Sequential(copy.deepcopy(linear.model), copy.deepcopy(linear.classifier)).train()
@@ -298,11 +301,11 @@ def test_fine_tuning_is_plain_pytorch(fields, reference, trainer):
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"label_fraction": 0.1, "labels_per_class": 4}, "label_fraction=0.1 and labels_per_class=4 are two ways"),
-    ({"layer_decay": 0.5}, "layer_decay=0.5 is for an encoder that is trained: set encoder_lr"),
+    ({"label_fraction": 0.1, "labels_per_class": 4}, "label_fraction=0.1 and labels_per_class=4"),
+    ({"layer_decay": 0.5}, "layer_decay=0.5 needs .* encoder_lr"),
     ({"layer_decay": 0.0, "encoder_lr": 1}, "layer_decay=0"),
-    ({"nesterov": True, "momentum": 0}, "nesterov=True is a kind of SGD with momentum"),
-    ({"nesterov": True, "optimizer_name": "adamw"}, "set optimizer_name='sgd'"),
+    ({"nesterov": True, "momentum": 0}, "nesterov=True .* momentum above 0"),
+    ({"nesterov": True, "optimizer_name": "adamw"}, "nesterov=True .* optimizer_name='sgd'"),
     ({"label_fraction": 0}, "label_fraction=0 must be above 0"),
     ({"validate_on": "train"}, "validate_on='train' is unknown: choose one of test, held_out"),
     ({"encoder_lr": -1}, "encoder_lr=-1 must be above 0"),
@@ -320,7 +323,7 @@ def test_more_labels_than_there_are_and_a_batch_of_one_are_explained(trainer):
         trainer(limit_train_batches=1.0).fit(method(**fields))
 
 
-# ---- presets ----
+# ---- Presets ----
 
 
 @pytest.mark.filterwarnings("ignore:the warm-up of")
@@ -338,7 +341,7 @@ def test_presets_train_save_and_come_back(name, trainer, tmp_path):
 
 
 def test_presets_are_the_published_numbers():
-    """As printed in the papers, at their batch sizes."""
+    """The numbers are those printed in the papers, at their batch sizes."""
     one, ten = (LINEAR_PRESETS[f"semi_supervised_{n}"](global_batch_size=4096) for n in (1, 10))
     assert one.lr * 4096 / one.lr_batch_size == pytest.approx(0.8) and one.encoder_lr == one.lr  # SimCLR, B.5
     assert (one.max_epochs, ten.max_epochs, one.weight_decay, one.warmup_epochs) == (60, 30, 0, 0)
@@ -347,12 +350,12 @@ def test_presets_are_the_published_numbers():
     assert tuned.encoder_lr == pytest.approx(tuned.lr * tuned.layer_decay)  # the head is one layer above the encoder
 
 
-# ---- compiled, and on several processes ----
+# ---- Compiled, and on multiple processes ----
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # PyTorch's compiler, of itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from PyTorch's compiler
 def test_compiled_fine_tuning_equals_eager(trainer, monkeypatch):
-    """The graphs are captured, with their gradients; code is not made of them, which takes a minute."""
+    """Graphs and gradients are captured but not compiled to code, which would take a minute."""
     ends, compile = [], nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module, mode: compile(module, backend="aot_eager"))
     for compiled in (False, True):
@@ -366,7 +369,7 @@ def test_compiled_fine_tuning_equals_eager(trainer, monkeypatch):
 
 
 def tuned(rank: int, world: int) -> dict:
-    """Three steps on 32 images in all, without augmentations and batch norm, which differ between processes."""
+    """Return the weights after three steps on 32 images, without views and batch norm, which depend on processes."""
     torch.manual_seed(2)
     encoder = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 16)

@@ -1,3 +1,5 @@
+"""LARS against its formula, and the split of parameters."""
+
 import pytest
 import torch
 import torchvision
@@ -9,7 +11,7 @@ from self_supervised.networks.heads import MLP
 
 
 def reference_step(p, g, v, lr, momentum, weight_decay, eta, adapt):
-    """One parameter, from the description in the authors' papers; float64, with plain branches."""
+    """Update of one parameter in float64, written from the paper's description with plain branches."""
     g = g + weight_decay * p
     if adapt and p.norm() > 0 and g.norm() > 0:
         g = g * (eta * p.norm() / g.norm())
@@ -74,7 +76,7 @@ def test_a_step_never_waits_for_the_device():
         with Synchronizations() as found:
             optimizer.step()
         assert found.count == 0
-    with Synchronizations() as found:  # the counter does count
+    with Synchronizations() as found:  # the counter works
         params[0].sum().item()
     assert found.count == 1
 

@@ -1,3 +1,5 @@
+"""Linear classifier on a checkpoint: loading, training, scores and learning rates."""
+
 import pytest
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Every loss against a formula written from its paper, in float64 and with loops where that is plainer."""
+"""Every loss against a formula written from its paper, in float64 and with loops if that is simpler."""
 
 import math
 
@@ -15,7 +15,7 @@ N, D, K = 6, 5, 9
 
 @pytest.fixture
 def vectors():
-    """q, k on the sphere with gradient, and a queue; float64."""
+    """q and k on the sphere with gradient, and a queue, in float64."""
     q, k, queue = (F.normalize(torch.randn(n, D, dtype=torch.float64), dim=1) for n in (N, N, K))
     return q.requires_grad_(), k.requires_grad_(), queue
 
@@ -35,7 +35,10 @@ def assert_same(actual, expected, *inputs):
 
 
 def info_nce(q, candidates_of, T, weight=1.0):
-    """mean of -log(e^(s+/T) / (e^(s+/T) + weight sum e^(s/T))); candidates_of(n): the positive, then negatives."""
+    """Return the mean of -log(e^(s+/T) / (e^(s+/T) + weight sum e^(s/T))).
+
+    candidates_of(n) returns the positive of query n, then its negatives.
+    """
     total = 0
     for n in range(len(q)):
         positive, *negatives = [(q[n] @ c / T).exp() for c in candidates_of(n)]
@@ -56,7 +59,7 @@ def test_batch_and_queue_negatives_together(vectors):
 
 
 def test_simclr_equals_the_2n_by_2n_matrix(vectors):
-    """NT-Xent of all 2 N anchors at once, the anchor itself masked before the softmax."""
+    """NT-Xent of all 2 N anchors at once, with the anchor itself masked before the softmax."""
     a, b, _ = vectors
     z = torch.cat([a, b])
     logits = (z @ z.T / 0.2).masked_fill(torch.eye(2 * N, dtype=torch.bool), -math.inf)
@@ -154,7 +157,7 @@ def test_ties_and_nan_recognize_nothing():
 
 @pytest.mark.parametrize("name", ["vic", "barlow"])
 def test_one_image_is_refused(name):
-    with pytest.raises(ValueError, match="only one: set drop_last_batch=True"):
+    with pytest.raises(ValueError, match="drop_last_batch=True"):
         losses.get_loss(ModelParams(loss_type=name))(torch.zeros(1, 4), torch.zeros(1, 4), None)
 
 

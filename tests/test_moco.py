@@ -1,4 +1,4 @@
-"""SelfSupervisedMethod: what is computed how often, when things move, and what a user may pass in."""
+"""SelfSupervisedMethod: how often views are encoded, when weights and queue change, and what users may pass."""
 
 import argparse
 import copy
@@ -23,7 +23,7 @@ from self_supervised.training import optimizers
 
 
 class TinyEncoder(nn.Module):
-    """[N, 1, 8, 8] -> [N, 6]; counts its passes by mode, and remembers what it saw."""
+    """Encoder [N, 1, 8, 8] -> [N, 6] that counts its forward passes in train mode."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +127,7 @@ def test_constructing_touches_no_data(monkeypatch, tmp_path):
 
 
 def test_optimizer_schedules_and_lagging_model_follow_optimizer_steps(small, trainer):
-    """Four batches an epoch, two accumulated: rates, m and the lagging weights move once per optimizer step."""
+    """With two accumulated batches, learning rate, m and lagging weights change once per optimizer step."""
     params = small(
         "byol", optimizer_name="sgd", lr=0.2, final_lr_schedule_value=0.02, warmup_epochs=1, m=0.9, evaluations=[]
     )
@@ -238,7 +238,7 @@ def loader(*tensors):
 
 
 class Views(torch.utils.data.Dataset):
-    """What a data set with a two-crop transform yields."""
+    """Data set with a two-crop transform."""
 
     def __len__(self):
         return 16
@@ -262,7 +262,7 @@ OWN_LOADERS = {
 
 @pytest.mark.parametrize("kind", OWN_LOADERS)
 def test_a_loader_of_the_users_own_always_works(kind, small, trainer, monkeypatch):
-    """Without any look at `dataset_name`."""
+    """`dataset_name` is not read."""
     monkeypatch.setattr(loading, "prepare_data", lambda name: pytest.fail("touched the data set"))
     fit = trainer(num_sanity_val_steps=2)
     fit.fit(SelfSupervisedMethod(small("simclr"), encoder=TinyEncoder()), OWN_LOADERS[kind]())
@@ -359,8 +359,7 @@ def test_collapse_is_named_once(small, trainer):
 
 @pytest.mark.parametrize("devices", [2, 3])
 def test_no_key_shares_its_batch_statistics_with_its_own_query(devices):
-    """On one process the shuffled keys are encoded in parts; every key comes back to its place."""
-
+    """On one process the shuffled keys are encoded in parts, and every key is returned at its place."""
     parts = []
     keys = distributed.shuffled(lambda x: parts.append(x) or x * 2, torch.arange(12.0).view(12, 1), (1, 2), devices)
     assert torch.equal(keys, torch.arange(12.0).view(12, 1) * 2)
@@ -384,7 +383,7 @@ def test_losses_are_float32_under_autocast(name, small, trainer, monkeypatch):
 
     def recorded(params):
         def loss(*inputs):
-            inputs = [x if x is None else x.clone() for x in inputs]  # the queue goes on
+            inputs = [x if x is None else x.clone() for x in inputs]  # the queue changes later
             seen.append((inputs, get_loss(params)(*inputs)["loss"].detach()))
             return get_loss(params)(*inputs)
 
@@ -399,7 +398,7 @@ def test_losses_are_float32_under_autocast(name, small, trainer, monkeypatch):
 
 
 def test_checkpoints_of_the_original_load(small, tmp_path):
-    """Its queue is dim x K, its pointer a vector of one, its settings lack our fields."""
+    """Its queue is [dim, K], its pointer a vector of one element, and its settings lack our fields."""
     model = SelfSupervisedMethod(small())
     state = model.state_dict()
     state["queue"], state["queue_ptr"] = state.pop("queue.keys").T.clone(), state.pop("queue.position").reshape(1) + 5
@@ -427,14 +426,14 @@ def test_a_checkpoint_does_not_need_the_weights_it_started_from(small, trainer, 
 
 
 def test_training_leaves_the_seed_as_it_was(small, trainer):
-    """What is built afterwards gets the seed of `pl.seed_everything`, not that of the last training step."""
+    """A model that is built afterwards gets the seed of `pl.seed_everything`, not that of the last training step."""
     pl.seed_everything(7, verbose=False)
     trainer().fit(SelfSupervisedMethod(small(evaluations=[]), encoder=TinyEncoder()))
     assert SelfSupervisedMethod(encoder=TinyEncoder(), dataset_name="digits", K=8).params.seed == 7
 
 
 def test_one_image_without_batch_statistics_is_refused_in_words(small, trainer):
-    """At construction where the settings say so; 1,297 digits in batches of 16 leave one for the last batch."""
+    """At construction if settings say so; otherwise in training: of 1,297 digits, batches of 16 leave one image."""
     with pytest.raises(ValueError, match="a batch of 1 image has no batch statistics: choose a larger batch_size"):
         SelfSupervisedMethod(small(batch_size=1))
     SelfSupervisedMethod(small(batch_size=1), encoder=TinyEncoder())
@@ -449,7 +448,7 @@ def test_an_interrupted_validation_leaves_nothing_for_the_next(small, trainer):
 
         def on_validation_batch_end(self, *args):
             if self.stops:
-                raise KeyError("of the user's own making")
+                raise KeyError("an error of the user's code")
 
     stop = Stop()
     model, fit = SelfSupervisedMethod(small(), encoder=TinyEncoder()), trainer(limit_val_batches=9, callbacks=[stop])

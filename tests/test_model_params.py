@@ -1,3 +1,5 @@
+"""Settings of pretraining: the original's names and defaults, the presets, and what is refused."""
+
 from pathlib import Path
 
 import attr
@@ -7,7 +9,7 @@ from model_params import PRESETS, BYOLParams, ModelParams, VICRegParams
 from self_supervised.fields import expanded
 from self_supervised.runs.command_line import RunOptions
 
-# The listing of the original's README: users rely on every name and default.
+# The listing in the original's README: users rely on every name and default.
 ORIGINAL = {
     "encoder_arch": "resnet18", "shuffle_batch_norm": False, "dataset_name": "stl10", "batch_size": 256,
     "K": 65536, "dim": 128, "m": 0.996, "T": 0.2,
@@ -29,7 +31,7 @@ ORIGINAL = {
 def test_every_field_and_default_of_the_original():
     params = ModelParams()
     assert {name: getattr(params, name) for name in ORIGINAL} == ORIGINAL
-    # Two defaults are "find out": the width of the encoder, and whether there are processes to gather from.
+    # Two defaults are inferred: the width of the encoder, and whether there are processes to gather from.
     assert params.embedding_dim is None and params.gather_keys_for_queue is None
     ModelParams(embedding_dim=512, gather_keys_for_queue=False)
 
@@ -59,7 +61,7 @@ def test_the_originals_recipes():
 
 
 def test_the_method_table():
-    """Which row of settings is which method: the table of the README."""
+    """The rows of settings are those of the README's table of methods."""
     rows = {
         "moco_v2": ([(0, 1)], True, (True, False, False), True, 0, "ce"),
         "eqco": ([(0, 1)], True, (False, True, False), True, 0, "ce"),
@@ -98,13 +100,13 @@ def test_unknown_field_is_a_type_error():
         ({"encoder_arch": "resnet81"}, "encoder_arch='resnet81' is unknown: .*Nearest: resnet18"),
         ({"encoder_arch": "get_model"}, "encoder_arch='get_model' is unknown"),
         ({"dataset_name": "mnist"}, "dataset_name='mnist' is unknown: choose one of digits, cifar10"),
-        ({"use_negative_examples_from_queue": False}, "loss_type='ce' compares an image with negatives and has none"),
-        ({"loss_type": "sce", "use_negative_examples_from_queue": False}, "loss_type='sce' .* has none"),
+        ({"use_negative_examples_from_queue": False}, "loss_type='ce' needs negatives"),
+        ({"loss_type": "sce", "use_negative_examples_from_queue": False}, "loss_type='sce' needs negatives"),
         ({"use_vicreg_loss": True, "loss_type": "ip"}, "use_vicreg_loss=True contradicts loss_type='ip'"),
         ({"mlp_normalization": "gn", "mlp_hidden_dim": 100}, "mlp_hidden_dim=100 .* multiple of 32"),
-        ({"K": 0}, "K=0 is no queue"),
+        ({"K": 0}, "K=0 .*use_negative_examples_from_queue=False"),
         ({"use_negative_examples_from_same_view": True}, "use_lagging_model=False .*True.*prediction_mlp_layers=0"),
-        ({"shuffle_batch_norm": True, "use_lagging_model": False}, "set use_lagging_model=True"),
+        ({"shuffle_batch_norm": True, "use_lagging_model": False}, "shuffle_batch_norm=True .*use_lagging_model=True"),
         ({"low_resolution_stem": True, "encoder_arch": "vit_b_16"}, "low_resolution_stem=True .*'vit_b_16'"),
         ({"evaluations": ["knn", "svm"]}, r"evaluations=\['svm'\] unknown: choose from linear_probe, knn"),
         ({"transform_blur_probability": [1.0]}, r"transform_blur_probability=\[1.0\] has 1 values for 2 views"),
@@ -127,9 +129,9 @@ def test_unknown_field_is_a_type_error():
         ({"exclude_matching_parameters_from_lars": ".bias"}, "exclude_.*='.bias' must be a list of strings"),
         ({"encoder_arch": None}, "encoder_arch=None must be a string"),
         ({"encoder_arch": "resnet18.foo"}, "encoder_arch='resnet18.foo' is unknown"),
-        ({"transform_s": "a"}, "transform_s='a' must be a number, or a list with one a view"),
-        ({"use_eqco_margin": True, "loss_type": "ip"}, "use_eqco_margin=True is a part of loss_type='ce'"),
-        ({"loss_type": "vic", "batch_size": 1}, "batch_size=1 leaves loss_type='vic' nothing"),
+        ({"transform_s": "a"}, "transform_s='a' must be a number, or a list"),
+        ({"use_eqco_margin": True, "loss_type": "ip"}, "use_eqco_margin=True .*loss_type='ce', not for 'ip'"),
+        ({"loss_type": "vic", "batch_size": 1}, "batch_size=1 .*loss_type='vic'"),
         ({"batch_size": 2.5}, "batch_size=2.5 must be a whole number"),
     ],
 )

@@ -1,4 +1,4 @@
-"""docs/options.md is current, and its tables are made from whatever settings classes they are given."""
+"""docs/options.md is current, and its tables can be generated for any settings class."""
 
 import re
 from functools import partial

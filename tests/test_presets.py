@@ -1,4 +1,4 @@
-"""Every preset with every normalization: trains, leaves no part out, saves, and comes back the same."""
+"""Every preset with every normalization trains all of its parts, saves, and is loaded unchanged."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised.catalogue import NORMALIZATIONS
 
-# An untrained network without normalization does map all images to nearly one point.
+# An untrained network without normalization maps all images to nearly one point.
 pytestmark = pytest.mark.filterwarnings("ignore:collapse")
 
 

@@ -1,6 +1,6 @@
-"""Any settings either train, or are refused at construction by a ValueError that names a field: nothing in between.
+"""Random settings either train or are refused at construction by a ValueError that names a field.
 
-`LONG=5 pytest tests/test_properties.py` tries five times as many, other ones each time.
+`LONG=5 pytest tests/test_properties.py` tries five times as many, with different ones in each run.
 """
 
 import math
@@ -28,7 +28,7 @@ SMALL = {
     "mlp_hidden_dim": 8, "warmup_epochs": 0,
 }  # fmt: skip
 
-# ---- what is drawn ----
+# ---- Random settings ----
 
 
 def either(*values) -> st.SearchStrategy:
@@ -75,7 +75,7 @@ SENSIBLE = {
     "data_on_device": either(None, False, True),
     "torch_compile": either(False),  # compiled in test_speed.py: it takes seconds
     "unreadable_images": either("stop", "skip"),
-    # of videos: others than the defaults are refused on images
+    # settings of videos: refused on images unless they have the default
     "num_frames": either(8, 8, 8, 1, 16),
     "clip_duration": either(2.56, 2.56, 2.56, 1, 10.0),
     "clip_speeds": either([1.0], [1], [1.0], [0.5, 2]),
@@ -209,14 +209,14 @@ def of_field(strategy_of) -> st.SearchStrategy:
 
 @st.composite
 def rows(draw) -> tuple[str, dict]:
-    """A preset and changes to it: up to twenty sensible ones or ones at the border, and in a third something odd."""
+    """A preset and up to twenty changes to it, also at the limits; one row in three has an odd value, too."""
     changes = {"dataset_name": draw(either("digits", "cifar10"))}
     changes |= dict(draw(st.lists(of_field(SENSIBLE.get), max_size=20)))
     changes |= dict([draw(of_field(lambda _: ODD))] if draw(either(True, False, False)) else [])
     return draw(either(*PRESETS)), changes
 
 
-# ---- what is done with it ----
+# ---- Training with them ----
 
 
 class AllFinite(pl.Callback):
@@ -227,9 +227,11 @@ class AllFinite(pl.Callback):
 
 
 def may_diverge(p: ModelParams) -> bool:
-    """Steps so long, or (without the unit sphere) outputs so large, that whether the second loss is beyond float32
-    depends on the encoder, the images and the Trainer: nobody knows that at construction. Then, and only then, a
-    FloatingPointError is an answer, too."""
+    """Return whether a FloatingPointError is an acceptable outcome.
+
+    It is if steps are so long, or outputs without the unit sphere so large, that the second loss may exceed float32.
+    This depends on the encoder, the images and the Trainer, so it cannot be known at construction.
+    """
     ratio = (p.global_batch_size or p.batch_size) / p.lr_batch_size
     lr = p.lr * {None: 1, "linear": ratio, "sqrt": math.sqrt(ratio)}[p.lr_scaling]
     weights = (p.invariance_loss_weight, p.variance_loss_weight, p.covariance_loss_weight, p.redundancy_loss_weight)
@@ -238,7 +240,7 @@ def may_diverge(p: ModelParams) -> bool:
 
 
 def build(preset: str, fields: dict) -> SelfSupervisedMethod:
-    """With a small encoder of the user's own, [N, C, H, W] -> [N, 6], unless `encoder_arch` was chosen."""
+    """Return a method with a small custom encoder, [N, C, H, W] -> [N, 6], unless `encoder_arch` is set."""
     params = PRESETS[preset](**{**SMALL, **fields})
     if "encoder_arch" in fields:
         return SelfSupervisedMethod(params)
@@ -247,7 +249,7 @@ def build(preset: str, fields: dict) -> SelfSupervisedMethod:
 
 
 def loader_for(p: ModelParams) -> DataLoader:
-    """Two batches: uint8 images, or float views where the data set's constants cannot normalize them."""
+    """Return a loader of two batches: uint8 images, or float views if the data set's constants do not fit them."""
     n = min(32, p.global_batch_size or p.batch_size)
     size, labels = p.crop_size, torch.arange(2 * n) % 3
     if p.channels == p.dataset.channels:
@@ -258,7 +260,7 @@ def loader_for(p: ModelParams) -> DataLoader:
 
 
 def outcome(preset: str, fields: dict, trainer, own_images: bool = True) -> str:
-    """How two steps end, or the message of the refusal. Every other exception, and a message without a field, fails."""
+    """Train two steps and return "trains" or "diverges", or the message of a refusal, which must name a field."""
     torch.manual_seed(0)
     try:
         model = build(preset, fields)
@@ -296,8 +298,8 @@ def test_every_field_is_drawn():
     assert SENSIBLE.keys() == set(NAMES)
 
 
-FOUND = [  # (preset, fields, the field that the refusal names, or None where they train); once, they did neither
-    # of another kind than the field
+FOUND = [  # (preset, fields, field that the refusal names or None if they train); once, they did neither
+    # values of another type
     ("moco_v2", {"dataset_name": []}, "dataset_name"),
     ("moco_v2", {"optimizer_name": np.array([0.5, 0.5])}, "optimizer_name"),
     ("moco_v2", {"transform_blur_probability": True}, "transform_blur_probability"),
@@ -305,7 +307,7 @@ FOUND = [  # (preset, fields, the field that the refusal names, or None where th
     ("moco_v2", {"low_resolution_stem": ""}, "low_resolution_stem"),
     ("moco_v2", {"gather_keys_for_queue": "no"}, "gather_keys_for_queue"),
     ("moco_v2", {"embedding_dim": 6.0}, "embedding_dim"),
-    ("moco_v2", {"encoder_weights": "some.pt"}, "encoder_weights"),  # of a module of the user's own
+    ("moco_v2", {"encoder_weights": "some.pt"}, "encoder_weights"),  # of a custom module
     # too large
     ("moco_v2", {"K": 10**12}, "K"),
     ("moco_v2", {"K": 10**9, "dim": 10**5}, "K"),
@@ -341,7 +343,7 @@ FOUND = [  # (preset, fields, the field that the refusal names, or None where th
     ("byol", {"batch_size": 1}, "batch_size"),
     ("moco_v2", {"batch_size": 1, "mlp_normalization": "gn", "mlp_hidden_dim": 32}, "batch_size"),
     ("moco_v2", {"batch_size": 1, "mlp_normalization": "ln"}, None),
-    # nothing wrong with them
+    # valid settings
     ("sce", {"dataset_name": "cifar10", "transform_grayscale_probability": 1}, None),
     ("sce", {"dataset_name": "cifar10", "transform_s": -0.0}, None),
 ]
@@ -354,7 +356,7 @@ def test_found_earlier(preset, fields, named, trainer):
 
 
 def test_a_last_batch_of_one_image_without_negatives(trainer):
-    """The margin of EqCo was divided by their number."""
+    """EqCo's margin was once divided by the number of negatives, 0."""
     fit = trainer(callbacks=[AllFinite()], limit_val_batches=0)
     fit.fit(build("eqco", {}), DataLoader(torch.randint(256, (9, 1, 8, 8), dtype=torch.uint8), batch_size=8))
     assert fit.global_step == 2

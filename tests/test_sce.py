@@ -1,4 +1,4 @@
-"""Similarity contrastive estimation in full: its loss, schedules, heads, and the preset for videos."""
+"""Similarity contrastive estimation: its loss, schedules, heads, and the preset for videos."""
 
 import math
 
@@ -29,7 +29,7 @@ N, D, K = 6, 5, 9
 SETS = {"queue": (True, False), "keys": (False, True), "keys and queue": (True, True)}
 
 
-# ---- the loss ----
+# ---- Loss ----
 
 
 @pytest.fixture
@@ -46,15 +46,17 @@ def settings(relational_set: str, **fields) -> ModelParams:
 
 
 def sce_by_hand(q, k, queue, relational_set, T, target_T, coefficient):
-    """(loss, gradient of q) with loops over NumPy's float64. The gradient of a cross entropy with logits q.c / T is the
-    sum of (distribution - target) c / T."""
+    """Return (loss, gradient of q), computed with loops in NumPy's float64.
+
+    The gradient of a cross entropy with logits q.c / T is the sum of (distribution - target) c / T.
+    """
     loss, gradient = 0.0, np.zeros_like(q)
     for n in range(N):
         others = [k[m] for m in range(N) if m != n] if SETS[relational_set][1] else []
         others = others + (list(queue) if SETS[relational_set][0] else [])
         weights = [math.exp(k[n] @ c / target_T) for c in others]
         candidates, target = others, [(1 - coefficient) * w / sum(weights) for w in weights]
-        if coefficient > 0:  # ReSSL leaves the own key out
+        if coefficient > 0:  # ReSSL excludes the own key
             candidates, target = [k[n], *candidates], [coefficient, *target]
         exponentials = [math.exp(q[n] @ c / T) for c in candidates]
         for c, t, e in zip(candidates, target, exponentials, strict=True):
@@ -87,8 +89,10 @@ def test_coefficient_1_is_info_nce(vectors, relational_set):
 
 
 def ressl_and_ceiling(q, k, queue, T, target_T):
-    """ReSSL's loss as its authors' code has it (softmax of the queue's columns alone), and -log of the probability that
-    the query gives to the queue when its own key is a candidate, too."""
+    """Return ReSSL's loss as in its authors' code, and the additional term if the own key is a candidate.
+
+    The loss has a softmax over the queue's columns only. The term is -log of the queue's probability.
+    """
     relations, online = (k @ queue.T / target_T).softmax(1).detach(), q @ queue.T / T
     of_queue = online.logsumexp(1)
     ceiling = torch.logaddexp(of_queue, (q * k).sum(1) / T) - of_queue
@@ -97,7 +101,7 @@ def ressl_and_ceiling(q, k, queue, T, target_T):
 
 @pytest.mark.parametrize("fields", [{"sce_coefficient": 0.0}, {"sce_coefficient": 0.5}])
 def test_coefficient_0_is_the_loss_of_ressls_authors(vectors, fields):
-    """Whether 0 is the setting or the value that a schedule has at this step."""
+    """This holds for 0 as the setting and as the value of a schedule at this step."""
     q, k, queue = vectors
     loss = losses.get_loss(settings("queue", T=0.1, sce_target_T=0.04, **fields), sce_coefficient=0.0)
     found, expected = loss(q, k, queue)["loss"], ressl_and_ceiling(q, k, queue, 0.1, 0.04)[0]
@@ -108,7 +112,7 @@ def test_coefficient_0_is_the_loss_of_ressls_authors(vectors, fields):
 
 
 def test_a_coefficient_near_0_keeps_the_own_key_as_a_candidate(vectors):
-    """The paper's proposition 1: ReSSL plus the ceiling."""
+    """The paper's proposition 1: the loss is ReSSL's plus the ceiling."""
     q, k, queue = vectors
     p = settings("queue", T=0.1, sce_target_T=0.04, sce_coefficient=1e-12)
     found, (ressl, ceiling) = losses.get_loss(p)(q, k, queue)["loss"], ressl_and_ceiling(q, k, queue, 0.1, 0.04)
@@ -116,7 +120,7 @@ def test_a_coefficient_near_0_keeps_the_own_key_as_a_candidate(vectors):
 
 
 def test_ressl_of_one_image_without_a_queue_is_0():
-    """The last batch may have one image, which has nobody to relate to."""
+    """The last batch may have a single image, which has no others to compare with."""
     q = F.normalize(torch.randn(1, D), dim=1).requires_grad_()
     found = losses.get_loss(settings("keys", sce_coefficient=0.0))(q, q.detach(), None)["loss"]
     found.backward()
@@ -139,7 +143,7 @@ def small_method(preset=SCEParams, **fields) -> SelfSupervisedMethod:
 
 @pytest.mark.parametrize("constant", [1, 0.5])
 def test_the_symmetric_loss_is_the_sum_or_the_mean_of_both_directions(constant, monkeypatch):
-    fields = {"use_negative_examples_from_batch": False, "use_momentum_schedule": False}  # which asks a Trainer
+    fields = {"use_negative_examples_from_batch": False, "use_momentum_schedule": False}  # a schedule needs a Trainer
     method = small_method(T=0.1, loss_constant_factor=constant, **fields)
     monkeypatch.setattr(method, "log_dict", lambda _: None)
     views = [torch.randn(N, 1, 8, 8) for _ in range(2)]
@@ -151,10 +155,10 @@ def test_the_symmetric_loss_is_the_sum_or_the_mean_of_both_directions(constant, 
     assert loss == pytest.approx(sum(both) * constant, rel=1e-5)
 
 
-# ---- schedules ----
+# ---- Schedules ----
 
 
-CASES = [  # fields, and from 0 to 12 steps of 12, three an epoch: the values
+CASES = [  # fields, and the values at steps 0 to 12 of 12, three per epoch
     ({"warmup_epochs": 2, "warmup": "linear"}, [1, 11 / 12, 10 / 12, 9 / 12, 8 / 12, 7 / 12, *[0.5] * 7]),
     ({"warmup_epochs": 1, "warmup": "cosine"}, [1, 0.875, 0.625, *[0.5] * 10]),
     ({"schedule": "linear"}, [0.5 - i / 24 for i in range(13)]),
@@ -200,7 +204,7 @@ CHANGING = {
 
 
 class Stop(pl.Callback):
-    """Saves after as many steps and ends the training as if it had been interrupted."""
+    """Callback that saves after some steps and interrupts the training."""
 
     def __init__(self, after: int):
         self.after = after
@@ -248,11 +252,11 @@ def test_the_loss_gets_what_is_logged_and_a_resumed_run_goes_on_with_it(trainer,
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sce_target_T_schedule": "linear"}, "sce_target_T_schedule='linear' .*set sce_target_T_final"),
-        ({"sce_target_T_warmup_epochs": 5}, "sce_target_T_warmup_epochs=5 .*set sce_target_T_warmup_start"),
+        ({"sce_target_T_schedule": "linear"}, "sce_target_T_schedule='linear' .* sce_target_T_final"),
+        ({"sce_target_T_warmup_epochs": 5}, "sce_target_T_warmup_epochs=5 .* sce_target_T_warmup_start"),
         ({"sce_coefficient_warmup": "constant"}, "sce_coefficient_warmup='constant' is unknown"),
         ({"sce_coefficient_final": 1.5}, "sce_coefficient_final=1.5 must be"),
-        ({"loss_type": "ce", "sce_coefficient_schedule": "cosine"}, "a schedule of sce_coefficient .*loss_type='sce'"),
+        ({"loss_type": "ce", "sce_coefficient_schedule": "cosine"}, "sce_coefficient_schedule='cosine' .*'sce'"),
         ({"projection_mlp_hidden_dims": [8, 8]}, r"projection_mlp_hidden_dims=\[8, 8\] .*projection_mlp_layers=2"),
         ({"prediction_mlp_hidden_dims": [8]}, r"prediction_mlp_hidden_dims=\[8\] .*prediction_mlp_layers=0"),
         ({"projection_mlp_hidden_dims": [8.5]}, "projection_mlp_hidden_dims=8.5 must be a whole number"),
@@ -266,7 +270,7 @@ def test_refused_at_construction(fields, message):
         SCEParams(**fields)
 
 
-# ---- heads ----
+# ---- Heads ----
 
 
 def same_weights(ours: nn.Module, reference: nn.Sequential) -> nn.Sequential:
@@ -275,7 +279,7 @@ def same_weights(ours: nn.Module, reference: nn.Sequential) -> nn.Sequential:
 
 
 def test_the_heads_of_the_video_preset_equal_those_built_by_hand():
-    """The seed's projector and predictor, for an encoder of width 512, layer by layer."""
+    """Projector and predictor of eztorch's configuration for an encoder of width 512, layer by layer."""
     p = SCEVideoParams()
     projector = MLP(512, output_dim=p.dim, **p.head("projection"))
     predictor = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
@@ -333,12 +337,12 @@ def test_heads_of_the_defaults_are_the_old_ones_to_the_bit(normalization):
     assert not MLP(5, output_dim=5, **p.head("prediction")).state_dict()
 
 
-# ---- shuffled split batch norm on one process ----
+# ---- Shuffled split batch norm on one process ----
 
 
 @pytest.mark.parametrize("of_clips", [True, False])
 def test_keys_are_normalized_in_shuffled_parts(of_clips, monkeypatch):
-    """As many parts as simulated devices, each with its own batch statistics, and every key back in its place."""
+    """There are as many parts as simulated devices, each with its own batch statistics; keys return to their places."""
     shape = (3, 4, 5, 5) if of_clips else (3, 5, 5)
     norm = (nn.BatchNorm3d if of_clips else nn.BatchNorm2d)(3, affine=False)
     x, parts = torch.randn(12, *shape), []
@@ -358,10 +362,10 @@ def test_keys_are_normalized_in_shuffled_parts(of_clips, monkeypatch):
         assert torch.allclose(keys[part].double(), ((images - mean) / (variance + 1e-5).sqrt()).flatten(1), atol=1e-5)
 
 
-# ---- the preset for videos ----
+# ---- Preset for videos ----
 
 
-SEED = [  # the configuration of eztorch's guide: name there, value there, field here, value here
+SEED = [  # configuration of eztorch's guide: its name and value, and the field and value in this repository
     ("datamodule.decoder", "frame", "video_decoder", "frames"),
     ("decoder_args.fps", 30, "frames_per_second", 30),
     ("frame_filter.num_samples (uniform)", 8, "num_frames", 8),
@@ -429,7 +433,7 @@ SEED = [  # the configuration of eztorch's guide: name there, value there, field
     ("Normalize.mean", [0.45] * 3, "mean", (0.45,) * 3),
     ("Normalize.std", [0.225] * 3, "std", (0.225,) * 3),
 ]  # fmt: skip
-SEED_VIEWS = {  # of both views, or of each
+SEED_VIEWS = {  # one value for both views, or a list with one per view
     "crop_scale": (0.2, 0.766), "crop_ratio": (0.75, 1.3333), "jitter_probability": 0.8, "brightness": 0.8,
     "contrast": 0.8, "saturation": 0.4, "hue": 0.2, "grayscale_probability": 0.2, "blur_probability": [1.0, 0.1],
     "blur_sigma": (0.1, 2.0), "solarize_probability": [0.0, 0.2], "solarize_threshold": 0.5, "flip_probability": 0.5,
@@ -453,7 +457,7 @@ def test_the_preset_has_the_seeds_views_and_hidden_layers():
 
 
 def test_the_seeds_blur_of_23_pixels_is_that_of_13():
-    """What lies beyond 13 at the largest sigma changes no pixel by as much as half a gray level of 255."""
+    """Beyond 13 pixels, the kernel at the largest sigma changes no pixel by more than about half a gray level."""
     weights = np.exp(-0.5 * (np.arange(-11, 12) / 2.0) ** 2)
     beyond = 1 - weights[11 - catalogue.BLUR_RADIUS : 12 + catalogue.BLUR_RADIUS].sum() / weights.sum()
     assert 2 * beyond < 0.53 / 255  # along both axes
@@ -467,7 +471,7 @@ def test_the_command_line_has_the_seeds_trainer():
 
 
 def test_the_optimizer_gets_4_8_at_a_global_batch_of_512(trainer):
-    """eztorch's linear rule: initial_lr times batch_size / 256. What has one axis is neither decayed nor adapted."""
+    """eztorch's linear rule is initial_lr * batch_size / 256. Vectors have no weight decay and no adaptation."""
     p = SCEVideoParams(**{**SMALL, "global_batch_size": 512})
     method = SelfSupervisedMethod(p, encoder=nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6)))
     images = torch.randint(256, (1024, 1, 8, 8), dtype=torch.uint8)
@@ -488,11 +492,11 @@ class StopAfterOneStep(pl.Callback):
         trainer.should_stop = True
 
 
-# ---- on videos ----
+# ---- Training on videos ----
 
 
 def write_lists(folder, n_classes_listed: int, n_videos: int) -> None:
-    """train.csv and val.csv, a line `path label` for each video."""
+    """Write train.csv and val.csv, with a line `path label` for each video."""
     for split in ("train", "val"):
         lines = [f"v{i}.mp4 {i * n_classes_listed // n_videos}" for i in range(n_videos)]
         (folder / "kinetics").mkdir(exist_ok=True)
@@ -508,7 +512,7 @@ def test_classes_of_kinetics_are_counted_where_it_is_on_disk(n, tmp_path, monkey
 
 
 def clip_encoder() -> nn.Module:
-    """[N, 3, T, H, W] -> [N, 8]"""
+    """Return an encoder [N, 3, T, H, W] -> [N, 8]."""
     layers = nn.Conv3d(3, 8, 3, padding=1, bias=False), nn.BatchNorm3d(8), nn.ReLU()
     return nn.Sequential(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten())
 
@@ -516,7 +520,7 @@ def clip_encoder() -> nn.Module:
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # Lightning's, of the frozen encoder
 @pytest.mark.filterwarnings("ignore:the warm-up of 35 epochs is longer")
 def test_the_preset_trains_on_lists_of_folders_of_frames(tmp_path, monkeypatch, trainer):
-    """With fewer and smaller frames, four videos of two classes, and a small encoder (33 million weights take long)."""
+    """Uses few small frames, four videos of two classes, and a small encoder: 33 million weights would take long."""
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     write_lists(tmp_path, 2, 4)
     for split in ("train", "val"):

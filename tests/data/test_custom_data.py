@@ -387,7 +387,7 @@ def test_what_is_refused_at_construction(photos):
     ]:
         with pytest.raises(ValueError, match=message):
             params(photos, **wrong)
-    with pytest.raises(ValueError, match="data_path='x' is for data of your own, not for dataset_name='digits'"):
+    with pytest.raises(ValueError, match="data_path='x' is for your own images, not for dataset_name='digits'"):
         ModelParams(dataset_name="digits", data_path="x")
     with pytest.raises(ValueError, match="no images for val. Set val_size or test_size"):
         listed(params(photos, val_size=0.0, test_size=0.0), "val")

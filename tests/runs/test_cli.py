@@ -75,8 +75,8 @@ def test_help_shows_every_field_with_its_comment_type_and_the_presets_default(ca
             heading, comment = command_line.field_comments(kind)[attribute.name]
             assert comment and f"--{attribute.name} " in words and f"{heading}:" in words, attribute.name
             assert written.get(attribute.name, comment) == comment and f"{comment} (default" in words, attribute.name
-    assert "--optimizer_name sgd|lars|adamw|adam lars: for large batches (default: lars)" in words
-    assert "--T number temperature (default: 0.2)" in words
+    assert "--optimizer_name sgd|lars|adamw|adam optimizer; lars: for large batches (default: lars)" in words
+    assert "--T number temperature of the softmax over similarities (default: 0.2)" in words
     assert f"{ModelParams.__doc__.split('.')[0]}:" not in words  # all of its fields are in sections
 
 

@@ -164,17 +164,17 @@ def test_steps_with_options_equal_sgd_written_out(method, trainer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([{"pattern": "stem", "lr_mul": 2}], r"unknown keys \['lr_mul'\] \(or lr_mult\): choose from pattern"),
+        ([{"pattern": "stem", "lr_mul": 2}], r"unknown keys \['lr_mul'\].* lr_mult\?"),
         ([{"lr_mult": 2}], "needs a pattern"),
-        ([{"pattern": "stem("  , "lr": 0.1}], "no regular expression"),
-        ([{"pattern": "stem", "lr": -0.1}], "lr a number of at least 0 and at most 1000"),
-        ([{"pattern": "stem", "momentum": math.nan}], "momentum a number"),
-        ([{"pattern": "stem", "lars_exclude": 1}], "True or False for lars_exclude"),
-        ([{"pattern": "stem", "lr": 0.1, "lr_mult": 2}], "says lr in two ways"),
-        ([{"pattern": "stem"}], "sets nothing"),
+        ([{"pattern": "stem("  , "lr": 0.1}], "regular expression"),
+        ([{"pattern": "stem", "lr": -0.1}], "a number of at least 0 and at most 1000 as lr"),
+        ([{"pattern": "stem", "momentum": math.nan}], "a number .* as momentum"),
+        ([{"pattern": "stem", "lars_exclude": 1}], "True or False as lars_exclude"),
+        ([{"pattern": "stem", "lr": 0.1, "lr_mult": 2}], "both lr and lr_mult"),
+        ([{"pattern": "stem"}], "has no option"),
         ({"pattern": "stem", "lr": 1}, "must be a list of dictionaries"),
         (["stem"], "must be a list of dictionaries"),
-        ([{"pattern": "stem", "lars_exclude": True}], "optimizer_name='lars', not of 'sgd'"),
+        ([{"pattern": "stem", "lars_exclude": True}], "optimizer_name='lars', not for 'sgd'"),
         ([{"pattern": r"model\.sten\.weight", "lr": 1}], "matches none of .* some are model.stem.weight"),
         ([{"pattern": "^lagging_model", "lr": 1}], "matches none of"),
     ],
@@ -248,7 +248,7 @@ def test_grad_clip_lars_reaches_the_optimizer(method, trainer):
         moved.append((model.projection_model.net[0].weight - before).norm().item() / before.norm().item())
     assert moved[1] == pytest.approx(1e-4, rel=0.01)  # lr eta: in proportion to the weights
     assert moved[0] != pytest.approx(moved[1], rel=0.1)
-    with pytest.raises(ValueError, match="grad_clip_lars=True is a part of optimizer_name='lars', not of 'sgd'"):
+    with pytest.raises(ValueError, match="grad_clip_lars=True is for optimizer_name='lars', not for 'sgd'"):
         method(grad_clip_lars=True)
 
 
@@ -336,14 +336,14 @@ def test_every_group_follows_rate_and_decay(method, trainer):
     ("fields", "message"),
     [
         ({"lr_schedule": "steps"}, r"lr_schedule='steps' needs .* lr_decay_steps, for example \[192, 256\]"),
-        ({"lr_decay_steps": [3]}, r"lr_decay_steps=\[3\] are of lr_schedule='steps', not of 'cosine'"),
+        ({"lr_decay_steps": [3]}, r"lr_decay_steps=\[3\] is for lr_schedule='steps', not for 'cosine'"),
         ({"lr_schedule": "steps", "lr_decay_steps": [-1]}, "lr_decay_steps=-1 must be at least 0"),
         ({"lr_schedule": "steps", "lr_decay_steps": 3}, "lr_decay_steps=3 must be a list of numbers"),
         ({"lr_schedule": "steps", "lr_decay_steps": [True]}, "lr_decay_steps=True must be a number"),
         ({"lr_schedule": "exponential"}, "lr_schedule='exponential' is unknown: choose one of cosine, linear"),
         ({"warmup_start_lr": 0.6}, "warmup_start_lr=0.6 is above lr=0.5"),
         ({"final_lr_schedule_value": 0.6}, "final_lr_schedule_value=0.6 is above lr=0.5, from .* such as 0"),
-        ({"weight_decay": 0, "final_weight_decay": 0.1}, "final_weight_decay=0.1 is reached from weight_decay"),
+        ({"weight_decay": 0, "final_weight_decay": 0.1}, "final_weight_decay=0.1 needs weight_decay above 0"),
         ({"final_weight_decay": 5}, "lr=0.5 times final_weight_decay=5 is above 2"),
         ({"layer_decay": 0}, "layer_decay=0 must be above 0"),
         ({"optimizer_name": "adam", "parameter_options": [{"pattern": "", "momentum": 0.5}]}, "momentum, which"),
