@@ -187,7 +187,7 @@ def test_options_that_cannot_be_meant_are_refused_at_construction(options, messa
 def test_what_excludes_nothing_is_refused_but_of_norms_and_biases(method):
     with pytest.raises(
         ValueError,
-        match="exclude_matching_parameters_from_lars: the pattern '.nonsense' matches none of .*'.bn' is for every",
+        match="exclude_matching_parameters_from_lars: the pattern '.nonsense' matches none of .*'.bn' matches every",
     ):
         method(exclude_matching_parameters_from_lars=[".bias", ".nonsense"])
     fields = {"projection_mlp_layers": 0, "dim": 6, "exclude_matching_parameters_from_lars": [".bias", ".bn"]}
@@ -505,7 +505,10 @@ def test_images_without_labels_and_wrong_ones():
     none.backward()
     assert none.item() == 0 and classifier.weight.grad.abs().max() == 0 and accuracy.isnan()
     assert online_classifier.accuracies(classifier, x, None) == {}
-    for labels, message in ((None, "needs one label"), (torch.tensor([4] * 5), "yields the label 4, .* has the 4 cl")):
+    for labels, message in (
+        (None, "needs one label per image"),
+        (torch.tensor([4] * 5), "yields the label 4, .* has the 4 cl"),
+    ):
         with pytest.raises(ValueError, match=f"{message}"):
             online_classifier.loss_and_accuracy(classifier, x, labels)
 
