@@ -114,7 +114,7 @@ def test_weights_from_a_file_with_and_without_classifier(tmp_path):
 
 def test_unknown_weights_are_refused_with_the_choices():
     with pytest.raises(
-        ValueError, match="encoder_weights='IMAGENET' is no file, and resnet50 has only .*IMAGENET1K_V2"
+        ValueError, match="encoder_weights='IMAGENET' is not a file, and resnet50 has only .*IMAGENET1K_V2"
     ):
         build("resnet50", encoder_weights="IMAGENET")
     with pytest.raises(ValueError, match="no published weights of ws_resnet18"):

@@ -66,7 +66,7 @@ def test_queue_keeps_the_newest_keys_whatever_the_batch(sizes):
 
 def test_mlp_layout_is_the_originals():
     assert isinstance(MLP(4, 8, 4, 0).net, nn.Identity)
-    with pytest.raises(ValueError, match="0 layers cannot turn 4 dimensions into dim=2"):
+    with pytest.raises(ValueError, match="dim=2: a head of 0 layers"):
         MLP(4, 8, 2, 0)
     assert list(MLP(4, 8, 2, 1).state_dict()) == ["net.weight", "net.bias"]
     kinds = [type(layer).__name__ for layer in MLP(4, 32, 2, 3, "bn", weight_standardization=True).net]
