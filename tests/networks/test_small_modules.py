@@ -1,4 +1,4 @@
-"""schedules, key_queue, heads and ws_resnet."""
+"""Schedules, the queue of keys, heads and ws_resnet."""
 
 import math
 from collections import deque
@@ -18,7 +18,7 @@ from self_supervised.training import optimizers
 
 
 def test_cosine_is_byols_momentum_schedule():
-    """tau = 1 - (1 - tau_0) (cos(pi k / K) + 1) / 2 (BYOL, section 3.2)."""
+    """BYOL, section 3.2: tau = 1 - (1 - tau_0) (cos(pi k / K) + 1) / 2."""
     for k in range(101):
         expected = 1 - (1 - 0.996) * (math.cos(math.pi * k / 100) + 1) / 2
         assert optimizers.cosine(0.996, 1.0, k / 100) == pytest.approx(expected, abs=1e-12)
