@@ -121,7 +121,8 @@ def adapted(name: str, state: dict[str, Tensor]) -> tuple[Architecture, dict[str
     encoder, size = without_memory(name, state)
     path, first = encoders.first_convolution(encoder)
     weight = state.get(f"{path}.weight")
-    channels, low_resolution = first.in_channels, False
+    channels = first.in_channels
+    low_resolution = False
     if weight is not None and weight.dim() in (4, 5):
         channels = weight.shape[1] * first.groups
         low_resolution = weight.shape[2:] == (3, 3) != first.kernel_size and catalogue.has_low_resolution_stem(name)

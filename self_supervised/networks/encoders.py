@@ -41,6 +41,7 @@ def get_encoder(params: ModelParams, own: nn.Module | None = None) -> tuple[nn.M
 
 
 def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]:
+    """Build the encoder with its stem and its weights from a file, and measure its width."""
     if own is None and p.encoder_arch == OWN_MODULE:
         raise ValueError(f"encoder_arch={OWN_MODULE!r} needs encoder=your_module")
     if own is not None and p.encoder_arch != OWN_MODULE:

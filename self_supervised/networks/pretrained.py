@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from model_params import DATASET_DEFAULTS, EncoderAndDataParams
 from self_supervised import catalogue
-from self_supervised.catalogue import DATASETS, OWN_MODULE
 from self_supervised.data.foreign_paths import ForeignPath, vetted, vetted_start
 from self_supervised.networks import architectures, encoders, layouts
-from self_supervised.networks.encoders import get_encoder
 from self_supervised.views import augmentations
 
 SAME_IN_STARTING = (  # settings that the encoder of the starting weights shares with the trained one
@@ -185,7 +183,7 @@ def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> Encod
     }
     if len(params.mean) == params.channels:  # they differ if the user's loader yields images unlike the data set
         explicit |= {"image_mean": list(params.mean), "image_std": list(params.std)}
-    other = DATASETS.get(overrides.get("dataset_name"))
+    other = catalogue.DATASETS.get(overrides.get("dataset_name"))
     if other is not None and not other.feeds(params.channels):
         raise ValueError(
             f"dataset_name={overrides['dataset_name']!r} has images of {other.channels} channels, the encoder takes "
@@ -276,7 +274,7 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
     """
     found = {}
     p = trained.params
-    if p.encoder_arch != OWN_MODULE:
+    if p.encoder_arch != catalogue.OWN_MODULE:
         found["random"] = random_encoder(trained)
     source = starting_weights or trained.started_from
     if isinstance(source, ForeignPath):
@@ -294,7 +292,7 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
 def random_encoder(trained: Encoder) -> Encoder:
     """Return an encoder with random weights of seed 0, otherwise like `trained`."""
     with seeded():
-        model, _ = get_encoder(attrs.evolve(trained.params, encoder_weights=None))
+        model, _ = encoders.get_encoder(attrs.evolve(trained.params, encoder_weights=None))
     report = attrs.evolve(trained.report, source="no file", layout="random weights of seed 0", left_out=())
     return Encoder(model, trained.params, report)
 

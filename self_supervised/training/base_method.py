@@ -19,7 +19,7 @@ from self_supervised.data.files import readable_rows
 from self_supervised.data.loader import ResumableDataLoader, images_and_labels, whole_numbers
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
-from self_supervised.training import batch_checks, checkpoints, hyperparameters, optimizers
+from self_supervised.training import checkpoints, hyperparameters, label_checks, optimizers
 from self_supervised.training.monitor import TrainingMonitor, as_list
 from self_supervised.views import augmentations
 
@@ -104,7 +104,7 @@ class BaseMethod(pl.LightningModule):
         p = self.params
         if self.n_outputs is not None:
             source = f"dataset_name={p.dataset_name!r}"
-            batch_checks.check_labels(dataset.labels, source, self.n_outputs, p.dataset_name)
+            label_checks.refuse_wrong_labels(dataset.labels, source, self.n_outputs, p.dataset_name)
         trainer = self.trainer
         device = trainer.strategy.root_device
         return loading.get_loader(p, dataset, training, trainer.accumulate_grad_batches, device, in_order)
@@ -178,9 +178,9 @@ class BaseMethod(pl.LightningModule):
         """Check the labels of a batch of the user's loader."""
         _, labels = images_and_labels(batch)
         is_first = training and self.trainer.fit_loop.batch_idx < 0
-        if self.reads_labels(training) and batch_checks.may_be_read(labels, is_first):
+        if self.reads_labels(training) and label_checks.is_checked(labels, is_first):
             required = training or self.needs_labels
-            batch_checks.check_labels(labels, "the loader", self.n_outputs, self.params.dataset_name, required)
+            label_checks.refuse_wrong_labels(labels, "the loader", self.n_outputs, self.params.dataset_name, required)
 
     def check_first(self, images: Tensor | list[Tensor], dataloader_idx: int) -> None:
         """Check the values of float images in the first batch of each loader. More would make the host wait often."""

@@ -163,13 +163,17 @@ def training_length(trainer: pl.Trainer) -> tuple[int, int]:
     """
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()  # with max_steps alone, Lightning counts steps without setting up the loader
-    steps, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    steps = trainer.estimated_stepping_batches
+    batches = trainer.num_training_batches
     if math.isinf(steps):
         raise ValueError(
             "max_epochs=-1: the schedules need an end. Pass max_epochs or max_steps to the Trainer as well"
         )
     if batches == 0:
-        raise ValueError("limit_train_batches leaves no batch to train on. Raise it, or pass a longer loader")
+        raise ValueError(
+            f"limit_train_batches={trainer.limit_train_batches} leaves no batch to train on. Raise it, or pass a "
+            "longer loader"
+        )
     if steps < 1:
         raise ValueError("the loader has no length: tell the Trainer max_steps, which the schedules need")
     return int(steps), int(steps) if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)

@@ -1,4 +1,4 @@
-"""Checks of the labels that a method reads, and of which batches of a user's loader they are made."""
+"""Checks of labels: that they are the classes of the classifier, and in which batches of a user's loader."""
 
 import numpy as np
 from torch import Tensor
@@ -6,20 +6,17 @@ from torch import Tensor
 from self_supervised.data.class_labels import in_classes
 
 
-def check_labels(
+def refuse_wrong_labels(
     labels: Tensor | np.ndarray | None, source: str, n_classes: int | None, dataset_name: str, required: bool = True
 ) -> None:
-    """Check that labels are classes, and those of the classifier if there is one.
+    """Raise ValueError unless labels are classes, and those of the classifier if there is one.
 
     Args:
         labels: [N] or [N, 1], multi-hot [N, K], or None.
         source: where they come from, for the message.
         n_classes: classes of the classifier that is trained, or None without one.
         dataset_name: the data set whose classes the classifier has.
-        required: False where the classifier can do without labels.
-
-    Raises:
-        ValueError: they are not, or labels that are required are missing.
+        required: whether a classifier needs these labels: not in a validation that can do without them.
     """
     if labels is None or (labels.ndim == 2 and labels.shape[1] > 1):
         if n_classes is not None and required:
@@ -36,8 +33,10 @@ def check_labels(
         )
 
 
-def may_be_read(labels: Tensor | None, is_first: bool) -> bool:
-    """Return whether the labels of a batch are to be checked: reading integers from a GPU makes the host wait, which
-    is acceptable only in the first training batch of an epoch. Floats are always checked, because they may be anything.
+def is_checked(labels: Tensor | None, is_first: bool) -> bool:
+    """Return whether the labels of a batch of the user's loader are checked.
+
+    To read integers from a GPU makes the host wait, so those are only checked in the first training batch of an epoch
+    (`is_first`). Labels on the CPU, and floats, which may be anything, are always checked.
     """
     return labels is None or labels.device.type == "cpu" or labels.is_floating_point() or is_first
