@@ -31,6 +31,7 @@ from self_supervised.networks.pretrained import SHARED, load_encoder
 from self_supervised.numerics import at_least_float32
 from self_supervised.training import optimizers
 from self_supervised.training.base_method import BaseMethod, one_image_explained
+from self_supervised.training.hyperparameters import refuse_callbacks
 from self_supervised.views import augmentations
 
 # ---- Settings ----
@@ -265,7 +266,7 @@ class LinearClassifierMethod(BaseMethod):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            self.refuse_callbacks({group["lr"] for group in self.parameter_groups()})
+            refuse_callbacks(self.trainer.callbacks, {group["lr"] for group in self.parameter_groups()})
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
         views, labels = batch

@@ -24,6 +24,7 @@ from self_supervised.networks.heads import MLP
 from self_supervised.numerics import Scores, at_least_float32
 from self_supervised.training import monitor, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
+from self_supervised.training.hyperparameters import refuse_callbacks
 from self_supervised.views import augmentations
 
 
@@ -189,7 +190,7 @@ class SelfSupervisedMethod(BaseMethod):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            self.refuse_callbacks({row.lr for row in self.parameter_table()})
+            refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
             self.refuse_half_precision()
         self.trains_on_own_data = stage != "fit"  # when fitting: as soon as train_dataloader() is called
 

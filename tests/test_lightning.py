@@ -23,8 +23,8 @@ from self_supervised.training.milestones import Best
 from self_supervised.views import augmentations
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*mutually exclusive:UserWarning",  # of the Tuner, which finds lr in the method and in its hparams
-    "ignore:.*callbacks used to create the checkpoint:UserWarning",  # likewise, without ours
+    "ignore:.*mutually exclusive:UserWarning",  # by the Tuner, which finds lr in the method and in its hparams
+    "ignore:.*callbacks used to create the checkpoint:UserWarning",  # likewise, because our callbacks are missing
     "ignore:.*module.s. in eval mode at the start:UserWarning",
     "ignore:collapse. valid_rank_me:UserWarning",
     "ignore:.*(dynamo|jit|torchscript|TorchScript).*:DeprecationWarning",
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Encoder(nn.Module):
-    """[N, 1, 8, 8] -> [N, 6], with a part that its user has frozen."""
+    """Encoder [N, 1, 8, 8] -> [N, 6] with a part that its user has frozen."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Encoder(nn.Module):
 
 @pytest.fixture(params=["pretraining", "linear"])
 def method(request, small):
-    """method(lr=0.1): either of the two, with a small encoder."""
+    """Return a function, method(lr=0.1), that builds either of the two methods with a small encoder."""
 
     def make(**fields) -> pl.LightningModule:
         if request.param == "linear":
@@ -96,7 +96,7 @@ def test_test_of_the_linear_stage_scores_the_test_set(trainer):
     assert scores == {name.replace("valid_", "test_"): value for name, value in validated.items()} != held_out
 
 
-def test_several_loaders_of_the_linear_stage_are_scored_one_by_one(trainer):
+def test_multiple_loaders_of_the_linear_stage_are_scored_separately(trainer):
     linear = LinearClassifierMethod(encoder=Encoder(), dataset_name="digits", seed=0)
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8)
     (first, second) = trainer(limit_val_batches=1.0).validate(linear, [loader, loader], verbose=False)
@@ -106,7 +106,7 @@ def test_several_loaders_of_the_linear_stage_are_scored_one_by_one(trainer):
         trainer().test(linear, DataLoader(TensorDataset(IMAGES), batch_size=8), verbose=False)
 
 
-def test_what_lightning_refuses_before_setup_is_what_is_raised(trainer):
+def test_errors_of_lightning_before_setup_are_raised(trainer):
     class NoTest(SelfSupervisedMethod):
         test_step = pl.LightningModule.test_step
 
@@ -115,7 +115,7 @@ def test_what_lightning_refuses_before_setup_is_what_is_raised(trainer):
 
 
 @pytest.mark.parametrize("scaling", [None, "linear"])
-def test_the_rate_that_lr_find_suggests_is_the_rate_of_the_next_training(scaling, method, trainer):
+def test_the_next_training_uses_the_learning_rate_of_lr_find(scaling, method, trainer):
     model, rates = method(lr_scaling=scaling), []
     found = Tuner(trainer(limit_train_batches=1.0)).lr_find(model, num_training=30).suggestion()
     model.on_train_batch_start = lambda *_: rates.append(model.optimizers().param_groups[0]["lr"])
@@ -123,7 +123,7 @@ def test_the_rate_that_lr_find_suggests_is_the_rate_of_the_next_training(scaling
     assert rates[0] == pytest.approx(found) and found == model.params.lr == model.hparams.lr == model.lr
 
 
-def test_lr_find_is_refused_where_groups_have_rates_of_their_own(small, trainer):
+def test_lr_find_is_refused_if_groups_have_their_own_learning_rates(small, trainer):
     models = [
         LinearClassifierMethod(encoder=Encoder(), dataset_name="digits", encoder_lr=0.01, lr=0.1),
         SelfSupervisedMethod(small(parameter_options=[{"pattern": "^projection", "lr_mult": 2.0}]), encoder=Encoder()),
@@ -134,13 +134,13 @@ def test_lr_find_is_refused_where_groups_have_rates_of_their_own(small, trainer)
 
 
 @pytest.mark.parametrize("kind", [LearningRateFinder, BatchSizeFinder, lambda: StochasticWeightAveraging(0.1)])
-def test_callbacks_that_would_undo_the_settings_are_refused(kind, method, trainer):
+def test_callbacks_that_override_the_settings_are_refused(kind, method, trainer):
     callback = kind()
     with pytest.raises(ValueError, match=type(callback).__name__):
         trainer(callbacks=[callback]).fit(method())
 
 
-def test_the_batch_size_that_the_tuner_finds_is_that_of_the_next_training(method, trainer):
+def test_the_next_training_uses_the_batch_size_of_the_tuner(method, trainer):
     model, sizes = method(), []
     assert Tuner(trainer()).scale_batch_size(model, max_trials=3) == 8
     model.on_train_batch_start = lambda batch, index: sizes.append(len(batch[0][0]))
@@ -152,7 +152,7 @@ def test_the_batch_size_that_the_tuner_finds_is_that_of_the_next_training(method
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
 def test_true_precisions_train_and_leave_good_checkpoints(precision, small, trainer, tmp_path):
-    # PyTorch's gradients of depthwise convolutions of a single pixel, ShuffleNet's, are not always finite in bfloat16.
+    # In bfloat16, PyTorch's gradients of depthwise convolutions over a single pixel (ShuffleNet) may not be finite.
     params = small("simclr", online_classifier=True, mlp_normalization="br", lr=0.01, encoder_arch="resnet18")
     model, fit = SelfSupervisedMethod(params), trainer(precision=precision)
     fit.fit(model)
@@ -172,11 +172,11 @@ def test_the_queue_and_the_lagging_model_follow_in_double_precision(small, train
     trainer(precision="64-true").fit(model)
     assert model.queue.keys.dtype == torch.float64
     norms = model.queue.keys[:32].norm(dim=1)
-    assert (norms - 1).abs().max() < 1e-12  # of keys that were never rounded to float32
+    assert (norms - 1).abs().max() < 1e-12  # the keys were never rounded to float32
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_half_precision_is_refused_where_it_rounds_the_lagging_model_s_steps_away(precision, small, trainer):
+def test_half_precision_is_refused_with_a_lagging_model(precision, small, trainer):
     with pytest.raises(ValueError, match=f"precision='{precision}'"):
         trainer(precision=precision).fit(SelfSupervisedMethod(small("byol"), encoder=Encoder()))
 
@@ -195,8 +195,8 @@ def test_callbacks_that_monitor_a_score_of_every_second_epoch(trainer_s, small, 
     assert fit.current_epoch == 6 and fit.check_val_every_n_epoch == {1: 2, 3: 6, None: None}[trainer_s]
     saved = sorted(path.name for path in tmp_path.glob("epoch=*"))
     assert saved == [f"epoch={i}.ckpt" for i in {1: (1, 3, 5), 3: (5,), None: (1, 3, 5)}[trainer_s]]
-    trainer_of_another = fit  # whose interval is its own again for a method that is evaluated in every epoch
-    trainer_of_another.validate(SelfSupervisedMethod(small(evaluations=[]), encoder=Encoder()), verbose=False)
+    # For a method that is evaluated in every epoch, the Trainer has its own interval again.
+    fit.validate(SelfSupervisedMethod(small(evaluations=[]), encoder=Encoder()), verbose=False)
     assert fit.check_val_every_n_epoch == trainer_s
 
 
@@ -234,7 +234,7 @@ def test_parts_that_a_user_froze_stay_frozen(method, trainer):
 
 
 @pytest.mark.parametrize("images", [IMAGES.float(), IMAGES.long()])
-def test_pixels_that_a_loader_yields_as_other_numbers_are_refused(images, method, trainer):
+def test_pixels_of_other_types_are_refused(images, method, trainer):
     loader = DataLoader(TensorDataset(images, LABELS), batch_size=8)
     for call in ("validate", "predict"):
         with pytest.raises(ValueError, match="images=torch"):
@@ -258,7 +258,7 @@ def test_images_that_an_encoder_would_misread_are_refused(images, small, trainer
         encoder(IMAGES)
 
 
-def test_float_images_that_nobody_normalized_are_named_once(method, trainer, monkeypatch):
+def test_float_images_without_normalization_are_reported_once(method, trainer, monkeypatch):
     said = []
     monkeypatch.setattr(augmentations, "rank_zero_info", said.append)
     trainer(limit_val_batches=1.0).validate(

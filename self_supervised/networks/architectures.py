@@ -1,4 +1,4 @@
-"""Names and shapes of an encoder's tensors -> the architecture that has exactly these."""
+"""Recognition of an encoder's architecture by the names and shapes of its tensors."""
 
 import contextlib
 import importlib.util
@@ -14,29 +14,31 @@ import ws_resnet
 from self_supervised import catalogue
 from self_supervised.networks import encoders, layouts
 
-VIT_SIZES = {"vit_small": "timm:vit_small_patch16_224", "vit_base": "timm:vit_base_patch16_224"}  # moco v3's words
+VIT_SIZES = {"vit_small": "timm:vit_small_patch16_224", "vit_base": "timm:vit_base_patch16_224"}  # names of moco v3
 
 
 @frozen
 class Architecture:
-    """Settings of EncoderAndDataParams under which get_encoder() builds it."""
+    """Fields of EncoderAndDataParams with which get_encoder() builds the encoder."""
 
     encoder_arch: str
     in_channels: int
     low_resolution_stem: bool
-    transform_crop_size: int | None  # where the tensors decide it: position embeddings
+    transform_crop_size: int | None  # pixels, if position embeddings determine it
 
 
 def matching_architecture(found: layouts.WeightsFile, name: str | None = None) -> Architecture:
-    """`name`, if given; else the first that fits: the file's own word, ResNets, torchvision's other models, timm's.
+    """Return the architecture `name`, or the first that fits.
 
-    Models of timm may agree in all shapes and yet compute something else (say, with another number of heads): the
-    report says which was taken, and `encoder_arch=` overrides it.
+    Candidates are tried in this order: the name in the file, ResNets, other models of torchvision, models of timm.
+    Models of timm may agree in all shapes and still compute something else (with another number of heads, for example).
+    The report therefore says which was assumed, and `encoder_arch=` overrides it.
 
     Raises:
-        ValueError: none fits; says which comes nearest, and what is wrong with it.
+        ValueError: none fits. The message names the nearest one and its differences.
     """
-    state, nearest = layouts.torchvisions(found.state), (math.inf, "", {})
+    state = layouts.torchvisions(found.state)
+    nearest: tuple = (math.inf, "", {})  # number of differing names, architecture, differing names
     for candidate in candidates(found, state) if name is None else [name]:
         architecture, wanted = adapted(candidate, state)
         wrong = layouts.misfits(state, wanted)
@@ -47,47 +49,45 @@ def matching_architecture(found: layouts.WeightsFile, name: str | None = None) -
         raise ValueError(layouts.mismatch_message(found, name, nearest[2]))
     if not nearest[1]:
         raise ValueError(
-            f"{found.source} does not hold an encoder of torchvision, timm or ws_resnets that is known by its tensors. "
-            "Say encoder_arch=NAME, or encoder=your_module."
+            f"{found.source} does not hold tensors of a known encoder of torchvision, timm or ws_resnet. Pass "
+            "encoder_arch=NAME or encoder=your_module"
         )
     raise ValueError(
-        f"no encoder of torchvision, timm or ws_resnets fits. "
-        f"{layouts.mismatch_message(found, nearest[1], nearest[2])}. That "
-        "is the nearest; if it is another, say encoder_arch=NAME or encoder=your_module"
+        "no encoder of torchvision, timm or ws_resnet fits. The nearest one differs: "
+        f"{layouts.mismatch_message(found, nearest[1], nearest[2])}. Pass encoder_arch=NAME or encoder=your_module"
     )
 
 
 def candidates(found: layouts.WeightsFile, state: dict[str, Tensor]) -> Iterator[str]:
-    word = found.architecture
+    """Yield names of encoders that may fit, the most probable first."""
+    in_file = found.architecture
     with_timm = importlib.util.find_spec("timm") is not None
-    if word is not None:
-        yield from (name for name in (word, VIT_SIZES.get(word), f"timm:{word}") if name in buildable(with_timm))
-    if of_clips(state):
+    if in_file is not None:
+        names = (in_file, VIT_SIZES.get(in_file), f"timm:{in_file}")
+        yield from (name for name in names if name in buildable(with_timm))
+    if any(tensor.dim() == 5 for tensor in state.values()):  # three-dimensional convolutions: an encoder of clips
         yield from catalogue.video_models()
         return
-    if "patch_embed.proj.weight" not in state:  # which only timm's models have
+    if "patch_embed.proj.weight" not in state:  # only timm's models have it
         yield from from_torchvision(state)
     if with_timm:
         yield from (f"timm:{name}" for name in alike_in_timm(state))
 
 
-def of_clips(state: dict[str, Tensor]) -> bool:
-    """Whether there are three-dimensional convolutions."""
-    return any(tensor.dim() == 5 for tensor in state.values())
-
-
 def from_torchvision(state: dict[str, Tensor]) -> Iterator[str]:
+    """Yield names of torchvision's encoders of images that may fit, and those of ws_resnet."""
     resnets = [name for name in catalogue.image_models() if catalogue.is_resnet(name)]
     yield from (*resnets, *ws_resnet.WS_RESNETS)
-    if "layer1.0.conv1.weight" in state:  # which no others have
+    if "layer1.0.conv1.weight" in state:  # no others have it
         return
-    token = "class_token" in state
-    for name in catalogue.image_models():  # RegNets must be named: to build one takes up to 2.6 GB of memory
-        if name not in resnets and not name.startswith("regnet") and name.startswith("vit") == token:
+    is_vit = "class_token" in state
+    for name in catalogue.image_models():  # no RegNets, which take up to 2.6 GB of memory: users pass their names
+        if name not in resnets and not name.startswith("regnet") and name.startswith("vit") == is_vit:
             yield name
 
 
 def buildable(with_timm: bool) -> set[str]:
+    """Return the names of all encoders that can be built here."""
     names = {*catalogue.torchvision_models(), *ws_resnet.WS_RESNETS}
     if with_timm:
         import timm  # optional, and slow to import
@@ -97,7 +97,7 @@ def buildable(with_timm: bool) -> set[str]:
 
 
 def alike_in_timm(state: dict[str, Tensor]) -> list[str]:
-    """ViTs of the patch and image size, ResNets of the depth, by timm's names: all of timm would take minutes."""
+    """Return timm's ViTs of the patch and image size, or ResNets of the depth. All of timm would take minutes."""
     import timm
 
     if (size := timm_image_size(state)) is not None:
@@ -110,18 +110,19 @@ def alike_in_timm(state: dict[str, Tensor]) -> list[str]:
 
 
 def timm_image_size(state: dict[str, Tensor]) -> int | None:
-    """Pixels for which the positions of one of timm's ViTs are; None of other encoders."""
+    """Return the image size, in pixels, of the position embeddings of a ViT of timm; None for other encoders."""
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
         return None
     return state["patch_embed.proj.weight"].shape[-1] * math.isqrt(state["pos_embed"].shape[1])
 
 
 def adapted(name: str, state: dict[str, Tensor]) -> tuple[Architecture, dict[str, Tensor]]:
-    """(the architecture with the channels, stem and image size of the state, its tensors without their memory)."""
+    """Return the architecture with the channels, stem and image size of the state, and the encoder's state dict."""
     encoder, size = without_memory(name, state)
     path, first = encoders.first_convolution(encoder)
     weight = state.get(f"{path}.weight")
-    channels, low_resolution = first.in_channels, False
+    channels = first.in_channels
+    low_resolution = False
     if weight is not None and weight.dim() in (4, 5):
         channels = weight.shape[1] * first.groups
         low_resolution = weight.shape[2:] == (3, 3) != first.kernel_size and catalogue.has_low_resolution_stem(name)
@@ -134,20 +135,22 @@ def adapted(name: str, state: dict[str, Tensor]) -> tuple[Architecture, dict[str
 
 
 def without_memory(name: str, state: dict[str, Tensor], channels: int = 3) -> tuple[nn.Module, int | None]:
-    """(the encoder, on the meta device if it can be built there; the image size where it has only one)."""
+    """Return the encoder, on the meta device if possible, and its image size, or None if it accepts any."""
     options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
     if name.startswith("timm:"):
         import timm
 
         with torch.device("meta"):
             encoder = timm.create_model(name.removeprefix("timm:"), **options)
-            size, wanted = encoder.default_cfg["input_size"][-1], timm_image_size(state)
+            size = encoder.default_cfg["input_size"][-1]
+            wanted = timm_image_size(state)
             if wanted not in (None, size):
-                with contextlib.suppress(TypeError, ValueError, AssertionError):  # it has no other size
+                with contextlib.suppress(TypeError, ValueError, AssertionError):  # it has a single size
                     encoder = timm.create_model(name.removeprefix("timm:"), **options, img_size=wanted)
                     size = wanted
         return encoder, size
-    size, positions = None, state.get("encoder.pos_embedding")
+    size = None
+    positions = state.get("encoder.pos_embedding")
     if positions is not None and "conv_proj.weight" in state:
         size = state["conv_proj.weight"].shape[-1] * math.isqrt(positions.shape[1] - 1)
     with torch.device("cpu" if name.startswith("regnet") else "meta"):

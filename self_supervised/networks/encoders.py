@@ -1,6 +1,6 @@
-"""Name -> (encoder without its classifier, width of its output).
+"""Encoders by name, without their classifiers, adapted to the data set's images.
 
-Encoders map images [N, C, H, W], or those of videos clips [N, C, T, H, W], to [N, E].
+Encoders map images [N, C, H, W] to [N, E]; those of videos map clips [N, C, T, H, W].
 """
 
 import contextlib
@@ -17,12 +17,20 @@ from self_supervised.catalogue import OWN_MODULE, video_models
 from self_supervised.networks import layers, layouts
 from self_supervised.safe_files import data_only
 
-FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # of convolutions over images, over clips
-LAST_LAYERS = {"squeezenet": nn.Conv2d, "s3d": nn.Conv3d}  # whose classifiers are convolutions
+FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions of a convolution's weight
+LAST_LAYERS = {"squeezenet": nn.Conv2d, "s3d": nn.Conv3d}  # type of the classifier, if it is not linear
 
 
 def get_encoder(params: ModelParams, own: nn.Module | None = None) -> tuple[nn.Module, int]:
-    """(the encoder that `params` names, E). `own` is the user's module where encoder_arch is "module"."""
+    """Return the encoder `encoder_arch` and the width E of its output.
+
+    Args:
+        params: settings.
+        own: the user's module, if encoder_arch is "module".
+
+    Raises:
+        ValueError: the settings, the images and the encoder do not fit together.
+    """
     encoder, width = _get_encoder(params, own)
     for weight in encoder.parameters():
         if layout := FASTEST_LAYOUT.get(weight.dim()):
@@ -33,17 +41,19 @@ def get_encoder(params: ModelParams, own: nn.Module | None = None) -> tuple[nn.M
 
 
 def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]:
-    if (own is not None) != (p.encoder_arch == OWN_MODULE):
+    """Build the encoder with its stem and its weights from a file, and measure its width."""
+    if own is None and p.encoder_arch == OWN_MODULE:
+        raise ValueError(f"encoder_arch={OWN_MODULE!r} needs encoder=your_module")
+    if own is not None and p.encoder_arch != OWN_MODULE:
         raise ValueError(
-            f"encoder_arch={p.encoder_arch!r} needs "
-            + ("encoder=your_module" if own is None else f"no encoder; for your own say encoder_arch={OWN_MODULE!r}")
+            f"encoder_arch={p.encoder_arch!r} needs no encoder. Pass encoder_arch={OWN_MODULE!r} to use your own module"
         )
     image = torch.zeros(1, *p.input_shape)
     if own is not None:
         return own, measured_width(own, image, "the encoder")
     check_kind(p.encoder_arch, p.dataset_name, p.dataset.of_videos)
     file = None if p.encoder_weights is None else Path(p.encoder_weights).expanduser()
-    from_file = file is not None and os.path.isfile(file)  # False, not an error, for a name too long to be one
+    from_file = file is not None and os.path.isfile(file)  # Path.is_file raises OSError if the name is too long
     published = None if from_file else p.encoder_weights
     if p.encoder_arch.startswith("timm:"):
         encoder = build_timm(p.encoder_arch.removeprefix("timm:"), published is not None, image)
@@ -61,35 +71,49 @@ def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]
 
 
 def check_kind(name: str, dataset_name: str, of_videos: bool) -> None:
-    """Raise ValueError where an encoder of clips is to encode images, or the other way round."""
+    """Raise ValueError if an encoder of clips gets images, or the other way round."""
     if (name in video_models()) != of_videos:
         takes, has = ("images", "clips") if of_videos else ("clips", "images")
         others = f"encoder_arch={', '.join(video_models())}"
-        way_out = others if of_videos else "another encoder_arch, or a set of videos"
+        way_out = others if of_videos else "another encoder_arch, a data set of videos"
         raise ValueError(
-            f"encoder_arch={name!r} encodes {takes}, and dataset_name={dataset_name!r} has {has}: choose {way_out}, or "
-            "encoder=your_module"
+            f"encoder_arch={name!r} encodes {takes}, and dataset_name={dataset_name!r} has {has}. Choose {way_out}, or "
+            "pass encoder=your_module"
         )
 
 
 def source_of_weights(params: ModelParams) -> str | None:
-    """What an encoder starts from, as weights.load_encoder takes it; None: random weights."""
+    """Return the weights from which the encoder starts, as `load_encoder` accepts them; None for random weights."""
     weights = params.encoder_weights
     if weights is None:
         return None
     if os.path.isfile(os.path.expanduser(weights)):
         return os.path.abspath(os.path.expanduser(weights))
-    return params.encoder_arch + f":{weights}" * (not params.encoder_arch.startswith("timm:"))
+    return params.encoder_arch if params.encoder_arch.startswith("timm:") else f"{params.encoder_arch}:{weights}"
 
 
 def build(
     name: str, weights: str | None, image_size: int, num_frames: int = 16, zero_init_residual: bool = False
 ) -> nn.Module:
-    """A classifier as its library builds it, but for the pooling of S3D where it does not fit small clips."""
+    """Return a classifier of torchvision or ws_resnet as the library builds it. Only S3D gets another pooling, if its
+    own does not fit small clips.
+
+    Args:
+        name: name of the encoder.
+        weights: name of published weights, or None.
+        image_size: height and width of the images in pixels.
+        num_frames: frames per clip.
+        zero_init_residual: whether residual branches of a ResNet start at zero.
+
+    Raises:
+        ValueError: there are no such weights, or the encoder cannot have this size.
+    """
     kwargs = {"zero_init_residual": True} if zero_init_residual else {}
     if name in ws_resnet.WS_RESNETS:
         if weights is not None:
-            raise ValueError(f"encoder_weights={weights!r} is no file, and there are no published weights of {name}")
+            raise ValueError(
+                f"encoder_weights={weights!r} is not a file, and there are no published weights of {name}. Leave it out"
+            )
         return ws_resnet.WS_RESNETS[name](**kwargs)
     if name.startswith("vit_") and weights is None:
         kwargs["image_size"] = image_size  # sets the number of position embeddings
@@ -97,22 +121,25 @@ def build(
         kwargs["init_weights"] = True
     choices = torchvision.models.get_model_weights(name).__members__
     if weights not in (None, *choices):
-        raise ValueError(f"encoder_weights={weights!r} is no file, and {name} has only {', '.join(choices)}")
+        raise ValueError(f"encoder_weights={weights!r} is not a file, and {name} has only {', '.join(choices)}")
     if name.startswith("mvit_") and (image_size, num_frames) != (224, 16):
         raise ValueError(
-            f"encoder_arch={name!r} has positions for clips of 16 frames of 224 pixels only: choose num_frames=16 (is "
+            f"encoder_arch={name!r} only has positions for clips of 16 frames of 224 pixels. Choose num_frames=16 (is "
             f"{num_frames}) and transform_crop_size=224 (is {image_size}), or another encoder"
         )
     with data_only(f"the published weights of {name}"):
         model = torchvision.models.get_model(name, weights=weights, **kwargs)
-    if name == "s3d" and (image_size < 224 or num_frames < 14):  # its window of 2 x 7 x 7 would not fit
+    if name == "s3d" and (image_size < 224 or num_frames < 14):  # too small for its window of 2 x 7 x 7
         model.avgpool = nn.AdaptiveAvgPool3d(1)
     return model
 
 
 def build_timm(name: str, pretrained: bool, image: torch.Tensor) -> nn.Module:
-    """timm's model without its classifier. If it cannot take `image` [1, C, H, W], and timm can build it for another
-    size (ViTs, Swin, ...), it is built for that of `image`; `built_for` then holds that option of timm.create_model."""
+    """Return timm's model without its classifier.
+
+    If it does not accept `image` [1, C, H, W], and timm can build it for another size (ViTs, Swin, ...), it is built
+    for the size of `image`. Its attribute `built_for` then holds that option of timm.create_model.
+    """
     import timm  # optional, and slow to import
 
     options = {"pretrained": pretrained, "num_classes": 0, "in_chans": image.shape[1]}
@@ -121,15 +148,15 @@ def build_timm(name: str, pretrained: bool, image: torch.Tensor) -> nn.Module:
         try:
             measured_width(encoder, image, name)
         except ValueError:
-            with contextlib.suppress(TypeError, ValueError, RuntimeError, AssertionError):  # only this size after all
+            with contextlib.suppress(TypeError, ValueError, RuntimeError, AssertionError):  # it has a single size
                 encoder = timm.create_model(name, **options, img_size=image.shape[-1])
                 encoder.built_for = {"img_size": image.shape[-1]}
     return encoder
 
 
 def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
-    """Replace the last layer (and the dropout before it) by the identity. Returns the width of what comes out."""
-    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # GoogLeNet's and Inception's side classifiers
+    """Replace the last layer, and dropout before it, by the identity. Return the model and its output's width."""
+    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # auxiliary classifiers of GoogLeNet and Inception
         if name in ("googlenet", "inception_v3") and getattr(model, auxiliary, None) is not None:
             setattr(model, auxiliary, None)
             model.aux_logits = False
@@ -146,11 +173,16 @@ def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
 
 
 def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant: str = "standard") -> None:
-    """First convolution for `channels`; for small images 3 x 3 with stride 1 and no pooling after it (SimCLR, B.9).
+    """Replace the first convolution if images do not have its number of channels, or if they are small.
 
-    An exchanged convolution starts from random weights, and keeps its kind (weight standardization stays). Variants of
-    the stem for small images, for the weights of other systems: "padding_2" is a plain convolution with padding 2 (the
-    original, solo-learn); "no_relu" has no ReLU after it (lightly's ResNets, numbered by nn.Sequential).
+    The new convolution starts from random weights and keeps its type (weight standardization stays).
+
+    Args:
+        encoder: changed in place.
+        channels: channels of the images.
+        low_resolution: whether to use the stem for small images (SimCLR, B.9): 3 x 3, stride 1, no max-pool after it.
+        variant: variants of that stem, for weights of other systems. "padding_2" is a plain convolution with padding 2
+            (the original, solo-learn); "no_relu" has no ReLU after it (lightly's ResNets, numbered by nn.Sequential).
     """
     path, old = first_convolution(encoder)
     if old.in_channels == channels and not low_resolution:
@@ -169,16 +201,21 @@ def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant:
 
 
 def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d]:
+    """Return the name of the first convolution, and the convolution."""
     return next((path, layer) for path, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d | nn.Conv3d))
 
 
 def embeddings_of(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Images or clips -> embeddings [N, E]; of several clips of each video, [N, K, C, T, H, W], their mean."""
+    """Return the embeddings [N, E] of images or clips; of K clips per video, [N, K, C, T, H, W], the means over K."""
     return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) if x.dim() == 6 else encoder(x)
 
 
 def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
-    """E, by encoding one image in eval mode."""
+    """Return the width E of the embeddings, by encoding `image` [1, C, H, W] in eval mode.
+
+    Raises:
+        ValueError: the encoder does not accept the image, or does not return [N, E]. `name` is for the message.
+    """
     try:
         with torch.no_grad(), layers.in_eval_mode(encoder):
             output = encoder(image)
@@ -193,7 +230,7 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
 
 
 def check_small_views(encoder: nn.Module, width: int, input_shape: tuple[int, ...], sizes: set[int]) -> None:
-    """Raise ValueError unless the encoder makes E numbers of views of all sizes, and not only of input_shape's."""
+    """Raise ValueError unless the encoder returns embeddings of the same width for views of all sizes."""
     *shape, crop_size = input_shape[:-1]
     for size in sizes - {crop_size}:
         name = f"transform_small_crop_size={size} needs an encoder for several sizes (a ResNet) or the size {crop_size}"

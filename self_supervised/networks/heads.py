@@ -15,19 +15,28 @@ NORMALIZATION_LAYERS = {
     "gn": partial(nn.GroupNorm, GROUPS),
     "br": batchrenorm.BatchRenorm1d,
 }
-AFFINE = {"ln": "elementwise_affine"}  # what a normalization calls its weight and bias, if not "affine"
+AFFINE = {"ln": "elementwise_affine"}  # name of the argument for weight and bias, if not "affine"
 
 
 class MLP(nn.Module):
-    """(Linear, normalization, ReLU) x (n_layers - 1), Linear, last normalization. No layers at all: the identity.
+    """Multi-layer perceptron: (Linear, normalization, ReLU) x (n_layers - 1), Linear, last normalization.
+
+    With `n_layers=0` it is the identity.
 
     Args:
-        hidden_dim: width of the hidden layers; or a list, one for each of them.
-        normalization, last_normalization: a key of NORMALIZATION_LAYERS, or None.
-        weight_standardization: of all layers but the last, as in the original.
-        bias: of all linear layers but the last.
-        last_bias: of the last linear layer.
+        input_dim: width of the input.
+        hidden_dim: width of the hidden layers, or a list with one width per hidden layer.
+        output_dim: width of the output.
+        n_layers: number of linear layers.
+        normalization: a key of NORMALIZATION_LAYERS for the hidden layers, or None.
+        weight_standardization: whether to standardize the weights of all linear layers except the last.
+        bias: whether all linear layers except the last have a bias.
+        last_bias: whether the last linear layer has a bias.
+        last_normalization: a key of NORMALIZATION_LAYERS for the output, or None.
         last_affine: whether the last normalization has weights and biases.
+
+    Raises:
+        ValueError: `n_layers=0`, but input and output differ in width.
     """
 
     def __init__(
@@ -46,7 +55,7 @@ class MLP(nn.Module):
         super().__init__()
         if n_layers == 0 and input_dim != output_dim:
             raise ValueError(
-                f"a head of 0 layers cannot turn {input_dim} dimensions into dim={output_dim}: set dim={input_dim}"
+                f"dim={output_dim}: a head of 0 layers keeps its input's {input_dim} dimensions. Set dim={input_dim}"
             )
         linear = ws_resnet.Linear if weight_standardization else nn.Linear
         widths = [hidden_dim] * max(0, n_layers - 1) if isinstance(hidden_dim, int) else hidden_dim
@@ -61,7 +70,8 @@ class MLP(nn.Module):
         if last_normalization is not None:
             affine = {AFFINE.get(last_normalization, "affine"): last_affine}
             layers.append(NORMALIZATION_LAYERS[last_normalization](output_dim, **affine))
-        self.net = nn.Sequential(*layers) if len(layers) > 1 else layers[0]  # the original's names of parameters
+        # A single layer is `net` itself: names of parameters are those of the original's checkpoints.
+        self.net = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

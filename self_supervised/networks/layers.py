@@ -1,17 +1,17 @@
-"""The parts of an encoder: in stages, for learning rates that differ between them; and their train and eval modes."""
+"""Parts of an encoder: their train and eval modes, and stages with learning rates of their own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-Parameters = dict[str, nn.Parameter]  # by their names in the encoder
-FEWEST = 4  # stages, of an encoder that can be divided so often
+Parameters = dict[str, nn.Parameter]  # name in the encoder -> parameter
+FEWEST = 4  # stages, if the encoder can be divided into that many
 
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put all parts into eval mode meanwhile."""
+    """Put all parts of a module into eval mode within the context."""
     with modes_kept(module):
         module.eval()
         yield
@@ -19,7 +19,7 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(module: nn.Module) -> Iterator[None]:
-    """Put each part into its earlier mode afterwards: a frozen stem stays in eval mode."""
+    """Restore the mode of each part after the context: a frozen stem stays in eval mode."""
     modes = {part: part.training for part in module.modules()}
     try:
         yield
@@ -29,18 +29,19 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
 
 
 def stages(encoder: nn.Module) -> dict[str, Parameters]:
-    """The encoder's parameters in stages from input to output, each under the name of the module that it begins with.
+    """Return the encoder's parameters in stages from input to output, by the name of each stage's first module.
 
     The stages are the encoder's children, in the order of their definition. While there are fewer than four, the
-    largest of them is opened, and its children count instead: a ResNet has its stem and layer1 to layer4, a vision
-    transformer its patch embedding and every block. A part that has only vectors (a norm) belongs to the stage before
-    it; parameters of what was opened (class token, position embedding) belong to the first stage.
+    largest child is replaced by its own children: a ResNet is divided into its stem and layer1 to layer4, a vision
+    transformer into its patch embedding and every block. A part that has only vectors (a norm) belongs to the stage
+    before it; parameters of a replaced module itself (class token, position embedding) belong to the first stage.
     """
     parts = [("", encoder)]
     while len(found := joined_parts(parts)) < FEWEST and (
         openable := [part for part in parts if can_be_opened(part[1])]
     ):
-        name, module = largest = max(openable, key=lambda part: size(part[1]))
+        largest = max(openable, key=lambda part: size(part[1]))
+        name, module = largest
         at = parts.index(largest)
         parts[at : at + 1] = [(f"{name}.{child}".lstrip("."), part) for child, part in module.named_children()]
     in_parts = {name for stage in found.values() for name in stage}
@@ -50,8 +51,10 @@ def stages(encoder: nn.Module) -> dict[str, Parameters]:
 
 
 def joined_parts(parts: list[tuple[str, nn.Module]]) -> dict[str, Parameters]:
-    """Parts that have parameters, vectors with the part before them. What two parts share is the first one's."""
-    found, seen = {}, set()
+    """Return the parameters of each part that has any. Parts of vectors only join the part before them, and parameters
+    that two parts share belong to the first."""
+    found = {}
+    seen = set()
     for name, module in parts:
         own = {f"{name}.{leaf}".lstrip("."): p for leaf, p in module.named_parameters() if id(p) not in seen}
         seen |= set(map(id, own.values()))
@@ -63,9 +66,10 @@ def joined_parts(parts: list[tuple[str, nn.Module]]) -> dict[str, Parameters]:
 
 
 def size(module: nn.Module) -> int:
+    """Return the number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def can_be_opened(module: nn.Module) -> bool:
-    """Whether it is more than its own parameters: attention, for one, is a whole."""
+    """Return whether at least half of the parameters are those of children. Attention, for example, stays whole."""
     return 2 * sum(map(size, module.children())) > size(module)

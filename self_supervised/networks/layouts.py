@@ -1,7 +1,8 @@
-"""Which of a file's tensors are the trained encoder: every system's names -> those of torchvision and timm.
+"""Encoders in weights files of many systems: which tensors they are, under the names of torchvision and timm.
 
-A checkpoint holds more than the encoder: heads, queues, a lagging copy under nearly the same names. One row of LAYOUTS
-a system says which part is the trained encoder. All of the encoder must be there, and nothing else but a head.
+A checkpoint holds more than the encoder: heads, queues, a lagging model under nearly the same names. LAYOUTS has one
+row per system that says which part is the trained encoder. That part must hold the complete encoder, and otherwise only
+a head.
 """
 
 from collections import Counter
@@ -18,18 +19,18 @@ from self_supervised.safe_files import EXPORTED, safe_load
 
 @frozen
 class Layout:
-    """A system, and where its files keep the trained encoder."""
+    """Place of the trained encoder in the files of one system."""
 
     name: str
-    prefix: str  # of the encoder's keys, wrappers apart
-    beside: tuple[str, ...] = ("",)  # how keys begin that tell the system from others with this prefix; one is enough
-    holder: str | None = None  # the file's entry that holds the tensors, where that tells the system from others
-    stem_variant: str = "standard"  # of its ResNets for small images
+    prefix: str  # of the encoder's keys, without those of wrappers (DDP, torch.compile)
+    beside: tuple[str, ...] = ("",)  # prefixes of other keys, of which one must be present to recognize the system
+    holder: str | None = None  # the file's entry with the tensors, if that is needed to recognize the system
+    stem_variant: str = "standard"  # of the system's ResNets for small images
 
 
 HEADS_OF_LIGHTLY = ("projection_head.", "prediction_head.", "projection_mlp.", "online_classifier.")
 TWINS_OF_OPENSELFSUP = ("neck.", "encoder_k.0.", "encoder_k.module.0.", "online_net.", "target_net.")
-UNNAMED = ("backbone.", "encoder.", "encoder_q.", "base_encoder.", "model.", "net.")  # prefixes without a system
+UNNAMED = ("backbone.", "encoder.", "encoder_q.", "base_encoder.", "model.", "net.")  # prefixes of unknown systems
 PLAIN_STARTS = (
     "conv1.",
     "features.",
@@ -41,7 +42,7 @@ PLAIN_STARTS = (
     "Conv2d_1a_3x3.",
 )
 
-# The first row that fits. Names are those in the systems' own code and published files.
+# The first row that fits is used. Names are those in the systems' code and published files.
 LAYOUTS = (
     Layout("dino", "backbone.", holder="teacher"),
     Layout("OpenSelfSup or mmselfsup", "backbone.", TWINS_OF_OPENSELFSUP),
@@ -61,37 +62,37 @@ OURS = Layout("self_supervised", "model.")
 ORIGINAL = Layout("self_supervised, the original", "model.")
 EXPORT = Layout("self_supervised, exported", "")
 
-HOLDERS = ("state_dict", "model", "model_state_dict", "teacher")  # entries with the tensors, in one system or another
+HOLDERS = ("state_dict", "model", "model_state_dict", "teacher")  # entries that hold tensors in known systems
 HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear", "head_dist", "aux1", "aux2", "AuxLogits")
 RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
-NUMBERED = ("conv1", "bn1", "relu", "maxpool", *RESNET_STAGES)  # nn.Sequential(*resnet.children()), torchvision's
-NUMBERED_OF_LIGHTLY = ("conv1", "bn1", *RESNET_STAGES)  # of lightly's own ResNet, which so loses the ReLU of its stem
+NUMBERED = ("conv1", "bn1", "relu", "maxpool", *RESNET_STAGES)  # nn.Sequential(*resnet.children()) of torchvision
+NUMBERED_OF_LIGHTLY = ("conv1", "bn1", *RESNET_STAGES)  # likewise of lightly's ResNet; its stem loses the ReLU
 
 
 @frozen
 class WeightsFile:
-    """What a file holds."""
+    """Encoder in a weights file, with what the file says about it."""
 
-    source: str
-    layout: str
-    state: dict[str, Tensor] = field(repr=False)  # the encoder's and its head's, without prefix
-    left_out: tuple[str, ...]  # keys of everything else
-    stem_variant: str  # if its stem is one for small images
-    settings: dict[str, Any]  # of EncoderAndDataParams, as far as the file says
-    architecture: str | None = None  # in the file's own word
-    started_from: str | None = None  # what the pretraining started from, if it was ours
+    source: str  # path
+    layout: str  # name of the system
+    state: dict[str, Tensor] = field(repr=False)  # tensors of the encoder and its head, without prefix
+    left_out: tuple[str, ...]  # keys of all other tensors
+    stem_variant: str  # of the stem, if it is one for small images
+    settings: dict[str, Any]  # fields of EncoderAndDataParams; {} for files of other systems
+    architecture: str | None = None  # name in the file ("arch")
+    started_from: str | None = None  # weights from which the pretraining started, if the file is ours
 
 
 def read_weights(path: str | Path) -> WeightsFile:
-    """The encoder in a file of ours, of another system, or of .safetensors.
+    """Read the encoder in a file of ours or of another system, which may be a .safetensors file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, would run code, or holds no tensors.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is corrupt, would run code, or holds no tensors.
     """
     content = safe_load(path, of_others=True)
     holder, tensors = held_weights(content, path)
-    about = {} if holder is None else content  # what is said beside the tensors
+    about = {} if holder is None else content  # entries next to the tensors
     names = {key: key.replace("_orig_mod.", "").removeprefix("module.") for key in tensors}
     settings = about.get(EXPORTED) or about.get("hyper_parameters")
     settings = settings if isinstance(settings, Mapping) and "encoder_arch" in settings else {}
@@ -111,7 +112,7 @@ def read_weights(path: str | Path) -> WeightsFile:
 
 
 def held_weights(content: Any, path: str | Path) -> tuple[str | None, dict[str, Tensor]]:
-    """(the file's entry that holds the tensors, or None if the file is nothing else; the tensors by name)."""
+    """Return the name of the file's entry with the tensors, or None if the file is the state dict, and the tensors."""
 
     def tensors(value: Any) -> dict[str, Tensor]:
         pairs = value.items() if isinstance(value, Mapping) else ()
@@ -119,23 +120,22 @@ def held_weights(content: Any, path: str | Path) -> tuple[str | None, dict[str, 
 
     entries = content if isinstance(content, Mapping) else {}
     full = [key for key, value in entries.items() if tensors(value)]
-    holder = next((key for key in HOLDERS if key in full), full[0] if len(full) == 1 and not tensors(content) else None)
+    only = full[0] if len(full) == 1 and not tensors(content) else None
+    holder = next((key for key in HOLDERS if key in full), only)
     found = tensors(content if holder is None else content[holder])
     if not found:
-        raise ValueError(f"{path} is no checkpoint and no weights file: it has no state_dict, and holds no tensors")
+        raise ValueError(f"{path} is not a checkpoint or weights file: it has no state_dict and holds no tensors")
     return holder, found
 
 
 def recognized(names: tuple[str, ...], holder: str | None, settings: Mapping, exported: bool) -> Layout:
-    """The row that fits. Ours say what they are; the original had settings like ours, but not for the stem."""
+    """Return the layout that fits. Our files have settings; those of the original lack the ones of the stem."""
     if exported:
         return EXPORT
+    if "low_resolution_stem" in settings:
+        return OURS
     if settings:
-        return (
-            OURS
-            if "low_resolution_stem" in settings
-            else evolve(ORIGINAL, stem_variant="padding_2" if settings.get("dataset_name") == "cifar10" else "standard")
-        )
+        return evolve(ORIGINAL, stem_variant="padding_2" if settings.get("dataset_name") == "cifar10" else "standard")
     return next(
         row
         for row in LAYOUTS
@@ -146,7 +146,8 @@ def recognized(names: tuple[str, ...], holder: str | None, settings: Mapping, ex
 
 
 def torchvisions(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ResNets numbered by position, or with lightly's shortcuts, under torchvision's names; others as they are."""
+    """Return a state dict under torchvision's names, if it is that of a ResNet that is numbered by position or has
+    lightly's shortcuts. Others are returned as they are."""
     if numbers := numbering(state):
         parts = {key: key.split(".", 1) for key in state}
         known = {str(number): name for number, name in enumerate(numbers)}
@@ -157,18 +158,18 @@ def torchvisions(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def numbering(state: dict[str, Tensor]) -> tuple[str, ...]:
-    """The names of the numbered parts of a ResNet; () if it is none."""
+    """Return the names of a ResNet's parts by their numbers; () if the tensors are not those of a numbered ResNet."""
     if "0.weight" not in state or "4.0.conv1.weight" not in state:
         return ()
     return NUMBERED if "7.0.conv1.weight" in state else NUMBERED_OF_LIGHTLY
 
 
-# ---- into an encoder ----
+# ---- Loading into an encoder ----
 
 
 def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What keeps `state` from being exactly `wanted` and a head: {kind: names}, empty if nothing."""
-    counts = "num_batches_tracked"  # all absent in files of torch before 0.4.1; no encoder needs them
+    """Return the differences between `state` and `wanted`, except a head, as {kind: names}; {} if there are none."""
+    counts = "num_batches_tracked"  # missing in files of torch before 0.4.1; no encoder needs them
     old = not any(key.endswith(counts) for key in state)
     absent = [key for key in wanted if key not in state and not (old and key.endswith(counts))]
     foreign = [key for key in state if key not in wanted and key.split(".")[0] not in HEAD_NAMES]
@@ -182,14 +183,14 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
 
 
 def load_into(encoder: nn.Module, found: WeightsFile, name: str) -> tuple[str, ...]:
-    """All of the encoder's tensors from the file. Returns the keys that were left out: heads and other networks.
+    """Load all tensors of the encoder from the file. Return the keys that were left out: heads and other networks.
 
     Raises:
-        ValueError: the file holds less, or more than a head, or other shapes; says which, and as what it was read. Or
-            there are weights that are not finite.
+        ValueError: tensors are missing, unexpected (except those of a head), of another shape, or not finite. The
+            message names them, and the layout as which the file was read.
     """
     wanted = encoder.state_dict()
-    states = (found.state, torchvisions(found.state))  # a module of the user's own may be numbered, too
+    states = (found.state, torchvisions(found.state))  # the user's own module may also be numbered
     state, wrong = min(((state, misfits(state, wanted)) for state in states), key=lambda pair: n_names(pair[1]))
     if wrong:
         raise ValueError(mismatch_message(found, name, wrong))
@@ -197,23 +198,27 @@ def load_into(encoder: nn.Module, found: WeightsFile, name: str) -> tuple[str, .
     if bad := not_finite(encoder):
         raise ValueError(
             f"{found.source}: {len(bad)} of {len(wanted)} tensors of its {name} are not finite (the first: {bad[0]}). "
-            "Choose an earlier checkpoint"
+            "Use an earlier checkpoint"
         )
     return (*(key for key in state if key not in wanted), *found.left_out)
 
 
 def n_names(wrong: Mapping[str, list[str]]) -> int:
+    """Return the number of names in what `misfits` returns."""
     return sum(map(len, wrong.values()))
 
 
 def mismatch_message(found: WeightsFile, name: str, wrong: Mapping[str, list[str]], most: int = 3) -> str:
-    more = {kind: f" and {len(names) - most} more" * (len(names) > most) for kind, names in wrong.items()}
-    what = "; ".join(f"{kind}: {', '.join(names[:most])}{more[kind]}" for kind, names in wrong.items())
-    return f"{found.source} does not hold a {name} (read as {found.layout}): {what}"
+    """Return the error message for what `misfits` returns, with at most `most` names of each kind."""
+    parts = []
+    for kind, names in wrong.items():
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        parts.append(f"{kind}: {', '.join(names[:most])}{more}")
+    return f"{found.source} does not hold a {name} (read as {found.layout}): {'; '.join(parts)}"
 
 
 def grouped(keys: Iterable[str]) -> str:
-    """Keys by their first part: "fc. (2), encoder_k. (320), queue"."""
+    """Return keys counted by their first part, as text: "fc. (2), encoder_k. (320), queue"."""
     parts = (key.replace("_orig_mod.", "").removeprefix("module.").partition(".") for key in keys)
     counts = Counter(first + dot for first, dot, _ in parts)
     return ", ".join(f"{name} ({n})" if name.endswith(".") else name for name, n in counts.items())

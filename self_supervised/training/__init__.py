@@ -1,1 +1,1 @@
-"""Training: what Lightning needs to know of a method, its optimizers, schedules, checkpoints and checks."""
+"""Training with Lightning: base class of the methods, optimizers and schedules, checkpoints, monitor."""

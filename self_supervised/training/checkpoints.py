@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written whole or not at all, read as data only, resumed at the very batch.
+"""Checkpoints that are written atomically, read as data only, and resumed at the exact batch.
 
 trainer = pl.Trainer(max_epochs=320, callbacks=[Checkpoints("runs/first", every_n_steps=500)])
 trainer.fit(model, ckpt_path=newest("runs/first"))
@@ -28,21 +28,38 @@ from self_supervised.numerics import not_finite
 from self_supervised.safe_files import atomic_file, safe_load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+NOT_OF_TRAINING = (  # settings that may differ after a complete training
+    "max_epochs", "evaluations", "evaluate_every_n_epochs", "probe_on_training_set", "evaluation_clips",
+    "evaluation_crops", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device", "torch_compile",
+    "data_path", "splits_path",
+)  # fmt: skip
+MAKE_GROUPS = (  # settings that determine the optimizer's parameter groups
+    "exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr",
+)  # fmt: skip
+
+
+# ---- Reading ----
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU. Raises what `safe_load` raises, and ValueError if it is no checkpoint."""
+    """Return a checkpoint's content, on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: as `safe_load`; also ValueError if the file is not a checkpoint.
+    """
     content = safe_load(path)
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise ValueError(f"{path} is no checkpoint: it has no state_dict")
+        raise ValueError(f"{path} is not a checkpoint: it has no state_dict")
     return content
 
 
 def newest(folder: str | Path) -> Path | None:
-    """The newest good checkpoint that `Checkpoints` left in a folder, or None. Damaged ones are named and passed over.
+    """Return the newest valid checkpoint of `Checkpoints` in a folder, or None if there are no checkpoints.
+
+    Corrupt ones are reported and skipped.
 
     Raises:
-        ValueError: there are checkpoints, and none of them is good.
+        ValueError: there are checkpoints, but none of them is valid.
     """
     found = sorted(Path(folder).expanduser().glob("step_*.ckpt"), reverse=True)
     for path in found:
@@ -53,66 +70,62 @@ def newest(folder: str | Path) -> Path | None:
         else:
             return path
     if found:
-        raise ValueError(f"none of the {len(found)} checkpoints in {folder} is good: move them away to start anew")
+        raise ValueError(f"none of the {len(found)} checkpoints in {folder} is valid. Move them away to start over")
     return None
 
 
-# ---- resuming with other settings ----
-
-NOT_OF_TRAINING = (
-    "max_epochs", "evaluations", "evaluate_every_n_epochs", "probe_on_training_set", "evaluation_clips",
-    "evaluation_crops", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device", "torch_compile",
-    "data_path", "splits_path",
-)  # fmt: skip
-MAKE_GROUPS = ("exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr")
+# ---- Resuming with other settings ----
 
 
 def refuse_another_model(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> None:
-    """Refuse to resume where the state in a checkpoint's `content` contradicts the method's settings or the Trainer's.
+    """Refuse to resume if the state in a checkpoint contradicts the settings of the method or the Trainer.
+
     All other settings are those of the method, from the first step on.
 
     Raises:
-        ValueError: names the settings.
+        ValueError: they contradict; names the settings.
     """
-    saved, own = ({k: v.shape for k, v in state.items()} for state in (content["state_dict"], method.state_dict()))
+    saved = {name: tensor.shape for name, tensor in content["state_dict"].items()}
+    own = {name: tensor.shape for name, tensor in method.state_dict().items()}
     differing = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
     before = content.get("hyper_parameters")
     before = before if isinstance(before, dict) else {}
     changed = {name: value for name, value in method.hparams.items() if before.get(name, value) != value}
     if differing:
-        named = ", ".join(f"{name}={value!r} (it has {before[name]!r})" for name, value in changed.items())
+        named = ", ".join(f"{name}={value!r} (checkpoint: {before[name]!r})" for name, value in changed.items())
         others = " and others" if len(differing) > 3 else ""
         raise ValueError(
-            f"the checkpoint is of another model, in which {', '.join(differing[:3])}{others} differ: "
-            "resume with the settings of its run. "
-            f"Other than in it: {named or 'the encoder'}"
+            f"the checkpoint is of another model, in which {', '.join(differing[:3])}{others} differ. Resume with the "
+            f"settings of its run; what differs: {named or 'the encoder'}"
         )
     groups = next(iter(content.get("optimizer_states", [])), {}).get("param_groups", [])
-    named = all("param_names" in group for group in groups)  # else of an earlier version
-    for name in ("optimizer_name", *(() if named else MAKE_GROUPS)):
+    has_names = all("param_names" in group for group in groups)  # not in checkpoints of earlier versions
+    for name in ("optimizer_name", *(() if has_names else MAKE_GROUPS)):
         if name in changed:
             raise ValueError(
                 f"{name}={changed[name]!r}: the checkpoint's optimizer has state for {before[name]!r}. Resume with "
-                f"that, or start a new run from its weights (encoder_weights)"
+                "that value, or start a new run from its weights (encoder_weights)"
             )
     refuse_shorter(content, trainer)
 
 
 def epochs_done(content: dict[str, Any]) -> int:
+    """Return the number of completed epochs of a checkpoint's training."""
     loop = content.get("loops", {}).get("fit_loop", {})
     return loop.get("epoch_progress", {}).get("current", {}).get("processed", 0)
 
 
 def refuse_shorter(content: dict[str, Any], trainer: pl.Trainer) -> None:
+    """Raise ValueError if the checkpoint's training is already longer than the Trainer's limits."""
     done = {"max_epochs": epochs_done(content), "max_steps": content["global_step"]}
     for name, reached in done.items():
         limit = getattr(trainer, name)
         if limit not in (None, -1) and reached > limit:
-            raise ValueError(f"{name}={limit}: the checkpoint is of a training that reached {reached}. Choose more")
+            raise ValueError(f"{name}={limit}: the checkpoint's training has already reached {reached}. Choose more")
 
 
 def changed_too_late(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
-    """Settings of the training that differ from the checkpoint's, if that training is complete."""
+    """Return {name: value} of settings that come too late, because the checkpoint's training is complete."""
     if epochs_done(content) < (trainer.max_epochs or 0):
         return {}
     before = content.get("hyper_parameters", {})
@@ -121,29 +134,39 @@ def changed_too_late(content: dict[str, Any], method: pl.LightningModule, traine
 
 
 def images_of_a_step(params: Any, trainer: pl.Trainer) -> int:
-    """Images in one optimizer step, according to the settings."""
+    """Return the number of images per optimizer step, according to the settings."""
     batches = trainer.num_devices * trainer.num_nodes * trainer.accumulate_grad_batches
     return params.global_batch_size or params.batch_size * batches
 
 
 def refuse_other_steps(before: dict[str, int] | None, now: dict[str, int]) -> None:
-    """Schedules and the position within the epoch count optimizer steps: a step must stay what it was. What `before`
-    says of the run so far, if it does, is compared with `now`."""
-    if before is not None and now["images"] != before["images"]:
+    """Check that optimizer steps mean the same as before, because schedules and the position in the epoch count them.
+
+    Args:
+        before: "steps" of the checkpoint that is resumed (`Plan.of_checkpoint`); None: of an earlier version.
+        now: the same of this run. "an_epoch" may be missing.
+
+    Raises:
+        ValueError: the number of images per step differs. Other steps per epoch give a warning.
+    """
+    if before is None:
+        return
+    if now["images"] != before["images"]:
         raise ValueError(
             f"batch_size: {now['images']} images per optimizer step, but the checkpoint's run had {before['images']}, "
-            "in which its schedules count. Choose batch_size (or global_batch_size), accumulate_grad_batches and the "
-            "number of processes so that their product stays, or start a new run from its weights (encoder_weights)"
+            "and its schedules count steps. Choose batch_size (or global_batch_size), accumulate_grad_batches and the "
+            "number of processes so that their product stays the same, or start a new run from its weights "
+            "(encoder_weights)"
         )
-    if before is not None and now.get("an_epoch", before["an_epoch"]) != before["an_epoch"]:
+    if now.get("an_epoch", before["an_epoch"]) != before["an_epoch"]:
         rank_zero_warn(
-            f"an epoch has {now['an_epoch']} optimizer steps, but had {before['an_epoch']} in the checkpoint's run: "
-            "learning rate and momentum m follow the new length, and do not end exactly at their final values"
+            f"an epoch has {now['an_epoch']} optimizer steps, but had {before['an_epoch']} in the checkpoint's run. "
+            "The learning rate and the momentum m follow the new length and do not end exactly at their final values"
         )
 
 
-def count_batches_anew(content: dict[str, Any], accumulated: int) -> None:
-    """Change the position within the epoch to batches of which `accumulated` make an optimizer step."""
+def convert_position(content: dict[str, Any], accumulated: int) -> None:
+    """Convert the position in the epoch, in place, to batches of which `accumulated` make an optimizer step."""
     before = content.get("steps", {}).get("accumulated", accumulated)
     if before == accumulated:
         return
@@ -155,34 +178,38 @@ def count_batches_anew(content: dict[str, Any], accumulated: int) -> None:
             counts[name] = math.ceil(counts[name] * accumulated / before)
 
 
+# ---- Writing ----
+
+
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's, but a file appears under its name only when all of it is on the disk, and is read as data only."""
+    """Lightning's checkpoint plugin, with atomic writes and with reads as data only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        if "://" in str(path):  # fsspec's business
+        if "://" in str(path):  # a URL, which fsspec writes
             return super().save_checkpoint(checkpoint, path, storage_options)
         with atomic_file(Path(path)) as unfinished, unfinished.open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
-        """States of callbacks under their classes are left out: the classes are not looked up."""
+        """Return a checkpoint's content, without states of callbacks that are filed under a class, not under a name:
+        to load them would look up the class."""
         content = read_checkpoint(path)
         states = content.get("callbacks", {}).items()
         return {**content, "callbacks": {key: state for key, state in states if isinstance(key, str)}}
 
 
 class Checkpoints(pl.Callback):
-    """Saves every n optimizer steps and after every epoch, keeps the newest ones, and stops cleanly when asked to.
+    """Callback that saves every n optimizer steps and after every epoch, and stops cleanly on SIGTERM and SIGUSR1.
 
-    Resumed from one of its files, a run ends with the same bits as if it had never been interrupted (with data sets of
-    ours, and with others in a `loader.Loader`). On SIGTERM it saves, and the program exits with status 0. So it does on
-    SIGUSR1, which SLURM sends before the time is up if told so (`--signal=SIGUSR1@120`); under SLURM the job is then
-    queued again. Both wait for a validation to end.
+    A run that is resumed from one of its files ends bit-identical to an uninterrupted one (with the built-in data sets,
+    and with others in a `ResumableDataLoader`). On SIGTERM it saves, and the program exits with status 0. On SIGUSR1,
+    which SLURM sends before the time limit if asked to (`--signal=SIGUSR1@120`), it does the same, and requeues the job
+    under SLURM. During a validation, both take effect after it.
 
     Args:
-        folder: of the files `step_N.ckpt`, N optimizer steps. It is locked while a training writes into it.
+        folder: directory of the files `step_N.ckpt`, N optimizer steps. It is locked while a training writes into it.
         every_n_steps: optimizer steps between files; None: after epochs only.
-        keep: how many of the newest files stay.
+        keep: number of newest files that are kept.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int | None = 1000, keep: int = 2):
@@ -192,25 +219,26 @@ class Checkpoints(pl.Callback):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.lock = ExitStack()
-        self.last_saved = 0
-        self.begun_batches = 0
-        self.validated = False  # since the last batch
-        self.handlers: dict = {}  # those before ours
-        self.listens = False
-        self.received: int | None = None  # signal
-        self.asked: Callable[[], bool] = lambda: False
+        self.last_saved = 0  # optimizer step
+        self.begun_batches = 0  # 1 while it saves at the start of a batch
+        self.validated = False  # whether there was a validation since the last batch
+        self.handlers: dict = {}  # signal -> its handler before ours
+        self.listens = False  # whether signals are noted; otherwise they go to the earlier handler
+        self.received: int | None = None  # number of the signal
+        self.asked: Callable[[], bool] = lambda: False  # whether any process had a signal when it was last asked
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
             self.lock.enter_context(locked(self.folder))
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment):
-            environment.auto_requeue = False  # it saves in the middle of a step, and a file of its own
+            environment.auto_requeue = False  # Lightning would save in the middle of a step, to a file of its own
         self.handlers = self.listen()
         self.listens = True
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Also after an exception. Lightning may put our handler back once more, so it must know that we are done."""
+        """Restore the signal handlers and unlock the folder, also after an exception. `listens` tells our handler that
+        it is done, because Lightning may install it once more."""
         self.listens = False
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -219,12 +247,13 @@ class Checkpoints(pl.Callback):
     on_exception = teardown
 
     def listen(self) -> dict:
-        """Note the signals from here on; returns the handlers before."""
+        """Install our signal handlers and return the earlier ones. Python allows this only in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return {}
         return {number: signal.signal(number, self.note) for number in SIGNALS}
 
     def note(self, number: int, _: Any) -> None:
+        """Handle a signal: remember it, or pass it on to the earlier handler after the training."""
         if self.listens:
             self.received = number
         else:
@@ -236,18 +265,18 @@ class Checkpoints(pl.Callback):
         later = [path for path in self.folder.glob("step_*.ckpt") if path.name > self.path(trainer).name]
         if later and (ahead := newest(self.folder)) in later:
             raise ValueError(
-                f"{ahead} is of an earlier run that went further than step {trainer.global_step}, where this one "
-                "begins: resume from it, or choose another folder"
+                f"{ahead} is of an earlier run that went further than step {trainer.global_step}, where this run "
+                "starts. Resume from it, or choose another folder"
             )
-        self.listen()  # again: Lightning has put its own handler of SIGTERM before ours
+        self.listen()  # again, because Lightning has replaced our handler of SIGTERM
 
     def path(self, trainer: pl.Trainer) -> Path:
         return self.folder / f"step_{trainer.global_step:09d}.ckpt"
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int):
-        # Here, and not at the end of the batch before, because by now its figures are logged. Not after a validation
-        # within the epoch: Lightning would leave a batch out. Not between accumulated batches: their gradients are not
-        # saved.
+        # Saving waits for the start of the next batch, when the metrics of the last one are logged. It does not happen
+        # after a validation within the epoch, because Lightning would skip a batch, nor between accumulated batches,
+        # because their gradients are not saved.
         validated = self.validated
         self.validated = False
         if batch_idx == 0 or validated or batch_idx % trainer.accumulate_grad_batches:
@@ -262,13 +291,14 @@ class Checkpoints(pl.Callback):
             self.stop(trainer)
 
     def asked_all(self, device: torch.device) -> bool:
-        """Whether any process has received a signal; of several, at the batch before: nobody waits for the answer."""
+        """Return whether any process has received a signal. With multiple processes this is the answer of one batch
+        ago, so that none waits for it."""
         before = self.asked
         self.asked = distributed.ask_all(self.received is not None, device)
         return (before if distributed.is_distributed() else self.asked)()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """The batch that has begun when we save is trained on after resuming: it does not count yet."""
+        """Subtract the batch that has begun when it saves, because it is trained on after resuming."""
         loop = checkpoint["loops"]["fit_loop"]
         for position in loop["state_dict"].get("combined_loader", []):
             if ResumableDataLoader.is_position(position):
@@ -288,15 +318,15 @@ class Checkpoints(pl.Callback):
             self.stop(trainer)
 
     def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.fast_dev_run:  # its checkpoint would be taken for that of a run
+        if trainer.fast_dev_run:  # a run could otherwise resume from its checkpoint
             return
         if names := not_finite(module):
             raise FloatingPointError(
-                f"weights are not finite at step {trainer.global_step}: not saved; the newest good checkpoint is "
-                f"{newest(self.folder)} ({len(names)} tensors, the first: {names[0]})"
+                f"weights are not finite at step {trainer.global_step} ({len(names)} tensors, the first: {names[0]}): "
+                f"not saved. The newest valid checkpoint is {newest(self.folder)}: resume from it with a lower lr"
             )
         for logger in trainer.loggers:
-            logger.save()  # figures up to here are not computed again
+            logger.save()  # metrics up to here are not computed again
         trainer.save_checkpoint(self.path(trainer), weights_only=False)
         self.last_saved = trainer.global_step
         if trainer.is_global_zero:
@@ -305,7 +335,7 @@ class Checkpoints(pl.Callback):
                 old.unlink()
 
     def stop(self, trainer: pl.Trainer) -> None:
-        rank_zero_info(f"stopped by a signal after step {trainer.global_step}, saved in {self.folder}")
+        rank_zero_info(f"stopped by a signal after step {trainer.global_step}; the checkpoint is in {self.folder}")
         out_of_time = distributed.any_process(self.received == signal.SIGUSR1, trainer.strategy.root_device)
         job = os.environ.get("SLURM_JOB_ID")
         if "SLURM_ARRAY_JOB_ID" in os.environ:

@@ -1,8 +1,8 @@
-"""Checkpoints that stay: the best by a figure, and every n epochs. `Checkpoints` keeps the newest, to resume from.
+"""Checkpoints that are kept: the best by a metric, and one every n epochs. `Checkpoints` keeps the newest, to resume.
 
-Lightning's ModelCheckpoint cannot replace them. Lightning runs it after all other callbacks: `step_N.ckpt` would lack
-the best value of its own epoch. It also saves a first value that is NaN, saves only if all processes agree, forgets the
-best value in a run that was moved, and counts epochs from 0.
+Lightning's ModelCheckpoint cannot replace them. Lightning runs it after all other callbacks, so `step_N.ckpt` would
+lack the best value of its own epoch. It also saves a first value that is NaN, saves only if all processes agree,
+forgets the best value if a run was moved, and counts epochs from 0.
 """
 
 import math
@@ -17,25 +17,25 @@ from self_supervised.catalogue import DATASETS, LABEL_FREE
 
 
 class Best(pl.Callback):
-    """best_NAME.ckpt is of the epoch at whose end the figure NAME was best; of equal ones, of the first.
-    NaN is never best.
+    """Callback that saves best_NAME.ckpt at the end of the epoch in which the metric NAME is best.
+
+    Of equal values the first counts. NaN is never best. Put it before `Checkpoints`, so that its files hold the best
+    value up to their epoch.
 
     Args:
-        folder: of the file.
-        wanted: the figure's name as it is logged: the lowest is best if "loss" is in it, else the highest. "NAME:min"
-            and "NAME:max" say which themselves.
-
-    Put it before `Checkpoints`, whose files then know the best value up to their epoch.
+        folder: directory of the file.
+        wanted: name of a logged metric. The lowest value is best if the name contains "loss", otherwise the highest;
+            "NAME:min" and "NAME:max" override this.
     """
 
     def __init__(self, folder: str | Path, wanted: str):
-        self.name, _, given = wanted.partition(":")
-        self.sign = -1 if given == "min" or (not given and lowest_is_best(self.name)) else 1
+        self.name, _, direction = wanted.partition(":")
+        self.sign = -1 if direction == "min" or (not direction and lowest_is_best(self.name)) else 1
         self.path = Path(folder) / f"best_{self.name}.ckpt"
         self.best: float | None = None
-        self.seen: set[str] = set()
+        self.seen: set[str] = set()  # names of metrics logged so far
         self.validated = False
-        self.scores: set[str] | None = None  # names that a validation before the training logged, if there was one
+        self.scores: set[str] | None = None  # names logged by a validation before the training, if there was one
 
     @property
     def state_key(self) -> str:
@@ -45,13 +45,14 @@ class Best(pl.Callback):
         dataset = pl_module.params.dataset_name
         if getattr(pl_module, "trains_on_own_data", True) and uses_test_labels(self.name, dataset):
             rank_zero_warn(
-                f"save_best={self.name!r} chooses the epoch by labels of the test set of {dataset}, which has no "
-                "validation set: its test scores are too good. Choose by valid_rank_me or step_train_loss, or take the "
-                "last epoch"
+                f"save_best={self.name!r} selects the epoch by labels of the test set of {dataset}, which has no "
+                "validation set, so test scores of that epoch are too good. Select by valid_rank_me or "
+                "step_train_loss, or use the last epoch"
             )
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """With the scores of a validation, all names are known after the first optimizer step."""
+        """Check the name after the first optimizer step, if a validation before it has logged its scores: then all
+        names are known."""
         if self.scores is not None and trainer.global_step:
             refuse_unknown(self.name, self.scores | set(trainer.callback_metrics))
             self.scores = None
@@ -67,13 +68,13 @@ class Best(pl.Callback):
         value = trainer.callback_metrics.get(self.name)
         value = None if value is None else float(value)
         is_better = is_finite(value) and (self.best is None or self.sign * value > self.sign * self.best)
-        if distributed.on_rank_zero(lambda: is_better):  # figures of a training step differ between processes
+        if distributed.on_rank_zero(lambda: is_better):  # metrics of a training step differ between processes
             self.best = value
             trainer.save_checkpoint(self.path, weights_only=False)
             rank_zero_info(f"{self.path.name}: {self.name} {value:.5g} after epoch {trainer.current_epoch}")
 
     def was_due(self, trainer: pl.Trainer) -> bool:
-        """Whether a validation belongs to this epoch, by whose end all metrics are known."""
+        """Return whether this epoch includes a validation, so that all metrics are known at its end."""
         interval = trainer.check_val_every_n_epoch
         return self.validated if interval is None else (trainer.current_epoch + 1) % interval == 0
 
@@ -84,30 +85,8 @@ class Best(pl.Callback):
         self.best = state["best"] if is_finite(state["best"]) else None
 
 
-def is_finite(value: float | None) -> bool:
-    """Whether there is a value that can be the best; NaN is neither higher nor lower than another."""
-    return value is not None and math.isfinite(value)
-
-
-def refuse_unknown(wanted: str, logged: set[str]) -> None:
-    name = wanted.partition(":")[0]
-    if name not in logged:
-        raise ValueError(f"save_best={name!r} is not logged: choose one of {', '.join(sorted(logged))}")
-
-
-def uses_test_labels(name: str, dataset_name: str) -> bool:
-    """Whether the score is of the labels of the test set: built-in data sets are validated on that."""
-    label_free = name.startswith(tuple(f"valid_{one}" for one in LABEL_FREE))
-    scored = name == "train_class_acc" or (name.startswith("valid_") and not label_free)
-    return scored and dataset_name in DATASETS and DATASETS[dataset_name].validation_splits is None
-
-
-def lowest_is_best(name: str) -> bool:
-    return "loss" in name
-
-
 class EveryNEpochs(pl.Callback):
-    """epoch_N.ckpt after N epochs, for every multiple of n."""
+    """Callback that saves epoch_N.ckpt after N epochs, for every multiple N of n."""
 
     def __init__(self, folder: str | Path, n: int):
         self.folder = Path(folder)
@@ -117,3 +96,30 @@ class EveryNEpochs(pl.Callback):
         trained = trainer.current_epoch + 1
         if trained % self.n == 0:
             trainer.save_checkpoint(self.folder / f"epoch_{trained:04d}.ckpt", weights_only=False)
+
+
+# ---- Names and values of metrics ----
+
+
+def is_finite(value: float | None) -> bool:
+    """Return whether a value can be the best. NaN cannot: it is neither higher nor lower than others."""
+    return value is not None and math.isfinite(value)
+
+
+def refuse_unknown(wanted: str, logged: set[str]) -> None:
+    """Raise ValueError if "NAME", "NAME:min" or "NAME:max" is not among the names of logged metrics."""
+    name = wanted.partition(":")[0]
+    if name not in logged:
+        raise ValueError(f"save_best={name!r} is not logged: choose one of {', '.join(sorted(logged))}")
+
+
+def uses_test_labels(name: str, dataset_name: str) -> bool:
+    """Return whether a metric depends on labels of the test set, on which most built-in data sets are validated."""
+    label_free = name.startswith(tuple(f"valid_{one}" for one in LABEL_FREE))
+    scored = name == "train_class_acc" or (name.startswith("valid_") and not label_free)
+    return scored and dataset_name in DATASETS and DATASETS[dataset_name].validation_splits is None
+
+
+def lowest_is_best(name: str) -> bool:
+    """Return whether lower values of a metric are better."""
+    return "loss" in name

@@ -1,4 +1,4 @@
-"""The learning rate, logged at every step."""
+"""Callbacks that observe a training: TrainingMonitor (warnings and checks), GradientNorms and LearningRate."""
 
 import math
 from typing import Any, Self
@@ -25,41 +25,44 @@ COLLAPSED_RANK = 2.0  # RankMe below which the embeddings are nearly one directi
 
 
 class TrainingMonitor(pl.Callback):
-    """Both methods bring it along (`configure_callbacks`): any Trainer then stops at a loss that is not finite, says
-    once if the embeddings collapse, names unreadable images, and reads and writes checkpoints safely."""
+    """Callback that both methods add to any Trainer (`configure_callbacks`).
 
-    state_key = "Watch"  # its name in checkpoints of every version
+    It prints the effective settings, stops at a loss that is not finite, warns once if the embeddings collapse, reports
+    unreadable images, and makes Lightning read and write checkpoints safely.
+    """
+
+    state_key = "Watch"  # its name in checkpoints of all versions
 
     def __init__(self):
         self.collapse_was_named = False
         self.n_skipped = 0
-        self.position: dict | None = None  # where our own loader was when the checkpoint was made
-        self.steps: dict | None = None  # of the run that made the checkpoint
-        self.random_state: Tensor | None = None  # None: Lightning refused something before `setup`
+        self.position: dict | None = None  # state of our own loader in the checkpoint that is resumed
+        self.steps: dict | None = None  # `Plan.of_checkpoint()` of the run that is resumed
+        self.random_state: Tensor | None = None  # torch's, before the training; None if `setup` was never reached
         self.own_interval: int | None = None  # check_val_every_n_epoch as the user passed it
 
     @classmethod
     def of(cls, trainer: pl.Trainer, evaluate_every_n_epochs: int) -> list[Self]:
-        """What `configure_callbacks` returns: a TrainingMonitor, unless the Trainer has one.
+        """Return the callbacks for `configure_callbacks`: a TrainingMonitor, or none if the Trainer already has one.
 
-        The Trainer then validates only in the epochs that are evaluated: its callbacks that monitor a score
-        (ModelCheckpoint, EarlyStopping) ask for it after validations, and would miss it after an empty one.
+        The Trainer is set to validate only in epochs that are evaluated, because callbacks that monitor a score
+        (ModelCheckpoint, EarlyStopping) look for it after every validation, and would not find it after an empty one.
         """
-        there = next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)
-        watch = there or cls()
-        watch.own_interval = watch.own_interval or trainer.check_val_every_n_epoch
-        if watch.own_interval is not None:  # None: val_check_interval counts batches across epochs
-            trainer.check_val_every_n_epoch = math.lcm(watch.own_interval, evaluate_every_n_epochs)
-        return [] if there else [watch]
+        present = next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)
+        monitor = present or cls()
+        monitor.own_interval = monitor.own_interval or trainer.check_val_every_n_epoch
+        if monitor.own_interval is not None:  # None: val_check_interval counts batches across epochs
+            trainer.check_val_every_n_epoch = math.lcm(monitor.own_interval, evaluate_every_n_epochs)
+        return [] if present else [monitor]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.random_state = torch.get_rng_state()
         share_seed(pl_module, trainer.strategy.root_device)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not another one of the user's choice
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user chose stays
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """Of a run that is resumed; not of `load_from_checkpoint`."""
+        """Keep what `on_train_start` compares and restores, if a run is resumed."""
         if trainer.state.fn != "fit":
             return
         loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
@@ -69,8 +72,8 @@ class TrainingMonitor(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if bad := not_finite(pl_module):
             raise ValueError(
-                f"{len(bad)} tensors of the method are not finite before the first step (the first: {bad[0]}; "
-                f"ckpt_path={trainer.ckpt_path}). Resume from an earlier checkpoint, or start from finite weights"
+                f"ckpt_path={trainer.ckpt_path}: {len(bad)} tensors of the method are not finite before the first step "
+                f"(the first: {bad[0]}). Resume from an earlier checkpoint, or start from finite weights"
             )
         loader = trainer.train_dataloader
         if (
@@ -79,7 +82,8 @@ class TrainingMonitor(pl.Callback):
         ):
             raise ValueError(
                 f"the loader deals images out to {loader.sampler.num_replicas} processes, but there are "
-                f"{distributed.world_size()}: make its Share(dataset, ddp.world_size(), ddp.rank()) in train_dataloader"
+                f"{distributed.world_size()}. Build its ResumableSampler(dataset, distributed.world_size(), "
+                "distributed.rank()) in train_dataloader"
             )
         if ResumableDataLoader.is_position(self.position) and isinstance(loader, ResumableDataLoader):
             loader.load_state_dict(self.position)
@@ -89,10 +93,10 @@ class TrainingMonitor(pl.Callback):
         self.steps = None
         rank_zero_info(f"{pl_module.plan}; {optimizers.groups_text(trainer.optimizers[0])}")
 
-    # ---- a loss that is not finite ----
+    # ---- At every step: a loss that is not finite ----
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """The answer travels to the host while the device works on the backward pass: nothing waits for it."""
+        """Start copying to the host whether the loss is finite; the copy runs during the backward pass."""
         self.finite = to_host(distributed.gather(loss.detach().isfinite().view(1)))
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -103,8 +107,9 @@ class TrainingMonitor(pl.Callback):
 
     @staticmethod
     def describe(trainer: pl.Trainer, module: pl.LightningModule, ranks: list[int]) -> str:
-        terms = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        terms = ", ".join(f"{name}={value:.4g}" for name, value in terms.items() if "loss" in name)
+        """Return the error message for a loss that is not finite on processes `ranks`."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        terms = ", ".join(f"{name}={value:.4g}" for name, value in metrics.items() if "loss" in name)
         named = [(name, p.grad.detach().norm()) for name, p in module.named_parameters() if p.grad is not None]
         norm = torch.stack([norm for _, norm in named]).norm().item()
         first = next((name for name, norm in named if not math.isfinite(norm)), "none")
@@ -113,56 +118,56 @@ class TrainingMonitor(pl.Callback):
             f"{trainer.fit_loop.batch_idx}) on process {', '.join(map(str, ranks))}; on process {distributed.rank()} "
             f"{terms}; "
             f"learning rate {trainer.optimizers[0].param_groups[0]['lr']:.4g}, gradient norm {norm:.4g}, first "
-            f"parameter without a finite gradient: {first}. The weights were not changed by it, and checkpoints are as "
-            "they were. Try a lower lr, a longer warm-up, precision 32-true or bf16-mixed, a higher T"
+            f"parameter without a finite gradient: {first}. Neither the weights nor the checkpoints were changed. Try "
+            "a lower lr, a longer warm-up, precision 32-true or bf16-mixed, or a higher T"
         )
 
-    # ---- once an epoch ----
+    # ---- Once per epoch: collapse and unreadable images ----
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.name_collapse(trainer, "step_projection_std", COLLAPSED_STD, "1 is healthy, 0 a single point")
-        self.name_skipped(trainer)
+        self.warn_of_collapse(trainer, "step_projection_std", COLLAPSED_STD, "1 is healthy, 0 a single point")
+        self.report_unreadable(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.name_collapse(trainer, "valid_rank_me", COLLAPSED_RANK, "1 is a single direction")
-            self.name_skipped(trainer)
+            self.warn_of_collapse(trainer, "valid_rank_me", COLLAPSED_RANK, "1 is a single direction")
+            self.report_unreadable(trainer)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.name_skipped(trainer)
+        self.report_unreadable(trainer)
 
-    def name_skipped(self, trainer: pl.Trainer) -> None:
-        """Unreadable files of this process's share."""
+    def report_unreadable(self, trainer: pl.Trainer) -> None:
+        """Report unreadable files among those that this process reads, if there are more than before."""
         datasets = [getattr(loader, "dataset", None) for loader in loaders(trainer)]
         self.n_skipped = max(self.n_skipped, files.name_skipped(*datasets, already=self.n_skipped))
 
-    def name_collapse(self, trainer: pl.Trainer, name: str, limit: float, meaning: str) -> None:
+    def warn_of_collapse(self, trainer: pl.Trainer, name: str, limit: float, meaning: str) -> None:
         value = float(trainer.callback_metrics.get(name, math.inf))
         if value < limit and not self.collapse_was_named:
             self.collapse_was_named = True
             rank_zero_warn(
                 f"collapse: {name}={value:.3f} ({meaning}): all images get nearly the same embedding. Try another "
-                "mlp_normalization (bn), more negatives, a predictor (prediction_mlp_layers=2), a lower lr"
+                "mlp_normalization (bn), more negatives, a predictor (prediction_mlp_layers=2), or a lower lr"
             )
 
-    # ---- the end ----
+    # ---- After the training, or an exception ----
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Training seeds torch anew at every step; what comes after it finds the seed of `pl.seed_everything` again."""
+        """Restore torch's random state from before the training, which seeds torch at every step."""
         if self.random_state is not None:
             torch.set_rng_state(self.random_state)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Name the last file of a worker that died."""
+        """Add the file that a dead worker read last to the exception."""
         self.teardown(trainer, pl_module, "")
         try:
-            self.name_last_file(trainer, exception)
-        except RuntimeError:  # PyTorch, which raises once more as soon as it hears of the worker, wherever we are then
-            self.name_last_file(trainer, exception)
+            self.add_last_file(trainer, exception)
+        except RuntimeError:  # PyTorch's handler of SIGCHLD, which may raise in any line of ours
+            self.add_last_file(trainer, exception)
 
     @staticmethod
-    def name_last_file(trainer: pl.Trainer, exception: BaseException) -> None:
-        """Whatever the exception is: often not more than a lost connection."""
+    def add_last_file(trainer: pl.Trainer, exception: BaseException) -> None:
+        """Add a note for each dead worker, whatever the exception is: often it is only a lost connection."""
         for loader in loaders(trainer):
             if not isinstance(loader, ResumableDataLoader) or not hasattr(loader.dataset, "last_read"):
                 continue
@@ -178,50 +183,64 @@ class TrainingMonitor(pl.Callback):
         self.collapse_was_named = state["collapse_was_named"]
 
 
+# ---- Used by the monitor and by validation ----
+
+
 def share_seed(method: pl.LightningModule, device: torch.device) -> None:
-    """All processes train with one seed and from the same weights: where seeds were drawn, with that of the first.
+    """Make all processes use the same seed and start from the same weights.
+
+    Seeds that were drawn give way to one that was passed, else to that of the first process.
 
     Raises:
-        ValueError: processes were given different seeds.
+        ValueError: different seeds were passed to different processes.
     """
     mine = torch.tensor([[method.params.seed, method.seed_was_drawn]], device=device)
     seeds, drawn = distributed.gather(mine).T.tolist()
     if len(set(seeds)) == 1:
         return
-    given = sorted({seed for seed, was_drawn in zip(seeds, drawn, strict=True) if not was_drawn})
-    if len(given) > 1:
-        raise ValueError(f"seed differs between processes ({seeds}): give all the same")
+    passed = sorted({seed for seed, was_drawn in zip(seeds, drawn, strict=True) if not was_drawn})
+    if len(passed) > 1:
+        raise ValueError(f"seed differs between processes ({seeds}). Pass the same seed to all")
     if method.seed_was_drawn:
-        method.change(seed=given[0] if given else seeds[0])
+        method.change(seed=passed[0] if passed else seeds[0])
     for tensor in method.state_dict().values():
         tensor.copy_(distributed.from_rank_zero(tensor.to(device)))
 
 
+def loaders(trainer: pl.Trainer) -> list:
+    """Return all loaders that the Trainer holds at the moment."""
+    held = (trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders)
+    return [loader for some in held for loader in as_list(some)]
+
+
+def as_list(held: Any) -> list:
+    """Return what Lightning holds, a loader or a collection of loaders, as a list."""
+    if isinstance(held, dict):
+        return list(held.values())
+    return list(held) if isinstance(held, list | tuple) else [held]
+
+
 def scores(names: list[str], x: Tensor, y: Tensor | None, train: tuple | None, probe_solver: str) -> Scores:
-    """Scores by `evaluation.evaluate`, all nan where embeddings are not finite: the training goes on, for early running
-    statistics of batch norm may be far off, and recover."""
+    """Return the scores of `validation.evaluate`, or NaN for all of them if embeddings are not finite.
+
+    The training then continues, because running statistics of batch norm may be far off early on, and recover.
+    """
     try:
         return validation.evaluate(names, x, y, train, probe_solver)
     except NotFinite as error:
         rank_zero_info(f"not evaluated: {error}")
-    blank = x.new_zeros(len(x), 1)  # has the same scores
+    blank = x.new_zeros(len(x), 1)  # to get the names of the scores
     train = None if train is None else (train[0].new_zeros(len(train[0]), 1), train[1])
     return dict.fromkeys(validation.evaluate(names, blank, y, train, probe_solver), math.nan)
 
 
-def loaders(trainer: pl.Trainer) -> list:
-    """Those that the Trainer has at hand."""
-    all_of_them = [trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders]
-    return [one for some in all_of_them for one in (some if isinstance(some, list) else [some])]
-
-
-# ---- Norms of the gradients, logged part by part on request ----
+# ---- Metrics of the optimization, logged at every step ----
 
 
 class GradientNorms(pl.Callback):
-    """grad_norm_PART at every optimizer step, of each part of the method that is trained: model, projection_model, ...
+    """Log grad_norm_PART, the Euclidean norm of the gradients of each trained part: model, projection_model, ...
 
-    Euclidean, over all parameters of the part, before any clipping; nothing waits for the device.
+    It is taken over all parameters of the part, before any clipping. Nothing waits for the device.
     """
 
     def on_before_optimizer_step(
@@ -235,16 +254,10 @@ class GradientNorms(pl.Callback):
         pl_module.log_dict(norms)
 
 
-# ---- The learning rate, logged at every step ----
-
-
 class LearningRate(pl.Callback):
-    """`lr`, with which this step will be taken: the highest of all groups of parameters but the online classifier's.
-
-    It is filled in on the device: nothing waits for a copy.
-    """
+    """Log `lr`, the learning rate of the coming step: the highest of all groups except the online classifier's."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
-        rate = max(group["lr"] for group in groups if not group.get("name", "").startswith(ONLINE))
-        pl_module.log("lr", torch.full((), rate, device=pl_module.device))
+        lr = max(group["lr"] for group in groups if not group.get("name", "").startswith(ONLINE))
+        pl_module.log("lr", torch.full((), lr, device=pl_module.device))  # filled on the device: a copy would wait

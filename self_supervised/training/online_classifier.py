@@ -1,5 +1,5 @@
-"""The online linear classifier: trained beside the method on the embeddings that training makes anyway, which get no
-gradient from it (SimCLR, https://arxiv.org/abs/2002.05709, B.9, has one to watch training by)."""
+"""Online linear classifier: trained alongside the method on the embeddings of its training step, without gradients to
+the encoder. SimCLR, https://arxiv.org/abs/2002.05709, B.9, monitors training with one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,19 +13,28 @@ from self_supervised.data.class_labels import UNLABELED
 
 
 def loss_and_accuracy(classifier: nn.Linear, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of the batch's labeled images [N, E], [N]: the mean cross entropy, which DDP's average makes that over all
-    processes, and the share in percent, over all processes, of which the class is the most likely one.
+    """Return the mean cross entropy and the accuracy of a batch's labeled images.
+
+    The loss is scaled so that DDP's average is the mean over the labeled images of all processes. The accuracy is in
+    percent, over all processes.
+
+    Args:
+        classifier: the linear layer.
+        embeddings: [N, E]
+        labels: [N], -1 for unlabeled images.
 
     Raises:
-        ValueError: there are no labels, or classes that the classifier does not have.
+        ValueError: there are no labels, or labels that the classifier does not have.
     """
     n_classes = classifier.out_features
     if labels is None or labels.dim() != 1:
-        raise ValueError("online_classifier=True needs one label of each image, -1 where there is none")
-    if not labels.is_cuda and len(labels) and (highest := labels.max()) >= n_classes:  # a GPU would have to wait
+        raise ValueError(
+            "online_classifier=True needs one label per image. Yield labels [N], with -1 for unlabeled images"
+        )
+    if not labels.is_cuda and len(labels) and (highest := labels.max()) >= n_classes:  # on a GPU, the check would wait
         raise ValueError(
             f"the loader yields the label {highest}, but online_classifier=True has the {n_classes} classes of "
-            "dataset_name: choose that of the loader's images"
+            "dataset_name. Set dataset_name to the data set of the loader's images"
         )
     logits = logits_of(classifier, embeddings.detach())
     total = F.cross_entropy(logits, labels, ignore_index=UNLABELED, reduction="sum")
@@ -36,7 +45,7 @@ def loss_and_accuracy(classifier: nn.Linear, embeddings: Tensor, labels: Tensor 
 
 
 def logits_of(classifier: nn.Linear, embeddings: Tensor) -> Tensor:
-    """[N, E] -> [N, classes], in float32 or more, also where the weights are in half precision."""
+    """Return the logits [N, classes] of embeddings [N, E] in float32 or more, even with weights in half precision."""
     parts = (embeddings, classifier.weight, classifier.bias)
     dtype = torch.promote_types(torch.promote_types(embeddings.dtype, classifier.weight.dtype), torch.float32)
     return F.linear(*(part.to(dtype) for part in parts))
@@ -44,7 +53,7 @@ def logits_of(classifier: nn.Linear, embeddings: Tensor) -> Tensor:
 
 @contextmanager
 def gradients_aside(classifier: nn.Linear) -> Iterator[None]:
-    """Meanwhile the classifier has none: clipped together, they would shorten those of the method."""
+    """Hide the classifier's gradients within the context: clipped together, they would shrink those of the method."""
     kept = {parameter: parameter.grad for parameter in classifier.parameters()}
     for parameter in kept:
         parameter.grad = None
@@ -54,10 +63,11 @@ def gradients_aside(classifier: nn.Linear) -> Iterator[None]:
 
 
 def accuracies(classifier: nn.Linear | None, embeddings: Tensor, labels: Tensor | None) -> dict[str, float]:
-    """In percent, of the labeled images among [N, E], [N]: the class is the most likely, one of the five likeliest."""
+    """Return top-1 and top-5 accuracy, in percent, of the labeled images among [N, E], [N]; {} if there are none."""
     if classifier is None or labels is None or not (labeled := labels != UNLABELED).any():
         return {}
     with torch.no_grad():
-        logits, y = logits_of(classifier, embeddings[labeled]), labels[labeled]
-    rank = (~(logits < logits.gather(1, y.unsqueeze(1)))).sum(1) - 1  # 0: the right class alone is the most likely
+        logits = logits_of(classifier, embeddings[labeled])
+        y = labels[labeled]
+    rank = (~(logits < logits.gather(1, y.unsqueeze(1)))).sum(1) - 1  # 0: only the right class has the highest logit
     return {f"valid_online_acc{k}": 100.0 * (rank < k).float().mean().item() for k in (1, 5)}

@@ -1,4 +1,5 @@
-"""What the optimizer does with each parameter: one table, from which its groups and the printed list both come.
+"""Learning rate, momentum and weight decay of each parameter: one table, from which the optimizer's groups are made and
+which can be printed.
 
 parameter_options=[{"pattern": "projection_model", "lr_mult": 10.0}, {"pattern": r"\\.bias$", "weight_decay": 0.0}]
 """
@@ -15,38 +16,39 @@ from model_params import ModelParams
 from self_supervised.catalogue import NORMS_AND_BIASES
 from self_supervised.networks import layers
 
-NORMS = ", and '.bn' is for every normalization layer, whatever its name"
-ONLINE = "online_classifier."  # its parameters' names
+ONLINE = "online_classifier."  # prefix of the names of the online classifier's parameters
 
 
 @frozen
 class ParameterRow:
-    """What one parameter gets."""
+    """Optimizer settings of one parameter."""
 
     name: str
     shape: tuple[int, ...]
-    lr: float  # the highest, before `lr_scaling`
-    momentum: float  # of sgd and lars
-    weight_decay: float  # the first, if it has a schedule
-    final_weight_decay: float
-    adapted: bool  # by LARS
-    layer_factor: float  # of `lr`, by `layer_decay`
+    lr: float  # highest learning rate, before `lr_scaling`
+    momentum: float  # used by sgd and lars
+    weight_decay: float  # at the first step
+    final_weight_decay: float  # at the last step
+    adapted: bool  # whether LARS adapts its learning rate
+    layer_factor: float  # factor that `layer_decay` contributes to `lr`
 
     @property
     def group(self) -> tuple:
+        """Settings that the parameters of one group share."""
         return (self.lr, self.momentum, self.weight_decay, self.final_weight_decay, self.adapted)
 
 
 def parameter_table(module: nn.Module, params: ModelParams) -> list[ParameterRow]:
-    """One row for each trainable parameter of `module`, in its order; its encoder is `module.model`.
+    """Return one row per trainable parameter of `module`, in the module's order. Its encoder is `module.model`.
 
-    A parameter starts with `lr` (times `layer_decay` for each stage of the encoder from its own to the heads, as in
-    BEiT, https://arxiv.org/abs/2106.08254), `momentum` and `weight_decay`; if it matches
-    `exclude_matching_parameters_from_lars`, it has no weight decay and is not adapted. Then come the rows of
-    `parameter_options` whose pattern is found in its name (`re.search`), in their order: what a row says of the rate,
-    the momentum, the decay or the adaptation replaces what was said before. ..._mult is of what the parameter started
-    with. A `weight_decay` among them stays what it is; all others follow `final_weight_decay` in proportion. The online
-    classifier has settings of its own, and neither decay nor adaptation.
+    1. A parameter starts with `lr`, `momentum` and `weight_decay`. In the encoder, `lr` is multiplied by `layer_decay`
+       once for each stage from its own to the last (BEiT, https://arxiv.org/abs/2106.08254).
+    2. If it matches `exclude_matching_parameters_from_lars`, it has no weight decay and is not adapted.
+    3. Each row of `parameter_options` whose pattern is found in its name (`re.search`) replaces the values that it
+       contains, in the order of the rows. `lr_mult` and `weight_decay_mult` multiply the values of steps 1 and 2.
+
+    A `weight_decay` of `parameter_options` is constant; all other weight decays follow `final_weight_decay` in
+    proportion. The online classifier has a learning rate of its own, no weight decay, and is not adapted.
 
     Raises:
         ValueError: a pattern matches no trainable parameter.
@@ -64,7 +66,8 @@ def parameter_table(module: nn.Module, params: ModelParams) -> list[ParameterRow
             )
             continue
         factor = factors.get(name, 1.0)
-        lr, decay = p.lr * factor, 0.0 if name in excluded else p.weight_decay
+        lr = p.lr * factor
+        decay = 0.0 if name in excluded else p.weight_decay
         found = {"lr": lr, "momentum": p.momentum, "weight_decay": decay, "final_weight_decay": decay * growth(p)}
         found["lars_exclude"] = name in excluded
         for option in p.parameter_options:
@@ -76,12 +79,12 @@ def parameter_table(module: nn.Module, params: ModelParams) -> list[ParameterRow
 
 
 def growth(params: ModelParams) -> float:
-    """Of the decay, from the first step to the last."""
+    """Return the final weight decay as a multiple of the first one."""
     return 1.0 if params.final_weight_decay is None else params.final_weight_decay / params.weight_decay
 
 
 def resolved(option: dict[str, Any], lr: float, weight_decay: float, growth: float) -> dict[str, Any]:
-    """One row of `parameter_options` without pattern and ..._mult."""
+    """Return the values that a row of `parameter_options` sets, with ..._mult applied to a parameter's first values."""
     started = {"lr_mult": lr, "weight_decay_mult": weight_decay}
     values = {key: value for key, value in option.items() if key != "pattern"}
     found = {key.removesuffix("_mult"): started[key] * v if key in started else v for key, v in values.items()}
@@ -91,7 +94,7 @@ def resolved(option: dict[str, Any], lr: float, weight_decay: float, growth: flo
 
 
 def layer_factors(encoder: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Of the rates of the encoder's parameters, by their names beside the heads."""
+    """Return the factors of the learning rates of the encoder's parameters, by their names in the method."""
     if layer_decay == 1:
         return {}
     stages = reversed(layers.stages(encoder).values())
@@ -99,6 +102,7 @@ def layer_factors(encoder: nn.Module, layer_decay: float) -> dict[str, float]:
 
 
 def check_matches(module: nn.Module, params: ModelParams, names: list[str]) -> None:
+    """Raise ValueError if a pattern of the settings matches none of `names`. '.bn' and '.bias' may match nothing."""
     options = [option["pattern"] for option in params.parameter_options]
     lost = [("parameter_options", o) for o in options if not any(re.search(o, name) for name in names)]
     for pattern in params.exclude_matching_parameters_from_lars:
@@ -107,17 +111,21 @@ def check_matches(module: nn.Module, params: ModelParams, names: list[str]) -> N
             lost.append(("exclude_matching_parameters_from_lars", pattern))
     for field, pattern in lost:
         near = difflib.get_close_matches(pattern.replace("\\", ""), names, 3, cutoff=0.3) or names[:3]
+        hint = "" if field == "parameter_options" else ". '.bn' matches every normalization layer, whatever its name"
         raise ValueError(
             f"{field}: the pattern {pattern!r} matches none of {len(names)} trainable parameters; some are "
-            f"{', '.join(near)}: mend it, or leave it out{NORMS * (field != 'parameter_options')}"
+            f"{', '.join(near)}. Fix the pattern, or leave it out{hint}"
         )
 
 
 def optimizer_groups(
     rows: list[ParameterRow], named: dict[str, nn.Parameter], params: ModelParams
 ) -> list[dict[str, Any]]:
-    """The optimizer's: parameters that get the same are stepped together. First those without and with exclusion that
-    have no options of their own, even if there are none, because checkpoints of the optimizer count groups."""
+    """Return the optimizer's parameter groups: parameters with the same settings are stepped together.
+
+    The first two groups always exist, even if they are empty, because checkpoints of earlier versions know groups by
+    number: parameters with the default settings, and those that are excluded from weight decay and adaptation.
+    """
     p = params
     final = p.weight_decay * growth(p)
     found = {(p.lr, p.momentum, p.weight_decay, final, True): [], (p.lr, p.momentum, 0.0, 0.0, False): []}
@@ -133,7 +141,7 @@ def optimizer_groups(
 
 
 def printed(rows: list[ParameterRow], optimizer_name: str) -> str:
-    """The table in words and numbers, one line a parameter; of what this optimizer has."""
+    """Return the table as text, one line per parameter, with the columns that concern this optimizer."""
     cells = {
         "parameter": [row.name for row in rows],
         "shape": [" x ".join(map(str, row.shape)) or "1" for row in rows],
@@ -145,7 +153,8 @@ def printed(rows: list[ParameterRow], optimizer_name: str) -> str:
         "LARS": ["yes" if row.adapted else "no" for row in rows],
     }
     missing = {"sgd": ["LARS"], "lars": []}.get(optimizer_name, ["momentum", "LARS"])
-    missing += ["final decay"] * all(row.weight_decay == row.final_weight_decay for row in rows)
+    if all(row.weight_decay == row.final_weight_decay for row in rows):
+        missing = [*missing, "final decay"]
     columns = [[head, *column] for head, column in cells.items() if head not in missing]
     widths = [max(map(len, column)) for column in columns]
     aligned = [[f"{cell:>{width}}" for cell in column] for column, width in zip(columns[1:], widths[1:], strict=True)]

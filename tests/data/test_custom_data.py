@@ -539,7 +539,7 @@ def test_a_folder_without_labels_trains_and_is_measured(tmp_path, trainer, caplo
     with caplog.at_level("INFO"):
         fit.fit(model)
     assert "valid_rank_me" in fit.callback_metrics and "valid_class_acc" not in fit.callback_metrics
-    assert caplog.text.count("folder has no labels: linear_probe and knn are left out") == 1
+    assert caplog.text.count("dataset_name='folder' has no labels") == 1
     scores = fit.test(model, verbose=False)[0]
     assert "test_rank_me" in scores and not any("acc" in name for name in scores)
     fit.save_checkpoint(tmp_path / "flat.ckpt")
@@ -557,7 +557,7 @@ def test_one_class_is_named(tmp_path, trainer, caplog):
     model = SelfSupervisedMethod(params(write(tmp_path, {name: f"one/{name.replace('/', '_')}" for name in NAMES})))
     with caplog.at_level("INFO"):
         trainer().validate(model, verbose=False)
-    assert "folder has images of one class: linear_probe and knn are left out" in caplog.text
+    assert "dataset_name='folder' has a single class" in caplog.text
 
 
 def test_resumed_training_and_workers_change_nothing(photos, weights_after_two_epochs, tmp_path):

@@ -22,25 +22,25 @@ def build(name, size=32, **fields):
 
 
 REGNETS = ("regnet_x_400mf", "regnet_y_400mf")  # cannot be built on meta; the larger ones are the same code
-HAS_SIDE_CLASSIFIERS = ("googlenet", "inception_v3")  # in training mode
+HAS_AUXILIARY_CLASSIFIERS = ("googlenet", "inception_v3")  # only in train mode
 
 
 @pytest.mark.parametrize(
     "name", [n for n in catalogue.torchvision_models() if not n.startswith("regnet") or n in REGNETS]
 )
 def test_every_torchvision_classifier_gives_n_by_e(name):
-    """On the meta device: shapes without the arithmetic."""
+    """Shapes are computed on the meta device, without arithmetic."""
     size = 299 if name == "inception_v3" else 224
     with torch.device("cpu" if name in REGNETS else "meta"):
         encoder, width = encoders.without_classifier(encoders.build(name, None, size), name)
-    encoder.to("meta").train(name in HAS_SIDE_CLASSIFIERS)
+    encoder.to("meta").train(name in HAS_AUXILIARY_CLASSIFIERS)
     frames = (16,) if name in catalogue.video_models() else ()
     assert encoder(torch.zeros(2, 3, *frames, size, size, device="meta")).shape == (2, width)
     assert not any(getattr(layer, "out_features", 0) in (1000, 400) for layer in encoder.modules())
 
 
-def test_what_is_left_is_the_classifiers_input():
-    """The encoder's output times the removed layer is torchvision's output."""
+def test_embeddings_are_the_classifiers_input():
+    """The removed layer applied to the encoder's output gives torchvision's output."""
     for name in ("resnet18", "mobilenet_v3_small", "convnext_tiny", "squeezenet1_1"):
         torch.manual_seed(0)
         model = torchvision.models.get_model(name).eval()
@@ -50,7 +50,7 @@ def test_what_is_left_is_the_classifiers_input():
             last_type = nn.Conv2d if name.startswith("squeezenet") else nn.Linear
             last = [layer for layer in model.modules() if isinstance(layer, last_type)][-1]
             found = encoders.without_classifier(model, name)[0](x)
-            if name.startswith("squeezenet"):  # its classifier sits before the pooling
+            if name.startswith("squeezenet"):  # its classifier comes before the pooling
                 assert found.shape == (1, 512)
             else:
                 assert torch.allclose(last(found), expected, atol=1e-4), name
@@ -114,7 +114,7 @@ def test_weights_from_a_file_with_and_without_classifier(tmp_path):
 
 def test_unknown_weights_are_refused_with_the_choices():
     with pytest.raises(
-        ValueError, match="encoder_weights='IMAGENET' is no file, and resnet50 has only .*IMAGENET1K_V2"
+        ValueError, match="encoder_weights='IMAGENET' is not a file, and resnet50 has only .*IMAGENET1K_V2"
     ):
         build("resnet50", encoder_weights="IMAGENET")
     with pytest.raises(ValueError, match="no published weights of ws_resnet18"):
@@ -132,7 +132,7 @@ def test_an_encoder_that_cannot_take_the_images_is_refused_when_built():
         build("alexnet")
 
 
-def test_own_module():
+def test_a_users_module():
     params = SimpleNamespace(encoder_arch="module", embedding_dim=None, input_shape=(3, 8, 8))
     own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     encoder, width = encoders.get_encoder(params, own)
@@ -157,7 +157,7 @@ def test_timm_where_it_is_installed():
 
 
 def test_timms_vit_is_built_for_the_size_of_the_images(tmp_path):
-    """By name, from a checkpoint's settings, and from tensors alone, whose positions say the size."""
+    """By name, from a checkpoint's settings, and from tensors alone, whose position embeddings determine the size."""
     pytest.importorskip("timm")
     fields = {"encoder_arch": "timm:vit_tiny_patch16_224", "dataset_name": "stl10"}
     model = SelfSupervisedMethod(**fields, K=64, seed=0)
@@ -181,7 +181,7 @@ def clips(name, size=16, frames=4, **fields):
 
 @pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18", "swin3d_t", "s3d"])
 def test_encoders_of_clips_by_name(name):
-    """The encoder, followed by the layer that was removed, is torchvision's model with the same weights."""
+    """The encoder followed by the removed layer equals torchvision's model with the same weights."""
     size, frames = (16, 4) if name != "s3d" else (96, 10)
     encoder, width = clips(name, size, frames)
     reference, x = torchvision.models.get_model(name).eval(), torch.randn(2, 3, frames, size, size)
@@ -191,7 +191,7 @@ def test_encoders_of_clips_by_name(name):
     with torch.no_grad():
         embeddings = encoder.eval()(x)
         assert embeddings.shape == (2, width)
-        if name == "s3d":  # torchvision's pooling takes no clips as small as this
+        if name == "s3d":  # torchvision's pooling window does not fit such small clips
             embeddings, reference.avgpool = embeddings[:, :, None, None, None], nn.AdaptiveAvgPool3d(1)
         assert torch.allclose(last(embeddings).flatten(1), reference(x), atol=1e-5)
 
@@ -210,7 +210,7 @@ def test_multiscale_transformers_take_clips_of_one_size():
         clips("mvit_v2_s", 112, 8)
 
 
-def test_too_few_frames_are_named():
+def test_too_few_frames_are_refused():
     with pytest.raises(
         ValueError, match=r"cannot encode clips of shape \(1, 3, 4, 32, 32\) \(num_frames, transform_cr"
     ):
@@ -223,7 +223,7 @@ def test_any_number_of_channels_of_clips():
         assert encoder.eval()(torch.zeros(1, 2, 4, 16, 16)).shape == (1, width)
 
 
-def test_images_and_clips_are_told_apart():
+def test_encoders_of_clips_refuse_images_and_the_reverse():
     with pytest.raises(ValueError, match="'resnet18' encodes images, and dataset_name='kinetics' has clips.*r3d_18"):
         clips("resnet18")
     with pytest.raises(ValueError, match="'r3d_18' encodes clips, and dataset_name='cifar10' has images"):
@@ -232,7 +232,7 @@ def test_images_and_clips_are_told_apart():
         ModelParams(encoder_arch="r3d18")
 
 
-def test_an_own_encoder_of_clips_has_the_layout_of_clips():
+def test_a_users_encoder_of_clips_has_the_layout_of_clips():
     own = nn.Sequential(nn.Conv3d(3, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
     params = ModelParams(dataset_name="kinetics", encoder_arch="module", transform_crop_size=16)
     encoder, width = encoders.get_encoder(params, own)

@@ -1,4 +1,4 @@
-"""schedules, key_queue, heads and ws_resnet."""
+"""Schedules, the queue of keys, heads and ws_resnet."""
 
 import math
 from collections import deque
@@ -18,7 +18,7 @@ from self_supervised.training import optimizers
 
 
 def test_cosine_is_byols_momentum_schedule():
-    """tau = 1 - (1 - tau_0) (cos(pi k / K) + 1) / 2 (BYOL, section 3.2)."""
+    """BYOL, section 3.2: tau = 1 - (1 - tau_0) (cos(pi k / K) + 1) / 2."""
     for k in range(101):
         expected = 1 - (1 - 0.996) * (math.cos(math.pi * k / 100) + 1) / 2
         assert optimizers.cosine(0.996, 1.0, k / 100) == pytest.approx(expected, abs=1e-12)
@@ -66,7 +66,7 @@ def test_queue_keeps_the_newest_keys_whatever_the_batch(sizes):
 
 def test_mlp_layout_is_the_originals():
     assert isinstance(MLP(4, 8, 4, 0).net, nn.Identity)
-    with pytest.raises(ValueError, match="0 layers cannot turn 4 dimensions into dim=2"):
+    with pytest.raises(ValueError, match="dim=2: a head of 0 layers"):
         MLP(4, 8, 2, 0)
     assert list(MLP(4, 8, 2, 1).state_dict()) == ["net.weight", "net.bias"]
     kinds = [type(layer).__name__ for layer in MLP(4, 32, 2, 3, "bn", weight_standardization=True).net]

@@ -1,4 +1,4 @@
-"""A file of every system, made of real networks under its key names, gives that system's own network."""
+"""Weights files of every system, made of real networks under its key names, give that system's own network."""
 
 import argparse
 import copy
@@ -26,7 +26,7 @@ from self_supervised.safe_files import StandIn, safe_load
 
 @cache
 def network(name: str = "resnet18", seed: int = 0, stem: str | None = None) -> nn.Module:
-    """A network without its classifier. stem="cifar": that of the original and of solo-learn."""
+    """Return a network without its classifier; with stem="cifar", with the stem of the original and of solo-learn."""
     torch.manual_seed(seed)
     model = torchvision.models.get_model(name)
     if hasattr(model, "fc"):
@@ -37,7 +37,7 @@ def network(name: str = "resnet18", seed: int = 0, stem: str | None = None) -> n
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Other statistics in every batch norm than the initial ones."""
+    """Give every batch norm statistics that differ from the initial ones."""
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_(0, 0.1), layer.running_var.uniform_(0.5, 2), layer.num_batches_tracked.fill_(7)
@@ -49,7 +49,7 @@ def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def twin(name: str = "resnet18", **kwargs) -> dict[str, Tensor]:
-    """The momentum copy: the same names with other values, which must not be taken."""
+    """Return the momentum encoder: the same names with other values, which must not be loaded."""
     return network(name, seed=1, **kwargs).state_dict()
 
 
@@ -83,14 +83,14 @@ def barlowtwins():
 
 
 def vicreg():
-    """Its optimizer's state names a function of its script."""
+    """Return a file whose optimizer state names a function of the training script."""
     state = {**under("backbone.", own()), **under("projector.", MLP)}
     groups = [{"lr": 0, "weight_decay_filter": sys.modules["__main__"].exclude_bias_and_norm}]
     return {"epoch": 3, "model": under("module.", state), "optimizer": {"param_groups": groups}}, network(), 64
 
 
 def lightly():
-    """backbone = nn.Sequential(*list(resnet.children())[:-1]), as in its examples."""
+    """Build backbone = nn.Sequential(*list(resnet.children())[:-1]), as in lightly's examples."""
     sequential = nn.Sequential(*list(network().children())[:-1])
     other = nn.Sequential(*list(network(seed=1).children())[:-1])
     state = {**under("backbone.", sequential.state_dict()), **under("projection_head.layers.", MLP)}
@@ -100,12 +100,12 @@ def lightly():
 
 
 def lightlys_generator():
-    """Where lightly is installed (benchmarks/requirements.txt)."""
+    """Requires lightly (benchmarks/requirements.txt)."""
     return pytest.importorskip("lightly.models").ResNetGenerator
 
 
 def lightlys_own_resnet():
-    """Numbered, it has no ReLU after the stem: F.relu is no child."""
+    """Without a ReLU after the stem: lightly's network calls F.relu, which is not a child of a numbered Sequential."""
     children = list(shaken(lightlys_generator()("resnet-18")).children())[:-1]
     backbone = nn.Sequential(*children, nn.AdaptiveAvgPool2d(1)).eval()
     state = {**under("backbone.", backbone.state_dict()), **under("projection_head.layers.", MLP)}
@@ -121,7 +121,7 @@ def lightlys_own_resnet_unnumbered():
 
 
 def lightly_backbone():
-    """As its tutorials save it."""
+    """Return a file as the tutorials of lightly save it."""
     sequential = nn.Sequential(*list(network().children())[:-1])
     return {"resnet18_parameters": sequential.state_dict()}, nn.Sequential(sequential, nn.Flatten()), 64
 
@@ -138,7 +138,7 @@ def solo_learn_first_versions():
 
 
 def openselfsup():
-    """It keeps the trained backbone twice."""
+    """Return a file that holds the trained backbone twice."""
     state = {**under("backbone.", own()), **under("encoder_q.0.", own()), **under("encoder_q.1.mlp.", MLP)}
     state |= {**under("encoder_k.0.", twin()), **under("encoder_k.1.mlp.", MLP), **QUEUE}
     return {"meta": {"epoch": 200, "config": "..."}, "state_dict": state}, network(), 64
@@ -255,7 +255,7 @@ SYSTEMS = {
 
 @pytest.fixture
 def script(monkeypatch):
-    """A function of vicreg's main program, which is not there when the file is read."""
+    """Function of vicreg's main program, which is missing when the file is read."""
 
     def exclude_bias_and_norm(p):
         raise AssertionError("this ran")
@@ -287,7 +287,7 @@ def test_a_file_of_every_system_gives_that_systems_network(system, tmp_path, scr
 # ---- what is read back of our own ----
 
 
-def test_our_checkpoint_says_everything_itself(small, tmp_path):
+def test_our_checkpoint_needs_no_assumptions(small, tmp_path):
     settings = {"encoder_arch": "ws_resnet18", "in_channels": 1, "image_mean": [0.3], "image_std": [0.7]}
     model = SelfSupervisedMethod(small("byol", **settings)).eval()
     save(model, tmp_path / "ours.ckpt")
@@ -332,8 +332,8 @@ def test_our_export_as_safetensors(tmp_path):
         load_encoder(tmp_path / "damaged.safetensors")
 
 
-def test_a_module_of_ones_own_keeps_its_names(tmp_path):
-    """Numbered like lightly's, but it is not lightly's."""
+def test_a_users_module_keeps_its_names(tmp_path):
+    """The module is numbered like lightly's ResNet, but is not one."""
     model = SelfSupervisedMethod(dataset_name="cifar10", encoder=numbered(), K=8).eval()
     save(model, tmp_path / "ours.ckpt")
     with pytest.raises(ValueError, match="needs encoder=your_module"):
@@ -352,7 +352,7 @@ def numbered() -> nn.Module:
     return nn.Sequential(*list(torchvision.models.resnet18().children())[:-1], nn.Flatten())
 
 
-def test_what_the_pretraining_started_from(small, trainer, tmp_path):
+def test_starting_weights_are_recorded_and_compared(small, trainer, tmp_path):
     torch.save(own("shufflenet_v2_x0_5"), tmp_path / "start.pth")
     channels = {"in_channels": 3, "evaluations": []}
     model, fit = SelfSupervisedMethod(small(encoder_weights="start.pth", **channels)), trainer(limit_val_batches=0)
@@ -372,15 +372,15 @@ def test_what_the_pretraining_started_from(small, trainer, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "shufflenet_v2_x0_5", "regnet_y_400mf"])
-def test_the_architecture_is_found(name, tmp_path):
-    """RegNets must be named."""
+def test_the_architecture_is_inferred(name, tmp_path):
+    """RegNets are not tried: users pass their names."""
     torch.save(torchvision.models.get_model(name).state_dict(), tmp_path / "weights.pth")
     named = {"encoder_arch": name} if name.startswith("regnet") else {}
     assert load_encoder(tmp_path / "weights.pth", **named).params.encoder_arch == name
 
 
-def test_what_is_assumed_is_said(tmp_path):
-    """Group norm without weight standardization has the same names; many of timm's models have the same shapes."""
+def test_assumptions_are_reported(tmp_path):
+    """Group norm without weight standardization has the same names, and many models of timm have the same shapes."""
     torch.save(ws_resnet.ws_resnet18().state_dict(), tmp_path / "gn.pth")
     report = str(load_encoder(tmp_path / "gn.pth").report)
     assert "ws_resnet18 loaded; left out: fc. (2); assumed: size and norm" in report and "weight standard" in report
@@ -408,7 +408,7 @@ def test_stems_channels_and_old_files(tmp_path):
 
 
 def test_the_originals_weight_standardized_resnet_on_cifar10(tmp_path):
-    """Its stem for CIFAR-10 was a plain convolution with padding 2."""
+    """The original's stem for CIFAR-10 was a plain convolution with padding 2."""
     torch.manual_seed(0)
     source = ws_resnet.ws_resnet18().eval()
     source.conv1, source.maxpool, source.fc = nn.Conv2d(3, 64, 3, 1, 2, bias=False), nn.Identity(), nn.Identity()
@@ -432,8 +432,8 @@ def test_moco_v3s_vit_small_has_other_heads_than_timms(tmp_path):
     assert torch.equal(encoder(x), source(x)) and encoder.report.layout == "moco v3"
 
 
-def test_objects_of_other_programs_are_not_made(tmp_path):
-    """mmengine keeps figures as NumPy's and in objects of its own."""
+def test_objects_of_other_programs_are_not_created(tmp_path):
+    """mmengine stores metrics as NumPy values and in objects of its own."""
     content = mmselfsup()[0] | {
         "message_hub": {"loss": np.ones(3), "lr": np.float64(0.1)},
         "args": argparse.Namespace(),
@@ -465,7 +465,7 @@ def test_a_file_that_would_run_code_is_refused(where, tmp_path):
         load_encoder(tmp_path / "malicious.pth")
     assert not os.path.exists("it_ran")
     torch.load(tmp_path / "malicious.pth", weights_only=False)
-    assert os.path.exists("it_ran")  # so it would have
+    assert os.path.exists("it_ran")  # an ordinary load does run it
 
 
 # ---- refusals ----
@@ -497,7 +497,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("change", REFUSALS)
-def test_anything_less_than_a_complete_encoder_is_refused(change, tmp_path):
+def test_incomplete_encoders_are_refused(change, tmp_path):
     torch.save(broken(change), tmp_path / "broken.pth")
     with pytest.raises(ValueError, match=f"broken.pth.*{REFUSALS[change]}"):
         load_encoder(tmp_path / "broken.pth", encoder_arch="resnet18")
@@ -511,11 +511,11 @@ def test_anything_less_than_a_complete_encoder_is_refused(change, tmp_path):
 @pytest.mark.parametrize("content", [{"a": 1}, [torch.zeros(2)], {"state_dict": {}}, torch.zeros(2)])
 def test_files_without_named_tensors_are_refused(content, tmp_path):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="other.pth is no checkpoint and no weights file"):
+    with pytest.raises(ValueError, match="other.pth is not a checkpoint or weights file"):
         load_encoder(tmp_path / "other.pth")
 
 
-def test_names_and_paths_that_are_none():
+def test_unknown_names_and_paths_are_refused():
     with pytest.raises(FileNotFoundError, match="there is no file resnet50.pth"):
         load_encoder("resnet50.pth")
     with pytest.raises(FileNotFoundError, match="there is no file runs/step"):
@@ -526,7 +526,7 @@ def test_names_and_paths_that_are_none():
         load_encoder("resnet50:V3")
     with pytest.raises(ValueError, match="no published weights of ws_resnet18"):
         load_encoder("ws_resnet18")
-    with pytest.raises(ValueError, match="timm publishes no weights resnet18.nobodys: .*resnet18.a1_in1k"):
+    with pytest.raises(ValueError, match="timm publishes no weights resnet18.nobodys.*resnet18.a1_in1k"):
         load_encoder("timm:resnet18.nobodys")
     with pytest.raises(ValueError, match="there is no file timm:resnet19, and as a name: .*Nearest: .*resnet18"):
         load_encoder("timm:resnet19")
@@ -537,7 +537,7 @@ def test_names_and_paths_that_are_none():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """torch.hub's cache with a ResNet-18 under the name of torchvision's file."""
+    """Return torch.hub's cache with a ResNet-18 under the name of torchvision's file."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -563,7 +563,7 @@ def test_published_by_torchvision(name, hub):
 
 
 @pytest.mark.parametrize("variable", ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "OTHER"])
-def test_published_files_run_no_code_whatever_the_environment_says(variable, hub, monkeypatch):
+def test_published_files_run_no_code_in_any_environment(variable, hub, monkeypatch):
     monkeypatch.setenv(variable, "1")
     assert load_encoder("resnet18").report.matched == 120
     torch.save({**own(), "more": RunsCode()}, hub)
@@ -592,14 +592,14 @@ def test_without_a_connection(monkeypatch):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fails)
-    with pytest.raises(OSError, match="resnet18 could not be downloaded .*no route.*get the file elsewhere"):
+    with pytest.raises(OSError, match="resnet18 could not be downloaded .*no route.*Get the file elsewhere"):
         load_encoder("resnet18")
 
 
 # ---- who uses it ----
 
 
-def test_the_linear_stage_takes_any_of_them(tmp_path):
+def test_the_linear_stage_accepts_any_file(tmp_path):
     torch.save(moco()[0], tmp_path / "moco.pth")
     linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "moco.pth", dataset_name="stl10", lr=0.5)
     assert torch.equal(linear.model.layer4[1].conv2.weight, network().layer4[1].conv2.weight)
@@ -619,7 +619,7 @@ def test_transfer_keeps_size_and_constants_of_the_pretraining(tmp_path):
         load_encoder(tmp_path / "ours.ckpt", dataset_name="nowhere")
 
 
-def test_pretraining_starts_from_any_of_them(small, tmp_path):
+def test_pretraining_starts_from_any_file(small, tmp_path):
     torch.save(lightly()[0], tmp_path / "lightly.ckpt")
     start = small(encoder_arch="resnet18", encoder_weights="lightly.ckpt", in_channels=3, low_resolution_stem=False)
     model = SelfSupervisedMethod(start)

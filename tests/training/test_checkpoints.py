@@ -1,4 +1,4 @@
-"""Files that are damaged, that would run code, that do not fit on the disk."""
+"""Checkpoints that are corrupt, would run code, or do not fit on the disk."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def method(small):
 
 @pytest.fixture
 def saved(method, trainer, tmp_path):
-    """The folder of a run of six steps that kept three checkpoints."""
+    """Return the folder of a run of six steps that kept three checkpoints."""
     fit = trainer(limit_train_batches=6, callbacks=[Checkpoints(tmp_path / "run", every_n_steps=2, keep=3)])
     fit.fit(method)
     return tmp_path / "run"
@@ -84,14 +84,14 @@ def test_a_damaged_file_is_named_and_the_one_before_it_taken(kind, saved):
     for path in saved.iterdir():
         damage(path, "truncated")
     with (
-        pytest.raises(ValueError, match="none of the 3 checkpoints in .* is good"),
+        pytest.raises(ValueError, match="none of the 3 checkpoints in .* is valid"),
         pytest.warns(UserWarning),
     ):
         newest(saved)
 
 
 def test_any_flipped_bit_is_noticed_or_harmless(saved):
-    """Harmless are those in the few bytes between the parts of the file, which hold nothing."""
+    """A flip is harmless only in the few unused bytes between the parts of the file."""
     path = saved / "step_000000006.ckpt"
     original, content = path.read_bytes(), checkpoints.read_checkpoint(path)
     noticed = 0
@@ -107,7 +107,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(saved):
 
 
 class RunsCode:
-    """Pickled, it is an instruction to call os.system."""
+    """Object whose pickle is an instruction to call os.system."""
 
     def __reduce__(self):
         return os.system, (f"touch {Path.cwd() / 'it_ran'}",)
@@ -130,7 +130,7 @@ def test_a_file_that_would_run_code_is_refused_everywhere(saved, method, trainer
             attempt()
     assert not (tmp_path / "it_ran").exists()
     torch.load(path, weights_only=False)
-    assert (tmp_path / "it_ran").exists()  # so it would have
+    assert (tmp_path / "it_ran").exists()  # an ordinary load does run it
 
 
 class OfTheUser(pl.Callback):
@@ -138,7 +138,7 @@ class OfTheUser(pl.Callback):
 
 
 def test_states_of_callbacks_may_be_under_their_classes(saved, method, trainer, tmp_path):
-    """As Lightning had it before 1.5. The classes are not looked up."""
+    """Lightning did so before 1.5. The classes are not looked up."""
     states = {pl.callbacks.ModelCheckpoint: {"best_model_path": "x.ckpt"}, OfTheUser: {}}
     content = {**checkpoints.read_checkpoint(newest(saved)), "callbacks": states, "pytorch-lightning_version": "1.3.8"}
     del content["loops"]
@@ -157,14 +157,14 @@ def test_states_of_callbacks_may_be_under_their_classes(saved, method, trainer, 
     assert fit.current_epoch == 2 and fit.global_step > 6
 
 
-def test_a_class_of_which_an_object_is_made_is_refused(tmp_path):
+def test_objects_of_unknown_classes_are_refused(tmp_path):
     torch.save({"state_dict": {}, "callbacks": {OfTheUser: OfTheUser()}}, tmp_path / "object.ckpt")
     with pytest.raises(ValueError, match="object.ckpt holds more than data .*OfTheUser"):
         checkpoints.read_checkpoint(tmp_path / "object.ckpt")
 
 
 def fill_the_disk(rank: int, folder: str) -> str:
-    """A limit on the size of files stops writing in the middle, as a full disk does."""
+    """Limit the size of files, so that writing stops in the middle as with a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     params = PRESETS["moco_v2"](dataset_name="digits", batch_size=16, K=64, dim=16, evaluations=[], seed=0)
 
@@ -206,13 +206,13 @@ def test_weights_that_are_not_finite_are_not_saved(method, trainer, tmp_path):
                 module.model[1].bias.data[0] = float("inf")
 
     fit = trainer(limit_train_batches=6, callbacks=[Spoil(), Checkpoints(tmp_path / "run", every_n_steps=2)])
-    with pytest.raises(FloatingPointError, match=r"weights are not finite at step 4: not saved; .*step_000000002.ckpt"):
+    with pytest.raises(FloatingPointError, match=r"weights are not finite at step 4 .*step_000000002.ckpt"):
         fit.fit(method)
     assert names(tmp_path / "run") == ["step_000000002.ckpt"]
 
 
 def test_a_fit_of_a_loaded_method_starts_at_the_beginning(saved, trainer):
-    """Where our loader goes on is a part of resuming, not of loading."""
+    """The loader's position is restored on resuming, not on loading."""
     seen = []
 
     class Watch(pl.Callback):
@@ -244,14 +244,14 @@ def test_settings_of_numpy_do_not_spoil_a_checkpoint(trainer, small, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"\x80\x02", b"P", b"a,b\n1,2\n", b"\x80\x02}q\x00(X\x05", bytes(range(256))])
-def test_other_content_is_no_file_of_torch(content, tmp_path):
+def test_files_of_other_content_are_refused(content, tmp_path):
     (tmp_path / "other.ckpt").write_bytes(content)
     with pytest.raises(ValueError, match="other.ckpt is corrupt"):
         checkpoints.read_checkpoint(tmp_path / "other.ckpt")
 
 
 def test_files_of_old_torch_are_read(tmp_path):
-    """As torchvision's first weights are: no zip archive, no checksums."""
+    """torchvision's first weights are such files: not a zip archive, without checksums."""
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert checkpoints.read_checkpoint(tmp_path / "old.pt")["state_dict"]["a"].tolist() == [1, 1]
 

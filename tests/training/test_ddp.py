@@ -1,4 +1,4 @@
-"""Several real processes (gloo, CPU): what they compute together equals one process with the joined batch."""
+"""Multiple real processes (gloo, CPU) compute the same as one process with the joined batch."""
 
 import copy
 
@@ -18,7 +18,7 @@ from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 WORLDS, IMAGES, STEPS = (2, 4), 16, 5  # images of the joined batch
 BATCH = {"use_negative_examples_from_batch": True}
 BOTH_VIEWS = {"use_both_augmentations_as_queries": True}
-SMALL_VIEWS = {"n_small_views": 2, "transform_small_crop_size": 8}  # as large as the others: one encoder for all
+SMALL_VIEWS = {"n_small_views": 2, "transform_small_crop_size": 8}  # the size of the large views, for one encoder
 CASES = {
     **{name: {"preset": name} for name in PRESETS},
     "ce, batch": {**BATCH, "use_negative_examples_from_queue": False},
@@ -42,7 +42,7 @@ SMALL = {
 
 
 def encoder() -> nn.Module:
-    """Its normalization does not look across the batch, as that of the heads."""
+    """Encoder whose normalization does not look across the batch, like that of the heads."""
     layers = nn.Conv2d(1, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10)
     return nn.Sequential(*layers, nn.LayerNorm(10))
 
@@ -52,7 +52,7 @@ class Gradients(pl.Callback):
         self.found = None
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        if self.found is None:  # a head of no layers has none
+        if self.found is None:  # a head without layers has no parameters
             self.found = {n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad}
             self.loss = trainer.callback_metrics["step_train_loss"].clone()
 
@@ -64,7 +64,7 @@ def trainer(world: int, **options) -> pl.Trainer:
 
 
 class Batches:
-    """A loader of fixed batches (a list would be taken for a list of loaders)."""
+    """Loader of fixed batches (a list would be taken for a list of loaders)."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -77,11 +77,11 @@ class Batches:
 
 
 def train_every_case(rank: int, world: int) -> dict:
-    """Of every case: loss and gradients of the first step, and what there is after the last one."""
+    """Return, for every case, loss and gradients of the first step and the state after the last one."""
     g = torch.Generator().manual_seed(0)
     share = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
     views = [[torch.randn(IMAGES, 1, 8, 8, generator=g)[share] for _ in range(4)] for _ in range(STEPS)]
-    labels = [(torch.arange(IMAGES) * (step + 3) % 11 - 1)[share] for step in range(STEPS)]  # -1: not known
+    labels = [(torch.arange(IMAGES) * (step + 3) % 11 - 1)[share] for step in range(STEPS)]  # -1: unlabeled
     batches = [(list(v), y) for v, y in zip(views, labels, strict=True)]
     found = {}
     for case, fields in CASES.items():
@@ -106,7 +106,8 @@ def together(request, tmp_path_factory):
 
 
 def assert_close(found: dict, expected: dict) -> None:
-    """To 1e-5 of the largest value (some gradients are zero but for rounding: of biases before a mean is taken off)."""
+    """Compare to 1e-5 of the largest value. Some gradients (of biases before a mean is subtracted) are zero but for
+    rounding."""
     assert found.keys() == expected.keys()
     largest = max(value.abs().max().item() for name, value in expected.items() if name != "queue.position")
     for name, value in expected.items():
@@ -115,7 +116,7 @@ def assert_close(found: dict, expected: dict) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_equals_one_process_on_the_joined_batch(case, together, alone):
-    """DDP averages gradients over processes; a loss of each process's own queries averages likewise."""
+    """DDP averages gradients over processes, so losses of each process's own queries are averaged, too."""
     expected = alone[case]
     average = torch.stack([process[case]["loss"] for process in together]).mean()
     assert average.item() == pytest.approx(expected["loss"].item(), rel=1e-5)
@@ -125,7 +126,7 @@ def test_training_equals_one_process_on_the_joined_batch(case, together, alone):
         for name, value in together[0][case]["state"].items():
             assert torch.equal(process[case]["state"][name], value), name
     moved = max(g.abs().max().item() for g in expected["gradients"].values())
-    assert moved > 1e-4  # there was something to compare
+    assert moved > 1e-4  # weights did change
 
 
 # ---- the parts ----
@@ -171,7 +172,7 @@ def test_gathering(found_parts):
 
 
 def test_no_key_is_normalized_by_the_batch_of_its_query(found_parts):
-    """Of the images that share their batch statistics as keys, an equal part comes from each process."""
+    """Equal parts of the images that share batch statistics as keys come from each process."""
     world = len(found_parts)
     partners = set()
     for draw in range(50):
@@ -183,8 +184,8 @@ def test_no_key_is_normalized_by_the_batch_of_its_query(found_parts):
             partners |= {tuple(sorted(pair)) for pair in torch.combinations(batch.long()).tolist()}
         for rank, process in enumerate(found_parts):
             own = (torch.arange(6).float().unsqueeze(1) + 6 * rank) * 2
-            assert torch.equal(process["shuffled"][draw], own)  # every key comes back to its place
-    assert len(partners) == 6 * world * (6 * world - 1) // 2  # in time everybody meets everybody
+            assert torch.equal(process["shuffled"][draw], own)  # every key is back in its place
+    assert len(partners) == 6 * world * (6 * world - 1) // 2  # over time, every image meets every other
 
 
 def test_without_processes_everything_is_the_identity():
@@ -195,7 +196,7 @@ def test_without_processes_everything_is_the_identity():
 
 
 def drawn_seeds(rank: int, world: int, given: int | None) -> dict:
-    """As in PyTorch from 2.14 on, each process has another seed unless one is given."""
+    """Without a seed, each process draws another one, as in PyTorch since 2.14."""
     torch.manual_seed(rank + 5)
     method = SelfSupervisedMethod(PRESETS["moco_v2"](**{**SMALL, "seed": None}), encoder=encoder())
     stage = LinearClassifierMethod(dataset_name="digits", batch_size=8, seed=given and given + rank, encoder=encoder())
@@ -235,7 +236,7 @@ def share_of_one_process(rank: int, world: int) -> str:
 
 
 def test_a_loader_made_for_fewer_processes_is_refused(tmp_path):
-    """Both would train on the same images."""
+    """Otherwise both processes would train on the same images."""
     for message in processes.run(share_of_one_process, 2, tmp_path, 2):
         assert message.startswith("the loader deals images out to 1 processes, but there are 2")
 

@@ -1,4 +1,4 @@
-"""Every way to start several processes ends with the same weights, and what a Trainer is told is what is trained."""
+"""Every way to launch multiple processes ends with the same weights, and the Trainer's options take effect."""
 
 import json
 import os
@@ -33,7 +33,7 @@ import sys
 import time
 from pathlib import Path
 
-faulthandler.dump_traceback_later(120, exit=True)  # whoever started us may be gone
+faulthandler.dump_traceback_later(120, exit=True)  # the test that started it may be gone
 
 import pytorch_lightning as pl
 import torch
@@ -47,7 +47,7 @@ folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 
 
 class Pause(pl.Callback):
-    """After three steps, until told to go on."""
+    """Wait after three steps until the test lets the program continue."""
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 3 and options.get("pause"):
@@ -78,7 +78,7 @@ FORCE = "2 (processes) x 1 (accumulated batches) x 8 (images) = 16 images per op
 
 
 class Programs:
-    """Programs started in a folder; at the end of the test nothing of them is left."""
+    """Programs that are started in a folder, and ended with all of their processes at the end of the test."""
 
     def __init__(self, folder: Path):
         self.folder, self.running = folder, []
@@ -102,7 +102,7 @@ class Programs:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("output_*.txt")))
 
     def wait(self, seconds: float = 100, status: int = 0) -> None:
-        """Until all have ended, with that status."""
+        """Wait until all have ended, and check their status."""
         end = time.monotonic() + seconds
         for process in self.running:
             try:
@@ -113,7 +113,7 @@ class Programs:
         self.running.clear()
 
     def stop(self) -> None:
-        """First gently: torchrun's own processes are in other groups, and it ends them."""
+        """End the programs, with SIGTERM first: torchrun's own processes are in other groups, and it ends them."""
         for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
             for process in self.running:
                 if process.poll() is None:
@@ -140,7 +140,7 @@ def as_script(rank: int, script: str, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Of the same program on two processes that are started as in test_ddp.py, where two equal one."""
+    """Return the weights of the same program on two processes that are started as in test_ddp.py."""
     folder = tmp_path_factory.mktemp("reference")
     script = Programs(folder).script
     processes.run(as_script, 2, folder, str(script), str(folder))
@@ -162,7 +162,7 @@ LAUNCHERS = {"script": [], "torchrun": [*TORCHRUN, "--standalone", "--nproc_per_
 
 
 def start(programs: Programs, launcher: str, **options: object) -> None:
-    """Two processes on one node. Without torchrun, Lightning starts the second one."""
+    """Without torchrun, Lightning starts the second process on a node."""
     port = {"MASTER_PORT": processes.free_port()} if launcher == "script" else {}
     options = json.dumps({"devices": 2, **options})
     programs.start([*LAUNCHERS[launcher], programs.script, programs.folder, options], **port)
@@ -184,7 +184,7 @@ def test_devices_2(programs, weights):
     start(programs, "script")
     programs.wait()
     assert_same(programs.found(), weights, "LightningEnvironment")
-    assert programs.outputs().count(FORCE) == 1  # rank 0 says what is in force, once
+    assert programs.outputs().count(FORCE) == 1  # rank 0 prints the effective settings once
 
 
 def test_torchrun_on_one_node(programs, weights):
@@ -195,7 +195,7 @@ def test_torchrun_on_one_node(programs, weights):
 
 
 def test_torchrun_on_two_nodes(programs, weights):
-    """Each has its own address, and would be a machine of its own."""
+    """Each node has its own address, like a machine of its own."""
     port = processes.free_port()
     for node, address in enumerate(("127.0.0.1", "127.0.0.2")):
         torchrun = [*TORCHRUN, "--nnodes", 2, "--node_rank", node, "--nproc_per_node", 1, "--local_addr", address]
@@ -209,7 +209,7 @@ def test_torchrun_on_two_nodes(programs, weights):
 @pytest.mark.skipif(LONG == 1, reason="with LONG=2 in the environment")
 @pytest.mark.parametrize("launcher, status", [("script", 0), ("torchrun", 1)])
 def test_sigterm_to_the_launcher(launcher, status, programs, weights, tmp_path):
-    """Either hands it on, or the processes tell each other; torchrun itself then ends with status 1."""
+    """The launcher forwards the signal, or the processes tell each other; torchrun then ends with status 1."""
     start(programs, launcher, pause=True)
     wait_for_pause(programs)
     programs.running[0].send_signal(signal.SIGTERM)
@@ -226,7 +226,7 @@ def test_sigterm_to_the_launcher(launcher, status, programs, weights, tmp_path):
 
 
 def slurm_job() -> int:
-    """A job's number. Lightning's port is 15000 and its last four digits: one that is free."""
+    """Return a job number with a free port: Lightning uses 15000 plus the last four digits."""
     for job in range(120000 + os.getpid() % 5000, 130000):
         with socket.socket() as free:
             if free.connect_ex(("127.0.0.1", 15000 + job % 10000)):
@@ -235,7 +235,7 @@ def slurm_job() -> int:
 
 
 def start_as_srun(programs: Programs, job: int, command: list, **variables: str) -> None:
-    """Two nodes with a task each, as srun would start them, with the variables that it would set."""
+    """Start two nodes with one task each, with the variables that srun sets."""
     for task in range(2):
         of_the_job = {"JOB_ID": job, "JOB_NAME": "train", "NTASKS": 2, "NTASKS_PER_NODE": 1, "NNODES": 2}
         of_the_task = {"PROCID": task, "LOCALID": 0, "NODEID": task}
@@ -246,7 +246,7 @@ def start_as_srun(programs: Programs, job: int, command: list, **variables: str)
 
 
 def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path):
-    """SIGUSR1 to every task, as `--signal=SIGUSR1@120` has it: saved, queued again once, status 0; then resumed."""
+    """SIGUSR1 to every task, as with `--signal=SIGUSR1@120`: saved, requeued once, status 0; then resumed."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "queued"}\n')
@@ -269,25 +269,25 @@ def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path
     programs.wait()
     assert_same(programs.found(), weights, "SLURMEnvironment")
     assert (tmp_path / "queued").read_text().count("\n") == 1
-    assert programs.outputs().count(FORCE) == 1  # of the second start
+    assert programs.outputs().count(FORCE) == 1  # by the second start
 
 
 def expanded(script: str, arguments: list[str], **variables: str) -> list[str]:
-    """$DATA_PATH, then what bash makes of the line with srun."""
+    """Return $DATA_PATH, then the line with srun as bash expands it."""
     told = f'srun() {{ printf \'%s\\n\' "$DATA_PATH" "$@"; }}\n{script}'
     command, environment = ["bash", "-ec", told, "video.sh", *arguments], {**os.environ, **variables}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_the_slurm_script_for_videos(programs, tmp_path):
-    """That of docs/distributed.md, word for word, with its variables and a few options to make it small."""
+    """The script of docs/distributed.md, word for word, with its variables and a few options to make it small."""
     blocks = (ROOT / "docs" / "distributed.md").read_text().split("```bash\n")[1:]
     (script,) = (block.split("```")[0] for block in blocks if "sce_video --seed" in block)
     for split in ("train", "val"):
         for name in ("a/0", "a/1", "b/0", "b/1"):
             videos.write_frames(tmp_path / "data" / "kinetics" / split / name, n=10, size=(36, 36))
     small = "--encoder_arch s3d --transform_crop_size 32 --K 8 --global_batch_size 4 --max_epochs 1 --warmup_epochs 0"
-    small += " --evaluations knn --precision 32-true --sync_batchnorm false --logger csv"  # for there is no GPU
+    small += " --evaluations knn --precision 32-true --sync_batchnorm false --logger csv"  # there is no GPU
     given = {"seed": "7", "workers": "0", "devices": "1", "output_dir": str(tmp_path / "run")}
     given |= {"dataset_dir": str(tmp_path / "data"), "SLURM_JOB_NUM_NODES": "2"}
     data_path, srun, program, *arguments = expanded(script, small.split(), **given)
@@ -305,7 +305,7 @@ def test_the_slurm_script_for_videos(programs, tmp_path):
 
 
 class First(pl.Callback):
-    """What the first batch has, and what the optimizer is told."""
+    """Callback that records the size of the first batch and the learning rate of the optimizer."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if batch_idx == 0:
@@ -317,7 +317,7 @@ def own_loader() -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), batch_size=6, drop_last=True)
 
 
-RUNS = {  # accumulated batches, settings; images of a process in a batch and learning rate on one process and on two
+RUNS = {  # accumulated batches, settings; images per process and batch, and learning rate, on one process and on two
     "batch size": (2, {"batch_size": 8}, (8, 0.05), (8, 0.05)),
     "global": (2, {"global_batch_size": 32}, (16, 0.05), (8, 0.05)),
     "linear": (2, {"batch_size": 8, "lr_scaling": "linear", "lr_batch_size": 4}, (8, 0.2), (8, 0.4)),
@@ -358,7 +358,7 @@ ACCUMULATED, STEPS = 2, 3
 
 
 def accumulate(rank: int, world: int) -> dict:
-    """Every preset on batches of `IMAGES`, two to a step; BYOL, whose images do not meet, also on one of both."""
+    """Train every preset on two accumulated batches of `IMAGES`; BYOL (independent images) also on the joined one."""
     g = torch.Generator().manual_seed(0)
     views = [[torch.randn(IMAGES, 1, 8, 8, generator=g) for _ in range(2)] for _ in range(ACCUMULATED * STEPS)]
     share = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
@@ -405,7 +405,7 @@ def strategies(rank: int, world: int) -> dict:
 
 
 def test_options_of_ddp_change_nothing(tmp_path):
-    """Every preset uses every parameter in every step: a static graph is right, and a search is not needed."""
+    """Every preset uses every parameter in every step: a static graph is valid, without a search for unused ones."""
     for process in processes.run(strategies, 2, tmp_path, 2):
         for name in PRESETS:
             for index in range(1, len(STRATEGIES)):
@@ -441,11 +441,11 @@ def test_every_preset_in_mixed_precision(precision, name, small, trainer):
     for key, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32 and parameter.isfinite().all(), key
         assert parameter.ndim == 1 or not torch.equal(parameter, before[key]), key
-    assert not half or plugin.scaler.get_scale() == 2.0**10  # no step was left out
+    assert not half or plugin.scaler.get_scale() == 2.0**10  # no step was skipped
 
 
 class Norms(pl.Callback):
-    """Of all gradients: as the backward pass leaves them, and as the optimizer gets them."""
+    """Callback that records the norm of all gradients after the backward pass and before the optimizer step."""
 
     def norm(self, module) -> torch.Tensor:
         return torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
@@ -458,7 +458,7 @@ class Norms(pl.Callback):
 
 
 def test_lars_gets_gradients_without_the_scale(small, trainer):
-    """Its own adaptation would hide a scale; weight decay, and the parameters that it does not adapt, would not."""
+    """LARS's adaptation hides a scale of the gradients; weight decay and parameters that are not adapted reveal it."""
     found, norms = {}, {}
     for scale in (2.0**2, 2.0**10):
         torch.manual_seed(1)
@@ -484,7 +484,7 @@ def sync_batchnorm(rank: int, world: int) -> str:
 
 
 def test_refused_without_a_gpu(tmp_path):
-    """By Lightning and PyTorch: this is why these are not tried here."""
+    """Lightning and PyTorch refuse these, so they are not tested here."""
     for strategy in ("fsdp", "fsdp_cpu_offload"):
         with pytest.raises(ValueError, match="requires a GPU accelerator"):
             pl.Trainer(accelerator="cpu", devices=2, strategy=strategy)

@@ -1,4 +1,4 @@
-"""A long run needs no more memory and no more open files at its end than at its beginning."""
+"""A long run needs no more memory and no more open files at its end than at its start."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ EPOCH = 50  # steps
 
 
 def measure() -> tuple[int, int]:
-    """Resident bytes, open files."""
+    """Return the resident bytes and the number of open files."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))
 

@@ -1,4 +1,4 @@
-"""What the optimizer does with each parameter, and when: options, layers, schedules, clipped LARS."""
+"""Settings of each parameter at each step: options, layer decay, schedules, clipped LARS."""
 
 import math
 import warnings
@@ -21,7 +21,7 @@ from self_supervised.views import augmentations
 
 
 class TinyEncoder(nn.Module):
-    """Four stages: two convolutions, with a norm each, and two linear layers."""
+    """Encoder of four stages: two convolutions, each with a norm, and two linear layers."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ def rows_of(method) -> dict:
 
 
 class Record(pl.Callback):
-    """The groups' rates and decays as each step finds them, and the gradients."""
+    """Callback that records learning rates and weight decays of the groups, and the gradients, at each step."""
 
     def __init__(self):
         self.lr, self.decay, self.gradients = [], [], []
@@ -91,7 +91,7 @@ def test_the_printed_table_has_the_columns_of_its_optimizer(optimizer, head, met
 
 
 def test_options_by_regular_expression(method):
-    """Later rows replace what earlier ones said of the same thing, and nothing else."""
+    """Later rows replace the same values of earlier ones, and nothing else."""
     model = method(
         "byol",
         lr=0.4,
@@ -106,7 +106,7 @@ def test_options_by_regular_expression(method):
     rows = rows_of(model)
     found = {name: (r.lr, r.momentum, r.weight_decay, r.adapted) for name, r in rows.items()}
     assert found["model.last.weight"] == (0.2, 0.9, 0.02, True)
-    assert found["model.last.bias"] == (0.2, 0.9, 0.0, False)  # twice nothing
+    assert found["model.last.bias"] == (0.2, 0.9, 0.0, False)  # a multiple of 0
     assert found["model.stem.weight"] == (0.03, 0.5, 0.02, True)
     assert found["model.bn1.weight"] == (0.03, 0.5, 0.3, True)
     assert found["model.bn1.bias"] == (0.03, 0.5, 0.0, False)
@@ -116,7 +116,7 @@ def test_options_by_regular_expression(method):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw", "adam"])
 def test_groups_are_the_table(optimizer, method, trainer):
-    """Equal rows share one group, which has the row's numbers."""
+    """Parameters with equal rows share one group, which has the values of the rows."""
     options = [{"pattern": "stem", "lr_mult": 0.1}, {"pattern": r"last\.weight", "weight_decay": 0.2}]
     fields = {"exclude_matching_parameters_from_lars": [".bias", ".bn"], "lr_scaling": "linear", "lr_batch_size": 8}
     model, record = method(optimizer_name=optimizer, lr=0.01, parameter_options=options, **fields), Record()
@@ -138,7 +138,7 @@ def test_groups_are_the_table(optimizer, method, trainer):
 
 
 def test_steps_with_options_equal_sgd_written_out(method, trainer):
-    """In float64, from the gradients that were: every parameter with its own rate, momentum and decay."""
+    """Steps in float64 from the recorded gradients: every parameter with its learning rate, momentum and decay."""
     options = [
         {"pattern": "model", "lr_mult": 0.5},
         {"pattern": r"bias$", "momentum": 0.0, "weight_decay": 0.0},
@@ -179,15 +179,15 @@ def test_steps_with_options_equal_sgd_written_out(method, trainer):
         ([{"pattern": "^lagging_model", "lr": 1}], "matches none of"),
     ],
 )  # fmt: skip
-def test_options_that_cannot_be_meant_are_refused_at_construction(options, message, method):
+def test_invalid_parameter_options_are_refused_at_construction(options, message, method):
     with pytest.raises(ValueError, match=f"parameter_options.*{message}"):
         method(parameter_options=options)
 
 
-def test_what_excludes_nothing_is_refused_but_of_norms_and_biases(method):
+def test_unmatched_exclusions_are_refused_except_norms_and_biases(method):
     with pytest.raises(
         ValueError,
-        match="exclude_matching_parameters_from_lars: the pattern '.nonsense' matches none of .*'.bn' is for every",
+        match="exclude_matching_parameters_from_lars: the pattern '.nonsense' matches none of .*'.bn' matches every",
     ):
         method(exclude_matching_parameters_from_lars=[".bias", ".nonsense"])
     fields = {"projection_mlp_layers": 0, "dim": 6, "exclude_matching_parameters_from_lars": [".bias", ".bn"]}
@@ -196,7 +196,7 @@ def test_what_excludes_nothing_is_refused_but_of_norms_and_biases(method):
 
 
 def test_layer_decay_follows_the_stages(method, small):
-    """ResNet-18: heads 1, layer4 0.5, layer3 0.25, ... and the stem with its norm the least."""
+    """ResNet-18: heads 1, layer4 0.5, layer3 0.25, ...; the stem with its norm has the smallest factor."""
     model = SelfSupervisedMethod(small(encoder_arch="resnet18", layer_decay=0.5, lr=0.8))
     for name, row in rows_of(model).items():
         part = name.split(".")[1]
@@ -215,8 +215,8 @@ def test_layer_decay_follows_the_stages(method, small):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_clipped_lars_equals_its_formula(weight_decay):
-    """Effective rate of each parameter: min(eta |p| / |g|, lr); LARC, in float64 with plain branches."""
-    scales = (1e-3, 1.0, 1e3)  # so that some are clipped and some are not
+    """The effective learning rate is min(eta |p| / |g|, lr), as in LARC; computed in float64 with plain branches."""
+    scales = (1e-3, 1.0, 1e3)  # some are clipped, others are not
     values = [torch.randn(4, 3, dtype=torch.float64) * s for s in scales] + [torch.zeros(2, 2, dtype=torch.float64)]
     params = [nn.Parameter(v.clone()) for v in values]
     optimizer = LARS(params, lr=1.0, momentum=0.9, weight_decay=weight_decay, eta=0.02, clip=True)
@@ -256,11 +256,11 @@ def test_grad_clip_lars_reaches_the_optimizer(method, trainer):
 
 
 def torchs(build, steps: int, peak: float = 0.4) -> list[float]:
-    """Rates of a scheduler of PyTorch."""
+    """Return the learning rates of one of PyTorch's schedulers."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     schedule, found = build(optimizer), []
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*epoch parameter")  # PyTorch's own, within SequentialLR
+        warnings.filterwarnings("ignore", ".*epoch parameter")  # from within SequentialLR of PyTorch
         for _ in range(steps):
             found += schedule.get_last_lr()
             optimizer.step()
@@ -278,8 +278,8 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_rates_equal_pytorchs_schedulers(name, small):
-    """Without a warm-up, and behind one that rises from 0.08: 50 steps, 5 an epoch, 10 of warm-up."""
+def test_learning_rates_equal_pytorchs_schedulers(name, small):
+    """Without a warm-up, and after one that rises from 0.08: 50 steps, 5 per epoch, 10 of warm-up."""
     fields = {"lr": 0.4, "final_lr_schedule_value": 0.04, "lr_schedule": name, "warmup_start_lr": 0.08}
     fields |= {"lr_decay_steps": [3, 6], "lr_decay_factor": 0.5} if name == "steps" else {}
     p = small(**fields)
@@ -289,30 +289,31 @@ def test_rates_equal_pytorchs_schedulers(name, small):
     plan = Plan(1, 1, 16, 0.4, 50, 5, warmup_steps=10)
     found = [0.4 * optimizers.pretraining_rate(p, plan, step) for step in range(51)]
     first = [0.08 + (0.4 - 0.08) * (step + 1) / 10 for step in range(10)]
-    # Steps are epochs from the beginning; the others begin where the warm-up ends.
+    # Decay steps count epochs from the start of the training; other curves start after the warm-up.
     later = torchs(SCHEDULES[name], 51)[10:] if name == "steps" else torchs(SCHEDULES[name], 41)
     assert found == pytest.approx(first + later)
 
 
-def test_steps_do_not_fall_below_the_lowest_rate(small):
+def test_steps_do_not_fall_below_the_final_learning_rate(small):
     p = small(lr_schedule="steps", lr_decay_steps=[1, 2, 3], lr=0.1, final_lr_schedule_value=0.002)
     found = [0.1 * optimizers.pretraining_rate(p, Plan(1, 1, 16, 0.1, 40, 10), step) for step in (9, 10, 20, 30)]
     assert found == pytest.approx([0.1, 0.01, 0.002, 0.002])
 
 
-def test_steps_after_the_last_epoch_are_named(method, trainer):
+def test_decay_steps_after_the_last_epoch_give_a_warning(method, trainer):
     model = method(lr_schedule="steps", lr_decay_steps=[0.5, 1, 400])
     with pytest.warns(UserWarning, match=r"lr_decay_steps=\[1, 400\] are beyond the 2 steps of the training"):
         trainer().fit(model)
 
 
 LR = 0.001
-SHARES = [(1.0, 1.0), (1.0, 0.0), (0.1, 3.0), (0.1, 0.0), (1.0, None)]  # of lr and decay, in the order of the groups
+# Factors of lr and weight decay, in the order of the groups; None: constant.
+FACTORS = [(1.0, 1.0), (1.0, 0.0), (0.1, 3.0), (0.1, 0.0), (1.0, None)]
 
 
 def test_every_group_follows_rate_and_decay(method, trainer):
-    """Weight decay from 0.02 to 0.1 along DINO's cosine, in proportion where an option says a multiple, constant where
-    it says another one, and 0 where there is none; two epochs of four batches, two accumulated."""
+    """Weight decay goes from 0.02 to 0.1 along DINO's cosine: in proportion with weight_decay_mult, constant with
+    weight_decay, and 0 if excluded. Two epochs of four batches, two accumulated."""
     options = [{"pattern": "stem", "weight_decay_mult": 3, "lr_mult": 0.1}]
     options += [{"pattern": r"projection_model.*weight", "weight_decay": 0.05}]
     excluded = {"exclude_matching_parameters_from_lars": [".bias", ".bn"]}
@@ -327,9 +328,9 @@ def test_every_group_follows_rate_and_decay(method, trainer):
         lr = [LR * (1 - step / 4) for step in range(4)]
         assert len(record.decay) == 4
         for step in range(4):
-            for found, shares in zip(zip(record.lr[step], record.decay[step], strict=True), SHARES, strict=True):
-                expected = 0.05 if shares[1] is None else shares[1] * decay[step]
-                assert found == pytest.approx((shares[0] * lr[step], expected))
+            for found, factors in zip(zip(record.lr[step], record.decay[step], strict=True), FACTORS, strict=True):
+                expected = 0.05 if factors[1] is None else factors[1] * decay[step]
+                assert found == pytest.approx((factors[0] * lr[step], expected))
 
 
 @pytest.mark.parametrize(
@@ -399,8 +400,8 @@ def test_the_settings_survive_in_a_checkpoint(method, trainer, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["moco_v2", "byol"])
-def test_the_online_classifier_is_softmax_regression_beside_the_method(preset, method, trainer):
-    """The method trains to the same bits without it; its weights are those of SGD in float64 on the embeddings."""
+def test_the_online_classifier_is_softmax_regression_alongside_the_method(preset, method, trainer):
+    """The method ends with the same bits as without it; its weights equal SGD in float64 on the embeddings."""
     seen = []
 
     def keep(module, _, embeddings):
@@ -450,10 +451,10 @@ def test_clipping_sees_the_methods_gradients_alone(algorithm, method, trainer):
     plain, beside = weights(), weights(online_classifier=True)
     assert all(torch.equal(beside[name], value) for name, value in plain.items())
     start = method(online_classifier=True).online_classifier.weight
-    assert (beside["online_classifier.weight"] - start).abs().max() > 1e-3  # it does get its gradient back
+    assert (beside["online_classifier.weight"] - start).abs().max() > 1e-3  # its gradient is restored
 
 
-def test_the_logged_rate_is_not_the_online_classifiers(method, trainer):
+def test_the_logged_learning_rate_is_not_the_online_classifiers(method, trainer):
     logged = []
 
     class Log(pl.Callback):
@@ -505,7 +506,10 @@ def test_images_without_labels_and_wrong_ones():
     none.backward()
     assert none.item() == 0 and classifier.weight.grad.abs().max() == 0 and accuracy.isnan()
     assert online_classifier.accuracies(classifier, x, None) == {}
-    for labels, message in ((None, "needs one label"), (torch.tensor([4] * 5), "yields the label 4, .* has the 4 cl")):
+    for labels, message in (
+        (None, "needs one label per image"),
+        (torch.tensor([4] * 5), "yields the label 4, .* has the 4 cl"),
+    ):
         with pytest.raises(ValueError, match=f"{message}"):
             online_classifier.loss_and_accuracy(classifier, x, labels)
 
@@ -513,7 +517,7 @@ def test_images_without_labels_and_wrong_ones():
 # ---- the Trainer's length ----
 
 
-LENGTHS = [  # options of the Trainer, optimizer steps, and those of an epoch
+LENGTHS = [  # options of the Trainer, optimizer steps, and steps per epoch
     ({"max_epochs": None, "max_steps": 10}, 10, 4),
     ({"max_epochs": None, "max_steps": 3}, 3, 4),
     ({"max_epochs": 3}, 12, 4),
@@ -534,7 +538,7 @@ LENGTHS_OF_16_BATCHES = [
     [(None, *row) for row in LENGTHS] + [("own", *row) for row in LENGTHS + LENGTHS_OF_16_BATCHES],
 )
 def test_rates_follow_the_length_that_the_trainer_has(loader, options, steps, an_epoch, method, trainer):
-    """Half an epoch of warm-up, a tenth from the first epoch on, scaled by the loader's batch size."""
+    """Half an epoch of warm-up, a tenth of lr from the first epoch on, and scaling by the loader's batch size."""
     fields = {"lr_schedule": "steps", "lr_decay_steps": [1], "lr_scaling": "linear", "lr_batch_size": 8}
     if loader is not None:
         loader = torch.utils.data.DataLoader(torch.zeros(256, 1, 8, 8, dtype=torch.uint8), batch_size=16)
@@ -543,7 +547,7 @@ def test_rates_follow_the_length_that_the_trainer_has(loader, options, steps, an
         warnings.filterwarnings("ignore", "lr_decay_steps=")
         trainer(**{"limit_train_batches": 4, "callbacks": [record], **options}).fit(model, loader)
     assert (model.plan.steps, model.plan.steps_per_epoch) == (steps, an_epoch)
-    factor = 2 * options.get("accumulate_grad_batches", 1)  # images of a step / 8
+    factor = 2 * options.get("accumulate_grad_batches", 1)  # images per step / 8
     warm = [0.1 * (step + 1) / (an_epoch / 2) if step < an_epoch / 2 else 0.1 for step in range(steps)]
     expected = [factor * (lr if step < an_epoch else 0.01) for step, lr in enumerate(warm)]
     assert [groups[0] for groups in record.lr] == pytest.approx(expected)
@@ -557,7 +561,7 @@ def test_rates_follow_the_length_that_the_trainer_has(loader, options, steps, an
     ],
 )
 def test_every_schedule_ends_with_max_steps(stage, name, method, trainer):
-    """The rates of 10 steps are those of the same 10 steps as two epochs of five."""
+    """Learning rates of max_steps=10 equal those of two epochs of five steps."""
     found = []
     for options in ({"max_epochs": None, "max_steps": 10}, {"max_epochs": 2}):
         if stage == "pretraining":

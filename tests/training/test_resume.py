@@ -1,4 +1,4 @@
-"""Killed at any moment and resumed, a run ends with the bits of the run that was never interrupted."""
+"""A run that is killed at any moment and resumed ends bit-identical to an uninterrupted one."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ MOMENTS = (
 
 
 class Killer(pl.Callback):
-    """SIGKILL on the first process at the n-th moment at which a hook is called or a checkpoint's file is written."""
+    """Callback that kills the first process at the n-th moment: a call of a hook, or a write of a checkpoint."""
 
     def __init__(self, at: int | None, rank: int):
         self.at, self.count = at if rank == 0 else None, 0
@@ -49,7 +49,7 @@ class Killer(pl.Callback):
 
 
 class Figures(Logger):
-    """Every logged figure, to the last bit, on the disk at once."""
+    """Logger that writes every metric, to the last bit, to the disk at once."""
 
     name = version = None
 
@@ -68,19 +68,19 @@ class Figures(Logger):
 
 
 def figures(folder: Path) -> dict:
-    """The last value of each; what was logged after the checkpoint from which a run went on, was logged again."""
+    """Return the last value of each metric: those logged after the checkpoint of a resumed run were logged again."""
     lines = (folder / "figures.jsonl").read_text().splitlines()
     return {(step, name): value for step, name, value in map(json.loads, lines)}
 
 
 def small_encoder() -> nn.Module:
-    """With dropout, which draws from torch's own generator."""
+    """Encoder with dropout, which draws from torch's own generator."""
     layers = nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2)
     return nn.Sequential(*layers, nn.Linear(72, 10))
 
 
 def build(kind: str, folder: str):
-    """(method, options of its Trainer)"""
+    """Return a method and the options of its Trainer."""
     common = {**SMALL, "dataset_name": "digits", "dim": 8, "K": 40, "lr": 0.1}
     if kind == "linear":
         return LinearClassifierMethod.from_moco_checkpoint(f"{folder}/example.ckpt", encoder=small_encoder()), {}
@@ -113,7 +113,7 @@ def build(kind: str, folder: str):
 
 
 def train(rank: int, kind: str, world: int, folder: str, kill_at: int | None) -> int:
-    """Three epochs of eight batches, or what is left of them. Returns the number of moments passed."""
+    """Train three epochs of eight batches, or the rest of them. Return the number of moments passed."""
     torch.manual_seed(3)
     method, options = build(kind, str(Path(folder).parent))
     killer = Killer(kill_at, rank)
@@ -146,7 +146,7 @@ def equal(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory, digits_path):
-    """What a kind of run needs beside the digits: class folders of images, a checkpoint to start from."""
+    """Return a folder with what a kind of run needs besides the digits: images in class folders, a checkpoint."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("resume")
@@ -188,7 +188,7 @@ def test_resumed_runs_equal_the_uninterrupted_one(kind, world, n_kills, folder_o
         run = folder_of / f"{place.name}_killed_at_{kill_at}"
         codes = processes.join(processes.launch(train, world, run, kind, world, str(run), kill_at))
         assert codes[0] == -signal.SIGKILL, (run / "output_0.txt").read_text()
-        if kill_at % 3 == 0:  # the second process, too
+        if kill_at % 3 == 0:  # kill the second process, too
             processes.join(processes.launch(train, world, run, kind, world, str(run), 2 + kill_at // 2))
         processes.run(train, world, run, kind, world, str(run), None)
         assert equal(torch.load(run / "final.pt"), expected), kill_at
@@ -212,7 +212,7 @@ def slow_run(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.parametrize("world, to, number", [(1, [0], "SIGTERM"), (2, [0, 1], "SIGTERM"), (2, [1], "SIGUSR1")])
 def test_a_signal_saves_and_ends_the_run_cleanly(world, to, number, tmp_path):
-    """SIGTERM, and what SLURM sends before the time is up; to all processes or to one."""
+    """SIGTERM, and the signal that SLURM sends before the time limit, to all processes or to one."""
     queued = tmp_path / "queued"
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -234,7 +234,7 @@ def test_a_signal_saves_and_ends_the_run_cleanly(world, to, number, tmp_path):
 
 
 def signalled_before_training(rank: int, folder: str) -> tuple[int, bool]:
-    """SIGUSR1 arrives while the encoder is scored before its training, as train.py does."""
+    """Send SIGUSR1 while the encoder is scored before its training, as train.py does."""
 
     class Signal(pl.Callback):
         def on_validation_start(self, trainer, module):
@@ -254,14 +254,14 @@ def signalled_before_training(rank: int, folder: str) -> tuple[int, bool]:
     return -1, restored
 
 
-def test_a_signal_before_training_ends_it_at_once_and_nothing_else(tmp_path):
-    """Lightning's own answer under SLURM would be a file in the working folder from which later runs start."""
+def test_a_signal_before_training_ends_the_run_at_once(tmp_path):
+    """Lightning itself would, under SLURM, save a file in the working directory from which later runs would start."""
     assert processes.run(signalled_before_training, 1, tmp_path, str(tmp_path)) == [(1, True)]
     assert newest(tmp_path / "run").name == "step_000000001.ckpt" and not list(Path.cwd().glob("*.ckpt"))
 
 
 def other_ways(rank: int, folder: str) -> dict:
-    """What is left behind by runs that end in other ways than by SIGKILL."""
+    """Run trainings that end in other ways than by SIGKILL, and leave their files."""
 
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -306,7 +306,7 @@ def test_other_ways_to_end_a_run(tmp_path):
 
 
 class Seen(pl.Callback):
-    """The settings of every parameter, as each step finds them."""
+    """Callback that records the settings of every parameter at each step."""
 
     def __init__(self):
         self.steps = []
@@ -318,7 +318,7 @@ class Seen(pl.Callback):
 
 
 def epochs(method, folder, end: int, loader=None, callbacks=(), **options):
-    """(the Trainer, what was seen) of a training up to `end`, from the newest checkpoint in the folder."""
+    """Train up to epoch `end` from the newest checkpoint in the folder. Return the Trainer and what was recorded."""
     size = {"max_epochs": end, "limit_train_batches": 4, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     seen = Seen()
@@ -360,8 +360,8 @@ OPTION = {"pattern": "projection", "lr_mult": 0.1, "weight_decay": 0.2}
         (linear_stage, "adamw", {"encoder_lr": 0.01, "layer_decay": 0.5, "weight_decay": 0.1}),
     ],
 )
-def test_changed_settings_are_in_force_from_the_first_step(build, optimizer, changed, tmp_path):
-    """They are those of a run that had them from its beginning; the optimizer's state goes on."""
+def test_changed_settings_take_effect_from_the_first_step(build, optimizer, changed, tmp_path):
+    """Settings equal those of a run that had them from its start; the optimizer's state continues."""
     before, _ = epochs(build(optimizer), tmp_path / "run", 1)
     _, expected = epochs(build(optimizer, **changed), tmp_path / "whole", 2)
     saved = checkpoints.read_checkpoint(newest(tmp_path / "run"))["optimizer_states"][0]
@@ -379,8 +379,8 @@ def test_changed_settings_are_in_force_from_the_first_step(build, optimizer, cha
 
 
 @pytest.mark.parametrize("ends", [(2, 3), (3, 5, 4), (1, 3, 2)])
-def test_a_run_of_another_length_has_the_rates_of_that_length(ends, tmp_path):
-    """Extended, twice, and shortened again."""
+def test_a_run_of_another_length_has_the_learning_rates_of_that_length(ends, tmp_path):
+    """A run is extended, extended twice, or shortened again."""
     fields = {"warmup_epochs": 0.5, "final_weight_decay": 0.1}
     done = 0
     for end in ends:
@@ -415,7 +415,7 @@ def test_a_run_is_shortened_before_its_end(tmp_path):
         (linear_stage, {"batch_size": 8}, {}),
     ],
 )
-def test_what_a_resumed_run_cannot_take_over_is_refused(build, changed, options, tmp_path):
+def test_resuming_with_incompatible_settings_is_refused(build, changed, options, tmp_path):
     epochs(build(), tmp_path / "run", 1)
     name = next(iter(changed), next(iter(options), None))
     with pytest.raises(ValueError, match=name):
@@ -429,7 +429,7 @@ class Stopped(pl.Callback):
 
 
 class Recorded(ResumableDataLoader):
-    """Notes the numbers of the images, which are their values."""
+    """Method that records the numbers of the images, which are their values."""
 
     def __iter__(self):
         self.taken = []
@@ -439,8 +439,8 @@ class Recorded(ResumableDataLoader):
 
 
 @pytest.mark.parametrize(("before", "after"), [((16, 1), (8, 2)), ((16, 2), (32, 1))])
-def test_a_run_goes_on_in_other_batches_of_the_same_step(before, after, tmp_path):
-    """(batch size, accumulated batches). Each image is seen once, and the schedules stay."""
+def test_a_run_is_resumed_with_other_batches_of_the_same_step(before, after, tmp_path):
+    """`before` and `after` are (batch size, accumulated batches). Each image is seen once, and schedules stay."""
 
     def train(size, accumulated, *callbacks):
         images = torch.arange(160, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
@@ -457,7 +457,7 @@ def test_a_run_goes_on_in_other_batches_of_the_same_step(before, after, tmp_path
     assert seen[:: after[1]] == train(*before)[1][1][:: before[1]][3:]
 
 
-def test_another_length_of_an_epoch_is_named(tmp_path):
+def test_another_epoch_length_gives_a_warning(tmp_path):
     epochs(pretraining(), tmp_path / "run", 1)
     with pytest.warns(UserWarning, match="an epoch has 6 optimizer steps, but had 4"):
         epochs(pretraining(), tmp_path / "run", 2, limit_train_batches=6)

@@ -1,4 +1,4 @@
-"""What is said while a method trains."""
+"""Warnings and checks of the training monitor."""
 
 import re
 
@@ -16,7 +16,7 @@ from self_supervised.training.checkpoints import Checkpoints, newest, read_check
 
 
 class Encoder(nn.Module):
-    """[N, 1, 8, 8] -> [N, 6]; from its n-th training pass on, its output is multiplied by `factor`."""
+    """Encoder [N, 1, 8, 8] -> [N, 6]. After its n-th training pass, its output is multiplied by `factor`."""
 
     def __init__(self, n: int | None = None, factor: float = 1.0):
         super().__init__()
@@ -30,8 +30,8 @@ class Encoder(nn.Module):
 
 @pytest.mark.parametrize("preset", ["moco_v2", "vicreg"])
 def test_a_loss_that_is_not_finite_stops_the_run(preset, small, trainer, tmp_path):
-    """Before the weights are touched; the message has all that is asked for first."""
-    passes = {"moco_v2": 5, "vicreg": 10}[preset]  # of the encoder before step 5
+    """It stops before the weights change. The message has what one needs to find the cause."""
+    passes = {"moco_v2": 5, "vicreg": 10}[preset]  # passes of the encoder before step 5
     params = small(preset, lr=0.01, evaluations=[])
     model = SelfSupervisedMethod(params, encoder=Encoder(passes, float("nan")))
     before = []
@@ -53,7 +53,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(preset, small, trainer, tmp_pat
     assert newest(tmp_path / "run").name == "step_000000004.ckpt" and read_checkpoint(newest(tmp_path / "run"))
 
 
-def test_what_is_in_force_is_printed_once(small, trainer, monkeypatch):
+def test_effective_settings_are_printed_once(small, trainer, monkeypatch):
     said = []
     monkeypatch.setattr(monitor, "rank_zero_info", said.append)
     params = small("byol", lr=0.1, lr_scaling="linear", lr_batch_size=64, warmup_epochs=1, mlp_normalization="bn")
@@ -96,7 +96,7 @@ def spoiled_on_one(rank: int, world: int) -> str:
 
 
 def test_all_processes_stop_when_one_loss_is_not_finite(tmp_path):
-    """MoCo's loss of the other process stays finite: it would wait for gradients that never come."""
+    """The loss of MoCo's other process stays finite; it would wait for gradients that never come."""
     for rank, message in enumerate(processes.run(spoiled_on_one, 2, tmp_path, 2)):
         assert "not finite at step 2 (epoch 0, batch 2) on process 1; " in message
         assert f"on process {rank} step_train_loss=" in message and ("step_train_loss=nan" in message) == (rank == 1)

@@ -1,0 +1,85 @@
+"""Hyperparameters: a record that cannot be changed, callbacks that contradict it, and those in a checkpoint."""
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+from lightning_fabric.utilities.data import AttributeDict
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+
+from self_supervised.catalogue import DATASETS
+from self_supervised.data.foreign_paths import vetted
+
+
+class HyperparameterRecord(AttributeDict):
+    """Record of a method's settings (`hparams`). It raises ValueError on changes, which would have no effect."""
+
+    def refuse(self, *names: Any, **fields: Any) -> NoReturn:
+        named = ", ".join(map(str, [*names, *fields]))
+        raise ValueError(
+            f"hparams cannot be changed ({named}): they record the settings with which the method was built. Pass "
+            "other settings when you build it: SelfSupervisedMethod(params, lr=0.3), load_from_checkpoint(path, lr=0.3)"
+        )
+
+    update = setdefault = __ior__ = refuse
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Accept only the recorded value: Lightning's Tuner sets `method.lr`, and then the record to the same value."""
+        if name not in self or self[name] != value:
+            self.refuse(name, value)
+
+    __setattr__ = __setitem__
+
+    def __reduce__(self) -> tuple:
+        """Copy and pickle all entries at once; the default sets them one by one, which is refused."""
+        return type(self), (dict(self),)
+
+
+def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -> None:
+    """Raise ValueError for Lightning's callbacks that would silently override the settings.
+
+    Args:
+        callbacks: those of the Trainer.
+        learning_rates: the highest learning rates of all parameter groups.
+    """
+    for callback in callbacks:
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ValueError(
+                "StochasticWeightAveraging replaces the learning rate schedule and resets the statistics of every "
+                "batch norm, even of a frozen encoder. Use WeightAveraging or EMAWeightAveraging"
+            )
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder) and not callback._early_exit:
+            raise ValueError(
+                f"{type(callback).__name__} runs as a callback only after the learning rate schedule was built. Call "
+                "lr_find or scale_batch_size of a Tuner(trainer), then trainer.fit(model)"
+            )
+        if isinstance(callback, LearningRateFinder) and len(learning_rates) > 1:
+            raise ValueError(
+                f"lr_find tries the same learning rate for all parameter groups, but here they have "
+                f"{len(learning_rates)} ({', '.join(f'{lr:g}' for lr in sorted(learning_rates))}). Leave out "
+                "parameter_options, layer_decay, encoder_lr and online_classifier during the search"
+            )
+
+
+def of_checkpoint(content: dict[str, Any], path: str | Path, classifier: str, passed: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that replace those of a checkpoint, to be passed to Lightning's `load_from_checkpoint`.
+
+    Args:
+        content: the checkpoint.
+        path: where it lies.
+        classifier: name of the method's classifier layer. Its number of classes is taken from the file, because the
+            images from which it was counted may be gone.
+        passed: settings that the caller passes. They win.
+    """
+    settings = content.get("hyper_parameters", {})
+    replaced = dict(vetted(settings, path, passed))
+    weight = content["state_dict"].get(f"{classifier}.weight")
+    if weight is not None and len(weight) != packed_classes(settings):
+        replaced["n_classes"] = len(weight)
+    return {**replaced, **passed}
+
+
+def packed_classes(settings: dict[str, Any]) -> int | None:
+    """Return the number of classes of a checkpoint's data set if it is packed, and therefore always the same."""
+    info = DATASETS.get(settings.get("dataset_name"))
+    return None if info is None or not info.is_packed else info.n_classes

@@ -1,0 +1,42 @@
+"""Checks of labels: that they are the classes of the classifier, and in which batches of a user's loader."""
+
+import numpy as np
+from torch import Tensor
+
+from self_supervised.data.class_labels import in_classes
+
+
+def refuse_wrong_labels(
+    labels: Tensor | np.ndarray | None, source: str, n_classes: int | None, dataset_name: str, required: bool = True
+) -> None:
+    """Raise ValueError unless labels are classes, and those of the classifier if there is one.
+
+    Args:
+        labels: [N] or [N, 1], multi-hot [N, K], or None.
+        source: where they come from, for the message.
+        n_classes: classes of the classifier that is trained, or None without one.
+        dataset_name: the data set whose classes the classifier has.
+        required: whether a classifier needs these labels: not in a validation that can do without them.
+    """
+    if labels is None or (labels.ndim == 2 and labels.shape[1] > 1):
+        if n_classes is not None and required:
+            found = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
+            raise ValueError(f"{source} has {found}. A classifier needs labels [N], one class per image")
+        return
+    if isinstance(labels, Tensor):
+        labels = (labels.double() if labels.is_floating_point() else labels).cpu().numpy()
+    classes = in_classes(labels, source)
+    if n_classes is not None and len(classes) and (highest := classes.max()) >= n_classes:
+        raise ValueError(
+            f"{source} has the label {highest}, and the classifier has n_classes={n_classes}, those of dataset_name="
+            f"{dataset_name!r}. Number the classes from 0, or set dataset_name to the data set of these images"
+        )
+
+
+def is_checked(labels: Tensor | None, is_first: bool) -> bool:
+    """Return whether the labels of a batch of the user's loader are checked.
+
+    To read integers from a GPU makes the host wait, so those are only checked in the first training batch of an epoch
+    (`is_first`). Labels on the CPU, and floats, which may be anything, are always checked.
+    """
+    return labels is None or labels.device.type == "cpu" or labels.is_floating_point() or is_first
