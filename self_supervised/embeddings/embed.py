@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from self_supervised.data.packed import already_a_batch
 from self_supervised.distributed import usable
-from self_supervised.embeddings.job import Work
+from self_supervised.embeddings.job import EmbeddingJob
 from self_supervised.embeddings.sources import Batches, ImageSource, open_source, part_kept
 from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import as_path
@@ -74,7 +74,7 @@ def embed_folder(
     device = usable(device)
     encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
     source = open_source(folder, "video" if encoder.params.dataset.of_videos else "image")
-    with Work(out, description(encoder, source, overrides), overwrite) as work:
+    with EmbeddingJob(out, description(encoder, source, overrides), overwrite) as work:
         paths = source.paths()
         print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
         if todo := work.left(paths, skip_unreadable):

@@ -21,7 +21,7 @@ SECONDS_OF_PART = 30  # after which a part is written, however few rows it has
 COMMON_FACTS = ("sha256", "encoder", "preprocessing", "images")  # what all rows of a file have in common
 
 
-class Work:
+class EmbeddingJob:
     """What is on the disk: the finished file `out`, if any, and `out`.parts, batches that an unfinished run embedded.
 
     Parts end where batches do, so a run that goes on makes the same batches as one that was not interrupted, and gets

@@ -67,7 +67,7 @@ def project(embeddings: np.ndarray, method: str, seed: int) -> np.ndarray:
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
     x = unit_rows(embeddings)
-    if (n := different(x)) < 4:
+    if (n := count_distinct(x)) < 4:
         raise ValueError(f"a map needs at least 4 different images, and there are {n} (those of one direction are one)")
     if min(x.shape) > 50:
         x = PCA(50, random_state=seed).fit_transform(x)
@@ -75,7 +75,7 @@ def project(embeddings: np.ndarray, method: str, seed: int) -> np.ndarray:
         return METHODS[method](x, seed)
 
 
-def different(embeddings: np.ndarray) -> int:
+def count_distinct(embeddings: np.ndarray) -> int:
     return len(np.unique(embeddings, axis=0))
 
 
@@ -90,7 +90,7 @@ def kinds(labels: list[str | None], embeddings: np.ndarray, seed: int) -> tuple[
         index = {name: i for i, name in enumerate(names)}
         return np.array([index[label or NO_LABEL] for label in labels]), names, "colored by label"
     x = unit_rows(embeddings)
-    clusters = KMeans(min(CLUSTERS, different(x)), n_init=3, random_state=seed).fit_predict(x)
+    clusters = KMeans(min(CLUSTERS, count_distinct(x)), n_init=3, random_state=seed).fit_predict(x)
     found, kind = np.unique(clusters, return_inverse=True)
     names = [f"cluster {i + 1}" for i in range(len(found))]
     return kind, names, f"no labels: colored by {len(found)} k-means clusters of the embeddings"

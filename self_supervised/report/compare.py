@@ -88,7 +88,7 @@ def results_of_run(folder: Path) -> dict[str, float]:
     return found
 
 
-def refuse_twins(folders: Sequence[str | Path]) -> None:
+def refuse_repeated(folders: Sequence[str | Path]) -> None:
     for folder, times in Counter(as_path(folder).resolve() for folder in folders).items():
         if times > 1:
             raise ValueError(f"{folder} is named twice: name it once")
@@ -97,7 +97,7 @@ def refuse_twins(folders: Sequence[str | Path]) -> None:
 def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[MetricRow]]:
     """(the runs, in groups that differ in nothing but the seed; the settings and circumstances in which groups differ,
     and all results)."""
-    refuse_twins(folders)
+    refuse_repeated(folders)
     groups: dict[str, list[Run]] = {}
     for run in map(read_run, folders):
         groups.setdefault(run.without_seed, []).append(run)
@@ -124,7 +124,7 @@ def differing(kind: str, columns: list[list[dict[str, Any]]]) -> list[MetricRow]
     return rows
 
 
-def in_figures(numbers: list[float] | None) -> str:
+def score_text(numbers: list[float] | None) -> str:
     """The number; of several, mean ± sample standard deviation."""
     if not numbers:
         return ""
@@ -154,7 +154,7 @@ def comparison_table(columns: list[list[Run]], rows: list[MetricRow]) -> Table:
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and before.kind != row.kind:
             made.add_section()
-        made.add_row(row.name, *(in_figures(value) if row.kind == "result" else value for value in row.values))
+        made.add_row(row.name, *(score_text(value) if row.kind == "result" else value for value in row.values))
     return made
 
 

@@ -34,7 +34,7 @@ MEANINGS = {  # of names in the titles
     "step_projection_std": "step_projection_std",
     "valid_class_acc": "linear probe (%)",
 }
-COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")  # on white; other pages see a white card
+COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")  # on white; other pages see a white card
 STYLES = ("-", "--", ":", "-.")
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 Curves = dict[str, Curve]  # of one run, by the figure's name
@@ -89,7 +89,7 @@ def fill(axis: Axes, groups: dict[str, list[Curves]], panel: str) -> None:
         for j, name in enumerate(panel.split(",")):
             style = {"linestyle": STYLES[j % len(STYLES)], "marker": "." if name.startswith("valid") else None}
             for curves in group:
-                axis.plot(*curves.get(name, ([], [])), color=COLOURS[i % len(COLOURS)], label=shown, **style)
+                axis.plot(*curves.get(name, ([], [])), color=COLORS[i % len(COLORS)], label=shown, **style)
                 shown = None  # one entry of the legend
     if panel == "step_projection_std":
         axis.axhline(COLLAPSED_STD, color="black", linewidth=0.8, linestyle=":")  # where the warning comes

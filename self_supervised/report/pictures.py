@@ -26,7 +26,7 @@ from self_supervised.runs.command_line import bar
 from self_supervised.training import checkpoints
 from self_supervised.views import augmentations
 
-QUERIES, NEIGHBOURS, ROWS_OF_VIEWS = 8, 6, 6
+QUERIES, NEIGHBORS, ROWS_OF_VIEWS = 8, 6, 6
 PIXELS = 64  # up to here every pixel is shown as it is; larger pictures are JPEGs
 LARGEST_PICTURE = 128  # pixels; of the longer side of what the page shows
 MAP_BUDGET = 6_000_000  # characters of the pictures of all maps
@@ -50,20 +50,20 @@ def picture_parts(
     folder: Path, settings: dict[str, Any], n: int, budget: int, encoder: nn.Module | None
 ) -> Iterator[tuple[str, Any]]:
     """(name of the part, its content; or {"missing": why})."""
-    yield "views", or_why(lambda: views(settings))
+    yield "views", content_or_reason(lambda: views(settings))
     if n == 0:
         reason = {"missing": "--images 0: no images were embedded"}
         yield from (("neighbors", reason), ("map", reason))
         return
-    found = or_why(lambda: embedded(checkpoint(folder), n, encoder))
+    found = content_or_reason(lambda: embedded(checkpoint(folder), n, encoder))
     if isinstance(found, Embedded):
-        yield "neighbors", or_why(lambda: neighbors(found))
-        yield "map", or_why(lambda: map_page(found, budget))
+        yield "neighbors", content_or_reason(lambda: neighbors(found))
+        yield "map", content_or_reason(lambda: map_page(found, budget))
     else:
         yield from (("neighbors", found), ("map", found))
 
 
-def or_why(make: Callable[[], Any]) -> Any:
+def content_or_reason(make: Callable[[], Any]) -> Any:
     """What is made, or {"missing": why it cannot be}: a report has what its run has."""
     try:
         return make()
@@ -181,7 +181,7 @@ def queries(found: Embedded) -> list[int]:
 
 def neighbors(found: Embedded) -> dict[str, Any]:
     rows = queries(found)
-    best = best_of([(found.paths, found.x, found.labels)], found.x[rows], NEIGHBOURS, [found.paths[i] for i in rows])
+    best = best_of([(found.paths, found.x, found.labels)], found.x[rows], NEIGHBORS, [found.paths[i] for i in rows])
     index = {path: i for i, path in enumerate(found.paths)}
 
     def shown(i: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import attrs
 from model_params import PRESETS, ModelParams
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.report import compare, figures
-from self_supervised.report.compare import Run, in_figures
+from self_supervised.report.compare import Run, score_text
 from self_supervised.runs import run_folder
 from self_supervised.runs.command_line import RunOptions, field_comments, text
 
@@ -18,7 +18,7 @@ SINGLE = {"best": "best epoch", "last": "last step"}  # first words of compare.r
 
 def names_of_runs(folders: Sequence[Path]) -> list[str]:
     """The folders' names; where two are the same, with as much of the path as tells them apart."""
-    compare.refuse_twins(folders)
+    compare.refuse_repeated(folders)
     parts = [folder.resolve().parts for folder in folders]
     for n in range(1, max(map(len, parts))):
         names = ["/".join(path[-n:]) for path in parts]
@@ -113,7 +113,7 @@ def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if not scored:
             word, _, figure = name.partition(" ")
             scored, figure = (SINGLE[word], figure) if word in SINGLE else ("the whole run", name)
-        values = [in_figures([run.results[name]]) if name in run.results else "" for run in runs]
+        values = [score_text([run.results[name]]) if name in run.results else "" for run in runs]
         rows.append({"of": scored, "name": figure, "values": values})
     order = list(dict.fromkeys(row["of"] for row in rows))
     return sorted(rows, key=lambda row: (row["of"] == "the whole run", order.index(row["of"])))

@@ -256,7 +256,7 @@ def test_one_table_is_of_the_same_clips(pretrained, tmp_path):
     assert "3 clips x 3 crops of each video, each 4 frames in 1.03 seconds." in table and "whole images" not in table
     changed, table, n = run(["knn"], 1)
     assert set(changed) == {"knn"} and n == 3 and "| rank_me |" not in table
-    assert "\n1 clip x 1 crop of each video" in table and "are in results.json alone: 2." in table
+    assert "\n1 clip x 1 crop of each video" in table and "are only in results.json: 2." in table
     assert run(["rank_me"], 3)[0] == summary  # and there they still are
     other, _, n = run(["rank_me"], 3, video_path_prefix="/nowhere")  # which class folders have no use for
     assert other["rank_me"] == summary["rank_me"] and n == 4

@@ -199,13 +199,13 @@ def test_transfer_to_another_data_set_keeps_both_in_one_file(checkpoint, data_pa
 def test_what_cannot_work_is_refused_before_it_begins(checkpoint, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="protocol 'lineer' is unknown. Nearest: linear"):
         evaluate_checkpoint(checkpoint, ["knn", "lineer"])
-    with pytest.raises(ValueError, match="'linear_stages' needs an encoder with layer1 to layer4, and shufflenet"):
+    with pytest.raises(ValueError, match="'linear_stages' needs an encoder with layer1 to layer4, but shufflenet"):
         evaluate_checkpoint(checkpoint, ["knn", "linear_stages"])
     with pytest.raises(FileNotFoundError, match="nothing.ckpt"):
         evaluate_checkpoint("nothing.ckpt", ["knn"])
     (tmp_path / "first.evaluation").mkdir()
     (tmp_path / "first.evaluation/results.json").write_text("{")
-    with pytest.raises(ValueError, match="results.json is not what evaluate.py writes.*--fresh"):
+    with pytest.raises(ValueError, match="results.json was not written by .*--fresh"):
         evaluate_checkpoint(checkpoint, ["knn"])
 
 
@@ -266,7 +266,7 @@ def test_voc_by_its_protocols(voc_folder, tmp_path, small, trainer):
     names = ["svm", "low_shot_svm", "rank_me", "lidar"]
     found = scores(evaluate_checkpoint(tmp_path / "voc.ckpt", names, baselines=False))
     assert 20 < found["svm", "trained", 0]["map"] <= 100 and "shot4_map" in found["low_shot_svm", "trained", 0]
-    with pytest.raises(ValueError, match="'knn' needs one class an image, and those of voc07.*choose among svm"):
+    with pytest.raises(ValueError, match="'knn' needs one class per image, but voc07.*Choose one of svm"):
         evaluate_checkpoint(tmp_path / "voc.ckpt", ["knn"])
 
 

@@ -56,7 +56,7 @@ def test_costs_of_presences_are_those_of_a_grid_search(presences):
     x, labels, test_x, test_y = presences
     x, scores = linear_models.with_bias(x), []
     folds = np.stack([linear_models.folds_of(column.numpy()) for column in labels.T], 1)
-    chosen = linear_models.choose_costs(x, labels.float(), folds, many=True).tolist()
+    chosen = linear_models.choose_costs(x, labels.float(), folds, multi_label=True).tolist()
     for k in range(3):
         clear = labels[:, k] != 0
         search = GridSearchCV(reference(1.0), {"C": sorted(linear_models.COSTS)}, scoring="average_precision", cv=3)
@@ -90,7 +90,7 @@ def test_the_cost_of_classes_is_that_of_a_search_by_accuracy(blobs):
     folds = linear_models.folds_of(y.numpy() + 1)[:, None]
     chosen = float(
         linear_models.choose_costs(
-            linear_models.with_bias(x), linear_models.one_against_rest(y, y.unique()), folds, many=False
+            linear_models.with_bias(x), linear_models.one_against_rest(y, y.unique()), folds, multi_label=False
         )[0]
     )
     chosen = min(quality, key=lambda cost: abs(cost - chosen))
@@ -133,7 +133,7 @@ def test_more_features_than_images_change_nothing():
     x, y = torch.randn(60, 200), torch.arange(3).repeat(20)
     test_x, test_y = torch.randn(300, 200) + 0.2 * x[:3].repeat(100, 1), torch.arange(3).repeat(100)
     folds, signs = linear_models.folds_of(y.numpy() + 1)[:, None], linear_models.one_against_rest(y, torch.arange(3))
-    cost = linear_models.choose_costs(linear_models.with_bias(x), signs, folds, many=False)
+    cost = linear_models.choose_costs(linear_models.with_bias(x), signs, folds, multi_label=False)
     scores = linear_models.with_bias(test_x) @ linear_models.fit(linear_models.with_bias(x), signs, cost)
     expected = 100 * float((scores.argmax(1) == test_y).double().mean())
     assert linear_models.svm(x, y, test_x, test_y)["acc1"] == pytest.approx(expected, abs=0.7)

@@ -139,7 +139,7 @@ def test_views_neighbors_and_map_are_of_the_runs_images_and_encoder(run, page):
 
     images, labels = loading.get_dataset(params, ("test",)).__getitems__(range(500))
     x = load_encoder(run / "pretrained.ckpt").embed(images).numpy().astype(np.float64)
-    near = NearestNeighbors(n_neighbors=pictures.NEIGHBOURS + 1, metric="cosine").fit(x)
+    near = NearestNeighbors(n_neighbors=pictures.NEIGHBORS + 1, metric="cosine").fit(x)
     rows = about["neighbors"]["rows"]
     assert len({row["query"]["label"] for row in rows}) == len(rows) == pictures.QUERIES
     for row in rows:
