@@ -1,4 +1,4 @@
-"""Verification that an exported file gives the encoder's embeddings, in a new process without this project's modules."""
+"""Verification that an exported file gives the encoder's embeddings, in a process without this project's modules."""
 
 import os
 import subprocess
@@ -46,8 +46,8 @@ def verified(file: Path, code: str, images: Tensor, expected: Tensor) -> float:
     embeddings = np.load(folder / "embeddings.npy")
     if embeddings.shape != expected.shape:
         raise RuntimeError(
-            f"the exported file gives embeddings of shape {embeddings.shape} instead of {tuple(expected.shape)} and was "
-            "removed"
+            f"the exported file gives embeddings of shape {embeddings.shape} instead of {tuple(expected.shape)} and "
+            "was removed"
         )
     scale = float(expected.abs().max()) or 1.0
     difference = float(np.abs(embeddings - expected.numpy()).max()) / scale

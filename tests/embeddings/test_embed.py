@@ -193,7 +193,7 @@ def test_arrays_are_embedded_as_they_are_read_in_training_and_shown(tmp_path):
 
 @pytest.mark.parametrize(
     "name, message",
-    [("nowhere", "neither a folder nor"), ("digits/valid", "no split 'valid'"), (".", "holds no images")],
+    [("nowhere", "neither a directory nor"), ("digits/valid", "no split 'valid'"), (".", "holds no images")],
 )
 def test_what_holds_no_images_is_refused(name, message, tmp_path, checkpoint, monkeypatch):
     Path("notes.txt").write_text("no image")
@@ -271,7 +271,7 @@ def test_a_finished_file_is_left_new_images_are_added_and_removed_ones_leave(pho
     seen = count_images(monkeypatch)
     capsys.readouterr()
     embed.embed_folder(encoder, photos, out, device="cpu")
-    assert "left as it is" in capsys.readouterr().out and out.stat().st_mtime_ns == written and seen == []
+    assert "complete and unchanged" in capsys.readouterr().out and out.stat().st_mtime_ns == written and seen == []
     (photos / paths[3]).rename(photos / "china" / "0new.png")  # before and after others
     (photos / paths[5]).unlink()
     Image.new("RGB", (50, 40), "red").save(photos / "zebra.png")
@@ -294,7 +294,7 @@ def test_another_checkpoint_or_folder_is_refused_unless_told_to_overwrite(photos
         (tiny(), digits, "images"),
         (tiny(40), photos, "size"),
     ]:
-        with pytest.raises(ValueError, match=f"was made otherwise .*{word}.*--overwrite"):
+        with pytest.raises(ValueError, match=f"was created with different settings .*{word}.*--overwrite"):
             embed.embed_folder(other, folder, out, device="cpu")
     assert out.read_bytes() == before
     embed.embed_folder(tiny(seed=1), photos, out, device="cpu", overwrite=True)
@@ -314,7 +314,7 @@ def test_unreadable_images_stop_or_are_listed(photos, tmp_path, capsys):
     assert "1 unreadable images were left out" in capsys.readouterr().out
     assert parquet.count_rows(out) == 23 and list(parquet.facts_of_file(out)["unreadable"]) == ["china/near/2.png"]
     embed.embed_folder(tiny(), photos, out, skip_unreadable=True, **options)
-    assert "left as it is" in capsys.readouterr().out
+    assert "complete and unchanged" in capsys.readouterr().out
     with pytest.raises(ValueError, match="china/near/2.png"):
         embed.embed_folder(tiny(), photos, out, **options)
     bad.write_bytes(good)
@@ -363,7 +363,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(photos, checkpoint, tmp_path,
     assert "batch_size=0" in run_command(monkeypatch, embed, *arguments, "--batch_size", 0)
     assert "device='abacus' cannot be used" in run_command(monkeypatch, embed, *arguments, "--device", "abacus")
     out.write_text("something else")
-    assert "is no Parquet file" in run_command(monkeypatch, embed, *arguments)
+    assert "is not a Parquet file" in run_command(monkeypatch, embed, *arguments)
     broken = tiny()
     broken.model[0].bias[0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
@@ -518,7 +518,7 @@ def test_maps_of_many_classes_and_of_too_few_images(photos, tmp_path, monkeypatc
     for i in range(30):
         Image.new("RGB", (9, 9), ("red", "green", "blue")[i % 3]).save(few / f"{i}.png")
     features = embed.embed_folder(tiny(), few, tmp_path / "few.parquet", device="cpu")
-    assert "at least 4 different images, and there are 3" in run_command(
+    assert "at least 4 different directions, but there are 3" in run_command(
         monkeypatch, embedding_map, features, "--out", "m.png"
     )
     assert "sample=3" in run_command(monkeypatch, embedding_map, features, "--sample", 3, "--out", "m.png")

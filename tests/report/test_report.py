@@ -192,7 +192,7 @@ def test_what_a_run_has_not_is_left_out_with_the_reason(run, other, tmp_path, mo
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "nothing"))
     (about,) = data_of(report.write_report([run], tmp_path / "r.html"))["runs"]
     for part in ("views", "neighbors", "map"):
-        assert "digits is not in" in about[part]["missing"] and "set DATA_PATH" in about[part]["missing"]
+        assert "digits is not in" in about[part]["missing"] and "Set DATA_PATH" in about[part]["missing"]
     assert not (tmp_path / "nothing").exists()  # nothing was downloaded or packed
     (tmp_path / "begun").mkdir()
     shutil.copy(run / "config.yaml", tmp_path / "begun")
@@ -206,7 +206,7 @@ def test_what_a_run_has_not_is_left_out_with_the_reason(run, other, tmp_path, mo
 @pytest.mark.parametrize(
     ("runs", "more", "message"),
     [
-        (["nowhere"], {}, "nowhere is no run of train.py"),
+        (["nowhere"], {}, "nowhere is not a run"),
         (["a"] * 9, {}, "9 runs: a report shows 1 to 8"),
         (["a"], {"images": -1}, "images=-1"),
         (["a"], {"out": "."}, "out=."),
@@ -220,7 +220,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(runs, more, message):
 def test_runs_of_the_same_name_are_told_apart_by_their_path(tmp_path):
     folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
     assert tables.names_of_runs(folders) == ["a/run", "b/run"]
-    with pytest.raises(ValueError, match="named twice"):
+    with pytest.raises(ValueError, match="was passed 2 times"):
         tables.names_of_runs([folders[0], folders[0]])
 
 
