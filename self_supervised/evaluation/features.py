@@ -190,7 +190,7 @@ def extract_views(
 ) -> Tensor:
     """Return embeddings [n, V, E] of `n_views` random views of each of n images (or of all, if there are fewer).
 
-    Images and views are drawn from `seed`. The views are the data set's training views (data/loading.py), so that all
+    Images and views are drawn from `seed`. The views are the data set's training views (catalogue.py), so that all
     encoders are compared on the same views.
     """
     view = attrs.evolve(params.dataset.view, crop_size=params.crop_size)
