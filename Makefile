@@ -1,5 +1,5 @@
 # make demo: install, pretrain on digits, evaluate.  make test: install, run all tests (test-long: with more cases).
-# make lint: ruff.  make bench: install the peers, run the benchmarks of the CPU (20 minutes), renew docs/performance.md.
+# make lint: ruff and mypy.  make bench: install the peers, run the benchmarks of the CPU (20 minutes), renew docs/performance.md.
 # make bench BENCHMARKS=video: those of videos (4 minutes), or any others by name.
 PYTHON ?= python3
 VENV := .venv
@@ -30,3 +30,4 @@ bench: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy

@@ -4,6 +4,7 @@ It meets the pretraining in a checkpoint: `hyper_parameters`, and the keys that 
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -116,7 +117,7 @@ FineTuneParams = partial(
     exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
 )
 
-LINEAR_PRESETS = {
+LINEAR_PRESETS: dict[str, Callable[..., LinearClassifierMethodParams]] = {
     "linear_moco": LinearMoCoParams, "linear_sgd": LinearSGDParams,
     "semi_supervised_1": SemiSupervised1Params, "semi_supervised_10": SemiSupervised10Params,
     "fine_tune": FineTuneParams,

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -768,7 +768,7 @@ SCEVideoParams = partial(
     lr=2.4, lr_scaling="linear", weight_decay=1e-6, warmup_epochs=35, max_epochs=200,
 )
 
-PRESETS = {
+PRESETS: dict[str, Callable[..., ModelParams]] = {
     "moco_v2": MoCoV2Params, "eqco": EqCoParams, "sce": SCEParams, "byol": BYOLParams, "simclr": SimCLRParams,
     "vicreg": VICRegParams, "barlow_twins": BarlowTwinsParams,
     "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams, "sce_video": SCEVideoParams,

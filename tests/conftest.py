@@ -11,14 +11,13 @@ import pytorch_lightning as pl
 import torch
 
 from model_params import PRESETS
-from self_supervised import train as train_program
 from self_supervised.data import loading
 from self_supervised.training.checkpoints import Checkpoints
 
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and waiting threads slow others down
 
 HOLD = (
-    "import sys; from pathlib import Path; from self_supervised.folder_lock import locked; "
+    "import os, sys, time; from pathlib import Path; from self_supervised.folder_lock import locked; "
     "l = locked(Path(sys.argv[1])); l.__enter__(); print(1, flush=True); "
 )
 
@@ -56,8 +55,9 @@ def finished_run(digits_path, tmp_path_factory):
         out = tmp_path_factory.mktemp("runs") / "first"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DATA_PATH", str(digits_path))
-            patch.setattr(sys, "argv", ["train.py", *arguments.format(out=out).split()])
-            train_program.main()
+            options = arguments.format(out=out).split()
+            patch.setattr(sys, "argv", ["self-supervised", "train", *options])  # what command.txt says
+            train_program.main(options)
         return out
 
     return make
@@ -101,7 +101,7 @@ def weights_after_two_epochs(trainer, tmp_path):
         trainer(max_epochs=2, limit_train_batches=1.0, callbacks=saving).fit(model, ckpt_path=checkpoint)
         return torch.cat([p.flatten() for p in model.state_dict().values()])
 
-    return train_program
+    return train
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +92,8 @@ def test_commands_on_the_pages_are_understood():
     found = 0
     for page in ("getting_started.md", "troubleshooting/make.sh"):
         text = re.sub(r"\\\n\s*", "", (DOCS / page).read_text())
-        common = re.search(r'train\.py "\$@" (.*?) --out', text)
-        for line in re.findall(r"^(?:python train\.py|train \w+) (\w+ --.*)$", text, re.MULTILINE):
+        common = re.search(r'self_supervised train "\$@" (.*?) --out', text)
+        for line in re.findall(r"^(?:self-supervised train|train \w+) (\w+ --.*)$", text, re.MULTILINE):
             command_line.parse(f"{line} {common[1] if common else ''}".split())
             found += 1
     assert found == 10, found
@@ -159,7 +160,7 @@ def test_blocks_have_the_settings_of_their_authors(name, number, expected):
 
 
 def test_quoted_messages_are_the_codes():
-    code = "".join(path.read_text() for folder in (ROOT, ROOT / "tools") for path in folder.glob("*.py"))
+    code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "self_supervised").rglob("*.py")])
     table = sections("troubleshooting.md")["With a message"]
     quoted = [part for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for part in re.findall("`(.*?)`", row)]
     assert len(quoted) > 40
@@ -267,7 +268,8 @@ class ShortTrainer(pl.Trainer):
 torchvision.datasets.EuroSAT, pl.Trainer, names = EuroSAT, ShortTrainer, {}
 for block in json.load(open("blocks.json")):
     exec(compile(block, "extending.md", "exec"), names)
-import encoders, model_params
+import model_params
+from self_supervised.networks import encoders
 assert encoders.get_encoder(model_params.PRESETS["dcl"](dataset_name="digits", encoder_arch="convmixer"))[1] == 128
 print(json.dumps([len(names["dataset"]), names["results"]["summary"]["digits"]]))
 """
@@ -283,14 +285,16 @@ def patched(source: str, patch: str) -> str:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory) -> Path:
-    """The modules that the page patches or adds; they are found before those of the repository."""
+    """A copy of the modules, with what the page patches or adds."""
     folder = tmp_path_factory.mktemp("extended")
+    shutil.copytree(ROOT / "self_supervised", folder / "self_supervised", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
     for kind, content in blocks("extending.md"):
         if kind == "diff":
             first, _, patch = content.partition("\n")
-            name = first.removeprefix("--- ")
-            path = folder / name if (folder / name).exists() else ROOT / name
-            (folder / name).write_text(patched(path.read_text(), patch))
+            path = folder / first.removeprefix("--- ")
+            path.write_text(patched(path.read_text(), patch))
         elif kind.startswith("python new: "):
             (folder / kind.removeprefix("python new: ")).write_text(content)
     return folder
@@ -298,7 +302,7 @@ def extended(tmp_path_factory) -> Path:
 
 def test_the_examples_of_extending_train_and_score(extended):
     (extended / "blocks.json").write_text(json.dumps(python("extending.md")))
-    variables = {"PYTHONPATH": f"{extended}{os.pathsep}{ROOT}", "DATA_PATH": str(extended / "data")}
+    variables = {"PYTHONPATH": str(extended), "DATA_PATH": str(extended / "data")}
     ran = subprocess.run(
         [sys.executable, "-c", DRIVER], cwd=extended, env=os.environ | variables, capture_output=True, text=True
     )

@@ -50,7 +50,7 @@ def sets() -> tuple[torch.Tensor, ...]:
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
-    for name, value in {"FEW_LABELS": (5,), "SHOTS": (4,), "DRAWS": 1, "FEW_DRAWS": 1}.items():
+    for name, value in {"FEW_LABELS": (5,), "VOC_SHOTS": (4,), "VOC_DRAWS": 1, "FEW_DRAWS": 1}.items():
         monkeypatch.setattr(probes, name, value)
 
 

@@ -18,11 +18,11 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 def test_python_blocks(monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
 
-    def read():  # STL-10 in small
+    def read():  # CIFAR-10 in small
         def arrays(n):
-            return rng.integers(0, 256, (n, 96, 96, 3), dtype=np.uint8), np.arange(n) % 10
+            return rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 10
 
-        return {"train": arrays(8), "unlabeled": arrays(8), "test": arrays(8)}
+        return {"train": arrays(8), "test": arrays(8)}
 
     class ShortTrainer(pl.Trainer):
         def __init__(self, **options):
@@ -30,23 +30,24 @@ def test_python_blocks(monkeypatch, tmp_path):
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             super().__init__(**{**options, **quiet, "max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1})
 
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setitem(packed.READERS, "stl10", read)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    monkeypatch.setitem(packed.READERS, "cifar10", read)
     monkeypatch.setattr(pl, "Trainer", ShortTrainer)
     get_loader = loading.get_loader
     monkeypatch.setattr(
         loading, "get_loader", lambda p, *rest, **kw: get_loader(attrs.evolve(p, batch_size=4), *rest, **kw)
     )
     blocks, names = re.findall(r"```python\n(.*?)```", README, re.DOTALL), {}
-    assert len(blocks) == 9
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "example.ckpt").exists() and names["embeddings"].shape == (64, 512)
     assert newest(tmp_path / "runs" / "first").name == "step_000000001.ckpt"
-    assert (tmp_path / "data" / "stl10" / "train" / "images.npy").exists()
+    assert (tmp_path / "data" / "cifar10" / "train" / "images.npy").exists()
 
 
 def test_every_file_that_the_readme_mentions_exists():
     root = Path(__file__).parents[1]
-    for name in re.findall(r"`((?:tests/|docs/)?\w+\.py)`", README) + re.findall(r"\]\(([^)h][^)#]*)", README):
+    for name in re.findall(r"`((?:[\w]+/)*\w+\.py)`", README) + re.findall(r"\]\(([^)h][^)#]*)", README):
         assert (root / name).exists(), name

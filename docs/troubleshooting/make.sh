@@ -8,7 +8,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 train() {
     name=$1
     shift
-    [ -f "$OUT/$name/pretrained.ckpt" ] || $PYTHON self_supervised/train.py "$@" --dataset_name digits --transform_crop_scale_min 0.6 \
+    [ -f "$OUT/$name/pretrained.ckpt" ] || $PYTHON -m self_supervised train "$@" --dataset_name digits --transform_crop_scale_min 0.6 \
         --batch_size 64 --max_epochs 8 --warmup_epochs 1 --weight_decay 5e-4 --mlp_hidden_dim 256 --dim 128 \
         --mlp_normalization bn --evaluations linear_probe,rank_me --seed 0 \
         --logger csv --log_every_n_steps 5 --resume auto --out "$OUT/$name"
@@ -27,7 +27,7 @@ train byol byol --optimizer_name sgd --lr 0.05 --m 0.9
 draw() {
     picture=$1
     shift
-    $PYTHON -m self_supervised.report.curves "$@" --out "docs/troubleshooting/$picture.png"
+    $PYTHON -m self_supervised curves "$@" --out "docs/troubleshooting/$picture.png"
 }
 
 draw simsiam SimSiam="$OUT/simsiam" "no stop of the gradient=$OUT/simsiam_no_stop_gradient"

@@ -36,7 +36,7 @@ OVERRIDES = ("encoder_arch", "dataset_name", "transform_crop_size", "in_channels
              "image_std", *CLIPS)  # fmt: skip
 
 
-def embed_folder(
+def embed(
     checkpoint: str | Path | Encoder,
     folder: str | Path,
     out: str | Path,
@@ -157,4 +157,4 @@ def embed_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
-    embed_folder(**vars(embed_options(arguments)))
+    embed(**vars(embed_options(arguments)))

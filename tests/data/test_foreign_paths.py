@@ -17,7 +17,7 @@ from model_params import ModelParams
 from self_supervised import train
 from self_supervised.data import loading
 from self_supervised.data.foreign_paths import ForeignPath, is_near, run_of, vetted, vetted_start
-from self_supervised.embeddings.embed import embed_folder
+from self_supervised.embeddings.embed import embed
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.networks.pretrained import load_encoder
 
@@ -72,7 +72,7 @@ def test_images_and_lists_that_a_stranger_names_are_not_read(strangers, tmp_path
     (lists / "train.txt").write_text("a/000.png\n")
     with pytest.raises(ValueError, match="splits_path=.*pass splits_path"):
         evaluate_checkpoint(strangers(splits_path=str(lists)), ["knn"], baselines=False, data_path=str(private))
-    embed_folder(file, private, tmp_path / "features")  # needs none of them
+    embed(file, private, tmp_path / "features")  # needs none of them
 
 
 def test_files_that_a_stranger_names_are_not_opened(strangers, tmp_path):

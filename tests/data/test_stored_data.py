@@ -25,7 +25,7 @@ from model_params import ModelParams
 from self_supervised import catalogue, train
 from self_supervised.data import custom, file_search, loader, loading, tar_shards
 from self_supervised.data.loader import ResumableSampler
-from self_supervised.embeddings import embed
+from self_supervised.embeddings import embed, parquet
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import features
 from self_supervised.report import pictures
@@ -608,7 +608,7 @@ def test_a_missing_package_is_named(stored, monkeypatch):
 
 def test_datasets_is_imported_for_its_folders_alone():
     """It takes longer to import than all other readers."""
-    code = "import sys, own_images; sys.exit('datasets' in sys.modules)"
+    code = "import sys; import self_supervised.data.custom; sys.exit('datasets' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(custom.__file__).parent)
 
 
@@ -632,8 +632,8 @@ def test_programs(kind, stored, tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / "run" / "pretrained.ckpt"
     scores = evaluate_checkpoint(checkpoint, ["knn"], baselines=False, num_data_workers=0)
     assert [run["dataset"] for run in scores["runs"]] == ["folder"]
-    embed.embed_folder(checkpoint, stored[kind], tmp_path / "features.parquet", batch_size=16, num_workers=0)
-    paths, embeddings, found = embed.read(tmp_path / "features.parquet")
+    embed.embed(checkpoint, stored[kind], tmp_path / "features.parquet", batch_size=16, num_workers=0)
+    paths, embeddings, found = parquet.read_embeddings(tmp_path / "features.parquet")
     assert len(paths) == 50 and embeddings.shape[0] == 50
     assert sorted(found) == ["0"] * 30 + ["1"] * 20 if kind == "shards" else ["china"] * 30 + ["flower"] * 20
 

@@ -101,8 +101,8 @@ def run_command(monkeypatch, command, *arguments) -> str:
 
 def test_photographs_are_embedded_as_the_encoder_sees_them(photos, tmp_path):
     encoder = tiny()
-    embed.embed_folder(encoder, photos, tmp_path / "f.parquet", batch_size=7, num_workers=2, device="cpu")
-    paths, embeddings, labels = embed.read(tmp_path / "f.parquet")
+    embed.embed(encoder, photos, tmp_path / "f.parquet", batch_size=7, num_workers=2, device="cpu")
+    paths, embeddings, labels = parquet.read_embeddings(tmp_path / "f.parquet")
     assert paths == sorted(str(file.relative_to(photos)) for file in photos.rglob("*.*"))
     assert embeddings.dtype == np.float32 and embeddings.shape == (24, 64) and set(labels) == {None}
     mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -117,7 +117,7 @@ def test_photographs_are_embedded_as_the_encoder_sees_them(photos, tmp_path):
 def test_digits_in_class_folders(digits, checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "f.parquet"
     assert run_command(monkeypatch, embed, checkpoint, digits, "--out", out, "--num_workers", 0) == ""
-    paths, embeddings, labels = embed.read(out)
+    paths, embeddings, labels = parquet.read_embeddings(out)
     pixels = np.stack([np.asarray(Image.open(digits / path)) for path in paths])
     expected = load_encoder(checkpoint).embed(torch.from_numpy(pixels)[:, None])
     assert np.allclose(embeddings, expected, atol=1e-4 * expected.abs().max())
@@ -132,14 +132,17 @@ def test_digits_in_class_folders(digits, checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_packed_data_set_by_name_and_its_images_as_files_have_the_same_embeddings(checkpoint, tmp_path):
-    embed.embed_folder(checkpoint, "digits/test", tmp_path / "packed.parquet", device="cpu")
+    embed.embed(checkpoint, "digits/test", tmp_path / "packed.parquet", device="cpu")
     images, labels = loading.get_dataset(load_encoder(checkpoint).params, ("test",)).__getitems__(range(500))
     for i, image in enumerate(images):
         file = tmp_path / "test" / f"{i:03d}.png"
         file.parent.mkdir(exist_ok=True)
         Image.fromarray(image[0].numpy()).save(file)
-    embed.embed_folder(checkpoint, tmp_path / "test", tmp_path / "files.parquet", device="cpu")
-    packed, files = embed.read(tmp_path / "packed.parquet"), embed.read(tmp_path / "files.parquet")
+    embed.embed(checkpoint, tmp_path / "test", tmp_path / "files.parquet", device="cpu")
+    packed, files = (
+        parquet.read_embeddings(tmp_path / "packed.parquet"),
+        parquet.read_embeddings(tmp_path / "files.parquet"),
+    )
     assert np.array_equal(packed[1], files[1])
     assert packed[2] == [str(int(label)) for label in labels]
     assert packed[0] == [f"test/{i:03d}" for i in range(500)]
@@ -159,8 +162,8 @@ def test_order_links_extensions_and_skipped_files(tmp_path):
     assert source.paths() == expected
     counts = {reason: n for reason, (n, _) in source.passed_over.items()}
     assert counts == {".txt": 1, "hidden": 2, "links to folders that are used already": 2}
-    embed.embed_folder(tiny(), folder, tmp_path / "f.parquet", device="cpu")
-    assert embed.read(tmp_path / "f.parquet")[0] == expected
+    embed.embed(tiny(), folder, tmp_path / "f.parquet", device="cpu")
+    assert parquet.read_embeddings(tmp_path / "f.parquet")[0] == expected
 
 
 def test_arrays_are_embedded_as_they_are_read_in_training_and_shown(tmp_path):
@@ -180,8 +183,8 @@ def test_arrays_are_embedded_as_they_are_read_in_training_and_shown(tmp_path):
     images = torch.stack([image for image, _ in loading.get_dataset(p, ("train",))])
     for root, prefix in ((tmp_path / "set", ""), (tmp_path / "train.tar", "train.tar/")):
         out = tmp_path / "f.parquet"
-        embed.embed_folder(encoder, root, out, device="cpu", num_workers=0, overwrite=True)
-        paths, found, labels = embed.read(out)
+        embed.embed(encoder, root, out, device="cpu", num_workers=0, overwrite=True)
+        paths, found, labels = parquet.read_embeddings(out)
         assert paths == [f"{prefix}{name}" for name in arrays]
         np.testing.assert_allclose(found, encoder.embed(images), atol=1e-6)
         source = open_source(str(root))
@@ -230,7 +233,7 @@ def embed_until_killed(checkpoint: str, folder: str, out: Path, when: str, n: in
         named.append(new)
 
     os.replace, job.ROWS = replace_and_die, 32
-    embed.embed_folder(checkpoint, folder, out, **OPTIONS)
+    embed.embed(checkpoint, folder, out, **OPTIONS)
 
 
 def be_killed(_: int, checkpoint: str, folder: str, out: str) -> list[int]:
@@ -244,14 +247,14 @@ def test_a_job_killed_at_any_moment_resumes_to_the_same_file(digits, checkpoint,
     """150 images in parts of 32: five parts are renamed, then the file itself."""
     (ends,) = processes.run(be_killed, 1, tmp_path / "processes", str(checkpoint), str(digits), str(tmp_path))
     assert ends == [signal.SIGKILL] * len(KILLED_AT)
-    uninterrupted = embed.embed_folder(checkpoint, digits, tmp_path / "whole.parquet", **OPTIONS).read_bytes()
+    uninterrupted = embed.embed(checkpoint, digits, tmp_path / "whole.parquet", **OPTIONS).read_bytes()
     seen = count_images(monkeypatch)
     for when, n in KILLED_AT:
         out = tmp_path / f"{when}{n}.parquet"
         assert out.exists() == ((when, n) == ("after", 5))
         assert len(list(out.with_name(f"{out.name}.parts").glob("*.parquet"))) == min(n + (when == "after"), 5)
         seen.clear()
-        assert embed.embed_folder(checkpoint, digits, out, **OPTIONS).read_bytes() == uninterrupted
+        assert embed.embed(checkpoint, digits, out, **OPTIONS).read_bytes() == uninterrupted
         assert sum(seen) == N_DIGITS - min(32 * (n + (when == "after")), N_DIGITS)
     assert {file.suffix for file in tmp_path.iterdir()} == {".parquet", ".ckpt", ""}  # no temporary files are left
 
@@ -265,20 +268,20 @@ def count_images(monkeypatch) -> list[int]:
 
 def test_a_finished_file_is_kept_and_updated_for_new_and_removed_images(photos, tmp_path, monkeypatch, capsys):
     out, encoder = tmp_path / "f.parquet", tiny()
-    embed.embed_folder(encoder, photos, out, device="cpu")
-    paths, embeddings, _ = embed.read(out)
+    embed.embed(encoder, photos, out, device="cpu")
+    paths, embeddings, _ = parquet.read_embeddings(out)
     written = out.stat().st_mtime_ns
     seen = count_images(monkeypatch)
     capsys.readouterr()
-    embed.embed_folder(encoder, photos, out, device="cpu")
+    embed.embed(encoder, photos, out, device="cpu")
     assert "complete and unchanged" in capsys.readouterr().out and out.stat().st_mtime_ns == written and seen == []
     (photos / paths[3]).rename(photos / "china" / "0new.png")  # sorted before and after existing images
     (photos / paths[5]).unlink()
     Image.new("RGB", (50, 40), "red").save(photos / "zebra.png")
     monkeypatch.setattr(parquet, "ROWS", 10)
-    embed.embed_folder(encoder, photos, out, device="cpu")
+    embed.embed(encoder, photos, out, device="cpu")
     assert "24 embeddings, 2 images are new, 2 are gone" in capsys.readouterr().out
-    now, changed, labels = embed.read(out)
+    now, changed, labels = parquet.read_embeddings(out)
     assert now == sorted({*paths, "china/0new.png", "zebra.png"} - {paths[3], paths[5]}) and sum(seen) == 2
     for path, row in zip(now, changed, strict=True):
         if path in paths:
@@ -288,17 +291,17 @@ def test_a_finished_file_is_kept_and_updated_for_new_and_removed_images(photos, 
 
 def test_another_checkpoint_or_folder_is_refused_unless_told_to_overwrite(photos, digits, tmp_path, monkeypatch):
     out = tmp_path / "f.parquet"
-    before = embed.embed_folder(tiny(), photos, out, device="cpu").read_bytes()
+    before = embed.embed(tiny(), photos, out, device="cpu").read_bytes()
     for other, folder, word in [
         (tiny(seed=1), photos, "sha256"),
         (tiny(), digits, "images"),
         (tiny(40), photos, "size"),
     ]:
         with pytest.raises(ValueError, match=f"was created with different settings .*{word}.*--overwrite"):
-            embed.embed_folder(other, folder, out, device="cpu")
+            embed.embed(other, folder, out, device="cpu")
     assert out.read_bytes() == before
-    embed.embed_folder(tiny(seed=1), photos, out, device="cpu", overwrite=True)
-    embed.embed_folder(tiny(seed=1), photos, tmp_path / "g.parquet", device="cpu")
+    embed.embed(tiny(seed=1), photos, out, device="cpu", overwrite=True)
+    embed.embed(tiny(seed=1), photos, tmp_path / "g.parquet", device="cpu")
     assert out.read_bytes() == (tmp_path / "g.parquet").read_bytes() != before
 
 
@@ -308,22 +311,22 @@ def test_unreadable_images_stop_or_are_listed(photos, tmp_path, capsys):
     bad.write_bytes(good[:300])
     options = {**OPTIONS, "batch_size": 4}
     with pytest.raises(ValueError, match="china/near/2.png in .* could not be read .*--skip_unreadable"):
-        embed.embed_folder(tiny(), photos, out, **options)
+        embed.embed(tiny(), photos, out, **options)
     assert not out.exists() and out.with_name("f.parquet.parts").is_dir()  # earlier batches are kept
-    embed.embed_folder(tiny(), photos, out, skip_unreadable=True, **options)
+    embed.embed(tiny(), photos, out, skip_unreadable=True, **options)
     assert "1 unreadable images were left out" in capsys.readouterr().out
     assert parquet.count_rows(out) == 23 and list(parquet.facts_of_file(out)["unreadable"]) == ["china/near/2.png"]
-    embed.embed_folder(tiny(), photos, out, skip_unreadable=True, **options)
+    embed.embed(tiny(), photos, out, skip_unreadable=True, **options)
     assert "complete and unchanged" in capsys.readouterr().out
     with pytest.raises(ValueError, match="china/near/2.png"):
-        embed.embed_folder(tiny(), photos, out, **options)
+        embed.embed(tiny(), photos, out, **options)
     bad.write_bytes(good)
-    embed.embed_folder(tiny(), photos, out, **options)
+    embed.embed(tiny(), photos, out, **options)
     assert parquet.count_rows(out) == 24 and parquet.facts_of_file(out)["unreadable"] == {}
     for file in photos.rglob("*.*"):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 24 images"):
-        embed.embed_folder(tiny(), photos, tmp_path / "g.parquet", skip_unreadable=True, **options)
+        embed.embed(tiny(), photos, tmp_path / "g.parquet", skip_unreadable=True, **options)
 
 
 def embed_and_measure(folder: Path) -> None:
@@ -331,7 +334,7 @@ def embed_and_measure(folder: Path) -> None:
     job.ROWS = parquet.ROWS = 64
     params = EncoderAndDataParams(encoder_arch="module", dataset_name="imagenet")
     model = nn.Sequential(nn.AvgPool2d(7), nn.Flatten(), nn.Linear(3072, 512))
-    embed.embed_folder(with_report(model, params, "mean"), folder, folder.with_suffix(".parquet"), **OPTIONS)
+    embed.embed(with_report(model, params, "mean"), folder, folder.with_suffix(".parquet"), **OPTIONS)
     folder.with_suffix(".peak").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
@@ -354,7 +357,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 def test_only_one_process_writes_a_file(photos, tmp_path, holder):
     holder(tmp_path / "f.parquet.parts")
     with pytest.raises(ValueError, match="f.parquet.parts is in use by process"):
-        embed.embed_folder(tiny(), photos, tmp_path / "f.parquet", device="cpu")
+        embed.embed(tiny(), photos, tmp_path / "f.parquet", device="cpu")
 
 
 def test_invalid_arguments_are_refused(photos, checkpoint, tmp_path, monkeypatch):
@@ -367,7 +370,7 @@ def test_invalid_arguments_are_refused(photos, checkpoint, tmp_path, monkeypatch
     broken = tiny()
     broken.model[0].bias[0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        embed.embed_folder(broken, photos, tmp_path / "g.parquet", device="cpu")
+        embed.embed(broken, photos, tmp_path / "g.parquet", device="cpu")
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -381,14 +384,14 @@ def test_a_missing_package_is_named(monkeypatch):
 
 @pytest.fixture
 def features(digits, checkpoint, tmp_path, capsys):
-    out = embed.embed_folder(checkpoint, digits, tmp_path / "features.parquet", num_workers=0, device="cpu")
+    out = embed.embed(checkpoint, digits, tmp_path / "features.parquet", num_workers=0, device="cpu")
     capsys.readouterr()
     return out
 
 
 def test_neighbors_are_those_of_scikit_learn(features, monkeypatch):
     monkeypatch.setattr(parquet, "ROWS", 40)  # multiple pieces
-    paths, x, _ = embed.read(features)
+    paths, x, _ = parquet.read_embeddings(features)
     own = [paths[i] for i in (3, 77, 149)]
     found = nearest.nearest_rows(features, x[[3, 77, 149]], k=9, own=own)
     distances, rows = (
@@ -457,7 +460,7 @@ def data_of(page: Path) -> dict:
 def test_a_map_keeps_neighbors_and_is_reproducible(method, features):
     if method == "umap":
         pytest.importorskip("umap")
-    _, x, _ = embed.read(features)
+    _, x, _ = parquet.read_embeddings(features)
     points = embedding_map.project(x, method, seed=0)
     assert trustworthiness(x, points, n_neighbors=10, metric="cosine") > 0.9
     assert np.array_equal(points, embedding_map.project(x, method, seed=0))
@@ -474,7 +477,7 @@ def test_the_page_is_self_contained(digits, features, tmp_path, monkeypatch):
     png, page = tmp_path / "map.png", tmp_path / "map.html"
     assert run_command(monkeypatch, embedding_map, features, "--out", png, page) == ""
     assert "://" not in page.read_text()
-    content, (paths, _, labels) = data_of(page), embed.read(features)
+    content, (paths, _, labels) = data_of(page), parquet.read_embeddings(features)
     assert content["paths"] == paths and len(set(zip(content["x"], content["y"], strict=True))) == N_DIGITS
     assert [content["names"][kind] for kind in content["kind"]] == labels and len(set(content["colors"])) == 10
     assert min(content["x"] + content["y"]) >= 0 and max(content["x"] + content["y"]) <= 1
@@ -492,7 +495,7 @@ def test_samples_clusters_hostile_names_and_budgets(photos, tmp_path, monkeypatc
     hostile = photos / "x<" / "script><b>" / "0.png"
     hostile.parent.mkdir(parents=True)
     Image.new("RGB", (500, 30), "red").save(hostile)
-    features, page = embed.embed_folder(tiny(), photos, tmp_path / "f.parquet", device="cpu"), tmp_path / "map.html"
+    features, page = embed.embed(tiny(), photos, tmp_path / "f.parquet", device="cpu"), tmp_path / "map.html"
     found = embedding_map.make_map(features, [page], n=25)
     assert "</script><b>" not in page.read_text() and data_of(page)["paths"][-1] == "x</script><b>/0.png"
     assert "no labels: colored by 10 k-means clusters" in data_of(page)["note"] and len(found.names) == 10
@@ -517,7 +520,7 @@ def test_maps_of_many_classes_and_of_too_few_images(photos, tmp_path, monkeypatc
     few.mkdir()
     for i in range(30):
         Image.new("RGB", (9, 9), ("red", "green", "blue")[i % 3]).save(few / f"{i}.png")
-    features = embed.embed_folder(tiny(), few, tmp_path / "few.parquet", device="cpu")
+    features = embed.embed(tiny(), few, tmp_path / "few.parquet", device="cpu")
     assert "at least 4 different directions, but there are 3" in run_command(
         monkeypatch, embedding_map, features, "--out", "m.png"
     )

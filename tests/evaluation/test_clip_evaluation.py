@@ -328,7 +328,7 @@ def test_the_examples_of_the_page(folder, tmp_path, monkeypatch):
 def features(pretrained, folder, tmp_path):
     options = {"batch_size": 8, "num_workers": 0, "device": "cpu"}
     encoder = encoder_of(pretrained, evaluation_clips=2, evaluation_crops=3)
-    return embed.embed_folder(encoder, folder / "kinetics/train", tmp_path / "videos.parquet", **options)
+    return embed.embed(encoder, folder / "kinetics/train", tmp_path / "videos.parquet", **options)
 
 
 def test_a_folder_of_videos_is_embedded_as_it_is_evaluated(features, pretrained, folder):
@@ -372,9 +372,9 @@ def test_directories_without_videos_and_broken_videos_are_refused(pretrained, fo
     (tmp_path / "empty/a.png").touch()
     options = {"batch_size": 8, "num_workers": 0, "device": "cpu", "out": tmp_path / "f.parquet"}
     with pytest.raises(ValueError, match="empty holds no videos; passed over: 1 .png"):
-        embed.embed_folder(encoder_of(pretrained), tmp_path / "empty", **options)
+        embed.embed(encoder_of(pretrained), tmp_path / "empty", **options)
     with pytest.raises(ValueError, match="digits.* is not a directory of videos"):
-        embed.embed_folder(encoder_of(pretrained), "digits", **options)
+        embed.embed(encoder_of(pretrained), "digits", **options)
     (tmp_path / "empty/b.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match="b.mp4 in .*empty could not be read .*--skip_unreadable"):
-        embed.embed_folder(encoder_of(pretrained), tmp_path / "empty", **options)
+        embed.embed(encoder_of(pretrained), tmp_path / "empty", **options)
