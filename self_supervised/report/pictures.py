@@ -94,7 +94,8 @@ def check_data(params: ModelParams, splits: tuple[str, ...]) -> None:
     folders = [loading.data_path() / params.dataset_name / split for split in splits]
     if params.dataset.is_packed and not all(map(packed_is_there, folders)):
         raise FileNotFoundError(
-            f"{params.dataset_name} is not in {loading.data_path().resolve()}. Set DATA_PATH to the directory that holds it."
+            f"{params.dataset_name} is not in {loading.data_path().resolve()}. Set DATA_PATH to the directory that "
+            "holds it."
         )
 
 
