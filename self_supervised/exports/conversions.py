@@ -63,7 +63,7 @@ from torch import Tensor
 
 {inspect.getsource(ws_resnet.standardized_weight)}
 
-state = {{key: standardized(value) if value.dim() == 4 else value for key, value in state.items()}}
+state = {{key: standardized_weight(value) if value.dim() == 4 else value for key, value in state.items()}}
 """.strip()
 
 
