@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through two pipes in its own protocol: enough to look at a page and to touch it."""
+"""A headless Chromium, driven through two pipes by the DevTools protocol: it loads a page and sends input to it."""
 
 import base64
 import json
@@ -14,13 +14,13 @@ CHROMIUM = shutil.which("chromium")
 class Browser:
     """with Browser(page) as browser: browser.run("document.title")
 
-    `errors` are the messages of exceptions, of the console's errors and of refused requests, `requests` the addresses
-    asked for.
+    `errors` are the messages of exceptions, console errors and refused requests; `requests` are the requested URLs.
     """
 
     def __init__(self, page: Path, profile: Path, width: int = 1280, height: int = 800, dark: bool = False):
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={profile}"]
-        ours, theirs = os.pipe(), os.pipe()  # it reads from ours at 3, and writes into theirs at 4
+        ours = os.pipe()  # Chromium reads from it at descriptor 3
+        theirs = os.pipe()  # Chromium writes to it at descriptor 4
         pipes = f"exec {CHROMIUM} {' '.join(options)} --remote-debugging-pipe 3<&{ours[0]} 4>&{theirs[1]}"
         self.process = subprocess.Popen(
             ["bash", "-c", pipes], pass_fds=(ours[0], theirs[1]), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -53,7 +53,7 @@ class Browser:
         self.read.close()
 
     def call(self, method: str, **params: Any) -> dict:
-        """The answer to a command; events that come before it are noted."""
+        """Send a command and return its answer; events that arrive before the answer are recorded."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": params}
         self.write.write(json.dumps(message | ({"sessionId": self.session} if self.session else {})).encode() + b"\0")
@@ -82,13 +82,13 @@ class Browser:
             self.requests.append(event["params"]["request"]["url"])
 
     def run(self, code: str) -> Any:
-        """The value of an expression in the page."""
+        """Return the value of an expression in the page."""
         result = self.call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def settle(self) -> None:
-        """Until two more frames are drawn."""
+        """Wait until two more frames are drawn."""
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:

@@ -231,10 +231,10 @@ def test_curves_that_no_run_has_are_left_out_unless_they_were_asked_for(runs, fi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["b", "--out", "c.png", "--panels", *curves.PANELS], "is logged in none of the runs"),
-        (["nowhere", "--out", "c.png"], "nowhere is no run"),
-        (["a", "--out", "c.png", "--panels", "valid_clas_acc"], "'valid_clas_acc' is logged in none of the runs"),
-        (["a", "--out", "c.svg"], "does not end in .png"),
+        (["b", "--out", "c.png", "--panels", *curves.PANELS], "is not logged in any of the runs"),
+        (["nowhere", "--out", "c.png"], "nowhere is not a run"),
+        (["a", "--out", "c.png", "--panels", "valid_clas_acc"], "'valid_clas_acc' is not logged in any of the runs"),
+        (["a", "--out", "c.svg"], "must end in .png"),
         (["a", "a", "--out", "c.png"], "have the same name"),
     ],
 )

@@ -219,7 +219,7 @@ def test_checkpoint_is_evaluated_under_the_same_keys_features_and_scores(run, ca
 def test_features_are_complete_and_those_of_the_checkpoint(run, call, capsys, tmp_path):
     file = shutil.copy(EARLIER / "features.parquet", tmp_path)
     call("embed", "run/pretrained.ckpt digits/test --out features.parquet --num_workers 0 --device cpu")
-    assert "complete, 500 embeddings" in capsys.readouterr().out
+    assert "500 embeddings, complete" in capsys.readouterr().out
     call("embed", "run/pretrained.ckpt digits/test --out again.parquet --num_workers 0 --device cpu")
     old, new = (pq.read_table(path) for path in (file, tmp_path / "again.parquet"))
     assert old.schema.equals(new.schema) and all(old[name].equals(new[name]) for name in ("path", "label"))

@@ -180,7 +180,7 @@ def test_comparing_runs_passes_over_nan(tmp_path):
     (tmp_path / "pretraining" / "metrics.csv").write_text(rows)
     found = compare.results_of_run(tmp_path)
     assert math.isnan(found["trained encoder: valid_rank_me"]) and found["best valid_rank_me"] == 3.0
-    assert math.isnan(found["best valid_loss"]) and compare.in_figures([math.nan, 1.0]).startswith("nan")
+    assert math.isnan(found["best valid_loss"]) and compare.score_text([math.nan, 1.0]).startswith("nan")
 
 
 # ---- weights ----

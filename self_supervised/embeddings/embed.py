@@ -1,9 +1,9 @@
-"""Embed any folder of images, or of videos: a Parquet file with path, embedding and label of each.
+"""Embed a directory of images or videos: a Parquet file with path, embedding and label of each.
 
     self-supervised embed runs/simclr/pretrained.ckpt photos/ --out features.parquet
 
-Killed at any moment, the same command goes on where it was and ends with the same file. Started again later, it embeds
-the images that were added since. CHECKPOINT is anything that weights.load_encoder reads.
+If the command is interrupted, repeat it: it resumes and ends with the same file. If it is repeated later, it embeds the
+images that were added since. CHECKPOINT is anything that load_encoder reads (docs/weights.md).
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from self_supervised.data.packed import already_a_batch
 from self_supervised.distributed import usable
-from self_supervised.embeddings.job import Work
+from self_supervised.embeddings.job import EmbeddingJob
 from self_supervised.embeddings.sources import Batches, ImageSource, open_source, part_kept
 from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import as_path
@@ -30,11 +30,8 @@ from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import add_fields, parser_of
 from self_supervised.safe_files import check_file
 
-# noqa: F401  (the reader of what this writes)
-
-
 MOST_EMBED_WORKERS = 8
-CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # of an encoder of videos
+CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
 OVERRIDES = ("encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "image_mean",
              "image_std", *CLIPS)  # fmt: skip
 
@@ -51,21 +48,22 @@ def embed(
     overwrite: bool = False,
     **overrides: Any,
 ) -> Path:
-    """Embed all images of `folder` (or of a packed data set, by name) into the Parquet file `out`.
+    """Embed all images of a directory, or of a packed data set by name, and return the path of the Parquet file `out`.
 
-    Columns: path (relative to the folder, sorted), embedding (float32 [E]), label (the class folder's name if all
-    images lie in class folders, else null). Labels are for the user: the encoder does not see them. An encoder of
-    clips embeds the video files of `folder`: the mean over evaluation_clips x evaluation_crops clips of each.
+    The columns are path (relative to the directory, sorted), embedding (float32 [E]) and label (the name of the class
+    directory if all images lie in class directories, else null). The encoder does not see the labels. An encoder of
+    clips embeds the video files of the directory: each embedding is the mean over evaluation_clips x evaluation_crops
+    clips.
 
     Args:
-        num_workers: processes that decode images; None: one a core, at most MOST_WORKERS.
+        num_workers: processes that decode images; None: one per core, at most MOST_EMBED_WORKERS.
         device: "auto", "cpu", "cuda", ...
         skip_unreadable: count and list images that cannot be read instead of stopping at the first.
-        overwrite: embed all images anew, also where `out` was made with another checkpoint or from another folder.
-        overrides: fields of EncoderAndDataParams, where the checkpoint does not say or says it wrong.
+        overwrite: embed all images again, even if `out` was created with another checkpoint or directory.
+        overrides: fields of EncoderAndDataParams that the checkpoint lacks, or has wrong.
 
     Raises:
-        ValueError: no images; one that cannot be read; `out` holds features of another checkpoint or folder.
+        ValueError: there are no images; an image cannot be read; `out` has features of another checkpoint or directory.
     """
     out = Path(out).expanduser()
     check_file("out", out)
@@ -74,7 +72,7 @@ def embed(
     device = usable(device)
     encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
     source = open_source(folder, "video" if encoder.params.dataset.of_videos else "image")
-    with Work(out, description(encoder, source, overrides), overwrite) as work:
+    with EmbeddingJob(out, description(encoder, source, overrides), overwrite) as work:
         paths = source.paths()
         print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
         if todo := work.left(paths, skip_unreadable):
@@ -85,8 +83,9 @@ def embed(
 
 
 def description(encoder: Encoder, source: ImageSource, overrides: dict[str, Any]) -> dict[str, Any]:
-    """How the features are made: the metadata of the file."""
-    p, file = encoder.params, Path(encoder.report.source)
+    """Return the metadata of the file: how the features are computed."""
+    p = encoder.params
+    file = Path(encoder.report.source)
     packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL, "numpy": np}
     return {
         "checkpoint": str(file.resolve()) if file.is_file() else encoder.report.source,
@@ -108,7 +107,7 @@ def description(encoder: Encoder, source: ImageSource, overrides: dict[str, Any]
 
 
 def digest(encoder: Encoder) -> str:
-    """SHA-256 of the file; of the tensors where there is none, as with published weights by name."""
+    """Return the SHA-256 of the checkpoint file; of the tensors if there is no file (published weights by name)."""
     if (path := Path(encoder.report.source)).is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -121,14 +120,14 @@ def digest(encoder: Encoder) -> str:
 def todo_batches(
     source: ImageSource, encoder: Encoder, todo: list[str], batch_size: int, num_workers: int | None
 ) -> DataLoader:
-    """In a batch there are no more clips than there would be images."""
+    """Return a loader of the paths in `todo`. A batch of videos holds at most `batch_size` clips."""
     workers = min(os.cpu_count() or 1, MOST_EMBED_WORKERS) if num_workers is None else num_workers
     batch_size = max(1, batch_size // encoder.params.clips_of_a_video)
     return DataLoader(
         Batches(source, encoder.params),
         batch_size=batch_size,
         sampler=todo,
-        num_workers=min(workers, len(todo) // batch_size),  # those that get a whole batch
+        num_workers=min(workers, len(todo) // batch_size),  # at least one full batch per worker
         collate_fn=already_a_batch,
         pin_memory=torch.cuda.is_available(),
     )
@@ -140,17 +139,18 @@ def embed_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "folder",
         metavar="FOLDER",
-        help="of images or videos, flat or nested; shards; a Hugging Face data set; a packed set: cifar10, digits/test",
+        help="directory of images or videos, flat or nested; shards; a Hugging Face data set; a packed data set by "
+        "name: cifar10, digits/test",
     )
     parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument(
-        "--num_workers", type=int, metavar="N", help=f"default: one a core, at most {MOST_EMBED_WORKERS}"
+        "--num_workers", type=int, metavar="N", help=f"default: one per core, at most {MOST_EMBED_WORKERS}"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    parser.add_argument("--skip_unreadable", action="store_true", help="count and list them instead of stopping")
-    parser.add_argument("--overwrite", action="store_true", help="embed all anew, whatever --out holds")
-    fields = parser.add_argument_group("where the checkpoint does not say, or says it wrong (see model_params.py)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best available")
+    parser.add_argument("--skip_unreadable", action="store_true", help="list unreadable images instead of stopping")
+    parser.add_argument("--overwrite", action="store_true", help="embed everything again and replace --out")
+    fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see model_params.py)")
     add_fields(fields, OVERRIDES)
     return parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""The work of self_supervised.embeddings.embed as it stands on the disk: written in parts, joined at the end."""
+"""Resumable embedding job: embeddings are written to disk in parts and joined at the end."""
 
 import shutil
 import time
@@ -17,27 +17,35 @@ from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import finite
 from self_supervised.runs.command_line import bar
 
-SECONDS_OF_PART = 30  # after which a part is written, however few rows it has
-COMMON_FACTS = ("sha256", "encoder", "preprocessing", "images")  # what all rows of a file have in common
+SECONDS_OF_PART = 30  # after that time a part is written, even if it has few rows
+COMMON_FACTS = ("sha256", "encoder", "preprocessing", "images")  # metadata that must agree for all rows of a file
 
 
-class Work:
-    """What is on the disk: the finished file `out`, if any, and `out`.parts, batches that an unfinished run embedded.
+class EmbeddingJob:
+    """State on disk: the finished file `out`, if there is one, and the directory `out`.parts with the batches of an
+    unfinished run.
 
-    Parts end where batches do, so a run that goes on makes the same batches as one that was not interrupted, and gets
-    the same bits.
+    A part consists of full batches, so a resumed run has the same batches as an uninterrupted one, and bit-identical
+    embeddings.
+
+    Args:
+        about: metadata of the file.
+        overwrite: replace `out` instead of extending it.
     """
 
     def __init__(self, out: Path, about: dict[str, Any], overwrite: bool):
-        self.out, self.about, self.folder = out, about, out.with_name(f"{out.name}.parts")
-        self.use_finished, self.overwrite = out.is_file() and not overwrite, overwrite
-        self.unreadable: dict[str, str] = {}
-        self.changes = ""  # of a finished file
-        self.pending: list[tuple[list[str], np.ndarray]] = []
+        self.out = out
+        self.about = about
+        self.folder = out.with_name(f"{out.name}.parts")
+        self.use_finished = out.is_file() and not overwrite
+        self.overwrite = overwrite
+        self.unreadable: dict[str, str] = {}  # path -> reason
+        self.changes = ""  # changes to a finished file, in words
+        self.pending: list[tuple[list[str], np.ndarray]] = []  # paths and embeddings of batches not written yet
         self.written = time.monotonic()
         self.lock = ExitStack()
 
-    def __enter__(self) -> "Work":
+    def __enter__(self) -> "EmbeddingJob":
         self.lock.enter_context(locked(self.folder))
         return self
 
@@ -50,7 +58,11 @@ class Work:
         return sorted(self.folder.glob("*.parquet"))
 
     def left(self, paths: list[str], skip_unreadable: bool) -> list[str]:
-        """Those that are not embedded yet. Raises ValueError if what is there was made otherwise."""
+        """Return the paths that are not embedded yet.
+
+        Raises:
+            ValueError: the existing file or parts were created with different settings.
+        """
         finished = set()
         if self.use_finished:
             self.check(self.out)
@@ -60,30 +72,39 @@ class Work:
             if self.check(part) and finished.isdisjoint(there := parquet.paths_in(part)):
                 done.update(there)
             else:
-                part.unlink()  # of another run, or joined already by one that was killed right then
-        if not skip_unreadable:  # try them once more
+                part.unlink()  # from other settings, or already joined by a run that was killed before it deleted parts
+        if not skip_unreadable:  # try the unreadable images again
             self.unreadable = {}
         self.unreadable = {
             path: self.unreadable[path] for path in paths if path in self.unreadable and path not in done
         }
         if finished:
-            new, gone = set(paths).difference(finished), finished.difference(paths)
+            new = set(paths).difference(finished)
+            gone = finished.difference(paths)
             self.changes = f", {len(new):,} images are new, {len(gone):,} are gone"
         return [path for path in paths if path not in done and path not in self.unreadable]
 
     def check(self, file: Path) -> bool:
-        """Whether a file's rows were made as ours will be; notes what it says of unreadable images."""
-        there = parquet.facts_of_file(file)
-        there = {"encoder": self.about["encoder"], **there}  # earlier versions did not note it
-        other = [name for name in COMMON_FACTS if there[name] != self.about[name]]
-        if other and not self.overwrite:
-            differ = "; ".join(f"{name} {there[name]} there, {self.about[name]} now" for name in other)
-            raise ValueError(f"{file} was made otherwise ({differ}): choose another --out, or --overwrite")
-        self.unreadable |= there["unreadable"] if not other else {}
-        return not other
+        """Return whether a file was created with the same settings as this job; if so, take over its list of
+        unreadable images.
+
+        Raises:
+            ValueError: the settings differ and `overwrite` is False.
+        """
+        stored = parquet.facts_of_file(file)
+        stored = {"encoder": self.about["encoder"], **stored}  # earlier versions did not store it
+        different = [name for name in COMMON_FACTS if stored[name] != self.about[name]]
+        if different and not self.overwrite:
+            changes = "; ".join(f"{name} was {stored[name]}, is now {self.about[name]}" for name in different)
+            raise ValueError(
+                f"{file} was created with different settings ({changes}). Choose another --out, or pass --overwrite."
+            )
+        if not different:
+            self.unreadable |= stored["unreadable"]
+        return not different
 
     def add(self, encoder: Encoder, loader: DataLoader, total: int, skip_unreadable: bool) -> None:
-        """Embed what is left and write it in parts."""
+        """Embed the batches of the loader and write them in parts."""
         with bar() as progress:
             task = progress.add_task("embedding", total=total, completed=total - len(loader.sampler))
             try:
@@ -91,23 +112,21 @@ class Work:
                     for path, reason in unreadable.items():
                         if not skip_unreadable:
                             raise ValueError(
-                                f"{path} in {self.about['images']} could not be read ({reason}): mend or "
-                                "remove it, or --skip_unreadable"
+                                f"{path} in {self.about['images']} could not be read ({reason}). Fix or remove "
+                                "it, or pass --skip_unreadable."
                             )
                     self.unreadable |= unreadable
                     if paths:
                         self.pending.append((paths, finite(encoder.embed(images), "embeddings", paths).cpu().numpy()))
                     progress.advance(task, len(paths) + len(unreadable))
-                    if (
-                        sum(len(paths) for paths, _ in self.pending) >= ROWS
-                        or time.monotonic() > self.written + SECONDS_OF_PART
-                    ):
+                    n_pending = sum(len(paths) for paths, _ in self.pending)
+                    if n_pending >= ROWS or time.monotonic() > self.written + SECONDS_OF_PART:
                         self.flush()
             finally:
                 self.flush()
 
     def flush(self) -> None:
-        """Write a part."""
+        """Write the pending batches as a part."""
         if not self.pending:
             return
         paths, embeddings = zip(*self.pending, strict=True)
@@ -115,17 +134,18 @@ class Work:
         number = int(parts[-1].stem) + 1 if parts else 0
         about = {**self.about, "unreadable": self.unreadable}
         parquet.write_part(self.folder / f"{number:08d}.parquet", sum(paths, []), np.concatenate(embeddings), about)
-        self.pending, self.written = [], time.monotonic()
+        self.pending = []
+        self.written = time.monotonic()
 
     def finish(self, paths: list[str], source: ImageSource) -> None:
-        """Join all there is into `out`, and say what was done."""
+        """Join the finished file and all parts into `out`, and print a summary."""
         rows = [path for path in paths if path not in self.unreadable]
         if not rows:
             raise ValueError(f"none of the {len(paths):,} images in {source.name} could be read: {self.unreadable}")
         parts = self.parts()
         finished = [self.out] if self.use_finished else []
         if finished and not parts and parquet.paths_in(self.out) == rows:
-            print(f"{self.out} is complete, {len(rows):,} embeddings: left as it is")
+            print(f"{self.out}: {len(rows):,} embeddings, complete and unchanged")
         else:
             about = {**self.about, "unreadable": self.unreadable}
             parquet.join(self.out, finished + parts, rows, source.labels(rows), about)
@@ -133,6 +153,6 @@ class Work:
         for part in parts:
             part.unlink()
         for path, reason in self.unreadable.items():
-            print(f"left out, unreadable: {path} ({reason})")
+            print(f"unreadable, left out: {path} ({reason})")
         if self.unreadable:
             print(f"{len(self.unreadable):,} unreadable images were left out")

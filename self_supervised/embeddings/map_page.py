@@ -1,4 +1,4 @@
-"""A map as files: a picture with a legend, and a page with everything in it (its template is map.html)."""
+"""Files of a map: a picture with a legend, and a self-contained page (its template is map.html)."""
 
 import base64
 import html
@@ -18,44 +18,46 @@ from self_supervised.runs.command_line import bar, in_one_line, label
 from self_supervised.safe_files import to_json
 
 matplotlib.use("Agg")
-# noqa: E402  (the backend must be chosen first)
 
-NOTE = 400  # characters of the picture's second line
-LEGEND = 30  # rows of the picture's legend
-THUMBNAIL_SIDE = 64  # pixels; of the page's pictures at most
-BUDGET = 12_000_000  # characters of all pictures of a page
+NOTE = 400  # most characters of the note below the picture's title
+LEGEND = 30  # most rows of the picture's legend
+THUMBNAIL_SIDE = 64  # pixels, most on the longer side of the page's pictures
+BUDGET = 12_000_000  # most characters of all pictures of a page
 
 
 @frozen
 class Map:
-    """Points of the plane and what they stand for."""
+    """Points in the plane, one for each image."""
 
     title: str
     note: str
     paths: list[str]
     points: np.ndarray  # [N, 2]
-    kind: np.ndarray  # [N], an index of names
-    names: list[str]
+    kind: np.ndarray  # [N], indices of names
+    names: list[str]  # labels or clusters
 
     @property
     def colors(self) -> list[str]:
-        """Of each name."""
+        """Color of each name."""
         return palette(len(self.names))
 
 
 def palette(n: int) -> list[str]:
-    """n colors; from 21 on neighboring ones are hard to tell apart, whatever they are."""
+    """Return n colors. With more than 20, similar colors are hard to tell apart."""
     if n <= 20:
         table = matplotlib.colormaps["tab10" if n <= 10 else "tab20"]
         colors = [table(i) for i in range(n)]
     else:
-        hues = np.arange(n) * 0.618034 % 1  # golden ratio: those of neighbors lie far apart
+        hues = np.arange(n) * 0.618034 % 1  # golden ratio: successive hues are far apart
         colors = [matplotlib.colors.hsv_to_rgb((hue, 0.75, (0.95, 0.7)[i % 2])) for i, hue in enumerate(hues)]
     return [matplotlib.colors.to_hex(color) for color in colors]
 
 
+# ---- picture ----
+
+
 def draw_map(found: Map, source: ImageSource | None, file: Path) -> None:
-    """A PNG with a legend of the most frequent names."""
+    """Write a PNG with a legend of the most frequent names. `source` is not used."""
     width, height = np.ptp(found.points, axis=0)
     aspect = float(np.clip(width / max(height, 1e-12), 0.6, 1.8))
     figure, axis = plt.subplots(figsize=(7 * aspect + 2, 7.5), layout="constrained")
@@ -80,13 +82,18 @@ def draw_map(found: Map, source: ImageSource | None, file: Path) -> None:
     plt.close(figure)
 
 
+# ---- page ----
+
+
 def page(found: Map, source: ImageSource | None, file: Path) -> None:
+    """Write the page, with pictures from `source`; None: without pictures."""
     file.write_text(as_html(found, source, BUDGET), encoding="utf-8")
 
 
 def as_html(found: Map, source: ImageSource | None, budget: int) -> str:
-    """The template with the points within the unit square, and as many pictures as the budget allows."""
-    low, high = found.points.min(0), found.points.max(0)
+    """Return the template with the points, scaled to the unit square, and as many pictures as the budget allows."""
+    low = found.points.min(0)
+    high = found.points.max(0)
     points = (found.points - (low + high) / 2) / max((high - low).max(), 1e-12) + 0.5
     content = {
         "note": found.note,
@@ -104,13 +111,15 @@ def as_html(found: Map, source: ImageSource | None, budget: int) -> str:
 
 
 def in_script(content: Any) -> str:
-    """JSON that no text in it can end the script with."""
+    """Return JSON in which no text can end the surrounding script element."""
     return to_json(content).replace("<", "\\u003c")
 
 
 def pictures(paths: list[str], source: ImageSource, budget: int) -> list[str | None]:
-    """Small JPEGs as data URIs; at random None, once the budget is spent, and where a file is gone or no picture."""
-    uris, left = [None] * len(paths), budget
+    """Return small JPEGs as data URIs, made in random order; None where the budget is used up, or where a file is
+    missing or is not a picture."""
+    uris = [None] * len(paths)
+    left = budget
     with bar() as progress:
         for i in progress.track(np.random.default_rng(0).permutation(len(paths)), description="pictures"):
             try:
@@ -130,7 +139,7 @@ def thumbnail(picture: Image.Image) -> str:
 
 
 def data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
-    """The picture in the words of a page; `kind` and `options` are those of its `save`."""
+    """Return the picture as a data URI for a page. `kind` and `options` are passed to its `save`."""
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,9 +1,9 @@
-"""The nearest neighbors of images, by cosine of their embeddings: a table, and a contact sheet.
+"""Find the nearest neighbors of images by cosine similarity: a table, and a contact sheet.
 
     self-supervised nearest features.parquet photos/cat/12.jpg another.jpg --out nearest.png -k 12
 
-An IMAGE is one of the features' own, by its path in the file or on the disk, and is then not its own neighbor; or any
-other image, which the features' checkpoint embeds.
+An IMAGE that has a row in the features, by its path in the file or on disk, is not its own neighbor. Any other image is
+embedded by the checkpoint of the features.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,94 +24,22 @@ from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import in_one_line, parser_of
 from self_supervised.safe_files import atomic_file, check_file
 
-PICTURE_SIDE, SHEET_GAP, SHEET_MARGIN = 176, 18, 28  # pixels: of the box of a picture, between boxes, around the sheet
-CAPTION_HEIGHT = 21  # of a caption
-SHEET_COLUMNS = 6  # of pictures beside the leading one
+# Sizes of the contact sheet in pixels.
+PICTURE_SIDE = 176
+SHEET_GAP = 18  # between pictures
+SHEET_MARGIN = 28
+CAPTION_HEIGHT = 21  # per line
+SHEET_COLUMNS = 6  # neighbors per line
 WHITE, BOX, RULE, TEXT, FAINT = "#ffffff", "#f3f4f6", "#d8dce2", "#1b1f24", "#68707b"
-LEAD_COLOR, SAME_COLOR, OTHER_COLOR = "#1f6feb", "#1a7f37", "#bc4c00"  # frames
-
-
-@frozen
-class Tile:
-    picture: Image.Image
-    title: str  # bold, on the left
-    note: str  # on its right
-    lines: tuple[str, ...]  # below; those too long lose their beginning
-    color: str | None = None  # of the frame, and of the first line
-
-
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """matplotlib's own, the same everywhere."""
-    file = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf")
-    return ImageFont.truetype(str(file), size)
-
-
-PLAIN_FONT, BOLD_FONT = font(14), font(15, bold=True)
-
-
-def neighbor_sheet(rows: list[tuple[Tile, list[Tile]]]) -> Image.Image:
-    """Each row: the leading picture, then the others, COLUMNS a line."""
-    cell = (
-        CAPTION_HEIGHT * (1 + max(len(tile.lines) for lead, tiles in rows for tile in (lead, *tiles)))
-        + PICTURE_SIDE
-        + SHEET_GAP
-    )
-    columns = min(SHEET_COLUMNS, max(len(tiles) for _, tiles in rows))
-    heights = [max(1, -(-len(tiles) // SHEET_COLUMNS)) * cell for _, tiles in rows]
-    first = SHEET_MARGIN + PICTURE_SIDE + 2 * SHEET_GAP  # left edge of the pictures beside the leading one
-    size = (
-        first + columns * (PICTURE_SIDE + SHEET_GAP) - SHEET_GAP + SHEET_MARGIN,
-        sum(heights) + SHEET_GAP * (len(rows) - 1) + 2 * SHEET_MARGIN - SHEET_GAP,
-    )
-    sheet = Image.new("RGB", size, WHITE)
-    draw, top = ImageDraw.Draw(sheet), SHEET_MARGIN
-    for number, ((lead, tiles), height) in enumerate(zip(rows, heights, strict=True)):
-        if number:
-            draw.line((SHEET_MARGIN, top - SHEET_GAP, sheet.width - SHEET_MARGIN, top - SHEET_GAP), fill=RULE)
-        paste(sheet, lead, SHEET_MARGIN, top)
-        draw.line((first - SHEET_GAP, top, first - SHEET_GAP, top + height - SHEET_GAP), fill=RULE)
-        for i, tile in enumerate(tiles):
-            paste(sheet, tile, first + i % SHEET_COLUMNS * (PICTURE_SIDE + SHEET_GAP), top + i // SHEET_COLUMNS * cell)
-        top += height + SHEET_GAP
-    return sheet
-
-
-def paste(sheet: Image.Image, tile: Tile, left: int, top: int) -> None:
-    draw, right, bottom = ImageDraw.Draw(sheet), left + PICTURE_SIDE, top + PICTURE_SIDE
-    draw.rectangle((left, top, right - 1, bottom - 1), fill=BOX)
-    picture = fitted(tile.picture)
-    sheet.paste(picture, (left + (PICTURE_SIDE - picture.width) // 2, top + (PICTURE_SIDE - picture.height) // 2))
-    if tile.color:
-        draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=tile.color, width=3)
-    draw.text((left, bottom + 6), in_one_line(tile.title), TEXT, BOLD_FONT)
-    draw.text((right, bottom + 6), in_one_line(tile.note), TEXT, PLAIN_FONT, anchor="ra")
-    for i, line in enumerate(tile.lines):
-        color = (tile.color or TEXT) if i == 0 else FAINT
-        draw.text((left, bottom + 6 + CAPTION_HEIGHT * (i + 1)), shortened(line), color, PLAIN_FONT)
-
-
-def fitted(picture: Image.Image) -> Image.Image:
-    """As large as the box allows, in its own proportions; small ones by whole pixels, to show what is there."""
-    factor = PICTURE_SIDE / max(picture.size)
-    factor = int(factor) if factor >= 2 else factor
-    size = tuple(max(1, round(edge * factor)) for edge in picture.size)
-    method = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
-    return picture.convert("RGB").resize(size, method)
-
-
-def shortened(line: str) -> str:
-    """The end of it, as much as is as wide as a picture."""
-    line = in_one_line(line)
-    line = f"…{line[-PICTURE_SIDE:]}" if len(line) > PICTURE_SIDE else line  # a letter is wider than a pixel
-    if PLAIN_FONT.getlength(line) <= PICTURE_SIDE:
-        return line
-    return next((f"…{line[i:]}" for i in range(len(line)) if PLAIN_FONT.getlength(f"…{line[i:]}") <= PICTURE_SIDE), "…")
-
-
-# ---- The nearest neighbors among embeddings, and how a contact sheet shows them ----
-
+LEAD_COLOR, SAME_COLOR, OTHER_COLOR = "#1f6feb", "#1a7f37", "#bc4c00"  # frames: query, same label, other label
+FONT_FOLDER = Path(matplotlib.get_data_path(), "fonts", "ttf")  # matplotlib's fonts are the same on every machine
+PLAIN_FONT = ImageFont.truetype(str(FONT_FOLDER / "DejaVuSans.ttf"), 14)
+BOLD_FONT = ImageFont.truetype(str(FONT_FOLDER / "DejaVuSans-Bold.ttf"), 15)
 
 Piece = tuple[list[str], np.ndarray, list[str | None]]  # paths, embeddings [n, E], labels
+
+
+# ---- search ----
 
 
 @frozen
@@ -121,52 +49,10 @@ class Neighbor:
     cosine: float
 
 
-def best_of(
-    pieces: Iterable[Piece], queries: np.ndarray, k: int, own: list[str | None] | None = None
-) -> list[list[Neighbor]]:
-    """The k rows of all pieces with the largest cosine to each query [Q, E], the nearest first; without the row whose
-    path is that of `own`."""
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1")
-    best: list[list[Neighbor]] = [[] for _ in queries]
-    queries = unit_rows(queries)
-    for paths, embeddings, labels in pieces:
-        cosines = (queries @ unit_rows(embeddings).T).clip(-1, 1)
-        for i, cosine in enumerate(cosines):
-            top = np.argsort(-cosine, kind="stable")[: k + 1]  # one more than k, for the own row
-            found = (Neighbor(paths[j], labels[j], float(cosine[j])) for j in top)
-            found = best[i] + [neighbor for neighbor in found if own is None or neighbor.path != own[i]]
-            best[i] = sorted(found, key=lambda neighbor: -neighbor.cosine)[:k]
-    return best
-
-
-@frozen
-class Query:
-    name: str
-    embedding: np.ndarray
-    picture: Image.Image
-    own: str | None = None  # path of its row
-    label: str | None = None
-
-
-def tiles(query: Query, found: list[Neighbor], source: ImageSource) -> tuple[Tile, list[Tile]]:
-    """A neighbor's frame says whether its label is the query's, where both have one."""
-    lead = Tile(query.picture, "query", "", (query.label, query.name) if query.label else (query.name,), LEAD_COLOR)
-    row = []
-    for i, n in enumerate(found, start=1):
-        color = (SAME_COLOR if n.label == query.label else OTHER_COLOR) if n.label and query.label else None
-        lines = (n.label, n.path) if n.label else (n.path,)
-        row.append(Tile(source.picture(n.path, side=PICTURE_SIDE), str(i), f"{n.cosine:.3f}", lines, color))
-    return lead, row
-
-
-# ---- The nearest neighbors of images, by cosine of their embeddings: a table, and a contact sheet ----
-
-
 def nearest_rows(
     features: str | Path, queries: np.ndarray, k: int = 12, own: list[str | None] | None = None
 ) -> list[list[Neighbor]]:
-    """The k rows of `features` with the largest cosine to each query, the nearest first.
+    """Return for each query the k rows of `features` with the largest cosine similarity, the nearest first.
 
     The file is read in pieces, so it may be larger than the memory.
 
@@ -177,8 +63,39 @@ def nearest_rows(
     return best_of(parquet.pieces(features), queries, k, own)
 
 
+def best_of(
+    pieces: Iterable[Piece], queries: np.ndarray, k: int, own: list[str | None] | None = None
+) -> list[list[Neighbor]]:
+    """Return for each query [Q, E] the k rows of all pieces with the largest cosine similarity, the nearest first,
+    without the query's own row (see `nearest_rows`)."""
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
+    best: list[list[Neighbor]] = [[] for _ in queries]
+    queries = unit_rows(queries)
+    for paths, embeddings, labels in pieces:
+        cosines = (queries @ unit_rows(embeddings).T).clip(-1, 1)
+        for i, cosine in enumerate(cosines):
+            top = np.argsort(-cosine, kind="stable")[: k + 1]  # one more than k, because the own row may be among them
+            found = (Neighbor(paths[j], labels[j], float(cosine[j])) for j in top)
+            candidates = best[i] + [neighbor for neighbor in found if own is None or neighbor.path != own[i]]
+            best[i] = sorted(candidates, key=lambda neighbor: -neighbor.cosine)[:k]
+    return best
+
+
+# ---- queries ----
+
+
+@frozen
+class Query:
+    name: str
+    embedding: np.ndarray
+    picture: Image.Image
+    own: str | None = None  # path of its row in the features
+    label: str | None = None
+
+
 def find_queries(features: str | Path, images: list[str], source: ImageSource, checkpoint: str | None) -> list[Query]:
-    """An image is looked for as a path of a row, as a file that has a row, and as any other file."""
+    """Return a query for each image: the row with that path, or the row of that file, or else the embedded file."""
     candidates = {image: [image, source.path_of(Path(image).expanduser())] for image in images}
     rows = parquet.rows_of_ids(features, [path for paths in candidates.values() for path in paths if path])
     own = {image: next((path for path in paths if path in rows), None) for image, paths in candidates.items()}
@@ -196,13 +113,17 @@ def find_queries(features: str | Path, images: list[str], source: ImageSource, c
 
 
 def embed_files(features: str | Path, files: list[str], checkpoint: str | None) -> dict[str, np.ndarray]:
-    """By the features' checkpoint, which may lie elsewhere by now. Raises ValueError if it is another one."""
+    """Return embeddings of the files by the features' checkpoint, or by a copy of it at the path `checkpoint`.
+
+    Raises:
+        ValueError: it is a different checkpoint.
+    """
     about = parquet.facts_of_file(features)
     encoder = load_encoder(checkpoint or about["checkpoint"], **about["overrides"])
     if digest(encoder) != about["sha256"]:
         raise ValueError(
-            f"{encoder.report.source} is not the checkpoint of {features}, or has changed since: name a copy with "
-            "--checkpoint, or embed the images anew"
+            f"{encoder.report.source} is not the checkpoint of {features}, or has changed since. Pass a copy of that "
+            "checkpoint with --checkpoint, or embed the images again."
         )
     embedded = {}
     for file in files:
@@ -212,15 +133,91 @@ def embed_files(features: str | Path, files: list[str], checkpoint: str | None) 
     return embedded
 
 
-# ---- what is shown ----
+# ---- contact sheet ----
 
 
-def neighbor_table(query: Query, found: list[Neighbor]) -> str:
-    rows = [("rank", "cosine", "label", "path")]
-    rows += [(str(i), f"{n.cosine:.4f}", n.label or "-", n.path) for i, n in enumerate(found, start=1)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [f"  {a:>{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}" for a, b, c, d in rows]
-    return "\n".join([query.name + (f" ({query.label})" if query.label else ""), *lines])
+@frozen
+class Tile:
+    picture: Image.Image
+    title: str  # bold, below the picture on the left
+    note: str  # on the right of the title
+    lines: tuple[str, ...]  # below the title; long ones are shortened at their beginning
+    color: str | None = None  # of the frame and of the first line
+
+
+def tiles(query: Query, neighbors: list[Neighbor], source: ImageSource) -> tuple[Tile, list[Tile]]:
+    """Return the tile of the query and those of its neighbors. If both have a label, the color of a neighbor's frame
+    shows whether they are the same."""
+    lead = Tile(query.picture, "query", "", (query.label, query.name) if query.label else (query.name,), LEAD_COLOR)
+    row = []
+    for i, n in enumerate(neighbors, start=1):
+        color = (SAME_COLOR if n.label == query.label else OTHER_COLOR) if n.label and query.label else None
+        lines = (n.label, n.path) if n.label else (n.path,)
+        row.append(Tile(source.picture(n.path, side=PICTURE_SIDE), str(i), f"{n.cosine:.3f}", lines, color))
+    return lead, row
+
+
+def neighbor_sheet(rows: list[tuple[Tile, list[Tile]]]) -> Image.Image:
+    """Return a sheet with a row for each query: its picture, then its neighbors, SHEET_COLUMNS per line."""
+    n_lines = max(len(tile.lines) for lead, tiles in rows for tile in (lead, *tiles))
+    cell = CAPTION_HEIGHT * (1 + n_lines) + PICTURE_SIDE + SHEET_GAP
+    columns = min(SHEET_COLUMNS, max(len(tiles) for _, tiles in rows))
+    heights = [max(1, -(-len(tiles) // SHEET_COLUMNS)) * cell for _, tiles in rows]
+    first = SHEET_MARGIN + PICTURE_SIDE + 2 * SHEET_GAP  # left edge of the first neighbor
+    size = (
+        first + columns * (PICTURE_SIDE + SHEET_GAP) - SHEET_GAP + SHEET_MARGIN,
+        sum(heights) + SHEET_GAP * (len(rows) - 1) + 2 * SHEET_MARGIN - SHEET_GAP,
+    )
+    sheet = Image.new("RGB", size, WHITE)
+    draw = ImageDraw.Draw(sheet)
+    top = SHEET_MARGIN
+    for number, ((lead, tiles), height) in enumerate(zip(rows, heights, strict=True)):
+        if number:
+            draw.line((SHEET_MARGIN, top - SHEET_GAP, sheet.width - SHEET_MARGIN, top - SHEET_GAP), fill=RULE)
+        paste(sheet, lead, SHEET_MARGIN, top)
+        draw.line((first - SHEET_GAP, top, first - SHEET_GAP, top + height - SHEET_GAP), fill=RULE)
+        for i, tile in enumerate(tiles):
+            paste(sheet, tile, first + i % SHEET_COLUMNS * (PICTURE_SIDE + SHEET_GAP), top + i // SHEET_COLUMNS * cell)
+        top += height + SHEET_GAP
+    return sheet
+
+
+def paste(sheet: Image.Image, tile: Tile, left: int, top: int) -> None:
+    draw = ImageDraw.Draw(sheet)
+    right = left + PICTURE_SIDE
+    bottom = top + PICTURE_SIDE
+    draw.rectangle((left, top, right - 1, bottom - 1), fill=BOX)
+    picture = fitted(tile.picture)
+    sheet.paste(picture, (left + (PICTURE_SIDE - picture.width) // 2, top + (PICTURE_SIDE - picture.height) // 2))
+    if tile.color:
+        draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=tile.color, width=3)
+    draw.text((left, bottom + 6), in_one_line(tile.title), TEXT, BOLD_FONT)
+    draw.text((right, bottom + 6), in_one_line(tile.note), TEXT, PLAIN_FONT, anchor="ra")
+    for i, line in enumerate(tile.lines):
+        color = (tile.color or TEXT) if i == 0 else FAINT
+        draw.text((left, bottom + 6 + CAPTION_HEIGHT * (i + 1)), shortened(line), color, PLAIN_FONT)
+
+
+def fitted(picture: Image.Image) -> Image.Image:
+    """Return the picture scaled to the box, with its aspect ratio; small ones by a whole factor, so that their pixels
+    show."""
+    factor = PICTURE_SIDE / max(picture.size)
+    factor = int(factor) if factor >= 2 else factor
+    size = tuple(max(1, round(edge * factor)) for edge in picture.size)
+    method = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
+    return picture.convert("RGB").resize(size, method)
+
+
+def shortened(line: str) -> str:
+    """Return the line, or as much of its end as fits the width of a picture."""
+    line = in_one_line(line)
+    line = f"…{line[-PICTURE_SIDE:]}" if len(line) > PICTURE_SIDE else line  # a letter is wider than a pixel
+    if PLAIN_FONT.getlength(line) <= PICTURE_SIDE:
+        return line
+    return next((f"…{line[i:]}" for i in range(len(line)) if PLAIN_FONT.getlength(f"…{line[i:]}") <= PICTURE_SIDE), "…")
+
+
+# ---- the command ----
 
 
 def nearest_sheet(
@@ -231,26 +228,34 @@ def nearest_sheet(
     checkpoint: str | None = None,
     folder: str | None = None,
 ) -> list[list[Neighbor]]:
-    """The neighbors of each image, also as a contact sheet, the PNG `out`.
+    """Return the neighbors of each image, print them as tables, and write them as a contact sheet, the PNG `out`.
 
     Args:
-        checkpoint: of the features, if it is not where it was.
-        folder: of the features' images, likewise.
+        checkpoint: path of the features' checkpoint, if it has moved.
+        folder: directory of the features' images, if it has moved.
     """
     features = as_path(features)
     check_file("out", out)
     source = open_source(folder or parquet.facts_of_file(features)["images"])
     queries = find_queries(features, images, source, checkpoint)
-    found = nearest_rows(
-        features, np.stack([query.embedding for query in queries]), k, [query.own for query in queries]
-    )
-    sheet = neighbor_sheet([tiles(query, row, source) for query, row in zip(queries, found, strict=True)])
+    embeddings = np.stack([query.embedding for query in queries])
+    neighbors = nearest_rows(features, embeddings, k, [query.own for query in queries])
+    sheet = neighbor_sheet([tiles(query, row, source) for query, row in zip(queries, neighbors, strict=True)])
     with atomic_file(as_path(out)) as file:
         sheet.save(file, "PNG")
-    for query, row in zip(queries, found, strict=True):
+    for query, row in zip(queries, neighbors, strict=True):
         print(neighbor_table(query, row), end="\n\n")
     print(out)
-    return found
+    return neighbors
+
+
+def neighbor_table(query: Query, neighbors: list[Neighbor]) -> str:
+    rows = [("rank", "cosine", "label", "path")]
+    rows += [(str(i), f"{n.cosine:.4f}", n.label or "-", n.path) for i, n in enumerate(neighbors, start=1)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"  {a:>{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}" for a, b, c, d in rows]
+    title = f"{query.name} ({query.label})" if query.label else query.name
+    return "\n".join([title, *lines])
 
 
 @one_line_errors()
@@ -259,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("features", metavar="FILE.parquet")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--out", type=as_path, default=Path("nearest.png"), metavar="FILE.png")
-    parser.add_argument("-k", type=int, default=12, help="neighbors of each image")
-    parser.add_argument("--checkpoint", help="of the features, if it is not where it was")
-    parser.add_argument("--folder", help="of the features' images, likewise")
+    parser.add_argument("-k", type=int, default=12, help="number of neighbors per image")
+    parser.add_argument("--checkpoint", help="path of the features' checkpoint, if it has moved")
+    parser.add_argument("--folder", help="directory of the features' images, if it has moved")
     nearest_sheet(**vars(parser.parse_args(arguments)))

@@ -1,4 +1,5 @@
-"""Features in Parquet files: path, embedding and label of each image, sorted by path; written whole, read in pieces."""
+"""Features in Parquet files: path, embedding and label of each image, sorted by path. Files are written atomically and
+can be read in pieces."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("Parquet files need the package pyarrow, which is not installed: pip install pyarrow") from error
 
-ROWS = 4096  # of a row group: what is in memory at a time
+ROWS = 4096  # rows per row group: the rows that are in memory at a time
 ABOUT = b"self_supervised"  # key of the file's metadata, a JSON object
 
 
@@ -33,33 +34,30 @@ def schema(width: int, about: dict[str, Any]) -> pa.Schema:
 
 
 def write_table(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
-    """One row group a table."""
+    """Write each table as one row group."""
     with atomic_file(path) as file, pq.ParquetWriter(file, schema, use_dictionary=["label"]) as writer:
         for table in tables:
             writer.write_table(table.combine_chunks(), row_group_size=max(len(table), 1))
 
 
 def write_part(path: Path, paths: list[str], embeddings: np.ndarray, about: dict[str, Any]) -> None:
-    """Rows [N] whose labels are not known yet."""
+    """Write paths [N] and embeddings [N, E]; the labels are not known yet and are null."""
     width = embeddings.shape[1]
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.reshape(-1)), width)
     target = schema(width, about)
-    write_table(
-        path,
-        iter([pa.Table.from_arrays([pa.array(paths), vectors, pa.nulls(len(paths), "string")], schema=target)]),
-        target,
-    )
+    columns = [pa.array(paths), vectors, pa.nulls(len(paths), "string")]
+    write_table(path, iter([pa.Table.from_arrays(columns, schema=target)]), target)
 
 
 def join(out: Path, parts: list[Path], paths: list[str], labels: list[str | None], about: dict[str, Any]) -> None:
-    """The rows of these sorted paths, each of which is in one of the parts, as one file."""
+    """Write the rows of the sorted paths, each of which is in one of the parts, to one file."""
     target = schema(pq.read_schema(parts[0]).field("embedding").type.list_size, about)
     rows = ds.dataset([str(part) for part in parts], schema=target)
 
     def tables() -> Iterator[pa.Table]:
         for start in range(0, len(paths), ROWS):
             some = paths[start : start + ROWS]
-            # By the range of paths, row groups are passed over unread.
+            # The range of paths lets pyarrow skip row groups without reading them.
             found = rows.to_table(filter=(pc.field("path") >= some[0]) & (pc.field("path") <= some[-1]))
             found = found.filter(pc.is_in(found["path"], pa.array(some))).sort_by("path")
             assert found["path"].to_pylist() == some
@@ -72,11 +70,11 @@ def join(out: Path, parts: list[Path], paths: list[str], labels: list[str | None
 
 
 def facts_of_file(path: str | Path) -> dict[str, Any]:
-    """How the features of a file were made.
+    """Return the metadata of a file: how its features were computed.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is another kind of file.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a Parquet file of this library.
     """
     path = as_path(path)
     if not path.is_file():
@@ -84,21 +82,21 @@ def facts_of_file(path: str | Path) -> dict[str, Any]:
     try:
         found = (pq.read_schema(path).metadata or {}).get(ABOUT)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is no Parquet file, or damaged: {error}") from error
+        raise ValueError(f"{path} is not a Parquet file, or is corrupt: {error}") from error
     if found is None:
-        raise ValueError(f"{path} was not written by self_supervised.embeddings.embed")
+        raise ValueError(f"{path} was not written by `self-supervised embed`. Pass a file that it wrote.")
     return json.loads(found)
 
 
 def matrix(embeddings: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """float32 [N, E]"""
+    """Return an embedding column as float32 [N, E]."""
     if isinstance(embeddings, pa.ChunkedArray):
         embeddings = embeddings.combine_chunks()
     return embeddings.flatten().to_numpy().reshape(-1, embeddings.type.list_size)
 
 
 def pieces(path: str | Path) -> Iterator[tuple[list[str], np.ndarray, list[str | None]]]:
-    """(paths, embeddings [n, E], labels) of at most ROWS rows at a time, in the file's order."""
+    """Yield (paths, embeddings [n, E], labels) of at most ROWS rows at a time, in the order of the file."""
     facts_of_file(path := as_path(path))
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(ROWS):
@@ -106,7 +104,7 @@ def pieces(path: str | Path) -> Iterator[tuple[list[str], np.ndarray, list[str |
 
 
 def read_embeddings(path: str | Path) -> tuple[list[str], np.ndarray, list[str | None]]:
-    """(paths, embeddings float32 [N, E], labels) of a whole file."""
+    """Return (paths, embeddings float32 [N, E], labels) of all rows."""
     facts_of_file(path := as_path(path))
     table = pq.read_table(path)
     return table["path"].to_pylist(), matrix(table["embedding"]), table["label"].to_pylist()
@@ -120,9 +118,9 @@ def paths_in(path: str | Path) -> list[str]:
     return pq.read_table(path, columns=["path"])["path"].to_pylist()
 
 
-def rows_of_ids(path: str | Path, wanted: list[str]) -> dict[str, tuple[np.ndarray, str | None]]:
-    """path -> (embedding [E], label) of those that the file has."""
-    one_of = reduce(or_, (pc.field("path") == name for name in wanted))
+def rows_of_ids(path: str | Path, ids: list[str]) -> dict[str, tuple[np.ndarray, str | None]]:
+    """Return path -> (embedding [E], label) for those of the paths that have a row."""
+    one_of = reduce(or_, (pc.field("path") == name for name in ids))
     found = ds.dataset(str(path)).to_table(filter=one_of)
     rows = zip(matrix(found["embedding"]), found["label"].to_pylist(), strict=True)
     return dict(zip(found["path"].to_pylist(), rows, strict=True))

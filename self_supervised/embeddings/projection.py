@@ -1,4 +1,4 @@
-"""A map of embeddings in two dimensions: a picture, and a page to look around in, with nothing but one file.
+"""Draw a map of embeddings in two dimensions: a picture, and a self-contained page to explore it.
 
     self-supervised map features.parquet --out map.png map.html --sample 5000
 
@@ -24,27 +24,48 @@ from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import parser_of
 from self_supervised.safe_files import atomic_file, check_file
 
-CLUSTERS = 10  # where there are no labels
+TITLES = {"tsne": "t-SNE", "umap": "UMAP"}
+CLUSTERS = 10  # of k-means, if there are no labels
 NO_LABEL = "no label"
 
 
+def sample(features: str | Path, n: int, seed: int) -> tuple[list[str], np.ndarray, list[str | None]]:
+    """Return paths, embeddings and labels of n random rows in the order of the file, or of all if there are fewer. The
+    file is read in pieces."""
+    total = parquet.count_rows(features)
+    chosen = np.sort(np.random.default_rng(seed).choice(total, min(n, total), replace=False))
+    paths, embeddings, labels = [], [], []
+    start = 0
+    for some, x, y in parquet.pieces(features):
+        rows = chosen[(chosen >= start) & (chosen < start + len(some))] - start
+        paths += [some[i] for i in rows]
+        labels += [y[i] for i in rows]
+        embeddings.append(x[rows])
+        start += len(some)
+    return paths, np.concatenate(embeddings), labels
+
+
+# ---- points ----
+
+
 def unit_rows(x: np.ndarray) -> np.ndarray:
-    """Each row divided by its length, whatever its scale: their products are cosines. Raises ValueError where a number
-    is not finite."""
+    """Return each row divided by its length, so that products of rows are cosines; rows may have any scale.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
     return numerics.unit(numerics.finite(torch.tensor(x), "embeddings")).numpy()
 
 
-# ---- from embeddings to points ----
-
-
 def tsne(x: np.ndarray, seed: int) -> np.ndarray:
-    """scikit-learn's, from the first two principal components; perplexity 30, or less for few images."""
+    """Return scikit-learn's t-SNE, initialized by the first two principal components; perplexity 30, or less if there
+    are few images."""
     perplexity = min(30.0, (len(x) - 1) / 3)
     return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(x)
 
 
 def umap(x: np.ndarray, seed: int) -> np.ndarray:
-    """umap-learn's, on one core: with more it could not be repeated."""
+    """Return umap-learn's UMAP, computed on one core: on multiple cores it is not reproducible."""
     try:
         from umap import UMAP
     except ImportError as error:
@@ -55,11 +76,11 @@ def umap(x: np.ndarray, seed: int) -> np.ndarray:
 
 
 METHODS = {"tsne": tsne, "umap": umap}
-TITLES = {"tsne": "t-SNE", "umap": "UMAP"}
 
 
 def project(embeddings: np.ndarray, method: str, seed: int) -> np.ndarray:
-    """[N, E] -> [N, 2], by way of at most 50 principal components, as is usual.
+    """Return points [N, 2] for embeddings [N, E], which are first reduced to at most 50 principal components, as is
+    usual.
 
     Raises:
         ValueError: the method is unknown or not installed; there are too few directions; a number is not finite.
@@ -67,15 +88,15 @@ def project(embeddings: np.ndarray, method: str, seed: int) -> np.ndarray:
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: choose one of {', '.join(METHODS)}")
     x = unit_rows(embeddings)
-    if (n := different(x)) < 4:
-        raise ValueError(f"a map needs at least 4 different images, and there are {n} (those of one direction are one)")
+    if (n := count_distinct(x)) < 4:
+        raise ValueError(f"a map needs embeddings with at least 4 different directions, but there are {n}")
     if min(x.shape) > 50:
         x = PCA(50, random_state=seed).fit_transform(x)
     with Console().status(f"{TITLES[method]} of {len(x):,} embeddings"):
         return METHODS[method](x, seed)
 
 
-def different(embeddings: np.ndarray) -> int:
+def count_distinct(embeddings: np.ndarray) -> int:
     return len(np.unique(embeddings, axis=0))
 
 
@@ -83,75 +104,62 @@ def different(embeddings: np.ndarray) -> int:
 
 
 def kinds(labels: list[str | None], embeddings: np.ndarray, seed: int) -> tuple[np.ndarray, list[str], str]:
-    """(an index for each row, names, what they are): labels; k-means clusters where there are none."""
+    """Return (an index of the names for each row, the names, an explanation): the names are labels, or k-means clusters
+    if there are no labels."""
     if any(label is not None for label in labels):
         names = sorted({label for label in labels if label is not None}, key=natural)
-        names += [NO_LABEL] * (None in labels)
+        if None in labels:
+            names.append(NO_LABEL)
         index = {name: i for i, name in enumerate(names)}
         return np.array([index[label or NO_LABEL] for label in labels]), names, "colored by label"
     x = unit_rows(embeddings)
-    clusters = KMeans(min(CLUSTERS, different(x)), n_init=3, random_state=seed).fit_predict(x)
+    clusters = KMeans(min(CLUSTERS, count_distinct(x)), n_init=3, random_state=seed).fit_predict(x)
     found, kind = np.unique(clusters, return_inverse=True)
     names = [f"cluster {i + 1}" for i in range(len(found))]
     return kind, names, f"no labels: colored by {len(found)} k-means clusters of the embeddings"
 
 
 def natural(name: str) -> tuple:
-    """Numbers in their order, before words."""
+    """Return a sort key that puts numbers in numerical order, before words."""
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
-# ---- A map of embeddings in two dimensions: a picture, and a page to look around in, with nothing but one file ----
-
-
-def sample(features: str | Path, n: int, seed: int) -> tuple[list[str], np.ndarray, list[str | None]]:
-    """n random rows in their order, or all if there are no more. The file is read in pieces."""
-    total, start = parquet.count_rows(features), 0
-    chosen = np.sort(np.random.default_rng(seed).choice(total, min(n, total), replace=False))
-    paths, embeddings, labels = [], [], []
-    for some, x, y in parquet.pieces(features):
-        rows = chosen[(chosen >= start) & (chosen < start + len(some))] - start
-        paths += [some[i] for i in rows]
-        labels += [y[i] for i in rows]
-        embeddings.append(x[rows])
-        start += len(some)
-    return paths, np.concatenate(embeddings), labels
+# ---- the command ----
 
 
 def make_map(
     features: str | Path, out: list[Path], method: str = "tsne", n: int = 5000, seed: int = 0, folder: str | None = None
 ) -> Map:
-    """A map of n random rows of `features`, written as each file of `out`, a .png or an .html.
+    """Return a map of n random rows of `features`, and write it to each file of `out`, a .png or an .html.
 
     Args:
-        folder: of the features' images, if it is not where it was. Without images the page has no pictures.
+        folder: directory of the features' images, if it has moved. If it is not found, the page has no pictures.
     """
     for file in out:
         check_file("out", file)
         if file.suffix not in WRITERS:
-            raise ValueError(f"{file} must end in {' or '.join(WRITERS)}")
+            raise ValueError(f"out={str(file)!r} must end in {' or '.join(WRITERS)}")
     if n < 4:
-        raise ValueError(f"sample={n} must be at least 4: a map needs some points")
+        raise ValueError(f"sample={n} must be at least 4")
     features = as_path(features)
     about = parquet.facts_of_file(features)
     paths, embeddings, labels = sample(features, n, seed)
     points = project(embeddings, method, seed)
     kind, names, meaning = kinds(labels, embeddings, seed)
-    of = f"{len(paths):,} of {parquet.count_rows(features):,} images"
-    note = (
-        f"{of} in {Path(about['images']).name}, {about['encoder_arch']} of {Path(about['checkpoint']).name}; {meaning}"
-    )
-    found = Map(f"{TITLES[method]} of {Path(features).name}", note, paths, points, kind, names)
+    images = f"{len(paths):,} of {parquet.count_rows(features):,} images in {Path(about['images']).name}"
+    encoder = f"{about['encoder_arch']} of {Path(about['checkpoint']).name}"
+    note = f"{images}, {encoder}; {meaning}"
+    drawn = Map(f"{TITLES[method]} of {Path(features).name}", note, paths, points, kind, names)
     try:
         source = open_source(folder or about["images"])
     except ValueError as error:
-        print(f"no pictures: {error}; --folder says where the images are")
+        print(f"the page has no pictures: {error}. Pass the directory of the images with --folder.")
         source = None
     for file in out:
         with atomic_file(as_path(file)) as unfinished:
-            WRITERS[file.suffix](found, source, unfinished)
+            WRITERS[file.suffix](drawn, source, unfinished)
         print(file)
-    return found
+    return drawn
 
 
 @one_line_errors()
@@ -160,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("features", metavar="FILE.parquet")
     parser.add_argument("--out", type=as_path, nargs="+", default=[Path("map.png"), Path("map.html")], metavar="FILE")
     parser.add_argument("--method", choices=METHODS, default="tsne")
-    parser.add_argument("--sample", type=int, default=5000, metavar="N", dest="n", help="so many rows, drawn at random")
+    parser.add_argument("--sample", type=int, default=5000, metavar="N", dest="n", help="rows to draw, at random")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", help="of the features' images, if it is not where it was")
+    parser.add_argument("--folder", help="directory of the features' images, if it has moved")
     make_map(**vars(parser.parse_args(arguments)))

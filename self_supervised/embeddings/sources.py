@@ -1,5 +1,5 @@
-"""Where images come from, by name: any folder of image files, or of videos, or a packed data set; and batches of them
-by path. The picture of a video is its middle frame."""
+"""Sources of images by name: a directory of image files or of videos, a stored or a packed data set; and batches of
+images by path. The picture of a video is its middle frame."""
 
 from pathlib import Path
 
@@ -23,18 +23,24 @@ from self_supervised.data.packed import PackedImages
 
 
 class Folder:
-    """All image files (or videos) below a folder, flat or nested, known by suffix; a path is relative to the folder,
-    with "/".
+    """All image files (or videos) below a directory, flat or nested, recognized by file extension. Paths are relative
+    to the directory, with "/".
 
-    Hidden files are passed over. Where every image lies in a folder of its class (CLASS/IMAGE), that is its label.
+    Hidden files are skipped. If every image is in a directory of its class (CLASS/IMAGE), that is its label.
     """
 
     def __init__(self, root: Path, kind: str = "image"):
-        self.root, self.name, self.kind = root, str(root.resolve()), kind
-        self.passed_over = PassedOver()  # once paths() was called
+        self.root = root
+        self.name = str(root.resolve())
+        self.kind = kind
+        self.passed_over = PassedOver()  # set by paths()
 
     def paths(self) -> list[str]:
-        """Sorted. Raises ValueError if there are none, or if a name is not UTF-8."""
+        """Return all paths, sorted.
+
+        Raises:
+            ValueError: there are none, or a name is not UTF-8.
+        """
         suffixes = image_suffixes() if self.kind == "image" else video_files.VIDEO_EXTENSIONS
         self.passed_over.clear()
         found = sorted(files_below(self.root, suffixes, self.passed_over))
@@ -44,7 +50,7 @@ class Folder:
             try:
                 path.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(f"the name {path!r} in {self.root} is not UTF-8: rename it") from error
+                raise ValueError(f"the file name {path!r} in {self.root} is not UTF-8. Rename the file.") from error
         return found
 
     def labels(self, paths: list[str]) -> list[str | None]:
@@ -52,33 +58,39 @@ class Folder:
         return [path.split("/")[0] if in_class_folders else None for path in paths]
 
     def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
-        """The image, 1 channel gray, else RGB. With `side`, a large JPEG may come reduced, but no smaller than that."""
+        """Return the image for display: gray if `channels` is 1, else RGB.
+
+        Args:
+            side: if passed, a large JPEG may be decoded at a reduced size, with a shorter side of at least `side`.
+        """
         file = str(self.root / path)
-        of_pillow = not video_files.is_video(Path(file)) and not path.lower().endswith(ARRAY_SUFFIX)
-        if side is not None and of_pillow and (size := jpeg_size(file)):
+        is_image_file = not video_files.is_video(Path(file)) and not path.lower().endswith(ARRAY_SUFFIX)
+        if side is not None and is_image_file and (size := jpeg_size(file)):
             scale = next((scale for scale in (8, 4, 2) if min(size) >= scale * side), 1)
             return read_reduced(file, channels, scale)
         return picture_of(file, channels)
 
     def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
-        """The image as an encoder with these settings reads it."""
+        """Return the image as an encoder with these settings reads it."""
         file = str(self.root / path)
         return read_any(file, file, params.channels, params.pixel_range)
 
     def path_of(self, file: Path) -> str | None:
-        """The path of a file that lies in this folder."""
-        root, file = self.root.resolve(), file.resolve()
+        """Return the path of a file in this directory; None for other files."""
+        root = self.root.resolve()
+        file = file.resolve()
         return file.relative_to(root).as_posix() if file.is_relative_to(root) else None
 
 
 class Packed:
-    """A packed data set, or one split of it; a path is SPLIT/NUMBER, and a label the number of the class."""
+    """A packed data set, or one split of it. Paths are SPLIT/NUMBER, and labels are class numbers."""
 
     kind = "image"
 
     def __init__(self, name: str, dataset: str, splits: list[str]):
         prepare_data(dataset, splits)
-        self.name, self.passed_over = name, PassedOver()
+        self.name = name
+        self.passed_over = PassedOver()
         self.splits = {split: PackedImages([data_path() / dataset / split]) for split in splits}
 
     def paths(self) -> list[str]:
@@ -91,7 +103,7 @@ class Packed:
     def labels(self, paths: list[str]) -> list[str | None]:
         known = {split: images.labels for split, images in self.splits.items()}
         labels = (int(known[split][int(i)]) for split, i in (path.split("/") for path in paths))
-        return [str(label) if label >= 0 else None for label in labels]  # STL-10's unlabeled ones are -1
+        return [str(label) if label >= 0 else None for label in labels]  # -1: STL-10's unlabeled images
 
     def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
         split, i = path.split("/")
@@ -106,15 +118,15 @@ class Packed:
 
 
 class Stored:
-    """Images in shards or in a Hugging Face data set, of all splits (data/custom.py); paths are theirs, labels as they
-    are found there."""
+    """All splits of shards or of a Hugging Face data set (data/custom.py), with the paths and labels found there."""
 
     kind = "image"
 
     def __init__(self, name: str):
         self.source = get_source(EncoderAndDataParams(dataset_name="folder"), name, names=True)
         self.label_of = {path: label for images in self.source.find().values() for path, label in images}
-        self.name, self.passed_over = name, self.source.passed_over
+        self.name = name
+        self.passed_over = self.source.passed_over
 
     def paths(self) -> list[str]:
         if not self.label_of:
@@ -138,7 +150,7 @@ ImageSource = Folder | Packed | Stored
 
 
 def picture_of(file: str, channels: int = 3) -> Image.Image:
-    """An image; of a video the frame in the middle."""
+    """Return an image file, or the middle frame of a video file."""
     if not video_files.is_video(Path(file)):
         return picture_in(file, file, channels)
     frames, _ = decoders.read_video(file, lambda times: np.array([len(times) // 2]), channels, threads=1)
@@ -146,7 +158,8 @@ def picture_of(file: str, channels: int = 3) -> Image.Image:
 
 
 def picture_in(path: str, file: File, channels: int) -> Image.Image:
-    """An image to be looked at: of an array the first three channels, from its smallest to its largest value."""
+    """Return an image for display; the first three channels of an array, scaled from its smallest to its largest
+    value."""
     if Path(path).suffix.lower() != ARRAY_SUFFIX:
         return read_image(file, channels)
     pixels = np.atleast_3d(read_npy(file, channels)).astype(np.float64)
@@ -158,17 +171,17 @@ def picture_in(path: str, file: File, channels: int) -> Image.Image:
 
 
 def open_source(name: str | Path, kind: str = "image") -> ImageSource:
-    """A folder of images, or of videos (kind="video"), shards or a Hugging Face data set, or a packed one:
-    "cifar10", or one split of it: "cifar10/test".
+    """Return the source with that name: a directory of images or of videos (kind="video"), shards, a Hugging Face data
+    set, or a packed data set ("cifar10") or one of its splits ("cifar10/test").
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these.
     """
     folder = Path(name).expanduser()
     if folder.is_dir() and kind == "video":
         return Folder(folder, kind)
     if kind == "video":
-        raise ValueError(f"{name} is no folder of videos, which this encoder takes")
+        raise ValueError(f"{name} is not a directory of videos. Pass one, because this encoder takes videos.")
     if is_stored(str(name)):
         return Stored(str(name))
     if folder.is_dir():
@@ -176,7 +189,7 @@ def open_source(name: str | Path, kind: str = "image") -> ImageSource:
     packed = [dataset for dataset, info in DATASETS.items() if info.is_packed]
     dataset, _, split = str(name).partition("/")
     if dataset not in packed:
-        raise ValueError(f"{name} is neither a folder nor one of the data sets {', '.join(packed)}")
+        raise ValueError(f"{name} is neither a directory nor one of the data sets {', '.join(packed)}")
     info = DATASETS[dataset]
     splits = sorted({*info.pretraining_splits, *info.train_splits, *info.test_splits})
     if split not in ("", *splits):
@@ -185,38 +198,36 @@ def open_source(name: str | Path, kind: str = "image") -> ImageSource:
 
 
 def part_kept(params: EncoderAndDataParams) -> float:
-    """Side of the central square that an encoder sees, over an image's shorter side: as it is evaluated in training."""
-    return 7 / 8 if not params.dataset.is_packed else 1.0
-
-
-def square(image: Image.Image | np.ndarray, params: EncoderAndDataParams) -> Tensor:
-    """uint8 [C, size, size] as an encoder with these settings wants it."""
-    return central_square(image, params.crop_size, part_kept(params))
+    """Return the side of the central square that an encoder sees, relative to the image's shorter side: the same as in
+    evaluations during training."""
+    return 1.0 if params.dataset.is_packed else 7 / 8
 
 
 class Batches(Dataset):
-    """Paths -> (those that could be read, what an encoder with these settings wants of them: uint8 [n, C, size, size],
-    or clips of videos, {path: why it could not be read}).
+    """Batches by path: paths -> (readable paths, images uint8 [n, C, size, size] or clips of videos, {unreadable path:
+    reason}).
 
-    PyTorch's loader calls it with the paths of a whole batch if its sampler is a list of paths.
+    If the sampler is a list of paths, PyTorch's loader calls `__getitems__` with the paths of a batch.
     """
 
     def __init__(self, source: ImageSource, params: EncoderAndDataParams):
-        self.source, self.params, self.videos = source, params, None
+        self.source = source
+        self.params = params
+        self.videos = None
         if params.dataset.of_videos:
             self.videos = video_files.dataset_of_videos(attrs.evolve(params, video_decoder="file"), [], [])
 
     def prepared(self, path: str) -> Tensor:
-        """The square in the middle; of a video its evaluation clips."""
+        """Return the central square of an image [C, size, size], or the evaluation clips of a video, as uint8."""
         if self.videos is not None:
             return self.videos.even_clips(str(self.source.root / path))
-        return square(self.source.image(path, self.params), self.params)
+        return central_square(self.source.image(path, self.params), self.params.crop_size, part_kept(self.params))
 
     def __getitems__(self, paths: list[str]) -> tuple[list[str], Tensor | None, dict[str, str]]:
         found, unreadable = {}, {}
         for path in paths:
             try:
                 found[path] = self.prepared(path)
-            except Exception as error:  # PIL's readers raise many kinds of them on damaged files
+            except Exception as error:  # Pillow raises many kinds of errors on corrupt files
                 unreadable[path] = f"{type(error).__name__}: {error}"
         return list(found), torch.stack(list(found.values())) if found else None, unreadable

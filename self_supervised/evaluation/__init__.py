@@ -1,4 +1,4 @@
-"""Evaluation: frozen features become scores."""
+"""Evaluation: scores of frozen features."""
 
 from self_supervised.evaluation.validation import knn as knn
 from self_supervised.evaluation.validation import linear_probe as linear_probe

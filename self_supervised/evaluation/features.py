@@ -1,4 +1,4 @@
-"""What is evaluated: an encoder with a data set."""
+"""Features of an encoder on a labeled data set: extracted once, and cached under a hash of all that they depend on."""
 
 import copy
 import hashlib
@@ -30,8 +30,11 @@ from self_supervised.safe_files import atomic_folder
 from self_supervised.views import augmentations
 
 ENCODER_STAGES = ("layer1", "layer2", "layer3", "layer4")
-HASHED_AT_ONCE = 2**14  # images hashed at once
-# Settings on which features do not depend. Any other, and one added later, is part of a folder's name.
+LABEL_FREE_IMAGES = 25_600  # training images for label-free measures (as in https://arxiv.org/abs/2210.02885)
+VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
+HASHED_AT_ONCE = 2**14  # images
+WITHOUT_EFFECT = (*TRAINING_ONLY, "decoding_threads")  # settings that change no protocol's result
+# Settings that do not change the features. All others, also those added later, are part of the cache directory's name.
 UNUSED = (
     "encoder_weights", "embedding_dim", "zero_init_residual",  # of the encoder, whose tensors are hashed
     "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # `settings_for_features`
@@ -41,25 +44,85 @@ UNUSED = (
 )  # fmt: skip
 
 
+# ---- evaluation data: an encoder and a data set ----
+
+
 @frozen
 class Features:
-    x: Tensor  # float32 [N, E]
-    y: Tensor  # int64: classes [N], or presences [N, K]
-    stages: dict[str, Tensor] = attrs.field(factory=dict)  # of a ResNet: [N, C] of each stage, averaged over the image
+    x: Tensor  # embeddings, float32 [N, E]
+    y: Tensor  # int64: classes [N], or multi-label [N, K]
+    stages: dict[str, Tensor] = attrs.field(factory=dict)  # ResNets: output [N, C] of each stage, averaged over space
+
+
+class EvaluationData:
+    """An encoder, and the data set on which it is evaluated. Features are extracted when they are first used.
+
+    Args:
+        params: settings for reading the data set; see `data_params`.
+        cache: directory of the extracted features.
+        stages: whether to also extract the output of each stage, in the same pass.
+        training: fields of LinearClassifierMethodParams that override those of the protocols that train.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        params: EncoderAndDataParams,
+        cache: Path,
+        stages: bool = False,
+        training: dict | None = None,
+    ):
+        self.encoder = encoder
+        self.params = params
+        self.cache = cache
+        self.stages = stages
+        self.training = training or {}
+
+    @cached_property
+    def train(self) -> Features:
+        return extract(self.encoder, self.params, self.params.dataset.train_splits, self.cache, self.stages)
+
+    @cached_property
+    def test(self) -> Features:
+        return extract(self.encoder, self.params, self.params.dataset.test_splits, self.cache, self.stages)
+
+    @property
+    def sets(self) -> tuple[Tensor, ...]:
+        """(training features, training labels, test features, test labels)"""
+        return self.on_device(self.train.x, self.train.y, self.test.x, self.test.y)
+
+    @property
+    def label_free_features(self) -> Tensor:
+        """Features of at most LABEL_FREE_IMAGES training images, always the same ones."""
+        chosen = np.random.default_rng(0).permutation(len(self.train.x))[:LABEL_FREE_IMAGES]
+        return self.on_device(self.train.x[np.sort(chosen)])[0]
+
+    @cached_property
+    def views(self) -> Tensor:
+        """Features [N, V, E] of random views of some training images."""
+        splits = self.params.dataset.train_splits
+        return self.on_device(extract_views(self.encoder, self.params, splits, self.cache, **VIEWS))[0]
+
+    def on_device(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors on the encoder's device, or on the CPU if that device cannot score them."""
+        return tuple(able(part.to(device_of(self.encoder))) for part in parts)
+
+
+# ---- settings ----
 
 
 def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: Any) -> EncoderAndDataParams:
-    """Settings to read a data set (default: the encoder's own) in the encoder's size and normalization.
+    """Return settings that read a data set (default: the encoder's own) in the encoder's size and normalization.
 
     Raises:
-        ValueError: the set has colors and the encoder takes gray images.
+        ValueError: the data set is unknown, or has colors while the encoder takes gray images.
     """
     p = encoder.params
     if (dataset_name or p.dataset_name) not in catalogue.DATASETS:
         raise ValueError(f"dataset={dataset_name!r} is unknown: choose one of {', '.join(catalogue.DATASETS)}")
     if dataset_name not in (None, p.dataset_name):
         changes = DATASET_DEFAULTS | changes
-    found = attrs.evolve(
+    params = attrs.evolve(
         p,
         dataset_name=dataset_name or p.dataset_name,
         encoder_weights=None,
@@ -70,12 +133,19 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
         low_resolution_stem=p.low_resolution,
         **changes,
     )
-    if not found.dataset.is_custom and found.dataset.channels > found.channels:
+    if not params.dataset.is_custom and params.dataset.channels > params.channels:
         raise ValueError(
-            f"dataset={found.dataset_name!r} has {found.dataset.channels} channels and the encoder takes "
-            f"{found.channels}: choose a gray data set"
+            f"dataset={params.dataset_name!r} has {params.dataset.channels} channels, but the encoder takes "
+            f"{params.channels}. Choose a gray data set."
         )
-    return found
+    return params
+
+
+def seen(params: EncoderAndDataParams) -> dict[str, Any]:
+    """Return the settings that decide which clips of videos, or which custom images, are seen; {} for other data
+    sets."""
+    names = VIDEO if params.dataset.of_videos else CUSTOM_DATA if params.dataset.is_custom else ()
+    return {name: getattr(params, name) for name in names if name not in WITHOUT_EFFECT}
 
 
 # ---- extraction ----
@@ -84,8 +154,12 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
 def extract(
     encoder: Encoder, params: EncoderAndDataParams, splits: tuple[str, ...], cache: Path, stages: bool = False
 ) -> Features:
-    """Embeddings and labels of whole images, in the order of the set; with `stages` also what comes out of each. Of
-    videos: the means over their evaluation_clips x evaluation_crops clips. Unreadable files are left out, and named."""
+    """Return embeddings and labels of full images, in the order of the data set; with `stages`, also the output of
+    each stage of a ResNet.
+
+    The features of a video are the means over its evaluation_clips x evaluation_crops clips. Unreadable files are left
+    out and listed.
+    """
     dataset = loading.get_dataset(params, splits)
     names = stages_of(encoder) if stages else []
     what = f"features of {'+'.join(splits)}"
@@ -101,7 +175,7 @@ def extract(
         name_skipped(dataset)
     arrays = read_features(folder)
     if left_out := len(dataset) - len(arrays["x"]):
-        print(f"{what}: without {left_out:,} images that could not be read", flush=True)
+        print(f"{what}: {left_out:,} unreadable images left out", flush=True)
     return Features(arrays.pop("x"), arrays.pop("y"), arrays)
 
 
@@ -114,8 +188,11 @@ def extract_views(
     n_views: int,
     seed: int,
 ) -> Tensor:
-    """Embeddings [n, V, E] of `n_views` random views of each of n images (at most all), drawn from `seed`. The views
-    are the training views of the data set (data/loading.py), so that all encoders are compared on the same."""
+    """Return embeddings [n, V, E] of `n_views` random views of each of n images (or of all, if there are fewer).
+
+    Images and views are drawn from `seed`. The views are the data set's training views (catalogue.py), so that all
+    encoders are compared on the same views.
+    """
     view = attrs.evolve(params.dataset.view, crop_size=params.crop_size)
     params = attrs.evolve(params, seed=seed, clip_speeds=[1.0], clip_jitter=0.0)
     dataset = loading.get_dataset(params, splits, [view] * n_views)
@@ -132,18 +209,17 @@ def extract_views(
                 on_device = [x.to(device) for x in images] if isinstance(images, list) else images.to(device)
                 views = augmentations.augment(on_device, (seed, i), [view] * n_views, params.mean, params.std)
                 with torch.no_grad():
-                    found = torch.stack([encoder(x.to(device)).float() for x in views], 1)
-                    yield {"x": finite(found, f"views of {'+'.join(splits)}"), "y": labels}
+                    embeddings = torch.stack([encoder(x.to(device)).float() for x in views], 1)
+                    yield {"x": finite(embeddings, f"views of {'+'.join(splits)}"), "y": labels}
 
-        write_features(
-            folder, len(subset), rows(), n_batches(subset, params), f"{n_views} views of {len(subset)} images"
-        )
+        what = f"{n_views} views of {len(subset)} images"
+        write_features(folder, len(subset), rows(), n_batches(subset, params), what)
         name_skipped(subset)
     return read_features(folder)["x"]
 
 
 def stages_of(encoder: Encoder) -> list[str]:
-    """layer1 to layer4 of a ResNet; [] of others."""
+    """Return the names layer1 to layer4 for a ResNet, and [] for other encoders."""
     return [name for name in ENCODER_STAGES if hasattr(encoder.model, name)]
 
 
@@ -152,7 +228,8 @@ def device_of(encoder: Encoder) -> torch.device:
 
 
 def feature_batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoader:
-    """(uint8 images, labels), in order. In a batch there are no more clips than there would be images."""
+    """Return a loader of (uint8 images, labels) in the order of the data set. A batch of videos holds at most
+    `batch_size` clips."""
     packed = isinstance(dataset, PackedImages)
     return DataLoader(
         dataset,
@@ -167,92 +244,110 @@ def n_batches(dataset: Dataset, params: EncoderAndDataParams) -> int:
 
 
 class ActivationRecorder:
-    """Within it, every forward pass leaves the averages over the image of what comes out of the named modules."""
+    """Context manager that records the output of the named modules in every forward pass, averaged over space."""
 
     def __init__(self, encoder: Encoder, names: list[str]):
         self.modules = {name: getattr(encoder.model, name) for name in names}
-        self.found = {}
+        self.outputs = {}
 
     def __enter__(self) -> "ActivationRecorder":
-        self.hooks = [module.register_forward_hook(self.keeper(name)) for name, module in self.modules.items()]
+        self.hooks = [module.register_forward_hook(self.hook(name)) for name, module in self.modules.items()]
         return self
 
-    def keeper(self, name: str) -> Callable:
+    def hook(self, name: str) -> Callable:
         def keep(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
-            self.found[name] = output.flatten(2).mean(2)
+            self.outputs[name] = output.flatten(2).mean(2)
 
         return keep
 
     def averages(self, n: int) -> dict[str, Tensor]:
-        """Of each of n images, or videos: over their clips too."""
-        return {name: self.found[name].float().unflatten(0, (n, -1)).mean(1) for name in self.modules}
+        """Return the outputs [n, C] for n images, or for n videos, whose clips are averaged."""
+        return {name: self.outputs[name].float().unflatten(0, (n, -1)).mean(1) for name in self.modules}
 
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
 
 
-# ---- the cache ----
+# ---- hashes: the names of the cache's directories ----
 
 
-def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset, wanted: dict) -> str:
-    """A hash of everything that the features depend on."""
-    found = hashlib.sha256(repr((encoder_hash(encoder), settings_for_features(params), wanted)).encode())
+def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset, extracted: dict) -> str:
+    """Return a hash of everything that the features depend on."""
+    digest = hashlib.sha256(repr((encoder_hash(encoder), settings_for_features(params), extracted)).encode())
     for piece in contents(dataset):
-        found.update(piece)
-    return found.hexdigest()[:32]
+        digest.update(piece)
+    return digest.hexdigest()[:32]
+
+
+def image_hash(data: EvaluationData) -> str:
+    """Return a hash of the encoder and of all labeled images of its data set, as the encoder sees them."""
+    params = data.params
+    sets = (loading.get_dataset(params, splits) for splits in (params.dataset.train_splits, params.dataset.test_splits))
+    return "".join(fingerprint(data.encoder, params, dataset, {}) for dataset in sets)
 
 
 def settings_for_features(params: EncoderAndDataParams) -> dict[str, Any]:
-    """All that may decide what the encoder sees."""
+    """Return all settings that may change the encoder's input."""
     names = dict.fromkeys([*VIDEO, *CUSTOM_DATA, *(field.name for field in attrs.fields(type(params)))])
-    names = [name for name in names if name not in UNUSED]  # in this order, which is part of the folders' names
+    names = [name for name in names if name not in UNUSED]  # this order is hashed, too
     resolved = {"size": params.crop_size, "channels": params.channels, "mean": params.mean, "std": params.std}
     return {name: getattr(params, name) for name in names} | resolved
 
 
 def encoder_hash(encoder: Encoder) -> str:
-    """Of its structure (which says what tensors do not: strides, paddings), its tensors, and what a module of the
-    user's makes of them."""
-    found = hashlib.sha256(repr(encoder.model).encode())
-    if encoder.params.encoder_arch == OWN_MODULE:  # what `forward` does is neither in the structure nor in the tensors
-        found.update(outputs(encoder).tobytes())
+    """Return a hash of the encoder's structure (strides and paddings are not in the tensors) and of its tensors.
+
+    For a user's own module, the hash includes its output for two fixed images: its `forward` is in neither.
+    """
+    digest = hashlib.sha256(repr(encoder.model).encode())
+    if encoder.params.encoder_arch == OWN_MODULE:
+        digest.update(outputs(encoder).tobytes())
     for name, tensor in sorted(encoder.model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def outputs(encoder: Encoder) -> np.ndarray:
-    """Embeddings of two fixed random images, in six digits. In float64 on the CPU, so that they are the same on every
-    device; in float32 where the module insists on that."""
+    """Return embeddings of two fixed random images, rounded to six digits.
+
+    They are computed in float64 on the CPU, so that they are the same on every device; in float32 if the module does
+    not support float64.
+    """
     images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *encoder.params.input_shape)))
     with torch.no_grad():
         try:
-            found = embeddings_of(copy.deepcopy(encoder.model).to("cpu", torch.float64), images)
-        except (RuntimeError, TypeError):  # another dtype within, or a module that cannot be copied
-            found = encoder(images.to(device_of(encoder), torch.float32)).cpu().double()
-    return (found / found.abs().max().clamp(min=1e-30)).round(decimals=6).add(0.0).numpy()
+            x = embeddings_of(copy.deepcopy(encoder.model).to("cpu", torch.float64), images)
+        except (RuntimeError, TypeError):  # another dtype inside, or a module that cannot be copied
+            x = encoder(images.to(device_of(encoder), torch.float32)).cpu().double()
+    return (x / x.abs().max().clamp(min=1e-30)).round(decimals=6).add(0.0).numpy()
 
 
 def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
+    """Yield what identifies the images: pixels and labels of a packed set; path, signature and label of each file."""
     if isinstance(dataset, PackedImages):
         for images in dataset.images:
             yield repr(images.shape).encode()
-            yield from (
-                np.ascontiguousarray(images[i : i + HASHED_AT_ONCE]) for i in range(0, len(images), HASHED_AT_ONCE)
-            )
+            for i in range(0, len(images), HASHED_AT_ONCE):
+                yield np.ascontiguousarray(images[i : i + HASHED_AT_ONCE])
         yield dataset.labels
         return
     for path, signature, label in dataset.signatures():
         yield repr((os.path.relpath(path, loading.data_path()), *signature, label)).encode()
 
 
+# ---- files of the cache ----
+
+
 def write_features(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_batches: int, what: str) -> None:
-    """Batches of rows of each array -> one .npy an array, in constant memory, complete or not at all. Rows whose label
-    `y` says that they stand in for unreadable files are left out: the arrays then have less than n rows."""
+    """Write batches of rows to one .npy file per array, atomically and in constant memory.
+
+    Rows whose label `y` marks them as placeholders of unreadable files are left out; the arrays then have fewer than n
+    rows.
+    """
     with atomic_folder(folder) as unfinished, ExitStack() as opened:
-        files: dict[str, tuple[BinaryIO, np.ndarray]] = {}  # and a row
+        files: dict[str, tuple[BinaryIO, np.ndarray]] = {}  # array name -> (file, an empty array of its rows)
         done = 0
         for batch in track(rows, what, total=n_batches):
             *parts, labels = readable_rows(batch["y"].cpu(), *(part.cpu() for part in batch.values()))
@@ -261,92 +356,21 @@ def write_features(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_ba
                 if name not in files:
                     files[name] = opened.enter_context((unfinished / f"{name}.npy").open("wb")), part[:0]
                     write_header(*files[name], n)
-                files[name][0].write(part.tobytes())  # not a memory map, where a full disk kills the process
+                files[name][0].write(part.tobytes())  # with a memory map, a full disk would kill the process
             done += len(labels)
         if done < n:
-            for file, none in files.values():
-                write_header(file, none, done)
+            for file, empty in files.values():
+                write_header(file, empty, done)
 
 
-def write_header(file: BinaryIO, none: np.ndarray, n: int) -> None:
-    """Begin a .npy file of n rows like those of `none`. NumPy leaves room for other numbers of rows."""
+def write_header(file: BinaryIO, empty: np.ndarray, n: int) -> None:
+    """Write the header of a .npy file of n rows like those of `empty`. NumPy pads headers, so that it can be written
+    again with another n."""
     file.seek(0)
-    header = {"descr": np.lib.format.dtype_to_descr(none.dtype), "fortran_order": False, "shape": (n, *none.shape[1:])}
-    np.lib.format.write_array_header_1_0(file, header)
+    header = {"descr": np.lib.format.dtype_to_descr(empty.dtype), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(file, header | {"shape": (n, *empty.shape[1:])})
 
 
 def read_features(folder: Path) -> dict[str, Tensor]:
-    """Memory-mapped; what is written into them stays in memory."""
+    """Return the memory-mapped arrays. Changes to them stay in memory."""
     return {path.stem: torch.from_numpy(np.load(path, mmap_mode="c")) for path in sorted(folder.glob("*.npy"))}
-
-
-# ---- What is evaluated: an encoder with a data set ----
-
-
-WITHOUT_EFFECT = (*TRAINING_ONLY, "decoding_threads")  # by any protocol
-LABEL_FREE_IMAGES = 25_600  # for what needs no labels (as in https://arxiv.org/abs/2210.02885)
-VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
-
-
-class EvaluationData:
-    """An encoder, and the data set on which it is evaluated. Features are extracted when they are first asked for.
-
-    Args:
-        params: settings to read the data set; see features.data_params.
-        cache: folder of the extracted features.
-        stages: extract the output of each stage in the same pass.
-        training: fields of LinearClassifierMethodParams that change those of the protocols which train.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        params: EncoderAndDataParams,
-        cache: Path,
-        stages: bool = False,
-        training: dict | None = None,
-    ):
-        self.encoder, self.params, self.cache = encoder, params, cache
-        self.stages, self.training = stages, training or {}
-
-    @cached_property
-    def train(self) -> Features:
-        return extract(self.encoder, self.params, self.params.dataset.train_splits, self.cache, self.stages)
-
-    @cached_property
-    def test(self) -> Features:
-        return extract(self.encoder, self.params, self.params.dataset.test_splits, self.cache, self.stages)
-
-    @property
-    def sets(self) -> tuple[Tensor, ...]:
-        """(train features, labels, test features, labels)"""
-        return self.on_device(self.train.x, self.train.y, self.test.x, self.test.y)
-
-    @property
-    def some(self) -> Tensor:
-        """Features of at most MOST_IMAGES training images, always the same ones."""
-        chosen = np.random.default_rng(0).permutation(len(self.train.x))[:LABEL_FREE_IMAGES]
-        return self.on_device(self.train.x[np.sort(chosen)])[0]
-
-    @cached_property
-    def views(self) -> Tensor:
-        """Features of random views of some training images, [N, V, E]."""
-        splits = self.params.dataset.train_splits
-        return self.on_device(extract_views(self.encoder, self.params, splits, self.cache, **VIEWS))[0]
-
-    def on_device(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """On the encoder's device, if that is able to score them."""
-        return tuple(able(part.to(device_of(self.encoder))) for part in parts)
-
-
-def seen(params: EncoderAndDataParams) -> dict[str, Any]:
-    """Settings that decide which clips of videos, or which images of one's own, are seen; {} of other sets."""
-    names = VIDEO if params.dataset.of_videos else CUSTOM_DATA if params.dataset.is_custom else ()
-    return {name: getattr(params, name) for name in names if name not in WITHOUT_EFFECT}
-
-
-def image_hash(subject: EvaluationData) -> str:
-    """Of the encoder and of all labeled images of the data set, as it sees them."""
-    params = subject.params
-    sets = (loading.get_dataset(params, splits) for splits in (params.dataset.train_splits, params.dataset.test_splits))
-    return "".join(fingerprint(subject.encoder, params, dataset, {}) for dataset in sets)

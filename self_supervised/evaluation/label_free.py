@@ -1,6 +1,6 @@
-"""What can be said of features without labels: (features [N, E] or views [N, V, E]) -> dict of scalars.
+"""Label-free measures of feature quality: (features [N, E] or views [N, V, E]) -> dict of scalars.
 
-RankMe is in evaluation/validation.py. Spectra are computed in float64: they fall over many orders of magnitude.
+RankMe is in evaluation/validation.py. Spectra span many orders of magnitude and are computed in float64.
 """
 
 import math
@@ -12,48 +12,60 @@ from self_supervised.numerics import Scores, finite, in_float64, unit
 
 
 def alpha_req(x: Tensor, ranks: tuple[int, int] = (11, 100)) -> Scores:
-    """Exponent of the decay of the covariance's eigenvalues, lambda_i ~ i^-alpha; best near 1 (alpha-ReQ,
-    https://arxiv.org/abs/2202.05808). The slope of log lambda over log i is fitted over the given ranks (as
-    many as there are), each weighted by 1 / i (Stringer et al., https://doi.org/10.1038/s41586-019-1346-5)."""
+    """Return the exponent alpha of the decay of the covariance's eigenvalues, lambda_i ~ i^-alpha; best near 1
+    (alpha-ReQ, https://arxiv.org/abs/2202.05808).
+
+    The slope of log lambda over log i is fitted over the given ranks, or those of them that exist, each weighted by
+    1 / i (Stringer et al., https://doi.org/10.1038/s41586-019-1346-5).
+    """
     x = in_float64(finite(x))
     eigenvalues = torch.linalg.eigvalsh((x - x.mean(0)).T @ (x - x.mean(0))).flip(0)
-    significant = int((eigenvalues > eigenvalues[0] * 1e-12).sum())  # the others are rounding
+    significant = int((eigenvalues > eigenvalues[0] * 1e-12).sum())  # smaller eigenvalues are rounding errors
     last = min(ranks[1], significant)
-    first = min(ranks[0], max(1, last // 2))  # few directions: their second half
+    first = min(ranks[0], max(1, last // 2))  # if there are few eigenvalues: their second half
     if last - first < 1:
         return {"alpha_req": math.nan}
     i = torch.arange(first, last + 1, dtype=x.dtype, device=x.device)
-    a, b, w = i.log(), eigenvalues[first - 1 : last].log(), (1 / i) / (1 / i).sum()
-    a, b = a - (w * a).sum(), b - (w * b).sum()
+    w = (1 / i) / (1 / i).sum()
+    a = i.log()
+    b = eigenvalues[first - 1 : last].log()
+    a = a - (w * a).sum()
+    b = b - (w * b).sum()
     return {"alpha_req": float(-(w * a * b).sum() / (w * a * a).sum())}
 
 
 def alignment(views: Tensor) -> Scores:
-    """Mean squared distance of two views of one image on the unit sphere, over all pairs of views: 0 if they coincide
-    (https://arxiv.org/abs/2005.10242, section 4.1, with alpha = 2)."""
-    z, v = unit(in_float64(finite(views))), views.shape[1]
-    cosines = (z.sum(1).square().sum(1) - v) / (v * (v - 1))  # mean over the pairs of an image
+    """Return the mean squared distance on the unit sphere between two views of one image, over all pairs of views; 0
+    if all views coincide (https://arxiv.org/abs/2005.10242, section 4.1, with alpha = 2)."""
+    z = unit(in_float64(finite(views)))
+    v = views.shape[1]
+    cosines = (z.sum(1).square().sum(1) - v) / (v * (v - 1))  # [N]: mean over the pairs of views of an image
     return {"alignment": float((2 - 2 * cosines).mean())}
 
 
 def uniformity(x: Tensor, t: float = 2.0) -> Scores:
-    """log of the mean over pairs of images of exp(-t |x - x'|^2) on the unit sphere: 0 for a single point, and the
-    lower, the more evenly spread (https://arxiv.org/abs/2005.10242, section 4.1)."""
-    z, total, n = unit(finite(x)), 0.0, len(x)
+    """Return the log of the mean over pairs of images of exp(-t |x - x'|^2) on the unit sphere: 0 for a single point,
+    lower for more evenly spread features (https://arxiv.org/abs/2005.10242, section 4.1)."""
+    z = unit(finite(x))
+    n = len(x)
+    total = 0.0
     for rows in z.split(1000):  # 1000 x N distances fit into memory
         total += float(in_float64((2 * t * (rows @ z.T - 1)).exp().sum(1)).sum())
-    return {"uniformity": math.log(max(total - n, 1e-300) / (n * (n - 1)))}  # less each image with itself
+    return {"uniformity": math.log(max(total - n, 1e-300) / (n * (n - 1)))}  # - n: pairs of an image with itself
 
 
 def lidar(views: Tensor, delta: float = 1e-4) -> Scores:
-    """Effective rank of what tells images apart, relative to what tells views of one image apart: exp of the entropy
-    of the normalized eigenvalues of W^-1/2 B W^-1/2, where B is the covariance of the images' means and W that of the
-    views around them plus delta (LiDAR, https://arxiv.org/abs/2312.04000, equations 1 to 4)."""
+    """Return the effective rank of the between-image covariance, whitened by the covariance between views of one image
+    (LiDAR, https://arxiv.org/abs/2312.04000, equations 1 to 4).
+
+    It is exp of the entropy of the normalized eigenvalues of W^-1/2 B W^-1/2. B is the covariance of the images' means,
+    and W is the covariance of the views around these means, plus delta on the diagonal.
+    """
     views = in_float64(finite(views))
     means = views.mean(1)
     between = covariance(means - means.mean(0))
     within = covariance((views - means[:, None]).flatten(0, 1))
-    within.diagonal().add_(max(delta, 1e-12 * float(within.trace())))  # smaller eigenvalues are rounding
+    within.diagonal().add_(max(delta, 1e-12 * float(within.trace())))  # smaller eigenvalues are rounding errors
     factor = torch.linalg.cholesky(within)  # L^-1 B L^-T has the eigenvalues of W^-1/2 B W^-1/2
     half = torch.linalg.solve_triangular(factor, between, upper=False)
     eigenvalues = torch.linalg.eigvalsh(torch.linalg.solve_triangular(factor, half.T, upper=False)).clamp(min=0)

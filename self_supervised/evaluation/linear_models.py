@@ -1,9 +1,6 @@
-"""Linear support vector machines, one a class against the rest, all classes and folds at once.
+"""Linear models on frozen features, fitted to the optimum: logistic regression and support vector machines (SVMs).
 
-The protocol is that of VOC07 (https://arxiv.org/abs/1905.01235, section 6): features of length
-1, squared hinge loss, presences count twice, the cost of each class chosen by 3-fold cross-validation. Labels are
-classes [N], or presences [N, K] with 1 for present, -1 for absent and 0 for neither: such an image is left out where
-that class is concerned.
+Both minimize a convex loss by `fit_linear`, for all classes at once; SVMs also for all folds of the cross-validation.
 """
 
 from collections.abc import Callable
@@ -16,31 +13,23 @@ from torch import Tensor
 
 from self_supervised.numerics import Scores, finite, in_float64, unit
 
-Loss = Callable[[Tensor], tuple[Tensor, Tensor]]  # scores [N, K] -> (their summed loss, its gradient [N, K])
+Loss = Callable[[Tensor], tuple[Tensor, Tensor]]  # scores [N, K] -> (summed loss, its gradient [N, K])
+COSTS = (*(2.0**-i for i in range(19, 3, -1)), *(10.0**i for i in range(-7, 3)))  # the 26 of the SVM's source
+FOLDS = 3
+COST_OF_FEW = 0.5  # if a class has fewer images than there are folds (that of https://arxiv.org/abs/2005.04966)
+PRESENCE_WEIGHT = 2.0  # of positive examples
+
+
+# ---- solver ----
 
 
 def within_span(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same features in coordinates of the span of the training features, where there are fewer images than
-    features: the optimum of a linear model lies in it, as weights outside it only cost decay."""
+    """Return both sets of features in coordinates of the span of the training features, if there are fewer training
+    images than features. The optimum of a linear model lies in this span: weights outside of it only add decay."""
     if train_x.shape[1] <= len(train_x):
         return train_x, test_x
     basis = torch.linalg.qr(train_x.T).Q
     return train_x @ basis, test_x @ basis
-
-
-@torch.no_grad()
-def logistic_regression(x: Tensor, y: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Weights [E, C] and bias [C] that minimize the summed cross entropy of x [N, E] + decay / 2 |weights|^2."""
-    n_classes = int(y.max()) + 1
-    rows = torch.arange(len(x), device=x.device)
-
-    def cross_entropy(scores: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = scores.log_softmax(1)
-        error = log_p.exp()
-        error[rows, y] -= 1
-        return -log_p[rows, y].sum(), error
-
-    return fit_linear(x, cross_entropy, n_classes, decay, flatness=n_classes)
 
 
 @torch.no_grad()
@@ -54,18 +43,20 @@ def fit_linear(
     precision: float = 1e-3,
     gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weights [E, K] and bias [K] that minimize loss(x @ weights + bias) + decay / 2 |weights|^2, for a convex loss.
+    """Return weights [E, K] and bias [K] that minimize loss(x @ weights + bias) + decay / 2 |weights|^2 for a convex
+    loss.
 
-    L-BFGS in coordinates v, b in which the curvature is the identity where it starts: 10 to 30 steps, not hundreds.
+    L-BFGS runs in coordinates v, b in which the curvature at the starting point is the identity: it takes 10 to 30
+    steps instead of hundreds.
 
     Args:
-        flatness: 1 / the second derivative of an image's loss by a score, about.
-        bias: if not, it stays 0.
-        precision: of the scores, about.
-        gram: x.T @ x, if it is known.
+        flatness: approximately 1 / the second derivative of one image's loss with respect to a score.
+        bias: if False, the bias stays 0.
+        precision: approximate precision of the scores.
+        gram: x.T @ x, if it is already known.
     """
     n = len(x)
-    scale = n * x.shape[1] * n_outputs**2  # divides the loss: small gradients, which L-BFGS trusts from its first step
+    scale = n * x.shape[1] * n_outputs**2  # divides the loss: L-BFGS trusts its first step if gradients are small
     curvature = (x.T @ x if gram is None else gram) / flatness
     rounding = 1e-6 * float(curvature.trace())  # smaller eigenvalues are noise in float32, and may be negative
     curvature.diagonal().add_(max(decay, rounding))
@@ -93,34 +84,57 @@ def fit_linear(
     return weights()
 
 
-# ---- Linear support vector machines, one a class against the rest, all classes and folds at once ----
+# ---- logistic regression ----
 
 
-COSTS = (*(2.0**-i for i in range(19, 3, -1)), *(10.0**i for i in range(-7, 3)))  # 26, those of the source
-FOLDS = 3
-COST_OF_FEW = 0.5  # where a class has fewer images than there are folds (that of https://arxiv.org/abs/2005.04966)
-PRESENCE_WEIGHT = 2.0
+@torch.no_grad()
+def logistic_regression(x: Tensor, y: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Return weights [E, C] and bias [C] that minimize the summed cross entropy of x [N, E] + decay / 2 |weights|^2."""
+    n_classes = int(y.max()) + 1
+    rows = torch.arange(len(x), device=x.device)
+
+    def cross_entropy(scores: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = scores.log_softmax(1)
+        error = log_p.exp()
+        error[rows, y] -= 1
+        return -log_p[rows, y].sum(), error
+
+    return fit_linear(x, cross_entropy, n_classes, decay, flatness=n_classes)
+
+
+# ---- support vector machines: one per class against the rest ----
+#
+# The protocol is that of VOC07 (https://arxiv.org/abs/1905.01235, section 6): features of length 1, squared hinge loss,
+# positive examples with weight 2, the cost of each class chosen by 3-fold cross-validation. Labels are classes [N], or
+# multi-label [N, K] with 1 for present, -1 for absent and 0 for neither: such an image is left out for that class.
 
 
 def svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
-    """Fit on the training features [N, E], score the test features: accuracy of the highest score ("acc1"), or
-    the mean over classes of the average precision ("map"), in percent. Test labels have no part in the costs."""
-    many = train_y.dim() == 2
-    classes = None if many else train_y.unique()
-    signs = train_y.float() if many else one_against_rest(train_y, classes)
-    train_x, test_x = finite(train_x, "training features"), finite(test_x, "test features")
+    """Fit SVMs on the training features [N, E] and score the test features.
+
+    Returns the accuracy of the highest score ("acc1"), or for multi-label data the mean over classes of the average
+    precision ("map"), in percent. Costs are chosen without test labels.
+    """
+    multi_label = train_y.dim() == 2
+    classes = None if multi_label else train_y.unique()
+    signs = train_y.float() if multi_label else one_against_rest(train_y, classes)
+    train_x = finite(train_x, "training features")
+    test_x = finite(test_x, "test features")
     x, test_x = within_span(with_bias(train_x), with_bias(test_x))
-    columns = train_y.T if many else (train_y - train_y.min() + 1)[None]
-    folds = None if few(signs) else np.stack([folds_of(column.cpu().numpy()) for column in columns], 1)
-    costs = x.new_full((signs.shape[1],), COST_OF_FEW) if folds is None else choose_costs(x, signs, folds, many)
+    if too_few_for_folds(signs):
+        costs = x.new_full((signs.shape[1],), COST_OF_FEW)
+    else:
+        columns = train_y.T if multi_label else (train_y - train_y.min() + 1)[None]
+        folds = np.stack([folds_of(column.cpu().numpy()) for column in columns], 1)
+        costs = choose_costs(x, signs, folds, multi_label)
     scores = test_x @ fit(x, signs, costs)
-    if many:
+    if multi_label:
         return {"map": 100 * float(average_precision(scores, test_y, interpolated=True).nanmean())}
     return {"acc1": 100 * int((classes[scores.argmax(1)] == test_y).sum()) / len(test_y)}
 
 
 def with_bias(x: Tensor) -> Tensor:
-    """Features of length 1, and a 1 for the bias, which is decayed like a weight (as in liblinear)."""
+    """Return features of length 1 and a 1 for the bias, which is decayed like a weight (as in liblinear)."""
     return F.pad(unit(x.float()), (0, 1), value=1.0)
 
 
@@ -128,14 +142,16 @@ def one_against_rest(y: Tensor, classes: Tensor) -> Tensor:
     return (y[:, None] == classes).float() * 2 - 1
 
 
-def few(signs: Tensor) -> bool:
-    """Whether some class cannot be in each fold."""
+def too_few_for_folds(signs: Tensor) -> bool:
+    """Return whether a class has too few images to be in every fold."""
     return bool((signs > 0).sum(0).min() < FOLDS)
 
 
 def folds_of(labels: np.ndarray) -> np.ndarray:
-    """Of each image the fold that it is scored in, [N]; those of scikit-learn's cross_val_score, stratified, not
-    shuffled. Images with label 0 are in none: -1."""
+    """Return the fold [N] in which each image is scored, -1 for images with label 0, which are in none.
+
+    The folds are those of scikit-learn's cross_val_score: stratified, not shuffled.
+    """
     rows = np.flatnonzero(labels)
     fold = np.full(len(labels), -1)
     for i, (_, scored) in enumerate(StratifiedKFold(FOLDS).split(rows, labels[rows])):
@@ -144,7 +160,7 @@ def folds_of(labels: np.ndarray) -> np.ndarray:
 
 
 def fit(x: Tensor, signs: Tensor, costs: Tensor) -> Tensor:
-    """Weights [E + 1, K] for signs [N, K] at costs [K]: those of scikit-learn's LinearSVC(class_weight={1: 2})."""
+    """Return weights [E + 1, K] for signs [N, K] and costs [K]: those of LinearSVC(class_weight={1: 2})."""
     weight = x.new_zeros(x.shape[1], signs.shape[1])
     for cost in costs.unique().tolist():
         weight[:, costs == cost] = fit_at(x, signs[:, costs == cost], cost)
@@ -163,16 +179,16 @@ def fit_at(x: Tensor, signs: Tensor, cost: float, gram: Tensor | None = None) ->
     return fit_linear(x, squared_hinge, signs.shape[1], flatness=0.5, precision=1e-4, gram=gram, **as_liblinear)[0]
 
 
-def choose_costs(x: Tensor, signs: Tensor, folds: np.ndarray, many: bool) -> Tensor:
-    """Of each class the cost with the best mean over folds, [K]: of the average precision, or of the accuracy, which
-    is one for all classes."""
+def choose_costs(x: Tensor, signs: Tensor, folds: np.ndarray, multi_label: bool) -> Tensor:
+    """Return the cost [K] of each class with the best mean over folds: of the average precision for multi-label data,
+    else of the accuracy, which gives one cost for all classes."""
     fold = torch.from_numpy(folds).to(x.device)
-    training = torch.cat([signs * (fold != i) for i in range(FOLDS)], 1)  # the machines of all folds, side by side
+    training = torch.cat([signs * (fold != i) for i in range(FOLDS)], 1)  # the SVMs of all folds, side by side
     costs = sorted(COSTS)
     gram = x.T @ x
-    quality: Callable = mean_precisions if many else mean_accuracy
-    found = [quality((x @ fit_at(x, training, cost, gram)).chunk(FOLDS, 1), signs, fold) for cost in costs]
-    return torch.tensor(costs, device=x.device)[torch.stack(found).argmax(0)].expand(signs.shape[1])
+    quality: Callable = mean_precisions if multi_label else mean_accuracy
+    qualities = [quality((x @ fit_at(x, training, cost, gram)).chunk(FOLDS, 1), signs, fold) for cost in costs]
+    return torch.tensor(costs, device=x.device)[torch.stack(qualities).argmax(0)].expand(signs.shape[1])
 
 
 def mean_accuracy(scores: tuple[Tensor, ...], signs: Tensor, fold: Tensor) -> Tensor:
@@ -187,9 +203,11 @@ def mean_precisions(scores: tuple[Tensor, ...], signs: Tensor, fold: Tensor) -> 
 
 
 def average_precision(scores: Tensor, signs: Tensor, interpolated: bool = False) -> Tensor:
-    """Of each class [K] the mean precision at its images, in the order of scores [N, K]; images of sign 0 are left out.
-    This is scikit-learn's. Interpolated, it is the area under the curve whose precision at each recall is the highest
-    at that recall or a higher one: that of the source, and of VOC since 2010, not the 11 points of 2007."""
+    """Return the average precision [K] of each class for scores [N, K]; images of sign 0 are left out.
+
+    It is scikit-learn's: the mean precision at the positive images. Interpolated, the precision at a recall is the
+    highest at that or any higher recall, as in the source and in VOC since 2010 (not the 11 points of 2007).
+    """
     order = scores.masked_fill(signs == 0, -torch.inf).argsort(0, descending=True)
     right = signs.gather(0, order) > 0
     precision = right.cumsum(0) / torch.arange(1, len(scores) + 1, device=scores.device)[:, None]
@@ -199,12 +217,12 @@ def average_precision(scores: Tensor, signs: Tensor, interpolated: bool = False)
 
 
 def few_presences(presences: Tensor, k: int, seed: int) -> Tensor:
-    """Labels [N, K] that are left when each class keeps k images with it and (K - 1) k without it, drawn by itself, and
-    all others become 0 (the low-shot samples of the source)."""
+    """Return labels [N, K] in which each class keeps k random images with it and (K - 1) k without it, and all other
+    entries are 0. Each class is drawn independently (the low-shot samples of the source)."""
     rng = np.random.default_rng(seed)
     left = torch.zeros_like(presences)
     for i, column in enumerate(presences.T.cpu().numpy()):
-        for sign, wanted in ((1, k), (-1, (presences.shape[1] - 1) * k)):
-            rows = rng.permutation(np.flatnonzero(column == sign))[:wanted]
+        for sign, n in ((1, k), (-1, (presences.shape[1] - 1) * k)):
+            rows = rng.permutation(np.flatnonzero(column == sign))[:n]
             left[torch.from_numpy(rows), i] = sign
     return left

@@ -1,6 +1,7 @@
 """Protocols on frozen features: (train features [N, E], labels, test features, labels) -> dict of scalars.
 
-Accuracies in percent. Settings are chosen on parts of the training set; test labels only score.
+Accuracies are in percent. Hyperparameters are chosen on parts of the training set; test labels are only used for
+scoring.
 """
 
 import numpy as np
@@ -13,37 +14,39 @@ from self_supervised.evaluation import validation
 from self_supervised.evaluation.linear_models import few_presences, svm
 from self_supervised.numerics import Scores, finite, unit
 
-KS = (1, 5, 20, 200)
-RETRIEVED = (1, 5, 10, 20)
-VOC_SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
+KS = (1, 5, 20, 200)  # neighbors of kNN
+RETRIEVED = (1, 5, 10, 20)  # training samples retrieved
+VOC_SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)  # images per class
 VOC_DRAWS = 5
-FEW_LABELS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+FEW_LABELS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)  # images per class
 FEW_DRAWS = 3
 DECAYS = tuple(10.0**i for i in range(5, -7, -1))
-HELD_OUT = 0.2  # of the training set
-FEWEST_TO_HOLD_OUT = 5  # images of a class, below which nothing is held out
-DECAY_OF_FEW = 100.0  # that of the probe while pretraining
+HELD_OUT = 0.2  # fraction of the training set
+FEWEST_TO_HOLD_OUT = 5  # images per class; with fewer, nothing is held out and DECAY_OF_FEW is used
+DECAY_OF_FEW = 100.0  # L2 of the linear probe during pretraining
 
 
 def knn_protocol(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
-    found = validation.knn(train_x, train_y, test_x, test_y, ks=KS)
-    return {name.removeprefix("valid_").replace("_acc", "_acc1"): value for name, value in found.items()}
+    scores = validation.knn(train_x, train_y, test_x, test_y, ks=KS)
+    return {name.removeprefix("valid_").replace("_acc", "_acc1"): value for name, value in scores.items()}
 
 
 def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
-    """Recall at k: how often at least one of the k training samples that are nearest by cosine is of the class of the
-    test sample, in percent. With fewer than k training samples, all of them count."""
-    train_x, test_x = unit(finite(train_x, "training features")), unit(finite(test_x, "test features"))
-    found = {k: 0 for k in RETRIEVED}
+    """Return recall at k: the percentage of test samples with at least one sample of their class among the k nearest
+    training samples by cosine. With fewer than k training samples, all of them count."""
+    train_x = unit(finite(train_x, "training features"))
+    test_x = unit(finite(test_x, "test features"))
+    hits = {k: 0 for k in RETRIEVED}
     for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
         nearest = (x @ train_x.T).topk(min(max(RETRIEVED), len(train_x)), dim=1).indices
         same = train_y[nearest] == y[:, None]
-        found = {k: n + int(same[:, :k].any(1).sum()) for k, n in found.items()}
-    return {f"recall{k}": 100.0 * n / len(test_y) for k, n in found.items()}
+        hits = {k: n + int(same[:, :k].any(1).sum()) for k, n in hits.items()}
+    return {f"recall{k}": 100.0 * n / len(test_y) for k, n in hits.items()}
 
 
 def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
-    """Logistic regression on standardized features, with the L2 of `choose_decay`, fitted to the whole training set."""
+    """Score logistic regression on standardized features, with the L2 of `choose_decay`, fitted to the whole training
+    set."""
     classes, target = train_y.unique(return_inverse=True)
     train_x, test_x = validation.standardized(train_x, test_x)
     decay = choose_decay(train_x, target, seed)
@@ -52,9 +55,11 @@ def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, see
 
 
 def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:
-    """The L2 with the best accuracy on a held-out part: of 12, a decade apart, then of quarters of a decade around the
-    best (together the grid of https://arxiv.org/abs/1805.08974, appendix). Of equal ones the strongest. A fixed one
-    where a class has fewer than 5 images."""
+    """Return the L2 with the best accuracy on a held-out part, the strongest if several are equally good.
+
+    12 values are tried, a decade apart, then quarters of a decade around the best; together they are the grid of
+    https://arxiv.org/abs/1805.08974, appendix. If a class has fewer than 5 images, L2 is DECAY_OF_FEW.
+    """
     if int(target.bincount().min()) < FEWEST_TO_HOLD_OUT:
         return DECAY_OF_FEW
     fit, score = (torch.from_numpy(rows) for rows in subsets.held_out(target.cpu().numpy(), HELD_OUT, seed))
@@ -70,8 +75,10 @@ def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:
 
 
 def few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
-    """`linear` with few labels of each class, up to all: mean and deviation over draws. Features are standardized by
-    all training images, which takes no labels."""
+    """Score `linear` with few labels per class, up to all: mean and standard deviation over draws.
+
+    Features are standardized by all training images, because that needs no labels.
+    """
     classes, target = train_y.unique(return_inverse=True)
     train_x, test_x = validation.standardized(train_x, test_x)
     labels = target.cpu().numpy()
@@ -81,23 +88,24 @@ def few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
         _, logits = validation.linear_logits(x, test_x, y, choose_decay(x, y, seed))
         return validation.accuracy(logits, classes, test_y, 1)
 
-    found = {}
+    scores = {}
     for k in track([k for k in FEW_LABELS if k < np.bincount(labels).min()], "few-label curve"):
         draws = [subsets.stratified(labels, per_class=k, seed=seed * FEW_DRAWS + draw) for draw in range(FEW_DRAWS)]
-        found |= mean_and_deviation(f"labels{k}_acc1", [score(rows) for rows in draws])
-    return found | {"labels_all_acc1": score(np.arange(len(labels)))}
+        scores |= mean_and_deviation(f"labels{k}_acc1", [score(rows) for rows in draws])
+    return scores | {"labels_all_acc1": score(np.arange(len(labels)))}
 
 
 def low_shot_svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
-    """`svm` on few images of each class: mean and deviation over draws."""
-    train_x, test_x = finite(train_x, "training features"), finite(test_x, "test features")
-    found = {}
-    many = train_y.dim() == 2
-    present = (train_y > 0).sum(0) if many else train_y.unique(return_counts=True)[1]
+    """Score `svm` on few images per class: mean and standard deviation over draws."""
+    train_x = finite(train_x, "training features")
+    test_x = finite(test_x, "test features")
+    multi_label = train_y.dim() == 2
+    present = (train_y > 0).sum(0) if multi_label else train_y.unique(return_counts=True)[1]
+    means = {}
     for k in track([k for k in VOC_SHOTS if k <= int(present.min())], "low-shot SVMs"):
         scores = []
         for draw in range(seed * VOC_DRAWS, (seed + 1) * VOC_DRAWS):
-            if many:
+            if multi_label:
                 labels = few_presences(train_y, k, draw)
                 rows = (labels != 0).any(1).cpu().numpy().nonzero()[0]
             else:
@@ -106,11 +114,11 @@ def low_shot_svm(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
             rows = torch.from_numpy(rows)
             scores.append(svm(train_x[rows], labels[rows], test_x, test_y))
         (name,) = scores[0]
-        found |= mean_and_deviation(f"shot{k}_{name}", [score[name] for score in scores])
-    return found
+        means |= mean_and_deviation(f"shot{k}_{name}", [score[name] for score in scores])
+    return means
 
 
 def mean_and_deviation(name: str, values: list[float]) -> Scores:
-    """Mean over draws, and the sample standard deviation, as over seeds and runs, if there are several."""
+    """Return the mean over draws and, if there is more than one, the sample standard deviation (as over seeds)."""
     deviation = {f"{name}_std": float(np.std(values, ddof=1))} if len(values) > 1 else {}
     return {name: float(np.mean(values)), **deviation}

@@ -1,4 +1,4 @@
-"""Every evaluation protocol in one table: name -> (an encoder with a labeled data set, seed) -> dict of scalars."""
+"""All evaluation protocols in one table: name -> function of (evaluation data, seed) -> dict of scalars."""
 
 import copy
 import difflib
@@ -19,34 +19,40 @@ from self_supervised.evaluation.features import LABEL_FREE_IMAGES, VIEWS, Evalua
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import Scores
 
+# ---- protocols that are not one function of features ----
 
-def of_stages(subject: EvaluationData, seed: int, score: Callable[..., Scores]) -> Scores:
-    """`score` of the output of each stage of a ResNet: its acc1, or its map where images have several labels."""
-    train = subject.train
-    test = subject.test
+
+def score_stages(data: EvaluationData, seed: int, score: Callable[..., Scores]) -> Scores:
+    """Return the scores of the output of each stage of a ResNet: acc1, or map for multi-label data."""
+    train = data.train
+    test = data.test
     found = {}
     for name in track(sorted(train.stages), "classifiers of the stages"):
-        scores = score(subject.on_device(train.stages[name], train.y, test.stages[name], test.y), seed)
+        scores = score(data.on_device(train.stages[name], train.y, test.stages[name], test.y), seed)
         found |= {f"{name}_{key}": value for key, value in scores.items() if key in ("acc1", "map")}
     return found
 
 
-def linear_settings_of(subject: EvaluationData, seed: int, preset: str) -> LinearClassifierMethodParams:
-    """Raises ValueError for fields of `subject.training` that cannot be."""
-    settings = {name: getattr(subject.params, name) for name in IMAGE_SETTINGS} | subject.training
-    params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
-    share = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # of its length: the warm-up keeps its part
-    return attrs.evolve(params, warmup_epochs=params.warmup_epochs * share, drop_last_batch=None)
+def linear_settings_of(data: EvaluationData, seed: int, preset: str) -> LinearClassifierMethodParams:
+    """Return the settings of a linear preset for the data's images, with the overrides of `data.training`.
 
-
-def trained(subject: EvaluationData, seed: int, preset: str) -> Scores:
-    """LinearClassifierMethod with a preset's settings; the test set is scored once, after the last epoch.
-
-    A loss that is not finite is a result too: nan.
+    Raises:
+        ValueError: the overrides are invalid.
     """
-    params = linear_settings_of(subject, seed, preset)
-    method = LinearClassifierMethod(params, encoder=copy.deepcopy(subject.encoder.model).train())
-    device = features.device_of(subject.encoder)
+    settings = {name: getattr(data.params, name) for name in IMAGE_SETTINGS} | data.training
+    params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
+    fraction = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # the warm-up keeps its fraction of training
+    return attrs.evolve(params, warmup_epochs=params.warmup_epochs * fraction, drop_last_batch=None)
+
+
+def train_and_score(data: EvaluationData, seed: int, preset: str) -> Scores:
+    """Train LinearClassifierMethod with a preset's settings and score the test set once, after the last epoch.
+
+    If the loss is not finite, the scores are nan.
+    """
+    params = linear_settings_of(data, seed, preset)
+    method = LinearClassifierMethod(params, encoder=copy.deepcopy(data.encoder.model).train())
+    device = features.device_of(data.encoder)
     trainer = pl.Trainer(
         max_epochs=params.max_epochs,
         check_val_every_n_epoch=params.max_epochs,
@@ -72,28 +78,29 @@ def trained(subject: EvaluationData, seed: int, preset: str) -> Scores:
 @frozen
 class Protocol:
     run: Callable[[EvaluationData, int], Scores]
-    definition: str  # what its numbers mean, in one line
-    source: str
-    seeded: bool = True  # whether the seed changes anything
-    trains: bool = False  # whether it takes hours where the others take minutes
+    definition: str  # meaning of the scores, in one line; part of the key of stored results
+    source: str  # paper
+    seeded: bool = True  # whether the scores depend on the seed
+    trains: bool = False  # takes hours instead of minutes; not run by default
     needs_labels: bool = True
-    needs_classes: bool = True  # labels: one class an image
+    needs_classes: bool = True  # one class per image
     needs_stages: bool = False  # an encoder with layer1 to layer4
-    preset: str | None = None  # of LINEAR_PRESETS, of a protocol that trains by SGD
+    preset: str | None = None  # name in LINEAR_PRESETS, if the protocol trains by SGD
 
     def refusal(self, encoder: Encoder, params: EncoderAndDataParams, labeled: bool) -> str | None:
-        """Why it cannot be run. Whether images are labeled is told, as files are listed to find out."""
+        """Return why the protocol cannot be run, or None. `labeled` is an argument because finding it out may mean
+        listing files."""
         if self.needs_labels and not labeled:
-            return f"needs labels, and the images of {params.dataset_name} have none"
+            return f"needs labels, but the images of {params.dataset_name} have none"
         if self.needs_classes and params.dataset.many_labels:
-            return f"needs one class an image, and those of {params.dataset_name} have several"
+            return f"needs one class per image, but {params.dataset_name} is multi-label"
         if self.needs_stages and not features.stages_of(encoder):
-            return f"needs an encoder with layer1 to layer4, and {params.encoder_arch} has none"
+            return f"needs an encoder with layer1 to layer4, but {params.encoder_arch} has none"
         return None
 
 
-def on_sets(function: Callable[..., Scores]) -> Callable[[EvaluationData, int], Scores]:
-    return lambda subject, seed: function(*subject.sets, seed=seed)
+def seeded_probe(function: Callable[..., Scores]) -> Callable[[EvaluationData, int], Scores]:
+    return lambda data, seed: function(*data.sets, seed=seed)
 
 
 def label_free_row(run: Callable[[EvaluationData, int], Scores], definition: str, source: str) -> Protocol:
@@ -101,43 +108,43 @@ def label_free_row(run: Callable[[EvaluationData, int], Scores], definition: str
 
 
 def training_row(preset: str, definition: str, source: str) -> Protocol:
-    return Protocol(partial(trained, preset=preset), definition, source, trains=True, preset=preset)
+    return Protocol(partial(train_and_score, preset=preset), definition, source, trains=True, preset=preset)
 
 
 FROZEN = "frozen features of whole images"
 PROTOCOLS = {
     "knn": Protocol(
-        lambda subject, _: probes.knn_protocol(*subject.sets),
+        lambda data, _: probes.knn_protocol(*data.sets),
         f"{FROZEN}; k = 1, 5, 20, 200 nearest by cosine vote with weight exp(cosine / 0.07)",
         "https://arxiv.org/abs/1805.01978, section 3.4",
         seeded=False,
     ),
     "retrieval": Protocol(
-        lambda subject, _: probes.retrieval(*subject.sets),
+        lambda data, _: probes.retrieval(*data.sets),
         f"{FROZEN}; recall at 1, 5, 10, 20: how often a test image finds its class among so many training images, the "
         "nearest by cosine",
         "https://arxiv.org/abs/2010.09709, section 4",
         seeded=False,
     ),
     "linear": Protocol(
-        on_sets(probes.linear),
+        seeded_probe(probes.linear),
         f"{FROZEN}, standardized; logistic regression to the optimum (L-BFGS); L2 chosen on a held-out fifth of the "
         "training set, then fitted to all of it",
         "https://arxiv.org/abs/1805.08974, appendix; https://arxiv.org/abs/2002.05709, B.8",
     ),
     "linear_stages": Protocol(
-        partial(of_stages, score=lambda sets, seed: probes.linear(*sets, seed=seed)),
+        partial(score_stages, score=lambda sets, seed: probes.linear(*sets, seed=seed)),
         "as linear, on the outputs of layer1 to layer4, averaged over the image",
         "after https://arxiv.org/abs/1905.01235, section 6.1",
         needs_stages=True,
     ),
     "few_labels": Protocol(
-        on_sets(probes.few_labels),
+        seeded_probe(probes.few_labels),
         "as linear, on 1, 2, 5, 10, ... and all labels of each class; 3 draws, mean and sample standard deviation",
         "after https://arxiv.org/abs/2204.07141",
     ),
     "svm": Protocol(
-        lambda subject, _: linear_models.svm(*subject.sets),
+        lambda data, _: linear_models.svm(*data.sets),
         f"{FROZEN}, of length 1; linear SVM of each class against the rest (squared hinge, presences twice), cost of "
         "26 by 3-fold cross-validation on the training set; accuracy, or mean average precision",
         "https://arxiv.org/abs/1905.01235, section 6.1",
@@ -145,7 +152,7 @@ PROTOCOLS = {
         needs_classes=False,
     ),
     "svm_stages": Protocol(
-        partial(of_stages, score=lambda sets, _: linear_models.svm(*sets)),
+        partial(score_stages, score=lambda sets, _: linear_models.svm(*sets)),
         "as svm, on the outputs of layer1 to layer4, averaged over the image",
         "after https://arxiv.org/abs/1905.01235, section 6.1",
         seeded=False,
@@ -154,36 +161,36 @@ PROTOCOLS = {
         needs_stages=True,
     ),
     "low_shot_svm": Protocol(
-        on_sets(probes.low_shot_svm),
+        seeded_probe(probes.low_shot_svm),
         "as svm, on 1, 2, 4, 8, 16, 32, 64, 96 images of each class; 5 draws, mean and sample standard deviation; cost "
         "by 3-fold cross-validation within the draw from 4 images a class on, 0.5 below",
         "https://arxiv.org/abs/1905.01235, section 6.2",
         needs_classes=False,
     ),
     "rank_me": label_free_row(
-        lambda subject, _: {"rank_me": validation.rank_me(subject.some)["valid_rank_me"]},
+        lambda data, _: {"rank_me": validation.rank_me(data.label_free_features)["valid_rank_me"]},
         f"effective rank of the features of at most {LABEL_FREE_IMAGES:,} training images: exp of the entropy of the "
         "normalized singular values",
         "https://arxiv.org/abs/2210.02885, equation 1",
     ),
     "alpha_req": label_free_row(
-        lambda subject, _: label_free.alpha_req(subject.some),
+        lambda data, _: label_free.alpha_req(data.label_free_features),
         "exponent of the decay of the covariance's eigenvalues 11 to 100, of the same images",
         "https://arxiv.org/abs/2202.05808",
     ),
     "uniformity": label_free_row(
-        lambda subject, _: label_free.uniformity(subject.some),
+        lambda data, _: label_free.uniformity(data.label_free_features),
         "log of the mean over pairs of exp(-2 distance^2) on the unit sphere, of the same images",
         "https://arxiv.org/abs/2005.10242, section 4.1",
     ),
     "alignment": label_free_row(
-        lambda subject, _: label_free.alignment(subject.views),
+        lambda data, _: label_free.alignment(data.views),
         f"mean squared distance on the unit sphere of views of one image; {VIEWS['n']:,} training images, "
         f"{VIEWS['n_views']} views each, by the data set's augmentations",
         "https://arxiv.org/abs/2005.10242, section 4.1",
     ),
     "lidar": label_free_row(
-        lambda subject, _: label_free.lidar(subject.views),
+        lambda data, _: label_free.lidar(data.views),
         "effective rank of W^-1/2 B W^-1/2, between images and within the views of one; the same views",
         "https://arxiv.org/abs/2312.04000, equations 1 to 4",
     ),
@@ -219,11 +226,15 @@ def check_names(protocols: Sequence[str]) -> None:
     for name in protocols:
         if name not in PROTOCOLS:
             near = difflib.get_close_matches(name, PROTOCOLS, n=3, cutoff=0.3) or list(PROTOCOLS)
-            raise ValueError(f"protocol {name!r} is unknown. Nearest: {', '.join(near)}; all of them: --list")
+            raise ValueError(f"protocol {name!r} is unknown. Nearest: {', '.join(near)}. --list shows all.")
 
 
 def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
-    """Those wanted; without a wish, all that can be run and do not train."""
+    """Return the requested protocols, each once; by default (None) all that can be run and do not train.
+
+    Raises:
+        ValueError: a requested protocol cannot be run with this encoder or data set.
+    """
     labeled = n_classes(params) > 0
     refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, labeled))}
     if protocols is None:
@@ -231,5 +242,5 @@ def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderA
     for name in protocols:
         if name in refused:
             able = ", ".join(other for other in PROTOCOLS if other not in refused)
-            raise ValueError(f"protocol {name!r} {refused[name]}: choose among {able}")
+            raise ValueError(f"protocol {name!r} {refused[name]}. Choose one of {able}.")
     return list(dict.fromkeys(protocols))

@@ -1,7 +1,7 @@
-"""results.json and results.md of an evaluation: every run as it came, and the mean and deviation over seeds.
+"""results.json and results.md of an evaluation: every run, and the mean and standard deviation over seeds.
 
-Both are written whole or not at all after every run. A run is known by a key, the hash of all that it depends on: one
-that is there with the same key need not be repeated.
+Both are written atomically after every run. The key of a run is the hash of everything that it depends on; a run whose
+key already exists need not be repeated.
 """
 
 import json
@@ -14,33 +14,37 @@ from typing import Any
 from self_supervised.folder_lock import locked
 from self_supervised.safe_files import atomic_write, to_json, without_nan
 
-RunRecord = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; seen, of videos and own data
+RunRecord = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; videos, custom data: seen
 RUN_KEYS = ("protocol", "encoder", "dataset", "seed", "seen", "training")
-WAIT_FOR_RESULTS = 60  # to wait for another process that writes
+WAIT_FOR_RESULTS = 60  # seconds to wait for another process that writes
 ENCODERS = ("random", "starting", "trained")  # columns of the table
-DRAWN = "_std"  # ends the name of a deviation over draws within one run
+DRAWN = "_std"  # suffix of the name of a standard deviation over draws within one run
 
 
 class Results:
-    """The files of one folder, into which several processes may evaluate at the same time: what others have written
-    meanwhile is read again, under a lock, before ours is added."""
+    """Results in one directory, to which multiple processes may write at the same time: before a run is added, the
+    file is locked and read again.
+
+    Args:
+        fresh: discard earlier results.
+    """
 
     def __init__(self, folder: Path, fresh: bool = False):
         self.folder = folder
         self.path = folder / "results.json"
         if fresh:
             self.path.unlink(missing_ok=True)
-        found = read_results(self.path)
-        self.runs: list[RunRecord] = found["runs"]
-        self.config: dict[str, Any] = found["config"]  # of the newest evaluation on each data set
-        self.own: dict[str, Any] = {}  # of it, this evaluation's
-        self.hashes: dict[str, str] = {}  # encoder -> hash of its weights, of this evaluation
+        stored = read_results(self.path)
+        self.runs: list[RunRecord] = stored["runs"]
+        self.config: dict[str, Any] = stored["config"]  # data set -> settings of its latest evaluation
+        self.own_config: dict[str, Any] = {}  # the part of config that this evaluation wrote
+        self.hashes: dict[str, str] = {}  # encoder -> hash of its weights in this evaluation
 
     def find(self, key: str) -> RunRecord | None:
         return next((run for run in self.runs if run["key"] == key), None)
 
     def keep_encoders(self, hashes: dict[str, str]) -> None:
-        """Forget runs of other encoders under the same name: the checkpoint was trained further."""
+        """Drop runs whose encoder has the same name but other weights: the checkpoint was trained further."""
         self.hashes = hashes
         self.runs = list(filter(self.is_kept, self.runs))
 
@@ -48,22 +52,24 @@ class Results:
         return self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
 
     def begin(self, dataset: str, config: dict[str, Any]) -> None:
-        """What the newest evaluation on a data set depends on."""
-        self.own[dataset] = config
-        self.config = self.config | self.own
+        """Set what the latest evaluation on a data set depends on."""
+        self.own_config[dataset] = config
+        self.config = self.config | self.own_config
 
     def add(self, *runs: RunRecord) -> None:
-        """In place of earlier runs of the same protocol, encoder, data set, seed, what is seen and training."""
+        """Write runs to the files. They replace earlier runs with the same RUN_KEYS."""
         with locked(self.folder, wait=WAIT_FOR_RESULTS):
-            there = read_results(self.path)
-            kept = filter(self.is_kept, there["runs"])
+            stored = read_results(self.path)
+            kept = filter(self.is_kept, stored["runs"])
             self.runs = [old for old in kept if not any(is_same(old, run) for run in runs)] + list(runs)
-            self.config = there["config"] | self.own
+            self.config = stored["config"] | self.own_config
             self.write()
 
     def shown(self, dataset: str) -> list[RunRecord]:
-        """Runs that see and train what the newest evaluation of the data set does: others cannot be compared."""
-        seen, training = (self.config[dataset].get(name, {}) for name in ("seen", "training"))
+        """Return the runs with the images and training settings of the data set's latest evaluation: only these can be
+        compared."""
+        seen = self.config[dataset].get("seen", {})
+        training = self.config[dataset].get("training", {})
         alike = [run for run in self.runs if run.get("seen", {}) == seen and run.get("training", training) == training]
         return [run for run in alike if run["dataset"] == dataset]
 
@@ -80,39 +86,43 @@ class Results:
         parts = [f"# Evaluation: {self.folder.stem}"]
         for dataset, config in self.config.items():
             runs = self.shown(dataset)
-            encoders = "\n".join(f"- {name}: {told}" for name, told in config["encoders"].items())
+            encoders = "\n".join(f"- {name}: {report}" for name, report in config["encoders"].items())
             used = ", ".join(f"{name} {value}" for name, value in config["versions"].items() if value)
             others = sum(run["dataset"] == dataset for run in self.runs) - len(runs)
-            why = "with other clips, of other images, or trained with other settings"
-            told = f"Runs {why}, are in results.json alone: {others}." if others else ""
-            clips = of_each_video(config.get("seen", {}))
-            parts += [f"## {dataset}", encoders, clips, results_markdown(runs), told, definitions(runs), used]
+            why = "with other clips, other images or other training settings"
+            note = f"Runs {why} are only in results.json: {others}." if others else ""
+            clips = clips_note(config.get("seen", {}))
+            parts += [f"## {dataset}", encoders, clips, results_markdown(runs), note, definitions(runs), used]
         return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def is_same(old: RunRecord, run: RunRecord) -> bool:
-    """Whether a run takes the place of an old one, which an earlier version may have written without all parts."""
-    return all(old.get(part, run.get(part)) == run.get(part) for part in RUN_KEYS)
+    """Return whether a run replaces an old one. A key that the old run lacks (earlier versions) counts as equal."""
+    return all(old.get(key, run.get(key)) == run.get(key) for key in RUN_KEYS)
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """runs and config of results.json; none if there is no such file."""
+    """Return runs and config of results.json; both are empty if there is no such file."""
     if not path.is_file():
         return {"runs": [], "config": {}}
     try:
-        found = json.loads(path.read_text())
-        for run in found["runs"]:
+        stored = json.loads(path.read_text())
+        for run in stored["runs"]:
             run["scores"] = {name: math.nan if value is None else value for name, value in run["scores"].items()}
-        return {"runs": found["runs"], "config": found["config"]}
+        return {"runs": stored["runs"], "config": stored["config"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not what evaluate.py writes ({error}): move it away, or use --fresh") from error
+        raise ValueError(
+            f"{path} was not written by `self-supervised evaluate`, or is corrupt ({error}). Move it away, or pass "
+            "--fresh."
+        ) from error
 
 
-# ---- over seeds ----
+# ---- mean and standard deviation over seeds ----
 
 
 def summary(runs: Iterable[RunRecord]) -> dict[str, Any]:
-    """data set -> protocol -> encoder -> metric -> mean, and deviation over seeds where there are several."""
+    """Return data set -> protocol -> encoder -> metric -> mean, number of seeds and, if there is more than one, the
+    standard deviation over seeds."""
     scores: dict[tuple, list[float]] = {}
     for run in runs:
         for metric, value in run["scores"].items():
@@ -127,53 +137,60 @@ def summary(runs: Iterable[RunRecord]) -> dict[str, Any]:
 
 
 def deviation(values: list[float]) -> float:
-    """Sample standard deviation of at least two values; nan where one of them is not finite."""
+    """Return the sample standard deviation of at least two values; nan if one of them is not finite."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
+# ---- results.md ----
+
+
 def results_markdown(runs: list[RunRecord]) -> str:
-    """Rows: metrics. Columns: encoders. After +-: the deviation over seeds; with one seed, that over draws."""
+    """Return a table with a row per metric and a column per encoder.
+
+    The value after ± is the standard deviation over seeds, or with one seed that over draws.
+    """
     encoders = [name for name in ENCODERS if any(run["encoder"] == name for run in runs)]
     rows = [["protocol", "metric", *encoders], ["---", "---", *("---:" for _ in encoders)]]
-    for protocol, of_encoders in next(iter(summary(runs).values()), {}).items():
-        metrics = dict.fromkeys(metric for found in of_encoders.values() for metric in found)
+    for protocol, by_encoder in next(iter(summary(runs).values()), {}).items():
+        metrics = dict.fromkeys(metric for scores in by_encoder.values() for metric in scores)
         for metric in (name for name in metrics if not name.endswith(DRAWN)):
-            cells = [score_cell(of_encoders.get(name, {}), metric) for name in encoders]
+            cells = [score_cell(by_encoder.get(name, {}), metric) for name in encoders]
             rows.append([protocol, metric, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def score_cell(found: dict[str, dict], metric: str) -> str:
-    if metric not in found:
+def score_cell(scores: dict[str, dict], metric: str) -> str:
+    if metric not in scores:
         return ""
-    mean = found[metric]["mean"]
-    drawn = found.get(f"{metric}{DRAWN}", {}).get("mean")
-    deviation = found[metric].get("std", drawn)
+    mean = scores[metric]["mean"]
+    over_draws = scores.get(f"{metric}{DRAWN}", {}).get("mean")
+    std = scores[metric].get("std", over_draws)
     if math.isnan(mean):
         return "not finite"
-    return rounded(mean) + (f" ± {rounded(deviation)}" if deviation is not None else "")
+    return rounded(mean) if std is None else f"{rounded(mean)} ± {rounded(std)}"
 
 
 def rounded(value: float) -> str:
     return f"{value:.2f}" if 0.1 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
 
 
-def of_each_video(seen: dict[str, Any]) -> str:
-    """Which clips are averaged; "" of images."""
+def clips_note(seen: dict[str, Any]) -> str:
+    """Return a sentence on the clips whose embeddings are averaged; "" for images."""
     if "evaluation_clips" not in seen:
         return ""
-    clips, crops, frames = (seen[name] for name in ("evaluation_clips", "evaluation_crops", "num_frames"))
-    many = f"{clips} {'clips' if clips > 1 else 'clip'} x {crops} {'crops' if crops > 1 else 'crop'}"
-    return f"{many} of each video, each {frames} frames in {seen['clip_duration']:g} seconds."
+    clips = seen["evaluation_clips"]
+    crops = seen["evaluation_crops"]
+    number = f"{clips} {'clips' if clips > 1 else 'clip'} x {crops} {'crops' if crops > 1 else 'crop'}"
+    return f"{number} of each video, each {seen['num_frames']} frames in {seen['clip_duration']:g} seconds."
 
 
 def definitions(runs: list[RunRecord]) -> str:
-    """What the protocols of the table are, and how long they took."""
+    """Return a list of the protocols in the table: definition, seeds, seconds per run, source."""
     lines = []
     for protocol in dict.fromkeys(run["protocol"] for run in runs):
         own = [run for run in runs if run["protocol"] == protocol]
         seeds = sorted({run["seed"] for run in own})
         seconds = statistics.fmean(run["seconds"] for run in own)
-        told = f"seed {', '.join(map(str, seeds))}; {seconds:.1f} s a run"
-        lines.append(f"- **{protocol}**: {own[0]['definition']} ({told}). {own[0]['source']}")
+        timing = f"seed {', '.join(map(str, seeds))}; {seconds:.1f} s per run"
+        lines.append(f"- **{protocol}**: {own[0]['definition']} ({timing}). {own[0]['source']}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Scores of frozen embeddings: (train features [N, E], labels [N], test features, labels) -> dict of scalars.
 
-Accuracies in percent. Everything is seeded or deterministic; all but scikit-learn's probe is computed on the device of
-the features. Features of any scale have their scores; features that are not finite are refused with a ValueError.
+Accuracies are in percent. Everything is seeded or deterministic, and is computed on the device of the features, except
+scikit-learn's probe. Features may have any scale. Features that are not finite raise a ValueError.
 """
 
 import warnings
@@ -20,34 +20,38 @@ from self_supervised.data.class_labels import is_one_hot
 from self_supervised.evaluation.linear_models import logistic_regression, within_span
 from self_supervised.numerics import Scores, able, finite, power_of_two, rescaled, unit
 
-PROBE_DECAY = 100.0  # L2 of the probe, scikit-learn's 1 / C
+PROBE_DECAY = 100.0  # L2 of the linear probe, scikit-learn's 1 / C
 
 
 def halves(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two random halves, each with every class in proportion: (x, y) to fit on and (x, y) to score."""
+    """Return two random halves, stratified by class if possible: (x, y) to fit on and (x, y) to score."""
     _, counts = labels.unique(return_counts=True)
-    possible = counts.min() > 1 and len(labels) // 2 >= len(counts)
-    stratify = labels.cpu() if possible else None
+    can_stratify = counts.min() > 1 and len(labels) // 2 >= len(counts)
+    stratify = labels.cpu() if can_stratify else None
     parts = train_test_split(torch.arange(len(labels)), test_size=0.5, stratify=stratify, random_state=seed)
     fit, score = (part.to(labels.device) for part in parts)
     return features[fit], labels[fit], features[score], labels[score]
 
 
 def standardized(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the mean and deviation of the training features; constant features become 0.
+    """Standardize both by mean and standard deviation of the training features; constant features become 0.
 
-    Constant is what varies by rounding only, whatever the scale: a random encoder's features may all be below 1e-8.
+    A feature counts as constant if it varies only by rounding, relative to its scale: a random encoder's features may
+    all be below 1e-8.
     """
-    train_x, test_x = finite(train_x, "training features"), finite(test_x, "test features")
-    scale = power_of_two(train_x.abs().amax())  # or squares would leave float32
-    train_x, test_x = train_x / scale, test_x / scale
-    mean, std = train_x.mean(0), train_x.std(0, correction=0)
+    train_x = finite(train_x, "training features")
+    test_x = finite(test_x, "test features")
+    scale = power_of_two(train_x.abs().amax())  # otherwise squares may overflow float32
+    train_x = train_x / scale
+    test_x = test_x / scale
+    mean = train_x.mean(0)
+    std = train_x.std(0, correction=0)
     std = torch.where(std > 1e-6 * torch.maximum(std.max(), mean.abs()), std, torch.inf)
     return (train_x - mean) / std, (test_x - mean) / std
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, solver: str = "sklearn") -> Scores:
-    """Multinomial logistic regression on standardized features, L2 with C = 0.01, by one of SOLVERS."""
+    """Score multinomial logistic regression on standardized features, with L2 (C = 0.01), by one of SOLVERS."""
     train_x, test_x = standardized(train_x, test_x)
     classes, target = train_y.unique(return_inverse=True)
     logits = SOLVERS[solver](train_x, test_x, target, PROBE_DECAY)
@@ -56,28 +60,29 @@ def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 
 
 def sklearn_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """As `linear_logits`, by scikit-learn itself, on one core of the host: on several cores its many small steps take
-    up to 60 times as long, if these have other work, too."""
+    """Return the same as `linear_logits`, by scikit-learn on one CPU core. On multiple cores that are busy, its
+    many small steps take up to 60 times as long."""
     x, test_x = (part.cpu().numpy() for part in within_span(train_x, test_x))
     classifier = LogisticRegression(C=1 / decay, max_iter=1000)
     with warnings.catch_warnings(), threadpool_limits(1, "blas"):
-        warnings.simplefilter("ignore", ConvergenceWarning)  # rounding in float32 may end the last line search
+        warnings.simplefilter("ignore", ConvergenceWarning)  # float32 rounding may stop the last line search
         classifier.fit(x, target.cpu().numpy())
     logits = (torch.from_numpy(classifier.decision_function(part)).to(train_x.device) for part in (x, test_x))
-    return tuple(torch.stack([-s, s], 1) if s.dim() == 1 else s for s in logits)  # of two classes, that of the second
+    return tuple(torch.stack([-s, s], 1) if s.dim() == 1 else s for s in logits)  # [N]: the second of two classes
 
 
 def linear_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Logits of training and test features [N, C], by multinomial logistic regression on the training features with
-    classes `target` from 0 to C - 1: the optimum of scikit-learn's LogisticRegression(C=1 / decay)."""
+    """Return logits [N, C] of training and test features by multinomial logistic regression, fitted on the training
+    features with classes `target` from 0 to C - 1: the optimum of scikit-learn's LogisticRegression(C=1 / decay)."""
     train_x, test_x = within_span(train_x, test_x)
-    decay = decay * (2 if int(target.max()) == 1 else 1)  # scikit-learn: for two classes on half their difference
+    if int(target.max()) == 1:
+        decay = 2 * decay  # with two classes, scikit-learn decays half the difference of their weights
     weight, bias = logistic_regression(train_x, target, decay)
     return train_x @ weight + bias, test_x @ weight + bias
 
 
 def accuracy(logits: Tensor, classes: Tensor, y: Tensor, k: int) -> float:
-    """How often the class of an image is among its k highest logits, in percent; column i is that of classes[i]."""
+    """Return the percentage of images whose class is among the k highest logits; column i belongs to classes[i]."""
     first = logits.argmax(1, keepdim=True) if k == 1 else logits.topk(min(k, len(classes)), dim=1).indices
     return 100.0 * (int((classes[first] == y[:, None]).any(1).sum()) / len(y))
 
@@ -85,9 +90,10 @@ def accuracy(logits: Tensor, classes: Tensor, y: Tensor, k: int) -> float:
 def knn(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...] = (20, 200), T: float = 0.07
 ) -> Scores:
-    """k nearest neighbors by cosine, each voting with weight exp(cosine / T) (InstDisc,
-    https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images all of them vote."""
-    train_x, test_x = unit(finite(train_x, "training features")), unit(finite(test_x, "test features"))
+    """Score k nearest neighbors by cosine, each voting with weight exp(cosine / T) (InstDisc,
+    https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images, all of them vote."""
+    train_x = unit(finite(train_x, "training features"))
+    test_x = unit(finite(test_x, "test features"))
     classes, target = train_y.unique(return_inverse=True)
     correct = {k: 0 for k in ks}
     for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
@@ -101,7 +107,7 @@ def knn(
 
 
 def rank_me(train_x: Tensor, *_: Tensor) -> Scores:
-    """Effective rank of the features: exp of the entropy of their normalized singular values
+    """Return the effective rank of the features: exp of the entropy of their normalized singular values
     (RankMe, https://arxiv.org/abs/2210.02885, equation 1). Needs no labels."""
     singular = torch.linalg.svdvals(rescaled(finite(train_x)))
     p = singular / singular.sum().clamp(min=1e-12) + 1e-7
@@ -109,8 +115,9 @@ def rank_me(train_x: Tensor, *_: Tensor) -> Scores:
 
 
 def embedding_std(train_x: Tensor, *_: Tensor) -> Scores:
-    """Root mean square deviation of the normalized features times sqrt(E): 1 spreads evenly over the sphere, 0 is a
-    single point (after SimSiam, https://arxiv.org/abs/2011.10566, section 4.1). Needs no labels."""
+    """Return the root mean square deviation of the normalized features times sqrt(E): 1 if they are spread evenly over
+    the sphere, 0 if they are a single point (after SimSiam, https://arxiv.org/abs/2011.10566, section 4.1). Needs no
+    labels."""
     return {"valid_embedding_std": float(unit(finite(train_x)).var(0, correction=0).sum().sqrt())}
 
 
@@ -125,11 +132,11 @@ def evaluate(
     train: tuple[Tensor, Tensor] | None = None,
     probe_solver: str = "sklearn",
 ) -> Scores:
-    """Every named evaluation of the features x [N, E] with labels y [N].
+    """Return the scores of all named evaluations on features x [N, E] with labels y [N].
 
-    Probes are fitted on a random half of x and scored on the other. With `train` (features and labels of the training
-    set) they are fitted on that and scored on all of x; the names of their scores then end in "_trainset". Without two
-    labeled classes only the evaluations that need no labels are left.
+    Probes are fitted on a random half of x and scored on the other half. If `train` (features and labels of the
+    training set) is passed, they are fitted on it and scored on all of x, and the names of their scores end in
+    "_trainset". Without at least two labeled classes, only evaluations that need no labels run.
     """
     x = finite(able(x), "embeddings")
     y = one_label_each(able(y))
@@ -150,12 +157,13 @@ def evaluate(
 
 
 def one_label_each(y: Tensor | None) -> Tensor | None:
-    """Classes [N] of one-hot labels [N, K]; None of other presences, since an image may have several classes."""
+    """Return the classes [N] of one-hot labels [N, K]; None for other multi-hot labels, where an image may have
+    multiple classes."""
     if y is None or y.dim() == 1:
         return y
     return y.argmax(1) if is_one_hot(y.cpu().numpy()) else None
 
 
 def of_test(name: str) -> str:
-    """The name of a score of the test set: valid_knn20_acc_trainset -> test_knn20_acc."""
+    """Return a score's name for the test set: valid_knn20_acc_trainset -> test_knn20_acc."""
     return name.removesuffix("_trainset").replace("valid_", "test_")

@@ -1,1 +1,1 @@
-"""Exports: an encoder as a file of another system, verified in a fresh process."""
+"""Exports: encoders as files for other systems, each verified in a new process."""

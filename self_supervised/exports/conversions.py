@@ -1,6 +1,6 @@
-"""An encoder as another library knows it: its tensors under that library's names, and the code that builds it there.
+"""Conversions of an encoder to other libraries: its tensors under their names, and the code that builds it there.
 
-The code travels in every exported file, and is what checks the file in a fresh process.
+The code is stored in every exported file, and a new process runs it to verify the file.
 """
 
 import copy
@@ -26,7 +26,7 @@ TIMM_VITS = {
     "vit_l_32": "vit_large_patch32_224",
     "vit_h_14": "vit_huge_patch14_224",
 }
-TIMM_VIT_KEYS = {  # torchvision's name of a part -> timm's; in this order
+TIMM_VIT_KEYS = {  # pattern in torchvision's names -> timm's name; applied in this order
     "class_token": "cls_token",
     "conv_proj": "patch_embed.proj",
     "encoder.pos_embedding": "pos_embed",
@@ -39,7 +39,7 @@ TIMM_VIT_KEYS = {  # torchvision's name of a part -> timm's; in this order
     "mlp.0": "mlp.fc1",
     "mlp.3": "mlp.fc2",
 }
-DETECTRON2_KEYS = {  # patterns, in this order
+DETECTRON2_KEYS = {  # pattern in torchvision's names -> detectron2's name; applied in this order
     r"^(?=conv|bn)": "stem.",
     r"^layer1": "res2",
     r"^layer2": "res3",
@@ -63,25 +63,29 @@ from torch import Tensor
 
 {inspect.getsource(ws_resnet.standardized_weight)}
 
-state = {{key: standardized(value) if value.dim() == 4 else value for key, value in state.items()}}
+state = {{key: standardized_weight(value) if value.dim() == 4 else value for key, value in state.items()}}
 """.strip()
 
 
 @frozen
 class Converted:
-    """What a file holds, and how one gets embeddings from it."""
+    """Content of a file, and the code that computes embeddings with it."""
 
     content: Any  # a state dict, or a module
     arch: str  # encoder_arch of the content
-    code: str = ""  # Python that makes `model`
-    use: str = USE_STATE  # Python that makes `embeddings`, when the file is read
+    code: str = ""  # Python code that builds `model`
+    use: str = USE_STATE  # Python code that computes `embeddings` once the file is read
+
+
+# ---- conversions ----
 
 
 def plain_model(encoder: Encoder) -> nn.Module:
-    """A copy made of torch's own layers alone, with the same embeddings.
+    """Return a copy that has only torch's own layers and gives the same embeddings.
 
-    Standardized weights are computed once and for all: in use, a `ws_resnet` is torchvision's ResNet with group norm.
-    It is no `ws_resnet` any more: to standardize twice gives other weights, by the 1e-5 that is added to deviations.
+    The standardized weights of a `ws_resnet` are stored in the copy, which is thus torchvision's ResNet with group
+    norm. It must not be loaded as a `ws_resnet` again: standardizing twice changes the weights slightly, because 1e-5
+    is added to the standard deviation.
     """
     model = copy.deepcopy(encoder.model)
     for layer in model.modules():
@@ -93,11 +97,15 @@ def plain_model(encoder: Encoder) -> nn.Module:
 
 
 def in_torchvision(encoder: Encoder) -> Converted:
-    """Raises ValueError for encoders that torchvision does not have."""
+    """Return the encoder as a model of torchvision.
+
+    Raises:
+        ValueError: torchvision does not have this encoder.
+    """
     p = encoder.params
     if p.encoder_arch.startswith("timm:") or p.encoder_arch == OWN_MODULE:
         rest = PROGRAMS if p.encoder_arch == OWN_MODULE else f"timm, safetensors or {PROGRAMS}"
-        raise ValueError(f"encoder_arch={p.encoder_arch!r} is no model of torchvision: choose {rest}")
+        raise ValueError(f"encoder_arch={p.encoder_arch!r} is not a model of torchvision. Choose {rest}.")
     options: dict[str, Any] = {}
     if p.encoder_arch.startswith("vit_"):
         options["image_size"] = p.crop_size
@@ -105,55 +113,67 @@ def in_torchvision(encoder: Encoder) -> Converted:
         options |= {"aux_logits": False, "init_weights": False}
     call = f"torchvision.models.{p.encoder_arch.removeprefix('ws_')}"
     model = plain_model(encoder)
-    code = building("torchvision", call, [], {**options, **normalization(p.encoder_arch)}, model)
+    code = building_code("torchvision", call, [], {**options, **normalization(p.encoder_arch)}, model)
     return Converted(model.state_dict(), p.encoder_arch.removeprefix("ws_"), code)
 
 
 def in_timm(encoder: Encoder) -> Converted:
-    """Raises ValueError for encoders for which timm has no model with the same tensors."""
+    """Return the encoder as a model of timm.
+
+    Raises:
+        ValueError: timm has no model with the same tensors.
+    """
     import timm  # optional, and slow to import
 
-    p, model = encoder.params, plain_model(encoder)
-    arch, state = p.encoder_arch.removeprefix("ws_"), model.state_dict()
+    p = encoder.params
+    model = plain_model(encoder)
+    arch = p.encoder_arch.removeprefix("ws_")
+    state = model.state_dict()
     name = TIMM_VITS.get(arch, arch.removeprefix("timm:"))
     channels = {} if p.channels == 3 else {"in_chans": p.channels}
     options = {"num_classes": 0, **channels, **getattr(model, "built_for", {}), **normalization(p.encoder_arch)}
     if arch in TIMM_VITS:
         options["img_size"] = p.crop_size
-        arch, state = f"timm:{name}", {renamed(key, TIMM_VIT_KEYS): value for key, value in state.items()}
+        arch = f"timm:{name}"
+        state = {renamed(key, TIMM_VIT_KEYS): value for key, value in state.items()}
     refusal = ValueError(
-        f"timm has no model with the tensors of encoder_arch={p.encoder_arch!r}: choose another format"
+        f"encoder_arch={p.encoder_arch!r}: timm has no model with the same tensors. Choose another format."
     )
-    if name.split(".")[0] not in timm.list_models():  # less the tag of weights
+    if name.split(".")[0] not in timm.list_models():  # without the tag of the weights
         raise refusal
-    code = building("timm", "timm.create_model", [repr(name)], options, model)
+    code = building_code("timm", "timm.create_model", [repr(name)], options, model)
     if shapes(built(code).state_dict()) != shapes(state):
         raise refusal
     return Converted(state, arch, code)
 
 
 def in_its_library(encoder: Encoder) -> Converted:
-    """The very tensors of the encoder: those of a `ws_resnet` are standardized by who reads them."""
+    """Return the encoder's own tensors; the code that loads a `ws_resnet` standardizes its weights."""
     arch = encoder.params.encoder_arch
-    twin = in_timm(encoder) if arch.startswith("timm:") else in_torchvision(encoder)
+    converted = in_timm(encoder) if arch.startswith("timm:") else in_torchvision(encoder)
     if not normalization(arch):
-        return twin
+        return converted
     tensors = {key: value.contiguous() for key, value in encoder.model.state_dict().items()}
-    return evolve(twin, content=tensors, arch=arch, use=f"{STANDARDIZE}\n\n{USE_STATE}")
+    return evolve(converted, content=tensors, arch=arch, use=f"{STANDARDIZE}\n\n{USE_STATE}")
 
 
 def in_detectron2(encoder: Encoder) -> Converted:
-    """The ResNets that detectron2 builds, by its names; `config` is what it must be told.
+    """Return a ResNet under detectron2's names; its code begins with `config`, the settings for detectron2.
 
     Names: https://github.com/facebookresearch/detectron2/blob/main/tools/convert-torchvision-to-d2.py
+
+    Raises:
+        ValueError: detectron2 does not have this encoder.
     """
-    p, model = encoder.params, encoder.model
+    p = encoder.params
+    model = encoder.model
     if not isinstance(model, torchvision.models.ResNet) or p.low_resolution:
         stem = " with the stem for small images" if p.low_resolution else ""
         raise ValueError(
-            f"detectron2 has no encoder_arch={p.encoder_arch!r}{stem}: it builds ResNets with a 7 x 7 stem"
+            f"encoder_arch={p.encoder_arch!r}{stem}: detectron2 only has ResNets with a 7 x 7 stem. Choose another "
+            "format."
         )
-    twin = in_torchvision(encoder)
+    converted = in_torchvision(encoder)
     depth = int(re.search(r"\d+", p.encoder_arch)[0])
     config = {
         "MODEL.PIXEL_MEAN": [round(255 * value, 3) for value in p.mean],
@@ -168,16 +188,18 @@ def in_detectron2(encoder: Encoder) -> Converted:
     }
     lines = ["config = [  # cfg.merge_from_list(config), and MODEL.WEIGHTS is this file"]
     lines += [f"    {key!r}, {value!r}," for key, value in config.items()]
-    state = {renamed(key, DETECTRON2_KEYS): value for key, value in twin.content.items()}
-    return Converted(state, twin.arch, "\n".join([*lines, "]", twin.code]))
+    state = {renamed(key, DETECTRON2_KEYS): value for key, value in converted.content.items()}
+    return Converted(state, converted.arch, "\n".join([*lines, "]", converted.code]))
+
+
+# ---- code that builds a model ----
 
 
 def normalization(arch: str) -> dict[str, str]:
-    return (
-        {"norm_layer": "lambda channels, **options: nn.GroupNorm(32, channels, **options)"}
-        if arch in ws_resnet.WS_RESNETS
-        else {}
-    )
+    """Return the argument that gives the plain copy of a `ws_resnet` its group norms; {} for other encoders."""
+    if arch not in ws_resnet.WS_RESNETS:
+        return {}
+    return {"norm_layer": "lambda channels, **options: nn.GroupNorm(32, channels, **options)"}
 
 
 def renamed(key: str, names: dict[str, str]) -> str:
@@ -190,8 +212,8 @@ def shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in state.items()}
 
 
-def building(library: str, call: str, arguments: list[str], options: dict[str, Any], ours: nn.Module) -> str:
-    """Python that makes `model` as its library does, then exchanges the layers in which ours differs."""
+def building_code(library: str, call: str, arguments: list[str], options: dict[str, Any], ours: nn.Module) -> str:
+    """Return Python code that builds `model` by a call of its library and replaces the layers that differ in ours."""
     arguments = [*arguments, *(f"{name}={value}" for name, value in options.items())]
     code = f"import torch\nimport {library}\nfrom torch import nn\n\nmodel = {call}({', '.join(arguments)})"
     theirs = dict(built(code).named_modules())
@@ -203,11 +225,11 @@ def building(library: str, call: str, arguments: list[str], options: dict[str, A
 
 
 def built(code: str) -> nn.Module:
-    """Without memory for its parameters, where it can be built so."""
+    """Run the code and return its `model`, if possible on the meta device (without memory for its parameters)."""
     names: dict[str, Any] = {}
     try:
         with torch.device("meta"):
             exec(code, names)
-    except NotImplementedError:  # torchvision's RegNets read numbers from tensors while they are built
+    except NotImplementedError:  # the constructors of torchvision's RegNets read values from tensors
         exec(code, names)
     return names["model"]

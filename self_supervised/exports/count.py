@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of each part of an encoder, and of the heads in its checkpoint."""
+"""Parameter and FLOP counts of each part of an encoder, and of the heads in its checkpoint."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from self_supervised.exports.conversions import plain_model
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.training import checkpoints
 
-MOSTLY = 0.9  # a part with more than this share of its whole's parameters is shown by its own parts
-STEM = ("conv1", "bn1")  # of a ResNet
+SPLIT_ABOVE = 0.9  # fraction of the parent's parameters; a part with more is listed by its own parts
+STEM = ("conv1", "bn1")  # ResNet
 HEAD_MODULES = ("projection_model", "prediction_model", "classifier")
 
 
@@ -21,7 +21,7 @@ HEAD_MODULES = ("projection_model", "prediction_model", "classifier")
 class Part:
     name: str
     parameters: int
-    flops: int  # of one image; a multiplication and an addition are two
+    flops: int  # for one image; a multiply-add counts as two
 
 
 def n_parameters(module: nn.Module) -> int:
@@ -29,19 +29,22 @@ def n_parameters(module: nn.Module) -> int:
 
 
 def paths(module: nn.Module, prefix: str = "") -> list[str]:
-    """Of the parts with parameters, in order."""
-    found, whole = [], n_parameters(module)
+    """Return the paths of the parts with parameters, in order."""
+    found = []
+    whole = n_parameters(module)
     for name, child in module.named_children():
-        path, size = f"{prefix}{name}", n_parameters(child)
-        inner = paths(child, f"{path}.") if size > MOSTLY * whole else []
+        path = f"{prefix}{name}"
+        size = n_parameters(child)
+        inner = paths(child, f"{path}.") if size > SPLIT_ABOVE * whole else []
         found += inner or ([path] if size else [])
     return found
 
 
 def count_parts(encoder: Encoder) -> list[Part]:
-    """The encoder's parts for one image of its size, counted as papers do: with padding, without norms and activations.
+    """Return the counts of the encoder's parts, for one image of its size.
 
-    FLOPs are those of convolutions and matrix products; half of them is what many papers call FLOPs (multiply-adds).
+    FLOPs are counted as in papers: convolutions and matrix products, padding included, without norms and activations.
+    Many papers report half of this number (multiply-adds).
     """
     model = plain_model(encoder).to("meta")
     image = torch.zeros(1, encoder.params.channels, encoder.params.crop_size, encoder.params.crop_size, device="meta")
@@ -53,16 +56,15 @@ def count_parts(encoder: Encoder) -> list[Part]:
         name = "stem" if path in STEM else path
         before = parts.get(name, Part(name, 0, 0))
         size = n_parameters(model.get_submodule(path))
-        parts[name] = Part(
-            name, before.parameters + size, before.flops + flops.get(f"{type(model).__name__}.{path}", 0)
-        )
+        own_flops = flops.get(f"{type(model).__name__}.{path}", 0)
+        parts[name] = Part(name, before.parameters + size, before.flops + own_flops)
     rest = n_parameters(model) - sum(part.parameters for part in parts.values())
     rest_flops = counter.get_total_flops() - sum(part.flops for part in parts.values())
     return [*parts.values(), *([Part("rest", rest, rest_flops)] if rest or rest_flops else [])]
 
 
 def heads(state: dict[str, Tensor]) -> list[Part]:
-    """Of a checkpoint of ours: layers of MLPs, each weight multiplied once for each image."""
+    """Return the counts of the heads in a checkpoint of this library: MLPs, which use each weight once per image."""
     found = []
     for head in HEAD_MODULES:
         tensors = [v for k, v in state.items() if k.startswith(f"{head}.") and k.endswith((".weight", ".bias"))]
@@ -73,19 +75,19 @@ def heads(state: dict[str, Tensor]) -> list[Part]:
 
 
 def cost_table(encoder: Encoder, checkpoint: str | Path) -> Table:
-    """Of the encoder, and, below its sum, of the heads."""
+    """Return a table of the encoder's parts, their sum and, below it, the heads."""
     p = encoder.params
     size = f"{p.channels} x {p.crop_size} x {p.crop_size}"
-    made = Table("part", title=f"{p.encoder_arch}, one image of {size}", caption="FLOPs: a multiply-add is two")
+    table = Table("part", title=f"{p.encoder_arch}, one image of {size}", caption="FLOPs: a multiply-add counts as two")
     for column in ("parameters", "FLOPs"):
-        made.add_column(column, justify="right")
+        table.add_column(column, justify="right")
     parts = count_parts(encoder)
     total = Part("encoder", sum(part.parameters for part in parts), sum(part.flops for part in parts))
     ours = encoder.report.layout.startswith("self_supervised")
     has_heads = ours and any(key.split(".")[0] in HEAD_MODULES for key in encoder.report.left_out)
     for part in parts:
-        made.add_row(part.name, f"{part.parameters:,}", f"{part.flops:,}")
-    made.add_section()
+        table.add_row(part.name, f"{part.parameters:,}", f"{part.flops:,}")
+    table.add_section()
     for part in [total, *(heads(checkpoints.read_checkpoint(checkpoint)["state_dict"]) if has_heads else [])]:
-        made.add_row(part.name, f"{part.parameters:,}", f"{part.flops:,}")
-    return made
+        table.add_row(part.name, f"{part.parameters:,}", f"{part.flops:,}")
+    return table

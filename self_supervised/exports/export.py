@@ -1,10 +1,10 @@
-"""An encoder for other programs: from a checkpoint to a file of their format, checked in a fresh process.
+"""Export an encoder to the format of another program, and verify the file in a new process.
 
     self-supervised export runs/demo/pretrained.ckpt --format torchvision onnx
     self-supervised export runs/demo/pretrained.ckpt --count
 
-CHECKPOINT is anything that weights.load_encoder reads. The file lies beside it unless --out says where; a file that is
-there already is never overwritten. How each is loaded: docs/export.md, and the note "load" within the file.
+CHECKPOINT is anything that load_encoder reads (docs/weights.md). The file is written next to it, or to --out. Existing
+files are never overwritten. docs/export.md and the note "load" in each file show how to load it.
 """
 
 import argparse
@@ -40,7 +40,7 @@ FACTS = (
     "transform_crop_size",
     "image_mean",
     "image_std",
-)  # fields of EncoderAndDataParams, without which nobody can feed an encoder
+)  # fields of EncoderAndDataParams that are needed to prepare the encoder's input
 
 
 def export(
@@ -53,18 +53,18 @@ def export(
     encoder: nn.Module | None = None,
     **overrides: Any,
 ) -> Path:
-    """Write the encoder of a checkpoint in a format, check the file in a fresh process, and return its path.
+    """Export the encoder of a checkpoint, verify the file in a new process, and return its path.
 
     Args:
-        checkpoint, encoder, overrides: as `weights.load_encoder` takes them.
-        format: a key of `tools.formats.FORMATS`.
-        out: file or folder; default: beside the checkpoint, as NAME.FORMAT.EXTENSION (NAME.onnx, NAME.safetensors).
-        publish: append the start of the file's SHA-256 to its name, as `torch.hub` checks it.
+        checkpoint, encoder, overrides: arguments of `load_encoder`.
+        format: a key of `FORMATS` (exports/formats.py).
+        out: file or directory; default: next to the checkpoint, as NAME.FORMAT.EXTENSION (NAME.onnx, NAME.safetensors).
+        publish: append the first digits of the file's SHA-256 to its name; `torch.hub` compares them.
         normalize: the program takes values from 0 to 1 and normalizes them itself (torchscript, onnx, torch_export).
 
     Raises:
-        ValueError: the format cannot hold this encoder, or its package is missing.
-        FileExistsError: there is such a file already.
+        ValueError: the format cannot hold this encoder, or a package is missing.
+        FileExistsError: the file already exists.
         RuntimeError: the file does not give the same embeddings; nothing is written.
     """
     (target,) = targets(checkpoint, [format], out, publish, normalize)
@@ -72,10 +72,14 @@ def export(
     return write_checked(loaded, format, target, publish, normalize).path
 
 
+# ---- where files are written ----
+
+
 def targets(
     checkpoint: str | Path, formats: list[str], out: str | Path | None, publish: bool, normalize: bool
 ) -> list[Path]:
-    """Where the files will lie, less the hash; refuses before any work what cannot be written."""
+    """Return the paths of the files, without the hash. Formats and paths that cannot be written are refused here,
+    before any work."""
     for name in formats:
         check_format(name, normalize)
     source = Path(checkpoint).expanduser()
@@ -83,12 +87,12 @@ def targets(
     out = None if out is None else Path(out).expanduser()
     if not is_folder and out.suffix and not out.is_dir():
         if len(formats) > 1:
-            raise ValueError(f"out={str(out)!r} is one file, but there are {len(formats)} formats: give a folder")
+            raise ValueError(f"out={str(out)!r} is a file, but there are {len(formats)} formats. Pass a directory.")
         paths = [out]
     else:
         folder = out or (source.parent if source.is_file() else Path())
         stem = source.stem if source.is_file() else re.sub(r"[^\w.-]", "_", str(checkpoint))  # a published name
-        paths = [folder / f"{stem}{ending(name)}" for name in formats]
+        paths = [folder / f"{stem}{extension_of(name)}" for name in formats]
     for path in paths:
         check_folder("out", path.parent)
         if not publish:
@@ -96,7 +100,7 @@ def targets(
     return paths
 
 
-def ending(name: str) -> str:
+def extension_of(name: str) -> str:
     extension = FORMATS[name].extension
     return extension if extension == f".{name}" else f".{name}{extension}"
 
@@ -105,35 +109,42 @@ def check_format(name: str, normalize: bool) -> None:
     if name not in FORMATS:
         raise ValueError(f"format={name!r} is unknown: choose one of {', '.join(FORMATS)}")
     if missing := [package for package in FORMATS[name].needs if importlib.util.find_spec(package) is None]:
-        raise ValueError(f"format={name!r} needs what is not installed: pip install {' '.join(missing)}")
+        packages = " ".join(missing)
+        raise ValueError(f"format={name!r} needs packages that are not installed. Run pip install {packages}")
     if normalize and not FORMATS[name].is_program:
         programs = ", ".join(name for name, row in FORMATS.items() if row.is_program)
-        raise ValueError(f"normalize=True does not fit format={name!r}, which holds weights alone: choose {programs}")
+        raise ValueError(f"normalize=True: format={name!r} holds only weights. Choose one of {programs}.")
 
 
 def refuse_existing(path: Path) -> None:
     if path.exists():
-        raise FileExistsError(f"{path} is there already: move it away, or choose another --out")
+        raise FileExistsError(f"{path} already exists. Move it away, or choose another --out.")
+
+
+# ---- writing and verifying a file ----
 
 
 @attrs.frozen
 class Exported:
     path: Path
-    difference: float  # largest difference of embeddings, as a share of their largest absolute value
+    difference: float  # largest difference of embeddings, relative to their largest absolute value
 
 
 def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, normalize: bool) -> Exported:
-    """Written and checked in a hidden folder beside `target`; the name appears when all is well."""
+    """Write and verify the file in a hidden directory next to `target`, then move it there."""
     row = FORMATS[format]
-    twin = row.twin(encoder)
+    converted = row.convert(encoder)
     images, expected = sample_images(encoder)
-    mean, std = encoder.params.mean, encoder.params.std
+    mean = encoder.params.mean
+    std = encoder.params.std
     if normalize:
         images = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-        twin = attrs.evolve(twin, content=Normalized(twin.content, mean, std).eval())
-        mean, std = (0.0,) * len(mean), (1.0,) * len(std)  # what is left to do
-    code = "\n\n".join(filter(None, [twin.code, row.read, twin.use])) + "\n"
-    notes = {"self_supervised": export_facts(encoder.params, twin.arch, expected.shape[1], mean, std), "load": code}
+        converted = attrs.evolve(converted, content=Normalized(converted.content, mean, std).eval())
+        mean = (0.0,) * len(mean)  # the program's users need not normalize
+        std = (1.0,) * len(std)
+    code = "\n\n".join(filter(None, [converted.code, row.read, converted.use])) + "\n"
+    facts = export_facts(encoder.params, converted.arch, expected.shape[1], mean, std)
+    notes = {"self_supervised": facts, "load": code}
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         disk_errors_named(target),
@@ -141,8 +152,8 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
         Console(stderr=True).status(f"{format}: writing") as status,
     ):
         file = Path(folder) / f"encoder{row.extension}"
-        row.write(twin.content, file, notes, images[:2])
-        status.update(f"{format}: checking in a fresh process")
+        row.write(converted.content, file, notes, images[:2])
+        status.update(f"{format}: verifying in a new process")
         difference = verified(file, code, images, expected)
         return Exported(place(file, target, publish), difference)
 
@@ -150,8 +161,9 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
 def export_facts(
     p: EncoderAndDataParams, arch: str, width: int, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
-    """What one must know to feed the encoder, and what `weights.load_encoder` needs: nothing is left to a default."""
-    spelled_out = attrs.evolve(
+    """Return FACTS, with every value explicit: the settings that prepare the encoder's input, and that `load_encoder`
+    needs."""
+    explicit = attrs.evolve(
         p,
         encoder_arch=arch,
         embedding_dim=width,
@@ -161,15 +173,16 @@ def export_facts(
         image_mean=list(mean),
         image_std=list(std),
     )
-    return {name: getattr(spelled_out, name) for name in FACTS}
+    return {name: getattr(explicit, name) for name in FACTS}
 
 
 def place(file: Path, target: Path, publish: bool) -> Path:
-    """On the disk, then under its name; published, NAME-HASH.EXTENSION with the first 8 digits of its SHA-256."""
+    """Flush the file to disk and move it to `target`; with `publish`, to NAME-HASH.EXTENSION, where HASH is the first 8
+    digits of its SHA-256."""
     if publish:
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        # torch.hub takes what stands between the first hyphen and a dot for the hash: no other dot may follow one
+        # torch.hub reads the text between the first hyphen and the next dot as the hash: NAME must not have dots
         target = target.with_name(f"{target.stem.replace('.', '_')}-{digest[:8]}{target.suffix}")
     refuse_existing(target)
     sync(file)
@@ -178,38 +191,44 @@ def place(file: Path, target: Path, publish: bool) -> Path:
     return target
 
 
+# ---- the command ----
+
+
 def export_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("export", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument(
-        "--format", nargs="+", default=[], metavar="FORMAT", help=f"one or several of {', '.join(FORMATS)}"
+        "--format", nargs="+", default=[], metavar="FORMAT", help=f"one or more of {', '.join(FORMATS)}"
     )
-    parser.add_argument("--out", metavar="FOLDER_OR_FILE", help="default: beside the checkpoint")
-    parser.add_argument("--publish", action="store_true", help="append the start of the file's SHA-256 to its name")
-    parser.add_argument("--normalize", action="store_true", help="programs take values from 0 to 1")
+    parser.add_argument("--out", metavar="DIR_OR_FILE", help="default: next to the checkpoint")
+    parser.add_argument("--publish", action="store_true", help="append the first digits of the file's SHA-256")
+    parser.add_argument("--normalize", action="store_true", help="export a program that takes values from 0 to 1")
     parser.add_argument("--count", action="store_true", help="print parameters and FLOPs of each part")
-    fields = parser.add_argument_group("where the file does not say (fields of EncoderAndDataParams)")
+    fields = parser.add_argument_group("settings that the checkpoint does not contain (fields of EncoderAndDataParams)")
     add_fields(fields, FACTS)
     args = parser.parse_args(arguments)
     if not args.format and not args.count:
-        parser.error("say --format, or --count")
+        parser.error("pass --format or --count")
     return args
 
 
-@one_line_errors(RuntimeError)  # of the systems that export: they say what they cannot convert
+@one_line_errors(RuntimeError)  # exporters raise it for layers that they cannot convert
 def main(arguments: Sequence[str] | None = None) -> None:
     args = vars(export_options(arguments))
-    checkpoint, formats = args.pop("checkpoint"), list(dict.fromkeys(args.pop("format")))
+    checkpoint = args.pop("checkpoint")
+    formats = list(dict.fromkeys(args.pop("format")))
     count_parts = args.pop("count")
-    out, publish, normalize = args.pop("out"), args.pop("publish"), args.pop("normalize")
+    out = args.pop("out")
+    publish = args.pop("publish")
+    normalize = args.pop("normalize")
     paths = targets(checkpoint, formats, out, publish, normalize)
     encoder = load_encoder(checkpoint, **args)
     print(encoder.report)
     if count_parts:
         Console().print(count.cost_table(encoder, checkpoint))
-    for format in formats:  # refuse before any of them is written
-        FORMATS[format].twin(encoder)
+    for format in formats:  # raises an error before any file is written
+        FORMATS[format].convert(encoder)
     for format, target in zip(formats, paths, strict=True):
         done = write_checked(encoder, format, target, publish, normalize)
         size = done.path.stat().st_size / 1e6
-        print(f"{format}: {done.path} ({size:.1f} MB), embeddings equal to {done.difference:.0e} of the largest")
+        print(f"{format}: {done.path} ({size:.1f} MB), embeddings differ by {done.difference:.0e} of the largest")

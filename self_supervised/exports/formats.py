@@ -1,7 +1,8 @@
-"""The formats an encoder is exported in: what each file holds, how it is written, and the code that reads it.
+"""Export formats: the content of each file, how it is written, and the code that reads it.
 
-A file carries two notes: "self_supervised", what one must know to feed the encoder (JSON; a dict in pickled files), and
-"load", Python that reads the file at `path` and turns `images`, [N, C, H, W], into `embeddings`, [N, E].
+Every file contains two notes. "self_supervised" has the settings needed to prepare the encoder's input (JSON; a dict in
+pickled files). "load" is Python code that reads the file at `path` and turns `images` [N, C, H, W] into `embeddings`
+[N, E].
 """
 
 import io
@@ -21,7 +22,10 @@ from self_supervised.networks.pretrained import Encoder
 from self_supervised.safe_files import to_json
 
 ONNX_OPSET = 18
-ONNX_LARGEST = 2**31  # bytes of one file, a limit of protocol buffers
+ONNX_LARGEST = 2**31  # bytes per file, the limit of protocol buffers
+
+
+# ---- code that reads a file ----
 
 READ_TORCH = 'state = torch.load(path, weights_only=True)["state_dict"]'
 READ_SAFETENSORS = """
@@ -58,8 +62,11 @@ session = onnxruntime.InferenceSession(path)
 """.strip()
 
 
+# ---- content of programs ----
+
+
 class Normalized(nn.Module):
-    """Values from 0 to 1 -> embeddings."""
+    """Encoder that normalizes its input, images with values from 0 to 1."""
 
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -75,23 +82,27 @@ def program(encoder: Encoder) -> Converted:
     return Converted(conversions.plain_model(encoder).eval(), encoder.params.encoder_arch, use="")
 
 
+# ---- writers ----
+
+
 def as_json(notes: dict[str, Any]) -> dict[str, str]:
     return {name: note if isinstance(note, str) else to_json(note) for name, note in notes.items()}
 
 
 def write_torch(state: dict[str, Tensor], path: Path, notes: dict[str, Any], images: Tensor) -> None:
-    with path.open("wb") as file:  # a full disk is Python's error there, and aborts the process where PyTorch opens it
+    with path.open("wb") as file:  # on a full disk, Python raises an error; PyTorch's own writer aborts the process
         torch.save({"state_dict": state, **notes}, file)
 
 
 def write_safetensors(state: dict[str, Tensor], path: Path, notes: dict[str, Any], images: Tensor) -> None:
     from safetensors.torch import save
 
-    path.write_bytes(save(state, metadata={"format": "pt", **as_json(notes)}))  # save_file's could be read by us alone
+    path.write_bytes(save(state, metadata={"format": "pt", **as_json(notes)}))  # save_file sets owner-only permissions
 
 
 def write_pickle(state: dict[str, Tensor], path: Path, notes: dict[str, Any], images: Tensor) -> None:
-    """As detectron2's model zoo has them; `matching_heuristics` lets it find the backbone within a detector."""
+    """Write a file like those of detectron2's model zoo; `matching_heuristics` makes detectron2 look for the backbone
+    inside a detector."""
     arrays = {key: value.numpy() for key, value in state.items()}
     content = {"model": arrays, "__author__": "self_supervised", "matching_heuristics": True, **notes}
     with path.open("wb") as file:
@@ -101,7 +112,7 @@ def write_pickle(state: dict[str, Tensor], path: Path, notes: dict[str, Any], im
 def write_torchscript(model: nn.Module, path: Path, notes: dict[str, Any], images: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.*is deprecated", FutureWarning)
-        # of asserts on shapes within torchvision and timm, which hold for all images of this size
+        # torchvision and timm assert shapes, which the trace takes as constants: they are, for images of this size
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         content = io.BytesIO()  # as in write_torch
         torch.jit.save(torch.jit.trace(model, images), content, _extra_files=as_json(notes))
@@ -119,7 +130,8 @@ def write_onnx(model: nn.Module, path: Path, notes: dict[str, Any], images: Tens
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     if size >= ONNX_LARGEST:
         raise ValueError(
-            f"an ONNX file holds at most 2 GiB, and the encoder has {size / 2**30:.1f}: choose torch_export"
+            f"format='onnx': the encoder has {size / 2**30:.1f} GiB, but an ONNX file holds at most 2 GiB. Choose "
+            "torch_export."
         )
     exported = torch.onnx.export(
         model,
@@ -135,19 +147,22 @@ def write_onnx(model: nn.Module, path: Path, notes: dict[str, Any], images: Tens
     exported.save(path, external_data=False)
 
 
+# ---- the table of formats ----
+
+
 @frozen
 class Format:
     """A row of FORMATS."""
 
     extension: str
-    twin: Callable[[Encoder], Converted]
+    convert: Callable[[Encoder], Converted]
     write: Callable[[Any, Path, dict[str, Any], Tensor], None]  # content, file, notes, images to trace with
-    read: str  # Python that reads `path`: after the twin's `code`, before its `use`
-    needs: tuple[str, ...] = ()  # packages beyond requirements.txt
+    read: str  # Python code that reads `path`; it stands between `code` and `use` of the converted encoder
+    needs: tuple[str, ...] = ()  # packages that are not in requirements.txt
 
     @property
     def is_program(self) -> bool:
-        return self.twin is program
+        return self.convert is program
 
 
 FORMATS = {

@@ -1,4 +1,4 @@
-"""Run in a process of its own: the code that loads an exported file, on images; nothing of this project is imported.
+"""Script that runs the loading code of an exported file on images, in a process without this project's modules.
 
 python -P exports/fresh.py CODE FILE IMAGES.npy EMBEDDINGS.npy
 """
@@ -10,13 +10,14 @@ import numpy as np
 
 
 def main(code: str, file: str, images: str, embeddings: str) -> None:
-    """The first image alone, then the others: a program must take batches of any size."""
-    inputs, found = np.load(images), []
+    """Embed the first image alone, then the others: an exported program must accept batches of any size."""
+    inputs = np.load(images)
+    outputs = []
     for batch in (inputs[:1], inputs[1:]):
         names = {"path": file, "images": batch}
         exec(Path(code).read_text(), names)
-        found.append(np.asarray(names["embeddings"]))
-    np.save(embeddings, np.concatenate(found))
+        outputs.append(np.asarray(names["embeddings"]))
+    np.save(embeddings, np.concatenate(outputs))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whether an exported file gives the encoder's embeddings, found out by a fresh process that knows nothing of ours."""
+"""Verification that an exported file gives the encoder's embeddings, in a process without this project's modules."""
 
 import os
 import subprocess
@@ -13,12 +13,12 @@ from torch import Tensor
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import finite
 
-TOLERANCE = 1e-5  # largest difference of embeddings, as a share of the largest absolute value of all of them
+TOLERANCE = 1e-5  # largest difference of the embeddings, relative to their largest absolute value
 
 
 @torch.no_grad()
 def sample_images(encoder: Encoder) -> tuple[Tensor, Tensor]:
-    """Two photographs and two of noise: normalized images [4, C, H, W], and their embeddings [4, E]."""
+    """Return two photographs and two noise images, normalized, [4, C, H, W], and their embeddings [4, E]."""
     p = encoder.params
     photographs = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
     photographs = photographs.repeat(1, -(-p.channels // 3), 1, 1)[:, : p.channels]
@@ -28,7 +28,11 @@ def sample_images(encoder: Encoder) -> tuple[Tensor, Tensor]:
 
 
 def verified(file: Path, code: str, images: Tensor, expected: Tensor) -> float:
-    """The largest difference of the embeddings that `code` gets from the file, in a process without our modules."""
+    """Return the largest relative difference of the embeddings that `code` computes with the file in a new process.
+
+    Raises:
+        RuntimeError: the code fails, or its embeddings differ by more than TOLERANCE.
+    """
     folder = file.parent
     (folder / "load.py").write_text(code)
     np.save(folder / "images.npy", images.numpy())
@@ -38,12 +42,17 @@ def verified(file: Path, code: str, images: Tensor, expected: Tensor) -> float:
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1]
-        raise RuntimeError(f"the file cannot be loaded in a fresh process, and was removed: {reason}")
-    found = np.load(folder / "embeddings.npy")
-    if found.shape != expected.shape:
-        raise RuntimeError(f"the file gives embeddings of shape {found.shape}, not {tuple(expected.shape)}: removed")
+        raise RuntimeError(f"the exported file cannot be loaded in a new process and was removed: {reason}")
+    embeddings = np.load(folder / "embeddings.npy")
+    if embeddings.shape != expected.shape:
+        raise RuntimeError(
+            f"the exported file gives embeddings of shape {embeddings.shape} instead of {tuple(expected.shape)} and "
+            "was removed"
+        )
     scale = float(expected.abs().max()) or 1.0
-    difference = float(np.abs(found - expected.numpy()).max()) / scale
+    difference = float(np.abs(embeddings - expected.numpy()).max()) / scale
     if not difference <= TOLERANCE:
-        raise RuntimeError(f"the file gives other embeddings (by {difference:.1e} of their largest), and was removed")
+        raise RuntimeError(
+            f"the exported file gives different embeddings (by {difference:.1e} of the largest value) and was removed"
+        )
     return difference

@@ -1,1 +1,1 @@
-"""Report: runs as one page, as curves and as a table."""
+"""Reports on runs: one HTML page, curves, and a comparison table."""

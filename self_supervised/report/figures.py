@@ -1,4 +1,4 @@
-"""The curves of a report: which figures there are, what they show when all is well, and their points from CSV files."""
+"""Figures of a report: their columns, a description of a healthy curve, and their points from CSV files."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,11 @@ from attrs import frozen
 from self_supervised.safe_files import rows_of
 from self_supervised.training.monitor import COLLAPSED_STD
 
-MOST_POINTS = 2000  # of a line
-PRETRAINING, LINEAR = "pretraining/metrics.csv", "linear/metrics.csv"
+MOST_POINTS = 2000  # per line
+PRETRAINING = "pretraining/metrics.csv"
+LINEAR = "linear/metrics.csv"
+NO_FIGURE = re.compile("epoch|step_train_acc5|lr|test_.*")  # columns without a figure, unless FIGURES has them
+ONLY_IF_IT_VARIES = ("T",)  # columns without a figure if they are constant
 Lines = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
 
 
@@ -21,11 +24,11 @@ class Figure:
     """Columns of one file that share an axis."""
 
     title: str
-    lines: dict[str, str]  # column -> what it is, in words
-    healthy: str  # what it looks like when all is well
+    lines: dict[str, str]  # column -> label
+    healthy: str  # description of a healthy curve
     file: str = PRETRAINING
-    is_schedule: bool = False  # exact: never smoothed
-    from_zero: bool = False  # where only large changes matter
+    is_schedule: bool = False  # exact values, never smoothed
+    from_zero: bool = False  # the axis starts at 0, because only large changes matter
 
 
 def term(word: str, name: str, healthy: str) -> Figure:
@@ -36,22 +39,22 @@ FIGURES = (
     Figure(
         "Loss",
         {"step_train_loss": "loss"},
-        "Falls fast, then slowly. Losses of different methods cannot be compared, and a low one alone proves nothing: "
-        "a collapse lowers it, too.",
+        "Falls fast, then slowly. Losses of different methods cannot be compared. A low loss alone proves nothing: a "
+        "collapse lowers it, too.",
     ),
-    term("invariance", "loss_invariance", "How far two views of an image are apart. Falls."),
-    term("variance", "loss_variance", "Falls towards 0, where every dimension varies enough. Stuck high: a collapse."),
+    term("invariance", "loss_invariance", "The distance between two views of an image. Falls."),
+    term("variance", "loss_variance", "Falls towards 0, where every dimension varies enough. Stays high: a collapse."),
     term("covariance", "loss_covariance", "May rise at first, as the variance grows; then falls."),
     term("redundancy", "loss_redundancy", "Correlation between dimensions. Falls."),
     Figure(
         "Cosine of two views",
         {"step_pos_cos": "same image", "step_neg_cos": "different images"},
-        "The same image high, different images well below it. Both near 1: a collapse.",
+        "High for the same image, well below that for different images. Both near 1: a collapse.",
     ),
     Figure(
         "Spread of the projections",
         {"step_projection_std": "spread"},
-        f"1: evenly over the sphere, 0: a single point. Below {COLLAPSED_STD:g} the run warns of a collapse.",
+        f"1: spread evenly over the sphere, 0: a single point. Below {COLLAPSED_STD:g}, the run warns of a collapse.",
     ),
     Figure(
         "Right key found (%)",
@@ -66,8 +69,8 @@ FIGURES = (
             "valid_class_acc_trainset": "scored images, fitted on the training set",
             "train_class_acc_trainset": "fitted images of the training set",
         },
-        "Rises, and ends above the random encoder's (see Results). Fitted on half of the validation set, scored on the "
-        "other: a monitor.",
+        "Rises, and ends above the random encoder's (see Results). Fitted on half of the validation set and scored on "
+        "the other half: a monitor, not a result.",
     ),
     Figure(
         "k nearest neighbors (%)",
@@ -82,14 +85,14 @@ FIGURES = (
     Figure(
         "RankMe",
         {"valid_rank_me": "effective rank"},
-        "In how many directions embeddings vary. Rises or stays; a fall towards 1 is a collapse.",
+        "The number of directions in which embeddings vary. Rises or stays; a fall towards 1 is a collapse.",
     ),
     Figure(
         "Spread of the embeddings",
         {"valid_embedding_std": "spread"},
-        "1: evenly over the sphere, 0: a single point. Stays well above 0.",
+        "1: spread evenly over the sphere, 0: a single point. Stays well above 0.",
     ),
-    Figure("Online classifier: loss", {"online_train_loss": "loss"}, "Falls. Its gradient ends at the embeddings."),
+    Figure("Online classifier: loss", {"online_train_loss": "loss"}, "Falls. Its gradient stops at the embeddings."),
     Figure(
         "Online classifier (%)",
         {"online_train_acc1": "training", "valid_online_acc1": "test", "valid_online_acc5": "test, first five"},
@@ -97,30 +100,31 @@ FIGURES = (
     ),
     Figure(
         "Learning rate",
-        {"lr": "highest of all groups but the online classifier's"},
-        "As it was taken: the warm-up, then the schedule.",
+        {"lr": "highest of all parameter groups except the online classifier's"},
+        "The values that were used: the warm-up, then the schedule.",
         is_schedule=True,
     ),
     Figure(
         "Momentum of the lagging model",
         {"m": "m"},
-        "The share of itself that the slow copy keeps at each step. With a schedule it ends at 1.",
+        "The fraction of its own weights that the lagging model keeps at each step. With a schedule, it ends at 1.",
         is_schedule=True,
     ),
-    Figure("Temperature", {"T": "T"}, "Low ones weigh the hardest negatives most.", is_schedule=True),
-    Figure("SCE: share of the contrastive term", {"sce_coefficient": "coefficient"}, "As scheduled.", is_schedule=True),
+    Figure("Temperature", {"T": "T"}, "Low values give the hardest negatives the most weight.", is_schedule=True),
+    Figure("SCE: weight of the contrastive term", {"sce_coefficient": "weight"}, "As scheduled.", is_schedule=True),
     Figure("SCE: temperature of the target", {"sce_target_T": "T"}, "Below T, as scheduled.", is_schedule=True),
     Figure(
         "Images per second",
         {"images_per_second": "training"},
-        "Level. A slow start is compilation or cold files; a fall says that something else uses the machine.",
+        "Constant. A slow start is compilation or reading files for the first time. A fall means that something else "
+        "uses the machine.",
         "pretraining/throughput.csv",
         from_zero=True,
     ),
     Figure(
         "Linear classifier: loss",
         {"step_train_loss": "training", "valid_loss": "test"},
-        "Falls, in a step where the learning rate drops.",
+        "Falls, with a step where the learning rate drops.",
         LINEAR,
     ),
     Figure(
@@ -130,12 +134,10 @@ FIGURES = (
         LINEAR,
     ),
 )
-NO_FIGURE = re.compile("epoch|step_train_acc5|lr|test_.*")  # columns that need none where the table has none
-ONLY_IF_IT_VARIES = ("T",)
 
 
 def read_metrics(file: Path) -> Lines:
-    """Every column of a metrics.csv or throughput.csv; of several rows of one step the last."""
+    """Return every column of a metrics.csv or throughput.csv. If a step has multiple rows, the last one counts."""
     found: dict[str, dict[int, float]] = {}
     for row in rows_of(file)[1]:
         for name, value in row.items():
@@ -145,28 +147,28 @@ def read_metrics(file: Path) -> Lines:
 
 
 def points(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
-    """By step; what is not finite cannot be drawn."""
+    """Return steps and values, sorted by step, without values that are not finite, which cannot be drawn."""
     steps = np.array(sorted(values))
     numbers = np.array([values[step] for step in steps.tolist()])
     return steps[np.isfinite(numbers)], numbers[np.isfinite(numbers)]
 
 
 def thinned(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most so many of the points: the lowest and the highest of each stretch, so that no peak is lost."""
+    """Return at most `most` points: the lowest and the highest of each interval, so that no peak is lost."""
     if len(steps) <= most:
         return steps, values
     kept = set()
-    for stretch in np.array_split(np.arange(len(steps)), most // 2):
-        kept |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
+    for interval in np.array_split(np.arange(len(steps)), most // 2):
+        kept |= {int(interval[values[interval].argmin()]), int(interval[values[interval].argmax()])}
     rows = sorted(kept)
     return steps[rows], values[rows]
 
 
 def figures_of_runs(folders: list[Path], without: list[set[str]]) -> list[dict[str, Any]]:
-    """What the page draws: of every figure that some run has points for, its lines in the order of runs.
+    """Return the figures for which at least one run has points, each with its lines in the order of the runs.
 
     Args:
-        without: of each run, columns that say nothing in it.
+        without: for each run, columns that have no meaning in it.
     """
     tables: dict[str, list[Lines]] = {}
     for file in dict.fromkeys(figure.file for figure in FIGURES):
@@ -186,7 +188,7 @@ def figures_of_runs(folders: list[Path], without: list[set[str]]) -> list[dict[s
 
 
 def others(tables: dict[str, list[Lines]]) -> list[Figure]:
-    """A figure for each column that the table above does not know; one for all norms of gradients."""
+    """Return a figure for each column that is not in FIGURES; all gradient norms share one."""
     shown = {(figure.file, name) for figure in FIGURES for name in figure.lines}
     found = []
     for file, of_runs in tables.items():
@@ -194,8 +196,8 @@ def others(tables: dict[str, list[Lines]]) -> list[Figure]:
         left = [name for name in names if (file, name) not in shown and not NO_FIGURE.fullmatch(name)]
         norms = {name: name.removeprefix("grad_norm_") for name in left if name.startswith("grad_norm_")}
         if norms:
-            found.append(Figure("Norms of the gradients", norms, "Without jumps; those of all parts alive.", file))
-        stage = "Linear classifier: " * (file == LINEAR)
+            found.append(Figure("Norms of the gradients", norms, "Without jumps, and no part stays at 0.", file))
+        stage = "Linear classifier: " if file == LINEAR else ""
         found += [Figure(f"{stage}{name}", {name: name}, "", file) for name in left if name not in norms]
     return found
 
@@ -209,6 +211,6 @@ def as_lists(steps: np.ndarray, values: np.ndarray) -> dict[str, list]:
 
 
 def steps_per_epoch(folder: Path) -> float | None:
-    """None: the run does not say, for it has no throughput.csv."""
+    """Return the optimizer steps per epoch; None if the run has no throughput.csv."""
     epochs = read_metrics(folder / "pretraining/throughput.csv").get("epoch")
     return float(epochs[0][-1] / (epochs[1][-1] + 1)) if epochs and len(epochs[0]) else None

@@ -1,4 +1,4 @@
-"""The pictures of a report: views, nearest neighbors and the map, from a run's checkpoint and its images."""
+"""Pictures of a report: views, nearest neighbors and the map, from a run's checkpoint and its images."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,17 +26,19 @@ from self_supervised.runs.command_line import bar
 from self_supervised.training import checkpoints
 from self_supervised.views import augmentations
 
-QUERIES, NEIGHBOURS, ROWS_OF_VIEWS = 8, 6, 6
-PIXELS = 64  # up to here every pixel is shown as it is; larger pictures are JPEGs
-LARGEST_PICTURE = 128  # pixels; of the longer side of what the page shows
-MAP_BUDGET = 6_000_000  # characters of the pictures of all maps
+QUERIES = 8
+NEIGHBORS = 6  # per query
+ROWS_OF_VIEWS = 6
+PIXELS = 64  # longest side of pictures that are stored losslessly; larger ones are JPEGs
+LARGEST_PICTURE = 128  # longest side of a picture on the page, in pixels
+MAP_BUDGET = 6_000_000  # most characters of the pictures of all maps
 
 
 @frozen
 class Embedded:
-    """Some test images, as the encoder sees them, with their embeddings. It is also where maps get pictures from."""
+    """Test images as the encoder sees them, with their embeddings. It is also the map's source of pictures."""
 
-    images: Tensor  # uint8 [N, C, H, W]; clips as strips of frames
+    images: Tensor  # uint8 [N, C, H, W]; clips are strips of frames
     x: np.ndarray  # float32 [N, E]
     labels: list[str | None]
     paths: list[str]
@@ -49,25 +51,25 @@ class Embedded:
 def picture_parts(
     folder: Path, settings: dict[str, Any], n: int, budget: int, encoder: nn.Module | None
 ) -> Iterator[tuple[str, Any]]:
-    """(name of the part, its content; or {"missing": why})."""
-    yield "views", or_why(lambda: views(settings))
+    """Yield (name of the part, its content or {"missing": reason})."""
+    yield "views", content_or_reason(lambda: views(settings))
     if n == 0:
         reason = {"missing": "--images 0: no images were embedded"}
         yield from (("neighbors", reason), ("map", reason))
         return
-    found = or_why(lambda: embedded(checkpoint(folder), n, encoder))
+    found = content_or_reason(lambda: embedded(checkpoint(folder), n, encoder))
     if isinstance(found, Embedded):
-        yield "neighbors", or_why(lambda: neighbors(found))
-        yield "map", or_why(lambda: map_page(found, budget))
+        yield "neighbors", content_or_reason(lambda: neighbors(found))
+        yield "map", content_or_reason(lambda: map_page(found, budget))
     else:
         yield from (("neighbors", found), ("map", found))
 
 
-def or_why(make: Callable[[], Any]) -> Any:
-    """What is made, or {"missing": why it cannot be}: a report has what its run has."""
+def content_or_reason(make: Callable[[], Any]) -> Any:
+    """Return the result of `make`, or {"missing": reason} if the run lacks what it needs."""
     try:
         return make()
-    except (ValueError, TypeError, OSError, ImportError) as error:  # TypeError: a setting of another version
+    except (ValueError, TypeError, OSError, ImportError) as error:  # TypeError: settings of another version
         return {"missing": str(error) or type(error).__name__}
 
 
@@ -75,27 +77,30 @@ def or_why(make: Callable[[], Any]) -> Any:
 
 
 def views(settings: dict[str, Any]) -> dict[str, Any]:
-    """Columns of the preview: captions, and images as data URIs, all reduced alike; `side` is that of the largest."""
+    """Return the columns of the preview: captions, and images as data URIs, all reduced by the same factor; `side` is
+    the longest side."""
     known = {attribute.name for attribute in attrs.fields(ModelParams)}
     params = ModelParams(**{name: value for name, value in settings.items() if name in known})
     check_data(params, params.dataset.pretraining_splits)
     columns = preview.first_columns(params, rows=ROWS_OF_VIEWS)
-    factor = min(1.0, LARGEST_PICTURE / (side := max(images.shape[2] for _, images in columns)))
+    side = max(images.shape[2] for _, images in columns)
+    factor = min(1.0, LARGEST_PICTURE / side)
     shown = [{"caption": lines, "pictures": [uri(image, factor) for image in images]} for lines, images in columns]
     return {"side": round(side * factor), "columns": shown}
 
 
 def check_data(params: ModelParams, splits: tuple[str, ...]) -> None:
-    """A report downloads nothing."""
+    """Raise FileNotFoundError if a packed data set is not on this machine: a report downloads nothing."""
     folders = [loading.data_path() / params.dataset_name / split for split in splits]
     if params.dataset.is_packed and not all(map(packed_is_there, folders)):
         raise FileNotFoundError(
-            f"{params.dataset_name} is not in {loading.data_path().resolve()}: set DATA_PATH to where it is"
+            f"{params.dataset_name} is not in {loading.data_path().resolve()}. Set DATA_PATH to the directory that "
+            "holds it."
         )
 
 
 def uri(image: Tensor, factor: float = 1.0) -> str:
-    """[C, H, W] -> a data URI of the image, reduced if the factor is below 1."""
+    """Return a data URI of an image [C, H, W], reduced in size if the factor is below 1."""
     picture = preview.magnified(image, 1)
     if factor < 1:
         picture = picture.resize([max(1, round(edge * factor)) for edge in picture.size], Image.Resampling.LANCZOS)
@@ -108,7 +113,7 @@ def uri(image: Tensor, factor: float = 1.0) -> str:
 
 
 def checkpoint(folder: Path) -> Path:
-    """The end of the pretraining, or as far as it has come."""
+    """Return the path of pretrained.ckpt, or of the newest checkpoint of an unfinished run."""
     end = folder / "pretrained.ckpt"
     newest = end if end.is_file() else checkpoints.newest(folder / "pretraining" / "checkpoints")
     if newest is None:
@@ -117,28 +122,30 @@ def checkpoint(folder: Path) -> Path:
 
 
 def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
-    """At most n random test images; always the same ones."""
+    """Embed at most n random test images, always the same ones."""
     encoder = load_encoder(file, encoder=own_encoder).to(usable("auto"))
     params = features.data_params(encoder)
     splits = params.dataset.test_splits
     check_data(params, splits)
     dataset = loading.get_dataset(params, splits)
     chosen = np.sort(augmentations.generator((0,)).permutation(len(dataset))[:n])
-    some, images, x, y = dataset.subset(chosen), [], [], []
+    subset = dataset.subset(chosen)
+    images, x, y = [], [], []
     with bar() as progress:
-        total = features.n_batches(some, params)
-        for batch, labels in progress.track(features.feature_batches(some, params), total, description="embeddings"):
+        total = features.n_batches(subset, params)
+        for batch, labels in progress.track(features.feature_batches(subset, params), total, description="embeddings"):
             images.append(preview.as_strips(batch))
             x.append(encoder.embed(batch).cpu())
             y.append(labels)
     images, x, rows, labels = readable_rows(torch.cat(y), torch.cat(images), torch.cat(x), torch.from_numpy(chosen))
     note = f"{len(rows):,} of {len(dataset):,} images of {params.dataset_name}/{'+'.join(splits)}"
-    labels, paths = names(params, dataset, labels), places(dataset, splits, rows.numpy())
+    labels = names(params, dataset, labels)
+    paths = places(dataset, splits, rows.numpy())
     return Embedded(images, x.numpy(), labels, paths, f"{note}, embedded by {file.name}")
 
 
 def places(dataset: Any, splits: tuple[str, ...], chosen: np.ndarray) -> list[str]:
-    """What each image is called: SPLIT/NUMBER in a packed set, else the end of its path."""
+    """Return a name for each image: SPLIT/NUMBER in a packed data set, else the end of its path."""
     files = getattr(dataset, "files", None)
     if files is None:
         return [f"{'+'.join(splits)}/{i}" for i in chosen.tolist()]
@@ -146,7 +153,8 @@ def places(dataset: Any, splits: tuple[str, ...], chosen: np.ndarray) -> list[st
 
 
 def names(params: EncoderAndDataParams, dataset: Any, y: Tensor) -> list[str | None]:
-    """Of the classes; their numbers where no names are known. None: no label, or many."""
+    """Return the name of each image's class, or its number if the name is not known; None for unlabeled and multi-label
+    images."""
     if y.dim() > 1:
         return [None] * len(y)
     known = class_names(params, dataset)
@@ -154,7 +162,8 @@ def names(params: EncoderAndDataParams, dataset: Any, y: Tensor) -> list[str | N
 
 
 def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
-    """Number -> name, of the data set or the settings, or of the files' folders if each class has its own."""
+    """Return class number -> name: from the data set or the settings, or from the files' directories if each class has
+    its own."""
     if known := getattr(dataset, "class_names", None):
         return dict(enumerate(known))
     if params.class_to_idx:
@@ -173,7 +182,8 @@ def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
 
 
 def queries(found: Embedded) -> list[int]:
-    """Rows: the first image of each class in turn, or the first images."""
+    """Return the rows of the queries: the first image of each class, then the first of the other images. If an image
+    has no label, just the first images."""
     rows = {label: i for i, label in reversed(list(enumerate(found.labels)))}
     chosen = sorted(rows.values()) if None not in rows else []
     return [*chosen, *(i for i in range(len(found.x)) if i not in chosen)][:QUERIES]
@@ -181,7 +191,7 @@ def queries(found: Embedded) -> list[int]:
 
 def neighbors(found: Embedded) -> dict[str, Any]:
     rows = queries(found)
-    best = best_of([(found.paths, found.x, found.labels)], found.x[rows], NEIGHBOURS, [found.paths[i] for i in rows])
+    best = best_of([(found.paths, found.x, found.labels)], found.x[rows], NEIGHBORS, [found.paths[i] for i in rows])
     index = {path: i for i, path in enumerate(found.paths)}
 
     def shown(i: int) -> dict[str, Any]:
@@ -196,7 +206,7 @@ def neighbors(found: Embedded) -> dict[str, Any]:
 
 
 def map_page(found: Embedded, budget: int) -> dict[str, str]:
-    """The page of self_supervised.embeddings.projection, whole: the report shows it in a frame."""
+    """Return the complete page of `self-supervised map`, which the report shows in a frame."""
     points = project(found.x, "tsne", seed=0)
     kind, kind_names, meaning = kinds(found.labels, found.x, seed=0)
     title = f"{TITLES['tsne']} of the embeddings"

@@ -2,8 +2,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs, several = runs.length > 1, hidden = new Set();
 const $ = id => document.getElementById(id);
-const MARKED = 40;  // points: a line of fewer shows each
-const SIDE_OF_VIEWS = 112;  // pixels of the screen, about
+const MARKED = 40;  // lines of at most this many points show each point
+const SIDE_OF_VIEWS = 112;  // approximate size of a view in CSS pixels
 const DASHES = ["", "6 4", "2 3", "9 3 2 3", "1 5"];
 
 function make(parent, tag, attributes = {}, text = null) {
@@ -14,7 +14,7 @@ function make(parent, tag, attributes = {}, text = null) {
   return parent.appendChild(node);
 }
 
-/** A name that may be broken behind its underscores. */
+/** Append a name that may break after its underscores. */
 function name(parent, text) {
   const parts = text.split(/(?<=_)/);
   parts.forEach((part, i) => { if (i) make(parent, "wbr"); parent.append(part); });
@@ -30,7 +30,7 @@ function number(value) {
   return value.toLocaleString("en", {maximumSignificantDigits: 4, useGrouping: size >= 1e4});
 }
 
-// ---- the head ----
+// ---- header ----
 
 $("title").textContent = several ? `${runs.length} runs` : runs[0].name;
 runs.forEach((run, i) => {
@@ -39,7 +39,7 @@ runs.forEach((run, i) => {
   if (several) make(box, "b", {}, run.name);
   make(box, "small", {}, [run.preset, run.method, run.state].filter(Boolean).join(" · "));
   if (!several) return;
-  box.title = "show or hide its curves";
+  box.title = "show or hide the curves of this run";
   box.setAttribute("aria-pressed", true);
   box.onclick = () => {
     hidden[hidden.has(i) ? "delete" : "add"](i);
@@ -68,7 +68,7 @@ function resultsTable() {
   if (!data.results.length) return missing($("results"), "No results yet: there is neither results.json nor metrics.csv.");
   if (data.caution) make($("results"), "p", {class: "about"}, data.caution);
   const scored = [...new Set(data.results.map(row => row.of))];
-  // One run: a column for each thing that was scored. Several: a column for each run.
+  // One run: a column for each encoder or epoch that was scored. Multiple runs: a column for each run.
   const body = table($("results"), ["", ...(several ? runs.map(run => run.name) : scored)]);
   body.parentNode.querySelectorAll("thead th:not(:first-child)").forEach(cell => cell.classList.add("number"));
   const line = (figure, values) => {
@@ -87,9 +87,9 @@ function resultsTable() {
 function settingsTable() {
   const {rows, differ} = data.settings;
   const presets = [...new Set(runs.map(run => run.preset))].join(", ");
-  if (!rows.length) return missing($("settings"), `All settings are those of the preset ${presets}.`);
-  const those = several ? "Those in which a run differs from its preset, or the runs from each other" : `Those that differ from the preset ${presets}`;
-  make($("settings"), "p", {class: "about"}, `${those}.` + (several && !differ ? " The runs do not differ." : ""));
+  if (!rows.length) return missing($("settings"), `All settings equal the preset ${presets}.`);
+  const which = several ? "Settings in which a run differs from its preset, or runs differ from each other" : `Settings that differ from the preset ${presets}`;
+  make($("settings"), "p", {class: "about"}, `${which}.` + (several && !differ ? " The runs do not differ." : ""));
   const body = table($("settings"), ["", "preset", ...runs.map(run => several ? run.name : "this run")]);
   for (const {name: setting, comment, preset, values} of rows) {
     const row = make(body, "tr"), head = make(row, "th", {scope: "row"});
@@ -108,7 +108,7 @@ const canBeEpochs = runs.every(run => run.steps_per_epoch);
 let smoothing = 0, along = "step";
 const charts = [], place = (line, step) => along === "epoch" ? step / runs[line.run].steps_per_epoch : step;
 
-/** Exponential moving average, corrected for its start (as Adam's). */
+/** Exponential moving average with bias correction (as in Adam). */
 function smooth(values) {
   let mean = 0, weight = 0;
   return values.map(value => {
@@ -118,7 +118,7 @@ function smooth(values) {
   });
 }
 
-/** About n round numbers that cover [low, high]. */
+/** Return about n round numbers that cover [low, high]. */
 function ticks(low, high, n) {
   const rough = (high - low) / n, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].find(factor => factor * power >= rough * 0.999) * power;
@@ -142,7 +142,7 @@ function chart(figure, index) {
   make(caption, "h3", {}, figure.title);
   if (figure.healthy) make(caption, "p", {}, figure.healthy);
   const names = [...new Set(figure.lines.map(line => line.name))];
-  // One run: a color for each column. Several: a color for each run, a dash for each column.
+  // One run: a color for each column. Multiple runs: a color for each run, a dash pattern for each column.
   const colorOf = line => color(several ? line.run : names.indexOf(line.name));
   const dashOf = line => several ? DASHES[names.indexOf(line.name) % DASHES.length] : "";
   if (names.length > 1) {
@@ -195,7 +195,7 @@ function chart(figure, index) {
     if (cursor !== null) point(cursor);
   }
 
-  /** The read-out at x, a place on the axis. */
+  /** Show the values at x, in units of the axis. */
   function point(x) {
     plot.querySelectorAll(".cursor, .at").forEach(node => node.remove());
     const lines = shown.map(line => ({...line, at: nearest(line.xs, x)}));
@@ -214,7 +214,7 @@ function chart(figure, index) {
       make(row, "b", {}, number(y));
       if (line.isSmoothed) make(row, "small", {}, `(${number(line.y[line.at])})`);
     }
-    // Above the curves, over the caption: it hides none of them.
+    // Above the plot, over the caption, so that it hides no curve.
     tip.style.display = "block";
     tip.style.left = 0;
     const [outer, inner] = [box.getBoundingClientRect(), plot.getBoundingClientRect()], width = tip.offsetWidth;
@@ -254,7 +254,7 @@ function chart(figure, index) {
 function curves() {
   if (!data.figures.length) {
     $("controls").remove();
-    return missing($("curves"), "No curves: there is no metrics.csv, or it holds no rows yet.");
+    return missing($("curves"), "No curves: there is no metrics.csv, or it has no rows yet.");
   }
   const longest = Math.max(...data.figures.flatMap(figure => figure.lines.map(line => line.x.length)));
   smoothing = longest > 150 ? 0.8 : longest > MARKED ? 0.5 : 0;
@@ -276,7 +276,7 @@ function curves() {
 
 // ---- pictures ----
 
-/** Of each run: its own part of a section; of several, the first is open and the others are filled when they are opened. */
+/** Fill a section with a part for each run. With multiple runs, only the first part is open; others are filled when opened. */
 function ofRuns(id, fill) {
   runs.forEach((run, i) => {
     const content = run[id];
@@ -301,7 +301,7 @@ function picture(parent, source, alt, scale = null) {
 
 function views(parent, {side, columns}) {
   const grid = make(make(parent, "div", {class: "scroll", tabindex: 0}), "div", {class: "views"});
-  const scale = Math.max(1, Math.floor(SIDE_OF_VIEWS / side));  // all alike, by a whole number
+  const scale = Math.max(1, Math.floor(SIDE_OF_VIEWS / side));  // the same whole number for all
   grid.style.gridTemplateRows = `auto repeat(${columns[0].pictures.length}, auto)`;
   columns.forEach(({caption: [title, ...lines], pictures}) => {
     const caption = make(grid, "div", {class: "caption"});
@@ -333,7 +333,7 @@ function map(parent, {page}) {
   make(parent, "iframe", {title: "map of the embeddings", sandbox: "allow-scripts", loading: "lazy"}).srcdoc = page;
 }
 
-// ---- the end ----
+// ---- commands and versions ----
 
 function provenance() {
   for (const run of runs) {
@@ -344,7 +344,7 @@ function provenance() {
     if (run.began) fact("last start", run.began);
     for (const [name, value] of Object.entries(run.facts)) fact(name, value);
   }
-  make(document.querySelector("main"), "footer", {}, `Written ${data.written} by tools.report.`);
+  make(document.querySelector("main"), "footer", {}, `Written on ${data.written} by self-supervised report.`);
 }
 
 resultsTable();

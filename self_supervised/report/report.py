@@ -1,10 +1,10 @@
-"""One self-contained HTML page about one run or several: what was set, what came out, every curve, and pictures.
+"""Write a self-contained HTML page on one or more runs: settings, results, curves and pictures.
 
     self-supervised report runs/byol_cifar10
     self-supervised report runs/byol_cifar10 runs/simclr_cifar10 --out both.html
 
-The page asks the network for nothing. What a run has not left, or what is not on this machine, is left out, with the
-reason. docs/report.md says what is to be seen.
+The page makes no network requests. Parts whose files are missing are left out, with the reason. docs/report.md explains
+each part.
 """
 
 import html
@@ -22,25 +22,26 @@ from self_supervised.runs.command_line import in_one_line, parser_of
 from self_supervised.safe_files import atomic_write, check_file
 
 MOST_RUNS = 8  # more colors cannot be told apart
-IMAGES = 2000
+IMAGES = 2000  # default number of embedded test images
 
 
 def write_report(
     runs: Sequence[str | Path], out: str | Path | None = None, images: int = IMAGES, encoder: nn.Module | None = None
 ) -> Path:
-    """The report on the folders of runs, as one HTML file.
+    """Write a report on runs as one HTML file, and return its path.
 
     Args:
-        out: the file; None: report.html, in the run's folder if it is one run, else here.
-        images: at most so many test images are embedded, for map and neighbors, over all runs; 0: none.
+        runs: directories of runs.
+        out: the file; None: report.html, in the run's directory if there is one run, else in the current directory.
+        images: most test images to embed for map and neighbors, in total over all runs; 0: none.
         encoder: your own module, if the encoder of these runs was one.
 
     Raises:
-        ValueError: a folder is none of a run; there are too many.
+        ValueError: a directory is not that of a run, or there are too many runs.
     """
     folders = [Path(run).expanduser() for run in runs]
     if not 1 <= len(folders) <= MOST_RUNS:
-        raise ValueError(f"{len(folders)} runs: a report shows 1 to {MOST_RUNS}, more colors cannot be told apart")
+        raise ValueError(f"{len(folders)} runs: a report shows 1 to {MOST_RUNS} runs. Write multiple reports.")
     if images < 0:
         raise ValueError(f"images={images} must be at least 0")
     out = Path(out or (folders[0] / "report.html" if len(folders) == 1 else "report.html")).expanduser()
@@ -52,7 +53,7 @@ def write_report(
         ("__TITLE__", html.escape(in_one_line(found["title"]))),
         ("/*__STYLE__*/", template.with_suffix(".css").read_text(encoding="utf-8")),
         ("/*__SCRIPT__*/", template.with_suffix(".js").read_text(encoding="utf-8")),
-        ("__DATA__", in_script(found)),  # last: it may hold any text
+        ("__DATA__", in_script(found)),  # last, because the data may contain any text
     ):
         page = page.replace(mark, text)
     atomic_write(out, page)
@@ -60,13 +61,15 @@ def write_report(
 
 
 def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict[str, Any]:
-    """Everything that the page shows."""
-    runs, names = [compare.read_run(folder) for folder in folders], tables.names_of_runs(folders)
+    """Return the data of the page."""
+    runs = [compare.read_run(folder) for folder in folders]
+    names = tables.names_of_runs(folders)
     about = [tables.facts_of_run(run, name) for run, name in zip(runs, names, strict=True)]
-    for one, run in zip(about, runs, strict=True):
-        one["steps_per_epoch"] = figures.steps_per_epoch(run.folder)
-        each, budget = images // len(runs), pictures.MAP_BUDGET // len(runs)
-        one |= dict(pictures.picture_parts(run.folder, run.settings, each, budget, encoder))
+    images_per_run = images // len(runs)
+    budget = pictures.MAP_BUDGET // len(runs)
+    for facts, run in zip(about, runs, strict=True):
+        facts["steps_per_epoch"] = figures.steps_per_epoch(run.folder)
+        facts |= dict(pictures.picture_parts(run.folder, run.settings, images_per_run, budget, encoder))
     silent = [{"m"} if run.settings.get("use_lagging_model") is False else set() for run in runs]
     return {
         "title": f"{', '.join(names)}: report",
@@ -82,11 +85,11 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("report", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
     parser.add_argument(
-        "--out", metavar="FILE.html", help="default: report.html in RUN's folder; of several runs, here"
+        "--out", metavar="FILE.html", help="default: report.html in RUN; with multiple runs, in the current directory"
     )
     parser.add_argument(
-        "--images", type=int, default=IMAGES, metavar="N", help=f"test images to embed, at most; 0: none ({IMAGES})"
+        "--images", type=int, default=IMAGES, metavar="N", help=f"most test images to embed, 0: none (default {IMAGES})"
     )
     print(write_report(**vars(parser.parse_args(arguments))))

@@ -1,4 +1,4 @@
-"""What a report says about runs in words and tables: settings, results, where they came from."""
+"""Tables of a report: settings, results, and the commands and versions of runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,34 +9,38 @@ import attrs
 from model_params import PRESETS, ModelParams
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.report import compare, figures
-from self_supervised.report.compare import Run, in_figures
+from self_supervised.report.compare import Run, score_text
 from self_supervised.runs import run_folder
 from self_supervised.runs.command_line import RunOptions, field_comments, text
 
-SINGLE = {"best": "best epoch", "last": "last step"}  # first words of compare.results
+SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored
+
+
+# ---- facts ----
 
 
 def names_of_runs(folders: Sequence[Path]) -> list[str]:
-    """The folders' names; where two are the same, with as much of the path as tells them apart."""
-    compare.refuse_twins(folders)
+    """Return the directories' names; if two are the same, with as much of the paths as tells them apart."""
+    compare.refuse_repeated(folders)
     parts = [folder.resolve().parts for folder in folders]
     for n in range(1, max(map(len, parts))):
         names = ["/".join(path[-n:]) for path in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"{folders[0]} is no folder of a run")
+    raise ValueError(f"{folders[0]} is not the directory of a run")
 
 
 def facts_of_run(run: Run, name: str) -> dict[str, Any]:
-    """What identifies a run, and how to repeat it."""
-    commands, arch = run.folder / "command.txt", run.settings.get("encoder_arch")
+    """Return what identifies a run and what is needed to repeat it."""
+    commands = run.folder / "command.txt"
+    arch = run.settings.get("encoder_arch")
     last = next(reversed(run_folder.starts_of(run.folder)), {})
     versions = {label.removesuffix(" version"): v for label, v in run.circumstances.items() if is_version(label)}
     facts = {label: v for label, v in run.circumstances.items() if v and not is_version(label)} | {"versions": versions}
     return {
         "name": name,
         "preset": run.settings.get("preset", ""),
-        "method": f"{'an encoder of its own' if arch == OWN_MODULE else arch} on {run.settings.get('dataset_name')}",
+        "method": f"{'a custom encoder' if arch == OWN_MODULE else arch} on {run.settings.get('dataset_name')}",
         "state": state(run),
         "began": last.get("time", ""),
         "commands": run_folder.text_of_file(commands).splitlines() if commands.is_file() else [],
@@ -49,31 +53,32 @@ def is_version(label: str) -> bool:
 
 
 def value_text(value: Any) -> str:
-    """{"cores": 2} -> "cores 2" """
+    """Return a value as text: {"cores": 2} -> "cores 2"."""
     return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else text(value)
 
 
 def state(run: Run) -> str:
-    trained, wanted = run.results.get("epochs"), run.settings.get("max_epochs", 0)
-    if trained is not None and trained >= wanted:
+    trained = run.results.get("epochs")
+    planned = run.settings.get("max_epochs", 0)
+    if trained is not None and trained >= planned:
         return "finished"
     if trained is not None and run.settings.get("max_time"):
-        return f"stopped by max_time in epoch {trained} of {wanted}"
+        return f"stopped by max_time in epoch {trained} of {planned}"
     _, epochs = figures.read_metrics(run.folder / figures.PRETRAINING).get("epoch", ([], [0]))
-    return f"not finished: in epoch {epochs[-1] + 1:.0f} of {wanted}"
+    return f"not finished: in epoch {epochs[-1] + 1:.0f} of {planned}"
 
 
 # ---- settings ----
 
 
 def default_settings(preset: str | None) -> dict[str, Any]:
-    """What a run of this preset has where nothing else is said."""
-    params = PRESETS[preset]() if preset in PRESETS else ModelParams()  # one that this version does not know
+    """Return the default settings of a run of this preset."""
+    params = PRESETS[preset]() if preset in PRESETS else ModelParams()  # else: a preset of another version
     return attrs.asdict(RunOptions()) | attrs.asdict(params)
 
 
 def setting_rows(runs: Sequence[Run]) -> dict[str, Any]:
-    """Every setting in which a run differs from its preset, or runs from each other."""
+    """Return the settings in which a run differs from its preset, or runs differ from each other."""
     plain = [default_settings(run.settings.get("preset")) for run in runs]
     differing = {row.name for row in compare.differing("setting", [[run.settings] for run in runs])}
     comments = field_comments(RunOptions) | field_comments(ModelParams)
@@ -89,14 +94,15 @@ def setting_rows(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def of_presets(values: dict[str, str]) -> str:
-    """{"simclr": "0", "byol": "2"} -> "simclr 0, byol 2"; where they are the same, just that."""
+    """Return the values of presets as text: {"simclr": "0", "byol": "2"} -> "simclr 0, byol 2"; just the value if all
+    are equal."""
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
     return ", ".join(f"{preset} {value}".strip() for preset, value in values.items())
 
 
 def option_cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> dict[str, Any]:
-    if name not in values:  # in a run of another version
+    if name not in values:  # a run of another version
         return {"text": "", "changed": False}
     changed = name in standard and text(values[name]) != text(standard[name])
     return {"text": text(values[name]), "changed": changed}
@@ -106,14 +112,14 @@ def option_cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> 
 
 
 def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Rows, those of the same thing that was scored beside each other: "trained encoder", "best epoch", ..."""
+    """Return a row for each result, grouped by what was scored: "trained encoder", "best epoch", ..."""
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run.results):
-        scored, _, figure = name.rpartition(": ")
+        scored, _, metric = name.rpartition(": ")
         if not scored:
-            word, _, figure = name.partition(" ")
-            scored, figure = (SINGLE[word], figure) if word in SINGLE else ("the whole run", name)
-        values = [in_figures([run.results[name]]) if name in run.results else "" for run in runs]
-        rows.append({"of": scored, "name": figure, "values": values})
+            word, _, metric = name.partition(" ")
+            scored, metric = (SINGLE[word], metric) if word in SINGLE else ("the whole run", name)
+        values = [score_text([run.results[name]]) if name in run.results else "" for run in runs]
+        rows.append({"of": scored, "name": metric, "values": values})
     order = list(dict.fromkeys(row["of"] for row in rows))
     return sorted(rows, key=lambda row: (row["of"] == "the whole run", order.index(row["of"])))

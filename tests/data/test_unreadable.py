@@ -98,7 +98,7 @@ def test_features_are_those_of_the_readable_images_and_the_others_are_named(root
     assert torch.equal(found.x, expected.x) and torch.equal(found.y, expected.y) and len(found.y) == 11
     capsys.readouterr()
     assert len(features.extract(model, mixed, ("test",), tmp_path / "mixed").x) == 11  # kept
-    assert "without 3 images that could not be read" in capsys.readouterr().out
+    assert "3 unreadable images left out" in capsys.readouterr().out
     stopped = attrs.evolve(mixed, unreadable_images="stop", num_data_workers=0)
     with pytest.raises(ValueError, match="test/a/0.png could not be read"):
         features.extract(model, stopped, ("test",), tmp_path / "mixed")

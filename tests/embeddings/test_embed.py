@@ -1,4 +1,4 @@
-"""Features of any folder, their neighbors and their map, from real photographs and scans of digits as files."""
+"""Features of a directory, neighbors and a map, on files of real photographs and scans of digits."""
 
 import base64
 import hashlib
@@ -42,7 +42,7 @@ OPTIONS = {"batch_size": 16, "num_workers": 0, "device": "cpu"}
 
 @pytest.fixture
 def photos(tmp_path):
-    """24 crops of two photographs, in nested folders, as JPEG and as PNG."""
+    """A directory with 24 crops of two photographs, nested, as JPEG and PNG."""
     folder = tmp_path / "photos"
     for name, photo in zip(("china", "flower"), load_sample_images().images, strict=True):
         for i in range(12):
@@ -55,7 +55,7 @@ def photos(tmp_path):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """Scans of digits as files in class folders."""
+    """Scans of digits as files in class directories."""
     folder, source = tmp_path_factory.mktemp("digits"), load_digits()
     for i, (image, label) in enumerate(zip(source.images[:N_DIGITS], source.target[:N_DIGITS], strict=True)):
         (folder / str(label)).mkdir(exist_ok=True)
@@ -75,7 +75,7 @@ def saved(params, path: Path) -> Path:
 
 
 def tiny(size: int = 32, dataset: str = "imagenet", seed: int = 0) -> Encoder:
-    """A convolution, for photographs: [N, 3, size, size] -> [N, 64]."""
+    """A convolution as an encoder of photographs: [N, 3, size, size] -> [N, 64]."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 16, 5, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
     params = EncoderAndDataParams(encoder_arch="module", dataset_name=dataset, transform_crop_size=size)
@@ -87,7 +87,7 @@ def with_report(model: nn.Module, params: EncoderAndDataParams, source: str) -> 
 
 
 def run_command(monkeypatch, command, *arguments) -> str:
-    """The sentence with which a command ended, "" if all went well."""
+    """Run a command and return its error message, "" if there is none."""
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
     try:
         command.main()
@@ -149,13 +149,13 @@ def test_a_packed_data_set_by_name_and_its_images_as_files_have_the_same_embeddi
     assert len(open_source("digits").paths()) == 1797
 
 
-def test_order_links_suffixes_and_what_is_passed_over(tmp_path):
+def test_order_links_extensions_and_skipped_files(tmp_path):
     folder = tmp_path / "images"
     for name in ("a/1.png", "a-b/1.png", "a/Ä.webp", "b.gif", ".hidden.png", ".cache/1.png", "é/deep/1.bmp", "x.PNG"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9), "red").save(folder / name)
     (folder / "notes.txt").write_text("no image")
-    (folder / "a" / "up").symlink_to(folder)  # would lead round and round
+    (folder / "a" / "up").symlink_to(folder)  # an endless loop
     (folder / "linked").symlink_to(folder / "a-b")
     source = open_source(folder)
     expected = ["a-b/1.png", "a/1.png", "a/Ä.webp", "b.gif", "x.PNG", "é/deep/1.bmp"]
@@ -167,7 +167,7 @@ def test_order_links_suffixes_and_what_is_passed_over(tmp_path):
 
 
 def test_arrays_are_embedded_as_they_are_read_in_training_and_shown(tmp_path):
-    """Whatever the encoder was trained on, from files and from a shard; five channels, floats beyond 1."""
+    """Whatever the encoder was trained on, from files and from a shard; five channels, floats above 1."""
     rng = np.random.default_rng(0)
     arrays = {f"{label}/{i}.npy": rng.normal(size=(5, 20, 30)).astype(np.float32) for label in "ab" for i in range(4)}
     for name, pixels in arrays.items():
@@ -196,21 +196,21 @@ def test_arrays_are_embedded_as_they_are_read_in_training_and_shown(tmp_path):
 
 @pytest.mark.parametrize(
     "name, message",
-    [("nowhere", "neither a folder nor"), ("digits/valid", "no split 'valid'"), (".", "holds no images")],
+    [("nowhere", "neither a directory nor"), ("digits/valid", "no split 'valid'"), (".", "holds no images")],
 )
-def test_what_holds_no_images_is_refused(name, message, tmp_path, checkpoint, monkeypatch):
+def test_sources_without_images_are_refused(name, message, tmp_path, checkpoint, monkeypatch):
     Path("notes.txt").write_text("no image")
     assert message in run_command(monkeypatch, embed, checkpoint, name, "--out", tmp_path / "out" / "f.parquet")
     assert list(tmp_path.glob("out/*")) == []
 
 
-# ---- killed, resumed, continued ----
+# ---- interrupted and resumed ----
 
 KILLED_AT = [("before", 0), ("after", 0), ("before", 2), ("after", 3), ("before", 5), ("after", 5)]
 
 
 def in_a_fork(function, *args) -> int:
-    """The status with which it ended."""
+    """Run a function in a forked process and return its exit status."""
     if (child := os.fork()) == 0:
         try:
             function(*args)
@@ -221,7 +221,7 @@ def in_a_fork(function, *args) -> int:
 
 
 def embed_until_killed(checkpoint: str, folder: str, out: Path, when: str, n: int) -> None:
-    """SIGKILL right before or after the n-th file gets its name."""
+    """Embed, and kill the process with SIGKILL right before or after the n-th file is renamed."""
     replace, named = os.replace, []
 
     def replace_and_die(old, new):
@@ -243,7 +243,7 @@ def be_killed(_: int, checkpoint: str, folder: str, out: str) -> list[int]:
     ]
 
 
-def test_killed_at_any_moment_and_resumed_it_is_the_same_file(digits, checkpoint, tmp_path, monkeypatch):
+def test_a_job_killed_at_any_moment_resumes_to_the_same_file(digits, checkpoint, tmp_path, monkeypatch):
     """150 images in parts of 32: five parts are renamed, then the file itself."""
     (ends,) = processes.run(be_killed, 1, tmp_path / "processes", str(checkpoint), str(digits), str(tmp_path))
     assert ends == [signal.SIGKILL] * len(KILLED_AT)
@@ -256,17 +256,17 @@ def test_killed_at_any_moment_and_resumed_it_is_the_same_file(digits, checkpoint
         seen.clear()
         assert embed.embed(checkpoint, digits, out, **OPTIONS).read_bytes() == uninterrupted
         assert sum(seen) == N_DIGITS - min(32 * (n + (when == "after")), N_DIGITS)
-    assert {file.suffix for file in tmp_path.iterdir()} == {".parquet", ".ckpt", ""}  # nothing unfinished is left
+    assert {file.suffix for file in tmp_path.iterdir()} == {".parquet", ".ckpt", ""}  # no temporary files are left
 
 
 def count_images(monkeypatch) -> list[int]:
-    """How many images each call of `Encoder.embed` gets from now on."""
+    """Return a list to which each call of `Encoder.embed` adds its number of images."""
     seen, original = [], Encoder.embed
     monkeypatch.setattr(Encoder, "embed", lambda self, images: (seen.append(len(images)), original(self, images))[1])
     return seen
 
 
-def test_a_finished_file_is_left_new_images_are_added_and_removed_ones_leave(photos, tmp_path, monkeypatch, capsys):
+def test_a_finished_file_is_kept_and_updated_for_new_and_removed_images(photos, tmp_path, monkeypatch, capsys):
     out, encoder = tmp_path / "f.parquet", tiny()
     embed.embed(encoder, photos, out, device="cpu")
     paths, embeddings, _ = parquet.read_embeddings(out)
@@ -274,8 +274,8 @@ def test_a_finished_file_is_left_new_images_are_added_and_removed_ones_leave(pho
     seen = count_images(monkeypatch)
     capsys.readouterr()
     embed.embed(encoder, photos, out, device="cpu")
-    assert "left as it is" in capsys.readouterr().out and out.stat().st_mtime_ns == written and seen == []
-    (photos / paths[3]).rename(photos / "china" / "0new.png")  # before and after others
+    assert "complete and unchanged" in capsys.readouterr().out and out.stat().st_mtime_ns == written and seen == []
+    (photos / paths[3]).rename(photos / "china" / "0new.png")  # sorted before and after existing images
     (photos / paths[5]).unlink()
     Image.new("RGB", (50, 40), "red").save(photos / "zebra.png")
     monkeypatch.setattr(parquet, "ROWS", 10)
@@ -297,7 +297,7 @@ def test_another_checkpoint_or_folder_is_refused_unless_told_to_overwrite(photos
         (tiny(), digits, "images"),
         (tiny(40), photos, "size"),
     ]:
-        with pytest.raises(ValueError, match=f"was made otherwise .*{word}.*--overwrite"):
+        with pytest.raises(ValueError, match=f"was created with different settings .*{word}.*--overwrite"):
             embed.embed(other, folder, out, device="cpu")
     assert out.read_bytes() == before
     embed.embed(tiny(seed=1), photos, out, device="cpu", overwrite=True)
@@ -312,12 +312,12 @@ def test_unreadable_images_stop_or_are_listed(photos, tmp_path, capsys):
     options = {**OPTIONS, "batch_size": 4}
     with pytest.raises(ValueError, match="china/near/2.png in .* could not be read .*--skip_unreadable"):
         embed.embed(tiny(), photos, out, **options)
-    assert not out.exists() and out.with_name("f.parquet.parts").is_dir()  # the batches before it are kept
+    assert not out.exists() and out.with_name("f.parquet.parts").is_dir()  # earlier batches are kept
     embed.embed(tiny(), photos, out, skip_unreadable=True, **options)
     assert "1 unreadable images were left out" in capsys.readouterr().out
     assert parquet.count_rows(out) == 23 and list(parquet.facts_of_file(out)["unreadable"]) == ["china/near/2.png"]
     embed.embed(tiny(), photos, out, skip_unreadable=True, **options)
-    assert "left as it is" in capsys.readouterr().out
+    assert "complete and unchanged" in capsys.readouterr().out
     with pytest.raises(ValueError, match="china/near/2.png"):
         embed.embed(tiny(), photos, out, **options)
     bad.write_bytes(good)
@@ -330,7 +330,7 @@ def test_unreadable_images_stop_or_are_listed(photos, tmp_path, capsys):
 
 
 def embed_and_measure(folder: Path) -> None:
-    """Leaves the most memory that it had, in kB."""
+    """Embed, and write the peak memory of the process in kB to a file."""
     job.ROWS = parquet.ROWS = 64
     params = EncoderAndDataParams(encoder_arch="module", dataset_name="imagenet")
     model = nn.Sequential(nn.AvgPool2d(7), nn.Flatten(), nn.Linear(3072, 512))
@@ -343,7 +343,7 @@ def measure(_: int, folder: str) -> list[int]:
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    """Of 800 images more, 224 x 224, the pixels alone would be 120 MB."""
+    """800 more images of 224 x 224 pixels would take 120 MB."""
     Image.fromarray(load_sample_images().images[0]).resize((64, 64)).save(tmp_path / "one.jpg")
     for n in (200, 1000):
         (tmp_path / str(n)).mkdir()
@@ -360,13 +360,13 @@ def test_only_one_process_writes_a_file(photos, tmp_path, holder):
         embed.embed(tiny(), photos, tmp_path / "f.parquet", device="cpu")
 
 
-def test_what_cannot_work_is_refused_in_a_sentence(photos, checkpoint, tmp_path, monkeypatch):
+def test_invalid_arguments_are_refused(photos, checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "f.parquet"
     arguments = [checkpoint, photos, "--out", out]
     assert "batch_size=0" in run_command(monkeypatch, embed, *arguments, "--batch_size", 0)
     assert "device='abacus' cannot be used" in run_command(monkeypatch, embed, *arguments, "--device", "abacus")
     out.write_text("something else")
-    assert "is no Parquet file" in run_command(monkeypatch, embed, *arguments)
+    assert "is not a Parquet file" in run_command(monkeypatch, embed, *arguments)
     broken = tiny()
     broken.model[0].bias[0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
@@ -390,7 +390,7 @@ def features(digits, checkpoint, tmp_path, capsys):
 
 
 def test_neighbors_are_those_of_scikit_learn(features, monkeypatch):
-    monkeypatch.setattr(parquet, "ROWS", 40)  # several pieces
+    monkeypatch.setattr(parquet, "ROWS", 40)  # multiple pieces
     paths, x, _ = parquet.read_embeddings(features)
     own = [paths[i] for i in (3, 77, 149)]
     found = nearest.nearest_rows(features, x[[3, 77, 149]], k=9, own=own)
@@ -447,7 +447,7 @@ def test_a_contact_sheet_keeps_proportions():
     )
 
 
-# ---- the map ----
+# ---- map ----
 
 
 def data_of(page: Path) -> dict:
@@ -456,8 +456,8 @@ def data_of(page: Path) -> dict:
 
 @pytest.mark.parametrize(
     "method", ["tsne"] if LONG == 1 else embedding_map.METHODS
-)  # UMAP is compiled for half a minute
-def test_a_map_keeps_neighbors_and_can_be_repeated(method, features):
+)  # compiling UMAP takes half a minute
+def test_a_map_keeps_neighbors_and_is_reproducible(method, features):
     if method == "umap":
         pytest.importorskip("umap")
     _, x, _ = parquet.read_embeddings(features)
@@ -473,7 +473,7 @@ def test_umap_that_is_not_installed_is_named(features, monkeypatch):
     )
 
 
-def test_the_page_holds_everything_and_asks_for_nothing(digits, features, tmp_path, monkeypatch):
+def test_the_page_is_self_contained(digits, features, tmp_path, monkeypatch):
     png, page = tmp_path / "map.png", tmp_path / "map.html"
     assert run_command(monkeypatch, embedding_map, features, "--out", png, page) == ""
     assert "://" not in page.read_text()
@@ -487,7 +487,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(digits, features, tmp_pa
         )
         assert np.abs(seen.astype(float) - np.asarray(Image.open(digits / path))).mean() < 8, path
     drawn = np.asarray(Image.open(png).convert("RGB")).reshape(-1, 3)
-    for color in content["colors"]:  # in the legend they are opaque
+    for color in content["colors"]:  # the legend shows them without transparency
         assert (drawn == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(1).any(), color
 
 
@@ -521,7 +521,7 @@ def test_maps_of_many_classes_and_of_too_few_images(photos, tmp_path, monkeypatc
     for i in range(30):
         Image.new("RGB", (9, 9), ("red", "green", "blue")[i % 3]).save(few / f"{i}.png")
     features = embed.embed(tiny(), few, tmp_path / "few.parquet", device="cpu")
-    assert "at least 4 different images, and there are 3" in run_command(
+    assert "at least 4 different directions, but there are 3" in run_command(
         monkeypatch, embedding_map, features, "--out", "m.png"
     )
     assert "sample=3" in run_command(monkeypatch, embedding_map, features, "--sample", 3, "--out", "m.png")
@@ -532,16 +532,16 @@ def test_maps_of_many_classes_and_of_too_few_images(photos, tmp_path, monkeypatc
 def test_the_page_works_in_a_browser(features, tmp_path):
     embedding_map.make_map(features, [tmp_path / "map.html"])
     with Browser(tmp_path / "map.html", tmp_path / "profile", width=400, dark=True) as browser:
-        assert browser.run("document.documentElement.scrollWidth") == 400  # nothing sticks out
+        assert browser.run("document.documentElement.scrollWidth") == 400  # no horizontal scrolling
         assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 26)"
         at = "(box => [toX(data.x[5]) + box.left, toY(data.y[5]) + box.top])(canvas.getBoundingClientRect())"
-        browser.run("fit([5])")  # so that no other point is near
+        browser.run("fit([5])")  # zoom in, so that no other point is near
         x, y = browser.run(at)
         browser.mouse("mouseMoved", x, y)
         assert data_of(tmp_path / "map.html")["paths"][5] in browser.run("tip.innerText")
         assert browser.run("tip.querySelector('img').naturalWidth") == 8
         browser.mouse("mouseWheel", x, y, deltaX=0, deltaY=-300)
-        assert np.allclose(browser.run(at), (x, y), atol=1)  # what is under the pointer stays there
+        assert np.allclose(browser.run(at), (x, y), atol=1)  # the point under the pointer stays there
         browser.mouse("mousePressed", x, y, button="left", buttons=1)
         browser.mouse("mouseMoved", x + 30, y - 20, button="left", buttons=1)
         browser.mouse("mouseReleased", x + 30, y - 20, button="left")
@@ -563,7 +563,7 @@ NAMES = ["$x_$", "100%_$", "line\nbreak", "_hidden", "<b>&amp;", "n" * 3000, "\u
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_of_a_class_or_run_is_shown_as_it_is(name, tmp_path, monkeypatch):
-    """On the map, its page, the curves and the contact sheet; the line break as a space."""
+    """On the map, its page, the curves and the contact sheet; line breaks become spaces."""
     shown = []
     monkeypatch.setattr(map_page.plt, "close", shown.append)
     points = np.random.default_rng(0).random((6, 2))

@@ -1,4 +1,4 @@
-"""Encoders of clips, evaluated: every protocol, averages over clips, retrieval, features of folders of videos."""
+"""Evaluation of clip encoders: every protocol, averages over clips, retrieval, features of directories of videos."""
 
 import sys
 from pathlib import Path
@@ -37,7 +37,7 @@ CLASSES, N = ("dark", "light"), {"train": 6, "val": 4}
 
 
 class Clips(nn.Module):
-    """[N, 3, T, H, W] -> [N, 12], with the stages of a ResNet, by name."""
+    """An encoder of clips, [N, 3, T, H, W] -> [N, 12], with modules named like the stages of a ResNet."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class Clips(nn.Module):
 
 
 def pattern(label: int, index: int):
-    """Frames that the class makes darker or lighter, each video and each frame another."""
+    """Return frames whose brightness depends on the class; every video and every frame is different."""
     rng = np.random.default_rng((label, index))
     still = rng.integers(60, size=(6, 8, 3)).repeat(8, 0).repeat(8, 1)
     return lambda number, *_: (np.roll(still, 2 * number, axis=1) + 40 + 90 * label).astype(np.uint8)
@@ -60,7 +60,7 @@ def pattern(label: int, index: int):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """DATA_PATH with videos of 30 frames at 10 per second."""
+    """Directory for DATA_PATH, with videos of 30 frames at 10 per second."""
     root = tmp_path_factory.mktemp("data")
     for split, n in N.items():
         for label, name in enumerate(CLASSES):
@@ -77,7 +77,7 @@ def of_videos(folder, data_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pretrained(folder, tmp_path_factory):
-    """A checkpoint, of which only matters that it can be read."""
+    """A checkpoint whose weights do not matter."""
     torch.manual_seed(0)
     return saved(ModelParams(**SMALL), tmp_path_factory.mktemp("pretrained") / "clips.ckpt", Clips())
 
@@ -101,7 +101,7 @@ def scores(found: dict) -> dict:
 
 
 def by_hand(path, n_clips: int, n_crops: int, n_frames: int = 4, size: int = 16) -> torch.Tensor:
-    """[K, 3, T, size, size] of a video of 30 frames at 10 per second, wider than high: clips of 1.03 seconds."""
+    """Return the clips [K, 3, T, size, size], of 1.03 seconds, of a landscape video of 30 frames at 10 per second."""
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     frames = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
@@ -130,12 +130,12 @@ def test_the_embedding_of_a_video_is_the_mean_over_clips_embedded_one_by_one(pre
         assert torch.allclose(found[row].double(), one_by_one, atol=2e-3)
         one_by_one = torch.cat([encoder.embed(clip[None]) for clip in clips[row]]).double().mean(0)
         assert torch.allclose(found[row].double(), one_by_one, atol=1e-6)
-    assert (found[0] - encoder.embed(clips[:1, :1])[0]).abs().max() > 1e-3  # one clip is not all of them
+    assert (found[0] - encoder.embed(clips[:1, :1])[0]).abs().max() > 1e-3  # a single clip is not the mean
 
 
 def test_classifiers_average_the_probabilities_of_clips(pretrained):
     linear = LinearClassifierMethod.from_moco_checkpoint(pretrained, encoder=Clips(), encoder_lr=0.1).eval()
-    nn.init.normal_(linear.classifier.weight, std=30.0)  # clips that differ
+    nn.init.normal_(linear.classifier.weight, std=30.0)  # so that the clips differ
     x, labels = torch.rand(3, 5, 3, 4, 16, 16), torch.tensor([0, 1, 1])
     x = x * torch.tensor([0.2, 0.5, 1.0, 2.0, 4.0]).view(1, 5, 1, 1, 1, 1)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_classifiers_average_the_probabilities_of_clips(pretrained):
     expected = -probabilities[range(3), labels].log()
     assert torch.allclose(loss.double(), expected, rtol=1e-4)
     assert (acc1 > 0).tolist() == (probabilities.argmax(1) == labels).tolist()
-    assert (of_mean_embedding - probabilities).abs().max() > 0.01  # which is something else
+    assert (of_mean_embedding - probabilities).abs().max() > 0.01  # the two are different
     assert torch.equal(linear(x[:, 0]), linear(x[:, :1, :].squeeze(1)))
 
 
@@ -164,13 +164,13 @@ def test_an_evaluation_has_no_more_clips_in_a_batch_than_images(folder):
 
 
 class Pooled(nn.Linear):
-    """[N, 3, H, W] or [N, 3, T, H, W] -> [N, 5]"""
+    """An encoder of images or clips, [N, 3, H, W] or [N, 3, T, H, W] -> [N, 5]."""
 
     def forward(self, x):
         return super().forward(x.flatten(2).mean(2))
 
 
-def test_on_a_set_of_images_an_encoder_leaves_the_settings_of_clips_behind(tmp_path):
+def test_a_clip_encoder_on_images_drops_the_settings_of_clips(tmp_path):
     path, settings = tmp_path / "pooled.ckpt", {"dataset_name": "digits", "encoder": Pooled(3, 5)}
     saved(ModelParams(**SMALL), path, Pooled(3, 5))
     assert load_encoder(path, **settings).params.num_frames == 8
@@ -214,7 +214,7 @@ def test_retrieval_among_few_and_without_the_class():
     }
 
 
-# ---- evaluate.py ----
+# ---- self-supervised evaluate ----
 
 
 def test_protocols_of_frozen_clips(pretrained, tmp_path):
@@ -226,7 +226,7 @@ def test_protocols_of_frozen_clips(pretrained, tmp_path):
         "svm_stages",
         "rank_me",
         "lidar",
-    ]  # the others take the same features
+    ]  # the other protocols use the same features
     every = protocols_.runnable(list(PROTOCOLS), encoder_of(pretrained), encoder_of(pretrained).params)
     assert every == list(PROTOCOLS)
     clips = {"evaluation_clips": 3, "evaluation_crops": 2}
@@ -241,11 +241,11 @@ def test_protocols_of_frozen_clips(pretrained, tmp_path):
     p = torch.linalg.svdvals(features.double())
     p = p / p.sum()
     assert of["rank_me"]["rank_me"] == pytest.approx(float((-p * p.log()).sum().exp()), rel=1e-3)
-    again = evaluate_checkpoint(pretrained, ["rank_me"], out=tmp_path, encoder=Clips())  # one clip: run anew
+    again = evaluate_checkpoint(pretrained, ["rank_me"], out=tmp_path, encoder=Clips())  # one clip: runs again
     assert scores(again)["rank_me"] != of["rank_me"] and len(list((tmp_path / "features").iterdir())) == 4
 
 
-def test_one_table_is_of_the_same_clips(pretrained, tmp_path):
+def test_the_table_shows_only_runs_with_the_same_clips(pretrained, tmp_path):
     def run(protocols, n, **options):
         clips = {"evaluation_clips": n, "evaluation_crops": n, "out": tmp_path, "encoder": Clips()}
         found = evaluate_checkpoint(pretrained, protocols, **clips, **options)
@@ -256,9 +256,9 @@ def test_one_table_is_of_the_same_clips(pretrained, tmp_path):
     assert "3 clips x 3 crops of each video, each 4 frames in 1.03 seconds." in table and "whole images" not in table
     changed, table, n = run(["knn"], 1)
     assert set(changed) == {"knn"} and n == 3 and "| rank_me |" not in table
-    assert "\n1 clip x 1 crop of each video" in table and "are in results.json alone: 2." in table
-    assert run(["rank_me"], 3)[0] == summary  # and there they still are
-    other, _, n = run(["rank_me"], 3, video_path_prefix="/nowhere")  # which class folders have no use for
+    assert "\n1 clip x 1 crop of each video" in table and "are only in results.json: 2." in table
+    assert run(["rank_me"], 3)[0] == summary  # the earlier results are still there
+    other, _, n = run(["rank_me"], 3, video_path_prefix="/nowhere")  # class directories do not use it
     assert other["rank_me"] == summary["rank_me"] and n == 4
 
 
@@ -271,8 +271,8 @@ def test_protocols_that_train_on_clips_and_are_scored_on_several(pretrained, tmp
         pretrained, [name], out=tmp_path, encoder=Clips(), training=training, evaluation_clips=2, evaluation_crops=3
     )
     assert 0 <= scores(found)[name]["acc1"] <= scores(found)[name]["acc5"] == 100
-    batches = [n for _, n in seen if n > 2]  # two images tell what an encoder of one's own does
-    assert batches == [6] * 4 + [6] * 8  # two batches of clips in each epoch; videos one by one, six clips of each
+    batches = [n for _, n in seen if n > 2]  # calls with two images identify a custom encoder
+    assert batches == [6] * 4 + [6] * 8  # two batches of clips per epoch; then each video with its six clips
 
 
 def test_the_command_takes_clips_and_crops(folder, tmp_path, monkeypatch, capsys):
@@ -292,7 +292,7 @@ def test_the_command_takes_clips_and_crops(folder, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("given, expected", [(None, 0.5), (0.0, 0.0)])
-def test_where_left_and_right_are_classes_nothing_is_mirrored(pretrained, given, expected):
+def test_nothing_is_mirrored_if_left_and_right_are_classes(pretrained, given, expected):
     linear = LinearClassifierMethod.from_moco_checkpoint(
         pretrained, encoder=Clips(), transform_flip_probability=given, evaluation_clips=2
     )
@@ -300,7 +300,7 @@ def test_where_left_and_right_are_classes_nothing_is_mirrored(pretrained, given,
     assert linear.params.evaluation_clips == 2
 
 
-# ---- the manual ----
+# ---- docs/video.md ----
 
 
 def test_the_examples_of_the_page(folder, tmp_path, monkeypatch):
@@ -318,10 +318,10 @@ def test_the_examples_of_the_page(folder, tmp_path, monkeypatch):
     assert names["embeddings"].shape == (8, 1024)
     assert (
         names["found"]["summary"]["kinetics"]["retrieval"]["trained"]["recall20"]["mean"] == 100
-    )  # of 12, in 2 classes
+    )  # 12 training videos in 2 classes
 
 
-# ---- folders of videos ----
+# ---- directories of videos ----
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ def test_a_folder_of_videos_is_embedded_as_it_is_evaluated(features, pretrained,
 
 
 def test_neighbors_of_videos_are_shown_by_their_middle_frames(features, folder, monkeypatch, tmp_path):
-    encoder = lambda *_, **__: None  # noqa: E731  (the query has a row: nothing is embedded)
+    encoder = lambda *_, **__: None  # noqa: E731  (not used: the query has a row)
     monkeypatch.setattr(nearest, "load_encoder", encoder)
     (found,) = nearest.nearest_sheet(features, ["light/v3.mp4"], tmp_path / "nearest.png", k=4)
     assert [neighbor.label for neighbor in found] == ["light"] * 4 and "light/v3.mp4" not in {n.path for n in found}
@@ -367,13 +367,13 @@ def test_a_video_that_has_no_row_is_embedded(features, pretrained, folder, tmp_p
     assert np.allclose(embedded, expected, atol=1e-5)
 
 
-def test_folders_without_videos_and_broken_ones(pretrained, folder, tmp_path):
+def test_directories_without_videos_and_broken_videos_are_refused(pretrained, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/a.png").touch()
     options = {"batch_size": 8, "num_workers": 0, "device": "cpu", "out": tmp_path / "f.parquet"}
     with pytest.raises(ValueError, match="empty holds no videos; passed over: 1 .png"):
         embed.embed(encoder_of(pretrained), tmp_path / "empty", **options)
-    with pytest.raises(ValueError, match="digits is no folder of videos, which this encoder takes"):
+    with pytest.raises(ValueError, match="digits.* is not a directory of videos"):
         embed.embed(encoder_of(pretrained), "digits", **options)
     (tmp_path / "empty/b.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match="b.mp4 in .*empty could not be read .*--skip_unreadable"):

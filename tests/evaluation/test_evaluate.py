@@ -24,7 +24,7 @@ QUICK = ("knn", "uniformity")
 
 @pytest.fixture(scope="module")
 def pretrained(digits_path, tmp_path_factory):
-    """A checkpoint after two steps; what is tested does not depend on how good it is."""
+    """A checkpoint after two steps; the tests do not depend on its quality."""
     path = tmp_path_factory.mktemp("pretrained") / "first.ckpt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_PATH", str(digits_path))
@@ -38,7 +38,7 @@ def pretrained(digits_path, tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(pretrained, tmp_path):
-    """In a folder of its own, where the results go."""
+    """A copy of the checkpoint in its own directory, to which the results are written."""
     return shutil.copy(pretrained, tmp_path / "first.ckpt")
 
 
@@ -46,7 +46,7 @@ def scores(found: dict) -> dict:
     return {(run["protocol"], run["encoder"], run["seed"]): run["scores"] for run in found["runs"]}
 
 
-def test_results_are_beside_the_checkpoint_and_equal_when_run_again(checkpoint, tmp_path):
+def test_results_are_next_to_the_checkpoint_and_reproducible(checkpoint, tmp_path):
     first = evaluate_checkpoint(checkpoint, QUICK)
     folder = tmp_path / "first.evaluation"
     assert json.loads((folder / "results.json").read_text())["runs"] == first["runs"]
@@ -58,7 +58,7 @@ def test_results_are_beside_the_checkpoint_and_equal_when_run_again(checkpoint, 
     assert scores(again) == scores(first)
 
 
-def test_what_is_there_is_not_run_again_unless_something_changed(checkpoint, monkeypatch, tmp_path):
+def test_existing_runs_are_reused_unless_something_changed(checkpoint, monkeypatch, tmp_path):
     first = evaluate_checkpoint(checkpoint, ["uniformity"])
 
     def must_not(*_):
@@ -91,10 +91,11 @@ def test_two_evaluations_at_once_keep_each_others_runs(tmp_path):
     second.add()
     found = results.Results(tmp_path)
     assert [one["protocol"] for one in found.runs] == ["knn", "linear", "linear"]
-    assert [one["protocol"] for one in found.shown("digits")] == ["knn", "linear"]  # as it was trained this time
+    shown = [one["protocol"] for one in found.shown("digits")]
+    assert shown == ["knn", "linear"]  # the run with the training settings of this evaluation
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(checkpoint, monkeypatch, tmp_path):
+def test_a_killed_evaluation_resumes(checkpoint, monkeypatch, tmp_path):
     whole = evaluate_checkpoint(checkpoint, QUICK, out=tmp_path / "whole")
     calls, run = [], PROTOCOLS["uniformity"].run
 
@@ -114,7 +115,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(checkpoint, monkeypatch, tmp_p
 
 @pytest.mark.parametrize("name", [name for name, row in PROTOCOLS.items() if row.trains and not row.needs_stages])
 def test_protocols_that_train(checkpoint, name):
-    """End to end, one epoch of a few steps; the same seed gives the same numbers."""
+    """Training protocols run end to end (one epoch of a few steps), and the same seed gives the same scores."""
     options = {"training": {"max_epochs": 1, "batch_size": 256}, "baselines": False}
     found = scores(evaluate_checkpoint(checkpoint, [name], **options))[name, "trained", 0]
     assert 0 <= found["acc1"] <= found["acc5"] <= 100 and found["acc5"] > 10
@@ -129,7 +130,7 @@ def test_a_training_leaves_the_encoder_as_it_was(checkpoint):
 
 
 def test_no_batch_of_few_images_spoils_the_batch_statistics(checkpoint, monkeypatch):
-    """10 % of the digits are 130: 8 batches of 16, and 2 left over, which are dropped. 1 % are 13: one batch."""
+    """10 % of the digits are 130 images: 8 batches of 16, and 2 images that are dropped. 1 % are 13: one batch."""
     batches, fit = {}, protocols.pl.Trainer.fit
 
     def counted(trainer, method):
@@ -148,24 +149,24 @@ def test_a_loss_that_is_not_finite_is_a_result(checkpoint, tmp_path, monkeypatch
 
     monkeypatch.setattr(protocols.pl.Trainer, "fit", diverges)
     evaluate_checkpoint(checkpoint, ["semi_10"], baselines=False)
-    again = evaluate_checkpoint(checkpoint, ["semi_10"], baselines=False)  # what was written is read
+    again = evaluate_checkpoint(checkpoint, ["semi_10"], baselines=False)  # read from the file
     assert scores(again)["semi_10", "trained", 0] == {"acc1": None, "acc5": None}
     assert "| semi_10 | acc1 | not finite |" in (tmp_path / "first.evaluation/results.md").read_text()
 
 
-def test_several_seeds_have_a_mean_and_a_deviation(checkpoint, monkeypatch, tmp_path):
+def test_multiple_seeds_give_mean_and_standard_deviation(checkpoint, monkeypatch, tmp_path):
     values = iter([50.0, 53.0, 59.0])
     monkeypatch.setitem(PROTOCOLS, "linear", evolve(PROTOCOLS["linear"], run=lambda *_: {"acc1": next(values)}))
     found = evaluate_checkpoint(checkpoint, ["linear", "knn"], seeds=[0, 1, 2], baselines=False)
     assert found["summary"]["digits"]["linear"]["trained"]["acc1"] == pytest.approx(
         {"mean": 54.0, "std": np.std([50, 53, 59], ddof=1), "seeds": 3}
     )
-    assert found["summary"]["digits"]["knn"]["trained"]["knn1_acc1"]["seeds"] == 1  # the seed changes nothing
+    assert found["summary"]["digits"]["knn"]["trained"]["knn1_acc1"]["seeds"] == 1  # seeds do not matter
     table = (tmp_path / "first.evaluation/results.md").read_text()
     assert "| linear | acc1 | 54.00 ± 4.58 |" in table and "seed 0, 1, 2" in table
 
 
-def test_deviations_over_draws_stand_beside_their_mean():
+def test_standard_deviations_over_draws_are_shown_with_the_mean():
     run = {"protocol": "svm", "dataset": "digits", "encoder": "trained", "seed": 0}
     found = results.results_markdown([{**run, "scores": {"shot1_acc1": 40.0, "shot1_acc1_std": 2.5}}])
     assert found.splitlines()[2:] == ["| svm | shot1_acc1 | 40.00 ± 2.50 |"]
@@ -190,22 +191,22 @@ def test_transfer_to_another_data_set_keeps_both_in_one_file(checkpoint, data_pa
     assert both["runs"][:2] == own["runs"] and {run["dataset"] for run in both["runs"][2:]} == {"negatives"}
     assert both["config"]["negatives"]["reading"]["image_mean"] == list(
         catalogue.DATASETS["digits"].mean
-    )  # that of the encoder
+    )  # the encoder's
     assert both["runs"][0]["scores"] != both["runs"][2]["scores"]
     table = (tmp_path / "first.evaluation/results.md").read_text()
     assert "## digits" in table and "## negatives" in table
 
 
-def test_what_cannot_work_is_refused_before_it_begins(checkpoint, monkeypatch, tmp_path):
+def test_invalid_settings_are_refused_before_any_protocol_runs(checkpoint, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="protocol 'lineer' is unknown. Nearest: linear"):
         evaluate_checkpoint(checkpoint, ["knn", "lineer"])
-    with pytest.raises(ValueError, match="'linear_stages' needs an encoder with layer1 to layer4, and shufflenet"):
+    with pytest.raises(ValueError, match="'linear_stages' needs an encoder with layer1 to layer4, but shufflenet"):
         evaluate_checkpoint(checkpoint, ["knn", "linear_stages"])
     with pytest.raises(FileNotFoundError, match="nothing.ckpt"):
         evaluate_checkpoint("nothing.ckpt", ["knn"])
     (tmp_path / "first.evaluation").mkdir()
     (tmp_path / "first.evaluation/results.json").write_text("{")
-    with pytest.raises(ValueError, match="results.json is not what evaluate.py writes.*--fresh"):
+    with pytest.raises(ValueError, match="results.json was not written by .*--fresh"):
         evaluate_checkpoint(checkpoint, ["knn"])
 
 
@@ -228,7 +229,7 @@ def test_the_command(checkpoint, monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def voc_folder(tmp_path, monkeypatch):
-    """40 + 20 photographs-to-be in the layout of the archives; in each, the brightness says which classes are there."""
+    """40 + 20 images in the layout of the archives; the brightness of an image depends on its classes."""
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "data"))
     root, rng = tmp_path / "data/voc07/VOCdevkit/VOC2007", np.random.default_rng(0)
     for folder in ("JPEGImages", "ImageSets/Main"):
@@ -261,16 +262,16 @@ def test_voc_by_its_protocols(voc_folder, tmp_path, small, trainer):
         "simclr", dataset_name="voc07", transform_crop_size=32, num_data_workers=0, low_resolution_stem=False
     )
     fit = trainer(limit_val_batches=0)
-    fit.fit(SelfSupervisedMethod(params))  # its labels are not in the way
+    fit.fit(SelfSupervisedMethod(params))  # multi-label data does not break pretraining
     fit.save_checkpoint(tmp_path / "voc.ckpt", weights_only=False)
     names = ["svm", "low_shot_svm", "rank_me", "lidar"]
     found = scores(evaluate_checkpoint(tmp_path / "voc.ckpt", names, baselines=False))
     assert 20 < found["svm", "trained", 0]["map"] <= 100 and "shot4_map" in found["low_shot_svm", "trained", 0]
-    with pytest.raises(ValueError, match="'knn' needs one class an image, and those of voc07.*choose among svm"):
+    with pytest.raises(ValueError, match="'knn' needs one class per image, but voc07.*Choose one of svm"):
         evaluate_checkpoint(tmp_path / "voc.ckpt", ["knn"])
 
 
-def test_voc_that_is_not_there_or_contradicts_itself(voc_folder, tmp_path, monkeypatch):
+def test_missing_or_inconsistent_voc_is_refused(voc_folder, tmp_path, monkeypatch):
     path = voc_folder / "ImageSets/Main/dog_test.txt"
     lines = path.read_text()
     path.write_text(lines.replace("test003", "test999"))
@@ -284,7 +285,7 @@ def test_voc_that_is_not_there_or_contradicts_itself(voc_folder, tmp_path, monke
         loading.prepare_data("voc07", ("test",))
 
 
-# ---- the manual ----
+# ---- docs/evaluation.md ----
 
 
 def test_the_manual_has_every_protocol():

@@ -12,7 +12,7 @@ from self_supervised.evaluation import validation
 
 @pytest.fixture
 def blobs():
-    """Four overlapping classes in 12 dimensions, sorted by class: (x, y)."""
+    """Return (x, y): four overlapping classes in 12 dimensions, sorted by class."""
     y = torch.arange(4).repeat_interleave(60)
     return torch.randn(240, 12) + torch.randn(4, 12)[y] * 0.7, y
 
@@ -44,7 +44,7 @@ def test_linear_probe_is_scikit_learns_pipeline(blobs):
 @pytest.mark.parametrize("solver", validation.SOLVERS)
 @pytest.mark.parametrize("n, width, n_classes", [(400, 30, 2), (900, 40, 7), (60, 200, 4)])
 def test_linear_probe_finds_scikit_learns_optimum(n, width, n_classes, solver):
-    """Of two classes, of many, and of more features than images; labels with gaps, under Lightning's inference mode."""
+    """With two or many classes, and more features than images; labels have gaps; in Lightning's inference mode."""
     y = torch.randint(n_classes, (n,)) * 3 - 1
     x = torch.randn(n, width) + torch.randn(n_classes, width)[(y + 1) // 3] * 0.3
     sets = validation.halves(x, y)
@@ -57,7 +57,7 @@ def test_linear_probe_finds_scikit_learns_optimum(n, width, n_classes, solver):
 
 
 def test_both_solvers_of_the_probe_give_the_same_accuracy():
-    """Of features as an encoder gives them, whose directions differ much in strength."""
+    """On features like those of an encoder, whose directions have very different scales."""
     y = torch.randint(10, (4000,))
     x = (torch.randn(4000, 40) + torch.randn(10, 40)[y] * 0.4) / torch.arange(1, 41).sqrt()
     x = (x @ torch.randn(40, 100) + 0.2 * torch.randn(4000, 100)).relu()
@@ -73,7 +73,7 @@ def test_validation_fits_scikit_learns_probe_unless_the_field_says_otherwise(sma
     for settings in ({}, {"probe_solver": "torch"}):
         model = SelfSupervisedMethod(small(evaluations=["linear_probe"], evaluate_every_n_epochs=2, **settings))
         trainer(max_epochs=3).fit(model)
-    assert asked == ["sklearn", "torch"]  # in the second of three epochs
+    assert asked == ["sklearn", "torch"]  # once, in the second of three epochs
     with pytest.raises(ValueError, match="probe_solver='numpy'"):
         small(probe_solver="numpy")
 
@@ -144,7 +144,7 @@ def test_without_labels_the_label_free_scores_remain(blobs):
     assert set(validation.evaluate(names, x, torch.zeros_like(y))) == label_free
 
 
-def test_a_class_of_one_image_stops_nothing():
+def test_a_class_with_one_image_raises_no_error():
     x = torch.randn(12, 3)
     for rare in range(12):
         y = torch.zeros(12, dtype=torch.long)
@@ -166,7 +166,7 @@ def test_a_probe_of_8000_takes_seconds():
     x = torch.randn(8000, 512) + torch.randn(10, 512)[y] * 0.1
     start = time.process_time()
     validation.evaluate(["linear_probe", "knn", "rank_me", "embedding_std"], x, y)
-    assert time.process_time() - start < 20  # seconds of CPU on two cores; 3 to 6 on an idle machine
+    assert time.process_time() - start < 20  # CPU seconds on two cores; 3 to 6 on an idle machine
 
 
 def test_features_of_any_scale_are_standardized_and_constant_ones_are_not():

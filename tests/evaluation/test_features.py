@@ -16,7 +16,7 @@ from self_supervised.views import augmentations
 
 
 class Tiny(nn.Module):
-    """With the stages of a ResNet, by name."""
+    """An encoder with modules named like the stages of a ResNet."""
 
     def __init__(self, channels: int = 1):
         super().__init__()
@@ -54,7 +54,7 @@ def test_features_are_the_encoders_in_the_order_of_the_set(tmp_path, digits_path
     assert extract(e, data_params(e), ("train",), tmp_path).stages == {}
 
 
-def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
+def test_existing_features_are_not_computed_again(tmp_path, monkeypatch):
     e = encoder()
     first = extract(e, data_params(e), ("test",), tmp_path, stages=True)
     views = extract_views(e, data_params(e), ("train",), tmp_path, 20, 3, seed=1)
@@ -115,7 +115,7 @@ class Pooled(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_what_forward_does_is_part_of_an_own_encoders_hash(dtype):
+def test_the_hash_of_a_custom_encoder_depends_on_its_forward(dtype):
     params = encoder().params
 
     def hash_of(pool) -> str:

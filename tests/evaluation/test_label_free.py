@@ -1,4 +1,4 @@
-"""Against formulas in NumPy and SciPy, in float64, written from the papers."""
+"""Label-free measures, compared with formulas from the papers in NumPy and SciPy (float64)."""
 
 import math
 
@@ -13,7 +13,7 @@ from self_supervised.evaluation.label_free import alignment, alpha_req, lidar, u
 
 @pytest.fixture
 def views():
-    """200 images, 5 views each, 24 features of which the first ones tell images apart."""
+    """200 images with 5 views each and 24 features, the first of which differ between images."""
     strength = torch.arange(1, 25) ** -0.8
     return (torch.randn(200, 1, 24) + 0.4 * torch.randn(200, 5, 24)) * strength + 0.3
 
@@ -46,7 +46,7 @@ def test_alignment_is_the_mean_over_pairs_of_views(views):
 
 
 def test_uniformity_is_the_log_of_the_mean_over_pairs():
-    x = torch.randn(1300, 24) + 0.5  # more than one block
+    x = torch.randn(1300, 24) + 0.5  # more than one block of rows
     distances = pdist(unit(x.double().numpy()), "sqeuclidean")
     assert uniformity(x)["uniformity"] == pytest.approx(np.log(np.exp(-2 * distances).mean()), rel=1e-5)
     assert uniformity(torch.ones(5, 3))["uniformity"] == pytest.approx(0, abs=1e-5)

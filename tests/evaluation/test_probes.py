@@ -1,4 +1,4 @@
-"""Against scikit-learn on the same features."""
+"""Probes, compared with scikit-learn on the same features."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from self_supervised.evaluation import linear_models, probes, validation
 
 @pytest.fixture(scope="module")
 def digits():
-    """96 random features of the digits, rectified, as of a network: (train x, y, test x, y)."""
+    """(train x, y, test x, y): 96 random features of the digits, rectified like those of a network."""
     images, labels = load_digits(return_X_y=True)
     weights = np.random.default_rng(0).normal(size=(64, 96)) / 64
     x, y = torch.from_numpy(images @ weights).float().relu(), torch.from_numpy(labels)
@@ -26,7 +26,7 @@ def test_knn_is_scikit_learns(digits):
     for k in probes.KS:
         reference = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
         expected = 100 * reference.fit(train_x, train_y).score(test_x, test_y)
-        assert found[f"knn{k}_acc1"] == pytest.approx(expected, abs=0.41)  # equal cosines in float32: 2 of 500
+        assert found[f"knn{k}_acc1"] == pytest.approx(expected, abs=0.41)  # ties in float32: 2 of 500 images
 
 
 def test_linear_is_scikit_learns_optimum_at_the_chosen_l2(digits):
@@ -51,10 +51,10 @@ def test_the_chosen_l2_is_the_best_on_the_held_out_part(digits):
         reference = LogisticRegression(C=1 / decay, max_iter=3000, tol=1e-7).fit(x[fit].double(), y[fit])
         return reference.score(x[score].double(), y[score])
 
-    assert held_out(chosen) >= max(held_out(10.0**i) for i in range(-2, 5)) - 0.011  # one of 100 images
+    assert held_out(chosen) >= max(held_out(10.0**i) for i in range(-2, 5)) - 0.011  # tolerance: one of 100 images
 
 
-def test_test_labels_have_no_part_in_what_is_chosen(digits):
+def test_hyperparameters_do_not_depend_on_test_labels(digits):
     train_x, train_y, test_x, test_y = digits
     right, wrong = (probes.linear(train_x, train_y, test_x, y, seed=0) for y in (test_y, (test_y + 1) % 10))
     assert right["l2"] == wrong["l2"] and right["acc1"] + wrong["acc1"] <= 100
@@ -67,11 +67,11 @@ def test_the_few_label_curve_rises_to_all_labels(digits, monkeypatch):
     assert found["labels1_acc1"] + 10 < found["labels20_acc1"] < found["labels_all_acc1"]
     assert found == probes.few_labels(*digits, seed=1)
     assert found["labels1_acc1"] != probes.few_labels(*digits, seed=2)["labels1_acc1"]
-    assert "labels1000_acc1" not in found  # there are not so many
+    assert "labels1000_acc1" not in found  # there are fewer images per class
 
 
-def test_one_label_a_class_is_this_logistic_regression(digits, monkeypatch):
-    """No draw, no split: the features and the fixed L2 of few labels."""
+def test_one_label_per_class_uses_the_fixed_l2(digits, monkeypatch):
+    """Without a draw or a split: the same features, and the fixed L2 for few labels."""
     train_x, train_y, test_x, test_y = (part.double().numpy() for part in digits)
     scaler, scores = StandardScaler().fit(train_x), []
     for draw in range(probes.FEW_DRAWS):
@@ -89,7 +89,8 @@ def test_low_shot_svms_are_those_of_their_draws(digits, monkeypatch):
     monkeypatch.setattr(probes, "VOC_SHOTS", (1, 4, 96))
     monkeypatch.setattr(probes, "VOC_DRAWS", 2)
     found = probes.low_shot_svm(*digits, seed=2)
-    assert sorted(found) == ["shot1_acc1", "shot1_acc1_std", "shot4_acc1", "shot4_acc1_std"]  # 96 are not there
+    # There are fewer than 96 images per class.
+    assert sorted(found) == ["shot1_acc1", "shot1_acc1_std", "shot4_acc1", "shot4_acc1_std"]
     train_x, train_y, test_x, test_y = digits
     draws = [probes.subsets.stratified(train_y.numpy(), per_class=4, seed=seed) for seed in (4, 5)]
     scores = [linear_models.svm(train_x[rows], train_y[rows], test_x, test_y)["acc1"] for rows in draws]
@@ -100,7 +101,7 @@ def test_low_shot_svms_are_those_of_their_draws(digits, monkeypatch):
     assert found["shot1_acc1"] < found["shot4_acc1"]
 
 
-def test_low_shot_svms_of_presences(digits, monkeypatch):
+def test_low_shot_svms_of_multi_label_data(digits, monkeypatch):
     monkeypatch.setattr(probes, "VOC_SHOTS", (2, 8))
     monkeypatch.setattr(probes, "VOC_DRAWS", 2)
     train_x, train_y, test_x, test_y = digits

@@ -1,4 +1,4 @@
-"""Against scikit-learn's LinearSVC, cross-validation and grid search."""
+"""SVMs, compared with scikit-learn's LinearSVC, cross-validation and grid search."""
 
 import warnings
 
@@ -18,7 +18,7 @@ def reference(cost: float) -> LinearSVC:
 
 @pytest.fixture
 def blobs():
-    """Four overlapping classes in 12 dimensions: (x, y) to train, (x, y) to test."""
+    """Return training (x, y) and test (x, y): four overlapping classes in 12 dimensions."""
     centers, y = torch.randn(4, 12) * 0.5, torch.randint(4, (700,))
     x = torch.randn(700, 12) + centers[y] + 0.3
     return x[:300], y[:300], x[300:], y[300:]
@@ -26,7 +26,7 @@ def blobs():
 
 @pytest.fixture
 def presences():
-    """Three classes, of which an image may have several or none; some hard to see: 0."""
+    """Return multi-label data with three classes; 0 marks objects that are hard to see."""
     x, directions = torch.randn(500, 10), torch.randn(10, 3)
     labels = torch.where(x @ directions + 2 * torch.randn(500, 3) > 2.5, 1, -1)
     labels[torch.rand(500, 3) < 0.1] = 0
@@ -52,17 +52,17 @@ def test_images_that_are_neither_are_left_out(presences):
     np.testing.assert_allclose(found, np.append(expected.coef_, expected.intercept_), rtol=2e-3, atol=2e-3)
 
 
-def test_costs_of_presences_are_those_of_a_grid_search(presences):
+def test_costs_of_multi_label_data_are_those_of_a_grid_search(presences):
     x, labels, test_x, test_y = presences
     x, scores = linear_models.with_bias(x), []
     folds = np.stack([linear_models.folds_of(column.numpy()) for column in labels.T], 1)
-    chosen = linear_models.choose_costs(x, labels.float(), folds, many=True).tolist()
+    chosen = linear_models.choose_costs(x, labels.float(), folds, multi_label=True).tolist()
     for k in range(3):
         clear = labels[:, k] != 0
         search = GridSearchCV(reference(1.0), {"C": sorted(linear_models.COSTS)}, scoring="average_precision", cv=3)
         search.fit(x[clear, :-1].double().numpy(), labels[clear, k].numpy())
         quality = dict(zip(sorted(linear_models.COSTS), search.cv_results_["mean_test_score"], strict=True))
-        nearest = min(quality, key=lambda cost: abs(cost - chosen[k]))  # float32
+        nearest = min(quality, key=lambda cost: abs(cost - chosen[k]))  # the nearest, because costs are float32
         assert quality[nearest] == pytest.approx(search.best_score_, abs=1e-3)
         seen = test_y[:, k] != 0
         score = reference(nearest).fit(x[clear, :-1].double().numpy(), labels[clear, k].numpy())
@@ -90,7 +90,7 @@ def test_the_cost_of_classes_is_that_of_a_search_by_accuracy(blobs):
     folds = linear_models.folds_of(y.numpy() + 1)[:, None]
     chosen = float(
         linear_models.choose_costs(
-            linear_models.with_bias(x), linear_models.one_against_rest(y, y.unique()), folds, many=False
+            linear_models.with_bias(x), linear_models.one_against_rest(y, y.unique()), folds, multi_label=False
         )[0]
     )
     chosen = min(quality, key=lambda cost: abs(cost - chosen))
@@ -101,7 +101,7 @@ def test_the_cost_of_classes_is_that_of_a_search_by_accuracy(blobs):
     assert linear_models.svm(*blobs)["acc1"] == pytest.approx(100 * expected.mean(), abs=0.6)
 
 
-def test_test_labels_have_no_part_in_the_cost(blobs):
+def test_costs_do_not_depend_on_test_labels(blobs):
     x, y, test_x, test_y = blobs
     right, wrong = (
         linear_models.svm(x, y, test_x, test_y)["acc1"],
@@ -129,11 +129,11 @@ def test_images_that_are_neither_are_not_ranked(presences):
 
 
 def test_more_features_than_images_change_nothing():
-    """In the span of the images the same machines are found."""
+    """The SVMs in the span of the training images are the same."""
     x, y = torch.randn(60, 200), torch.arange(3).repeat(20)
     test_x, test_y = torch.randn(300, 200) + 0.2 * x[:3].repeat(100, 1), torch.arange(3).repeat(100)
     folds, signs = linear_models.folds_of(y.numpy() + 1)[:, None], linear_models.one_against_rest(y, torch.arange(3))
-    cost = linear_models.choose_costs(linear_models.with_bias(x), signs, folds, many=False)
+    cost = linear_models.choose_costs(linear_models.with_bias(x), signs, folds, multi_label=False)
     scores = linear_models.with_bias(test_x) @ linear_models.fit(linear_models.with_bias(x), signs, cost)
     expected = 100 * float((scores.argmax(1) == test_y).double().mean())
     assert linear_models.svm(x, y, test_x, test_y)["acc1"] == pytest.approx(expected, abs=0.7)

@@ -1,4 +1,4 @@
-"""Exported files, loaded as docs/export.md says; names against timm, torchvision and detectron2's layout; refusals."""
+"""Exported files, loaded as in docs/export.md; tensor names of timm, torchvision and detectron2; refusals."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 
 
 def as_if_trained(module):
-    """Norms that differ: those of a new network are all the same, which would hide an exchange of two."""
+    """Randomize the norms: in a new network they are all equal, so that exchanging two would not be noticed."""
     generator = torch.Generator().manual_seed(0)
     for layer in module.modules():
         for parameter in layer.parameters(recurse=False):
@@ -59,7 +59,7 @@ def new_checkpoint(folder, name, arch, size):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A ResNet-18 of 64 pixels, with the usual stem."""
+    """A ResNet-18 for 64 pixels, with the usual stem."""
     return new_checkpoint(tmp_path_factory.mktemp("export"), "encoder.ckpt", "resnet18", 64)
 
 
@@ -70,13 +70,13 @@ def small_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory):
-    """exported("onnx"): the file, alone in its folder; made once."""
+    """exported("onnx") returns the file, alone in its directory; it is exported once."""
     return cache(lambda format: export.export(checkpoint, format, tmp_path_factory.mktemp(format)))
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    """encoder("resnet18", 32): made once; frozen, so tests may share it."""
+    """encoder("resnet18", 32) returns an encoder that is built once; it is frozen, so tests may share it."""
 
     @cache
     def build(arch, size, channels=3):
@@ -91,7 +91,7 @@ def encoder():
 
 @pytest.fixture
 def same_process(monkeypatch):
-    """To save seconds where the check itself is not in question: it runs here, not in a fresh process."""
+    """Verify files in this process instead of a new one, to save time in tests that do not test the verification."""
 
     def run(command, cwd, **_):
         monkeypatch.chdir(cwd)
@@ -111,14 +111,14 @@ def current_umask():
     return mask
 
 
-# ---- every format ----
+# ---- all formats ----
 
 
 @pytest.mark.parametrize("format", formats.FORMATS)
 def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
     path = exported(format)
     monkeypatch.chdir(path.parent)
-    assert list(path.parent.iterdir()) == [path]  # one file, and nothing else
+    assert list(path.parent.iterdir()) == [path]  # one file and nothing else
     assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
     images = torch.randn(3, 3, 64, 64)
     names = {"images": images}
@@ -167,10 +167,10 @@ def test_normalize_is_part_of_the_program(small_checkpoint, same_process, tmp_pa
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert close(model(images / 255), load_encoder(small_checkpoint).embed(images))
     facts = json.loads(notes["self_supervised"])
-    assert facts["image_mean"] == [0, 0, 0] and facts["image_std"] == [1, 1, 1]  # nothing is left to do
+    assert facts["image_mean"] == [0, 0, 0] and facts["image_std"] == [1, 1, 1]  # the program normalizes
 
 
-def test_an_encoder_of_ones_own(same_process, tmp_path):
+def test_a_custom_encoder_is_exported(same_process, tmp_path):
     own = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
     made = SelfSupervisedMethod(dataset_name="digits", encoder=own, dim=16, K=64, mlp_hidden_dim=32)
     path = save(made, tmp_path / "own.ckpt")
@@ -183,12 +183,12 @@ def test_an_encoder_of_ones_own(same_process, tmp_path):
             export.export(path, name, encoder=own)
 
 
-# ---- the names of other libraries: loaded strictly there, equal outputs ----
+# ---- tensor names of other libraries: strict loading, equal outputs ----
 
 
-def equal_there(twin, made, images):
-    names = {"state": twin.content, "images": images}
-    exec(f"{twin.code}\n{twin.use}", names)
+def equal_there(converted, made, images):
+    names = {"state": converted.content, "images": images}
+    exec(f"{converted.code}\n{converted.use}", names)
     with torch.no_grad():
         return close(names["embeddings"], made(images))
 
@@ -207,9 +207,9 @@ OTHERS = [
 )
 def test_torchvision_builds_it(arch, size, channels, encoder):
     made = encoder(arch, size, channels)
-    twin = conversions.in_torchvision(made)
-    assert "ws_" not in twin.code
-    assert equal_there(twin, made, torch.randn(2, channels, size, size))
+    converted = conversions.in_torchvision(made)
+    assert "ws_" not in converted.code
+    assert equal_there(converted, made, torch.randn(2, channels, size, size))
 
 
 @pytest.mark.parametrize(
@@ -222,32 +222,32 @@ def test_timm_builds_it(arch, size, channels, encoder):
 
 @pytest.mark.parametrize("arch", ["efficientnet_b0", "shufflenet_v2_x0_5"])
 def test_what_timm_builds_differently_is_refused(arch, encoder):
-    with pytest.raises(ValueError, match=f"timm has no model with the tensors of encoder_arch='{arch}': choose"):
+    with pytest.raises(ValueError, match=f"encoder_arch='{arch}': timm has no model with the same tensors. Choose"):
         conversions.in_timm(encoder(arch, 64))
 
 
 def test_torchvision_has_no_timm_models(encoder):
-    with pytest.raises(ValueError, match="encoder_arch='timm:resnet10t' is no model of torchvision: choose timm"):
+    with pytest.raises(ValueError, match="encoder_arch='timm:resnet10t' is not a model of torchvision. Choose timm"):
         conversions.in_torchvision(encoder("timm:resnet10t", 64))
 
 
 def test_a_ws_resnet_stays_one_in_safetensors_alone(encoder):
-    """There its weights are those that were trained, and others are told how to standardize them."""
+    """Its weights are those that were trained, and the loading code standardizes them."""
     made = encoder("ws_resnet18", 64)
-    twin = conversions.in_its_library(made)
+    converted = conversions.in_its_library(made)
     assert (
-        twin.arch == "ws_resnet18"
+        converted.arch == "ws_resnet18"
         and conversions.in_torchvision(made).arch == conversions.in_timm(made).arch == "resnet18"
     )
-    assert all(torch.equal(value, twin.content[key]) for key, value in made.model.state_dict().items())
-    assert equal_there(twin, made, torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(value, converted.content[key]) for key, value in made.model.state_dict().items())
+    assert equal_there(converted, made, torch.randn(2, 3, 64, 64))
 
 
-# ---- detectron2: its ResNet, with its names of modules (modeling/backbone/resnet.py), written down here ----
+# ---- detectron2: a copy of its ResNet with its module names (modeling/backbone/resnet.py) ----
 
 
 class Convolution(nn.Conv2d):
-    """detectron2's Conv2d: the norm is a part of it."""
+    """detectron2's Conv2d, which contains its norm."""
 
     def __init__(self, *args, norm, **kwargs):
         super().__init__(*args, bias=False, **kwargs)
@@ -310,13 +310,13 @@ class Detectron2ResNet(nn.Module):
 @pytest.mark.parametrize(("arch", "channels"), [("resnet50", 5), ("ws_resnet18", 3)])
 def test_detectron2_finds_every_tensor_under_its_name(arch, channels, encoder):
     made = encoder(arch, 64, channels)
-    twin = conversions.in_detectron2(made)
+    converted = conversions.in_detectron2(made)
     names = {}
-    exec(twin.code, names)
+    exec(converted.code, names)
     config = dict(zip(names["config"][::2], names["config"][1::2], strict=True))
     norm = {"GN": lambda n: nn.GroupNorm(32, n), "FrozenBN": nn.BatchNorm2d}[config["MODEL.RESNETS.NORM"]]
     theirs = Detectron2ResNet(config, norm).eval()
-    theirs.load_state_dict(twin.content)
+    theirs.load_state_dict(converted.content)
     images = torch.randn(2, channels, 64, 64)
     with torch.no_grad():
         assert close(theirs(images), made(images))
@@ -331,25 +331,25 @@ def test_detectron2_file_is_like_those_of_its_model_zoo(exported):
 
 
 def test_detectron2_is_for_resnets_with_its_stem(encoder):
-    with pytest.raises(ValueError, match="detectron2 has no encoder_arch='resnet18' with the stem for small images"):
+    with pytest.raises(ValueError, match="encoder_arch='resnet18' with the stem for small images: detectron2"):
         conversions.in_detectron2(encoder("resnet18", 32))
-    with pytest.raises(ValueError, match="detectron2 has no encoder_arch='shufflenet_v2_x0_5': it builds"):
+    with pytest.raises(ValueError, match="encoder_arch='shufflenet_v2_x0_5': detectron2 only has"):
         conversions.in_detectron2(encoder("shufflenet_v2_x0_5", 32))
 
 
-# ---- a file appears whole, once, and only if it is right ----
+# ---- files are written atomically, only once, and only if they are right ----
 
 
 def test_nothing_is_overwritten(checkpoint, tmp_path):
     there = tmp_path / "there.pt"
     there.write_text("precious")
-    with pytest.raises(FileExistsError, match="there.pt is there already: move it away, or choose another --out"):
+    with pytest.raises(FileExistsError, match="there.pt already exists. .* another --out"):
         export.export(checkpoint, "torchvision", there)
     assert there.read_text() == "precious" and list(tmp_path.iterdir()) == [there]
 
 
 def broken(write):
-    """A row of FORMATS whose writer does something else."""
+    """Return a row of FORMATS with another writer."""
     return attrs.evolve(formats.FORMATS["torchvision"], write=write)
 
 
@@ -359,7 +359,7 @@ def test_a_file_with_another_weight_does_not_appear(small_checkpoint, same_proce
         formats.write_torch(state, path, notes, images)
 
     monkeypatch.setitem(formats.FORMATS, "torchvision", broken(write))
-    with pytest.raises(RuntimeError, match=r"other embeddings \(by .* of their largest\), and was removed"):
+    with pytest.raises(RuntimeError, match=r"different embeddings \(by .* of the largest value\) and was removed"):
         export.export(small_checkpoint, "torchvision", tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -399,7 +399,7 @@ def test_weights_that_are_not_finite_are_refused(small_checkpoint, tmp_path):
 
 
 def test_published_files_are_what_torch_hub_checks(small_checkpoint, same_process, tmp_path):
-    """The name before the hash holds what torch.hub would take for one."""
+    """Even if the name before the hash contains text that torch.hub would read as a hash."""
     path = export.export(small_checkpoint, "torchvision", tmp_path / "moco-800.torchvision.pt", publish=True)
     assert path.name == f"moco-800_torchvision-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pt"
     state = torch.hub.load_state_dict_from_url(
@@ -417,7 +417,7 @@ def test_published_files_are_what_torch_hub_checks(small_checkpoint, same_proces
     ("format", "options", "message"),
     [
         ("onxx", {}, "format='onxx' is unknown: choose one of torchvision, timm, safetensors, "),
-        ("timm", {"normalize": True}, "normalize=True does not fit format='timm', .*choose torchscript, onnx"),
+        ("timm", {"normalize": True}, "normalize=True: format='timm' .*Choose one of torchscript, onnx"),
     ],
 )
 def test_refused_in_words(format, options, message, checkpoint):
@@ -428,14 +428,14 @@ def test_refused_in_words(format, options, message, checkpoint):
 def test_a_missing_package_is_named(checkpoint, monkeypatch):
     missing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None if name == "onnxscript" else name))
     monkeypatch.setattr(export, "importlib", missing)
-    with pytest.raises(ValueError, match="format='onnx' needs what is not installed: pip install onnxscript$"):
+    with pytest.raises(ValueError, match="format='onnx' .* pip install onnxscript$"):
         export.export(checkpoint, "onnx")
 
 
 def test_a_protobuf_too_large_is_refused(tmp_path):
     with torch.device("meta"):
         large = nn.Linear(2**15, 2**14)
-    with pytest.raises(ValueError, match="at most 2 GiB, and the encoder has 2.0: choose torch_export"):
+    with pytest.raises(ValueError, match="format='onnx': the encoder has 2.0 GiB, .*Choose torch_export"):
         formats.write_onnx(large, tmp_path / "large.onnx", {}, torch.zeros(1))
 
 
@@ -453,19 +453,19 @@ def test_command_line(small_checkpoint, same_process, tmp_path, monkeypatch, cap
     found = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert found == ["small.safetensors", "small.torchvision.pt"]
     assert all(name in output for name in (*found, "stage4", "projection_model"))
-    with pytest.raises(SystemExit, match="error: .*small.safetensors is there already"):
+    with pytest.raises(SystemExit, match="error: .*small.safetensors already exists"):
         run(monkeypatch, small_checkpoint, "--format", "onnx", "safetensors", "--out", tmp_path / "new")
-    with pytest.raises(SystemExit, match="is one file, but there are 2 formats: give a folder"):
+    with pytest.raises(SystemExit, match="is a file, but there are 2 formats. Pass a directory"):
         run(monkeypatch, small_checkpoint, "--format", "onnx", "safetensors", "--out", "a.pt")
-    with pytest.raises(SystemExit, match="error: detectron2 has no encoder_arch='shufflenet"):
+    with pytest.raises(SystemExit, match="error: encoder_arch='shufflenet"):
         run(monkeypatch, small_checkpoint, "--format", "torchvision", "detectron2", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    monkeypatch.chdir(tmp_path)  # the fresh process, which is this one here, has left for a folder that is gone
+    monkeypatch.chdir(tmp_path)  # `same_process` changed to a directory that no longer exists
     with pytest.raises(SystemExit, match="error: there is no file nowhere.ckpt"):
         run(monkeypatch, "nowhere.ckpt", "--format", "onnx")
     with pytest.raises(SystemExit):
         run(monkeypatch, small_checkpoint)
-    assert "say --format, or --count" in capsys.readouterr().err
+    assert "pass --format or --count" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == found
 
 
@@ -479,7 +479,7 @@ def test_command_line(small_checkpoint, same_process, tmp_path, monkeypatch, cap
         ("model.onnx", "model.onnx"),
     ],
 )
-def test_where_the_file_lies(out, expected, small_checkpoint):
+def test_paths_of_exported_files(out, expected, small_checkpoint):
     Path("there.d").mkdir()
     paths = export.targets(small_checkpoint, ["onnx"], out, publish=False, normalize=False)
     assert paths == [Path(expected.format(beside=small_checkpoint.parent))]
@@ -490,7 +490,7 @@ def test_where_the_file_lies(out, expected, small_checkpoint):
 
 @pytest.mark.parametrize("arch", ["resnet50", "vit_b_32", "mobilenet_v3_small"])
 def test_counts_are_those_of_torchvisions_tables(arch):
-    """Which count the classifier, and a multiply-add as one (`_ops`, in units of 1e9 and rounded to 3 digits)."""
+    """The tables include the classifier and count a multiply-add as one (`_ops`, in 1e9, rounded to 3 digits)."""
     params = EncoderAndDataParams(encoder_arch=arch, transform_crop_size=224, dataset_name="imagenet")
     with torch.device("meta"):
         made, width = get_encoder(params)

@@ -1,4 +1,4 @@
-"""The report on runs: what it holds against what the runs left, and the page in a browser."""
+"""Reports on runs: their content compared with the files of the runs, and the page in a browser."""
 
 import base64
 import csv
@@ -41,7 +41,7 @@ def run(finished_run) -> Path:
 
 @pytest.fixture(scope="module")
 def other(run, tmp_path_factory) -> Path:
-    """A second one, with other settings, a term of the loss and many steps, and a command that means mischief."""
+    """A second run: other settings, a term of the loss, many steps, and a command that tries to inject a script."""
     out = shutil.copytree(run, tmp_path_factory.mktemp("runs") / "second", ignore=shutil.ignore_patterns("*.ckpt"))
     config = yaml.safe_load((run / "config.yaml").read_text())
     (out / "config.yaml").write_text(yaml.safe_dump({**config, "lr": 0.25, "use_lagging_model": False}))
@@ -79,7 +79,7 @@ def pixels(uri: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split("base64,")[1]))).convert("L"))
 
 
-# ---- what the page holds ----
+# ---- content of the page ----
 
 
 def test_every_logged_column_is_drawn_with_its_numbers(run, page):
@@ -91,13 +91,13 @@ def test_every_logged_column_is_drawn_with_its_numbers(run, page):
             drawn.add((figure["file"], line["name"]))
     with (run / "pretraining" / "metrics.csv").open(newline="") as file:
         logged = set(next(csv.reader(file)))
-    left_out = {"step", "epoch", "T"}  # T never changes
+    left_out = {"step", "epoch", "T"}  # T is constant
     assert {name for file, name in drawn if file == report_figures.PRETRAINING} == logged - left_out
     assert {"m", "lr", "valid_rank_me", "step_neg_cos", "valid_class_acc", "valid_knn20_acc"} <= logged
     assert {(report_figures.LINEAR, "valid_acc1"), ("pretraining/throughput.csv", "images_per_second")} <= drawn
 
 
-def test_the_logged_rate_is_the_schedule_and_the_speed_is_of_every_epoch(run):
+def test_the_logged_learning_rate_is_the_schedule_and_every_epoch_has_a_speed(run):
     steps, rates = column(run / "pretraining" / "metrics.csv", "lr")
     assert steps == list(range(STEPS))
     assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * step / STEPS)) for step in steps], abs=1e-6)
@@ -139,7 +139,7 @@ def test_views_neighbors_and_map_are_of_the_runs_images_and_encoder(run, page):
 
     images, labels = loading.get_dataset(params, ("test",)).__getitems__(range(500))
     x = load_encoder(run / "pretrained.ckpt").embed(images).numpy().astype(np.float64)
-    near = NearestNeighbors(n_neighbors=pictures.NEIGHBOURS + 1, metric="cosine").fit(x)
+    near = NearestNeighbors(n_neighbors=pictures.NEIGHBORS + 1, metric="cosine").fit(x)
     rows = about["neighbors"]["rows"]
     assert len({row["query"]["label"] for row in rows}) == len(rows) == pictures.QUERIES
     for row in rows:
@@ -155,19 +155,19 @@ def test_views_neighbors_and_map_are_of_the_runs_images_and_encoder(run, page):
     assert [inner["names"][kind] for kind in inner["kind"]] == [str(int(label)) for label in labels]
 
 
-def test_several_runs_are_overlaid_and_told_apart(run, other, tmp_path):
+def test_multiple_runs_are_overlaid_and_distinguishable(run, other, tmp_path):
     content = data_of(report.write_report([run, other], tmp_path / "both.html", images=0))
     assert [one["name"] for one in content["runs"]] == ["first", "second"]
     lines = {f["title"]: {(line["run"], line["name"]) for line in f["lines"]} for f in content["figures"]}
     assert lines["Loss"] == {(0, "step_train_loss"), (1, "step_train_loss")}
     assert lines["Loss: variance"] == {(1, "loss_variance")} and lines["new_figure"] == {(1, "new_figure")}
-    assert lines["Momentum of the lagging model"] == {(0, "m")}  # the other one has no lagging model
+    assert lines["Momentum of the lagging model"] == {(0, "m")}  # the other run has no lagging model
     rates = next(row for row in content["settings"]["rows"] if row["name"] == "lr")
     assert [cell["text"] for cell in rates["values"]] == ["0.1", "0.25"]
     assert {(about["map"]["missing"]) for about in content["runs"]} == {"--images 0: no images were embedded"}
 
 
-def test_presets_that_differ_say_whose_standard_is_whose(run, other, tmp_path):
+def test_defaults_of_different_presets_are_named(run, other, tmp_path):
     shutil.copytree(other, tmp_path / "third")
     config = yaml.safe_load((other / "config.yaml").read_text())
     changed = {"preset": "byol", "prediction_mlp_layers": 3, "dim": 32}
@@ -186,19 +186,19 @@ def test_long_lines_are_thinned_without_losing_a_peak():
     assert report_figures.thinned(steps[:9], values[:9])[0].tolist() == list(range(9))
 
 
-def test_what_a_run_has_not_is_left_out_with_the_reason(run, other, tmp_path, monkeypatch):
+def test_missing_parts_are_left_out_with_the_reason(run, other, tmp_path, monkeypatch):
     (about,) = data_of(report.write_report([other], tmp_path / "r.html"))["runs"]
     assert about["map"] == about["neighbors"] == {"missing": "second has no checkpoint"} and "columns" in about["views"]
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "nothing"))
     (about,) = data_of(report.write_report([run], tmp_path / "r.html"))["runs"]
     for part in ("views", "neighbors", "map"):
-        assert "digits is not in" in about[part]["missing"] and "set DATA_PATH" in about[part]["missing"]
+        assert "digits is not in" in about[part]["missing"] and "Set DATA_PATH" in about[part]["missing"]
     assert not (tmp_path / "nothing").exists()  # nothing was downloaded or packed
     (tmp_path / "begun").mkdir()
     shutil.copy(run / "config.yaml", tmp_path / "begun")
     content = data_of(report.write_report([tmp_path / "begun"]))
     assert content["figures"] == content["results"] == [] and content["runs"][0]["state"].startswith("not finished")
-    (tmp_path / "begun/results.json").write_text('{"epochs": 300, "random encoder": {}}')  # as it was written earlier
+    (tmp_path / "begun/results.json").write_text('{"epochs": 300, "random encoder": {}}')  # earlier versions
     (about,) = data_of(report.write_report([tmp_path / "begun"]))["runs"]
     assert about["state"].startswith("not finished")
 
@@ -206,21 +206,21 @@ def test_what_a_run_has_not_is_left_out_with_the_reason(run, other, tmp_path, mo
 @pytest.mark.parametrize(
     ("runs", "more", "message"),
     [
-        (["nowhere"], {}, "nowhere is no run of train.py"),
+        (["nowhere"], {}, "nowhere is not a run"),
         (["a"] * 9, {}, "9 runs: a report shows 1 to 8"),
         (["a"], {"images": -1}, "images=-1"),
         (["a"], {"out": "."}, "out=."),
     ],
 )
-def test_what_cannot_work_is_refused_in_a_sentence(runs, more, message):
+def test_invalid_arguments_are_refused(runs, more, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         report.write_report(runs, **more)
 
 
-def test_runs_of_the_same_name_are_told_apart_by_their_path(tmp_path):
+def test_runs_with_the_same_name_are_named_by_their_paths(tmp_path):
     folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
     assert tables.names_of_runs(folders) == ["a/run", "b/run"]
-    with pytest.raises(ValueError, match="named twice"):
+    with pytest.raises(ValueError, match="was passed 2 times"):
         tables.names_of_runs([folders[0], folders[0]])
 
 
@@ -250,7 +250,7 @@ CONTRAST = """(() => {
 
 
 def eventually_shows(browser: Browser, file: Path, colors: list[str], seconds: float = 20) -> bool:
-    """Whether all of the colors (of the legend) are on the screen within that time."""
+    """Return whether all of the colors (of the legend) are on the screen within that time."""
     wanted, until = {bytes.fromhex(color[1:]) for color in colors}, time.monotonic() + seconds
     while time.monotonic() < until:
         browser.screenshot(file)
@@ -283,8 +283,8 @@ def test_the_page_is_drawn_and_readable(page, tmp_path, width, dark):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_curves_answer(run, other, tmp_path):
-    """The read-out, smoothing, epochs, hiding a run; and a hostile command is only text."""
+def test_curves_respond_to_input(run, other, tmp_path):
+    """Values at the pointer, smoothing, epochs, hiding a run; a malicious command is shown as text."""
     page = report.write_report([run, other], tmp_path / "both.html", images=0)
     with Browser(page, tmp_path / "profile") as browser:
         assert browser.run("document.title") == "first, second: report"
@@ -297,7 +297,7 @@ def test_curves_answer(run, other, tmp_path):
         browser.run("$('smoothing').value = 0; $('controls').dispatchEvent(new Event('input'))")
         assert browser.run("document.querySelectorAll('path.raw').length") == 0
         browser.run("$('smoothing').value = 0.9; $('controls').dispatchEvent(new Event('input'))")
-        assert browser.run("document.querySelectorAll('#figure-0 path.raw').length") == 1  # of the long one
+        assert browser.run("document.querySelectorAll('#figure-0 path.raw').length") == 1  # of the long run
         values = np.random.default_rng(1).normal(size=50).tolist()
         mean, expected = 0.0, []
         for i, value in enumerate(values):

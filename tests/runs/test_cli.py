@@ -525,7 +525,7 @@ def test_an_epoch_that_test_labels_choose_is_named(name, dataset, warned, tmp_pa
 
 
 def test_compare_refuses_what_is_no_run_or_the_same_one(run, tmp_path):
-    with pytest.raises(ValueError, match="is no run"):
+    with pytest.raises(ValueError, match="is not a run"):
         compare.compare([tmp_path])
-    with pytest.raises(ValueError, match="named twice"):
+    with pytest.raises(ValueError, match="was passed 2 times"):
         compare.compare([run, f"{run}/../{run.name}"])
