@@ -290,9 +290,9 @@ def test_the_slurm_script_for_videos(programs, tmp_path):
     small += " --evaluations knn --precision 32-true --sync_batchnorm false --logger csv"  # for there is no GPU
     given = {"seed": "7", "workers": "0", "devices": "1", "output_dir": str(tmp_path / "run")}
     given |= {"dataset_dir": str(tmp_path / "data"), "SLURM_JOB_NUM_NODES": "2"}
-    data_path, srun, python, program, *options = expanded(script, small.split(), **given)
-    assert (srun, python, program) == ("--kill-on-bad-exit=1", "python", "train.py")
-    start_as_srun(programs, slurm_job(), [ROOT / program, *options], DATA_PATH=data_path)
+    data_path, srun, program, command, *options = expanded(script, small.split(), **given)
+    assert (srun, program, command) == ("--kill-on-bad-exit=1", "self-supervised", "train")
+    start_as_srun(programs, slurm_job(), ["-m", "self_supervised", command, *options], DATA_PATH=data_path)
     programs.wait()
     assert "2 (processes) x 1 (accumulated batches) x 2 (videos) = 4 videos per optimizer step" in programs.outputs()
     found = read_checkpoint(tmp_path / "run" / "pretrained.ckpt")
