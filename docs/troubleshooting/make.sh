@@ -1,6 +1,6 @@
 #!/bin/sh
-# The trainings of docs/troubleshooting.md and their pictures: sh docs/troubleshooting/make.sh, from the repository's root.
-# Some ten minutes on one core; started again, it goes on where it was interrupted.
+# Train the runs of docs/troubleshooting.md and draw its pictures: sh docs/troubleshooting/make.sh, from the repository's root.
+# Takes about ten minutes on one core; after an interruption, run it again to resume.
 set -e
 OUT=${OUT:-runs/troubleshooting}
 PYTHON=${PYTHON:-.venv/bin/python}
