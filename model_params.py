@@ -241,7 +241,7 @@ class EncoderAndDataParams:
 DATASET_DEFAULTS = defaults(EncoderAndDataParams, (*CUSTOM_DATA, *VIDEO))  # to start from with another data set
 
 
-# ---- Checks of these settings ----
+# ---- Checks of encoder and data ----
 
 
 def refuse(contradictions: Iterable[tuple[bool, str]]) -> None:
