@@ -103,7 +103,7 @@ def test_maps_and_neighbors_of_any_scale(scale):
 
 
 def test_a_map_of_one_direction_is_refused():
-    with pytest.raises(ValueError, match="one direction"):
+    with pytest.raises(ValueError, match="at least 4 different directions"):
         embedding_map.project(np.arange(1, 9, dtype=np.float32)[:, None] * np.ones(3, np.float32), "tsne", seed=0)
 
 
