@@ -22,7 +22,7 @@ from self_supervised.fields import plain
 from self_supervised.networks.encoders import check_small_views, embeddings_of, get_encoder, source_of_weights
 from self_supervised.networks.heads import MLP
 from self_supervised.numerics import Scores, at_least_float32
-from self_supervised.training import monitor, online_classifier, optimizers, parameter_groups
+from self_supervised.training import online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
 from self_supervised.views import augmentations
@@ -269,7 +269,7 @@ class SelfSupervisedMethod(BaseMethod):
     def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> Scores:
         """Return the scores of embeddings x [N, E] with labels y, and those of the online classifier."""
         p = self.params
-        found = distributed.on_rank_zero(lambda: monitor.scores(p.evaluations, x, y, train, p.probe_solver))
+        found = distributed.on_rank_zero(lambda: validation.scores_or_nan(p.evaluations, x, y, train, p.probe_solver))
         return found | online_classifier.accuracies(self.online_classifier, x, validation.one_label_each(y))
 
     # ---- Checkpoints ----

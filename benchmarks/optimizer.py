@@ -4,7 +4,7 @@ Compared, on the parameters of BYOL with torchvision's ResNet-18 and its heads, 
 
 - LARS of lars.py; a loop over the parameters, as in the official code of VICReg and Barlow Twins; lightly's LARS; and,
   as a floor without any norms, torch.optim.SGD one by one (foreach=False) and batched (foreach=True)
-- moco.move_towards; a loop, as in the official code of MoCo; lightly's update_momentum; torch's AveragedModel with
+- moco.ema_update; a loop, as in the official code of MoCo; lightly's update_momentum; torch's AveragedModel with
   its batched average, and with a function per parameter and the buffers too, as torchvision's references use it
 
 `ops` are operators dispatched in one step, `host syncs` those that read a value of a tensor on the host: on a GPU each

@@ -4,11 +4,13 @@ Accuracies are in percent. Everything is seeded or deterministic, and is compute
 scikit-learn's probe. Features may have any scale. Features that are not finite raise a ValueError.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
@@ -18,7 +20,7 @@ from torch import Tensor
 from self_supervised.catalogue import LABEL_FREE
 from self_supervised.data.class_labels import is_one_hot
 from self_supervised.evaluation.linear_models import logistic_regression, within_span
-from self_supervised.numerics import Scores, able, finite, power_of_two, rescaled, unit
+from self_supervised.numerics import NotFinite, Scores, able, finite, power_of_two, rescaled, unit
 
 PROBE_DECAY = 100.0  # L2 of the linear probe, scikit-learn's 1 / C
 
@@ -154,6 +156,20 @@ def evaluate(
             found = table[name](*split)
             scores |= found if train is None else {f"{key}_trainset": value for key, value in found.items()}
     return scores
+
+
+def scores_or_nan(names: list[str], x: Tensor, y: Tensor | None, train: tuple | None, probe_solver: str) -> Scores:
+    """Return the scores of `evaluate`, or NaN for all of them if embeddings are not finite.
+
+    The training then continues, because running statistics of batch norm may be far off early on, and recover.
+    """
+    try:
+        return evaluate(names, x, y, train, probe_solver)
+    except NotFinite as error:
+        rank_zero_info(f"not evaluated: {error}")
+    blank = x.new_zeros(len(x), 1)  # to get the names of the scores
+    train = None if train is None else (train[0].new_zeros(len(train[0]), 1), train[1])
+    return dict.fromkeys(evaluate(names, blank, y, train, probe_solver), math.nan)
 
 
 def one_label_each(y: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +34,7 @@ from rich.text import Text
 
 from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_json
 
-LIBRARIES = ("torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
+LIBRARIES = ("self-supervised", "torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
 FIXED = ("preset", "optimizer_name")  # settings that cannot change; checkpoints.refuse_another_model checks the others
 Kind = TypeVar("Kind", dict, list)
 LOG = logging.getLogger("self_supervised")  # writes only to log.txt: `say` and warnings print themselves
@@ -44,20 +44,32 @@ LOG_SOURCES = ("", LOG.name, "pytorch_lightning", "lightning_fabric")  # the nam
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and the libraries, and the git commit of this code, or None outside a repository.
-    "+changes" is appended to the commit if tracked files were changed."""
+    """Return the versions of Python, of this library and of those that it builds on, and the git commit of this code.
+
+    The commit is None if this file is not tracked by a repository, as in site-packages; "+changes" is appended to it if
+    tracked files were changed.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         commit = git("rev-parse", "HEAD")
         if git("status", "--porcelain", "--untracked-files=no"):
             commit += "+changes"
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}, "commit": commit}
+    return {"python": platform.python_version(), **{name: version_of(name) for name in LIBRARIES}, "commit": commit}
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of a package, or None if it runs from its sources without being installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def as_typed(arguments: Sequence[str]) -> str:

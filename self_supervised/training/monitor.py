@@ -14,8 +14,7 @@ from self_supervised import distributed
 from self_supervised.data import files
 from self_supervised.data.loader import ResumableDataLoader
 from self_supervised.distributed import to_host
-from self_supervised.evaluation import validation
-from self_supervised.numerics import NotFinite, Scores, not_finite
+from self_supervised.numerics import not_finite
 from self_supervised.training import optimizers
 from self_supervised.training.checkpoints import SafeCheckpointIO, refuse_other_steps
 from self_supervised.training.parameter_groups import ONLINE
@@ -218,20 +217,6 @@ def as_list(held: Any) -> list:
     if isinstance(held, dict):
         return list(held.values())
     return list(held) if isinstance(held, list | tuple) else [held]
-
-
-def scores(names: list[str], x: Tensor, y: Tensor | None, train: tuple | None, probe_solver: str) -> Scores:
-    """Return the scores of `validation.evaluate`, or NaN for all of them if embeddings are not finite.
-
-    The training then continues, because running statistics of batch norm may be far off early on, and recover.
-    """
-    try:
-        return validation.evaluate(names, x, y, train, probe_solver)
-    except NotFinite as error:
-        rank_zero_info(f"not evaluated: {error}")
-    blank = x.new_zeros(len(x), 1)  # to get the names of the scores
-    train = None if train is None else (train[0].new_zeros(len(train[0]), 1), train[1])
-    return dict.fromkeys(validation.evaluate(names, blank, y, train, probe_solver), math.nan)
 
 
 # ---- Metrics of the optimization, logged at every step ----
