@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -132,15 +132,17 @@ def expanded(value: Any) -> Any:
     return kind("::".join(map(os.path.expanduser, str(value).split("::"))))
 
 
-def choice(default: str | bool | None, choices: Iterable) -> Any:
-    """Return a field for one of `choices`. The programs' help lists them (runs/command_line.py)."""
-    choices = tuple(choices)
+def choice(default: str | bool | None, choices: Collection) -> Any:
+    """Return a field for one of `choices`. The programs' help lists them (runs/command_line.py).
+
+    A name that is added to a table later, such as a data set to DATASETS, is accepted too.
+    """
 
     def check(_: Any, attribute: Attribute, value: Any) -> None:
         if not isinstance(value, str | bool | None) or value not in choices:
             raise ValueError(f"{attribute.name}={value!r} is unknown: choose one of {', '.join(map(str, choices))}")
 
-    return field(default=default, validator=check, metadata={"choices": choices})
+    return field(default=default, validator=check, metadata={"choices": tuple(choices)})
 
 
 def check_types(settings: Any) -> None:
