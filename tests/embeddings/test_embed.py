@@ -364,7 +364,7 @@ def test_invalid_arguments_are_refused(photos, checkpoint, tmp_path, monkeypatch
     out = tmp_path / "f.parquet"
     arguments = [checkpoint, photos, "--out", out]
     assert "batch_size=0" in run_command(monkeypatch, embed, *arguments, "--batch_size", 0)
-    assert "device='abacus' cannot be used" in run_command(monkeypatch, embed, *arguments, "--device", "abacus")
+    assert "device='abacus': cannot be used" in run_command(monkeypatch, embed, *arguments, "--device", "abacus")
     out.write_text("something else")
     assert "is not a Parquet file" in run_command(monkeypatch, embed, *arguments)
     broken = tiny()
