@@ -546,7 +546,7 @@ def test_a_folder_without_labels_trains_and_is_measured(tmp_path, trainer, caplo
     with pytest.raises(ValueError, match="data_path=.*flat': the images have no labels"):
         LinearClassifierMethod.from_moco_checkpoint(tmp_path / "flat.ckpt")
     encoder = load_encoder(tmp_path / "flat.ckpt")
-    with pytest.raises(ValueError, match="'svm' needs labels, but the images of folder have none\. .*rank_me"):
+    with pytest.raises(ValueError, match=r"'svm' needs labels, but the images of folder have none\. .*rank_me"):
         runnable(["svm"], encoder, encoder.params)
     assert "rank_me" in runnable(None, encoder, encoder.params)
     other = load_encoder(tmp_path / "flat.ckpt", dataset_name="cifar10").params
