@@ -36,6 +36,7 @@ from self_supervised.safe_files import check_folder
 READING_OPTIONS = (
     "data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
     "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns", "exclude_patterns",
+    "labels_from", "class_to_idx", "image_key", "label_key", "val_size", "test_size",
 )  # fmt: skip
 
 
@@ -195,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError("CHECKPOINT is missing. Pass a checkpoint, a weights file or the name of an encoder.")
     training = {"max_epochs": args.epochs, "batch_size": args.batch_size}
     reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers}
-    reading |= {name: getattr(args, name) for name in READING_OPTIONS if hasattr(args, name)}
+    passed = {name: getattr(args, name) for name in READING_OPTIONS if hasattr(args, name)}  # None is a value
     evaluate_checkpoint(
         args.checkpoint,
         args.protocols,
@@ -208,5 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device=args.device,
         training={name: value for name, value in training.items() if value is not None},
         **{name: value for name, value in reading.items() if value is not None},
+        **passed,
     )
     print((args.out or folder_of(args.checkpoint)).joinpath("results.md").read_text())
