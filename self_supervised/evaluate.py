@@ -1,14 +1,14 @@
 """Evaluate an encoder by every protocol, next to a random encoder and the weights from which its training started.
 
-    self-supervised evaluate runs/simclr_cifar10/pretrained.ckpt
-    self-supervised evaluate runs/simclr_cifar10/pretrained.ckpt --dataset cifar100 --protocols knn semi_10 --seeds 0 1
+    self-supervised evaluate runs/simclr_cifar10
+    self-supervised evaluate runs/simclr_cifar10 --dataset cifar100 --protocols knn semi_10 --seeds 0 1
     self-supervised evaluate resnet50 --dataset imagenet --protocols knn
-    self-supervised evaluate runs/sce_video_kinetics/pretrained.ckpt --evaluation_clips 10 --evaluation_crops 3
+    self-supervised evaluate runs/sce_video_kinetics --evaluation_clips 10 --evaluation_crops 3
 
-CHECKPOINT is a checkpoint, a weights file, or the name of a published encoder (docs/weights.md). The results are
-written to results.json and results.md in CHECKPOINT.evaluation/. If interrupted, repeat the command: runs that are
-already in results.json are skipped. The environment variable DATA_PATH is the directory of the data sets. --list and
-docs/evaluation.md explain the scores.
+CHECKPOINT is a checkpoint, the directory of a run, a weights file, or the name of a published encoder
+(docs/weights.md). The results are written to results.json and results.md in CHECKPOINT.evaluation/. If interrupted,
+repeat the command: runs that are already in results.json are skipped. The environment variable DATA_PATH is the
+directory of the data sets. --list and docs/evaluation.md explain the scores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from self_supervised.evaluation.features import EvaluationData, image_hash, seen
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
 from self_supervised.evaluation.results import Results
 from self_supervised.fields import as_path
-from self_supervised.networks.pretrained import compared, load_encoder
+from self_supervised.networks.pretrained import checkpoint_of, compared, load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import add_fields, parser_of
 from self_supervised.runs.run_folder import versions
@@ -36,6 +36,7 @@ from self_supervised.safe_files import check_folder
 READING_OPTIONS = (
     "data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
     "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns", "exclude_patterns",
+    "labels_from", "class_to_idx", "image_key", "label_key", "val_size", "test_size",
 )  # fmt: skip
 
 
@@ -73,6 +74,7 @@ def evaluate_checkpoint(
         ValueError: a protocol is unknown, or needs labels that the data set does not have.
     """
     check_names(protocols or ())
+    checkpoint = checkpoint_of(checkpoint)
     folder = as_path(out) if out else folder_of(checkpoint)
     check_folder("out", folder)
     device = str(usable(device))
@@ -149,7 +151,7 @@ def run_protocols(
 
 def folder_of(checkpoint: str | Path) -> Path:
     """Return the default directory of the results."""
-    path = Path(checkpoint).expanduser()
+    path = Path(checkpoint_of(checkpoint)).expanduser()
     name = str(checkpoint).replace("/", "_").replace(":", "_")
     return path.with_name(f"{path.stem}.evaluation") if path.is_file() else Path("runs") / f"{name}.evaluation"
 
@@ -159,7 +161,7 @@ def folder_of(checkpoint: str | Path) -> Path:
 
 def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("evaluate", __doc__)
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="file or name of an encoder")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="file, run or name of an encoder")
     parser.add_argument("--list", action="store_true", help="print the protocols with their definitions and exit")
     parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train by SGD")
     parser.add_argument("--dataset", metavar="NAME", help="labeled data set; default: that of the pretraining")
@@ -194,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError("CHECKPOINT is missing. Pass a checkpoint, a weights file or the name of an encoder.")
     training = {"max_epochs": args.epochs, "batch_size": args.batch_size}
     reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers}
-    reading |= {name: getattr(args, name) for name in READING_OPTIONS if hasattr(args, name)}
+    passed = {name: getattr(args, name) for name in READING_OPTIONS if hasattr(args, name)}  # None is a value
     evaluate_checkpoint(
         args.checkpoint,
         args.protocols,
@@ -207,5 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device=args.device,
         training={name: value for name, value in training.items() if value is not None},
         **{name: value for name, value in reading.items() if value is not None},
+        **passed,
     )
     print((args.out or folder_of(args.checkpoint)).joinpath("results.md").read_text())

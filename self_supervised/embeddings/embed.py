@@ -1,6 +1,6 @@
 """Embed a directory of images or videos: a Parquet file with path, embedding and label of each.
 
-    self-supervised embed runs/simclr/pretrained.ckpt photos/ --out features.parquet
+    self-supervised embed runs/simclr photos/ --out features.parquet
 
 If the command is interrupted, repeat it: it resumes and ends with the same file. If it is repeated later, it embeds the
 images that were added since. CHECKPOINT is anything that load_encoder reads (docs/weights.md).

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from model_params import CUSTOM_DATA, DATASET_DEFAULTS, TRAINING_ONLY, VIDEO, EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.catalogue import OWN_MODULE
-from self_supervised.data import loading
+from self_supervised.data import custom, loading
 from self_supervised.data.files import name_skipped, readable_rows
 from self_supervised.data.packed import PackedImages, already_a_batch
 from self_supervised.networks.encoders import embeddings_of
@@ -114,6 +114,8 @@ class EvaluationData:
 def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: Any) -> EncoderAndDataParams:
     """Return settings that read a data set (default: the encoder's own) in the encoder's size and normalization.
 
+    Another `data_path` that is read with other settings, such as labels_from, is not split by the pretraining's lists.
+
     Raises:
         ValueError: the data set is unknown, or has colors while the encoder takes gray images.
     """
@@ -133,6 +135,8 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
         low_resolution_stem=p.low_resolution,
         **changes,
     )
+    if "data_path" in changes and custom.list_settings(params) != custom.list_settings(p):
+        params = attrs.evolve(params, splits_path=changes.get("splits_path"))
     if not params.dataset.is_custom and params.dataset.channels > params.channels:
         raise ValueError(
             f"dataset={params.dataset_name!r} has {params.dataset.channels} channels, but the encoder takes "

@@ -1,7 +1,7 @@
 """Export an encoder to the format of another program, and verify the file in a new process.
 
-    self-supervised export runs/demo/pretrained.ckpt --format torchvision onnx
-    self-supervised export runs/demo/pretrained.ckpt --count
+    self-supervised export runs/demo --format torchvision onnx
+    self-supervised export runs/demo --count
 
 CHECKPOINT is anything that load_encoder reads (docs/weights.md). The file is written next to it, or to --out. Existing
 files are never overwritten. docs/export.md and the note "load" in each file show how to load it.
@@ -26,7 +26,7 @@ from model_params import EncoderAndDataParams
 from self_supervised.exports import count
 from self_supervised.exports.formats import FORMATS, Normalized
 from self_supervised.exports.verify import sample_images, verified
-from self_supervised.networks.pretrained import Encoder, load_encoder
+from self_supervised.networks.pretrained import Encoder, checkpoint_of, load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import add_fields, parser_of
 from self_supervised.safe_files import check_folder, disk_errors_named, sync
@@ -67,6 +67,7 @@ def export(
         FileExistsError: the file already exists.
         RuntimeError: the file does not give the same embeddings; nothing is written.
     """
+    checkpoint = checkpoint_of(checkpoint)
     (target,) = targets(checkpoint, [format], out, publish, normalize)
     loaded = load_encoder(checkpoint, encoder=encoder, **overrides)
     return write_checked(loaded, format, target, publish, normalize).path
@@ -215,7 +216,7 @@ def export_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 @one_line_errors(RuntimeError)  # exporters raise it for layers that they cannot convert
 def main(arguments: Sequence[str] | None = None) -> None:
     args = vars(export_options(arguments))
-    checkpoint = args.pop("checkpoint")
+    checkpoint = checkpoint_of(args.pop("checkpoint"))
     formats = list(dict.fromkeys(args.pop("format")))
     count_parts = args.pop("count")
     out = args.pop("out")

@@ -95,26 +95,26 @@ class Encoder(nn.Module):
 
 
 def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, **overrides: Any) -> Encoder:
-    """Load the encoder of a checkpoint or weights file, or published weights by name.
+    """Load the encoder of a checkpoint or weights file, of a run, or published weights by name.
 
     Files may be those of this library, of the systems in docs/weights.md, state dicts of torchvision and timm, and
     .safetensors. Names are "resnet50" (torchvision's newest weights), "resnet50:IMAGENET1K_V1" and "timm:NAME". The
-    report of the encoder says what was loaded, left out and assumed.
+    report of the encoder says what was loaded, left out and assumed. Of a run, pretrained.ckpt is loaded.
 
     Args:
-        path_or_name: a file, or the name of an encoder with published weights.
+        path_or_name: a file, the directory of a run, or the name of an encoder with published weights.
         encoder: your own module, if the encoder was one.
         overrides: fields of EncoderAndDataParams, such as encoder_arch, that the file lacks or has wrong. With another
             dataset_name, images keep the size and the normalization constants of the pretraining. Paths in the file
             are used only as data/foreign_paths.py allows; pass data_path, splits_path, ... to use others.
 
     Raises:
-        FileNotFoundError: there is no such file, and it is not a name.
+        FileNotFoundError: there is no such file, and it is not a name; or the run has no pretrained.ckpt yet.
         OSError: published weights could not be downloaded.
         ValueError: the name is unknown, or the file does not hold exactly the parameters of the encoder; the message
             names them.
     """
-    name = str(path_or_name)
+    name = str(checkpoint_of(path_or_name))
     if encoder is None and not Path(name).expanduser().is_file() and is_name(name):
         return published(name, overrides)
     found = layouts.read_weights(Path(name).expanduser())
@@ -134,6 +134,25 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
         started_from=vetted_start(found.started_from, found.source),
     )
     return Encoder(model, params, report)
+
+
+def checkpoint_of(path_or_name: str | Path) -> str | Path:
+    """Return the path of pretrained.ckpt for the directory of a run; any other path or name is returned as it is.
+
+    Raises:
+        FileNotFoundError: the run has no pretrained.ckpt yet.
+    """
+    folder = Path(path_or_name).expanduser()
+    if (folder / "pretrained.ckpt").is_file():
+        return folder / "pretrained.ckpt"
+    if (folder / "config.yaml").is_file():
+        newest = max(folder.glob("pretraining/checkpoints/step_*.ckpt"), default=None)
+        unfinished = "" if newest is None else f", or pass the newest checkpoint of the unfinished one, {newest}"
+        raise FileNotFoundError(
+            f"checkpoint={str(path_or_name)!r}: this run has no pretrained.ckpt yet. Complete its pretraining with "
+            f"--resume auto{unfinished}."
+        )
+    return path_or_name
 
 
 def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:

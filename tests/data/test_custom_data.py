@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from earlier.tiny import earlier_tiny  # noqa: F401, which registers the encoder timm:earlier_tiny
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from sklearn.neighbors import KNeighborsClassifier
 from torchvision.datasets import ImageFolder
 
 import model_params
@@ -25,6 +27,7 @@ from self_supervised import evaluate
 from self_supervised import train as train_program
 from self_supervised.data import custom, loading
 from self_supervised.data.folders import check_settings
+from self_supervised.data.image_files import central_square
 from self_supervised.data.loading import n_classes
 from self_supervised.evaluation import features
 from self_supervised.evaluation.protocols import runnable
@@ -615,6 +618,40 @@ def test_the_program_scores_the_test_set_and_keeps_the_splits(photos, tmp_path, 
     monkeypatch.setattr(sys, "argv", ["train.py", *config])
     train_program.main()
     assert not (tmp_path / "run").exists() and kept in (tmp_path / "moved/config.yaml").read_text()
+
+
+def test_an_encoder_of_unlabeled_images_is_evaluated_on_a_directory_of_labels(tmp_path, monkeypatch):
+    write(tmp_path / "unlabeled", {name: f"batch/{name.replace('/', '_')}" for name in NAMES})
+    labeled = write(tmp_path / "labeled", {name: f"{name.split('/')[0]}/day/{name.split('/')[1]}" for name in NAMES})
+    size = "--transform_crop_size 32 --encoder_arch timm:earlier_tiny --batch_size 8 --dim 8 --mlp_hidden_dim 8"
+    line = f"simclr --dataset_name folder --data_path unlabeled --labels_from none {size} --num_data_workers 0"
+    train_program.main(f"{line} --max_epochs 1 --seed 0 --evaluations [] --out run".split())
+    with pytest.raises(SystemExit, match="needs labels, but the images of folder have none"):
+        evaluate.main(["run", "--protocols", "knn"])
+    with pytest.raises(SystemExit, match="lists were created with labels_from=None, not 'first_folder'"):
+        evaluate.main(["run", "--labels_from", "first_folder", "--protocols", "knn"])  # of images that were trained on
+    options = "--labels_from first_folder --test_size 0.4 --no_baselines --protocols knn"
+    evaluate.main(f"run --data_path labeled {options}".split())
+    (found,) = json.loads((tmp_path / "run/pretrained.evaluation/results.json").read_text())["runs"]
+    assert (found["seen"]["labels_from"], found["seen"]["test_size"]) == ("first_folder", 0.4)
+    assert len((tmp_path / "run/splits/train.txt").read_text().splitlines()) == 40  # the pretraining's, as they were
+    encoder = load_encoder("run")
+    sets = three(params(labeled, test_size=0.4))
+    train, _, test = ({path: read_square(labeled / path) for path in of_split} for of_split in sets)
+    assert (len(train), len(test)) == (25, 20)
+    x, y = (encoder.embed(torch.stack(list(images.values()))).numpy() for images in (train, test))
+    nearest = KNeighborsClassifier(1, metric="cosine").fit(x, [path.split("/")[0] for path in train])
+    expected = 100 * nearest.score(y, [path.split("/")[0] for path in test])
+    assert found["scores"]["knn1_acc1"] == pytest.approx(expected)
+    with pytest.raises(SystemExit, match="needs labels"):  # None is a value
+        evaluate.main(f"run --data_path labeled {options} --labels_from none".split())
+    with pytest.raises(SystemExit, match="class_to_idx has no number for flower"):
+        evaluate.main(f"run --data_path labeled {options} --class_to_idx china=0".split())
+
+
+def read_square(path: Path) -> torch.Tensor:
+    """Return an image as evaluations see it: its central square, [C, 32, 32]."""
+    return central_square(Image.open(path).convert("RGB"), 32)
 
 
 def test_examples_of_the_page(photos, tmp_path):

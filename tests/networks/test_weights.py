@@ -19,6 +19,10 @@ from torch import Tensor, nn
 import ws_resnet
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
+from self_supervised import evaluate
+from self_supervised.embeddings import embed
+from self_supervised.embeddings.parquet import facts_of_file
+from self_supervised.exports import export
 from self_supervised.networks import encoders
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.safe_files import StandIn, safe_load
@@ -304,6 +308,35 @@ def test_our_checkpoint_needs_no_assumptions(small, tmp_path):
     expected = model((images / 255 - 0.3) / 0.7)
     assert torch.allclose(encoder.embed(images), expected, rtol=1e-4, atol=1e-5)
     assert encoder.train() is encoder and not encoder.model.training
+
+
+def test_the_directory_of_a_run_means_its_pretrained_checkpoint(small, tmp_path, capsys):
+    run = tmp_path / "runs/mine"
+    steps = run / "pretraining/checkpoints"
+    steps.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    with pytest.raises(FileNotFoundError, match="checkpoint='runs/mine': this run has no pretrained.ckpt yet.*auto.$"):
+        load_encoder("runs/mine")
+    for step in (8, 10):
+        (steps / f"step_{step:09}.ckpt").touch()
+    for command in (evaluate.main, export.main, embed.main):
+        more = {export.main: ["--count"], embed.main: ["photos", "--out", "x.parquet"]}.get(command, [])
+        with pytest.raises(SystemExit, match="no pretrained.ckpt yet.* runs/mine/pretraining/.*/step_000000010.ckpt"):
+            command(["runs/mine", *more])
+    model = SelfSupervisedMethod(small("byol", encoder_weights=None))
+    save(model, run / "pretrained.ckpt")
+    for given in ("runs/mine", run, "runs/mine/pretrained.ckpt"):
+        encoder = load_encoder(given)
+        assert encoder.report.source.endswith("runs/mine/pretrained.ckpt")
+        assert all(torch.equal(v, model.model.state_dict()[k]) for k, v in encoder.model.state_dict().items())
+    evaluate.main(["runs/mine", "--protocols", "uniformity", "--no_baselines"])
+    assert (run / "pretrained.evaluation/results.md").is_file()
+    export.main(["runs/mine", "--count"])
+    assert "projection" in capsys.readouterr().out  # the heads are read from the file, not by load_encoder
+    embed.main(["runs/mine", "digits/test", "--out", "x.parquet"])
+    assert facts_of_file("x.parquet")["checkpoint"] == str((run / "pretrained.ckpt").resolve())
+    linear = LinearClassifierMethod.from_moco_checkpoint(run)
+    assert torch.equal(next(linear.model.parameters()), next(model.model.parameters()))
 
 
 def save(model, path, **more) -> None:
