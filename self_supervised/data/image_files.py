@@ -6,6 +6,7 @@ PASCAL VOC 2007 has the layout of its archives: $DATA_PATH/voc07/VOCdevkit/VOC20
 import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from model_params import EncoderAndDataParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data.array_files import WAY_OUT, is_array, of_16_bits, opened_image, read_array
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, tell
@@ -292,3 +294,25 @@ def central_square(image: Image.Image | np.ndarray, size: int, part: float = CEN
     box = (left, top, left + side, top + side)
     pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
     return torch.from_numpy(pixels).view(size, size, -1).permute(2, 0, 1).contiguous()
+
+
+def part_kept(params: EncoderAndDataParams) -> float:
+    """Return the side of the central square that an encoder sees, relative to the image's shorter side: the same as in
+    evaluations during training."""
+    return 1.0 if params.dataset.is_packed else CENTRAL
+
+
+def preprocessing(params: EncoderAndDataParams) -> dict[str, Any]:
+    """Return the record of how an image file becomes the encoder's input (docs/export.md), as `central_square` and the
+    normalization do it."""
+    return {
+        "central_crop": part_kept(params),
+        "size": params.crop_size,
+        "interpolation": "bilinear",
+        "antialias": True,
+        "channels": params.channels,
+        "channel_order": {1: "L", 3: "RGB"}.get(params.channels, "file"),
+        "value_range": [0, 1],
+        "mean": list(params.mean),
+        "std": list(params.std),
+    }

@@ -19,10 +19,11 @@ import torch
 import torchvision
 from torch.utils.data import DataLoader
 
+from self_supervised.data.image_files import preprocessing
 from self_supervised.data.packed import already_a_batch
 from self_supervised.distributed import usable
 from self_supervised.embeddings.job import EmbeddingJob
-from self_supervised.embeddings.sources import Batches, ImageSource, open_source, part_kept
+from self_supervised.embeddings.sources import Batches, ImageSource, open_source
 from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import as_path
 from self_supervised.networks.pretrained import Encoder, load_encoder
@@ -93,11 +94,7 @@ def description(encoder: Encoder, source: ImageSource, overrides: dict[str, Any]
         "encoder": encoder_hash(encoder),
         "encoder_arch": p.encoder_arch,
         "preprocessing": {
-            "central square, of the shorter side": part_kept(p),
-            "size": p.crop_size,
-            "channels": p.channels,
-            "mean": list(p.mean),
-            "std": list(p.std),
+            **preprocessing(p),
             **({name: getattr(p, name) for name in CLIPS} if p.dataset.of_videos else {}),
         },
         "images": source.name,

@@ -19,6 +19,7 @@ from self_supervised.runs.command_line import bar
 
 SECONDS_OF_PART = 30  # after that time a part is written, even if it has few rows
 COMMON_FACTS = ("sha256", "encoder", "preprocessing", "images")  # metadata that must agree for all rows of a file
+EARLIER_NAMES = {"central square, of the shorter side": "central_crop"}  # earlier name in "preprocessing" -> name
 
 
 class EmbeddingJob:
@@ -92,7 +93,10 @@ class EmbeddingJob:
             ValueError: the settings differ and `overwrite` is False.
         """
         stored = parquet.facts_of_file(file)
-        stored = {"encoder": self.about["encoder"], **stored}  # earlier versions did not store it
+        # earlier versions did not store the encoder, nor parts of the preprocessing that are the same ever since
+        stored = {"encoder": self.about["encoder"], **stored}
+        record = {EARLIER_NAMES.get(name, name): value for name, value in stored["preprocessing"].items()}
+        stored["preprocessing"] = self.about["preprocessing"] | record
         different = [name for name in COMMON_FACTS if stored[name] != self.about[name]]
         if different and not self.overwrite:
             changes = "; ".join(f"{name} was {stored[name]}, is now {self.about[name]}" for name in different)

@@ -17,7 +17,15 @@ from self_supervised.data.array_files import read_npy
 from self_supervised.data.custom import get_source, is_stored
 from self_supervised.data.file_search import ARRAY_SUFFIX, PassedOver, files_below, image_suffixes
 from self_supervised.data.files import File
-from self_supervised.data.image_files import central_square, in_mode, jpeg_size, read_any, read_image, read_reduced
+from self_supervised.data.image_files import (
+    central_square,
+    in_mode,
+    jpeg_size,
+    part_kept,
+    read_any,
+    read_image,
+    read_reduced,
+)
 from self_supervised.data.loading import data_path, prepare_data
 from self_supervised.data.packed import PackedImages
 
@@ -195,12 +203,6 @@ def open_source(name: str | Path, kind: str = "image") -> ImageSource:
     if split not in ("", *splits):
         raise ValueError(f"{dataset} has no split {split!r}: choose one of {', '.join(splits)}")
     return Packed(str(name), dataset, [split] if split else splits)
-
-
-def part_kept(params: EncoderAndDataParams) -> float:
-    """Return the side of the central square that an encoder sees, relative to the image's shorter side: the same as in
-    evaluations during training."""
-    return 1.0 if params.dataset.is_packed else 7 / 8
 
 
 class Batches(Dataset):

@@ -23,11 +23,17 @@ from rich.console import Console
 from torch import nn
 
 from model_params import EncoderAndDataParams
+from self_supervised.data.image_files import preprocessing
 from self_supervised.exports import count
 from self_supervised.exports.formats import FORMATS, Normalized
 from self_supervised.exports.verify import sample_images, verified
+<<<<<<< HEAD
 from self_supervised.networks.pretrained import Encoder, checkpoint_of, load_encoder
 from self_supervised.program import one_line_errors
+=======
+from self_supervised.networks.pretrained import Encoder, load_encoder
+from self_supervised.program import message_of, one_line_errors
+>>>>>>> f-export
 from self_supervised.runs.command_line import add_fields, parser_of
 from self_supervised.safe_files import check_folder, disk_errors_named, sync
 
@@ -138,14 +144,16 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
     images, expected = sample_images(encoder)
     mean = encoder.params.mean
     std = encoder.params.std
+    record = preprocessing(encoder.params)
     if normalize:
         images = images * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
         converted = attrs.evolve(converted, content=Normalized(converted.content, mean, std).eval())
         mean = (0.0,) * len(mean)  # the program's users need not normalize
         std = (1.0,) * len(std)
+        del record["mean"], record["std"]
     code = "\n\n".join(filter(None, [converted.code, row.read, converted.use])) + "\n"
     facts = export_facts(encoder.params, converted.arch, expected.shape[1], mean, std)
-    notes = {"self_supervised": facts, "load": code}
+    notes = {"self_supervised": facts, "preprocessing": record, "load": code}
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         disk_errors_named(target),
@@ -227,9 +235,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(encoder.report)
     if count_parts:
         Console().print(count.cost_table(encoder, checkpoint))
-    for format in formats:  # raises an error before any file is written
-        FORMATS[format].convert(encoder)
+    refused = []
     for format, target in zip(formats, paths, strict=True):
-        done = write_checked(encoder, format, target, publish, normalize)
+        try:
+            done = write_checked(encoder, format, target, publish, normalize)
+        except (ValueError, RuntimeError) as error:  # this format cannot hold the encoder; others may
+            refused.append(f"format={format}: not written. {message_of(error)}")
+            cause = error
+            continue
         size = done.path.stat().st_size / 1e6
         print(f"{format}: {done.path} ({size:.1f} MB), embeddings differ by {done.difference:.0e} of the largest")
+    if refused:
+        raise RuntimeError("; ".join(refused)) from cause

@@ -1,8 +1,8 @@
 """Export formats: the content of each file, how it is written, and the code that reads it.
 
-Every file contains two notes. "self_supervised" has the settings needed to prepare the encoder's input (JSON; a dict in
-pickled files). "load" is Python code that reads the file at `path` and turns `images` [N, C, H, W] into `embeddings`
-[N, E].
+Every file contains three notes. "self_supervised" has settings of the encoder, and "preprocessing" how an image becomes
+its input (JSON; dicts in pickled files). "load" is Python code that reads the file at `path` and turns `images`
+[N, C, H, W] into `embeddings` [N, E].
 """
 
 import io

@@ -149,6 +149,21 @@ def test_a_packed_data_set_by_name_and_its_images_as_files_have_the_same_embeddi
     assert len(open_source("digits").paths()) == 1797
 
 
+def test_a_file_of_an_earlier_version_is_extended_only_if_its_preprocessing_agrees(checkpoint, tmp_path):
+    file = embed.embed(checkpoint, "digits/test", tmp_path / "f.parquet", **OPTIONS)
+    about = parquet.facts_of_file(file)
+    record = about["preprocessing"]
+    for part in (record["central_crop"], 7 / 8):
+        about["preprocessing"] = {"central square, of the shorter side": part}
+        about["preprocessing"] |= {name: record[name] for name in ("size", "channels", "mean", "std")}
+        metadata = {b"self_supervised": json.dumps(about)}
+        pq.write_table(pq.read_table(file).replace_schema_metadata(metadata), file)
+        if part == 1:
+            embed.embed(checkpoint, "digits/test", file, **OPTIONS)
+    with pytest.raises(ValueError, match=r"preprocessing was .*'central_crop': 0.875.* is now .*'central_crop': 1.0"):
+        embed.embed(checkpoint, "digits/test", file, **OPTIONS)
+
+
 def test_order_links_extensions_and_skipped_files(tmp_path):
     folder = tmp_path / "images"
     for name in ("a/1.png", "a-b/1.png", "a/Ä.webp", "b.gif", ".hidden.png", ".cache/1.png", "é/deep/1.bmp", "x.PNG"):

@@ -19,18 +19,25 @@ import processes
 import pytest
 import torch
 import torchvision
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch import nn
 
 from moco import SelfSupervisedMethod
 from model_params import BYOLParams, EncoderAndDataParams
+from self_supervised.embeddings.embed import embed
+from self_supervised.embeddings.parquet import facts_of_file, read_embeddings
 from self_supervised.exports import conversions, count, export, formats, fresh, verify
 from self_supervised.networks.encoders import get_encoder
 from self_supervised.networks.pretrained import Encoder, Report, load_encoder
 
 DOCS = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+SCRIPT = re.search(r"^## From an image file to .*?```python\n(.*?)```", DOCS, re.MULTILINE | re.DOTALL)[1]
 BLOCKS = dict(re.findall(r"^## (\w+)\n\n```python\n(.*?)```", DOCS, re.MULTILINE | re.DOTALL))
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+
+SMALL = {"seed": 0, "dim": 16, "mlp_hidden_dim": 32}
 
 
 def as_if_trained(module):
@@ -52,8 +59,7 @@ def save(method, path):
 
 
 def new_checkpoint(folder, name, arch, size):
-    settings = {"dataset_name": "cifar10", "seed": 0, "dim": 16, "mlp_hidden_dim": 32}
-    params = BYOLParams(encoder_arch=arch, transform_crop_size=size, **settings)
+    params = BYOLParams(encoder_arch=arch, transform_crop_size=size, dataset_name="cifar10", **SMALL)
     return save(as_if_trained(SelfSupervisedMethod(params)), folder / name)
 
 
@@ -139,6 +145,11 @@ def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
         "image_mean": list(load_encoder(checkpoint).params.mean),
         "image_std": list(load_encoder(checkpoint).params.std),
     }
+    assert names["record"] == {
+        **{"central_crop": 1, "size": 64, "interpolation": "bilinear", "antialias": True},
+        **{"channels": 3, "channel_order": "RGB", "value_range": [0, 1]},
+        **{"mean": names["facts"]["image_mean"], "std": names["facts"]["image_std"]},
+    }
 
 
 def test_the_manual_names_every_format_and_the_opset():
@@ -162,12 +173,73 @@ def test_onnx_is_one_valid_file_with_any_batch(checkpoint, exported):
 
 def test_normalize_is_part_of_the_program(small_checkpoint, same_process, tmp_path):
     path = export.export(small_checkpoint, "torchscript", tmp_path, normalize=True)
-    notes = {"self_supervised": ""}
+    notes = {"self_supervised": "", "preprocessing": ""}
     model = torch.jit.load(path, _extra_files=notes)
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert close(model(images / 255), load_encoder(small_checkpoint).embed(images))
     facts = json.loads(notes["self_supervised"])
     assert facts["image_mean"] == [0, 0, 0] and facts["image_std"] == [1, 1, 1]  # the program normalizes
+    record = json.loads(notes["preprocessing"])
+    assert record["size"] == 32 and not {"mean", "std"} & record.keys()
+
+
+@pytest.fixture
+def image_files(tmp_path):
+    """A directory of JPEG and PNG files of several sizes and modes."""
+    photo = Image.fromarray(load_sample_image("china.jpg"))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photo.save(folder / "large.jpg")
+    photo.crop((100, 50, 433, 427)).save(folder / "high.jpeg", quality=60)
+    photo.crop((200, 100, 331, 163)).save(folder / "wide.png")
+    photo.crop((300, 200, 323, 229)).save(folder / "tiny.png")
+    photo.crop((0, 0, 200, 300)).convert("L").save(folder / "gray.jpg")
+    photo.crop((0, 100, 301, 300)).convert("RGBA").save(folder / "transparent.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dataset", "channels", "normalize"),
+    [("imagenet", 3, False), ("imagenet", 3, True), ("imagenet", 1, False), ("cifar10", 3, False)],
+)
+def test_the_script_of_the_manual_embeds_image_files_as_embed_does(
+    dataset, channels, normalize, image_files, same_process, tmp_path, monkeypatch, capsys
+):
+    """More closely than a cosine of 0.9995, which a missing central crop or antialiasing does not reach."""
+    own = nn.Sequential(nn.Conv2d(channels, 16, 5, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    settings = {"dataset_name": dataset, "in_channels": channels, "transform_crop_size": 40, **SMALL}
+    if channels == 1:
+        settings |= {"image_mean": [0.4], "image_std": [0.2]}
+    path = save(SelfSupervisedMethod(BYOLParams(**settings), encoder=own), tmp_path / "encoder.ckpt")
+    file = export.export(path, "onnx", encoder=own, normalize=normalize)
+    out = embed(load_encoder(path, encoder=own), image_files, tmp_path / "features.parquet", device="cpu")
+    paths, expected, _ = read_embeddings(out)
+    monkeypatch.chdir(file.parent)
+    capsys.readouterr()
+    rows = run_script(SCRIPT, [image_files / name for name in paths], monkeypatch, capsys)
+    assert [row["file"] for row in rows] == [str(image_files / name) for name in paths] and len(rows) == 6
+    assert all(cosine(row["embedding"], one) >= 0.9995 for row, one in zip(rows, expected, strict=True))
+    assert close([row["embedding"] for row in rows], expected.copy())
+    record = json.loads(onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map["preprocessing"])
+    statistics = {name: record.pop(name, None) for name in ("mean", "std")}
+    assert (statistics == {"mean": None, "std": None}) == normalize
+    assert record.items() <= facts_of_file(out)["preprocessing"].items()
+    assert "self_supervised" not in SCRIPT and "torch" not in SCRIPT
+    if dataset == "imagenet":  # these images tell the right crop from another
+        other = SCRIPT.replace('record["central_crop"]', "1")
+        wrong = run_script(other, [image_files / name for name in paths], monkeypatch, capsys)
+        assert min(cosine(row["embedding"], one) for row, one in zip(wrong, expected, strict=True)) < 0.9995
+
+
+def run_script(code, files, monkeypatch, capsys):
+    """Run a script of the manual on files, and return the lines that it prints."""
+    monkeypatch.setattr(sys, "argv", ["embed_files.py", *map(str, files)])
+    exec(code, {})
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def cosine(a, b):
+    return np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
 
 
 def test_a_custom_encoder_is_exported(same_process, tmp_path):
@@ -457,8 +529,8 @@ def test_command_line(small_checkpoint, same_process, tmp_path, monkeypatch, cap
         run(monkeypatch, small_checkpoint, "--format", "onnx", "safetensors", "--out", tmp_path / "new")
     with pytest.raises(SystemExit, match="is a file, but there are 2 formats. Pass a directory"):
         run(monkeypatch, small_checkpoint, "--format", "onnx", "safetensors", "--out", "a.pt")
-    with pytest.raises(SystemExit, match="error: encoder_arch='shufflenet"):
-        run(monkeypatch, small_checkpoint, "--format", "torchvision", "detectron2", "--out", tmp_path / "none")
+    with pytest.raises(SystemExit, match="error: format=timm: not written. encoder_arch='shufflenet"):
+        run(monkeypatch, small_checkpoint, "--format", "timm", "--out", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     monkeypatch.chdir(tmp_path)  # `same_process` changed to a directory that no longer exists
     with pytest.raises(SystemExit, match="error: there is no file nowhere.ckpt"):
@@ -467,6 +539,18 @@ def test_command_line(small_checkpoint, same_process, tmp_path, monkeypatch, cap
         run(monkeypatch, small_checkpoint)
     assert "pass --format or --count" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == found
+
+
+def test_an_impossible_format_does_not_stop_the_others(small_checkpoint, same_process, tmp_path, monkeypatch, capsys):
+    order = ["detectron2", "torchvision", "timm", "torchscript"]  # the first and the third cannot hold a ShuffleNet
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, small_checkpoint, "--format", *order, "--out", tmp_path / "new")
+    found = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert found == ["small.torchscript.pt", "small.torchvision.pt"]
+    output = capsys.readouterr().out
+    assert all(f"{tmp_path / 'new' / name} (" in output for name in found)
+    assert isinstance(message := end.value.code, str)  # Python prints it and exits with status 1
+    assert re.match("error: format=detectron2: not written. encoder.*; format=timm: not written. encoder", message)
 
 
 @pytest.mark.parametrize(
