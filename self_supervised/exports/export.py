@@ -27,13 +27,8 @@ from self_supervised.data.image_files import preprocessing
 from self_supervised.exports import count
 from self_supervised.exports.formats import FORMATS, Normalized
 from self_supervised.exports.verify import sample_images, verified
-<<<<<<< HEAD
 from self_supervised.networks.pretrained import Encoder, checkpoint_of, load_encoder
-from self_supervised.program import one_line_errors
-=======
-from self_supervised.networks.pretrained import Encoder, load_encoder
 from self_supervised.program import message_of, one_line_errors
->>>>>>> f-export
 from self_supervised.runs.command_line import add_fields, parser_of
 from self_supervised.safe_files import check_folder, disk_errors_named, sync
 
