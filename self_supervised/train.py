@@ -140,6 +140,11 @@ def validation_scores(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, 
     return next(iter(fit.validate(method, verbose=False)), {})  # no scores if `evaluations` is empty
 
 
+def labels_of(model: SelfSupervisedMethod) -> dict[str, str]:
+    """Return the line on the labels as a result; {} for packed data sets, whose classes are known."""
+    return {"labels": model.about_labels.removeprefix("labels: ")} if model.about_labels else {}
+
+
 @rank_zero_only
 def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
     atomic_write(path, content if isinstance(content, str) else to_json(content, indent=2))
@@ -160,7 +165,7 @@ def pretrain_stage(
 ) -> None:
     """Pretrain, and add the encoder's scores before and after to `results`."""
     if resumed is None or "random encoder" not in results:  # its scores are the first row of metrics.csv
-        results["random encoder"] = validation_scores(fit, model)
+        results |= {"random encoder": validation_scores(fit, model), **labels_of(model)}
         write_on_rank_zero(out / "results.json", results)
         for callback in fit.callbacks:
             if isinstance(callback, Best):
@@ -169,6 +174,7 @@ def pretrain_stage(
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
     results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
+    results |= labels_of(model)
     results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     results["trained encoder"] = validation_scores(fit, model)

@@ -6,13 +6,16 @@ end: checks of label arrays.
 
 import difflib
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import chain
 
 import numpy as np
 
 Label = str | int | None  # name or number of a class; None: no label
 UNLABELED = -1  # class number of an image without a label
 MOST_NAMED = 5  # labels or paths listed in a message
+MOST_LISTED_CLASSES = 10  # listed in the line on labels
 NUMBERING = "Number classes from 0 to the number of classes - 1, and write -1 for no label."
 
 
@@ -55,6 +58,32 @@ def nearest_name(label: str, known: Iterable[str]) -> str:
         folded.setdefault(name.casefold(), name)
     near = difflib.get_close_matches(label.casefold(), folded, n=3) or sorted(folded)[:3]
     return f"{label!r} (nearest: {', '.join(repr(folded[name]) for name in near)})"
+
+
+def labels_line(
+    found: Mapping[str, list[tuple[str, int]]], names: Mapping[int, str], folders: str, otherwise: str
+) -> str:
+    """Return the line that says which names became classes, and how many images each has; "no labels" if none has one.
+
+    Args:
+        found: split -> (path, class number or -1) of its images.
+        names: class number -> name.
+        folders: the directories of a path that can be its label, for the message: "first folder".
+        otherwise: where labels come from that are not names of directories.
+    """
+    counts = Counter(label for _, label in chain(*found.values()))
+    counts.pop(UNLABELED, None)
+    if not counts:
+        return "no labels"
+    of_class = {label: path for path, label in chain(*found.values())}  # the path of one image each
+    by_folder = any(names.get(label) in str(composed(path)).split("/")[:-1] for label, path in of_class.items())
+    shown = [
+        f"{names.get(label, label)} ({n:,} {'image' if n == 1 else 'images'})" for label, n in sorted(counts.items())
+    ]
+    more = f" and {len(shown) - MOST_LISTED_CLASSES:,} more" if len(shown) > MOST_LISTED_CLASSES else ""
+    classes = "1 class" if len(shown) == 1 else f"{len(shown):,} classes"
+    origin = f"the {folders}" if by_folder else otherwise
+    return f"labels: {classes} from {origin}: {', '.join(shown[:MOST_LISTED_CLASSES])}{more}"
 
 
 # ---- label arrays ----

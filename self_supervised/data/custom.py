@@ -17,7 +17,7 @@ from self_supervised import distributed
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import arrow, subsets, tar_shards
 from self_supervised.data.arrow import ArrowImages
-from self_supervised.data.class_labels import UNLABELED, Label, class_numbers_of, composed
+from self_supervised.data.class_labels import UNLABELED, Label, class_numbers_of, composed, labels_line
 from self_supervised.data.file_search import PassedOver, tell
 from self_supervised.data.files import Sample
 from self_supervised.data.folders import (
@@ -55,6 +55,9 @@ def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: li
     find = partial(custom_samples, found=found, params=params, split=split)
     images = ImageFiles(source.root, p.channels, p.crop_size, views, p.seed or 0, skip, find, p.pixel_range, source)
     images.class_names = class_names if class_names != [str(i) for i in range(len(class_names))] else []
+    stored_in = "class_to_idx" if p.class_to_idx else "lists" if isinstance(source, ImageFolder) else "the data set"
+    line = labels_line(found, dict(enumerate(class_names)), str(p.labels_from).replace("_", " "), stored_in)
+    images.about_labels = line if line == "no labels" else f"{line}; labels_from=None if these are not classes"
     return images
 
 

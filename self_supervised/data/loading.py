@@ -23,6 +23,7 @@ from model_params import EncoderAndDataParams
 from self_supervised import distributed
 from self_supervised.catalogue import DATASETS, OWN_MODULE, ViewSettings
 from self_supervised.data import custom, image_files, video_files
+from self_supervised.data.class_labels import labels_line
 from self_supervised.data.files import UNREADABLE, Sample, class_numbers_of_split
 from self_supervised.data.image_files import ImageFiles, samples_in_class_folders
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
@@ -144,7 +145,7 @@ def get_dataset(
     (folder,) = folders
     if params.dataset.of_videos:
         return video_files.get_videos(params, folder, list(views))
-    return ImageFiles(
+    images = ImageFiles(
         folder,
         params.dataset.channels,
         params.crop_size,
@@ -153,6 +154,10 @@ def get_dataset(
         params.unreadable_images == "skip",
         FILE_LAYOUTS[params.dataset.storage].samples,
     )
+    if params.dataset.storage == "folders" and splits == params.dataset.train_splits:
+        names = {number: name for name, number in class_numbers_of_split(folder).items()}
+        images.about_labels = labels_line({folder.name: images.files}, names, "class folders", "")
+    return images
 
 
 def check_arrays(images: PackedImages, params: EncoderAndDataParams, folders: list[Path]) -> None:

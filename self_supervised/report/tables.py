@@ -37,6 +37,8 @@ def facts_of_run(run: Run, name: str) -> dict[str, Any]:
     last = next(reversed(run_folder.starts_of(run.folder)), {})
     versions = {label.removesuffix(" version"): v for label, v in run.circumstances.items() if is_version(label)}
     facts = {label: v for label, v in run.circumstances.items() if v and not is_version(label)} | {"versions": versions}
+    if labels := run_folder.results_of(run.folder).get("labels"):
+        facts = {"labels": labels} | facts
     return {
         "name": name,
         "preset": run.settings.get("preset", ""),

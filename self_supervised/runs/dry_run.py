@@ -162,9 +162,11 @@ def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_ste
     epoch = timedelta(seconds=round(seconds_per_step * plan.steps_per_epoch))
     splits = {"training": p.dataset.pretraining_splits, "evaluation": p.dataset.test_splits}
     sizes = [f"{len(loading.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]
+    labels = {"labels": model.about_labels.removeprefix("labels: ")} if model.about_labels else {}
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     rows = {
         "images": f"{p.dataset_name}: {', '.join(sizes)}; {' x '.join(map(str, p.input_shape))}",
+        **labels,
         **dict(zip(("batch", "length", "learning rate"), str(plan).split("; "), strict=True)),
         "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
         "memory": peak_memory(trainer.strategy.root_device),

@@ -35,6 +35,7 @@ class BaseMethod(pl.LightningModule):
     n_outputs: int | None = None  # classes of the classifier that is trained here, if there is one
     plan: optimizers.Plan | None = None  # length of the training, set with the optimizers
     seed_was_drawn = False  # True if `seed` was None
+    about_labels = ""  # the line on the labels of our data set, once it was logged
 
     def setup(self, stage: str) -> None:
         """Compile the networks if `torch_compile` is set: in place, so that checkpoints keep their keys."""
@@ -100,11 +101,14 @@ class BaseMethod(pl.LightningModule):
     # ---- Loaders ----
 
     def loader(self, dataset: Dataset, training: bool, in_order: bool = False) -> ResumableDataLoader:
-        """Return the loader of one of our data sets, after a check of its labels."""
+        """Return the loader of one of our data sets, after a check of its labels, which are logged once."""
         p = self.params
         if self.n_outputs is not None:
             source = f"dataset_name={p.dataset_name!r}"
             label_checks.refuse_wrong_labels(dataset.labels, source, self.n_outputs, p.dataset_name)
+        if (line := getattr(dataset, "about_labels", "")) and line != self.about_labels:
+            self.about_labels = line
+            rank_zero_info(line)
         trainer = self.trainer
         device = trainer.strategy.root_device
         return loading.get_loader(p, dataset, training, trainer.accumulate_grad_batches, device, in_order)

@@ -32,6 +32,7 @@ from self_supervised.data.loading import n_classes
 from self_supervised.evaluation import features
 from self_supervised.evaluation.protocols import runnable
 from self_supervised.networks.pretrained import load_encoder
+from self_supervised.report import compare, tables
 from self_supervised.training import checkpoints
 
 SIDE = 40
@@ -652,6 +653,75 @@ def test_an_encoder_of_unlabeled_images_is_evaluated_on_a_directory_of_labels(tm
 def read_square(path: Path) -> torch.Tensor:
     """Return an image as evaluations see it: its central square, [C, 32, 32]."""
     return central_square(Image.open(path).convert("RGB"), 32)
+
+
+HINT = "; labels_from=None if these are not classes"
+TWO = f"labels: 2 classes from the first folder: china (30 images), flower (20 images){HINT}"
+DAYS = [*[f"day{i} (5 images)" for i in range(10, 16)], *["day16 (4 images)", "day17 (4 images)"]]  # i, i + 12, i + 24
+DAYS += ["day18 (3 images)", "day19 (3 images)"]
+
+
+def by_day(name: str) -> str:
+    return f"a/day{10 + int(name[-6:-4]) % 12}/{name[0]}{name[-6:-4]}.png"
+
+
+@pytest.mark.parametrize(
+    ("names", "fields", "expected"),
+    [
+        (str, {}, TWO),
+        ("train/{}".format, {}, TWO),
+        ("a/{}".format, {}, f"labels: 1 class from the first folder: a (50 images){HINT}"),
+        (
+            by_day,
+            {"labels_from": "last_folder"},
+            f"labels: 12 classes from the last folder: {', '.join(DAYS)} and 2 more{HINT}",
+        ),
+        (lambda name: name.replace("/", "_"), {}, "no labels"),
+        (str, {"labels_from": None}, "no labels"),
+        (
+            str,
+            {"class_to_idx": ["flower=3", "china=5"]},
+            f"labels: 2 classes from the first folder: flower (20 images), china (30 images){HINT}",
+        ),
+    ],
+)
+def test_the_names_that_became_classes_are_named(names, fields, expected, tmp_path):
+    write(tmp_path / "images", {name: names(name) for name in NAMES})
+    for lists in (None, str(tmp_path / "lists"), str(tmp_path / "lists")):  # drawn, drawn and written, read
+        p = params(tmp_path / "images", splits_path=lists, data_fraction=0.5, **fields)
+        for split in ("train", "test"):
+            assert loading.get_dataset(p, (split,)).about_labels == expected
+    (tmp_path / "images/train.txt").write_text("".join(f"{names(name)} {int(name[-5]) % 2}\n" for name in NAMES))
+    if not fields:
+        line = f"labels: 2 classes from lists: 0 (25 images), 1 (25 images){HINT}"
+        assert loading.get_dataset(params(tmp_path / "images"), ("train",)).about_labels == line
+
+
+def test_a_run_says_once_which_names_became_classes(tmp_path, monkeypatch, capsys, caplog):
+    write(tmp_path / "photos")
+    size = "--transform_crop_size 32 --encoder_arch timm:earlier_tiny --batch_size 8 --dim 8 --mlp_hidden_dim 8"
+    line = f"simclr --dataset_name folder --data_path photos {size} --num_data_workers 0 --max_epochs 1".split()
+    monkeypatch.setenv("COLUMNS", "200")
+    with caplog.at_level("INFO"):
+        train_program.main([*line, "--dry_run"])
+    assert caplog.text.count(TWO) == 1
+    assert re.search(rf"│ labels +│ {re.escape(TWO.removeprefix('labels: '))} +│", capsys.readouterr().out)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train_program.main([*line, "--out", "run"])
+    assert caplog.text.count(TWO) == 1 and (tmp_path / "run/log.txt").read_text().count(TWO) == 1
+    facts = tables.facts_of_run(compare.read_run("run"), "run")["facts"]
+    assert f"labels: {facts['labels']}" == TWO
+    for split, n in (("train", 2), ("val", 1)):
+        for i, name in enumerate(NAMES[:n] + NAMES[-n:]):
+            path = tmp_path / "imagenet" / split / f"n{name[:5]}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "photos" / name, path)
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    imagenet = attrs.evolve(params(tmp_path), dataset_name="imagenet", data_path=None)
+    of_train = loading.get_dataset(imagenet, ("train",)).about_labels
+    assert of_train == "labels: 2 classes from the class folders: nchina (2 images), nflowe (2 images)"
+    assert loading.get_dataset(imagenet, ("val",)).about_labels == ""
 
 
 def test_examples_of_the_page(photos, tmp_path):
