@@ -220,7 +220,7 @@ def readable(kind: SettingsClass) -> SettingsClass:
 
     @wraps(init)
     def checked_init(self: Any, *args: Any, **settings: Any) -> None:
-        for name in settings.keys() - set(names):
+        for name in (one for one in settings if one not in names):  # the first one
             otherwise = f" help({kind.__name__}) shows all fields."
             raise TypeError(f"{name}: {kind.__name__} has no such field.{suggestion(name, names, '', otherwise)}")
         init(self, *args, **settings)
