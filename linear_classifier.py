@@ -4,7 +4,6 @@ From a checkpoint of pretraining it takes `hyper_parameters` and the weights who
 """
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,8 @@ from model_params import DATASET_DEFAULTS, TRAINING_ONLY, EncoderAndDataParams, 
 from self_supervised.catalogue import NORMS_AND_BIASES, ViewSettings
 from self_supervised.data import loading, subsets
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
-from self_supervised.data.loading import n_classes, require_labels, resolve
-from self_supervised.fields import choice, fraction, non_negative, number, plain, positive
+from self_supervised.data.loading import Given, n_classes, require_labels, resolve
+from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, plain, positive, readable
 from self_supervised.networks import layers
 from self_supervised.networks.encoders import embeddings_of, get_encoder
 from self_supervised.networks.pretrained import SHARED, load_encoder
@@ -37,6 +36,7 @@ from self_supervised.views import augmentations
 # ---- Settings ----
 
 
+@readable
 @frozen(kw_only=True)
 class LinearClassifierMethodParams(EncoderAndDataParams):
     """Settings of LinearClassifierMethod. The defaults are MoCo's."""
@@ -100,32 +100,37 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
 # The linear classifier of MoCo (https://arxiv.org/abs/1911.05722, section 4.1). Its learning rate of 30 is meant for
 # embeddings like MoCo's. If it diverges, set normalize_features=True.
 LinearMoCoParams = LinearClassifierMethodParams
-# The linear classifier of SimCLR (https://arxiv.org/abs/2002.05709, B.6) without Nesterov's momentum, as most libraries
-# have it. For that of MAE (https://arxiv.org/abs/2111.06377, table 10), add normalize_features=True, warmup_epochs=10,
-# optimizer_name="lars" and global_batch_size=16384 (with 256 images, LARS would hardly change the weights).
-LinearSGDParams = partial(
-    LinearClassifierMethodParams, lr=0.1, lr_scaling="linear", lr_schedule="cosine", max_epochs=90,
+# As most libraries have it. For that of MAE (https://arxiv.org/abs/2111.06377, table 10), add normalize_features=True,
+# warmup_epochs=10, optimizer_name="lars" and global_batch_size=16384 (with 256, LARS would hardly change the weights).
+LinearSGDParams = Preset(
+    LinearClassifierMethodParams, "LinearSGDParams",
+    "SimCLR's linear classifier (https://arxiv.org/abs/2002.05709, B.6) without Nesterov's momentum.",
+    lr=0.1, lr_scaling="linear", lr_schedule="cosine", max_epochs=90,
 )
-# SimCLR's fine-tuning with few labels (B.5), without weight decay and warm-up. VICReg's (README of its code) has
-# lr_scaling=None, nesterov=False, max_epochs=20; lr=0.08, encoder_lr=0.03 for 1 %; lr=0.1, encoder_lr=0.01 for 10 %.
-SemiSupervised1Params = partial(
-    LinearClassifierMethodParams, label_fraction=0.01, drop_last_batch=None, lr=0.05, encoder_lr=0.05,
-    lr_scaling="linear", lr_schedule="cosine", nesterov=True, max_epochs=60,
+# Without weight decay and warm-up. VICReg's (README of its code) has lr_scaling=None, nesterov=False, max_epochs=20;
+# lr=0.08, encoder_lr=0.03 for 1 %; lr=0.1, encoder_lr=0.01 for 10 %.
+SemiSupervised1Params = Preset(
+    LinearClassifierMethodParams, "SemiSupervised1Params",
+    "SimCLR's fine-tuning with 1 % of the labels (https://arxiv.org/abs/2002.05709, B.5).",
+    label_fraction=0.01, drop_last_batch=None, lr=0.05, encoder_lr=0.05, lr_scaling="linear", lr_schedule="cosine",
+    nesterov=True, max_epochs=60,
 )
-SemiSupervised10Params = partial(SemiSupervised1Params, label_fraction=0.1, max_epochs=30)
-# MAE's end-to-end fine-tuning (table 9) without its stronger augmentations. Layer-wise learning rates are as in BEiT
-# (https://arxiv.org/abs/2106.08254): that of the encoder's last stage is layer_decay times the classifier's.
-FineTuneParams = partial(
-    LinearClassifierMethodParams, optimizer_name="adamw", lr=1e-3, encoder_lr=0.75e-3, layer_decay=0.75,
-    lr_scaling="linear", lr_schedule="cosine", warmup_epochs=5, weight_decay=0.05, max_epochs=100,
-    exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
+SemiSupervised10Params = Preset(
+    SemiSupervised1Params, "SemiSupervised10Params", "SimCLR's fine-tuning with 10 % of the labels.",
+    label_fraction=0.1, max_epochs=30,
+)
+# Without MAE's stronger augmentations. Learning rates are as in BEiT (https://arxiv.org/abs/2106.08254): that of the
+# encoder's last stage is layer_decay times the classifier's.
+FineTuneParams = Preset(
+    LinearClassifierMethodParams, "FineTuneParams", "MAE's fine-tuning (https://arxiv.org/abs/2111.06377, table 9).",
+    optimizer_name="adamw", lr=1e-3, encoder_lr=0.75e-3, layer_decay=0.75, lr_scaling="linear", lr_schedule="cosine",
+    warmup_epochs=5, weight_decay=0.05, max_epochs=100, exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
 )
 
-LINEAR_PRESETS: dict[str, Callable[..., LinearClassifierMethodParams]] = {
-    "linear_moco": LinearMoCoParams, "linear_sgd": LinearSGDParams,
-    "semi_supervised_1": SemiSupervised1Params, "semi_supervised_10": SemiSupervised10Params,
-    "fine_tune": FineTuneParams,
-}
+LINEAR_PRESETS = Presets(LinearClassifierMethodParams, {
+    "linear_moco": LinearMoCoParams, "linear_sgd": LinearSGDParams, "semi_supervised_1": SemiSupervised1Params,
+    "semi_supervised_10": SemiSupervised10Params, "fine_tune": FineTuneParams,
+})
 # fmt: on
 
 
@@ -161,7 +166,7 @@ class LinearClassifierMethod(BaseMethod):
     normalized as in pretraining. Without `encoder_lr` the encoder is frozen, including its batch statistics.
 
     Args:
-        params: settings, as LinearClassifierMethodParams or dict.
+        params: settings, as LinearClassifierMethodParams or dict, or a preset or its name: "linear_sgd".
         encoder: your own module, if pretraining used one.
         fields: single settings that override those of `params`.
     """
@@ -169,14 +174,10 @@ class LinearClassifierMethod(BaseMethod):
     CLASSIFIER = "classifier"
 
     def __init__(
-        self,
-        params: LinearClassifierMethodParams | dict | None = None,
-        *,
-        encoder: nn.Module | None = None,
-        **fields: Any,
+        self, params: Given[LinearClassifierMethodParams] = None, *, encoder: nn.Module | None = None, **fields: Any
     ):
         super().__init__()
-        self.params, self.seed_was_drawn = resolve(LinearClassifierMethodParams, params, encoder, fields)
+        self.params, self.seed_was_drawn = resolve(LINEAR_PRESETS, params, encoder, fields)
         p = self.params
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)

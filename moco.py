@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_params import SCHEDULED, ModelParams, changes
+from model_params import PRESETS, SCHEDULED, ModelParams, changes
 from self_supervised import distributed, losses
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
-from self_supervised.data.loading import n_classes, require_labels, resolve
+from self_supervised.data.loading import Given, n_classes, require_labels, resolve
 from self_supervised.evaluation import validation
 from self_supervised.fields import plain
 from self_supervised.networks.encoders import check_small_views, embeddings_of, get_encoder, source_of_weights
@@ -37,16 +37,25 @@ class SelfSupervisedMethod(BaseMethod):
     The loss compares q and k for every (i, j) in `params.pairs`. Without a lagging model, k is z of view j.
 
     Args:
-        params: settings, as ModelParams or dict. The default is MoCo v2.
+        params: settings, as ModelParams or dict, or a preset or its name: "simclr". The default is MoCo v2.
         encoder: your own module, [N, C, H, W] -> [N, E], in place of `params.encoder_arch`.
+        loss: your own loss(q, k, queue), in place of that of `params.loss_type` (see `losses.custom_loss`). Checkpoints
+            do not store it: pass it to `load_from_checkpoint`, too.
         fields: single settings that override those of `params`.
     """
 
     CLASSIFIER = "online_classifier"
 
-    def __init__(self, params: ModelParams | dict | None = None, *, encoder: nn.Module | None = None, **fields: Any):
+    def __init__(
+        self,
+        params: Given[ModelParams] = None,
+        *,
+        encoder: nn.Module | None = None,
+        loss: losses.CustomLoss | None = None,
+        **fields: Any,
+    ):
         super().__init__()
-        self.params, self.seed_was_drawn = resolve(ModelParams, params, encoder, fields)
+        self.params, self.seed_was_drawn = resolve(PRESETS, params, encoder, fields)
         p = self.params
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
@@ -68,6 +77,7 @@ class SelfSupervisedMethod(BaseMethod):
         # Flat, for load_from_checkpoint(). encoder_weights is dropped: a checkpoint has its own weights.
         found = {"embedding_dim": width, **self.counted_classes()}
         self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
+        self.custom_loss = None if loss is None else losses.custom_loss(loss)
         self.augment = augmentations.training_views(p)
         self.started_from = source_of_weights(p)
         self.trains_on_own_data = False  # True: on `dataset_name`; False: on the user's loader
@@ -122,7 +132,7 @@ class SelfSupervisedMethod(BaseMethod):
             )
         online, keys = self.encode_views(views, batch_idx)
         changing = scheduled(p, self.global_step, self.plan)
-        loss_of = losses.get_loss(p, **changing)
+        loss_of = self.custom_loss or losses.get_loss(p, **changing)
         queue = None if self.queue is None else at_least_float32(self.queue.keys)
         per_pair = []
         with torch.autocast(self.device.type, enabled=False):

@@ -3,8 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from self_supervised.catalogue import (
 )
 from self_supervised.fields import (
     PerView,
+    Preset,
+    Presets,
     WholePerView,
     check_parameter_options,
     check_types,
@@ -40,6 +41,7 @@ from self_supervised.fields import (
     per_view,
     plain,
     positive,
+    readable,
 )
 
 LARGEST_IMAGE = 2**28  # elements of one image or clip, 1 GiB in float32
@@ -111,6 +113,7 @@ def class_to_idx_entries(value: Any) -> Any:
     return plain(value)
 
 
+@readable
 @frozen(kw_only=True)
 class EncoderAndDataParams:
     """Settings of encoder and data, shared by both stages."""
@@ -329,6 +332,7 @@ def check_statistics(name: str, values: Any, channels: int, lowest: float) -> No
 # ---- Settings of pretraining ----
 
 
+@readable
 @frozen(kw_only=True)
 class ModelParams(EncoderAndDataParams):
     """Settings of SelfSupervisedMethod. The defaults are MoCo v2."""
@@ -567,7 +571,7 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
     one_network = not p.use_lagging_model and p.prediction_mlp_layers == 0
     unknown = sorted(set(p.evaluations) - set(EVALUATIONS))
     time_difference = "transform_time_difference_probability"
-    of_preset = SCEVideoParams.keywords[time_difference]  # allowed with images: the preset may be tried on them
+    of_preset = SCEVideoParams.settings[time_difference]  # allowed with images: the preset may be tried on them
     # fmt: off
     return [
         (p.use_vicreg_loss and p.loss_type != "vic",
@@ -776,49 +780,60 @@ def number_of_view(params: ModelParams, field: str, i: int) -> float | None:
 # fmt: off
 
 MoCoV2Params = ModelParams
-# SiMo, the method of the EqCo paper: no queue, and few negatives that count as many.
-EqCoParams = partial(
-    ModelParams, use_eqco_margin=True, use_negative_examples_from_batch=True, use_negative_examples_from_queue=False,
+EqCoParams = Preset(
+    ModelParams, "EqCoParams", "EqCo's SiMo (https://arxiv.org/abs/2010.01929): few negatives that count as many.",
+    use_eqco_margin=True, use_negative_examples_from_batch=True, use_negative_examples_from_queue=False,
 )
-SCEParams = partial(
-    ModelParams, loss_type="sce", T=0.1, mlp_normalization="bn", use_negative_examples_from_batch=True,
+SCEParams = Preset(
+    ModelParams, "SCEParams", "SCE (https://arxiv.org/abs/2111.14585): InfoNCE with similar images in the target.",
+    loss_type="sce", T=0.1, mlp_normalization="bn", use_negative_examples_from_batch=True,
     use_both_augmentations_as_queries=True, use_momentum_schedule=True,
 )
-BYOLParams = partial(
-    ModelParams, loss_type="ip", loss_constant_factor=2, prediction_mlp_layers=2, mlp_normalization="bn",
+BYOLParams = Preset(
+    ModelParams, "BYOLParams", "BYOL (https://arxiv.org/abs/2006.07733): a predictor and no negatives.",
+    loss_type="ip", loss_constant_factor=2, prediction_mlp_layers=2, mlp_normalization="bn",
     use_negative_examples_from_queue=False, use_both_augmentations_as_queries=True, use_momentum_schedule=True,
     optimizer_name="lars", exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
 )
-SimCLRParams = partial(
-    ModelParams, use_lagging_model=False, use_both_augmentations_as_queries=True,
+SimCLRParams = Preset(
+    ModelParams, "SimCLRParams", "SimCLR (https://arxiv.org/abs/2002.05709): InfoNCE with negatives of the batch.",
+    use_lagging_model=False, use_both_augmentations_as_queries=True,
     use_negative_examples_from_queue=False, use_negative_examples_from_batch=True,
     use_negative_examples_from_same_view=True,
 )
 # The paper, on ImageNet: max_epochs=1000, lr=1.6, batch_size=2048, weight_decay=1e-6, mlp_hidden_dim=8192, dim=8192.
-VICRegParams = partial(
-    ModelParams, loss_type="vic", use_lagging_model=False, use_unit_sphere_projection=False,
+VICRegParams = Preset(
+    ModelParams, "VICRegParams", "VICReg (https://arxiv.org/abs/2105.04906): invariance, variance and covariance.",
+    loss_type="vic", use_lagging_model=False, use_unit_sphere_projection=False,
     use_negative_examples_from_queue=False, projection_mlp_layers=3, mlp_normalization="bn",
     optimizer_name="lars", exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
     lars_warmup_epochs=10, final_lr_schedule_value=0.002,
 )
-BarlowTwinsParams = partial(
-    VICRegParams, loss_type="barlow", loss_constant_factor=0.1, mlp_hidden_dim=2048, dim=2048,
+BarlowTwinsParams = Preset(
+    VICRegParams, "BarlowTwinsParams", "Barlow Twins (https://arxiv.org/abs/2103.03230): less redundant dimensions.",
+    loss_type="barlow", loss_constant_factor=0.1, mlp_hidden_dim=2048, dim=2048,
     lr=0.3, weight_decay=1e-6, final_lr_schedule_value=0.0003,
 )
-MoCoV3Params = partial(  # loss_constant_factor is 2 T, as in the authors' code
-    EqCoParams, use_eqco_margin=False, loss_constant_factor=0.4, prediction_mlp_layers=2, mlp_normalization="bn",
+MoCoV3Params = Preset(  # loss_constant_factor is 2 T, as in the authors' code
+    EqCoParams, "MoCoV3Params", "MoCo v3 (https://arxiv.org/abs/2104.02057): MoCo with a predictor, without the queue.",
+    use_eqco_margin=False, loss_constant_factor=0.4, prediction_mlp_layers=2, mlp_normalization="bn",
     use_both_augmentations_as_queries=True, m=0.99, use_momentum_schedule=True, optimizer_name="adamw", lr=1.5e-4,
     weight_decay=0.1, warmup_epochs=10, exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
 )
-SimSiamParams = partial(
-    BYOLParams, use_lagging_model=False, stop_gradient_of_keys=True, use_momentum_schedule=False,
+SimSiamParams = Preset(
+    BYOLParams, "SimSiamParams", "SimSiam (https://arxiv.org/abs/2011.10566): BYOL without the lagging model.",
+    use_lagging_model=False, stop_gradient_of_keys=True, use_momentum_schedule=False,
     loss_constant_factor=0.5, optimizer_name="sgd", exclude_matching_parameters_from_lars=[], lr=0.05,
 )
-ReSSLParams = partial(SCEParams, sce_coefficient=0.0, sce_target_T=0.04, use_both_augmentations_as_queries=False)
-# R3D-18 on Kinetics200 (https://arxiv.org/abs/2212.11187, eztorch's configuration). loss_constant_factor=0.5 makes the
-# loss the mean over both directions. Its run: --precision 16-mixed --sync_batchnorm --save_every_n_epochs 100
-SCEVideoParams = partial(
-    SCEParams, dataset_name="kinetics", video_decoder="frames", frames_per_second=30, num_frames=8, clip_duration=2.56,
+ReSSLParams = Preset(
+    SCEParams, "ReSSLParams", "ReSSL (https://arxiv.org/abs/2107.09282): similarities alone are the target.",
+    sce_coefficient=0.0, sce_target_T=0.04, use_both_augmentations_as_queries=False,
+)
+# eztorch's configuration. loss_constant_factor=0.5 makes the loss the mean over both directions. Its run:
+# --precision 16-mixed --sync_batchnorm --save_every_n_epochs 100
+SCEVideoParams = Preset(
+    SCEParams, "SCEVideoParams", "SCE for video (https://arxiv.org/abs/2212.11187): R3D-18 on Kinetics200.",
+    dataset_name="kinetics", video_decoder="frames", frames_per_second=30, num_frames=8, clip_duration=2.56,
     encoder_arch="r3d_18", global_batch_size=512, num_data_workers=5, decoding_threads=4,
     transform_brightness=0.8, transform_contrast=0.8, transform_saturation=0.4, transform_hue=0.2,
     transform_jitter_probability=0.8, transform_grayscale_probability=0.2, transform_blur_probability=[1.0, 0.1],
@@ -830,8 +845,8 @@ SCEVideoParams = partial(
     lr=2.4, lr_scaling="linear", weight_decay=1e-6, warmup_epochs=35, max_epochs=200,
 )
 
-PRESETS: dict[str, Callable[..., ModelParams]] = {
+PRESETS = Presets(ModelParams, {
     "moco_v2": MoCoV2Params, "eqco": EqCoParams, "sce": SCEParams, "byol": BYOLParams, "simclr": SimCLRParams,
     "vicreg": VICRegParams, "barlow_twins": BarlowTwinsParams,
     "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams, "sce_video": SCEVideoParams,
-}
+})

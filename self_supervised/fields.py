@@ -1,15 +1,20 @@
-"""Fields of settings classes (attrs) with validation. An error names the field, its value and what is allowed."""
+"""Fields of settings classes (attrs) with validation, and presets: rows of settings with a name.
+
+An error names the field, its value and what is allowed.
+"""
 
 import difflib
+import inspect
 import os
 import re
-from collections.abc import Collection, Iterable
-from functools import partial
+from collections.abc import Callable, Collection, Iterable
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, get_args
 
 import numpy as np
 from attrs import Attribute, Factory, field, fields, fields_dict
+from attrs.exceptions import FrozenInstanceError
 
 SMALLEST, LARGEST = 1e-12, 1e9  # outside these limits float32 overflows or underflows sooner or later
 PerView = float | list[float] | None
@@ -167,6 +172,130 @@ def defaults(kind: type, names: Iterable[str]) -> dict[str, Any]:
         default = fields_dict(kind)[name].default
         found[name] = default.factory() if isinstance(default, Factory) else default
     return found
+
+
+def changed(settings: Any) -> dict[str, Any]:
+    """Return the fields in which settings differ from the defaults of their class."""
+    kind = type(settings)
+    plain_defaults = defaults(kind, fields_dict(kind))
+    values = {name: getattr(settings, name) for name in plain_defaults}
+    return {name: value for name, value in values.items() if value != plain_defaults[name]}
+
+
+def suggestion(name: str, names: Iterable[str], start: str = "", otherwise: str = "") -> str:
+    """Return ' Did you mean --lr?' with the names that are spelled like `name`.
+
+    If there are none, these are names that have its initials as a word (learning_rate: lr), and the name that equals
+    them alone if there is one.
+
+    Args:
+        start: text before each name, such as "--".
+        otherwise: result if no name is near.
+    """
+    lower = {known.lower(): known for known in names}
+    name = name.lower()
+    alike = [lower[known] for known in difflib.get_close_matches(name, lower, n=3, cutoff=0.6)]
+    initials = "".join(word[0] for word in name.split("_") if word)
+    short = [known for known in lower if initials in known.split("_")]
+    short = [initials] if initials in lower else sorted(short, key=lambda one: (not one.startswith(initials), len(one)))
+    found = alike or [lower[known] for known in short[:3]]
+    return f" Did you mean {', '.join(start + one for one in found)}?" if found else otherwise
+
+
+# ---- Classes of settings, and presets ----
+
+SettingsClass = TypeVar("SettingsClass", bound=type)
+Arguments = ParamSpec("Arguments")
+Settings = TypeVar("Settings")
+
+
+def readable(kind: SettingsClass) -> SettingsClass:
+    """Return a frozen attrs class with a short repr, and with errors that say what to do.
+
+    The repr has the fields that differ from their defaults. The types of the errors are those of attrs: TypeError for
+    an unknown field, FrozenInstanceError (an AttributeError) for a change.
+    """
+    init = kind.__init__
+    names = tuple(fields_dict(kind))
+
+    @wraps(init)
+    def checked_init(self: Any, *args: Any, **settings: Any) -> None:
+        for name in (one for one in settings if one not in names):  # the first one
+            otherwise = f" help({kind.__name__}) shows all fields."
+            raise TypeError(f"{name}: {kind.__name__} has no such field.{suggestion(name, names, '', otherwise)}")
+        init(self, *args, **settings)
+
+    def refuse_change(self: Any, name: str, value: Any) -> NoReturn:
+        advice = f"Use attrs.evolve(params, {name}={value!r}), which returns changed settings."
+        error = FrozenInstanceError()
+        error.args = (f"{name}={value!r}: {kind.__name__} cannot be changed. {advice}",)
+        raise error
+
+    def short_repr(self: Any) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed(self).items())})"
+
+    kind.__init__ = checked_init
+    kind.__setattr__ = refuse_change
+    kind.__repr__ = short_repr
+    return kind
+
+
+class Preset(Generic[Arguments, Settings]):
+    """Row of settings with a name. It is called like its class: SimCLRParams(lr=0.3).
+
+    Args:
+        base: class of settings, or a preset from which this one differs.
+        name: name of the variable that holds the preset.
+        doc: method and paper, for `help`.
+        settings: fields that differ from those of `base`.
+    """
+
+    def __init__(self, base: Callable[Arguments, Settings], name: str, doc: str, /, **settings: Any):
+        self.kind = base.kind if isinstance(base, Preset) else base
+        self.settings = {**(base.settings if isinstance(base, Preset) else {}), **settings}
+        self.__name__ = name
+        rows = "\n".join(f"    {field}={value!r}" for field, value in self.settings.items())
+        self.__doc__ = f"{doc}\n\nReturn {self.kind.__name__} with these settings, unless others are passed:\n{rows}"
+        of_kind = inspect.signature(self.kind)
+        each = (one.replace(default=self.settings.get(one.name, one.default)) for one in of_kind.parameters.values())
+        self.__signature__ = of_kind.replace(parameters=[*each], return_annotation=self.kind)
+
+    def __call__(self, *args: Arguments.args, **settings: Arguments.kwargs) -> Settings:
+        return self.kind(*args, **{**self.settings, **settings})
+
+    def __repr__(self) -> str:
+        return f"<preset {self.__name__} of {self.kind.__name__}>"
+
+
+class Presets(dict[str, Callable[..., Settings]]):
+    """Presets of a class of settings by name. An unknown name is a KeyError that says which names are near."""
+
+    def __init__(self, kind: type[Settings], presets: dict[str, Callable[..., Settings]]):
+        super().__init__(presets)
+        self.kind = kind
+
+    def __missing__(self, name: str) -> NoReturn:
+        near = suggestion(str(name), self, otherwise=f" Choose one of {', '.join(self)}.")
+        raise KeyError(f"preset={name}: unknown preset.{near}")
+
+    def settings_of(self, given: Any) -> Settings:
+        """Return settings that are passed as such, as a dict, as a preset or its name, or as None for the defaults.
+
+        Raises:
+            KeyError: there is no preset with this name.
+            TypeError: it is none of these.
+        """
+        if given is None or isinstance(given, dict):
+            return self.kind(**(given or {}))
+        found = self[given] if isinstance(given, str) else given
+        if isinstance(found, Preset | partial) or found is self.kind:
+            found = found()
+        if not isinstance(found, self.kind):
+            raise TypeError(
+                f"params: {type(found).__name__} is not {self.kind.__name__}. Pass {self.kind.__name__}, a dict of its "
+                f"fields, a preset, or the name of one: {', '.join(self)}."
+            )
+        return found
 
 
 # ---- Options of single parameters ----

@@ -9,13 +9,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model_params import ModelParams
 from self_supervised import distributed
 from self_supervised.numerics import unit
 
 Scalars = dict[str, Tensor]
+CustomLoss = Callable[[Tensor, Tensor, Tensor | None], Scalars | Tensor]
 
 
 def similarities(
@@ -214,3 +215,28 @@ def get_loss(
         "barlow": lambda q, k, _: barlow_twins(distributed.gather(q), distributed.gather(k), p.redundancy_loss_weight),
     }
     return losses[p.loss_type]
+
+
+def custom_loss(loss: CustomLoss) -> Callable[[Tensor, Tensor, Tensor | None], Scalars]:
+    """Return a user's loss(q, k, queue_keys), of a pair of views, as a function that returns a dict like `get_loss`'s.
+
+    It gets the queries and keys [N, D] of this process (`distributed.gather` joins those of all processes) and the
+    queue [K, D], or None. It returns the loss, or a dict with "loss" and other scalars, which are logged.
+
+    Raises:
+        TypeError: it is not a function, or returns something else.
+        ValueError: it is a module with weights, which would be neither trained nor stored.
+    """
+    if not callable(loss):
+        raise TypeError(f"loss={loss!r}: not a function. Pass a function of (q, k, queue).")
+    if isinstance(loss, nn.Module) and loss.state_dict():
+        raise ValueError("loss: a module with weights, which would not be trained. Pass a function without weights.")
+
+    def checked(q: Tensor, k: Tensor, queue: Tensor | None) -> Scalars:
+        found = loss(q, k, queue)
+        scalars = found if isinstance(found, dict) else {"loss": found}
+        if not isinstance(scalars.get("loss"), Tensor) or not all(isinstance(one, Tensor) for one in scalars.values()):
+            raise TypeError(f'loss: it returned {found!r}. Return a tensor, or a dict of tensors with "loss".')
+        return scalars
+
+    return checked

@@ -9,7 +9,6 @@ import pkgutil
 import re
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 
 import attrs
@@ -27,6 +26,7 @@ from self_supervised.__main__ import COMMANDS
 from self_supervised.data import loading, packed
 from self_supervised.evaluation.protocols import PROTOCOLS
 from self_supervised.exports.formats import FORMATS
+from self_supervised.fields import Preset
 from self_supervised.runs import command_line
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.training.checkpoints import Checkpoints
@@ -136,7 +136,7 @@ def small_data(monkeypatch, tmp_path):
     for split, i in itertools.product(("train", "val"), range(4)):
         videos.write_frames(tmp_path / "datasets" / "kinetics" / split / f"class_{i % 2}" / f"video_{i}", n=12)
     few = {"global_batch_size": 4, "num_frames": 2, "transform_crop_size": 32, "K": 8, "evaluations": ["knn"]}
-    monkeypatch.setattr(model_params, "SCEVideoParams", partial(SCEVideoParams, num_data_workers=0, **few))
+    monkeypatch.setattr(model_params, "SCEVideoParams", Preset(SCEVideoParams, "", "", num_data_workers=0, **few))
     make = loading.get_loader
     few = {"batch_size": 4, "num_data_workers": 0}
     monkeypatch.setattr(loading, "get_loader", lambda p, *rest: make(attrs.evolve(p, **few), *rest))

@@ -457,3 +457,57 @@ def test_an_interrupted_validation_leaves_nothing_for_the_next(small, trainer):
     stop.stops = False
     found = fit.validate(model, verbose=False)
     assert found == trainer(limit_val_batches=9).validate(model, verbose=False)
+
+
+# ---- A loss of the user's own ----
+
+
+def squared(q, k, queue):
+    return (q - k).square().sum(1).mean()
+
+
+@pytest.mark.parametrize("name", ["moco_v2", "simclr", "vicreg"])
+def test_the_loss_of_the_settings_passed_as_ones_own_trains_to_the_same_bits(name, small, trainer):
+    params = small(name, evaluations=[])
+    weights, encoder = [], TinyEncoder()
+    for loss in (None, losses.get_loss(params), losses.get_loss(attrs.evolve(params, T=5.0, variance_loss_weight=0))):
+        model = SelfSupervisedMethod(params, encoder=copy.deepcopy(encoder), loss=loss)
+        fit = trainer()
+        fit.fit(model)
+        weights.append(torch.cat([value.flatten() for value in model.state_dict().values()]))
+        assert ("loss_variance" if name == "vicreg" else "step_train_acc1") in fit.callback_metrics
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_a_loss_of_ones_own_is_minimized_and_is_passed_again_to_load(small, trainer, tmp_path):
+    """On the sphere |q - k|^2 = 2 (1 - q·k), of which "ip" minimizes 1 - q·k."""
+    params = small("byol", evaluations=[], lr=0.01)
+    steps = []
+    for loss in (None, squared, lambda q, k, queue: {"loss": nn.MSELoss()(q, k), "mine": q.mean()}):
+        model, fit = SelfSupervisedMethod(params, loss=loss), trainer(limit_train_batches=1)
+        fit.fit(model)
+        steps.append(fit.callback_metrics)
+    per_pair = [float(step["step_train_loss"]) / params.loss_factor for step in steps]
+    assert per_pair[1] == pytest.approx(2 * per_pair[0], abs=1e-5)
+    assert per_pair[2] == pytest.approx(per_pair[1] / params.dim, abs=1e-5) and "mine" in steps[2]
+
+    fit.save_checkpoint(tmp_path / "mine.ckpt")
+    assert SelfSupervisedMethod.load_from_checkpoint(tmp_path / "mine.ckpt").custom_loss is None
+    again = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "mine.ckpt", loss=squared)
+    assert again.custom_loss(torch.ones(2, 3), torch.zeros(2, 3), None) == {"loss": torch.tensor(3.0)}
+    assert again.params == attrs.evolve(params, embedding_dim=1024) and "loss" not in again.hparams
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        ("ce", TypeError, "loss='ce': not a function"),
+        (nn.Linear(2, 2), ValueError, "loss: a module with weights"),
+        (lambda q, k, queue: {"los": q.mean()}, TypeError, 'loss: it returned .* dict of tensors with "loss"'),
+        (lambda q, k, queue: 0.5, TypeError, "loss: it returned 0.5"),
+        (lambda q, k, queue: {"loss": q.mean(), "mine": 0.5}, TypeError, "loss: it returned"),
+    ],
+)
+def test_what_is_no_loss_is_refused(loss, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        losses.custom_loss(loss)(torch.ones(2, 3), torch.ones(2, 3), None)

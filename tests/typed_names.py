@@ -1,6 +1,7 @@
 """How the public names are used, for the type checker of `make lint`: it is never run."""
 
 from pathlib import Path
+from typing import assert_type
 
 import pytorch_lightning as pl
 import torch
@@ -10,7 +11,7 @@ from batchrenorm import BatchRenorm1d
 from lars import LARS
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
 from moco import SelfSupervisedMethod
-from model_params import PRESETS, BYOLParams, ModelParams
+from model_params import PRESETS, BYOLParams, ModelParams, SimSiamParams
 from self_supervised import distributed
 from self_supervised.evaluation import knn, linear_probe, rank_me
 from self_supervised.losses import get_loss, similarities
@@ -20,7 +21,13 @@ from ws_resnet import ws_resnet18
 
 params: ModelParams = BYOLParams(dataset_name="cifar10", lr=0.3)
 other: ModelParams = PRESETS["simclr"](batch_size=64)
+assert_type(SimSiamParams(lr=0.3), ModelParams)  # a preset of a preset
+assert_type(PRESETS["simclr"](), ModelParams)
+assert_type(ssl.LINEAR_PRESETS["linear_sgd"](), LinearClassifierMethodParams)
+SimSiamParams(learning_rate=0.3)  # type: ignore[call-arg]
 model: SelfSupervisedMethod = SelfSupervisedMethod(params, seed=0)
+model = SelfSupervisedMethod("simclr", loss=get_loss(params))
+model = SelfSupervisedMethod(SimSiamParams, loss=lambda q, k, queue: (q - k).square().mean())
 trainer = pl.Trainer(max_epochs=1)
 images = torch.utils.data.TensorDataset(torch.zeros(8, 3, 32, 32, dtype=torch.uint8))
 trainer.fit(model, torch.utils.data.DataLoader(images))

@@ -37,12 +37,14 @@ from self_supervised.data.packed import (
     pack,
     packed_is_there,
 )
+from self_supervised.fields import Presets
 from self_supervised.views.augmentations import generator
 
 IMAGES_FOR_STATISTICS = 2000  # images from which channel statistics are computed
 SMALLEST_STD = 1 / 255  # lower bound of a channel's standard deviation, for channels that are constant
 
 Params = TypeVar("Params", bound=EncoderAndDataParams)
+Given = Params | Callable[..., Params] | dict[str, Any] | str | None  # what `Presets.settings_of` takes
 
 
 # ---- layouts of data sets of files ----
@@ -271,7 +273,7 @@ def batch_size(params: EncoderAndDataParams, accumulated: int) -> int:
 
 
 def resolve(
-    kind: type[Params], params: Params | dict | None, encoder: nn.Module | None, fields: dict[str, Any]
+    presets: Presets[Params], params: Given[Params], encoder: nn.Module | None, fields: dict[str, Any]
 ) -> tuple[Params, bool]:
     """Return the complete settings, and whether their seed was drawn.
 
@@ -279,12 +281,14 @@ def resolve(
     are set, image_mean and image_std are computed if `compute_statistics` says so.
 
     Args:
-        params: settings, a dict of them, or None for the defaults.
+        presets: those of the method, with its class of settings.
+        params: settings, a dict of them, a preset or its name, or None for the defaults.
         encoder: a module of the user.
         fields: settings that replace those of `params`. `hparams`, the original's name, is an alias of `params`.
 
     Raises:
         ValueError: both params and hparams are passed.
+        KeyError, TypeError: as of `Presets.settings_of`.
     """
     if (hparams := fields.pop("hparams", None)) is not None:
         if params is not None:
@@ -292,8 +296,7 @@ def resolve(
         params = dict(vars(hparams)) if isinstance(hparams, Namespace) else hparams
     if encoder is not None:
         fields = {**fields, "encoder_arch": OWN_MODULE}
-    params = kind(**params) if isinstance(params, dict) else params or kind()
-    params = attrs.evolve(params, **fields)
+    params = attrs.evolve(presets.settings_of(params), **fields)
     seed_is_drawn = params.seed is None
     if seed_is_drawn:
         params = attrs.evolve(params, seed=torch.initial_seed() % 2**32)

@@ -8,7 +8,6 @@ Presets are not its sub-commands, which reject our flat configuration files and 
 
 import argparse
 import ast
-import difflib
 import importlib.util
 import inspect
 import io
@@ -31,7 +30,17 @@ from attrs import asdict, field, fields, frozen
 from rich.progress import MofNCompleteColumn, Progress
 
 from model_params import PRESETS, EncoderAndDataParams, ModelParams
-from self_supervised.fields import check_types, choice, expanded, non_negative, number, path, positive
+from self_supervised.fields import (
+    changed,
+    check_types,
+    choice,
+    expanded,
+    non_negative,
+    number,
+    path,
+    positive,
+    suggestion,
+)
 
 LOGGERS = {"tensorboard": "tensorboard", "csv": None, "wandb": "wandb", "mlflow": "mlflow"}  # name -> package it needs
 TRAINER_OPTIONS = (
@@ -41,6 +50,7 @@ TRAINER_OPTIONS = (
 COMMAND_OPTIONS = ("out", "resume", "dry_run", "preview", "print_config")  # do not change what a run computes
 USAGE = "self-supervised train PRESET [options]"
 VALUES = "Values are YAML: 0.3, true, none, [1.0, 0.1]. Lists of words need no brackets: knn,rank_me"
+SEE_HELP = " See --help for all names."
 
 from_yaml = jsonargparse.get_loader("yaml")
 
@@ -239,7 +249,8 @@ class Parser(jsonargparse.ArgumentParser):
         if message.lower().startswith("unrecognized arguments: "):
             given = message.split(": ")[1].split()[0].split("=")[0]
             name = given.lstrip("-")
-            message = f"unknown {'argument' if given == name else 'option'} {given}.{suggestion(name)}"
+            near = suggestion(name, known_names(), "--", SEE_HELP)
+            message = f"unknown {'argument' if given == name else 'option'} {given}.{near}"
             if given in PRESETS:
                 message = f"{given} is a preset. Pass exactly one, as the first argument."
         fail(message)
@@ -253,19 +264,6 @@ def fail(message: str) -> NoReturn:
 
 def known_names() -> tuple[str, ...]:
     return *RUN_OPTION_NAMES, *(attribute.name for attribute in attrs.fields(ModelParams))
-
-
-def suggestion(name: str, names: Sequence[str] | None = None, start: str = "--") -> str:
-    """Return ' Did you mean --lr?', with names that are spelled alike or have the initials of `name` as a word
-    (learning_rate: lr), or a reference to the help if there are none."""
-    names = names or known_names()
-    name = name.lower()
-    lower = {known.lower(): known for known in names}
-    alike = [lower[known] for known in difflib.get_close_matches(name, lower, n=3, cutoff=0.6)]
-    initials = "".join(word[0] for word in name.split("_") if word)
-    short = [known for known in names if initials in known.lower().split("_")]
-    found = (alike or sorted(short, key=lambda known: (not known.lower().startswith(initials), len(known))))[:3]
-    return f" Did you mean {', '.join(start + one for one in found)}?" if found else " See --help for all names."
 
 
 def parser(preset: str) -> Parser:
@@ -298,12 +296,6 @@ def parser(preset: str) -> Parser:
 class Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=44)
-
-
-def changed(settings: Any) -> dict[str, Any]:
-    """Return the fields in which settings differ from the defaults of their class."""
-    plain = attrs.asdict(type(settings)())
-    return {name: value for name, value in attrs.asdict(settings).items() if value != plain[name]}
 
 
 def differences(preset: str) -> str:
@@ -357,7 +349,7 @@ def preset_of(given: str | None, file: str | None) -> str:
         fail(f"preset={given}: {file} has preset={written}. Leave one of them out.")
     preset = str(given or written or fail(f"preset is missing. Pass one as the first argument: {', '.join(PRESETS)}."))
     if preset not in PRESETS:
-        fail(f"preset={preset}: unknown preset.{suggestion(preset, tuple(PRESETS), '')}")
+        fail(f"preset={preset}: unknown preset.{suggestion(preset, PRESETS, otherwise=SEE_HELP)}")
     return preset
 
 
@@ -373,7 +365,7 @@ def settings_in(file: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         fail(f"config={path}: has no settings. Write one `name: value` per line.")
     for name in set(content) - {"preset", *known_names()}:
-        fail(f"config={path}: unknown setting {name}.{suggestion(str(name))}")
+        fail(f"config={path}: unknown setting {name}.{suggestion(str(name), known_names(), '--', SEE_HELP)}")
     return content
 
 

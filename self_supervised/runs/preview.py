@@ -10,7 +10,7 @@ from attrs import asdict, evolve
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from model_params import ModelParams
+from model_params import PRESETS, ModelParams
 from self_supervised.data import loading
 from self_supervised.data.loader import images_and_labels
 from self_supervised.data.loading import resolve
@@ -51,7 +51,7 @@ def write_preview(params: ModelParams, path: str | Path, loader: Iterable[Any] |
 
 def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows: int = 8) -> list[Column]:
     """Return the columns for the first training batch: the originals, if they are known, then every view."""
-    params = resolve(ModelParams, params, None, {})[0]  # with the seed of pl.seed_everything
+    params = resolve(PRESETS, params, None, {})[0]  # with the seed of pl.seed_everything
     originals = None
     params = evolve(params, drop_last_batch=False)  # an incomplete batch is enough
     if loader is None:

@@ -91,8 +91,8 @@ def test_help_without_a_preset_lists_them_by_what_they_set(capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("byol --learning_rate 1", "unknown option --learning_rate. Did you mean --lr, --lr_scaling"),
-        ("byol --temperature=1", "unknown option --temperature. Did you mean --T, "),
+        ("byol --learning_rate 1", "unknown option --learning_rate. Did you mean --lr?"),
+        ("byol --temperature=1", "unknown option --temperature. Did you mean --T?"),
         ("byol --epochs 1", "Did you mean --max_epochs, "),
         ("byol stray", "unknown argument stray"),
         ("byoll", "preset=byoll: unknown preset. Did you mean byol?"),
