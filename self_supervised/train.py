@@ -165,7 +165,8 @@ def pretrain_stage(
 ) -> None:
     """Pretrain, and add the encoder's scores before and after to `results`."""
     if resumed is None or "random encoder" not in results:  # its scores are the first row of metrics.csv
-        run_folder.say("Scores of the random encoder:")
+        if model.params.is_evaluated:
+            run_folder.say("Scores of the random encoder:")
         results |= {"random encoder": validation_scores(fit, model), **labels_of(model)}
         write_on_rank_zero(out / "results.json", results)
         for callback in fit.callbacks:
@@ -179,7 +180,8 @@ def pretrain_stage(
     results |= labels_of(model)
     results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
-    run_folder.say("Scores of the trained encoder:")
+    if model.params.is_evaluated:
+        run_folder.say("Scores of the trained encoder:")
     results["trained encoder"] = validation_scores(fit, model)
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
@@ -288,7 +290,7 @@ def ending(out: Path, results: dict[str, Any]) -> str:
     encoder = out / "pretrained.ckpt"
     shown = {name: scores_line(value) if isinstance(value, dict) else value for name, value in results.items()}
     lines = [
-        *(f"{name}: {significant(value)}" for name, value in shown.items()),
+        *(f"{name}: {significant(value)}" for name, value in shown.items() if value != ""),
         "",
         f"encoder: {encoder}",
         f"results: {out / 'results.json'}",
