@@ -5,10 +5,8 @@
 The run is written to runs/demo, as by `self-supervised train`, together with results.md and the page report.html.
 """
 
-import logging
 import shutil
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,8 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, metavar="N", default=20, help="of pretraining; default: 20")
     parser.add_argument("--linear_epochs", type=int, metavar="N", default=10, help="of the classifier; default: 10")
     args = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")  # about our deliberately small numbers
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     with locked(OUT):
         run_demo(args.epochs, args.linear_epochs)
 
@@ -127,7 +123,8 @@ def run_demo(epochs: int, linear_epochs: int) -> None:
     results["trained encoder"] |= trained
     atomic_write(OUT / "results.json", to_json(results, indent=2))
     page = report.write_report([OUT], encoder=small_encoder())
-    print(f"\n{result}\n\n{time.time() - start:.0f} seconds. Curves, neighbors and a map, in a browser: {page}")
+    print(f"\n{result}\n\nencoder: {OUT / 'pretrained.ckpt'}\nlog: {OUT / 'log.txt'}")
+    print(f"{time.time() - start:.0f} seconds. Curves, neighbors and a map, in a browser: {page}")
 
 
 def delete_earlier_demo() -> None:

@@ -1,10 +1,14 @@
-"""Ends of programs: one line for errors that the user or the machine caused, a traceback for bugs of this library."""
+"""What programs print: warnings and errors that the user or the machine caused as one line, a traceback for bugs of
+this library, and nothing that is not about the run."""
 
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -15,11 +19,22 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # i
 LOST_WORKER = "DataLoader worker"  # likewise
 SHOW_STACK = "SELF_SUPERVISED_TRACEBACK"  # environment variable
 INTERRUPTED = 128 + signal.SIGINT  # exit status
+LIGHTNING = ("pytorch_lightning", "lightning_fabric")  # names of its loggers
+# parts of messages that say nothing about the run; log.txt keeps them
+NOISE = (
+    "\N{ELECTRIC LIGHT BULB} Tip: ",  # advertises a package
+    "GPU available: False",
+    "TPU available: False",
+    "stopped: `max_epochs=",  # as requested; other reasons to stop are shown
+    "LeafSpec",  # how Lightning calls PyTorch
+    "sync_dist=True",  # advice to the author of a LightningModule
+)
 
 
 @contextmanager
 def one_line_errors(*others: type[Exception]) -> Iterator[None]:
-    """Decorator or context manager for `main` that prints an explained error as one line and exits with status 1.
+    """Decorator or context manager for `main` that prints warnings as one line each, and an explained error as one line
+    before it exits with status 1.
 
     Ctrl-C exits with status 130. All other exceptions keep their traceback, and with the environment variable
     SELF_SUPERVISED_TRACEBACK=1, explained errors keep it, too. The log.txt of a run always has it (run_folder.logged).
@@ -28,7 +43,8 @@ def one_line_errors(*others: type[Exception]) -> Iterator[None]:
         others: more exceptions whose messages explain the error.
     """
     try:
-        yield
+        with quiet_terminal():
+            yield
         sys.stdout.flush()
     except KeyboardInterrupt:
         end("stopped by Ctrl-C", INTERRUPTED)
@@ -43,6 +59,33 @@ def one_line_errors(*others: type[Exception]) -> Iterator[None]:
         if os.environ.get(SHOW_STACK) or not (isinstance(error, (*EXPLAINED, *others)) or is_explained(error)):
             raise
         raise SystemExit(f"error: {message_of(error)}" if prints_errors() else 1) from error
+
+
+@contextmanager
+def quiet_terminal() -> Iterator[None]:
+    """Print each warning as one line without its place in the code, and neither warnings nor messages of Lightning that
+    are NOISE. What `run_folder.logged` writes does not change."""
+    earlier_format = warnings.formatwarning
+    handlers = [handler for name in LIGHTNING for handler in logging.getLogger(name).handlers]
+    warnings.formatwarning = warning_line
+    for handler in handlers:
+        handler.addFilter(is_about_the_run)
+    try:
+        yield
+    finally:
+        warnings.formatwarning = earlier_format
+        for handler in handlers:
+            handler.removeFilter(is_about_the_run)
+
+
+def warning_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """Return a warning as the line to print, "" if it is NOISE."""
+    line = " ".join(str(message).split())
+    return "" if any(noise in line for noise in NOISE) else f"warning: {line}\n"
+
+
+def is_about_the_run(record: logging.LogRecord) -> bool:
+    return not any(noise in record.getMessage() for noise in NOISE)
 
 
 def end(message: str, status: int) -> None:

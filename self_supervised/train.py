@@ -7,7 +7,7 @@ environment variable DATA_PATH is the directory of the data sets. With --resume 
 interrupted run. Multiple processes: docs/distributed.md.
 """
 
-import json
+import shlex
 import shutil
 import sys
 import time
@@ -33,7 +33,7 @@ from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
 from self_supervised.runs import command_line, dry_run, preflight, preview, run_folder
 from self_supervised.runs.command_line import RunOptions
-from self_supervised.runs.progress import Progress
+from self_supervised.runs.progress import Progress, scores_line, significant
 from self_supervised.safe_files import atomic_write, check_folder, to_json
 from self_supervised.training import checkpoints, parameter_groups
 from self_supervised.training.milestones import Best, EveryNEpochs, refuse_unknown
@@ -56,7 +56,7 @@ def trainer(out: Path, name: str, epochs: int, options: RunOptions) -> pl.Traine
         if options.save_every_n_epochs:
             callbacks.append(EveryNEpochs(folder, options.save_every_n_epochs))
     callbacks.append(checkpoints.Checkpoints(folder, options.checkpoint_every_n_steps))
-    return lightning_trainer(options, max_epochs=epochs, callbacks=callbacks)
+    return lightning_trainer(options, max_epochs=epochs, callbacks=callbacks, enable_model_summary=False)
 
 
 def trainer_of_dry_run(params: ModelParams, options: RunOptions, callbacks: list[pl.Callback]) -> pl.Trainer:
@@ -165,18 +165,23 @@ def pretrain_stage(
 ) -> None:
     """Pretrain, and add the encoder's scores before and after to `results`."""
     if resumed is None or "random encoder" not in results:  # its scores are the first row of metrics.csv
+        if model.params.is_evaluated:
+            run_folder.say("Scores of the random encoder:")
         results |= {"random encoder": validation_scores(fit, model), **labels_of(model)}
         write_on_rank_zero(out / "results.json", results)
         for callback in fit.callbacks:
             if isinstance(callback, Best):
                 callback.scores = set(results["random encoder"])
     fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: delete_outdated(out, results)))
+    run_folder.say(f"Pretraining. {dry_run.parts_text(model)}")
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
     results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
     results |= labels_of(model)
     results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
+    if model.params.is_evaluated:
+        run_folder.say("Scores of the trained encoder:")
     results["trained encoder"] = validation_scores(fit, model)
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
@@ -193,7 +198,7 @@ def linear_stage(
     fit = trainer(out, "linear", options.linear_epochs, options)
     resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit)
     fit.loggers = run_folder.get_loggers(out, "linear", options.logger, step)
-    run_folder.say("Training LinearClassifierMethod on the frozen encoder:")
+    run_folder.say(f"Training LinearClassifierMethod on the frozen encoder. {dry_run.parts_text(linear)}")
     start = time.time()
     fit.fit(linear, ckpt_path=resumed)
     results["linear minutes"] = results.get("linear minutes", 0) + (time.time() - start) / 60
@@ -277,4 +282,20 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
     preflight.check_run(options, params)
     results = run_or_resume(out, preset, options, params)
     with run_folder.logged(out / "log.txt"):
-        run_folder.say(json.dumps(results, indent=2))
+        run_folder.say(ending(out, results))
+
+
+def ending(out: Path, results: dict[str, Any]) -> str:
+    """Return what a run prints at its end: results, files, and the commands that read them."""
+    encoder = out / "pretrained.ckpt"
+    shown = {name: scores_line(value) if isinstance(value, dict) else value for name, value in results.items()}
+    lines = [
+        *(f"{name}: {significant(value)}" for name, value in shown.items() if value != ""),
+        "",
+        f"encoder: {encoder}",
+        f"results: {out / 'results.json'}",
+        f"log: {out / 'log.txt'}",
+        f"next: self-supervised evaluate {shlex.quote(str(encoder))}",
+        f"      self-supervised report {shlex.quote(str(out))}  (writes {out / 'report.html'})",
+    ]
+    return "\n".join(lines)

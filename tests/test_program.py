@@ -1,16 +1,19 @@
 """How programs end: in one line for what the user or the machine caused, with the stack for a fault of ours."""
 
 import importlib
+import io
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 
 import train_blog
 from benchmarks import moving_photographs
@@ -117,6 +120,41 @@ def test_interrupted_training_ends_in_a_line(tmp_path, digits_path):
                 process.send_signal(signal.SIGINT)
     assert process.returncode == 130, "".join(seen)
     assert "Traceback" not in "".join(seen) and "error: stopped by Ctrl-C" in "".join(seen)
+    assert not any(noise in "".join(seen) for noise in (*program.NOISE, ".py:"))
+    assert "TPU available: False" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_only_noise_is_hidden_in_the_terminal_and_only_within_the_program():
+    """A warning of collapse, unreadable files or an unused GPU, and messages of Lightning."""
+    shown = io.StringIO()
+    handler = logging.StreamHandler(shown)
+    logger = logging.getLogger("pytorch_lightning")
+    logger.addHandler(handler)
+    earlier = warnings.formatwarning
+    advice = "It is recommended to use `self.log('loss', ..., sync_dist=True)` when logging on epoch level"
+    with program.one_line_errors():
+        for text in ("GPU available: False, used: False", "GPU available: True (cuda), used: True"):
+            rank_zero_info(text)
+        rank_zero_info("`Trainer.fit` stopped: `max_epochs=2` reached.")
+        rank_zero_info("`Trainer.fit` stopped: `max_time` reached.")
+        lines = [
+            warnings.formatwarning(UserWarning(text), UserWarning, "module.py", 3)
+            for text in (advice, "collapse: a\n  is 1", "GPU available but not used.", "2 files could not be read: a")
+        ]
+    rank_zero_info("GPU available: False")
+    logger.removeHandler(handler)
+    assert lines == [
+        "",
+        "warning: collapse: a is 1\n",
+        "warning: GPU available but not used.\n",
+        "warning: 2 files could not be read: a\n",
+    ]
+    assert shown.getvalue().splitlines() == [
+        "GPU available: True (cuda), used: True",
+        "`Trainer.fit` stopped: `max_time` reached.",
+        "GPU available: False",
+    ]
+    assert warnings.formatwarning is earlier
 
 
 RUN = "--dataset_name digits --encoder_arch shufflenet_v2_x0_5 --logger csv --evaluations [] --seed 0 --warmup_epochs 0"

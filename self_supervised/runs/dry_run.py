@@ -109,6 +109,16 @@ def parts_table(model: SelfSupervisedMethod) -> Table:
     return made
 
 
+def parts_text(model: nn.Module) -> str:
+    """Return the number of parameters of each part in one line."""
+    counts = []
+    for name, part in model.named_children():
+        if count := sum(weight.numel() for weight in part.parameters()):
+            frozen = "" if any(weight.requires_grad for weight in part.parameters()) else " (not trained)"
+            counts.append(f"{PART_NAMES.get(name, name)} {count:,}{frozen}")
+    return f"Parameters: {', '.join(counts)}"
+
+
 def widths(part: nn.Module) -> str:
     """Return the widths of the linear layers of a head as text: 512 -> 2048 -> 128."""
     linear = [layer for layer in part.modules() if isinstance(layer, nn.Linear)]

@@ -21,7 +21,7 @@ THROUGHPUT_COLUMNS = ("step", "epoch", "images_per_second")  # not in metrics.cs
 
 
 class Progress(RichProgressBar):
-    """Lightning's progress bar with images per second and remaining time.
+    """Lightning's progress bar with images per second and remaining time, and metrics as a line per epoch.
 
     Images per second count all processes, as a moving average over batches without validations. The remaining time is
     that until the end of the last epoch. It includes validations once there has been one.
@@ -81,16 +81,31 @@ class Progress(RichProgressBar):
         super().on_validation_start(*args, **kwargs)
         self.batch_ended = None
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and trainer.progress_bar_metrics:
+            self.print(f"epoch {trainer.current_epoch}:", scores_line(trainer.progress_bar_metrics))
+
     def print(self, *args: Any, **kwargs: Any) -> None:
         run_folder.say(" ".join(map(str, args)))
 
     def get_metrics(self, *args: Any, **kwargs: Any) -> dict:
-        return {name: value for name, value in super().get_metrics(*args, **kwargs).items() if name != "v_num"}
+        return {}  # next to the bar, they would wrap
 
     def configure_columns(self, trainer: pl.Trainer) -> list:
         description = TextColumn("{task.description}")
         batches = TextColumn("{task.completed:.0f}/{task.total:.0f}")
         return [description, BarColumn(bar_width=20), batches, Status(self)]
+
+
+def scores_line(values: dict[str, Any]) -> str:
+    """Return names and values in one line."""
+    return ", ".join(f"{name} {significant(value)}" for name, value in values.items())
+
+
+def significant(value: Any) -> str:
+    """Return a value as it is printed: a number with four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def images_in(module: pl.LightningModule) -> int:

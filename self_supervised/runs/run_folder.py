@@ -198,7 +198,8 @@ def logged(path: Path) -> Iterator[None]:
 
     def show_and_log(message: Any, category: type, *args: Any, **kwargs: Any) -> None:
         show(message, category, *args, **kwargs)  # logging.captureWarnings would hide warnings in the terminal
-        LOG.warning("%s: %s", category.__name__, message)
+        file, line = args[:2]
+        LOG.warning("%s: %s (%s, line %d)", category.__name__, message, file, line)
 
     for source in sources:
         source.addHandler(handler)

@@ -247,7 +247,8 @@ def test_the_folder_says_what_was_run_and_repeats_it(run):
     assert table[0].split() == ["parameter", "shape", "lr", "layer", "momentum", "decay"]
     assert {line.split()[0] for line in table[1:]} < saved_weights.keys()
     log = (run / "log.txt").read_text()
-    assert "images per optimizer step" in log and "valid_knn20_acc" in log and '"trained encoder"' in log
+    assert "images per optimizer step" in log and "valid_knn20_acc" in log and "trained encoder: valid_" in log
+    assert f"next: self-supervised evaluate {run / 'pretrained.ckpt'}\n" in log
     assert list((run / "pretraining").glob("events.out.tfevents.*")) and (run / "splits").is_dir()
     norms = [float(row["grad_norm_model"]) for row in rows_of(run) if row.get("grad_norm_model")]
     assert all(norm > 0 for norm in norms)
@@ -417,7 +418,7 @@ def test_log_keeps_what_is_said_warnings_and_the_stack_of_an_error(tmp_path, cap
     run_folder.say("later")
     text = (tmp_path / "log.txt").read_text()
     assert len(shown) == 1 and capsys.readouterr().out == "\x1b[1m50 %s\x1b[0m done\nlater\n"
-    assert all(part in text for part in (" 50 %s done\n", " informed\n", "UserWarning: odd\n", "Traceback", "a note\n"))
+    assert all(part in text for part in (" 50 %s done\n", " informed\n", "UserWarning: odd (", "Traceback", "a note\n"))
     assert "later" not in text
 
 
