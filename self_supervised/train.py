@@ -71,7 +71,7 @@ def logging_callbacks(options: RunOptions) -> list[pl.Callback]:
 
 
 def lightning_trainer(options: RunOptions, **more: Any) -> pl.Trainer:
-    """Return a Trainer with the arguments in `options` and `more`.
+    """Return a Trainer with the arguments in `options` and `more`, which win.
 
     Raises:
         ValueError: Lightning rejects an argument; the message names all that differ from their defaults.
@@ -79,7 +79,7 @@ def lightning_trainer(options: RunOptions, **more: Any) -> pl.Trainer:
     given = options.trainer_arguments()
     plain = RunOptions().trainer_arguments()
     try:
-        return pl.Trainer(logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **given, **more)
+        return pl.Trainer(logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **(given | more))
     except (TypeError, ValueError, MisconfigurationException) as error:
         refused = ", ".join(f"{name}={value!r}" for name, value in given.items() if value != plain[name])
         raise ValueError(f"{refused}: rejected by Lightning. {' '.join(str(error).split())}") from error

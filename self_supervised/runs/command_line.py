@@ -42,10 +42,11 @@ from self_supervised.fields import (
     suggestion,
 )
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")  # names that pl.Trainer accepts
 LOGGERS = {"tensorboard": "tensorboard", "csv": None, "wandb": "wandb", "mlflow": "mlflow"}  # name -> package it needs
 TRAINER_OPTIONS = (
-    "precision", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "sync_batchnorm", "max_time",
-    "limit_train_batches", "log_every_n_steps", "deterministic",
+    "precision", "accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "sync_batchnorm",
+    "max_time", "limit_train_batches", "limit_val_batches", "gradient_clip_val", "log_every_n_steps", "deterministic",
 )  # fmt: skip
 COMMAND_OPTIONS = ("out", "resume", "dry_run", "preview", "print_config")  # do not change what a run computes
 USAGE = "self-supervised train PRESET [options]"
@@ -117,6 +118,7 @@ class RunOptions:
 
     # the Trainer
     precision: str = choice("32-true", ("32-true", "16-mixed", "bf16-mixed"))  # floating point; mixed is for GPUs
+    accelerator: str = choice("auto", ACCELERATORS)  # kind of device; auto: a GPU if there is one
     devices: int | str | list[int] = "auto"  # number of devices, or a list of them
     num_nodes: int = positive(1)  # number of machines
     strategy: str = "auto"  # distributed strategy: ddp, ddp_find_unused_parameters_true, fsdp, ...
@@ -124,6 +126,9 @@ class RunOptions:
     sync_batchnorm: bool = False  # compute batch statistics over all processes
     max_time: str | None = None  # time limit DD:HH:MM:SS, after which the training ends as if it were finished
     limit_train_batches: int | float | None = number(None, above=0)  # number of batches per epoch, or fraction of them
+    # number of batches per validation, or fraction of them, from which all scores are computed; 0: no validation
+    limit_val_batches: int | float | None = number(None)
+    gradient_clip_val: float | None = number(None, above=0)  # norm to which the gradients of all weights are clipped
     log_every_n_steps: int = positive(50)  # optimizer steps per row of metrics.csv; choose fewer for short epochs
     deterministic: bool = False  # use only algorithms with bit-identical results, or raise an error; slower
 
@@ -139,11 +144,12 @@ class RunOptions:
                 raise ValueError(f"save_best={wanted!r}: unknown mode. Pass a metric's NAME, NAME:min or NAME:max.")
         if self.max_time is not None and not re.fullmatch(r"\d+(:\d\d){3}", self.max_time):
             raise ValueError(f"max_time={self.max_time!r}: must be DD:HH:MM:SS, such as 00:10:00:00 for ten hours.")
-        limit = self.limit_train_batches
-        if isinstance(limit, float) and limit > 1:
-            raise ValueError(
-                f"limit_train_batches={limit}: a fraction is at most 1.0. Pass a whole number to limit the batches."
-            )
+        for name in ("limit_train_batches", "limit_val_batches"):
+            limit = getattr(self, name)
+            if isinstance(limit, float) and limit > 1:
+                raise ValueError(
+                    f"{name}={limit}: a fraction is at most 1.0. Pass a whole number to limit the batches."
+                )
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Return the arguments of pl.Trainer."""

@@ -113,6 +113,10 @@ def test_help_without_a_preset_lists_them_by_what_they_set(capsys):
         ("byol --logger tensorbord", "logger='tensorbord': unknown logger"),
         ("byol --save_best valid_loss:least", "save_best='valid_loss:least': "),
         ("byol --limit_train_batches 1.5", "limit_train_batches=1.5: "),
+        ("byol --limit_val_batches 1.5", "limit_val_batches=1.5: "),
+        ("byol --limit_val_batches -1", "limit_val_batches=-1 must be "),
+        ("byol --gradient_clip_val 0", "gradient_clip_val=0 must be above 0"),
+        ("byol --accelerator gpus", "accelerator='gpus' is unknown: choose one of auto, cpu, gpu"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(line, message, capsys):
@@ -288,6 +292,33 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
 
 def interrupted(*_) -> None:
     raise ValueError("interrupted")
+
+
+def test_the_trainer_clips_gradients_and_limits_validation(monkeypatch, tmp_path):
+    """After clipping, the norm over all weights is at most the limit; the norm that is logged is the one before."""
+    norms, batches = [], []
+
+    def step(self, *args, **kwargs):
+        found = [p.grad.norm() for p in self.parameters() if p.grad is not None]
+        norms.append(float(torch.stack(found).norm()) if found else 0.0)
+        return made(self, *args, **kwargs)
+
+    made = train.SelfSupervisedMethod.on_before_zero_grad
+    monkeypatch.setattr(train.SelfSupervisedMethod, "on_before_zero_grad", step)
+    scored = train.SelfSupervisedMethod.validation_step
+    monkeypatch.setattr(
+        train.SelfSupervisedMethod, "validation_step", lambda self, *a: batches.append(1) or scored(self, *a)
+    )
+    line = f"{SMALL} --max_epochs 1 --limit_train_batches 2 --evaluations rank_me --accelerator cpu --logger csv"
+    main(f"{line} --gradient_clip_val 0.01 --limit_val_batches 1 --out {tmp_path / 'run'}", monkeypatch)
+    clipped = [norm for norm in norms if norm > 0]
+    assert clipped and max(clipped) == pytest.approx(0.01, rel=1e-3)
+    assert len(batches) == 3  # before, after each of one epoch, and at the end
+    before = len(batches)
+    main(f"{line} --limit_val_batches 0 --out {tmp_path / 'none'}", monkeypatch)
+    assert len(batches) == before and json.loads((tmp_path / "none" / "results.json").read_text())["epochs"] == 1
+    main(f"{line} --limit_val_batches 0 --dry_run", monkeypatch)  # which validates one batch
+    assert len(batches) == before + 1
 
 
 @pytest.mark.parametrize(
