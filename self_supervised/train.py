@@ -31,7 +31,7 @@ from self_supervised.data import custom
 from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
-from self_supervised.runs import command_line, dry_run, preflight, preview, run_folder
+from self_supervised.runs import command_line, dry_run, effective, preflight, preview, run_folder
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.progress import Progress, scores_line, significant
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
@@ -192,8 +192,8 @@ def pretrain_stage(
     fit.fit(model, ckpt_path=resumed)
     keep_minutes()
     results |= labels_of(model)
-    results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
+    results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     if model.params.is_evaluated:
         run_folder.say("Scores of the trained encoder:")
     results["trained encoder"] = validation_scores(fit, model)
@@ -249,12 +249,18 @@ def run_or_resume(
         fit = trainer(out, "pretraining", params.max_epochs, options)
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
         resumed, step = resume_point(options.resume, out, "pretraining", model, fit)
-        config = command_line.to_yaml(preset, options, model.params)
+        config = effective.config_text(preset, options, model.params)
         run_folder.begin_run_folder(out, config, sys.argv, resumes=resumed is not None)
+
+        def write_plan(*_: Any) -> None:
+            write_on_rank_zero(out / "config.yaml", effective.config_text(preset, options, model.params, model.plan))
+
+        fit.callbacks.append(LambdaCallback(on_train_start=write_plan))
         fit.loggers = run_folder.get_loggers(out, "pretraining", options, step)
         table = parameter_groups.printed(model.parameter_table(), params.optimizer_name)
         write_on_rank_zero(out / "parameters.txt", table)
         pretrain_stage(fit, model, resumed, out, results)
+        write_plan()  # of a training that was complete
         if options.linear_epochs:
             linear_stage(out, options, model.params, results, encoder, linear_settings)
     return results
@@ -267,7 +273,7 @@ def run_or_resume(
 def main(arguments: Sequence[str] | None = None) -> None:
     preset, options, params = command_line.parse(sys.argv[1:] if arguments is None else arguments)
     if options.print_config:
-        print(command_line.to_yaml(preset, options, params), end="")
+        print(effective.config_text(preset, options, params), end="")
     elif options.preview:
         print(preview.write_preview(params, options.preview))
     elif options.dry_run:

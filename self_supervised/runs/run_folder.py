@@ -1,6 +1,6 @@
 """Directory of a run, whose files suffice to read, compare and repeat it.
 
-config.yaml     resolved settings: `self-supervised train --config config.yaml` is the same run
+config.yaml     resolved settings, for `self-supervised train --config config.yaml`; and, as a comment, what they mean
 command.txt     the command, and every command that resumed the run
 run.json        time, versions, git commit and machine of each of these commands, and the id of the run for trackers
 parameters.txt  learning rate, momentum and weight decay of each parameter
@@ -37,6 +37,7 @@ from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_js
 
 LIBRARIES = ("self-supervised", "torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
 FIXED = ("preset", "optimizer_name")  # settings that cannot change; checkpoints.refuse_another_model checks the others
+EFFECTIVE = "\n# Effective settings, in words (not read by --config):\n#\n"  # starts the comment in config.yaml
 Kind = TypeVar("Kind", dict, list)
 LOG = logging.getLogger("self_supervised")  # writes only to log.txt: `say` and warnings print themselves
 LOG.setLevel(logging.INFO)
@@ -104,7 +105,8 @@ def keep_edited(config: Path) -> None:
     if not config.is_file():
         return
     text = text_of_file(config)
-    if yaml.safe_dump(yaml.safe_load(text), sort_keys=False) != text:  # not as `command_line.to_yaml` writes it
+    settings = text.partition(EFFECTIVE)[0]
+    if yaml.safe_dump(yaml.safe_load(settings), sort_keys=False) != settings:  # not as `command_line.to_yaml` writes it
         kept = config.with_name(f"config_by_hand_{time.strftime('%Y%m%d_%H%M%S')}.yaml")
         atomic_write(kept, text)
         say(f"{config} was edited by hand. A copy is in {kept.name}.")
@@ -131,6 +133,16 @@ def settings_of_run(out: Path) -> dict[str, Any]:
         ValueError: the file is corrupt.
     """
     return content_of(out / "config.yaml", yaml.safe_load, dict)
+
+
+def effective_of(out: Path) -> dict[str, Any]:
+    """Return the effective settings in config.yaml, or {} if it has none; see `settings_of_run`."""
+
+    def read(text: str) -> Any:
+        lines = text.partition(EFFECTIVE)[2].splitlines()
+        return yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines)) or {}
+
+    return content_of(out / "config.yaml", read, dict)
 
 
 def results_of(out: Path) -> dict[str, Any]:
