@@ -63,7 +63,7 @@ def effective_settings(params: ModelParams, plan: optimizers.Plan | None = None)
         "evaluation view": evaluation_text(p),
         "normalization": normalization_text(p),
         "batch": batch,
-        "length": ": ".join([f"{p.max_epochs} epochs", *length]),
+        "length": ", ".join([f"{p.max_epochs} epochs", *length]),
         "optimizer": optimizer_text(p),
         "learning rate": rate_text(p, plan),
     }

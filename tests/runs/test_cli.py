@@ -204,7 +204,7 @@ def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch,
     assert cells["normalization"] == ["mean 0.3053, standard deviation 0.376 of pixel values from 0 to 1"]
     rate = "peak 0.2 = 0.4 x 128 / 256; linear warm-up from 0 in 1 epochs (10 steps)"
     assert cells["learning rate"][0].startswith(rate)
-    assert "3 epochs: 30 steps, 10 an epoch" in shown  # 0.4 x 128 / 256; 1297 / 128
+    assert "3 epochs, 30 steps, 10 an epoch" in shown  # 0.4 x 128 / 256; 1297 / 128
     assert "1,297 for training, 500 for evaluation" in shown and not list(tmp_path.iterdir())
 
 
@@ -248,7 +248,7 @@ def test_the_folder_says_what_was_run_and_repeats_it(run):
     }
     assert parse(f"--config {run / 'config.yaml'}")[2] == parse(RUN.format(out=run))[2]
     assert (run / "command.txt").read_text() == f"self-supervised train {RUN.format(out=run)}\n"
-    assert run_folder.effective_of(run)["length"].startswith(f"3 epochs: {checkpoint['global_step']} steps, ")
+    assert run_folder.effective_of(run)["length"].startswith(f"3 epochs, {checkpoint['global_step']} steps, ")
     (start,) = json.loads((run / "run.json").read_text())
     assert start["versions"]["torch"] == torch.__version__.split("+")[0] and start["time"].startswith("20")
     assert start["versions"]["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", start["versions"]["commit"])
@@ -292,7 +292,7 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     assert (out / "command.txt").read_text().splitlines()[1] == f"self-supervised train {line}"
     assert len(json.loads((out / "run.json").read_text())) == 5
     assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3  # of the resumed run
-    assert run_folder.effective_of(out)["length"].startswith("4 epochs: 8 steps") and not [*out.glob("config_by_hand*")]
+    assert run_folder.effective_of(out)["length"].startswith("4 epochs, 8 steps") and not [*out.glob("config_by_hand*")]
     assert len([row for row in rows_of(out) if row["valid_knn20_acc"]]) == 5 + 1  # random, four epochs, the end
 
 
