@@ -256,7 +256,7 @@ class SelfSupervisedMethod(BaseMethod):
         for index, (x, y) in enumerate(sets):
             scores = {name + (f"_{index}" if index else ""): value for name, value in self.scores(x, y, train).items()}
             self.log_dict(scores)
-            self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
+            self.print(f"epoch {self.epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
         """Return the embeddings [N, E] of a batch in at least float32, NaN for images that could not be read."""

@@ -31,11 +31,11 @@ from self_supervised.data import custom
 from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
-from self_supervised.runs import command_line, dry_run, preflight, preview, run_folder
+from self_supervised.runs import command_line, dry_run, preflight, preview
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.progress import Progress, scores_line, significant
 from self_supervised.safe_files import atomic_write, check_folder, to_json
-from self_supervised.training import checkpoints, parameter_groups
+from self_supervised.training import checkpoints, parameter_groups, run_folder
 from self_supervised.training.milestones import Best, EveryNEpochs, refuse_unknown
 from self_supervised.training.monitor import GradientNorms, LearningRate
 
@@ -50,7 +50,8 @@ def trainer(out: Path, name: str, epochs: int, options: RunOptions) -> pl.Traine
     """Return the Trainer of one stage, without loggers. `Checkpoints` comes last, since it saves the state of the
     milestones."""
     folder = out / name / "checkpoints"
-    callbacks = [Progress(out / name / "throughput.csv"), *logging_callbacks(options)]
+    first_epoch = run_folder.first_epoch(out)
+    callbacks = [Progress(out / name / "throughput.csv", first_epoch), *logging_callbacks(options)]
     if name == "pretraining":
         callbacks += [Best(folder, wanted) for wanted in options.save_best]
         if options.save_every_n_epochs:
@@ -195,6 +196,7 @@ def linear_stage(
     `preflight.linear_settings`."""
     settings = preflight.linear_settings(options, params) | settings
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", encoder, **settings)
+    linear.first_epoch = run_folder.first_epoch(out)
     fit = trainer(out, "linear", options.linear_epochs, options)
     resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit)
     fit.loggers = run_folder.get_loggers(out, "linear", options.logger, step)
@@ -230,6 +232,7 @@ def run_or_resume(
         params = attrs.evolve(params, splits_path=(was_moved and kept_lists(out.resolve())) or lists)
         custom.has_written(params)  # raises if the lists were drawn with other settings, before config.yaml is written
     model = SelfSupervisedMethod(params, encoder=encoder)
+    model.first_epoch = run_folder.first_epoch(out)
     with run_folder.logged(out / "log.txt"):
         fit = trainer(out, "pretraining", params.max_epochs, options)
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.

@@ -21,9 +21,9 @@ from rich.table import Table
 from self_supervised.evaluation.results import deviation
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
-from self_supervised.runs import run_folder
 from self_supervised.runs.command_line import parser_of, text
 from self_supervised.safe_files import rows_of
+from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite, lowest_is_best, uses_test_labels
 
 BEST = "best "  # prefix of results that are the best of an evaluated column of metrics.csv
@@ -72,7 +72,7 @@ def read_run(folder: str | Path) -> Run:
 
 def results_of_run(folder: Path) -> dict[str, float]:
     """Return the numbers of results.json and, from metrics.csv, the last training loss and the best value of each
-    column that is evaluated per epoch. The first row, that of the random encoder, is not an epoch."""
+    column that is evaluated per epoch. The random encoder's row is not an epoch."""
     written = run_folder.results_of(folder)
     found = {}
     for name, value in written.items():
@@ -81,13 +81,16 @@ def results_of_run(folder: Path) -> dict[str, float]:
         elif isinstance(value, int | float) and (name != "epochs" or "trained encoder" in written):
             found[name] = value  # earlier versions wrote the planned "epochs" at the start of a run
     _, rows = rows_of(folder / "pretraining" / "metrics.csv")
+    from_zero = run_folder.first_epoch(folder) == 0
     for name in rows[0] if rows else []:
-        numbers = [float(row[name]) for row in rows if row[name]]
+        numbers = [float(row[name]) for row in rows if row[name] and (from_zero or row.get("epoch") != "0")]
+        if from_zero and f"random encoder: {name}" in found:
+            del numbers[0]
         if name == LAST and numbers:
             found[f"last {name}"] = numbers[-1]
-        elif name.startswith("valid_") and (epochs := numbers[f"random encoder: {name}" in found :]):
+        elif name.startswith("valid_") and numbers:
             best = min if lowest_is_best(name) else max
-            found[BEST + name] = best(filter(is_finite, epochs), default=math.nan)
+            found[BEST + name] = best(filter(is_finite, numbers), default=math.nan)
     return found
 
 

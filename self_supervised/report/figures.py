@@ -9,6 +9,7 @@ import numpy as np
 from attrs import frozen
 
 from self_supervised.safe_files import rows_of
+from self_supervised.training import run_folder
 from self_supervised.training.monitor import COLLAPSED_STD
 
 MOST_POINTS = 2000  # per line
@@ -212,5 +213,5 @@ def as_lists(steps: np.ndarray, values: np.ndarray) -> dict[str, list]:
 
 def steps_per_epoch(folder: Path) -> float | None:
     """Return the optimizer steps per epoch; None if the run has no throughput.csv."""
-    epochs = read_metrics(folder / "pretraining/throughput.csv").get("epoch")
-    return float(epochs[0][-1] / (epochs[1][-1] + 1)) if epochs and len(epochs[0]) else None
+    steps, epochs = read_metrics(folder / "pretraining/throughput.csv").get("epoch", ([], []))
+    return float(steps[-1] / (epochs[-1] + 1 - run_folder.first_epoch(folder))) if len(steps) else None

@@ -20,10 +20,10 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import train
-from self_supervised.report import compare, tables
-from self_supervised.runs import command_line, dry_run, progress, run_folder
+from self_supervised.report import compare, figures, tables
+from self_supervised.runs import command_line, dry_run, progress
 from self_supervised.runs.command_line import RunOptions
-from self_supervised.training import milestones
+from self_supervised.training import milestones, run_folder
 from self_supervised.training.monitor import GradientNorms
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore:save_best", "ignore::ResourceWarning")
@@ -233,6 +233,15 @@ def test_the_best_checkpoint_is_of_the_best_epoch(run, name, choose):
         assert known == choose(values) and saved["epoch"] == values.index(choose(values))
     first = torch.load(run / "pretraining" / "checkpoints" / "epoch_0002.ckpt", weights_only=True)
     assert (known == choose(known, first["callbacks"][f"Best{{{name}}}"]["best"])) and first["epoch"] == 1
+
+
+def test_epochs_are_counted_from_one_in_every_file(run):
+    rows = rows_of(run)
+    assert [row["epoch"] for row in rows if row["valid_knn20_acc"]] == ["0", "1", "2", "3", "3"]
+    logged = [row["epoch"] for row in csv.DictReader((run / "pretraining" / "throughput.csv").open())]
+    assert logged == ["1", "2", "3"] and figures.steps_per_epoch(run) == 2
+    said = re.findall(r"(Scores of|epoch \d+(?=: valid))", (run / "log.txt").read_text())
+    assert said == ["Scores of", "epoch 0", "epoch 1", "epoch 2", "epoch 3", "Scores of", "epoch 3", "epoch 1"]
 
 
 def test_the_folder_says_what_was_run_and_repeats_it(run):
@@ -498,7 +507,7 @@ def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
     assert bar.status == "8 images/s, 0:00:12 left"
     now[0] += 100  # of a validation
     bar.on_train_epoch_end(SimpleNamespace(global_step=4, current_epoch=0), module)
-    assert file.read_text().splitlines() == ["step,epoch,images_per_second", "4,0,8.0"]
+    assert file.read_text().splitlines() == ["step,epoch,images_per_second", "4,1,8.0"]
 
 
 # ---- comparing ----

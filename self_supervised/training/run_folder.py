@@ -2,7 +2,7 @@
 
 config.yaml     resolved settings: `self-supervised train --config config.yaml` is the same run
 command.txt     the command, and every command that resumed the run
-run.json        time, versions, git commit and machine of each of these commands
+run.json        time, versions, git commit and machine of each of these commands; number of the first epoch in CSV files
 parameters.txt  learning rate, momentum and weight decay of each parameter
 log.txt         messages, warnings and errors
 results.json    scores
@@ -93,7 +93,9 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str]) -> None:
     commands = out / "command.txt"
     before = text_of_file(commands) if commands.is_file() else ""
     atomic_write(commands, before + as_typed(arguments) + "\n")
-    atomic_write(out / "run.json", to_json([*starts_of(out), machine_facts()], indent=2))
+    atomic_write(
+        out / "run.json", to_json([*starts_of(out), {**machine_facts(), "first epoch": first_epoch(out)}], indent=2)
+    )
 
 
 def keep_edited(config: Path) -> None:
@@ -141,6 +143,16 @@ def starts_of(out: Path) -> list[dict[str, Any]]:
     if not all(isinstance(start, dict) for start in found):
         raise ValueError(f"{out / 'run.json'}: must be a list of objects. Correct the file, or move it away.")
     return found
+
+
+def first_epoch(out: Path) -> int:
+    """Return the number of the first epoch in the CSV files of a run.
+
+    It is 1, and epoch 0 is the untrained encoder. Earlier versions wrote Lightning's count, 0 for the first epoch. A run
+    that they began is resumed with their count, so that its files have only one.
+    """
+    first = next(iter(starts_of(out)), {"first epoch": 1})
+    return first.get("first epoch", 0)
 
 
 def content_of(path: Path, parse: Callable[[str], Any], kind: type[Kind]) -> Kind:
