@@ -148,8 +148,8 @@ def starts_of(out: Path) -> list[dict[str, Any]]:
 def first_epoch(out: Path) -> int:
     """Return the number of the first epoch in the CSV files of a run.
 
-    It is 1, and epoch 0 is the untrained encoder. Earlier versions wrote Lightning's count, 0 for the first epoch. A run
-    that they began is resumed with their count, so that its files have only one.
+    It is 1, and epoch 0 is the untrained encoder. Earlier versions wrote Lightning's count, 0 for the first epoch. Runs
+    that they began are resumed with that count, so that each file has only one.
     """
     first = next(iter(starts_of(out)), {"first epoch": 1})
     return first.get("first epoch", 0)
