@@ -141,11 +141,6 @@ def validation_scores(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, 
     return next(iter(fit.validate(method, verbose=False)), {})  # no scores if `evaluations` is empty
 
 
-def labels_of(model: SelfSupervisedMethod) -> dict[str, str]:
-    """Return the line on the labels as a result; {} for packed data sets, whose classes are known."""
-    return {"labels": model.about_labels.removeprefix("labels: ")} if model.about_labels else {}
-
-
 @rank_zero_only
 def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
     atomic_write(path, content if isinstance(content, str) else to_json(content, indent=2))
@@ -168,7 +163,7 @@ def pretrain_stage(
     if resumed is None or "random encoder" not in results:  # its scores are the first row of metrics.csv
         if model.params.is_evaluated:
             run_folder.say("Scores of the random encoder:")
-        results |= {"random encoder": validation_scores(fit, model), **labels_of(model)}
+        results |= {"random encoder": validation_scores(fit, model), **model.labels_result()}
         write_on_rank_zero(out / "results.json", results)
         for callback in fit.callbacks:
             if isinstance(callback, Best):
@@ -178,7 +173,7 @@ def pretrain_stage(
     start = time.time()
     fit.fit(model, ckpt_path=resumed)
     results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
-    results |= labels_of(model)
+    results |= model.labels_result()
     results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     if model.params.is_evaluated:
@@ -233,6 +228,7 @@ def run_or_resume(
         custom.has_written(params)  # raises if the lists were drawn with other settings, before config.yaml is written
     model = SelfSupervisedMethod(params, encoder=encoder)
     model.first_epoch = run_folder.first_epoch(out)
+    model.is_recorded = False  # but here
     with run_folder.logged(out / "log.txt"):
         fit = trainer(out, "pretraining", params.max_epochs, options)
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.

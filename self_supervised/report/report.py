@@ -77,7 +77,7 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
         "runs": about,
         "settings": tables.setting_rows(runs),
         "results": tables.result_rows(runs),
-        "caution": compare.caution(runs),
+        "caution": " ".join(filter(None, (compare.missing_scores(runs), compare.caution(runs)))),
         "figures": figures.figures_of_runs(folders, silent),
     }
 

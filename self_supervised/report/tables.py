@@ -39,6 +39,8 @@ def facts_of_run(run: Run, name: str) -> dict[str, Any]:
     facts = {label: v for label, v in run.circumstances.items() if v and not is_version(label)} | {"versions": versions}
     if labels := run_folder.results_of(run.folder).get("labels"):
         facts = {"labels": labels} | facts
+    if plan := last.get("plan"):
+        facts = {"plan": plan} | facts
     return {
         "name": name,
         "preset": run.settings.get("preset", ""),
@@ -67,7 +69,7 @@ def state(run: Run) -> str:
     if trained is not None and run.settings.get("max_time"):
         return f"stopped by max_time in epoch {trained} of {planned}"
     first = run_folder.first_epoch(run.folder)
-    _, epochs = figures.read_metrics(run.folder / figures.PRETRAINING).get("epoch", ([], [first]))
+    _, epochs = figures.read_metrics(run_folder.file_of(run.folder, figures.PRETRAINING)).get("epoch", ([], [first]))
     return f"not finished: in epoch {max(1, epochs[-1] + 1 - first):.0f} of {planned}"
 
 

@@ -51,6 +51,10 @@ class BaseMethod(pl.LightningModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         return TrainingMonitor.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
 
+    def labels_result(self) -> dict[str, str]:
+        """Return the line on the labels as a result; {} for packed data sets, whose classes are known."""
+        return {"labels": self.about_labels.removeprefix("labels: ")} if self.about_labels else {}
+
     @property
     def epoch(self) -> int:
         """Number of the epoch as users count it: 0 before the training, n in the n-th epoch and after it. Lightning's

@@ -9,6 +9,9 @@ results.json    scores
 pretraining/    metrics.csv, throughput.csv, TensorBoard's events, checkpoints/
 linear/         the same of the linear stage
 splits/         lists of the images in each split, if they were drawn at random
+
+A run that is made in Python has config.yaml, run.json, results.json and metrics.csv in the directory of its logger
+(record.TrainingRecord).
 """
 
 import csv
@@ -80,9 +83,14 @@ def as_typed(arguments: Sequence[str]) -> str:
 
 
 @rank_zero_only
-def begin_run_folder(out: Path, config: str, arguments: Sequence[str]) -> None:
-    """Write config.yaml, command.txt and run.json of a run that starts or resumes. Changed settings are printed."""
-    (out / "splits").mkdir(parents=True, exist_ok=True)
+def begin_run_folder(out: Path, config: str, arguments: Sequence[str], **facts: Any) -> None:
+    """Write config.yaml, command.txt and run.json of a run that starts or resumes. Changed settings are printed.
+
+    Args:
+        arguments: command line; empty: the run is made in Python and has no command.txt.
+        facts: what run.json says of this start in addition.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     old = settings_of_run(out)
     new = yaml.safe_load(config)
     keep_edited(out / "config.yaml")
@@ -90,12 +98,13 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str]) -> None:
     if changed:
         say(f"{out} resumes with changed settings: {', '.join(changed)}")
     atomic_write(out / "config.yaml", config)
-    commands = out / "command.txt"
-    before = text_of_file(commands) if commands.is_file() else ""
-    atomic_write(commands, before + as_typed(arguments) + "\n")
-    atomic_write(
-        out / "run.json", to_json([*starts_of(out), {**machine_facts(), "first epoch": first_epoch(out)}], indent=2)
-    )
+    if arguments:
+        commands = out / "command.txt"
+        before = text_of_file(commands) if commands.is_file() else ""
+        atomic_write(commands, before + as_typed(arguments) + "\n")
+        (out / "splits").mkdir(exist_ok=True)
+    facts = {**machine_facts(), "first epoch": first_epoch(out), **facts}
+    atomic_write(out / "run.json", to_json([*starts_of(out), facts], indent=2))
 
 
 def keep_edited(config: Path) -> None:
@@ -143,6 +152,18 @@ def starts_of(out: Path) -> list[dict[str, Any]]:
     if not all(isinstance(start, dict) for start in found):
         raise ValueError(f"{out / 'run.json'}: must be a list of objects. Correct the file, or move it away.")
     return found
+
+
+def file_of(out: Path, name: str) -> Path:
+    """Return the path of a file of a run. A run that is made in Python has no pretraining/; its files are one up."""
+    return out / (name if (out / "pretraining").is_dir() else name.removeprefix("pretraining/"))
+
+
+def which(folder: Path) -> str:
+    """Return the advice for a directory that is not that of a run."""
+    near = sorted(folder.glob("*/run.json"))
+    named = f"such as {near[-1].parent}" if near else "--out of the command, or log_dir of the logger in Python"
+    return f"Pass the directory of a run, {named}."
 
 
 def first_epoch(out: Path) -> int:
