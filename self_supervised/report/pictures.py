@@ -120,7 +120,7 @@ def checkpoint(folder: Path) -> Path:
     newest = end if end.is_file() else checkpoints.newest(saved)
     newest = newest or max(saved.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
-        raise FileNotFoundError(f'{folder.name} has no checkpoint. Save one: trainer.save_checkpoint("{end}")')
+        raise FileNotFoundError(f"{folder.name} has no checkpoint")
     return newest
 
 
