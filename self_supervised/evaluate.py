@@ -30,8 +30,8 @@ from self_supervised.fields import as_path
 from self_supervised.networks.pretrained import checkpoint_of, compared, load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import add_fields, parser_of
-from self_supervised.runs.run_folder import versions
 from self_supervised.safe_files import check_folder
+from self_supervised.training.run_folder import versions
 
 READING_OPTIONS = (
     "data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",

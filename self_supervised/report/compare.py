@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 from attrs import frozen
 from rich.console import Console
 from rich.table import Table
@@ -21,9 +22,9 @@ from rich.table import Table
 from self_supervised.evaluation.results import deviation
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
-from self_supervised.runs import run_folder
-from self_supervised.runs.command_line import parser_of, text
+from self_supervised.runs.command_line import RunOptions, parser_of, text
 from self_supervised.safe_files import rows_of
+from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite, lowest_is_best, uses_test_labels
 
 BEST = "best "  # prefix of results that are the best of an evaluated column of metrics.csv
@@ -62,7 +63,7 @@ def read_run(folder: str | Path) -> Run:
     folder = as_path(folder)
     settings = run_folder.settings_of_run(folder)
     if not settings:
-        raise ValueError(f"{folder} is not a run: it has no config.yaml. Pass the directory of a run.")
+        raise ValueError(f"{folder} is not a run: it has no config.yaml. {run_folder.which(folder)}")
     last = next(reversed(run_folder.starts_of(folder)), {})
     where = {name: last.get(name) for name in ("machine", "gpus")}
     versions = {f"{name} version": number for name, number in last.get("versions", {}).items() if name != "commit"}
@@ -73,7 +74,7 @@ def read_run(folder: str | Path) -> Run:
 
 def results_of_run(folder: Path) -> dict[str, float]:
     """Return the numbers of results.json and, from metrics.csv, the last training loss and the best value of each
-    column that is evaluated per epoch. The first row, that of the random encoder, is not an epoch."""
+    column that is evaluated per epoch. The random encoder's row is not an epoch."""
     written = run_folder.results_of(folder)
     found = {}
     for name, value in written.items():
@@ -81,14 +82,17 @@ def results_of_run(folder: Path) -> dict[str, float]:
             found |= {f"{name}: {metric}": math.nan if number is None else number for metric, number in value.items()}
         elif isinstance(value, int | float) and (name != "epochs" or "trained encoder" in written):
             found[name] = value  # earlier versions wrote the planned "epochs" at the start of a run
-    _, rows = rows_of(folder / "pretraining" / "metrics.csv")
+    _, rows = rows_of(run_folder.file_of(folder, "pretraining/metrics.csv"))
+    from_zero = run_folder.first_epoch(folder) == 0
     for name in rows[0] if rows else []:
-        numbers = [float(row[name]) for row in rows if row[name]]
+        numbers = [float(row[name]) for row in rows if row[name] and (from_zero or row.get("epoch") != "0")]
+        if from_zero and f"random encoder: {name}" in found:
+            del numbers[0]
         if name == LAST and numbers:
             found[f"last {name}"] = numbers[-1]
-        elif name.startswith("valid_") and (epochs := numbers[f"random encoder: {name}" in found :]):
+        elif name.startswith("valid_") and numbers:
             best = min if lowest_is_best(name) else max
-            found[BEST + name] = best(filter(is_finite, epochs), default=math.nan)
+            found[BEST + name] = best(filter(is_finite, numbers), default=math.nan)
     return found
 
 
@@ -116,14 +120,16 @@ def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[Metric
 
 def differing(kind: str, columns: list[list[dict[str, Any]]]) -> list[MetricRow]:
     """Return a row for each name whose value differs between groups. A group's value is that of its runs, joined if
-    they differ, and "-" if it is missing (runs of earlier versions)."""
+    they differ, and "-" if it is missing (runs of earlier versions, and runs made in Python, which have only some of
+    RunOptions; the default of an option does not differ from "-")."""
+    defaults = {name: text(value) for name, value in attrs.asdict(RunOptions()).items()}
     rows = []
     for name in dict.fromkeys(name for column in columns for values in column for name in values):
         shown = [
             ", ".join(dict.fromkeys(text(values[name]) if name in values else "-" for values in column))
             for column in columns
         ]
-        if len(set(shown)) > 1:
+        if len({defaults.get(name, one) if one == "-" else one for one in shown}) > 1:
             rows.append(MetricRow(kind, name, tuple(shown)))
     return rows
 
@@ -149,9 +155,25 @@ def caution(runs: Iterable[Run]) -> str:
     return f"The best epochs are chosen by test labels ({names}): do not report them as results." if chosen else ""
 
 
+def missing_scores(runs: Iterable[Run]) -> str:
+    """Return a sentence on each score that runs lack, "" if they lack none."""
+    lacking: dict[str, list[str]] = {}
+    for run in (one for one in runs if one.settings.get("evaluations")):
+        after = "it was not evaluated after the last step (evaluate_every_n_epochs)"
+        reasons = {
+            "random encoder": "it was not evaluated before the training (in Python: trainer.validate(model))",
+            "trained encoder": after if "epochs" in run.results else "the training has not ended",
+        }
+        for scored, reason in reasons.items():
+            if not any(name.startswith(f"{scored}: ") for name in run.results):
+                lacking.setdefault(f"no scores of the {scored}: {reason}", []).append(run.folder.name)
+    return " ".join(f"{', '.join(names)}: {sentence}." for sentence, names in lacking.items())
+
+
 def comparison_table(columns: list[list[Run]], rows: list[MetricRow]) -> Table:
-    joined = "mean ± sample standard deviation (runs). " if any(len(column) > 1 for column in columns) else ""
-    table = Table(caption=joined + caution(run for column in columns for run in column) or None)
+    joined = "mean ± sample standard deviation (runs)." if any(len(column) > 1 for column in columns) else ""
+    runs = [run for column in columns for run in column]
+    table = Table(caption=" ".join(filter(None, (joined, missing_scores(runs), caution(runs)))) or None)
     table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(" ".join(run.folder.name for run in column), overflow="fold")

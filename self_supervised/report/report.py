@@ -78,7 +78,7 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
         "settings": tables.setting_rows(runs),
         "effective": tables.effective_rows(runs),
         "results": tables.result_rows(runs),
-        "caution": compare.caution(runs),
+        "caution": " ".join(filter(None, (compare.missing_scores(runs), compare.caution(runs)))),
         "figures": figures.figures_of_runs(folders, silent),
     }
 

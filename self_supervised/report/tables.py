@@ -10,9 +10,9 @@ from model_params import PRESETS, ModelParams
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.report import compare, figures
 from self_supervised.report.compare import Run, score_text
-from self_supervised.runs import run_folder
 from self_supervised.runs.command_line import RunOptions, field_comments, text
 from self_supervised.runs.effective import effective_settings
+from self_supervised.training import run_folder
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored
 
@@ -40,6 +40,8 @@ def facts_of_run(run: Run, name: str) -> dict[str, Any]:
     facts = {label: v for label, v in run.circumstances.items() if v and not is_version(label)} | {"versions": versions}
     if labels := run_folder.results_of(run.folder).get("labels"):
         facts = {"labels": labels} | facts
+    if plan := last.get("plan"):
+        facts = {"plan": plan} | facts
     return {
         "name": name,
         "preset": run.settings.get("preset", ""),
@@ -67,8 +69,9 @@ def state(run: Run) -> str:
         return "finished"
     if trained is not None and run.settings.get("max_time"):
         return f"stopped by max_time in epoch {trained} of {planned}"
-    _, epochs = figures.read_metrics(run.folder / figures.PRETRAINING).get("epoch", ([], [0]))
-    return f"not finished: in epoch {epochs[-1] + 1:.0f} of {planned}"
+    first = run_folder.first_epoch(run.folder)
+    _, epochs = figures.read_metrics(run_folder.file_of(run.folder, figures.PRETRAINING)).get("epoch", ([], [first]))
+    return f"not finished: in epoch {max(1, epochs[-1] + 1 - first):.0f} of {planned}"
 
 
 # ---- settings ----
