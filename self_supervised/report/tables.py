@@ -133,4 +133,4 @@ def evaluation_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def notes_on_results(runs: Sequence[Run]) -> str:
     folders = [run.folder for run in runs]
     tables = evaluations.evaluation_tables(evaluations.evaluated_rows(folders))
-    return " ".join(filter(None, [*evaluations.notes_on(folders, tables), compare.caution(runs)]))
+    return " ".join(filter(None, [compare.caution(runs), *evaluations.notes_on(folders, tables)]))
