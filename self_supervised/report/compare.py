@@ -148,7 +148,7 @@ def best_columns(row: MetricRow) -> list[int]:
     """Return the columns with the best mean of a result, if it is one in which methods can be ranked."""
     if row.kind != "result" or not RANKED.fullmatch(row.name):
         return []
-    return evaluations.best_of([statistics.fmean(numbers) if numbers else None for numbers in row.values])
+    return evaluations.indices_of_best([statistics.fmean(numbers) if numbers else None for numbers in row.values])
 
 
 def texts_of(row: MetricRow, mark: str) -> list[str]:
@@ -160,7 +160,7 @@ def texts_of(row: MetricRow, mark: str) -> list[str]:
 
 def labels_of_columns(columns: list[list[Run]]) -> list[str]:
     names = iter(evaluations.names_of_runs([run.folder for column in columns for run in column]))
-    return evaluations.labels_of([[next(names) for _ in column] for column in columns])
+    return evaluations.group_labels([[next(names) for _ in column] for column in columns])
 
 
 def comparison_table(columns: list[list[Run]], rows: list[MetricRow]) -> Table:

@@ -110,7 +110,7 @@ def without_seed(settings: dict[str, Any]) -> str:
     return json.dumps({name: value for name, value in settings.items() if name != "seed"}, sort_keys=True)
 
 
-def labels_of(groups: Iterable[list[str]]) -> list[str]:
+def group_labels(groups: Iterable[list[str]]) -> list[str]:
     """Return a label for each group of names: ["a_0", "a_1"] -> "a_{0,1}"."""
     labels = []
     for names in groups:
@@ -140,7 +140,7 @@ def evaluated_rows(checkpoints: Sequence[str | Path], out: Path | None = None) -
     for i, path in enumerate(paths):
         settings = run_folder.settings_of_run(path)
         groups.setdefault(without_seed(settings) if settings else str(i), []).append(i)
-    labels = labels_of([[names[i] for i in group] for group in groups.values()])
+    labels = group_labels([[names[i] for i in group] for group in groups.values()])
     trained = [[run for run in runs if run["encoder"] == "trained"] for runs in found]
     rows = [
         Evaluated(label, tuple(str(checkpoints[i]) for i in group), tuple(trained[i] for i in group))
@@ -208,7 +208,7 @@ def table_of(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) -> Eval
     best = {
         (row, column)
         for column, (protocol, metric) in enumerate(columns)
-        for row in best_of([rank(metric, row[column]) for row in cells])
+        for row in indices_of_best([goodness(metric, row[column]) for row in cells])
         if protocol not in unlike
     }
     has_std = any(cell and cell.std is not None for row in cells for cell in row)
@@ -234,13 +234,13 @@ def cell_of(row: Evaluated, dataset: str, protocol: str, metric: str) -> Cell | 
     return Cell(mean, std, len(numbers), f"{results.mean_text(mean, std)}{missing}")
 
 
-def best_of(values: list[float | None]) -> list[int]:
+def indices_of_best(values: list[float | None]) -> list[int]:
     """Return the indices of the highest of at least two finite values."""
     finite = {i: value for i, value in enumerate(values) if is_finite(value)}
     return [i for i, value in finite.items() if value == max(finite.values())] if len(finite) > 1 else []
 
 
-def rank(metric: str, cell: Cell | None) -> float | None:
+def goodness(metric: str, cell: Cell | None) -> float | None:
     """Return a number that is highest for the best value (docs/evaluation.md)."""
     if cell is None:
         return None
