@@ -235,9 +235,9 @@ def cell_of(row: Evaluated, dataset: str, protocol: str, metric: str) -> Cell | 
 
 
 def indices_of_best(values: list[float | None]) -> list[int]:
-    """Return the indices of the highest of at least two finite values."""
+    """Return the indices of the highest finite values, unless all are equal."""
     finite = {i: value for i, value in enumerate(values) if is_finite(value)}
-    return [i for i, value in finite.items() if value == max(finite.values())] if len(finite) > 1 else []
+    return [i for i, value in finite.items() if value == max(finite.values())] if len({*finite.values()}) > 1 else []
 
 
 def goodness(metric: str, cell: Cell | None) -> float | None:
