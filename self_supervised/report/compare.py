@@ -49,7 +49,7 @@ class Run:
 
     @property
     def without_seed(self) -> str:
-        """Key of the group of runs that differ only in the seed."""
+        """Key of the group of runs that differ only in the seed, and in how trackers list them."""
         return evaluations.without_seed(self.settings)
 
 

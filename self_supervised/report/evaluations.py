@@ -106,8 +106,9 @@ def run_or_file(checkpoint: str | Path) -> Path:
 
 
 def without_seed(settings: dict[str, Any]) -> str:
-    """Return the key of the group of runs that differ only in the seed."""
-    return json.dumps({name: value for name, value in settings.items() if name != "seed"}, sort_keys=True)
+    """Return the key of the group of runs that differ only in the seed, and in how trackers list them."""
+    computed = {k: v for k, v in settings.items() if k != "seed" and not k.startswith("tracker_")}
+    return json.dumps(computed, sort_keys=True)
 
 
 def group_labels(groups: Iterable[list[str]]) -> list[str]:
