@@ -22,7 +22,7 @@ from sklearn.neighbors import NearestNeighbors
 from model_params import PRESETS
 from self_supervised.data import loading
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.report import evaluations, pictures, report
+from self_supervised.report import evaluations, pictures, report, tables
 from self_supervised.report import figures as report_figures
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore::ResourceWarning")
