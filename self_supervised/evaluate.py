@@ -209,6 +209,8 @@ def refuse_checkpoints(checkpoints: Sequence[str], out: Path | None) -> None:
     if out and len(checkpoints) > 1:
         raise ValueError(f"out={out}: each checkpoint has its own results. Leave out --out, or pass one checkpoint.")
     evaluations.refuse_repeated([evaluations.run_or_file(checkpoint) for checkpoint in checkpoints])
+    if len(checkpoints) == 1:
+        return  # `evaluate_checkpoint` names all that is wrong with it
     for name in map(str, map(checkpoint_of, checkpoints)):
         if not (as_path(name).is_file() or is_name(name)):
             raise FileNotFoundError(f"CHECKPOINT={name}: there is no such file. Pass a checkpoint or a run.")
