@@ -1,15 +1,14 @@
-"""Compare runs: the settings that differ, and all results.
+"""Compare runs: what `self-supervised evaluate` found, all results of the runs, and the settings that differ.
 
     self-supervised compare runs/byol_cifar10 runs/simclr_cifar10
+    self-supervised compare runs/byol_cifar10 runs/simclr_cifar10 --markdown --csv comparison.csv
 
-Runs that differ only in the seed share a column: mean ± standard deviation.
+Runs that differ only in the seed share a row or column: mean ± sample standard deviation. The best value is marked.
 """
 
-import json
 import math
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,17 @@ from attrs import frozen
 from rich.console import Console
 from rich.table import Table
 
-from self_supervised.evaluation.results import deviation
+from self_supervised.evaluation.results import deviation, markdown_table
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
+from self_supervised.report import evaluations
 from self_supervised.runs.command_line import RunOptions, parser_of, text
 from self_supervised.safe_files import rows_of
 from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite, lowest_is_best, uses_test_labels
 
 BEST = "best "  # prefix of results that are the best of an evaluated column of metrics.csv
+RANKED = re.compile(r"(trained encoder: |linear classifier: |best )valid_.*(acc|rank_me).*")  # the highest is best
 LAST = "step_train_loss"  # column of metrics.csv whose last value is a result
 
 
@@ -50,8 +51,7 @@ class Run:
     @property
     def without_seed(self) -> str:
         """Key of the group of runs that differ only in the seed, and in how trackers list them."""
-        computed = {k: v for k, v in self.settings.items() if k != "seed" and not k.startswith("tracker_")}
-        return json.dumps(computed, sort_keys=True)
+        return evaluations.without_seed(self.settings)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -96,25 +96,20 @@ def results_of_run(folder: Path) -> dict[str, float]:
     return found
 
 
-def refuse_repeated(folders: Sequence[str | Path]) -> None:
-    for folder, times in Counter(as_path(folder).resolve() for folder in folders).items():
-        if times > 1:
-            raise ValueError(f"{folder} was passed {times} times. Pass it once.")
-
-
 def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[MetricRow]]:
-    """Return (the runs, in groups that differ only in the seed; rows with the settings and circumstances in which
-    groups differ, and with all results)."""
-    refuse_repeated(folders)
+    """Return (the runs, in groups that differ only in the seed; rows with all results, and with the settings and
+    circumstances in which groups differ)."""
+    evaluations.refuse_repeated(folders)
     groups: dict[str, list[Run]] = {}
     for run in map(read_run, folders):
         groups.setdefault(run.without_seed, []).append(run)
     columns = list(groups.values())
-    rows = differing("setting", [[run.settings for run in column] for column in columns])
-    rows += differing("circumstance", [[run.circumstances for run in column] for column in columns])
+    rows = []
     for name in dict.fromkeys(name for column in columns for run in column for name in run.results):
         values = ([run.results[name] for run in column if name in run.results] for column in columns)
         rows.append(MetricRow("result", name, tuple(numbers or None for numbers in values)))
+    rows += differing("setting", [[run.settings for run in column] for column in columns])
+    rows += differing("circumstance", [[run.circumstances for run in column] for column in columns])
     return columns, rows
 
 
@@ -170,22 +165,76 @@ def missing_scores(runs: Iterable[Run]) -> str:
     return " ".join(f"{', '.join(names)}: {sentence}." for sentence, names in lacking.items())
 
 
+def best_columns(row: MetricRow) -> list[int]:
+    """Return the columns with the best mean of a result, if it is one in which methods can be ranked."""
+    if row.kind != "result" or not RANKED.fullmatch(row.name):
+        return []
+    return evaluations.indices_of_best([statistics.fmean(numbers) if numbers else None for numbers in row.values])
+
+
+def texts_of(row: MetricRow, mark: str) -> list[str]:
+    """Return the name and values of a row. `mark` is a format of the best values."""
+    texts = [score_text(value) if row.kind == "result" else value for value in row.values]
+    best = best_columns(row)
+    return [row.name, *(mark.format(text) if i in best else text for i, text in enumerate(texts))]
+
+
+def labels_of_columns(columns: list[list[Run]]) -> list[str]:
+    names = iter(evaluations.names_of_runs([run.folder for column in columns for run in column]))
+    return evaluations.group_labels([[next(names) for _ in column] for column in columns])
+
+
 def comparison_table(columns: list[list[Run]], rows: list[MetricRow]) -> Table:
     joined = "mean ± sample standard deviation (runs)." if any(len(column) > 1 for column in columns) else ""
     runs = [run for column in columns for run in column]
     table = Table(caption=" ".join(filter(None, (joined, missing_scores(runs), caution(runs)))) or None)
     table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(" ".join(run.folder.name for run in column), overflow="fold")
+    for label in labels_of_columns(columns):
+        table.add_column(label, overflow="fold")
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and before.kind != row.kind:
             table.add_section()
-        table.add_row(row.name, *(score_text(value) if row.kind == "result" else value for value in row.values))
+        table.add_row(*texts_of(row, f"{evaluations.BEST_MARK}{{}}"))
     return table
+
+
+def comparison_markdown(columns: list[list[Run]], rows: list[MetricRow]) -> str:
+    header = ["", *labels_of_columns(columns)]
+    shown = [texts_of(row, "**{}**") for row in rows]
+    parts = ["## Results and settings", markdown_table(header, shown), caution(run for one in columns for run in one)]
+    return "\n\n".join(filter(None, parts))
+
+
+def comparison_csv(columns: list[list[Run]], rows: list[MetricRow]) -> list[dict[str, Any]]:
+    found = []
+    labels = labels_of_columns(columns)
+    for row in rows:
+        best = best_columns(row)
+        for i, (label, value) in enumerate(zip(labels, row.values, strict=True)):
+            about = {"kind": row.kind, "run": label, "metric": row.name}
+            if row.kind != "result":
+                found.append(about | {"value": value})
+            elif value:
+                std = deviation(value) if len(value) > 1 else None
+                found.append(about | {"value": statistics.fmean(value), "std": std, "n": len(value), "best": i in best})
+    return found
 
 
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
-    Console(highlight=False, markup=False).print(comparison_table(*compare(parser.parse_args(arguments).runs)))
+    evaluations.add_output_options(parser)
+    args = parser.parse_args(arguments)
+    columns, rows = compare(args.runs)
+    tables = evaluations.evaluation_tables(evaluations.evaluated_rows(args.runs))
+    if args.csv:
+        evaluations.write_csv(args.csv, [*evaluations.csv_rows(tables), *comparison_csv(columns, rows)])
+    if args.markdown:
+        print("\n\n".join([*filter(None, [evaluations.markdown_text(tables)]), comparison_markdown(columns, rows)]))
+        return
+    evaluations.print_tables(tables)
+    console = Console(highlight=False, markup=False)
+    console.print(comparison_table(columns, rows))
+    if not tables:
+        console.print(*evaluations.notes_on(args.runs, tables), soft_wrap=True)

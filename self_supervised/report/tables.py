@@ -1,14 +1,13 @@
 """Tables of a report: settings, results, and the commands and versions of runs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import attrs
 
 from model_params import PRESETS, ModelParams
 from self_supervised.catalogue import OWN_MODULE
-from self_supervised.report import compare, figures
+from self_supervised.report import compare, evaluations, figures
 from self_supervised.report.compare import Run, score_text
 from self_supervised.runs.command_line import RunOptions, field_comments, text
 from self_supervised.runs.effective import effective_settings
@@ -18,17 +17,6 @@ SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's
 
 
 # ---- facts ----
-
-
-def names_of_runs(folders: Sequence[Path]) -> list[str]:
-    """Return the directories' names; if two are the same, with as much of the paths as tells them apart."""
-    compare.refuse_repeated(folders)
-    parts = [folder.resolve().parts for folder in folders]
-    for n in range(1, max(map(len, parts))):
-        names = ["/".join(path[-n:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError(f"{folders[0]} is not the directory of a run")
 
 
 def facts_of_run(run: Run, name: str) -> dict[str, Any]:
@@ -136,7 +124,7 @@ def effective_of_settings(settings: dict[str, Any]) -> dict[str, str]:
 
 def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return a row for each result, grouped by what was scored: "trained encoder", "best epoch", ..."""
-    rows = []
+    rows = evaluation_rows(runs)
     for name in dict.fromkeys(name for run in runs for name in run.results):
         scored, _, metric = name.rpartition(": ")
         if not scored:
@@ -146,3 +134,26 @@ def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         rows.append({"of": scored, "name": metric, "values": values})
     order = list(dict.fromkeys(row["of"] for row in rows))
     return sorted(rows, key=lambda row: (row["of"] == "the whole run", order.index(row["of"])))
+
+
+def evaluation_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return a row for each value that `self-supervised evaluate` stored: baselines, then the trained encoders."""
+    found: dict[tuple[str, str], dict[int, str]] = {}  # what was scored, metric -> index of the run -> value
+    for i, run in enumerate(runs):
+        for table in evaluations.evaluation_tables(evaluations.evaluated_rows([run.folder])):
+            titles = [evaluations.ENCODER_NAMES["trained"], *(row.label for row in table.rows[1:])]
+            for title, (_, *texts) in reversed(list(zip(titles, table.texts("{}"), strict=True))):
+                for metric, text_of_cell in zip(table.header[1:], texts, strict=True):
+                    found.setdefault((title, f"{metric} on {table.dataset}"), {})[i] = text_of_cell
+    return [
+        {"of": title, "name": name, "values": [values.get(i, "") for i in range(len(runs))]}
+        for (title, name), values in found.items()
+    ]
+
+
+def notes_on_results(runs: Sequence[Run]) -> str:
+    folders = [run.folder for run in runs]
+    tables = evaluations.evaluation_tables(evaluations.evaluated_rows(folders))
+    return " ".join(
+        filter(None, [compare.missing_scores(runs), compare.caution(runs), *evaluations.notes_on(folders, tables)])
+    )
