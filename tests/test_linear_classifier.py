@@ -134,7 +134,12 @@ def test_class_names_stay_with_the_classifier(small, trainer, tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(file)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
-    own = {"dataset_name": "folder", "data_path": str(tmp_path / "photos"), "transform_crop_size": 8}
+    own = {
+        "dataset_name": "folder",
+        "data_path": str(tmp_path / "photos"),
+        "transform_crop_size": 8,
+        "num_data_workers": 0,
+    }
     linear = LinearClassifierMethod(encoder=encoder, batch_size=4, **own)
     assert linear.hparams.class_names == ["Eule", "bat", "owl"] and linear.hparams.n_classes == 3
     numbers = {"bat": 0, "owl": 1, "Eule": 1}
