@@ -26,6 +26,8 @@ from self_supervised.networks.pretrained import Encoder
 from self_supervised.safe_files import atomic_file
 
 HELD_OUT_FOLDS = 5
+DECAYS_OF_FEW = tuple(decay for decay in DECAYS if decay >= 0.1)  # weaker ones make most probabilities 0 or 1
+PROBABILITY_PRECISION = 1e-6  # of the scores
 
 
 class ImageClassifier(nn.Module):
@@ -89,9 +91,8 @@ class Fit:
 def fit_few(x: Tensor, target: Tensor) -> Fit:
     """Fit logistic regression on standardized embeddings x [N, E] with classes `target` [N] from 0 to C - 1.
 
-    L2 is the one of DECAYS with the lowest cross entropy in a stratified cross-validation of the labeled images; if all
-    classes have a single image, it is DECAY_OF_FEW. Accuracy would not do, since few images leave many values equal,
-    of which the strongest makes all probabilities alike.
+    L2 is the one of DECAYS_OF_FEW with the lowest cross entropy in a stratified cross-validation of the labeled images;
+    if every class has a single image, it is DECAY_OF_FEW. Accuracy would leave many values equal.
     """
     n, width = x.shape
     units = torch.cat([torch.eye(width), torch.zeros(1, width)]).double()  # their logits are weights + bias, and bias
@@ -102,10 +103,10 @@ def fit_few(x: Tensor, target: Tensor) -> Fit:
     predicted = np.full(n, -1)
     if len(rows):
         inner, _ = within_span(scaled, scaled)
-        logits = {decay: held_out_logits(inner, target, fold, decay)[rows] for decay in DECAYS}
-        decay = min(DECAYS, key=lambda decay: float(F.cross_entropy(logits[decay], target[rows])))
+        logits = {decay: held_out_logits(inner, target, fold, decay)[rows] for decay in DECAYS_OF_FEW}
+        decay = min(logits, key=lambda decay: float(F.cross_entropy(logits[decay], target[rows])))
         predicted[rows] = logits[decay].argmax(1).numpy()
-    _, of_units = linear_logits(scaled, units, target, decay)
+    _, of_units = linear_logits(scaled, units, target, decay, PROBABILITY_PRECISION)
     head = nn.Linear(width, of_units.shape[1]).requires_grad_(False)
     head.weight.copy_((of_units[:-1] - of_units[-1]).T)
     head.bias.copy_(of_units[-1])
@@ -131,5 +132,5 @@ def held_out_logits(x: Tensor, target: Tensor, fold: np.ndarray, decay: float) -
     logits = x.new_zeros(len(x), int(target.max()) + 1)
     for i in np.unique(fold[fold >= 0]):
         held_out = torch.from_numpy(fold == i)
-        logits[held_out] = linear_logits(x[~held_out], x[held_out], target[~held_out], decay)[1]
+        logits[held_out] = linear_logits(x[~held_out], x[held_out], target[~held_out], decay, PROBABILITY_PRECISION)[1]
     return logits

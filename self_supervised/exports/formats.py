@@ -2,8 +2,8 @@
 
 Every file contains three notes. "self_supervised" has settings of the encoder, and "preprocessing" how an image becomes
 its input (JSON; dicts in pickled files). "load" is Python code that reads the file at `path` and turns `images`
-[N, C, H, W] into `embeddings` [N, E]. The ONNX file of a classifier also has the note "class_names" (JSON), and its code
-computes `probabilities` [N, classes].
+[N, C, H, W] into `embeddings` [N, E]. The ONNX file of a classifier also has the note "class_names" (JSON), and the
+code computes `probabilities` [N, classes], too.
 """
 
 import io
