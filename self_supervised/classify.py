@@ -40,7 +40,6 @@ from self_supervised.safe_files import atomic_file, check_file
 
 FEW = 3  # images per class: with fewer, the cross-validation says little
 Batch = tuple[list[str], Tensor | None, dict[str, str]]  # paths, a row for each, {unreadable path: reason}
-Read = Callable[..., Iterator[Batch]]  # arguments of `read` except the first two
 
 
 def classify(
@@ -138,11 +137,11 @@ def learned(encoder: Encoder, source: ImageSource, read_all: Callable) -> ImageC
     fit = fit_few(
         torch.cat([x for _, x, _ in batches if x is not None]), torch.tensor([names.index(label) for label in labels])
     )
-    print(summary(fit, labels, names))
+    print(cross_validation_text(fit, labels, names))
     return ImageClassifier(encoder, fit.head, names)
 
 
-def summary(fit: Fit, labels: list[str], names: list[str]) -> str:
+def cross_validation_text(fit: Fit, labels: list[str], names: list[str]) -> str:
     """Return the cross-validated accuracy, in all and of each class with its number of images, and a hint if a class
     has very few."""
     counts = Counter(labels)
