@@ -93,10 +93,19 @@ def resume_point(
 ) -> tuple[Path | None, int]:
     """Return (checkpoint, its optimizer steps) from which a stage resumes, or (None, 0).
 
+    Args:
+        given: a checkpoint; the directory of a run, for its newest one; "auto", for the newest of `out`; None.
+
     Raises:
-        ValueError: the method or its Trainer cannot resume from it.
+        ValueError: the method or its Trainer cannot resume from it, or the run has no checkpoint.
     """
-    path = newest_of_stage(out, name) if given == "auto" else Path(given) if given else None
+    path = Path(given) if given else None
+    if given == "auto":
+        path = newest_of_stage(out, name)
+    elif path is not None and path.is_dir():
+        path = newest_of_stage(path, name)
+        if path is None:
+            raise ValueError(f"resume={given!r}: this directory has no checkpoint. Pass the directory of a run.")
     if path is None:
         return None, 0
     content = checkpoints.read_checkpoint(path)

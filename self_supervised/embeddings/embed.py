@@ -3,7 +3,7 @@
     self-supervised embed runs/simclr photos/ --out features.parquet
 
 If the command is interrupted, repeat it: it resumes and ends with the same file. If it is repeated later, it embeds the
-images that were added since. CHECKPOINT is anything that load_encoder reads (docs/weights.md).
+images that were added since.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import as_path
 from self_supervised.networks.pretrained import Encoder, load_encoder
 from self_supervised.program import one_line_errors
-from self_supervised.runs.command_line import add_fields, parser_of
+from self_supervised.runs.command_line import CHECKPOINT, DEVICE, add_fields, parser_of
 from self_supervised.safe_files import check_file
 
 MOST_EMBED_WORKERS = 8
@@ -132,24 +132,36 @@ def todo_batches(
 
 def embed_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("embed", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument(
         "folder",
+        nargs="?",
         metavar="FOLDER",
         help="directory of images or videos, flat or nested; shards; a Hugging Face data set; a packed data set by "
-        "name: cifar10, digits/test",
+        "name: cifar10, digits/test; default: --dataset_name",
     )
-    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet")
-    parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument(
-        "--num_workers", type=int, metavar="N", help=f"default: one per core, at most {MOST_EMBED_WORKERS}"
+        "--batch_size", type=int, default=128, metavar="N", help="images, or clips, per batch (default: 128)"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best available")
+    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet", help="file of the embeddings")
+    parser.add_argument(
+        "--num_data_workers",
+        "--num_workers",
+        type=int,
+        metavar="N",
+        dest="num_workers",
+        help=f"processes that decode files; default: one per core, at most {MOST_EMBED_WORKERS}",
+    )
+    parser.add_argument("--device", default="auto", help=DEVICE)
     parser.add_argument("--skip_unreadable", action="store_true", help="list unreadable images instead of stopping")
     parser.add_argument("--overwrite", action="store_true", help="embed everything again and replace --out")
     fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see model_params.py)")
     add_fields(fields, OVERRIDES)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.folder = args.folder or getattr(args, "dataset_name", None)
+    if args.folder is None:
+        parser.error("FOLDER is missing. Pass the directory of the images, or --dataset_name.")
+    return args
 
 
 @one_line_errors()

@@ -11,7 +11,8 @@ from self_supervised.catalogue import OWN_MODULE
 from self_supervised.report import compare, figures
 from self_supervised.report.compare import Run, score_text
 from self_supervised.runs import run_folder
-from self_supervised.runs.command_line import RunOptions, field_comments, text
+from self_supervised.runs.command_line import RunOptions, field_comments
+from self_supervised.runs.values import text
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored
 
