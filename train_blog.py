@@ -58,7 +58,7 @@ POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "la
 ROW_COLUMNS = ["config", "seed", "dataset", "epochs", "encoder", "accuracy", "pos_cos", "neg_cos", "minutes", "quick"]
 
 
-def blog_arguments() -> argparse.Namespace:
+def blog_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--dataset_name",
@@ -96,7 +96,11 @@ def blog_arguments() -> argparse.Namespace:
         help="random seeds (default: 0 1 2)",
     )
     parser.add_argument("--quick", action="store_true", help="use digits, small batches and a small encoder")
-    args = parser.parse_args()
+    return parser
+
+
+def blog_arguments() -> argparse.Namespace:
+    args = blog_parser().parse_args()
     args.dataset = args.dataset or ("digits" if args.quick else "stl10")
     args.epochs = args.epochs or (4 if args.quick else 10)
     args.encoder = args.encoder or ("shufflenet_v2_x0_5" if args.quick else "resnet18")

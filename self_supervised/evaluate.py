@@ -20,6 +20,8 @@ from typing import Any
 import attrs
 from torch import nn
 
+from model_params import EncoderAndDataParams
+from self_supervised.data import loading
 from self_supervised.distributed import usable
 from self_supervised.evaluation import features
 from self_supervised.evaluation.features import EvaluationData, image_hash, seen
@@ -83,6 +85,7 @@ def evaluate_checkpoint(
     trained = load_encoder(checkpoint, encoder=encoder)
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
+    print_labels(params)
     encoders = {**(compared(trained, starting_weights) if baselines else {}), "trained": trained}
     results = Results(folder, fresh)
     about = {
@@ -110,6 +113,12 @@ def evaluate_checkpoint(
             linear_settings_of(subjects["trained"], seed, preset)
     run_protocols(results, subjects, protocols, seeds)
     return results.content()
+
+
+def print_labels(params: EncoderAndDataParams) -> None:
+    """Print the line on the labels, if they are those of files."""
+    if line := getattr(loading.get_dataset(params, params.dataset.train_splits), "about_labels", ""):
+        print(line, flush=True)
 
 
 def run_protocols(

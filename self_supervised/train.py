@@ -204,6 +204,7 @@ def linear_stage(
     `preflight.linear_settings`."""
     settings = preflight.linear_settings(options, params) | settings
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", encoder, **settings)
+    linear.about_labels = f"labels: {results.get('labels')}"  # the pretraining has logged them
     fit = trainer(out, "linear", options.linear_epochs, options)
     resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit)
     fit.loggers = run_folder.get_loggers(out, "linear", options.logger, step)
@@ -264,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.preview:
         print(preview.write_preview(params, options.preview))
     elif options.dry_run:
-        preflight.check_run(options, params)
+        preflight.check_run(options, params, decode=True)
         model = dry_run.run_two_steps(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
         for wanted in options.save_best:
             refuse_unknown(wanted, dry_run.logged_names(model))
