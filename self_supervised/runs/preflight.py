@@ -73,7 +73,7 @@ def evaluated_splits(params: ModelParams) -> list[tuple[str, ...]]:
 
 
 def check_files(params: ModelParams, with_classifier: bool) -> None:
-    """Decode all image files of a run. Raises ValueError with those that cannot be read, or warns if they are skipped."""
+    """Decode all image files of a run, and warn of those that cannot be read; ValueError if they stop the run."""
     info = params.dataset
     readers = attrs.evolve(params, unreadable_images="skip")
     of_classifier = [info.train_splits, info.test_splits] if with_classifier else []
