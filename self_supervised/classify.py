@@ -35,7 +35,7 @@ from self_supervised.fields import as_path
 from self_supervised.networks.pretrained import Encoder, load_encoder
 from self_supervised.numerics import finite
 from self_supervised.program import one_line_errors
-from self_supervised.runs.command_line import parser_of
+from self_supervised.runs.command_line import CHECKPOINT, parser_of
 from self_supervised.safe_files import atomic_file, check_file
 
 FEW = 3  # images per class: with fewer, the cross-validation says little
@@ -195,11 +195,18 @@ def write_predictions(
 
 def classify_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("classify", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=f"{CHECKPOINT}; or a classifier")
     parser.add_argument("--labeled", metavar="FOLDER", help="one directory of images per class")
-    parser.add_argument("--apply", required=True, metavar="FOLDER", help="images to classify, as FOLDER of embed")
-    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.csv")
-    parser.add_argument("--classifier", type=as_path, metavar="FILE.pt", help="default: --out with .classifier.pt")
+    parser.add_argument(
+        "--apply", required=True, metavar="FOLDER", help="images to classify: a directory, shards, a data set by name"
+    )
+    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.csv", help="file of the predictions")
+    parser.add_argument(
+        "--classifier",
+        type=as_path,
+        metavar="FILE.pt",
+        help="file of the classifier; default: --out with .classifier.pt",
+    )
     add_embedding_options(parser)
     return parser.parse_args(arguments)
 

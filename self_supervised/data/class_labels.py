@@ -65,7 +65,11 @@ def nearest_name(label: str, known: Iterable[str]) -> str:
 
 
 def labels_line(
-    found: Mapping[str, list[tuple[str, int]]], names: Mapping[int, str], folders: str, otherwise: str
+    found: Mapping[str, list[tuple[str, int]]],
+    names: Mapping[int, str],
+    folders: str,
+    otherwise: str,
+    kind: str = "image",
 ) -> str:
     """Return the line that says which names became classes, and how many images each has; "no labels" if none has one.
 
@@ -74,6 +78,7 @@ def labels_line(
         names: class number -> name.
         folders: the directories of a path that can be its label, for the message: "first folder".
         otherwise: where labels come from that are not names of directories.
+        kind: "image" or "video".
     """
     counts = Counter(label for _, label in chain(*found.values()))
     counts.pop(UNLABELED, None)
@@ -82,7 +87,7 @@ def labels_line(
     of_class = {label: path for path, label in chain(*found.values())}  # the path of one image each
     by_folder = any(names.get(label) in str(composed(path)).split("/")[:-1] for label, path in of_class.items())
     shown = [
-        f"{names.get(label, label)} ({n:,} {'image' if n == 1 else 'images'})" for label, n in sorted(counts.items())
+        f"{names.get(label, label)} ({n:,} {kind if n == 1 else f'{kind}s'})" for label, n in sorted(counts.items())
     ]
     more = f" and {len(shown) - MOST_LISTED_CLASSES:,} more" if len(shown) > MOST_LISTED_CLASSES else ""
     classes = "1 class" if len(shown) == 1 else f"{len(shown):,} classes"

@@ -3,7 +3,7 @@
     self-supervised embed runs/simclr photos/ --out features.parquet
 
 If the command is interrupted, repeat it: it resumes and ends with the same file. If it is repeated later, it embeds the
-images that were added since. CHECKPOINT is anything that load_encoder reads (docs/weights.md).
+images that were added since.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import as_path
 from self_supervised.networks.pretrained import Encoder, load_encoder
 from self_supervised.program import one_line_errors
-from self_supervised.runs.command_line import parser_of
+from self_supervised.runs.command_line import CHECKPOINT, parser_of
 from self_supervised.safe_files import check_file
 
 
@@ -113,18 +113,23 @@ def digest(encoder: Encoder) -> str:
 
 def embed_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("embed", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument(
         "folder",
+        nargs="?",
         metavar="FOLDER",
         help="directory of images or videos, flat or nested; shards; a Hugging Face data set; a packed data set by "
-        "name: cifar10, digits/test",
+        "name: cifar10, digits/test; default: --dataset_name",
     )
-    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet")
+    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet", help="file of the embeddings")
     parser.add_argument("--skip_unreadable", action="store_true", help="list unreadable images instead of stopping")
     parser.add_argument("--overwrite", action="store_true", help="embed everything again and replace --out")
     add_embedding_options(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.folder = args.folder or getattr(args, "dataset_name", None)
+    if args.folder is None:
+        parser.error("FOLDER is missing. Pass the directory of the images, or --dataset_name.")
+    return args
 
 
 @one_line_errors()

@@ -30,7 +30,7 @@ from self_supervised.data.image_files import (
 )
 from self_supervised.data.loading import data_path, prepare_data
 from self_supervised.data.packed import PackedImages, already_a_batch
-from self_supervised.runs.command_line import add_fields
+from self_supervised.runs.command_line import DEVICE, add_fields
 
 MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
@@ -272,10 +272,17 @@ def batches_of(
 
 def add_embedding_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of programs that embed images: of the loader, and settings of the encoder."""
-    parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument(
-        "--num_workers", type=int, metavar="N", help=f"default: one per core, at most {MOST_EMBED_WORKERS}"
+        "--batch_size", type=int, default=128, metavar="N", help="images, or clips, per batch (default: 128)"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best available")
+    parser.add_argument(
+        "--num_data_workers",
+        "--num_workers",
+        type=int,
+        metavar="N",
+        dest="num_workers",
+        help=f"processes that decode files; default: one per core, at most {MOST_EMBED_WORKERS}",
+    )
+    parser.add_argument("--device", default="auto", help=DEVICE)
     fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see model_params.py)")
     add_fields(fields, OVERRIDES)

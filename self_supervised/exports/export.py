@@ -3,8 +3,8 @@
     self-supervised export runs/demo --format torchvision onnx
     self-supervised export runs/demo --count
 
-CHECKPOINT is anything that load_encoder reads (docs/weights.md). The file is written next to it, or to --out. Existing
-files are never overwritten. docs/export.md and the note "load" in each file show how to load it.
+The file is written next to CHECKPOINT, or to --out. Existing files are never overwritten. docs/export.md and the note
+"load" in each file show how to load it.
 """
 
 import argparse
@@ -28,9 +28,11 @@ from self_supervised.evaluation.classifier import classifier_of
 from self_supervised.exports import count
 from self_supervised.exports.formats import FORMATS, RUN_CLASSIFIER, Classifying, Normalized
 from self_supervised.exports.verify import sample_images, verified
-from self_supervised.networks.pretrained import Encoder, checkpoint_of, load_encoder
+from self_supervised.networks.layouts import checkpoint_of
+from self_supervised.networks.pretrained import Encoder, load_encoder
 from self_supervised.program import message_of, one_line_errors
-from self_supervised.runs.command_line import add_fields, parser_of
+from self_supervised.runs.command_line import CHECKPOINT, add_fields, parser_of
+from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_folder, disk_errors_named, sync
 
 FACTS = (
@@ -211,11 +213,18 @@ def place(file: Path, target: Path, publish: bool) -> Path:
 
 def export_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("export", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument(
-        "--format", nargs="+", default=[], metavar="FORMAT", help=f"one or more of {', '.join(FORMATS)}"
+        "--format",
+        action=ListOption,
+        type=items(),
+        default=[],
+        metavar="FORMAT",
+        help=f"one or more of {', '.join(FORMATS)}",
     )
-    parser.add_argument("--out", metavar="DIR_OR_FILE", help="default: next to the checkpoint")
+    parser.add_argument(
+        "--out", metavar="DIR_OR_FILE", help="directory or file to write; default: next to the checkpoint"
+    )
     parser.add_argument("--publish", action="store_true", help="append the first digits of the file's SHA-256")
     parser.add_argument("--normalize", action="store_true", help="export a program that takes values from 0 to 1")
     parser.add_argument("--count", action="store_true", help="print parameters and FLOPs of each part")

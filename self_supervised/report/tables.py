@@ -9,8 +9,9 @@ from model_params import PRESETS, ModelParams
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.report import compare, evaluations, figures
 from self_supervised.report.compare import Run, score_text
-from self_supervised.runs.command_line import RunOptions, field_comments, text
+from self_supervised.runs.command_line import RunOptions, field_comments
 from self_supervised.runs.effective import effective_settings
+from self_supervised.runs.values import text
 from self_supervised.training import run_folder
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored

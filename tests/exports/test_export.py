@@ -147,7 +147,7 @@ def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
     }
     assert names["record"] == {
         **{"central_crop": 1, "size": 64, "interpolation": "bilinear", "antialias": True},
-        **{"channels": 3, "channel_order": "RGB", "value_range": [0, 1]},
+        **{"channels": 3, "channel_order": "RGB", "value_range": [0, 1], "pixel_range": None},
         **{"mean": names["facts"]["image_mean"], "std": names["facts"]["image_std"]},
     }
 
