@@ -26,10 +26,6 @@ def test_recipe_is_its_preset_with_the_settings_of_its_rows(preset, name):
     assert params.dataset_name in name
 
 
-def test_every_preset_for_images_has_the_recipe_of_the_digits():
-    assert set(recipes.KINDS["digits"].rows) == set(PRESETS) - {"sce_video"}
-
-
 def test_stl10_is_the_configuration_of_the_blog_post():
     assert ssl.recipe("byol", "stl10", max_epochs=train_blog.BASE.max_epochs) == train_blog.BASE
 

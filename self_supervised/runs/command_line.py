@@ -102,8 +102,8 @@ class RunOptions:
 
     # the run
     out: str | None = path()  # run directory; none: runs/PRESET_DATASET
-    # settings that were tried for a kind of data, to start from: digits, folder, cifar10_gpu, ... (docs/recipes.md);
-    # other options override them
+    # settings that were tried for a kind of data, to start from: digits, cifar10_gpu, stl10 (docs/recipes.md); other
+    # options override them
     recipe: str | None = None
     resume: str | None = path()  # checkpoint to resume from; auto: the newest valid one in --out, if there is one
     logger: list[str] = field(factory=lambda: ["tensorboard"])  # tensorboard, wandb, mlflow; csv is always written
