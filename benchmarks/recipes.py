@@ -2,8 +2,7 @@
 
     python -m benchmarks.recipes simclr digits --seeds 3
 
-An encoder is scored on test images, whose labels select nothing, with the training images as neighbors: as for
-`self-supervised demo`.
+An encoder is scored on the test images, with the training images as neighbors, as by `self-supervised demo`.
 """
 
 import argparse
@@ -47,7 +46,7 @@ def row(runs: list[dict[str, float]]) -> str:
 
     minutes = statistics.mean(one["minutes"] for one in runs)
     seeds = "" if len(runs) == 3 else f", seeds={len(runs)}"
-    return f"Result({both('random')}, {both('trained')}, {minutes:.1f}{seeds})"
+    return f"Outcome({both('random')}, {both('trained')}, {minutes:.1f}{seeds})"
 
 
 def main(given: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from options_page import table
 
 from self_supervised import recipes
-from self_supervised.recipes import KindOfData, Result
+from self_supervised.recipes import KindOfData, Outcome
 
 PAGE = Path(__file__).with_name("recipes.md")
 MARKER = "<!-- Below this line everything is written by `python docs/recipes_page.py`: edit recipes.py. -->\n"
@@ -36,7 +36,7 @@ def listed(settings: dict[str, Any]) -> str:
     return ", ".join(f"`{field}={value!r}`" for field, value in settings.items())
 
 
-def result_cells(result: Result | None) -> tuple[str, ...]:
+def result_cells(result: Outcome | None) -> tuple[str, ...]:
     if result is None:
         return ("not run here", "", "", "", "")
     minutes = "" if result.minutes is None else f"{result.minutes:.1f}"

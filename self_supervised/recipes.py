@@ -16,7 +16,7 @@ from self_supervised.fields import suggestion
 
 
 @frozen
-class Result:
+class Outcome:
     """Accuracies (%) on test images before and after training: mean and standard deviation over seeds."""
 
     random: tuple[float, float | None] | None  # encoder with random weights; no deviation: one seed; None: not scored
@@ -31,7 +31,7 @@ class Row:
     """Settings of one preset for one kind of data, and their result if they were run."""
 
     settings: dict[str, Any]
-    result: Result | None = None
+    result: Outcome | None = None
 
 
 @frozen
@@ -63,18 +63,18 @@ KINDS = {
             **SMALL_HEADS,
         },
         {
-            "moco_v2": Row({"K": 1024, "m": 0.99}, Result((94.4, 0.3), (97.7, 0.1), None, seeds=2)),
-            "eqco": Row({"m": 0.99}, Result((94.4, 0.3), (97.8, 0.6), None, seeds=2)),
-            "sce": Row({"K": 1024, "m": 0.99}, Result((94.4, 0.3), (98.0, 0.3), None, seeds=2)),
+            "moco_v2": Row({"K": 1024, "m": 0.99}, Outcome((94.4, 0.3), (97.7, 0.1), None, seeds=2)),
+            "eqco": Row({"m": 0.99}, Outcome((94.4, 0.3), (97.8, 0.6), None, seeds=2)),
+            "sce": Row({"K": 1024, "m": 0.99}, Outcome((94.4, 0.3), (98.0, 0.3), None, seeds=2)),
             "byol": Row(
                 {"dim": 256, "m": 0.99, "transform_crop_scale_min": 0.8},
-                Result((94.2, None), (96.0, None), 1.0, seeds=1),
+                Outcome((94.2, None), (96.0, None), 1.0, seeds=1),
             ),
-            "simclr": Row({"T": 0.5}, Result((94.2, None), (96.2, None), 0.8, seeds=1)),
-            "vicreg": Row({"dim": 256}, Result((94.2, None), (97.0, None), 0.8, seeds=1)),
-            "barlow_twins": Row({"dim": 256}, Result((94.2, None), (96.4, None), 0.8, seeds=1)),
-            "moco_v3": Row({}, Result((94.4, 0.3), (96.7, 1.0), None, seeds=2)),
-            "ressl": Row({"K": 1024, "m": 0.99}, Result((94.4, 0.3), (97.4, 0.0), None, seeds=2)),
+            "simclr": Row({"T": 0.5}, Outcome((94.2, None), (96.2, None), 0.8, seeds=1)),
+            "vicreg": Row({"dim": 256}, Outcome((94.2, None), (97.0, None), 0.8, seeds=1)),
+            "barlow_twins": Row({"dim": 256}, Outcome((94.2, None), (96.4, None), 0.8, seeds=1)),
+            "moco_v3": Row({}, Outcome((94.4, 0.3), (96.7, 1.0), None, seeds=2)),
+            "ressl": Row({"K": 1024, "m": 0.99}, Outcome((94.4, 0.3), (97.4, 0.0), None, seeds=2)),
         },
     ),
     "cifar10_gpu": KindOfData(
@@ -88,7 +88,7 @@ KINDS = {
                     **{"max_epochs": 100, "batch_size": 512, "lr": 0.06, "weight_decay": 5e-4, "warmup_epochs": 5},
                     **{"mlp_hidden_dim": 2048, "mlp_normalization": "bn", "transform_grayscale_probability": 0.1},
                 },
-                Result(None, (85.1, None), 4.8, "linear", seeds=1),
+                Outcome(None, (85.1, None), 4.8, "linear", seeds=1),
             ),
             "sce": Row(
                 {
@@ -122,7 +122,7 @@ KINDS = {
 }
 
 
-def names(preset: str) -> list[str]:
+def tried_with(preset: str) -> list[str]:
     """Return the names of the recipes that a preset has."""
     return [name for name, kind in KINDS.items() if preset in kind.rows]
 
@@ -139,7 +139,7 @@ def recipe(preset: str, name: str, /, **settings: Any) -> ModelParams:
         KeyError: there is no such preset.
         ValueError: the preset has no such recipe.
     """
-    build, tried = PRESETS[preset], names(preset)
+    build, tried = PRESETS[preset], tried_with(preset)
     if name not in tried:
         near = suggestion(name, tried)
         raise ValueError(

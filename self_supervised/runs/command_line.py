@@ -278,7 +278,7 @@ def known_names() -> tuple[str, ...]:
 
 def parser(preset: str, recipe: str | None = None) -> Parser:
     """Return the parser of all options, with the values of a preset, or of its recipe, as defaults."""
-    tried = ", ".join(recipes.names(preset)) or "none"
+    tried = ", ".join(recipes.tried_with(preset)) or "none"
     about = f"{wrapped(f'Preset {preset}: {differences(preset)}')}\nRecipes (--recipe NAME): {tried}\n{VALUES}"
     settings = recipes.recipe(preset, recipe) if recipe else PRESETS[preset]()
     # print_config=None: ours prints the validated settings. allow_abbrev: `parse` does not recognize --conf as --config
