@@ -119,7 +119,7 @@ class EncoderAndDataParams:
     """Settings of encoder and data, shared by both stages."""
 
     # encoder
-    encoder_arch: str = "resnet18"  # torchvision's name, ws_resnet18 to ws_resnet152, timm:NAME; "module": your own
+    encoder_arch: str = "resnet18"  # torchvision's name, ws_resnet18, ..., small_cnn, timm:NAME; "module": your own
     embedding_dim: int | None = positive(None)  # width of the embeddings; None: inferred from the encoder
     # weights to start from: a file, the directory of a run, or torchvision's name such as "DEFAULT"
     encoder_weights: str | None = path()
