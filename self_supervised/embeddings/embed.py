@@ -34,7 +34,7 @@ from self_supervised.safe_files import check_file
 MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
 OVERRIDES = ("encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "image_mean",
-             "image_std", *CLIPS)  # fmt: skip
+             "image_std", "exif_orientation", *CLIPS)  # fmt: skip
 
 
 def embed(

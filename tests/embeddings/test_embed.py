@@ -150,7 +150,7 @@ def test_a_packed_data_set_by_name_and_its_images_as_files_have_the_same_embeddi
 
 
 def test_a_file_of_an_earlier_version_is_extended_only_if_its_preprocessing_agrees(checkpoint, tmp_path):
-    file = embed.embed(checkpoint, "digits/test", tmp_path / "f.parquet", **OPTIONS)
+    file = embed.embed(checkpoint, "digits/test", tmp_path / "f.parquet", exif_orientation=False, **OPTIONS)
     about = parquet.facts_of_file(file)
     record = about["preprocessing"]
     for part in (record["central_crop"], 7 / 8):
@@ -159,9 +159,11 @@ def test_a_file_of_an_earlier_version_is_extended_only_if_its_preprocessing_agre
         metadata = {b"self_supervised": json.dumps(about)}
         pq.write_table(pq.read_table(file).replace_schema_metadata(metadata), file)
         if part == 1:
-            embed.embed(checkpoint, "digits/test", file, **OPTIONS)
+            embed.embed(checkpoint, "digits/test", file, exif_orientation=False, **OPTIONS)
+            with pytest.raises(ValueError, match="'exif_orientation': False.* is now .*'exif_orientation': True"):
+                embed.embed(checkpoint, "digits/test", file, **OPTIONS)
     with pytest.raises(ValueError, match=r"preprocessing was .*'central_crop': 0.875.* is now .*'central_crop': 1.0"):
-        embed.embed(checkpoint, "digits/test", file, **OPTIONS)
+        embed.embed(checkpoint, "digits/test", file, exif_orientation=False, **OPTIONS)
 
 
 def test_order_links_extensions_and_skipped_files(tmp_path):
