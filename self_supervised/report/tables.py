@@ -1,5 +1,6 @@
 """Tables of a report: settings, results, and the commands and versions of runs."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ from self_supervised.report import compare, figures
 from self_supervised.report.compare import Run, score_text
 from self_supervised.runs import run_folder
 from self_supervised.runs.command_line import RunOptions, field_comments, text
+from self_supervised.training.milestones import lowest_is_best
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored
+START = "random encoder"  # what a result is compared with, where it is one of MARKED
+MARKED = ("trained encoder", "best epoch")
+FITTED = ("train_class_acc",)  # accuracies on the images to which a probe was fitted
 
 
 # ---- facts ----
@@ -114,7 +119,8 @@ def option_cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> 
 
 
 def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row for each result, grouped by what was scored: "trained encoder", "best epoch", ..."""
+    """Return a row for each result, grouped by what was scored: "trained encoder", "best epoch", ... In each group, the
+    accuracy on what the probe was fitted to is the last."""
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run.results):
         scored, _, metric = name.rpartition(": ")
@@ -122,6 +128,18 @@ def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             word, _, metric = name.partition(" ")
             scored, metric = (SINGLE[word], metric) if word in SINGLE else ("the whole run", name)
         values = [score_text([run.results[name]]) if name in run.results else "" for run in runs]
-        rows.append({"of": scored, "name": metric, "values": values})
+        known = {"of": scored, "name": metric, "fitted": metric in FITTED}
+        rows.append({**known, "values": values, "marks": marks(runs, name, scored, metric)})
     order = list(dict.fromkeys(row["of"] for row in rows))
-    return sorted(rows, key=lambda row: (row["of"] == "the whole run", order.index(row["of"])))
+    return sorted(rows, key=lambda row: (row["of"] == "the whole run", order.index(row["of"]), row["fitted"]))
+
+
+def marks(runs: Sequence[Run], name: str, scored: str, metric: str) -> list[str]:
+    """Return "better" or "worse" for each run whose result differs from the start's on the same images, else ""."""
+    found = []
+    for run in runs:
+        now, before = run.results.get(name, math.nan), run.results.get(f"{START}: {metric}", math.nan)
+        compared = scored in MARKED and ("acc" in metric or "loss" in metric) and metric not in FITTED
+        change = (now - before) * (-1 if lowest_is_best(metric) else 1) if compared else 0
+        found.append("better" if change > 0 else "worse" if change < 0 else "")
+    return found
