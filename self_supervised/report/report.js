@@ -88,14 +88,21 @@ function resultsTable() {
     const row = make(body, "tr"), head = make(row, "th", {scope: "row"});
     name(make(head, "span", {class: "code"}), figure);
     if (of) make(head, "span", {class: "of"}, of);
-    for (const [value, mark] of cells) {
-      const cell = make(row, "td", {class: `number ${mark}`}, value);
-      if (mark) make(cell, "span", {title: `${mark} than at the start`, "aria-label": `, ${mark}`}, MARKS[mark]);
+    for (const [value, mark, before] of cells) {
+      const cell = make(row, "td", {class: `number ${mark}`});
+      if (before) make(cell, "span", {class: "before"}, `${before} → `);
+      cell.append(value);
+      if (mark) make(cell, "span", {class: "mark", title: `${mark} than at the start`, "aria-label": `, ${mark}`}, MARKS[mark]);
     }
   };
-  const byFitted = [...data.results].sort((a, b) => a.fitted - b.fitted), names = new Set(byFitted.map(row => row.name));
-  if (several) data.results.forEach(row => line(row.name, row.of, row.values.map((value, i) => [value, row.marks[i]])));
-  else for (const figure of names) line(figure, "", scored.map(of => {
+  // Multiple runs: the start's value is in the cell of the trained encoder, if there is one.
+  const same = (row, isStart) => data.results.find(one => one.name === row.name && one.start === isStart && one.of !== "best epoch");
+  if (several) for (const row of data.results) {
+    if (row.start && same(row, false)) continue;
+    const start = row.of === "trained encoder" ? same(row, true) : null;
+    line(row.name, row.of, row.values.map((value, i) => [value, row.marks[i], start?.values[i]]));
+  }
+  else for (const figure of new Set(data.results.map(row => row.name))) line(figure, "", scored.map(of => {
     const row = data.results.find(one => one.of === of && one.name === figure);
     return row ? [row.values[0], row.marks[0]] : ["", ""];
   }));

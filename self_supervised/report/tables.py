@@ -119,8 +119,8 @@ def option_cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> 
 
 
 def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row for each result, grouped by what was scored: "trained encoder", "best epoch", ... In each group, the
-    accuracy on what the probe was fitted to is the last."""
+    """Return a row for each result, grouped by what was scored: "trained encoder", "best epoch", ... Accuracies on what
+    the probe was fitted to are the last."""
     rows = []
     for name in dict.fromkeys(name for run in runs for name in run.results):
         scored, _, metric = name.rpartition(": ")
@@ -128,10 +128,11 @@ def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             word, _, metric = name.partition(" ")
             scored, metric = (SINGLE[word], metric) if word in SINGLE else ("the whole run", name)
         values = [score_text([run.results[name]]) if name in run.results else "" for run in runs]
-        known = {"of": scored, "name": metric, "fitted": metric in FITTED}
-        rows.append({**known, "values": values, "marks": marks(runs, name, scored, metric)})
+        about = {"of": scored, "name": metric, "start": scored == START}
+        rows.append({**about, "values": values, "marks": marks(runs, name, scored, metric)})
     order = list(dict.fromkeys(row["of"] for row in rows))
-    return sorted(rows, key=lambda row: (row["of"] == "the whole run", order.index(row["of"]), row["fitted"]))
+    key = lambda row: (row["name"] in FITTED, row["of"] == "the whole run", order.index(row["of"]))  # noqa: E731
+    return sorted(rows, key=key)
 
 
 def marks(runs: Sequence[Run], name: str, scored: str, metric: str) -> list[str]:

@@ -558,7 +558,7 @@ def test_maps_of_many_classes_and_of_too_few_images(photos, tmp_path, monkeypatc
         monkeypatch, embedding_map, features, "--out", "m.png"
     )
     assert "sample=3" in run_command(monkeypatch, embedding_map, features, "--sample", 3, "--out", "m.png")
-    assert "must end in .png or .html" in run_command(monkeypatch, embedding_map, features, "--out", "m.pdf")
+    assert "must end in .png, .html or .parquet" in run_command(monkeypatch, embedding_map, features, "--out", "m.pdf")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")

@@ -119,11 +119,11 @@ def test_settings_are_those_that_differ_from_the_preset_and_results_are_the_file
     for row in content["results"]:
         if row["of"] in results:
             assert float(row["values"][0]) == pytest.approx(results[row["of"]][row["name"]], rel=1e-3)
+        last = row["name"]
         if row["of"] == "trained encoder":
             change = results[row["of"]][row["name"]] - results["random encoder"][row["name"]]
             is_marked = row["name"].startswith("valid_") and row["name"].endswith("_acc") and change != 0
             assert row["marks"] == [("better" if change > 0 else "worse") if is_marked else ""], row
-            last = row["name"]
     assert last == "train_class_acc"  # of the images to which the probe was fitted
     assert {"random encoder", "trained encoder", "linear classifier", "best epoch"} <= {
         r["of"] for r in content["results"]
@@ -305,6 +305,9 @@ def test_curves_respond_to_input(run, other, tmp_path):
     with Browser(page, tmp_path / "profile") as browser:
         assert browser.run("document.title") == "first, second: report"
         assert "document.title='bad'" in browser.run("document.querySelector('#provenance').innerText")
+        before = json.loads((run / "results.json").read_text())["random encoder"]["valid_knn20_acc"]
+        row = "[...document.querySelectorAll('#results tr')].find(one => one.innerText.includes('valid_knn20_acc'))"
+        assert f"{before:.4g} → " in browser.run(f"{row}.innerText")
         browser.run("document.querySelector('#provenance').scrollIntoView({behavior: 'instant'})")
         names = "(box => [box.innerText, box.getBoundingClientRect().top])(document.querySelector('nav .names'))"
         shown, top = browser.run(names)
