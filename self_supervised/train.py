@@ -11,8 +11,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ from self_supervised.data import custom
 from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
-from self_supervised.runs import command_line, dry_run, preflight, preview, run_folder
+from self_supervised.runs import command_line, dry_run, effective, preflight, preview, run_folder
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.progress import Progress, scores_line, significant
-from self_supervised.safe_files import atomic_write, check_folder, to_json
+from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
 from self_supervised.training import checkpoints, hyperparameters, parameter_groups
 from self_supervised.training.milestones import Best, EveryNEpochs, refuse_unknown
 from self_supervised.training.monitor import GradientNorms, LearningRate
@@ -161,6 +161,19 @@ def delete_outdated(out: Path, results: dict[str, Any]) -> None:
         write_on_rank_zero(out / "results.json", results)
 
 
+def minutes_keeper(out: Path, results: dict[str, Any], name: str) -> Callable[..., None]:
+    """Return a function that writes the minutes of all starts to results.json. It is called at every checkpoint, so
+    that a killed run keeps them."""
+    before = results.get(name, 0)
+    start = time.time()
+
+    def write(*_: Any) -> None:
+        results[name] = before + (time.time() - start) / 60
+        write_on_rank_zero(out / "results.json", results)
+
+    return write
+
+
 def pretrain_stage(
     fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict
 ) -> None:
@@ -173,14 +186,15 @@ def pretrain_stage(
         for callback in fit.callbacks:
             if isinstance(callback, Best):
                 callback.scores = set(results["random encoder"])
-    fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: delete_outdated(out, results)))
+    keep_minutes = minutes_keeper(out, results, "pretraining minutes")
+    begun = {"on_train_batch_start": lambda *_: delete_outdated(out, results), "on_save_checkpoint": keep_minutes}
+    fit.callbacks.append(LambdaCallback(**begun))
     run_folder.say(f"Pretraining. {dry_run.parts_text(model)}")
-    start = time.time()
     fit.fit(model, ckpt_path=resumed)
-    results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
+    keep_minutes()
     results |= labels_of(model)
-    results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
+    results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     if model.params.is_evaluated:
         run_folder.say("Scores of the trained encoder:")
     results["trained encoder"] = validation_scores(fit, model)
@@ -198,11 +212,12 @@ def linear_stage(
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", encoder, **settings)
     fit = trainer(out, "linear", options.linear_epochs, options)
     resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit)
-    fit.loggers = run_folder.get_loggers(out, "linear", options.logger, step)
+    fit.loggers = run_folder.get_loggers(out, "linear", options, step)
     run_folder.say(f"Training LinearClassifierMethod on the frozen encoder. {dry_run.parts_text(linear)}")
-    start = time.time()
+    keep_minutes = minutes_keeper(out, results, "linear minutes")
+    fit.callbacks.append(LambdaCallback(on_save_checkpoint=keep_minutes))
     fit.fit(linear, ckpt_path=resumed)
-    results["linear minutes"] = results.get("linear minutes", 0) + (time.time() - start) / 60
+    keep_minutes()
     results["linear classifier"] = validation_scores(fit, linear)
     fit.save_checkpoint(out / "linear.ckpt", weights_only=False)
     write_on_rank_zero(out / "results.json", results)
@@ -235,11 +250,18 @@ def run_or_resume(
         fit = trainer(out, "pretraining", params.max_epochs, options)
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
         resumed, step = resume_point(options.resume, out, "pretraining", model, fit)
-        run_folder.begin_run_folder(out, command_line.to_yaml(preset, options, model.params), sys.argv)
-        fit.loggers = run_folder.get_loggers(out, "pretraining", options.logger, step)
+        config = effective.config_text(preset, options, model.params)
+        run_folder.begin_run_folder(out, config, sys.argv, resumes=resumed is not None)
+
+        def write_plan(*_: Any) -> None:
+            write_on_rank_zero(out / "config.yaml", effective.config_text(preset, options, model.params, model.plan))
+
+        fit.callbacks.append(LambdaCallback(on_train_start=write_plan))
+        fit.loggers = run_folder.get_loggers(out, "pretraining", options, step)
         table = parameter_groups.printed(model.parameter_table(), params.optimizer_name)
         write_on_rank_zero(out / "parameters.txt", table)
         pretrain_stage(fit, model, resumed, out, results)
+        write_plan()  # of a training that was complete
         if options.linear_epochs:
             linear_stage(out, options, model.params, results, encoder, linear_settings)
     return results
@@ -252,7 +274,7 @@ def run_or_resume(
 def main(arguments: Sequence[str] | None = None) -> None:
     preset, options, params = command_line.parse(sys.argv[1:] if arguments is None else arguments)
     if options.print_config:
-        print(command_line.to_yaml(preset, options, params), end="")
+        print(effective.config_text(preset, options, params), end="")
     elif options.preview:
         print(preview.write_preview(params, options.preview))
     elif options.dry_run:
@@ -263,8 +285,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
         check_folder("out", out)
-        with locked(out) if distributed.is_first_process() else nullcontext():  # one lock for all processes of a run
+        if not distributed.is_first_process():  # it has the lock for all processes of a run
+            return start(out, preset, options, params)
+        with locked(out), nothing_left_if_refused(out):
             start(out, preset, options, params)
+
+
+@contextmanager
+def nothing_left_if_refused(out: Path) -> Iterator[None]:
+    """Delete what the block wrote to a directory in which no run has begun."""
+    before = set(out.iterdir())
+    try:
+        yield
+    finally:
+        if not (out / "config.yaml").exists():
+            for path in set(out.iterdir()) - before:
+                remove(path)
 
 
 def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:

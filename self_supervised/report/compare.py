@@ -48,8 +48,9 @@ class Run:
 
     @property
     def without_seed(self) -> str:
-        """Key of the group of runs that differ only in the seed."""
-        return json.dumps({name: value for name, value in self.settings.items() if name != "seed"}, sort_keys=True)
+        """Key of the group of runs that differ only in the seed, and in how trackers list them."""
+        computed = {k: v for k, v in self.settings.items() if k != "seed" and not k.startswith("tracker_")}
+        return json.dumps(computed, sort_keys=True)
 
 
 def read_run(folder: str | Path) -> Run:

@@ -76,6 +76,7 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "runs": about,
         "settings": tables.setting_rows(runs),
+        "effective": tables.effective_rows(runs),
         "results": tables.result_rows(runs),
         "caution": compare.caution(runs),
         "figures": figures.figures_of_runs(folders, silent),

@@ -13,6 +13,7 @@ from self_supervised.report import compare, figures
 from self_supervised.report.compare import Run, score_text
 from self_supervised.runs import run_folder
 from self_supervised.runs.command_line import RunOptions, field_comments, text
+from self_supervised.runs.effective import effective_settings
 from self_supervised.training.milestones import lowest_is_best
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored
@@ -115,6 +116,23 @@ def option_cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> 
     return {"text": text(values[name]), "changed": changed}
 
 
+def effective_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return a row for each effective setting: those in config.yaml, else, of an earlier version, those that follow
+    from the settings."""
+    found = [run_folder.effective_of(run.folder) or effective_of_settings(run.settings) for run in runs]
+    names = dict.fromkeys(name for one in found for name in one)
+    return [{"name": name, "values": [text(one.get(name, "")) for one in found]} for name in names]
+
+
+def effective_of_settings(settings: dict[str, Any]) -> dict[str, str]:
+    """Return the effective settings of a run; {} if these are not settings of this version."""
+    known = {attribute.name for attribute in attrs.fields(ModelParams)}
+    try:
+        return effective_settings(ModelParams(**{k: v for k, v in settings.items() if k in known}))
+    except (ValueError, TypeError):
+        return {}
+
+
 # ---- results ----
 
 
@@ -131,8 +149,7 @@ def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         about = {"of": scored, "name": metric, "start": scored == START}
         rows.append({**about, "values": values, "marks": marks(runs, name, scored, metric)})
     order = list(dict.fromkeys(row["of"] for row in rows))
-    key = lambda row: (row["name"] in FITTED, row["of"] == "the whole run", order.index(row["of"]))  # noqa: E731
-    return sorted(rows, key=key)
+    return sorted(rows, key=lambda row: (row["name"] in FITTED, row["of"] == "the whole run", order.index(row["of"])))
 
 
 def marks(runs: Sequence[Run], name: str, scored: str, metric: str) -> list[str]:

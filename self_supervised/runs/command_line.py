@@ -104,6 +104,11 @@ class RunOptions:
     resume: str | None = path()  # checkpoint to resume from; auto: the newest valid one in --out, if there is one
     logger: list[str] = field(factory=lambda: ["tensorboard"])  # tensorboard, wandb, mlflow; csv is always written
     log_gradient_norms: bool = False  # log grad_norm_PART of each part of the model at every logged step
+    # project of W&B, experiment of MLflow; none: WANDB_PROJECT or lightning_logs; MLFLOW_EXPERIMENT_NAME or the name of
+    # the directory that holds the run directory
+    tracker_project: str | None = None
+    tracker_name: str | None = None  # name of the run in W&B and MLflow; none: the name of the run directory
+    tracker_tags: list[str] = field(factory=list)  # tags of the run in W&B and MLflow; MLflow takes KEY=VALUE, too
 
     # checkpoints
     checkpoint_every_n_steps: int = positive(1000)  # interval in steps, and after every epoch; the newest two are kept

@@ -1,8 +1,8 @@
 """Directory of a run, whose files suffice to read, compare and repeat it.
 
-config.yaml     resolved settings: `self-supervised train --config config.yaml` is the same run
+config.yaml     resolved settings, for `self-supervised train --config config.yaml`; and, as a comment, what they mean
 command.txt     the command, and every command that resumed the run
-run.json        time, versions, git commit and machine of each of these commands
+run.json        time, versions, git commit and machine of each of these commands, and the id of the run for trackers
 parameters.txt  learning rate, momentum and weight decay of each parameter
 log.txt         messages, warnings and errors
 results.json    scores
@@ -32,10 +32,12 @@ from pytorch_lightning import loggers
 from pytorch_lightning.utilities import rank_zero_only
 from rich.text import Text
 
+from self_supervised.runs.command_line import RunOptions
 from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_json
 
 LIBRARIES = ("self-supervised", "torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
 FIXED = ("preset", "optimizer_name")  # settings that cannot change; checkpoints.refuse_another_model checks the others
+EFFECTIVE = "\n# Effective settings, in words (not read by --config):\n#\n"  # starts the comment in config.yaml
 Kind = TypeVar("Kind", dict, list)
 LOG = logging.getLogger("self_supervised")  # writes only to log.txt: `say` and warnings print themselves
 LOG.setLevel(logging.INFO)
@@ -80,7 +82,7 @@ def as_typed(arguments: Sequence[str]) -> str:
 
 
 @rank_zero_only
-def begin_run_folder(out: Path, config: str, arguments: Sequence[str]) -> None:
+def begin_run_folder(out: Path, config: str, arguments: Sequence[str], resumes: bool = False) -> None:
     """Write config.yaml, command.txt and run.json of a run that starts or resumes. Changed settings are printed."""
     (out / "splits").mkdir(parents=True, exist_ok=True)
     old = settings_of_run(out)
@@ -93,7 +95,9 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str]) -> None:
     commands = out / "command.txt"
     before = text_of_file(commands) if commands.is_file() else ""
     atomic_write(commands, before + as_typed(arguments) + "\n")
-    atomic_write(out / "run.json", to_json([*starts_of(out), machine_facts()], indent=2))
+    starts = starts_of(out)
+    run_id = starts[-1].get("id") if resumes and starts else os.urandom(8).hex()
+    atomic_write(out / "run.json", to_json([*starts, {"id": run_id, **machine_facts()}], indent=2))
 
 
 def keep_edited(config: Path) -> None:
@@ -101,7 +105,8 @@ def keep_edited(config: Path) -> None:
     if not config.is_file():
         return
     text = text_of_file(config)
-    if yaml.safe_dump(yaml.safe_load(text), sort_keys=False) != text:  # not as `command_line.to_yaml` writes it
+    settings = text.partition(EFFECTIVE)[0]
+    if yaml.safe_dump(yaml.safe_load(settings), sort_keys=False) != settings:  # not as `command_line.to_yaml` writes it
         kept = config.with_name(f"config_by_hand_{time.strftime('%Y%m%d_%H%M%S')}.yaml")
         atomic_write(kept, text)
         say(f"{config} was edited by hand. A copy is in {kept.name}.")
@@ -128,6 +133,16 @@ def settings_of_run(out: Path) -> dict[str, Any]:
         ValueError: the file is corrupt.
     """
     return content_of(out / "config.yaml", yaml.safe_load, dict)
+
+
+def effective_of(out: Path) -> dict[str, Any]:
+    """Return the effective settings in config.yaml, or {} if it has none; see `settings_of_run`."""
+
+    def read(text: str) -> Any:
+        lines = text.partition(EFFECTIVE)[2].splitlines()
+        return yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines)) or {}
+
+    return content_of(out / "config.yaml", read, dict)
 
 
 def results_of(out: Path) -> dict[str, Any]:
@@ -251,22 +266,43 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
     return logger
 
 
-def wandb_logger(title: str, out: Path) -> loggers.WandbLogger:
+def wandb_logger(out: Path, title: str, run_id: str, options: RunOptions) -> loggers.WandbLogger:
+    """Return a logger whose run has the same id whenever the run of this directory is resumed."""
     import wandb  # optional, and slow to import
 
     wandb.finish()  # ends the run of the previous stage, which would otherwise receive these metrics
-    return loggers.WandbLogger(title, save_dir=out, id=title, resume="allow")
+    about = {"project": options.tracker_project, "tags": options.tracker_tags or None}
+    return loggers.WandbLogger(title, save_dir=out, id=run_id, resume="allow", **about)
 
 
-def get_loggers(out: Path, name: str, wanted: Sequence[str], first_step: int) -> list[loggers.Logger]:
-    """Return the logger of metrics.csv and those in `wanted`. All continue at `first_step`."""
-    purge = {"purge_step": first_step} if first_step else {}  # deletes what was written after the checkpoint
-    title = f"{out.name}_{name}"  # identifies the run on a server, so that it can be resumed
-    database = f"sqlite:///{out.resolve() / 'mlflow.db'}"  # MLflow 3 does not support plain files
+def mlflow_logger(out: Path, title: str, run_id: str, options: RunOptions) -> loggers.MLFlowLogger:
+    """Return a logger that continues the run with the tag `self_supervised.run_id`, if the experiment has one. Runs
+    side by side share an experiment, and a database unless MLFLOW_TRACKING_URI names a server."""
+    from mlflow import MlflowClient  # optional, and slow to import
+
+    above = out.resolve().parent
+    database = f"sqlite:///{above / 'mlflow.db'}"  # MLflow 3 does not support plain files
     tracking = os.environ.get("MLFLOW_TRACKING_URI", database)
+    name = options.tracker_project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or above.name
+    tags = {"self_supervised.run_id": run_id, **dict(tag.partition("=")[::2] for tag in options.tracker_tags)}
+    known = []
+    if rank_zero_only.rank == 0 and (experiment := MlflowClient(tracking).get_experiment_by_name(name)):
+        query = f"tags.`self_supervised.run_id` = '{run_id}'"
+        known = MlflowClient(tracking).search_runs([experiment.experiment_id], query)
+    joined = known[0].info.run_id if known else None
+    return loggers.MLFlowLogger(name, run_name=title, tracking_uri=tracking, tags=tags, run_id=joined)
+
+
+def get_loggers(out: Path, stage: str, options: RunOptions, first_step: int) -> list[loggers.Logger]:
+    """Return the logger of metrics.csv and those in `options.logger`. All continue at `first_step`."""
+    purge = {"purge_step": first_step} if first_step else {}  # deletes what was written after the checkpoint
+    title = f"{options.tracker_name or out.resolve().name}_{stage}"
+    last = next(reversed(starts_of(out)), {})
+    run_id = f"{last['id']}_{stage}" if last.get("id") else f"{out.name}_{stage}"  # the latter in earlier versions
     makers = {
-        "tensorboard": lambda: loggers.TensorBoardLogger(out, name=name, version="", **purge),
-        "wandb": lambda: wandb_logger(title, out),
-        "mlflow": lambda: loggers.MLFlowLogger(out.name, run_name=name, tracking_uri=tracking),
+        "csv": lambda: csv_logger(out, stage, first_step),
+        "tensorboard": lambda: loggers.TensorBoardLogger(out, name=stage, version="", **purge),
+        "wandb": lambda: wandb_logger(out, title, run_id, options),
+        "mlflow": lambda: mlflow_logger(out, title, run_id, options),
     }
-    return [csv_logger(out, name, first_step), *(makers[one]() for one in dict.fromkeys(wanted) if one != "csv")]
+    return [makers[one]() for one in dict.fromkeys(["csv", *options.logger])]

@@ -39,7 +39,8 @@ class BaseMethod(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compile the networks if `torch_compile` is set: in place, so that checkpoints keep their keys."""
-        self.checked_loaders: set[tuple] = set()  # (stage, index) of loaders whose float images were checked
+        self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
+        distributed.end_group_at_exit()
         if self.trainer.strategy.root_device.type == "cpu":
             distributed.keep_freed_memory()
         compiled = self.params.torch_compile
@@ -139,10 +140,12 @@ class BaseMethod(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Check the first batch of the user's validation loaders now, not after an epoch of training."""
-        for loader in as_list(self.trainer.val_dataloaders):
+        for index, loader in enumerate(as_list(self.trainer.val_dataloaders)):
             if isinstance(loader, DataLoader) and not isinstance(loader, ResumableDataLoader):
                 with isolate_rng():
-                    self.check_batch(next(iter(loader)), training=False)
+                    batch = next(iter(loader))
+                self.check_batch(batch, training=False)
+                self.check_first(images_and_labels(batch)[0], False, index)
 
     def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
         """Return the seed that all processes share at this batch. Append the rank for a seed per process."""
@@ -167,7 +170,7 @@ class BaseMethod(pl.LightningModule):
         if not self.trainer.predicting and not isinstance(self.loader_of(dataloader_idx), ResumableDataLoader):
             self.check_batch(batch, self.trainer.training)
         labels = whole_numbers(labels)
-        self.check_first(images, dataloader_idx)
+        self.check_first(images, self.trainer.training, dataloader_idx)
         if not self.trainer.training:
             return augmentations.for_evaluation(images, self.params).to(self.dtype), labels
         batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
@@ -186,13 +189,12 @@ class BaseMethod(pl.LightningModule):
             required = training or self.needs_labels
             label_checks.refuse_wrong_labels(labels, "the loader", self.n_outputs, self.params.dataset_name, required)
 
-    def check_first(self, images: Tensor | list[Tensor], dataloader_idx: int) -> None:
-        """Check the values of float images in the first batch of each loader. More would make the host wait often."""
-        loader = (self.trainer.state.stage, dataloader_idx)
-        first = images if isinstance(images, Tensor) else images[0]
-        if first.is_floating_point() and loader not in self.checked_loaders:
+    def check_first(self, images: Tensor | list[Tensor], training: bool, dataloader_idx: int) -> None:
+        """Check the images of the first batch of each loader. More would make the host wait often."""
+        loader = (training, dataloader_idx)
+        if loader not in self.checked_loaders:
             self.checked_loaders.add(loader)
-            augmentations.check_floats(first, self.params)
+            augmentations.check_batch_images(images, self.params)
 
     @staticmethod
     def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Tensor | None, ...]]:

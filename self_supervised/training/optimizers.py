@@ -130,9 +130,14 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
         )
     size = checked_batch_size(params, accumulated, trainer.train_dataloader)
     plan = Plan(distributed.world_size(), accumulated, size, params.lr, steps, steps_per_epoch, warmup)
-    ratio = plan.global_batch_size / params.lr_batch_size
-    factor = {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[params.lr_scaling]
+    factor = lr_factor(params, plan.global_batch_size)
     return evolve(plan, lr=params.lr * factor, lr_factor=factor, kind=params.dataset.kind)
+
+
+def lr_factor(params: EncoderAndDataParams, images: int) -> float:
+    """Return the factor by which `lr_scaling` multiplies learning rates, for these images per optimizer step."""
+    ratio = images / params.lr_batch_size
+    return {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[params.lr_scaling]
 
 
 def checked_batch_size(params: EncoderAndDataParams, accumulated: int, loader: Any) -> int:

@@ -115,6 +115,10 @@ def test_settings_are_those_that_differ_from_the_preset_and_results_are_the_file
     }
     options = {"limit_train_batches": "3", "log_every_n_steps": "1", "linear_epochs": "1", "linear_lr": "0.1"}
     assert shown == expected | options and shown["lr"] == "0.1"
+    effective = {row["name"]: row["values"] for row in content["effective"]}
+    written = (run / "config.yaml").read_text().partition("# Effective settings")[2].replace("\n#  ", "")
+    assert all(f"{name}: {words}" in written.replace("'", "") for name, (words,) in effective.items())
+    assert "6 steps" in effective["length"][0] and tables.effective_of_settings(config).keys() == effective.keys()
     results = json.loads((run / "results.json").read_text())
     for row in content["results"]:
         if row["of"] in results:
