@@ -23,7 +23,7 @@ from self_supervised.evaluation import features
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.runs import preview
 from self_supervised.runs.command_line import bar
-from self_supervised.training import checkpoints
+from self_supervised.training import checkpoints, run_folder
 from self_supervised.views import augmentations
 
 QUERIES = 8
@@ -113,12 +113,15 @@ def uri(image: Tensor, factor: float = 1.0) -> str:
 
 
 def checkpoint(folder: Path) -> Path:
-    """Return the path of pretrained.ckpt, or of the newest checkpoint of an unfinished run."""
+    """Return the path of pretrained.ckpt, else of the newest checkpoint of an unfinished run, else of the newest that
+    Lightning has saved."""
     end = folder / "pretrained.ckpt"
-    newest = end if end.is_file() else checkpoints.newest(folder / "pretraining" / "checkpoints")
+    saved = run_folder.file_of(folder, "pretraining/checkpoints")
+    newest = end if end.is_file() else checkpoints.newest(saved)
+    newest = newest or max(saved.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise FileNotFoundError(f"{folder.name} has no checkpoint")
-    return Path(newest)
+    return newest
 
 
 def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
