@@ -95,11 +95,15 @@ def scores_table(random: dict[str, float], trained: dict[str, float]) -> str:
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("demo", __doc__)
-    parser.add_argument("--epochs", type=int, metavar="N", default=20, help="of pretraining; default: 20")
-    parser.add_argument("--linear_epochs", type=int, metavar="N", default=10, help="of the classifier; default: 10")
+    parser.add_argument(
+        "--max_epochs", "--epochs", type=int, metavar="N", default=20, help="epochs of pretraining (default: 20)"
+    )
+    parser.add_argument(
+        "--linear_epochs", type=int, metavar="N", default=10, help="epochs of the linear classifier (default: 10)"
+    )
     args = parser.parse_args(arguments)
     with locked(OUT):
-        run_demo(args.epochs, args.linear_epochs)
+        run_demo(args.max_epochs, args.linear_epochs)
 
 
 def run_demo(epochs: int, linear_epochs: int) -> None:

@@ -94,10 +94,19 @@ def resume_point(
 ) -> tuple[Path | None, int]:
     """Return (checkpoint, its optimizer steps) from which a stage resumes, or (None, 0).
 
+    Args:
+        given: a checkpoint; the directory of a run, for its newest one; "auto", for the newest of `out`; None.
+
     Raises:
-        ValueError: the method or its Trainer cannot resume from it.
+        ValueError: the method or its Trainer cannot resume from it, or the run has no checkpoint.
     """
-    path = newest_of_stage(out, name) if given == "auto" else Path(given) if given else None
+    path = Path(given) if given else None
+    if given == "auto":
+        path = newest_of_stage(out, name)
+    elif path is not None and path.is_dir():
+        path = newest_of_stage(path, name)
+        if path is None:
+            raise ValueError(f"resume={given!r}: this directory has no checkpoint. Pass the directory of a run.")
     if path is None:
         return None, 0
     content = checkpoints.read_checkpoint(path)
@@ -207,6 +216,7 @@ def linear_stage(
     settings = preflight.linear_settings(options, params) | settings
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", encoder, **settings)
     linear.first_epoch = run_folder.first_epoch(out)
+    linear.about_labels = f"labels: {results.get('labels')}"  # the pretraining has logged them
     fit = trainer(out, "linear", options.linear_epochs, options)
     resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit)
     fit.loggers = trackers.get_loggers(out, "linear", options, step)
@@ -277,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.preview:
         print(preview.write_preview(params, options.preview))
     elif options.dry_run:
-        preflight.check_run(options, params)
+        preflight.check_run(options, params, decode=True)
         model = dry_run.run_two_steps(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
         for wanted in options.save_best:
             refuse_unknown(wanted, dry_run.logged_names(model))

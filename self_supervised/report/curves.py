@@ -114,9 +114,15 @@ def labeled_curves(runs: Sequence[str]) -> dict[str, Curves]:
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("curves", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="directory of a run")
-    parser.add_argument("--out", required=True, metavar="FILE.png")
-    parser.add_argument("--panels", nargs="+", metavar="NAME[,NAME]", help="columns of metrics.csv")
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="directory of a run, with a name for the legend")
+    parser.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument(
+        "--panels",
+        nargs="+",
+        metavar="NAME[,NAME]",
+        help="columns of metrics.csv, each in a panel; a comma puts two into one; default: loss, cosines, standard "
+        "deviation and accuracy, where logged",
+    )
     args = parser.parse_args(arguments)
     draw_curves(labeled_curves(args.runs), args.out, args.panels)
     print(args.out)

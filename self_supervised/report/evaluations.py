@@ -23,8 +23,8 @@ from rich.text import Text
 from self_supervised.evaluation import results
 from self_supervised.evaluation.results import DRAWN, RunRecord
 from self_supervised.fields import as_path
-from self_supervised.runs import run_folder
 from self_supervised.safe_files import atomic_write
+from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite
 
 ENCODER_NAMES = {"trained": "trained encoder", "random": "random encoder", "starting": "starting weights"}

@@ -88,9 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
     parser.add_argument(
-        "--out", metavar="FILE.html", help="default: report.html in RUN; with multiple runs, in the current directory"
+        "--out",
+        metavar="FILE.html",
+        help="page to write; default: report.html in RUN; with multiple runs, in the current directory",
     )
     parser.add_argument(
-        "--images", type=int, default=IMAGES, metavar="N", help=f"most test images to embed, 0: none (default {IMAGES})"
+        "--images",
+        type=int,
+        default=IMAGES,
+        metavar="N",
+        help=f"most test images to embed, 0: none (default: {IMAGES})",
     )
     print(write_report(**vars(parser.parse_args(arguments))))
