@@ -148,6 +148,9 @@ class EncoderAndDataParams:
     # reaction to a broken file; skip: train on the next one, leave it out of evaluations, and count it
     unreadable_images: str = choice("stop", ("stop", "skip"))
 
+    # turn image files upright by their EXIF orientation; False: as earlier versions, and checkpoints of theirs, do
+    exif_orientation: bool = True
+
     # torch.compile (reduce-overhead: CUDA graphs)
     torch_compile: bool | str = choice(False, COMPILE_MODES)  # compile encoder and heads, and the views on a GPU
 
@@ -242,6 +245,7 @@ class EncoderAndDataParams:
         return self.low_resolution_stem
 
 
+LATER_ADDED = {"exif_orientation": False}  # what earlier checkpoints, which lack these fields, did
 DATASET_DEFAULTS = defaults(EncoderAndDataParams, (*CUSTOM_DATA, *VIDEO))  # to start from with another data set
 
 
