@@ -72,8 +72,9 @@ def read_run(folder: str | Path) -> Run:
 
 def results_of_run(folder: Path) -> dict[str, float]:
     """Return the numbers of results.json and, from metrics.csv, the last training loss and the best value of each
-    column that is evaluated per epoch. The first row, that of the random encoder, is not an epoch."""
+    column that is evaluated per epoch. The first row, that of the encoder before the training, is not an epoch."""
     written = run_folder.results_of(folder)
+    baseline = run_folder.baseline_of(written)
     found = {}
     for name, value in written.items():
         if isinstance(value, dict):
@@ -85,7 +86,7 @@ def results_of_run(folder: Path) -> dict[str, float]:
         numbers = [float(row[name]) for row in rows if row[name]]
         if name == LAST and numbers:
             found[f"last {name}"] = numbers[-1]
-        elif name.startswith("valid_") and (epochs := numbers[f"random encoder: {name}" in found :]):
+        elif name.startswith("valid_") and (epochs := numbers[f"{baseline}: {name}" in found :]):
             best = min if lowest_is_best(name) else max
             found[BEST + name] = best(filter(is_finite, epochs), default=math.nan)
     return found

@@ -70,6 +70,12 @@ def state(run: Run) -> str:
     return f"not finished: in epoch {epochs[-1] + 1:.0f} of {planned}"
 
 
+def verdicts(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """Return the verdict of each run that has one, with the name of the run if there are several."""
+    found = [run_folder.results_of(run.folder).get("verdict") for run in runs]
+    return [text if len(runs) == 1 else f"{name}: {text}" for text, name in zip(found, names, strict=True) if text]
+
+
 # ---- settings ----
 
 

@@ -35,6 +35,8 @@ class BaseMethod(pl.LightningModule):
     n_outputs: int | None = None  # classes of the classifier that is trained here, if there is one
     plan: optimizers.Plan | None = None  # length of the training, set with the optimizers
     seed_was_drawn = False  # True if `seed` was None
+    scored: tuple[int, tuple[str, ...]] = (0, ())  # (optimizer steps, names of scores) of the last validation in a fit
+    was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
     about_labels = ""  # the line on the labels of our data set, once it was logged
 
     def setup(self, stage: str) -> None:
@@ -194,6 +196,18 @@ class BaseMethod(pl.LightningModule):
             self.checked_loaders.add(loader)
             augmentations.check_floats(first, self.params)
 
+    def log_scores(self, scores: dict[str, Any], **options: Any) -> None:
+        """Log scores of a validation with `log_dict`, and note their names for `scores_at_end`."""
+        self.log_dict(scores, **options)
+        step = self.global_step if self.trainer.state.fn == "fit" else -1
+        names = self.scored[1] if step == self.scored[0] else ()
+        self.scored = (step, (*names, *scores))
+
+    def scores_at_end(self) -> dict[str, float]:
+        """Return what the last validation of a training has logged; {} if the weights have changed since."""
+        step, names = self.scored
+        return {name: float(self.trainer.callback_metrics[name]) for name in names} if step == self.global_step else {}
+
     @staticmethod
     def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Tensor | None, ...]]:
         """Return (features, labels or None) of each loader, gathered over processes and without unreadable files.
@@ -239,7 +253,9 @@ class BaseMethod(pl.LightningModule):
         content = checkpoints.read_checkpoint(checkpoint_path)
         settings = hyperparameters.of_checkpoint(content, checkpoint_path, cls.CLASSIFIER, kwargs)
         with data_only(str(checkpoint_path)), class_names_allowed(content):
-            return super().load_from_checkpoint(checkpoint_path, *args, **settings)
+            method = super().load_from_checkpoint(checkpoint_path, *args, **settings)
+        method.was_trained = True
+        return method
 
     # ---- Lightning's exports ----
 
