@@ -100,7 +100,7 @@ def draw_panel(axis: Axes, groups: dict[str, list[Curves]], panel: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def absent(runs: dict[str, Curves], panels: Sequence[str] | None) -> list[str]:
+def not_logged(runs: dict[str, Curves], panels: Sequence[str] | None) -> list[str]:
     """Return a line for each run that has not logged all metrics of the panels (None: PANELS)."""
     names = [name for panel in panels or PANELS for name in panel.split(",")]
     lacking = {run: [name for name in names if name not in curves] for run, curves in runs.items()}
@@ -127,6 +127,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     runs = labeled_curves(args.runs)
     draw_curves(runs, args.out, args.panels)
-    for line in absent(runs, args.panels):
+    for line in not_logged(runs, args.panels):
         print(line)
     print(args.out)

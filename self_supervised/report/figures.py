@@ -193,7 +193,7 @@ def figures_of_runs(folders: list[Path], without: list[set[str]]) -> list[dict[s
     return made
 
 
-def absent(figures: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
+def missing_figures(figures: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
     """Return a line for each run that lacks some of the `figures`, or of EXPECTED.
 
     Args:

@@ -81,7 +81,7 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
         "caution": compare.caution(runs),
         "verdicts": tables.verdicts(runs, names),
         "figures": drawn,
-        "absent": figures.absent(drawn, names),
+        "absent": figures.missing_figures(drawn, names),
     }
 
 

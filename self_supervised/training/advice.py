@@ -10,7 +10,7 @@ from self_supervised.training.optimizers import Plan, warmup_epochs
 # optimizer -> lowest and highest lr for 256 images per step in presets, papers (docs/methods.md) and docs/results.md
 TRIED_LR = {"sgd": (0.03, 0.5), "lars": (0.2, 2.4), "adamw": (1.5e-4, 4e-3), "adam": (1.5e-4, 4e-3)}
 FAR = 3  # factor beyond these limits from which a learning rate is doubtful
-IMAGES = 256
+OF_IMAGES = 256  # number of images for which learning rates are compared
 
 SIMILARITIES = ("ce", "bce", "ip", "sce")  # losses that compare a query with negatives
 WARMUP, LAST_NORM = "a warm-up", "a normalization after a head"  # see `value_of`
@@ -61,12 +61,12 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
 def doubt_of_lr(params: ModelParams, plan: Plan) -> str:
     """Return a line if the learning rate per image is far from those that were tried with this optimizer, else ""."""
     lowest, highest = TRIED_LR[params.optimizer_name]
-    lr = plan.lr * IMAGES / plan.global_batch_size
+    lr = plan.lr * OF_IMAGES / plan.global_batch_size
     if lowest / FAR <= lr <= highest * FAR:
         return ""
-    near = (highest if lr > highest else lowest) * plan.global_batch_size / IMAGES
+    near = (highest if lr > highest else lowest) * plan.global_batch_size / OF_IMAGES
     return (
-        f"lr={plan.lr:.4g} with {plan.global_batch_size} {plan.kind} per step is {lr:.4g} per {IMAGES}. With "
+        f"lr={plan.lr:.4g} with {plan.global_batch_size} {plan.kind} per step is {lr:.4g} per {OF_IMAGES}. With "
         f"optimizer_name={params.optimizer_name!r}, {lowest:g} to {highest:g} was tried. Try lr={near:.2g}"
     )
 

@@ -117,6 +117,8 @@ def test_what_has_no_effect_trains_bit_equal_and_all_else_does_not(base):
             except ValueError:
                 continue  # refused, which is no silence
             said = advice.lacks(changed, name, changed.loss_type)
+            if not said and name not in advice.NEEDS and base not in WITH_HEADS and LONG == 1:
+                continue  # tried with the others
             if equal(before, trained(changed)) != bool(said):
                 wrong.append((name, value, said))
     assert not wrong
