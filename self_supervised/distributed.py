@@ -4,6 +4,7 @@ Only this module knows how many processes there are. Without a process group, ev
 identity; with one, all processes must call it.
 """
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -83,6 +84,19 @@ def keep_freed_memory() -> None:
 def is_distributed() -> bool:
     """Return whether there are at least two processes in the process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def end_group_at_exit() -> None:
+    """Destroy the process group when the program exits, before Python is torn down. Lightning does so for NCCL only; a
+    gloo group whose threads still run at that time can abort a program that has finished."""
+    if is_distributed():
+        atexit.unregister(_end_group)  # once, however many trainings there are
+        atexit.register(_end_group)
+
+
+def _end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

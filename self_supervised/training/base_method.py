@@ -42,6 +42,7 @@ class BaseMethod(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Compile the networks if `torch_compile` is set: in place, so that checkpoints keep their keys."""
         self.checked_loaders: set[tuple] = set()  # (stage, index) of loaders whose float images were checked
+        distributed.end_group_at_exit()
         if self.trainer.strategy.root_device.type == "cpu":
             distributed.keep_freed_memory()
         compiled = self.params.torch_compile

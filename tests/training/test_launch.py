@@ -27,6 +27,7 @@ from self_supervised.training.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = '''
+import atexit
 import faulthandler
 import json
 import sys
@@ -44,6 +45,11 @@ from moco import SelfSupervisedMethod
 from model_params import SCEParams
 
 folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+
+
+@atexit.register  # before the training, so that it runs after what the training registers
+def tell_whether_the_group_is_left():
+    (folder / f"group_left_{torch.distributed.is_initialized()}").touch()
 
 
 class Pause(pl.Callback):
@@ -185,6 +191,8 @@ def test_devices_2(programs, weights):
     programs.wait()
     assert_same(programs.found(), weights, "LightningEnvironment")
     assert programs.outputs().count(FORCE) == 1  # rank 0 prints the effective settings once
+    # threads of a group that is left can abort a program at its end
+    assert [path.name for path in programs.folder.glob("group_left_*")] == ["group_left_False"]
 
 
 def test_torchrun_on_one_node(programs, weights):
