@@ -192,7 +192,8 @@ def pretrain_stage(
     results |= labels_of(model)
     results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
-    results["trained encoder"] = validation_scores(fit, model, "trained encoder")
+    if "trained encoder" not in results:  # it is if the resumed run was complete (see delete_outdated)
+        results["trained encoder"] = validation_scores(fit, model, "trained encoder")
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
     if text := verdict(baseline, results[baseline], results["trained encoder"]):
