@@ -27,6 +27,7 @@ from self_supervised.numerics import Scores, at_least_float32
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
+from self_supervised.training.record import TrainingRecord
 from self_supervised.training.verdict import Verdict, starting_point
 from self_supervised.views import augmentations
 
@@ -48,7 +49,7 @@ class SelfSupervisedMethod(BaseMethod):
     """
 
     CLASSIFIER = "online_classifier"
-    gives_verdict = True  # False: the program that trains does
+    is_recorded = True  # False: the program that trains writes settings and scores itself
 
     def __init__(
         self,
@@ -86,6 +87,11 @@ class SelfSupervisedMethod(BaseMethod):
         self.started_from = source_of_weights(p)
         self.trains_on_own_data = False  # True: on `dataset_name`; False: on the user's loader
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        present = {type(callback) for callback in self.trainer.callbacks}
+        kinds = (Verdict, TrainingRecord) if self.is_recorded else ()  # in this order: the second writes the first's
+        return super().configure_callbacks() + [kind() for kind in kinds if kind not in present]
 
     # ---- Method ----
 
@@ -246,9 +252,6 @@ class SelfSupervisedMethod(BaseMethod):
 
     # ---- Evaluation ----
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return [*super().configure_callbacks(), *([Verdict()] if self.gives_verdict else [])]
-
     def starting_point(self) -> str:
         """Return the name of the encoder from which a training starts now."""
         return "starting encoder" if self.was_trained else starting_point(self.params, self.started_from)
@@ -280,7 +283,7 @@ class SelfSupervisedMethod(BaseMethod):
     def on_validation_epoch_end(self) -> None:
         for scores in self.scores_of_loaders():
             self.log_scores(scores)
-            self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
+            self.print(f"epoch {self.epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
         """Return the embeddings [N, E] of a batch in at least float32, NaN for images that could not be read."""

@@ -122,7 +122,8 @@ class EncoderAndDataParams:
     # encoder
     encoder_arch: str = "resnet18"  # torchvision's name, ws_resnet18 to ws_resnet152, timm:NAME; "module": your own
     embedding_dim: int | None = positive(None)  # width of the embeddings; None: inferred from the encoder
-    encoder_weights: str | None = path()  # weights to start from: a file, or torchvision's name such as "DEFAULT"
+    # weights to start from: a file, the directory of a run, or torchvision's name such as "DEFAULT"
+    encoder_weights: str | None = path()
     low_resolution_stem: bool | None = None  # use a 3 x 3 stem without pooling; None: for ResNets up to 32 pixels
     zero_init_residual: bool = False  # start each residual block of a ResNet as the identity (last norm weight 0)
     stem_variant: str = choice("standard", STEM_VARIANTS)  # variant of the 3 x 3 stem, to fit weights of other systems

@@ -2,7 +2,7 @@
 
     python train_blog.py                      # as in the post: STL-10, 10 epochs, seeds 0 1 2
     python train_blog.py --quick              # the same on digits, in minutes
-    python train_blog.py --configs base no_norm --seeds 0 --dataset cifar10
+    python train_blog.py --configs base no_norm --seeds 0 --dataset_name cifar10
 
 https://untitled-ai.github.io/understanding-self-supervised-contrastive-learning.html
 
@@ -32,8 +32,9 @@ from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
 from self_supervised.report import curves
 from self_supervised.runs import preflight
-from self_supervised.runs.run_folder import logged
+from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import atomic_file, atomic_write, check_folder
+from self_supervised.training.run_folder import logged
 
 BASE = ModelParams(
     lr=0.8,
@@ -57,20 +58,59 @@ POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "la
 ROW_COLUMNS = ["config", "seed", "dataset", "epochs", "encoder", "accuracy", "pos_cos", "neg_cos", "minutes", "quick"]
 
 
-def blog_arguments() -> argparse.Namespace:
+def blog_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=DATASETS, default=None, help="default: stl10; with --quick: digits")
-    parser.add_argument("--epochs", type=int, default=None, help="default: 10; with --quick: 4")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--encoder", default=None, help="default: resnet18; with --quick: shufflenet_v2_x0_5")
-    parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--out", type=as_path, default=Path("runs/blog"))
+    parser.add_argument(
+        "--dataset_name",
+        "--dataset",
+        dest="dataset",
+        choices=DATASETS,
+        metavar="NAME",
+        help="data set; default: stl10, with --quick digits",
+    )
+    parser.add_argument(
+        "--encoder_arch",
+        "--encoder",
+        dest="encoder",
+        metavar="NAME",
+        help="encoder; default: resnet18, with --quick shufflenet_v2_x0_5",
+    )
+    parser.add_argument(
+        "--max_epochs", "--epochs", dest="epochs", type=int, metavar="N", help="epochs; default: 10, with --quick 4"
+    )
+    parser.add_argument("--out", type=as_path, default=Path("runs/blog"), help="results directory (default: runs/blog)")
+    parser.add_argument(
+        "--configs",
+        action=ListOption,
+        type=items(config_name),
+        default=list(CONFIGS),
+        metavar="NAME",
+        help=f"configurations to train; default: {', '.join(CONFIGS)}",
+    )
+    parser.add_argument(
+        "--seeds",
+        action=ListOption,
+        type=items(int),
+        default=[0, 1, 2],
+        metavar="SEED",
+        help="random seeds (default: 0 1 2)",
+    )
     parser.add_argument("--quick", action="store_true", help="use digits, small batches and a small encoder")
-    args = parser.parse_args()
+    return parser
+
+
+def blog_arguments() -> argparse.Namespace:
+    args = blog_parser().parse_args()
     args.dataset = args.dataset or ("digits" if args.quick else "stl10")
     args.epochs = args.epochs or (4 if args.quick else 10)
     args.encoder = args.encoder or ("shufflenet_v2_x0_5" if args.quick else "resnet18")
     return args
+
+
+def config_name(name: str) -> str:
+    if name not in CONFIGS:
+        raise ValueError(f"configs={name!r} is unknown: choose one of {', '.join(CONFIGS)}")
+    return name
 
 
 def finished_runs(results: Path) -> list[dict[str, str]]:

@@ -139,7 +139,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="length of the run, and of its schedules")
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--torch_compile", action="store_true")
+    parser.add_argument("--torch_compile", nargs="?", const=True, default=False, metavar="MODE")
     parser.add_argument("--every", type=int, default=10, help="epochs between evaluations (10)")
     parser.add_argument("--minutes", type=float, help="stop after the epoch in which training has taken so long in all")
     parser.add_argument("--save", help="a checkpoint of the end")
@@ -153,7 +153,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def settings(args: argparse.Namespace, seed: int) -> ModelParams:
     given = {"max_epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
     given = {name: value for name, value in given.items() if value is not None}
-    compiled = {"torch_compile": True} if args.torch_compile else {}
+    compiled = {"torch_compile": args.torch_compile}
     quick = QUICK if args.quick else {}
     return PRESETS[args.preset](**{**COMMON, **RECIPES[args.preset], **quick, **given, **compiled, "seed": seed})
 

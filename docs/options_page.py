@@ -16,7 +16,8 @@ import attrs
 from linear_classifier import LinearClassifierMethodParams
 from model_params import ModelParams
 from self_supervised.fields import changed
-from self_supervised.runs.command_line import RunOptions, field_comments, text, type_text
+from self_supervised.runs.command_line import RunOptions, field_comments
+from self_supervised.runs.values import text, type_text
 
 PAGE = Path(__file__).with_name("options.md")
 MARKER = "<!-- Below this line everything is written by `python docs/options_page.py`: edit the fields. -->\n"

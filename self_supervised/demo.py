@@ -23,9 +23,9 @@ from self_supervised.networks import layers
 from self_supervised.networks.encoders import OWN_MODULE
 from self_supervised.program import one_line_errors
 from self_supervised.report import report
-from self_supervised.runs import run_folder
 from self_supervised.runs.command_line import RunOptions, parser_of
 from self_supervised.safe_files import atomic_write, to_json
+from self_supervised.training import run_folder
 from self_supervised.views import augmentations
 
 OUT = Path("runs/demo")
@@ -96,11 +96,15 @@ def scores_table(random: dict[str, float], trained: dict[str, float]) -> str:
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("demo", __doc__)
-    parser.add_argument("--epochs", type=int, metavar="N", default=20, help="of pretraining; default: 20")
-    parser.add_argument("--linear_epochs", type=int, metavar="N", default=10, help="of the classifier; default: 10")
+    parser.add_argument(
+        "--max_epochs", "--epochs", type=int, metavar="N", default=20, help="epochs of pretraining (default: 20)"
+    )
+    parser.add_argument(
+        "--linear_epochs", type=int, metavar="N", default=10, help="epochs of the linear classifier (default: 10)"
+    )
     args = parser.parse_args(arguments)
     with locked(OUT):
-        run_demo(args.epochs, args.linear_epochs)
+        run_demo(args.max_epochs, args.linear_epochs)
 
 
 def run_demo(epochs: int, linear_epochs: int) -> None:

@@ -1,14 +1,14 @@
 """Evaluate an encoder by every protocol, next to a random encoder and the weights from which its training started.
 
     self-supervised evaluate runs/simclr_cifar10
-    self-supervised evaluate runs/simclr_cifar10 --dataset cifar100 --protocols knn semi_10 --seeds 0 1
-    self-supervised evaluate resnet50 --dataset imagenet --protocols knn
+    self-supervised evaluate runs/simclr_cifar10 --dataset_name cifar100 --protocols knn semi_10 --seeds 0 1
+    self-supervised evaluate runs/simclr runs/byol --protocols linear knn --seeds 0 1 2
+    self-supervised evaluate resnet50 --dataset_name imagenet --protocols knn
     self-supervised evaluate runs/sce_video_kinetics --evaluation_clips 10 --evaluation_crops 3
 
-CHECKPOINT is a checkpoint, the directory of a run, a weights file, or the name of a published encoder
-(docs/weights.md). The results are written to results.json and results.md in CHECKPOINT.evaluation/. If interrupted,
-repeat the command: runs that are already in results.json are skipped. The environment variable DATA_PATH is the
-directory of the data sets. --list and docs/evaluation.md explain the scores.
+The results are written to results.json and results.md in CHECKPOINT.evaluation/. Multiple checkpoints are evaluated in
+turn, and compared in one table. If interrupted, repeat the command: runs that are already in results.json are skipped.
+The environment variable DATA_PATH is the directory of the data sets. --list and docs/evaluation.md explain the scores.
 """
 
 import argparse
@@ -21,17 +21,22 @@ from typing import Any
 import attrs
 from torch import nn
 
+from model_params import EncoderAndDataParams
+from self_supervised.data import loading
 from self_supervised.distributed import usable
 from self_supervised.evaluation import features
 from self_supervised.evaluation.features import EvaluationData, image_hash, seen
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
-from self_supervised.evaluation.results import Results
+from self_supervised.evaluation.results import Results, folder_of
 from self_supervised.fields import as_path
-from self_supervised.networks.pretrained import checkpoint_of, compared, load_encoder
+from self_supervised.networks.layouts import checkpoint_of
+from self_supervised.networks.pretrained import compared, is_name, load_encoder
 from self_supervised.program import one_line_errors
-from self_supervised.runs.command_line import add_fields, parser_of
-from self_supervised.runs.run_folder import versions
+from self_supervised.report import evaluations
+from self_supervised.runs.command_line import CHECKPOINT, DEVICE, add_fields, parser_of
+from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_folder
+from self_supervised.training.run_folder import versions
 
 READING_OPTIONS = (
     "data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
@@ -74,6 +79,7 @@ def evaluate_checkpoint(
         ValueError: a protocol is unknown, or needs labels that the data set does not have.
     """
     check_names(protocols or ())
+    dataset = reading.pop("dataset_name", dataset)  # the name of the setting
     checkpoint = checkpoint_of(checkpoint)
     folder = as_path(out) if out else folder_of(checkpoint)
     check_folder("out", folder)
@@ -81,6 +87,7 @@ def evaluate_checkpoint(
     trained = load_encoder(checkpoint, encoder=encoder)
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
+    print_labels(params)
     encoders = {**(compared(trained, starting_weights) if baselines else {}), "trained": trained}
     results = Results(folder, fresh)
     about = {
@@ -108,6 +115,12 @@ def evaluate_checkpoint(
             linear_settings_of(subjects["trained"], seed, preset)
     run_protocols(results, subjects, protocols, seeds)
     return results.content()
+
+
+def print_labels(params: EncoderAndDataParams) -> None:
+    """Print the line on the labels, if they are those of files."""
+    if line := getattr(loading.get_dataset(params, params.dataset.train_splits), "about_labels", ""):
+        print(line, flush=True)
 
 
 def run_protocols(
@@ -149,58 +162,60 @@ def run_protocols(
     results.add()  # writes config, and drops runs of earlier encoders
 
 
-def folder_of(checkpoint: str | Path) -> Path:
-    """Return the default directory of the results."""
-    path = Path(checkpoint_of(checkpoint)).expanduser()
-    name = str(checkpoint).replace("/", "_").replace(":", "_")
-    return path.with_name(f"{path.stem}.evaluation") if path.is_file() else Path("runs") / f"{name}.evaluation"
-
-
 # ---- The command ----
 
 
 def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("evaluate", __doc__)
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="file, run or name of an encoder")
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument("--list", action="store_true", help="print the protocols with their definitions and exit")
-    parser.add_argument("--protocols", nargs="+", metavar="NAME", help="default: all that do not train by SGD")
-    parser.add_argument("--dataset", metavar="NAME", help="labeled data set; default: that of the pretraining")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="default: 0")
-    parser.add_argument("--out", type=as_path, metavar="DIR", help="default: CHECKPOINT.evaluation")
+    parser.add_argument(
+        "--dataset_name", "--dataset", metavar="NAME", help="labeled data set; default: that of the pretraining"
+    )
+    parser.add_argument(
+        "--protocols",
+        action=ListOption,
+        type=items(),
+        metavar="NAME",
+        help="evaluations to run, named by --list; default: all that do not train by SGD",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, metavar="N", help="images per batch of training protocols and of feature extraction"
+    )
+    parser.add_argument(
+        "--max_epochs", "--epochs", type=int, metavar="N", help="epochs of training protocols; default: as published"
+    )
+    parser.add_argument("--out", type=as_path, metavar="DIR", help="results directory; default: CHECKPOINT.evaluation")
+    parser.add_argument(
+        "--seeds", action=ListOption, type=items(int), default=[0], metavar="SEED", help="random seeds; default: 0"
+    )
     parser.add_argument(
         "--starting_weights", metavar="FILE_OR_NAME", help="second baseline; default: those named in the checkpoint"
     )
     parser.add_argument("--no_baselines", action="store_true", help="evaluate only the trained encoder")
     parser.add_argument("--fresh", action="store_true", help="discard earlier results")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
-    parser.add_argument("--epochs", type=int, metavar="N", help="of protocols that train; default: as in their sources")
+    evaluations.add_output_options(parser)
+    parser.add_argument("--device", default="auto", help=DEVICE)
     parser.add_argument(
-        "--batch_size", type=int, metavar="N", help="of protocols that train, and of feature extraction"
-    )
-    parser.add_argument(
-        "--num_workers", type=int, metavar="N", help="processes that decode files; default: as in the pretraining"
+        "--num_data_workers",
+        "--num_workers",
+        type=int,
+        metavar="N",
+        help="processes that decode files; default: as in the pretraining",
     )
     reading = parser.add_argument_group("how files are read (model_params.py); default: as in the pretraining")
     add_fields(reading, READING_OPTIONS)
     return parser.parse_args(arguments)
 
 
-@one_line_errors()
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = evaluate_options(arguments)
-    if args.list:
-        for name, row in PROTOCOLS.items():
-            print(f"{name:14} {row.definition}. {row.source}")
-        return
-    if args.checkpoint is None:
-        raise ValueError("CHECKPOINT is missing. Pass a checkpoint, a weights file or the name of an encoder.")
-    training = {"max_epochs": args.epochs, "batch_size": args.batch_size}
-    reading = {"batch_size": args.batch_size, "num_data_workers": args.num_workers}
+def evaluate_with_options(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
+    training = {"max_epochs": args.max_epochs, "batch_size": args.batch_size}
+    reading = {"batch_size": args.batch_size, "num_data_workers": args.num_data_workers}
     passed = {name: getattr(args, name) for name in READING_OPTIONS if hasattr(args, name)}  # None is a value
-    evaluate_checkpoint(
-        args.checkpoint,
+    return evaluate_checkpoint(
+        checkpoint,
         args.protocols,
-        args.dataset,
+        args.dataset_name,
         args.seeds,
         out=args.out,
         starting_weights=args.starting_weights,
@@ -211,4 +226,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **{name: value for name, value in reading.items() if value is not None},
         **passed,
     )
-    print((args.out or folder_of(args.checkpoint)).joinpath("results.md").read_text())
+
+
+def refuse_checkpoints(checkpoints: Sequence[str], out: Path | None) -> None:
+    """Raise an error, before the first evaluation, for checkpoints that cannot be evaluated."""
+    if not checkpoints:
+        raise ValueError("CHECKPOINT is missing. Pass a checkpoint, a weights file or the name of an encoder.")
+    if out and len(checkpoints) > 1:
+        raise ValueError(f"out={out}: each checkpoint has its own results. Leave out --out, or pass one checkpoint.")
+    evaluations.refuse_repeated([evaluations.run_or_file(checkpoint) for checkpoint in checkpoints])
+    if len(checkpoints) == 1:
+        return  # `evaluate_checkpoint` names all that is wrong with it
+    for name in map(str, map(checkpoint_of, checkpoints)):
+        if not (as_path(name).is_file() or is_name(name)):
+            raise FileNotFoundError(f"CHECKPOINT={name}: there is no such file. Pass a checkpoint or a run.")
+
+
+@one_line_errors()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = evaluate_options(arguments)
+    if args.list:
+        for name, row in PROTOCOLS.items():
+            print(f"{name:14} {row.definition}. {row.source}")
+        return
+    refuse_checkpoints(args.checkpoints, args.out)
+    for checkpoint in args.checkpoints:
+        if len(args.checkpoints) > 1:
+            print(f"{checkpoint}:", flush=True)
+        evaluate_with_options(checkpoint, args)
+    if len(args.checkpoints) == 1 and not args.markdown:
+        print((args.out or folder_of(args.checkpoints[0])).joinpath("results.md").read_text())
+    rows = evaluations.evaluated_rows(args.checkpoints, args.out)
+    tables = evaluations.evaluation_tables(rows, args.protocols, args.dataset_name)
+    if args.csv:
+        evaluations.write_csv(args.csv, evaluations.csv_rows(tables))
+    if args.markdown:
+        print(evaluations.markdown_text(tables))
+    elif len(args.checkpoints) > 1:
+        evaluations.print_tables(tables)

@@ -25,7 +25,8 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
     workers, which may outlive a killed process by a moment, do not inherit it.
 
     Args:
-        folder: directory to lock; created if it is missing.
+        folder: directory to lock; created if it is missing, and deleted at the end if it is empty then, as are the
+            directories above it that were created with it.
         wait: seconds to wait for another process.
 
     Raises:
@@ -35,7 +36,7 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
     if path in held:
         yield
         return
-    is_new = not path.parent.exists()
+    created = [part for part in path.parents if not part.exists()]
     descriptor = acquire(path, time.monotonic() + wait)
     held.add(path)
     try:
@@ -45,8 +46,8 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
         path.unlink(missing_ok=True)  # before the release; processes that have opened it check `is_current`
         os.close(descriptor)
         with suppress(OSError):  # not empty
-            if is_new:
-                path.parent.rmdir()
+            for part in created:
+                part.rmdir()
 
 
 def acquire(path: Path, end: float) -> int:

@@ -11,8 +11,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ from self_supervised.data import custom
 from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
-from self_supervised.runs import command_line, dry_run, preflight, preview, run_folder
+from self_supervised.runs import command_line, dry_run, effective, preflight, preview, trackers
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.progress import Progress, scores_line, significant
-from self_supervised.safe_files import atomic_write, check_folder, to_json
-from self_supervised.training import checkpoints, parameter_groups
+from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
+from self_supervised.training import checkpoints, parameter_groups, run_folder
 from self_supervised.training.milestones import Best, EveryNEpochs, refuse_unknown
 from self_supervised.training.monitor import GradientNorms, LearningRate, LogInterval
 from self_supervised.training.verdict import verdict
@@ -51,7 +51,8 @@ def trainer(out: Path, name: str, epochs: int, options: RunOptions) -> pl.Traine
     """Return the Trainer of one stage, without loggers. `Checkpoints` comes last, since it saves the state of the
     milestones."""
     folder = out / name / "checkpoints"
-    callbacks = [Progress(out / name / "throughput.csv"), *logging_callbacks(options)]
+    first_epoch = run_folder.first_epoch(out)
+    callbacks = [Progress(out / name / "throughput.csv", first_epoch), *logging_callbacks(options)]
     if name == "pretraining":
         callbacks += [Best(folder, wanted) for wanted in options.save_best]
         if options.save_every_n_epochs:
@@ -97,10 +98,19 @@ def resume_point(
 ) -> tuple[Path | None, int]:
     """Return (checkpoint, its optimizer steps) from which a stage resumes, or (None, 0).
 
+    Args:
+        given: a checkpoint; the directory of a run, for its newest one; "auto", for the newest of `out`; None.
+
     Raises:
-        ValueError: the method or its Trainer cannot resume from it.
+        ValueError: the method or its Trainer cannot resume from it, or the run has no checkpoint.
     """
-    path = newest_of_stage(out, name) if given == "auto" else Path(given) if given else None
+    path = Path(given) if given else None
+    if given == "auto":
+        path = newest_of_stage(out, name)
+    elif path is not None and path.is_dir():
+        path = newest_of_stage(path, name)
+        if path is None:
+            raise ValueError(f"resume={given!r}: this directory has no checkpoint. Pass the directory of a run.")
     if path is None:
         return None, 0
     content = checkpoints.read_checkpoint(path)
@@ -150,11 +160,6 @@ def validation_scores(fit: pl.Trainer, method: pl.LightningModule, of: str = "")
     return next(iter(fit.validate(method, verbose=False)), {})  # no scores if `evaluations` is empty
 
 
-def labels_of(model: SelfSupervisedMethod) -> dict[str, str]:
-    """Return the line on the labels as a result; {} for packed data sets, whose classes are known."""
-    return {"labels": model.about_labels.removeprefix("labels: ")} if model.about_labels else {}
-
-
 @rank_zero_only
 def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
     atomic_write(path, content if isinstance(content, str) else to_json(content, indent=2))
@@ -170,28 +175,41 @@ def delete_outdated(out: Path, results: dict[str, Any]) -> None:
         write_on_rank_zero(out / "results.json", results)
 
 
+def minutes_keeper(out: Path, results: dict[str, Any], name: str) -> Callable[..., None]:
+    """Return a function that writes the minutes of all starts to results.json. It is called at every checkpoint, so
+    that a killed run keeps them."""
+    before = results.get(name, 0)
+    start = time.time()
+
+    def write(*_: Any) -> None:
+        results[name] = before + (time.time() - start) / 60
+        write_on_rank_zero(out / "results.json", results)
+
+    return write
+
+
 def pretrain_stage(
     fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict
 ) -> None:
     """Pretrain, and add the encoder's scores before and after to `results`."""
-    model.gives_verdict = False  # the last lines of the run do
     baseline = run_folder.baseline_of(results)
     if resumed is None or baseline is None:  # its scores are the first row of metrics.csv
         results.pop(baseline, None)
         baseline = model.starting_point()
-        results |= {baseline: validation_scores(fit, model, baseline), **labels_of(model)}
+        results |= {baseline: validation_scores(fit, model, baseline), **model.labels_result()}
         write_on_rank_zero(out / "results.json", results)
         for callback in fit.callbacks:
             if isinstance(callback, Best):
                 callback.scores = set(results[baseline])
-    fit.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: delete_outdated(out, results)))
+    keep_minutes = minutes_keeper(out, results, "pretraining minutes")
+    begun = {"on_train_batch_start": lambda *_: delete_outdated(out, results), "on_save_checkpoint": keep_minutes}
+    fit.callbacks.append(LambdaCallback(**begun))
     run_folder.say(f"Pretraining. {dry_run.parts_text(model)}")
-    start = time.time()
     fit.fit(model, ckpt_path=resumed)
-    results["pretraining minutes"] = results.get("pretraining minutes", 0) + (time.time() - start) / 60
-    results |= labels_of(model)
-    results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
+    keep_minutes()
+    results |= model.labels_result()
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
+    results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     if "trained encoder" not in results:  # it is if the resumed run was complete (see delete_outdated)
         results["trained encoder"] = validation_scores(fit, model, "trained encoder")
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
@@ -208,13 +226,16 @@ def linear_stage(
     `preflight.linear_settings`."""
     settings = preflight.linear_settings(options, params) | settings
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", encoder, **settings)
+    linear.first_epoch = run_folder.first_epoch(out)
+    linear.about_labels = f"labels: {results.get('labels')}"  # the pretraining has logged them
     fit = trainer(out, "linear", options.linear_epochs, options)
     resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit)
-    fit.loggers = run_folder.get_loggers(out, "linear", options.logger, step)
+    fit.loggers = trackers.get_loggers(out, "linear", options, step)
     run_folder.say(f"Training LinearClassifierMethod on the frozen encoder. {dry_run.parts_text(linear)}")
-    start = time.time()
+    keep_minutes = minutes_keeper(out, results, "linear minutes")
+    fit.callbacks.append(LambdaCallback(on_save_checkpoint=keep_minutes))
     fit.fit(linear, ckpt_path=resumed)
-    results["linear minutes"] = results.get("linear minutes", 0) + (time.time() - start) / 60
+    keep_minutes()
     results["linear classifier"] = validation_scores(fit, linear)
     fit.save_checkpoint(out / "linear.ckpt", weights_only=False)
     write_on_rank_zero(out / "results.json", results)
@@ -243,15 +264,24 @@ def run_or_resume(
         params = attrs.evolve(params, splits_path=(was_moved and kept_lists(out.resolve())) or lists)
         custom.has_written(params)  # raises if the lists were drawn with other settings, before config.yaml is written
     model = SelfSupervisedMethod(params, encoder=encoder)
+    model.first_epoch = run_folder.first_epoch(out)
+    model.is_recorded = False  # but here
     with run_folder.logged(out / "log.txt"):
         fit = trainer(out, "pretraining", params.max_epochs, options)
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
         resumed, step = resume_point(options.resume, out, "pretraining", model, fit)
-        run_folder.begin_run_folder(out, command_line.to_yaml(preset, options, model.params), sys.argv)
-        fit.loggers = run_folder.get_loggers(out, "pretraining", options.logger, step)
+        config = effective.config_text(preset, options, model.params)
+        run_folder.begin_run_folder(out, config, sys.argv, resumes=resumed is not None)
+
+        def write_plan(*_: Any) -> None:
+            write_on_rank_zero(out / "config.yaml", effective.config_text(preset, options, model.params, model.plan))
+
+        fit.callbacks.append(LambdaCallback(on_train_start=write_plan))
+        fit.loggers = trackers.get_loggers(out, "pretraining", options, step)
         table = parameter_groups.printed(model.parameter_table(), params.optimizer_name)
         write_on_rank_zero(out / "parameters.txt", table)
         pretrain_stage(fit, model, resumed, out, results)
+        write_plan()  # of a training that was complete
         if options.linear_epochs:
             linear_stage(out, options, model.params, results, encoder, linear_settings)
     return results
@@ -264,19 +294,33 @@ def run_or_resume(
 def main(arguments: Sequence[str] | None = None) -> None:
     preset, options, params = command_line.parse(sys.argv[1:] if arguments is None else arguments)
     if options.print_config:
-        print(command_line.to_yaml(preset, options, params), end="")
+        print(effective.config_text(preset, options, params), end="")
     elif options.preview:
         print(preview.write_preview(params, options.preview))
     elif options.dry_run:
-        preflight.check_run(options, params)
+        preflight.check_run(options, params, decode=True)
         model = dry_run.run_two_steps(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
         for wanted in options.save_best:
             refuse_unknown(wanted, dry_run.logged_names(model))
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
         check_folder("out", out)
-        with locked(out) if distributed.is_first_process() else nullcontext():  # one lock for all processes of a run
+        if not distributed.is_first_process():  # it has the lock for all processes of a run
+            return start(out, preset, options, params)
+        with locked(out), nothing_left_if_refused(out):
             start(out, preset, options, params)
+
+
+@contextmanager
+def nothing_left_if_refused(out: Path) -> Iterator[None]:
+    """Delete what the block wrote to a directory in which no run has begun."""
+    before = set(out.iterdir())
+    try:
+        yield
+    finally:
+        if not (out / "config.yaml").exists():
+            for path in set(out.iterdir()) - before:
+                remove(path)
 
 
 def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> None:

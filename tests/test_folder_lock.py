@@ -37,9 +37,11 @@ def test_the_holder_enters_again_and_leaves_no_file(tmp_path):
     with locked(tmp_path), locked(tmp_path):
         assert (tmp_path / ".lock").is_file()
     assert tmp_path.is_dir() and not list(tmp_path.iterdir())
-    with locked(tmp_path / "new"):
-        pass
-    assert not (tmp_path / "new").exists()
+    (tmp_path / "kept").mkdir()
+    for folder in ("new", "new/er", "kept/new"):
+        with locked(tmp_path / folder):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
 
 
 def test_a_requeued_job_takes_the_lock_of_its_earlier_start(tmp_path, holder, monkeypatch):

@@ -1,5 +1,7 @@
 """What users of Lightning call on both methods: predict, test, the Tuner, precisions, monitors, exports."""
 
+import re
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
+from model_params import SimCLRParams
 from self_supervised.data import loading
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.training.milestones import Best
@@ -261,7 +264,84 @@ def test_images_that_an_encoder_would_misread_are_refused(images, small, trainer
 def test_float_images_without_normalization_are_reported_once(method, trainer, monkeypatch):
     said = []
     monkeypatch.setattr(augmentations, "rank_zero_info", said.append)
-    trainer(limit_val_batches=1.0).validate(
-        method(), DataLoader(TensorDataset(IMAGES / 255, LABELS), batch_size=8), verbose=False
-    )
+    loader = DataLoader(TensorDataset(IMAGES / 255, LABELS), batch_size=8)
+    trainer(limit_val_batches=1.0).validate(method(), loader, verbose=False)
     assert len(said) == 1 and "image_mean" in said[0]
+    trainer(max_epochs=2, num_sanity_val_steps=1).fit(method(), DataLoader(TensorDataset(IMAGES, LABELS), 8), loader)
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda x: x, True),
+        (lambda x: 255 * x + 0.01, True),  # resized, so no whole numbers
+        (lambda x: (255 * x - 0.45) / 0.225, True),  # mean and std of values from 0 to 1
+        (lambda x: (x / 255 - 0.45) / 0.225, True),  # divided twice
+        (lambda x: (x - 0.45) / 0.225, False),
+        (lambda x: 2 * x - 1, False),
+        (lambda x: (0.05 * x - 0.45) / 0.225, False),  # dark images
+        (lambda x: (0 * x - 0.45) / 0.225, False),  # black images
+    ],
+)
+@pytest.mark.parametrize("shape", [(16, 3, 8, 8), (8, 2, 3, 8, 8)])
+def test_floats_are_named_if_their_statistics_are_not_those_of_normalized_images(shape, change, expected, monkeypatch):
+    said = []
+    monkeypatch.setattr(augmentations, "rank_zero_info", said.append)
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    augmentations.check_batch_images(change(x), SimCLRParams(dataset_name="cifar10"))
+    assert len(said) == expected and not any("\n" in line for line in said)
+
+
+ORDERS = {  # axes of a batch -> orders in which it is refused
+    "NCHW": ["NHWC"], "NVCHW": ["NVHWC"], "NCTHW": ["NTHWC", "NTCHW"], "NVCTHW": ["NVTHWC", "NVTCHW"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("axes", "order"), [(axes, order) for axes, orders in ORDERS.items() for order in orders])
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+@pytest.mark.parametrize("channels", [3, 1, 5])
+def test_channels_in_another_place_are_named_with_the_way_out(axes, order, kind, channels):
+    """The way out is applied: it leads to the batch of the right order, and is accepted."""
+    if axes == "NVCHW" and kind == "uint8":
+        return  # five axes of uint8 are clips
+    sizes = dict(zip("NVTHWC", (4, 2, 7, 8, 9, channels), strict=True))
+    images = torch.randint(256, [sizes[axis] for axis in axes], dtype=torch.uint8)
+    images = images if kind == "uint8" else images / 128 - 1
+    name = "kinetics" if "T" in axes else "stl10"
+    params = SimCLRParams(
+        dataset_name=name, in_channels=channels, image_mean=[0.5] * channels, image_std=[0.5] * channels
+    )
+    wrong = images.permute([axes.index(axis) for axis in order])
+    with pytest.raises(ValueError, match=f"seem to be {' x '.join(order)}, but must be {' x '.join(axes)}") as refused:
+        augmentations.check_batch_images(wrong, params)
+    of_batch, of_one = re.findall(r"permute\((.*?)\)", str(refused.value))
+    assert torch.equal(wrong.permute(eval(of_batch)), images)
+    assert torch.equal(wrong[0].permute(eval(of_one)), images[0])
+    augmentations.check_batch_images(images, params)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 32, 3), (4, 3, 32, 32, 3)])
+def test_images_whose_channels_may_be_two_axes_are_refused(shape):
+    images = torch.zeros(shape, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="the axes seem to be N x .* C, .* If W is 3"):
+        augmentations.check_batch_images(images, SimCLRParams())
+    many = torch.zeros(4, 8, 8, 8, dtype=torch.uint8)
+    augmentations.check_pixels(many, 8)  # square images with as many channels as rows
+
+
+class ArraysHWC(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        return IMAGES[i].permute(1, 2, 0).numpy(), LABELS[i]
+
+
+@pytest.mark.parametrize("call", ["fit", "fit with validation", "validate", "test", "predict"])
+def test_data_sets_of_arrays_h_w_c_are_refused_wherever_they_are_used(call, method, trainer):
+    loaders = [DataLoader(ArraysHWC(), batch_size=8)]
+    if call == "fit with validation":
+        loaders.insert(0, DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8))
+    with pytest.raises(ValueError, match="seem to be N x H x W x C"):
+        getattr(trainer(limit_val_batches=1), call.split()[0])(method(), *loaders)

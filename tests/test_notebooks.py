@@ -31,7 +31,6 @@ def shell(monkeypatch, tmp_path, digits_path):
     monkeypatch.chdir(tmp_path / "notebooks")
     monkeypatch.setenv("DATA_PATH", "../data")
     monkeypatch.setenv("QUICK", "1")
-    monkeypatch.syspath_prepend("..")  # what the notebooks put there is gone afterwards
     backend, lightning = plt.get_backend(), logging.getLogger("pytorch_lightning")
     level = lightning.level
     yield Shell()

@@ -9,8 +9,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from model_params import EncoderAndDataParams
 
 Label = str | int | None  # name or number of a class; None: no label
 UNLABELED = -1  # class number of an image without a label
@@ -61,7 +65,11 @@ def nearest_name(label: str, known: Iterable[str]) -> str:
 
 
 def labels_line(
-    found: Mapping[str, list[tuple[str, int]]], names: Mapping[int, str], folders: str, otherwise: str
+    found: Mapping[str, list[tuple[str, int]]],
+    names: Mapping[int, str],
+    folders: str,
+    otherwise: str,
+    kind: str = "image",
 ) -> str:
     """Return the line that says which names became classes, and how many images each has; "no labels" if none has one.
 
@@ -70,6 +78,7 @@ def labels_line(
         names: class number -> name.
         folders: the directories of a path that can be its label, for the message: "first folder".
         otherwise: where labels come from that are not names of directories.
+        kind: "image" or "video".
     """
     counts = Counter(label for _, label in chain(*found.values()))
     counts.pop(UNLABELED, None)
@@ -78,12 +87,43 @@ def labels_line(
     of_class = {label: path for path, label in chain(*found.values())}  # the path of one image each
     by_folder = any(names.get(label) in str(composed(path)).split("/")[:-1] for label, path in of_class.items())
     shown = [
-        f"{names.get(label, label)} ({n:,} {'image' if n == 1 else 'images'})" for label, n in sorted(counts.items())
+        f"{names.get(label, label)} ({n:,} {kind if n == 1 else f'{kind}s'})" for label, n in sorted(counts.items())
     ]
     more = f" and {len(shown) - MOST_LISTED_CLASSES:,} more" if len(shown) > MOST_LISTED_CLASSES else ""
     classes = "1 class" if len(shown) == 1 else f"{len(shown):,} classes"
     origin = f"the {folders}" if by_folder else otherwise
     return f"labels: {classes} from {origin}: {', '.join(shown[:MOST_LISTED_CLASSES])}{more}"
+
+
+# ---- names of classes ----
+
+
+def numbers_of(class_to_idx: list[str]) -> dict[str, int]:
+    """Return name -> number, from entries such as "cat=0"."""
+    return {composed(name): int(number) for name, _, number in (entry.rpartition("=") for entry in class_to_idx)}
+
+
+def first_names(class_to_idx: list[str]) -> dict[int, str]:
+    """Return number -> the first name that has it, in the order of the numbers."""
+    given = [(number, name) for name, number in numbers_of(class_to_idx).items()]
+    return dict(sorted(dict(reversed(given)).items()))
+
+
+def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
+    """Return class number -> name: from the data set or the settings, or from the files' directories if each class has
+    its own."""
+    if known := getattr(dataset, "class_names", None):
+        return dict(enumerate(known))
+    if params.class_to_idx:
+        return {number: name for name, number in numbers_of(params.class_to_idx).items()}
+    stored = params.dataset.class_names.split() or getattr(getattr(dataset, "source", None), "classes", None)
+    if stored:
+        return dict(enumerate(stored))
+    of_class: dict[int, set[str]] = {}
+    for path, label in getattr(dataset, "files", []):
+        of_class.setdefault(int(label), set()).add(Path(path).parent.name)
+    folders = {label: next(iter(found)) for label, found in of_class.items() if len(found) == 1}
+    return folders if len(set(folders.values())) == len(of_class) else {}
 
 
 # ---- label arrays ----

@@ -89,10 +89,12 @@ def kept_lists(run: Path) -> str | None:
 def asked_for(value: str, name: str, run: Path) -> bool:
     """Return whether a path or pattern of shards is requested.
 
-    It is if it is the value of `name` in the run's config.yaml, or if each of its parts satisfies `is_near`.
+    It is if it is the value of `name` in the run's config.yaml, or a file in that directory (encoder_weights may be the
+    directory of a run), or if each of its parts satisfies `is_near`.
     """
     configured = config_of(run).get(name)
-    same = isinstance(configured, str) and os.path.abspath(os.path.expanduser(configured)) == os.path.abspath(value)
+    paths = (os.path.abspath(value), os.path.dirname(os.path.abspath(value)))
+    same = isinstance(configured, str) and os.path.abspath(os.path.expanduser(configured)) in paths
     return configured == value or same or all(is_near(part, run) for part in value.split("::"))
 
 

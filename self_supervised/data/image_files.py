@@ -304,7 +304,7 @@ def part_kept(params: EncoderAndDataParams) -> float:
 
 def preprocessing(params: EncoderAndDataParams) -> dict[str, Any]:
     """Return the record of how an image file becomes the encoder's input (docs/export.md), as `central_square` and the
-    normalization do it."""
+    normalization do it. `pixel_range` is as in the settings."""
     return {
         "central_crop": part_kept(params),
         "size": params.crop_size,
@@ -313,6 +313,7 @@ def preprocessing(params: EncoderAndDataParams) -> dict[str, Any]:
         "channels": params.channels,
         "channel_order": {1: "L", 3: "RGB"}.get(params.channels, "file"),
         "value_range": [0, 1],
+        "pixel_range": params.pixel_range,
         "mean": list(params.mean),
         "std": list(params.std),
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import decoders, image_files
-from self_supervised.data.class_labels import UNLABELED, class_numbers_of
+from self_supervised.data.class_labels import UNLABELED, class_numbers_of, labels_line
 from self_supervised.data.file_search import PassedOver, folders_in, is_hidden, tell
 from self_supervised.data.files import LabeledFiles, Sample, class_numbers_of_split
 from self_supervised.data.foreign_paths import refuse_foreign
@@ -219,9 +219,16 @@ def get_videos(params: EncoderAndDataParams, folder: Path, views: list[ViewSetti
     if path.is_file():
         videos = numbered_videos(path, prefix, of_frames)
         tell(path, len(videos), "videos", PassedOver())
+        names: dict[int, str] = {}
     else:
         videos = videos_in_class_folders(folder, of_frames)
-    return dataset_of_videos(params, videos, views)
+        names = {number: name for name, number in class_numbers_of_split(folder).items()}
+    dataset = dataset_of_videos(params, videos, views)
+    if folder == train:
+        dataset.about_labels = labels_line(
+            {folder.name: videos}, names, "class folders", f"the list {path.name}", "video"
+        )
+    return dataset
 
 
 def dataset_of_videos(params: EncoderAndDataParams, videos: list[Sample], views: list[ViewSettings]) -> VideoFiles:

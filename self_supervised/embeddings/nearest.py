@@ -21,7 +21,7 @@ from self_supervised.embeddings.sources import Batches, Folder, ImageSource, ope
 from self_supervised.fields import as_path
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.program import one_line_errors
-from self_supervised.runs.command_line import in_one_line, parser_of
+from self_supervised.runs.command_line import FEATURES, FOLDER, in_one_line, parser_of
 from self_supervised.safe_files import atomic_file, check_file
 
 # Sizes of the contact sheet in pixels.
@@ -261,10 +261,16 @@ def neighbor_table(query: Query, neighbors: list[Neighbor]) -> str:
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("nearest", __doc__)
-    parser.add_argument("features", metavar="FILE.parquet")
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--out", type=as_path, default=Path("nearest.png"), metavar="FILE.png")
-    parser.add_argument("-k", type=int, default=12, help="number of neighbors per image")
-    parser.add_argument("--checkpoint", help="path of the features' checkpoint, if it has moved")
-    parser.add_argument("--folder", help="directory of the features' images, if it has moved")
+    parser.add_argument("features", metavar="FILE.parquet", help=FEATURES)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="path of an image, on disk or in the file")
+    parser.add_argument("-k", type=int, default=12, help="number of neighbors per image (default: 12)")
+    parser.add_argument(
+        "--out",
+        type=as_path,
+        default=Path("nearest.png"),
+        metavar="FILE.png",
+        help="contact sheet to write (default: nearest.png)",
+    )
+    parser.add_argument("--checkpoint", help="checkpoint of the features, or directory of its run, if it has moved")
+    parser.add_argument("--folder", help=FOLDER)
     nearest_sheet(**vars(parser.parse_args(arguments)))

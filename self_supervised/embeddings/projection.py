@@ -21,7 +21,8 @@ from self_supervised.embeddings.map_page import WRITERS, Map
 from self_supervised.embeddings.sources import open_source
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
-from self_supervised.runs.command_line import parser_of
+from self_supervised.runs.command_line import FEATURES, FOLDER, parser_of
+from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import atomic_file, check_file
 
 TITLES = {"tsne": "t-SNE", "umap": "UMAP"}
@@ -165,10 +166,19 @@ def make_map(
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("map", __doc__)
-    parser.add_argument("features", metavar="FILE.parquet")
-    parser.add_argument("--out", type=as_path, nargs="+", default=[Path("map.png"), Path("map.html")], metavar="FILE")
-    parser.add_argument("--method", choices=METHODS, default="tsne")
-    parser.add_argument("--sample", type=int, default=5000, metavar="N", dest="n", help="rows to draw, at random")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", help="directory of the features' images, if it has moved")
+    parser.add_argument("features", metavar="FILE.parquet", help=FEATURES)
+    parser.add_argument(
+        "--out",
+        action=ListOption,
+        type=items(as_path, r"(?<=\.png),|(?<=\.html),"),  # names of files may have commas
+        default=[Path("map.png"), Path("map.html")],
+        metavar="FILE",
+        help="pictures (.png) and pages (.html) to write (default: map.png map.html)",
+    )
+    parser.add_argument("--method", choices=METHODS, default="tsne", help="method of projection (default: tsne)")
+    parser.add_argument(
+        "--sample", type=int, default=5000, metavar="N", dest="n", help="rows to draw, at random (default: 5000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of sample and projection (default: 0)")
+    parser.add_argument("--folder", help=FOLDER)
     make_map(**vars(parser.parse_args(arguments)))

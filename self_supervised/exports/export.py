@@ -3,8 +3,8 @@
     self-supervised export runs/demo --format torchvision onnx
     self-supervised export runs/demo --count
 
-CHECKPOINT is anything that load_encoder reads (docs/weights.md). The file is written next to it, or to --out. Existing
-files are never overwritten. docs/export.md and the note "load" in each file show how to load it.
+The file is written next to CHECKPOINT, or to --out. Existing files are never overwritten. docs/export.md and the note
+"load" in each file show how to load it.
 """
 
 import argparse
@@ -24,12 +24,15 @@ from torch import nn
 
 from model_params import EncoderAndDataParams
 from self_supervised.data.image_files import preprocessing
+from self_supervised.evaluation.classifier import classifier_of
 from self_supervised.exports import count
-from self_supervised.exports.formats import FORMATS, Normalized
+from self_supervised.exports.formats import FORMATS, RUN_CLASSIFIER, Classifying, Normalized
 from self_supervised.exports.verify import sample_images, verified
-from self_supervised.networks.pretrained import Encoder, checkpoint_of, load_encoder
+from self_supervised.networks.layouts import checkpoint_of
+from self_supervised.networks.pretrained import Encoder, load_encoder
 from self_supervised.program import message_of, one_line_errors
-from self_supervised.runs.command_line import add_fields, parser_of
+from self_supervised.runs.command_line import CHECKPOINT, add_fields, parser_of
+from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_folder, disk_errors_named, sync
 
 FACTS = (
@@ -55,6 +58,8 @@ def export(
     **overrides: Any,
 ) -> Path:
     """Export the encoder of a checkpoint, verify the file in a new process, and return its path.
+
+    If the checkpoint also has a classifier, an ONNX file holds both.
 
     Args:
         checkpoint, encoder, overrides: arguments of `load_encoder`.
@@ -136,7 +141,8 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
     """Write and verify the file in a hidden directory next to `target`, then move it there."""
     row = FORMATS[format]
     converted = row.convert(encoder)
-    images, expected = sample_images(encoder)
+    images, embeddings = sample_images(encoder)
+    expected = {"embeddings": embeddings}
     mean = encoder.params.mean
     std = encoder.params.std
     record = preprocessing(encoder.params)
@@ -146,9 +152,16 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
         mean = (0.0,) * len(mean)  # the program's users need not normalize
         std = (1.0,) * len(std)
         del record["mean"], record["std"]
-    code = "\n\n".join(filter(None, [converted.code, row.read, converted.use])) + "\n"
-    facts = export_facts(encoder.params, converted.arch, expected.shape[1], mean, std)
-    notes = {"self_supervised": facts, "preprocessing": record, "load": code}
+    read = row.read
+    notes = {}
+    if format == "onnx" and (classifier := classifier_of(encoder)) is not None:
+        converted = attrs.evolve(converted, content=Classifying(converted.content, classifier.head).eval())
+        expected["probabilities"] = classifier.head(embeddings).softmax(1)
+        read = RUN_CLASSIFIER
+        notes["class_names"] = classifier.class_names
+    code = "\n\n".join(filter(None, [converted.code, read, converted.use])) + "\n"
+    facts = export_facts(encoder.params, converted.arch, embeddings.shape[1], mean, std)
+    notes |= {"self_supervised": facts, "preprocessing": record, "load": code}
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         disk_errors_named(target),
@@ -200,11 +213,18 @@ def place(file: Path, target: Path, publish: bool) -> Path:
 
 def export_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("export", __doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument(
-        "--format", nargs="+", default=[], metavar="FORMAT", help=f"one or more of {', '.join(FORMATS)}"
+        "--format",
+        action=ListOption,
+        type=items(),
+        default=[],
+        metavar="FORMAT",
+        help=f"one or more of {', '.join(FORMATS)}",
     )
-    parser.add_argument("--out", metavar="DIR_OR_FILE", help="default: next to the checkpoint")
+    parser.add_argument(
+        "--out", metavar="DIR_OR_FILE", help="directory or file to write; default: next to the checkpoint"
+    )
     parser.add_argument("--publish", action="store_true", help="append the first digits of the file's SHA-256")
     parser.add_argument("--normalize", action="store_true", help="export a program that takes values from 0 to 1")
     parser.add_argument("--count", action="store_true", help="print parameters and FLOPs of each part")

@@ -52,9 +52,8 @@ def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]
     if own is not None:
         return own, measured_width(own, image, "the encoder")
     check_kind(p.encoder_arch, p.dataset_name, p.dataset.of_videos)
-    file = None if p.encoder_weights is None else Path(p.encoder_weights).expanduser()
-    from_file = file is not None and os.path.isfile(file)  # Path.is_file raises OSError if the name is too long
-    published = None if from_file else p.encoder_weights
+    file = file_of_weights(p)
+    published = None if file else p.encoder_weights
     if p.encoder_arch.startswith("timm:"):
         encoder = build_timm(p.encoder_arch.removeprefix("timm:"), published is not None, image)
     else:
@@ -62,7 +61,7 @@ def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]
         encoder, _ = without_classifier(model, p.encoder_arch)
         adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
         ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
-    if from_file:
+    if file:
         try:
             layouts.load_into(encoder, layouts.read_weights(file), p.encoder_arch)
         except ValueError as error:
@@ -82,13 +81,22 @@ def check_kind(name: str, dataset_name: str, of_videos: bool) -> None:
         )
 
 
+def file_of_weights(params: ModelParams) -> Path | None:
+    """Return the file from which the encoder starts, that of a run if encoder_weights is its directory; None if
+    encoder_weights is None or a name."""
+    if params.encoder_weights is None:
+        return None
+    file = Path(layouts.checkpoint_of(params.encoder_weights)).expanduser()
+    return file if os.path.isfile(file) else None  # Path.is_file raises OSError if the name is too long
+
+
 def source_of_weights(params: ModelParams) -> str | None:
     """Return the weights from which the encoder starts, as `load_encoder` accepts them; None for random weights."""
     weights = params.encoder_weights
     if weights is None:
         return None
-    if os.path.isfile(os.path.expanduser(weights)):
-        return os.path.abspath(os.path.expanduser(weights))
+    if file := file_of_weights(params):
+        return os.path.abspath(file)
     return params.encoder_arch if params.encoder_arch.startswith("timm:") else f"{params.encoder_arch}:{weights}"
 
 

@@ -5,6 +5,7 @@ row per system that says which part is the trained encoder. That part must hold 
 a head.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -81,6 +82,25 @@ class WeightsFile:
     settings: dict[str, Any]  # fields of EncoderAndDataParams; {} for files of other systems
     architecture: str | None = None  # name in the file ("arch")
     started_from: str | None = None  # weights from which the pretraining started, if the file is ours
+
+
+def checkpoint_of(path_or_name: str | Path) -> str | Path:
+    """Return the path of pretrained.ckpt for the directory of a run; any other path or name is returned as it is.
+
+    Raises:
+        FileNotFoundError: the run has no pretrained.ckpt yet.
+    """
+    folder = Path(path_or_name).expanduser()
+    if os.path.isfile(folder / "pretrained.ckpt"):  # Path.is_file raises OSError if the name is too long
+        return folder / "pretrained.ckpt"
+    if os.path.isfile(folder / "config.yaml"):
+        newest = max(folder.glob("pretraining/checkpoints/step_*.ckpt"), default=None)
+        unfinished = "" if newest is None else f", or pass the newest checkpoint of the unfinished one, {newest}"
+        raise FileNotFoundError(
+            f"checkpoint={str(path_or_name)!r}: this run has no pretrained.ckpt yet. Complete its pretraining with "
+            f"--resume auto{unfinished}."
+        )
+    return path_or_name
 
 
 def read_weights(path: str | Path) -> WeightsFile:

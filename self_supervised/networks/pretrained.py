@@ -114,7 +114,7 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
         ValueError: the name is unknown, or the file does not hold exactly the parameters of the encoder; the message
             names them.
     """
-    name = str(checkpoint_of(path_or_name))
+    name = str(layouts.checkpoint_of(path_or_name))
     if encoder is None and not Path(name).expanduser().is_file() and is_name(name):
         return published(name, overrides)
     found = layouts.read_weights(Path(name).expanduser())
@@ -134,25 +134,6 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
         started_from=vetted_start(found.started_from, found.source),
     )
     return Encoder(model, params, report)
-
-
-def checkpoint_of(path_or_name: str | Path) -> str | Path:
-    """Return the path of pretrained.ckpt for the directory of a run; any other path or name is returned as it is.
-
-    Raises:
-        FileNotFoundError: the run has no pretrained.ckpt yet.
-    """
-    folder = Path(path_or_name).expanduser()
-    if (folder / "pretrained.ckpt").is_file():
-        return folder / "pretrained.ckpt"
-    if (folder / "config.yaml").is_file():
-        newest = max(folder.glob("pretraining/checkpoints/step_*.ckpt"), default=None)
-        unfinished = "" if newest is None else f", or pass the newest checkpoint of the unfinished one, {newest}"
-        raise FileNotFoundError(
-            f"checkpoint={str(path_or_name)!r}: this run has no pretrained.ckpt yet. Complete its pretraining with "
-            f"--resume auto{unfinished}."
-        )
-    return path_or_name
 
 
 def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:

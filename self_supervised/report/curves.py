@@ -20,6 +20,7 @@ from self_supervised.program import one_line_errors
 from self_supervised.report import figures
 from self_supervised.runs.command_line import label, parser_of
 from self_supervised.safe_files import atomic_file, check_file
+from self_supervised.training import run_folder
 from self_supervised.training.monitor import COLLAPSED_STD
 
 matplotlib.use("Agg")
@@ -46,10 +47,9 @@ def read_curves(folder: str | Path) -> Curves:
         ValueError: the directory has no metrics.csv.
     """
     folder = as_path(folder)
-    paths = [folder / "pretraining" / "metrics.csv", folder / "metrics.csv"]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise ValueError(f"{folder} is not a run: neither {paths[0]} nor {paths[1]} exists")
+    path = run_folder.file_of(folder, figures.PRETRAINING)
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run: {path} does not exist. {run_folder.which(folder)}")
     return figures.read_metrics(path)
 
 
@@ -121,9 +121,15 @@ def labeled_curves(runs: Sequence[str]) -> dict[str, Curves]:
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("curves", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="directory of a run")
-    parser.add_argument("--out", required=True, metavar="FILE.png")
-    parser.add_argument("--panels", nargs="+", metavar="NAME[,NAME]", help="columns of metrics.csv")
+    parser.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help="directory of a run, with a name for the legend")
+    parser.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument(
+        "--panels",
+        nargs="+",
+        metavar="NAME[,NAME]",
+        help="columns of metrics.csv, each in a panel; a comma puts two into one; default: loss, cosines, standard "
+        "deviation and accuracy, where logged",
+    )
     args = parser.parse_args(arguments)
     runs = labeled_curves(args.runs)
     draw_curves(runs, args.out, args.panels)

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model_params import EncoderAndDataParams, ModelParams
-from self_supervised.data import custom, loading
+from self_supervised.data import loading
+from self_supervised.data.class_labels import class_names
 from self_supervised.data.files import readable_rows
 from self_supervised.data.packed import packed_is_there
 from self_supervised.distributed import usable
@@ -23,7 +24,7 @@ from self_supervised.evaluation import features
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.runs import preview
 from self_supervised.runs.command_line import bar
-from self_supervised.training import checkpoints
+from self_supervised.training import checkpoints, run_folder
 from self_supervised.views import augmentations
 
 QUERIES = 8
@@ -113,12 +114,15 @@ def uri(image: Tensor, factor: float = 1.0) -> str:
 
 
 def checkpoint(folder: Path) -> Path:
-    """Return the path of pretrained.ckpt, or of the newest checkpoint of an unfinished run."""
+    """Return the path of pretrained.ckpt, else of the newest checkpoint of an unfinished run, else of the newest that
+    Lightning has saved."""
     end = folder / "pretrained.ckpt"
-    newest = end if end.is_file() else checkpoints.newest(folder / "pretraining" / "checkpoints")
+    saved = run_folder.file_of(folder, "pretraining/checkpoints")
+    newest = end if end.is_file() else checkpoints.newest(saved)
+    newest = newest or max(saved.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise FileNotFoundError(f"{folder.name} has no checkpoint")
-    return Path(newest)
+    return newest
 
 
 def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
@@ -159,23 +163,6 @@ def names(params: EncoderAndDataParams, dataset: Any, y: Tensor) -> list[str | N
         return [None] * len(y)
     known = class_names(params, dataset)
     return [known.get(label, str(label)) if label >= 0 else None for label in y.tolist()]
-
-
-def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
-    """Return class number -> name: from the data set or the settings, or from the files' directories if each class has
-    its own."""
-    if known := getattr(dataset, "class_names", None):
-        return dict(enumerate(known))
-    if params.class_to_idx:
-        return {number: name for name, number in custom.numbers_of(params.class_to_idx).items()}
-    stored = params.dataset.class_names.split() or getattr(getattr(dataset, "source", None), "classes", None)
-    if stored:
-        return dict(enumerate(stored))
-    of_class: dict[int, set[str]] = {}
-    for path, label in getattr(dataset, "files", []):
-        of_class.setdefault(int(label), set()).add(Path(path).parent.name)
-    folders = {label: next(iter(found)) for label, found in of_class.items() if len(found) == 1}
-    return folders if len(set(folders.values())) == len(of_class) else {}
 
 
 # ---- neighbors and map ----

@@ -101,6 +101,19 @@ function settingsTable() {
   }
 }
 
+/** What the settings mean in words and numbers, folded. */
+function effectiveTable() {
+  if (!data.effective.length) return;
+  const folded = make($("settings"), "details");
+  make(folded, "summary", {}, "Effective settings, with the numbers that come from the data set or from a rule");
+  const body = table(folded, ["", ...runs.map(run => several ? run.name : "this run")]);
+  for (const {name: part, values} of data.effective) {
+    const row = make(body, "tr");
+    make(row, "th", {scope: "row"}, part);
+    values.forEach(value => make(row, "td", {}, value));
+  }
+}
+
 const missing = (parent, text) => make(parent, "p", {class: "missing"}, text);
 
 // ---- curves ----
@@ -351,6 +364,7 @@ function provenance() {
 
 resultsTable();
 settingsTable();
+effectiveTable();
 curves();
 ofRuns("views", views);
 ofRuns("neighbors", neighbors);

@@ -17,7 +17,7 @@ from torch import nn
 
 from self_supervised.embeddings.map_page import in_script
 from self_supervised.program import one_line_errors
-from self_supervised.report import compare, figures, pictures, tables
+from self_supervised.report import compare, evaluations, figures, pictures, tables
 from self_supervised.runs.command_line import in_one_line, parser_of
 from self_supervised.safe_files import atomic_write, check_file
 
@@ -63,7 +63,7 @@ def write_report(
 def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict[str, Any]:
     """Return the data of the page."""
     runs = [compare.read_run(folder) for folder in folders]
-    names = tables.names_of_runs(folders)
+    names = evaluations.names_of_runs(folders)
     about = [tables.facts_of_run(run, name) for run, name in zip(runs, names, strict=True)]
     images_per_run = images // len(runs)
     budget = pictures.MAP_BUDGET // len(runs)
@@ -77,8 +77,9 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "runs": about,
         "settings": tables.setting_rows(runs),
+        "effective": tables.effective_rows(runs),
         "results": tables.result_rows(runs),
-        "caution": compare.caution(runs),
+        "caution": tables.notes_on_results(runs),
         "verdicts": tables.verdicts(runs, names),
         "figures": drawn,
         "absent": figures.missing_figures(drawn, names),
@@ -90,9 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
     parser.add_argument(
-        "--out", metavar="FILE.html", help="default: report.html in RUN; with multiple runs, in the current directory"
+        "--out",
+        metavar="FILE.html",
+        help="page to write; default: report.html in RUN; with multiple runs, in the current directory",
     )
     parser.add_argument(
-        "--images", type=int, default=IMAGES, metavar="N", help=f"most test images to embed, 0: none (default {IMAGES})"
+        "--images",
+        type=int,
+        default=IMAGES,
+        metavar="N",
+        help=f"most test images to embed, 0: none (default: {IMAGES})",
     )
     print(write_report(**vars(parser.parse_args(arguments))))

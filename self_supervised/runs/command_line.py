@@ -17,11 +17,10 @@ import sys
 import textwrap
 import tokenize
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, NoReturn
 
 import attrs
 import jsonargparse
@@ -41,6 +40,16 @@ from self_supervised.fields import (
     positive,
     suggestion,
 )
+from self_supervised.runs.values import (
+    ListOption,
+    from_yaml,
+    list_options,
+    reader,
+    takes_list,
+    text,
+    type_text,
+    with_joined_lists,
+)
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")  # names that pl.Trainer accepts
 LOGGERS = {"tensorboard": "tensorboard", "csv": None, "wandb": "wandb", "mlflow": "mlflow"}  # name -> package it needs
@@ -49,11 +58,16 @@ TRAINER_OPTIONS = (
     "max_time", "limit_train_batches", "limit_val_batches", "gradient_clip_val", "log_every_n_steps", "deterministic",
 )  # fmt: skip
 COMMAND_OPTIONS = ("out", "resume", "dry_run", "preview", "print_config")  # do not change what a run computes
+COMMON = (  # the commonest options, which the help of a preset shows first
+    "dataset_name", "data_path", "encoder_arch", "batch_size", "max_epochs", "lr", "seed", "out", "dry_run",
+)  # fmt: skip
+CHECKPOINT = "checkpoint, directory of a run, weights file, or name of a published encoder (docs/weights.md)"
+FEATURES = "file of embeddings that `self-supervised embed` wrote"
+FOLDER = "directory of the features' images, if it has moved"
+DEVICE = "cpu, cuda, cuda:1, mps; default: a GPU if there is one"
 USAGE = "self-supervised train PRESET [options]"
-VALUES = "Values are YAML: 0.3, true, none, [1.0, 0.1]. Lists of words need no brackets: knn,rank_me"
+VALUES = "Values are YAML: 0.3, true, none. Lists have blanks or commas between their items: knn rank_me or knn,rank_me"
 SEE_HELP = " See --help for all names."
-
-from_yaml = jsonargparse.get_loader("yaml")
 
 
 def parser_of(name: str, description: str) -> argparse.ArgumentParser:
@@ -101,9 +115,15 @@ class RunOptions:
 
     # the run
     out: str | None = path()  # run directory; none: runs/PRESET_DATASET
-    resume: str | None = path()  # checkpoint to resume from; auto: the newest valid one in --out, if there is one
+    # checkpoint, or directory of a run, to resume from; auto: the newest valid checkpoint in --out, if there is one
+    resume: str | None = path()
     logger: list[str] = field(factory=lambda: ["tensorboard"])  # tensorboard, wandb, mlflow; csv is always written
     log_gradient_norms: bool = False  # log grad_norm_PART of each part of the model at every logged step
+    # project of W&B, experiment of MLflow; none: WANDB_PROJECT or lightning_logs; MLFLOW_EXPERIMENT_NAME or the name of
+    # the directory that holds the run directory
+    tracker_project: str | None = None
+    tracker_name: str | None = None  # name of the run in W&B and MLflow; none: the name of the run directory
+    tracker_tags: list[str] = field(factory=list)  # tags of the run in W&B and MLflow; MLflow takes KEY=VALUE, too
 
     # checkpoints
     checkpoint_every_n_steps: int = positive(1000)  # interval in steps, and after every epoch; the newest two are kept
@@ -160,7 +180,7 @@ class RunOptions:
 RUN_OPTION_NAMES = tuple(attribute.name for attribute in fields(RunOptions))
 
 
-# ---- Help texts and values of fields ----
+# ---- Help texts of fields ----
 
 
 @cache
@@ -194,54 +214,15 @@ def field_comments(kind: type) -> dict[str, tuple[str, str]]:
     return found
 
 
-def type_text(attribute: attrs.Attribute) -> str:
-    """Return the choices of a field, or the names of its types, as the help shows them."""
-    choices = attribute.metadata.get("choices")
-    if choices is None:
-        kinds = get_args(attribute.type) or (attribute.type,)
-        kinds = (attribute.type,) if get_origin(attribute.type) is list else kinds
-        words = {bool: "true|false", int: "integer", float: "number", str: "text", NoneType: "none"}
-        choices = [words.get(kind, "list") for kind in kinds]
-    return "|".join(text(choice) for choice in choices)
-
-
-def text(value: Any) -> str:
-    """Return a value as it is written on the command line."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(text, value))}]"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def reader(kind: Any) -> Callable[[Any], Any]:
-    """Return the function that turns an argument into a value for a field of this type. The field validates it."""
-
-    def read(given: Any) -> Any:
-        if not isinstance(given, str):  # from a configuration file, or a default
-            return given
-        if given.lower() in ("none", "null"):
-            return [] if kind == list[str] else None
-        if kind in (str, str | None):
-            return given
-        if kind == list[str] and not given.startswith("["):
-            return given.split(",")
-        try:
-            value = from_yaml(given)
-        except yaml.YAMLError as error:
-            raise argparse.ArgumentTypeError(f"{given!r} is not valid YAML") from error
-        if isinstance(value, list):
-            return [None if one in ("none", "None") else one for one in value]
-        return value
-
-    return read
-
-
 def add_fields(parser: argparse._ArgumentGroup, names: Iterable[str]) -> None:
     """Add options for fields of EncoderAndDataParams, read as by `self-supervised train`. The parsed namespace lacks
     options that were not passed."""
     fields = attrs.fields_dict(EncoderAndDataParams)
     comments = field_comments(EncoderAndDataParams)
     for name in names:
-        options = {"type": reader(fields[name].type), "default": argparse.SUPPRESS, "metavar": type_text(fields[name])}
+        kind = fields[name].type
+        options = {"type": reader(kind), "default": argparse.SUPPRESS, "metavar": type_text(fields[name])}
+        options |= {"action": ListOption, "metavar": "ITEM"} if takes_list(kind) else {}
         parser.add_argument(f"--{name}", help=comments[name][1].replace("%", "%%"), **options)
 
 
@@ -275,29 +256,34 @@ def known_names() -> tuple[str, ...]:
 
 def parser(preset: str) -> Parser:
     """Return the parser of all options, with the values of a preset as defaults."""
-    about = f"{wrapped(f'Preset {preset}: {differences(preset)}')}\n{VALUES}"
+    about = f"{wrapped(f'Preset {preset}: {differences(preset)}')}\n{wrapped(VALUES)}"
     # print_config=None: ours prints the validated settings. allow_abbrev: `parse` does not recognize --conf as --config
     built = Parser(usage=USAGE, description=about, formatter_class=Formatter, print_config=None, allow_abbrev=False)
     built.add_argument(
         "--config", action="config", metavar="FILE", help="YAML file as --print_config writes it; options override it"
     )
     built.add_argument("--preset", default=preset, help=argparse.SUPPRESS)  # accepts the key of a configuration file
-    groups = {}
-    for defaults in (RunOptions(), PRESETS[preset]()):
-        for attribute in attrs.fields(type(defaults)):
-            heading, comment = field_comments(type(defaults))[attribute.name]
-            if heading not in groups:
-                groups[heading] = built.add_argument_group(heading)
-            default = getattr(defaults, attribute.name)
-            groups[heading].add_argument(
-                f"--{attribute.name}",
-                type=reader(attribute.type),
-                default=default,
-                metavar=type_text(attribute),
-                help=f"{comment} (default: {text(default)})".strip().replace("%", "%%"),
-                **({"nargs": "?", "const": True} if attribute.type is bool else {}),
-            )
+    pairs = [(kind, attribute) for kind in (RunOptions(), PRESETS[preset]()) for attribute in attrs.fields(type(kind))]
+    groups: dict[str, Any] = {}
+    for defaults, attribute in sorted(pairs, key=lambda pair: place_in_help(pair[1].name)):
+        heading, comment = field_comments(type(defaults))[attribute.name]
+        heading = "common options" if attribute.name in COMMON else heading
+        if heading not in groups:
+            groups[heading] = built.add_argument_group(heading)
+        default = getattr(defaults, attribute.name)
+        groups[heading].add_argument(
+            f"--{attribute.name}",
+            type=reader(attribute.type),
+            default=default,
+            metavar=type_text(attribute),
+            help=f"{comment} (default: {text(default)})".strip().replace("%", "%%"),
+            **({"nargs": "?", "const": True} if attribute.type is bool else {}),
+        )
     return built
+
+
+def place_in_help(name: str) -> int:
+    return COMMON.index(name) if name in COMMON else len(COMMON)
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -328,6 +314,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
     file, others = split_config(arguments)
     preset = preset_of(given, file)
     config = [f"--config={file}"] if file else []
+    others = with_joined_lists(others, list_options(RunOptions, ModelParams))
     found = parser(preset).parse_args(config + others).as_dict()  # the file first, so that options override it
     try:
         options = RunOptions(**{name: found[name] for name in RUN_OPTION_NAMES})

@@ -18,6 +18,7 @@ from moco import SelfSupervisedMethod
 from self_supervised.data import loading
 from self_supervised.evaluation import validation
 from self_supervised.networks import layers
+from self_supervised.runs.effective import effective_settings
 from self_supervised.training.monitor import TrainingMonitor
 
 STEPS = 2
@@ -64,7 +65,7 @@ def run_two_steps(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Tr
             validates one batch.
     """
     model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1))
-    model.gives_verdict = False  # after two steps
+    model.is_recorded = False  # after two steps
     stop = Stop()
     watch = TrainingMonitor()
     watch.collapse_was_named = True  # two steps are too few to detect a collapse
@@ -74,6 +75,7 @@ def run_two_steps(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Tr
         console = Console(highlight=False, markup=False)
         console.print(parts_table(model))
         console.print(groups_table(model, trainer))
+        console.print(effective_table(model))
         console.print(plan_table(model, trainer, stop.seconds_per_step))
     return model
 
@@ -165,12 +167,19 @@ def groups_table(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
     return made
 
 
+def effective_table(model: SelfSupervisedMethod) -> Table:
+    """Return the table of what the settings mean."""
+    made = empty_table("Effective settings", "part", "is")
+    for name, words in effective_settings(model.params, model.plan).items():
+        made.add_row(name, words)
+    return made
+
+
 def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_step: float) -> Table:
-    """Return the table of data, batch, steps, learning rate, memory and time."""
+    """Return the table of data, memory and time."""
     p = model.params
-    plan = model.plan
     made = empty_table("Plan", "what", "value")
-    epoch = timedelta(seconds=round(seconds_per_step * plan.steps_per_epoch))
+    epoch = timedelta(seconds=round(seconds_per_step * model.plan.steps_per_epoch))
     splits = {"training": p.dataset.pretraining_splits, "evaluation": p.dataset.test_splits}
     sizes = [f"{len(loading.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]
     labels = {"labels": model.about_labels.removeprefix("labels: ")} if model.about_labels else {}
@@ -178,7 +187,6 @@ def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_ste
     rows = {
         "images": f"{p.dataset_name}: {', '.join(sizes)}; {' x '.join(map(str, p.input_shape))}",
         **labels,
-        **dict(zip(("batch", "length", "learning rate"), str(plan).split("; "), strict=True)),
         "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
         "memory": peak_memory(trainer.strategy.root_device),
         "time": f"{seconds_per_step:.3g} s per step, {epoch} per epoch without evaluation (from the last step only)",

@@ -1,6 +1,7 @@
 """Checks before a run, for errors in its data that would otherwise appear after hours of training."""
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,9 +10,11 @@ import attrs
 from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised.data import custom, loading
+from self_supervised.data.files import MOST_SKIPPED
 from self_supervised.data.folders import listed_in
+from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.loading import n_classes, require_labels
-from self_supervised.runs.command_line import RunOptions
+from self_supervised.runs.command_line import RunOptions, bar
 
 
 def linear_settings(options: RunOptions, params: ModelParams) -> dict:
@@ -23,8 +26,11 @@ def linear_settings(options: RunOptions, params: ModelParams) -> dict:
     return settings
 
 
-def check_run(options: RunOptions, params: ModelParams) -> None:
-    """Open all images that the run will read, from the first batch to the last score of the linear stage.
+def check_run(options: RunOptions, params: ModelParams, decode: bool = False) -> None:
+    """Open all data sets that the run will read, from the first batch to the last score of the linear stage.
+
+    Args:
+        decode: also decode each image file, which takes about as long as an epoch. Videos take too long.
 
     Raises:
         ValueError: a split is empty, smaller than one batch, or lacks the labels that the linear stage needs.
@@ -36,6 +42,8 @@ def check_run(options: RunOptions, params: ModelParams) -> None:
             settings = {name: getattr(params, name) for name in FROM_PRETRAINING} | linear_settings(options, params)
             check_labels(params)
             check_batches(LinearClassifierMethodParams(**settings), params.dataset.train_splits)
+        if decode:
+            check_files(params, with_classifier=options.linear_epochs > 0)
 
 
 @contextmanager
@@ -52,15 +60,41 @@ def temporary_lists(params: ModelParams) -> Iterator[ModelParams]:
 
 def check_images(params: ModelParams, accumulated: int = 1) -> None:
     """Open the images of pretraining and of its evaluations. `accumulated` is the number of batches per step."""
-    info = params.dataset
-    check_batches(params, info.pretraining_splits, accumulated)
-    if not params.is_evaluated:
-        return
-    evaluated = [info.validation_splits or info.test_splits, info.test_splits]
-    if params.probe_on_training_set:
-        evaluated.append(info.train_splits)
-    for splits in dict.fromkeys(evaluated):
+    check_batches(params, params.dataset.pretraining_splits, accumulated)
+    for splits in evaluated_splits(params):
         loading.get_dataset(params, splits)
+
+
+def evaluated_splits(params: ModelParams) -> list[tuple[str, ...]]:
+    info = params.dataset
+    evaluated = [info.validation_splits or info.test_splits, info.test_splits]
+    evaluated += [info.train_splits] if params.probe_on_training_set else []
+    return list(dict.fromkeys(evaluated)) if params.is_evaluated else []
+
+
+def check_files(params: ModelParams, with_classifier: bool) -> None:
+    """Decode all image files of a run, and warn of those that cannot be read; ValueError if they stop the run."""
+    info = params.dataset
+    readers = attrs.evolve(params, unreadable_images="skip")
+    of_classifier = [info.train_splits, info.test_splits] if with_classifier else []
+    total = 0
+    unreadable: list[str] = []
+    for splits in dict.fromkeys([info.pretraining_splits, *evaluated_splits(params), *of_classifier]):
+        dataset = loading.get_dataset(readers, splits)
+        if not isinstance(dataset, ImageFiles):
+            continue
+        with bar() as progress:
+            for _ in progress.track(loading.get_loader(readers, dataset, training=False), description="decoding"):
+                pass
+        total += len(dataset)
+        unreadable += dataset.skipped()
+    shown = ", ".join(unreadable[:MOST_SKIPPED])
+    more = f" and {len(unreadable) - MOST_SKIPPED:,} more" if len(unreadable) > MOST_SKIPPED else ""
+    found = f"{len(unreadable):,} of {total:,} images cannot be read: {shown}{more}"
+    if unreadable and params.unreadable_images == "stop":
+        raise ValueError(f"unreadable_images='stop': {found}. Fix or remove them, or set unreadable_images='skip'.")
+    if unreadable:
+        warnings.warn(f"{found}. They will be skipped.", stacklevel=2)
 
 
 def check_batches(params: EncoderAndDataParams, splits: tuple[str, ...], accumulated: int = 1) -> None:

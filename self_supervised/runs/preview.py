@@ -76,9 +76,7 @@ def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, or
         originals: uint8 [at least `rows`, C, H, W]; default: `images`, if they are uint8, otherwise no such column.
     """
     seed = (params.seed or 0, 0, 0, 0)  # seed, first epoch, first batch, first process
-    first = images if isinstance(images, Tensor) else images[0]
-    if first.is_floating_point():
-        augmentations.check_floats(first, params)
+    augmentations.check_batch_images(images, params)
     views = augmentations.for_training(images, augmentations.training_views(params), seed)
     columns = [(caption(params, i), pixels(view[:rows], params)) for i, view in enumerate(views[: params.n_views])]
     if originals is None and isinstance(images, Tensor) and images.dtype == torch.uint8:

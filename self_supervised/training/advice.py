@@ -6,6 +6,7 @@ import attrs
 
 from model_params import HEADS, PRESETS, SCHEDULED, ModelParams
 from self_supervised.training.optimizers import Plan, warmup_epochs
+from self_supervised.training.record import nearest_preset
 
 # optimizer -> lowest and highest lr for 256 images per step in presets, papers (docs/methods.md) and docs/results.md
 TRIED_LR = {"sgd": (0.03, 0.5), "lars": (0.2, 2.4), "adamw": (1.5e-4, 4e-3), "adam": (1.5e-4, 4e-3)}
@@ -73,11 +74,8 @@ def doubt_of_lr(params: ModelParams, plan: Plan) -> str:
 
 def changed_by_user(params: ModelParams) -> list[str]:
     """Return the settings in which `params` differ from the preset to which they are most similar."""
-    own = attrs.asdict(params)
-    differing = [
-        [name for name, value in attrs.asdict(preset()).items() if own[name] != value] for preset in PRESETS.values()
-    ]
-    return min(differing, key=len)
+    preset = attrs.asdict(PRESETS[nearest_preset(params)]())
+    return [name for name, value in attrs.asdict(params).items() if preset[name] != value]
 
 
 def lacks(params: ModelParams, name: str, loss_type: str) -> str:

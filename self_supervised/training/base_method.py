@@ -35,13 +35,14 @@ class BaseMethod(pl.LightningModule):
     n_outputs: int | None = None  # classes of the classifier that is trained here, if there is one
     plan: optimizers.Plan | None = None  # length of the training, set with the optimizers
     seed_was_drawn = False  # True if `seed` was None
-    scored: tuple[int, tuple[str, ...]] = (0, ())  # (optimizer steps, names of scores) of the last validation in a fit
+    latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
     was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
     about_labels = ""  # the line on the labels of our data set, once it was logged
+    first_epoch = 1  # its number in the loggers' files; 0: a run of an earlier version (run_folder.first_epoch)
 
     def setup(self, stage: str) -> None:
         """Compile the networks if `torch_compile` is set: in place, so that checkpoints keep their keys."""
-        self.checked_loaders: set[tuple] = set()  # (stage, index) of loaders whose float images were checked
+        self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
         if self.trainer.strategy.root_device.type == "cpu":
             distributed.keep_freed_memory()
@@ -52,6 +53,16 @@ class BaseMethod(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return TrainingMonitor.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
+
+    def labels_result(self) -> dict[str, str]:
+        """Return the line on the labels as a result; {} for packed data sets, whose classes are known."""
+        return {"labels": self.about_labels.removeprefix("labels: ")} if self.about_labels else {}
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch as users count it: 0 before the training, n in the n-th epoch and after it. Lightning's
+        `current_epoch` is n - 1 until the end of the n-th epoch."""
+        return self.current_epoch + (self.trainer.state.fn == "fit")
 
     def eagerly(self) -> AbstractContextManager:
         """Return a context for validation without compiled code, which would be compiled again for eval mode and for
@@ -142,10 +153,12 @@ class BaseMethod(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Check the first batch of the user's validation loaders now, not after an epoch of training."""
-        for loader in as_list(self.trainer.val_dataloaders):
+        for index, loader in enumerate(as_list(self.trainer.val_dataloaders)):
             if isinstance(loader, DataLoader) and not isinstance(loader, ResumableDataLoader):
                 with isolate_rng():
-                    self.check_batch(next(iter(loader)), training=False)
+                    batch = next(iter(loader))
+                self.check_batch(batch, training=False)
+                self.check_first(images_and_labels(batch)[0], False, index)
 
     def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
         """Return the seed that all processes share at this batch. Append the rank for a seed per process."""
@@ -170,7 +183,7 @@ class BaseMethod(pl.LightningModule):
         if not self.trainer.predicting and not isinstance(self.loader_of(dataloader_idx), ResumableDataLoader):
             self.check_batch(batch, self.trainer.training)
         labels = whole_numbers(labels)
-        self.check_first(images, dataloader_idx)
+        self.check_first(images, self.trainer.training, dataloader_idx)
         if not self.trainer.training:
             return augmentations.for_evaluation(images, self.params).to(self.dtype), labels
         batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
@@ -189,25 +202,24 @@ class BaseMethod(pl.LightningModule):
             required = training or self.needs_labels
             label_checks.refuse_wrong_labels(labels, "the loader", self.n_outputs, self.params.dataset_name, required)
 
-    def check_first(self, images: Tensor | list[Tensor], dataloader_idx: int) -> None:
-        """Check the values of float images in the first batch of each loader. More would make the host wait often."""
-        loader = (self.trainer.state.stage, dataloader_idx)
-        first = images if isinstance(images, Tensor) else images[0]
-        if first.is_floating_point() and loader not in self.checked_loaders:
+    def check_first(self, images: Tensor | list[Tensor], training: bool, dataloader_idx: int) -> None:
+        """Check the images of the first batch of each loader. More would make the host wait often."""
+        loader = (training, dataloader_idx)
+        if loader not in self.checked_loaders:
             self.checked_loaders.add(loader)
-            augmentations.check_floats(first, self.params)
+            augmentations.check_batch_images(images, self.params)
 
     def log_scores(self, scores: dict[str, Any], **options: Any) -> None:
-        """Log scores of a validation with `log_dict`, and note their names for `scores_at_end`."""
+        """Log scores of a validation with `log_dict`, and add them to `latest_scores`."""
         self.log_dict(scores, **options)
-        step = self.global_step if self.trainer.state.fn == "fit" else -1
-        names = self.scored[1] if step == self.scored[0] else ()
-        self.scored = (step, (*names, *scores))
+        step, before = self.latest_scores
+        self.latest_scores = (self.global_step, {**(before if step == self.global_step else {}), **scores})
 
     def scores_at_end(self) -> dict[str, float]:
         """Return what the last validation of a training has logged; {} if the weights have changed since."""
-        step, names = self.scored
-        return {name: float(self.trainer.callback_metrics[name]) for name in names} if step == self.global_step else {}
+        step, scores = self.latest_scores
+        is_last = 0 < step == self.global_step
+        return {name: float(self.trainer.callback_metrics[name]) for name in scores} if is_last else {}
 
     @staticmethod
     def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Tensor | None, ...]]:

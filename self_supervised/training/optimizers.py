@@ -130,9 +130,14 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
         )
     size = checked_batch_size(params, accumulated, trainer.train_dataloader)
     plan = Plan(distributed.world_size(), accumulated, size, params.lr, steps, steps_per_epoch, warmup)
-    ratio = plan.global_batch_size / params.lr_batch_size
-    factor = {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[params.lr_scaling]
+    factor = lr_factor(params, plan.global_batch_size)
     return evolve(plan, lr=params.lr * factor, lr_factor=factor, kind=params.dataset.kind)
+
+
+def lr_factor(params: EncoderAndDataParams, images: int) -> float:
+    """Return the factor by which `lr_scaling` multiplies learning rates, for these images per optimizer step."""
+    ratio = images / params.lr_batch_size
+    return {None: 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[params.lr_scaling]
 
 
 def checked_batch_size(params: EncoderAndDataParams, accumulated: int, loader: Any) -> int:
@@ -244,6 +249,17 @@ def pretraining_rate(params: ModelParams, plan: Plan, step: int) -> float:
         milestones = tuple(epoch * plan.steps_per_epoch for epoch in p.lr_decay_steps)
         return max(steps_down(step, milestones, p.lr_decay_factor), end)
     return CURVE_FUNCTIONS[p.lr_schedule](1.0, end, progress)
+
+
+def linear_cosine(plan: Plan, step: int) -> float:
+    """Return the fraction of the peak learning rate of a linear classifier at a step."""
+    return warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=0.0)
+
+
+def linear_steps(plan: Plan, step: int) -> float:
+    """Return the fraction of the peak learning rate of a linear classifier at a step."""
+    decay = steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
+    return decay * warmup(step, plan.warmup_steps)
 
 
 def get_optimizer(

@@ -69,6 +69,7 @@ class Verdict(pl.Callback):
         if trainer.global_step == 0:
             self.name = pl_module.starting_point()
             self.before = scores(trainer, pl_module) if can_compare(trainer, pl_module) else {}
+            self.text = ""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.was_trained = True
@@ -98,7 +99,8 @@ def can_compare(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
 
 
 def scores(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-    """Return the scores that a validation would log. Neither logs, nor random states, nor the network are changed."""
+    """Return the scores that a validation would log, and make them the latest ones. Logs, random states and the network
+    do not change."""
     plugin = trainer.precision_plugin
     with isolate_rng(), torch.no_grad(), layers.in_eval_mode(module), plugin.val_step_context(), validating(trainer):
         for i, loader in enumerate(as_list(trainer.val_dataloaders)):
@@ -107,7 +109,9 @@ def scores(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
                     break
                 batch = module._on_before_batch_transfer(plugin.convert_input(batch), dataloader_idx=i)
                 module.embed(trainer.strategy.batch_to_device(batch, dataloader_idx=i), i)
-        return {name: value for found in module.scores_of_loaders() for name, value in found.items()}
+        found = {name: value for of_loader in module.scores_of_loaders() for name, value in of_loader.items()}
+    module.latest_scores = (trainer.global_step, found)
+    return found
 
 
 @contextmanager

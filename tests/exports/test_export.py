@@ -147,7 +147,7 @@ def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
     }
     assert names["record"] == {
         **{"central_crop": 1, "size": 64, "interpolation": "bilinear", "antialias": True},
-        **{"channels": 3, "channel_order": "RGB", "value_range": [0, 1]},
+        **{"channels": 3, "channel_order": "RGB", "value_range": [0, 1], "pixel_range": None},
         **{"mean": names["facts"]["image_mean"], "std": names["facts"]["image_std"]},
     }
 
@@ -458,7 +458,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(format, checkpoint, same_proces
 def test_the_check_cannot_import_this_project(tmp_path):
     images = torch.zeros(2, 3, 8, 8)
     with pytest.raises(RuntimeError, match="No module named 'weights'"):
-        verify.verified(tmp_path / "file", "import weights", images, torch.zeros(2, 4))
+        verify.verified(tmp_path / "file", "import weights", images, {"embeddings": torch.zeros(2, 4)})
 
 
 def test_weights_that_are_not_finite_are_refused(small_checkpoint, tmp_path):

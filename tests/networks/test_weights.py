@@ -681,3 +681,19 @@ def test_clips_from_a_file_and_published(tmp_path, monkeypatch):
     several = torch.stack([x, x.flip(2)], 1)  # [N, K, C, T, H, W]: the mean over the clips of a video
     expected = (source(named.prepare(x)) + source(named.prepare(x.flip(2)))) / 2
     assert torch.allclose(named.embed(several), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_directory_of_a_run_is_accepted_as_encoder_weights(tmp_path):
+    """Its pretrained.ckpt is read, and named as the start."""
+    small = {"dataset_name": "digits", "encoder_arch": "shufflenet_v2_x0_5", "dim": 8, "mlp_hidden_dim": 8, "K": 64}
+    first = SelfSupervisedMethod(**small, seed=1)
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save({"state_dict": first.state_dict(), "hyper_parameters": dict(first.hparams)}, run / "pretrained.ckpt")
+    second = SelfSupervisedMethod(**small, seed=2, encoder_weights=str(run))
+    for name, tensor in first.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[name], tensor)
+    (run / "pretrained.ckpt").rename(run / "other.ckpt")
+    (run / "config.yaml").write_text("preset: simclr\n")
+    with pytest.raises(FileNotFoundError, match="no pretrained.ckpt yet"):
+        SelfSupervisedMethod(**small, encoder_weights=str(run))

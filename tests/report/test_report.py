@@ -22,8 +22,8 @@ from sklearn.neighbors import NearestNeighbors
 from model_params import PRESETS
 from self_supervised.data import loading
 from self_supervised.networks.pretrained import load_encoder
+from self_supervised.report import evaluations, pictures, report, tables
 from self_supervised.report import figures as report_figures
-from self_supervised.report import pictures, report, tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore::ResourceWarning")
 RUN = (
@@ -115,6 +115,10 @@ def test_settings_are_those_that_differ_from_the_preset_and_results_are_the_file
     }
     options = {"limit_train_batches": "3", "log_every_n_steps": "1", "linear_epochs": "1", "linear_lr": "0.1"}
     assert shown == expected | options and shown["lr"] == "0.1"
+    effective = {row["name"]: row["values"] for row in content["effective"]}
+    written = (run / "config.yaml").read_text().partition("# Effective settings")[2].replace("\n#  ", "")
+    assert all(f"{name}: {words}" in written.replace("'", "") for name, (words,) in effective.items())
+    assert "6 steps" in effective["length"][0] and tables.effective_of_settings(config).keys() == effective.keys()
     results = json.loads((run / "results.json").read_text())
     for row in content["results"]:
         if row["of"] in results:
@@ -219,9 +223,9 @@ def test_invalid_arguments_are_refused(runs, more, message):
 
 def test_runs_with_the_same_name_are_named_by_their_paths(tmp_path):
     folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
-    assert tables.names_of_runs(folders) == ["a/run", "b/run"]
+    assert evaluations.names_of_runs(folders) == ["a/run", "b/run"]
     with pytest.raises(ValueError, match="was passed 2 times"):
-        tables.names_of_runs([folders[0], folders[0]])
+        evaluations.names_of_runs([folders[0], folders[0]])
 
 
 def test_the_command_writes_into_the_runs_folder(run, monkeypatch, capsys):

@@ -15,15 +15,16 @@ import attrs
 import pytest
 import torch
 import yaml
+from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import train
-from self_supervised.report import compare, tables
-from self_supervised.runs import command_line, dry_run, progress, run_folder
+from self_supervised.report import compare, figures, tables
+from self_supervised.runs import command_line, dry_run, progress, trackers
 from self_supervised.runs.command_line import RunOptions
-from self_supervised.training import milestones
+from self_supervised.training import milestones, run_folder
 from self_supervised.training.monitor import GradientNorms
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore:save_best", "ignore::ResourceWarning")
@@ -186,7 +187,7 @@ def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch,
     shown = capsys.readouterr().out
     model = SelfSupervisedMethod(parse(line)[2])
     rows = [[cell.strip() for cell in row.strip("│").split("│")] for row in shown.splitlines() if row.startswith("│")]
-    cells = {row[0]: row[1:] for row in rows}
+    cells = {row[0]: row[1:] for row in reversed(rows)}  # the first table has an encoder, and the third
     count = sum(weight.numel() for weight in model.model.parameters())
     assert cells["encoder"] == ["shufflenet_v2_x0_5", "[N, 1024]", f"{count:,}", "yes"]
     assert cells["predictor"] == ["16 -> 32 -> 16", "[N, 16]", f"{16 * 32 + 32 + 2 * 32 + 32 * 16 + 16:,}", "yes"]
@@ -200,7 +201,10 @@ def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch,
         row = cells[str(len(group))]
         assert row[:2] == [f"{total:,}", name] and decay in row[2:]
     assert "x 2 (accumulated batches) x 64 (images) = 128 images per optimizer step" in shown
-    assert cells["learning rate"] == ["lr 0.2"] and "30 steps, 10 an epoch" in shown  # 0.4 x 128 / 256; 1297 / 128
+    assert cells["normalization"] == ["mean 0.3053, standard deviation 0.376 of pixel values from 0 to 1"]
+    rate = "peak 0.2 = 0.4 x 128 / 256; linear warm-up from 0 in 1 epochs (10 steps)"
+    assert cells["learning rate"][0].startswith(rate)
+    assert "3 epochs, 30 steps, 10 an epoch" in shown  # 0.4 x 128 / 256; 1297 / 128
     assert "1,297 for training, 500 for evaluation" in shown and not list(tmp_path.iterdir())
 
 
@@ -235,6 +239,15 @@ def test_the_best_checkpoint_is_of_the_best_epoch(run, name, choose):
     assert (known == choose(known, first["callbacks"][f"Best{{{name}}}"]["best"])) and first["epoch"] == 1
 
 
+def test_epochs_are_counted_from_one_in_every_file(run):
+    rows = rows_of(run)
+    assert [row["epoch"] for row in rows if row["valid_knn20_acc"]] == ["0", "1", "2", "3", "3"]
+    logged = [line.split(",")[1] for line in (run / "pretraining" / "throughput.csv").read_text().splitlines()[1:]]
+    assert logged == ["1", "2", "3"] and figures.steps_per_epoch(run) == 2
+    said = re.findall(r"(Scores of|epoch \d+(?=: valid))", (run / "log.txt").read_text())
+    assert said == ["Scores of", "epoch 0", "epoch 1", "epoch 2", "epoch 3", "Scores of", "epoch 3", "epoch 1"]
+
+
 def test_the_folder_says_what_was_run_and_repeats_it(run):
     settings = yaml.safe_load((run / "config.yaml").read_text())
     checkpoint = torch.load(run / "pretrained.ckpt", weights_only=True)
@@ -244,6 +257,7 @@ def test_the_folder_says_what_was_run_and_repeats_it(run):
     }
     assert parse(f"--config {run / 'config.yaml'}")[2] == parse(RUN.format(out=run))[2]
     assert (run / "command.txt").read_text() == f"self-supervised train {RUN.format(out=run)}\n"
+    assert run_folder.effective_of(run)["length"].startswith(f"3 epochs, {checkpoint['global_step']} steps, ")
     (start,) = json.loads((run / "run.json").read_text())
     assert start["versions"]["torch"] == torch.__version__.split("+")[0] and start["time"].startswith("20")
     assert start["versions"]["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", start["versions"]["commit"])
@@ -287,6 +301,7 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     assert (out / "command.txt").read_text().splitlines()[1] == f"self-supervised train {line}"
     assert len(json.loads((out / "run.json").read_text())) == 5
     assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3  # of the resumed run
+    assert run_folder.effective_of(out)["length"].startswith("4 epochs, 8 steps") and not [*out.glob("config_by_hand*")]
     assert len([row for row in rows_of(out) if row["valid_knn20_acc"]]) == 5  # random, four epochs
 
 
@@ -355,7 +370,131 @@ def test_a_folder_or_checkpoint_that_cannot_be_is_refused_before_the_run_begins(
         main(f"{SMALL} --out file/run", monkeypatch)
     with pytest.raises(SystemExit, match="error: there is no file maybe"):
         main(f"{SMALL} --resume maybe --out new", monkeypatch)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["log.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_refused_start_leaves_nothing(digits_path, monkeypatch, tmp_path):
+    images = tmp_path / "images"
+    for i in range(8):
+        file = images / f"class_{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(file)
+    custom = SMALL.replace("digits", "folder") + f" --data_path {images} --online_classifier --num_data_workers 0"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "notes.txt").touch()
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.setattr(trackers, "get_loggers", lambda *_: pytest.fail("a tracker was started"))
+    for out in ("deep/er/run", "runs", "runs/new"):
+        for line in (
+            f"{SMALL} --batch_size 5000",
+            f"{SMALL} --devices [99]",
+            f"{custom} --batch_size 2 --resume {tmp_path / 'nowhere.ckpt'}",  # splits are drawn before it is looked for
+        ):
+            with pytest.raises(SystemExit, match="error: "):
+                main(f"{line} --out {tmp_path / out}", monkeypatch)
+            assert set(tmp_path.rglob("*")) == before
+
+
+def test_minutes_are_summed_over_all_starts_even_after_a_kill(monkeypatch, tmp_path):
+    """With a clock that advances by a minute whenever it is read."""
+    clock, out = iter(range(0, 10**6, 60)), tmp_path / "run"
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(clock)))
+    line = f"{SMALL} --max_epochs 2 --limit_train_batches 2 --evaluations rank_me --logger csv"
+    line += f" --resume auto --out {out}"
+    step = SelfSupervisedMethod.training_step
+
+    def killed(self, *batch):
+        return step(self, *batch) if self.current_epoch < 1 else interrupted()
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
+        patch.setattr(SelfSupervisedMethod, "training_step", killed)
+        main(line, monkeypatch)
+    (first,) = minutes_of(out)
+    assert first >= 1 and not (out / "pretrained.ckpt").exists()
+    main(line, monkeypatch)
+    read = next(clock) / 60 - 1  # times that the clock was read after the first; all but the second start's count
+    assert minutes_of(out) == [read - 1] and read - 1 > first
+
+
+def minutes_of(out: Path) -> list[float]:
+    results = json.loads((out / "results.json").read_text())
+    return [value for name, value in results.items() if name == "pretraining minutes"]
+
+
+# ---- trackers ----
+
+
+@pytest.fixture
+def tracker_runs(monkeypatch) -> list[tuple]:
+    """W&B and MLflow in memory. Yields (kind, project, id of the run, name, tags) of every logger."""
+    made, runs = [], {}  # runs: (server, experiment) -> {id: tags}
+
+    class Client:
+        def __init__(self, server):
+            self.server = server
+
+        def get_experiment_by_name(self, name):
+            return SimpleNamespace(experiment_id=name) if (self.server, name) in runs else None
+
+        def search_runs(self, experiments, query):
+            name, value = re.fullmatch(r"tags\.`(.*)` = '(.*)'", query).groups()
+            found = [i for i, tags in runs[self.server, experiments[0]].items() if tags[name] == value]
+            return [SimpleNamespace(info=SimpleNamespace(run_id=one)) for one in found]
+
+    def mlflow(experiment, run_name, tracking_uri, tags, run_id):
+        of_experiment = runs.setdefault((tracking_uri, experiment), {})
+        run_id = run_id or f"mlflow{sum(map(len, runs.values()))}"
+        of_experiment[run_id] = tags
+        made.append(("mlflow", experiment, run_id, run_name, tags, tracking_uri))
+
+    def wandb(name, save_dir, id, resume, project, tags):
+        made.append(("wandb", project, id, name, tags))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda: None))
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=Client))
+    for name, kind in (("wandb", wandb), ("mlflow", mlflow)):
+        monkeypatch.setitem(command_line.LOGGERS, name, None)
+        monkeypatch.setattr(trackers.loggers, {"wandb": "WandbLogger", "mlflow": "MLFlowLogger"}[name], kind)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return made
+
+
+def test_runs_of_trackers_are_those_of_the_folder(tracker_runs, tmp_path, monkeypatch):
+    """Two folders of one name are two runs, and a resumed folder is one; a sweep is one experiment of one database."""
+
+    def begin(out: str, resumes: bool = False, line: str = "") -> tuple:
+        options = parse(f"byol --logger wandb,mlflow {line}")[1]
+        run_folder.begin_run_folder(tmp_path / out, "preset: byol\n", ["train.py"], resumes)
+        for stage in ("pretraining", "linear"):
+            trackers.get_loggers(tmp_path / out, stage, options, 0)
+        new = [*tracker_runs]
+        tracker_runs.clear()
+        return new
+
+    first = begin("a/sweep/lr_1")
+    resumed = begin("a/sweep/lr_1", True)
+    others = [begin("b/sweep/lr_1"), begin("a/sweep/lr_2"), begin("a/sweep/lr_1")]  # the last begins from scratch
+    assert [one[2] for one in resumed] == [one[2] for one in first]
+    ids = [one[2] for of_folder in (first, *others) for one in of_folder]
+    assert len(set(ids)) == len(ids) == 16
+    assert [one[3] for one in first] == ["lr_1_pretraining"] * 2 + ["lr_1_linear"] * 2
+    experiments = {(one[1], one[5]) for of in (first, others[1]) for one in of if one[0] == "mlflow"}
+    assert experiments == {("sweep", f"sqlite:///{tmp_path}/a/sweep/mlflow.db")}
+    moved = (tmp_path / "a" / "sweep" / "lr_2").rename(tmp_path / "a" / "sweep" / "renamed")
+    assert [one[2] for one in begin(str(moved), True)] == [one[2] for one in others[1]]
+
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the environment")
+    assert begin("c/run")[1][1] == "of the environment"
+    (of_wandb, of_mlflow, *_) = begin("d/run", line="--tracker_project p --tracker_name n --tracker_tags new,size=50")
+    assert of_wandb[1::2] == ("p", "n_pretraining") and of_wandb[4] == ["new", "size=50"]
+    assert of_mlflow[1] == "p" and of_mlflow[4].items() >= {"new": "", "size": "50"}.items()
+
+
+def test_a_run_of_an_earlier_version_keeps_its_id_at_wandb(tracker_runs, tmp_path):
+    (tmp_path / "run.json").write_text('[{"time": "2026-01-01"}]')
+    run_folder.begin_run_folder(tmp_path, "preset: byol\n", ["train.py"], resumes=True)
+    trackers.get_loggers(tmp_path, "pretraining", RunOptions(logger=["wandb"]), 7)
+    assert tracker_runs[0][2] == f"{tmp_path.name}_pretraining"
 
 
 def test_a_folder_in_use_is_refused_before_any_work(monkeypatch, tmp_path, holder):
@@ -498,7 +637,7 @@ def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
     assert bar.status == "8 images/s, 0:00:12 left"
     now[0] += 100  # of a validation
     bar.on_train_epoch_end(SimpleNamespace(global_step=4, current_epoch=0), module)
-    assert file.read_text().splitlines() == ["step,epoch,images_per_second", "4,0,8.0"]
+    assert file.read_text().splitlines() == ["step,epoch,images_per_second", "4,1,8.0"]
 
 
 # ---- comparing ----

@@ -11,6 +11,7 @@ from PIL import Image
 from moco import SelfSupervisedMethod
 from self_supervised import evaluate, train
 from self_supervised.data import loading
+from self_supervised.runs import preflight
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.preflight import check_run
 
@@ -106,3 +107,18 @@ def test_evaluate_refuses_before_the_first_protocol_runs(options, message, small
     monkeypatch.setattr(evaluate, "run_protocols", lambda *_: pytest.fail("it ran"))
     with pytest.raises(ValueError, match=message):
         evaluate.evaluate_checkpoint("a.ckpt", **{"protocols": ["knn"], "baselines": False, **options})
+
+
+def test_a_dry_run_names_all_unreadable_images_at_once(monkeypatch, tmp_path, capsys):
+    """The corrupt files are known beforehand; a run alone would stop at the first of them."""
+    images(tmp_path / "photos", 40)
+    broken = [tmp_path / "photos" / f"{i}.png" for i in range(0, 40, 4)]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    line = f"--dataset_name folder --data_path {tmp_path / 'photos'} --num_data_workers 0 --evaluations [] --dry_run"
+    monkeypatch.setattr(preflight, "MOST_SKIPPED", 4)
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["simclr", *SMALL.split(), *line.split(), "--val_size", "0", "--test_size", "0"])
+    message = str(exit_.value)
+    assert "10 of 40 images cannot be read" in message and "and 6 more" in message
+    assert sum(str(path) in message for path in broken) == 4

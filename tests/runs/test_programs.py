@@ -1,10 +1,14 @@
 """The programs people run, from their arguments to the files they leave."""
 
+import argparse
 import csv
 import json
 import os
+import re
 import signal
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import processes
@@ -13,7 +17,9 @@ import torch
 
 import train_blog
 from linear_classifier import LinearClassifierMethod
+from self_supervised import __main__ as entry
 from self_supervised import demo, train
+from self_supervised.runs import command_line
 from self_supervised.training import checkpoints
 
 # Lightning resets its progress bar's file handles late; collapse is what some of the blog's configurations show.
@@ -154,3 +160,62 @@ def test_train_goes_on_where_it_was_killed(tmp_path):
         found, expected = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "whole"))
         for name in ("random encoder", "trained encoder", "linear classifier"):
             assert found[name] == expected[name]
+
+
+# ---- alike in every program ----
+
+COMMANDS = [*entry.COMMANDS, "train_blog"]
+NEIGHBORS = r"likewise|as above|as before|see above|ditto|the other|so many|^of |^default: |^\W*\w+\W*$"
+
+
+def help_of(command: str, monkeypatch) -> list[argparse.Action]:
+    """Return the options of a program, as its parser has them when it parses."""
+    parsers = []
+
+    def parse(self, *_, **__):
+        parsers.append(self)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    if command == "train":
+        return command_line.parser("byol")._actions
+    run = train_blog.main if command == "train_blog" else partial(entry.main, [command])
+    with pytest.raises(SystemExit):
+        run()
+    return parsers[0]._actions
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_text_of_each_option_can_be_read_without_its_neighbors(command, monkeypatch):
+    for action in help_of(command, monkeypatch):
+        if action.help != argparse.SUPPRESS:
+            text = (action.help or "").split(" (default")[0]
+            assert text and not re.search(NEIGHBORS, text), f"{command} {action.option_strings}: {text!r}"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "words", "read"),
+    [
+        ("evaluate", "--protocols", ["knn", "linear"], ["knn", "linear"]),
+        ("evaluate", "--seeds", ["0", "1"], [0, 1]),
+        ("evaluate", "--include_patterns", ["*.png", "*.jpg"], ["*.png", "*.jpg"]),
+        ("embed", "--image_mean", ["0.5", "0.4", "0.3"], [0.5, 0.4, 0.3]),
+        ("export", "--format", ["onnx", "timm"], ["onnx", "timm"]),
+        ("map", "--out", ["a,b.png", "c.html"], [Path("a,b.png"), Path("c.html")]),
+        ("train_blog", "--configs", ["base", "no_norm"], ["base", "no_norm"]),
+        ("train", "--evaluations", ["knn", "rank_me"], ["knn", "rank_me"]),
+        ("train", "--transform_blur_probability", ["1.0", "0.1"], [1.0, 0.1]),
+        ("train", "--lr_decay_steps", ["6", "8"], [6, 8]),
+    ],
+)
+def test_lists_have_blanks_or_commas_between_their_items(command, option, words, read, monkeypatch):
+    for given in ([option, *words], [option, ",".join(words)], [f"{option}={','.join(words)}"]):
+        if command == "train":
+            found = command_line.parse(["byol", "--lr_schedule", "steps" if "steps" in option else "cosine", *given])[2]
+        else:
+            with monkeypatch.context() as patch:
+                (action,) = (one for one in help_of(command, patch) if option in one.option_strings)
+            parser = argparse.ArgumentParser()
+            parser._add_action(action)
+            found = parser.parse_args(given)
+        assert getattr(found, option[2:]) == read

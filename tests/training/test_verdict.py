@@ -20,7 +20,7 @@ def fitted(small, trainer, gives_verdict=True, checkpoint=None, **options):
     """Return the method, its Trainer and its verdict."""
     torch.manual_seed(1)
     model = SelfSupervisedMethod(small("simclr", lr=0.1), encoder=Encoder())
-    model.gives_verdict = gives_verdict
+    model.is_recorded = gives_verdict
     fit = trainer(**{"limit_val_batches": 10, **options})
     fit.fit(model, ckpt_path=checkpoint)
     return model, fit, next((one for one in fit.callbacks if isinstance(one, Verdict)), None)

@@ -1,14 +1,18 @@
 """Directory of a run, whose files suffice to read, compare and repeat it.
 
-config.yaml     resolved settings: `self-supervised train --config config.yaml` is the same run
+config.yaml     resolved settings, for `self-supervised train --config config.yaml`; and, as a comment, what they mean
 command.txt     the command, and every command that resumed the run
-run.json        time, versions, git commit and machine of each of these commands
+run.json        time, versions, git commit and machine of each of these commands, id for trackers, number of the
+                first epoch in CSV files
 parameters.txt  learning rate, momentum and weight decay of each parameter
 log.txt         messages, warnings and errors
 results.json    scores
 pretraining/    metrics.csv, throughput.csv, TensorBoard's events, checkpoints/
 linear/         the same of the linear stage
 splits/         lists of the images in each split, if they were drawn at random
+
+A run that is made in Python has config.yaml, run.json, results.json and metrics.csv in the directory of its logger
+(record.TrainingRecord).
 """
 
 import csv
@@ -37,6 +41,7 @@ from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_js
 LIBRARIES = ("self-supervised", "torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
 FIXED = ("preset", "optimizer_name")  # settings that cannot change; checkpoints.refuse_another_model checks the others
 LATER_SCORES = ("trained encoder", "test set", "linear classifier")  # keys of scores in results.json; any other: before
+EFFECTIVE = "\n# Effective settings, in words (not read by --config):\n#\n"  # starts the comment in config.yaml
 Kind = TypeVar("Kind", dict, list)
 LOG = logging.getLogger("self_supervised")  # writes only to log.txt: `say` and warnings print themselves
 LOG.setLevel(logging.INFO)
@@ -81,9 +86,15 @@ def as_typed(arguments: Sequence[str]) -> str:
 
 
 @rank_zero_only
-def begin_run_folder(out: Path, config: str, arguments: Sequence[str]) -> None:
-    """Write config.yaml, command.txt and run.json of a run that starts or resumes. Changed settings are printed."""
-    (out / "splits").mkdir(parents=True, exist_ok=True)
+def begin_run_folder(out: Path, config: str, arguments: Sequence[str], resumes: bool = False, **facts: Any) -> None:
+    """Write config.yaml, command.txt and run.json of a run that starts or resumes. Changed settings are printed.
+
+    Args:
+        arguments: command line; empty: the run is made in Python and has no command.txt.
+        resumes: the trackers go on with the run of the start before.
+        facts: what run.json says of this start in addition.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     old = settings_of_run(out)
     new = yaml.safe_load(config)
     keep_edited(out / "config.yaml")
@@ -91,10 +102,15 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str]) -> None:
     if changed:
         say(f"{out} resumes with changed settings: {', '.join(changed)}")
     atomic_write(out / "config.yaml", config)
-    commands = out / "command.txt"
-    before = text_of_file(commands) if commands.is_file() else ""
-    atomic_write(commands, before + as_typed(arguments) + "\n")
-    atomic_write(out / "run.json", to_json([*starts_of(out), machine_facts()], indent=2))
+    if arguments:
+        commands = out / "command.txt"
+        before = text_of_file(commands) if commands.is_file() else ""
+        atomic_write(commands, before + as_typed(arguments) + "\n")
+        (out / "splits").mkdir(exist_ok=True)
+    starts = starts_of(out)
+    run_id = starts[-1].get("id") if resumes and starts else os.urandom(8).hex()
+    facts = {"id": run_id, **machine_facts(), "first epoch": first_epoch(out), **facts}
+    atomic_write(out / "run.json", to_json([*starts, facts], indent=2))
 
 
 def keep_edited(config: Path) -> None:
@@ -102,7 +118,8 @@ def keep_edited(config: Path) -> None:
     if not config.is_file():
         return
     text = text_of_file(config)
-    if yaml.safe_dump(yaml.safe_load(text), sort_keys=False) != text:  # not as `command_line.to_yaml` writes it
+    settings = text.partition(EFFECTIVE)[0]
+    if yaml.safe_dump(yaml.safe_load(settings), sort_keys=False) != settings:  # not as `command_line.to_yaml` writes it
         kept = config.with_name(f"config_by_hand_{time.strftime('%Y%m%d_%H%M%S')}.yaml")
         atomic_write(kept, text)
         say(f"{config} was edited by hand. A copy is in {kept.name}.")
@@ -131,6 +148,16 @@ def settings_of_run(out: Path) -> dict[str, Any]:
     return content_of(out / "config.yaml", yaml.safe_load, dict)
 
 
+def effective_of(out: Path) -> dict[str, Any]:
+    """Return the effective settings in config.yaml, or {} if it has none; see `settings_of_run`."""
+
+    def read(text: str) -> Any:
+        lines = text.partition(EFFECTIVE)[2].splitlines()
+        return yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines)) or {}
+
+    return content_of(out / "config.yaml", read, dict)
+
+
 def results_of(out: Path) -> dict[str, Any]:
     """Return the content of results.json; see `settings_of_run`."""
     return content_of(out / "results.json", json.loads, dict)
@@ -147,6 +174,28 @@ def starts_of(out: Path) -> list[dict[str, Any]]:
     if not all(isinstance(start, dict) for start in found):
         raise ValueError(f"{out / 'run.json'}: must be a list of objects. Correct the file, or move it away.")
     return found
+
+
+def file_of(out: Path, name: str) -> Path:
+    """Return the path of a file of a run. A run that is made in Python has no pretraining/; its files are one up."""
+    return out / (name if (out / "pretraining").is_dir() else name.removeprefix("pretraining/"))
+
+
+def which(folder: Path) -> str:
+    """Return the advice for a directory that is not that of a run."""
+    near = sorted(folder.glob("*/run.json"))
+    named = f"such as {near[-1].parent}" if near else "--out of the command, or log_dir of the logger in Python"
+    return f"Pass the directory of a run, {named}."
+
+
+def first_epoch(out: Path) -> int:
+    """Return the number of the first epoch in the CSV files of a run.
+
+    It is 1, and epoch 0 is the untrained encoder. Earlier versions wrote Lightning's count, 0 for the first epoch. Runs
+    that they began are resumed with that count, so that each file has only one.
+    """
+    first = next(iter(starts_of(out)), {"first epoch": 1})
+    return first.get("first epoch", 0)
 
 
 def content_of(path: Path, parse: Callable[[str], Any], kind: type[Kind]) -> Kind:
@@ -229,9 +278,6 @@ def say(text: str) -> None:
     LOG.info("%s", Text.from_ansi(text).plain)
 
 
-# ---- Loggers ----
-
-
 def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
     """Return a logger that continues metrics.csv at `first_step`. Lightning's own logger would delete earlier rows."""
     path = out / name / "metrics.csv"
@@ -255,24 +301,3 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
         kept.replace(path)
         experiment.metrics_keys = header
     return logger
-
-
-def wandb_logger(title: str, out: Path) -> loggers.WandbLogger:
-    import wandb  # optional, and slow to import
-
-    wandb.finish()  # ends the run of the previous stage, which would otherwise receive these metrics
-    return loggers.WandbLogger(title, save_dir=out, id=title, resume="allow")
-
-
-def get_loggers(out: Path, name: str, wanted: Sequence[str], first_step: int) -> list[loggers.Logger]:
-    """Return the logger of metrics.csv and those in `wanted`. All continue at `first_step`."""
-    purge = {"purge_step": first_step} if first_step else {}  # deletes what was written after the checkpoint
-    title = f"{out.name}_{name}"  # identifies the run on a server, so that it can be resumed
-    database = f"sqlite:///{out.resolve() / 'mlflow.db'}"  # MLflow 3 does not support plain files
-    tracking = os.environ.get("MLFLOW_TRACKING_URI", database)
-    makers = {
-        "tensorboard": lambda: loggers.TensorBoardLogger(out, name=name, version="", **purge),
-        "wandb": lambda: wandb_logger(title, out),
-        "mlflow": lambda: loggers.MLFlowLogger(out.name, run_name=name, tracking_uri=tracking),
-    }
-    return [csv_logger(out, name, first_step), *(makers[one]() for one in dict.fromkeys(wanted) if one != "csv")]

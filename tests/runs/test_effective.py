@@ -1,0 +1,78 @@
+"""Effective settings: compared with the views, the optimizer and the files of which they speak."""
+
+import attrs
+import pytest
+import torch
+import yaml
+
+from model_params import PRESETS, SCEVideoParams, SimCLRParams
+from self_supervised.catalogue import ViewSettings
+from self_supervised.runs import command_line, effective
+from self_supervised.runs.command_line import RunOptions
+from self_supervised.runs.effective import effective_settings
+from self_supervised.training import run_folder
+from self_supervised.training.optimizers import Plan
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_config_text_is_read_as_the_same_settings_and_the_comment_as_the_effective_ones(preset, tmp_path):
+    params = PRESETS[preset](lr=0.1234567890123456789, transform_flip_probability=0.25, seed=5)
+    plan = Plan(2, 1, 64, params.lr, 1000, 10, 20.0)
+    path = tmp_path / "config.yaml"
+    path.write_text(effective.config_text(preset, RunOptions(), params, plan))
+    assert command_line.parse(["--config", str(path)]) == (preset, RunOptions(), params)
+    assert yaml.safe_load(path.read_text()) == yaml.safe_load(command_line.to_yaml(preset, RunOptions(), params))
+    found = run_folder.effective_of(tmp_path)
+    assert found == effective_settings(params, plan) and all(isinstance(words, str) for words in found.values())
+    run_folder.keep_edited(path)
+    assert len(list(tmp_path.iterdir())) == 1  # it was not edited
+    path.write_text(path.read_text().replace("seed: 5", "seed:    5"))
+    run_folder.keep_edited(path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("field", [field.name for field in attrs.fields(ViewSettings)])
+def test_every_number_of_a_view_is_named(field):
+    params = SCEVideoParams()
+    view = attrs.evolve(params.views[1], time_difference_probability=0.3, solarize_probability=0.4)
+    value = getattr(view, field)
+    other = tuple(0.625 * one for one in value) if isinstance(value, tuple) else int(0.625 * value) or 0.625 * value
+    words = effective.view_text(attrs.evolve(view, **{field: other}), params)
+    assert words != effective.view_text(view, params)
+    assert all(f"{one:g}" in words for one in (other if isinstance(other, tuple) else [other]))
+
+
+def test_operations_that_have_no_effect_are_left_out():
+    gray = SimCLRParams(dataset_name="folder", in_channels=1, transform_apply_blur=False)
+    (words,) = (words for name, words in effective_settings(gray).items() if name == "views 0, 1")
+    assert "brightness 0.4, contrast 0.4)" in words and words.endswith("no grayscale, blur, solarization")
+    views = effective_settings(SimCLRParams(n_small_views=2, transform_s=[0.5, 1.0]))
+    assert {"view 0", "view 1", "views 2, 3"} <= set(views) and "resized to 40 x 40" in views["views 2, 3"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "numbers"),
+    [
+        ({"lr": 0.3}, "peak 0.3;"),
+        ({"lr": 0.3, "lr_scaling": "linear"}, "peak 0.3 x images per optimizer step / 256;"),
+        ({"lr": 0.3, "lr_scaling": "linear", "global_batch_size": 512}, "peak 0.6 = 0.3 x 512 / 256;"),
+        ({"lr": 0.3, "lr_scaling": "sqrt", "global_batch_size": 1024}, "peak 0.6 = 0.3 x sqrt(1024 / 256);"),
+        ({"optimizer_name": "lars"}, "peak 0.5; linear warm-up from 0 in 1 epochs, cosine to 0"),
+        ({"lr_schedule": "steps", "lr_decay_steps": [6, 8]}, "peak 0.5; steps (x 0.1 at epochs [6, 8], at least 0)"),
+    ],
+)
+def test_the_learning_rate_is_the_one_after_scaling(fields, numbers):
+    assert numbers in effective_settings(SimCLRParams(**fields))["learning rate"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_defaults_of_adam_are_those_of_the_optimizer(name, kind):
+    defaults = kind([torch.zeros(1)]).defaults
+    words = effective_settings(SimCLRParams(optimizer_name=name, lr=1e-3))["optimizer"]
+    assert f"betas {list(defaults['betas'])}, eps {defaults['eps']:g}" in words
+
+
+def test_statistics_that_are_computed_at_the_start_are_not_those_of_the_data_set():
+    words = effective_settings(SimCLRParams(dataset_name="digits", compute_statistics=True))["normalization"]
+    assert "computed" in words and "0.3053" not in words
+    assert "0.3053" in effective_settings(SimCLRParams(dataset_name="digits"))["normalization"]
