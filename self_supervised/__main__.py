@@ -18,7 +18,7 @@ COMMANDS = {  # name -> (module, description)
     "curves": ("self_supervised.report.curves", "draw the training curves of runs"),
     "compare": ("self_supervised.report.compare", "print the differences between runs as a table"),
     "report": ("self_supervised.report.report", "write an HTML page about one or more runs"),
-    "demo": ("self_supervised.demo", "train on small images of digits, in two minutes"),
+    "demo": ("self_supervised.demo", "train on small images of digits, in a minute"),
 }
 
 

@@ -35,7 +35,7 @@ from self_supervised.runs import command_line, dry_run, effective, preflight, pr
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.progress import Progress, scores_line, significant
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
-from self_supervised.training import checkpoints, parameter_groups, run_folder
+from self_supervised.training import checkpoints, hyperparameters, parameter_groups, run_folder
 from self_supervised.training.milestones import Best, EveryNEpochs, refuse_unknown
 from self_supervised.training.monitor import GradientNorms, LearningRate, LogInterval
 from self_supervised.training.verdict import verdict
@@ -115,6 +115,7 @@ def resume_point(
         return None, 0
     content = checkpoints.read_checkpoint(path)
     method.on_load_checkpoint(content)  # translates earlier names, as Lightning does before it loads
+    hyperparameters.keep_earlier_ways(method, content)
     try:
         checkpoints.refuse_another_model(content, method, fit)
         images = checkpoints.images_of_a_step(method.params, fit)

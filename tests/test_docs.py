@@ -86,7 +86,7 @@ def test_getting_started_runs_from_training_to_scores(monkeypatch, tmp_path, cap
     names: dict = {}
     for block in python("getting_started.md"):
         exec(compile(block, "getting_started.md", "exec"), names)
-    assert names["embeddings"].shape == (120, 512)
+    assert names["embeddings"].shape == (120, 256)
     assert "nearest neighbor has the same label in" in capsys.readouterr().out
     assert picture(tmp_path / "curves.png").width > 500
     assert set(names["results"]["summary"]["digits"]["linear"]) == {"random", "trained"}

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "self_supervised"
 FLOORS = [  # the lowest first; folders and modules of the package, and the front rooms
     "catalogue fields",
-    "model_params",
+    "model_params recipes",
     "distributed safe_files folder_lock numerics program losses lars batchrenorm ws_resnet",
     "views",
     "data",

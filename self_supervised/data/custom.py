@@ -61,7 +61,9 @@ def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: li
     found, class_names = splits(source, params)
     skip = p.unreadable_images == "skip"
     find = partial(custom_samples, found=found, params=params, split=split)
-    images = ImageFiles(source.root, p.channels, p.crop_size, views, p.seed or 0, skip, find, p.pixel_range, source)
+    seed = p.seed or 0
+    reading = {"pixel_range": p.pixel_range, "source": source, "exif_orientation": p.exif_orientation}
+    images = ImageFiles(source.root, p.channels, p.crop_size, views, seed, skip, find, **reading)
     images.class_names = class_names if class_names != [str(i) for i in range(len(class_names))] else []
     stored_in = "class_to_idx" if p.class_to_idx else "lists" if isinstance(source, ImageFolder) else "the data set"
     line = labels_line(found, dict(enumerate(class_names)), str(p.labels_from).replace("_", " "), stored_in)

@@ -159,6 +159,7 @@ def get_dataset(
         params.seed or 0,
         params.unreadable_images == "skip",
         FILE_LAYOUTS[params.dataset.storage].samples,
+        exif_orientation=params.exif_orientation,
     )
     if params.dataset.storage == "folders" and splits == params.dataset.train_splits:
         names = {number: name for name, number in class_numbers_of_split(folder).items()}

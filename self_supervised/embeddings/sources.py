@@ -35,7 +35,7 @@ from self_supervised.runs.command_line import DEVICE, add_fields
 MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
 OVERRIDES = ("encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "image_mean",
-             "image_std", *CLIPS)  # fmt: skip
+             "image_std", "exif_orientation", *CLIPS)  # fmt: skip
 
 
 class Folder:
@@ -89,7 +89,7 @@ class Folder:
     def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
         """Return the image as an encoder with these settings reads it."""
         file = str(self.root / path)
-        return read_any(file, file, params.channels, params.pixel_range)
+        return read_as(params, file, file)
 
     def path_of(self, file: Path) -> str | None:
         """Return the path of a file in this directory; None for other files."""
@@ -156,13 +156,17 @@ class Stored:
         return picture_in(path, self.source.open(str(self.source.root / path)), channels)
 
     def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
-        return read_any(path, self.source.open(str(self.source.root / path)), params.channels, params.pixel_range)
+        return read_as(params, path, self.source.open(str(self.source.root / path)))
 
     def path_of(self, file: Path) -> str | None:
         return None
 
 
 ImageSource = Folder | Packed | Stored
+
+
+def read_as(params: EncoderAndDataParams, path: str, file: File) -> Image.Image | np.ndarray:
+    return read_any(path, file, params.channels, params.pixel_range, params.exif_orientation)
 
 
 def picture_of(file: str, channels: int = 3) -> Image.Image:

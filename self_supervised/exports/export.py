@@ -44,6 +44,7 @@ FACTS = (
     "transform_crop_size",
     "image_mean",
     "image_std",
+    "exif_orientation",
 )  # fields of EncoderAndDataParams that are needed to prepare the encoder's input
 
 

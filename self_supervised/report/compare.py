@@ -48,6 +48,7 @@ class Run:
     settings: dict[str, Any]
     circumstances: dict[str, Any]  # machine, GPUs, commit and versions of the last start
     results: dict[str, float]
+    start: str | None  # name of the encoder at the start in `results`, such as "random encoder"
 
     @property
     def without_seed(self) -> str:
@@ -70,7 +71,8 @@ def read_run(folder: str | Path) -> Run:
     versions = {f"{name} version": number for name, number in last.get("versions", {}).items() if name != "commit"}
     commit = last.get("versions", {}).get("commit") or "none"
     where["commit"] = re.sub(r"(?<=^.{10})[0-9a-f]{30}", "", commit)  # short, like git's
-    return Run(folder, settings, {**where, **versions}, results_of_run(folder))
+    start = run_folder.baseline_of(run_folder.results_of(folder))
+    return Run(folder, settings, {**where, **versions}, results_of_run(folder), start)
 
 
 def results_of_run(folder: Path) -> dict[str, float]:
@@ -158,7 +160,7 @@ def missing_scores(runs: Iterable[Run]) -> str:
     for run in (one for one in runs if one.settings.get("evaluations")):
         after = "it was not evaluated after the last step (evaluate_every_n_epochs)"
         reasons = {
-            "random encoder": "it was not evaluated before the training (in Python: trainer.validate(model))",
+            run.start or "encoder at the start": "it was not evaluated before the training",
             "trained encoder": after if "epochs" in run.results else "the training has not ended",
         }
         for scored, reason in reasons.items():

@@ -11,7 +11,7 @@ from attrs import frozen
 from PIL import Image
 from torch import Tensor, nn
 
-from model_params import EncoderAndDataParams, ModelParams
+from model_params import LATER_ADDED, EncoderAndDataParams, ModelParams
 from self_supervised.data import loading
 from self_supervised.data.class_labels import class_names
 from self_supervised.data.files import readable_rows
@@ -19,7 +19,7 @@ from self_supervised.data.packed import packed_is_there
 from self_supervised.distributed import usable
 from self_supervised.embeddings import map_page as map_pages
 from self_supervised.embeddings.nearest import best_of
-from self_supervised.embeddings.projection import TITLES, kinds, project
+from self_supervised.embeddings.projection import TITLES, clustering, examples, kinds, project
 from self_supervised.evaluation import features
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.runs import preview
@@ -78,16 +78,16 @@ def content_or_reason(make: Callable[[], Any]) -> Any:
 
 
 def views(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns of the preview: captions, and images as data URIs, all reduced by the same factor; `side` is
-    the longest side."""
+    """Return the original and each view, with captions and images as data URIs, all reduced by the same factor, and how
+    many images fit side by side: fewer strips of frames than single images."""
     known = {attribute.name for attribute in attrs.fields(ModelParams)}
-    params = ModelParams(**{name: value for name, value in settings.items() if name in known})
+    params = ModelParams(**LATER_ADDED | {name: value for name, value in settings.items() if name in known})
     check_data(params, params.dataset.pretraining_splits)
     columns = preview.first_columns(params, rows=ROWS_OF_VIEWS)
-    side = max(images.shape[2] for _, images in columns)
-    factor = min(1.0, LARGEST_PICTURE / side)
+    factor = min(1.0, LARGEST_PICTURE / max(images.shape[2] for _, images in columns))
+    widest = max(images.shape[3] / images.shape[2] for _, images in columns)
     shown = [{"caption": lines, "pictures": [uri(image, factor) for image in images]} for lines, images in columns]
-    return {"side": round(side * factor), "columns": shown}
+    return {"abreast": max(1, int(ROWS_OF_VIEWS / widest)), "columns": shown}
 
 
 def check_data(params: ModelParams, splits: tuple[str, ...]) -> None:
@@ -195,7 +195,9 @@ def neighbors(found: Embedded) -> dict[str, Any]:
 def map_page(found: Embedded, budget: int) -> dict[str, str]:
     """Return the complete page of `self-supervised map`, which the report shows in a frame."""
     points = project(found.x, "tsne", seed=0)
-    kind, kind_names, meaning = kinds(found.labels, found.x, seed=0)
+    has_labels = any(label is not None for label in found.labels)
+    kind, kind_names, meaning = kinds(found.labels, None if has_labels else clustering(found.x, None, 0).labels_)
     title = f"{TITLES['tsne']} of the embeddings"
-    drawn = map_pages.Map(title, f"{found.about}; {meaning}", found.paths, points, kind, kind_names)
+    near_means = examples(found.x, kind)
+    drawn = map_pages.Map(title, f"{found.about}; {meaning}", found.paths, points, kind, kind_names, near_means)
     return {"page": map_pages.as_html(drawn, found, budget)}

@@ -1,11 +1,12 @@
 """Tables of a report: settings, results, and the commands and versions of runs."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import attrs
 
-from model_params import PRESETS, ModelParams
+from model_params import LATER_ADDED, PRESETS, ModelParams
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.report import compare, evaluations, figures
 from self_supervised.report.compare import Run, score_text
@@ -13,8 +14,12 @@ from self_supervised.runs.command_line import RunOptions, field_comments
 from self_supervised.runs.effective import effective_settings
 from self_supervised.runs.values import text
 from self_supervised.training import run_folder
+from self_supervised.training.milestones import lowest_is_best
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored
+START = evaluations.ENCODER_NAMES["random"]  # with which `evaluate` compares
+MARKED = ("trained encoder", "best epoch")
+FITTED = ("train_class_acc",)  # accuracies on the images to which a probe was fitted
 
 
 # ---- facts ----
@@ -121,7 +126,7 @@ def effective_of_settings(settings: dict[str, Any]) -> dict[str, str]:
     """Return the effective settings of a run; {} if these are not settings of this version."""
     known = {attribute.name for attribute in attrs.fields(ModelParams)}
     try:
-        return effective_settings(ModelParams(**{k: v for k, v in settings.items() if k in known}))
+        return effective_settings(ModelParams(**LATER_ADDED | {k: v for k, v in settings.items() if k in known}))
     except (ValueError, TypeError):
         return {}
 
@@ -130,7 +135,8 @@ def effective_of_settings(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row for each result, grouped by what was scored: "trained encoder", "best epoch", ..."""
+    """Return a row for each result, grouped by what was scored: "trained encoder", "best epoch", ... Accuracies on what
+    the probe was fitted to are the last."""
     rows = evaluation_rows(runs)
     for name in dict.fromkeys(name for run in runs for name in run.results):
         scored, _, metric = name.rpartition(": ")
@@ -138,9 +144,21 @@ def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             word, _, metric = name.partition(" ")
             scored, metric = (SINGLE[word], metric) if word in SINGLE else ("the whole run", name)
         values = [score_text([run.results[name]]) if name in run.results else "" for run in runs]
-        rows.append({"of": scored, "name": metric, "values": values})
+        about = {"of": scored, "name": metric, "start": scored in {run.start for run in runs}}
+        rows.append({**about, "values": values, "marks": marks(runs, name, scored, metric)})
     order = list(dict.fromkeys(row["of"] for row in rows))
-    return sorted(rows, key=lambda row: (row["of"] == "the whole run", order.index(row["of"])))
+    return sorted(rows, key=lambda row: (row["name"] in FITTED, row["of"] == "the whole run", order.index(row["of"])))
+
+
+def marks(runs: Sequence[Run], name: str, scored: str, metric: str) -> list[str]:
+    """Return "better" or "worse" for each run whose result differs from the start's on the same images, else ""."""
+    found = []
+    for run in runs:
+        now, before = run.results.get(name, math.nan), run.results.get(f"{run.start}: {metric}", math.nan)
+        compared = scored in MARKED and ("acc" in metric or "loss" in metric) and metric not in FITTED
+        change = (now - before) * (-1 if lowest_is_best(metric) else 1) if compared else 0
+        found.append("better" if change > 0 else "worse" if change < 0 else "")
+    return found
 
 
 def evaluation_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -152,8 +170,10 @@ def evaluation_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             for title, (_, *texts) in reversed(list(zip(titles, table.texts("{}"), strict=True))):
                 for metric, text_of_cell in zip(table.header[1:], texts, strict=True):
                     found.setdefault((title, f"{metric} on {table.dataset}"), {})[i] = text_of_cell
+    unmarked = {"marks": [""] * len(runs)}
     return [
-        {"of": title, "name": name, "values": [values.get(i, "") for i in range(len(runs))]}
+        {"of": title, "name": name, "start": title == START, "values": [values.get(i, "") for i in range(len(runs))]}
+        | unmarked
         for (title, name), values in found.items()
     ]
 

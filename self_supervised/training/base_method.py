@@ -250,6 +250,7 @@ class BaseMethod(pl.LightningModule):
             return
         checkpoints.refuse_another_model(checkpoint, self, self.trainer)
         checkpoints.convert_position(checkpoint, self.trainer.accumulate_grad_batches)
+        hyperparameters.keep_earlier_ways(self, checkpoint)
         if self.seed_was_drawn and "seed" in checkpoint.get("hyper_parameters", {}):
             self.change(seed=checkpoint["hyper_parameters"]["seed"])
 

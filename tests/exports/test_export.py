@@ -144,9 +144,10 @@ def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
         "transform_crop_size": 64,
         "image_mean": list(load_encoder(checkpoint).params.mean),
         "image_std": list(load_encoder(checkpoint).params.std),
+        "exif_orientation": True,
     }
     assert names["record"] == {
-        **{"central_crop": 1, "size": 64, "interpolation": "bilinear", "antialias": True},
+        **{"exif_orientation": True, "central_crop": 1, "size": 64, "interpolation": "bilinear", "antialias": True},
         **{"channels": 3, "channel_order": "RGB", "value_range": [0, 1], "pixel_range": None},
         **{"mean": names["facts"]["image_mean"], "std": names["facts"]["image_std"]},
     }
@@ -190,7 +191,9 @@ def image_files(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     photo.save(folder / "large.jpg")
-    photo.crop((100, 50, 433, 427)).save(folder / "high.jpeg", quality=60)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.crop((100, 50, 433, 427)).save(folder / "high.jpeg", quality=60, exif=exif)
     photo.crop((200, 100, 331, 163)).save(folder / "wide.png")
     photo.crop((300, 200, 323, 229)).save(folder / "tiny.png")
     photo.crop((0, 0, 200, 300)).convert("L").save(folder / "gray.jpg")
