@@ -148,7 +148,6 @@ class EncoderAndDataParams:
     data_on_device: bool | None = None  # keep packed sets on the device as uint8; None: on a GPU, if they fit
     # reaction to a broken file; skip: train on the next one, leave it out of evaluations, and count it
     unreadable_images: str = choice("stop", ("stop", "skip"))
-
     # turn image files upright by their EXIF orientation; False: as earlier versions, and checkpoints of theirs, do
     exif_orientation: bool = True
 
