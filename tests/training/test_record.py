@@ -73,7 +73,7 @@ def test_missing_scores_are_named(fit, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     compare.main()
     shown = " ".join(capsys.readouterr().out.split())
-    assert "python: no scores of the random encoder: it was not evaluated" in shown
+    assert "python: no scores of the encoder at the start: it was not evaluated" in shown
     assert "python: no scores of the trained encoder: it was not evaluated" in shown
     with pytest.raises(ValueError, match="such as logs/python"):
         compare.read_run("logs")
@@ -94,7 +94,9 @@ def test_resumed_run_continues_its_record_and_another_replaces_it(fit, tmp_path)
     _, rows = rows_of(out / "metrics.csv")
     assert [(row["step"], row["epoch"]) for row in rows if row["m"]] == [(str(i), str(i // 2 + 1)) for i in range(6)]
     fit(logger(), scored=False)
-    assert "random encoder" not in run_folder.results_of(out) and len(run_folder.starts_of(out)) == 1
+    again = run_folder.results_of(out)
+    assert again["random encoder"] == before["random encoder"] and len(run_folder.starts_of(out)) == 1
+    assert again["verdict"].startswith("valid_knn20_acc 12.5 (random encoder) -> ")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "run.json", "results.json", "metrics.csv"])
