@@ -22,7 +22,7 @@ from model_params import DATASET_DEFAULTS, TRAINING_ONLY, EncoderAndDataParams, 
 from self_supervised.catalogue import NORMS_AND_BIASES, ViewSettings
 from self_supervised.data import loading, subsets
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
-from self_supervised.data.loading import Given, n_classes, require_labels, resolve
+from self_supervised.data.loading import Given, counted, require_labels, resolve
 from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, plain, positive, readable
 from self_supervised.networks import layers
 from self_supervised.networks.encoders import embeddings_of, get_encoder
@@ -43,6 +43,7 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
 
     # classifier and encoder
     n_classes: int | None = positive(None)  # number of classes; None: the data set's
+    class_names: list[str] | None = None  # names of the classes, by number; None: the data set's, if n_classes is None
     # peak learning rate of the encoder's last stage; None: frozen, in eval mode (for which lr=30 is meant)
     encoder_lr: float | None = positive(None)
     layer_decay: float = fraction(1.0)  # learning rate of each encoder stage, relative to the next stage's
@@ -79,8 +80,11 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
     def _contradictions(self) -> list[tuple[bool, str]]:
         """Return the pairs that `refuse` takes."""
         p = self
+        names = p.class_names or []
         # fmt: off
         return [
+            (len(names) not in (0, p.n_classes or len(names)),
+             f"n_classes={p.n_classes}, but class_names has {len(names)}. Pass one name for each class"),
             (p.label_fraction is not None and p.labels_per_class is not None,
              f"label_fraction={p.label_fraction} and labels_per_class={p.labels_per_class} are mutually exclusive. Set "
              "one of them"),
@@ -143,17 +147,10 @@ LINEAR_VIEW = ViewSettings(
 )
 
 IMAGE_SETTINGS = (  # how images are read
-    "dataset_name",
-    "in_channels",
-    "transform_crop_size",
-    "image_mean",
-    "image_std",
-    "num_data_workers",
-    "pin_data_memory",
-    "data_on_device",
-    "unreadable_images",
+    "dataset_name", "in_channels", "transform_crop_size", "image_mean", "image_std", "num_data_workers",
+    "pin_data_memory", "data_on_device", "unreadable_images", "exif_orientation",
     *(name for name in DATASET_DEFAULTS if name not in TRAINING_ONLY),
-)
+)  # fmt: skip
 FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", *IMAGE_SETTINGS)
 
 
@@ -183,11 +180,14 @@ class LinearClassifierMethod(BaseMethod):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
             self.normalize = nn.BatchNorm1d(width, eps=1e-6, affine=False) if p.normalize_features else None
-            self.classifier = nn.Linear(width, p.n_classes or require_labels(n_classes(p), p))
+            names = p.class_names
+            n = p.n_classes or len(names or ())
+            n, names = (n, names) if n else counted(p)
+            self.classifier = nn.Linear(width, require_labels(n, p))
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
         self.model.requires_grad_(self.trains_encoder)
-        found = {"embedding_dim": width, **self.counted_classes()}
+        found = {"embedding_dim": width, "class_names": names, **self.counted_classes()}
         self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
 
         of_data = p.dataset.view
@@ -298,7 +298,10 @@ class LinearClassifierMethod(BaseMethod):
             self.log_dict(means, prog_bar=True, sync_dist=True)
 
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
-        """Return the logits [N, classes] of a batch in at least float32, NaN for images that could not be read."""
+        """Return the logits [N, classes] of a batch in at least float32, NaN for images that could not be read.
+
+        `softmax(1)` makes them probabilities; `hparams.class_names` has the names of the classes.
+        """
         with self.eagerly():
             return nan_where_unreadable(at_least_float32(self(batch[0])), batch[1])
 
@@ -382,18 +385,7 @@ def for_linear_stage(params: LinearClassifierMethodParams, plan: optimizers.Plan
     All of them follow one curve: divided by 10 after 60 % and after 80 % of the training, or half a cosine to 0.
     """
     groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
-    curve = {"cosine": linear_cosine, "steps": linear_steps}[params.lr_schedule]
+    curve = {"cosine": optimizers.linear_cosine, "steps": optimizers.linear_steps}[params.lr_schedule]
     optimizer = optimizers.get_optimizer(params, groups, plan.lr, params.nesterov)
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     return optimizers.per_step(optimizers.Schedule(optimizer, partial(curve, plan), plan.steps, decays))
-
-
-def linear_cosine(plan: optimizers.Plan, step: int) -> float:
-    """Return the fraction of the peak learning rate at a step."""
-    return optimizers.warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=0.0)
-
-
-def linear_steps(plan: optimizers.Plan, step: int) -> float:
-    """Return the fraction of the peak learning rate at a step."""
-    decay = optimizers.steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
-    return decay * optimizers.warmup(step, plan.warmup_steps)

@@ -7,6 +7,7 @@ import copy
 from typing import Any
 
 import attrs
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from self_supervised.numerics import Scores, at_least_float32
 from self_supervised.training import online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
+from self_supervised.training.record import TrainingRecord
 from self_supervised.views import augmentations
 
 
@@ -45,6 +47,7 @@ class SelfSupervisedMethod(BaseMethod):
     """
 
     CLASSIFIER = "online_classifier"
+    is_recorded = True  # False: the program that trains writes settings and scores itself
 
     def __init__(
         self,
@@ -81,7 +84,12 @@ class SelfSupervisedMethod(BaseMethod):
         self.augment = augmentations.training_views(p)
         self.started_from = source_of_weights(p)
         self.trains_on_own_data = False  # True: on `dataset_name`; False: on the user's loader
+        self.latest_scores: tuple[int, Scores] = (-1, {})  # optimizer step and scores of the latest validation
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        present = any(isinstance(callback, TrainingRecord) for callback in self.trainer.callbacks)
+        return super().configure_callbacks() + ([] if present or not self.is_recorded else [TrainingRecord()])
 
     # ---- Method ----
 
@@ -253,10 +261,12 @@ class SelfSupervisedMethod(BaseMethod):
             return
         sets = self.gathered(self.validation_outputs, self.trainer.val_dataloaders)
         train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
+        self.latest_scores = (self.global_step, {})
         for index, (x, y) in enumerate(sets):
             scores = {name + (f"_{index}" if index else ""): value for name, value in self.scores(x, y, train).items()}
+            self.latest_scores[1].update(scores)
             self.log_dict(scores)
-            self.print(f"epoch {self.current_epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
+            self.print(f"epoch {self.epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
         """Return the embeddings [N, E] of a batch in at least float32, NaN for images that could not be read."""

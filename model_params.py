@@ -119,7 +119,7 @@ class EncoderAndDataParams:
     """Settings of encoder and data, shared by both stages."""
 
     # encoder
-    encoder_arch: str = "resnet18"  # torchvision's name, ws_resnet18 to ws_resnet152, timm:NAME; "module": your own
+    encoder_arch: str = "resnet18"  # torchvision's name, ws_resnet18, ..., small_cnn, timm:NAME; "module": your own
     embedding_dim: int | None = positive(None)  # width of the embeddings; None: inferred from the encoder
     # weights to start from: a file, the directory of a run, or torchvision's name such as "DEFAULT"
     encoder_weights: str | None = path()
@@ -147,6 +147,9 @@ class EncoderAndDataParams:
     data_on_device: bool | None = None  # keep packed sets on the device as uint8; None: on a GPU, if they fit
     # reaction to a broken file; skip: train on the next one, leave it out of evaluations, and count it
     unreadable_images: str = choice("stop", ("stop", "skip"))
+
+    # turn image files upright by their EXIF orientation; False: as earlier versions, and checkpoints of theirs, do
+    exif_orientation: bool = True
 
     # torch.compile (reduce-overhead: CUDA graphs)
     torch_compile: bool | str = choice(False, COMPILE_MODES)  # compile encoder and heads, and the views on a GPU
@@ -242,6 +245,7 @@ class EncoderAndDataParams:
         return self.low_resolution_stem
 
 
+LATER_ADDED = {"exif_orientation": False}  # what earlier checkpoints, which lack these fields, did
 DATASET_DEFAULTS = defaults(EncoderAndDataParams, (*CUSTOM_DATA, *VIDEO))  # to start from with another data set
 
 

@@ -22,6 +22,7 @@ MODULE_OF = {
     "SelfSupervisedMethod": "moco",
     "ModelParams": "model_params",
     "PRESETS": "model_params",
+    "recipe": "self_supervised.recipes",
     **dict.fromkeys(PRESET_NAMES, "model_params"),
     "LinearClassifierMethod": "linear_classifier",
     "LinearClassifierMethodParams": "linear_classifier",

@@ -18,5 +18,6 @@ from model_params import VICRegParams as VICRegParams
 from self_supervised.evaluate import evaluate_checkpoint as evaluate_checkpoint
 from self_supervised.exports.export import export as export
 from self_supervised.networks.pretrained import load_encoder as load_encoder
+from self_supervised.recipes import recipe as recipe
 from self_supervised.training.checkpoints import Checkpoints as Checkpoints
 from self_supervised.training.checkpoints import newest as newest

@@ -10,6 +10,7 @@ from self_supervised import refuse_hidden_rooms
 COMMANDS = {  # name -> (module, description)
     "train": ("self_supervised.train", "pretrain an encoder, score it, and train a linear classifier on it"),
     "evaluate": ("self_supervised.evaluate", "evaluate an encoder by every protocol, next to a random encoder"),
+    "classify": ("self_supervised.classify", "classify images, after learning from a few labeled ones"),
     "export": ("self_supervised.exports.export", "write an encoder in the format of another library, and verify it"),
     "embed": ("self_supervised.embeddings.embed", "compute the features of a directory of images or videos"),
     "nearest": ("self_supervised.embeddings.nearest", "find the nearest neighbors of images"),
@@ -17,7 +18,7 @@ COMMANDS = {  # name -> (module, description)
     "curves": ("self_supervised.report.curves", "draw the training curves of runs"),
     "compare": ("self_supervised.report.compare", "print the differences between runs as a table"),
     "report": ("self_supervised.report.report", "write an HTML page about one or more runs"),
-    "demo": ("self_supervised.demo", "train on small images of digits, in two minutes"),
+    "demo": ("self_supervised.demo", "train on small images of digits, in a minute"),
 }
 
 

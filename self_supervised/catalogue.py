@@ -123,6 +123,7 @@ DATASETS = {
 # ---- Encoders ----
 
 OWN_MODULE = "module"  # encoder_arch of the user's own nn.Module
+SMALL_CNN = "small_cnn"  # six convolutions, for images of 8 to 32 pixels
 STEM_VARIANTS = ("standard", "padding_2", "no_relu")
 WS_RESNET_NAMES = ("ws_resnet18", "ws_resnet34", "ws_resnet50", "ws_resnet101", "ws_resnet152")
 
@@ -159,12 +160,12 @@ def check_name(name: str) -> None:
         known = timm.list_models()
         name = name.removeprefix("timm:").split(".")[0]  # without the tag that names the weights
     else:
-        known = [*torchvision_models(), *WS_RESNET_NAMES, OWN_MODULE]
+        known = [*torchvision_models(), *WS_RESNET_NAMES, SMALL_CNN, OWN_MODULE]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or ["resnet18", "resnet50", "vit_b_16"]
         raise ValueError(
             f"encoder_arch={name!r} is unknown: choose a classification model of torchvision, one of "
-            f"{', '.join(WS_RESNET_NAMES)}, or timm:NAME; for clips {', '.join(video_models())}. "
+            f"{', '.join(WS_RESNET_NAMES)}, {SMALL_CNN}, or timm:NAME; for clips {', '.join(video_models())}. "
             f"Nearest: {', '.join(near)}"
         )
 

@@ -1,4 +1,4 @@
-"""Pretrain on scans of digits without their labels, and score what the encoder has learned: two minutes on a laptop.
+"""Pretrain on scans of digits without their labels, and score what the encoder has learned: a minute on a laptop.
 
     self-supervised demo            (or `make demo`, which also installs)
 
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model_params import ModelParams, VICRegParams
-from self_supervised import train
+from moco import SelfSupervisedMethod
+from model_params import ModelParams
+from self_supervised import recipes, train
 from self_supervised.data import loading
 from self_supervised.evaluation import validation
 from self_supervised.folder_lock import locked
 from self_supervised.networks import layers
-from self_supervised.networks.encoders import OWN_MODULE
+from self_supervised.networks.pretrained import load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.report import report
 from self_supervised.runs.command_line import RunOptions, parser_of
@@ -30,25 +31,6 @@ from self_supervised.views import augmentations
 OUT = Path("runs/demo")
 LABELS_PER_CLASS = 5
 LABEL_DRAWS = 5  # random draws of the labels, over which accuracies are averaged
-
-
-def small_encoder() -> nn.Module:
-    """Return a convolutional network [N, 1, 8, 8] -> [N, 256]. Any module may be the encoder, and 8 x 8 scans do not
-    need a ResNet."""
-
-    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
-        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    widths = [
-        block(1, 64, 1),
-        block(64, 64, 1),
-        block(64, 128, 2),
-        block(128, 128, 1),
-        block(128, 256, 2),
-        block(256, 256, 1),
-    ]
-    return nn.Sequential(*sum(widths, []), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 @torch.no_grad()
@@ -108,17 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_demo(epochs: int, linear_epochs: int) -> None:
     start = time.time()
-    recipe = {"batch_size": 64, "lars_eta": 0.005, "lars_warmup_epochs": 2, "seed": 0}
-    recipe |= {"encoder_arch": OWN_MODULE, "evaluations": ["linear_probe", "knn"]}
-    params = VICRegParams(dataset_name="digits", max_epochs=epochs, **recipe)
+    params = recipes.recipe("vicreg", "digits", max_epochs=epochs, seed=0, evaluations=["linear_probe", "knn"])
     options = RunOptions(out=str(OUT), logger=["csv"], log_every_n_steps=1, linear_epochs=linear_epochs, linear_lr=4.0)
-    torch.manual_seed(0)  # for the weights of our module; `seed` is for those of the heads
-    encoder = small_encoder()
-    random = encoder_scores(encoder, params)
+    random = encoder_scores(SelfSupervisedMethod(params).model, params)
     delete_earlier_demo()
     print(f"Pretraining a small convolutional network with VICReg on {params.dataset_name}, without labels:")
-    results = train.run_or_resume(OUT, "vicreg", options, params, encoder, batch_size=64)
-    trained = encoder_scores(encoder, params)
+    results = train.run_or_resume(OUT, "vicreg", options, params, batch_size=64)
+    trained = encoder_scores(load_encoder(OUT / "pretrained.ckpt").model, params)
     result = scores_table(random, trained)
     accuracy = results["linear classifier"]["valid_acc1"]
     result += f"\n\nLinearClassifierMethod after {linear_epochs} epochs: {accuracy:.1f} % of the test set."
@@ -126,7 +104,7 @@ def run_demo(epochs: int, linear_epochs: int) -> None:
     results["random encoder"] |= random
     results["trained encoder"] |= trained
     atomic_write(OUT / "results.json", to_json(results, indent=2))
-    page = report.write_report([OUT], encoder=small_encoder())
+    page = report.write_report([OUT])
     print(f"\n{result}\n\nencoder: {OUT / 'pretrained.ckpt'}\nlog: {OUT / 'log.txt'}")
     print(f"{time.time() - start:.0f} seconds. Curves, neighbors and a map, in a browser: {page}")
 

@@ -2,12 +2,13 @@
 
     self-supervised evaluate runs/simclr_cifar10
     self-supervised evaluate runs/simclr_cifar10 --dataset_name cifar100 --protocols knn semi_10 --seeds 0 1
+    self-supervised evaluate runs/simclr runs/byol --protocols linear knn --seeds 0 1 2
     self-supervised evaluate resnet50 --dataset_name imagenet --protocols knn
     self-supervised evaluate runs/sce_video_kinetics --evaluation_clips 10 --evaluation_crops 3
 
-The results are written to results.json and results.md in CHECKPOINT.evaluation/. If interrupted,
-repeat the command: runs that are already in results.json are skipped. The environment variable DATA_PATH is the
-directory of the data sets. --list and docs/evaluation.md explain the scores.
+The results are written to results.json and results.md in CHECKPOINT.evaluation/. Multiple checkpoints are evaluated in
+turn, and compared in one table. If interrupted, repeat the command: runs that are already in results.json are skipped.
+The environment variable DATA_PATH is the directory of the data sets. --list and docs/evaluation.md explain the scores.
 """
 
 import argparse
@@ -26,20 +27,21 @@ from self_supervised.distributed import usable
 from self_supervised.evaluation import features
 from self_supervised.evaluation.features import EvaluationData, image_hash, seen
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
-from self_supervised.evaluation.results import Results
+from self_supervised.evaluation.results import Results, folder_of
 from self_supervised.fields import as_path
 from self_supervised.networks.layouts import checkpoint_of
-from self_supervised.networks.pretrained import compared, load_encoder
+from self_supervised.networks.pretrained import compared, is_name, load_encoder
 from self_supervised.program import one_line_errors
+from self_supervised.report import evaluations
 from self_supervised.runs.command_line import CHECKPOINT, DEVICE, add_fields, parser_of
-from self_supervised.runs.run_folder import versions
 from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_folder
+from self_supervised.training.run_folder import versions
 
 READING_OPTIONS = (
     "data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
     "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns", "exclude_patterns",
-    "labels_from", "class_to_idx", "image_key", "label_key", "val_size", "test_size",
+    "labels_from", "class_to_idx", "image_key", "label_key", "val_size", "test_size", "exif_orientation",
 )  # fmt: skip
 
 
@@ -160,19 +162,12 @@ def run_protocols(
     results.add()  # writes config, and drops runs of earlier encoders
 
 
-def folder_of(checkpoint: str | Path) -> Path:
-    """Return the default directory of the results."""
-    path = Path(checkpoint_of(checkpoint)).expanduser()
-    name = str(checkpoint).replace("/", "_").replace(":", "_")
-    return path.with_name(f"{path.stem}.evaluation") if path.is_file() else Path("runs") / f"{name}.evaluation"
-
-
 # ---- The command ----
 
 
 def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("evaluate", __doc__)
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=CHECKPOINT)
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument("--list", action="store_true", help="print the protocols with their definitions and exit")
     parser.add_argument(
         "--dataset_name", "--dataset", metavar="NAME", help="labeled data set; default: that of the pretraining"
@@ -199,6 +194,7 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no_baselines", action="store_true", help="evaluate only the trained encoder")
     parser.add_argument("--fresh", action="store_true", help="discard earlier results")
+    evaluations.add_output_options(parser)
     parser.add_argument("--device", default="auto", help=DEVICE)
     parser.add_argument(
         "--num_data_workers",
@@ -212,20 +208,12 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-@one_line_errors()
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = evaluate_options(arguments)
-    if args.list:
-        for name, row in PROTOCOLS.items():
-            print(f"{name:14} {row.definition}. {row.source}")
-        return
-    if args.checkpoint is None:
-        raise ValueError("CHECKPOINT is missing. Pass a checkpoint, a weights file or the name of an encoder.")
+def evaluate_with_options(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
     training = {"max_epochs": args.max_epochs, "batch_size": args.batch_size}
     reading = {"batch_size": args.batch_size, "num_data_workers": args.num_data_workers}
     passed = {name: getattr(args, name) for name in READING_OPTIONS if hasattr(args, name)}  # None is a value
-    evaluate_checkpoint(
-        args.checkpoint,
+    return evaluate_checkpoint(
+        checkpoint,
         args.protocols,
         args.dataset_name,
         args.seeds,
@@ -238,4 +226,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **{name: value for name, value in reading.items() if value is not None},
         **passed,
     )
-    print((args.out or folder_of(args.checkpoint)).joinpath("results.md").read_text())
+
+
+def refuse_checkpoints(checkpoints: Sequence[str], out: Path | None) -> None:
+    """Raise an error, before the first evaluation, for checkpoints that cannot be evaluated."""
+    if not checkpoints:
+        raise ValueError("CHECKPOINT is missing. Pass a checkpoint, a weights file or the name of an encoder.")
+    if out and len(checkpoints) > 1:
+        raise ValueError(f"out={out}: each checkpoint has its own results. Leave out --out, or pass one checkpoint.")
+    evaluations.refuse_repeated([evaluations.run_or_file(checkpoint) for checkpoint in checkpoints])
+    if len(checkpoints) == 1:
+        return  # `evaluate_checkpoint` names all that is wrong with it
+    for name in map(str, map(checkpoint_of, checkpoints)):
+        if not (as_path(name).is_file() or is_name(name)):
+            raise FileNotFoundError(f"CHECKPOINT={name}: there is no such file. Pass a checkpoint or a run.")
+
+
+@one_line_errors()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = evaluate_options(arguments)
+    if args.list:
+        for name, row in PROTOCOLS.items():
+            print(f"{name:14} {row.definition}. {row.source}")
+        return
+    refuse_checkpoints(args.checkpoints, args.out)
+    for checkpoint in args.checkpoints:
+        if len(args.checkpoints) > 1:
+            print(f"{checkpoint}:", flush=True)
+        evaluate_with_options(checkpoint, args)
+    if len(args.checkpoints) == 1 and not args.markdown:
+        print((args.out or folder_of(args.checkpoints[0])).joinpath("results.md").read_text())
+    rows = evaluations.evaluated_rows(args.checkpoints, args.out)
+    tables = evaluations.evaluation_tables(rows, args.protocols, args.dataset_name)
+    if args.csv:
+        evaluations.write_csv(args.csv, evaluations.csv_rows(tables))
+    if args.markdown:
+        print(evaluations.markdown_text(tables))
+    elif len(args.checkpoints) > 1:
+        evaluations.print_tables(tables)

@@ -31,11 +31,11 @@ from self_supervised.data import custom
 from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
-from self_supervised.runs import command_line, dry_run, effective, preflight, preview, run_folder
+from self_supervised.runs import command_line, dry_run, effective, preflight, preview, trackers
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.progress import Progress, scores_line, significant
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
-from self_supervised.training import checkpoints, parameter_groups
+from self_supervised.training import checkpoints, hyperparameters, parameter_groups, run_folder
 from self_supervised.training.milestones import Best, EveryNEpochs, refuse_unknown
 from self_supervised.training.monitor import GradientNorms, LearningRate
 
@@ -50,7 +50,8 @@ def trainer(out: Path, name: str, epochs: int, options: RunOptions) -> pl.Traine
     """Return the Trainer of one stage, without loggers. `Checkpoints` comes last, since it saves the state of the
     milestones."""
     folder = out / name / "checkpoints"
-    callbacks = [Progress(out / name / "throughput.csv"), *logging_callbacks(options)]
+    first_epoch = run_folder.first_epoch(out)
+    callbacks = [Progress(out / name / "throughput.csv", first_epoch), *logging_callbacks(options)]
     if name == "pretraining":
         callbacks += [Best(folder, wanted) for wanted in options.save_best]
         if options.save_every_n_epochs:
@@ -110,6 +111,7 @@ def resume_point(
         return None, 0
     content = checkpoints.read_checkpoint(path)
     method.on_load_checkpoint(content)  # translates earlier names, as Lightning does before it loads
+    hyperparameters.keep_earlier_ways(method, content)
     try:
         checkpoints.refuse_another_model(content, method, fit)
         images = checkpoints.images_of_a_step(method.params, fit)
@@ -149,11 +151,6 @@ def validation_scores(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, 
     return next(iter(fit.validate(method, verbose=False)), {})  # no scores if `evaluations` is empty
 
 
-def labels_of(model: SelfSupervisedMethod) -> dict[str, str]:
-    """Return the line on the labels as a result; {} for packed data sets, whose classes are known."""
-    return {"labels": model.about_labels.removeprefix("labels: ")} if model.about_labels else {}
-
-
 @rank_zero_only
 def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
     atomic_write(path, content if isinstance(content, str) else to_json(content, indent=2))
@@ -189,7 +186,7 @@ def pretrain_stage(
     if resumed is None or "random encoder" not in results:  # its scores are the first row of metrics.csv
         if model.params.is_evaluated:
             run_folder.say("Scores of the random encoder:")
-        results |= {"random encoder": validation_scores(fit, model), **labels_of(model)}
+        results |= {"random encoder": validation_scores(fit, model), **model.labels_result()}
         write_on_rank_zero(out / "results.json", results)
         for callback in fit.callbacks:
             if isinstance(callback, Best):
@@ -200,7 +197,7 @@ def pretrain_stage(
     run_folder.say(f"Pretraining. {dry_run.parts_text(model)}")
     fit.fit(model, ckpt_path=resumed)
     keep_minutes()
-    results |= labels_of(model)
+    results |= model.labels_result()
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     if model.params.is_evaluated:
@@ -218,10 +215,11 @@ def linear_stage(
     `preflight.linear_settings`."""
     settings = preflight.linear_settings(options, params) | settings
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", encoder, **settings)
+    linear.first_epoch = run_folder.first_epoch(out)
     linear.about_labels = f"labels: {results.get('labels')}"  # the pretraining has logged them
     fit = trainer(out, "linear", options.linear_epochs, options)
     resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit)
-    fit.loggers = run_folder.get_loggers(out, "linear", options, step)
+    fit.loggers = trackers.get_loggers(out, "linear", options, step)
     run_folder.say(f"Training LinearClassifierMethod on the frozen encoder. {dry_run.parts_text(linear)}")
     keep_minutes = minutes_keeper(out, results, "linear minutes")
     fit.callbacks.append(LambdaCallback(on_save_checkpoint=keep_minutes))
@@ -255,6 +253,8 @@ def run_or_resume(
         params = attrs.evolve(params, splits_path=(was_moved and kept_lists(out.resolve())) or lists)
         custom.has_written(params)  # raises if the lists were drawn with other settings, before config.yaml is written
     model = SelfSupervisedMethod(params, encoder=encoder)
+    model.first_epoch = run_folder.first_epoch(out)
+    model.is_recorded = False  # but here
     with run_folder.logged(out / "log.txt"):
         fit = trainer(out, "pretraining", params.max_epochs, options)
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
@@ -266,7 +266,7 @@ def run_or_resume(
             write_on_rank_zero(out / "config.yaml", effective.config_text(preset, options, model.params, model.plan))
 
         fit.callbacks.append(LambdaCallback(on_train_start=write_plan))
-        fit.loggers = run_folder.get_loggers(out, "pretraining", options, step)
+        fit.loggers = trackers.get_loggers(out, "pretraining", options, step)
         table = parameter_groups.printed(model.parameter_table(), params.optimizer_name)
         write_on_rank_zero(out / "parameters.txt", table)
         pretrain_stage(fit, model, resumed, out, results)

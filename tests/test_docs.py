@@ -11,11 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
+from earlier.tiny import earlier_tiny
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from model_params import PRESETS, ModelParams
+from self_supervised import __main__
 from self_supervised.catalogue import NORMS_AND_BIASES
 from self_supervised.data import packed
+from self_supervised.networks.pretrained import load_encoder
 from self_supervised.report import curves
 from self_supervised.runs import command_line
 
@@ -81,7 +86,7 @@ def test_getting_started_runs_from_training_to_scores(monkeypatch, tmp_path, cap
     names: dict = {}
     for block in python("getting_started.md"):
         exec(compile(block, "getting_started.md", "exec"), names)
-    assert names["embeddings"].shape == (120, 512)
+    assert names["embeddings"].shape == (120, 256)
     assert "nearest neighbor has the same label in" in capsys.readouterr().out
     assert picture(tmp_path / "curves.png").width > 500
     assert set(names["results"]["summary"]["digits"]["linear"]) == {"random", "trained"}
@@ -97,6 +102,41 @@ def test_commands_on_the_pages_are_understood():
             command_line.parse(f"{line} {common[1] if common else ''}".split())
             found += 1
     assert found == 10, found
+
+
+# ---- photos.md ----
+
+
+def test_the_commands_of_photos_lead_to_predictions(tmp_path):
+    """At small size: the page's folders hold scans of digits, and the encoder is tiny."""
+    scans = load_digits(n_class=3)
+    for i, (scan, label) in enumerate(zip(scans.images[:120], scans.target[:120], strict=True)):
+        kind = ("photos/2023", "photos/2024", "others", f"labeled/{label}")[i % 4]
+        (tmp_path / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(scan * 15)).convert("RGB").save(tmp_path / kind / f"{i}.png")
+    small = {
+        "train": f"--encoder_arch timm:{earlier_tiny.__name__} --transform_crop_size 8 --max_epochs 1 "
+        "--batch_size 16 --num_data_workers 0 --dim 8 --mlp_hidden_dim 8 --logger csv",
+        "evaluate": "--num_workers 0",
+        "classify": "--num_workers 0",
+        "export": "",
+    }
+    commands = []
+    for kind, block in blocks("photos.md"):
+        if kind == "bash":
+            for line in block.replace("\\\n", "").splitlines():
+                _, command, *options = line.split()
+                __main__.main([command, *options, *small[command].split()])
+                commands.append(command)
+    assert commands == ["train", "evaluate", "classify", "classify", "export"]
+    names = {"images": torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)}
+    names["prepared"] = load_encoder("predictions.classifier.pt").prepare(names["images"]).numpy()
+    found = []
+    for block in python("photos.md"):
+        exec(compile(block, "photos.md", "exec"), names)
+        found.append(names.get("probabilities"))
+    assert len(names["rows"]) == 60 and names["class_names"] == ["0", "1", "2"]
+    assert np.allclose(found[1], found[2], atol=1e-5) and len(Path("others.csv").read_text().splitlines()) == 31
 
 
 # ---- methods.md ----

@@ -22,7 +22,7 @@ from moco import SelfSupervisedMethod
 from self_supervised import evaluate, train
 from self_supervised.embeddings import embed
 from self_supervised.exports import export
-from self_supervised.report import compare, report
+from self_supervised.report import compare, figures, report
 
 COMMANDS = {
     "train": train.main,
@@ -131,7 +131,8 @@ def test_finished_run_is_resumed_for_more_epochs(run, call):
     assert "linear classifier" not in after  # it was of the encoder before
     commands = (run / "command.txt").read_text().splitlines()
     assert commands[0] == (EARLIER / "run" / "command.txt").read_text().strip() and len(commands) == 2
-    assert len(json.loads((run / "run.json").read_text())) == 2
+    assert [start.get("first epoch") for start in json.loads((run / "run.json").read_text())] == [None, 0]
+    assert figures.steps_per_epoch(run) == STEPS_PER_EPOCH
     assert yaml.safe_load((run / "config.yaml").read_text())["max_epochs"] == 3
 
 

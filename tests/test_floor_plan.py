@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "self_supervised"
 FLOORS = [  # the lowest first; folders and modules of the package, and the front rooms
     "catalogue fields",
-    "model_params",
+    "model_params recipes",
     "distributed safe_files folder_lock numerics program losses lars batchrenorm ws_resnet",
     "views",
     "data",
@@ -23,7 +23,7 @@ FLOORS = [  # the lowest first; folders and modules of the package, and the fron
     "evaluation",
     "moco",
     "runs exports embeddings report",
-    "__init__ __main__ train evaluate demo train_blog",
+    "__init__ __main__ train evaluate classify demo train_blog",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 FRONT_ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))

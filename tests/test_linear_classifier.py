@@ -1,7 +1,10 @@
 """Linear classifier on a checkpoint: loading, training, scores and learning rates."""
 
+import shutil
+
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
@@ -122,3 +125,36 @@ def test_a_diverged_classifier_recognizes_nothing():
     linear = LinearClassifierMethod(encoder_arch="shufflenet_v2_x0_5")
     torch.nn.init.constant_(linear.classifier.weight, float("nan"))
     assert linear.eval().scores((torch.randn(4, 3, 96, 96), torch.arange(4)))[:, 1:].sum() == 0
+
+
+def test_class_names_stay_with_the_classifier(small, trainer, tmp_path):
+    """Those of class folders, of class_to_idx and of a packed set; the images may be gone afterwards."""
+    for i in range(24):
+        file = tmp_path / "photos" / ("owl", "Eule", "bat")[i % 3] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(file)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    own = {
+        "dataset_name": "folder",
+        "data_path": str(tmp_path / "photos"),
+        "transform_crop_size": 8,
+        "num_data_workers": 0,
+    }
+    linear = LinearClassifierMethod(encoder=encoder, batch_size=4, **own)
+    assert linear.hparams.class_names == ["Eule", "bat", "owl"] and linear.hparams.n_classes == 3
+    numbers = {"bat": 0, "owl": 1, "Eule": 1}
+    assert LinearClassifierMethod(encoder=encoder, class_to_idx=numbers, **own).hparams.class_names == ["bat", "owl"]
+    assert LinearClassifierMethod(encoder=encoder, n_classes=3, **own).hparams.class_names is None
+    assert (
+        LinearClassifierMethod(encoder=encoder, dataset_name="cifar10", transform_crop_size=8).hparams.class_names[3]
+        == "cat"
+    )
+    fit = trainer()
+    fit.fit(linear)
+    logits = torch.cat(fit.predict(linear))
+    fit.save_checkpoint(tmp_path / "linear.ckpt")
+    shutil.rmtree(tmp_path / "photos")
+    again = LinearClassifierMethod.load_from_checkpoint(tmp_path / "linear.ckpt", encoder=encoder)
+    assert again.hparams.class_names == ["Eule", "bat", "owl"] and logits.shape == (3, 3)
+    with pytest.raises(ValueError, match="n_classes=3, but class_names has 2"):
+        LinearClassifierMethodParams(n_classes=3, class_names=["a", "b"])

@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from self_supervised.data.file_search import ARRAY_SUFFIX
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 PIL_MODES = {2: "LA", 4: "RGBA"}  # number of channels -> mode, for formats other than .npy and TIFF
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF orientation -> operation that turns the image upright
 WAY_OUT = "Set pixel_range to the values of black and white"  # end of messages, which the name of the file precedes
 
 
@@ -34,6 +43,24 @@ def opened_image(file: str | BinaryIO) -> Iterator[Image.Image]:
                 yield image
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise ValueError(too_large()) from error
+
+
+def to_upright(image: Image.Image, exif_orientation: bool = True) -> Image.Transpose | None:
+    """Return the operation that turns an image upright, by its EXIF (or XMP) orientation; None if there is nothing to
+    do, or if `exif_orientation` is False.
+
+    The orientation is that of the pixels only after `image.load()`: Pillow turns TIFF files upright when it loads them.
+    """
+    if not exif_orientation:
+        return None
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises many kinds of errors on corrupt metadata, which do not harm the pixels
+        return None
+
+
+def transposed(image: Image.Image, operation: Image.Transpose | None) -> Image.Image:
+    return image if operation is None else image.transpose(operation)
 
 
 def check_size(n_pixels: int) -> None:
@@ -54,7 +81,11 @@ def is_array(path: str, channels: int, pixel_range: list[float] | None) -> bool:
 
 
 def read_array(
-    path: str, channels: int, pixel_range: list[float] | None = None, file: str | BinaryIO | None = None
+    path: str,
+    channels: int,
+    pixel_range: list[float] | None = None,
+    file: str | BinaryIO | None = None,
+    exif_orientation: bool = True,
 ) -> np.ndarray:
     """Return an image as uint8 [H, W, C].
 
@@ -65,6 +96,7 @@ def read_array(
         pixel_range: the values that become 0 and 255. Values in between are scaled linearly and rounded, values
             outside are clipped. In formats other than .npy and TIFF, it applies to 16-bit images only.
         file: the image's path or content, if `path` is only its name.
+        exif_orientation: turn images upright that Pillow reads: those of formats other than .npy and TIFF.
 
     Raises:
         ValueError: the array has another shape or type, or holds floats outside 0 to 1.
@@ -82,7 +114,9 @@ def read_array(
                 "only. Convert the images"
             )
         with opened_image(file) as image:
-            return np.asarray(of_16_bits(image, pixel_range).convert(PIL_MODES[channels]))
+            image.load()
+            pixels = of_16_bits(image, pixel_range).convert(PIL_MODES[channels])
+            return np.asarray(transposed(pixels, to_upright(image, exif_orientation)))
     return in_8_bits(channels_last(pixels, channels), pixel_range)
 
 

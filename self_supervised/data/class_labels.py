@@ -9,8 +9,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from model_params import EncoderAndDataParams
 
 Label = str | int | None  # name or number of a class; None: no label
 UNLABELED = -1  # class number of an image without a label
@@ -89,6 +93,37 @@ def labels_line(
     classes = "1 class" if len(shown) == 1 else f"{len(shown):,} classes"
     origin = f"the {folders}" if by_folder else otherwise
     return f"labels: {classes} from {origin}: {', '.join(shown[:MOST_LISTED_CLASSES])}{more}"
+
+
+# ---- names of classes ----
+
+
+def numbers_of(class_to_idx: list[str]) -> dict[str, int]:
+    """Return name -> number, from entries such as "cat=0"."""
+    return {composed(name): int(number) for name, _, number in (entry.rpartition("=") for entry in class_to_idx)}
+
+
+def first_names(class_to_idx: list[str]) -> dict[int, str]:
+    """Return number -> the first name that has it, in the order of the numbers."""
+    given = [(number, name) for name, number in numbers_of(class_to_idx).items()]
+    return dict(sorted(dict(reversed(given)).items()))
+
+
+def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
+    """Return class number -> name: from the data set or the settings, or from the files' directories if each class has
+    its own."""
+    if known := getattr(dataset, "class_names", None):
+        return dict(enumerate(known))
+    if params.class_to_idx:
+        return {number: name for name, number in numbers_of(params.class_to_idx).items()}
+    stored = params.dataset.class_names.split() or getattr(getattr(dataset, "source", None), "classes", None)
+    if stored:
+        return dict(enumerate(stored))
+    of_class: dict[int, set[str]] = {}
+    for path, label in getattr(dataset, "files", []):
+        of_class.setdefault(int(label), set()).add(Path(path).parent.name)
+    folders = {label: next(iter(found)) for label, found in of_class.items() if len(found) == 1}
+    return folders if len(set(folders.values())) == len(of_class) else {}
 
 
 # ---- label arrays ----

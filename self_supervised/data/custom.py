@@ -17,7 +17,15 @@ from self_supervised import distributed
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import arrow, subsets, tar_shards
 from self_supervised.data.arrow import ArrowImages
-from self_supervised.data.class_labels import UNLABELED, Label, class_numbers_of, composed, labels_line
+from self_supervised.data.class_labels import (
+    UNLABELED,
+    Label,
+    class_numbers_of,
+    composed,
+    first_names,
+    labels_line,
+    numbers_of,
+)
 from self_supervised.data.file_search import PassedOver, tell
 from self_supervised.data.files import Sample
 from self_supervised.data.folders import (
@@ -53,7 +61,9 @@ def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: li
     found, class_names = splits(source, params)
     skip = p.unreadable_images == "skip"
     find = partial(custom_samples, found=found, params=params, split=split)
-    images = ImageFiles(source.root, p.channels, p.crop_size, views, p.seed or 0, skip, find, p.pixel_range, source)
+    seed = p.seed or 0
+    reading = {"pixel_range": p.pixel_range, "source": source, "exif_orientation": p.exif_orientation}
+    images = ImageFiles(source.root, p.channels, p.crop_size, views, seed, skip, find, **reading)
     images.class_names = class_names if class_names != [str(i) for i in range(len(class_names))] else []
     stored_in = "class_to_idx" if p.class_to_idx else "lists" if isinstance(source, ImageFolder) else "the data set"
     line = labels_line(found, dict(enumerate(class_names)), str(p.labels_from).replace("_", " "), stored_in)
@@ -344,17 +354,6 @@ def class_names_of(labels: set[str | int], class_to_idx: list[str] | None) -> di
             "exclude_patterns."
         )
     return names
-
-
-def numbers_of(class_to_idx: list[str]) -> dict[str, int]:
-    """Return name -> number, from entries such as "cat=0"."""
-    return {composed(name): int(number) for name, _, number in (entry.rpartition("=") for entry in class_to_idx)}
-
-
-def first_names(class_to_idx: list[str]) -> dict[int, str]:
-    """Return number -> the first name that has it, in the order of the numbers."""
-    given = [(number, name) for name, number in numbers_of(class_to_idx).items()]
-    return dict(sorted(dict(reversed(given)).items()))
 
 
 def as_classes(labels: list[int]) -> np.ndarray:

@@ -122,7 +122,9 @@ def converted(
 # ---- frame folders ----
 
 
-def read_folder(path: str, choose: Choose, channels: int, threads: int, frames_per_second: float) -> Frames:
+def read_folder(
+    path: str, choose: Choose, channels: int, threads: int, frames_per_second: float, exif_orientation: bool = True
+) -> Frames:
     """Return the requested frames of a frame folder; see the module for `choose` and the result.
 
     Frames are ordered by the numbers in their names: frame2.jpg before frame10.jpg.
@@ -141,7 +143,7 @@ def read_folder(path: str, choose: Choose, channels: int, threads: int, frames_p
 
     def read(name: str) -> tuple[str, np.ndarray]:
         try:
-            pixels = np.asarray(read_image(os.path.join(path, name), channels))
+            pixels = np.asarray(read_image(os.path.join(path, name), channels, None, exif_orientation))
         except Exception as error:
             raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
         return name, pixels.reshape(*pixels.shape[:2], channels)

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from model_params import LATER_ADDED
 from self_supervised.data.folders import listed_in
 from self_supervised.data.packed import data_path
 
@@ -38,7 +39,7 @@ def refuse_foreign(name: str, value: str | None) -> None:
 
 
 def vetted(settings: dict[str, Any], checkpoint: str | Path, given: Collection[str] = ()) -> dict[str, Any]:
-    """Return the settings of a checkpoint, with foreign paths marked as ForeignPath.
+    """Return the settings of a checkpoint, with foreign paths marked as ForeignPath, and with the fields LATER_ADDED.
 
     `encoder_weights` becomes None, since the checkpoint has its own weights.
 
@@ -49,7 +50,7 @@ def vetted(settings: dict[str, Any], checkpoint: str | Path, given: Collection[s
         ValueError: class_to_idx names a file, which no checkpoint of this library does.
     """
     run = run_of(checkpoint)
-    found = {**settings, "encoder_weights": None}
+    found = {**LATER_ADDED, **settings, "encoder_weights": None}
     for name in PATH_FIELDS:
         if isinstance(value := settings.get(name), str) and not asked_for(value, name, run):
             found[name] = ForeignPath(value)

@@ -16,13 +16,22 @@ from torch.nn.functional import interpolate
 
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data.array_files import WAY_OUT, is_array, of_16_bits, opened_image, read_array
+from self_supervised.data.array_files import (
+    WAY_OUT,
+    is_array,
+    of_16_bits,
+    opened_image,
+    read_array,
+    to_upright,
+    transposed,
+)
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, tell
 from self_supervised.data.files import File, LabeledFiles, OnDisk, Sample, class_numbers_of_split
 from self_supervised.views.augmentations import draw_crops, generator
 
 CENTRAL = 7 / 8  # fraction of the shorter side that an evaluation sees
 REDUCED_MARGIN = 1.25  # smallest ratio of a crop's side at reduced scale to its view's side, see ImageFiles
+SWAP_SIDES = {Image.Transpose[name] for name in ("TRANSPOSE", "TRANSVERSE", "ROTATE_90", "ROTATE_270")}
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 VOC_CLASSES = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -119,8 +128,8 @@ class ImageFiles(LabeledFiles):
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if each side of every crop then still has 1.25 times the pixels of
     its view (with views of 224 pixels, from crops of 560 pixels on). This changes views in two ways. The highest
     frequencies are dropped before the antialiased resizing instead of by it, a difference of 1 to 2 of 255 gray levels
-    on average, about that between bicubic and bilinear. Corners of crops are rounded to the reduced pixels. The central
-    square is always taken from the full image.
+    on average, about that between bicubic and bilinear. Corners of crops are rounded to the reduced pixels; if an image
+    is turned upright, they may be off by one more. The central square is always taken from the full image.
 
     Args:
         split: directory of the split, the argument of `samples`.
@@ -129,6 +138,7 @@ class ImageFiles(LabeledFiles):
         samples: returns the (path, label) of each image of a split.
         pixel_range: see array_files.read_array, which reads .npy files and images without 1 or 3 channels.
         source: opens the files; default: the disk.
+        exif_orientation: turn images upright, before they are cropped.
 
     Raises:
         ValueError: there are no images, or a class has none; when indexed: an image cannot be read.
@@ -145,6 +155,7 @@ class ImageFiles(LabeledFiles):
         samples: Callable[[Path], list[Sample]] = samples_in_class_folders,
         pixel_range: list[float] | None = None,
         source: OnDisk | None = None,
+        exif_orientation: bool = True,
     ):
         super().__init__(samples(split), "image", skip_unreadable, not views, source)
         self.channels = channels
@@ -152,6 +163,7 @@ class ImageFiles(LabeledFiles):
         self.views = views
         self.seed = seed
         self.pixel_range = pixel_range
+        self.exif_orientation = exif_orientation
 
     def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
         (image, boxes), label = self.readable(index)
@@ -166,12 +178,13 @@ class ImageFiles(LabeledFiles):
         path = self.files[index][0]
         boxes = []
         file = self.source.open(path)
-        if self.views and not is_array(path, self.channels, self.pixel_range) and (size := jpeg_size(file)):
+        upright = self.exif_orientation
+        if self.views and not is_array(path, self.channels, self.pixel_range) and (size := jpeg_size(file, upright)):
             boxes = self.boxes(index, size)
             scale = reduction(boxes, self.views)
             if scale > 1:
-                return read_reduced(file, self.channels, scale), [reduced(box, scale) for box in boxes]
-        image = read_any(path, file, self.channels, self.pixel_range)
+                return read_reduced(file, self.channels, scale, upright), [reduced(box, scale) for box in boxes]
+        image = read_any(path, file, self.channels, self.pixel_range, upright)
         size = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
         return image, boxes or self.boxes(index, size)
 
@@ -184,15 +197,19 @@ class ImageFiles(LabeledFiles):
 # ---- reading ----
 
 
-def read_any(path: str, file: File, channels: int, pixel_range: list[float] | None) -> Image.Image | np.ndarray:
+def read_any(
+    path: str, file: File, channels: int, pixel_range: list[float] | None, exif_orientation: bool = True
+) -> Image.Image | np.ndarray:
     """Return the image in `file`, read by the reader for the extension of `path`."""
     if is_array(path, channels, pixel_range):
-        return read_array(path, channels, pixel_range, file)
-    return read_image(file, channels, pixel_range)
+        return read_array(path, channels, pixel_range, file, exif_orientation)
+    return read_image(file, channels, pixel_range, exif_orientation)
 
 
-def read_image(file: File, channels: int, pixel_range: list[float] | None = None) -> Image.Image:
-    """Return an 8-bit gray or RGB image.
+def read_image(
+    file: File, channels: int, pixel_range: list[float] | None = None, exif_orientation: bool = True
+) -> Image.Image:
+    """Return an 8-bit gray or RGB image, which is turned upright if `exif_orientation` is set.
 
     Images of 16 bits are scaled down, with `pixel_range` as in array_files.read_array. Transparency is dropped, as in
     torchvision.
@@ -211,9 +228,11 @@ def read_image(file: File, channels: int, pixel_range: list[float] | None = None
             )
         if image.mode == "F":
             raise ValueError(f"the range of floating-point pixels is unknown. {WAY_OUT}")
+        image.load()
+        operation = to_upright(image, exif_orientation)
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
-        return in_mode(of_16_bits(image, pixel_range), channels)
+        return transposed(in_mode(of_16_bits(image, pixel_range), channels), operation)
 
 
 def has_equal_pages(image: Image.Image) -> bool:
@@ -234,17 +253,20 @@ def in_mode(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def jpeg_size(file: File) -> tuple[int, int] | None:
-    """Return (width, height) from the header of a gray or RGB JPEG; None for any other image."""
+def jpeg_size(file: File, exif_orientation: bool = True) -> tuple[int, int] | None:
+    """Return (width, height) of a gray or RGB JPEG, as `read_image` returns it, from its header; None for any other
+    image."""
     with opened_image(file) as image:
-        return image.size if image.format == "JPEG" and image.mode in ("L", "RGB") else None
+        if image.format != "JPEG" or image.mode not in ("L", "RGB"):
+            return None
+        return image.size[::-1] if to_upright(image, exif_orientation) in SWAP_SIDES else image.size
 
 
-def read_reduced(file: File, channels: int, scale: int) -> Image.Image:
+def read_reduced(file: File, channels: int, scale: int, exif_orientation: bool = True) -> Image.Image:
     """Return a JPEG decoded at 1/scale of its size, from 8/scale x 8/scale frequencies of each 8 x 8 block."""
     with opened_image(file) as image:
         image.draft(None, (image.width // scale, image.height // scale))
-        return in_mode(image, channels)
+        return transposed(in_mode(image, channels), to_upright(image, exif_orientation))
 
 
 # ---- cropping ----
@@ -306,6 +328,7 @@ def preprocessing(params: EncoderAndDataParams) -> dict[str, Any]:
     """Return the record of how an image file becomes the encoder's input (docs/export.md), as `central_square` and the
     normalization do it. `pixel_range` is as in the settings."""
     return {
+        "exif_orientation": params.exif_orientation,
         "central_crop": part_kept(params),
         "size": params.crop_size,
         "interpolation": "bilinear",

@@ -23,7 +23,7 @@ from model_params import EncoderAndDataParams
 from self_supervised import distributed
 from self_supervised.catalogue import DATASETS, OWN_MODULE, ViewSettings
 from self_supervised.data import custom, image_files, video_files
-from self_supervised.data.class_labels import labels_line
+from self_supervised.data.class_labels import class_names, labels_line
 from self_supervised.data.files import UNREADABLE, Sample, class_numbers_of_split
 from self_supervised.data.image_files import ImageFiles, samples_in_class_folders
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
@@ -155,6 +155,7 @@ def get_dataset(
         params.seed or 0,
         params.unreadable_images == "skip",
         FILE_LAYOUTS[params.dataset.storage].samples,
+        exif_orientation=params.exif_orientation,
     )
     if params.dataset.storage == "folders" and splits == params.dataset.train_splits:
         names = {number: name for name, number in class_numbers_of_split(folder).items()}
@@ -339,7 +340,13 @@ def channel_statistics(dataset: Dataset, seed: int) -> tuple[list[float], list[f
 
 
 def n_classes(params: EncoderAndDataParams) -> int:
-    """Return the number of classes of the training images (other splits have no others); 0 if they have no labels.
+    """Return the number of classes, as `counted` does."""
+    return counted(params)[0]
+
+
+def counted(params: EncoderAndDataParams) -> tuple[int, list[str] | None]:
+    """Return the number of classes of the training images (other splits have no others), 0 if they have no labels; and
+    their names, None if these are not known.
 
     Classes of custom data sets, videos and class folders are counted, since subsets go by the same dataset_name
     (ImageNet-100, Kinetics-200, ...). If the data is not on disk, or is packed, the number is the catalogue's.
@@ -348,10 +355,14 @@ def n_classes(params: EncoderAndDataParams) -> int:
     (split,) = info.train_splits
     folder = data_path() / params.dataset_name / split
     if info.storage == "folders" and folder.is_dir():
-        return len(set(class_numbers_of_split(folder).values()))
+        names = {number: name for name, number in class_numbers_of_split(folder).items()}
+        return len(names), [names[number] for number in sorted(names)]
     if not info.is_custom and not (info.of_videos and VIDEOS.are_there(folder)):
-        return info.n_classes
-    return 1 + int(get_dataset(params, (split,)).labels.max())
+        return info.n_classes, info.class_names.split() or None
+    dataset = get_dataset(params, (split,))
+    n = 1 + int(dataset.labels.max())
+    names = class_names(params, dataset)
+    return n, [names.get(number, str(number)) for number in range(n)] if names else None
 
 
 def require_labels(classes: int, params: EncoderAndDataParams) -> int:

@@ -250,6 +250,7 @@ def dataset_of_videos(params: EncoderAndDataParams, videos: list[Sample], views:
             channels=p.channels,
             threads=p.decoding_threads,
             frames_per_second=p.frames_per_second,
+            exif_orientation=p.exif_orientation,
         )
     sampling = Sampling(p.num_frames, p.clip_duration, p.clip_speeds, p.clip_jitter)
     skip = p.unreadable_images == "skip"

@@ -8,7 +8,6 @@ images that were added since.
 
 import argparse
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,24 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from torch.utils.data import DataLoader
 
 from self_supervised.data.image_files import preprocessing
-from self_supervised.data.packed import already_a_batch
 from self_supervised.distributed import usable
 from self_supervised.embeddings.job import EmbeddingJob
-from self_supervised.embeddings.sources import Batches, ImageSource, open_source
+from self_supervised.embeddings.sources import (
+    CLIPS,
+    ImageSource,
+    add_embedding_options,
+    batches_of,
+    kind_of,
+    open_source,
+)
 from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import as_path
 from self_supervised.networks.pretrained import Encoder, load_encoder
 from self_supervised.program import one_line_errors
-from self_supervised.runs.command_line import CHECKPOINT, DEVICE, add_fields, parser_of
+from self_supervised.runs.command_line import CHECKPOINT, parser_of
 from self_supervised.safe_files import check_file
-
-MOST_EMBED_WORKERS = 8
-CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
-OVERRIDES = ("encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "image_mean",
-             "image_std", *CLIPS)  # fmt: skip
 
 
 def embed(
@@ -57,7 +56,7 @@ def embed(
     clips.
 
     Args:
-        num_workers: processes that decode images; None: one per core, at most MOST_EMBED_WORKERS.
+        num_workers: processes that decode images; None: one per core, at most MOST_EMBED_WORKERS (sources.py).
         device: "auto", "cpu", "cuda", ...
         skip_unreadable: count and list images that cannot be read instead of stopping at the first.
         overwrite: embed all images again, even if `out` was created with another checkpoint or directory.
@@ -68,16 +67,14 @@ def embed(
     """
     out = Path(out).expanduser()
     check_file("out", out)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
     device = usable(device)
     encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
-    source = open_source(folder, "video" if encoder.params.dataset.of_videos else "image")
+    source = open_source(folder, kind_of(encoder.params))
     with EmbeddingJob(out, description(encoder, source, overrides), overwrite) as work:
         paths = source.paths()
         print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
         if todo := work.left(paths, skip_unreadable):
-            loader = todo_batches(source, encoder, todo, batch_size, num_workers)
+            loader = batches_of(source, encoder.params, todo, batch_size, num_workers)
             work.add(encoder.to(device), loader, len(paths), skip_unreadable)
         work.finish(paths, source)
     return out
@@ -114,22 +111,6 @@ def digest(encoder: Encoder) -> str:
     return tensors.hexdigest()
 
 
-def todo_batches(
-    source: ImageSource, encoder: Encoder, todo: list[str], batch_size: int, num_workers: int | None
-) -> DataLoader:
-    """Return a loader of the paths in `todo`. A batch of videos holds at most `batch_size` clips."""
-    workers = min(os.cpu_count() or 1, MOST_EMBED_WORKERS) if num_workers is None else num_workers
-    batch_size = max(1, batch_size // encoder.params.clips_of_a_video)
-    return DataLoader(
-        Batches(source, encoder.params),
-        batch_size=batch_size,
-        sampler=todo,
-        num_workers=min(workers, len(todo) // batch_size),  # at least one full batch per worker
-        collate_fn=already_a_batch,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
 def embed_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("embed", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
@@ -140,23 +121,10 @@ def embed_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="directory of images or videos, flat or nested; shards; a Hugging Face data set; a packed data set by "
         "name: cifar10, digits/test; default: --dataset_name",
     )
-    parser.add_argument(
-        "--batch_size", type=int, default=128, metavar="N", help="images, or clips, per batch (default: 128)"
-    )
     parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet", help="file of the embeddings")
-    parser.add_argument(
-        "--num_data_workers",
-        "--num_workers",
-        type=int,
-        metavar="N",
-        dest="num_workers",
-        help=f"processes that decode files; default: one per core, at most {MOST_EMBED_WORKERS}",
-    )
-    parser.add_argument("--device", default="auto", help=DEVICE)
     parser.add_argument("--skip_unreadable", action="store_true", help="list unreadable images instead of stopping")
     parser.add_argument("--overwrite", action="store_true", help="embed everything again and replace --out")
-    fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see model_params.py)")
-    add_fields(fields, OVERRIDES)
+    add_embedding_options(parser)
     args = parser.parse_args(arguments)
     args.folder = args.folder or getattr(args, "dataset_name", None)
     if args.folder is None:

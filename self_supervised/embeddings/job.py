@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
+from model_params import LATER_ADDED
 from self_supervised.embeddings import parquet
 from self_supervised.embeddings.parquet import ROWS
 from self_supervised.embeddings.sources import ImageSource
@@ -93,10 +94,10 @@ class EmbeddingJob:
             ValueError: the settings differ and `overwrite` is False.
         """
         stored = parquet.facts_of_file(file)
-        # earlier versions did not store the encoder, nor parts of the preprocessing that are the same ever since
+        # earlier versions did not store the encoder, nor parts of the preprocessing, all but one the same ever since
         stored = {"encoder": self.about["encoder"], **stored}
         record = {EARLIER_NAMES.get(name, name): value for name, value in stored["preprocessing"].items()}
-        stored["preprocessing"] = self.about["preprocessing"] | record
+        stored["preprocessing"] = self.about["preprocessing"] | LATER_ADDED | record
         different = [name for name in COMMON_FACTS if stored[name] != self.about[name]]
         if different and not self.overwrite:
             changes = "; ".join(f"{name} was {stored[name]}, is now {self.about[name]}" for name in different)

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from attrs import frozen
+from attrs import field, frozen
 from PIL import Image
 
 from self_supervised.embeddings.sources import ImageSource
@@ -35,6 +35,7 @@ class Map:
     points: np.ndarray  # [N, 2]
     kind: np.ndarray  # [N], indices of names
     names: list[str]  # labels or clusters
+    examples: list[list[int]] = field(factory=list)  # rows of the representative images of each name
 
     @property
     def colors(self) -> list[str]:
@@ -103,7 +104,8 @@ def as_html(found: Map, source: ImageSource | None, budget: int) -> str:
         "x": [round(float(x), 5) for x in points[:, 0]],
         "y": [round(float(y), 5) for y in points[:, 1]],
         "paths": found.paths,
-        "pictures": [None] * len(found.paths) if source is None else pictures(found.paths, source, budget),
+        "examples": found.examples,
+        "pictures": [None] * len(found.paths) if source is None else pictures(found, source, budget),
     }
     text = Path(__file__).with_name("map.html").read_text(encoding="utf-8")
     text = text.replace("__TITLE__", html.escape(in_one_line(found.title)))
@@ -115,15 +117,16 @@ def in_script(content: Any) -> str:
     return to_json(content).replace("<", "\\u003c")
 
 
-def pictures(paths: list[str], source: ImageSource, budget: int) -> list[str | None]:
-    """Return small JPEGs as data URIs, made in random order; None where the budget is used up, or where a file is
-    missing or is not a picture."""
-    uris = [None] * len(paths)
+def pictures(found: Map, source: ImageSource, budget: int) -> list[str | None]:
+    """Return small JPEGs as data URIs, made of the examples first and then in random order; None where the budget is
+    used up, or where a file is missing or is not a picture."""
+    uris = [None] * len(found.paths)
     left = budget
+    order = [*sum(found.examples, []), *np.random.default_rng(0).permutation(len(found.paths)).tolist()]
     with bar() as progress:
-        for i in progress.track(np.random.default_rng(0).permutation(len(paths)), description="pictures"):
+        for i in progress.track([*dict.fromkeys(order)], description="pictures"):
             try:
-                uri = thumbnail(source.picture(paths[i], side=THUMBNAIL_SIDE))
+                uri = thumbnail(source.picture(found.paths[i], side=THUMBNAIL_SIDE))
             except (OSError, ValueError):
                 continue
             left -= len(uri)

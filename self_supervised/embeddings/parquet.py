@@ -2,7 +2,7 @@
 can be read in pieces."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -64,6 +64,21 @@ def join(out: Path, parts: list[Path], paths: list[str], labels: list[str | None
             yield found.set_column(2, "label", pa.array(labels[start : start + ROWS], pa.string()))
 
     write_table(out, tables(), target)
+
+
+def write_clusters(features: Path, out: Path, clusters_of: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Write a copy of a file with a column `cluster` (int32), which `clusters_of` returns for embeddings [n, E]."""
+    with pq.ParquetFile(features) as file:
+        names = [name for name in file.schema_arrow.names if name != "cluster"]
+        target = pa.schema([file.schema_arrow.field(name) for name in names], file.schema_arrow.metadata)
+        target = target.append(pa.field("cluster", pa.int32()))
+
+        def tables() -> Iterator[pa.Table]:
+            for batch in file.iter_batches(ROWS):
+                clusters = pa.array(clusters_of(matrix(batch["embedding"])), pa.int32())
+                yield pa.Table.from_arrays([*(batch[name] for name in names), clusters], schema=target)
+
+        write_table(out, tables(), target)
 
 
 # ---- reading ----

@@ -1,7 +1,9 @@
 """Draw a map of embeddings in two dimensions: a picture, and a self-contained page to explore it.
 
     self-supervised map features.parquet --out map.png map.html --sample 5000
+    self-supervised map features.parquet --clusters 30 --out map.html clusters.parquet
 
+A .parquet file in --out is a copy of FILE.parquet with a column `cluster`: the k-means cluster of every row.
 t-SNE is scikit-learn's; --method umap needs the package umap-learn. Both see the embeddings on the unit sphere.
 """
 
@@ -26,7 +28,9 @@ from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import atomic_file, check_file
 
 TITLES = {"tsne": "t-SNE", "umap": "UMAP"}
-CLUSTERS = 10  # of k-means, if there are no labels
+CLUSTERS = 10  # of k-means
+CLUSTERED = ".parquet"  # extension of a copy with clusters
+EXAMPLES = 4  # representative images of a label or cluster
 NO_LABEL = "no label"
 
 
@@ -104,20 +108,41 @@ def count_distinct(embeddings: np.ndarray) -> int:
 # ---- colors ----
 
 
-def kinds(labels: list[str | None], embeddings: np.ndarray, seed: int) -> tuple[np.ndarray, list[str], str]:
-    """Return (an index of the names for each row, the names, an explanation): the names are labels, or k-means clusters
-    if there are no labels."""
+def clustering(embeddings: np.ndarray, n: int | None, seed: int) -> KMeans:
+    """Return k-means of embeddings on the unit sphere, with n clusters, or fewer if there are fewer directions."""
+    x = unit_rows(embeddings)
+    return KMeans(min(n or CLUSTERS, count_distinct(x)), n_init=3, random_state=seed).fit(x)
+
+
+def kinds(labels: list[str | None], clusters: np.ndarray | None) -> tuple[np.ndarray, list[str], str]:
+    """Return (an index of the names for each row, the names, an explanation): the names are labels, or clusters if
+    these are passed."""
+    if clusters is None:
+        return of_labels(labels)
+    found, kind = np.unique(clusters, return_inverse=True)
+    unlabeled = "no labels: " if not any(label is not None for label in labels) else ""
+    names = [f"cluster {i + 1}" for i in found]
+    return kind, names, f"{unlabeled}colored by {len(found)} k-means clusters of the embeddings"
+
+
+def of_labels(labels: list[str | None]) -> tuple[np.ndarray, list[str], str]:
     if any(label is not None for label in labels):
         names = sorted({label for label in labels if label is not None}, key=natural)
         if None in labels:
             names.append(NO_LABEL)
         index = {name: i for i, name in enumerate(names)}
         return np.array([index[label or NO_LABEL] for label in labels]), names, "colored by label"
+
+
+def examples(embeddings: np.ndarray, kind: np.ndarray) -> list[list[int]]:
+    """Return for each kind the rows that are nearest to its mean direction, by cosine."""
     x = unit_rows(embeddings)
-    clusters = KMeans(min(CLUSTERS, count_distinct(x)), n_init=3, random_state=seed).fit_predict(x)
-    found, kind = np.unique(clusters, return_inverse=True)
-    names = [f"cluster {i + 1}" for i in range(len(found))]
-    return kind, names, f"no labels: colored by {len(found)} k-means clusters of the embeddings"
+    found = []
+    for one in range(kind.max() + 1):
+        rows = np.flatnonzero(kind == one)
+        nearest = np.argsort(-(x[rows] @ x[rows].mean(0)), kind="stable")
+        found.append(rows[nearest[:EXAMPLES]].tolist())
+    return found
 
 
 def natural(name: str) -> tuple:
@@ -129,36 +154,56 @@ def natural(name: str) -> tuple:
 
 
 def make_map(
-    features: str | Path, out: list[Path], method: str = "tsne", n: int = 5000, seed: int = 0, folder: str | None = None
+    features: str | Path,
+    out: list[Path],
+    method: str = "tsne",
+    n: int = 5000,
+    seed: int = 0,
+    folder: str | None = None,
+    clusters: int | None = None,
 ) -> Map:
-    """Return a map of n random rows of `features`, and write it to each file of `out`, a .png or an .html.
+    """Return a map of n random rows of `features`, and write it to each file of `out`, a .png or an .html. A .parquet
+    file is a copy of `features` with the cluster of every row.
 
     Args:
+        clusters: color by so many k-means clusters of these rows; None: by label, or by CLUSTERS clusters if there are
+            no labels.
         folder: directory of the features' images, if it has moved. If it is not found, the page has no pictures.
     """
     for file in out:
         check_file("out", file)
-        if file.suffix not in WRITERS:
-            raise ValueError(f"out={str(file)!r} must end in {' or '.join(WRITERS)}")
+        if file.suffix not in (*WRITERS, CLUSTERED):
+            raise ValueError(f"out={str(file)!r} must end in {', '.join(WRITERS)} or {CLUSTERED}")
+        if file.resolve() == as_path(features).resolve():
+            raise ValueError(f"out={str(file)!r} is the file of the embeddings. Choose another name for the copy.")
+    if clusters is not None and clusters < 2:
+        raise ValueError(f"clusters={clusters} must be at least 2")
     if n < 4:
         raise ValueError(f"sample={n} must be at least 4")
     features = as_path(features)
     about = parquet.facts_of_file(features)
     paths, embeddings, labels = sample(features, n, seed)
     points = project(embeddings, method, seed)
-    kind, names, meaning = kinds(labels, embeddings, seed)
+    by_label = clusters is None and any(label is not None for label in labels)
+    needed = not by_label or any(file.suffix == CLUSTERED for file in out)
+    model = clustering(embeddings, clusters, seed) if needed else None
+    kind, names, meaning = kinds(labels, None if by_label else model.labels_)
     images = f"{len(paths):,} of {parquet.count_rows(features):,} images in {Path(about['images']).name}"
     encoder = f"{about['encoder_arch']} of {Path(about['checkpoint']).name}"
     note = f"{images}, {encoder}; {meaning}"
-    drawn = Map(f"{TITLES[method]} of {Path(features).name}", note, paths, points, kind, names)
+    title = f"{TITLES[method]} of {Path(features).name}"
+    drawn = Map(title, note, paths, points, kind, names, examples(embeddings, kind))
     try:
         source = open_source(folder or about["images"])
     except ValueError as error:
         print(f"the page has no pictures: {error}. Pass the directory of the images with --folder.")
         source = None
     for file in out:
-        with atomic_file(as_path(file)) as unfinished:
-            WRITERS[file.suffix](drawn, source, unfinished)
+        if file.suffix == CLUSTERED:
+            parquet.write_clusters(features, file, lambda x: model.predict(unit_rows(x)) + 1)
+        else:
+            with atomic_file(as_path(file)) as unfinished:
+                WRITERS[file.suffix](drawn, source, unfinished)
         print(file)
     return drawn
 
@@ -170,15 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out",
         action=ListOption,
-        type=items(as_path, r"(?<=\.png),|(?<=\.html),"),  # names of files may have commas
+        type=items(as_path, r"(?<=\.png),|(?<=\.html),|(?<=\.parquet),"),  # names of files may have commas
         default=[Path("map.png"), Path("map.html")],
         metavar="FILE",
-        help="pictures (.png) and pages (.html) to write (default: map.png map.html)",
+        help="pictures (.png), pages (.html), and copies with clusters (.parquet); default: map.png map.html",
     )
     parser.add_argument("--method", choices=METHODS, default="tsne", help="method of projection (default: tsne)")
     parser.add_argument(
         "--sample", type=int, default=5000, metavar="N", dest="n", help="rows to draw, at random (default: 5000)"
     )
+    parser.add_argument("--clusters", type=int, metavar="K", help="color by K k-means clusters, not by label")
     parser.add_argument("--seed", type=int, default=0, help="seed of sample and projection (default: 0)")
     parser.add_argument("--folder", help=FOLDER)
     make_map(**vars(parser.parse_args(arguments)))

@@ -1,6 +1,8 @@
 """Sources of images by name: a directory of image files or of videos, a stored or a packed data set; and batches of
-images by path. The picture of a video is its middle frame."""
+images by path, with the options of the programs that embed them. The picture of a video is its middle frame."""
 
+import argparse
+import os
 from pathlib import Path
 
 import attrs
@@ -8,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import DATASETS
@@ -27,7 +29,13 @@ from self_supervised.data.image_files import (
     read_reduced,
 )
 from self_supervised.data.loading import data_path, prepare_data
-from self_supervised.data.packed import PackedImages
+from self_supervised.data.packed import PackedImages, already_a_batch
+from self_supervised.runs.command_line import DEVICE, add_fields
+
+MOST_EMBED_WORKERS = 8
+CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
+OVERRIDES = ("encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "image_mean",
+             "image_std", "exif_orientation", *CLIPS)  # fmt: skip
 
 
 class Folder:
@@ -81,7 +89,7 @@ class Folder:
     def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
         """Return the image as an encoder with these settings reads it."""
         file = str(self.root / path)
-        return read_any(file, file, params.channels, params.pixel_range)
+        return read_as(params, file, file)
 
     def path_of(self, file: Path) -> str | None:
         """Return the path of a file in this directory; None for other files."""
@@ -148,13 +156,17 @@ class Stored:
         return picture_in(path, self.source.open(str(self.source.root / path)), channels)
 
     def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
-        return read_any(path, self.source.open(str(self.source.root / path)), params.channels, params.pixel_range)
+        return read_as(params, path, self.source.open(str(self.source.root / path)))
 
     def path_of(self, file: Path) -> str | None:
         return None
 
 
 ImageSource = Folder | Packed | Stored
+
+
+def read_as(params: EncoderAndDataParams, path: str, file: File) -> Image.Image | np.ndarray:
+    return read_any(path, file, params.channels, params.pixel_range, params.exif_orientation)
 
 
 def picture_of(file: str, channels: int = 3) -> Image.Image:
@@ -176,6 +188,11 @@ def picture_in(path: str, file: File, channels: int) -> Image.Image:
     low, high = np.nanmin(pixels), np.nanmax(pixels)
     gray_levels = np.nan_to_num((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
     return in_mode(Image.fromarray(gray_levels.squeeze(2) if gray_levels.shape[2] == 1 else gray_levels), channels)
+
+
+def kind_of(params: EncoderAndDataParams) -> str:
+    """Return what an encoder with these settings takes: "image" or "video"."""
+    return "video" if params.dataset.of_videos else "image"
 
 
 def open_source(name: str | Path, kind: str = "image") -> ImageSource:
@@ -233,3 +250,43 @@ class Batches(Dataset):
             except Exception as error:  # Pillow raises many kinds of errors on corrupt files
                 unreadable[path] = f"{type(error).__name__}: {error}"
         return list(found), torch.stack(list(found.values())) if found else None, unreadable
+
+
+def batches_of(
+    source: ImageSource, params: EncoderAndDataParams, paths: list[str], batch_size: int, num_workers: int | None
+) -> DataLoader:
+    """Return a loader of what `Batches` returns for the paths. A batch of videos holds at most `batch_size` clips.
+
+    Args:
+        num_workers: processes that decode images; None: one per core, at most MOST_EMBED_WORKERS.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    workers = min(os.cpu_count() or 1, MOST_EMBED_WORKERS) if num_workers is None else num_workers
+    batch_size = max(1, batch_size // params.clips_of_a_video)
+    return DataLoader(
+        Batches(source, params),
+        batch_size=batch_size,
+        sampler=paths,
+        num_workers=min(workers, len(paths) // batch_size),  # at least one full batch per worker
+        collate_fn=already_a_batch,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def add_embedding_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of programs that embed images: of the loader, and settings of the encoder."""
+    parser.add_argument(
+        "--batch_size", type=int, default=128, metavar="N", help="images, or clips, per batch (default: 128)"
+    )
+    parser.add_argument(
+        "--num_data_workers",
+        "--num_workers",
+        type=int,
+        metavar="N",
+        dest="num_workers",
+        help=f"processes that decode files; default: one per core, at most {MOST_EMBED_WORKERS}",
+    )
+    parser.add_argument("--device", default="auto", help=DEVICE)
+    fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see model_params.py)")
+    add_fields(fields, OVERRIDES)

@@ -40,7 +40,7 @@ UNUSED = (
     "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # `settings_for_features`
     "data_path", "splits_path", "video_path_prefix",  # places: the files found there are hashed
     "batch_size", "global_batch_size", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device",
-    "torch_compile", "seed", "drop_last_batch", "lr_scaling", "lr_batch_size", *TRAINING_ONLY,
+    "torch_compile", "exif_orientation", "seed", "drop_last_batch", "lr_scaling", "lr_batch_size", *TRAINING_ONLY,
 )  # fmt: skip
 
 
@@ -296,6 +296,11 @@ def settings_for_features(params: EncoderAndDataParams) -> dict[str, Any]:
     names = dict.fromkeys([*VIDEO, *CUSTOM_DATA, *(field.name for field in attrs.fields(type(params)))])
     names = [name for name in names if name not in UNUSED]  # this order is hashed, too
     resolved = {"size": params.crop_size, "channels": params.channels, "mean": params.mean, "std": params.std}
+    reads_image_files = not params.dataset.is_packed and not (
+        params.dataset.of_videos and params.video_decoder == "file"
+    )
+    if params.exif_orientation and reads_image_files:  # earlier keys are of images that were not turned upright
+        resolved["exif_orientation"] = True
     return {name: getattr(params, name) for name in names} | resolved
 
 

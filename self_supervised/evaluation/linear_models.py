@@ -88,7 +88,7 @@ def fit_linear(
 
 
 @torch.no_grad()
-def logistic_regression(x: Tensor, y: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+def logistic_regression(x: Tensor, y: Tensor, decay: float, precision: float = 1e-3) -> tuple[Tensor, Tensor]:
     """Return weights [E, C] and bias [C] that minimize the summed cross entropy of x [N, E] + decay / 2 |weights|^2."""
     n_classes = int(y.max()) + 1
     rows = torch.arange(len(x), device=x.device)
@@ -99,7 +99,7 @@ def logistic_regression(x: Tensor, y: Tensor, decay: float) -> tuple[Tensor, Ten
         error[rows, y] -= 1
         return -log_p[rows, y].sum(), error
 
-    return fit_linear(x, cross_entropy, n_classes, decay, flatness=n_classes)
+    return fit_linear(x, cross_entropy, n_classes, decay, flatness=n_classes, precision=precision)
 
 
 # ---- support vector machines: one per class against the rest ----

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from self_supervised.fields import as_path
 from self_supervised.folder_lock import locked
 from self_supervised.safe_files import atomic_write, to_json, without_nan
 
@@ -96,6 +97,15 @@ class Results:
         return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def folder_of(checkpoint: str | Path) -> Path:
+    """Return the default directory of the results. `checkpoint` is anything that `load_encoder` accepts."""
+    path = as_path(checkpoint)
+    if (path / "pretrained.ckpt").is_file() or (path / "config.yaml").is_file():
+        return path / "pretrained.evaluation"
+    name = str(checkpoint).replace("/", "_").replace(":", "_")
+    return path.with_name(f"{path.stem}.evaluation") if path.is_file() else Path("runs") / f"{name}.evaluation"
+
+
 def is_same(old: RunRecord, run: RunRecord) -> bool:
     """Return whether a run replaces an old one. A key that the old run lacks (earlier versions) counts as equal."""
     return all(old.get(key, run.get(key)) == run.get(key) for key in RUN_KEYS)
@@ -150,21 +160,30 @@ def results_markdown(runs: list[RunRecord]) -> str:
     The value after ± is the standard deviation over seeds, or with one seed that over draws.
     """
     encoders = [name for name in ENCODERS if any(run["encoder"] == name for run in runs)]
-    rows = [["protocol", "metric", *encoders], ["---", "---", *("---:" for _ in encoders)]]
+    rows = []
     for protocol, by_encoder in next(iter(summary(runs).values()), {}).items():
         metrics = dict.fromkeys(metric for scores in by_encoder.values() for metric in scores)
         for metric in (name for name in metrics if not name.endswith(DRAWN)):
             cells = [score_cell(by_encoder.get(name, {}), metric) for name in encoders]
             rows.append([protocol, metric, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(["protocol", "metric", *encoders], rows, texts=2)
+
+
+def markdown_table(header: list[str], rows: list[list[str]], texts: int = 1) -> str:
+    """Return a table whose first `texts` columns are text, and all others numbers."""
+    lines = ["---" if i < texts else "---:" for i in range(len(header))]
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in [header, lines, *rows])
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
 
 def score_cell(scores: dict[str, dict], metric: str) -> str:
     if metric not in scores:
         return ""
-    mean = scores[metric]["mean"]
     over_draws = scores.get(f"{metric}{DRAWN}", {}).get("mean")
-    std = scores[metric].get("std", over_draws)
+    return mean_text(scores[metric]["mean"], scores[metric].get("std", over_draws))
+
+
+def mean_text(mean: float, std: float | None) -> str:
     if math.isnan(mean):
         return "not finite"
     return rounded(mean) if std is None else f"{rounded(mean)} ± {rounded(std)}"

@@ -24,8 +24,9 @@ from torch import nn
 
 from model_params import EncoderAndDataParams
 from self_supervised.data.image_files import preprocessing
+from self_supervised.evaluation.classifier import classifier_of
 from self_supervised.exports import count
-from self_supervised.exports.formats import FORMATS, Normalized
+from self_supervised.exports.formats import FORMATS, RUN_CLASSIFIER, Classifying, Normalized
 from self_supervised.exports.verify import sample_images, verified
 from self_supervised.networks.layouts import checkpoint_of
 from self_supervised.networks.pretrained import Encoder, load_encoder
@@ -43,6 +44,7 @@ FACTS = (
     "transform_crop_size",
     "image_mean",
     "image_std",
+    "exif_orientation",
 )  # fields of EncoderAndDataParams that are needed to prepare the encoder's input
 
 
@@ -57,6 +59,8 @@ def export(
     **overrides: Any,
 ) -> Path:
     """Export the encoder of a checkpoint, verify the file in a new process, and return its path.
+
+    If the checkpoint also has a classifier, an ONNX file holds both.
 
     Args:
         checkpoint, encoder, overrides: arguments of `load_encoder`.
@@ -138,7 +142,8 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
     """Write and verify the file in a hidden directory next to `target`, then move it there."""
     row = FORMATS[format]
     converted = row.convert(encoder)
-    images, expected = sample_images(encoder)
+    images, embeddings = sample_images(encoder)
+    expected = {"embeddings": embeddings}
     mean = encoder.params.mean
     std = encoder.params.std
     record = preprocessing(encoder.params)
@@ -148,9 +153,16 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
         mean = (0.0,) * len(mean)  # the program's users need not normalize
         std = (1.0,) * len(std)
         del record["mean"], record["std"]
-    code = "\n\n".join(filter(None, [converted.code, row.read, converted.use])) + "\n"
-    facts = export_facts(encoder.params, converted.arch, expected.shape[1], mean, std)
-    notes = {"self_supervised": facts, "preprocessing": record, "load": code}
+    read = row.read
+    notes = {}
+    if format == "onnx" and (classifier := classifier_of(encoder)) is not None:
+        converted = attrs.evolve(converted, content=Classifying(converted.content, classifier.head).eval())
+        expected["probabilities"] = classifier.head(embeddings).softmax(1)
+        read = RUN_CLASSIFIER
+        notes["class_names"] = classifier.class_names
+    code = "\n\n".join(filter(None, [converted.code, read, converted.use])) + "\n"
+    facts = export_facts(encoder.params, converted.arch, embeddings.shape[1], mean, std)
+    notes |= {"self_supervised": facts, "preprocessing": record, "load": code}
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         disk_errors_named(target),

@@ -2,7 +2,8 @@
 
 Every file contains three notes. "self_supervised" has settings of the encoder, and "preprocessing" how an image becomes
 its input (JSON; dicts in pickled files). "load" is Python code that reads the file at `path` and turns `images`
-[N, C, H, W] into `embeddings` [N, E].
+[N, C, H, W] into `embeddings` [N, E]. The ONNX file of a classifier also has the note "class_names" (JSON), and the
+code computes `probabilities` [N, classes], too.
 """
 
 import io
@@ -60,6 +61,9 @@ import onnxruntime
 session = onnxruntime.InferenceSession(path)
 (embeddings,) = session.run(["embeddings"], {"images": np.asarray(images)})
 """.strip()
+RUN_CLASSIFIER = RUN_ONNX.replace("(embeddings,)", "embeddings, probabilities").replace(
+    '["embeddings"]', '["embeddings", "probabilities"]'
+)
 
 
 # ---- content of programs ----
@@ -76,6 +80,19 @@ class Normalized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model((images - self.mean) / self.std)
+
+
+class Classifying(nn.Module):
+    """Encoder with a classifier on its embeddings."""
+
+    def __init__(self, model: nn.Module, head: nn.Module):
+        super().__init__()
+        self.model = model
+        self.head = head
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        embeddings = self.model(images)
+        return embeddings, self.head(embeddings).softmax(1)
 
 
 def program(encoder: Encoder) -> Converted:
@@ -140,7 +157,7 @@ def write_onnx(model: nn.Module, path: Path, notes: dict[str, Any], images: Tens
         opset_version=ONNX_OPSET,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         input_names=["images"],
-        output_names=["embeddings"],
+        output_names=["embeddings", "probabilities"][: 1 + isinstance(model, Classifying)],
         verbose=False,
     )
     exported.model.metadata_props.update(as_json(notes))

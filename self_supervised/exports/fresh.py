@@ -1,6 +1,6 @@
 """Script that runs the loading code of an exported file on images, in a process without this project's modules.
 
-python -P exports/fresh.py CODE FILE IMAGES.npy EMBEDDINGS.npy
+python -P exports/fresh.py CODE FILE IMAGES.npy OUTPUTS.npz embeddings
 """
 
 import sys
@@ -9,15 +9,19 @@ from pathlib import Path
 import numpy as np
 
 
-def main(code: str, file: str, images: str, embeddings: str) -> None:
-    """Embed the first image alone, then the others: an exported program must accept batches of any size."""
+def main(code: str, file: str, images: str, outputs: str, *names: str) -> None:
+    """Embed the first image alone, then the others: an exported program must accept batches of any size.
+
+    Args:
+        names: variables of the code to write.
+    """
     inputs = np.load(images)
-    outputs = []
+    parts = []
     for batch in (inputs[:1], inputs[1:]):
-        names = {"path": file, "images": batch}
-        exec(Path(code).read_text(), names)
-        outputs.append(np.asarray(names["embeddings"]))
-    np.save(embeddings, np.concatenate(outputs))
+        found = {"path": file, "images": batch}
+        exec(Path(code).read_text(), found)
+        parts.append(found)
+    np.savez(outputs, **{name: np.concatenate([np.asarray(found[name]) for found in parts]) for name in names})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from torch import Tensor
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import finite
 
-TOLERANCE = 1e-5  # largest difference of the embeddings, relative to their largest absolute value
+# largest difference of each output, relative to its largest absolute value
+TOLERANCES = {"embeddings": 1e-5, "probabilities": 1e-3}  # a classifier multiplies differences by its weights
 
 
 @torch.no_grad()
@@ -27,32 +28,39 @@ def sample_images(encoder: Encoder) -> tuple[Tensor, Tensor]:
     return images, finite(encoder(images), "embeddings of the images to compare")
 
 
-def verified(file: Path, code: str, images: Tensor, expected: Tensor) -> float:
+def verified(file: Path, code: str, images: Tensor, expected: dict[str, Tensor]) -> float:
     """Return the largest relative difference of the embeddings that `code` computes with the file in a new process.
 
+    Args:
+        expected: "embeddings", and "probabilities" if the file has a classifier.
+
     Raises:
-        RuntimeError: the code fails, or its embeddings differ by more than TOLERANCE.
+        RuntimeError: the code fails, or its outputs differ by more than TOLERANCES.
     """
     folder = file.parent
     (folder / "load.py").write_text(code)
     np.save(folder / "images.npy", images.numpy())
     program = Path(__file__).with_name("fresh.py")
-    command = [sys.executable, "-P", program, "load.py", file.name, "images.npy", "embeddings.npy"]
+    command = [sys.executable, "-P", program, "load.py", file.name, "images.npy", "outputs.npz", *expected]
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1]
         raise RuntimeError(f"the exported file cannot be loaded in a new process and was removed: {reason}")
-    embeddings = np.load(folder / "embeddings.npy")
-    if embeddings.shape != expected.shape:
+    with np.load(folder / "outputs.npz") as outputs:
+        return [checked_difference(name, outputs[name], of_ours) for name, of_ours in expected.items()][0]
+
+
+def checked_difference(name: str, found: np.ndarray, expected: Tensor) -> float:
+    """Return the largest difference of an output, relative to the largest absolute value of ours."""
+    if found.shape != expected.shape:
         raise RuntimeError(
-            f"the exported file gives embeddings of shape {embeddings.shape} instead of {tuple(expected.shape)} and "
-            "was removed"
+            f"the exported file gives {name} of shape {found.shape} instead of {tuple(expected.shape)} and was removed"
         )
     scale = float(expected.abs().max()) or 1.0
-    difference = float(np.abs(embeddings - expected.numpy()).max()) / scale
-    if not difference <= TOLERANCE:
+    difference = float(np.abs(found - expected.numpy()).max()) / scale
+    if not difference <= TOLERANCES[name]:
         raise RuntimeError(
-            f"the exported file gives different embeddings (by {difference:.1e} of the largest value) and was removed"
+            f"the exported file gives different {name} (by {difference:.1e} of the largest value) and was removed"
         )
     return difference

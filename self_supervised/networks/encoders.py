@@ -13,7 +13,7 @@ from torch import nn
 
 import ws_resnet
 from model_params import ModelParams
-from self_supervised.catalogue import OWN_MODULE, video_models
+from self_supervised.catalogue import OWN_MODULE, SMALL_CNN, video_models
 from self_supervised.networks import layers, layouts
 from self_supervised.safe_files import data_only
 
@@ -56,6 +56,9 @@ def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]
     published = None if file else p.encoder_weights
     if p.encoder_arch.startswith("timm:"):
         encoder = build_timm(p.encoder_arch.removeprefix("timm:"), published is not None, image)
+    elif p.encoder_arch == SMALL_CNN:
+        refuse_published(p.encoder_arch, published)
+        encoder = small_cnn(p.channels)
     else:
         model = build(p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual)
         encoder, _ = without_classifier(model, p.encoder_arch)
@@ -118,10 +121,7 @@ def build(
     """
     kwargs = {"zero_init_residual": True} if zero_init_residual else {}
     if name in ws_resnet.WS_RESNETS:
-        if weights is not None:
-            raise ValueError(
-                f"encoder_weights={weights!r} is not a file, and there are no published weights of {name}. Leave it out"
-            )
+        refuse_published(name, weights)
         return ws_resnet.WS_RESNETS[name](**kwargs)
     if name.startswith("vit_") and weights is None:
         kwargs["image_size"] = image_size  # sets the number of position embeddings
@@ -140,6 +140,25 @@ def build(
     if name == "s3d" and (image_size < 224 or num_frames < 14):  # too small for its window of 2 x 7 x 7
         model.avgpool = nn.AdaptiveAvgPool3d(1)
     return model
+
+
+def refuse_published(name: str, weights: str | None) -> None:
+    """Raise ValueError if weights are named for an encoder that has no published ones."""
+    if weights is not None:
+        raise ValueError(
+            f"encoder_weights={weights!r} is not a file, and there are no published weights of {name}. Leave it out"
+        )
+
+
+def small_cnn(channels: int = 1) -> nn.Sequential:
+    """Return a convolutional network [N, channels, H, W] -> [N, 256] for small images, such as scans of digits."""
+
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    widths = [(channels, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1)]
+    return nn.Sequential(*(layer for row in widths for layer in block(*row)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def build_timm(name: str, pretrained: bool, image: torch.Tensor) -> nn.Module:

@@ -1,33 +1,35 @@
-"""Compare runs: the settings that differ, and all results.
+"""Compare runs: what `self-supervised evaluate` found, all results of the runs, and the settings that differ.
 
     self-supervised compare runs/byol_cifar10 runs/simclr_cifar10
+    self-supervised compare runs/byol_cifar10 runs/simclr_cifar10 --markdown --csv comparison.csv
 
-Runs that differ only in the seed share a column: mean ± standard deviation.
+Runs that differ only in the seed share a row or column: mean ± sample standard deviation. The best value is marked.
 """
 
-import json
 import math
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 from attrs import frozen
 from rich.console import Console
 from rich.table import Table
 
-from self_supervised.evaluation.results import deviation
+from self_supervised.evaluation.results import deviation, markdown_table
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
-from self_supervised.runs import run_folder
-from self_supervised.runs.command_line import parser_of
+from self_supervised.report import evaluations
+from self_supervised.runs.command_line import RunOptions, parser_of
 from self_supervised.runs.values import text
 from self_supervised.safe_files import rows_of
+from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite, lowest_is_best, uses_test_labels
 
 BEST = "best "  # prefix of results that are the best of an evaluated column of metrics.csv
+RANKED = re.compile(r"(trained encoder: |linear classifier: |best )valid_.*(acc|rank_me).*")  # the highest is best
 LAST = "step_train_loss"  # column of metrics.csv whose last value is a result
 
 
@@ -50,8 +52,7 @@ class Run:
     @property
     def without_seed(self) -> str:
         """Key of the group of runs that differ only in the seed, and in how trackers list them."""
-        computed = {k: v for k, v in self.settings.items() if k != "seed" and not k.startswith("tracker_")}
-        return json.dumps(computed, sort_keys=True)
+        return evaluations.without_seed(self.settings)
 
 
 def read_run(folder: str | Path) -> Run:
@@ -63,7 +64,7 @@ def read_run(folder: str | Path) -> Run:
     folder = as_path(folder)
     settings = run_folder.settings_of_run(folder)
     if not settings:
-        raise ValueError(f"{folder} is not a run: it has no config.yaml. Pass the directory of a run.")
+        raise ValueError(f"{folder} is not a run: it has no config.yaml. {run_folder.which(folder)}")
     last = next(reversed(run_folder.starts_of(folder)), {})
     where = {name: last.get(name) for name in ("machine", "gpus")}
     versions = {f"{name} version": number for name, number in last.get("versions", {}).items() if name != "commit"}
@@ -74,7 +75,7 @@ def read_run(folder: str | Path) -> Run:
 
 def results_of_run(folder: Path) -> dict[str, float]:
     """Return the numbers of results.json and, from metrics.csv, the last training loss and the best value of each
-    column that is evaluated per epoch. The first row, that of the random encoder, is not an epoch."""
+    column that is evaluated per epoch. The random encoder's row is not an epoch."""
     written = run_folder.results_of(folder)
     found = {}
     for name, value in written.items():
@@ -82,49 +83,49 @@ def results_of_run(folder: Path) -> dict[str, float]:
             found |= {f"{name}: {metric}": math.nan if number is None else number for metric, number in value.items()}
         elif isinstance(value, int | float) and (name != "epochs" or "trained encoder" in written):
             found[name] = value  # earlier versions wrote the planned "epochs" at the start of a run
-    _, rows = rows_of(folder / "pretraining" / "metrics.csv")
+    _, rows = rows_of(run_folder.file_of(folder, "pretraining/metrics.csv"))
+    from_zero = run_folder.first_epoch(folder) == 0
     for name in rows[0] if rows else []:
-        numbers = [float(row[name]) for row in rows if row[name]]
+        numbers = [float(row[name]) for row in rows if row[name] and (from_zero or row.get("epoch") != "0")]
+        if from_zero and f"random encoder: {name}" in found:
+            del numbers[0]
         if name == LAST and numbers:
             found[f"last {name}"] = numbers[-1]
-        elif name.startswith("valid_") and (epochs := numbers[f"random encoder: {name}" in found :]):
+        elif name.startswith("valid_") and numbers:
             best = min if lowest_is_best(name) else max
-            found[BEST + name] = best(filter(is_finite, epochs), default=math.nan)
+            found[BEST + name] = best(filter(is_finite, numbers), default=math.nan)
     return found
 
 
-def refuse_repeated(folders: Sequence[str | Path]) -> None:
-    for folder, times in Counter(as_path(folder).resolve() for folder in folders).items():
-        if times > 1:
-            raise ValueError(f"{folder} was passed {times} times. Pass it once.")
-
-
 def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[MetricRow]]:
-    """Return (the runs, in groups that differ only in the seed; rows with the settings and circumstances in which
-    groups differ, and with all results)."""
-    refuse_repeated(folders)
+    """Return (the runs, in groups that differ only in the seed; rows with all results, and with the settings and
+    circumstances in which groups differ)."""
+    evaluations.refuse_repeated(folders)
     groups: dict[str, list[Run]] = {}
     for run in map(read_run, folders):
         groups.setdefault(run.without_seed, []).append(run)
     columns = list(groups.values())
-    rows = differing("setting", [[run.settings for run in column] for column in columns])
-    rows += differing("circumstance", [[run.circumstances for run in column] for column in columns])
+    rows = []
     for name in dict.fromkeys(name for column in columns for run in column for name in run.results):
         values = ([run.results[name] for run in column if name in run.results] for column in columns)
         rows.append(MetricRow("result", name, tuple(numbers or None for numbers in values)))
+    rows += differing("setting", [[run.settings for run in column] for column in columns])
+    rows += differing("circumstance", [[run.circumstances for run in column] for column in columns])
     return columns, rows
 
 
 def differing(kind: str, columns: list[list[dict[str, Any]]]) -> list[MetricRow]:
     """Return a row for each name whose value differs between groups. A group's value is that of its runs, joined if
-    they differ, and "-" if it is missing (runs of earlier versions)."""
+    they differ, and "-" if it is missing (runs of earlier versions, and runs made in Python, which have only some of
+    RunOptions; the default of an option does not differ from "-")."""
+    defaults = {name: text(value) for name, value in attrs.asdict(RunOptions()).items()}
     rows = []
     for name in dict.fromkeys(name for column in columns for values in column for name in values):
         shown = [
             ", ".join(dict.fromkeys(text(values[name]) if name in values else "-" for values in column))
             for column in columns
         ]
-        if len(set(shown)) > 1:
+        if len({defaults.get(name, one) if one == "-" else one for one in shown}) > 1:
             rows.append(MetricRow(kind, name, tuple(shown)))
     return rows
 
@@ -150,21 +151,91 @@ def caution(runs: Iterable[Run]) -> str:
     return f"The best epochs are chosen by test labels ({names}): do not report them as results." if chosen else ""
 
 
+def missing_scores(runs: Iterable[Run]) -> str:
+    """Return a sentence on each score that runs lack, "" if they lack none."""
+    lacking: dict[str, list[str]] = {}
+    for run in (one for one in runs if one.settings.get("evaluations")):
+        after = "it was not evaluated after the last step (evaluate_every_n_epochs)"
+        reasons = {
+            "random encoder": "it was not evaluated before the training (in Python: trainer.validate(model))",
+            "trained encoder": after if "epochs" in run.results else "the training has not ended",
+        }
+        for scored, reason in reasons.items():
+            if not any(name.startswith(f"{scored}: ") for name in run.results):
+                lacking.setdefault(f"no scores of the {scored}: {reason}", []).append(run.folder.name)
+    return " ".join(f"{', '.join(names)}: {sentence}." for sentence, names in lacking.items())
+
+
+def best_columns(row: MetricRow) -> list[int]:
+    """Return the columns with the best mean of a result, if it is one in which methods can be ranked."""
+    if row.kind != "result" or not RANKED.fullmatch(row.name):
+        return []
+    return evaluations.indices_of_best([statistics.fmean(numbers) if numbers else None for numbers in row.values])
+
+
+def texts_of(row: MetricRow, mark: str) -> list[str]:
+    """Return the name and values of a row. `mark` is a format of the best values."""
+    texts = [score_text(value) if row.kind == "result" else value for value in row.values]
+    best = best_columns(row)
+    return [row.name, *(mark.format(text) if i in best else text for i, text in enumerate(texts))]
+
+
+def labels_of_columns(columns: list[list[Run]]) -> list[str]:
+    names = iter(evaluations.names_of_runs([run.folder for column in columns for run in column]))
+    return evaluations.group_labels([[next(names) for _ in column] for column in columns])
+
+
 def comparison_table(columns: list[list[Run]], rows: list[MetricRow]) -> Table:
-    joined = "mean ± sample standard deviation (runs). " if any(len(column) > 1 for column in columns) else ""
-    table = Table(caption=joined + caution(run for column in columns for run in column) or None)
+    joined = "mean ± sample standard deviation (runs)." if any(len(column) > 1 for column in columns) else ""
+    runs = [run for column in columns for run in column]
+    table = Table(caption=" ".join(filter(None, (joined, missing_scores(runs), caution(runs)))) or None)
     table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(" ".join(run.folder.name for run in column), overflow="fold")
+    for label in labels_of_columns(columns):
+        table.add_column(label, overflow="fold")
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and before.kind != row.kind:
             table.add_section()
-        table.add_row(row.name, *(score_text(value) if row.kind == "result" else value for value in row.values))
+        table.add_row(*texts_of(row, f"{evaluations.BEST_MARK}{{}}"))
     return table
+
+
+def comparison_markdown(columns: list[list[Run]], rows: list[MetricRow]) -> str:
+    header = ["", *labels_of_columns(columns)]
+    shown = [texts_of(row, "**{}**") for row in rows]
+    parts = ["## Results and settings", markdown_table(header, shown), caution(run for one in columns for run in one)]
+    return "\n\n".join(filter(None, parts))
+
+
+def comparison_csv(columns: list[list[Run]], rows: list[MetricRow]) -> list[dict[str, Any]]:
+    found = []
+    labels = labels_of_columns(columns)
+    for row in rows:
+        best = best_columns(row)
+        for i, (label, value) in enumerate(zip(labels, row.values, strict=True)):
+            about = {"kind": row.kind, "run": label, "metric": row.name}
+            if row.kind != "result":
+                found.append(about | {"value": value})
+            elif value:
+                std = deviation(value) if len(value) > 1 else None
+                found.append(about | {"value": statistics.fmean(value), "std": std, "n": len(value), "best": i in best})
+    return found
 
 
 @one_line_errors()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
-    Console(highlight=False, markup=False).print(comparison_table(*compare(parser.parse_args(arguments).runs)))
+    evaluations.add_output_options(parser)
+    args = parser.parse_args(arguments)
+    columns, rows = compare(args.runs)
+    tables = evaluations.evaluation_tables(evaluations.evaluated_rows(args.runs))
+    if args.csv:
+        evaluations.write_csv(args.csv, [*evaluations.csv_rows(tables), *comparison_csv(columns, rows)])
+    if args.markdown:
+        print("\n\n".join([*filter(None, [evaluations.markdown_text(tables)]), comparison_markdown(columns, rows)]))
+        return
+    evaluations.print_tables(tables)
+    console = Console(highlight=False, markup=False)
+    console.print(comparison_table(columns, rows))
+    if not tables:
+        console.print(*evaluations.notes_on(args.runs, tables), soft_wrap=True)

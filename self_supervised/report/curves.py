@@ -20,6 +20,7 @@ from self_supervised.program import one_line_errors
 from self_supervised.report import figures
 from self_supervised.runs.command_line import label, parser_of
 from self_supervised.safe_files import atomic_file, check_file
+from self_supervised.training import run_folder
 from self_supervised.training.monitor import COLLAPSED_STD
 
 matplotlib.use("Agg")
@@ -46,10 +47,9 @@ def read_curves(folder: str | Path) -> Curves:
         ValueError: the directory has no metrics.csv.
     """
     folder = as_path(folder)
-    paths = [folder / "pretraining" / "metrics.csv", folder / "metrics.csv"]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise ValueError(f"{folder} is not a run: neither {paths[0]} nor {paths[1]} exists")
+    path = run_folder.file_of(folder, figures.PRETRAINING)
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run: {path} does not exist. {run_folder.which(folder)}")
     return figures.read_metrics(path)
 
 

@@ -11,19 +11,20 @@ from attrs import frozen
 from PIL import Image
 from torch import Tensor, nn
 
-from model_params import EncoderAndDataParams, ModelParams
-from self_supervised.data import custom, loading
+from model_params import LATER_ADDED, EncoderAndDataParams, ModelParams
+from self_supervised.data import loading
+from self_supervised.data.class_labels import class_names
 from self_supervised.data.files import readable_rows
 from self_supervised.data.packed import packed_is_there
 from self_supervised.distributed import usable
 from self_supervised.embeddings import map_page as map_pages
 from self_supervised.embeddings.nearest import best_of
-from self_supervised.embeddings.projection import TITLES, kinds, project
+from self_supervised.embeddings.projection import TITLES, clustering, examples, kinds, project
 from self_supervised.evaluation import features
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.runs import preview
 from self_supervised.runs.command_line import bar
-from self_supervised.training import checkpoints
+from self_supervised.training import checkpoints, run_folder
 from self_supervised.views import augmentations
 
 QUERIES = 8
@@ -77,16 +78,16 @@ def content_or_reason(make: Callable[[], Any]) -> Any:
 
 
 def views(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns of the preview: captions, and images as data URIs, all reduced by the same factor; `side` is
-    the longest side."""
+    """Return the original and each view, with captions and images as data URIs, all reduced by the same factor, and how
+    many images fit side by side: fewer strips of frames than single images."""
     known = {attribute.name for attribute in attrs.fields(ModelParams)}
-    params = ModelParams(**{name: value for name, value in settings.items() if name in known})
+    params = ModelParams(**LATER_ADDED | {name: value for name, value in settings.items() if name in known})
     check_data(params, params.dataset.pretraining_splits)
     columns = preview.first_columns(params, rows=ROWS_OF_VIEWS)
-    side = max(images.shape[2] for _, images in columns)
-    factor = min(1.0, LARGEST_PICTURE / side)
+    factor = min(1.0, LARGEST_PICTURE / max(images.shape[2] for _, images in columns))
+    widest = max(images.shape[3] / images.shape[2] for _, images in columns)
     shown = [{"caption": lines, "pictures": [uri(image, factor) for image in images]} for lines, images in columns]
-    return {"side": round(side * factor), "columns": shown}
+    return {"abreast": max(1, int(ROWS_OF_VIEWS / widest)), "columns": shown}
 
 
 def check_data(params: ModelParams, splits: tuple[str, ...]) -> None:
@@ -113,12 +114,15 @@ def uri(image: Tensor, factor: float = 1.0) -> str:
 
 
 def checkpoint(folder: Path) -> Path:
-    """Return the path of pretrained.ckpt, or of the newest checkpoint of an unfinished run."""
+    """Return the path of pretrained.ckpt, else of the newest checkpoint of an unfinished run, else of the newest that
+    Lightning has saved."""
     end = folder / "pretrained.ckpt"
-    newest = end if end.is_file() else checkpoints.newest(folder / "pretraining" / "checkpoints")
+    saved = run_folder.file_of(folder, "pretraining/checkpoints")
+    newest = end if end.is_file() else checkpoints.newest(saved)
+    newest = newest or max(saved.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise FileNotFoundError(f"{folder.name} has no checkpoint")
-    return Path(newest)
+    return newest
 
 
 def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
@@ -161,23 +165,6 @@ def names(params: EncoderAndDataParams, dataset: Any, y: Tensor) -> list[str | N
     return [known.get(label, str(label)) if label >= 0 else None for label in y.tolist()]
 
 
-def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
-    """Return class number -> name: from the data set or the settings, or from the files' directories if each class has
-    its own."""
-    if known := getattr(dataset, "class_names", None):
-        return dict(enumerate(known))
-    if params.class_to_idx:
-        return {number: name for name, number in custom.numbers_of(params.class_to_idx).items()}
-    stored = params.dataset.class_names.split() or getattr(getattr(dataset, "source", None), "classes", None)
-    if stored:
-        return dict(enumerate(stored))
-    of_class: dict[int, set[str]] = {}
-    for path, label in getattr(dataset, "files", []):
-        of_class.setdefault(int(label), set()).add(Path(path).parent.name)
-    folders = {label: next(iter(found)) for label, found in of_class.items() if len(found) == 1}
-    return folders if len(set(folders.values())) == len(of_class) else {}
-
-
 # ---- neighbors and map ----
 
 
@@ -208,7 +195,9 @@ def neighbors(found: Embedded) -> dict[str, Any]:
 def map_page(found: Embedded, budget: int) -> dict[str, str]:
     """Return the complete page of `self-supervised map`, which the report shows in a frame."""
     points = project(found.x, "tsne", seed=0)
-    kind, kind_names, meaning = kinds(found.labels, found.x, seed=0)
+    has_labels = any(label is not None for label in found.labels)
+    kind, kind_names, meaning = kinds(found.labels, None if has_labels else clustering(found.x, None, 0).labels_)
     title = f"{TITLES['tsne']} of the embeddings"
-    drawn = map_pages.Map(title, f"{found.about}; {meaning}", found.paths, points, kind, kind_names)
+    near_means = examples(found.x, kind)
+    drawn = map_pages.Map(title, f"{found.about}; {meaning}", found.paths, points, kind, kind_names, near_means)
     return {"page": map_pages.as_html(drawn, found, budget)}

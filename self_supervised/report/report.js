@@ -3,7 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs, several = runs.length > 1, hidden = new Set();
 const $ = id => document.getElementById(id);
 const MARKED = 40;  // lines of at most this many points show each point
-const SIDE_OF_VIEWS = 112;  // approximate size of a view in CSS pixels
+const MARKS = {better: "▲", worse: "▼"};
 const DASHES = ["", "6 4", "2 3", "9 3 2 3", "1 5"];
 
 function make(parent, tag, attributes = {}, text = null) {
@@ -48,12 +48,25 @@ runs.forEach((run, i) => {
   };
 });
 for (const section of document.querySelectorAll("section"))
-  make(document.querySelector("nav"), "a", {href: `#${section.id}`}, section.querySelector("h2").textContent);
+  make($("sections"), "a", {href: `#${section.id}`}, section.querySelector("h2").textContent);
+
+if (several) {
+  const names = make(document.querySelector("nav"), "div", {class: "names"});
+  runs.forEach((run, i) => { const one = make(names, "span"); swatch(one, i); one.append(run.name); });
+}
+
+/** Append a box that scrolls sideways, and a line above it that says so where something is cut. */
+function wide(parent, attributes) {
+  const hint = make(parent, "p", {class: "cut", hidden: ""}, "wider than this window: scroll sideways →");
+  const box = make(parent, "div", {tabindex: 0, ...attributes});
+  new ResizeObserver(() => hint.hidden = box.scrollWidth <= box.clientWidth + 1).observe(box);
+  return box;
+}
 
 // ---- tables ----
 
 function table(parent, head) {
-  const node = make(make(parent, "div", {class: "table", tabindex: 0}), "table");
+  const node = make(wide(parent, {class: "table"}), "table");
   const row = make(make(node, "thead"), "tr");
   head.forEach((text, i) => {
     const cell = make(row, "th", {scope: "col"});
@@ -71,17 +84,29 @@ function resultsTable() {
   // One run: a column for each encoder or epoch that was scored. Multiple runs: a column for each run.
   const body = table($("results"), ["", ...(several ? runs.map(run => run.name) : scored)]);
   body.parentNode.querySelectorAll("thead th:not(:first-child)").forEach(cell => cell.classList.add("number"));
-  const line = (figure, values) => {
-    const row = make(body, "tr");
-    name(make(row, "th", {scope: "row", class: "code"}), figure);
-    values.forEach(value => make(row, "td", {class: "number"}, value));
+  const line = (figure, of, cells) => {
+    const row = make(body, "tr"), head = make(row, "th", {scope: "row"});
+    name(make(head, "span", {class: "code"}), figure);
+    if (of) make(head, "span", {class: "of"}, of);
+    for (const [value, mark, before] of cells) {
+      const cell = make(row, "td", {class: `number ${mark}`});
+      if (before) make(cell, "span", {class: "before"}, `${before} → `);
+      cell.append(value);
+      if (mark) make(cell, "span", {class: "mark", title: `${mark} than at the start`, "aria-label": `, ${mark}`}, MARKS[mark]);
+    }
   };
-  if (several) return scored.forEach(of => {
-    make(make(body, "tr"), "th", {colspan: runs.length + 1, scope: "colgroup"}, of);
-    data.results.filter(row => row.of === of).forEach(row => line(row.name, row.values));
-  });
-  for (const figure of new Set(data.results.map(row => row.name)))
-    line(figure, scored.map(of => data.results.find(row => row.of === of && row.name === figure)?.values[0] ?? ""));
+  // Multiple runs: the start's value is in the cell of the trained encoder, if there is one.
+  const same = (row, isStart) => data.results.find(one => one.name === row.name && one.start === isStart && one.of !== "best epoch");
+  if (several) for (const row of data.results) {
+    if (row.start && same(row, false)) continue;
+    const start = row.of === "trained encoder" ? same(row, true) : null;
+    line(row.name, row.of, row.values.map((value, i) => [value, row.marks[i], start?.values[i]]));
+  }
+  else for (const figure of new Set(data.results.map(row => row.name))) line(figure, "", scored.map(of => {
+    const row = data.results.find(one => one.of === of && one.name === figure);
+    return row ? [row.values[0], row.marks[0]] : ["", ""];
+  }));
+  if (data.results.some(row => row.marks.some(Boolean))) make($("results"), "p", {class: "about"}, "▲ better, ▼ worse than at the start, on the same images.");
 }
 
 function settingsTable() {
@@ -89,8 +114,9 @@ function settingsTable() {
   const presets = [...new Set(runs.map(run => run.preset))].join(", ");
   if (!rows.length) return missing($("settings"), `All settings equal the preset ${presets}.`);
   const which = several ? "Settings in which a run differs from its preset, or runs differ from each other" : `Settings that differ from the preset ${presets}`;
-  make($("settings"), "p", {class: "about"}, `${which}.` + (several && !differ ? " The runs do not differ." : ""));
-  const body = table($("settings"), ["", "preset", ...runs.map(run => several ? run.name : "this run")]);
+  const box = make($("settings"), "details");
+  make(box, "summary", {}, `${which}: ${rows.length}.` + (several && !differ ? " The runs do not differ." : ""));
+  const body = table(box, ["", "preset", ...runs.map(run => several ? run.name : "this run")]);
   for (const {name: setting, comment, preset, values} of rows) {
     const row = make(body, "tr"), head = make(row, "th", {scope: "row"});
     name(make(head, "span", {class: "code"}), setting);
@@ -302,25 +328,23 @@ function ofRuns(id, fill) {
   });
 }
 
-function picture(parent, source, alt, scale = null) {
+function picture(parent, source, alt) {
   const image = make(parent, "img", {alt});
   image.onload = () => {
     if (Math.max(image.naturalWidth, image.naturalHeight) <= 64) image.classList.add("pixels");
-    if (scale) image.width = image.naturalWidth * scale;
   };
   image.src = source;
   return image;
 }
 
-function views(parent, {side, columns}) {
-  const grid = make(make(parent, "div", {class: "scroll", tabindex: 0}), "div", {class: "views"});
-  const scale = Math.max(1, Math.floor(SIDE_OF_VIEWS / side));  // the same whole number for all
-  grid.style.gridTemplateRows = `auto repeat(${columns[0].pictures.length}, auto)`;
+/** A line of pictures for the original images and for each view, as wide as the page. */
+function views(parent, {abreast, columns}) {
+  const grid = make(parent, "div", {class: "views", style: `grid-template-columns: repeat(${abreast}, 1fr)`});
   columns.forEach(({caption: [title, ...lines], pictures}) => {
     const caption = make(grid, "div", {class: "caption"});
     make(caption, "b", {}, title);
-    lines.forEach(line => make(caption, "div", {}, line));
-    pictures.forEach((source, i) => picture(grid, source, `${title}, image ${i + 1}`, scale));
+    caption.append(lines.filter(Boolean).map(line => ` · ${line}`).join(""));
+    pictures.forEach((source, i) => picture(grid, source, `${title}, image ${i + 1}`));
   });
 }
 
@@ -331,8 +355,9 @@ function neighbors(parent, {about, rows}) {
     const figure = make(box, "figure", {class: kind, title: path}), caption = document.createElement("figcaption");
     picture(figure, source, label ?? path);
     figure.append(caption);
-    make(caption, "b", {}, label ?? path);
-    if (cosine !== undefined) caption.append(" ", cosine.toFixed(2));
+    if (label !== null) make(caption, "b", {}, label);
+    make(caption, "span", {}, path.split("/").pop());
+    make(caption, "span", {}, cosine === undefined ? "query" : `cosine ${cosine.toFixed(2)}`);
   };
   for (const {query, found} of rows) {
     const row = make(grid, "div", {class: "row"});

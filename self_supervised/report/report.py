@@ -17,7 +17,7 @@ from torch import nn
 
 from self_supervised.embeddings.map_page import in_script
 from self_supervised.program import one_line_errors
-from self_supervised.report import compare, figures, pictures, tables
+from self_supervised.report import compare, evaluations, figures, pictures, tables
 from self_supervised.runs.command_line import in_one_line, parser_of
 from self_supervised.safe_files import atomic_write, check_file
 
@@ -63,7 +63,7 @@ def write_report(
 def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict[str, Any]:
     """Return the data of the page."""
     runs = [compare.read_run(folder) for folder in folders]
-    names = tables.names_of_runs(folders)
+    names = evaluations.names_of_runs(folders)
     about = [tables.facts_of_run(run, name) for run, name in zip(runs, names, strict=True)]
     images_per_run = images // len(runs)
     budget = pictures.MAP_BUDGET // len(runs)
@@ -78,7 +78,7 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
         "settings": tables.setting_rows(runs),
         "effective": tables.effective_rows(runs),
         "results": tables.result_rows(runs),
-        "caution": compare.caution(runs),
+        "caution": tables.notes_on_results(runs),
         "figures": figures.figures_of_runs(folders, silent),
     }
 

@@ -1,35 +1,28 @@
 """Tables of a report: settings, results, and the commands and versions of runs."""
 
+import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import attrs
 
-from model_params import PRESETS, ModelParams
+from model_params import LATER_ADDED, PRESETS, ModelParams
 from self_supervised.catalogue import OWN_MODULE
-from self_supervised.report import compare, figures
+from self_supervised.report import compare, evaluations, figures
 from self_supervised.report.compare import Run, score_text
-from self_supervised.runs import run_folder
 from self_supervised.runs.command_line import RunOptions, field_comments
 from self_supervised.runs.effective import effective_settings
 from self_supervised.runs.values import text
+from self_supervised.training import run_folder
+from self_supervised.training.milestones import lowest_is_best
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored
+START = evaluations.ENCODER_NAMES["random"]  # what a result is compared with, where it is one of MARKED
+MARKED = ("trained encoder", "best epoch")
+FITTED = ("train_class_acc",)  # accuracies on the images to which a probe was fitted
 
 
 # ---- facts ----
-
-
-def names_of_runs(folders: Sequence[Path]) -> list[str]:
-    """Return the directories' names; if two are the same, with as much of the paths as tells them apart."""
-    compare.refuse_repeated(folders)
-    parts = [folder.resolve().parts for folder in folders]
-    for n in range(1, max(map(len, parts))):
-        names = ["/".join(path[-n:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError(f"{folders[0]} is not the directory of a run")
 
 
 def facts_of_run(run: Run, name: str) -> dict[str, Any]:
@@ -41,6 +34,8 @@ def facts_of_run(run: Run, name: str) -> dict[str, Any]:
     facts = {label: v for label, v in run.circumstances.items() if v and not is_version(label)} | {"versions": versions}
     if labels := run_folder.results_of(run.folder).get("labels"):
         facts = {"labels": labels} | facts
+    if plan := last.get("plan"):
+        facts = {"plan": plan} | facts
     return {
         "name": name,
         "preset": run.settings.get("preset", ""),
@@ -68,8 +63,9 @@ def state(run: Run) -> str:
         return "finished"
     if trained is not None and run.settings.get("max_time"):
         return f"stopped by max_time in epoch {trained} of {planned}"
-    _, epochs = figures.read_metrics(run.folder / figures.PRETRAINING).get("epoch", ([], [0]))
-    return f"not finished: in epoch {epochs[-1] + 1:.0f} of {planned}"
+    first = run_folder.first_epoch(run.folder)
+    _, epochs = figures.read_metrics(run_folder.file_of(run.folder, figures.PRETRAINING)).get("epoch", ([], [first]))
+    return f"not finished: in epoch {max(1, epochs[-1] + 1 - first):.0f} of {planned}"
 
 
 # ---- settings ----
@@ -124,7 +120,7 @@ def effective_of_settings(settings: dict[str, Any]) -> dict[str, str]:
     """Return the effective settings of a run; {} if these are not settings of this version."""
     known = {attribute.name for attribute in attrs.fields(ModelParams)}
     try:
-        return effective_settings(ModelParams(**{k: v for k, v in settings.items() if k in known}))
+        return effective_settings(ModelParams(**LATER_ADDED | {k: v for k, v in settings.items() if k in known}))
     except (ValueError, TypeError):
         return {}
 
@@ -133,14 +129,52 @@ def effective_of_settings(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row for each result, grouped by what was scored: "trained encoder", "best epoch", ..."""
-    rows = []
+    """Return a row for each result, grouped by what was scored: "trained encoder", "best epoch", ... Accuracies on what
+    the probe was fitted to are the last."""
+    rows = evaluation_rows(runs)
     for name in dict.fromkeys(name for run in runs for name in run.results):
         scored, _, metric = name.rpartition(": ")
         if not scored:
             word, _, metric = name.partition(" ")
             scored, metric = (SINGLE[word], metric) if word in SINGLE else ("the whole run", name)
         values = [score_text([run.results[name]]) if name in run.results else "" for run in runs]
-        rows.append({"of": scored, "name": metric, "values": values})
+        about = {"of": scored, "name": metric, "start": scored == START}
+        rows.append({**about, "values": values, "marks": marks(runs, name, scored, metric)})
     order = list(dict.fromkeys(row["of"] for row in rows))
-    return sorted(rows, key=lambda row: (row["of"] == "the whole run", order.index(row["of"])))
+    return sorted(rows, key=lambda row: (row["name"] in FITTED, row["of"] == "the whole run", order.index(row["of"])))
+
+
+def marks(runs: Sequence[Run], name: str, scored: str, metric: str) -> list[str]:
+    """Return "better" or "worse" for each run whose result differs from the start's on the same images, else ""."""
+    found = []
+    for run in runs:
+        now, before = run.results.get(name, math.nan), run.results.get(f"{START}: {metric}", math.nan)
+        compared = scored in MARKED and ("acc" in metric or "loss" in metric) and metric not in FITTED
+        change = (now - before) * (-1 if lowest_is_best(metric) else 1) if compared else 0
+        found.append("better" if change > 0 else "worse" if change < 0 else "")
+    return found
+
+
+def evaluation_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return a row for each value that `self-supervised evaluate` stored: baselines, then the trained encoders."""
+    found: dict[tuple[str, str], dict[int, str]] = {}  # what was scored, metric -> index of the run -> value
+    for i, run in enumerate(runs):
+        for table in evaluations.evaluation_tables(evaluations.evaluated_rows([run.folder])):
+            titles = [evaluations.ENCODER_NAMES["trained"], *(row.label for row in table.rows[1:])]
+            for title, (_, *texts) in reversed(list(zip(titles, table.texts("{}"), strict=True))):
+                for metric, text_of_cell in zip(table.header[1:], texts, strict=True):
+                    found.setdefault((title, f"{metric} on {table.dataset}"), {})[i] = text_of_cell
+    unmarked = {"marks": [""] * len(runs)}
+    return [
+        {"of": title, "name": name, "start": title == START, "values": [values.get(i, "") for i in range(len(runs))]}
+        | unmarked
+        for (title, name), values in found.items()
+    ]
+
+
+def notes_on_results(runs: Sequence[Run]) -> str:
+    folders = [run.folder for run in runs]
+    tables = evaluations.evaluation_tables(evaluations.evaluated_rows(folders))
+    return " ".join(
+        filter(None, [compare.missing_scores(runs), compare.caution(runs), *evaluations.notes_on(folders, tables)])
+    )

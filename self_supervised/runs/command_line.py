@@ -29,6 +29,7 @@ from attrs import asdict, field, fields, frozen
 from rich.progress import MofNCompleteColumn, Progress
 
 from model_params import PRESETS, EncoderAndDataParams, ModelParams
+from self_supervised import recipes
 from self_supervised.fields import (
     changed,
     check_types,
@@ -115,6 +116,9 @@ class RunOptions:
 
     # the run
     out: str | None = path()  # run directory; none: runs/PRESET_DATASET
+    # settings that were tried for a kind of data, to start from: digits, cifar10_gpu, stl10 (docs/recipes.md); other
+    # options override them
+    recipe: str | None = None
     # checkpoint, or directory of a run, to resume from; auto: the newest valid checkpoint in --out, if there is one
     resume: str | None = path()
     logger: list[str] = field(factory=lambda: ["tensorboard"])  # tensorboard, wandb, mlflow; csv is always written
@@ -253,16 +257,20 @@ def known_names() -> tuple[str, ...]:
     return *RUN_OPTION_NAMES, *(attribute.name for attribute in attrs.fields(ModelParams))
 
 
-def parser(preset: str) -> Parser:
-    """Return the parser of all options, with the values of a preset as defaults."""
-    about = f"{wrapped(f'Preset {preset}: {differences(preset)}')}\n{wrapped(VALUES)}"
+def parser(preset: str, recipe: str | None = None) -> Parser:
+    """Return the parser of all options, with the values of a preset, or of its recipe, as defaults."""
+    tried = ", ".join(recipes.tried_with(preset)) or "none"
+    about = f"{wrapped(f'Preset {preset}: {differences(preset)}')}\nRecipes (--recipe NAME): {tried}\n{wrapped(VALUES)}"
+    settings = recipes.recipe(preset, recipe) if recipe else PRESETS[preset]()
     # print_config=None: ours prints the validated settings. allow_abbrev: `parse` does not recognize --conf as --config
     built = Parser(usage=USAGE, description=about, formatter_class=Formatter, print_config=None, allow_abbrev=False)
     built.add_argument(
         "--config", action="config", metavar="FILE", help="YAML file as --print_config writes it; options override it"
     )
     built.add_argument("--preset", default=preset, help=argparse.SUPPRESS)  # accepts the key of a configuration file
-    pairs = [(kind, attribute) for kind in (RunOptions(), PRESETS[preset]()) for attribute in attrs.fields(type(kind))]
+    pairs = [
+        (kind, attribute) for kind in (RunOptions(recipe=recipe), settings) for attribute in attrs.fields(type(kind))
+    ]
     groups: dict[str, Any] = {}
     for defaults, attribute in sorted(pairs, key=lambda pair: place_in_help(pair[1].name)):
         heading, comment = field_comments(type(defaults))[attribute.name]
@@ -310,29 +318,33 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
         print(f"usage: {USAGE}\n\nPRESET --help lists all options. Presets, and what they change in the defaults:\n")
         print("\n".join(wrapped(f"{name:14}{differences(name)}", " " * 14) for name in PRESETS))
         raise SystemExit(0 if arguments else 2)
-    file, others = split_config(arguments)
+    file, recipe, others = split_config(arguments)
     preset = preset_of(given, file)
+    if file and recipe:
+        fail(f"recipe={recipe}: {file} has settings, too. Pass --recipe or --config, or write recipe into the file.")
     config = [f"--config={file}"] if file else []
+    recipe = recipe or (settings_in(file).get("recipe") if file else None)
     others = with_joined_lists(others, list_options(RunOptions, ModelParams))
-    found = parser(preset).parse_args(config + others).as_dict()  # the file first, so that options override it
     try:
+        found = parser(preset, recipe).parse_args(config + others).as_dict()  # the file first: options override it
         options = RunOptions(**{name: found[name] for name in RUN_OPTION_NAMES})
         return preset, options, PRESETS[preset](**{a.name: found[a.name] for a in attrs.fields(ModelParams)})
     except ValueError as error:
         fail(str(error))
 
 
-def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Return the configuration file, if --config names one, and the other arguments."""
+def split_config(arguments: Sequence[str]) -> tuple[str | None, str | None, list[str]]:
+    """Return the configuration file of --config and the recipe of --recipe, or None, and the other arguments."""
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", type=expanded, default=[])
+    files.add_argument("--recipe")
     try:
         found, others = files.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         fail(str(error))
     if len(found.config) > 1:
         fail("--config was given twice. Pass one file.")
-    return (found.config or [None])[0], others
+    return (found.config or [None])[0], found.recipe, others
 
 
 def preset_of(given: str | None, file: str | None) -> str:

@@ -15,8 +15,8 @@ from self_supervised.catalogue import BLUR_RADIUS, ViewSettings
 from self_supervised.data.image_files import part_kept
 from self_supervised.runs import command_line
 from self_supervised.runs.command_line import RunOptions
-from self_supervised.runs.run_folder import EFFECTIVE
 from self_supervised.training import optimizers
+from self_supervised.training.run_folder import EFFECTIVE
 
 RESIZED = "pixels (bilinear, antialiased)"
 LOSS_TEXTS = {  # loss_type -> description, in which {name} is a setting

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from self_supervised.runs import run_folder
 from self_supervised.safe_files import atomic_file, rows_of
+from self_supervised.training import run_folder
 
 SMOOTHING = 0.05  # weight of the newest batch in the average speed
 THROUGHPUT_COLUMNS = ("step", "epoch", "images_per_second")  # not in metrics.csv, since they depend on the clock
@@ -28,11 +28,13 @@ class Progress(RichProgressBar):
 
     Args:
         file: CSV file that gets a row after each epoch, with its images per second (without validations).
+        first_epoch: number of the first epoch in this file.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, first_epoch: int = 1) -> None:
         super().__init__(refresh_rate=4)
         self.file = file
+        self.first_epoch = first_epoch
         self.batches = 0  # in this epoch
         self.seconds = 0.0  # duration of these batches
         self.seconds_per_batch: float | None = None
@@ -72,7 +74,7 @@ class Progress(RichProgressBar):
         super().on_train_epoch_end(trainer, pl_module, *args)
         if self.file is not None and self.batches:
             speed = images_in(pl_module) * self.batches / max(self.seconds, 1e-9)
-            append(self.file, (trainer.global_step, trainer.current_epoch, round(speed, 1)))
+            append(self.file, (trainer.global_step, trainer.current_epoch + self.first_epoch, round(speed, 1)))
         self.batches = 0
         self.seconds = 0.0
         self.batch_ended = None
@@ -84,13 +86,18 @@ class Progress(RichProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and trainer.progress_bar_metrics:
-            self.print(f"epoch {trainer.current_epoch}:", scores_line(trainer.progress_bar_metrics))
+            self.print(f"epoch {pl_module.epoch}:", scores_line(trainer.progress_bar_metrics))
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         run_folder.say(" ".join(map(str, args)))
 
     def get_metrics(self, *args: Any, **kwargs: Any) -> dict:
         return {}  # next to the bar, they would wrap
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        planned = self.trainer.max_epochs or -1
+        text = f"Epoch {current_epoch + 1}" + (f"/{planned}" if planned > 0 else "")
+        return text.ljust(len(self.validation_description))
 
     def configure_columns(self, trainer: pl.Trainer) -> list:
         description = TextColumn("{task.description}")

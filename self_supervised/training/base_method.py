@@ -36,6 +36,7 @@ class BaseMethod(pl.LightningModule):
     plan: optimizers.Plan | None = None  # length of the training, set with the optimizers
     seed_was_drawn = False  # True if `seed` was None
     about_labels = ""  # the line on the labels of our data set, once it was logged
+    first_epoch = 1  # its number in the loggers' files; 0: a run of an earlier version (run_folder.first_epoch)
 
     def setup(self, stage: str) -> None:
         """Compile the networks if `torch_compile` is set: in place, so that checkpoints keep their keys."""
@@ -50,6 +51,16 @@ class BaseMethod(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return TrainingMonitor.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
+
+    def labels_result(self) -> dict[str, str]:
+        """Return the line on the labels as a result; {} for packed data sets, whose classes are known."""
+        return {"labels": self.about_labels.removeprefix("labels: ")} if self.about_labels else {}
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch as users count it: 0 before the training, n in the n-th epoch and after it. Lightning's
+        `current_epoch` is n - 1 until the end of the n-th epoch."""
+        return self.current_epoch + (self.trainer.state.fn == "fit")
 
     def eagerly(self) -> AbstractContextManager:
         """Return a context for validation without compiled code, which would be compiled again for eval mode and for
@@ -225,6 +236,7 @@ class BaseMethod(pl.LightningModule):
             return
         checkpoints.refuse_another_model(checkpoint, self, self.trainer)
         checkpoints.convert_position(checkpoint, self.trainer.accumulate_grad_batches)
+        hyperparameters.keep_earlier_ways(self, checkpoint)
         if self.seed_was_drawn and "seed" in checkpoint.get("hyper_parameters", {}):
             self.change(seed=checkpoint["hyper_parameters"]["seed"])
 

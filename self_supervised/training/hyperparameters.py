@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 from lightning_fabric.utilities.data import AttributeDict
 from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
 
+from model_params import LATER_ADDED
 from self_supervised.catalogue import DATASETS
 from self_supervised.data.foreign_paths import vetted
 
@@ -77,6 +78,13 @@ def of_checkpoint(content: dict[str, Any], path: str | Path, classifier: str, pa
     if weight is not None and len(weight) != packed_classes(settings):
         replaced["n_classes"] = len(weight)
     return {**replaced, **passed}
+
+
+def keep_earlier_ways(method: Any, content: dict[str, Any]) -> None:
+    """Set the fields that a checkpoint lacks, and that were added later, to what was in effect when it was written."""
+    lacking = {name: value for name, value in LATER_ADDED.items() if name not in content.get("hyper_parameters", {})}
+    if any(getattr(method.params, name) != value for name, value in lacking.items()):
+        method.change(**lacking)
 
 
 def packed_classes(settings: dict[str, Any]) -> int | None:

@@ -71,7 +71,7 @@ class Best(pl.Callback):
         if distributed.on_rank_zero(lambda: is_better):  # metrics of a training step differ between processes
             self.best = value
             trainer.save_checkpoint(self.path, weights_only=False)
-            rank_zero_info(f"{self.path.name}: {self.name} {value:.5g} after epoch {trainer.current_epoch}")
+            rank_zero_info(f"{self.path.name}: {self.name} {value:.5g} after epoch {trainer.current_epoch + 1}")
 
     def was_due(self, trainer: pl.Trainer) -> bool:
         """Return whether this epoch includes a validation, so that all metrics are known at its end."""

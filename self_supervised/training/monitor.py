@@ -57,6 +57,8 @@ class TrainingMonitor(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.random_state = torch.get_rng_state()
         share_seed(pl_module, trainer.strategy.root_device)
+        if pl_module.first_epoch == 1:
+            count_epochs(trainer, pl_module)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user chose stays
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
 
@@ -113,7 +115,7 @@ class TrainingMonitor(pl.Callback):
         norm = torch.stack([norm for _, norm in named]).norm().item()
         first = next((name for name, norm in named if not math.isfinite(norm)), "none")
         return (
-            f"the loss is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}, batch "
+            f"the loss is not finite at step {trainer.global_step} (epoch {trainer.current_epoch + 1}, batch "
             f"{trainer.fit_loop.batch_idx}) on process {', '.join(map(str, ranks))}; on process {distributed.rank()} "
             f"{terms}; "
             f"learning rate {trainer.optimizers[0].param_groups[0]['lr']:.4g}, gradient norm {norm:.4g}, first "
@@ -152,7 +154,9 @@ class TrainingMonitor(pl.Callback):
     # ---- After the training, or an exception ----
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restore torch's random state from before the training, which seeds torch at every step."""
+        """Restore Lightning's count of epochs, and torch's random state from before the training, which seeds torch at
+        every step."""
+        vars(trainer._logger_connector).pop("log_metrics", None)
         if self.random_state is not None:
             torch.set_rng_state(self.random_state)
 
@@ -183,6 +187,20 @@ class TrainingMonitor(pl.Callback):
 
 
 # ---- Used by the monitor and by validation ----
+
+
+def count_epochs(trainer: pl.Trainer, method: pl.LightningModule) -> None:
+    """Let the Trainer's loggers get `method.epoch` in place of Lightning's epoch.
+
+    If it were logged by the method, it would be among the scores that `validate` returns, too.
+    """
+    connector = trainer._logger_connector
+    log_metrics = type(connector).log_metrics
+
+    def with_epoch(metrics: dict[str, Any], step: int | None = None) -> None:
+        log_metrics(connector, {"epoch": method.epoch, **metrics} if metrics else metrics, step)
+
+    connector.log_metrics = with_epoch
 
 
 def share_seed(method: pl.LightningModule, device: torch.device) -> None:

@@ -251,6 +251,17 @@ def pretraining_rate(params: ModelParams, plan: Plan, step: int) -> float:
     return CURVE_FUNCTIONS[p.lr_schedule](1.0, end, progress)
 
 
+def linear_cosine(plan: Plan, step: int) -> float:
+    """Return the fraction of the peak learning rate of a linear classifier at a step."""
+    return warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=0.0)
+
+
+def linear_steps(plan: Plan, step: int) -> float:
+    """Return the fraction of the peak learning rate of a linear classifier at a step."""
+    decay = steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
+    return decay * warmup(step, plan.warmup_steps)
+
+
 def get_optimizer(
     params: EncoderAndDataParams, groups: list[dict], lr: float, nesterov: bool = False
 ) -> torch.optim.Optimizer:

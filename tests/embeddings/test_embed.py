@@ -150,7 +150,7 @@ def test_a_packed_data_set_by_name_and_its_images_as_files_have_the_same_embeddi
 
 
 def test_a_file_of_an_earlier_version_is_extended_only_if_its_preprocessing_agrees(checkpoint, tmp_path):
-    file = embed.embed(checkpoint, "digits/test", tmp_path / "f.parquet", **OPTIONS)
+    file = embed.embed(checkpoint, "digits/test", tmp_path / "f.parquet", exif_orientation=False, **OPTIONS)
     about = parquet.facts_of_file(file)
     record = about["preprocessing"]
     for part in (record["central_crop"], 7 / 8):
@@ -159,9 +159,11 @@ def test_a_file_of_an_earlier_version_is_extended_only_if_its_preprocessing_agre
         metadata = {b"self_supervised": json.dumps(about)}
         pq.write_table(pq.read_table(file).replace_schema_metadata(metadata), file)
         if part == 1:
-            embed.embed(checkpoint, "digits/test", file, **OPTIONS)
+            embed.embed(checkpoint, "digits/test", file, exif_orientation=False, **OPTIONS)
+            with pytest.raises(ValueError, match="'exif_orientation': False.* is now .*'exif_orientation': True"):
+                embed.embed(checkpoint, "digits/test", file, **OPTIONS)
     with pytest.raises(ValueError, match=r"preprocessing was .*'central_crop': 0.875.* is now .*'central_crop': 1.0"):
-        embed.embed(checkpoint, "digits/test", file, **OPTIONS)
+        embed.embed(checkpoint, "digits/test", file, exif_orientation=False, **OPTIONS)
 
 
 def test_order_links_extensions_and_skipped_files(tmp_path):
@@ -514,6 +516,22 @@ def test_samples_clusters_hostile_names_and_budgets(photos, tmp_path, monkeypatc
     found = embedding_map.make_map(features, [page], n=25)
     assert "</script><b>" not in page.read_text() and data_of(page)["paths"][-1] == "x</script><b>/0.png"
     assert "no labels: colored by 10 k-means clusters" in data_of(page)["note"] and len(found.names) == 10
+    paths, x, _ = parquet.read_embeddings(features)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    copy = tmp_path / "clusters.parquet"
+    before = features.read_bytes()
+    three = embedding_map.make_map(features, [page, copy], clusters=3)  # of all rows
+    table = pq.read_table(copy)
+    assert table.drop_columns("cluster").equals(pq.read_table(features)) and features.read_bytes() == before
+    assert table["cluster"].to_pylist() == (three.kind + 1).tolist() and len(three.names) == 3
+    assert parquet.read_embeddings(copy)[0] == paths and parquet.facts_of_file(copy) == parquet.facts_of_file(features)
+    for kind, rows in enumerate(data_of(page)["examples"]):
+        mean = unit[three.kind == kind].mean(0)
+        of_kind = [(unit[i] @ mean, i) for i in np.flatnonzero(three.kind == kind)]
+        assert [unit[i] @ mean for i in rows] == pytest.approx([one for one, _ in sorted(of_kind, reverse=True)][:4])
+    for more, message in (({"clusters": 1}, "clusters=1"), ({}, "is the file of the embeddings")):
+        with pytest.raises(ValueError, match=message):
+            embedding_map.make_map(features, [features] if not more else [page], **more)
     monkeypatch.setattr(map_page, "BUDGET", 8000)
     part = embedding_map.make_map(features, [page], n=20, seed=3)
     assert len(set(part.paths)) == 20 and part.paths == sorted(part.paths)
@@ -529,7 +547,7 @@ def test_samples_clusters_hostile_names_and_budgets(photos, tmp_path, monkeypatc
 def test_maps_of_many_classes_and_of_too_few_images(photos, tmp_path, monkeypatch):
     for n in (3, 10, 20, 21, 200):
         assert len(set(map_page.palette(n))) == n
-    kind, names, _ = embedding_map.kinds(["10", "9", None, "a", "9"], np.zeros((5, 2)), 0)
+    kind, names, _ = embedding_map.kinds(["10", "9", None, "a", "9"], None)
     assert names == ["9", "10", "a", "no label"] and kind.tolist() == [1, 0, 3, 2, 0]
     few = tmp_path / "few"
     few.mkdir()
@@ -540,7 +558,7 @@ def test_maps_of_many_classes_and_of_too_few_images(photos, tmp_path, monkeypatc
         monkeypatch, embedding_map, features, "--out", "m.png"
     )
     assert "sample=3" in run_command(monkeypatch, embedding_map, features, "--sample", 3, "--out", "m.png")
-    assert "must end in .png or .html" in run_command(monkeypatch, embedding_map, features, "--out", "m.pdf")
+    assert "must end in .png, .html or .parquet" in run_command(monkeypatch, embedding_map, features, "--out", "m.pdf")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
@@ -567,7 +585,13 @@ def test_the_page_works_in_a_browser(features, tmp_path):
         assert browser.run("matches.filter(Boolean).length") == sum(
             "3/" in p for p in data_of(tmp_path / "map.html")["paths"]
         )
-        browser.run("$('pictures').click()")
+        kind = data_of(tmp_path / "map.html")["examples"]
+        shown = browser.run("[...document.querySelectorAll('.examples')].map(box => box.children.length)")
+        assert shown == [len(rows) for rows in kind] == [4] * 10
+        side = "(() => { later(); draw(); return drawnSide; })()"
+        small = browser.run(side)
+        browser.run("$('size').value = 2; $('size').dispatchEvent(new Event('input'))")
+        assert browser.run("$('pictures').checked") and browser.run(side) == pytest.approx(2 * small)
         browser.settle()
         assert browser.errors == [] and all(url.startswith(("file:", "data:")) for url in browser.requests)
 

@@ -224,6 +224,20 @@ def test_the_command(checkpoint, monkeypatch, capsys, tmp_path):
         evaluate.main()
 
 
+def test_multiple_checkpoints_are_evaluated_in_turn_and_share_a_table(checkpoint, tmp_path, capsys):
+    """Each has its own results, and those of an earlier evaluation are reused."""
+    shutil.copy(checkpoint, tmp_path / "second.ckpt")
+    before = evaluate_checkpoint(checkpoint, ["uniformity"], baselines=False)["runs"]
+    files = [str(checkpoint), str(tmp_path / "second.ckpt")]
+    evaluate.main([*files, "--protocols", "uniformity", "--no_baselines", "--markdown", "--csv", "table.csv"])
+    stored = [json.loads((tmp_path / f"{name}.evaluation/results.json").read_text()) for name in ("first", "second")]
+    assert stored[0]["runs"] == before and scores(stored[1]) == scores(stored[0])
+    value = results.rounded(scores(stored[0])["uniformity", "trained", 0]["uniformity"])
+    shown = capsys.readouterr().out
+    assert all(f"| {name}.ckpt | {value} |" in shown for name in ("first", "second"))
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
+
+
 # ---- VOC07 ----
 
 

@@ -144,9 +144,10 @@ def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
         "transform_crop_size": 64,
         "image_mean": list(load_encoder(checkpoint).params.mean),
         "image_std": list(load_encoder(checkpoint).params.std),
+        "exif_orientation": True,
     }
     assert names["record"] == {
-        **{"central_crop": 1, "size": 64, "interpolation": "bilinear", "antialias": True},
+        **{"exif_orientation": True, "central_crop": 1, "size": 64, "interpolation": "bilinear", "antialias": True},
         **{"channels": 3, "channel_order": "RGB", "value_range": [0, 1], "pixel_range": None},
         **{"mean": names["facts"]["image_mean"], "std": names["facts"]["image_std"]},
     }
@@ -190,7 +191,9 @@ def image_files(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     photo.save(folder / "large.jpg")
-    photo.crop((100, 50, 433, 427)).save(folder / "high.jpeg", quality=60)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.crop((100, 50, 433, 427)).save(folder / "high.jpeg", quality=60, exif=exif)
     photo.crop((200, 100, 331, 163)).save(folder / "wide.png")
     photo.crop((300, 200, 323, 229)).save(folder / "tiny.png")
     photo.crop((0, 0, 200, 300)).convert("L").save(folder / "gray.jpg")
@@ -458,7 +461,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(format, checkpoint, same_proces
 def test_the_check_cannot_import_this_project(tmp_path):
     images = torch.zeros(2, 3, 8, 8)
     with pytest.raises(RuntimeError, match="No module named 'weights'"):
-        verify.verified(tmp_path / "file", "import weights", images, torch.zeros(2, 4))
+        verify.verified(tmp_path / "file", "import weights", images, {"embeddings": torch.zeros(2, 4)})
 
 
 def test_weights_that_are_not_finite_are_refused(small_checkpoint, tmp_path):

@@ -22,8 +22,8 @@ from sklearn.neighbors import NearestNeighbors
 from model_params import PRESETS
 from self_supervised.data import loading
 from self_supervised.networks.pretrained import load_encoder
+from self_supervised.report import evaluations, pictures, report, tables
 from self_supervised.report import figures as report_figures
-from self_supervised.report import pictures, report, tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore::ResourceWarning")
 RUN = (
@@ -123,6 +123,12 @@ def test_settings_are_those_that_differ_from_the_preset_and_results_are_the_file
     for row in content["results"]:
         if row["of"] in results:
             assert float(row["values"][0]) == pytest.approx(results[row["of"]][row["name"]], rel=1e-3)
+        last = row["name"]
+        if row["of"] == "trained encoder":
+            change = results[row["of"]][row["name"]] - results["random encoder"][row["name"]]
+            is_marked = row["name"].startswith("valid_") and row["name"].endswith("_acc") and change != 0
+            assert row["marks"] == [("better" if change > 0 else "worse") if is_marked else ""], row
+    assert last == "train_class_acc"  # of the images to which the probe was fitted
     assert {"random encoder", "trained encoder", "linear classifier", "best epoch"} <= {
         r["of"] for r in content["results"]
     }
@@ -137,7 +143,7 @@ def test_views_neighbors_and_map_are_of_the_runs_images_and_encoder(run, page):
     images, _ = loading.get_dataset(params, ("train",)).__getitems__(range(1297))
     known = {image.numpy().tobytes() for image in images}
     original, *views = about["views"]["columns"]
-    assert len(views) == 2 and about["views"]["side"] == 8
+    assert len(views) == 2 and about["views"]["abreast"] == len(original["pictures"]) == 6
     assert all(pixels(uri).tobytes() in known for uri in original["pictures"])
     assert all(pixels(uri).shape == (8, 8) for view in views for uri in view["pictures"])
 
@@ -223,9 +229,9 @@ def test_invalid_arguments_are_refused(runs, more, message):
 
 def test_runs_with_the_same_name_are_named_by_their_paths(tmp_path):
     folders = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
-    assert tables.names_of_runs(folders) == ["a/run", "b/run"]
+    assert evaluations.names_of_runs(folders) == ["a/run", "b/run"]
     with pytest.raises(ValueError, match="was passed 2 times"):
-        tables.names_of_runs([folders[0], folders[0]])
+        evaluations.names_of_runs([folders[0], folders[0]])
 
 
 def test_the_command_writes_into_the_runs_folder(run, monkeypatch, capsys):
@@ -264,6 +270,8 @@ def eventually_shows(browser: Browser, file: Path, colors: list[str], seconds: f
     return False
 
 
+CUT = """(boxes => [boxes.map(box => box.scrollWidth > box.clientWidth + 1),
+  boxes.map(box => !box.previousElementSibling.hidden)])([...document.querySelectorAll(".table")])"""
 LINES = """[...document.querySelectorAll(".chart")].map(chart => [chart.dataset.title,
   [...chart.querySelectorAll("path.line")].map(path => path.getTotalLength() > 10 || chart.querySelector("circle"))])"""
 
@@ -280,6 +288,14 @@ def test_the_page_is_drawn_and_readable(page, tmp_path, width, dark):
         ratios = browser.run(CONTRAST)
         assert ratios.pop("lines") > 3 and all(ratio > 4.5 for ratio in ratios.values()), ratios
         assert browser.run("document.querySelectorAll('.missing').length") == 0
+        cut, shown = browser.run(CUT)
+        assert cut == shown and (width > 400 or any(cut))
+        views, section = browser.run("['.views', '#views'].map(one => document.querySelector(one).clientWidth)")
+        assert views == section and not browser.run("document.querySelector('#settings details').open")
+        names = browser.run("[...document.querySelectorAll('.near figure')].map(one => one.innerText)")
+        first = data_of(page)["runs"][0]["neighbors"]["rows"][0]["found"][0]
+        number = first["path"].removeprefix("test/")
+        assert names[0].split() == [first["label"], number, "cosine", f"{first['cosine']:.2f}"]
         assert browser.run("[...document.images].every(image => image.complete && image.naturalWidth === 8)")
         browser.run("document.querySelector('iframe').scrollIntoView({behavior: 'instant'})")
         assert eventually_shows(browser, tmp_path / "map.png", inner["colors"])
@@ -293,6 +309,13 @@ def test_curves_respond_to_input(run, other, tmp_path):
     with Browser(page, tmp_path / "profile") as browser:
         assert browser.run("document.title") == "first, second: report"
         assert "document.title='bad'" in browser.run("document.querySelector('#provenance').innerText")
+        before = json.loads((run / "results.json").read_text())["random encoder"]["valid_knn20_acc"]
+        row = "[...document.querySelectorAll('#results tr')].find(one => one.innerText.includes('valid_knn20_acc'))"
+        assert f"{before:.4g} → " in browser.run(f"{row}.innerText")
+        browser.run("document.querySelector('#provenance').scrollIntoView({behavior: 'instant'})")
+        names = "(box => [box.innerText, box.getBoundingClientRect().top])(document.querySelector('nav .names'))"
+        shown, top = browser.run(names)
+        assert shown.split() == ["first", "second"] and 0 <= top < 80  # in sight while scrolling
         browser.run("document.querySelector('#figure-0').scrollIntoView({behavior: 'instant', block: 'center'})")
         middle = "(b => [b.x + b.width / 2, b.y + b.height / 2])(document.querySelector('#figure-0 .plot')"
         browser.mouse("mouseMoved", *browser.run(f"{middle}.getBoundingClientRect())"))

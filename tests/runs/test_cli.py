@@ -21,10 +21,10 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import train
-from self_supervised.report import compare, tables
-from self_supervised.runs import command_line, dry_run, progress, run_folder
+from self_supervised.report import compare, figures, tables
+from self_supervised.runs import command_line, dry_run, progress, trackers
 from self_supervised.runs.command_line import RunOptions
-from self_supervised.training import milestones
+from self_supervised.training import milestones, run_folder
 from self_supervised.training.monitor import GradientNorms
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore:save_best", "ignore::ResourceWarning")
@@ -239,6 +239,15 @@ def test_the_best_checkpoint_is_of_the_best_epoch(run, name, choose):
     assert (known == choose(known, first["callbacks"][f"Best{{{name}}}"]["best"])) and first["epoch"] == 1
 
 
+def test_epochs_are_counted_from_one_in_every_file(run):
+    rows = rows_of(run)
+    assert [row["epoch"] for row in rows if row["valid_knn20_acc"]] == ["0", "1", "2", "3", "3"]
+    logged = [line.split(",")[1] for line in (run / "pretraining" / "throughput.csv").read_text().splitlines()[1:]]
+    assert logged == ["1", "2", "3"] and figures.steps_per_epoch(run) == 2
+    said = re.findall(r"(Scores of|epoch \d+(?=: valid))", (run / "log.txt").read_text())
+    assert said == ["Scores of", "epoch 0", "epoch 1", "epoch 2", "epoch 3", "Scores of", "epoch 3", "epoch 1"]
+
+
 def test_the_folder_says_what_was_run_and_repeats_it(run):
     settings = yaml.safe_load((run / "config.yaml").read_text())
     checkpoint = torch.load(run / "pretrained.ckpt", weights_only=True)
@@ -374,7 +383,7 @@ def test_a_refused_start_leaves_nothing(digits_path, monkeypatch, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "notes.txt").touch()
     before = set(tmp_path.rglob("*"))
-    monkeypatch.setattr(run_folder, "get_loggers", lambda *_: pytest.fail("a tracker was started"))
+    monkeypatch.setattr(trackers, "get_loggers", lambda *_: pytest.fail("a tracker was started"))
     for out in ("deep/er/run", "runs", "runs/new"):
         for line in (
             f"{SMALL} --batch_size 5000",
@@ -416,7 +425,7 @@ def minutes_of(out: Path) -> list[float]:
 
 
 @pytest.fixture
-def trackers(monkeypatch) -> list[tuple]:
+def tracker_runs(monkeypatch) -> list[tuple]:
     """W&B and MLflow in memory. Yields (kind, project, id of the run, name, tags) of every logger."""
     made, runs = [], {}  # runs: (server, experiment) -> {id: tags}
 
@@ -445,21 +454,21 @@ def trackers(monkeypatch) -> list[tuple]:
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=Client))
     for name, kind in (("wandb", wandb), ("mlflow", mlflow)):
         monkeypatch.setitem(command_line.LOGGERS, name, None)
-        monkeypatch.setattr(run_folder.loggers, {"wandb": "WandbLogger", "mlflow": "MLFlowLogger"}[name], kind)
+        monkeypatch.setattr(trackers.loggers, {"wandb": "WandbLogger", "mlflow": "MLFlowLogger"}[name], kind)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return made
 
 
-def test_runs_of_trackers_are_those_of_the_folder(trackers, tmp_path, monkeypatch):
+def test_runs_of_trackers_are_those_of_the_folder(tracker_runs, tmp_path, monkeypatch):
     """Two folders of one name are two runs, and a resumed folder is one; a sweep is one experiment of one database."""
 
     def begin(out: str, resumes: bool = False, line: str = "") -> tuple:
         options = parse(f"byol --logger wandb,mlflow {line}")[1]
         run_folder.begin_run_folder(tmp_path / out, "preset: byol\n", ["train.py"], resumes)
         for stage in ("pretraining", "linear"):
-            run_folder.get_loggers(tmp_path / out, stage, options, 0)
-        new = [*trackers]
-        trackers.clear()
+            trackers.get_loggers(tmp_path / out, stage, options, 0)
+        new = [*tracker_runs]
+        tracker_runs.clear()
         return new
 
     first = begin("a/sweep/lr_1")
@@ -481,11 +490,11 @@ def test_runs_of_trackers_are_those_of_the_folder(trackers, tmp_path, monkeypatc
     assert of_mlflow[1] == "p" and of_mlflow[4].items() >= {"new": "", "size": "50"}.items()
 
 
-def test_a_run_of_an_earlier_version_keeps_its_id_at_wandb(trackers, tmp_path):
+def test_a_run_of_an_earlier_version_keeps_its_id_at_wandb(tracker_runs, tmp_path):
     (tmp_path / "run.json").write_text('[{"time": "2026-01-01"}]')
     run_folder.begin_run_folder(tmp_path, "preset: byol\n", ["train.py"], resumes=True)
-    run_folder.get_loggers(tmp_path, "pretraining", RunOptions(logger=["wandb"]), 7)
-    assert trackers[0][2] == f"{tmp_path.name}_pretraining"
+    trackers.get_loggers(tmp_path, "pretraining", RunOptions(logger=["wandb"]), 7)
+    assert tracker_runs[0][2] == f"{tmp_path.name}_pretraining"
 
 
 def test_a_folder_in_use_is_refused_before_any_work(monkeypatch, tmp_path, holder):
@@ -628,7 +637,7 @@ def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
     assert bar.status == "8 images/s, 0:00:12 left"
     now[0] += 100  # of a validation
     bar.on_train_epoch_end(SimpleNamespace(global_step=4, current_epoch=0), module)
-    assert file.read_text().splitlines() == ["step,epoch,images_per_second", "4,0,8.0"]
+    assert file.read_text().splitlines() == ["step,epoch,images_per_second", "4,1,8.0"]
 
 
 # ---- comparing ----

@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(preset, small, trainer, tmp_pat
     with pytest.raises(FloatingPointError) as found:
         fit.fit(model)
     message = str(found.value)
-    assert "not finite at step 5 (epoch 0, batch 5) on process 0" in message
+    assert "not finite at step 5 (epoch 1, batch 5) on process 0" in message
     assert "step_train_loss=nan" in message and ("loss_variance=nan" in message) == (preset == "vicreg")
     assert re.search(
         r"learning rate 0\.0\d+, gradient norm nan, first parameter without a finite gradient: model", message
@@ -98,5 +98,5 @@ def spoiled_on_one(rank: int, world: int) -> str:
 def test_all_processes_stop_when_one_loss_is_not_finite(tmp_path):
     """The loss of MoCo's other process stays finite; it would wait for gradients that never come."""
     for rank, message in enumerate(processes.run(spoiled_on_one, 2, tmp_path, 2)):
-        assert "not finite at step 2 (epoch 0, batch 2) on process 1; " in message
+        assert "not finite at step 2 (epoch 1, batch 2) on process 1; " in message
         assert f"on process {rank} step_train_loss=" in message and ("step_train_loss=nan" in message) == (rank == 1)

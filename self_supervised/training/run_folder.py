@@ -2,13 +2,17 @@
 
 config.yaml     resolved settings, for `self-supervised train --config config.yaml`; and, as a comment, what they mean
 command.txt     the command, and every command that resumed the run
-run.json        time, versions, git commit and machine of each of these commands, and the id of the run for trackers
+run.json        time, versions, git commit and machine of each of these commands, id for trackers, number of the
+                first epoch in CSV files
 parameters.txt  learning rate, momentum and weight decay of each parameter
 log.txt         messages, warnings and errors
 results.json    scores
 pretraining/    metrics.csv, throughput.csv, TensorBoard's events, checkpoints/
 linear/         the same of the linear stage
 splits/         lists of the images in each split, if they were drawn at random
+
+A run that is made in Python has config.yaml, run.json, results.json and metrics.csv in the directory of its logger
+(record.TrainingRecord).
 """
 
 import csv
@@ -32,7 +36,6 @@ from pytorch_lightning import loggers
 from pytorch_lightning.utilities import rank_zero_only
 from rich.text import Text
 
-from self_supervised.runs.command_line import RunOptions
 from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_json
 
 LIBRARIES = ("self-supervised", "torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
@@ -82,9 +85,15 @@ def as_typed(arguments: Sequence[str]) -> str:
 
 
 @rank_zero_only
-def begin_run_folder(out: Path, config: str, arguments: Sequence[str], resumes: bool = False) -> None:
-    """Write config.yaml, command.txt and run.json of a run that starts or resumes. Changed settings are printed."""
-    (out / "splits").mkdir(parents=True, exist_ok=True)
+def begin_run_folder(out: Path, config: str, arguments: Sequence[str], resumes: bool = False, **facts: Any) -> None:
+    """Write config.yaml, command.txt and run.json of a run that starts or resumes. Changed settings are printed.
+
+    Args:
+        arguments: command line; empty: the run is made in Python and has no command.txt.
+        resumes: the trackers go on with the run of the start before.
+        facts: what run.json says of this start in addition.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     old = settings_of_run(out)
     new = yaml.safe_load(config)
     keep_edited(out / "config.yaml")
@@ -92,12 +101,15 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str], resumes: 
     if changed:
         say(f"{out} resumes with changed settings: {', '.join(changed)}")
     atomic_write(out / "config.yaml", config)
-    commands = out / "command.txt"
-    before = text_of_file(commands) if commands.is_file() else ""
-    atomic_write(commands, before + as_typed(arguments) + "\n")
+    if arguments:
+        commands = out / "command.txt"
+        before = text_of_file(commands) if commands.is_file() else ""
+        atomic_write(commands, before + as_typed(arguments) + "\n")
+        (out / "splits").mkdir(exist_ok=True)
     starts = starts_of(out)
     run_id = starts[-1].get("id") if resumes and starts else os.urandom(8).hex()
-    atomic_write(out / "run.json", to_json([*starts, {"id": run_id, **machine_facts()}], indent=2))
+    facts = {"id": run_id, **machine_facts(), "first epoch": first_epoch(out), **facts}
+    atomic_write(out / "run.json", to_json([*starts, facts], indent=2))
 
 
 def keep_edited(config: Path) -> None:
@@ -156,6 +168,28 @@ def starts_of(out: Path) -> list[dict[str, Any]]:
     if not all(isinstance(start, dict) for start in found):
         raise ValueError(f"{out / 'run.json'}: must be a list of objects. Correct the file, or move it away.")
     return found
+
+
+def file_of(out: Path, name: str) -> Path:
+    """Return the path of a file of a run. A run that is made in Python has no pretraining/; its files are one up."""
+    return out / (name if (out / "pretraining").is_dir() else name.removeprefix("pretraining/"))
+
+
+def which(folder: Path) -> str:
+    """Return the advice for a directory that is not that of a run."""
+    near = sorted(folder.glob("*/run.json"))
+    named = f"such as {near[-1].parent}" if near else "--out of the command, or log_dir of the logger in Python"
+    return f"Pass the directory of a run, {named}."
+
+
+def first_epoch(out: Path) -> int:
+    """Return the number of the first epoch in the CSV files of a run.
+
+    It is 1, and epoch 0 is the untrained encoder. Earlier versions wrote Lightning's count, 0 for the first epoch. Runs
+    that they began are resumed with that count, so that each file has only one.
+    """
+    first = next(iter(starts_of(out)), {"first epoch": 1})
+    return first.get("first epoch", 0)
 
 
 def content_of(path: Path, parse: Callable[[str], Any], kind: type[Kind]) -> Kind:
@@ -238,9 +272,6 @@ def say(text: str) -> None:
     LOG.info("%s", Text.from_ansi(text).plain)
 
 
-# ---- Loggers ----
-
-
 def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
     """Return a logger that continues metrics.csv at `first_step`. Lightning's own logger would delete earlier rows."""
     path = out / name / "metrics.csv"
@@ -264,45 +295,3 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
         kept.replace(path)
         experiment.metrics_keys = header
     return logger
-
-
-def wandb_logger(out: Path, title: str, run_id: str, options: RunOptions) -> loggers.WandbLogger:
-    """Return a logger whose run has the same id whenever the run of this directory is resumed."""
-    import wandb  # optional, and slow to import
-
-    wandb.finish()  # ends the run of the previous stage, which would otherwise receive these metrics
-    about = {"project": options.tracker_project, "tags": options.tracker_tags or None}
-    return loggers.WandbLogger(title, save_dir=out, id=run_id, resume="allow", **about)
-
-
-def mlflow_logger(out: Path, title: str, run_id: str, options: RunOptions) -> loggers.MLFlowLogger:
-    """Return a logger that continues the run with the tag `self_supervised.run_id`, if the experiment has one. Runs
-    side by side share an experiment, and a database unless MLFLOW_TRACKING_URI names a server."""
-    from mlflow import MlflowClient  # optional, and slow to import
-
-    above = out.resolve().parent
-    database = f"sqlite:///{above / 'mlflow.db'}"  # MLflow 3 does not support plain files
-    tracking = os.environ.get("MLFLOW_TRACKING_URI", database)
-    name = options.tracker_project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or above.name
-    tags = {"self_supervised.run_id": run_id, **dict(tag.partition("=")[::2] for tag in options.tracker_tags)}
-    known = []
-    if rank_zero_only.rank == 0 and (experiment := MlflowClient(tracking).get_experiment_by_name(name)):
-        query = f"tags.`self_supervised.run_id` = '{run_id}'"
-        known = MlflowClient(tracking).search_runs([experiment.experiment_id], query)
-    joined = known[0].info.run_id if known else None
-    return loggers.MLFlowLogger(name, run_name=title, tracking_uri=tracking, tags=tags, run_id=joined)
-
-
-def get_loggers(out: Path, stage: str, options: RunOptions, first_step: int) -> list[loggers.Logger]:
-    """Return the logger of metrics.csv and those in `options.logger`. All continue at `first_step`."""
-    purge = {"purge_step": first_step} if first_step else {}  # deletes what was written after the checkpoint
-    title = f"{options.tracker_name or out.resolve().name}_{stage}"
-    last = next(reversed(starts_of(out)), {})
-    run_id = f"{last['id']}_{stage}" if last.get("id") else f"{out.name}_{stage}"  # the latter in earlier versions
-    makers = {
-        "csv": lambda: csv_logger(out, stage, first_step),
-        "tensorboard": lambda: loggers.TensorBoardLogger(out, name=stage, version="", **purge),
-        "wandb": lambda: wandb_logger(out, title, run_id, options),
-        "mlflow": lambda: mlflow_logger(out, title, run_id, options),
-    }
-    return [makers[one]() for one in dict.fromkeys(["csv", *options.logger])]

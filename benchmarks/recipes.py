@@ -1,0 +1,68 @@
+"""Repeat the runs behind the result of a recipe, and print it as a row of self_supervised/recipes.py.
+
+    python -m benchmarks.recipes simclr digits --seeds 3
+
+An encoder is scored on the test images, with the training images as neighbors, as by `self-supervised demo`.
+"""
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+
+import pytorch_lightning as pl
+
+from benchmarks import harness
+from moco import SelfSupervisedMethod
+from model_params import PRESETS, ModelParams
+from self_supervised import recipes
+from self_supervised.demo import features
+from self_supervised.evaluation import validation
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+
+
+def run(params: ModelParams) -> dict[str, float]:
+    """Return kNN accuracy before and after one training, and its minutes."""
+    model = SelfSupervisedMethod(params)
+    before = validation.knn(*features(model.model, params))["valid_knn20_acc"]
+    start = time.process_time()
+    pl.Trainer(accelerator="auto", max_epochs=params.max_epochs, num_sanity_val_steps=0, **QUIET).fit(model)
+    minutes = (time.process_time() - start) / 60  # of the processor: the machine may do other work
+    return {
+        "random": before,
+        "trained": validation.knn(*features(model.model, params))["valid_knn20_acc"],
+        "minutes": minutes,
+    }
+
+
+def row(runs: list[dict[str, float]]) -> str:
+    """Return the result of runs with different seeds as it stands in recipes.py."""
+
+    def both(name: str) -> tuple[float, float | None]:
+        values = [one[name] for one in runs]
+        return round(statistics.mean(values), 1), round(statistics.stdev(values), 1) if len(values) > 1 else None
+
+    minutes = statistics.mean(one["minutes"] for one in runs)
+    seeds = "" if len(runs) == 3 else f", seeds={len(runs)}"
+    return f"Outcome({both('random')}, {both('trained')}, {minutes:.1f}{seeds})"
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("recipe", choices=recipes.KINDS)
+    parser.add_argument("--seeds", type=int, default=3, help="number of runs (3)")
+    args = parser.parse_args(given)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch")
+    runs = []
+    for seed in range(args.seeds):
+        runs.append(run(recipes.recipe(args.preset, args.recipe, evaluations=[], seed=seed)))
+        print(f"seed {seed}: {runs[-1]}", flush=True)
+    print(f"{args.preset}, {args.recipe}: {row(runs)}\n{harness.machine()}")
+
+
+if __name__ == "__main__":
+    main()

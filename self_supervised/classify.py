@@ -1,0 +1,216 @@
+"""Classify the images of a directory, after training a classifier on a few labeled ones.
+
+    self-supervised classify runs/photos --labeled labeled --apply photos --out predictions.csv
+    self-supervised classify predictions.classifier.pt --apply others --out others.csv
+
+LABELED holds one directory of images per class. CHECKPOINT is anything that load_encoder reads (docs/weights.md); its
+encoder stays frozen, and its classifier, a logistic regression on embeddings, is chosen by cross-validation of the
+labeled images. The classifier is written together with the encoder to OUT.classifier.pt, or to --classifier. Without
+--labeled, CHECKPOINT is such a file, or a checkpoint of LinearClassifierMethod. docs/photos.md is an example.
+"""
+
+import argparse
+import csv
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from self_supervised.distributed import usable
+from self_supervised.embeddings.sources import (
+    ImageSource,
+    Stored,
+    add_embedding_options,
+    batches_of,
+    kind_of,
+    open_source,
+)
+from self_supervised.evaluation.classifier import Fit, ImageClassifier, classifier_of, fit_few
+from self_supervised.fields import as_path
+from self_supervised.networks.pretrained import Encoder, load_encoder
+from self_supervised.numerics import finite
+from self_supervised.program import one_line_errors
+from self_supervised.runs.command_line import CHECKPOINT, parser_of
+from self_supervised.safe_files import atomic_file, check_file
+
+FEW = 3  # images per class: with fewer, the cross-validation says little
+Batch = tuple[list[str], Tensor | None, dict[str, str]]  # paths, a row for each, {unreadable path: reason}
+
+
+def classify(
+    checkpoint: str | Path | Encoder,
+    apply: str | Path,
+    out: str | Path,
+    *,
+    labeled: str | Path | None = None,
+    classifier: str | Path | None = None,
+    batch_size: int = 128,
+    num_workers: int | None = None,
+    device: str = "auto",
+    **overrides: Any,
+) -> Path:
+    """Classify all images of a directory, or of a packed data set by name, and return the path of the CSV file `out`.
+
+    Its columns are file (relative to the directory, sorted), class, probability, and the probability of each class, in
+    a column with the name of the class. For an image that cannot be read, all columns but the first are empty.
+
+    Args:
+        checkpoint: an encoder; without `labeled`, a checkpoint that also holds a classifier.
+        labeled: directory with one directory of images per class, or any other labeled source of `embed`.
+        classifier: file of the trained classifier and its encoder; default: `out` with .classifier.pt in place of .csv.
+        num_workers, device, overrides: as in `embed`.
+
+    Raises:
+        ValueError: there are no images, or fewer than two classes; `checkpoint` holds no classifier.
+    """
+    out = Path(out).expanduser()
+    saved = Path(classifier).expanduser() if classifier else out.with_name(f"{out.stem}.classifier.pt")
+    check_file("out", out)
+    check_file("classifier", saved)
+    encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
+    source = open_source(apply, kind_of(encoder.params))
+    paths = source.paths()
+    read_all = partial(read, encoder, batch_size=batch_size, num_workers=num_workers)
+    if labeled is None:
+        found = classifier_of(encoder)
+        if found is None:
+            raise ValueError(
+                f"labeled=None: {encoder.report.source} holds no classifier. Pass a directory with one directory of "
+                "images per class."
+            )
+        found.to(usable(device))
+    else:
+        encoder.to(usable(device))
+        found = learned(encoder, labeled_source(labeled, encoder), read_all)
+        found.save(saved)
+        print(f"{saved}: encoder and classifier")
+    write_predictions(found.to(usable(device)), source, paths, out, read_all)
+    return out
+
+
+def read(
+    encoder: Encoder,
+    compute: Callable[[Tensor], Tensor],
+    source: ImageSource,
+    paths: list[str],
+    batch_size: int,
+    num_workers: int | None,
+) -> Iterator[Batch]:
+    """Yield the batches of `paths`, with what `compute` returns for their images, on the CPU. Unreadable images are
+    named."""
+    loader = batches_of(source, encoder.params, paths, batch_size, num_workers)
+    for found, images, unreadable in track(loader, f"{len(paths):,} {source.kind}s"):
+        for path, reason in unreadable.items():
+            print(f"unreadable: {path} ({reason})")
+        yield found, finite(compute(images), "embeddings", found).cpu() if found else None, unreadable
+
+
+# ---- labeled images ----
+
+
+def labeled_source(labeled: str | Path, encoder: Encoder) -> ImageSource:
+    """Return the source of the labeled images. The label of an image file is its first directory below `labeled`, or
+    the one in a list (docs/own_data.md)."""
+    kind = kind_of(encoder.params)
+    is_folder = kind == "image" and Path(labeled).expanduser().is_dir()
+    return Stored(str(labeled)) if is_folder else open_source(labeled, kind)
+
+
+def learned(encoder: Encoder, source: ImageSource, read_all: Callable) -> ImageClassifier:
+    """Return a classifier that is fitted to the labeled images, and print how well it recognizes held-out ones."""
+    paths = source.paths()
+    label_of = {path: label for path, label in zip(paths, source.labels(paths), strict=True) if label is not None}
+    print(f"{source.name}: {len(label_of):,} labeled {source.kind}s{source.passed_over}")
+    batches = list(read_all(encoder.embed, source, list(label_of))) if label_of else []
+    labels = [label_of[path] for found, _, _ in batches for path in found]
+    names = sorted(set(labels))
+    if len(names) < 2:
+        raise ValueError(
+            f"labeled={source.name}: {len(labels):,} readable {source.kind}s have a label, of "
+            f"{'1 class' if names else '0 classes'}. Put the {source.kind}s of each class into a directory of its name."
+        )
+    fit = fit_few(
+        torch.cat([x for _, x, _ in batches if x is not None]), torch.tensor([names.index(label) for label in labels])
+    )
+    print(cross_validation_text(fit, labels, names))
+    return ImageClassifier(encoder, fit.head, names)
+
+
+def cross_validation_text(fit: Fit, labels: list[str], names: list[str]) -> str:
+    """Return the cross-validated accuracy, in all and of each class with its number of images, and a hint if a class
+    has very few."""
+    counts = Counter(labels)
+    is_right = [p >= 0 and names[p] == label for p, label in zip(fit.predicted.tolist(), labels, strict=True)]
+    right = Counter(label for label, correct in zip(labels, is_right, strict=True) if correct)
+    n = int((fit.predicted >= 0).sum())
+    width = max(map(len, [*names, "class"]))
+    rows = [f"{'class':{width}}  labeled  recognized when held out"]
+    rows += [f"{name:{width}}  {counts[name]:7,}  {right[name]:,}" for name in names]
+    most = max(counts.values())
+    if n:
+        rows.append(
+            f"cross-validation: {100 * right.total() / n:.1f} % of {n:,} held-out images are recognized (always the "
+            f"largest class: {100 * most / len(labels):.1f} %); l2 {fit.decay:g}"
+        )
+    if few := [f"{name} ({counts[name]})" for name in names if counts[name] < FEW]:
+        rows.append(
+            f"hint: classes with fewer than {FEW} images: {', '.join(few)}. Label more of them; the only image of a "
+            "class is never held out."
+        )
+    return "\n".join(rows)
+
+
+# ---- predictions ----
+
+
+def write_predictions(
+    classifier: ImageClassifier, source: ImageSource, paths: list[str], out: Path, read_all: Callable
+) -> None:
+    """Write the CSV file, and print how many images each class has."""
+    names = classifier.class_names
+    counts: Counter[str] = Counter()
+    with atomic_file(out) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "class", "probability", *names])
+        for found, probabilities, unreadable in read_all(classifier.probabilities, source, paths):
+            rows = {path: [""] * (2 + len(names)) for path in unreadable}
+            for path, p in zip(found, [] if probabilities is None else probabilities.tolist(), strict=True):
+                best = max(range(len(names)), key=p.__getitem__)
+                rows[path] = [names[best], *(f"{one:.6f}" for one in (p[best], *p))]
+                counts[names[best]] += 1
+            writer.writerows([path, *rows[path]] for path in sorted(rows))
+    named = ", ".join(f"{name} {n:,}" for name, n in counts.most_common())
+    left_out = len(paths) - counts.total()
+    unreadable = f"; {left_out:,} could not be read" if left_out else ""
+    print(f"{out}: {counts.total():,} {source.kind}s{': ' if named else ''}{named}{unreadable}")
+
+
+# ---- the command ----
+
+
+def classify_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = parser_of("classify", __doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=f"{CHECKPOINT}; or a classifier")
+    parser.add_argument("--labeled", metavar="FOLDER", help="one directory of images per class")
+    parser.add_argument(
+        "--apply", required=True, metavar="FOLDER", help="images to classify: a directory, shards, a data set by name"
+    )
+    parser.add_argument("--out", type=as_path, required=True, metavar="FILE.csv", help="file of the predictions")
+    parser.add_argument(
+        "--classifier",
+        type=as_path,
+        metavar="FILE.pt",
+        help="file of the classifier; default: --out with .classifier.pt",
+    )
+    add_embedding_options(parser)
+    return parser.parse_args(arguments)
+
+
+@one_line_errors()
+def main(arguments: Sequence[str] | None = None) -> None:
+    classify(**vars(classify_options(arguments)))

@@ -1,0 +1,149 @@
+"""Recipes: settings that were tried, by kind of data and preset, with the results that they had.
+
+    params = ssl.recipe("simclr", "digits")          # further settings override those of the recipe
+    self-supervised train simclr --recipe digits
+
+`python -m benchmarks.recipes simclr digits` repeats the runs behind a result; docs/recipes.md is a table of all rows.
+"""
+
+from typing import Any
+
+from attrs import field, frozen
+
+from model_params import PRESETS, ModelParams
+from self_supervised.catalogue import NORMS_AND_BIASES, SMALL_CNN
+from self_supervised.fields import suggestion
+
+
+@frozen
+class Outcome:
+    """Accuracies (%) on test images before and after training: mean and standard deviation over seeds."""
+
+    random: tuple[float, float | None] | None  # encoder with random weights; no deviation: one seed; None: not scored
+    trained: tuple[float, float | None]
+    minutes: float | None  # duration of one training; None: not measured
+    score: str = "kNN, k = 20"
+    seeds: int = 3
+
+
+@frozen
+class Row:
+    """Settings of one preset for one kind of data, and their result if they were run."""
+
+    settings: dict[str, Any]
+    result: Outcome | None = None
+
+
+@frozen
+class KindOfData:
+    """Data on which recipes were tried, the settings that all presets have there, and their rows."""
+
+    about: str
+    source: str  # machine and versions of the results, or origin of settings that were not run
+    settings: dict[str, Any] = field(repr=False)
+    rows: dict[str, Row] = field(repr=False)
+
+
+ADAMW = {
+    "optimizer_name": "adamw", "weight_decay": 1e-4, "exclude_matching_parameters_from_lars": NORMS_AND_BIASES,
+    "warmup_epochs": 1, "final_lr_schedule_value": 0.0,
+}  # fmt: skip
+SMALL_HEADS = {"mlp_normalization": "bn", "mlp_hidden_dim": 256}
+
+CPU = "one thread of a shared server (AMD EPYC), torch 2.14.1"
+
+KINDS = {
+    "digits": KindOfData(
+        "scikit-learn's 1,797 scans of digits, 8 x 8 pixels: 1,297 for training, 500 for the test",
+        CPU,
+        {
+            **{"dataset_name": "digits", "encoder_arch": SMALL_CNN, "batch_size": 64, "max_epochs": 20},
+            **{"num_data_workers": 0, "transform_crop_scale_min": 0.6, "lr": 1e-3},
+            **ADAMW,
+            **SMALL_HEADS,
+        },
+        {
+            "moco_v2": Row({"K": 1024, "m": 0.99}, Outcome((94.4, 0.3), (97.7, 0.1), None, seeds=2)),
+            "eqco": Row({"m": 0.99}, Outcome((94.4, 0.3), (97.8, 0.6), None, seeds=2)),
+            "sce": Row({"K": 1024, "m": 0.99}, Outcome((94.4, 0.3), (98.0, 0.3), None, seeds=2)),
+            "byol": Row(
+                {"dim": 256, "m": 0.99, "transform_crop_scale_min": 0.8},
+                Outcome((94.2, None), (96.0, None), 1.0, seeds=1),
+            ),
+            "simclr": Row({"T": 0.5}, Outcome((94.2, None), (96.2, None), 0.8, seeds=1)),
+            "vicreg": Row({"dim": 256}, Outcome((94.2, None), (97.0, None), 0.8, seeds=1)),
+            "barlow_twins": Row({"dim": 256}, Outcome((94.2, None), (96.4, None), 0.8, seeds=1)),
+            "moco_v3": Row({}, Outcome((94.4, 0.3), (96.7, 1.0), None, seeds=2)),
+            "ressl": Row({"K": 1024, "m": 0.99}, Outcome((94.4, 0.3), (97.4, 0.0), None, seeds=2)),
+        },
+    ),
+    "cifar10_gpu": KindOfData(
+        "CIFAR-10 with a ResNet-18, 100 to 200 epochs",
+        "simclr: one H100 (80 GB), bf16-mixed, torch 2.11, torch_compile=True "
+        "(python -m benchmarks.time_to_accuracy simclr --torch_compile). Others: published settings, not run here",
+        {"dataset_name": "cifar10", "encoder_arch": "resnet18", "transform_apply_blur": False},
+        {
+            "simclr": Row(
+                {
+                    **{"max_epochs": 100, "batch_size": 512, "lr": 0.06, "weight_decay": 5e-4, "warmup_epochs": 5},
+                    **{"mlp_hidden_dim": 2048, "mlp_normalization": "bn", "transform_grayscale_probability": 0.1},
+                },
+                Outcome(None, (85.1, None), 4.8, "linear", seeds=1),
+            ),
+            "sce": Row(
+                {
+                    **{"max_epochs": 200, "batch_size": 256, "lr": 0.06, "weight_decay": 5e-4, "warmup_epochs": 5},
+                    **{"dim": 256, "K": 4096, "m": 0.99},
+                }
+            ),
+            "byol": Row(
+                {
+                    **{"max_epochs": 200, "batch_size": 256, "lr": 1.0, "weight_decay": 1e-5, "warmup_epochs": 10},
+                    **{"dim": 256, "mlp_hidden_dim": 4096, "m": 0.99, "lars_eta": 0.02},
+                    "transform_solarize_probability": [0.0, 0.2],
+                }
+            ),
+        },
+    ),
+    "stl10": KindOfData(
+        "STL-10 with a ResNet-18: 105,000 images of 96 x 96 pixels, almost all of them without labels",
+        "settings of the original and of its blog post (10 epochs: 57.7 % of a linear probe with BYOL), not run here",
+        {"dataset_name": "stl10", "batch_size": 256, "max_epochs": 10},
+        {
+            "moco_v2": Row({}),
+            "byol": Row(
+                {
+                    **{"optimizer_name": "sgd", "lr": 0.8, "exclude_matching_parameters_from_lars": []},
+                    "loss_constant_factor": 1,
+                }
+            ),
+        },
+    ),
+}
+
+
+def tried_with(preset: str) -> list[str]:
+    """Return the names of the recipes that a preset has."""
+    return [name for name, kind in KINDS.items() if preset in kind.rows]
+
+
+def recipe(preset: str, name: str, /, **settings: Any) -> ModelParams:
+    """Return the settings of a recipe.
+
+    Args:
+        preset: name of a preset, such as "simclr".
+        name: kind of data, such as "digits".
+        settings: fields of ModelParams that replace those of the recipe.
+
+    Raises:
+        KeyError: there is no such preset.
+        ValueError: the preset has no such recipe.
+    """
+    build, tried = PRESETS[preset], tried_with(preset)
+    if name not in tried:
+        near = suggestion(name, tried)
+        raise ValueError(
+            f"recipe={name}: {preset} has no such recipe.{near} "
+            + (f"Choose one of {', '.join(tried)}." if tried else f"No recipe of {preset} was tried: leave it out.")
+        )
+    return build(**{**KINDS[name].settings, **KINDS[name].rows[preset].settings, **settings})

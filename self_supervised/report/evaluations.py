@@ -1,0 +1,383 @@
+"""Table of methods x protocols: what `self-supervised evaluate` stored next to runs and checkpoints.
+
+A row is one checkpoint, or the runs that differ only in the seed, or a baseline of theirs.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from self_supervised.evaluation import results
+from self_supervised.evaluation.results import DRAWN, RunRecord
+from self_supervised.fields import as_path
+from self_supervised.safe_files import atomic_write
+from self_supervised.training import run_folder
+from self_supervised.training.milestones import is_finite
+
+ENCODER_NAMES = {"trained": "trained encoder", "random": "random encoder", "starting": "starting weights"}
+NOT_SCORES = ("l2",)  # hyperparameters that are stored with the scores
+LOWEST_IS_BEST = ("uniformity", "alignment")
+CSV_COLUMNS = ("kind", "run", "dataset", "protocol", "metric", "value", "std", "n", "best")
+DEVIATION = "±: sample standard deviation over runs; in a row of one run over evaluation seeds, or draws of one seed."
+BEST_MARK = "*"  # in a terminal; Markdown: bold
+
+
+@frozen
+class Evaluated:
+    """A row of the table."""
+
+    label: str
+    checkpoints: tuple[str, ...]  # as they were passed
+    found: tuple[list[RunRecord], ...]  # of each checkpoint
+
+
+@frozen
+class Cell:
+    mean: float
+    std: float | None
+    n: int  # numbers of which this is the mean
+    text: str
+
+
+@frozen
+class EvaluationTable:
+    """Results on one data set: a row for each method, a column for each metric of each protocol."""
+
+    dataset: str
+    rows: list[Evaluated]
+    columns: list[tuple[str, str]]  # protocol, metric
+    cells: list[list[Cell | None]]
+    best: set[tuple[int, int]]  # row, column
+    notes: list[str]
+
+    @property
+    def header(self) -> list[str]:
+        return ["", *(metric_name(*column) for column in self.columns)]
+
+    def texts(self, mark: str) -> list[list[str]]:
+        """Return the rows as text. `mark` is a format of the best values."""
+        shown = [[cell.text if cell else "" for cell in cells] for cells in self.cells]
+        for row, column in self.best:
+            shown[row][column] = mark.format(shown[row][column])
+        return [[row.label, *cells] for row, cells in zip(self.rows, shown, strict=True)]
+
+
+def metric_name(protocol: str, metric: str) -> str:
+    return metric if metric.startswith(protocol) else f"{protocol} {metric}"
+
+
+# ---- rows ----
+
+
+def refuse_repeated(folders: Sequence[str | Path]) -> None:
+    for folder, times in Counter(as_path(folder).resolve() for folder in folders).items():
+        if times > 1:
+            raise ValueError(f"{folder} was passed {times} times. Pass it once.")
+
+
+def names_of_runs(folders: Sequence[Path]) -> list[str]:
+    """Return the directories' names; if two are the same, with as much of the paths as tells them apart."""
+    refuse_repeated(folders)
+    parts = [folder.resolve().parts for folder in folders]
+    for n in range(1, max(map(len, parts))):
+        names = ["/".join(path[-n:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"{folders[0]} is not the directory of a run")
+
+
+def run_or_file(checkpoint: str | Path) -> Path:
+    """Return the path or name; the directory of the run, if it is a run's pretrained.ckpt."""
+    path = as_path(checkpoint)
+    return path.parent if path.name == "pretrained.ckpt" and run_folder.settings_of_run(path.parent) else path
+
+
+def without_seed(settings: dict[str, Any]) -> str:
+    """Return the key of the group of runs that differ only in the seed, and in how trackers list them."""
+    computed = {k: v for k, v in settings.items() if k != "seed" and not k.startswith("tracker_")}
+    return json.dumps(computed, sort_keys=True)
+
+
+def group_labels(groups: Iterable[list[str]]) -> list[str]:
+    """Return a label for each group of names: ["a_0", "a_1"] -> "a_{0,1}"."""
+    labels = []
+    for names in groups:
+        start = os.path.commonprefix(names)
+        ends = ",".join(name.removeprefix(start) for name in names)
+        labels.append(f"{start}{{{ends}}}" if start and ends else ", ".join(names))
+    return labels
+
+
+def shown_records(folder: Path) -> list[RunRecord]:
+    """Return the runs in results.json that belong to the latest evaluation of each data set."""
+    stored = results.Results(folder)
+    return [run for dataset in stored.config for run in stored.shown(dataset)]
+
+
+def evaluated_rows(checkpoints: Sequence[str | Path], out: Path | None = None) -> list[Evaluated]:
+    """Return the rows of checkpoints and of their baselines.
+
+    Args:
+        checkpoints: anything that `load_encoder` accepts; or directories of unfinished runs, whose rows are empty.
+        out: directory of the results; default: next to each checkpoint.
+    """
+    paths = [run_or_file(checkpoint) for checkpoint in checkpoints]
+    names = names_of_runs(paths)
+    found = [shown_records(out or results.folder_of(path)) for path in paths]
+    groups: dict[str, list[int]] = {}
+    for i, path in enumerate(paths):
+        settings = run_folder.settings_of_run(path)
+        groups.setdefault(without_seed(settings) if settings else str(i), []).append(i)
+    labels = group_labels([[names[i] for i in group] for group in groups.values()])
+    trained = [[run for run in runs if run["encoder"] == "trained"] for runs in found]
+    rows = [
+        Evaluated(label, tuple(str(checkpoints[i]) for i in group), tuple(trained[i] for i in group))
+        for label, group in zip(labels, groups.values(), strict=True)
+    ]
+    baselines = [row for encoder in ("random", "starting") for row in baseline_rows(encoder, checkpoints, names, found)]
+    return rows + baselines
+
+
+def baseline_rows(
+    encoder: str, checkpoints: Sequence[str | Path], names: list[str], found: list[list[RunRecord]]
+) -> list[Evaluated]:
+    """Return a row for each different baseline. Checkpoints share one if its weights and all keys of its runs agree."""
+    rows: list[tuple[str, str, dict[tuple, RunRecord]]] = []
+    for checkpoint, name, runs in zip(checkpoints, names, found, strict=True):
+        own = {(run["dataset"], run["protocol"], run["seed"]): run for run in runs if run["encoder"] == encoder}
+        for _, _, merged in rows:
+            if all(is_equal(merged.get(place, run), run) for place, run in own.items()) and shares_weights(merged, own):
+                merged |= own | merged
+                break
+        else:
+            if own:
+                rows.append((name, str(checkpoint), own))
+    title = ENCODER_NAMES[encoder]
+    return [
+        Evaluated(title if len(rows) == 1 else f"{title} of {name}", (checkpoint,), (list(runs.values()),))
+        for name, checkpoint, runs in rows
+    ]
+
+
+def is_equal(one: RunRecord, other: RunRecord) -> bool:
+    return one["key"] == other["key"]
+
+
+def shares_weights(*records: dict[tuple, RunRecord]) -> bool:
+    return len({run["hash"] for runs in records for run in runs.values()}) == 1
+
+
+# ---- tables ----
+
+
+def evaluation_tables(
+    rows: list[Evaluated], protocols: Sequence[str] | None = None, dataset: str | None = None
+) -> list[EvaluationTable]:
+    """Return a table for each data set on which at least one row was evaluated; with `protocols` or `dataset`, of these
+    alone."""
+    everything = [run for row in rows for runs in row.found for run in runs]
+    wanted = [run for run in everything if dataset in (None, run["dataset"])]
+    wanted = [run for run in wanted if protocols is None or run["protocol"] in protocols]
+    of_datasets: dict[str, list[RunRecord]] = {}
+    for run in wanted:
+        of_datasets.setdefault(run["dataset"], []).append(run)
+    return [table_of(name, rows, runs) for name, runs in of_datasets.items()]
+
+
+def table_of(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) -> EvaluationTable:
+    columns = [
+        (protocol, metric)
+        for protocol in dict.fromkeys(run["protocol"] for run in runs)
+        for metric in dict.fromkeys(name for run in runs if run["protocol"] == protocol for name in run["scores"])
+        if metric not in NOT_SCORES and not metric.endswith(DRAWN)
+    ]
+    cells = [[cell_of(row, dataset, *column) for column in columns] for row in rows]
+    unlike = differently_measured(runs)
+    best = {
+        (row, column)
+        for column, (protocol, metric) in enumerate(columns)
+        for row in indices_of_best([goodness(metric, row[column]) for row in cells])
+        if protocol not in unlike
+    }
+    has_std = any(cell and cell.std is not None for row in cells for cell in row)
+    notes = [DEVIATION] if has_std else []
+    notes += [seeds_note(runs), *unlike.values(), *missing_note(dataset, rows, runs)]
+    return EvaluationTable(dataset, rows, columns, cells, best, notes)
+
+
+def cell_of(row: Evaluated, dataset: str, protocol: str, metric: str) -> Cell | None:
+    """Return a mean and its standard deviation over runs, of each the mean over its evaluation seeds. In a row of one
+    run, they are those over its evaluation seeds, or with one seed over its draws."""
+    place = (dataset, protocol)
+    of_runs = [[run["scores"] for run in runs if (run["dataset"], run["protocol"]) == place] for runs in row.found]
+    values = [numbers for scores in of_runs if (numbers := [one[metric] for one in scores if metric in one])]
+    if not values:
+        return None
+    numbers = values[0] if len(row.found) == 1 else [statistics.fmean(one) for one in values]
+    mean = statistics.fmean(numbers)
+    std = results.deviation(numbers) if len(numbers) > 1 else None
+    if len(row.found) == len(numbers) == 1:
+        std = of_runs[0][0].get(f"{metric}{DRAWN}")
+    missing = f" ({len(values)} of {len(row.found)})" if len(values) < len(row.found) else ""
+    return Cell(mean, std, len(numbers), f"{results.mean_text(mean, std)}{missing}")
+
+
+def indices_of_best(values: list[float | None]) -> list[int]:
+    """Return the indices of the highest finite values, unless all are equal."""
+    finite = {i: value for i, value in enumerate(values) if is_finite(value)}
+    return [i for i, value in finite.items() if value == max(finite.values())] if len({*finite.values()}) > 1 else []
+
+
+def goodness(metric: str, cell: Cell | None) -> float | None:
+    """Return a number that is highest for the best value (docs/evaluation.md)."""
+    if cell is None:
+        return None
+    if metric == "alpha_req":
+        return -abs(cell.mean - 1)
+    return -cell.mean if metric in LOWEST_IS_BEST else cell.mean
+
+
+def differently_measured(runs: list[RunRecord]) -> dict[str, str]:
+    """Return protocol -> warning, for protocols whose values cannot be compared."""
+    conditions: dict[str, set[str]] = {}
+    for run in runs:
+        told = [run.get("definition"), run.get("seen", {}), run.get("training", {})]
+        conditions.setdefault(run["protocol"], set()).add(json.dumps(told, sort_keys=True))
+    return {
+        protocol: f"{protocol}: not comparable, because images, clips, training settings or version differ."
+        for protocol, found in conditions.items()
+        if len(found) > 1
+    }
+
+
+def seeds_of(runs: list[RunRecord]) -> dict[str, list[int]]:
+    return {name: sorted({run["seed"] for run in runs if run["protocol"] == name}) for name in protocols_of(runs)}
+
+
+def seeds_note(runs: list[RunRecord]) -> str:
+    alike: dict[str, list[str]] = {}
+    for name, seeds in seeds_of(runs).items():
+        alike.setdefault(", ".join(map(str, seeds)), []).append(name)
+    return "Evaluation seeds: " + "; ".join(f"{seeds} ({', '.join(names)})" for seeds, names in alike.items()) + "."
+
+
+def missing_note(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) -> list[str]:
+    """Return the command that fills what is missing, if anything is. It skips what is stored."""
+    seeds = seeds_of(runs)
+    missing: dict[str, set[str]] = {}  # checkpoint -> protocols
+    for row in rows:
+        for checkpoint, found in zip(row.checkpoints, row.found, strict=True):
+            done = protocols_of(run for run in found if run["dataset"] == dataset)
+            missing.setdefault(checkpoint, set()).update(seeds.keys() - done)
+    names = [name for name in seeds if any(name in of for of in missing.values())]
+    if not names:
+        return []
+    checkpoints = [checkpoint for checkpoint, of in missing.items() if of]
+    drawn = sorted({seed for name in names for seed in seeds[name]})
+    options = ["--dataset", dataset, "--protocols", *names, "--seeds", *map(str, drawn)]
+    return [f"Missing values: {shlex.join(['self-supervised', 'evaluate', *checkpoints, *options])}"]
+
+
+def protocols_of(runs: Iterable[RunRecord]) -> dict[str, None]:
+    return dict.fromkeys(run["protocol"] for run in runs)
+
+
+# ---- output ----
+
+
+def notes_on(checkpoints: Sequence[str | Path], tables: list[EvaluationTable]) -> list[str]:
+    """Return all notes of the tables; if there are no tables, the command that makes one."""
+    if tables:
+        return list(dict.fromkeys(note for table in tables for note in table.notes))
+    command = shlex.join(["self-supervised", "evaluate", *map(str, checkpoints), "--protocols", "knn", "linear"])
+    return [f"Not evaluated yet. For scores under the same protocols: {command}"]
+
+
+def title_of(table: EvaluationTable) -> str:
+    return f"Evaluated on {table.dataset} by self-supervised evaluate"
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    parser.add_argument("--csv", type=as_path, metavar="FILE", help="also write one row per value to this file")
+
+
+def print_tables(tables: list[EvaluationTable]) -> None:
+    """Print tables, each in as many parts as the width of the terminal needs."""
+    console = Console(highlight=False, markup=False)
+    for table in tables:
+        console.print(f"{title_of(table)} ({BEST_MARK} best of its column)")
+        texts = table.texts(f"{BEST_MARK}{{}}")
+        for part in parts_that_fit(table.header, texts, console.width):
+            shown = Table()
+            for i in part:
+                head = table.header[i].replace(" ", "\n")
+                shown.add_column(head, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
+            for row in texts:
+                shown.add_row(*(Text(row[i], "bold" if row[i].startswith(BEST_MARK) else "") for i in part))
+            console.print(shown)
+        for note in table.notes:
+            console.print(note, soft_wrap=True)
+        console.print()
+
+
+def parts_that_fit(header: list[str], texts: list[list[str]], width: int) -> Iterator[list[int]]:
+    """Yield indices of columns: always the first, and as many others as fit."""
+    widths = [max(map(len, [*head.split(), *column])) + 3 for head, *column in zip(header, *texts, strict=True)]
+    part = [0]
+    for i in range(1, len(widths)):
+        if len(part) > 1 and sum(widths[j] for j in part) + widths[i] >= width:
+            yield part
+            part = [0]
+        part.append(i)
+    yield part
+
+
+def markdown_text(tables: list[EvaluationTable]) -> str:
+    parts = []
+    for table in tables:
+        notes = "\n".join(f"- {note}" for note in [*table.notes, "Bold: best of its column."])
+        parts += [f"## {title_of(table)}", results.markdown_table(table.header, table.texts("**{}**")), notes]
+    return "\n\n".join(parts)
+
+
+def csv_rows(tables: list[EvaluationTable]) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": "evaluation",
+            "run": row.label,
+            "dataset": table.dataset,
+            "protocol": protocol,
+            "metric": metric,
+            "value": cell.mean,
+            "std": cell.std,
+            "n": cell.n,
+            "best": (i, j) in table.best,
+        }
+        for table in tables
+        for i, row in enumerate(table.rows)
+        for j, (protocol, metric) in enumerate(table.columns)
+        if (cell := table.cells[i][j])
+    ]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one row per value. Empty fields have no meaning for the kind of value."""
+    written = io.StringIO()
+    writer = csv.DictWriter(written, CSV_COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, written.getvalue())

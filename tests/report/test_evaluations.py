@@ -1,0 +1,144 @@
+"""The table of methods x protocols, compared with means and deviations computed by hand from stored results."""
+
+import csv
+import json
+import re
+import sys
+
+import pytest
+import yaml
+
+from self_supervised import evaluate
+from self_supervised.evaluation.results import Results
+from self_supervised.report import compare, evaluations, report
+
+
+def record(protocol, scores, seed=0, encoder="trained", weights="w", **more):
+    place = {"protocol": protocol, "dataset": "digits", "encoder": encoder, "seed": seed}
+    key = f"{encoder} {weights} {protocol} {seed}"
+    return place | {"key": key, "hash": weights, "scores": scores, "seconds": 1, "definition": "d", "source": ""} | more
+
+
+def written(out, records, **settings):
+    """Write a run with stored results."""
+    out.mkdir(parents=True)
+    config = {"preset": "simclr", "dataset_name": "digits", "lr": 0.1, "seed": 0}
+    (out / "config.yaml").write_text(yaml.safe_dump(config | settings))
+    (out / "results.json").write_text('{"trained encoder": {"valid_knn20_acc": 61.5}}')
+    (out / "pretrained.ckpt").touch()
+    stored = Results(out / "pretrained.evaluation")
+    stored.begin("digits", {"encoders": {}, "versions": {}})
+    stored.add(*records)
+    return out
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """SimCLR of two seeds, each evaluated with two seeds, and BYOL, which lacks knn."""
+    random = [record("linear", {"acc1": 75.0, "l2": 1.0}, encoder="random", weights="r")]
+    first = [record("linear", {"acc1": 80.0, "l2": 1.0}), record("linear", {"acc1": 82.0, "l2": 9.0}, 1)]
+    second = [record("linear", {"acc1": 84.0, "l2": 1.0}), record("linear", {"acc1": 88.0, "l2": 1.0}, 1)]
+    byol = [record("linear", {"acc1": 90.0, "l2": 1.0}, seed) for seed in (0, 1)]
+    return [
+        written(tmp_path / "simclr_0", [*first, record("knn", {"knn20_acc1": 50.0}), *random], seed=0),
+        written(tmp_path / "simclr_1", [*second, record("knn", {"knn20_acc1": 53.0}), *random], seed=1),
+        written(tmp_path / "byol", [*byol, *random], preset="byol"),
+    ]
+
+
+def test_seeds_of_one_method_give_mean_and_sample_deviation_of_the_runs(runs):
+    (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows(runs))
+    assert table.header == ["", "linear acc1", "knn20_acc1"]
+    # runs: (80 + 82) / 2 = 81 and (84 + 88) / 2 = 86; mean 83.5, deviation (86 - 81) / sqrt(2) = 3.54
+    assert table.texts("[{}]") == [
+        ["simclr_{0,1}", "83.50 ± 3.54", "51.50 ± 2.12"],
+        ["byol", "[90.00 ± 0.00]", ""],
+        ["random encoder", "75.00", ""],
+    ]
+    assert "Evaluation seeds: 0, 1 (linear); 0 (knn)." in table.notes
+    missing = f"Missing values: self-supervised evaluate {runs[0]} {runs[2]} --dataset digits --protocols knn --seeds 0"
+    assert missing in table.notes  # the random encoder's value is stored with the first run
+
+
+def test_one_run_has_the_deviation_over_evaluation_seeds_or_draws(runs, tmp_path):
+    drawn = written(tmp_path / "drawn", [record("few_labels", {"labels1_acc1": 40.0, "labels1_acc1_std": 2.5})])
+    first, second = (evaluations.evaluation_tables(evaluations.evaluated_rows([run]))[0] for run in (runs[0], drawn))
+    assert first.texts("{}")[0] == ["simclr_0", "81.00 ± 1.41", "50.00"]  # (82 - 80) / sqrt(2)
+    assert second.texts("{}") == [["drawn", "40.00 ± 2.50"]]
+    assert first.best == {(0, 0)} and second.best == set()  # no other value
+
+
+def test_a_run_of_a_group_that_is_not_evaluated_is_named(runs, tmp_path):
+    new = written(tmp_path / "simclr_2", [], seed=2)
+    (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows([*runs[:2], new]))
+    assert table.texts("{}")[0] == ["simclr_{0,1,2}", "83.50 ± 3.54 (2 of 3)", "51.50 ± 2.12 (2 of 3)"]
+    assert any(str(new) in note and "--protocols linear knn --seeds 0 1" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("uniformity", 0), ("alpha_req", 1), ("rank_me", 2)])
+def test_the_best_value_is_the_lowest_the_nearest_to_1_or_the_highest(metric, best, tmp_path):
+    values = {"a": -3.0, "b": 1.2, "c": 2.4, "d": float("nan")}
+    made = [written(tmp_path / n, [record(metric, {metric: v})], preset=n) for n, v in values.items()]
+    (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows(made))
+    assert table.best == {(best, 0)} and table.texts("{}")[3] == ["d", "not finite"]
+
+
+def test_values_that_cannot_be_compared_are_not_ranked(runs, tmp_path):
+    other = written(tmp_path / "other", [record("linear", {"acc1": 99.0}, definition="of another version")], lr=1)
+    (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows([*runs, other]))
+    assert not any(column == 0 for _, column in table.best)
+    assert any(note.startswith("linear: not comparable") for note in table.notes)
+
+
+def test_baselines_with_other_weights_have_their_own_rows(runs, tmp_path):
+    wide = record("linear", {"acc1": 77.0}, encoder="random", weights="wide")
+    other = written(tmp_path / "wide", [record("linear", {"acc1": 91.0}), wide], encoder_arch="resnet50")
+    (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows([*runs, other]), ["linear"])
+    assert table.texts("{}")[-2:] == [["random encoder of simclr_0", "75.00"], ["random encoder of wide", "77.00"]]
+    assert table.header == ["", "linear acc1"]
+
+
+def test_compare_shows_the_table_before_results_and_settings(runs, monkeypatch, capsys, tmp_path):
+    command = ["compare", *map(str, runs), "--csv", str(tmp_path / "c.csv")]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setenv("COLUMNS", "80")
+    compare.main()
+    shown = capsys.readouterr().out
+    assert re.search(r"simclr_\{0,1\} +│ +83.50 ± 3.54 │.*\n│ byol +│ +\*90.00 ± 0.00", shown)
+    assert shown.index("Evaluated on digits") < shown.index("trained encoder: valid_knn20_acc") < shown.index("preset")
+    assert max(map(len, shown.split("Missing values")[0].splitlines()[:8])) <= 80
+    with (tmp_path / "c.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    linear = next(row for row in rows if row["kind"] == "evaluation" and row["run"] == "simclr_{0,1}")
+    assert (linear["protocol"], linear["metric"], linear["n"], linear["best"]) == ("linear", "acc1", "2", "False")
+    assert float(linear["value"]) == 83.5 and float(linear["std"]) == pytest.approx(12.5**0.5)
+    assert {row["kind"] for row in rows} == {"evaluation", "result", "setting"}
+    monkeypatch.setattr(sys, "argv", [*command[:-2], "--markdown"])
+    compare.main()
+    table = capsys.readouterr().out
+    assert "| byol | **90.00 ± 0.00** |  |" in table and "| preset | simclr | byol |" in table
+
+
+def test_compare_and_report_name_the_command_if_nothing_was_evaluated(runs, tmp_path, monkeypatch, capsys):
+    new = written(tmp_path / "new", [])
+    monkeypatch.setattr(sys, "argv", ["compare", str(new)])
+    compare.main()
+    assert f"self-supervised evaluate {new} --protocols knn linear" in capsys.readouterr().out
+
+
+def test_the_report_has_the_values_of_evaluate_next_to_those_of_the_run(runs, tmp_path):
+    page = report.write_report(runs, tmp_path / "r.html", images=0).read_text()
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    shown = {(row["of"], row["name"]): row["values"] for row in data["results"]}
+    assert shown["trained encoder", "linear acc1 on digits"] == ["81.00 ± 1.41", "86.00 ± 2.83", "90.00 ± 0.00"]
+    assert shown["random encoder", "linear acc1 on digits"] == ["75.00"] * 3
+    assert shown["trained encoder", "knn20_acc1 on digits"] == ["50.00", "53.00", ""]
+    assert shown["trained encoder", "valid_knn20_acc"] == ["61.5"] * 3
+    assert "Evaluation seeds: 0, 1 (linear); 0 (knn)." in data["caution"]
+
+
+@pytest.mark.parametrize("arguments", ["{0} {0}/pretrained.ckpt", "{0} {1} --out x", "{0} nothing.ckpt"])
+def test_checkpoints_are_refused_before_the_first_evaluation(arguments, runs, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", None)  # would raise another error
+    with pytest.raises(SystemExit, match="2 times|out=x|nothing.ckpt"):
+        evaluate.main(arguments.format(*runs).split())

@@ -1,0 +1,93 @@
+"""Recipes: every row can be built, is shown on its page, and is found by name in Python and on the command line."""
+
+import pytest
+import pytorch_lightning as pl
+import recipes_page
+import torch
+
+import self_supervised as ssl
+import train_blog
+from model_params import PRESETS
+from self_supervised import recipes
+from self_supervised.demo import features
+from self_supervised.evaluation import validation
+from self_supervised.fields import changed
+from self_supervised.runs import command_line
+
+ROWS = [(preset, name) for name, kind in recipes.KINDS.items() for preset in kind.rows]
+
+
+@pytest.mark.parametrize(("preset", "name"), ROWS)
+def test_recipe_is_its_preset_with_the_settings_of_its_rows(preset, name):
+    params = ssl.recipe(preset, name, seed=3)
+    wanted = recipes.KINDS[name].settings | recipes.KINDS[name].rows[preset].settings | {"seed": 3}
+    kept = {field: value for field, value in changed(PRESETS[preset]()).items() if field not in wanted}
+    assert {field: getattr(params, field) for field in [*wanted, *kept]} == wanted | kept
+    assert params.dataset_name in name
+
+
+def test_stl10_is_the_configuration_of_the_blog_post():
+    assert ssl.recipe("byol", "stl10", max_epochs=train_blog.BASE.max_epochs) == train_blog.BASE
+
+
+def test_expected_results_are_above_the_random_encoder_by_more_than_their_deviations():
+    for preset, name in ROWS:
+        result = recipes.KINDS[name].rows[preset].result
+        if result and result.random:
+            (random, spread), (trained, spread_trained) = result.random, result.trained
+            assert trained > random + (spread or 0) + (spread_trained or 0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "name", "message"),
+    [
+        ("simclr", "digit", r"^recipe=digit: simclr has no such recipe. Did you mean digits\? Choose one of digits, "),
+        ("moco_v3", "stl10", "^recipe=stl10: moco_v3 has no such recipe. Choose one of digits.$"),
+        ("sce_video", "digits", "^recipe=digits: sce_video has no such recipe. No recipe of sce_video was tried"),
+    ],
+)
+def test_unknown_recipe_names_those_that_exist(preset, name, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        ssl.recipe(preset, name)
+    with pytest.raises(SystemExit):
+        command_line.parse([preset, "--recipe", name])
+    assert capsys.readouterr().err.startswith(f"error: recipe={name}: {preset} has no such recipe.")
+
+
+def test_options_win_over_the_recipe_and_the_configuration_has_what_results(tmp_path, capsys):
+    preset, options, params = command_line.parse(["simclr", "--recipe", "digits", "--lr", "0.5"])
+    assert params == ssl.recipe("simclr", "digits", lr=0.5) and options.recipe == "digits"
+    file = tmp_path / "config.yaml"
+    file.write_text(command_line.to_yaml(preset, options, params))
+    assert command_line.parse(["--config", str(file)]) == (preset, options, params)
+    file.write_text("preset: simclr\nrecipe: digits\nlr: 0.5\n")
+    assert command_line.parse(["--config", str(file)]) == (preset, options, params)
+    with pytest.raises(SystemExit):
+        command_line.parse(["--config", str(file), "--recipe", "digits"])
+    assert "Pass --recipe or --config" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command_line.parse(["simclr", "--help"])
+    assert "Recipes (--recipe NAME): digits, " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_recipe_beats_its_random_encoder(digits_path, monkeypatch):
+    """With few labels, after a part of its epochs."""
+    monkeypatch.setenv("DATA_PATH", str(digits_path))
+    params = ssl.recipe("vicreg", "digits", seed=0, evaluations=[], max_epochs=2)
+    model = ssl.SelfSupervisedMethod(params)
+
+    def accuracy() -> float:
+        train_x, train_y, test_x, test_y = features(model.model, params)
+        labeled = torch.cat([torch.nonzero(train_y == label)[:5, 0] for label in range(10)])
+        return validation.knn(train_x[labeled], train_y[labeled], test_x, test_y)["valid_knn20_acc"]
+
+    before = accuracy()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    pl.Trainer(accelerator="cpu", max_epochs=2, enable_model_summary=False, **quiet).fit(model)
+    assert accuracy() > before + 2
+
+
+def test_page_is_current():
+    text = recipes_page.PAGE.read_text()
+    assert recipes_page.updated(text) == text, "run: python docs/recipes_page.py"
