@@ -295,7 +295,7 @@ class LinearClassifierMethod(BaseMethod):
         for index, (scores, _) in enumerate(self.gathered(self.validation_scores, loaders)):
             suffix = f"_{index}" if index else ""
             means = {f"{prefix}_{name}{suffix}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
-            self.log_dict(means, prog_bar=True, sync_dist=True)
+            self.log_scores(means, prog_bar=True, sync_dist=True)
 
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
         """Return the logits [N, classes] of a batch in at least float32, NaN for images that could not be read.

@@ -10,6 +10,7 @@ import attrs
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,10 +24,11 @@ from self_supervised.fields import plain
 from self_supervised.networks.encoders import check_small_views, embeddings_of, get_encoder, source_of_weights
 from self_supervised.networks.heads import MLP
 from self_supervised.numerics import Scores, at_least_float32
-from self_supervised.training import online_classifier, optimizers, parameter_groups
+from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
 from self_supervised.training.record import TrainingRecord
+from self_supervised.training.verdict import Verdict, starting_point
 from self_supervised.views import augmentations
 
 
@@ -84,12 +86,12 @@ class SelfSupervisedMethod(BaseMethod):
         self.augment = augmentations.training_views(p)
         self.started_from = source_of_weights(p)
         self.trains_on_own_data = False  # True: on `dataset_name`; False: on the user's loader
-        self.latest_scores: tuple[int, Scores] = (-1, {})  # optimizer step and scores of the latest validation
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        present = any(isinstance(callback, TrainingRecord) for callback in self.trainer.callbacks)
-        return super().configure_callbacks() + ([] if present or not self.is_recorded else [TrainingRecord()])
+        present = {type(callback) for callback in self.trainer.callbacks}
+        kinds = (Verdict, TrainingRecord) if self.is_recorded else ()  # in this order: the second writes the first's
+        return super().configure_callbacks() + [kind() for kind in kinds if kind not in present]
 
     # ---- Method ----
 
@@ -202,6 +204,11 @@ class SelfSupervisedMethod(BaseMethod):
     def n_outputs(self) -> int | None:
         return None if self.online_classifier is None else self.online_classifier.out_features
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        for line in advice.doubts(self.params, self.plan, "custom" if self.custom_loss else self.params.loss_type):
+            rank_zero_info(f"warning: {line}")
+
     def reads_labels(self, training: bool) -> bool:
         return self.online_classifier is not None or (not training and self.params.is_evaluated)
 
@@ -245,27 +252,37 @@ class SelfSupervisedMethod(BaseMethod):
 
     # ---- Evaluation ----
 
+    def starting_point(self) -> str:
+        """Return the name of the encoder from which a training starts now."""
+        return "starting encoder" if self.was_trained else starting_point(self.params, self.started_from)
+
     def on_validation_epoch_start(self) -> None:
         self.validation_outputs.clear()  # left by an interrupted validation
 
     def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int, dataloader_idx: int = 0) -> None:
         due = self.trainer.state.fn != "fit" or (self.current_epoch + 1) % self.params.evaluate_every_n_epochs == 0
         if due and self.params.is_evaluated and not self.trainer.sanity_checking:
-            images, labels = batch
-            with self.eagerly():
-                features = embeddings_of(self.model, images).float()
-            self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
+            self.embed(batch, dataloader_idx)
 
-    def on_validation_epoch_end(self) -> None:
+    def embed(self, batch: tuple[Tensor, Tensor | None], dataloader_idx: int) -> None:
+        """Keep embeddings and labels of a batch for `scores_of_loaders`."""
+        images, labels = batch
+        with self.eagerly():
+            features = embeddings_of(self.model, images).float()
+        self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
+
+    def scores_of_loaders(self) -> list[Scores]:
+        """Return the scores of each validation loader, of the embeddings that were kept since the last call."""
         if not self.validation_outputs:
-            return
+            return []
         sets = self.gathered(self.validation_outputs, self.trainer.val_dataloaders)
         train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
-        self.latest_scores = (self.global_step, {})
-        for index, (x, y) in enumerate(sets):
-            scores = {name + (f"_{index}" if index else ""): value for name, value in self.scores(x, y, train).items()}
-            self.latest_scores[1].update(scores)
-            self.log_dict(scores)
+        found = [self.scores(x, y, train) for x, y in sets]
+        return [{name + (f"_{i}" if i else ""): value for name, value in each.items()} for i, each in enumerate(found)]
+
+    def on_validation_epoch_end(self) -> None:
+        for scores in self.scores_of_loaders():
+            self.log_scores(scores)
             self.print(f"epoch {self.epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:

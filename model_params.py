@@ -71,6 +71,7 @@ CUSTOM_DATA = (
     "splits_path",
     "pixel_range",
 )  # settings of dataset_name="folder"; other data sets refuse them
+SUBSET = ("data_fraction", "data_seed")  # those that packed data sets have, too
 VIDEO = (
     "num_frames",
     "clip_duration",
@@ -147,7 +148,6 @@ class EncoderAndDataParams:
     data_on_device: bool | None = None  # keep packed sets on the device as uint8; None: on a GPU, if they fit
     # reaction to a broken file; skip: train on the next one, leave it out of evaluations, and count it
     unreadable_images: str = choice("stop", ("stop", "skip"))
-
     # turn image files upright by their EXIF orientation; False: as earlier versions, and checkpoints of theirs, do
     exif_orientation: bool = True
 
@@ -279,7 +279,8 @@ def contradictions_of_data(params: EncoderAndDataParams) -> Iterator[tuple[bool,
         not all(name and number.isdecimal() for name, _, number in parts),
         f"class_to_idx={p.class_to_idx} must give each class a whole number, such as {{'cat': 0, 'dog': 1}}",
     )
-    for name in () if p.dataset.is_custom else CUSTOM_DATA:
+    allowed = CUSTOM_DATA if p.dataset.is_custom else SUBSET if p.dataset.is_packed else ()
+    for name in (name for name in CUSTOM_DATA if name not in allowed):
         yield (
             getattr(p, name) != DATASET_DEFAULTS[name],
             f"{name}={getattr(p, name)!r} is for your own images, not for dataset_name={p.dataset_name!r}. Remove it, "

@@ -26,6 +26,7 @@ from self_supervised.program import one_line_errors
 from self_supervised.report import report
 from self_supervised.runs.command_line import RunOptions, parser_of
 from self_supervised.safe_files import atomic_write, to_json
+from self_supervised.training import run_folder
 from self_supervised.views import augmentations
 
 OUT = Path("runs/demo")
@@ -101,11 +102,11 @@ def run_demo(epochs: int, linear_epochs: int) -> None:
     accuracy = results["linear classifier"]["valid_acc1"]
     result += f"\n\nLinearClassifierMethod after {linear_epochs} epochs: {accuracy:.1f} % of the test set."
     atomic_write(OUT / "results.md", result + "\n")
-    results["random encoder"] |= random
+    results[run_folder.baseline_of(results)] |= random
     results["trained encoder"] |= trained
     atomic_write(OUT / "results.json", to_json(results, indent=2))
     page = report.write_report([OUT])
-    print(f"\n{result}\n\nencoder: {OUT / 'pretrained.ckpt'}\nlog: {OUT / 'log.txt'}")
+    print(f"\n{result}\n\nverdict: {results['verdict']}\nencoder: {OUT / 'pretrained.ckpt'}\nlog: {OUT / 'log.txt'}")
     print(f"{time.time() - start:.0f} seconds. Curves, neighbors and a map, in a browser: {page}")
 
 

@@ -37,10 +37,11 @@ from self_supervised.runs.progress import Progress, scores_line, significant
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
 from self_supervised.training import checkpoints, hyperparameters, parameter_groups, run_folder
 from self_supervised.training.milestones import Best, EveryNEpochs, refuse_unknown
-from self_supervised.training.monitor import GradientNorms, LearningRate
+from self_supervised.training.monitor import GradientNorms, LearningRate, LogInterval
+from self_supervised.training.verdict import verdict
 
 NEVER_OVERWRITTEN = ("*.ckpt", "*/checkpoints/*.ckpt")  # files of a run
-ENCODER_RESULTS = ("epochs", "trained encoder", "test set", "linear minutes", "linear classifier")  # keys, results.json
+ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes")  # keys, results.json
 
 
 # ---- Trainers ----
@@ -68,7 +69,8 @@ def trainer_of_dry_run(params: ModelParams, options: RunOptions, callbacks: list
 
 def logging_callbacks(options: RunOptions) -> list[pl.Callback]:
     """Return the callbacks that log more than the method itself does."""
-    return [LearningRate(), GradientNorms()] if options.log_gradient_norms else [LearningRate()]
+    interval = [LogInterval()] if options.log_every_n_steps is None else []
+    return [*interval, LearningRate(), *([GradientNorms()] if options.log_gradient_norms else [])]
 
 
 def lightning_trainer(options: RunOptions, **more: Any) -> pl.Trainer:
@@ -79,6 +81,8 @@ def lightning_trainer(options: RunOptions, **more: Any) -> pl.Trainer:
     """
     given = options.trainer_arguments()
     plain = RunOptions().trainer_arguments()
+    if options.log_every_n_steps is None:
+        more["log_every_n_steps"] = 1  # until LogInterval knows the length of an epoch: Lightning warns of more
     try:
         return pl.Trainer(logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **(given | more))
     except (TypeError, ValueError, MisconfigurationException) as error:
@@ -147,7 +151,13 @@ def start_over(folder: Path) -> None:
 # ---- The two stages ----
 
 
-def validation_scores(fit: pl.Trainer, method: pl.LightningModule) -> dict[str, float]:
+def validation_scores(fit: pl.Trainer, method: pl.LightningModule, of: str = "") -> dict[str, float]:
+    """Return the scores of the last epoch if the weights have not changed since, else of another validation, before
+    which a line says `of` which encoder."""
+    if found := method.scores_at_end():
+        return found
+    if of and method.params.is_evaluated:
+        run_folder.say(f"Scores of the {of}:")
     return next(iter(fit.validate(method, verbose=False)), {})  # no scores if `evaluations` is empty
 
 
@@ -183,14 +193,15 @@ def pretrain_stage(
     fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict
 ) -> None:
     """Pretrain, and add the encoder's scores before and after to `results`."""
-    if resumed is None or "random encoder" not in results:  # its scores are the first row of metrics.csv
-        if model.params.is_evaluated:
-            run_folder.say("Scores of the random encoder:")
-        results |= {"random encoder": validation_scores(fit, model), **model.labels_result()}
+    baseline = run_folder.baseline_of(results)
+    if resumed is None or baseline is None:  # its scores are the first row of metrics.csv
+        results.pop(baseline, None)
+        baseline = model.starting_point()
+        results |= {baseline: validation_scores(fit, model, baseline), **model.labels_result()}
         write_on_rank_zero(out / "results.json", results)
         for callback in fit.callbacks:
             if isinstance(callback, Best):
-                callback.scores = set(results["random encoder"])
+                callback.scores = set(results[baseline])
     keep_minutes = minutes_keeper(out, results, "pretraining minutes")
     begun = {"on_train_batch_start": lambda *_: delete_outdated(out, results), "on_save_checkpoint": keep_minutes}
     fit.callbacks.append(LambdaCallback(**begun))
@@ -200,11 +211,12 @@ def pretrain_stage(
     results |= model.labels_result()
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
-    if model.params.is_evaluated:
-        run_folder.say("Scores of the trained encoder:")
-    results["trained encoder"] = validation_scores(fit, model)
+    if "trained encoder" not in results:  # it is if the resumed run was complete (see delete_outdated)
+        results["trained encoder"] = validation_scores(fit, model, "trained encoder")
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
+    if text := verdict(baseline, results[baseline], results["trained encoder"]):
+        results["verdict"] = text
     write_on_rank_zero(out / "results.json", results)
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from model_params import EncoderAndDataParams
 from self_supervised import distributed
 from self_supervised.catalogue import DATASETS, OWN_MODULE, ViewSettings
-from self_supervised.data import custom, image_files, video_files
+from self_supervised.data import custom, image_files, subsets, video_files
 from self_supervised.data.class_labels import class_names, labels_line
 from self_supervised.data.files import UNREADABLE, Sample, class_numbers_of_split
 from self_supervised.data.image_files import ImageFiles, samples_in_class_folders
@@ -143,6 +143,10 @@ def get_dataset(
     if params.dataset.is_packed:
         images = PackedImages(folders)
         check_arrays(images, params, folders)
+        training = set(splits) & {*params.dataset.pretraining_splits, *params.dataset.train_splits}
+        if training and params.data_fraction < 1:
+            classes = images.labels - images.labels.min()  # unlabeled images (-1) are a class, too
+            images = images.subset(subsets.stratified(classes, fraction=params.data_fraction, seed=params.data_seed))
         return images
     (folder,) = folders
     if params.dataset.of_videos:

@@ -48,6 +48,7 @@ class Run:
     settings: dict[str, Any]
     circumstances: dict[str, Any]  # machine, GPUs, commit and versions of the last start
     results: dict[str, float]
+    start: str | None  # name of the encoder at the start in `results`, such as "random encoder"
 
     @property
     def without_seed(self) -> str:
@@ -70,13 +71,15 @@ def read_run(folder: str | Path) -> Run:
     versions = {f"{name} version": number for name, number in last.get("versions", {}).items() if name != "commit"}
     commit = last.get("versions", {}).get("commit") or "none"
     where["commit"] = re.sub(r"(?<=^.{10})[0-9a-f]{30}", "", commit)  # short, like git's
-    return Run(folder, settings, {**where, **versions}, results_of_run(folder))
+    start = run_folder.baseline_of(run_folder.results_of(folder))
+    return Run(folder, settings, {**where, **versions}, results_of_run(folder), start)
 
 
 def results_of_run(folder: Path) -> dict[str, float]:
     """Return the numbers of results.json and, from metrics.csv, the last training loss and the best value of each
-    column that is evaluated per epoch. The random encoder's row is not an epoch."""
+    column that is evaluated per epoch. The row of the encoder before the training is not an epoch."""
     written = run_folder.results_of(folder)
+    baseline = run_folder.baseline_of(written)
     found = {}
     for name, value in written.items():
         if isinstance(value, dict):
@@ -87,7 +90,7 @@ def results_of_run(folder: Path) -> dict[str, float]:
     from_zero = run_folder.first_epoch(folder) == 0
     for name in rows[0] if rows else []:
         numbers = [float(row[name]) for row in rows if row[name] and (from_zero or row.get("epoch") != "0")]
-        if from_zero and f"random encoder: {name}" in found:
+        if from_zero and f"{baseline}: {name}" in found:
             del numbers[0]
         if name == LAST and numbers:
             found[f"last {name}"] = numbers[-1]
@@ -157,7 +160,7 @@ def missing_scores(runs: Iterable[Run]) -> str:
     for run in (one for one in runs if one.settings.get("evaluations")):
         after = "it was not evaluated after the last step (evaluate_every_n_epochs)"
         reasons = {
-            "random encoder": "it was not evaluated before the training (in Python: trainer.validate(model))",
+            run.start or "encoder at the start": "it was not evaluated before the training",
             "trained encoder": after if "epochs" in run.results else "the training has not ended",
         }
         for scored, reason in reasons.items():

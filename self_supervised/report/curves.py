@@ -100,6 +100,13 @@ def draw_panel(axis: Axes, groups: dict[str, list[Curves]], panel: str) -> None:
     axis.grid(alpha=0.3)
 
 
+def not_logged(runs: dict[str, Curves], panels: Sequence[str] | None) -> list[str]:
+    """Return a line for each run that has not logged all metrics of the panels (None: PANELS)."""
+    names = [name for panel in panels or PANELS for name in panel.split(",")]
+    lacking = {run: [name for name in names if name not in curves] for run, curves in runs.items()}
+    return [f"{run} has not logged {', '.join(of)}" for run, of in lacking.items() if of]
+
+
 def labeled_curves(runs: Sequence[str]) -> dict[str, Curves]:
     """Return label -> curves for runs passed as LABEL=DIR, or as DIR, whose name is then the label."""
     found = {}
@@ -124,5 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "deviation and accuracy, where logged",
     )
     args = parser.parse_args(arguments)
-    draw_curves(labeled_curves(args.runs), args.out, args.panels)
+    runs = labeled_curves(args.runs)
+    draw_curves(runs, args.out, args.panels)
+    for line in not_logged(runs, args.panels):
+        print(line)
     print(args.out)

@@ -1,6 +1,7 @@
 """Figures of a report: their columns, a description of a healthy curve, and their points from CSV files."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ MOST_POINTS = 2000  # per line
 PRETRAINING = "pretraining/metrics.csv"
 LINEAR = "linear/metrics.csv"
 NO_FIGURE = re.compile("epoch|step_train_acc5|lr|test_.*")  # columns without a figure, unless FIGURES has them
+EXPECTED = (
+    "Loss",
+    "Spread of the projections",
+    "Linear probe (%)",
+)  # titles of figures that every run should have
 ONLY_IF_IT_VARIES = ("T",)  # columns without a figure if they are constant
 Lines = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, values
 
@@ -70,7 +76,7 @@ FIGURES = (
             "valid_class_acc_trainset": "scored images, fitted on the training set",
             "train_class_acc_trainset": "fitted images of the training set",
         },
-        "Rises, and ends above the random encoder's (see Results). Fitted on half of the validation set and scored on "
+        "Rises, and ends above that of the start (see Results). Fitted on half of the validation set and scored on "
         "the other half: a monitor, not a result.",
     ),
     Figure(
@@ -81,7 +87,7 @@ FIGURES = (
             "valid_knn20_acc_trainset": "k = 20, of the training set",
             "valid_knn200_acc_trainset": "k = 200, of the training set",
         },
-        "Rises, and ends above the random encoder's (see Results).",
+        "Rises, and ends above that of the start (see Results).",
     ),
     Figure(
         "RankMe",
@@ -186,6 +192,18 @@ def figures_of_runs(folders: list[Path], without: list[set[str]]) -> list[dict[s
             shown = attrs.asdict(figure, filter=lambda attribute, _: attribute.name != "lines")
             made.append({**shown, "lines": lines})
     return made
+
+
+def missing_figures(figures: list[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """Return a line for each run that lacks some of the `figures`, or of EXPECTED.
+
+    Args:
+        names: of the runs.
+    """
+    drawn = {figure["title"]: {line["run"] for line in figure["lines"]} for figure in figures}
+    drawn = {**{title: set() for title in EXPECTED}, **drawn}
+    lacking = [[title for title, runs in drawn.items() if i not in runs] for i in range(len(names))]
+    return [f"{name} has logged nothing for: {', '.join(of)}" for name, of in zip(names, lacking, strict=True) if of]
 
 
 def others(tables: dict[str, list[Lines]]) -> list[Figure]:

@@ -79,6 +79,7 @@ function table(parent, head) {
 
 function resultsTable() {
   if (!data.results.length) return missing($("results"), "No results yet: there is neither results.json nor metrics.csv.");
+  data.verdicts.forEach(text => make($("results"), "p", {class: "verdict"}, text));
   if (data.caution) make($("results"), "p", {class: "about"}, data.caution);
   const scored = [...new Set(data.results.map(row => row.of))];
   // One run: a column for each encoder or epoch that was scored. Multiple runs: a column for each run.
@@ -291,6 +292,7 @@ function chart(figure, index) {
 }
 
 function curves() {
+  data.absent.forEach(text => missing($("curves"), text));
   if (!data.figures.length) {
     $("controls").remove();
     return missing($("curves"), "No curves: there is no metrics.csv, or it has no rows yet.");

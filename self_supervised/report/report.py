@@ -71,6 +71,7 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
         facts["steps_per_epoch"] = figures.steps_per_epoch(run.folder)
         facts |= dict(pictures.picture_parts(run.folder, run.settings, images_per_run, budget, encoder))
     silent = [{"m"} if run.settings.get("use_lagging_model") is False else set() for run in runs]
+    drawn = figures.figures_of_runs(folders, silent)
     return {
         "title": f"{', '.join(names)}: report",
         "written": time.strftime("%Y-%m-%d %H:%M"),
@@ -79,7 +80,9 @@ def content(folders: list[Path], images: int, encoder: nn.Module | None) -> dict
         "effective": tables.effective_rows(runs),
         "results": tables.result_rows(runs),
         "caution": tables.notes_on_results(runs),
-        "figures": figures.figures_of_runs(folders, silent),
+        "verdicts": tables.verdicts(runs, names),
+        "figures": drawn,
+        "absent": figures.missing_figures(drawn, names),
     }
 
 

@@ -17,7 +17,7 @@ from self_supervised.training import run_folder
 from self_supervised.training.milestones import lowest_is_best
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored
-START = evaluations.ENCODER_NAMES["random"]  # what a result is compared with, where it is one of MARKED
+START = evaluations.ENCODER_NAMES["random"]  # with which `evaluate` compares
 MARKED = ("trained encoder", "best epoch")
 FITTED = ("train_class_acc",)  # accuracies on the images to which a probe was fitted
 
@@ -66,6 +66,12 @@ def state(run: Run) -> str:
     first = run_folder.first_epoch(run.folder)
     _, epochs = figures.read_metrics(run_folder.file_of(run.folder, figures.PRETRAINING)).get("epoch", ([], [first]))
     return f"not finished: in epoch {max(1, epochs[-1] + 1 - first):.0f} of {planned}"
+
+
+def verdicts(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """Return the verdict of each run that has one, with the name of the run if there are several."""
+    found = [run_folder.results_of(run.folder).get("verdict") for run in runs]
+    return [text if len(runs) == 1 else f"{name}: {text}" for text, name in zip(found, names, strict=True) if text]
 
 
 # ---- settings ----
@@ -138,7 +144,7 @@ def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             word, _, metric = name.partition(" ")
             scored, metric = (SINGLE[word], metric) if word in SINGLE else ("the whole run", name)
         values = [score_text([run.results[name]]) if name in run.results else "" for run in runs]
-        about = {"of": scored, "name": metric, "start": scored == START}
+        about = {"of": scored, "name": metric, "start": scored in {run.start for run in runs}}
         rows.append({**about, "values": values, "marks": marks(runs, name, scored, metric)})
     order = list(dict.fromkeys(row["of"] for row in rows))
     return sorted(rows, key=lambda row: (row["name"] in FITTED, row["of"] == "the whole run", order.index(row["of"])))
@@ -148,7 +154,7 @@ def marks(runs: Sequence[Run], name: str, scored: str, metric: str) -> list[str]
     """Return "better" or "worse" for each run whose result differs from the start's on the same images, else ""."""
     found = []
     for run in runs:
-        now, before = run.results.get(name, math.nan), run.results.get(f"{START}: {metric}", math.nan)
+        now, before = run.results.get(name, math.nan), run.results.get(f"{run.start}: {metric}", math.nan)
         compared = scored in MARKED and ("acc" in metric or "loss" in metric) and metric not in FITTED
         change = (now - before) * (-1 if lowest_is_best(metric) else 1) if compared else 0
         found.append("better" if change > 0 else "worse" if change < 0 else "")

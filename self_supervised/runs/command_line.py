@@ -153,7 +153,8 @@ class RunOptions:
     # number of batches per validation, or fraction of them, from which all scores are computed; 0: no validation
     limit_val_batches: int | float | None = number(None)
     gradient_clip_val: float | None = number(None, above=0)  # norm to which the gradients of all weights are clipped
-    log_every_n_steps: int = positive(50)  # optimizer steps per row of metrics.csv; choose fewer for short epochs
+    # optimizer steps per row of metrics.csv; none: 50, or a third of an epoch if that is less
+    log_every_n_steps: int | None = positive(None)
     deterministic: bool = False  # use only algorithms with bit-identical results, or raise an error; slower
 
     def __attrs_post_init__(self):

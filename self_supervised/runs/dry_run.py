@@ -65,6 +65,7 @@ def run_two_steps(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Tr
             validates one batch.
     """
     model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1))
+    model.is_recorded = False  # after two steps
     stop = Stop()
     watch = TrainingMonitor()
     watch.collapse_was_named = True  # two steps are too few to detect a collapse

@@ -35,6 +35,8 @@ class BaseMethod(pl.LightningModule):
     n_outputs: int | None = None  # classes of the classifier that is trained here, if there is one
     plan: optimizers.Plan | None = None  # length of the training, set with the optimizers
     seed_was_drawn = False  # True if `seed` was None
+    latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
+    was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
     about_labels = ""  # the line on the labels of our data set, once it was logged
     first_epoch = 1  # its number in the loggers' files; 0: a run of an earlier version (run_folder.first_epoch)
 
@@ -207,6 +209,18 @@ class BaseMethod(pl.LightningModule):
             self.checked_loaders.add(loader)
             augmentations.check_batch_images(images, self.params)
 
+    def log_scores(self, scores: dict[str, Any], **options: Any) -> None:
+        """Log scores of a validation with `log_dict`, and add them to `latest_scores`."""
+        self.log_dict(scores, **options)
+        step, before = self.latest_scores
+        self.latest_scores = (self.global_step, {**(before if step == self.global_step else {}), **scores})
+
+    def scores_at_end(self) -> dict[str, float]:
+        """Return what the last validation of a training has logged; {} if the weights have changed since."""
+        step, scores = self.latest_scores
+        is_last = 0 < step == self.global_step
+        return {name: float(self.trainer.callback_metrics[name]) for name in scores} if is_last else {}
+
     @staticmethod
     def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Tensor | None, ...]]:
         """Return (features, labels or None) of each loader, gathered over processes and without unreadable files.
@@ -253,7 +267,9 @@ class BaseMethod(pl.LightningModule):
         content = checkpoints.read_checkpoint(checkpoint_path)
         settings = hyperparameters.of_checkpoint(content, checkpoint_path, cls.CLASSIFIER, kwargs)
         with data_only(str(checkpoint_path)), class_names_allowed(content):
-            return super().load_from_checkpoint(checkpoint_path, *args, **settings)
+            method = super().load_from_checkpoint(checkpoint_path, *args, **settings)
+        method.was_trained = True
+        return method
 
     # ---- Lightning's exports ----
 

@@ -1,4 +1,4 @@
-"""Callbacks that observe a training: TrainingMonitor (warnings and checks), GradientNorms and LearningRate."""
+"""Callbacks that observe a training: TrainingMonitor (warnings and checks), and those that log more."""
 
 import math
 from typing import Any, Self
@@ -20,6 +20,7 @@ from self_supervised.training.checkpoints import SafeCheckpointIO, refuse_other_
 from self_supervised.training.parameter_groups import ONLINE
 
 COLLAPSED_STD = 0.15  # step_projection_std below which the mean cosine of different images is 0.98 or more
+LOG_INTERVAL = 50  # optimizer steps per row of metrics.csv
 COLLAPSED_RANK = 2.0  # RankMe below which the embeddings are nearly one direction
 
 
@@ -255,6 +256,13 @@ class GradientNorms(pl.Callback):
             if gradients:
                 norms[f"grad_norm_{name}"] = torch.stack(torch._foreach_norm(gradients)).norm()
         pl_module.log_dict(norms)
+
+
+class LogInterval(pl.Callback):
+    """Log every 50 steps, or three times per epoch if that is more often."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.log_every_n_steps = min(LOG_INTERVAL, max(1, pl_module.plan.steps_per_epoch // 3))
 
 
 class LearningRate(pl.Callback):

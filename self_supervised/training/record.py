@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from model_params import PRESETS, ModelParams
 from self_supervised.safe_files import atomic_write, to_json
 from self_supervised.training import run_folder
+from self_supervised.training.verdict import Verdict
 
 OF_TRAINER = (  # attributes of the Trainer that determine what it computes, named as the options of the command
     "precision", "accumulate_grad_batches", "limit_train_batches", "limit_val_batches", "gradient_clip_val",
@@ -52,10 +53,10 @@ class TrainingRecord(pl.Callback):
         self.results |= {"preset": nearest_preset(pl_module.params)}
         step, scores = pl_module.latest_scores
         if starts_over and step == 0 and scores:
-            self.results["random encoder"] = scores
+            self.results[pl_module.starting_point()] = scores
             if self.added is not None:  # it was not there yet
                 self.added.log_metrics({"epoch": 0, **scores}, step=0)
-        for outdated in ("epochs", "trained encoder"):
+        for outdated in ("epochs", "trained encoder", "verdict"):
             self.results.pop(outdated, None)
         self.began = time.time()
         self.write(pl_module)
@@ -66,6 +67,8 @@ class TrainingRecord(pl.Callback):
             step, scores = pl_module.latest_scores
             scores = scores if step == trainer.global_step else {}  # {}: not evaluated after the last step
             self.results |= {"pretraining minutes": minutes, "epochs": trainer.current_epoch, "trained encoder": scores}
+            for text in (one.text for one in trainer.callbacks if isinstance(one, Verdict) and one.text):
+                self.results["verdict"] = text
             self.write(pl_module)
 
     def write(self, method: pl.LightningModule) -> None:

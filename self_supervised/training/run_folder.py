@@ -40,6 +40,7 @@ from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_js
 
 LIBRARIES = ("self-supervised", "torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
 FIXED = ("preset", "optimizer_name")  # settings that cannot change; checkpoints.refuse_another_model checks the others
+LATER_SCORES = ("trained encoder", "test set", "linear classifier")  # keys of scores in results.json; any other: before
 EFFECTIVE = "\n# Effective settings, in words (not read by --config):\n#\n"  # starts the comment in config.yaml
 Kind = TypeVar("Kind", dict, list)
 LOG = logging.getLogger("self_supervised")  # writes only to log.txt: `say` and warnings print themselves
@@ -160,6 +161,11 @@ def effective_of(out: Path) -> dict[str, Any]:
 def results_of(out: Path) -> dict[str, Any]:
     """Return the content of results.json; see `settings_of_run`."""
     return content_of(out / "results.json", json.loads, dict)
+
+
+def baseline_of(results: dict[str, Any]) -> str | None:
+    """Return the key in results.json of the encoder's scores before the training, such as "random encoder"."""
+    return next((name for name, value in results.items() if isinstance(value, dict) and name not in LATER_SCORES), None)
 
 
 def starts_of(out: Path) -> list[dict[str, Any]]:

@@ -273,7 +273,7 @@ def eventually_shows(browser: Browser, file: Path, colors: list[str], seconds: f
 CUT = """(boxes => [boxes.map(box => box.scrollWidth > box.clientWidth + 1),
   boxes.map(box => !box.previousElementSibling.hidden)])([...document.querySelectorAll(".table")])"""
 LINES = """[...document.querySelectorAll(".chart")].map(chart => [chart.dataset.title,
-  [...chart.querySelectorAll("path.line")].map(path => path.getTotalLength() > 10 || chart.querySelector("circle"))])"""
+  [...chart.querySelectorAll("path.line")].map(one => one.getTotalLength() > 10 || !!chart.querySelector("circle"))])"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")

@@ -302,7 +302,7 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     assert len(json.loads((out / "run.json").read_text())) == 5
     assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3  # of the resumed run
     assert run_folder.effective_of(out)["length"].startswith("4 epochs, 8 steps") and not [*out.glob("config_by_hand*")]
-    assert len([row for row in rows_of(out) if row["valid_knn20_acc"]]) == 5 + 1  # random, four epochs, the end
+    assert len([row for row in rows_of(out) if row["valid_knn20_acc"]]) == 5  # random, four epochs
 
 
 def interrupted(*_) -> None:
@@ -328,7 +328,7 @@ def test_the_trainer_clips_gradients_and_limits_validation(monkeypatch, tmp_path
     main(f"{line} --gradient_clip_val 0.01 --limit_val_batches 1 --out {tmp_path / 'run'}", monkeypatch)
     clipped = [norm for norm in norms if norm > 0]
     assert clipped and max(clipped) == pytest.approx(0.01, rel=1e-3)
-    assert len(batches) == 3  # before, after each of one epoch, and at the end
+    assert len(batches) == 2  # before, and after each of one epoch
     before = len(batches)
     main(f"{line} --limit_val_batches 0 --out {tmp_path / 'none'}", monkeypatch)
     assert len(batches) == before and json.loads((tmp_path / "none" / "results.json").read_text())["epochs"] == 1
@@ -558,7 +558,7 @@ def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, m
     random, *epochs = [float(row["valid_knn20_acc"]) for row in rows_of(tmp_path / "killed") if row["valid_knn20_acc"]]
     assert random == pytest.approx(scores["random encoder"]["valid_knn20_acc"])
     assert found.results["best valid_knn20_acc"] == max(epochs)
-    assert 0 < scores["epochs"] == found.results["epochs"] == len(epochs) - 1 < 300  # the end is scored once more
+    assert 0 < scores["epochs"] == found.results["epochs"] == len(epochs) < 300
     assert tables.state(found) == f"stopped by max_time in epoch {scores['epochs']} of 300"
 
 

@@ -1,0 +1,125 @@
+"""Verdict on a pretraining: the scores of the encoder next to those that it had at the start, in one line."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader
+
+from model_params import ModelParams
+from self_supervised.catalogue import OWN_MODULE, video_models
+from self_supervised.networks import layers
+from self_supervised.training.monitor import as_list
+
+COMPARED = ("valid_knn20_acc", "valid_class_acc")  # starts of names; the first that was scored decides
+NEED_LABELS = {"knn", "linear_probe"}  # evaluations with these names
+ADVICE = "Try a third of the lr, more epochs, or another preset: docs/troubleshooting.md"
+
+
+def starting_point(params: ModelParams, started_from: str | None) -> str:
+    """Return the name of the encoder from which a training starts.
+
+    Args:
+        params: settings of the training.
+        started_from: weights, as `encoders.source_of_weights` names them; None: none were loaded.
+    """
+    if started_from is None:
+        return "starting encoder" if params.encoder_arch == OWN_MODULE else "random encoder"
+    if os.path.isabs(started_from) or started_from.startswith("timm:"):
+        return f"weights of {os.path.basename(started_from)}"
+    return f"{'Kinetics' if params.encoder_arch in video_models() else 'ImageNet'} weights"
+
+
+def verdict(name: str, before: dict[str, float], after: dict[str, float]) -> str:
+    """Return the verdict without the word "verdict: "; "" if no accuracy is in both.
+
+    Args:
+        name: of the encoder at the start (`starting_point`).
+        before, after: its scores, and those at the end.
+    """
+    both = [one for start in COMPARED for one in before if one.startswith(start) and one in after]
+    if not both:
+        return ""
+    score = both[0]
+    first, last = before[score], after[score]
+    numbers = f"{score} {first:.4g} ({name}) -> {last:.4g}"
+    if f"{first:.4g}" == f"{last:.4g}":
+        return f"{numbers}: no better than the {name}. {ADVICE}"
+    return f"{numbers}: better" if last > first else f"{numbers}: WORSE than the {name}. {ADVICE}"
+
+
+class Verdict(pl.Callback):
+    """Callback that SelfSupervisedMethod adds to any Trainer (`configure_callbacks`).
+
+    It scores the encoder before the first step on what validation uses, keeps the scores in checkpoints, and prints the
+    verdict at the end.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.before: dict[str, float] = {}
+        self.text = ""  # the verdict, when the training has ended
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self.name = pl_module.starting_point()
+            self.before = scores(trainer, pl_module) if can_compare(trainer, pl_module) else {}
+            self.text = ""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.was_trained = True
+        if self.before and can_compare(trainer, pl_module):
+            after = pl_module.scores_at_end() or scores(trainer, pl_module)
+            self.text = verdict(self.name, self.before, after)
+        if self.text:
+            rank_zero_info(f"verdict: {self.text}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "before": self.before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.name = state["name"]
+        self.before = state["before"]
+
+
+def can_compare(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Return whether validation yields accuracies, from loaders that can be read once more."""
+    if trainer.fast_dev_run or not trainer.enable_validation or not NEED_LABELS & set(module.params.evaluations):
+        return False
+    if trainer.val_dataloaders is None:  # the first validation is some epochs away
+        with validating(trainer):
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    loaders = as_list(trainer.val_dataloaders)
+    return bool(loaders) and all(isinstance(loader, DataLoader) for loader in loaders)
+
+
+def scores(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+    """Return the scores that a validation would log, and make them the latest ones. Logs, random states and the network
+    do not change."""
+    plugin = trainer.precision_plugin
+    with isolate_rng(), torch.no_grad(), layers.in_eval_mode(module), plugin.val_step_context(), validating(trainer):
+        for i, loader in enumerate(as_list(trainer.val_dataloaders)):
+            for n, batch in enumerate(loader):
+                if n >= trainer.num_val_batches[i]:
+                    break
+                batch = module._on_before_batch_transfer(plugin.convert_input(batch), dataloader_idx=i)
+                module.embed(trainer.strategy.batch_to_device(batch, dataloader_idx=i), i)
+        found = {name: value for of_loader in module.scores_of_loaders() for name, value in of_loader.items()}
+    module.latest_scores = (trainer.global_step, found)
+    return found
+
+
+@contextmanager
+def validating(trainer: pl.Trainer) -> Iterator[None]:
+    """Let the Trainer be in the stage of validation, in which our methods prepare a batch for evaluation."""
+    stage = trainer.state.stage
+    trainer.validating = True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage

@@ -1,0 +1,149 @@
+"""Doubts about settings. Whether a setting has an effect is what a training says: its weights after a few steps."""
+
+from types import SimpleNamespace
+
+import attrs
+import pytest
+import torch
+from conftest import LONG, SMALL
+from torch import nn
+
+from moco import SelfSupervisedMethod
+from model_params import PRESETS, EncoderAndDataParams, ModelParams
+from self_supervised.training import advice, optimizers, parameter_groups
+from self_supervised.training.optimizers import Plan
+
+STEPS = 5
+AN_EPOCH = 2  # steps
+TINY = {**SMALL, "K": 8, "dim": 4, "mlp_hidden_dim": 6, "lr": 0.1, "batch_size": 4}
+TINY |= {
+    "warmup_epochs": None,
+    "lars_warmup_epochs": 1.0,
+    "projection_mlp_hidden_dims": [],
+    "final_lr_schedule_value": 0,
+}
+SCE = {"sce_coefficient_warmup_epochs": 1.25, "sce_target_T_warmup_epochs": 1.25, "sce_target_T_warmup_start": 0.1}
+SCE |= {"sce_target_T_schedule": "linear", "sce_target_T_final": 0.02, "sce_coefficient_schedule": "cosine"}
+SCE |= {"sce_coefficient_warmup_start": 0.8}
+BASES = {  # every loss and optimizer, and settings that only have an effect with others
+    "ce, sgd": {},
+    "ip, lars": {"preset": "byol", "prediction_mlp_last_normalization": "ln"},
+    "sce": {"preset": "sce", **SCE},
+    "vic, adam": {"loss_type": "vic", "optimizer_name": "adam"},
+    "barlow, sgd": {"loss_type": "barlow", "use_lagging_model": False, "lr_schedule": "constant"},
+    "bce, steps": {
+        **{"loss_type": "bce", "lr_schedule": "steps", "lr_decay_steps": [1.0], "shuffle_batch_norm": True},
+        **{"online_classifier": True, "lr_scaling": "linear"},
+    },
+    "eqco, adamw": {"preset": "eqco", "optimizer_name": "adamw", "warmup_epochs": 1.25},
+    **({name: {"preset": name} for name in PRESETS if name not in ("sce_video", "ressl")} if LONG > 1 else {}),
+}
+WITH_HEADS = ("ce, sgd", "ip, lars")  # bases with which the settings of heads are tried
+NOT_OF_A_STEP = {  # of validation, of views, of the programs, of several processes, or another name of a setting
+    "evaluations", "evaluate_every_n_epochs", "probe_solver", "probe_on_training_set", "n_large_views", "n_small_views",
+    "max_epochs", "gather_keys_for_queue", "n_classes", "use_vicreg_loss",
+}  # fmt: skip
+FIELDS = [
+    field.name
+    for field in attrs.fields(ModelParams)
+    if (field.name not in attrs.fields_dict(EncoderAndDataParams) or field.name == "lr_batch_size")
+    and not field.name.startswith("transform_")
+    and field.name not in NOT_OF_A_STEP
+]
+OTHER = {  # values where none can be derived from the present one
+    "mlp_normalization": ("ln", "bn"), "prediction_mlp_normalization": ("ln",), "warmup_epochs": (1.5,),
+    "prediction_mlp_last_normalization": ("bn",), "projection_mlp_last_normalization": ("bn",),
+    "exclude_matching_parameters_from_lars": ([".bias"],), "lr_decay_steps": ([0.5],),
+    "parameter_options": ([{"pattern": "bias", "lr_mult": 2.0}],), "final_weight_decay": (0.5,),
+    "projection_mlp_hidden_dims": ([5], [5, 5]), "prediction_mlp_hidden_dims": ([5],), "weight_decay": (0.3,),
+    "sce_target_T_warmup_start": (0.3,), "sce_target_T_final": (0.3,), "T": (0.4,), "lr": (0.2,), "m": (0.5,),
+    "n_virtual_devices": (1,),
+}  # fmt: skip
+
+
+def others(params: ModelParams, name: str) -> list:
+    """Return values of a setting that differ from the present one."""
+    value = getattr(params, name)
+    choices = attrs.fields_dict(ModelParams)[name].metadata.get("choices", ())
+    if name in OTHER or choices:
+        return [one for one in OTHER.get(name, choices) if one != value]
+    if isinstance(value, bool):
+        return [not value]
+    return [value + max(1, value // 3)] if isinstance(value, int) else [0.7 * value + 0.05]
+
+
+class Encoder(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.ReLU())
+
+
+def trained(params: ModelParams) -> dict[str, torch.Tensor]:
+    """Return the trained weights after STEPS steps of two epochs, on a stand-in for Lightning's Trainer."""
+    torch.manual_seed(0)
+    model = SelfSupervisedMethod(params, encoder=Encoder())
+    model._trainer = SimpleNamespace(global_step=0, current_epoch=0, estimated_stepping_batches=STEPS)
+    model.log_dict = lambda *_: None
+    scaling = params.batch_size / params.lr_batch_size if params.lr_scaling else 1.0
+    warmup = optimizers.warmup_epochs(params) * AN_EPOCH
+    model.plan = Plan(1, 1, params.batch_size, params.lr * scaling, STEPS, AN_EPOCH, warmup, scaling)
+    named = dict(model.named_parameters())
+    groups = parameter_groups.optimizer_groups(model.parameter_table(), named, params)
+    found = optimizers.for_pretraining(params, model.plan, groups)
+    for step in range(STEPS):
+        batch = [torch.randn(params.batch_size, 1, 8, 8) for _ in range(2)], torch.arange(params.batch_size)
+        found["optimizer"].zero_grad()
+        model.training_step(batch, step).backward()
+        model.on_after_backward()
+        model.optimizer_step(0, step, found["optimizer"], lambda: None)
+        found["lr_scheduler"]["scheduler"].step()
+        model._trainer.global_step += 1
+    return {name: p.detach() for name, p in named.items() if p.requires_grad}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_what_has_no_effect_trains_bit_equal_and_all_else_does_not(base):
+    settings = {**TINY, **BASES[base]}
+    params = PRESETS[settings.pop("preset", "moco_v2")](**settings)
+    before = trained(params)
+    wrong = []
+    for name in FIELDS:
+        for value in others(params, name) if base in WITH_HEADS or "mlp" not in name else ():
+            try:
+                changed = attrs.evolve(params, **{name: value})
+            except ValueError:
+                continue  # refused, which is no silence
+            said = advice.lacks(changed, name, changed.loss_type)
+            if not said and name not in advice.NEEDS and base not in WITH_HEADS and LONG == 1:
+                continue  # tried with the others
+            if equal(before, trained(changed)) != bool(said):
+                wrong.append((name, value, said))
+    assert not wrong
+
+
+def plan_of(params: ModelParams) -> Plan:
+    size = params.global_batch_size or params.batch_size
+    return Plan(1, 1, size, params.lr * (size / params.lr_batch_size if params.lr_scaling else 1), 9, 3)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_raise_no_doubts(preset):
+    params = PRESETS[preset]()
+    assert advice.changed_by_user(params) == [] == advice.doubts(params, plan_of(params), params.loss_type)
+
+
+def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_line_each(small, trainer, caplog):
+    params = small("byol", lr=0.5, optimizer_name="sgd", lars_eta=0.1, T=0.1, evaluations=[])
+    trainer().fit(SelfSupervisedMethod(params, encoder=Encoder()))
+    lr, unused = [line for line in caplog.messages if line.startswith("warning: ")]
+    assert "lr=0.5 with 16 images per step is 8 per 256" in lr and "Try lr=0.031" in lr
+    assert "T=0.1, lars_eta=0.1: no effect" in unused and unused.endswith(
+        "T needs loss_type=ce or bce or sce; lars_eta needs optimizer_name=lars"
+    )
+
+
+def test_settings_of_a_loss_have_no_effect_with_a_loss_of_the_users_own():
+    assert advice.lacks(PRESETS["simclr"](T=0.3), "T", "custom") and not advice.lacks(PRESETS["simclr"](), "T", "ce")

@@ -1,0 +1,84 @@
+"""Verdict on a training: what it compares, and that it changes nothing."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moco import SelfSupervisedMethod
+from self_supervised.data import loading
+from self_supervised.data.packed import pack
+from self_supervised.training.verdict import Verdict, starting_point, verdict
+
+
+class Encoder(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.ReLU())
+
+
+def fitted(small, trainer, gives_verdict=True, checkpoint=None, **options):
+    """Return the method, its Trainer and its verdict."""
+    torch.manual_seed(1)
+    model = SelfSupervisedMethod(small("simclr", lr=0.1), encoder=Encoder())
+    model.is_recorded = gives_verdict
+    fit = trainer(**{"limit_val_batches": 10, **options})
+    fit.fit(model, ckpt_path=checkpoint)
+    return model, fit, next((one for one in fit.callbacks if isinstance(one, Verdict)), None)
+
+
+def test_the_start_is_scored_as_by_validation_and_training_does_not_change(small, trainer, caplog):
+    torch.manual_seed(1)
+    model = SelfSupervisedMethod(small("simclr", lr=0.1), encoder=Encoder())
+    (before,) = trainer(limit_val_batches=10).validate(model, verbose=False)
+    quiet, _, none = fitted(small, trainer, gives_verdict=False)
+    drawn = torch.rand(1)
+    model, fit, found = fitted(small, trainer)
+    assert none is None and torch.equal(drawn, torch.rand(1))
+    assert all(
+        torch.equal(*pair) for pair in zip(quiet.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    assert found.before == pytest.approx(before)
+    assert found.text.startswith(f"valid_knn20_acc {before['valid_knn20_acc']:.4g} (starting encoder) -> ")
+    assert f"-> {fit.callback_metrics['valid_knn20_acc']:.4g}: " in found.text
+    assert f"verdict: {found.text}" in caplog.messages
+
+
+def test_a_resumed_training_is_compared_with_the_start_of_the_first(small, trainer, tmp_path):
+    _, fit, first = fitted(small, trainer)
+    fit.save_checkpoint(tmp_path / "first.ckpt")
+    _, _, found = fitted(small, trainer, checkpoint=tmp_path / "first.ckpt", max_epochs=2)
+    assert found.before == first.before and found.text
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"limit_val_batches": 0}])
+def test_there_is_no_verdict_without_figures(options, small, trainer):
+    assert fitted(small, trainer, **options)[2].text == ""
+
+
+def test_a_verdict_says_better_worse_or_neither():
+    before = {"valid_rank_me": 3.0, "valid_class_acc": 80.0, "valid_knn20_acc": 94.2}
+    assert verdict("random encoder", before, {**before, "valid_knn20_acc": 97.6}).endswith("-> 97.6: better")
+    assert "-> 68.2: WORSE than the ImageNet weights. " in verdict(
+        "ImageNet weights", before, {**before, "valid_knn20_acc": 68.2}
+    )
+    assert "no better than" in verdict("random encoder", before, dict(before))
+    assert verdict("random encoder", {"valid_rank_me": 3.0}, {"valid_rank_me": 4.0}) == ""
+
+
+def test_the_start_has_the_name_of_its_weights(small):
+    assert starting_point(small(), None) == "random encoder"
+    assert starting_point(small(), "shufflenet_v2_x0_5:DEFAULT") == "ImageNet weights"
+    assert starting_point(small(), "/some/where/moco.ckpt") == "weights of moco.ckpt"
+
+
+def test_a_fraction_of_a_packed_set_is_trained_on(small, monkeypatch, tmp_path):
+    """Every class, and the unlabeled images, in proportion; evaluations use all."""
+    whole, part = (loading.get_dataset(small(data_fraction=f), ("train",)) for f in (1.0, 0.25))
+    assert len(part) == pytest.approx(len(whole) / 4, abs=5)
+    assert len(loading.get_dataset(small(data_fraction=0.25), ("test",))) == 500
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    (tmp_path / "stl10").mkdir()
+    pack(tmp_path / "stl10/train", np.zeros((20, 96, 96, 3), np.uint8), np.full(20, 3))
+    pack(tmp_path / "stl10/unlabeled", np.zeros((40, 96, 96, 3), np.uint8), np.full(40, -1))
+    part = loading.get_dataset(small(dataset_name="stl10", data_fraction=0.1), ("train", "unlabeled"))
+    assert part.labels.tolist() == [3] * 2 + [-1] * 4
