@@ -348,7 +348,7 @@ def ending(out: Path, results: dict[str, Any]) -> str:
     encoder = out / "pretrained.ckpt"
     shown = {name: scores_line(value) if isinstance(value, dict) else value for name, value in results.items()}
     lines = [
-        *(f"{name}: {significant(value)}" for name, value in shown.items() if value != ""),
+        *(f"{name}: {significant(value)}" for name, value in shown.items() if value != "" and name != "labels"),
         "",
         f"encoder: {encoder}",
         f"results: {out / 'results.json'}",
