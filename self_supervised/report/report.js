@@ -292,7 +292,7 @@ function chart(figure, index) {
 }
 
 function curves() {
-  data.absent.forEach(text => missing($("curves"), text));
+  data.absent.forEach(text => $("curves").insertBefore(missing($("curves"), text), $("figures")));
   if (!data.figures.length) {
     $("controls").remove();
     return missing($("curves"), "No curves: there is no metrics.csv, or it has no rows yet.");

@@ -56,7 +56,9 @@ def test_seeds_of_one_method_give_mean_and_sample_deviation_of_the_runs(runs):
         ["random encoder", "75.00", ""],
     ]
     assert "Evaluation seeds: 0, 1 (linear); 0 (knn)." in table.notes
-    missing = f"Missing values: self-supervised evaluate {runs[0]} {runs[2]} --dataset digits --protocols knn --seeds 0"
+    missing = (
+        f"Missing values: self-supervised evaluate {runs[0]} {runs[2]} --dataset_name digits --protocols knn --seeds 0"
+    )
     assert missing in table.notes  # the random encoder's value is stored with the first run
 
 
