@@ -136,6 +136,9 @@ def test_the_report_has_the_values_of_evaluate_next_to_those_of_the_run(runs, tm
     assert shown["random encoder", "linear acc1 on digits"] == ["75.00"] * 3
     assert shown["trained encoder", "knn20_acc1 on digits"] == ["50.00", "53.00", ""]
     assert shown["trained encoder", "valid_knn20_acc"] == ["61.5"] * 3
+    marks = {(row["of"], row["name"]): row["marks"] for row in data["results"]}
+    assert marks["trained encoder", "linear acc1 on digits"] == ["better"] * 3
+    assert marks["random encoder", "linear acc1 on digits"] == [""] * 3
     assert "Evaluation seeds: 0, 1 (linear); 0 (knn)." in data["caution"]
 
 
