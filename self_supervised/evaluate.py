@@ -256,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         evaluate_with_options(checkpoint, args)
     if len(args.checkpoints) == 1 and not args.markdown:
         print((args.out or folder_of(args.checkpoints[0])).joinpath("results.md").read_text())
+        if not args.csv:
+            return
     rows = evaluations.evaluated_rows(args.checkpoints, args.out)
     tables = evaluations.evaluation_tables(rows, args.protocols, args.dataset_name)
     if args.csv:

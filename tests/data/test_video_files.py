@@ -320,7 +320,8 @@ def test_training_and_validating_on_clips(params, trainer):
     model.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
     fit = trainer(limit_val_batches=None)
     fit.fit(model)
-    assert seen == [(3, 3, 4, 16, 16)] * 2 + [(6, 3, 4, 16, 16)] * 6  # six clips of each video
+    validation = [(6, 3, 4, 16, 16)] * 6  # six clips of each video; also before the training
+    assert seen == validation + [(3, 3, 4, 16, 16)] * 2 + validation
     assert "valid_knn20_acc" in fit.callback_metrics
 
 

@@ -146,7 +146,7 @@ def test_the_file_of_the_classifier_is_applied_exported_and_read_by_the_method(
     method = LinearClassifierMethod.load_from_checkpoint("p.classifier.pt")
     assert method.hparams.class_names == sorted(NAMES) and method.hparams.data_path is None
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(file)))[None] for file in files])
-    logits = torch.cat(trainer().predict(method, torch.utils.data.DataLoader(pixels, 50)))
+    logits = torch.cat(trainer().predict(method, torch.utils.data.DataLoader(pixels, batch_size=50)))
     assert np.abs(logits.softmax(1).numpy() - expected).max() < 1e-4
     kept, trained = (load_encoder(file).model.state_dict() for file in ("p.classifier.pt", checkpoint))
     assert all(torch.equal(kept[name], weight) for name, weight in trained.items())

@@ -73,7 +73,8 @@ def test_validation_fits_scikit_learns_probe_unless_the_field_says_otherwise(sma
     for settings in ({}, {"probe_solver": "torch"}):
         model = SelfSupervisedMethod(small(evaluations=["linear_probe"], evaluate_every_n_epochs=2, **settings))
         trainer(max_epochs=3).fit(model)
-    assert asked == ["sklearn", "torch"]  # once, in the second of three epochs
+    # at the start, after the second of three epochs, and at the end
+    assert asked == ["sklearn"] * 3 + ["torch"] * 3
     with pytest.raises(ValueError, match="probe_solver='numpy'"):
         small(probe_solver="numpy")
 
