@@ -156,9 +156,11 @@ def validation_scores(fit: pl.Trainer, method: pl.LightningModule, of: str = "")
     which a line says `of` which encoder."""
     if found := method.scores_at_end():
         return found
-    if of and method.params.is_evaluated:
+    if of:
+        if not (fit.limit_val_batches and method.params.is_evaluated):
+            return {}
         run_folder.say(f"Scores of the {of}:")
-    return next(iter(fit.validate(method, verbose=False)), {})  # no scores if `evaluations` is empty
+    return next(iter(fit.validate(method, verbose=False)), {})
 
 
 @rank_zero_only

@@ -50,6 +50,7 @@ CLASS_NAMES_KEY = "classes"  # key in folders.SETTINGS: names of the classes, in
 # Settings that change neither which images are in the lists nor their labels
 NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
 WAIT_FOR_LISTS = 60  # seconds to wait for another process that writes lists
+TEMPORARY = "checked_lists_"  # start of the name of a directory whose lists are deleted after a check
 INSTEAD = {"val": "test", "test": "val"}  # split -> the one that replaces it if it has no images
 
 
@@ -100,7 +101,7 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
     kept = folder_of_lists(params)
     if has_written(params):
         found, names = as_written(read_lists(kept, source), kept)
-        report_lists(source, found, f", by the lists in {kept}")
+        report_lists(source, found, "" if kept.name.startswith(TEMPORARY) else f", by the lists in {kept}")
         return found, names
     by_hand = kept is not None and bool(listed_in(kept)) and settings_of_lists(kept) is None
     images = with_labels(read_lists(kept, source), source.label_of) if by_hand else found_lists(source, params)

@@ -155,11 +155,12 @@ def caution(runs: Iterable[Run]) -> str:
     return f"The best epochs are chosen by test labels ({names}): do not report them as results." if chosen else ""
 
 
-def missing_scores(runs: Iterable[Run]) -> str:
-    """Return a sentence on each score that runs lack, "" if they lack none."""
+def missing_scores(runs: Iterable[Run]) -> list[str]:
+    """Return a sentence on each score that runs lack."""
     lacking: dict[str, list[str]] = {}
     for run in (one for one in runs if one.settings.get("evaluations")):
-        after = "it was not evaluated after the last step (evaluate_every_n_epochs)"
+        cause = "limit_val_batches=0" if run.settings.get("limit_val_batches") == 0 else "evaluate_every_n_epochs"
+        after = f"it was not evaluated after the last step ({cause})"
         reasons = {
             run.start or "encoder at the start": "it was not evaluated before the training",
             "trained encoder": after if "epochs" in run.results else "the training has not ended",
@@ -167,7 +168,7 @@ def missing_scores(runs: Iterable[Run]) -> str:
         for scored, reason in reasons.items():
             if not any(name.startswith(f"{scored}: ") for name in run.results):
                 lacking.setdefault(f"no scores of the {scored}: {reason}", []).append(run.folder.name)
-    return " ".join(f"{', '.join(names)}: {sentence}." for sentence, names in lacking.items())
+    return [f"{', '.join(names)}: {sentence}." for sentence, names in lacking.items()]
 
 
 def best_columns(row: MetricRow, rows: list[MetricRow]) -> list[int]:
@@ -193,10 +194,14 @@ def labels_of_columns(columns: list[list[Run]]) -> list[str]:
     return evaluations.group_labels([[next(names) for _ in column] for column in columns])
 
 
-def comparison_table(columns: list[list[Run]], rows: list[MetricRow]) -> Table:
+def notes_below(columns: list[list[Run]]) -> list[str]:
     joined = "mean ± sample standard deviation (runs)." if any(len(column) > 1 for column in columns) else ""
     runs = [run for column in columns for run in column]
-    table = Table(caption=" ".join(filter(None, (joined, missing_scores(runs), caution(runs)))) or None)
+    return list(filter(None, [joined, *missing_scores(runs), caution(runs)]))
+
+
+def comparison_table(columns: list[list[Run]], rows: list[MetricRow]) -> Table:
+    table = Table(caption="\n".join(notes_below(columns)) or None, caption_justify="left")
     table.add_column("", no_wrap=True)
     for label in labels_of_columns(columns):
         table.add_column(label, overflow="fold")
@@ -210,8 +215,8 @@ def comparison_table(columns: list[list[Run]], rows: list[MetricRow]) -> Table:
 def comparison_markdown(columns: list[list[Run]], rows: list[MetricRow]) -> str:
     header = ["", *labels_of_columns(columns)]
     shown = [texts_of(row, rows, "**{}**") for row in rows]
-    parts = ["## Results and settings", markdown_table(header, shown), caution(run for one in columns for run in one)]
-    return "\n\n".join(filter(None, parts))
+    parts = ["## Results and settings", markdown_table(header, shown), *notes_below(columns)]
+    return "\n\n".join(parts)
 
 
 def comparison_csv(columns: list[list[Run]], rows: list[MetricRow]) -> list[dict[str, Any]]:

@@ -49,6 +49,8 @@ def read_curves(folder: str | Path) -> Curves:
     folder = as_path(folder)
     path = run_folder.file_of(folder, figures.PRETRAINING)
     if not path.is_file():
+        if run_folder.settings_of_run(folder):
+            raise ValueError(f"{path} does not exist: the run has logged nothing. Lower its log_every_n_steps.")
         raise ValueError(f"{folder} is not a run: {path} does not exist. {run_folder.which(folder)}")
     return figures.read_metrics(path)
 

@@ -287,7 +287,7 @@ def missing_note(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) -> 
         return []
     checkpoints = [checkpoint for checkpoint, of in missing.items() if of]
     drawn = sorted({seed for name in names for seed in seeds[name]})
-    options = ["--dataset", dataset, "--protocols", *names, "--seeds", *map(str, drawn)]
+    options = ["--dataset_name", dataset, "--protocols", *names, "--seeds", *map(str, drawn)]
     return [f"Missing values: {shlex.join(['self-supervised', 'evaluate', *checkpoints, *options])}"]
 
 

@@ -97,11 +97,11 @@ function resultsTable() {
     }
   };
   // Multiple runs: the start's value is in the cell of the trained encoder, if there is one.
-  const same = (row, isStart) => data.results.find(one => one.name === row.name && one.start === isStart && one.of !== "best epoch");
+  const same = (row, isStart) => data.results.filter(one => one.name === row.name && one.start === isStart && one.of !== "best epoch");
   if (several) for (const row of data.results) {
-    if (row.start && same(row, false)) continue;
-    const start = row.of === "trained encoder" ? same(row, true) : null;
-    line(row.name, row.of, row.values.map((value, i) => [value, row.marks[i], start?.values[i]]));
+    if (row.start && same(row, false).length) continue;
+    const starts = row.of === "trained encoder" ? same(row, true) : [];  // runs may start from different encoders
+    line(row.name, row.of, row.values.map((value, i) => [value, row.marks[i], starts.find(one => one.values[i])?.values[i]]));
   }
   else for (const figure of new Set(data.results.map(row => row.name))) line(figure, "", scored.map(of => {
     const row = data.results.find(one => one.of === of && one.name === figure);
@@ -292,7 +292,7 @@ function chart(figure, index) {
 }
 
 function curves() {
-  data.absent.forEach(text => missing($("curves"), text));
+  data.absent.forEach(text => $("curves").insertBefore(missing($("curves"), text), $("figures")));
   if (!data.figures.length) {
     $("controls").remove();
     return missing($("curves"), "No curves: there is no metrics.csv, or it has no rows yet.");

@@ -157,23 +157,32 @@ def marks(runs: Sequence[Run], name: str, scored: str, metric: str) -> list[str]
         now, before = run.results.get(name, math.nan), run.results.get(f"{run.start}: {metric}", math.nan)
         compared = scored in MARKED and ("acc" in metric or "loss" in metric) and metric not in FITTED
         change = (now - before) * (-1 if lowest_is_best(metric) else 1) if compared else 0
-        found.append("better" if change > 0 else "worse" if change < 0 else "")
+        found.append(mark(change))
     return found
+
+
+def mark(change: float) -> str:
+    return "better" if change > 0 else "worse" if change < 0 else ""
 
 
 def evaluation_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return a row for each value that `self-supervised evaluate` stored: baselines, then the trained encoders."""
     found: dict[tuple[str, str], dict[int, str]] = {}  # what was scored, metric -> index of the run -> value
+    signs: dict[tuple[str, str], list[str]] = {}  # the same -> mark of each run
     for i, run in enumerate(runs):
         for table in evaluations.evaluation_tables(evaluations.evaluated_rows([run.folder])):
             titles = [evaluations.ENCODER_NAMES["trained"], *(row.label for row in table.rows[1:])]
-            for title, (_, *texts) in reversed(list(zip(titles, table.texts("{}"), strict=True))):
-                for metric, text_of_cell in zip(table.header[1:], texts, strict=True):
-                    found.setdefault((title, f"{metric} on {table.dataset}"), {})[i] = text_of_cell
-    unmarked = {"marks": [""] * len(runs)}
+            before = table.cells[titles.index(START)] if START in titles else [None] * len(table.columns)
+            for title, cells in reversed(list(zip(titles, table.cells, strict=True))):
+                for metric, cell, start in zip(table.header[1:], cells, before, strict=True):
+                    place = (title, f"{metric} on {table.dataset}")
+                    found.setdefault(place, {})[i] = cell.text if cell else ""
+                    if cell and start and title in MARKED and "acc" in metric:
+                        signs.setdefault(place, [""] * len(runs))[i] = mark(cell.mean - start.mean)
+    every = range(len(runs))
     return [
-        {"of": title, "name": name, "start": title == START, "values": [values.get(i, "") for i in range(len(runs))]}
-        | unmarked
+        {"of": title, "name": name, "start": title == START, "values": [values.get(i, "") for i in every]}
+        | {"marks": signs.get((title, name), [""] * len(runs))}
         for (title, name), values in found.items()
     ]
 
@@ -182,5 +191,5 @@ def notes_on_results(runs: Sequence[Run]) -> str:
     folders = [run.folder for run in runs]
     tables = evaluations.evaluation_tables(evaluations.evaluated_rows(folders))
     return " ".join(
-        filter(None, [compare.missing_scores(runs), compare.caution(runs), *evaluations.notes_on(folders, tables)])
+        filter(None, [*compare.missing_scores(runs), compare.caution(runs), *evaluations.notes_on(folders, tables)])
     )

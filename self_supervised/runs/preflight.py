@@ -54,7 +54,7 @@ def temporary_lists(params: ModelParams) -> Iterator[ModelParams]:
     if not params.dataset.is_custom or (kept is not None and listed_in(kept)):
         yield params
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=custom.TEMPORARY) as folder:
         yield attrs.evolve(params, splits_path=folder)
 
 

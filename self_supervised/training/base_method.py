@@ -38,6 +38,7 @@ class BaseMethod(pl.LightningModule):
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
     was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
     about_labels = ""  # the line on the labels of our data set, once it was logged
+    about_skipped = ""  # why evaluations that need labels are skipped, once it was logged
     first_epoch = 1  # its number in the loggers' files; 0: a run of an earlier version (run_folder.first_epoch)
 
     def setup(self, stage: str) -> None:
@@ -137,10 +138,12 @@ class BaseMethod(pl.LightningModule):
         p = attrs.evolve(self.params, data_fraction=1.0)
         datasets = [loading.get_dataset(p, names) for names in splits]
         labels = [dataset.labels for dataset in datasets if p.dataset.is_custom]
-        if any(of_set.min() < 0 for of_set in labels):
-            rank_zero_info(f"dataset_name={p.dataset_name!r} has no labels: linear_probe and knn are skipped")
-        elif any(of_set.min() == of_set.max() for of_set in labels):
-            rank_zero_info(f"dataset_name={p.dataset_name!r} has a single class: linear_probe and knn are skipped")
+        lacking = "no labels" if any(of_set.min() < 0 for of_set in labels) else ""
+        if not lacking and any(of_set.min() == of_set.max() for of_set in labels):
+            lacking = "a single class"
+        if lacking and lacking != self.about_skipped:
+            self.about_skipped = lacking
+            rank_zero_info(f"dataset_name={p.dataset_name!r} has {lacking}: linear_probe and knn are skipped")
         return [self.loader(dataset, training=False) for dataset in datasets]
 
     def loader_of(self, dataloader_idx: int) -> Any:

@@ -56,8 +56,8 @@ def verdict(name: str, before: dict[str, float], after: dict[str, float]) -> str
 class Verdict(pl.Callback):
     """Callback that SelfSupervisedMethod adds to any Trainer (`configure_callbacks`).
 
-    It scores the encoder before the first step on what validation uses, keeps the scores in checkpoints, and prints the
-    verdict at the end.
+    It scores the encoder before the first step on what validation uses, logs the scores as epoch 0, keeps them in
+    checkpoints, and prints the verdict at the end.
     """
 
     def __init__(self) -> None:
@@ -68,8 +68,11 @@ class Verdict(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0:
             self.name = pl_module.starting_point()
+            is_logged = pl_module.latest_scores[0] == 0  # by trainer.validate
             self.before = scores(trainer, pl_module) if can_compare(trainer, pl_module) else {}
             self.text = ""
+            for logger in trainer.loggers if self.before and not is_logged else ():
+                logger.log_metrics({"epoch": 0, **self.before}, step=0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.was_trained = True

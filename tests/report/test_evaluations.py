@@ -56,7 +56,9 @@ def test_seeds_of_one_method_give_mean_and_sample_deviation_of_the_runs(runs):
         ["random encoder", "75.00", ""],
     ]
     assert "Evaluation seeds: 0, 1 (linear); 0 (knn)." in table.notes
-    missing = f"Missing values: self-supervised evaluate {runs[0]} {runs[2]} --dataset digits --protocols knn --seeds 0"
+    missing = (
+        f"Missing values: self-supervised evaluate {runs[0]} {runs[2]} --dataset_name digits --protocols knn --seeds 0"
+    )
     assert missing in table.notes  # the random encoder's value is stored with the first run
 
 
@@ -134,6 +136,9 @@ def test_the_report_has_the_values_of_evaluate_next_to_those_of_the_run(runs, tm
     assert shown["random encoder", "linear acc1 on digits"] == ["75.00"] * 3
     assert shown["trained encoder", "knn20_acc1 on digits"] == ["50.00", "53.00", ""]
     assert shown["trained encoder", "valid_knn20_acc"] == ["61.5"] * 3
+    marks = {(row["of"], row["name"]): row["marks"] for row in data["results"]}
+    assert marks["trained encoder", "linear acc1 on digits"] == ["better"] * 3
+    assert marks["random encoder", "linear acc1 on digits"] == [""] * 3
     assert "Evaluation seeds: 0, 1 (linear); 0 (knn)." in data["caution"]
 
 

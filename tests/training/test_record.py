@@ -74,9 +74,20 @@ def test_missing_scores_are_named(fit, capsys, monkeypatch):
     compare.main()
     shown = " ".join(capsys.readouterr().out.split())
     assert "python: no scores of the encoder at the start: it was not evaluated" in shown
-    assert "python: no scores of the trained encoder: it was not evaluated" in shown
+    after = "python: no scores of the trained encoder: it was not evaluated after the last step (limit_val_batches=0)."
+    assert after in shown
     with pytest.raises(ValueError, match="such as logs/python"):
         compare.read_run("logs")
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+@pytest.mark.parametrize("scored", [False, True])
+def test_epoch_0_is_logged_once(kind, scored, fit):
+    fit(kind("logs", name="python", version=""), scored=scored)
+    _, rows = rows_of(Path("logs/python/metrics.csv"))
+    scores = {row["epoch"]: float(row["valid_knn20_acc"]) for row in rows if row["valid_knn20_acc"]}
+    assert [row["epoch"] for row in rows if row["valid_knn20_acc"]] == ["0", "1", "2"]
+    assert scores["0"] == run_folder.results_of(Path("logs/python"))["random encoder"]["valid_knn20_acc"]
 
 
 def test_resumed_run_continues_its_record_and_another_replaces_it(fit, tmp_path):
