@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytorch_lightning as pl
+from torch import nn
 
 from benchmarks import harness
 from moco import SelfSupervisedMethod
@@ -85,9 +86,11 @@ def main(given: list[str] | None = None) -> None:
             settings["data_path"] = folder
         runs = []
         for seed in range(args.seeds):
-            runs.append(run(recipes.recipe(args.preset, args.recipe, **settings, seed=seed)))
+            params = recipes.recipe(args.preset, args.recipe, **settings, seed=seed)
+            runs.append(run(params))
             print(f"seed {seed}: {runs[-1]}", flush=True)
-    print(f"{args.preset}, {args.recipe}: {row(runs)}\n{harness.machine()}")
+        pixels = validation.knn(*features(nn.Flatten(), params))["valid_knn20_acc"]
+    print(f"{args.preset}, {args.recipe}: {row(runs)}; pixels: {pixels:.1f}\n{harness.machine()}")
 
 
 if __name__ == "__main__":
