@@ -28,6 +28,7 @@ NOISE = (
     "stopped: `max_epochs=",  # as requested; other reasons to stop are shown
     "LeafSpec",  # how Lightning calls PyTorch
     "sync_dist=True",  # advice to the author of a LightningModule
+    "worker processes in total",  # num_data_workers is a setting, which the help explains
 )
 
 

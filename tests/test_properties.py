@@ -75,6 +75,7 @@ SENSIBLE = {
     "data_on_device": either(None, False, True),
     "torch_compile": either(False),  # compiled in test_speed.py: it takes seconds
     "unreadable_images": either("stop", "skip"),
+    "exif_orientation": st.booleans(),
     # settings of videos: refused on images unless they have the default
     "num_frames": either(8, 8, 8, 1, 16),
     "clip_duration": either(2.56, 2.56, 2.56, 1, 10.0),

@@ -28,6 +28,7 @@ from self_supervised.safe_files import rows_of
 from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite, lowest_is_best, uses_test_labels
 
+DATA = {"dataset_name", "data_path"}  # settings
 BEST = "best "  # prefix of results that are the best of an evaluated column of metrics.csv
 RANKED = re.compile(r"(trained encoder: |linear classifier: |best )valid_.*(acc|rank_me).*")  # the highest is best
 LAST = "step_train_loss"  # column of metrics.csv whose last value is a result
@@ -169,17 +170,21 @@ def missing_scores(runs: Iterable[Run]) -> str:
     return " ".join(f"{', '.join(names)}: {sentence}." for sentence, names in lacking.items())
 
 
-def best_columns(row: MetricRow) -> list[int]:
-    """Return the columns with the best mean of a result, if it is one in which methods can be ranked."""
-    if row.kind != "result" or not RANKED.fullmatch(row.name):
+def best_columns(row: MetricRow, rows: list[MetricRow]) -> list[int]:
+    """Return the columns with the best mean of a result, if it is one in which methods can be ranked.
+
+    Args:
+        rows: all rows of the table: runs on different data are not ranked.
+    """
+    if row.kind != "result" or not RANKED.fullmatch(row.name) or DATA & {one.name for one in rows}:
         return []
     return evaluations.indices_of_best([statistics.fmean(numbers) if numbers else None for numbers in row.values])
 
 
-def texts_of(row: MetricRow, mark: str) -> list[str]:
-    """Return the name and values of a row. `mark` is a format of the best values."""
+def texts_of(row: MetricRow, rows: list[MetricRow], mark: str) -> list[str]:
+    """Return the name and values of one of the rows. `mark` is a format of the best values."""
     texts = [score_text(value) if row.kind == "result" else value for value in row.values]
-    best = best_columns(row)
+    best = best_columns(row, rows)
     return [row.name, *(mark.format(text) if i in best else text for i, text in enumerate(texts))]
 
 
@@ -198,13 +203,13 @@ def comparison_table(columns: list[list[Run]], rows: list[MetricRow]) -> Table:
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and before.kind != row.kind:
             table.add_section()
-        table.add_row(*texts_of(row, f"{evaluations.BEST_MARK}{{}}"))
+        table.add_row(*texts_of(row, rows, f"{evaluations.BEST_MARK}{{}}"))
     return table
 
 
 def comparison_markdown(columns: list[list[Run]], rows: list[MetricRow]) -> str:
     header = ["", *labels_of_columns(columns)]
-    shown = [texts_of(row, "**{}**") for row in rows]
+    shown = [texts_of(row, rows, "**{}**") for row in rows]
     parts = ["## Results and settings", markdown_table(header, shown), caution(run for one in columns for run in one)]
     return "\n\n".join(filter(None, parts))
 
@@ -213,7 +218,7 @@ def comparison_csv(columns: list[list[Run]], rows: list[MetricRow]) -> list[dict
     found = []
     labels = labels_of_columns(columns)
     for row in rows:
-        best = best_columns(row)
+        best = best_columns(row, rows)
         for i, (label, value) in enumerate(zip(labels, row.values, strict=True)):
             about = {"kind": row.kind, "run": label, "metric": row.name}
             if row.kind != "result":
