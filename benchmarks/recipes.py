@@ -1,6 +1,7 @@
 """Repeat the runs behind the result of a recipe, and print it as a row of self_supervised/recipes.py.
 
     python -m benchmarks.recipes simclr digits --seeds 3
+    python -m benchmarks.recipes simclr folder            # writes images of $DATA_PATH/cifar10 as PNG files first
 
 An encoder is scored on the test images, with the training images as neighbors, as by `self-supervised demo`.
 """
@@ -8,19 +9,40 @@ An encoder is scored on the test images, with the training images as neighbors, 
 import argparse
 import logging
 import statistics
+import tempfile
 import time
 import warnings
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytorch_lightning as pl
+from torch import nn
 
 from benchmarks import harness
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import recipes
+from self_supervised.data import loading
 from self_supervised.demo import features
 from self_supervised.evaluation import validation
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+IMAGES = {"train": 3000, "test": 1000}  # of the recipe folder: the first images of CIFAR-10
+
+
+def write_folder(root: Path) -> None:
+    """Write images of CIFAR-10 as PNG files, such as train/frog/00000.png."""
+    params = PRESETS["simclr"](dataset_name="cifar10")
+    names = params.dataset.class_names.split()
+    for split, number in IMAGES.items():
+        images = loading.get_dataset(params, (split,))
+        for i in range(number):
+            image, label = images[i]
+            path = root / split / names[int(label)] / f"{i:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(np.asarray(image.permute(1, 2, 0))).save(path)
 
 
 def run(params: ModelParams) -> dict[str, float]:
@@ -57,11 +79,18 @@ def main(given: list[str] | None = None) -> None:
     args = parser.parse_args(given)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch")
-    runs = []
-    for seed in range(args.seeds):
-        runs.append(run(recipes.recipe(args.preset, args.recipe, evaluations=[], seed=seed)))
-        print(f"seed {seed}: {runs[-1]}", flush=True)
-    print(f"{args.preset}, {args.recipe}: {row(runs)}\n{harness.machine()}")
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {"evaluations": [], "num_data_workers": 0}  # minutes include reading the images
+        if args.recipe == "folder":
+            write_folder(Path(folder))
+            settings["data_path"] = folder
+        runs = []
+        for seed in range(args.seeds):
+            params = recipes.recipe(args.preset, args.recipe, **settings, seed=seed)
+            runs.append(run(params))
+            print(f"seed {seed}: {runs[-1]}", flush=True)
+        pixels = validation.knn(*features(nn.Flatten(), params))["valid_knn20_acc"]
+    print(f"{args.preset}, {args.recipe}: {row(runs)}; pixels: {pixels:.1f}\n{harness.machine()}")
 
 
 if __name__ == "__main__":

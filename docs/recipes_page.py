@@ -29,6 +29,8 @@ def section(name: str, kind: KindOfData) -> str:
     """Return heading, facts and table of a kind of data."""
     cells = [(preset, *result_cells(row.result), listed(row.settings) or "none") for preset, row in kind.rows.items()]
     facts = [f"Data: {kind.about}.", f"Source: {kind.source}.", f"All presets: {listed(kind.settings)}."]
+    if kind.pixels is not None:
+        facts.append(f"kNN of the pixels, without an encoder: {kind.pixels:.1f}.")
     return "\n\n".join([f"## {name}", *facts, table(HEAD, cells)])
 
 
@@ -40,7 +42,8 @@ def result_cells(result: Outcome | None) -> tuple[str, ...]:
     if result is None:
         return ("not run here", "", "", "", "")
     minutes = "" if result.minutes is None else f"{result.minutes:.1f}"
-    return (result.score, score(result.random), score(result.trained), str(result.seeds), minutes)
+    seeds = f"{result.seeds} ({result.by})" if result.by else str(result.seeds)
+    return (result.score, score(result.random), score(result.trained), seeds, minutes)
 
 
 def score(found: tuple[float, float | None] | None) -> str:

@@ -1,5 +1,7 @@
 """Recipes: every row can be built, is shown on its page, and is found by name in Python and on the command line."""
 
+import numpy as np
+import PIL.Image
 import pytest
 import pytorch_lightning as pl
 import recipes_page
@@ -7,6 +9,7 @@ import torch
 
 import self_supervised as ssl
 import train_blog
+from benchmarks import recipes as benchmark
 from model_params import PRESETS
 from self_supervised import recipes
 from self_supervised.demo import features
@@ -86,6 +89,21 @@ def test_recipe_beats_its_random_encoder(digits_path, monkeypatch):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     pl.Trainer(accelerator="cpu", max_epochs=2, enable_model_summary=False, **quiet).fit(model)
     assert accuracy() > before + 2
+
+
+def test_benchmark_folder_holds_the_images_of_cifar10_by_class(tmp_path, monkeypatch):
+    images, labels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8), np.array([6, 9, 9, 0])
+    for split in ("train", "test"):
+        folder = tmp_path / "cifar10" / split
+        folder.mkdir(parents=True)
+        np.save(folder / "images.npy", images)
+        np.save(folder / "labels.npy", labels)
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    monkeypatch.setattr(benchmark, "IMAGES", {"train": 3, "test": 1})
+    benchmark.write_folder(tmp_path / "folder")
+    found = {path.relative_to(tmp_path / "folder").as_posix() for path in tmp_path.rglob("*.png")}
+    assert found == {"train/frog/00000.png", "train/truck/00001.png", "train/truck/00002.png", "test/frog/00000.png"}
+    assert np.array_equal(PIL.Image.open(tmp_path / "folder/train/truck/00002.png"), images[2])
 
 
 def test_page_is_current():
