@@ -42,8 +42,7 @@ def result_cells(result: Outcome | None) -> tuple[str, ...]:
     if result is None:
         return ("not run here", "", "", "", "")
     minutes = "" if result.minutes is None else f"{result.minutes:.1f}"
-    seeds = f"{result.seeds} ({result.by})" if result.by else str(result.seeds)
-    return (result.score, score(result.random), score(result.trained), seeds, minutes)
+    return (result.score, score(result.random), score(result.trained), str(result.seeds), minutes)
 
 
 def score(found: tuple[float, float | None] | None) -> str:
