@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import evolve, field, fields, fields_dict, frozen
+from attrs import asdict, evolve, field, fields, fields_dict, frozen
 
 from self_supervised import catalogue
 from self_supervised.catalogue import (
@@ -856,3 +856,13 @@ PRESETS = Presets(ModelParams, {
     "vicreg": VICRegParams, "barlow_twins": BarlowTwinsParams,
     "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams, "sce_video": SCEVideoParams,
 })
+
+
+def nearest_preset(params: ModelParams) -> str:
+    """Return the name of the preset that has most of these settings."""
+    settings = asdict(params)
+
+    def differing(name: str) -> int:
+        return sum(settings[field] != value for field, value in asdict(PRESETS[name]()).items())
+
+    return min(PRESETS, key=differing)

@@ -4,9 +4,8 @@ from typing import Any
 
 import attrs
 
-from model_params import HEADS, PRESETS, SCHEDULED, ModelParams
+from model_params import HEADS, PRESETS, SCHEDULED, ModelParams, nearest_preset
 from self_supervised.training.optimizers import Plan, warmup_epochs
-from self_supervised.training.record import nearest_preset
 
 # optimizer -> lowest and highest lr for 256 images per step in presets, papers (docs/methods.md) and docs/results.md
 TRIED_LR = {"sgd": (0.03, 0.5), "lars": (0.2, 2.4), "adamw": (1.5e-4, 4e-3), "adam": (1.5e-4, 4e-3)}

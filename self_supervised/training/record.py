@@ -11,7 +11,7 @@ import yaml
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
-from model_params import PRESETS, ModelParams
+from model_params import nearest_preset
 from self_supervised.safe_files import atomic_write, to_json
 from self_supervised.training import run_folder
 from self_supervised.training.verdict import Verdict
@@ -124,13 +124,3 @@ def settings_text(trainer: pl.Trainer, method: pl.LightningModule) -> str:
     epochs = planned if planned > 0 else math.ceil(method.plan.steps / method.plan.steps_per_epoch)
     settings = attrs.asdict(method.params) | {"max_epochs": epochs}
     return yaml.safe_dump({"preset": nearest_preset(method.params), **options, **settings}, sort_keys=False)
-
-
-def nearest_preset(params: ModelParams) -> str:
-    """Return the name of the preset that has most of these settings."""
-    settings = attrs.asdict(params)
-
-    def differing(name: str) -> int:
-        return sum(settings[field] != value for field, value in attrs.asdict(PRESETS[name]()).items())
-
-    return min(PRESETS, key=differing)
