@@ -261,7 +261,9 @@ class Preset(Generic[Arguments, Settings]):
         self.__signature__ = of_kind.replace(parameters=[*each], return_annotation=self.kind)
 
     def __call__(self, *args: Arguments.args, **settings: Arguments.kwargs) -> Settings:
-        return self.kind(*args, **{**self.settings, **settings})
+        if args:
+            raise TypeError(f"{self.__name__}({args[0]!r}): pass fields by name, such as {self.__name__}(lr=0.3).")
+        return self.kind(**{**self.settings, **settings})
 
     def __repr__(self) -> str:
         return f"<preset {self.__name__} of {self.kind.__name__}>"

@@ -46,6 +46,8 @@ def test_a_preset_is_called_like_its_class():
     assert pickle.loads(pickle.dumps(BYOLParams))(lr=0.3) == BYOLParams(lr=0.3)
     mine = Preset(SimSiamParams, "mine", "Mine.", lr=0.1, name_of_none=1)
     assert mine.settings["stop_gradient_of_keys"] and SimSiamParams.settings["lr"] == 0.05
+    with pytest.raises(TypeError, match="pass fields by name"):
+        BYOLParams("cifar10")
     with pytest.raises(TypeError, match="name_of_none: ModelParams has no such field"):
         mine()
 
