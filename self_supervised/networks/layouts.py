@@ -238,7 +238,10 @@ def mismatch_message(found: WeightsFile, name: str, wrong: Mapping[str, list[str
 
 
 def grouped(keys: Iterable[str]) -> str:
-    """Return keys counted by their first part, as text: "fc. (2), encoder_k. (320), queue"."""
+    """Return keys counted by their first part, as text: "fc. (2 tensors), encoder_k. (320 tensors), queue"."""
     parts = (key.replace("_orig_mod.", "").removeprefix("module.").partition(".") for key in keys)
     counts = Counter(first + dot for first, dot, _ in parts)
-    return ", ".join(f"{name} ({n})" if name.endswith(".") else name for name, n in counts.items())
+    words = {1: "1 tensor"}
+    return ", ".join(
+        f"{name} ({words.get(n, f'{n} tensors')})" if name.endswith(".") else name for name, n in counts.items()
+    )

@@ -655,7 +655,7 @@ def read_square(path: Path) -> torch.Tensor:
     return central_square(Image.open(path).convert("RGB"), 32)
 
 
-HINT = "; labels_from=None if these are not classes"
+HINT = "; labels_from=None (--labels_from none) if these are not classes"
 TWO = f"labels: 2 classes from the first folder: china (30 images), flower (20 images){HINT}"
 DAYS = [*[f"day{i} (5 images)" for i in range(10, 16)], *["day16 (4 images)", "day17 (4 images)"]]  # i, i + 12, i + 24
 DAYS += ["day18 (3 images)", "day19 (3 images)"]
