@@ -50,11 +50,7 @@ HEADS_ALONE = {  # bases with which nothing else is tried
         **{"preset": "byol", "projection_mlp_hidden_dims": [5], "prediction_mlp_layers": 1},
         **{"prediction_mlp_last_normalization": "same", "mlp_normalization": None},
     },
-    "one normalization": {
-        "preset": "byol",
-        "projection_mlp_layers": 1,
-        "prediction_mlp_normalization": "ln",
-    },
+    "one normalization": {"preset": "byol", "projection_mlp_layers": 1, "prediction_mlp_normalization": "ln"},
 }
 WITH_HEADS = ("ce, sgd", "ip, lars")  # bases with which the settings of heads are tried
 NOT_OF_A_STEP = {  # of validation, of views, of the programs, of several processes, or another name of a setting
