@@ -1,5 +1,7 @@
-"""Training in the processes of test_stored_data.py, without the imports that only the main process needs."""
+"""What runs in other processes, without the imports that only the main process of its tests needs."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -9,6 +11,17 @@ from test_custom_data import params
 from moco import SelfSupervisedMethod
 from self_supervised.data import loader
 from self_supervised.training.checkpoints import Checkpoints
+
+
+def imported(rank: int) -> set[str]:
+    """Return the names of all modules that a program has imported before it reads images."""
+    return set(sys.modules)
+
+
+def run_code(rank: int, code: str, folder: str, variables: dict[str, str]) -> None:
+    os.environ |= variables
+    os.chdir(folder)
+    exec(code, {"__name__": "__main__"})
 
 
 class Seen(pl.Callback):
