@@ -1,6 +1,5 @@
 """What runs in other processes, without the imports that only the main process of its tests needs."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -16,12 +15,6 @@ from self_supervised.training.checkpoints import Checkpoints
 def imported(rank: int) -> set[str]:
     """Return the names of all modules that a program has imported before it reads images."""
     return set(sys.modules)
-
-
-def run_code(rank: int, code: str, folder: str, variables: dict[str, str]) -> None:
-    os.environ |= variables
-    os.chdir(folder)
-    exec(code, {"__name__": "__main__"})
 
 
 class Seen(pl.Callback):

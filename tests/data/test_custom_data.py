@@ -10,7 +10,6 @@ import attrs
 import numpy as np
 import processes
 import pytest
-import stored_training
 import tifffile
 import torch
 from earlier.tiny import earlier_tiny  # noqa: F401, which registers the encoder timm:earlier_tiny
@@ -730,7 +729,7 @@ def test_examples_of_the_page(photos, tmp_path):
     assert blocks
     code = "\n".join(blocks).replace('"photos"', repr(str(photos)))
     caches = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    processes.run(stored_training.run_code, 1, tmp_path / "process", code, str(tmp_path), caches)
+    processes.run(processes.run_code, 1, tmp_path / "process", code, str(tmp_path), caches)
 
 
 @pytest.mark.parametrize("version", ["this", "earlier"])
