@@ -73,21 +73,19 @@ def test_the_users_modules_are_in_the_way(installed):
     assert "a module of the user was imported" in installed("python", "-c", "import loader", status=1)
 
 
-NAMES = """
-import importlib, os
+PROGRAM = """
+import importlib, os, sys
 import self_supervised as ssl
+from self_supervised.__main__ import main
+print(ssl.__file__)
 ssl.SelfSupervisedMethod(ssl.BYOLParams(dataset_name="digits"))
 assert all(getattr(ssl, name) for name in ssl.__all__) and callable(ssl.export)
+for line in sys.argv[1:]:
+    main(line.split())
 os.unlink("evaluate.py"), os.unlink("progress.py"), importlib.invalidate_caches()
-import evaluate, progress
-import self_supervised.evaluate
-print(ssl.__file__, evaluate.load, progress.Infinite)
+import evaluate, progress  # packages of PyPI with the names of our modules
+print(evaluate.load, progress.Infinite)
 """
-
-
-def test_public_names_and_other_packages_of_the_same_names(installed):
-    said = installed("python", "-c", NAMES)
-    assert str(ROOT) not in said and "function load" in said
 
 
 def test_the_first_example_of_the_readme(installed):
@@ -110,15 +108,15 @@ COMMANDS = (
 )
 
 
-def test_commands_from_training_to_report(installed):
-    """The first three as a program each; the others in one process, since each would import PyTorch again."""
+def test_public_names_and_commands_from_training_to_report(installed):
+    """The first three are programs; the others share a process, because each would import PyTorch again."""
     assert "embed" in installed("self-supervised", "--help") and "embed" in installed("python", "-m", "self_supervised")
     installed("self-supervised", *f"train byol {SMALL} --out run --logger csv --linear_epochs 1".split())
     assert (
         (installed.user / "run/command.txt").read_text().startswith("self-supervised train byol --dataset_name digits")
     )
-    said = installed("python", "-c", "import sys, self_supervised.__main__ as it; "
-                     "[it.main(line.split()) for line in sys.argv[1:]]", *COMMANDS)  # fmt: skip
+    said = installed("python", "-c", PROGRAM, *COMMANDS)
+    assert str(ROOT) not in said.splitlines()[0] and "function load" in said
     assert "knn20_acc1" in said and "embeddings differ by" in said
     page = (installed.user / "run/report.html").read_text()
     assert "<script>" in page and len(page) > 10_000
