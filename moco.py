@@ -27,6 +27,7 @@ from self_supervised.numerics import Scores, at_least_float32
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
+from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.record import TrainingRecord
 from self_supervised.training.verdict import Verdict, starting_point
 from self_supervised.views import augmentations
@@ -90,7 +91,10 @@ class SelfSupervisedMethod(BaseMethod):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         present = {type(callback) for callback in self.trainer.callbacks}
-        kinds = (Verdict, TrainingRecord) if self.is_recorded else ()  # in this order: the second writes the first's
+        # TrainingRecord is the last, because it writes what the others find.
+        kinds: tuple[type[pl.Callback], ...] = (Verdict, TrainingRecord) if self.is_recorded else ()
+        if kinds and self.trainer.loggers and self.trainer.log_every_n_steps == LOG_INTERVAL:
+            kinds = (LogInterval, *kinds)
         return super().configure_callbacks() + [kind() for kind in kinds if kind not in present]
 
     # ---- Method ----

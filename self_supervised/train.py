@@ -81,8 +81,6 @@ def lightning_trainer(options: RunOptions, **more: Any) -> pl.Trainer:
     """
     given = options.trainer_arguments()
     plain = RunOptions().trainer_arguments()
-    if options.log_every_n_steps is None:
-        more["log_every_n_steps"] = 1  # until LogInterval knows the length of an epoch: Lightning warns of more
     try:
         return pl.Trainer(logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **(given | more))
     except (TypeError, ValueError, MisconfigurationException) as error:
@@ -214,8 +212,7 @@ def pretrain_stage(
         results["trained encoder"] = validation_scores(fit, model, "trained encoder")
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
-    if text := verdict(baseline, results[baseline], results["trained encoder"]):
-        results["verdict"] = text
+    results["verdict"] = verdict(baseline, results[baseline], results["trained encoder"], model.params.evaluations)
     write_on_rank_zero(out / "results.json", results)
 
 
