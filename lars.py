@@ -60,7 +60,7 @@ class LARS(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         velocities = [self.state[p]["momentum_buffer"] for p in params]
-        # This copy is changed in place, and becomes the velocity: to read and write both would cost a fifth of the step.
+        # This copy is changed in place and becomes the velocity: one pass over memory less than with both.
         gradients = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
         if group["adapt"]:
             weight_norms = torch.stack(torch._foreach_norm(params))
