@@ -196,7 +196,9 @@ def network_rows(rounds: int) -> list[Row]:
     rows: list[Row] = []
     for i, preset in enumerate(presets):
         one, two = (1000 * GLOBAL_BATCH / statistics.median(turn[i] for turn in found[world]) for world in found)
-        rows.append({"method": preset, "1 process": one, "2 processes": two, "ratio": two / one, "to reach": LEAST_RATIO})
+        rows.append(
+            {"method": preset, "1 process": one, "2 processes": two, "ratio": two / one, "to reach": LEAST_RATIO}
+        )
     return rows
 
 

@@ -31,7 +31,7 @@ from self_supervised.training.milestones import is_finite, lowest_is_best, uses_
 DATA = {"dataset_name", "data_path"}  # settings
 BEST = "best "  # prefix of results that are the best of an evaluated column of metrics.csv
 RANKED = re.compile(r"(trained encoder: |linear classifier: |best )valid_.*(acc|rank_me).*")  # the highest is best
-TITLES = {"result": "whole run", "setting": "settings that differ", "circumstance": "circumstances that differ"}
+KIND_TITLES = {"result": "whole run", "setting": "settings that differ", "circumstance": "circumstances that differ"}
 LAST = "step_train_loss"  # column of metrics.csv whose last value is a result
 
 
@@ -232,7 +232,7 @@ def texts_in_sections(
     titles: list[tuple[int, str]] = []
     for row in rows:
         scored, _, metric = row.name.rpartition(": ") if row.kind == "result" else ("", "", row.name)
-        title = scored or TITLES[row.kind]
+        title = scored or KIND_TITLES[row.kind]
         if not titles or title != titles[-1][1]:
             titles.append((len(texts), title))
             texts.append([broken(title, of_names), *("" for _ in columns)])
