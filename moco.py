@@ -30,6 +30,7 @@ from self_supervised.training.hyperparameters import refuse_callbacks
 from self_supervised.training.record import TrainingRecord
 from self_supervised.training.verdict import Verdict, starting_point
 from self_supervised.views import augmentations
+from ws_resnet import weights_shared
 
 
 class SelfSupervisedMethod(BaseMethod):
@@ -140,7 +141,8 @@ class SelfSupervisedMethod(BaseMethod):
                 f"the loader yields {len(views)} of the {p.n_views} float views needed of each image. Yield a list of "
                 "views, a tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
-        online, keys = self.encode_views(views, batch_idx)
+        with weights_shared(self.model, self.lagging_model):
+            online, keys = self.encode_views(views, batch_idx)
         changing = scheduled(p, self.global_step, self.plan)
         loss_of = self.custom_loss or losses.get_loss(p, **changing)
         queue = None if self.queue is None else at_least_float32(self.queue.keys)
