@@ -158,14 +158,14 @@ class SelfSupervisedMethod(BaseMethod):
             self.new_keys = [k if p.gather_keys_for_queue is False else distributed.gather(k) for k in new_keys]
         constants = {"m": self.momentum(), "T": p.T, **changing}
         constants = {name: loss.new_full((), value) for name, value in constants.items()}  # a copy would wait
-        self.log_dict({"step_train_loss": loss.detach(), **scalars, **constants})
+        self.log_step({"step_train_loss": loss.detach(), **scalars, **constants})
         return loss + self.online_loss(online[0][2], labels) if p.online_classifier else loss
 
     def online_loss(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         """Return the online classifier's loss. No gradient reaches the encoder, which never sees labels."""
         with torch.autocast(self.device.type, enabled=False):
             loss, accuracy = online_classifier.loss_and_accuracy(self.online_classifier, embeddings, labels)
-        self.log_dict({"online_train_loss": loss.detach(), "online_train_acc1": accuracy})
+        self.log_step({"online_train_loss": loss.detach(), "online_train_acc1": accuracy})
         return loss
 
     def on_after_backward(self) -> None:

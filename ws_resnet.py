@@ -86,8 +86,8 @@ class Taps(torch.autograd.Function):
 
 
 class ByMatmul(torch.autograd.Function):
-    """Convolution in bfloat16 of which the weight's gradient is a matrix product: up to 4 times as fast as that of
-    oneDNN (AVX512-BF16) if the output has at most 4 x 4 pixels, or 8 x 8 with stride 2."""
+    """Convolution in bfloat16 of which the weight's gradient is a matrix product, which is faster than that of oneDNN if
+    the output is small (docs/performance.md)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: None, stride: tuple, padding: tuple) -> Tensor:
