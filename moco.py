@@ -208,7 +208,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        for line in advice.doubts(self.params, self.plan, "custom" if self.custom_loss else self.params.loss_type):
+        for line in advice.doubts(self.params, self.plan, advice.CUSTOM if self.custom_loss else self.params.loss_type):
             rank_zero_info(f"warning: {line}")
 
     def reads_labels(self, training: bool) -> bool:

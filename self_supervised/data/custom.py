@@ -49,6 +49,7 @@ MOST_CLASSES = 10**6  # labels from this number on are ids or dates
 CLASS_NAMES_KEY = "classes"  # key in folders.SETTINGS: names of the classes, in the order of their numbers
 # Settings that change neither which images are in the lists nor their labels
 NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
+TEMPORARY = "unnamed-lists-"  # start of the name of a directory that is deleted soon, which no line names
 WAIT_FOR_LISTS = 60  # seconds to wait for another process that writes lists
 TEMPORARY = "checked_lists_"  # start of the name of a directory whose lists are deleted after a check
 INSTEAD = {"val": "test", "test": "val"}  # split -> the one that replaces it if it has no images

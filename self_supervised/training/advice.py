@@ -12,6 +12,7 @@ TRIED_LR = {"sgd": (0.03, 0.5), "lars": (0.2, 2.4), "adamw": (1.5e-4, 4e-3), "ad
 FAR = 3  # factor beyond these limits from which a learning rate is doubtful
 OF_IMAGES = 256  # number of images for which learning rates are compared
 
+CUSTOM = "custom"  # loss_type of a user's own function
 SIMILARITIES = ("ce", "bce", "ip", "sce")  # losses that compare a query with negatives
 WARMUP, LAST_NORM = "a warm-up", "a normalization after a head"  # see `value_of`
 # setting -> {another setting: values with which the first has an effect; None: all but 0, False, None and []}
@@ -50,7 +51,7 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
     """Return a line on the learning rate, and one on settings that were changed without effect, where they apply.
 
     Args:
-        loss_type: that of `params`, or the name of a loss that replaces it.
+        loss_type: that of `params`, or CUSTOM if a function replaces it.
     """
     useless = {name: why for name in changed_by_user(params) if (why := lacks(params, name, loss_type))}
     values = ", ".join(f"{name}={getattr(params, name)!r}" for name in useless)
@@ -80,6 +81,8 @@ def changed_by_user(params: ModelParams) -> list[str]:
 
 def lacks(params: ModelParams, name: str, loss_type: str) -> str:
     """Return what a setting needs to have an effect, as text; "" if it has one."""
+    if name == "use_negative_examples_from_queue" and loss_type == CUSTOM:
+        return ""  # the queue is an argument of the function
     for needed, allowed in NEEDS.get(name, {}).items():
         value = value_of(params, needed, loss_type)
         if not value if allowed is None else value not in allowed:

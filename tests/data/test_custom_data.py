@@ -1,15 +1,14 @@
 """Custom data sets: layouts, splits, patterns, labels, channels, statistics; training on them."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import attrs
 import numpy as np
+import processes
 import pytest
 import tifffile
 import torch
@@ -729,11 +728,8 @@ def test_examples_of_the_page(photos, tmp_path):
     blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
     assert blocks
     code = "\n".join(blocks).replace('"photos"', repr(str(photos)))
-    root = Path(__file__).parents[2]
     caches = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **caches, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    processes.run(processes.run_code, 1, tmp_path / "process", code, str(tmp_path), caches)
 
 
 @pytest.mark.parametrize("version", ["this", "earlier"])

@@ -120,5 +120,6 @@ def test_a_dry_run_names_all_unreadable_images_at_once(monkeypatch, tmp_path, ca
     with pytest.raises(SystemExit) as exit_:
         train.main(["simclr", *SMALL.split(), *line.split(), "--val_size", "0", "--test_size", "0"])
     message = str(exit_.value)
+    assert "by the lists in" not in capsys.readouterr().err  # of a directory that no longer exists
     assert "10 of 40 images cannot be read" in message and "and 6 more" in message
     assert sum(str(path) in message for path in broken) == 4

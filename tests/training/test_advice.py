@@ -147,3 +147,5 @@ def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_l
 
 def test_settings_of_a_loss_have_no_effect_with_a_loss_of_the_users_own():
     assert advice.lacks(PRESETS["simclr"](T=0.3), "T", "custom") and not advice.lacks(PRESETS["simclr"](), "T", "ce")
+    assert not advice.lacks(PRESETS["moco_v2"](K=64), "K", "custom")  # the function gets the queue
+    assert advice.lacks(PRESETS["simclr"](K=64), "K", "custom")
