@@ -86,8 +86,8 @@ class Taps(torch.autograd.Function):
 
 
 class ByMatmul(torch.autograd.Function):
-    """Convolution in bfloat16 of which the weight's gradient is a matrix product, which is faster than that of oneDNN if
-    the output is small (docs/performance.md)."""
+    """Convolution in bfloat16 whose weight gradient is a matrix product, which is faster than oneDNN's if the output is
+    small (docs/performance.md)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: None, stride: tuple, padding: tuple) -> Tensor:
