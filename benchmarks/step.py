@@ -94,7 +94,9 @@ def settings(method: str, network: Network) -> ModelParams:
     )
 
 
-def ours(params: ModelParams, steps: int, encoder: nn.Module | None = None) -> Callable[[], float]:
+def ours(
+    params: ModelParams, steps: int, encoder: nn.Module | None = None, precision: str = "32-true"
+) -> Callable[[], float]:
     """One turn under `Trainer.fit`, with a logger, a progress bar and everything that comes by default."""
     model = SelfSupervisedMethod(params, encoder=encoder)
     dataset = Images(photographs(64, params.crop_size), params.batch_size * (steps + 1))
@@ -107,7 +109,7 @@ def ours(params: ModelParams, steps: int, encoder: nn.Module | None = None) -> C
         with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
             screen = {"file": nowhere, "force_terminal": True}
             callbacks, logger = [clock, RichProgressBar(console_kwargs=screen)], CSVLogger(folder)
-            options = {"max_epochs": 1, "log_every_n_steps": 1, "enable_checkpointing": False}
+            options = {"max_epochs": 1, "precision": precision, "enable_checkpointing": False}
             pl.Trainer(
                 accelerator="cpu", callbacks=callbacks, logger=logger, enable_model_summary=False, **options
             ).fit(model, loader)
@@ -116,14 +118,14 @@ def ours(params: ModelParams, steps: int, encoder: nn.Module | None = None) -> C
     return run
 
 
-def of_lightly(params: ModelParams, steps: int) -> Callable[[], float]:
+def of_lightly(params: ModelParams, steps: int, bf16: bool = False) -> Callable[[], float]:
     size = params.crop_size
-    return PeerLoop(params, photographs(64, size), peers.lightly(size), lightly_loss, steps)
+    return PeerLoop(params, photographs(64, size), peers.lightly(size), lightly_loss, steps, bf16)
 
 
-def plain_pytorch(params: ModelParams, steps: int) -> Callable[[], float]:
+def plain_pytorch(params: ModelParams, steps: int, bf16: bool = False) -> Callable[[], float]:
     size = params.crop_size
-    return PeerLoop(params, photographs(64, size), peers.pil(size), plain_loss, steps)
+    return PeerLoop(params, photographs(64, size), peers.pil(size), plain_loss, steps, bf16)
 
 
 def bare(params: ModelParams, steps: int, encoder: nn.Module) -> Callable[[], float]:

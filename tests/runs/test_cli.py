@@ -599,7 +599,7 @@ def test_gradient_norms_are_those_of_torch():
     )
     parts.head(parts.model(torch.randn(5, 3))).square().sum().backward()
     logged = {}
-    parts.log_dict = logged.update
+    parts.log_step = logged.update
     GradientNorms().on_before_optimizer_step(None, parts, None)
     assert set(logged) == {"grad_norm_model", "grad_norm_head"}
     for name in ("model", "head"):

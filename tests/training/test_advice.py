@@ -114,7 +114,7 @@ def trained(params: ModelParams) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = SelfSupervisedMethod(params, encoder=Encoder())
     model._trainer = SimpleNamespace(global_step=0, current_epoch=0, estimated_stepping_batches=STEPS)
-    model.log_dict = lambda *_: None
+    model.log_step = lambda *_: None
     scaling = params.batch_size / params.lr_batch_size if params.lr_scaling else 1.0
     warmup = optimizers.warmup_epochs(params) * AN_EPOCH
     model.plan = Plan(1, 1, params.batch_size, params.lr * scaling, STEPS, AN_EPOCH, warmup, scaling)
