@@ -154,6 +154,9 @@ class EncoderAndDataParams:
     # torch.compile (reduce-overhead: CUDA graphs)
     torch_compile: bool | str = choice(False, COMPILE_MODES)  # compile encoder and heads, and the views on a GPU
 
+    # Winograd's convolutions: in float32 on a CPU, in training only
+    winograd: bool | str = choice(False, (False, True, "auto"))  # fewer multiplications; auto: where measured faster
+
     # learning rate by batch size
     lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))  # scaling of lr with the batch size; None: none
     lr_batch_size: int = positive(256)  # images per optimizer step for which lr is meant, if lr_scaling is set
