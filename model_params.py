@@ -312,6 +312,8 @@ def contradictions_of_encoder(params: EncoderAndDataParams) -> list[tuple[bool, 
     shape = " x ".join(map(str, p.input_shape))
     # fmt: off
     return [
+        (bool(p.winograd) and bool(p.torch_compile),
+         f"winograd={p.winograd!r} and torch_compile={p.torch_compile!r} exclude each other. Set one of them to False"),
         (bool(p.low_resolution_stem) and not catalogue.has_low_resolution_stem(p.encoder_arch),
          f"low_resolution_stem=True does not fit encoder_arch={p.encoder_arch!r}. Only torchvision's ResNets and "
          "ws_resnets have such a stem. Choose one of them, or set low_resolution_stem=False"),

@@ -1,9 +1,9 @@
 """Loops of winograd.py, compiled by Numba: a convolution and the gradient of its weight, for some tiles and channels.
 
 A tile of 4 x 4 output pixels depends on 6 x 6 input pixels x. With the matrices of Lavin and Gray (arXiv:1509.09308),
-it is A [(G w G') * (B x B')] A': the sum over channels is 36 matrix products, one for each element of a transformed tile.
+it is A [(G w G') * (B x B')] A'. The sum over channels is 36 matrix products, one per element of a transformed tile.
 
-A unit of work is a range of tiles and some panels of channels, whose intermediate values stay in the processor's cache.
+A unit of work is a range of tiles and some panels of channels. Its intermediate values stay in the processor's cache.
 All addresses and steps are in bytes; tensors are [N, H, W, C] in memory.
 """
 
@@ -122,9 +122,8 @@ def multiply(_, a, a_row, a_step, panel, out, out_row, length, add):
         first = ir.VectorType(ir.IntType(32), LANES)([0] * LANES)
         halves = [whole(0), whole(4 * LANES)]
         rows = [builder.mul(a_row, whole(row)) for row in range(ROWS)]
-        places = [
-            [builder.add(builder.add(out, builder.mul(out_row, whole(r))), h) for h in halves] for r in range(ROWS)
-        ]
+        outs = [builder.add(out, builder.mul(out_row, whole(row))) for row in range(ROWS)]
+        places = [[builder.add(begin, half) for half in halves] for begin in outs]
         adds = builder.icmp_signed("!=", add, whole(0))
         sums = [[cgutils.alloca_once(builder, VECTOR) for _ in halves] for _ in rows]  # become registers
         for row in range(ROWS):
