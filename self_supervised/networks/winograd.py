@@ -24,7 +24,7 @@ from self_supervised.networks.winograd_ops import (
     LANES,
     PANEL,
     POINTS,
-    ROWS,
+    PRODUCT_ROWS,
     WORK,
     convolve_units,
     sum_weight_gradients,
@@ -79,8 +79,8 @@ def plan(x: Tensor, outputs: int, in_panels: int, others: int) -> dict[str, int]
     panels = max(1, min(n_panels, WEIGHTS_IN_CACHE // (4 * POINTS * others * PANEL)))
     parts = -(-n_panels // panels)
     ranges = 1 if threads == 1 else max(1, min(-(-2 * threads // parts), tiles // 16))
-    most = min(TILES_IN_CACHE // (4 * POINTS * others), -(-tiles // ranges) + ROWS - 1)
-    block = max(1, most // ROWS) * ROWS
+    most = min(TILES_IN_CACHE // (4 * POINTS * others), -(-tiles // ranges) + PRODUCT_ROWS - 1)
+    block = max(1, most // PRODUCT_ROWS) * PRODUCT_ROWS
     sizes = {"height": height, "width": width, "inputs": inputs, "outputs": outputs, "tiles": tiles, "ranges": ranges}
     return sizes | {"units": parts * ranges, "panels": panels, "block": block}
 

@@ -24,7 +24,7 @@ OUTPUT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -
 WEIGHT = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6]]
 WEIGHT += [[1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
 # Numbers in a register, and rows of a product whose sums are held in registers: 32 with AVX-512, otherwise 16
-LANES, ROWS = (16, 8) if torch.backends.cpu.get_cpu_capability() == "AVX512" else (8, 4)
+LANES, PRODUCT_ROWS = (16, 8) if torch.backends.cpu.get_cpu_capability() == "AVX512" else (8, 4)
 PANEL = 2 * LANES  # channels: two registers
 POINTS = 36  # elements of a transformed tile
 # What a unit needs: addresses of tensors, their sizes, and the plan of work. `taken` counts units that have begun.
@@ -51,11 +51,11 @@ def repeated(value: float) -> ir.Constant:
     return ir.Constant(VECTOR, [value] * LANES)
 
 
-def read(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type = VECTOR) -> ir.Value:
+def read_lanes(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type = VECTOR) -> ir.Value:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
 
 
-def write(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+def write_lanes(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     builder.store(value, builder.inttoptr(address, VECTOR.as_pointer()), align=4)
 
 
@@ -84,16 +84,16 @@ def transform(matrix: list[list[float]], table_of: str) -> Callable:
         def generate(context, builder, signature, arguments):
             table, offset, slab, step = arguments
             places = (
-                lambda i: builder.add(read(builder, builder.add(table, whole(8 * i)), INTEGER), offset),
+                lambda i: builder.add(read_lanes(builder, builder.add(table, whole(8 * i)), INTEGER), offset),
                 lambda i: builder.add(slab, builder.mul(step, whole(i))),
             )
             source, target = places if table_of == "source" else places[::-1]
             side = range(len(matrix[0]))
-            tile = [[read(builder, source(len(side) * i + j)) for i in side] for j in side]
+            tile = [[read_lanes(builder, source(len(side) * i + j)) for i in side] for j in side]
             columns = [combined(builder, matrix, column) for column in tile]
             for i in range(len(matrix)):
                 for j, value in enumerate(combined(builder, matrix, [column[i] for column in columns])):
-                    write(builder, value, target(len(matrix) * i + j))
+                    write_lanes(builder, value, target(len(matrix) * i + j))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), generate
@@ -101,48 +101,48 @@ def transform(matrix: list[list[float]], table_of: str) -> Callable:
     return transformed_tile
 
 
-def transposed(matrix: list[list[float]]) -> list[list[float]]:
+def matrix_transpose(matrix: list[list[float]]) -> list[list[float]]:
     return [list(row) for row in zip(*matrix, strict=True)]
 
 
 transform_input = transform(INPUT, "source")
 transform_output = transform(OUTPUT, "target")
-transform_gradient = transform(transposed(OUTPUT), "source")
+transform_gradient = transform(matrix_transpose(OUTPUT), "source")
 transform_weight = transform(WEIGHT, "source")
 transform_mirrored = transform([row[::-1] for row in WEIGHT], "source")
-transform_weight_gradient = transform(transposed(WEIGHT), "target")
+transform_weight_gradient = transform(matrix_transpose(WEIGHT), "target")
 
 
 @intrinsic
 def multiply(_, a, a_row, a_step, panel, out, out_row, length, add):
-    """Write the product of ROWS rows a [ROWS, length] and a panel [length, PANEL] to out, or add it to out."""
+    """Write the product of PRODUCT_ROWS rows a [PRODUCT_ROWS, length] and a panel [length, PANEL] to out, or add it to out."""
 
     def generate(context, builder, signature, arguments):
         a, a_row, a_step, panel, out, out_row, length, add = arguments
         first = ir.VectorType(ir.IntType(32), LANES)([0] * LANES)
         halves = [whole(0), whole(4 * LANES)]
-        rows = [builder.mul(a_row, whole(row)) for row in range(ROWS)]
-        outs = [builder.add(out, builder.mul(out_row, whole(row))) for row in range(ROWS)]
+        rows = [builder.mul(a_row, whole(row)) for row in range(PRODUCT_ROWS)]
+        outs = [builder.add(out, builder.mul(out_row, whole(row))) for row in range(PRODUCT_ROWS)]
         places = [[builder.add(begin, half) for half in halves] for begin in outs]
         adds = builder.icmp_signed("!=", add, whole(0))
         sums = [[cgutils.alloca_once(builder, VECTOR) for _ in halves] for _ in rows]  # become registers
-        for row in range(ROWS):
+        for row in range(PRODUCT_ROWS):
             for total, place in zip(sums[row], places[row], strict=True):
-                builder.store(builder.select(adds, read(builder, place), repeated(0.0)), total)
+                builder.store(builder.select(adds, read_lanes(builder, place), repeated(0.0)), total)
         with cgutils.for_range(builder, length) as loop:
             line = builder.add(panel, builder.mul(loop.index, whole(4 * PANEL)))
-            lines = [read(builder, builder.add(line, half)) for half in halves]
+            lines = [read_lanes(builder, builder.add(line, half)) for half in halves]
             column = builder.add(a, builder.mul(loop.index, a_step))
-            for row in range(ROWS):
-                number = read(builder, builder.add(column, rows[row]), FLOAT)
+            for row in range(PRODUCT_ROWS):
+                number = read_lanes(builder, builder.add(column, rows[row]), FLOAT)
                 vector = builder.insert_element(VECTOR(ir.Undefined), number, ir.IntType(32)(0))
                 vector = builder.shuffle_vector(vector, VECTOR(ir.Undefined), first)
                 for total, values in zip(sums[row], lines, strict=True):
                     product = builder.fmul(vector, values, flags=FAST)
                     builder.store(builder.fadd(builder.load(total), product, flags=FAST), total)
-        for row in range(ROWS):
+        for row in range(PRODUCT_ROWS):
             for total, place in zip(sums[row], places[row], strict=True):
-                write(builder, builder.load(total), place)
+                write_lanes(builder, builder.load(total), place)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 8), generate
@@ -245,7 +245,7 @@ def convolve_units(work):
             for point in range(POINTS):
                 for p in range(panels):
                     panel = u + point * u_step + 4 * p * w.inputs * PANEL
-                    for t in range(0, n, ROWS):
+                    for t in range(0, n, PRODUCT_ROWS):
                         row = v + point * v_step + 4 * t * w.inputs
                         out = m + point * m_step + 4 * (t * width + p * PANEL)
                         multiply(row, 4 * w.inputs, 4, panel, out, 4 * width, w.inputs, 0)
@@ -283,7 +283,7 @@ def sum_weight_gradients(work):
             for point in range(POINTS):
                 for p in range(panels):
                     panel = v + point * v_step + 4 * p * w.block * PANEL
-                    for k in range(0, w.outputs, ROWS):
+                    for k in range(0, w.outputs, PRODUCT_ROWS):
                         out = u + point * u_step + 4 * (p * w.outputs + k) * PANEL
                         rows = m + point * m_step + 4 * k
                         multiply(rows, 4, 4 * w.outputs, panel, out, 4 * PANEL, n, int(start > begin))
