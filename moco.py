@@ -27,6 +27,7 @@ from self_supervised.numerics import Scores, at_least_float32
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
+from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.record import TrainingRecord
 from self_supervised.training.verdict import Verdict, starting_point
 from self_supervised.views import augmentations
@@ -90,7 +91,10 @@ class SelfSupervisedMethod(BaseMethod):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         present = {type(callback) for callback in self.trainer.callbacks}
-        kinds = (Verdict, TrainingRecord) if self.is_recorded else ()  # in this order: the second writes the first's
+        # TrainingRecord is the last, because it writes what the others find.
+        kinds: tuple[type[pl.Callback], ...] = (Verdict, TrainingRecord) if self.is_recorded else ()
+        if kinds and self.trainer.loggers and self.trainer.log_every_n_steps == LOG_INTERVAL:
+            kinds = (LogInterval, *kinds)
         return super().configure_callbacks() + [kind() for kind in kinds if kind not in present]
 
     # ---- Method ----
@@ -206,7 +210,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        for line in advice.doubts(self.params, self.plan, "custom" if self.custom_loss else self.params.loss_type):
+        for line in advice.doubts(self.params, self.plan, advice.CUSTOM if self.custom_loss else self.params.loss_type):
             rank_zero_info(f"warning: {line}")
 
     def reads_labels(self, training: bool) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import asdict, evolve, field, fields, fields_dict, frozen
+from attrs import evolve, field, fields, fields_dict, frozen
 
 from self_supervised import catalogue
 from self_supervised.catalogue import (
@@ -34,6 +34,7 @@ from self_supervised.fields import (
     choice,
     defaults,
     fraction,
+    n_differing,
     non_negative,
     number,
     numbers,
@@ -865,9 +866,4 @@ PRESETS = Presets(ModelParams, {
 
 def nearest_preset(params: ModelParams) -> str:
     """Return the name of the preset that has most of these settings."""
-    settings = asdict(params)
-
-    def differing(name: str) -> int:
-        return sum(settings[field] != value for field, value in asdict(PRESETS[name]()).items())
-
-    return min(PRESETS, key=differing)
+    return min(PRESETS, key=lambda name: n_differing(params, PRESETS[name]))

@@ -32,10 +32,11 @@ def similarities(
             NT-Xent (SimCLR, https://arxiv.org/abs/2002.05709, equation 1).
     """
     columns = [(q * k).sum(1, keepdim=True)]
-    if in_batch:
-        columns.append(_without_own_column(q @ distributed.gather(k).T))
-    if same_view:
-        columns.append(_without_own_column(q @ distributed.gather(q).T))
+    if in_batch and same_view:
+        others = distributed.gather_both(k, q)
+    else:
+        others = tuple(distributed.gather(x) for x, wanted in ((k, in_batch), (q, same_view)) if wanted)
+    columns += [_without_own_column(q @ x.T) for x in others]
     if queue is not None:
         columns.append(q @ queue.T)
     return torch.cat(columns, dim=1)
@@ -211,8 +212,8 @@ def get_loss(
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
         "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
         "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, coefficient),
-        "vic": lambda q, k, _: vicreg(distributed.gather(q), distributed.gather(k), *vic_weights),
-        "barlow": lambda q, k, _: barlow_twins(distributed.gather(q), distributed.gather(k), p.redundancy_loss_weight),
+        "vic": lambda q, k, _: vicreg(*distributed.gather_both(q, k), *vic_weights),
+        "barlow": lambda q, k, _: barlow_twins(*distributed.gather_both(q, k), p.redundancy_loss_weight),
     }
     return losses[p.loss_type]
 

@@ -259,7 +259,13 @@ class GradientNorms(pl.Callback):
 
 
 class LogInterval(pl.Callback):
-    """Log every 50 steps, or three times per epoch if that is more often."""
+    """Log every 50 steps, or three times per epoch if that is more often.
+
+    SelfSupervisedMethod adds it to a Trainer that has Lightning's default, 50.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.log_every_n_steps = 1  # until the length of an epoch is known: Lightning warns of more
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.log_every_n_steps = min(LOG_INTERVAL, max(1, pl_module.plan.steps_per_epoch // 3))
