@@ -115,7 +115,7 @@ transform_weight_gradient = transform(matrix_transpose(WEIGHT), "target")
 
 @intrinsic
 def multiply(_, a, a_row, a_step, panel, out, out_row, length, add):
-    """Write the product of PRODUCT_ROWS rows a [PRODUCT_ROWS, length] and a panel [length, PANEL] to out, or add it to out."""
+    """Write the product of rows a [PRODUCT_ROWS, length] and a panel [length, PANEL] to out, or add it to out."""
 
     def generate(context, builder, signature, arguments):
         a, a_row, a_step, panel, out, out_row, length, add = arguments
