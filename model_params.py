@@ -155,6 +155,9 @@ class EncoderAndDataParams:
     # torch.compile (reduce-overhead: CUDA graphs)
     torch_compile: bool | str = choice(False, COMPILE_MODES)  # compile encoder and heads, and the views on a GPU
 
+    # Winograd's convolutions: in float32 on a CPU, in training only
+    winograd: bool | str = choice(False, (False, True, "auto"))  # fewer multiplications; auto: where measured faster
+
     # learning rate by batch size
     lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))  # scaling of lr with the batch size; None: none
     lr_batch_size: int = positive(256)  # images per optimizer step for which lr is meant, if lr_scaling is set
@@ -310,6 +313,8 @@ def contradictions_of_encoder(params: EncoderAndDataParams) -> list[tuple[bool, 
     shape = " x ".join(map(str, p.input_shape))
     # fmt: off
     return [
+        (bool(p.winograd) and bool(p.torch_compile),
+         f"winograd={p.winograd!r} and torch_compile={p.torch_compile!r} exclude each other. Set one of them to False"),
         (bool(p.low_resolution_stem) and not catalogue.has_low_resolution_stem(p.encoder_arch),
          f"low_resolution_stem=True does not fit encoder_arch={p.encoder_arch!r}. Only torchvision's ResNets and "
          "ws_resnets have such a stem. Choose one of them, or set low_resolution_stem=False"),

@@ -44,15 +44,29 @@ class BaseMethod(pl.LightningModule):
     first_epoch = 1  # its number in the loggers' files; 0: a run of an earlier version (run_folder.first_epoch)
 
     def setup(self, stage: str) -> None:
-        """Compile the networks if `torch_compile` is set: in place, so that checkpoints keep their keys."""
+        """Compile the networks if `torch_compile` is set, and change convolutions if `winograd` is: in place, so that
+        checkpoints keep their keys."""
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
         if self.trainer.strategy.root_device.type == "cpu":
             distributed.keep_freed_memory()
+            if self.params.winograd and stage == "fit" and self.trainer.precision == "32-true":
+                self.use_winograd()
         compiled = self.params.torch_compile
         for module in self.children() if compiled and stage == "fit" else []:
             if isinstance(module, nn.Module) and module._compiled_call_impl is None:
                 module.compile(mode="default" if compiled is True else compiled)
+
+    def use_winograd(self) -> None:
+        """Change convolutions of the encoder, and of the lagging encoder, to Winograd's method."""
+        from self_supervised.networks import winograd  # imports Numba, which is slow
+
+        for encoder in (self.model, getattr(self, "lagging_model", None)):
+            if encoder is not None:
+                image = torch.zeros(1, *self.params.input_shape)
+                n = winograd.use_winograd(encoder, image, self.params.batch_size, self.params.winograd == "auto")
+                about = f"winograd={self.params.winograd!r}: {n} convolutions of the encoder use Winograd's method"
+        rank_zero_info(about)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return TrainingMonitor.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
