@@ -178,7 +178,7 @@ class ImageFiles(LabeledFiles):
         (image, boxes), label = self.readable(index)
         if not self.views:
             return image if isinstance(image, Tensor) else central_square(image, self.size), label
-        pixels = torch.from_numpy(np.atleast_3d(np.array(image)))
+        pixels = torch.from_numpy(np.atleast_3d(np.require(image, requirements="W")))  # copies unless it is writable
         sizes = (view.crop_size for view in self.views)
         return [resized_box(pixels, box, size) for box, size in zip(boxes, sizes, strict=True)], label
 

@@ -158,17 +158,13 @@ class PackedImages(Dataset):
         return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.from_numpy(self.labels[indices])
 
 
-def release_pages(mapped: np.memmap, start: int = 0, end: int | None = None) -> None:
+def release_pages(mapped: np.memmap) -> None:
     """Release the pages that were read from this process's memory; they stay in the system's cache.
 
     Otherwise the whole data set would become resident in one epoch.
-
-    Args:
-        start, end: the bytes that were read; default: all.
     """
     if hasattr(mmap, "MADV_DONTNEED"):
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        mapped._mmap.madvise(mmap.MADV_DONTNEED, first, (len(mapped._mmap) if end is None else end) - first)
+        mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 class ImagesOnDevice(Dataset):

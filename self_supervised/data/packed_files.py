@@ -20,7 +20,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from self_supervised.data.image_files import CENTRAL, ImageFiles, central_square, read_any, resized
-from self_supervised.data.packed import data_path, release_pages
+from self_supervised.data.packed import data_path
 from self_supervised.folder_lock import LOCK_FILE, in_use_message, locked, owner_of
 from self_supervised.safe_files import UNFINISHED, atomic_folder, check_folder, remove
 
@@ -52,19 +52,19 @@ class PackedPixels:
 
     def __call__(self, index: int) -> np.ndarray | None:
         """Return the pixels of an image; None if it could not be read when it was packed."""
-        start = int(self.start[index])
-        end = start + int(self.shape[index].prod())
-        if end == start:
+        pixels = np.empty(self.shape[index], np.uint8)
+        if self.part[index] < 0 or pixels.size == 0:
             return None
-        mapped = memory_map(self.files[self.part[index]])
-        pixels = np.array(mapped[start:end]).reshape(self.shape[index])
-        release_pages(mapped, start, end)
+        # faster than a memory map, whose pages would have to be released, lest all of them become resident
+        n = os.preadv(descriptor(self.files[self.part[index]]), [pixels], self.start[index])
+        if n != pixels.size:
+            raise ValueError(f"{self.files[self.part[index]]} was truncated. Delete it to have the images packed again")
         return pixels
 
 
-@cache  # not an attribute: pickling a memory map, as for spawned workers, would copy the file
-def memory_map(file: Path) -> np.memmap:
-    return np.memmap(file, np.uint8, "r")
+@cache  # forked workers share it; spawned ones, for which a descriptor could not be pickled, open the file again
+def descriptor(file: Path) -> int:
+    return os.open(file, os.O_RDONLY)
 
 
 # ---- packing ----
