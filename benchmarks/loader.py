@@ -209,15 +209,14 @@ def floor(work: Work, rounds: int) -> list[harness.Row]:
     return [row(name, 0, work.images / time) for name, time in harness.in_turns(runs, rounds).items()]
 
 
-def packed_epoch(work: Work, workers: int, pack: bool, anew: bool = False) -> None:
-    """An epoch of uint8 crops, of packed files if `pack` is set; `anew`: of files that have to be packed first."""
-    if anew:
-        shutil.rmtree(data_path(), ignore_errors=True)
-    dataset = image_files(work)
-    part = dataset.subset(range(0, len(dataset), max(1, len(dataset) // work.images_of_epoch)))
+def uint8_epoch(dataset: ImageFiles, work: Work, cores: int, pack: bool = False) -> None:
+    """An epoch of uint8 crops, on so many cores; `pack`: after packing the files anew."""
+    torch.set_num_threads(cores)
     if pack:
-        pack_files(part, workers)
-    assert sum(len(labels) for _, labels in our_loader(part, work, workers)) == len(part) >= work.images_of_epoch
+        shutil.rmtree(data_path(), ignore_errors=True)
+        pack_files(dataset, cores)
+    workers = cores if dataset.packed is None else 0
+    assert sum(len(labels) for _, labels in our_loader(dataset, work, workers)) == len(dataset) >= work.images_of_epoch
 
 
 def decode_with_torchcodec(contents: list[bytes]) -> None:
@@ -228,25 +227,27 @@ def decode_with_torchcodec(contents: list[bytes]) -> None:
 
 
 def measure_packed(work: Work, rounds: int) -> list[harness.Row]:
-    """The second table. `over PIL` is per core: a worker is one."""
+    """The second table. `over PIL` is per core; a core is one worker, or one thread that reads what is packed."""
     paths = sorted(Path(work.folder).glob("*/*.jpg"))
     contents = [paths[i * len(paths) // work.images].read_bytes() for i in range(work.images)]
-    runs: dict[tuple[int, str], Callable] = {(0, "PIL decodes"): partial(decode, contents, 1)}
+    runs: dict[tuple[int, str], Callable] = {(1, "PIL decodes"): partial(decode, contents, 1)}
     if harness.installed("torchcodec"):
-        runs[0, "torchcodec decodes"] = partial(decode_with_torchcodec, contents)
-    for workers in (0, 1, 2):
-        runs[workers, "ours, files"] = partial(packed_epoch, work, workers, False)
-        runs[workers, "ours, packed, first epoch"] = partial(packed_epoch, work, workers, True, True)
-        runs[workers, "ours, packed, second epoch"] = partial(packed_epoch, work, workers, True)
+        runs[1, "torchcodec decodes"] = partial(decode_with_torchcodec, contents)
+    every = image_files(work)
+    indices = range(0, len(every), max(1, len(every) // work.images_of_epoch))
+    files, packed = every.subset(indices), every.subset(indices)
+    for cores in (1, 2):
+        runs[cores, "ours, files"] = partial(uint8_epoch, files, work, cores)
+        runs[cores, "ours, packed, first epoch"] = partial(uint8_epoch, packed, work, cores, True)
+        runs[cores, "ours, packed, second epoch"] = partial(uint8_epoch, packed, work, cores)
     times = harness.in_turns(runs, rounds, warmup=0)
-    n_images = {True: work.images, False: -(-len(paths) // max(1, len(paths) // work.images_of_epoch))}
-    rates = {key: n_images["decodes" in key[1]] / time for key, time in times.items()}
-    keys = ("workers", "contestant", "images/s", "over its first epoch", "over PIL")
+    rates = {key: (work.images if "decodes" in key[1] else len(files)) / time for key, time in times.items()}
+    keys = ("cores", "contestant", "images/s", "over its first epoch", "over PIL")
     rows = []
-    for (workers, name), rate in rates.items():
-        first = rate / rates[workers, "ours, packed, first epoch"] if "second" in name else ""
-        over_pil = rate / max(1, workers) / rates[0, "PIL decodes"]
-        rows.append(dict(zip(keys, (workers, name, rate, first, over_pil), strict=True)))
+    for (cores, name), rate in rates.items():
+        first = rate / rates[cores, "ours, packed, first epoch"] if "second" in name else ""
+        over_pil = rate / cores / rates[1, "PIL decodes"]
+        rows.append(dict(zip(keys, (cores, name, rate, first, over_pil), strict=True)))
     return rows
 
 

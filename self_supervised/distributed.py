@@ -10,6 +10,8 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -205,3 +207,12 @@ def on_rank_zero(compute: Callable[[], Result]) -> Result:
     if is_distributed():
         dist.broadcast_object_list(result, src=0)
     return result[0]
+
+
+@cache
+def pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process. They are kept, since starting them takes as long as a few views.
+
+    `process` is part of the cache's key: a forked process has no threads of its parent.
+    """
+    return ThreadPoolExecutor(threads)

@@ -199,7 +199,7 @@ def get_loader(
 
     For training, images are shuffled by (seed, epoch). For evaluation, none is dropped, and files are shuffled as well:
     in the order of class folders, the first tenth of ImageNet (`limit_val_batches=0.1`) has a tenth of the classes.
-    Packed data sets need no workers, since reading a batch is a single copy of memory.
+    Packed data sets need no workers, since reading a batch is a single copy of memory; packed files have threads.
 
     Args:
         accumulated: batches per optimizer step, among which `global_batch_size` is divided.
@@ -232,7 +232,7 @@ def get_loader(
         dataset,
         batch_size=size if training else max(1, size // params.clips_of_a_video),
         sampler=ResumableSampler(dataset, processes, distributed.rank(), shuffle, seed=seed, drop_last=drop_last),
-        num_workers=0 if packed else params.num_data_workers,
+        num_workers=0 if packed or getattr(dataset, "packed", None) else params.num_data_workers,
         collate_fn=already_a_batch if packed else channels_last if are_crops else None,
         pin_memory=params.pin_data_memory and torch.cuda.is_available() and not isinstance(dataset, ImagesOnDevice),
         drop_last=drop_last,
