@@ -36,7 +36,7 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks import harness, peers
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data.image_files import ImageFiles, channels_last
+from self_supervised.data.image_files import ImageFiles, collate_crops
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 from self_supervised.data.packed import data_path
 from self_supervised.data.packed_files import pack_files
@@ -137,7 +137,7 @@ def image_files(work: Work) -> ImageFiles:
 
 
 def our_loader(dataset: Dataset, work: Work, workers: int) -> ResumableDataLoader:
-    options = {"sampler": ResumableSampler(dataset, 1, 0, seed=0), "num_workers": workers, "collate_fn": channels_last}
+    options = {"sampler": ResumableSampler(dataset, 1, 0, seed=0), "num_workers": workers, "collate_fn": collate_crops}
     return ResumableDataLoader(dataset, work.batch_size, **options)
 
 
@@ -209,13 +209,11 @@ def floor(work: Work, rounds: int) -> list[harness.Row]:
     return [row(name, 0, work.images / time) for name, time in harness.in_turns(runs, rounds).items()]
 
 
-def uint8_epoch(dataset: ImageFiles, work: Work, cores: int, pack: bool = False) -> None:
-    """An epoch of uint8 crops, on so many cores; `pack`: after packing the files anew."""
-    torch.set_num_threads(cores)
+def uint8_epoch(dataset: ImageFiles, work: Work, workers: int, pack: bool = False) -> None:
+    """An epoch of uint8 crops; `pack`: after packing the files anew."""
     if pack:
         shutil.rmtree(data_path(), ignore_errors=True)
-        pack_files(dataset, cores)
-    workers = cores if dataset.packed is None else 0
+        pack_files(dataset, workers)
     assert sum(len(labels) for _, labels in our_loader(dataset, work, workers)) == len(dataset) >= work.images_of_epoch
 
 
@@ -227,27 +225,27 @@ def decode_with_torchcodec(contents: list[bytes]) -> None:
 
 
 def measure_packed(work: Work, rounds: int) -> list[harness.Row]:
-    """The second table. `over PIL` is per core; a core is one worker, or one thread that reads what is packed."""
+    """The second table. `over PIL` is per core; a worker is a core, and so is the process without workers."""
     paths = sorted(Path(work.folder).glob("*/*.jpg"))
     contents = [paths[i * len(paths) // work.images].read_bytes() for i in range(work.images)]
-    runs: dict[tuple[int, str], Callable] = {(1, "PIL decodes"): partial(decode, contents, 1)}
+    runs: dict[tuple[int, str], Callable] = {(0, "PIL decodes"): partial(decode, contents, 1)}
     if harness.installed("torchcodec"):
-        runs[1, "torchcodec decodes"] = partial(decode_with_torchcodec, contents)
+        runs[0, "torchcodec decodes"] = partial(decode_with_torchcodec, contents)
     every = image_files(work)
     indices = range(0, len(every), max(1, len(every) // work.images_of_epoch))
     files, packed = every.subset(indices), every.subset(indices)
-    for cores in (1, 2):
-        runs[cores, "ours, files"] = partial(uint8_epoch, files, work, cores)
-        runs[cores, "ours, packed, first epoch"] = partial(uint8_epoch, packed, work, cores, True)
-        runs[cores, "ours, packed, second epoch"] = partial(uint8_epoch, packed, work, cores)
+    for workers in (0, 1, 2):
+        runs[workers, "ours, files"] = partial(uint8_epoch, files, work, workers)
+        runs[workers, "ours, packed, first epoch"] = partial(uint8_epoch, packed, work, workers, True)
+        runs[workers, "ours, packed, second epoch"] = partial(uint8_epoch, packed, work, workers)
     times = harness.in_turns(runs, rounds, warmup=0)
     rates = {key: (work.images if "decodes" in key[1] else len(files)) / time for key, time in times.items()}
-    keys = ("cores", "contestant", "images/s", "over its first epoch", "over PIL")
+    keys = ("workers", "contestant", "images/s", "over its first epoch", "over PIL")
     rows = []
-    for (cores, name), rate in rates.items():
-        first = rate / rates[cores, "ours, packed, first epoch"] if "second" in name else ""
-        over_pil = rate / cores / rates[1, "PIL decodes"]
-        rows.append(dict(zip(keys, (cores, name, rate, first, over_pil), strict=True)))
+    for (workers, name), rate in rates.items():
+        first = rate / rates[workers, "ours, packed, first epoch"] if "second" in name else ""
+        over_pil = rate / max(1, workers) / rates[0, "PIL decodes"]
+        rows.append(dict(zip(keys, (workers, name, rate, first, over_pil), strict=True)))
     return rows
 
 

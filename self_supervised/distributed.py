@@ -10,8 +10,6 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -140,6 +138,14 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x) if is_distributed() else x
 
 
+def gather_both(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return gather(a) and gather(b) of tensors [N, ...] of one shape, in one communication instead of two."""
+    if not is_distributed():
+        return a, b
+    both = gather(torch.stack([a, b], dim=1))
+    return both[:, 0], both[:, 1]
+
+
 def gather_evaluated(x: Tensor, loader: DataLoader) -> Tensor:
     """Return the results for all samples, each once, from x [n, ...] for the samples of `loader` on this process.
 
@@ -207,12 +213,3 @@ def on_rank_zero(compute: Callable[[], Result]) -> Result:
     if is_distributed():
         dist.broadcast_object_list(result, src=0)
     return result[0]
-
-
-@cache
-def pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Return the threads of a process. They are kept, since starting them takes as long as a few views.
-
-    `process` is part of the cache's key: a forked process has no threads of its parent.
-    """
-    return ThreadPoolExecutor(threads)

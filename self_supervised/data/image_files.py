@@ -6,7 +6,6 @@ PASCAL VOC 2007 has the layout of its archives: $DATA_PATH/voc07/VOCdevkit/VOC20
 import math
 import os
 from collections.abc import Callable, Collection, Iterable
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,7 +29,6 @@ from self_supervised.data.array_files import (
 )
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, tell
 from self_supervised.data.files import File, LabeledFiles, OnDisk, Sample, class_numbers_of_split
-from self_supervised.distributed import pool
 from self_supervised.views.augmentations import generator
 
 CENTRAL = 7 / 8  # fraction of the shorter side that an evaluation sees
@@ -184,15 +182,6 @@ class ImageFiles(LabeledFiles):
         sizes = (view.crop_size for view in self.views)
         return [resized_box(pixels, box, size) for box, size in zip(boxes, sizes, strict=True)], label
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor | list[Tensor], int]]:
-        """Return a batch. Packed images are cropped by threads: workers take longer to send crops than to make them."""
-        threads = 1 if self.packed is None else torch.get_num_threads()
-        if threads == 1:
-            return [self[i] for i in indices]
-        parts = pool(threads, os.getpid()).map(lambda first: [self[i] for i in indices[first::threads]], range(threads))
-        in_turns = zip_longest(*parts)
-        return [sample for turn in in_turns for sample in turn if sample is not None]
-
     def read(self, index: int) -> tuple[Image.Image | np.ndarray | Tensor, list[Box]]:
         """Return an image and the box of each view. A large JPEG is decoded at a reduced scale if the views allow.
 
@@ -335,7 +324,7 @@ def resized_box(pixels: Tensor, box: Box, size: int) -> Tensor:
     return resized(pixels[None, top:bottom, left:right], size)[0]
 
 
-def channels_last(samples: list[tuple[list[Tensor], Any]]) -> list:
+def collate_crops(samples: list[tuple[list[Tensor], Any]]) -> list:
     """Return [batches of crops [N, C, size, size], labels] of samples of `ImageFiles` with views.
 
     It is `default_collate` without the change to another order in memory, which takes as long as resizing.

@@ -28,7 +28,7 @@ PART = 2**14  # images of a part: as many are lost, at most, if packing is inter
 BATCH = 16  # images that a worker hands over at once
 WAIT_FOR_PACKING = 7 * 86400  # seconds to wait for another process that packs the same images
 SAMPLE = 16  # images from which the space on disk is estimated
-PIXELS, INDEX = "pixels.bin", "index.json"
+PIXEL_FILE, INDEX = "pixels.bin", "index.json"
 Stamp = tuple[str, str]  # path and signature of an image
 
 
@@ -79,7 +79,7 @@ def pack_files(images: ImageFiles, workers: int) -> None:
         UnreadableFile: an image cannot be read, and unreadable ones are not skipped.
         ValueError: the directory is not writable, or the disk has too little space.
     """
-    folder = folder_of(images)
+    folder = cache_folder(images)
     stamps = stamps_of(images)
     pixels = find(folder, stamps)
     if (pixels.part < 0).any():
@@ -97,14 +97,14 @@ def pack_files(images: ImageFiles, workers: int) -> None:
 
 def use_packed(images: ImageFiles) -> None:
     """Let `images` read packed pixels of those images that are packed, and all others from their files."""
-    images.packed = find(folder_of(images), stamps_of(images))
+    images.packed = find(cache_folder(images), stamps_of(images))
 
 
 def stamps_of(images: ImageFiles) -> list[Stamp]:
     return [(path, repr(signature)) for path, signature, _ in images.signatures()]
 
 
-def folder_of(images: ImageFiles) -> Path:
+def cache_folder(images: ImageFiles) -> Path:
     """Return the directory for the packed images of this source, size and way of reading."""
     side = packed_side(images)
     root = images.root.absolute()
@@ -129,7 +129,7 @@ def find(folder: Path, stamps: list[Stamp]) -> PackedPixels:
         content = json.loads(index.read_text())
         shapes = np.array(content["shapes"])
         ends = shapes.prod(1).cumsum()
-        if (pixels := index.with_name(PIXELS)).stat().st_size != ends[-1]:  # truncated, for example by copying
+        if (pixels := index.with_name(PIXEL_FILE)).stat().st_size != ends[-1]:  # truncated, for example by copying
             continue
         for row, (path, signature) in enumerate(content["stamps"]):
             if (i := number.get(path)) is None:
@@ -156,7 +156,7 @@ def write_missing(folder: Path, images: ImageFiles, stamps: list[Stamp], found: 
         loader = DataLoader(part, BATCH, num_workers=workers, collate_fn=joined)
         shapes = []
         with atomic_folder(folder / f"part-{os.urandom(8).hex()}") as unfinished:
-            with open(unfinished / PIXELS, "wb") as file:
+            with open(unfinished / PIXEL_FILE, "wb") as file:
                 for pixels, shapes_of_batch in track(loader, f"images {start + 1:,} to {start + len(part):,}"):
                     file.write(pixels.numpy())
                     shapes += shapes_of_batch

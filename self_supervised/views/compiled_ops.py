@@ -7,6 +7,7 @@ nothing, and it is written once, normalized. The same tests compare both impleme
 import os
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -15,7 +16,6 @@ from numba import njit
 from torch import Tensor
 
 from self_supervised.catalogue import BLUR_RADIUS
-from self_supervised.distributed import pool
 from self_supervised.views.tensor_ops import DRAW_COLUMNS, LUMA, check_channels
 
 OPTIONS = {"nogil": True, "fastmath": True, "error_model": "numpy"}
@@ -74,6 +74,15 @@ def compiled_view(images: Tensor, draws: np.ndarray, size: int, threshold: float
 
     list(pool(threads, os.getpid()).map(work, parts))  # compiled loops release Python's global lock
     return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+@cache
+def pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process. They are kept, since starting them takes as long as a few views.
+
+    `process` is part of the cache's key: a forked process has no threads of its parent.
+    """
+    return ThreadPoolExecutor(threads)
 
 
 @compiled

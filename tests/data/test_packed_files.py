@@ -156,7 +156,7 @@ def test_interrupted_packing_keeps_complete_parts_only(params, tmp_path, monkeyp
 def test_truncated_part_is_packed_again(params, tmp_path):
     dataset_of(params)
     (part,) = parts(tmp_path)
-    os.truncate(part / packed_files.PIXELS, 100)
+    os.truncate(part / packed_files.PIXEL_FILE, 100)
     dataset, _ = dataset_of(params)
     assert dataset.packed(N - 1) is not None and len(parts(tmp_path)) == 2
 
@@ -177,12 +177,3 @@ def pack_in_process(rank: int, fields: dict) -> list[str]:
 def test_two_processes_pack_once(params, tmp_path):
     files, files_of_other = processes.run(pack_in_process, 2, tmp_path / "two", attrs.asdict(params))
     assert files == files_of_other and len(parts(tmp_path)) == 1
-
-
-def test_threads_return_the_samples_in_order(params, monkeypatch):
-    dataset, _ = dataset_of(params)
-    indices = [5, 0, 11, 3, 7]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    for (crops, label), index in zip(dataset.__getitems__(indices), indices, strict=True):
-        expected, label_of_one = dataset[index]
-        assert label == label_of_one and all(torch.equal(*pair) for pair in zip(crops, expected, strict=True))
