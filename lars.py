@@ -60,7 +60,7 @@ class LARS(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         velocities = [self.state[p]["momentum_buffer"] for p in params]
-        # This copy is changed in place below: a second one would cost as much as all other operations.
+        # This copy is changed in place and becomes the velocity: one pass over memory less than with both.
         gradients = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
         if group["adapt"]:
             weight_norms = torch.stack(torch._foreach_norm(params))
@@ -70,9 +70,10 @@ class LARS(torch.optim.Optimizer):
                 rates = (rates / group["lr"]).clamp(max=1.0)
             rates = torch.where((weight_norms > 0) & (gradient_norms > 0), rates, torch.ones_like(rates))
             torch._foreach_mul_(gradients, list(rates.unbind()))
-        torch._foreach_mul_(velocities, group["momentum"])
-        torch._foreach_add_(velocities, gradients)
-        torch._foreach_add_(params, velocities, alpha=-group["lr"])
+        torch._foreach_add_(gradients, velocities, alpha=group["momentum"])
+        torch._foreach_add_(params, gradients, alpha=-group["lr"])
+        for p, velocity in zip(params, gradients, strict=True):
+            self.state[p]["momentum_buffer"] = velocity
 
 
 def parameter_groups(

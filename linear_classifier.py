@@ -272,7 +272,7 @@ class LinearClassifierMethod(BaseMethod):
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
         views, labels = batch
         means = self.scores((views[0], labels)).mean(0)
-        self.log_dict({f"step_train_{name}": value for name, value in zip(SCORES, means.detach(), strict=True)})
+        self.log_step({f"step_train_{name}": value for name, value in zip(SCORES, means.detach(), strict=True)})
         return means[0]
 
     def on_validation_epoch_start(self) -> None:

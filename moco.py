@@ -27,9 +27,11 @@ from self_supervised.numerics import Scores, at_least_float32
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
+from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.record import TrainingRecord
 from self_supervised.training.verdict import Verdict, starting_point
 from self_supervised.views import augmentations
+from ws_resnet import weights_shared
 
 
 class SelfSupervisedMethod(BaseMethod):
@@ -90,7 +92,10 @@ class SelfSupervisedMethod(BaseMethod):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         present = {type(callback) for callback in self.trainer.callbacks}
-        kinds = (Verdict, TrainingRecord) if self.is_recorded else ()  # in this order: the second writes the first's
+        # TrainingRecord is the last, because it writes what the others find.
+        kinds: tuple[type[pl.Callback], ...] = (Verdict, TrainingRecord) if self.is_recorded else ()
+        if kinds and self.trainer.loggers and self.trainer.log_every_n_steps == LOG_INTERVAL:
+            kinds = (LogInterval, *kinds)
         return super().configure_callbacks() + [kind() for kind in kinds if kind not in present]
 
     # ---- Method ----
@@ -140,7 +145,8 @@ class SelfSupervisedMethod(BaseMethod):
                 f"the loader yields {len(views)} of the {p.n_views} float views needed of each image. Yield a list of "
                 "views, a tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
-        online, keys = self.encode_views(views, batch_idx)
+        with weights_shared(self.model, self.lagging_model):
+            online, keys = self.encode_views(views, batch_idx)
         changing = scheduled(p, self.global_step, self.plan)
         loss_of = self.custom_loss or losses.get_loss(p, **changing)
         queue = None if self.queue is None else at_least_float32(self.queue.keys)
@@ -156,14 +162,14 @@ class SelfSupervisedMethod(BaseMethod):
             self.new_keys = [k if p.gather_keys_for_queue is False else distributed.gather(k) for k in new_keys]
         constants = {"m": self.momentum(), "T": p.T, **changing}
         constants = {name: loss.new_full((), value) for name, value in constants.items()}  # a copy would wait
-        self.log_dict({"step_train_loss": loss.detach(), **scalars, **constants})
+        self.log_step({"step_train_loss": loss.detach(), **scalars, **constants})
         return loss + self.online_loss(online[0][2], labels) if p.online_classifier else loss
 
     def online_loss(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         """Return the online classifier's loss. No gradient reaches the encoder, which never sees labels."""
         with torch.autocast(self.device.type, enabled=False):
             loss, accuracy = online_classifier.loss_and_accuracy(self.online_classifier, embeddings, labels)
-        self.log_dict({"online_train_loss": loss.detach(), "online_train_acc1": accuracy})
+        self.log_step({"online_train_loss": loss.detach(), "online_train_acc1": accuracy})
         return loss
 
     def on_after_backward(self) -> None:
@@ -206,7 +212,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        for line in advice.doubts(self.params, self.plan, "custom" if self.custom_loss else self.params.loss_type):
+        for line in advice.doubts(self.params, self.plan, advice.CUSTOM if self.custom_loss else self.params.loss_type):
             rank_zero_info(f"warning: {line}")
 
     def reads_labels(self, training: bool) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from attrs import asdict, evolve, field, fields, fields_dict, frozen
+from attrs import evolve, field, fields, fields_dict, frozen
 
 from self_supervised import catalogue
 from self_supervised.catalogue import (
@@ -34,6 +34,7 @@ from self_supervised.fields import (
     choice,
     defaults,
     fraction,
+    n_differing,
     non_negative,
     number,
     numbers,
@@ -155,6 +156,9 @@ class EncoderAndDataParams:
 
     # torch.compile (reduce-overhead: CUDA graphs)
     torch_compile: bool | str = choice(False, COMPILE_MODES)  # compile encoder and heads, and the views on a GPU
+
+    # Winograd's convolutions: in float32 on a CPU, in training only
+    winograd: bool | str = choice(False, (False, True, "auto"))  # fewer multiplications; auto: where measured faster
 
     # learning rate by batch size
     lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))  # scaling of lr with the batch size; None: none
@@ -311,6 +315,8 @@ def contradictions_of_encoder(params: EncoderAndDataParams) -> list[tuple[bool, 
     shape = " x ".join(map(str, p.input_shape))
     # fmt: off
     return [
+        (bool(p.winograd) and bool(p.torch_compile),
+         f"winograd={p.winograd!r} and torch_compile={p.torch_compile!r} exclude each other. Set one of them to False"),
         (bool(p.low_resolution_stem) and not catalogue.has_low_resolution_stem(p.encoder_arch),
          f"low_resolution_stem=True does not fit encoder_arch={p.encoder_arch!r}. Only torchvision's ResNets and "
          "ws_resnets have such a stem. Choose one of them, or set low_resolution_stem=False"),
@@ -862,9 +868,4 @@ PRESETS = Presets(ModelParams, {
 
 def nearest_preset(params: ModelParams) -> str:
     """Return the name of the preset that has most of these settings."""
-    settings = asdict(params)
-
-    def differing(name: str) -> int:
-        return sum(settings[field] != value for field, value in asdict(PRESETS[name]()).items())
-
-    return min(PRESETS, key=differing)
+    return min(PRESETS, key=lambda name: n_differing(params, PRESETS[name]))

@@ -1,23 +1,30 @@
-"""What one LARS step and one update of the lagging model cost, beside the usual ways to write them.
+"""What one LARS step, one update of the lagging model and the loss against a queue cost, beside the usual ways.
 
-Compared, on the parameters of BYOL with torchvision's ResNet-18 and its heads, with the same fixed gradients:
+Compared, the first two on the parameters of BYOL with torchvision's ResNet-18 and its heads, with fixed gradients:
 
 - LARS of lars.py; a loop over the parameters, as in the official code of VICReg and Barlow Twins; lightly's LARS; and,
   as a floor without any norms, torch.optim.SGD one by one (foreach=False) and batched (foreach=True)
 - moco.ema_update; a loop, as in the official code of MoCo; lightly's update_momentum; torch's AveragedModel with
   its batched average, and with a function per parameter and the buffers too, as torchvision's references use it
+- MoCo's loss (256 queries, 65,536 keys of width 128), forward and backward: in chunks of the queue; the whole matrix of
+  similarities, as in the official code of MoCo; and, as a floor, the two matrix products of N x K x D alone
 
-`ops` are operators dispatched in one step, `host syncs` those that read a value of a tensor on the host: on a GPU each
-waits for everything queued before. To be reached: not one of ours waits (else this exits with an error), and ours is
-slower than no other that computes the same. Both loops end with the same weights as ours, which is checked.
+`% of copy` is the share of a copy's bandwidth, measured in turns with them: bytes that cannot but move (parameters,
+gradients and velocities are read, parameters and velocities written; lagging parameters read and written, others read;
+the queue read), per second. `ops` are operators dispatched in one step, `host syncs` those that read a value of a
+tensor on the host: on a GPU each waits for everything queued before. To be reached: not one of ours waits (else this
+exits with an error), and ours is slower than no other that computes the same. Both loops end with the same weights as
+ours, and the whole matrix has the same gradient, which is checked.
 """
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,8 +32,10 @@ from benchmarks.harness import Row, arguments, in_turns, installed, report
 from lars import LARS, parameter_groups
 from moco import SelfSupervisedMethod, ema_update
 from model_params import NORMS_AND_BIASES, BYOLParams
+from self_supervised import losses
+from self_supervised.distributed import keep_freed_memory
 
-LR, MOMENTUM, WEIGHT_DECAY, ETA, M = 0.1, 0.9, 1e-4, 1e-3, 0.99
+LR, MOMENTUM, WEIGHT_DECAY, ETA, M, T = 0.1, 0.9, 1e-4, 1e-3, 0.99, 0.2
 READ_ON_HOST = ("aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.is_nonzero")
 COPY = ("aten._to_copy", "aten.copy_")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -152,11 +161,53 @@ def torchvisions_average(lagging: nn.Module, trained: nn.Module) -> Callable[[],
     return lambda: average.update_parameters(trained)
 
 
+# ---- MoCo's loss: (q, k, queue) -> one forward and backward pass ----
+
+
+def our_loss(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    return losses.cross_entropy(losses.similarities(q, k), T, None, q, queue)["loss"]
+
+
+def matrix_loss(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    return losses.cross_entropy(losses.similarities(q, k, queue), T)["loss"]
+
+
+def with_backward(loss: Callable[..., Tensor], q: Tensor, *keys: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        q.grad = None
+        loss(q, *keys).backward()
+
+    return run
+
+
+def losses_of_queue(quick: bool) -> tuple[dict[str, Callable[[], None]], Tensor]:
+    """Return the contestants and the queue, after a check that they have one loss and gradient."""
+    n, size, width = (8, 5_000, 16) if quick else (256, 65_536, 128)
+    q, k, queue = (F.normalize(torch.randn(rows, width, device=DEVICE), dim=1) for rows in (n, n, size))
+    found, functions = [], {"ours": our_loss, "whole matrix (official MoCo)": matrix_loss}
+    for loss in functions.values():
+        query = q.clone().requires_grad_()
+        found.append(torch.autograd.grad(loss(query, k, queue), query)[0])
+    if (found[0] - found[1]).norm() > 1e-5 * found[1].norm():
+        raise SystemExit("the gradient of our loss is not that of the whole matrix")
+    table = {name: with_backward(loss, q.clone().requires_grad_(), k, queue) for name, loss in functions.items()}
+
+    def products() -> None:
+        for keys in queue.split(2048 if DEVICE.type == "cpu" else size):
+            (q @ keys.T) @ keys
+
+    return {**table, "two products alone": products}, queue
+
+
 # ---- the table ----
 
 
-def rows_of(what: str, contestants: dict[str, Callable[[], None]], rounds: int) -> Iterator[Row]:
-    times = in_turns(contestants, rounds, warmup=2)
+def rows_of(what: str, contestants: dict[str, Callable[[], None]], rounds: int, moved: int) -> Iterator[Row]:
+    """Time the contestants, in turns with a copy. `moved` is the number of values that must be read or written."""
+    source, target = (torch.randn(12_000_000, device=DEVICE) for _ in range(2))
+    copy_once = partial(target.copy_, source)
+    times = in_turns({"copy": copy_once, **contestants}, rounds, warmup=2)
+    bandwidth = 2 * len(source) / times["copy"]
     for name, run in contestants.items():
         counter = counted(run)
         yield {
@@ -164,6 +215,7 @@ def rows_of(what: str, contestants: dict[str, Callable[[], None]], rounds: int) 
             "who": name,
             "ms": 1000 * times[name],
             "time / ours": times[name] / times["ours"],
+            "% of copy": 100 * moved / times[name] / bandwidth,
             "ops": counter.ops,
             "host syncs": counter.syncs,
         }
@@ -181,6 +233,7 @@ def check(rows: list[Row], ours: nn.Module, loops: nn.Module) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     options = arguments(__doc__, rounds=15).parse_args(argv)
+    keep_freed_memory()  # as in a training
     rounds, peers = (3 if options.quick else options.rounds), installed("lightly")
     network = trained_network(options.quick)
     steps = {"ours": ours, "loop (official VICReg)": loop, "lightly": lightlys}
@@ -190,13 +243,16 @@ def main(argv: list[str] | None = None) -> None:
     for table in (steps, averages) if not peers else ():
         del table["lightly"]
 
+    values = sum(p.numel() for p in network.parameters())
     networks = {name: with_gradients(network) for name in steps}
-    rows = list(rows_of("LARS step", {name: steps[name](networks[name]) for name in steps}, rounds))
+    rows = list(rows_of("LARS step", {name: steps[name](networks[name]) for name in steps}, rounds, 5 * values))
     check(rows, networks["ours"], networks["loop (official VICReg)"])
     moved = networks["ours"]  # away from the weights that lag
     networks = {name: copy.deepcopy(network) for name in averages}
     contestants = {name: averages[name](networks[name], moved) for name in averages}
-    rows += rows_of("lagging update", contestants, rounds)
+    rows += rows_of("lagging update", contestants, rounds, 3 * values)
+    contestants, queue = losses_of_queue(options.quick)
+    rows += rows_of("loss of a queue", contestants, rounds, queue.numel())
     check(rows, networks["ours"], networks["loop (official MoCo)"])
     report("optimizer", rows, options.out, *peers)
 

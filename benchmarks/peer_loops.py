@@ -120,7 +120,10 @@ def name_of(params: ModelParams) -> str:
 class PeerLoop:
     """Calling it trains one warm-up step and `steps` more, and returns the seconds of those."""
 
-    def __init__(self, params: ModelParams, images: Tensor, transform: Callable, loss: Callable, steps: int):
+    def __init__(
+        self, params: ModelParams, images: Tensor, transform: Callable, loss: Callable, steps: int, bf16: bool = False
+    ):
+        self.bf16 = bf16
         self.networks = Networks(params)
         queue = F.normalize(torch.randn(max(1, params.K), params.dim), dim=1)
         self.loss = loss(params, self.networks, queue)
@@ -135,7 +138,8 @@ class PeerLoop:
         for step, (a, b) in enumerate(self.loader):
             if step == 1:
                 start = time.perf_counter()
-            loss = self.loss(a, b)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                loss = self.loss(a, b)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

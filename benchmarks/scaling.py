@@ -5,6 +5,11 @@ is left is what the library and Lightning add to a step; the median over steps o
 several processes (gloo) N is that of each. Rows of the data set are batches of 256 read from packed images of STL-10's
 size, in random order; the file is sparse, so that it costs no disk.
 
+With this small layer, processes can only lose: each computes its own N rows of a matrix that has grown with the number
+of processes, and a step has six to eight communications, each of which waits for the slower process. The table
+scaling_processes therefore trains a ResNet-18 with the same images per step on one process with two threads and on two
+processes with one thread each. To be reached: within 15 % of each other.
+
 The last row reads 20 batches of all of STL-10 (105,000 x 96 x 96 x 3, 2.9 GB) in a fresh process. To be reached: that
 this adds less than 500 MB to the resident memory of the process, else this exits with an error. What it adds to is
 printed beside it: importing torch, torchvision and Lightning alone takes more than that. Pages of the file that were
@@ -39,6 +44,9 @@ SWEEPS = [  # what grows, preset, field, values
     ("width D (VICReg)", "vicreg", "dim", [64, 256, 1024]),
 ]
 WORLDS = [("processes (MoCo)", "moco_v2"), ("processes (SimCLR)", "simclr"), ("processes (VICReg)", "vicreg")]
+NETWORK = {"dataset_name": "cifar10", "encoder_arch": "resnet18", "low_resolution_stem": False}
+GLOBAL_BATCH = 256
+LEAST_RATIO = 0.85
 IMAGES, STL10, PIXELS = [10_000, 35_000, 105_000], 105_000, 96
 MOST_MEGABYTES = 500
 
@@ -53,13 +61,15 @@ def join_group(rank: int, world: int, port: int) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}}
 
 
-def step_milliseconds(rank: int, world: int, port: int, cases: list[tuple[str, dict]], steps: int) -> list[float]:
+def step_milliseconds(
+    rank: int, world: int, port: int, cases: list[tuple[str, dict]], steps: int, threads: int = 1
+) -> list[float]:
     """Median of a training step, for each (preset, fields)."""
     import torch
 
     join_group(rank, world, port)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     return [one_case(world, preset, fields, steps) for preset, fields in cases]
 
 
@@ -92,21 +102,22 @@ def one_case(world: int, preset: str, fields: dict, steps: int) -> float:
         accelerator="cpu", enable_model_summary=False, max_steps=steps, callbacks=[clock], **quiet, **several
     )
     options = {"dataset_name": "digits", "mlp_hidden_dim": 128, "warmup_epochs": 0, "evaluations": [], "seed": 0}
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU())
-    method = SelfSupervisedMethod(PRESETS[preset](**{**options, **BASE, **fields}), encoder=encoder)
-    n = method.params.batch_size
-    trainer.fit(method, Repeated(list(torch.randn(2, n, 1, 8, 8)), steps))
+    encoder = None if "encoder_arch" in fields else nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU())
+    params = PRESETS[preset](**{**options, **BASE, **fields})
+    views = list(torch.randn(2, params.batch_size, *params.input_shape))
+    trainer.fit(SelfSupervisedMethod(params, encoder=encoder), Repeated(views, steps))
     return 1000 * statistics.median(np.diff(ends[2:]))
 
 
-def on_processes(world: int, cases: list[tuple[str, dict]], steps: int) -> list[float]:
+def on_processes(world: int, cases: list[tuple[str, dict]], steps: int, threads: int = 1) -> list[float]:
     """step_milliseconds on `world` new processes at once; of the first one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with ThreadPoolExecutor(world) as pool:
         started = [
-            pool.submit(in_fresh_process, step_milliseconds, rank, world, port, cases, steps) for rank in range(world)
+            pool.submit(in_fresh_process, step_milliseconds, rank, world, port, cases, steps, threads)
+            for rank in range(world)
         ]
         return [process.result()[0] for process in started][0]
 
@@ -174,6 +185,23 @@ def step_rows(quick: bool, rounds: int) -> list[Row]:
     return rows
 
 
+def network_rows(rounds: int) -> list[Row]:
+    """Images per second of one process with two threads, and of two processes with one thread each, in turns."""
+    presets = [preset for _, preset in WORLDS]
+    found: dict[int, list[list[float]]] = {1: [], 2: []}
+    for _ in range(3):
+        for world in found:
+            cases = [(preset, {**NETWORK, "batch_size": GLOBAL_BATCH // world}) for preset in presets]
+            found[world].append(on_processes(world, cases, rounds, threads=2 // world))
+    rows: list[Row] = []
+    for i, preset in enumerate(presets):
+        one, two = (1000 * GLOBAL_BATCH / statistics.median(turn[i] for turn in found[world]) for world in found)
+        rows.append(
+            {"method": preset, "1 process": one, "2 processes": two, "ratio": two / one, "to reach": LEAST_RATIO}
+        )
+    return rows
+
+
 def data_rows(quick: bool) -> tuple[list[Row], list[Row]]:
     """(milliseconds of a batch as the set grows, memory of the largest)"""
     milliseconds, sizes = [], [512] if quick else IMAGES
@@ -194,6 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     batch_rows, memory = data_rows(options.quick)
     report("scaling_memory", memory, options.out)
     report("scaling", step_rows(options.quick, options.rounds) + batch_rows, options.out)
+    if not options.quick:
+        report("scaling_processes", network_rows(12), options.out)
     if not options.quick and memory[0]["added"] > MOST_MEGABYTES:
         raise SystemExit(f"{STL10} images added {memory[0]['added']:.0f} MB, which is more than {MOST_MEGABYTES} MB")
 

@@ -94,7 +94,9 @@ def settings(method: str, network: Network) -> ModelParams:
     )
 
 
-def ours(params: ModelParams, steps: int, encoder: nn.Module | None = None) -> Callable[[], float]:
+def ours(
+    params: ModelParams, steps: int, encoder: nn.Module | None = None, precision: str = "32-true"
+) -> Callable[[], float]:
     """One turn under `Trainer.fit`, with a logger, a progress bar and everything that comes by default."""
     model = SelfSupervisedMethod(params, encoder=encoder)
     dataset = Images(photographs(64, params.crop_size), params.batch_size * (steps + 1))
@@ -107,7 +109,7 @@ def ours(params: ModelParams, steps: int, encoder: nn.Module | None = None) -> C
         with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
             screen = {"file": nowhere, "force_terminal": True}
             callbacks, logger = [clock, RichProgressBar(console_kwargs=screen)], CSVLogger(folder)
-            options = {"max_epochs": 1, "log_every_n_steps": 1, "enable_checkpointing": False}
+            options = {"max_epochs": 1, "precision": precision, "enable_checkpointing": False}
             pl.Trainer(
                 accelerator="cpu", callbacks=callbacks, logger=logger, enable_model_summary=False, **options
             ).fit(model, loader)
@@ -116,14 +118,14 @@ def ours(params: ModelParams, steps: int, encoder: nn.Module | None = None) -> C
     return run
 
 
-def of_lightly(params: ModelParams, steps: int) -> Callable[[], float]:
+def of_lightly(params: ModelParams, steps: int, bf16: bool = False) -> Callable[[], float]:
     size = params.crop_size
-    return PeerLoop(params, photographs(64, size), peers.lightly(size), lightly_loss, steps)
+    return PeerLoop(params, photographs(64, size), peers.lightly(size), lightly_loss, steps, bf16)
 
 
-def plain_pytorch(params: ModelParams, steps: int) -> Callable[[], float]:
+def plain_pytorch(params: ModelParams, steps: int, bf16: bool = False) -> Callable[[], float]:
     size = params.crop_size
-    return PeerLoop(params, photographs(64, size), peers.pil(size), plain_loss, steps)
+    return PeerLoop(params, photographs(64, size), peers.pil(size), plain_loss, steps, bf16)
 
 
 def bare(params: ModelParams, steps: int, encoder: nn.Module) -> Callable[[], float]:
@@ -162,16 +164,20 @@ def flops_of_image(params: ModelParams) -> float:
     return len(queries | keys) * both.get_total_flops() / 2
 
 
-OURS, COMPILED, BY_LIGHTLY, BY_HAND = "ours", "ours, compiled", "lightly", "plain PyTorch, PIL"
-BUILDERS = {OURS: ours, COMPILED: ours, BY_LIGHTLY: of_lightly, BY_HAND: plain_pytorch}
+OURS, COMPILED, WINOGRAD = "ours", "ours, compiled", "ours, Winograd"
+BY_LIGHTLY, BY_HAND = "lightly", "plain PyTorch, PIL"
+BUILDERS = {OURS: ours, COMPILED: ours, WINOGRAD: ours, BY_LIGHTLY: of_lightly, BY_HAND: plain_pytorch}
 
 
 def measure(network: Network, method: str, rounds: int, processes: dict[str, harness.Apart]) -> list[harness.Row]:
     params = settings(method, network)
     takes_part = {OURS: True, BY_LIGHTLY: method in LIGHTLY, BY_HAND: method in PLAIN}
+    takes_part[WINOGRAD] = network.low_resolution
     takes_part[COMPILED] = network.compiled and method == "simclr"  # one is enough: compiling takes a minute or two
     runs = {
-        name: process.build(BUILDERS[name], evolve(params, torch_compile=name == COMPILED), network.steps)
+        name: process.build(
+            BUILDERS[name], evolve(params, torch_compile=name == COMPILED, winograd=name == WINOGRAD), network.steps
+        )
         for name, process in processes.items()
         if takes_part[name]
     }
@@ -207,13 +213,17 @@ def overhead(rounds: int, steps: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> list[harness.Row]:
-    options = harness.arguments(__doc__, rounds=3).parse_args(argv)
+    parser = harness.arguments(__doc__, rounds=3)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--networks", type=int, default=len(NETWORKS), help="how many of them: low resolution first")
+    parser.add_argument("--who", nargs="+", default=list(BUILDERS), choices=BUILDERS)
+    options = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    networks, methods, rounds = NETWORKS, METHODS, options.rounds
+    networks, methods, rounds = NETWORKS[: options.networks], options.methods, options.rounds
     if options.quick:
         networks, methods, rounds = [evolve(NETWORKS[1], batch=4, steps=1, compiled=False)], ["moco_v2"], 1
-    names = [name for name in BUILDERS if name != BY_LIGHTLY or harness.installed("lightly")]
+    names = [name for name in options.who if name != BY_LIGHTLY or harness.installed("lightly")]
     processes, rows = {name: harness.Apart() for name in names}, []
     for network in networks:
         for method in methods:

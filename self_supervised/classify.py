@@ -126,19 +126,27 @@ def learned(encoder: Encoder, source: ImageSource, read_all: Callable) -> ImageC
     paths = source.paths()
     label_of = {path: label for path, label in zip(paths, source.labels(paths), strict=True) if label is not None}
     print(f"{source.name}: {len(label_of):,} labeled {source.kind}s{source.passed_over}")
-    batches = list(read_all(encoder.embed, source, list(label_of))) if label_of else []
+    refuse_one_class(source, list(label_of.values()), "")
+    batches = list(read_all(encoder.embed, source, list(label_of)))
     labels = [label_of[path] for found, _, _ in batches for path in found]
-    names = sorted(set(labels))
-    if len(names) < 2:
-        raise ValueError(
-            f"labeled={source.name}: {len(labels):,} readable {source.kind}s have a label, of "
-            f"{'1 class' if names else '0 classes'}. Put the {source.kind}s of each class into a directory of its name."
-        )
+    names = refuse_one_class(source, labels, "readable ")
     fit = fit_few(
         torch.cat([x for _, x, _ in batches if x is not None]), torch.tensor([names.index(label) for label in labels])
     )
     print(cross_validation_text(fit, labels, names))
     return ImageClassifier(encoder, fit.head, names)
+
+
+def refuse_one_class(source: ImageSource, labels: list[str], which: str) -> list[str]:
+    """Return the sorted names of the classes. Raises ValueError if there are fewer than two."""
+    names = sorted(set(labels))
+    if len(names) < 2:
+        raise ValueError(
+            f"labeled={source.name}: {len(labels):,} {which}{source.kind}s have a label, of "
+            f"{f'1 class ({names[0]})' if names else '0 classes'}. Put the {source.kind}s of each class into a "
+            "directory of its name."
+        )
+    return names
 
 
 def cross_validation_text(fit: Fit, labels: list[str], names: list[str]) -> str:

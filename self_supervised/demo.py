@@ -27,6 +27,7 @@ from self_supervised.report import report
 from self_supervised.runs.command_line import RunOptions, parser_of
 from self_supervised.safe_files import atomic_write, to_json
 from self_supervised.training import run_folder
+from self_supervised.training.optimizers import epochs_text
 from self_supervised.views import augmentations
 
 OUT = Path("runs/demo")
@@ -100,7 +101,7 @@ def run_demo(epochs: int, linear_epochs: int) -> None:
     trained = encoder_scores(load_encoder(OUT / "pretrained.ckpt").model, params)
     result = scores_table(random, trained)
     accuracy = results["linear classifier"]["valid_acc1"]
-    result += f"\n\nLinearClassifierMethod after {linear_epochs} epochs: {accuracy:.1f} % of the test set."
+    result += f"\n\nLinearClassifierMethod after {epochs_text(linear_epochs)}: {accuracy:.1f} % of the test set."
     atomic_write(OUT / "results.md", result + "\n")
     results[run_folder.baseline_of(results)] |= random
     results["trained encoder"] |= trained

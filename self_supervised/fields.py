@@ -253,6 +253,7 @@ class Preset(Generic[Arguments, Settings]):
     def __init__(self, base: Callable[Arguments, Settings], name: str, doc: str, /, **settings: Any):
         self.kind = base.kind if isinstance(base, Preset) else base
         self.settings = {**(base.settings if isinstance(base, Preset) else {}), **settings}
+        self.others = base.others if isinstance(base, Preset) else [base]  # presets that `isinstance` compares
         self.__name__ = name
         rows = "\n".join(f"    {field}={value!r}" for field, value in self.settings.items())
         self.__doc__ = f"{doc}\n\nReturn {self.kind.__name__} with these settings, unless others are passed:\n{rows}"
@@ -261,10 +262,28 @@ class Preset(Generic[Arguments, Settings]):
         self.__signature__ = of_kind.replace(parameters=[*each], return_annotation=self.kind)
 
     def __call__(self, *args: Arguments.args, **settings: Arguments.kwargs) -> Settings:
-        return self.kind(*args, **{**self.settings, **settings})
+        if args:
+            raise TypeError(f"{self.__name__}({args[0]!r}): pass fields by name, such as {self.__name__}(lr=0.3).")
+        return self.kind(**{**self.settings, **settings})
+
+    def __instancecheck__(self, params: Any) -> bool:
+        """Return whether no other preset of the table has more of these settings, since they do not know their preset.
+
+        The class itself is a preset, too: every ModelParams is an instance of MoCoV2Params.
+        """
+        if not isinstance(params, self.kind):
+            return False
+        own = n_differing(params, self)
+        return all(own <= n_differing(params, other) for other in self.others)
 
     def __repr__(self) -> str:
         return f"<preset {self.__name__} of {self.kind.__name__}>"
+
+
+def n_differing(params: Any, preset: Callable[..., Any]) -> int:
+    """Return the number of fields in which settings differ from a preset."""
+    of_preset = preset()
+    return sum(getattr(params, name) != getattr(of_preset, name) for name in fields_dict(type(params)))
 
 
 class Presets(dict[str, Callable[..., Settings]]):
@@ -273,6 +292,9 @@ class Presets(dict[str, Callable[..., Settings]]):
     def __init__(self, kind: type[Settings], presets: dict[str, Callable[..., Settings]]):
         super().__init__(presets)
         self.kind = kind
+        for preset in presets.values():
+            if isinstance(preset, Preset):
+                preset.others = list(presets.values())
 
     def __missing__(self, name: str) -> NoReturn:
         near = suggestion(str(name), self, otherwise=f" Choose one of {', '.join(self)}.")

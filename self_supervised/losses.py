@@ -32,10 +32,11 @@ def similarities(
             NT-Xent (SimCLR, https://arxiv.org/abs/2002.05709, equation 1).
     """
     columns = [(q * k).sum(1, keepdim=True)]
-    if in_batch:
-        columns.append(_without_own_column(q @ distributed.gather(k).T))
-    if same_view:
-        columns.append(_without_own_column(q @ distributed.gather(q).T))
+    if in_batch and same_view:
+        others = distributed.gather_both(k, q)
+    else:
+        others = tuple(distributed.gather(x) for x, wanted in ((k, in_batch), (q, same_view)) if wanted)
+    columns += [_without_own_column(q @ x.T) for x in others]
     if queue is not None:
         columns.append(q @ queue.T)
     return torch.cat(columns, dim=1)
@@ -49,27 +50,79 @@ def _without_own_column(products: Tensor) -> Tensor:
     return products.gather(1, others + (others >= own))  # a boolean mask would wait for the device
 
 
-def _accuracies(sim: Tensor) -> Scalars:
+def _n_closer(negatives: Tensor, own: Tensor) -> Tensor:
+    """Return how many negatives [N, M] of each query are at least as similar as its own key [N, 1], or NaN."""
+    return (~(negatives < own)).sum(1)
+
+
+def _accuracies(sim: Tensor, n_closer_in_queue: Tensor | int = 0) -> Scalars:
     """Return the percentage of queries whose own key is the most similar, or among the five most similar.
 
     Ties count against the own key, so that the accuracies are 0 if all keys are equal or NaN.
     """
-    n_closer = (~(sim[:, 1:] < sim[:, :1])).sum(1)
+    n_closer = _n_closer(sim[:, 1:], sim[:, :1]) + n_closer_in_queue
     return {f"step_train_acc{k}": (n_closer < k).float().mean() * 100 for k in (1, 5)}
 
 
-def cross_entropy(sim: Tensor, temperature: float, eqco_alpha: float | None = None) -> Scalars:
+class QueueLogit(torch.autograd.Function):
+    """The keys of a queue as a single negative: log sum exp(q key / temperature), [N, 1], and `_n_closer` of the keys.
+
+    The queue is read once, in chunks whose similarities stay in a CPU's cache, and nothing of size N x K is stored. The
+    gradient by q, a mean of the keys weighted by their softmax, is accumulated with the sum. The queue has no gradient.
+    """
+
+    CHUNK = 2048  # keys: 2 MB of similarities with 256 queries
+
+    @staticmethod
+    def forward(ctx, q: Tensor, queue: Tensor, own: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        largest = q.new_full((len(q), 1), -math.inf)
+        total, mean, n_closer = torch.zeros_like(largest), torch.zeros_like(q), 0
+        for keys in queue.split(QueueLogit.CHUNK if q.device.type == "cpu" else len(queue)):
+            sim = q @ keys.T
+            n_closer = n_closer + _n_closer(sim, own)
+            before, largest = largest, torch.maximum(largest, sim.amax(1, keepdim=True) / temperature)
+            weights = sim.div_(temperature).sub_(largest).exp_()
+            shrink = (before - largest).exp_()
+            total.mul_(shrink).add_(weights.sum(1, keepdim=True))
+            mean.mul_(shrink).addmm_(weights, keys)
+        ctx.save_for_backward(mean.div_(total * temperature))
+        ctx.mark_non_differentiable(n_closer)
+        return largest + total.log(), n_closer
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient * ctx.saved_tensors[0], None, None, None
+
+
+def cross_entropy(
+    sim: Tensor,
+    temperature: float,
+    eqco_alpha: float | None = None,
+    q: Tensor | None = None,
+    queue: Tensor | None = None,
+) -> Scalars:
     """InfoNCE: -log softmax(sim / temperature)[:, 0] (MoCo, https://arxiv.org/abs/1911.05722, equation 1).
 
     With `eqco_alpha`, the negatives count as if there were alpha of them (EqCo, https://arxiv.org/abs/2010.01929,
     equation 5): log(alpha / number of negatives) is added to their logits.
+
+    Args:
+        sim: `similarities` of the queries, [N, 1 + M].
+        q, queue: queries [N, D] and K more negatives [K, D] of each. The result is that of `sim` with K more columns,
+            which take K N numbers of memory, several times.
     """
     logits = sim / temperature
+    n_negatives = sim.shape[1] - 1
+    n_closer_in_queue = 0
+    if queue is not None:
+        queue_logit, n_closer_in_queue = QueueLogit.apply(q, queue, sim[:, :1].detach(), temperature)
+        logits = torch.cat([logits, queue_logit], dim=1)
+        n_negatives += len(queue)
     if eqco_alpha is not None:
-        margin = math.log(eqco_alpha / max(1, sim.shape[1] - 1))  # 0 negatives if the last batch has one image
+        margin = math.log(eqco_alpha / max(1, n_negatives))  # 0 negatives if the last batch has one image
         logits = torch.cat([logits[:, :1], logits[:, 1:] + margin], dim=1)
     loss = F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
-    return {"loss": loss, **_accuracies(sim)}
+    return {"loss": loss, **_accuracies(sim, n_closer_in_queue)}
 
 
 def binary_cross_entropy(sim: Tensor, temperature: float) -> Scalars:
@@ -200,19 +253,22 @@ def get_loss(
     coefficient = p.sce_coefficient if sce_coefficient is None else sce_coefficient
     target_T = p.sce_target_T if sce_target_T is None else sce_target_T
 
-    def sim(q: Tensor, k: Tensor, queue: Tensor | None) -> Tensor:
-        queue = queue if p.use_negative_examples_from_queue else None
-        return similarities(q, k, queue, p.use_negative_examples_from_batch, p.use_negative_examples_from_same_view)
+    def of_params(queue: Tensor | None) -> Tensor | None:
+        return queue if p.use_negative_examples_from_queue else None
 
+    def sim(q: Tensor, k: Tensor, queue: Tensor | None) -> Tensor:
+        return similarities(q, k, of_params(queue), *from_batch)
+
+    from_batch = (p.use_negative_examples_from_batch, p.use_negative_examples_from_same_view)
     alpha = p.eqco_alpha if p.use_eqco_margin else None
     vic_weights = (p.invariance_loss_weight, p.variance_loss_weight, p.covariance_loss_weight, p.variance_loss_epsilon)
     losses = {
-        "ce": lambda q, k, queue: cross_entropy(sim(q, k, queue), p.T, alpha),
+        "ce": lambda q, k, queue: cross_entropy(sim(q, k, None), p.T, alpha, q, of_params(queue)),
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
         "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
         "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, coefficient),
-        "vic": lambda q, k, _: vicreg(distributed.gather(q), distributed.gather(k), *vic_weights),
-        "barlow": lambda q, k, _: barlow_twins(distributed.gather(q), distributed.gather(k), p.redundancy_loss_weight),
+        "vic": lambda q, k, _: vicreg(*distributed.gather_both(q, k), *vic_weights),
+        "barlow": lambda q, k, _: barlow_twins(*distributed.gather_both(q, k), p.redundancy_loss_weight),
     }
     return losses[p.loss_type]
 

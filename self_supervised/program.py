@@ -28,6 +28,7 @@ NOISE = (
     "stopped: `max_epochs=",  # as requested; other reasons to stop are shown
     "LeafSpec",  # how Lightning calls PyTorch
     "sync_dist=True",  # advice to the author of a LightningModule
+    "batch will be used.",  # of --limit_val_batches 1, and of a dry run
     "worker processes in total",  # num_data_workers is a setting, which the help explains
     "across ranks is zero",  # no loaders for validation: evaluations=[]
 )

@@ -36,7 +36,7 @@ from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.progress import Progress, scores_line, significant
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
 from self_supervised.training import checkpoints, hyperparameters, parameter_groups, run_folder
-from self_supervised.training.milestones import Best, EveryNEpochs, refuse_unknown
+from self_supervised.training.milestones import Best, EveryNEpochs
 from self_supervised.training.monitor import GradientNorms, LearningRate, LogInterval
 from self_supervised.training.verdict import verdict
 
@@ -81,8 +81,6 @@ def lightning_trainer(options: RunOptions, **more: Any) -> pl.Trainer:
     """
     given = options.trainer_arguments()
     plain = RunOptions().trainer_arguments()
-    if options.log_every_n_steps is None:
-        more["log_every_n_steps"] = 1  # until LogInterval knows the length of an epoch: Lightning warns of more
     try:
         return pl.Trainer(logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **(given | more))
     except (TypeError, ValueError, MisconfigurationException) as error:
@@ -201,9 +199,6 @@ def pretrain_stage(
         baseline = model.starting_point()
         results |= {baseline: validation_scores(fit, model, baseline), **model.labels_result()}
         write_on_rank_zero(out / "results.json", results)
-        for callback in fit.callbacks:
-            if isinstance(callback, Best):
-                callback.scores = set(results[baseline])
     keep_minutes = minutes_keeper(out, results, "pretraining minutes")
     begun = {"on_train_batch_start": lambda *_: delete_outdated(out, results), "on_save_checkpoint": keep_minutes}
     fit.callbacks.append(LambdaCallback(**begun))
@@ -217,8 +212,7 @@ def pretrain_stage(
         results["trained encoder"] = validation_scores(fit, model, "trained encoder")
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
-    if text := verdict(baseline, results[baseline], results["trained encoder"]):
-        results["verdict"] = text
+    results["verdict"] = verdict(baseline, results[baseline], results["trained encoder"], model.params.evaluations)
     write_on_rank_zero(out / "results.json", results)
 
 
@@ -302,9 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(preview.write_preview(params, options.preview))
     elif options.dry_run:
         preflight.check_run(options, params, decode=True)
-        model = dry_run.run_two_steps(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
-        for wanted in options.save_best:
-            refuse_unknown(wanted, dry_run.logged_names(model))
+        dry_run.run_two_steps(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
         check_folder("out", out)

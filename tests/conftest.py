@@ -36,6 +36,14 @@ SMALL = {
 }
 
 
+FIRST = ("test_launch", "test_installation", "test_benchmarks", "test_notebooks", "test_resume", "test_ddp")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest, so that no process ends long after the others."""
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
+
 @pytest.fixture(scope="session")
 def digits_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")

@@ -100,3 +100,10 @@ def run(function: Callable, world_size: int, folder: Path, *args: Any) -> list[A
     outputs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("output_*.txt")))
     assert not any(codes), f"exit codes {codes}\n{outputs}"
     return [torch.load(folder / f"result_{rank}.pt")["value"] for rank in range(world_size)]
+
+
+def run_code(rank: int, code: str, folder: str, variables: dict[str, str]) -> None:
+    """Run a program in a folder, with these environment variables."""
+    os.environ |= variables
+    os.chdir(folder)
+    exec(code, {"__name__": "__main__"})

@@ -327,7 +327,8 @@ def patched(source: str, patch: str) -> str:
 def extended(tmp_path_factory) -> Path:
     """A copy of the modules, with what the page patches or adds."""
     folder = tmp_path_factory.mktemp("extended")
-    shutil.copytree(ROOT / "self_supervised", folder / "self_supervised", ignore=shutil.ignore_patterns("__pycache__"))
+    all_but = shutil.ignore_patterns("*.pyc*", "*.tmp.*")  # compiled loops are copied: compiling them takes seconds
+    shutil.copytree(ROOT / "self_supervised", folder / "self_supervised", ignore=all_but)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     for kind, content in blocks("extending.md"):

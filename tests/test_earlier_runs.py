@@ -263,4 +263,4 @@ def test_compare_shows_what_differs_from_a_newer_run(run, call, capsys, monkeypa
     monkeypatch.setenv("COLUMNS", "120")
     call("compare", "run other")
     rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in capsys.readouterr().out.splitlines()]
-    assert ["lr", "0.1", "0.25"] in rows and ["trained encoder: valid_knn20_acc", "46", "46"] in rows
+    assert ["lr", "0.1", "0.25"] in rows and ["valid_knn20_acc", "46", "46"] in rows

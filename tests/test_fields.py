@@ -14,6 +14,7 @@ from moco import SelfSupervisedMethod
 from model_params import PRESETS, BYOLParams, MoCoV2Params, ModelParams, SCEParams, SimCLRParams, SimSiamParams
 from self_supervised.data.loading import resolve
 from self_supervised.fields import Preset, suggestion
+from self_supervised.recipes import recipe, tried_with
 
 ROWS = {
     f"{table.kind.__name__} {name}": (module, preset)
@@ -46,8 +47,28 @@ def test_a_preset_is_called_like_its_class():
     assert pickle.loads(pickle.dumps(BYOLParams))(lr=0.3) == BYOLParams(lr=0.3)
     mine = Preset(SimSiamParams, "mine", "Mine.", lr=0.1, name_of_none=1)
     assert mine.settings["stop_gradient_of_keys"] and SimSiamParams.settings["lr"] == 0.05
+    with pytest.raises(TypeError, match="pass fields by name"):
+        BYOLParams("cifar10")
     with pytest.raises(TypeError, match="name_of_none: ModelParams has no such field"):
         mine()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings_are_instances_of_the_preset_that_made_them_and_of_no_other(preset):
+    recipes = [recipe(preset, name) for name in tried_with(preset)]
+    for params in (PRESETS[preset](lr=0.07, optimizer_name="adamw", weight_decay=0.01, batch_size=64), *recipes):
+        params = ModelParams(**attrs.asdict(params))  # as from a checkpoint
+        is_instance = [name for name, other in PRESETS.items() if isinstance(params, other)]
+        assert is_instance == list(dict.fromkeys(["moco_v2", preset]))
+    assert not isinstance(LinearClassifierMethodParams(), SimCLRParams) and not isinstance(None, SimCLRParams)
+    loaded = pickle.loads(pickle.dumps(SimCLRParams))
+    assert isinstance(SimCLRParams(), loaded) and not isinstance(BYOLParams(), loaded)
+
+
+def test_settings_of_a_preset_of_the_users_own_are_its_instances():
+    mine = Preset(SimSiamParams, "mine", "Mine.", lr=0.1, m=0.9)
+    assert isinstance(mine(T=0.3), mine) and not isinstance(SimSiamParams(), mine) and isinstance(mine(), SimSiamParams)
+    assert not isinstance(ModelParams(), Preset(ModelParams, "mine", "Mine.", loss_type="ip"))
 
 
 @pytest.mark.parametrize("preset", [*PRESETS.values(), *LINEAR_PRESETS.values()])

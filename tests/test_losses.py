@@ -97,6 +97,27 @@ def test_eqco_is_finite_where_exponentials_overflow():
     assert (1 / torch.tensor(0.005)).exp().isinf() and value.isfinite()
 
 
+@pytest.mark.parametrize("alpha", [None, 20.0])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_a_queue_in_chunks_equals_the_whole_matrix(vectors, monkeypatch, in_batch, alpha):
+    q, k, queue = vectors
+    queue = torch.cat([queue, -q.detach(), q.detach()])  # least and most similar last: the largest logit changes
+    monkeypatch.setattr(losses.QueueLogit, "CHUNK", 4)
+    for T in (0.2, 0.001):
+        whole = losses.cross_entropy(losses.similarities(q, k, queue, in_batch), T, alpha)
+        chunks = losses.cross_entropy(losses.similarities(q, k, None, in_batch), T, alpha, q, queue)
+        assert all(torch.allclose(chunks[name], whole[name], rtol=1e-12, atol=1e-12) for name in whole)
+        gradients = (torch.autograd.grad(found["loss"] * 3, (q, k)) for found in (chunks, whole))
+        for ours, theirs in zip(*gradients, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_queue_with_nan_recognizes_nothing(vectors):
+    q, k, queue = vectors
+    found = loss({}, q, k, queue * math.nan)
+    assert found["loss"].isnan() and found["step_train_acc5"] == 0
+
+
 @pytest.mark.parametrize("with_queue", [True, False])
 def test_bce_and_ip(vectors, with_queue):
     q, k, queue = vectors

@@ -144,7 +144,9 @@ def test_optimizer_schedules_and_lagging_model_follow_optimizer_steps(small, tra
             assert torch.allclose(module.lagging_projection_model.net[0].weight, expected[0], atol=1e-6)
 
     expected.append(lagging)
-    fit = trainer(max_epochs=3, limit_train_batches=4, accumulate_grad_batches=2, callbacks=[Watch()])
+    fit = trainer(
+        max_epochs=3, limit_train_batches=4, accumulate_grad_batches=2, callbacks=[Watch()], log_every_n_steps=1
+    )
     fit.fit(model)
     assert fit.global_step == 6
     assert momenta == pytest.approx([optimizers.cosine(0.9, 1, (i // 2) / 6) for i in range(12)])

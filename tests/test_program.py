@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,11 +110,12 @@ def test_interrupted_training_ends_in_a_line(tmp_path, digits_path):
     options = (
         "vicreg --dataset_name digits --encoder_arch shufflenet_v2_x0_5 --max_epochs 500 --warmup_epochs 0 --seed 0"
     )
-    options += f" --out {tmp_path / 'run'} --logger csv"
+    options += f" --out {tmp_path / 'run'} --logger csv --data_fraction 0.1 --batch_size 32"
     command = [sys.executable, "-m", "self_supervised", "train", *options.split()]
     environment = {**os.environ, "DATA_PATH": str(digits_path), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     seen, said = [], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=environment, **said) as process:
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # programs in the background ignore it otherwise
+    with subprocess.Popen(command, env=environment, preexec_fn=listening, **said) as process:
         for line in process.stdout:
             seen.append(line)
             if "epoch 1:" in line:

@@ -234,7 +234,7 @@ def test_the_loss_gets_what_is_logged_and_a_resumed_run_goes_on_with_it(trainer,
     logged = Logged()
 
     def fit(*callbacks, **options):
-        length = {"max_epochs": 4, "limit_train_batches": 3}
+        length = {"max_epochs": 4, "limit_train_batches": 3, "log_every_n_steps": 1}
         trainer(callbacks=list(callbacks), **length).fit(small_method(**CHANGING), **options)
 
     fit(logged)

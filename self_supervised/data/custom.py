@@ -49,6 +49,8 @@ MOST_CLASSES = 10**6  # labels from this number on are ids or dates
 CLASS_NAMES_KEY = "classes"  # key in folders.SETTINGS: names of the classes, in the order of their numbers
 # Settings that change neither which images are in the lists nor their labels
 NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
+NOT_CLASSES = "labels_from=None (--labels_from none) if these are not classes"
+TEMPORARY = "unnamed-lists-"  # start of the name of a directory that is deleted soon, which no line names
 WAIT_FOR_LISTS = 60  # seconds to wait for another process that writes lists
 TEMPORARY = "checked_lists_"  # start of the name of a directory whose lists are deleted after a check
 INSTEAD = {"val": "test", "test": "val"}  # split -> the one that replaces it if it has no images
@@ -68,7 +70,7 @@ def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: li
     images.class_names = class_names if class_names != [str(i) for i in range(len(class_names))] else []
     stored_in = "class_to_idx" if p.class_to_idx else "lists" if isinstance(source, ImageFolder) else "the data set"
     line = labels_line(found, dict(enumerate(class_names)), str(p.labels_from).replace("_", " "), stored_in)
-    images.about_labels = line if line == "no labels" else f"{line}; labels_from=None if these are not classes"
+    images.about_labels = line if line == "no labels" else f"{line}; {NOT_CLASSES}"
     return images
 
 

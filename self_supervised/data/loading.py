@@ -5,6 +5,8 @@ Data sets of one image size are packed once into `$DATA_PATH/<name>/<split>/imag
 workers. Both yield (uint8 images, labels); all other operations run on the device (views/augmentations.py).
 """
 
+import math
+import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +16,6 @@ import attrs
 import numpy as np
 import torch
 from attrs import frozen
-from filelock import FileLock
 from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 from torch.utils.data import Dataset
@@ -39,9 +40,11 @@ from self_supervised.data.packed import (
 )
 from self_supervised.data.packed_files import pack_files
 from self_supervised.fields import Presets
+from self_supervised.folder_lock import locked
 from self_supervised.views.augmentations import generator
 
 IMAGES_FOR_STATISTICS = 2000  # images from which channel statistics are computed
+PACKING = threading.Lock()  # for threads: the lock of a directory is for processes
 SMALLEST_STD = 1 / 255  # lower bound of a channel's standard deviation, for channels that are constant
 
 Params = TypeVar("Params", bound=EncoderAndDataParams)
@@ -100,8 +103,7 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
             f"{wanted}, each {FILE_LAYOUTS[info.storage].layout}. Put it there, or set the environment variable "
             f"DATA_PATH to the directory that holds {name}."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with PACKING, locked(folder, wait=math.inf):
         missing = [
             path for path in missing if not packed_is_there(path)
         ]  # another process may have packed it meanwhile

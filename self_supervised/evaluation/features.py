@@ -42,8 +42,8 @@ UNUSED = (
     "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # `settings_for_features`
     "data_path", "splits_path", "video_path_prefix",  # places: the files found there are hashed
     "batch_size", "global_batch_size", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device",
-    "torch_compile", "pack_images", "exif_orientation", "seed", "drop_last_batch", "lr_scaling", "lr_batch_size",
-    *TRAINING_ONLY,
+    "torch_compile", "winograd", "pack_images", "exif_orientation", "seed", "drop_last_batch", "lr_scaling",
+    "lr_batch_size", *TRAINING_ONLY,
 )  # fmt: skip
 
 

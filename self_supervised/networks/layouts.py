@@ -238,7 +238,8 @@ def mismatch_message(found: WeightsFile, name: str, wrong: Mapping[str, list[str
 
 
 def grouped(keys: Iterable[str]) -> str:
-    """Return keys counted by their first part, as text: "fc. (2), encoder_k. (320), queue"."""
+    """Return keys counted by their first part, as text: "fc. (2 tensors), encoder_k. (320 tensors), queue"."""
     parts = (key.replace("_orig_mod.", "").removeprefix("module.").partition(".") for key in keys)
     counts = Counter(first + dot for first, dot, _ in parts)
-    return ", ".join(f"{name} ({n})" if name.endswith(".") else name for name, n in counts.items())
+    counted = {name: "1 tensor" if n == 1 else f"{n} tensors" for name, n in counts.items()}
+    return ", ".join(f"{name} ({words})" if name.endswith(".") else name for name, words in counted.items())

@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 from attrs import frozen
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from self_supervised.evaluation.results import deviation, markdown_table
 from self_supervised.fields import as_path
@@ -31,6 +31,7 @@ from self_supervised.training.milestones import is_finite, lowest_is_best, uses_
 DATA = {"dataset_name", "data_path"}  # settings
 BEST = "best "  # prefix of results that are the best of an evaluated column of metrics.csv
 RANKED = re.compile(r"(trained encoder: |linear classifier: |best )valid_.*(acc|rank_me).*")  # the highest is best
+KIND_TITLES = {"result": "whole run", "setting": "settings that differ", "circumstance": "circumstances that differ"}
 LAST = "step_train_loss"  # column of metrics.csv whose last value is a result
 
 
@@ -200,16 +201,55 @@ def notes_below(columns: list[list[Run]]) -> list[str]:
     return list(filter(None, [joined, *missing_scores(runs), caution(runs)]))
 
 
-def comparison_table(columns: list[list[Run]], rows: list[MetricRow]) -> Table:
-    table = Table(caption="\n".join(notes_below(columns)) or None, caption_justify="left")
-    table.add_column("", no_wrap=True)
-    for label in labels_of_columns(columns):
-        table.add_column(label, overflow="fold")
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and before.kind != row.kind:
-            table.add_section()
-        table.add_row(*texts_of(row, rows, f"{evaluations.BEST_MARK}{{}}"))
-    return table
+def print_comparison(columns: list[list[Run]], rows: list[MetricRow]) -> None:
+    """Print the table, in as many parts as the width of the terminal needs, and the notes."""
+    console = Console(highlight=False, markup=False)
+    for widths in ((40, 30), (20, 8)):  # of names and of values; the second pair if the first is too wide
+        texts, starts = texts_in_sections(columns, rows, *widths)
+        parts = list(evaluations.parts_that_fit(texts[0], texts, console.width))
+        if len(parts) == 1:
+            break
+    for part in parts:
+        table = Table(*(Column(texts[0][i], overflow="fold") for i in part))
+        for n, cells in enumerate(texts[1:], 1):
+            if n in starts:
+                table.add_section()
+            table.add_row(*(cells[i] for i in part), style="bold" if n in starts else "")
+        console.print(table)
+    for note in notes_below(columns):
+        console.print(note)
+
+
+def texts_in_sections(
+    columns: list[list[Run]], rows: list[MetricRow], of_names: int, of_values: int
+) -> tuple[list[list[str]], list[int]]:
+    """Return (the header, the rows, and a row with a title before each section; the indices of the titles).
+
+    Args:
+        of_names, of_values: characters after which names, and settings, are broken where possible.
+    """
+    texts = [["", *(broken(label, of_values) for label in labels_of_columns(columns))]]
+    titles: list[tuple[int, str]] = []
+    for row in rows:
+        scored, _, metric = row.name.rpartition(": ") if row.kind == "result" else ("", "", row.name)
+        title = scored or KIND_TITLES[row.kind]
+        if not titles or title != titles[-1][1]:
+            titles.append((len(texts), title))
+            texts.append([broken(title, of_names), *("" for _ in columns)])
+        _, *values = texts_of(row, rows, f"{evaluations.BEST_MARK}{{}}")
+        shown = values if row.kind == "result" else [broken(value, of_values) for value in values]
+        texts.append([broken(metric, of_names), *shown])
+    return texts, [n for n, _ in titles]
+
+
+def broken(text: str, width: int) -> str:
+    """Return a text in lines of at most `width` characters, broken after blanks and any of _,/+- where possible."""
+    lines = [""]
+    for piece in re.findall(rf"[^\s_,/+-]{{0,{width - 1}}}[\s_,/+-]|[^\s_,/+-]{{1,{width}}}", text):
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def comparison_markdown(columns: list[list[Run]], rows: list[MetricRow]) -> str:
@@ -248,7 +288,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n\n".join([*filter(None, [evaluations.markdown_text(tables)]), comparison_markdown(columns, rows)]))
         return
     evaluations.print_tables(tables)
-    console = Console(highlight=False, markup=False)
-    console.print(comparison_table(columns, rows))
+    print_comparison(columns, rows)
     if not tables:
-        console.print(*evaluations.notes_on(args.runs, tables), soft_wrap=True)
+        print(*evaluations.notes_on(args.runs, tables))

@@ -214,7 +214,7 @@ def table_of(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) -> Eval
     }
     has_std = any(cell and cell.std is not None for row in cells for cell in row)
     notes = [DEVIATION] if has_std else []
-    notes += [seeds_note(runs), *unlike.values(), *missing_note(dataset, rows, runs)]
+    notes += [seeds_note(runs), *unlike.values(), *missing_notes(dataset, rows, runs)]
     return EvaluationTable(dataset, rows, columns, cells, best, notes)
 
 
@@ -274,21 +274,33 @@ def seeds_note(runs: list[RunRecord]) -> str:
     return "Evaluation seeds: " + "; ".join(f"{seeds} ({', '.join(names)})" for seeds, names in alike.items()) + "."
 
 
-def missing_note(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) -> list[str]:
-    """Return the command that fills what is missing, if anything is. It skips what is stored."""
+def missing_notes(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) -> list[str]:
+    """Return what is missing, with the command that adds it (it skips what is stored), and which encoders of other
+    data sets were not evaluated on this one."""
     seeds = seeds_of(runs)
     missing: dict[str, set[str]] = {}  # checkpoint -> protocols
+    lacking, others = [], []  # parts of the notes
     for row in rows:
+        absent: set[str] = set()
         for checkpoint, found in zip(row.checkpoints, row.found, strict=True):
             done = protocols_of(run for run in found if run["dataset"] == dataset)
+            trained_on = run_folder.settings_of_run(run_or_file(checkpoint)).get("dataset_name", dataset)
+            if not done and trained_on != dataset:
+                others.append(f"{row.label} (pretrained on {trained_on})")
+                continue
             missing.setdefault(checkpoint, set()).update(seeds.keys() - done)
+            absent |= seeds.keys() - done
+        if absent:
+            lacking.append(f"{row.label} ({', '.join(name for name in seeds if name in absent)})")
+    notes = [f"Not evaluated on {dataset}: {', '.join(dict.fromkeys(others))}."] if others else []
+    if not lacking:
+        return notes
     names = [name for name in seeds if any(name in of for of in missing.values())]
-    if not names:
-        return []
     checkpoints = [checkpoint for checkpoint, of in missing.items() if of]
     drawn = sorted({seed for name in names for seed in seeds[name]})
     options = ["--dataset_name", dataset, "--protocols", *names, "--seeds", *map(str, drawn)]
-    return [f"Missing values: {shlex.join(['self-supervised', 'evaluate', *checkpoints, *options])}"]
+    command = shlex.join(["self-supervised", "evaluate", *checkpoints, *options])
+    return [*notes, f"Missing values: not evaluated yet are {', '.join(lacking)}: {command}"]
 
 
 def protocols_of(runs: Iterable[RunRecord]) -> dict[str, None]:
@@ -335,8 +347,9 @@ def print_tables(tables: list[EvaluationTable]) -> None:
 
 
 def parts_that_fit(header: list[str], texts: list[list[str]], width: int) -> Iterator[list[int]]:
-    """Yield indices of columns: always the first, and as many others as fit."""
-    widths = [max(map(len, [*head.split(), *column])) + 3 for head, *column in zip(header, *texts, strict=True)]
+    """Yield indices of columns: always the first, and as many others as fit. Headers are broken at blanks."""
+    cells = [[*head.split(), *"\n".join(column).split("\n")] for head, *column in zip(header, *texts, strict=True)]
+    widths = [max(map(len, lines)) + 3 for lines in cells]
     part = [0]
     for i in range(1, len(widths)):
         if len(part) > 1 and sum(widths[j] for j in part) + widths[i] >= width:

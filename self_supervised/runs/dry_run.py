@@ -16,13 +16,11 @@ from torch import nn
 
 from moco import SelfSupervisedMethod
 from self_supervised.data import loading
-from self_supervised.evaluation import validation
 from self_supervised.networks import layers
 from self_supervised.runs.effective import effective_settings
 from self_supervised.training.monitor import TrainingMonitor
 
 STEPS = 2
-TOY = (torch.eye(4), torch.tensor([0, 0, 1, 1]))  # features and labels
 HIDDEN = ("params", "param_names", "name", "lr")  # keys of groups; the table has an example and the initial_lr instead
 PART_NAMES = {  # attribute -> name in the table
     "model": "encoder",
@@ -78,14 +76,6 @@ def run_two_steps(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Tr
         console.print(effective_table(model))
         console.print(plan_table(model, trainer, stop.seconds_per_step))
     return model
-
-
-def logged_names(model: SelfSupervisedMethod) -> set[str]:
-    """Return the names of all metrics that the model logs. Those of evaluations are computed on toy features, because
-    one batch may have too few classes for them."""
-    p = model.params
-    toy = validation.evaluate(p.evaluations, *TOY, TOY if p.probe_on_training_set else None)
-    return {*model.trainer.callback_metrics, *toy}
 
 
 def empty_table(title: str, *columns: str) -> Table:

@@ -63,7 +63,7 @@ def effective_settings(params: ModelParams, plan: optimizers.Plan | None = None)
         "evaluation view": evaluation_text(p),
         "normalization": normalization_text(p),
         "batch": batch,
-        "length": ", ".join([f"{p.max_epochs} epochs", *length]),
+        "length": ", ".join([optimizers.epochs_text(p.max_epochs), *length]),
         "optimizer": optimizer_text(p),
         "learning rate": rate_text(p, plan),
     }
@@ -195,8 +195,8 @@ def rate_text(params: ModelParams, plan: optimizers.Plan | None) -> str:
         factor = optimizers.lr_factor(p, images)
         rule = f"{p.lr * factor:g}" + (f" = {rule}" if rule else "")
     warmup_epochs = optimizers.warmup_epochs(p)
-    steps = f" ({plan.warmup_steps:g} steps)" if plan else ""
-    warmup = f"linear warm-up from {p.warmup_start_lr:g} in {warmup_epochs:g} epochs{steps}, " if warmup_epochs else ""
+    length = optimizers.epochs_text(warmup_epochs) + (f" ({plan.warmup_steps:g} steps)" if plan else "")
+    warmup = f"linear warm-up from {p.warmup_start_lr:g} in {length}, " if warmup_epochs else ""
     end = "" if p.lr_schedule == "constant" else f" to {p.final_lr_schedule_value:g}"
     if p.lr_schedule == "steps":
         end = f" (x {p.lr_decay_factor:g} at epochs {p.lr_decay_steps}, at least {p.final_lr_schedule_value:g})"

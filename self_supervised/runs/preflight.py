@@ -6,15 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import attrs
+import torch
 
 from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
-from model_params import EncoderAndDataParams, ModelParams
+from model_params import HEADS, SCHEDULED, EncoderAndDataParams, ModelParams, changes
+from self_supervised import losses
 from self_supervised.data import custom, loading
+from self_supervised.data.class_labels import UNLABELED
 from self_supervised.data.files import MOST_SKIPPED
 from self_supervised.data.folders import listed_in
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.loading import n_classes, require_labels
+from self_supervised.evaluation import validation
 from self_supervised.runs.command_line import RunOptions, bar
+from self_supervised.training.milestones import refuse_unknown
+from self_supervised.training.online_classifier import accuracies
+
+TOY = torch.eye(4)  # features
 
 
 def linear_settings(options: RunOptions, params: ModelParams) -> dict:
@@ -33,10 +41,13 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
         decode: also decode each image file, which takes about as long as an epoch. Videos take too long.
 
     Raises:
-        ValueError: a split is empty, smaller than one batch, or lacks the labels that the linear stage needs.
+        ValueError: a metric of save_best is not logged; a split is empty, smaller than one batch, or lacks the labels
+            that the linear stage needs.
         FileNotFoundError: a split is missing.
     """
     with temporary_lists(params) as params:
+        for wanted in options.save_best:
+            refuse_unknown(wanted, metric_names(options, params))
         check_images(params, options.accumulate_grad_batches)
         if options.linear_epochs:
             settings = {name: getattr(params, name) for name in FROM_PRETRAINING} | linear_settings(options, params)
@@ -56,6 +67,29 @@ def temporary_lists(params: ModelParams) -> Iterator[ModelParams]:
         return
     with tempfile.TemporaryDirectory(prefix=custom.TEMPORARY) as folder:
         yield attrs.evolve(params, splits_path=folder)
+
+
+def metric_names(options: RunOptions, params: ModelParams) -> set[str]:
+    """Return the names of all metrics that a run logs. Losses and evaluations are computed on toy features."""
+    p = params
+    names = {*losses.cosines(TOY, TOY), *losses.get_loss(p)(TOY, TOY, TOY)} - {"loss"}
+    names |= {"step_train_loss", "m", "T", "lr", *(name for name in SCHEDULED if changes(p, name))}
+    parts = ["model", *(f"{head}_model" for head in HEADS)]
+    if p.online_classifier:
+        names |= {"online_train_loss", "online_train_acc1"}
+        parts.append("online_classifier")
+    if options.log_gradient_norms:
+        names |= {f"grad_norm_{part}" for part in parts}
+    return names | names_of_scores(p) if options.limit_val_batches != 0 and p.is_evaluated else names
+
+
+def names_of_scores(params: ModelParams) -> set[str]:
+    p = params
+    is_labeled = not p.dataset.many_labels and loading.get_dataset(p, evaluated_splits(p)[0]).labels.max() >= 0
+    labels = torch.tensor([0, 0, 1, 1]) if is_labeled else torch.full((4,), UNLABELED)
+    train = (TOY, labels) if p.probe_on_training_set else None
+    classifier = torch.nn.Linear(4, 2) if p.online_classifier else None
+    return {*validation.evaluate(p.evaluations, TOY, labels, train), *accuracies(classifier, TOY, labels)}
 
 
 def check_images(params: ModelParams, accumulated: int = 1) -> None:

@@ -1,5 +1,6 @@
 """Doubts about settings before the first step: a learning rate far from what was tried, and changes without effect."""
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -12,8 +13,59 @@ TRIED_LR = {"sgd": (0.03, 0.5), "lars": (0.2, 2.4), "adamw": (1.5e-4, 4e-3), "ad
 FAR = 3  # factor beyond these limits from which a learning rate is doubtful
 OF_IMAGES = 256  # number of images for which learning rates are compared
 
+CUSTOM = "custom"  # loss_type of a user's own function
 SIMILARITIES = ("ce", "bce", "ip", "sce")  # losses that compare a query with negatives
-WARMUP, LAST_NORM = "a warm-up", "a normalization after a head"  # see `value_of`
+STRENGTHS = ("brightness", "contrast", "saturation", "hue")
+
+
+def any_view(name: str) -> Callable[[ModelParams], bool]:
+    return lambda p: any(getattr(view, name) for view in p.views)
+
+
+def any_head(condition: Callable[[ModelParams, str], Any], heads: tuple[str, ...] = HEADS) -> Callable:
+    return lambda p: any(condition(p, head) for head in heads)
+
+
+def has_hidden(p: ModelParams, head: str) -> bool:
+    return bool(p.head(head)["hidden_dim"])
+
+
+def is_normalized(p: ModelParams, head: str) -> bool:
+    """Return whether a head has a place for the normalization of hidden layers."""
+    return has_hidden(p, head) or getattr(p, f"{head}_mlp_last_normalization") == "same"
+
+
+# what a setting needs and no field says alone -> whether it is there
+DERIVED: dict[str, Callable[[ModelParams], Any]] = {
+    (WARMUP := "a warm-up"): warmup_epochs,
+    (HIDDEN := "a hidden layer in a head"): any_head(has_hidden),
+    (WIDTH := "a hidden layer whose width is not in ..._mlp_hidden_dims"): any_head(
+        lambda p, head: has_hidden(p, head) and not getattr(p, f"{head}_mlp_hidden_dims")
+    ),
+    (NORM := "a hidden layer, or ..._mlp_last_normalization=same"): lambda p: (
+        is_normalized(p, "projection") or (is_normalized(p, "prediction") and p.prediction_mlp_normalization == "same")
+    ),
+    (NORM_OF_PREDICTION := "a hidden layer, or prediction_mlp_last_normalization=same"): any_head(
+        is_normalized, ("prediction",)
+    ),
+    (LAST_NORM := "a normalization after a head"): any_head(lambda p, head: p.head(head)["last_normalization"]),
+    (SCORED := "evaluations or online_classifier"): lambda p: p.is_evaluated,
+    (PROBE := "linear_probe in evaluations"): lambda p: "linear_probe" in p.evaluations,
+    (FITTED := "linear_probe or knn in evaluations"): lambda p: {"linear_probe", "knn"} & set(p.evaluations),
+    (COLOR := "images in color"): lambda p: p.channels == p.dataset.channels == 3,
+    (JITTER := "transform_jitter_probability above 0"): any_view("jitter_probability"),
+    (STRENGTH := "a strength of the color jitter above 0"): lambda p: any(any_view(one)(p) for one in STRENGTHS),
+    (OPEN := "a strength of None"): lambda p: any(
+        value is None or (isinstance(value, list) and None in value)
+        for value in (getattr(p, f"transform_{one}") for one in STRENGTHS[: 4 if DERIVED[COLOR](p) else 2])
+    ),
+    (BLUR := "transform_blur_probability above 0"): any_view("blur_probability"),
+    (SOLARIZE := "transform_solarize_probability above 0"): any_view("solarize_probability"),
+    (VIDEOS := "videos"): lambda p: p.dataset.of_videos,
+    (LOW_RESOLUTION := "low_resolution_stem=True"): lambda p: p.low_resolution,
+    (SUBSET := "data_fraction below 1"): lambda p: p.data_fraction < 1 or p.dataset.is_custom,
+}
+
 # setting -> {another setting: values with which the first has an effect; None: all but 0, False, None and []}
 # tests/training/test_advice.py trains with every loss and optimizer: no row may be wrong, and none may be missing.
 NEEDS: dict[str, dict[str, tuple | None]] = {
@@ -32,10 +84,25 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     **{f"{name}_final": {f"{name}_schedule": ("linear", "cosine")} for name in SCHEDULED},
     **{f"{name}_mlp_last_bias": {f"{name}_mlp_layers": None} for name in HEADS},
     "mlp_last_affine": {LAST_NORM: None},
-    "prediction_mlp_normalization": {"prediction_mlp_layers": None},
+    "mlp_hidden_dim": {WIDTH: None},
+    **dict.fromkeys(("mlp_bias", "use_mlp_weight_standardization"), {HIDDEN: None}),
+    "mlp_normalization": {NORM: None},
+    "prediction_mlp_normalization": {NORM_OF_PREDICTION: None},
     **dict.fromkeys(("online_classifier_lr", "n_classes"), {"online_classifier": None}),
-    **dict.fromkeys(("probe_solver", "probe_on_training_set", "evaluate_every_n_epochs"), {"evaluations": None}),
-    **{f"transform_blur_{of}": {"transform_apply_blur": None} for of in ("probability", "sigma_min", "sigma_max")},
+    **{"evaluate_every_n_epochs": {SCORED: None}, "probe_solver": {PROBE: None}},
+    "probe_on_training_set": {FITTED: None},
+    "transform_s": {JITTER: None, OPEN: None},
+    "transform_jitter_probability": {STRENGTH: None},
+    **dict.fromkeys(("transform_brightness", "transform_contrast"), {JITTER: None}),
+    **dict.fromkeys(("transform_saturation", "transform_hue"), {JITTER: None, COLOR: None}),
+    "transform_grayscale_probability": {COLOR: None},
+    "transform_blur_probability": {"transform_apply_blur": None},
+    **{f"transform_blur_sigma_{of}": {"transform_apply_blur": None, BLUR: None} for of in ("min", "max")},
+    "transform_solarize_threshold": {SOLARIZE: None},
+    "transform_time_difference_probability": {VIDEOS: None},
+    **dict.fromkeys(("video_decoder", "decoding_threads"), {VIDEOS: None}),
+    "frames_per_second": {"video_decoder": ("frames",)},
+    **{"stem_variant": {LOW_RESOLUTION: None}, "data_seed": {SUBSET: None}},
     "momentum": {"optimizer_name": ("sgd", "lars")},
     **dict.fromkeys(("lars_eta", "grad_clip_lars"), {"optimizer_name": ("lars",)}),
     "lars_warmup_epochs": {"optimizer_name": ("lars",), "warmup_epochs": (None,)},
@@ -50,7 +117,7 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
     """Return a line on the learning rate, and one on settings that were changed without effect, where they apply.
 
     Args:
-        loss_type: that of `params`, or the name of a loss that replaces it.
+        loss_type: that of `params`, or CUSTOM if a function replaces it.
     """
     useless = {name: why for name in changed_by_user(params) if (why := lacks(params, name, loss_type))}
     values = ", ".join(f"{name}={getattr(params, name)!r}" for name in useless)
@@ -80,6 +147,10 @@ def changed_by_user(params: ModelParams) -> list[str]:
 
 def lacks(params: ModelParams, name: str, loss_type: str) -> str:
     """Return what a setting needs to have an effect, as text; "" if it has one."""
+    if name == "use_negative_examples_from_queue" and loss_type == CUSTOM:
+        return ""  # the queue is an argument of the function
+    if name.startswith("transform_") and not value_of(params, name, loss_type):
+        return ""  # switched off, as it is
     for needed, allowed in NEEDS.get(name, {}).items():
         value = value_of(params, needed, loss_type)
         if not value if allowed is None else value not in allowed:
@@ -90,8 +161,6 @@ def lacks(params: ModelParams, name: str, loss_type: str) -> str:
 
 
 def value_of(params: ModelParams, name: str, loss_type: str) -> Any:
-    if name == WARMUP:
-        return warmup_epochs(params)
-    if name == LAST_NORM:
-        return [head for head in HEADS if params.head(head)["last_normalization"]]
+    if name in DERIVED:
+        return DERIVED[name](params)
     return loss_type if name == "loss_type" else getattr(params, name)

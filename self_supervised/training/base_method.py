@@ -1,5 +1,6 @@
 """BaseMethod: what Lightning calls on both methods except their own steps: loaders, batches, checkpoints, exports."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -35,6 +36,7 @@ class BaseMethod(pl.LightningModule):
     n_outputs: int | None = None  # classes of the classifier that is trained here, if there is one
     plan: optimizers.Plan | None = None  # length of the training, set with the optimizers
     seed_was_drawn = False  # True if `seed` was None
+    step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
     was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
     about_labels = ""  # the line on the labels of our data set, once it was logged
@@ -42,15 +44,29 @@ class BaseMethod(pl.LightningModule):
     first_epoch = 1  # its number in the loggers' files; 0: a run of an earlier version (run_folder.first_epoch)
 
     def setup(self, stage: str) -> None:
-        """Compile the networks if `torch_compile` is set: in place, so that checkpoints keep their keys."""
+        """Compile the networks if `torch_compile` is set, and change convolutions if `winograd` is: in place, so that
+        checkpoints keep their keys."""
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
         if self.trainer.strategy.root_device.type == "cpu":
             distributed.keep_freed_memory()
+            if self.params.winograd and stage == "fit" and self.trainer.precision == "32-true":
+                self.use_winograd()
         compiled = self.params.torch_compile
         for module in self.children() if compiled and stage == "fit" else []:
             if isinstance(module, nn.Module) and module._compiled_call_impl is None:
                 module.compile(mode="default" if compiled is True else compiled)
+
+    def use_winograd(self) -> None:
+        """Change convolutions of the encoder, and of the lagging encoder, to Winograd's method."""
+        from self_supervised.networks import winograd  # imports Numba, which is slow
+
+        for encoder in (self.model, getattr(self, "lagging_model", None)):
+            if encoder is not None:
+                image = torch.zeros(1, *self.params.input_shape)
+                n = winograd.use_winograd(encoder, image, self.params.batch_size, self.params.winograd == "auto")
+                about = f"winograd={self.params.winograd!r}: {n} convolutions of the encoder use Winograd's method"
+        rank_zero_info(about)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return TrainingMonitor.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
@@ -156,6 +172,7 @@ class BaseMethod(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Check the first batch of the user's validation loaders now, not after an epoch of training."""
+        self.step_metrics = {}
         for index, loader in enumerate(as_list(self.trainer.val_dataloaders)):
             if isinstance(loader, DataLoader) and not isinstance(loader, ResumableDataLoader):
                 with isolate_rng():
@@ -211,6 +228,25 @@ class BaseMethod(pl.LightningModule):
         if loader not in self.checked_loaders:
             self.checked_loaders.add(loader)
             augmentations.check_batch_images(images, self.params)
+
+    def log_step(self, metrics: dict[str, Tensor]) -> None:
+        """Log metrics of a training step if they are read, or new: after the first step, all names are known.
+
+        On a GPU, `log_dict` at every step took a quarter of the host's time.
+        """
+        is_new = not metrics.keys() <= self.step_metrics.keys()
+        self.step_metrics = {**self.step_metrics, **metrics}
+        if is_new or self.is_read:
+            self.log_dict(metrics)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether this training step's metrics are read: by loggers, a validation, or at the end of an epoch."""
+        trainer = self._trainer
+        if trainer is None or trainer.fast_dev_run or trainer._logger_connector.should_update_logs:
+            return True
+        is_validated = (trainer.fit_loop.batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0
+        return is_validated or trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
 
     def log_scores(self, scores: dict[str, Any], **options: Any) -> None:
         """Log scores of a validation with `log_dict`, and add them to `latest_scores`."""

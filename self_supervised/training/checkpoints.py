@@ -31,7 +31,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 NOT_OF_TRAINING = (  # settings that may differ after a complete training
     "max_epochs", "evaluations", "evaluate_every_n_epochs", "probe_on_training_set", "evaluation_clips",
     "evaluation_crops", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device", "torch_compile",
-    "data_path", "splits_path",
+    "winograd", "data_path", "splits_path",
 )  # fmt: skip
 MAKE_GROUPS = (  # settings that determine the optimizer's parameter groups
     "exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr",

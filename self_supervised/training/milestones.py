@@ -35,7 +35,6 @@ class Best(pl.Callback):
         self.best: float | None = None
         self.seen: set[str] = set()  # names of metrics logged so far
         self.validated = False
-        self.scores: set[str] | None = None  # names logged by a validation before the training, if there was one
 
     @property
     def state_key(self) -> str:
@@ -49,13 +48,6 @@ class Best(pl.Callback):
                 "validation set, so test scores of that epoch are too good. Select by valid_rank_me or "
                 "step_train_loss, or use the last epoch"
             )
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Check the name after the first optimizer step, if a validation before it has logged its scores: then all
-        names are known."""
-        if self.scores is not None and trainer.global_step:
-            refuse_unknown(self.name, self.scores | set(trainer.callback_metrics))
-            self.scores = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.validated = True

@@ -110,8 +110,7 @@ class TrainingMonitor(pl.Callback):
     @staticmethod
     def describe(trainer: pl.Trainer, module: pl.LightningModule, ranks: list[int]) -> str:
         """Return the error message for a loss that is not finite on processes `ranks`."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        terms = ", ".join(f"{name}={value:.4g}" for name, value in metrics.items() if "loss" in name)
+        terms = ", ".join(f"{name}={value:.4g}" for name, value in module.step_metrics.items() if "loss" in name)
         named = [(name, p.grad.detach().norm()) for name, p in module.named_parameters() if p.grad is not None]
         norm = torch.stack([norm for _, norm in named]).norm().item()
         first = next((name for name, norm in named if not math.isfinite(norm)), "none")
@@ -123,6 +122,10 @@ class TrainingMonitor(pl.Callback):
             f"parameter without a finite gradient: {first}. Neither the weights nor the checkpoints were changed. Try "
             "a lower lr, a longer warm-up, precision 32-true or bf16-mixed, or a higher T"
         )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.should_stop:  # since this step, for example after max_time; Lightning then logs what it has
+            pl_module.log_dict(pl_module.step_metrics)
 
     # ---- Once per epoch: collapse and unreadable images ----
 
@@ -238,7 +241,7 @@ def as_list(held: Any) -> list:
     return list(held) if isinstance(held, list | tuple) else [held]
 
 
-# ---- Metrics of the optimization, logged at every step ----
+# ---- Metrics of the optimization ----
 
 
 class GradientNorms(pl.Callback):
@@ -255,11 +258,17 @@ class GradientNorms(pl.Callback):
             gradients = [p.grad for p in part.parameters() if p.grad is not None]
             if gradients:
                 norms[f"grad_norm_{name}"] = torch.stack(torch._foreach_norm(gradients)).norm()
-        pl_module.log_dict(norms)
+        pl_module.log_step(norms)
 
 
 class LogInterval(pl.Callback):
-    """Log every 50 steps, or three times per epoch if that is more often."""
+    """Log every 50 steps, or three times per epoch if that is more often.
+
+    SelfSupervisedMethod adds it to a Trainer that has Lightning's default, 50.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.log_every_n_steps = 1  # until the length of an epoch is known: Lightning warns of more
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.log_every_n_steps = min(LOG_INTERVAL, max(1, pl_module.plan.steps_per_epoch // 3))
@@ -271,4 +280,5 @@ class LearningRate(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
         lr = max(group["lr"] for group in groups if not group.get("name", "").startswith(ONLINE))
-        pl_module.log("lr", torch.full((), lr, device=pl_module.device))  # filled on the device: a copy would wait
+        on_device = torch.full((), lr, device=pl_module.device)  # filled there: a copy would wait
+        pl_module.log_step({"lr": on_device})

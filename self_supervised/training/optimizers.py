@@ -76,6 +76,10 @@ def warmup_then(
     return CURVE_FUNCTIONS[then](value, end, after_warmup(step, total_steps, warmup_steps))
 
 
+def epochs_text(epochs: float) -> str:
+    return "1 epoch" if epochs == 1 else f"{epochs:g} epochs"
+
+
 # ---- Plan: batch size, length and learning rate of a training on its Trainer ----
 
 
@@ -126,7 +130,7 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
         warmup_epochs = of_endless_loader(params, warmup_epochs)
     if (warmup := warmup_epochs * steps_per_epoch) > steps:
         rank_zero_warn(
-            f"the warm-up of {warmup_epochs} epochs is longer than the training: lr={params.lr} is never reached"
+            f"the warm-up of {epochs_text(warmup_epochs)} is longer than the training: lr={params.lr} is never reached"
         )
     size = checked_batch_size(params, accumulated, trainer.train_dataloader)
     plan = Plan(distributed.world_size(), accumulated, size, params.lr, steps, steps_per_epoch, warmup)

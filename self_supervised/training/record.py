@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from model_params import nearest_preset
 from self_supervised.safe_files import atomic_write, to_json
 from self_supervised.training import run_folder
+from self_supervised.training.monitor import LogInterval
 from self_supervised.training.verdict import Verdict
 
 OF_TRAINER = (  # attributes of the Trainer that determine what it computes, named as the options of the command
@@ -117,6 +118,8 @@ def discard(folder: Path) -> None:
 def settings_text(trainer: pl.Trainer, method: pl.LightningModule) -> str:
     """Return config.yaml: the settings that are in force."""
     options = {name: getattr(trainer, name) for name in OF_TRAINER}
+    if any(isinstance(callback, LogInterval) for callback in trainer.callbacks):
+        options["log_every_n_steps"] = None  # chosen as by the command
     for name in ("limit_train_batches", "limit_val_batches"):
         if isinstance(options[name], float) and options[name] == 1:  # the fraction; the number 1 is one batch
             options[name] = None

@@ -1,7 +1,7 @@
 """Verdict on a pretraining: the scores of the encoder next to those that it had at the start, in one line."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,22 +35,33 @@ def starting_point(params: ModelParams, started_from: str | None) -> str:
     return f"{'Kinetics' if params.encoder_arch in video_models() else 'ImageNet'} weights"
 
 
-def verdict(name: str, before: dict[str, float], after: dict[str, float]) -> str:
-    """Return the verdict without the word "verdict: "; "" if no accuracy is in both.
+def verdict(name: str, before: dict[str, float], after: dict[str, float], evaluations: Sequence[str]) -> str:
+    """Return the verdict without the word "verdict: "; if no accuracy is in both scores, that there is none, and why.
 
     Args:
         name: of the encoder at the start (`starting_point`).
         before, after: its scores, and those at the end.
+        evaluations: those of the settings.
     """
     both = [one for start in COMPARED for one in before if one.startswith(start) and one in after]
     if not both:
-        return ""
+        return f"none, because {reason_for_none(name, before, after, evaluations)}"
     score = both[0]
     first, last = before[score], after[score]
     numbers = f"{score} {first:.4g} ({name}) -> {last:.4g}"
     if f"{first:.4g}" == f"{last:.4g}":
         return f"{numbers}: no better than the {name}. {ADVICE}"
     return f"{numbers}: better" if last > first else f"{numbers}: WORSE than the {name}. {ADVICE}"
+
+
+def reason_for_none(name: str, before: dict[str, float], after: dict[str, float], evaluations: Sequence[str]) -> str:
+    if not NEED_LABELS & set(evaluations):
+        return f"evaluations={list(evaluations)} has neither knn nor linear_probe"
+    if not before:
+        return f"the {name or 'starting encoder'} was not scored (no validation images, or limit_val_batches=0)"
+    if not after:
+        return "the trained encoder was not scored"
+    return "the validation images have no labels, or a single class"
 
 
 class Verdict(pl.Callback):
@@ -76,10 +87,10 @@ class Verdict(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.was_trained = True
-        if self.before and can_compare(trainer, pl_module):
-            after = pl_module.scores_at_end() or scores(trainer, pl_module)
-            self.text = verdict(self.name, self.before, after)
-        if self.text:
+        if not trainer.fast_dev_run:
+            is_scored = self.before and can_compare(trainer, pl_module)
+            after = pl_module.scores_at_end() or scores(trainer, pl_module) if is_scored else {}
+            self.text = verdict(self.name, self.before, after, pl_module.params.evaluations)
             rank_zero_info(f"verdict: {self.text}")
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Training in the processes of test_stored_data.py, without the imports that only the main process needs."""
+"""What runs in other processes, without the imports that only the main process of its tests needs."""
 
+import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -9,6 +10,11 @@ from test_custom_data import params
 from moco import SelfSupervisedMethod
 from self_supervised.data import loader
 from self_supervised.training.checkpoints import Checkpoints
+
+
+def imported(rank: int) -> set[str]:
+    """Return the names of all modules that a program has imported before it reads images."""
+    return set(sys.modules)
 
 
 class Seen(pl.Callback):

@@ -1,15 +1,14 @@
 """Custom data sets: layouts, splits, patterns, labels, channels, statistics; training on them."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import attrs
 import numpy as np
+import processes
 import pytest
 import tifffile
 import torch
@@ -655,7 +654,7 @@ def read_square(path: Path) -> torch.Tensor:
     return central_square(Image.open(path).convert("RGB"), 32)
 
 
-HINT = "; labels_from=None if these are not classes"
+HINT = "; labels_from=None (--labels_from none) if these are not classes"
 TWO = f"labels: 2 classes from the first folder: china (30 images), flower (20 images){HINT}"
 DAYS = [*[f"day{i} (5 images)" for i in range(10, 16)], *["day16 (4 images)", "day17 (4 images)"]]  # i, i + 12, i + 24
 DAYS += ["day18 (3 images)", "day19 (3 images)"]
@@ -729,11 +728,8 @@ def test_examples_of_the_page(photos, tmp_path):
     blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
     assert blocks
     code = "\n".join(blocks).replace('"photos"', repr(str(photos)))
-    root = Path(__file__).parents[2]
     caches = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **caches, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    processes.run(processes.run_code, 1, tmp_path / "process", code, str(tmp_path), caches)
 
 
 @pytest.mark.parametrize("version", ["this", "earlier"])

@@ -1,11 +1,11 @@
 import os
-import subprocess
-import sys
+import signal
 import threading
 from pathlib import Path
 
 import attrs
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -16,8 +16,6 @@ from self_supervised import catalogue
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import loading, packed
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler, images_and_labels
-
-ROOT = Path(__file__).parents[2]
 
 
 def arrays(n: int = 12, size: int = 8, channels: int = 3):
@@ -51,7 +49,7 @@ def test_packed_once_and_the_same_images_come_out(toy, tmp_path):
     assert labels.tolist() == [0, 19 % 3, 0, 11 % 3] and labels.dtype == torch.int64
     assert len(dataset) == 32 and torch.equal(dataset[31][0], images[1])
     assert isinstance(dataset.images[0], np.memmap)
-    assert sorted(os.listdir(tmp_path / "toy")) == [".lock", "test", "train", "unlabeled"]
+    assert sorted(os.listdir(tmp_path / "toy")) == ["test", "train", "unlabeled"]
 
 
 def test_arrays_that_are_there_are_used_without_reading_the_source(toy, tmp_path):
@@ -63,27 +61,26 @@ def test_arrays_that_are_there_are_used_without_reading_the_source(toy, tmp_path
     assert toy == []
 
 
+def pack_until_killed(rank: int) -> None:
+    save = np.save
+
+    def killed(path, array):
+        if "labels" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(path, array)
+
+    np.save = killed
+    loading.prepare_data("digits")
+
+
 def test_a_killed_packing_leaves_nothing_that_looks_like_data(tmp_path, monkeypatch):
     """A process is killed with SIGKILL while it writes labels; the next one packs the split again."""
-    script = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import numpy as np
-from self_supervised.data import loading
-save = np.save
-def killed(path, array):
-    if "labels" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(path, array)
-np.save = killed
-loading.prepare_data("digits")
-"""
-    environment = {**os.environ, "DATA_PATH": str(tmp_path)}
-    assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == -9
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    started = processes.launch(pack_until_killed, 1, tmp_path / "process")
+    assert processes.join(started) == [-signal.SIGKILL]
     folder = tmp_path / "digits"
     assert not any(loading.packed_is_there(folder / split) for split in ("train", "test"))
     assert any(folder.glob(".*unfinished/images.npy"))
-    monkeypatch.setenv("DATA_PATH", str(tmp_path))
     loading.prepare_data("digits")
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["test", "train"]
 
@@ -115,6 +112,7 @@ def test_missing_sets_are_named_with_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setitem(packed.READERS, "stl10", offline)
     with pytest.raises(FileNotFoundError, match=r"stl10/unlabeled.*no route to host.*internet.*DATA_PATH"):
         loading.prepare_data("stl10")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])

@@ -28,7 +28,7 @@ from self_supervised.embeddings.parquet import read_embeddings
 from self_supervised.evaluation.classifier import DECAYS_OF_FEW, classifier_of, fit_few, fold_of_each
 from self_supervised.evaluation.probes import DECAY_OF_FEW
 from self_supervised.exports import fresh, verify
-from self_supervised.networks.pretrained import load_encoder
+from self_supervised.networks.pretrained import Encoder, load_encoder
 
 MANUAL = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
 SCRIPT = re.search(r"^## From an image file to .*?```python\n(.*?)```", MANUAL, re.MULTILINE | re.DOTALL)[1]
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_the_linear_stage_is_applied(images, checkpoint, trainer
     assert np.abs(found - expected).max() < 1e-4
 
 
-def test_few_images_are_hinted_at_and_refusals_say_what_to_do(images, checkpoint, tmp_path, capsys):
+def test_few_images_are_hinted_at_and_refusals_say_what_to_do(images, checkpoint, tmp_path, capsys, monkeypatch):
     labeled = tmp_path / "few"
     for name, n in (("zero", 3), ("two", 1)):
         (labeled / name / "nested").mkdir(parents=True)
@@ -197,8 +197,12 @@ def test_few_images_are_hinted_at_and_refusals_say_what_to_do(images, checkpoint
     run("classify", checkpoint, "--labeled", labeled, *apply)
     assert "hint: classes with fewer than 3 images: two (1)." in capsys.readouterr().out
     assert classifier_of(load_encoder(tmp_path / "c.pt")).class_names == ["two", "zero"]
+    next((labeled / "two").rglob("*.png")).write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"labeled=.*few: 3 readable images have a label, of 1 class \(zero\). Put"):
+        run("classify", checkpoint, "--labeled", labeled, *apply)
     shutil.rmtree(labeled / "two")
-    with pytest.raises(SystemExit, match="labeled=.*few: 3 readable images have a label, of 1 class. Put"):
+    with monkeypatch.context() as context, pytest.raises(SystemExit, match="few: 3 images have a label, of 1 class"):
+        context.setattr(Encoder, "embed", None)  # it is refused before
         run("classify", checkpoint, "--labeled", labeled, *apply)
     with pytest.raises(SystemExit, match=r"labeled=None: .*encoder.ckpt holds no classifier. Pass a directory"):
         run("classify", checkpoint, *apply)

@@ -137,3 +137,23 @@ def test_point_convolution_is_the_convolution(kernel, padding, stride, height, w
         torch.autograd.grad(ours(x), inputs, upstream), torch.autograd.grad(theirs, inputs, upstream), strict=True
     ):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(4, 1), (8, 2), (7, 2), (12, 1), (1, 1)])
+def test_shared_weights_give_the_gradients_of_autocast(size, stride):
+    """Two passes within `weights_shared` equal autocast's in bfloat16, and are bit-identical in float32."""
+    torch.manual_seed(0)
+    layer = ws_resnet.PointConv2d(24, 40, 3, stride, 1, bias=False).to(memory_format=torch.channels_last)
+    views = [torch.randn(6, 24, size, size, requires_grad=True) for _ in range(2)]
+
+    def gradients(bf16: bool, *shared: torch.nn.Module) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), ws_resnet.weights_shared(*shared):
+            loss = sum((layer(x).float() * (i + 1)).sin().sum() for i, x in enumerate(views))
+        return torch.autograd.grad(loss, [layer.weight, *views])
+
+    for plain, shared in zip(gradients(False), gradients(False, layer, None), strict=True):
+        assert torch.equal(plain, shared)
+    for exact, plain, shared in zip(gradients(False), gradients(True), gradients(True, layer), strict=True):
+        assert shared.dtype == torch.float32
+        assert (shared - exact).norm() <= 1.2 * (plain - exact).norm() < 0.05 * exact.norm()
+    assert layer.shared is None and not torch.equal(gradients(True)[0], gradients(False)[0])

@@ -57,7 +57,8 @@ def test_seeds_of_one_method_give_mean_and_sample_deviation_of_the_runs(runs):
     ]
     assert "Evaluation seeds: 0, 1 (linear); 0 (knn)." in table.notes
     missing = (
-        f"Missing values: self-supervised evaluate {runs[0]} {runs[2]} --dataset_name digits --protocols knn --seeds 0"
+        "Missing values: not evaluated yet are byol (knn), random encoder (knn): self-supervised evaluate "
+        f"{runs[0]} {runs[2]} --dataset_name digits --protocols knn --seeds 0"
     )
     assert missing in table.notes  # the random encoder's value is stored with the first run
 
@@ -85,6 +86,13 @@ def test_the_best_value_is_the_lowest_the_nearest_to_1_or_the_highest(metric, be
     assert table.best == {(best, 0)} and table.texts("{}")[3] == ["d", "not finite"]
 
 
+def test_a_run_on_another_data_set_is_named_and_not_to_be_evaluated_on_this_one(runs, tmp_path):
+    other = written(tmp_path / "other", [], dataset_name="cifar10")
+    (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows([*runs, other]))
+    assert "Not evaluated on digits: other (pretrained on cifar10)." in table.notes
+    assert not any(str(other) in note for note in table.notes)
+
+
 def test_values_that_cannot_be_compared_are_not_ranked(runs, tmp_path):
     other = written(tmp_path / "other", [record("linear", {"acc1": 99.0}, definition="of another version")], lr=1)
     (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows([*runs, other]))
@@ -107,7 +115,7 @@ def test_compare_shows_the_table_before_results_and_settings(runs, monkeypatch, 
     compare.main()
     shown = capsys.readouterr().out
     assert re.search(r"simclr_\{0,1\} +│ +83.50 ± 3.54 │.*\n│ byol +│ +\*90.00 ± 0.00", shown)
-    assert shown.index("Evaluated on digits") < shown.index("trained encoder: valid_knn20_acc") < shown.index("preset")
+    assert shown.index("Evaluated on digits") < shown.index("trained encoder") < shown.index("preset")
     assert max(map(len, shown.split("Missing values")[0].splitlines()[:8])) <= 80
     with (tmp_path / "c.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -119,6 +127,18 @@ def test_compare_shows_the_table_before_results_and_settings(runs, monkeypatch, 
     compare.main()
     table = capsys.readouterr().out
     assert "| byol | **90.00 ± 0.00** |  |" in table and "| preset | simclr | byol |" in table
+
+
+def test_a_comparison_of_five_runs_fits_into_80_columns(tmp_path, monkeypatch, capsys):
+    presets = ("barlow_twins", "byol", "moco_v2", "simclr", "vicreg")
+    made = [written(tmp_path / f"{name}_digits_small", [], preset=name) for name in presets]
+    monkeypatch.setenv("COLUMNS", "80")
+    compare.main([*map(str, made)])
+    table = capsys.readouterr().out.partition("Not evaluated yet")[0]
+    assert max(map(len, table.splitlines())) <= 80 and table.count("━┓") == 1  # in one part
+    cells = [[cell.strip() for cell in row.split("│")[1:-1]] for row in table.splitlines()]
+    assert ["preset", "barlow_", *presets[1:]] in cells and ["", "twins", "", "", "", ""] in cells
+    assert ["valid_knn20_acc", *["61.5"] * 5] in cells
 
 
 def test_compare_and_report_name_the_command_if_nothing_was_evaluated(runs, tmp_path, monkeypatch, capsys):

@@ -202,7 +202,7 @@ def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch,
         assert row[:2] == [f"{total:,}", name] and decay in row[2:]
     assert "x 2 (accumulated batches) x 64 (images) = 128 images per optimizer step" in shown
     assert cells["normalization"] == ["mean 0.3053, standard deviation 0.376 of pixel values from 0 to 1"]
-    rate = "peak 0.2 = 0.4 x 128 / 256; linear warm-up from 0 in 1 epochs (10 steps)"
+    rate = "peak 0.2 = 0.4 x 128 / 256; linear warm-up from 0 in 1 epoch (10 steps)"
     assert cells["learning rate"][0].startswith(rate)
     assert "3 epochs, 30 steps, 10 an epoch" in shown  # 0.4 x 128 / 256; 1297 / 128
     assert "1,297 for training, 500 for evaluation" in shown and not list(tmp_path.iterdir())
@@ -563,11 +563,12 @@ def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, m
 
 
 def test_an_error_is_one_line_and_its_stack_is_in_the_log(monkeypatch, tmp_path):
-    line = RUN.format(out=tmp_path / "bad").replace("valid_knn20_acc,step_train_loss", "valid_accuracy")
-    with pytest.raises(
-        SystemExit, match="error: save_best='valid_accuracy' is not logged: choose one of .*valid_knn20"
-    ):
-        main(line, monkeypatch)
+    def refuse(*_):
+        raise ValueError("lr=1: too high.")
+
+    monkeypatch.setattr(train, "pretrain_stage", refuse)
+    with pytest.raises(SystemExit, match="error: lr=1: too high."):
+        main(RUN.format(out=tmp_path / "bad"), monkeypatch)
     torch.use_deterministic_algorithms(False)
     assert "Traceback" in (tmp_path / "bad" / "log.txt").read_text()
 
@@ -598,7 +599,7 @@ def test_gradient_norms_are_those_of_torch():
     )
     parts.head(parts.model(torch.randn(5, 3))).square().sum().backward()
     logged = {}
-    parts.log_dict = logged.update
+    parts.log_step = logged.update
     GradientNorms().on_before_optimizer_step(None, parts, None)
     assert set(logged) == {"grad_norm_model", "grad_norm_head"}
     for name in ("model", "head"):

@@ -57,7 +57,7 @@ def test_operations_that_have_no_effect_are_left_out():
         ({"lr": 0.3, "lr_scaling": "linear"}, "peak 0.3 x images per optimizer step / 256;"),
         ({"lr": 0.3, "lr_scaling": "linear", "global_batch_size": 512}, "peak 0.6 = 0.3 x 512 / 256;"),
         ({"lr": 0.3, "lr_scaling": "sqrt", "global_batch_size": 1024}, "peak 0.6 = 0.3 x sqrt(1024 / 256);"),
-        ({"optimizer_name": "lars"}, "peak 0.5; linear warm-up from 0 in 1 epochs, cosine to 0"),
+        ({"optimizer_name": "lars"}, "peak 0.5; linear warm-up from 0 in 1 epoch, cosine to 0"),
         ({"lr_schedule": "steps", "lr_decay_steps": [6, 8]}, "peak 0.5; steps (x 0.1 at epochs [6, 8], at least 0)"),
     ],
 )

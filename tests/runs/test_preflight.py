@@ -1,5 +1,6 @@
 """Mistakes that the settings, the data or the machine reveal are refused before any work is done."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from self_supervised.data import loading
 from self_supervised.runs import preflight
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.preflight import check_run
+from self_supervised.training.monitor import GradientNorms, LearningRate
 
 SMALL = "--encoder_arch shufflenet_v2_x0_5 --transform_crop_size 16 --dim 8 --mlp_hidden_dim 8 --batch_size 8 --seed 0"
 
@@ -77,12 +79,37 @@ def test_multiple_labels_of_an_image_are_refused_by_a_linear_stage(monkeypatch, 
         check_run(RunOptions(linear_epochs=1), small("simclr", dataset_name="voc07"))
 
 
-def test_an_unknown_metric_of_save_best_is_refused_at_the_first_step(monkeypatch, tmp_path):
+def test_an_unknown_metric_of_save_best_is_refused_before_the_training(monkeypatch, tmp_path):
     line = "--dataset_name digits --evaluations knn --max_epochs 1000 --save_best accuracy"
     monkeypatch.setattr(sys, "argv", ["train.py", "simclr", *SMALL.split(), "--out", "run", *line.split()])
     with pytest.raises(SystemExit, match="save_best='accuracy'"):
         train.main()
-    assert not list(Path("run").glob("**/*.ckpt"))
+    assert not Path("run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:collapse")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preset": "simclr", "evaluations": ["knn", "rank_me"], "online_classifier": True},
+        {"preset": "sce", "sce_coefficient_schedule": "cosine", "evaluations": ["knn"], "probe_on_training_set": True},
+        {"preset": "vicreg", "prediction_mlp_layers": 1},
+    ],
+)
+def test_the_names_of_metrics_are_those_of_a_run(settings, small, trainer):
+    params = small(dataset_name="digits", transform_crop_size=8, **settings)
+    fit = trainer(max_epochs=1, limit_val_batches=8, callbacks=[LearningRate(), GradientNorms()])
+    fit.fit(SelfSupervisedMethod(params))
+    assert preflight.metric_names(RunOptions(log_gradient_norms=True), params) >= set(fit.callback_metrics)
+    without = preflight.metric_names(RunOptions(limit_val_batches=0), params)
+    assert without == {name for name in fit.callback_metrics if not re.search("valid|grad_norm|class_acc", name)}
+
+
+def test_scores_of_unlabeled_images_are_no_metrics_that_need_labels(tmp_path, small):
+    images(tmp_path / "photos", 20)
+    params = small("simclr", dataset_name="folder", data_path=tmp_path / "photos", labels_from=None)
+    with pytest.raises(ValueError, match="save_best='valid_knn20_acc' is not logged: choose one of .*valid_rank_me"):
+        check_run(RunOptions(save_best=["valid_knn20_acc"]), params)
 
 
 def test_a_file_in_place_of_the_runs_folder_is_refused(monkeypatch):
@@ -120,5 +147,6 @@ def test_a_dry_run_names_all_unreadable_images_at_once(monkeypatch, tmp_path, ca
     with pytest.raises(SystemExit) as exit_:
         train.main(["simclr", *SMALL.split(), *line.split(), "--val_size", "0", "--test_size", "0"])
     message = str(exit_.value)
+    assert "by the lists in" not in capsys.readouterr().err  # of a directory that no longer exists
     assert "10 of 40 images cannot be read" in message and "and 6 more" in message
     assert sum(str(path) in message for path in broken) == 4

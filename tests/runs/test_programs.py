@@ -142,9 +142,10 @@ def train_to_the_end(rank: int, folder: str, resume: bool, kill_at: int | None) 
     train.main()
 
 
-OPTIONS = ["--dataset_name", "digits", "--encoder_arch", "shufflenet_v2_x0_5", "--batch_size", "128", "--seed", "0",
-           "--max_epochs", "2", "--mlp_hidden_dim", "32", "--dim", "16", "--checkpoint_every_n_steps", "3",
-           "--linear_epochs", "2", "--linear_lr", "0.1", "--evaluations", "['knn', 'rank_me']"]  # fmt: skip
+OPTIONS = ["--dataset_name", "digits", "--encoder_arch", "shufflenet_v2_x0_5", "--data_fraction", "0.25",
+           "--batch_size", "32", "--max_epochs", "2", "--mlp_hidden_dim", "32", "--dim", "16", "--seed", "0",
+           "--checkpoint_every_n_steps", "3", "--linear_epochs", "2", "--linear_lr", "0.1",
+           "--evaluations", "['knn', 'rank_me']"]  # fmt: skip
 
 
 def test_train_goes_on_where_it_was_killed(tmp_path):

@@ -12,6 +12,7 @@ from moco import SelfSupervisedMethod
 from model_params import PRESETS, EncoderAndDataParams, ModelParams
 from self_supervised.training import advice, optimizers, parameter_groups
 from self_supervised.training.optimizers import Plan
+from self_supervised.views import training_views
 
 STEPS = 5
 AN_EPOCH = 2  # steps
@@ -38,6 +39,19 @@ BASES = {  # every loss and optimizer, and settings that only have an effect wit
     "eqco, adamw": {"preset": "eqco", "optimizer_name": "adamw", "warmup_epochs": 1.25},
     **({name: {"preset": name} for name in PRESETS if name not in ("sce_video", "ressl")} if LONG > 1 else {}),
 }
+HEADS_ALONE = {  # bases with which nothing else is tried
+    "one layer": {
+        "preset": "simsiam",
+        "projection_mlp_layers": 1,
+        "prediction_mlp_layers": 1,
+        "mlp_normalization": None,
+    },
+    "widths": {
+        **{"preset": "byol", "projection_mlp_hidden_dims": [5], "prediction_mlp_layers": 1},
+        **{"prediction_mlp_last_normalization": "same", "mlp_normalization": None},
+    },
+    "one normalization": {"preset": "byol", "projection_mlp_layers": 1, "prediction_mlp_normalization": "ln"},
+}
 WITH_HEADS = ("ce, sgd", "ip, lars")  # bases with which the settings of heads are tried
 NOT_OF_A_STEP = {  # of validation, of views, of the programs, of several processes, or another name of a setting
     "evaluations", "evaluate_every_n_epochs", "probe_solver", "probe_on_training_set", "n_large_views", "n_small_views",
@@ -61,6 +75,24 @@ OTHER = {  # values where none can be derived from the present one
 }  # fmt: skip
 
 
+VIEWS = {
+    "color": {},
+    "digits": {"dataset_name": "digits", "transform_crop_size": 16},
+    "gray": {"in_channels": 1, "dataset_name": "folder"},
+    "strengths, solarized": {
+        **{f"transform_{name}": 0.3 for name in ("brightness", "contrast", "saturation", "hue")},
+        "transform_solarize_probability": 0.5,
+    },
+    "no jitter, no blur": {"transform_jitter_probability": 0, "transform_apply_blur": False},
+    "no strength, no blur": {"transform_s": 0, "transform_blur_probability": 0},
+}
+OF_VIEWS = {
+    **{"transform_crop_scale_min": 0.3, "transform_crop_scale_max": 0.8},
+    **{"transform_crop_ratio_min": 0.9, "transform_crop_ratio_max": 1.2},
+    **{"transform_s": 0.2, "transform_blur_sigma_min": 0.7, "transform_blur_sigma_max": 1.0},
+}
+
+
 def others(params: ModelParams, name: str) -> list:
     """Return values of a setting that differ from the present one."""
     value = getattr(params, name)
@@ -82,7 +114,7 @@ def trained(params: ModelParams) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = SelfSupervisedMethod(params, encoder=Encoder())
     model._trainer = SimpleNamespace(global_step=0, current_epoch=0, estimated_stepping_batches=STEPS)
-    model.log_dict = lambda *_: None
+    model.log_step = lambda *_: None
     scaling = params.batch_size / params.lr_batch_size if params.lr_scaling else 1.0
     warmup = optimizers.warmup_epochs(params) * AN_EPOCH
     model.plan = Plan(1, 1, params.batch_size, params.lr * scaling, STEPS, AN_EPOCH, warmup, scaling)
@@ -104,20 +136,21 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", {**BASES, **HEADS_ALONE})
 def test_what_has_no_effect_trains_bit_equal_and_all_else_does_not(base):
-    settings = {**TINY, **BASES[base]}
+    settings = {**TINY, **{**BASES, **HEADS_ALONE}[base]}
     params = PRESETS[settings.pop("preset", "moco_v2")](**settings)
     before = trained(params)
     wrong = []
     for name in FIELDS:
-        for value in others(params, name) if base in WITH_HEADS or "mlp" not in name else ():
+        is_tried = "mlp" in name if base in HEADS_ALONE else base in WITH_HEADS or "mlp" not in name
+        for value in others(params, name) if is_tried else ():
             try:
                 changed = attrs.evolve(params, **{name: value})
             except ValueError:
                 continue  # refused, which is no silence
             said = advice.lacks(changed, name, changed.loss_type)
-            if not said and name not in advice.NEEDS and base not in WITH_HEADS and LONG == 1:
+            if not said and name not in advice.NEEDS and base not in (*WITH_HEADS, *HEADS_ALONE) and LONG == 1:
                 continue  # tried with the others
             if equal(before, trained(changed)) != bool(said):
                 wrong.append((name, value, said))
@@ -145,5 +178,44 @@ def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_l
     )
 
 
+@pytest.mark.parametrize("base", VIEWS)
+def test_what_has_no_effect_gives_equal_views_and_all_else_does_not(base):
+    params = ModelParams(**{"dataset_name": "cifar10", "transform_crop_size": 16, **VIEWS[base]})
+    images = torch.randint(256, (64, params.channels, 20, 20), dtype=torch.uint8)
+    before = training_views(params)(images, 0)
+    for name in (field.name for field in attrs.fields(ModelParams)):
+        other_size = ("transform_small", "transform_crop_size", "transform_time")  # or refused
+        if not name.startswith("transform_") or name.startswith(other_size):
+            continue
+        value = False if name == "transform_apply_blur" else OF_VIEWS.get(name, 0.35)
+        changed = attrs.evolve(params, **{name: value})
+        after = training_views(changed)(images, 0)
+        is_equal = all(torch.allclose(*pair, atol=1e-3) for pair in zip(before, after, strict=True))  # hue rounds
+        assert is_equal == bool(advice.lacks(changed, name, "ce")) or not value, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [
+        ({"evaluations": ["knn"], "probe_solver": "torch"}, "linear_probe in evaluations"),
+        ({"evaluations": ["rank_me"], "probe_on_training_set": True}, "linear_probe or knn in evaluations"),
+        ({"evaluations": [], "online_classifier": True, "evaluate_every_n_epochs": 2}, ""),
+        ({"evaluations": [], "evaluate_every_n_epochs": 2}, "evaluations or online_classifier"),
+        ({"decoding_threads": 2}, "videos"),
+        ({"dataset_name": "kinetics", "decoding_threads": 2}, ""),
+        ({"dataset_name": "kinetics", "frames_per_second": 5}, "video_decoder=frames"),
+        ({"stem_variant": "no_relu"}, "low_resolution_stem=True"),
+        ({"dataset_name": "cifar10", "stem_variant": "no_relu"}, ""),
+        ({"data_seed": 1}, "data_fraction below 1"),
+        ({"data_fraction": 0.5, "data_seed": 1}, ""),
+        ({"dataset_name": "digits", "transform_hue": 0}, ""),  # off, as it is
+    ],
+)
+def test_settings_of_data_and_evaluations_say_what_they_need(settings, needs):
+    assert advice.lacks(ModelParams(**settings), [*settings][-1], "ce") == needs
+
+
 def test_settings_of_a_loss_have_no_effect_with_a_loss_of_the_users_own():
     assert advice.lacks(PRESETS["simclr"](T=0.3), "T", "custom") and not advice.lacks(PRESETS["simclr"](), "T", "ce")
+    assert not advice.lacks(PRESETS["moco_v2"](K=64), "K", "custom")  # the function gets the queue
+    assert advice.lacks(PRESETS["simclr"](K=64), "K", "custom")

@@ -1,6 +1,7 @@
 """Every way to launch multiple processes ends with the same weights, and the Trainer's options take effect."""
 
 import json
+import logging
 import os
 import runpy
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import processes
@@ -83,6 +85,10 @@ if __name__ == "__main__":
 FORCE = "2 (processes) x 1 (accumulated batches) x 8 (images) = 16 images per optimizer step; 6 steps"
 
 
+def outputs(folder: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(folder.rglob("output_*.txt")))
+
+
 class Programs:
     """Programs that are started in a folder, and ended with all of their processes at the end of the test."""
 
@@ -105,7 +111,7 @@ class Programs:
         output.close()
 
     def outputs(self) -> str:
-        return "\n".join(path.read_text() for path in sorted(self.folder.glob("output_*.txt")))
+        return outputs(self.folder)
 
     def wait(self, seconds: float = 100, status: int = 0) -> None:
         """Wait until all have ended, and check their status."""
@@ -129,7 +135,7 @@ class Programs:
                 time.sleep(0.05)
 
     def found(self) -> list[dict]:
-        return [torch.load(self.folder / f"final_{rank}.pt") for rank in range(2)]
+        return found(self.folder)
 
 
 @pytest.fixture
@@ -139,9 +145,13 @@ def programs(tmp_path):
     programs.stop()
 
 
-def as_script(rank: int, script: str, folder: str) -> None:
-    sys.argv = [script, folder, json.dumps({"devices": 2})]
-    runpy.run_path(script, run_name="__main__")
+def as_program(rank: int, program: str, arguments: list[str]) -> None:
+    """Run a file, or a module, as if it had been started."""
+    sys.argv = [program, *arguments]
+    for handler in logging.getLogger("pytorch_lightning").handlers:
+        handler.setStream(sys.stderr)  # of this process, not of the one that was forked
+    run = runpy.run_path if program.endswith(".py") else runpy.run_module
+    run(program, run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +159,14 @@ def weights(tmp_path_factory):
     """Return the weights of the same program on two processes that are started as in test_ddp.py."""
     folder = tmp_path_factory.mktemp("reference")
     script = Programs(folder).script
-    processes.run(as_script, 2, folder, str(script), str(folder))
-    found = [torch.load(folder / f"final_{rank}.pt") for rank in range(2)]
-    assert all(process["steps"] == 6 and process["world"] == 2 for process in found)
-    return found[0]["weights"]
+    processes.run(as_program, 2, folder, str(script), [str(folder), '{"devices": 2}'])
+    both = found(folder)
+    assert all(process["steps"] == 6 and process["world"] == 2 for process in both)
+    return both[0]["weights"]
+
+
+def found(folder: Path) -> list[dict]:
+    return [torch.load(folder / f"final_{rank}.pt") for rank in range(2)]
 
 
 def assert_same(found: list[dict], weights: dict, cluster: str | None = None) -> None:
@@ -178,11 +192,10 @@ def start(programs: Programs, launcher: str, **options: object) -> None:
 SAVED = "step_000000004.ckpt"
 
 
-def wait_for_pause(programs: Programs, seconds: float = 100) -> None:
+def wait_for_pause(folder: Path, running: Callable[[], bool], seconds: float = 100) -> None:
     end = time.monotonic() + seconds
-    while not all((programs.folder / f"paused_{rank}").exists() for rank in range(2)):
-        assert time.monotonic() < end, programs.outputs()[-5000:]
-        assert all(process.poll() is None for process in programs.running), programs.outputs()[-5000:]
+    while not all((folder / f"paused_{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < end and running(), outputs(folder)[-5000:]
         time.sleep(0.05)
 
 
@@ -202,6 +215,7 @@ def test_torchrun_on_one_node(programs, weights):
     assert programs.outputs().count(FORCE) == 1
 
 
+@pytest.mark.skipif(LONG == 1, reason="with LONG=2 in the environment; one node, and two with SLURM, are always tested")
 def test_torchrun_on_two_nodes(programs, weights):
     """Each node has its own address, like a machine of its own."""
     port = processes.free_port()
@@ -219,7 +233,7 @@ def test_torchrun_on_two_nodes(programs, weights):
 def test_sigterm_to_the_launcher(launcher, status, programs, weights, tmp_path):
     """The launcher forwards the signal, or the processes tell each other; torchrun then ends with status 1."""
     start(programs, launcher, pause=True)
-    wait_for_pause(programs)
+    wait_for_pause(tmp_path, lambda: all(process.poll() is None for process in programs.running))
     programs.running[0].send_signal(signal.SIGTERM)
     time.sleep(0.2)
     (tmp_path / "go_on").touch()
@@ -242,15 +256,17 @@ def slurm_job() -> int:
     raise AssertionError("no port is free")
 
 
-def start_as_srun(programs: Programs, job: int, command: list, **variables: str) -> None:
+def srun(folder: Path, job: int, program: str, arguments: list[str], **variables: str) -> list:
     """Start two nodes with one task each, with the variables that srun sets."""
+    of_the_job = {"JOB_ID": job, "JOB_NAME": "train", "NTASKS": 2, "NTASKS_PER_NODE": 1, "NNODES": 2}
+    of_the_job |= {"NODELIST": "127.0.0.[1-2]", "JOB_NODELIST": "127.0.0.[1-2]", "LOCALID": 0}
+    started = []
     for task in range(2):
-        of_the_job = {"JOB_ID": job, "JOB_NAME": "train", "NTASKS": 2, "NTASKS_PER_NODE": 1, "NNODES": 2}
-        of_the_task = {"PROCID": task, "LOCALID": 0, "NODEID": task}
-        nodes = {"NODELIST": "127.0.0.[1-2]", "JOB_NODELIST": "127.0.0.[1-2]"}
-        given = {f"SLURM_{name}": value for name, value in {**of_the_job, **of_the_task, **nodes}.items()}
-        path = f"{programs.folder / 'bin'}:{os.environ['PATH']}"
-        programs.start(command, PATH=path, **given, **variables)
+        given = {f"SLURM_{name}": str(value) for name, value in {**of_the_job, "PROCID": task, "NODEID": task}.items()}
+        started += processes.launch(
+            as_program, 1, folder / f"task_{task}", program, arguments, variables=given | variables
+        )
+    return started
 
 
 def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path):
@@ -259,25 +275,28 @@ def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "queued"}\n')
     scontrol.chmod(0o755)
-    job = slurm_job()
-    command, options = [programs.script, programs.folder], {"devices": 1, "num_nodes": 2}
-    start_as_srun(programs, job, [*command, json.dumps({**options, "pause": True})])
-    wait_for_pause(programs)
-    for process in programs.running:
-        process.send_signal(signal.SIGUSR1)
+    job, path = slurm_job(), f"{scontrol.parent}:{os.environ['PATH']}"
+
+    def start(**options) -> list:
+        arguments = [str(tmp_path), json.dumps({"devices": 1, "num_nodes": 2, **options})]
+        return srun(tmp_path, job, str(programs.script), arguments, PATH=path)
+
+    running = start(pause=True)
+    wait_for_pause(tmp_path, lambda: all(process.is_alive() for process in running))
+    for process in running:
+        os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.2)
     (tmp_path / "go_on").touch()
-    programs.wait()
+    assert processes.join(running) == [0, 0], outputs(tmp_path)[-5000:]
     assert (tmp_path / "queued").read_text() == f"requeue {job}\n"
     assert [path.name for path in (tmp_path / "run").iterdir()] == [SAVED]
     assert read_checkpoint(tmp_path / "run" / SAVED)["global_step"] == 4
     assert not list(tmp_path.glob("final_*.pt")) and not list(tmp_path.glob("hpc_ckpt*"))
 
-    start_as_srun(programs, job, [*command, json.dumps(options)])
-    programs.wait()
-    assert_same(programs.found(), weights, "SLURMEnvironment")
+    assert processes.join(start()) == [0, 0], outputs(tmp_path)[-5000:]
+    assert_same(found(tmp_path), weights, "SLURMEnvironment")
     assert (tmp_path / "queued").read_text().count("\n") == 1
-    assert programs.outputs().count(FORCE) == 1  # by the second start
+    assert outputs(tmp_path).count(FORCE) == 1  # by the second start
 
 
 def expanded(script: str, arguments: list[str], **variables: str) -> list[str]:
@@ -287,7 +306,7 @@ def expanded(script: str, arguments: list[str], **variables: str) -> list[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
-def test_the_slurm_script_for_videos(programs, tmp_path):
+def test_the_slurm_script_for_videos(tmp_path):
     """The script of docs/distributed.md, word for word, with its variables and a few options to make it small."""
     blocks = (ROOT / "docs" / "distributed.md").read_text().split("```bash\n")[1:]
     (script,) = (block.split("```")[0] for block in blocks if "sce_video --seed" in block)
@@ -298,11 +317,11 @@ def test_the_slurm_script_for_videos(programs, tmp_path):
     small += " --evaluations knn --precision 32-true --sync_batchnorm false --logger csv"  # there is no GPU
     given = {"seed": "7", "workers": "0", "devices": "1", "output_dir": str(tmp_path / "run")}
     given |= {"dataset_dir": str(tmp_path / "data"), "SLURM_JOB_NUM_NODES": "2"}
-    data_path, srun, program, *arguments = expanded(script, small.split(), **given)
-    assert (srun, program, arguments[0]) == ("--kill-on-bad-exit=1", "self-supervised", "train")
-    start_as_srun(programs, slurm_job(), ["-m", "self_supervised", *arguments], DATA_PATH=data_path)
-    programs.wait()
-    assert "2 (processes) x 1 (accumulated batches) x 2 (videos) = 4 videos per optimizer step" in programs.outputs()
+    data_path, option, program, *arguments = expanded(script, small.split(), **given)
+    assert (option, program, arguments[0]) == ("--kill-on-bad-exit=1", "self-supervised", "train")
+    started = srun(tmp_path, slurm_job(), "self_supervised", arguments, DATA_PATH=data_path)
+    assert processes.join(started) == [0, 0], outputs(tmp_path)[-5000:]
+    assert "2 (processes) x 1 (accumulated batches) x 2 (videos) = 4 videos per optimizer step" in outputs(tmp_path)
     found = read_checkpoint(tmp_path / "run" / "pretrained.ckpt")
     assert found["global_step"] == 1 and found["hyper_parameters"]["seed"] == 7
     assert found["hyper_parameters"]["num_data_workers"] == 0
@@ -395,7 +414,7 @@ def test_accumulated_batches_on_two_processes_equal_those_on_one(tmp_path):
             assert_close(process[name], alone[name])
 
 
-STRATEGIES = ({}, {"static_graph": True}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True})
+STRATEGIES = ({}, {"static_graph": True, "gradient_as_bucket_view": True}, {"find_unused_parameters": True})
 
 
 def strategies(rank: int, world: int) -> dict:

@@ -7,10 +7,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import SMALL
+from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
+from self_supervised.safe_files import rows_of
 from self_supervised.training import monitor
 from self_supervised.training.checkpoints import Checkpoints, newest, read_checkpoint
 
@@ -100,3 +102,36 @@ def test_all_processes_stop_when_one_loss_is_not_finite(tmp_path):
     for rank, message in enumerate(processes.run(spoiled_on_one, 2, tmp_path, 2)):
         assert "not finite at step 2 (epoch 1, batch 2) on process 1; " in message
         assert f"on process {rank} step_train_loss=" in message and ("step_train_loss=nan" in message) == (rank == 1)
+
+
+@pytest.mark.filterwarnings("ignore:collapse")
+@pytest.mark.parametrize(
+    ("options", "stop_after", "fresh"),
+    [
+        ({}, None, {0, 3, 5, 7, 11}),
+        ({"max_steps": 7}, None, {0, 3, 5, 6}),
+        ({"val_check_interval": 3}, None, {0, 2, 3, 5, 7, 8, 11}),
+        ({}, 7, {0, 3, 5}),  # the step after which another callback stops the training is logged after that
+    ],
+)
+def test_step_metrics_are_logged_only_where_they_are_read(options, stop_after, fresh, small, trainer, tmp_path):
+    """Rows of metrics.csv and final metrics are those of a training that logs at every step."""
+    rows, final, seen = [], [], []
+
+    class Seen(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen[-1].append(trainer.callback_metrics["step_train_loss"].item())
+            trainer.should_stop |= trainer.global_step == stop_after
+
+    for interval in (4, 1):
+        seen.append([])
+        fit = trainer(
+            logger=CSVLogger(tmp_path, "", interval), callbacks=[Seen(), monitor.LearningRate()], max_epochs=2,
+            **{"log_every_n_steps": interval, "limit_train_batches": 6, **options},
+        )  # fmt: skip
+        fit.fit(SelfSupervisedMethod(small("byol", evaluations=[], batch_size=8, use_momentum_schedule=True)))
+        rows.append({row["step"]: row for row in rows_of(tmp_path / f"version_{interval}" / "metrics.csv")[1]})
+        final.append({name: value.item() for name, value in fit.callback_metrics.items()})
+    assert final[0] == final[1] and rows[0].items() <= rows[1].items()
+    assert {"3", "6" if stop_after else "3"} <= set(rows[0])
+    assert {i for i, (a, b) in enumerate(zip(*seen, strict=True)) if a == b} == fresh

@@ -462,7 +462,7 @@ def test_the_logged_learning_rate_is_not_the_online_classifiers(method, trainer)
             logged.append(trainer.callback_metrics["lr"].item())
 
     model = method(lr=0.01, online_classifier=True, lr_schedule="constant")
-    trainer(callbacks=[LearningRate(), Log()]).fit(model)
+    trainer(callbacks=[LearningRate(), Log()], log_every_n_steps=1).fit(model)
     assert logged == pytest.approx([0.01, 0.01])
 
 

@@ -29,7 +29,7 @@ def fit(small, trainer):
 
     def make(logger, scored: bool = True, checkpoint: str | None = None, **options) -> tuple:
         model = SelfSupervisedMethod(small("simclr", **OPTIONS))
-        fitted = trainer(logger=logger, log_every_n_steps=1, **{"max_epochs": 2, **options})
+        fitted = trainer(logger=logger, **{"max_epochs": 2, "log_every_n_steps": 1, **options})
         if scored:
             fitted.validate(model, verbose=False)
         fitted.fit(model, ckpt_path=checkpoint)
@@ -65,6 +65,13 @@ def test_compare_report_and_curves_of_a_run_in_python_equal_those_of_the_command
     assert figures.steps_per_epoch(out) == figures.steps_per_epoch(command) == 2
     page = report.write_report([out], images=0).read_text()
     assert tables.state(compare.read_run(out)) == "finished" and "4 steps, 2 an epoch" in page
+
+
+@pytest.mark.parametrize(("given", "steps"), [(None, [0, 1, 2, 3]), (3, [2])])
+def test_short_epochs_are_logged_like_those_of_the_command_unless_an_interval_is_passed(given, steps, fit):
+    fit(CSVLogger("logs", name="python", version=""), scored=False, log_every_n_steps=given)
+    assert curves.read_curves("logs/python")["step_train_loss"][0].tolist() == steps
+    assert run_folder.settings_of_run(Path("logs/python"))["log_every_n_steps"] == given
 
 
 def test_missing_scores_are_named(fit, capsys, monkeypatch):

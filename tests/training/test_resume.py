@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import processes
@@ -179,20 +180,21 @@ def folder_of(tmp_path_factory, digits_path):
     ],
 )
 def test_resumed_runs_equal_the_uninterrupted_one(kind, world, n_kills, folder_of, data_path):
+    """A run is killed and resumed at up to four moments, which are spread over its whole length."""
     place = folder_of / f"{kind} {world}".replace(", ", "_")
     n_moments = processes.run(train, world, place, kind, world, str(place), None)[0]
     expected, logged = torch.load(place / "final.pt"), figures(place)
     assert n_moments > 60 and len(logged) > 60
-    points = random.Random(LONG).sample(range(1, n_moments), n_kills * LONG)
-    for kill_at in points:
-        run = folder_of / f"{place.name}_killed_at_{kill_at}"
-        codes = processes.join(processes.launch(train, world, run, kind, world, str(run), kill_at))
-        assert codes[0] == -signal.SIGKILL, (run / "output_0.txt").read_text()
-        if kill_at % 3 == 0:  # kill the second process, too
-            processes.join(processes.launch(train, world, run, kind, world, str(run), 2 + kill_at // 2))
+    moments = sorted(random.Random(LONG).sample(range(1, n_moments), n_kills * LONG))
+    n_runs = -(-len(moments) // 4)
+    for first in range(n_runs):
+        run, kills = folder_of / f"{place.name}_{first}", moments[first::n_runs]
+        for before, kill in pairwise([0, *kills]):
+            codes = processes.join(processes.launch(train, world, run, kind, world, str(run), kill - before))
+            assert codes[0] == -signal.SIGKILL, (run / "output_0.txt").read_text()
         processes.run(train, world, run, kind, world, str(run), None)
-        assert equal(torch.load(run / "final.pt"), expected), kill_at
-        assert figures(run) == logged, (kill_at, set(figures(run).items()) ^ set(logged.items()))
+        assert equal(torch.load(run / "final.pt"), expected), kills
+        assert figures(run) == logged, (kills, set(figures(run).items()) ^ set(logged.items()))
 
 
 def slow_run(rank: int, world: int, folder: str) -> None:

@@ -50,19 +50,33 @@ def test_a_resumed_training_is_compared_with_the_start_of_the_first(small, train
     assert found.before == first.before and found.text
 
 
-@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"limit_val_batches": 0}])
-def test_there_is_no_verdict_without_figures(options, small, trainer):
-    assert fitted(small, trainer, **options)[2].text == ""
+def test_a_training_without_scores_says_why_it_has_no_verdict(small, trainer, caplog):
+    assert fitted(small, trainer, fast_dev_run=True)[2].text == ""
+    fitted(small, trainer, limit_val_batches=0)
+    reason = "the starting encoder was not scored (no validation images, or limit_val_batches=0)"
+    assert f"verdict: none, because {reason}" in caplog.messages
 
 
 def test_a_verdict_says_better_worse_or_neither():
     before = {"valid_rank_me": 3.0, "valid_class_acc": 80.0, "valid_knn20_acc": 94.2}
-    assert verdict("random encoder", before, {**before, "valid_knn20_acc": 97.6}).endswith("-> 97.6: better")
+    knn = ["knn"]
+    assert verdict("random encoder", before, {**before, "valid_knn20_acc": 97.6}, knn).endswith("-> 97.6: better")
     assert "-> 68.2: WORSE than the ImageNet weights. " in verdict(
-        "ImageNet weights", before, {**before, "valid_knn20_acc": 68.2}
+        "ImageNet weights", before, {**before, "valid_knn20_acc": 68.2}, knn
     )
-    assert "no better than" in verdict("random encoder", before, dict(before))
-    assert verdict("random encoder", {"valid_rank_me": 3.0}, {"valid_rank_me": 4.0}) == ""
+    assert "no better than" in verdict("random encoder", before, dict(before), knn)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "evaluations", "reason"),
+    [
+        ({"valid_rank_me": 3.0}, {"valid_rank_me": 4.0}, ["rank_me"], "evaluations=['rank_me'] has neither knn nor"),
+        ({"valid_rank_me": 3.0}, {"valid_rank_me": 4.0}, ["knn"], "the validation images have no labels"),
+        ({"valid_knn20_acc": 3.0}, {}, ["knn"], "the trained encoder was not scored"),
+    ],
+)
+def test_no_verdict_has_its_reason(before, after, evaluations, reason):
+    assert verdict("random encoder", before, after, evaluations).startswith(f"none, because {reason}")
 
 
 def test_the_start_has_the_name_of_its_weights(small):
