@@ -148,7 +148,7 @@ LINEAR_VIEW = ViewSettings(
 
 IMAGE_SETTINGS = (  # how images are read
     "dataset_name", "in_channels", "transform_crop_size", "image_mean", "image_std", "num_data_workers",
-    "pin_data_memory", "data_on_device", "unreadable_images", "exif_orientation",
+    "pin_data_memory", "data_on_device", "pack_images", "unreadable_images", "exif_orientation",
     *(name for name in DATASET_DEFAULTS if name not in TRAINING_ONLY),
 )  # fmt: skip
 FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", *IMAGE_SETTINGS)

@@ -147,6 +147,8 @@ class EncoderAndDataParams:
     drop_last_batch: bool | None = True
     pin_data_memory: bool = True  # use pinned memory, for faster copies to a GPU
     data_on_device: bool | None = None  # keep packed sets on the device as uint8; None: on a GPU, if they fit
+    # decode image files once, reduce them to 8/7 of the view's size, and read them from $DATA_PATH/packed from then on
+    pack_images: bool = False
     # reaction to a broken file; skip: train on the next one, leave it out of evaluations, and count it
     unreadable_images: str = choice("stop", ("stop", "skip"))
     # turn image files upright by their EXIF orientation; False: as earlier versions, and checkpoints of theirs, do

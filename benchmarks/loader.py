@@ -1,17 +1,23 @@
 """Class folders of JPEG files -> two normalized views of 224 pixels an image: ours, torchvision with PIL, lightly.
 
-    python -m benchmarks.loader            # 5,000 files of about 100 kB and 500 x 375 pixels; 4 minutes on 2 cores
+    python -m benchmarks.loader            # 5,000 files of about 100 kB and 500 x 375 pixels; 6 minutes on 2 cores
+    python -m benchmarks.loader --packed   # only the second table: decoding alone, and packed images; 2 minutes
     python -m benchmarks.loader --quick
 
 The files are crops of the photographs that scikit-learn and matplotlib bring along. Every contestant starts its workers
 and goes once through the same images; all of that is timed. Ours makes the views in the main process, on the GPU if
 there is one; the row "uint8" is what it delivers when a GPU makes them. Memory is the largest resident set of the
 parent and of one worker, in fresh processes; workers share much of it with their parent.
+
+The second table has epochs of uint8 crops, with pack_images=True: the first epoch packs the files, the second one reads
+what was packed. Decoding alone is that of PIL and of torchcodec (`pip install torchcodec`), on one core, from memory.
 """
 
 import io
+import os
 import re
 import resource
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +36,10 @@ from torchvision.datasets import ImageFolder
 
 from benchmarks import harness, peers
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data.image_files import ImageFiles
+from self_supervised.data.image_files import ImageFiles, collate_crops
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
+from self_supervised.data.packed import data_path
+from self_supervised.data.packed_files import pack_files
 from self_supervised.fields import as_path
 from self_supervised.views import augmentations
 from self_supervised.views.augmentations import generator
@@ -47,6 +55,7 @@ class Work:
     folder: str
     n_files: int = 5000
     images: int = 512  # of them in one turn
+    images_of_epoch: int = 1024  # of them in one turn of the second table
     remembered: int = 192  # of them where memory is measured
     batch_size: int = 64
     size: int = 224
@@ -55,7 +64,16 @@ class Work:
     bytes: int = 90_000  # the quality is the lowest of QUALITIES with as much
 
 
-QUICK = {"n_files": 40, "images": 40, "remembered": 16, "batch_size": 8, "size": 32, "width": 100, "height": 75}
+QUICK = {
+    "n_files": 40,
+    "images": 40,
+    "images_of_epoch": 40,
+    "remembered": 16,
+    "batch_size": 8,
+    "size": 32,
+    "width": 100,
+    "height": 75,
+}
 QUALITIES = (90, 95, 97, 98, 99)
 
 
@@ -108,12 +126,19 @@ def some(dataset: Dataset, images: int) -> Subset:
 
 def ours(work: Work, images: int, workers: int, to_float: bool = True) -> Iterator[list[Tensor]]:
     views, device = [ViewSettings(crop_size=work.size)] * 2, "cuda" if torch.cuda.is_available() else "cpu"
-    dataset = some(ImageFiles(Path(work.folder), 3, work.size, views, seed=0), images)
-    sampler = ResumableSampler(dataset, 1, 0, seed=0)
-    for i, (crops, _) in enumerate(ResumableDataLoader(dataset, work.batch_size, sampler=sampler, num_workers=workers)):
+    for i, (crops, _) in enumerate(our_loader(some(image_files(work), images), work, workers)):
         if to_float:
             crops = augmentations.augment([c.to(device) for c in crops], (0, i), views, peers.MEAN, peers.STD)
         yield crops
+
+
+def image_files(work: Work) -> ImageFiles:
+    return ImageFiles(Path(work.folder), 3, work.size, [ViewSettings(crop_size=work.size)] * 2, seed=0)
+
+
+def our_loader(dataset: Dataset, work: Work, workers: int) -> ResumableDataLoader:
+    options = {"sampler": ResumableSampler(dataset, 1, 0, seed=0), "num_workers": workers, "collate_fn": collate_crops}
+    return ResumableDataLoader(dataset, work.batch_size, **options)
 
 
 class TwoViews:
@@ -184,6 +209,46 @@ def floor(work: Work, rounds: int) -> list[harness.Row]:
     return [row(name, 0, work.images / time) for name, time in harness.in_turns(runs, rounds).items()]
 
 
+def uint8_epoch(dataset: ImageFiles, work: Work, workers: int, pack: bool = False) -> None:
+    """An epoch of uint8 crops; `pack`: after packing the files anew."""
+    if pack:
+        shutil.rmtree(data_path(), ignore_errors=True)
+        pack_files(dataset, workers)
+    assert sum(len(labels) for _, labels in our_loader(dataset, work, workers)) == len(dataset) >= work.images_of_epoch
+
+
+def decode_with_torchcodec(contents: list[bytes]) -> None:
+    from torchcodec.decoders import decode_image
+
+    for content in contents:
+        decode_image(content, mode="RGB")
+
+
+def measure_packed(work: Work, rounds: int) -> list[harness.Row]:
+    """The second table. `over PIL` is per core; a worker is a core, and so is the process without workers."""
+    paths = sorted(Path(work.folder).glob("*/*.jpg"))
+    contents = [paths[i * len(paths) // work.images].read_bytes() for i in range(work.images)]
+    runs: dict[tuple[int, str], Callable] = {(0, "PIL decodes"): partial(decode, contents, 1)}
+    if harness.installed("torchcodec"):
+        runs[0, "torchcodec decodes"] = partial(decode_with_torchcodec, contents)
+    every = image_files(work)
+    indices = range(0, len(every), max(1, len(every) // work.images_of_epoch))
+    files, packed = every.subset(indices), every.subset(indices)
+    for workers in (0, 1, 2):
+        runs[workers, "ours, files"] = partial(uint8_epoch, files, work, workers)
+        runs[workers, "ours, packed, first epoch"] = partial(uint8_epoch, packed, work, workers, True)
+        runs[workers, "ours, packed, second epoch"] = partial(uint8_epoch, packed, work, workers)
+    times = harness.in_turns(runs, rounds, warmup=0)
+    rates = {key: (work.images if "decodes" in key[1] else len(files)) / time for key, time in times.items()}
+    keys = ("workers", "contestant", "images/s", "over its first epoch", "over PIL")
+    rows = []
+    for (workers, name), rate in rates.items():
+        first = rate / rates[workers, "ours, packed, first epoch"] if "second" in name else ""
+        over_pil = rate / max(1, workers) / rates[0, "PIL decodes"]
+        rows.append(dict(zip(keys, (workers, name, rate, first, over_pil), strict=True)))
+    return rows
+
+
 def row(name: str, workers: int, rate: float, ratio="", megabytes=("", "")) -> harness.Row:
     keys = ("workers", "contestant", "images/s", "ours is faster by", "parent MB", "worker MB")
     return dict(zip(keys, (workers, name, rate, ratio, *megabytes), strict=True))
@@ -206,6 +271,7 @@ def measure(work: Work, names: list[str], rounds: int, quick: bool) -> list[harn
 def main(argv: list[str] | None = None) -> None:
     parser = harness.arguments(__doc__, rounds=3)
     parser.add_argument("--folder", type=as_path, help="where the files are made, and kept (a temporary folder)")
+    parser.add_argument("--packed", action="store_true", help="the second table alone")
     options = parser.parse_args(argv)
     packages = ["torchvision", "pillow", *harness.installed("lightly")]
     names = [name for name in CONTESTANTS if name != LIGHTLY or LIGHTLY in packages]
@@ -213,8 +279,12 @@ def main(argv: list[str] | None = None) -> None:
         work = Work(str(options.folder or temporary))
         work = evolve(work, **QUICK) if options.quick else work
         make_files(work)
-        rows = measure(work, names, 1 if options.quick else options.rounds, options.quick)
-    harness.report("loader", rows, options.out, *packages)
+        rounds = 1 if options.quick else options.rounds
+        if not options.packed:
+            harness.report("loader", measure(work, names, rounds, options.quick), options.out, *packages)
+        os.environ["DATA_PATH"] = str(Path(temporary) / "packed")
+        packages = ["torchvision", "pillow", *harness.installed("torchcodec")]
+        harness.report("loader_packed", measure_packed(work, rounds), options.out, *packages)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ PICTURES = {
     "optimizer": Picture(("what",), ("who",), "ms", "milliseconds, CPU"),
     "probe": Picture(("what", "images", "width"), ("who",), "s", "seconds"),
     "loader": Picture(("workers",), ("contestant",), "images/s", "images per second"),
+    "loader_packed": Picture(("workers",), ("contestant",), "images/s", "images per second"),
     "video": Picture(("what",), ("who",), "clips/s", "clips per second", without="step"),
     "scaling": Picture(("what",), ("value",), "ms per step", "milliseconds per step"),
     "startup": Picture((), ("what",), "seconds", "seconds"),

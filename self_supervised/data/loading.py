@@ -26,7 +26,7 @@ from self_supervised.catalogue import DATASETS, OWN_MODULE, ViewSettings
 from self_supervised.data import custom, image_files, subsets, video_files
 from self_supervised.data.class_labels import class_names, labels_line
 from self_supervised.data.files import UNREADABLE, Sample, class_numbers_of_split
-from self_supervised.data.image_files import ImageFiles, samples_in_class_folders
+from self_supervised.data.image_files import ImageFiles, collate_crops, samples_in_class_folders
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 from self_supervised.data.packed import (
     READERS,
@@ -38,6 +38,7 @@ from self_supervised.data.packed import (
     pack,
     packed_is_there,
 )
+from self_supervised.data.packed_files import pack_files
 from self_supervised.fields import Presets
 from self_supervised.folder_lock import locked
 from self_supervised.views.augmentations import generator
@@ -200,7 +201,8 @@ def get_loader(
 
     For training, images are shuffled by (seed, epoch). For evaluation, none is dropped, and files are shuffled as well:
     in the order of class folders, the first tenth of ImageNet (`limit_val_batches=0.1`) has a tenth of the classes.
-    Packed data sets need no workers, since reading a batch is a single copy of memory.
+    Packed data sets need no workers, since reading a batch is a single copy of memory. Packed files need none on a CPU:
+    workers take longer to send crops than to make them, on cores that the training needs.
 
     Args:
         accumulated: batches per optimizer step, among which `global_batch_size` is divided.
@@ -216,6 +218,8 @@ def get_loader(
             f"data_on_device=True: only packed data sets can be kept on the device, and {params.dataset_name} consists "
             "of files. Leave it out."
         )
+    if params.pack_images and isinstance(dataset, ImageFiles):
+        pack_files(dataset, params.num_data_workers)
     device = torch.device(device)
     if packed and (fits(dataset, device) if params.data_on_device is None else params.data_on_device):
         dataset = ImagesOnDevice(dataset, device)
@@ -226,12 +230,14 @@ def get_loader(
         check_one_batch(params, len(dataset), size)
     shuffle = training or not (packed or in_order)
     seed = params.seed or 0
+    are_crops = isinstance(dataset, ImageFiles) and bool(dataset.views)
+    without_workers = device.type == "cpu" and getattr(dataset, "packed", None) is not None
     return ResumableDataLoader(
         dataset,
         batch_size=size if training else max(1, size // params.clips_of_a_video),
         sampler=ResumableSampler(dataset, processes, distributed.rank(), shuffle, seed=seed, drop_last=drop_last),
-        num_workers=0 if packed else params.num_data_workers,
-        collate_fn=already_a_batch if packed else None,
+        num_workers=0 if packed or without_workers else params.num_data_workers,
+        collate_fn=already_a_batch if packed else collate_crops if are_crops else None,
         pin_memory=params.pin_data_memory and torch.cuda.is_available() and not isinstance(dataset, ImagesOnDevice),
         drop_last=drop_last,
     )

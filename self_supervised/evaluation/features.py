@@ -22,7 +22,9 @@ from self_supervised import catalogue
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.data import custom, loading
 from self_supervised.data.files import name_skipped, readable_rows
+from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.packed import PackedImages, already_a_batch
+from self_supervised.data.packed_files import use_packed
 from self_supervised.networks.encoders import embeddings_of
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import able, finite
@@ -40,8 +42,8 @@ UNUSED = (
     "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # `settings_for_features`
     "data_path", "splits_path", "video_path_prefix",  # places: the files found there are hashed
     "batch_size", "global_batch_size", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device",
-    "torch_compile", "winograd", "exif_orientation", "seed", "drop_last_batch", "lr_scaling", "lr_batch_size",
-    *TRAINING_ONLY,
+    "torch_compile", "winograd", "pack_images", "exif_orientation", "seed", "drop_last_batch", "lr_scaling",
+    "lr_batch_size", *TRAINING_ONLY,
 )  # fmt: skip
 
 
@@ -170,6 +172,8 @@ def extract(
     what = f"features of {'+'.join(splits)}"
     folder = cache / fingerprint(encoder, params, dataset, {"whole images": names})
     if not folder.is_dir():
+        if params.pack_images and isinstance(dataset, ImageFiles):
+            use_packed(dataset)
 
         def rows() -> Iterator[dict[str, Tensor]]:
             with ActivationRecorder(encoder, names) as recorder:

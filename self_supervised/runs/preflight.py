@@ -109,7 +109,7 @@ def evaluated_splits(params: ModelParams) -> list[tuple[str, ...]]:
 def check_files(params: ModelParams, with_classifier: bool) -> None:
     """Decode all image files of a run, and warn of those that cannot be read; ValueError if they stop the run."""
     info = params.dataset
-    readers = attrs.evolve(params, unreadable_images="skip")
+    readers = attrs.evolve(params, unreadable_images="skip", pack_images=False)
     of_classifier = [info.train_splits, info.test_splits] if with_classifier else []
     total = 0
     unreadable: list[str] = []
@@ -133,7 +133,7 @@ def check_files(params: ModelParams, with_classifier: bool) -> None:
 
 def check_batches(params: EncoderAndDataParams, splits: tuple[str, ...], accumulated: int = 1) -> None:
     """Raise ValueError unless one process has enough images to train on. Multiple processes need at least as many."""
-    params = attrs.evolve(params, num_data_workers=0)  # no image is decoded yet
+    params = attrs.evolve(params, num_data_workers=0, pack_images=False)  # no image is decoded yet
     loading.get_loader(params, loading.get_dataset(params, splits), training=True, accumulated=accumulated)
 
 

@@ -53,7 +53,7 @@ def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows
     """Return the columns for the first training batch: the originals, if they are known, then every view."""
     params = resolve(PRESETS, params, None, {})[0]  # with the seed of pl.seed_everything
     originals = None
-    params = evolve(params, drop_last_batch=False)  # an incomplete batch is enough
+    params = evolve(params, drop_last_batch=False, pack_images=False)  # an incomplete batch is enough
     if loader is None:
         splits = params.dataset.pretraining_splits
         loader = loading.get_loader(params, loading.get_dataset(params, splits, params.views), training=True)

@@ -149,7 +149,7 @@ def augment(
         else:
             on_device = fused() if torch_compile else make_normalized_view
             on_host = torch.from_numpy(matrix)
-            made = on_device(x, to_device(on_host, x.device), view, cropped, mean, std)
+            made = on_device(x.contiguous() if cropped else x, to_device(on_host, x.device), view, cropped, mean, std)
         result.append(clips_of(made, n_frames))
     return result
 
