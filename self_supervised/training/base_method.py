@@ -1,6 +1,6 @@
 """BaseMethod: what Lightning calls on both methods except their own steps: loaders, batches, checkpoints, exports."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.hooks import RemovableHandle
 
 from self_supervised import distributed
 from self_supervised.data import loading
@@ -19,7 +20,7 @@ from self_supervised.data.files import readable_rows
 from self_supervised.data.loader import ResumableDataLoader, images_and_labels, whole_numbers
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
-from self_supervised.training import checkpoints, hyperparameters, label_checks, optimizers
+from self_supervised.training import checkpoints, hyperparameters, label_checks, optimizers, precision
 from self_supervised.training.monitor import TrainingMonitor, as_list
 from self_supervised.views import augmentations
 
@@ -37,6 +38,7 @@ class BaseMethod(pl.LightningModule):
     seed_was_drawn = False  # True if `seed` was None
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
     was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
+    float32_hooks: Sequence[RemovableHandle] = ()  # of layers that a CPU cannot train in bfloat16
     about_labels = ""  # the line on the labels of our data set, once it was logged
     about_skipped = ""  # why evaluations that need labels are skipped, once it was logged
     first_epoch = 1  # its number in the loggers' files; 0: a run of an earlier version (run_folder.first_epoch)
@@ -47,10 +49,20 @@ class BaseMethod(pl.LightningModule):
         distributed.end_group_at_exit()
         if self.trainer.strategy.root_device.type == "cpu":
             distributed.keep_freed_memory()
+            if stage == "fit" and self.trainer.precision in (
+                "bf16-mixed",
+                "16-mixed",
+                "bf16-true",
+            ):  # 16 is bf16 on CPUs
+                self.float32_hooks = precision.keep_exact(self)
         compiled = self.params.torch_compile
         for module in self.children() if compiled and stage == "fit" else []:
             if isinstance(module, nn.Module) and module._compiled_call_impl is None:
                 module.compile(mode="default" if compiled is True else compiled)
+
+    def teardown(self, stage: str) -> None:
+        for hook in self.float32_hooks:
+            hook.remove()
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return TrainingMonitor.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
