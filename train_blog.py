@@ -57,19 +57,8 @@ CONFIGS = {
 }
 # accuracies of the post in percent: valid_class_acc on STL-10 after 10 epochs
 POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1}
-ROW_COLUMNS = [
-    "config",
-    "seed",
-    "dataset",
-    "epochs",
-    "encoder",
-    "accuracy",
-    "pos_cos",
-    "neg_cos",
-    "minutes",
-    "quick",
-    "precision",
-]
+FACTS = ("dataset", "epochs", "encoder", "quick", "precision")  # of an experiment, which all its rows share
+ROW_COLUMNS = ["config", "seed", *FACTS, "accuracy", "pos_cos", "neg_cos", "minutes"]
 
 
 def blog_parser() -> argparse.ArgumentParser:
@@ -114,7 +103,7 @@ def blog_parser() -> argparse.ArgumentParser:
         choices=PRECISIONS,
         default="auto",
         metavar="NAME",
-        help=f"floating point: {', '.join(PRECISIONS)}; auto (default): the faster one, or that of earlier runs in --out",
+        help=f"floating point: {', '.join(PRECISIONS)}; auto (default): the faster one, or as finished runs",
     )
     parser.add_argument("--quick", action="store_true", help="use digits, small batches and a small encoder")
     return parser
@@ -152,13 +141,7 @@ def write_rows(results: Path, rows: list[dict]) -> None:
 
 def experiment_facts(args: argparse.Namespace) -> dict:
     """Return what the numbers of a row depend on, in addition to configuration and seed."""
-    return {
-        "dataset": args.dataset,
-        "epochs": args.epochs,
-        "encoder": args.encoder,
-        "quick": args.quick,
-        "precision": args.precision,
-    }
+    return {name: getattr(args, name) for name in FACTS}
 
 
 def precision_of(args: argparse.Namespace, rows: list[dict[str, str]]) -> str:

@@ -49,11 +49,7 @@ class BaseMethod(pl.LightningModule):
         distributed.end_group_at_exit()
         if self.trainer.strategy.root_device.type == "cpu":
             distributed.keep_freed_memory()
-            if stage == "fit" and self.trainer.precision in (
-                "bf16-mixed",
-                "16-mixed",
-                "bf16-true",
-            ):  # 16 is bf16 on CPUs
+            if stage == "fit" and self.trainer.precision in precision.BFLOAT16_ON_CPU:
                 self.float32_hooks = precision.keep_exact(self)
         compiled = self.params.torch_compile
         for module in self.children() if compiled and stage == "fit" else []:

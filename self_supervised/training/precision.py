@@ -17,6 +17,7 @@ from self_supervised.networks.encoders import FASTEST_LAYOUT
 VARIABLE = "SELF_SUPERVISED_PRECISION"  # environment variable with the precision that "auto" means
 LEAST_SPEEDUP = 1.1  # of bfloat16: less is within the noise of a measurement on a busy machine
 ROUNDS, SECONDS = 5, 1.0  # of the measurement: at most so many, and no further one after this time
+BFLOAT16_ON_CPU = ("bf16-mixed", "16-mixed", "bf16-true")  # Lightning turns float16 into bfloat16 there
 AMPERE = (8, 0)  # compute capability of the first GPUs that multiply bfloat16
 
 
@@ -118,8 +119,7 @@ def end_float32(layer: nn.Module, _: Any, output: Tensor | None) -> Tensor | Non
 def has_wrong_gradient(layer: nn.Module, sizes: torch.Size) -> bool:
     """Return whether the bfloat16 gradient of this layer's weight may be wrong on a CPU, for an input of these sizes.
 
-    With torch 2.14, layer norm sums the gradients of all rows in bfloat16: after 50,000 rows, that of the bias is off
-    by 80 %. In the gradients of convolutions, taps which only see padding may be left uninitialized (1e34, NaN), and
+    With torch 2.14, layer norm sums the gradients of all rows in bfloat16, so that most of them are lost among many. In the gradients of convolutions, taps which only see padding may be left uninitialized (1e34, NaN), and
     all taps if the stride skips a single pixel, or over time; some of these kernels also write out of bounds. The
     gradients of other layers agree with float64 to rounding.
     """
