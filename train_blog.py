@@ -32,8 +32,10 @@ from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
 from self_supervised.report import curves
 from self_supervised.runs import preflight
+from self_supervised.runs.command_line import PRECISIONS
 from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import atomic_file, atomic_write, check_folder
+from self_supervised.training.precision import choose
 from self_supervised.training.run_folder import logged
 
 BASE = ModelParams(
@@ -55,7 +57,8 @@ CONFIGS = {
 }
 # accuracies of the post in percent: valid_class_acc on STL-10 after 10 epochs
 POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1}
-ROW_COLUMNS = ["config", "seed", "dataset", "epochs", "encoder", "accuracy", "pos_cos", "neg_cos", "minutes", "quick"]
+FACTS = ("dataset", "epochs", "encoder", "quick", "precision")  # of an experiment, which all its rows share
+ROW_COLUMNS = ["config", "seed", *FACTS, "accuracy", "pos_cos", "neg_cos", "minutes"]
 
 
 def blog_parser() -> argparse.ArgumentParser:
@@ -95,6 +98,13 @@ def blog_parser() -> argparse.ArgumentParser:
         metavar="SEED",
         help="random seeds (default: 0 1 2)",
     )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        metavar="NAME",
+        help=f"floating point: {', '.join(PRECISIONS)}; auto (default): the faster one, or as finished runs",
+    )
     parser.add_argument("--quick", action="store_true", help="use digits, small batches and a small encoder")
     return parser
 
@@ -119,7 +129,7 @@ def finished_runs(results: Path) -> list[dict[str, str]]:
         return []
     with results.open() as file:
         rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
-    return [{"quick": "False", **row} for row in rows]  # earlier versions had no such column
+    return [{"quick": "False", "precision": "32-true", **row} for row in rows]  # earlier versions lack these columns
 
 
 def write_rows(results: Path, rows: list[dict]) -> None:
@@ -131,7 +141,17 @@ def write_rows(results: Path, rows: list[dict]) -> None:
 
 def experiment_facts(args: argparse.Namespace) -> dict:
     """Return what the numbers of a row depend on, in addition to configuration and seed."""
-    return {"dataset": args.dataset, "epochs": args.epochs, "encoder": args.encoder, "quick": args.quick}
+    return {name: getattr(args, name) for name in FACTS}
+
+
+def precision_of(args: argparse.Namespace, rows: list[dict[str, str]]) -> str:
+    """Return the precision of the experiment's finished runs, or the one that is best on this machine."""
+    same = {column: str(value) for column, value in experiment_facts(args).items() if column != "precision"}
+    found = [row["precision"] for row in rows if same.items() <= row.items()]
+    model = SelfSupervisedMethod(experiment_settings(args.configs[0], args.seeds[0], args))
+    precision, reason = (found[0], "as before") if found else choose(model)
+    print(f"precision: {precision} ({reason})")
+    return precision
 
 
 def run_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
@@ -161,6 +181,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         callbacks=[RichProgressBar()],
         enable_checkpointing=False,
         enable_model_summary=False,
+        precision=args.precision,
         log_every_n_steps=1 if args.quick else 10,
         logger=[CSVLogger(**logs), TensorBoardLogger(**logs)],
         num_sanity_val_steps=0,
@@ -216,6 +237,8 @@ def main() -> None:
 
 def run_experiments(args: argparse.Namespace) -> None:
     results = args.out / "results.csv"
+    if args.precision == "auto":
+        args.precision = precision_of(args, finished_runs(results))
     same = {column: str(value) for column, value in experiment_facts(args).items()}
     for seed in args.seeds:
         for name in args.configs:

@@ -32,6 +32,7 @@ MODULE_OF = {
     "export": "self_supervised.exports.export",
     "Checkpoints": "self_supervised.training.checkpoints",
     "newest": "self_supervised.training.checkpoints",
+    "best_precision": "self_supervised.training.precision",
 }
 __all__ = list(MODULE_OF)
 

@@ -21,3 +21,4 @@ from self_supervised.networks.pretrained import load_encoder as load_encoder
 from self_supervised.recipes import recipe as recipe
 from self_supervised.training.checkpoints import Checkpoints as Checkpoints
 from self_supervised.training.checkpoints import newest as newest
+from self_supervised.training.precision import best_precision as best_precision

@@ -34,7 +34,7 @@ def use_free_cores() -> None:
 
 
 def free_cores() -> tuple[int, float]:
-    """Return the number of cores that this process may use, and how many of them are idle. It sleeps while it counts."""
+    """Return the number of cores that this process may use, and how many of them are idle, in a moment of sleep."""
     before = core_times()
     time.sleep(WATCHED)
     spent = {core: [b - a for a, b in zip(before[core], now, strict=True)] for core, now in core_times().items()}

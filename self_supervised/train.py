@@ -35,7 +35,8 @@ from self_supervised.runs import command_line, dry_run, effective, preflight, pr
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.progress import Progress, scores_line, significant
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
-from self_supervised.training import checkpoints, hyperparameters, parameter_groups, run_folder
+from self_supervised.threads import use_free_cores
+from self_supervised.training import checkpoints, hyperparameters, parameter_groups, precision, run_folder
 from self_supervised.training.milestones import Best, EveryNEpochs
 from self_supervised.training.monitor import GradientNorms, LearningRate, LogInterval
 from self_supervised.training.verdict import verdict
@@ -61,10 +62,26 @@ def trainer(out: Path, name: str, epochs: int, options: RunOptions) -> pl.Traine
     return lightning_trainer(options, max_epochs=epochs, callbacks=callbacks, enable_model_summary=False)
 
 
-def trainer_of_dry_run(params: ModelParams, options: RunOptions, callbacks: list[pl.Callback]) -> pl.Trainer:
+def trainer_of_dry_run(model: SelfSupervisedMethod, options: RunOptions, callbacks: list[pl.Callback]) -> pl.Trainer:
+    options = with_precision(options, model)
     quiet = {"enable_model_summary": False, "enable_progress_bar": False, "limit_val_batches": 1}
     callbacks = [*logging_callbacks(options), *callbacks]
-    return lightning_trainer(options, max_epochs=params.max_epochs, callbacks=callbacks, **quiet)
+    return lightning_trainer(options, max_epochs=model.params.max_epochs, callbacks=callbacks, **quiet)
+
+
+def with_precision(options: RunOptions, model: SelfSupervisedMethod, out: Path | None = None) -> RunOptions:
+    """Return the options with the precision in force instead of "auto": that of the resumed run, or this machine's."""
+    if options.precision != "auto":
+        return options
+    found, reason = None, "as before"
+    if options.resume and out:
+        resumed = [] if options.resume == "auto" else [Path(options.resume), *Path(options.resume).parents[:3]]
+        stored = (run_folder.settings_of_run(folder).get("precision") for folder in [out, *resumed])
+        found = next(filter(None, stored), None)
+    if not found:
+        found, reason = precision.choose(model, options.accelerator, options.n_processes)
+    run_folder.say(f"precision: {found} ({reason})")
+    return attrs.evolve(options, precision=found)
 
 
 def logging_callbacks(options: RunOptions) -> list[pl.Callback]:
@@ -264,6 +281,8 @@ def run_or_resume(
     model.first_epoch = run_folder.first_epoch(out)
     model.is_recorded = False  # but here
     with run_folder.logged(out / "log.txt"):
+        use_free_cores()
+        options = with_precision(options, model, out)
         fit = trainer(out, "pretraining", params.max_epochs, options)
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
         resumed, step = resume_point(options.resume, out, "pretraining", model, fit)
@@ -296,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(preview.write_preview(params, options.preview))
     elif options.dry_run:
         preflight.check_run(options, params, decode=True)
-        dry_run.run_two_steps(params, lambda callbacks: trainer_of_dry_run(params, options, callbacks))
+        dry_run.run_two_steps(params, lambda model, callbacks: trainer_of_dry_run(model, options, callbacks))
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
         check_folder("out", out)

@@ -14,6 +14,8 @@ from model_params import PRESETS
 from self_supervised.data import loading
 from self_supervised.training.checkpoints import Checkpoints
 
+os.environ.setdefault("SELF_SUPERVISED_PRECISION", "32-true")  # what "auto" means, also in processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of these processes
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and waiting threads slow others down
 
 HOLD = (

@@ -53,6 +53,7 @@ from self_supervised.runs.values import (
 )
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")  # names that pl.Trainer accepts
+PRECISIONS = ("auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true")
 LOGGERS = {"tensorboard": "tensorboard", "csv": None, "wandb": "wandb", "mlflow": "mlflow"}  # name -> package it needs
 TRAINER_OPTIONS = (
     "precision", "accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "sync_batchnorm",
@@ -141,7 +142,8 @@ class RunOptions:
     linear_lr: float = positive(30.0)  # learning rate of the linear classifier, for 256 images in one optimizer step
 
     # the Trainer
-    precision: str = choice("32-true", ("32-true", "16-mixed", "bf16-mixed"))  # floating point; mixed is for GPUs
+    # floating point; auto: bf16-mixed where the GPU or the processor computes it faster, else 32-true
+    precision: str = choice("auto", PRECISIONS)
     accelerator: str = choice("auto", ACCELERATORS)  # kind of device; auto: a GPU if there is one
     devices: int | str | list[int] = "auto"  # number of devices, or a list of them
     num_nodes: int = positive(1)  # number of machines
@@ -175,6 +177,12 @@ class RunOptions:
                 raise ValueError(
                     f"{name}={limit}: a fraction is at most 1.0. Pass a whole number to limit the batches."
                 )
+
+    @property
+    def n_processes(self) -> int:
+        """Number of processes on CPUs. "auto" is one."""
+        devices = str(self.devices) if not isinstance(self.devices, list) else str(len(self.devices))
+        return self.num_nodes * (int(devices) if devices.isdigit() else 1)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Return the arguments of pl.Trainer."""

@@ -53,21 +53,21 @@ class Stop(pl.Callback):
         return last - before
 
 
-def run_two_steps(params: Any, make_trainer: Callable[[list[pl.Callback]], pl.Trainer]) -> SelfSupervisedMethod:
+def run_two_steps(params: Any, make_trainer: Callable[..., pl.Trainer]) -> SelfSupervisedMethod:
     """Run two optimizer steps and one validation batch, print the tables, and return the model. No files are written,
     except for a data set that is downloaded.
 
     Args:
         params: ModelParams.
-        make_trainer: function that turns callbacks into the Trainer of the run, without loggers and checkpoints, which
-            validates one batch.
+        make_trainer: function of the model and callbacks that returns the Trainer of the run, without loggers and
+            checkpoints, which validates one batch.
     """
     model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1))
     model.is_recorded = False  # after two steps
     stop = Stop()
     watch = TrainingMonitor()
     watch.collapse_was_named = True  # two steps are too few to detect a collapse
-    trainer = make_trainer([stop, watch])
+    trainer = make_trainer(model, [stop, watch])
     trainer.fit(model)
     if trainer.is_global_zero:
         console = Console(highlight=False, markup=False)

@@ -1,7 +1,7 @@
 """BaseMethod: what Lightning calls on both methods except their own steps: loaders, batches, checkpoints, exports."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.hooks import RemovableHandle
 
 from self_supervised import distributed
 from self_supervised.data import loading
@@ -20,7 +21,7 @@ from self_supervised.data.files import readable_rows
 from self_supervised.data.loader import ResumableDataLoader, images_and_labels, whole_numbers
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
-from self_supervised.training import checkpoints, hyperparameters, label_checks, optimizers
+from self_supervised.training import checkpoints, hyperparameters, label_checks, optimizers, precision
 from self_supervised.training.monitor import TrainingMonitor, as_list
 from self_supervised.views import augmentations
 
@@ -39,6 +40,7 @@ class BaseMethod(pl.LightningModule):
     step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
     was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
+    float32_hooks: Sequence[RemovableHandle] = ()  # of layers that a CPU cannot train in bfloat16
     about_labels = ""  # the line on the labels of our data set, once it was logged
     about_skipped = ""  # why evaluations that need labels are skipped, once it was logged
     first_epoch = 1  # its number in the loggers' files; 0: a run of an earlier version (run_folder.first_epoch)
@@ -52,6 +54,8 @@ class BaseMethod(pl.LightningModule):
             distributed.keep_freed_memory()
             if self.params.winograd and stage == "fit" and self.trainer.precision == "32-true":
                 self.use_winograd()
+            if stage == "fit" and self.trainer.precision in precision.BFLOAT16_ON_CPU:
+                self.float32_hooks = precision.keep_exact(self)
         compiled = self.params.torch_compile
         for module in self.children() if compiled and stage == "fit" else []:
             if isinstance(module, nn.Module) and module._compiled_call_impl is None:
@@ -67,6 +71,10 @@ class BaseMethod(pl.LightningModule):
                 n = winograd.use_winograd(encoder, image, self.params.batch_size, self.params.winograd == "auto")
                 about = f"winograd={self.params.winograd!r}: {n} convolutions of the encoder use Winograd's method"
         rank_zero_info(about)
+
+    def teardown(self, stage: str) -> None:
+        for hook in self.float32_hooks:
+            hook.remove()
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return TrainingMonitor.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))

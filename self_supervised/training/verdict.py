@@ -116,13 +116,14 @@ def scores(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
     """Return the scores that a validation would log, and make them the latest ones. Logs, random states and the network
     do not change."""
     plugin = trainer.precision_plugin
-    with isolate_rng(), torch.no_grad(), layers.in_eval_mode(module), plugin.val_step_context(), validating(trainer):
+    with isolate_rng(), torch.no_grad(), layers.in_eval_mode(module), validating(trainer):
         for i, loader in enumerate(as_list(trainer.val_dataloaders)):
             for n, batch in enumerate(loader):
                 if n >= trainer.num_val_batches[i]:
                     break
                 batch = module._on_before_batch_transfer(plugin.convert_input(batch), dataloader_idx=i)
-                module.embed(trainer.strategy.batch_to_device(batch, dataloader_idx=i), i)
+                with plugin.val_step_context():  # scores themselves are computed in float32
+                    module.embed(trainer.strategy.batch_to_device(batch, dataloader_idx=i), i)
         found = {name: value for of_loader in module.scores_of_loaders() for name, value in of_loader.items()}
     module.latest_scores = (trainer.global_step, found)
     return found

@@ -1,0 +1,113 @@
+"""Accuracy of bf16-mixed against 32-true: SimCLR, BYOL and VICReg on CIFAR-10, 3 epochs, 3 seeds each.
+
+    python -m benchmarks.bf16_accuracy
+    python -m benchmarks.bf16_accuracy --methods simclr --seeds 0 --data_fraction 0.1 --encoder_arch small_cnn
+
+Every finished training is a row of bf16_accuracy.csv and is not repeated when the command is started again. Means and
+sample standard deviations over seeds are in bf16_accuracy_summary.csv. Minutes are those of the processor.
+"""
+
+import itertools
+import logging
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from benchmarks.harness import Row, arguments, report
+from benchmarks.report import read
+from moco import SelfSupervisedMethod
+from model_params import PRESETS
+
+METHODS = ("simclr", "byol", "vicreg")
+PRECISIONS = ("32-true", "bf16-mixed")
+SCORES = {"linear %": "valid_class_acc", "kNN-20 %": "valid_knn20_acc"}
+SETTINGS = {
+    **{"dataset_name": "cifar10", "low_resolution_stem": False, "batch_size": 256, "global_batch_size": None},
+    "evaluations": ["linear_probe", "knn"],
+}
+QUICK = {"dataset_name": "digits", "evaluations": ["linear_probe", "knn"], "mlp_hidden_dim": 16, "dim": 16}
+TRAINER = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+
+
+def trained(key: Row, settings: dict[str, Any]) -> Row:
+    """Return the key of a training with its scores and minutes."""
+    epochs = key["epochs"]
+    params = PRESETS[key["method"]](
+        **settings,
+        encoder_arch=key["encoder"],
+        data_fraction=key["fraction"],
+        seed=key["seed"],
+        max_epochs=epochs,
+        warmup_epochs=epochs / 10,
+        evaluate_every_n_epochs=epochs,
+    )
+    trainer = pl.Trainer(max_epochs=epochs, precision=key["precision"], num_sanity_val_steps=0, **TRAINER)
+    start = time.process_time()
+    trainer.fit(SelfSupervisedMethod(params))
+    found = {name: round(float(trainer.callback_metrics[metric]), 3) for name, metric in SCORES.items()}
+    return {**key, **found, "minutes": round((time.process_time() - start) / 60, 2)}
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """Return one row for each experiment and score: both precisions, and their difference in standard deviations."""
+    groups: dict[tuple, dict[str, list[Row]]] = {}
+    for row in rows:
+        experiment = tuple(str(row[name]) for name in ("method", "encoder", "epochs", "fraction"))
+        groups.setdefault(experiment, {}).setdefault(row["precision"], []).append(row)
+    found = []
+    for (experiment, of_precision), score in itertools.product(groups.items(), SCORES):
+        if set(of_precision) != set(PRECISIONS):
+            continue
+        float32, half = ([float(row[score]) for row in of_precision[name]] for name in PRECISIONS)
+        minutes = [statistics.median(float(row["minutes"]) for row in of_precision[name]) for name in PRECISIONS]
+        spread = statistics.stdev(float32) if len(float32) > 1 else float("nan")
+        difference = statistics.mean(half) - statistics.mean(float32)
+        found.append({
+            **dict(zip(("method", "encoder", "epochs", "fraction"), experiment, strict=True)),
+            "score": score,
+            **{name: text(values) for name, values in zip(PRECISIONS, (float32, half), strict=True)},
+            "difference": round(difference, 2),
+            "in standard deviations": f"{difference / spread:.1f}" if spread > 0 else "-",
+            "minutes, 32-true / bf16-mixed": round(minutes[0] / max(minutes[1], 0.01), 2),
+        })  # fmt: skip
+    return found
+
+
+def text(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
+
+
+def finished(path: Path) -> list[Row]:
+    return read(path)[1] if path.is_file() else []
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments(__doc__, rounds=1)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="presets (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
+    parser.add_argument("--max_epochs", type=int, default=3, help="epochs (3)")
+    parser.add_argument("--encoder_arch", default="resnet18", help="encoder (resnet18)")
+    parser.add_argument("--data_fraction", type=float, default=1.0, help="fraction of the training images (1.0)")
+    options = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    if options.quick:
+        options.encoder_arch, options.max_epochs, options.seeds, options.methods = "small_cnn", 1, [0], ["vicreg"]
+        options.data_fraction = 0.2
+    experiment = {"encoder": options.encoder_arch, "epochs": options.max_epochs, "fraction": options.data_fraction}
+    for seed, method, precision in itertools.product(options.seeds, options.methods, PRECISIONS):
+        key = {"method": method, "precision": precision, "seed": seed, **experiment}
+        rows = finished(options.out / "bf16_accuracy.csv")
+        if not any({name: str(value) for name, value in key.items()}.items() <= row.items() for row in rows):
+            report("bf16_accuracy", [*rows, trained(key, QUICK if options.quick else SETTINGS)], options.out)
+    if rows := summary(finished(options.out / "bf16_accuracy.csv")):
+        report("bf16_accuracy_summary", rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
