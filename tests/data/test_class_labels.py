@@ -195,6 +195,7 @@ def test_class_folders_are_counted_and_kept_by_the_linear_stage(tmp_path, monkey
             Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "imagenet" / split / name / "0.png")
     settings = small(dataset_name="imagenet", transform_crop_size=16)
     shared = {"dataset_name": "imagenet", "transform_crop_size": 16, "encoder_arch": "shufflenet_v2_x0_5", "seed": 0}
+    monkeypatch.setenv("DATA_PATH", str(tmp_path / "empty"))
     assert n_classes(settings) == 1000  # from the catalogue: there are no images
     before = LinearClassifierMethod(**shared)  # as in earlier versions
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
