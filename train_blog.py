@@ -57,8 +57,8 @@ CONFIGS = {
 }
 # accuracies of the post in percent: valid_class_acc on STL-10 after 10 epochs
 POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1}
-FACTS = ("dataset", "epochs", "encoder", "quick", "precision")  # of an experiment, which all its rows share
-ROW_COLUMNS = ["config", "seed", *FACTS, "accuracy", "pos_cos", "neg_cos", "minutes"]
+EXPERIMENT_FACTS = ("dataset", "epochs", "encoder", "quick", "precision")  # of an experiment, which all its rows share
+ROW_COLUMNS = ["config", "seed", *EXPERIMENT_FACTS, "accuracy", "pos_cos", "neg_cos", "minutes"]
 
 
 def blog_parser() -> argparse.ArgumentParser:
@@ -98,13 +98,8 @@ def blog_parser() -> argparse.ArgumentParser:
         metavar="SEED",
         help="random seeds (default: 0 1 2)",
     )
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        metavar="NAME",
-        help=f"floating point: {', '.join(PRECISIONS)}; auto (default): the faster one, or as finished runs",
-    )
+    auto = "floating point; auto, the default: as finished runs, or the faster one"
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=auto)
     parser.add_argument("--quick", action="store_true", help="use digits, small batches and a small encoder")
     return parser
 
@@ -141,7 +136,7 @@ def write_rows(results: Path, rows: list[dict]) -> None:
 
 def experiment_facts(args: argparse.Namespace) -> dict:
     """Return what the numbers of a row depend on, in addition to configuration and seed."""
-    return {name: getattr(args, name) for name in FACTS}
+    return {name: getattr(args, name) for name in EXPERIMENT_FACTS}
 
 
 def precision_of(args: argparse.Namespace, rows: list[dict[str, str]]) -> str:
