@@ -57,20 +57,14 @@ CONFIGS = {
 }
 # accuracies of the post in percent: valid_class_acc on STL-10 after 10 epochs
 POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1}
-EXPERIMENT_FACTS = ("dataset", "epochs", "encoder", "quick", "precision")  # of an experiment, which all its rows share
-ROW_COLUMNS = ["config", "seed", *EXPERIMENT_FACTS, "accuracy", "pos_cos", "neg_cos", "minutes"]
+SHARED_COLUMNS = ("dataset", "epochs", "encoder", "quick", "precision")  # of an experiment, which all its rows share
+ROW_COLUMNS = ["config", "seed", *SHARED_COLUMNS, "accuracy", "pos_cos", "neg_cos", "minutes"]
 
 
 def blog_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dataset_name",
-        "--dataset",
-        dest="dataset",
-        choices=DATASETS,
-        metavar="NAME",
-        help="data set; default: stl10, with --quick digits",
-    )
+    about = "data set; default: stl10, with --quick digits"
+    parser.add_argument("--dataset_name", "--dataset", dest="dataset", choices=DATASETS, metavar="NAME", help=about)
     parser.add_argument(
         "--encoder_arch",
         "--encoder",
@@ -98,8 +92,8 @@ def blog_parser() -> argparse.ArgumentParser:
         metavar="SEED",
         help="random seeds (default: 0 1 2)",
     )
-    auto = "floating point; auto, the default: as finished runs, or the faster one"
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=auto)
+    about = f"floating point: {', '.join(PRECISIONS)}; auto (default): the faster one, or as finished runs"
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", metavar="NAME", help=about)
     parser.add_argument("--quick", action="store_true", help="use digits, small batches and a small encoder")
     return parser
 
@@ -136,7 +130,7 @@ def write_rows(results: Path, rows: list[dict]) -> None:
 
 def experiment_facts(args: argparse.Namespace) -> dict:
     """Return what the numbers of a row depend on, in addition to configuration and seed."""
-    return {name: getattr(args, name) for name in EXPERIMENT_FACTS}
+    return {name: getattr(args, name) for name in SHARED_COLUMNS}
 
 
 def precision_of(args: argparse.Namespace, rows: list[dict[str, str]]) -> str:

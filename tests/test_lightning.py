@@ -155,8 +155,9 @@ def test_the_next_training_uses_the_batch_size_of_the_tuner(method, trainer):
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
 def test_true_precisions_train_and_leave_good_checkpoints(precision, small, trainer, tmp_path):
-    # In bfloat16, PyTorch's gradients of depthwise convolutions over a single pixel (ShuffleNet) may not be finite.
-    params = small("simclr", online_classifier=True, mlp_normalization="br", lr=0.01, encoder_arch="resnet18")
+    # Smaller images leave taps that only see padding, whose bfloat16 gradients are wrong on CPUs (precision.py).
+    size = {"encoder_arch": "resnet18", "transform_crop_size": 16}
+    params = small("simclr", online_classifier=True, mlp_normalization="br", lr=0.01, **size)
     model, fit = SelfSupervisedMethod(params), trainer(precision=precision)
     fit.fit(model)
     assert fit.callback_metrics["step_train_loss"].isfinite()

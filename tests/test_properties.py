@@ -77,6 +77,7 @@ SENSIBLE = {
     "winograd": either(False),  # in networks/test_winograd.py: compiling takes seconds
     "unreadable_images": either("stop", "skip"),
     "exif_orientation": st.booleans(),
+    "pack_images": either(False),  # in data/test_packed_files.py
     # settings of videos: refused on images unless they have the default
     "num_frames": either(8, 8, 8, 1, 16),
     "clip_duration": either(2.56, 2.56, 2.56, 1, 10.0),

@@ -66,7 +66,7 @@ def resize_matrix(start: Tensor, length: Tensor, size: int, source: int) -> Tens
     Interpolation is linear and antialiased.
     """
     scale = length / size
-    centers = (torch.arange(size, device=start.device).view(1, -1, 1) + 0.5) * scale
+    centers = torch.arange(size, dtype=scale.dtype, device=start.device).add_(0.5).view(1, -1, 1) * scale
     pixels = torch.arange(source, device=start.device).view(1, 1, -1) - start
     weights = (1 - (pixels + 0.5 - centers).abs() / scale.clamp(min=1)).clamp_(min=0)
     weights = weights * ((pixels >= 0) & (pixels < length))
