@@ -35,20 +35,33 @@ class PointConv2d(nn.Conv2d):
     shared: dict[str, Tensor] | None = None  # what the passes within `weights_shared` have in common
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if isinstance(self.padding, str) or self.dilation != (1, 1) or self.groups > 1 or self.padding_mode != "zeros":
+        if not self.is_plain:
             return super()._conv_forward(x, weight, bias)
         height, width = x.shape[-2:]
-        (k1, k2), (p1, p2), (s1, s2) = self.kernel_size, self.padding, self.stride
-        rows, columns = (height + 2 * p1 - k1) // s1 + 1, (width + 2 * p2 - k2) // s2 + 1
-        if rows == columns == 1 and p1 + height <= k1 and p2 + width <= k2:
+        if self.is_linear(height, width):
+            p1, p2 = self.padding
             seen = (slice(None), slice(None), slice(p1, p1 + height), slice(p2, p2 + width))
             taps = self.once(f"taps {height} x {width}", lambda: taps_of(weight, seen))
             return F.linear(x.flatten(1), taps.flatten(1), bias)[:, :, None, None]
         if self.shared is None or bias is not None or not in_bfloat16(x):
             return super()._conv_forward(x, weight, bias)
-        is_small = k1 > 1 and rows <= 4 * s1
+        is_small = self.kernel_size[0] > 1 and self.outputs(0, height) <= 4 * self.stride[0]
         convolve = ByMatmul.apply if is_small and torch.is_grad_enabled() else F.conv2d
         return convolve(x, self.once("bfloat16", weight.bfloat16), bias, self.stride, self.padding)
+
+    @property
+    def is_plain(self) -> bool:
+        of_numbers = not isinstance(self.padding, str) and self.padding_mode == "zeros"
+        return of_numbers and self.dilation == (1, 1) and self.groups == 1
+
+    def outputs(self, axis: int, size: int) -> int:
+        return (size + 2 * self.padding[axis] - self.kernel_size[axis]) // self.stride[axis] + 1
+
+    def is_linear(self, *sizes: int) -> bool:
+        """Return whether inputs of this height and width have a single output pixel, and every tap sees one at most."""
+        if not self.is_plain:
+            return False
+        return all(self.outputs(i, n) == 1 and self.padding[i] + n <= self.kernel_size[i] for i, n in enumerate(sizes))
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Return make(), or its result of an earlier pass within `weights_shared`."""

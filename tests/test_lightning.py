@@ -155,9 +155,8 @@ def test_the_next_training_uses_the_batch_size_of_the_tuner(method, trainer):
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
 def test_true_precisions_train_and_leave_good_checkpoints(precision, small, trainer, tmp_path):
-    # Smaller images leave taps that only see padding, whose bfloat16 gradients are wrong on CPUs (precision.py).
-    size = {"encoder_arch": "resnet18", "transform_crop_size": 16}
-    params = small("simclr", online_classifier=True, mlp_normalization="br", lr=0.01, **size)
+    # Of ShuffleNet, taps that only see padding have wrong bfloat16 gradients on CPUs (precision.py).
+    params = small("simclr", online_classifier=True, mlp_normalization="br", lr=0.01, encoder_arch="resnet18")
     model, fit = SelfSupervisedMethod(params), trainer(precision=precision)
     fit.fit(model)
     assert fit.callback_metrics["step_train_loss"].isfinite()

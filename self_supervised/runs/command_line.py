@@ -142,8 +142,7 @@ class RunOptions:
     linear_lr: float = positive(30.0)  # learning rate of the linear classifier, for 256 images in one optimizer step
 
     # the Trainer
-    # floating point; auto: bf16-mixed where the GPU or the processor computes it faster, else 32-true
-    precision: str = choice("auto", PRECISIONS)
+    precision: str = choice("auto", PRECISIONS)  # floating point; auto: bfloat16 where it is faster, else float32
     accelerator: str = choice("auto", ACCELERATORS)  # kind of device; auto: a GPU if there is one
     devices: int | str | list[int] = "auto"  # number of devices, or a list of them
     num_nodes: int = positive(1)  # number of machines

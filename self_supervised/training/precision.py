@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from self_supervised.networks.encoders import FASTEST_LAYOUT
+from ws_resnet import PointConv2d
 
 VARIABLE = "SELF_SUPERVISED_PRECISION"  # environment variable with the precision that "auto" means
 LEAST_SPEEDUP = 1.1  # of bfloat16: less is within the noise of a measurement on a busy machine
@@ -95,7 +96,7 @@ def keep_exact(module: nn.Module) -> list[RemovableHandle]:
 
 def begin_float32(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor] | None:
     x = inputs[0]
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or not has_wrong_gradient(layer, x.shape[2:]):
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or not has_wrong_gradient(layer, x.shape):
         return None
     if torch.is_autocast_enabled("cpu"):
         layer.in_float32 = True
@@ -116,8 +117,8 @@ def end_float32(layer: nn.Module, _: Any, output: Tensor | None) -> Tensor | Non
     return None if output is None else output.to(torch.get_autocast_dtype("cpu"))
 
 
-def has_wrong_gradient(layer: nn.Module, sizes: torch.Size) -> bool:
-    """Return whether the bfloat16 gradient of this layer's weight may be wrong on a CPU, for an input of these sizes.
+def has_wrong_gradient(layer: nn.Module, shape: torch.Size) -> bool:
+    """Return whether the bfloat16 gradient of this layer's weight may be wrong on a CPU, for an input of this shape.
 
     With torch 2.14, layer norm sums the gradients of all rows in bfloat16, so that most of them are lost among many.
     In the gradients of convolutions, taps that only see padding may be left uninitialized (1e34, NaN), as may all
@@ -126,6 +127,9 @@ def has_wrong_gradient(layer: nn.Module, sizes: torch.Size) -> bool:
     """
     if isinstance(layer, nn.LayerNorm) or (isinstance(layer, nn.Conv3d) and layer.kernel_size[0] > 1):
         return True
+    sizes = shape[-len(layer.kernel_size) :]
+    if isinstance(layer, PointConv2d) and layer.is_linear(*sizes):
+        return False
     if isinstance(layer.padding, str):
         return min(sizes) < max(layer.kernel_size)
     axes = zip(sizes, layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)

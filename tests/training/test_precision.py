@@ -14,6 +14,7 @@ from self_supervised import train
 from self_supervised.networks.encoders import FASTEST_LAYOUT, get_encoder
 from self_supervised.training import precision
 from self_supervised.training.verdict import Verdict
+from ws_resnet import PointConv2d
 
 CLIPS = {"dataset_name": "kinetics", "num_frames": 4}
 CNNS = ["small_cnn", "resnet18", "ws_resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small"]
@@ -28,6 +29,7 @@ WRONG = [  # layer, shape of its input: gradients that torch 2.14 computes wrong
     (nn.LayerNorm(64), (128, 200, 64)),
 ]
 RIGHT = [
+    (PointConv2d(16, 16, 3, stride=2, padding=1), (4, 16, 1, 1)),  # a linear layer
     (nn.Conv2d(64, 64, 3, padding=1), (4, 64, 2, 2)),
     (nn.Conv2d(64, 64, 3, stride=2, padding=1), (4, 64, 4, 4)),
 ]
@@ -137,7 +139,7 @@ def assert_agrees(layer: nn.Module, x: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("layer", "shape"), WRONG, ids=str)
 def test_wrong_gradients_are_computed_in_float32(layer, shape):
-    assert precision.has_wrong_gradient(layer, torch.Size(shape[2:]))
+    assert precision.has_wrong_gradient(layer, torch.Size(shape))
     precision.keep_exact(layer)
     assert_agrees(layer, torch.randn(shape))
 
