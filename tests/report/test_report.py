@@ -113,7 +113,13 @@ def test_settings_are_those_that_differ_from_the_preset_and_results_are_the_file
     expected = {
         name: str(v).lower() for name, v in config.items() if hasattr(plain, name) and v != getattr(plain, name)
     }
-    options = {"limit_train_batches": "3", "log_every_n_steps": "1", "linear_epochs": "1", "linear_lr": "0.1"}
+    options = {
+        "precision": "32-true",
+        "limit_train_batches": "3",
+        "log_every_n_steps": "1",
+        "linear_epochs": "1",
+        "linear_lr": "0.1",
+    }
     assert shown == expected | options and shown["lr"] == "0.1"
     effective = {row["name"]: row["values"] for row in content["effective"]}
     written = (run / "config.yaml").read_text().partition("# Effective settings")[2].replace("\n#  ", "")
