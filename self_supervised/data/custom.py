@@ -52,7 +52,6 @@ NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
 NOT_CLASSES = "labels_from=None (--labels_from none) if these are not classes"
 TEMPORARY = "unnamed-lists-"  # start of the name of a directory that is deleted soon, which no line names
 WAIT_FOR_LISTS = 60  # seconds to wait for another process that writes lists
-TEMPORARY = "checked_lists_"  # start of the name of a directory whose lists are deleted after a check
 INSTEAD = {"val": "test", "test": "val"}  # split -> the one that replaces it if it has no images
 
 
