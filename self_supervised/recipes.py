@@ -89,7 +89,9 @@ KINDS = {
             **SMALL_HEADS,
         },
         {
+            "moco_v2": Row({"K": 1024, "m": 0.99}, Outcome((34.0, None), (40.8, None), 2.3, seeds=1)),
             "simclr": Row({"T": 0.5}, Outcome((34.0, None), (36.1, None), 3.6, seeds=1)),
+            "vicreg": Row({"dim": 256}, Outcome((34.0, None), (38.4, None), 3.4, seeds=1)),
         },
         pixels=36.1,
     ),
