@@ -138,12 +138,11 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x) if is_distributed() else x
 
 
-def gather_both(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gather(a) and gather(b) of tensors [N, ...] of one shape, in one communication instead of two."""
-    if not is_distributed():
-        return a, b
-    both = gather(torch.stack([a, b], dim=1))
-    return both[:, 0], both[:, 1]
+def gather_each(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return gather(x) of each tensor [N, ...], all of one shape, in one communication."""
+    if not tensors or not is_distributed():
+        return tensors
+    return gather(torch.stack(tensors, dim=1)).unbind(1)
 
 
 def gather_evaluated(x: Tensor, loader: DataLoader) -> Tensor:

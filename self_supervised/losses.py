@@ -32,11 +32,8 @@ def similarities(
             NT-Xent (SimCLR, https://arxiv.org/abs/2002.05709, equation 1).
     """
     columns = [(q * k).sum(1, keepdim=True)]
-    if in_batch and same_view:
-        others = distributed.gather_both(k, q)
-    else:
-        others = tuple(distributed.gather(x) for x, wanted in ((k, in_batch), (q, same_view)) if wanted)
-    columns += [_without_own_column(q @ x.T) for x in others]
+    others = (x for x, is_used in ((k, in_batch), (q, same_view)) if is_used)
+    columns += [_without_own_column(q @ x.T) for x in distributed.gather_each(*others)]
     if queue is not None:
         columns.append(q @ queue.T)
     return torch.cat(columns, dim=1)
@@ -267,8 +264,8 @@ def get_loss(
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
         "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
         "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, coefficient),
-        "vic": lambda q, k, _: vicreg(*distributed.gather_both(q, k), *vic_weights),
-        "barlow": lambda q, k, _: barlow_twins(*distributed.gather_both(q, k), p.redundancy_loss_weight),
+        "vic": lambda q, k, _: vicreg(*distributed.gather_each(q, k), *vic_weights),
+        "barlow": lambda q, k, _: barlow_twins(*distributed.gather_each(q, k), p.redundancy_loss_weight),
     }
     return losses[p.loss_type]
 

@@ -65,12 +65,11 @@ class BaseMethod(pl.LightningModule):
         """Change convolutions of the encoder, and of the lagging encoder, to Winograd's method."""
         from self_supervised.networks import winograd  # imports Numba, which is slow
 
-        for encoder in (self.model, getattr(self, "lagging_model", None)):
-            if encoder is not None:
-                image = torch.zeros(1, *self.params.input_shape)
-                n = winograd.use_winograd(encoder, image, self.params.batch_size, self.params.winograd == "auto")
-                about = f"winograd={self.params.winograd!r}: {n} convolutions of the encoder use Winograd's method"
-        rank_zero_info(about)
+        p, lagging = self.params, getattr(self, "lagging_model", None)
+        image = torch.zeros(1, *p.input_shape)
+        for encoder in [self.model] if lagging is None else [self.model, lagging]:  # of one kind: n is that of both
+            n = winograd.use_winograd(encoder, image, p.batch_size, p.winograd == "auto")
+        rank_zero_info(f"winograd={p.winograd!r}: {n} convolutions of the encoder use Winograd's method")
 
     def teardown(self, stage: str) -> None:
         for hook in self.float32_hooks:
