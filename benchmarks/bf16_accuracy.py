@@ -17,26 +17,24 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from benchmarks.harness import Row, arguments, report
-from benchmarks.report import read
+from benchmarks.harness import Row, arguments, read, report
 from moco import SelfSupervisedMethod
-from model_params import PRESETS
+from self_supervised.recipes import recipe
 
 METHODS = ("simclr", "byol", "vicreg")
 PRECISIONS = ("32-true", "bf16-mixed")
 SCORES = {"linear %": "valid_class_acc", "kNN-20 %": "valid_knn20_acc"}
-SETTINGS = {
-    **{"dataset_name": "cifar10", "low_resolution_stem": False, "batch_size": 256, "global_batch_size": None},
-    "evaluations": ["linear_probe", "knn"],
-}
-QUICK = {"dataset_name": "digits", "evaluations": ["linear_probe", "knn"], "mlp_hidden_dim": 16, "dim": 16}
+SETTINGS = {"evaluations": ["linear_probe", "knn"]}
+QUICK = {**SETTINGS, "dataset_name": "digits", "mlp_hidden_dim": 16, "dim": 16}
 TRAINER = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
 
 
 def trained(key: Row, settings: dict[str, Any]) -> Row:
     """Return the key of a training with its scores and minutes."""
     epochs = key["epochs"]
-    params = PRESETS[key["method"]](
+    params = recipe(
+        key["method"],
+        "cifar10_laptop",
         **settings,
         encoder_arch=key["encoder"],
         data_fraction=key["fraction"],

@@ -201,9 +201,19 @@ def markdown(rows: Iterable[Row]) -> str:
 def report(name: str, rows: list[Row], folder: Path, *packages: str) -> None:
     """Print the table and write it to `folder`/`name`.csv, whose first line, a comment, says the machine."""
     print(f"\n{name} ({machine(*packages)})\n{markdown(rows)}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{name}.csv", "w", newline="") as file:
+    write(folder / f"{name}.csv", rows, *packages)
+
+
+def write(path: Path, rows: list[Row], *packages: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
         file.write(f"# {machine(*packages)}\n")
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read(path: Path) -> tuple[str, list[Row]]:
+    """Return what the first line says of the machine, and the rows, whose values are texts."""
+    with open(path, newline="") as file:
+        return file.readline().removeprefix("# ").strip(), list(csv.DictReader(file))

@@ -1,18 +1,19 @@
-"""Puts the tables of benchmarks/results/*.csv into docs/performance.md, and draws a picture of each.
+"""Puts the tables of benchmarks/results/*.csv into docs/performance.md and docs/results.md, and draws pictures.
 
     python -m benchmarks.report
 
 In the text, a table stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is that of its CSV file.
 """
 
-import csv
 import re
+import statistics
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 from attrs import field, frozen
 
+from benchmarks import harness
 from benchmarks.harness import RESULTS, Row, markdown
 
 matplotlib.use("Agg")
@@ -47,16 +48,36 @@ PICTURES = {
 }
 
 
-def read(path: Path) -> tuple[str, list[Row]]:
-    """(what the first line says of the machine, rows)"""
-    with path.open(newline="") as file:
-        return file.readline().removeprefix("# ").strip(), list(csv.DictReader(file))
-
-
 def table_of(path: Path) -> str:
-    about, rows = read(path)
+    about, rows = harness.read(path)
+    if "preset" in rows[0]:
+        rows = over_seeds(rows)
     rows = [row for row in rows if not row.get("note", "").startswith("skipped")]  # no time was left for them
     return f"{markdown([{key: number(value) for key, value in row.items()} for row in rows])}\n\n{about}"
+
+
+def over_seeds(rows: list[Row]) -> list[Row]:
+    """Return one row for each preset: means over its seeds, and sample standard deviations of accuracies."""
+    of_preset: dict[str, list[Row]] = {}
+    for row in rows:
+        of_preset.setdefault(row["preset"], []).append(row)
+    return [
+        {
+            "preset": preset,
+            **{name: mean_text(group, name, 1) for name in ("linear %", "kNN-20 %")},
+            **{name: group[0][name] for name in ("epochs",)},
+            **{name: mean_text(group, name, 0) for name in ("minutes", "images/s")},
+            "seeds": " ".join(row["seed"] for row in group),
+            "commit": " ".join(sorted({row["commit"] for row in group})),
+        }
+        for preset, group in of_preset.items()
+    ]
+
+
+def mean_text(rows: list[Row], name: str, digits: int) -> str:
+    values = [float(row[name]) for row in rows if row[name]]
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if digits and len(values) > 1 else ""
+    return f"{statistics.mean(values):,.{digits}f}{deviation}" if values else ""
 
 
 def number(text: str) -> float | str:
@@ -105,15 +126,38 @@ def draw(name: str, rows: list[Row], picture: Picture) -> None:
     plt.close(figure)
 
 
+def draw_curves(path: Path) -> None:
+    """kNN accuracy over epochs, one line for each preset: the mean over its seeds."""
+    lines: dict[str, dict[int, list[float]]] = {}
+    for row in harness.read(path)[1]:
+        lines.setdefault(row["preset"], {}).setdefault(int(row["epoch"]), []).append(float(row["kNN-20 %"]))
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, (preset, found) in enumerate(
+        sorted(lines.items(), key=lambda item: -statistics.mean(item[1][max(item[1])]))
+    ):
+        values = [statistics.mean(found[epoch]) for epoch in sorted(found)]
+        axis.plot(sorted(found), values, label=preset, color=plt.get_cmap("tab10")(i))
+    axis.set(xlabel="epoch (0: random encoder)", ylabel="kNN-20, half of the test images (%)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, loc="lower right")
+    (DOCS / "results").mkdir(exist_ok=True)
+    figure.savefig(DOCS / "results" / f"{path.stem}.png", dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
-    page = DOCS / "performance.md"
     (DOCS / "performance").mkdir(exist_ok=True)
-    text = page.read_text()
+    pages = {name: (DOCS / name).read_text() for name in ("performance.md", "results.md")}
     for path in sorted(RESULTS.glob("*.csv")):
-        text = insert(text, path.stem, table_of(path))
+        if path.stem.endswith("_curves"):
+            draw_curves(path)
+            continue
+        pages = {name: insert(text, path.stem, table_of(path)) for name, text in pages.items()}
         if path.stem in PICTURES:
-            draw(path.stem, read(path)[1], PICTURES[path.stem])
-    page.write_text(text)
+            draw(path.stem, harness.read(path)[1], PICTURES[path.stem])
+    for name, text in pages.items():
+        (DOCS / name).write_text(text)
 
 
 if __name__ == "__main__":

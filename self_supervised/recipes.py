@@ -51,6 +51,31 @@ ADAMW = {
 }  # fmt: skip
 SMALL_HEADS = {"mlp_normalization": "bn", "mlp_hidden_dim": 256}
 
+CIFAR10 = {
+    **{"dataset_name": "cifar10", "encoder_arch": "resnet18", "transform_apply_blur": False, "batch_size": 256},
+    **{"max_epochs": 30, "warmup_epochs": 2, "final_lr_schedule_value": 0.0, "mlp_normalization": "bn"},
+}
+WITH_SGD = {"optimizer_name": "sgd", "lr": 0.12, "weight_decay": 5e-4, "exclude_matching_parameters_from_lars": []}
+WITH_LARS = {"optimizer_name": "lars", "lr": 0.3, "lars_eta": 0.02, "weight_decay": 1e-4}
+ON_CIFAR10 = {
+    "moco_v2": {**WITH_SGD, "K": 4096, "m": 0.99},
+    "eqco": {**WITH_SGD, "m": 0.99},
+    "sce": {**WITH_SGD, "K": 4096, "m": 0.99, "dim": 256},
+    "byol": {**WITH_SGD, "m": 0.99, "dim": 256, "mlp_hidden_dim": 1024},
+    "simclr": {**WITH_SGD, "mlp_hidden_dim": 2048},
+    "vicreg": {**WITH_LARS, "dim": 2048, "mlp_hidden_dim": 2048},
+    "barlow_twins": WITH_LARS,
+    "moco_v3": {**ADAMW, "lr": 1e-3, "dim": 256, "mlp_hidden_dim": 1024},
+    "simsiam": {**WITH_SGD, "dim": 2048, "mlp_hidden_dim": 2048, "prediction_mlp_hidden_dims": [512]},
+    "ressl": {**WITH_SGD, "K": 4096, "m": 0.99},
+}
+
+
+def on_cifar10(results: dict[str, Outcome]) -> dict[str, Row]:
+    """Return the rows of a machine: the settings are the same on all of them, the results are not."""
+    return {preset: Row(settings, results.get(preset)) for preset, settings in ON_CIFAR10.items()}
+
+
 CPU = "one thread of a shared server (AMD EPYC), torch 2.14.1"
 
 KINDS = {
@@ -95,33 +120,29 @@ KINDS = {
         },
         pixels=36.1,
     ),
+    "cifar10_laptop": KindOfData(
+        "CIFAR-10 with a ResNet-18 whose stem is that for large images (a fifteenth of the work), 30 epochs",
+        "two cores of a shared server (AMD EPYC), torch 2.14.1 (python -m benchmarks.cifar10 cifar10_laptop)",
+        {**CIFAR10, "low_resolution_stem": False},
+        on_cifar10({}),
+    ),
     "cifar10_gpu": KindOfData(
-        "CIFAR-10 with a ResNet-18, 100 to 200 epochs",
-        "simclr: one H100 (80 GB), bf16-mixed, torch 2.11, torch_compile=True "
-        "(python -m benchmarks.time_to_accuracy simclr --torch_compile). Others: published settings, not run here",
-        {"dataset_name": "cifar10", "encoder_arch": "resnet18", "transform_apply_blur": False},
-        {
-            "simclr": Row(
-                {
-                    **{"max_epochs": 100, "batch_size": 512, "lr": 0.06, "weight_decay": 5e-4, "warmup_epochs": 5},
-                    **{"mlp_hidden_dim": 2048, "mlp_normalization": "bn", "transform_grayscale_probability": 0.1},
-                },
-                Outcome(None, (85.1, None), 4.8, "linear", seeds=1),
-            ),
-            "sce": Row(
-                {
-                    **{"max_epochs": 200, "batch_size": 256, "lr": 0.06, "weight_decay": 5e-4, "warmup_epochs": 5},
-                    **{"dim": 256, "K": 4096, "m": 0.99},
-                }
-            ),
-            "byol": Row(
-                {
-                    **{"max_epochs": 200, "batch_size": 256, "lr": 1.0, "weight_decay": 1e-5, "warmup_epochs": 10},
-                    **{"dim": 256, "mlp_hidden_dim": 4096, "m": 0.99, "lars_eta": 0.02},
-                    "transform_solarize_probability": [0.0, 0.2],
-                }
-            ),
-        },
+        "CIFAR-10 with a ResNet-18, 30 epochs",
+        "one H100 (80 GB), bf16-mixed, torch 2.11 (python -m benchmarks.cifar10 cifar10_gpu)",
+        CIFAR10,
+        on_cifar10(
+            {
+                "moco_v2": Outcome((43.7, None), (75.1, None), 3.8, "linear", seeds=1),
+                "eqco": Outcome((43.7, None), (76.2, None), 3.7, "linear", seeds=1),
+                "sce": Outcome((43.7, None), (79.3, None), 5.6, "linear", seeds=1),
+                "byol": Outcome((43.7, None), (75.1, None), 5.4, "linear", seeds=1),
+                "simclr": Outcome((43.7, None), (80.4, None), 4.9, "linear", seeds=1),
+                "vicreg": Outcome((43.7, None), (80.7, None), 4.9, "linear", seeds=1),
+                "barlow_twins": Outcome((43.7, None), (80.5, None), 3.0, "linear", seeds=1),
+                "simsiam": Outcome((43.7, None), (72.5, None), 2.8, "linear", seeds=1),
+                "ressl": Outcome((43.7, None), (72.8, None), 2.2, "linear", seeds=1),
+            }
+        ),
     ),
     "stl10": KindOfData(
         "STL-10 with a ResNet-18: 105,000 images of 96 x 96 pixels, almost all of them without labels",

@@ -38,7 +38,7 @@ def quick(rank: int, name: str, folder: str) -> None:
 
 
 def test_all_are_found():
-    assert len(NAMES) == 13 and {"augment", "step", "gpu", "time_to_accuracy"} <= set(NAMES)
+    assert len(NAMES) == 14 and {"augment", "step", "gpu", "time_to_accuracy"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,7 +47,7 @@ def test_it_runs_and_writes_its_table(name, tmp_path):
     found = sorted((tmp_path / "out").glob("*.csv"))
     assert found and any(path.stem.startswith(name) for path in found)
     for path in found:
-        about, rows = report.read(path)
+        about, rows = harness.read(path)
         assert "torch" in about and rows and all(None not in row and None not in row.values() for row in rows)
 
 
@@ -68,9 +68,9 @@ def test_a_process_of_its_own_answers_with_its_memory():
     apart.end()
 
 
-def test_the_page_shows_what_the_files_hold():
-    text = (ROOT / "docs" / "performance.md").read_text()
-    files = sorted(harness.RESULTS.glob("*.csv"))
+def test_the_pages_show_what_the_files_hold():
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("performance.md", "results.md"))
+    files = sorted(path for path in harness.RESULTS.glob("*.csv") if not path.stem.endswith("_curves"))
     assert len(files) >= 7
     for path in files:
         assert report.insert(text, path.stem, report.table_of(path)) == text and f"<!-- {path.stem} -->" in text

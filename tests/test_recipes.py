@@ -1,5 +1,7 @@
 """Recipes: every row can be built, is shown on its page, and is found by name in Python and on the command line."""
 
+import statistics
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 import self_supervised as ssl
 import train_blog
+from benchmarks import harness
 from benchmarks import recipes as benchmark
 from model_params import PRESETS
 from self_supervised import recipes
@@ -41,11 +44,29 @@ def test_expected_results_are_above_the_random_encoder_by_more_than_their_deviat
             assert trained > random + (spread or 0) + (spread_trained or 0)
 
 
+@pytest.mark.parametrize("name", ["cifar10_laptop", "cifar10_gpu"])
+def test_results_on_cifar10_are_those_of_the_benchmark(name):
+    path, scores = harness.RESULTS / f"{name}.csv", {}
+    for row in harness.read(path)[1] if path.exists() else []:
+        scores.setdefault(row["preset"], []).append(float(row["linear %"]))
+    for preset, row in recipes.KINDS[name].rows.items():
+        found = scores.get(preset)
+        assert (row.result is None) == (found is None)
+        if row.result:
+            assert row.result.trained[0] == pytest.approx(statistics.mean(found), abs=0.051)
+            assert row.result.random[0] == pytest.approx(statistics.mean(scores["random encoder"]), abs=0.051)
+            assert row.result.seeds == len(found)
+
+
 @pytest.mark.parametrize(
     ("preset", "name", "message"),
     [
         ("simclr", "digit", r"^recipe=digit: simclr has no such recipe. Did you mean digits\? Choose one of digits, "),
-        ("moco_v3", "stl10", "^recipe=stl10: moco_v3 has no such recipe. Choose one of digits.$"),
+        (
+            "moco_v3",
+            "stl10",
+            "^recipe=stl10: moco_v3 has no such recipe. Choose one of digits, cifar10_laptop, cifar10_gpu.$",
+        ),
         ("sce_video", "digits", "^recipe=digits: sce_video has no such recipe. No recipe of sce_video was tried"),
     ],
 )

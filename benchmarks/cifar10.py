@@ -1,0 +1,187 @@
+"""Train presets on CIFAR-10 with one kind of recipe and evaluate the encoders: the rows of docs/results.md.
+
+    python -m benchmarks.cifar10 cifar10_laptop                          # every preset with 3 seeds, one after another
+    python -m benchmarks.cifar10 cifar10_laptop --presets vicreg byol --seeds 0
+    python -m benchmarks.cifar10 cifar10_gpu --at_once 6 --set torch_compile=reduce-overhead
+
+A run is what a user would type: `self-supervised train PRESET --recipe KIND`, then `self-supervised evaluate`. When the
+command is repeated, rows that are in the CSV file are skipped, and interrupted runs go on from their last checkpoint.
+Two rows have no training: an encoder with random weights, and the pixels themselves.
+
+KIND.csv has one row for each preset and seed: accuracies on the test images in percent, with all training images and
+their labels for the logistic regression and as neighbors. KIND_curves.csv has kNN accuracies (k = 20) during training,
+on one half of the test images with the other half as neighbors. Figures of rows made with --at_once are not its speed.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+import torch
+from attrs import frozen
+
+from benchmarks import harness
+from model_params import PRESETS
+from self_supervised import recipes
+from self_supervised.data.loading import get_dataset
+from self_supervised.evaluation import probes
+from self_supervised.fields import as_path
+from self_supervised.training.run_folder import versions
+
+NO_TRAINING = ("random encoder", "pixels")
+MONITOR = ("--evaluations", "knn", "--evaluate_every_n_epochs", "5")  # for the curves
+PROTOCOLS = ("linear", "knn")
+QUICK = ("dataset_name=digits", "encoder_arch=small_cnn", "max_epochs=1", "warmup_epochs=0", "dim=16", "K=64")
+
+
+@frozen
+class Run:
+    """One preset and seed, in a directory of its own."""
+
+    kind: str
+    preset: str
+    seed: int
+    folder: Path
+    settings: Sequence[str] = ()  # field=value
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.preset, str(self.seed)
+
+    def program(self, *arguments: str) -> None:
+        """Run one of the library's programs; its output goes to the run's log."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "benchmark.log", "a") as log:
+            subprocess.run([sys.executable, "-m", "self_supervised", *arguments], stdout=log, stderr=log, check=True)
+
+    def train(self) -> dict:
+        """Train, or go on with a training; returns its results.json, which has no trained encoder before the end."""
+        found = self.folder / "results.json"
+        if not found.exists() or "trained encoder" not in json.loads(found.read_text()):
+            changes = [f"--{setting}" for setting in self.settings]
+            arguments = ["train", self.preset, "--recipe", self.kind, "--seed", str(self.seed), *MONITOR, *changes]
+            self.program(*arguments, "--out", str(self.folder), "--resume", "auto", "--logger", "[]")
+        return json.loads(found.read_text())
+
+    def scores(self, encoder: str = "trained") -> dict[str, float]:
+        """Accuracies of the encoder with trained, or with random, weights."""
+        checkpoint, out = self.folder / "pretrained.ckpt", self.folder / f"{encoder} evaluation"
+        options = ["--seeds", str(self.seed), "--out", str(out)] + ["--no_baselines"] * (encoder == "trained")
+        self.program("evaluate", str(checkpoint), "--protocols", *PROTOCOLS, *options)
+        (found,) = json.loads((out / "results.json").read_text())["summary"].values()
+        found = {protocol: found[protocol][encoder] for protocol in PROTOCOLS}
+        return accuracies(found["linear"]["acc1"]["mean"], found["knn"]["knn20_acc1"]["mean"])
+
+    def row(self) -> harness.Row:
+        trained = self.train()
+        with open(self.folder / "pretraining" / "throughput.csv") as file:
+            speed = statistics.median(float(line["images_per_second"]) for line in csv.DictReader(file))
+        minutes = round(trained["pretraining minutes"], 1)
+        facts = {"epochs": trained["epochs"], "minutes": minutes, "images/s": round(speed)}
+        return {**empty(self.preset, self.seed), **self.scores(), **facts}
+
+    def curve(self) -> list[harness.Row]:
+        with open(self.folder / "pretraining" / "metrics.csv") as file:
+            found = [(line["epoch"], line["valid_knn20_acc"]) for line in csv.DictReader(file)]
+        known = {"preset": self.preset, "seed": self.seed}
+        return [{**known, "epoch": n, "kNN-20 %": round(float(value), 2)} for n, value in found if value]
+
+
+def accuracies(linear: float, knn: float) -> dict[str, float]:
+    return {"linear %": round(linear, 2), "kNN-20 %": round(knn, 2)}
+
+
+def empty(preset: str, seed: int | str) -> harness.Row:
+    """A row without results, whose last columns say where they are from."""
+    known, commit = {"preset": preset, "seed": seed}, versions()["commit"] or ""
+    found = dict.fromkeys(("linear %", "kNN-20 %", "epochs", "minutes", "images/s"), "")
+    return {**known, **found, "date": time.strftime("%Y-%m-%d"), "commit": commit[:7]}
+
+
+def pixels(run: Run) -> harness.Row:
+    """Scores of standardized pixels, without an encoder."""
+    values = dict(setting.split("=", 1) for setting in run.settings)
+    params = recipes.recipe(run.preset, run.kind, dataset_name=values.get("dataset_name", "cifar10"))
+    data = []
+    for split in ("train", "test"):
+        images, labels = zip(*get_dataset(params, (split,)), strict=True)
+        data += [torch.stack(images).flatten(1) / 255, torch.as_tensor(labels)]
+    linear, knn = probes.linear(*data, seed=0)["acc1"], probes.knn_protocol(*data)["knn20_acc1"]
+    return {**empty("pixels", 0), **accuracies(linear, knn)}
+
+
+class Table:
+    """The rows that are finished, in a CSV file that is complete after each of them."""
+
+    def __init__(self, path: Path):
+        self.path, self.lock, self.rows = path, Lock(), []
+        if path.exists():
+            self.rows = harness.read(path)[1]
+
+    def has(self, preset: str, seed: int) -> bool:
+        return any((row["preset"], row["seed"]) == (preset, str(seed)) for row in self.rows)
+
+    def add(self, rows: Iterable[harness.Row]) -> None:
+        with self.lock:
+            self.rows += [{name: str(value) for name, value in row.items()} for row in rows]
+            order = [*NO_TRAINING, *PRESETS]
+            self.rows.sort(key=lambda row: (order.index(row["preset"]), int(row["seed"])))
+            harness.write(self.path, self.rows)
+
+
+def finish(run: Run, table: Table, curves: Table, first: bool) -> None:
+    """Make what is missing of a run's rows."""
+    try:
+        if not table.has(*run.key):
+            row = run.row()
+            curves.add(run.curve())
+            table.add([row])
+            print(", ".join(f"{name} {harness.shown(value)}" for name, value in row.items() if value != ""), flush=True)
+        if first and not table.has("random encoder", run.seed):
+            table.add([{**empty("random encoder", run.seed), **run.scores("random")}])
+        if first and not table.has("pixels", 0):
+            table.add([pixels(run)])
+    except subprocess.CalledProcessError:
+        print(f"{run.preset}, seed {run.seed}: failed; see {run.folder / 'benchmark.log'}", file=sys.stderr)
+
+
+def options(argv: list[str] | None) -> argparse.Namespace:
+    kinds = [name for name in recipes.KINDS if name.startswith("cifar10")]
+    parser = harness.arguments(__doc__, rounds=1)
+    parser.add_argument("kind", nargs="?", choices=kinds, default=kinds[0], help=f"kind of recipe ({kinds[0]})")
+    parser.add_argument("--presets", nargs="+", default=list(recipes.ON_CIFAR10), help="all that have such a recipe")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
+    parser.add_argument("--at_once", type=int, default=1, help="number of runs at the same time (1)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of all runs")
+    parser.add_argument("--runs", type=as_path, help="directory in which the runs are kept (OUT/runs)")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.presets, args.seeds, args.set = ["simclr"], [0], QUICK
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = options(argv)
+    folder = (args.runs or args.out / "runs") / args.kind
+    table, curves = Table(args.out / f"{args.kind}.csv"), Table(args.out / f"{args.kind}_curves.csv")
+    running = []
+    with ThreadPoolExecutor(args.at_once) as pool:
+        for seed, preset in itertools.product(args.seeds, args.presets):
+            run = Run(args.kind, preset, seed, folder / f"{preset}_{seed}", args.set)
+            running.append(pool.submit(finish, run, table, curves, first=preset == args.presets[0]))
+    for one in running:
+        one.result()  # raises what it raised
+    print(harness.markdown(table.rows))
+
+
+if __name__ == "__main__":
+    main()
