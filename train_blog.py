@@ -1,42 +1,50 @@
-"""Does BYOL need batch norm? The six configurations of the blog post, with multiple seeds each.
+"""Does BYOL need batch norm? The six configurations of the blog post, and the encoder that they start from.
 
-    python train_blog.py                      # as in the post: STL-10, 10 epochs, seeds 0 1 2
-    python train_blog.py --quick              # the same on digits, in minutes
-    python train_blog.py --configs base no_norm --seeds 0 --dataset_name cifar10
+    python train_blog.py                    # as in the post: STL-10, 10 epochs of a schedule of 320, seeds 0 1 2
+    python train_blog.py --size laptop      # CIFAR-10 and a small encoder, 10 epochs, seeds 0 1 2
+    python train_blog.py --quick            # digits, 20 epochs, seed 0: about five minutes on two cores
+    python train_blog.py --size laptop --configs base no_norm --seeds 0 --set lr=0.2 m=0.99
 
 https://untitled-ai.github.io/understanding-self-supervised-contrastive-learning.html
 
-Finished runs are not repeated. The directory --out gets results.csv (one row per run), results.md (mean and standard
-deviation next to the post's numbers), cosines.png (step_pos_cos and step_neg_cos of each configuration), and one
-directory of metrics per run. The post trained for 10 epochs of a schedule of 320; here the schedule ends with --epochs.
+m and K follow from the number of optimizer steps, and lr from the batch size (`adapted`); each run prints them first.
+Finished runs are not repeated, and the same command resumes an interrupted one. The directory --out gets results.csv
+(one row per run), results.md (mean and standard deviation next to the post's numbers), cosines.png (step_pos_cos and
+step_neg_cos of each configuration), and one directory of metrics per run.
 """
 
 import argparse
 import csv
 import logging
-import time
+import math
+import re
+import shutil
 import warnings
 from pathlib import Path
+from typing import Any, NoReturn
 
+import attrs
 import numpy as np
 import pytorch_lightning as pl
-from attr import evolve
-from pytorch_lightning.callbacks import RichProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from attrs import evolve, frozen
+from pytorch_lightning.callbacks import LambdaCallback, RichProgressBar, Timer
+from pytorch_lightning.loggers import TensorBoardLogger
 
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised.catalogue import DATASETS
-from self_supervised.fields import as_path
+from self_supervised.data import loading
+from self_supervised.fields import as_path, suggestion
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
 from self_supervised.report import curves
 from self_supervised.runs import preflight
 from self_supervised.runs.command_line import PRECISIONS
-from self_supervised.runs.values import ListOption, items
+from self_supervised.runs.values import ListOption, items, reader
 from self_supervised.safe_files import atomic_file, atomic_write, check_folder
+from self_supervised.training import checkpoints
 from self_supervised.training.precision import choose
-from self_supervised.training.run_folder import logged
+from self_supervised.training.run_folder import csv_logger, logged
 
 BASE = ModelParams(
     lr=0.8,
@@ -55,70 +63,151 @@ CONFIGS = {
     "layer_norm": evolve(BASE, mlp_normalization="ln"),
     "xent": evolve(BASE, use_negative_examples_from_queue=True, loss_type="ce", mlp_normalization=None, lr=0.02),
 }
+UNTRAINED = "untrained"
 # accuracies of the post in percent: valid_class_acc on STL-10 after 10 epochs
-POST = {"base": 57.7, "proj_only": 55.3, "pred_only": 48.0, "no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1}
-SHARED_COLUMNS = ("dataset", "epochs", "encoder", "quick", "precision")  # of an experiment, which all its rows share
-ROW_COLUMNS = ["config", "seed", *SHARED_COLUMNS, "accuracy", "pos_cos", "neg_cos", "minutes"]
+POST = {
+    **{UNTRAINED: 28.8, "base": 57.7, "proj_only": 55.3, "pred_only": 48.0},
+    **{"no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1},
+}
+POST_BATCH, POST_STEPS = 256, 4100  # images per batch and optimizer steps of the post
+
+
+@frozen
+class Size:
+    """Size of the experiment: length, default seeds, and settings that all configurations share."""
+
+    epochs: int
+    seeds: list[int]
+    settings: dict[str, Any]
+
+
+SMALL = {"encoder_arch": "shufflenet_v2_x0_5", "transform_apply_blur": False, "warmup_epochs": 2}
+SIZES = {
+    "post": Size(10, [0, 1, 2], {"dataset_name": "stl10", "batch_size": POST_BATCH, "max_epochs": 320}),
+    "laptop": Size(10, [0, 1, 2], {"dataset_name": "cifar10", "batch_size": 128, **SMALL}),
+    # a deep encoder would shrink 8 x 8 digits to nothing
+    "quick": Size(20, [0], {"dataset_name": "digits", "batch_size": 64, "transform_crop_size": 32, **SMALL}),
+}
+# of an experiment, which all its rows share; "changes" are the settings in which it differs from its size
+SHARED_COLUMNS = ("size", "epochs", "changes", "precision")
+ROW_COLUMNS = ["config", "seed", *SHARED_COLUMNS, "steps", "m", "K", "accuracy", "pos_cos", "neg_cos", "minutes"]
+
+
+# ---- Options ----
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are one line, as all others of this program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. See --help.")
 
 
 def blog_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    about = "data set; default: stl10, with --quick digits"
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    about = "data, encoder, batches and length: post, laptop (CIFAR-10) or quick (digits); default: post"
+    parser.add_argument("--size", choices=SIZES, default="post", metavar="NAME", help=about)
+    about = "the same as --size quick"
+    parser.add_argument("--quick", dest="size", action="store_const", const="quick", help=about)
+    about = "data set; default: that of the size"
     parser.add_argument("--dataset_name", "--dataset", dest="dataset", choices=DATASETS, metavar="NAME", help=about)
+    about = "encoder; default: that of the size"
+    parser.add_argument("--encoder_arch", "--encoder", dest="encoder", metavar="NAME", help=about)
+    about = "images in a batch, to which lr is proportional; default: that of the size"
+    parser.add_argument("--batch_size", type=int, metavar="N", help=about)
+    about = "epochs to train; with --size post, of a schedule of 320; default: that of the size"
+    parser.add_argument("--max_epochs", "--epochs", dest="epochs", type=int, metavar="N", help=about)
+    about = "any fields of ModelParams, for all configurations, with values as in self-supervised train"
     parser.add_argument(
-        "--encoder_arch",
-        "--encoder",
-        dest="encoder",
-        metavar="NAME",
-        help="encoder; default: resnet18, with --quick shufflenet_v2_x0_5",
-    )
-    parser.add_argument(
-        "--max_epochs", "--epochs", dest="epochs", type=int, metavar="N", help="epochs; default: 10, with --quick 4"
+        "--set", nargs="+", action="extend", type=setting, default=[], metavar="FIELD=VALUE", help=about
     )
     parser.add_argument("--out", type=as_path, default=Path("runs/blog"), help="results directory (default: runs/blog)")
-    parser.add_argument(
-        "--configs",
-        action=ListOption,
-        type=items(config_name),
-        default=list(CONFIGS),
-        metavar="NAME",
-        help=f"configurations to train; default: {', '.join(CONFIGS)}",
-    )
-    parser.add_argument(
-        "--seeds",
-        action=ListOption,
-        type=items(int),
-        default=[0, 1, 2],
-        metavar="SEED",
-        help="random seeds (default: 0 1 2)",
-    )
+    about = f"configurations to train; default: {', '.join(POST)}"
+    known = items(config_name)
+    parser.add_argument("--configs", action=ListOption, type=known, default=list(POST), metavar="NAME", help=about)
+    about = "random seeds; default: 0 1 2, with --quick 0"
+    parser.add_argument("--seeds", action=ListOption, type=items(int), metavar="SEED", help=about)
     about = f"floating point: {', '.join(PRECISIONS)}; auto (default): the faster one, or as finished runs"
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", metavar="NAME", help=about)
-    parser.add_argument("--quick", action="store_true", help="use digits, small batches and a small encoder")
     return parser
 
 
-def blog_arguments() -> argparse.Namespace:
-    args = blog_parser().parse_args()
-    args.dataset = args.dataset or ("digits" if args.quick else "stl10")
-    args.epochs = args.epochs or (4 if args.quick else 10)
-    args.encoder = args.encoder or ("shufflenet_v2_x0_5" if args.quick else "resnet18")
-    return args
-
-
 def config_name(name: str) -> str:
-    if name not in CONFIGS:
-        raise ValueError(f"configs={name!r} is unknown: choose one of {', '.join(CONFIGS)}")
+    if name not in POST:
+        raise ValueError(f"configs={name!r} is unknown: choose one of {', '.join(POST)}")
     return name
 
 
+def setting(given: str) -> tuple[str, Any]:
+    """Return (field, value) of field=value."""
+    name, _, value = given.partition("=")
+    fields = attrs.fields_dict(ModelParams)
+    if "=" not in given or name not in fields:
+        near = suggestion(name, fields)
+        raise argparse.ArgumentTypeError(f"{given!r} is not FIELD=VALUE with a field of ModelParams.{near}".rstrip("."))
+    if name == "seed":
+        raise argparse.ArgumentTypeError(f"{given}: each run has a seed of --seeds. Pass it there")
+    return name, reader(fields[name].type)(value)
+
+
+def blog_arguments() -> argparse.Namespace:
+    """Return the options, with `settings`: the fields that all configurations share."""
+    args = blog_parser().parse_args()
+    size = SIZES[args.size]
+    args.epochs = size.epochs if args.epochs is None else args.epochs
+    args.seeds = args.seeds or size.seeds
+    named = {"dataset_name": args.dataset, "encoder_arch": args.encoder, "batch_size": args.batch_size}
+    changes = {name: value for name, value in named.items() if value is not None} | dict(args.set)
+    args.settings = {"max_epochs": max(1, args.epochs), "low_resolution_stem": False} | size.settings | changes
+    args.changes = " ".join(f"{name}={value}" for name, value in sorted(changes.items()))
+    return args
+
+
+# ---- Settings of a run ----
+
+
+def adapted(config: ModelParams, steps: int, batch_size: int) -> ModelParams:
+    """Return a configuration of the post for another number of optimizer steps and another batch size.
+
+    With the post's m = 0.996, the lagging model would hardly move in a shorter training, and the network would learn to
+    predict a random one. So 1 - m is inversely proportional to the steps, except for cross entropy, whose queue needs
+    keys of similar networks. The queue holds a sixteenth of all keys, as in the post, rounded down to a power of two.
+    """
+    m = max(0.0, 1 - (1 - config.m) * POST_STEPS / steps) if config.loss_type == "ip" else config.m
+    K = 2 ** int(math.log2(max(1, steps * batch_size / 16)))
+    return evolve(config, lr=config.lr * batch_size / POST_BATCH, m=m, K=K)
+
+
+def n_steps(params: ModelParams, epochs: int) -> int:
+    dataset = loading.get_dataset(params, params.dataset.pretraining_splits)
+    return epochs * len(loading.get_loader(params, dataset, training=True))
+
+
+def experiment_settings(name: str, seed: int, args: argparse.Namespace) -> ModelParams:
+    shared = {"seed": seed, **args.settings}
+    params = evolve(CONFIGS.get(name, BASE), **shared)
+    if not 1 <= args.epochs <= params.max_epochs:
+        raise ValueError(f"epochs={args.epochs}: the schedule has {params.max_epochs} epochs. Choose 1 to as many.")
+    if "linear_probe" not in params.evaluations:
+        raise ValueError(f"evaluations={params.evaluations}: the table needs 'linear_probe'. Add it.")
+    steps = n_steps(params, args.epochs)
+    shared = {"evaluate_every_n_epochs": args.epochs, **shared}  # the post reports the last epoch
+    return evolve(adapted(CONFIGS.get(name, BASE), steps, params.global_batch_size or params.batch_size), **shared)
+
+
+# ---- Rows ----
+
+
 def finished_runs(results: Path) -> list[dict[str, str]]:
-    """Return the rows of results.csv, without incomplete ones, which a power failure may leave."""
+    """Return the rows of results.csv, without incomplete ones, which a power failure may leave.
+
+    Rows of earlier versions have other columns. They are kept, but no experiment of this version has them.
+    """
     if not results.exists():
         return []
     with results.open() as file:
         rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
-    return [{"quick": "False", "precision": "32-true", **row} for row in rows]  # earlier versions lack these columns
+    return [{column: row.get(column, "") for column in ROW_COLUMNS} for row in rows]
 
 
 def write_rows(results: Path, rows: list[dict]) -> None:
@@ -128,14 +217,14 @@ def write_rows(results: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def experiment_facts(args: argparse.Namespace) -> dict:
+def experiment_facts(args: argparse.Namespace) -> dict[str, str]:
     """Return what the numbers of a row depend on, in addition to configuration and seed."""
-    return {name: getattr(args, name) for name in SHARED_COLUMNS}
+    return {name: str(getattr(args, name)) for name in SHARED_COLUMNS}
 
 
 def precision_of(args: argparse.Namespace, rows: list[dict[str, str]]) -> str:
     """Return the precision of the experiment's finished runs, or the one that is best on this machine."""
-    same = {column: str(value) for column, value in experiment_facts(args).items() if column != "precision"}
+    same = {column: value for column, value in experiment_facts(args).items() if column != "precision"}
     found = [row["precision"] for row in rows if same.items() <= row.items()]
     model = SelfSupervisedMethod(experiment_settings(args.configs[0], args.seeds[0], args))
     precision, reason = (found[0], "as before") if found else choose(model)
@@ -143,59 +232,94 @@ def precision_of(args: argparse.Namespace, rows: list[dict[str, str]]) -> str:
     return precision
 
 
+# ---- Runs ----
+
+
 def run_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
-    quick = "_quick" if args.quick else ""
-    return args.out / f"{args.dataset}_{args.encoder}_{args.epochs}epochs{quick}" / f"{name}_{seed}"
+    facts = experiment_facts(args) | {"epochs": f"{args.epochs}epochs"}
+    experiment = re.sub(r"[^\w=.-]+", "_", "_".join(filter(None, facts.values())))
+    return args.out / experiment / f"{name}_{seed}"
 
 
-def experiment_settings(name: str, seed: int, args: argparse.Namespace) -> ModelParams:
-    return evolve(
-        CONFIGS[name],
-        seed=seed,
-        dataset_name=args.dataset,
-        encoder_arch=args.encoder,
-        batch_size=64 if args.quick else 256,
-        transform_crop_size=32 if args.quick else None,  # a deep encoder would shrink 8 x 8 digits to nothing
-        lr=CONFIGS[name].lr / (4 if args.quick else 1),  # in proportion to the batch size
-        max_epochs=args.epochs,
-        evaluate_every_n_epochs=args.epochs,  # the post reports the last epoch
-    )
+def stop_after(steps: int) -> LambdaCallback:
+    """Return a callback that ends a training before its schedule does."""
+
+    def stop(trainer: pl.Trainer, _: pl.LightningModule) -> None:
+        trainer.should_stop = trainer.global_step >= steps
+
+    return LambdaCallback(on_train_start=stop, on_train_epoch_end=stop)
 
 
 def train(name: str, seed: int, args: argparse.Namespace) -> dict:
-    """Run one configuration with one seed. Return its row."""
-    logs = {"save_dir": run_folder(name, seed, args), "name": "", "version": ""}
+    """Run one configuration with one seed, or resume it. Return its row."""
+    params = experiment_settings(name, seed, args)
+    steps = n_steps(params, args.epochs)
+    queue = {"K": params.K} if params.use_negative_examples_from_queue else {}
+    facts = {"steps": steps, "m": round(params.m, 6), **queue}
+    print(f"{name}, seed {seed}: {', '.join(f'{key} {value}' for key, value in facts.items())}, lr {params.lr:.4g}")
+    folder = run_folder(name, seed, args)
+    checkpoint = checkpoints.newest(folder / "checkpoints")
+    done = checkpoints.read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+    timer = Timer()  # adds the minutes of all starts
     trainer = pl.Trainer(
-        max_epochs=args.epochs,
-        callbacks=[RichProgressBar()],
+        max_epochs=params.max_epochs,
+        callbacks=[RichProgressBar(), timer, stop_after(steps), checkpoints.Checkpoints(folder / "checkpoints")],
+        devices=1,
         enable_checkpointing=False,
         enable_model_summary=False,
         precision=args.precision,
-        log_every_n_steps=1 if args.quick else 10,
-        logger=[CSVLogger(**logs), TensorBoardLogger(**logs)],
+        log_every_n_steps=1 if steps < 1000 else 10,
+        logger=[csv_logger(folder, "", done), TensorBoardLogger(folder, name="", version="")],
         num_sanity_val_steps=0,
     )
-    start = time.time()
-    trainer.fit(SelfSupervisedMethod(experiment_settings(name, seed, args)))
-    row = {"config": name, "seed": seed, **experiment_facts(args)}
-    metrics = {"accuracy": "valid_class_acc", "pos_cos": "step_pos_cos", "neg_cos": "step_neg_cos"}
-    row |= {column: round(trainer.callback_metrics[metric].item(), 4) for column, metric in metrics.items()}
-    return row | {"minutes": round((time.time() - start) / 60, 2)}
+    method = SelfSupervisedMethod(params)
+    trainer.fit(method, ckpt_path=checkpoint)
+    scores = method.scores_at_end() or trainer.validate(method, verbose=False)[0]
+    logged_last = {key: values[-1] for key, (_, values) in curves.read_curves(folder).items()}
+    cosines = {"pos_cos": logged_last["step_pos_cos"], "neg_cos": logged_last["step_neg_cos"]}
+    minutes = round(timer.time_elapsed() / 60, 2)
+    return facts | rounded({"accuracy": scores["valid_class_acc"], **cosines}) | {"minutes": minutes}
+
+
+def score_untrained(seed: int, args: argparse.Namespace) -> dict:
+    """Return the accuracy of the encoder with which all configurations of a seed start."""
+    trainer = pl.Trainer(devices=1, enable_model_summary=False, precision=args.precision, logger=False)
+    (scores,) = trainer.validate(SelfSupervisedMethod(experiment_settings(UNTRAINED, seed, args)), verbose=False)
+    return {"steps": 0, **rounded({"accuracy": scores["valid_class_acc"]})}
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(float(value), 4) for name, value in values.items()}
+
+
+def finish(name: str, seed: int, args: argparse.Namespace, results: Path) -> None:
+    """Add the row of one configuration and seed to results.csv, unless it is there."""
+    known = {"config": name, "seed": str(seed), **experiment_facts(args)}
+    if any(known.items() <= row.items() for row in finished_runs(results)):
+        print(f"{name}, seed {seed}: finished before")
+        return
+    with logged(args.out / "log.txt"):
+        found = score_untrained(seed, args) if name == UNTRAINED else train(name, seed, args)
+    write_rows(results, [*finished_runs(results), known | found])
+    shutil.rmtree(run_folder(name, seed, args) / "checkpoints", ignore_errors=True)
+
+
+# ---- Results ----
 
 
 def results_table(rows: list[dict]) -> str:
     """Return a Markdown table with one line per configuration: mean ± sample standard deviation over seeds."""
 
     def mean_and_deviation(group: list[dict], column: str, digits: int) -> str:
-        values = np.array([float(row[column]) for row in group])
+        values = np.array([float(row[column]) for row in group if row[column] != ""])
         deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-        return f"{values.mean():.{digits}f}{deviation}"
+        return f"{values.mean():.{digits}f}{deviation}" if len(values) else ""
 
     lines = [
         "| configuration | accuracy (%) | post, STL-10 (%) | cosine, same image | cosine, different images | seeds |",
         "|---|---|---|---|---|---|",
     ]
-    for name in CONFIGS:
+    for name in POST:
         if group := [row for row in rows if row["config"] == name]:
             cells = [mean_and_deviation(group, "accuracy", 1), str(POST[name])]
             cells += [mean_and_deviation(group, column, 3) for column in ("pos_cos", "neg_cos")]
@@ -204,11 +328,13 @@ def results_table(rows: list[dict]) -> str:
 
 
 def draw_cosines(rows: list[dict], args: argparse.Namespace, file: Path) -> None:
-    runs: dict[str, list[curves.Curves]] = {}
+    runs: dict[str, Any] = {}
     for row in rows:
-        runs.setdefault(row["config"], []).append(curves.read_curves(run_folder(row["config"], row["seed"], args)))
+        if row["config"] != UNTRAINED:
+            runs.setdefault(row["config"], []).append(curves.read_curves(run_folder(row["config"], row["seed"], args)))
     in_order = {name: runs[name] for name in CONFIGS if name in runs}
-    curves.draw_curves(in_order, file, ["step_pos_cos", "step_neg_cos"], figsize=(14, 5), sharey=True)
+    if in_order:
+        curves.draw_curves(in_order, file, ["step_pos_cos", "step_neg_cos"], figsize=(14, 5), sharey=True)
 
 
 @one_line_errors()
@@ -228,20 +354,13 @@ def run_experiments(args: argparse.Namespace) -> None:
     results = args.out / "results.csv"
     if args.precision == "auto":
         args.precision = precision_of(args, finished_runs(results))
-    same = {column: str(value) for column, value in experiment_facts(args).items()}
     for seed in args.seeds:
         for name in args.configs:
-            key = {"config": name, "seed": str(seed), **same}
-            if any(key.items() <= row.items() for row in finished_runs(results)):
-                print(f"{name}, seed {seed}: finished before")
-                continue
-            print(f"{name}, seed {seed}:")
-            with logged(args.out / "log.txt"):
-                row = train(name, seed, args)
-            write_rows(results, [*finished_runs(results), row])
-    rows = [row for row in finished_runs(results) if same.items() <= row.items()]
-    markdown = f"{args.encoder} on {args.dataset}, {args.epochs} epochs, linear probe on half of the test set\n\n"
-    markdown += results_table(rows)
+            finish(name, seed, args, results)
+    rows = [row for row in finished_runs(results) if experiment_facts(args).items() <= row.items()]
+    p = experiment_settings(args.configs[0], args.seeds[0], args)
+    about = f"{p.encoder_arch} on {p.dataset_name}, {args.epochs} epochs in batches of {p.batch_size}"
+    markdown = f"{about}, linear probe on half of the test set\n\n{results_table(rows)}"
     atomic_write(args.out / "results.md", markdown)
     draw_cosines(rows, args, args.out / "cosines.png")
     print(f"\n{markdown}\n{results}, {args.out / 'results.md'}, {args.out / 'cosines.png'}")

@@ -262,10 +262,14 @@ class BaseMethod(pl.LightningModule):
         self.latest_scores = (self.global_step, {**(before if step == self.global_step else {}), **scores})
 
     def scores_at_end(self) -> dict[str, float]:
-        """Return what the last validation of a training has logged; {} if the weights have changed since."""
+        """Return what the last validation of a training has logged; {} if the weights have changed since.
+
+        A training that is resumed after its last step has logged nothing, but its verdict has scored the encoder.
+        """
         step, scores = self.latest_scores
+        logged = self.trainer.callback_metrics
         is_last = 0 < step == self.global_step
-        return {name: float(self.trainer.callback_metrics[name]) for name in scores} if is_last else {}
+        return {name: float(logged.get(name, value)) for name, value in scores.items()} if is_last else {}
 
     @staticmethod
     def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Tensor | None, ...]]:

@@ -38,35 +38,74 @@ def is_picture(path):
     return pixels.shape[0] > 200 and len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
 
 
+def blog_rows(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_train_blog_writes_rows_table_and_figure_and_skips_what_is_finished(monkeypatch, tmp_path, capsys):
-    options = ["--quick", "--epochs", 1, "--configs", "base", "--out", tmp_path / "blog"]
-    run(train_blog, monkeypatch, *options, "--seeds", 0, 1)
-    with (tmp_path / "blog" / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["config"], row["seed"]) for row in rows] == [("base", "0"), ("base", "1")]
+    options = ["--quick", "--epochs", 1, "--configs", "untrained", "base", "--out", tmp_path / "blog"]
+    options += ["--precision", "32-true", "--seeds", 0, 1]
+    run(train_blog, monkeypatch, *options)
+    assert "base, seed 1: steps 20, m 0.18, lr 0.2" in capsys.readouterr().out
+    rows = blog_rows(tmp_path / "blog")
+    assert [(row["config"], row["seed"]) for row in rows] == [(c, s) for s in "01" for c in ("untrained", "base")]
     assert all(0 < float(row["accuracy"]) <= 100 for row in rows)
-    steps = np.genfromtxt(
-        tmp_path / "blog" / "digits_shufflenet_v2_x0_5_1epochs_quick" / "base_1" / "metrics.csv",
-        delimiter=",",
-        names=True,
-    )
+    folder = tmp_path / "blog" / "quick_1epochs_32-true" / "base_1"
+    steps = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
     logged = steps["step_pos_cos"][~np.isnan(steps["step_pos_cos"])]
-    assert len(logged) == 20 and float(rows[1]["pos_cos"]) == pytest.approx(logged[-1], abs=1e-3)
+    assert len(logged) == 20 and float(rows[3]["pos_cos"]) == pytest.approx(logged[-1], abs=1e-3)
+    assert not list(folder.rglob("*.ckpt"))
+    start = json.loads((folder / "results.json").read_text())["random encoder"]["valid_class_acc"]
+    assert float(rows[2]["accuracy"]) == pytest.approx(start, abs=1e-3)  # seed 1
     table = (tmp_path / "blog" / "results.md").read_text()
-    mean = np.mean([float(rows[0]["accuracy"]), float(rows[1]["accuracy"])])
+    mean = np.mean([float(rows[1]["accuracy"]), float(rows[3]["accuracy"])])
     assert f"| base | {mean:.1f} ± " in table and "57.7" in table and "no_norm" not in table
     assert is_picture(tmp_path / "blog" / "cosines.png")
 
-    capsys.readouterr()
-    run(train_blog, monkeypatch, *options, "--seeds", 0, 1)
-    assert capsys.readouterr().out.count("finished before") == 2
-    assert len((tmp_path / "blog" / "results.csv").read_text().splitlines()) == 3
+    run(train_blog, monkeypatch, *options)
+    assert capsys.readouterr().out.count("finished before") == 4
+    assert len(blog_rows(tmp_path / "blog")) == 4
+
+
+def test_an_interrupted_run_of_the_blog_is_resumed_and_stops_before_its_schedule(monkeypatch, tmp_path):
+    options = ["--quick", "--epochs", 2, "--configs", "xent", "--precision", "32-true", "--batch_size", 32]
+    options += ["--set", "data_fraction=0.25", "max_epochs=3", "evaluations=linear_probe", "dim=16"]
+    run(train_blog, monkeypatch, *options, "--out", tmp_path / "whole")
+    save = checkpoints.Checkpoints.save
+    for epoch in (1, 2):  # in the middle, and between the training and its row
+
+        def save_and_fail(self, trainer, module, epoch=epoch):
+            save(self, trainer, module)
+            if trainer.global_step == 10 * epoch:
+                raise OSError("interrupted")
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted"):
+            patch.setattr(checkpoints.Checkpoints, "save", save_and_fail)
+            run(train_blog, monkeypatch, *options, "--out", tmp_path / "resumed")
+    run(train_blog, monkeypatch, *options, "--out", tmp_path / "resumed")
+    (expected,), (found,) = blog_rows(tmp_path / "whole"), blog_rows(tmp_path / "resumed")
+    assert found["steps"] == "20" and (found["m"], found["K"]) == ("0.996", "32")
+    assert {**found, "minutes": ""} == {**expected, "minutes": ""}
+    lr = json.loads((next(tmp_path.glob("whole/*/xent_0")) / "results.json").read_text())
+    assert lr["epochs"] == 2
 
 
 def test_one_seed_of_the_blog_has_no_deviation():
     row = {"config": "base", "accuracy": "34.8", "pos_cos": "0.226", "neg_cos": "0.225"}
     assert "| base | 34.8 | 57.7 | 0.226 | 0.225 | 1 |" in train_blog.results_table([row])
     assert "34.8 ± 0.0" in train_blog.results_table([row, row])
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "m", "K", "lr"),
+    [(4100, 256, 0.996, 65536, 0.8), (3900, 128, 0.9958, 16384, 0.4), (400, 64, 0.959, 1024, 0.2), (5, 64, 0, 16, 0.2)],
+)
+def test_the_blog_at_another_length(steps, batch_size, m, K, lr):
+    """The first is the post's; K is a power of two below the number of images / 16."""
+    base, xent = (train_blog.adapted(train_blog.CONFIGS[name], steps, batch_size) for name in ("base", "xent"))
+    assert (base.m, base.lr) == (pytest.approx(m, abs=5e-5), pytest.approx(lr))
+    assert (xent.m, xent.K, xent.lr) == (0.996, K, pytest.approx(lr / 40))
 
 
 def test_the_blogs_configurations_differ_as_its_table_says():
