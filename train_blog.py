@@ -127,7 +127,7 @@ def blog_parser() -> argparse.ArgumentParser:
     parser.add_argument("--configs", action=ListOption, type=known, default=list(POST), metavar="NAME", help=about)
     about = "random seeds; default: 0 1 2, with --quick 0"
     parser.add_argument("--seeds", action=ListOption, type=items(int), metavar="SEED", help=about)
-    about = f"floating point: {', '.join(PRECISIONS)}; auto (default): the faster one, or as finished runs"
+    about = f"floating point: {', '.join(PRECISIONS)}; auto (default): the faster one, or as earlier runs"
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", metavar="NAME", help=about)
     return parser
 
@@ -222,12 +222,16 @@ def experiment_facts(args: argparse.Namespace) -> dict[str, str]:
     return {name: str(getattr(args, name)) for name in SHARED_COLUMNS}
 
 
-def precision_of(args: argparse.Namespace, rows: list[dict[str, str]]) -> str:
-    """Return the precision of the experiment's finished runs, or the one that is best on this machine."""
-    same = {column: value for column, value in experiment_facts(args).items() if column != "precision"}
-    found = [row["precision"] for row in rows if same.items() <= row.items()]
+def experiment_folder(args: argparse.Namespace, precision: str) -> Path:
+    facts = experiment_facts(args) | {"epochs": f"{args.epochs}epochs", "precision": precision}
+    return args.out / re.sub(r"[^\w=.-]+", "_", "_".join(filter(None, facts.values())))
+
+
+def precision_of(args: argparse.Namespace) -> str:
+    """Return the precision with which the experiment was begun, or else the one that is best on this machine."""
+    found = next((one for one in PRECISIONS if experiment_folder(args, one).is_dir()), None)
     model = SelfSupervisedMethod(experiment_settings(args.configs[0], args.seeds[0], args))
-    precision, reason = (found[0], "as before") if found else choose(model)
+    precision, reason = (found, "as before") if found else choose(model)
     print(f"precision: {precision} ({reason})")
     return precision
 
@@ -236,9 +240,7 @@ def precision_of(args: argparse.Namespace, rows: list[dict[str, str]]) -> str:
 
 
 def run_folder(name: str, seed: int, args: argparse.Namespace) -> Path:
-    facts = experiment_facts(args) | {"epochs": f"{args.epochs}epochs"}
-    experiment = re.sub(r"[^\w=.-]+", "_", "_".join(filter(None, facts.values())))
-    return args.out / experiment / f"{name}_{seed}"
+    return experiment_folder(args, args.precision) / f"{name}_{seed}"
 
 
 def stop_after(steps: int) -> LambdaCallback:
@@ -353,7 +355,8 @@ def main() -> None:
 def run_experiments(args: argparse.Namespace) -> None:
     results = args.out / "results.csv"
     if args.precision == "auto":
-        args.precision = precision_of(args, finished_runs(results))
+        args.precision = precision_of(args)
+    experiment_folder(args, args.precision).mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for name in args.configs:
             finish(name, seed, args, results)
@@ -363,7 +366,7 @@ def run_experiments(args: argparse.Namespace) -> None:
     markdown = f"{about}, linear probe on half of the test set\n\n{results_table(rows)}"
     atomic_write(args.out / "results.md", markdown)
     draw_cosines(rows, args, args.out / "cosines.png")
-    print(f"\n{markdown}\n{results}, {args.out / 'results.md'}, {args.out / 'cosines.png'}")
+    print(f"\n{markdown}\nin {args.out}: results.csv, results.md, cosines.png")
 
 
 if __name__ == "__main__":
