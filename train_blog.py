@@ -79,14 +79,15 @@ class Size:
     epochs: int
     seeds: list[int]
     settings: dict[str, Any]
+    warmup: float = 0.1  # fraction of the epochs: the small encoder does not stand the full lr at once
 
 
-SMALL = {"encoder_arch": "shufflenet_v2_x0_5", "transform_apply_blur": False, "warmup_epochs": 2}
+SMALL = {"encoder_arch": "shufflenet_v2_x0_5", "transform_apply_blur": False}
+DIGITS = {"dataset_name": "digits", "transform_crop_size": 32}  # a deep encoder would shrink 8 x 8 pixels to nothing
 SIZES = {
-    "post": Size(10, [0, 1, 2], {"dataset_name": "stl10", "batch_size": POST_BATCH, "max_epochs": 320}),
+    "post": Size(10, [0, 1, 2], {"dataset_name": "stl10", "batch_size": POST_BATCH, "max_epochs": 320}, warmup=0),
     "laptop": Size(10, [0, 1, 2], {"dataset_name": "cifar10", "batch_size": 128, **SMALL}),
-    # a deep encoder would shrink 8 x 8 digits to nothing
-    "quick": Size(20, [0], {"dataset_name": "digits", "batch_size": 64, "transform_crop_size": 32, **SMALL}),
+    "quick": Size(20, [0], {"batch_size": 64, **DIGITS, **SMALL}),
 }
 # of an experiment, which all its rows share; "changes" are the settings in which it differs from its size
 SHARED_COLUMNS = ("size", "epochs", "changes", "precision")
@@ -158,7 +159,8 @@ def blog_arguments() -> argparse.Namespace:
     args.seeds = args.seeds or size.seeds
     named = {"dataset_name": args.dataset, "encoder_arch": args.encoder, "batch_size": args.batch_size}
     changes = {name: value for name, value in named.items() if value is not None} | dict(args.set)
-    args.settings = {"max_epochs": max(1, args.epochs), "low_resolution_stem": False} | size.settings | changes
+    length = {"max_epochs": max(1, args.epochs), "warmup_epochs": size.warmup * args.epochs}
+    args.settings = {**length, "low_resolution_stem": False, **size.settings, **changes}
     args.changes = " ".join(f"{name}={value}" for name, value in sorted(changes.items()))
     return args
 
