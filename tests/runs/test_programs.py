@@ -45,13 +45,13 @@ def blog_rows(out: Path) -> list[dict[str, str]]:
 
 def test_train_blog_writes_rows_table_and_figure_and_skips_what_is_finished(monkeypatch, tmp_path, capsys):
     options = ["--quick", "--epochs", 1, "--configs", "untrained", "base", "--out", tmp_path / "blog"]
-    options += ["--precision", "32-true", "--seeds", 0, 1]
+    options += ["--precision", "32-true", "--seeds", 0, 1, "--batch_size", 32, "--set", "data_fraction=0.5"]
     run(train_blog, monkeypatch, *options)
-    assert "base, seed 1: steps 20, m 0.18, lr 0.2" in capsys.readouterr().out
+    assert "base, seed 1: steps 20, m 0.18, lr 0.1" in capsys.readouterr().out
     rows = blog_rows(tmp_path / "blog")
     assert [(row["config"], row["seed"]) for row in rows] == [(c, s) for s in "01" for c in ("untrained", "base")]
     assert all(0 < float(row["accuracy"]) <= 100 for row in rows)
-    folder = tmp_path / "blog" / "quick_1epochs_32-true" / "base_1"
+    folder = tmp_path / "blog" / "quick_1epochs_batch_size=32_data_fraction=0.5_32-true" / "base_1"
     steps = np.genfromtxt(folder / "metrics.csv", delimiter=",", names=True)
     logged = steps["step_pos_cos"][~np.isnan(steps["step_pos_cos"])]
     assert len(logged) == 20 and float(rows[3]["pos_cos"]) == pytest.approx(logged[-1], abs=1e-3)
@@ -87,14 +87,20 @@ def test_an_interrupted_run_of_the_blog_is_resumed_and_stops_before_its_schedule
     (expected,), (found,) = blog_rows(tmp_path / "whole"), blog_rows(tmp_path / "resumed")
     assert found["steps"] == "20" and (found["m"], found["K"]) == ("0.996", "32")
     assert {**found, "minutes": ""} == {**expected, "minutes": ""}
-    lr = json.loads((next(tmp_path.glob("whole/*/xent_0")) / "results.json").read_text())
-    assert lr["epochs"] == 2
 
 
 def test_one_seed_of_the_blog_has_no_deviation():
     row = {"config": "base", "accuracy": "34.8", "pos_cos": "0.226", "neg_cos": "0.225"}
     assert "| base | 34.8 | 57.7 | 0.226 | 0.225 | 1 |" in train_blog.results_table([row])
     assert "34.8 ± 0.0" in train_blog.results_table([row, row])
+
+
+def test_the_page_shows_the_blogs_rows():
+    docs = Path(train_blog.__file__).parent / "docs"
+    for size in (path.stem.removeprefix("blog_") for path in (docs / "results").glob("blog_*.csv")):
+        rows = train_blog.finished_runs(docs / "results" / f"blog_{size}.csv")
+        assert {row["size"] for row in rows} == {size} and {row["config"] for row in rows} == set(train_blog.POST)
+        assert train_blog.results_table(rows) in (docs / "results.md").read_text()
 
 
 @pytest.mark.parametrize(
