@@ -1,7 +1,7 @@
 """Does BYOL need batch norm? The six configurations of the blog post, and the encoder that they start from.
 
     python train_blog.py                    # as in the post: STL-10, 10 epochs of a schedule of 320, seeds 0 1 2
-    python train_blog.py --size laptop      # CIFAR-10 and a small encoder, 10 epochs, seeds 0 1 2
+    python train_blog.py --size laptop      # CIFAR-10, a small encoder, seeds 0 1 2: about two hours on two cores
     python train_blog.py --quick            # digits, 20 epochs, seed 0: about five minutes on two cores
     python train_blog.py --size laptop --configs base no_norm --seeds 0 --set lr=0.2 m=0.99
 
