@@ -7,7 +7,7 @@
 
 https://untitled-ai.github.io/understanding-self-supervised-contrastive-learning.html
 
-m and K follow from the number of optimizer steps, and lr from the batch size (`adapted`); each run prints them first.
+m and K follow from the number of optimizer steps, and lr from the batch size (`at_length`); each run prints them first.
 Finished runs are not repeated, and the same command resumes an interrupted one. The directory --out gets results.csv
 (one row per run), results.md (mean and standard deviation next to the post's numbers), cosines.png (step_pos_cos and
 step_neg_cos of each configuration), and one directory of metrics per run.
@@ -97,7 +97,7 @@ ROW_COLUMNS = ["config", "seed", *SHARED_COLUMNS, "steps", "m", "K", "accuracy",
 # ---- Options ----
 
 
-class Parser(argparse.ArgumentParser):
+class BlogParser(argparse.ArgumentParser):
     """Parser whose errors are one line, as all others of this program."""
 
     def error(self, message: str) -> NoReturn:
@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def blog_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = BlogParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     about = "post, laptop (CIFAR-10, 10 to 14 minutes of one core per run) or quick (digits); default: post"
     parser.add_argument("--size", choices=SIZES, default="post", metavar="NAME", help=about)
     about = "the same as --size quick"
@@ -120,7 +120,7 @@ def blog_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_epochs", "--epochs", dest="epochs", type=int, metavar="N", help=about)
     about = "any fields of ModelParams, for all configurations, with values as in self-supervised train"
     parser.add_argument(
-        "--set", nargs="+", action="extend", type=setting, default=[], metavar="FIELD=VALUE", help=about
+        "--set", nargs="+", action="extend", type=field_and_value, default=[], metavar="FIELD=VALUE", help=about
     )
     parser.add_argument("--out", type=as_path, default=Path("runs/blog"), help="results directory (default: runs/blog)")
     about = f"configurations to train; default: {', '.join(POST)}"
@@ -139,7 +139,7 @@ def config_name(name: str) -> str:
     return name
 
 
-def setting(given: str) -> tuple[str, Any]:
+def field_and_value(given: str) -> tuple[str, Any]:
     """Return (field, value) of field=value."""
     name, _, value = given.partition("=")
     fields = attrs.fields_dict(ModelParams)
@@ -168,7 +168,7 @@ def blog_arguments() -> argparse.Namespace:
 # ---- Settings of a run ----
 
 
-def adapted(config: ModelParams, steps: int, batch_size: int) -> ModelParams:
+def at_length(config: ModelParams, steps: int, batch_size: int) -> ModelParams:
     """Return a configuration of the post for another number of optimizer steps and another batch size.
 
     With the post's m = 0.996, the lagging model would hardly move in a shorter training, and the network would learn to
@@ -194,7 +194,7 @@ def experiment_settings(name: str, seed: int, args: argparse.Namespace) -> Model
         raise ValueError(f"evaluations={params.evaluations}: the table needs 'linear_probe'. Add it.")
     steps = n_steps(params, args.epochs)
     shared = {"evaluate_every_n_epochs": args.epochs, **shared}  # the post reports the last epoch
-    return evolve(adapted(CONFIGS.get(name, BASE), steps, params.global_batch_size or params.batch_size), **shared)
+    return evolve(at_length(CONFIGS.get(name, BASE), steps, params.global_batch_size or params.batch_size), **shared)
 
 
 # ---- Rows ----
@@ -282,17 +282,17 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     logged_last = {key: values[-1] for key, (_, values) in curves.read_curves(folder).items()}
     cosines = {"pos_cos": logged_last["step_pos_cos"], "neg_cos": logged_last["step_neg_cos"]}
     minutes = round(timer.time_elapsed() / 60, 2)
-    return facts | rounded({"accuracy": scores["valid_class_acc"], **cosines}) | {"minutes": minutes}
+    return facts | to_four_digits({"accuracy": scores["valid_class_acc"], **cosines}) | {"minutes": minutes}
 
 
 def score_untrained(seed: int, args: argparse.Namespace) -> dict:
     """Return the accuracy of the encoder with which all configurations of a seed start."""
     trainer = pl.Trainer(devices=1, enable_model_summary=False, precision=args.precision, logger=False)
     (scores,) = trainer.validate(SelfSupervisedMethod(experiment_settings(UNTRAINED, seed, args)), verbose=False)
-    return {"steps": 0, **rounded({"accuracy": scores["valid_class_acc"]})}
+    return {"steps": 0, **to_four_digits({"accuracy": scores["valid_class_acc"]})}
 
 
-def rounded(values: dict[str, float]) -> dict[str, float]:
+def to_four_digits(values: dict[str, float]) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in values.items()}
 
 

@@ -273,9 +273,10 @@ class BaseMethod(pl.LightningModule):
         A training that is resumed after its last step has logged nothing, but its verdict has scored the encoder.
         """
         step, scores = self.latest_scores
+        if not 0 < step == self.global_step:
+            return {}
         logged = self.trainer.callback_metrics
-        is_last = 0 < step == self.global_step
-        return {name: float(logged.get(name, value)) for name, value in scores.items()} if is_last else {}
+        return {name: float(logged.get(name, value)) for name, value in scores.items()}
 
     @staticmethod
     def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Tensor | None, ...]]:

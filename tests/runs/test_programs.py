@@ -109,7 +109,7 @@ def test_the_page_shows_the_blogs_rows():
 )
 def test_the_blog_at_another_length(steps, batch_size, m, K, lr):
     """The first is the post's; K is a power of two below the number of images / 16."""
-    base, xent = (train_blog.adapted(train_blog.CONFIGS[name], steps, batch_size) for name in ("base", "xent"))
+    base, xent = (train_blog.at_length(train_blog.CONFIGS[name], steps, batch_size) for name in ("base", "xent"))
     assert (base.m, base.lr) == (pytest.approx(m, abs=5e-5), pytest.approx(lr))
     assert (xent.m, xent.K, xent.lr) == (0.996, K, pytest.approx(lr / 40))
 
