@@ -8,10 +8,15 @@ A float64 convolution takes 0.3 s of a core for each step. By default, two metho
 others for 3 steps: a wrong gradient, optimizer or lagging model changes the next loss. LONG=2 trains all to their end.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import LONG
 from golden_training import METHODS, initial_method, state_of, train
+
+from benchmarks import authors
 
 COMPLETE = tuple(METHODS) if LONG > 1 else ("moco_v2", "simclr")
 DIFFERENCES = {  # between the authors' training programs and the code that made authors.json
@@ -78,3 +83,19 @@ def test_a_training_in_float32_begins_like_the_authors(name):
     found = train(initial_method(name), len(expected["loss"]), "32-true", stop_after=2)
     for loss, theirs in zip(found.losses, expected["loss"], strict=False):
         assert near(loss, theirs + expected.get("loss_shift", 0.0), 1e-4)
+
+
+def test_the_page_names_each_difference():
+    page = " ".join((Path(__file__).parents[2] / "docs" / "evidence.md").read_text().split())
+    assert set(DIFFERENCES) == {"all", *METHODS}
+    assert all(line in page for line in DIFFERENCES.values())
+
+
+def test_a_checkout_imports_its_own_modules(tmp_path):
+    ours = sys.modules["moco"]
+    (tmp_path / "moco").mkdir()
+    (tmp_path / "moco" / "__init__.py").touch()
+    (tmp_path / "moco" / "builder.py").write_text("WIDTH = 3")
+    (tmp_path / "main.py").write_text("import absent.part\nimport moco.builder\nwidth = 2 * moco.builder.WIDTH")
+    code = authors.load(tmp_path / "main.py", missing=("absent", "absent.part"), old="2 *", new="5 *")
+    assert code.width == 15 and sys.modules["moco"] is ours and "absent" not in sys.modules
