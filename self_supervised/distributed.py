@@ -1,6 +1,7 @@
 """Devices and processes: copies to and from a device, and communication between W processes with N images each.
 
-Only this module knows how many processes there are. Without a process group, every function that communicates is the
+Only this module knows how many processes there are, and that process r has rows r, W + r, 2 W + r, ... of a joined
+batch, as `DistributedSampler` deals them. Without a process group, every function that communicates is the
 identity; with one, all processes must call it.
 """
 
@@ -120,20 +121,21 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        return torch.stack(parts, dim=1).flatten(0, 1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
+        return own_rows(gradient)
 
 
 def gather(x: Tensor) -> Tensor:
-    """Return the rows of all processes in the order of ranks, with gradient: [N, ...] -> [W N, ...].
+    """Return the rows of all processes in the order of one process, with gradient: [N, ...] -> [W N, ...].
 
-    N must be the same on all processes. DDP averages the gradients of the processes, so a loss that every process
-    computes from gathered rows has exactly the gradient of one process with the joined batch.
+    Row n of process r is row n W + r, as `DistributedSampler` deals images. N must be the same on all processes. DDP
+    averages the gradients of the processes, so a loss that every process computes from gathered rows has exactly the
+    gradient of one process with the joined batch.
     """
     return _Gather.apply(x) if is_distributed() else x
 
@@ -145,18 +147,26 @@ def gather_each(*tensors: Tensor) -> tuple[Tensor, ...]:
     return gather(torch.stack(tensors, dim=1)).unbind(1)
 
 
+def own_rows(joined: Tensor) -> Tensor:
+    """Return this process's rows of a joined batch: [W N, ...] -> [N, ...]."""
+    return joined[rank() :: world_size()]
+
+
+def positions(first: int, n: int) -> np.ndarray:
+    """Return the places in a joined batch, or in an epoch, of n rows of this process, before which it had `first`."""
+    return (first + np.arange(n)) * world_size() + rank()
+
+
 def gather_evaluated(x: Tensor, loader: DataLoader) -> Tensor:
     """Return the results for all samples, each once, from x [n, ...] for the samples of `loader` on this process.
 
-    `DistributedSampler` gives sample i to process i mod W and repeats the first samples until all processes have
-    equally many. Interleaving the parts restores the order, and cutting at the size of the set drops the repeated
-    samples. Any other sampler gives every process all samples, so there is nothing to gather.
+    `DistributedSampler` repeats the first samples until all processes have equally many; they are dropped here. Any
+    other sampler gives every process all samples, so there is nothing to gather.
     """
     if not is_distributed() or not isinstance(getattr(loader, "sampler", None), DistributedSampler):
         return x
     with torch.no_grad():
-        in_order = gather(x).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)
-    return in_order[: len(loader.dataset)]
+        return gather(x)[: len(loader.dataset)]
 
 
 def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...], n_virtual_devices: int) -> Tensor:
@@ -164,7 +174,8 @@ def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...
 
     Each of W processes shuffles its images and distributes them evenly over all processes. Of the N images that share
     their statistics as keys, at most N / W (rounded up) also share them as queries. One process encodes the shuffled
-    batch in `n_virtual_devices` separate parts. Source: MoCo (https://arxiv.org/abs/1911.05722), section 3.3.
+    batch in `n_virtual_devices` separate parts, as so many processes would if they divide the batch. Source: MoCo
+    (https://arxiv.org/abs/1911.05722), section 3.3.
 
     Args:
         encode: function [n, ...] -> [n, D]. The caller disables gradients.
@@ -172,17 +183,20 @@ def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...
         seed: the same on every process, so that all draw the same permutation.
     """
     images = gather(x)
-    by_process = np.arange(len(images)).reshape(world_size(), -1)
-    order = np.random.default_rng(seed).permuted(by_process, axis=1).T.ravel()  # one image of each process in turn
-    order = to_device(torch.from_numpy(order), x.device)
+    n_parts = world_size() if is_distributed() else max(1, min(n_virtual_devices, len(images) // 2))  # two for a mean
+    rng, order = np.random.default_rng(seed), np.arange(len(images))
+    if len(images) % n_parts:
+        order = rng.permutation(order)
+    else:  # one image of each process in turn
+        order = rng.permuted(order.reshape(-1, n_parts).T, axis=1).T.ravel()
+    parts = [to_device(torch.from_numpy(part), x.device) for part in np.array_split(order, n_parts)]
     if is_distributed():
-        keys = gather(encode(images[order.chunk(world_size())[rank()]]))
+        keys, order = gather(encode(images[parts[rank()]])), torch.stack(parts, dim=1).flatten()
     else:
-        n_parts = max(1, min(n_virtual_devices, len(images) // 2))  # batch statistics need two images
-        keys = torch.cat([encode(part) for part in images[order].tensor_split(n_parts)])
+        keys, order = torch.cat([encode(images[part]) for part in parts]), torch.cat(parts)
     restored = torch.empty_like(keys)
     restored[order] = keys
-    return restored.chunk(world_size())[rank()]
+    return own_rows(restored)
 
 
 def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:

@@ -40,9 +40,9 @@ def similarities(
 
 
 def _without_own_column(products: Tensor) -> Tensor:
-    """Remove the column of its own image from each row: column rank N + n from row n, [N, W N] -> [N, W N - 1]."""
+    """Remove the column of its own image from each row, [N, W N] -> [N, W N - 1]."""
     n, m = products.shape
-    own = distributed.rank() * n + torch.arange(n, device=products.device).unsqueeze(1)
+    own = distributed.rank() + m // n * torch.arange(n, device=products.device).unsqueeze(1)
     others = torch.arange(m - 1, device=products.device).unsqueeze(0)
     return products.gather(1, others + (others >= own))  # a boolean mask would wait for the device
 

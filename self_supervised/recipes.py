@@ -121,9 +121,9 @@ KINDS = {
         pixels=36.1,
     ),
     "cifar10_laptop": KindOfData(
-        "CIFAR-10 with a ResNet-18 whose stem is that for large images (a fifteenth of the work), 30 epochs",
+        "CIFAR-10 with a ResNet-18 whose stem is that for large images (a fifteenth of the work), 10 epochs",
         "two cores of a shared server (AMD EPYC), torch 2.14.1 (python -m benchmarks.cifar10 cifar10_laptop)",
-        {**CIFAR10, "low_resolution_stem": False},
+        {**CIFAR10, "low_resolution_stem": False, "max_epochs": 10, "warmup_epochs": 1},
         on_cifar10({}),
     ),
     "cifar10_gpu": KindOfData(

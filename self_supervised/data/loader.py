@@ -13,38 +13,45 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-WINDOW = 2**14  # number of images in shards that are shuffled together: for ImageNet, less than 2 GB
+WINDOW = 2**14  # images in shards that are shuffled together, by all processes: for ImageNet, less than 2 GB
 
 
 class ResumableSampler(DistributedSampler):
     """Sampler of one process's part of the indices, in an order that depends on seed and epoch only.
 
-    The first `skip` indices are left out.
+    Image n of process r is image n W + r of the epoch, whatever the number W of processes is. The first `skip` indices
+    of this process are left out.
 
     A data set with more than WINDOW images in `shards` is shuffled in windows, so that shards are read one after the
-    other. The shards are put in random order and divided into one run per process, which may begin and end within a
-    shard. WINDOW images of a run at a time are shuffled together. All other data sets are shuffled as a whole.
+    other: the shards are put in random order, and WINDOW images at a time are shuffled together. All other data sets
+    are shuffled as a whole.
+
+    Args:
+        step: images per optimizer step on all processes and accumulated batches; drop_last drops the images of an
+            incomplete step. None: those that cannot be divided equally among processes.
     """
 
     skip = 0
 
+    def __init__(self, *args: Any, step: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.drop_last and step:
+            self.total_size = len(self.dataset) // step * step
+            self.num_samples = self.total_size // self.num_replicas
+
     def __iter__(self) -> Iterator[int]:
         shards = getattr(self.dataset, "shards", None)
-        in_runs = self.shuffle and shards is not None and len(shards) > WINDOW
-        return islice(self.of_shards(shards) if in_runs else super().__iter__(), self.skip, None)
+        in_windows = self.shuffle and shards is not None and len(shards) > WINDOW
+        return islice(self.of_shards(shards) if in_windows else super().__iter__(), self.skip, None)
 
     def of_shards(self, shards: np.ndarray) -> Iterator[int]:
-        """Return the indices of this process's run of shards, shuffled in windows.
-
-        If the images cannot be divided equally, the shorter runs repeat an image at their ends, where
-        `distributed.gather_evaluated` removes it; with drop_last, the longer runs lose their last image.
-        """
+        """Return this process's indices, shard after shard and shuffled in windows. As in `DistributedSampler`, images
+        are repeated or dropped at the end if they cannot be divided equally."""
         rng = np.random.default_rng((self.seed, self.epoch))
         places = rng.permutation(shards.max() + 1)
         stream = np.argsort(places[shards], kind="stable")  # shard after shard
-        run = np.array_split(stream, self.num_replicas)[self.rank][: self.num_samples]
-        windows = [rng.permutation(run[i : i + WINDOW]) for i in range(0, len(run), WINDOW)]
-        return iter([*np.concatenate(windows).tolist(), *run[:1].tolist()][: self.num_samples])
+        order = np.concatenate([rng.permutation(stream[i : i + WINDOW]) for i in range(0, len(stream), WINDOW)])
+        return iter(np.resize(order, self.total_size)[self.rank :: self.num_replicas].tolist())
 
 
 class ResumableDataLoader(DataLoader):

@@ -223,11 +223,11 @@ def get_loader(
     device = torch.device(device)
     if packed and (fits(dataset, device) if params.data_on_device is None else params.data_on_device):
         dataset = ImagesOnDevice(dataset, device)
-    size = batch_size(params, accumulated)
-    processes = distributed.world_size()
-    drop_last = training and should_drop_last(params.drop_last_batch, len(dataset) // processes, size)
+    size, processes = batch_size(params, accumulated), distributed.world_size()
+    step = size * processes * (accumulated if training else 1)
+    drop_last = training and should_drop_last(params.drop_last_batch, len(dataset), step)
     if drop_last:
-        check_one_batch(params, len(dataset), size)
+        check_one_step(params, len(dataset), size, accumulated)
     shuffle = training or not (packed or in_order)
     seed = params.seed or 0
     are_crops = isinstance(dataset, ImageFiles) and bool(dataset.views)
@@ -235,7 +235,9 @@ def get_loader(
     return ResumableDataLoader(
         dataset,
         batch_size=size if training else max(1, size // params.clips_of_a_video),
-        sampler=ResumableSampler(dataset, processes, distributed.rank(), shuffle, seed=seed, drop_last=drop_last),
+        sampler=ResumableSampler(
+            dataset, processes, distributed.rank(), shuffle, seed=seed, drop_last=drop_last, step=step
+        ),
         num_workers=0 if packed or without_workers else params.num_data_workers,
         collate_fn=already_a_batch if packed else collate_crops if are_crops else None,
         pin_memory=params.pin_data_memory and torch.cuda.is_available() and not isinstance(dataset, ImagesOnDevice),
@@ -243,22 +245,23 @@ def get_loader(
     )
 
 
-def should_drop_last(setting: bool | None, n_images: int, size: int) -> bool:
-    """Return whether the last, incomplete batch is dropped: `setting`, if it is not None.
+def should_drop_last(setting: bool | None, n_images: int, step: int) -> bool:
+    """Return whether the last, incomplete optimizer step of `step` images is dropped: `setting`, if it is not None.
 
-    By default it is dropped if it has less than half the images of a batch, because its batch statistics would harm the
-    training, unless it is the only batch.
+    By default it is dropped if it has less than half of its images, because their batch statistics would harm the
+    training, unless it is the only step.
     """
-    return setting if setting is not None else n_images >= size and n_images % size < size / 2
+    return setting if setting is not None else n_images >= step and n_images % step < step / 2
 
 
-def check_one_batch(params: EncoderAndDataParams, n_images: int, size: int) -> None:
-    """Raise ValueError if there are fewer images than one batch of `size` on each process."""
+def check_one_step(params: EncoderAndDataParams, n_images: int, size: int, accumulated: int) -> None:
+    """Raise ValueError if there are fewer images than one optimizer step has."""
     processes = distributed.world_size()
-    if n_images >= size * processes:
+    if n_images >= size * processes * accumulated:
         return
     name = "batch_size" if params.global_batch_size is None else "global_batch_size"
     each = f" on each of {processes} processes" if processes > 1 else ""
+    each += f", {accumulated} times per optimizer step" if accumulated > 1 else ""
     raise ValueError(
         f"{name}={getattr(params, name)}: the {n_images} {params.dataset.kind} of {params.dataset_name} "
         f"are fewer than one batch of {size}{each}. Choose a smaller {name}, or drop_last_batch=None."

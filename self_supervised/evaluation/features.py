@@ -214,9 +214,13 @@ def extract_views(
         subset.evaluated = True
 
         def rows() -> Iterator[dict[str, Tensor]]:
-            for i, (images, labels) in enumerate(feature_batches(subset, params)):
+            n_before = 0
+            for images, labels in feature_batches(subset, params):
                 on_device = [x.to(device) for x in images] if isinstance(images, list) else images.to(device)
-                views = augmentations.augment(on_device, (seed, i), [view] * n_views, params.mean, params.std)
+                positions, n_before = n_before + np.arange(len(labels)), n_before + len(labels)
+                views = augmentations.augment(
+                    on_device, seed, [view] * n_views, params.mean, params.std, positions=positions
+                )
                 with torch.no_grad():
                     embeddings = torch.stack([encoder(x.to(device)).float() for x in views], 1)
                     yield {"x": finite(embeddings, f"views of {'+'.join(splits)}"), "y": labels}

@@ -75,7 +75,7 @@ def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, or
         rows: number of images.
         originals: uint8 [at least `rows`, C, H, W]; default: `images`, if they are uint8, otherwise no such column.
     """
-    seed = (params.seed or 0, 0, 0, 0)  # seed, first epoch, first batch, first process
+    seed = (params.seed or 0, 0)  # seed, first epoch
     augmentations.check_batch_images(images, params)
     views = augmentations.for_training(images, augmentations.training_views(params), seed)
     columns = [(caption(params, i), pixels(view[:rows], params)) for i, view in enumerate(views[: params.n_views])]

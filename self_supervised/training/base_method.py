@@ -188,14 +188,14 @@ class BaseMethod(pl.LightningModule):
                 self.check_first(images_and_labels(batch)[0], False, index)
 
     def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
-        """Return the seed that all processes share at this batch. Append the rank for a seed per process."""
+        """Return the seed that all processes share at this batch."""
         return (self.params.seed, self.current_epoch, batch_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.params.torch_compile and batch_idx % self.trainer.accumulate_grad_batches == 0:
             # From here on, outputs of the previous step's CUDA graphs may be overwritten.
             torch.compiler.cudagraph_mark_step_begin()
-        seed = (*self.step_seed(batch_idx), distributed.rank())
+        seed = self.step_seed(int(distributed.positions(batch_idx, 1)[0]))
         torch.manual_seed(int(augmentations.generator(seed).integers(2**63)))  # for dropout etc. within encoders
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
@@ -214,8 +214,11 @@ class BaseMethod(pl.LightningModule):
         if not self.trainer.training:
             return augmentations.for_evaluation(images, self.params).to(self.dtype), labels
         batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
-        seed = (*self.step_seed(batch_idx), distributed.rank())
-        return [view.to(self.dtype) for view in augmentations.for_training(images, self.augment, seed)], labels
+        n = len(images if isinstance(images, Tensor) else images[0])
+        size = getattr(self.loader_of(dataloader_idx), "batch_size", None) or n  # the last batch may be smaller
+        places = distributed.positions(batch_idx * size, n)
+        views = augmentations.for_training(images, self.augment, (self.params.seed, self.current_epoch), places)
+        return [view.to(self.dtype) for view in views], labels
 
     def reads_labels(self, training: bool) -> bool:
         """Return whether labels are used, of training batches or of those for evaluation."""

@@ -1,10 +1,12 @@
 """Views of a batch of uint8 images: every random operation is batched on the images' device, and drawn for each image.
 
-Parameters are drawn from torchvision's distributions by one counter-based generator on the host, so that a seed gives
-the same views on every device. The operations are in tensor_ops.py and, for the CPU, in compiled_ops.py. At the end:
-batches of any loader, whether uint8 images or float views that are ready.
+Parameters are drawn from torchvision's distributions by a counter-based generator on the host. They follow from the
+seed and the image's place in the epoch, so that views are the same on every device and any number of processes. The
+operations are in tensor_ops.py and, for the CPU, in compiled_ops.py. At the end: batches of any loader, whether uint8
+images or float views that are ready.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -36,6 +38,8 @@ HIGHEST_MEAN = 3.0  # of a channel: a black image has -2.1 with ImageNet's const
 HIGHEST_STD = 5.0  # of a channel
 LOWEST_STD = 0.02  # of the channel that varies most
 
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the step of SplitMix64
+
 # ---- drawing ----
 
 
@@ -44,7 +48,44 @@ def generator(seed: int | tuple[int, ...]) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
 
 
-def draw_crops(rng: np.random.Generator, n: int, height: int, width: int, view: ViewSettings) -> Draws:
+class ImageDraws:
+    """Uniform random numbers of N images, row n for the image at positions[n], with the methods of NumPy's Generator.
+
+    Each number follows from the seed, the position, and how many were drawn for this image before. It is element
+    position x 2^16 + column of SplitMix64's sequence (Steele et al., https://doi.org/10.1145/2660193.2660195, figure
+    17), which is computed for all images at once. NumPy's generators have to be moved to each image in turn.
+    """
+
+    BLOCK = 64  # numbers of an image that are computed at once: those of one or two views
+
+    def __init__(self, seed: int | tuple[int, ...], positions: np.ndarray):
+        (start,) = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+        first = positions.astype(np.uint64) << np.uint64(16)
+        self.first, self.drawn, self.block = first * GOLDEN + start, 0, np.empty((0, len(first)))
+
+    def random(self, shape: int | tuple[int, ...]) -> np.ndarray:
+        """Return numbers from 0 to 1, of a shape whose first axis is N."""
+        n, *others = (shape,) if isinstance(shape, int) else shape
+        columns = math.prod(others)
+        while len(self.block) < columns:
+            self.block = np.concatenate([self.block, self.next_block()])
+        found, self.block = self.block[:columns], self.block[columns:]
+        return found.T.reshape(n, *others)
+
+    def next_block(self) -> np.ndarray:
+        """Return more numbers [BLOCK, N]. Products of uint64 are modulo 2^64."""
+        self.drawn += self.BLOCK
+        columns = np.arange(self.drawn - self.BLOCK + 1, self.drawn + 1, dtype=np.uint64)
+        z = self.first + (columns * GOLDEN)[:, None]
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+    def uniform(self, low: float, high: float, shape: int | tuple[int, ...]) -> np.ndarray:
+        return low + (high - low) * self.random(shape)
+
+
+def draw_crops(rng: np.random.Generator | ImageDraws, n: int, height: int, width: int, view: ViewSettings) -> Draws:
     """Return n boxes, drawn as by torchvision's `RandomResizedCrop`.
 
     A box is the first of ten tries that fits into the image, else the largest central box of an allowed ratio.
@@ -60,14 +101,14 @@ def draw_crops(rng: np.random.Generator, n: int, height: int, width: int, view: 
     largest_w = min(width, round(height * central))
     h = np.where(fits.any(1), np.take_along_axis(h, first, 1)[:, 0], largest_h)
     w = np.where(fits.any(1), np.take_along_axis(w, first, 1)[:, 0], largest_w)
-    top, left = (rng.random((2, n)) * [height - h + 1, width - w + 1]).astype(int)
+    top, left = (rng.random((n, 2)).T * [height - h + 1, width - w + 1]).astype(int)
     centered = ~fits.any(1)
     top[centered] = (height - largest_h) // 2
     left[centered] = (width - largest_w) // 2
     return {"top": top, "left": left, "height": h, "width": w}
 
 
-def draw_operations(rng: np.random.Generator, n: int, view: ViewSettings) -> Draws:
+def draw_operations(rng: np.random.Generator | ImageDraws, n: int, view: ViewSettings) -> Draws:
     """Return the random parameters of all operations except the crop, for n images."""
 
     def factor(strength: float) -> np.ndarray:
@@ -123,22 +164,24 @@ def augment(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     torch_compile: bool = False,
+    positions: np.ndarray | None = None,
 ) -> list[Tensor]:
-    """Return normalized float views of a batch. The same seed gives the same views.
+    """Return normalized float views of a batch. The same seed and position of an image give the same views.
 
     Args:
         images: uint8 [N, C, H, W], or a list with one batch per view, already cropped. All frames of a clip
             [N, C, T, H, W] get the same parameters.
         torch_compile: fuse the operations of a view on a GPU; on the CPU they are always compiled.
+        positions: whole numbers [N], which differ between the images of one seed; default: 0, 1, 2, ...
     """
-    rng = generator(seed)
+    n = len(images[0] if isinstance(images, list) else images)
+    rng = ImageDraws(seed, np.arange(n) if positions is None else positions)
     result = []
     for i, view in enumerate(views):
         cropped = isinstance(images, list)
         x, n_frames = frames_of(images[i] if cropped else images)
         x = with_channels(x, len(mean))
         full = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
-        n = len(x) // (n_frames or 1)
         boxes = full if cropped else draw_crops(rng, n, *x.shape[2:], view)
         matrix = to_matrix({**boxes, **draw_operations(rng, n, view)}).repeat(n_frames or 1, axis=0)
         if x.device.type == "cpu":
@@ -174,7 +217,7 @@ def fused() -> Callable[..., Tensor]:
 
 
 def training_views(params: ModelParams) -> Callable[..., list[Tensor]]:
-    """Return augment(images, seed) -> list of float views, with the settings of `params`."""
+    """Return augment(images, seed, positions=None) -> list of float views, with the settings of `params`."""
     statistics = {"mean": params.mean, "std": params.std}
     return partial(augment, views=params.views, **statistics, torch_compile=bool(params.torch_compile))
 
@@ -297,13 +340,18 @@ def check_floats(images: Tensor, params: EncoderAndDataParams) -> None:
 # ---- batches of any loader ----
 
 
-def for_training(images: Tensor | list[Tensor], augment: Callable[..., list[Tensor]], seed: tuple) -> list[Tensor]:
+def for_training(
+    images: Tensor | list[Tensor],
+    augment: Callable[..., list[Tensor]],
+    seed: tuple[int, ...],
+    positions: np.ndarray | None = None,
+) -> list[Tensor]:
     """Return a list of float views: augmented from uint8 images or clips, or the float views of the loader.
 
     Float views come as a list, or stacked, [N, V, C, H, W] or, of clips, [N, V, C, T, H, W].
     """
     if (images if isinstance(images, Tensor) else images[0]).dtype == torch.uint8:
-        return augment(images, seed)
+        return augment(images, seed, positions=positions)
     if isinstance(images, Tensor):
         return list(images.unbind(1)) if images.dim() in (5, 6) else [images]
     return images

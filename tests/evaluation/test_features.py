@@ -158,7 +158,7 @@ def test_views_are_the_data_sets_augmentations(tmp_path):
     view = catalogue.ViewSettings(**{**vars_of(params.dataset.view), "crop_size": 8})
     chosen = np.sort(augmentations.generator(3).permutation(1297)[:30])
     images, _ = loading.get_dataset(params, ("train",)).__getitems__(chosen)
-    views = augmentations.augment(images, (3, 0), [view] * 4, params.mean, params.std)
+    views = augmentations.augment(images, 3, [view] * 4, params.mean, params.std)
     torch.testing.assert_close(found[:, 2], e(views[2]))
     assert not torch.equal(found, extract_views(e, params, ("train",), tmp_path, 30, 4, seed=4))
 

@@ -1,6 +1,7 @@
 """Augmentations of clips: one draw for all frames, equal to torchvision's v2 operations frame by frame."""
 
 import attrs
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
@@ -8,7 +9,7 @@ import torchvision.transforms.v2.functional as tv
 from model_params import ModelParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.views import augmentations, tensor_ops
-from self_supervised.views.augmentations import draw_crops, draw_operations, generator
+from self_supervised.views.augmentations import ImageDraws, draw_crops, draw_operations
 
 MEAN, STD = (0.45, 0.4, 0.5), (0.225, 0.25, 0.2)
 STRONG = ViewSettings(crop_size=32, jitter_probability=1.0, brightness=0.8, contrast=0.8, saturation=0.4, hue=0.2,
@@ -49,7 +50,7 @@ def on_tensors(x, draws, boxes, view, mean, std):
 def test_every_frame_equals_torchvision_with_the_draw_of_its_clip(where, cropped, channels):
     view, mean, std = STRONG, MEAN[:channels], STD[:channels]
     x = clips(6, channels=channels, **({"height": 32, "width": 32} if cropped else {}))
-    rng = generator(11)  # as augment(x, 11) draws
+    rng = ImageDraws(11, np.arange(6))  # as augment(x, 11) draws
     boxes = {} if cropped else draw_crops(rng, 6, *x.shape[3:], view)
     draws = draw_operations(rng, 6, view)
     if where == "loops":

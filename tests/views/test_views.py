@@ -251,7 +251,7 @@ def test_small_views_of_packed_images_on_either_path():
     assert all(
         torch.equal(a, b) for a, b in zip(views, large_only, strict=False)
     )  # additional views do not change the others
-    rng = augmentations.generator(1)
+    rng = augmentations.ImageDraws(1, np.arange(8))
     for view, found in zip(p.views, views, strict=True):
         draws = {**augmentations.draw_crops(rng, 8, 32, 32, view), **augmentations.draw_operations(rng, 8, view)}
         matrix = torch.from_numpy(augmentations.to_matrix(draws))
