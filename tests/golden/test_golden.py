@@ -27,8 +27,7 @@ DIFFERENCES = {  # between the authors' training programs and the code that made
     "vicreg": "torchvision's ResNet-18 (their file has larger ones only); variance_loss_weight is half of theirs",
     "barlow_twins": "ResNet-18 in place of ResNet-50",
     "byol": "lightly's modules in a plain loop; the code of its authors, in JAX, was not run",
-    "simclr": "the loss alone is theirs, with PyTorch's functions for TensorFlow's; 6 steps, because rounding errors "
-    "grow tenfold in two",
+    "simclr": "the loss alone is theirs, with PyTorch's functions for TensorFlow's, in a plain loop; 6 recorded steps",
     "sce": "the loss alone is theirs, with in-batch keys and queue, in a plain loop",
     "eqco": "the loss alone is theirs, with the factor alpha / negatives, a comment in their code, in force",
 }
