@@ -52,20 +52,23 @@ class BaseMethod(pl.LightningModule):
         distributed.end_group_at_exit()
         if self.trainer.strategy.root_device.type == "cpu":
             distributed.keep_freed_memory()
-            if self.params.winograd and stage == "fit" and self.trainer.precision == "32-true":
-                self.use_winograd()
             if stage == "fit" and self.trainer.precision in precision.BFLOAT16_ON_CPU:
                 self.float32_hooks = precision.keep_exact(self)
+        if self.params.winograd and stage == "fit":
+            self.use_winograd()
         compiled = self.params.torch_compile
         for module in self.children() if compiled and stage == "fit" else []:
             if isinstance(module, nn.Module) and module._compiled_call_impl is None:
                 module.compile(mode="default" if compiled is True else compiled)
 
     def use_winograd(self) -> None:
-        """Change convolutions of the encoder, and of the lagging encoder, to Winograd's method."""
+        """Change convolutions of the encoder, and of the lagging encoder, to Winograd's method, or say why not."""
         from self_supervised.networks import winograd  # imports Numba, which is slow
 
         p, lagging = self.params, getattr(self, "lagging_model", None)
+        if (found := (self.trainer.strategy.root_device.type, self.trainer.precision)) != ("cpu", "32-true"):
+            rank_zero_info(f"winograd={p.winograd!r}: no effect on {' in '.join(found)}, only on cpu in 32-true")
+            return
         image = torch.zeros(1, *p.input_shape)
         for encoder in [self.model] if lagging is None else [self.model, lagging]:  # of one kind: n is that of both
             n = winograd.use_winograd(encoder, image, p.batch_size, p.winograd == "auto")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moco import SelfSupervisedMethod
 from self_supervised.networks import winograd
 from self_supervised.networks.winograd_ops import PANEL
 from ws_resnet import PointConv2d
@@ -76,3 +77,10 @@ def test_the_measurement_leaves_random_numbers_as_they_are():
     state = torch.get_rng_state()
     assert winograd.is_faster(4, PANEL, PANEL, 8, 8, threads=1) in (True, False)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_in_another_precision_it_is_said_to_have_no_effect(trainer, small, caplog):
+    method = SelfSupervisedMethod(small("simclr", winograd=True, encoder_arch="resnet18", evaluations=[]))
+    trainer(max_steps=1, precision="bf16-mixed").fit(method)
+    assert "winograd=True: no effect on cpu in bf16-mixed, only on cpu in 32-true" in caplog.text
+    assert not any(isinstance(module, winograd.WinogradConv2d) for module in method.modules())
