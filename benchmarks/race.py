@@ -1,0 +1,196 @@
+"""The accuracy on CIFAR-10 that equal minutes of training reach, without labels, on the same processors.
+
+    python -m benchmarks.race --minutes 30 --seeds 0 1 2
+    python -m benchmarks.race --minutes 5 --seeds 0 --only simclr
+
+lightly's SimCLR, BYOL and VICReg train a ResNet-18 in the loop, and with the settings, of its own examples
+(examples/pytorch/*.py, batches of 256); ours train the same network with the recipe `cifar10_laptop`, with as many
+epochs as fit into the minutes. The speed is measured first, and its measurement is not counted. Every finished run is a
+row of race.csv and is not repeated.
+
+Accuracies are those of `self-supervised evaluate` (linear, kNN with k = 20): all training images, and the test images.
+"""
+
+import copy
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytorch_lightning as pl
+import torch
+import torchvision
+from attrs import evolve
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks import harness, peers
+from moco import SelfSupervisedMethod
+from model_params import ModelParams
+from self_supervised import recipes
+from self_supervised.data import loading
+from self_supervised.demo import features
+from self_supervised.evaluation import probes
+from self_supervised.training.precision import best_precision
+
+METHODS = ("simclr", "byol", "vicreg")
+WORKERS = 2
+QUICK = {
+    "dataset_name": "digits",
+    "in_channels": 3,
+    "encoder_arch": "small_cnn",
+    "batch_size": 64,
+    "dim": 16,
+    "mlp_hidden_dim": 16,
+}
+TRAINER = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+# ---- lightly's examples ----
+
+
+class TwoViews(Dataset):
+    """Images of our packed set for PIL's transforms."""
+
+    def __init__(self, params: ModelParams, transform: Callable):
+        images = loading.get_dataset(params, params.dataset.pretraining_splits)
+        self.images = [torchvision.transforms.functional.to_pil_image(images[i][0]) for i in range(len(images))]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return self.transform(self.images[index].convert("RGB"))
+
+
+class Lightly(nn.Module):
+    """One of lightly's examples: networks, loss of two views, transform."""
+
+    def __init__(self, method: str, pixels: int):
+        super().__init__()
+        from lightly import loss, transforms
+        from lightly.models import utils
+        from lightly.models.modules import heads
+        from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
+
+        self.backbone = nn.Sequential(*list(torchvision.models.resnet18().children())[:-1], nn.Flatten())
+        self.lagging, size = [], {"input_size": pixels}
+        if method == "simclr":
+            self.head, criterion = heads.SimCLRProjectionHead(512, 512, 128), loss.NTXentLoss()
+            self.transform = transforms.SimCLRTransform(**size, gaussian_blur=0.0)
+        elif method == "vicreg":
+            self.head, criterion = heads.VICRegProjectionHead(512, 2048, 2048, num_layers=2), loss.VICRegLoss()
+            self.transform = transforms.VICRegTransform(**size)
+        else:
+            self.head, criterion = heads.BYOLProjectionHead(512, 1024, 256), loss.NegativeCosineSimilarity()
+            views = (view(**size, gaussian_blur=0.0) for view in (BYOLView1Transform, BYOLView2Transform))
+            self.transform = transforms.BYOLTransform(*views)
+            self.predictor = heads.BYOLPredictionHead(256, 1024, 256)
+            self.lagging = copy.deepcopy(nn.ModuleList([self.backbone, self.head])).requires_grad_(False)
+        self.update, self.criterion = utils.update_momentum, criterion
+
+    def loss(self, a: Tensor, b: Tensor, progress: float) -> Tensor:
+        if not len(self.lagging):
+            return self.criterion(self.head(self.backbone(a)), self.head(self.backbone(b)))
+        from lightly.utils.scheduler import cosine_schedule
+
+        m = cosine_schedule(int(1000 * progress), 1000, 0.996, 1)
+        for online, lagging in zip((self.backbone, self.head), self.lagging, strict=True):
+            self.update(online, lagging, m=m)
+        with torch.no_grad():
+            keys = [self.lagging[1](self.lagging[0](x)) for x in (b, a)]
+        queries = [self.predictor(self.head(self.backbone(x))) for x in (a, b)]
+        return 0.5 * (self.criterion(queries[0], keys[0]) + self.criterion(queries[1], keys[1]))
+
+
+def lightlys(params: ModelParams, method: str, minutes: float) -> tuple[nn.Module, int]:
+    """Return the encoder after some minutes of lightly's example, and the images that it saw."""
+    torch.manual_seed(params.seed)
+    model = Lightly(method, params.crop_size)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.06)
+    data = TwoViews(params, model.transform)
+    loader = DataLoader(data, params.batch_size, shuffle=True, drop_last=True, num_workers=WORKERS)
+    seen, start = 0, time.perf_counter()
+    for a, b in endless(loader):
+        passed = (time.perf_counter() - start) / (60 * minutes)
+        if passed >= 1:
+            break
+        loss = model.loss(a, b, passed)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += len(a)
+    return model.backbone, seen
+
+
+def endless(loader: DataLoader) -> Iterator[list[Tensor]]:
+    while True:
+        yield from loader
+
+
+# ---- ours ----
+
+
+def ours(params: ModelParams, _: str, minutes: float) -> tuple[nn.Module, int]:
+    """Return the encoder after as many epochs as fit into the minutes, and the images that it saw."""
+    images = len(loading.get_dataset(params, params.dataset.pretraining_splits))
+    epochs = minutes * 60 * speed(params) / images
+    method = SelfSupervisedMethod(params, max_epochs=max(1, round(epochs)), warmup_epochs=epochs / 10)
+    limit = {"limit_train_batches": epochs} if epochs < 1 else {}
+    trainer = pl.Trainer(max_epochs=method.params.max_epochs, precision=best_precision(method), **limit, **TRAINER)
+    trainer.fit(method)
+    return method.model, trainer.global_step * params.batch_size
+
+
+def speed(params: ModelParams, steps: int = 12) -> float:
+    """Return images per second of a training step after the first steps."""
+    method, marks = SelfSupervisedMethod(params), []
+    clock = pl.callbacks.LambdaCallback(on_train_batch_end=lambda *_: marks.append(time.perf_counter()))
+    pl.Trainer(max_steps=steps, precision=best_precision(method), callbacks=[clock], **TRAINER).fit(method)
+    return (len(marks) - 1 - steps // 3) * params.batch_size / (marks[-1] - marks[steps // 3])
+
+
+# ---- the race ----
+
+
+def finished_run(who: str, method: str, seed: int, minutes: float, quick: dict) -> harness.Row:
+    params = recipes.recipe(method, "cifar10_laptop", **quick, evaluations=[], seed=seed, num_data_workers=0)
+    start = time.perf_counter()
+    encoder, seen = {"lightly": lightlys, "ours": ours}[who](params, method, minutes)
+    passed = (time.perf_counter() - start) / 60
+    if who == "lightly":
+        params = evolve(params, image_mean=peers.MEAN, image_std=peers.STD)  # its transforms' default
+    data = features(encoder, params)
+    scores = {"linear %": probes.linear(*data)["acc1"], "kNN-20 %": probes.knn_protocol(*data)["knn20_acc1"]}
+    found = {name: round(value, 2) for name, value in scores.items()}
+    return {**key(who, method, seed, minutes), **found, "images seen": seen, "minutes in all": round(passed, 2)}
+
+
+def key(who: str, method: str, seed: int, minutes: float) -> harness.Row:
+    return {"who": who, "method": method, "seed": str(seed), "minutes": str(minutes)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = harness.arguments(__doc__, rounds=1)
+    parser.add_argument("--minutes", type=float, default=30.0, help="training time of each run (30)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS, help="methods (all)")
+    args = parser.parse_args(argv)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightly|torch")
+    if args.quick:
+        args.minutes, args.seeds, args.only = 0.01, [0], METHODS[:1]
+    who = ["ours", *harness.installed("lightly")]
+    path = args.out / "race.csv"
+    for run in itertools.product(args.seeds, args.only, who):
+        known = key(run[2], run[1], run[0], args.minutes)
+        rows = harness.read(path)[1] if path.exists() else []
+        if not any(known.items() <= row.items() for row in rows):
+            row = finished_run(run[2], run[1], run[0], args.minutes, QUICK if args.quick else {})
+            harness.report("race", [*rows, row], args.out, "lightly")
+
+
+if __name__ == "__main__":
+    main()
