@@ -19,7 +19,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 test-long: $(VENV)/installed
-	LONG=5 $(VENV)/bin/python -m pytest tests/training/test_resume.py tests/test_properties.py tests/training/test_memory.py \
+	LONG=5 $(VENV)/bin/python -m pytest tests/golden tests/training/test_resume.py tests/test_properties.py tests/training/test_memory.py \
 		tests/training/test_launch.py tests/embeddings/test_embed.py
 
 bench: $(VENV)/installed

@@ -1,4 +1,4 @@
-"""Puts the tables of benchmarks/results/*.csv into docs/performance.md and docs/results.md, and draws pictures.
+"""Puts the tables of benchmarks/results/*.csv into the pages of docs/ that have a place for them, and draws pictures.
 
     python -m benchmarks.report
 
@@ -20,6 +20,7 @@ matplotlib.use("Agg")
 # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = ("performance.md", "results.md", "evidence.md")
 OURS, OTHERS, FLOOR = "#1f6feb", "#b8bec8", "#e3b341"
 
 
@@ -148,7 +149,7 @@ def draw_curves(path: Path) -> None:
 
 def main() -> None:
     (DOCS / "performance").mkdir(exist_ok=True)
-    pages = {name: (DOCS / name).read_text() for name in ("performance.md", "results.md")}
+    pages = {name: (DOCS / name).read_text() for name in PAGES}
     for path in sorted(RESULTS.glob("*.csv")):
         if path.stem.endswith("_curves"):
             draw_curves(path)

@@ -114,6 +114,12 @@ KINDS = {
             **SMALL_HEADS,
         },
         {
+            "eqco": Row({"m": 0.99}),
+            "sce": Row({"K": 1024, "m": 0.99}),
+            "byol": Row({"dim": 256, "m": 0.99}),
+            "barlow_twins": Row({"dim": 256}),
+            "moco_v3": Row({}),
+            "ressl": Row({"K": 1024, "m": 0.99}),
             "moco_v2": Row({"K": 1024, "m": 0.99}, Outcome((34.0, None), (40.8, None), 2.3, seeds=1)),
             "simclr": Row({"T": 0.5}, Outcome((34.0, None), (36.1, None), 3.6, seeds=1)),
             "vicreg": Row({"dim": 256}, Outcome((34.0, None), (38.4, None), 3.4, seeds=1)),

@@ -38,7 +38,7 @@ def quick(rank: int, name: str, folder: str) -> None:
 
 
 def test_all_are_found():
-    assert len(NAMES) == 15 and {"augment", "step", "gpu", "time_to_accuracy"} <= set(NAMES)
+    assert len(NAMES) == 16 and {"augment", "step", "gpu", "time_to_accuracy"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,7 +69,7 @@ def test_a_process_of_its_own_answers_with_its_memory():
 
 
 def test_the_pages_show_what_the_files_hold():
-    text = "".join((ROOT / "docs" / name).read_text() for name in ("performance.md", "results.md"))
+    text = "".join((ROOT / "docs" / name).read_text() for name in report.PAGES)
     files = sorted(path for path in harness.RESULTS.glob("*.csv") if not path.stem.endswith("_curves"))
     assert len(files) >= 7
     for path in files:
