@@ -33,8 +33,8 @@ from self_supervised.fields import (
     check_types,
     choice,
     defaults,
+    distance,
     fraction,
-    n_differing,
     non_negative,
     number,
     numbers,
@@ -794,6 +794,11 @@ def number_of_view(params: ModelParams, field: str, i: int) -> float | None:
 # fmt: off
 
 MoCoV2Params = ModelParams
+MoCoV1Params = Preset(
+    ModelParams, "MoCoV1Params", "MoCo v1 (https://arxiv.org/abs/1911.05722): MoCo with a projection of one layer.",
+    projection_mlp_layers=1, T=0.07, m=0.999,
+    transform_apply_blur=False, transform_jitter_probability=1.0, transform_hue=0.4,
+)
 EqCoParams = Preset(
     ModelParams, "EqCoParams", "EqCo's SiMo (https://arxiv.org/abs/2010.01929): few negatives that count as many.",
     use_eqco_margin=True, use_negative_examples_from_batch=True, use_negative_examples_from_queue=False,
@@ -862,10 +867,11 @@ SCEVideoParams = Preset(
 PRESETS = Presets(ModelParams, {
     "moco_v2": MoCoV2Params, "eqco": EqCoParams, "sce": SCEParams, "byol": BYOLParams, "simclr": SimCLRParams,
     "vicreg": VICRegParams, "barlow_twins": BarlowTwinsParams,
-    "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams, "sce_video": SCEVideoParams,
+    "moco_v1": MoCoV1Params, "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams,
+    "sce_video": SCEVideoParams,
 })
 
 
 def nearest_preset(params: ModelParams) -> str:
-    """Return the name of the preset that has most of these settings."""
-    return min(PRESETS, key=lambda name: n_differing(params, PRESETS[name]))
+    """Return the name of the preset with the same loss that has most of these settings."""
+    return min(PRESETS, key=lambda name: distance(params, PRESETS[name]))

@@ -267,23 +267,24 @@ class Preset(Generic[Arguments, Settings]):
         return self.kind(**{**self.settings, **settings})
 
     def __instancecheck__(self, params: Any) -> bool:
-        """Return whether no other preset of the table has more of these settings, since they do not know their preset.
+        """Return whether no other preset of the table is nearer to these settings, which do not know their preset.
 
         The class itself is a preset, too: every ModelParams is an instance of MoCoV2Params.
         """
         if not isinstance(params, self.kind):
             return False
-        own = n_differing(params, self)
-        return all(own <= n_differing(params, other) for other in self.others)
+        own = distance(params, self)
+        return all(own <= distance(params, other) for other in self.others)
 
     def __repr__(self) -> str:
         return f"<preset {self.__name__} of {self.kind.__name__}>"
 
 
-def n_differing(params: Any, preset: Callable[..., Any]) -> int:
-    """Return the number of fields in which settings differ from a preset."""
+def distance(params: Any, preset: Callable[..., Any]) -> tuple[bool, int]:
+    """Return whether settings have another loss than a preset, and the number of fields in which they differ."""
     of_preset = preset()
-    return sum(getattr(params, name) != getattr(of_preset, name) for name in fields_dict(type(params)))
+    differ = [name for name in fields_dict(type(params)) if getattr(params, name) != getattr(of_preset, name)]
+    return "loss_type" in differ, len(differ)
 
 
 class Presets(dict[str, Callable[..., Settings]]):
