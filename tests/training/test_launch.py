@@ -388,7 +388,7 @@ def accumulate(rank: int, world: int) -> dict:
     """Train every preset on two accumulated batches of `IMAGES`; BYOL (independent images) also on the joined one."""
     g = torch.Generator().manual_seed(0)
     views = [[torch.randn(IMAGES, 1, 8, 8, generator=g) for _ in range(2)] for _ in range(ACCUMULATED * STEPS)]
-    share = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
+    share = slice(rank, None, world)
     runs = {name: ([[view[share] for view in batch] for batch in views], ACCUMULATED) for name in PRESETS}
     if world == 1:
         pairs = zip(views[::2], views[1::2], strict=True)
