@@ -49,8 +49,8 @@ LARGEST_IMAGE = 2**28  # elements of one image or clip, 1 GiB in float32
 LARGEST_QUEUE = 2**34  # elements of the queue, 64 GiB in float32
 LARGEST_WIDTH = 2**17  # units of a layer of the heads
 COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
-LOSSES = ("ce", "bce", "ip", "sce", "vic", "barlow")
-NEED_NEGATIVES = ("ce", "sce")
+LOSSES = ("ce", "dcl", "bce", "ip", "sce", "vic", "barlow")
+NEED_NEGATIVES = ("ce", "dcl", "sce")
 HEADS = ("projection", "prediction")
 LAST_NORMALIZATIONS = (None, "same", *NORMALIZATIONS)
 SCHEDULED = ("sce_coefficient", "sce_target_T")  # settings with a schedule of their own
@@ -366,6 +366,7 @@ class ModelParams(EncoderAndDataParams):
     use_eqco_margin: bool = False  # add EqCo's margin to the logits of the negatives
     use_negative_examples_from_batch: bool = False  # use the keys of other images in the batch as negatives
     use_negative_examples_from_same_view: bool = False  # use the queries of other images as negatives, as in SimCLR
+    dcl_sigma: float | None = positive(None, by=1e-4)  # DCLW: softness of the own keys' weights; None: DCL, no weights
 
     # BYOL and the loss
     use_momentum_schedule: bool = False  # raise m to 1 along half a cosine
@@ -820,6 +821,10 @@ SimCLRParams = Preset(
     use_negative_examples_from_queue=False, use_negative_examples_from_batch=True,
     use_negative_examples_from_same_view=True,
 )
+DCLParams = Preset(
+    SimCLRParams, "DCLParams", "DCL (https://arxiv.org/abs/2110.06848): SimCLR, own key not among its competitors.",
+    loss_type="dcl", T=0.1,
+)
 # The paper, on ImageNet: max_epochs=1000, lr=1.6, batch_size=2048, weight_decay=1e-6, mlp_hidden_dim=8192, dim=8192.
 VICRegParams = Preset(
     ModelParams, "VICRegParams", "VICReg (https://arxiv.org/abs/2105.04906): invariance, variance and covariance.",
@@ -867,7 +872,7 @@ SCEVideoParams = Preset(
 PRESETS = Presets(ModelParams, {
     "moco_v2": MoCoV2Params, "eqco": EqCoParams, "sce": SCEParams, "byol": BYOLParams, "simclr": SimCLRParams,
     "vicreg": VICRegParams, "barlow_twins": BarlowTwinsParams,
-    "moco_v1": MoCoV1Params, "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams,
+    "moco_v1": MoCoV1Params, "dcl": DCLParams, "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams,
     "sce_video": SCEVideoParams,
 })
 

@@ -16,7 +16,7 @@ from typing import Any
 FRONT_ROOMS = ("moco", "model_params", "linear_classifier", "ws_resnet", "batchrenorm", "lars", "train_blog")
 PRESET_NAMES = (
     "MoCoV2Params", "EqCoParams", "SCEParams", "BYOLParams", "SimCLRParams", "VICRegParams", "BarlowTwinsParams",
-    "MoCoV1Params", "MoCoV3Params", "SimSiamParams", "ReSSLParams", "SCEVideoParams",
+    "MoCoV1Params", "DCLParams", "MoCoV3Params", "SimSiamParams", "ReSSLParams", "SCEVideoParams",
 )  # fmt: skip
 MODULE_OF = {
     "SelfSupervisedMethod": "moco",

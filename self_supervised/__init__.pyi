@@ -5,6 +5,7 @@ from moco import SelfSupervisedMethod as SelfSupervisedMethod
 from model_params import PRESETS as PRESETS
 from model_params import BarlowTwinsParams as BarlowTwinsParams
 from model_params import BYOLParams as BYOLParams
+from model_params import DCLParams as DCLParams
 from model_params import EqCoParams as EqCoParams
 from model_params import MoCoV1Params as MoCoV1Params
 from model_params import MoCoV2Params as MoCoV2Params

@@ -122,6 +122,22 @@ def cross_entropy(
     return {"loss": loss, **_accuracies(sim, n_closer_in_queue)}
 
 
+def decoupled(sim: Tensor, temperature: float, sigma: float | None) -> Scalars:
+    """Decoupled contrastive loss: InfoNCE whose denominator has the negatives alone (DCL,
+    https://arxiv.org/abs/2110.06848, equation 6).
+
+    With `sigma`, the product s of a query and its own key has the weight 2 - exp(s / sigma) / mean of exp(s / sigma)
+    over the images of all processes (DCLW, equation 7).
+    """
+    own = sim[:, 0]
+    weight: Tensor | float = 1.0
+    if sigma is not None:
+        of_all = distributed.gather(own)
+        weight = distributed.own_rows(2 - len(of_all) * torch.softmax(of_all / sigma, dim=0))
+    loss = torch.logsumexp(sim[:, 1:] / temperature, dim=1) - weight * own / temperature
+    return {"loss": loss.mean(), **_accuracies(sim)}
+
+
 def binary_cross_entropy(sim: Tensor, temperature: float) -> Scalars:
     """Binary cross entropy of similarities s.
 
@@ -261,6 +277,7 @@ def get_loss(
     vic_weights = (p.invariance_loss_weight, p.variance_loss_weight, p.covariance_loss_weight, p.variance_loss_epsilon)
     losses = {
         "ce": lambda q, k, queue: cross_entropy(sim(q, k, None), p.T, alpha, q, of_params(queue)),
+        "dcl": lambda q, k, queue: decoupled(sim(q, k, queue), p.T, p.dcl_sigma),
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
         "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
         "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, coefficient),

@@ -2,6 +2,7 @@
 
 import importlib
 import multiprocessing
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,18 @@ def test_a_process_of_its_own_answers_with_its_memory():
     apart = harness.Apart()
     assert apart.build(partial, sum, [1, 2])() == 3
     apart.end()
+
+
+def test_every_table_of_results_comes_from_a_file():
+    """The other test compares those of train_blog.py with their file."""
+    page = (ROOT / "docs" / "results.md").read_text()
+    alone = re.sub(r"<!-- (\w+) -->.*?<!-- end -->", "", page, flags=re.DOTALL)
+    heads = [line for line, below in zip(alone.splitlines(), alone.splitlines()[1:], strict=False) if is_rule(below)]
+    assert all(line.startswith("| configuration | accuracy (%) | post") for line in heads)
+
+
+def is_rule(line: str) -> bool:
+    return set(line) == set("|- ") or set(line) == set("|-")
 
 
 def test_the_pages_show_what_the_files_hold():

@@ -310,7 +310,7 @@ for block in json.load(open("blocks.json")):
     exec(compile(block, "extending.md", "exec"), names)
 import model_params
 from self_supervised.networks import encoders
-assert encoders.get_encoder(model_params.PRESETS["dcl"](dataset_name="digits", encoder_arch="convmixer"))[1] == 128
+assert encoders.get_encoder(model_params.PRESETS["hcl"](dataset_name="digits", encoder_arch="convmixer"))[1] == 128
 print(json.dumps([len(names["dataset"]), names["results"]["summary"]["digits"]]))
 """
 

@@ -11,6 +11,7 @@ from model_params import ModelParams
 from self_supervised import losses
 
 N, D, K = 6, 5, 9
+RECORDED = {None: 0.5890572208768287, 0.5: 0.6203599585284832}  # sigma -> loss of the authors of DCL
 
 
 @pytest.fixture
@@ -72,6 +73,25 @@ def test_simclr_equals_the_2n_by_2n_matrix(vectors):
     }
     both = (loss(from_model_params, a, b)["loss"] + loss(from_model_params, b, a)["loss"]) / 2
     assert_same(both, expected, a, b)
+
+
+@pytest.mark.parametrize("sigma", [None, 0.5])
+def test_dcl_equals_its_formula_and_the_authors_code(vectors, sigma):
+    """Equations 6 and 7, image by image, and a number of the authors' DCL and DCLW (commit 0b9b76d) in float64."""
+    q, k, _ = vectors
+    settings = {"loss_type": "dcl", "T": 0.1, "dcl_sigma": sigma, "use_lagging_model": False}
+    settings |= {"use_negative_examples_from_queue": False}
+    settings |= {f"use_negative_examples_from_{of}": True for of in ("batch", "same_view")}
+    found = loss(settings, q, k)["loss"]
+    own = [(q[n] @ k[n]) for n in range(N)]
+    expected = 0
+    for n in range(N):
+        others = [x for m in range(N) if m != n for x in (q[m], k[m])]
+        weight = 1 if sigma is None else 2 - (own[n] / sigma).exp() / (sum((s / sigma).exp() for s in own) / N)
+        expected = expected - weight * own[n] / 0.1 + sum((q[n] @ x / 0.1).exp() for x in others).log()
+    assert_same(found, expected / N, q, k)
+    a, b = (F.normalize(torch.arange(24.0, dtype=torch.float64).view(6, 4).add(c).sin(), dim=1) for c in (0, 0.5))
+    assert loss(settings, a, b)["loss"].item() == pytest.approx(RECORDED[sigma], abs=1e-9)
 
 
 @pytest.mark.parametrize("source", ["queue", "batch"])

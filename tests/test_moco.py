@@ -38,7 +38,7 @@ class TinyEncoder(nn.Module):
 @pytest.mark.parametrize(
     "name, online, lagging",
     [("moco_v2", 1, 1), ("eqco", 1, 1), ("sce", 2, 2), ("byol", 2, 2), ("simclr", 2, 0), ("vicreg", 2, 0),
-     ("barlow_twins", 2, 0), ("moco_v1", 1, 1), ("moco_v3", 2, 2), ("simsiam", 2, 0), ("ressl", 1, 1)],
+     ("barlow_twins", 2, 0), ("moco_v1", 1, 1), ("dcl", 2, 0), ("moco_v3", 2, 2), ("simsiam", 2, 0), ("ressl", 1, 1)],
 )  # fmt: skip
 def test_each_view_is_encoded_once(name, online, lagging, small, trainer):
     model = SelfSupervisedMethod(small(name, evaluations=[]), encoder=TinyEncoder())

@@ -44,7 +44,7 @@ def test_trains_every_part_saves_and_reloads(name, normalization, small, trainer
     assert LinearClassifierMethod.from_moco_checkpoint(tmp_path / "example.ckpt")(x).shape == (3, 10)
 
 
-@pytest.mark.parametrize("loss_type", ["ce", "bce", "ip", "sce"])
+@pytest.mark.parametrize("loss_type", ["ce", "dcl", "bce", "ip", "sce"])
 @pytest.mark.parametrize("negatives", ["queue", "batch", "both"])
 def test_every_loss_with_every_kind_of_negatives(loss_type, negatives, small, trainer):
     used = {"queue": ("queue",), "batch": ("batch",), "both": ("queue", "batch")}[negatives]

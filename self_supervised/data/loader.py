@@ -28,14 +28,14 @@ class ResumableSampler(DistributedSampler):
 
     Args:
         step: images per optimizer step on all processes and accumulated batches; drop_last drops the images of an
-            incomplete step. None: those that cannot be divided equally among processes.
+            incomplete step, unless it is the only one. None: those that cannot be divided equally among processes.
     """
 
     skip = 0
 
     def __init__(self, *args: Any, step: int | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.drop_last and step:
+        if self.drop_last and step and len(self.dataset) >= step:
             self.total_size = len(self.dataset) // step * step
             self.num_samples = self.total_size // self.num_replicas
 

@@ -227,7 +227,7 @@ def get_loader(
     step = size * processes * (accumulated if training else 1)
     drop_last = training and should_drop_last(params.drop_last_batch, len(dataset), step)
     if drop_last:
-        check_one_step(params, len(dataset), size, accumulated)
+        check_one_batch(params, len(dataset), size)
     shuffle = training or not (packed or in_order)
     seed = params.seed or 0
     are_crops = isinstance(dataset, ImageFiles) and bool(dataset.views)
@@ -254,14 +254,13 @@ def should_drop_last(setting: bool | None, n_images: int, step: int) -> bool:
     return setting if setting is not None else n_images >= step and n_images % step < step / 2
 
 
-def check_one_step(params: EncoderAndDataParams, n_images: int, size: int, accumulated: int) -> None:
-    """Raise ValueError if there are fewer images than one optimizer step has."""
+def check_one_batch(params: EncoderAndDataParams, n_images: int, size: int) -> None:
+    """Raise ValueError if there are fewer images than one batch of `size` on each process."""
     processes = distributed.world_size()
-    if n_images >= size * processes * accumulated:
+    if n_images >= size * processes:
         return
     name = "batch_size" if params.global_batch_size is None else "global_batch_size"
     each = f" on each of {processes} processes" if processes > 1 else ""
-    each += f", {accumulated} times per optimizer step" if accumulated > 1 else ""
     raise ValueError(
         f"{name}={getattr(params, name)}: the {n_images} {params.dataset.kind} of {params.dataset_name} "
         f"are fewer than one batch of {size}{each}. Choose a smaller {name}, or drop_last_batch=None."

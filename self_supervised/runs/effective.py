@@ -21,6 +21,7 @@ from self_supervised.training.run_folder import EFFECTIVE
 RESIZED = "pixels (bilinear, antialiased)"
 LOSS_TEXTS = {  # loss_type -> description, in which {name} is a setting
     "ce": "cross-entropy (InfoNCE), temperature {T:g}",
+    "dcl": "DCL (decoupled contrastive), temperature {T:g}, sigma of the weights {dcl_sigma}",
     "bce": "binary cross-entropy, temperature {T:g}",
     "ip": "inner product",
     "sce": "SCE, temperature {T:g}, of the target {sce_target_T:g}, coefficient {sce_coefficient:g}",

@@ -14,7 +14,7 @@ FAR = 3  # factor beyond these limits from which a learning rate is doubtful
 OF_IMAGES = 256  # number of images for which learning rates are compared
 
 CUSTOM = "custom"  # loss_type of a user's own function
-SIMILARITIES = ("ce", "bce", "ip", "sce")  # losses that compare a query with negatives
+SIMILARITIES = ("ce", "dcl", "bce", "ip", "sce")  # losses that compare a query with negatives
 STRENGTHS = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -69,7 +69,8 @@ DERIVED: dict[str, Callable[[ModelParams], Any]] = {
 # setting -> {another setting: values with which the first has an effect; None: all but 0, False, None and []}
 # tests/training/test_advice.py trains with every loss and optimizer: no row may be wrong, and none may be missing.
 NEEDS: dict[str, dict[str, tuple | None]] = {
-    "T": {"loss_type": ("ce", "bce", "sce")},
+    "T": {"loss_type": ("ce", "dcl", "bce", "sce")},
+    "dcl_sigma": {"loss_type": ("dcl",)},
     "eqco_alpha": {"use_eqco_margin": None},
     **{f"use_negative_examples_from_{of}": {"loss_type": SIMILARITIES} for of in ("batch", "queue", "same_view")},
     **dict.fromkeys(("K", "gather_keys_for_queue"), {"use_negative_examples_from_queue": None}),

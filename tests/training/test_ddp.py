@@ -30,6 +30,7 @@ CASES = {
     "bce, batch": {"loss_type": "bce", **BATCH, "use_negative_examples_from_queue": False},
     "ip, queue and batch": {"loss_type": "ip", **BATCH},
     "sce, batch": {"preset": "sce", "use_negative_examples_from_queue": False},
+    "dclw": {"preset": "dcl", "dcl_sigma": 0.5},
     "shuffled": {"shuffle_batch_norm": True},
     **{f"{name}, small views": {"preset": name, **SMALL_VIEWS} for name in ("sce", "simclr", "vicreg")},
     "online classifier": {"online_classifier": True},
