@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = harness.read(path)[1] if path.exists() else []
         if not any(known.items() <= row.items() for row in rows):
             row = finished_run(run[2], run[1], run[0], args.minutes, QUICK if args.quick else {})
-            harness.report("race", [*rows, row], args.out, "lightly")
+            harness.report("race", [*rows, row], args.out, *who[1:])
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...
         seed: the same on every process, so that all draw the same permutation.
     """
     images = gather(x)
-    n_parts = world_size() if is_distributed() else max(1, min(n_virtual_devices, len(images) // 2))  # two for a mean
+    n_parts = world_size() if is_distributed() else max(1, min(n_virtual_devices, len(images) // 2))  # a part needs two
     rng, order = np.random.default_rng(seed), np.arange(len(images))
     if len(images) % n_parts:
         order = rng.permutation(order)

@@ -115,6 +115,7 @@ SENSIBLE = {
     "use_eqco_margin": FLAG,
     "use_negative_examples_from_batch": FLAG,
     "use_negative_examples_from_same_view": FLAG,
+    "dcl_sigma": either(None, 1e-4, 0.5, 10.0),
     "sce_coefficient": SHARE,
     "sce_target_T": TEMPERATURE,
     **{f"sce_{name}_{part}": s for name in ("coefficient", "target_T") for part, s in SCHEDULE.items()},

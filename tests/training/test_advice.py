@@ -30,6 +30,7 @@ BASES = {  # every loss and optimizer, and settings that only have an effect wit
     "ce, sgd": {},
     "ip, lars": {"preset": "byol", "prediction_mlp_last_normalization": "ln"},
     "sce": {"preset": "sce", **SCE},
+    "dclw": {"preset": "dcl", "dcl_sigma": 0.5},
     "vic, adam": {"loss_type": "vic", "optimizer_name": "adam"},
     "barlow, sgd": {"loss_type": "barlow", "use_lagging_model": False, "lr_schedule": "constant"},
     "bce, steps": {
@@ -71,7 +72,7 @@ OTHER = {  # values where none can be derived from the present one
     "parameter_options": ([{"pattern": "bias", "lr_mult": 2.0}],), "final_weight_decay": (0.5,),
     "projection_mlp_hidden_dims": ([5], [5, 5]), "prediction_mlp_hidden_dims": ([5],), "weight_decay": (0.3,),
     "sce_target_T_warmup_start": (0.3,), "sce_target_T_final": (0.3,), "T": (0.4,), "lr": (0.2,), "m": (0.5,),
-    "n_virtual_devices": (1,),
+    "n_virtual_devices": (1,), "dcl_sigma": (0.8,),
 }  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_l
     lr, unused = [line for line in caplog.messages if line.startswith("warning: ")]
     assert "lr=0.5 with 16 images per step is 8 per 256" in lr and "Try lr=0.031" in lr
     assert "T=0.1, lars_eta=0.1: no effect" in unused and unused.endswith(
-        "T needs loss_type=ce or bce or sce; lars_eta needs optimizer_name=lars"
+        "T needs loss_type=ce or dcl or bce or sce; lars_eta needs optimizer_name=lars"
     )
 
 

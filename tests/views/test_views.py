@@ -15,7 +15,7 @@ from self_supervised.data import loading
 from self_supervised.runs import preview
 from self_supervised.views import augmentations
 
-SYMMETRIC = {"sce", "byol", "simclr", "moco_v3", "simsiam", "sce_video"}
+SYMMETRIC = {"sce", "byol", "simclr", "dcl", "moco_v3", "simsiam", "sce_video"}
 MULTI_CROP = {"n_small_views": 2, "transform_crop_size": 12, "transform_small_crop_size": 8, "evaluations": []}
 
 
