@@ -65,7 +65,7 @@ def test_results_on_cifar10_are_those_of_the_benchmark(name):
         (
             "moco_v3",
             "stl10",
-            "^recipe=stl10: moco_v3 has no such recipe. Choose one of digits, folder, cifar10_laptop, cifar10_gpu.$",
+            "^recipe=stl10: moco_v3 has no such recipe. Choose one of digits, cifar10_laptop, cifar10_gpu.$",
         ),
         ("sce_video", "digits", "^recipe=digits: sce_video has no such recipe. No recipe of sce_video was tried"),
     ],
