@@ -20,6 +20,7 @@ import videos
 from PIL import Image
 
 import model_params
+import self_supervised
 from linear_classifier import LinearClassifierMethodParams
 from model_params import SCEVideoParams
 from self_supervised.__main__ import COMMANDS
@@ -136,7 +137,9 @@ def small_data(monkeypatch, tmp_path):
     for split, i in itertools.product(("train", "val"), range(4)):
         videos.write_frames(tmp_path / "datasets" / "kinetics" / split / f"class_{i % 2}" / f"video_{i}", n=12)
     few = {"global_batch_size": 4, "num_frames": 2, "transform_crop_size": 32, "K": 8, "evaluations": ["knn"]}
-    monkeypatch.setattr(model_params, "SCEVideoParams", Preset(SCEVideoParams, "", "", num_data_workers=0, **few))
+    preset = Preset(SCEVideoParams, "", "", num_data_workers=0, **few)
+    monkeypatch.setattr(model_params, "SCEVideoParams", preset)
+    monkeypatch.setattr(self_supervised, "SCEVideoParams", preset)  # which keeps a name once it was used
     make = loading.get_loader
     few = {"batch_size": 4, "num_data_workers": 0}
     monkeypatch.setattr(loading, "get_loader", lambda p, *rest: make(attrs.evolve(p, **few), *rest))
