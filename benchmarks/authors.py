@@ -221,6 +221,16 @@ def simsiam(folder: Path, p: ModelParams, steps: int) -> Training:
     )
 
 
+def from_tenth_epoch(code: ModuleType, args: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> Training:
+    """Training of VICReg's or Barlow Twins' program without its ten epochs of warm-up, with epochs of one step."""
+    return Training(
+        [model.backbone, model.projector],
+        lambda a, b, step: model(a, b),
+        optimizer,
+        lambda step: code.adjust_learning_rate(args, optimizer, [None], 10 + step),
+    )
+
+
 def vicreg(folder: Path, p: ModelParams, steps: int) -> Training:
     """torchvision's ResNet-18; no warm-up: their schedule from its tenth epoch on, with epochs of one step."""
     code = load(folder / "main_vicreg.py")
@@ -231,12 +241,7 @@ def vicreg(folder: Path, p: ModelParams, steps: int) -> Training:
     model = code.VICReg(args)
     filters = dict.fromkeys(["weight_decay_filter", "lars_adaptation_filter"], code.exclude_bias_and_norm)
     optimizer = code.LARS(model.parameters(), lr=0, weight_decay=p.weight_decay, **filters)
-    return Training(
-        [model.backbone, model.projector],
-        lambda a, b, step: model(a, b),
-        optimizer,
-        lambda step: code.adjust_learning_rate(args, optimizer, [None], 10 + step),
-    )
+    return from_tenth_epoch(code, args, model, optimizer)
 
 
 def barlow_twins(folder: Path, p: ModelParams, steps: int) -> Training:
@@ -250,12 +255,7 @@ def barlow_twins(folder: Path, p: ModelParams, steps: int) -> Training:
     model.projector[0] = nn.Linear(512, p.mlp_hidden_dim, bias=False)
     filters = {"weight_decay_filter": True, "lars_adaptation_filter": True}
     optimizer = code.LARS(weights_and_biases(model), lr=0, weight_decay=p.weight_decay, **filters)
-    return Training(
-        [model.backbone, model.projector],
-        lambda a, b, step: model(a, b),
-        optimizer,
-        lambda step: code.adjust_learning_rate(args, optimizer, [None], 10 + step),
-    )
+    return from_tenth_epoch(code, args, model, optimizer)
 
 
 def simclr(folder: Path, p: ModelParams, steps: int) -> Training:

@@ -12,12 +12,11 @@ import logging
 import statistics
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
-from benchmarks.harness import Row, arguments, read, report
+from benchmarks.harness import Row, arguments, finished, has, report
 from moco import SelfSupervisedMethod
 from self_supervised.recipes import recipe
 
@@ -80,10 +79,6 @@ def text(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{deviation} ({len(values)})"
 
 
-def finished(path: Path) -> list[Row]:
-    return read(path)[1] if path.is_file() else []
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="presets (all)")
@@ -101,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed, method, precision in itertools.product(options.seeds, options.methods, PRECISIONS):
         key = {"method": method, "precision": precision, "seed": seed, **experiment}
         rows = finished(options.out / "bf16_accuracy.csv")
-        if not any({name: str(value) for name, value in key.items()}.items() <= row.items() for row in rows):
+        if not has(rows, key):
             report("bf16_accuracy", [*rows, trained(key, QUICK if options.quick else SETTINGS)], options.out)
     if rows := summary(finished(options.out / "bf16_accuracy.csv")):
         report("bf16_accuracy_summary", rows, options.out)

@@ -28,6 +28,7 @@ from threading import Lock
 
 import torch
 from attrs import frozen
+from torch import Tensor
 
 from benchmarks import harness
 from model_params import PRESETS
@@ -52,10 +53,6 @@ class Run:
     seed: int
     folder: Path
     settings: Sequence[str] = ()  # field=value
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.preset, str(self.seed)
 
     def program(self, *arguments: str) -> None:
         """Run one of the library's programs; its output goes to the run's log."""
@@ -100,6 +97,11 @@ def accuracies(linear: float, knn: float) -> dict[str, float]:
     return {"linear %": round(linear, 2), "kNN-20 %": round(knn, 2)}
 
 
+def accuracies_of(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> dict[str, float]:
+    data = (train_x, train_y, test_x, test_y)
+    return accuracies(probes.linear(*data)["acc1"], probes.knn_protocol(*data)["knn20_acc1"])
+
+
 def empty(preset: str, seed: int | str) -> harness.Row:
     """A row without results, whose last columns say where they are from."""
     known, commit = {"preset": preset, "seed": seed}, versions()["commit"] or ""
@@ -115,50 +117,53 @@ def pixels(run: Run) -> harness.Row:
     for split in ("train", "test"):
         images, labels = zip(*get_dataset(params, (split,)), strict=True)
         data += [torch.stack(images).flatten(1) / 255, torch.as_tensor(labels)]
-    linear, knn = probes.linear(*data, seed=0)["acc1"], probes.knn_protocol(*data)["knn20_acc1"]
-    return {**empty("pixels", 0), **accuracies(linear, knn)}
+    return {**empty("pixels", 0), **accuracies_of(*data)}
 
 
 class Table:
     """The rows that are finished, in a CSV file that is complete after each of them."""
 
     def __init__(self, path: Path):
-        self.path, self.lock, self.rows = path, Lock(), []
-        if path.exists():
-            self.rows = harness.read(path)[1]
+        self.path, self.lock, self.rows = path, Lock(), harness.finished(path)
 
     def has(self, preset: str, seed: int) -> bool:
-        return any((row["preset"], row["seed"]) == (preset, str(seed)) for row in self.rows)
+        return harness.has(self.rows, {"preset": preset, "seed": seed})
 
-    def add(self, rows: Iterable[harness.Row]) -> None:
+    def put(self, preset: str, seed: int, rows: Iterable[harness.Row]) -> None:
+        """Add the rows of a preset and seed, in place of those that an interrupted command left."""
         with self.lock:
+            self.rows = [row for row in self.rows if not harness.has([row], {"preset": preset, "seed": seed})]
             self.rows += [{name: str(value) for name, value in row.items()} for row in rows]
             order = [*NO_TRAINING, *PRESETS]
             self.rows.sort(key=lambda row: (order.index(row["preset"]), int(row["seed"])))
             harness.write(self.path, self.rows)
 
 
-def finish(run: Run, table: Table, curves: Table, first: bool) -> None:
-    """Make what is missing of a run's rows."""
+def finish(run: Run, table: Table, curves: Table, first: bool) -> bool:
+    """Make what is missing of a run's rows. Return whether they are there."""
     try:
-        if not table.has(*run.key):
+        if not table.has(run.preset, run.seed):
             row = run.row()
-            curves.add(run.curve())
-            table.add([row])
+            curves.put(run.preset, run.seed, run.curve())
+            table.put(run.preset, run.seed, [row])
             print(", ".join(f"{name} {harness.shown(value)}" for name, value in row.items() if value != ""), flush=True)
         if first and not table.has("random encoder", run.seed):
-            table.add([{**empty("random encoder", run.seed), **run.scores("random")}])
+            row = {**empty("random encoder", run.seed), **run.scores("random")}
+            table.put("random encoder", run.seed, [row])
         if first and not table.has("pixels", 0):
-            table.add([pixels(run)])
+            table.put("pixels", 0, [pixels(run)])
+        return True
     except subprocess.CalledProcessError:
         print(f"{run.preset}, seed {run.seed}: failed; see {run.folder / 'benchmark.log'}", file=sys.stderr)
+        return False
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     kinds = [name for name in recipes.KINDS if name.startswith("cifar10")]
     parser = harness.arguments(__doc__, rounds=1)
     parser.add_argument("kind", nargs="?", choices=kinds, default=kinds[0], help=f"kind of recipe ({kinds[0]})")
-    parser.add_argument("--presets", nargs="+", default=list(recipes.ON_CIFAR10), help="all that have such a recipe")
+    presets = list(recipes.ON_CIFAR10)
+    parser.add_argument("--presets", nargs="+", choices=presets, default=presets, help="all that have such a recipe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
     parser.add_argument("--at_once", type=int, default=1, help="number of runs at the same time (1)")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of all runs")
@@ -178,9 +183,11 @@ def main(argv: list[str] | None = None) -> None:
         for seed, preset in itertools.product(args.seeds, args.presets):
             run = Run(args.kind, preset, seed, folder / f"{preset}_{seed}", args.set)
             running.append(pool.submit(finish, run, table, curves, first=preset == args.presets[0]))
-    for one in running:
-        one.result()  # raises what it raised
-    print(harness.markdown(table.rows))
+    are_there = [one.result() for one in running]  # raises what a run raised
+    if table.rows:
+        print(harness.markdown(table.rows))
+    if not all(are_there):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,16 @@ def write(path: Path, rows: list[Row], *packages: str) -> None:
         writer.writerows(rows)
 
 
+def finished(path: Path) -> list[Row]:
+    """Return the rows of the file; none if there is no file yet."""
+    return read(path)[1] if path.exists() else []
+
+
+def has(rows: Iterable[Row], known: Row) -> bool:
+    """Return whether a row of a file has these values."""
+    return any({name: str(value) for name, value in known.items()}.items() <= row.items() for row in rows)
+
+
 def read(path: Path) -> tuple[str, list[Row]]:
     """Return what the first line says of the machine, and the rows, whose values are texts."""
     with open(path, newline="") as file:

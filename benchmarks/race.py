@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness, peers
+from benchmarks.cifar10 import accuracies_of
+from benchmarks.peer_loops import WORKERS
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import recipes
 from self_supervised.data import loading
 from self_supervised.demo import features
-from self_supervised.evaluation import probes
 from self_supervised.training.precision import best_precision
 
 METHODS = ("simclr", "byol", "vicreg")
-WORKERS = 2
 QUICK = {
     "dataset_name": "digits",
     "in_channels": 3,
@@ -50,8 +50,8 @@ TRAINER = {"logger": False, "enable_checkpointing": False, "enable_progress_bar"
 # ---- lightly's examples ----
 
 
-class TwoViews(Dataset):
-    """Images of our packed set for PIL's transforms."""
+class ForLightly(Dataset):
+    """Images of our packed set, of which lightly's transforms make both views."""
 
     def __init__(self, params: ModelParams, transform: Callable):
         images = loading.get_dataset(params, params.dataset.pretraining_splits)
@@ -110,7 +110,7 @@ def lightlys(params: ModelParams, method: str, minutes: float) -> tuple[nn.Modul
     torch.manual_seed(params.seed)
     model = Lightly(method, params.crop_size)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.06)
-    data = TwoViews(params, model.transform)
+    data = ForLightly(params, model.transform)
     loader = DataLoader(data, params.batch_size, shuffle=True, drop_last=True, num_workers=WORKERS)
     seen, start = 0, time.perf_counter()
     for a, b in endless(loader):
@@ -162,14 +162,12 @@ def finished_run(who: str, method: str, seed: int, minutes: float, quick: dict) 
     passed = (time.perf_counter() - start) / 60
     if who == "lightly":
         params = evolve(params, image_mean=peers.MEAN, image_std=peers.STD)  # its transforms' default
-    data = features(encoder, params)
-    scores = {"linear %": probes.linear(*data)["acc1"], "kNN-20 %": probes.knn_protocol(*data)["knn20_acc1"]}
-    found = {name: round(value, 2) for name, value in scores.items()}
-    return {**key(who, method, seed, minutes), **found, "images seen": seen, "minutes in all": round(passed, 2)}
+    scores = accuracies_of(*features(encoder, params))
+    return {**key(who, method, seed, minutes), **scores, "images seen": seen, "minutes in all": round(passed, 2)}
 
 
 def key(who: str, method: str, seed: int, minutes: float) -> harness.Row:
-    return {"who": who, "method": method, "seed": str(seed), "minutes": str(minutes)}
+    return {"who": who, "method": method, "seed": seed, "minutes": minutes}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -186,8 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     path = args.out / "race.csv"
     for run in itertools.product(args.seeds, args.only, who):
         known = key(run[2], run[1], run[0], args.minutes)
-        rows = harness.read(path)[1] if path.exists() else []
-        if not any(known.items() <= row.items() for row in rows):
+        rows = harness.finished(path)
+        if not harness.has(rows, known):
             row = finished_run(run[2], run[1], run[0], args.minutes, QUICK if args.quick else {})
             harness.report("race", [*rows, row], args.out, *who[1:])
 

@@ -66,7 +66,7 @@ def over_seeds(rows: list[Row]) -> list[Row]:
         {
             "preset": preset,
             **{name: mean_text(group, name, 1) for name in ("linear %", "kNN-20 %")},
-            **{name: group[0][name] for name in ("epochs",)},
+            "epochs": group[0]["epochs"],
             **{name: mean_text(group, name, 0) for name in ("minutes", "images/s")},
             "seeds": " ".join(row["seed"] for row in group),
             "commit": " ".join(sorted({row["commit"] for row in group})),

@@ -41,8 +41,8 @@ def similarities(
 
 def _without_own_column(products: Tensor) -> Tensor:
     """Remove the column of its own image from each row, [N, W N] -> [N, W N - 1]."""
-    n, m = products.shape
-    own = distributed.rank() + m // n * torch.arange(n, device=products.device).unsqueeze(1)
+    m = products.shape[1]
+    own = distributed.own_rows(torch.arange(m, device=products.device)).unsqueeze(1)
     others = torch.arange(m - 1, device=products.device).unsqueeze(0)
     return products.gather(1, others + (others >= own))  # a boolean mask would wait for the device
 

@@ -126,6 +126,11 @@ class ResumableDataLoader(DataLoader):
         self.resumed = dict(state)
 
 
+def size_of_batches(loader: Any) -> int | None:
+    """Return the batch size of any loader, or that of its batch sampler; None if it has none."""
+    return getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+
+
 def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]:
     """Return (images or list of views, labels or None) of a batch of any loader.
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from self_supervised import distributed
 from self_supervised.data import loading
 from self_supervised.data.files import readable_rows
-from self_supervised.data.loader import ResumableDataLoader, images_and_labels, whole_numbers
+from self_supervised.data.loader import ResumableDataLoader, images_and_labels, size_of_batches, whole_numbers
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, hyperparameters, label_checks, optimizers, precision
@@ -218,7 +218,7 @@ class BaseMethod(pl.LightningModule):
             return augmentations.for_evaluation(images, self.params).to(self.dtype), labels
         batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
         n = len(images if isinstance(images, Tensor) else images[0])
-        size = getattr(self.loader_of(dataloader_idx), "batch_size", None) or n  # the last batch may be smaller
+        size = size_of_batches(self.loader_of(dataloader_idx)) or n  # the last batch may be smaller
         places = distributed.positions(batch_idx * size, n)
         views = augmentations.for_training(images, self.augment, (self.params.seed, self.current_epoch), places)
         return [view.to(self.dtype) for view in views], labels

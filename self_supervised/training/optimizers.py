@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lars import LARS
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised import distributed
+from self_supervised.data.loader import size_of_batches
 from self_supervised.data.loading import batch_size
 
 Fraction = Callable[[int], float]  # optimizer step -> fraction of the highest learning rate
@@ -150,7 +151,7 @@ def checked_batch_size(params: EncoderAndDataParams, accumulated: int, loader: A
     Raises:
         ValueError: the settings depend on a batch size that the loader does not have.
     """
-    found = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    found = size_of_batches(loader)
     wanted = batch_size(params, accumulated)
     if found is None and params.lr_scaling is not None:
         raise ValueError(
