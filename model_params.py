@@ -143,7 +143,7 @@ class EncoderAndDataParams:
 
     # data loader
     num_data_workers: int = non_negative(4, at_most=MOST_WORKERS)  # processes that decode files; packed sets need none
-    # drop an incomplete last batch in training; None: only if it is less than half full and not the only one
+    # drop an incomplete last optimizer step of an epoch; None: only if it is less than half full and not the only one
     drop_last_batch: bool | None = True
     pin_data_memory: bool = True  # use pinned memory, for faster copies to a GPU
     data_on_device: bool | None = None  # keep packed sets on the device as uint8; None: on a GPU, if they fit
