@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
-from moco import SelfSupervisedMethod, ema_update
+from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import distributed, losses
 from self_supervised.data import loading
 from self_supervised.data.loader import images_and_labels
+from self_supervised.networks.keys import ema_update
 from self_supervised.training import optimizers
 
 
@@ -383,7 +384,7 @@ def test_losses_are_float32_under_autocast(name, small, trainer, monkeypatch):
     dtypes, seen, get_loss = [], [], losses.get_loss
     model.projection_model.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
 
-    def recorded(params):
+    def recorded(params, labels=None):
         def loss(*inputs):
             inputs = [x if x is None else x.clone() for x in inputs]  # the queue changes later
             seen.append((inputs, get_loss(params)(*inputs)["loss"].detach()))
