@@ -126,6 +126,15 @@ def lightlys_own_resnet_unnumbered():
     return {"state_dict": state}, resnet, 32
 
 
+def lightlys_vit():
+    """Return a file with timm's ViT, wrapped for masks, which an encoder never uses."""
+    modules = pytest.importorskip("lightly.models.modules")
+    torch.manual_seed(0)
+    backbone = modules.MaskedVisionTransformerTIMM(timm.create_model("vit_tiny_patch16_224", num_classes=9)).eval()
+    state = {**under("backbone.", backbone.state_dict()), **under("projection_head.layers.", MLP)}
+    return {"state_dict": state}, backbone, 224
+
+
 def lightly_backbone():
     """Return a file as the tutorials of lightly save it."""
     sequential = nn.Sequential(*list(network().children())[:-1])
@@ -258,6 +267,7 @@ SYSTEMS = {
         "lightly",
         "linear. (2 tensors), projection_head. (9 tensors)",
     ),
+    "lightly's vit": (lightlys_vit, "lightly", "head. (2 tensors), backbone. (1 tensor), projection_head. (9 tensors)"),
     "lightly, backbone": (lightly_backbone, "names without a system", ""),
     "solo-learn on CIFAR": (solo_learn, "solo-learn", "momentum_backbone. (120 tensors)"),
     "solo-learn, first versions": (solo_learn_first_versions, "solo-learn", "momentum_encoder. (120 tensors)"),
