@@ -90,6 +90,8 @@ def test_hparams_cannot_be_changed(build, trainer, tmp_path):
             lambda: model.hparams.__ior__({"lr": 0.3}),
             lambda: model.hparams.setdefault("lr", 0.3),
             lambda: model.hparams.update(learning_rate=0.3),
+            lambda: model.hparams.pop("lr"),
+            lambda: model.hparams.clear(),
         ):
             with pytest.raises(ValueError, match="hparams"):
                 change()
@@ -106,6 +108,20 @@ def test_hparams_cannot_be_changed(build, trainer, tmp_path):
     refuses(loaded)
     assert loaded.hparams == model.hparams and loaded.hparams.mine == 3
     assert Extended.load_from_checkpoint(tmp_path / "example.ckpt", encoder=TinyEncoder(), lr=0.3).hparams.lr == 0.3
+
+
+@pytest.mark.parametrize("build", [SelfSupervisedMethod, LinearClassifierMethod])
+def test_settings_replaced_after_construction_are_refused_by_fit(build, trainer):
+    def replace(model):
+        model.params = attrs.evolve(model.params, dataset_name="cifar10")
+
+    for change in (replace, lambda model: model.save_hyperparameters({"lr": 0.3})):
+        model = build(dataset_name="digits", batch_size=16, encoder=TinyEncoder())
+        change(model)
+        with pytest.raises(
+            ValueError, match=r"^(dataset_name='cifar10'|lr=\d+\.\d): not the setting .* Build it again"
+        ):
+            trainer().fit(model)
 
 
 def test_seed_decides_the_weights_and_defaults_to_that_of_seed_everything():
