@@ -354,7 +354,7 @@ def check_statistics(name: str, values: Any, channels: int, lowest: float) -> No
 @readable
 @frozen(kw_only=True)
 class ModelParams(EncoderAndDataParams):
-    """Settings of SelfSupervisedMethod. The defaults are MoCo v2."""
+    """Settings of SelfSupervisedMethod. The defaults are MoCo v2 (https://arxiv.org/abs/2003.04297)."""
 
     # shuffled batch norm
     shuffle_batch_norm: bool = False  # compute batch statistics of keys over other images than those of queries
@@ -978,6 +978,15 @@ PRESETS = Presets(ModelParams, {
     "distill": DistillParams, "fastsiam": FastSiamParams, "lejepa": LeJEPAParams, "emp_ssl": EMPSSLParams,
     "frossl": FroSSLParams, "mmcr": MMCRParams,
 })
+
+
+FAMILIES = {  # what is compared -> losses
+    "a query with its key and with other images": ("ce", "dcl", "bce", "sce", "supcon"),
+    "a prediction with its key": ("ip", "fastsiam"),
+    "batches of projections with each other": ("vic", "barlow", "lejepa", "emp", "frossl", "mmcr"),
+    "projections with prototypes": OF_PROTOTYPES,
+    "a student with its teacher (--teacher)": ("seed",),
+}
 
 
 def nearest_preset(params: ModelParams) -> str:

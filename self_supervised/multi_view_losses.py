@@ -25,7 +25,7 @@ def get_loss(params: ModelParams, seed: tuple[int, ...]) -> Callable[[Tensor, Te
         "lejepa": lambda q, _: lejepa(joined(q), p.n_large_views, p.sigreg_weight, seed),
         "emp": lambda q, _: emp_ssl(joined(q), p.invariance_loss_weight),
         "frossl": lambda q, _: frossl(joined(q), p.invariance_loss_weight),
-        "mmcr": lambda q, _: mmcr(joined(q), p.invariance_loss_weight),
+        "mmcr": lambda q, k: mmcr(joined(torch.cat([q, k]) if p.use_lagging_model else q), p.invariance_loss_weight),
     }
     return table[p.loss_type]
 

@@ -5,17 +5,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_params import ModelParams
+from self_supervised import distributed
 from self_supervised.data.foreign_paths import refuse_foreign
 from self_supervised.networks.encoders import measured_width
 from self_supervised.networks.pretrained import load_encoder
+from self_supervised.numerics import at_least_float32
 from self_supervised.views.tensor_ops import normalize
+
+EPSILON = 1e-4  # added to standard deviations, for dimensions that are constant
 
 
 class Teacher(nn.Module):
     """Embeddings [N, E] of the student's normalized views [N, C, H, W] by the encoder `params.teacher`.
 
     A view is resized to the teacher's input and normalized with its constants. The teacher sees the channels
-    `params.teacher_channels`, by default all of them; a single one is repeated.
+    `params.teacher_channels`, by default all of them; a single one is repeated. Each dimension of the embeddings is
+    standardized over the images of all processes, because those of ReLU networks point in similar directions (PHI-S,
+    https://arxiv.org/abs/2410.01680, standardizes teachers, too).
 
     Raises:
         ValueError: the teacher takes another number of channels, or only one of both takes clips.
@@ -46,4 +52,6 @@ class Teacher(nn.Module):
         x = view[:, self.channels].expand(-1, len(self.mean), -1, -1)
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        return self.encoder.to(x.device)(normalize(x, self.mean, self.std))
+        found = at_least_float32(self.encoder.to(x.device)(normalize(x, self.mean, self.std)))
+        of_all = distributed.gather(found)
+        return (found - of_all.mean(0)) / (of_all.std(0, correction=0) + EPSILON)

@@ -28,7 +28,7 @@ import yaml
 from attrs import asdict, field, fields, frozen
 from rich.progress import MofNCompleteColumn, Progress
 
-from model_params import PRESETS, EncoderAndDataParams, ModelParams
+from model_params import FAMILIES, PRESETS, EncoderAndDataParams, ModelParams
 from self_supervised import recipes
 from self_supervised.fields import (
     changed,
@@ -311,6 +311,16 @@ def differences(preset: str) -> str:
     return ", ".join(f"{name} {text(value)}" for name, value in changed(PRESETS[preset]()).items()) or "the defaults"
 
 
+def families() -> str:
+    """Return the presets of each of FAMILIES with their papers, as text."""
+    found = ""
+    for family, losses in FAMILIES.items():
+        names = [name for name, preset in PRESETS.items() if preset().loss_type in losses]
+        lines = (f"  {name:14}{(PRESETS[name].__doc__ or '').splitlines()[0]}" for name in names)
+        found += "\n".join(["", "", family, *(wrapped(line, " " * 16) for line in lines)])
+    return found
+
+
 def wrapped(words: str, indent: str = "") -> str:
     return textwrap.fill(words, shutil.get_terminal_size().columns - 2, subsequent_indent=indent)
 
@@ -323,8 +333,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
     arguments = list(arguments)
     given = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     if given is None and (not arguments or {"-h", "--help"} & set(arguments)):
-        print(f"usage: {USAGE}\n\nPRESET --help lists all options. Presets, and what they change in the defaults:\n")
-        print("\n".join(wrapped(f"{name:14}{differences(name)}", " " * 14) for name in PRESETS))
+        print(f"usage: {USAGE}\n\nPRESET --help lists its settings and all options. Presets:{families()}")
         raise SystemExit(0 if arguments else 2)
     file, recipe, others = split_config(arguments)
     preset = preset_of(given, file)

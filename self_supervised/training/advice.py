@@ -14,7 +14,7 @@ FAR = 3  # factor beyond these limits from which a learning rate is doubtful
 OF_IMAGES = 256  # number of images for which learning rates are compared
 
 CUSTOM = "custom"  # loss_type of a user's own function
-READ_NO_KEYS = ("lejepa", "emp", "frossl", "mmcr")  # losses that read no keys
+READ_NO_KEYS = ("lejepa", "emp", "frossl")  # losses that read no keys
 SIMILARITIES = ("ce", "dcl", "bce", "ip", "sce", "seed", "supcon")  # losses that compare a query with negatives
 READ_QUEUE = (*SIMILARITIES, "swav")
 STRENGTHS = ("brightness", "contrast", "saturation", "hue")

@@ -20,13 +20,17 @@ def teacher(small, trainer, tmp_path):
     return str(tmp_path / "teacher.ckpt")
 
 
+def standardized(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.mean(0)) / (x.var(0, correction=0).sqrt() + 1e-4)
+
+
 def test_it_sees_the_views_resized_and_normalized_with_its_constants(teacher, small):
     params = small("distill", teacher=teacher)
     pixels = torch.rand(5, 1, 8, 8)
     found = Teacher(params)((pixels - params.mean[0]) / params.std[0])
     resized = F.interpolate(pixels, (12, 12), mode="bilinear", antialias=True)
-    expected = load_encoder(teacher)((resized - 0.3) / 0.2)
-    assert torch.allclose(found, expected, atol=1e-4) and found.shape == (5, 256)
+    expected = standardized(load_encoder(teacher)((resized - 0.3) / 0.2))
+    assert torch.allclose(found, expected, atol=1e-3) and found.shape == (5, 256)
 
 
 def test_it_sees_the_channels_that_were_named(teacher):
@@ -38,7 +42,9 @@ def test_it_sees_the_channels_that_were_named(teacher):
     other = x.clone()
     other[:, [0, 1, 3]] += 1
     assert torch.equal(Teacher(params)(x), Teacher(params)(other))
-    assert torch.allclose(Teacher(params)(x), load_encoder(teacher)(x[:, [2]]), atol=1e-4)  # the same constants
+    assert torch.allclose(
+        Teacher(params)(x), standardized(load_encoder(teacher)(x[:, [2]])), atol=1e-3
+    )  # the same constants
 
 
 @pytest.mark.parametrize("loss", ["seed", "ip", "vic"])
