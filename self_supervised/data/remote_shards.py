@@ -26,7 +26,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from self_supervised.data.packed import data_path
 from self_supervised.folder_lock import POLL, locked
-from self_supervised.safe_files import UNFINISHED, atomic_file, remove_leftovers
+from self_supervised.safe_files import UNFINISHED, atomic_file, check_folder, remove_leftovers
 
 CACHE_GB = 50.0  # default of the environment variable URL_CACHE_GB
 WAITS = (0.5, 1, 2, 4, 8, 16)  # seconds between attempts
@@ -38,7 +38,7 @@ HEADERS = 2**16  # bytes of a request for a header
 LARGE = 2**20  # bytes: if a shard has only a sample in so many, its headers are read alone
 STAMPS = ("ETag", "etag", "generation", "Last-Modified", "LastModified", "updated", "mtime", "created")  # in fs.info
 Signature = tuple[int, str]  # size and ETag, or another stamp
-Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 away: dict[str, tuple[float, str]] = {}  # URL -> (when it may be requested again, error)
 
 
@@ -107,13 +107,13 @@ def file_system_of(protocol: str, _: int) -> Any:
     try:
         import fsspec  # optional
 
-        options = {}
+        options = fsspec.config.apply_config(fsspec.get_filesystem_class(protocol), {})  # those of the environment
         if protocol in ("http", "https"):
             import aiohttp  # optional
 
             silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
-            own = fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})
-            options["client_kwargs"] = {"timeout": silence, **own}
+            options["client_kwargs"] = {"timeout": silence, **options.get("client_kwargs", {})}
+            options["headers"] = {"Accept-Encoding": "identity", **options.get("headers", {})}  # sizes as on the disk
         return fsspec.filesystem(protocol, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(
@@ -122,7 +122,7 @@ def file_system_of(protocol: str, _: int) -> Any:
         ) from error
 
 
-def retried(url: str, request: Callable[[], Result]) -> Result:
+def retried(url: str, request: Callable[[], Answer]) -> Answer:
     """Return the result of a request, which is repeated if it fails.
 
     Raises:
@@ -168,7 +168,7 @@ def signature_of(place: str) -> Signature:
     return int(found["size"]), str(next((found[name] for name in STAMPS if found.get(name)), ""))
 
 
-def content(url: str, start: int, end: int) -> bytes:
+def part_of(url: str, start: int, end: int) -> bytes:
     """Return the bytes from `start` to `end` of a shard."""
 
     def request() -> bytes:
@@ -201,7 +201,7 @@ class RangeFile(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: memoryview) -> int:
-        found = content(self.url, self.position, min(self.position + len(buffer), self.size))
+        found = part_of(self.url, self.position, min(self.position + len(buffer), self.size))
         buffer[: len(found)] = found
         self.position += len(found)
         return len(found)
@@ -223,17 +223,17 @@ def limit() -> float:
         raise ValueError(f"URL_CACHE_GB={given} is not a number. Set it to gigabytes for downloaded shards.") from None
 
 
-def digest(value: Any) -> str:
+def short_hash(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def copy_of(place: str, signature: Signature) -> Path:
-    return Path(f"{place}.{digest(signature)}")
+    return Path(f"{place}.{short_hash(signature)}")
 
 
 def index_file(place: str, settings: Any) -> Path | None:
     """Return where the index of a shard is kept; None if the shard is not from a URL."""
-    return Path(f"{place}.{digest(settings)}.json") if url_of(place) else None
+    return Path(f"{place}.{short_hash(settings)}.json") if url_of(place) else None
 
 
 def to_index(place: str, signature: Signature) -> str | BinaryIO:
@@ -243,6 +243,7 @@ def to_index(place: str, signature: Signature) -> str | BinaryIO:
         url = url_of(place)
         if signature[0] > limit() or has_large_members(url, signature[0]):
             return io.BufferedReader(RangeFile(url, signature[0]), HEADERS)
+        check_folder("DATA_PATH", folder())
         with locked(loading(copy), wait=math.inf):
             if not copy.is_file():
                 download(place, signature)
@@ -272,7 +273,7 @@ def download(place: str, signature: Signature, keep: Collection[Path] = ()) -> N
             file.truncate(size)  # reserves it for the next one who makes room
 
         def write(start: int) -> None:
-            os.pwrite(file.fileno(), content(url, start, min(start + PIECE, size)), start)
+            os.pwrite(file.fileno(), part_of(url, start, min(start + PIECE, size)), start)
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
@@ -300,12 +301,12 @@ def make_room(size: int, keep: Collection[Path]) -> None:
             excess -= n
 
 
-def read(place: str, signature: Signature, start: int, size: int) -> bytes:
+def read_remote(place: str, signature: Signature, start: int, size: int) -> bytes:
     """Return a part of a shard, from its copy if there is one. Copies are not kept open, since they may be removed."""
     with suppress(FileNotFoundError), open(copy_of(place, signature), "rb", buffering=0) as file:
         os.utime(file.fileno())
         return os.pread(file.fileno(), size, start)
-    return content(url_of(place), start, start + size)
+    return part_of(url_of(place), start, start + size)
 
 
 # ---- reading ahead ----
@@ -339,7 +340,7 @@ class ReadAhead:
             )
             self.order = []
         self.rank = {place: k for k, (place, _) in enumerate(self.order)}
-        self.pending = list(range(len(self.order)))
+        self.pending = dict.fromkeys(range(len(self.order)))
         self.process = -1  # whose thread it is
         self.reached = 0
         self.is_stopped = False
@@ -355,7 +356,8 @@ class ReadAhead:
         with self.changed:
             self.reached = max(self.reached, k)
             self.changed.notify_all()
-            self.changed.wait_for(lambda: k not in self.pending)
+            while k in self.pending and not copy_of(*self.order[k]).is_file():  # another process may download it
+                self.changed.wait(POLL)
 
     def work(self) -> None:
         while self.pending and not self.is_stopped:
@@ -364,7 +366,7 @@ class ReadAhead:
                 if done is None:
                     self.changed.wait(POLL)
                 else:
-                    self.pending.remove(done)
+                    del self.pending[done]
                     self.changed.notify_all()
 
     def is_done(self, k: int) -> bool:

@@ -293,7 +293,7 @@ def next_used(file: BinaryIO) -> int | None:
 def read_member(shard: str, signature: ShardSignature, start: int, size: int) -> bytes:
     """Return the content of a member. `pread` moves no file position: workers share descriptors opened before them."""
     if remote_shards.url_of(shard):
-        return remote_shards.read(shard, signature, start, size)
+        return remote_shards.read_remote(shard, signature, start, size)
     key = (shard, signature)
     if key not in open_shards:
         while len(open_shards) >= MOST_OPEN:
