@@ -89,30 +89,37 @@ class Contents(LabeledFiles):
         return self.source.open(self.files[index][0]).getbuffer().nbytes
 
 
-def download(urls: list[str], file: Path) -> None:
-    for url in urls:
-        with urllib.request.urlopen(url) as answer, open(file, "wb") as copy:
-            shutil.copyfileobj(answer, copy, 2**20)
-            os.fsync(copy.fileno())
-
-
-def remove_copies() -> None:
-    for copy in remote_shards.folder().rglob("*.tar.*"):
+def removed(folder: Path) -> float:
+    """Remove the downloads of the last turn, which is not timed, and return the time at which the turn begins."""
+    for copy in folder.rglob("*.tar*"):
         if copy.suffix != ".json" and copy.is_file():
             copy.unlink()
+    return time.perf_counter()
 
 
-def copies_alone(source: TarShards) -> None:
-    remove_copies()
+def plain_download(urls: list[str], folder: Path) -> float:
+    folder.mkdir(exist_ok=True)
+    start = removed(folder)
+    for url in urls:
+        with urllib.request.urlopen(url) as answer, open(folder / url.rpartition("/")[2], "wb") as copy:
+            shutil.copyfileobj(answer, copy, 2**20)
+            os.fsync(copy.fileno())
+    return time.perf_counter() - start
+
+
+def copies_alone(source: TarShards) -> float:
+    start = removed(remote_shards.folder())
     for shard, signature in source.signatures.items():
         remote_shards.download(shard, signature)
+    return time.perf_counter() - start
 
 
-def first_epoch(contents: Contents, n_bytes: int, batch_size: int, workers: int) -> None:
-    remove_copies()
+def first_epoch(contents: Contents, n_bytes: int, batch_size: int, workers: int) -> float:
+    start = removed(remote_shards.folder())
     order = ResumableSampler(contents, 1, 0, seed=0)
     batches = ResumableDataLoader(contents, batch_size, sampler=order, num_workers=workers, collate_fn=sum)
     assert sum(batches) == n_bytes
+    return time.perf_counter() - start
 
 
 def write_shards(paths: list[Path], folder: Path) -> None:
@@ -136,7 +143,7 @@ def measure(paths: list[Path], batch_size: int, rounds: int) -> list[harness.Row
         with served(folder, rate) as url:
             urls = [f"{url}/{shard.name}" for shard in shards]
             contents = Contents(TarShards("::".join(urls), None, None, None))
-            runs: dict[str, Callable] = {"plain download": partial(download, urls, data_path() / "copy")}
+            runs: dict[str, Callable] = {"plain download": partial(plain_download, urls, data_path() / "plain")}
             runs["ours, copies alone"] = partial(copies_alone, contents.source)
             runs |= {f"ours, {n} workers": partial(first_epoch, contents, n_bytes, batch_size, n) for n in (0, 1, 2)}
             times = harness.in_turns(runs, rounds, warmup=0)
