@@ -14,19 +14,23 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_params import PRESETS, SCHEDULED, ModelParams, changes
-from self_supervised import distributed, losses
+from model_params import OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, ModelParams
+from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
 from self_supervised.data.loading import Given, n_classes, require_labels, resolve
 from self_supervised.evaluation import validation
+from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import plain
 from self_supervised.networks.encoders import check_small_views, embeddings_of, get_encoder, source_of_weights
 from self_supervised.networks.heads import MLP
+from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys
+from self_supervised.networks.teacher import Teacher
 from self_supervised.numerics import Scores, at_least_float32
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
+from self_supervised.training.loss_schedules import scheduled
 from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.record import TrainingRecord
 from self_supervised.training.verdict import Verdict, starting_point
@@ -69,11 +73,18 @@ class SelfSupervisedMethod(BaseMethod):
             self.model, width = get_encoder(p, encoder)
             sizes = {view.crop_size for view in p.views}
             check_small_views(self.model, width, p.input_shape, sizes)
+            self.teacher = (Teacher(p),) if p.teacher else ()  # a tuple: not a part of the state that is saved
+            if self.teacher:
+                self.params = p = attrs.evolve(p, dim=self.teacher[0].width)
             self.projection_model = MLP(width, output_dim=p.dim, **p.head("projection"))
             self.prediction_model = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
+            self.prototypes = None
+            if p.loss_type in OF_PROTOTYPES:
+                self.prototypes = Prototypes(p.n_prototypes, p.dim, p.loss_type, p.center_momentum)
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
-            self.queue = KeyQueue(p.K, p.dim) if p.use_negative_examples_from_queue else None
+            self.lagging_prototypes = frozen_copy(self.prototypes) if self.prototypes and p.use_lagging_model else None
+            self.queue = KeyQueue(p.K, p.dim) if p.keeps_keys else None
             classes = (p.n_classes or require_labels(n_classes(p), p)) if p.online_classifier else None
             self.online_classifier = nn.Linear(width, classes) if classes else None
             if 1 in (p.batch_size, p.global_batch_size):  # fail early if the networks cannot train on a single image
@@ -131,6 +142,9 @@ class SelfSupervisedMethod(BaseMethod):
         """Return {view i: (z, q, embeddings)} of the queries and {view j: k} of the keys. Each view is encoded once."""
         p = self.params
         query_views, key_views = map(set, zip(*p.pairs, strict=True))
+        if self.teacher:
+            online = {i: self.encode(views[i]) for i in query_views}
+            return online, {j: self.on_sphere(self.teacher[0](views[j])) for j in key_views}
         if self.lagging_model is None:
             online = {i: self.encode(views[i]) for i in query_views | key_views}
             return online, {j: online[j][0].detach() if p.stop_gradient_of_keys else online[j][0] for j in key_views}
@@ -145,17 +159,13 @@ class SelfSupervisedMethod(BaseMethod):
                 f"the loader yields {len(views)} of the {p.n_views} float views needed of each image. Yield a list of "
                 "views, a tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
+        if self.prototypes is not None:
+            self.prototypes.scale()
         with weights_shared(self.model, self.lagging_model):
             online, keys = self.encode_views(views, batch_idx)
         changing = scheduled(p, self.global_step, self.plan)
-        loss_of = self.custom_loss or losses.get_loss(p, **changing)
-        queue = None if self.queue is None else at_least_float32(self.queue.keys)
-        per_pair = []
         with torch.autocast(self.device.type, enabled=False):
-            for i, j in p.pairs:
-                z, q, _ = online[i]
-                per_pair.append({**losses.cosines(z, keys[j]), **loss_of(q, keys[j], queue)})
-        scalars = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
+            scalars = self.compare(online, keys, labels, batch_idx, changing)
         loss = scalars.pop("loss") * p.loss_factor
         if self.queue is not None:
             new_keys = [keys[j].detach() for j in sorted(keys)]  # gathered by view, in the order of a single process
@@ -165,6 +175,35 @@ class SelfSupervisedMethod(BaseMethod):
         self.log_step({"step_train_loss": loss.detach(), **scalars, **constants})
         return loss + self.online_loss(online[0][2], labels) if p.online_classifier else loss
 
+    def compare(
+        self,
+        online: dict[int, tuple],
+        keys: dict[int, Tensor],
+        labels: Tensor | None,
+        batch_idx: int,
+        changing: dict[str, float],
+    ) -> losses.Scalars:
+        """Return the loss of the views that `encode_views` has encoded, and scalars to log, both means over pairs."""
+        p = self.params
+        queue = None if self.queue is None else at_least_float32(self.queue.keys)
+        queries, targets = {i: q for i, (_, q, _) in online.items()}, keys
+        if self.prototypes is not None:
+            queries = {i: self.prototypes(q) for i, q in queries.items()}
+            of_keys = self.prototypes if self.lagging_prototypes is None else self.lagging_prototypes
+            targets = of_keys.targets(keys, queue, changing.get("sce_target_T", p.sce_target_T))
+        elif p.use_nearest_keys:
+            targets = {j: nearest_keys(k, queue) for j, k in keys.items()}
+        per_pair = [losses.cosines(online[i][0], keys[j]) for i, j in p.pairs]
+        of_all = {}
+        if self.custom_loss is None and p.loss_type in OF_ALL_VIEWS:
+            stacked = (torch.stack([found[i] for i in sorted(found)]) for found in (queries, targets))
+            of_all = multi_view_losses.get_loss(p, self.step_seed(batch_idx))(*stacked)
+        else:
+            loss_of = self.custom_loss or losses.get_loss(p, **changing, labels=labels)
+            of_pairs = (loss_of(queries[i], targets[j], queue) for i, j in p.pairs)
+            per_pair = [{**cosines, **found} for cosines, found in zip(per_pair, of_pairs, strict=True)]
+        return {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]} | of_all
+
     def online_loss(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         """Return the online classifier's loss. No gradient reaches the encoder, which never sees labels."""
         with torch.autocast(self.device.type, enabled=False):
@@ -173,6 +212,11 @@ class SelfSupervisedMethod(BaseMethod):
         return loss
 
     def on_after_backward(self) -> None:
+        if (
+            self.prototypes is not None
+            and self.global_step < self.params.prototypes_frozen_epochs * self.plan.steps_per_epoch
+        ):
+            self.prototypes.weight.grad = None
         if self.queue is not None:  # not earlier: backward() still reads the keys that push() overwrites
             self.queue.push(torch.cat(self.new_keys))
 
@@ -188,6 +232,8 @@ class SelfSupervisedMethod(BaseMethod):
         if self.lagging_model is not None:  # once per optimizer step, also with accumulated batches
             ema_update(self.lagging_model, self.model, 1 - m)
             ema_update(self.lagging_projection_model, self.projection_model, 1 - m)
+            if self.lagging_prototypes is not None:
+                ema_update(self.lagging_prototypes, self.prototypes, 1 - m)
 
     def configure_optimizers(self) -> dict:
         self.plan = optimizers.get_plan(self.params, self.trainer, optimizers.warmup_epochs(self.params))
@@ -321,6 +367,8 @@ class SelfSupervisedMethod(BaseMethod):
         """Add the origin of the starting weights and, if processes have their own queues, all queues."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["started_from"] = self.started_from
+        if self.teacher:
+            checkpoint["teacher"] = encoder_hash(self.teacher[0].encoder)
         if self.queue is not None and self.params.gather_keys_for_queue is False:
             checkpoint["queues"] = {
                 name: distributed.gather(t[None]).cpu() for name, t in self.queue.state_dict().items()
@@ -329,6 +377,10 @@ class SelfSupervisedMethod(BaseMethod):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the queue of this process, also from the original's format: `queue` [D, K] and `queue_ptr` [1]."""
         self.started_from = checkpoint.get("started_from")
+        if self.teacher and checkpoint.get("teacher", "") != encoder_hash(self.teacher[0].encoder):
+            raise ValueError(
+                f"teacher={self.params.teacher!r}: its weights are not those of the checkpoint's teacher. Pass that one"
+            )
         state = checkpoint["state_dict"]
         for name, of_each in checkpoint.get("queues", {}).items():
             state[f"queue.{name}"] = of_each[distributed.rank() % len(of_each)]
@@ -336,62 +388,3 @@ class SelfSupervisedMethod(BaseMethod):
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())
         super().on_load_checkpoint(checkpoint)
-
-
-# ---- Queue and lagging model ----
-
-
-class KeyQueue(nn.Module):
-    """Ring buffer with the newest keys [K, D], which starts with random unit vectors and is saved with the model.
-
-    A batch of any size fits. Writing needs no synchronization with the device.
-    """
-
-    def __init__(self, size: int, dim: int):
-        super().__init__()
-        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
-        self.register_buffer("position", torch.zeros((), dtype=torch.long))  # next slot to write
-
-    @torch.no_grad()
-    def push(self, keys: Tensor) -> None:
-        """Overwrite the oldest slots with `keys` [n, D]."""
-        size = len(self.keys)
-        if (skipped := len(keys) - size) > 0:  # more keys than slots: only the last ones stay
-            self.position.add_(skipped)
-            keys = keys[skipped:]
-        slots = (self.position + torch.arange(len(keys), device=keys.device)) % size
-        self.keys.index_copy_(0, slots, keys.to(self.keys.dtype))
-        self.position.add_(len(keys)).remainder_(size)
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(False)
-
-
-@torch.no_grad()
-def ema_update(target: nn.Module, source: nn.Module, weight: float) -> None:
-    """Update in place: target <- (1 - weight) target + weight source.
-
-    Only parameters are updated: each network keeps its own batch statistics.
-    """
-    if targets := list(target.parameters()):  # a head without layers has none
-        torch._foreach_lerp_(targets, list(source.parameters()), weight)
-
-
-# ---- Schedules of SCE ----
-
-
-def scheduled(params: ModelParams, step: int, plan: optimizers.Plan | None) -> dict[str, float]:
-    """Return the values of the settings in SCHEDULED at an optimizer step, without those that are constant.
-
-    `plan` has the length of the training. It may be None if all of them are constant.
-    """
-    p = params
-    found = {}
-    for name in SCHEDULED:
-        if changes(p, name):
-            warmup_steps = getattr(p, f"{name}_warmup_epochs") * plan.steps_per_epoch
-            values = (getattr(p, field) for field in (f"{name}_warmup_start", name, f"{name}_final"))
-            curves = (getattr(p, f"{name}_warmup"), getattr(p, f"{name}_schedule"))
-            found[name] = optimizers.warmup_then(step, plan.steps, warmup_steps, *values, *curves)
-    return found

@@ -49,11 +49,16 @@ LARGEST_IMAGE = 2**28  # elements of one image or clip, 1 GiB in float32
 LARGEST_QUEUE = 2**34  # elements of the queue, 64 GiB in float32
 LARGEST_WIDTH = 2**17  # units of a layer of the heads
 COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
-LOSSES = ("ce", "dcl", "bce", "ip", "sce", "vic", "barlow")
-NEED_NEGATIVES = ("ce", "dcl", "sce")
+OF_PROTOTYPES = ("swav", "dino")  # losses that compare with prototypes
+OF_ALL_VIEWS = ("fastsiam", "lejepa", "emp", "frossl", "mmcr")  # losses of all views at once, not of pairs
+LOSSES = ("ce", "dcl", "bce", "ip", "sce", "seed", "vic", "barlow", "supcon", *OF_PROTOTYPES, *OF_ALL_VIEWS)
+NEED_NEGATIVES = ("ce", "dcl", "sce", "seed", "supcon")
 HEADS = ("projection", "prediction")
 LAST_NORMALIZATIONS = (None, "same", *NORMALIZATIONS)
-SCHEDULED = ("sce_coefficient", "sce_target_T")  # settings with a schedule of their own
+SCHEDULED = {
+    "sce_coefficient": ("sce",),
+    "sce_target_T": ("sce", "seed", *OF_PROTOTYPES),
+}  # with a schedule -> their losses
 WARMUPS = ("linear", "cosine")
 LR_SCHEDULES = ("cosine", "linear", "steps", "constant")
 
@@ -375,6 +380,11 @@ class ModelParams(EncoderAndDataParams):
     use_negative_examples_from_queue: bool = True  # use the keys of earlier batches as negatives
     use_both_augmentations_as_queries: bool = False  # compute the loss in both directions
     stop_gradient_of_keys: bool = False  # detach keys, as in SimSiam; those of a lagging model always are
+    use_nearest_keys: bool = False  # replace keys by the most similar ones of the queue, as in NNCLR
+
+    # teacher
+    teacher: str | None = path()  # frozen encoder whose embeddings are the keys, as load_encoder reads it; sets dim
+    teacher_channels: list[int] = numbers((), 0, 1023)  # channels of the images that the teacher sees; []: all
 
     # VICReg and Barlow Twins
     use_vicreg_loss: bool = False  # the same as loss_type="vic"
@@ -385,6 +395,12 @@ class ModelParams(EncoderAndDataParams):
     covariance_loss_weight: float = non_negative(1.0, at_most=1e6)  # weight of VICReg's covariance term, nu
     variance_loss_epsilon: float = positive(1e-4)  # constant added to VICReg's variance before the square root
     redundancy_loss_weight: float = non_negative(0.0051, at_most=1e6)  # weight of Barlow Twins' redundancy, lambda
+
+    # prototypes, and losses of all views
+    n_prototypes: int = positive(3000, at_most=2**24)  # number of prototypes of SwAV and DINO
+    prototypes_frozen_epochs: float = non_negative(1)  # epochs at the start in which prototypes do not change
+    center_momentum: float = fraction(0.9)  # fraction of itself that DINO's center keeps at each step
+    sigreg_weight: float = fraction(0.02)  # weight of LeJEPA's SIGReg; that of the distances is 1 - sigreg_weight
 
     # multiple processes
     gather_keys_for_queue: bool | None = None  # push the keys of all processes into every queue; None: as True
@@ -401,7 +417,7 @@ class ModelParams(EncoderAndDataParams):
 
     # SCE
     sce_coefficient: float = fraction(0.5)  # weight of the own key in the target; 1: InfoNCE, 0: ReSSL
-    sce_target_T: float = positive(0.05, by=1e-4)  # temperature of the target; lower than T
+    sce_target_T: float = positive(0.05, by=1e-4)  # temperature of the target, also SEED's, SwAV's, DINO's; below T
 
     # SCE: schedule of the coefficient
     sce_coefficient_warmup_epochs: float = non_negative(0)  # epochs of the warm-up to sce_coefficient
@@ -431,6 +447,7 @@ class ModelParams(EncoderAndDataParams):
     # normalization after the hidden layers of the prediction head; same: mlp_normalization
     prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))
     use_mlp_weight_standardization: bool = False  # standardize the weights of both heads' linear layers
+    mlp_activation: str = choice("relu", ("relu", "gelu"))  # activation after the hidden layers of both heads
     mlp_bias: bool = True  # give both heads' hidden layers biases; after a normalization they have no effect
 
     # last layer of each head
@@ -443,7 +460,9 @@ class ModelParams(EncoderAndDataParams):
     mlp_last_affine: bool = True  # give the normalizations after both heads weights and biases
 
     # number of views
-    n_large_views: int = number(2, at_least=2, at_most=100)  # large views per image; only large views have keys
+    n_large_views: int = number(
+        2, at_least=1, at_most=100
+    )  # large views per image; only they have keys; 1: with a teacher
     n_small_views: int = number(0, at_most=100)  # small views per image: queries for the keys of all large views
     # side of small views in pixels; None: 3/7 of large views
     transform_small_crop_size: WholePerView = per_view(None, BLUR_RADIUS + 1, math.inf)
@@ -529,11 +548,21 @@ class ModelParams(EncoderAndDataParams):
         With use_both_augmentations_as_queries these are all ordered pairs of large views, otherwise the first view
         with each of the others. A small view is a query for the key of every large view, and never a key (SwAV's
         multi-crop, https://arxiv.org/abs/2006.09882, section 3.2). `vic` and `barlow` compare the batches of z of the
-        same pairs, as VICRegL does (https://arxiv.org/abs/2210.01571).
+        same pairs, as VICRegL does (https://arxiv.org/abs/2210.01571). With a loss of all views, each view is paired
+        with one other, for the cosines that are logged. A teacher sees the very view that the student sees.
         """
         large, small = range(self.n_large_views), range(self.n_large_views, self.n_views)
+        if self.loss_type in OF_ALL_VIEWS:
+            return [(i, (i + 1) % len(large)) for i in large] + [(i, 0) for i in small]
         queries = large if self.use_both_augmentations_as_queries else large[:1]
+        if self.teacher is not None:
+            return [(i, i) for i in [*queries, *small]]
         return [(i, j) for i in [*queries, *small] for j in large if i != j]
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether there is a queue of keys."""
+        return self.use_negative_examples_from_queue or self.use_nearest_keys
 
     @property
     def loss_factor(self) -> float:
@@ -573,6 +602,7 @@ class ModelParams(EncoderAndDataParams):
             "last_bias": getattr(self, f"{name}_mlp_last_bias"),
             "last_normalization": normalization if last == "same" else last,
             "last_affine": self.mlp_last_affine,
+            "activation": self.mlp_activation,
         }
 
 
@@ -598,6 +628,18 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
          "use_negative_examples_from_same_view=True needs queries and keys of one network. Set "
          f"use_lagging_model=False (is {p.use_lagging_model}) and "
          f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers})"),
+        (p.loss_type == "supcon" and p.use_negative_examples_from_queue,
+         "loss_type='supcon' knows no labels of the keys in a queue. Set use_negative_examples_from_queue=False"),
+        (p.use_nearest_keys and not p.use_unit_sphere_projection,
+         "use_nearest_keys=True compares keys of length 1. Set use_unit_sphere_projection=True"),
+        (p.use_nearest_keys and p.loss_type in (*OF_PROTOTYPES, *OF_ALL_VIEWS),
+         f"use_nearest_keys=True is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
+        (p.teacher is not None and p.use_lagging_model,
+         "use_lagging_model=True and teacher exclude each other: both are where keys come from. Set one of them"),
+        (p.teacher is not None and p.loss_type in (*OF_PROTOTYPES, *OF_ALL_VIEWS),
+         f"teacher is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
+        (p.n_large_views == 1 and p.teacher is None,
+         "n_large_views=1 leaves no other view to compare with. Choose at least 2, or set a teacher"),
         (p.shuffle_batch_norm and not p.use_lagging_model,
          "shuffle_batch_norm=True needs a lagging model, whose images it shuffles. Set use_lagging_model=True"),
         (p.use_eqco_margin and p.loss_type != "ce",
@@ -636,13 +678,13 @@ def contradictions_of_numbers(params: ModelParams) -> list[tuple[bool, str]]:
     of_batch = any(kind == "bn" or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)
     # fmt: off
     return [
-        (p.use_negative_examples_from_queue and p.K == 0,
+        (p.keeps_keys and p.K == 0,
          "K=0 makes an empty queue. Choose K above 0, or use_negative_examples_from_queue=False"),
-        (p.use_negative_examples_from_queue and p.K * p.dim > LARGEST_QUEUE,
+        (p.keeps_keys and p.K * p.dim > LARGEST_QUEUE,
          f"K={p.K} keys of dim={p.dim} make a queue of more than {LARGEST_QUEUE} numbers. Choose fewer"),
         (bool(ungrouped),
          f"{', '.join(ungrouped[:1])} does not fit group norm. Choose a multiple of {GROUPS}"),
-        (one_image and (batch_alone or p.loss_type in ("vic", "barlow")),
+        (one_image and (batch_alone or p.loss_type in ("vic", "barlow", "lejepa", "emp", "frossl", "mmcr")),
          f"{size} gives loss_type={p.loss_type!r} no other image to compare with. Choose a larger batch, or a queue"),
         (one_image and of_batch,
          f"{size} is too small for mlp_normalization={p.mlp_normalization!r}, "
@@ -711,9 +753,9 @@ def contradictions_of_sce(params: ModelParams) -> list[tuple[bool, str]]:
         start, final = f"{name}_warmup_start", f"{name}_final"
         # fmt: off
         found += [
-            (changes(params, name) and params.loss_type != "sce",
-             f"{name}_warmup_epochs={warmup_epochs} and {name}_schedule={schedule!r} are for loss_type='sce', not for "
-             f"{params.loss_type!r}. Remove them"),
+            (changes(params, name) and params.loss_type not in SCHEDULED[name],
+             f"{name}_warmup_epochs={warmup_epochs} and {name}_schedule={schedule!r} are for loss_type="
+             f"{' and '.join(map(repr, SCHEDULED[name]))}, not for {params.loss_type!r}. Remove them"),
             (warmup_epochs > 0 and getattr(params, start) is None,
              f"{name}_warmup_epochs={warmup_epochs} needs the value at the start of the warm-up. Set {start}"),
             (schedule != "constant" and getattr(params, final) is None,
@@ -869,11 +911,72 @@ SCEVideoParams = Preset(
     lr=2.4, lr_scaling="linear", weight_decay=1e-6, warmup_epochs=35, max_epochs=200,
 )
 
+SwAVParams = Preset(  # the authors' recipe for 256 images per step
+    ModelParams, "SwAVParams", "SwAV (https://arxiv.org/abs/2006.09882): views agree on one of many prototypes.",
+    loss_type="swav", use_lagging_model=False, use_both_augmentations_as_queries=True, loss_constant_factor=0.5,
+    T=0.1, K=3840, mlp_hidden_dim=2048, mlp_normalization="bn", transform_s=1.0, transform_crop_scale_min=0.14,
+    optimizer_name="lars", lr=0.6, weight_decay=1e-6, lars_warmup_epochs=0, final_lr_schedule_value=0.0006,
+)
+DINOParams = Preset(
+    ModelParams, "DINOParams", "DINO (https://arxiv.org/abs/2104.14294): prototypes of a centered lagging model.",
+    loss_type="dino", use_both_augmentations_as_queries=True, loss_constant_factor=0.5, T=0.1, sce_target_T=0.04,
+    n_prototypes=4096, use_negative_examples_from_queue=False, use_momentum_schedule=True,
+    projection_mlp_layers=3, mlp_hidden_dim=2048, dim=256, mlp_activation="gelu",
+    optimizer_name="adamw", lr=5e-4, lr_scaling="linear", weight_decay=0.04, final_weight_decay=0.4, warmup_epochs=10,
+    final_lr_schedule_value=1e-6, exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
+    transform_saturation=0.2, transform_crop_scale_min=0.4, transform_blur_probability=[1.0, 0.1],
+    transform_solarize_probability=[0.0, 0.2],
+)
+NNCLRParams = Preset(
+    SimCLRParams, "NNCLRParams", "NNCLR (https://arxiv.org/abs/2104.14548): keys are neighbors of the other view.",
+    use_nearest_keys=True, use_negative_examples_from_same_view=False, loss_constant_factor=0.5, T=0.1, K=98304,
+    dim=256, projection_mlp_layers=3, projection_mlp_hidden_dims=[2048, 2048], projection_mlp_last_normalization="bn",
+    prediction_mlp_layers=2, prediction_mlp_hidden_dims=[4096], mlp_normalization="bn", optimizer_name="lars", lr=0.3,
+    lars_warmup_epochs=10, weight_decay=1e-6, exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
+)
+SupConParams = Preset(
+    SimCLRParams, "SupConParams", "SupCon (https://arxiv.org/abs/2004.11362): SimCLR whose positives have one label.",
+    loss_type="supcon", loss_constant_factor=0.5, T=0.1, lr=0.1,
+)
+DistillParams = Preset(
+    ModelParams, "DistillParams", "SEED (https://arxiv.org/abs/2101.04731): a small encoder learns from a teacher.",
+    loss_type="seed", use_lagging_model=False, sce_target_T=0.01, lr=0.03,
+)
+FastSiamParams = Preset(
+    SimSiamParams, "FastSiamParams", "FastSiam (DAGM 2022): SimSiam with four views, whose keys are means of three.",
+    loss_type="fastsiam", n_large_views=4, use_unit_sphere_projection=False, use_both_augmentations_as_queries=False,
+    loss_constant_factor=1,
+)
+LeJEPAParams = Preset(
+    VICRegParams, "LeJEPAParams", "LeJEPA (https://arxiv.org/abs/2511.08544): normally distributed projections.",
+    loss_type="lejepa", n_large_views=4, mlp_hidden_dim=2048, dim=16, optimizer_name="adamw", lr=2e-3,
+    weight_decay=0.05, exclude_matching_parameters_from_lars=[], warmup_epochs=1, final_lr_schedule_value=1e-3,
+    transform_s=1.0, transform_solarize_probability=0.2,
+)
+EMPSSLParams = Preset(
+    VICRegParams, "EMPSSLParams", "EMP-SSL (https://arxiv.org/abs/2304.03977): many small patches, few epochs.",
+    loss_type="emp", n_large_views=20, use_unit_sphere_projection=True, invariance_loss_weight=200, batch_size=100,
+    mlp_hidden_dim=4096, dim=1024, lr=0.3, weight_decay=1e-4, lars_eta=0.005, grad_clip_lars=True,
+    lars_warmup_epochs=0, final_lr_schedule_value=0, transform_crop_scale_min=0.25, transform_crop_scale_max=0.25,
+    transform_crop_ratio_min=1, transform_crop_ratio_max=1, transform_hue=0.2, transform_blur_probability=0.1,
+    transform_solarize_probability=0.1,
+)
+FroSSLParams = Preset(
+    VICRegParams, "FroSSLParams", "FroSSL (https://arxiv.org/abs/2310.02903): covariances of a small norm.",
+    loss_type="frossl", invariance_loss_weight=1,
+)
+MMCRParams = Preset(
+    VICRegParams, "MMCRParams", "MMCR (https://arxiv.org/abs/2303.03307): mean views that span many directions.",
+    loss_type="mmcr", use_unit_sphere_projection=True, invariance_loss_weight=0,
+)
+
 PRESETS = Presets(ModelParams, {
     "moco_v2": MoCoV2Params, "eqco": EqCoParams, "sce": SCEParams, "byol": BYOLParams, "simclr": SimCLRParams,
     "vicreg": VICRegParams, "barlow_twins": BarlowTwinsParams,
     "moco_v1": MoCoV1Params, "dcl": DCLParams, "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams,
-    "sce_video": SCEVideoParams,
+    "sce_video": SCEVideoParams, "swav": SwAVParams, "dino": DINOParams, "nnclr": NNCLRParams, "supcon": SupConParams,
+    "distill": DistillParams, "fastsiam": FastSiamParams, "lejepa": LeJEPAParams, "emp_ssl": EMPSSLParams,
+    "frossl": FroSSLParams, "mmcr": MMCRParams,
 })
 
 

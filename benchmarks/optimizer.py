@@ -4,7 +4,7 @@ Compared, the first two on the parameters of BYOL with torchvision's ResNet-18 a
 
 - LARS of lars.py; a loop over the parameters, as in the official code of VICReg and Barlow Twins; lightly's LARS; and,
   as a floor without any norms, torch.optim.SGD one by one (foreach=False) and batched (foreach=True)
-- moco.ema_update; a loop, as in the official code of MoCo; lightly's update_momentum; torch's AveragedModel with
+- keys.ema_update; a loop, as in the official code of MoCo; lightly's update_momentum; torch's AveragedModel with
   its batched average, and with a function per parameter and the buffers too, as torchvision's references use it
 - MoCo's loss (256 queries, 65,536 keys of width 128), forward and backward: in chunks of the queue; the whole matrix of
   similarities, as in the official code of MoCo; and, as a floor, the two matrix products of N x K x D alone
@@ -30,10 +30,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Row, arguments, in_turns, installed, report
 from lars import LARS, parameter_groups
-from moco import SelfSupervisedMethod, ema_update
+from moco import SelfSupervisedMethod
 from model_params import NORMS_AND_BIASES, BYOLParams
 from self_supervised import losses
 from self_supervised.distributed import keep_freed_memory
+from self_supervised.networks.keys import ema_update
 
 LR, MOMENTUM, WEIGHT_DECAY, ETA, M, T = 0.1, 0.9, 1e-4, 1e-3, 0.99, 0.2
 READ_ON_HOST = ("aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.is_nonzero")

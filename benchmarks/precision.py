@@ -22,8 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import harness
 from benchmarks.augment import photographs
 from benchmarks.step import NETWORKS, Network, of_lightly, ours, plain_pytorch, settings
-from moco import SelfSupervisedMethod, ema_update
+from moco import SelfSupervisedMethod
 from self_supervised import distributed
+from self_supervised.networks.keys import ema_update
 
 METHODS = ["simclr", "byol", "moco_v2"]
 BUILDERS = {

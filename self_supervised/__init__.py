@@ -17,6 +17,8 @@ FRONT_ROOMS = ("moco", "model_params", "linear_classifier", "ws_resnet", "batchr
 PRESET_NAMES = (
     "MoCoV2Params", "EqCoParams", "SCEParams", "BYOLParams", "SimCLRParams", "VICRegParams", "BarlowTwinsParams",
     "MoCoV1Params", "DCLParams", "MoCoV3Params", "SimSiamParams", "ReSSLParams", "SCEVideoParams",
+    "SwAVParams", "DINOParams", "NNCLRParams", "SupConParams", "DistillParams", "FastSiamParams", "LeJEPAParams",
+    "EMPSSLParams", "FroSSLParams", "MMCRParams",
 )  # fmt: skip
 MODULE_OF = {
     "SelfSupervisedMethod": "moco",

@@ -150,6 +150,39 @@ def binary_cross_entropy(sim: Tensor, temperature: float) -> Scalars:
     return {"loss": loss + F.softplus(logits[:, 1:]).mean(), **_accuracies(sim)}
 
 
+def supervised(sim: Tensor, same_class: Tensor, temperature: float) -> Scalars:
+    """Supervised contrastive loss (SupCon, https://arxiv.org/abs/2004.11362, equation 2).
+
+    Args:
+        sim: `similarities` of the queries, [N, 1 + M].
+        same_class: whether these columns show the query's class, [N, 1 + M]; column 0 always does. See `of_same_class`.
+    """
+    log_softmax = F.log_softmax(sim / temperature, dim=1)
+    loss = -(log_softmax * same_class).sum(1) / same_class.sum(1)
+    of_nearest = same_class.gather(1, sim.argmax(1, keepdim=True))
+    return {"loss": loss.mean(), "step_train_acc1": of_nearest.float().mean() * 100}
+
+
+def of_same_class(labels: Tensor, n_kinds: int) -> Tensor:
+    """Return which columns of `similarities`, with `n_kinds` kinds of negatives, show the class of the query.
+
+    An image with the label -1 is of no class, and its own key is the only one like it.
+    """
+    same = (labels[:, None] == distributed.gather(labels)) & (labels[:, None] >= 0)
+    own = torch.ones_like(same[:, :1])
+    return torch.cat([own, *[_without_own_column(same)] * n_kinds], dim=1)
+
+
+def to_prototypes(scores: Tensor, target: Tensor, temperature: float) -> Scalars:
+    """Cross entropy of softmax(scores / temperature) over P prototypes and a key's target distribution, both [N, P]
+    (SwAV, https://arxiv.org/abs/2006.09882, equation 2; DINO, https://arxiv.org/abs/2104.14294, equation 2).
+
+    "step_prototypes" is the number of prototypes over which the targets are spread: exp(entropy of their mean).
+    """
+    entropy = torch.special.entr(target.mean(0)).sum()
+    return {"loss": F.cross_entropy(scores / temperature, target), "step_prototypes": entropy.exp()}
+
+
 def inner_product(sim: Tensor) -> Scalars:
     """1 - s of the own key, plus the mean of 1 + s over negatives, where s are similarities.
 
@@ -161,7 +194,9 @@ def inner_product(sim: Tensor) -> Scalars:
     return {"loss": loss + 1 + sim[:, 1:].mean(), **_accuracies(sim)}
 
 
-def sce(sim: Tensor, key_sim: Tensor, temperature: float, target_temperature: float, coefficient: float) -> Scalars:
+def sce(
+    sim: Tensor, key_sim: Tensor, temperature: float, target_temperature: float, coefficient: float | None
+) -> Scalars:
     """Similarity contrastive estimation (https://arxiv.org/abs/2111.14585, equations 4 to 7).
 
     The target distribution of a query has `coefficient` on its own key. The rest is spread over the other keys by a
@@ -170,15 +205,19 @@ def sce(sim: Tensor, key_sim: Tensor, temperature: float, target_temperature: fl
     Coefficient 1 is InfoNCE. Coefficient 0 is ReSSL (https://arxiv.org/abs/2107.09282, equation 5), where the own key
     is also removed from the query's candidates, as in its authors' code. For any coefficient above 0 it remains a
     candidate (proposition 1), so the loss drops at the step at which a schedule reaches 0. Without in-batch keys,
-    eztorch gives the own key a similarity of 0 in that softmax; this function leaves it out.
+    eztorch gives the own key a similarity of 0 in that softmax; this function leaves it out. With the coefficient None
+    the own key is weighed as all others are, by its similarity to itself (SEED, https://arxiv.org/abs/2101.04731).
 
     Args:
         sim: `similarities` of the queries, [N, 1 + M].
-        key_sim: `similarities` of the keys, with the same columns. Column 0, a key with itself, is ignored.
+        key_sim: `similarities` of the keys, with the same columns. Column 0 is a key with itself.
     """
     with torch.no_grad():
-        relations = torch.softmax(key_sim[:, 1:] / target_temperature, dim=1) * (1 - coefficient)
-        target = torch.cat([torch.full_like(sim[:, :1], coefficient), relations], dim=1)
+        if coefficient is None:
+            target = torch.softmax(key_sim / target_temperature, dim=1)
+        else:
+            relations = torch.softmax(key_sim[:, 1:] / target_temperature, dim=1) * (1 - coefficient)
+            target = torch.cat([torch.full_like(sim[:, :1], coefficient), relations], dim=1)
     first = 1 if coefficient == 0 and sim.shape[1] > 1 else 0  # column of the first candidate; 0 is the own key
     loss = F.cross_entropy(sim[:, first:] / temperature, target[:, first:])
     return {"loss": loss, **_accuracies(sim)}
@@ -255,12 +294,16 @@ def cosines(z: Tensor, k: Tensor) -> Scalars:
 
 
 def get_loss(
-    params: ModelParams, sce_coefficient: float | None = None, sce_target_T: float | None = None
+    params: ModelParams,
+    sce_coefficient: float | None = None,
+    sce_target_T: float | None = None,
+    labels: Tensor | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor | None], Scalars]:
     """Return the function loss(q, k, queue_keys) that `params` selects. Each row shows which settings a loss reads.
 
     Args:
         sce_coefficient, sce_target_T: values at this step, if they change during training; None: those of `params`.
+        labels: classes of the images [N], which "supcon" alone reads.
     """
     p = params
     coefficient = p.sce_coefficient if sce_coefficient is None else sce_coefficient
@@ -270,6 +313,8 @@ def get_loss(
         return queue if p.use_negative_examples_from_queue else None
 
     def sim(q: Tensor, k: Tensor, queue: Tensor | None) -> Tensor:
+        if p.use_nearest_keys:  # NNCLR's softmax is over the queries of a key
+            q, k = k, q
         return similarities(q, k, of_params(queue), *from_batch)
 
     from_batch = (p.use_negative_examples_from_batch, p.use_negative_examples_from_same_view)
@@ -280,7 +325,11 @@ def get_loss(
         "dcl": lambda q, k, queue: decoupled(sim(q, k, queue), p.T, p.dcl_sigma),
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
         "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
+        "supcon": lambda q, k, _: supervised(sim(q, k, None), of_same_class(labels, sum(from_batch)), p.T),
+        "swav": lambda scores, target, _: to_prototypes(scores, target, p.T),
+        "dino": lambda scores, target, _: to_prototypes(scores, target, p.T),
         "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, coefficient),
+        "seed": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, None),
         "vic": lambda q, k, _: vicreg(*distributed.gather_each(q, k), *vic_weights),
         "barlow": lambda q, k, _: barlow_twins(*distributed.gather_each(q, k), p.redundancy_loss_weight),
     }

@@ -36,6 +36,13 @@ SMALL = {
     "warmup_epochs": 0,
     "seed": 0,
 }
+FEW_PROTOTYPES = {"n_prototypes": 24, "prototypes_frozen_epochs": 0}
+SMALL_OF = {
+    "swav": FEW_PROTOTYPES,
+    "dino": {**FEW_PROTOTYPES, "lr_scaling": None},
+    **dict.fromkeys(("fastsiam", "lejepa", "emp_ssl"), {"n_large_views": 2}),
+    "nnclr": {"projection_mlp_hidden_dims": [], "prediction_mlp_hidden_dims": []},
+}
 
 
 FIRST = ("test_launch", "test_installation", "test_benchmarks", "test_notebooks", "test_resume", "test_ddp")
@@ -86,7 +93,7 @@ def data_path(digits_path, monkeypatch, tmp_path):
 @pytest.fixture
 def small():
     """small("byol", lr=0.1): a preset at the size of a test."""
-    return lambda preset="moco_v2", **fields: PRESETS[preset](**{**SMALL, **fields})
+    return lambda preset="moco_v2", **fields: PRESETS[preset](**{**SMALL, **SMALL_OF.get(preset, {}), **fields})
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import ast
 import importlib
 import inspect
 import itertools
+import math
 import pkgutil
 import re
 import shlex
@@ -16,18 +17,23 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 import videos
 from PIL import Image
+from torch import Tensor, nn
 
 import model_params
 import self_supervised
 from linear_classifier import LinearClassifierMethodParams
-from model_params import SCEVideoParams
+from moco import SelfSupervisedMethod
+from model_params import ModelParams, SCEVideoParams
+from self_supervised import losses
 from self_supervised.__main__ import COMMANDS
 from self_supervised.data import loading, packed
 from self_supervised.evaluation.protocols import PROTOCOLS
 from self_supervised.exports.formats import FORMATS
 from self_supervised.fields import Preset
+from self_supervised.networks.heads import MLP
 from self_supervised.runs import command_line
 from self_supervised.runs.command_line import RunOptions
 from self_supervised.training.checkpoints import Checkpoints
@@ -167,3 +173,147 @@ def test_python_blocks(name, small_data, tmp_path, monkeypatch):
         assert network.layer4(network.layer3(torch.zeros(1, 128, 8, 4, 4))).shape[2] == 8  # frames
     if name == "The original":
         assert (tmp_path / "example.ckpt").is_file()
+
+
+# ---- lightly and stable-pretraining: rows of the tables are run ----
+
+PARAMS = r"(?:ModelParams|[A-Z]\w+Params)(?<!LinearClassifierMethodParams)"
+
+
+def rows(section: str, theirs: str) -> list[tuple[str, str]]:
+    """Return the texts in backticks at the start of both columns, where the first one has the form `theirs`."""
+    return re.findall(rf"^\| `({theirs})`.*? \| `({PARAMS}(?:\(.*?\))?)` \|", SECTIONS[section], re.MULTILINE)
+
+
+def built(call: str) -> ModelParams:
+    """Return the settings of a preset's name or of a call."""
+    return eval(call if call.endswith(")") else f"{call}()", dict(vars(model_params)))
+
+
+def our_loss(params: ModelParams, a: Tensor, b: Tensor, queue: Tensor | None) -> Tensor:
+    """Return the loss of two views, as `training_step` does for networks that are the identity."""
+    loss = losses.get_loss(params)
+    z = [F.normalize(x, dim=1) if params.use_unit_sphere_projection else x for x in (a, b)]
+    return torch.stack([loss(z[i], z[j], queue)["loss"] for i, j in params.pairs]).mean() * params.loss_factor
+
+
+def two_views(d: int) -> list[Tensor]:
+    rng = np.random.default_rng(0)
+    return [torch.from_numpy(rng.normal(size=(6, d))).requires_grad_() for _ in range(2)]
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct")  # by lightly's DCLWLoss
+@pytest.mark.parametrize("theirs, ours", rows("lightly", r"\w+(?:Loss|Similarity)\(.*?\)"))
+def test_losses_of_lightly_are_those_of_their_rows(theirs, ours):
+    module = pytest.importorskip("lightly.loss")
+    criterion = eval(theirs, vars(module) | vars(importlib.import_module("lightly.loss.negative_cosine_similarity")))
+    z = two_views(128)
+    queue = None
+    if "memory_bank_size" in theirs:
+        queue = criterion.memory_bank.bank.double()
+        criterion.memory_bank.bank = queue.clone()  # which the loss updates
+    expected, found = criterion(*z), our_loss(built(ours), *z, queue)
+    assert found.item() == pytest.approx(expected.item() + (theirs == "NegativeCosineSimilarity()"), abs=1e-9)
+    if "DCLW" in theirs:
+        return  # whose weights have a gradient here, as its remark says
+    for one, other in zip(torch.autograd.grad(found, z), torch.autograd.grad(expected, z), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+STABLE_PRETRAINING = {  # loss, and norms of its gradients with respect to both views, of views_of_sines()
+    "NTXEntLoss(temperature=0.5)": (1.225539528665655, 0.19475436866387544, 0.21052954952350747),
+    "NTXEntLoss(temperature=0.1)": (0.6545024783027017, 0.694628402909793, 0.7060783174610027),
+    "BYOLLoss()": (0.16483903339029551, 0.21225584576457804, 0.2110922384234656),
+    "VICRegLoss()": (9.151976657447321, 2.946524624738795, 2.8700192093629115),
+    "VICRegLoss(sim_coeff=10, std_coeff=20, cov_coeff=2)": (7.803569500687542, 1.271577333765882, 1.293492009003933),
+    "NegativeCosineSimilarity()": (1 - 0.9175804833048522, 0.10612792288228902, 0.1055461192117328),
+}
+
+
+def views_of_sines() -> list[Tensor]:
+    """Return two batches [6, 5] without random numbers, which may change between versions of torch."""
+    views = [[[math.sin(start + 1.7 * n + 0.9 * d * d) for d in range(5)] for n in range(6)] for start in (0.0, 0.4)]
+    return [torch.tensor(view, dtype=torch.float64, requires_grad=True) for view in views]
+
+
+def test_losses_of_stable_pretraining_are_those_of_their_rows():
+    found = rows("stable-pretraining", r"\w+(?:Loss|Similarity)\(.*?\)")
+    assert {theirs for theirs, _ in found} == {*STABLE_PRETRAINING}
+    for theirs, ours in found:
+        z = views_of_sines()
+        loss = our_loss(built(ours), *z, None)
+        values = (loss.item(), *(gradient.norm().item() for gradient in torch.autograd.grad(loss, z)))
+        assert values == pytest.approx(STABLE_PRETRAINING[theirs], abs=1e-9), theirs
+
+
+@pytest.mark.parametrize("theirs, ours", rows("lightly", r"\w+Head\(.*?\)"))
+def test_heads_of_lightly_are_those_of_their_rows(theirs, ours):
+    heads = pytest.importorskip("lightly.models.modules.heads")
+    params = built(ours)
+    kind = "prediction" if "Prediction" in theirs else "projection"
+    ours = MLP(512 if kind == "projection" else params.dim, output_dim=params.dim, **params.head(kind))
+    assert [repr(layer) for layer in eval(theirs, vars(heads)).layers] == [repr(layer) for layer in ours.net]
+
+
+def steps(transform) -> list:
+    """Return the single steps of a transform of lightly."""
+    inner = getattr(transform, "transform", None)
+    parts = getattr(transform, "transforms", None) if type(transform).__name__ == "Compose" else None
+    if parts is None and type(inner).__name__ == "Compose":
+        parts = inner.transforms
+    return [transform] if parts is None else [step for part in parts for step in steps(part)]
+
+
+def view_of_lightly(transform) -> dict:
+    """Return the settings of ViewSettings that a transform of one view has."""
+    by_name = {type(step).__name__: step for step in steps(transform)}
+    jitter, crop, blur = (by_name[name] for name in ("RandomApply", "RandomResizedCrop", "GaussianBlur"))
+    (colors,) = jitter.transforms
+    found = {name: getattr(colors, name)[1] - 1 for name in ("brightness", "contrast", "saturation")}
+    solarize = by_name.get("RandomSolarization")
+    return found | {
+        "hue": colors.hue[1],
+        "crop_scale": tuple(crop.scale),
+        "jitter_probability": jitter.p,
+        "grayscale_probability": by_name["RandomGrayscale"].p,
+        "flip_probability": by_name["RandomHorizontalFlip"].p,
+        "blur_probability": blur.prob,
+        "blur_sigma": blur.sigmas,
+        "solarize_probability": solarize.prob if solarize else 0.0,
+    }
+
+
+@pytest.mark.parametrize("theirs, ours", rows("lightly", r"\w+Transform\(\)"))
+def test_transforms_of_lightly_are_those_of_their_rows(theirs, ours):
+    transforms = vars(pytest.importorskip("lightly.transforms"))
+    found = [attrs.asdict(view) for view in built(ours).views]
+    expected = [view_of_lightly(transform) for transform in eval(theirs, transforms).transforms]
+    assert len(found) == len(expected)
+    for view, settings in zip(found, expected, strict=True):
+        for name, value in settings.items():
+            assert view[name] == pytest.approx(value), name
+
+
+METHODS = [(name, *row) for name in ("lightly", "stable-pretraining") for row in rows(name, r"[\w.]+")]
+
+
+@pytest.mark.parametrize("section, theirs, ours", METHODS)
+def test_rows_of_methods_train(section, theirs, ours, small_data):
+    params = built(re.sub("2048|4096|8192", "64", ours))
+    model = SelfSupervisedMethod(
+        attrs.evolve(params, dataset_name="cifar10", batch_size=4, K=8, warmup_epochs=0, evaluations=[], seed=0),
+        encoder=nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16)),
+    )
+    before = model.model[1].weight.clone()
+    trainer = ShortTrainer()
+    trainer.fit(model)
+    assert not torch.equal(before, model.model[1].weight)
+
+
+def test_loaders_of_lightly_are_used_as_they_are(small_data):
+    data = pytest.importorskip("lightly.data")
+    transform = pytest.importorskip("lightly.transforms").SimCLRTransform(input_size=32)
+    loader = torch.utils.data.DataLoader(data.LightlyDataset("dataset", transform), batch_size=4)
+    params = ModelParams(dataset_name="cifar10", K=8, evaluations=[], seed=0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 16))
+    ShortTrainer().fit(SelfSupervisedMethod(params, encoder=encoder), loader)

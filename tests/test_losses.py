@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model_params import ModelParams
-from self_supervised import losses
+from model_params import LOSSES, OF_ALL_VIEWS, PRESETS, ModelParams
+from self_supervised import losses, multi_view_losses
 
 N, D, K = 6, 5, 9
 RECORDED = {None: 0.5890572208768287, 0.5: 0.6203599585284832}  # sigma -> loss of the authors of DCL
@@ -213,8 +213,12 @@ def test_cosines_equal_the_matrix_of_all_pairs():
 
 
 def test_every_name_has_a_loss():
-    from model_params import LOSSES
-
     q, queue = F.normalize(torch.randn(4, 8), dim=1), F.normalize(torch.randn(4, 8), dim=1)
-    for name in LOSSES:
-        assert losses.get_loss(ModelParams(loss_type=name))(q, q, queue)["loss"].isfinite()
+    for name, preset in PRESETS.items():
+        params = preset()
+        if params.loss_type in OF_ALL_VIEWS:
+            found = multi_view_losses.get_loss(params, (0,))(torch.stack([q, queue]), torch.stack([q, queue]))
+        else:
+            found = losses.get_loss(params, labels=torch.arange(4))(q, q, queue)
+        assert found["loss"].isfinite(), name
+    assert {preset().loss_type for preset in PRESETS.values()} == set(LOSSES) - {"bce"}

@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
-from moco import SelfSupervisedMethod, ema_update
+from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import distributed, losses
 from self_supervised.data import loading
 from self_supervised.data.loader import images_and_labels
+from self_supervised.networks.keys import ema_update
 from self_supervised.training import optimizers
 
 
@@ -89,6 +90,8 @@ def test_hparams_cannot_be_changed(build, trainer, tmp_path):
             lambda: model.hparams.__ior__({"lr": 0.3}),
             lambda: model.hparams.setdefault("lr", 0.3),
             lambda: model.hparams.update(learning_rate=0.3),
+            lambda: model.hparams.pop("lr"),
+            lambda: model.hparams.clear(),
         ):
             with pytest.raises(ValueError, match="hparams"):
                 change()
@@ -105,6 +108,20 @@ def test_hparams_cannot_be_changed(build, trainer, tmp_path):
     refuses(loaded)
     assert loaded.hparams == model.hparams and loaded.hparams.mine == 3
     assert Extended.load_from_checkpoint(tmp_path / "example.ckpt", encoder=TinyEncoder(), lr=0.3).hparams.lr == 0.3
+
+
+@pytest.mark.parametrize("build", [SelfSupervisedMethod, LinearClassifierMethod])
+def test_settings_replaced_after_construction_are_refused_by_fit(build, trainer):
+    def replace(model):
+        model.params = attrs.evolve(model.params, dataset_name="cifar10")
+
+    for change in (replace, lambda model: model.save_hyperparameters({"lr": 0.3})):
+        model = build(dataset_name="digits", batch_size=16, encoder=TinyEncoder())
+        change(model)
+        with pytest.raises(
+            ValueError, match=r"^(dataset_name='cifar10'|lr=\d+\.\d): not the setting .* Build it again"
+        ):
+            trainer().fit(model)
 
 
 def test_seed_decides_the_weights_and_defaults_to_that_of_seed_everything():
@@ -383,7 +400,7 @@ def test_losses_are_float32_under_autocast(name, small, trainer, monkeypatch):
     dtypes, seen, get_loss = [], [], losses.get_loss
     model.projection_model.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
 
-    def recorded(params):
+    def recorded(params, labels=None):
         def loss(*inputs):
             inputs = [x if x is None else x.clone() for x in inputs]  # the queue changes later
             seen.append((inputs, get_loss(params)(*inputs)["loss"].detach()))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import LONG
 
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
@@ -12,8 +13,15 @@ from self_supervised.catalogue import NORMALIZATIONS
 pytestmark = pytest.mark.filterwarnings("ignore:collapse")
 
 
-@pytest.mark.parametrize("normalization", [None, *NORMALIZATIONS])
-@pytest.mark.parametrize("name", PRESETS)
+NORMS = [None, *NORMALIZATIONS]
+ROWS = [  # each preset without normalization and with one of them; `make test-long`: with each
+    (name, norm)
+    for i, name in enumerate(PRESETS)
+    for norm in (NORMS if LONG > 1 else (None, NORMALIZATIONS[i % len(NORMALIZATIONS)]))
+]
+
+
+@pytest.mark.parametrize(("name", "normalization"), ROWS)
 def test_trains_every_part_saves_and_reloads(name, normalization, small, trainer, tmp_path):
     model = SelfSupervisedMethod(small(name, mlp_normalization=normalization, dim=32, evaluations=[]))
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -22,7 +22,7 @@ from model_params import LATER_ADDED
 from self_supervised.data.folders import listed_in
 from self_supervised.data.packed import data_path
 
-PATH_FIELDS = ("data_path", "video_path_prefix", "splits_path")
+PATH_FIELDS = ("data_path", "video_path_prefix", "splits_path", "teacher")
 
 
 class ForeignPath(str):

@@ -138,12 +138,15 @@ def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]
     """Return (images or list of views, labels or None) of a batch of any loader.
 
     A batch is images, or images and labels; or two or more views, with or without labels after them; or a list of views
-    and labels. The last tensor is taken as labels if it has one axis, or two (multi-hot).
+    and labels. The last tensor is taken as labels if it has one axis, or two (multi-hot). File names at the end, which
+    lightly's LightlyDataset adds, are dropped.
 
     Raises:
         ValueError: the batch is something else, or its images are neither uint8 nor float.
     """
     parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, list | tuple) else []
+    if parts and isinstance(parts[-1], list | tuple) and all(isinstance(name, str) for name in parts[-1]):
+        parts.pop()
     labels = parts.pop() if len(parts) > 1 and isinstance(parts[-1], Tensor) and parts[-1].dim() < 3 else None
     if len(parts) == 1 and isinstance(parts[0], list | tuple):
         parts = list(parts[0])

@@ -15,11 +15,12 @@ NORMALIZATION_LAYERS = {
     "gn": partial(nn.GroupNorm, GROUPS),
     "br": batchrenorm.BatchRenorm1d,
 }
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 AFFINE = {"ln": "elementwise_affine"}  # name of the argument for weight and bias, if not "affine"
 
 
 class MLP(nn.Module):
-    """Multi-layer perceptron: (Linear, normalization, ReLU) x (n_layers - 1), Linear, last normalization.
+    """Multi-layer perceptron: (Linear, normalization, activation) x (n_layers - 1), Linear, last normalization.
 
     With `n_layers=0` it is the identity.
 
@@ -34,6 +35,7 @@ class MLP(nn.Module):
         last_bias: whether the last linear layer has a bias.
         last_normalization: a key of NORMALIZATION_LAYERS for the output, or None.
         last_affine: whether the last normalization has weights and biases.
+        activation: a key of ACTIVATIONS.
 
     Raises:
         ValueError: `n_layers=0`, but input and output differ in width.
@@ -51,6 +53,7 @@ class MLP(nn.Module):
         last_bias: bool = True,
         last_normalization: str | None = None,
         last_affine: bool = True,
+        activation: str = "relu",
     ):
         super().__init__()
         if n_layers == 0 and input_dim != output_dim:
@@ -64,7 +67,7 @@ class MLP(nn.Module):
             layers.append(linear(input_dim, width, bias))
             if normalization is not None:
                 layers.append(NORMALIZATION_LAYERS[normalization](width))
-            layers.append(nn.ReLU())
+            layers.append(ACTIVATIONS[activation]())
             input_dim = width
         layers.append(nn.Linear(input_dim, output_dim, last_bias) if n_layers else nn.Identity())
         if last_normalization is not None:

@@ -49,8 +49,13 @@ LAYOUTS = (
     Layout("OpenSelfSup or mmselfsup", "backbone.", TWINS_OF_OPENSELFSUP),
     Layout("moco", "encoder_q.", ("encoder_k.",)),
     Layout("moco v3", "base_encoder.", ("momentum_encoder.",)),
+    Layout("lightly", "backbone.vit.", HEADS_OF_LIGHTLY),  # timm's ViT, wrapped for masks
+    Layout("lightly", "student_backbone.vit.", ("teacher_backbone.",)),
     Layout("lightly", "backbone.", HEADS_OF_LIGHTLY),
     Layout("lightly", "student_backbone.", ("teacher_backbone.",)),
+    # whose own evaluations take the lagging model, the teacher
+    Layout("stable-pretraining", "backbone.teacher.", ("backbone.student.",)),
+    Layout("stable-pretraining", "backbone.", ("callbacks_modules.",)),
     Layout("solo-learn", "backbone.", ("classifier.",), stem_variant="padding_2"),
     Layout("solo-learn", "encoder.", ("classifier.",), stem_variant="padding_2"),  # its first versions
     Layout("barlowtwins", "backbone.", ("bn.running_mean",)),

@@ -5,7 +5,7 @@ from typing import Any
 
 import attrs
 
-from model_params import HEADS, PRESETS, SCHEDULED, ModelParams, nearest_preset
+from model_params import HEADS, LOSSES, OF_PROTOTYPES, PRESETS, SCHEDULED, ModelParams, nearest_preset
 from self_supervised.training.optimizers import Plan, warmup_epochs
 
 # optimizer -> lowest and highest lr for 256 images per step in presets, papers (docs/methods.md) and docs/results.md
@@ -14,7 +14,9 @@ FAR = 3  # factor beyond these limits from which a learning rate is doubtful
 OF_IMAGES = 256  # number of images for which learning rates are compared
 
 CUSTOM = "custom"  # loss_type of a user's own function
-SIMILARITIES = ("ce", "dcl", "bce", "ip", "sce")  # losses that compare a query with negatives
+READ_NO_KEYS = ("lejepa", "emp", "frossl", "mmcr")  # losses that read no keys
+SIMILARITIES = ("ce", "dcl", "bce", "ip", "sce", "seed", "supcon")  # losses that compare a query with negatives
+READ_QUEUE = (*SIMILARITIES, "swav")
 STRENGTHS = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -49,6 +51,10 @@ DERIVED: dict[str, Callable[[ModelParams], Any]] = {
         is_normalized, ("prediction",)
     ),
     (LAST_NORM := "a normalization after a head"): any_head(lambda p, head: p.head(head)["last_normalization"]),
+    (GRADIENT := "keys of the trained network"): lambda p: not (p.use_lagging_model or p.use_nearest_keys or p.teacher),
+    (QUEUE := "a queue that the loss reads"): lambda p: (
+        p.use_nearest_keys or (p.use_negative_examples_from_queue and p.loss_type in READ_QUEUE)
+    ),
     (SCORED := "evaluations or online_classifier"): lambda p: p.is_evaluated,
     (PROBE := "linear_probe in evaluations"): lambda p: "linear_probe" in p.evaluations,
     (FITTED := "linear_probe or knn in evaluations"): lambda p: {"linear_probe", "knn"} & set(p.evaluations),
@@ -69,24 +75,30 @@ DERIVED: dict[str, Callable[[ModelParams], Any]] = {
 # setting -> {another setting: values with which the first has an effect; None: all but 0, False, None and []}
 # tests/training/test_advice.py trains with every loss and optimizer: no row may be wrong, and none may be missing.
 NEEDS: dict[str, dict[str, tuple | None]] = {
-    "T": {"loss_type": ("ce", "dcl", "bce", "sce")},
+    "T": {"loss_type": ("ce", "dcl", "bce", "sce", "seed", "supcon", *OF_PROTOTYPES)},
     "dcl_sigma": {"loss_type": ("dcl",)},
     "eqco_alpha": {"use_eqco_margin": None},
-    **{f"use_negative_examples_from_{of}": {"loss_type": SIMILARITIES} for of in ("batch", "queue", "same_view")},
-    **dict.fromkeys(("K", "gather_keys_for_queue"), {"use_negative_examples_from_queue": None}),
+    **{f"use_negative_examples_from_{of}": {"loss_type": SIMILARITIES} for of in ("batch", "same_view")},
+    "use_negative_examples_from_queue": {"loss_type": READ_QUEUE},
+    **dict.fromkeys(("K", "gather_keys_for_queue"), {QUEUE: None}),
+    "teacher_channels": {"teacher": None},
+    **dict.fromkeys(("n_prototypes", "prototypes_frozen_epochs"), {"loss_type": OF_PROTOTYPES}),
+    **{"center_momentum": {"loss_type": ("dino",)}, "sigreg_weight": {"loss_type": ("lejepa",)}},
     **dict.fromkeys(("m", "use_momentum_schedule"), {"use_lagging_model": None}),
-    "stop_gradient_of_keys": {"use_lagging_model": (False,)},
+    "stop_gradient_of_keys": {GRADIENT: None, "loss_type": (*SIMILARITIES, "vic", "barlow", "fastsiam", CUSTOM)},
+    "use_lagging_model": {"loss_type": (*(one for one in LOSSES if one not in READ_NO_KEYS), CUSTOM)},
     "n_virtual_devices": {"shuffle_batch_norm": None},
-    **{f"{term}_loss_weight": {"loss_type": ("vic",)} for term in ("invariance", "variance", "covariance")},
+    "invariance_loss_weight": {"loss_type": ("vic", "emp", "frossl", "mmcr")},
+    **{f"{term}_loss_weight": {"loss_type": ("vic",)} for term in ("variance", "covariance")},
     "variance_loss_epsilon": {"loss_type": ("vic",)},
     "redundancy_loss_weight": {"loss_type": ("barlow",)},
-    **{name: {"loss_type": ("sce",)} for name in SCHEDULED},
+    **{name: {"loss_type": losses} for name, losses in SCHEDULED.items()},
     **{f"{name}_{part}": {f"{name}_warmup_epochs": None} for name in SCHEDULED for part in ("warmup", "warmup_start")},
     **{f"{name}_final": {f"{name}_schedule": ("linear", "cosine")} for name in SCHEDULED},
     **{f"{name}_mlp_last_bias": {f"{name}_mlp_layers": None} for name in HEADS},
     "mlp_last_affine": {LAST_NORM: None},
     "mlp_hidden_dim": {WIDTH: None},
-    **dict.fromkeys(("mlp_bias", "use_mlp_weight_standardization"), {HIDDEN: None}),
+    **dict.fromkeys(("mlp_activation", "mlp_bias", "use_mlp_weight_standardization"), {HIDDEN: None}),
     "mlp_normalization": {NORM: None},
     "prediction_mlp_normalization": {NORM_OF_PREDICTION: None},
     **dict.fromkeys(("online_classifier_lr", "n_classes"), {"online_classifier": None}),
@@ -162,6 +174,8 @@ def lacks(params: ModelParams, name: str, loss_type: str) -> str:
 
 
 def value_of(params: ModelParams, name: str, loss_type: str) -> Any:
+    if name == QUEUE and loss_type == CUSTOM:
+        return params.keeps_keys  # an argument of the function
     if name in DERIVED:
         return DERIVED[name](params)
     return loss_type if name == "loss_type" else getattr(params, name)

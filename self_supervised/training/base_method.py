@@ -48,6 +48,8 @@ class BaseMethod(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Compile the networks if `torch_compile` is set, and change convolutions if `winograd` is: in place, so that
         checkpoints keep their keys."""
+        if stage == "fit":
+            hyperparameters.refuse_replaced(self.params, self.hparams)
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
         if self.trainer.strategy.root_device.type == "cpu":

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NoReturn
 
+import attrs
 import pytorch_lightning as pl
 from lightning_fabric.utilities.data import AttributeDict
 from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
@@ -10,6 +11,9 @@ from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, Sto
 from model_params import LATER_ADDED
 from self_supervised.catalogue import DATASETS
 from self_supervised.data.foreign_paths import vetted
+from self_supervised.fields import plain
+
+FOUND = ("embedding_dim", "n_classes", "class_names", "encoder_weights")  # recorded as found, not as they were set
 
 
 class HyperparameterRecord(AttributeDict):
@@ -22,7 +26,7 @@ class HyperparameterRecord(AttributeDict):
             "other settings when you build it: SelfSupervisedMethod(params, lr=0.3), load_from_checkpoint(path, lr=0.3)"
         )
 
-    update = setdefault = __ior__ = refuse
+    update = setdefault = pop = popitem = clear = __ior__ = __delitem__ = refuse
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Accept only the recorded value: Lightning's Tuner sets `method.lr`, and then the record to the same value."""
@@ -34,6 +38,21 @@ class HyperparameterRecord(AttributeDict):
     def __reduce__(self) -> tuple:
         """Copy and pickle all entries at once; the default sets them one by one, which is refused."""
         return type(self), (dict(self),)
+
+
+def refuse_replaced(params: Any, record: dict[str, Any]) -> None:
+    """Raise ValueError if settings differ from those with which the method was built, whose networks and record stay.
+
+    Args:
+        params: the method's settings, which may have been replaced as a whole.
+        record: its `hparams`, in which the method itself completes the settings FOUND.
+    """
+    changed = [name for name, value in plain(attrs.asdict(params)).items() if record.get(name, value) != value]
+    if names := [f"{name}={getattr(params, name)!r}" for name in changed if name not in FOUND]:
+        raise ValueError(
+            f"{', '.join(names)}: not the setting with which the method was built, and which its networks and hparams "
+            "have. Build it again: SelfSupervisedMethod(params)"
+        )
 
 
 def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -> None:

@@ -234,6 +234,7 @@ def test_what_loaders_may_yield():
     assert images_and_labels(x) == (x, None)
     assert images_and_labels([x, y]) == (x, y)
     assert images_and_labels([[x, x], y]) == ([x, x], y)
+    assert images_and_labels([[x, x], y, ("a.png", "b.png")]) == ([x, x], y)  # as of lightly's LightlyDataset
     assert images_and_labels([x, x]) == ([x, x], None)
 
 

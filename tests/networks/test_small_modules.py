@@ -11,9 +11,9 @@ import torchvision
 from torch import nn
 
 import ws_resnet
-from moco import KeyQueue
 from self_supervised.catalogue import NORMALIZATIONS
 from self_supervised.networks.heads import MLP
+from self_supervised.networks.keys import KeyQueue
 from self_supervised.training import optimizers
 
 

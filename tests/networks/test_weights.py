@@ -30,13 +30,15 @@ from self_supervised.safe_files import StandIn, safe_load
 
 @cache
 def network(name: str = "resnet18", seed: int = 0, stem: str | None = None) -> nn.Module:
-    """Return a network without its classifier; with stem="cifar", with the stem of the original and of solo-learn."""
+    """Return a network without its classifier; with a stem for small images: "cifar" is that of the original and of
+    solo-learn, "padding_1" that of stable-pretraining."""
     torch.manual_seed(seed)
     model = torchvision.models.get_model(name)
     if hasattr(model, "fc"):
         model.fc = nn.Identity()
-    if stem == "cifar":
-        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, padding=2, bias=False), nn.Identity()
+    if stem is not None:
+        padding = 2 if stem == "cifar" else 1
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, padding, bias=False), nn.Identity()
     return shaken(model)
 
 
@@ -124,6 +126,15 @@ def lightlys_own_resnet_unnumbered():
     return {"state_dict": state}, resnet, 32
 
 
+def lightlys_vit():
+    """Return a file with timm's ViT, wrapped for masks, which an encoder never uses."""
+    modules = pytest.importorskip("lightly.models.modules")
+    torch.manual_seed(0)
+    backbone = modules.MaskedVisionTransformerTIMM(timm.create_model("vit_tiny_patch16_224", num_classes=9)).eval()
+    state = {**under("backbone.", backbone.state_dict()), **under("projection_head.layers.", MLP)}
+    return {"state_dict": state}, backbone, 224
+
+
 def lightly_backbone():
     """Return a file as the tutorials of lightly save it."""
     sequential = nn.Sequential(*list(network().children())[:-1])
@@ -139,6 +150,23 @@ def solo_learn():
 def solo_learn_first_versions():
     state = {**under("encoder.", own()), **under("momentum_encoder.", twin()), **under("projector.", MLP)}
     return {"state_dict": {**state, "classifier.weight": torch.randn(10, 512)}}, network(), 64
+
+
+def stable_pretraining():
+    """Return a file of a Module with a probe, whose layers its callback adds."""
+    state = {
+        **under("backbone.", own(stem="padding_1")),
+        **under("projector.", MLP),
+        "callbacks_modules.probe.bias": QUEUE["queue"],
+    }
+    content = {"state_dict": state, "hyper_parameters": {"system.working_dir": "/home/me"}}
+    return content, network(stem="padding_1"), 32
+
+
+def stable_pretraining_wrapped():
+    """Return a file with a TeacherStudentWrapper around the backbone, whose own evaluations take the teacher."""
+    student, teacher = under("backbone.student.", twin()), under("backbone.teacher.", own())
+    return {"state_dict": {**student, "backbone.ema_coefficient": torch.ones(()), **teacher}}, network(), 64
 
 
 def openselfsup():
@@ -239,9 +267,12 @@ SYSTEMS = {
         "lightly",
         "linear. (2 tensors), projection_head. (9 tensors)",
     ),
+    "lightly's vit": (lightlys_vit, "lightly", "head. (2 tensors), backbone. (1 tensor), projection_head. (9 tensors)"),
     "lightly, backbone": (lightly_backbone, "names without a system", ""),
     "solo-learn on CIFAR": (solo_learn, "solo-learn", "momentum_backbone. (120 tensors)"),
     "solo-learn, first versions": (solo_learn_first_versions, "solo-learn", "momentum_encoder. (120 tensors)"),
+    "stable-pretraining on CIFAR": (stable_pretraining, "stable-pretraining", "callbacks_modules. (1 tensor)"),
+    "stable-pretraining, teacher": (stable_pretraining_wrapped, "stable-pretraining", "backbone. (121 tensors)"),
     "OpenSelfSup": (openselfsup, "OpenSelfSup or mmselfsup", "encoder_q. (129 tensors), encoder_k. (129 tensors)"),
     "mmselfsup": (mmselfsup, "OpenSelfSup or mmselfsup", "neck. (9 tensors), target_net. (120 tensors)"),
     "mmselfsup, extracted": (mmselfsup_extracted, "names of torchvision or timm", ""),

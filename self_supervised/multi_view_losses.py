@@ -1,0 +1,104 @@
+"""Losses that see all views of an image at once, as one table: `get_loss`. V views, L of them large.
+
+They get queries [V, N, D] and keys [L, N, D] of this process and return a dict of scalars, as those of `losses.py` do.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_params import ModelParams
+from self_supervised import distributed
+
+N_SLICES, LAST_FREQUENCY, N_FREQUENCIES = 256, 3.0, 17  # of SIGReg: those of the authors' code
+CODING_PRECISION = 0.2  # epsilon of EMP-SSL's coding rate: that of the authors' code
+
+
+def get_loss(params: ModelParams, seed: tuple[int, ...]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """Return the function loss(queries, keys) that `params` selects. `seed` is that of this step."""
+    p = params
+    table = {
+        "fastsiam": lambda q, k: mean_inner_product(q, k),
+        "lejepa": lambda q, _: lejepa(joined(q), p.n_large_views, p.sigreg_weight, seed),
+        "emp": lambda q, _: emp_ssl(joined(q), p.invariance_loss_weight),
+        "frossl": lambda q, _: frossl(joined(q), p.invariance_loss_weight),
+        "mmcr": lambda q, _: mmcr(joined(q), p.invariance_loss_weight),
+    }
+    return table[p.loss_type]
+
+
+def joined(z: Tensor) -> Tensor:
+    """Return the rows of all processes: [V, N, D] -> [V, W N, D]."""
+    return distributed.gather(z.transpose(0, 1)).transpose(0, 1)
+
+
+def mean_inner_product(q: Tensor, k: Tensor) -> dict[str, Tensor]:
+    """1 - cosine of each query and the mean of the other views' keys (FastSiam,
+    https://link.springer.com/chapter/10.1007/978-3-031-16788-1_4, equation 4)."""
+    of_small = k.mean(0).expand(len(q) - len(k), -1, -1)
+    others = torch.cat([(k.sum(0) - k) / (len(k) - 1), of_small])
+    return {"loss": 1 - F.cosine_similarity(q, others, dim=2).mean()}
+
+
+def lejepa(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> dict[str, Tensor]:
+    """LeJEPA (https://arxiv.org/abs/2511.08544, algorithm 2): normally distributed views near the mean of the large.
+
+    Args:
+        z: projections [V, N, D]; the large views are the first.
+        weight: weight of SIGReg; that of the squared distances is 1 - weight.
+        seed: of the directions, in which all processes must agree.
+    """
+    parts = {"loss_invariance": (z - z[:n_large].mean(0)).square().mean(), "loss_sigreg": sigreg(z, seed)}
+    return {"loss": (1 - weight) * parts["loss_invariance"] + weight * parts["loss_sigreg"], **parts}
+
+
+def sigreg(z: Tensor, seed: tuple[int, ...]) -> Tensor:
+    """Return how far z [V, N, D] is from a standard normal distribution (LeJEPA, algorithm 1).
+
+    It is the mean over views and N_SLICES random directions of Epps and Pulley's statistic, N times the integral of the
+    squared distance between both characteristic functions (trapezoidal rule).
+    """
+    drawn = np.random.default_rng(seed).standard_normal((z.shape[2], N_SLICES))
+    directions = distributed.to_device(torch.from_numpy(drawn), z.device).to(z.dtype)
+    t = torch.linspace(0, LAST_FREQUENCY, N_FREQUENCIES, dtype=z.dtype, device=z.device)
+    angles = (z @ F.normalize(directions, dim=0)).unsqueeze(3) * t
+    normal = torch.exp(-t.square() / 2)
+    distances = (angles.cos().mean(1) - normal).square() + angles.sin().mean(1).square()
+    return 2 * z.shape[1] * torch.trapezoid(distances * normal, t).mean()
+
+
+def emp_ssl(z: Tensor, invariance: float) -> dict[str, Tensor]:
+    """EMP-SSL (https://arxiv.org/abs/2304.03977, equation 4): views [V, N, D] near their mean, with a high coding
+    rate."""
+    _, n, d = z.shape
+    gram = torch.eye(d, dtype=z.dtype, device=z.device) + d / (n * CODING_PRECISION) * z.mT @ z
+    parts = {
+        "loss_invariance": -invariance * F.cosine_similarity(z, z.mean(0, keepdim=True), dim=2).mean(),
+        "loss_coding_rate": -torch.logdet(gram).mean() / 2,
+    }
+    return {"loss": parts["loss_invariance"] + parts["loss_coding_rate"], **parts}
+
+
+def frossl(z: Tensor, invariance: float) -> dict[str, Tensor]:
+    """FroSSL (https://arxiv.org/abs/2310.02903): views [V, N, D] near their mean, with covariances of a small norm."""
+    v, n, d = z.shape
+    z = F.normalize(z, dim=1)
+    covariance = z.mT @ z if n > d else z @ z.mT
+    covariance = covariance / covariance.diagonal(dim1=1, dim2=2).sum(1).detach()[:, None, None]
+    parts = {
+        "loss_invariance": invariance * v**2 * d * (z - z.mean(0)).square().mean(),
+        "loss_entropy": covariance.square().sum((1, 2)).log().sum(),
+    }
+    return {"loss": parts["loss_invariance"] + parts["loss_entropy"], **parts}
+
+
+def mmcr(z: Tensor, local: float) -> dict[str, Tensor]:
+    """MMCR (https://arxiv.org/abs/2303.03307, equation 3): mean views of N images have a large nuclear norm, and the
+    views [V, N, D] of one image a small one, of the weight `local`."""
+    parts = {"loss_centroids": -torch.linalg.svdvals(z.mean(0)).sum()}
+    if local:
+        parts["loss_views"] = local * torch.linalg.svdvals(z.transpose(0, 1)).sum() / z.shape[1]
+    return {"loss": torch.stack(list(parts.values())).sum(), **parts}

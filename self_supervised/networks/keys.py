@@ -1,0 +1,120 @@
+"""Where keys and targets come from: the queue, the lagging model, and prototypes.
+
+Sizes: N images on this process, D = params.dim, K keys in the queue, P prototypes.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from self_supervised import distributed
+
+# ---- Queue and lagging model ----
+
+
+class KeyQueue(nn.Module):
+    """Ring buffer with the newest keys [K, D], which starts with random unit vectors and is saved with the model.
+
+    A batch of any size fits. Writing needs no synchronization with the device.
+    """
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("position", torch.zeros((), dtype=torch.long))  # next slot to write
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Overwrite the oldest slots with `keys` [n, D]."""
+        size = len(self.keys)
+        if (skipped := len(keys) - size) > 0:  # more keys than slots: only the last ones stay
+            self.position.add_(skipped)
+            keys = keys[skipped:]
+        slots = (self.position + torch.arange(len(keys), device=keys.device)) % size
+        self.keys.index_copy_(0, slots, keys.to(self.keys.dtype))
+        self.position.add_(len(keys)).remainder_(size)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, source: nn.Module, weight: float) -> None:
+    """Update in place: target <- (1 - weight) target + weight source.
+
+    Only parameters are updated: each network keeps its own batch statistics.
+    """
+    if targets := list(target.parameters()):  # a head without layers has none
+        torch._foreach_lerp_(targets, list(source.parameters()), weight)
+
+
+# ---- Prototypes ----
+
+
+class Prototypes(nn.Module):
+    """P prototypes [P, D], with which projections are compared: the last layer of SwAV and DINO.
+
+    Their length has no effect. SwAV's code sets it to 1 before each step, DINO's divides by it (weight normalization).
+
+    Args:
+        loss_type: "swav" or "dino".
+        center_momentum: fraction of itself that DINO's center keeps at each step.
+    """
+
+    def __init__(self, n_prototypes: int, dim: int, loss_type: str, center_momentum: float):
+        super().__init__()
+        self.weight = nn.Linear(dim, n_prototypes, bias=False).weight
+        self.register_buffer("center", torch.zeros(n_prototypes))
+        self.assigns = loss_type == "swav"
+        self.center_momentum = center_momentum
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the similarities [N, P] of projections [N, D]."""
+        return z @ (self.weight if self.assigns else F.normalize(self.weight, dim=1)).to(z.dtype).T
+
+    @torch.no_grad()
+    def scale(self) -> None:
+        """Give SwAV's prototypes the length 1, before a step."""
+        if self.assigns:
+            self.weight.copy_(F.normalize(self.weight, dim=1))
+
+    @torch.no_grad()
+    def targets(self, keys: dict[int, Tensor], queue: Tensor | None, temperature: float) -> dict[int, Tensor]:
+        """Return the target distributions over prototypes [N, P] of the keys [N, D] of each view.
+
+        SwAV (https://arxiv.org/abs/2006.09882, equation 3) assigns the keys of all processes and of the queue [K, D] to
+        the prototypes in equal parts. DINO (https://arxiv.org/abs/2104.14294, equations 1 and 4) takes the softmax of
+        the scores less a center, and moves the center towards the mean score of all processes.
+        """
+        if self.assigns:
+            return {j: self.assignments(k, queue, temperature) for j, k in keys.items()}
+        scores = {j: self(k) for j, k in keys.items()}
+        found = {j: torch.softmax((score - self.center) / temperature, dim=1) for j, score in scores.items()}
+        mean = torch.stack(list(scores.values())).mean((0, 1))
+        self.center.lerp_(distributed.gather(mean[None]).mean(0).to(self.center.dtype), 1 - self.center_momentum)
+        return found
+
+    def assignments(self, keys: Tensor, queue: Tensor | None, temperature: float) -> Tensor:
+        keys = distributed.gather(keys)
+        scores = self(keys if queue is None else torch.cat([keys, queue]))
+        return distributed.own_rows(sinkhorn(scores, temperature)[: len(keys)])
+
+
+def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Return distributions over P prototypes [N, P], of equal total weight per prototype, close to
+    softmax(scores / temperature)."""
+    found = scores / temperature
+    for _ in range(iterations):
+        found = found - found.logsumexp(0)
+        found = found - found.logsumexp(1, keepdim=True)
+    return found.exp()
+
+
+@torch.no_grad()
+def nearest_keys(keys: Tensor, queue: Tensor) -> Tensor:
+    """Return the key of the queue [K, D] that is most similar to each of the keys [N, D], of length 1 (NNCLR,
+    https://arxiv.org/abs/2104.14548, equation 2)."""
+    return queue[(keys @ queue.T).argmax(1)]

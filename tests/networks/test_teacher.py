@@ -1,0 +1,88 @@
+"""A frozen teacher: what it sees, what it gives, and what a checkpoint keeps of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moco import SelfSupervisedMethod
+from model_params import PRESETS
+from self_supervised.networks.pretrained import load_encoder
+from self_supervised.networks.teacher import Teacher
+
+
+@pytest.fixture
+def teacher(small, trainer, tmp_path):
+    """A checkpoint of an encoder of gray images of 12 pixels, with constants of its own."""
+    fields = {"transform_crop_size": 12, "image_mean": [0.3], "image_std": [0.2], "encoder_arch": "small_cnn"}
+    fit = trainer(max_steps=1)
+    fit.fit(SelfSupervisedMethod(small("simclr", evaluations=[], **fields)))
+    fit.save_checkpoint(tmp_path / "teacher.ckpt")
+    return str(tmp_path / "teacher.ckpt")
+
+
+def test_it_sees_the_views_resized_and_normalized_with_its_constants(teacher, small):
+    params = small("distill", teacher=teacher)
+    pixels = torch.rand(5, 1, 8, 8)
+    found = Teacher(params)((pixels - params.mean[0]) / params.std[0])
+    resized = F.interpolate(pixels, (12, 12), mode="bilinear", antialias=True)
+    expected = load_encoder(teacher)((resized - 0.3) / 0.2)
+    assert torch.allclose(found, expected, atol=1e-4) and found.shape == (5, 256)
+
+
+def test_it_sees_the_channels_that_were_named(teacher):
+    fields = {"dataset_name": "folder", "in_channels": 4, "transform_crop_size": 12, "teacher": teacher}
+    with pytest.raises(ValueError, match="takes 1 channels, and these images have 4. Set teacher_channels"):
+        Teacher(PRESETS["distill"](**fields))
+    params = PRESETS["distill"](**fields, teacher_channels=[2], image_mean=[0.1, 0.2, 0.3, 0.4], image_std=[0.2] * 4)
+    x = torch.randn(3, 4, 12, 12)
+    other = x.clone()
+    other[:, [0, 1, 3]] += 1
+    assert torch.equal(Teacher(params)(x), Teacher(params)(other))
+    assert torch.allclose(Teacher(params)(x), load_encoder(teacher)(x[:, [2]]), atol=1e-4)  # the same constants
+
+
+@pytest.mark.parametrize("loss", ["seed", "ip", "vic"])
+def test_the_student_learns_and_the_teacher_stays_outside_of_the_checkpoint(loss, teacher, small, trainer, tmp_path):
+    fields = {"use_negative_examples_from_queue": loss == "seed", "loss_type": loss, "lr": 0.1, "evaluations": []}
+    params = small("distill", teacher=teacher, **fields)
+    model = SelfSupervisedMethod(params)
+    assert model.params.dim == 256 and model.params.pairs == [(0, 0)]
+    losses = []
+    model.on_train_batch_end = lambda outputs, batch, index: losses.append(float(outputs["loss"]))
+    before = {name: x.clone() for name, x in model.teacher[0].state_dict().items()}
+    fit = trainer(limit_train_batches=40)
+    fit.fit(model)
+    assert sum(losses[-5:]) < sum(losses[5:10])  # after the first 4, the queue has only keys of the teacher
+    assert all(torch.equal(x, before[name]) for name, x in model.teacher[0].state_dict().items())
+    fit.save_checkpoint(tmp_path / "student.ckpt")
+    saved = torch.load(tmp_path / "student.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["teacher"] == teacher and not any("teacher" in key for key in saved["state_dict"])
+    twin = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "student.ckpt", teacher=None)
+    assert twin.params.dim == 256 and not twin.teacher
+    assert load_encoder(tmp_path / "student.ckpt").params.encoder_arch == params.encoder_arch
+
+
+def test_a_resumed_student_has_the_same_teacher(teacher, small, trainer, tmp_path):
+    params = small("distill", teacher=teacher, evaluations=[])
+    fit = trainer(max_epochs=1)
+    fit.fit(SelfSupervisedMethod(params))
+    fit.save_checkpoint(tmp_path / "student.ckpt")
+    content = torch.load(teacher, weights_only=True)
+    for key in content["state_dict"]:
+        content["state_dict"][key] = content["state_dict"][key] + 1
+    torch.save(content, teacher)
+    with pytest.raises(ValueError, match="teacher=.*: its weights are not those"):
+        trainer(max_epochs=2).fit(SelfSupervisedMethod(params), ckpt_path=str(tmp_path / "student.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_lagging_model": True}, "use_lagging_model=True and teacher exclude each other"),
+        ({"loss_type": "swav"}, "teacher is for losses of pairs, not for loss_type='swav'"),
+        ({"dataset_name": "kinetics", "encoder_arch": "r3d_18"}, "only images can have a teacher"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields, message, teacher):
+    with pytest.raises(ValueError, match=message):
+        SelfSupervisedMethod(PRESETS["distill"](teacher=teacher, **fields))
