@@ -170,7 +170,7 @@ class EncoderAndDataParams:
     lr_batch_size: int = positive(256)  # images per optimizer step for which lr is meant, if lr_scaling is set
 
     # your images
-    data_path: str | None = path()  # directory, or shards/train-{000..099}.tar; None: $DATA_PATH/<dataset_name>
+    data_path: str | None = path()  # directory, or path or URL/train-{000..099}.tar; None: $DATA_PATH/<dataset_name>
     # column of a Hugging Face set, or file extensions in shards ("jpg;png"); None: any image
     image_key: str | None = None
     # column of a Hugging Face set, or key of the .json files in shards; None: label or cls

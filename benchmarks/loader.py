@@ -2,6 +2,7 @@
 
     python -m benchmarks.loader            # 5,000 files of about 100 kB and 500 x 375 pixels; 6 minutes on 2 cores
     python -m benchmarks.loader --packed   # only the second table: decoding alone, and packed images; 2 minutes
+    python -m benchmarks.loader --urls     # only the third table: shards from a server on loopback; 1 minute
     python -m benchmarks.loader --quick
 
 The files are crops of the photographs that scikit-learn and matplotlib bring along. Every contestant starts its workers
@@ -11,6 +12,8 @@ parent and of one worker, in fresh processes; workers share much of it with thei
 
 The second table has epochs of uint8 crops, with pack_images=True: the first epoch packs the files, the second one reads
 what was packed. Decoding alone is that of PIL and of torchcodec (`pip install torchcodec`), on one core, from memory.
+
+The third table is that of benchmarks/remote.py.
 """
 
 import io
@@ -34,7 +37,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets import ImageFolder
 
-from benchmarks import harness, peers
+from benchmarks import harness, peers, remote
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data.image_files import ImageFiles, collate_crops
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
@@ -272,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = harness.arguments(__doc__, rounds=3)
     parser.add_argument("--folder", type=as_path, help="where the files are made, and kept (a temporary folder)")
     parser.add_argument("--packed", action="store_true", help="the second table alone")
+    parser.add_argument("--urls", action="store_true", help="the third table alone")
     options = parser.parse_args(argv)
     packages = ["torchvision", "pillow", *harness.installed("lightly")]
     names = [name for name in CONTESTANTS if name != LIGHTLY or LIGHTLY in packages]
@@ -280,11 +284,15 @@ def main(argv: list[str] | None = None) -> None:
         work = evolve(work, **QUICK) if options.quick else work
         make_files(work)
         rounds = 1 if options.quick else options.rounds
-        if not options.packed:
+        if not (options.packed or options.urls):
             harness.report("loader", measure(work, names, rounds, options.quick), options.out, *packages)
         os.environ["DATA_PATH"] = str(Path(temporary) / "packed")
-        packages = ["torchvision", "pillow", *harness.installed("torchcodec")]
-        harness.report("loader_packed", measure_packed(work, rounds), options.out, *packages)
+        if not options.urls:
+            packages = ["torchvision", "pillow", *harness.installed("torchcodec")]
+            harness.report("loader_packed", measure_packed(work, rounds), options.out, *packages)
+        if not options.packed:
+            rows = remote.measure(sorted(Path(work.folder).glob("*/*.jpg")), work.batch_size, rounds)
+            harness.report("loader_urls", rows, options.out, "fsspec", "aiohttp")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from model_params import CUSTOM_DATA, EncoderAndDataParams
 from self_supervised import distributed
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import arrow, subsets, tar_shards
+from self_supervised.data import arrow, subsets
 from self_supervised.data.arrow import ArrowImages
 from self_supervised.data.class_labels import (
     UNLABELED,
@@ -40,7 +40,8 @@ from self_supervised.data.folders import (
 )
 from self_supervised.data.foreign_paths import ForeignPath, refuse_foreign
 from self_supervised.data.image_files import ImageFiles
-from self_supervised.data.tar_shards import TarShards, is_pattern
+from self_supervised.data.shard_names import is_pattern, shards_are_there
+from self_supervised.data.tar_shards import TarShards
 from self_supervised.folder_lock import locked
 
 CustomSource = ImageFolder | TarShards | ArrowImages
@@ -211,7 +212,7 @@ def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> 
             )
         names = names or p.class_to_idx is not None
         return ArrowImages(folder, p.image_key, p.label_key, p.labels_from is not None, names)
-    if is_pattern(root) or tar_shards.shards_are_there(folder):
+    if is_pattern(root) or shards_are_there(folder):
         kept = folder_of_lists(p)
         return TarShards(root, p.image_key, p.label_key, p.labels_from, kept and kept / "shards.json")
     if p.image_key or p.label_key:
@@ -225,7 +226,7 @@ def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> 
 def is_stored(root: str) -> bool:
     """Return whether the images are in shards or Arrow files, instead of in one file each."""
     folder = Path(root).expanduser()
-    return arrow.arrow_is_there(folder) or is_pattern(root) or tar_shards.shards_are_there(folder)
+    return arrow.arrow_is_there(folder) or is_pattern(root) or shards_are_there(folder)
 
 
 def found_lists(source: CustomSource, params: EncoderAndDataParams) -> ImageList:

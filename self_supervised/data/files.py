@@ -7,7 +7,7 @@ import copy
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -50,6 +50,9 @@ class OnDisk:
     def shards(self, paths: list[str]) -> np.ndarray | None:
         """Return the number of the shard that holds each file; None if there are no shards."""
         return None
+
+    def read_ahead(self, paths: Iterator[str]) -> None:
+        """Prepare for reading these files in this order."""
 
 
 class UnreadableFile(ValueError):
@@ -134,6 +137,10 @@ class LabeledFiles(Dataset):
     def shards(self) -> np.ndarray | None:
         """Number of the shard that holds each file, [N], for loader.ResumableSampler; None if there are no shards."""
         return self.source.shards([path for path, _ in self.files])
+
+    def read_ahead(self, order: Iterable[int]) -> None:
+        """Let the source prepare for an epoch in this order of the files."""
+        self.source.read_ahead(self.files[i][0] for i in order)
 
     def signatures(self) -> Iterator[tuple[str, tuple, int | np.ndarray]]:
         """Yield (path, signature, label) of each file; the signature changes when the file changes."""

@@ -111,7 +111,7 @@ def config_of(run: Path) -> dict[str, Any]:
 def is_near(pattern: str, run: Path) -> bool:
     """Return whether everything that a pattern can match lies below the current directory, DATA_PATH or the run."""
     literal = os.path.expanduser(re.split(r"[{*?\[]", pattern)[0])
-    if ".." in re.split(r"[/{},]", pattern) or pattern.startswith("{"):
+    if ".." in re.split(r"[/{},]", pattern) or pattern.startswith("{") or "://" in pattern:
         return False
     if not os.path.isabs(literal):
         return True

@@ -57,7 +57,8 @@ class ResumableSampler(DistributedSampler):
 class ResumableDataLoader(DataLoader):
     """DataLoader over a `ResumableSampler`, with a state (epoch, batches yielded) that Lightning saves in checkpoints.
 
-    If the data set has an attribute `epoch`, it is set before the workers start.
+    If the data set has an attribute `epoch`, it is set before the workers start. If it has a method `read_ahead`, it is
+    called with the order of the epoch.
     """
 
     position = {"epoch": 0, "batches": 0}
@@ -83,6 +84,8 @@ class ResumableDataLoader(DataLoader):
         self.sampler.skip = start * self.batch_size
         if hasattr(self.dataset, "epoch"):
             self.dataset.epoch = epoch
+        if hasattr(self.dataset, "read_ahead"):
+            self.dataset.read_ahead(self.sampler)
         try:
             for batch in self.batches():
                 self.position["batches"] += 1

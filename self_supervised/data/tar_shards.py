@@ -3,7 +3,7 @@
 Every shard is indexed once, from its headers, and images are then read by their position in it. Unlike streaming, this
 gives the same splits, fractions, labels and resuming within an epoch as image files, and every process has as many
 images. Shards are still read one after the other, different ones in each process (see loader.ResumableSampler).
-Source: https://github.com/webdataset/webdataset. Order: source, patterns of shard names, index, samples and labels.
+Source: https://github.com/webdataset/webdataset. Order: source, index, samples and labels.
 """
 
 import io
@@ -13,32 +13,32 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from glob import escape, glob, has_magic
-from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from self_supervised import distributed
-from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, is_hidden
+from self_supervised.data import remote_shards
+from self_supervised.data.file_search import PassedOver, image_suffixes, is_hidden
 from self_supervised.data.files import OnDisk
-from self_supervised.data.folders import SPLITS, ImageList, Label, as_label, has_images, of_folder, with_labels
+from self_supervised.data.folders import ImageList, Label, as_label, of_folder, with_labels
+from self_supervised.data.remote_shards import ReadAhead
+from self_supervised.data.shard_names import SUFFIX, expanded_shards, split_in
 from self_supervised.safe_files import atomic_write
 
-SUFFIX = ".tar"
-NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
-COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz)$", re.IGNORECASE)
 SHARD_LABEL_KEYS = ("cls", "label")  # default label keys
 MOST_OPEN = 128  # shards that a process keeps open
+MOST_REQUESTS = 16  # shards whose signatures are requested at the same time
 BLOCK = 512  # bytes per block of a tar file
 VERSION = 2  # of the stored index
 MOST_LINKS = 40  # links that are followed from one to the next, as in file systems
 Content = tuple[int, int]  # first byte, size
 Place = tuple[int, int, Label]  # first byte, size, label
 Members = dict[str, str]  # of a sample: extension -> member
-ShardSignature = tuple[int, int]  # size and modification time of a shard
+ShardSignature = tuple[int, int | str]  # size and modification time of a shard, or its ETag
 IndexSettings = tuple[tuple[str, ...], tuple[str, ...] | None]  # file extensions of images, label keys
 
 
@@ -51,17 +51,12 @@ known: dict[tuple[str, ShardSignature, IndexSettings], Shard] = {}  # indexes of
 open_shards: dict[tuple[str, ShardSignature], int] = {}  # file descriptors
 
 
-def shards_are_there(folder: Path) -> bool:
-    """Return whether a directory holds shards, and no image files."""
-    return not has_images(folder) and next(files_below(folder, (SUFFIX,), PassedOver()), None) is not None
-
-
 class TarShards(OnDisk):
     """Images in tar shards. The path of an image is SHARD/MEMBER.
 
     Args:
-        data_path: a directory with shards, a glob, or a pattern such as "shards/{train-{000..099},val-{00..09}}.tar";
-            "::" separates multiple ones.
+        data_path: a directory with shards, a glob, or a pattern such as "shards/{train-{000..099},val-{00..09}}.tar" or
+            a URL; "::" separates multiple ones.
         image_key: file extensions of the images, in order of preference: "jpg;png"; None: those of all image formats.
         label_key: file extension, or key in the .json, of a sample's label; None: those in SHARD_LABEL_KEYS, else the
             directory of the member.
@@ -91,7 +86,9 @@ class TarShards(OnDisk):
         keys = None if labels_from is None else (label_key,) if label_key else SHARD_LABEL_KEYS
         self.labels_from = labels_from
         self.label_key = label_key
-        self.signatures = {shard: shard_signature(shard) for shard in shards}
+        with ThreadPoolExecutor(MOST_REQUESTS) as pool:
+            self.signatures = dict(zip(shards, pool.map(shard_signature, shards), strict=True))
+        self.ahead: ReadAhead | None = None
         indexes = index(self.signatures, (tuple(suffixes), keys), index_file)
         self.index = {shard: one.places for shard, one in indexes.items()}
         for one in indexes.values():
@@ -131,6 +128,8 @@ class TarShards(OnDisk):
     def open(self, path: str) -> io.BytesIO:
         shard, member = self.parts(path)
         start, size, _ = self.index[shard][member]
+        if self.ahead is not None:
+            self.ahead.wait_for(shard)
         return io.BytesIO(read_member(shard, self.signatures[shard], start, size))
 
     def signature(self, path: str) -> tuple:
@@ -141,6 +140,15 @@ class TarShards(OnDisk):
         numbers = {shard: number for number, shard in enumerate(self.signatures)}
         return np.array([numbers[self.parts(path)[0]] for path in paths])
 
+    def read_ahead(self, paths: Iterator[str]) -> None:
+        if self.ahead is not None:
+            self.ahead.stop()
+            self.ahead = None
+        remote = [remote_shards.url_of(shard) is not None for shard in self.signatures]
+        if any(remote):
+            shards = self.shards(list(paths))
+            self.ahead = ReadAhead(np.where(np.array(remote)[shards], shards, -1), self.signatures)
+
     def parts(self, path: str) -> tuple[str, str]:
         """Return (shard, member) of an image's path. A directory's name may end with .tar, too."""
         ends = (found.end() for found in re.finditer(re.escape(SUFFIX) + "/", path))
@@ -148,74 +156,21 @@ class TarShards(OnDisk):
         return path[: max(end - 1, 0)], path[end:]
 
 
-# ---- patterns of shard names ----
-
-
-def is_pattern(data_path: str) -> bool:
-    """Return whether a path looks like a pattern of shards, even one that is not supported."""
-    is_shard = data_path.endswith(SUFFIX) or COMPRESSED.search(data_path) is not None
-    return is_shard or "://" in data_path or data_path.startswith("pipe:")
-
-
-def expanded_shards(pattern: str, passed_over: PassedOver) -> Iterator[str]:
-    """Yield the shards that a pattern or a directory names. A part of the pattern that exists is taken literally.
-
-    Raises:
-        ValueError: a shard named by braces is missing, or the pattern is a URL or names compressed shards.
-    """
-    if "://" in pattern or pattern.startswith("pipe:"):
-        raise ValueError(
-            f"data_path={pattern!r} is not a path. Copy the shards to a disk, or mount them as a directory."
-        )
-    pattern = os.path.expanduser(pattern)
-    if os.path.isdir(pattern):
-        yield from (os.path.join(pattern, path) for path in files_below(Path(pattern), (SUFFIX,), passed_over))
-        return
-    if COMPRESSED.search(pattern):
-        raise ValueError(
-            f"data_path={pattern!r} is compressed. Unpack it to .tar, so that images can be read directly."
-        )
-    there = pattern
-    while there and not os.path.exists(there):
-        there = os.path.dirname(there)
-    for rest in with_braces(pattern[len(there) :]):
-        if not has_magic(rest) and not os.path.isfile(there + rest):
-            raise ValueError(f"data_path={pattern!r}: {there + rest} does not exist. Add it, or change the pattern.")
-        yield from glob(escape(there) + rest)
-
-
-def with_braces(pattern: str) -> Iterator[str]:
-    """Yield a pattern with its braces expanded: {00..12} to numbers of this width, {a,b} to a and b. They may nest."""
-    start = pattern.find("{")
-    depths = np.cumsum([(c == "{") - (c == "}") for c in pattern[start:]]) if start >= 0 else np.empty(0)
-    if not (depths == 0).any():
-        yield pattern
-        return
-    end = start + int(np.argmax(depths == 0))
-    commas = [i for i in range(start, end) if pattern[i] == "," and depths[i - start] == 1]
-    choices = [pattern[i + 1 : j] for i, j in pairwise([start, *commas, end])]
-    if numbers := NUMBERS.fullmatch(pattern[start + 1 : end]):
-        choices = [f"{n:0{len(numbers[1])}d}" for n in range(int(numbers[1]), int(numbers[2]) + 1)]
-    for choice in choices:
-        yield from with_braces(pattern[:start] + choice + pattern[end + 1 :])
-
-
-def split_in(name: str) -> str | None:
-    """Return the split that is a word of a shard's path."""
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((split for split, names in SPLITS.items() if any(name in words for name in names)), None)
-
-
 # ---- index ----
 
 
 def shard_signature(shard: str) -> ShardSignature:
+    if remote_shards.url_of(shard):
+        return remote_shards.signature_of(shard)
     status = os.stat(shard)
     return status.st_size, status.st_mtime_ns
 
 
 def index(signatures: dict[str, ShardSignature], settings: IndexSettings, file: Path | None) -> dict[str, Shard]:
-    """Return the index of every shard: from memory, else `file`, else the shard; then it is stored in `file`."""
+    """Return the index of every shard: from memory, else `file`, else the shard; then it is stored in `file`.
+
+    The index of a shard from a URL has also a file of its own, next to the copy of the shard.
+    """
 
     def unknown() -> list[str]:
         return [shard for shard, signature in signatures.items() if (shard, signature, settings) not in known]
@@ -225,9 +180,13 @@ def index(signatures: dict[str, ShardSignature], settings: IndexSettings, file: 
         known.update(read_index(file, settings))
     fresh = unknown()
     for shard in fresh:
-        known[shard, signatures[shard], settings] = indexed(shard, signatures[shard], settings)
+        own = remote_shards.index_file(shard, settings)
+        if own not in (None, file):
+            index({shard: signatures[shard]}, settings, own)
+        else:
+            known[shard, signatures[shard], settings] = indexed(shard, signatures[shard], settings)
     found = {shard: known[shard, signature, settings] for shard, signature in signatures.items()}
-    if file is not None and (fresh or not is_kept) and distributed.rank() == 0:
+    if file is not None and (fresh or not is_kept) and (distributed.rank() == 0 or remote_shards.url_of(str(file))):
         shards = {shard: {"stamp": signatures[shard], **one._asdict()} for shard, one in found.items()}
         atomic_write(file, json.dumps({"how": repr((VERSION, settings)), "shards": shards}))
     return found
@@ -251,8 +210,9 @@ def indexed(shard: str, signature: ShardSignature, settings: IndexSettings) -> S
     _, label_keys = settings
     passed_over = PassedOver()
     places = {}
+    file = remote_shards.to_index(shard, signature) if remote_shards.url_of(shard) else shard
     try:
-        contents = contents_of(shard, passed_over)
+        contents = contents_of(shard, file, passed_over)
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{shard} could not be read as a tar file ({error}). Fix or decompress it.") from error
     used = set()
@@ -273,15 +233,16 @@ def indexed(shard: str, signature: ShardSignature, settings: IndexSettings) -> S
     return Shard(places, passed_over)
 
 
-def contents_of(shard: str, passed_over: PassedOver) -> dict[str, Content]:
-    """Return member -> where its content is. Hidden members are left out; a link has the content of its target.
+def contents_of(shard: str, file: str | BinaryIO, passed_over: PassedOver) -> dict[str, Content]:
+    """Return member -> where its content is in the shard, which is read from `file`. Hidden members are left out; a
+    link has the content of its target.
 
     Raises:
         tarfile.TarError, OSError: a part of the shard could not be read.
     """
     contents: dict[str, Content] = {}
     links: dict[str, str] = {}
-    for member in members(shard):
+    for member in members(file):
         name = posixpath.normpath(member.name).lstrip("/")
         if member.isdir():
             continue
@@ -304,11 +265,11 @@ def contents_of(shard: str, passed_over: PassedOver) -> dict[str, Content]:
     return contents
 
 
-def members(shard: str) -> Iterator[tarfile.TarInfo]:
+def members(shard: str | BinaryIO) -> Iterator[tarfile.TarInfo]:
     """Yield the members up to the shard's last byte. tarfile alone stops silently at a corrupt header, and at the first
     end in tar files that were joined with `cat`."""
     start = 0
-    with open(shard, "rb") as file:
+    with open(shard, "rb") if isinstance(shard, str) else shard as file:
         while start is not None:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -331,6 +292,8 @@ def next_used(file: BinaryIO) -> int | None:
 
 def read_member(shard: str, signature: ShardSignature, start: int, size: int) -> bytes:
     """Return the content of a member. `pread` moves no file position: workers share descriptors opened before them."""
+    if remote_shards.url_of(shard):
+        return remote_shards.read_remote(shard, signature, start, size)
     key = (shard, signature)
     if key not in open_shards:
         while len(open_shards) >= MOST_OPEN:
