@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_params import OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, ModelParams
+from model_params import OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, SCHEDULED, ModelParams, changes
 from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
@@ -95,6 +95,7 @@ class SelfSupervisedMethod(BaseMethod):
         # Flat, for load_from_checkpoint(). encoder_weights is dropped: a checkpoint has its own weights.
         found = {"embedding_dim": width, **self.counted_classes()}
         self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
+        self.has_schedules = any(changes(p, name) for name in SCHEDULED)
         self.custom_loss = None if loss is None else losses.custom_loss(loss)
         self.augment = augmentations.training_views(p)
         self.started_from = source_of_weights(p)
@@ -163,7 +164,7 @@ class SelfSupervisedMethod(BaseMethod):
             self.prototypes.scale()
         with weights_shared(self.model, self.lagging_model):
             online, keys = self.encode_views(views, batch_idx)
-        changing = scheduled(p, self.global_step, self.plan)
+        changing = scheduled(p, self.global_step, self.plan) if self.has_schedules else {}
         with torch.autocast(self.device.type, enabled=False):
             scalars = self.compare(online, keys, labels, batch_idx, changing)
         loss = scalars.pop("loss") * p.loss_factor
@@ -197,7 +198,7 @@ class SelfSupervisedMethod(BaseMethod):
         of_all = {}
         if self.custom_loss is None and p.loss_type in OF_ALL_VIEWS:
             stacked = (torch.stack([found[i] for i in sorted(found)]) for found in (queries, targets))
-            of_all = multi_view_losses.get_loss(p, self.step_seed(batch_idx))(*stacked)
+            of_all = multi_view_losses.get_loss_of_views(p, self.step_seed(batch_idx))(*stacked)
         else:
             loss_of = self.custom_loss or losses.get_loss(p, **changing, labels=labels)
             of_pairs = (loss_of(queries[i], targets[j], queue) for i, j in p.pairs)
@@ -262,7 +263,8 @@ class SelfSupervisedMethod(BaseMethod):
             rank_zero_info(f"warning: {line}")
 
     def reads_labels(self, training: bool) -> bool:
-        return self.online_classifier is not None or (not training and self.params.is_evaluated)
+        in_loss = training and self.params.loss_type == "supcon"
+        return in_loss or self.online_classifier is not None or (not training and self.params.is_evaluated)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -460,9 +460,8 @@ class ModelParams(EncoderAndDataParams):
     mlp_last_affine: bool = True  # give the normalizations after both heads weights and biases
 
     # number of views
-    n_large_views: int = number(
-        2, at_least=1, at_most=100
-    )  # large views per image; only they have keys; 1: with a teacher
+    # large views per image, the only ones that have keys; 1: possible with a teacher
+    n_large_views: int = number(2, at_least=1, at_most=100)
     n_small_views: int = number(0, at_most=100)  # small views per image: queries for the keys of all large views
     # side of small views in pixels; None: 3/7 of large views
     transform_small_crop_size: WholePerView = per_view(None, BLUR_RADIUS + 1, math.inf)
@@ -511,7 +510,7 @@ class ModelParams(EncoderAndDataParams):
 
     # schedules
     lr_schedule: str = choice("cosine", LR_SCHEDULES)  # shape of the learning rate after the warm-up
-    final_lr_schedule_value: float = non_negative(0.0, at_most=1000)  # learning rate at the end; steps: lower bound
+    final_lr_schedule_value: float = non_negative(0.0, at_most=1000)  # lr at the end, scaled as lr; steps: lower bound
     lr_decay_steps: list[float] = numbers()  # steps: epochs at which the learning rate decays, such as [60, 80]
     lr_decay_factor: float = positive(0.1, at_most=1)  # steps: factor of the learning rate at each of lr_decay_steps
     warmup_epochs: float | None = non_negative(None)  # epochs of warm-up; None: lars_warmup_epochs with lars, else 0
@@ -924,13 +923,13 @@ DINOParams = Preset(
     projection_mlp_layers=3, mlp_hidden_dim=2048, dim=256, mlp_activation="gelu",
     optimizer_name="adamw", lr=5e-4, lr_scaling="linear", weight_decay=0.04, final_weight_decay=0.4, warmup_epochs=10,
     final_lr_schedule_value=1e-6, exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
-    transform_saturation=0.2, transform_crop_scale_min=0.4, transform_blur_probability=[1.0, 0.1],
+    transform_saturation=0.2, transform_crop_scale_min=0.14, transform_blur_probability=[1.0, 0.1],
     transform_solarize_probability=[0.0, 0.2],
 )
 NNCLRParams = Preset(
     SimCLRParams, "NNCLRParams", "NNCLR (https://arxiv.org/abs/2104.14548): keys are neighbors of the other view.",
     use_nearest_keys=True, use_negative_examples_from_same_view=False, loss_constant_factor=0.5, T=0.1, K=98304,
-    dim=256, projection_mlp_layers=3, projection_mlp_hidden_dims=[2048, 2048], projection_mlp_last_normalization="bn",
+    dim=256, projection_mlp_layers=3, projection_mlp_hidden_dims=[2048, 2048], projection_mlp_last_normalization="same",
     prediction_mlp_layers=2, prediction_mlp_hidden_dims=[4096], mlp_normalization="bn", optimizer_name="lars", lr=0.3,
     lars_warmup_epochs=10, weight_decay=1e-6, exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
 )
@@ -963,11 +962,11 @@ EMPSSLParams = Preset(
 )
 FroSSLParams = Preset(
     VICRegParams, "FroSSLParams", "FroSSL (https://arxiv.org/abs/2310.02903): covariances of a small norm.",
-    loss_type="frossl", invariance_loss_weight=1,
+    loss_type="frossl", invariance_loss_weight=1, final_lr_schedule_value=0,
 )
 MMCRParams = Preset(
     VICRegParams, "MMCRParams", "MMCR (https://arxiv.org/abs/2303.03307): mean views that span many directions.",
-    loss_type="mmcr", use_unit_sphere_projection=True, invariance_loss_weight=0,
+    loss_type="mmcr", use_unit_sphere_projection=True, invariance_loss_weight=0, final_lr_schedule_value=0,
 )
 
 PRESETS = Presets(ModelParams, {

@@ -163,11 +163,15 @@ def supervised(sim: Tensor, same_class: Tensor, temperature: float) -> Scalars:
     return {"loss": loss.mean(), "step_train_acc1": of_nearest.float().mean() * 100}
 
 
-def of_same_class(labels: Tensor, n_kinds: int) -> Tensor:
+def of_same_class(labels: Tensor | None, n_kinds: int) -> Tensor:
     """Return which columns of `similarities`, with `n_kinds` kinds of negatives, show the class of the query.
 
-    An image with the label -1 is of no class, and its own key is the only one like it.
+    An image with the label -1 is of no class, and its own key is the only one like it. Without one label per image, a
+    ValueError is raised.
     """
+    if labels is None or labels.numel() != len(labels):
+        raise ValueError("loss_type='supcon' needs one label per image. Yield (images, labels); -1: unlabeled")
+    labels = labels.flatten()
     same = (labels[:, None] == distributed.gather(labels)) & (labels[:, None] >= 0)
     own = torch.ones_like(same[:, :1])
     return torch.cat([own, *[_without_own_column(same)] * n_kinds], dim=1)

@@ -1,4 +1,4 @@
-"""Losses that see all views of an image at once, as one table: `get_loss`. V views, L of them large.
+"""Losses that see all views of an image at once, as one table: `get_loss_of_views`. V views, L of them large.
 
 They get queries [V, N, D] and keys [L, N, D] of this process and return a dict of scalars, as those of `losses.py` do.
 """
@@ -17,20 +17,22 @@ N_SLICES, LAST_FREQUENCY, N_FREQUENCIES = 256, 3.0, 17  # of SIGReg: those of th
 CODING_PRECISION = 0.2  # epsilon of EMP-SSL's coding rate: that of the authors' code
 
 
-def get_loss(params: ModelParams, seed: tuple[int, ...]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+def get_loss_of_views(params: ModelParams, seed: tuple[int, ...]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
     """Return the function loss(queries, keys) that `params` selects. `seed` is that of this step."""
     p = params
     table = {
         "fastsiam": lambda q, k: mean_inner_product(q, k),
-        "lejepa": lambda q, _: lejepa(joined(q), p.n_large_views, p.sigreg_weight, seed),
-        "emp": lambda q, _: emp_ssl(joined(q), p.invariance_loss_weight),
-        "frossl": lambda q, _: frossl(joined(q), p.invariance_loss_weight),
-        "mmcr": lambda q, k: mmcr(joined(torch.cat([q, k]) if p.use_lagging_model else q), p.invariance_loss_weight),
+        "lejepa": lambda q, _: lejepa(joined_rows(q), p.n_large_views, p.sigreg_weight, seed),
+        "emp": lambda q, _: emp_ssl(joined_rows(q), p.invariance_loss_weight),
+        "frossl": lambda q, _: frossl(joined_rows(q), p.invariance_loss_weight),
+        "mmcr": lambda q, k: mmcr(
+            joined_rows(torch.cat([q, k]) if p.use_lagging_model else q), p.invariance_loss_weight
+        ),
     }
     return table[p.loss_type]
 
 
-def joined(z: Tensor) -> Tensor:
+def joined_rows(z: Tensor) -> Tensor:
     """Return the rows of all processes: [V, N, D] -> [V, W N, D]."""
     return distributed.gather(z.transpose(0, 1)).transpose(0, 1)
 

@@ -217,7 +217,7 @@ def test_every_name_has_a_loss():
     for name, preset in PRESETS.items():
         params = preset()
         if params.loss_type in OF_ALL_VIEWS:
-            found = multi_view_losses.get_loss(params, (0,))(torch.stack([q, queue]), torch.stack([q, queue]))
+            found = multi_view_losses.get_loss_of_views(params, (0,))(torch.stack([q, queue]), torch.stack([q, queue]))
         else:
             found = losses.get_loss(params, labels=torch.arange(4))(q, q, queue)
         assert found["loss"].isfinite(), name

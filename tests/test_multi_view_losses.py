@@ -31,7 +31,7 @@ WEIGHT, QUEUE = by_rule(P, 1.0), by_rule(3, 0.7)
 
 def of_all(preset: str, z: torch.Tensor, k: torch.Tensor | None = None, **fields) -> torch.Tensor:
     params = PRESETS[preset](**{"n_large_views": len(z), **fields})
-    return multi_view_losses.get_loss(params, (0, 1))(z, z if k is None else k)["loss"]
+    return multi_view_losses.get_loss_of_views(params, (0, 1))(z, z if k is None else k)["loss"]
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor, *inputs: torch.Tensor) -> None:

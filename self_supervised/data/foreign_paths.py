@@ -22,7 +22,7 @@ from model_params import LATER_ADDED
 from self_supervised.data.folders import listed_in
 from self_supervised.data.packed import data_path
 
-PATH_FIELDS = ("data_path", "video_path_prefix", "splits_path", "teacher")
+PATH_FIELDS = ("data_path", "video_path_prefix", "splits_path")
 
 
 class ForeignPath(str):
@@ -51,7 +51,7 @@ def vetted(settings: dict[str, Any], checkpoint: str | Path, given: Collection[s
     """
     run = run_of(checkpoint)
     found = {**LATER_ADDED, **settings, "encoder_weights": None}
-    for name in PATH_FIELDS:
+    for name in (*PATH_FIELDS, "teacher"):
         if isinstance(value := settings.get(name), str) and not asked_for(value, name, run):
             found[name] = ForeignPath(value)
     lists = found.get("splits_path")

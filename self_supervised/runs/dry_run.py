@@ -28,6 +28,7 @@ PART_NAMES = {  # attribute -> name in the table
     "prediction_model": "predictor",
     "lagging_model": "lagging encoder",
     "lagging_projection_model": "lagging projector",
+    "lagging_prototypes": "lagging prototypes",
     "online_classifier": "online classifier",
 }
 
@@ -126,8 +127,8 @@ def output_shapes(model: SelfSupervisedMethod) -> dict[str, str]:
     x = torch.zeros(2, *p.input_shape, device=model.device)
     with layers.in_eval_mode(model):
         for start, names in (
-            (x, ("model", "projection_model", "prediction_model")),
-            (x, ("lagging_model", "lagging_projection_model")),
+            (x, ("model", "projection_model", "prediction_model", "prototypes")),
+            (x, ("lagging_model", "lagging_projection_model", "lagging_prototypes")),
             (x, ("model", "online_classifier")),
         ):
             for name in names:

@@ -9,8 +9,8 @@ import attrs
 import torch
 
 from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
-from model_params import HEADS, SCHEDULED, EncoderAndDataParams, ModelParams, changes
-from self_supervised import losses
+from model_params import HEADS, OF_ALL_VIEWS, OF_PROTOTYPES, SCHEDULED, EncoderAndDataParams, ModelParams, changes
+from self_supervised import losses, multi_view_losses
 from self_supervised.data import custom, loading
 from self_supervised.data.class_labels import UNLABELED
 from self_supervised.data.files import MOST_SKIPPED
@@ -41,11 +41,20 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
         decode: also decode each image file, which takes about as long as an epoch. Videos take too long.
 
     Raises:
-        ValueError: a metric of save_best is not logged; a split is empty, smaller than one batch, or lacks the labels
-            that the linear stage needs.
+        ValueError: the loss lacks a teacher or labels; a metric of save_best is not logged; a split is empty, smaller
+            than one batch, or lacks the labels that the linear stage needs.
         FileNotFoundError: a split is missing.
     """
     with temporary_lists(params) as params:
+        if params.loss_type == "seed" and params.teacher is None:
+            raise ValueError(
+                "teacher=None: loss_type='seed' distills a teacher. Pass --teacher, a file, a run or a name"
+            )
+        if (
+            params.loss_type == "supcon"
+            and loading.get_dataset(params, params.dataset.pretraining_splits).labels.max() < 0
+        ):
+            raise ValueError("loss_type='supcon' needs labels, but no image has one. Choose labeled images, or simclr")
         for wanted in options.save_best:
             refuse_unknown(wanted, metric_names(options, params))
         check_images(params, options.accumulate_grad_batches)
@@ -72,15 +81,21 @@ def temporary_lists(params: ModelParams) -> Iterator[ModelParams]:
 def metric_names(options: RunOptions, params: ModelParams) -> set[str]:
     """Return the names of all metrics that a run logs. Losses and evaluations are computed on toy features."""
     p = params
-    names = {*losses.cosines(TOY, TOY), *losses.get_loss(p)(TOY, TOY, TOY)} - {"loss"}
+    names = {*losses.cosines(TOY, TOY), *toy_loss(p)} - {"loss"}
     names |= {"step_train_loss", "m", "T", "lr", *(name for name in SCHEDULED if changes(p, name))}
-    parts = ["model", *(f"{head}_model" for head in HEADS)]
+    parts = ["model", *(f"{head}_model" for head in HEADS), *(["prototypes"] if p.loss_type in OF_PROTOTYPES else [])]
     if p.online_classifier:
         names |= {"online_train_loss", "online_train_acc1"}
         parts.append("online_classifier")
     if options.log_gradient_norms:
         names |= {f"grad_norm_{part}" for part in parts}
     return names | names_of_scores(p) if options.limit_val_batches != 0 and p.is_evaluated else names
+
+
+def toy_loss(params: ModelParams) -> losses.Scalars:
+    if params.loss_type in OF_ALL_VIEWS:
+        return multi_view_losses.get_loss_of_views(params, (0,))(*TOY.expand(2, 2, -1, -1))
+    return losses.get_loss(params, labels=torch.arange(len(TOY)))(TOY, TOY, TOY)
 
 
 def names_of_scores(params: ModelParams) -> set[str]:
