@@ -460,8 +460,7 @@ class ModelParams(EncoderAndDataParams):
     mlp_last_affine: bool = True  # give the normalizations after both heads weights and biases
 
     # number of views
-    # large views per image, the only ones that have keys; 1: possible with a teacher
-    n_large_views: int = number(2, at_least=1, at_most=100)
+    n_large_views: int = number(2, at_least=1, at_most=100)  # large views per image, the only ones with keys
     n_small_views: int = number(0, at_most=100)  # small views per image: queries for the keys of all large views
     # side of small views in pixels; None: 3/7 of large views
     transform_small_crop_size: WholePerView = per_view(None, BLUR_RADIUS + 1, math.inf)

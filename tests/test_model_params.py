@@ -93,7 +93,7 @@ def test_unknown_field_is_a_type_error():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"loss_type": "cee"}, "loss_type='cee' is unknown: choose one of ce, dcl, bce, ip, sce, vic, barlow"),
+        ({"loss_type": "cee"}, "loss_type='cee' is unknown: choose one of ce, dcl, bce, ip, sce, seed, vic, "),
         ({"optimizer_name": "adan"}, "optimizer_name='adan' is unknown: choose one of sgd, lars, adamw, adam"),
         ({"mlp_normalization": "batch"}, "mlp_normalization='batch' is unknown: choose one of None, bn, ln, gn, br"),
         ({"prediction_mlp_normalization": "x"}, "prediction_mlp_normalization='x' .*None, same, bn"),
@@ -144,7 +144,7 @@ def test_the_home_directory_stands_for_a_tilde_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     p = ModelParams(dataset_name="folder", data_path="~/a.tar::~/b.tar", splits_path=Path("~/lists"))
     assert (p.data_path, p.splits_path) == ("/home/me/a.tar::/home/me/b.tar", "/home/me/lists")
-    names = {"out", "preview", "resume", "data_path", "splits_path", "encoder_weights", "video_path_prefix"}
+    names = {"out", "preview", "resume", "data_path", "splits_path", "encoder_weights", "video_path_prefix", "teacher"}
     every = [field for kind in (RunOptions, ModelParams) for field in attr.fields(kind)]
     assert {field.name for field in every if field.converter is expanded} == names
     assert {field.name for field in every if field.name.split("_")[-1] in ("path", "folder", "file", "prefix")} <= names

@@ -389,7 +389,8 @@ def accumulate(rank: int, world: int) -> dict:
     g = torch.Generator().manual_seed(0)
     views = [[torch.randn(IMAGES, 1, 8, 8, generator=g) for _ in range(2)] for _ in range(ACCUMULATED * STEPS)]
     share = slice(rank, None, world)
-    runs = {name: ([[view[share] for view in batch] for batch in views], ACCUMULATED) for name in PRESETS}
+    labels = torch.arange(IMAGES)[share] // 3
+    runs = {name: ([([view[share] for view in batch], labels) for batch in views], ACCUMULATED) for name in PRESETS}
     if world == 1:
         pairs = zip(views[::2], views[1::2], strict=True)
         runs["byol at once"] = [[torch.cat(both) for both in zip(*pair, strict=True)] for pair in pairs], 1
@@ -423,10 +424,11 @@ def strategies(rank: int, world: int) -> dict:
         for index, options in enumerate(STRATEGIES):
             g = torch.Generator().manual_seed(rank)
             views = [[torch.randn(8, 1, 8, 8, generator=g) for _ in range(2)] for _ in range(STEPS)]
+            batches = [(pair, torch.arange(8) // 3) for pair in views]
             torch.manual_seed(1)
             params = PRESETS[name](**{**TINY, "mlp_normalization": "ln", "evaluations": []})
             model = SelfSupervisedMethod(params, encoder=encoder())
-            trainer_of(world, strategy=DDPStrategy(**options)).fit(model, Batches(views))
+            trainer_of(world, strategy=DDPStrategy(**options)).fit(model, Batches(batches))
             found[name, index] = model.state_dict()
     return found
 
