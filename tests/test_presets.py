@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import LONG
+from pytorch_lightning.callbacks import LambdaCallback
 
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
@@ -71,3 +72,18 @@ def test_weight_standardization_and_another_normalization_for_the_predictor(name
     kinds = [type(layer).__name__ for layer in model.projection_model.modules()]
     assert "GroupNorm" in kinds and "LayerNorm" not in kinds
     assert ("LayerNorm" in [type(layer).__name__ for layer in model.prediction_model.modules()]) == (name == "byol")
+
+
+@pytest.mark.parametrize("name", ["swav", "dino", "nnclr", "lejepa", "supcon"])
+def test_prototypes_neighbors_slices_and_labels_resume_bit_equal(name, small, trainer, tmp_path):
+    def trained(checkpoint: str | None = None) -> dict[str, torch.Tensor]:
+        model = SelfSupervisedMethod(small(name, encoder_arch="small_cnn", evaluations=[], batch_size=8))
+        save = LambdaCallback(
+            on_train_epoch_end=lambda fit, _: fit.save_checkpoint(tmp_path / f"{fit.current_epoch}.ckpt")
+        )
+        fit = trainer(max_epochs=2, limit_train_batches=3, callbacks=[] if checkpoint else [save])
+        fit.fit(model, ckpt_path=checkpoint)
+        return model.state_dict()
+
+    whole, resumed = trained(), trained(str(tmp_path / "0.ckpt"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
