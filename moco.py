@@ -30,8 +30,10 @@ from self_supervised.numerics import Scores, at_least_float32
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
-from self_supervised.training.loss_schedules import scheduled
+from self_supervised.training.loss_schedules import prototypes_are_frozen, scheduled
+from self_supervised.training.micro_batches import MicroBatches
 from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
+from self_supervised.training.precision import refuse_half_precision
 from self_supervised.training.record import TrainingRecord
 from self_supervised.training.verdict import Verdict, starting_point
 from self_supervised.views import augmentations
@@ -78,9 +80,7 @@ class SelfSupervisedMethod(BaseMethod):
                 self.params = p = attrs.evolve(p, dim=self.teacher[0].width)
             self.projection_model = MLP(width, output_dim=p.dim, **p.head("projection"))
             self.prediction_model = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
-            self.prototypes = None
-            if p.loss_type in OF_PROTOTYPES:
-                self.prototypes = Prototypes(p.n_prototypes, p.dim, p.loss_type, p.center_momentum)
+            self.prototypes = Prototypes(p) if p.loss_type in OF_PROTOTYPES else None
             self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.lagging_prototypes = frozen_copy(self.prototypes) if self.prototypes and p.use_lagging_model else None
@@ -144,13 +144,23 @@ class SelfSupervisedMethod(BaseMethod):
         p = self.params
         query_views, key_views = map(set, zip(*p.pairs, strict=True))
         if self.teacher:
-            online = {i: self.encode(views[i]) for i in query_views}
-            return online, {j: self.on_sphere(self.teacher[0](views[j])) for j in key_views}
+            return self.encode_each(views, query_views), {
+                j: self.on_sphere(self.teacher[0](views[j])) for j in key_views
+            }
         if self.lagging_model is None:
-            online = {i: self.encode(views[i]) for i in query_views | key_views}
+            online = self.encode_each(views, query_views | key_views)
             return online, {j: online[j][0].detach() if p.stop_gradient_of_keys else online[j][0] for j in key_views}
-        online = {i: self.encode(views[i]) for i in query_views}
-        return online, {j: self.encode_lagging(views[j], batch_idx) for j in key_views}
+        online = self.encode_each(views, query_views)
+        parts = {j: views[j].split(p.micro_batch_size or len(views[j])) for j in key_views}
+        return online, {j: torch.cat([self.encode_lagging(x, batch_idx) for x in parts[j]]) for j in key_views}
+
+    def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, tuple]:
+        """Return {view i: encode(view i)}; with `micro_batch_size` as leaves, for `backward`."""
+        size = self.params.micro_batch_size
+        if size is None:
+            return {i: self.encode(views[i]) for i in which}
+        self.micro_batches = MicroBatches(self.encode, {i: views[i] for i in which}, size, torch.initial_seed())
+        return self.micro_batches.outputs
 
     def training_step(self, batch: tuple[list[Tensor], Tensor | None], batch_idx: int) -> Tensor:
         p = self.params
@@ -164,28 +174,22 @@ class SelfSupervisedMethod(BaseMethod):
             self.prototypes.scale()
         with weights_shared(self.model, self.lagging_model):
             online, keys = self.encode_views(views, batch_idx)
-        changing = scheduled(p, self.global_step, self.plan) if self.has_schedules else {}
         with torch.autocast(self.device.type, enabled=False):
-            scalars = self.compare(online, keys, labels, batch_idx, changing)
+            scalars = self.compare(online, keys, labels, batch_idx)
         loss = scalars.pop("loss") * p.loss_factor
         if self.queue is not None:
             new_keys = [keys[j].detach() for j in sorted(keys)]  # gathered by view, in the order of a single process
             self.new_keys = [k if p.gather_keys_for_queue is False else distributed.gather(k) for k in new_keys]
-        constants = {"m": self.momentum(), "T": p.T, **changing}
-        constants = {name: loss.new_full((), value) for name, value in constants.items()}  # a copy would wait
+        constants = {name: loss.new_full((), value) for name, value in (("m", self.momentum()), ("T", p.T))}
         self.log_step({"step_train_loss": loss.detach(), **scalars, **constants})
         return loss + self.online_loss(online[0][2], labels) if p.online_classifier else loss
 
     def compare(
-        self,
-        online: dict[int, tuple],
-        keys: dict[int, Tensor],
-        labels: Tensor | None,
-        batch_idx: int,
-        changing: dict[str, float],
+        self, online: dict[int, tuple], keys: dict[int, Tensor], labels: Tensor | None, batch_idx: int
     ) -> losses.Scalars:
         """Return the loss of the views that `encode_views` has encoded, and scalars to log, both means over pairs."""
         p = self.params
+        changing = scheduled(p, self.global_step, self.plan) if self.has_schedules else {}
         queue = None if self.queue is None else at_least_float32(self.queue.keys)
         queries, targets = {i: q for i, (_, q, _) in online.items()}, keys
         if self.prototypes is not None:
@@ -203,7 +207,8 @@ class SelfSupervisedMethod(BaseMethod):
             loss_of = self.custom_loss or losses.get_loss(p, **changing, labels=labels)
             of_pairs = (loss_of(queries[i], targets[j], queue) for i, j in p.pairs)
             per_pair = [{**cosines, **found} for cosines, found in zip(per_pair, of_pairs, strict=True)]
-        return {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]} | of_all
+        means = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
+        return {**means, **of_all, **{name: queries[0].new_full((), value) for name, value in changing.items()}}
 
     def online_loss(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         """Return the online classifier's loss. No gradient reaches the encoder, which never sees labels."""
@@ -212,11 +217,15 @@ class SelfSupervisedMethod(BaseMethod):
         self.log_step({"online_train_loss": loss.detach(), "online_train_acc1": accuracy})
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(loss, *args, **kwargs)
+        if self.params.micro_batch_size is not None:
+            with self.trainer.precision_plugin.train_step_context():
+                self.micro_batches.backward(self)
+            distributed.average_gradients(self.parameters())
+
     def on_after_backward(self) -> None:
-        if (
-            self.prototypes is not None
-            and self.global_step < self.params.prototypes_frozen_epochs * self.plan.steps_per_epoch
-        ):
+        if self.prototypes is not None and prototypes_are_frozen(self.params, self.global_step, self.plan):
             self.prototypes.weight.grad = None
         if self.queue is not None:  # not earlier: backward() still reads the keys that push() overwrites
             self.queue.push(torch.cat(self.new_keys))
@@ -259,6 +268,8 @@ class SelfSupervisedMethod(BaseMethod):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self.params.micro_batch_size is not None:
+            self.trainer.model.require_backward_grad_sync = False  # of DDP, which could not wait for all parts
         for line in advice.doubts(self.params, self.plan, advice.CUSTOM if self.custom_loss else self.params.loss_type):
             rank_zero_info(f"warning: {line}")
 
@@ -270,16 +281,9 @@ class SelfSupervisedMethod(BaseMethod):
         super().setup(stage)
         if stage == "fit":
             refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
-            self.refuse_half_precision()
+            if self.lagging_model is not None:
+                refuse_half_precision(self.trainer.precision, self.params.m)
         self.trains_on_own_data = stage != "fit"  # when fitting: as soon as train_dataloader() is called
-
-    def refuse_half_precision(self) -> None:
-        if self.lagging_model is not None and self.trainer.precision in ("bf16-true", "16-true"):
-            mixed = self.trainer.precision.replace("true", "mixed")
-            raise ValueError(
-                f"precision={self.trainer.precision!r} is too low for the lagging model: half precision rounds its "
-                f"updates, of which the weight is 1 - m = {1 - self.params.m:.2g}, to zero. Use {mixed!r}"
-            )
 
     def train_dataloader(self):
         self.trains_on_own_data = True

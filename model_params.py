@@ -373,6 +373,9 @@ class ModelParams(EncoderAndDataParams):
     use_negative_examples_from_same_view: bool = False  # use the queries of other images as negatives, as in SimCLR
     dcl_sigma: float | None = positive(None, by=1e-4)  # DCLW: softness of the own keys' weights; None: DCL, no weights
 
+    # images encoded at once; None: the whole batch. The loss and its gradient are those of the whole batch
+    micro_batch_size: int | None = positive(None)
+
     # BYOL and the loss
     use_momentum_schedule: bool = False  # raise m to 1 along half a cosine
     loss_constant_factor: float = positive(1, at_most=1e6)  # factor by which the loss is multiplied

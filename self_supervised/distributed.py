@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
@@ -145,6 +145,14 @@ def gather_each(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not tensors or not is_distributed():
         return tensors
     return gather(torch.stack(tensors, dim=1)).unbind(1)
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace gradients by their means over all processes, as DDP does."""
+    for parameter in parameters if is_distributed() else ():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
 
 
 def own_rows(joined: Tensor) -> Tensor:

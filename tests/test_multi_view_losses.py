@@ -64,7 +64,7 @@ def test_supcon_equals_its_equation_and_the_authors_code(labels, recorded):
 
 
 def prototypes(loss_type: str) -> Prototypes:
-    made = Prototypes(P, D, loss_type, 0.9).double()
+    made = Prototypes(PRESETS[loss_type](n_prototypes=P, dim=D)).double()
     made.weight.data.copy_(WEIGHT)
     return made
 

@@ -165,6 +165,7 @@ SENSIBLE = {
     "n_small_views": either(0, 0, 1, 2, 3),
     "use_momentum_schedule": FLAG,
     "use_nearest_keys": FLAG,
+    "micro_batch_size": either(None, None, 2, 7, 100),
     "teacher": st.none(),
     "teacher_channels": either([], [0]),
     "n_prototypes": either(1, 2, 24),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model_params import ModelParams
 from self_supervised import distributed
 
 # ---- Queue and lagging model ----
@@ -59,17 +60,15 @@ class Prototypes(nn.Module):
 
     Their length has no effect. SwAV's code sets it to 1 before each step, DINO's divides by it (weight normalization).
 
-    Args:
-        loss_type: "swav" or "dino".
-        center_momentum: fraction of itself that DINO's center keeps at each step.
+    `params.loss_type` is "swav" or "dino".
     """
 
-    def __init__(self, n_prototypes: int, dim: int, loss_type: str, center_momentum: float):
+    def __init__(self, params: ModelParams):
         super().__init__()
-        self.weight = nn.Linear(dim, n_prototypes, bias=False).weight
-        self.register_buffer("center", torch.zeros(n_prototypes))
-        self.assigns = loss_type == "swav"
-        self.center_momentum = center_momentum
+        self.weight = nn.Linear(params.dim, params.n_prototypes, bias=False).weight
+        self.register_buffer("center", torch.zeros(params.n_prototypes))
+        self.assigns = params.loss_type == "swav"
+        self.center_momentum = params.center_momentum  # fraction of itself that DINO's center keeps at each step
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the similarities [N, P] of projections [N, D]."""

@@ -18,3 +18,8 @@ def scheduled(params: ModelParams, step: int, plan: optimizers.Plan | None) -> d
             curves = (getattr(p, f"{name}_warmup"), getattr(p, f"{name}_schedule"))
             found[name] = optimizers.warmup_then(step, plan.steps, warmup_steps, *values, *curves)
     return found
+
+
+def prototypes_are_frozen(params: ModelParams, step: int, plan: optimizers.Plan) -> bool:
+    """Return whether prototypes do not change at an optimizer step."""
+    return step < params.prototypes_frozen_epochs * plan.steps_per_epoch

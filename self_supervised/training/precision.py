@@ -144,3 +144,12 @@ def has_blind_tap(size: int, kernel: int, stride: int, padding: int, dilation: i
     outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     starts = range(-padding, -padding + outputs * stride, stride)
     return any(all(not 0 <= start + tap * dilation < size for start in starts) for tap in range(kernel))
+
+
+def refuse_half_precision(precision: str, m: float) -> None:
+    """Raise ValueError if the lagging model, which keeps m of itself at each step, would be in half precision."""
+    if precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"precision={precision!r} is too low for the lagging model: half precision rounds its updates, of which "
+            f"the weight is 1 - m = {1 - m:.2g}, to zero. Use {precision.replace('true', 'mixed')!r}"
+        )

@@ -20,6 +20,7 @@ WORLDS, IMAGES, STEPS = (2, 4), 16, 5  # images of the joined batch
 BATCH = {"use_negative_examples_from_batch": True}
 BOTH_VIEWS = {"use_both_augmentations_as_queries": True}
 SMALL_VIEWS = {"n_small_views": 2, "transform_small_crop_size": 8}  # the size of the large views, for one encoder
+MICRO = ("moco_v2", "byol", "simclr", "vicreg", "swav")
 CASES = {
     **{name: {"preset": name} for name in PRESETS},
     "ce, batch": {**BATCH, "use_negative_examples_from_queue": False},
@@ -33,6 +34,7 @@ CASES = {
     "dclw": {"preset": "dcl", "dcl_sigma": 0.5},
     "shuffled": {"shuffle_batch_norm": True},
     **{f"{name}, small views": {"preset": name, **SMALL_VIEWS} for name in ("sce", "simclr", "vicreg")},
+    **{f"{name}, micro-batches": {"preset": name, "micro_batch_size": 3} for name in MICRO},
     "online classifier": {"online_classifier": True},
     "online classifier, lars": {"preset": "byol", "online_classifier": True, "online_classifier_lr": 2.0},
     "lars": {"optimizer_name": "lars", "exclude_matching_parameters_from_lars": [".bias", ".bn"], "lars_eta": 0.02},

@@ -1,0 +1,57 @@
+"""A batch that is encoded in parts has the loss and the gradients of the whole batch, in the memory of a part."""
+
+import pytest
+import torch
+from test_ddp import SMALL, Batches, encoder
+from test_ddp import trainer as trainer_of
+from torch import nn
+
+from moco import SelfSupervisedMethod
+from model_params import PRESETS
+
+N = 12
+OTHERS = {"n_small_views": 1, "transform_small_crop_size": 8}
+
+
+class Noisy(nn.Module):
+    """Encoder whose dropout must draw the same numbers in both passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = encoder()
+        self.seen = []
+
+    def forward(self, x):
+        found = nn.functional.dropout(self.layers(x), 0.5, self.training)
+        self.seen.append((found.requires_grad, found.detach()))
+        return found
+
+
+def trained(preset: str, module: nn.Module | None = None, **fields) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    views = [[torch.randn(N, 1, 8, 8, generator=g).double() for _ in range(3)] for _ in range(3)]
+    torch.manual_seed(1)
+    params = PRESETS[preset](**{**SMALL, "mlp_normalization": "ln", "evaluations": [], **fields})
+    model = SelfSupervisedMethod(params, encoder=module or encoder())
+    trainer_of(1, precision="64-true").fit(model, Batches([(of_step, torch.arange(N) // 3) for of_step in views]))
+    return model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields"), [(name, {}) for name in PRESETS if name != "distill"] + [("sce", OTHERS)]
+)
+def test_training_equals_that_with_whole_batches(preset, fields):
+    whole, parts = trained(preset, **fields), trained(preset, **fields, micro_batch_size=5)
+    for name, value in whole.items():
+        assert torch.allclose(parts[name].double(), value.double(), rtol=1e-8, atol=1e-9), name
+
+
+def test_both_passes_draw_the_same_and_statistics_move_once():
+    module = Noisy()
+    module.layers[1] = nn.BatchNorm2d(8, momentum=None)  # its statistics are means over the batches that it counts
+    state = trained("simclr", module, micro_batch_size=4)
+    first, second = ([x for has, x in module.seen if has is passed] for passed in (False, True))
+    first = first[1:]  # without the encoding of an image that measures the width
+    assert len(first) == len(second) == 3 * 2 * 3  # steps, views, parts
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    assert state["model.layers.1.num_batches_tracked"] == 3 * 2 * 3
