@@ -370,11 +370,10 @@ class ModelParams(EncoderAndDataParams):
     eqco_alpha: float = positive(65536)  # number of negatives that the loss emulates, if use_eqco_margin is set
     use_eqco_margin: bool = False  # add EqCo's margin to the logits of the negatives
     use_negative_examples_from_batch: bool = False  # use the keys of other images in the batch as negatives
+    # images that are encoded at once, while the loss is that of the whole batch; None: all
+    micro_batch_size: int | None = positive(None)
     use_negative_examples_from_same_view: bool = False  # use the queries of other images as negatives, as in SimCLR
     dcl_sigma: float | None = positive(None, by=1e-4)  # DCLW: softness of the own keys' weights; None: DCL, no weights
-
-    # images encoded at once; None: the whole batch. The loss and its gradient are those of the whole batch
-    micro_batch_size: int | None = positive(None)
 
     # BYOL and the loss
     use_momentum_schedule: bool = False  # raise m to 1 along half a cosine
@@ -944,7 +943,7 @@ DistillParams = Preset(
     loss_type="seed", use_lagging_model=False, sce_target_T=0.01, lr=0.03,
 )
 FastSiamParams = Preset(
-    SimSiamParams, "FastSiamParams", "FastSiam (DAGM 2022): SimSiam with four views, whose keys are means of three.",
+    SimSiamParams, "FastSiamParams", "FastSiam (https://doi.org/10.1007/978-3-031-16788-1_4): SimSiam, keys are means.",
     loss_type="fastsiam", n_large_views=4, use_unit_sphere_projection=False, use_both_augmentations_as_queries=False,
     loss_constant_factor=1,
 )

@@ -1,6 +1,7 @@
-"""Accuracy of bf16-mixed against 32-true: SimCLR, BYOL and VICReg on CIFAR-10, 3 epochs, 3 seeds each.
+"""Accuracy of bf16-mixed, and of Winograd's convolutions, against 32-true: CIFAR-10, 3 epochs, 3 seeds each.
 
     python -m benchmarks.bf16_accuracy
+    python -m benchmarks.bf16_accuracy --methods simclr --arithmetic winograd
     python -m benchmarks.bf16_accuracy --methods simclr --seeds 0 --data_fraction 0.1 --encoder_arch small_cnn
 
 Every finished training is a row of bf16_accuracy.csv and is not repeated when the command is started again. Means and
@@ -21,7 +22,8 @@ from moco import SelfSupervisedMethod
 from self_supervised.recipes import recipe
 
 METHODS = ("simclr", "byol", "vicreg")
-PRECISIONS = ("32-true", "bf16-mixed")
+FLOAT32, WINOGRAD = "32-true", "winograd"  # the latter in 32-true
+ARITHMETIC = (FLOAT32, "bf16-mixed", WINOGRAD)
 SCORES = {"linear %": "valid_class_acc", "kNN-20 %": "valid_knn20_acc"}
 SETTINGS = {"evaluations": ["linear_probe", "knn"]}
 QUICK = {**SETTINGS, "dataset_name": "digits", "mlp_hidden_dim": 16, "dim": 16}
@@ -41,8 +43,10 @@ def trained(key: Row, settings: dict[str, Any]) -> Row:
         max_epochs=epochs,
         warmup_epochs=epochs / 10,
         evaluate_every_n_epochs=epochs,
+        winograd=key["precision"] == WINOGRAD,
     )
-    trainer = pl.Trainer(max_epochs=epochs, precision=key["precision"], num_sanity_val_steps=0, **TRAINER)
+    precision = FLOAT32 if key["precision"] == WINOGRAD else key["precision"]
+    trainer = pl.Trainer(max_epochs=epochs, precision=precision, num_sanity_val_steps=0, **TRAINER)
     start = time.process_time()
     trainer.fit(SelfSupervisedMethod(params))
     found = {name: round(float(trainer.callback_metrics[metric]), 3) for name, metric in SCORES.items()}
@@ -50,26 +54,28 @@ def trained(key: Row, settings: dict[str, Any]) -> Row:
 
 
 def summary(rows: list[Row]) -> list[Row]:
-    """Return one row for each experiment and score: both precisions, and their difference in standard deviations."""
+    """Return one row for each experiment, other arithmetic and score: both, and their difference in deviations."""
     groups: dict[tuple, dict[str, list[Row]]] = {}
     for row in rows:
         experiment = tuple(str(row[name]) for name in ("method", "encoder", "epochs", "fraction"))
         groups.setdefault(experiment, {}).setdefault(row["precision"], []).append(row)
     found = []
-    for (experiment, of_precision), score in itertools.product(groups.items(), SCORES):
-        if set(of_precision) != set(PRECISIONS):
+    for (experiment, of), other, score in itertools.product(groups.items(), ARITHMETIC[1:], SCORES):
+        if not {FLOAT32, other} <= set(of):
             continue
-        float32, half = ([float(row[score]) for row in of_precision[name]] for name in PRECISIONS)
-        minutes = [statistics.median(float(row["minutes"]) for row in of_precision[name]) for name in PRECISIONS]
+        float32, values = ([float(row[score]) for row in of[name]] for name in (FLOAT32, other))
+        minutes = [statistics.median(float(row["minutes"]) for row in of[name]) for name in (FLOAT32, other)]
         spread = statistics.stdev(float32) if len(float32) > 1 else float("nan")
-        difference = statistics.mean(half) - statistics.mean(float32)
+        difference = statistics.mean(values) - statistics.mean(float32)
         found.append({
             **dict(zip(("method", "encoder", "epochs", "fraction"), experiment, strict=True)),
             "score": score,
-            **{name: text(values) for name, values in zip(PRECISIONS, (float32, half), strict=True)},
+            FLOAT32: text(float32),
+            "arithmetic": other,
+            "mean": text(values),
             "difference": round(difference, 2),
             "in standard deviations": f"{difference / spread:.1f}" if spread > 0 else "-",
-            "minutes, 32-true / bf16-mixed": round(minutes[0] / max(minutes[1], 0.01), 2),
+            "times as fast": round(minutes[0] / max(minutes[1], 0.01), 2),
         })  # fmt: skip
     return found
 
@@ -82,6 +88,8 @@ def text(values: list[float]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__, rounds=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="presets (all)")
+    known = {"nargs": "+", "choices": ARITHMETIC, "default": ARITHMETIC[:2]}
+    parser.add_argument("--arithmetic", **known, help="(32-true bf16-mixed)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
     parser.add_argument("--max_epochs", type=int, default=3, help="epochs (3)")
     parser.add_argument("--encoder_arch", default="resnet18", help="encoder (resnet18)")
@@ -93,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         options.encoder_arch, options.max_epochs, options.seeds, options.methods = "small_cnn", 1, [0], ["vicreg"]
         options.data_fraction = 0.2
     experiment = {"encoder": options.encoder_arch, "epochs": options.max_epochs, "fraction": options.data_fraction}
-    for seed, method, precision in itertools.product(options.seeds, options.methods, PRECISIONS):
+    for seed, method, precision in itertools.product(options.seeds, options.methods, options.arithmetic):
         key = {"method": method, "precision": precision, "seed": seed, **experiment}
         rows = finished(options.out / "bf16_accuracy.csv")
         if not has(rows, key):
