@@ -189,6 +189,7 @@ class LinearClassifierMethod(BaseMethod):
         self.model.requires_grad_(self.trains_encoder)
         found = {"embedding_dim": width, "class_names": names, **self.counted_classes()}
         self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
+        self.built = self.params
 
         of_data = p.dataset.view
         flips = of_data.flip_probability if p.transform_flip_probability is None else p.transform_flip_probability

@@ -26,12 +26,12 @@ from self_supervised.networks.encoders import check_small_views, embeddings_of, 
 from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys
 from self_supervised.networks.teacher import Teacher
-from self_supervised.numerics import Scores, at_least_float32
+from self_supervised.numerics import Scores, at_least_float32, in_parts
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
 from self_supervised.training.loss_schedules import prototypes_are_frozen, scheduled
-from self_supervised.training.micro_batches import MicroBatches
+from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
 from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.precision import refuse_half_precision
 from self_supervised.training.record import TrainingRecord
@@ -96,6 +96,7 @@ class SelfSupervisedMethod(BaseMethod):
         found = {"embedding_dim": width, **self.counted_classes()}
         self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
         self.has_schedules = any(changes(p, name) for name in SCHEDULED)
+        self.built = self.params
         self.custom_loss = None if loss is None else losses.custom_loss(loss)
         self.augment = augmentations.training_views(p)
         self.started_from = source_of_weights(p)
@@ -151,7 +152,7 @@ class SelfSupervisedMethod(BaseMethod):
             online = self.encode_each(views, query_views | key_views)
             return online, {j: online[j][0].detach() if p.stop_gradient_of_keys else online[j][0] for j in key_views}
         online = self.encode_each(views, query_views)
-        parts = {j: views[j].split(p.micro_batch_size or len(views[j])) for j in key_views}
+        parts = {j: in_parts(views[j], p.micro_batch_size) for j in key_views}
         return online, {j: torch.cat([self.encode_lagging(x, batch_idx) for x in parts[j]]) for j in key_views}
 
     def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, tuple]:
@@ -221,8 +222,9 @@ class SelfSupervisedMethod(BaseMethod):
         super().backward(loss, *args, **kwargs)
         if self.params.micro_batch_size is not None:
             with self.trainer.precision_plugin.train_step_context():
-                self.micro_batches.backward(self)
+                vars(self).pop("micro_batches").backward(self)
             distributed.average_gradients(self.parameters())
+            synchronize_buffers_alone(self.trainer.model)
 
     def on_after_backward(self) -> None:
         if self.prototypes is not None and prototypes_are_frozen(self.params, self.global_step, self.plan):
@@ -269,7 +271,8 @@ class SelfSupervisedMethod(BaseMethod):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self.params.micro_batch_size is not None:
-            self.trainer.model.require_backward_grad_sync = False  # of DDP, which could not wait for all parts
+            refuse_strategy(self.trainer)
+            synchronize_buffers_alone(self.trainer.model)
         for line in advice.doubts(self.params, self.plan, advice.CUSTOM if self.custom_loss else self.params.loss_type):
             rank_zero_info(f"warning: {line}")
 

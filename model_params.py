@@ -52,6 +52,7 @@ COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
 OF_PROTOTYPES = ("swav", "dino")  # losses that compare with prototypes
 OF_ALL_VIEWS = ("fastsiam", "lejepa", "emp", "frossl", "mmcr")  # losses of all views at once, not of pairs
 LOSSES = ("ce", "dcl", "bce", "ip", "sce", "seed", "vic", "barlow", "supcon", *OF_PROTOTYPES, *OF_ALL_VIEWS)
+OF_STATISTICS = ("vic", "barlow", "lejepa", "emp", "frossl", "mmcr")  # losses of whole batches of projections
 NEED_NEGATIVES = ("ce", "dcl", "sce", "seed", "supcon")
 HEADS = ("projection", "prediction")
 LAST_NORMALIZATIONS = (None, "same", *NORMALIZATIONS)
@@ -632,6 +633,9 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
          "loss_type='supcon' knows no labels of the keys in a queue. Set use_negative_examples_from_queue=False"),
         (p.use_nearest_keys and not p.use_unit_sphere_projection,
          "use_nearest_keys=True compares keys of length 1. Set use_unit_sphere_projection=True"),
+        (p.use_nearest_keys and p.use_negative_examples_from_queue,
+         "use_nearest_keys=True takes positives from the queue, which cannot be negatives, too. Set "
+         "use_negative_examples_from_queue=False"),
         (p.use_nearest_keys and p.loss_type in (*OF_PROTOTYPES, *OF_ALL_VIEWS),
          f"use_nearest_keys=True is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
         (p.teacher is not None and p.use_lagging_model,
@@ -684,7 +688,10 @@ def contradictions_of_numbers(params: ModelParams) -> list[tuple[bool, str]]:
          f"K={p.K} keys of dim={p.dim} make a queue of more than {LARGEST_QUEUE} numbers. Choose fewer"),
         (bool(ungrouped),
          f"{', '.join(ungrouped[:1])} does not fit group norm. Choose a multiple of {GROUPS}"),
-        (one_image and (batch_alone or p.loss_type in ("vic", "barlow", "lejepa", "emp", "frossl", "mmcr")),
+        (p.micro_batch_size == 1 and of_batch,
+         f"micro_batch_size=1 is too small for mlp_normalization={p.mlp_normalization!r}: a single image has no "
+         "statistics. Choose a larger one"),
+        (one_image and (batch_alone or p.teacher is not None or p.loss_type in OF_STATISTICS),
          f"{size} gives loss_type={p.loss_type!r} no other image to compare with. Choose a larger batch, or a queue"),
         (one_image and of_batch,
          f"{size} is too small for mlp_normalization={p.mlp_normalization!r}, "
@@ -983,7 +990,7 @@ PRESETS = Presets(ModelParams, {
 FAMILIES = {  # what is compared -> losses
     "a query with its key and with other images": ("ce", "dcl", "bce", "sce", "supcon"),
     "a prediction with its key": ("ip", "fastsiam"),
-    "batches of projections with each other": ("vic", "barlow", "lejepa", "emp", "frossl", "mmcr"),
+    "batches of projections with each other": OF_STATISTICS,
     "projections with prototypes": OF_PROTOTYPES,
     "a student with its teacher (--teacher)": ("seed",),
 }

@@ -64,7 +64,7 @@ def sigreg(z: Tensor, seed: tuple[int, ...]) -> Tensor:
     squared distance between both characteristic functions (trapezoidal rule).
     """
     drawn = np.random.default_rng(seed).standard_normal((z.shape[2], N_SLICES))
-    directions = distributed.to_device(torch.from_numpy(drawn), z.device).to(z.dtype)
+    directions = distributed.to_device(torch.from_numpy(drawn).to(z.dtype), z.device)
     t = torch.linspace(0, LAST_FREQUENCY, N_FREQUENCIES, dtype=z.dtype, device=z.device)
     angles = (z @ F.normalize(directions, dim=0)).unsqueeze(3) * t
     normal = torch.exp(-t.square() / 2)

@@ -92,3 +92,8 @@ def in_float64(x: Tensor) -> Tensor:
 def able(x: Tensor | None) -> Tensor | None:
     """Return x, copied to the host if it is on Apple's MPS, which lacks float64 and most of torch.linalg."""
     return x.cpu() if x is not None and x.device.type == "mps" else x
+
+
+def in_parts(x: Tensor, size: int | None) -> tuple[Tensor, ...]:
+    """Return the rows of x [N, ...] in parts of nearly the same size, at most `size`; None: in one part."""
+    return x.tensor_split(-(-len(x) // (size or len(x))))

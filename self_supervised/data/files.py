@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 from self_supervised.catalogue import MOST_WORKERS
 from self_supervised.data.class_labels import class_numbers_of, composed
 from self_supervised.data.file_search import folders_in
+from self_supervised.data.remote_shards import UnreachableShard
 
 UNREADABLE = -(2**31)  # label of a row that replaces an unreadable image in an evaluation
 MOST_SKIPPED = 20  # files listed in a warning
@@ -178,6 +179,8 @@ class LabeledFiles(Dataset):
                     label = self.files[candidate][1]
                     is_replaced = self.evaluated and candidate != index
                     return found, np.full_like(label, UNREADABLE)[()] if is_replaced else label
+                except UnreachableShard:  # the image may be sound, and the others of its shard, too
+                    raise
                 except Exception as error:  # on corrupt files, readers raise exceptions of many types
                     self.refuse(candidate, error)
                     self.next[candidate] = candidate + 1

@@ -6,6 +6,7 @@ least recently used copies are removed when all of them exceed URL_CACHE_GB. An 
 request. Order: places, requests, copies, reading ahead.
 """
 
+import errno
 import hashlib
 import io
 import math
@@ -50,7 +51,7 @@ class UnreachableShard(ValueError):
 
 
 def folder() -> Path:
-    return data_path().absolute() / "shards_from_urls"
+    return Path(os.path.abspath(data_path())) / "shards_from_urls"
 
 
 def place_of(url: str) -> str:
@@ -273,7 +274,9 @@ def download(place: str, signature: Signature, keep: Collection[Path] = ()) -> N
             file.truncate(size)  # reserves it for the next one who makes room
 
         def write(start: int) -> None:
-            os.pwrite(file.fileno(), part_of(url, start, min(start + PIECE, size)), start)
+            piece = part_of(url, start, min(start + PIECE, size))
+            if os.pwrite(file.fileno(), piece, start) < len(piece):
+                raise OSError(errno.ENOSPC, f"No space left on the disk of {folder()}.")
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
@@ -304,7 +307,8 @@ def make_room(size: int, keep: Collection[Path]) -> None:
 def read_remote(place: str, signature: Signature, start: int, size: int) -> bytes:
     """Return a part of a shard, from its copy if there is one. Copies are not kept open, since they may be removed."""
     with suppress(FileNotFoundError), open(copy_of(place, signature), "rb", buffering=0) as file:
-        os.utime(file.fileno())
+        with suppress(OSError):  # a copy of another user, or on a disk that is read-only
+            os.utime(file.fileno())
         return os.pread(file.fileno(), size, start)
     return part_of(url_of(place), start, start + size)
 

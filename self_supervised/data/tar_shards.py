@@ -138,7 +138,7 @@ class TarShards(OnDisk):
 
     def shards(self, paths: list[str]) -> np.ndarray:
         numbers = {shard: number for number, shard in enumerate(self.signatures)}
-        return np.array([numbers[self.parts(path)[0]] for path in paths])
+        return np.array([numbers[self.parts(path)[0]] for path in paths], dtype=np.int64)
 
     def read_ahead(self, paths: Iterator[str]) -> None:
         if self.ahead is not None:
@@ -213,6 +213,8 @@ def indexed(shard: str, signature: ShardSignature, settings: IndexSettings) -> S
     file = remote_shards.to_index(shard, signature) if remote_shards.url_of(shard) else shard
     try:
         contents = contents_of(shard, file, passed_over)
+    except remote_shards.UnreachableShard:
+        raise
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{shard} could not be read as a tar file ({error}). Fix or decompress it.") from error
     used = set()

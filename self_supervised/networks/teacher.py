@@ -9,7 +9,7 @@ from self_supervised import distributed
 from self_supervised.data.foreign_paths import refuse_foreign
 from self_supervised.networks.encoders import measured_width
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.numerics import at_least_float32
+from self_supervised.numerics import at_least_float32, in_parts
 from self_supervised.views.tensor_ops import normalize
 
 EPSILON = 1e-4  # added to standard deviations, for dimensions that are constant
@@ -42,6 +42,7 @@ class Teacher(nn.Module):
             )
         self.width = measured_width(self.encoder, torch.zeros(1, *theirs.input_shape), name)
         self.size = theirs.crop_size
+        self.most_at_once = params.micro_batch_size
         student = [(params.mean[channel], params.std[channel]) for channel in self.channels * theirs.channels]
         constants = list(zip(student, theirs.mean, theirs.std, strict=False))
         self.mean = tuple((mean - own) / own_std for (own, own_std), mean, _ in constants)
@@ -49,9 +50,13 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, view: Tensor) -> Tensor:
-        x = view[:, self.channels].expand(-1, len(self.mean), -1, -1)
-        if x.shape[-1] != self.size:
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        found = at_least_float32(self.encoder.to(x.device)(normalize(x, self.mean, self.std)))
+        found = torch.cat([self.encoded(part) for part in in_parts(view, self.most_at_once)])
+        found = found.to(at_least_float32(view).dtype)
         of_all = distributed.gather(found)
         return (found - of_all.mean(0)) / (of_all.std(0, correction=0) + EPSILON)
+
+    def encoded(self, view: Tensor) -> Tensor:
+        x = view[:, self.channels].float().expand(-1, len(self.mean), -1, -1)
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        return self.encoder.to(x.device)(normalize(x, self.mean, self.std))

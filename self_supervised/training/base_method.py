@@ -36,6 +36,7 @@ class BaseMethod(pl.LightningModule):
     needs_labels = False  # also for validation
     n_outputs: int | None = None  # classes of the classifier that is trained here, if there is one
     plan: optimizers.Plan | None = None  # length of the training, set with the optimizers
+    built: Any = None  # the settings with which it was built, and which `change` changes
     seed_was_drawn = False  # True if `seed` was None
     step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
@@ -49,7 +50,7 @@ class BaseMethod(pl.LightningModule):
         """Compile the networks if `torch_compile` is set, and change convolutions if `winograd` is: in place, so that
         checkpoints keep their keys."""
         if stage == "fit":
-            hyperparameters.refuse_replaced(self.params, self.hparams)
+            hyperparameters.refuse_replaced(self.params, self.built)
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
         if self.trainer.strategy.root_device.type == "cpu":
@@ -125,7 +126,7 @@ class BaseMethod(pl.LightningModule):
 
     def change(self, **fields: Any) -> None:
         """Change settings, and the hyperparameters that a checkpoint keeps."""
-        self.params = attrs.evolve(self.params, **fields)
+        self.params = self.built = attrs.evolve(self.params, **fields)
         self.save_hyperparameters(fields)
 
     def _set_hparams(self, hp: Any) -> None:

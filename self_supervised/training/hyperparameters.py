@@ -11,9 +11,6 @@ from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, Sto
 from model_params import LATER_ADDED
 from self_supervised.catalogue import DATASETS
 from self_supervised.data.foreign_paths import vetted
-from self_supervised.fields import plain
-
-FOUND = ("embedding_dim", "n_classes", "class_names", "encoder_weights")  # recorded as found, not as they were set
 
 
 class HyperparameterRecord(AttributeDict):
@@ -40,18 +37,15 @@ class HyperparameterRecord(AttributeDict):
         return type(self), (dict(self),)
 
 
-def refuse_replaced(params: Any, record: dict[str, Any]) -> None:
-    """Raise ValueError if settings differ from those with which the method was built, whose networks and record stay.
-
-    Args:
-        params: the method's settings, which may have been replaced as a whole.
-        record: its `hparams`, in which the method itself completes the settings FOUND.
-    """
-    changed = [name for name, value in plain(attrs.asdict(params)).items() if record.get(name, value) != value]
-    if names := [f"{name}={getattr(params, name)!r}" for name in changed if name not in FOUND]:
+def refuse_replaced(params: Any, built: Any) -> None:
+    """Raise ValueError if settings were replaced after the method was built with others, whose networks stay."""
+    names = [] if built is None else [field.name for field in attrs.fields(type(built))]
+    changed = [name for name in names if getattr(params, name) != getattr(built, name)]
+    if changed:
+        values = ", ".join(f"{name}={getattr(params, name)!r}" for name in changed)
         raise ValueError(
-            f"{', '.join(names)}: not the setting with which the method was built, and which its networks and hparams "
-            "have. Build it again: SelfSupervisedMethod(params)"
+            f"{values}: not the setting with which the method was built, and which its networks and hparams have. "
+            "Build it again: SelfSupervisedMethod(params)"
         )
 
 

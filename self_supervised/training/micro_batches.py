@@ -3,8 +3,13 @@
 
 from collections.abc import Callable, Iterator
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from self_supervised.numerics import in_parts
 
 Encoded = tuple[Tensor, ...]
 
@@ -35,7 +40,7 @@ class MicroBatches:
                 self.outputs[name] = tuple(torch.cat(part).requires_grad_() for part in parts)
 
     def parts(self, name: int) -> Iterator[Tensor]:
-        for number, part in enumerate(self.batches[name].split(self.size)):
+        for number, part in enumerate(in_parts(self.batches[name], self.size)):
             torch.manual_seed((self.seed + 1000003 * name + number) % 2**63)
             yield part
 
@@ -44,10 +49,29 @@ class MicroBatches:
         before = {buffer: buffer.clone() for buffer in module.buffers()}
         for name, outputs in self.outputs.items():
             with_gradient = [i for i, output in enumerate(outputs) if output.grad is not None]
-            gradients = zip(*(outputs[i].grad.split(self.size) for i in with_gradient), strict=True)
+            if not with_gradient:  # the view is only a key
+                continue
+            gradients = zip(*(in_parts(outputs[i].grad, self.size) for i in with_gradient), strict=True)
             for part, of_part in zip(self.parts(name), gradients, strict=True):
                 encoded = self.encode(part)
                 torch.autograd.backward([encoded[i] for i in with_gradient], list(of_part))
         with torch.no_grad():
             for buffer, value in before.items():
                 buffer.copy_(value)
+
+
+def refuse_strategy(trainer: pl.Trainer) -> None:
+    """Raise ValueError if the Trainer's strategy needs a single backward pass through the network that it wraps."""
+    kind, options = type(trainer.strategy), getattr(trainer.strategy, "_ddp_kwargs", {})
+    if kind not in (SingleDeviceStrategy, DDPStrategy) or options.get("static_graph"):
+        raise ValueError(
+            f"micro_batch_size does not work with {kind.__name__}, nor with static_graph=True. Use strategy='ddp' "
+            "without it, or accumulate_grad_batches"
+        )
+
+
+def synchronize_buffers_alone(network: nn.Module) -> None:
+    """Keep DDP from averaging gradients in its backward pass, before the last part, until its next forward pass."""
+    if isinstance(network, DistributedDataParallel):
+        network.require_backward_grad_sync = False
+        network.require_forward_param_sync = True  # which DDP switches off together with gradients

@@ -201,8 +201,8 @@ def test_of_large_members_only_headers_are_read(server, tmp_path, monkeypatch):
     assert dataset.source.open(path).getvalue() == contents["4.npy"]
 
 
-def test_a_shard_that_stays_away_is_named_or_passed_over(server, shards):
-    for how, workers in (("stop", 0), ("stop", 1)):
+def test_a_shard_that_stays_away_is_named(server, shards):
+    for how, workers in (("stop", 0), ("stop", 1), ("skip", 0)):  # its images may be sound
         server.gone = None
         p = params(server.url, unreadable_images=how, num_data_workers=workers)
         dataset = loading.get_dataset(p, ("train",))
@@ -212,12 +212,7 @@ def test_a_shard_that_stays_away_is_named_or_passed_over(server, shards):
         with pytest.raises(ValueError, match=rf"{server.url}/train-000003.tar cannot be read .*500.*after 7 attempts"):
             list(loading.get_loader(p, dataset, training=True))
         remote_shards.away.clear()
-    server.gone = None
-    dataset = loading.get_dataset(params(server.url, unreadable_images="skip"), ("train",))
-    server.gone = "train-000003"
-    n = sum(len(labels) for _, labels in loading.get_loader(p, dataset, training=True))
-    assert n == 48 and {path.split("/")[-3] for path in dataset.skipped()} == {"train-000003.tar"}
-    assert len(dataset.skipped()) == 12
+        dataset.source.ahead.stop()
 
 
 def test_what_is_refused_of_urls(server, shards, monkeypatch):

@@ -81,6 +81,16 @@ def test_a_resumed_student_has_the_same_teacher(teacher, small, trainer, tmp_pat
         trainer(max_epochs=2).fit(SelfSupervisedMethod(params), ckpt_path=str(tmp_path / "student.ckpt"))
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_it_teaches_in_any_precision_and_in_parts(precision, teacher, small, trainer):
+    model = SelfSupervisedMethod(
+        small("distill", teacher=teacher, encoder_arch="small_cnn", evaluations=[], micro_batch_size=5)
+    )
+    fit = trainer(precision=precision)
+    fit.fit(model)
+    assert fit.callback_metrics["step_train_loss"].isfinite()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from test_ddp import SMALL, Batches, encoder
 from test_ddp import trainer as trainer_of
 from torch import nn
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
+from self_supervised.training.micro_batches import refuse_strategy
 
 N = 12
 OTHERS = {"n_small_views": 1, "transform_small_crop_size": 8}
@@ -37,9 +39,14 @@ def trained(preset: str, module: nn.Module | None = None, **fields) -> dict[str,
     return model.state_dict()
 
 
-@pytest.mark.parametrize(
-    ("preset", "fields"), [(name, {}) for name in PRESETS if name != "distill"] + [("sce", OTHERS)]
-)
+CASES = [
+    *((name, {}) for name in PRESETS if name != "distill"),
+    ("sce", OTHERS),
+    ("simsiam", {"use_both_augmentations_as_queries": False}),  # view 1 is only a key
+]
+
+
+@pytest.mark.parametrize(("preset", "fields"), CASES)
 def test_training_equals_that_with_whole_batches(preset, fields):
     whole, parts = trained(preset, **fields), trained(preset, **fields, micro_batch_size=5)
     for name, value in whole.items():
@@ -55,3 +62,12 @@ def test_both_passes_draw_the_same_and_statistics_move_once():
     assert len(first) == len(second) == 3 * 2 * 3  # steps, views, parts
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     assert state["model.layers.1.num_batches_tracked"] == 3 * 2 * 3
+
+
+def test_what_does_not_work_with_parts_is_refused():
+    fit = trainer_of(1, strategy=DDPStrategy(static_graph=True, process_group_backend="gloo"))
+    with pytest.raises(ValueError, match="micro_batch_size does not work with DDPStrategy, nor with static_graph=True"):
+        refuse_strategy(fit)
+    refuse_strategy(trainer_of(1))
+    with pytest.raises(ValueError, match="micro_batch_size=1 is too small for mlp_normalization='bn'"):
+        PRESETS["byol"](micro_batch_size=1)
