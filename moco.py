@@ -77,6 +77,7 @@ class SelfSupervisedMethod(BaseMethod):
             check_small_views(self.model, width, p.input_shape, sizes)
             self.teacher = (Teacher(p),) if p.teacher else ()  # a tuple: not a part of the state that is saved
             if self.teacher:
+                self.teacher_hash = encoder_hash(self.teacher[0].encoder)  # once: it is frozen
                 self.params = p = attrs.evolve(p, dim=self.teacher[0].width)
             self.projection_model = MLP(width, output_dim=p.dim, **p.head("projection"))
             self.prediction_model = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
@@ -145,9 +146,8 @@ class SelfSupervisedMethod(BaseMethod):
         p = self.params
         query_views, key_views = map(set, zip(*p.pairs, strict=True))
         if self.teacher:
-            return self.encode_each(views, query_views), {
-                j: self.on_sphere(self.teacher[0](views[j])) for j in key_views
-            }
+            keys = {j: self.on_sphere(self.teacher[0](views[j])) for j in key_views}
+            return self.encode_each(views, query_views), keys
         if self.lagging_model is None:
             online = self.encode_each(views, query_views | key_views)
             return online, {j: online[j][0].detach() if p.stop_gradient_of_keys else online[j][0] for j in key_views}
@@ -377,7 +377,7 @@ class SelfSupervisedMethod(BaseMethod):
         super().on_save_checkpoint(checkpoint)
         checkpoint["started_from"] = self.started_from
         if self.teacher:
-            checkpoint["teacher"] = encoder_hash(self.teacher[0].encoder)
+            checkpoint["teacher"] = self.teacher_hash
         if self.queue is not None and self.params.gather_keys_for_queue is False:
             checkpoint["queues"] = {
                 name: distributed.gather(t[None]).cpu() for name, t in self.queue.state_dict().items()
@@ -386,7 +386,7 @@ class SelfSupervisedMethod(BaseMethod):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the queue of this process, also from the original's format: `queue` [D, K] and `queue_ptr` [1]."""
         self.started_from = checkpoint.get("started_from")
-        if self.teacher and checkpoint.get("teacher", "") != encoder_hash(self.teacher[0].encoder):
+        if self.teacher and checkpoint.get("teacher") != self.teacher_hash:
             raise ValueError(
                 f"teacher={self.params.teacher!r}: its weights are not those of the checkpoint's teacher. Pass that one"
             )

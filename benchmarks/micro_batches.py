@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--part", type=int, default=64, help="images that are encoded at once (64)")
     options = parser.parse_args(argv)
     batch, part = (16, 4) if options.quick else (options.batch, options.part)
+    torch.set_num_threads(1)  # as in the processes below: the file names the threads
     steps = 2 if options.quick else options.rounds + 1
     rows = []
     for images, size in ((part, None), (batch, part), (batch, None)):
