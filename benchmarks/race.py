@@ -2,11 +2,13 @@
 
     python -m benchmarks.race --minutes 30 --seeds 0 1 2
     python -m benchmarks.race --minutes 5 --seeds 0 --only simclr
+    python -m benchmarks.race --minutes 6 --encoder_arch shufflenet_v2_x0_5 --teacher runs/vicreg --who ours
 
 lightly's SimCLR, BYOL and VICReg train a ResNet-18 in the loop, and with the settings, of its own examples
 (examples/pytorch/*.py, batches of 256); ours train the same network with the recipe `cifar10_laptop`, with as many
 epochs as fit into the minutes. The speed is measured first, and its measurement is not counted. Every finished run is a
-row of race.csv and is not repeated.
+row of race.csv and is not repeated. With --teacher, a run of this library, ours are joined by a student of it; its
+minutes have the teacher's passes, and not the teacher's own training.
 
 Accuracies are those of `self-supervised evaluate` (linear, kNN with k = 20): all training images, and the test images.
 """
@@ -36,6 +38,7 @@ from self_supervised.demo import features
 from self_supervised.training.precision import best_precision
 
 METHODS = ("simclr", "byol", "vicreg")
+STUDENT = "distill"
 QUICK = {
     "dataset_name": "digits",
     "in_channels": 3,
@@ -155,39 +158,43 @@ def speed(params: ModelParams, steps: int = 12) -> float:
 # ---- the race ----
 
 
-def finished_run(who: str, method: str, seed: int, minutes: float, quick: dict) -> harness.Row:
-    params = recipes.recipe(method, "cifar10_laptop", **quick, evaluations=[], seed=seed, num_data_workers=0)
+def finished_run(known: harness.Row, settings: dict) -> harness.Row:
+    method, minutes = known["method"], known["minutes"]
+    changes = {"encoder_arch": known["encoder"], "seed": known["seed"], **settings}
+    params = recipes.recipe(method, "cifar10_laptop", **changes, evaluations=[], num_data_workers=0)
     start = time.perf_counter()
-    encoder, seen = {"lightly": lightlys, "ours": ours}[who](params, method, minutes)
+    encoder, seen = {"lightly": lightlys, "ours": ours}[known["who"]](params, method, minutes)
     passed = (time.perf_counter() - start) / 60
-    if who == "lightly":
+    if known["who"] == "lightly":
         params = evolve(params, image_mean=peers.MEAN, image_std=peers.STD)  # its transforms' default
     scores = accuracies_of(*features(encoder, params))
-    return {**key(who, method, seed, minutes), **scores, "images seen": seen, "minutes in all": round(passed, 2)}
-
-
-def key(who: str, method: str, seed: int, minutes: float) -> harness.Row:
-    return {"who": who, "method": method, "seed": seed, "minutes": minutes}
+    return {**known, **scores, "images seen": seen, "minutes in all": round(passed, 2)}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = harness.arguments(__doc__, rounds=1)
     parser.add_argument("--minutes", type=float, default=30.0, help="training time of each run (30)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS, help="methods (all)")
+    parser.add_argument("--only", nargs="+", choices=(*METHODS, STUDENT), help="methods (all)")
+    parser.add_argument("--who", nargs="+", choices=("ours", "lightly"), default=("ours", "lightly"), help="libraries")
+    parser.add_argument("--encoder_arch", default="resnet18", metavar="NAME", help="encoder (resnet18); not lightly's")
+    parser.add_argument("--teacher", metavar="RUN", help="teacher of the student, anything that load_encoder reads")
     args = parser.parse_args(argv)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightly|torch")
     if args.quick:
         args.minutes, args.seeds, args.only = 0.01, [0], METHODS[:1]
-    who = ["ours", *harness.installed("lightly")]
+    methods = args.only or (*METHODS, *[STUDENT] * bool(args.teacher))
+    who = [*["ours"] * ("ours" in args.who), *(harness.installed("lightly") if "lightly" in args.who else [])]
     path = args.out / "race.csv"
-    for run in itertools.product(args.seeds, args.only, who):
-        known = key(run[2], run[1], run[0], args.minutes)
+    for seed, method, name in itertools.product(args.seeds, methods, who):
+        encoder = args.encoder_arch if name == "ours" else "resnet18"
+        known = {"who": name, "method": method, "encoder": encoder, "seed": seed, "minutes": args.minutes}
         rows = harness.finished(path)
-        if not harness.has(rows, known):
-            row = finished_run(run[2], run[1], run[0], args.minutes, QUICK if args.quick else {})
-            harness.report("race", [*rows, row], args.out, *who[1:])
+        if not (harness.has(rows, known) or (name, method) == ("lightly", STUDENT)):
+            taught = {"teacher": args.teacher, "n_large_views": 1} if method == STUDENT else {}
+            row = finished_run(known, {**taught, **(QUICK if args.quick else {})})
+            harness.report("race", [*rows, row], args.out, *[name] * (name == "lightly"))
 
 
 if __name__ == "__main__":

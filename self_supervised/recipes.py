@@ -68,6 +68,7 @@ ON_CIFAR10 = {
     "moco_v3": {**ADAMW, "lr": 1e-3, "dim": 256, "mlp_hidden_dim": 1024},
     "simsiam": {**WITH_SGD, "dim": 2048, "mlp_hidden_dim": 2048, "prediction_mlp_hidden_dims": [512]},
     "ressl": {**WITH_SGD, "K": 4096, "m": 0.99},
+    "distill": {**WITH_SGD, "K": 4096, "mlp_hidden_dim": 1024},
 }
 
 
