@@ -173,7 +173,7 @@ class SelfSupervisedMethod(BaseMethod):
             )
         if self.prototypes is not None:
             self.prototypes.scale()
-        with weights_shared(self.model, self.lagging_model):
+        with weights_shared(*(() if p.activation_checkpointing else (self.model, self.lagging_model))):
             online, keys = self.encode_views(views, batch_idx)
         with torch.autocast(self.device.type, enabled=False):
             scalars = self.compare(online, keys, labels, batch_idx)

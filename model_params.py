@@ -160,6 +160,9 @@ class EncoderAndDataParams:
     # turn image files upright by their EXIF orientation; False: as earlier versions, and checkpoints of theirs, do
     exif_orientation: bool = True
 
+    # memory of a step: activations of the encoder's blocks are computed again in the backward pass, not kept
+    activation_checkpointing: bool = False  # less memory, and the time of one more pass
+
     # torch.compile (reduce-overhead: CUDA graphs)
     torch_compile: bool | str = choice(False, COMPILE_MODES)  # compile encoder and heads, and the views on a GPU
 
@@ -321,6 +324,9 @@ def contradictions_of_encoder(params: EncoderAndDataParams) -> list[tuple[bool, 
     shape = " x ".join(map(str, p.input_shape))
     # fmt: off
     return [
+        (p.activation_checkpointing and bool(p.torch_compile),
+         f"activation_checkpointing=True and torch_compile={p.torch_compile!r} exclude each other, since compiled code "
+         "chooses itself what it computes again. Set one of them to False"),
         (bool(p.winograd) and bool(p.torch_compile),
          f"winograd={p.winograd!r} and torch_compile={p.torch_compile!r} exclude each other. Set one of them to False"),
         (bool(p.low_resolution_stem) and not catalogue.has_low_resolution_stem(p.encoder_arch),

@@ -39,7 +39,7 @@ from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
 from self_supervised.report import curves
 from self_supervised.runs import preflight
-from self_supervised.runs.command_line import PRECISIONS
+from self_supervised.runs.run_options import PRECISIONS
 from self_supervised.runs.values import ListOption, items, reader
 from self_supervised.safe_files import atomic_file, atomic_write, check_folder
 from self_supervised.training import checkpoints

@@ -16,7 +16,8 @@ import attrs
 from linear_classifier import LinearClassifierMethodParams
 from model_params import ModelParams
 from self_supervised.fields import changed
-from self_supervised.runs.command_line import RunOptions, field_comments
+from self_supervised.runs.command_line import field_comments
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.runs.values import text, type_text
 
 PAGE = Path(__file__).with_name("options.md")

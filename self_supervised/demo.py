@@ -24,7 +24,8 @@ from self_supervised.networks import layers
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.report import report
-from self_supervised.runs.command_line import RunOptions, parser_of
+from self_supervised.runs.command_line import parser_of
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import atomic_write, to_json
 from self_supervised.training import run_folder
 from self_supervised.training.optimizers import epochs_text

@@ -87,6 +87,30 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def of_torchrun() -> tuple[int, int] | None:
+    """Return (processes of each node, nodes) as torchrun started them this time, or None without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    on_node, everywhere = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    return on_node, everywhere // on_node
+
+
+def is_elastic() -> bool:
+    """Return whether torchrun starts processes again that ended with an error (`--max_restarts`)."""
+    return of_torchrun() is not None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+def refuse_sharding(strategy: str) -> None:
+    """Raise ValueError for a strategy of Lightning, given by its name or class name, that divides weights among
+    processes."""
+    if strategy.lower().startswith(("fsdp", "deepspeed", "modelparallel")):
+        raise ValueError(
+            f"strategy={strategy!r} divides the weights among the processes, but the lagging model, LARS and our "
+            "checkpoints need whole ones. Use strategy='ddp', with activation_checkpointing=True and micro_batch_size "
+            "to save memory"
+        )
+
+
 def end_group_at_exit() -> None:
     """Destroy the process group when the program exits, before Python is torn down. Lightning does so for NCCL only; a
     gloo group whose threads still run at that time can abort a program that has finished."""

@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 EXPLAINED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, MisconfigurationException)
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in messages of PyTorch's RuntimeError
 LOST_WORKER = "DataLoader worker"  # likewise
+LOST_PROCESS = "by peer"  # likewise: of gloo, for a process of the training that is gone
 SHOW_STACK = "SELF_SUPERVISED_TRACEBACK"  # environment variable
 INTERRUPTED = 128 + signal.SIGINT  # exit status
 LIGHTNING = ("pytorch_lightning", "lightning_fabric")  # names of its loggers
@@ -105,7 +106,10 @@ def prints_errors() -> bool:
 
 def is_explained(error: Exception) -> bool:
     """Return whether a RuntimeError of PyTorch is caused by the machine."""
-    return isinstance(error, RuntimeError) and (is_out_of_memory(error) or LOST_WORKER in str(error))
+    found = str(error)
+    return isinstance(error, RuntimeError) and (
+        is_out_of_memory(error) or LOST_WORKER in found or LOST_PROCESS in found
+    )
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -117,6 +121,8 @@ def message_of(error: Exception) -> str:
     if is_out_of_memory(error):
         found = str(error).split(". ")[0] or type(error).__name__
         lines = [f"out of memory ({found}). Choose a smaller batch_size, encoder or image size."]
+    elif LOST_PROCESS in str(error):
+        lines = ["another process of this training has ended; its error, if it had one, is above or in its own output"]
     else:
         lines = [str(error) or type(error).__name__]
     return " ".join("; ".join([*lines, *getattr(error, "__notes__", [])]).split())

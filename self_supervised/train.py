@@ -32,8 +32,8 @@ from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
 from self_supervised.runs import command_line, dry_run, effective, preflight, preview, trackers
-from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.progress import Progress, scores_line, significant
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
 from self_supervised.threads import use_free_cores
 from self_supervised.training import checkpoints, hyperparameters, parameter_groups, precision, run_folder

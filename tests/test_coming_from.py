@@ -34,8 +34,8 @@ from self_supervised.evaluation.protocols import PROTOCOLS
 from self_supervised.exports.formats import FORMATS
 from self_supervised.fields import Preset
 from self_supervised.networks.heads import MLP
-from self_supervised.runs import command_line
-from self_supervised.runs.command_line import RunOptions
+from self_supervised.runs import command_line, run_options
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.training.checkpoints import Checkpoints
 
 PAGE = (Path(__file__).parents[1] / "docs" / "coming_from.md").read_text()
@@ -85,7 +85,7 @@ def test_named_presets_and_functions_exist(name):
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_commands_are_understood(name, monkeypatch):
-    monkeypatch.setitem(command_line.LOGGERS, "wandb", None)  # need not be installed
+    monkeypatch.setitem(run_options.LOGGERS, "wandb", None)  # need not be installed
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", SECTIONS[name], re.DOTALL)).replace("\\\n", " ")
     commands = [*blocks.splitlines(), *filter(is_command, named_here(SECTIONS[name]))]
     assert commands

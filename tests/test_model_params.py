@@ -7,7 +7,7 @@ import pytest
 
 from model_params import PRESETS, BYOLParams, ModelParams, VICRegParams
 from self_supervised.fields import expanded
-from self_supervised.runs.command_line import RunOptions
+from self_supervised.runs.run_options import RunOptions
 
 # The listing in the original's README: users rely on every name and default.
 ORIGINAL = {

@@ -50,6 +50,7 @@ def ended(error: BaseException, *others) -> SystemExit:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer. GLHF!"),
     ],
 )
 def test_explained_error_is_one_line(error):

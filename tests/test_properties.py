@@ -74,6 +74,7 @@ SENSIBLE = {
     "pin_data_memory": FLAG,
     "data_on_device": either(None, False, True),
     "torch_compile": either(False),  # compiled in test_speed.py: it takes seconds
+    "activation_checkpointing": either(False, False, True),
     "winograd": either(False),  # in networks/test_winograd.py: compiling takes seconds
     "unreadable_images": either("stop", "skip"),
     "exif_orientation": st.booleans(),

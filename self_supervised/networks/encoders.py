@@ -15,6 +15,7 @@ import ws_resnet
 from model_params import ModelParams
 from self_supervised.catalogue import OWN_MODULE, SMALL_CNN, video_models
 from self_supervised.networks import layers, layouts
+from self_supervised.networks.recomputation import recompute_activations
 from self_supervised.safe_files import data_only
 
 FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions of a convolution's weight
@@ -37,6 +38,8 @@ def get_encoder(params: ModelParams, own: nn.Module | None = None) -> tuple[nn.M
             weight.data = weight.data.to(weight.dtype, memory_format=layout)
     if params.embedding_dim not in (None, width):
         raise ValueError(f"embedding_dim={params.embedding_dim}, but {params.encoder_arch} gives {width}: leave it out")
+    if params.activation_checkpointing:
+        recompute_activations(encoder)
     return encoder, width
 
 

@@ -22,7 +22,8 @@ from self_supervised.evaluation.results import deviation, markdown_table
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
 from self_supervised.report import evaluations
-from self_supervised.runs.command_line import RunOptions, parser_of
+from self_supervised.runs.command_line import parser_of
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.runs.values import text
 from self_supervised.safe_files import rows_of
 from self_supervised.training import run_folder

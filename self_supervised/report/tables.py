@@ -10,8 +10,9 @@ from model_params import LATER_ADDED, PRESETS, ModelParams
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.report import compare, evaluations, figures
 from self_supervised.report.compare import Run, score_text
-from self_supervised.runs.command_line import RunOptions, field_comments
+from self_supervised.runs.command_line import field_comments
 from self_supervised.runs.effective import effective_settings
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.runs.values import text
 from self_supervised.training import run_folder
 from self_supervised.training.milestones import lowest_is_best

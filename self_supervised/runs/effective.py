@@ -14,7 +14,7 @@ from model_params import NEED_NEGATIVES, ModelParams
 from self_supervised.catalogue import BLUR_RADIUS, ViewSettings
 from self_supervised.data.image_files import part_kept
 from self_supervised.runs import command_line
-from self_supervised.runs.command_line import RunOptions
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.training import optimizers
 from self_supervised.training.run_folder import EFFECTIVE
 

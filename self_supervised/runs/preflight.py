@@ -18,7 +18,8 @@ from self_supervised.data.folders import listed_in
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.loading import n_classes, require_labels
 from self_supervised.evaluation import validation
-from self_supervised.runs.command_line import RunOptions, bar
+from self_supervised.runs.command_line import bar
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.training.milestones import refuse_unknown
 from self_supervised.training.online_classifier import accuracies
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from pytorch_lightning import loggers
 from pytorch_lightning.utilities import rank_zero_only
 
-from self_supervised.runs.command_line import RunOptions
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.training.run_folder import csv_logger, starts_of
 
 

@@ -50,6 +50,7 @@ class BaseMethod(pl.LightningModule):
         """Compile the networks if `torch_compile` is set, and change convolutions if `winograd` is: in place, so that
         checkpoints keep their keys."""
         if stage == "fit":
+            distributed.refuse_sharding(type(self.trainer.strategy).__name__)
             hyperparameters.refuse_replaced(self.params, self.built)
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()

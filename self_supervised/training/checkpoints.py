@@ -28,6 +28,9 @@ from self_supervised.numerics import not_finite
 from self_supervised.safe_files import atomic_file, safe_load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+GO_ON = (
+    75  # exit status after a signal, EX_TEMPFAIL of sysexits.h, where torchrun would take 0 for the end of the training
+)
 NOT_OF_TRAINING = (  # settings that may differ after a complete training
     "max_epochs", "evaluations", "evaluate_every_n_epochs", "probe_on_training_set", "evaluation_clips",
     "evaluation_crops", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device", "torch_compile",
@@ -228,6 +231,11 @@ class Checkpoints(pl.Callback):
         self.asked: Callable[[], bool] = lambda: False  # whether any process had a signal when it was last asked
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if distributed.is_elastic() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            rank_zero_warn(
+                "when torchrun starts processes again, it may hand on addresses of those that are gone. Set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+            )
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
             self.lock.enter_context(locked(self.folder))
         environment = trainer._accelerator_connector.cluster_environment
@@ -343,4 +351,4 @@ class Checkpoints(pl.Callback):
         if out_of_time and job is not None and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", job], check=True)
         self.received = None
-        raise SIGTERMException
+        raise SIGTERMException(GO_ON if distributed.is_elastic() else None)

@@ -22,8 +22,8 @@ from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import train
 from self_supervised.report import compare, figures, tables
-from self_supervised.runs import command_line, dry_run, progress, trackers
-from self_supervised.runs.command_line import RunOptions
+from self_supervised.runs import command_line, dry_run, progress, run_options, trackers
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.training import milestones, run_folder
 from self_supervised.training.monitor import GradientNorms
 
@@ -453,7 +453,7 @@ def tracker_runs(monkeypatch) -> list[tuple]:
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda: None))
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=Client))
     for name, kind in (("wandb", wandb), ("mlflow", mlflow)):
-        monkeypatch.setitem(command_line.LOGGERS, name, None)
+        monkeypatch.setitem(run_options.LOGGERS, name, None)
         monkeypatch.setattr(trackers.loggers, {"wandb": "WandbLogger", "mlflow": "MLFlowLogger"}[name], kind)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return made

@@ -8,8 +8,8 @@ import yaml
 from model_params import PRESETS, SCEVideoParams, SimCLRParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.runs import command_line, effective
-from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.effective import effective_settings
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.training import run_folder
 from self_supervised.training.optimizers import Plan
 

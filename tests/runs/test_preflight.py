@@ -13,8 +13,8 @@ from moco import SelfSupervisedMethod
 from self_supervised import evaluate, train
 from self_supervised.data import loading
 from self_supervised.runs import preflight
-from self_supervised.runs.command_line import RunOptions
 from self_supervised.runs.preflight import check_run
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.training.monitor import GradientNorms, LearningRate
 
 SMALL = "--encoder_arch shufflenet_v2_x0_5 --transform_crop_size 16 --dim 8 --mlp_hidden_dim 8 --batch_size 8 --seed 0"

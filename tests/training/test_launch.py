@@ -18,13 +18,14 @@ import pytorch_lightning as pl
 import torch
 import videos
 from conftest import LONG
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from test_ddp import IMAGES, Batches, assert_close, encoder
 from test_ddp import SMALL as TINY
 from test_ddp import trainer as trainer_of
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.training.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,8 @@ if __name__ == "__main__":
     torch.manual_seed(1)
     encoder = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10))
     params = SCEParams(  # gathers negatives, and keys for its queue
-        dataset_name="digits", batch_size=8, mlp_normalization="ln", mlp_hidden_dim=12, dim=6, K=64, lr=0.05,
+        dataset_name="digits", batch_size=options.get("batch_size", 8), mlp_normalization="ln",
+        mlp_hidden_dim=12, dim=6, K=64, lr=0.05,
         evaluations=[], seed=0,
     )
     model = SelfSupervisedMethod(params, encoder=encoder)
@@ -256,12 +258,12 @@ def slurm_job() -> int:
     raise AssertionError("no port is free")
 
 
-def srun(folder: Path, job: int, program: str, arguments: list[str], **variables: str) -> list:
-    """Start two nodes with one task each, with the variables that srun sets."""
-    of_the_job = {"JOB_ID": job, "JOB_NAME": "train", "NTASKS": 2, "NTASKS_PER_NODE": 1, "NNODES": 2}
-    of_the_job |= {"NODELIST": "127.0.0.[1-2]", "JOB_NODELIST": "127.0.0.[1-2]", "LOCALID": 0}
+def srun(folder: Path, job: int, program: str, arguments: list[str], nodes: int = 2, **variables: str) -> list:
+    """Start nodes with one task each, with the variables that srun sets."""
+    of_the_job = {"JOB_ID": job, "JOB_NAME": "train", "NTASKS": nodes, "NTASKS_PER_NODE": 1, "NNODES": nodes}
+    of_the_job |= {"NODELIST": f"127.0.0.[1-{nodes}]", "JOB_NODELIST": f"127.0.0.[1-{nodes}]", "LOCALID": 0}
     started = []
-    for task in range(2):
+    for task in range(nodes):
         given = {f"SLURM_{name}": str(value) for name, value in {**of_the_job, "PROCID": task, "NODEID": task}.items()}
         started += processes.launch(
             as_program, 1, folder / f"task_{task}", program, arguments, variables=given | variables
@@ -269,19 +271,24 @@ def srun(folder: Path, job: int, program: str, arguments: list[str], **variables
     return started
 
 
-def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path):
-    """SIGUSR1 to every task, as with `--signal=SIGUSR1@120`: saved, requeued once, status 0; then resumed."""
+@pytest.mark.parametrize("nodes", [2, 1])
+def test_slurm_time_is_up_requeued_and_on_to_the_end(nodes, programs, weights, tmp_path):
+    """SIGUSR1 to every task, as with `--signal=SIGUSR1@120`: saved, requeued once, status 0; then resumed on the same
+    number of nodes, or on another."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "queued"}\n')
     scontrol.chmod(0o755)
     job, path = slurm_job(), f"{scontrol.parent}:{os.environ['PATH']}"
 
-    def start(**options) -> list:
-        arguments = [str(tmp_path), json.dumps({"devices": 1, "num_nodes": 2, **options})]
-        return srun(tmp_path, job, str(programs.script), arguments, PATH=path)
+    def start(nodes: int, **options) -> list:
+        arguments = [
+            str(tmp_path),
+            json.dumps({"devices": 1, "num_nodes": nodes, "batch_size": 16 // nodes, **options}),
+        ]
+        return srun(tmp_path, job, str(programs.script), arguments, nodes, PATH=path)
 
-    running = start(pause=True)
+    running = start(2, pause=True)
     wait_for_pause(tmp_path, lambda: all(process.is_alive() for process in running))
     for process in running:
         os.kill(process.pid, signal.SIGUSR1)
@@ -293,10 +300,15 @@ def test_slurm_time_is_up_requeued_and_on_to_the_end(programs, weights, tmp_path
     assert read_checkpoint(tmp_path / "run" / SAVED)["global_step"] == 4
     assert not list(tmp_path.glob("final_*.pt")) and not list(tmp_path.glob("hpc_ckpt*"))
 
-    assert processes.join(start()) == [0, 0], outputs(tmp_path)[-5000:]
-    assert_same(found(tmp_path), weights, "SLURMEnvironment")
+    assert processes.join(start(nodes)) == [0] * nodes, outputs(tmp_path)[-5000:]
     assert (tmp_path / "queued").read_text().count("\n") == 1
-    assert outputs(tmp_path).count(FORCE) == 1  # by the second start
+    if nodes == 2:
+        assert_same(found(tmp_path), weights, "SLURMEnvironment")
+        assert outputs(tmp_path).count(FORCE) == 1  # by the second start
+    else:
+        one = torch.load(tmp_path / "final_0.pt")
+        assert (one["steps"], one["world"], one["cluster"]) == (6, 1, "SLURMEnvironment")
+        torch.testing.assert_close(one["weights"], weights, rtol=1e-5, atol=1e-6)
 
 
 def expanded(script: str, arguments: list[str], **variables: str) -> list[str]:
@@ -519,3 +531,15 @@ def test_refused_without_a_gpu(tmp_path):
             pl.Trainer(accelerator="cpu", devices=2, strategy=strategy)
     for message in processes.run(sync_batchnorm, 2, tmp_path, 2):
         assert message == "SyncBatchNorm layers only work with GPU modules"
+
+
+def test_strategies_that_divide_weights_are_refused(small):
+    for strategy in ("fsdp", "fsdp_cpu_offload", "deepspeed_stage_2"):
+        with pytest.raises(
+            ValueError, match="divides the weights .* Use strategy='ddp', with activation"
+        ):
+            RunOptions(strategy=strategy)
+    fit = pl.Trainer(strategy=ModelParallelStrategy(), accelerator="cpu", devices=1, logger=False, max_steps=1)
+    with pytest.raises(ValueError, match="strategy='ModelParallelStrategy' divides the weights"):
+        fit.fit(SelfSupervisedMethod(small("simclr")))
+    torch.distributed.destroy_process_group()  # Lightning has begun it
