@@ -31,7 +31,7 @@ from self_supervised.data import custom
 from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
-from self_supervised.runs import command_line, dry_run, effective, preflight, preview, trackers
+from self_supervised.runs import command_line, dry_run, effective, memory_plan, preflight, preview, trackers
 from self_supervised.runs.progress import Progress, scores_line, significant
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
@@ -313,6 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(effective.config_text(preset, options, params), end="")
     elif options.preview:
         print(preview.write_preview(params, options.preview))
+    elif options.fit_memory:
+        memory_plan.print_memory_plan(params, options, trainer_of_dry_run)
     elif options.dry_run:
         preflight.check_run(options, params, decode=True)
         dry_run.run_two_steps(params, lambda model, callbacks: trainer_of_dry_run(model, options, callbacks))

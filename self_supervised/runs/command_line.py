@@ -41,7 +41,14 @@ from self_supervised.runs.values import (
     with_joined_lists,
 )
 
-COMMAND_OPTIONS = ("out", "resume", "dry_run", "preview", "print_config")  # do not change what a run computes
+COMMAND_OPTIONS = (
+    "out",
+    "resume",
+    "dry_run",
+    "fit_memory",
+    "preview",
+    "print_config",
+)  # do not change what a run computes
 COMMON = (  # the commonest options, which the help of a preset shows first
     "dataset_name", "data_path", "encoder_arch", "batch_size", "max_epochs", "lr", "seed", "out", "dry_run",
 )  # fmt: skip

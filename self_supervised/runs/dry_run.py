@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -63,13 +64,8 @@ def run_two_steps(params: Any, make_trainer: Callable[..., pl.Trainer]) -> SelfS
         make_trainer: function of the model and callbacks that returns the Trainer of the run, without loggers and
             checkpoints, which validates one batch.
     """
-    model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1))
-    model.is_recorded = False  # after two steps
     stop = Stop()
-    watch = TrainingMonitor()
-    watch.collapse_was_named = True  # two steps are too few to detect a collapse
-    trainer = make_trainer(model, [stop, watch])
-    trainer.fit(model)
+    model, trainer = two_steps(params, make_trainer, stop)
     if trainer.is_global_zero:
         console = Console(highlight=False, markup=False)
         console.print(parts_table(model))
@@ -77,6 +73,18 @@ def run_two_steps(params: Any, make_trainer: Callable[..., pl.Trainer]) -> SelfS
         console.print(effective_table(model))
         console.print(plan_table(model, trainer, stop.seconds_per_step))
     return model
+
+
+def two_steps(
+    params: Any, make_trainer: Callable[..., pl.Trainer], stop: Stop
+) -> tuple[SelfSupervisedMethod, pl.Trainer]:
+    model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1))
+    model.is_recorded = False  # after two steps
+    watch = TrainingMonitor()
+    watch.collapse_was_named = True  # two steps are too few to detect a collapse
+    trainer = make_trainer(model, [stop, watch])
+    trainer.fit(model)
+    return model, trainer
 
 
 def empty_table(title: str, *columns: str) -> Table:
@@ -170,7 +178,11 @@ def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_ste
     """Return the table of data, memory and time."""
     p = model.params
     made = empty_table("Plan", "what", "value")
-    epoch = timedelta(seconds=round(seconds_per_step * model.plan.steps_per_epoch))
+    epoch, whole = (
+        timedelta(seconds=round(seconds_per_step * n)) for n in (model.plan.steps_per_epoch, model.plan.steps)
+    )
+    device = trainer.strategy.root_device
+    where = "on the device" if device.type == "cuda" else "in the process"
     splits = {"training": p.dataset.pretraining_splits, "evaluation": p.dataset.test_splits}
     sizes = [f"{len(loading.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]
     labels = {"labels": model.about_labels.removeprefix("labels: ")} if model.about_labels else {}
@@ -178,9 +190,10 @@ def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_ste
     rows = {
         "images": f"{p.dataset_name}: {', '.join(sizes)}; {' x '.join(map(str, p.input_shape))}",
         **labels,
-        "precision": f"{trainer.precision} on {trainer.strategy.root_device}",
-        "memory": peak_memory(trainer.strategy.root_device),
-        "time": f"{seconds_per_step:.3g} s per step, {epoch} per epoch without evaluation (from the last step only)",
+        "precision": f"{trainer.precision} on {device}",
+        "memory": f"{peak_memory(device) / 2**30:.2f} GiB {where} at most",
+        "time": f"{seconds_per_step:.3g} s per step, {epoch} per epoch, {whole} in all, without evaluation (from the "
+        "last step only)",
         "loss": f"{scores['step_train_loss']:.4g} at step {trainer.global_step}",
     }
     for name, value in rows.items():
@@ -188,8 +201,11 @@ def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_ste
     return made
 
 
-def peak_memory(device: torch.device) -> str:
+def peak_memory(device: torch.device) -> int:
+    """Return the largest memory in bytes that this process has used so far: of a GPU, or else of the machine."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the device at most"
+        return torch.cuda.max_memory_allocated(device)
+    if (status := Path("/proc/self/status")).exists():  # Linux, where ru_maxrss counts what the parent had
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB in the process at most"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

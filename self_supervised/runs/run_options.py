@@ -25,6 +25,8 @@ class RunOptions:
 
     # instead of a run
     dry_run: bool = False  # build everything, train two steps, validate one batch, print a summary; writes no files
+    # memory for the training, such as 8GB: with dry_run, find the micro_batch_size that fits, and print no summary
+    fit_memory: str | None = None
     preview: str | None = path()  # PNG file into which the first images and their views are drawn
     print_config: bool = False  # print the settings as YAML that --config reads
 
@@ -74,6 +76,8 @@ class RunOptions:
     def __attrs_post_init__(self):
         check_types(self)
         distributed.refuse_sharding(self.strategy)
+        if self.fit_memory and not self.dry_run:
+            raise ValueError(f"fit_memory={self.fit_memory}: is a part of the dry run. Pass --dry_run, too.")
         for name in self.logger:
             if name not in LOGGERS:
                 raise ValueError(f"logger={name!r}: unknown logger. Choose from {', '.join(LOGGERS)}.")

@@ -535,9 +535,7 @@ def test_refused_without_a_gpu(tmp_path):
 
 def test_strategies_that_divide_weights_are_refused(small):
     for strategy in ("fsdp", "fsdp_cpu_offload", "deepspeed_stage_2"):
-        with pytest.raises(
-            ValueError, match="divides the weights .* Use strategy='ddp', with activation"
-        ):
+        with pytest.raises(ValueError, match="divides the weights .* Use strategy='ddp', with activation"):
             RunOptions(strategy=strategy)
     fit = pl.Trainer(strategy=ModelParallelStrategy(), accelerator="cpu", devices=1, logger=False, max_steps=1)
     with pytest.raises(ValueError, match="strategy='ModelParallelStrategy' divides the weights"):

@@ -1,0 +1,129 @@
+"""The largest part of a batch whose training fits into a given memory: two steps are measured for each size that is
+tried, in a process of its own."""
+
+import multiprocessing
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import attrs
+import pytorch_lightning as pl
+from rich.console import Console
+
+from model_params import ModelParams
+from self_supervised.program import is_out_of_memory
+from self_supervised.runs.dry_run import Stop, empty_table, peak_memory, two_steps
+from self_supervised.runs.run_options import RunOptions
+
+UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+FIRST = 64  # images: the memory of so many, and of twice as many, shows that of an image
+MARGIN = 0.95  # of the memory that the estimate may fill
+
+MakeTrainer = Callable[..., pl.Trainer]
+
+
+@attrs.frozen
+class Measured:
+    """Two steps: peak memory in bytes and seconds of the second step; None: the memory was not enough."""
+
+    bytes: int | None
+    seconds: float = 0.0
+
+
+def bytes_of(text: str) -> int:
+    """Return the number of bytes of a text: 8GB is 8 x 10^9, 8GiB is 8 x 2^30.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found = re.fullmatch(r"([\d.]+) *([KMGT]?)(i?)B", text.strip())
+    if not found:
+        raise ValueError(f"fit_memory={text!r}: must be a size in bytes, such as 8GB, 7.5GiB or 900MB.")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** UNITS[unit])
+
+
+def print_memory_plan(params: ModelParams, options: RunOptions, make_trainer: MakeTrainer) -> None:
+    """Print the sizes that were measured, and the options with which the training fits into `options.fit_memory`.
+
+    Args:
+        make_trainer: importable function of the model, options and callbacks that returns the Trainer of a dry run.
+
+    Raises:
+        ValueError: there are several processes, or not even single images fit.
+    """
+    limit = bytes_of(str(options.fit_memory))
+    if options.n_processes > 1:
+        raise ValueError("fit_memory measures a single process. Leave out devices, and pass the batch_size of one.")
+    images = params.batch_size
+    if params.global_batch_size:
+        images = params.global_batch_size // options.accumulate_grad_batches
+    tried: dict[tuple[int, int], Measured] = {}  # (images of the loss, encoded at once) -> measured
+
+    def measure(batch: int, part: int) -> int | None:
+        changes = {"batch_size": batch, "global_batch_size": None, "micro_batch_size": part if part < batch else None}
+        if (batch, part) not in tried:
+            tried[batch, part] = in_own_process(attrs.evolve(params, **changes), options, make_trainer)
+        return tried[batch, part].bytes
+
+    part = first_guess(images, limit, measure)
+    while (found := measure(images, part)) is None or found > limit:
+        if part == 1:
+            raise ValueError(f"fit_memory={options.fit_memory}: a single image needs more. Choose a smaller encoder.")
+        part = max(1, part // 2)
+    made = empty_table(
+        f"Memory, at most {options.fit_memory}", "images of the loss", "encoded at once", "peak", "s/step"
+    )
+    for (batch, size), result in tried.items():
+        peak = "not enough" if result.bytes is None else f"{result.bytes / 1e9:.2f} GB"
+        made.add_row(f"{batch:,}", f"{size:,}", peak, f"{result.seconds:.3g}")
+    console = Console(highlight=False, markup=False)
+    console.print(made)
+    console.print(proposal(images, part), soft_wrap=True)
+
+
+def first_guess(images: int, limit: int, measure: Callable[[int, int], int | None]) -> int:
+    """Return the number of images to encode at once, from the memory of two small batches."""
+    if images <= 2 * FIRST:
+        return images
+    one, two = measure(FIRST, FIRST), measure(2 * FIRST, 2 * FIRST)
+    if one is None or two is None:
+        return FIRST
+    of_image = max(1.0, (two - one) / FIRST)
+    fitting = int((MARGIN * limit - one) / of_image) + FIRST
+    return images if fitting >= images else max(1, 2 ** (max(1, fitting).bit_length() - 1))
+
+
+def proposal(images: int, part: int) -> str:
+    if part >= images:
+        return f"The batch of {images:,} images fits: no other options are needed."
+    steps = -(-images // part)
+    return (
+        f"--micro_batch_size {part} fits: the same loss of {images:,} images, encoded in {steps} parts. Or "
+        f"--batch_size {part} --accumulate_grad_batches {steps}: less time, but only images of a part are compared. "
+        "--activation_checkpointing makes room for larger parts."
+    )
+
+
+def in_own_process(params: ModelParams, options: RunOptions, make_trainer: MakeTrainer) -> Measured:
+    """Measure two steps in a new process, whose peak memory is theirs, and which the system may end for lack of it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measured, params, options, make_trainer).result()
+        except BrokenProcessPool:
+            return Measured(None)
+
+
+def _measured(params: ModelParams, options: RunOptions, make_trainer: MakeTrainer) -> Measured:
+    for stream in (1, 2):  # nothing is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    stop = Stop()
+    try:
+        _, trainer = two_steps(params, lambda model, callbacks: make_trainer(model, options, callbacks), stop)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return Measured(None)
+        raise
+    return Measured(peak_memory(trainer.strategy.root_device), stop.seconds_per_step)
