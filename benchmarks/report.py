@@ -53,6 +53,8 @@ def table_of(path: Path) -> str:
     about, rows = harness.read(path)
     if "preset" in rows[0]:
         rows = over_seeds(rows)
+    if path.stem == "race":
+        rows = race_over_seeds(rows)
     rows = [row for row in rows if not row.get("note", "").startswith("skipped")]  # no time was left for them
     return f"{markdown([{key: number(value) for key, value in row.items()} for row in rows])}\n\n{about}"
 
@@ -72,6 +74,23 @@ def over_seeds(rows: list[Row]) -> list[Row]:
             "commit": " ".join(sorted({row["commit"] for row in group})),
         }
         for preset, group in of_preset.items()
+    ]
+
+
+def race_over_seeds(rows: list[Row]) -> list[Row]:
+    """Return one row for each contestant of the race, as `over_seeds` does for presets."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in ("who", "method", "encoder", "minutes")), []).append(row)
+    return [
+        {
+            **{name: group[0][name] for name in ("who", "method", "encoder", "minutes")},
+            **{name: mean_text(group, name, 1) for name in ("linear %", "kNN-20 %")},
+            "images seen": mean_text(group, "images seen", 0),
+            "minutes in all": mean_text(group, "minutes in all", 1),
+            "seeds": " ".join(row["seed"] for row in group),
+        }
+        for group in found.values()
     ]
 
 

@@ -4,36 +4,35 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import attrs
 import numpy as np
 import torch
 from attrs import frozen
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from model_params import CUSTOM_DATA, DATASET_DEFAULTS, TRAINING_ONLY, VIDEO, EncoderAndDataParams
 from self_supervised import catalogue
-from self_supervised.catalogue import OWN_MODULE
+from self_supervised.catalogue import OWN_MODULE, ViewSettings
 from self_supervised.data import custom, loading
-from self_supervised.data.files import name_skipped, readable_rows
+from self_supervised.data.files import name_skipped
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.packed import PackedImages, already_a_batch
 from self_supervised.data.packed_files import use_packed
+from self_supervised.evaluation.feature_files import read_features, write_features
 from self_supervised.networks.encoders import embeddings_of
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import able, finite
-from self_supervised.safe_files import atomic_folder
 from self_supervised.views import augmentations
 
 ENCODER_STAGES = ("layer1", "layer2", "layer3", "layer4")
 LABEL_FREE_IMAGES = 25_600  # training images for label-free measures (as in https://arxiv.org/abs/2210.02885)
 VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
+PATCHES = {"n_patches": 16, "area": 0.25, "seed": 0}  # area: of the image
 HASHED_AT_ONCE = 2**14  # images
 WITHOUT_EFFECT = (*TRAINING_ONLY, "decoding_threads")  # settings that change no protocol's result
 # Settings that do not change the features. All others, also those added later, are part of the cache directory's name.
@@ -42,8 +41,8 @@ UNUSED = (
     "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # `settings_for_features`
     "data_path", "splits_path", "video_path_prefix",  # places: the files found there are hashed
     "batch_size", "global_batch_size", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device",
-    "torch_compile", "winograd", "pack_images", "exif_orientation", "seed", "drop_last_batch", "lr_scaling",
-    "lr_batch_size", *TRAINING_ONLY,
+    "torch_compile", "winograd", "activation_checkpointing", "pack_images", "exif_orientation", "seed",
+    "drop_last_batch", "lr_scaling", "lr_batch_size", *TRAINING_ONLY,
 )  # fmt: skip
 
 
@@ -105,6 +104,13 @@ class EvaluationData:
         """Features [N, V, E] of random views of some training images."""
         splits = self.params.dataset.train_splits
         return self.on_device(extract_views(self.encoder, self.params, splits, self.cache, **VIEWS))[0]
+
+    @cached_property
+    def patches(self) -> tuple[Tensor, ...]:
+        """As `sets`, with the means over random patches of each image in place of the features of whole images."""
+        splits = self.params.dataset.train_splits, self.params.dataset.test_splits
+        train, test = (extract_patches(self.encoder, self.params, names, self.cache, **PATCHES) for names in splits)
+        return self.on_device(train.x, train.y, test.x, test.y)
 
     def on_device(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors on the encoder's device, or on the CPU if that device cannot score them."""
@@ -203,11 +209,41 @@ def extract_views(
     encoders are compared on the same views.
     """
     view = attrs.evolve(params.dataset.view, crop_size=params.crop_size)
+    return features_of_views(encoder, params, splits, cache, [view] * n_views, seed, n).x
+
+
+def extract_patches(
+    encoder: Encoder,
+    params: EncoderAndDataParams,
+    splits: tuple[str, ...],
+    cache: Path,
+    n_patches: int,
+    area: float,
+    seed: int,
+) -> Features:
+    """Return the mean embedding [N, E] of random patches of each image, and the labels. The patches are training views
+    of the data set, but of this area of the image."""
+    view = attrs.evolve(params.dataset.view, crop_size=params.crop_size, crop_scale=(area, area))
+    return features_of_views(encoder, params, splits, cache, [view] * n_patches, seed, averaged=True)
+
+
+def features_of_views(
+    encoder: Encoder,
+    params: EncoderAndDataParams,
+    splits: tuple[str, ...],
+    cache: Path,
+    views: list[ViewSettings],
+    seed: int,
+    n: int | None = None,
+    averaged: bool = False,
+) -> Features:
+    """Return the embeddings [n, V, E] of views of n random images, or of all, or their means [n, E], and the labels."""
     params = attrs.evolve(params, seed=seed, clip_speeds=[1.0], clip_jitter=0.0)
-    dataset = loading.get_dataset(params, splits, [view] * n_views)
+    dataset = loading.get_dataset(params, splits, views)
     chosen = np.sort(augmentations.generator(seed).permutation(len(dataset))[:n])
-    settings = {"views": n_views, "images": len(chosen), "seed": seed, "view": attrs.asdict(view)}
-    folder = cache / fingerprint(encoder, params, dataset, settings)
+    settings = {"views": len(views), "images": len(chosen), "seed": seed, "view": attrs.asdict(views[0])}
+    what = f"{len(views)} views of {len(chosen)} images"
+    folder = cache / fingerprint(encoder, params, dataset, settings | ({"averaged": True} if averaged else {}))
     if not folder.is_dir():
         device = device_of(encoder)
         subset = dataset.subset(chosen)
@@ -218,17 +254,15 @@ def extract_views(
             for images, labels in feature_batches(subset, params):
                 on_device = [x.to(device) for x in images] if isinstance(images, list) else images.to(device)
                 positions, n_before = n_before + np.arange(len(labels)), n_before + len(labels)
-                views = augmentations.augment(
-                    on_device, seed, [view] * n_views, params.mean, params.std, positions=positions
-                )
+                made = augmentations.augment(on_device, seed, views, params.mean, params.std, positions=positions)
                 with torch.no_grad():
-                    embeddings = torch.stack([encoder(x.to(device)).float() for x in views], 1)
-                    yield {"x": finite(embeddings, f"views of {'+'.join(splits)}"), "y": labels}
+                    x = torch.stack([encoder(view.to(device)).float() for view in made], 1)
+                yield {"x": finite(x.mean(1) if averaged else x, f"views of {'+'.join(splits)}"), "y": labels}
 
-        what = f"{n_views} views of {len(subset)} images"
         write_features(folder, len(subset), rows(), n_batches(subset, params), what)
         name_skipped(subset)
-    return read_features(folder)["x"]
+    arrays = read_features(folder)
+    return Features(arrays["x"], arrays["y"])
 
 
 def stages_of(encoder: Encoder) -> list[str]:
@@ -353,42 +387,3 @@ def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
         return
     for path, signature, label in dataset.signatures():
         yield repr((os.path.relpath(path, loading.data_path()), *signature, label)).encode()
-
-
-# ---- files of the cache ----
-
-
-def write_features(folder: Path, n: int, rows: Iterator[dict[str, Tensor]], n_batches: int, what: str) -> None:
-    """Write batches of rows to one .npy file per array, atomically and in constant memory.
-
-    Rows whose label `y` marks them as placeholders of unreadable files are left out; the arrays then have fewer than n
-    rows.
-    """
-    with atomic_folder(folder) as unfinished, ExitStack() as opened:
-        files: dict[str, tuple[BinaryIO, np.ndarray]] = {}  # array name -> (file, an empty array of its rows)
-        done = 0
-        for batch in track(rows, what, total=n_batches):
-            *parts, labels = readable_rows(batch["y"].cpu(), *(part.cpu() for part in batch.values()))
-            for name, part in zip(batch, parts, strict=True):
-                part = part.numpy()
-                if name not in files:
-                    files[name] = opened.enter_context((unfinished / f"{name}.npy").open("wb")), part[:0]
-                    write_header(*files[name], n)
-                files[name][0].write(part.tobytes())  # with a memory map, a full disk would kill the process
-            done += len(labels)
-        if done < n:
-            for file, empty in files.values():
-                write_header(file, empty, done)
-
-
-def write_header(file: BinaryIO, empty: np.ndarray, n: int) -> None:
-    """Write the header of a .npy file of n rows like those of `empty`. NumPy pads headers, so that it can be written
-    again with another n."""
-    file.seek(0)
-    header = {"descr": np.lib.format.dtype_to_descr(empty.dtype), "fortran_order": False}
-    np.lib.format.write_array_header_1_0(file, header | {"shape": (n, *empty.shape[1:])})
-
-
-def read_features(folder: Path) -> dict[str, Tensor]:
-    """Return the memory-mapped arrays. Changes to them stay in memory."""
-    return {path.stem: torch.from_numpy(np.load(path, mmap_mode="c")) for path in sorted(folder.glob("*.npy"))}

@@ -15,7 +15,7 @@ from linear_classifier import IMAGE_SETTINGS, LINEAR_PRESETS, LinearClassifierMe
 from model_params import EncoderAndDataParams
 from self_supervised.data.loading import n_classes
 from self_supervised.evaluation import features, label_free, linear_models, probes, validation
-from self_supervised.evaluation.features import LABEL_FREE_IMAGES, VIEWS, EvaluationData
+from self_supervised.evaluation.features import LABEL_FREE_IMAGES, PATCHES, VIEWS, EvaluationData
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import Scores
 
@@ -82,6 +82,7 @@ class Protocol:
     source: str  # paper
     seeded: bool = True  # whether the scores depend on the seed
     trains: bool = False  # takes hours instead of minutes; not run by default
+    slow: bool = False  # takes many times as long as one pass over the images; not run by default
     needs_labels: bool = True
     needs_classes: bool = True  # one class per image
     needs_stages: bool = False  # an encoder with layer1 to layer4
@@ -112,6 +113,10 @@ def training_row(preset: str, definition: str, source: str) -> Protocol:
 
 
 FROZEN = "frozen features of whole images"
+OF_PATCHES = (
+    f"on the mean of the features of {PATCHES['n_patches']} random patches of an image: the data set's augmentations, "
+    f"with crops of {PATCHES['area']:.0%} of its area"
+)
 PROTOCOLS = {
     "knn": Protocol(
         lambda data, _: probes.knn_protocol(*data.sets),
@@ -166,6 +171,19 @@ PROTOCOLS = {
         "by 3-fold cross-validation within the draw from 4 images a class on, 0.5 below",
         "https://arxiv.org/abs/1905.01235, section 6.2",
         needs_classes=False,
+    ),
+    "knn_patches": Protocol(
+        lambda data, _: probes.knn_protocol(*data.patches),
+        f"as knn, {OF_PATCHES}",
+        "https://arxiv.org/abs/2304.03977, section 4.1",
+        seeded=False,
+        slow=True,
+    ),
+    "linear_patches": Protocol(
+        lambda data, seed: probes.linear(*data.patches, seed=seed),
+        f"as linear, {OF_PATCHES}",
+        "https://arxiv.org/abs/2304.03977, section 4.1",
+        slow=True,
     ),
     "rank_me": label_free_row(
         lambda data, _: {"rank_me": validation.rank_me(data.label_free_features)["valid_rank_me"]},
@@ -238,7 +256,7 @@ def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderA
     labeled = n_classes(params) > 0
     refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, labeled))}
     if protocols is None:
-        return [name for name, row in PROTOCOLS.items() if not row.trains and name not in refused]
+        return [name for name, row in PROTOCOLS.items() if not (row.trains or row.slow or name in refused)]
     for name in protocols:
         if name in refused:
             able = ", ".join(other for other in PROTOCOLS if other not in refused)

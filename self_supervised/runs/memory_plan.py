@@ -19,7 +19,7 @@ from self_supervised.runs.run_options import RunOptions
 
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 FIRST = 64  # images: the memory of so many, and of twice as many, shows that of an image
-MARGIN = 0.95  # of the memory that the estimate may fill
+FILLED = 0.95  # of the memory that the estimate may fill
 
 MakeTrainer = Callable[..., pl.Trainer]
 
@@ -92,7 +92,7 @@ def first_guess(images: int, limit: int, measure: Callable[[int, int], int | Non
     if one is None or two is None:
         return FIRST
     of_image = max(1.0, (two - one) / FIRST)
-    fitting = int((MARGIN * limit - one) / of_image) + FIRST
+    fitting = int((FILLED * limit - one) / of_image) + FIRST
     return images if fitting >= images else max(1, 2 ** (max(1, fitting).bit_length() - 1))
 
 

@@ -127,7 +127,8 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
 
 
 def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
-    """Return a line on the learning rate, and one on settings that were changed without effect, where they apply.
+    """Return lines on the learning rate, on settings that were changed without effect, and on a missing teacher, where
+    they apply.
 
     Args:
         loss_type: that of `params`, or CUSTOM if a function replaces it.
@@ -136,7 +137,9 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
     values = ", ".join(f"{name}={getattr(params, name)!r}" for name in useless)
     reasons = "; ".join(f"{name} needs {why}" for name, why in useless.items())
     unused = f"{values}: no effect with the other settings. {reasons}" if useless else ""
-    return [line for line in (doubt_of_lr(params, plan), unused) if line]
+    alone = "teacher=None: the keys are other views of the student, who learns from itself. Pass a teacher"
+    no_teacher = alone if loss_type == "seed" and params.teacher is None else ""
+    return [line for line in (doubt_of_lr(params, plan), unused, no_teacher) if line]
 
 
 def doubt_of_lr(params: ModelParams, plan: Plan) -> str:

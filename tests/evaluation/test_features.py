@@ -9,8 +9,9 @@ from torch import nn
 from model_params import EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.data import loading
-from self_supervised.evaluation import features
+from self_supervised.evaluation import feature_files, features
 from self_supervised.evaluation.features import data_params, extract, extract_views, fingerprint
+from self_supervised.evaluation.protocols import PROTOCOLS, runnable
 from self_supervised.networks.pretrained import Encoder, Report
 from self_supervised.views import augmentations
 
@@ -128,7 +129,7 @@ def test_the_hash_of_a_custom_encoder_depends_on_its_forward(dtype):
 def test_a_full_disk_is_named_and_leaves_no_features(tmp_path):
     rows = ({"x": torch.ones(100, 64), "y": torch.ones(100)} for _ in range(10))
     with processes.full_disk(50_000), pytest.raises(OSError, match="abc cannot be written"):
-        features.write_features(tmp_path / "abc", 1000, rows, 10, "features")
+        feature_files.write_features(tmp_path / "abc", 1000, rows, 10, "features")
     assert not list(tmp_path.iterdir())
 
 
@@ -198,3 +199,19 @@ def test_another_data_set_is_read_in_the_encoders_size_and_normalization(tmp_pat
         data_params(encoder(), "cifar10")
     with pytest.raises(ValueError, match="'digit' is unknown: choose one of digits, cifar10"):
         data_params(encoder(), "digit")
+
+
+def test_features_of_patches_are_means_over_crops_of_a_part(tmp_path):
+    e = encoder()
+    params = data_params(e)
+    found = features.extract_patches(e, params, ("test",), tmp_path, n_patches=3, area=0.25, seed=5)
+    view = catalogue.ViewSettings(**{**vars_of(params.dataset.view), "crop_size": 8, "crop_scale": (0.25, 0.25)})
+    images, labels = loading.get_dataset(params, ("test",)).__getitems__(np.arange(500))
+    views = augmentations.augment(images, 5, [view] * 3, params.mean, params.std)
+    torch.testing.assert_close(found.x, torch.stack([e(x) for x in views]).mean(0))
+    assert torch.equal(found.y, labels)
+    data = features.EvaluationData(e, params, tmp_path)
+    train, _, test, _ = data.patches
+    assert (len(train), len(test)) == (1297, 500) and not torch.equal(test, data.test.x)
+    assert set(PROTOCOLS["knn_patches"].run(data, 0)) == set(PROTOCOLS["knn"].run(data, 0))
+    assert "linear_patches" not in runnable(None, e, params)

@@ -175,7 +175,9 @@ def plan_of(params: ModelParams) -> Plan:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_raise_no_doubts(preset):
     params = PRESETS[preset]()
-    assert advice.changed_by_user(params) == [] == advice.doubts(params, plan_of(params), params.loss_type)
+    found = advice.doubts(params, plan_of(params), params.loss_type)
+    assert advice.changed_by_user(params) == [] and len(found) == (preset == "distill")
+    assert not found or "Pass a teacher" in found[0]
 
 
 def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_line_each(small, trainer, caplog):
