@@ -408,6 +408,7 @@ class ModelParams(EncoderAndDataParams):
     # prototypes, and losses of all views
     n_prototypes: int = positive(3000, at_most=2**24)  # number of prototypes of SwAV and DINO
     prototypes_frozen_epochs: float = non_negative(1)  # epochs at the start in which prototypes do not change
+    queue_from_epoch: float = non_negative(0)  # epochs at the start in which SwAV's assignments do not use the queue
     center_momentum: float = fraction(0.9)  # fraction of itself that DINO's center keeps at each step
     sigreg_weight: float = fraction(0.02)  # weight of LeJEPA's SIGReg; that of the distances is 1 - sigreg_weight
 
@@ -927,8 +928,9 @@ SCEVideoParams = Preset(
 SwAVParams = Preset(  # the authors' recipe for 256 images per step
     ModelParams, "SwAVParams", "SwAV (https://arxiv.org/abs/2006.09882): views agree on one of many prototypes.",
     loss_type="swav", use_lagging_model=False, use_both_augmentations_as_queries=True, loss_constant_factor=0.5,
-    T=0.1, K=3840, mlp_hidden_dim=2048, mlp_normalization="bn", transform_s=1.0, transform_crop_scale_min=0.14,
-    optimizer_name="lars", lr=0.6, weight_decay=1e-6, lars_warmup_epochs=0, final_lr_schedule_value=0.0006,
+    T=0.1, K=3840, queue_from_epoch=15, mlp_hidden_dim=2048, mlp_normalization="bn", transform_s=1.0,
+    transform_crop_scale_min=0.14, optimizer_name="lars", lr=0.6, weight_decay=1e-6, lars_warmup_epochs=0,
+    final_lr_schedule_value=0.0006,
 )
 DINOParams = Preset(
     ModelParams, "DINOParams", "DINO (https://arxiv.org/abs/2104.14294): prototypes of a centered lagging model.",

@@ -38,7 +38,7 @@ SMALL = {
 }
 FEW_PROTOTYPES = {"n_prototypes": 24, "prototypes_frozen_epochs": 0}
 SMALL_OF = {
-    "swav": FEW_PROTOTYPES,
+    "swav": {**FEW_PROTOTYPES, "queue_from_epoch": 0},
     "dino": {**FEW_PROTOTYPES, "lr_scaling": None},
     **dict.fromkeys(("fastsiam", "lejepa", "emp_ssl"), {"n_large_views": 2}),
     "nnclr": {"projection_mlp_hidden_dims": [], "prediction_mlp_hidden_dims": []},

@@ -87,3 +87,18 @@ def test_prototypes_neighbors_slices_and_labels_resume_bit_equal(name, small, tr
 
     whole, resumed = trained(), trained(str(tmp_path / "0.ckpt"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_assignments_of_swav_use_the_queue_later(small, trainer):
+    """The first epoch is as without a queue, the second is not."""
+    ends = []
+    for fields in ({"use_negative_examples_from_queue": False}, {"queue_from_epoch": 1}, {"queue_from_epoch": 0}):
+        weights = []
+        for epochs in (1, 2):
+            method = SelfSupervisedMethod(small("swav", **fields, evaluations=[], max_epochs=2))
+            fit = trainer(max_epochs=2, max_steps=4 * epochs, limit_train_batches=4)
+            fit.fit(method)
+            weights.append(method.prototypes.weight.detach().clone())
+        ends.append(weights)
+    (one, two), (one_later, two_later), (one_at_once, _) = ends
+    assert torch.equal(one, one_later) and not torch.equal(one, one_at_once) and not torch.equal(two, two_later)

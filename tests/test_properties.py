@@ -171,6 +171,7 @@ SENSIBLE = {
     "teacher_channels": either([], [0]),
     "n_prototypes": either(1, 2, 24),
     "prototypes_frozen_epochs": EPOCHS,
+    "queue_from_epoch": EPOCHS,
     "center_momentum": SHARE,
     "sigreg_weight": SHARE,
     "mlp_activation": either("relu", "gelu"),

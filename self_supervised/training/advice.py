@@ -83,6 +83,7 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     **dict.fromkeys(("K", "gather_keys_for_queue"), {QUEUE: None}),
     "teacher_channels": {"teacher": None},
     **dict.fromkeys(("n_prototypes", "prototypes_frozen_epochs"), {"loss_type": OF_PROTOTYPES}),
+    "queue_from_epoch": {"loss_type": ("swav",), QUEUE: None},
     **{"center_momentum": {"loss_type": ("dino",)}, "sigreg_weight": {"loss_type": ("lejepa",)}},
     **dict.fromkeys(("m", "use_momentum_schedule"), {"use_lagging_model": None}),
     "stop_gradient_of_keys": {GRADIENT: None, "loss_type": (*SIMILARITIES, "vic", "barlow", "fastsiam", CUSTOM)},

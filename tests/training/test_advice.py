@@ -31,7 +31,7 @@ BASES = {  # every loss and optimizer, and settings that only have an effect wit
     "ip, lars": {"preset": "byol", "prediction_mlp_last_normalization": "ln"},
     "sce": {"preset": "sce", **SCE},
     "dclw": {"preset": "dcl", "dcl_sigma": 0.5},
-    "swav": {"preset": "swav", "n_prototypes": 6, "prototypes_frozen_epochs": 1},
+    "swav": {"preset": "swav", "n_prototypes": 6, "prototypes_frozen_epochs": 1, "queue_from_epoch": 0},
     "dino": {"preset": "dino", "n_prototypes": 6, "sce_target_T_warmup_epochs": 1.25, "sce_target_T_warmup_start": 0.1},
     "nearest keys": {"preset": "nnclr", "projection_mlp_hidden_dims": [], "prediction_mlp_hidden_dims": []},
     "seed": {"preset": "distill"},
