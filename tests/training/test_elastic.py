@@ -168,10 +168,8 @@ TRAINING = (
     "--seed 0 --evaluations none --logger [] --num_data_workers 0 --accelerator cpu --precision 64-true "
     "--checkpoint_every_n_steps 10 --resume auto"
 )
-ELASTIC = (
-    "--nnodes 1:4 --nproc_per_node 1 --max_restarts 1000 --rdzv_backend c10d "
-    "--rdzv_conf last_call_timeout=3,keep_alive_interval=2,keep_alive_max_attempt=3 --local_addr 127.0.0.1"
-)
+ELASTIC = "--nnodes 1:4 --nproc_per_node 1 --max_restarts 1000 --rdzv_backend c10d --local_addr 127.0.0.1"
+WAITING = "last_call_timeout=3,keep_alive_interval=2,keep_alive_max_attempt=3"
 BEGUN = "images per optimizer step"  # the first process prints it at each start
 
 
@@ -184,6 +182,7 @@ class Nodes:
 
     def join(self, node: int) -> None:
         at = ["--rdzv_endpoint", f"127.0.0.1:{self.port}", "--rdzv_id", self.out.name]
+        at += ["--rdzv_conf", f"is_host={node == 0},{WAITING}"]  # on one machine, any could be the host
         command = [*TORCHRUN, *ELASTIC.split(), *at, *TRAINING.split(), "--out", self.out]
         self.programs.start(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
         self.agents[node] = self.programs.running[-1]
