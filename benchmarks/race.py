@@ -184,17 +184,21 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightly|torch")
     if args.quick:
         args.minutes, args.seeds, args.only = 0.01, [0], METHODS[:1]
+    if STUDENT in (args.only or ()) and not args.teacher:
+        parser.error(f"{STUDENT} needs --teacher")
     methods = args.only or (*METHODS, *[STUDENT] * bool(args.teacher))
     who = [*["ours"] * ("ours" in args.who), *(harness.installed("lightly") if "lightly" in args.who else [])]
     path = args.out / "race.csv"
     for seed, method, name in itertools.product(args.seeds, methods, who):
         encoder = args.encoder_arch if name == "ours" else "resnet18"
+        encoder = QUICK["encoder_arch"] if args.quick else encoder
         known = {"who": name, "method": method, "encoder": encoder, "seed": seed, "minutes": args.minutes}
         rows = harness.finished(path)
         if not (harness.has(rows, known) or (name, method) == ("lightly", STUDENT)):
             taught = {"teacher": args.teacher, "n_large_views": 1} if method == STUDENT else {}
             row = finished_run(known, {**taught, **(QUICK if args.quick else {})})
-            harness.report("race", [*rows, row], args.out, *[name] * (name == "lightly"))
+            others = ["lightly"] * any(one["who"] == "lightly" for one in [*rows, row])
+            harness.report("race", [*rows, row], args.out, *others)
 
 
 if __name__ == "__main__":

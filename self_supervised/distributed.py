@@ -88,10 +88,18 @@ def is_distributed() -> bool:
 
 
 def of_torchrun() -> tuple[int, int] | None:
-    """Return (processes of each node, nodes) as torchrun started them this time, or None without torchrun."""
+    """Return (processes of each node, nodes) as torchrun started them this time, or None without torchrun.
+
+    Raises:
+        ValueError: the nodes have different numbers of processes.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     on_node, everywhere = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    if everywhere % on_node:
+        raise ValueError(
+            f"nproc_per_node={on_node} on this node, but {everywhere} processes in all. Start as many on each"
+        )
     return on_node, everywhere // on_node
 
 
@@ -103,7 +111,7 @@ def is_elastic() -> bool:
 def refuse_sharding(strategy: str) -> None:
     """Raise ValueError for a strategy of Lightning, given by its name or class name, that divides weights among
     processes."""
-    if strategy.lower().startswith(("fsdp", "deepspeed", "modelparallel")):
+    if any(name in strategy.lower() for name in ("fsdp", "deepspeed", "modelparallel")):
         raise ValueError(
             f"strategy={strategy!r} divides the weights among the processes, but the lagging model, LARS and our "
             "checkpoints need whole ones. Use strategy='ddp', with activation_checkpointing=True and micro_batch_size "

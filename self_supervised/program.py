@@ -121,8 +121,8 @@ def message_of(error: Exception) -> str:
     if is_out_of_memory(error):
         found = str(error).split(". ")[0] or type(error).__name__
         lines = [f"out of memory ({found}). Choose a smaller batch_size, encoder or image size."]
-    elif LOST_PROCESS in str(error):
-        lines = ["another process of this training has ended; its error, if it had one, is above or in its own output"]
+    elif isinstance(error, RuntimeError) and LOST_PROCESS in str(error):
+        lines = [f"another process of this training has ended, see its own output ({str(error).split('. ')[0]})"]
     else:
         lines = [str(error) or type(error).__name__]
     return " ".join("; ".join([*lines, *getattr(error, "__notes__", [])]).split())

@@ -22,7 +22,8 @@ SAME_IN_STARTING = (  # settings that the encoder of the starting weights shares
     "dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std",
 )  # fmt: skip
 SHARED = {field.name for field in fields(EncoderAndDataParams)}
-OF_PRETRAINING = {"data_fraction"}  # not taken over: evaluations and linear stages use all labeled images
+# not taken over: evaluations and linear stages use all labeled images, and have room for activations
+OF_PRETRAINING = {"data_fraction", "activation_checkpointing"}
 GRAY = {"image_mean": [0.449], "image_std": [0.226]}  # means of ImageNet's constants over the three channels
 
 

@@ -1,13 +1,13 @@
 """Activations of an encoder's blocks that are computed again in the backward pass instead of kept in memory: the same
 gradients with less memory and one more pass."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LISTS = (nn.Sequential, nn.ModuleList)
@@ -26,7 +26,8 @@ def recompute_activations(encoder: nn.Module) -> None:
             "computed again. Leave it False, and choose micro_batch_size to save memory"
         )
     for block in found:
-        block.forward = partial(_recomputed, block)  # type: ignore[method-assign]
+        own_forward = vars(block).get("forward")
+        block.forward = partial(_recomputed, block, own_forward)  # type: ignore[method-assign]
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -54,21 +55,45 @@ def is_stage(module: nn.Module) -> bool:
     return False
 
 
-def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """forward(*args, **kwargs) of a block; `block` is an argument so that a copy of the block has its own."""
-    forward = partial(type(block).forward, block)
-    if not torch.is_grad_enabled():
+def _recomputed(block: nn.Module, own_forward: Callable | None, *args: Any, **kwargs: Any) -> Any:
+    """forward(*args, **kwargs) of a block; `block` is an argument so that a copy of the block has its own.
+
+    Args:
+        own_forward: the block's `forward` if it was set on the block itself, not by its class.
+    """
+    forward = own_forward or partial(type(block).forward, block)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return forward(*args, **kwargs)
-    contexts = lambda: (nullcontext(), buffers_kept(block))  # noqa: E731
+    before = buffers_of(block)
+    contexts = lambda: (nullcontext(), Rewound(block, before))  # noqa: E731
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-@contextmanager
-def buffers_kept(block: nn.Module) -> Iterator[None]:
-    """Restore all buffers at the end: the running statistics of batch norm have seen these images already."""
-    before = {buffer: buffer.clone() for buffer in block.buffers()}
-    try:
-        yield
-    finally:
-        for buffer, value in before.items():
-            buffer.data.copy_(value)  # .data: the backward pass holds the buffer, but does not read it
+Buffers = list[tuple[dict, str, Tensor, Tensor]]  # (buffers of a module, name, buffer, copy)
+
+
+def buffers_of(block: nn.Module) -> Buffers:
+    named = ((module._buffers, name) for module in block.modules() for name in module._buffers)
+    return [(of_module, name, x, x.clone()) for of_module, name in named if (x := of_module[name]) is not None]
+
+
+def put_back(buffers: Buffers) -> None:
+    """Give buffers their earlier values, also those that were replaced by other tensors."""
+    for of_module, name, buffer, value in buffers:
+        of_module[name] = buffer
+        buffer.data.copy_(value)  # .data: autograd holds the buffer, whose values the backward pass does not read
+
+
+class Rewound:
+    """Context of a second pass: buffers, such as the running statistics of batch norm, have the values that they had
+    before the first pass, and afterwards their present ones again."""
+
+    def __init__(self, block: nn.Module, before: Buffers):
+        self.block, self.before = block, before
+
+    def __enter__(self) -> None:
+        self.present = buffers_of(self.block)
+        put_back(self.before)
+
+    def __exit__(self, *_: object) -> None:
+        put_back(self.present)

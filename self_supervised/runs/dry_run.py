@@ -204,7 +204,7 @@ def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_ste
 def peak_memory(device: torch.device) -> int:
     """Return the largest memory in bytes that this process has used so far: of a GPU, or else of the machine."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     if (status := Path("/proc/self/status")).exists():  # Linux, where ru_maxrss counts what the parent had
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss

@@ -1,5 +1,5 @@
-"""The largest part of a batch whose training fits into a given memory: two steps are measured for each size that is
-tried, in a process of its own."""
+"""A part of a batch whose training fits into a given memory: two steps are measured for each size that is tried, in a
+process of its own."""
 
 import multiprocessing
 import os
@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import attrs
 import pytorch_lightning as pl
+import torch
 from rich.console import Console
 
 from model_params import ModelParams
@@ -19,6 +20,7 @@ from self_supervised.runs.run_options import RunOptions
 
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 FIRST = 64  # images: the memory of so many, and of twice as many, shows that of an image
+SMALLEST = 2  # images in a part: batch norm needs two
 FILLED = 0.95  # of the memory that the estimate may fill
 
 MakeTrainer = Callable[..., pl.Trainer]
@@ -55,8 +57,10 @@ def print_memory_plan(params: ModelParams, options: RunOptions, make_trainer: Ma
         ValueError: there are several processes, or not even single images fit.
     """
     limit = bytes_of(str(options.fit_memory))
-    if options.n_processes > 1:
-        raise ValueError("fit_memory measures a single process. Leave out devices, and pass the batch_size of one.")
+    n_gpus = torch.cuda.device_count() if options.devices == "auto" and options.accelerator != "cpu" else 1
+    if options.n_processes > 1 or n_gpus > 1:
+        raise ValueError("fit_memory measures a single process. Pass --devices 1, and the batch_size of one process.")
+    options = attrs.evolve(options, devices=1, num_nodes=1, strategy="auto")
     images = params.batch_size
     if params.global_batch_size:
         images = params.global_batch_size // options.accumulate_grad_batches
@@ -70,9 +74,9 @@ def print_memory_plan(params: ModelParams, options: RunOptions, make_trainer: Ma
 
     part = first_guess(images, limit, measure)
     while (found := measure(images, part)) is None or found > limit:
-        if part == 1:
-            raise ValueError(f"fit_memory={options.fit_memory}: a single image needs more. Choose a smaller encoder.")
-        part = max(1, part // 2)
+        if part <= SMALLEST:
+            raise ValueError(f"fit_memory={options.fit_memory}: {part} images need more. Choose a smaller encoder.")
+        part = max(SMALLEST, part // 2)
     made = empty_table(
         f"Memory, at most {options.fit_memory}", "images of the loss", "encoded at once", "peak", "s/step"
     )
@@ -81,7 +85,7 @@ def print_memory_plan(params: ModelParams, options: RunOptions, make_trainer: Ma
         made.add_row(f"{batch:,}", f"{size:,}", peak, f"{result.seconds:.3g}")
     console = Console(highlight=False, markup=False)
     console.print(made)
-    console.print(proposal(images, part), soft_wrap=True)
+    console.print(proposal(images, part, options.accumulate_grad_batches), soft_wrap=True)
 
 
 def first_guess(images: int, limit: int, measure: Callable[[int, int], int | None]) -> int:
@@ -93,17 +97,19 @@ def first_guess(images: int, limit: int, measure: Callable[[int, int], int | Non
         return FIRST
     of_image = max(1.0, (two - one) / FIRST)
     fitting = int((FILLED * limit - one) / of_image) + FIRST
-    return images if fitting >= images else max(1, 2 ** (max(1, fitting).bit_length() - 1))
+    return images if fitting >= images else max(SMALLEST, 2 ** (max(1, fitting).bit_length() - 1))
 
 
-def proposal(images: int, part: int) -> str:
+def proposal(images: int, part: int, accumulated: int) -> str:
+    """Return the options with which a batch of `images` fits if `part` of them are encoded at once."""
     if part >= images:
         return f"The batch of {images:,} images fits: no other options are needed."
-    steps = -(-images // part)
+    total = images * accumulated
+    steps = next(n for n in range(1, total + 1) if total % n == 0 and total // n <= part)
     return (
-        f"--micro_batch_size {part} fits: the same loss of {images:,} images, encoded in {steps} parts. Or "
-        f"--batch_size {part} --accumulate_grad_batches {steps}: less time, but only images of a part are compared. "
-        "--activation_checkpointing makes room for larger parts."
+        f"--micro_batch_size {part} fits: the same loss of {images:,} images, encoded in {-(-images // part)} parts. "
+        f"Or --global_batch_size {total} --accumulate_grad_batches {steps}: less time, but only the {total // steps:,} "
+        "images of a batch are compared. --activation_checkpointing makes room for larger parts."
     )
 
 

@@ -60,7 +60,7 @@ class RunOptions:
     precision: str = choice("auto", PRECISIONS)  # floating point; auto: bfloat16 where it is faster, else float32
     accelerator: str = choice("auto", ACCELERATORS)  # kind of device; auto: a GPU if there is one
     devices: int | str | list[int] = "auto"  # number of devices, or a list of them; auto: all, or as torchrun says
-    num_nodes: int | None = positive(None)  # number of machines; none: as torchrun says, else 1
+    num_nodes: int = positive(1)  # number of machines; 1: or as torchrun says
     strategy: str = "auto"  # distributed strategy: ddp, ddp_find_unused_parameters_true, ...
     accumulate_grad_batches: int = positive(1)  # batches per optimizer step
     sync_batchnorm: bool = False  # compute batch statistics over all processes
@@ -99,15 +99,31 @@ class RunOptions:
     def n_processes(self) -> int:
         """Number of processes on CPUs. "auto" is one."""
         given = self.trainer_arguments()
-        devices = str(given["devices"]) if not isinstance(self.devices, list) else str(len(self.devices))
-        return given["num_nodes"] * (int(devices) if devices.isdigit() else 1)
+        return given["num_nodes"] * (count_of(given["devices"]) or 1)
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """Return the arguments of pl.Trainer."""
-        devices, nodes = distributed.of_torchrun() or ("auto", 1)
+        """Return the arguments of pl.Trainer.
+
+        Raises:
+            ValueError: torchrun started other processes.
+        """
         given = {name: getattr(self, name) for name in TRAINER_OPTIONS}
-        chosen = {"devices": devices if self.devices == "auto" else self.devices, "num_nodes": self.num_nodes or nodes}
-        return {**given, **chosen}
+        if started := distributed.of_torchrun():
+            on_node, nodes = started
+            if count_of(self.devices) not in (None, on_node) or self.num_nodes not in (1, nodes):
+                raise ValueError(
+                    f"devices={self.devices!r}, num_nodes={self.num_nodes}: torchrun started {on_node} processes on "
+                    f"each of {nodes} nodes. Leave both options out."
+                )
+            given |= {"devices": on_node if self.devices == "auto" else self.devices, "num_nodes": nodes}
+        return given
+
+
+def count_of(devices: int | str | list[int]) -> int | None:
+    """Return the number of devices, or None if it is not given as a number or a list."""
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() else None
 
 
 RUN_OPTION_NAMES = tuple(attribute.name for attribute in fields(RunOptions))

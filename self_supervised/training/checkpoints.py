@@ -34,7 +34,7 @@ GO_ON = (
 NOT_OF_TRAINING = (  # settings that may differ after a complete training
     "max_epochs", "evaluations", "evaluate_every_n_epochs", "probe_on_training_set", "evaluation_clips",
     "evaluation_crops", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device", "torch_compile",
-    "winograd", "data_path", "splits_path",
+    "activation_checkpointing", "winograd", "data_path", "splits_path",
 )  # fmt: skip
 MAKE_GROUPS = (  # settings that determine the optimizer's parameter groups
     "exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr",
@@ -205,7 +205,8 @@ class Checkpoints(pl.Callback):
     """Callback that saves every n optimizer steps and after every epoch, and stops cleanly on SIGTERM and SIGUSR1.
 
     A run that is resumed from one of its files ends bit-identical to an uninterrupted one (with the built-in data sets,
-    and with others in a `ResumableDataLoader`). On SIGTERM it saves, and the program exits with status 0. On SIGUSR1,
+    and with others in a `ResumableDataLoader`). On SIGTERM it saves, and the program exits with status 0
+    (75 under `torchrun --max_restarts`, which takes 0 for the end of the training). On SIGUSR1,
     which SLURM sends before the time limit if asked to (`--signal=SIGUSR1@120`), it does the same, and requeues the job
     under SLURM. During a validation, both take effect after it.
 
@@ -231,10 +232,10 @@ class Checkpoints(pl.Callback):
         self.asked: Callable[[], bool] = lambda: False  # whether any process had a signal when it was last asked
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if distributed.is_elastic() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if stage == "fit" and distributed.is_elastic() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             rank_zero_warn(
                 "when torchrun starts processes again, it may hand on addresses of those that are gone. Set "
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and pass --rdzv_backend c10d or --standalone"
             )
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
             self.lock.enter_context(locked(self.folder))

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 import torchvision
+from torch import nn
 
+from batchrenorm import BatchRenorm1d
 from moco import SelfSupervisedMethod
 from self_supervised.networks.recomputation import blocks, recompute_activations
 
@@ -81,6 +83,44 @@ def test_less_than_half_of_the_activations_of_a_resnet_are_kept():
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-12, msg=name)
     torch.testing.assert_close(recomputed.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+class Block(nn.Module):
+    """A block whose output depends on the statistics that it updates, one of them by another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.norm = BatchRenorm1d(6)
+        self.norm.num_batches_tracked.fill_(20_000)  # past its warm-up
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        self.scale = self.scale * 1.5
+        return x + self.scale * self.norm(self.layer(x))
+
+
+def test_blocks_that_read_what_they_update():
+    """Two views are encoded before the backward pass, which is made twice."""
+    torch.manual_seed(0)
+    plain, views = nn.Sequential(Block(), Block()).double(), torch.randn(2, 8, 6, dtype=torch.double)
+    recomputed = copy.deepcopy(plain)
+    recompute_activations(recomputed)
+    for network in (plain, recomputed):
+        loss = (network(views[0]) * network(views[1]).sin()).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(recomputed.get_parameter(name).grad, weight.grad, rtol=1e-9, atol=1e-12, msg=name)
+    torch.testing.assert_close(recomputed.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+def test_a_forward_that_was_set_on_the_block_is_kept():
+    network = nn.Sequential(Block(), Block())
+    network[0].forward = lambda x: 3 * x
+    recompute_activations(network)
+    x = torch.ones(1, 6)
+    assert torch.equal(network[0](x), 3 * x)
 
 
 def test_an_encoder_without_blocks_is_refused():

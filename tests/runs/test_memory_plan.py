@@ -43,7 +43,7 @@ def test_the_largest_part_that_fits(monkeypatch, capsys):
     out, tried = plan(monkeypatch, capsys, "8GB", lambda batch, part: int(1e9 + 1e7 * part))
     assert tried == [(64, 64), (128, 128), (2000, 512)] and "2,000" in out and "6.12 GB" in out
     assert "--micro_batch_size 512 fits: the same loss of 2,000 images, encoded in 4 parts" in out
-    assert "--batch_size 512 --accumulate_grad_batches 4" in out
+    assert "--global_batch_size 4000 --accumulate_grad_batches 8: less time, but only the 500 images" in out
 
 
 def test_a_guess_that_needs_more_is_halved(monkeypatch, capsys):
@@ -59,7 +59,7 @@ def test_a_batch_that_fits(monkeypatch, capsys):
 
 
 def test_a_network_that_does_not_fit(monkeypatch, capsys):
-    with pytest.raises(ValueError, match="fit_memory=1GB: a single image needs more"):
+    with pytest.raises(ValueError, match="fit_memory=1GB: 2 images need more"):
         plan(monkeypatch, capsys, "1GB", lambda batch, part: int(2e9 + 1e7 * part))
 
 

@@ -127,13 +127,18 @@ STARTED_BY_TORCHRUN = {  # the second of three nodes with two processes each
 
 
 def test_options_follow_torchrun(monkeypatch):
-    assert RunOptions().trainer_arguments()["num_nodes"] == 1 and RunOptions(devices=3).n_processes == 3
+    assert RunOptions().trainer_arguments()["num_nodes"] == 1 and RunOptions(devices=3, num_nodes=2).n_processes == 6
     for name, value in STARTED_BY_TORCHRUN.items():
         monkeypatch.setenv(name, value)
     found = RunOptions().trainer_arguments()
     assert (found["devices"], found["num_nodes"]) == (2, 3) and RunOptions().n_processes == 6
-    found = RunOptions(devices=4, num_nodes=2).trainer_arguments()
-    assert (found["devices"], found["num_nodes"]) == (4, 2)
+    assert RunOptions(devices=[4, 5], num_nodes=3).n_processes == 6
+    for contradiction in ({"devices": 1}, {"num_nodes": 2}):
+        with pytest.raises(ValueError, match="torchrun started 2 processes on each of 3 nodes"):
+            RunOptions(**contradiction).trainer_arguments()
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(ValueError, match="Start as many on each"):
+        RunOptions().trainer_arguments()
 
 
 @pytest.mark.parametrize(("restarts", "status"), [("0", None), ("3", 75)])
@@ -200,17 +205,20 @@ class Nodes:
         return self.programs.outputs().count(BEGUN)
 
     def has_ended(self) -> bool:
-        """Whether the first node, at which the others meet, has ended. It is never lost, only its process."""
-        return self.agents[0].poll() is not None
+        """Whether the training is complete, or the first node, at which the others meet, has ended. It is never lost,
+        only its process. After the training, agents wait for minutes for one that was killed just before."""
+        results = self.out / "results.json"
+        is_complete = results.exists() and "verdict" in results.read_text()
+        return is_complete or self.agents[0].poll() is not None
 
     def fail_until(self, end: float, rng: random.Random) -> list[float]:
         """Lose a process or a node every 20 to 40 seconds until a time or the end of the training. Returns the seconds
         from each failure to the next start of the training."""
         recoveries = []
         wait(lambda: self.begun() > 0, 120)
-        while not self.has_ended():
+        while not self.has_ended() and time.monotonic() < end + 300:
             wait(self.has_ended, rng.uniform(*SECONDS_BETWEEN))
-            if self.has_ended() or time.monotonic() > end:
+            if self.has_ended() or time.monotonic() > end:  # the rest of the training is left alone
                 continue
             before = self.begun()
             missing = set(range(4)) - set(self.agents)
@@ -247,7 +255,7 @@ def test_torchrun_loses_processes_and_nodes(tmp_path):
             for node in range(1 + n_runs % 4):  # others join later
                 nodes.join(node)
             recoveries += nodes.fail_until(end, rng)
-            assert nodes.agents[0].returncode == 0, nodes.programs.outputs()[-5000:]
+            assert nodes.agents[0].poll() in (None, 0), nodes.programs.outputs()[-5000:]
         finally:
             nodes.programs.stop()
         worlds |= set(re.findall(r"(\d) \(processes\)", nodes.programs.outputs()))
