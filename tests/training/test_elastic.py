@@ -169,7 +169,7 @@ def test_a_shared_store_gives_a_warning(monkeypatch, small, trainer, tmp_path):
 MINUTES, SECONDS_BETWEEN = 15, (20, 40)
 TRAINING = (
     "-m self_supervised train moco_v2 --dataset_name digits --encoder_arch timm:test_convnext --transform_crop_size 32 "
-    "--mlp_normalization ln --mlp_hidden_dim 32 --dim 16 --K 240 --lr 0.05 --global_batch_size 48 --max_epochs 12 "
+    "--mlp_normalization ln --mlp_hidden_dim 32 --dim 16 --K 240 --lr 0.05 --global_batch_size 48 --max_epochs 40 "
     "--seed 0 --evaluations none --logger [] --num_data_workers 0 --accelerator cpu --precision 64-true "
     "--checkpoint_every_n_steps 10 --resume auto"
 )
@@ -214,10 +214,10 @@ class Nodes:
     def fail_until(self, end: float, rng: random.Random) -> list[float]:
         """Lose a process or a node every 20 to 40 seconds until a time or the end of the training. Returns the seconds
         from each failure to the next start of the training."""
-        recoveries = []
+        recoveries = [0.0]
         wait(lambda: self.begun() > 0, 120)
         while not self.has_ended() and time.monotonic() < end + 300:
-            wait(self.has_ended, rng.uniform(*SECONDS_BETWEEN))
+            wait(self.has_ended, rng.uniform(*SECONDS_BETWEEN) - recoveries[-1])
             if self.has_ended() or time.monotonic() > end:  # the rest of the training is left alone
                 continue
             before = self.begun()
@@ -227,7 +227,7 @@ class Nodes:
             whole = len(self.agents) > 1 and rng.random() < 0.5
             self.kill(rng.choice([node for node in self.agents if node or not whole]), whole)
             recoveries.append(wait(lambda before=before: self.begun() > before or self.has_ended(), 120))
-        return recoveries
+        return recoveries[1:]
 
 
 def wait(happened: Callable[[], bool], seconds: float) -> float:
