@@ -260,7 +260,7 @@ class EncoderAndDataParams:
         return self.low_resolution_stem
 
 
-LATER_ADDED = {"exif_orientation": False, "queue_from_epoch": 0}  # what earlier checkpoints without these fields did
+LATER_ADDED = {"exif_orientation": False}  # what earlier checkpoints, which lack these fields, did
 DATASET_DEFAULTS = defaults(EncoderAndDataParams, (*CUSTOM_DATA, *VIDEO))  # to start from with another data set
 
 

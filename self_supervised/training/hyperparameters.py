@@ -95,8 +95,7 @@ def of_checkpoint(content: dict[str, Any], path: str | Path, classifier: str, pa
 
 def keep_earlier_ways(method: Any, content: dict[str, Any]) -> None:
     """Set the fields that a checkpoint lacks, and that were added later, to what was in effect when it was written."""
-    known = content.get("hyper_parameters", {})
-    lacking = {name: value for name, value in LATER_ADDED.items() if name not in known and hasattr(method.params, name)}
+    lacking = {name: value for name, value in LATER_ADDED.items() if name not in content.get("hyper_parameters", {})}
     if any(getattr(method.params, name) != value for name, value in lacking.items()):
         method.change(**lacking)
 

@@ -17,8 +17,8 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.training import checkpoints, hyperparameters
-from self_supervised.training.checkpoints import Checkpoints, newest, read_checkpoint
+from self_supervised.training import checkpoints
+from self_supervised.training.checkpoints import Checkpoints, newest
 
 
 def tiny() -> nn.Module:
@@ -261,13 +261,3 @@ def test_validating_a_checkpoint_does_not_skip_batches_of_a_later_fit(saved, met
     both.validate(method, ckpt_path=saved / "step_000000002.ckpt", verbose=False)
     both.fit(method)
     assert both.global_step == 6
-
-
-def test_a_setting_that_was_added_later_is_as_before(saved, small):
-    """SwAV's queue was used from the first step; a linear classifier has no such setting."""
-    content = read_checkpoint(newest(saved))
-    content["hyper_parameters"] = {k: v for k, v in content["hyper_parameters"].items() if k != "queue_from_epoch"}
-    method = SelfSupervisedMethod(small("swav", queue_from_epoch=15))
-    hyperparameters.keep_earlier_ways(method, content)
-    assert method.params.queue_from_epoch == 0 == method.hparams["queue_from_epoch"]
-    hyperparameters.keep_earlier_ways(LinearClassifierMethod(dataset_name="digits", encoder_arch="small_cnn"), content)

@@ -244,7 +244,7 @@ def test_torchrun_loses_processes_and_nodes(tmp_path):
     rng, recoveries, worlds, n_runs = random.Random(0), [], set(), 0
     whole = Programs(tmp_path)
     whole.start([*TRAINING.split(), "--out", tmp_path / "whole"])
-    whole.wait(300)
+    whole.wait(600)
     expected = read_checkpoint(tmp_path / "whole" / "pretrained.ckpt")
     end = time.monotonic() + 60 * MINUTES
     while time.monotonic() < end:
