@@ -30,7 +30,7 @@ from self_supervised.numerics import Scores, at_least_float32, in_parts
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
-from self_supervised.training.loss_schedules import prototypes_are_frozen, scheduled, usable_keys
+from self_supervised.training.loss_schedules import prototypes_are_frozen, scheduled
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
 from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.precision import refuse_half_precision
@@ -172,7 +172,7 @@ class SelfSupervisedMethod(BaseMethod):
                 "views, a tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
         if self.prototypes is not None:
-            self.prototypes.scale()
+            self.prototypes.begin_step(self.global_step / self.plan.steps_per_epoch)
         with weights_shared(*(() if p.activation_checkpointing else (self.model, self.lagging_model))):
             online, keys = self.encode_views(views, batch_idx)
         with torch.autocast(self.device.type, enabled=False):
@@ -191,7 +191,7 @@ class SelfSupervisedMethod(BaseMethod):
         """Return the loss of the views that `encode_views` has encoded, and scalars to log, both means over pairs."""
         p = self.params
         changing = scheduled(p, self.global_step, self.plan) if self.has_schedules else {}
-        queue = usable_keys(p, self.queue, self.global_step, self.plan)
+        queue = None if self.queue is None else at_least_float32(self.queue.keys)
         queries, targets = {i: q for i, (_, q, _) in online.items()}, keys
         if self.prototypes is not None:
             queries = {i: self.prototypes(q) for i, q in queries.items()}

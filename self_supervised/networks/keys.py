@@ -68,6 +68,7 @@ class Prototypes(nn.Module):
         self.weight = nn.Linear(params.dim, params.n_prototypes, bias=False).weight
         self.register_buffer("center", torch.zeros(params.n_prototypes))
         self.assigns = params.loss_type == "swav"
+        self.queue_from_epoch, self.uses_queue = params.queue_from_epoch, True
         self.center_momentum = params.center_momentum  # fraction of itself that DINO's center keeps at each step
 
     def forward(self, z: Tensor) -> Tensor:
@@ -75,8 +76,10 @@ class Prototypes(nn.Module):
         return z @ (self.weight if self.assigns else F.normalize(self.weight, dim=1)).to(z.dtype).T
 
     @torch.no_grad()
-    def scale(self) -> None:
-        """Give SwAV's prototypes the length 1, before a step."""
+    def begin_step(self, epoch: float) -> None:
+        """Give SwAV's prototypes the length 1, before a step after so many epochs; its assignments then use the queue,
+        or not yet."""
+        self.uses_queue = epoch >= self.queue_from_epoch
         if self.assigns:
             self.weight.copy_(F.normalize(self.weight, dim=1))
 
@@ -98,7 +101,7 @@ class Prototypes(nn.Module):
 
     def assignments(self, keys: Tensor, queue: Tensor | None, temperature: float) -> Tensor:
         keys = distributed.gather(keys)
-        scores = self(keys if queue is None else torch.cat([keys, queue]))
+        scores = self(torch.cat([keys, queue]) if queue is not None and self.uses_queue else keys)
         return distributed.own_rows(sinkhorn(scores, temperature)[: len(keys)])
 
 

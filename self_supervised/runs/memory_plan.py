@@ -20,7 +20,7 @@ from self_supervised.runs.run_options import RunOptions
 
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 FIRST = 64  # images: the memory of so many, and of twice as many, shows that of an image
-SMALLEST = 2  # images in a part: batch norm needs two
+SMALLEST_PART = 2  # images in a part: batch norm needs two
 FILLED = 0.95  # of the memory that the estimate may fill
 
 MakeTrainer = Callable[..., pl.Trainer]
@@ -74,9 +74,9 @@ def print_memory_plan(params: ModelParams, options: RunOptions, make_trainer: Ma
 
     part = first_guess(images, limit, measure)
     while (found := measure(images, part)) is None or found > limit:
-        if part <= SMALLEST:
+        if part <= SMALLEST_PART:
             raise ValueError(f"fit_memory={options.fit_memory}: {part} images need more. Choose a smaller encoder.")
-        part = max(SMALLEST, part // 2)
+        part = max(SMALLEST_PART, part // 2)
     made = empty_table(
         f"Memory, at most {options.fit_memory}", "images of the loss", "encoded at once", "peak", "s/step"
     )
@@ -97,7 +97,7 @@ def first_guess(images: int, limit: int, measure: Callable[[int, int], int | Non
         return FIRST
     of_image = max(1.0, (two - one) / FIRST)
     fitting = int((FILLED * limit - one) / of_image) + FIRST
-    return images if fitting >= images else max(SMALLEST, 2 ** (max(1, fitting).bit_length() - 1))
+    return images if fitting >= images else max(SMALLEST_PART, 2 ** (max(1, fitting).bit_length() - 1))
 
 
 def proposal(images: int, part: int, accumulated: int) -> str:

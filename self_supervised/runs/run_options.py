@@ -99,7 +99,7 @@ class RunOptions:
     def n_processes(self) -> int:
         """Number of processes on CPUs. "auto" is one."""
         given = self.trainer_arguments()
-        return given["num_nodes"] * (count_of(given["devices"]) or 1)
+        return given["num_nodes"] * (number_of_devices(given["devices"]) or 1)
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Return the arguments of pl.Trainer.
@@ -110,7 +110,7 @@ class RunOptions:
         given = {name: getattr(self, name) for name in TRAINER_OPTIONS}
         if started := distributed.of_torchrun():
             on_node, nodes = started
-            if count_of(self.devices) not in (None, on_node) or self.num_nodes not in (1, nodes):
+            if number_of_devices(self.devices) not in (None, on_node) or self.num_nodes not in (1, nodes):
                 raise ValueError(
                     f"devices={self.devices!r}, num_nodes={self.num_nodes}: torchrun started {on_node} processes on "
                     f"each of {nodes} nodes. Leave both options out."
@@ -119,7 +119,7 @@ class RunOptions:
         return given
 
 
-def count_of(devices: int | str | list[int]) -> int | None:
+def number_of_devices(devices: int | str | list[int]) -> int | None:
     """Return the number of devices, or None if it is not given as a number or a list."""
     if isinstance(devices, list):
         return len(devices)

@@ -1,10 +1,6 @@
 """Settings of the loss that change during training: those of SCHEDULED."""
 
-from torch import Tensor
-
 from model_params import SCHEDULED, ModelParams, changes
-from self_supervised.networks.keys import KeyQueue
-from self_supervised.numerics import at_least_float32
 from self_supervised.training import optimizers
 
 
@@ -22,14 +18,6 @@ def scheduled(params: ModelParams, step: int, plan: optimizers.Plan | None) -> d
             curves = (getattr(p, f"{name}_warmup"), getattr(p, f"{name}_schedule"))
             found[name] = optimizers.warmup_then(step, plan.steps, warmup_steps, *values, *curves)
     return found
-
-
-def usable_keys(params: ModelParams, queue: KeyQueue | None, step: int, plan: optimizers.Plan | None) -> Tensor | None:
-    """Return the keys of the queue that the loss may use at an optimizer step, in at least float32, or None."""
-    waits = params.loss_type == "swav" and params.queue_from_epoch > 0
-    if queue is None or (waits and step < params.queue_from_epoch * plan.steps_per_epoch):
-        return None
-    return at_least_float32(queue.keys)
 
 
 def prototypes_are_frozen(params: ModelParams, step: int, plan: optimizers.Plan) -> bool:
