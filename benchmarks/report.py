@@ -61,37 +61,40 @@ def table_of(path: Path) -> str:
 
 def over_seeds(rows: list[Row]) -> list[Row]:
     """Return one row for each preset: means over its seeds, and sample standard deviations of accuracies."""
-    of_preset: dict[str, list[Row]] = {}
-    for row in rows:
-        of_preset.setdefault(row["preset"], []).append(row)
     return [
         {
-            "preset": preset,
+            "preset": group[0]["preset"],
             **{name: mean_text(group, name, 1) for name in ("linear %", "kNN-20 %")},
             "epochs": group[0]["epochs"],
             **{name: mean_text(group, name, 0) for name in ("minutes", "images/s")},
             "seeds": " ".join(row["seed"] for row in group),
             "commit": " ".join(sorted({row["commit"] for row in group})),
         }
-        for preset, group in of_preset.items()
+        for group in grouped(rows, "preset")
     ]
 
 
 def race_over_seeds(rows: list[Row]) -> list[Row]:
     """Return one row for each contestant of the race, as `over_seeds` does for presets."""
-    found: dict[tuple, list[Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[name] for name in ("who", "method", "encoder", "minutes")), []).append(row)
+    contestant = ("who", "method", "encoder", "minutes")
     return [
         {
-            **{name: group[0][name] for name in ("who", "method", "encoder", "minutes")},
+            **{name: group[0][name] for name in contestant},
             **{name: mean_text(group, name, 1) for name in ("linear %", "kNN-20 %")},
             "images seen": mean_text(group, "images seen", 0),
             "minutes in all": mean_text(group, "minutes in all", 1),
             "seeds": " ".join(row["seed"] for row in group),
         }
-        for group in found.values()
+        for group in grouped(rows, *contestant)
     ]
+
+
+def grouped(rows: list[Row], *names: str) -> list[list[Row]]:
+    """Return the rows that have the same values of these columns together, in the order of their first ones."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(found.values())
 
 
 def mean_text(rows: list[Row], name: str, digits: int) -> str:

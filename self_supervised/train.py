@@ -314,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.preview:
         print(preview.write_preview(params, options.preview))
     elif options.fit_memory:
+        preflight.check_run(options, params)
         memory_plan.print_memory_plan(params, options, trainer_of_dry_run)
     elif options.dry_run:
         preflight.check_run(options, params, decode=True)

@@ -28,9 +28,7 @@ from self_supervised.numerics import not_finite
 from self_supervised.safe_files import atomic_file, safe_load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-GO_ON = (
-    75  # exit status after a signal, EX_TEMPFAIL of sysexits.h, where torchrun would take 0 for the end of the training
-)
+GO_ON = 75  # exit status after a signal where torchrun would take 0 for the end of the training (EX_TEMPFAIL)
 NOT_OF_TRAINING = (  # settings that may differ after a complete training
     "max_epochs", "evaluations", "evaluate_every_n_epochs", "probe_on_training_set", "evaluation_clips",
     "evaluation_crops", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device", "torch_compile",
