@@ -69,6 +69,23 @@ ON_CIFAR10 = {
     "simsiam": {**WITH_SGD, "dim": 2048, "mlp_hidden_dim": 2048, "prediction_mlp_hidden_dims": [512]},
     "ressl": {**WITH_SGD, "K": 4096, "m": 0.99},
     "distill": {**WITH_SGD, "K": 4096, "mlp_hidden_dim": 1024},
+    "moco_v1": {**WITH_SGD, "K": 4096, "m": 0.99},
+    "dcl": {**WITH_SGD, "mlp_hidden_dim": 2048},
+    "supcon": {**WITH_SGD, "mlp_hidden_dim": 2048},
+    "nnclr": {**WITH_SGD, "K": 4096, "T": 0.2},
+    "fastsiam": {**WITH_SGD, "dim": 2048, "mlp_hidden_dim": 2048, "prediction_mlp_hidden_dims": [512]},
+    "swav": {  # as lightly's example on CIFAR-10: 512 prototypes, two views, no queue
+        **{**ADAMW, "lr": 1e-3, "weight_decay": 1e-6, "n_prototypes": 512, "mlp_hidden_dim": 512},
+        **{"use_negative_examples_from_queue": False, "transform_s": 0.5},
+    },
+    "dino": {  # likewise
+        **{**WITH_SGD, "m": 0.99, "use_momentum_schedule": False, "final_weight_decay": None},
+        **{"n_prototypes": 2048, "projection_mlp_layers": 2},
+    },
+    "lejepa": {},
+    "emp_ssl": {"max_epochs": 1, "warmup_epochs": 0, "batch_size": 100, "transform_apply_blur": True},
+    "frossl": {**WITH_LARS, "dim": 1024, "mlp_hidden_dim": 2048},
+    "mmcr": {**WITH_LARS, "dim": 512, "mlp_hidden_dim": 2048},
 }
 
 
