@@ -159,11 +159,12 @@ def draw_curves(path: Path) -> None:
         sorted(lines.items(), key=lambda item: -statistics.mean(item[1][max(item[1])]))
     ):
         values = [statistics.mean(found[epoch]) for epoch in sorted(found)]
-        axis.plot(sorted(found), values, label=preset, color=plt.get_cmap("tab10")(i))
+        style = {"color": plt.get_cmap("tab10")(i % 10), "linestyle": ("-", "--", ":")[i // 10]}
+        axis.plot(sorted(found), values, label=preset, **style)
     axis.set(xlabel="epoch (0: random encoder)", ylabel="kNN-20, half of the test images (%)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # in the order of the last values
     (DOCS / "results").mkdir(exist_ok=True)
     figure.savefig(DOCS / "results" / f"{path.stem}.png", dpi=110)
     plt.close(figure)

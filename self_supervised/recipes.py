@@ -194,6 +194,11 @@ KINDS = {
                 "barlow_twins": Outcome((43.7, None), (80.5, None), 3.0, "linear", seeds=1),
                 "simsiam": Outcome((43.7, None), (72.5, None), 2.8, "linear", seeds=1),
                 "ressl": Outcome((43.7, None), (72.8, None), 2.2, "linear", seeds=1),
+                "swav": Outcome((43.7, None), (78.1, None), 6.2, "linear", seeds=1),
+                "dino": Outcome((43.7, None), (79.0, None), 6.8, "linear", seeds=1),
+                "nnclr": Outcome((43.7, None), (78.3, None), 6.1, "linear", seeds=1),
+                "fastsiam": Outcome((43.7, None), (75.5, None), 8.5, "linear", seeds=1),
+                "frossl": Outcome((43.7, None), (80.8, None), 5.9, "linear", seeds=1),
             }
         ),
         pixels=36.4,
