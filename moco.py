@@ -157,10 +157,10 @@ class SelfSupervisedMethod(BaseMethod):
 
     def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, tuple]:
         """Return {view i: encode(view i)}; with `micro_batch_size` as leaves, for `backward`."""
-        size = self.params.micro_batch_size
-        if size is None:
+        if (size := self.params.micro_batch_size) is None:
             return {i: self.encode(views[i]) for i in which}
-        self.micro_batches = MicroBatches(self.encode, {i: views[i] for i in which}, size, torch.initial_seed())
+        networks, chosen = (self.model, self.projection_model, self.prediction_model), {i: views[i] for i in which}
+        self.micro_batches = MicroBatches(networks, self.encode, chosen, size, torch.initial_seed())
         return self.micro_batches.outputs
 
     def training_step(self, batch: tuple[list[Tensor], Tensor | None], batch_idx: int) -> Tensor:
@@ -222,7 +222,7 @@ class SelfSupervisedMethod(BaseMethod):
         super().backward(loss, *args, **kwargs)
         if self.params.micro_batch_size is not None:
             with self.trainer.precision_plugin.train_step_context():
-                vars(self).pop("micro_batches").backward(self)
+                vars(self).pop("micro_batches").backward()
             distributed.average_gradients(self.parameters())
             synchronize_buffers_alone(self.trainer.model)
 

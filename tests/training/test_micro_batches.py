@@ -7,6 +7,7 @@ from test_ddp import SMALL, Batches, encoder
 from test_ddp import trainer as trainer_of
 from torch import nn
 
+from batchrenorm import BatchRenorm2d
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised.training.micro_batches import refuse_strategy
@@ -62,6 +63,22 @@ def test_both_passes_draw_the_same_and_statistics_move_once():
     assert len(first) == len(second) == 3 * 2 * 3  # steps, views, parts
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     assert state["model.layers.1.num_batches_tracked"] == 3 * 2 * 3
+
+
+ONLY_A_KEY = {**OTHERS, "use_both_augmentations_as_queries": False}  # view 1, between two queries
+
+
+@pytest.mark.parametrize(("preset", "fields", "n_views"), [("simclr", {}, 2), ("simsiam", ONLY_A_KEY, 3)])
+def test_the_second_pass_reads_the_statistics_that_the_first_read(preset, fields, n_views):
+    """Of layers whose outputs in training depend on running statistics."""
+    module = Noisy()
+    module.layers[1] = BatchRenorm2d(8, momentum=0.3)
+    module.layers[1].num_batches_tracked.fill_(20_000)  # before 5,000 it is batch norm
+    trained(preset, module, micro_batch_size=4, **fields)
+    passes = torch.stack([x for _, x in module.seen[1:]]).unflatten(0, (3, 2, 3 * n_views))  # steps, passes, parts
+    assert torch.equal(passes[:, 0], passes[:, 1])
+    counted = [layer.num_batches_tracked for layer in module.modules() if isinstance(layer, BatchRenorm2d)]
+    assert counted == [20_000 + 3 * 3 * n_views]
 
 
 def test_what_does_not_work_with_parts_is_refused():
