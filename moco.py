@@ -205,7 +205,7 @@ class SelfSupervisedMethod(BaseMethod):
             stacked = (torch.stack([found[i] for i in sorted(found)]) for found in (queries, targets))
             of_all = multi_view_losses.get_loss_of_views(p, self.step_seed(batch_idx))(*stacked)
         else:
-            loss_of = self.custom_loss or losses.get_loss(p, **changing, labels=labels)
+            loss_of = self.custom_loss or losses.get_loss_in_parts(p, **changing, labels=labels)
             of_pairs = (loss_of(queries[i], targets[j], queue) for i, j in p.pairs)
             per_pair = [{**cosines, **found} for cosines, found in zip(per_pair, of_pairs, strict=True)]
         means = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}

@@ -6,21 +6,31 @@ Sizes: N queries on this process, W processes, D dimensions, K keys in the queue
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model_params import ModelParams
 from self_supervised import distributed
-from self_supervised.numerics import unit
+from self_supervised.numerics import in_parts, unit
 
 Scalars = dict[str, Tensor]
+PairLoss = Callable[[Tensor, Tensor, Tensor | None], Scalars]
 CustomLoss = Callable[[Tensor, Tensor, Tensor | None], Scalars | Tensor]
+ALL_ROWS = slice(None)
+OF_ROWS = ("ce", "bce", "ip", "sce", "seed")  # means over queries of what each has with all others
 
 
 def similarities(
-    q: Tensor, k: Tensor, queue: Tensor | None = None, in_batch: bool = False, same_view: bool = False
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | None = None,
+    in_batch: bool = False,
+    same_view: bool = False,
+    rows: slice = ALL_ROWS,
 ) -> Tensor:
     """Return the inner products of each query with its own key and with its negatives, [N, 1 + negatives].
 
@@ -30,19 +40,21 @@ def similarities(
         in_batch: use the keys of all other images in the batches of all processes as negatives (W N - 1).
         same_view: use the other queries as negatives (W N - 1). With `in_batch` these are the 2 W N - 2 negatives of
             NT-Xent (SimCLR, https://arxiv.org/abs/2002.05709, equation 1).
+        rows: the queries that have a row in the result; all are negatives.
     """
-    columns = [(q * k).sum(1, keepdim=True)]
+    chosen = q[rows]
+    columns = [(chosen * k[rows]).sum(1, keepdim=True)]
     others = (x for x, is_used in ((k, in_batch), (q, same_view)) if is_used)
-    columns += [_without_own_column(q @ x.T) for x in distributed.gather_each(*others)]
+    columns += [_without_own_column(chosen @ x.T, rows) for x in distributed.gather_each(*others)]
     if queue is not None:
-        columns.append(q @ queue.T)
+        columns.append(chosen @ queue.T)
     return torch.cat(columns, dim=1)
 
 
-def _without_own_column(products: Tensor) -> Tensor:
-    """Remove the column of its own image from each row, [N, W N] -> [N, W N - 1]."""
+def _without_own_column(products: Tensor, rows: slice = ALL_ROWS) -> Tensor:
+    """Remove the column of its own image from each of these rows, [n, W N] -> [n, W N - 1]."""
     m = products.shape[1]
-    own = distributed.own_rows(torch.arange(m, device=products.device)).unsqueeze(1)
+    own = distributed.own_rows(torch.arange(m, device=products.device))[rows].unsqueeze(1)
     others = torch.arange(m - 1, device=products.device).unsqueeze(0)
     return products.gather(1, others + (others >= own))  # a boolean mask would wait for the device
 
@@ -302,12 +314,14 @@ def get_loss(
     sce_coefficient: float | None = None,
     sce_target_T: float | None = None,
     labels: Tensor | None = None,
-) -> Callable[[Tensor, Tensor, Tensor | None], Scalars]:
+    rows: slice = ALL_ROWS,
+) -> PairLoss:
     """Return the function loss(q, k, queue_keys) that `params` selects. Each row shows which settings a loss reads.
 
     Args:
         sce_coefficient, sce_target_T: values at this step, if they change during training; None: those of `params`.
         labels: classes of the images [N], which "supcon" alone reads.
+        rows: the queries over which a loss in `OF_ROWS` is a mean.
     """
     p = params
     coefficient = p.sce_coefficient if sce_coefficient is None else sce_coefficient
@@ -319,13 +333,13 @@ def get_loss(
     def sim(q: Tensor, k: Tensor, queue: Tensor | None) -> Tensor:
         if p.use_nearest_keys:  # NNCLR's softmax is over the queries of a key
             q, k = k, q
-        return similarities(q, k, of_params(queue), *from_batch)
+        return similarities(q, k, of_params(queue), *from_batch, rows=rows)
 
     from_batch = (p.use_negative_examples_from_batch, p.use_negative_examples_from_same_view)
     alpha = p.eqco_alpha if p.use_eqco_margin else None
     vic_weights = (p.invariance_loss_weight, p.variance_loss_weight, p.covariance_loss_weight, p.variance_loss_epsilon)
     losses = {
-        "ce": lambda q, k, queue: cross_entropy(sim(q, k, None), p.T, alpha, q, of_params(queue)),
+        "ce": lambda q, k, queue: cross_entropy(sim(q, k, None), p.T, alpha, q[rows], of_params(queue)),
         "dcl": lambda q, k, queue: decoupled(sim(q, k, queue), p.T, p.dcl_sigma),
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
         "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
@@ -340,7 +354,26 @@ def get_loss(
     return losses[p.loss_type]
 
 
-def custom_loss(loss: CustomLoss) -> Callable[[Tensor, Tensor, Tensor | None], Scalars]:
+def get_loss_in_parts(params: ModelParams, **arguments: Any) -> PairLoss:
+    """Return the function of `get_loss`, with less memory if `micro_batch_size` is set: similarities of so many queries
+    at a time, which are computed again in the backward pass. Losses that are not in `OF_ROWS` are computed at once."""
+    size = params.micro_batch_size
+    if size is None or params.loss_type not in OF_ROWS:
+        return get_loss(params, **arguments)
+
+    def loss(q: Tensor, k: Tensor, queue: Tensor | None) -> Scalars:
+        found = []
+        for part in in_parts(torch.arange(len(q)), size):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            of_rows = get_loss(params, **arguments, rows=rows)
+            scalars = checkpoint(of_rows, q, k, queue, use_reentrant=False, preserve_rng_state=False)
+            found.append({name: value * (len(part) / len(q)) for name, value in scalars.items()})
+        return {name: torch.stack([part[name] for part in found]).sum() for name in found[0]}
+
+    return loss
+
+
+def custom_loss(loss: CustomLoss) -> PairLoss:
     """Return a user's loss(q, k, queue_keys), of a pair of views, as a function that returns a dict like `get_loss`'s.
 
     It gets the queries and keys [N, D] of this process (`distributed.gather` joins those of all processes) and the

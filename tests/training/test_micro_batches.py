@@ -6,10 +6,12 @@ from pytorch_lightning.strategies import DDPStrategy
 from test_ddp import SMALL, Batches, encoder
 from test_ddp import trainer as trainer_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchrenorm import BatchRenorm2d
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
+from self_supervised import losses
 from self_supervised.training.micro_batches import refuse_strategy
 
 N = 12
@@ -79,6 +81,33 @@ def test_the_second_pass_reads_the_statistics_that_the_first_read(preset, fields
     assert torch.equal(passes[:, 0], passes[:, 1])
     counted = [layer.num_batches_tracked for layer in module.modules() if isinstance(layer, BatchRenorm2d)]
     assert counted == [20_000 + 3 * 3 * n_views]
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that an operation returned, also in the backward pass."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves(found) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in tensors)])
+        return found
+
+
+@pytest.mark.parametrize("preset", ["simclr", "eqco", "sce", "moco_v3"])
+def test_similarities_exist_of_a_part_of_the_queries_at_a_time(preset):
+    params = PRESETS[preset](**{**SMALL, "dim": 4}, micro_batch_size=8)
+    q, k = (torch.randn(100, 4, requires_grad=True) for _ in range(2))
+    queue, largest, found = torch.randn(24, 4) if params.keeps_keys else None, {}, {}
+    for name, build in (("whole", losses.get_loss), ("parts", losses.get_loss_in_parts)):
+        with Largest() as counted:
+            found[name] = build(params)(q, k, queue)
+            found[name]["loss"].backward()
+        largest[name] = counted.elements
+    assert largest["parts"] <= 8 * (24 + 2 * 100) < 100 * 99 <= largest["whole"]
+    for name, value in found["whole"].items():
+        assert torch.allclose(found["parts"][name], value)
 
 
 def test_what_does_not_work_with_parts_is_refused():
