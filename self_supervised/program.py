@@ -17,7 +17,8 @@ from pytorch_lightning.utilities import rank_zero_only
 EXPLAINED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, MisconfigurationException)
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in messages of PyTorch's RuntimeError
 LOST_WORKER = "DataLoader worker"  # likewise
-LOST_PROCESS = "by peer"  # likewise: of gloo, for a process of the training that is gone
+# likewise, for a process of the training that is gone: of gloo, of NCCL, and of the store at which processes meet
+LOST_PROCESS = ("by peer", "Broken pipe", "Timed out waiting", "ncclRemoteError", "failed to recv, got 0 bytes")
 SHOW_STACK = "SELF_SUPERVISED_TRACEBACK"  # environment variable
 INTERRUPTED = 128 + signal.SIGINT  # exit status
 LIGHTNING = ("pytorch_lightning", "lightning_fabric")  # names of its loggers
@@ -106,10 +107,13 @@ def prints_errors() -> bool:
 
 def is_explained(error: Exception) -> bool:
     """Return whether a RuntimeError of PyTorch is caused by the machine."""
-    found = str(error)
     return isinstance(error, RuntimeError) and (
-        is_out_of_memory(error) or LOST_WORKER in found or LOST_PROCESS in found
+        is_out_of_memory(error) or LOST_WORKER in str(error) or lost_a_process(error)
     )
+
+
+def lost_a_process(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_PROCESS)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -121,7 +125,7 @@ def message_of(error: Exception) -> str:
     if is_out_of_memory(error):
         found = str(error).split(". ")[0] or type(error).__name__
         lines = [f"out of memory ({found}). Choose a smaller batch_size, encoder or image size."]
-    elif isinstance(error, RuntimeError) and LOST_PROCESS in str(error):
+    elif lost_a_process(error):
         lines = [f"another process of this training has ended, see its own output ({str(error).split('. ')[0]})"]
     else:
         lines = [str(error) or type(error).__name__]

@@ -38,6 +38,20 @@ def ended(error: BaseException, *others) -> SystemExit:
     return end.value
 
 
+OF_A_LOST_PROCESS = [
+    RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer. GLHF!"),
+    RuntimeError("[gloo/transport/tcp/pair.cc:519] Write error [127.0.0.1]:1: Broken pipe"),
+    RuntimeError(
+        "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete"
+    ),
+    torch.distributed.DistBackendError(
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error, NCCL version "
+        "2.27.5\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+    ),
+    torch.distributed.DistNetworkError("failed to recv, got 0 bytes"),
+]
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -50,12 +64,17 @@ def ended(error: BaseException, *others) -> SystemExit:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has ..."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
-        RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer. GLHF!"),
+        *OF_A_LOST_PROCESS,
     ],
 )
 def test_explained_error_is_one_line(error):
     message = str(ended(error))
     assert message.startswith("error: ") and "\n" not in message and len(message) > len("error: ")
+
+
+@pytest.mark.parametrize("error", OF_A_LOST_PROCESS)
+def test_a_lost_process_is_called_that(error):
+    assert str(ended(error)).startswith("error: another process of this training has ended, see its own output (")
 
 
 def test_notes_are_a_part_of_the_line():
