@@ -46,7 +46,7 @@ OF_A_LOST_PROCESS = [
     ),
     torch.distributed.DistBackendError(
         "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error, NCCL version "
-        "2.27.5\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+        "2.27.5\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting"
     ),
     torch.distributed.DistNetworkError("failed to recv, got 0 bytes"),
 ]
