@@ -176,7 +176,12 @@ KINDS = {
         "one thread of a shared server (AMD EPYC), bf16-mixed, torch 2.14.1 "
         "(python -m benchmarks.cifar10 cifar10_laptop)",
         {**CIFAR10, "low_resolution_stem": False, "max_epochs": 10, "warmup_epochs": 1},
-        on_cifar10({"vicreg": Outcome((43.4, None), (58.2, None), 41.6, "linear", seeds=1)}),
+        on_cifar10(
+            {
+                "vicreg": Outcome((43.4, None), (58.2, None), 41.6, "linear", seeds=1),
+                "emp_ssl": Outcome((43.4, None), (56.7, None), 119.8, "linear", seeds=1),
+            }
+        ),
         pixels=36.4,
     ),
     "cifar10_gpu": KindOfData(
