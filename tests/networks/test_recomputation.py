@@ -9,6 +9,7 @@ from torch import nn
 
 from batchrenorm import BatchRenorm1d
 from moco import SelfSupervisedMethod
+from self_supervised import distributed
 from self_supervised.networks.recomputation import blocks, recompute_activations
 
 SETTINGS = {
@@ -98,6 +99,16 @@ class Block(nn.Module):
     def forward(self, x):
         self.scale = self.scale * 1.5
         return x + self.scale * self.norm(self.layer(x))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_freed_memory_is_not_kept_where_memory_is_to_be_saved(again, trainer, monkeypatch):
+    """What glibc keeps is in pieces, of which large activations need many."""
+    kept = []
+    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: kept.append(True))
+    settings = {**SETTINGS, "encoder_arch": "shufflenet_v2_x0_5", "activation_checkpointing": again}
+    trainer(max_steps=1, limit_val_batches=0).fit(SelfSupervisedMethod("simclr", **settings))
+    assert kept == [True] * (not again)
 
 
 def test_blocks_that_read_what_they_update():
