@@ -147,6 +147,7 @@ def decoupled(sim: Tensor, temperature: float, sigma: float | None) -> Scalars:
         of_all = distributed.gather(own)
         weight = distributed.own_rows(2 - len(of_all) * torch.softmax(of_all / sigma, dim=0))
     loss = torch.logsumexp(sim[:, 1:] / temperature, dim=1) - weight * own / temperature
+    loss = loss if sim.shape[1] > 1 else 0 * own  # if the last batch has one image
     return {"loss": loss.mean(), **_accuracies(sim)}
 
 

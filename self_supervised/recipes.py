@@ -1,4 +1,4 @@
-"""Recipes: settings that were tried, by kind of data and preset, with the results that they had.
+"""Recipes: settings that were tried or published, by kind of data and preset, with the results that they had here.
 
     params = ssl.recipe("simclr", "digits")          # further settings override those of the recipe
     self-supervised train simclr --recipe digits

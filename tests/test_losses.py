@@ -75,6 +75,11 @@ def test_simclr_equals_the_2n_by_2n_matrix(vectors):
     assert_same(both, expected, a, b)
 
 
+def test_dcl_of_a_single_image_is_0():
+    """The last batch of an epoch may have one."""
+    assert losses.decoupled(torch.ones(1, 1), 0.1, None)["loss"] == 0
+
+
 @pytest.mark.parametrize("sigma", [None, 0.5])
 def test_dcl_equals_its_formula_and_the_authors_code(vectors, sigma):
     """Equations 6 and 7, image by image, and a number of the authors' DCL and DCLW (commit 0b9b76d) in float64."""

@@ -86,6 +86,11 @@ def test_options_win_over_the_recipe_and_the_configuration_has_what_results(tmp_
     assert command_line.parse(["--config", str(file)]) == (preset, options, params)
     file.write_text("preset: simclr\nrecipe: digits\nlr: 0.5\n")
     assert command_line.parse(["--config", str(file)]) == (preset, options, params)
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("preset: simclr\nrecipe: [digits]\n")
+    with pytest.raises(SystemExit):
+        command_line.parse(["--config", str(bad)])
+    assert "recipe=['digits']: must be a name" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command_line.parse(["--config", str(file), "--recipe", "digits"])
     assert "Pass --recipe or --config" in capsys.readouterr().err

@@ -242,9 +242,13 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
         fail(f"recipe={recipe}: {file} has settings, too. Pass --recipe or --config, or write recipe into the file.")
     config = [f"--config={file}"] if file else []
     recipe = recipe or (settings_in(file).get("recipe") if file else None)
+    if recipe is not None and not isinstance(recipe, str):
+        fail(f"recipe={recipe!r}: must be a name, such as digits.")
     others = with_joined_lists(others, list_options(RunOptions, ModelParams))
     try:
         found = parser(preset, recipe).parse_args(config + others).as_dict()  # the file first: options override it
+        if found["preset"] != preset:
+            fail(f"preset={found['preset']}: the preset is {preset}. Leave --preset out; it is the first argument.")
         options = RunOptions(**{name: found[name] for name in RUN_OPTION_NAMES})
         return preset, options, PRESETS[preset](**{a.name: found[a.name] for a in attrs.fields(ModelParams)})
     except ValueError as error:

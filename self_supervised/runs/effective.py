@@ -10,7 +10,7 @@ import attrs
 import torch
 import yaml
 
-from model_params import NEED_NEGATIVES, ModelParams
+from model_params import NEED_NEGATIVES, OF_ALL_VIEWS, ModelParams
 from self_supervised.catalogue import BLUR_RADIUS, ViewSettings
 from self_supervised.data.image_files import part_kept
 from self_supervised.runs import command_line
@@ -94,7 +94,8 @@ def head_text(params: ModelParams, name: str) -> str:
     if not head["n_layers"]:
         return "none"
     start = "embedding" if name == "projection" else str(params.dim)
-    norm = f"{head['normalization']} and ReLU" if head["normalization"] else "ReLU"
+    activation = {"relu": "ReLU", "gelu": "GELU"}[head["activation"]]
+    norm = f"{head['normalization']} and {activation}" if head["normalization"] else activation
     hidden = [f"{norm} after hidden layers"] if head["hidden_dim"] else []
     last = [f"{head['last_normalization']} at the end"] if head["last_normalization"] else []
     return ", ".join([" -> ".join(map(str, [start, *head["hidden_dim"], params.dim])), *hidden, *last])
@@ -113,11 +114,18 @@ def loss_text(params: ModelParams) -> str:
     if p.loss_type in (*NEED_NEGATIVES, "bce"):
         negatives = [words.format_map(values) for name, words in NEGATIVES.items() if values[name]]
         found += [f"against {' and '.join(negatives)}"] if negatives else []
+    found += [f"keys of the teacher {p.teacher}"] if p.teacher else []
+    found += [f"keys replaced by their nearest neighbors in a queue of {p.K} keys"] if p.use_nearest_keys else []
+    if p.loss_type == "swav" and p.keeps_keys:
+        found.append(f"assignments together with a queue of {p.K} keys from epoch {p.queue_from_epoch:g}")
+    found += ["no gradient through the keys"] if p.stop_gradient_of_keys and not p.use_lagging_model else []
     if p.use_eqco_margin:
         found.append(f"EqCo with alpha {p.eqco_alpha:g}")
     if p.use_unit_sphere_projection:
         found.append("projections scaled to length 1")
-    return f"{', '.join(found)}; {p.loss_factor:g} x the mean over {len(p.pairs)} (query view, key view) {p.pairs}"
+    of_pairs = f"the mean over {len(p.pairs)} (query view, key view) {p.pairs}"
+    views = f"the loss of all {p.n_views} views" if p.loss_type in OF_ALL_VIEWS else of_pairs
+    return f"{', '.join(found)}; {p.loss_factor:g} x {views}"
 
 
 # ---- Views ----
@@ -186,7 +194,7 @@ def optimizer_text(params: ModelParams) -> str:
     else:
         found += [f"momentum {p.momentum:g}"]
     if p.optimizer_name == "lars":
-        found += [f"trust coefficient {p.lars_eta:g}"]
+        found += [f"trust coefficient {p.lars_eta:g}{', clipped to the learning rate' * p.grad_clip_lars}"]
     end = f" to {p.final_weight_decay:g} along half a cosine" if p.final_weight_decay is not None else ""
     found += [f"weight decay {p.weight_decay:g}{end}"]
     if excluded := p.exclude_matching_parameters_from_lars:

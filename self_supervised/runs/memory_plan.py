@@ -3,7 +3,6 @@ process of its own."""
 
 import multiprocessing
 import os
-import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,11 +15,10 @@ from rich.console import Console
 from model_params import ModelParams
 from self_supervised.program import is_out_of_memory
 from self_supervised.runs.dry_run import Stop, empty_table, peak_memory, two_steps
-from self_supervised.runs.run_options import RunOptions
+from self_supervised.runs.run_options import RunOptions, bytes_of
 
-UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 FIRST = 64  # images: the memory of so many, and of twice as many, shows that of an image
-SMALLEST_PART = 2  # images in a part: batch norm needs two
+SMALLEST_PART = 3  # images in a part: batch norm needs two, and parts of at most two end with one
 FILLED = 0.95  # of the memory that the estimate may fill
 
 MakeTrainer = Callable[..., pl.Trainer]
@@ -34,19 +32,6 @@ class Measured:
     seconds: float = 0.0
 
 
-def bytes_of(text: str) -> int:
-    """Return the number of bytes of a text: 8GB is 8 x 10^9, 8GiB is 8 x 2^30.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    found = re.fullmatch(r"([\d.]+) *([KMGT]?)(i?)B", text.strip())
-    if not found:
-        raise ValueError(f"fit_memory={text!r}: must be a size in bytes, such as 8GB, 7.5GiB or 900MB.")
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** UNITS[unit])
-
-
 def print_memory_plan(params: ModelParams, options: RunOptions, make_trainer: MakeTrainer) -> None:
     """Print the sizes that were measured, and the options with which the training fits into `options.fit_memory`.
 
@@ -56,7 +41,7 @@ def print_memory_plan(params: ModelParams, options: RunOptions, make_trainer: Ma
     Raises:
         ValueError: there are several processes, or not even single images fit.
     """
-    limit = bytes_of(str(options.fit_memory))
+    limit = bytes_of(options.fit_memory or "")
     n_gpus = torch.cuda.device_count() if options.devices == "auto" and options.accelerator != "cpu" else 1
     if options.n_processes > 1 or n_gpus > 1:
         raise ValueError("fit_memory measures a single process. Pass --devices 1, and the batch_size of one process.")
@@ -76,7 +61,7 @@ def print_memory_plan(params: ModelParams, options: RunOptions, make_trainer: Ma
     while (found := measure(images, part)) is None or found > limit:
         if part <= SMALLEST_PART:
             raise ValueError(f"fit_memory={options.fit_memory}: {part} images need more. Choose a smaller encoder.")
-        part = max(SMALLEST_PART, part // 2)
+        part = max(SMALLEST_PART, 2 ** ((part - 1).bit_length() - 1))
     made = empty_table(
         f"Memory, at most {options.fit_memory}", "images of the loss", "encoded at once", "peak", "s/step"
     )

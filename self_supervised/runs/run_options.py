@@ -78,6 +78,8 @@ class RunOptions:
         distributed.refuse_sharding(self.strategy)
         if self.fit_memory and not self.dry_run:
             raise ValueError(f"fit_memory={self.fit_memory}: is a part of the dry run. Pass --dry_run, too.")
+        if self.fit_memory:
+            bytes_of(self.fit_memory)
         for name in self.logger:
             if name not in LOGGERS:
                 raise ValueError(f"logger={name!r}: unknown logger. Choose from {', '.join(LOGGERS)}.")
@@ -127,3 +129,16 @@ def number_of_devices(devices: int | str | list[int]) -> int | None:
 
 
 RUN_OPTION_NAMES = tuple(attribute.name for attribute in fields(RunOptions))
+
+
+def bytes_of(text: str) -> int:
+    """Return the number of bytes of a text: 8GB is 8 x 10^9, 8GiB is 8 x 2^30.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", text.strip())
+    if not found:
+        raise ValueError(f"fit_memory={text!r}: must be a size in bytes, such as 8GB, 7.5GiB or 900MB.")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))

@@ -359,5 +359,5 @@ def one_image_explained(x: Tensor) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        way_out = "choose a larger batch_size, or drop_last_batch=None if it is the last one"
+        way_out = "choose a larger batch_size or micro_batch_size, or drop_last_batch=None if it is the last one"
         raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error

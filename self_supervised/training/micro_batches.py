@@ -18,9 +18,9 @@ Encoded = tuple[Tensor, ...]
 class MicroBatches:
     """Outputs of networks for batches that are encoded in parts, without the memory for their gradients.
 
-    `outputs` are leaves: the backward pass of a loss gives them gradients, which `backward` passes on to the networks.
-    For that, it encodes each part again, with the same random draws and the same buffers as the first time. Batch norm
-    is computed over a part, and its running statistics count each part once.
+    `outputs` are leaves, unless each batch is one part: the backward pass of a loss gives them gradients, which
+    `backward` passes on to the networks. For that, it encodes each part again, with the same random draws and the same
+    buffers as the first time. Batch norm is computed over a part, and its running statistics count each part once.
 
     Args:
         networks: the modules that `encode` calls.
@@ -45,6 +45,10 @@ class MicroBatches:
         self.seed = seed
         self.buffers = buffers_of(self.networks)
         self.outputs: dict[int, Encoded] = {}
+        self.has_one_part = all(len(batch) <= size for batch in batches.values())
+        if self.has_one_part:  # as if there were no parts
+            self.outputs = {name: encode(batch) for name, batch in batches.items()}
+            return
         for name in batches:
             parts = zip(*self.encoded_without_gradient(name), strict=True)
             self.outputs[name] = tuple(torch.cat(part).requires_grad_() for part in parts)
@@ -60,6 +64,8 @@ class MicroBatches:
 
     def backward(self) -> None:
         """Add the gradients of the loss, by way of `outputs`, to those of the networks' parameters."""
+        if self.has_one_part:
+            return
         with Rewound(self.networks, self.buffers):
             for name, outputs in self.outputs.items():
                 with_gradient = [i for i, output in enumerate(outputs) if output.grad is not None]

@@ -100,6 +100,7 @@ def test_help_without_a_preset_lists_them_by_what_they_compare(capsys):
         ("BYOL", "preset=BYOL: unknown preset. Did you mean byol?"),
         ("byol simclr", "simclr is a preset"),
         ("--lr 1 byol", "preset is missing. Pass one as the first argument: moco_v2, "),
+        ("byol --preset simclr", "preset=simclr: the preset is byol. Leave --preset out"),
         ("byol --max_ep 3", "unknown option --max_ep. Did you mean --max_epochs"),
         ("byol --conf run.yaml", "unknown option --conf"),
         ("byol --config a.yaml --config b.yaml", "--config was given twice"),

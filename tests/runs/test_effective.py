@@ -76,3 +76,21 @@ def test_statistics_that_are_computed_at_the_start_are_not_those_of_the_data_set
     words = effective_settings(SimCLRParams(dataset_name="digits", compute_statistics=True))["normalization"]
     assert "computed" in words and "0.3053" not in words
     assert "0.3053" in effective_settings(SimCLRParams(dataset_name="digits"))["normalization"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "part", "expected"),
+    [
+        ("dino", {}, "projection head", "GELU after hidden layers"),
+        ("byol", {}, "projection head", "ReLU after hidden layers"),
+        ("emp_ssl", {}, "loss", "x the loss of all 20 views"),
+        ("fastsiam", {}, "loss", "no gradient through the keys; 1 x the loss of all 4 views"),
+        ("simsiam", {}, "loss", "no gradient through the keys"),
+        ("nnclr", {}, "loss", "keys replaced by their nearest neighbors in a queue of 98304 keys"),
+        ("swav", {}, "loss", "assignments together with a queue of 3840 keys from epoch 15"),
+        ("distill", {"teacher": "timm:resnet50"}, "loss", "keys of the teacher timm:resnet50"),
+        ("emp_ssl", {}, "optimizer", "clipped to the learning rate"),
+    ],
+)
+def test_what_makes_a_method_is_named(preset, fields, part, expected):
+    assert expected in effective_settings(PRESETS[preset](**fields))[part]

@@ -7,8 +7,8 @@ import pytest
 from model_params import PRESETS
 from self_supervised import train
 from self_supervised.runs import memory_plan
-from self_supervised.runs.memory_plan import Measured, bytes_of, print_memory_plan
-from self_supervised.runs.run_options import RunOptions
+from self_supervised.runs.memory_plan import Measured, print_memory_plan
+from self_supervised.runs.run_options import RunOptions, bytes_of
 
 
 @pytest.mark.parametrize(("text", "expected"), [("8GB", 8e9), ("7.5 GiB", 7.5 * 2**30), ("900MB", 9e8), ("12B", 12)])
@@ -16,10 +16,12 @@ def test_sizes_are_read(text, expected):
     assert bytes_of(text) == expected
 
 
-@pytest.mark.parametrize("text", ["8", "8Gb", "much", "-1GB"])
+@pytest.mark.parametrize("text", ["8", "8Gb", "much", "-1GB", "8..GB"])
 def test_other_texts_are_refused(text):
     with pytest.raises(ValueError, match="must be a size in bytes, such as 8GB"):
         bytes_of(text)
+    with pytest.raises(ValueError, match="must be a size in bytes, such as 8GB"):  # before the data are opened
+        RunOptions(dry_run=True, fit_memory=text)
 
 
 def plan(monkeypatch, capsys, limit: str, memory) -> tuple[str, list]:
@@ -59,7 +61,7 @@ def test_a_batch_that_fits(monkeypatch, capsys):
 
 
 def test_a_network_that_does_not_fit(monkeypatch, capsys):
-    with pytest.raises(ValueError, match="fit_memory=1GB: 2 images need more"):
+    with pytest.raises(ValueError, match="fit_memory=1GB: 3 images need more"):
         plan(monkeypatch, capsys, "1GB", lambda batch, part: int(2e9 + 1e7 * part))
 
 

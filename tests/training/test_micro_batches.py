@@ -110,6 +110,12 @@ def test_similarities_exist_of_a_part_of_the_queries_at_a_time(preset):
         assert torch.allclose(found["parts"][name], value)
 
 
+def test_a_batch_that_is_one_part_is_encoded_once():
+    module = Noisy()
+    trained("simclr", module, micro_batch_size=N)
+    assert [has for has, _ in module.seen[1:]] == [True] * 3 * 2  # steps, views
+
+
 def test_what_does_not_work_with_parts_is_refused():
     fit = trainer_of(1, strategy=DDPStrategy(static_graph=True, process_group_backend="gloo"))
     with pytest.raises(ValueError, match="micro_batch_size does not work with DDPStrategy, nor with static_graph=True"):
