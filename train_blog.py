@@ -1,7 +1,7 @@
 """Does BYOL need batch norm? The six configurations of the blog post, and the encoder that they start from.
 
     python train_blog.py                    # as in the post: STL-10, 10 epochs of a schedule of 320, seeds 0 1 2
-    python train_blog.py --size laptop      # CIFAR-10, a small encoder, seeds 0 1 2: about two hours on two cores
+    python train_blog.py --size laptop      # CIFAR-10, a small encoder, seeds 0 1 2: about four hours of one core
     python train_blog.py --quick            # digits, 20 epochs, seed 0: about five minutes on two cores
     python train_blog.py --size laptop --configs base no_norm --seeds 0 --set lr=0.2 m=0.99
 
@@ -106,7 +106,7 @@ class BlogParser(argparse.ArgumentParser):
 
 def blog_parser() -> argparse.ArgumentParser:
     parser = BlogParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    about = "post, laptop (CIFAR-10, 10 to 14 minutes of one core per run) or quick (digits); default: post"
+    about = "post, laptop (CIFAR-10, 10 to 17 minutes of one core per run) or quick (digits); default: post"
     parser.add_argument("--size", choices=SIZES, default="post", metavar="NAME", help=about)
     about = "the same as --size quick"
     parser.add_argument("--quick", dest="size", action="store_const", const="quick", help=about)
