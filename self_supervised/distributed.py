@@ -70,12 +70,16 @@ def has_room(size: int, device: torch.device) -> bool:
     return device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 4
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(largest: int = 2**30) -> None:
     """Make glibc keep the memory of freed CPU tensors for those of the next step. By default, glibc returns every large
-    block to the system, which then has to clear its pages again. Other allocators are not changed."""
+    block to the system, which then has to clear its pages again. Other allocators are not changed.
+
+    Args:
+        largest: bytes of the largest block that is kept. What is kept breaks into pieces that larger ones cannot use.
+    """
     if platform.libc_ver()[0] == "glibc":
         with contextlib.suppress(OSError, AttributeError):  # another allocator replaces that of glibc
-            for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            for option, size in ((M_MMAP_THRESHOLD, largest), (M_TRIM_THRESHOLD, 2**31 - 1)):
                 ctypes.CDLL(None).mallopt(option, size)
 
 

@@ -102,13 +102,12 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_freed_memory_is_not_kept_where_memory_is_to_be_saved(again, trainer, monkeypatch):
-    """What glibc keeps is in pieces, of which large activations need many."""
+def test_large_blocks_are_not_kept_where_memory_is_to_be_saved(again, trainer, monkeypatch):
     kept = []
-    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(distributed, "keep_freed_memory", kept.append)
     settings = {**SETTINGS, "encoder_arch": "shufflenet_v2_x0_5", "activation_checkpointing": again}
     trainer(max_steps=1, limit_val_batches=0).fit(SelfSupervisedMethod("simclr", **settings))
-    assert kept == [True] * (not again)
+    assert kept == [2**26 if again else 2**30]
 
 
 def test_blocks_that_read_what_they_update():
