@@ -43,12 +43,12 @@ class MicroBatches:
         self.batches = batches
         self.size = size
         self.seed = seed
-        self.buffers = buffers_of(self.networks)
         self.outputs: dict[int, Encoded] = {}
         self.has_one_part = all(len(batch) <= size for batch in batches.values())
         if self.has_one_part:  # as if there were no parts
             self.outputs = {name: encode(batch) for name, batch in batches.items()}
             return
+        self.buffers = buffers_of(self.networks)
         for name in batches:
             parts = zip(*self.encoded_without_gradient(name), strict=True)
             self.outputs[name] = tuple(torch.cat(part).requires_grad_() for part in parts)

@@ -55,6 +55,11 @@ def test_a_guess_that_needs_more_is_halved(monkeypatch, capsys):
     assert tried[2:] == [(2000, 512), (2000, 256)] and "not enough" in out and "--micro_batch_size 256 fits" in out
 
 
+def test_a_whole_batch_that_needs_more_is_divided_by_powers_of_two(monkeypatch, capsys):
+    out, tried = plan(monkeypatch, capsys, "100GB", lambda batch, part: None if part > 1500 else int(1e9 + 1e7 * part))
+    assert tried[2:] == [(2000, 2000), (2000, 1024)] and "--micro_batch_size 1024 fits" in out
+
+
 def test_a_batch_that_fits(monkeypatch, capsys):
     out, tried = plan(monkeypatch, capsys, "100GB", lambda batch, part: int(1e9 + 1e7 * part))
     assert tried[-1] == (2000, 2000) and "The batch of 2,000 images fits" in out
