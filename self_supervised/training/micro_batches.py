@@ -2,6 +2,7 @@
 (GradCache, https://arxiv.org/abs/2101.06983)."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 
 import pytorch_lightning as pl
 import torch
@@ -13,14 +14,16 @@ from self_supervised.networks.recomputation import Rewound, buffers_of
 from self_supervised.numerics import in_parts
 
 Encoded = tuple[Tensor, ...]
+Gradients = tuple[Tensor | None, ...]
 
 
 class MicroBatches:
-    """Outputs of networks for batches that are encoded in parts, without the memory for their gradients.
+    """Outputs of networks for batches that are encoded in parts, without the memory for the gradients of more than one.
 
     `outputs` are leaves, unless each batch is one part: the backward pass of a loss gives them gradients, which
     `backward` passes on to the networks. For that, it encodes each part again, with the same random draws and the same
-    buffers as the first time. Batch norm is computed over a part, and its running statistics count each part once.
+    buffers as the first time; only the last part's activations are still there. Batch norm is computed over a part, and
+    its running statistics count each part once.
 
     Args:
         networks: the modules that `encode` calls.
@@ -40,42 +43,56 @@ class MicroBatches:
     ):
         self.networks = nn.ModuleList(networks)
         self.encode = encode
-        self.batches = batches
-        self.size = size
         self.seed = seed
-        self.outputs: dict[int, Encoded] = {}
         self.has_one_part = all(len(batch) <= size for batch in batches.values())
         if self.has_one_part:  # as if there were no parts
             self.outputs = {name: encode(batch) for name, batch in batches.items()}
             return
         self.buffers = buffers_of(self.networks)
-        for name in batches:
-            parts = zip(*self.encoded_without_gradient(name), strict=True)
-            self.outputs[name] = tuple(torch.cat(part).requires_grad_() for part in parts)
+        parts = {name: in_parts(batch, size) for name, batch in batches.items()}
+        self.parts = [(name, number, part) for name in parts for number, part in enumerate(parts[name])]
+        with torch.no_grad():
+            encoded = [self.encoded(*part) for part in self.parts[:-1]]
+        torch.clear_autocast_cache()  # it has weights that were cast without a graph
+        self.kept = self.encoded(*self.parts[-1])
+        by_part = iter([*encoded, tuple(output.detach() for output in self.kept)])
+        self.outputs = {name: joined(islice(by_part, len(parts[name]))) for name in parts}
+        self.size = size
 
-    def parts(self, name: int) -> Iterator[Tensor]:
-        for number, part in enumerate(in_parts(self.batches[name], self.size)):
-            torch.manual_seed((self.seed + 1000003 * name + number) % 2**63)
-            yield part
-
-    @torch.no_grad()
-    def encoded_without_gradient(self, name: int) -> list[Encoded]:
-        return [self.encode(part) for part in self.parts(name)]
+    def encoded(self, name: int, number: int, part: Tensor) -> Encoded:
+        torch.manual_seed((self.seed + 1000003 * name + number) % 2**63)
+        return self.encode(part)
 
     def backward(self) -> None:
         """Add the gradients of the loss, by way of `outputs`, to those of the networks' parameters."""
         if self.has_one_part:
             return
+        *gradients, of_kept = chain.from_iterable(map(self.gradients, self.outputs.values()))
+        pass_on(self.kept, of_kept)
+        del self.kept
         with Rewound(self.networks, self.buffers):
-            for name, outputs in self.outputs.items():
-                with_gradient = [i for i, output in enumerate(outputs) if output.grad is not None]
-                if not with_gradient:  # the view is only a key, yet batch renorm of the next view reads what it leaves
-                    self.encoded_without_gradient(name)
-                    continue
-                gradients = zip(*(in_parts(outputs[i].grad, self.size) for i in with_gradient), strict=True)
-                for part, of_part in zip(self.parts(name), gradients, strict=True):
-                    encoded = self.encode(part)
-                    torch.autograd.backward([encoded[i] for i in with_gradient], list(of_part))
+            for part, of_part in zip(self.parts[:-1], gradients, strict=True):
+                is_only_a_key = all(gradient is None for gradient in of_part)
+                with torch.set_grad_enabled(not is_only_a_key):  # batch renorm of the next parts reads what it leaves
+                    encoded = self.encoded(*part)
+                pass_on(encoded, of_part)
+
+    def gradients(self, outputs: Encoded) -> Iterator[Gradients]:
+        """Yield the gradients of each part."""
+        n_parts = len(in_parts(outputs[0], self.size))
+        parts = ([None] * n_parts if x.grad is None else in_parts(x.grad, self.size) for x in outputs)
+        return zip(*parts, strict=True)
+
+
+def joined(parts: Iterable[Encoded]) -> Encoded:
+    """Return the outputs of all parts as leaves."""
+    return tuple(torch.cat(output).requires_grad_() for output in zip(*parts, strict=True))
+
+
+def pass_on(outputs: Encoded, gradients: Gradients) -> None:
+    pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs, strict=True))
 
 
 def refuse_strategy(trainer: pl.Trainer) -> None:

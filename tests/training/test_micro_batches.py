@@ -12,7 +12,7 @@ from batchrenorm import BatchRenorm2d
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised import losses
-from self_supervised.training.micro_batches import refuse_strategy
+from self_supervised.training.micro_batches import MicroBatches, refuse_strategy
 
 N = 12
 OTHERS = {"n_small_views": 1, "transform_small_crop_size": 8}
@@ -60,10 +60,10 @@ def test_both_passes_draw_the_same_and_statistics_move_once():
     module = Noisy()
     module.layers[1] = nn.BatchNorm2d(8, momentum=None)  # its statistics are means over the batches that it counts
     state = trained("simclr", module, micro_batch_size=4)
-    first, second = ([x for has, x in module.seen if has is passed] for passed in (False, True))
-    first = first[1:]  # without the encoding of an image that measures the width
-    assert len(first) == len(second) == 3 * 2 * 3  # steps, views, parts
-    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    steps = torch.tensor([has for has, _ in module.seen[1:]]).view(3, -1)  # [0] measures the width
+    assert torch.equal(steps, torch.tensor([[False] * 5 + [True] * 6] * 3))  # 2 views x 3 parts; the last only once
+    passes = torch.stack([x for _, x in module.seen[1:]]).unflatten(0, (3, 11))
+    assert torch.equal(passes[:, :5], passes[:, 6:])
     assert state["model.layers.1.num_batches_tracked"] == 3 * 2 * 3
 
 
@@ -77,10 +77,26 @@ def test_the_second_pass_reads_the_statistics_that_the_first_read(preset, fields
     module.layers[1] = BatchRenorm2d(8, momentum=0.3)
     module.layers[1].num_batches_tracked.fill_(20_000)  # before 5,000 it is batch norm
     trained(preset, module, micro_batch_size=4, **fields)
-    passes = torch.stack([x for _, x in module.seen[1:]]).unflatten(0, (3, 2, 3 * n_views))  # steps, passes, parts
-    assert torch.equal(passes[:, 0], passes[:, 1])
+    n_parts = 3 * n_views
+    passes = torch.stack([x for _, x in module.seen[1:]]).unflatten(0, (3, 2 * n_parts - 1))  # the last part only once
+    assert torch.equal(passes[:, : n_parts - 1], passes[:, n_parts:])
     counted = [layer.num_batches_tracked for layer in module.modules() if isinstance(layer, BatchRenorm2d)]
     assert counted == [20_000 + 3 * 3 * n_views]
+
+
+def test_the_part_that_is_encoded_once_has_gradients_with_autocast():
+    """Autocast keeps the weights that it casts, those of passes without gradients, too."""
+    images = torch.randn(6, 8)
+    network = nn.Linear(8, 3)
+    found = []
+    for size in (2, 6):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = MicroBatches([network], lambda x: (network(x),), {0: images}, size, seed=0)
+            parts.outputs[0][0].float().square().sum().backward()
+        parts.backward()
+        found.append(network.weight.grad.clone())
+    assert torch.allclose(*found, rtol=0.02, atol=0.02)
 
 
 class Largest(TorchDispatchMode):
