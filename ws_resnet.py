@@ -32,7 +32,7 @@ class PointConv2d(nn.Conv2d):
     linear layer over the other taps is many times faster than a convolution.
     """
 
-    shared: dict[str, Tensor] | None = None  # what the passes within `weights_shared` have in common
+    shared: dict[tuple[str, bool], Tensor] | None = None  # what the passes within `weights_shared` have in common
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.is_plain:
@@ -67,9 +67,10 @@ class PointConv2d(nn.Conv2d):
         """Return make(), or its result of an earlier pass within `weights_shared`."""
         if self.shared is None:
             return make()
-        if name not in self.shared:
-            self.shared[name] = make()
-        return self.shared[name]
+        key = name, torch.is_grad_enabled()  # a tensor that was made without a graph has none for a later pass
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
 
 def in_bfloat16(x: Tensor) -> bool:

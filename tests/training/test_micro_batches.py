@@ -1,13 +1,17 @@
 """A batch that is encoded in parts has the loss and the gradients of the whole batch, in the memory of a part."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from pytorch_lightning.strategies import DDPStrategy
-from test_ddp import SMALL, Batches, encoder
+from test_ddp import SMALL, Batches, Gradients, encoder
 from test_ddp import trainer as trainer_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import moco
+import ws_resnet
 from batchrenorm import BatchRenorm2d
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
@@ -54,6 +58,22 @@ def test_training_equals_that_with_whole_batches(preset, fields):
     whole, parts = trained(preset, **fields), trained(preset, **fields, micro_batch_size=5)
     for name, value in whole.items():
         assert torch.allclose(parts[name].double(), value.double(), rtol=1e-8, atol=1e-9), name
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_weights_that_passes_share_have_all_gradients(precision, monkeypatch):
+    """Of a ResNet whose passes share converted weights, those of passes without gradients, too."""
+    views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    params = PRESETS["simclr"](dataset_name="cifar10", low_resolution_stem=False, micro_batch_size=4, evaluations=[])
+    found = []
+    for sharing in (ws_resnet.weights_shared, lambda *_: nullcontext()):
+        monkeypatch.setattr(moco, "weights_shared", sharing)
+        gradients = Gradients()
+        fit = trainer_of(1, precision=precision, callbacks=[gradients])
+        fit.fit(SelfSupervisedMethod(params, seed=0), Batches([views]))
+        found.append(gradients.found)
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], rtol=1e-3, atol=1e-3 * float(gradient.abs().max())), name
 
 
 def test_both_passes_draw_the_same_and_statistics_move_once():
