@@ -50,8 +50,8 @@ LARGEST_QUEUE = 2**34  # elements of the queue, 64 GiB in float32
 LARGEST_WIDTH = 2**17  # units of a layer of the heads
 COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
 OF_PROTOTYPES = ("swav", "dino")  # losses that compare with prototypes
-OF_ALL_VIEWS = ("fastsiam", "lejepa", "emp", "frossl", "mmcr")  # losses of all views at once, not of pairs
-OF_STATISTICS = ("vic", "barlow", "lejepa", "emp", "frossl", "mmcr")  # losses of whole batches of projections
+OF_ALL_VIEWS = ("fastsiam", "lejepa", "visreg", "emp", "frossl", "mmcr")  # losses of all views at once, not of pairs
+OF_STATISTICS = ("vic", "barlow", "lejepa", "visreg", "emp", "frossl", "mmcr")  # losses of whole batches of projections
 LOSSES = ("ce", "dcl", "bce", "ip", "sce", "seed", "vic", "barlow", "supcon", *OF_PROTOTYPES, *OF_ALL_VIEWS)
 NEED_NEGATIVES = ("ce", "dcl", "sce", "seed", "supcon")
 HEADS = ("projection", "prediction")
@@ -410,7 +410,7 @@ class ModelParams(EncoderAndDataParams):
     prototypes_frozen_epochs: float = non_negative(1)  # epochs at the start in which prototypes do not change
     queue_from_epoch: float = non_negative(0)  # epochs at the start in which SwAV's assignments do not use the queue
     center_momentum: float = fraction(0.9)  # fraction of itself that DINO's center keeps at each step
-    sigreg_weight: float = fraction(0.02)  # weight of LeJEPA's SIGReg; that of the distances is 1 - sigreg_weight
+    sigreg_weight: float = fraction(0.02)  # weight of SIGReg (LeJEPA), or of VISReg's terms; of the distances: 1 - it
 
     # multiple processes
     gather_keys_for_queue: bool | None = None  # push the keys of all processes into every queue; None: as True
@@ -968,6 +968,10 @@ LeJEPAParams = Preset(
     weight_decay=0.05, exclude_matching_parameters_from_lars=[], warmup_epochs=1, final_lr_schedule_value=1e-3,
     transform_s=1.0, transform_solarize_probability=0.2,
 )
+VISRegParams = Preset(
+    LeJEPAParams, "VISRegParams", "VISReg (https://arxiv.org/abs/2606.02572): LeJEPA with sorted projections.",
+    loss_type="visreg", sigreg_weight=0.9, mlp_activation="gelu", dim=256, lr=9e-4,
+)
 EMPSSLParams = Preset(
     VICRegParams, "EMPSSLParams", "EMP-SSL (https://arxiv.org/abs/2304.03977): many small patches, few epochs.",
     loss_type="emp", n_large_views=20, use_unit_sphere_projection=True, invariance_loss_weight=200, batch_size=100,
@@ -990,8 +994,8 @@ PRESETS = Presets(ModelParams, {
     "vicreg": VICRegParams, "barlow_twins": BarlowTwinsParams,
     "moco_v1": MoCoV1Params, "dcl": DCLParams, "moco_v3": MoCoV3Params, "simsiam": SimSiamParams, "ressl": ReSSLParams,
     "sce_video": SCEVideoParams, "swav": SwAVParams, "dino": DINOParams, "nnclr": NNCLRParams, "supcon": SupConParams,
-    "distill": DistillParams, "fastsiam": FastSiamParams, "lejepa": LeJEPAParams, "emp_ssl": EMPSSLParams,
-    "frossl": FroSSLParams, "mmcr": MMCRParams,
+    "distill": DistillParams, "fastsiam": FastSiamParams, "lejepa": LeJEPAParams, "visreg": VISRegParams,
+    "emp_ssl": EMPSSLParams, "frossl": FroSSLParams, "mmcr": MMCRParams,
 })
 
 

@@ -18,7 +18,7 @@ PRESET_NAMES = (
     "MoCoV2Params", "EqCoParams", "SCEParams", "BYOLParams", "SimCLRParams", "VICRegParams", "BarlowTwinsParams",
     "MoCoV1Params", "DCLParams", "MoCoV3Params", "SimSiamParams", "ReSSLParams", "SCEVideoParams",
     "SwAVParams", "DINOParams", "NNCLRParams", "SupConParams", "DistillParams", "FastSiamParams", "LeJEPAParams",
-    "EMPSSLParams", "FroSSLParams", "MMCRParams",
+    "VISRegParams", "EMPSSLParams", "FroSSLParams", "MMCRParams",
 )  # fmt: skip
 MODULE_OF = {
     "SelfSupervisedMethod": "moco",

@@ -27,6 +27,7 @@ from model_params import SimSiamParams as SimSiamParams
 from model_params import SupConParams as SupConParams
 from model_params import SwAVParams as SwAVParams
 from model_params import VICRegParams as VICRegParams
+from model_params import VISRegParams as VISRegParams
 from self_supervised.evaluate import evaluate_checkpoint as evaluate_checkpoint
 from self_supervised.exports.export import export as export
 from self_supervised.networks.pretrained import load_encoder as load_encoder

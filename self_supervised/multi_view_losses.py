@@ -14,6 +14,7 @@ from model_params import ModelParams
 from self_supervised import distributed
 
 N_SLICES, LAST_FREQUENCY, N_FREQUENCIES = 256, 3.0, 17  # of SIGReg: those of the authors' code
+N_SORTED_SLICES, STD_EPSILON = 1024, 1e-4  # of VISReg
 CODING_PRECISION = 0.2  # epsilon of EMP-SSL's coding rate: that of the authors' code
 
 
@@ -23,6 +24,7 @@ def get_loss_of_views(params: ModelParams, seed: tuple[int, ...]) -> Callable[[T
     table = {
         "fastsiam": lambda q, k: mean_inner_product(q, k),
         "lejepa": lambda q, _: lejepa(joined_rows(q), p.n_large_views, p.sigreg_weight, seed),
+        "visreg": lambda q, _: visreg(joined_rows(q), p.n_large_views, p.sigreg_weight, seed),
         "emp": lambda q, _: emp_ssl(joined_rows(q), p.invariance_loss_weight),
         "frossl": lambda q, _: frossl(joined_rows(q), p.invariance_loss_weight),
         "mmcr": lambda q, k: mmcr(
@@ -63,13 +65,37 @@ def sigreg(z: Tensor, seed: tuple[int, ...]) -> Tensor:
     It is the mean over views and N_SLICES random directions of Epps and Pulley's statistic, N times the integral of the
     squared distance between both characteristic functions (trapezoidal rule).
     """
-    drawn = np.random.default_rng(seed).standard_normal((z.shape[2], N_SLICES))
-    directions = distributed.to_device(torch.from_numpy(drawn).to(z.dtype), z.device)
     t = torch.linspace(0, LAST_FREQUENCY, N_FREQUENCIES, dtype=z.dtype, device=z.device)
-    angles = (z @ F.normalize(directions, dim=0)).unsqueeze(3) * t
+    angles = slices(z, N_SLICES, seed).unsqueeze(3) * t
     normal = torch.exp(-t.square() / 2)
     distances = (angles.cos().mean(1) - normal).square() + angles.sin().mean(1).square()
     return 2 * z.shape[1] * torch.trapezoid(distances * normal, t).mean()
+
+
+def slices(z: Tensor, number: int, seed: tuple[int, ...]) -> Tensor:
+    """Return z [V, N, D] along random directions [V, N, number]."""
+    drawn = np.random.default_rng(seed).standard_normal((z.shape[2], number))
+    return z @ F.normalize(distributed.to_device(torch.from_numpy(drawn).to(z.dtype), z.device), dim=0)
+
+
+def visreg(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> dict[str, Tensor]:
+    """VISReg (https://arxiv.org/abs/2606.02572, algorithm 1): LeJEPA with other terms in place of SIGReg.
+
+    In every dimension, the batch of a view should have the mean 0 (equation 6) and the standard deviation 1 (equation
+    1), and along random directions, divided by it, the quantiles of a standard normal distribution (equation 5).
+    """
+    mean, std = z.mean(1, keepdim=True), z.std(1, correction=0, keepdim=True)
+    places = torch.arange(1, z.shape[1] + 1, dtype=torch.float64, device=z.device) / (z.shape[1] + 1)
+    quantiles = torch.special.ndtri(places).to(z.dtype)[:, None]
+    shape = slices((z - mean) / (std.detach() + STD_EPSILON), N_SORTED_SLICES, seed).sort(1).values - quantiles
+    parts = {
+        "loss_invariance": (z - z[:n_large].mean(0)).square().mean(),
+        "loss_center": mean.square().mean(),
+        "loss_scale": (1 - std).square().mean(),
+        "loss_shape": shape.square().mean(),
+    }
+    regularizer = parts["loss_center"] + parts["loss_scale"] + parts["loss_shape"]
+    return {"loss": (1 - weight) * parts["loss_invariance"] + weight * regularizer, **parts}
 
 
 def emp_ssl(z: Tensor, invariance: float) -> dict[str, Tensor]:

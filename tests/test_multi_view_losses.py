@@ -1,7 +1,7 @@
 """Losses of all views, and those that read labels, prototypes or neighbors: each against a formula of its paper in
 float64, and against a number that the authors' code gave on the same inputs."""
 
-import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -75,33 +75,58 @@ def test_sinkhorn_ends_with_equal_parts():
     assert torch.allclose(found.sum(0), torch.full((P,), 40 / P, dtype=torch.float64), rtol=1e-3)
 
 
-def test_swav_equals_the_authors_code():
+def test_swav_equals_its_equations_and_the_authors_code():
     """Two large views and a small one, with a queue: their distributed_sinkhorn and loss (commit 06b1b7c)."""
     z, made = views(3), prototypes("swav")
     targets = made.targets({0: z[0], 1: z[1]}, QUEUE, 0.05)
     loss_of = losses.get_loss(PRESETS["swav"]())
     pairs = PRESETS["swav"](n_small_views=1).pairs
-    found = [loss_of(made(z[i]), targets[j], None)["loss"].item() for i, j in pairs]
-    assert np.mean(found) == pytest.approx(2.6224192377128626, abs=1e-9)
+    found = torch.stack([loss_of(made(z[i]), targets[j], None)["loss"] for i, j in pairs]).mean()
+    expected = 0
+    for i, j in pairs:  # equation 2, with the assignments of equation 3
+        q = torch.exp(torch.cat([z[j], QUEUE]) @ made.weight.T / 0.05).detach()
+        for _ in range(3):
+            q = q / q.sum(0) / P
+            q = q / q.sum(1, keepdim=True) / len(q)
+        logs = (z[i] @ made.weight.T / 0.1).log_softmax(1)
+        expected = expected - ((q * len(q))[:N] * logs).sum() / N / len(pairs)
+    assert_same(found, expected, z, made.weight)
+    assert found.item() == pytest.approx(2.6224192377128626, abs=1e-9)
 
 
 def test_dino_equals_the_authors_code_in_two_steps():
     """Their DINOLoss (commit 7c446df), which centers the second step with the mean of the first."""
     z, made = views(3), prototypes("dino")
     made.weight.data.mul_(3)  # its length has no effect
-    loss_of = losses.get_loss(PRESETS["dino"]())
+    loss_of, center = losses.get_loss(PRESETS["dino"]()), 0
     for step, recorded in enumerate((2.9466075711813673, 8.096822104197853)):
-        targets = made.targets({j: z[j].roll(step, 0) for j in (0, 1)}, None, 0.04)
+        keys = {j: z[j].roll(step, 0) for j in (0, 1)}
+        targets = made.targets(keys, None, 0.04)
         pairs = PRESETS["dino"](n_small_views=1).pairs
-        found = [loss_of(made(z[i]), targets[j], None)["loss"].item() for i, j in pairs]
-        assert np.mean(found) == pytest.approx(recorded, abs=1e-9)
+        found = torch.stack([loss_of(made(z[i]), targets[j], None)["loss"] for i, j in pairs]).mean()
+        unit = made.weight / made.weight.norm(dim=1, keepdim=True)
+        scores = {j: (k @ unit.T).detach() for j, k in keys.items()}
+        expected = 0
+        for i, j in pairs:  # equations 1 and 4
+            logs = (z[i] @ unit.T / 0.1).log_softmax(1)
+            expected = expected - (((scores[j] - center) / 0.04).softmax(1) * logs).sum() / N / len(pairs)
+        center = 0.9 * center + 0.1 * torch.cat(list(scores.values())).mean(0)
+        assert_same(found, expected, z, made.weight)
+        assert found.item() == pytest.approx(recorded, abs=1e-9)
 
 
-def test_nnclr_equals_solo_learns_code():
-    """The softmax is over the predictions of all images for one neighbor (commit 9187ea3)."""
+def test_nnclr_equals_its_equation_and_solo_learns_code():
+    """Equation 3: the softmax is over the predictions of all images for one neighbor (commit 9187ea3)."""
     z, loss_of = views(2), losses.get_loss(PRESETS["nnclr"]())
-    found = [loss_of(z[i], nearest_keys(z[j], QUEUE), None)["loss"].item() for i, j in ((0, 1), (1, 0))]
-    assert np.mean(found) == pytest.approx(1.3828770174850862, abs=1e-9)
+    pairs = ((0, 1), (1, 0))
+    found = sum(loss_of(z[i], nearest_keys(z[j], QUEUE), None)["loss"] for i, j in pairs) / 2
+    expected = 0
+    for i, j in pairs:
+        for n in range(N):
+            neighbor = QUEUE[int(torch.stack([key @ z[j, n] for key in QUEUE]).argmax())]
+            expected = expected - (z[i] @ neighbor / 0.1).log_softmax(0)[n] / (2 * N)
+    assert_same(found, expected, z)
+    assert found.item() == pytest.approx(1.3828770174850862, abs=1e-9)
 
 
 def test_seed_is_the_cross_entropy_of_two_distributions_over_the_queue_and_the_own_key():
@@ -151,6 +176,24 @@ def test_sigreg_is_small_for_normally_distributed_numbers_alone():
     assert near < 2 < multi_view_losses.sigreg(normal.sign(), (0,)) < multi_view_losses.sigreg(0 * normal, (0,))
 
 
+def test_visreg_equals_its_equations_and_lightlys_code():
+    """Algorithm 1 with the same directions (lightly's main branch of 2026-11: VISRegLoss)."""
+    z = views(3, rows=9)
+    drawn = np.random.default_rng((0, 1)).standard_normal((D, multi_view_losses.N_SORTED_SLICES))
+    found = multi_view_losses.visreg(z, 2, 0.9, (0, 1))["loss"]
+    quantiles = [NormalDist().inv_cdf(i / 10) for i in range(1, 10)]
+    regularizer = 0
+    for view in z:
+        mean = view.sum(0) / 9
+        std = ((view - mean).square().sum(0) / 9).sqrt()
+        projected = ((view - mean) / (std.detach() + 1e-4)) @ torch.from_numpy(drawn / np.linalg.norm(drawn, axis=0))
+        ranked = projected.gather(0, projected.argsort(0)) - torch.tensor(quantiles, dtype=torch.float64)[:, None]
+        regularizer = regularizer + (mean.square().mean() + (1 - std).square().mean() + ranked.square().mean()) / 3
+    invariance = sum((view - (z[0] + z[1]) / 2).square().mean() for view in z) / 3
+    assert_same(found, 0.1 * invariance + 0.9 * regularizer, z)
+    assert found.item() == pytest.approx(0.3981504394576933, abs=1e-6)  # their quantiles are in float32
+
+
 def test_emp_ssl_equals_its_formula_and_the_authors_code():
     """Their TotalCodingRate and Similarity_Loss with the weights 1 and 200 (commit 8fc3758)."""
     z = views(3)
@@ -174,15 +217,18 @@ def test_frossl_equals_its_formula_and_lightlys_code(rows, n, weight, recorded):
     for view in scaled:
         eigenvalues = torch.linalg.eigvalsh(view.T @ view) / D
         expected = expected + eigenvalues.square().sum().log() + weight * n * (view - mean).square().sum() / rows
-    assert found.item() == pytest.approx(expected.item(), abs=1e-9) == pytest.approx(recorded, abs=1e-9)
+    assert_same(found, expected, z)
+    assert found.item() == pytest.approx(recorded, abs=1e-9)
 
 
 def test_mmcr_equals_its_formula_and_lightlys_code():
     z = views(4)
-    centroids = np.linalg.svd(z.detach().mean(0).numpy(), compute_uv=False).sum()
-    single = [np.linalg.svd(z[:, n].detach().numpy(), compute_uv=False).sum() for n in range(N)]
-    assert of_all("mmcr", z).item() == pytest.approx(-centroids, abs=1e-9)
-    found = of_all("mmcr", z, invariance_loss_weight=5e-3).item()
-    assert found == pytest.approx(-centroids + 5e-3 * np.mean(single), abs=1e-9)
-    assert found == pytest.approx(-2.9195519134485792, abs=1e-9)
-    assert math.isfinite(torch.autograd.grad(of_all("mmcr", z, invariance_loss_weight=1.0), z)[0].sum().item())
+
+    def nuclear(x: torch.Tensor) -> torch.Tensor:  # of full rank
+        return torch.linalg.eigvalsh(x @ x.T if len(x) < D else x.T @ x).sqrt().sum()
+
+    assert of_all("mmcr", z, invariance_loss_weight=5e-3).item() == pytest.approx(-2.9195519134485792, abs=1e-9)
+    z = torch.randn(3, N, D, dtype=torch.float64, requires_grad=True)
+    assert_same(of_all("mmcr", z), -nuclear(z.mean(0)), z)
+    single = sum(nuclear(z[:, n]) for n in range(N)) / N
+    assert_same(of_all("mmcr", z, invariance_loss_weight=5e-3), -nuclear(z.mean(0)) + 5e-3 * single, z)

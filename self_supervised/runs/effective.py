@@ -34,6 +34,7 @@ LOSS_TEXTS = {  # loss_type -> description, in which {name} is a setting
     "dino": "DINO, {n_prototypes} prototypes, temperature {T:g}, of the target {sce_target_T:g}",
     "fastsiam": "FastSiam, cosine with the mean of the other views' keys",
     "lejepa": "LeJEPA, weight of SIGReg {sigreg_weight:g}",
+    "visreg": "VISReg, weight of its regularizer {sigreg_weight:g}",
     "emp": "EMP-SSL, weight of the invariance {invariance_loss_weight:g}",
     "frossl": "FroSSL, weight of the invariance {invariance_loss_weight:g}",
     "mmcr": "MMCR, weight of the single images {invariance_loss_weight:g}",

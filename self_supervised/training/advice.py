@@ -14,7 +14,7 @@ FAR = 3  # factor beyond these limits from which a learning rate is doubtful
 OF_IMAGES = 256  # number of images for which learning rates are compared
 
 CUSTOM = "custom"  # loss_type of a user's own function
-READ_NO_KEYS = ("lejepa", "emp", "frossl")  # losses that read no keys
+READ_NO_KEYS = ("lejepa", "visreg", "emp", "frossl")  # losses that read no keys
 SIMILARITIES = ("ce", "dcl", "bce", "ip", "sce", "seed", "supcon")  # losses that compare a query with negatives
 READ_QUEUE = (*SIMILARITIES, "swav")
 STRENGTHS = ("brightness", "contrast", "saturation", "hue")
@@ -84,7 +84,7 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "teacher_channels": {"teacher": None},
     **dict.fromkeys(("n_prototypes", "prototypes_frozen_epochs"), {"loss_type": OF_PROTOTYPES}),
     "queue_from_epoch": {"loss_type": ("swav",), QUEUE: None},
-    **{"center_momentum": {"loss_type": ("dino",)}, "sigreg_weight": {"loss_type": ("lejepa",)}},
+    **{"center_momentum": {"loss_type": ("dino",)}, "sigreg_weight": {"loss_type": ("lejepa", "visreg")}},
     **dict.fromkeys(("m", "use_momentum_schedule"), {"use_lagging_model": None}),
     "stop_gradient_of_keys": {GRADIENT: None, "loss_type": (*SIMILARITIES, "vic", "barlow", "fastsiam", CUSTOM)},
     "use_lagging_model": {"loss_type": (*(one for one in LOSSES if one not in READ_NO_KEYS), CUSTOM)},

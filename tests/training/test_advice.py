@@ -35,7 +35,7 @@ BASES = {  # every loss and optimizer, and settings that only have an effect wit
     "dino": {"preset": "dino", "n_prototypes": 6, "sce_target_T_warmup_epochs": 1.25, "sce_target_T_warmup_start": 0.1},
     "nearest keys": {"preset": "nnclr", "projection_mlp_hidden_dims": [], "prediction_mlp_hidden_dims": []},
     "seed": {"preset": "distill"},
-    **{name: {"preset": name} for name in ("supcon", "fastsiam", "lejepa", "emp_ssl", "frossl", "mmcr")},
+    **{name: {"preset": name} for name in ("supcon", "fastsiam", "lejepa", "visreg", "emp_ssl", "frossl", "mmcr")},
     "vic, adam": {"loss_type": "vic", "optimizer_name": "adam"},
     "barlow, sgd": {"loss_type": "barlow", "use_lagging_model": False, "lr_schedule": "constant"},
     "bce, steps": {
