@@ -24,7 +24,7 @@ from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import plain
 from self_supervised.networks.encoders import check_small_views, embeddings_of, get_encoder, source_of_weights
 from self_supervised.networks.heads import MLP
-from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys
+from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, own_queue
 from self_supervised.networks.teacher import Teacher
 from self_supervised.numerics import Scores, at_least_float32, in_parts
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
@@ -78,7 +78,7 @@ class SelfSupervisedMethod(BaseMethod):
             self.teacher = (Teacher(p),) if p.teacher else ()  # a tuple: not a part of the state that is saved
             if self.teacher:
                 self.teacher_hash = encoder_hash(self.teacher[0].encoder)  # once: it is frozen
-                self.params = p = attrs.evolve(p, dim=self.teacher[0].width)
+                self.params = p = attrs.evolve(p, dim=self.teacher[0].width, teacher=self.teacher[0].name)
             self.projection_model = MLP(width, output_dim=p.dim, **p.head("projection"))
             self.prediction_model = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
             self.prototypes = Prototypes(p) if p.loss_type in OF_PROTOTYPES else None
@@ -171,8 +171,8 @@ class SelfSupervisedMethod(BaseMethod):
                 f"the loader yields {len(views)} of the {p.n_views} float views needed of each image. Yield a list of "
                 "views, a tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
-        if self.prototypes is not None:
-            self.prototypes.begin_step(self.global_step / self.plan.steps_per_epoch)
+        for prototypes in filter(None, (self.prototypes, self.lagging_prototypes)):
+            prototypes.begin_step(self.global_step / self.plan.steps_per_epoch)
         with weights_shared(*(() if p.activation_checkpointing else (self.model, self.lagging_model))):
             online, keys = self.encode_views(views, batch_idx)
         with torch.autocast(self.device.type, enabled=False):
@@ -386,13 +386,12 @@ class SelfSupervisedMethod(BaseMethod):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the queue of this process, also from the original's format: `queue` [D, K] and `queue_ptr` [1]."""
         self.started_from = checkpoint.get("started_from")
-        if self.teacher and checkpoint.get("teacher") != self.teacher_hash:
-            raise ValueError(
-                f"teacher={self.params.teacher!r}: its weights are not those of the checkpoint's teacher. Pass that one"
-            )
+        if self.teacher:
+            self.teacher[0].refuse_another(checkpoint.get("teacher"), self.teacher_hash)
         state = checkpoint["state_dict"]
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
         for name, of_each in checkpoint.get("queues", {}).items():
-            state[f"queue.{name}"] = of_each[distributed.rank() % len(of_each)]
+            state[f"queue.{name}"] = own_queue(of_each, every=fits)
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())

@@ -394,6 +394,7 @@ class ModelParams(EncoderAndDataParams):
     # teacher
     teacher: str | None = path()  # frozen encoder whose embeddings are the keys, as load_encoder reads it; sets dim
     teacher_channels: list[int] = numbers((), 0, 1023)  # channels of the images that the teacher sees; []: all
+    teacher_crop_size: int | None = positive(None)  # pixels to which the teacher's views are resized; None: its own
 
     # VICReg and Barlow Twins
     use_vicreg_loss: bool = False  # the same as loss_type="vic"
@@ -621,7 +622,7 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
     """Return the pairs that `refuse` takes."""
     p = params
     negatives = p.use_negative_examples_from_batch or p.use_negative_examples_from_queue
-    one_network = not p.use_lagging_model and p.prediction_mlp_layers == 0
+    one_network = not p.use_lagging_model and p.teacher is None and p.prediction_mlp_layers == 0
     unknown = sorted(set(p.evaluations) - set(EVALUATIONS))
     time_difference = "transform_time_difference_probability"
     of_preset = SCEVideoParams.settings[time_difference]  # allowed with images: the preset may be tried on them
@@ -634,7 +635,7 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
          "use_negative_examples_from_queue=True or use_negative_examples_from_batch=True"),
         (p.use_negative_examples_from_same_view and not one_network,
          "use_negative_examples_from_same_view=True needs queries and keys of one network. Set "
-         f"use_lagging_model=False (is {p.use_lagging_model}) and "
+         f"use_lagging_model=False (is {p.use_lagging_model}), teacher=None (is {p.teacher}) and "
          f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers})"),
         (p.loss_type == "supcon" and p.use_negative_examples_from_queue,
          "loss_type='supcon' knows no labels of the keys in a queue. Set use_negative_examples_from_queue=False"),
@@ -647,10 +648,13 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
          f"use_nearest_keys=True is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
         (p.teacher is not None and p.use_lagging_model,
          "use_lagging_model=True and teacher exclude each other: both are where keys come from. Set one of them"),
-        (p.teacher is not None and p.loss_type in (*OF_PROTOTYPES, *OF_ALL_VIEWS),
+        (p.teacher is not None and p.loss_type in ("supcon", *OF_PROTOTYPES, *OF_ALL_VIEWS),
          f"teacher is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
+        (p.loss_type in OF_PROTOTYPES and not p.use_unit_sphere_projection,
+         f"loss_type={p.loss_type!r} compares prototypes with unit vectors. Set use_unit_sphere_projection=True"),
         (p.n_large_views == 1 and p.teacher is None,
-         "n_large_views=1 leaves no other view to compare with. Choose at least 2, or set a teacher"),
+         "n_large_views=1 leaves no other view to compare with. Choose at least 2, or distill a teacher (preset "
+         "distill)"),
         (p.shuffle_batch_norm and not p.use_lagging_model,
          "shuffle_batch_norm=True needs a lagging model, whose images it shuffles. Set use_lagging_model=True"),
         (p.use_eqco_margin and p.loss_type != "ce",
@@ -698,7 +702,8 @@ def contradictions_of_numbers(params: ModelParams) -> list[tuple[bool, str]]:
         (p.micro_batch_size == 1 and of_batch,
          f"micro_batch_size=1 is too small for mlp_normalization={p.mlp_normalization!r}: a single image has no "
          "statistics. Choose a larger one"),
-        (one_image and (batch_alone or p.teacher is not None or p.loss_type in OF_STATISTICS),
+        (one_image and (batch_alone or p.teacher is not None or p.loss_type in OF_STATISTICS
+                        or (p.loss_type == "swav" and not p.use_negative_examples_from_queue)),
          f"{size} gives loss_type={p.loss_type!r} no other image to compare with. Choose a larger batch, or a queue"),
         (one_image and of_batch,
          f"{size} is too small for mlp_normalization={p.mlp_normalization!r}, "
@@ -971,6 +976,7 @@ LeJEPAParams = Preset(
 VISRegParams = Preset(
     LeJEPAParams, "VISRegParams", "VISReg (https://arxiv.org/abs/2606.02572): LeJEPA with sorted projections.",
     loss_type="visreg", sigreg_weight=0.9, mlp_activation="gelu", dim=256, lr=9e-4,
+    final_lr_schedule_value=9e-7,
 )
 EMPSSLParams = Preset(
     VICRegParams, "EMPSSLParams", "EMP-SSL (https://arxiv.org/abs/2304.03977): many small patches, few epochs.",

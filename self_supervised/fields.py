@@ -117,7 +117,12 @@ def plain(value: Any) -> Any:
 
 def path() -> Any:
     """Return a field for the path of a file or directory. The default is None."""
-    return field(default=None, converter=expanded)
+
+    def check(_: Any, attribute: Attribute, value: Any) -> None:
+        if value == "":  # an environment variable that is not set
+            raise ValueError(f"{attribute.name}='' is empty. Pass a path, or leave it out")
+
+    return field(default=None, converter=expanded, validator=check)
 
 
 def as_path(given: str | Path) -> Path:

@@ -133,8 +133,11 @@ def resume_point(
     hyperparameters.keep_earlier_ways(method, content)
     try:
         checkpoints.refuse_another_model(content, method, fit)
-        images = checkpoints.images_of_a_step(method.params, fit)
-        checkpoints.refuse_other_steps(content.get("steps"), {"images": images})
+        images, before = checkpoints.images_of_a_step(method.params, fit), content.get("steps")
+        if name == "linear" and before is not None and before["images"] != images:  # of another number of processes
+            start_over(out / name)
+            return None, 0
+        checkpoints.refuse_other_steps(before, {"images": images})
         changed = ", ".join(f"{k}={v!r}" for k, v in checkpoints.changed_too_late(content, method, fit).items())
         if changed and name == "linear":
             start_over(out / name)

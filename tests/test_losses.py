@@ -11,7 +11,7 @@ from model_params import LOSSES, OF_ALL_VIEWS, PRESETS, ModelParams
 from self_supervised import losses, multi_view_losses
 
 N, D, K = 6, 5, 9
-RECORDED = {None: 0.5890572208768287, 0.5: 0.6203599585284832}  # sigma -> loss of the authors of DCL
+RECORDED = {None: 0.5890572208768287, 0.5: 0.6203599585284832}  # sigma -> loss of a public implementation of DCL
 
 
 @pytest.fixture
@@ -81,8 +81,8 @@ def test_dcl_of_a_single_image_is_0():
 
 
 @pytest.mark.parametrize("sigma", [None, 0.5])
-def test_dcl_equals_its_formula_and_the_authors_code(vectors, sigma):
-    """Equations 6 and 7, image by image, and a number of the authors' DCL and DCLW (commit 0b9b76d) in float64."""
+def test_dcl_equals_its_formula_and_a_public_implementation(vectors, sigma):
+    """Equations 6 and 7, image by image, and a number of DCL and DCLW of raminnakhli's repository (commit 0b9b76d) in float64."""
     q, k, _ = vectors
     settings = {"loss_type": "dcl", "T": 0.1, "dcl_sigma": sigma, "use_lagging_model": False}
     settings |= {"use_negative_examples_from_queue": False}

@@ -74,7 +74,7 @@ def test_weight_standardization_and_another_normalization_for_the_predictor(name
     assert ("LayerNorm" in [type(layer).__name__ for layer in model.prediction_model.modules()]) == (name == "byol")
 
 
-@pytest.mark.parametrize("name", ["swav", "dino", "nnclr", "lejepa", "supcon"])
+@pytest.mark.parametrize("name", ["swav", "dino", "nnclr", "visreg", "supcon", "mmcr", "fastsiam", "distill"])
 def test_prototypes_neighbors_slices_and_labels_resume_bit_equal(name, small, trainer, tmp_path):
     def trained(checkpoint: str | None = None) -> dict[str, torch.Tensor]:
         model = SelfSupervisedMethod(small(name, encoder_arch="small_cnn", evaluations=[], batch_size=8))
@@ -89,16 +89,21 @@ def test_prototypes_neighbors_slices_and_labels_resume_bit_equal(name, small, tr
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_assignments_of_swav_use_the_queue_later(small, trainer):
-    """The first epoch is as without a queue, the second is not."""
+@pytest.mark.parametrize("lagging", [False, True])
+def test_assignments_of_swav_use_the_queue_later(lagging, small, trainer):
+    """The first epoch is as without a queue, the second is not; prototypes have the length 1, lagging ones, too."""
     ends = []
     for fields in ({"use_negative_examples_from_queue": False}, {"queue_from_epoch": 1}, {"queue_from_epoch": 0}):
         weights = []
         for epochs in (1, 2):
-            method = SelfSupervisedMethod(small("swav", **fields, evaluations=[], max_epochs=2))
+            method = SelfSupervisedMethod(
+                small("swav", **fields, use_lagging_model=lagging, evaluations=[], max_epochs=2)
+            )
             fit = trainer(max_epochs=2, max_steps=4 * epochs, limit_train_batches=4)
             fit.fit(method)
             weights.append(method.prototypes.weight.detach().clone())
+            if lagging:  # before its update at the end of the step, which is small
+                assert torch.allclose(method.lagging_prototypes.weight.norm(dim=1), torch.ones(()), atol=1e-3)
         ends.append(weights)
     (one, two), (one_later, two_later), (one_at_once, _) = ends
     assert torch.equal(one, one_later) and not torch.equal(one, one_at_once) and not torch.equal(two, two_later)

@@ -169,6 +169,7 @@ SENSIBLE = {
     "micro_batch_size": either(None, None, 2, 7, 100),
     "teacher": st.none(),
     "teacher_channels": either([], [0]),
+    "teacher_crop_size": either(None, 8),
     "n_prototypes": either(1, 2, 24),
     "prototypes_frozen_epochs": EPOCHS,
     "queue_from_epoch": EPOCHS,

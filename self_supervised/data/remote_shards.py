@@ -118,7 +118,7 @@ def file_system_of(protocol: str, _: int) -> Any:
         return fsspec.filesystem(protocol, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(
-            f'data_path={protocol + "://"!r}: {error}. For s3:// and gs://, run pip install "self-supervised[urls]"; '
+            f'data_path={protocol + "://"!r}: {error}. For s3:// and gs://, run pip install s3fs gcsfs; '
             "for others, install the package that fsspec names."
         ) from error
 
@@ -245,9 +245,11 @@ def to_index(place: str, signature: Signature) -> str | BinaryIO:
         if signature[0] > limit() or has_large_members(url, signature[0]):
             return io.BufferedReader(RangeFile(url, signature[0]), HEADERS)
         check_folder("DATA_PATH", folder())
-        with locked(loading(copy), wait=math.inf):
+        with suppress(OSError), locked(loading(copy), wait=math.inf):
             if not copy.is_file():
                 download(place, signature)
+        if not copy.is_file():  # such as on a full disk
+            return io.BufferedReader(RangeFile(url, signature[0]), LARGE)
     return str(copy)
 
 
@@ -356,12 +358,13 @@ class ReadAhead:
         if self.process != os.getpid():
             self.process = os.getpid()
             self.changed = threading.Condition()
-            threading.Thread(target=self.work, daemon=True).start()
+            self.thread = threading.Thread(target=self.work, daemon=True)
+            self.thread.start()
         with self.changed:
             self.reached = max(self.reached, k)
             self.changed.notify_all()
-            while k in self.pending and not copy_of(*self.order[k]).is_file():  # another process may download it
-                self.changed.wait(POLL)
+            while k in self.pending and self.thread.is_alive() and not copy_of(*self.order[k]).is_file():
+                self.changed.wait(POLL)  # another process may download it
 
     def work(self) -> None:
         while self.pending and not self.is_stopped:

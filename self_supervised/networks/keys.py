@@ -38,6 +38,20 @@ class KeyQueue(nn.Module):
         self.position.add_(len(keys)).remainder_(size)
 
 
+def own_queue(of_each: Tensor, every: bool) -> Tensor:
+    """Return the part of this process of the queues of a checkpoint, [W, ...].
+
+    Raises:
+        ValueError: `every` queue is needed, and there are not as many processes.
+    """
+    if every and len(of_each) != distributed.world_size():
+        raise ValueError(
+            f"gather_keys_for_queue=False: the checkpoint has the queues of {len(of_each)} processes, and this run has "
+            f"{distributed.world_size()}. Use as many, or start a new run from its weights (encoder_weights)"
+        )
+    return of_each[distributed.rank() % len(of_each)]
+
+
 def frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False)
 

@@ -1,7 +1,11 @@
 """A frozen encoder whose embeddings are the keys: `params.teacher`."""
 
+import os
+
+import attrs
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from model_params import ModelParams
@@ -24,23 +28,32 @@ class Teacher(nn.Module):
     https://arxiv.org/abs/2410.01680, standardizes teachers, too).
 
     Raises:
-        ValueError: the teacher takes another number of channels, or only one of both takes clips.
+        ValueError: the teacher takes another number of channels, or one of both takes clips.
+        FileNotFoundError: there is no such file.
     """
 
     def __init__(self, params: ModelParams):
         super().__init__()
         refuse_foreign("teacher", params.teacher)
-        self.encoder = load_encoder(params.teacher)
+        name = f"teacher={params.teacher!r}"
+        try:
+            own_size = {"transform_crop_size": params.teacher_crop_size} if params.teacher_crop_size else {}
+            self.encoder = load_encoder(params.teacher, **own_size)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name}: {error} Pass teacher=PATH, or teacher=None to go without it") from error
+        self.name = os.path.abspath(params.teacher) if os.path.exists(params.teacher) else params.teacher
         self.channels = params.teacher_channels or list(range(params.channels))
-        theirs, name = self.encoder.params, f"teacher={params.teacher!r}"
+        theirs = self.encoder.params
         if theirs.dataset.of_videos or params.dataset.of_videos:
             raise ValueError(f"{name} with dataset_name={params.dataset_name!r}: only images can have a teacher")
         if len(self.channels) not in (1, theirs.channels) or max(self.channels) >= params.channels:
             raise ValueError(
-                f"{name} takes {theirs.channels} channels, and these images have {params.channels}. Set "
-                "teacher_channels to those that it sees, such as [0, 1, 2]"
+                f"{name} takes {theirs.channels} channels, and these images have {params.channels}, from 0 to "
+                f"{params.channels - 1}. Set teacher_channels to those that it sees (is {params.teacher_channels})"
             )
         self.width = measured_width(self.encoder, torch.zeros(1, *theirs.input_shape), name)
+        if params.dim not in (self.width, attrs.fields(ModelParams).dim.default):
+            rank_zero_info(f"dim={params.dim} is replaced by {self.width}, the width of the embeddings of {name}")
         self.size = theirs.crop_size
         self.most_at_once = params.micro_batch_size
         student = [(params.mean[channel], params.std[channel]) for channel in self.channels * theirs.channels]
@@ -48,15 +61,24 @@ class Teacher(nn.Module):
         self.mean = tuple((mean - own) / own_std for (own, own_std), mean, _ in constants)
         self.std = tuple(std / own_std for (_, own_std), _, std in constants)
 
+    def refuse_another(self, before: str | None, now: str) -> None:
+        """Raise ValueError if the hash of the weights, which a checkpoint has, was another before."""
+        if before != now:
+            raise ValueError(
+                f"teacher={self.name!r}: its weights are not those of the checkpoint's teacher. Pass that one"
+            )
+
     @torch.no_grad()
     def forward(self, view: Tensor) -> Tensor:
         found = torch.cat([self.encoded(part) for part in in_parts(view, self.most_at_once)])
         found = found.to(at_least_float32(view).dtype)
         of_all = distributed.gather(found)
+        if len(of_all) < 2:
+            raise ValueError("a teacher needs two images, but a batch has one. Set drop_last_batch=True")
         return (found - of_all.mean(0)) / (of_all.std(0, correction=0) + EPSILON)
 
     def encoded(self, view: Tensor) -> Tensor:
         x = view[:, self.channels].float().expand(-1, len(self.mean), -1, -1)
-        if x.shape[-1] != self.size:
+        if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
         return self.encoder.to(x.device)(normalize(x, self.mean, self.std))

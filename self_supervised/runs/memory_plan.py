@@ -91,10 +91,14 @@ def proposal(images: int, part: int, accumulated: int) -> str:
         return f"The batch of {images:,} images fits: no other options are needed."
     total = images * accumulated
     steps = next(n for n in range(1, total + 1) if total % n == 0 and total // n <= part)
+    accumulation = (
+        f"Or --global_batch_size {total} --accumulate_grad_batches {steps}: less time, but only the {total // steps:,} "
+        "images of a batch are compared. "
+    )
     return (
         f"--micro_batch_size {part} fits: the same loss of {images:,} images, encoded in {-(-images // part)} parts. "
-        f"Or --global_batch_size {total} --accumulate_grad_batches {steps}: less time, but only the {total // steps:,} "
-        "images of a batch are compared. --activation_checkpointing makes room for larger parts."
+        f"{accumulation if 2 * (total // steps) > part else ''}"  # no divisor is near, such as that of a prime number
+        "--activation_checkpointing makes room for larger parts."
     )
 
 

@@ -82,6 +82,7 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "use_negative_examples_from_queue": {"loss_type": READ_QUEUE},
     **dict.fromkeys(("K", "gather_keys_for_queue"), {QUEUE: None}),
     "teacher_channels": {"teacher": None},
+    "teacher_crop_size": {"teacher": None},
     **dict.fromkeys(("n_prototypes", "prototypes_frozen_epochs"), {"loss_type": OF_PROTOTYPES}),
     "queue_from_epoch": {"loss_type": ("swav",), QUEUE: None},
     **{"center_momentum": {"loss_type": ("dino",)}, "sigreg_weight": {"loss_type": ("lejepa", "visreg")}},

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.callbacks import LambdaCallback
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
@@ -33,10 +34,21 @@ def test_it_sees_the_views_resized_and_normalized_with_its_constants(teacher, sm
     assert torch.allclose(found, expected, atol=1e-3) and found.shape == (5, 256)
 
 
+def test_its_image_size_can_be_chosen(teacher, small):
+    made = Teacher(small("distill", teacher=teacher, teacher_crop_size=9))
+    seen = []
+    made.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2:]))
+    made(torch.rand(2, 1, 8, 9))  # float views of a user's loader need not be square
+    assert seen == [(9, 9)]
+
+
 def test_it_sees_the_channels_that_were_named(teacher):
     fields = {"dataset_name": "folder", "in_channels": 4, "transform_crop_size": 12, "teacher": teacher}
-    with pytest.raises(ValueError, match="takes 1 channels, and these images have 4. Set teacher_channels"):
-        Teacher(PRESETS["distill"](**fields))
+    for wrong in ([], [0, 9]):
+        with pytest.raises(
+            ValueError, match=r"takes 1 channels, and these images have 4, from 0 to 3. Set teacher_chan"
+        ):
+            Teacher(PRESETS["distill"](**fields, teacher_channels=wrong))
     params = PRESETS["distill"](**fields, teacher_channels=[2], image_mean=[0.1, 0.2, 0.3, 0.4], image_std=[0.2] * 4)
     x = torch.randn(3, 4, 12, 12)
     other = x.clone()
@@ -70,15 +82,34 @@ def test_the_student_learns_and_the_teacher_stays_outside_of_the_checkpoint(loss
 
 def test_a_resumed_student_has_the_same_teacher(teacher, small, trainer, tmp_path):
     params = small("distill", teacher=teacher, evaluations=[])
-    fit = trainer(max_epochs=1)
-    fit.fit(SelfSupervisedMethod(params))
-    fit.save_checkpoint(tmp_path / "student.ckpt")
+    save = LambdaCallback(on_train_epoch_end=lambda fit, _: fit.save_checkpoint(tmp_path / f"{fit.current_epoch}.ckpt"))
+    whole, again = SelfSupervisedMethod(params), SelfSupervisedMethod(params)
+    trainer(max_epochs=2, callbacks=[save]).fit(whole)
+    trainer(max_epochs=2).fit(again, ckpt_path=str(tmp_path / "0.ckpt"))
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in whole.state_dict().items())
     content = torch.load(teacher, weights_only=True)
     for key in content["state_dict"]:
         content["state_dict"][key] = content["state_dict"][key] + 1
     torch.save(content, teacher)
     with pytest.raises(ValueError, match="teacher=.*: its weights are not those"):
-        trainer(max_epochs=2).fit(SelfSupervisedMethod(params), ckpt_path=str(tmp_path / "student.ckpt"))
+        trainer(max_epochs=2).fit(SelfSupervisedMethod(params), ckpt_path=str(tmp_path / "0.ckpt"))
+
+
+def test_the_run_of_a_student_can_be_moved(teacher, small, trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit = trainer(max_epochs=1, limit_train_batches=1)
+    fit.fit(SelfSupervisedMethod(small("distill", teacher="teacher.ckpt", evaluations=[])))
+    fit.save_checkpoint("student.ckpt")
+    monkeypatch.chdir("/")
+    assert SelfSupervisedMethod.load_from_checkpoint(tmp_path / "student.ckpt").params.teacher == teacher
+    (tmp_path / "teacher.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"teacher='.*teacher.ckpt'.* Pass teacher=PATH, or teacher=None"):
+        SelfSupervisedMethod.load_from_checkpoint(tmp_path / "student.ckpt")
+
+
+def test_a_batch_of_one_image_is_refused(teacher, small):
+    with pytest.raises(ValueError, match="a teacher needs two images, but a batch has one"):
+        Teacher(small("distill", teacher=teacher))(torch.rand(1, 1, 8, 8))
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
@@ -96,6 +127,15 @@ def test_it_teaches_in_any_precision_and_in_parts(precision, teacher, small, tra
     [
         ({"use_lagging_model": True}, "use_lagging_model=True and teacher exclude each other"),
         ({"loss_type": "swav"}, "teacher is for losses of pairs, not for loss_type='swav'"),
+        (
+            {
+                "loss_type": "supcon",
+                "use_negative_examples_from_batch": True,
+                "use_negative_examples_from_queue": False,
+            },
+            "teacher is for losses of pairs",
+        ),
+        ({"use_negative_examples_from_same_view": True}, r"queries and keys of one network.*teacher=None"),
         ({"dataset_name": "kinetics", "encoder_arch": "r3d_18"}, "only images can have a teacher"),
     ],
 )

@@ -25,6 +25,7 @@ from self_supervised.report import compare, figures, tables
 from self_supervised.runs import command_line, dry_run, progress, run_options, trackers
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.training import milestones, run_folder
+from self_supervised.training.checkpoints import newest
 from self_supervised.training.monitor import GradientNorms
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore:save_best", "ignore::ResourceWarning")
@@ -291,6 +292,11 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     main(line.replace("--linear_lr 0.1", "--linear_lr 0.2"), monkeypatch)
     rates = [torch.load(out / "linear.ckpt", weights_only=True)[name] for name in ("hyper_parameters", "global_step")]
     assert rates[0]["lr"] == 0.2 and rates[1] == 2  # it was trained once more
+    last = newest(out / "linear" / "checkpoints")
+    content = torch.load(last, weights_only=True)
+    torch.save({**content, "steps": {**content["steps"], "images": 999}}, last)  # as of another number of processes
+    main(line.replace("--linear_lr 0.1", "--linear_lr 0.2"), monkeypatch)
+    assert torch.load(newest(out / "linear" / "checkpoints"), weights_only=True)["steps"] == content["steps"]
     scores = json.loads((out / "results.json").read_text())
     main(line.replace("--linear_epochs 1 ", ""), monkeypatch)
     torch.use_deterministic_algorithms(False)

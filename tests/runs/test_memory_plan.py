@@ -48,6 +48,11 @@ def test_the_largest_part_that_fits(monkeypatch, capsys):
     assert "--global_batch_size 4000 --accumulate_grad_batches 8: less time, but only the 500 images" in out
 
 
+def test_no_accumulation_is_proposed_that_leaves_a_fraction_of_a_part():
+    assert "--global_batch_size 4000 --accumulate_grad_batches 8" in memory_plan.proposal(2000, 512, 2)
+    assert all("--accumulate" not in memory_plan.proposal(images, 512, 1) for images in (4099, 1026))
+
+
 def test_a_guess_that_needs_more_is_halved(monkeypatch, capsys):
     """Views and projections of the whole batch, which small batches do not show; and a process that the system ends."""
     of_all = lambda batch, part: None if part > 256 else int(1e9 + 1e7 * part + 1e6 * batch)  # noqa: E731

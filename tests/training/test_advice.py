@@ -62,7 +62,7 @@ WITH_HEADS = ("ce, sgd", "ip, lars")  # bases with which the settings of heads a
 NOT_OF_A_STEP = {  # of validation, of views, of the programs, of several processes, or another name of a setting
     "evaluations", "evaluate_every_n_epochs", "probe_solver", "probe_on_training_set", "n_large_views", "n_small_views",
     "max_epochs", "gather_keys_for_queue", "n_classes", "use_vicreg_loss", "teacher", "teacher_channels",
-    "micro_batch_size",
+    "teacher_crop_size", "micro_batch_size",
 }  # fmt: skip
 FIELDS = [
     field.name

@@ -1,6 +1,8 @@
 """Multiple real processes (gloo, CPU) compute the same as one process with the joined batch."""
 
+import contextlib
 import copy
+import tempfile
 from functools import cache
 
 import numpy as np
@@ -8,6 +10,7 @@ import processes
 import pytest
 import pytorch_lightning as pl
 import torch
+import torchvision
 from torch import nn
 
 from linear_classifier import LinearClassifierMethod
@@ -20,7 +23,8 @@ WORLDS, IMAGES, STEPS = (2, 4), 16, 5  # images of the joined batch
 BATCH = {"use_negative_examples_from_batch": True}
 BOTH_VIEWS = {"use_both_augmentations_as_queries": True}
 SMALL_VIEWS = {"n_small_views": 2, "transform_small_crop_size": 8}  # the size of the large views, for one encoder
-MICRO = ("moco_v2", "byol", "simclr", "vicreg", "swav")
+MICRO = ("moco_v2", "byol", "simclr", "vicreg", "swav", "eqco", "barlow_twins")
+GATHERING = ("barlow_twins", "swav", "dino", "supcon", "lejepa")  # presets with communication of their own
 CASES = {
     **{name: {"preset": name} for name in PRESETS},
     "ce, batch": {**BATCH, "use_negative_examples_from_queue": False},
@@ -35,6 +39,9 @@ CASES = {
     "shuffled": {"shuffle_batch_norm": True},
     **{f"{name}, small views": {"preset": name, **SMALL_VIEWS} for name in ("sce", "simclr", "vicreg")},
     **{f"{name}, micro-batches": {"preset": name, "micro_batch_size": 3} for name in MICRO},
+    "sce, small views, micro-batches": {"preset": "sce", **SMALL_VIEWS, "micro_batch_size": 3},
+    "bce, batch, micro-batches": {"loss_type": "bce", **BATCH, "micro_batch_size": 3},
+    "distill, its teacher": {"preset": "distill", "teacher": "resnet18.pth", "teacher_crop_size": 32},
     "online classifier": {"online_classifier": True},
     "online classifier, lars": {"preset": "byol", "online_classifier": True, "online_classifier_lr": 2.0},
     "lars": {"optimizer_name": "lars", "exclude_matching_parameters_from_lars": [".bias", ".bn"], "lars_eta": 0.02},
@@ -48,7 +55,7 @@ SMALL = {
 
 def cases(world: int) -> list[str]:
     """Return the names of all cases; for four processes without those that gather nothing that others do not."""
-    return [name for name in CASES if world < 4 or name not in PRESETS or name == "barlow_twins"]
+    return [name for name in CASES if world < 4 or name not in PRESETS or name in GATHERING]
 
 
 def encoder() -> nn.Module:
@@ -87,6 +94,13 @@ class Batches:
         return iter(self.batches)
 
 
+def train_with_a_teacher_at_hand(rank: int, world: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        torch.manual_seed(2)
+        torch.save(torchvision.models.resnet18().state_dict(), "resnet18.pth")
+        return train_every_case(rank, world)
+
+
 def train_every_case(rank: int, world: int) -> dict:
     """Return, for every case, loss and gradients of the first step and the state after the last one."""
     g = torch.Generator().manual_seed(0)
@@ -110,7 +124,9 @@ def train_every_case(rank: int, world: int) -> dict:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """trained(2): what each of two processes found; they train once."""
-    return cache(lambda world: processes.run(train_every_case, world, tmp_path_factory.mktemp("world"), world))
+    return cache(
+        lambda world: processes.run(train_with_a_teacher_at_hand, world, tmp_path_factory.mktemp("world"), world)
+    )
 
 
 def assert_close(found: dict, expected: dict) -> None:

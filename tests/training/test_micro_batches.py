@@ -36,13 +36,15 @@ class Noisy(nn.Module):
         return found
 
 
-def trained(preset: str, module: nn.Module | None = None, **fields) -> dict[str, torch.Tensor]:
+def trained(preset: str, module: nn.Module | None = None, accumulated: int = 1, **fields) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     views = [[torch.randn(N, 1, 8, 8, generator=g).double() for _ in range(3)] for _ in range(3)]
     torch.manual_seed(1)
     params = PRESETS[preset](**{**SMALL, "mlp_normalization": "ln", "evaluations": [], **fields})
     model = SelfSupervisedMethod(params, encoder=module or encoder())
-    trainer_of(1, precision="64-true").fit(model, Batches([(of_step, torch.arange(N) // 3) for of_step in views]))
+    trainer_of(1, precision="64-true", accumulate_grad_batches=accumulated).fit(
+        model, Batches([(of_step, torch.arange(N) // 3) for of_step in views])
+    )
     return model.state_dict()
 
 
@@ -50,6 +52,8 @@ CASES = [
     *((name, {}) for name in PRESETS if name != "distill"),
     ("sce", OTHERS),
     ("simsiam", {"use_both_augmentations_as_queries": False}),  # view 1 is only a key
+    ("sce", {**OTHERS, "accumulated": 3}),
+    ("moco_v2", {"loss_type": "bce", "online_classifier": True, "shuffle_batch_norm": True}),
 ]
 
 
