@@ -539,6 +539,7 @@ class ModelParams(EncoderAndDataParams):
         if self.use_vicreg_loss and self.loss_type == "ce":  # "ce" is the default, which nobody has chosen
             object.__setattr__(self, "loss_type", "vic")
         refuse(contradictions_of_method(self))
+        refuse(contradictions_of_keys(self))
         refuse(contradictions_of_heads(self))
         refuse(contradictions_of_numbers(self))
         refuse(contradictions_of_optimizer(self))
@@ -639,17 +640,6 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
          f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers})"),
         (p.loss_type == "supcon" and p.use_negative_examples_from_queue,
          "loss_type='supcon' knows no labels of the keys in a queue. Set use_negative_examples_from_queue=False"),
-        (p.use_nearest_keys and not p.use_unit_sphere_projection,
-         "use_nearest_keys=True compares keys of length 1. Set use_unit_sphere_projection=True"),
-        (p.use_nearest_keys and p.use_negative_examples_from_queue,
-         "use_nearest_keys=True takes positives from the queue, which cannot be negatives, too. Set "
-         "use_negative_examples_from_queue=False"),
-        (p.use_nearest_keys and p.loss_type in (*OF_PROTOTYPES, *OF_ALL_VIEWS),
-         f"use_nearest_keys=True is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
-        (p.teacher is not None and p.use_lagging_model,
-         "use_lagging_model=True and teacher exclude each other: both are where keys come from. Set one of them"),
-        (p.teacher is not None and p.loss_type in ("supcon", *OF_PROTOTYPES, *OF_ALL_VIEWS),
-         f"teacher is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
         (p.loss_type in OF_PROTOTYPES and not p.use_unit_sphere_projection,
          f"loss_type={p.loss_type!r} compares prototypes with unit vectors. Set use_unit_sphere_projection=True"),
         (p.n_large_views == 1 and p.teacher is None,
@@ -662,6 +652,26 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
         (not p.dataset.of_videos and p.transform_time_difference_probability not in (None, 0, of_preset),
          only_for_videos(time_difference, p.transform_time_difference_probability, p.dataset_name)),
         (bool(unknown), f"evaluations={unknown} unknown: choose from {', '.join(EVALUATIONS)}"),
+    ]
+    # fmt: on
+
+
+def contradictions_of_keys(params: ModelParams) -> list[tuple[bool, str]]:
+    """Return the pairs that `refuse` takes, about where keys come from."""
+    p = params
+    # fmt: off
+    return [
+        (p.use_nearest_keys and not p.use_unit_sphere_projection,
+         "use_nearest_keys=True compares keys of length 1. Set use_unit_sphere_projection=True"),
+        (p.use_nearest_keys and p.use_negative_examples_from_queue,
+         "use_nearest_keys=True takes positives from the queue, which cannot be negatives, too. Set "
+         "use_negative_examples_from_queue=False"),
+        (p.use_nearest_keys and p.loss_type in (*OF_PROTOTYPES, *OF_ALL_VIEWS),
+         f"use_nearest_keys=True is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
+        (p.teacher is not None and p.use_lagging_model,
+         "use_lagging_model=True and teacher exclude each other: both are where keys come from. Set one of them"),
+        (p.teacher is not None and p.loss_type in ("supcon", *OF_PROTOTYPES, *OF_ALL_VIEWS),
+         f"teacher is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
     ]
     # fmt: on
 

@@ -82,7 +82,7 @@ def test_dcl_of_a_single_image_is_0():
 
 @pytest.mark.parametrize("sigma", [None, 0.5])
 def test_dcl_equals_its_formula_and_a_public_implementation(vectors, sigma):
-    """Equations 6 and 7, image by image, and a number of DCL and DCLW of raminnakhli's repository (commit 0b9b76d) in float64."""
+    """Equations 6 and 7, image by image, and a number of raminnakhli's DCL and DCLW (commit 0b9b76d) in float64."""
     q, k, _ = vectors
     settings = {"loss_type": "dcl", "T": 0.1, "dcl_sigma": sigma, "use_lagging_model": False}
     settings |= {"use_negative_examples_from_queue": False}

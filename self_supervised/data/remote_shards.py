@@ -118,7 +118,7 @@ def file_system_of(protocol: str, _: int) -> Any:
         return fsspec.filesystem(protocol, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(
-            f'data_path={protocol + "://"!r}: {error}. For s3:// and gs://, run pip install s3fs gcsfs; '
+            f"data_path={protocol + '://'!r}: {error}. For s3:// and gs://, run pip install s3fs gcsfs; "
             "for others, install the package that fsspec names."
         ) from error
 

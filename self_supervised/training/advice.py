@@ -1,5 +1,7 @@
-"""Doubts about settings before the first step: a learning rate far from what was tried, and changes without effect."""
+"""Doubts about settings before the first step: a learning rate far from what was tried, a queue that is filled late,
+and changes without effect."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -129,8 +131,8 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
 
 
 def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
-    """Return lines on the learning rate, on settings that were changed without effect, and on a missing teacher, where
-    they apply.
+    """Return lines on the learning rate, on a queue that is filled late, on settings that were changed without effect,
+    and on a missing teacher, where they apply.
 
     Args:
         loss_type: that of `params`, or CUSTOM if a function replaces it.
@@ -141,7 +143,7 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
     unused = f"{values}: no effect with the other settings. {reasons}" if useless else ""
     alone = "teacher=None: the keys are other views of the student, who learns from itself. Pass a teacher"
     no_teacher = alone if loss_type == "seed" and params.teacher is None else ""
-    return [line for line in (doubt_of_lr(params, plan), unused, no_teacher) if line]
+    return [line for line in (doubt_of_lr(params, plan), doubt_of_queue(params, plan), unused, no_teacher) if line]
 
 
 def doubt_of_lr(params: ModelParams, plan: Plan) -> str:
@@ -154,6 +156,19 @@ def doubt_of_lr(params: ModelParams, plan: Plan) -> str:
     return (
         f"lr={plan.lr:.4g} with {plan.global_batch_size} {plan.kind} per step is {lr:.4g} per {OF_IMAGES}. With "
         f"optimizer_name={params.optimizer_name!r}, {lowest:g} to {highest:g} was tried. Try lr={near:.2g}"
+    )
+
+
+def doubt_of_queue(params: ModelParams, plan: Plan) -> str:
+    """Return a line if the queue has random vectors, as at the start, during much of the training, else ""."""
+    keys_of_a_step = plan.global_batch_size * len({j for _, j in params.pairs})
+    filled = math.ceil(params.K / keys_of_a_step)
+    if not params.keeps_keys or params.loss_type in OF_PROTOTYPES or filled <= plan.steps / 10:
+        return ""
+    better = 2 ** int(math.log2(max(1, plan.steps * keys_of_a_step / 16)))
+    return (
+        f"K={params.K}: the queue has random vectors until step {filled} of {plan.steps}, and little is learned until "
+        f"then (docs/results.md). Try K={better}, or more epochs"
     )
 
 

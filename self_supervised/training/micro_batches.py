@@ -56,7 +56,7 @@ class MicroBatches:
         torch.clear_autocast_cache()  # it has weights that were cast without a graph
         self.kept = self.encoded(*self.parts[-1])
         by_part = iter([*encoded, tuple(output.detach() for output in self.kept)])
-        self.outputs = {name: joined(islice(by_part, len(parts[name]))) for name in parts}
+        self.outputs = {name: leaves_of(islice(by_part, len(parts[name]))) for name in parts}
         self.size = size
 
     def encoded(self, name: int, number: int, part: Tensor) -> Encoded:
@@ -84,8 +84,8 @@ class MicroBatches:
         return zip(*parts, strict=True)
 
 
-def joined(parts: Iterable[Encoded]) -> Encoded:
-    """Return the outputs of all parts as leaves."""
+def leaves_of(parts: Iterable[Encoded]) -> Encoded:
+    """Return the outputs of all parts together, as leaves."""
     return tuple(torch.cat(output).requires_grad_() for output in zip(*parts, strict=True))
 
 

@@ -306,7 +306,7 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
     assert {group["initial_lr"] for group in optimizer["param_groups"]} == {0.01}
     assert tables.state(compare.read_run(out)) == "finished"
     assert (out / "command.txt").read_text().splitlines()[1] == f"self-supervised train {line}"
-    assert len(json.loads((out / "run.json").read_text())) == 5
+    assert len(json.loads((out / "run.json").read_text())) == 6
     assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3  # of the resumed run
     assert run_folder.effective_of(out)["length"].startswith("4 epochs, 8 steps") and not [*out.glob("config_by_hand*")]
     assert len([row for row in rows_of(out) if row["valid_knn20_acc"]]) == 5  # random, four epochs

@@ -169,7 +169,7 @@ def test_what_has_no_effect_trains_bit_equal_and_all_else_does_not(base):
 
 def plan_of(params: ModelParams) -> Plan:
     size = params.global_batch_size or params.batch_size
-    return Plan(1, 1, size, params.lr * (size / params.lr_batch_size if params.lr_scaling else 1), 9, 3)
+    return Plan(1, 1, size, params.lr * (size / params.lr_batch_size if params.lr_scaling else 1), 9000, 3)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -187,6 +187,16 @@ def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_l
     assert "lr=0.5 with 16 images per step is 8 per 256" in lr and "Try lr=0.031" in lr
     assert "T=0.1, lars_eta=0.1: no effect" in unused and "lars_eta needs optimizer_name=lars" in unused
     assert "T needs loss_type=ce or dcl or bce or sce or seed or supcon or swav or dino; " in unused
+
+
+def test_a_queue_that_is_filled_late_is_a_line():
+    """64 keys a step fill 65,536 places in 1,024 steps; with both views as keys, in 512."""
+    for fields, filled in (({}, 1024), ({"use_both_augmentations_as_queries": True}, 512)):
+        params = PRESETS["moco_v2"](batch_size=64, lr=0.125, **fields)
+        line = advice.doubt_of_queue(params, Plan(1, 1, 64, params.lr, 2340, 260))
+        assert f"random vectors until step {filled} of 2340" in line and f"Try K={8192 * 1024 // filled}," in line
+        assert not advice.doubt_of_queue(params, Plan(1, 1, 64, params.lr, 10 * filled, 260))
+    assert not advice.doubt_of_queue(PRESETS["byol"](), Plan(1, 1, 64, 0.1, 9, 3))
 
 
 @pytest.mark.parametrize("base", VIEWS)
