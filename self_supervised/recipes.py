@@ -149,6 +149,7 @@ KINDS = {
             "barlow_twins": Row({"dim": 256}, Outcome((94.5, 0.2), (96.1, 1.0), 0.7)),
             "moco_v3": Row({}, Outcome((94.5, 0.2), (96.7, 0.4), 1.0)),
             "ressl": Row({"K": 1024, "m": 0.99}, Outcome((94.5, 0.2), (97.2, 0.2), 0.5)),
+            "visreg": Row({"dim": 64, "sigreg_weight": 0.6}, Outcome((94.5, 0.2), (97.5, 0.4), 1.5)),
         },
         pixels=97.8,
     ),
