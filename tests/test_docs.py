@@ -187,6 +187,17 @@ AUTHORS_SETTINGS = [  # preset, number of the settings in its block, values in t
     ("moco_v3", 1, {"exclude_matching_parameters_from_lars": NORMS_AND_BIASES,
                     "prediction_mlp_last_normalization": None, "projection_mlp_last_normalization": "same"}),
     ("simclr", 0, {"weight_decay": 1e-6, "projection_mlp_layers": 2}),
+    ("swav", 0, {"T": 0.1, "sce_target_T": 0.05, "dim": 128, "n_prototypes": 3000, "K": 3840, "queue_from_epoch": 15,
+                 "prototypes_frozen_epochs": 1, "lr": 0.6, "final_lr_schedule_value": 6e-4, "weight_decay": 1e-6,
+                 "n_small_views": 6, "transform_crop_scale_min": 0.14, "transform_small_crop_scale_max": 0.14}),
+    ("dino", 0, {"n_prototypes": 65536, "m": 0.996, "sce_target_T": 0.04, "weight_decay": 0.04,
+                 "final_weight_decay": 0.4, "lr": 5e-4, "warmup_epochs": 10, "n_small_views": 8,
+                 "transform_crop_scale_min": 0.4}),
+    ("supcon", 0, {"lr": 0.5, "T": 0.1, "global_batch_size": 1024}),
+    ("lejepa", 0, {"sigreg_weight": 0.02, "n_large_views": 4, "dim": 16, "lr": 2e-3, "batch_size": 256,
+                   "weight_decay": 5e-2, "projection_mlp_layers": 3, "mlp_hidden_dim": 2048, "max_epochs": 800}),
+    ("emp_ssl", 0, {"invariance_loss_weight": 200, "batch_size": 100, "lr": 0.3, "weight_decay": 1e-4,
+                    "lars_eta": 0.005, "grad_clip_lars": True, "max_epochs": 30}),
 ]  # fmt: skip
 
 

@@ -138,3 +138,18 @@ def test_an_encoder_without_blocks_is_refused():
         SelfSupervisedMethod("simclr", encoder_arch="vgg11", activation_checkpointing=True, dataset_name="cifar10")
     with pytest.raises(ValueError, match="exclude each other"):
         SelfSupervisedMethod("simclr", torch_compile=True, activation_checkpointing=True, dataset_name="cifar10")
+
+
+class InPlace(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x.add_(1))
+
+
+def test_a_block_that_changes_its_input_in_place_ends_with_an_error():
+    encoder = nn.Sequential(nn.Linear(4, 4), nn.Sequential(InPlace(4, 4), InPlace(4, 4)))
+    for block in encoder[1]:
+        block.layer = nn.Linear(4, 4)  # a block, not a layer
+    recompute_activations(encoder)
+    loss = encoder(torch.randn(3, 4)).sum()
+    with pytest.raises(RuntimeError, match="activation_checkpointing=True: InPlace changes its input in place"):
+        loss.backward()
