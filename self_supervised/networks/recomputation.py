@@ -64,14 +64,9 @@ def _recomputed(block: nn.Module, own_forward: Callable | None, *args: Any, **kw
     forward = own_forward or partial(type(block).forward, block)
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return forward(*args, **kwargs)
-    again = SecondPass(block, args)
-    contexts = lambda: (nullcontext(), again)  # noqa: E731
+    before = buffers_of(block)
+    contexts = lambda: (nullcontext(), Rewound(block, before))  # noqa: E731
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-
-def versions_of(inputs: tuple) -> list[int]:
-    """Return how often each of these tensors was changed in place."""
-    return [x._version for x in inputs if isinstance(x, Tensor)]
 
 
 Buffers = list[tuple[dict, str, Tensor, Tensor]]  # (buffers of a module, name, buffer, copy)
@@ -102,19 +97,3 @@ class Rewound:
 
     def __exit__(self, *_: object) -> None:
         put_back(self.present)
-
-
-class SecondPass(Rewound):
-    """Context in which a block is computed again from the inputs that it had."""
-
-    def __init__(self, block: nn.Module, inputs: tuple):
-        super().__init__(block, buffers_of(block))
-        self.inputs, self.versions = inputs, versions_of(inputs)
-
-    def __enter__(self) -> None:
-        if versions_of(self.inputs) != self.versions:
-            raise RuntimeError(
-                f"activation_checkpointing=True: {type(self.block).__name__} changes its input in place, so that it "
-                "cannot be computed again. Leave it False, and choose micro_batch_size to save memory"
-            )
-        super().__enter__()
