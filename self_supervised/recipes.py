@@ -181,6 +181,11 @@ KINDS = {
             {
                 "vicreg": Outcome((43.4, None), (58.2, None), 41.6, "linear", seeds=1),
                 "emp_ssl": Outcome((43.4, None), (56.7, None), 119.8, "linear", seeds=1),
+                "moco_v1": Outcome((43.4, None), (47.7, None), 24.7, "linear", seeds=1),
+                "dcl": Outcome((43.4, None), (56.5, None), 25.9, "linear", seeds=1),
+                "moco_v3": Outcome((43.4, None), (52.6, None), 30.7, "linear", seeds=1),
+                "supcon": Outcome((43.4, None), (75.1, None), 22.5, "linear", seeds=1),
+                "lejepa": Outcome((43.4, None), (52.0, None), 23.5, "linear", seeds=1),  # 5 epochs
             }
         ),
         pixels=36.4,
