@@ -55,8 +55,14 @@ def lejepa(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> dic
         weight: weight of SIGReg; that of the squared distances is 1 - weight.
         seed: of the directions, in which all processes must agree.
     """
-    parts = {"loss_invariance": (z - z[:n_large].mean(0)).square().mean(), "loss_sigreg": sigreg(z, seed)}
-    return {"loss": (1 - weight) * parts["loss_invariance"] + weight * parts["loss_sigreg"], **parts}
+    return near_large_views(z, n_large, weight, {"loss_sigreg": sigreg(z, seed)})
+
+
+def near_large_views(z: Tensor, n_large: int, weight: float, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return (1 - weight) times the squared distance to the mean of the large views, plus `weight` times all terms."""
+    invariance = (z - z[:n_large].mean(0)).square().mean()
+    loss = (1 - weight) * invariance + weight * torch.stack(list(terms.values())).sum()
+    return {"loss": loss, "loss_invariance": invariance, **terms}
 
 
 def sigreg(z: Tensor, seed: tuple[int, ...]) -> Tensor:
@@ -88,14 +94,8 @@ def visreg(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> dic
     places = torch.arange(1, z.shape[1] + 1, dtype=torch.float64, device=z.device) / (z.shape[1] + 1)
     quantiles = torch.special.ndtri(places).to(z.dtype)[:, None]
     shape = slices((z - mean) / (std.detach() + STD_EPSILON), N_SORTED_SLICES, seed).sort(1).values - quantiles
-    parts = {
-        "loss_invariance": (z - z[:n_large].mean(0)).square().mean(),
-        "loss_center": mean.square().mean(),
-        "loss_scale": (1 - std).square().mean(),
-        "loss_shape": shape.square().mean(),
-    }
-    regularizer = parts["loss_center"] + parts["loss_scale"] + parts["loss_shape"]
-    return {"loss": (1 - weight) * parts["loss_invariance"] + weight * regularizer, **parts}
+    terms = {"loss_center": mean, "loss_scale": 1 - std, "loss_shape": shape}
+    return near_large_views(z, n_large, weight, {name: x.square().mean() for name, x in terms.items()})
 
 
 def emp_ssl(z: Tensor, invariance: float) -> dict[str, Tensor]:

@@ -133,15 +133,13 @@ def resume_point(
     hyperparameters.keep_earlier_ways(method, content)
     try:
         checkpoints.refuse_another_model(content, method, fit)
-        images, before = checkpoints.images_of_a_step(method.params, fit), content.get("steps")
-        if name == "linear" and before is not None and before["images"] != images:  # of another number of processes
-            start_over(out / name)
-            return None, 0
-        checkpoints.refuse_other_steps(before, {"images": images})
+        steps, images = content.get("steps"), checkpoints.images_of_a_step(method.params, fit)
+        other_steps = steps is not None and steps["images"] != images  # such as on another number of processes
         changed = ", ".join(f"{k}={v!r}" for k, v in checkpoints.changed_too_late(content, method, fit).items())
-        if changed and name == "linear":
+        if name == "linear" and (other_steps or changed):
             start_over(out / name)
             return None, 0
+        checkpoints.refuse_other_steps(steps, {"images": images})
         if changed:
             raise ValueError(
                 f"{changed}: the training is complete. Choose more max_epochs to continue with other settings"

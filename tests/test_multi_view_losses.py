@@ -1,6 +1,7 @@
 """Losses of all views, and those that read labels, prototypes or neighbors: each against a formula of its paper in
 float64, and against a number that the authors' code gave on the same inputs."""
 
+import math
 from statistics import NormalDist
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_nnclr_equals_its_equation_and_solo_learns_code():
     expected = 0
     for i, j in pairs:
         for n in range(N):
-            neighbor = QUEUE[int(torch.stack([key @ z[j, n] for key in QUEUE]).argmax())]
+            neighbor = QUEUE[(QUEUE @ z[j, n]).argmax()]
             expected = expected - (z[i] @ neighbor / 0.1).log_softmax(0)[n] / (2 * N)
     assert_same(found, expected, z)
     assert found.item() == pytest.approx(1.3828770174850862, abs=1e-9)
@@ -177,7 +178,7 @@ def test_sigreg_is_small_for_normally_distributed_numbers_alone():
 
 
 def test_visreg_equals_its_equations_and_lightlys_code():
-    """Algorithm 1 with the same directions (lightly's main branch of 2026-11: VISRegLoss)."""
+    """Algorithm 1 with the same directions (VISRegLoss of lightly's commit e8d317f)."""
     z = views(3, rows=9)
     drawn = np.random.default_rng((0, 1)).standard_normal((D, multi_view_losses.N_SORTED_SLICES))
     found = multi_view_losses.visreg(z, 2, 0.9, (0, 1))["loss"]
@@ -227,7 +228,13 @@ def test_mmcr_equals_its_formula_and_lightlys_code():
     def nuclear(x: torch.Tensor) -> torch.Tensor:  # of full rank
         return torch.linalg.eigvalsh(x @ x.T if len(x) < D else x.T @ x).sqrt().sum()
 
-    assert of_all("mmcr", z, invariance_loss_weight=5e-3).item() == pytest.approx(-2.9195519134485792, abs=1e-9)
+    centroids = np.linalg.svd(z.detach().mean(0).numpy(), compute_uv=False).sum()
+    single = [np.linalg.svd(z[:, n].detach().numpy(), compute_uv=False).sum() for n in range(N)]
+    assert of_all("mmcr", z).item() == pytest.approx(-centroids, abs=1e-9)
+    found = of_all("mmcr", z, invariance_loss_weight=5e-3).item()
+    assert found == pytest.approx(-centroids + 5e-3 * np.mean(single), abs=1e-9)
+    assert found == pytest.approx(-2.9195519134485792, abs=1e-9)
+    assert math.isfinite(torch.autograd.grad(of_all("mmcr", z, invariance_loss_weight=1.0), z)[0].sum().item())
     z = torch.randn(3, N, D, dtype=torch.float64, requires_grad=True)
     assert_same(of_all("mmcr", z), -nuclear(z.mean(0)), z)
     single = sum(nuclear(z[:, n]) for n in range(N)) / N

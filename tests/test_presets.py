@@ -74,7 +74,7 @@ def test_weight_standardization_and_another_normalization_for_the_predictor(name
     assert ("LayerNorm" in [type(layer).__name__ for layer in model.prediction_model.modules()]) == (name == "byol")
 
 
-@pytest.mark.parametrize("name", ["swav", "dino", "nnclr", "visreg", "supcon", "mmcr", "fastsiam", "distill"])
+@pytest.mark.parametrize("name", ["swav", "dino", "nnclr", "lejepa", "visreg", "supcon", "mmcr", "fastsiam", "distill"])
 def test_prototypes_neighbors_slices_and_labels_resume_bit_equal(name, small, trainer, tmp_path):
     def trained(checkpoint: str | None = None) -> dict[str, torch.Tensor]:
         model = SelfSupervisedMethod(small(name, encoder_arch="small_cnn", evaluations=[], batch_size=8))

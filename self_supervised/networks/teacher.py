@@ -41,7 +41,8 @@ class Teacher(nn.Module):
             self.encoder = load_encoder(params.teacher, **own_size)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{name}: {error} Pass teacher=PATH, or teacher=None to go without it") from error
-        self.name = os.path.abspath(params.teacher) if os.path.exists(params.teacher) else params.teacher
+        is_name = self.encoder.report.layout == "published"
+        self.name = params.teacher if is_name else os.path.abspath(params.teacher)
         self.channels = params.teacher_channels or list(range(params.channels))
         theirs = self.encoder.params
         if theirs.dataset.of_videos or params.dataset.of_videos:

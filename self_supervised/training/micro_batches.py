@@ -43,6 +43,7 @@ class MicroBatches:
     ):
         self.networks = nn.ModuleList(networks)
         self.encode = encode
+        self.size = size
         self.seed = seed
         self.has_one_part = all(len(batch) <= size for batch in batches.values())
         if self.has_one_part:  # as if there were no parts
@@ -53,11 +54,9 @@ class MicroBatches:
         self.parts = [(name, number, part) for name in parts for number, part in enumerate(parts[name])]
         with torch.no_grad():
             encoded = [self.encoded(*part) for part in self.parts[:-1]]
-        torch.clear_autocast_cache()  # it has weights that were cast without a graph
         self.kept = self.encoded(*self.parts[-1])
         by_part = iter([*encoded, tuple(output.detach() for output in self.kept)])
         self.outputs = {name: leaves_of(islice(by_part, len(parts[name]))) for name in parts}
-        self.size = size
 
     def encoded(self, name: int, number: int, part: Tensor) -> Encoded:
         torch.manual_seed((self.seed + 1000003 * name + number) % 2**63)

@@ -1,5 +1,6 @@
 """Shards from a real HTTP server on loopback that drops connections, is slow, fails and sends too little."""
 
+import errno
 import re
 import threading
 import time
@@ -164,6 +165,23 @@ def test_images_are_read_by_range_if_the_limit_is_too_low(server, shards, monkey
     with pytest.warns(UserWarning, match="URL_CACHE_GB=1e-05 is less than"):
         assert same(batches(server.url, 1), batches(shards, 1))
     assert not copies()
+
+
+def test_a_full_disk_leaves_requests_of_parts(server, shards, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(remote_shards, "download", full)
+    assert same(batches(server.url, 1), batches(shards, 1)) and not copies()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_reader_goes_on_without_the_thread_that_reads_ahead(server, shards, monkeypatch):
+    def lost(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(remote_shards.ReadAhead, "is_done", lost)
+    assert same(batches(server.url, 1), batches(shards, 1))
 
 
 def test_splits_and_resuming_are_those_of_the_disk(server, shards, tmp_path):

@@ -424,6 +424,18 @@ def test_resuming_with_incompatible_settings_is_refused(build, changed, options,
         epochs(build(**changed), tmp_path / "run", 2, **options)
 
 
+def test_own_queues_of_other_processes_are_refused_when_fitting_alone(tmp_path):
+    fit, _ = epochs(pretraining(gather_keys_for_queue=False), tmp_path / "run", 1)
+    saved = newest(tmp_path / "run")
+    content = torch.load(saved, weights_only=True)
+    content["queues"] = {name: torch.cat([queue, queue]) for name, queue in content["queues"].items()}
+    torch.save(content, saved)
+    with pytest.raises(ValueError, match="gather_keys_for_queue=False: the checkpoint has the queues of 2 processes"):
+        epochs(pretraining(gather_keys_for_queue=False), tmp_path / "run", 2)
+    loaded = SelfSupervisedMethod.load_from_checkpoint(saved, encoder=small_encoder())
+    assert torch.equal(loaded.queue.keys, fit.lightning_module.queue.keys)
+
+
 class Stopped(pl.Callback):
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == 4:
