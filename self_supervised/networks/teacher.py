@@ -40,7 +40,8 @@ class Teacher(nn.Module):
             own_size = {"transform_crop_size": params.teacher_crop_size} if params.teacher_crop_size else {}
             self.encoder = load_encoder(params.teacher, **own_size)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{name}: {error} Pass teacher=PATH, or teacher=None to go without it") from error
+            reason = str(error).removesuffix(".")
+            raise FileNotFoundError(f"{name}: {reason}. Pass teacher=PATH, or None to go without it") from error
         is_name = self.encoder.report.layout == "published"
         self.name = params.teacher if is_name else os.path.abspath(params.teacher)
         self.channels = params.teacher_channels or list(range(params.channels))
