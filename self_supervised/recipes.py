@@ -83,6 +83,7 @@ ON_CIFAR10 = {
         **{"n_prototypes": 2048, "projection_mlp_layers": 2},
     },
     "lejepa": {},
+    "visreg": {},
     "emp_ssl": {"max_epochs": 1, "warmup_epochs": 0, "batch_size": 100, "transform_apply_blur": True},
     "frossl": {**WITH_LARS, "dim": 1024, "mlp_hidden_dim": 2048},
     "mmcr": {**WITH_LARS, "dim": 512, "mlp_hidden_dim": 2048},
@@ -188,6 +189,7 @@ KINDS = {
                 "lejepa": Outcome((43.4, None), (52.0, None), 23.5, "linear", seeds=1),
             },
             lejepa={"max_epochs": 5},  # four views: as many as ten epochs of two
+            visreg={"max_epochs": 5},
         ),
         pixels=36.4,
     ),
