@@ -202,22 +202,62 @@ def two_views(d: int) -> list[Tensor]:
     return [torch.from_numpy(rng.normal(size=(6, d))).requires_grad_() for _ in range(2)]
 
 
+LOSSES_OF_LIGHTLY = dict(rows("lightly", r"\w+(?:Loss|Similarity)\(.*?\)"))
+OF_ALL_VIEWS = {  # calls with views [4, N, D], of which two are large, and prototypes [P, D]
+    "SwaVLoss()": lambda loss, z, w: loss([*(z[:2] @ w.T)], [*(z[2:] @ w.T)]),
+    "DINOLoss(output_dim=2048)": lambda loss, z, w: loss([*(z[:2].detach() @ w.T)], [*(z @ w.T)]),
+    "LeJEPALoss(lambda_param=0.02, sigreg_num_vectors=256)": lambda loss, z, _: loss(
+        global_proj=z[:2], local_proj=z[2:]
+    ),
+    "VISRegLoss(num_slices=1024)": lambda loss, z, _: loss(global_proj=z[:2], local_proj=z[2:]),
+    "EMPSSLLoss()": lambda loss, z, _: loss([*z]) - 2 * sys.modules[loss.__module__].tcr_loss(z, 0.2),  # see its remark
+    "FroSSLLoss()": lambda loss, z, _: loss([*z]),
+    "MMCRLoss(lmda=0.005)": lambda loss, z, _: loss(z[:2].transpose(0, 1), z[2:].transpose(0, 1)),
+}
+
+
+def loss_of_lightly(call: str) -> nn.Module:
+    pytest.importorskip("lightly")
+    modules = [f"lightly.loss{name}" for name in ("", ".negative_cosine_similarity", ".mmcr_loss")]
+    return eval(call, {name: value for module in modules for name, value in vars(importlib.import_module(module)).items()})
+
+
 @pytest.mark.filterwarnings("ignore:To copy construct")  # by lightly's DCLWLoss
-@pytest.mark.parametrize("theirs, ours", rows("lightly", r"\w+(?:Loss|Similarity)\(.*?\)"))
-def test_losses_of_lightly_are_those_of_their_rows(theirs, ours):
-    module = pytest.importorskip("lightly.loss")
-    criterion = eval(theirs, vars(module) | vars(importlib.import_module("lightly.loss.negative_cosine_similarity")))
-    z = two_views(128)
-    queue = None
+@pytest.mark.parametrize("theirs", LOSSES_OF_LIGHTLY.keys() - OF_ALL_VIEWS.keys())
+def test_losses_of_lightly_are_those_of_their_rows(theirs):
+    criterion, z, queue = loss_of_lightly(theirs), two_views(128), None
     if "memory_bank_size" in theirs:
         queue = criterion.memory_bank.bank.double()
         criterion.memory_bank.bank = queue.clone()  # which the loss updates
-    expected, found = criterion(*z), our_loss(built(ours), *z, queue)
+    expected, found = criterion(*z), our_loss(built(LOSSES_OF_LIGHTLY[theirs]), *z, queue)
     assert found.item() == pytest.approx(expected.item() + (theirs == "NegativeCosineSimilarity()"), abs=1e-9)
     if "DCLW" in theirs:
         return  # whose weights have a gradient here, as its remark says
     for one, other in zip(torch.autograd.grad(found, z), torch.autograd.grad(expected, z), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("theirs", OF_ALL_VIEWS)
+def test_losses_of_all_views_of_lightly_are_those_of_their_rows(theirs, monkeypatch):
+    criterion, rng = loss_of_lightly(theirs), np.random.default_rng(0)
+    params = built(LOSSES_OF_LIGHTLY[theirs])
+    large = 4 if params.loss_type in ("emp", "frossl", "mmcr") else 2
+    small = {"n_small_views": 2, "transform_small_crop_size": 32} if large == 2 else {}
+    params = attrs.evolve(params, dataset_name="cifar10", n_large_views=large, **small, dim=16)
+    model = SelfSupervisedMethod(params, encoder=nn.Flatten()).double()
+    z = F.normalize(torch.from_numpy(rng.normal(size=(4, 40, 16))), dim=2).requires_grad_()
+    prototypes = F.normalize(torch.from_numpy(rng.normal(size=(params.n_prototypes or 1, 16))), dim=1)
+    for made in filter(None, (model.prototypes, model.lagging_prototypes)):
+        made.weight.data = prototypes
+        made.begin_step(0)
+    keys = {j: z[j] for _, j in params.pairs}
+    found = model.compare({i: (x, x, None) for i, x in enumerate(z)}, keys, None, 0)["loss"] * params.loss_factor
+    drawn = np.random.default_rng(model.step_seed(0))
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.from_numpy(drawn.standard_normal(shape)))
+    expected = OF_ALL_VIEWS[theirs](criterion, z, prototypes)
+    torch.testing.assert_close(found, expected.squeeze(), rtol=1e-6, atol=1e-6)  # some constants are in float32
+    gradients = (torch.autograd.grad(loss, z)[0] for loss in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
 STABLE_PRETRAINING = {  # loss, and norms of its gradients with respect to both views, of views_of_sines()
@@ -246,6 +286,7 @@ def test_losses_of_stable_pretraining_are_those_of_their_rows():
         assert values == pytest.approx(STABLE_PRETRAINING[theirs], abs=1e-9), theirs
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm")  # by lightly's DINOProjectionHead
 @pytest.mark.parametrize("theirs, ours", rows("lightly", r"\w+Head\(.*?\)"))
 def test_heads_of_lightly_are_those_of_their_rows(theirs, ours):
     heads = pytest.importorskip("lightly.models.modules.heads")
