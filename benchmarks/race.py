@@ -6,7 +6,7 @@
 
 lightly's SimCLR, BYOL and VICReg train a ResNet-18 in the loop, and with the settings, of its own examples
 (examples/pytorch/*.py, batches of 256); ours train the same network with the recipe `cifar10_laptop`, with as many
-epochs as fit into the minutes. The speed is measured first, and its measurement is not counted. Every finished run is a
+steps as fit into the minutes. The speed is measured first, and its measurement is not counted. Every finished run is a
 row of race.csv and is not repeated. With --teacher, a run of this library, ours are joined by a student of it; its
 minutes have the teacher's passes, and not the teacher's own training.
 
@@ -137,12 +137,11 @@ def endless(loader: DataLoader) -> Iterator[list[Tensor]]:
 
 
 def ours(params: ModelParams, _: str, minutes: float) -> tuple[nn.Module, int]:
-    """Return the encoder after as many epochs as fit into the minutes, and the images that it saw."""
+    """Return the encoder after as many steps as fit into the minutes, and the images that it saw."""
+    steps = max(1, round(minutes * 60 * speed(params) / params.batch_size))
     images = len(loading.get_dataset(params, params.dataset.pretraining_splits))
-    epochs = minutes * 60 * speed(params) / images
-    method = SelfSupervisedMethod(params, max_epochs=max(1, round(epochs)), warmup_epochs=epochs / 10)
-    limit = {"limit_train_batches": epochs} if epochs < 1 else {}
-    trainer = pl.Trainer(max_epochs=method.params.max_epochs, precision=best_precision(method), **limit, **TRAINER)
+    method = SelfSupervisedMethod(params, warmup_epochs=steps / 10 / (images // params.batch_size))
+    trainer = pl.Trainer(max_epochs=-1, max_steps=steps, precision=best_precision(method), **TRAINER)
     trainer.fit(method)
     return method.model, trainer.global_step * params.batch_size
 
