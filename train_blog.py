@@ -2,7 +2,7 @@
 
     python train_blog.py                    # as in the post: STL-10, 10 epochs of a schedule of 320, seeds 0 1 2
     python train_blog.py --size laptop      # CIFAR-10, a small encoder, seeds 0 1 2: about four hours of one core
-    python train_blog.py --quick            # digits, 20 epochs, seed 0: about five minutes on two cores
+    python train_blog.py --quick            # digits, 20 epochs, seed 0
     python train_blog.py --size laptop --configs base no_norm --seeds 0 --set lr=0.2 m=0.99
 
 https://untitled-ai.github.io/understanding-self-supervised-contrastive-learning.html

@@ -163,7 +163,10 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser = harness.arguments(__doc__, rounds=1)
     parser.add_argument("kind", nargs="?", choices=kinds, default=kinds[0], help=f"kind of recipe ({kinds[0]})")
     presets = list(recipes.ON_CIFAR10)
-    parser.add_argument("--presets", nargs="+", choices=presets, default=presets, help="all that have such a recipe")
+    alone = [name for name in presets if name != "distill"]  # which needs a teacher: --set teacher=RUN
+    parser.add_argument(
+        "--presets", nargs="+", choices=presets, default=alone, help="all with such a recipe but distill"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
     parser.add_argument("--at_once", type=int, default=1, help="number of runs at the same time (1)")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of all runs")

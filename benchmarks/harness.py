@@ -23,6 +23,8 @@ from typing import Any
 import torch
 
 from self_supervised.fields import as_path
+from self_supervised.training.precision import has_bfloat16
+from self_supervised.training.run_folder import versions
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -173,20 +175,21 @@ def _take_turns(pipe) -> None:
 
 
 def machine(*packages: str) -> str:
-    """One line: processor, cores, GPU, versions."""
+    """One line: processor, threads, GPU, versions, commit."""
+    processor = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}{', bfloat16' * has_bfloat16()})"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", *packages)]
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {device}; " + ", ".join(versions)
+    packed = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", *packages)]
+    commit = f"; commit {found[:7]}" if (found := versions()["commit"]) else ""
+    return f"{processor}, {torch.get_num_threads()} threads, {device}; {', '.join(packed)}{commit}"
 
 
 def shown(value: Any) -> str:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 1000
-        else f"{value:,.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    """Return a number with three digits, or more before the point."""
+    if not isinstance(value, float):
+        return str(value)
+    if 9.95 <= abs(value) < 99.95:
+        return f"{value:.1f}"  # 40.0, where "g" gives 40
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def markdown(rows: Iterable[Row]) -> str:

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 # noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("performance.md", "results.md", "evidence.md", "evaluation.md")
+PAGES = ("performance.md", "results.md", "evidence.md", "evaluation.md", "distill.md")
 OURS, OTHERS, FLOOR = "#1f6feb", "#b8bec8", "#e3b341"
 
 

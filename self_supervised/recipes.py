@@ -175,7 +175,7 @@ KINDS = {
     ),
     "cifar10_laptop": KindOfData(
         "CIFAR-10 with a ResNet-18 whose stem is that for large images (a fifteenth of the work), 10 epochs",
-        "one thread of a shared server (AMD EPYC), bf16-mixed, torch 2.14.1 "
+        "one thread of a shared server (AMD EPYC), bf16-mixed where it has bfloat16, torch 2.14.1 "
         "(python -m benchmarks.cifar10 cifar10_laptop)",
         {**CIFAR10, "low_resolution_stem": False, "max_epochs": 10, "warmup_epochs": 1},
         on_cifar10(

@@ -71,10 +71,16 @@ def test_a_process_of_its_own_answers_with_its_memory():
 
 @pytest.mark.parametrize(
     ("name", "others"),
-    [("results.md", "| configuration | accuracy (%) | post"), ("evaluation.md", "| name | definition |")],
+    [
+        ("results.md", "| configuration | accuracy (%) | post"),
+        ("evaluation.md", "| name | definition |"),
+        ("performance.md", "| device | precision |"),
+        ("distill.md", "| settings | loss |"),
+        ("evidence.md", "| method | difference from"),
+    ],
 )
 def test_every_table_of_results_comes_from_a_file(name, others):
-    """Another test compares those of train_blog.py with their file; a table of definitions has no results."""
+    """Another test compares those of train_blog.py with their file; tables of definitions have no results."""
     page = (ROOT / "docs" / name).read_text()
     alone = re.sub(r"<!-- (\w+) -->.*?<!-- end -->", "", page, flags=re.DOTALL)
     heads = [line for line, below in zip(alone.splitlines(), alone.splitlines()[1:], strict=False) if is_rule(below)]

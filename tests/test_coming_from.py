@@ -219,7 +219,9 @@ OF_ALL_VIEWS = {  # calls with views [4, N, D], of which two are large, and prot
 def loss_of_lightly(call: str) -> nn.Module:
     pytest.importorskip("lightly")
     modules = [f"lightly.loss{name}" for name in ("", ".negative_cosine_similarity", ".mmcr_loss")]
-    return eval(call, {name: value for module in modules for name, value in vars(importlib.import_module(module)).items()})
+    return eval(
+        call, {name: value for module in modules for name, value in vars(importlib.import_module(module)).items()}
+    )
 
 
 @pytest.mark.filterwarnings("ignore:To copy construct")  # by lightly's DCLWLoss

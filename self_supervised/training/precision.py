@@ -47,7 +47,7 @@ def choose(method: Any, accelerator: str = "auto", n_processes: int = 1) -> tupl
         return "32-true", "this GPU has no bfloat16"
     if accelerator not in ("auto", "cpu") or torch.backends.mps.is_available() and accelerator == "auto":
         return "32-true", "bfloat16 is for NVIDIA's GPUs and for CPUs"
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if not has_bfloat16():
         return "32-true", "this processor has no bfloat16"
     if any(isinstance(layer, nn.Conv3d) and layer.kernel_size[0] > 1 for layer in method.model.modules()):
         return "32-true", "PyTorch's bfloat16 gradients of convolutions over time are wrong on CPUs"
@@ -59,6 +59,11 @@ def choose(method: Any, accelerator: str = "auto", n_processes: int = 1) -> tupl
         return "32-true", f"the encoder cannot be computed in bfloat16: {str(error).splitlines()[0]}"
     found = f"this processor computes bfloat16 {ratio:.1f} times as fast as float32"
     return ("bf16-mixed" if ratio >= LEAST_SPEEDUP else "32-true"), found
+
+
+def has_bfloat16() -> bool:
+    """Return whether the processor multiplies bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def speedup(encoder: nn.Module, shape: tuple[int, ...]) -> float:
