@@ -565,7 +565,7 @@ class ModelParams(EncoderAndDataParams):
         if self.loss_type in OF_ALL_VIEWS:
             return [(i, (i + 1) % len(large)) for i in large] + [(i, 0) for i in small]
         queries = large if self.use_both_augmentations_as_queries else large[:1]
-        if self.teacher is not None:
+        if self.teacher is not None or len(large) == 1:
             return [(i, i) for i in [*queries, *small]]
         return [(i, j) for i in [*queries, *small] for j in large if i != j]
 
@@ -581,7 +581,8 @@ class ModelParams(EncoderAndDataParams):
         With two views the loss is the sum over pairs times loss_constant_factor, as in BYOL and SimCLR. More views do
         not change its size (as in SwAV and DINO), so that the same lr fits.
         """
-        return (2 if self.use_both_augmentations_as_queries else 1) * self.loss_constant_factor
+        both = self.use_both_augmentations_as_queries and self.n_large_views > 1 and self.loss_type not in OF_ALL_VIEWS
+        return (2 if both else 1) * self.loss_constant_factor
 
     @property
     def n_views(self) -> int:
@@ -642,9 +643,8 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
          "loss_type='supcon' knows no labels of the keys in a queue. Set use_negative_examples_from_queue=False"),
         (p.loss_type in OF_PROTOTYPES and not p.use_unit_sphere_projection,
          f"loss_type={p.loss_type!r} compares prototypes with unit vectors. Set use_unit_sphere_projection=True"),
-        (p.n_large_views == 1 and p.teacher is None,
-         "n_large_views=1 leaves no other view to compare with. Choose at least 2, or distill a teacher (preset "
-         "distill)"),
+        (p.n_large_views == 1 and p.teacher is None and p.loss_type != "seed",
+         "n_large_views=1 leaves no other view to compare with. Choose at least 2, or pass a teacher"),
         (p.shuffle_batch_norm and not p.use_lagging_model,
          "shuffle_batch_norm=True needs a lagging model, whose images it shuffles. Set use_lagging_model=True"),
         (p.use_eqco_margin and p.loss_type != "ce",
@@ -970,7 +970,7 @@ SupConParams = Preset(
 )
 DistillParams = Preset(
     ModelParams, "DistillParams", "SEED (https://arxiv.org/abs/2101.04731): a small encoder learns from a teacher.",
-    loss_type="seed", use_lagging_model=False, sce_target_T=0.01, lr=0.03,
+    loss_type="seed", use_lagging_model=False, sce_target_T=0.01, lr=0.03, n_large_views=1,
 )
 FastSiamParams = Preset(
     SimSiamParams, "FastSiamParams", "FastSiam (https://doi.org/10.1007/978-3-031-16788-1_4): SimSiam, keys are means.",

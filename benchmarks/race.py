@@ -3,14 +3,16 @@
     python -m benchmarks.race --minutes 30 --seeds 0 1 2
     python -m benchmarks.race --minutes 5 --seeds 0 --only simclr
     python -m benchmarks.race --minutes 6 --encoder_arch shufflenet_v2_x0_5 --teacher runs/vicreg --who ours
+    python -m benchmarks.race --minutes 30 --recipe cifar10_patches --who ours --only vicreg
 
 lightly's SimCLR, BYOL and VICReg train a ResNet-18 in the loop, and with the settings, of its own examples
-(examples/pytorch/*.py, batches of 256); ours train the same network with the recipe `cifar10_laptop`, with as many
-steps as fit into the minutes. The speed is measured first, and its measurement is not counted. Every finished run is a
-row of race.csv and is not repeated. With --teacher, a run of this library, ours are joined by a student of it; its
-minutes have the teacher's passes, and not the teacher's own training.
+(examples/pytorch/*.py, batches of 256); ours train the same network with the recipe `cifar10_laptop`, or the network of
+another recipe, with as many steps as fit into the minutes. The speed is measured first, and its measurement is not
+counted. Every finished run is a row of race.csv and is not repeated. With --teacher, a run of this library, ours are
+joined by a student of it; its minutes have the teacher's passes, and not the teacher's own training.
 
-Accuracies are those of `self-supervised evaluate` (linear, kNN with k = 20): all training images, and the test images.
+Accuracies are those of `self-supervised evaluate` (linear, kNN with k = 20): all training images, and the test images,
+in their own size.
 """
 
 import copy
@@ -39,6 +41,7 @@ from self_supervised.training.precision import best_precision
 
 METHODS = ("simclr", "byol", "vicreg")
 STUDENT = "distill"
+EXAMPLE, OF_LIGHTLY = "its example", "cifar10_laptop"  # the recipe whose network, batches and images lightly's have
 QUICK = {
     "dataset_name": "digits",
     "in_channels": 3,
@@ -160,10 +163,12 @@ def speed(params: ModelParams, steps: int = 12) -> float:
 def finished_run(known: harness.Row, settings: dict) -> harness.Row:
     method, minutes = known["method"], known["minutes"]
     changes = {"encoder_arch": known["encoder"], "seed": known["seed"], **settings}
-    params = recipes.recipe(method, "cifar10_laptop", **changes, evaluations=[], num_data_workers=0)
+    recipe = OF_LIGHTLY if known["recipe"] == EXAMPLE else known["recipe"]
+    params = recipes.recipe(method, recipe, **changes, evaluations=[], num_data_workers=0)
     start = time.perf_counter()
     encoder, seen = {"lightly": lightlys, "ours": ours}[known["who"]](params, method, minutes)
     passed = (time.perf_counter() - start) / 60
+    params = evolve(params, transform_crop_size=None)  # that of the images
     if known["who"] == "lightly":
         params = evolve(params, image_mean=peers.MEAN, image_std=peers.STD)  # its transforms' default
     scores = accuracies_of(*features(encoder, params))
@@ -176,7 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
     parser.add_argument("--only", nargs="+", choices=(*METHODS, STUDENT), help="methods (all)")
     parser.add_argument("--who", nargs="+", choices=("ours", "lightly"), default=("ours", "lightly"), help="libraries")
-    parser.add_argument("--encoder_arch", default="resnet18", metavar="NAME", help="encoder (resnet18); not lightly's")
+    parser.add_argument("--recipe", default="cifar10_laptop", help="recipe of ours (cifar10_laptop)")
+    parser.add_argument("--encoder_arch", metavar="NAME", help="encoder of ours (that of the recipe)")
     parser.add_argument("--teacher", metavar="RUN", help="teacher of the student, anything that load_encoder reads")
     args = parser.parse_args(argv)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -189,12 +195,15 @@ def main(argv: list[str] | None = None) -> None:
     who = [*["ours"] * ("ours" in args.who), *(harness.installed("lightly") if "lightly" in args.who else [])]
     path = args.out / "race.csv"
     for seed, method, name in itertools.product(args.seeds, methods, who):
-        encoder = args.encoder_arch if name == "ours" else "resnet18"
+        recipe = args.recipe if name == "ours" else EXAMPLE
+        of_recipe = recipes.KINDS[args.recipe if name == "ours" else OF_LIGHTLY].settings["encoder_arch"]
+        encoder = args.encoder_arch if name == "ours" and args.encoder_arch else of_recipe
         encoder = QUICK["encoder_arch"] if args.quick else encoder
-        known = {"who": name, "method": method, "encoder": encoder, "seed": seed, "minutes": args.minutes}
+        known = {"who": name, "method": method, "recipe": recipe, "encoder": encoder, "seed": seed}
+        known["minutes"] = args.minutes
         rows = harness.finished(path)
         if not (harness.has(rows, known) or (name, method) == ("lightly", STUDENT)):
-            taught = {"teacher": args.teacher, "n_large_views": 1} if method == STUDENT else {}
+            taught = {"teacher": args.teacher} if method == STUDENT else {}
             row = finished_run(known, {**taught, **(QUICK if args.quick else {})})
             others = ["lightly"] * any(one["who"] == "lightly" for one in [*rows, row])
             harness.report("race", [*rows, row], args.out, *others)

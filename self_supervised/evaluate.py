@@ -39,6 +39,7 @@ from self_supervised.safe_files import check_folder
 from self_supervised.training.run_folder import versions
 
 READING_OPTIONS = (
+    "transform_crop_size",
     "data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
     "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns", "exclude_patterns",
     "labels_from", "class_to_idx", "image_key", "label_key", "val_size", "test_size", "exif_orientation",

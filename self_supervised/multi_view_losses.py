@@ -91,8 +91,8 @@ def visreg(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> dic
     1), and along random directions, divided by it, the quantiles of a standard normal distribution (equation 5).
     """
     mean, std = z.mean(1, keepdim=True), z.std(1, correction=0, keepdim=True)
-    places = torch.arange(1, z.shape[1] + 1, dtype=torch.float64, device=z.device) / (z.shape[1] + 1)
-    quantiles = torch.special.ndtri(places).to(z.dtype)[:, None]
+    places = torch.arange(1, z.shape[1] + 1, dtype=torch.float64) / (z.shape[1] + 1)  # not on MPS, which lacks float64
+    quantiles = distributed.to_device(torch.special.ndtri(places).to(z.dtype), z.device)[:, None]
     shape = slices((z - mean) / (std.detach() + STD_EPSILON), N_SORTED_SLICES, seed).sort(1).values - quantiles
     terms = {"loss_center": mean, "loss_scale": 1 - std, "loss_shape": shape}
     return near_large_views(z, n_large, weight, {name: x.square().mean() for name, x in terms.items()})

@@ -40,7 +40,7 @@ FEW_PROTOTYPES = {"n_prototypes": 24, "prototypes_frozen_epochs": 0}
 SMALL_OF = {
     "swav": {**FEW_PROTOTYPES, "queue_from_epoch": 0},
     "dino": {**FEW_PROTOTYPES, "lr_scaling": None},
-    **dict.fromkeys(("fastsiam", "lejepa", "visreg", "emp_ssl"), {"n_large_views": 2}),
+    **dict.fromkeys(("fastsiam", "lejepa", "visreg", "emp_ssl", "distill"), {"n_large_views": 2}),
     "nnclr": {"projection_mlp_hidden_dims": [], "prediction_mlp_hidden_dims": []},
 }
 

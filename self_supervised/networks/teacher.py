@@ -41,7 +41,9 @@ class Teacher(nn.Module):
             self.encoder = load_encoder(params.teacher, **own_size)
         except FileNotFoundError as error:
             reason = str(error).removesuffix(".")
-            raise FileNotFoundError(f"{name}: {reason}. Pass teacher=PATH, or None to go without it") from error
+            raise FileNotFoundError(
+                f"{name}: {reason}. Pass teacher=PATH, or teacher=None to load the student alone"
+            ) from error
         is_name = self.encoder.report.layout == "published"
         self.name = params.teacher if is_name else os.path.abspath(params.teacher)
         self.channels = params.teacher_channels or list(range(params.channels))

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from model_params import HEADS, LOSSES, OF_PROTOTYPES, PRESETS, SCHEDULED, ModelParams, nearest_preset
+from model_params import HEADS, LOSSES, OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, SCHEDULED, ModelParams, nearest_preset
 from self_supervised.training.optimizers import Plan, warmup_epochs
 
 # optimizer -> lowest and highest lr for 256 images per step in presets, papers (docs/methods.md) and docs/results.md
@@ -57,6 +57,7 @@ DERIVED: dict[str, Callable[[ModelParams], Any]] = {
     (QUEUE := "a queue that the loss reads"): lambda p: (
         p.use_nearest_keys or (p.use_negative_examples_from_queue and p.loss_type in READ_QUEUE)
     ),
+    (LARGE_VIEWS := "two large views"): lambda p: p.n_large_views > 1,
     (SCORED := "evaluations or online_classifier"): lambda p: p.is_evaluated,
     (PROBE := "linear_probe in evaluations"): lambda p: "linear_probe" in p.evaluations,
     (FITTED := "linear_probe or knn in evaluations"): lambda p: {"linear_probe", "knn"} & set(p.evaluations),
@@ -86,6 +87,10 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "teacher_channels": {"teacher": None},
     "teacher_crop_size": {"teacher": None},
     **dict.fromkeys(("n_prototypes", "prototypes_frozen_epochs"), {"loss_type": OF_PROTOTYPES}),
+    "use_both_augmentations_as_queries": {
+        LARGE_VIEWS: None,
+        "loss_type": (*(one for one in LOSSES if one not in OF_ALL_VIEWS), CUSTOM),
+    },
     "queue_from_epoch": {"loss_type": ("swav",), QUEUE: None},
     **{"center_momentum": {"loss_type": ("dino",)}, "sigreg_weight": {"loss_type": ("lejepa", "visreg")}},
     **dict.fromkeys(("m", "use_momentum_schedule"), {"use_lagging_model": None}),
@@ -131,8 +136,8 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
 
 
 def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
-    """Return lines on the learning rate, on a queue that is filled late, on settings that were changed without effect,
-    and on a missing teacher, where they apply.
+    """Return lines on the learning rate, on a queue that is filled late, on prototypes that never move, on settings
+    that were changed without effect, and on a missing teacher, where they apply.
 
     Args:
         loss_type: that of `params`, or CUSTOM if a function replaces it.
@@ -141,9 +146,10 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
     values = ", ".join(f"{name}={getattr(params, name)!r}" for name in useless)
     reasons = "; ".join(f"{name} needs {why}" for name, why in useless.items())
     unused = f"{values}: no effect with the other settings. {reasons}" if useless else ""
-    alone = "teacher=None: the keys are other views of the student, who learns from itself. Pass a teacher"
+    alone = "teacher=None: the student learns from itself. Pass a teacher"
     no_teacher = alone if loss_type == "seed" and params.teacher is None else ""
-    return [line for line in (doubt_of_lr(params, plan), doubt_of_queue(params, plan), unused, no_teacher) if line]
+    found = (doubt_of_lr, doubt_of_queue, doubt_of_prototypes)
+    return [line for line in (*(doubt(params, plan) for doubt in found), unused, no_teacher) if line]
 
 
 def doubt_of_lr(params: ModelParams, plan: Plan) -> str:
@@ -170,6 +176,20 @@ def doubt_of_queue(params: ModelParams, plan: Plan) -> str:
         f"K={params.K}: the queue has random vectors until step {filled} of {plan.steps}, and little is learned until "
         f"then (docs/results.md). Try K={better}, or more epochs"
     )
+
+
+def doubt_of_prototypes(params: ModelParams, plan: Plan) -> str:
+    """Return a line if prototypes are frozen, or SwAV's queue is not used, until the training ends, else ""."""
+    epochs = plan.steps / plan.steps_per_epoch
+    lacks_queue = params.loss_type == "swav" and params.keeps_keys and params.queue_from_epoch >= epochs
+    late = {
+        "prototypes_frozen_epochs": ("the prototypes never move", params.prototypes_frozen_epochs >= epochs),
+        "queue_from_epoch": ("the queue is never used", lacks_queue),
+    }
+    lines = [f"{name}={getattr(params, name):g}: {what}" for name, (what, applies) in late.items() if applies]
+    if params.loss_type not in OF_PROTOTYPES or not lines:
+        return ""
+    return f"{'; '.join(lines)} in this training of {epochs:.3g} epochs. Choose fewer, or a longer training"
 
 
 def changed_by_user(params: ModelParams) -> list[str]:

@@ -103,7 +103,7 @@ def test_the_run_of_a_student_can_be_moved(teacher, small, trainer, tmp_path, mo
     monkeypatch.chdir("/")
     assert SelfSupervisedMethod.load_from_checkpoint(tmp_path / "student.ckpt").params.teacher == teacher
     (tmp_path / "teacher.ckpt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"teacher='.*teacher.ckpt'.*[^.]\. Pass teacher=PATH, or None"):
+    with pytest.raises(FileNotFoundError, match=r"teacher='.*teacher.ckpt'.*[^.]\. Pass teacher=PATH, or teacher=None"):
         SelfSupervisedMethod.load_from_checkpoint(tmp_path / "student.ckpt")
 
 

@@ -189,6 +189,21 @@ def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_l
     assert "T needs loss_type=ce or dcl or bce or sce or seed or supcon or swav or dino; " in unused
 
 
+def test_prototypes_that_never_move_and_a_queue_that_is_never_used_are_a_line():
+    for preset, epochs, said in (
+        (
+            "swav",
+            1,
+            "prototypes_frozen_epochs=1: the prototypes never move; queue_from_epoch=15: the queue is never used",
+        ),
+        ("swav", 15, "queue_from_epoch=15: the queue is never used in this training of 15 epochs"),
+        *(("swav", 16, ""), ("dino", 1, "the prototypes never move in this training of 1 epochs"), ("dino", 2, "")),
+        ("moco_v2", 1, ""),
+    ):
+        line = advice.doubt_of_prototypes(PRESETS[preset](), Plan(1, 1, 256, 0.1, 10 * epochs, 10))
+        assert said in line and bool(said) == bool(line)
+
+
 def test_a_queue_that_is_filled_late_is_a_line():
     """64 keys a step fill 65,536 places in 1,024 steps; with both views as keys, in 512."""
     for fields, filled in (({}, 1024), ({"use_both_augmentations_as_queries": True}, 512)):

@@ -49,7 +49,8 @@ CASES = {
 SMALL = {
     "dataset_name": "digits", "encoder_arch": "module", "global_batch_size": None, "lr_scaling": None, "lr": 0.05,
     "K": 24, "dim": 6, "mlp_hidden_dim": 12, "warmup_epochs": 0, "seed": 0, "n_large_views": 2, "n_prototypes": 8,
-    "prototypes_frozen_epochs": 0, "projection_mlp_hidden_dims": [], "prediction_mlp_hidden_dims": [],
+    "prototypes_frozen_epochs": 0, "queue_from_epoch": 0,
+    "projection_mlp_hidden_dims": [], "prediction_mlp_hidden_dims": [],
 }  # fmt: skip
 
 
