@@ -3,7 +3,7 @@
     python -m benchmarks.race --minutes 30 --seeds 0 1 2
     python -m benchmarks.race --minutes 5 --seeds 0 --only simclr
     python -m benchmarks.race --minutes 6 --encoder_arch shufflenet_v2_x0_5 --teacher runs/vicreg --who ours
-    python -m benchmarks.race --minutes 30 --recipe cifar10_patches --who ours --only vicreg
+    python -m benchmarks.race --minutes 30 --recipe cifar10_quick --who ours --only vicreg
 
 lightly's SimCLR, BYOL and VICReg train a ResNet-18 in the loop, and with the settings, of its own examples
 (examples/pytorch/*.py, batches of 256); ours train the same network with the recipe `cifar10_laptop`, or the network of
