@@ -196,8 +196,8 @@ KINDS = {
         pixels=36.4,
     ),
     "cifar10_quick": KindOfData(
-        "CIFAR-10 with a `small_cnn` that learns from parts of images, resized to 16 x 16 pixels. Evaluate the images in "
-        "their own size: `self-supervised evaluate RUN --transform_crop_size 32`",
+        "CIFAR-10 with a `small_cnn` that learns from parts of images, resized to 16 x 16 pixels. Evaluate the images "
+        "in their own size: `self-supervised evaluate RUN --transform_crop_size 32`",
         CPU,
         {
             **{**CIFAR10, "encoder_arch": SMALL_CNN, "transform_crop_size": 16, "max_epochs": 5, "warmup_epochs": 0.5},

@@ -24,7 +24,8 @@ BATCH = {"use_negative_examples_from_batch": True}
 BOTH_VIEWS = {"use_both_augmentations_as_queries": True}
 SMALL_VIEWS = {"n_small_views": 2, "transform_small_crop_size": 8}  # the size of the large views, for one encoder
 MICRO = ("moco_v2", "byol", "simclr", "vicreg", "swav", "eqco", "barlow_twins")
-GATHERING = ("barlow_twins", "swav", "dino", "supcon", "lejepa")  # presets with communication of their own
+# presets with communication of their own
+GATHERING = ("barlow_twins", "swav", "dino", "supcon", "nnclr", "lejepa", "visreg", "mmcr")
 CASES = {
     **{name: {"preset": name} for name in PRESETS},
     "ce, batch": {**BATCH, "use_negative_examples_from_queue": False},
