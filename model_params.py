@@ -559,15 +559,16 @@ class ModelParams(EncoderAndDataParams):
         with each of the others. A small view is a query for the key of every large view, and never a key (SwAV's
         multi-crop, https://arxiv.org/abs/2006.09882, section 3.2). `vic` and `barlow` compare the batches of z of the
         same pairs, as VICRegL does (https://arxiv.org/abs/2210.01571). With a loss of all views, each view is paired
-        with one other, for the cosines that are logged. A teacher sees the very view that the student sees.
+        with one other, for the cosines that are logged. A teacher sees the very view that the student sees;
+        without one, a single large view is its own key.
         """
         large, small = range(self.n_large_views), range(self.n_large_views, self.n_views)
         if self.loss_type in OF_ALL_VIEWS:
             return [(i, (i + 1) % len(large)) for i in large] + [(i, 0) for i in small]
         queries = large if self.use_both_augmentations_as_queries else large[:1]
-        if self.teacher is not None or len(large) == 1:
+        if self.teacher is not None:
             return [(i, i) for i in [*queries, *small]]
-        return [(i, j) for i in [*queries, *small] for j in large if i != j]
+        return [(i, j) for i in [*queries, *small] for j in large if i != j or len(large) == 1]
 
     @property
     def keeps_keys(self) -> bool:

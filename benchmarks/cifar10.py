@@ -1,6 +1,6 @@
 """Train presets on CIFAR-10 with one kind of recipe and evaluate the encoders: the rows of docs/results.md.
 
-    python -m benchmarks.cifar10 cifar10_laptop                          # every preset with 3 seeds, one after another
+    python -m benchmarks.cifar10 cifar10_laptop                      # every preset but distill with 3 seeds, in turns
     python -m benchmarks.cifar10 cifar10_laptop --presets vicreg byol --seeds 0
     python -m benchmarks.cifar10 cifar10_gpu --at_once 6 --set torch_compile=reduce-overhead
 
@@ -36,7 +36,6 @@ from self_supervised import recipes
 from self_supervised.data.loading import get_dataset
 from self_supervised.evaluation import probes
 from self_supervised.fields import as_path
-from self_supervised.training.run_folder import versions
 
 NO_TRAINING = ("random encoder", "pixels")
 MONITOR = ("--evaluations", "knn", "--evaluate_every_n_epochs", "5")  # for the curves
@@ -104,9 +103,9 @@ def accuracies_of(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tens
 
 def empty(preset: str, seed: int | str) -> harness.Row:
     """A row without results, whose last columns say where they are from."""
-    known, commit = {"preset": preset, "seed": seed}, versions()["commit"] or ""
+    known = {"preset": preset, "seed": seed}
     found = dict.fromkeys(("linear %", "kNN-20 %", "epochs", "minutes", "images/s"), "")
-    return {**known, **found, "date": time.strftime("%Y-%m-%d"), "commit": commit[:7]}
+    return {**known, **found, "date": time.strftime("%Y-%m-%d"), "commit": harness.commit()}
 
 
 def pixels(run: Run) -> harness.Row:

@@ -176,18 +176,24 @@ def _take_turns(pipe) -> None:
 
 def machine(*packages: str) -> str:
     """One line: processor, threads, GPU, versions, commit."""
-    processor = f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}{', bfloat16' * has_bfloat16()})"
+    instructions = torch.backends.cpu.get_cpu_capability() + (", bfloat16" if has_bfloat16() else "")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     packed = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", *packages)]
-    commit = f"; commit {found[:7]}" if (found := versions()["commit"]) else ""
-    return f"{processor}, {torch.get_num_threads()} threads, {device}; {', '.join(packed)}{commit}"
+    processor = f"{platform.machine()} ({instructions}), {torch.get_num_threads()} threads"
+    return f"{processor}, {device}; {', '.join(packed)}; commit {commit() or 'unknown'}"
+
+
+def commit() -> str:
+    """Return the short hash of this code, with "+changes" if files were changed; "" outside of a repository."""
+    found, plus, _ = (versions()["commit"] or "").partition("+")
+    return found[:7] + ("+changes" if plus else "")
 
 
 def shown(value: Any) -> str:
-    """Return a number with three digits, or more before the point."""
+    """Return a number with at most three digits, or more before the point."""
     if not isinstance(value, float):
         return str(value)
-    if 9.95 <= abs(value) < 99.95:
+    if 9.995 <= abs(value) < 99.95:
         return f"{value:.1f}"  # 40.0, where "g" gives 40
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 

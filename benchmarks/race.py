@@ -172,7 +172,8 @@ def finished_run(known: harness.Row, settings: dict) -> harness.Row:
     if known["who"] == "lightly":
         params = evolve(params, image_mean=peers.MEAN, image_std=peers.STD)  # its transforms' default
     scores = accuracies_of(*features(encoder, params))
-    return {**known, **scores, "images seen": seen, "minutes in all": round(passed, 2)}
+    facts = {"images seen": seen, "minutes in all": round(passed, 2), "commit": harness.commit()}
+    return {**known, **scores, **facts}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -181,7 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
     parser.add_argument("--only", nargs="+", choices=(*METHODS, STUDENT), help="methods (all)")
     parser.add_argument("--who", nargs="+", choices=("ours", "lightly"), default=("ours", "lightly"), help="libraries")
-    parser.add_argument("--recipe", default="cifar10_laptop", help="recipe of ours (cifar10_laptop)")
+    kinds = ["cifar10_laptop", "cifar10_quick"]
+    parser.add_argument("--recipe", choices=kinds, default=kinds[0], help=f"recipe of ours ({kinds[0]})")
     parser.add_argument("--encoder_arch", metavar="NAME", help="encoder of ours (that of the recipe)")
     parser.add_argument("--teacher", metavar="RUN", help="teacher of the student, anything that load_encoder reads")
     args = parser.parse_args(argv)
@@ -192,6 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     if STUDENT in (args.only or ()) and not args.teacher:
         parser.error(f"{STUDENT} needs --teacher")
     methods = args.only or (*METHODS, *[STUDENT] * bool(args.teacher))
+    if missing := [name for name in methods if name not in recipes.KINDS[args.recipe].rows]:
+        parser.error(f"--recipe {args.recipe} has no {', '.join(missing)}: choose others with --only")
     who = [*["ours"] * ("ours" in args.who), *(harness.installed("lightly") if "lightly" in args.who else [])]
     path = args.out / "race.csv"
     for seed, method, name in itertools.product(args.seeds, methods, who):

@@ -84,6 +84,7 @@ def race_over_seeds(rows: list[Row]) -> list[Row]:
             "images seen": mean_text(group, "images seen", 0),
             "minutes in all": mean_text(group, "minutes in all", 1),
             "seeds": " ".join(row["seed"] for row in group),
+            "commit": " ".join(sorted({row["commit"] for row in group})),
         }
         for group in grouped(rows, *contestant)
     ]

@@ -74,7 +74,8 @@ def evaluate_checkpoint(
         baselines: whether to evaluate a random encoder and the starting weights as well.
         fresh: whether to discard earlier results.
         training: fields of LinearClassifierMethodParams for protocols that train, such as max_epochs.
-        reading: fields of EncoderAndDataParams for reading images, such as batch_size and num_data_workers.
+        reading: fields of EncoderAndDataParams for reading images, such as batch_size and num_data_workers;
+            transform_crop_size is the size at which the images are embedded (default: that of the pretraining).
 
     Raises:
         ValueError: a protocol is unknown, or needs labels that the data set does not have.
@@ -85,7 +86,9 @@ def evaluate_checkpoint(
     folder = as_path(out) if out else folder_of(checkpoint)
     check_folder("out", folder)
     device = str(usable(device))
-    trained = load_encoder(checkpoint, encoder=encoder)
+    given = reading.pop("transform_crop_size", None)
+    size = {"transform_crop_size": given} if given else {}
+    trained = load_encoder(checkpoint, encoder=encoder, **size)
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
     print_labels(params)
@@ -95,7 +98,7 @@ def evaluate_checkpoint(
         "checkpoint": str(checkpoint),
         "encoders": {name: str(found.report) for name, found in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
-        "seen": seen(params),
+        "seen": seen(params) | size,
         "training": training or {},
         "device": device,
         "versions": versions(),
@@ -114,7 +117,7 @@ def evaluate_checkpoint(
     for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
         for seed in seeds:  # raises for invalid settings before the first protocol runs
             linear_settings_of(subjects["trained"], seed, preset)
-    run_protocols(results, subjects, protocols, seeds)
+    run_protocols(results, subjects, protocols, seeds, about["seen"])
     return results.content()
 
 
@@ -125,10 +128,18 @@ def print_labels(params: EncoderAndDataParams) -> None:
 
 
 def run_protocols(
-    results: Results, subjects: dict[str, EvaluationData], protocols: Sequence[str], seeds: Sequence[int]
+    results: Results,
+    subjects: dict[str, EvaluationData],
+    protocols: Sequence[str],
+    seeds: Sequence[int],
+    seen_as: dict[str, Any],
 ) -> None:
     """Run every protocol on every encoder, and on every seed if it draws anything. Runs whose key is in `results` are
-    skipped."""
+    skipped.
+
+    Args:
+        seen_as: settings that decide which images, or clips, are seen and in which size.
+    """
     hashes = {name: features.encoder_hash(subject.encoder) for name, subject in subjects.items()}
     results.keep_encoders(hashes)
     images = {name: image_hash(subject) for name, subject in subjects.items()}
@@ -144,7 +155,7 @@ def run_protocols(
                     images[encoder],
                     seed,
                     subject.training if row.trains else {},
-                    *seen(subject.params).items(),
+                    *seen_as.items(),
                 )
                 key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
                 run = {"protocol": protocol, "dataset": subject.params.dataset_name, "encoder": encoder, "seed": seed}
@@ -154,7 +165,7 @@ def run_protocols(
                     scores = row.run(subject, seed)
                     seconds = round(time.monotonic() - start, 2)
                     run |= {"key": key, "hash": hashes[encoder], "scores": scores, "seconds": seconds}
-                    run |= {"definition": definition, "source": row.source, "seen": seen(subject.params)}
+                    run |= {"definition": definition, "source": row.source, "seen": seen_as}
                     run |= {"training": subject.training} if row.trains else {}
                     results.add(run)
                 scores = ", ".join(f"{name} {value:.4g}" for name, value in (done or run)["scores"].items())

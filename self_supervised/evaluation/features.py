@@ -121,8 +121,7 @@ class EvaluationData:
 
 
 def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: Any) -> EncoderAndDataParams:
-    """Return settings that read a data set (default: the encoder's own) in the encoder's normalization, and in its size
-    unless `changes` has another.
+    """Return settings that read a data set (default: the encoder's own) in the encoder's size and normalization.
 
     Another `data_path` that is read with other settings, such as labels_from, is not split by the pretraining's lists.
 
@@ -134,15 +133,17 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
         raise ValueError(f"dataset={dataset_name!r} is unknown: choose one of {', '.join(catalogue.DATASETS)}")
     if dataset_name not in (None, p.dataset_name):
         changes = DATASET_DEFAULTS | changes
-    of_encoder = {
-        "transform_crop_size": p.crop_size,
-        "in_channels": p.channels,
-        "image_mean": list(p.mean),
-        "image_std": list(p.std),
-        "low_resolution_stem": p.low_resolution,
-    }
-    name = dataset_name or p.dataset_name
-    params = attrs.evolve(p, dataset_name=name, encoder_weights=None, **{**of_encoder, **changes})
+    params = attrs.evolve(
+        p,
+        dataset_name=dataset_name or p.dataset_name,
+        encoder_weights=None,
+        transform_crop_size=p.crop_size,
+        in_channels=p.channels,
+        image_mean=list(p.mean),
+        image_std=list(p.std),
+        low_resolution_stem=p.low_resolution,
+        **changes,
+    )
     if "data_path" in changes and custom.list_settings(params) != custom.list_settings(p):
         params = attrs.evolve(params, splits_path=changes.get("splits_path"))
     if not params.dataset.is_custom and params.dataset.channels > params.channels:

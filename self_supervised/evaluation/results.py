@@ -90,7 +90,7 @@ class Results:
             encoders = "\n".join(f"- {name}: {report}" for name, report in config["encoders"].items())
             used = ", ".join(f"{name} {value}" for name, value in config["versions"].items() if value)
             others = sum(run["dataset"] == dataset for run in self.runs) - len(runs)
-            why = "with other clips, other images or other training settings"
+            why = "with other clips, other images or sizes, or other training settings"
             note = f"Runs {why} are only in results.json: {others}." if others else ""
             clips = clips_note(config.get("seen", {}))
             parts += [f"## {dataset}", encoders, clips, results_markdown(runs), note, definitions(runs), used]
@@ -194,9 +194,10 @@ def rounded(value: float) -> str:
 
 
 def clips_note(seen: dict[str, Any]) -> str:
-    """Return a sentence on the clips whose embeddings are averaged; "" for images."""
+    """Return a sentence on the clips whose embeddings are averaged, or on the size of images if it was chosen."""
     if "evaluation_clips" not in seen:
-        return ""
+        size = seen.get("transform_crop_size")
+        return f"Images are embedded in the size {size} x {size}." if size else ""
     clips = seen["evaluation_clips"]
     crops = seen["evaluation_crops"]
     number = f"{clips} {'clips' if clips > 1 else 'clip'} x {crops} {'crops' if crops > 1 else 'crop'}"

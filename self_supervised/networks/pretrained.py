@@ -177,8 +177,9 @@ def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> Encod
         own = {key: value for key, value in own.items() if key not in of_dataset}
         of_dataset = DATASET_DEFAULTS | of_dataset
     params = EncoderAndDataParams(**{**settings, **own})
+    in_own_size = {**settings, **{name: value for name, value in own.items() if name != "transform_crop_size"}}
     explicit = {
-        "low_resolution_stem": params.low_resolution,
+        "low_resolution_stem": EncoderAndDataParams(**in_own_size).low_resolution,  # another size is not another stem
         "in_channels": params.channels,
         "transform_crop_size": params.crop_size,
     }

@@ -111,7 +111,7 @@ def lagging_text(params: ModelParams) -> str:
 def loss_text(params: ModelParams) -> str:
     p = params
     values = attrs.asdict(p)
-    found = [LOSS_TEXTS[p.loss_type].format_map(values)]
+    found = [LOSS_TEXTS.get(p.loss_type, p.loss_type).format_map(values)]
     if p.loss_type in (*NEED_NEGATIVES, "bce"):
         negatives = [words.format_map(values) for name, words in NEGATIVES.items() if values[name]]
         found += [f"against {' and '.join(negatives)}"] if negatives else []

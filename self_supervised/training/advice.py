@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from model_params import HEADS, LOSSES, OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, SCHEDULED, ModelParams, nearest_preset
-from self_supervised.training.optimizers import Plan, warmup_epochs
+from self_supervised.training.optimizers import Plan, epochs_text, warmup_epochs
 
 # optimizer -> lowest and highest lr for 256 images per step in presets, papers (docs/methods.md) and docs/results.md
 TRIED_LR = {"sgd": (0.03, 0.5), "lars": (0.2, 2.4), "adamw": (1.5e-4, 4e-3), "adam": (1.5e-4, 4e-3)}
@@ -189,7 +189,7 @@ def doubt_of_prototypes(params: ModelParams, plan: Plan) -> str:
     lines = [f"{name}={getattr(params, name):g}: {what}" for name, (what, applies) in late.items() if applies]
     if params.loss_type not in OF_PROTOTYPES or not lines:
         return ""
-    return f"{'; '.join(lines)} in this training of {epochs:.3g} epochs. Choose fewer, or a longer training"
+    return f"{'; '.join(lines)} in this training of {epochs_text(epochs)}. Choose fewer, or a longer training"
 
 
 def changed_by_user(params: ModelParams) -> list[str]:

@@ -16,8 +16,9 @@ from model_params import PRESETS, EncoderAndDataParams
 from self_supervised import catalogue, evaluate
 from self_supervised.data import image_files, loading
 from self_supervised.evaluate import evaluate_checkpoint
-from self_supervised.evaluation import protocols, results
+from self_supervised.evaluation import probes, protocols, results
 from self_supervised.evaluation.protocols import PROTOCOLS
+from self_supervised.networks.pretrained import load_encoder
 
 QUICK = ("knn", "uniformity")
 
@@ -74,6 +75,33 @@ def test_existing_runs_are_reused_unless_something_changed(checkpoint, monkeypat
     torch.save(other, checkpoint)
     with pytest.raises(AssertionError, match="run again"):
         evaluate_checkpoint(checkpoint, ["uniformity"])
+
+
+def test_images_are_embedded_in_another_size(checkpoint, tmp_path):
+    """Its runs are not mixed with those of the pretraining's size, 8 pixels."""
+    found = {}
+    for size in (None, 12):
+        given = {"transform_crop_size": size} if size else {}
+        found[size] = evaluate_checkpoint(checkpoint, ["knn"], **given)
+        encoder = load_encoder(checkpoint, **given)
+        params = evolve(encoder.params, num_data_workers=0)
+        assert params.crop_size == (size or 8) and not params.low_resolution
+        data = [
+            torch.cat(part)
+            for split in ("train", "test")
+            for part in zip(*batches(params, split, encoder), strict=True)
+        ]
+        assert probes.knn_protocol(*data)["knn20_acc1"] == pytest.approx(
+            found[size]["summary"]["digits"]["knn"]["trained"]["knn20_acc1"]["mean"]
+        )
+    assert found[None]["summary"] != found[12]["summary"] and len(found[12]["runs"]) == 4
+    table = (tmp_path / "first.evaluation" / "results.md").read_text()
+    assert "Images are embedded in the size 12 x 12." in table and "only in results.json: 2" in table
+
+
+def batches(params, split, encoder):
+    for images, labels in loading.get_loader(params, loading.get_dataset(params, (split,)), training=False):
+        yield encoder.embed(images), labels
 
 
 def test_two_evaluations_at_once_keep_each_others_runs(tmp_path):

@@ -84,7 +84,6 @@ def test_everything_that_features_depend_on_changes_the_name(tmp_path, digits_pa
         name(other_structure),
         name(encoder(image_mean=[0.5])),
         name(encoder(transform_crop_size=16)),
-        name(encoder(), transform_crop_size=12),
         name(encoder(), "train"),
         name(encoder(), wanted={"whole images": ["layer1"]}),
     ]

@@ -34,7 +34,7 @@ BASES = {  # every loss and optimizer, and settings that only have an effect wit
     "swav": {"preset": "swav", "n_prototypes": 6, "prototypes_frozen_epochs": 1, "queue_from_epoch": 0},
     "dino": {"preset": "dino", "n_prototypes": 6, "sce_target_T_warmup_epochs": 1.25, "sce_target_T_warmup_start": 0.1},
     "nearest keys": {"preset": "nnclr", "projection_mlp_hidden_dims": [], "prediction_mlp_hidden_dims": []},
-    "seed": {"preset": "distill"},
+    "seed": {"preset": "distill", "n_large_views": 2},
     **{name: {"preset": name} for name in ("supcon", "fastsiam", "lejepa", "visreg", "emp_ssl", "frossl", "mmcr")},
     "vic, adam": {"loss_type": "vic", "optimizer_name": "adam"},
     "barlow, sgd": {"loss_type": "barlow", "use_lagging_model": False, "lr_schedule": "constant"},
@@ -43,7 +43,7 @@ BASES = {  # every loss and optimizer, and settings that only have an effect wit
         **{"online_classifier": True, "lr_scaling": "linear"},
     },
     "eqco, adamw": {"preset": "eqco", "optimizer_name": "adamw", "warmup_epochs": 1.25},
-    **({name: {"preset": name} for name in PRESETS if name not in ("sce_video", "ressl")} if LONG > 1 else {}),
+    **({name: {"preset": name} for name in PRESETS if name not in ("sce_video", "ressl", "swav")} if LONG > 1 else {}),
 }
 HEADS_ALONE = {  # bases with which nothing else is tried
     "one layer": {
@@ -197,7 +197,7 @@ def test_prototypes_that_never_move_and_a_queue_that_is_never_used_are_a_line():
             "prototypes_frozen_epochs=1: the prototypes never move; queue_from_epoch=15: the queue is never used",
         ),
         ("swav", 15, "queue_from_epoch=15: the queue is never used in this training of 15 epochs"),
-        *(("swav", 16, ""), ("dino", 1, "the prototypes never move in this training of 1 epochs"), ("dino", 2, "")),
+        *(("swav", 16, ""), ("dino", 1, "the prototypes never move in this training of 1 epoch."), ("dino", 2, "")),
         ("moco_v2", 1, ""),
     ):
         line = advice.doubt_of_prototypes(PRESETS[preset](), Plan(1, 1, 256, 0.1, 10 * epochs, 10))

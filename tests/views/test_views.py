@@ -49,7 +49,7 @@ class Witness(SelfSupervisedMethod):
 
 @pytest.mark.parametrize("name", OF_PAIRS)
 def test_small_views_are_queries_for_every_large_views_key(name):
-    two_small = PRESETS[name](n_small_views=2)
+    two_small = PRESETS[name](n_large_views=2, n_small_views=2)
     large = [(0, 1), (1, 0)] if name in SYMMETRIC else [(0, 1)]
     assert two_small.pairs == [*large, (2, 0), (2, 1), (3, 0), (3, 1)] and two_small.n_views == 4
     of_all = {
