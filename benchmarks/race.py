@@ -9,7 +9,7 @@ lightly's SimCLR, BYOL and VICReg train a ResNet-18 in the loop, and with the se
 (examples/pytorch/*.py, batches of 256); ours train the same network with the recipe `cifar10_laptop`, or the network of
 another recipe, with as many steps as fit into the minutes. The speed is measured first, and its measurement is not
 counted. Every finished run is a row of race.csv and is not repeated. With --teacher, a run of this library, ours are
-joined by a student of it; its minutes have the teacher's passes, and not the teacher's own training.
+joined by a student of it (race_teacher.csv); its minutes have the teacher's passes, but not the teacher's training.
 
 Accuracies are those of `self-supervised evaluate` (linear, kNN with k = 20): all training images, and the test images,
 in their own size.
@@ -197,7 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     if missing := [name for name in methods if name not in recipes.KINDS[args.recipe].rows]:
         parser.error(f"--recipe {args.recipe} has no {', '.join(missing)}: choose others with --only")
     who = [*["ours"] * ("ours" in args.who), *(harness.installed("lightly") if "lightly" in args.who else [])]
-    path = args.out / "race.csv"
+    table = "race_teacher" if args.teacher else "race"
+    path = args.out / f"{table}.csv"
     for seed, method, name in itertools.product(args.seeds, methods, who):
         recipe = args.recipe if name == "ours" else EXAMPLE
         of_recipe = recipes.KINDS[args.recipe if name == "ours" else OF_LIGHTLY].settings["encoder_arch"]
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
             taught = {"teacher": args.teacher} if method == STUDENT else {}
             row = finished_run(known, {**taught, **(QUICK if args.quick else {})})
             others = ["lightly"] * any(one["who"] == "lightly" for one in [*rows, row])
-            harness.report("race", [*rows, row], args.out, *others)
+            harness.report(table, [*rows, row], args.out, *others)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def table_of(path: Path) -> str:
     about, rows = harness.read(path)
     if "preset" in rows[0]:
         rows = over_seeds(rows)
-    if path.stem == "race":
+    if path.stem.startswith("race"):
         rows = race_over_seeds(rows)
     rows = [row for row in rows if not row.get("note", "").startswith("skipped")]  # no time was left for them
     return f"{markdown([{key: number(value) for key, value in row.items()} for row in rows])}\n\n{about}"
