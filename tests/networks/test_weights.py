@@ -23,7 +23,7 @@ from self_supervised import evaluate
 from self_supervised.embeddings import embed
 from self_supervised.embeddings.parquet import facts_of_file
 from self_supervised.exports import export
-from self_supervised.networks import encoders
+from self_supervised.networks import encoders, pretrained
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.safe_files import StandIn, safe_load
 
@@ -733,3 +733,10 @@ def test_the_directory_of_a_run_is_accepted_as_encoder_weights(tmp_path):
     (run / "config.yaml").write_text("preset: simclr\n")
     with pytest.raises(FileNotFoundError, match="no pretrained.ckpt yet"):
         SelfSupervisedMethod(**small, encoder_weights=str(run))
+
+
+@pytest.mark.parametrize(("dataset_name", "size", "low"), [("stl10", 32, False), ("cifar10", 96, True)])
+def test_another_size_of_the_images_is_not_another_stem(dataset_name, size, low):
+    settings = {"dataset_name": dataset_name, "encoder_arch": "resnet18"}
+    found = pretrained.with_overrides(settings, {"transform_crop_size": size})
+    assert found.crop_size == size and found.low_resolution_stem is low
