@@ -14,7 +14,8 @@ from self_supervised.catalogue import NORMALIZATIONS
 pytestmark = pytest.mark.filterwarnings("ignore:collapse")
 
 
-OF_OTHER_TESTS = ("moco_v2", "eqco", "byol", "simclr", "vicreg", "barlow_twins", "sce_video")  # test_resume.py
+# without a state, or resumed in tests/training/test_resume.py, or with videos
+OF_OTHER_TESTS = ("moco_v2", "eqco", "byol", "simclr", "vicreg", "barlow_twins", "sce_video")
 NORMS = [None, *NORMALIZATIONS]
 ROWS = [  # each preset without normalization and with one of them; `make test-long`: with each
     (name, norm)

@@ -180,16 +180,16 @@ def doubt_of_queue(params: ModelParams, plan: Plan) -> str:
 
 def doubt_of_prototypes(params: ModelParams, plan: Plan) -> str:
     """Return a line if prototypes are frozen, or SwAV's queue is not used, until the training ends, else ""."""
-    epochs = plan.steps / plan.steps_per_epoch
-    lacks_queue = params.loss_type == "swav" and params.keeps_keys and params.queue_from_epoch >= epochs
-    late = {
-        "prototypes_frozen_epochs": ("the prototypes never move", params.prototypes_frozen_epochs >= epochs),
-        "queue_from_epoch": ("the queue is never used", lacks_queue),
-    }
-    lines = [f"{name}={getattr(params, name):g}: {what}" for name, (what, applies) in late.items() if applies]
-    if params.loss_type not in OF_PROTOTYPES or not lines:
+    if params.loss_type not in OF_PROTOTYPES:
         return ""
-    return f"{'; '.join(lines)} in this training of {epochs_text(epochs)}. Choose fewer, or a longer training"
+    consequences = {"prototypes_frozen_epochs": "the prototypes never move"}
+    if params.loss_type == "swav" and params.keeps_keys:
+        consequences["queue_from_epoch"] = "the queue is never used"
+    epochs = plan.steps / plan.steps_per_epoch
+    values = {name: getattr(params, name) for name in consequences}
+    lines = [f"{name}={value:g}: {consequences[name]}" for name, value in values.items() if value >= epochs]
+    where = f"in this training of {epochs_text(epochs)}. Choose fewer, or a longer training"
+    return f"{'; '.join(lines)} {where}" if lines else ""
 
 
 def changed_by_user(params: ModelParams) -> list[str]:
