@@ -151,7 +151,9 @@ IMAGE_SETTINGS = (  # how images are read
     "pin_data_memory", "data_on_device", "pack_images", "unreadable_images", "exif_orientation",
     *(name for name in DATASET_DEFAULTS if name not in TRAINING_ONLY),
 )  # fmt: skip
-FROM_PRETRAINING = ("encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", *IMAGE_SETTINGS)
+FROM_PRETRAINING = (
+    "encoder_arch", "embedding_dim", "low_resolution_stem", "stem_variant", "pooling_size", *IMAGE_SETTINGS,
+)  # fmt: skip
 
 
 class LinearClassifierMethod(BaseMethod):

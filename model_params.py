@@ -135,6 +135,7 @@ class EncoderAndDataParams:
     zero_init_residual: bool = False  # start each residual block of a ResNet as the identity (last norm weight 0)
     stem_variant: str = choice("standard", STEM_VARIANTS)  # variant of the 3 x 3 stem, to fit weights of other systems
     in_channels: int | None = positive(None)  # number of input channels; None: the data set's
+    pooling_size: int = positive(1)  # cells per side of the last map, each averaged alone; 2: embeddings 4x as wide
 
     # data
     dataset_name: str = choice("stl10", DATASETS)  # data set, read from $DATA_PATH

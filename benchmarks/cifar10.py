@@ -2,6 +2,7 @@
 
     python -m benchmarks.cifar10 cifar10_laptop                      # every preset but distill with 3 seeds, in turns
     python -m benchmarks.cifar10 cifar10_laptop --presets vicreg byol --seeds 0
+    python -m benchmarks.cifar10 cifar10_quick
     python -m benchmarks.cifar10 cifar10_gpu --at_once 6 --set torch_compile=reduce-overhead
 
 A run is what a user would type: `self-supervised train PRESET --recipe KIND`, then `self-supervised evaluate`. When the
@@ -72,7 +73,8 @@ class Run:
         """Accuracies of the encoder with trained, or with random, weights."""
         checkpoint, out = self.folder / "pretrained.ckpt", self.folder / f"{encoder} evaluation"
         options = ["--seeds", str(self.seed), "--out", str(out)] + ["--no_baselines"] * (encoder == "trained")
-        self.program("evaluate", str(checkpoint), "--protocols", *PROTOCOLS, *options)
+        reading = [f"--{name}={value}" for name, value in recipes.KINDS[self.kind].reading.items()]
+        self.program("evaluate", str(checkpoint), "--protocols", *PROTOCOLS, *options, *reading)
         (found,) = json.loads((out / "results.json").read_text())["summary"].values()
         found = {protocol: found[protocol][encoder] for protocol in PROTOCOLS}
         return accuracies(found["linear"]["acc1"]["mean"], found["knn"]["knn20_acc1"]["mean"])
@@ -158,19 +160,21 @@ def finish(run: Run, table: Table, curves: Table, first: bool) -> bool:
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
-    kinds = ["cifar10_laptop", "cifar10_gpu"]
+    kinds = ["cifar10_laptop", "cifar10_quick", "cifar10_gpu"]
     parser = harness.arguments(__doc__, rounds=1)
     parser.add_argument("kind", nargs="?", choices=kinds, default=kinds[0], help=f"kind of recipe ({kinds[0]})")
-    presets = list(recipes.ON_CIFAR10)
-    alone = [name for name in presets if name != "distill"]  # which needs a teacher: --set teacher=RUN
     parser.add_argument(
-        "--presets", nargs="+", choices=presets, default=alone, help="all with such a recipe but distill"
+        "--presets",
+        nargs="+",
+        choices=recipes.ON_CIFAR10,
+        help="all with such a recipe but distill, which needs a teacher: --set teacher=RUN",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
     parser.add_argument("--at_once", type=int, default=1, help="number of runs at the same time (1)")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of all runs")
     parser.add_argument("--runs", type=as_path, help="directory in which the runs are kept (OUT/runs)")
     args = parser.parse_args(argv)
+    args.presets = args.presets or [name for name in recipes.KINDS[args.kind].rows if name != "distill"]
     if args.quick:
         args.presets, args.seeds, args.set = ["simclr"], [0], QUICK
     return args

@@ -2,10 +2,11 @@
 
     python -m benchmarks.motion data --seeds 0 1 2
 
-Makes the videos of tools.moving_photographs in DATA_PATH unless they are there. Each seed is one initialization and one
-pretraining without labels, a few minutes on two cores; then kNN, linear classifier and retrieval on frozen features of
-both encoders, of one clip in the middle of a video and of ten from its beginning to its end, fitted on the training
-videos, scored on those of other photographs. Prints a table in Markdown: mean and sample deviation over seeds.
+Makes the videos of benchmarks.moving_photographs in DATA_PATH unless they are there. Each seed is one initialization
+and one pretraining without labels, a few minutes on two cores; then kNN, linear classifier and retrieval on frozen
+features of both encoders, of one clip in the middle of a video and of ten from its beginning to its end, fitted on the
+training videos, scored on those of other photographs. moving_photographs.csv has means and sample deviations over
+seeds.
 
 Within so few steps a slow copy of the encoder would stay what it was at the beginning, hence m=0: keys come from the
 encoder of the step before. Gray, so that colors do not tell videos apart.
@@ -21,6 +22,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from benchmarks import harness
 from benchmarks.moving_photographs import MOTIONS, make
 from moco import SelfSupervisedMethod
 from model_params import SCEParams
@@ -87,18 +89,14 @@ def run(seed: int, epochs: int, out: Path) -> dict[str, Scores]:
     return found | {"trained": scores(model, trainer, out / f"trained_{seed}.ckpt")}
 
 
-def table(runs: list[dict[str, Scores]]) -> str:
-    rows = ["| videos of other photographs (%) | random encoder | trained encoder | chance |", "|---|---|---|---|"]
-    for name in runs[0]["random"]:
-        k = int(name.split(",")[0].split()[-1]) if name.startswith("retrieval") else 1
-        told = [in_words([found[encoder][name] for found in runs]) for encoder in ("random", "trained")]
-        rows.append(f"| {name} | {' | '.join(told)} | {100 * (1 - (1 - 1 / len(MOTIONS)) ** k):.1f} |")
-    return "\n".join(rows)
-
-
-def in_words(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{deviation}"
+def row_of(name: str, runs: list[dict[str, Scores]]) -> harness.Row:
+    k = int(name.split(",")[0].split()[-1]) if name.startswith("retrieval") else 1
+    told = {}
+    for kind in ("random", "trained"):
+        values = [found[kind][name] for found in runs]
+        deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        told[f"{kind} encoder"] = f"{statistics.fmean(values):.1f}{deviation}"
+    return {**told, "chance": round(100 * (1 - (1 - 1 / len(MOTIONS)) ** k), 1)}
 
 
 def main() -> None:
@@ -107,6 +105,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--out", type=as_path, default=Path("runs/motion"), help="folder of checkpoints and scores")
+    parser.add_argument("--results", type=as_path, default=harness.RESULTS, help="folder of the CSV file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["DATA_PATH"] = str(args.data.resolve())
@@ -117,7 +116,8 @@ def main() -> None:
     for seed in args.seeds:
         runs.append(run(seed, args.epochs, args.out))
         print(f"seed {seed}: {runs[-1]}", flush=True)
-    print(table(runs))
+    rows = [{"videos of other photographs (%)": name, **row_of(name, runs)} for name in runs[0]["random"]]
+    harness.report("moving_photographs", rows, args.results, "torchvision")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ counted. Every finished run is a row of race.csv and is not repeated. With --tea
 joined by a student of it (race_teacher.csv); its minutes have the teacher's passes, but not the teacher's training.
 
 Accuracies are those of `self-supervised evaluate` (linear, kNN with k = 20): all training images, and the test images,
-in their own size.
+in their own size, and with the pooling that the recipe names for its evaluation (`pooling_size`; 1 for lightly's).
 """
 
 import copy
@@ -37,6 +37,7 @@ from model_params import ModelParams
 from self_supervised import recipes
 from self_supervised.data import loading
 from self_supervised.demo import features
+from self_supervised.networks import encoders
 from self_supervised.training.precision import best_precision
 
 METHODS = ("simclr", "byol", "vicreg")
@@ -168,7 +169,9 @@ def finished_run(known: harness.Row, settings: dict) -> harness.Row:
     start = time.perf_counter()
     encoder, seen = {"lightly": lightlys, "ours": ours}[known["who"]](params, method, minutes)
     passed = (time.perf_counter() - start) / 60
-    params = evolve(params, transform_crop_size=None)  # that of the images
+    params = evolve(params, transform_crop_size=None, pooling_size=known["pooling_size"])  # the images' own size
+    if params.pooling_size > 1:
+        encoders.pool_cells(encoder, params)
     if known["who"] == "lightly":
         params = evolve(params, image_mean=peers.MEAN, image_std=peers.STD)  # its transforms' default
     scores = accuracies_of(*features(encoder, params))
@@ -204,8 +207,9 @@ def main(argv: list[str] | None = None) -> None:
         of_recipe = recipes.KINDS[args.recipe if name == "ours" else OF_LIGHTLY].settings["encoder_arch"]
         encoder = args.encoder_arch if name == "ours" and args.encoder_arch else of_recipe
         encoder = QUICK["encoder_arch"] if args.quick else encoder
-        known = {"who": name, "method": method, "recipe": recipe, "encoder": encoder, "seed": seed}
-        known["minutes"] = args.minutes
+        known = {"who": name, "method": method, "recipe": recipe, "encoder": encoder}
+        cells = recipes.KINDS[recipe].reading.get("pooling_size", 1) if name == "ours" else 1
+        known |= {"pooling_size": cells, "seed": seed, "minutes": args.minutes}
         rows = harness.finished(path)
         if not (harness.has(rows, known) or (name, method) == ("lightly", STUDENT)):
             taught = {"teacher": args.teacher} if method == STUDENT else {}

@@ -29,6 +29,9 @@ def section(name: str, kind: KindOfData) -> str:
     """Return heading, facts and table of a kind of data."""
     cells = [(preset, *result_cells(row.result), listed(row.settings) or "none") for preset, row in kind.rows.items()]
     facts = [f"Data: {kind.about}.", f"Source: {kind.source}.", f"All presets: {listed(kind.settings)}."]
+    if kind.reading:
+        options = " ".join(f"--{name} {value}" for name, value in kind.reading.items())
+        facts.append(f"Evaluate with `self-supervised evaluate RUN {options}`.")
     if kind.pixels is not None:
         facts.append(f"kNN of the pixels, without an encoder: {kind.pixels:.1f}.")
     return "\n\n".join([f"## {name}", *facts, table(HEAD, cells)])

@@ -38,8 +38,9 @@ from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_folder
 from self_supervised.training.run_folder import versions
 
+OF_ENCODER = ("transform_crop_size", "pooling_size")
 READING_OPTIONS = (
-    "transform_crop_size",
+    *OF_ENCODER,
     "data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
     "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns", "exclude_patterns",
     "labels_from", "class_to_idx", "image_key", "label_key", "val_size", "test_size", "exif_orientation",
@@ -75,7 +76,8 @@ def evaluate_checkpoint(
         fresh: whether to discard earlier results.
         training: fields of LinearClassifierMethodParams for protocols that train, such as max_epochs.
         reading: fields of EncoderAndDataParams for reading images, such as batch_size and num_data_workers;
-            transform_crop_size is the size at which the images are embedded (default: that of the pretraining).
+            transform_crop_size, the size at which the images are embedded, and pooling_size are the encoder's
+            (default: those of the pretraining).
 
     Raises:
         ValueError: a protocol is unknown, or needs labels that the data set does not have.
@@ -86,9 +88,9 @@ def evaluate_checkpoint(
     folder = as_path(out) if out else folder_of(checkpoint)
     check_folder("out", folder)
     device = str(usable(device))
-    given = reading.pop("transform_crop_size", None)
-    size = {"transform_crop_size": given} if given else {}
-    trained = load_encoder(checkpoint, encoder=encoder, **size)
+    given = {name: reading.pop(name, None) for name in OF_ENCODER}
+    of_encoder = {name: value for name, value in given.items() if value is not None}
+    trained = load_encoder(checkpoint, encoder=encoder, **of_encoder)
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
     print_labels(params)
@@ -98,7 +100,7 @@ def evaluate_checkpoint(
         "checkpoint": str(checkpoint),
         "encoders": {name: str(found.report) for name, found in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
-        "seen": seen(params) | size,
+        "seen": seen(params) | of_encoder,
         "training": training or {},
         "device": device,
         "versions": versions(),

@@ -62,6 +62,7 @@ SENSIBLE = {
     "zero_init_residual": st.booleans(),
     "stem_variant": either("standard", "standard", *STEM_VARIANTS),
     "in_channels": either(None, 1, 2, 3),
+    "pooling_size": either(1, 1, 1, 2),
     "dataset_name": either(*DATASETS),
     "batch_size": st.integers(1, 12),
     "global_batch_size": st.none() | st.integers(1, 12),

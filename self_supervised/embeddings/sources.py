@@ -34,8 +34,10 @@ from self_supervised.runs.command_line import DEVICE, add_fields
 
 MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
-OVERRIDES = ("encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "image_mean",
-             "image_std", "exif_orientation", *CLIPS)  # fmt: skip
+OVERRIDES = (
+    "encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "pooling_size",
+    "image_mean", "image_std", "exif_orientation", *CLIPS,
+)  # fmt: skip
 
 
 class Folder:

@@ -37,7 +37,7 @@ HASHED_AT_ONCE = 2**14  # images
 WITHOUT_EFFECT = (*TRAINING_ONLY, "decoding_threads")  # settings that change no protocol's result
 # Settings that do not change the features. All others, also those added later, are part of the cache directory's name.
 UNUSED = (
-    "encoder_weights", "embedding_dim", "zero_init_residual",  # of the encoder, whose tensors are hashed
+    "encoder_weights", "embedding_dim", "zero_init_residual", "pooling_size",  # of the encoder, which is hashed
     "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # `settings_for_features`
     "data_path", "splits_path", "video_path_prefix",  # places: the files found there are hashed
     "batch_size", "global_batch_size", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device",

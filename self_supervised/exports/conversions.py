@@ -139,6 +139,8 @@ def in_timm(encoder: Encoder) -> Converted:
     refusal = ValueError(
         f"encoder_arch={p.encoder_arch!r}: timm has no model with the same tensors. Choose another format."
     )
+    if p.pooling_size > 1:
+        raise ValueError(f"pooling_size={p.pooling_size}: timm's models pool the whole map. Choose another format.")
     if name.split(".")[0] not in timm.list_models():  # without the tag of the weights
         raise refusal
     code = building_code("timm", "timm.create_model", [repr(name)], options, model)
@@ -218,7 +220,11 @@ def building_code(library: str, call: str, arguments: list[str], options: dict[s
     code = f"import torch\nimport {library}\nfrom torch import nn\n\nmodel = {call}({', '.join(arguments)})"
     theirs = dict(built(code).named_modules())
     for path, layer in ours.named_modules():
-        if type(layer) in (nn.Identity, nn.Conv2d) and path in theirs and repr(layer) != repr(theirs[path]):
+        if (
+            type(layer) in (nn.Identity, nn.Conv2d, nn.AdaptiveAvgPool2d)
+            and path in theirs
+            and repr(layer) != repr(theirs[path])
+        ):
             attributes = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split("."))
             code += f"\nmodel{attributes} = nn.{layer!r}"
     return code

@@ -40,6 +40,7 @@ FACTS = (
     "embedding_dim",
     "in_channels",
     "low_resolution_stem",
+    "pooling_size",
     "dataset_name",
     "transform_crop_size",
     "image_mean",

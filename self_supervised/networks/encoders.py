@@ -33,6 +33,8 @@ def get_encoder(params: ModelParams, own: nn.Module | None = None) -> tuple[nn.M
         ValueError: the settings, the images and the encoder do not fit together.
     """
     encoder, width = _get_encoder(params, own)
+    if params.pooling_size > 1:
+        width = pool_cells(encoder, params)
     for weight in encoder.parameters():
         if layout := FASTEST_LAYOUT.get(weight.dim()):
             weight.data = weight.data.to(weight.dtype, memory_format=layout)
@@ -257,6 +259,36 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(f"{name} must map {tuple(image.shape)} to [N, E], got {shape}: flatten or pool its output")
     return output.shape[1]
+
+
+def pool_cells(encoder: nn.Module, params: ModelParams) -> int:
+    """Let the last pooling layer average `pooling_size` x `pooling_size` cells of the map; return the new width.
+
+    As in Goyal et al. 2019 (arXiv 1905.01235), whose linear classifiers read several cells of each map.
+
+    Raises:
+        ValueError: there is no such layer before the embeddings, or the map has fewer pixels than cells.
+    """
+    image, name, size = torch.zeros(1, *params.input_shape), params.encoder_arch, params.pooling_size
+    pools = [layer for layer in encoder.modules() if isinstance(layer, nn.AdaptiveAvgPool2d)]
+    maps, widths = [], []
+    if pools:
+        hook = pools[-1].register_forward_pre_hook(lambda _, inputs: maps.append(min(inputs[0].shape[-2:])))
+        for pools[-1].output_size in (1, size):
+            with contextlib.suppress(ValueError):  # layers after it, such as VGG's, accept one size only
+                widths.append(measured_width(encoder, image, name))
+        hook.remove()
+    if len(widths) < 2 or widths[1] != widths[0] * size**2:
+        raise ValueError(
+            f"pooling_size={size} needs an encoder whose last layer is AdaptiveAvgPool2d, such as a ResNet or "
+            f"{SMALL_CNN}, unlike {name}: leave it out"
+        )
+    if maps[-1] < size:
+        raise ValueError(
+            f"pooling_size={size}, but the last map of {name} has {maps[-1]} x {maps[-1]} pixels for images of "
+            f"{params.crop_size}. Choose a larger transform_crop_size, or leave pooling_size out"
+        )
+    return widths[1]
 
 
 def check_small_views(encoder: nn.Module, width: int, input_shape: tuple[int, ...], sizes: set[int]) -> None:

@@ -19,7 +19,7 @@ from self_supervised.networks import architectures, encoders, layouts
 from self_supervised.views import augmentations
 
 SAME_IN_STARTING = (  # settings that the encoder of the starting weights shares with the trained one
-    "dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std",
+    "dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std", "pooling_size",
 )  # fmt: skip
 SHARED = {field.name for field in fields(EncoderAndDataParams)}
 # not taken over: evaluations and linear stages use all labeled images, and have room for activations
@@ -176,6 +176,8 @@ def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> Encod
         settings = {key: value for key, value in settings.items() if key not in DATASET_DEFAULTS}
         own = {key: value for key, value in own.items() if key not in of_dataset}
         of_dataset = DATASET_DEFAULTS | of_dataset
+    if "pooling_size" in own:
+        settings = {**settings, "embedding_dim": None}
     params = EncoderAndDataParams(**{**settings, **own})
     in_own_size = {**settings, **{name: value for name, value in own.items() if name != "transform_crop_size"}}
     explicit = {

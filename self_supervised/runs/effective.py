@@ -86,6 +86,7 @@ def effective_settings(params: ModelParams, plan: optimizers.Plan | None = None)
 def encoder_text(params: ModelParams) -> str:
     p = params
     stem = f", 3 x 3 stem ({p.stem_variant})" if p.low_resolution else ""
+    stem += f", {p.pooling_size} x {p.pooling_size} cells of the last map" * (p.pooling_size > 1)
     start = f"starting from {p.encoder_weights}" if p.encoder_weights else "starting from random weights"
     return f"{p.encoder_arch}{stem}, {start}, input {' x '.join(map(str, p.input_shape))}"
 

@@ -18,7 +18,7 @@ from self_supervised.data import image_files, loading
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import probes, protocols, results
 from self_supervised.evaluation.protocols import PROTOCOLS
-from self_supervised.networks.pretrained import load_encoder
+from self_supervised.networks.pretrained import load_encoder, random_encoder
 
 QUICK = ("knn", "uniformity")
 
@@ -29,12 +29,16 @@ def pretrained(digits_path, tmp_path_factory):
     path = tmp_path_factory.mktemp("pretrained") / "first.ckpt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_PATH", str(digits_path))
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        size = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-        trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **size)
-        trainer.fit(SelfSupervisedMethod(PRESETS["simclr"](**SMALL)))
-        trainer.save_checkpoint(path, weights_only=False)
+        pretrain(path)
     return path
+
+
+def pretrain(path, steps=2, **changes):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    size = {"max_epochs": 1, "limit_train_batches": steps, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **size)
+    trainer.fit(SelfSupervisedMethod(PRESETS["simclr"](**SMALL | changes)))
+    trainer.save_checkpoint(path, weights_only=False)
 
 
 @pytest.fixture
@@ -97,6 +101,23 @@ def test_images_are_embedded_in_another_size(checkpoint, tmp_path):
     assert found[None]["summary"] != found[12]["summary"] and len(found[12]["runs"]) == 4
     table = (tmp_path / "first.evaluation" / "results.md").read_text()
     assert "Images are embedded in the size 12 x 12." in table and "only in results.json: 2" in table
+
+
+def test_cells_of_the_last_map_are_read(digits_path, tmp_path):
+    """Also of the random encoder."""
+    pretrain(tmp_path / "first.ckpt", steps=1, encoder_arch="small_cnn")
+    given = {"transform_crop_size": 12, "pooling_size": 3}
+    found = evaluate_checkpoint(tmp_path / "first.ckpt", ["knn"], **given)["summary"]["digits"]["knn"]
+    encoder = load_encoder(tmp_path / "first.ckpt", **given)
+    for kind, one in {"trained": encoder, "random": random_encoder(encoder)}.items():
+        data = []
+        for split in ("train", "test"):
+            images, labels = zip(*batches(evolve(encoder.params, num_data_workers=0), split, one), strict=True)
+            assert images[0].shape[1] == 9 * 256
+            data += [torch.cat(images), torch.cat(labels)]
+        assert probes.knn_protocol(*data)["knn20_acc1"] == pytest.approx(found[kind]["knn20_acc1"]["mean"])
+    table = (tmp_path / "first.evaluation" / "results.md").read_text()
+    assert "in the size 12 x 12. Embeddings have 3 x 3 cells of the last map." in table
 
 
 def batches(params, split, encoder):

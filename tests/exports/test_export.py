@@ -85,10 +85,11 @@ def encoder():
     """encoder("resnet18", 32) returns an encoder that is built once; it is frozen, so tests may share it."""
 
     @cache
-    def build(arch, size, channels=3):
+    def build(arch, size, channels=3, **more):
         own = {"in_channels": channels, "image_mean": [0.4] * channels, "image_std": [0.2] * channels}
         params = EncoderAndDataParams(
-            encoder_arch=arch, transform_crop_size=size, dataset_name="cifar10", **(own if channels != 3 else {})
+            **{"encoder_arch": arch, "transform_crop_size": size, "dataset_name": "cifar10", **more},
+            **(own if channels != 3 else {}),
         )
         return Encoder(as_if_trained(get_encoder(params)[0]), params, Report("", "self_supervised", "", 0, ()))
 
@@ -299,6 +300,13 @@ def test_timm_builds_it(arch, size, channels, encoder):
 def test_what_timm_builds_differently_is_refused(arch, encoder):
     with pytest.raises(ValueError, match=f"encoder_arch='{arch}': timm has no model with the same tensors. Choose"):
         conversions.in_timm(encoder(arch, 64))
+
+
+def test_cells_of_the_last_map_are_torchvisions_alone(encoder):
+    made = encoder("resnet18", 64, pooling_size=2)
+    assert equal_there(conversions.in_torchvision(made), made, torch.randn(2, 3, 64, 64))
+    with pytest.raises(ValueError, match="pooling_size=2: timm's models pool the whole map. Choose another format"):
+        conversions.in_timm(made)
 
 
 def test_torchvision_has_no_timm_models(encoder):

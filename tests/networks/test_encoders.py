@@ -90,6 +90,29 @@ def test_residual_blocks_that_begin_as_the_identity(name, last):
         build("vit_b_32", zero_init_residual=True)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "ws_resnet18", "small_cnn"])
+def test_cells_of_the_last_map(name):
+    """Weights stay; the mean of the four quadrants is the usual embedding; a user's own module can be built twice."""
+    torch.manual_seed(0)
+    encoder, width = build(name, size=128)
+    cells, wide = build(name, size=128, pooling_size=2)
+    cells.load_state_dict(encoder.state_dict())
+    x = torch.randn(2, 3, 128, 128)
+    quadrants = cells.eval()(x).unflatten(1, (width, 4))
+    assert wide == 4 * width and torch.allclose(quadrants.mean(2), encoder.eval()(x), atol=1e-6)
+    assert quadrants.std(2).median() > 0
+    params = ModelParams(dataset_name="cifar10", encoder_arch="module", transform_crop_size=128, pooling_size=2)
+    assert [encoders.get_encoder(params, encoder)[1] for _ in range(2)] == [wide, wide]
+
+
+@pytest.mark.parametrize("name", ["vgg11", "shufflenet_v2_x0_5", "vit_b_32"])
+def test_cells_need_a_map_that_is_pooled_last(name):
+    with pytest.raises(ValueError, match=f"pooling_size=2 needs an encoder .*unlike {name}"):
+        build(name, size=64, pooling_size=2)
+    with pytest.raises(ValueError, match=r"the last map of resnet18 has 1 x 1 pixels for images of 32\. Choose"):
+        build("resnet18", size=32, low_resolution_stem=False, pooling_size=2)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "ws_resnet18", "shufflenet_v2_x0_5", "vit_b_32"])
 @pytest.mark.parametrize("channels", [1, 5])
 def test_any_number_of_channels(name, channels):
