@@ -73,8 +73,7 @@ class SelfSupervisedMethod(BaseMethod):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = get_encoder(p, encoder)
-            sizes = {view.crop_size for view in p.views}
-            check_small_views(self.model, width, p.input_shape, sizes)
+            check_small_views(self.model, width, p)
             self.teacher = (Teacher(p),) if p.teacher else ()  # a tuple: not a part of the state that is saved
             if self.teacher:
                 self.teacher_hash = encoder_hash(self.teacher[0].encoder)  # once: it is frozen
@@ -89,7 +88,8 @@ class SelfSupervisedMethod(BaseMethod):
             classes = (p.n_classes or require_labels(n_classes(p), p)) if p.online_classifier else None
             self.online_classifier = nn.Linear(width, classes) if classes else None
             if 1 in (p.batch_size, p.global_batch_size):  # fail early if the networks cannot train on a single image
-                copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], min(sizes), min(sizes)))
+                side = min(view.crop_size for view in p.views)
+                copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], side, side))
         self.parameter_table()  # raises if a pattern matches no parameter
         # All processes push the same keys, so DDP need not send 4 K D bytes in every forward pass.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])

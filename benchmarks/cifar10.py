@@ -11,7 +11,8 @@ Two rows have no training: an encoder with random weights, and the pixels themse
 
 KIND.csv has one row for each preset and seed: accuracies on the test images in percent, with all training images and
 their labels for the logistic regression and as neighbors. KIND_curves.csv has kNN accuracies (k = 20) during training,
-on one half of the test images with the other half as neighbors. Figures of rows made with --at_once are not its speed.
+on one half of the test images with the other half as neighbors, in the size of the views. Figures of rows made with
+--at_once are not its speed.
 """
 
 import argparse
@@ -174,7 +175,10 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of all runs")
     parser.add_argument("--runs", type=as_path, help="directory in which the runs are kept (OUT/runs)")
     args = parser.parse_args(argv)
-    args.presets = args.presets or [name for name in recipes.KINDS[args.kind].rows if name != "distill"]
+    rows = recipes.KINDS[args.kind].rows
+    if missing := [name for name in args.presets or () if name not in rows]:
+        parser.error(f"{args.kind} has no {', '.join(missing)}: choose from {', '.join(rows)}")
+    args.presets = args.presets or [name for name in rows if name != "distill"]
     if args.quick:
         args.presets, args.seeds, args.set = ["simclr"], [0], QUICK
     return args

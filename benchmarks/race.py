@@ -166,15 +166,16 @@ def finished_run(known: harness.Row, settings: dict) -> harness.Row:
     changes = {"encoder_arch": known["encoder"], "seed": known["seed"], **settings}
     recipe = OF_LIGHTLY if known["recipe"] == EXAMPLE else known["recipe"]
     params = recipes.recipe(method, recipe, **changes, evaluations=[], num_data_workers=0)
+    pooled = evolve(params, transform_crop_size=None, pooling_size=known["pooling_size"])  # the images' own size
+    encoders.get_encoder(pooled)  # raises before the training if it cannot be pooled
     start = time.perf_counter()
     encoder, seen = {"lightly": lightlys, "ours": ours}[known["who"]](params, method, minutes)
     passed = (time.perf_counter() - start) / 60
-    params = evolve(params, transform_crop_size=None, pooling_size=known["pooling_size"])  # the images' own size
-    if params.pooling_size > 1:
-        encoders.pool_cells(encoder, params)
+    if pooled.pooling_size > 1:
+        encoders.pool_cells(encoder, pooled)
     if known["who"] == "lightly":
-        params = evolve(params, image_mean=peers.MEAN, image_std=peers.STD)  # its transforms' default
-    scores = accuracies_of(*features(encoder, params))
+        pooled = evolve(pooled, image_mean=peers.MEAN, image_std=peers.STD)  # its transforms' default
+    scores = accuracies_of(*features(encoder, pooled))
     facts = {"images seen": seen, "minutes in all": round(passed, 2), "commit": harness.commit()}
     return {**known, **scores, **facts}
 

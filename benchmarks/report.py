@@ -76,7 +76,7 @@ def over_seeds(rows: list[Row]) -> list[Row]:
 
 def race_over_seeds(rows: list[Row]) -> list[Row]:
     """Return one row for each contestant of the race, as `over_seeds` does for presets."""
-    contestant = ("who", "method", "recipe", "encoder", "minutes")
+    contestant = ("who", "method", "recipe", "encoder", "pooling_size", "minutes")
     return [
         {
             **{name: group[0][name] for name in contestant},

@@ -27,7 +27,7 @@ from self_supervised.distributed import usable
 from self_supervised.evaluation import features
 from self_supervised.evaluation.features import EvaluationData, image_hash, seen
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
-from self_supervised.evaluation.results import Results, folder_of
+from self_supervised.evaluation.results import OF_ENCODER, Results, folder_of
 from self_supervised.fields import as_path
 from self_supervised.networks.layouts import checkpoint_of
 from self_supervised.networks.pretrained import compared, is_name, load_encoder
@@ -38,7 +38,6 @@ from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_folder
 from self_supervised.training.run_folder import versions
 
-OF_ENCODER = ("transform_crop_size", "pooling_size")
 READING_OPTIONS = (
     *OF_ENCODER,
     "data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
@@ -143,7 +142,7 @@ def run_protocols(
         seen_as: settings that decide which images, or clips, are seen and in which size.
     """
     hashes = {name: features.encoder_hash(subject.encoder) for name, subject in subjects.items()}
-    results.keep_encoders(hashes)
+    results.keep_encoders(hashes, seen_as.get("pooling_size"))
     images = {name: image_hash(subject) for name, subject in subjects.items()}
     for protocol, row in ((name, PROTOCOLS[name]) for name in protocols):
         for encoder, subject in subjects.items():

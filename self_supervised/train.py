@@ -26,7 +26,7 @@ from torch import nn
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
-from self_supervised import distributed
+from self_supervised import distributed, recipes
 from self_supervised.data import custom
 from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.folder_lock import locked
@@ -357,11 +357,12 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
     preflight.check_run(options, params)
     results = run_or_resume(out, preset, options, params)
     with run_folder.logged(out / "log.txt"):
-        run_folder.say(ending(out, results))
+        run_folder.say(ending(out, results, options.recipe))
 
 
-def ending(out: Path, results: dict[str, Any]) -> str:
+def ending(out: Path, results: dict[str, Any], recipe: str | None) -> str:
     """Return what a run prints at its end: results, files, and the commands that read them."""
+    options = [f"--{name}={value}" for name, value in (recipes.KINDS[recipe].reading if recipe else {}).items()]
     encoder = out / "pretrained.ckpt"
     shown = {name: scores_line(value) if isinstance(value, dict) else value for name, value in results.items()}
     lines = [
@@ -370,7 +371,7 @@ def ending(out: Path, results: dict[str, Any]) -> str:
         f"encoder: {encoder}",
         f"results: {out / 'results.json'}",
         f"log: {out / 'log.txt'}",
-        f"next: self-supervised evaluate {shlex.quote(str(encoder))}",
+        shlex.join(["next:", "self-supervised", "evaluate", str(encoder), *options]),
         f"      self-supervised report {shlex.quote(str(out))}  (writes {out / 'report.html'})",
     ]
     return "\n".join(lines)

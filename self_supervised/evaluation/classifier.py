@@ -71,6 +71,11 @@ def classifier_of(encoder: Encoder) -> ImageClassifier | None:
         return None
     own = copy.deepcopy(encoder.model) if encoder.params.encoder_arch == OWN_MODULE else None
     method = LinearClassifierMethod.load_from_checkpoint(encoder.report.source, encoder=own).cpu()
+    if encoder.params.pooling_size != method.params.pooling_size:
+        raise ValueError(
+            f"pooling_size={encoder.params.pooling_size}, but the classifier reads pooling_size="
+            f"{method.params.pooling_size}: leave it out"
+        )
     names = method.hparams.class_names or [str(i) for i in range(method.n_outputs)]
     head = nn.Sequential(method.normalize or nn.Identity(), method.classifier)
     return ImageClassifier(encoder, head.requires_grad_(False), names)

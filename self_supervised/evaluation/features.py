@@ -353,6 +353,8 @@ def encoder_hash(encoder: Encoder) -> str:
     For a user's own module, the hash includes its output for two fixed images: its `forward` is in neither.
     """
     digest = hashlib.sha256(repr(encoder.model).encode())
+    if encoder.params.pooling_size > 1:  # timm's layers do not show it
+        digest.update(f"pooling_size {encoder.params.pooling_size}".encode())
     if encoder.params.encoder_arch == OWN_MODULE:
         digest.update(outputs(encoder).tobytes())
     for name, tensor in sorted(encoder.model.state_dict().items()):

@@ -19,6 +19,7 @@ RunRecord = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, sec
 RUN_KEYS = ("protocol", "encoder", "dataset", "seed", "seen", "training")
 WAIT_FOR_RESULTS = 60  # seconds to wait for another process that writes
 ENCODERS = ("random", "starting", "trained")  # columns of the table
+OF_ENCODER = ("transform_crop_size", "pooling_size")  # settings of the encoder that an evaluation may change
 DRAWN = "_std"  # suffix of the name of a standard deviation over draws within one run
 
 
@@ -40,17 +41,20 @@ class Results:
         self.config: dict[str, Any] = stored["config"]  # data set -> settings of its latest evaluation
         self.own_config: dict[str, Any] = {}  # the part of config that this evaluation wrote
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights in this evaluation
+        self.pooling_size: int | None = None  # None: that of the pretraining
 
     def find(self, key: str) -> RunRecord | None:
         return next((run for run in self.runs if run["key"] == key), None)
 
-    def keep_encoders(self, hashes: dict[str, str]) -> None:
-        """Drop runs whose encoder has the same name but other weights: the checkpoint was trained further."""
-        self.hashes = hashes
+    def keep_encoders(self, hashes: dict[str, str], pooling_size: int | None) -> None:
+        """Drop runs whose encoder has the same name but other weights: the checkpoint was trained further. The hashes
+        depend on the pooling, so runs with another one stay."""
+        self.hashes, self.pooling_size = hashes, pooling_size
         self.runs = list(filter(self.is_kept, self.runs))
 
     def is_kept(self, run: RunRecord) -> bool:
-        return self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
+        with_another_pooling = run.get("seen", {}).get("pooling_size") != self.pooling_size
+        return with_another_pooling or self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
 
     def begin(self, dataset: str, config: dict[str, Any]) -> None:
         """Set what the latest evaluation on a data set depends on."""
@@ -90,7 +94,7 @@ class Results:
             encoders = "\n".join(f"- {name}: {report}" for name, report in config["encoders"].items())
             used = ", ".join(f"{name} {value}" for name, value in config["versions"].items() if value)
             others = sum(run["dataset"] == dataset for run in self.runs) - len(runs)
-            why = "with other clips, other images or sizes, or other training settings"
+            why = "with other clips, images, sizes or cells, or other training settings"
             note = f"Runs {why} are only in results.json: {others}." if others else ""
             clips = clips_note(config.get("seen", {}))
             parts += [f"## {dataset}", encoders, clips, results_markdown(runs), note, definitions(runs), used]

@@ -269,33 +269,50 @@ def pool_cells(encoder: nn.Module, params: ModelParams) -> int:
     Raises:
         ValueError: there is no such layer before the embeddings, or the map has fewer pixels than cells.
     """
-    image, name, size = torch.zeros(1, *params.input_shape), params.encoder_arch, params.pooling_size
-    pools = [layer for layer in encoder.modules() if isinstance(layer, nn.AdaptiveAvgPool2d)]
-    maps, widths = [], []
-    if pools:
-        hook = pools[-1].register_forward_pre_hook(lambda _, inputs: maps.append(min(inputs[0].shape[-2:])))
-        for pools[-1].output_size in (1, size):
+    name, size, widths = params.encoder_arch, params.pooling_size, []
+    pool = last_pooling(encoder)
+    if pool is not None:
+        check_map(encoder, params, params.crop_size)
+        before = pool.output_size
+        for pool.output_size in (1, size):
             with contextlib.suppress(ValueError):  # layers after it, such as VGG's, accept one size only
-                widths.append(measured_width(encoder, image, name))
-        hook.remove()
+                widths.append(measured_width(encoder, torch.zeros(1, *params.input_shape), name))
     if len(widths) < 2 or widths[1] != widths[0] * size**2:
+        if pool is not None:
+            pool.output_size = before  # of the user's own module
         raise ValueError(
             f"pooling_size={size} needs an encoder whose last layer is AdaptiveAvgPool2d, such as a ResNet or "
             f"{SMALL_CNN}, unlike {name}: leave it out"
         )
-    if maps[-1] < size:
-        raise ValueError(
-            f"pooling_size={size}, but the last map of {name} has {maps[-1]} x {maps[-1]} pixels for images of "
-            f"{params.crop_size}. Choose a larger transform_crop_size, or leave pooling_size out"
-        )
     return widths[1]
 
 
-def check_small_views(encoder: nn.Module, width: int, input_shape: tuple[int, ...], sizes: set[int]) -> None:
+def last_pooling(encoder: nn.Module) -> nn.AdaptiveAvgPool2d | None:
+    return next((x for x in reversed(list(encoder.modules())) if isinstance(x, nn.AdaptiveAvgPool2d)), None)
+
+
+def check_map(encoder: nn.Module, params: ModelParams, image_size: int) -> None:
+    """Raise ValueError if the last map of images of this size has fewer pixels than cells."""
+    shape, maps = (*params.input_shape[:-2], image_size, image_size), []
+    hook = last_pooling(encoder).register_forward_pre_hook(lambda _, inputs: maps.append(min(inputs[0].shape[-2:])))
+    try:
+        measured_width(encoder, torch.zeros(1, *shape), params.encoder_arch)
+    finally:
+        hook.remove()
+    if maps[-1] < params.pooling_size:
+        raise ValueError(
+            f"pooling_size={params.pooling_size}: the last map of {params.encoder_arch} has {maps[-1]} x {maps[-1]} "
+            f"pixels for images of {image_size}. Choose a larger size of images, or leave pooling_size out"
+        )
+
+
+def check_small_views(encoder: nn.Module, width: int, params: ModelParams) -> None:
     """Raise ValueError unless the encoder returns embeddings of the same width for views of all sizes."""
-    *shape, crop_size = input_shape[:-1]
-    for size in sizes - {crop_size}:
+    *shape, crop_size = params.input_shape[:-1]
+    for size in {view.crop_size for view in params.views} - {crop_size}:
         name = f"transform_small_crop_size={size} needs an encoder for several sizes (a ResNet) or the size {crop_size}"
         found = measured_width(encoder, torch.zeros(1, *shape, size, size), f"{name}: this one")
         if found != width:
             raise ValueError(f"{name}: this one makes {found} numbers of small views, but {width} of large ones")
+        if params.pooling_size > 1:
+            check_map(encoder, params, size)

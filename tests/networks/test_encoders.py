@@ -8,7 +8,7 @@ from torch import nn
 
 import ws_resnet
 from moco import SelfSupervisedMethod
-from model_params import ModelParams
+from model_params import PRESETS, ModelParams
 from self_supervised import catalogue
 from self_supervised.networks import encoders
 from self_supervised.networks.pretrained import load_encoder
@@ -109,8 +109,17 @@ def test_cells_of_the_last_map(name):
 def test_cells_need_a_map_that_is_pooled_last(name):
     with pytest.raises(ValueError, match=f"pooling_size=2 needs an encoder .*unlike {name}"):
         build(name, size=64, pooling_size=2)
-    with pytest.raises(ValueError, match=r"the last map of resnet18 has 1 x 1 pixels for images of 32\. Choose"):
+    with pytest.raises(ValueError, match=r"last map of resnet18 has 1 x 1 pixels for images of 32\. Choose"):
         build("resnet18", size=32, low_resolution_stem=False, pooling_size=2)
+    own = nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(147, 2))
+    with pytest.raises(ValueError, match="unlike module: leave it out"):
+        encoders.get_encoder(ModelParams(encoder_arch="module", pooling_size=2), own)
+    assert own[0].output_size == 7
+    views = {"transform_crop_size": 96, "transform_small_crop_size": 32, "n_small_views": 1}
+    with pytest.raises(ValueError, match=r"1 x 1 pixels for images of 32\. Choose"):
+        SelfSupervisedMethod(
+            PRESETS["simclr"](dataset_name="stl10", low_resolution_stem=False, pooling_size=2, **views)
+        )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "ws_resnet18", "shufflenet_v2_x0_5", "vit_b_32"])
