@@ -165,7 +165,7 @@ def test_an_encoder_that_cannot_take_the_images_is_refused_when_built():
 
 
 def test_a_users_module():
-    common = {"embedding_dim": None, "activation_checkpointing": False}
+    common = {"embedding_dim": None, "activation_checkpointing": False, "pooling_size": 1}
     params = SimpleNamespace(encoder_arch="module", input_shape=(3, 8, 8), **common)
     own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     encoder, width = encoders.get_encoder(params, own)
