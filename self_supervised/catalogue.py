@@ -124,6 +124,7 @@ DATASETS = {
 
 OWN_MODULE = "module"  # encoder_arch of the user's own nn.Module
 SMALL_CNN = "small_cnn"  # six convolutions, for images of 8 to 32 pixels
+SMALL_CNNS = {SMALL_CNN: None, "small_cnn_1024": 1024}  # width of a seventh, 1 x 1 convolution, if there is one
 STEM_VARIANTS = ("standard", "padding_2", "no_relu")
 WS_RESNET_NAMES = ("ws_resnet18", "ws_resnet34", "ws_resnet50", "ws_resnet101", "ws_resnet152")
 
@@ -160,12 +161,12 @@ def check_name(name: str) -> None:
         known = timm.list_models()
         name = name.removeprefix("timm:").split(".")[0]  # without the tag that names the weights
     else:
-        known = [*torchvision_models(), *WS_RESNET_NAMES, SMALL_CNN, OWN_MODULE]
+        known = [*torchvision_models(), *WS_RESNET_NAMES, *SMALL_CNNS, OWN_MODULE]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or ["resnet18", "resnet50", "vit_b_16"]
         raise ValueError(
             f"encoder_arch={name!r} is unknown: choose a classification model of torchvision, one of "
-            f"{', '.join(WS_RESNET_NAMES)}, {SMALL_CNN}, or timm:NAME; for clips {', '.join(video_models())}. "
+            f"{', '.join([*WS_RESNET_NAMES, *SMALL_CNNS])}, or timm:NAME; for clips {', '.join(video_models())}. "
             f"Nearest: {', '.join(near)}"
         )
 

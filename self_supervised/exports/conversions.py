@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 from torch import nn
 
 import ws_resnet
-from self_supervised.catalogue import OWN_MODULE, SMALL_CNN
+from self_supervised.catalogue import OWN_MODULE, SMALL_CNNS
 from self_supervised.networks.pretrained import Encoder
 
 PROGRAMS = "a program (torchscript, onnx, torch_export)"
@@ -103,7 +103,7 @@ def in_torchvision(encoder: Encoder) -> Converted:
         ValueError: torchvision does not have this encoder.
     """
     p = encoder.params
-    if p.encoder_arch.startswith("timm:") or p.encoder_arch in (OWN_MODULE, SMALL_CNN):
+    if p.encoder_arch.startswith("timm:") or p.encoder_arch in (OWN_MODULE, *SMALL_CNNS):
         rest = f"timm, safetensors or {PROGRAMS}" if p.encoder_arch.startswith("timm:") else PROGRAMS
         raise ValueError(f"encoder_arch={p.encoder_arch!r} is not a model of torchvision. Choose {rest}.")
     options: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from torch import nn
 
 import ws_resnet
 from model_params import ModelParams
-from self_supervised.catalogue import OWN_MODULE, SMALL_CNN, video_models
+from self_supervised.catalogue import OWN_MODULE, SMALL_CNN, SMALL_CNNS, video_models
 from self_supervised.networks import layers, layouts
 from self_supervised.networks.recomputation import recompute_activations
 from self_supervised.safe_files import data_only
@@ -61,9 +61,9 @@ def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]
     published = None if file else p.encoder_weights
     if p.encoder_arch.startswith("timm:"):
         encoder = build_timm(p.encoder_arch.removeprefix("timm:"), published is not None, image)
-    elif p.encoder_arch == SMALL_CNN:
+    elif p.encoder_arch in SMALL_CNNS:
         refuse_published(p.encoder_arch, published)
-        encoder = small_cnn(p.channels)
+        encoder = small_cnn(p.channels, SMALL_CNNS[p.encoder_arch])
     else:
         model = build(p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual)
         encoder, _ = without_classifier(model, p.encoder_arch)
@@ -155,15 +155,19 @@ def refuse_published(name: str, weights: str | None) -> None:
         )
 
 
-def small_cnn(channels: int = 1) -> nn.Sequential:
-    """Return a convolutional network [N, channels, H, W] -> [N, 256] for small images, such as scans of digits."""
+def small_cnn(channels: int = 1, width: int | None = None) -> nn.Sequential:
+    """Return a convolutional network [N, channels, H, W] -> [N, 256] for small images, such as scans of digits.
 
-    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
+    With `width`, a 1 x 1 convolution to as many channels follows: [N, width].
+    """
+
+    def block(inputs: int, outputs: int, stride: int, size: int = 3) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
         return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
-    widths = [(channels, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1)]
-    return nn.Sequential(*(layer for row in widths for layer in block(*row)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    rows = [(channels, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1)]
+    rows += [(256, width, 1, 1)] if width else []
+    return nn.Sequential(*(layer for row in rows for layer in block(*row)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def build_timm(name: str, pretrained: bool, image: torch.Tensor) -> nn.Module:
