@@ -90,7 +90,7 @@ def test_residual_blocks_that_begin_as_the_identity(name, last):
         build("vit_b_32", zero_init_residual=True)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "ws_resnet18", "small_cnn"])
+@pytest.mark.parametrize("name", ["resnet18", "ws_resnet18", "small_cnn_1024"])
 def test_cells_of_the_last_map(name):
     """Weights stay; the mean of the four quadrants is the usual embedding; a user's own module can be built twice."""
     torch.manual_seed(0)
