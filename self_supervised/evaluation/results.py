@@ -200,9 +200,11 @@ def rounded(value: float) -> str:
 def clips_note(seen: dict[str, Any]) -> str:
     """Return a sentence on the clips whose embeddings are averaged, or on the size and the pooling if chosen."""
     if "evaluation_clips" not in seen:
-        size, cells = seen.get("transform_crop_size"), seen.get("pooling_size", 1)
-        parts = f"Embeddings have {cells} x {cells} cells of the last map." if cells > 1 else ""
-        return " ".join([*[f"Images are embedded in the size {size} x {size}."] * bool(size), *[parts] * bool(parts)])
+        of_encoder = {
+            "transform_crop_size": "Images are embedded in the size {0} x {0}.",
+            "pooling_size": "Embeddings have {0} x {0} cells of the last map.",
+        }
+        return " ".join(text.format(seen[name]) for name, text in of_encoder.items() if name in seen)
     clips = seen["evaluation_clips"]
     crops = seen["evaluation_crops"]
     number = f"{clips} {'clips' if clips > 1 else 'clip'} x {crops} {'crops' if crops > 1 else 'crop'}"

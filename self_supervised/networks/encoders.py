@@ -278,7 +278,8 @@ def pool_cells(encoder: nn.Module, params: ModelParams) -> int:
     if pool is not None:
         check_map(encoder, params, params.crop_size)
         before = pool.output_size
-        for pool.output_size in (1, size):
+        for cells in (1, size):
+            pool.output_size = cells
             with contextlib.suppress(ValueError):  # layers after it, such as VGG's, accept one size only
                 widths.append(measured_width(encoder, torch.zeros(1, *params.input_shape), name))
     if len(widths) < 2 or widths[1] != widths[0] * size**2:
