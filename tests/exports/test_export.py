@@ -141,6 +141,7 @@ def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
         "embedding_dim": 512,
         "in_channels": 3,
         "low_resolution_stem": False,
+        "pooling_size": 1,
         "dataset_name": "cifar10",
         "transform_crop_size": 64,
         "image_mean": list(load_encoder(checkpoint).params.mean),
