@@ -74,8 +74,8 @@ class Run:
         """Accuracies of the encoder with trained, or with random, weights."""
         checkpoint, out = self.folder / "pretrained.ckpt", self.folder / f"{encoder} evaluation"
         options = ["--seeds", str(self.seed), "--out", str(out)] + ["--no_baselines"] * (encoder == "trained")
-        reading = [f"--{name}={value}" for name, value in recipes.KINDS[self.kind].reading.items()]
-        self.program("evaluate", str(checkpoint), "--protocols", *PROTOCOLS, *options, *reading)
+        options += recipes.KINDS[self.kind].reading_options
+        self.program("evaluate", str(checkpoint), "--protocols", *PROTOCOLS, *options)
         (found,) = json.loads((out / "results.json").read_text())["summary"].values()
         found = {protocol: found[protocol][encoder] for protocol in PROTOCOLS}
         return accuracies(found["linear"]["acc1"]["mean"], found["knn"]["knn20_acc1"]["mean"])
@@ -167,7 +167,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--presets",
         nargs="+",
-        choices=recipes.ON_CIFAR10,
+        metavar="PRESET",
         help="all with such a recipe but distill, which needs a teacher: --set teacher=RUN",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")

@@ -30,8 +30,7 @@ def section(name: str, kind: KindOfData) -> str:
     cells = [(preset, *result_cells(row.result), listed(row.settings) or "none") for preset, row in kind.rows.items()]
     facts = [f"Data: {kind.about}.", f"Source: {kind.source}.", f"All presets: {listed(kind.settings)}."]
     if kind.reading:
-        options = " ".join(f"--{name} {value}" for name, value in kind.reading.items())
-        facts.append(f"Evaluate with `self-supervised evaluate RUN {options}`.")
+        facts.append(f"Evaluate with `self-supervised evaluate RUN {' '.join(kind.reading_options)}`.")
     if kind.pixels is not None:
         facts.append(f"kNN of the pixels, without an encoder: {kind.pixels:.1f}.")
     return "\n\n".join([f"## {name}", *facts, table(HEAD, cells)])

@@ -142,7 +142,7 @@ def run_protocols(
         seen_as: settings that decide which images, or clips, are seen and in which size.
     """
     hashes = {name: features.encoder_hash(subject.encoder) for name, subject in subjects.items()}
-    results.keep_encoders(hashes, seen_as.get("pooling_size"))
+    results.keep_encoders(hashes, seen_as)
     images = {name: image_hash(subject) for name, subject in subjects.items()}
     for protocol, row in ((name, PROTOCOLS[name]) for name in protocols):
         for encoder, subject in subjects.items():

@@ -43,7 +43,12 @@ class KindOfData:
     settings: dict[str, Any] = field(repr=False)
     rows: dict[str, Row] = field(repr=False)
     pixels: float | None = None  # kNN accuracy (%) of the pixels, without an encoder; None: not scored
-    reading: dict[str, int] = field(factory=dict)  # options of `self-supervised evaluate` for its encoders
+    reading: dict[str, int] = field(factory=dict)  # settings with which its encoders are evaluated
+
+    @property
+    def reading_options(self) -> list[str]:
+        """The same as options of `self-supervised evaluate`."""
+        return [text for name, value in self.reading.items() for text in (f"--{name}", str(value))]
 
 
 ADAMW = {

@@ -362,7 +362,7 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
 
 def ending(out: Path, results: dict[str, Any], recipe: str | None) -> str:
     """Return what a run prints at its end: results, files, and the commands that read them."""
-    options = [f"--{name}={value}" for name, value in (recipes.KINDS[recipe].reading if recipe else {}).items()]
+    options = recipes.KINDS[recipe].reading_options if recipe else []
     encoder = out / "pretrained.ckpt"
     shown = {name: scores_line(value) if isinstance(value, dict) else value for name, value in results.items()}
     lines = [

@@ -41,20 +41,20 @@ class Results:
         self.config: dict[str, Any] = stored["config"]  # data set -> settings of its latest evaluation
         self.own_config: dict[str, Any] = {}  # the part of config that this evaluation wrote
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights in this evaluation
-        self.pooling_size: int | None = None  # None: that of the pretraining
+        self.of_encoder: dict[str, Any] = {}  # settings OF_ENCODER that this evaluation changes
 
     def find(self, key: str) -> RunRecord | None:
         return next((run for run in self.runs if run["key"] == key), None)
 
-    def keep_encoders(self, hashes: dict[str, str], pooling_size: int | None) -> None:
-        """Drop runs whose encoder has the same name but other weights: the checkpoint was trained further. The hashes
-        depend on the pooling, so runs with another one stay."""
-        self.hashes, self.pooling_size = hashes, pooling_size
+    def keep_encoders(self, hashes: dict[str, str], seen: dict[str, Any]) -> None:
+        """Drop runs whose encoder has the same name but other weights: the checkpoint was trained further. Hashes may
+        depend on the settings OF_ENCODER, so runs in which these differ stay."""
+        self.hashes, self.of_encoder = hashes, of_encoder(seen)
         self.runs = list(filter(self.is_kept, self.runs))
 
     def is_kept(self, run: RunRecord) -> bool:
-        with_another_pooling = run.get("seen", {}).get("pooling_size") != self.pooling_size
-        return with_another_pooling or self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
+        is_same_encoder = of_encoder(run.get("seen", {})) == self.of_encoder
+        return not is_same_encoder or self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
 
     def begin(self, dataset: str, config: dict[str, Any]) -> None:
         """Set what the latest evaluation on a data set depends on."""
@@ -99,6 +99,10 @@ class Results:
             clips = clips_note(config.get("seen", {}))
             parts += [f"## {dataset}", encoders, clips, results_markdown(runs), note, definitions(runs), used]
         return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def of_encoder(seen: dict[str, Any]) -> dict[str, Any]:
+    return {name: seen[name] for name in OF_ENCODER if name in seen}
 
 
 def folder_of(checkpoint: str | Path) -> Path:
@@ -200,11 +204,11 @@ def rounded(value: float) -> str:
 def clips_note(seen: dict[str, Any]) -> str:
     """Return a sentence on the clips whose embeddings are averaged, or on the size and the pooling if chosen."""
     if "evaluation_clips" not in seen:
-        of_encoder = {
+        texts = {
             "transform_crop_size": "Images are embedded in the size {0} x {0}.",
             "pooling_size": "Embeddings have {0} x {0} cells of the last map.",
         }
-        return " ".join(text.format(seen[name]) for name, text in of_encoder.items() if name in seen)
+        return " ".join(texts[name].format(value) for name, value in of_encoder(seen).items())
     clips = seen["evaluation_clips"]
     crops = seen["evaluation_crops"]
     number = f"{clips} {'clips' if clips > 1 else 'clip'} x {crops} {'crops' if crops > 1 else 'crop'}"

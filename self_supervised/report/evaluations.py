@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from self_supervised.evaluation import results
-from self_supervised.evaluation.results import DRAWN, OF_ENCODER, RunRecord
+from self_supervised.evaluation.results import DRAWN, RunRecord
 from self_supervised.fields import as_path
 from self_supervised.safe_files import atomic_write
 from self_supervised.training import run_folder
@@ -299,7 +299,7 @@ def missing_notes(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) ->
     checkpoints = [checkpoint for checkpoint, of in missing.items() if of]
     drawn = sorted({seed for name in names for seed in seeds[name]})
     options = ["--dataset_name", dataset, "--protocols", *names, "--seeds", *map(str, drawn)]
-    options += [f"--{name}={value}" for name, value in runs[0].get("seen", {}).items() if name in OF_ENCODER]
+    options += [f"--{name}={value}" for name, value in results.of_encoder(runs[0].get("seen", {})).items()]
     command = shlex.join(["self-supervised", "evaluate", *checkpoints, *options])
     return [*notes, f"Missing values: not evaluated yet are {', '.join(lacking)}: {command}"]
 
