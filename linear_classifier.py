@@ -270,6 +270,8 @@ class LinearClassifierMethod(BaseMethod):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
+            if self.params.held_out_fraction != 0.1 and self.params.validate_on != "held_out":
+                rank_zero_info("held_out_fraction: no effect without validate_on='held_out'")
             refuse_callbacks(self.trainer.callbacks, {group["lr"] for group in self.parameter_groups()})
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:

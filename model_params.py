@@ -412,7 +412,7 @@ class ModelParams(EncoderAndDataParams):
     prototypes_frozen_epochs: float = non_negative(1)  # epochs at the start in which prototypes do not change
     queue_from_epoch: float = non_negative(0)  # epochs at the start in which SwAV's assignments do not use the queue
     center_momentum: float = fraction(0.9)  # fraction of itself that DINO's center keeps at each step
-    sigreg_weight: float = fraction(0.02)  # weight of SIGReg (LeJEPA), or of VISReg's terms; of the distances: 1 - it
+    sigreg_weight: float = fraction(0.02)  # weight of SIGReg or of VISReg's terms; the distances have 1 - this weight
 
     # multiple processes
     gather_keys_for_queue: bool | None = None  # push the keys of all processes into every queue; None: as True

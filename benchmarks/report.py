@@ -51,7 +51,9 @@ PICTURES = {
 
 def table_of(path: Path) -> str:
     about, rows = harness.read(path)
-    if "preset" in rows[0]:
+    if path.stem.startswith("sweep"):
+        rows = tries_of_presets(rows)
+    elif "preset" in rows[0]:
         rows = over_seeds(rows)
     if path.stem.startswith("race"):
         rows = race_over_seeds(rows)
@@ -72,6 +74,18 @@ def over_seeds(rows: list[Row]) -> list[Row]:
         }
         for group in grouped(rows, "preset")
     ]
+
+
+def tries_of_presets(rows: list[Row]) -> list[Row]:
+    """Return one row for each preset: linear accuracies of its tries by learning rate, and which rate was the best."""
+    found = []
+    for group in grouped(rows, "preset"):
+        group = sorted(group, key=lambda row: float(row["lr"]))
+        best = max(group, key=lambda row: -1 if row["linear %"] == "nan" else float(row["linear %"]))
+        tries = ", ".join(f"{row['lr']}: {float(row['linear %']):.1f}" for row in group)
+        facts = {"best lr": best["lr"], "its kNN-20 %": f"{float(best['kNN-20 %']):.1f}", "steps": best["steps"]}
+        found.append({"preset": group[0]["preset"], "lr: linear % of held-out images": tries, **facts})
+    return found
 
 
 def race_over_seeds(rows: list[Row]) -> list[Row]:

@@ -124,6 +124,8 @@ DATASETS = {
 
 OWN_MODULE = "module"  # encoder_arch of the user's own nn.Module
 SMALL_CNN = "small_cnn"  # six convolutions, for images of 8 to 32 pixels
+INCEPTIONS = ("googlenet", "inception_v3")
+OF_INCEPTIONS = [0.5, 0.5, 0.5]  # mean and standard deviation of pixels for their published weights
 SMALL_CNNS = {SMALL_CNN: None, "small_cnn_1024": 1024}  # width of a seventh, 1 x 1 convolution, if there is one
 STEM_VARIANTS = ("standard", "padding_2", "no_relu")
 WS_RESNET_NAMES = ("ws_resnet18", "ws_resnet34", "ws_resnet50", "ws_resnet101", "ws_resnet152")

@@ -5,6 +5,7 @@
 The run is written to runs/demo, as by `self-supervised train`, together with results.md and the page report.html.
 """
 
+import itertools
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
@@ -37,16 +39,20 @@ LABEL_DRAWS = 5  # random draws of the labels, over which accuracies are average
 
 
 @torch.no_grad()
+def features_of(encoder: nn.Module, params: ModelParams, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Return (features, labels) of the images of a data set, with the encoder in eval mode."""
+    loader = loading.get_loader(params, dataset, training=False)
+    images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
+    views = augmentations.evaluation_view(images, params).split(256)
+    with layers.in_eval_mode(encoder):
+        return torch.cat([encoder(view) for view in views]), labels
+
+
 def features(encoder: nn.Module, params: ModelParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (training features, labels, test features, labels) of an encoder in eval mode."""
-    result = []
-    for splits in (params.dataset.train_splits, params.dataset.test_splits):
-        loader = loading.get_loader(params, loading.get_dataset(params, splits), training=False)
-        images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
-        views = augmentations.evaluation_view(images, params).split(256)
-        with layers.in_eval_mode(encoder):
-            result += [torch.cat([encoder(view) for view in views]), labels]
-    return tuple(result)
+    sets = (params.dataset.train_splits, params.dataset.test_splits)
+    found = (features_of(encoder, params, loading.get_dataset(params, splits)) for splits in sets)
+    return tuple(itertools.chain(*found))
 
 
 def with_few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
@@ -101,8 +107,9 @@ def run_demo(epochs: int, linear_epochs: int) -> None:
     results = train.run_or_resume(OUT, "vicreg", options, params, batch_size=64)
     trained = encoder_scores(load_encoder(OUT / "pretrained.ckpt").model, params)
     result = scores_table(random, trained)
-    accuracy = results["linear classifier"]["valid_acc1"]
-    result += f"\n\nLinearClassifierMethod after {epochs_text(linear_epochs)}: {accuracy:.1f} % of the test set."
+    if linear_epochs:
+        accuracy = results["linear classifier"]["valid_acc1"]
+        result += f"\n\nLinearClassifierMethod after {epochs_text(linear_epochs)}: {accuracy:.1f} % of the test set."
     atomic_write(OUT / "results.md", result + "\n")
     results[run_folder.baseline_of(results)] |= random
     results["trained encoder"] |= trained

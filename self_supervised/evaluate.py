@@ -21,11 +21,11 @@ from typing import Any
 import attrs
 from torch import nn
 
-from model_params import EncoderAndDataParams
+from model_params import CUSTOM_DATA, VIDEO, EncoderAndDataParams
 from self_supervised.data import loading
 from self_supervised.distributed import usable
 from self_supervised.evaluation import features
-from self_supervised.evaluation.features import EvaluationData, image_hash, seen
+from self_supervised.evaluation.features import EvaluationData, image_hash
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
 from self_supervised.evaluation.results import OF_ENCODER, Results, folder_of
 from self_supervised.fields import as_path
@@ -100,7 +100,7 @@ def evaluate_checkpoint(
         "encoders": {name: str(found.report) for name, found in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
         "seen": seen(params) | of_encoder,
-        "training": training or {},
+        "training": training_of(results, params.dataset_name, protocols, training or {}),
         "device": device,
         "versions": versions(),
     }
@@ -120,6 +120,33 @@ def evaluate_checkpoint(
             linear_settings_of(subjects["trained"], seed, preset)
     run_protocols(results, subjects, protocols, seeds, about["seen"])
     return results.content()
+
+
+def seen(params: EncoderAndDataParams) -> dict[str, Any]:
+    """Return what decides which clips of videos, or which custom images, are seen; {} for other data sets.
+
+    Instead of splits_path, the listed images are hashed, because each run has its own copy of the same lists.
+    """
+    info = params.dataset
+    names = VIDEO if info.of_videos else CUSTOM_DATA if info.is_custom else ()
+    found = {name: getattr(params, name) for name in names if name not in (*features.WITHOUT_EFFECT, "splits_path")}
+    if not info.is_custom:
+        return found
+    digest = hashlib.sha256()
+    for splits in (info.train_splits, info.test_splits):
+        for piece in (repr(splits).encode(), *features.contents(loading.get_dataset(params, splits))):
+            digest.update(piece)
+    return found | {"images": digest.hexdigest()[:16]}
+
+
+def training_of(
+    results: Results, dataset_name: str, protocols: Sequence[str], training: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the settings of training whose results are shown: these, if one of the protocols trains by SGD, else those
+    of the latest evaluation."""
+    if any(PROTOCOLS[name].preset for name in protocols):
+        return training
+    return results.config.get(dataset_name, {}).get("training", training)
 
 
 def print_labels(params: EncoderAndDataParams) -> None:
@@ -155,7 +182,7 @@ def run_protocols(
                     encoder,
                     images[encoder],
                     seed,
-                    subject.training if row.trains else {},
+                    subject.training if row.preset else {},
                     *seen_as.items(),
                 )
                 key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
@@ -167,7 +194,7 @@ def run_protocols(
                     seconds = round(time.monotonic() - start, 2)
                     run |= {"key": key, "hash": hashes[encoder], "scores": scores, "seconds": seconds}
                     run |= {"definition": definition, "source": row.source, "seen": seen_as}
-                    run |= {"training": subject.training} if row.trains else {}
+                    run |= {"training": subject.training} if row.preset else {}
                     results.add(run)
                 scores = ", ".join(f"{name} {value:.4g}" for name, value in (done or run)["scores"].items())
                 origin = " (from results.json)" if done else ""

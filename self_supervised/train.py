@@ -146,6 +146,8 @@ def resume_point(
             )
     except ValueError as error:
         reason = str(error).removesuffix(".")
+        if name == "linear":
+            reason = reason.replace("max_epochs", "linear_epochs")
         raise ValueError(f"{reason}, or choose another --out (resume={given!r}: {path}).") from error
     return path, content["global_step"]
 
@@ -184,13 +186,13 @@ def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
     atomic_write(path, content if isinstance(content, str) else to_json(content, indent=2))
 
 
-@rank_zero_only
 def delete_outdated(out: Path, results: dict[str, Any]) -> None:
-    """Delete the encoder's scores and the linear stage, which become outdated when the encoder is trained further."""
+    """Delete the encoder's scores and the linear stage, which become outdated when the encoder is trained further.
+    Every process deletes the scores: all must know whether another validation follows."""
     if outdated := [name for name in ENCODER_RESULTS if name in results]:
         for name in outdated:
             del results[name]
-        shutil.rmtree(out / "linear", ignore_errors=True)
+        rank_zero_only(shutil.rmtree)(out / "linear", ignore_errors=True)
         write_on_rank_zero(out / "results.json", results)
 
 

@@ -39,7 +39,7 @@ def quick(rank: int, name: str, folder: str) -> None:
 
 
 def test_all_are_found():
-    assert len(NAMES) == 17 and {"augment", "step", "gpu", "time_to_accuracy"} <= set(NAMES)
+    assert len(NAMES) == 18 and {"augment", "step", "gpu", "time_to_accuracy"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,6 +85,13 @@ def test_every_table_of_results_comes_from_a_file(name, others):
     alone = re.sub(r"<!-- (\w+) -->.*?<!-- end -->", "", page, flags=re.DOTALL)
     heads = [line for line, below in zip(alone.splitlines(), alone.splitlines()[1:], strict=False) if is_rule(below)]
     assert all(line.startswith(others) for line in heads)
+
+
+def test_the_table_of_a_sweep_has_the_best_rate_of_each_preset():
+    tries = (("a", "1", "40.0"), ("a", "0.1", "50.04"), ("a", "9", "nan"), ("b", "1", "nan"))
+    rows = [{"preset": preset, "lr": lr, "linear %": x, "kNN-20 %": x, "steps": "9"} for preset, lr, x in tries]
+    table = [list(row.values()) for row in report.tries_of_presets(rows)]
+    assert table == [["a", "0.1: 50.0, 1: 40.0, 9: nan", "0.1", "50.0", "9"], ["b", "1: nan", "1", "nan", "9"]]
 
 
 def is_rule(line: str) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
 from moco import SelfSupervisedMethod
@@ -125,6 +126,23 @@ def test_a_diverged_classifier_recognizes_nothing():
     linear = LinearClassifierMethod(encoder_arch="shufflenet_v2_x0_5")
     torch.nn.init.constant_(linear.classifier.weight, float("nan"))
     assert linear.eval().scores((torch.randn(4, 3, 96, 96), torch.arange(4)))[:, 1:].sum() == 0
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+def test_images_without_a_label_are_refused(trainer):
+    images, labels = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8), torch.tensor([-1, 0, 1, 2] * 2)
+
+    def linear() -> LinearClassifierMethod:
+        return LinearClassifierMethod(encoder=nn.Flatten(), dataset_name="digits", lr=0.3)
+
+    for training in (True, False):
+        sets = [(images, labels.abs()), (images, labels)]
+        loaders = [DataLoader(TensorDataset(*parts), batch_size=4) for parts in (sets[::-1] if training else sets)]
+        with pytest.raises(ValueError, match=r"the loader has images without a label \(-1\)"):
+            trainer(limit_val_batches=1.0).fit(linear(), *loaders)
+    nothing = DataLoader(TensorDataset(images, labels.abs()), batch_size=16, drop_last=True)
+    with pytest.raises(ValueError, match="validation loader 0 has no batch"):
+        trainer(limit_val_batches=1.0).fit(linear(), loaders[0], nothing)
 
 
 def test_class_names_stay_with_the_classifier(small, trainer, tmp_path):

@@ -30,7 +30,7 @@ draw() {
     $PYTHON -m self_supervised curves "$@" --out "docs/troubleshooting/$picture.png"
 }
 
-draw simsiam SimSiam="$OUT/simsiam" "no stop of the gradient=$OUT/simsiam_no_stop_gradient"
+draw simsiam SimSiam="$OUT/simsiam" "no stop-gradient=$OUT/simsiam_no_stop_gradient"
 draw vicreg VICReg="$OUT/vicreg" "variance weight 0=$OUT/vicreg_no_variance"
 draw simclr "SimCLR, lr 0.06=$OUT/simclr" "lr 10=$OUT/simclr_lr_too_high"
 draw byol BYOL="$OUT/byol" "no predictor=$OUT/byol_no_predictor"

@@ -154,6 +154,15 @@ def in_classes(labels: np.ndarray, what: object) -> np.ndarray:
     return classes
 
 
+def lacking(of_sets: Iterable[np.ndarray]) -> str:
+    """Return what sets of labels lack for a classifier: "no labels" if an image of a set has none, "a single class" if
+    all images of a set have the same, else ""."""
+    ends = [(labels.min(), labels.max()) for labels in of_sets]
+    if any(lowest < 0 for lowest, _ in ends):
+        return "no labels"
+    return "a single class" if any(lowest == highest for lowest, highest in ends) else ""
+
+
 def is_one_hot(labels: np.ndarray) -> bool:
     """Return whether labels are [N, K] with a single 1 in each row, and 0 elsewhere."""
     if labels.ndim != 2 or labels.dtype.kind not in "buif":

@@ -154,13 +154,6 @@ def data_params(encoder: Encoder, dataset_name: str | None = None, **changes: An
     return params
 
 
-def seen(params: EncoderAndDataParams) -> dict[str, Any]:
-    """Return the settings that decide which clips of videos, or which custom images, are seen; {} for other data
-    sets."""
-    names = VIDEO if params.dataset.of_videos else CUSTOM_DATA if params.dataset.is_custom else ()
-    return {name: getattr(params, name) for name in names if name not in WITHOUT_EFFECT}
-
-
 # ---- extraction ----
 
 

@@ -13,7 +13,8 @@ from rich.progress import track
 
 from linear_classifier import IMAGE_SETTINGS, LINEAR_PRESETS, LinearClassifierMethod, LinearClassifierMethodParams
 from model_params import EncoderAndDataParams
-from self_supervised.data.loading import n_classes
+from self_supervised.data.class_labels import lacking
+from self_supervised.data.loading import get_dataset, n_classes
 from self_supervised.evaluation import features, label_free, linear_models, probes, validation
 from self_supervised.evaluation.features import LABEL_FREE_IMAGES, PATCHES, VIEWS, EvaluationData
 from self_supervised.networks.pretrained import Encoder
@@ -88,11 +89,11 @@ class Protocol:
     needs_stages: bool = False  # an encoder with layer1 to layer4
     preset: str | None = None  # name in LINEAR_PRESETS, if the protocol trains by SGD
 
-    def refusal(self, encoder: Encoder, params: EncoderAndDataParams, labeled: bool) -> str | None:
-        """Return why the protocol cannot be run, or None. `labeled` is an argument because finding it out may mean
-        listing files."""
-        if self.needs_labels and not labeled:
-            return f"needs labels, but the images of {params.dataset_name} have none"
+    def refusal(self, encoder: Encoder, params: EncoderAndDataParams, unlabeled: str) -> str | None:
+        """Return why the protocol cannot be run, or None. `unlabeled` is what `about_labels` has returned, once for all
+        protocols, since it may list files."""
+        if self.needs_labels and unlabeled:
+            return unlabeled
         if self.needs_classes and params.dataset.many_labels:
             return f"needs one class per image, but {params.dataset_name} is multi-label"
         if self.needs_stages and not features.stages_of(encoder):
@@ -247,14 +248,29 @@ def check_names(protocols: Sequence[str]) -> None:
             raise ValueError(f"protocol {name!r} is unknown. Nearest: {', '.join(near)}. --list shows all.")
 
 
+def about_labels(params: EncoderAndDataParams) -> str:
+    """Return why no classifier of the training images can be scored on the test images, or ""."""
+    info, name = params.dataset, params.dataset_name
+    if not n_classes(params):
+        return f"needs labels, but the images of {name} have none"
+    if not (info.is_custom or info.of_videos):
+        return ""
+    train, test = (get_dataset(params, splits).labels for splits in (info.train_splits, info.test_splits))
+    for labels, split in ((train, "training"), (test, "test")):
+        if labels.min() < 0:
+            has = "none" if labels.max() < 0 else "one only in part"
+            return f"needs labels, but the {split} images of {name} have {has}"
+    return f"needs two classes, but the training images of {name} have one" if lacking([train]) else ""
+
+
 def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
     """Return the requested protocols, each once; by default (None) all that can be run and do not train.
 
     Raises:
         ValueError: a requested protocol cannot be run with this encoder or data set.
     """
-    labeled = n_classes(params) > 0
-    refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, labeled))}
+    unlabeled = about_labels(params)
+    refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, unlabeled))}
     if protocols is None:
         return [name for name, row in PROTOCOLS.items() if not (row.trains or row.slow or name in refused)]
     for name in protocols:

@@ -14,7 +14,7 @@ from attrs import evolve, frozen
 from torch import nn
 
 import ws_resnet
-from self_supervised.catalogue import OWN_MODULE, SMALL_CNNS
+from self_supervised.catalogue import INCEPTIONS, OWN_MODULE, SMALL_CNNS
 from self_supervised.networks.pretrained import Encoder
 
 PROGRAMS = "a program (torchscript, onnx, torch_export)"
@@ -109,7 +109,7 @@ def in_torchvision(encoder: Encoder) -> Converted:
     options: dict[str, Any] = {}
     if p.encoder_arch.startswith("vit_"):
         options["image_size"] = p.crop_size
-    if p.encoder_arch in ("googlenet", "inception_v3"):
+    if p.encoder_arch in INCEPTIONS:
         options |= {"aux_logits": False, "init_weights": False}
     call = f"torchvision.models.{p.encoder_arch.removeprefix('ws_')}"
     model = plain_model(encoder)

@@ -13,7 +13,7 @@ from torch import nn
 
 import ws_resnet
 from model_params import ModelParams
-from self_supervised.catalogue import OWN_MODULE, SMALL_CNN, SMALL_CNNS, video_models
+from self_supervised.catalogue import INCEPTIONS, OWN_MODULE, SMALL_CNN, SMALL_CNNS, video_models
 from self_supervised.networks import layers, layouts
 from self_supervised.networks.recomputation import recompute_activations
 from self_supervised.safe_files import data_only
@@ -65,13 +65,17 @@ def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]
         refuse_published(p.encoder_arch, published)
         encoder = small_cnn(p.channels, SMALL_CNNS[p.encoder_arch])
     else:
+        refuse_other_pixels(p, published)
         model = build(p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual)
         encoder, _ = without_classifier(model, p.encoder_arch)
         adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
         ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
     if file:
         try:
-            layouts.load_into(encoder, layouts.read_weights(file), p.encoder_arch)
+            found = layouts.read_weights(file)
+            if not found.settings:  # of a checkpoint of ours, which has other constants
+                refuse_other_pixels(p, p.encoder_weights)
+            layouts.load_into(encoder, found, p.encoder_arch)
         except ValueError as error:
             raise ValueError(f"encoder_weights={p.encoder_weights!r} for {p.encoder_arch}: {error}") from error
     return encoder, measured_width(encoder, image, f"encoder_arch={p.encoder_arch!r}")
@@ -130,7 +134,7 @@ def build(
         return ws_resnet.WS_RESNETS[name](**kwargs)
     if name.startswith("vit_") and weights is None:
         kwargs["image_size"] = image_size  # sets the number of position embeddings
-    if name in ("googlenet", "inception_v3") and weights is None:
+    if name in INCEPTIONS and weights is None:
         kwargs["init_weights"] = True
     choices = torchvision.models.get_model_weights(name).__members__
     if weights not in (None, *choices):
@@ -142,6 +146,8 @@ def build(
         )
     with data_only(f"the published weights of {name}"):
         model = torchvision.models.get_model(name, weights=weights, **kwargs)
+    if name in INCEPTIONS:
+        model.transform_input = False  # a checkpoint would not hold it; `refuse_other_pixels` instead
     if name == "s3d" and (image_size < 224 or num_frames < 14):  # too small for its window of 2 x 7 x 7
         model.avgpool = nn.AdaptiveAvgPool3d(1)
     return model
@@ -152,6 +158,17 @@ def refuse_published(name: str, weights: str | None) -> None:
     if weights is not None:
         raise ValueError(
             f"encoder_weights={weights!r} is not a file, and there are no published weights of {name}. Leave it out"
+        )
+
+
+def refuse_other_pixels(p: ModelParams, weights: str | None) -> None:
+    """Raise ValueError if an Inception network has published weights, which are for pixels from -1 to 1, and other
+    constants of normalization."""
+    half = [0.5] * p.channels
+    if p.encoder_arch in INCEPTIONS and weights is not None and (list(p.mean), list(p.std)) != (half, half):
+        raise ValueError(
+            f"encoder_weights={weights!r} of {p.encoder_arch} are for pixels from -1 to 1. Set image_mean={half} and "
+            f"image_std={half}"
         )
 
 
@@ -193,7 +210,7 @@ def build_timm(name: str, pretrained: bool, image: torch.Tensor) -> nn.Module:
 def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
     """Replace the last layer, and dropout before it, by the identity. Return the model and its output's width."""
     for auxiliary in ("aux1", "aux2", "AuxLogits"):  # auxiliary classifiers of GoogLeNet and Inception
-        if name in ("googlenet", "inception_v3") and getattr(model, auxiliary, None) is not None:
+        if name in INCEPTIONS and getattr(model, auxiliary, None) is not None:
             setattr(model, auxiliary, None)
             model.aux_logits = False
     last_type = next((kind for start, kind in LAST_LAYERS.items() if name.startswith(start)), nn.Linear)

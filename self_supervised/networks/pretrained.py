@@ -24,6 +24,7 @@ SAME_IN_STARTING = (  # settings that the encoder of the starting weights shares
 SHARED = {field.name for field in fields(EncoderAndDataParams)}
 # not taken over: evaluations and linear stages use all labeled images, and have room for activations
 OF_PRETRAINING = {"data_fraction", "activation_checkpointing"}
+MEAN_AND_STD = ("image_mean", "image_std")
 GRAY = {"image_mean": [0.449], "image_std": [0.226]}  # means of ImageNet's constants over the three channels
 
 
@@ -144,6 +145,8 @@ def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[
     """
     if found.settings:
         settings = {key: value for key, value in found.settings.items() if key in SHARED - OF_PRETRAINING}
+        if str(found.started_from).partition(":")[0] in catalogue.INCEPTIONS:
+            settings |= without_transform_input(settings)
         return {"stem_variant": found.stem_variant, **vetted(settings, found.source, overrides)}, ""
     settings: dict[str, Any] = {"dataset_name": "imagenet"}
     arch = overrides.get("encoder_arch")
@@ -157,6 +160,8 @@ def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[
             )
     if settings.get("low_resolution_stem"):
         settings |= {"dataset_name": "cifar10", "stem_variant": found.stem_variant}
+    if settings.get("encoder_arch") in catalogue.INCEPTIONS:
+        settings |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS)
     if overrides.get("in_channels", settings.get("in_channels")) == 1:
         settings |= GRAY
     assumed = [] if "dataset_name" in overrides else [f"size and normalization constants of {settings['dataset_name']}"]
@@ -165,6 +170,23 @@ def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[
     if arch is None and settings["encoder_arch"].startswith("timm:"):
         assumed.append(f"{settings['encoder_arch']} of all models of these shapes")
     return settings, ", ".join(assumed)
+
+
+def without_transform_input(settings: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the constants of normalization of an encoder that started from an Inception network's published weights.
+
+    In earlier versions, the network itself turned ImageNet's constants into OF_INCEPTIONS. Its pixels are the same with
+    the returned constants, which are OF_INCEPTIONS for ImageNet's.
+    """
+    params = EncoderAndDataParams(
+        **{name: settings[name] for name in ("dataset_name", *MEAN_AND_STD) if name in settings}
+    )
+    given, of_imagenet = ((params.mean, params.std), catalogue.DATASETS["imagenet"])
+    if [*map(list, given)] == [catalogue.OF_INCEPTIONS] * 2:
+        return {}
+    parts = [*zip(*given, of_imagenet.mean, of_imagenet.std, strict=True)]
+    means = [mean - std * (2 * theirs - 1) / (2 * spread) for mean, std, theirs, spread in parts]
+    return dict(zip(MEAN_AND_STD, (means, [std / (2 * spread) for _, std, _, spread in parts]), strict=True))
 
 
 def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> EncoderAndDataParams:
@@ -264,6 +286,8 @@ def facts_of_weights(arch: str, weights: str) -> dict[str, Any]:
             return {}
         about = known[weights].transforms()
         size, mean, std = about.crop_size[0], about.mean, about.std
+        if arch in catalogue.INCEPTIONS:
+            mean = std = catalogue.OF_INCEPTIONS
     return {"transform_crop_size": size, "image_mean": list(mean), "image_std": list(std), "low_resolution_stem": False}
 
 
@@ -288,6 +312,8 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
     elif source is not None:
         same = {name: getattr(p, name) for name in (*SAME_IN_STARTING, *DATASET_DEFAULTS)}
         same["low_resolution_stem"] = p.low_resolution
+        if p.encoder_arch in catalogue.INCEPTIONS:
+            same |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS)
         with seeded():  # a stem that differs starts from random weights
             found["starting"] = load_encoder(source, **same)
     return found

@@ -66,7 +66,7 @@ def read_run(folder: str | Path) -> Run:
         ValueError: it is not the directory of a run.
     """
     folder = as_path(folder)
-    settings = run_folder.settings_of_run(folder)
+    settings = run_folder.settings_to_compare(folder)
     if not settings:
         raise ValueError(f"{folder} is not a run: it has no config.yaml. {run_folder.which(folder)}")
     last = next(reversed(run_folder.starts_of(folder)), {})
@@ -86,7 +86,7 @@ def results_of_run(folder: Path) -> dict[str, float]:
     found = {}
     for name, value in written.items():
         if isinstance(value, dict):
-            found |= {f"{name}: {metric}": math.nan if number is None else number for metric, number in value.items()}
+            found |= {f"{name}: {metric}": number for metric, number in value.items()}
         elif isinstance(value, int | float) and (name != "epochs" or "trained encoder" in written):
             found[name] = value  # earlier versions wrote the planned "epochs" at the start of a run
     _, rows = rows_of(run_folder.file_of(folder, "pretraining/metrics.csv"))

@@ -139,7 +139,7 @@ def evaluated_rows(checkpoints: Sequence[str | Path], out: Path | None = None) -
     found = [shown_records(out or results.folder_of(path)) for path in paths]
     groups: dict[str, list[int]] = {}
     for i, path in enumerate(paths):
-        settings = run_folder.settings_of_run(path)
+        settings = run_folder.settings_to_compare(path)
         groups.setdefault(without_seed(settings) if settings else str(i), []).append(i)
     labels = group_labels([[names[i] for i in group] for group in groups.values()])
     trained = [[run for run in runs if run["encoder"] == "trained"] for runs in found]

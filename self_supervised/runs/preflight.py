@@ -12,7 +12,7 @@ from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
 from model_params import HEADS, OF_ALL_VIEWS, OF_PROTOTYPES, SCHEDULED, EncoderAndDataParams, ModelParams, changes
 from self_supervised import losses, multi_view_losses
 from self_supervised.data import custom, loading
-from self_supervised.data.class_labels import UNLABELED
+from self_supervised.data.class_labels import UNLABELED, lacking
 from self_supervised.data.files import MOST_SKIPPED
 from self_supervised.data.folders import listed_in
 from self_supervised.data.image_files import ImageFiles
@@ -101,11 +101,18 @@ def toy_loss(params: ModelParams) -> losses.Scalars:
 
 def names_of_scores(params: ModelParams) -> set[str]:
     p = params
-    is_labeled = not p.dataset.many_labels and loading.get_dataset(p, evaluated_splits(p)[0]).labels.max() >= 0
-    labels = torch.tensor([0, 0, 1, 1]) if is_labeled else torch.full((4,), UNLABELED)
-    train = (TOY, labels) if p.probe_on_training_set else None
+    labels = toy_labels(p, evaluated_splits(p)[0])
+    train = (TOY, toy_labels(p, p.dataset.train_splits)) if p.probe_on_training_set else None
     classifier = torch.nn.Linear(4, 2) if p.online_classifier else None
     return {*validation.evaluate(p.evaluations, TOY, labels, train), *accuracies(classifier, TOY, labels)}
+
+
+def toy_labels(params: ModelParams, splits: tuple[str, ...]) -> torch.Tensor:
+    """Return labels of TOY that lack what the labels of the images lack."""
+    if params.dataset.many_labels:
+        return torch.full((4,), UNLABELED)
+    lack = lacking([loading.get_dataset(params, splits).labels])
+    return torch.tensor({"no labels": [UNLABELED] * 4, "a single class": [0] * 4, "": [0, 0, 1, 1]}[lack])
 
 
 def check_images(params: ModelParams, accumulated: int = 1) -> None:
@@ -154,7 +161,13 @@ def check_batches(params: EncoderAndDataParams, splits: tuple[str, ...], accumul
 
 
 def check_labels(params: EncoderAndDataParams) -> None:
-    """Raise ValueError unless each image of the training and test sets has one label."""
+    """Raise ValueError unless each image of the training and test sets has one label, of at least two classes."""
     require_labels(n_classes(params), params)
-    for splits in (params.dataset.train_splits, params.dataset.test_splits):
+    train, test = (params.dataset.train_splits, params.dataset.test_splits)
+    for splits in (train, test):
         require_labels(1 + int(loading.get_dataset(params, splits).labels.min()), params)
+    if lacking([loading.get_dataset(params, train).labels]):
+        raise ValueError(
+            f"dataset_name={params.dataset_name!r}: its training images have a single class, and a classifier needs "
+            "two. Choose linear_epochs=0, or images of more classes"
+        )

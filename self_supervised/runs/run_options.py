@@ -32,8 +32,8 @@ class RunOptions:
 
     # the run
     out: str | None = path()  # run directory; none: runs/PRESET_DATASET
-    # settings for a kind of data, to start from: digits, folder, cifar10_gpu, imagenet100 (docs/recipes.md); other
-    # options override them
+    # settings for a kind of data, to start from: digits, folder, cifar10_laptop, ... (docs/recipes.md); other options
+    # override them
     recipe: str | None = None
     # checkpoint, or directory of a run, to resume from; auto: the newest valid checkpoint in --out, if there is one
     resume: str | None = path()

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from self_supervised import distributed
 from self_supervised.data import loading
+from self_supervised.data.class_labels import lacking
 from self_supervised.data.files import readable_rows
 from self_supervised.data.loader import ResumableDataLoader, images_and_labels, size_of_batches, whole_numbers
 from self_supervised.networks import layers
@@ -150,8 +151,9 @@ class BaseMethod(pl.LightningModule):
         """Return the loader of one of our data sets, after a check of its labels, which are logged once."""
         p = self.params
         if self.n_outputs is not None:
-            source = f"dataset_name={p.dataset_name!r}"
-            label_checks.refuse_wrong_labels(dataset.labels, source, self.n_outputs, p.dataset_name)
+            about = (f"dataset_name={p.dataset_name!r}", self.n_outputs, p.dataset_name)
+            each = self.needs_labels and not in_order  # in order: only predicted
+            label_checks.refuse_wrong_labels(dataset.labels, *about, required=True, each=each)
         if (line := getattr(dataset, "about_labels", "")) and line != self.about_labels:
             self.about_labels = line
             rank_zero_info(line)
@@ -169,12 +171,9 @@ class BaseMethod(pl.LightningModule):
         p = attrs.evolve(self.params, data_fraction=1.0)
         datasets = [loading.get_dataset(p, names) for names in splits]
         labels = [dataset.labels for dataset in datasets if p.dataset.is_custom]
-        lacking = "no labels" if any(of_set.min() < 0 for of_set in labels) else ""
-        if not lacking and any(of_set.min() == of_set.max() for of_set in labels):
-            lacking = "a single class"
-        if lacking and lacking != self.about_skipped:
-            self.about_skipped = lacking
-            rank_zero_info(f"dataset_name={p.dataset_name!r} has {lacking}: linear_probe and knn are skipped")
+        if (lack := lacking(labels)) and lack != self.about_skipped:
+            self.about_skipped = lack
+            rank_zero_info(f"dataset_name={p.dataset_name!r} has {lack}: linear_probe and knn are skipped")
         return [self.loader(dataset, training=False) for dataset in datasets]
 
     def loader_of(self, dataloader_idx: int) -> Any:
@@ -188,10 +187,16 @@ class BaseMethod(pl.LightningModule):
     def on_train_start(self) -> None:
         """Check the first batch of the user's validation loaders now, not after an epoch of training."""
         self.step_metrics = {}
+        if self.global_step == 0 < self.latest_scores[0]:
+            self.latest_scores = (-1, {})  # of an earlier training
         for index, loader in enumerate(as_list(self.trainer.val_dataloaders)):
             if isinstance(loader, DataLoader) and not isinstance(loader, ResumableDataLoader):
                 with isolate_rng():
-                    batch = next(iter(loader))
+                    batch = next(iter(loader), None)
+                if batch is None:
+                    raise ValueError(
+                        f"the validation loader {index} has no batch. Pass more images, or leave out drop_last"
+                    )
                 self.check_batch(batch, training=False)
                 self.check_first(images_and_labels(batch)[0], False, index)
 
@@ -237,8 +242,9 @@ class BaseMethod(pl.LightningModule):
         _, labels = images_and_labels(batch)
         is_first = training and self.trainer.fit_loop.batch_idx < 0
         if self.reads_labels(training) and label_checks.is_checked(labels, is_first):
+            about = ("the loader", self.n_outputs, self.params.dataset_name)
             required = training or self.needs_labels
-            label_checks.refuse_wrong_labels(labels, "the loader", self.n_outputs, self.params.dataset_name, required)
+            label_checks.refuse_wrong_labels(labels, *about, required=required, each=self.needs_labels)
 
     def check_first(self, images: Tensor | list[Tensor], training: bool, dataloader_idx: int) -> None:
         """Check the images of the first batch of each loader. More would make the host wait often."""

@@ -7,7 +7,12 @@ from self_supervised.data.class_labels import in_classes
 
 
 def refuse_wrong_labels(
-    labels: Tensor | np.ndarray | None, source: str, n_classes: int | None, dataset_name: str, required: bool = True
+    labels: Tensor | np.ndarray | None,
+    source: str,
+    n_classes: int | None,
+    dataset_name: str,
+    required: bool,
+    each: bool,
 ) -> None:
     """Raise ValueError unless labels are classes, and those of the classifier if there is one.
 
@@ -17,6 +22,7 @@ def refuse_wrong_labels(
         n_classes: classes of the classifier that is trained, or None without one.
         dataset_name: the data set whose classes the classifier has.
         required: whether a classifier needs these labels: not in a validation that can do without them.
+        each: whether the classifier needs a label for each image, so that -1 is refused.
     """
     if labels is None or (labels.ndim == 2 and labels.shape[1] > 1):
         if n_classes is not None and required:
@@ -26,6 +32,11 @@ def refuse_wrong_labels(
     if isinstance(labels, Tensor):
         labels = (labels.double() if labels.is_floating_point() else labels).cpu().numpy()
     classes = in_classes(labels, source)
+    if each and len(classes) and classes.min() < 0:
+        raise ValueError(
+            f"{source} has images without a label ({classes.min()}). A classifier needs a label for each image: leave "
+            "the others out"
+        )
     if n_classes is not None and len(classes) and (highest := classes.max()) >= n_classes:
         raise ValueError(
             f"{source} has the label {highest}, and the classifier has n_classes={n_classes}, those of dataset_name="

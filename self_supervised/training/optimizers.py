@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lars import LARS
-from model_params import EncoderAndDataParams, ModelParams
+from model_params import SCHEDULED, EncoderAndDataParams, ModelParams
 from self_supervised import distributed
 from self_supervised.data.loader import size_of_batches
 from self_supervised.data.loading import batch_size
@@ -197,12 +197,9 @@ def of_endless_loader(params: EncoderAndDataParams, warmup_epochs: float) -> flo
     Raises:
         ValueError: a setting counts epochs.
     """
-    counted_in_epochs = {
-        "lr_decay_steps": getattr(params, "lr_decay_steps", None),
-        "warmup_epochs": params.warmup_epochs,
-    }
-    for name, value in counted_in_epochs.items():
-        if value and not (name == "warmup_epochs" and value < 1):
+    counted_in_epochs = ("lr_decay_steps", "warmup_epochs", *(f"{name}_warmup_epochs" for name in SCHEDULED))
+    for name, value in ((name, getattr(params, name, None)) for name in counted_in_epochs):
+        if value and (name == "lr_decay_steps" or value >= 1):
             raise ValueError(
                 f"{name}={value} counts epochs, but the loader has no length. Pass limit_train_batches, the number of "
                 "batches per epoch, to the Trainer"

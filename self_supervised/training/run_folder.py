@@ -18,6 +18,7 @@ A run that is made in Python has config.yaml, run.json, results.json and metrics
 import csv
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -148,6 +149,13 @@ def settings_of_run(out: Path) -> dict[str, Any]:
     return content_of(out / "config.yaml", yaml.safe_load, dict)
 
 
+def settings_to_compare(out: Path) -> dict[str, Any]:
+    """Return the settings of a run, without the place of the lists of splits that it has drawn itself."""
+    settings = settings_of_run(out)
+    is_own = Path(settings.get("splits_path") or "").name == "splits" and any(out.glob("splits/*.txt"))
+    return {**settings, "splits_path": None} if is_own else settings
+
+
 def effective_of(out: Path) -> dict[str, Any]:
     """Return the effective settings in config.yaml, or {} if it has none; see `settings_of_run`."""
 
@@ -159,8 +167,13 @@ def effective_of(out: Path) -> dict[str, Any]:
 
 
 def results_of(out: Path) -> dict[str, Any]:
-    """Return the content of results.json; see `settings_of_run`."""
-    return content_of(out / "results.json", json.loads, dict)
+    """Return the content of results.json, with NaN where a score is null; see `settings_of_run`."""
+
+    def with_nan(value: Any) -> Any:
+        is_scores = isinstance(value, dict)
+        return {name: math.nan if number is None else number for name, number in value.items()} if is_scores else value
+
+    return {name: with_nan(value) for name, value in content_of(out / "results.json", json.loads, dict).items()}
 
 
 def baseline_of(results: dict[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """Verdict on a pretraining: the scores of the encoder next to those that it had at the start, in one line."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,8 @@ def verdict(name: str, before: dict[str, float], after: dict[str, float], evalua
         return f"none, because {reason_for_none(name, before, after, evaluations)}"
     score = both[0]
     first, last = before[score], after[score]
+    if math.isnan(first + last):
+        return f"none, because {score} is not finite"
     numbers = f"{score} {first:.4g} ({name}) -> {last:.4g}"
     if f"{first:.4g}" == f"{last:.4g}":
         return f"{numbers}: no better than the {name}. {ADVICE}"

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import attrs
 import numpy as np
@@ -19,7 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torchvision.datasets import ImageFolder
 
 import model_params
-from linear_classifier import LinearClassifierMethod
+from linear_classifier import FROM_PRETRAINING, LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised import evaluate
@@ -32,6 +33,8 @@ from self_supervised.evaluation import features
 from self_supervised.evaluation.protocols import runnable
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.report import compare, tables
+from self_supervised.runs import preflight
+from self_supervised.runs.run_options import RunOptions
 from self_supervised.training import checkpoints
 
 SIDE = 40
@@ -561,6 +564,40 @@ def test_one_class_is_named(tmp_path, trainer, caplog):
     with caplog.at_level("INFO"):
         trainer().validate(model, verbose=False)
     assert "dataset_name='folder' has a single class" in caplog.text
+    with pytest.raises(ValueError, match="'knn' needs two classes, but the training images of folder have one"):
+        runnable(["knn"], SimpleNamespace(model=model.model), model.params)
+    with pytest.raises(ValueError, match="save_best='valid_knn20_acc' is not logged"):
+        preflight.check_run(RunOptions(save_best=["valid_knn20_acc"]), model.params)
+    with pytest.raises(ValueError, match="a single class, and a classifier needs two"):
+        preflight.check_labels(model.params)
+
+
+def test_a_test_set_without_labels_scores_nothing(tmp_path, trainer):
+    """The layout of a competition: `test` has no class folders."""
+    of_test = {name: f"test/{name.replace('/', '_')}" for name in NAMES if name.endswith("0.png")}
+    p = params(write(tmp_path, {name: f"train/{name}" for name in NAMES} | of_test))
+    with pytest.raises(ValueError, match="'linear' needs labels, but the test images of folder have none"):
+        runnable(["linear"], SimpleNamespace(model=torch.nn.Flatten()), p)
+    model = LinearClassifierMethod(**{name: getattr(p, name) for name in FROM_PRETRAINING}, batch_size=8)
+    with pytest.raises(ValueError, match="dataset_name='folder' has images without a label"):
+        trainer(limit_val_batches=1.0).fit(model)
+
+
+def test_runs_that_drew_the_same_lists_are_compared(photos, tmp_path):
+    """Each run has its own file of them, and the same images."""
+    seen = []
+    for name in ("a_0", "a_1"):
+        p = params(photos, splits_path=str(tmp_path / name / "splits"))
+        seen.append(evaluate.seen(p))
+        (tmp_path / name / "config.yaml").write_text(f"splits_path: {p.splits_path}\nseed: {name[-1]}\n")
+    assert seen[0] == seen[1] and seen[0]["data_path"] == str(photos)
+    assert seen[0]["images"] != evaluate.seen(params(photos, data_seed=1))["images"]
+    (tmp_path / "a_1").rename(tmp_path / "moved")
+    (group,), rows = compare.compare([tmp_path / "a_0", tmp_path / "moved"])
+    assert len(group) == 2 and not rows
+    (tmp_path / "b/splits").mkdir(parents=True)  # empty: the lists are those of the user
+    (tmp_path / "b/config.yaml").write_text("splits_path: fold/splits\nseed: 0\n")
+    assert len(compare.compare([tmp_path / "a_0", tmp_path / "b"])[0]) == 2
 
 
 def test_resumed_training_and_workers_change_nothing(photos, weights_after_two_epochs, tmp_path):

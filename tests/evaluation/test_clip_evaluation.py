@@ -306,9 +306,9 @@ def test_nothing_is_mirrored_if_left_and_right_are_classes(pretrained, given, ex
 def test_the_examples_of_the_page(folder, tmp_path, monkeypatch):
     blocks = (Path(__file__).parents[2] / "docs" / "video.md").read_text().split("```python\n")[1:]
     code = "\n".join(block.split("```")[0] for block in blocks)
-    small = "transform_crop_size=32, global_batch_size=8, num_data_workers=0, K=16, evaluations=[], warmup_epochs=0"
+    small = "transform_crop_size=32, num_data_workers=0, K=16, evaluations=[], warmup_epochs=0"
     for wish, at_hand in (
-        ("transform_crop_size=64", small), ("max_epochs=50", "max_epochs=1"),
+        ("transform_crop_size=64", small), ("batch_size=64", "batch_size=8"), ("max_epochs=50", "max_epochs=1"),
         ('"data/kinetics/val"', repr(str(folder / "kinetics/val"))), ("pl.Trainer(", "pl.Trainer(logger=False, "),
     ):  # fmt: skip
         assert wish in code, wish

@@ -178,6 +178,8 @@ def test_protocols_that_train(checkpoint, name):
 def test_a_training_leaves_the_encoder_as_it_was(checkpoint):
     options = {"training": {"max_epochs": 1, "batch_size": 256}, "baselines": False}
     found = scores(evaluate_checkpoint(checkpoint, ["semi_10", "uniformity"], **options))
+    later = evaluate_checkpoint(checkpoint, ["uniformity"], training={"batch_size": 512}, baselines=False)
+    assert "semi_10" in later["summary"]["digits"]  # nothing was trained with other settings
     alone = scores(evaluate_checkpoint(checkpoint, ["uniformity"], fresh=True, baselines=False))
     assert found["uniformity", "trained", 0] == alone["uniformity", "trained", 0]
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.transforms import functional
 
 import ws_resnet
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import catalogue
-from self_supervised.networks import encoders
+from self_supervised.networks import encoders, pretrained
 from self_supervised.networks.pretrained import load_encoder
 
 
@@ -37,6 +38,25 @@ def test_every_torchvision_classifier_gives_n_by_e(name):
     frames = (16,) if name in catalogue.video_models() else ()
     assert encoder(torch.zeros(2, 3, *frames, size, size, device="meta")).shape == (2, width)
     assert not any(getattr(layer, "out_features", 0) in (1000, 400) for layer in encoder.modules())
+
+
+@pytest.mark.parametrize("name", HAS_AUXILIARY_CLASSIFIERS)
+def test_inception_networks_get_pixels_from_minus_1_to_1(name):
+    """torchvision's transform_input turns ImageNet's constants into these, but a checkpoint does not hold it."""
+    with torch.device("meta"):
+        assert not encoders.build(name, None, 299).transform_input
+    x = torch.rand(2, 3, 4, 4)
+    for dataset in ("imagenet", "cifar10"):
+        constants = (catalogue.DATASETS[dataset].mean, catalogue.DATASETS[dataset].std)
+        theirs = torchvision.models.GoogLeNet._transform_input(
+            SimpleNamespace(transform_input=True), functional.normalize(x, *constants)
+        )
+        ours = pretrained.without_transform_input({"dataset_name": dataset})
+        assert torch.allclose(functional.normalize(x, *ours.values()), theirs, atol=1e-5)
+        assert dataset != "imagenet" or ours["image_mean"] == pytest.approx([0.5] * 3)
+    assert pretrained.facts_of_weights(name, "DEFAULT")["image_std"] == [0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match=r"pixels from -1 to 1\. Set image_mean=\[0.5, 0.5, 0.5\]"):
+        build(name, 299, encoder_weights="DEFAULT")
 
 
 def test_embeddings_are_the_classifiers_input():

@@ -66,8 +66,8 @@ def test_a_missing_split_or_another_number_of_channels_is_refused_before_the_run
 
 def test_a_linear_stage_of_fewer_images_than_its_batch_is_one_batch(monkeypatch, tmp_path, small):
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
-    for split in ("train", "val"):
-        images(tmp_path / "imagenet" / split / "cat")
+    for folder in ("train/cat", "train/dog", "val/cat"):
+        images(tmp_path / "imagenet" / folder, 6)
     params = small("simclr", dataset_name="imagenet", batch_size=4, evaluations=[])
     check_run(RunOptions(linear_epochs=1), params)
 
@@ -110,6 +110,16 @@ def test_scores_of_unlabeled_images_are_no_metrics_that_need_labels(tmp_path, sm
     params = small("simclr", dataset_name="folder", data_path=tmp_path / "photos", labels_from=None)
     with pytest.raises(ValueError, match="save_best='valid_knn20_acc' is not logged: choose one of .*valid_rank_me"):
         check_run(RunOptions(save_best=["valid_knn20_acc"]), params)
+
+
+def test_probes_of_a_training_set_need_two_classes_there_alone(tmp_path, small):
+    for folder in ("train/cat", "train/dog", "val/cat"):
+        images(tmp_path / "photos" / folder, 8)
+    settings = {"dataset_name": "folder", "data_path": tmp_path / "photos", "online_classifier": True}
+    wanted = ["valid_knn20_acc_trainset", "valid_online_acc1"]
+    check_run(RunOptions(save_best=wanted), small("simclr", **settings, probe_on_training_set=True))
+    with pytest.raises(ValueError, match="save_best='valid_knn20_acc' is not logged"):
+        check_run(RunOptions(save_best=["valid_knn20_acc"]), small("simclr", **settings))
 
 
 def test_a_file_in_place_of_the_runs_folder_is_refused(monkeypatch):

@@ -14,6 +14,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 
 import train_blog
 from linear_classifier import LinearClassifierMethod
@@ -206,6 +207,13 @@ def test_train_goes_on_where_it_was_killed(tmp_path):
         found, expected = (json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "whole"))
         for name in ("random encoder", "trained encoder", "linear classifier"):
             assert found[name] == expected[name]
+
+
+def test_every_process_forgets_outdated_scores(monkeypatch, tmp_path):
+    """Else one would validate at the end, which the others do not join."""
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    train.delete_outdated(tmp_path, results := {"preset": "byol", "trained encoder": {}})
+    assert results == {"preset": "byol"} and not list(tmp_path.iterdir())
 
 
 # ---- alike in every program ----

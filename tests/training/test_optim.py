@@ -588,6 +588,11 @@ class Stream(torch.utils.data.IterableDataset):
         ({}, {"max_epochs": -1, "max_time": "00:01:00:00"}, "max_epochs"),
         ({"warmup_epochs": 2}, {"max_epochs": None, "max_steps": 4}, "warmup_epochs"),
         ({"lr_schedule": "steps", "lr_decay_steps": [1]}, {"max_epochs": None, "max_steps": 4}, "lr_decay_steps"),
+        (
+            {"loss_type": "sce", "sce_target_T_warmup_epochs": 5, "sce_target_T_warmup_start": 0.07},
+            {"max_epochs": None, "max_steps": 4},
+            "sce_target_T_warmup_epochs=5 counts epochs",
+        ),
     ],
 )
 def test_schedules_without_an_end_or_without_epochs_are_refused(fields, options, message, method, trainer):

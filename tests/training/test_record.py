@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from moco import SelfSupervisedMethod
 from self_supervised import train
 from self_supervised.report import compare, curves, figures, report, tables
-from self_supervised.safe_files import rows_of
+from self_supervised.safe_files import rows_of, to_json, without_nan
 from self_supervised.training import run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore:.*does not have many workers")
@@ -115,6 +115,15 @@ def test_resumed_run_continues_its_record_and_another_replaces_it(fit, tmp_path)
     again = run_folder.results_of(out)
     assert again["random encoder"] == before["random encoder"] and len(run_folder.starts_of(out)) == 1
     assert again["verdict"].startswith("valid_knn20_acc 12.5 (random encoder) -> ")
+    results = {**again, "trained encoder": {"valid_knn20_acc": float("nan")}}
+    (out / "results.json").write_text(to_json(without_nan(results)))
+    assert np.isnan(run_folder.results_of(out)["trained encoder"]["valid_knn20_acc"])
+
+
+def test_scores_of_an_earlier_training_are_forgotten(fit, trainer):
+    model, _ = fit(False)
+    trainer(logger=CSVLogger("logs", name="python", version=""), max_epochs=2, limit_val_batches=0).fit(model)
+    assert run_folder.results_of(Path("logs/python"))["trained encoder"] == {}
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "run.json", "results.json", "metrics.csv"])

@@ -57,6 +57,11 @@ def test_a_training_without_scores_says_why_it_has_no_verdict(small, trainer, ca
     assert f"verdict: none, because {reason}" in caplog.messages
 
 
+def test_a_score_that_is_not_finite_has_no_verdict():
+    scores = [{"valid_knn20_acc": value} for value in (float("nan"), 94.2)]
+    assert verdict("random encoder", *scores, ["knn"]) == "none, because valid_knn20_acc is not finite"
+
+
 def test_a_verdict_says_better_worse_or_neither():
     before = {"valid_rank_me": 3.0, "valid_class_acc": 80.0, "valid_knn20_acc": 94.2}
     knn = ["knn"]
