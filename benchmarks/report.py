@@ -77,14 +77,15 @@ def over_seeds(rows: list[Row]) -> list[Row]:
 
 
 def tries_of_presets(rows: list[Row]) -> list[Row]:
-    """Return one row for each preset: linear accuracies of its tries by learning rate, and which rate was the best."""
+    """Return one row for each preset and length of its tries: linear accuracies by learning rate, and the best rate."""
     found = []
-    for group in grouped(rows, "preset"):
+    for group in grouped(rows, "preset", "fraction"):
         group = sorted(group, key=lambda row: float(row["lr"]))
         best = max(group, key=lambda row: -1 if row["linear %"] == "nan" else float(row["linear %"]))
         tries = ", ".join(f"{row['lr']}: {float(row['linear %']):.1f}" for row in group)
-        facts = {"best lr": best["lr"], "its kNN-20 %": f"{float(best['kNN-20 %']):.1f}", "steps": best["steps"]}
-        found.append({"preset": group[0]["preset"], "lr: linear % of held-out images": tries, **facts})
+        facts = {"best lr": best["lr"], "its kNN-20 %": f"{float(best['kNN-20 %']):.1f}"}
+        about = {name: group[0][name] for name in ("preset", "fraction", "steps")}
+        found.append({**about, "lr: linear % of held-out images": tries, **facts})
     return found
 
 
