@@ -29,7 +29,7 @@ DIFFERENCES = {  # between the authors' training programs and the code that made
     "byol": "lightly's modules in a plain loop; the code of its authors, in JAX, was not run",
     "simclr": "the loss alone is theirs, with PyTorch's functions for TensorFlow's, in a plain loop; 6 recorded steps",
     "sce": "the loss alone is theirs, with in-batch keys and queue, in a plain loop",
-    "eqco": "the loss alone is theirs, with the factor alpha / negatives, a comment in their code, in force",
+    "eqco": "the loss alone is theirs, with the factor alpha / negatives enabled, which is commented out in their code",
 }
 
 
