@@ -270,8 +270,9 @@ class LinearClassifierMethod(BaseMethod):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            if self.params.held_out_fraction != 0.1 and self.params.validate_on != "held_out":
-                rank_zero_info("held_out_fraction: no effect without validate_on='held_out'")
+            p, default = self.params, attrs.fields(LinearClassifierMethodParams).held_out_fraction.default
+            if p.validate_on != "held_out" and p.held_out_fraction != default:
+                rank_zero_info(f"held_out_fraction={p.held_out_fraction}: no effect without validate_on='held_out'")
             refuse_callbacks(self.trainer.callbacks, {group["lr"] for group in self.parameter_groups()})
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:

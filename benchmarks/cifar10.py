@@ -160,25 +160,34 @@ def finish(run: Run, table: Table, curves: Table, first: bool) -> bool:
         return False
 
 
-def options(argv: list[str] | None) -> argparse.Namespace:
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of benchmarks that train presets with one kind of recipe."""
     kinds = ["cifar10_laptop", "cifar10_quick", "cifar10_gpu"]
-    parser = harness.arguments(__doc__, rounds=1)
+    parser = harness.arguments(description, rounds=1)
     parser.add_argument("kind", nargs="?", choices=kinds, default=kinds[0], help=f"kind of recipe ({kinds[0]})")
-    parser.add_argument(
-        "--presets",
-        nargs="+",
-        metavar="PRESET",
-        help="all with such a recipe but distill, which needs a teacher: --set teacher=RUN",
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
-    parser.add_argument("--at_once", type=int, default=1, help="number of runs at the same time (1)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of all runs")
-    parser.add_argument("--runs", type=as_path, help="directory in which the runs are kept (OUT/runs)")
-    args = parser.parse_args(argv)
+    help_of_presets = "all with such a recipe but distill, which needs a teacher"
+    parser.add_argument("--presets", nargs="+", metavar="PRESET", help=help_of_presets)
+    return parser
+
+
+def chosen_presets(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The presets of the command; an error if the kind has no recipe of one."""
     rows = recipes.KINDS[args.kind].rows
     if missing := [name for name in args.presets or () if name not in rows]:
         parser.error(f"{args.kind} has no {', '.join(missing)}: choose from {', '.join(rows)}")
-    args.presets = args.presets or [name for name in rows if name != "distill"]
+    return args.presets or [name for name in rows if name != "distill"]
+
+
+def options(argv: list[str] | None) -> argparse.Namespace:
+    parser = arguments(__doc__)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
+    parser.add_argument("--at_once", type=int, default=1, help="number of runs at the same time (1)")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="settings of all runs, such as teacher=RUN"
+    )
+    parser.add_argument("--runs", type=as_path, help="directory in which the runs are kept (OUT/runs)")
+    args = parser.parse_args(argv)
+    args.presets = chosen_presets(parser, args)
     if args.quick:
         args.presets, args.seeds, args.set = ["simclr"], [0], QUICK
     return args

@@ -19,7 +19,7 @@ import pytorch_lightning as pl
 from attrs import evolve
 
 from benchmarks import harness, race
-from benchmarks.cifar10 import accuracies_of
+from benchmarks.cifar10 import accuracies_of, arguments, chosen_presets
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import recipes
@@ -56,16 +56,13 @@ def tried(params: ModelParams, fraction: float, reading: dict[str, int]) -> harn
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = harness.arguments(__doc__, rounds=1)
-    kinds = ["cifar10_laptop", "cifar10_quick", "cifar10_gpu"]
-    parser.add_argument("kind", nargs="?", choices=kinds, default=kinds[0], help=f"kind of recipe ({kinds[0]})")
-    parser.add_argument("--presets", nargs="+", metavar="PRESET", help="all with such a recipe but distill")
+    parser = arguments(__doc__)
     parser.add_argument("--fraction", type=float, default=0.3, help="length of a try, relative to the recipe's (0.3)")
     args = parser.parse_args(argv)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|torch")
     kind, settings = recipes.KINDS[args.kind], {"seed": 0, "evaluations": [], "num_data_workers": 0}
-    presets = args.presets or [name for name in kind.rows if name != "distill"]
+    presets = chosen_presets(parser, args)
     if args.quick:
         presets, settings = ["simclr"], {**settings, **race.QUICK, "max_epochs": 1}
     name = "sweep_quick" if args.quick else f"sweep_{args.kind}"

@@ -163,10 +163,11 @@ def check_batches(params: EncoderAndDataParams, splits: tuple[str, ...], accumul
 def check_labels(params: EncoderAndDataParams) -> None:
     """Raise ValueError unless each image of the training and test sets has one label, of at least two classes."""
     require_labels(n_classes(params), params)
-    train, test = (params.dataset.train_splits, params.dataset.test_splits)
-    for splits in (train, test):
-        require_labels(1 + int(loading.get_dataset(params, splits).labels.min()), params)
-    if lacking([loading.get_dataset(params, train).labels]):
+    sets = (params.dataset.train_splits, params.dataset.test_splits)
+    train, test = (loading.get_dataset(params, splits).labels for splits in sets)
+    for labels in (train, test):
+        require_labels(1 + int(labels.min()), params)
+    if lacking([train]):
         raise ValueError(
             f"dataset_name={params.dataset_name!r}: its training images have a single class, and a classifier needs "
             "two. Choose linear_epochs=0, or images of more classes"
