@@ -7,8 +7,8 @@
 
 lightly's SimCLR, BYOL and VICReg train a ResNet-18 in the loop, and with the settings, of its own examples
 (examples/pytorch/*.py, batches of 256); ours train the same network with the recipe `cifar10_laptop`, or the network of
-another recipe, with as many steps as fit into the minutes. The speed is measured first, and its measurement is not
-counted. Every finished run is a row of race.csv and is not repeated. With --teacher, a run of this library, ours are
+another recipe, with as many steps as fit into the minutes. The speed is measured first, for a twentieth of the minutes,
+which are not counted. Every finished run is a row of race.csv and is not repeated. With --teacher, a run of this library, ours are
 joined by a student of it (race_teacher.csv); its minutes have the teacher's passes, but not the teacher's training.
 
 Accuracies are those of `self-supervised evaluate` (linear, kNN with k = 20): all training images, and the test images,
@@ -21,6 +21,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import pytorch_lightning as pl
 import torch
@@ -142,7 +143,7 @@ def endless(loader: DataLoader) -> Iterator[list[Tensor]]:
 
 def ours(params: ModelParams, _: str, minutes: float) -> tuple[nn.Module, int]:
     """Return the encoder after as many steps as fit into the minutes, and the images that it saw."""
-    steps = max(1, round(minutes * 60 * speed(params) / params.batch_size))
+    steps = max(1, round(minutes * 60 * speed(params, minutes / 20) / params.batch_size))
     images = len(loading.get_dataset(params, params.dataset.pretraining_splits))
     method = SelfSupervisedMethod(params, warmup_epochs=steps / 10 / (images // params.batch_size))
     trainer = pl.Trainer(max_epochs=-1, max_steps=steps, precision=best_precision(method), **TRAINER)
@@ -150,12 +151,13 @@ def ours(params: ModelParams, _: str, minutes: float) -> tuple[nn.Module, int]:
     return method.model, trainer.global_step * params.batch_size
 
 
-def speed(params: ModelParams, steps: int = 12) -> float:
-    """Return images per second of a training step after the first steps."""
+def speed(params: ModelParams, minutes: float, skipped: int = 4) -> float:
+    """Return images per second of some minutes of training, without the first steps."""
     method, marks = SelfSupervisedMethod(params), []
     clock = pl.callbacks.LambdaCallback(on_train_batch_end=lambda *_: marks.append(time.perf_counter()))
-    pl.Trainer(max_steps=steps, precision=best_precision(method), callbacks=[clock], **TRAINER).fit(method)
-    return (len(marks) - 1 - steps // 3) * params.batch_size / (marks[-1] - marks[steps // 3])
+    length = {"max_epochs": 1000, "min_steps": skipped + 8, "max_time": timedelta(minutes=minutes)}
+    pl.Trainer(**length, precision=best_precision(method), callbacks=[clock], **TRAINER).fit(method)
+    return (len(marks) - 1 - skipped) * params.batch_size / (marks[-1] - marks[skipped])
 
 
 # ---- the race ----
@@ -215,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         if not (harness.has(rows, known) or (name, method) == ("lightly", STUDENT)):
             taught = {"teacher": args.teacher} if method == STUDENT else {}
             row = finished_run(known, {**taught, **(QUICK if args.quick else {})})
-            others = ["lightly"] * any(one["who"] == "lightly" for one in [*rows, row])
+            others = harness.installed("lightly") if any(one["who"] == "lightly" for one in [*rows, row]) else []
             harness.report(table, [*rows, row], args.out, *others)
 
 
