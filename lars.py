@@ -43,6 +43,9 @@ class LARS(torch.optim.Optimizer):
         self.clip = clip  # not an option of groups, because loading a checkpoint replaces those
         super().__init__(params, defaults)
 
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "clip": self.clip}  # for copy and pickle
+
     @torch.no_grad()
     def step(self, closure=None):
         loss = None

@@ -22,7 +22,7 @@ from self_supervised.data.loading import Given, n_classes, require_labels, resol
 from self_supervised.evaluation import validation
 from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import plain
-from self_supervised.networks.encoders import check_small_views, embeddings_of, get_encoder, source_of_weights
+from self_supervised.networks import encoders
 from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, own_queue
 from self_supervised.networks.teacher import Teacher
@@ -72,8 +72,9 @@ class SelfSupervisedMethod(BaseMethod):
         p = self.params
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
-            self.model, width = get_encoder(p, encoder)
-            check_small_views(self.model, width, p)
+            self.model, width = encoders.get_encoder(p, encoder)
+            encoders.prepare_training(self.model)
+            encoders.check_small_views(self.model, width, p)
             self.teacher = (Teacher(p),) if p.teacher else ()  # a tuple: not a part of the state that is saved
             if self.teacher:
                 self.teacher_hash = encoder_hash(self.teacher[0].encoder)  # once: it is frozen
@@ -100,7 +101,7 @@ class SelfSupervisedMethod(BaseMethod):
         self.built = self.params
         self.custom_loss = None if loss is None else losses.custom_loss(loss)
         self.augment = augmentations.training_views(p)
-        self.started_from = source_of_weights(p)
+        self.started_from = encoders.source_of_weights(p)
         self.trains_on_own_data = False  # True: on `dataset_name`; False: on the user's loader
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
@@ -168,7 +169,7 @@ class SelfSupervisedMethod(BaseMethod):
         views, labels = batch
         if len(views) < p.n_views:
             raise ValueError(
-                f"the loader yields {len(views)} of the {p.n_views} float views needed of each image. Yield a list of "
+                f"the loader yields {len(views)} of the {p.n_views} views needed of each image. Yield a list of "
                 "views, a tensor N x V x C x H x W, or uint8 images, which are augmented here"
             )
         for prototypes in filter(None, (self.prototypes, self.lagging_prototypes)):
@@ -329,7 +330,7 @@ class SelfSupervisedMethod(BaseMethod):
         """Keep embeddings and labels of a batch for `scores_of_loaders`."""
         images, labels = batch
         with self.eagerly():
-            features = embeddings_of(self.model, images).float()
+            features = encoders.embeddings_of(self.model, images).float()
         self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
 
     def scores_of_loaders(self) -> list[Scores]:
@@ -349,7 +350,7 @@ class SelfSupervisedMethod(BaseMethod):
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
         """Return the embeddings [N, E] of a batch in at least float32, NaN for images that could not be read."""
         with self.eagerly():
-            return nan_where_unreadable(at_least_float32(embeddings_of(self.model, batch[0])), batch[1])
+            return nan_where_unreadable(at_least_float32(encoders.embeddings_of(self.model, batch[0])), batch[1])
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 

@@ -641,6 +641,9 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
          "use_negative_examples_from_same_view=True needs queries and keys of one network. Set "
          f"use_lagging_model=False (is {p.use_lagging_model}), teacher=None (is {p.teacher}) and "
          f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers})"),
+        (p.use_negative_examples_from_same_view and p.loss_type in ("sce", "seed"),
+         f"use_negative_examples_from_same_view=True: loss_type={p.loss_type!r} compares two distributions over keys. "
+         "Set it to False"),
         (p.loss_type == "supcon" and p.use_negative_examples_from_queue,
          "loss_type='supcon' knows no labels of the keys in a queue. Set use_negative_examples_from_queue=False"),
         (p.loss_type in OF_PROTOTYPES and not p.use_unit_sphere_projection,
@@ -702,7 +705,7 @@ def contradictions_of_numbers(params: ModelParams) -> list[tuple[bool, str]]:
     batch_alone = p.use_negative_examples_from_batch and not p.use_negative_examples_from_queue
     layers = normalized_layers(p)
     ungrouped = [f"{field}={width}" for kind, width, field in layers if kind == "gn" and width % GROUPS]
-    of_batch = any(kind == "bn" or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)
+    of_batch = any(kind in ("bn", "br") or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)
     # fmt: off
     return [
         (p.keeps_keys and p.K == 0,

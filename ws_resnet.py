@@ -19,7 +19,8 @@ def standardized_weight(weight: Tensor) -> Tensor:
 
     The standard deviation is the unbiased one, plus 1e-5.
     """
-    flat = weight.float().flatten(1)
+    # without a helper of ours: exports/conversions.py writes this source into files
+    flat = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(1)
     correction = min(1, flat.shape[1] - 1)  # with one input, the unbiased standard deviation would be 0 / 0
     flat = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True, correction=correction) + 1e-5)
     return flat.view_as(weight).to(weight.dtype)

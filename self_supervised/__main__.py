@@ -40,8 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         remedy = f"Did you mean {near[0]}?" if near else f"Choose from {', '.join(COMMANDS)}."
         print(f"error: command={name}: unknown command. {remedy}", file=sys.stderr)
         raise SystemExit(2)
-    refuse_hidden_rooms()
-    importlib.import_module(COMMANDS[name][0]).main(rest)
+    from self_supervised.program import one_line_errors  # takes a second; --help does not need it
+
+    with one_line_errors():  # `main` has its own
+        refuse_hidden_rooms()
+        program = importlib.import_module(COMMANDS[name][0])
+    program.main(rest)
 
 
 if __name__ == "__main__":

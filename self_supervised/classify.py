@@ -32,7 +32,7 @@ from self_supervised.embeddings.sources import (
 )
 from self_supervised.evaluation.classifier import Fit, ImageClassifier, classifier_of, fit_few
 from self_supervised.fields import as_path
-from self_supervised.networks.pretrained import Encoder, load_encoder
+from self_supervised.networks.pretrained import Encoder, encoder_of
 from self_supervised.numerics import finite
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, parser_of
@@ -72,7 +72,11 @@ def classify(
     saved = Path(classifier).expanduser() if classifier else out.with_name(f"{out.stem}.classifier.pt")
     check_file("out", out)
     check_file("classifier", saved)
-    encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
+    if classifier and labeled is None:
+        raise ValueError(
+            f"classifier={str(classifier)!r} is written only if a classifier is trained. Pass labeled, too."
+        )
+    encoder = encoder_of(checkpoint, overrides)
     source = open_source(apply, kind_of(encoder.params))
     paths = source.paths()
     read_all = partial(read, encoder, batch_size=batch_size, num_workers=num_workers)
@@ -118,7 +122,13 @@ def labeled_source(labeled: str | Path, encoder: Encoder) -> ImageSource:
     the one in a list (docs/own_data.md)."""
     kind = kind_of(encoder.params)
     is_folder = kind == "image" and Path(labeled).expanduser().is_dir()
-    return Stored(str(labeled)) if is_folder else open_source(labeled, kind)
+    source = Stored(str(labeled)) if is_folder else open_source(labeled, kind)
+    if is_folder and source.outside_splits:
+        raise ValueError(
+            f"labeled={str(labeled)!r} has splits, and images outside them, such as {source.outside_splits[0][0]}. "
+            "Move them into a split. If a class has the name of a split, put all class folders into a directory train."
+        )
+    return source
 
 
 def learned(encoder: Encoder, source: ImageSource, read_all: Callable) -> ImageClassifier:

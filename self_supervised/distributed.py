@@ -252,6 +252,8 @@ def ask_all(flag: bool, device: torch.device | str = "cpu") -> Callable[[], bool
     """Return a function that returns the answer of `any_process`. Called later, it does not wait for the device."""
     if not is_distributed():
         return lambda: flag
+    if dist.get_backend() == "nccl":  # which takes no tensor of the CPU
+        device = torch.device("cuda", torch.cuda.current_device())
     answers = to_host(gather(torch.full((1,), flag, device=device)))
     return lambda: bool(answers().any())
 

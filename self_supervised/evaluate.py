@@ -30,7 +30,7 @@ from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_
 from self_supervised.evaluation.results import OF_ENCODER, Results, folder_of
 from self_supervised.fields import as_path
 from self_supervised.networks.layouts import checkpoint_of
-from self_supervised.networks.pretrained import compared, is_name, load_encoder
+from self_supervised.networks.pretrained import Encoder, compared, is_name, load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.report import evaluations
 from self_supervised.runs.command_line import CHECKPOINT, DEVICE, add_fields, parser_of
@@ -43,6 +43,7 @@ READING_OPTIONS = (
     "data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
     "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns", "exclude_patterns",
     "labels_from", "class_to_idx", "image_key", "label_key", "val_size", "test_size", "exif_orientation",
+    "pixel_range", "unreadable_images",
 )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def evaluate_checkpoint(
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
     print_labels(params)
-    encoders = {**(compared(trained, starting_weights) if baselines else {}), "trained": trained}
+    encoders = {**baselines_of(trained, starting_weights, baselines), "trained": trained}
     results = Results(folder, fresh)
     about = {
         "checkpoint": str(checkpoint),
@@ -120,6 +121,18 @@ def evaluate_checkpoint(
             linear_settings_of(subjects["trained"], seed, preset)
     run_protocols(results, subjects, protocols, seeds, about["seen"])
     return results.content()
+
+
+def baselines_of(trained: Encoder, starting_weights: str | Path | None, wanted: bool) -> dict[str, Encoder]:
+    """Return the encoders with which the trained one is compared, by name; none if they are not `wanted`."""
+    if wanted:
+        return compared(trained, starting_weights)
+    if starting_weights:
+        raise ValueError(
+            f"starting_weights={str(starting_weights)!r}: a baseline, and baselines=False (--no_baselines) leaves them "
+            "out. Pass one of them"
+        )
+    return {}
 
 
 def seen(params: EncoderAndDataParams) -> dict[str, Any]:

@@ -3,6 +3,7 @@ this library, and nothing that is not about the run."""
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -128,5 +129,8 @@ def message_of(error: Exception) -> str:
     elif lost_a_process(error):
         lines = [f"another process of this training has ended, see its own output ({str(error).split('. ')[0]})"]
     else:
-        lines = [str(error) or type(error).__name__]
+        text = str(error)
+        if text.startswith("Caught ") and LOST_WORKER in text:  # PyTorch adds the traceback of the worker
+            text = re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", text, flags=re.MULTILINE)[-1]
+        lines = [text or type(error).__name__]
     return " ".join("; ".join([*lines, *getattr(error, "__notes__", [])]).split())

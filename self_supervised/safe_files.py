@@ -125,7 +125,7 @@ def temporary_path(path: Path) -> Iterator[Path]:
 
 
 def start_of(path: Path) -> str:
-    return f".{path.name[:80]}."  # a file name has at most 255 bytes
+    return f".{os.fsencode(path.name)[:80].decode(errors='ignore')}."  # a file name has at most 255 bytes
 
 
 def remove_leftovers(path: Path) -> None:

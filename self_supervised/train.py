@@ -132,6 +132,7 @@ def resume_point(
     method.on_load_checkpoint(content)  # translates earlier names, as Lightning does before it loads
     hyperparameters.keep_earlier_ways(method, content)
     try:
+        checkpoints.refuse_going_back(out / name / "checkpoints", content["global_step"])
         checkpoints.refuse_another_model(content, method, fit)
         steps, images = content.get("steps"), checkpoints.images_of_a_step(method.params, fit)
         other_steps = steps is not None and steps["images"] != images  # such as on another number of processes
@@ -192,7 +193,8 @@ def delete_outdated(out: Path, results: dict[str, Any]) -> None:
     if outdated := [name for name in ENCODER_RESULTS if name in results]:
         for name in outdated:
             del results[name]
-        rank_zero_only(shutil.rmtree)(out / "linear", ignore_errors=True)
+        for path in (out / "linear", out / "linear.ckpt", out / "pretrained.evaluation"):
+            rank_zero_only(remove)(path)
         write_on_rank_zero(out / "results.json", results)
 
 
@@ -314,14 +316,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     preset, options, params = command_line.parse(sys.argv[1:] if arguments is None else arguments)
     if options.print_config:
         print(effective.config_text(preset, options, params), end="")
-    elif options.preview:
-        print(preview.write_preview(params, options.preview))
-    elif options.fit_memory:
-        preflight.check_run(options, params)
-        memory_plan.print_memory_plan(params, options, trainer_of_dry_run)
-    elif options.dry_run:
-        preflight.check_run(options, params, decode=True)
-        dry_run.run_two_steps(params, lambda model, callbacks: trainer_of_dry_run(model, options, callbacks))
+    elif options.preview or options.dry_run:
+        with preflight.temporary_lists(params) as params:
+            without_run(options, params)
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
         check_folder("out", out)
@@ -329,6 +326,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return start(out, preset, options, params)
         with locked(out), nothing_left_if_refused(out):
             start(out, preset, options, params)
+
+
+def without_run(options: RunOptions, params: ModelParams) -> None:
+    """Carry out what --preview, --fit_memory or --dry_run asks for instead of a run. No lists and no packs are kept."""
+    if options.preview:
+        print(preview.write_preview(params, options.preview))
+    elif options.fit_memory:
+        preflight.check_run(options, params)
+        memory_plan.print_memory_plan(params, options, trainer_of_dry_run)
+    else:
+        preflight.check_run(options, params, decode=True)
+        dry_run.run_two_steps(params, lambda model, callbacks: trainer_of_dry_run(model, options, callbacks))
 
 
 @contextmanager
@@ -349,7 +358,9 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
     Raises:
         ValueError: `out` has an earlier run that is not resumed, or the run cannot work.
     """
-    if not options.resume and any(file for pattern in NEVER_OVERWRITTEN for file in out.glob(pattern)):
+    resumed = None if options.resume in (None, "auto") else Path(options.resume).absolute()
+    resumes_itself = options.resume == "auto" or (resumed and out.absolute() in (resumed, *resumed.parents))
+    if not resumes_itself and any(file for pattern in NEVER_OVERWRITTEN for file in out.glob(pattern)):
         raise ValueError(f"out={out}: holds an earlier run. Pass --resume auto to resume it, or another --out.")
     if options.resume:
         before = run_folder.settings_of_run(out)

@@ -251,6 +251,10 @@ def figures(monkeypatch) -> list:
 
 def test_curves_are_those_of_the_runs(runs, figures):
     read = curves.labeled_curves([str(runs / "a"), f"other={runs / 'b'}"])
+    shutil.copytree(runs / "b", runs / "lr=0.1")
+    assert set(curves.labeled_curves([f"low={runs / 'lr=0.1'}", str(runs / "lr=0.1")])) == {"low", "lr=0.1"}
+    with pytest.raises(ValueError, match="9 runs: 8 colors"):
+        curves.draw_curves({str(i): read["a"] for i in range(9)}, runs / "curves.png")
     as_lists = {
         run: {name: tuple(points.tolist() for points in curve) for name, curve in of.items()}
         for run, of in read.items()

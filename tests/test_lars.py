@@ -1,5 +1,8 @@
 """LARS against its formula, and the split of parameters."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torchvision
@@ -92,10 +95,13 @@ def test_closure_and_state_survive():
         return loss
 
     assert optimizer.step(closure).item() == 2
-    copy = LARS([p], lr=0.3)
-    copy.load_state_dict(optimizer.state_dict())
-    assert torch.equal(copy.state[p]["momentum_buffer"], optimizer.state[p]["momentum_buffer"])
-    assert copy.param_groups[0]["lr"] == 0.1
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        again.param_groups[0]["params"][0].grad = torch.ones(2)
+        again.step()
+    loaded = LARS([p], lr=0.3)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert torch.equal(loaded.state[p]["momentum_buffer"], optimizer.state[p]["momentum_buffer"])
+    assert loaded.param_groups[0]["lr"] == 0.1
 
 
 def test_patterns_find_every_norm_and_bias():

@@ -9,6 +9,7 @@ from conftest import SMALL
 from pytorch_lightning.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
@@ -136,7 +137,15 @@ def test_lr_find_is_refused_if_groups_have_their_own_learning_rates(small, train
             Tuner(trainer()).lr_find(model)
 
 
-@pytest.mark.parametrize("kind", [LearningRateFinder, BatchSizeFinder, lambda: StochasticWeightAveraging(0.1)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        LearningRateFinder,
+        BatchSizeFinder,
+        lambda: StochasticWeightAveraging(0.1),
+        lambda: GradientAccumulationScheduler({0: 4}),
+    ],
+)
 def test_callbacks_that_override_the_settings_are_refused(kind, method, trainer):
     callback = kind()
     with pytest.raises(ValueError, match=type(callback).__name__):

@@ -19,6 +19,7 @@ from model_params import ModelParams
 from self_supervised import distributed, losses
 from self_supervised.data import loading
 from self_supervised.data.loader import images_and_labels
+from self_supervised.networks import pretrained
 from self_supervised.networks.keys import ema_update
 from self_supervised.training import optimizers
 
@@ -293,6 +294,36 @@ def test_a_loader_of_the_users_own_always_works(kind, small, trainer, monkeypatc
     assert fit.global_step == 2
 
 
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(8, 8)] * 2, "yields 2 of the 3 views needed of each image"),
+        ([(8, 9)] * 3, "must be square, not 8 x 9 pixels"),
+    ],
+)
+def test_lists_of_uint8_views_that_do_not_fit_are_refused(shapes, message, small, trainer):
+    images = [[torch.zeros(1, *shape, dtype=torch.uint8) for shape in shapes] for _ in range(8)]
+    with pytest.raises(ValueError, match=message):
+        model = SelfSupervisedMethod(small("simclr", n_large_views=3), encoder=TinyEncoder())
+        trainer().fit(model, DataLoader(images, batch_size=8))
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # from Lightning
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_frozen_encoder_is_named_and_one_in_eval_mode_is_trained(trains, small, trainer, caplog):
+    own = pretrained.Encoder(nn.Sequential(TinyEncoder(), nn.BatchNorm1d(6)), small("byol"), None)
+    own.requires_grad_(trains)
+    before = copy.deepcopy(own.state_dict())
+    with caplog.at_level("INFO"):
+        model = SelfSupervisedMethod(small("byol"), encoder=own)
+    assert ("no weight of the encoder requires a gradient" in caplog.text) is not trains
+    trainer().fit(model)
+    changed = [name for name, value in own.state_dict().items() if not torch.equal(value, before[name])]
+    assert bool(changed) is trains
+    modes = {part.training for network in (model.model, model.lagging_model) for part in network.modules()}
+    assert modes == {trains}  # of the lagging model, too
+
+
 class Endless(torch.utils.data.IterableDataset):
     def __iter__(self):
         while True:
@@ -365,7 +396,7 @@ def test_own_training_and_validation_loaders_and_a_data_module(small, trainer, m
 
 
 def test_one_float_view_is_refused_in_words(small, trainer):
-    with pytest.raises(ValueError, match="yields 1 of the 2 float views needed of each image"):
+    with pytest.raises(ValueError, match="yields 1 of the 2 views needed of each image"):
         trainer().fit(
             SelfSupervisedMethod(small(), encoder=TinyEncoder()), loader(torch.randn(16, 1, 8, 8), torch.arange(16))
         )
@@ -461,7 +492,7 @@ def test_one_image_without_batch_statistics_is_refused_in_words(small, trainer):
     with pytest.raises(ValueError, match="a batch of 1 image has no batch statistics: choose a larger batch_size"):
         SelfSupervisedMethod(small(batch_size=1))
     SelfSupervisedMethod(small(batch_size=1), encoder=TinyEncoder())
-    with pytest.raises(ValueError, match="or drop_last_batch=None if it is the last one"):
+    with pytest.raises(ValueError, match="if it is the last one, drop_last_batch=None"):
         model = SelfSupervisedMethod(small("byol", drop_last_batch=False, evaluations=[]), encoder=TinyEncoder())
         trainer(limit_train_batches=None, limit_val_batches=0).fit(model)
 

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from torch.utils.data import DataLoader
 
 import train_blog
 from benchmarks import moving_photographs
 from self_supervised import evaluate, program, train
 from self_supervised.__main__ import COMMANDS
+from self_supervised.__main__ import main as entry
 from self_supervised.embeddings import embed, nearest
 from self_supervised.embeddings import projection as embedding_map
 from self_supervised.exports import export
@@ -83,6 +85,17 @@ def test_notes_are_a_part_of_the_line():
     assert "a.jpg" in str(ended(error))
 
 
+def test_the_traceback_of_a_worker_is_left_out():
+    found = DataLoader([0], num_workers=1, collate_fn=refuse)
+    with pytest.raises(ValueError, match="Traceback") as raised:
+        next(iter(found))
+    assert str(ended(raised.value)) == "error: photos/1.png: no label (ValueError: 7)"
+
+
+def refuse(_) -> None:
+    raise ValueError("photos/1.png: no label (ValueError: 7)")
+
+
 @pytest.mark.parametrize("error", [AssertionError("ours"), KeyError("ours"), TypeError("ours"), RuntimeError("ours")])
 def test_fault_of_the_library_keeps_its_stack(error):
     with pytest.raises(type(error)), program.one_line_errors():
@@ -105,6 +118,16 @@ def test_interrupt_is_130_also_within_lightning(capsys):
             sys.exit(1)  # as pl.Trainer does
     assert end.value.code == 130
     assert capsys.readouterr().err.count("Ctrl-C") == 2
+
+
+def test_an_interrupt_of_a_command_is_one_line(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate_checkpoint", interrupted)
+    with pytest.raises(SystemExit):
+        entry(["evaluate", "a.ckpt"])
+    assert capsys.readouterr().err.count("Ctrl-C") == 1
 
 
 def test_one_of_several_processes_prints_the_line(monkeypatch):

@@ -21,6 +21,11 @@ def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "earlier"
 
 
+def test_a_name_of_many_bytes(tmp_path):
+    atomic_write(tmp_path / f"{chr(0x5716) * 80}.txt", "x")  # 244 bytes
+    assert len(os.listdir(tmp_path)) == 1
+
+
 def test_other_errors_are_not_called_a_full_disk(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a.txt"):
         (tmp_path / "no such file").read_text()

@@ -263,6 +263,11 @@ def test_the_loss_gets_what_is_logged_and_a_resumed_run_goes_on_with_it(trainer,
         ({"mlp_normalization": "gn", "projection_mlp_hidden_dims": [40]}, "projection_mlp_hidden_dims=40 .*group norm"),
         ({"projection_mlp_last_normalization": "gn", "dim": 33}, "dim=33 does not fit group norm"),
         ({"projection_mlp_last_normalization": "bn", "mlp_normalization": None, "batch_size": 1}, "batch_size=1"),
+        (
+            {"use_lagging_model": False, "use_negative_examples_from_same_view": True},
+            "from_same_view=True: loss_type='sce'",
+        ),
+        ({"mlp_normalization": "br", "batch_size": 1}, "batch_size=1 is too small for mlp_normalization='br'"),
     ],
 )
 def test_refused_at_construction(fields, message):

@@ -167,7 +167,7 @@ def in_8_bits(pixels: np.ndarray, pixel_range: list[float] | None) -> np.ndarray
     """Return pixels scaled to uint8; see `read_array`."""
     if pixel_range is None and pixels.dtype == np.uint8:
         return pixels
-    if pixel_range is None and pixels.dtype == np.uint16:
+    if pixel_range is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:  # of either byte order
         return (pixels // 257).astype(np.uint8)
     if pixels.dtype.kind not in "uif":
         raise ValueError(f"values of type {pixels.dtype} are not pixels")

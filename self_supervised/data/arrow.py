@@ -50,7 +50,7 @@ class ArrowImages(OnDisk):
     """
 
     def __init__(self, root: Path, image_key: str | None, label_key: str | None, labeled: bool, names: bool):
-        self.root = root
+        self.root = root = root.absolute() if root == Path() else root  # Path('.') / '0' lacks the root
         self.names = names
         self.passed_over = PassedOver()
         self.sets = load_splits(root)
@@ -134,7 +134,12 @@ def load_splits(root: Path) -> dict[str, Any]:
             f"data_path={str(root)!r}: a Hugging Face data set is read by `datasets`. Run pip install datasets."
         ) from error
     if is_parquet(root):
-        return {str(root / split): part.with_format("arrow") for split, part in load_dataset(str(root)).items()}
+        try:
+            found = load_dataset(str(root))
+        except Exception as error:  # `datasets` raises its own types, with the cause below them
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"data_path={str(root)!r}: its Parquet files could not be read ({reason})") from error
+        return {str(root / split): part.with_format("arrow") for split, part in found.items()}
     folders = [root] if is_single(root) else filter(is_single, folders_in(root))
     return {str(folder): load_from_disk(folder, keep_in_memory=False).with_format("arrow") for folder in folders}
 

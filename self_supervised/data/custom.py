@@ -26,7 +26,7 @@ from self_supervised.data.class_labels import (
     labels_line,
     numbers_of,
 )
-from self_supervised.data.file_search import PassedOver, tell
+from self_supervised.data.file_search import PassedOver, tell, tell_once
 from self_supervised.data.files import Sample
 from self_supervised.data.folders import (
     ImageFolder,
@@ -115,9 +115,10 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
         found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)
     if kept and not by_hand and distributed.rank() == 0:
         with locked(kept, wait=WAIT_FOR_LISTS):  # another process may draw splits, too, perhaps with other settings
-            if has_written(params):
-                return as_written(read_lists(kept, source), kept)
-            write_lists(kept, found, {**list_settings(params), CLASS_NAMES_KEY: names})
+            if not (written := has_written(params)):
+                write_lists(kept, found, {**list_settings(params), CLASS_NAMES_KEY: names})
+        if written:  # reading needs no lock, and may take long
+            return as_written(read_lists(kept, source), kept)
     report_lists(source, found, f", by the lists in {kept}" if by_hand else "")
     return found, names
 
@@ -142,8 +143,12 @@ def as_written(found: ImageList, folder: Path) -> tuple[Numbered, list[str]]:
 
 
 def report_lists(source: CustomSource, found: Numbered, how: str) -> None:
-    """Log how many images there are, and what was passed over in the search for them."""
+    """Log how many images there are, what was passed over in the search for them, and which split stands for one that
+    is missing."""
     tell(source.root, sum(map(len, found.values())), f"images{how}", source.passed_over)
+    for split, other in INSTEAD.items():
+        if found.get(other) and not found.get(split):
+            tell_once(f"{source.root}: no images for {split}; those for {other} are used instead")
 
 
 # ---- lists in splits_path ----

@@ -55,7 +55,10 @@ class PassedOver(dict[str, list]):
 
 def tell(where: str | Path, n: int, kind: str, passed_over: PassedOver) -> None:
     """Log how many images or videos a source has, and what was passed over; each line once per process."""
-    line = f"{where}: {n:,} {kind}{passed_over}"
+    tell_once(f"{where}: {n:,} {kind}{passed_over}")
+
+
+def tell_once(line: str) -> None:
     if line not in logged_lines:
         logged_lines.add(line)
         rank_zero_info(line)

@@ -323,14 +323,14 @@ def with_statistics(params: Params) -> Params:
     if params.image_mean is not None and params.image_std is not None:
         return params
     dataset = get_dataset(params, params.dataset.pretraining_splits)
-    found = channel_statistics(dataset, params.data_seed)
+    found = channel_statistics(dataset, params.data_seed, -4 if params.dataset.of_videos else -3)
     mean, std = (list(params.of_each_channel(values)) for values in found)
     params = attrs.evolve(params, image_mean=params.image_mean or mean, image_std=params.image_std or std)
     rank_zero_info(f"{params.dataset_name}: image_mean={params.image_mean}, image_std={params.image_std}")
     return params
 
 
-def channel_statistics(dataset: Dataset, seed: int) -> tuple[list[float], list[float]]:
+def channel_statistics(dataset: Dataset, seed: int, channel_axis: int = -3) -> tuple[list[float], list[float]]:
     """Return the mean and standard deviation of each channel, of values from 0 to 1.
 
     They are computed from at most IMAGES_FOR_STATISTICS readable images, drawn with `seed`, as an evaluation sees them:
@@ -344,10 +344,11 @@ def channel_statistics(dataset: Dataset, seed: int) -> tuple[list[float], list[f
         image, label = dataset[index]
         if np.any(np.asarray(label) == UNREADABLE):
             continue
-        pixels = image.numpy().astype(np.float64) / 255  # [C, H, W]
-        n += pixels[0].size
-        total = total + pixels.sum((1, 2))
-        squares = squares + (pixels**2).sum((1, 2))
+        pixels = np.moveaxis(image.numpy(), channel_axis, 0).astype(np.float64) / 255
+        pixels = pixels.reshape(len(pixels), -1)
+        n += pixels.shape[1]
+        total = total + pixels.sum(1)
+        squares = squares + (pixels**2).sum(1)
     mean = total / n
     std = np.sqrt(np.maximum(squares / n - mean**2, 0))
     return mean.tolist(), np.maximum(std, SMALLEST_STD).tolist()

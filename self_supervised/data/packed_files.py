@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from self_supervised.data.image_files import CENTRAL, ImageFiles, central_square, read_any, resized
 from self_supervised.data.packed import data_path
+from self_supervised.data.remote_shards import UnreachableShard
 from self_supervised.folder_lock import LOCK_FILE, in_use_message, locked, owner_of
 from self_supervised.safe_files import UNFINISHED, atomic_folder, check_folder, remove
 
@@ -109,7 +110,9 @@ def cache_folder(images: ImageFiles) -> Path:
     side = packed_side(images)
     root = images.root.absolute()
     kind = "crops" if images.views else "squares"
-    settings = (str(root), kind, side, images.channels, images.pixel_range, images.exif_orientation)
+    settings: tuple = (str(root), kind, side, images.channels, images.pixel_range, images.exif_orientation)
+    if column := getattr(images.source, "image_key", None):
+        settings += (column,)
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
     return data_path().absolute() / "packed" / f"{root.name[:80]}-{side}-{kind}-{digest}"
 
@@ -212,6 +215,8 @@ class ReducedImages(Dataset):
         index = self.indices[place]
         try:
             return reduced_pixels(self.images, self.images.files[index][0])
+        except UnreachableShard:  # as in LabeledFiles
+            raise
         except Exception as error:  # on corrupt files, readers raise exceptions of many types
             self.images.refuse(index, error)
             return np.empty((0, 0, 0), np.uint8)

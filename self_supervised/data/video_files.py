@@ -222,8 +222,10 @@ def get_videos(params: EncoderAndDataParams, folder: Path, views: list[ViewSetti
         names: dict[int, str] = {}
     else:
         videos = videos_in_class_folders(folder, of_frames)
-        names = {number: name for name, number in class_numbers_of_split(folder).items()}
+        numbers = class_numbers_of_split(train if train.is_dir() else folder)
+        names = {number: name for name, number in numbers.items()}
     dataset = dataset_of_videos(params, videos, views)
+    dataset.class_names = [names[number] for number in sorted(names)]
     if folder == train:
         dataset.about_labels = labels_line(
             {folder.name: videos}, names, "class folders", f"the list {path.name}", "video"

@@ -30,7 +30,7 @@ from self_supervised.embeddings.sources import (
 )
 from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import as_path
-from self_supervised.networks.pretrained import Encoder, load_encoder
+from self_supervised.networks.pretrained import Encoder, encoder_of
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, parser_of
 from self_supervised.safe_files import check_file
@@ -68,7 +68,7 @@ def embed(
     out = Path(out).expanduser()
     check_file("out", out)
     device = usable(device)
-    encoder = checkpoint if isinstance(checkpoint, Encoder) else load_encoder(checkpoint, **overrides)
+    encoder = encoder_of(checkpoint, overrides)
     source = open_source(folder, kind_of(encoder.params))
     with EmbeddingJob(out, description(encoder, source, overrides), overwrite) as work:
         paths = source.paths()

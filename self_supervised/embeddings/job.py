@@ -46,6 +46,7 @@ class EmbeddingJob:
         self.pending: list[tuple[list[str], np.ndarray]] = []  # paths and embeddings of batches not written yet
         self.written = time.monotonic()
         self.lock = ExitStack()
+        parquet.schema(1, about)  # raises now, instead of after the first part, if pyarrow is missing
 
     def __enter__(self) -> "EmbeddingJob":
         self.lock.enter_context(locked(self.folder))

@@ -6,7 +6,8 @@ An IMAGE that has a row in the features, by its path in the file or on disk, is 
 embedded by the checkpoint of the features.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -105,9 +106,11 @@ def find_queries(features: str | Path, images: list[str], source: ImageSource, c
             raise ValueError(f"{image} is neither a file nor the path of a row of {features}")
     embedded = embed_files(features, others, checkpoint) if others else {}
     return [
-        Query(own[image], rows[own[image]][0], source.picture(own[image]), own[image], rows[own[image]][1])
+        Query(
+            own[image], rows[own[image]][0], shown(partial(source.picture, own[image])), own[image], rows[own[image]][1]
+        )
         if own[image]
-        else Query(image, embedded[image], picture_of(str(Path(image).expanduser())))
+        else Query(image, embedded[image], shown(partial(picture_of, str(Path(image).expanduser()))))
         for image in images
     ]
 
@@ -145,6 +148,14 @@ class Tile:
     color: str | None = None  # of the frame and of the first line
 
 
+def shown(read: Callable[[], Image.Image]) -> Image.Image:
+    """Return the picture, or an empty one if it cannot be shown."""
+    try:
+        return read()
+    except (OSError, ValueError):
+        return Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), BOX)
+
+
 def tiles(query: Query, neighbors: list[Neighbor], source: ImageSource) -> tuple[Tile, list[Tile]]:
     """Return the tile of the query and those of its neighbors. If both have a label, the color of a neighbor's frame
     shows whether they are the same."""
@@ -153,7 +164,8 @@ def tiles(query: Query, neighbors: list[Neighbor], source: ImageSource) -> tuple
     for i, n in enumerate(neighbors, start=1):
         color = (SAME_COLOR if n.label == query.label else OTHER_COLOR) if n.label and query.label else None
         lines = (n.label, n.path) if n.label else (n.path,)
-        row.append(Tile(source.picture(n.path, side=PICTURE_SIDE), str(i), f"{n.cosine:.3f}", lines, color))
+        picture = shown(partial(source.picture, n.path, side=PICTURE_SIDE))
+        row.append(Tile(picture, str(i), f"{n.cosine:.3f}", lines, color))
     return lead, row
 
 

@@ -1,6 +1,8 @@
 """Features in Parquet files: path, embedding and label of each image, sorted by path. Files are written atomically and
 can be read in pieces."""
 
+from __future__ import annotations  # the annotations name pyarrow, which may be missing
+
 import json
 from collections.abc import Callable, Iterator
 from functools import reduce
@@ -18,8 +20,13 @@ try:
     import pyarrow.compute as pc
     import pyarrow.dataset as ds
     import pyarrow.parquet as pq
-except ImportError as error:
-    raise ImportError("Parquet files need the package pyarrow, which is not installed: pip install pyarrow") from error
+except ImportError:  # reports and the demo find neighbors without files
+
+    class Missing:
+        def __getattr__(self, _: str) -> Any:
+            raise ImportError("Parquet files need the package pyarrow, which is not installed: pip install pyarrow")
+
+    pa = pc = ds = pq = Missing()
 
 ROWS = 4096  # rows per row group: the rows that are in memory at a time
 ABOUT = b"self_supervised"  # key of the file's metadata, a JSON object

@@ -36,7 +36,7 @@ MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
 OVERRIDES = (
     "encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "pooling_size",
-    "image_mean", "image_std", "exif_orientation", *CLIPS,
+    "image_mean", "image_std", "exif_orientation", "pixel_range", *CLIPS,
 )  # fmt: skip
 
 
@@ -95,9 +95,9 @@ class Folder:
 
     def path_of(self, file: Path) -> str | None:
         """Return the path of a file in this directory; None for other files."""
-        root = self.root.resolve()
-        file = file.resolve()
-        return file.relative_to(root).as_posix() if file.is_relative_to(root) else None
+        file = Path(os.path.abspath(file))  # links below the directory keep their names, as in paths()
+        root = next((folder for folder in file.parents if folder.exists() and folder.samefile(self.root)), None)
+        return file.relative_to(root).as_posix() if root else None
 
 
 class Packed:
@@ -142,7 +142,9 @@ class Stored:
 
     def __init__(self, name: str):
         self.source = get_source(EncoderAndDataParams(dataset_name="folder"), name, names=True)
-        self.label_of = {path: label for images in self.source.find().values() for path, label in images}
+        found = self.source.find()
+        self.label_of = {path: label for images in found.values() for path, label in images}
+        self.outside_splits = found.get("", [])  # empty if there are no splits
         self.name = name
         self.passed_over = self.source.passed_over
 

@@ -48,6 +48,8 @@ def uniformity(x: Tensor, t: float = 2.0) -> Scores:
     lower for more evenly spread features (https://arxiv.org/abs/2005.10242, section 4.1)."""
     z = unit(finite(x))
     n = len(x)
+    if n < 2:
+        return {"uniformity": math.nan}
     total = 0.0
     for rows in z.split(1000):  # 1000 x N distances fit into memory
         total += float(in_float64((2 * t * (rows @ z.T - 1)).exp().sum(1)).sum())

@@ -59,7 +59,7 @@ def train_and_score(data: EvaluationData, seed: int, preset: str) -> Scores:
         check_val_every_n_epoch=params.max_epochs,
         num_sanity_val_steps=0,
         accelerator={"cuda": "gpu"}.get(device.type, device.type),
-        devices=1,
+        devices=[device.index or 0] if device.type == "cuda" else 1,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -143,7 +143,8 @@ def evaluate(
 
     Probes are fitted on a random half of x and scored on the other half. If `train` (features and labels of the
     training set) is passed, they are fitted on it and scored on all of x, and the names of their scores end in
-    "_trainset". Without at least two labeled classes, only evaluations that need no labels run.
+    "_trainset". Probes leave out images without a label (-1). Without at least two labeled classes, only evaluations
+    that need no labels run.
     """
     x = finite(able(x), "embeddings")
     y = one_label_each(able(y))
@@ -152,8 +153,9 @@ def evaluate(
     table = FUNCTIONS | {"linear_probe": partial(linear_probe, solver=probe_solver)}
     scores = {}
     split = None
-    if all(one is not None and one.min() >= 0 for one in (y, y if train is None else train[1])) and len(y) > 1:
-        split = halves(x, y) if train is None else (*train, x, y)
+    if y is not None and (train is None or train[1] is not None) and (y >= 0).sum() > 1:
+        scored = labeled(x, y)
+        split = halves(*scored) if train is None else (*labeled(*train), *scored)
     for name in names:
         if name in LABEL_FREE:
             scores |= table[name](x)
@@ -161,6 +163,12 @@ def evaluate(
             found = table[name](*split)
             scores |= found if train is None else {f"{key}_trainset": value for key, value in found.items()}
     return scores
+
+
+def labeled(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features and labels of the images that have a label."""
+    has_label = y >= 0
+    return (x, y) if has_label.all() else (x[has_label], y[has_label])
 
 
 def scores_or_nan(names: list[str], x: Tensor, y: Tensor | None, train: tuple | None, probe_solver: str) -> Scores:

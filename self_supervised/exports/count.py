@@ -47,7 +47,7 @@ def count_parts(encoder: Encoder) -> list[Part]:
     Many papers report half of this number (multiply-adds).
     """
     model = plain_model(encoder).to("meta")
-    image = torch.zeros(1, encoder.params.channels, encoder.params.crop_size, encoder.params.crop_size, device="meta")
+    image = torch.zeros(1, *encoder.params.input_shape, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     flops = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
@@ -77,8 +77,12 @@ def heads(state: dict[str, Tensor]) -> list[Part]:
 def cost_table(encoder: Encoder, checkpoint: str | Path) -> Table:
     """Return a table of the encoder's parts, their sum and, below it, the heads."""
     p = encoder.params
-    size = f"{p.channels} x {p.crop_size} x {p.crop_size}"
-    table = Table("part", title=f"{p.encoder_arch}, one image of {size}", caption="FLOPs: a multiply-add counts as two")
+    size = " x ".join(map(str, p.input_shape))
+    table = Table(
+        "part",
+        title=f"{p.encoder_arch}, one {'clip' if p.dataset.of_videos else 'image'} of {size}",
+        caption="FLOPs: a multiply-add counts as two",
+    )
     for column in ("parameters", "FLOPs"):
         table.add_column(column, justify="right")
     parts = count_parts(encoder)

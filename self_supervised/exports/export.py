@@ -141,6 +141,11 @@ class Exported:
 
 def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, normalize: bool) -> Exported:
     """Write and verify the file in a hidden directory next to `target`, then move it there."""
+    if encoder.params.dataset.of_videos:
+        raise ValueError(
+            f"encoder_arch={encoder.params.encoder_arch!r} encodes clips, which no format holds. Use load_encoder, or "
+            "embed the videos"
+        )
     row = FORMATS[format]
     converted = row.convert(encoder)
     images, embeddings = sample_images(encoder)

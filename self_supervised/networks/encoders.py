@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
 import ws_resnet
@@ -66,7 +67,13 @@ def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]
         encoder = small_cnn(p.channels, SMALL_CNNS[p.encoder_arch])
     else:
         refuse_other_pixels(p, published)
-        model = build(p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual)
+        try:
+            model = build(p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual)
+        except AssertionError as error:  # a ViT whose patches do not fit
+            raise ValueError(
+                f"transform_crop_size={p.crop_size} does not fit {p.encoder_arch}: {error} Choose a multiple of the "
+                "patch size, which is in its name"
+            ) from error
         encoder, _ = without_classifier(model, p.encoder_arch)
         adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
         ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
@@ -325,6 +332,19 @@ def check_map(encoder: nn.Module, params: ModelParams, image_size: int) -> None:
         raise ValueError(
             f"pooling_size={params.pooling_size}: the last map of {params.encoder_arch} has {maps[-1]} x {maps[-1]} "
             f"pixels for images of {image_size}. Choose a larger size of images, or leave pooling_size out"
+        )
+
+
+def prepare_training(encoder: nn.Module) -> None:
+    """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not do. Log a line if it is
+    frozen."""
+    if any(weight.requires_grad for weight in encoder.parameters()):
+        if not encoder.training:
+            encoder.train()
+    elif any(True for _ in encoder.parameters()):
+        rank_zero_info(
+            "warning: no weight of the encoder requires a gradient, so only the heads learn. Call "
+            "encoder.requires_grad_() to train it"
         )
 
 

@@ -67,8 +67,8 @@ class Encoder(nn.Module):
         return self.report.started_from
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Stay in eval mode."""
-        return super().train(False)
+        """Stay in eval mode while all weights are frozen."""
+        return super().train(mode and any(weight.requires_grad for weight in self.parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings [N, E] of normalized images [N, C, H, W]. Raises ValueError for integers."""
@@ -136,6 +136,15 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
         started_from=vetted_start(found.started_from, found.source),
     )
     return Encoder(model, params, report)
+
+
+def encoder_of(checkpoint: str | Path | Encoder, overrides: dict[str, Any]) -> Encoder:
+    """Return `load_encoder(checkpoint, **overrides)`, or the Encoder that was passed instead of a checkpoint."""
+    if not isinstance(checkpoint, Encoder):
+        return load_encoder(checkpoint, **overrides)
+    if overrides:
+        raise ValueError(f"{', '.join(overrides)}: pass them to load_encoder, which made this Encoder")
+    return checkpoint
 
 
 def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:

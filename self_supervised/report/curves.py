@@ -34,7 +34,7 @@ MEANINGS = {  # panel -> its title
     "step_projection_std": "step_projection_std",
     "valid_class_acc": "linear probe (%)",
 }
-COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")  # on white, also in dark mode
+COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a", "#bf3989", "#1b7c83")  # on white
 STYLES = ("-", "--", ":", "-.")
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 Curves = dict[str, Curve]  # metric -> its curve in one run
@@ -76,11 +76,18 @@ def draw_curves(
     panels = panels or [panel for panel in PANELS if set(panel.split(",")) <= set(known)] or PANELS
     for name in {name for panel in panels for name in panel.split(",")} - set(known):
         raise ValueError(f"panels: {name!r} is not logged in any of the runs. Choose one of {', '.join(known)}.")
+    if len(groups) > len(COLORS):
+        raise ValueError(f"{len(groups)} runs: {len(COLORS)} colors can be told apart. Draw several pictures.")
     subplots = {"figsize": (3.2 * len(panels), 3), "layout": "constrained", **subplots}
     figure, axes = plt.subplots(1, len(panels), squeeze=False, **subplots)
     for axis, panel in zip(axes[0], panels, strict=True):
         draw_panel(axis, groups, panel)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(len(runs), 2 * len(panels)),
+        frameon=False,
+    )
     with atomic_file(as_path(path)) as unfinished:
         figure.savefig(unfinished, format="png", dpi=90, facecolor="white")
     plt.close(figure)
@@ -113,8 +120,9 @@ def labeled_curves(runs: Sequence[str]) -> dict[str, Curves]:
     """Return label -> curves for runs passed as LABEL=DIR, or as DIR, whose name is then the label."""
     found = {}
     for run in runs:
-        label, _, folder = run.rpartition("=") if not Path(run).is_dir() else ("", "", run)
-        found[label or Path(folder).resolve().name] = read_curves(folder)
+        cuts = [(run[:i], run[i + 1 :]) for i, sign in enumerate(run) if sign == "="]
+        label, folder = next((cut for cut in [("", run), *cuts] if as_path(cut[1]).is_dir()), ("", run))
+        found[label or as_path(folder).resolve().name] = read_curves(folder)
     if len(found) < len(runs):
         raise ValueError(f"runs {', '.join(runs)}: two have the same name. Pass LABEL=DIR to name them.")
     return found

@@ -229,8 +229,12 @@ def as_lists(steps: np.ndarray, values: np.ndarray) -> dict[str, list]:
     return {"x": steps.tolist(), "y": [float(f"{value:.6g}") for value in values]}
 
 
-def steps_per_epoch(folder: Path) -> float | None:
-    """Return the optimizer steps per epoch; None if neither throughput.csv nor run.json has them."""
+def steps_per_epoch(folder: Path) -> dict[str, float | None]:
+    """Return stage -> optimizer steps per epoch; None if neither throughput.csv nor run.json has them."""
     planned = next(reversed(run_folder.starts_of(folder)), {}).get("steps per epoch")
-    steps, epochs = read_metrics(run_folder.file_of(folder, "pretraining/throughput.csv")).get("epoch", ([], []))
-    return float(steps[-1] / (epochs[-1] + 1 - run_folder.first_epoch(folder))) if len(steps) else planned
+    found: dict[str, float | None] = {"pretraining": planned, "linear": None}
+    for stage in found:
+        steps, epochs = read_metrics(run_folder.file_of(folder, f"{stage}/throughput.csv")).get("epoch", ([], []))
+        if len(steps):  # the last epoch may be shorter: max_time ended it
+            found[stage] = float(np.max(steps / (epochs + 1 - run_folder.first_epoch(folder))))
+    return found

@@ -15,6 +15,7 @@ from model_params import LATER_ADDED, EncoderAndDataParams, ModelParams
 from self_supervised.data import loading
 from self_supervised.data.class_labels import class_names
 from self_supervised.data.files import readable_rows
+from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.data.packed import packed_is_there
 from self_supervised.distributed import usable
 from self_supervised.embeddings import map_page as map_pages
@@ -22,6 +23,7 @@ from self_supervised.embeddings.nearest import best_of
 from self_supervised.embeddings.projection import TITLES, clustering, examples, kinds, project
 from self_supervised.evaluation import features
 from self_supervised.networks.pretrained import load_encoder
+from self_supervised.program import is_out_of_memory
 from self_supervised.runs import preview
 from self_supervised.runs.command_line import bar
 from self_supervised.training import checkpoints, run_folder
@@ -53,6 +55,8 @@ def picture_parts(
     folder: Path, settings: dict[str, Any], n: int, budget: int, encoder: nn.Module | None
 ) -> Iterator[tuple[str, Any]]:
     """Yield (name of the part, its content or {"missing": reason})."""
+    lists = kept_lists(folder.resolve()) or run_folder.settings_of_run(folder).get("splits_path")
+    settings = settings | {"splits_path": lists if lists and Path(lists).is_dir() else None}
     yield "views", content_or_reason(lambda: views(settings))
     if n == 0:
         reason = {"missing": "--images 0: no images were embedded"}
@@ -72,6 +76,10 @@ def content_or_reason(make: Callable[[], Any]) -> Any:
         return make()
     except (ValueError, TypeError, OSError, ImportError) as error:  # TypeError: settings of another version
         return {"missing": str(error) or type(error).__name__}
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return {"missing": "out of memory on this device. --images 0 leaves this part out"}
 
 
 # ---- views ----

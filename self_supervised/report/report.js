@@ -144,9 +144,10 @@ const missing = (parent, text) => make(parent, "p", {class: "missing"}, text);
 
 // ---- curves ----
 
-const canBeEpochs = runs.every(run => run.steps_per_epoch);
+const canBeEpochs = runs.every(run => run.steps_per_epoch.pretraining);
 let smoothing = 0, along = "step";
-const charts = [], place = (line, step) => along === "epoch" ? step / runs[line.run].steps_per_epoch : step;
+const charts = [];
+const place = (file, line, step) => along === "epoch" ? step / runs[line.run].steps_per_epoch[file.split("/")[0]] : step;
 
 /** Exponential moving average with bias correction (as in Adam). */
 function smooth(values) {
@@ -203,7 +204,7 @@ function chart(figure, index) {
     shown = figure.lines.filter(line => !hidden.has(line.run)).map(line => {
       const isLong = line.x.length > MARKED;
       const isSmoothed = isLong && smoothing > 0 && !figure.is_schedule;
-      return {...line, isLong, isSmoothed, xs: line.x.map(step => place(line, step)), ys: isSmoothed ? smooth(line.y) : line.y};
+      return {...line, isLong, isSmoothed, xs: line.x.map(step => place(figure.file, line, step)), ys: isSmoothed ? smooth(line.y) : line.y};
     });
     const width = plot.clientWidth, height = plot.clientHeight;
     if (!shown.length || !width) return;

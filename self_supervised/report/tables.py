@@ -62,8 +62,8 @@ def state(run: Run) -> str:
     planned = run.settings.get("max_epochs", 0)
     if trained is not None and trained >= planned:
         return "finished"
-    if trained is not None and run.settings.get("max_time"):
-        return f"stopped by max_time in epoch {trained} of {planned}"
+    if trained is not None:
+        return f"stopped{' by max_time' if run.settings.get('max_time') else ''} in epoch {trained} of {planned}"
     first = run_folder.first_epoch(run.folder)
     _, epochs = figures.read_metrics(run_folder.file_of(run.folder, figures.PRETRAINING)).get("epoch", ([], [first]))
     return f"not finished: in epoch {max(1, epochs[-1] + 1 - first):.0f} of {planned}"

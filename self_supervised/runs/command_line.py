@@ -28,7 +28,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from model_params import FAMILIES, PRESETS, EncoderAndDataParams, ModelParams
 from self_supervised import recipes
-from self_supervised.fields import changed, expanded, suggestion
+from self_supervised.fields import changed, expanded, plain, suggestion
 from self_supervised.runs.run_options import RUN_OPTION_NAMES, RunOptions
 from self_supervised.runs.values import (
     ListOption,
@@ -300,4 +300,4 @@ def to_yaml(preset: str, options: RunOptions, params: ModelParams) -> str:
     """Return everything that determines a run, as YAML that --config reads."""
     assert set(COMMAND_OPTIONS) <= set(RUN_OPTION_NAMES)
     run = {name: value for name, value in asdict(options).items() if name not in COMMAND_OPTIONS}
-    return yaml.safe_dump({"preset": preset, **run, **attrs.asdict(params)}, sort_keys=False)
+    return yaml.safe_dump(plain({"preset": preset, **run, **attrs.asdict(params)}), sort_keys=False)

@@ -78,7 +78,7 @@ def run_two_steps(params: Any, make_trainer: Callable[..., pl.Trainer]) -> SelfS
 def two_steps(
     params: Any, make_trainer: Callable[..., pl.Trainer], stop: Stop
 ) -> tuple[SelfSupervisedMethod, pl.Trainer]:
-    model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1))
+    model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1, pack_images=False))
     model.is_recorded = False  # after two steps
     watch = TrainingMonitor()
     watch.collapse_was_named = True  # two steps are too few to detect a collapse

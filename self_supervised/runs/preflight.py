@@ -90,7 +90,8 @@ def metric_names(options: RunOptions, params: ModelParams) -> set[str]:
         parts.append("online_classifier")
     if options.log_gradient_norms:
         names |= {f"grad_norm_{part}" for part in parts}
-    return names | names_of_scores(p) if options.limit_val_batches != 0 and p.is_evaluated else names
+    scored = options.limit_val_batches != 0 and p.is_evaluated and p.evaluate_every_n_epochs <= p.max_epochs
+    return names | names_of_scores(p) if scored else names
 
 
 def toy_loss(params: ModelParams) -> losses.Scalars:
@@ -111,7 +112,9 @@ def toy_labels(params: ModelParams, splits: tuple[str, ...]) -> torch.Tensor:
     """Return labels of TOY that lack what the labels of the images lack."""
     if params.dataset.many_labels:
         return torch.full((4,), UNLABELED)
-    lack = lacking([loading.get_dataset(params, splits).labels])
+    found = loading.get_dataset(params, splits).labels
+    known = found[found >= 0]  # as probes do
+    lack = lacking([known if len(known) else found])
     return torch.tensor({"no labels": [UNLABELED] * 4, "a single class": [0] * 4, "": [0, 0, 1, 1]}[lack])
 
 

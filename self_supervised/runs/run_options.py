@@ -80,6 +80,11 @@ class RunOptions:
             raise ValueError(f"fit_memory={self.fit_memory}: is a part of the dry run. Pass --dry_run, too.")
         if self.fit_memory:
             bytes_of(self.fit_memory)
+        names = [wanted.partition(":")[0] for wanted in self.save_best]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"save_best={self.save_best}: names {', '.join(repeated)} more than once. Pass each metric once."
+            )
         for name in self.logger:
             if name not in LOGGERS:
                 raise ValueError(f"logger={name!r}: unknown logger. Choose from {', '.join(LOGGERS)}.")

@@ -269,7 +269,9 @@ class BaseMethod(pl.LightningModule):
         trainer = self._trainer
         if trainer is None or trainer.fast_dev_run or trainer._logger_connector.should_update_logs:
             return True
-        is_validated = (trainer.fit_loop.batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0
+        loop, of_all = trainer.fit_loop, trainer.check_val_every_n_epoch is None
+        batches = (loop.total_batch_idx if of_all else loop.batch_idx) + 1
+        is_validated = batches % (trainer.val_check_batch or math.inf) == 0
         return is_validated or trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
 
     def log_scores(self, scores: dict[str, Any], **options: Any) -> None:
@@ -365,5 +367,8 @@ def one_image_explained(x: Tensor) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        way_out = "choose a larger batch_size or micro_batch_size, or drop_last_batch=None if it is the last one"
+        way_out = (
+            "choose a larger batch_size or micro_batch_size or, if it is the last one, drop_last_batch=None "
+            "(drop_last=True of your own loader)"
+        )
         raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error

@@ -30,9 +30,8 @@ from self_supervised.safe_files import atomic_file, safe_load
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GO_ON = 75  # exit status after a signal where torchrun would take 0 for the end of the training (EX_TEMPFAIL)
 NOT_OF_TRAINING = (  # settings that may differ after a complete training
-    "max_epochs", "evaluations", "evaluate_every_n_epochs", "probe_on_training_set", "evaluation_clips",
-    "evaluation_crops", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device", "torch_compile",
-    "activation_checkpointing", "winograd", "data_path", "splits_path",
+    "max_epochs", "evaluate_every_n_epochs", "num_data_workers", "decoding_threads", "pin_data_memory",
+    "data_on_device", "torch_compile", "activation_checkpointing", "winograd", "data_path", "splits_path",
 )  # fmt: skip
 MAKE_GROUPS = (  # settings that determine the optimizer's parameter groups
     "exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr",
@@ -52,6 +51,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is not a checkpoint: it has no state_dict")
     return content
+
+
+def name_at(step: int) -> str:
+    """Return the file name of the checkpoint of an optimizer step."""
+    return f"step_{step:09d}.ckpt"
+
+
+def refuse_going_back(folder: Path, step: int) -> None:
+    """Raise ValueError if a folder has a valid checkpoint of a later step than that at which a training starts."""
+    later = [path for path in folder.glob("step_*.ckpt") if path.name > name_at(step)]
+    if later and (ahead := newest(folder)) in later:
+        raise ValueError(
+            f"{ahead} is of an earlier run that went further than step {step}, where this run starts. Resume from it"
+        )
 
 
 def newest(folder: str | Path) -> Path | None:
@@ -269,16 +282,11 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last_saved = trainer.global_step
-        later = [path for path in self.folder.glob("step_*.ckpt") if path.name > self.path(trainer).name]
-        if later and (ahead := newest(self.folder)) in later:
-            raise ValueError(
-                f"{ahead} is of an earlier run that went further than step {trainer.global_step}, where this run "
-                "starts. Resume from it, or choose another folder"
-            )
+        refuse_going_back(self.folder, trainer.global_step)
         self.listen()  # again, because Lightning has replaced our handler of SIGTERM
 
     def path(self, trainer: pl.Trainer) -> Path:
-        return self.folder / f"step_{trainer.global_step:09d}.ckpt"
+        return self.folder / name_at(trainer.global_step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int):
         # Saving waits for the start of the next batch, when the metrics of the last one are logged. It does not happen

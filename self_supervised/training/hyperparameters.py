@@ -6,7 +6,12 @@ from typing import Any, NoReturn
 import attrs
 import pytorch_lightning as pl
 from lightning_fabric.utilities.data import AttributeDict
-from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 
 from model_params import LATER_ADDED
 from self_supervised.catalogue import DATASETS
@@ -61,6 +66,11 @@ def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -
             raise ValueError(
                 "StochasticWeightAveraging replaces the learning rate schedule and resets the statistics of every "
                 "batch norm, even of a frozen encoder. Use WeightAveraging or EMAWeightAveraging"
+            )
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise ValueError(
+                "GradientAccumulationScheduler changes the images per step after the schedules were built. Use "
+                "Trainer(accumulate_grad_batches=...)"
             )
         if isinstance(callback, LearningRateFinder | BatchSizeFinder) and not callback._early_exit:
             raise ValueError(

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lars import LARS
-from model_params import SCHEDULED, EncoderAndDataParams, ModelParams
+from model_params import OF_PROTOTYPES, SCHEDULED, EncoderAndDataParams, ModelParams
 from self_supervised import distributed
 from self_supervised.data.loader import size_of_batches
 from self_supervised.data.loading import batch_size
@@ -179,7 +179,7 @@ def training_length(trainer: pl.Trainer) -> tuple[int, int]:
         raise ValueError(
             "max_epochs=-1: the schedules need an end. Pass max_epochs or max_steps to the Trainer as well"
         )
-    if batches == 0:
+    if batches == 0 or trainer.limit_train_batches == 0:
         raise ValueError(
             f"limit_train_batches={trainer.limit_train_batches} leaves no batch to train on. Raise it, or pass a "
             "longer loader"
@@ -197,7 +197,11 @@ def of_endless_loader(params: EncoderAndDataParams, warmup_epochs: float) -> flo
     Raises:
         ValueError: a setting counts epochs.
     """
-    counted_in_epochs = ("lr_decay_steps", "warmup_epochs", *(f"{name}_warmup_epochs" for name in SCHEDULED))
+    counted_in_epochs = ["lr_decay_steps", "warmup_epochs", *(f"{name}_warmup_epochs" for name in SCHEDULED)]
+    if (loss := getattr(params, "loss_type", None)) in OF_PROTOTYPES:
+        counted_in_epochs.append("prototypes_frozen_epochs")
+        if loss == "swav" and params.keeps_keys:
+            counted_in_epochs.append("queue_from_epoch")
     for name, value in ((name, getattr(params, name, None)) for name in counted_in_epochs):
         if value and (name == "lr_decay_steps" or value >= 1):
             raise ValueError(

@@ -12,6 +12,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
 from model_params import nearest_preset
+from self_supervised.fields import plain
 from self_supervised.safe_files import atomic_write, to_json
 from self_supervised.training import run_folder
 from self_supervised.training.monitor import LogInterval
@@ -126,4 +127,4 @@ def settings_text(trainer: pl.Trainer, method: pl.LightningModule) -> str:
     planned = trainer.max_epochs or -1
     epochs = planned if planned > 0 else math.ceil(method.plan.steps / method.plan.steps_per_epoch)
     settings = attrs.asdict(method.params) | {"max_epochs": epochs}
-    return yaml.safe_dump({"preset": nearest_preset(method.params), **options, **settings}, sort_keys=False)
+    return yaml.safe_dump(plain({"preset": nearest_preset(method.params), **options, **settings}), sort_keys=False)

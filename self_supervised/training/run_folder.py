@@ -37,6 +37,7 @@ from pytorch_lightning import loggers
 from pytorch_lightning.utilities import rank_zero_only
 from rich.text import Text
 
+from self_supervised.data.folders import SETTINGS as SETTINGS_OF_LISTS
 from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_json
 
 LIBRARIES = ("self-supervised", "torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
@@ -150,10 +151,12 @@ def settings_of_run(out: Path) -> dict[str, Any]:
 
 
 def settings_to_compare(out: Path) -> dict[str, Any]:
-    """Return the settings of a run, without the place of the lists of splits that it has drawn itself."""
+    """Return the settings of a run, without `splits_path` if its lists were drawn: by this run, or by the one whose
+    config.yaml it was given."""
     settings = settings_of_run(out)
-    is_own = Path(settings.get("splits_path") or "").name == "splits" and any(out.glob("splits/*.txt"))
-    return {**settings, "splits_path": None} if is_own else settings
+    lists = Path(settings.get("splits_path") or "none")
+    drawn = lists.name == "splits" and any(out.glob("splits/*.txt")) or (lists / SETTINGS_OF_LISTS).is_file()
+    return {**settings, "splits_path": None} if drawn else settings
 
 
 def effective_of(out: Path) -> dict[str, Any]:

@@ -177,9 +177,14 @@ def augment(
     n = len(images[0] if isinstance(images, list) else images)
     rng = ImageDraws(seed, np.arange(n) if positions is None else positions)
     result = []
-    for i, view in enumerate(views):
-        cropped = isinstance(images, list)
+    cropped = isinstance(images, list)
+    for i, view in enumerate(views[: len(images)] if cropped else views):
         x, n_frames = frames_of(images[i] if cropped else images)
+        if cropped and x.shape[2] != x.shape[3]:
+            raise ValueError(
+                f"uint8 views in a list must be square, not {x.shape[2]} x {x.shape[3]} pixels. Crop them in the "
+                "loader, or yield one uint8 tensor, which is cropped here"
+            )
         x = with_channels(x, len(mean))
         full = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
         boxes = full if cropped else draw_crops(rng, n, *x.shape[2:], view)

@@ -461,6 +461,7 @@ def test_values_of_other_types(tmp_path):
     assert torch.equal(read("floats", ramp.astype(np.float32)), expected(np.round(ramp.astype(np.float32) * 255.0)))
     deep = (ramp * 65535).astype(np.uint16)
     assert torch.equal(read("uint16", deep), expected(deep / 257))  # rounded down
+    assert torch.equal(read("big endian", deep.astype(">u2")), expected(deep / 257))
     reflectance = (ramp * 12000).astype(np.int16)
     shown = np.round((reflectance.clip(1000, 10000) - 1000.0) / 9000 * 255)
     assert torch.equal(read("int16", reflectance, pixel_range=[1000, 10000]), expected(shown))
@@ -593,8 +594,10 @@ def test_runs_that_drew_the_same_lists_are_compared(photos, tmp_path):
     assert seen[0] == seen[1] and seen[0]["data_path"] == str(photos)
     assert seen[0]["images"] != evaluate.seen(params(photos, data_seed=1))["images"]
     (tmp_path / "a_1").rename(tmp_path / "moved")
-    (group,), rows = compare.compare([tmp_path / "a_0", tmp_path / "moved"])
-    assert len(group) == 2 and not rows
+    (tmp_path / "c").mkdir()  # was given config.yaml of the first
+    (tmp_path / "c/config.yaml").write_text(f"splits_path: {tmp_path / 'a_0/splits'}\nseed: 2\n")
+    (group,), rows = compare.compare([tmp_path / name for name in ("a_0", "moved", "c")])
+    assert len(group) == 3 and not rows
     (tmp_path / "b/splits").mkdir(parents=True)  # empty: the lists are those of the user
     (tmp_path / "b/config.yaml").write_text("splits_path: fold/splits\nseed: 0\n")
     assert len(compare.compare([tmp_path / "a_0", tmp_path / "b"])[0]) == 2
@@ -739,7 +742,8 @@ def test_a_run_says_once_which_names_became_classes(tmp_path, monkeypatch, capsy
     line = f"simclr --dataset_name folder --data_path photos {size} --num_data_workers 0 --max_epochs 1".split()
     monkeypatch.setenv("COLUMNS", "200")
     with caplog.at_level("INFO"):
-        train_program.main([*line, "--dry_run"])
+        train_program.main([*line, "--splits_path", "lists", "--dry_run"])
+    assert not (tmp_path / "lists").exists()
     assert caplog.text.count(TWO) == 1
     assert re.search(rf"│ labels +│ {re.escape(TWO.removeprefix('labels: '))} +│", capsys.readouterr().out)
     caplog.clear()

@@ -17,6 +17,7 @@ from model_params import ModelParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import loading, packed_files
 from self_supervised.data.image_files import draw_box, read_any
+from self_supervised.data.remote_shards import UnreachableShard
 from self_supervised.views.augmentations import draw_crops, generator
 
 N = 12  # images
@@ -128,6 +129,16 @@ def test_unreadable_images_stop_or_are_skipped(params, tmp_path):
     assert sum(len(labels) for _, labels in batches) == N and len(dataset.skipped()) == 1
     with pytest.raises(ValueError, match="03.jpg could not be read as an image"):
         dataset_of(params)
+
+
+def test_a_shard_that_stays_away_is_no_unreadable_image(params, tmp_path, monkeypatch):
+    def away(*_):
+        raise UnreachableShard("https://host/0.tar could not be read")
+
+    monkeypatch.setattr(packed_files, "reduced_pixels", away)
+    with pytest.raises(UnreachableShard, match="0.tar"):
+        dataset_of(attrs.evolve(params, unreadable_images="skip"))
+    assert not parts(tmp_path)
 
 
 def test_interrupted_packing_keeps_complete_parts_only(params, tmp_path, monkeypatch, capfd):

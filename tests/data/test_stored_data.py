@@ -22,7 +22,7 @@ from test_custom_data import write as write_folder
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import catalogue, train
-from self_supervised.data import custom, file_search, loader, loading, shard_names, tar_shards
+from self_supervised.data import custom, file_search, loader, loading, packed_files, shard_names, tar_shards
 from self_supervised.data.loader import ResumableSampler
 from self_supervised.embeddings import embed, parquet
 from self_supervised.evaluate import evaluate_checkpoint
@@ -559,6 +559,8 @@ def test_columns(tmp_path, photos):
     for fields in ({"image_key": "left"}, {"image_key": "right", "label_key": "fine"}):
         assert read(**fields).labels.tolist() == expected
     assert torch.equal(read(image_key="left")[7][0], read(image_key="right")[7][0])
+    packs = {packed_files.cache_folder(read(image_key=key)) for key in ("left", "right")}
+    assert len(packs) == 2  # no column serves another's pixels
     with pytest.raises(ValueError, match="label_key='kind': .*left, right, coarse"):
         read(image_key="left", label_key="kind")
     with pytest.raises(ValueError, match="label_key='score': 0.5 "):
@@ -569,11 +571,15 @@ def test_columns(tmp_path, photos):
         loading.get_dataset(params(photos, image_key="left"), ("train",))
 
 
-def test_without_labels_or_train(tmp_path):
+def test_without_labels_or_train(tmp_path, monkeypatch):
     images = datasets.Features({"image": datasets.Image()})
     rows = {"image": [{"bytes": png(name), "path": None} for name in NAMES[:20]]}
     datasets.Dataset.from_dict(rows, features=images).save_to_disk(tmp_path / "bare")
     assert set(labels(params(tmp_path / "bare"))) == {-1}
+    monkeypatch.chdir(tmp_path / "bare")
+    here = loading.get_dataset(params(Path(".")), ("train",))
+    there = loading.get_dataset(params(tmp_path / "bare"), ("train",))
+    assert torch.equal(here[3][0], there[3][0])
     root = write_arrow(tmp_path / "others", as_dict={"unsupervised": NAMES[:4], "test": NAMES[4:8]})
     with pytest.raises(ValueError, match="has the splits test, unsupervised.* no train.*data_path=.*others/SPLIT"):
         labels(params(root))
@@ -592,6 +598,11 @@ def test_parquet_files_are_read_as_what_was_saved(tmp_path, monkeypatch, place):
         assert labels(params(tmp_path / "tables"), split) == list(map(classes, names))
     ours, expected = (loading.get_dataset(params(Path(root)), ("test",)) for root in (tmp_path / "tables", saved))
     assert torch.equal(ours[7][0], expected[7][0]) and ours.class_names == expected.class_names
+    damaged = shutil.copytree(tmp_path / "tables", tmp_path / "damaged")
+    file = next(damaged.rglob("test-*.parquet"))
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="damaged': its Parquet files could not be read"):
+        labels(params(damaged))
     write_folder(tmp_path / "tables" / "photos")  # features next to their images
     assert not custom.is_stored(str(tmp_path / "tables"))
 

@@ -15,7 +15,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import loading, video_files
+from self_supervised.data import class_labels, loading, video_files
 from self_supervised.data.files import readable_rows
 from self_supervised.evaluation import features
 from self_supervised.networks import pretrained
@@ -222,6 +222,22 @@ def test_class_folders_are_read_to_their_depths_and_what_is_no_video_is_counted(
     assert "1 .txt (such as" in caplog.text and "1 .gif (such as" in caplog.text
     expected = [("a/1.mp4", 0), ("a/sub/2.MTS", 0), ("b/5.mkv", 1)]
     assert found == [(str(tmp_path / "train" / name), label) for name, label in expected]
+
+
+def test_classes_have_the_names_of_class_folders_at_any_depth(params, tmp_path):
+    of_class = tmp_path / "kinetics" / "train" / "zumba"
+    (of_class / "home").mkdir()
+    for video in [path for path in of_class.iterdir() if path.name != "home"]:
+        video.rename(of_class / "home" / video.name)
+    assert class_labels.class_names(params, get(params)) == {0: "air drumming", 1: "zumba"}
+
+
+def test_statistics_are_those_of_all_frames(params):
+    found = loading.with_statistics(attrs.evolve(params, compute_statistics=True, image_mean=None, image_std=None))
+    dataset = loading.get_dataset(params, ("train",))
+    pixels = torch.stack([clip for clip, _ in dataset]).double() / 255  # [N, C, T, H, W]
+    assert found.image_mean == pytest.approx(pixels.mean((0, 2, 3, 4)).tolist())
+    assert found.image_std == pytest.approx(pixels.transpose(0, 1).flatten(1).std(1, correction=0).tolist())
 
 
 def test_what_is_not_there_is_said(params, tmp_path, monkeypatch):

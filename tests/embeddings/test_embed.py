@@ -181,6 +181,7 @@ def test_order_links_extensions_and_skipped_files(tmp_path):
     assert counts == {".txt": 1, "hidden": 2, "links to folders that were already searched": 2}
     embed.embed(tiny(), folder, tmp_path / "f.parquet", device="cpu")
     assert parquet.read_embeddings(tmp_path / "f.parquet")[0] == expected
+    assert source.path_of(folder / "linked" / "1.png") == "linked/1.png" and source.path_of(tmp_path / "f") is None
 
 
 def test_arrays_are_embedded_as_they_are_read_in_training_and_shown(tmp_path):
@@ -388,12 +389,16 @@ def test_invalid_arguments_are_refused(photos, checkpoint, tmp_path, monkeypatch
     broken.model[0].bias[0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         embed.embed(broken, photos, tmp_path / "g.parquet", device="cpu")
+    with pytest.raises(ValueError, match="image_mean: pass them to load_encoder, which made this Encoder"):
+        embed.embed(tiny(), photos, tmp_path / "g.parquet", device="cpu", image_mean=[0.5])
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_is_named_where_it_is_needed(monkeypatch):
+    """Reports and the demo import the search for neighbors, which needs no file."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    needed = runpy.run_path(parquet.__file__)["schema"]
     with pytest.raises(ImportError, match="pip install pyarrow"):
-        runpy.run_path(parquet.__file__)
+        needed(1, {})
 
 
 # ---- neighbors ----
@@ -436,6 +441,13 @@ def test_an_image_finds_its_own_copy_first(digits, features, tmp_path, monkeypat
     assert "7/0007.png" not in tables[1].split("\n", 1)[1]
     height, width, _ = np.asarray(Image.open(out)).shape
     assert width > 7 * nearest.PICTURE_SIDE and height > 6 * nearest.PICTURE_SIDE  # three queries, two lines each
+
+
+def test_a_picture_that_is_gone_is_left_empty(digits, features, tmp_path, monkeypatch):
+    moved = shutil.copytree(digits, tmp_path / "moved")
+    (moved / "7" / "0007.png").unlink()
+    arguments = [features, "7/0007.png", "--folder", moved, "--out", tmp_path / "sheet.png"]
+    assert run_command(monkeypatch, nearest, *arguments) == ""
 
 
 def test_nearest_refuses_what_has_no_embedding(features, digits, small, tmp_path, monkeypatch):

@@ -204,7 +204,12 @@ def test_few_images_are_hinted_at_and_refusals_say_what_to_do(images, checkpoint
     with monkeypatch.context() as context, pytest.raises(SystemExit, match="few: 3 images have a label, of 1 class"):
         context.setattr(Encoder, "embed", None)  # it is refused before
         run("classify", checkpoint, "--labeled", labeled, *apply)
-    with pytest.raises(SystemExit, match=r"labeled=None: .*encoder.ckpt holds no classifier. Pass a directory"):
+    with pytest.raises(SystemExit, match="c.pt' is written only if a classifier is trained"):
         run("classify", checkpoint, *apply)
+    with pytest.raises(SystemExit, match=r"labeled=None: .*encoder.ckpt holds no classifier. Pass a directory"):
+        run("classify", checkpoint, *apply[:-2])
+    shutil.copytree(labeled / "zero", labeled / "train")
+    with pytest.raises(SystemExit, match="few' has splits, and images outside them, such as zero/nested"):
+        run("classify", checkpoint, "--labeled", labeled, *apply)
     with pytest.raises(ValueError, match="out=.*is a directory"):
         classify.classify(checkpoint, images / "photos", tmp_path, labeled=labeled)

@@ -145,6 +145,15 @@ def test_without_labels_the_label_free_scores_remain(blobs):
     assert set(validation.evaluate(names, x, torch.zeros_like(y))) == label_free
 
 
+def test_probes_leave_out_images_without_a_label(blobs):
+    x, y = blobs
+    known = torch.arange(len(y)) % 3 > 0
+    some = torch.where(known, y, -1)
+    expected = validation.evaluate(["knn"], x[known], y[known], train=(x[known], y[known]))
+    assert validation.evaluate(["knn"], x, some, train=(x, some)) == expected
+    assert "valid_class_acc" in validation.evaluate(["linear_probe"], x, some)
+
+
 def test_a_class_with_one_image_raises_no_error():
     x = torch.randn(12, 3)
     for rare in range(12):

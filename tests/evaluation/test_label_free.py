@@ -50,6 +50,7 @@ def test_uniformity_is_the_log_of_the_mean_over_pairs():
     distances = pdist(unit(x.double().numpy()), "sqeuclidean")
     assert uniformity(x)["uniformity"] == pytest.approx(np.log(np.exp(-2 * distances).mean()), rel=1e-5)
     assert uniformity(torch.ones(5, 3))["uniformity"] == pytest.approx(0, abs=1e-5)
+    assert np.isnan(uniformity(torch.ones(1, 3))["uniformity"])  # no pair
 
 
 def test_lidar_is_the_effective_rank_of_the_discriminant(views):

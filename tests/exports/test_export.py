@@ -310,6 +310,13 @@ def test_cells_of_the_last_map_are_torchvisions_alone(encoder):
         conversions.in_timm(made)
 
 
+def test_encoders_of_clips_are_counted_and_not_exported(encoder, tmp_path):
+    of_clips = encoder("r3d_18", 32, dataset_name="kinetics", num_frames=4)
+    with pytest.raises(ValueError, match="encoder_arch='r3d_18' encodes clips, which no format holds"):
+        export.write_checked(of_clips, "onnx", tmp_path / "x.onnx", False, False)
+    assert sum(part.parameters for part in count.count_parts(of_clips)) == 33_166_272  # torchvision's, without fc
+
+
 def test_torchvision_has_no_timm_models(encoder):
     with pytest.raises(ValueError, match="encoder_arch='timm:resnet10t' is not a model of torchvision. Choose timm"):
         conversions.in_torchvision(encoder("timm:resnet10t", 64))

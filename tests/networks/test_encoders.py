@@ -182,6 +182,8 @@ def test_width_is_checked():
 def test_an_encoder_that_cannot_take_the_images_is_refused_when_built():
     with pytest.raises(ValueError, match=r"encoder_arch='alexnet' cannot encode images of shape \(1, 3, 32, 32\)"):
         build("alexnet")
+    with pytest.raises(ValueError, match="transform_crop_size=100 does not fit vit_b_16"):
+        build("vit_b_16", size=100)
 
 
 def test_a_users_module():

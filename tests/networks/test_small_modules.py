@@ -97,6 +97,13 @@ def test_standardized_weights(shape):
     assert np.allclose(ws_resnet.standardized_weight(weight).flatten(1), expected, atol=1e-6)
 
 
+def test_weights_are_standardized_in_their_own_precision():
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    rows = weight.flatten(1)
+    expected = (rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + 1e-5)
+    assert torch.allclose(ws_resnet.standardized_weight(weight).flatten(1), expected, rtol=0, atol=1e-12)
+
+
 def test_one_input_gives_zero_not_nan():
     assert torch.equal(ws_resnet.standardized_weight(torch.randn(4, 1, 1, 1)), torch.zeros(4, 1, 1, 1))
 

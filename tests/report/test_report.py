@@ -103,7 +103,34 @@ def test_the_logged_learning_rate_is_the_schedule_and_every_epoch_has_a_speed(ru
     assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * step / STEPS)) for step in steps], abs=1e-6)
     ends, speeds = column(run / "pretraining" / "throughput.csv", "images_per_second")
     assert ends == [3, 6] and all(1 < speed < 1e6 for speed in speeds)
-    assert report_figures.steps_per_epoch(run) == 3
+    with open(run / "linear" / "throughput.csv", newline="") as file:
+        last = [*csv.DictReader(file)][-1]
+    of_linear = int(last["step"]) / int(last["epoch"])
+    assert report_figures.steps_per_epoch(run) == {"pretraining": 3, "linear": of_linear}
+
+
+def test_an_epoch_that_max_time_ended_does_not_count(tmp_path):
+    (tmp_path / "pretraining").mkdir()
+    rows = "step,epoch,images_per_second\n100,1,1\n200,2,1\n210,3,1\n"
+    (tmp_path / "pretraining" / "throughput.csv").write_text(rows)
+    assert report_figures.steps_per_epoch(tmp_path)["pretraining"] == 100
+
+
+def test_views_are_of_the_lists_of_the_run(run, monkeypatch, tmp_path):
+    (tmp_path / "run" / "splits").mkdir(parents=True)
+    (tmp_path / "run" / "splits" / "train.txt").touch()
+    seen = []
+    monkeypatch.setattr(pictures, "views", seen.append)
+    for folder in (tmp_path / "run", run):
+        next(pictures.picture_parts(folder, {"splits_path": "nowhere"}, 0, 0, None))
+    assert [settings["splits_path"] for settings in seen] == [str(tmp_path / "run" / "splits"), None]
+
+
+def test_a_full_device_leaves_out_a_part():
+    def fill():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    assert "out of memory on this device" in pictures.content_or_reason(fill)["missing"]
 
 
 def test_settings_are_those_that_differ_from_the_preset_and_results_are_the_files(run, page):

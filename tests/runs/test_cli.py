@@ -115,6 +115,7 @@ def test_help_without_a_preset_lists_them_by_what_they_compare(capsys):
         ("byol --config nowhere.yaml", "config=nowhere.yaml: there is no such file"),
         ("byol --logger tensorbord", "logger='tensorbord': unknown logger"),
         ("byol --save_best valid_loss:least", "save_best='valid_loss:least': "),
+        ("byol --save_best valid_loss:min,valid_loss:max", "names valid_loss more than once"),
         ("byol --limit_train_batches 1.5", "limit_train_batches=1.5: "),
         ("byol --limit_val_batches 1.5", "limit_val_batches=1.5: "),
         ("byol --limit_val_batches -1", "limit_val_batches=-1 must be "),
@@ -220,6 +221,8 @@ def test_the_dry_run_knows_the_metrics_of_the_run_even_if_one_batch_has_only_one
     main(f"{line}valid_knn20_acc{fitted_on},valid_class_acc{fitted_on}", monkeypatch)
     with pytest.raises(SystemExit, match="save_best='valid_clas_acc' is not logged: choose one of .*valid_class_acc"):
         main(f"{line}valid_clas_acc", monkeypatch)
+    with pytest.raises(SystemExit, match="save_best='valid_rank_me' is not logged"):  # no epoch is evaluated
+        main(f"{line}T --max_epochs 3 --evaluate_every_n_epochs 4", monkeypatch)
 
 
 # ---- the run's folder ----
@@ -245,7 +248,7 @@ def test_epochs_are_counted_from_one_in_every_file(run):
     rows = rows_of(run)
     assert [row["epoch"] for row in rows if row["valid_knn20_acc"]] == ["0", "1", "2", "3"]
     logged = [line.split(",")[1] for line in (run / "pretraining" / "throughput.csv").read_text().splitlines()[1:]]
-    assert logged == ["1", "2", "3"] and figures.steps_per_epoch(run) == 2
+    assert logged == ["1", "2", "3"] and figures.steps_per_epoch(run)["pretraining"] == 2
     said = re.findall(r"(Scores of|epoch \d+(?=: valid))", (run / "log.txt").read_text())
     assert said == ["Scores of", "epoch 0", "epoch 1", "epoch 2", "epoch 3", "epoch 1"]
 
@@ -276,6 +279,7 @@ def test_the_folder_says_what_was_run_and_repeats_it(run):
 
 def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tmp_path):
     out = shutil.copytree(run, tmp_path / "copy")
+    (out / "pretrained.evaluation").mkdir()
     with pytest.raises(SystemExit, match="holds an earlier run"):
         main(RUN.format(out=out), monkeypatch)
     line = RUN.format(out=out).replace(" --seed 3", " --resume auto --max_epochs 4 --lr 0.01")
@@ -284,6 +288,7 @@ def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tm
         main(line, monkeypatch)
     scores = json.loads((out / "results.json").read_text())
     assert set(scores) == {"preset", "random encoder", "pretraining minutes"}  # the others were of the encoder before
+    assert not (out / "pretrained.evaluation").exists() and not (out / "linear.ckpt").exists()
     assert tables.state(compare.read_run(out)) == "not finished: in epoch 4 of 4"
     main(line, monkeypatch)
     states = [torch.load(out / name, weights_only=True)["state_dict"] for name in ("pretrained.ckpt", "linear.ckpt")]
@@ -353,6 +358,8 @@ def test_the_trainer_clips_gradients_and_limits_validation(monkeypatch, tmp_path
         ("simclr", "--max_epochs 4 --batch_size 32", "batch_size"),
         ("simclr", "--max_epochs 2", "max_epochs"),
         ("simclr", "--devices [99]", "devices=.99., "),
+        ("simclr", "--resume {older}", "went further than step "),
+        ("simclr", "--resume {other}", "holds an earlier run"),
     ],
 )
 def test_a_run_that_cannot_go_on_by_other_settings_stays_as_it_was(
@@ -361,7 +368,8 @@ def test_a_run_that_cannot_go_on_by_other_settings_stays_as_it_was(
     def files() -> dict:
         return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "log.txt"}
 
-    out = shutil.copytree(run, tmp_path / "copy")
+    out, other = (shutil.copytree(run, tmp_path / name) for name in ("copy", "other"))
+    options = options.format(other=other, older=min(out.glob("pretraining/checkpoints/step_*.ckpt")))
     before = files()
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main(f"{preset}{RUN.format(out=out).removeprefix('simclr')} --resume auto {options}", monkeypatch)

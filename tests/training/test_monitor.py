@@ -111,6 +111,8 @@ def test_all_processes_stop_when_one_loss_is_not_finite(tmp_path):
         ({}, None, {0, 3, 5, 7, 11}),
         ({"max_steps": 7}, None, {0, 3, 5, 6}),
         ({"val_check_interval": 3}, None, {0, 2, 3, 5, 7, 8, 11}),
+        ({"val_check_interval": 4, "check_val_every_n_epoch": None}, None, {0, 3, 5, 7, 11}),
+        ({"val_check_interval": 9, "check_val_every_n_epoch": None}, None, {0, 3, 5, 7, 8, 11}),
         ({}, 7, {0, 3, 5}),  # the step after which another callback stops the training is logged after that
     ],
 )

@@ -593,12 +593,18 @@ class Stream(torch.utils.data.IterableDataset):
             {"max_epochs": None, "max_steps": 4},
             "sce_target_T_warmup_epochs=5 counts epochs",
         ),
+        (
+            {"preset": "swav", "prototypes_frozen_epochs": 1, "queue_from_epoch": 0},
+            {"max_epochs": None, "max_steps": 4},
+            "prototypes_frozen_epochs=1 counts epochs",
+        ),
+        ({}, {"max_epochs": 1, "limit_train_batches": 0}, "limit_train_batches=0 leaves no batch"),
     ],
 )
 def test_schedules_without_an_end_or_without_epochs_are_refused(fields, options, message, method, trainer):
     loader = torch.utils.data.DataLoader(Stream(), batch_size=16)
     with pytest.raises(ValueError, match=message):
-        trainer(limit_train_batches=None, **options).fit(method(**fields), loader)
+        trainer(**{"limit_train_batches": None, **options}).fit(method(**fields), loader)
 
 
 def test_an_endless_loader_has_a_warm_up_that_is_a_fraction_and_none_of_lars(method, trainer):

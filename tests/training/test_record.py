@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import yaml
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from moco import SelfSupervisedMethod
@@ -45,6 +46,12 @@ def command(monkeypatch) -> Path:
     return Path("command")
 
 
+def test_settings_may_have_numbers_of_numpy(small, trainer):
+    constants = {"image_mean": [np.float64(0.3)], "image_std": list(np.array([0.4]))}
+    trainer(logger=CSVLogger("logs", name="x", version="")).fit(SelfSupervisedMethod(small("simclr", **constants)))
+    assert yaml.safe_load(Path("logs/x/config.yaml").read_text())["image_std"] == [0.4]
+
+
 def figures_of(out: Path) -> dict[str, float]:
     return {name: value for name, value in compare.read_run(out).results.items() if "minutes" not in name}
 
@@ -62,7 +69,7 @@ def test_compare_report_and_curves_of_a_run_in_python_equal_those_of_the_command
         for mine, its in zip(drawn[0][name], drawn[1][name], strict=True):  # the command scores the end once more
             assert np.array_equal(mine, its[: len(mine)]) and len(mine) >= 3
     assert drawn[0]["epoch"][1].tolist() == [1, 1, 2, 2]  # epoch 0 shares a step with 1
-    assert figures.steps_per_epoch(out) == figures.steps_per_epoch(command) == 2
+    assert figures.steps_per_epoch(out) == figures.steps_per_epoch(command) == {"pretraining": 2, "linear": None}
     page = report.write_report([out], images=0).read_text()
     assert tables.state(compare.read_run(out)) == "finished" and "4 steps, 2 an epoch" in page
 
