@@ -132,7 +132,7 @@ def test_finished_run_is_resumed_for_more_epochs(run, call):
     commands = (run / "command.txt").read_text().splitlines()
     assert commands[0] == (EARLIER / "run" / "command.txt").read_text().strip() and len(commands) == 2
     assert [start.get("first epoch") for start in json.loads((run / "run.json").read_text())] == [None, 0]
-    assert figures.steps_per_epoch(run) == STEPS_PER_EPOCH
+    assert figures.steps_per_epoch(run) == {"pretraining": STEPS_PER_EPOCH, "linear": None}
     assert yaml.safe_load((run / "config.yaml").read_text())["max_epochs"] == 3
 
 

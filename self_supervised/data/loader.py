@@ -86,12 +86,18 @@ class ResumableDataLoader(DataLoader):
             self.dataset.epoch = epoch
         if hasattr(self.dataset, "read_ahead"):
             self.dataset.read_ahead(self.sampler)
+        batches = self.batches()
         try:
-            for batch in self.batches():
+            for batch in batches:
                 self.position["batches"] += 1
                 yield batch
-        except (OSError, EOFError):  # the connection to a worker is lost; its exit code may come a little later
-            wait([worker.sentinel for worker in self.workers], timeout=1 if self.workers else 0)
+        except Exception as error:
+            if isinstance(error, OSError | EOFError):  # the connection to a worker is lost; its exit code comes later
+                wait([worker.sentinel for worker in self.workers], timeout=1 if self.workers else 0)
+            if self.num_workers and hasattr(batches, "_shutdown_workers"):
+                # The error refers to the iterator, so that Python's garbage collector would end it some time later. It
+                # would close the queues first, and then wait five seconds for each worker.
+                batches._shutdown_workers()
             raise
 
     def batches(self) -> Iterator[Any]:
