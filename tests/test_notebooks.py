@@ -13,6 +13,10 @@ import nbformat
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
+from self_supervised import recipes
+from self_supervised.evaluation.protocols import PROTOCOLS
+from self_supervised.exports.export import FACTS
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LARGEST = 400_000  # bytes
@@ -61,3 +65,10 @@ def test_stored_with_pictures_and_without_junk(path):
 
 def test_there_are_notebooks():
     assert {path.stem for path in NOTEBOOKS} >= {"quick_start", "own_images", "batch_norm", "evaluate_and_export"}
+
+
+def test_stored_lists_are_those_of_the_code():
+    texts = {path.stem: path.read_text() for path in NOTEBOOKS}
+    assert f'"{" ".join(recipes.KINDS["digits"].rows)}\\n"' in texts["quick_start"]
+    assert all(f"- **{name}**: " in texts["evaluate_and_export"] for name in PROTOCOLS)
+    assert all(f"'{name}': " in texts["evaluate_and_export"] for name in FACTS)
