@@ -358,8 +358,8 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
     Raises:
         ValueError: `out` has an earlier run that is not resumed, or the run cannot work.
     """
-    resumed = None if options.resume in (None, "auto") else Path(options.resume).absolute()
-    resumes_itself = options.resume == "auto" or (resumed and out.absolute() in (resumed, *resumed.parents))
+    resumed = None if options.resume in (None, "auto") else Path(options.resume).resolve()
+    resumes_itself = options.resume == "auto" or (resumed and out.resolve() in (resumed, *resumed.parents))
     if not resumes_itself and any(file for pattern in NEVER_OVERWRITTEN for file in out.glob(pattern)):
         raise ValueError(f"out={out}: holds an earlier run. Pass --resume auto to resume it, or another --out.")
     if options.resume:

@@ -320,6 +320,8 @@ def test_a_frozen_encoder_is_named_and_one_in_eval_mode_is_trained(trains, small
     trainer().fit(model)
     changed = [name for name, value in own.state_dict().items() if not torch.equal(value, before[name])]
     assert bool(changed) is trains
+    model.train(not trains)
+    model.train()
     modes = {part.training for network in (model.model, model.lagging_model) for part in network.modules()}
     assert modes == {trains}  # of the lagging model, too
 

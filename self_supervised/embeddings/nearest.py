@@ -7,7 +7,6 @@ embedded by the checkpoint of the features.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -97,7 +96,7 @@ class Query:
 
 def find_queries(features: str | Path, images: list[str], source: ImageSource, checkpoint: str | None) -> list[Query]:
     """Return a query for each image: the row with that path, or the row of that file, or else the embedded file."""
-    candidates = {image: [image, source.path_of(Path(image).expanduser())] for image in images}
+    candidates = {image: [image, *source.paths_of(Path(image).expanduser())] for image in images}
     rows = parquet.rows_of_ids(features, [path for paths in candidates.values() for path in paths if path])
     own = {image: next((path for path in paths if path in rows), None) for image, paths in candidates.items()}
     others = [image for image in images if own[image] is None]
@@ -105,14 +104,14 @@ def find_queries(features: str | Path, images: list[str], source: ImageSource, c
         if not Path(image).expanduser().is_file():
             raise ValueError(f"{image} is neither a file nor the path of a row of {features}")
     embedded = embed_files(features, others, checkpoint) if others else {}
-    return [
-        Query(
-            own[image], rows[own[image]][0], shown(partial(source.picture, own[image])), own[image], rows[own[image]][1]
-        )
-        if own[image]
-        else Query(image, embedded[image], shown(partial(picture_of, str(Path(image).expanduser()))))
-        for image in images
-    ]
+    found = []
+    for image in images:
+        if row := own[image]:
+            embedding, label = rows[row]
+            found.append(Query(row, embedding, shown(row, source.picture), row, label))
+        else:
+            found.append(Query(image, embedded[image], shown(str(Path(image).expanduser()), picture_of)))
+    return found
 
 
 def embed_files(features: str | Path, files: list[str], checkpoint: str | None) -> dict[str, np.ndarray]:
@@ -148,11 +147,12 @@ class Tile:
     color: str | None = None  # of the frame and of the first line
 
 
-def shown(read: Callable[[], Image.Image]) -> Image.Image:
-    """Return the picture, or an empty one if it cannot be shown."""
+def shown(path: str, read: Callable[..., Image.Image], **more: int) -> Image.Image:
+    """Return read(path), or an empty picture if it cannot be shown."""
     try:
-        return read()
-    except (OSError, ValueError):
+        return read(path, **more)
+    except (OSError, ValueError) as error:
+        print(f"{path}: its picture cannot be shown ({error})")
         return Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), BOX)
 
 
@@ -164,7 +164,7 @@ def tiles(query: Query, neighbors: list[Neighbor], source: ImageSource) -> tuple
     for i, n in enumerate(neighbors, start=1):
         color = (SAME_COLOR if n.label == query.label else OTHER_COLOR) if n.label and query.label else None
         lines = (n.label, n.path) if n.label else (n.path,)
-        picture = shown(partial(source.picture, n.path, side=PICTURE_SIDE))
+        picture = shown(n.path, source.picture, side=PICTURE_SIDE)
         row.append(Tile(picture, str(i), f"{n.cosine:.3f}", lines, color))
     return lead, row
 

@@ -20,11 +20,12 @@ try:
     import pyarrow.compute as pc
     import pyarrow.dataset as ds
     import pyarrow.parquet as pq
-except ImportError:  # reports and the demo find neighbors without files
+except ImportError as error:  # reports and the demo find neighbors without files
+    cause = error  # Python deletes `error` at the end of the block
 
     class Missing:
         def __getattr__(self, _: str) -> Any:
-            raise ImportError("Parquet files need the package pyarrow, which is not installed: pip install pyarrow")
+            raise ImportError(f"Parquet files need the package pyarrow ({cause}): pip install pyarrow") from cause
 
     pa = pc = ds = pq = Missing()
 

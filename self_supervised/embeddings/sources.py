@@ -93,11 +93,13 @@ class Folder:
         file = str(self.root / path)
         return read_as(params, file, file)
 
-    def path_of(self, file: Path) -> str | None:
-        """Return the path of a file in this directory; None for other files."""
-        file = Path(os.path.abspath(file))  # links below the directory keep their names, as in paths()
-        root = next((folder for folder in file.parents if folder.exists() and folder.samefile(self.root)), None)
-        return file.relative_to(root).as_posix() if root else None
+    def paths_of(self, file: Path) -> list[str]:
+        """Return the paths that a file may have in this directory: by its name, and without links."""
+        found = []
+        for path in (Path(os.path.abspath(file)), file.resolve()):
+            root = next((folder for folder in path.parents if folder.exists() and folder.samefile(self.root)), None)
+            found += [path.relative_to(root).as_posix()] if root else []
+        return found
 
 
 class Packed:
@@ -131,8 +133,8 @@ class Packed:
     def image(self, path: str, params: EncoderAndDataParams) -> Image.Image:
         return self.picture(path, params.channels)
 
-    def path_of(self, file: Path) -> str | None:
-        return None
+    def paths_of(self, file: Path) -> list[str]:
+        return []
 
 
 class Stored:
@@ -162,8 +164,8 @@ class Stored:
     def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
         return read_as(params, path, self.source.open(str(self.source.root / path)))
 
-    def path_of(self, file: Path) -> str | None:
-        return None
+    def paths_of(self, file: Path) -> list[str]:
+        return []
 
 
 ImageSource = Folder | Packed | Stored

@@ -336,11 +336,18 @@ def check_map(encoder: nn.Module, params: ModelParams, image_size: int) -> None:
 
 
 def prepare_training(encoder: nn.Module) -> None:
-    """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not do. Log a line if it is
-    frozen."""
+    """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not do, except for its frozen
+    parts. Log a line about it, or if all of it is frozen."""
     if any(weight.requires_grad for weight in encoder.parameters()):
+        if hasattr(encoder, "is_trained"):
+            encoder.is_trained = True
         if not encoder.training:
+            rank_zero_info("the encoder was in eval mode: its parts with trainable weights are put into train mode")
             encoder.train()
+            for part in encoder.modules():
+                weights = [*part.parameters()]
+                if weights and not any(weight.requires_grad for weight in weights):
+                    part.eval()
     elif any(True for _ in encoder.parameters()):
         rank_zero_info(
             "warning: no weight of the encoder requires a gradient, so only the heads learn. Call "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model_params import DATASET_DEFAULTS, EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.data.foreign_paths import ForeignPath, vetted, vetted_start
-from self_supervised.networks import architectures, encoders, layouts
+from self_supervised.networks import architectures, encoders, layers, layouts
 from self_supervised.views import augmentations
 
 SAME_IN_STARTING = (  # settings that the encoder of the starting weights shares with the trained one
@@ -51,12 +51,13 @@ class Report:
 class Encoder(nn.Module):
     """Frozen encoder in eval mode, with the settings that prepare its input.
 
-    `params` holds its architecture, image size and normalization constants, and `report` the origin of its weights.
+    A method that is built with it may train it (`prepare_training`); `embed` is in eval mode then, too. `params` holds its architecture, image size and normalization constants, and `report` the origin of its weights.
     """
 
     def __init__(self, model: nn.Module, params: EncoderAndDataParams, report: Report):
         super().__init__()
         self.model = model.requires_grad_(False)
+        self.is_trained = False  # True: a method trains it, or has a lagging copy of it
         self.params = params
         self.report = report
         self.eval()
@@ -67,8 +68,8 @@ class Encoder(nn.Module):
         return self.report.started_from
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Stay in eval mode while all weights are frozen."""
-        return super().train(mode and any(weight.requires_grad for weight in self.parameters()))
+        """Stay in eval mode unless a method trains it."""
+        return super().train(mode and (self.is_trained or any(weight.requires_grad for weight in self.parameters())))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings [N, E] of normalized images [N, C, H, W]. Raises ValueError for integers."""
@@ -93,7 +94,8 @@ class Encoder(nn.Module):
         """
         augmentations.check_pixels(images, self.params.channels)
         weight = next(self.model.parameters())
-        return self(self.prepare(images.to(weight.device)).to(weight.dtype)).float()
+        with layers.in_eval_mode(self):
+            return self(self.prepare(images.to(weight.device)).to(weight.dtype)).float()
 
 
 def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, **overrides: Any) -> Encoder:
@@ -143,7 +145,7 @@ def encoder_of(checkpoint: str | Path | Encoder, overrides: dict[str, Any]) -> E
     if not isinstance(checkpoint, Encoder):
         return load_encoder(checkpoint, **overrides)
     if overrides:
-        raise ValueError(f"{', '.join(overrides)}: pass them to load_encoder, which made this Encoder")
+        raise ValueError(f"{', '.join(overrides)}: an Encoder keeps its own settings. Pass these to load_encoder")
     return checkpoint
 
 

@@ -121,7 +121,8 @@ def labeled_curves(runs: Sequence[str]) -> dict[str, Curves]:
     found = {}
     for run in runs:
         cuts = [(run[:i], run[i + 1 :]) for i, sign in enumerate(run) if sign == "="]
-        label, folder = next((cut for cut in [("", run), *cuts] if as_path(cut[1]).is_dir()), ("", run))
+        fallback = cuts[0] if cuts else ("", run)
+        label, folder = next((cut for cut in [("", run), *cuts] if as_path(cut[1]).is_dir()), fallback)
         found[label or as_path(folder).resolve().name] = read_curves(folder)
     if len(found) < len(runs):
         raise ValueError(f"runs {', '.join(runs)}: two have the same name. Pass LABEL=DIR to name them.")

@@ -79,7 +79,7 @@ def content_or_reason(make: Callable[[], Any]) -> Any:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return {"missing": "out of memory on this device. --images 0 leaves this part out"}
+        return {"missing": "out of memory on this device"}
 
 
 # ---- views ----

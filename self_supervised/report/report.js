@@ -144,10 +144,11 @@ const missing = (parent, text) => make(parent, "p", {class: "missing"}, text);
 
 // ---- curves ----
 
-const canBeEpochs = runs.every(run => run.steps_per_epoch.pretraining);
+const stepsOf = (file, line) => runs[line.run].steps_per_epoch[file.split("/")[0]];
+const canBeEpochs = data.figures.every(figure => figure.lines.every(line => stepsOf(figure.file, line)));
 let smoothing = 0, along = "step";
 const charts = [];
-const place = (file, line, step) => along === "epoch" ? step / runs[line.run].steps_per_epoch[file.split("/")[0]] : step;
+const place = (file, line, step) => along === "epoch" ? step / stepsOf(file, line) : step;
 
 /** Exponential moving average with bias correction (as in Adam). */
 function smooth(values) {

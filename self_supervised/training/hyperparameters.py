@@ -97,6 +97,8 @@ def of_checkpoint(content: dict[str, Any], path: str | Path, classifier: str, pa
     """
     settings = content.get("hyper_parameters", {})
     replaced = dict(vetted(settings, path, passed))
+    if settings.get("loss_type") in ("sce", "seed"):  # earlier versions took it, and compared other vectors
+        replaced["use_negative_examples_from_same_view"] = False
     weight = content["state_dict"].get(f"{classifier}.weight")
     if weight is not None and len(weight) != packed_classes(settings):
         replaced["n_classes"] = len(weight)

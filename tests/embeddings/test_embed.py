@@ -181,7 +181,9 @@ def test_order_links_extensions_and_skipped_files(tmp_path):
     assert counts == {".txt": 1, "hidden": 2, "links to folders that were already searched": 2}
     embed.embed(tiny(), folder, tmp_path / "f.parquet", device="cpu")
     assert parquet.read_embeddings(tmp_path / "f.parquet")[0] == expected
-    assert source.path_of(folder / "linked" / "1.png") == "linked/1.png" and source.path_of(tmp_path / "f") is None
+    assert source.paths_of(folder / "linked" / "1.png") == ["linked/1.png", "a-b/1.png"]
+    (tmp_path / "pick.png").symlink_to(folder / "a" / "1.png")
+    assert source.paths_of(tmp_path / "pick.png") == ["a/1.png"] and source.paths_of(tmp_path / "f") == []
 
 
 def test_arrays_are_embedded_as_they_are_read_in_training_and_shown(tmp_path):
@@ -389,7 +391,7 @@ def test_invalid_arguments_are_refused(photos, checkpoint, tmp_path, monkeypatch
     broken.model[0].bias[0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         embed.embed(broken, photos, tmp_path / "g.parquet", device="cpu")
-    with pytest.raises(ValueError, match="image_mean: pass them to load_encoder, which made this Encoder"):
+    with pytest.raises(ValueError, match="image_mean: an Encoder keeps its own settings"):
         embed.embed(tiny(), photos, tmp_path / "g.parquet", device="cpu", image_mean=[0.5])
 
 
@@ -443,11 +445,12 @@ def test_an_image_finds_its_own_copy_first(digits, features, tmp_path, monkeypat
     assert width > 7 * nearest.PICTURE_SIDE and height > 6 * nearest.PICTURE_SIDE  # three queries, two lines each
 
 
-def test_a_picture_that_is_gone_is_left_empty(digits, features, tmp_path, monkeypatch):
+def test_a_picture_that_is_gone_is_left_empty(digits, features, tmp_path, monkeypatch, capsys):
     moved = shutil.copytree(digits, tmp_path / "moved")
     (moved / "7" / "0007.png").unlink()
     arguments = [features, "7/0007.png", "--folder", moved, "--out", tmp_path / "sheet.png"]
     assert run_command(monkeypatch, nearest, *arguments) == ""
+    assert "7/0007.png: its picture cannot be shown (" in capsys.readouterr().out
 
 
 def test_nearest_refuses_what_has_no_embedding(features, digits, small, tmp_path, monkeypatch):

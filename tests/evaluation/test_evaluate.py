@@ -231,7 +231,7 @@ def test_starting_weights_are_a_column(checkpoint, pretrained):
     found = scores(evaluate_checkpoint(checkpoint, ["uniformity"], starting_weights=pretrained))
     assert found["uniformity", "starting", 0] == found["uniformity", "trained", 0]
     assert found["uniformity", "random", 0] != found["uniformity", "trained", 0]
-    with pytest.raises(ValueError, match="starting_weights=.*: a baseline, and baselines=False"):
+    with pytest.raises(ValueError, match="starting_weights=.*: has no effect with baselines=False"):
         evaluate_checkpoint(checkpoint, ["uniformity"], starting_weights=pretrained, baselines=False)
 
 
