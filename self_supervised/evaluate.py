@@ -129,8 +129,8 @@ def baselines_of(trained: Encoder, starting_weights: str | Path | None, wanted: 
         return compared(trained, starting_weights)
     if starting_weights:
         raise ValueError(
-            f"starting_weights={str(starting_weights)!r}: has no effect with baselines=False (--no_baselines). Leave out "
-            "one of the two"
+            f"starting_weights={str(starting_weights)!r}: has no effect with baselines=False (--no_baselines). Leave "
+            "out one of the two"
         )
     return {}
 

@@ -336,8 +336,8 @@ def check_map(encoder: nn.Module, params: ModelParams, image_size: int) -> None:
 
 
 def prepare_training(encoder: nn.Module) -> None:
-    """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not do, except for its frozen
-    parts. Log a line about it, or if all of it is frozen."""
+    """Put an encoder that is in eval mode as a whole into train mode, except for its frozen parts; Lightning does not.
+    Log a line about it, or if all of it is frozen."""
     if any(weight.requires_grad for weight in encoder.parameters()):
         if hasattr(encoder, "is_trained"):
             encoder.is_trained = True
