@@ -91,10 +91,10 @@ def evaluate_checkpoint(
     given = {name: reading.pop(name, None) for name in OF_ENCODER}
     of_encoder = {name: value for name, value in given.items() if value is not None}
     trained = load_encoder(checkpoint, encoder=encoder, **of_encoder)
+    encoders = {**baselines_of(trained, starting_weights, baselines), "trained": trained}
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
     print_labels(params)
-    encoders = {**baselines_of(trained, starting_weights, baselines), "trained": trained}
     results = Results(folder, fresh)
     about = {
         "checkpoint": str(checkpoint),

@@ -132,7 +132,7 @@ def resume_point(
     method.on_load_checkpoint(content)  # translates earlier names, as Lightning does before it loads
     hyperparameters.keep_earlier_ways(method, content)
     try:
-        checkpoints.refuse_going_back(out / name / "checkpoints", content["global_step"])
+        checkpoints.refuse_going_back(out / name / "checkpoints", content["global_step"], "Resume from it")
         checkpoints.refuse_another_model(content, method, fit)
         steps, images = content.get("steps"), checkpoints.images_of_a_step(method.params, fit)
         other_steps = steps is not None and steps["images"] != images  # such as on another number of processes

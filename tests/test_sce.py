@@ -275,6 +275,17 @@ def test_refused_at_construction(fields, message):
         SCEParams(**fields)
 
 
+def test_a_checkpoint_of_a_setting_that_is_refused_now_loads(small, trainer, tmp_path):
+    fit = trainer()
+    fit.strategy.connect(SelfSupervisedMethod(small("sce", use_lagging_model=False)))
+    fit.save_checkpoint(tmp_path / "new.ckpt")
+    content = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    content["hyper_parameters"]["use_negative_examples_from_same_view"] = True
+    torch.save(content, tmp_path / "earlier.ckpt")
+    loaded = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "earlier.ckpt")
+    assert loaded.params.use_negative_examples_from_same_view is False
+
+
 # ---- Heads ----
 
 

@@ -94,7 +94,7 @@ class ResumableDataLoader(DataLoader):
         except Exception as error:
             if isinstance(error, OSError | EOFError):  # the connection to a worker is lost; its exit code comes later
                 wait([worker.sentinel for worker in self.workers], timeout=1 if self.workers else 0)
-            if self.num_workers and hasattr(batches, "_shutdown_workers"):
+            if hasattr(batches, "_shutdown_workers"):
                 # The error refers to the iterator, so only the garbage collector would shut the workers down, at some
                 # later time. By then the queues are closed, and each worker costs a wait of five seconds.
                 batches._shutdown_workers()

@@ -97,7 +97,7 @@ class Query:
 def find_queries(features: str | Path, images: list[str], source: ImageSource, checkpoint: str | None) -> list[Query]:
     """Return a query for each image: the row with that path, or the row of that file, or else the embedded file."""
     candidates = {image: [image, *source.paths_of(Path(image).expanduser())] for image in images}
-    rows = parquet.rows_of_ids(features, [path for paths in candidates.values() for path in paths if path])
+    rows = parquet.rows_of_ids(features, [path for paths in candidates.values() for path in paths])
     own = {image: next((path for path in paths if path in rows), None) for image, paths in candidates.items()}
     others = [image for image in images if own[image] is None]
     for image in others:

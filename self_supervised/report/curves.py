@@ -66,7 +66,7 @@ def draw_curves(
         subplots: options of plt.subplots, such as figsize and sharey.
 
     Raises:
-        ValueError: a metric is in none of the runs, or the path does not end in .png.
+        ValueError: a metric is in none of the runs, there are more runs than COLORS, or the path does not end in .png.
     """
     if Path(path).suffix != ".png":
         raise ValueError(f"out={str(path)!r} must end in .png")
@@ -99,7 +99,7 @@ def draw_panel(axis: Axes, groups: dict[str, list[Curves]], panel: str) -> None:
         for j, name in enumerate(panel.split(",")):
             style = {"linestyle": STYLES[j % len(STYLES)], "marker": "." if name.startswith("valid") else None}
             for curves in group:
-                axis.plot(*curves.get(name, ([], [])), color=COLORS[i % len(COLORS)], label=shown, **style)
+                axis.plot(*curves.get(name, ([], [])), color=COLORS[i], label=shown, **style)
                 shown = None  # only one entry in the legend
     if panel == "step_projection_std":
         axis.axhline(COLLAPSED_STD, color="black", linewidth=0.8, linestyle=":")  # below, a warning appears

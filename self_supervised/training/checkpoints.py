@@ -58,12 +58,12 @@ def name_at(step: int) -> str:
     return f"step_{step:09d}.ckpt"
 
 
-def refuse_going_back(folder: Path, step: int) -> None:
+def refuse_going_back(folder: Path, step: int, way_out: str) -> None:
     """Raise ValueError if a folder has a valid checkpoint of a later step than that at which a training starts."""
     later = [path for path in folder.glob("step_*.ckpt") if path.name > name_at(step)]
     if later and (ahead := newest(folder)) in later:
         raise ValueError(
-            f"{ahead} is of an earlier run that went further than step {step}, where this run starts. Resume from it"
+            f"{ahead} is of an earlier run that went further than step {step}, where this run starts. {way_out}"
         )
 
 
@@ -282,7 +282,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last_saved = trainer.global_step
-        refuse_going_back(self.folder, trainer.global_step)
+        refuse_going_back(self.folder, trainer.global_step, "Resume from it, or choose another folder")
         self.listen()  # again, because Lightning has replaced our handler of SIGTERM
 
     def path(self, trainer: pl.Trainer) -> Path:
