@@ -4,6 +4,7 @@
     self-supervised evaluate runs/simclr_cifar10 --dataset_name cifar100 --protocols knn semi_10 --seeds 0 1
     self-supervised evaluate runs/simclr runs/byol --protocols linear knn --seeds 0 1 2
     self-supervised evaluate resnet50 --dataset_name imagenet --protocols knn
+    self-supervised evaluate runs/dino --lagging --protocols linear knn
     self-supervised evaluate runs/sce_video_kinetics --evaluation_clips 10 --evaluation_crops 3
 
 The results are written to results.json and results.md in CHECKPOINT.evaluation/. Multiple checkpoints are evaluated in
@@ -12,6 +13,7 @@ The environment variable DATA_PATH is the directory of the data sets. --list and
 """
 
 import argparse
+import copy
 import hashlib
 import time
 from collections.abc import Sequence
@@ -28,14 +30,14 @@ from self_supervised.evaluation import features
 from self_supervised.evaluation.features import EvaluationData, image_hash
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
 from self_supervised.evaluation.results import OF_ENCODER, Results, folder_of
-from self_supervised.fields import as_path
+from self_supervised.fields import as_path, plain
 from self_supervised.networks.layouts import checkpoint_of
 from self_supervised.networks.pretrained import Encoder, compared, is_name, load_encoder
 from self_supervised.program import one_line_errors
-from self_supervised.report import evaluations
+from self_supervised.report import evaluations, output
 from self_supervised.runs.command_line import CHECKPOINT, DEVICE, add_fields, parser_of
 from self_supervised.runs.values import ListOption, items
-from self_supervised.safe_files import check_folder
+from self_supervised.safe_files import check_file, check_folder
 from self_supervised.training.run_folder import versions
 
 READING_OPTIONS = (
@@ -57,6 +59,7 @@ def evaluate_checkpoint(
     encoder: nn.Module | None = None,
     starting_weights: str | Path | None = None,
     baselines: bool = True,
+    lagging: bool = False,
     fresh: bool = False,
     device: str = "auto",
     training: dict[str, Any] | None = None,
@@ -73,6 +76,7 @@ def evaluate_checkpoint(
         encoder: your own module, if one was pretrained.
         starting_weights: file or name; default: the weights that the checkpoint names as its start.
         baselines: whether to evaluate a random encoder and the starting weights as well.
+        lagging: whether to evaluate the checkpoint's lagging encoder as well.
         fresh: whether to discard earlier results.
         training: fields of LinearClassifierMethodParams for protocols that train, such as max_epochs.
         reading: fields of EncoderAndDataParams for reading images, such as batch_size and num_data_workers;
@@ -80,9 +84,12 @@ def evaluate_checkpoint(
             (default: those of the pretraining).
 
     Raises:
-        ValueError: a protocol is unknown, or needs labels that the data set does not have.
+        ValueError: a protocol is unknown, or needs labels that the data set does not have; there is no lagging encoder.
     """
     check_names(protocols or ())
+    seeds, training = plain(list(seeds)), plain(training or {})
+    if any(seed < 0 for seed in seeds):
+        raise ValueError(f"seeds={seeds}: must be at least 0")
     dataset = reading.pop("dataset_name", dataset)  # the name of the setting
     checkpoint = checkpoint_of(checkpoint)
     folder = as_path(out) if out else folder_of(checkpoint)
@@ -92,6 +99,8 @@ def evaluate_checkpoint(
     of_encoder = {name: value for name, value in given.items() if value is not None}
     trained = load_encoder(checkpoint, encoder=encoder, **of_encoder)
     encoders = {**baselines_of(trained, starting_weights, baselines), "trained": trained}
+    if lagging:
+        encoders["lagging"] = load_encoder(checkpoint, encoder=copy.deepcopy(encoder), lagging=True, **of_encoder)
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
     print_labels(params)
@@ -101,7 +110,7 @@ def evaluate_checkpoint(
         "encoders": {name: str(found.report) for name, found in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
         "seen": seen(params) | of_encoder,
-        "training": training_of(results, params.dataset_name, protocols, training or {}),
+        "training": training_of(results, params.dataset_name, protocols, training),
         "device": device,
         "versions": versions(),
     }
@@ -136,15 +145,19 @@ def baselines_of(trained: Encoder, starting_weights: str | Path | None, wanted: 
 
 
 def seen(params: EncoderAndDataParams) -> dict[str, Any]:
-    """Return what decides which clips of videos, or which custom images, are seen; {} for other data sets.
+    """Return what decides which images, or clips of videos, are seen; {} for packed data sets, which are fixed.
 
-    Instead of splits_path, the listed images are hashed, because each run has its own copy of the same lists.
+    Instead of `data_path` and `splits_path`, the listed images are hashed: directories move, and each run has its own
+    copy of the same lists.
     """
     info = params.dataset
     names = VIDEO if info.of_videos else CUSTOM_DATA if info.is_custom else ()
-    found = {name: getattr(params, name) for name in names if name not in (*features.WITHOUT_EFFECT, "splits_path")}
-    if not info.is_custom:
+    unused = (*features.WITHOUT_EFFECT, "data_path", "splits_path")
+    found = {name: plain(getattr(params, name)) for name in names if name not in unused}
+    if info.is_packed:
         return found
+    if not params.exif_orientation:  # as in checkpoints of earlier versions
+        found["exif_orientation"] = False
     digest = hashlib.sha256()
     for splits in (info.train_splits, info.test_splits):
         for piece in (repr(splits).encode(), *features.contents(loading.get_dataset(params, splits))):
@@ -182,6 +195,7 @@ def run_protocols(
         seen_as: settings that decide which images, or clips, are seen and in which size.
     """
     hashes = {name: features.encoder_hash(subject.encoder) for name, subject in subjects.items()}
+    hashes |= {"lagging": hashes["trained"]} if "lagging" in hashes else {}  # both are replaced together
     results.keep_encoders(hashes, seen_as)
     images = {name: image_hash(subject) for name, subject in subjects.items()}
     for protocol, row in ((name, PROTOCOLS[name]) for name in protocols):
@@ -246,8 +260,9 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--starting_weights", metavar="FILE_OR_NAME", help="second baseline; default: those named in the checkpoint"
     )
     parser.add_argument("--no_baselines", action="store_true", help="evaluate only the trained encoder")
+    parser.add_argument("--lagging", action="store_true", help="also evaluate the lagging encoder of the checkpoint")
     parser.add_argument("--fresh", action="store_true", help="discard earlier results")
-    evaluations.add_output_options(parser)
+    output.add_output_options(parser)
     parser.add_argument("--device", default="auto", help=DEVICE)
     parser.add_argument(
         "--num_data_workers",
@@ -273,6 +288,7 @@ def evaluate_with_options(checkpoint: str, args: argparse.Namespace) -> dict[str
         out=args.out,
         starting_weights=args.starting_weights,
         baselines=not args.no_baselines,
+        lagging=args.lagging,
         fresh=args.fresh,
         device=args.device,
         training={name: value for name, value in training.items() if value is not None},
@@ -303,6 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name:14} {row.definition}. {row.source}")
         return
     refuse_checkpoints(args.checkpoints, args.out)
+    if args.csv:
+        check_file("csv", args.csv)
     for checkpoint in args.checkpoints:
         if len(args.checkpoints) > 1:
             print(f"{checkpoint}:", flush=True)
@@ -314,8 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = evaluations.evaluated_rows(args.checkpoints, args.out)
     tables = evaluations.evaluation_tables(rows, args.protocols, args.dataset_name)
     if args.csv:
-        evaluations.write_csv(args.csv, evaluations.csv_rows(tables))
+        output.write_csv(args.csv, output.csv_rows(tables))
     if args.markdown:
-        print(evaluations.markdown_text(tables))
+        print(output.markdown_text(tables))
     elif len(args.checkpoints) > 1:
-        evaluations.print_tables(tables)
+        output.print_tables(tables)

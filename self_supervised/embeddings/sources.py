@@ -30,7 +30,7 @@ from self_supervised.data.image_files import (
 )
 from self_supervised.data.loading import data_path, prepare_data
 from self_supervised.data.packed import PackedImages, already_a_batch
-from self_supervised.runs.command_line import DEVICE, add_fields
+from self_supervised.runs.command_line import DEVICE, LAGGING, add_fields
 
 MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
@@ -294,5 +294,6 @@ def add_embedding_options(parser: argparse.ArgumentParser) -> None:
         help=f"processes that decode files; default: one per core, at most {MOST_EMBED_WORKERS}",
     )
     parser.add_argument("--device", default="auto", help=DEVICE)
+    parser.add_argument("--lagging", action="store_true", default=argparse.SUPPRESS, help=LAGGING)
     fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see model_params.py)")
     add_fields(fields, OVERRIDES)

@@ -12,7 +12,7 @@ import attrs
 import numpy as np
 import torch
 from attrs import frozen
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from model_params import CUSTOM_DATA, DATASET_DEFAULTS, TRAINING_ONLY, VIDEO, EncoderAndDataParams
@@ -260,7 +260,13 @@ def features_of_views(
 
 def stages_of(encoder: Encoder) -> list[str]:
     """Return the names layer1 to layer4 for a ResNet, and [] for other encoders."""
-    return [name for name in ENCODER_STAGES if hasattr(encoder.model, name)]
+    stages = [getattr(encoder.model, name, None) for name in ENCODER_STAGES]
+    are_convolutional = [stage is not None and has_convolution(stage) for stage in stages]
+    return list(ENCODER_STAGES) if all(are_convolutional) else []
+
+
+def has_convolution(module: nn.Module) -> bool:
+    return any(isinstance(layer, nn.Conv2d | nn.Conv3d) for layer in module.modules())
 
 
 def device_of(encoder: Encoder) -> torch.device:
@@ -295,7 +301,7 @@ class ActivationRecorder:
         return self
 
     def hook(self, name: str) -> Callable:
-        def keep(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
+        def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             self.outputs[name] = output.flatten(2).mean(2)
 
         return keep

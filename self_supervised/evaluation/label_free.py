@@ -39,8 +39,9 @@ def alignment(views: Tensor) -> Scores:
     if all views coincide (https://arxiv.org/abs/2005.10242, section 4.1, with alpha = 2)."""
     z = unit(in_float64(finite(views)))
     v = views.shape[1]
-    cosines = (z.sum(1).square().sum(1) - v) / (v * (v - 1))  # [N]: mean over the pairs of views of an image
-    return {"alignment": float((2 - 2 * cosines).mean())}
+    lengths = z.any(2).sum(1)  # sum of |z|^2, which is 0 for a vector of zeros
+    distances = 2 * (v * lengths - z.sum(1).square().sum(1)) / (v * (v - 1))  # [N]: mean over the pairs of an image
+    return {"alignment": float(distances.mean())}
 
 
 def uniformity(x: Tensor, t: float = 2.0) -> Scores:
@@ -51,8 +52,9 @@ def uniformity(x: Tensor, t: float = 2.0) -> Scores:
     if n < 2:
         return {"uniformity": math.nan}
     total = 0.0
-    for rows in z.split(1000):  # 1000 x N distances fit into memory
-        total += float(in_float64((2 * t * (rows @ z.T - 1)).exp().sum(1)).sum())
+    lengths = z.any(1).to(z.dtype)  # |z|^2, which is 0 for a vector of zeros
+    for rows, own in zip(z.split(1000), lengths.split(1000), strict=True):  # 1000 x N distances fit into memory
+        total += float(in_float64((t * (2 * rows @ z.T - own[:, None] - lengths)).exp().sum(1)).sum())
     return {"uniformity": math.log(max(total - n, 1e-300) / (n * (n - 1)))}  # - n: pairs of an image with itself
 
 

@@ -18,8 +18,9 @@ from self_supervised.safe_files import atomic_write, to_json, without_nan
 RunRecord = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; videos, custom data: seen
 RUN_KEYS = ("protocol", "encoder", "dataset", "seed", "seen", "training")
 WAIT_FOR_RESULTS = 60  # seconds to wait for another process that writes
-ENCODERS = ("random", "starting", "trained")  # columns of the table
+ENCODERS = ("random", "starting", "trained", "lagging")  # columns of the table
 OF_ENCODER = ("transform_crop_size", "pooling_size")  # settings of the encoder that an evaluation may change
+NOTHING: dict[str, Any] = {"runs": [], "config": {}}  # in results.json
 DRAWN = "_std"  # suffix of the name of a standard deviation over draws within one run
 
 
@@ -34,14 +35,16 @@ class Results:
     def __init__(self, folder: Path, fresh: bool = False):
         self.folder = folder
         self.path = folder / "results.json"
-        if fresh:
-            self.path.unlink(missing_ok=True)
-        stored = read_results(self.path)
+        self.fresh = fresh  # until the first run is written
+        stored = self.stored()
         self.runs: list[RunRecord] = stored["runs"]
         self.config: dict[str, Any] = stored["config"]  # data set -> settings of its latest evaluation
         self.own_config: dict[str, Any] = {}  # the part of config that this evaluation wrote
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights in this evaluation
         self.of_encoder: dict[str, Any] = {}  # settings OF_ENCODER that this evaluation changes
+
+    def stored(self) -> dict[str, Any]:
+        return dict(NOTHING) if self.fresh else read_results(self.path)
 
     def find(self, key: str) -> RunRecord | None:
         return next((run for run in self.runs if run["key"] == key), None)
@@ -54,7 +57,8 @@ class Results:
 
     def is_kept(self, run: RunRecord) -> bool:
         is_same_encoder = of_encoder(run.get("seen", {})) == self.of_encoder
-        return not is_same_encoder or self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
+        name = "trained" if run["encoder"] == "lagging" else run["encoder"]  # of one checkpoint
+        return not is_same_encoder or self.hashes.get(name, run["hash"]) == run["hash"]
 
     def begin(self, dataset: str, config: dict[str, Any]) -> None:
         """Set what the latest evaluation on a data set depends on."""
@@ -64,11 +68,12 @@ class Results:
     def add(self, *runs: RunRecord) -> None:
         """Write runs to the files. They replace earlier runs with the same RUN_KEYS."""
         with locked(self.folder, wait=WAIT_FOR_RESULTS):
-            stored = read_results(self.path)
+            stored = self.stored()
             kept = filter(self.is_kept, stored["runs"])
             self.runs = [old for old in kept if not any(is_same(old, run) for run in runs)] + list(runs)
             self.config = stored["config"] | self.own_config
             self.write()
+            self.fresh = False
 
     def shown(self, dataset: str) -> list[RunRecord]:
         """Return the runs with the images and training settings of the data set's latest evaluation: only these can be
@@ -122,7 +127,7 @@ def is_same(old: RunRecord, run: RunRecord) -> bool:
 def read_results(path: Path) -> dict[str, Any]:
     """Return runs and config of results.json; both are empty if there is no such file."""
     if not path.is_file():
-        return {"runs": [], "config": {}}
+        return dict(NOTHING)
     try:
         stored = json.loads(path.read_text())
         for run in stored["runs"]:

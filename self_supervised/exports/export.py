@@ -31,7 +31,7 @@ from self_supervised.exports.verify import sample_images, verified
 from self_supervised.networks.layouts import checkpoint_of
 from self_supervised.networks.pretrained import Encoder, load_encoder
 from self_supervised.program import message_of, one_line_errors
-from self_supervised.runs.command_line import CHECKPOINT, add_fields, parser_of
+from self_supervised.runs.command_line import CHECKPOINT, LAGGING, add_fields, parser_of
 from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_folder, disk_errors_named, sync
 
@@ -234,6 +234,7 @@ def export_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--publish", action="store_true", help="append the first digits of the file's SHA-256")
     parser.add_argument("--normalize", action="store_true", help="export a program that takes values from 0 to 1")
+    parser.add_argument("--lagging", action="store_true", help=LAGGING)
     parser.add_argument("--count", action="store_true", help="print parameters and FLOPs of each part")
     fields = parser.add_argument_group("settings that the checkpoint does not contain (fields of EncoderAndDataParams)")
     add_fields(fields, FACTS)

@@ -271,14 +271,15 @@ def embeddings_of(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
-    """Return the width E of the embeddings, by encoding `image` [1, C, H, W] in eval mode.
+    """Return the width E of the embeddings, by encoding `image` [1, C, H, W] in eval mode, on the encoder's device.
 
     Raises:
         ValueError: the encoder does not accept the image, or does not return [N, E]. `name` is for the message.
     """
+    weight = next(encoder.parameters(), image)
     try:
         with torch.no_grad(), layers.in_eval_mode(encoder):
-            output = encoder(image)
+            output = encoder(image.to(weight.device))
     except (RuntimeError, AssertionError, ValueError) as error:
         kind, frames = ("clips", "num_frames, ") if image.dim() == 5 else ("images", "")
         shape = f"{tuple(image.shape)} ({frames}transform_crop_size, in_channels)"

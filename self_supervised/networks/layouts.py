@@ -108,12 +108,13 @@ def checkpoint_of(path_or_name: str | Path) -> str | Path:
     return path_or_name
 
 
-def read_weights(path: str | Path) -> WeightsFile:
-    """Read the encoder in a file of ours or of another system, which may be a .safetensors file.
+def read_weights(path: str | Path, lagging: bool = False) -> WeightsFile:
+    """Read the encoder in a file of ours or of another system, which may be a .safetensors file; with `lagging`, the
+    lagging encoder in a checkpoint of ours.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is corrupt, would run code, or holds no tensors.
+        ValueError: the file is corrupt, would run code, holds no tensors, or no lagging encoder.
     """
     content = safe_load(path, of_others=True)
     holder, tensors = held_weights(content, path)
@@ -122,6 +123,10 @@ def read_weights(path: str | Path) -> WeightsFile:
     settings = about.get(EXPORTED) or about.get("hyper_parameters")
     settings = settings if isinstance(settings, Mapping) and "encoder_arch" in settings else {}
     layout = recognized(tuple(names.values()), holder, settings, EXPORTED in about)
+    if lagging:
+        if not (settings and any(name.startswith("lagging_model.") for name in names.values())):
+            raise ValueError(f"lagging=True: {path} has no lagging encoder (read as {layout.name}). Leave it out")
+        layout = evolve(layout, name=f"{layout.name}, the lagging encoder", prefix="lagging_model.")
     inside = {key: name.removeprefix(layout.prefix) for key, name in names.items() if name.startswith(layout.prefix)}
     state = {name: tensors[key] for key, name in inside.items()}
     return WeightsFile(

@@ -99,7 +99,9 @@ class Encoder(nn.Module):
             return self(self.prepare(images.to(weight.device)).to(weight.dtype)).float()
 
 
-def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, **overrides: Any) -> Encoder:
+def load_encoder(
+    path_or_name: str | Path, *, encoder: nn.Module | None = None, lagging: bool = False, **overrides: Any
+) -> Encoder:
     """Load the encoder of a checkpoint or weights file, of a run, or published weights by name.
 
     Files may be those of this library, of the systems in docs/weights.md, state dicts of torchvision and timm, and
@@ -109,6 +111,7 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
     Args:
         path_or_name: a file, the directory of a run, or the name of an encoder with published weights.
         encoder: your own module, if the encoder was one.
+        lagging: load the lagging encoder of a checkpoint of this library, with which DINO's authors evaluate.
         overrides: fields of EncoderAndDataParams, such as encoder_arch, that the file lacks or has wrong. With another
             dataset_name, images keep the size and the normalization constants of the pretraining. Paths in the file
             are used only as data/foreign_paths.py allows; pass data_path, splits_path, ... to use others.
@@ -117,12 +120,12 @@ def load_encoder(path_or_name: str | Path, *, encoder: nn.Module | None = None, 
         FileNotFoundError: there is no such file, and it is not a name; or the run has no pretrained.ckpt yet.
         OSError: published weights could not be downloaded.
         ValueError: the name is unknown, or the file does not hold exactly the parameters of the encoder; the message
-            names them.
+            names them. Or it has no lagging encoder.
     """
     name = str(layouts.checkpoint_of(path_or_name))
-    if encoder is None and not Path(name).expanduser().is_file() and is_name(name):
+    if encoder is None and not lagging and is_published(name):
         return published(name, overrides)
-    found = layouts.read_weights(Path(name).expanduser())
+    found = layouts.read_weights(Path(name).expanduser(), lagging)
     if encoder is not None:
         overrides = {"low_resolution_stem": False, **overrides, "encoder_arch": catalogue.OWN_MODULE}
     settings, assumed = settings_of(found, overrides)
@@ -239,8 +242,15 @@ def is_name(name: str) -> bool:
     return name.startswith("timm:") or not any(sign in name for sign in "/\\.~")
 
 
-def published(name: str, overrides: dict[str, Any]) -> Encoder:
-    """Load an encoder with published weights of torchvision or timm, which are downloaded unless they are cached."""
+def is_published(name: str) -> bool:
+    return is_name(name) and not Path(name).is_file()
+
+
+def published(name: str, overrides: dict[str, Any], new_stem: bool = False) -> Encoder:
+    """Load an encoder with published weights of torchvision or timm, which are downloaded unless they are cached.
+
+    With `new_stem`, a first layer that the weights do not fit starts from random weights, as in a training.
+    """
     arch, _, weights = (name, "", "DEFAULT") if name.startswith("timm:") else name.partition(":")
     try:
         catalogue.check_name(arch)
@@ -255,7 +265,7 @@ def published(name: str, overrides: dict[str, Any]) -> Encoder:
         **facts_of_weights(arch, weights),
     }
     params = with_overrides(settings, overrides)
-    if arch in catalogue.torchvision_models() and (params.channels != 3 or params.low_resolution):
+    if not new_stem and arch in catalogue.torchvision_models() and (params.channels != 3 or params.low_resolution):
         raise ValueError(
             f"in_channels={params.channels} with low_resolution_stem={params.low_resolution} would leave the first "
             f"layer of {name} without its published weights. Leave both out"
@@ -313,8 +323,7 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
     the pretraining started: `starting_weights`, or those that the checkpoint names.
     """
     found = {}
-    p = trained.params
-    if p.encoder_arch != catalogue.OWN_MODULE:
+    if trained.params.encoder_arch != catalogue.OWN_MODULE:
         found["random"] = random_encoder(trained)
     source = starting_weights or trained.started_from
     if isinstance(source, ForeignPath):
@@ -322,13 +331,23 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
             f"the checkpoint started from {str(source)!r}. That file is only read if you pass starting_weights"
         )
     elif source is not None:
-        same = {name: getattr(p, name) for name in (*SAME_IN_STARTING, *DATASET_DEFAULTS)}
-        same["low_resolution_stem"] = p.low_resolution
-        if p.encoder_arch in catalogue.INCEPTIONS:
-            same |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS)
-        with seeded():  # a stem that differs starts from random weights
-            found["starting"] = load_encoder(source, **same)
+        try:
+            found["starting"] = starting_encoder(trained.params, str(source))
+        except OSError as error:
+            if starting_weights:
+                raise
+            rank_zero_warn(f"the weights from which the training started are left out: {error}")
     return found
+
+
+def starting_encoder(p: EncoderAndDataParams, source: str) -> Encoder:
+    """Return the encoder before a training with these settings, which started from the file or name `source`."""
+    same = {name: getattr(p, name) for name in (*SAME_IN_STARTING, *DATASET_DEFAULTS)}
+    same["low_resolution_stem"] = p.low_resolution
+    if p.encoder_arch in catalogue.INCEPTIONS:
+        same |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS)
+    with seeded():
+        return published(source, same, new_stem=True) if is_published(source) else load_encoder(source, **same)
 
 
 def random_encoder(trained: Encoder) -> Encoder:

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 from self_supervised.evaluation.results import deviation, markdown_table
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
-from self_supervised.report import evaluations
+from self_supervised.report import evaluations, output
 from self_supervised.runs.command_line import parser_of
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.runs.values import text
@@ -207,7 +207,7 @@ def print_comparison(columns: list[list[Run]], rows: list[MetricRow]) -> None:
     console = Console(highlight=False, markup=False)
     for widths in ((40, 30), (20, 8)):  # of names and of values; the second pair if the first is too wide
         texts, starts = texts_in_sections(columns, rows, *widths)
-        parts = list(evaluations.parts_that_fit(texts[0], texts, console.width))
+        parts = list(output.parts_that_fit(texts[0], texts, console.width))
         if len(parts) == 1:
             break
     for part in parts:
@@ -237,7 +237,7 @@ def texts_in_sections(
         if not titles or title != titles[-1][1]:
             titles.append((len(texts), title))
             texts.append([broken(title, of_names), *("" for _ in columns)])
-        _, *values = texts_of(row, rows, f"{evaluations.BEST_MARK}{{}}")
+        _, *values = texts_of(row, rows, f"{output.BEST_MARK}{{}}")
         shown = values if row.kind == "result" else [broken(value, of_values) for value in values]
         texts.append([broken(metric, of_names), *shown])
     return texts, [n for n, _ in titles]
@@ -279,16 +279,16 @@ def comparison_csv(columns: list[list[Run]], rows: list[MetricRow]) -> list[dict
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of("compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
-    evaluations.add_output_options(parser)
+    output.add_output_options(parser)
     args = parser.parse_args(arguments)
     columns, rows = compare(args.runs)
     tables = evaluations.evaluation_tables(evaluations.evaluated_rows(args.runs))
     if args.csv:
-        evaluations.write_csv(args.csv, [*evaluations.csv_rows(tables), *comparison_csv(columns, rows)])
+        output.write_csv(args.csv, [*output.csv_rows(tables), *comparison_csv(columns, rows)])
     if args.markdown:
-        print("\n\n".join([*filter(None, [evaluations.markdown_text(tables)]), comparison_markdown(columns, rows)]))
+        print("\n\n".join([*filter(None, [output.markdown_text(tables)]), comparison_markdown(columns, rows)]))
         return
-    evaluations.print_tables(tables)
+    output.print_tables(tables)
     print_comparison(columns, rows)
     if not tables:
         print(*evaluations.notes_on(args.runs, tables))

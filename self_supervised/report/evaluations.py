@@ -3,36 +3,30 @@
 A row is one checkpoint, or the runs that differ only in the seed, or a baseline of theirs.
 """
 
-import argparse
-import csv
-import io
 import json
 import os
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from self_supervised.evaluation import results
 from self_supervised.evaluation.results import DRAWN, RunRecord
 from self_supervised.fields import as_path
-from self_supervised.safe_files import atomic_write
 from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite
 
-ENCODER_NAMES = {"trained": "trained encoder", "random": "random encoder", "starting": "starting weights"}
+ENCODER_NAMES = {name: f"{name} encoder" for name in ("trained", "lagging", "random")} | {
+    "starting": "starting weights"
+}
+OF_MEASUREMENT = (*results.OF_ENCODER, "evaluation_clips", "evaluation_crops", "max_epochs", "batch_size")
 NOT_SCORES = ("l2",)  # hyperparameters that are stored with the scores
 LOWEST_IS_BEST = ("uniformity", "alignment")
-CSV_COLUMNS = ("kind", "run", "dataset", "protocol", "metric", "value", "std", "n", "best")
 DEVIATION = "±: sample standard deviation over runs; in a row of one run over evaluation seeds, or draws of one seed."
-BEST_MARK = "*"  # in a terminal; Markdown: bold
 
 
 @frozen
@@ -128,7 +122,7 @@ def shown_records(folder: Path) -> list[RunRecord]:
 
 
 def evaluated_rows(checkpoints: Sequence[str | Path], out: Path | None = None) -> list[Evaluated]:
-    """Return the rows of checkpoints and of their baselines.
+    """Return the rows of checkpoints, of their lagging encoders and of their baselines.
 
     Args:
         checkpoints: anything that `load_encoder` accepts; or directories of unfinished runs, whose rows are empty.
@@ -147,14 +141,15 @@ def evaluated_rows(checkpoints: Sequence[str | Path], out: Path | None = None) -
         Evaluated(label, tuple(str(checkpoints[i]) for i in group), tuple(trained[i] for i in group))
         for label, group in zip(labels, groups.values(), strict=True)
     ]
-    baselines = [row for encoder in ("random", "starting") for row in baseline_rows(encoder, checkpoints, names, found)]
-    return rows + baselines
+    others = [name for name in ENCODER_NAMES if name != "trained"]
+    return rows + [row for encoder in others for row in other_rows(encoder, checkpoints, names, found)]
 
 
-def baseline_rows(
+def other_rows(
     encoder: str, checkpoints: Sequence[str | Path], names: list[str], found: list[list[RunRecord]]
 ) -> list[Evaluated]:
-    """Return a row for each different baseline. Checkpoints share one if its weights and all keys of its runs agree."""
+    """Return a row for each different encoder of this name. Checkpoints share one if its weights and all keys of its
+    runs agree."""
     rows: list[tuple[str, str, dict[tuple, RunRecord]]] = []
     for checkpoint, name, runs in zip(checkpoints, names, found, strict=True):
         own = {(run["dataset"], run["protocol"], run["seed"]): run for run in runs if run["encoder"] == encoder}
@@ -279,7 +274,7 @@ def missing_notes(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) ->
     data sets were not evaluated on this one."""
     seeds = seeds_of(runs)
     missing: dict[str, set[str]] = {}  # checkpoint -> protocols
-    lacking, others = [], []  # parts of the notes
+    lacking, others, lacks_lagging = [], [], False  # parts of the notes
     for row in rows:
         absent: set[str] = set()
         for checkpoint, found in zip(row.checkpoints, row.found, strict=True):
@@ -291,6 +286,7 @@ def missing_notes(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) ->
             missing.setdefault(checkpoint, set()).update(seeds.keys() - done)
             absent |= seeds.keys() - done
         if absent:
+            lacks_lagging |= any(run["encoder"] == "lagging" for run in sum(row.found, []))
             lacking.append(f"{row.label} ({', '.join(name for name in seeds if name in absent)})")
     notes = [f"Not evaluated on {dataset}: {', '.join(dict.fromkeys(others))}."] if others else []
     if not lacking:
@@ -299,16 +295,20 @@ def missing_notes(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) ->
     checkpoints = [checkpoint for checkpoint, of in missing.items() if of]
     drawn = sorted({seed for name in names for seed in seeds[name]})
     options = ["--dataset_name", dataset, "--protocols", *names, "--seeds", *map(str, drawn)]
-    options += [f"--{name}={value}" for name, value in results.of_encoder(runs[0].get("seen", {})).items()]
+    options += options_of(next(run for run in runs if run["protocol"] in names))
+    options += ["--lagging"] if lacks_lagging else []
     command = shlex.join(["self-supervised", "evaluate", *checkpoints, *options])
     return [*notes, f"Missing values: not evaluated yet are {', '.join(lacking)}: {command}"]
 
 
+def options_of(run: RunRecord) -> list[str]:
+    """Return options of `evaluate` with which another encoder is measured in the same way."""
+    chosen = run.get("training", {}) | run.get("seen", {})
+    return [f"--{name}={chosen[name]}" for name in OF_MEASUREMENT if name in chosen]
+
+
 def protocols_of(runs: Iterable[RunRecord]) -> dict[str, None]:
     return dict.fromkeys(run["protocol"] for run in runs)
-
-
-# ---- output ----
 
 
 def notes_on(checkpoints: Sequence[str | Path], tables: list[EvaluationTable]) -> list[str]:
@@ -317,81 +317,3 @@ def notes_on(checkpoints: Sequence[str | Path], tables: list[EvaluationTable]) -
         return list(dict.fromkeys(note for table in tables for note in table.notes))
     command = shlex.join(["self-supervised", "evaluate", *map(str, checkpoints), "--protocols", "knn", "linear"])
     return [f"Not evaluated yet. For scores under the same protocols: {command}"]
-
-
-def title_of(table: EvaluationTable) -> str:
-    return f"Evaluated on {table.dataset} by self-supervised evaluate"
-
-
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
-    parser.add_argument("--csv", type=as_path, metavar="FILE", help="also write one row per value to this file")
-
-
-def print_tables(tables: list[EvaluationTable]) -> None:
-    """Print tables, each in as many parts as the width of the terminal needs."""
-    console = Console(highlight=False, markup=False)
-    for table in tables:
-        console.print(f"{title_of(table)} ({BEST_MARK} best of its column)")
-        texts = table.texts(f"{BEST_MARK}{{}}")
-        for part in parts_that_fit(table.header, texts, console.width):
-            shown = Table()
-            for i in part:
-                head = table.header[i].replace(" ", "\n")
-                shown.add_column(head, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
-            for row in texts:
-                shown.add_row(*(Text(row[i], "bold" if row[i].startswith(BEST_MARK) else "") for i in part))
-            console.print(shown)
-        for note in table.notes:
-            console.print(note, soft_wrap=True)
-        console.print()
-
-
-def parts_that_fit(header: list[str], texts: list[list[str]], width: int) -> Iterator[list[int]]:
-    """Yield indices of columns: always the first, and as many others as fit. Headers are broken at blanks."""
-    cells = [[*head.split(), *"\n".join(column).split("\n")] for head, *column in zip(header, *texts, strict=True)]
-    widths = [max(map(len, lines)) + 3 for lines in cells]
-    part = [0]
-    for i in range(1, len(widths)):
-        if len(part) > 1 and sum(widths[j] for j in part) + widths[i] >= width:
-            yield part
-            part = [0]
-        part.append(i)
-    yield part
-
-
-def markdown_text(tables: list[EvaluationTable]) -> str:
-    parts = []
-    for table in tables:
-        notes = "\n".join(f"- {note}" for note in [*table.notes, "Bold: best of its column."])
-        parts += [f"## {title_of(table)}", results.markdown_table(table.header, table.texts("**{}**")), notes]
-    return "\n\n".join(parts)
-
-
-def csv_rows(tables: list[EvaluationTable]) -> list[dict[str, Any]]:
-    return [
-        {
-            "kind": "evaluation",
-            "run": row.label,
-            "dataset": table.dataset,
-            "protocol": protocol,
-            "metric": metric,
-            "value": cell.mean,
-            "std": cell.std,
-            "n": cell.n,
-            "best": (i, j) in table.best,
-        }
-        for table in tables
-        for i, row in enumerate(table.rows)
-        for j, (protocol, metric) in enumerate(table.columns)
-        if (cell := table.cells[i][j])
-    ]
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one row per value. Empty fields have no meaning for the kind of value."""
-    written = io.StringIO()
-    writer = csv.DictWriter(written, CSV_COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(path, written.getvalue())

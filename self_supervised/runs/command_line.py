@@ -56,6 +56,7 @@ CHECKPOINT = "checkpoint, directory of a run, weights file, or name of a publish
 FEATURES = "file of embeddings that `self-supervised embed` wrote"
 FOLDER = "directory of the features' images, if it has moved"
 DEVICE = "cpu, cuda, cuda:1, mps; default: a GPU if there is one"
+LAGGING = "take the lagging encoder of a checkpoint, as DINO's authors do"
 USAGE = "self-supervised train PRESET [options]"
 VALUES = "Values are YAML: 0.3, true, none. Lists have blanks or commas between their items: knn rank_me or knn,rank_me"
 SEE_HELP = " See --help for all names."

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from model_params import nearest_preset
 from self_supervised.fields import plain
-from self_supervised.safe_files import atomic_write, to_json
+from self_supervised.safe_files import atomic_write, remove, to_json
 from self_supervised.training import run_folder
 from self_supervised.training.monitor import LogInterval
 from self_supervised.training.verdict import Verdict
@@ -44,6 +44,7 @@ class TrainingRecord(pl.Callback):
         if self.folder is None:
             return
         starts_over = trainer.global_step == 0
+        remove(self.folder / "pretrained.evaluation")  # of the encoder as it was before
         self.results = {} if starts_over else run_folder.results_of(self.folder)
         if starts_over:
             discard(self.folder)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from self_supervised.data import image_files, loading
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import probes, protocols, results
 from self_supervised.evaluation.protocols import PROTOCOLS
+from self_supervised.exports import export
 from self_supervised.networks.pretrained import load_encoder, random_encoder
 
 QUICK = ("knn", "uniformity")
@@ -33,11 +35,11 @@ def pretrained(digits_path, tmp_path_factory):
     return path
 
 
-def pretrain(path, steps=2, **changes):
+def pretrain(path, steps=2, preset="simclr", **changes):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     size = {"max_epochs": 1, "limit_train_batches": steps, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **size)
-    trainer.fit(SelfSupervisedMethod(PRESETS["simclr"](**SMALL | changes)))
+    trainer.fit(SelfSupervisedMethod(PRESETS[preset](**SMALL | changes)))
     trainer.save_checkpoint(path, weights_only=False)
 
 
@@ -235,6 +237,26 @@ def test_starting_weights_are_a_column(checkpoint, pretrained):
         evaluate_checkpoint(checkpoint, ["uniformity"], starting_weights=pretrained, baselines=False)
 
 
+def test_the_lagging_encoder_is_a_column_that_goes_with_its_checkpoint(tmp_path, capsys):
+    pretrain(checkpoint := tmp_path / "byol.ckpt", preset="byol", m=0.5)
+    given = {"baselines": False, "lagging": True}
+    found = scores(evaluate_checkpoint(checkpoint, ["uniformity"], **given))
+    export.main([str(checkpoint), "--lagging", "--format", "torchvision", "--out", str(tmp_path / "lagging.pt")])
+    exported = scores(evaluate_checkpoint(tmp_path / "lagging.pt", ["uniformity"], baselines=False))
+    assert exported["uniformity", "trained", 0] == pytest.approx(found["uniformity", "lagging", 0], rel=1e-5)
+    assert found["uniformity", "lagging", 0] != pytest.approx(found["uniformity", "trained", 0], rel=1e-3)
+    evaluate.main([str(checkpoint), "--lagging", "--protocols", "uniformity", "--no_baselines"])
+    assert re.search("trained encoder.*\n.*lagging encoder|byol.*\n.*lagging encoder", capsys.readouterr().out)
+    changed = torch.load(checkpoint, weights_only=True)
+    for name in changed["state_dict"]:
+        if name.startswith("model.") and name.endswith("weight"):
+            changed["state_dict"][name] *= 1.1
+    torch.save(changed, checkpoint)
+    assert set(scores(evaluate_checkpoint(checkpoint, ["uniformity"], baselines=False))) == {
+        ("uniformity", "trained", 0)
+    }
+
+
 def test_transfer_to_another_data_set_keeps_both_in_one_file(checkpoint, data_path, tmp_path, monkeypatch):
     for name in ("digits", "negatives"):
         shutil.copytree(data_path / "digits", tmp_path / "data" / name)
@@ -261,7 +283,14 @@ def test_invalid_settings_are_refused_before_any_protocol_runs(checkpoint, monke
         evaluate_checkpoint(checkpoint, ["knn", "linear_stages"])
     with pytest.raises(FileNotFoundError, match="nothing.ckpt"):
         evaluate_checkpoint("nothing.ckpt", ["knn"])
-    (tmp_path / "first.evaluation").mkdir()
+    with pytest.raises(ValueError, match=r"seeds=\[0, -1\]: must be at least 0"):
+        evaluate_checkpoint(checkpoint, ["knn"], seeds=np.array([0, -1]))
+    with pytest.raises(SystemExit, match="csv=.*is a directory"):
+        evaluate.main([str(checkpoint), "--protocols", "knn", "--csv", str(tmp_path)])
+    found = evaluate_checkpoint(checkpoint, ["uniformity"], seeds=np.arange(1))["runs"]
+    with pytest.raises(ValueError, match="max_epochs=0"):
+        evaluate_checkpoint(checkpoint, ["linear_sgd"], fresh=True, training={"max_epochs": 0})
+    assert results.Results(tmp_path / "first.evaluation").runs == found  # `fresh` replaces only what is evaluated
     (tmp_path / "first.evaluation/results.json").write_text("{")
     with pytest.raises(ValueError, match="results.json was not written by .*--fresh"):
         evaluate_checkpoint(checkpoint, ["knn"])

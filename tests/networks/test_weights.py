@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import ws_resnet
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
+from model_params import ModelParams
 from self_supervised import evaluate
 from self_supervised.embeddings import embed
 from self_supervised.embeddings.parquet import facts_of_file
@@ -343,6 +344,14 @@ def test_our_checkpoint_needs_no_assumptions(small, tmp_path):
     expected = model((images / 255 - 0.3) / 0.7)
     assert torch.allclose(encoder.embed(images), expected, rtol=1e-4, atol=1e-5)
     assert encoder.train() is encoder and not encoder.model.training
+    lagging = load_encoder(tmp_path / "ours.ckpt", lagging=True)
+    assert torch.equal(lagging(images / 255), model.lagging_model(images / 255).detach())
+    assert str(lagging.report).count("model. (60 tensors)") == 1 and "the lagging encoder" in str(lagging.report)
+    save(SelfSupervisedMethod(small("simclr")), tmp_path / "simclr.ckpt")
+    torch.save(network().state_dict(), tmp_path / "plain.pt")
+    for name in ("simclr.ckpt", "plain.pt"):
+        with pytest.raises(ValueError, match=f"lagging=True: .*{name} has no lagging encoder"):
+            load_encoder(tmp_path / name, lagging=True)
 
 
 def test_the_directory_of_a_run_means_its_pretrained_checkpoint(small, tmp_path, capsys):
@@ -631,6 +640,25 @@ def test_published_by_torchvision(name, hub):
     assert (p.crop_size, p.mean, p.dataset_name) == (96, (0.485, 0.456, 0.406), "stl10")
 
 
+def test_published_weights_from_which_a_training_started(hub, tmp_path, monkeypatch):
+    """Their first layer is as new as that of the training. Without them, a column is left out."""
+    stem = {"dataset_name": "digits", "encoder_arch": "resnet18", "encoder_weights": "DEFAULT"}
+    trained = SelfSupervisedMethod(ModelParams(**stem, low_resolution_stem=True, K=64, dim=4))
+    save(trained, tmp_path / "trained.ckpt")
+    encoder = load_encoder(tmp_path / "trained.ckpt")
+    starting = pretrained.compared(encoder, None)["starting"]
+    assert torch.equal(starting.model.layer1[0].conv1.weight, network().layer1[0].conv1.weight)
+    assert starting.model.conv1.weight.shape == (64, 1, 3, 3)
+    hub.unlink()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.warns(
+        UserWarning, match="the weights from which the training started are left out: .*resnet18:DEFAULT"
+    ):
+        assert list(pretrained.compared(encoder, None)) == ["random"]
+    with pytest.raises(OSError, match="could not be downloaded"):
+        pretrained.compared(encoder, "resnet18")
+
+
 @pytest.mark.parametrize("variable", ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "OTHER"])
 def test_published_files_run_no_code_in_any_environment(variable, hub, monkeypatch):
     monkeypatch.setenv(variable, "1")
@@ -656,11 +684,12 @@ def test_published_by_timm(monkeypatch):
     assert (encoder.params.crop_size, encoder.params.mean) == (about.input_size[-1], about.mean)
 
 
-def test_without_a_connection(monkeypatch):
-    def fails(*args, **kwargs):
-        raise urllib.error.URLError("no route to host")
+def offline(*args, **kwargs):
+    raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fails)
+
+def test_without_a_connection(monkeypatch):
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(OSError, match="resnet18 could not be downloaded .*no route.*Get the file elsewhere"):
         load_encoder("resnet18")
 

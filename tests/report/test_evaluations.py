@@ -76,6 +76,12 @@ def test_a_run_of_a_group_that_is_not_evaluated_is_named(runs, tmp_path):
     (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows([*runs[:2], new]))
     assert table.texts("{}")[0] == ["simclr_{0,1,2}", "83.50 ± 3.54 (2 of 3)", "51.50 ± 2.12 (2 of 3)"]
     assert any(str(new) in note and "--protocols linear knn --seeds 0 1" in note for note in table.notes)
+    found = [record("linear", {"acc1": 1.0}), record("knn", {"knn20_acc1": 1.0})]
+    first = written(tmp_path / "byol_0", [*found, record("linear", {"acc1": 1.0}, encoder="lagging")], seed=0, lr=1)
+    (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows([first]))
+    assert any(note.endswith("--protocols knn --seeds 0 --lagging") for note in table.notes)
+    trained = record("linear_sgd", {}, training={"max_epochs": 10}, seen={"evaluation_clips": 4, "labels_from": "file"})
+    assert evaluations.options_of(trained) == ["--evaluation_clips=4", "--max_epochs=10"]
 
 
 @pytest.mark.parametrize(("metric", "best"), [("uniformity", 0), ("alpha_req", 1), ("rank_me", 2)])
