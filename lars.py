@@ -91,11 +91,13 @@ def parameter_groups(
     patterns = list(patterns)
     adapted = {}
     excluded = {}
+    seen = set()  # layers may share a parameter
     for prefix, layer in module.named_modules():
         is_norm = "norm" in type(layer).__name__.lower()
         for leaf, parameter in layer.named_parameters(recurse=False):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or parameter in seen:
                 continue
+            seen.add(parameter)
             name = f"{prefix}.{leaf}".lstrip(".")
             matches = any(pattern in f".{name}" for pattern in patterns) or (is_norm and ".bn" in patterns)
             matches = matches or (leaf.endswith("bias") and ".bias" in patterns)

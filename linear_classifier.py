@@ -236,6 +236,8 @@ class LinearClassifierMethod(BaseMethod):
         if x.dim() == 6:
             each = self(x.flatten(0, 1)).float().log_softmax(1)
             return each.unflatten(0, x.shape[:2]).logsumexp(1) - math.log(x.shape[1])
+        if self.model.training and not self.trains_encoder:  # as before the first training
+            self.model.eval()
         with one_image_explained(x):
             with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):
                 h = embeddings_of(self.model, x)
@@ -341,9 +343,9 @@ class LinearClassifierMethod(BaseMethod):
             parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*stage.values()}))
         adapted, excluded = parameter_groups(self, p.exclude_matching_parameters_from_lars)
         return [
-            {"name": name, "lr": lr, "params": [*chosen.values()], "param_names": [*chosen], **options}
+            {"name": name + which, "lr": lr, "params": [*chosen.values()], "param_names": [*chosen], **options}
             for name, lr, part in parts
-            for kind, options in ((adapted, {}), (excluded, {"weight_decay": 0.0}))
+            for kind, which, options in ((adapted, "", {}), (excluded, "/no_decay", {"weight_decay": 0.0}))
             if (chosen := {name: parameter for name, parameter in kind.items() if parameter in part})
         ]
 

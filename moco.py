@@ -18,6 +18,7 @@ from model_params import OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, SCHEDULED, ModelP
 from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
+from self_supervised.data.loader import ResumableDataLoader
 from self_supervised.data.loading import Given, n_classes, require_labels, resolve
 from self_supervised.evaluation import validation
 from self_supervised.evaluation.features import encoder_hash
@@ -32,7 +33,7 @@ from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
 from self_supervised.training.loss_schedules import prototypes_are_frozen, scheduled
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
-from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
+from self_supervised.training.monitor import LOG_INTERVAL, LogInterval, as_list
 from self_supervised.training.precision import refuse_half_precision
 from self_supervised.training.record import TrainingRecord
 from self_supervised.training.verdict import Verdict, starting_point
@@ -334,11 +335,16 @@ class SelfSupervisedMethod(BaseMethod):
         self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
 
     def scores_of_loaders(self) -> list[Scores]:
-        """Return the scores of each validation loader, of the embeddings that were kept since the last call."""
-        if not self.validation_outputs:
-            return []
-        sets = self.gathered(self.validation_outputs, self.trainer.val_dataloaders)
-        train = tuple(sets.pop()) if self.params.probe_on_training_set and len(sets) > 1 else None
+        """Return the scores of each loader, of the embeddings that were kept since the last call.
+
+        Probes are fitted to the last loader if it has the training set, otherwise to half of the scored images.
+        """
+        testing = self.trainer.testing
+        loaders = as_list(self.trainer.test_dataloaders if testing else self.trainer.val_dataloaders)
+        are_ours = all(isinstance(loader, ResumableDataLoader) for loader in loaders)
+        sets = self.gathered(self.validation_outputs, loaders)
+        has_train = are_ours if testing else self.params.probe_on_training_set
+        train = tuple(sets.pop()) if has_train and len(sets) > 1 else None
         found = [self.scores(x, y, train) for x, y in sets]
         return [{name + (f"_{i}" if i else ""): value for name, value in each.items()} for i, each in enumerate(found)]
 
@@ -355,15 +361,9 @@ class SelfSupervisedMethod(BaseMethod):
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def on_test_epoch_end(self) -> None:
-        """Log the scores under names that start with "test_".
-
-        If there is only one loader, probes are fitted on half of its images and scored on the other half.
-        """
-        if not self.validation_outputs:
-            return
-        test, *train = self.gathered(self.validation_outputs, self.trainer.test_dataloaders)
-        scores = self.scores(*test, tuple(train[0]) if train else None)
-        self.log_dict({validation.of_test(name): value for name, value in scores.items()})
+        """Log the scores under names that start with "test_"."""
+        for scores in self.scores_of_loaders():
+            self.log_dict({validation.of_test(name): value for name, value in scores.items()})
 
     def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> Scores:
         """Return the scores of embeddings x [N, E] with labels y, and those of the online classifier."""

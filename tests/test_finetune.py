@@ -224,7 +224,7 @@ def test_the_groups_are_told(trainer, monkeypatch):
         ["model.3", "2", "0.2", "0.1"],
         ["model.1.0", "2", "0.1", "0.1"],
         ["model.0.0", "1", "0.05", "0.1"],
-        ["model.0.0", "2", "0.05", "0"],
+        ["model.0.0/no_decay", "2", "0.05", "0"],
     ]
 
 

@@ -112,5 +112,7 @@ def test_patterns_find_every_norm_and_bias():
     assert len(adapted) + len(excluded) == len(list(model.parameters()))
     assert parameter_groups(model, [])[1] == {}
     assert set(parameter_groups(model, ["layer1"])[1]) == {n for n, _ in model.named_parameters() if "layer1" in n}
+    model["again"] = model["head"]  # whose parameters have two names and one group
+    assert sum(map(len, parameter_groups(model, ["again", ".bias"]))) == len(list(model.parameters()))
     model["model"].requires_grad_(False)
     assert not any(name.startswith("model") for name in parameter_groups(model, [])[0])

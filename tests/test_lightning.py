@@ -1,5 +1,6 @@
 """What users of Lightning call on both methods: predict, test, the Tuner, precisions, monitors, exports."""
 
+import copy
 import re
 
 import pytest
@@ -11,9 +12,12 @@ from pytorch_lightning.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    LearningRateMonitor,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins.io import AsyncCheckpointIO
 from pytorch_lightning.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,7 +27,9 @@ from moco import SelfSupervisedMethod
 from model_params import SimCLRParams
 from self_supervised.data import loading
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.training.milestones import Best
+from self_supervised.training import checkpoints
+from self_supervised.training.checkpoints import Checkpoints, SafeCheckpointIO
+from self_supervised.training.milestones import Best, EveryNEpochs
 from self_supervised.views import augmentations
 
 pytestmark = pytest.mark.filterwarnings(
@@ -108,6 +114,66 @@ def test_multiple_loaders_of_the_linear_stage_are_scored_separately(trainer):
     assert found["valid_acc1"] == found["valid_acc1_1"]
     with pytest.raises(ValueError, match="labels"):
         trainer().test(linear, DataLoader(TensorDataset(IMAGES), batch_size=8), verbose=False)
+
+
+def test_multiple_loaders_of_a_pretraining_are_tested_separately(small, trainer):
+    model = SelfSupervisedMethod(small(evaluations=["rank_me"]), encoder=Encoder())
+    loaders = [DataLoader(TensorDataset(images), batch_size=8) for images in (IMAGES, IMAGES.flip(3).clone() // 2)]
+    both = {name: value for found in trainer().test(model, loaders, verbose=False) for name, value in found.items()}
+    alone = [trainer().test(model, loader, verbose=False)[0]["test_rank_me"] for loader in loaders]
+    assert [both["test_rank_me"], both["test_rank_me_1"]] == alone
+
+
+class Dictionaries(pl.LightningDataModule):
+    """Batches {"image": images, "label": labels}, which a hook turns into tuples."""
+
+    def train_dataloader(self):
+        data = [{"image": image, "label": label} for image, label in zip(IMAGES, LABELS, strict=True)]
+        return DataLoader(data, batch_size=8)
+
+    val_dataloader = train_dataloader
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch["image"], batch["label"]
+
+
+def test_a_data_module_may_convert_its_batches(method, trainer):
+    trainer().fit(method(), datamodule=Dictionaries())
+
+
+def test_a_method_can_be_copied_after_a_training(small, trainer):
+    """The metrics of its last step have no graph, which cannot be copied."""
+    model = SelfSupervisedMethod(small("vicreg"), encoder=Encoder())
+    trainer().fit(model)
+    assert copy.deepcopy(model).step_metrics.keys() == model.step_metrics.keys() > {"loss_variance"}
+
+
+def test_rates_of_fine_tuning_are_logged_by_lightnings_callback(trainer, tmp_path):
+    fields = {"dataset_name": "digits", "batch_size": 16, "seed": 0, "warmup_epochs": 0}
+    linear = LinearClassifierMethod("fine_tune", encoder=Encoder(), **fields)
+    names = [group["name"] for group in linear.parameter_groups()]
+    assert len(set(names)) == len(names) > 2
+    trainer(logger=CSVLogger(tmp_path), callbacks=[LearningRateMonitor()]).fit(linear)
+
+
+def test_a_dry_run_of_lightning_leaves_checkpoints_alone(method, trainer, tmp_path):
+    (tmp_path / "best_step_train_loss.ckpt").touch()
+    (tmp_path / "step_000000009.ckpt").touch()
+    callbacks = [Best(tmp_path, "step_train_loss"), EveryNEpochs(tmp_path, 1), Checkpoints(tmp_path)]
+    trainer(fast_dev_run=True, callbacks=callbacks).fit(method())
+    assert sorted(path.name for path in tmp_path.iterdir() if path.stat().st_size) == []
+
+
+def test_checkpoints_may_be_written_by_a_thread(method, trainer, tmp_path):
+    saving = Checkpoints(tmp_path, every_n_steps=1, keep=1)
+    trainer(max_epochs=3, plugins=[AsyncCheckpointIO(SafeCheckpointIO())], callbacks=[saving]).fit(method())
+    assert checkpoints.newest(tmp_path).name == "step_000000006.ckpt"
+
+
+def test_no_step_trains_nothing(method, trainer):
+    fit = trainer(max_epochs=None, max_steps=0)
+    fit.fit(method())
+    assert fit.global_step == 0
 
 
 def test_errors_of_lightning_before_setup_are_raised(trainer):

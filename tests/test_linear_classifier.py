@@ -37,6 +37,18 @@ def test_encoder_comes_from_the_checkpoint_and_overrides_win(checkpoint, capsys)
     assert LinearClassifierMethod.from_moco_checkpoint(path, n_classes=7).classifier.out_features == 7
     with pytest.raises(TypeError, match="learning_rate"):
         LinearClassifierMethod.from_moco_checkpoint(path, learning_rate=1)
+    with pytest.raises(ValueError, match="is a checkpoint of a pretraining. Call .*from_moco_checkpoint"):
+        LinearClassifierMethod.load_from_checkpoint(path)
+    x = torch.randn(8, 1, 8, 8)  # a frozen encoder keeps its statistics before the first training, too
+    assert torch.equal(linear(x), linear.eval()(x))
+
+
+def test_a_checkpoint_of_the_linear_stage_is_not_one_of_a_pretraining(checkpoint, trainer, tmp_path):
+    fit = trainer()
+    fit.fit(LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], dataset_name="digits", batch_size=32))
+    fit.save_checkpoint(tmp_path / "linear.ckpt")
+    with pytest.raises(ValueError, match="is a checkpoint of a linear classifier. Call"):
+        SelfSupervisedMethod.load_from_checkpoint(tmp_path / "linear.ckpt")
 
 
 def test_it_says_what_matched(checkpoint, caplog):

@@ -29,15 +29,20 @@ class ResumableSampler(DistributedSampler):
     Args:
         step: images per optimizer step on all processes and accumulated batches; drop_last drops the images of an
             incomplete step, unless it is the only one. None: those that cannot be divided equally among processes.
+        same_order: whether the order is that of epoch 0 in all epochs, so that evaluations read the same images.
     """
 
     skip = 0
 
-    def __init__(self, *args: Any, step: int | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, step: int | None = None, same_order: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.same_order = same_order
         if self.drop_last and step and len(self.dataset) >= step:
             self.total_size = len(self.dataset) // step * step
             self.num_samples = self.total_size // self.num_replicas
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(0 if self.same_order else epoch)
 
     def __iter__(self) -> Iterator[int]:
         shards = getattr(self.dataset, "shards", None)

@@ -168,7 +168,8 @@ def doubt_of_lr(params: ModelParams, plan: Plan) -> str:
 
 def doubt_of_queue(params: ModelParams, plan: Plan) -> str:
     """Return a line if the queue has random vectors, as at the start, during much of the training, else ""."""
-    keys_of_a_step = plan.global_batch_size * len({j for _, j in params.pairs})
+    images = plan.global_batch_size // (plan.processes if params.gather_keys_for_queue is False else 1)
+    keys_of_a_step = images * len({j for _, j in params.pairs})
     filled = math.ceil(params.K / keys_of_a_step)
     if not params.keeps_keys or params.loss_type in OF_PROTOTYPES or filled <= plan.steps / 10:
         return ""

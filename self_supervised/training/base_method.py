@@ -40,6 +40,7 @@ class BaseMethod(pl.LightningModule):
     built: Any = None  # the settings with which it was built, and which `change` changes
     seed_was_drawn = False  # True if `seed` was None
     step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
+    is_to_stop = False  # whether something has told the Trainer to stop during this training
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
     was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
     float32_hooks: Sequence[RemovableHandle] = ()  # of layers that a CPU cannot train in bfloat16
@@ -187,6 +188,7 @@ class BaseMethod(pl.LightningModule):
     def on_train_start(self) -> None:
         """Check the first batch of the user's validation loaders now, not after an epoch of training."""
         self.step_metrics = {}
+        self.is_to_stop = False
         if self.global_step == 0 < self.latest_scores[0]:
             self.latest_scores = (-1, {})  # of an earlier training
         for index, loader in enumerate(as_list(self.trainer.val_dataloaders)):
@@ -197,6 +199,8 @@ class BaseMethod(pl.LightningModule):
                     raise ValueError(
                         f"the validation loader {index} has no batch. Pass more images, or leave out drop_last"
                     )
+                convert = self.trainer.precision_plugin.convert_input
+                batch = self._on_before_batch_transfer(convert(batch), dataloader_idx=index)  # of a LightningDataModule
                 self.check_batch(batch, training=False)
                 self.check_first(images_and_labels(batch)[0], False, index)
 
@@ -210,6 +214,15 @@ class BaseMethod(pl.LightningModule):
             torch.compiler.cudagraph_mark_step_begin()
         seed = self.step_seed(int(distributed.positions(batch_idx, 1)[0]))
         torch.manual_seed(int(augmentations.generator(seed).integers(2**63)))  # for dropout etc. within encoders
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let a training that is to stop, for example after `max_time`, take the optimizer step that has begun."""
+        trainer = self.trainer
+        self.is_to_stop |= trainer.should_stop
+        if self.is_to_stop:
+            has_stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+            trainer.should_stop = has_stepped or trainer.is_last_batch
+            self.log_dict(self.step_metrics)  # Lightning logs what it has
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
         """Turn uint8 images into normalized floats on the device: a list of views in training, full images otherwise.
@@ -258,6 +271,7 @@ class BaseMethod(pl.LightningModule):
 
         On a GPU, `log_dict` at every step took a quarter of the host's time.
         """
+        metrics = {name: value.detach() for name, value in metrics.items()}
         is_new = not metrics.keys() <= self.step_metrics.keys()
         self.step_metrics = {**self.step_metrics, **metrics}
         if is_new or self.is_read:

@@ -236,6 +236,7 @@ class Checkpoints(pl.Callback):
         self.lock = ExitStack()
         self.last_saved = 0  # optimizer step
         self.begun_batches = 0  # 1 while it saves at the start of a batch
+        self.is_cut_short = False  # True while it saves at the end of an epoch whose last batches are left out
         self.validated = False  # whether there was a validation since the last batch
         self.handlers: dict = {}  # signal -> its handler before ours
         self.listens = False  # whether signals are noted; otherwise they go to the earlier handler
@@ -282,7 +283,8 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last_saved = trainer.global_step
-        refuse_going_back(self.folder, trainer.global_step, "Resume from it, or choose another folder")
+        if not trainer.fast_dev_run:  # which writes nothing
+            refuse_going_back(self.folder, trainer.global_step, "Resume from it, or choose another folder")
         self.listen()  # again, because Lightning has replaced our handler of SIGTERM
 
     def path(self, trainer: pl.Trainer) -> Path:
@@ -313,16 +315,20 @@ class Checkpoints(pl.Callback):
         return (before if distributed.is_distributed() else self.asked)()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """Subtract the batch that has begun when it saves, because it is trained on after resuming."""
+        """Subtract the batch that has begun when it saves, or the epoch that is cut short, for example by `max_time`:
+        it is trained on after resuming."""
         loop = checkpoint["loops"]["fit_loop"]
         for position in loop["state_dict"].get("combined_loader", []):
             if ResumableDataLoader.is_position(position):
                 position["batches"] -= self.begun_batches
         for counter in ("total", "current"):
             loop["epoch_loop.batch_progress"][counter]["ready"] -= self.begun_batches
+            loop["epoch_progress"][counter]["processed"] -= self.is_cut_short
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.is_cut_short = trainer.should_stop and not trainer.is_last_batch
         self.save(trainer, pl_module)
+        self.is_cut_short = False
         if distributed.any_process(self.received is not None, pl_module.device):
             self.stop(trainer)
 
@@ -345,8 +351,8 @@ class Checkpoints(pl.Callback):
         trainer.save_checkpoint(self.path(trainer), weights_only=False)
         self.last_saved = trainer.global_step
         if trainer.is_global_zero:
-            files = sorted(self.folder.glob("step_*.ckpt"))
-            for old in files[: files.index(self.path(trainer)) + 1][: -self.keep]:
+            written = [file for file in sorted(self.folder.glob("step_*.ckpt")) if file <= self.path(trainer)]
+            for old in written[: -self.keep]:
                 old.unlink()
 
     def stop(self, trainer: pl.Trainer) -> None:

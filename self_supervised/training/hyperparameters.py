@@ -94,8 +94,22 @@ def of_checkpoint(content: dict[str, Any], path: str | Path, classifier: str, pa
         classifier: name of the method's classifier layer. Its number of classes is taken from the file, because the
             images from which it was counted may be gone.
         passed: settings that the caller passes. They win.
+
+    Raises:
+        ValueError: the checkpoint is of the other stage.
     """
     settings = content.get("hyper_parameters", {})
+    of_linear, is_linear = classifier == "classifier", "validate_on" in settings
+    if of_linear and "loss_type" in settings:
+        raise ValueError(
+            f"{path} is a checkpoint of a pretraining. Call LinearClassifierMethod.from_moco_checkpoint, which takes "
+            "its encoder"
+        )
+    if is_linear and not of_linear:
+        raise ValueError(
+            f"{path} is a checkpoint of a linear classifier. Call LinearClassifierMethod.load_from_checkpoint, or "
+            "start a pretraining from its encoder: encoder_weights=PATH"
+        )
     replaced = dict(vetted(settings, path, passed))
     if settings.get("loss_type") in ("sce", "seed"):  # earlier versions took it, and compared other vectors
         replaced["use_negative_examples_from_same_view"] = False

@@ -60,6 +60,7 @@ class Best(pl.Callback):
         value = trainer.callback_metrics.get(self.name)
         value = None if value is None else float(value)
         is_better = is_finite(value) and (self.best is None or self.sign * value > self.sign * self.best)
+        is_better = is_better and not trainer.fast_dev_run
         if distributed.on_rank_zero(lambda: is_better):  # metrics of a training step differ between processes
             self.best = value
             trainer.save_checkpoint(self.path, weights_only=False)
@@ -86,7 +87,7 @@ class EveryNEpochs(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trained = trainer.current_epoch + 1
-        if trained % self.n == 0:
+        if trained % self.n == 0 and not trainer.fast_dev_run:
             trainer.save_checkpoint(self.folder / f"epoch_{trained:04d}.ckpt", weights_only=False)
 
 

@@ -123,10 +123,6 @@ class TrainingMonitor(pl.Callback):
             "a lower lr, a longer warm-up, precision 32-true or bf16-mixed, or a higher T"
         )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.should_stop:  # since this step, for example after max_time; Lightning then logs what it has
-            pl_module.log_dict(pl_module.step_metrics)
-
     # ---- Once per epoch: collapse and unreadable images ----
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -184,9 +184,10 @@ def training_length(trainer: pl.Trainer) -> tuple[int, int]:
             f"limit_train_batches={trainer.limit_train_batches} leaves no batch to train on. Raise it, or pass a "
             "longer loader"
         )
-    if steps < 1:
+    if steps == -1:
         raise ValueError("the loader has no length: tell the Trainer max_steps, which the schedules need")
-    return int(steps), int(steps) if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    steps = max(1, int(steps))  # max_steps=0 trains nothing
+    return steps, steps if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def of_endless_loader(params: EncoderAndDataParams, warmup_epochs: float) -> float:

@@ -211,6 +211,8 @@ def test_a_queue_that_is_filled_late_is_a_line():
         line = advice.doubt_of_queue(params, Plan(1, 1, 64, params.lr, 2340, 260))
         assert f"random vectors until step {filled} of 2340" in line and f"Try K={8192 * 1024 // filled}," in line
         assert not advice.doubt_of_queue(params, Plan(1, 1, 64, params.lr, 10 * filled, 260))
+    own = PRESETS["moco_v2"](batch_size=64, lr=0.125, gather_keys_for_queue=False)  # a queue for each process
+    assert "until step 1024 of 2340" in advice.doubt_of_queue(own, Plan(8, 1, 64, own.lr, 2340, 260))
     assert not advice.doubt_of_queue(PRESETS["byol"](), Plan(1, 1, 64, 0.1, 9, 3))
 
 

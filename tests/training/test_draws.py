@@ -14,6 +14,7 @@ from test_ddp import SMALL, encoder, trainer
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
+from self_supervised.data import loading
 from self_supervised.data.loader import ResumableSampler
 from self_supervised.views.augmentations import ImageDraws
 
@@ -105,6 +106,16 @@ def test_order_of_shards_does_not_depend_on_the_number_of_processes(monkeypatch)
         ]
         orders.append(list(itertools.chain.from_iterable(zip(*dealt, strict=True))))
     assert len(set(orders[0])) == 192 and orders[1:] == orders[:1] * 3
+
+
+def test_evaluations_have_the_same_order_in_all_epochs(small):
+    """Otherwise `limit_val_batches` would score other images each time, and the halves of probes would differ."""
+    for training in (False, True):
+        loader, orders = loading.get_loader(small(num_data_workers=0), list(range(50)), training), []
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            orders.append(list(loader.sampler))
+        assert (orders[0] == orders[1]) == (not training) and orders[0] != sorted(orders[0])
 
 
 def test_draws_are_elements_of_split_mix_64():

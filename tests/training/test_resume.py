@@ -396,6 +396,31 @@ def test_a_run_of_another_length_has_the_learning_rates_of_that_length(ends, tmp
         done = end
 
 
+class EndAfter(pl.Callback):
+    """Callback that ends the training as `max_time` does, after n batches in all."""
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.should_stop or trainer.fit_loop.total_batch_idx + 1 == self.n
+
+
+@pytest.mark.parametrize(("accumulated", "batches"), [(1, 3), (1, 4), (1, 6), (2, 3), (2, 5)])
+def test_a_training_that_max_time_ends_within_an_epoch_goes_on_there(accumulated, batches, tmp_path):
+    options = {"accumulate_grad_batches": accumulated, "limit_val_batches": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = pretraining(evaluations=["rank_me"])
+    cut, resumed = copy.deepcopy(whole), copy.deepcopy(whole)
+    end, _ = epochs(whole, tmp_path / "whole", 2, **options)
+    epochs(cut, tmp_path / "cut", 2, callbacks=[EndAfter(batches)], **options)
+    assert not equal(cut.state_dict(), whole.state_dict())
+    fit, _ = epochs(resumed, tmp_path / "cut", 2, **options)
+    assert (fit.global_step, fit.current_epoch) == (end.global_step, end.current_epoch)
+    assert equal(resumed.state_dict(), whole.state_dict())
+
+
 def test_a_run_is_shortened_before_its_end(tmp_path):
     with pytest.raises(KeyError):
         epochs(pretraining(), tmp_path / "run", 9, callbacks=[Stopped()])
