@@ -195,7 +195,7 @@ class EncoderAndDataParams:
     pixel_range: list[float] | None = field(default=None, converter=plain)
 
     # videos
-    num_frames: int = positive(8, at_most=1024)  # frames of a clip, spread evenly over its duration
+    num_frames: int = positive(8, at_most=1024)  # frames of a clip, evenly spaced among all of its frames
     clip_duration: float = positive(2.56, by=1e-3)  # seconds of a clip; each view is a clip of its own
     clip_speeds: list[float] = numbers((1.0,), 0.01, 100)  # playback speeds, one drawn per clip; 2: twice the duration
     clip_jitter: float = number(0.0, at_most=0.99)  # random change of the speed; 0.2: factors 0.8 to 1.2

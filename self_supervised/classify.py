@@ -27,6 +27,7 @@ from self_supervised.embeddings.sources import (
     Stored,
     add_embedding_options,
     batches_of,
+    columns_of,
     kind_of,
     open_source,
 )
@@ -77,7 +78,8 @@ def classify(
             f"classifier={str(classifier)!r} is written only if a classifier is trained. Pass labeled, too."
         )
     encoder = encoder_of(checkpoint, overrides)
-    source = open_source(apply, kind_of(encoder.params))
+    columns = columns_of(encoder.params, overrides)
+    source = open_source(apply, kind_of(encoder.params), columns)
     paths = source.paths()
     read_all = partial(read, encoder, batch_size=batch_size, num_workers=num_workers)
     if labeled is None:
@@ -90,7 +92,7 @@ def classify(
         found.to(usable(device))
     else:
         encoder.to(usable(device))
-        found = learned(encoder, labeled_source(labeled, encoder), read_all)
+        found = learned(encoder, labeled_source(labeled, encoder, columns), read_all)
         found.save(saved)
         print(f"{saved}: encoder and classifier")
     write_predictions(found.to(usable(device)), source, paths, out, read_all)
@@ -117,12 +119,12 @@ def read(
 # ---- labeled images ----
 
 
-def labeled_source(labeled: str | Path, encoder: Encoder) -> ImageSource:
+def labeled_source(labeled: str | Path, encoder: Encoder, columns: dict[str, Any]) -> ImageSource:
     """Return the source of the labeled images. The label of an image file is its first directory below `labeled`, or
     the one in a list (docs/own_data.md)."""
     kind = kind_of(encoder.params)
     is_folder = kind == "image" and Path(labeled).expanduser().is_dir()
-    source = Stored(str(labeled)) if is_folder else open_source(labeled, kind)
+    source = Stored(str(labeled)) if is_folder else open_source(labeled, kind, columns)
     if is_folder and source.outside_splits:
         raise ValueError(
             f"labeled={str(labeled)!r} has splits, and images outside them, such as {source.outside_splits[0][0]}. "

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 from self_supervised.data.file_search import ARRAY_SUFFIX
 
 TIFF_SUFFIXES = (".tif", ".tiff")
+MAGIC = {b"\x93NUMPY": ARRAY_SUFFIX, b"II*\0": ".tiff", b"MM\0*": ".tiff"}  # first bytes of a file
 PIL_MODES = {2: "LA", 4: "RGBA"}  # number of channels -> mode, for formats other than .npy and TIFF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -74,18 +75,24 @@ def too_large() -> str:
     return f"the image has more than {limit}. Make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
 
 
-def is_array(path: str, channels: int, pixel_range: list[float] | None) -> bool:
+def suffix_of(path: str, file: str | BinaryIO) -> str:
+    """Return the extension of an image in lower case. A row of a table has none: its content decides."""
+    suffix = Path(path if not isinstance(file, str) else file).suffix.lower()
+    if suffix or isinstance(file, str):
+        return suffix
+    start = file.read(6)
+    file.seek(0)
+    return next((found for magic, found in MAGIC.items() if start.startswith(magic)), "")
+
+
+def is_array(path: str, file: str | BinaryIO, channels: int, pixel_range: list[float] | None) -> bool:
     """Return whether `read_array` reads an image. Gray and RGB TIFFs without `pixel_range` are read by PIL."""
-    suffix = Path(path).suffix.lower()
+    suffix = suffix_of(path, file)
     return suffix == ARRAY_SUFFIX or channels not in (1, 3) or (suffix in TIFF_SUFFIXES and pixel_range is not None)
 
 
 def read_array(
-    path: str,
-    channels: int,
-    pixel_range: list[float] | None = None,
-    file: str | BinaryIO | None = None,
-    exif_orientation: bool = True,
+    path: str, file: str | BinaryIO, channels: int, pixel_range: list[float] | None, exif_orientation: bool
 ) -> np.ndarray:
     """Return an image as uint8 [H, W, C].
 
@@ -93,16 +100,16 @@ def read_array(
     kept, uint16 values are divided by 257, and floats from 0 to 1 are scaled to 0 to 255.
 
     Args:
+        path: the image's name, whose extension chooses the reader.
+        file: its path or content.
         pixel_range: the values that become 0 and 255. Values in between are scaled linearly and rounded, values
             outside are clipped. In formats other than .npy and TIFF, it applies to 16-bit images only.
-        file: the image's path or content, if `path` is only its name.
         exif_orientation: turn images upright that Pillow reads: those of formats other than .npy and TIFF.
 
     Raises:
         ValueError: the array has another shape or type, or holds floats outside 0 to 1.
     """
-    suffix = Path(path).suffix.lower()
-    file = path if file is None else file
+    suffix = suffix_of(path, file)
     if suffix == ARRAY_SUFFIX:
         pixels = read_npy(file, channels)
     elif suffix in TIFF_SUFFIXES:

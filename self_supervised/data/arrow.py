@@ -151,9 +151,9 @@ def splits_of(root: Path, folders: list[str]) -> dict[str, str]:
     names = [os.path.basename(folder) for folder in folders]
     found = {s: str(root / name) for s, wanted in SPLITS.items() for name in wanted[::-1] if name in names}
     if "train" not in found:
+        way_out = "Name its files train-..." if is_parquet(root) else f"Select one with data_path={root}/SPLIT"
         raise ValueError(
-            f"data_path={str(root)!r}: the data set has the splits {', '.join(names)}, but no train. Select one with "
-            f"data_path={str(root)}/SPLIT."
+            f"data_path={str(root)!r}: the data set has the splits {', '.join(names)}, but no train. {way_out}."
         )
     return found
 

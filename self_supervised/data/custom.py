@@ -109,7 +109,8 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
     images = with_labels(read_lists(kept, source), source.label_of) if by_hand else found_lists(source, params)
     chosen = wanted(images, source.root, params, source.passed_over)
     found, names = with_numbers(chosen, params.class_to_idx, source.root)
-    stored = dict(enumerate(getattr(source, "classes", None) or []))  # class names that an Arrow column stores
+    of_numbers = not getattr(source, "names", False)
+    stored = dict(enumerate(getattr(source, "classes", None) or [])) if of_numbers else {}  # names in an Arrow column
     names = [stored.get(int(name), name) if name.isdecimal() else name for name in names]
     if not found.get("val") and not found.get("test"):
         found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)

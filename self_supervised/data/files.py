@@ -221,7 +221,8 @@ class LabeledFiles(Dataset):
 
 def name_skipped(*datasets: Any, already: int = 0) -> int:
     """Warn of the unreadable files of these data sets if there are more than `already`, and return their number."""
-    skipped = [path for dataset in datasets if isinstance(dataset, LabeledFiles) for path in dataset.skipped()]
+    found = (path for dataset in datasets if isinstance(dataset, LabeledFiles) for path in dataset.skipped())
+    skipped = list(dict.fromkeys(found))
     if len(skipped) > already:
         how = "left out" if all(getattr(dataset, "evaluated", True) for dataset in datasets) else "skipped"
         more = f" and {len(skipped) - MOST_SKIPPED} more" if len(skipped) > MOST_SKIPPED else ""

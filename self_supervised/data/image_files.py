@@ -193,7 +193,8 @@ class ImageFiles(LabeledFiles):
         boxes = []
         file = self.source.open(path)
         upright = self.exif_orientation
-        if self.views and not is_array(path, self.channels, self.pixel_range) and (size := jpeg_size(file, upright)):
+        may_be_jpeg = self.views and not is_array(path, file, self.channels, self.pixel_range)
+        if may_be_jpeg and (size := jpeg_size(file, upright)):
             boxes = self.boxes(index, size)
             scale = reduction(boxes, self.views)
             if scale > 1:
@@ -215,8 +216,8 @@ def read_any(
     path: str, file: File, channels: int, pixel_range: list[float] | None, exif_orientation: bool = True
 ) -> Image.Image | np.ndarray:
     """Return the image in `file`, read by the reader for the extension of `path`."""
-    if is_array(path, channels, pixel_range):
-        return read_array(path, channels, pixel_range, file, exif_orientation)
+    if is_array(path, file, channels, pixel_range):
+        return read_array(path, file, channels, pixel_range, exif_orientation)
     return read_image(file, channels, pixel_range, exif_orientation)
 
 

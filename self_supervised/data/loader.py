@@ -46,7 +46,7 @@ class ResumableSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         shards = getattr(self.dataset, "shards", None)
-        in_windows = self.shuffle and shards is not None and len(shards) > WINDOW
+        in_windows = self.shuffle and isinstance(shards, np.ndarray) and len(shards) > WINDOW
         return islice(self.of_shards(shards) if in_windows else super().__iter__(), self.skip, None)
 
     def of_shards(self, shards: np.ndarray) -> Iterator[int]:
@@ -110,7 +110,7 @@ class ResumableDataLoader(DataLoader):
 
         A data set with a method `order` is on the device, to which the indices of the epoch are copied once.
         """
-        if not hasattr(self.dataset, "order"):
+        if not callable(getattr(self.dataset, "order", None)):
             others = set(active_children())
             batches = super().__iter__()
             self.workers = tuple(set(active_children()) - others)

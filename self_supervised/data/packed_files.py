@@ -52,12 +52,16 @@ class PackedPixels:
     changed: np.ndarray
 
     def __call__(self, index: int) -> np.ndarray | None:
-        """Return the pixels of an image; None if it could not be read when it was packed."""
+        """Return the pixels of an image; None if it could not be read when it was packed, or if the file is gone:
+        another training deletes it if the images have changed."""
         pixels = np.empty(self.shape[index], np.uint8)
         if self.part[index] < 0 or pixels.size == 0:
             return None
         # faster than a memory map, whose pages would have to be released, lest all of them become resident
-        n = os.preadv(descriptor(self.files[self.part[index]]), [pixels], self.start[index])
+        try:
+            n = os.preadv(descriptor(self.files[self.part[index]]), [pixels], self.start[index])
+        except OSError:
+            return None
         if n != pixels.size:
             raise ValueError(f"{self.files[self.part[index]]} was truncated. Delete it to have the images packed again")
         return pixels

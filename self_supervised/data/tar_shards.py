@@ -14,6 +14,7 @@ import re
 import tarfile
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -151,7 +152,7 @@ class TarShards(OnDisk):
 
     def parts(self, path: str) -> tuple[str, str]:
         """Return (shard, member) of an image's path. A directory's name may end with .tar, too."""
-        ends = (found.end() for found in re.finditer(re.escape(SUFFIX) + "/", path))
+        ends = (found.end() for found in re.finditer(re.escape(SUFFIX) + "/", path, re.IGNORECASE))
         end = next((end for end in ends if path[: end - 1] in self.signatures), 0)
         return path[: max(end - 1, 0)], path[end:]
 
@@ -188,7 +189,8 @@ def index(signatures: dict[str, ShardSignature], settings: IndexSettings, file: 
     found = {shard: known[shard, signature, settings] for shard, signature in signatures.items()}
     if file is not None and (fresh or not is_kept) and (distributed.rank() == 0 or remote_shards.url_of(str(file))):
         shards = {shard: {"stamp": signatures[shard], **one._asdict()} for shard, one in found.items()}
-        atomic_write(file, json.dumps({"how": repr((VERSION, settings)), "shards": shards}))
+        with suppress(OSError):  # it only saves time, and may belong to someone else
+            atomic_write(file, json.dumps({"how": repr((VERSION, settings)), "shards": shards}))
     return found
 
 

@@ -21,6 +21,7 @@ from self_supervised.data import decoders, image_files
 from self_supervised.data.class_labels import UNLABELED, class_numbers_of, labels_line
 from self_supervised.data.file_search import PassedOver, folders_in, is_hidden, tell
 from self_supervised.data.files import LabeledFiles, Sample, class_numbers_of_split
+from self_supervised.data.folders import list_text
 from self_supervised.data.foreign_paths import refuse_foreign
 from self_supervised.data.image_files import CENTRAL, Box, draw_box, resized
 from self_supervised.views.augmentations import generator
@@ -277,7 +278,7 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     For frame folders, a video's file extension in the list (`.mp4`) is removed.
     """
     videos = []
-    for number, line in enumerate(map(str.strip, path.read_text(encoding="utf-8-sig").splitlines()), 1):
+    for number, line in enumerate(map(str.strip, list_text(path).splitlines()), 1):
         if not line:
             continue
         found = LIST_LINE.fullmatch(line)

@@ -25,6 +25,7 @@ from self_supervised.embeddings.sources import (
     ImageSource,
     add_embedding_options,
     batches_of,
+    columns_of,
     kind_of,
     open_source,
 )
@@ -69,8 +70,9 @@ def embed(
     check_file("out", out)
     device = usable(device)
     encoder = encoder_of(checkpoint, overrides)
-    source = open_source(folder, kind_of(encoder.params))
-    with EmbeddingJob(out, description(encoder, source, overrides), overwrite) as work:
+    columns = columns_of(encoder.params, overrides)
+    source = open_source(folder, kind_of(encoder.params), columns)
+    with EmbeddingJob(out, {**description(encoder, source, overrides), "columns": columns}, overwrite) as work:
         paths = source.paths()
         print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
         if todo := work.left(paths, skip_unreadable):

@@ -19,7 +19,8 @@ from self_supervised.numerics import finite
 from self_supervised.runs.command_line import bar
 
 SECONDS_OF_PART = 30  # after that time a part is written, even if it has few rows
-COMMON_FACTS = ("sha256", "encoder", "preprocessing", "images")  # metadata that must agree for all rows of a file
+# metadata that must agree for all rows of a file
+COMMON_FACTS = ("sha256", "encoder", "preprocessing", "images", "columns")
 EARLIER_NAMES = {"central square, of the shorter side": "central_crop"}  # earlier name in "preprocessing" -> name
 
 
@@ -96,7 +97,7 @@ class EmbeddingJob:
         """
         stored = parquet.facts_of_file(file)
         # earlier versions did not store the encoder, nor parts of the preprocessing, all but one the same ever since
-        stored = {"encoder": self.about["encoder"], **stored}
+        stored = {"encoder": self.about["encoder"], "columns": {}, **stored}
         record = {EARLIER_NAMES.get(name, name): value for name, value in stored["preprocessing"].items()}
         stored["preprocessing"] = self.about["preprocessing"] | LATER_ADDED | record
         different = [name for name in COMMON_FACTS if stored[name] != self.about[name]]

@@ -248,7 +248,8 @@ def nearest_sheet(
     """
     features = as_path(features)
     check_file("out", out)
-    source = open_source(folder or parquet.facts_of_file(features)["images"])
+    about = parquet.facts_of_file(features)
+    source = open_source(folder or about["images"], columns=about.get("columns"))
     queries = find_queries(features, images, source, checkpoint)
     embeddings = np.stack([query.embedding for query in queries])
     neighbors = nearest_rows(features, embeddings, k, [query.own for query in queries])

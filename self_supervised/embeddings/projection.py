@@ -194,7 +194,7 @@ def make_map(
     title = f"{TITLES[method]} of {Path(features).name}"
     drawn = Map(title, note, paths, points, kind, names, examples(embeddings, kind))
     try:
-        source = open_source(folder or about["images"])
+        source = open_source(folder or about["images"], columns=about.get("columns"))
     except ValueError as error:
         print(f"the page has no pictures: {error}. Pass the directory of the images with --folder.")
         source = None

@@ -4,6 +4,7 @@ images by path, with the options of the programs that embed them. The picture of
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import attrs
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import DATASETS
 from self_supervised.data import decoders, video_files
-from self_supervised.data.array_files import read_npy
+from self_supervised.data.array_files import read_npy, suffix_of
 from self_supervised.data.custom import get_source, is_stored
 from self_supervised.data.file_search import ARRAY_SUFFIX, PassedOver, files_below, image_suffixes
 from self_supervised.data.files import File
@@ -30,13 +31,15 @@ from self_supervised.data.image_files import (
 )
 from self_supervised.data.loading import data_path, prepare_data
 from self_supervised.data.packed import PackedImages, already_a_batch
+from self_supervised.data.remote_shards import UnreachableShard
 from self_supervised.runs.command_line import DEVICE, LAGGING, add_fields
 
 MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
+COLUMNS = ("image_key", "label_key", "labels_from")  # for shards and Hugging Face data sets
 OVERRIDES = (
     "encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "pooling_size",
-    "image_mean", "image_std", "exif_orientation", "pixel_range", *CLIPS,
+    "image_mean", "image_std", "exif_orientation", "pixel_range", *COLUMNS, *CLIPS,
 )  # fmt: skip
 
 
@@ -138,12 +141,15 @@ class Packed:
 
 
 class Stored:
-    """All splits of shards or of a Hugging Face data set (data/custom.py), with the paths and labels found there."""
+    """All splits of shards or of a Hugging Face data set (data/custom.py), with the paths and labels found there.
+
+    `settings` are those of COLUMNS, and labels_from.
+    """
 
     kind = "image"
 
-    def __init__(self, name: str):
-        self.source = get_source(EncoderAndDataParams(dataset_name="folder"), name, names=True)
+    def __init__(self, name: str, **settings: str | None):
+        self.source = get_source(EncoderAndDataParams(dataset_name="folder", **settings), name, names=True)
         found = self.source.find()
         self.label_of = {path: label for images in found.values() for path, label in images}
         self.outside_splits = found.get("", [])  # empty if there are no splits
@@ -186,7 +192,7 @@ def picture_of(file: str, channels: int = 3) -> Image.Image:
 def picture_in(path: str, file: File, channels: int) -> Image.Image:
     """Return an image for display; the first three channels of an array, scaled from its smallest to its largest
     value."""
-    if Path(path).suffix.lower() != ARRAY_SUFFIX:
+    if suffix_of(path, file) != ARRAY_SUFFIX:
         return read_image(file, channels)
     pixels = np.atleast_3d(read_npy(file, channels)).astype(np.float64)
     pixels = np.moveaxis(pixels, int(np.argmin(pixels.shape)), 2)
@@ -201,9 +207,12 @@ def kind_of(params: EncoderAndDataParams) -> str:
     return "video" if params.dataset.of_videos else "image"
 
 
-def open_source(name: str | Path, kind: str = "image") -> ImageSource:
+def open_source(name: str | Path, kind: str = "image", columns: dict[str, Any] | None = None) -> ImageSource:
     """Return the source with that name: a directory of images or of videos (kind="video"), shards, a Hugging Face data
     set, or a packed data set ("cifar10") or one of its splits ("cifar10/test").
+
+    Args:
+        columns: what `columns_of` returns, for shards and Hugging Face data sets.
 
     Raises:
         ValueError: it is none of these.
@@ -214,7 +223,7 @@ def open_source(name: str | Path, kind: str = "image") -> ImageSource:
     if kind == "video":
         raise ValueError(f"{name} is not a directory of videos. Pass one, because this encoder takes videos.")
     if is_stored(str(name)):
-        return Stored(str(name))
+        return Stored(str(name), **columns or {})
     if folder.is_dir():
         return Folder(folder)
     packed = [dataset for dataset, info in DATASETS.items() if info.is_packed]
@@ -226,6 +235,13 @@ def open_source(name: str | Path, kind: str = "image") -> ImageSource:
     if split not in ("", *splits):
         raise ValueError(f"{dataset} has no split {split!r}: choose one of {', '.join(splits)}")
     return Packed(str(name), dataset, [split] if split else splits)
+
+
+def columns_of(params: EncoderAndDataParams, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of COLUMNS with which a data set is embedded: those that were passed, and the column of
+    images that the encoder was trained on."""
+    of_encoder = {} if params.image_key is None else {"image_key": params.image_key}
+    return of_encoder | {name: overrides[name] for name in COLUMNS if name in overrides}
 
 
 class Batches(Dataset):
@@ -253,6 +269,8 @@ class Batches(Dataset):
         for path in paths:
             try:
                 found[path] = self.prepared(path)
+            except UnreachableShard:  # as in LabeledFiles
+                raise
             except Exception as error:  # Pillow raises many kinds of errors on corrupt files
                 unreadable[path] = f"{type(error).__name__}: {error}"
         return list(found), torch.stack(list(found.values())) if found else None, unreadable

@@ -137,8 +137,8 @@ def check_files(params: ModelParams, with_classifier: bool) -> None:
     info = params.dataset
     readers = attrs.evolve(params, unreadable_images="skip", pack_images=False)
     of_classifier = [info.train_splits, info.test_splits] if with_classifier else []
-    total = 0
-    unreadable: list[str] = []
+    every: dict[str, None] = {}  # path of each image; splits may share images
+    unreadable: dict[str, None] = {}
     for splits in dict.fromkeys([info.pretraining_splits, *evaluated_splits(params), *of_classifier]):
         dataset = loading.get_dataset(readers, splits)
         if not isinstance(dataset, ImageFiles):
@@ -146,11 +146,11 @@ def check_files(params: ModelParams, with_classifier: bool) -> None:
         with bar() as progress:
             for _ in progress.track(loading.get_loader(readers, dataset, training=False), description="decoding"):
                 pass
-        total += len(dataset)
-        unreadable += dataset.skipped()
-    shown = ", ".join(unreadable[:MOST_SKIPPED])
+        every |= dict.fromkeys(path for path, _ in dataset.files)
+        unreadable |= dict.fromkeys(dataset.skipped())
+    shown = ", ".join(list(unreadable)[:MOST_SKIPPED])
     more = f" and {len(unreadable) - MOST_SKIPPED:,} more" if len(unreadable) > MOST_SKIPPED else ""
-    found = f"{len(unreadable):,} of {total:,} images cannot be read: {shown}{more}"
+    found = f"{len(unreadable):,} of {len(every):,} images cannot be read: {shown}{more}"
     if unreadable and params.unreadable_images == "stop":
         raise ValueError(f"unreadable_images='stop': {found}. Fix or remove them, or set unreadable_images='skip'.")
     if unreadable:

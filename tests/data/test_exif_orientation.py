@@ -57,7 +57,7 @@ def test_images_are_turned_upright_as_by_pillow(kind, orientation):
         assert np.array_equal(read_image(io.BytesIO(content), 3, None, False), as_stored(content))
     if kind in ("PNG", "WEBP"):
         content = oriented(orientation, kind, mode="RGBA")
-        found = read_array(f"x.{kind.lower()}", 4, file=io.BytesIO(content))
+        found = read_array(f"x.{kind.lower()}", io.BytesIO(content), 4, None, True)
         assert np.array_equal(found, expected(content, "RGBA"))
 
 

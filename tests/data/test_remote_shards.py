@@ -16,6 +16,7 @@ from test_custom_data import params as custom_params
 from test_stored_data import write_shards, write_tar
 
 from self_supervised.data import foreign_paths, loader, loading, remote_shards, tar_shards
+from self_supervised.embeddings import sources
 
 FAULTS = ("none", "500", "none", "dropped", "short", "slow", "none", "reset")
 pytestmark = pytest.mark.filterwarnings("ignore:collapse")
@@ -231,6 +232,18 @@ def test_a_shard_that_stays_away_is_named(server, shards):
             list(loading.get_loader(p, dataset, training=True))
         remote_shards.away.clear()
         dataset.source.ahead.stop()
+    server.gone = None
+    source = sources.open_source(p.data_path)
+    for copy in copies():
+        copy.unlink()
+    server.gone = "train-000003"  # programs that embed do not take it for broken images either
+    with pytest.raises(remote_shards.UnreachableShard):
+        list(sources.batches_of(source, p, source.paths(), 8, 0))
+
+
+def test_a_url_may_name_a_user_without_a_password():
+    place = remote_shards.place_of("abfs://photos@account.dfs.core.windows.net/train-0.tar")
+    assert place.endswith("abfs/photos@account.dfs.core.windows.net/train-0.tar")
 
 
 def test_what_is_refused_of_urls(server, shards, monkeypatch):

@@ -8,11 +8,13 @@ import sys
 import tarfile
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import processes
 import pytest
 import stored_training
+import tifffile
 import torch
 from braceexpand import braceexpand
 from PIL import Image
@@ -23,8 +25,9 @@ from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import catalogue, train
 from self_supervised.data import custom, file_search, loader, loading, packed_files, shard_names, tar_shards
+from self_supervised.data.image_files import read_any
 from self_supervised.data.loader import ResumableSampler
-from self_supervised.embeddings import embed, parquet
+from self_supervised.embeddings import embed, parquet, sources
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import features
 from self_supervised.report import pictures
@@ -252,6 +255,9 @@ def test_the_index_is_kept_beside_the_splits(tmp_path, monkeypatch):
     assert labels(p) == expected and loading.get_dataset(p, ("train",))[3][1] == expected[3] and not read
     os.utime(tmp_path / "shards" / "train-000001.tar")
     assert labels(p) == expected and read == [str(tmp_path / "shards" / "train-000001.tar")]
+    os.utime(tmp_path / "shards" / "train-000001.tar")
+    monkeypatch.setattr(tar_shards, "atomic_write", Mock(side_effect=OSError("read-only")))
+    assert labels(p) == expected  # the index saves time and nothing else
 
 
 def test_what_is_refused_of_shards(tmp_path, stored):
@@ -565,10 +571,38 @@ def test_columns(tmp_path, photos):
         read(image_key="left", label_key="kind")
     with pytest.raises(ValueError, match="label_key='score': 0.5 "):
         read(image_key="left", label_key="score")
+    encoder = params(tmp_path / "set", image_key="right")  # programs that embed read its column, unless told otherwise
+    for overrides, label in (({}, "a"), ({"label_key": "fine"}, "china"), ({"labels_from": None}, None)):
+        source = sources.open_source(tmp_path / "set", columns=sources.columns_of(encoder, overrides))
+        assert source.source.image_key == "right" and source.labels(source.paths())[0] == label
     with pytest.raises(ValueError, match="include_patterns=\\['1\\*'\\]"):
         read(image_key="left", include_patterns=["1*"])
     with pytest.raises(ValueError, match="image_key='left', label_key=None: .* Hugging Face"):
         loading.get_dataset(params(photos, image_key="left"), ("train",))
+
+
+def test_rows_of_tiff_and_npy_are_read_as_such_files(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 4096, (9, 12, 6)).astype(np.uint16)
+    stored = {"tif": io.BytesIO(), "npy": io.BytesIO()}
+    tifffile.imwrite(stored["tif"], pixels, photometric="minisblack", planarconfig="contig")
+    np.save(stored["npy"], pixels)
+    rows = {"image": [{"bytes": content.getvalue(), "path": None} for content in stored.values()]}
+    images = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=images).save_to_disk(tmp_path / "set")
+    fields = {"in_channels": 6, "pixel_range": [0, 4095], "image_mean": [0.5] * 6, "image_std": [0.5] * 6}
+    dataset = loading.get_dataset(params(tmp_path / "set", val_size=0, test_size=0, **fields), ("train",))
+    expected = np.rint(pixels / 4095 * 255).astype(np.uint8)
+    for path, _ in dataset.files:
+        assert np.array_equal(read_any(path, dataset.source.open(path), 6, [0, 4095]), expected)
+
+
+def test_names_of_classes_may_be_numbers(tmp_path):
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["1", "2", "3"])})
+    rows = {"image": [{"bytes": png(name), "path": None} for name in NAMES[:9]], "label": [0, 1, 2] * 3}
+    datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(tmp_path / "set")
+    for numbers in (None, {"1": 0, "2": 1, "3": 2}):
+        dataset = loading.get_dataset(params(tmp_path / "set", class_to_idx=numbers), ("train",))
+        assert dataset.class_names == ["1", "2", "3"]
 
 
 def test_without_labels_or_train(tmp_path, monkeypatch):
@@ -602,6 +636,11 @@ def test_parquet_files_are_read_as_what_was_saved(tmp_path, monkeypatch, place):
     file = next(damaged.rglob("test-*.parquet"))
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(ValueError, match="damaged': its Parquet files could not be read"):
+        labels(params(damaged))
+    for part in damaged.rglob("train-*"):
+        part.unlink()
+    shutil.copy(next((tmp_path / "tables").rglob("test-*.parquet")), file)
+    with pytest.raises(ValueError, match="but no train. Name its files train-..."):
         labels(params(damaged))
     write_folder(tmp_path / "tables" / "photos")  # features next to their images
     assert not custom.is_stored(str(tmp_path / "tables"))
