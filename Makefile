@@ -20,7 +20,7 @@ test: $(VENV)/installed
 
 test-long: $(VENV)/installed
 	LONG=5 $(VENV)/bin/python -m pytest tests/golden tests/training/test_resume.py tests/test_properties.py tests/training/test_memory.py \
-		tests/training/test_launch.py tests/training/test_elastic.py tests/training/test_draws.py \
+		tests/training/test_launch.py tests/training/test_elastic.py tests/training/test_draws.py tests/training/test_ddp.py \
 		tests/test_presets.py tests/training/test_advice.py tests/embeddings/test_embed.py
 
 bench: $(VENV)/installed

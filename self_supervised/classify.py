@@ -27,7 +27,7 @@ from self_supervised.embeddings.sources import (
     Stored,
     add_embedding_options,
     batches_of,
-    columns_of,
+    columns_to_read,
     kind_of,
     open_source,
 )
@@ -78,7 +78,7 @@ def classify(
             f"classifier={str(classifier)!r} is written only if a classifier is trained. Pass labeled, too."
         )
     encoder = encoder_of(checkpoint, overrides)
-    columns = columns_of(encoder.params, overrides)
+    columns = columns_to_read(encoder.params, overrides)
     source = open_source(apply, kind_of(encoder.params), columns)
     paths = source.paths()
     read_all = partial(read, encoder, batch_size=batch_size, num_workers=num_workers)

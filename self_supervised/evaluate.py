@@ -17,6 +17,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,10 @@ def evaluate_checkpoint(
     device = str(usable(device))
     given = {name: reading.pop(name, None) for name in OF_ENCODER}
     of_encoder = {name: value for name, value in given.items() if value is not None}
-    trained = load_encoder(checkpoint, encoder=encoder, **of_encoder)
+    read = partial(load_encoder, checkpoint, **of_encoder)
+    trained = read(encoder=encoder)
     encoders = {**baselines_of(trained, starting_weights, baselines), "trained": trained}
-    if lagging:
-        encoders["lagging"] = load_encoder(checkpoint, encoder=copy.deepcopy(encoder), lagging=True, **of_encoder)
+    encoders |= {"lagging": read(encoder=copy.deepcopy(encoder), lagging=True)} if lagging else {}
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
     print_labels(params)
@@ -115,16 +116,11 @@ def evaluate_checkpoint(
         "versions": versions(),
     }
     results.begin(params.dataset_name, about)
-    subjects = {
-        name: EvaluationData(
-            found.to(device),
-            features.data_params(found, params.dataset_name, **reading),
-            results.folder / "features",
-            stages=any(PROTOCOLS[protocol].needs_stages for protocol in protocols),
-            training=training,
-        )
-        for name, found in encoders.items()
-    }
+    stages = any(PROTOCOLS[protocol].needs_stages for protocol in protocols)
+    subjects = {}
+    for name, found in encoders.items():
+        own = features.data_params(found, params.dataset_name, **reading)
+        subjects[name] = EvaluationData(found.to(device), own, results.folder / "features", stages, training)
     for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
         for seed in seeds:  # raises for invalid settings before the first protocol runs
             linear_settings_of(subjects["trained"], seed, preset)
@@ -264,13 +260,8 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="discard earlier results")
     output.add_output_options(parser)
     parser.add_argument("--device", default="auto", help=DEVICE)
-    parser.add_argument(
-        "--num_data_workers",
-        "--num_workers",
-        type=int,
-        metavar="N",
-        help="processes that decode files; default: as in the pretraining",
-    )
+    workers = "processes that decode files; default: as in the pretraining"
+    parser.add_argument("--num_data_workers", "--num_workers", type=int, metavar="N", help=workers)
     reading = parser.add_argument_group("how files are read (model_params.py); default: as in the pretraining")
     add_fields(reading, READING_OPTIONS)
     return parser.parse_args(arguments)

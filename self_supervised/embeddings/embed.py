@@ -25,7 +25,7 @@ from self_supervised.embeddings.sources import (
     ImageSource,
     add_embedding_options,
     batches_of,
-    columns_of,
+    columns_to_read,
     kind_of,
     open_source,
 )
@@ -70,7 +70,7 @@ def embed(
     check_file("out", out)
     device = usable(device)
     encoder = encoder_of(checkpoint, overrides)
-    columns = columns_of(encoder.params, overrides)
+    columns = columns_to_read(encoder.params, overrides)
     source = open_source(folder, kind_of(encoder.params), columns)
     with EmbeddingJob(out, {**description(encoder, source, overrides), "columns": columns}, overwrite) as work:
         paths = source.paths()

@@ -212,7 +212,7 @@ def open_source(name: str | Path, kind: str = "image", columns: dict[str, Any] |
     set, or a packed data set ("cifar10") or one of its splits ("cifar10/test").
 
     Args:
-        columns: what `columns_of` returns, for shards and Hugging Face data sets.
+        columns: what `columns_to_read` returns, for shards and Hugging Face data sets.
 
     Raises:
         ValueError: it is none of these.
@@ -237,7 +237,7 @@ def open_source(name: str | Path, kind: str = "image", columns: dict[str, Any] |
     return Packed(str(name), dataset, [split] if split else splits)
 
 
-def columns_of(params: EncoderAndDataParams, overrides: dict[str, Any]) -> dict[str, Any]:
+def columns_to_read(params: EncoderAndDataParams, overrides: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of COLUMNS with which a data set is embedded: those that were passed, and the column of
     images that the encoder was trained on."""
     of_encoder = {} if params.image_key is None else {"image_key": params.image_key}

@@ -573,7 +573,7 @@ def test_columns(tmp_path, photos):
         read(image_key="left", label_key="score")
     encoder = params(tmp_path / "set", image_key="right")  # programs that embed read its column, unless told otherwise
     for overrides, label in (({}, "a"), ({"label_key": "fine"}, "china"), ({"labels_from": None}, None)):
-        source = sources.open_source(tmp_path / "set", columns=sources.columns_of(encoder, overrides))
+        source = sources.open_source(tmp_path / "set", columns=sources.columns_to_read(encoder, overrides))
         assert source.source.image_key == "right" and source.labels(source.paths())[0] == label
     with pytest.raises(ValueError, match="include_patterns=\\['1\\*'\\]"):
         read(image_key="left", include_patterns=["1*"])

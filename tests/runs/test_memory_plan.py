@@ -2,6 +2,7 @@
 
 import re
 
+import processes
 import pytest
 
 from model_params import PRESETS
@@ -83,8 +84,10 @@ def test_refusals():
         print_memory_plan(PRESETS["simclr"](dataset_name="digits"), options, train.trainer_of_dry_run)
 
 
-def test_the_command(capfd):
+def test_the_command(capfd, monkeypatch):
     """In a process of its own, whose messages are not shown."""
+    processes.start_server()
+    monkeypatch.setattr(memory_plan.multiprocessing, "get_context", lambda _: processes.CONTEXT)  # starts faster
     line = "simclr --dataset_name digits --encoder_arch small_cnn --batch_size 64 --num_data_workers 0 --dry_run"
     train.main([*line.split(), "--fit_memory", "100GB"])
     out = capfd.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torchvision
+from conftest import LONG
 from torch import nn
 
 from linear_classifier import LinearClassifierMethod
@@ -26,6 +27,11 @@ SMALL_VIEWS = {"n_small_views": 2, "transform_small_crop_size": 8}  # the size o
 MICRO = ("moco_v2", "byol", "simclr", "vicreg", "swav", "eqco", "barlow_twins")
 # presets with communication of their own
 GATHERING = ("barlow_twins", "swav", "dino", "supcon", "nnclr", "lejepa", "visreg", "mmcr")
+LIKE_OTHERS = (  # and cases that communicate as others do
+    "ce, queue, both views", "eqco, queue", "bce, queue", "sce, small views", "vicreg, small views", "lars",
+    "online classifier, lars", "sce, small views, micro-batches", "bce, batch, micro-batches",
+    *(f"{name}, micro-batches" for name in MICRO if name not in ("simclr", "swav")),
+)  # fmt: skip
 CASES = {
     **{name: {"preset": name} for name in PRESETS},
     "ce, batch": {**BATCH, "use_negative_examples_from_queue": False},
@@ -57,7 +63,8 @@ SMALL = {
 
 def cases(world: int) -> list[str]:
     """Return the names of all cases; for four processes without those that gather nothing that others do not."""
-    return [name for name in CASES if world < 4 or name not in PRESETS or name in GATHERING]
+    alike = {*PRESETS, *LIKE_OTHERS} - {*GATHERING}
+    return [name for name in CASES if world < 4 or LONG > 1 or name not in alike]
 
 
 def encoder() -> nn.Module:
