@@ -27,7 +27,7 @@ from self_supervised.fields import Preset, Presets, choice, fraction, non_negati
 from self_supervised.networks import layers
 from self_supervised.networks.encoders import embeddings_of, get_encoder
 from self_supervised.networks.pretrained import SHARED, load_encoder
-from self_supervised.numerics import at_least_float32
+from self_supervised.numerics import at_least_float32, rank_of
 from self_supervised.training import optimizers
 from self_supervised.training.base_method import BaseMethod, one_image_explained
 from self_supervised.training.hyperparameters import refuse_callbacks
@@ -320,8 +320,7 @@ class LinearClassifierMethod(BaseMethod):
             raise ValueError("labels=None: a classifier needs labels. Let the loader yield (images, labels)")
         logits = at_least_float32(self(images))
         labels = labels.where(labels != UNREADABLE, 0)  # scores of unreadable images are left out later
-        own = logits.gather(1, labels.unsqueeze(1))
-        rank = (~(logits < own)).sum(1) - 1  # 0: only the right class has the highest logit (never with NaN)
+        rank = rank_of(labels, logits)
         accuracies = [100.0 * (rank < k) for k in (1, 5)]
         return torch.stack([F.cross_entropy(logits, labels, reduction="none"), *accuracies], dim=1)
 

@@ -30,7 +30,7 @@ TARGETS = {
     96: {"pil": 4, "lightly": 4, "kornia": 4, "torchaug": 4},
     224: {"pil": 2},
 }
-ONE_BY_ONE, BATCHED = ("pil", "torchvision_v2", "lightly"), ("kornia", "torchaug")
+BATCHED = ("kornia", "torchaug")
 
 
 def photographs(n: int, size: int) -> Tensor:

@@ -17,7 +17,6 @@ from benchmarks import harness
 from benchmarks.harness import RESULTS, Row, markdown
 
 matplotlib.use("Agg")
-# noqa: E402
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("performance.md", "results.md", "evidence.md", "evaluation.md", "distill.md")

@@ -33,6 +33,8 @@ class ViewSettings:
     solarize_probability: float = 0.0
     solarize_threshold: float = 0.5  # pixel value, where white is 1
     flip_probability: float = 0.5
+    vertical_flip_probability: float = 0.0
+    rotation_probability: float = 0.0  # by 90 degrees
     time_difference_probability: float = 0.0  # clips only; applied by the decoder, which has the neighboring frames
 
 

@@ -71,7 +71,8 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: anything that `load_encoder` accepts.
-        protocols: names in PROTOCOLS; default: all that the encoder and data set permit and that do not train by SGD.
+        protocols: names in PROTOCOLS; default: all that the encoder and data set permit, and that
+            take minutes.
         dataset: data set whose labels are used; default: that of the pretraining.
         out: directory of the results; default: next to the checkpoint, or in runs/ for a published encoder.
         encoder: your own module, if one was pretrained.
@@ -240,7 +241,7 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         action=ListOption,
         type=items(),
         metavar="NAME",
-        help="evaluations to run, named by --list; default: all that do not train by SGD",
+        help="evaluations to run, named by --list; default: all that take minutes",
     )
     parser.add_argument(
         "--batch_size", type=int, metavar="N", help="images per batch of training protocols and of feature extraction"

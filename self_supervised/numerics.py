@@ -29,6 +29,12 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x / power_of_two(largest), dim=-1)
 
 
+def rank_of(labels: Tensor, logits: Tensor) -> Tensor:
+    """Return the rank [N] of each image's label [N] among its logits [N, C]; 0: only the right class has the highest
+    logit, so not if others have an equal one, or one is NaN."""
+    return (~(logits < logits.gather(1, labels.unsqueeze(1)))).sum(1) - 1
+
+
 def power_of_two(largest: Tensor) -> Tensor:
     """Return the power of two at or below each number. It is read from the bits of the exponent, so the host does not
     wait for the device."""

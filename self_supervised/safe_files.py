@@ -222,9 +222,11 @@ def is_complete(row: dict[str | None, Any]) -> bool:
         return False
     try:
         int(row["step"])
-        return all(float(value) is not None for value in row.values() if value)
+        for value in filter(None, row.values()):
+            float(value)
     except (KeyError, ValueError):
         return False
+    return True
 
 
 def to_json(content: Any, **options: Any) -> str:

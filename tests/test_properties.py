@@ -52,7 +52,7 @@ NORM = either(None, *NORMALIZATIONS)
 SCHEDULE = {"warmup_epochs": either(0, 0, 0, 0.5, 2), "warmup": either("linear", "cosine")}
 SCHEDULE["schedule"] = either("constant", "constant", "linear", "cosine")
 
-VIEW_EVENTS = ("jitter", "grayscale", "blur", "solarize", "flip", "time_difference")
+VIEW_EVENTS = ("jitter", "grayscale", "blur", "solarize", "flip", "vertical_flip", "rotation", "time_difference")
 
 SENSIBLE = {
     "encoder_arch": either("shufflenet_v2_x0_5", "ws_resnet18", "resnet18"),

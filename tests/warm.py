@@ -1,4 +1,4 @@
-"""Imported by the fork server, whose processes then find the compiled loops of image_loops.py loaded."""
+"""Imported by the fork server, whose processes then find the compiled loops of views/compiled_ops.py loaded."""
 
 import torch
 

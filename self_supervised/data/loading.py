@@ -104,9 +104,8 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
             f"DATA_PATH to the directory that holds {name}."
         )
     with PACKING, locked(folder, wait=math.inf):
-        missing = [
-            path for path in missing if not packed_is_there(path)
-        ]  # another process may have packed it meanwhile
+        # another process may have packed it meanwhile
+        missing = [path for path in missing if not packed_is_there(path)]
         if not missing:
             return
         try:

@@ -23,7 +23,7 @@ FEW_DRAWS = 3
 DECAYS = tuple(10.0**i for i in range(5, -7, -1))
 HELD_OUT = 0.2  # fraction of the training set
 FEWEST_TO_HOLD_OUT = 5  # images per class; with fewer, nothing is held out and DECAY_OF_FEW is used
-DECAY_OF_FEW = 100.0  # L2 of the linear probe during pretraining
+DECAY_OF_FEW = validation.PROBE_DECAY  # that of the linear probe during pretraining
 
 
 def knn_protocol(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:

@@ -82,8 +82,7 @@ class Protocol:
     definition: str  # meaning of the scores, in one line; part of the key of stored results
     source: str  # paper
     seeded: bool = True  # whether the scores depend on the seed
-    trains: bool = False  # takes hours instead of minutes; not run by default
-    slow: bool = False  # takes many times as long as one pass over the images; not run by default
+    slow: bool = False  # takes many times as long as others; not run by default
     needs_labels: bool = True
     needs_classes: bool = True  # one class per image
     needs_stages: bool = False  # an encoder with layer1 to layer4
@@ -110,7 +109,7 @@ def label_free_row(run: Callable[[EvaluationData, int], Scores], definition: str
 
 
 def training_row(preset: str, definition: str, source: str) -> Protocol:
-    return Protocol(partial(train_and_score, preset=preset), definition, source, trains=True, preset=preset)
+    return Protocol(partial(train_and_score, preset=preset), definition, source, preset=preset)
 
 
 FROZEN = "frozen features of whole images"
@@ -162,7 +161,7 @@ PROTOCOLS = {
         "as svm, on the outputs of layer1 to layer4, averaged over the image",
         "after https://arxiv.org/abs/1905.01235, section 6.1",
         seeded=False,
-        trains=True,
+        slow=True,
         needs_classes=False,
         needs_stages=True,
     ),
@@ -264,7 +263,8 @@ def about_labels(params: EncoderAndDataParams) -> str:
 
 
 def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
-    """Return the requested protocols, each once; by default (None) all that can be run and do not train.
+    """Return the requested protocols, each once; by default (None) all that can be run, train nothing by SGD
+    and are not slow.
 
     Raises:
         ValueError: a requested protocol cannot be run with this encoder or data set.
@@ -272,7 +272,7 @@ def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderA
     unlabeled = about_labels(params)
     refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, unlabeled))}
     if protocols is None:
-        return [name for name, row in PROTOCOLS.items() if not (row.trains or row.slow or name in refused)]
+        return [name for name, row in PROTOCOLS.items() if not (row.preset or row.slow or name in refused)]
     for name in protocols:
         if name in refused:
             able = ", ".join(other for other in PROTOCOLS if other not in refused)

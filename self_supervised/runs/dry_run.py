@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from moco import SelfSupervisedMethod
+from model_params import ModelParams
 from self_supervised.data import loading
 from self_supervised.networks import layers
 from self_supervised.runs.effective import effective_settings
@@ -55,12 +56,12 @@ class Stop(pl.Callback):
         return last - before
 
 
-def run_two_steps(params: Any, make_trainer: Callable[..., pl.Trainer]) -> SelfSupervisedMethod:
+def run_two_steps(params: ModelParams, make_trainer: Callable[..., pl.Trainer]) -> SelfSupervisedMethod:
     """Run two optimizer steps and one validation batch, print the tables, and return the model. No files are written,
     except for a data set that is downloaded.
 
     Args:
-        params: ModelParams.
+        params: settings of the run.
         make_trainer: function of the model and callbacks that returns the Trainer of the run, without loggers and
             checkpoints, which validates one batch.
     """
@@ -76,7 +77,7 @@ def run_two_steps(params: Any, make_trainer: Callable[..., pl.Trainer]) -> SelfS
 
 
 def two_steps(
-    params: Any, make_trainer: Callable[..., pl.Trainer], stop: Stop
+    params: ModelParams, make_trainer: Callable[..., pl.Trainer], stop: Stop
 ) -> tuple[SelfSupervisedMethod, pl.Trainer]:
     model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1, pack_images=False))
     model.is_recorded = False  # after two steps

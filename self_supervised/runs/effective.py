@@ -86,7 +86,8 @@ def effective_settings(params: ModelParams, plan: optimizers.Plan | None = None)
 def encoder_text(params: ModelParams) -> str:
     p = params
     stem = f", 3 x 3 stem ({p.stem_variant})" if p.low_resolution else ""
-    stem += f", {p.pooling_size} x {p.pooling_size} cells of the last map" * (p.pooling_size > 1)
+    if p.pooling_size > 1:
+        stem += f", {p.pooling_size} x {p.pooling_size} cells of the last map"
     start = f"starting from {p.encoder_weights}" if p.encoder_weights else "starting from random weights"
     return f"{p.encoder_arch}{stem}, {start}, input {' x '.join(map(str, p.input_shape))}"
 
@@ -150,6 +151,8 @@ def view_text(view: ViewSettings, params: ModelParams) -> str:
     operations = [
         ("difference of frames", view.time_difference_probability if of_videos else 0.0, ""),
         ("horizontal flip", view.flip_probability, ""),
+        ("vertical flip", view.vertical_flip_probability, ""),
+        ("rotation by 90 degrees", view.rotation_probability, ""),
         ("color jitter", view.jitter_probability, ", ".join(f"{name} {getattr(view, name):g}" for name in colors)),
         ("grayscale", gray, ""),
         ("blur", view.blur_probability, f"sigma {interval(view.blur_sigma)} pixels, kernel {2 * BLUR_RADIUS + 1}"),
@@ -158,7 +161,8 @@ def view_text(view: ViewSettings, params: ModelParams) -> str:
     crop = f"crop of {interval(view.crop_scale)} of the area, width / height {interval(view.crop_ratio)}"
     found = [f"{crop}, resized to {view.crop_size} x {view.crop_size} {RESIZED}"]
     found += [f"{name} {p:g}" + (f" ({how})" if how else "") for name, p, how in operations if p]
-    never = [name for name, p, _ in operations if not p and (of_videos or name != "difference of frames")]
+    rare = {"vertical flip", "rotation by 90 degrees"} | (set() if of_videos else {"difference of frames"})
+    never = [name for name, p, _ in operations if not p and name not in rare]
     if of_videos:
         found.insert(0, f"{params.num_frames} frames in {params.clip_duration:g} s, speeds {params.clip_speeds}")
     return "; ".join(found) + (f"; no {', '.join(never)}" if never else "")
@@ -196,7 +200,8 @@ def optimizer_text(params: ModelParams) -> str:
     else:
         found += [f"momentum {p.momentum:g}"]
     if p.optimizer_name == "lars":
-        found += [f"trust coefficient {p.lars_eta:g}{', clipped to the learning rate' * p.grad_clip_lars}"]
+        clipped = ", clipped to the learning rate" if p.grad_clip_lars else ""
+        found += [f"trust coefficient {p.lars_eta:g}{clipped}"]
     end = f" to {p.final_weight_decay:g} along half a cosine" if p.final_weight_decay is not None else ""
     found += [f"weight decay {p.weight_decay:g}{end}"]
     if excluded := p.exclude_matching_parameters_from_lars:

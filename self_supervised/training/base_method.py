@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
 
@@ -65,7 +65,7 @@ class BaseMethod(pl.LightningModule):
             self.use_winograd()
         compiled = self.params.torch_compile
         for module in self.children() if compiled and stage == "fit" else []:
-            if isinstance(module, nn.Module) and module._compiled_call_impl is None:
+            if module._compiled_call_impl is None:
                 module.compile(mode="default" if compiled is True else compiled)
 
     def use_winograd(self) -> None:

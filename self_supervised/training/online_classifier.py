@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from self_supervised import distributed
 from self_supervised.data.class_labels import UNLABELED
+from self_supervised.numerics import rank_of
 
 
 def loss_and_accuracy(classifier: nn.Linear, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,5 @@ def accuracies(classifier: nn.Linear | None, embeddings: Tensor, labels: Tensor 
     if classifier is None or labels is None or not (labeled := labels != UNLABELED).any():
         return {}
     with torch.no_grad():
-        logits = logits_of(classifier, embeddings[labeled])
-        y = labels[labeled]
-    rank = (~(logits < logits.gather(1, y.unsqueeze(1)))).sum(1) - 1  # 0: only the right class has the highest logit
+        rank = rank_of(labels[labeled], logits_of(classifier, embeddings[labeled]))
     return {f"valid_online_acc{k}": 100.0 * (rank < k).float().mean().item() for k in (1, 5)}

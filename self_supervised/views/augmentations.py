@@ -198,8 +198,26 @@ def augment(
             on_device = fused() if torch_compile else make_normalized_view
             on_host = torch.from_numpy(matrix)
             made = on_device(x.contiguous() if cropped else x, to_device(on_host, x.device), view, cropped, mean, std)
-        result.append(clips_of(made, n_frames))
+        result.append(clips_of(turned(made, rng, n, view), n_frames))
     return result
+
+
+def rotated(x: Tensor) -> Tensor:
+    return x.rot90(1, (2, 3)).contiguous(memory_format=torch.channels_last)
+
+
+def turned(x: Tensor, rng: ImageDraws, n: int, view: ViewSettings) -> Tensor:
+    """Return a view [N, C, H, H] of n images, or [N T, C, H, H] of n clips, some of them upside down or rotated by 90
+    degrees counterclockwise. The other operations give the same pixels in any orientation, so these may come last.
+
+    Numbers are drawn only if they are used: all other draws are those of earlier versions.
+    """
+    operations = (view.vertical_flip_probability, lambda x: x.flip(2)), (view.rotation_probability, rotated)
+    for probability, operation in operations:
+        if probability > 0:
+            chosen = np.repeat(rng.random(n) < probability, len(x) // n)
+            x = torch.where(to_column(chosen, x) > 0, operation(x), x)
+    return x
 
 
 def with_channels(images: Tensor, channels: int) -> Tensor:

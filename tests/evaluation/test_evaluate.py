@@ -168,7 +168,7 @@ def test_a_killed_evaluation_resumes(checkpoint, monkeypatch, tmp_path):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("name", [name for name, row in PROTOCOLS.items() if row.trains and not row.needs_stages])
+@pytest.mark.parametrize("name", [name for name, row in PROTOCOLS.items() if row.preset])
 def test_protocols_that_train(checkpoint, name):
     """Training protocols run end to end (one epoch of a few steps), and the same seed gives the same scores."""
     options = {"training": {"max_epochs": 1, "batch_size": 256}, "baselines": False}

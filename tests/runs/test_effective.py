@@ -34,7 +34,8 @@ def test_config_text_is_read_as_the_same_settings_and_the_comment_as_the_effecti
 @pytest.mark.parametrize("field", [field.name for field in attrs.fields(ViewSettings)])
 def test_every_number_of_a_view_is_named(field):
     params = SCEVideoParams()
-    view = attrs.evolve(params.views[1], time_difference_probability=0.3, solarize_probability=0.4)
+    rare = ("time_difference", "solarize", "vertical_flip", "rotation")
+    view = attrs.evolve(params.views[1], **{f"{name}_probability": 0.4 for name in rare})
     value = getattr(view, field)
     other = tuple(0.625 * one for one in value) if isinstance(value, tuple) else int(0.625 * value) or 0.625 * value
     words = effective.view_text(attrs.evolve(view, **{field: other}), params)

@@ -2,6 +2,7 @@
 
 import random
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -131,6 +132,24 @@ def test_other_draws_are_distributed_as_torchvisions():
     assert same_distribution(draws["sigma"], np.random.default_rng(0).uniform(0.1, 2, n))
     for name, p in (("jitter", 0.8), ("grayscale", 0.2), ("blur", 0.5), ("solarize", 0.1), ("flip", 0.5)):
         assert abs(draws[name].mean() - p) < 4 * (p * (1 - p) / n) ** 0.5, name
+
+
+@pytest.mark.parametrize("n_frames", [None, 3])
+def test_orientations(n_frames):
+    """Views upside down and rotated are those of PyTorch; without them, all draws are as before."""
+    shape = (64, 3, 8, 8) if n_frames is None else (64, 3, n_frames, 8, 8)
+    x = torch.randint(256, shape, dtype=torch.uint8)
+    views, constants = [ViewSettings(crop_size=8, flip_probability=0.0)] * 2, {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    plain = augmentations.augment(x, 3, views, **constants)
+    always = [attrs.evolve(view, vertical_flip_probability=1.0, rotation_probability=1.0) for view in views[:1]]
+    (both,) = augmentations.augment(x, 3, always, **constants)
+    assert torch.equal(both, plain[0].flip(-2).rot90(1, (-2, -1)))
+    half = [attrs.evolve(view, vertical_flip_probability=0.5) for view in views]
+    first, _ = augmentations.augment(x, 3, half, **constants)
+    flipped = (first == plain[0].flip(-2)).flatten(1).all(1)
+    assert 15 < flipped.sum() < 49 and torch.equal(first[~flipped], plain[0][~flipped])
+    params = ModelParams(dataset_name="cifar10", transform_rotation_probability=[0.5, 0.0])
+    assert [view.rotation_probability for view in params.views] == [0.5, 0.0]
 
 
 def test_same_seed_same_views_and_other_seeds_other_views():
