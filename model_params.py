@@ -505,7 +505,8 @@ class ModelParams(EncoderAndDataParams):
     # pixel value from which pixels are inverted (white is 1); None: the data set's
     transform_solarize_threshold: PerView = per_view(None)
     transform_flip_probability: PerView = per_view(None)  # probability of a horizontal flip; None: the data set's
-    transform_vertical_flip_probability: PerView = per_view(None)  # of a vertical flip; None: the data set's
+    # probability of a vertical flip; None: the data set's
+    transform_vertical_flip_probability: PerView = per_view(None)
     # probability of a rotation by 90 degrees: with this and both flips at 0.5, all 8 orientations; None: the data set's
     transform_rotation_probability: PerView = per_view(None)
     # clips only: probability of replacing the frames by differences between frames; None: the data set's

@@ -32,7 +32,7 @@ from self_supervised.evaluation.features import EvaluationData, image_hash
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
 from self_supervised.evaluation.results import OF_ENCODER, Results, folder_of
 from self_supervised.fields import as_path, plain
-from self_supervised.networks.layouts import checkpoint_of
+from self_supervised.networks.layouts import checkpoint_of, read_weights
 from self_supervised.networks.pretrained import Encoder, compared, is_name, load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.report import evaluations, output
@@ -289,7 +289,7 @@ def evaluate_with_options(checkpoint: str, args: argparse.Namespace) -> dict[str
     )
 
 
-def refuse_checkpoints(checkpoints: Sequence[str], out: Path | None) -> None:
+def refuse_checkpoints(checkpoints: Sequence[str], out: Path | None, lagging: bool) -> None:
     """Raise an error, before the first evaluation, for checkpoints that cannot be evaluated."""
     if not checkpoints:
         raise ValueError("CHECKPOINT is missing. Pass a checkpoint, a weights file or the name of an encoder.")
@@ -299,6 +299,8 @@ def refuse_checkpoints(checkpoints: Sequence[str], out: Path | None) -> None:
     if len(checkpoints) == 1:
         return  # `evaluate_checkpoint` names all that is wrong with it
     for name in map(str, map(checkpoint_of, checkpoints)):
+        if lagging:
+            read_weights(name, lagging)
         if not (as_path(name).is_file() or is_name(name)):
             raise FileNotFoundError(f"CHECKPOINT={name}: there is no such file. Pass a checkpoint or a run.")
 
@@ -310,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, row in PROTOCOLS.items():
             print(f"{name:14} {row.definition}. {row.source}")
         return
-    refuse_checkpoints(args.checkpoints, args.out)
+    refuse_checkpoints(args.checkpoints, args.out, args.lagging)
     if args.csv:
         check_file("csv", args.csv)
     for checkpoint in args.checkpoints:

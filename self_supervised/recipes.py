@@ -206,7 +206,7 @@ KINDS = {
     ),
     "cifar10_quick": KindOfData(
         "CIFAR-10 with a `small_cnn` that learns from parts of images, resized to 16 x 16 pixels. It is evaluated on "
-        "whole images in their own size, and reads 2 x 2 cells of the last map",
+        "full images in their own size, and reads 2 x 2 cells of the last map",
         f"{CPU} (python -m benchmarks.cifar10 cifar10_quick)",
         {
             **{**CIFAR10, "encoder_arch": SMALL_CNN, "transform_crop_size": 16, "max_epochs": 5, "warmup_epochs": 0.5},
