@@ -236,7 +236,7 @@ class LinearClassifierMethod(BaseMethod):
         if x.dim() == 6:
             each = self(x.flatten(0, 1)).float().log_softmax(1)
             return each.unflatten(0, x.shape[:2]).logsumexp(1) - math.log(x.shape[1])
-        if self.model.training and not self.trains_encoder:  # as before the first training
+        if self.model.training and not self.trains_encoder:  # Lightning has not called train() yet
             self.model.eval()
         with one_image_explained(x):
             with torch.set_grad_enabled(self.trains_encoder and torch.is_grad_enabled()):

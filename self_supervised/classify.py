@@ -27,9 +27,9 @@ from self_supervised.embeddings.sources import (
     Stored,
     add_embedding_options,
     batches_of,
-    columns_to_read,
     kind_of,
     open_source,
+    without_columns,
 )
 from self_supervised.evaluation.classifier import Fit, ImageClassifier, classifier_of, fit_few
 from self_supervised.fields import as_path
@@ -77,9 +77,10 @@ def classify(
         raise ValueError(
             f"classifier={str(classifier)!r} is written only if a classifier is trained. Pass labeled, too."
         )
+    overrides, columns = without_columns(overrides)
     encoder = encoder_of(checkpoint, overrides)
-    columns = columns_to_read(encoder.params, overrides)
-    source = open_source(apply, kind_of(encoder.params), columns)
+    without_labels = columns | {"label_key": None, "labels_from": None}
+    source = open_source(apply, kind_of(encoder.params), without_labels, encoder.params.image_key)
     paths = source.paths()
     read_all = partial(read, encoder, batch_size=batch_size, num_workers=num_workers)
     if labeled is None:
@@ -124,7 +125,8 @@ def labeled_source(labeled: str | Path, encoder: Encoder, columns: dict[str, Any
     the one in a list (docs/own_data.md)."""
     kind = kind_of(encoder.params)
     is_folder = kind == "image" and Path(labeled).expanduser().is_dir()
-    source = Stored(str(labeled)) if is_folder else open_source(labeled, kind, columns)
+    opened = Stored if is_folder else partial(open_source, kind=kind)
+    source = opened(str(labeled), columns=columns, preferred=encoder.params.image_key)
     if is_folder and source.outside_splits:
         raise ValueError(
             f"labeled={str(labeled)!r} has splits, and images outside them, such as {source.outside_splits[0][0]}. "

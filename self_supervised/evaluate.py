@@ -71,8 +71,8 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: anything that `load_encoder` accepts.
-        protocols: names in PROTOCOLS; default: all that the encoder and data set permit, and that
-            take minutes.
+        protocols: names in PROTOCOLS; default: all that the encoder and data set permit, except those that train by SGD
+            and the slow ones.
         dataset: data set whose labels are used; default: that of the pretraining.
         out: directory of the results; default: next to the checkpoint, or in runs/ for a published encoder.
         encoder: your own module, if one was pretrained.
@@ -144,8 +144,8 @@ def baselines_of(trained: Encoder, starting_weights: str | Path | None, wanted: 
 def seen(params: EncoderAndDataParams) -> dict[str, Any]:
     """Return what decides which images, or clips of videos, are seen; {} for packed data sets, which are fixed.
 
-    Instead of `data_path` and `splits_path`, the listed images are hashed: directories move, and each run has its own
-    copy of the same lists.
+    Instead of `data_path` and `splits_path`, the listed images are hashed: a path has several spellings, and each run
+    has its own copy of the same lists. Of built-in data sets, only names and labels are, which copies share.
     """
     info = params.dataset
     names = VIDEO if info.of_videos else CUSTOM_DATA if info.is_custom else ()
@@ -157,7 +157,8 @@ def seen(params: EncoderAndDataParams) -> dict[str, Any]:
         found["exif_orientation"] = False
     digest = hashlib.sha256()
     for splits in (info.train_splits, info.test_splits):
-        for piece in (repr(splits).encode(), *features.contents(loading.get_dataset(params, splits))):
+        images = features.contents(loading.get_dataset(params, splits), signed=info.is_custom)
+        for piece in (repr(splits).encode(), *images):
             digest.update(piece)
     return found | {"images": digest.hexdigest()[:16]}
 
@@ -241,7 +242,7 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         action=ListOption,
         type=items(),
         metavar="NAME",
-        help="evaluations to run, named by --list; default: all that take minutes",
+        help="evaluations to run, named by --list; default: all but the slow ones and those that train by SGD",
     )
     parser.add_argument(
         "--batch_size", type=int, metavar="N", help="images per batch of training protocols and of feature extraction"

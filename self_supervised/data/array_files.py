@@ -16,7 +16,8 @@ from PIL import ExifTags, Image
 from self_supervised.data.file_search import ARRAY_SUFFIX
 
 TIFF_SUFFIXES = (".tif", ".tiff")
-MAGIC = {b"\x93NUMPY": ARRAY_SUFFIX, b"II*\0": ".tiff", b"MM\0*": ".tiff"}  # first bytes of a file
+# first bytes of a file
+MAGIC = {b"\x93NUMPY": ARRAY_SUFFIX, **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), ".tiff")}
 PIL_MODES = {2: "LA", 4: "RGBA"}  # number of channels -> mode, for formats other than .npy and TIFF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

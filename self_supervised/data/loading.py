@@ -235,7 +235,8 @@ def get_loader(
         batch_size=size if training else max(1, size // params.clips_of_a_video),
         sampler=ResumableSampler(
             *(dataset, processes, distributed.rank(), shuffle, params.seed or 0, drop_last),
-            **{"step": step, "same_order": not training},
+            step=step,
+            same_order=not training,
         ),
         num_workers=0 if packed or without_workers else params.num_data_workers,
         collate_fn=already_a_batch if packed else collate_crops if are_crops else None,

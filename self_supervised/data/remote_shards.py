@@ -62,11 +62,12 @@ def place_of(url: str) -> str:
     """
     protocol, _, rest = url.partition("://")
     host, _, path = rest.partition("/")
-    if ":" in host.rpartition("@")[0] or "?" in rest or "#" in rest:
+    user = host.rpartition("@")[0]  # of abfs, a container
+    if (user and protocol in ("http", "https", "ftp")) or ":" in user or "?" in rest or "#" in rest:
         shown = f"{protocol}://{host.rpartition('@')[2]}/{path.partition('?')[0].partition('#')[0]}"
         raise ValueError(
-            f"data_path={shown!r} was passed with a password (USER:PASSWORD@) or a query (after a ?). It would be "
-            "written into checkpoints and logs. Leave it out, and pass it in the environment (docs/own_data.md)."
+            f"data_path={shown!r} was passed with a password or a token (before an @) or a query (after a ?). It would "
+            "be written into checkpoints and logs. Leave it out, and pass it in the environment (docs/own_data.md)."
         )
     if not path.endswith(".tar") or {"", ".", ".."} & {protocol, host, *path.split("/")}:
         raise ValueError(f"data_path={url!r} is not the URL of a .tar file. Pass the pattern of your .tar files.")

@@ -25,9 +25,10 @@ from self_supervised.embeddings.sources import (
     ImageSource,
     add_embedding_options,
     batches_of,
-    columns_to_read,
     kind_of,
     open_source,
+    refuse_without_effect,
+    without_columns,
 )
 from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import as_path
@@ -69,10 +70,11 @@ def embed(
     out = Path(out).expanduser()
     check_file("out", out)
     device = usable(device)
+    overrides, columns = without_columns(overrides)
     encoder = encoder_of(checkpoint, overrides)
-    columns = columns_to_read(encoder.params, overrides)
-    source = open_source(folder, kind_of(encoder.params), columns)
-    with EmbeddingJob(out, {**description(encoder, source, overrides), "columns": columns}, overwrite) as work:
+    source = open_source(folder, kind_of(encoder.params), columns, encoder.params.image_key)
+    refuse_without_effect(columns, source)
+    with EmbeddingJob(out, description(encoder, source, overrides), overwrite) as work:
         paths = source.paths()
         print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
         if todo := work.left(paths, skip_unreadable):
@@ -97,6 +99,7 @@ def description(encoder: Encoder, source: ImageSource, overrides: dict[str, Any]
             **({name: getattr(p, name) for name in CLIPS} if p.dataset.of_videos else {}),
         },
         "images": source.name,
+        "columns": getattr(source, "columns", {}),
         "overrides": overrides,
         "versions": {name: package.__version__ for name, package in packages.items()},
     }

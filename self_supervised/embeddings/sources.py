@@ -3,6 +3,7 @@ images by path, with the options of the programs that embed them. The picture of
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from self_supervised.data.array_files import read_npy, suffix_of
 from self_supervised.data.custom import get_source, is_stored
 from self_supervised.data.file_search import ARRAY_SUFFIX, PassedOver, files_below, image_suffixes
 from self_supervised.data.files import File
+from self_supervised.data.folders import ImageList
 from self_supervised.data.image_files import (
     central_square,
     in_mode,
@@ -143,18 +145,29 @@ class Packed:
 class Stored:
     """All splits of shards or of a Hugging Face data set (data/custom.py), with the paths and labels found there.
 
-    `settings` are those of COLUMNS, and labels_from.
+    Args:
+        columns: settings of COLUMNS.
+        preferred: column of images that is read if there is one of this name, and `columns` has none.
     """
 
     kind = "image"
 
-    def __init__(self, name: str, **settings: str | None):
-        self.source = get_source(EncoderAndDataParams(dataset_name="folder", **settings), name, names=True)
-        found = self.source.find()
+    def __init__(self, name: str, columns: dict[str, Any] | None = None, preferred: str | None = None):
+        self.columns = columns or {}
+        if preferred is not None and "image_key" not in self.columns:
+            with suppress(ValueError):
+                tried = {"image_key": preferred, **self.columns}
+                if any(self.read(name, tried).values()):
+                    self.columns = tried
+        found = self.read(name, self.columns)
         self.label_of = {path: label for images in found.values() for path, label in images}
         self.outside_splits = found.get("", [])  # empty if there are no splits
         self.name = name
         self.passed_over = self.source.passed_over
+
+    def read(self, name: str, columns: dict[str, Any]) -> ImageList:
+        self.source = get_source(EncoderAndDataParams(dataset_name="folder", **columns), name, names=True)
+        return self.source.find()
 
     def paths(self) -> list[str]:
         if not self.label_of:
@@ -207,12 +220,14 @@ def kind_of(params: EncoderAndDataParams) -> str:
     return "video" if params.dataset.of_videos else "image"
 
 
-def open_source(name: str | Path, kind: str = "image", columns: dict[str, Any] | None = None) -> ImageSource:
+def open_source(
+    name: str | Path, kind: str = "image", columns: dict[str, Any] | None = None, preferred: str | None = None
+) -> ImageSource:
     """Return the source with that name: a directory of images or of videos (kind="video"), shards, a Hugging Face data
     set, or a packed data set ("cifar10") or one of its splits ("cifar10/test").
 
     Args:
-        columns: what `columns_to_read` returns, for shards and Hugging Face data sets.
+        columns, preferred: see `Stored`. They have no effect on other sources.
 
     Raises:
         ValueError: it is none of these.
@@ -223,7 +238,7 @@ def open_source(name: str | Path, kind: str = "image", columns: dict[str, Any] |
     if kind == "video":
         raise ValueError(f"{name} is not a directory of videos. Pass one, because this encoder takes videos.")
     if is_stored(str(name)):
-        return Stored(str(name), **columns or {})
+        return Stored(str(name), columns, preferred)
     if folder.is_dir():
         return Folder(folder)
     packed = [dataset for dataset, info in DATASETS.items() if info.is_packed]
@@ -237,11 +252,18 @@ def open_source(name: str | Path, kind: str = "image", columns: dict[str, Any] |
     return Packed(str(name), dataset, [split] if split else splits)
 
 
-def columns_to_read(params: EncoderAndDataParams, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of COLUMNS with which a data set is embedded: those that were passed, and the column of
-    images that the encoder was trained on."""
-    of_encoder = {} if params.image_key is None else {"image_key": params.image_key}
-    return of_encoder | {name: overrides[name] for name in COLUMNS if name in overrides}
+def without_columns(overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of the encoder, and those of COLUMNS, among those that were passed."""
+    columns = {name: value for name, value in overrides.items() if name in COLUMNS}
+    return {name: value for name, value in overrides.items() if name not in columns}, columns
+
+
+def refuse_without_effect(columns: dict[str, Any], source: ImageSource) -> None:
+    if columns and not isinstance(source, Stored):
+        raise ValueError(
+            f"{', '.join(columns)}: no effect, because {source.name} is neither shards nor a Hugging Face data set. "
+            "Leave it out"
+        )
 
 
 class Batches(Dataset):

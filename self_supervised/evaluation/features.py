@@ -29,6 +29,7 @@ from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import able, finite
 from self_supervised.views import augmentations
 
+ADDED_TO_VIEWS = ("vertical_flip_probability", "rotation_probability")
 ENCODER_STAGES = ("layer1", "layer2", "layer3", "layer4")
 LABEL_FREE_IMAGES = 25_600  # training images for label-free measures (as in https://arxiv.org/abs/2210.02885)
 VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
@@ -234,7 +235,7 @@ def features_of_views(
     params = attrs.evolve(params, seed=seed, clip_speeds=[1.0], clip_jitter=0.0)
     dataset = loading.get_dataset(params, splits, views)
     chosen = np.sort(augmentations.generator(seed).permutation(len(dataset))[:n])
-    settings = {"views": len(views), "images": len(chosen), "seed": seed, "view": attrs.asdict(views[0])}
+    settings = {"views": len(views), "images": len(chosen), "seed": seed, "view": of_view(views[0])}
     what = f"{len(views)} views of {len(chosen)} images"
     folder = cache / fingerprint(encoder, params, dataset, settings | ({"averaged": True} if averaged else {}))
     if not folder.is_dir():
@@ -267,6 +268,11 @@ def stages_of(encoder: Encoder) -> list[str]:
 
 def has_convolution(module: nn.Module) -> bool:
     return any(isinstance(layer, nn.Conv2d | nn.Conv3d) for layer in module.modules())
+
+
+def of_view(view: ViewSettings) -> dict[str, Any]:
+    """Return the settings of a view, without later ones that have no effect: they would change earlier hashes."""
+    return {k: v for k, v in attrs.asdict(view).items() if v or k not in ADDED_TO_VIEWS}
 
 
 def device_of(encoder: Encoder) -> torch.device:
@@ -377,8 +383,11 @@ def outputs(encoder: Encoder) -> np.ndarray:
     return (x / x.abs().max().clamp(min=1e-30)).round(decimals=6).add(0.0).numpy()
 
 
-def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
-    """Yield what identifies the images: pixels and labels of a packed set; path, signature and label of each file."""
+def contents(dataset: Dataset, signed: bool = True) -> Iterator[bytes | np.ndarray]:
+    """Yield what identifies the images: pixels and labels of a packed set; path, signature and label of each file.
+
+    Copies of files have other signatures. If `signed` is False, these are left out.
+    """
     if isinstance(dataset, PackedImages):
         for images in dataset.images:
             yield repr(images.shape).encode()
@@ -387,4 +396,4 @@ def contents(dataset: Dataset) -> Iterator[bytes | np.ndarray]:
         yield dataset.labels
         return
     for path, signature, label in dataset.signatures():
-        yield repr((os.path.relpath(path, loading.data_path()), *signature, label)).encode()
+        yield repr((os.path.relpath(path, loading.data_path()), *(signature if signed else ()), label)).encode()

@@ -263,8 +263,8 @@ def about_labels(params: EncoderAndDataParams) -> str:
 
 
 def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderAndDataParams) -> list[str]:
-    """Return the requested protocols, each once; by default (None) all that can be run, train nothing by SGD
-    and are not slow.
+    """Return the requested protocols, each once; by default (None) all that can be run, except those that
+    train by SGD and the slow ones.
 
     Raises:
         ValueError: a requested protocol cannot be run with this encoder or data set.

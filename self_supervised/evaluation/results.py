@@ -20,7 +20,6 @@ RUN_KEYS = ("protocol", "encoder", "dataset", "seed", "seen", "training")
 WAIT_FOR_RESULTS = 60  # seconds to wait for another process that writes
 ENCODERS = ("random", "starting", "trained", "lagging")  # columns of the table
 OF_ENCODER = ("transform_crop_size", "pooling_size")  # settings of the encoder that an evaluation may change
-NOTHING: dict[str, Any] = {"runs": [], "config": {}}  # in results.json
 DRAWN = "_std"  # suffix of the name of a standard deviation over draws within one run
 
 
@@ -35,7 +34,7 @@ class Results:
     def __init__(self, folder: Path, fresh: bool = False):
         self.folder = folder
         self.path = folder / "results.json"
-        self.fresh = fresh  # until the first run is written
+        self.discarded = keys_of(self.path) if fresh else set()  # keys of earlier runs, which others may not have kept
         stored = self.stored()
         self.runs: list[RunRecord] = stored["runs"]
         self.config: dict[str, Any] = stored["config"]  # data set -> settings of its latest evaluation
@@ -44,7 +43,13 @@ class Results:
         self.of_encoder: dict[str, Any] = {}  # settings OF_ENCODER that this evaluation changes
 
     def stored(self) -> dict[str, Any]:
-        return dict(NOTHING) if self.fresh else read_results(self.path)
+        """Return what is in the file, except for what was there before `fresh` discarded it."""
+        found = read_results(self.path)
+        if not self.discarded:
+            return found
+        runs = [run for run in found["runs"] if run["key"] not in self.discarded]
+        datasets = {run["dataset"] for run in runs}
+        return {"runs": runs, "config": {name: found["config"][name] for name in datasets}}
 
     def find(self, key: str) -> RunRecord | None:
         return next((run for run in self.runs if run["key"] == key), None)
@@ -73,7 +78,7 @@ class Results:
             self.runs = [old for old in kept if not any(is_same(old, run) for run in runs)] + list(runs)
             self.config = stored["config"] | self.own_config
             self.write()
-            self.fresh = False
+            self.discarded -= {run["key"] for run in runs}
 
     def shown(self, dataset: str) -> list[RunRecord]:
         """Return the runs with the images and training settings of the data set's latest evaluation: only these can be
@@ -124,10 +129,19 @@ def is_same(old: RunRecord, run: RunRecord) -> bool:
     return all(old.get(key, run.get(key)) == run.get(key) for key in RUN_KEYS)
 
 
+def keys_of(path: Path) -> set[str]:
+    """Return the keys of the runs in results.json, which is deleted if it is corrupt."""
+    try:
+        return {run["key"] for run in read_results(path)["runs"]}
+    except ValueError:
+        path.unlink()
+        return set()
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """Return runs and config of results.json; both are empty if there is no such file."""
     if not path.is_file():
-        return dict(NOTHING)
+        return {"runs": [], "config": {}}
     try:
         stored = json.loads(path.read_text())
         for run in stored["runs"]:

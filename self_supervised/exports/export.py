@@ -76,7 +76,7 @@ def export(
         RuntimeError: the file does not give the same embeddings; nothing is written.
     """
     checkpoint = checkpoint_of(checkpoint)
-    (target,) = targets(checkpoint, [format], out, publish, normalize)
+    (target,) = targets(checkpoint, [format], out, publish, normalize, overrides.get("lagging", False))
     loaded = load_encoder(checkpoint, encoder=encoder, **overrides)
     return write_checked(loaded, format, target, publish, normalize).path
 
@@ -85,7 +85,7 @@ def export(
 
 
 def targets(
-    checkpoint: str | Path, formats: list[str], out: str | Path | None, publish: bool, normalize: bool
+    checkpoint: str | Path, formats: list[str], out: str | Path | None, publish: bool, normalize: bool, lagging: bool
 ) -> list[Path]:
     """Return the paths of the files, without the hash. Formats and paths that cannot be written are refused here,
     before any work."""
@@ -101,6 +101,7 @@ def targets(
     else:
         folder = out or (source.parent if source.is_file() else Path())
         stem = source.stem if source.is_file() else re.sub(r"[^\w.-]", "_", str(checkpoint))  # a published name
+        stem += "_lagging" if lagging else ""
         paths = [folder / f"{stem}{extension_of(name)}" for name in formats]
     for path in paths:
         check_folder("out", path.parent)
@@ -253,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = args.pop("out")
     publish = args.pop("publish")
     normalize = args.pop("normalize")
-    paths = targets(checkpoint, formats, out, publish, normalize)
+    paths = targets(checkpoint, formats, out, publish, normalize, args["lagging"])
     encoder = load_encoder(checkpoint, **args)
     print(encoder.report)
     if count_parts:

@@ -123,7 +123,9 @@ def load_encoder(
             names them. Or it has no lagging encoder.
     """
     name = str(layouts.checkpoint_of(path_or_name))
-    if encoder is None and not lagging and is_published(name):
+    if encoder is None and is_published(name):
+        if lagging:
+            raise ValueError(f"lagging=True: {name} has no lagging encoder. Leave it out")
         return published(name, overrides)
     found = layouts.read_weights(Path(name).expanduser(), lagging)
     if encoder is not None:

@@ -101,7 +101,8 @@ def run_or_file(checkpoint: str | Path) -> Path:
 
 def without_seed(settings: dict[str, Any]) -> str:
     """Return the key of the group of runs that differ only in the seed, and in how trackers list them."""
-    computed = {k: v for k, v in settings.items() if k != "seed" and not k.startswith("tracker_")}
+    given = {k: v for k, v in settings.items() if v is not None}  # a setting of a later version is missing before
+    computed = {k: v for k, v in given.items() if k != "seed" and not k.startswith("tracker_")}
     return json.dumps(computed, sort_keys=True)
 
 
@@ -273,38 +274,41 @@ def missing_notes(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) ->
     """Return what is missing, with the command that adds it (it skips what is stored), and which encoders of other
     data sets were not evaluated on this one."""
     seeds = seeds_of(runs)
-    missing: dict[str, set[str]] = {}  # checkpoint -> protocols
-    lacking, others, lacks_lagging = [], [], False  # parts of the notes
+    missing: dict[str, dict[str, set[str]]] = {"": {}, "--lagging": {}}  # option -> checkpoint -> protocols
+    lacking, others = [], []  # parts of the notes
     for row in rows:
         absent: set[str] = set()
+        option = "--lagging" if any(run["encoder"] == "lagging" for found in row.found for run in found) else ""
         for checkpoint, found in zip(row.checkpoints, row.found, strict=True):
             done = protocols_of(run for run in found if run["dataset"] == dataset)
             trained_on = run_folder.settings_of_run(run_or_file(checkpoint)).get("dataset_name", dataset)
             if not done and trained_on != dataset:
                 others.append(f"{row.label} (pretrained on {trained_on})")
                 continue
-            missing.setdefault(checkpoint, set()).update(seeds.keys() - done)
+            missing[option].setdefault(checkpoint, set()).update(seeds.keys() - done)
             absent |= seeds.keys() - done
         if absent:
-            lacks_lagging |= any(run["encoder"] == "lagging" for run in sum(row.found, []))
             lacking.append(f"{row.label} ({', '.join(name for name in seeds if name in absent)})")
     notes = [f"Not evaluated on {dataset}: {', '.join(dict.fromkeys(others))}."] if others else []
     if not lacking:
         return notes
+    commands = [evaluate_command(dataset, of, option, runs) for option, of in missing.items() if any(of.values())]
+    return [*notes, f"Missing values: not evaluated yet are {', '.join(lacking)}: {'; '.join(commands)}"]
+
+
+def evaluate_command(dataset: str, missing: dict[str, set[str]], option: str, runs: list[RunRecord]) -> str:
+    """Return the command that evaluates checkpoints by the protocols that they lack, as the other rows were."""
+    seeds = seeds_of(runs)
     names = [name for name in seeds if any(name in of for of in missing.values())]
-    checkpoints = [checkpoint for checkpoint, of in missing.items() if of]
+    chosen: dict[str, Any] = {}
+    for run in runs:
+        if run["protocol"] in names:
+            chosen |= run.get("training", {}) | run.get("seen", {})
     drawn = sorted({seed for name in names for seed in seeds[name]})
     options = ["--dataset_name", dataset, "--protocols", *names, "--seeds", *map(str, drawn)]
-    options += options_of(next(run for run in runs if run["protocol"] in names))
-    options += ["--lagging"] if lacks_lagging else []
-    command = shlex.join(["self-supervised", "evaluate", *checkpoints, *options])
-    return [*notes, f"Missing values: not evaluated yet are {', '.join(lacking)}: {command}"]
-
-
-def options_of(run: RunRecord) -> list[str]:
-    """Return options of `evaluate` with which another encoder is measured in the same way."""
-    chosen = run.get("training", {}) | run.get("seen", {})
-    return [f"--{name}={chosen[name]}" for name in OF_MEASUREMENT if name in chosen]
+    options += [f"--{name}={chosen[name]}" for name in OF_MEASUREMENT if name in chosen]
+    checkpoints = [checkpoint for checkpoint, of in missing.items() if of]
+    return shlex.join(["self-supervised", "evaluate", *checkpoints, *options, *filter(None, [option])])
 
 
 def protocols_of(runs: Iterable[RunRecord]) -> dict[str, None]:

@@ -19,7 +19,7 @@ from self_supervised.training.milestones import lowest_is_best
 
 SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored
 START = evaluations.ENCODER_NAMES["random"]  # with which `evaluate` compares
-MARKED = ("trained encoder", "best epoch")
+MARKED = ("trained encoder", "lagging encoder", "best epoch")
 FITTED = ("train_class_acc",)  # accuracies on the images to which a probe was fitted
 
 

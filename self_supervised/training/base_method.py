@@ -23,7 +23,9 @@ from self_supervised.data.loader import ResumableDataLoader, images_and_labels, 
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, hyperparameters, label_checks, optimizers, precision
+from self_supervised.training.milestones import is_cut_short
 from self_supervised.training.monitor import TrainingMonitor, as_list
+from self_supervised.training.verdict import validating
 from self_supervised.views import augmentations
 
 
@@ -40,7 +42,6 @@ class BaseMethod(pl.LightningModule):
     built: Any = None  # the settings with which it was built, and which `change` changes
     seed_was_drawn = False  # True if `seed` was None
     step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
-    is_to_stop = False  # whether something has told the Trainer to stop during this training
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
     was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
     float32_hooks: Sequence[RemovableHandle] = ()  # of layers that a CPU cannot train in bfloat16
@@ -188,7 +189,6 @@ class BaseMethod(pl.LightningModule):
     def on_train_start(self) -> None:
         """Check the first batch of the user's validation loaders now, not after an epoch of training."""
         self.step_metrics = {}
-        self.is_to_stop = False
         if self.global_step == 0 < self.latest_scores[0]:
             self.latest_scores = (-1, {})  # of an earlier training
         for index, loader in enumerate(as_list(self.trainer.val_dataloaders)):
@@ -200,7 +200,8 @@ class BaseMethod(pl.LightningModule):
                         f"the validation loader {index} has no batch. Pass more images, or leave out drop_last"
                     )
                 convert = self.trainer.precision_plugin.convert_input
-                batch = self._on_before_batch_transfer(convert(batch), dataloader_idx=index)  # of a LightningDataModule
+                with validating(self.trainer):  # of a LightningDataModule
+                    batch = self._on_before_batch_transfer(convert(batch), dataloader_idx=index)
                 self.check_batch(batch, training=False)
                 self.check_first(images_and_labels(batch)[0], False, index)
 
@@ -214,15 +215,6 @@ class BaseMethod(pl.LightningModule):
             torch.compiler.cudagraph_mark_step_begin()
         seed = self.step_seed(int(distributed.positions(batch_idx, 1)[0]))
         torch.manual_seed(int(augmentations.generator(seed).integers(2**63)))  # for dropout etc. within encoders
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let a training that is to stop, for example after `max_time`, take the optimizer step that has begun."""
-        trainer = self.trainer
-        self.is_to_stop |= trainer.should_stop
-        if self.is_to_stop:
-            has_stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-            trainer.should_stop = has_stepped or trainer.is_last_batch
-            self.log_dict(self.step_metrics)  # Lightning logs what it has
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
         """Turn uint8 images into normalized floats on the device: a list of views in training, full images otherwise.
@@ -325,8 +317,14 @@ class BaseMethod(pl.LightningModule):
     # ---- Checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Add the number of steps. An epoch that was cut short is not done: a resumed run goes on within it."""
         if self.plan is not None:
             checkpoint["steps"] = self.plan.of_checkpoint()
+        if self._trainer is not None and is_cut_short(self.trainer):
+            for counter in ("total", "current"):
+                epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"][counter]
+                epochs["processed"] = min(epochs["processed"], epochs["started"] - 1)
+                epochs["completed"] = min(epochs["completed"], epochs["processed"])
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Check that a run can be resumed with these settings. Loading a checkpoint otherwise needs no check."""

@@ -236,7 +236,6 @@ class Checkpoints(pl.Callback):
         self.lock = ExitStack()
         self.last_saved = 0  # optimizer step
         self.begun_batches = 0  # 1 while it saves at the start of a batch
-        self.is_cut_short = False  # True while it saves at the end of an epoch whose last batches are left out
         self.validated = False  # whether there was a validation since the last batch
         self.handlers: dict = {}  # signal -> its handler before ours
         self.listens = False  # whether signals are noted; otherwise they go to the earlier handler
@@ -315,20 +314,16 @@ class Checkpoints(pl.Callback):
         return (before if distributed.is_distributed() else self.asked)()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """Subtract the batch that has begun when it saves, or the epoch that is cut short, for example by `max_time`:
-        it is trained on after resuming."""
+        """Subtract the batch that has begun when it saves, which is trained on after resuming."""
         loop = checkpoint["loops"]["fit_loop"]
         for position in loop["state_dict"].get("combined_loader", []):
             if ResumableDataLoader.is_position(position):
                 position["batches"] -= self.begun_batches
         for counter in ("total", "current"):
             loop["epoch_loop.batch_progress"][counter]["ready"] -= self.begun_batches
-            loop["epoch_progress"][counter]["processed"] -= self.is_cut_short
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.is_cut_short = trainer.should_stop and not trainer.is_last_batch
         self.save(trainer, pl_module)
-        self.is_cut_short = False
         if distributed.any_process(self.received is not None, pl_module.device):
             self.stop(trainer)
 

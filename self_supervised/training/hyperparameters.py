@@ -99,7 +99,7 @@ def of_checkpoint(content: dict[str, Any], path: str | Path, classifier: str, pa
         ValueError: the checkpoint is of the other stage.
     """
     settings = content.get("hyper_parameters", {})
-    of_linear, is_linear = classifier == "classifier", "validate_on" in settings
+    of_linear, is_linear = classifier == "classifier", "classifier.weight" in content["state_dict"]
     if of_linear and "loss_type" in settings:
         raise ValueError(
             f"{path} is a checkpoint of a pretraining. Call LinearClassifierMethod.from_moco_checkpoint, which takes "

@@ -87,8 +87,14 @@ class EveryNEpochs(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trained = trainer.current_epoch + 1
-        if trained % self.n == 0 and not trainer.fast_dev_run:
+        if trained % self.n == 0 and not (trainer.fast_dev_run or is_cut_short(trainer)):
             trainer.save_checkpoint(self.folder / f"epoch_{trained:04d}.ckpt", weights_only=False)
+
+
+def is_cut_short(trainer: pl.Trainer) -> bool:
+    """Return whether the training ended within its last epoch, for example by `max_time` or `max_steps`."""
+    has_ended = trainer.should_stop or trainer.global_step == trainer.max_steps
+    return has_ended and trainer.num_training_batches > 0 and not trainer.is_last_batch
 
 
 # ---- Names and values of metrics ----

@@ -35,6 +35,7 @@ class TrainingMonitor(pl.Callback):
 
     def __init__(self):
         self.collapse_was_named = False
+        self.is_to_stop = False  # whether something has told the Trainer to stop during this training
         self.n_skipped = 0
         self.position: dict | None = None  # state of our own loader in the checkpoint that is resumed
         self.steps: dict | None = None  # `Plan.of_checkpoint()` of the run that is resumed
@@ -93,6 +94,7 @@ class TrainingMonitor(pl.Callback):
             refuse_other_steps(self.steps, pl_module.plan.of_checkpoint())
         self.position = None
         self.steps = None
+        self.is_to_stop = False
         rank_zero_info(f"{pl_module.plan}; {optimizers.groups_text(trainer.optimizers[0])}")
 
     # ---- At every step: a loss that is not finite ----
@@ -122,6 +124,16 @@ class TrainingMonitor(pl.Callback):
             f"parameter without a finite gradient: {first}. Neither the weights nor the checkpoints were changed. Try "
             "a lower lr, a longer warm-up, precision 32-true or bf16-mixed, or a higher T"
         )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let a training that is to stop, for example after `max_time`, take the optimizer step that has begun."""
+        self.is_to_stop |= trainer.should_stop
+        if self.is_to_stop:
+            has_stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+            trainer.should_stop = has_stepped or trainer.is_last_batch
+            pl_module.log_dict(pl_module.step_metrics)  # Lightning logs what it has
 
     # ---- Once per epoch: collapse and unreadable images ----
 

@@ -210,7 +210,7 @@ def turned(x: Tensor, rng: ImageDraws, n: int, view: ViewSettings) -> Tensor:
     """Return a view [N, C, H, H] of n images, or [N T, C, H, H] of n clips, some of them upside down or rotated by 90
     degrees counterclockwise. The other operations give the same pixels in any orientation, so these may come last.
 
-    Numbers are drawn only if they are used: all other draws are those of earlier versions.
+    Numbers are drawn only if they are used: without these operations, all draws are those of earlier versions.
     """
     operations = (view.vertical_flip_probability, lambda x: x.flip(2)), (view.rotation_probability, rotated)
     for probability, operation in operations:

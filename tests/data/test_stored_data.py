@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from unittest.mock import Mock
 
+import attrs
 import numpy as np
 import processes
 import pytest
@@ -20,6 +21,7 @@ from braceexpand import braceexpand
 from PIL import Image
 from test_custom_data import NAMES, TILES, params
 from test_custom_data import write as write_folder
+from torch import nn
 
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
@@ -30,6 +32,7 @@ from self_supervised.data.loader import ResumableSampler
 from self_supervised.embeddings import embed, parquet, sources
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import features
+from self_supervised.networks.pretrained import Encoder, Report
 from self_supervised.report import pictures
 
 with warnings.catch_warnings():
@@ -572,9 +575,15 @@ def test_columns(tmp_path, photos):
     with pytest.raises(ValueError, match="label_key='score': 0.5 "):
         read(image_key="left", label_key="score")
     encoder = params(tmp_path / "set", image_key="right")  # programs that embed read its column, unless told otherwise
-    for overrides, label in (({}, "a"), ({"label_key": "fine"}, "china"), ({"labels_from": None}, None)):
-        source = sources.open_source(tmp_path / "set", columns=sources.columns_to_read(encoder, overrides))
+    for columns, label in (({}, "a"), ({"label_key": "fine"}, "china"), ({"labels_from": None}, None)):
+        source = sources.open_source(tmp_path / "set", columns=columns, preferred=encoder.image_key)
         assert source.source.image_key == "right" and source.labels(source.paths())[0] == label
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    ready = Encoder(model, attrs.evolve(encoder, encoder_arch="module"), Report("own", "module", "module", 2, ()))
+    embed.embed(ready, tmp_path / "set", tmp_path / "f.parquet", num_workers=0, label_key="fine")
+    assert parquet.facts_of_file(tmp_path / "f.parquet")["columns"] == {"image_key": "right", "label_key": "fine"}
+    with pytest.raises(ValueError, match="label_key: no effect, because .*neither shards nor"):
+        embed.embed(ready, photos, tmp_path / "g.parquet", num_workers=0, label_key="fine")
     with pytest.raises(ValueError, match="include_patterns=\\['1\\*'\\]"):
         read(image_key="left", include_patterns=["1*"])
     with pytest.raises(ValueError, match="image_key='left', label_key=None: .* Hugging Face"):

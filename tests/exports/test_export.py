@@ -584,8 +584,9 @@ def test_an_impossible_format_does_not_stop_the_others(small_checkpoint, same_pr
 )
 def test_paths_of_exported_files(out, expected, small_checkpoint):
     Path("there.d").mkdir()
-    paths = export.targets(small_checkpoint, ["onnx"], out, publish=False, normalize=False)
-    assert paths == [Path(expected.format(beside=small_checkpoint.parent))]
+    for lagging, name in ((False, "small.onnx"), (True, "small_lagging.onnx")):
+        paths = export.targets(small_checkpoint, ["onnx"], out, publish=False, normalize=False, lagging=lagging)
+        assert paths == [Path(expected.format(beside=small_checkpoint.parent).replace("small.onnx", name))]
 
 
 # ---- parameters and FLOPs ----

@@ -80,8 +80,12 @@ def test_a_run_of_a_group_that_is_not_evaluated_is_named(runs, tmp_path):
     first = written(tmp_path / "byol_0", [*found, record("linear", {"acc1": 1.0}, encoder="lagging")], seed=0, lr=1)
     (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows([first]))
     assert any(note.endswith("--protocols knn --seeds 0 --lagging") for note in table.notes)
-    trained = record("linear_sgd", {}, training={"max_epochs": 10}, seen={"evaluation_clips": 4, "labels_from": "file"})
-    assert evaluations.options_of(trained) == ["--evaluation_clips=4", "--max_epochs=10"]
+    assert [row.label for row in table.rows] == ["byol_0", "lagging encoder"]
+    more = {"training": {"max_epochs": 10}, "seen": {"evaluation_clips": 4, "labels_from": "file"}}
+    measured = [record("knn", {}), record("linear_sgd", {}, **more)]
+    command = evaluations.evaluate_command("digits", {"a": {"knn", "linear_sgd"}, "b": set()}, "", measured)
+    assert command.endswith("evaluate a --dataset_name digits --protocols knn linear_sgd --seeds 0 --evaluation_clips=4"
+                            " --max_epochs=10")  # fmt: skip
 
 
 @pytest.mark.parametrize(("metric", "best"), [("uniformity", 0), ("alpha_req", 1), ("rank_me", 2)])

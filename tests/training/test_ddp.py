@@ -63,6 +63,7 @@ SMALL = {
 
 def cases(world: int) -> list[str]:
     """Return the names of all cases; for four processes without those that gather nothing that others do not."""
+    assert set(LIKE_OTHERS) < set(CASES)
     alike = {*PRESETS, *LIKE_OTHERS} - {*GATHERING}
     return [name for name in CASES if world < 4 or LONG > 1 or name not in alike]
 

@@ -450,7 +450,8 @@ def strategies(rank: int, world: int) -> dict:
 
 
 def test_options_of_ddp_change_nothing(tmp_path):
-    """Every preset uses every parameter in every step: a static graph is valid, without a search for unused ones."""
+    """A preset of each kind uses every parameter in every step: a static graph is valid, without a search for unused
+    ones. (For all presets: `test_trains_every_part_saves_and_reloads`.)"""
     for process in processes.run(strategies, 2, tmp_path, 2):
         for name in OF_EACH_KIND:
             for index in range(1, len(STRATEGIES)):

@@ -24,6 +24,7 @@ from model_params import PRESETS
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 from self_supervised.training import checkpoints
 from self_supervised.training.checkpoints import Checkpoints, newest
+from self_supervised.training.milestones import EveryNEpochs
 
 MOMENTS = (
     "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_backward", "on_after_backward",
@@ -414,9 +415,16 @@ def test_a_training_that_max_time_ends_within_an_epoch_goes_on_there(accumulated
         whole = pretraining(evaluations=["rank_me"])
     cut, resumed = copy.deepcopy(whole), copy.deepcopy(whole)
     end, _ = epochs(whole, tmp_path / "whole", 2, **options)
-    epochs(cut, tmp_path / "cut", 2, callbacks=[EndAfter(batches)], **options)
+    ended, _ = epochs(cut, tmp_path / "cut", 2, callbacks=[EndAfter(batches), EveryNEpochs(tmp_path, 1)], **options)
     assert not equal(cut.state_dict(), whole.state_dict())
+    kept = sorted(path.name for path in tmp_path.glob("epoch_*"))
+    assert kept == ["epoch_0001.ckpt"] * (batches + accumulated > 4)
+    ended.save_checkpoint(tmp_path / "after.ckpt", weights_only=False)  # as pretrained.ckpt is
+    again = copy.deepcopy(resumed)
     fit, _ = epochs(resumed, tmp_path / "cut", 2, **options)
+    shutil.copy(tmp_path / "after.ckpt", (tmp_path / "again").mkdir() or tmp_path / "again/step_000000000.ckpt")
+    epochs(again, tmp_path / "again", 2, **options)
+    assert equal(again.state_dict(), whole.state_dict())
     assert (fit.global_step, fit.current_epoch) == (end.global_step, end.current_epoch)
     assert equal(resumed.state_dict(), whole.state_dict())
 
