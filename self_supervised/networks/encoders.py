@@ -273,6 +273,9 @@ def embeddings_of(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
     """Return the width E of the embeddings, by encoding `image` [1, C, H, W] in eval mode, on the encoder's device.
 
+    An encoder that returns [N, E, 1, 1], such as `nn.Sequential(*list(resnet.children())[:-1])`, returns [N, E]
+    afterwards.
+
     Raises:
         ValueError: the encoder does not accept the image, or does not return [N, E]. `name` is for the message.
     """
@@ -284,10 +287,17 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
         kind, frames = ("clips", "num_frames, ") if image.dim() == 5 else ("images", "")
         shape = f"{tuple(image.shape)} ({frames}transform_crop_size, in_channels)"
         raise ValueError(f"{name} cannot encode {kind} of shape {shape}: {error}") from error
+    if isinstance(output, torch.Tensor) and output.dim() > 2 and output.shape[1] == output.numel():
+        encoder.register_forward_hook(flattened)
+        return output.shape[1]
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(f"{name} must map {tuple(image.shape)} to [N, E], got {shape}: flatten or pool its output")
     return output.shape[1]
+
+
+def flattened(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output.flatten(1)
 
 
 def pool_cells(encoder: nn.Module, params: ModelParams) -> int:

@@ -1,3 +1,4 @@
+import copy
 import importlib.util
 from types import SimpleNamespace
 
@@ -192,8 +193,13 @@ def test_a_users_module():
     own = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     encoder, width = encoders.get_encoder(params, own)
     assert encoder is own and width == 4 and own.training and own[1].num_batches_tracked == 0
-    with pytest.raises(ValueError, match=r"got \(1, 4, 1, 1\): flatten or pool"):
-        encoders.get_encoder(params, own[:3])
+    x = torch.randn(2, 3, 8, 8)
+    pooled = own[:3]  # maps of one pixel are flattened, also of a copy and by the next method
+    for module in (pooled, pooled, copy.deepcopy(pooled)):
+        assert encoders.get_encoder(params, module)[1] == 4 and torch.equal(module.eval()(x), own.eval()(x))
+    assert pooled.state_dict().keys() == own.state_dict().keys()
+    with pytest.raises(ValueError, match=r"got \(1, 4, 6, 6\): flatten or pool"):
+        encoders.get_encoder(params, own[:2])
     with pytest.raises(ValueError, match="needs encoder=your_module"):
         encoders.get_encoder(params)
     with pytest.raises(ValueError, match="encoder_arch='resnet18' needs no encoder"):
