@@ -21,6 +21,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from self_supervised.data.custom import is_stored
 from self_supervised.distributed import usable
 from self_supervised.embeddings.sources import (
     ImageSource,
@@ -125,6 +126,8 @@ def labeled_source(labeled: str | Path, encoder: Encoder, columns: dict[str, Any
     the one in a list (docs/own_data.md)."""
     kind = kind_of(encoder.params)
     is_folder = kind == "image" and Path(labeled).expanduser().is_dir()
+    if is_folder and not is_stored(str(labeled)):
+        columns = {name: value for name, value in columns.items() if name == "labels_from"}
     opened = Stored if is_folder else partial(open_source, kind=kind)
     source = opened(str(labeled), columns=columns, preferred=encoder.params.image_key)
     if is_folder and source.outside_splits:

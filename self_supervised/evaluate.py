@@ -89,9 +89,7 @@ def evaluate_checkpoint(
         ValueError: a protocol is unknown, or needs labels that the data set does not have; there is no lagging encoder.
     """
     check_names(protocols or ())
-    seeds, training = plain(list(seeds)), plain(training or {})
-    if any(seed < 0 for seed in seeds):
-        raise ValueError(f"seeds={seeds}: must be at least 0")
+    seeds, training = checked_seeds(seeds), plain(training or {})
     dataset = reading.pop("dataset_name", dataset)  # the name of the setting
     checkpoint = checkpoint_of(checkpoint)
     folder = as_path(out) if out else folder_of(checkpoint)
@@ -125,8 +123,16 @@ def evaluate_checkpoint(
     for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
         for seed in seeds:  # raises for invalid settings before the first protocol runs
             linear_settings_of(subjects["trained"], seed, preset)
+    if fresh:
+        results.clear()
     run_protocols(results, subjects, protocols, seeds, about["seen"])
     return results.content()
+
+
+def checked_seeds(seeds: Sequence[int]) -> list[int]:
+    if any(seed < 0 for seed in seeds):
+        raise ValueError(f"seeds={plain(list(seeds))}: must be at least 0")
+    return plain(list(seeds))
 
 
 def baselines_of(trained: Encoder, starting_weights: str | Path | None, wanted: bool) -> dict[str, Encoder]:
@@ -149,7 +155,7 @@ def seen(params: EncoderAndDataParams) -> dict[str, Any]:
     """
     info = params.dataset
     names = VIDEO if info.of_videos else CUSTOM_DATA if info.is_custom else ()
-    unused = (*features.WITHOUT_EFFECT, "data_path", "splits_path")
+    unused = (*features.WITHOUT_EFFECT, "data_path", "splits_path", "video_path_prefix")
     found = {name: plain(getattr(params, name)) for name in names if name not in unused}
     if info.is_packed:
         return found
@@ -157,7 +163,8 @@ def seen(params: EncoderAndDataParams) -> dict[str, Any]:
         found["exif_orientation"] = False
     digest = hashlib.sha256()
     for splits in (info.train_splits, info.test_splits):
-        images = features.contents(loading.get_dataset(params, splits), signed=info.is_custom)
+        root = None if info.is_custom else params.video_path_prefix or loading.data_path()
+        images = features.contents(loading.get_dataset(params, splits), root)
         for piece in (repr(splits).encode(), *images):
             digest.update(piece)
     return found | {"images": digest.hexdigest()[:16]}

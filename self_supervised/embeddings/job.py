@@ -97,8 +97,8 @@ class EmbeddingJob:
         """
         stored = parquet.facts_of_file(file)
         # earlier versions did not store the encoder, nor parts of the preprocessing, all but one the same ever since
-        same = {name: self.about[name] for name in ("encoder", "columns") if not self.about["overrides"].get("lagging")}
-        stored = {"encoder": None, "columns": {}, **same, **stored}
+        encoder = None if self.about["overrides"].get("lagging") else self.about["encoder"]
+        stored = {"encoder": encoder, "columns": {}, **stored}
         record = {EARLIER_NAMES.get(name, name): value for name, value in stored["preprocessing"].items()}
         stored["preprocessing"] = self.about["preprocessing"] | LATER_ADDED | record
         different = [name for name in COMMON_FACTS if stored[name] != self.about[name]]

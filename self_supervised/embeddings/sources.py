@@ -154,16 +154,27 @@ class Stored:
 
     def __init__(self, name: str, columns: dict[str, Any] | None = None, preferred: str | None = None):
         self.columns = columns or {}
-        if preferred is not None and "image_key" not in self.columns:
-            with suppress(ValueError):
-                tried = {"image_key": preferred, **self.columns}
-                if any(self.read(name, tried).values()):
-                    self.columns = tried
+        if preferred is not None and "image_key" not in self.columns and self.has_other_column(name, preferred):
+            self.columns = {"image_key": preferred, **self.columns}
         found = self.read(name, self.columns)
         self.label_of = {path: label for images in found.values() for path, label in images}
         self.outside_splits = found.get("", [])  # empty if there are no splits
         self.name = name
         self.passed_over = self.source.passed_over
+
+    def has_other_column(self, name: str, image_key: str) -> bool:
+        """Return whether the data set has this column of images, and another one is read by default."""
+        try:
+            found = self.read(name, {"image_key": image_key, "labels_from": None})
+        except UnreachableShard:
+            raise
+        except ValueError:
+            return False
+        with suppress(ValueError):  # with several columns, there is no default
+            usual = self.read(name, {"labels_from": None})
+            if usual == found and getattr(self.source, "image_key", image_key) == image_key:
+                return False
+        return any(found.values())
 
     def read(self, name: str, columns: dict[str, Any]) -> ImageList:
         self.source = get_source(EncoderAndDataParams(dataset_name="folder", **columns), name, names=True)

@@ -383,10 +383,9 @@ def outputs(encoder: Encoder) -> np.ndarray:
     return (x / x.abs().max().clamp(min=1e-30)).round(decimals=6).add(0.0).numpy()
 
 
-def contents(dataset: Dataset, signed: bool = True) -> Iterator[bytes | np.ndarray]:
-    """Yield what identifies the images: pixels and labels of a packed set; path, signature and label of each file.
-
-    Copies of files have other signatures. If `signed` is False, these are left out.
+def contents(dataset: Dataset, root: str | Path | None = None) -> Iterator[bytes | np.ndarray]:
+    """Yield what identifies the images: pixels and labels of a packed set; path, signature and label of each file; with
+    `root`, their directory, only what copies of files share: path below it, and label.
     """
     if isinstance(dataset, PackedImages):
         for images in dataset.images:
@@ -396,4 +395,5 @@ def contents(dataset: Dataset, signed: bool = True) -> Iterator[bytes | np.ndarr
         yield dataset.labels
         return
     for path, signature, label in dataset.signatures():
-        yield repr((os.path.relpath(path, loading.data_path()), *(signature if signed else ()), label)).encode()
+        below = os.path.relpath(path, root or loading.data_path())
+        yield repr((below, label) if root else (below, *signature, label)).encode()

@@ -28,28 +28,23 @@ class Results:
     file is locked and read again.
 
     Args:
-        fresh: discard earlier results.
+        fresh: do not read earlier results, which `clear` deletes.
     """
 
     def __init__(self, folder: Path, fresh: bool = False):
         self.folder = folder
         self.path = folder / "results.json"
-        self.discarded = keys_of(self.path) if fresh else set()  # keys of earlier runs, which others may not have kept
-        stored = self.stored()
+        stored = {"runs": [], "config": {}} if fresh else read_results(self.path)
         self.runs: list[RunRecord] = stored["runs"]
         self.config: dict[str, Any] = stored["config"]  # data set -> settings of its latest evaluation
         self.own_config: dict[str, Any] = {}  # the part of config that this evaluation wrote
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights in this evaluation
         self.of_encoder: dict[str, Any] = {}  # settings OF_ENCODER that this evaluation changes
 
-    def stored(self) -> dict[str, Any]:
-        """Return what is in the file, except for what was there before `fresh` discarded it."""
-        found = read_results(self.path)
-        if not self.discarded:
-            return found
-        runs = [run for run in found["runs"] if run["key"] not in self.discarded]
-        datasets = {run["dataset"] for run in runs}
-        return {"runs": runs, "config": {name: found["config"][name] for name in datasets}}
+    def clear(self) -> None:
+        """Delete earlier results."""
+        with locked(self.folder, wait=WAIT_FOR_RESULTS):
+            self.path.unlink(missing_ok=True)
 
     def find(self, key: str) -> RunRecord | None:
         return next((run for run in self.runs if run["key"] == key), None)
@@ -73,12 +68,11 @@ class Results:
     def add(self, *runs: RunRecord) -> None:
         """Write runs to the files. They replace earlier runs with the same RUN_KEYS."""
         with locked(self.folder, wait=WAIT_FOR_RESULTS):
-            stored = self.stored()
+            stored = read_results(self.path)
             kept = filter(self.is_kept, stored["runs"])
             self.runs = [old for old in kept if not any(is_same(old, run) for run in runs)] + list(runs)
             self.config = stored["config"] | self.own_config
             self.write()
-            self.discarded -= {run["key"] for run in runs}
 
     def shown(self, dataset: str) -> list[RunRecord]:
         """Return the runs with the images and training settings of the data set's latest evaluation: only these can be
@@ -127,15 +121,6 @@ def folder_of(checkpoint: str | Path) -> Path:
 def is_same(old: RunRecord, run: RunRecord) -> bool:
     """Return whether a run replaces an old one. A key that the old run lacks (earlier versions) counts as equal."""
     return all(old.get(key, run.get(key)) == run.get(key) for key in RUN_KEYS)
-
-
-def keys_of(path: Path) -> set[str]:
-    """Return the keys of the runs in results.json, which is deleted if it is corrupt."""
-    try:
-        return {run["key"] for run in read_results(path)["runs"]}
-    except ValueError:
-        path.unlink()
-        return set()
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -287,8 +287,9 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
         kind, frames = ("clips", "num_frames, ") if image.dim() == 5 else ("images", "")
         shape = f"{tuple(image.shape)} ({frames}transform_crop_size, in_channels)"
         raise ValueError(f"{name} cannot encode {kind} of shape {shape}: {error}") from error
-    if isinstance(output, torch.Tensor) and output.dim() > 2 and output.shape[1] == output.numel():
-        encoder.register_forward_hook(flattened)
+    is_map = isinstance(output, torch.Tensor) and output.dim() > 2 and output.shape[1] == output.numel()
+    if is_map and not isinstance(encoder, torch.jit.ScriptModule):
+        encoder._forward_hooks["flattened"] = flattened  # a handle's number would not be unique after unpickling
         return output.shape[1]
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__

@@ -323,7 +323,7 @@ class BaseMethod(pl.LightningModule):
         if self._trainer is not None and is_cut_short(self.trainer):
             for counter in ("total", "current"):
                 epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"][counter]
-                epochs["processed"] = min(epochs["processed"], epochs["started"] - 1)
+                epochs["processed"] = min(epochs["processed"], max(0, epochs["started"] - 1))
                 epochs["completed"] = min(epochs["completed"], epochs["processed"])
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

@@ -44,17 +44,20 @@ class TrainingMonitor(pl.Callback):
 
     @classmethod
     def of(cls, trainer: pl.Trainer, evaluate_every_n_epochs: int) -> list[Self]:
-        """Return the callbacks for `configure_callbacks`: a TrainingMonitor, or none if the Trainer already has one.
+        """Return the callbacks for `configure_callbacks`: a TrainingMonitor, the Trainer's own if it has one. It comes
+        after the user's callbacks and Lightning's Timer, which may tell the Trainer to stop.
 
         The Trainer is set to validate only in epochs that are evaluated, because callbacks that monitor a score
         (ModelCheckpoint, EarlyStopping) look for it after every validation, and would not find it after an empty one.
         """
         present = next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)
         monitor = present or cls()
+        if present:
+            trainer.callbacks.remove(present)
         monitor.own_interval = monitor.own_interval or trainer.check_val_every_n_epoch
         if monitor.own_interval is not None:  # None: val_check_interval counts batches across epochs
             trainer.check_val_every_n_epoch = math.lcm(monitor.own_interval, evaluate_every_n_epochs)
-        return [] if present else [monitor]
+        return [monitor]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.random_state = torch.get_rng_state()

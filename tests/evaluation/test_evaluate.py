@@ -136,7 +136,11 @@ def test_two_evaluations_at_once_keep_each_others_runs(tmp_path):
         told = {"scores": {"acc": 1.0}, "seconds": 1, "definition": "", "source": ""}
         return {"protocol": protocol, **names, **told, **parts}
 
-    first, second = results.Results(tmp_path), results.Results(tmp_path)
+    results.Results(tmp_path).add(run("uniformity"))
+    first, second = results.Results(tmp_path, fresh=True), results.Results(tmp_path, fresh=True)
+    for one in (first, second):
+        assert not one.runs
+        one.clear()
     for one in (first, second):
         one.begin("digits", {"encoders": {}, "versions": {}, "seen": {}, "training": {"max_epochs": 2}})
     first.add(run("knn"))
