@@ -161,6 +161,7 @@ def test_nan_is_never_the_best(tmp_path):
         trainer = SimpleNamespace(
             callback_metrics={"valid_loss": torch.tensor(value)},
             current_epoch=epoch,
+            fast_dev_run=False,
             save_checkpoint=lambda *_, epoch=epoch, **__: saved.append(epoch),
         )
         best.on_train_epoch_end(trainer, module)

@@ -453,7 +453,7 @@ SEED_VIEWS = {  # one value for both views, or a list with one per view
     "crop_scale": (0.2, 0.766), "crop_ratio": (0.75, 1.3333), "jitter_probability": 0.8, "brightness": 0.8,
     "contrast": 0.8, "saturation": 0.4, "hue": 0.2, "grayscale_probability": 0.2, "blur_probability": [1.0, 0.1],
     "blur_sigma": (0.1, 2.0), "solarize_probability": [0.0, 0.2], "solarize_threshold": 0.5, "flip_probability": 0.5,
-    "time_difference_probability": 0.2, "crop_size": 224,
+    "time_difference_probability": 0.2, "crop_size": 224, "vertical_flip_probability": 0.0, "rotation_probability": 0.0,
 }  # fmt: skip
 SEED_TRAINER = {"precision": "16-mixed", "sync_batchnorm": True, "save_every_n_epochs": 100, "strategy": "ddp"}
 
