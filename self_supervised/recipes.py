@@ -206,6 +206,7 @@ KINDS = {
                 "swav": Outcome((43.4, None), (50.0, None), 20.3, "linear", seeds=1),
                 "dino": Outcome((43.4, None), (51.5, None), 27.4, "linear", seeds=1),
                 "nnclr": Outcome((43.4, None), (52.5, None), 33.5, "linear", seeds=1),
+                "frossl": Outcome((43.4, None), (55.0, None), 31.2, "linear", seeds=1),
             },
             lejepa={"max_epochs": 5},  # four views: as many as ten epochs of two
             visreg={"max_epochs": 5},
