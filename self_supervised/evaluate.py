@@ -98,9 +98,9 @@ def evaluate_checkpoint(
     given = {name: reading.pop(name, None) for name in OF_ENCODER}
     of_encoder = {name: value for name, value in given.items() if value is not None}
     read = partial(load_encoder, checkpoint, **of_encoder)
+    others = {"lagging": read(encoder=copy.deepcopy(encoder), lagging=True)} if lagging else {}  # or refused at once
     trained = read(encoder=encoder)
-    encoders = {**baselines_of(trained, starting_weights, baselines), "trained": trained}
-    encoders |= {"lagging": read(encoder=copy.deepcopy(encoder), lagging=True)} if lagging else {}
+    encoders = {**baselines_of(trained, starting_weights, baselines), "trained": trained, **others}
     params = features.data_params(trained, dataset, **reading)
     protocols = runnable(protocols, trained, params)
     print_labels(params)

@@ -228,15 +228,14 @@ def get_loader(
     if drop_last:
         check_one_batch(params, len(dataset), size)
     shuffle = training or not (packed or in_order)
+    seed = params.seed or 0
     are_crops = isinstance(dataset, ImageFiles) and bool(dataset.views)
     without_workers = device.type == "cpu" and getattr(dataset, "packed", None) is not None
     return ResumableDataLoader(
         dataset,
         batch_size=size if training else max(1, size // params.clips_of_a_video),
         sampler=ResumableSampler(
-            *(dataset, processes, distributed.rank(), shuffle, params.seed or 0, drop_last),
-            step=step,
-            same_order=not training,
+            dataset, processes, distributed.rank(), shuffle, seed, drop_last, step=step, same_order=not training
         ),
         num_workers=0 if packed or without_workers else params.num_data_workers,
         collate_fn=already_a_batch if packed else collate_crops if are_crops else None,

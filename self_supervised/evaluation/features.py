@@ -262,12 +262,12 @@ def features_of_views(
 def stages_of(encoder: Encoder) -> list[str]:
     """Return the names layer1 to layer4 for a ResNet, and [] for other encoders."""
     stages = [getattr(encoder.model, name, None) for name in ENCODER_STAGES]
-    are_convolutional = [stage is not None and has_convolution(stage) for stage in stages]
-    return list(ENCODER_STAGES) if all(are_convolutional) else []
+    return list(ENCODER_STAGES) if all(map(has_convolution, stages)) else []
 
 
-def has_convolution(module: nn.Module) -> bool:
-    return any(isinstance(layer, nn.Conv2d | nn.Conv3d) for layer in module.modules())
+def has_convolution(part: Any) -> bool:
+    layers = part.modules() if isinstance(part, nn.Module) else ()
+    return any(isinstance(layer, nn.Conv2d | nn.Conv3d) for layer in layers)
 
 
 def of_view(view: ViewSettings) -> dict[str, Any]:

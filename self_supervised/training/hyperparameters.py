@@ -99,13 +99,13 @@ def of_checkpoint(content: dict[str, Any], path: str | Path, classifier: str, pa
         ValueError: the checkpoint is of the other stage.
     """
     settings = content.get("hyper_parameters", {})
-    of_linear, is_linear = classifier == "classifier", "classifier.weight" in content["state_dict"]
-    if of_linear and "loss_type" in settings:
+    wants_linear = classifier == "classifier"
+    if wants_linear and "loss_type" in settings:
         raise ValueError(
             f"{path} is a checkpoint of a pretraining. Call LinearClassifierMethod.from_moco_checkpoint, which takes "
             "its encoder"
         )
-    if is_linear and not of_linear:
+    if not wants_linear and "classifier.weight" in content["state_dict"]:
         raise ValueError(
             f"{path} is a checkpoint of a linear classifier. Call LinearClassifierMethod.load_from_checkpoint, or "
             "start a pretraining from its encoder: encoder_weights=PATH"
