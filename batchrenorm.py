@@ -9,7 +9,7 @@ from self_supervised.numerics import at_least_float32
 class BatchRenorm(nn.Module):
     """Batch renormalization over all axes but the second: ((x - mean) / std * r + d) * weight + bias.
 
-    `mean` and `std` are those of the batch. r and d correct them towards the running statistics (algorithm 1) and have
+    `mean` and `std` are those of the batch. r and d correct them toward the running statistics (algorithm 1) and have
     no gradient. They are clipped to [1 / rmax, rmax] and [-dmax, dmax]. These intervals widen with the number of
     batches: before batch 5,000 the layer is exactly batch norm. std is sqrt(biased variance + eps). All statistics are
     in at least float32.

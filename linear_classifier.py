@@ -22,15 +22,17 @@ from model_params import DATASET_DEFAULTS, TRAINING_ONLY, EncoderAndDataParams, 
 from self_supervised.catalogue import NORMS_AND_BIASES, ViewSettings
 from self_supervised.data import loading, subsets
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
-from self_supervised.data.loading import Given, counted, require_labels, resolve
+from self_supervised.data.loading import counted, require_labels
 from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, plain, positive, readable
 from self_supervised.networks import layers
 from self_supervised.networks.encoders import embeddings_of, get_encoder
 from self_supervised.networks.pretrained import SHARED, load_encoder
 from self_supervised.numerics import at_least_float32, rank_of
-from self_supervised.training import optimizers
 from self_supervised.training.base_method import BaseMethod, one_image_explained
-from self_supervised.training.hyperparameters import refuse_callbacks
+from self_supervised.training.hyperparameters import Given, refuse_callbacks, resolve
+from self_supervised.training.optimizers import get_optimizer
+from self_supervised.training.plan import Plan, get_plan
+from self_supervised.training.schedules import Schedule, classifier_rate, per_step
 from self_supervised.views import augmentations
 
 # ---- Settings ----
@@ -171,6 +173,7 @@ class LinearClassifierMethod(BaseMethod):
     """
 
     CLASSIFIER = "classifier"
+    needs_labels = True
 
     def __init__(
         self, params: Given[LinearClassifierMethodParams] = None, *, encoder: nn.Module | None = None, **fields: Any
@@ -219,11 +222,9 @@ class LinearClassifierMethod(BaseMethod):
         with layers.modes_kept(encoder) if encoder is not None else nullcontext():
             source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
         settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}
+        method = cls(LinearClassifierMethodParams(**{**settings, **overrides}), encoder=encoder)
         if encoder is None:
-            method = cls(LinearClassifierMethodParams(**{**settings, **overrides}))
             method.model.load_state_dict(source.model.state_dict())
-        else:
-            method = cls(LinearClassifierMethodParams(**{**settings, **overrides}), encoder=encoder)
         rank_zero_info(str(source.report))
         return method
 
@@ -253,12 +254,6 @@ class LinearClassifierMethod(BaseMethod):
         self.model.train(mode and self.trains_encoder)
         return self
 
-    needs_labels = True
-
-    @property
-    def n_outputs(self) -> int:
-        return self.classifier.out_features
-
     def on_train_start(self) -> None:
         """Put the encoder into train mode if it is trained, which Lightning does not do.
 
@@ -279,7 +274,7 @@ class LinearClassifierMethod(BaseMethod):
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
         views, labels = batch
-        means = self.scores((views[0], labels)).mean(0)
+        means = self.losses_and_accuracies((views[0], labels)).mean(0)
         self.log_step({f"step_train_{name}": value for name, value in zip(SCORES, means.detach(), strict=True)})
         return means[0]
 
@@ -288,7 +283,7 @@ class LinearClassifierMethod(BaseMethod):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         with self.eagerly():
-            self.validation_scores.setdefault(dataloader_idx, []).append((self.scores(batch), batch[1]))
+            self.validation_scores.setdefault(dataloader_idx, []).append((self.losses_and_accuracies(batch), batch[1]))
 
     def on_validation_epoch_end(self) -> None:
         self.log_means("valid", self.trainer.val_dataloaders)
@@ -313,7 +308,7 @@ class LinearClassifierMethod(BaseMethod):
         with self.eagerly():
             return nan_where_unreadable(at_least_float32(self(batch[0])), batch[1])
 
-    def scores(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def losses_and_accuracies(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return loss, acc1 and acc5 of each image, [N, 3]. The accuracies are 0 or 100 (percent)."""
         images, labels = batch
         if labels is None:
@@ -325,7 +320,7 @@ class LinearClassifierMethod(BaseMethod):
         return torch.stack([F.cross_entropy(logits, labels, reduction="none"), *accuracies], dim=1)
 
     def configure_optimizers(self) -> dict:
-        self.plan = optimizers.get_plan(self.params, self.trainer, self.params.warmup_epochs)
+        self.plan = get_plan(self.params, self.trainer, self.params.warmup_epochs)
         return for_linear_stage(self.params, self.plan, self.parameter_groups())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -383,16 +378,10 @@ class LinearClassifierMethod(BaseMethod):
         return self.loader(loading.get_dataset(p, p.dataset.test_splits), training=False)
 
 
-# ---- Learning rates ----
-
-
-def for_linear_stage(params: LinearClassifierMethodParams, plan: optimizers.Plan, groups: list[dict]) -> dict:
-    """Return Lightning's configuration of the optimizer, whose groups have their own learning rates.
-
-    All of them follow one curve: divided by 10 after 60 % and after 80 % of the training, or half a cosine to 0.
-    """
+def for_linear_stage(params: LinearClassifierMethodParams, plan: Plan, groups: list[dict]) -> dict:
+    """Return what `configure_optimizers` returns. The groups have learning rates of their own, and follow one curve."""
     groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
-    curve = {"cosine": optimizers.linear_cosine, "steps": optimizers.linear_steps}[params.lr_schedule]
-    optimizer = optimizers.get_optimizer(params, groups, plan.lr, params.nesterov)
+    optimizer = get_optimizer(params, groups, plan.lr, params.nesterov)
     decays = [group["weight_decay"] for group in optimizer.param_groups]
-    return optimizers.per_step(optimizers.Schedule(optimizer, partial(curve, plan), plan.steps, decays))
+    rate = partial(classifier_rate, params.lr_schedule, plan)
+    return per_step(Schedule(optimizer, rate, plan.steps, decays))

@@ -4,7 +4,7 @@ Sizes: N images on this process, C channels, E width of the embeddings, D = para
 """
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 import pytorch_lightning as pl
@@ -14,14 +14,12 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_params import OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, SCHEDULED, ModelParams, changes
+from model_params import OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, ModelParams
 from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
 from self_supervised.data.loader import ResumableDataLoader
-from self_supervised.data.loading import Given, n_classes, require_labels, resolve
 from self_supervised.evaluation import validation
-from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import plain
 from self_supervised.networks import encoders
 from self_supervised.networks.heads import MLP
@@ -30,15 +28,22 @@ from self_supervised.networks.teacher import Teacher
 from self_supervised.numerics import Scores, at_least_float32, in_parts
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod, one_image_explained
-from self_supervised.training.hyperparameters import refuse_callbacks
-from self_supervised.training.loss_schedules import prototypes_are_frozen, scheduled
+from self_supervised.training.hyperparameters import Given, refuse_callbacks, resolve
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
 from self_supervised.training.monitor import LOG_INTERVAL, LogInterval, as_list
+from self_supervised.training.plan import get_plan, resolved_warmup_epochs
 from self_supervised.training.precision import refuse_half_precision
 from self_supervised.training.record import TrainingRecord
-from self_supervised.training.verdict import Verdict, starting_point
+from self_supervised.training.schedules import cosine, prototypes_are_frozen, scheduled
+from self_supervised.training.verdict import Verdict, name_of_start
 from self_supervised.views import augmentations
 from ws_resnet import weights_shared
+
+
+class EncodedView(NamedTuple):
+    z: Tensor  # projections [N, D]
+    q: Tensor  # predictions of the keys, the queries [N, D]; z without a predictor
+    embeddings: Tensor  # [N, E]
 
 
 class SelfSupervisedMethod(BaseMethod):
@@ -76,10 +81,9 @@ class SelfSupervisedMethod(BaseMethod):
             self.model, width = encoders.get_encoder(p, encoder)
             encoders.prepare_training(self.model)
             encoders.check_small_views(self.model, width, p)
-            self.teacher = (Teacher(p),) if p.teacher else ()  # a tuple: not a part of the state that is saved
-            if self.teacher:
-                self.teacher_hash = encoder_hash(self.teacher[0].encoder)  # once: it is frozen
-                self.params = p = attrs.evolve(p, dim=self.teacher[0].width, teacher=self.teacher[0].name)
+            self.teacher = Teacher(p) if p.teacher else None  # not a module: checkpoints do not store it
+            if self.teacher is not None:
+                self.params = p = attrs.evolve(p, dim=self.teacher.width, teacher=self.teacher.name)
             self.projection_model = MLP(width, output_dim=p.dim, **p.head("projection"))
             self.prediction_model = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
             self.prototypes = Prototypes(p) if p.loss_type in OF_PROTOTYPES else None
@@ -87,7 +91,7 @@ class SelfSupervisedMethod(BaseMethod):
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.lagging_prototypes = frozen_copy(self.prototypes) if self.prototypes and p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.keeps_keys else None
-            classes = (p.n_classes or require_labels(n_classes(p), p)) if p.online_classifier else None
+            classes = (p.n_classes or loading.require_labels(loading.n_classes(p), p)) if p.online_classifier else None
             self.online_classifier = nn.Linear(width, classes) if classes else None
             if 1 in (p.batch_size, p.global_batch_size):  # fail early if the networks cannot train on a single image
                 side = min(view.crop_size for view in p.views)
@@ -98,7 +102,6 @@ class SelfSupervisedMethod(BaseMethod):
         # Flat, for load_from_checkpoint(). encoder_weights is dropped: a checkpoint has its own weights.
         found = {"embedding_dim": width, **self.counted_classes()}
         self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
-        self.has_schedules = any(changes(p, name) for name in SCHEDULED)
         self.built = self.params
         self.custom_loss = None if loss is None else losses.custom_loss(loss)
         self.augment = augmentations.training_views(p)
@@ -120,12 +123,11 @@ class SelfSupervisedMethod(BaseMethod):
         """Return the embeddings [N, E] of normalized images [N, C, H, W]."""
         return self.model(x)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return z [N, D], q [N, D] and the embeddings [N, E] of one view."""
+    def encode(self, x: Tensor) -> EncodedView:
         with one_image_explained(x):
             embeddings = self.model(x)
             z = self.projection_model(embeddings)
-            return self.on_sphere(z), self.on_sphere(self.prediction_model(z)), embeddings
+            return EncodedView(self.on_sphere(z), self.on_sphere(self.prediction_model(z)), embeddings)
 
     @torch.no_grad()
     def encode_lagging(self, x: Tensor, batch_idx: int) -> Tensor:
@@ -143,27 +145,27 @@ class SelfSupervisedMethod(BaseMethod):
         z = at_least_float32(z)
         return F.normalize(z, dim=1) if self.params.use_unit_sphere_projection else z
 
-    def encode_views(self, views: list[Tensor], batch_idx: int) -> tuple[dict[int, tuple], dict[int, Tensor]]:
-        """Return {view i: (z, q, embeddings)} of the queries and {view j: k} of the keys. Each view is encoded once."""
+    def encode_views(self, views: list[Tensor], batch_idx: int) -> tuple[dict[int, EncodedView], dict[int, Tensor]]:
+        """Return the encoded views {i: ...} of the queries, and the keys {j: [N, D]}. Each view is encoded once."""
         p = self.params
         query_views, key_views = map(set, zip(*p.pairs, strict=True))
-        if self.teacher:
-            keys = {j: self.on_sphere(self.teacher[0](views[j])) for j in key_views}
+        if self.teacher is not None:
+            keys = {j: self.on_sphere(self.teacher(views[j])) for j in key_views}
             return self.encode_each(views, query_views), keys
         if self.lagging_model is None:
             online = self.encode_each(views, query_views | key_views)
-            return online, {j: online[j][0].detach() if p.stop_gradient_of_keys else online[j][0] for j in key_views}
+            return online, {j: online[j].z.detach() if p.stop_gradient_of_keys else online[j].z for j in key_views}
         online = self.encode_each(views, query_views)
         parts = {j: in_parts(views[j], p.micro_batch_size) for j in key_views}
         return online, {j: torch.cat([self.encode_lagging(x, batch_idx) for x in parts[j]]) for j in key_views}
 
-    def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, tuple]:
+    def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, EncodedView]:
         """Return {view i: encode(view i)}; with `micro_batch_size` as leaves, for `backward`."""
         if (size := self.params.micro_batch_size) is None:
             return {i: self.encode(views[i]) for i in which}
         networks, chosen = (self.model, self.projection_model, self.prediction_model), {i: views[i] for i in which}
         self.micro_batches = MicroBatches(networks, self.encode, chosen, size, torch.initial_seed())
-        return self.micro_batches.outputs
+        return {i: EncodedView(*outputs) for i, outputs in self.micro_batches.outputs.items()}
 
     def training_step(self, batch: tuple[list[Tensor], Tensor | None], batch_idx: int) -> Tensor:
         p = self.params
@@ -185,31 +187,31 @@ class SelfSupervisedMethod(BaseMethod):
             self.new_keys = [k if p.gather_keys_for_queue is False else distributed.gather(k) for k in new_keys]
         constants = {name: loss.new_full((), value) for name, value in (("m", self.momentum()), ("T", p.T))}
         self.log_step({"step_train_loss": loss.detach(), **scalars, **constants})
-        return loss + self.online_loss(online[0][2], labels) if p.online_classifier else loss
+        return loss + self.online_loss(online[0].embeddings, labels) if p.online_classifier else loss
 
     def compare(
-        self, online: dict[int, tuple], keys: dict[int, Tensor], labels: Tensor | None, batch_idx: int
+        self, online: dict[int, EncodedView], keys: dict[int, Tensor], labels: Tensor | None, batch_idx: int
     ) -> losses.Scalars:
         """Return the loss of the views that `encode_views` has encoded, and scalars to log, both means over pairs."""
         p = self.params
-        changing = scheduled(p, self.global_step, self.plan) if self.has_schedules else {}
+        changing = scheduled(p, self.global_step, self.plan)
         queue = None if self.queue is None else at_least_float32(self.queue.keys)
-        queries, targets = {i: q for i, (_, q, _) in online.items()}, keys
+        queries, targets = {i: view.q for i, view in online.items()}, keys
         if self.prototypes is not None:
             queries = {i: self.prototypes(q) for i, q in queries.items()}
             of_keys = self.prototypes if self.lagging_prototypes is None else self.lagging_prototypes
             targets = of_keys.targets(keys, queue, changing.get("sce_target_T", p.sce_target_T))
         elif p.use_nearest_keys:
             targets = {j: nearest_keys(k, queue) for j, k in keys.items()}
-        per_pair = [losses.cosines(online[i][0], keys[j]) for i, j in p.pairs]
+        per_pair = [losses.cosines(online[i].z, keys[j]) for i, j in p.pairs]
         of_all = {}
         if self.custom_loss is None and p.loss_type in OF_ALL_VIEWS:
-            stacked = (torch.stack([found[i] for i in sorted(found)]) for found in (queries, targets))
+            stacked = (torch.stack([of_view[i] for i in sorted(of_view)]) for of_view in (queries, targets))
             of_all = multi_view_losses.get_loss_of_views(p, self.step_seed(batch_idx))(*stacked)
         else:
             loss_of = self.custom_loss or losses.get_loss_in_parts(p, **changing, labels=labels)
             of_pairs = (loss_of(queries[i], targets[j], queue) for i, j in p.pairs)
-            per_pair = [{**cosines, **found} for cosines, found in zip(per_pair, of_pairs, strict=True)]
+            per_pair = [{**cosines, **scalars} for cosines, scalars in zip(per_pair, of_pairs, strict=True)]
         means = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
         return {**means, **of_all, **{name: queries[0].new_full((), value) for name, value in changing.items()}}
 
@@ -224,7 +226,8 @@ class SelfSupervisedMethod(BaseMethod):
         super().backward(loss, *args, **kwargs)
         if self.params.micro_batch_size is not None:
             with self.trainer.precision_plugin.train_step_context():
-                vars(self).pop("micro_batches").backward()
+                self.micro_batches.backward()
+            del self.micro_batches
             distributed.average_gradients(self.parameters())
             synchronize_buffers_alone(self.trainer.model)
 
@@ -238,7 +241,7 @@ class SelfSupervisedMethod(BaseMethod):
         """Return the fraction of itself that the lagging model keeps at this optimizer step."""
         if not self.params.use_momentum_schedule:
             return self.params.m
-        return optimizers.cosine(self.params.m, 1.0, self.global_step / self.trainer.estimated_stepping_batches)
+        return cosine(self.params.m, 1.0, self.global_step / self.trainer.estimated_stepping_batches)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         m = self.momentum()
@@ -250,7 +253,7 @@ class SelfSupervisedMethod(BaseMethod):
                 ema_update(self.lagging_prototypes, self.prototypes, 1 - m)
 
     def configure_optimizers(self) -> dict:
-        self.plan = optimizers.get_plan(self.params, self.trainer, optimizers.warmup_epochs(self.params))
+        self.plan = get_plan(self.params, self.trainer, resolved_warmup_epochs(self.params))
         groups = parameter_groups.optimizer_groups(self.parameter_table(), dict(self.named_parameters()), self.params)
         return optimizers.for_pretraining(self.params, self.plan, groups)
 
@@ -261,14 +264,10 @@ class SelfSupervisedMethod(BaseMethod):
             super().configure_gradient_clipping(optimizer, *args, **kwargs)
 
     def parameter_table(self) -> list[parameter_groups.ParameterRow]:
-        """Return what the optimizer does with each trainable parameter (`parameter_groups.printed` formats it)."""
+        """Return a row of optimizer settings for each trainable parameter (`parameter_groups.printed` formats it)."""
         return parameter_groups.parameter_table(self, self.params)
 
     # ---- Data ----
-
-    @property
-    def n_outputs(self) -> int | None:
-        return None if self.online_classifier is None else self.online_classifier.out_features
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -293,8 +292,7 @@ class SelfSupervisedMethod(BaseMethod):
     def train_dataloader(self):
         self.trains_on_own_data = True
         p = self.params
-        dataset = loading.get_dataset(p, p.dataset.pretraining_splits, p.views)
-        return self.loader(dataset, training=True)
+        return self.loader(loading.get_dataset(p, p.dataset.pretraining_splits, p.views), training=True)
 
     def val_dataloader(self) -> list:
         """Return loaders of the validation set and, with `probe_on_training_set`, of the labeled training set.
@@ -317,7 +315,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def starting_point(self) -> str:
         """Return the name of the encoder from which a training starts now."""
-        return "starting encoder" if self.was_trained else starting_point(self.params, self.started_from)
+        return "starting encoder" if self.was_trained else name_of_start(self.params, self.started_from)
 
     def on_validation_epoch_start(self) -> None:
         self.validation_outputs.clear()  # left by an interrupted validation
@@ -325,9 +323,9 @@ class SelfSupervisedMethod(BaseMethod):
     def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int, dataloader_idx: int = 0) -> None:
         due = self.trainer.state.fn != "fit" or (self.current_epoch + 1) % self.params.evaluate_every_n_epochs == 0
         if due and self.params.is_evaluated and not self.trainer.sanity_checking:
-            self.embed(batch, dataloader_idx)
+            self.keep_embeddings(batch, dataloader_idx)
 
-    def embed(self, batch: tuple[Tensor, Tensor | None], dataloader_idx: int) -> None:
+    def keep_embeddings(self, batch: tuple[Tensor, Tensor | None], dataloader_idx: int) -> None:
         """Keep embeddings and labels of a batch for `scores_of_loaders`."""
         images, labels = batch
         with self.eagerly():
@@ -377,8 +375,8 @@ class SelfSupervisedMethod(BaseMethod):
         """Add the origin of the starting weights and, if processes have their own queues, all queues."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["started_from"] = self.started_from
-        if self.teacher:
-            checkpoint["teacher"] = self.teacher_hash
+        if self.teacher is not None:
+            checkpoint["teacher"] = self.teacher.hash
         if self.queue is not None and self.params.gather_keys_for_queue is False:
             checkpoint["queues"] = {
                 name: distributed.gather(t[None]).cpu() for name, t in self.queue.state_dict().items()
@@ -387,8 +385,8 @@ class SelfSupervisedMethod(BaseMethod):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the queue of this process, also from the original's format: `queue` [D, K] and `queue_ptr` [1]."""
         self.started_from = checkpoint.get("started_from")
-        if self.teacher:
-            self.teacher[0].refuse_another(checkpoint.get("teacher"), self.teacher_hash)
+        if self.teacher is not None:
+            self.teacher.refuse_another(checkpoint.get("teacher"))
         state = checkpoint["state_dict"]
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         for name, of_each in checkpoint.get("queues", {}).items():

@@ -30,7 +30,7 @@ from self_supervised.runs.command_line import parser_of
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import atomic_write, to_json
 from self_supervised.training import run_folder
-from self_supervised.training.optimizers import epochs_text
+from self_supervised.training.plan import epochs_text
 from self_supervised.views import augmentations
 
 OUT = Path("runs/demo")

@@ -32,6 +32,7 @@ from self_supervised.evaluation.features import EvaluationData, image_hash
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
 from self_supervised.evaluation.results import OF_ENCODER, Results, folder_of
 from self_supervised.fields import as_path, plain
+from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.layouts import checkpoint_of, read_weights
 from self_supervised.networks.pretrained import Encoder, compared, is_name, load_encoder
 from self_supervised.program import one_line_errors
@@ -199,7 +200,7 @@ def run_protocols(
     Args:
         seen_as: settings that decide which images, or clips, are seen and in which size.
     """
-    hashes = {name: features.encoder_hash(subject.encoder) for name, subject in subjects.items()}
+    hashes = {name: encoder_hash(subject.encoder) for name, subject in subjects.items()}
     hashes |= {"lagging": hashes["trained"]} if "lagging" in hashes else {}  # both are replaced together
     results.keep_encoders(hashes, seen_as)
     images = {name: image_hash(subject) for name, subject in subjects.items()}

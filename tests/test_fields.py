@@ -13,9 +13,9 @@ import model_params
 from linear_classifier import LINEAR_PRESETS, LinearClassifierMethod, LinearClassifierMethodParams
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, BYOLParams, MoCoV2Params, ModelParams, SCEParams, SimCLRParams, SimSiamParams
-from self_supervised.data.loading import resolve
 from self_supervised.fields import Preset, suggestion
 from self_supervised.recipes import recipe, tried_with
+from self_supervised.training.hyperparameters import resolve
 
 ROWS = {
     f"{table.kind.__name__} {name}": (module, preset)

@@ -175,7 +175,7 @@ def test_the_tables_have_the_names_of_the_catalogue():
     from self_supervised.data import loading, packed
     from self_supervised.evaluation import validation
     from self_supervised.networks import heads
-    from self_supervised.training import optimizers
+    from self_supervised.training import schedules
 
     packed_sets = {name for name, info in catalogue.DATASETS.items() if info.is_packed}
     assert set(packed.READERS) == packed_sets
@@ -184,7 +184,7 @@ def test_the_tables_have_the_names_of_the_catalogue():
     assert tuple(heads.NORMALIZATION_LAYERS) == catalogue.NORMALIZATIONS
     assert tuple(validation.FUNCTIONS) == catalogue.EVALUATIONS
     assert tuple(validation.SOLVERS) == catalogue.PROBE_SOLVERS
-    assert tuple(optimizers.CURVE_FUNCTIONS) == catalogue.CURVES
+    assert tuple(schedules.CURVE_FUNCTIONS) == catalogue.CURVES
     assert tuple(ws_resnet.WS_RESNETS) == catalogue.WS_RESNET_NAMES
 
 

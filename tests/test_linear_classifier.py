@@ -137,7 +137,7 @@ def test_the_seed_decides_the_classifier():
 def test_a_diverged_classifier_recognizes_nothing():
     linear = LinearClassifierMethod(encoder_arch="shufflenet_v2_x0_5")
     torch.nn.init.constant_(linear.classifier.weight, float("nan"))
-    assert linear.eval().scores((torch.randn(4, 3, 96, 96), torch.arange(4)))[:, 1:].sum() == 0
+    assert linear.eval().losses_and_accuracies((torch.randn(4, 3, 96, 96), torch.arange(4)))[:, 1:].sum() == 0
 
 
 @pytest.mark.filterwarnings("ignore:Total length of")

@@ -21,7 +21,7 @@ from self_supervised.data import loading
 from self_supervised.data.loader import images_and_labels
 from self_supervised.networks import pretrained
 from self_supervised.networks.keys import ema_update
-from self_supervised.training import optimizers
+from self_supervised.training import schedules
 
 
 class TinyEncoder(nn.Module):
@@ -172,10 +172,10 @@ def test_optimizer_schedules_and_lagging_model_follow_optimizer_steps(small, tra
     )
     fit.fit(model)
     assert fit.global_step == 6
-    assert momenta == pytest.approx([optimizers.cosine(0.9, 1, (i // 2) / 6) for i in range(12)])
-    after_step = [optimizers.warmup_cosine(s, 6, 2, 0.2, 0.02) for s in range(7)]
+    assert momenta == pytest.approx([schedules.cosine(0.9, 1, (i // 2) / 6) for i in range(12)])
+    after_step = [schedules.warmup_cosine(s, 6, 2, 0.2, 0.02) for s in range(7)]
     assert rates == pytest.approx([after_step[(i + 1) // 2] for i in range(12)])
-    assert optimizers.cosine(0.9, 1.0, 1.0) == 1.0
+    assert schedules.cosine(0.9, 1.0, 1.0) == 1.0
 
 
 def test_a_warmup_longer_than_the_training_is_named(small, trainer):
@@ -335,7 +335,7 @@ class Endless(torch.utils.data.IterableDataset):
 def test_a_loader_without_length(small, trainer):
     fit = trainer(max_epochs=-1, max_steps=3, limit_train_batches=None)
     fit.fit(SelfSupervisedMethod(small("byol", m=0.9), encoder=TinyEncoder()), DataLoader(Endless(), batch_size=4))
-    assert fit.global_step == 3 and fit.callback_metrics["m"].item() == pytest.approx(optimizers.cosine(0.9, 1, 2 / 3))
+    assert fit.global_step == 3 and fit.callback_metrics["m"].item() == pytest.approx(schedules.cosine(0.9, 1, 2 / 3))
     with pytest.raises(ValueError, match="tell the Trainer max_steps"):
         model = SelfSupervisedMethod(small("byol"), encoder=TinyEncoder())
         trainer(max_epochs=2, limit_train_batches=None).fit(model, DataLoader(Endless(), batch_size=4))

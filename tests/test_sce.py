@@ -23,7 +23,8 @@ from self_supervised.data.loading import n_classes
 from self_supervised.distributed import shuffled
 from self_supervised.networks.heads import MLP
 from self_supervised.runs import command_line
-from self_supervised.training import optimizers
+from self_supervised.training import schedules
+from self_supervised.training.plan import Plan
 
 N, D, K = 6, 5, 9
 SETS = {"queue": (True, False), "keys": (False, True), "keys and queue": (True, True)}
@@ -170,9 +171,9 @@ CASES = [  # fields, and the values at steps 0 to 12 of 12, three per epoch
 ]
 
 
-def plan(**fields) -> optimizers.Plan:
+def plan(**fields) -> Plan:
     of_small = {"processes": 1, "accumulated": 1, "batch_size": 8, "lr": 0.1, "steps": 12, "steps_per_epoch": 3}
-    return optimizers.Plan(**{**of_small, **fields})
+    return Plan(**{**of_small, **fields})
 
 
 @pytest.mark.parametrize(("fields", "expected"), CASES)
@@ -193,7 +194,7 @@ def test_without_a_schedule_nothing_changes_and_no_length_is_asked_for():
 def test_curves_meet_their_ends():
     for warmup in ("linear", "cosine"):
         for then in ("linear", "cosine"):
-            values = [optimizers.warmup_then(step, 10, 4, 3.0, 1.0, 2.0, warmup, then) for step in (0, 4, 10, 99)]
+            values = [schedules.warmup_then(step, 10, 4, 3.0, 1.0, 2.0, warmup, then) for step in (0, 4, 10, 99)]
             assert values == [3.0, 1.0, 2.0, 2.0]
 
 

@@ -7,7 +7,6 @@ workers. Both yield (uint8 images, labels); all other operations run on the devi
 
 import math
 import threading
-from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +16,11 @@ import numpy as np
 import torch
 from attrs import frozen
 from pytorch_lightning.utilities import rank_zero_info
-from torch import nn
 from torch.utils.data import Dataset
 
 from model_params import EncoderAndDataParams
 from self_supervised import distributed
-from self_supervised.catalogue import DATASETS, OWN_MODULE, ViewSettings
+from self_supervised.catalogue import DATASETS, ViewSettings
 from self_supervised.data import custom, image_files, subsets, video_files
 from self_supervised.data.class_labels import class_names, labels_line
 from self_supervised.data.files import UNREADABLE, Sample, class_numbers_of_split
@@ -39,7 +37,6 @@ from self_supervised.data.packed import (
     packed_is_there,
 )
 from self_supervised.data.packed_files import pack_files
-from self_supervised.fields import Presets
 from self_supervised.folder_lock import locked
 from self_supervised.views.augmentations import generator
 
@@ -48,7 +45,6 @@ PACKING = threading.Lock()  # for threads: the lock of a directory is for proces
 SMALLEST_STD = 1 / 255  # lower bound of a channel's standard deviation, for channels that are constant
 
 Params = TypeVar("Params", bound=EncoderAndDataParams)
-Given = Params | Callable[..., Params] | dict[str, Any] | str | None  # what `Presets.settings_of` takes
 
 
 # ---- layouts of data sets of files ----
@@ -284,37 +280,6 @@ def batch_size(params: EncoderAndDataParams, accumulated: int) -> int:
 
 
 # ---- settings that depend on the data ----
-
-
-def resolve(
-    presets: Presets[Params], params: Given[Params], encoder: nn.Module | None, fields: dict[str, Any]
-) -> tuple[Params, bool]:
-    """Return the complete settings, and whether their seed was drawn.
-
-    With an `encoder`, encoder_arch becomes OWN_MODULE. seed=None becomes the seed of `pl.seed_everything`. Unless both
-    are set, image_mean and image_std are computed if `compute_statistics` says so.
-
-    Args:
-        presets: those of the method, with its class of settings.
-        params: settings, a dict of them, a preset or its name, or None for the defaults.
-        encoder: a module of the user.
-        fields: settings that replace those of `params`. `hparams`, the original's name, is an alias of `params`.
-
-    Raises:
-        ValueError: both params and hparams are passed.
-        KeyError, TypeError: as of `Presets.settings_of`.
-    """
-    if (hparams := fields.pop("hparams", None)) is not None:
-        if params is not None:
-            raise ValueError("hparams and params are two names of one argument. Pass one of them.")
-        params = dict(vars(hparams)) if isinstance(hparams, Namespace) else hparams
-    if encoder is not None:
-        fields = {**fields, "encoder_arch": OWN_MODULE}
-    params = attrs.evolve(presets.settings_of(params), **fields)
-    seed_is_drawn = params.seed is None
-    if seed_is_drawn:
-        params = attrs.evolve(params, seed=torch.initial_seed() % 2**32)
-    return with_statistics(params) if params.compute_statistics else params, seed_is_drawn
 
 
 def with_statistics(params: Params) -> Params:

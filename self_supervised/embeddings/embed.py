@@ -30,8 +30,8 @@ from self_supervised.embeddings.sources import (
     refuse_without_effect,
     without_columns,
 )
-from self_supervised.evaluation.features import encoder_hash
 from self_supervised.fields import as_path
+from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.pretrained import Encoder, encoder_of
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, parser_of

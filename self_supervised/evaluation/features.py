@@ -1,6 +1,5 @@
 """Features of an encoder on a labeled data set: extracted once, and cached under a hash of all that they depend on."""
 
-import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -17,14 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from model_params import CUSTOM_DATA, DATASET_DEFAULTS, TRAINING_ONLY, VIDEO, EncoderAndDataParams
 from self_supervised import catalogue
-from self_supervised.catalogue import OWN_MODULE, ViewSettings
+from self_supervised.catalogue import ViewSettings
 from self_supervised.data import custom, loading
 from self_supervised.data.files import name_skipped
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.packed import PackedImages, already_a_batch
 from self_supervised.data.packed_files import use_packed
 from self_supervised.evaluation.feature_files import read_features, write_features
-from self_supervised.networks.encoders import embeddings_of
+from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import able, finite
 from self_supervised.views import augmentations
@@ -115,7 +114,7 @@ class EvaluationData:
 
     def on_device(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors on the encoder's device, or on the CPU if that device cannot score them."""
-        return tuple(able(part.to(device_of(self.encoder))) for part in parts)
+        return tuple(able(part.to(self.encoder.device)) for part in parts)
 
 
 # ---- settings ----
@@ -239,7 +238,7 @@ def features_of_views(
     what = f"{len(views)} views of {len(chosen)} images"
     folder = cache / fingerprint(encoder, params, dataset, settings | ({"averaged": True} if averaged else {}))
     if not folder.is_dir():
-        device = device_of(encoder)
+        device = encoder.device
         subset = dataset.subset(chosen)
         subset.evaluated = True
 
@@ -273,10 +272,6 @@ def has_convolution(part: Any) -> bool:
 def of_view(view: ViewSettings) -> dict[str, Any]:
     """Return the settings of a view, without later ones that have no effect: they would change earlier hashes."""
     return {k: v for k, v in attrs.asdict(view).items() if v or k not in ADDED_TO_VIEWS}
-
-
-def device_of(encoder: Encoder) -> torch.device:
-    return next(encoder.model.parameters()).device
 
 
 def feature_batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoader:
@@ -350,37 +345,6 @@ def settings_for_features(params: EncoderAndDataParams) -> dict[str, Any]:
     if params.exif_orientation and reads_image_files:  # earlier keys are of images that were not turned upright
         resolved["exif_orientation"] = True
     return {name: getattr(params, name) for name in names} | resolved
-
-
-def encoder_hash(encoder: Encoder) -> str:
-    """Return a hash of the encoder's structure (strides and paddings are not in the tensors) and of its tensors.
-
-    For a user's own module, the hash includes its output for two fixed images: its `forward` is in neither.
-    """
-    digest = hashlib.sha256(repr(encoder.model).encode())
-    if encoder.params.pooling_size > 1:  # timm's layers do not show it
-        digest.update(f"pooling_size {encoder.params.pooling_size}".encode())
-    if encoder.params.encoder_arch == OWN_MODULE:
-        digest.update(outputs(encoder).tobytes())
-    for name, tensor in sorted(encoder.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def outputs(encoder: Encoder) -> np.ndarray:
-    """Return embeddings of two fixed random images, rounded to six digits.
-
-    They are computed in float64 on the CPU, so that they are the same on every device; in float32 if the module does
-    not support float64.
-    """
-    images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *encoder.params.input_shape)))
-    with torch.no_grad():
-        try:
-            x = embeddings_of(copy.deepcopy(encoder.model).to("cpu", torch.float64), images)
-        except (RuntimeError, TypeError):  # another dtype inside, or a module that cannot be copied
-            x = encoder(images.to(device_of(encoder), torch.float32)).cpu().double()
-    return (x / x.abs().max().clamp(min=1e-30)).round(decimals=6).add(0.0).numpy()
 
 
 def contents(dataset: Dataset, root: str | Path | None = None) -> Iterator[bytes | np.ndarray]:

@@ -53,7 +53,7 @@ def train_and_score(data: EvaluationData, seed: int, preset: str) -> Scores:
     """
     params = linear_settings_of(data, seed, preset)
     method = LinearClassifierMethod(params, encoder=copy.deepcopy(data.encoder.model).train())
-    device = features.device_of(data.encoder)
+    device = data.encoder.device
     trainer = pl.Trainer(
         max_epochs=params.max_epochs,
         check_val_every_n_epoch=params.max_epochs,

@@ -103,7 +103,7 @@ class Prototypes(nn.Module):
 
         SwAV (https://arxiv.org/abs/2006.09882, equation 3) assigns the keys of all processes and of the queue [K, D] to
         the prototypes in equal parts. DINO (https://arxiv.org/abs/2104.14294, equations 1 and 4) takes the softmax of
-        the scores less a center, and moves the center towards the mean score of all processes.
+        the scores less a center, and moves the center toward the mean score of all processes.
         """
         if self.assigns:
             return {j: self.assignments(k, queue, temperature) for j, k in keys.items()}

@@ -64,6 +64,10 @@ class Encoder(nn.Module):
         self.eval()
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def started_from(self) -> str | None:
         """Weights from which the pretraining started, for load_encoder; None if they were random or are not known."""
         return self.report.started_from

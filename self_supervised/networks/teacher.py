@@ -6,11 +6,12 @@ import attrs
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from model_params import ModelParams
 from self_supervised import distributed
 from self_supervised.data.foreign_paths import refuse_foreign
+from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.encoders import measured_width
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.numerics import at_least_float32, in_parts
@@ -19,7 +20,7 @@ from self_supervised.views.tensor_ops import normalize
 EPSILON = 1e-4  # added to standard deviations, for dimensions that are constant
 
 
-class Teacher(nn.Module):
+class Teacher:
     """Embeddings [N, E] of the student's normalized views [N, C, H, W] by the encoder `params.teacher`.
 
     A view is resized to the teacher's input and normalized with its constants. The teacher sees the channels
@@ -33,7 +34,6 @@ class Teacher(nn.Module):
     """
 
     def __init__(self, params: ModelParams):
-        super().__init__()
         refuse_foreign("teacher", params.teacher)
         name = f"teacher={params.teacher!r}"
         try:
@@ -59,21 +59,22 @@ class Teacher(nn.Module):
         if params.dim not in (self.width, attrs.fields(ModelParams).dim.default):
             rank_zero_info(f"dim={params.dim} is replaced by {self.width}, the width of the embeddings of {name}")
         self.size = theirs.crop_size
+        self.hash = encoder_hash(self.encoder)
         self.most_at_once = params.micro_batch_size
         student = [(params.mean[channel], params.std[channel]) for channel in self.channels * theirs.channels]
         constants = list(zip(student, theirs.mean, theirs.std, strict=False))
         self.mean = tuple((mean - own) / own_std for (own, own_std), mean, _ in constants)
         self.std = tuple(std / own_std for (_, own_std), _, std in constants)
 
-    def refuse_another(self, before: str | None, now: str) -> None:
-        """Raise ValueError if the hash of the weights, which a checkpoint has, was another before."""
-        if before != now:
+    def refuse_another(self, hash_of_checkpoint: str | None) -> None:
+        """Raise ValueError if a checkpoint was made with a teacher of other weights."""
+        if hash_of_checkpoint != self.hash:
             raise ValueError(
                 f"teacher={self.name!r}: its weights are not those of the checkpoint's teacher. Pass that one"
             )
 
     @torch.no_grad()
-    def forward(self, view: Tensor) -> Tensor:
+    def __call__(self, view: Tensor) -> Tensor:
         found = torch.cat([self.encoded(part) for part in in_parts(view, self.most_at_once)])
         found = found.to(at_least_float32(view).dtype)
         of_all = distributed.gather(found)

@@ -50,7 +50,7 @@ FIGURES = (
         "collapse lowers it, too.",
     ),
     term("invariance", "loss_invariance", "The distance between two views of an image. Falls."),
-    term("variance", "loss_variance", "Falls towards 0, where every dimension varies enough. Stays high: a collapse."),
+    term("variance", "loss_variance", "Falls toward 0, where every dimension varies enough. Stays high: a collapse."),
     term("covariance", "loss_covariance", "May rise at first, as the variance grows; then falls."),
     term("redundancy", "loss_redundancy", "Correlation between dimensions. Falls."),
     Figure(
@@ -92,7 +92,7 @@ FIGURES = (
     Figure(
         "RankMe",
         {"valid_rank_me": "effective rank"},
-        "The number of directions in which embeddings vary. Rises or stays; a fall towards 1 is a collapse.",
+        "The number of directions in which embeddings vary. Rises or stays; a fall toward 1 is a collapse.",
     ),
     Figure(
         "Spread of the embeddings",

@@ -15,7 +15,7 @@ from self_supervised.catalogue import BLUR_RADIUS, ViewSettings
 from self_supervised.data.image_files import part_kept
 from self_supervised.runs import command_line
 from self_supervised.runs.run_options import RunOptions
-from self_supervised.training import optimizers
+from self_supervised.training.plan import Plan, epochs_text, lr_factor, resolved_warmup_epochs
 from self_supervised.training.run_folder import EFFECTIVE
 
 RESIZED = "pixels (bilinear, antialiased)"
@@ -47,14 +47,14 @@ NEGATIVES = {  # setting -> negatives of a loss of NEED_NEGATIVES and of bce
 ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-def config_text(preset: str, options: RunOptions, params: ModelParams, plan: optimizers.Plan | None = None) -> str:
+def config_text(preset: str, options: RunOptions, params: ModelParams, plan: Plan | None = None) -> str:
     """Return the settings as YAML that --config reads, with the effective settings as a comment at the end."""
     comment = yaml.safe_dump(effective_settings(params, plan), sort_keys=False, width=110, allow_unicode=True)
     lines = "".join(f"# {line}\n" for line in comment.splitlines())
     return f"{command_line.to_yaml(preset, options, params)}{EFFECTIVE}{lines}"
 
 
-def effective_settings(params: ModelParams, plan: optimizers.Plan | None = None) -> dict[str, str]:
+def effective_settings(params: ModelParams, plan: Plan | None = None) -> dict[str, str]:
     """Return the description of each part of a run.
 
     Args:
@@ -74,7 +74,7 @@ def effective_settings(params: ModelParams, plan: optimizers.Plan | None = None)
         "evaluation view": evaluation_text(p),
         "normalization": normalization_text(p),
         "batch": batch,
-        "length": ", ".join([optimizers.epochs_text(p.max_epochs), *length]),
+        "length": ", ".join([epochs_text(p.max_epochs), *length]),
         "optimizer": optimizer_text(p),
         "learning rate": rate_text(p, plan),
     }
@@ -210,17 +210,17 @@ def optimizer_text(params: ModelParams) -> str:
     return ", ".join(found)
 
 
-def rate_text(params: ModelParams, plan: optimizers.Plan | None) -> str:
+def rate_text(params: ModelParams, plan: Plan | None) -> str:
     """Return the peak learning rate after `lr_scaling`, its warm-up and its schedule."""
     p = params
     images = plan.global_batch_size if plan else p.global_batch_size
     ratio = f"{images or 'images per optimizer step'} / {p.lr_batch_size}"
     rule = {None: "", "linear": f"{p.lr:g} x {ratio}", "sqrt": f"{p.lr:g} x sqrt({ratio})"}[p.lr_scaling]
     if images:
-        factor = optimizers.lr_factor(p, images)
+        factor = lr_factor(p, images)
         rule = f"{p.lr * factor:g}" + (f" = {rule}" if rule else "")
-    warmup_epochs = optimizers.warmup_epochs(p)
-    length = optimizers.epochs_text(warmup_epochs) + (f" ({plan.warmup_steps:g} steps)" if plan else "")
+    warmup_epochs = resolved_warmup_epochs(p)
+    length = epochs_text(warmup_epochs) + (f" ({plan.warmup_steps:g} steps)" if plan else "")
     warmup = f"linear warm-up from {p.warmup_start_lr:g} in {length}, " if warmup_epochs else ""
     end = "" if p.lr_schedule == "constant" else f" to {p.final_lr_schedule_value:g}"
     if p.lr_schedule == "steps":

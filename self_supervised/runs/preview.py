@@ -13,9 +13,9 @@ from torch import Tensor
 from model_params import PRESETS, ModelParams
 from self_supervised.data import loading
 from self_supervised.data.loader import images_and_labels
-from self_supervised.data.loading import resolve
 from self_supervised.fields import as_path
 from self_supervised.safe_files import atomic_file, check_file
+from self_supervised.training.hyperparameters import resolve
 from self_supervised.views import augmentations
 
 TILE = 160  # approximate width in pixels of a magnified large view; factors are whole, so that pixels stay squares

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from model_params import HEADS, LOSSES, OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, SCHEDULED, ModelParams, nearest_preset
-from self_supervised.training.optimizers import Plan, epochs_text, warmup_epochs
+from self_supervised.training.plan import Plan, epochs_text, resolved_warmup_epochs
 
 # optimizer -> lowest and highest lr for 256 images per step in presets, papers (docs/methods.md) and docs/results.md
 TRIED_LR = {"sgd": (0.03, 0.5), "lars": (0.2, 2.4), "adamw": (1.5e-4, 4e-3), "adam": (1.5e-4, 4e-3)}
@@ -41,7 +41,7 @@ def is_normalized(p: ModelParams, head: str) -> bool:
 
 # what a setting needs and no field says alone -> whether it is there
 DERIVED: dict[str, Callable[[ModelParams], Any]] = {
-    (WARMUP := "a warm-up"): warmup_epochs,
+    (WARMUP := "a warm-up"): resolved_warmup_epochs,
     (HIDDEN := "a hidden layer in a head"): any_head(has_hidden),
     (WIDTH := "a hidden layer whose width is not in ..._mlp_hidden_dims"): any_head(
         lambda p, head: has_hidden(p, head) and not getattr(p, f"{head}_mlp_hidden_dims")

@@ -22,9 +22,10 @@ from self_supervised.data.files import readable_rows
 from self_supervised.data.loader import ResumableDataLoader, images_and_labels, size_of_batches, whole_numbers
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
-from self_supervised.training import checkpoints, hyperparameters, label_checks, optimizers, precision
+from self_supervised.training import checkpoints, hyperparameters, label_checks, precision
 from self_supervised.training.milestones import is_cut_short
 from self_supervised.training.monitor import TrainingMonitor, as_list
+from self_supervised.training.plan import Plan
 from self_supervised.training.verdict import validating
 from self_supervised.views import augmentations
 
@@ -37,8 +38,7 @@ class BaseMethod(pl.LightningModule):
 
     CLASSIFIER: str  # name of the linear layer that is trained on labels
     needs_labels = False  # also for validation
-    n_outputs: int | None = None  # classes of the classifier that is trained here, if there is one
-    plan: optimizers.Plan | None = None  # length of the training, set with the optimizers
+    plan: Plan | None = None  # length of the training, set with the optimizers
     built: Any = None  # the settings with which it was built, and which `change` changes
     seed_was_drawn = False  # True if `seed` was None
     step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
@@ -50,24 +50,27 @@ class BaseMethod(pl.LightningModule):
     first_epoch = 1  # its number in the loggers' files; 0: a run of an earlier version (run_folder.first_epoch)
 
     def setup(self, stage: str) -> None:
-        """Compile the networks if `torch_compile` is set, and change convolutions if `winograd` is: in place, so that
-        checkpoints keep their keys."""
+        """Refuse what cannot work, and prepare the networks for this machine: in place, so that checkpoints keep their
+        keys."""
         if stage == "fit":
             distributed.refuse_sharding(type(self.trainer.strategy).__name__)
             hyperparameters.refuse_replaced(self.params, self.built)
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
         if self.trainer.strategy.root_device.type == "cpu":
-            # 64 images of 224 pixels in a ResNet-50: 6.9 GB with 2**26, 8.5 GB with 2**30
-            distributed.keep_freed_memory(2**26 if self.params.activation_checkpointing else 2**30)
-            if stage == "fit" and self.trainer.precision in precision.BFLOAT16_ON_CPU:
-                self.float32_hooks = precision.keep_exact(self)
+            self.prepare_for_cpu(stage)
         if self.params.winograd and stage == "fit":
             self.use_winograd()
         compiled = self.params.torch_compile
         for module in self.children() if compiled and stage == "fit" else []:
             if module._compiled_call_impl is None:
                 module.compile(mode="default" if compiled is True else compiled)
+
+    def prepare_for_cpu(self, stage: str) -> None:
+        # 64 images of 224 pixels in a ResNet-50: 6.9 GB with 2**26, 8.5 GB with 2**30
+        distributed.keep_freed_memory(2**26 if self.params.activation_checkpointing else 2**30)
+        if stage == "fit" and self.trainer.precision in precision.BFLOAT16_ON_CPU:
+            self.float32_hooks = precision.keep_exact(self)
 
     def use_winograd(self) -> None:
         """Change convolutions of the encoder, and of the lagging encoder, to Winograd's method, or say why not."""
@@ -146,6 +149,12 @@ class BaseMethod(pl.LightningModule):
         checkpoint is loaded; otherwise {}."""
         packed = self.params.dataset.is_packed
         return {} if packed or self.n_outputs is None else {"n_classes": self.n_outputs}
+
+    @property
+    def n_outputs(self) -> int | None:
+        """Number of classes of the classifier that is trained here, if there is one."""
+        classifier = getattr(self, self.CLASSIFIER)
+        return None if classifier is None else classifier.out_features
 
     # ---- Loaders ----
 

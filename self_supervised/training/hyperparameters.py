@@ -1,10 +1,14 @@
-"""Hyperparameters: a record that cannot be changed, callbacks that contradict it, and those in a checkpoint."""
+"""Hyperparameters: those that are passed, a record that cannot be changed, callbacks that contradict it, and those in a
+checkpoint."""
 
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import attrs
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.utilities.data import AttributeDict
 from pytorch_lightning.callbacks import (
     BatchSizeFinder,
@@ -12,10 +16,46 @@ from pytorch_lightning.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from torch import nn
 
 from model_params import LATER_ADDED
-from self_supervised.catalogue import DATASETS
+from self_supervised.catalogue import DATASETS, OWN_MODULE
 from self_supervised.data.foreign_paths import vetted
+from self_supervised.data.loading import Params, with_statistics
+from self_supervised.fields import Presets
+
+Given = Params | Callable[..., Params] | dict[str, Any] | str | None  # what `Presets.settings_of` takes
+
+
+def resolve(
+    presets: Presets[Params], params: Given[Params], encoder: nn.Module | None, fields: dict[str, Any]
+) -> tuple[Params, bool]:
+    """Return the complete settings, and whether their seed was drawn.
+
+    With an `encoder`, encoder_arch becomes OWN_MODULE. seed=None becomes the seed of `pl.seed_everything`. Unless both
+    are set, image_mean and image_std are computed if `compute_statistics` says so.
+
+    Args:
+        presets: those of the method, with its class of settings.
+        params: settings, a dict of them, a preset or its name, or None for the defaults.
+        encoder: a module of the user.
+        fields: settings that replace those of `params`. `hparams`, the original's name, is an alias of `params`.
+
+    Raises:
+        ValueError: both params and hparams are passed.
+        KeyError, TypeError: as of `Presets.settings_of`.
+    """
+    if (hparams := fields.pop("hparams", None)) is not None:
+        if params is not None:
+            raise ValueError("hparams and params are two names of one argument. Pass one of them.")
+        params = dict(vars(hparams)) if isinstance(hparams, Namespace) else hparams
+    if encoder is not None:
+        fields = {**fields, "encoder_arch": OWN_MODULE}
+    params = attrs.evolve(presets.settings_of(params), **fields)
+    seed_is_drawn = params.seed is None
+    if seed_is_drawn:
+        params = attrs.evolve(params, seed=torch.initial_seed() % 2**32)
+    return with_statistics(params) if params.compute_statistics else params, seed_is_drawn
 
 
 class HyperparameterRecord(AttributeDict):

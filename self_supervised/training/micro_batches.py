@@ -72,7 +72,8 @@ class MicroBatches:
         with Rewound(self.networks, self.buffers):
             for part, of_part in zip(self.parts[:-1], gradients, strict=True):
                 is_only_a_key = all(gradient is None for gradient in of_part)
-                with torch.set_grad_enabled(not is_only_a_key):  # batch renorm of the next parts reads what it leaves
+                # A key is encoded again, too: it updates running statistics, which batch renorm reads in later parts.
+                with torch.set_grad_enabled(not is_only_a_key):
                     encoded = self.encoded(*part)
                 pass_on(encoded, of_part)
 

@@ -22,7 +22,7 @@ NEED_LABELS = {"knn", "linear_probe"}  # evaluations with these names
 ADVICE = "Try a third of the lr, more epochs, or another preset: docs/troubleshooting.md"
 
 
-def starting_point(params: ModelParams, started_from: str | None) -> str:
+def name_of_start(params: ModelParams, started_from: str | None) -> str:
     """Return the name of the encoder from which a training starts.
 
     Args:
@@ -37,10 +37,11 @@ def starting_point(params: ModelParams, started_from: str | None) -> str:
 
 
 def verdict(name: str, before: dict[str, float], after: dict[str, float], evaluations: Sequence[str]) -> str:
-    """Return the verdict without the word "verdict: "; if no accuracy is in both scores, that there is none, and why.
+    """Return the verdict as one line: the first accuracy that both scores have, before and after; if there is none,
+    "none, because ...".
 
     Args:
-        name: of the encoder at the start (`starting_point`).
+        name: of the encoder at the start (`name_of_start`).
         before, after: its scores, and those at the end.
         evaluations: those of the settings.
     """
@@ -83,7 +84,7 @@ class Verdict(pl.Callback):
         if trainer.global_step == 0:
             self.name = pl_module.starting_point()
             is_logged = pl_module.latest_scores[0] == 0  # by trainer.validate
-            self.before = scores(trainer, pl_module) if can_compare(trainer, pl_module) else {}
+            self.before = score_now(trainer, pl_module) if can_compare(trainer, pl_module) else {}
             self.text = ""
             for logger in trainer.loggers if self.before and not is_logged else ():
                 logger.log_metrics({"epoch": 0, **self.before}, step=0)
@@ -92,7 +93,7 @@ class Verdict(pl.Callback):
         pl_module.was_trained = True
         if not trainer.fast_dev_run:
             is_scored = self.before and can_compare(trainer, pl_module)
-            after = pl_module.scores_at_end() or scores(trainer, pl_module) if is_scored else {}
+            after = pl_module.scores_at_end() or score_now(trainer, pl_module) if is_scored else {}
             self.text = verdict(self.name, self.before, after, pl_module.params.evaluations)
             rank_zero_info(f"verdict: {self.text}")
 
@@ -115,7 +116,7 @@ def can_compare(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     return bool(loaders) and all(isinstance(loader, DataLoader) for loader in loaders)
 
 
-def scores(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
     """Return the scores that a validation would log, and make them the latest ones. Logs, random states and the network
     do not change."""
     plugin = trainer.precision_plugin
@@ -126,7 +127,7 @@ def scores(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
                     break
                 batch = module._on_before_batch_transfer(plugin.convert_input(batch), dataloader_idx=i)
                 with plugin.val_step_context():  # scores themselves are computed in float32
-                    module.embed(trainer.strategy.batch_to_device(batch, dataloader_idx=i), i)
+                    module.keep_embeddings(trainer.strategy.batch_to_device(batch, dataloader_idx=i), i)
         found = {name: value for of_loader in module.scores_of_loaders() for name, value in of_loader.items()}
     module.latest_scores = (trainer.global_step, found)
     return found

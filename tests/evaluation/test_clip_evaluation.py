@@ -140,7 +140,7 @@ def test_classifiers_average_the_probabilities_of_clips(pretrained):
     x = x * torch.tensor([0.2, 0.5, 1.0, 2.0, 4.0]).view(1, 5, 1, 1, 1, 1)
     with torch.no_grad():
         probabilities = torch.stack([linear(video).double().softmax(1).mean(0) for video in x])
-        loss, acc1, _ = linear.scores((x, labels)).T
+        loss, acc1, _ = linear.losses_and_accuracies((x, labels)).T
         of_mean_embedding = linear.classifier(linear.model(x.flatten(0, 1)).unflatten(0, (3, 5)).mean(1)).softmax(1)
     assert probabilities[:, :2].sum() > 0 and torch.allclose(linear(x).double().exp(), probabilities, atol=1e-6)
     expected = -probabilities[range(3), labels].log()

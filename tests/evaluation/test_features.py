@@ -12,6 +12,7 @@ from self_supervised.data import loading
 from self_supervised.evaluation import feature_files, features
 from self_supervised.evaluation.features import data_params, extract, extract_views, fingerprint
 from self_supervised.evaluation.protocols import PROTOCOLS, runnable
+from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.pretrained import Encoder, Report
 from self_supervised.views import augmentations
 
@@ -120,7 +121,7 @@ def test_the_hash_of_a_custom_encoder_depends_on_its_forward(dtype):
     params = encoder().params
 
     def hash_of(pool) -> str:
-        return features.encoder_hash(Encoder(Pooled(pool, dtype), params, Report("", "", "module", 2, ())))
+        return encoder_hash(Encoder(Pooled(pool, dtype), params, Report("", "", "module", 2, ())))
 
     mean, largest = (lambda x: x.mean(2)), (lambda x: x.amax(2))
     assert hash_of(mean) == hash_of(mean) != hash_of(largest)

@@ -14,15 +14,15 @@ import ws_resnet
 from self_supervised.catalogue import NORMALIZATIONS
 from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, own_queue
-from self_supervised.training import optimizers
+from self_supervised.training import schedules
 
 
 def test_cosine_is_byols_momentum_schedule():
     """BYOL, section 3.2: tau = 1 - (1 - tau_0) (cos(pi k / K) + 1) / 2."""
     for k in range(101):
         expected = 1 - (1 - 0.996) * (math.cos(math.pi * k / 100) + 1) / 2
-        assert optimizers.cosine(0.996, 1.0, k / 100) == pytest.approx(expected, abs=1e-12)
-    assert optimizers.cosine(0.996, 1.0, 1.5) == 1.0
+        assert schedules.cosine(0.996, 1.0, k / 100) == pytest.approx(expected, abs=1e-12)
+    assert schedules.cosine(0.996, 1.0, 1.5) == 1.0
 
 
 def test_warmup_then_cosine_equals_pytorchs_schedulers():
@@ -37,17 +37,17 @@ def test_warmup_then_cosine_equals_pytorchs_schedulers():
     first, second = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(2))
     warmup = rates(torch.optim.lr_scheduler.LinearLR(first, start_factor=1 / 10, total_iters=9), 10)
     annealing = rates(torch.optim.lr_scheduler.CosineAnnealingLR(second, T_max=40, eta_min=0.1), 41)
-    found = [optimizers.warmup_cosine(s, total_steps=50, warmup_steps=10, peak=1.0, end=0.1) for s in range(51)]
+    found = [schedules.warmup_cosine(s, total_steps=50, warmup_steps=10, peak=1.0, end=0.1) for s in range(51)]
     assert found == pytest.approx(warmup + annealing)
 
 
 def test_no_warmup_and_a_warmup_longer_than_the_training():
-    assert optimizers.warmup_cosine(0, 10, 0, 0.5, 0.0) == 0.5
-    assert [optimizers.warmup_cosine(s, 2, 4, 1.0, 0.0) for s in range(3)] == [0.25, 0.5, 0.75]
+    assert schedules.warmup_cosine(0, 10, 0, 0.5, 0.0) == 0.5
+    assert [schedules.warmup_cosine(s, 2, 4, 1.0, 0.0) for s in range(3)] == [0.25, 0.5, 0.75]
 
 
 def test_steps_down():
-    found = [optimizers.steps_down(s / 10, (0.6, 0.8), 0.1) for s in range(10)]
+    found = [schedules.steps_down(s / 10, (0.6, 0.8), 0.1) for s in range(10)]
     assert found == pytest.approx([1] * 6 + [0.1] * 2 + [0.01] * 2)
 
 

@@ -68,11 +68,11 @@ def test_the_student_learns_and_the_teacher_stays_outside_of_the_checkpoint(loss
     assert model.params.dim == 256 and model.params.pairs == [(0, 0)]
     losses = []
     model.on_train_batch_end = lambda outputs, batch, index: losses.append(float(outputs["loss"]))
-    before = {name: x.clone() for name, x in model.teacher[0].state_dict().items()}
+    before = {name: x.clone() for name, x in model.teacher.encoder.state_dict().items()}
     fit = trainer(limit_train_batches=40)
     fit.fit(model)
     assert sum(losses[-5:]) < sum(losses[5:10])  # after the first 4, the queue has only keys of the teacher
-    assert all(torch.equal(x, before[name]) for name, x in model.teacher[0].state_dict().items())
+    assert all(torch.equal(x, before[name]) for name, x in model.teacher.encoder.state_dict().items())
     fit.save_checkpoint(tmp_path / "student.ckpt")
     saved = torch.load(tmp_path / "student.ckpt", weights_only=True)
     assert saved["hyper_parameters"]["teacher"] == teacher and not any("teacher" in key for key in saved["state_dict"])

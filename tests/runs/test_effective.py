@@ -11,7 +11,7 @@ from self_supervised.runs import command_line, effective
 from self_supervised.runs.effective import effective_settings
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.training import run_folder
-from self_supervised.training.optimizers import Plan
+from self_supervised.training.plan import Plan
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -11,7 +11,7 @@ from torch import nn
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, EncoderAndDataParams, ModelParams
 from self_supervised.training import advice, optimizers, parameter_groups
-from self_supervised.training.optimizers import Plan
+from self_supervised.training.plan import Plan, resolved_warmup_epochs
 from self_supervised.views import training_views
 
 STEPS = 5
@@ -123,7 +123,7 @@ def trained(params: ModelParams) -> dict[str, torch.Tensor]:
     model._trainer = SimpleNamespace(global_step=0, current_epoch=0, estimated_stepping_batches=STEPS)
     model.log_step = lambda *_: None
     scaling = params.batch_size / params.lr_batch_size if params.lr_scaling else 1.0
-    warmup = optimizers.warmup_epochs(params) * AN_EPOCH
+    warmup = resolved_warmup_epochs(params) * AN_EPOCH
     model.plan = Plan(1, 1, params.batch_size, params.lr * scaling, STEPS, AN_EPOCH, warmup, scaling)
     named = dict(model.named_parameters())
     groups = parameter_groups.optimizer_groups(model.parameter_table(), named, params)

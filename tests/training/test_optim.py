@@ -13,10 +13,10 @@ from lars import LARS
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from self_supervised.networks import layers
-from self_supervised.training import online_classifier, optimizers, parameter_groups
+from self_supervised.training import online_classifier, optimizers, parameter_groups, schedules
 from self_supervised.training.checkpoints import Checkpoints, newest
 from self_supervised.training.monitor import LearningRate
-from self_supervised.training.optimizers import Plan
+from self_supervised.training.plan import Plan
 from self_supervised.views import augmentations
 
 
@@ -284,10 +284,10 @@ def test_learning_rates_equal_pytorchs_schedulers(name, small):
     fields |= {"lr_decay_steps": [3, 6], "lr_decay_factor": 0.5} if name == "steps" else {}
     p = small(**fields)
     plan = Plan(1, 1, 16, 0.4, 40, 5)
-    found = [0.4 * optimizers.pretraining_rate(p, plan, step) for step in range(41)]
+    found = [0.4 * schedules.pretraining_rate(p, plan, step) for step in range(41)]
     assert found == pytest.approx(torchs(SCHEDULES[name], 41))
     plan = Plan(1, 1, 16, 0.4, 50, 5, warmup_steps=10)
-    found = [0.4 * optimizers.pretraining_rate(p, plan, step) for step in range(51)]
+    found = [0.4 * schedules.pretraining_rate(p, plan, step) for step in range(51)]
     first = [0.08 + (0.4 - 0.08) * (step + 1) / 10 for step in range(10)]
     # Decay steps count epochs from the start of the training; other curves start after the warm-up.
     later = torchs(SCHEDULES[name], 51)[10:] if name == "steps" else torchs(SCHEDULES[name], 41)
@@ -296,7 +296,7 @@ def test_learning_rates_equal_pytorchs_schedulers(name, small):
 
 def test_steps_do_not_fall_below_the_final_learning_rate(small):
     p = small(lr_schedule="steps", lr_decay_steps=[1, 2, 3], lr=0.1, final_lr_schedule_value=0.002)
-    found = [0.1 * optimizers.pretraining_rate(p, Plan(1, 1, 16, 0.1, 40, 10), step) for step in (9, 10, 20, 30)]
+    found = [0.1 * schedules.pretraining_rate(p, Plan(1, 1, 16, 0.1, 40, 10), step) for step in (9, 10, 20, 30)]
     assert found == pytest.approx([0.1, 0.01, 0.002, 0.002])
 
 
@@ -467,7 +467,7 @@ def test_the_logged_learning_rate_is_not_the_online_classifiers(method, trainer)
 
 
 def test_an_online_classifier_without_labels_is_refused(method, monkeypatch):
-    monkeypatch.setattr("moco.n_classes", lambda _: 0)
+    monkeypatch.setattr("moco.loading.n_classes", lambda _: 0)
     with pytest.raises(ValueError, match="dataset_name='digits', .*no labels, which a classifier needs"):
         method(online_classifier=True)
 

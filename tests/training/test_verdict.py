@@ -8,7 +8,7 @@ from torch import nn
 from moco import SelfSupervisedMethod
 from self_supervised.data import loading
 from self_supervised.data.packed import pack
-from self_supervised.training.verdict import Verdict, starting_point, verdict
+from self_supervised.training.verdict import Verdict, name_of_start, verdict
 
 
 class Encoder(nn.Sequential):
@@ -85,9 +85,9 @@ def test_no_verdict_has_its_reason(before, after, evaluations, reason):
 
 
 def test_the_start_has_the_name_of_its_weights(small):
-    assert starting_point(small(), None) == "random encoder"
-    assert starting_point(small(), "shufflenet_v2_x0_5:DEFAULT") == "ImageNet weights"
-    assert starting_point(small(), "/some/where/moco.ckpt") == "weights of moco.ckpt"
+    assert name_of_start(small(), None) == "random encoder"
+    assert name_of_start(small(), "shufflenet_v2_x0_5:DEFAULT") == "ImageNet weights"
+    assert name_of_start(small(), "/some/where/moco.ckpt") == "weights of moco.ckpt"
 
 
 def test_a_fraction_of_a_packed_set_is_trained_on(small, monkeypatch, tmp_path):

@@ -1,0 +1,42 @@
+"""A hash of an encoder: equal if and only if it computes the same embeddings."""
+
+import copy
+import hashlib
+
+import numpy as np
+import torch
+
+from self_supervised.catalogue import OWN_MODULE
+from self_supervised.networks.encoders import embeddings_of
+from self_supervised.networks.pretrained import Encoder
+
+
+def encoder_hash(encoder: Encoder) -> str:
+    """Return a hash of the encoder's structure (strides and paddings are not in the tensors) and of its tensors.
+
+    For a user's own module, the hash includes its output for two fixed images: its `forward` is in neither.
+    """
+    digest = hashlib.sha256(repr(encoder.model).encode())
+    if encoder.params.pooling_size > 1:  # timm's layers do not show it
+        digest.update(f"pooling_size {encoder.params.pooling_size}".encode())
+    if encoder.params.encoder_arch == OWN_MODULE:
+        digest.update(outputs(encoder).tobytes())
+    for name, tensor in sorted(encoder.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def outputs(encoder: Encoder) -> np.ndarray:
+    """Return embeddings of two fixed random images, rounded to six digits.
+
+    They are computed in float64 on the CPU, so that they are the same on every device; in float32 if the module does
+    not support float64.
+    """
+    images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *encoder.params.input_shape)))
+    with torch.no_grad():
+        try:
+            x = embeddings_of(copy.deepcopy(encoder.model).to("cpu", torch.float64), images)
+        except (RuntimeError, TypeError):  # another dtype inside, or a module that cannot be copied
+            x = encoder(images.to(encoder.device, torch.float32)).cpu().double()
+    return (x / x.abs().max().clamp(min=1e-30)).round(decimals=6).add(0.0).numpy()
