@@ -6,11 +6,12 @@
     python -m benchmarks.race --minutes 30 --recipe cifar10_quick --who ours --only vicreg
 
 lightly's SimCLR, BYOL and VICReg train a ResNet-18 in the loop, and with the settings, of its own examples
-(examples/pytorch/*.py, batches of 256); ours train the same network with the recipe `cifar10_laptop`, or the network of
-another recipe, with as many steps as fit into the minutes. The speed is measured first, for a twentieth of the minutes,
-which are not counted. Every finished run is a row of race.csv and is not repeated. With --teacher, a run of this
-library, ours are joined by a student of it (race_teacher.csv); its minutes have the teacher's passes, but not the
-teacher's training.
+(examples/pytorch/*.py, batches of 256: SGD with a constant learning rate and no momentum). With --sgd benchmark, they
+have the SGD of its CIFAR-10 benchmark instead, with momentum, weight decay and a cosine over the minutes. Ours train
+the same network with the recipe `cifar10_laptop`, or the network of another recipe, with as many steps as fit into the
+minutes. The speed is measured first, for a twentieth of the minutes, which are not counted. Every finished run is a row
+of race.csv and is not repeated. With --teacher, a run of this library, ours are joined by a student of it
+(race_teacher.csv); its minutes have the teacher's passes, but not the teacher's training.
 
 Accuracies are those of `self-supervised evaluate` (linear, kNN with k = 20): all training images, and the test images,
 in their own size, and with the pooling that the recipe names for its evaluation (`pooling_size`; 1 for lightly's).
@@ -41,10 +42,16 @@ from self_supervised.data import loading
 from self_supervised.demo import features
 from self_supervised.networks import encoders
 from self_supervised.training.precision import best_precision
+from self_supervised.training.schedules import cosine
 
 METHODS = ("simclr", "byol", "vicreg")
 STUDENT = "distill"
-EXAMPLE, OF_LIGHTLY = "its example", "cifar10_laptop"  # the recipe whose network, batches and images lightly's have
+OF_LIGHTLY = "cifar10_laptop"  # the recipe whose network, batches and images lightly's have
+EXAMPLE, BENCHMARK = "its example", "its example, SGD of its benchmark"
+SGD_OF_LIGHTLY = {  # examples/pytorch/*.py; docs/source/getting_started/benchmarks/cifar10_benchmark.py, per 128 images
+    EXAMPLE: {"lr": 0.06},
+    BENCHMARK: {"lr": 0.06 * 256 / 128, "momentum": 0.9, "weight_decay": 5e-4},
+}
 QUICK = {
     "dataset_name": "digits",
     "in_channels": 3,
@@ -114,11 +121,11 @@ class Lightly(nn.Module):
         return 0.5 * (self.criterion(queries[0], keys[0]) + self.criterion(queries[1], keys[1]))
 
 
-def lightlys(params: ModelParams, method: str, minutes: float) -> tuple[nn.Module, int]:
+def lightlys(params: ModelParams, method: str, minutes: float, recipe: str) -> tuple[nn.Module, int]:
     """Return the encoder after some minutes of lightly's example, and the images that it saw."""
     torch.manual_seed(params.seed)
     model = Lightly(method, params.crop_size)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.06)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], **SGD_OF_LIGHTLY[recipe])
     data = ForLightly(params, model.transform)
     loader = DataLoader(data, params.batch_size, shuffle=True, drop_last=True, num_workers=WORKERS)
     seen, start = 0, time.perf_counter()
@@ -126,6 +133,8 @@ def lightlys(params: ModelParams, method: str, minutes: float) -> tuple[nn.Modul
         passed = (time.perf_counter() - start) / (60 * minutes)
         if passed >= 1:
             break
+        if recipe == BENCHMARK:
+            optimizer.param_groups[0]["lr"] = cosine(SGD_OF_LIGHTLY[recipe]["lr"], 0.0, passed)
         loss = model.loss(a, b, passed)
         loss.backward()
         optimizer.step()
@@ -142,7 +151,7 @@ def endless(loader: DataLoader) -> Iterator[list[Tensor]]:
 # ---- ours ----
 
 
-def ours(params: ModelParams, _: str, minutes: float) -> tuple[nn.Module, int]:
+def ours(params: ModelParams, _: str, minutes: float, recipe: str) -> tuple[nn.Module, int]:
     """Return the encoder after as many steps as fit into the minutes, and the images that it saw."""
     steps = max(1, round(minutes * 60 * speed(params, minutes / 20) / params.batch_size))
     images = len(loading.get_dataset(params, params.dataset.pretraining_splits))
@@ -167,12 +176,12 @@ def speed(params: ModelParams, minutes: float, skipped: int = 4) -> float:
 def finished_run(known: harness.Row, settings: dict) -> harness.Row:
     method, minutes = known["method"], known["minutes"]
     changes = {"encoder_arch": known["encoder"], "seed": known["seed"], **settings}
-    recipe = OF_LIGHTLY if known["recipe"] == EXAMPLE else known["recipe"]
+    recipe = OF_LIGHTLY if known["who"] == "lightly" else known["recipe"]
     params = recipes.recipe(method, recipe, **changes, evaluations=[], num_data_workers=0)
     pooled = evolve(params, transform_crop_size=None, pooling_size=known["pooling_size"])  # the images' own size
     encoders.get_encoder(pooled)  # raises before the training if it cannot be pooled
     start = time.perf_counter()
-    encoder, seen = {"lightly": lightlys, "ours": ours}[known["who"]](params, method, minutes)
+    encoder, seen = {"lightly": lightlys, "ours": ours}[known["who"]](params, method, minutes, known["recipe"])
     passed = (time.perf_counter() - start) / 60
     if pooled.pooling_size > 1:
         encoders.pool_cells(encoder, pooled)
@@ -191,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--who", nargs="+", choices=("ours", "lightly"), default=("ours", "lightly"), help="libraries")
     kinds = ["cifar10_laptop", "cifar10_quick"]
     parser.add_argument("--recipe", choices=kinds, default=kinds[0], help=f"recipe of ours ({kinds[0]})")
+    parser.add_argument("--sgd", choices=("example", "benchmark"), default="example", help="lightly's SGD (example)")
     parser.add_argument("--encoder_arch", metavar="NAME", help="encoder of ours (that of the recipe)")
     parser.add_argument("--teacher", metavar="RUN", help="teacher of the student, anything that load_encoder reads")
     args = parser.parse_args(argv)
@@ -207,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     table = "race_teacher" if args.teacher else "race"
     path = args.out / f"{table}.csv"
     for seed, method, name in itertools.product(args.seeds, methods, who):
-        recipe = args.recipe if name == "ours" else EXAMPLE
+        recipe = args.recipe if name == "ours" else {"example": EXAMPLE, "benchmark": BENCHMARK}[args.sgd]
         of_recipe = recipes.KINDS[args.recipe if name == "ours" else OF_LIGHTLY].settings["encoder_arch"]
         encoder = args.encoder_arch if name == "ours" and args.encoder_arch else of_recipe
         encoder = QUICK["encoder_arch"] if args.quick else encoder
