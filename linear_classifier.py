@@ -27,8 +27,8 @@ from self_supervised.fields import Preset, Presets, choice, fraction, non_negati
 from self_supervised.networks import layers
 from self_supervised.networks.encoders import embeddings_of, get_encoder
 from self_supervised.networks.pretrained import SHARED, load_encoder
-from self_supervised.numerics import at_least_float32, rank_of
-from self_supervised.training.base_method import BaseMethod, one_image_explained
+from self_supervised.numerics import at_least_float32, one_image_explained, rank_of
+from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.hyperparameters import Given, refuse_callbacks, resolve
 from self_supervised.training.optimizers import get_optimizer
 from self_supervised.training.plan import Plan, get_plan
@@ -191,7 +191,8 @@ class LinearClassifierMethod(BaseMethod):
             self.classifier = nn.Linear(width, require_labels(n, p))
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
-        self.model.requires_grad_(self.trains_encoder)
+        if not self.trains_encoder or not any(weight.requires_grad for weight in self.model.parameters()):
+            self.model.requires_grad_(self.trains_encoder)  # otherwise, parts that the user froze stay frozen
         found = {"embedding_dim": width, "class_names": names, **self.counted_classes()}
         self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
         self.built = self.params
@@ -362,12 +363,16 @@ class LinearClassifierMethod(BaseMethod):
         return fit, score
 
     def train_dataloader(self):
+        self.trains_on_dataset_name = True
         p = self.params
         dataset = loading.get_dataset(p, p.dataset.train_splits, [self.view])
         return self.loader(dataset.subset(self.split(dataset.labels)[0]), training=True)
 
     def val_dataloader(self):
+        """Return the loader of the images to validate on; none while the user's own loader is fitted."""
         p = self.params
+        if not self.trains_on_dataset_name:
+            return []
         if p.validate_on == "test":
             return self.loader(loading.get_dataset(p, p.dataset.test_splits), training=False)
         dataset = loading.get_dataset(p, p.dataset.train_splits)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model_params import OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, ModelParams
 from self_supervised import distributed, losses, multi_view_losses
+from self_supervised.convolutions import weights_shared
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
 from self_supervised.data.loader import ResumableDataLoader
@@ -25,9 +26,9 @@ from self_supervised.networks import encoders
 from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, own_queue
 from self_supervised.networks.teacher import Teacher
-from self_supervised.numerics import Scores, at_least_float32, in_parts
+from self_supervised.numerics import Scores, at_least_float32, in_parts, one_image_explained
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
-from self_supervised.training.base_method import BaseMethod, one_image_explained
+from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.hyperparameters import Given, refuse_callbacks, resolve
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
 from self_supervised.training.monitor import LOG_INTERVAL, LogInterval, as_list
@@ -37,7 +38,6 @@ from self_supervised.training.record import TrainingRecord
 from self_supervised.training.schedules import cosine, prototypes_are_frozen, scheduled
 from self_supervised.training.verdict import Verdict, name_of_start
 from self_supervised.views import augmentations
-from ws_resnet import weights_shared
 
 
 class EncodedView(NamedTuple):
@@ -96,7 +96,7 @@ class SelfSupervisedMethod(BaseMethod):
             if 1 in (p.batch_size, p.global_batch_size):  # fail early if the networks cannot train on a single image
                 side = min(view.crop_size for view in p.views)
                 copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], side, side))
-        self.parameter_table()  # raises if a pattern matches no parameter
+        self.trained = {row.name for row in self.parameter_table()}  # raises if a pattern matches no parameter
         # All processes push the same keys, so DDP need not send 4 K D bytes in every forward pass.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         # Flat, for load_from_checkpoint(). encoder_weights is dropped: a checkpoint has its own weights.
@@ -106,7 +106,6 @@ class SelfSupervisedMethod(BaseMethod):
         self.custom_loss = None if loss is None else losses.custom_loss(loss)
         self.augment = augmentations.training_views(p)
         self.started_from = encoders.source_of_weights(p)
-        self.trains_on_own_data = False  # True: on `dataset_name`; False: on the user's loader
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -274,7 +273,9 @@ class SelfSupervisedMethod(BaseMethod):
         if self.params.micro_batch_size is not None:
             refuse_strategy(self.trainer)
             synchronize_buffers_alone(self.trainer.model)
-        for line in advice.doubts(self.params, self.plan, advice.CUSTOM if self.custom_loss else self.params.loss_type):
+        loss = advice.CUSTOM if self.custom_loss else self.params.loss_type
+        frozen = advice.frozen_since(self.trained, {row.name for row in self.parameter_table()})
+        for line in [*frozen, *advice.doubts(self.params, self.plan, loss)]:
             rank_zero_info(f"warning: {line}")
 
     def reads_labels(self, training: bool) -> bool:
@@ -286,11 +287,10 @@ class SelfSupervisedMethod(BaseMethod):
         if stage == "fit":
             refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
             if self.lagging_model is not None:
-                refuse_half_precision(self.trainer.precision, self.params.m)
-        self.trains_on_own_data = stage != "fit"  # when fitting: as soon as train_dataloader() is called
+                refuse_half_precision(self.trainer.precision, self.params.m, self.lagging_model)
 
     def train_dataloader(self):
-        self.trains_on_own_data = True
+        self.trains_on_dataset_name = True
         p = self.params
         return self.loader(loading.get_dataset(p, p.dataset.pretraining_splits, p.views), training=True)
 
@@ -300,7 +300,7 @@ class SelfSupervisedMethod(BaseMethod):
         There are none while the user's own loader is fitted, whose images may be unrelated to `dataset_name`.
         """
         p = self.params
-        if not (self.trains_on_own_data and p.is_evaluated):
+        if not (self.trains_on_dataset_name and p.is_evaluated):
             return []
         splits = [p.dataset.validation_splits or p.dataset.test_splits]
         if p.probe_on_training_set:

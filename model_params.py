@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +49,68 @@ LARGEST_IMAGE = 2**28  # elements of one image or clip, 1 GiB in float32
 LARGEST_QUEUE = 2**34  # elements of the queue, 64 GiB in float32
 LARGEST_WIDTH = 2**17  # units of a layer of the heads
 COMPILE_MODES = (False, True, "reduce-overhead", "max-autotune")
-OF_PROTOTYPES = ("swav", "dino")  # losses that compare with prototypes
-OF_ALL_VIEWS = ("fastsiam", "lejepa", "visreg", "emp", "frossl", "mmcr")  # losses of all views at once, not of pairs
-OF_STATISTICS = ("vic", "barlow", "lejepa", "visreg", "emp", "frossl", "mmcr")  # losses of whole batches of projections
-LOSSES = ("ce", "dcl", "bce", "ip", "sce", "seed", "vic", "barlow", "supcon", *OF_PROTOTYPES, *OF_ALL_VIEWS)
-NEED_NEGATIVES = ("ce", "dcl", "sce", "seed", "supcon")
 HEADS = ("projection", "prediction")
 LAST_NORMALIZATIONS = (None, "same", *NORMALIZATIONS)
-SCHEDULED = {
-    "sce_coefficient": ("sce",),
-    "sce_target_T": ("sce", "seed", *OF_PROTOTYPES),
-}  # with a schedule -> their losses
 WARMUPS = ("linear", "cosine")
 LR_SCHEDULES = ("cosine", "linear", "steps", "constant")
+
+
+# ---- Losses ----
+
+PAIRS, PREDICTIONS = "a query with its key and with other images", "a prediction with its key"
+BATCHES, PROTOTYPES = "batches of projections with each other", "projections with prototypes"
+STUDENTS = "a student with its teacher (--teacher)"
+
+
+@frozen
+class Loss:
+    """What is known of a loss; `losses.get_loss` and `multi_view_losses.get_loss_of_views` have its function."""
+
+    compares: str  # what with what, as the programs' help lists it
+    text: str  # the loss with its settings, in words; {name} is a setting that it reads
+    negatives: bool | None = None  # True: it needs them; False: they are compared if there are any; None: never
+    by_rows: bool = False  # a mean over queries of what each has with all others, which can be computed in parts
+    all_views: bool = False  # of all views of an image at once, not of pairs
+    keys: bool = True  # whether it reads keys
+
+
+LOSSES = {
+    "ce": Loss(PAIRS, "cross-entropy (InfoNCE), temperature {T:g}", negatives=True, by_rows=True),
+    "dcl": Loss(PAIRS, "DCL (decoupled contrastive), temperature {T:g}, sigma of the weights {dcl_sigma}",
+                negatives=True),
+    "bce": Loss(PAIRS, "binary cross-entropy, temperature {T:g}", negatives=False, by_rows=True),
+    "ip": Loss(PREDICTIONS, "inner product", negatives=False, by_rows=True),
+    "sce": Loss(PAIRS, "SCE, temperature {T:g}, of the target {sce_target_T:g}, coefficient {sce_coefficient:g}",
+                negatives=True, by_rows=True),
+    "seed": Loss(STUDENTS, "SEED, temperature {T:g}, of the target {sce_target_T:g}", negatives=True, by_rows=True),
+    "vic": Loss(BATCHES, "VICReg, weights of invariance {invariance_loss_weight:g}, variance {variance_loss_weight:g}, "
+                "covariance {covariance_loss_weight:g}"),
+    "barlow": Loss(BATCHES, "Barlow Twins, weight of the redundancy {redundancy_loss_weight:g}"),
+    "supcon": Loss(PAIRS, "supervised contrastive (SupCon), temperature {T:g}", negatives=True),
+    "swav": Loss(PROTOTYPES, "SwAV, {n_prototypes} prototypes, temperature {T:g}, of the assignments {sce_target_T:g}"),
+    "dino": Loss(PROTOTYPES, "DINO, {n_prototypes} prototypes, temperature {T:g}, of the target {sce_target_T:g}"),
+    "fastsiam": Loss(PREDICTIONS, "FastSiam, cosine with the mean of the other views' keys", all_views=True),
+    "lejepa": Loss(BATCHES, "LeJEPA, weight of SIGReg {sigreg_weight:g}", all_views=True, keys=False),
+    "visreg": Loss(BATCHES, "VISReg, weight of its regularizer {sigreg_weight:g}", all_views=True, keys=False),
+    "emp": Loss(BATCHES, "EMP-SSL, weight of the invariance {invariance_loss_weight:g}", all_views=True, keys=False),
+    "frossl": Loss(BATCHES, "FroSSL, weight of the invariance {invariance_loss_weight:g}", all_views=True, keys=False),
+    "mmcr": Loss(BATCHES, "MMCR, weight of the single images {invariance_loss_weight:g}", all_views=True),
+}  # fmt: skip
+
+
+def losses_with(condition: Callable[[Loss], Any]) -> tuple[str, ...]:
+    return tuple(name for name, loss in LOSSES.items() if condition(loss))
+
+
+def losses_that_read(setting: str) -> tuple[str, ...]:
+    return losses_with(lambda loss: re.search(rf"{{{setting}\b", loss.text))
+
+
+OF_PROTOTYPES = losses_with(lambda loss: loss.compares == PROTOTYPES)
+OF_ALL_VIEWS = losses_with(lambda loss: loss.all_views)
+OF_STATISTICS = losses_with(lambda loss: loss.compares == BATCHES)
+NEED_NEGATIVES = losses_with(lambda loss: loss.negatives)
+SCHEDULED = {name: losses_that_read(name) for name in ("sce_coefficient", "sce_target_T")}  # have a schedule
 
 CUSTOM_DATA = (
     "data_path",
@@ -1022,15 +1071,6 @@ PRESETS = Presets(ModelParams, {
     "distill": DistillParams, "fastsiam": FastSiamParams, "lejepa": LeJEPAParams, "visreg": VISRegParams,
     "emp_ssl": EMPSSLParams, "frossl": FroSSLParams, "mmcr": MMCRParams,
 })
-
-
-FAMILIES = {  # what is compared -> losses
-    "a query with its key and with other images": ("ce", "dcl", "bce", "sce", "supcon"),
-    "a prediction with its key": ("ip", "fastsiam"),
-    "batches of projections with each other": OF_STATISTICS,
-    "projections with prototypes": OF_PROTOTYPES,
-    "a student with its teacher (--teacher)": ("seed",),
-}
 
 
 def nearest_preset(params: ModelParams) -> str:

@@ -149,9 +149,8 @@ def finish(run: Run, table: Table, curves: Table, first: bool) -> bool:
             curves.put(run.preset, run.seed, run.curve())
             table.put(run.preset, run.seed, [row])
             print(", ".join(f"{name} {harness.shown(value)}" for name, value in row.items() if value != ""), flush=True)
-        if first and not table.has("random encoder", run.seed):
-            row = {**empty("random encoder", run.seed), **run.scores("random")}
-            table.put("random encoder", run.seed, [row])
+        if first and not table.has("random encoder", 0):  # its weights do not depend on the seed
+            table.put("random encoder", 0, [{**empty("random encoder", 0), **run.scores("random")}])
         if first and not table.has("pixels", 0):
             table.put("pixels", 0, [pixels(run)])
         return True

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from model_params import ModelParams
+from self_supervised.convolutions import PointConv2d
 from self_supervised.networks.encoders import get_encoder
-from ws_resnet import PointConv2d
 
 WORKERS = 2
 

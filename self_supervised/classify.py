@@ -40,6 +40,7 @@ from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, parser_of
 from self_supervised.safe_files import atomic_file, check_file
 
+COLUMNS_OF_CSV = ("file", "class", "probability")
 FEW = 3  # images per class: with fewer, the cross-validation says little
 Batch = tuple[list[str], Tensor | None, dict[str, str]]  # paths, a row for each, {unreadable path: reason}
 
@@ -83,22 +84,39 @@ def classify(
     without_labels = columns | {"label_key": None, "labels_from": None}
     source = open_source(apply, kind_of(encoder.params), without_labels, encoder.params.image_key)
     paths = source.paths()
+    examples = None if labeled is None else labeled_source(labeled, encoder, columns)
+    refuse_unused(columns, source, examples)
     read_all = partial(read, encoder, batch_size=batch_size, num_workers=num_workers)
-    if labeled is None:
+    if examples is None:
         found = classifier_of(encoder)
         if found is None:
             raise ValueError(
                 f"labeled=None: {encoder.report.source} holds no classifier. Pass a directory with one directory of "
                 "images per class."
             )
-        found.to(usable(device))
+        refuse_names_of_columns(found.class_names)
     else:
         encoder.to(usable(device))
-        found = learned(encoder, labeled_source(labeled, encoder, columns), read_all)
+        found = learned(encoder, examples, read_all)
         found.save(saved)
         print(f"{saved}: encoder and classifier")
     write_predictions(found.to(usable(device)), source, paths, out, read_all)
     return out
+
+
+def refuse_unused(columns: dict[str, Any], source: ImageSource, examples: ImageSource | None) -> None:
+    """Raise ValueError for settings of COLUMNS that neither the images nor the labeled images take."""
+    taken = {*getattr(examples, "columns", {}), *(["image_key"] if isinstance(source, Stored) else [])}
+    if unused := [name for name in columns if name not in taken]:
+        raise ValueError(
+            f"{', '.join(unused)}: no effect. Leave it out: image_key and label_key are for shards and Hugging Face "
+            "data sets, label_key and labels_from for labeled images."
+        )
+
+
+def refuse_names_of_columns(names: list[str]) -> None:
+    if taken := [name for name in names if name in COLUMNS_OF_CSV]:
+        raise ValueError(f"class {taken[0]!r}: a column of the CSV file has this name. Rename the class.")
 
 
 def read(
@@ -143,7 +161,7 @@ def learned(encoder: Encoder, source: ImageSource, read_all: Callable) -> ImageC
     paths = source.paths()
     label_of = {path: label for path, label in zip(paths, source.labels(paths), strict=True) if label is not None}
     print(f"{source.name}: {len(label_of):,} labeled {source.kind}s{source.passed_over}")
-    refuse_one_class(source, list(label_of.values()), "")
+    refuse_names_of_columns(refuse_one_class(source, list(label_of.values()), ""))
     batches = list(read_all(encoder.embed, source, list(label_of)))
     labels = [label_of[path] for found, _, _ in batches for path in found]
     names = refuse_one_class(source, labels, "readable ")
@@ -201,7 +219,7 @@ def write_predictions(
     counts: Counter[str] = Counter()
     with atomic_file(out) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["file", "class", "probability", *names])
+        writer.writerow([*COLUMNS_OF_CSV, *names])
         for found, probabilities, unreadable in read_all(classifier.probabilities, source, paths):
             rows = {path: [""] * (2 + len(names)) for path in unreadable}
             for path, p in zip(found, [] if probabilities is None else probabilities.tolist(), strict=True):

@@ -29,14 +29,14 @@ Result = TypeVar("Result")
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return a copy on the device. The host does not wait for it, which requires pinned memory."""
+    """Return a copy on the device. The host does not wait for that of a GPU, which requires pinned memory."""
     pinned = values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
-    return pinned.to(device, non_blocking=True)
+    return pinned.to(device, non_blocking=device.type == "cuda")  # MPS may read what is freed by then
 
 
 def to_host(values: Tensor) -> Callable[[], Tensor]:
     """Start a copy to the host, and return a function that returns the copy and waits only if it is not complete."""
-    on_host = values.to("cpu", non_blocking=True)
+    on_host = values.to("cpu", non_blocking=values.is_cuda)
     if not values.is_cuda:
         return lambda: on_host
     copied = torch.cuda.Event()

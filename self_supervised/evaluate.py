@@ -17,18 +17,20 @@ import copy
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 from torch import nn
+from torch.utils.data import Dataset
 
 from model_params import CUSTOM_DATA, VIDEO, EncoderAndDataParams
-from self_supervised.data import loading
+from self_supervised.data import custom, loading
 from self_supervised.distributed import usable
 from self_supervised.evaluation import features
-from self_supervised.evaluation.features import EvaluationData, image_hash
+from self_supervised.evaluation.features import EvaluationData
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
 from self_supervised.evaluation.results import OF_ENCODER, Results, folder_of
 from self_supervised.fields import as_path, plain
@@ -103,7 +105,8 @@ def evaluate_checkpoint(
     trained = read(encoder=encoder)
     encoders = {**baselines_of(trained, starting_weights, baselines), "trained": trained, **others}
     params = features.data_params(trained, dataset, **reading)
-    protocols = runnable(protocols, trained, params)
+    if protocols is None or any(PROTOCOLS[name].needs_labels for name in protocols):  # and test images
+        protocols = runnable(protocols, trained, params)
     print_labels(params)
     results = Results(folder, fresh)
     about = {
@@ -163,12 +166,20 @@ def seen(params: EncoderAndDataParams) -> dict[str, Any]:
     if not params.exif_orientation:  # as in checkpoints of earlier versions
         found["exif_orientation"] = False
     digest = hashlib.sha256()
-    for splits in (info.train_splits, info.test_splits):
-        root = None if info.is_custom else params.video_path_prefix or loading.data_path()
-        images = features.contents(loading.get_dataset(params, splits), root)
-        for piece in (repr(splits).encode(), *images):
+    root = None if info.is_custom else params.video_path_prefix or loading.data_path()
+    for splits, dataset in training_and_test(params):
+        for piece in (repr(splits).encode(), *features.contents(dataset, root)):
             digest.update(piece)
     return found | {"images": digest.hexdigest()[:16]}
+
+
+def training_and_test(params: EncoderAndDataParams) -> list[tuple[tuple[str, ...], Dataset]]:
+    """Return (splits, data set) of the training and test images. Only label-free protocols run without test images."""
+    info = params.dataset
+    found = [(info.train_splits, loading.get_dataset(params, info.train_splits))]
+    with suppress(custom.EmptySplit):
+        found.append((info.test_splits, loading.get_dataset(params, info.test_splits)))
+    return found
 
 
 def training_of(
@@ -203,8 +214,11 @@ def run_protocols(
     hashes = {name: encoder_hash(subject.encoder) for name, subject in subjects.items()}
     hashes |= {"lagging": hashes["trained"]} if "lagging" in hashes else {}  # both are replaced together
     results.keep_encoders(hashes, seen_as)
-    images = {name: image_hash(subject) for name, subject in subjects.items()}
-    for protocol, row in ((name, PROTOCOLS[name]) for name in protocols):
+    images = {  # hashes of each encoder and of the images as it sees them
+        name: "".join(features.fingerprint(one.encoder, one.params, ds, {}) for _, ds in training_and_test(one.params))
+        for name, one in subjects.items()
+    }
+    for protocol, row in ((name, PROTOCOLS[name]) for name in dict.fromkeys(protocols)):
         for encoder, subject in subjects.items():
             of_videos = subject.params.dataset.of_videos
             definition = row.definition.replace("whole images", "videos") if of_videos else row.definition

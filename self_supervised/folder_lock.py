@@ -2,9 +2,11 @@
 owner."""
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -52,34 +54,47 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
 
 def acquire(path: Path, end: float) -> int:
     """Return the descriptor of the lock file, which stays locked until the descriptor is closed."""
+    file = path
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # the holder has just removed the directory
             continue
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             os.close(descriptor)
-            owner = owner_of(path)
+            owner = owner_of(file)
             if is_requeued(owner):
-                path.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
             elif time.monotonic() > end:
                 raise ValueError(in_use_message(path, owner)) from None
             else:
                 time.sleep(POLL)
             continue
         except OSError as error:
-            warnings.warn(
-                f"{path.parent} cannot be locked ({error}). Do not start two programs that write to it.", stacklevel=3
-            )
-        if is_current(descriptor, path):
+            if file == path:
+                os.close(descriptor)
+                file = on_this_machine(path)
+                warnings.warn(
+                    f"{path.parent} cannot be locked ({error}). It is locked for your programs on this machine only: "
+                    "do not start others that write to it.",
+                    stacklevel=3,
+                )
+                continue
+        if is_current(descriptor, file):
             with suppress(OSError):  # if the disk is full, the lock does not name its owner
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(this_process()).encode(), 0)
             return descriptor
         os.close(descriptor)
+
+
+def on_this_machine(path: Path) -> Path:
+    """Return the lock file in the temporary directory, for a file system without locks."""
+    name = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"self_supervised_{os.getuid()}_{name}{LOCK_FILE}")
 
 
 def is_current(descriptor: int, path: Path) -> bool:

@@ -6,6 +6,7 @@ Sizes: N queries on this process, W processes, D dimensions, K keys in the queue
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model_params import ModelParams
+from model_params import LOSSES, ModelParams
 from self_supervised import distributed
-from self_supervised.numerics import in_parts, unit
+from self_supervised.numerics import MORE_THAN_ONE, in_parts, unit
 
 Scalars = dict[str, Tensor]
 PairLoss = Callable[[Tensor, Tensor, Tensor | None], Scalars]
 CustomLoss = Callable[[Tensor, Tensor, Tensor | None], Scalars | Tensor]
 ALL_ROWS = slice(None)
-OF_ROWS = ("ce", "bce", "ip", "sce", "seed")  # means over queries of what each has with all others
 
 
 def similarities(
@@ -229,12 +229,12 @@ def sce(
         sim: `similarities` of the queries, [N, 1 + M].
         key_sim: `similarities` of the keys, with the same columns. Column 0 is a key with itself.
     """
-    with torch.no_grad():
-        if coefficient is None:
-            target = torch.softmax(key_sim / target_temperature, dim=1)
-        else:
-            relations = torch.softmax(key_sim[:, 1:] / target_temperature, dim=1) * (1 - coefficient)
-            target = torch.cat([torch.full_like(sim[:, :1], coefficient), relations], dim=1)
+    key_sim = key_sim.detach()
+    if coefficient is None:
+        target = torch.softmax(key_sim / target_temperature, dim=1)
+    else:
+        relations = torch.softmax(key_sim[:, 1:] / target_temperature, dim=1) * (1 - coefficient)
+        target = torch.cat([torch.full_like(sim[:, :1], coefficient), relations], dim=1)
     first = 1 if coefficient == 0 and sim.shape[1] > 1 else 0  # column of the first candidate; 0 is the own key
     loss = F.cross_entropy(sim[:, first:] / temperature, target[:, first:])
     return {"loss": loss, **_accuracies(sim)}
@@ -242,7 +242,7 @@ def sce(
 
 def _at_least_two(z: Tensor) -> Tensor:
     if len(z) < 2:
-        raise ValueError("loss_type='vic' and 'barlow' need two images, but a batch has one. Set drop_last_batch=True")
+        raise ValueError(f"loss_type='vic' and 'barlow' need two images, but a batch has one. {MORE_THAN_ONE}")
     return z
 
 
@@ -322,21 +322,21 @@ def get_loss(
     Args:
         sce_coefficient, sce_target_T: values at this step, if they change during training; None: those of `params`.
         labels: classes of the images [N], which "supcon" alone reads.
-        rows: the queries over which a loss in `OF_ROWS` is a mean.
+        rows: the queries over which a loss that is computed `by_rows` is a mean.
     """
     p = params
     coefficient = p.sce_coefficient if sce_coefficient is None else sce_coefficient
     target_T = p.sce_target_T if sce_target_T is None else sce_target_T
 
+    from_batch = (p.use_negative_examples_from_batch, p.use_negative_examples_from_same_view)
+
     def of_params(queue: Tensor | None) -> Tensor | None:
         return queue if p.use_negative_examples_from_queue else None
 
     def sim(q: Tensor, k: Tensor, queue: Tensor | None) -> Tensor:
-        if p.use_nearest_keys:  # NNCLR's softmax is over the queries of a key
-            q, k = k, q
+        q, k = (k, q) if p.use_nearest_keys else (q, k)  # NNCLR's softmax is over the queries of a key
         return similarities(q, k, of_params(queue), *from_batch, rows=rows)
 
-    from_batch = (p.use_negative_examples_from_batch, p.use_negative_examples_from_same_view)
     alpha = p.eqco_alpha if p.use_eqco_margin else None
     vic_weights = (p.invariance_loss_weight, p.variance_loss_weight, p.covariance_loss_weight, p.variance_loss_epsilon)
     losses = {
@@ -345,8 +345,7 @@ def get_loss(
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
         "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
         "supcon": lambda q, k, _: supervised(sim(q, k, None), of_same_class(labels, sum(from_batch)), p.T),
-        "swav": lambda scores, target, _: to_prototypes(scores, target, p.T),
-        "dino": lambda scores, target, _: to_prototypes(scores, target, p.T),
+        **dict.fromkeys(("swav", "dino"), lambda scores, target, _: to_prototypes(scores, target, p.T)),
         "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, coefficient),
         "seed": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, None),
         "vic": lambda q, k, _: vicreg(*distributed.gather_each(q, k), *vic_weights),
@@ -357,16 +356,15 @@ def get_loss(
 
 def get_loss_in_parts(params: ModelParams, **arguments: Any) -> PairLoss:
     """Return the function of `get_loss`, with less memory if `micro_batch_size` is set: similarities of so many queries
-    at a time, which are computed again in the backward pass. Losses that are not in `OF_ROWS` are computed at once."""
+    at a time, which are computed again in the backward pass. Losses that are not `by_rows` are computed at once."""
     size = params.micro_batch_size
-    if size is None or params.loss_type not in OF_ROWS:
+    if size is None or not LOSSES[params.loss_type].by_rows:
         return get_loss(params, **arguments)
 
     def loss(q: Tensor, k: Tensor, queue: Tensor | None) -> Scalars:
         found = []
         for part in in_parts(torch.arange(len(q)), size):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
-            of_rows = get_loss(params, **arguments, rows=rows)
+            of_rows = get_loss(params, **arguments, rows=slice(int(part[0]), int(part[-1]) + 1))
             scalars = checkpoint(of_rows, q, k, queue, use_reentrant=False, preserve_rng_state=False)
             found.append({name: value * (len(part) / len(q)) for name, value in scalars.items()})
         return {name: torch.stack([part[name] for part in found]).sum() for name in found[0]}
@@ -389,11 +387,12 @@ def custom_loss(loss: CustomLoss) -> PairLoss:
     if isinstance(loss, nn.Module) and loss.state_dict():
         raise ValueError("loss: a module with weights, which would not be trained. Pass a function without weights.")
 
-    def checked(q: Tensor, k: Tensor, queue: Tensor | None) -> Scalars:
-        found = loss(q, k, queue)
-        scalars = found if isinstance(found, dict) else {"loss": found}
-        if not isinstance(scalars.get("loss"), Tensor) or not all(isinstance(one, Tensor) for one in scalars.values()):
-            raise TypeError(f'loss: it returned {found!r}. Return a tensor, or a dict of tensors with "loss".')
-        return scalars
+    return partial(checked, loss)
 
-    return checked
+
+def checked(loss: CustomLoss, q: Tensor, k: Tensor, queue: Tensor | None) -> Scalars:
+    found = loss(q, k, queue)
+    scalars = found if isinstance(found, dict) else {"loss": found}
+    if not isinstance(scalars.get("loss"), Tensor) or not all(isinstance(one, Tensor) for one in scalars.values()):
+        raise TypeError(f'loss: it returned {found!r}. Return a tensor, or a dict of tensors with "loss".')
+    return scalars

@@ -52,9 +52,20 @@ WITH_CODE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # ---- Writing ----
 
 
+def local_folder(name: str, given: str | Path) -> Path:
+    """Return the path of a directory, with `~` replaced.
+
+    Raises:
+        ValueError: it is a URL, also one in which Path has collapsed the slashes to `s3:/bucket`.
+    """
+    if str(given).split("/")[0].endswith(":"):
+        raise ValueError(f"{name}={given}: a URL is not a directory. Pass a directory that is local or mounted.")
+    return Path(given).expanduser()
+
+
 def check_folder(name: str, folder: str | Path) -> None:
     """Raise ValueError unless files can be written to the directory, which need not exist yet. `name` is its option."""
-    folder = Path(folder).expanduser()
+    folder = local_folder(name, folder)
     existing = next(part for part in (folder, *folder.absolute().parents) if part.exists())
     if not existing.is_dir():
         raise ValueError(f"{name}={folder}: {existing} is a file. Choose another directory.")
@@ -270,6 +281,7 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is corrupt, is of another kind, or would run code when loaded.
+        OSError, MemoryError: the machine could not read it.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -289,6 +301,8 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
     except pickle.UnpicklingError as error:
         raise refusal(path, error) from error
     except Exception as error:  # torch and zipfile raise exceptions of many types for corrupt files
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL):
+            raise  # the machine's; EINVAL is that of a seek to where a corrupt header points
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path} is corrupt, or not a PyTorch file: {first_line}") from error
 

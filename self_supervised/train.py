@@ -27,8 +27,6 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import distributed, recipes
-from self_supervised.data import custom
-from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
 from self_supervised.runs import command_line, dry_run, effective, memory_plan, preflight, preview, trackers
@@ -41,7 +39,6 @@ from self_supervised.training.milestones import Best, EveryNEpochs
 from self_supervised.training.monitor import GradientNorms, LearningRate, LogInterval
 from self_supervised.training.verdict import verdict
 
-NEVER_OVERWRITTEN = ("*.ckpt", "*/checkpoints/*.ckpt")  # files of a run
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes")  # keys, results.json
 
 
@@ -232,6 +229,7 @@ def pretrain_stage(
     results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
     if "trained encoder" not in results:  # it is if the resumed run was complete (see delete_outdated)
         results["trained encoder"] = validation_scores(fit, model, "trained encoder")
+    write_on_rank_zero(out / "results.json", results)  # the test may end the run, at an unreadable image
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})
     results["verdict"] = verdict(baseline, results[baseline], results["trained encoder"], model.params.evaluations)
@@ -277,11 +275,7 @@ def run_or_resume(
     results = {"preset": preset}
     if options.resume:
         results = run_folder.results_of(out) | results
-    if params.dataset.is_custom:
-        lists = params.splits_path or str((out / "splits").resolve())
-        was_moved = options.resume and not Path(lists).expanduser().is_dir()
-        params = attrs.evolve(params, splits_path=(was_moved and kept_lists(out.resolve())) or lists)
-        custom.has_written(params)  # raises if the lists were drawn with other settings, before config.yaml is written
+    params = preflight.with_lists(params, out, options.resume)
     model = SelfSupervisedMethod(params, encoder=encoder)
     model.first_epoch = run_folder.first_epoch(out)
     model.is_recorded = False  # but here
@@ -329,13 +323,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def without_run(options: RunOptions, params: ModelParams) -> None:
-    """Carry out what --preview, --fit_memory or --dry_run asks for instead of a run. No lists and no packs are kept."""
+    """Carry out what --preview, --fit_memory and --dry_run ask for instead of a run. No lists and no packs are kept."""
     if options.preview:
         print(preview.write_preview(params, options.preview))
-    elif options.fit_memory:
+    if options.fit_memory:
         preflight.check_run(options, params)
         memory_plan.print_memory_plan(params, options, trainer_of_dry_run)
-    else:
+    elif options.dry_run:
         preflight.check_run(options, params, decode=True)
         dry_run.run_two_steps(params, lambda model, callbacks: trainer_of_dry_run(model, options, callbacks))
 
@@ -360,13 +354,14 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
     """
     resumed = None if options.resume in (None, "auto") else Path(options.resume).resolve()
     resumes_itself = options.resume == "auto" or (resumed and out.resolve() in (resumed, *resumed.parents))
-    if not resumes_itself and any(file for pattern in NEVER_OVERWRITTEN for file in out.glob(pattern)):
+    if not resumes_itself and preflight.has_checkpoints(out):
         raise ValueError(f"out={out}: holds an earlier run. Pass --resume auto to resume it, or another --out.")
     if options.resume:
         before = run_folder.settings_of_run(out)
         run_folder.refuse_another_run(out, before, {"preset": preset, **attrs.asdict(params)})
         if params.seed is None:
             params = attrs.evolve(params, seed=before.get("seed"))  # of the resumed run
+        params = preflight.with_resumed_lists(params, out, options.resume)
     preflight.check_run(options, params)
     results = run_or_resume(out, preset, options, params)
     with run_folder.logged(out / "log.txt"):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import model_params
 import self_supervised
 from linear_classifier import LinearClassifierMethodParams
-from moco import SelfSupervisedMethod
+from moco import EncodedView, SelfSupervisedMethod
 from model_params import ModelParams, SCEVideoParams
 from self_supervised import losses
 from self_supervised.__main__ import COMMANDS
@@ -255,7 +255,9 @@ def loss_of_all_views(params: ModelParams, z: Tensor, prototypes: Tensor) -> Ten
         made.weight.data = prototypes
         made.begin_step(0)
     keys = {j: z[j] for _, j in params.pairs}
-    return model.compare({i: (x, x, None) for i, x in enumerate(z)}, keys, None, 0)["loss"] * params.loss_factor
+    return (
+        model.compare({i: EncodedView(x, x, None) for i, x in enumerate(z)}, keys, None, 0)["loss"] * params.loss_factor
+    )
 
 
 def loss_of_lightly(call: str, z: Tensor, prototypes: Tensor, queue: Tensor | None) -> Tensor:

@@ -345,8 +345,11 @@ def test_presets_are_the_published_numbers():
     one, ten = (LINEAR_PRESETS[f"semi_supervised_{n}"](global_batch_size=4096) for n in (1, 10))
     assert one.lr * 4096 / one.lr_batch_size == pytest.approx(0.8) and one.encoder_lr == one.lr  # SimCLR, B.5
     assert (one.max_epochs, ten.max_epochs, one.weight_decay, one.warmup_epochs) == (60, 30, 0, 0)
-    assert LINEAR_PRESETS["linear_moco"]() == LinearClassifierMethodParams()
-    tuned = LINEAR_PRESETS["fine_tune"]()
+    moco, sgd, tuned = (LINEAR_PRESETS[name]() for name in ("linear_moco", "linear_sgd", "fine_tune"))
+    assert (moco.lr, moco.max_epochs, moco.lr_schedule, moco.weight_decay) == (30, 100, "steps", 0)
+    assert (sgd.lr, sgd.max_epochs, sgd.lr_schedule, sgd.lr_scaling) == (0.1, 90, "cosine", "linear")
+    assert (tuned.lr, tuned.layer_decay, tuned.warmup_epochs, tuned.max_epochs) == (1e-3, 0.75, 5, 100)
+    assert tuned.weight_decay == 0.05
     assert tuned.encoder_lr == pytest.approx(tuned.lr * tuned.layer_decay)  # the head is one layer above the encoder
 
 

@@ -16,7 +16,8 @@ PACKAGE = "self_supervised"
 FLOORS = [  # the lowest first; folders and modules of the package, and the front rooms
     "catalogue fields",
     "model_params recipes",
-    "distributed threads safe_files folder_lock numerics program losses multi_view_losses lars batchrenorm ws_resnet",
+    "distributed threads safe_files folder_lock numerics program losses multi_view_losses "
+    "convolutions lars batchrenorm ws_resnet",
     "views",
     "data",
     "networks",

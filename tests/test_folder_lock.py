@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -61,4 +62,27 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(folder_lock.fcntl, "lockf", without)
     with pytest.warns(UserWarning, match="cannot be locked"), locked(tmp_path):
+        pass
+
+
+def test_without_locks_of_the_file_system_the_machine_has_one(tmp_path, holder, monkeypatch):
+    lock = folder_lock.fcntl.lockf
+
+    def without(descriptor, how):
+        if os.path.samestat(os.fstat(descriptor), os.stat(tmp_path / ".lock")):
+            raise OSError(38, "Function not implemented")
+        lock(descriptor, how)
+
+    monkeypatch.setattr(folder_lock.fcntl, "lockf", without)
+    monkeypatch.setattr(folder_lock, "on_this_machine", lambda _: tmp_path / "machine/.lock")
+    process = holder(tmp_path / "machine")
+    with (
+        pytest.warns(UserWarning, match="on this machine only"),
+        pytest.raises(ValueError, match=f"{tmp_path} is in use by process {process.pid}"),
+        locked(tmp_path),
+    ):
+        pass
+    process.kill()
+    process.wait()
+    with pytest.warns(UserWarning, match="on this machine only"), locked(tmp_path):
         pass

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -22,12 +23,13 @@ from pytorch_lightning.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import moco
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import SimCLRParams
 from self_supervised.data import loading
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.training import checkpoints
+from self_supervised.training import base_method, checkpoints
 from self_supervised.training.checkpoints import Checkpoints, SafeCheckpointIO
 from self_supervised.training.milestones import Best, EveryNEpochs
 from self_supervised.views import augmentations
@@ -139,6 +141,78 @@ class Dictionaries(pl.LightningDataModule):
 
 def test_a_data_module_may_convert_its_batches(method, trainer):
     trainer().fit(method(), datamodule=Dictionaries())
+
+
+class DataModule(pl.LightningDataModule):
+    def __init__(self, folder):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(IMAGES, LABELS), batch_size=16)
+
+    val_dataloader = train_dataloader
+
+
+def test_objects_among_the_hyperparameters_of_a_data_module_leave_good_checkpoints(method, trainer, tmp_path):
+    model, fit = method(), trainer(max_epochs=1)
+    fit.fit(model, datamodule=DataModule(Path("photos")))
+    fit.save_checkpoint(tmp_path / "own.ckpt")
+    trainer(max_epochs=2).fit(method(), datamodule=DataModule(Path("photos")), ckpt_path=tmp_path / "own.ckpt")
+
+
+def test_a_data_module_that_replaces_the_views_is_refused(method, trainer):
+    class Replacing(DataModule):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch
+
+    with pytest.raises(ValueError, match="of Replacing would replace the .* on_before_batch_transfer"):
+        trainer(max_epochs=1).fit(method(), datamodule=Replacing("photos"))
+
+
+def test_a_users_loader_is_not_validated_on_another_data_set(method, trainer, monkeypatch):
+    """Nor may settings seem to choose among its images."""
+    monkeypatch.setattr(loading, "get_dataset", None)
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=16)
+    fit = trainer(max_epochs=1)
+    fit.fit(method(), loader)
+    assert not any(name.startswith("valid_") for name in fit.callback_metrics)
+    model = method()
+    subset = "label_fraction" if isinstance(model, LinearClassifierMethod) else "data_fraction"
+    with pytest.raises(ValueError, match=f"{subset}=0.5: no effect on your own loader"):
+        trainer(max_epochs=1).fit(method(**{subset: 0.5}), loader)
+
+
+def test_a_second_training_says_that_it_starts_again(small, trainer, monkeypatch):
+    """And that weights were frozen, as load_encoder does with a module that is passed to it."""
+    said, encoder = [], Encoder()
+    for module in (base_method, moco):
+        monkeypatch.setattr(module, "rank_zero_info", said.append)
+    model = SelfSupervisedMethod(small("simclr", evaluations=[]), encoder=encoder)
+    trainer(max_epochs=1).fit(model)
+    assert not any("start again" in line or "no longer require" in line for line in said)
+    encoder.requires_grad_(False)
+    trainer(max_epochs=1).fit(model)
+    assert any("start again" in line for line in said)
+    (line,) = (line for line in said if "no longer require" in line)
+    assert "weights no longer require a gradient (model.net.1.bias" in line
+
+
+def test_half_precision_that_another_trainer_left_is_refused(small, trainer):
+    model = SelfSupervisedMethod(small("byol", evaluations=[]))
+    trainer(precision="bf16-true").predict(model)
+    with pytest.raises(ValueError, match="half precision, left by another Trainer. Call float"):
+        trainer(max_epochs=1).fit(model)
+    trainer(max_epochs=1).fit(model.float())
+
+
+def test_checkpoints_by_step_are_chosen_by_the_metrics_of_their_step(small, trainer, tmp_path):
+    saver = ModelCheckpoint(tmp_path, monitor="step_train_loss", every_n_train_steps=2, save_top_k=-1)
+    model, seen = SelfSupervisedMethod(small("simclr", evaluations=[])), []
+    model.on_train_batch_end = lambda outputs, *_: seen.append(float(outputs["loss"]))
+    fit = trainer(max_epochs=1, limit_train_batches=6, callbacks=[saver], enable_checkpointing=True)
+    fit.fit(model)
+    assert [float(value) for value in saver.best_k_models.values()] == pytest.approx(seen[1::2])
 
 
 def test_a_method_can_be_copied_after_a_training(small, trainer):

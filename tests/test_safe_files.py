@@ -1,11 +1,12 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from processes import full_disk
 
 from self_supervised import safe_files
-from self_supervised.safe_files import atomic_file, atomic_folder, atomic_write, rows_of
+from self_supervised.safe_files import atomic_file, atomic_folder, atomic_write, check_file, check_folder, rows_of
 
 
 def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
@@ -19,6 +20,13 @@ def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
     ):
         np.save(new / "a.npy", np.zeros(10_000))
     assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("check", [check_folder, check_file])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_url_is_refused_as_a_place_to_write_to(check, kind):
+    with pytest.raises(ValueError, match=r"out=s3:/.*local or mounted"):
+        check("out", kind("s3://bucket/run"))
 
 
 def test_a_name_of_many_bytes(tmp_path):

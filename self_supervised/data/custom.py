@@ -56,6 +56,10 @@ WAIT_FOR_LISTS = 60  # seconds to wait for another process that writes lists
 INSTEAD = {"val": "test", "test": "val"}  # split -> the one that replaces it if it has no images
 
 
+class EmptySplit(ValueError):
+    """Error: a data set has no images for a split."""
+
+
 def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: list[ViewSettings]) -> ImageFiles:
     """Return the images of a split, from `data_path` or, by default, from `folder`/<dataset_name>."""
     refuse_foreign("data_path", params.data_path)
@@ -80,11 +84,11 @@ def custom_samples(root: Path, found: Numbered, params: EncoderAndDataParams, sp
     An empty val is replaced by test, and the other way round. Of train, only `data_fraction` is returned.
 
     Raises:
-        ValueError: there are no images.
+        EmptySplit: there are no images.
     """
     chosen = found.get(split) or found.get(INSTEAD.get(split, ""))
     if not chosen:
-        raise ValueError(f"{root} has no images for {split}. Set val_size or test_size above 0, or evaluations=[].")
+        raise EmptySplit(f"{root} has no images for {split}. Set val_size or test_size above 0, or evaluations=[].")
     if split == "train" and params.data_fraction < 1:
         labels = as_classes([label for _, label in chosen])
         chosen = [chosen[i] for i in subsets.stratified(labels, fraction=params.data_fraction, seed=params.data_seed)]
@@ -387,7 +391,7 @@ def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed
             if len(np.unique(classes)) == len(rest):
                 raise ValueError(
                     f"{split}_size={size:g}: no class of the {len(images)} images has one left for {split} in addition "
-                    "to one for training. Set val_size=0 or test_size=0, or add images."
+                    f"to one for training. Set val_size=0 or test_size=0, add images, or set {NOT_CLASSES}."
                 )
             fit, score = subsets.held_out(classes, size, seed)
             found[split] = [images[i] for i in rest[score]]

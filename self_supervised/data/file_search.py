@@ -1,6 +1,7 @@
 """Search for files below a directory, without hidden files and files of other kinds, which are counted and reported."""
 
 import os
+import unicodedata
 from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,13 @@ def is_hidden(path: str) -> bool:
     return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
 
 
+def in_one_line(name: str) -> str:
+    """Return the name of a class, run or file without line breaks, and with a replacement character for everything that
+    no font has: control characters, and bytes of a file name that are not text."""
+    shown = " ".join(name.split())
+    return "".join("\ufffd" if unicodedata.category(one) in ("Cc", "Cs") else one for one in shown)
+
+
 class PassedOver(dict[str, list]):
     """Counts of the files that are not used: reason -> [number of files, path of one]."""
 
@@ -50,7 +58,7 @@ class PassedOver(dict[str, list]):
         rows = sorted(self.items(), key=lambda row: -row[1][0])
         more = [f"{sum(n for _, (n, _) in rows[MOST_REASONS:])} others"] if len(rows) > MOST_REASONS else []
         found = [*(f"{n:,} {reason} (such as {path})" for reason, (n, path) in rows[:MOST_REASONS]), *more]
-        return f"; passed over: {', '.join(found)}" if found else ""
+        return in_one_line(f"; passed over: {', '.join(found)}") if found else ""
 
 
 def tell(where: str | Path, n: int, kind: str, passed_over: PassedOver) -> None:

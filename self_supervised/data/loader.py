@@ -53,8 +53,8 @@ class ResumableSampler(DistributedSampler):
         """Return this process's indices, shard after shard and shuffled in windows. As in `DistributedSampler`, images
         are repeated or dropped at the end if they cannot be divided equally."""
         rng = np.random.default_rng((self.seed, self.epoch))
-        places = rng.permutation(shards.max() + 1)
-        stream = np.argsort(places[shards], kind="stable")  # shard after shard
+        used, shards = np.unique(shards, return_inverse=True)  # numbers of shards may have gaps, such as of a split
+        stream = np.argsort(rng.permutation(len(used))[shards], kind="stable")  # shard after shard
         order = np.concatenate([rng.permutation(stream[i : i + WINDOW]) for i in range(0, len(stream), WINDOW)])
         return iter(np.resize(order, self.total_size)[self.rank :: self.num_replicas].tolist())
 

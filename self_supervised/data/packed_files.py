@@ -160,6 +160,7 @@ def write_missing(folder: Path, images: ImageFiles, stamps: list[Stamp], found: 
     announce(folder, reduced, int(found.changed[missing].sum()))
     for start in range(0, len(missing), PART):
         part = ReducedImages(images, missing[start : start + PART])
+        images.read_ahead(part.indices)  # of shards from URLs
         loader = DataLoader(part, BATCH, num_workers=workers, collate_fn=joined)
         shapes = []
         with atomic_folder(folder / f"part-{os.urandom(8).hex()}") as unfinished:

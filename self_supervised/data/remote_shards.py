@@ -38,6 +38,7 @@ AT_ONCE = 3  # requests of a download at the same time
 HEADERS = 2**16  # bytes of a request for a header
 LARGE = 2**20  # bytes: if a shard has only a sample in so many, its headers are read alone
 STAMPS = ("ETag", "etag", "generation", "Last-Modified", "LastModified", "updated", "mtime", "created")  # in fs.info
+STAMPS += ("blob_id", "xet_hash")  # of hf://
 Signature = tuple[int, str]  # size and ETag, or another stamp
 Answer = TypeVar("Answer")
 away: dict[str, tuple[float, str]] = {}  # URL -> (when it may be requested again, error)
@@ -163,7 +164,6 @@ def is_final(url: str, error: Exception) -> bool:
 def signature_of(place: str) -> Signature:
     url = url_of(place)
     files = file_system(url)
-    files.invalidate_cache()
     found = retried(url, lambda: files.info(url))
     if found["size"] is None or found.get("partial") is False:
         raise UnreachableShard(f"{url}: its server tells no size, or has no range requests. Copy the shard to a disk")
@@ -286,6 +286,7 @@ def download(place: str, signature: Signature, keep: Collection[Path] = ()) -> N
                 list(pool.map(write, range(0, size, PIECE)))
             finally:
                 pool.shutdown(cancel_futures=True)
+        file_system(url).invalidate_cache()
         if signature_of(place) != signature:
             raise UnreachableShard(f"{url} has changed since it was indexed. Start again to have it indexed anew")
 

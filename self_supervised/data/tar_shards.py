@@ -87,6 +87,8 @@ class TarShards(OnDisk):
         keys = None if labels_from is None else (label_key,) if label_key else SHARD_LABEL_KEYS
         self.labels_from = labels_from
         self.label_key = label_key
+        for protocol in {url.partition("://")[0] for url in map(remote_shards.url_of, shards) if url}:
+            remote_shards.file_system(protocol).invalidate_cache()  # once: it may cost a request per shard
         with ThreadPoolExecutor(MOST_REQUESTS) as pool:
             self.signatures = dict(zip(shards, pool.map(shard_signature, shards), strict=True))
         self.ahead: ReadAhead | None = None

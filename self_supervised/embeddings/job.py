@@ -33,7 +33,7 @@ class EmbeddingJob:
 
     Args:
         about: metadata of the file.
-        overwrite: replace `out` instead of extending it.
+        overwrite: replace `out` instead of extending it, and use only parts of a job that did so, too.
     """
 
     def __init__(self, out: Path, about: dict[str, Any], overwrite: bool):
@@ -73,10 +73,11 @@ class EmbeddingJob:
             finished = set(parquet.paths_in(self.out))
         done = set(finished)
         for part in self.parts():
-            if self.check(part) and finished.isdisjoint(there := parquet.paths_in(part)):
+            is_kept = not self.overwrite or parquet.facts_of_file(part).get("overwrite")
+            if is_kept and self.check(part) and finished.isdisjoint(there := parquet.paths_in(part)):
                 done.update(there)
             else:
-                part.unlink()  # from other settings, or already joined by a run that was killed before it deleted parts
+                part.unlink()  # to be overwritten, of other settings, or joined by a run that was killed right after
         if not skip_unreadable:  # try the unreadable images again
             self.unreadable = {}
         self.unreadable = {
@@ -140,7 +141,7 @@ class EmbeddingJob:
         paths, embeddings = zip(*self.pending, strict=True)
         parts = self.parts()
         number = int(parts[-1].stem) + 1 if parts else 0
-        about = {**self.about, "unreadable": self.unreadable}
+        about = {**self.about, "unreadable": self.unreadable, "overwrite": self.overwrite}
         parquet.write_part(self.folder / f"{number:08d}.parquet", sum(paths, []), np.concatenate(embeddings), about)
         self.pending = []
         self.written = time.monotonic()
@@ -149,7 +150,11 @@ class EmbeddingJob:
         """Join the finished file and all parts into `out`, and print a summary."""
         rows = [path for path in paths if path not in self.unreadable]
         if not rows:
-            raise ValueError(f"none of the {len(paths):,} images in {source.name} could be read: {self.unreadable}")
+            path, reason = next(iter(self.unreadable.items()))
+            raise ValueError(
+                f"none of the {len(paths):,} images in {source.name} could be read, such as {path} ({reason}). Fix "
+                "them, or pass another directory."
+            )
         parts = self.parts()
         finished = [self.out] if self.use_finished else []
         if finished and not parts and parquet.paths_in(self.out) == rows:

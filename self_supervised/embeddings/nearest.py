@@ -2,8 +2,8 @@
 
     self-supervised nearest features.parquet photos/cat/12.jpg another.jpg --out nearest.png -k 12
 
-An IMAGE that has a row in the features, by its path in the file or on disk, is not its own neighbor. Any other image is
-embedded by the checkpoint of the features.
+An IMAGE that has a row in the features, by its path on disk or, if there is no such file, in the features, is not its
+own neighbor. Any other image is embedded by the checkpoint of the features.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -95,13 +95,17 @@ class Query:
 
 
 def find_queries(features: str | Path, images: list[str], source: ImageSource, checkpoint: str | None) -> list[Query]:
-    """Return a query for each image: the row with that path, or the row of that file, or else the embedded file."""
-    candidates = {image: [image, *source.paths_of(Path(image).expanduser())] for image in images}
+    """Return a query for each image: the row of that file or, if there is no such file, the row with that path; or else
+    the embedded file."""
+    files = {image: Path(image).expanduser() for image in images}
+    candidates = {
+        image: [*([] if file.is_file() else [image]), *source.paths_of(file)] for image, file in files.items()
+    }
     rows = parquet.rows_of_ids(features, [path for paths in candidates.values() for path in paths])
     own = {image: next((path for path in paths if path in rows), None) for image, paths in candidates.items()}
     others = [image for image in images if own[image] is None]
     for image in others:
-        if not Path(image).expanduser().is_file():
+        if not files[image].is_file():
             raise ValueError(f"{image} is neither a file nor the path of a row of {features}")
     embedded = embed_files(features, others, checkpoint) if others else {}
     found = []
@@ -110,7 +114,7 @@ def find_queries(features: str | Path, images: list[str], source: ImageSource, c
             embedding, label = rows[row]
             found.append(Query(row, embedding, shown(row, source.picture), row, label))
         else:
-            found.append(Query(image, embedded[image], shown(str(Path(image).expanduser()), picture_of)))
+            found.append(Query(image, embedded[image], shown(str(files[image]), picture_of)))
     return found
 
 

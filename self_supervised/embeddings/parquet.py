@@ -143,7 +143,7 @@ def paths_in(path: str | Path) -> list[str]:
 
 def rows_of_ids(path: str | Path, ids: list[str]) -> dict[str, tuple[np.ndarray, str | None]]:
     """Return path -> (embedding [E], label) for those of the paths that have a row."""
-    one_of = reduce(or_, (pc.field("path") == name for name in ids))
+    one_of = reduce(or_, (pc.field("path") == name for name in ids), pc.scalar(False))
     found = ds.dataset(str(path)).to_table(filter=one_of)
     rows = zip(matrix(found["embedding"]), found["label"].to_pylist(), strict=True)
     return dict(zip(found["path"].to_pylist(), rows, strict=True))

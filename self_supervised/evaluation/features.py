@@ -327,13 +327,6 @@ def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset
     return digest.hexdigest()[:32]
 
 
-def image_hash(data: EvaluationData) -> str:
-    """Return a hash of the encoder and of all labeled images of its data set, as the encoder sees them."""
-    params = data.params
-    sets = (loading.get_dataset(params, splits) for splits in (params.dataset.train_splits, params.dataset.test_splits))
-    return "".join(fingerprint(data.encoder, params, dataset, {}) for dataset in sets)
-
-
 def settings_for_features(params: EncoderAndDataParams) -> dict[str, Any]:
     """Return all settings that may change the encoder's input."""
     names = dict.fromkeys([*VIDEO, *CUSTOM_DATA, *(field.name for field in attrs.fields(type(params)))])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from self_supervised.numerics import Scores, finite, in_float64, unit
 
-Loss = Callable[[Tensor], tuple[Tensor, Tensor]]  # scores [N, K] -> (summed loss, its gradient [N, K])
+LossOfScores = Callable[[Tensor], tuple[Tensor, Tensor]]  # scores [N, K] -> (summed loss, its gradient [N, K])
 COSTS = (*(2.0**-i for i in range(19, 3, -1)), *(10.0**i for i in range(-7, 3)))  # the 26 of the SVM's source
 FOLDS = 3
 COST_OF_FEW = 0.5  # if a class has fewer images than there are folds (that of https://arxiv.org/abs/2005.04966)
@@ -35,7 +35,7 @@ def within_span(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def fit_linear(
     x: Tensor,
-    loss: Loss,
+    loss: LossOfScores,
     n_outputs: int,
     decay: float,
     flatness: float,

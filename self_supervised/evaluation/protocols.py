@@ -43,7 +43,8 @@ def linear_settings_of(data: EvaluationData, seed: int, preset: str) -> LinearCl
     settings = {name: getattr(data.params, name) for name in IMAGE_SETTINGS} | data.training
     params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
     fraction = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # the warm-up keeps its fraction of training
-    return attrs.evolve(params, warmup_epochs=params.warmup_epochs * fraction, drop_last_batch=None)
+    defaults = {"warmup_epochs": params.warmup_epochs * fraction, "drop_last_batch": None}
+    return attrs.evolve(params, **{**defaults, **data.training})
 
 
 def train_and_score(data: EvaluationData, seed: int, preset: str) -> Scores:

@@ -15,6 +15,7 @@ from torch import nn
 
 import ws_resnet
 from self_supervised.catalogue import INCEPTIONS, OWN_MODULE, SMALL_CNNS
+from self_supervised.convolutions import PointConv2d
 from self_supervised.networks.pretrained import Encoder
 
 PROGRAMS = "a program (torchscript, onnx, torch_export)"
@@ -91,7 +92,7 @@ def plain_model(encoder: Encoder) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, ws_resnet.Conv2d):
             layer.weight.data = ws_resnet.standardized_weight(layer.weight)
-        if isinstance(layer, ws_resnet.PointConv2d):
+        if isinstance(layer, PointConv2d):
             layer.__class__ = nn.Conv2d
     return model.to(memory_format=torch.contiguous_format)
 

@@ -15,6 +15,7 @@ from torch import nn
 import ws_resnet
 from model_params import ModelParams
 from self_supervised.catalogue import INCEPTIONS, OWN_MODULE, SMALL_CNN, SMALL_CNNS, video_models
+from self_supervised.convolutions import PointConv2d, exchange_convolutions
 from self_supervised.networks import layers, layouts
 from self_supervised.networks.recomputation import recompute_activations
 from self_supervised.safe_files import data_only
@@ -61,7 +62,8 @@ def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]
     file = file_of_weights(p)
     published = None if file else p.encoder_weights
     if p.encoder_arch.startswith("timm:"):
-        encoder = build_timm(p.encoder_arch.removeprefix("timm:"), published is not None, image)
+        name, small_views = p.encoder_arch.removeprefix("timm:"), getattr(p, "n_small_views", 0)
+        encoder = build_timm(name, published is not None, image, of_all_sizes=small_views > 0)
     elif p.encoder_arch in SMALL_CNNS:
         refuse_published(p.encoder_arch, published)
         encoder = small_cnn(p.channels, SMALL_CNNS[p.encoder_arch])
@@ -76,7 +78,7 @@ def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]
             ) from error
         encoder, _ = without_classifier(model, p.encoder_arch)
         adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
-        ws_resnet.exchange_convolutions(encoder, ws_resnet.PointConv2d)
+        exchange_convolutions(encoder, PointConv2d)
     if file:
         try:
             found = layouts.read_weights(file)
@@ -194,22 +196,29 @@ def small_cnn(channels: int = 1, width: int | None = None) -> nn.Sequential:
     return nn.Sequential(*(layer for row in rows for layer in block(*row)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def build_timm(name: str, pretrained: bool, image: torch.Tensor) -> nn.Module:
+def build_timm(name: str, pretrained: bool, image: torch.Tensor, of_all_sizes: bool = False) -> nn.Module:
     """Return timm's model without its classifier.
 
     If it does not accept `image` [1, C, H, W], and timm can build it for another size (ViTs, Swin, ...), it is built
-    for the size of `image`. Its attribute `built_for` then holds that option of timm.create_model.
+    for the size of `image`. Its attribute `built_for` then holds that option of timm.create_model. With `of_all_sizes`,
+    a ViT also accepts images of other sizes, for which it interpolates its position embeddings.
     """
     import timm  # optional, and slow to import
 
-    options = {"pretrained": pretrained, "num_classes": 0, "in_chans": image.shape[1]}
+    def created(**of_size: int) -> nn.Module:
+        options = {"pretrained": pretrained, "num_classes": 0, "in_chans": image.shape[1], **of_size}
+        with contextlib.suppress(TypeError):  # no ViT
+            if of_all_sizes:
+                return timm.create_model(name, **options, dynamic_img_size=True)
+        return timm.create_model(name, **options)
+
     with data_only(f"the published weights of {name}"):
-        encoder = timm.create_model(name, **options)
+        encoder = created()
         try:
             measured_width(encoder, image, name)
         except ValueError:
             with contextlib.suppress(TypeError, ValueError, RuntimeError, AssertionError):  # it has a single size
-                encoder = timm.create_model(name, **options, img_size=image.shape[-1])
+                encoder = created(img_size=image.shape[-1])
                 encoder.built_for = {"img_size": image.shape[-1]}
     return encoder
 
@@ -291,9 +300,11 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
     if is_map and not isinstance(encoder, torch.jit.ScriptModule):
         encoder._forward_hooks["flattened"] = flattened  # a handle's number would not be unique after unpickling
         return output.shape[1]
-    if not isinstance(output, torch.Tensor) or output.dim() != 2:
+    if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != 1:
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(f"{name} must map {tuple(image.shape)} to [N, E], got {shape}: flatten or pool its output")
+    if output.dtype != weight.dtype:
+        raise ValueError(f"{name} returns {output.dtype} from weights of {weight.dtype}: convert its output")
     return output.shape[1]
 
 

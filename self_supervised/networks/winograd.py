@@ -19,6 +19,7 @@ from numba import cfunc, from_dtype, types
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from self_supervised.convolutions import PointConv2d
 from self_supervised.networks.layers import in_eval_mode
 from self_supervised.networks.winograd_ops import (
     LANES,
@@ -30,7 +31,6 @@ from self_supervised.networks.winograd_ops import (
     sum_weight_gradients,
 )
 from self_supervised.views.compiled_ops import pool
-from ws_resnet import PointConv2d
 
 WEIGHTS_IN_CACHE, TILES_IN_CACHE = 2_500_000, 600_000  # bytes of transformed weights and tiles of a unit
 MARGIN = 1.15  # least gain in speed for which a convolution is changed

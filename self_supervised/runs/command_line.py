@@ -14,7 +14,6 @@ import shutil
 import sys
 import textwrap
 import tokenize
-import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,8 +25,9 @@ import yaml
 from attrs import asdict
 from rich.progress import MofNCompleteColumn, Progress
 
-from model_params import FAMILIES, PRESETS, EncoderAndDataParams, ModelParams
+from model_params import LOSSES, PRESETS, EncoderAndDataParams, ModelParams
 from self_supervised import recipes
+from self_supervised.data.file_search import in_one_line
 from self_supervised.fields import changed, expanded, plain, suggestion
 from self_supervised.runs.run_options import RUN_OPTION_NAMES, RunOptions
 from self_supervised.runs.values import (
@@ -71,13 +71,6 @@ def parser_of(name: str, description: str) -> argparse.ArgumentParser:
 
 
 # ---- Names in pictures, progress bar ----
-
-
-def in_one_line(name: str) -> str:
-    """Return the name of a class, run or file without line breaks, and with a replacement character for everything that
-    no font has: control characters, and bytes of a file name that are not text."""
-    shown = " ".join(name.split())
-    return "".join("\ufffd" if unicodedata.category(one) in ("Cc", "Cs") else one for one in shown)
 
 
 def label(name: str, longest: int = 160) -> str:
@@ -214,10 +207,10 @@ def differences(preset: str) -> str:
 
 
 def families() -> str:
-    """Return the presets of each of FAMILIES with their papers, as text."""
+    """Return the presets with their papers, by what their losses compare, as text."""
     found = ""
-    for family, losses in FAMILIES.items():
-        names = [name for name, preset in PRESETS.items() if preset().loss_type in losses]
+    for family in dict.fromkeys(loss.compares for loss in LOSSES.values()):
+        names = [name for name, preset in PRESETS.items() if LOSSES[preset().loss_type].compares == family]
         lines = (f"  {name:14}{(PRESETS[name].__doc__ or '').splitlines()[0]}" for name in names)
         found += "\n".join(["", "", family, *(wrapped(line, " " * 16) for line in lines)])
     return found

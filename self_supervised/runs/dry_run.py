@@ -184,7 +184,8 @@ def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_ste
     )
     device = trainer.strategy.root_device
     where = "on the device" if device.type == "cuda" else "in the process"
-    splits = {"training": p.dataset.pretraining_splits, "evaluation": p.dataset.test_splits}
+    splits = {"training": p.dataset.pretraining_splits}
+    splits |= {"evaluation": p.dataset.test_splits} if p.is_evaluated else {}  # which may be missing otherwise
     sizes = [f"{len(loading.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]
     labels = {"labels": model.about_labels.removeprefix("labels: ")} if model.about_labels else {}
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -10,7 +10,7 @@ import attrs
 import torch
 import yaml
 
-from model_params import NEED_NEGATIVES, OF_ALL_VIEWS, ModelParams
+from model_params import LOSSES, NEED_NEGATIVES, OF_ALL_VIEWS, ModelParams
 from self_supervised.catalogue import BLUR_RADIUS, ViewSettings
 from self_supervised.data.image_files import part_kept
 from self_supervised.runs import command_line
@@ -19,26 +19,6 @@ from self_supervised.training.plan import Plan, epochs_text, lr_factor, resolved
 from self_supervised.training.run_folder import EFFECTIVE
 
 RESIZED = "pixels (bilinear, antialiased)"
-LOSS_TEXTS = {  # loss_type -> description, in which {name} is a setting
-    "ce": "cross-entropy (InfoNCE), temperature {T:g}",
-    "dcl": "DCL (decoupled contrastive), temperature {T:g}, sigma of the weights {dcl_sigma}",
-    "bce": "binary cross-entropy, temperature {T:g}",
-    "ip": "inner product",
-    "sce": "SCE, temperature {T:g}, of the target {sce_target_T:g}, coefficient {sce_coefficient:g}",
-    "seed": "SEED, temperature {T:g}, of the target {sce_target_T:g}",
-    "vic": "VICReg, weights of invariance {invariance_loss_weight:g}, variance {variance_loss_weight:g}, covariance "
-    "{covariance_loss_weight:g}",
-    "barlow": "Barlow Twins, weight of the redundancy {redundancy_loss_weight:g}",
-    "supcon": "supervised contrastive (SupCon), temperature {T:g}",
-    "swav": "SwAV, {n_prototypes} prototypes, temperature {T:g}, of the assignments {sce_target_T:g}",
-    "dino": "DINO, {n_prototypes} prototypes, temperature {T:g}, of the target {sce_target_T:g}",
-    "fastsiam": "FastSiam, cosine with the mean of the other views' keys",
-    "lejepa": "LeJEPA, weight of SIGReg {sigreg_weight:g}",
-    "visreg": "VISReg, weight of its regularizer {sigreg_weight:g}",
-    "emp": "EMP-SSL, weight of the invariance {invariance_loss_weight:g}",
-    "frossl": "FroSSL, weight of the invariance {invariance_loss_weight:g}",
-    "mmcr": "MMCR, weight of the single images {invariance_loss_weight:g}",
-}
 NEGATIVES = {  # setting -> negatives of a loss of NEED_NEGATIVES and of bce
     "use_negative_examples_from_queue": "a queue of {K} keys",
     "use_negative_examples_from_batch": "keys of other images in the batch",
@@ -113,7 +93,7 @@ def lagging_text(params: ModelParams) -> str:
 def loss_text(params: ModelParams) -> str:
     p = params
     values = attrs.asdict(p)
-    found = [LOSS_TEXTS.get(p.loss_type, p.loss_type).format_map(values)]
+    found = [LOSSES[p.loss_type].text.format_map(values)]
     if p.loss_type in (*NEED_NEGATIVES, "bce"):
         negatives = [words.format_map(values) for name, words in NEGATIVES.items() if values[name]]
         found += [f"against {' and '.join(negatives)}"] if negatives else []

@@ -4,25 +4,29 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import attrs
 import torch
 
 from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
 from model_params import HEADS, OF_ALL_VIEWS, OF_PROTOTYPES, SCHEDULED, EncoderAndDataParams, ModelParams, changes
-from self_supervised import losses, multi_view_losses
+from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.data import custom, loading
 from self_supervised.data.class_labels import UNLABELED, lacking
 from self_supervised.data.files import MOST_SKIPPED
-from self_supervised.data.folders import listed_in
+from self_supervised.data.folders import listed_in, settings_of_lists
+from self_supervised.data.foreign_paths import config_of, kept_lists, run_of
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.loading import n_classes, require_labels
 from self_supervised.evaluation import validation
 from self_supervised.runs.command_line import bar
 from self_supervised.runs.run_options import RunOptions
+from self_supervised.safe_files import remove
 from self_supervised.training.milestones import refuse_unknown
 from self_supervised.training.online_classifier import accuracies
 
+NEVER_OVERWRITTEN = ("*.ckpt", "*/checkpoints/*.ckpt")  # files of a run
 TOY = torch.eye(4)  # features
 
 
@@ -77,6 +81,43 @@ def temporary_lists(params: ModelParams) -> Iterator[ModelParams]:
         return
     with tempfile.TemporaryDirectory(prefix=custom.TEMPORARY) as folder:
         yield attrs.evolve(params, splits_path=folder)
+
+
+def has_checkpoints(out: Path) -> bool:
+    return any(file for pattern in NEVER_OVERWRITTEN for file in out.glob(pattern))
+
+
+def with_resumed_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParams:
+    """Return the settings with the lists of splits of the resumed run, if `splits_path` is not passed, or is the place
+    from which that run was moved."""
+    if resume == "auto":
+        run = out.resolve() if has_checkpoints(out) else None
+    else:
+        run = resume and (Path(resume).resolve() if Path(resume).is_dir() else run_of(resume))
+    if not (run and params.dataset.is_custom):
+        return params
+    found = (params.splits_path, kept_lists(run), config_of(run).get("splits_path"))
+    existing = (lists for lists in found if lists and Path(lists).expanduser().is_dir())
+    return attrs.evolve(params, splits_path=next(existing, params.splits_path))
+
+
+def with_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParams:
+    """Return the settings with the `splits_path` of a run: as `with_resumed_lists`, else OUT/splits, where lists are
+    drawn again if an earlier run ended before its first checkpoint.
+
+    Raises:
+        ValueError: the lists were drawn with other settings.
+    """
+    params = with_resumed_lists(params, out, resume)
+    if not params.dataset.is_custom:
+        return params
+    own = (out / "splits").resolve()
+    if params.splits_path is None:
+        if distributed.is_first_process() and settings_of_lists(own) and not has_checkpoints(out):
+            remove(own)
+        params = attrs.evolve(params, splits_path=str(own))
+    custom.has_written(params)
+    return params
 
 
 def metric_names(options: RunOptions, params: ModelParams) -> set[str]:

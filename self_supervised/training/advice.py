@@ -7,7 +7,16 @@ from typing import Any
 
 import attrs
 
-from model_params import HEADS, LOSSES, OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, SCHEDULED, ModelParams, nearest_preset
+from model_params import (
+    HEADS,
+    OF_PROTOTYPES,
+    PRESETS,
+    SCHEDULED,
+    ModelParams,
+    losses_that_read,
+    losses_with,
+    nearest_preset,
+)
 from self_supervised.training.plan import Plan, epochs_text, resolved_warmup_epochs
 
 # optimizer -> lowest and highest lr for 256 images per step in presets, papers (docs/methods.md) and docs/results.md
@@ -16,8 +25,7 @@ FAR = 3  # factor beyond these limits from which a learning rate is doubtful
 OF_IMAGES = 256  # number of images for which learning rates are compared
 
 CUSTOM = "custom"  # loss_type of a user's own function
-READ_NO_KEYS = ("lejepa", "visreg", "emp", "frossl")  # losses that read no keys
-SIMILARITIES = ("ce", "dcl", "bce", "ip", "sce", "seed", "supcon")  # losses that compare a query with negatives
+SIMILARITIES = losses_with(lambda loss: loss.negatives is not None)  # compare a query with negatives
 READ_QUEUE = (*SIMILARITIES, "swav")
 STRENGTHS = ("brightness", "contrast", "saturation", "hue")
 
@@ -78,8 +86,7 @@ DERIVED: dict[str, Callable[[ModelParams], Any]] = {
 # setting -> {another setting: values with which the first has an effect; None: all but 0, False, None and []}
 # tests/training/test_advice.py trains with every loss and optimizer: no row may be wrong, and none may be missing.
 NEEDS: dict[str, dict[str, tuple | None]] = {
-    "T": {"loss_type": ("ce", "dcl", "bce", "sce", "seed", "supcon", *OF_PROTOTYPES)},
-    "dcl_sigma": {"loss_type": ("dcl",)},
+    **{name: {"loss_type": found} for name in attrs.fields_dict(ModelParams) if (found := losses_that_read(name))},
     "eqco_alpha": {"use_eqco_margin": None},
     "use_negative_examples_from_batch": {"loss_type": SIMILARITIES},
     "use_negative_examples_from_same_view": {"loss_type": tuple(n for n in SIMILARITIES if n not in ("sce", "seed"))},
@@ -87,22 +94,18 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     **dict.fromkeys(("K", "gather_keys_for_queue"), {QUEUE: None}),
     "teacher_channels": {"teacher": None},
     "teacher_crop_size": {"teacher": None},
-    **dict.fromkeys(("n_prototypes", "prototypes_frozen_epochs"), {"loss_type": OF_PROTOTYPES}),
+    "prototypes_frozen_epochs": {"loss_type": OF_PROTOTYPES},
     "use_both_augmentations_as_queries": {
         LARGE_VIEWS: None,
-        "loss_type": (*(one for one in LOSSES if one not in OF_ALL_VIEWS), CUSTOM),
+        "loss_type": (*losses_with(lambda loss: not loss.all_views), CUSTOM),
     },
     "queue_from_epoch": {"loss_type": ("swav",), QUEUE: None},
-    **{"center_momentum": {"loss_type": ("dino",)}, "sigreg_weight": {"loss_type": ("lejepa", "visreg")}},
+    "center_momentum": {"loss_type": ("dino",)},
     **dict.fromkeys(("m", "use_momentum_schedule"), {"use_lagging_model": None}),
     "stop_gradient_of_keys": {GRADIENT: None, "loss_type": (*SIMILARITIES, "vic", "barlow", "fastsiam", CUSTOM)},
-    "use_lagging_model": {"loss_type": (*(one for one in LOSSES if one not in READ_NO_KEYS), CUSTOM)},
+    "use_lagging_model": {"loss_type": (*losses_with(lambda loss: loss.keys), CUSTOM)},
     "n_virtual_devices": {"shuffle_batch_norm": None},
-    "invariance_loss_weight": {"loss_type": ("vic", "emp", "frossl", "mmcr")},
-    **{f"{term}_loss_weight": {"loss_type": ("vic",)} for term in ("variance", "covariance")},
     "variance_loss_epsilon": {"loss_type": ("vic",)},
-    "redundancy_loss_weight": {"loss_type": ("barlow",)},
-    **{name: {"loss_type": losses} for name, losses in SCHEDULED.items()},
     **{f"{name}_{part}": {f"{name}_warmup_epochs": None} for name in SCHEDULED for part in ("warmup", "warmup_start")},
     **{f"{name}_final": {f"{name}_schedule": ("linear", "cosine")} for name in SCHEDULED},
     **{f"{name}_mlp_last_bias": {f"{name}_mlp_layers": None} for name in HEADS},
@@ -134,6 +137,16 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "final_lr_schedule_value": {"lr_schedule": ("cosine", "linear", "steps")},
     "lr_batch_size": {"lr_scaling": None},
 }
+
+
+def frozen_since(before: set[str], now: set[str]) -> list[str]:
+    """Return a line if fewer weights require a gradient than at construction."""
+    if not (lost := sorted(before - now)):
+        return []
+    return [
+        f"{len(lost)} of {len(before)} weights no longer require a gradient ({lost[0]}, ...). If you did not freeze "
+        "them: load_encoder(encoder=module) freezes its module, so pass it a copy"
+    ]
 
 
 def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:

@@ -1,8 +1,8 @@
 """BaseMethod: what Lightning calls on both methods except their own steps: loaders, batches, checkpoints, exports."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +10,7 @@ import attrs
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -22,12 +23,18 @@ from self_supervised.data.files import readable_rows
 from self_supervised.data.loader import ResumableDataLoader, images_and_labels, size_of_batches, whole_numbers
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
-from self_supervised.training import checkpoints, hyperparameters, label_checks, precision
+from self_supervised.training import checkpoints, hyperparameters, label_checks, preparation
 from self_supervised.training.milestones import is_cut_short
 from self_supervised.training.monitor import TrainingMonitor, as_list
 from self_supervised.training.plan import Plan
 from self_supervised.training.verdict import validating
 from self_supervised.views import augmentations
+
+PLAIN_TYPES = bool | int | float | str | None
+TRAINED_FURTHER = (
+    "training starts from the weights of an earlier one, and epochs, views and schedules start again. To continue it "
+    "instead, resume: fit(model, ckpt_path=...)"
+)
 
 
 class BaseMethod(pl.LightningModule):
@@ -43,6 +50,7 @@ class BaseMethod(pl.LightningModule):
     seed_was_drawn = False  # True if `seed` was None
     step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
+    trains_on_dataset_name = False  # False: on the user's loader
     was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
     float32_hooks: Sequence[RemovableHandle] = ()  # of layers that a CPU cannot train in bfloat16
     about_labels = ""  # the line on the labels of our data set, once it was logged
@@ -55,39 +63,16 @@ class BaseMethod(pl.LightningModule):
         if stage == "fit":
             distributed.refuse_sharding(type(self.trainer.strategy).__name__)
             hyperparameters.refuse_replaced(self.params, self.built)
+            refuse_transfer_of(self.trainer.datamodule)
+        self.trains_on_dataset_name = stage != "fit"  # when fitting: as soon as train_dataloader() is called
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
-        if self.trainer.strategy.root_device.type == "cpu":
-            self.prepare_for_cpu(stage)
-        if self.params.winograd and stage == "fit":
-            self.use_winograd()
-        compiled = self.params.torch_compile
-        for module in self.children() if compiled and stage == "fit" else []:
-            if module._compiled_call_impl is None:
-                module.compile(mode="default" if compiled is True else compiled)
-
-    def prepare_for_cpu(self, stage: str) -> None:
-        # 64 images of 224 pixels in a ResNet-50: 6.9 GB with 2**26, 8.5 GB with 2**30
-        distributed.keep_freed_memory(2**26 if self.params.activation_checkpointing else 2**30)
-        if stage == "fit" and self.trainer.precision in precision.BFLOAT16_ON_CPU:
-            self.float32_hooks = precision.keep_exact(self)
-
-    def use_winograd(self) -> None:
-        """Change convolutions of the encoder, and of the lagging encoder, to Winograd's method, or say why not."""
-        from self_supervised.networks import winograd  # imports Numba, which is slow
-
-        p, lagging = self.params, getattr(self, "lagging_model", None)
-        if (found := (self.trainer.strategy.root_device.type, self.trainer.precision)) != ("cpu", "32-true"):
-            rank_zero_info(f"winograd={p.winograd!r}: no effect on {' in '.join(found)}, only on cpu in 32-true")
-            return
-        image = torch.zeros(1, *p.input_shape)
-        for encoder in [self.model] if lagging is None else [self.model, lagging]:  # of one kind: n is that of both
-            n = winograd.use_winograd(encoder, image, p.batch_size, p.winograd == "auto")
-        rank_zero_info(f"winograd={p.winograd!r}: {n} convolutions of the encoder use Winograd's method")
+        self.float32_hooks = preparation.prepare(self, stage)
 
     def teardown(self, stage: str) -> None:
         for hook in self.float32_hooks:
             hook.remove()
+        self.float32_hooks = ()
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return TrainingMonitor.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
@@ -197,7 +182,11 @@ class BaseMethod(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Check the first batch of the user's validation loaders now, not after an epoch of training."""
-        self.step_metrics = {}
+        if not self.trains_on_dataset_name:
+            hyperparameters.refuse_subsets(self.params)
+        if self.was_trained and not self.trainer.ckpt_path:
+            rank_zero_info(TRAINED_FURTHER)
+        self.was_trained, self.step_metrics = True, {}
         if self.global_step == 0 < self.latest_scores[0]:
             self.latest_scores = (-1, {})  # of an earlier training
         for index, loader in enumerate(as_list(self.trainer.val_dataloaders)):
@@ -284,6 +273,8 @@ class BaseMethod(pl.LightningModule):
         trainer = self._trainer
         if trainer is None or trainer.fast_dev_run or trainer._logger_connector.should_update_logs:
             return True
+        if any(saver.monitor and getattr(saver, "_every_n_train_steps", 0) for saver in trainer.checkpoint_callbacks):
+            return True
         loop, of_all = trainer.fit_loop, trainer.check_val_every_n_epoch is None
         batches = (loop.total_batch_idx if of_all else loop.batch_idx) + 1
         is_validated = batches % (trainer.val_check_batch or math.inf) == 0
@@ -317,16 +308,22 @@ class BaseMethod(pl.LightningModule):
         sets = []
         for index, outputs in sorted(outputs_of.items()):
             loader = as_list(loaders)[index]
-            parts = zip(*outputs, strict=True)
-            x, y = (p[0] if p[0] is None else distributed.gather_evaluated(torch.cat(p), loader) for p in parts)
-            sets.append(readable_rows(y, x))
+            x, y = zip(*outputs, strict=True)
+            x = distributed.gather_evaluated(torch.cat(x), loader)
+            sets.append(readable_rows(None if y[0] is None else distributed.gather_evaluated(torch.cat(y), loader), x))
         outputs_of.clear()
         return sets
 
     # ---- Checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add the number of steps. An epoch that was cut short is not done: a resumed run goes on within it."""
+        """Add the number of steps. An epoch that was cut short is not done: a resumed run goes on within it.
+
+        Hyperparameters of a LightningDataModule become text if they are objects, which could not be read as data only.
+        """
+        if (of_data := checkpoint.get(pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)) is not None:
+            of_data = {name: value if isinstance(value, PLAIN_TYPES) else str(value) for name, value in of_data.items()}
+            checkpoint[pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY] = of_data
         if self.plan is not None:
             checkpoint["steps"] = self.plan.of_checkpoint()
         if self._trainer is not None and is_cut_short(self.trainer):
@@ -356,7 +353,7 @@ class BaseMethod(pl.LightningModule):
             ValueError: the file is corrupt, is not a checkpoint, or would run code.
         """
         content = checkpoints.read_checkpoint(checkpoint_path)
-        settings = hyperparameters.of_checkpoint(content, checkpoint_path, cls.CLASSIFIER, kwargs)
+        settings = hyperparameters.overrides_of_checkpoint(content, checkpoint_path, cls, kwargs)
         with data_only(str(checkpoint_path)), class_names_allowed(content):
             method = super().load_from_checkpoint(checkpoint_path, *args, **settings)
         method.was_trained = True
@@ -380,16 +377,10 @@ class BaseMethod(pl.LightningModule):
             return super().to_torchscript(file_path, method, *args, **kwargs)
 
 
-@contextmanager
-def one_image_explained(x: Tensor) -> Iterator[None]:
-    """Add a way out to PyTorch's error about a batch of one image in train mode, which has no batch statistics."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        way_out = (
-            "choose a larger batch_size or micro_batch_size or, if it is the last one, drop_last_batch=None "
-            "(drop_last=True of your own loader)"
+def refuse_transfer_of(datamodule: pl.LightningDataModule | None) -> None:
+    """Raise ValueError if a data module replaces the hook that makes views here."""
+    if datamodule is not None and is_overridden("on_after_batch_transfer", datamodule):
+        raise ValueError(
+            f"on_after_batch_transfer of {type(datamodule).__name__} would replace the method's, which makes the "
+            "views. Convert images in on_before_batch_transfer"
         )
-        raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error

@@ -25,13 +25,14 @@ from self_supervised import distributed
 from self_supervised.data.loader import ResumableDataLoader
 from self_supervised.folder_lock import locked
 from self_supervised.numerics import not_finite
-from self_supervised.safe_files import atomic_file, safe_load
+from self_supervised.safe_files import atomic_file, local_folder, safe_load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GO_ON = 75  # exit status after a signal where torchrun would take 0 for the end of the training (EX_TEMPFAIL)
 NOT_OF_TRAINING = (  # settings that may differ after a complete training
     "max_epochs", "evaluate_every_n_epochs", "num_data_workers", "decoding_threads", "pin_data_memory",
     "data_on_device", "torch_compile", "activation_checkpointing", "winograd", "data_path", "splits_path",
+    "unreadable_images",
 )  # fmt: skip
 MAKE_GROUPS = (  # settings that determine the optimizer's parameter groups
     "exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr",
@@ -73,9 +74,10 @@ def newest(folder: str | Path) -> Path | None:
     Corrupt ones are reported and skipped.
 
     Raises:
-        ValueError: there are checkpoints, but none of them is valid.
+        ValueError: there are checkpoints, but none of them is valid, or the folder is a URL.
+        OSError, MemoryError: the machine could not read the newest, so all processes stop instead of choosing another.
     """
-    found = sorted(Path(folder).expanduser().glob("step_*.ckpt"), reverse=True)
+    found = sorted(local_folder("folder", folder).glob("step_*.ckpt"), reverse=True)
     for path in found:
         try:
             read_checkpoint(path)
@@ -219,10 +221,11 @@ class Checkpoints(pl.Callback):
     and with others in a `ResumableDataLoader`). On SIGTERM it saves, and the program exits with status 0
     (75 under `torchrun --max_restarts`, which takes 0 for the end of the training). On SIGUSR1,
     which SLURM sends before the time limit if asked to (`--signal=SIGUSR1@120`), it does the same, and requeues the job
-    under SLURM. During a validation, both take effect after it.
+    under SLURM. During a validation or a test, both take effect after it.
 
     Args:
-        folder: directory of the files `step_N.ckpt`, N optimizer steps. It is locked while a training writes into it.
+        folder: local or mounted directory of the files `step_N.ckpt`, N optimizer steps. It is locked while a training
+            writes into it.
         every_n_steps: optimizer steps between files; None: after epochs only.
         keep: number of newest files that are kept.
     """
@@ -230,7 +233,7 @@ class Checkpoints(pl.Callback):
     def __init__(self, folder: str | Path, every_n_steps: int | None = 1000, keep: int = 2):
         if keep < 1 or (every_n_steps is not None and every_n_steps < 1):
             raise ValueError(f"keep={keep} and every_n_steps={every_n_steps} must be at least 1")
-        self.folder = Path(folder).expanduser()
+        self.folder = local_folder("folder", folder)
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.lock = ExitStack()
@@ -284,7 +287,12 @@ class Checkpoints(pl.Callback):
         self.last_saved = trainer.global_step
         if not trainer.fast_dev_run:  # which writes nothing
             refuse_going_back(self.folder, trainer.global_step, "Resume from it, or choose another folder")
-        self.listen()  # again, because Lightning has replaced our handler of SIGTERM
+        self.listen_again()
+
+    def listen_again(self, *_: Any) -> None:
+        self.listen()  # Lightning has replaced our handler of SIGTERM
+
+    on_validation_start = on_test_start = listen_again
 
     def path(self, trainer: pl.Trainer) -> Path:
         return self.folder / name_at(trainer.global_step)
@@ -329,7 +337,10 @@ class Checkpoints(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.validated = True
-        after_training = trainer.state.fn == "validate" and trainer.global_step > 0
+        self.on_test_end(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        after_training = trainer.state.fn != "fit" and trainer.global_step > 0
         if after_training and distributed.any_process(self.received is not None, pl_module.device):
             self.stop(trainer)
 

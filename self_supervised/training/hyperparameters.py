@@ -94,6 +94,15 @@ def refuse_replaced(params: Any, built: Any) -> None:
         )
 
 
+def refuse_subsets(params: Any) -> None:
+    """Raise ValueError for settings that choose among the images of `dataset_name`, which are not those of a loader."""
+    whole = {"data_fraction": 1.0, "label_fraction": None, "labels_per_class": None, "validate_on": "test"}
+    names = [name for name, value in whole.items() if getattr(params, name, value) != value]
+    if names:
+        found = ", ".join(f"{name}={getattr(params, name)!r}" for name in names)
+        raise ValueError(f"{found}: no effect on your own loader. Choose its images yourself, and leave it out")
+
+
 def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -> None:
     """Raise ValueError for Lightning's callbacks that would silently override the settings.
 
@@ -125,27 +134,28 @@ def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -
             )
 
 
-def of_checkpoint(content: dict[str, Any], path: str | Path, classifier: str, passed: dict[str, Any]) -> dict[str, Any]:
+def overrides_of_checkpoint(
+    content: dict[str, Any], path: str | Path, method: type[pl.LightningModule], passed: dict[str, Any]
+) -> dict[str, Any]:
     """Return the settings that replace those of a checkpoint, to be passed to Lightning's `load_from_checkpoint`.
 
     Args:
         content: the checkpoint.
         path: where it lies.
-        classifier: name of the method's classifier layer. Its number of classes is taken from the file, because the
-            images from which it was counted may be gone.
+        method: class that loads it. The number of classes is that of its classifier in the file, because the images
+            from which it was counted may be gone.
         passed: settings that the caller passes. They win.
 
     Raises:
         ValueError: the checkpoint is of the other stage.
     """
     settings = content.get("hyper_parameters", {})
-    wants_linear = classifier == "classifier"
-    if wants_linear and "loss_type" in settings:
+    if method.needs_labels and "loss_type" in settings:
         raise ValueError(
             f"{path} is a checkpoint of a pretraining. Call LinearClassifierMethod.from_moco_checkpoint, which takes "
             "its encoder"
         )
-    if not wants_linear and "classifier.weight" in content["state_dict"]:
+    if not method.needs_labels and "classifier.weight" in content["state_dict"]:
         raise ValueError(
             f"{path} is a checkpoint of a linear classifier. Call LinearClassifierMethod.load_from_checkpoint, or "
             "start a pretraining from its encoder: encoder_weights=PATH"
@@ -153,7 +163,7 @@ def of_checkpoint(content: dict[str, Any], path: str | Path, classifier: str, pa
     replaced = dict(vetted(settings, path, passed))
     if settings.get("loss_type") in ("sce", "seed"):  # earlier versions took it, and compared other vectors
         replaced["use_negative_examples_from_same_view"] = False
-    weight = content["state_dict"].get(f"{classifier}.weight")
+    weight = content["state_dict"].get(f"{method.CLASSIFIER}.weight")
     if weight is not None and len(weight) != packed_classes(settings):
         replaced["n_classes"] = len(weight)
     return {**replaced, **passed}

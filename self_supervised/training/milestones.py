@@ -42,7 +42,7 @@ class Best(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         dataset = pl_module.params.dataset_name
-        if getattr(pl_module, "trains_on_own_data", True) and uses_test_labels(self.name, dataset):
+        if getattr(pl_module, "trains_on_dataset_name", True) and uses_test_labels(self.name, dataset):
             rank_zero_warn(
                 f"save_best={self.name!r} selects the epoch by labels of the test set of {dataset}, which has no "
                 "validation set, so test scores of that epoch are too good. Select by valid_rank_me or "

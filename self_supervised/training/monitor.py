@@ -1,6 +1,8 @@
 """Callbacks that observe a training: TrainingMonitor (warnings and checks), and those that log more."""
 
 import math
+import zlib
+from pathlib import Path
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -21,6 +23,7 @@ from self_supervised.training.parameter_groups import ONLINE
 
 COLLAPSED_STD = 0.15  # step_projection_std below which the mean cosine of different images is 0.98 or more
 LOG_INTERVAL = 50  # optimizer steps per row of metrics.csv
+SHARED_OUT = "--out must be on a disk that all machines share"
 COLLAPSED_RANK = 2.0  # RankMe below which the embeddings are nearly one direction
 
 
@@ -61,11 +64,18 @@ class TrainingMonitor(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.random_state = torch.get_rng_state()
-        share_seed(pl_module, trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        refuse_differing("precision", trainer.precision, "Pass the same --precision to all", device)
+        refuse_differing("stage", stage, SHARED_OUT, device)
+        share_seed(pl_module, device)
         if pl_module.first_epoch == 1:
             count_epochs(trainer, pl_module)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user chose stays
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        resumed = Path(trainer.ckpt_path or "").name
+        refuse_differing("ckpt_path", resumed, SHARED_OUT, trainer.strategy.root_device)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """Keep what `on_train_start` compares and restores, if a run is resumed."""
@@ -216,6 +226,13 @@ def count_epochs(trainer: pl.Trainer, method: pl.LightningModule) -> None:
         log_metrics(connector, {"epoch": method.epoch, **metrics} if metrics else metrics, step)
 
     connector.log_metrics = with_epoch
+
+
+def refuse_differing(name: str, value: str, advice: str, device: torch.device) -> None:
+    """Raise ValueError on all processes if a value differs between them. Otherwise they would wait for one another."""
+    hashes = distributed.gather(torch.tensor([zlib.crc32(value.encode())], device=device))
+    if (hashes != hashes[0]).any():
+        raise ValueError(f"{name}={value!r} on process {distributed.rank()} is not that of all. {advice}")
 
 
 def share_seed(method: pl.LightningModule, device: torch.device) -> None:

@@ -12,8 +12,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from self_supervised.convolutions import PointConv2d
 from self_supervised.networks.encoders import FASTEST_LAYOUT
-from ws_resnet import PointConv2d
 
 VARIABLE = "SELF_SUPERVISED_PRECISION"  # environment variable with the precision that "auto" means
 LEAST_SPEEDUP = 1.1  # of bfloat16: less is within the noise of a measurement on a busy machine
@@ -38,7 +38,7 @@ def best_precision(method: Any, accelerator: str = "auto", n_processes: int = 1)
 
 
 def choose(method: Any, accelerator: str = "auto", n_processes: int = 1) -> tuple[str, str]:
-    """Return (precision, reason). The answer is the same on all processes of a training."""
+    """Return (precision, reason). Processes on different GPUs may choose differently; monitor.py refuses that."""
     if precision := os.environ.get(VARIABLE):
         return precision, VARIABLE
     if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda"):
@@ -151,8 +151,10 @@ def has_blind_tap(size: int, kernel: int, stride: int, padding: int, dilation: i
     return any(all(not 0 <= start + tap * dilation < size for start in starts) for tap in range(kernel))
 
 
-def refuse_half_precision(precision: str, m: float) -> None:
-    """Raise ValueError if the lagging model, which keeps m of itself at each step, would be in half precision."""
+def refuse_half_precision(precision: str, m: float, lagging: nn.Module) -> None:
+    """Raise ValueError if the lagging model, which keeps m of itself at each step, is or will be in half precision."""
+    if any(weight.dtype in (torch.bfloat16, torch.float16) for weight in lagging.parameters()):
+        raise ValueError("the weights are in half precision, left by another Trainer. Call float() of the method first")
     if precision in ("bf16-true", "16-true"):
         raise ValueError(
             f"precision={precision!r} is too low for the lagging model: half precision rounds its updates, of which "

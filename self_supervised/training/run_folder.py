@@ -102,7 +102,8 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str], resumes: 
     keep_edited(out / "config.yaml")
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in new if old and old.get(name) != new.get(name)]
     if changed:
-        say(f"{out} resumes with changed settings: {', '.join(changed)}")
+        begins = "resumes" if resumes or not arguments else "starts over"
+        say(f"{out} {begins} with changed settings: {', '.join(changed)}")
     atomic_write(out / "config.yaml", config)
     if arguments:
         commands = out / "command.txt"

@@ -400,7 +400,9 @@ def test_what_is_refused_at_construction(photos):
     with pytest.raises(ValueError, match="splits_path=.*00.png' is a file"):
         listed(params(photos, splits_path=str(photos / "china/00.png")))
     two = {"include_patterns": ["*/00.png", "*/01.png"]}
-    with pytest.raises(ValueError, match="val_size=.*no class of the 4 images .* for val .*val_size=0 or test_size=0"):
+    with pytest.raises(
+        ValueError, match="val_size=.*no class of the 4 .* test_size=0, add images, or set labels_from=None"
+    ):
         listed(params(photos, **two))
     assert [len(listed(params(photos, val_size=0.0, **two), split)) for split in ("train", "test")] == [2, 2]
 
@@ -658,6 +660,36 @@ def test_the_program_scores_the_test_set_and_keeps_the_splits(photos, tmp_path, 
     monkeypatch.setattr(sys, "argv", ["train.py", *config])
     train_program.main()
     assert not (tmp_path / "run").exists() and kept in (tmp_path / "moved/config.yaml").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:1 files could not be read")
+def test_an_unreadable_image_ends_no_run_for_good_and_lists_are_kept(tmp_path, capsys):
+    photos = write(
+        tmp_path / "photos", {name: f"{'test' if name.endswith('0.png') else 'train'}/{name}" for name in NAMES}
+    )
+    broken = {split: photos / split / "china" / name for split, name in (("train", "01.png"), ("test", "10.png"))}
+    for path in broken.values():
+        path.write_bytes(b"")
+    size = "--transform_crop_size 32 --encoder_arch timm:earlier_tiny --batch_size 8 --dim 8 --mlp_hidden_dim 8"
+    line = f"simclr --dataset_name folder --data_path photos {size} --num_data_workers 0 --seed 0 --evaluations rank_me"
+    line = f"{line} --val_size 0.2 --max_epochs"
+    (photos / "val/china").mkdir(parents=True)
+    shutil.copy(photos / "test/china/20.png", photos / "val/china")
+    with pytest.raises(SystemExit, match="train/china/01.png could not be read"):
+        train_program.main(f"{line} 1 --out run".split())
+    broken["train"].unlink()
+    with pytest.raises(SystemExit, match="test/china/10.png could not be read"):
+        train_program.main(f"{line} 1 --out run --data_seed 1".split())
+    assert "run starts over with changed settings: data_seed 0 -> 1" in capsys.readouterr().out
+    assert {"epochs", "trained encoder"} <= json.loads((tmp_path / "run/results.json").read_text()).keys()
+    line = f"{line} 1 --data_seed 1 --unreadable_images skip --resume"
+    train_program.main(f"{line} auto --out run".split())
+    assert "test set" in json.loads((tmp_path / "run/results.json").read_text())
+    Image.new("RGB", (SIDE, SIDE)).save(photos / "train/china/new.png")
+    train_program.main(f"{line} run --out other --max_epochs 2".split())
+    assert f"splits_path: {tmp_path / 'run/splits'}" in (tmp_path / "other/config.yaml").read_text()
+    p = params(photos, data_seed=1, val_size=0.2)
+    assert preflight.with_resumed_lists(p, tmp_path / "run", "auto").splits_path == str(tmp_path / "run/splits")
 
 
 def test_an_encoder_of_unlabeled_images_is_evaluated_on_a_directory_of_labels(tmp_path, monkeypatch):

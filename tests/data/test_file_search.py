@@ -122,6 +122,7 @@ def test_what_is_passed_over_is_counted_by_reason_and_said_once(tmp_path, caplog
     with pytest.raises(ValueError, match="c holds no images; passed over: .*heic"):
         (tmp_path / "c").mkdir()
         samples_in_class_folders(tmp_path)
+    assert str(PassedOver({".txt": [1, "b\udcff/x.txt"]})) == "; passed over: 1 .txt (such as b\ufffd/x.txt)"
     many = PassedOver()
     for i in range(9):
         many.add(f".{i}", "x", n=10 - i)

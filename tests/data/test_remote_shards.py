@@ -8,6 +8,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from test_custom_data import params as custom_params
 from test_stored_data import write_shards, write_tar
 
-from self_supervised.data import foreign_paths, loader, loading, remote_shards, tar_shards
+from self_supervised.data import foreign_paths, loader, loading, packed_files, remote_shards, tar_shards
 from self_supervised.embeddings import sources
 
 FAULTS = ("none", "500", "none", "dropped", "short", "slow", "none", "reset")
@@ -198,15 +199,32 @@ def test_splits_and_resuming_are_those_of_the_disk(server, shards, tmp_path):
     assert same(ours, theirs) and lists == expected and len(ours) == 7
 
 
-def test_the_index_is_kept_until_the_etag_changes(server):
+def test_the_index_is_kept_until_the_etag_changes(server, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(remote_shards.file_system(server.url), "invalidate_cache", lambda: forgotten.append(1))
+
     def read() -> int:
         tar_shards.known.clear(), server.sent.clear()
         loading.get_dataset(params(server.url), ("train",))
         return len(server.sent)
 
-    assert (read(), read()) == (5, 0)
+    assert (read(), read()) == (5, 0) and len(forgotten) == 1 + 5 + 1  # before the requests, and after each download
     server.etag = "2"
     assert (read(), read()) == (5, 0)
+
+
+def test_shards_are_downloaded_to_be_packed(server):
+    dataset = loading.get_dataset(params(server.url), ("train",), ())
+    for copy in copies():
+        copy.unlink()
+    packed_files.pack_files(dataset, workers=0)
+    assert len(copies()) == 5 and all(dataset.packed(i) is not None for i in range(len(dataset)))
+
+
+def test_shards_on_the_hub_are_known_by_their_hash(monkeypatch):
+    info = {"size": 7, "blob_id": "abc", "last_commit": None}
+    monkeypatch.setattr(remote_shards, "file_system", lambda _: SimpleNamespace(info=lambda _: info))
+    assert remote_shards.signature_of(remote_shards.place_of("hf://datasets/a/b/0.tar")) == (7, "abc")
 
 
 def test_of_large_members_only_headers_are_read(server, tmp_path, monkeypatch):

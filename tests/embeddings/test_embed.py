@@ -11,6 +11,7 @@ import runpy
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -345,8 +346,20 @@ def test_unreadable_images_stop_or_are_listed(photos, tmp_path, capsys):
     assert parquet.count_rows(out) == 24 and parquet.facts_of_file(out)["unreadable"] == {}
     for file in photos.rglob("*.*"):
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 24 images"):
+    with pytest.raises(ValueError, match=r"none of the 24 images in .* read, such as china/far/1.png \([^)]*\). Fix"):
         embed.embed(tiny(), photos, tmp_path / "g.parquet", skip_unreadable=True, **options)
+
+
+def test_overwriting_resumes_only_what_was_overwriting(photos, tmp_path, monkeypatch):
+    bad, seen = photos / "flower" / "near" / "8.png", count_images(monkeypatch)  # in the last batch of 4
+    good = bad.read_bytes()
+    bad.write_bytes(b"")
+    for overwrite, n in ((False, 20), (True, 40), (True, 44)):
+        with nullcontext() if n == 44 else pytest.raises(ValueError, match="8.png"):
+            embed.embed(tiny(), photos, tmp_path / "f.parquet", **OPTIONS | {"batch_size": 4}, overwrite=overwrite)
+        assert sum(seen) == n
+        if n == 40:
+            bad.write_bytes(good)
 
 
 def embed_and_measure(folder: Path) -> None:
@@ -443,6 +456,14 @@ def test_an_image_finds_its_own_copy_first(digits, features, tmp_path, monkeypat
     assert "7/0007.png" not in tables[1].split("\n", 1)[1]
     height, width, _ = np.asarray(Image.open(out)).shape
     assert width > 7 * nearest.PICTURE_SIDE and height > 6 * nearest.PICTURE_SIDE  # three queries, two lines each
+
+
+def test_a_file_is_not_taken_for_a_row_of_the_same_path(digits, features, monkeypatch, capsys):
+    Path("7").mkdir()
+    shutil.copy(digits / "3" / "0003.png", "7/0007.png")
+    assert run_command(monkeypatch, nearest, features, "7/0007.png", "-k", 1) == ""
+    assert capsys.readouterr().out.splitlines()[2].split() == ["1", "1.0000", "3", "3/0003.png"]
+    assert parquet.rows_of_ids(features, []) == {}
 
 
 def test_a_picture_that_is_gone_is_left_empty(digits, features, tmp_path, monkeypatch, capsys):

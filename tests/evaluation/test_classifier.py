@@ -208,7 +208,13 @@ def test_few_images_are_hinted_at_and_refusals_say_what_to_do(images, checkpoint
         run("classify", checkpoint, *apply)
     with pytest.raises(SystemExit, match=r"labeled=None: .*encoder.ckpt holds no classifier. Pass a directory"):
         run("classify", checkpoint, *apply[:-2])
-    shutil.copytree(labeled / "zero", labeled / "train")
+    for options in (["--image_key", "jpg"], ["--label_key", "cls", "--labeled", labeled], ["--labels_from", "none"]):
+        with pytest.raises(SystemExit, match=f"{options[0][2:]}: no effect. Leave it out"):
+            run("classify", checkpoint, *apply[:-2], *options)
+    shutil.copytree(labeled / "zero", labeled / "probability")
+    with pytest.raises(SystemExit, match="class 'probability': a column of the CSV file has this name. Rename"):
+        run("classify", checkpoint, "--labeled", labeled, *apply)
+    (labeled / "probability").rename(labeled / "train")
     with pytest.raises(SystemExit, match="few' has splits, and images outside them, such as zero/nested"):
         run("classify", checkpoint, "--labeled", labeled, *apply)
     with pytest.raises(ValueError, match="out=.*is a directory"):

@@ -231,6 +231,10 @@ def test_timms_vit_is_built_for_the_size_of_the_images(tmp_path):
     assert own.embed(images).shape == bare.embed(images).shape == (2, 192)
     with pytest.raises(ValueError, match="pos_embed"):
         load_encoder(tmp_path / "own.ckpt", transform_crop_size=64)
+    with_small = SelfSupervisedMethod("dino", **fields, n_small_views=1, transform_small_crop_size=48, seed=0)
+    weights = with_small.model.state_dict()
+    assert with_small.model(torch.zeros(2, 3, 48, 48)).shape == (2, 192)
+    assert {name: x.shape for name, x in weights.items()} == {n: x.shape for n, x in model.model.state_dict().items()}
 
 
 def clips(name, size=16, frames=4, **fields):

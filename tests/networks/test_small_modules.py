@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 import ws_resnet
+from self_supervised import convolutions
 from self_supervised.catalogue import NORMALIZATIONS
 from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, own_queue
@@ -124,7 +125,7 @@ def test_ws_resnet_is_a_group_normalized_resnet_with_standardized_weights():
 
 
 def test_point_convolution_pads_as_conv2d_does():
-    ours = ws_resnet.PointConv2d(4, 6, 3, padding="same")
+    ours = convolutions.PointConv2d(4, 6, 3, padding="same")
     x = torch.randn(2, 4, 2, 2)
     assert torch.equal(ours(x), F.conv2d(x, ours.weight, ours.bias, padding="same"))
 
@@ -134,7 +135,7 @@ def test_point_convolution_pads_as_conv2d_does():
 def test_point_convolution_is_the_convolution(kernel, padding, stride, height, width):
     if min(height, width) + 2 * padding < kernel:
         return
-    ours = ws_resnet.PointConv2d(4, 6, kernel, stride, padding).double()
+    ours = convolutions.PointConv2d(4, 6, kernel, stride, padding).double()
     x = torch.randn(3, 4, height, width, dtype=torch.float64, requires_grad=True)
     theirs = F.conv2d(x, ours.weight, ours.bias, stride, padding)
     assert torch.allclose(ours(x), theirs, atol=1e-12) and ours(x).shape == theirs.shape
@@ -158,11 +159,11 @@ def test_own_queues_are_those_of_as_many_processes():
 def test_shared_weights_give_the_gradients_of_autocast(size, stride):
     """Two passes within `weights_shared` equal autocast's in bfloat16, and are bit-identical in float32."""
     torch.manual_seed(0)
-    layer = ws_resnet.PointConv2d(24, 40, 3, stride, 1, bias=False).to(memory_format=torch.channels_last)
+    layer = convolutions.PointConv2d(24, 40, 3, stride, 1, bias=False).to(memory_format=torch.channels_last)
     views = [torch.randn(6, 24, size, size, requires_grad=True) for _ in range(2)]
 
     def gradients(bf16: bool, *shared: torch.nn.Module) -> list[torch.Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), ws_resnet.weights_shared(*shared):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), convolutions.weights_shared(*shared):
             loss = sum((layer(x).float() * (i + 1)).sin().sum() for i, x in enumerate(views))
         return torch.autograd.grad(loss, [layer.weight, *views])
 

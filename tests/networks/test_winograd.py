@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco import SelfSupervisedMethod
+from self_supervised.convolutions import PointConv2d
 from self_supervised.networks import winograd
 from self_supervised.networks.winograd_ops import PANEL
-from ws_resnet import PointConv2d
 
 
 @pytest.mark.parametrize("threads", [1, 2])

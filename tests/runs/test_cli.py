@@ -705,9 +705,9 @@ def test_compare_shows_exactly_what_differs_and_joins_seeds(run, tmp_path, capsy
 def test_an_epoch_that_test_labels_choose_is_named(name, dataset, warned, tmp_path):
     best, params = milestones.Best(tmp_path, name), ModelParams(dataset_name=dataset)
     with pytest.warns(UserWarning, match="save_best") if warned else nullcontext():
-        best.on_train_start(None, SimpleNamespace(params=params, trains_on_own_data=True))
+        best.on_train_start(None, SimpleNamespace(params=params, trains_on_dataset_name=True))
     best.on_train_start(
-        None, SimpleNamespace(params=params, trains_on_own_data=False)
+        None, SimpleNamespace(params=params, trains_on_dataset_name=False)
     )  # validated on the user's images
 
 

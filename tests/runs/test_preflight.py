@@ -146,6 +146,21 @@ def test_evaluate_refuses_before_the_first_protocol_runs(options, message, small
         evaluate.evaluate_checkpoint("a.ckpt", **{"protocols": ["knn"], "baselines": False, **options})
 
 
+def test_no_image_is_held_out_if_nothing_is_scored(small, capsys):
+    for name in ("cat", "dog"):
+        images(Path("photos") / name)
+    line = "--dataset_name folder --data_path photos --num_data_workers 0 --evaluations [] --val_size 0 --test_size 0"
+    train.main(["simclr", *SMALL.split(), *line.split(), "--dry_run", "--preview", "views.png"])
+    assert "24 for training" in capsys.readouterr().out and Path("views.png").is_file()
+    fields = {"dataset_name": "folder", "data_path": "photos", "transform_crop_size": 16, "num_data_workers": 0}
+    model = SelfSupervisedMethod(small(**fields, evaluations=[], val_size=0, test_size=0))
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, "a.ckpt")
+    (run,) = evaluate.evaluate_checkpoint("a.ckpt", ["rank_me"], baselines=False, device="cpu")["runs"]
+    assert run["scores"]["rank_me"] > 1
+    with pytest.raises(ValueError, match="photos has no images for test"):
+        evaluate.evaluate_checkpoint("a.ckpt", ["rank_me", "knn"], baselines=False, device="cpu")
+
+
 def test_a_dry_run_names_all_unreadable_images_at_once(monkeypatch, tmp_path, capsys):
     """The corrupt files are known beforehand; a run alone would stop at the first of them."""
     images(tmp_path / "photos", 40)

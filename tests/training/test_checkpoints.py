@@ -1,5 +1,6 @@
 """Checkpoints that are corrupt, would run code, or do not fit on the disk."""
 
+import errno
 import os
 import re
 import resource
@@ -49,6 +50,9 @@ def test_the_newest_are_kept_and_nothing_unfinished(saved):
     assert newest(saved / "nothing") is None
     with pytest.raises(ValueError, match="keep=0 and every_n_steps=5 must be at least 1"):
         Checkpoints(saved, every_n_steps=5, keep=0)
+    for made_of in (Checkpoints, newest):
+        with pytest.raises(ValueError, match="folder=s3://bucket/run: a URL"):
+            made_of("s3://bucket/run")
 
 
 def flip_a_bit(path: Path, at: float) -> None:
@@ -87,6 +91,16 @@ def test_a_damaged_file_is_named_and_the_one_before_it_taken(kind, saved):
         pytest.raises(ValueError, match="none of the 3 checkpoints in .* is valid"),
         pytest.warns(UserWarning),
     ):
+        newest(saved)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_an_error_of_the_machine_is_not_taken_for_a_damaged_file(error, saved, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)):
         newest(saved)
 
 

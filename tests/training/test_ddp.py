@@ -259,6 +259,26 @@ def test_processes_with_other_seeds_are_refused(tmp_path):
         assert found["error"].startswith("seed differs between processes ([1, 2])")
 
 
+def other_choices(rank: int, world: int, folder: str) -> list[str]:
+    """Let each process choose a precision, whether it resumes, and from which checkpoint."""
+    method = SelfSupervisedMethod(PRESETS["moco_v2"](**SMALL, evaluations=[]), encoder=encoder())
+    fit = trainer(world, limit_train_batches=1)
+    fit.fit(method)
+    torch.save(fit._checkpoint_connector.dump_checkpoint(), path := f"{folder}/{rank}.ckpt")
+    begin = (
+        lambda: trainer(world, precision=("32-true", "bf16-mixed")[rank]).validate(method),
+        lambda: trainer(world).fit(method) if rank else trainer(world).validate(method),
+        lambda: trainer(world, max_epochs=2).fit(method, ckpt_path=path),
+    )
+    return [str(pytest.raises(ValueError, one).value) for one in begin]
+
+
+def test_processes_with_other_precisions_and_checkpoints_are_refused(tmp_path):
+    for rank, found in enumerate(processes.run(other_choices, 2, tmp_path, 2, str(tmp_path))):
+        for message, name in zip(found, ("precision=", "stage=", f"ckpt_path='{rank}.ckpt'"), strict=True):
+            assert message.startswith(name) and "is not that of all" in message
+
+
 def share_of_one_process(rank: int, world: int) -> str:
     images = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8)
     method = SelfSupervisedMethod(PRESETS["moco_v2"](**SMALL, evaluations=[]), encoder=encoder())

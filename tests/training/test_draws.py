@@ -106,6 +106,8 @@ def test_order_of_shards_does_not_depend_on_the_number_of_processes(monkeypatch)
         ]
         orders.append(list(itertools.chain.from_iterable(zip(*dealt, strict=True))))
     assert len(set(orders[0])) == 192 and orders[1:] == orders[:1] * 3
+    images.shards = 3 * Images.shards + 2  # of a data set with shards in between that are of another split
+    assert list(ResumableSampler(images, 1, 0, seed=3, drop_last=True, step=STEP)) == orders[0]
 
 
 def test_evaluations_have_the_same_order_in_all_epochs(small):

@@ -11,11 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moco
-import ws_resnet
 from batchrenorm import BatchRenorm2d
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
-from self_supervised import losses
+from self_supervised import convolutions, losses
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy
 
 N = 12
@@ -70,7 +69,7 @@ def test_weights_that_passes_share_have_all_gradients(precision, monkeypatch):
     views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
     params = PRESETS["simclr"](dataset_name="cifar10", low_resolution_stem=False, micro_batch_size=4, evaluations=[])
     found = []
-    for sharing in (ws_resnet.weights_shared, lambda *_: nullcontext()):
+    for sharing in (convolutions.weights_shared, lambda *_: nullcontext()):
         monkeypatch.setattr(moco, "weights_shared", sharing)
         gradients = Gradients()
         fit = trainer_of(1, precision=precision, callbacks=[gradients])

@@ -11,10 +11,10 @@ from torch import nn
 import self_supervised as ssl
 from moco import SelfSupervisedMethod
 from self_supervised import train
+from self_supervised.convolutions import PointConv2d
 from self_supervised.networks.encoders import FASTEST_LAYOUT, get_encoder
 from self_supervised.training import precision
 from self_supervised.training.verdict import Verdict
-from ws_resnet import PointConv2d
 
 CLIPS = {"dataset_name": "kinetics", "num_frames": 4}
 CNNS = ["small_cnn", "resnet18", "ws_resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small"]

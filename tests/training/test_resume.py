@@ -236,12 +236,15 @@ def test_a_signal_saves_and_ends_the_run_cleanly(world, to, number, tmp_path):
     assert queued.exists() == (number == "SIGUSR1") and (not queued.exists() or queued.read_text() == "requeue 123\n")
 
 
-def signalled_before_training(rank: int, folder: str) -> tuple[int, bool]:
-    """Send SIGUSR1 while the encoder is scored before its training, as train.py does."""
+def signalled_outside_training(rank: int, folder: str) -> tuple[int, bool]:
+    """Send a signal while the encoder is scored before and after its training, as train.py does."""
 
     class Signal(pl.Callback):
         def on_validation_start(self, trainer, module):
             os.kill(os.getpid(), signal.SIGUSR1)
+
+        def on_test_batch_start(self, *_):
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGUSR1)
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -250,16 +253,17 @@ def signalled_before_training(rank: int, folder: str) -> tuple[int, bool]:
     method = build("moco", folder)[0]
     trainer.validate(method, verbose=False)
     restored = signal.getsignal(signal.SIGUSR1) == before
-    try:
+    with pytest.raises(SystemExit):
         trainer.fit(method)
-    except SystemExit:
-        return trainer.global_step, restored
-    return -1, restored
+    steps = trainer.global_step
+    with pytest.raises(SystemExit):  # at the end of the test, when every batch was seen
+        trainer.test(method, verbose=False)
+    return steps, restored and trainer.test_loop.batch_progress.is_last_batch
 
 
-def test_a_signal_before_training_ends_the_run_at_once(tmp_path):
+def test_a_signal_before_or_after_training_ends_the_run(tmp_path):
     """Lightning itself would, under SLURM, save a file in the working directory from which later runs would start."""
-    assert processes.run(signalled_before_training, 1, tmp_path, str(tmp_path)) == [(1, True)]
+    assert processes.run(signalled_outside_training, 1, tmp_path, str(tmp_path)) == [(1, True)]
     assert newest(tmp_path / "run").name == "step_000000001.ckpt" and not list(Path.cwd().glob("*.ckpt"))
 
 

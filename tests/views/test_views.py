@@ -13,6 +13,7 @@ from model_params import OF_ALL_VIEWS, PRESETS, ModelParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import loading
 from self_supervised.runs import preview
+from self_supervised.training.plan import Plan
 from self_supervised.views import augmentations
 
 SYMMETRIC = {"sce", "byol", "simclr", "dcl", "moco_v3", "simsiam", "sce_video", "swav", "dino", "nnclr", "supcon"}
@@ -124,10 +125,27 @@ def barlow_twins(a, b, queue, p):
     return 0.1 * (error.diagonal().sum() + 0.0051 * (error.sum() - error.diagonal().sum()))
 
 
+def nnclr(q, k, queue, p):
+    neighbors = queue[(k @ queue.T).argmax(1)]
+    return info_nce(neighbors, q, others(neighbors @ q.T), p.T)  # over the predictions for one neighbor: equation 3
+
+
+def dino_of(model):
+    """The student is compared with its own prototypes, the teacher with the lagging ones and with their center."""
+    prototypes, lagging = (F.normalize(w.weight, dim=1) for w in (model.prototypes, model.lagging_prototypes))
+    center = model.lagging_prototypes.center.clone()  # the step moves it
+
+    def dino(q, k, queue, p):
+        target = torch.softmax((k @ lagging.T - center) / p.sce_target_T, 1).detach()
+        return -(target * (q @ prototypes.T / p.T).log_softmax(1)).sum(1).mean()
+
+    return dino
+
+
 @pytest.mark.parametrize(
     "name, formula, n_terms",
     [("moco_v2", moco, 1), ("byol", byol, 2), ("simclr", simclr, 2), ("sce", sce, 2), ("vicreg", vicreg, 1),
-     ("barlow_twins", barlow_twins, 1), ("simsiam", simsiam, 2)],
+     ("barlow_twins", barlow_twins, 1), ("simsiam", simsiam, 2), ("nnclr", nnclr, 1), ("dino", dino_of, 1)],
 )  # fmt: skip
 def test_loss_and_gradient_of_two_large_and_two_small_views(name, formula, n_terms, small, monkeypatch):
     """Compare the loss (mean over pairs, times the number of pairs of two views) and where gradients flow."""
@@ -136,8 +154,12 @@ def test_loss_and_gradient_of_two_large_and_two_small_views(name, formula, n_ter
     monkeypatch.setattr(model, "log_dict", lambda _: None)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # no rounding to float32 on the way
     if model.lagging_model is not None:  # makes keys differ from z
-        for p in model.lagging_model.parameters():
+        for p in [*model.lagging_model.parameters(), *getattr(model.lagging_prototypes, "parameters", list)()]:
             p.add_(0.3 * torch.randn_like(p))
+    if name == "dino":
+        model.plan = Plan(1, 1, 16, 0.1, 10, 10)
+        model.lagging_prototypes.center.normal_()
+        formula = formula(model)
     p, views = model.params, [torch.randn(16, 1, size, size, dtype=torch.double) for size in (12, 12, 8, 8)]
 
     def gradients(loss):
