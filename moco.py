@@ -378,9 +378,9 @@ class SelfSupervisedMethod(BaseMethod):
         if self.teacher is not None:
             checkpoint["teacher"] = self.teacher.hash
         if self.queue is not None and self.params.gather_keys_for_queue is False:
-            checkpoint["queues"] = {
-                name: distributed.gather(t[None]).cpu() for name, t in self.queue.state_dict().items()
-            }
+            device = self.trainer.strategy.root_device  # after a training, Lightning has moved the method to the CPU
+            state = self.queue.state_dict().items()
+            checkpoint["queues"] = {name: distributed.gather(t[None].to(device)).cpu() for name, t in state}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the queue of this process, also from the original's format: `queue` [D, K] and `queue_ptr` [1]."""

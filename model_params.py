@@ -435,7 +435,7 @@ class ModelParams(EncoderAndDataParams):
     # BYOL and the loss
     use_momentum_schedule: bool = False  # raise m to 1 along half a cosine
     loss_constant_factor: float = positive(1, at_most=1e6)  # factor by which the loss is multiplied
-    loss_type: str = choice("ce", LOSSES)  # loss of a pair of views; ce: InfoNCE, ip: BYOL's, vic: VICReg's
+    loss_type: str = choice("ce", LOSSES)  # loss; ce: InfoNCE, ip: BYOL's, vic: VICReg's
     use_negative_examples_from_queue: bool = True  # use the keys of earlier batches as negatives
     use_both_augmentations_as_queries: bool = False  # compute the loss in both directions
     stop_gradient_of_keys: bool = False  # detach keys, as in SimSiam; those of a lagging model always are
@@ -450,7 +450,7 @@ class ModelParams(EncoderAndDataParams):
     use_vicreg_loss: bool = False  # the same as loss_type="vic"
     use_lagging_model: bool = True  # compute keys with a lagging model, the moving average of the network
     use_unit_sphere_projection: bool = True  # scale projections to length 1
-    invariance_loss_weight: float = non_negative(25.0, at_most=1e6)  # weight of VICReg's invariance term, lambda
+    invariance_loss_weight: float = non_negative(25.0, at_most=1e6)  # weight of the invariance (VICReg's lambda)
     variance_loss_weight: float = non_negative(25.0, at_most=1e6)  # weight of VICReg's variance term, mu
     covariance_loss_weight: float = non_negative(1.0, at_most=1e6)  # weight of VICReg's covariance term, nu
     variance_loss_epsilon: float = positive(1e-4)  # constant added to VICReg's variance before the square root

@@ -42,7 +42,7 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 def installed(*packages: str) -> list[str]:
-    """Those of the packages that can be imported; the others are named on stderr."""
+    """Return those of the packages that can be imported, and name the others on stderr."""
     found = []
     for package in packages:
         try:
@@ -175,7 +175,7 @@ def _take_turns(pipe) -> None:
 
 
 def machine(*packages: str) -> str:
-    """One line: processor, threads, GPU, versions, commit."""
+    """Return one line: processor, threads, GPU, versions, commit."""
     instructions = torch.backends.cpu.get_cpu_capability() + (", bfloat16" if has_bfloat16() else "")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     packed = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", *packages)]

@@ -111,7 +111,7 @@ def write_file(index: int, work: Work, photos: list[Image.Image]) -> int:
 
 
 def make_files(work: Work) -> None:
-    """Those that are not there yet. PIL frees Python's lock, so threads will do."""
+    """Write the files that are not there yet, in threads, because PIL frees Python's lock."""
     for i in range(CLASSES):
         (Path(work.folder) / f"class{i}").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
@@ -123,7 +123,7 @@ def make_files(work: Work) -> None:
 
 
 def some(dataset: Dataset, images: int) -> Subset:
-    """So many of them, of every class."""
+    """Return evenly spaced images of a data set, so many."""
     return Subset(dataset, [i * len(dataset) // images for i in range(images)])
 
 
@@ -178,7 +178,7 @@ CONTESTANTS = {
 
 
 def epoch(name: str, work: Work, images: int, workers: int) -> None:
-    """All of it, and whether it is what it should be."""
+    """Run one epoch, and check the number of images, and the shape and type of the views."""
     n, dtype = 0, torch.uint8 if name == UINT8 else torch.float32
     for views in CONTESTANTS[name](work, images, workers):
         assert [(view.shape[1:], view.dtype) for view in views] == [((3, work.size, work.size), dtype)] * 2

@@ -61,7 +61,7 @@ class SmallEncoder(nn.Sequential):
 
 
 def scores(model: SelfSupervisedMethod, trainer: pl.Trainer, path: Path) -> Scores:
-    """Of a model that is saved there first."""
+    """Return the scores of a model, which is saved to `path` first."""
     trainer.save_checkpoint(path, weights_only=False)
     protocols = sorted({protocol for protocol, _ in METRICS.values()})
     found, how = {}, {"encoder": SmallEncoder(), "baselines": False, "fresh": True}

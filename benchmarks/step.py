@@ -151,7 +151,7 @@ def bare(params: ModelParams, steps: int, encoder: nn.Module) -> Callable[[], fl
 
 
 def flops_of_image(params: ModelParams) -> float:
-    """Of the encoder, for all views of one image: forward and backward for queries, forward alone for lagging keys."""
+    """Return the FLOPs of the encoder for all views of an image: forward and backward for queries, forward for keys."""
     encoder, _ = get_encoder(params)
     x = torch.randn(2, 3, params.crop_size, params.crop_size)
     with FlopCounterMode(display=False) as forward, torch.no_grad():

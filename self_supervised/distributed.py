@@ -197,7 +197,7 @@ def own_rows(joined: Tensor) -> Tensor:
 
 
 def positions(first: int, n: int) -> np.ndarray:
-    """Return the places in a joined batch, or in an epoch, of n rows of this process, before which it had `first`."""
+    """Return the places, in a joined batch or epoch, of the rows `first` to `first + n - 1` of this process."""
     return (first + np.arange(n)) * world_size() + rank()
 
 

@@ -207,6 +207,7 @@ KINDS = {
                 "dino": Outcome((43.4, None), (51.5, None), 27.4, "linear", seeds=1),
                 "nnclr": Outcome((43.4, None), (52.5, None), 33.5, "linear", seeds=1),
                 "frossl": Outcome((43.4, None), (55.0, None), 31.2, "linear", seeds=1),
+                "fastsiam": Outcome((43.4, None), (53.4, None), 52.1, "linear", seeds=1),
             },
             lejepa={"max_epochs": 5},  # four views: as many as ten epochs of two
             visreg={"max_epochs": 5},

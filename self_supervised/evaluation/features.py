@@ -352,5 +352,6 @@ def contents(dataset: Dataset, root: str | Path | None = None) -> Iterator[bytes
         yield dataset.labels
         return
     for path, signature, label in dataset.signatures():
-        below = os.path.relpath(path, root or loading.data_path())
+        path, base = os.path.abspath(path), os.path.abspath(root or loading.data_path())
+        below = os.path.relpath(path, base) if path.startswith(f"{base}/") else path  # whatever the current directory
         yield repr((below, label) if root else (below, *signature, label)).encode()

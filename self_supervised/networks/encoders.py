@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
 import ws_resnet
-from model_params import ModelParams
+from model_params import EncoderAndDataParams, ModelParams
 from self_supervised.catalogue import INCEPTIONS, OWN_MODULE, SMALL_CNN, SMALL_CNNS, video_models
 from self_supervised.convolutions import PointConv2d, exchange_convolutions
 from self_supervised.networks import layers, layouts
@@ -24,7 +24,7 @@ FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimen
 LAST_LAYERS = {"squeezenet": nn.Conv2d, "s3d": nn.Conv3d}  # type of the classifier, if it is not linear
 
 
-def get_encoder(params: ModelParams, own: nn.Module | None = None) -> tuple[nn.Module, int]:
+def get_encoder(params: EncoderAndDataParams, own: nn.Module | None = None) -> tuple[nn.Module, int]:
     """Return the encoder `encoder_arch` and the width E of its output.
 
     Args:
@@ -47,7 +47,7 @@ def get_encoder(params: ModelParams, own: nn.Module | None = None) -> tuple[nn.M
     return encoder, width
 
 
-def _get_encoder(p: ModelParams, own: nn.Module | None) -> tuple[nn.Module, int]:
+def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Module, int]:
     """Build the encoder with its stem and its weights from a file, and measure its width."""
     if own is None and p.encoder_arch == OWN_MODULE:
         raise ValueError(f"encoder_arch={OWN_MODULE!r} needs encoder=your_module")
@@ -102,7 +102,7 @@ def check_kind(name: str, dataset_name: str, of_videos: bool) -> None:
         )
 
 
-def file_of_weights(params: ModelParams) -> Path | None:
+def file_of_weights(params: EncoderAndDataParams) -> Path | None:
     """Return the file from which the encoder starts, that of a run if encoder_weights is its directory; None if
     encoder_weights is None or a name."""
     if params.encoder_weights is None:
@@ -111,7 +111,7 @@ def file_of_weights(params: ModelParams) -> Path | None:
     return file if os.path.isfile(file) else None  # Path.is_file raises OSError if the name is too long
 
 
-def source_of_weights(params: ModelParams) -> str | None:
+def source_of_weights(params: EncoderAndDataParams) -> str | None:
     """Return the weights from which the encoder starts, as `load_encoder` accepts them; None for random weights."""
     weights = params.encoder_weights
     if weights is None:
@@ -170,7 +170,7 @@ def refuse_published(name: str, weights: str | None) -> None:
         )
 
 
-def refuse_other_pixels(p: ModelParams, weights: str | None) -> None:
+def refuse_other_pixels(p: EncoderAndDataParams, weights: str | None) -> None:
     """Raise ValueError if an Inception network has published weights, which are for pixels from -1 to 1, and other
     constants of normalization."""
     half = [0.5] * p.channels
@@ -312,7 +312,7 @@ def flattened(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.T
     return output.flatten(1)
 
 
-def pool_cells(encoder: nn.Module, params: ModelParams) -> int:
+def pool_cells(encoder: nn.Module, params: EncoderAndDataParams) -> int:
     """Let the last pooling layer average `pooling_size` x `pooling_size` cells of the map; return the new width.
 
     As in Goyal et al. 2019 (arXiv 1905.01235), whose linear classifiers read several cells of each map.
@@ -343,7 +343,7 @@ def last_pooling(encoder: nn.Module) -> nn.AdaptiveAvgPool2d | None:
     return next((x for x in reversed(list(encoder.modules())) if isinstance(x, nn.AdaptiveAvgPool2d)), None)
 
 
-def check_map(encoder: nn.Module, params: ModelParams, image_size: int) -> None:
+def check_map(encoder: nn.Module, params: EncoderAndDataParams, image_size: int) -> None:
     """Raise ValueError if the last map of images of this size has fewer pixels than cells."""
     shape, maps = (*params.input_shape[:-2], image_size, image_size), []
     hook = last_pooling(encoder).register_forward_pre_hook(lambda _, inputs: maps.append(min(inputs[0].shape[-2:])))

@@ -39,7 +39,7 @@ class KeyQueue(nn.Module):
 
 
 def own_queue(of_each: Tensor, every: bool) -> Tensor:
-    """Return the part of this process of the queues of a checkpoint, [W, ...].
+    """Return this process's queue from the queues of all processes in a checkpoint, [W, ...].
 
     Raises:
         ValueError: `every` queue is needed, and there are not as many processes.
@@ -91,8 +91,7 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def begin_step(self, epoch: float) -> None:
-        """Give SwAV's prototypes the length 1, before a step after so many epochs; its assignments then use the queue,
-        or not yet."""
+        """Give SwAV's prototypes the length 1, and use the queue for its assignments from `queue_from_epoch` on."""
         self.uses_queue = epoch >= self.queue_from_epoch
         if self.assigns:
             self.weight.copy_(F.normalize(self.weight, dim=1))

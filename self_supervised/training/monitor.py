@@ -211,7 +211,7 @@ class TrainingMonitor(pl.Callback):
         self.collapse_was_named = state["collapse_was_named"]
 
 
-# ---- Used by the monitor and by validation ----
+# ---- What the processes share, and what the Trainer holds ----
 
 
 def count_epochs(trainer: pl.Trainer, method: pl.LightningModule) -> None:
