@@ -22,7 +22,7 @@ from model_params import DATASET_DEFAULTS, TRAINING_ONLY, EncoderAndDataParams, 
 from self_supervised.catalogue import NORMS_AND_BIASES, ViewSettings
 from self_supervised.data import loading, subsets
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
-from self_supervised.data.loading import counted, require_labels
+from self_supervised.data.loading import count_classes, require_labels
 from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, plain, positive, readable
 from self_supervised.networks import layers
 from self_supervised.networks.encoders import embeddings_of, get_encoder
@@ -187,7 +187,7 @@ class LinearClassifierMethod(BaseMethod):
             self.normalize = nn.BatchNorm1d(width, eps=1e-6, affine=False) if p.normalize_features else None
             names = p.class_names
             n = p.n_classes or len(names or ())
-            n, names = (n, names) if n else counted(p)
+            n, names = (n, names) if n else count_classes(p)
             self.classifier = nn.Linear(width, require_labels(n, p))
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)

@@ -24,7 +24,7 @@ from self_supervised.evaluation import validation
 from self_supervised.fields import plain
 from self_supervised.networks import encoders
 from self_supervised.networks.heads import MLP
-from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, own_queue
+from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, process_queue
 from self_supervised.networks.teacher import Teacher
 from self_supervised.numerics import Scores, at_least_float32, in_parts, one_image_explained
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
@@ -361,7 +361,7 @@ class SelfSupervisedMethod(BaseMethod):
     def on_test_epoch_end(self) -> None:
         """Log the scores under names that start with "test_"."""
         for scores in self.scores_of_loaders():
-            self.log_dict({validation.of_test(name): value for name, value in scores.items()})
+            self.log_dict({validation.test_name(name): value for name, value in scores.items()})
 
     def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> Scores:
         """Return the scores of embeddings x [N, E] with labels y, and those of the online classifier."""
@@ -390,7 +390,7 @@ class SelfSupervisedMethod(BaseMethod):
         state = checkpoint["state_dict"]
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         for name, of_each in checkpoint.get("queues", {}).items():
-            state[f"queue.{name}"] = own_queue(of_each, every=fits)
+            state[f"queue.{name}"] = process_queue(of_each, every=fits)
         if "queue_ptr" in state:
             state["queue.keys"] = state.pop("queue").T.contiguous()
             state["queue.position"] = state.pop("queue_ptr").reshape(())

@@ -840,7 +840,7 @@ def contradictions_of_sce(params: ModelParams) -> list[tuple[bool, str]]:
         start, final = f"{name}_warmup_start", f"{name}_final"
         # fmt: off
         found += [
-            (changes(params, name) and params.loss_type not in SCHEDULED[name],
+            (has_schedule(params, name) and params.loss_type not in SCHEDULED[name],
              f"{name}_warmup_epochs={warmup_epochs} and {name}_schedule={schedule!r} are for loss_type="
              f"{' and '.join(map(repr, SCHEDULED[name]))}, not for {params.loss_type!r}. Remove them"),
             (warmup_epochs > 0 and getattr(params, start) is None,
@@ -852,7 +852,7 @@ def contradictions_of_sce(params: ModelParams) -> list[tuple[bool, str]]:
     return found
 
 
-def changes(params: ModelParams, name: str) -> bool:
+def has_schedule(params: ModelParams, name: str) -> bool:
     """Return whether a setting of SCHEDULED changes during training."""
     return getattr(params, f"{name}_warmup_epochs") > 0 or getattr(params, f"{name}_schedule") != "constant"
 

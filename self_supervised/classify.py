@@ -22,7 +22,7 @@ from rich.progress import track
 from torch import Tensor
 
 from self_supervised.data.custom import is_stored
-from self_supervised.distributed import usable
+from self_supervised.distributed import usable_device
 from self_supervised.embeddings.sources import (
     ImageSource,
     Stored,
@@ -94,13 +94,12 @@ def classify(
                 f"labeled=None: {encoder.report.source} holds no classifier. Pass a directory with one directory of "
                 "images per class."
             )
-        refuse_names_of_columns(found.class_names)
     else:
-        encoder.to(usable(device))
+        encoder.to(usable_device(device))
         found = learned(encoder, examples, read_all)
         found.save(saved)
         print(f"{saved}: encoder and classifier")
-    write_predictions(found.to(usable(device)), source, paths, out, read_all)
+    write_predictions(found.to(usable_device(device)), source, paths, out, read_all)
     return out
 
 

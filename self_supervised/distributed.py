@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return a copy on the device. The host does not wait for that of a GPU, which requires pinned memory."""
+    """Return a copy on the device. The host does not wait for a copy to a CUDA device, which requires pinned memory."""
     pinned = values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
     return pinned.to(device, non_blocking=device.type == "cuda")  # MPS may read what is freed by then
 
@@ -49,7 +49,7 @@ def to_host(values: Tensor) -> Callable[[], Tensor]:
     return arrived
 
 
-def usable(device: str) -> torch.device:
+def usable_device(device: str) -> torch.device:
     """Return the device of this name, or for "auto" a GPU if there is one.
 
     Raises:

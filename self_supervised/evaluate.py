@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from model_params import CUSTOM_DATA, VIDEO, EncoderAndDataParams
-from self_supervised.data import custom, loading
-from self_supervised.distributed import usable
+from self_supervised.data import loading, subsets
+from self_supervised.distributed import usable_device
 from self_supervised.evaluation import features
 from self_supervised.evaluation.features import EvaluationData
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
@@ -97,7 +97,7 @@ def evaluate_checkpoint(
     checkpoint = checkpoint_of(checkpoint)
     folder = as_path(out) if out else folder_of(checkpoint)
     check_folder("out", folder)
-    device = str(usable(device))
+    device = str(usable_device(device))
     given = {name: reading.pop(name, None) for name in OF_ENCODER}
     of_encoder = {name: value for name, value in given.items() if value is not None}
     read = partial(load_encoder, checkpoint, **of_encoder)
@@ -105,7 +105,7 @@ def evaluate_checkpoint(
     trained = read(encoder=encoder)
     encoders = {**baselines_of(trained, starting_weights, baselines), "trained": trained, **others}
     params = features.data_params(trained, dataset, **reading)
-    if protocols is None or any(PROTOCOLS[name].needs_labels for name in protocols):  # and test images
+    if protocols is None or any(PROTOCOLS[name].needs_labels for name in protocols):  # which also need test images
         protocols = runnable(protocols, trained, params)
     print_labels(params)
     results = Results(folder, fresh)
@@ -177,7 +177,7 @@ def training_and_test(params: EncoderAndDataParams) -> list[tuple[tuple[str, ...
     """Return (splits, data set) of the training and test images. Only label-free protocols run without test images."""
     info = params.dataset
     found = [(info.train_splits, loading.get_dataset(params, info.train_splits))]
-    with suppress(custom.EmptySplit):
+    with suppress(subsets.EmptySplit):
         found.append((info.test_splits, loading.get_dataset(params, info.test_splits)))
     return found
 

@@ -39,21 +39,21 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
         yield
         return
     created = [part for part in path.parents if not part.exists()]
-    descriptor = acquire(path, time.monotonic() + wait)
+    descriptor, file = acquire(path, time.monotonic() + wait)
     held.add(path)
     try:
         yield
     finally:
         held.discard(path)
-        path.unlink(missing_ok=True)  # before the release; processes that have opened it check `is_current`
+        file.unlink(missing_ok=True)  # before the release; processes that have opened it check `is_current`
         os.close(descriptor)
         with suppress(OSError):  # not empty
             for part in created:
                 part.rmdir()
 
 
-def acquire(path: Path, end: float) -> int:
-    """Return the descriptor of the lock file, which stays locked until the descriptor is closed."""
+def acquire(path: Path, end: float) -> tuple[int, Path]:
+    """Return the descriptor of the lock file, which stays locked until the descriptor is closed, and its path."""
     file = path
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def acquire(path: Path, end: float) -> int:
             with suppress(OSError):  # if the disk is full, the lock does not name its owner
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(this_process()).encode(), 0)
-            return descriptor
+            return descriptor, file
         os.close(descriptor)
 
 

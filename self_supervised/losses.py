@@ -168,7 +168,7 @@ def supervised(sim: Tensor, same_class: Tensor, temperature: float) -> Scalars:
 
     Args:
         sim: `similarities` of the queries, [N, 1 + M].
-        same_class: whether these columns show the query's class, [N, 1 + M]; column 0 always does. See `of_same_class`.
+        same_class: whether these columns show the query's class, [N, 1 + M] (`same_class_mask`); column 0 always does.
     """
     log_softmax = F.log_softmax(sim / temperature, dim=1)
     loss = -(log_softmax * same_class).sum(1) / same_class.sum(1)
@@ -176,7 +176,7 @@ def supervised(sim: Tensor, same_class: Tensor, temperature: float) -> Scalars:
     return {"loss": loss.mean(), "step_train_acc1": of_nearest.float().mean() * 100}
 
 
-def of_same_class(labels: Tensor | None, n_kinds: int) -> Tensor:
+def same_class_mask(labels: Tensor | None, n_kinds: int) -> Tensor:
     """Return which columns of `similarities`, with `n_kinds` kinds of negatives, show the class of the query.
 
     An image with the label -1 is of no class, and its own key is the only one like it. Without one label per image, a
@@ -344,7 +344,7 @@ def get_loss(
         "dcl": lambda q, k, queue: decoupled(sim(q, k, queue), p.T, p.dcl_sigma),
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
         "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
-        "supcon": lambda q, k, _: supervised(sim(q, k, None), of_same_class(labels, sum(from_batch)), p.T),
+        "supcon": lambda q, k, _: supervised(sim(q, k, None), same_class_mask(labels, sum(from_batch)), p.T),
         **dict.fromkeys(("swav", "dino"), lambda scores, target, _: to_prototypes(scores, target, p.T)),
         "sce": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, coefficient),
         "seed": lambda q, k, queue: sce(sim(q, k, queue), sim(k, k, queue), p.T, target_T, None),

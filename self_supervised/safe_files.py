@@ -53,13 +53,13 @@ WITH_CODE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 def local_folder(name: str, given: str | Path) -> Path:
-    """Return the path of a directory, with `~` replaced.
+    """Return a path to write to, with `~` replaced.
 
     Raises:
         ValueError: it is a URL, also one in which Path has collapsed the slashes to `s3:/bucket`.
     """
     if str(given).split("/")[0].endswith(":"):
-        raise ValueError(f"{name}={given}: a URL is not a directory. Pass a directory that is local or mounted.")
+        raise ValueError(f"{name}={given}: files are not written to URLs. Pass a path that is local or mounted.")
     return Path(given).expanduser()
 
 
@@ -75,7 +75,7 @@ def check_folder(name: str, folder: str | Path) -> None:
 
 def check_file(name: str, path: str | Path) -> None:
     """Raise ValueError unless a file can be written at the path. `name` is its option."""
-    path = Path(path).expanduser()
+    path = local_folder(name, path)
     if path.is_dir():
         raise ValueError(f"{name}={path}: is a directory. Pass the path of a file.")
     check_folder(name, path.parent)

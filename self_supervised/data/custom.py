@@ -43,6 +43,7 @@ from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.shard_names import is_pattern, shards_are_there
 from self_supervised.data.tar_shards import TarShards
 from self_supervised.folder_lock import locked
+from self_supervised.safe_files import local_folder
 
 CustomSource = ImageFolder | TarShards | ArrowImages
 Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class number or -1) of its images
@@ -54,10 +55,6 @@ NOT_CLASSES = "labels_from=None (--labels_from none) if these are not classes"
 TEMPORARY = "unnamed-lists-"  # start of the name of a directory that is deleted soon, which no line names
 WAIT_FOR_LISTS = 60  # seconds to wait for another process that writes lists
 INSTEAD = {"val": "test", "test": "val"}  # split -> the one that replaces it if it has no images
-
-
-class EmptySplit(ValueError):
-    """Error: a data set has no images for a split."""
 
 
 def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: list[ViewSettings]) -> ImageFiles:
@@ -84,11 +81,12 @@ def custom_samples(root: Path, found: Numbered, params: EncoderAndDataParams, sp
     An empty val is replaced by test, and the other way round. Of train, only `data_fraction` is returned.
 
     Raises:
-        EmptySplit: there are no images.
+        subsets.EmptySplit: there are no images.
     """
     chosen = found.get(split) or found.get(INSTEAD.get(split, ""))
     if not chosen:
-        raise EmptySplit(f"{root} has no images for {split}. Set val_size or test_size above 0, or evaluations=[].")
+        remedy = "Set val_size or test_size above 0, or evaluations=[]."
+        raise subsets.EmptySplit(f"{root} has no images for {split}. {remedy}")
     if split == "train" and params.data_fraction < 1:
         labels = as_classes([label for _, label in chosen])
         chosen = [chosen[i] for i in subsets.stratified(labels, fraction=params.data_fraction, seed=params.data_seed)]
@@ -167,7 +165,7 @@ def folder_of_lists(params: EncoderAndDataParams) -> Path | None:
     """
     if params.splits_path is None:
         return None
-    folder = Path(params.splits_path).expanduser()
+    folder = local_folder("splits_path", params.splits_path)
     if isinstance(params.splits_path, ForeignPath) and not folder.exists():
         rank_zero_warn(
             f"splits_path={str(folder)!r}: the checkpoint names these lists, but they do not exist. val and test are "

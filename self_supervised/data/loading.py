@@ -218,7 +218,7 @@ def get_loader(
     device = torch.device(device)
     if packed and (fits(dataset, device) if params.data_on_device is None else params.data_on_device):
         dataset = ImagesOnDevice(dataset, device)
-    size, processes = batch_size(params, accumulated), distributed.world_size()
+    size, processes = images_per_batch(params, accumulated), distributed.world_size()
     step = size * processes * (accumulated if training else 1)
     drop_last = training and should_drop_last(params.drop_last_batch, len(dataset), step)
     if drop_last:
@@ -262,7 +262,7 @@ def check_one_batch(params: EncoderAndDataParams, n_images: int, size: int) -> N
     )
 
 
-def batch_size(params: EncoderAndDataParams, accumulated: int) -> int:
+def images_per_batch(params: EncoderAndDataParams, accumulated: int) -> int:
     """Return the number of images per process and batch.
 
     Raises:
@@ -320,10 +320,10 @@ def channel_statistics(dataset: Dataset, seed: int, channel_axis: int = -3) -> t
 
 def n_classes(params: EncoderAndDataParams) -> int:
     """Return the number of classes, as `counted` does."""
-    return counted(params)[0]
+    return count_classes(params)[0]
 
 
-def counted(params: EncoderAndDataParams) -> tuple[int, list[str] | None]:
+def count_classes(params: EncoderAndDataParams) -> tuple[int, list[str] | None]:
     """Return the number of classes of the training images (other splits have no others), 0 if they have no labels; and
     their names, None if these are not known.
 

@@ -11,6 +11,10 @@ import numpy as np
 Labels = Sequence[int] | np.ndarray
 
 
+class EmptySplit(ValueError):
+    """Error: a data set has no images for a split."""
+
+
 def stratified(
     labels: Labels, *, fraction: float | None = None, per_class: int | None = None, seed: int = 0
 ) -> np.ndarray:

@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from self_supervised.data.image_files import preprocessing
-from self_supervised.distributed import usable
+from self_supervised.distributed import usable_device
 from self_supervised.embeddings.job import EmbeddingJob
 from self_supervised.embeddings.sources import (
     CLIPS,
@@ -69,7 +69,7 @@ def embed(
     """
     out = Path(out).expanduser()
     check_file("out", out)
-    device = usable(device)
+    device = usable_device(device)
     overrides, columns = without_columns(overrides)
     encoder = encoder_of(checkpoint, overrides)
     source = open_source(folder, kind_of(encoder.params), columns, encoder.params.image_key)

@@ -193,6 +193,6 @@ def one_label_each(y: Tensor | None) -> Tensor | None:
     return y.argmax(1) if is_one_hot(y.cpu().numpy()) else None
 
 
-def of_test(name: str) -> str:
+def test_name(name: str) -> str:
     """Return a score's name for the test set: valid_knn20_acc_trainset -> test_knn20_acc."""
     return name.removesuffix("_trainset").replace("valid_", "test_")

@@ -6,6 +6,7 @@ Encoders map images [N, C, H, W] to [N, E]; those of videos map clips [N, C, T, 
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -205,21 +206,21 @@ def build_timm(name: str, pretrained: bool, image: torch.Tensor, of_all_sizes: b
     """
     import timm  # optional, and slow to import
 
-    def created(**of_size: int) -> nn.Module:
-        options = {"pretrained": pretrained, "num_classes": 0, "in_chans": image.shape[1], **of_size}
-        with contextlib.suppress(TypeError):  # no ViT
-            if of_all_sizes:
-                return timm.create_model(name, **options, dynamic_img_size=True)
-        return timm.create_model(name, **options)
+    def created(**more: Any) -> nn.Module:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=image.shape[1], **more)
 
     with data_only(f"the published weights of {name}"):
-        encoder = created()
+        encoder, of_size = created(), {}
         try:
             measured_width(encoder, image, name)
         except ValueError:
             with contextlib.suppress(TypeError, ValueError, RuntimeError, AssertionError):  # it has a single size
-                encoder = created(img_size=image.shape[-1])
-                encoder.built_for = {"img_size": image.shape[-1]}
+                encoder, of_size = created(img_size=image.shape[-1]), {"img_size": image.shape[-1]}
+        if of_all_sizes:
+            with contextlib.suppress(TypeError):  # no ViT
+                encoder = created(**of_size, dynamic_img_size=True)
+    if of_size:
+        encoder.built_for = of_size
     return encoder
 
 

@@ -38,7 +38,7 @@ class KeyQueue(nn.Module):
         self.position.add_(len(keys)).remainder_(size)
 
 
-def own_queue(of_each: Tensor, every: bool) -> Tensor:
+def process_queue(of_each: Tensor, every: bool) -> Tensor:
     """Return this process's queue from the queues of all processes in a checkpoint, [W, ...].
 
     Raises:

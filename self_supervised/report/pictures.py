@@ -17,7 +17,7 @@ from self_supervised.data.class_labels import class_names
 from self_supervised.data.files import readable_rows
 from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.data.packed import packed_is_there
-from self_supervised.distributed import usable
+from self_supervised.distributed import usable_device
 from self_supervised.embeddings import map_page as map_pages
 from self_supervised.embeddings.nearest import best_of
 from self_supervised.embeddings.projection import TITLES, clustering, examples, kinds, project
@@ -135,7 +135,7 @@ def checkpoint(folder: Path) -> Path:
 
 def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
     """Embed at most n random test images, always the same ones."""
-    encoder = load_encoder(file, encoder=own_encoder).to(usable("auto"))
+    encoder = load_encoder(file, encoder=own_encoder).to(usable_device("auto"))
     params = features.data_params(encoder)
     splits = params.dataset.test_splits
     check_data(params, splits)

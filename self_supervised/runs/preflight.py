@@ -1,5 +1,6 @@
 """Checks before a run, for errors in its data that would otherwise appear after hours of training."""
 
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import attrs
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 
 from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
-from model_params import HEADS, OF_ALL_VIEWS, OF_PROTOTYPES, SCHEDULED, EncoderAndDataParams, ModelParams, changes
+from model_params import HEADS, OF_ALL_VIEWS, OF_PROTOTYPES, SCHEDULED, EncoderAndDataParams, ModelParams, has_schedule
 from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.data import custom, loading
 from self_supervised.data.class_labels import UNLABELED, lacking
@@ -88,22 +90,26 @@ def has_checkpoints(out: Path) -> bool:
 
 
 def with_resumed_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParams:
-    """Return the settings with the lists of splits of the resumed run, if `splits_path` is not passed, or is the place
-    from which that run was moved."""
+    """Return the settings with the lists of splits of the resumed run, which are also found if it was moved, unless
+    other lists are passed, or other images with another run than OUT."""
     if resume == "auto":
         run = out.resolve() if has_checkpoints(out) else None
     else:
         run = resume and (Path(resume).resolve() if Path(resume).is_dir() else run_of(resume))
     if not (run and params.dataset.is_custom):
         return params
-    found = (params.splits_path, kept_lists(run), config_of(run).get("splits_path"))
+    before = config_of(run)
+    images_before, images = (os.path.abspath(path or "") for path in (before.get("data_path"), params.data_path))
+    if params.splits_path not in (None, before.get("splits_path")) or (resume != "auto" and images != images_before):
+        return params
+    found = (before.get("splits_path"), kept_lists(run))
     existing = (lists for lists in found if lists and Path(lists).expanduser().is_dir())
     return attrs.evolve(params, splits_path=next(existing, params.splits_path))
 
 
 def with_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParams:
-    """Return the settings with the `splits_path` of a run: as `with_resumed_lists`, else OUT/splits, where lists are
-    drawn again if an earlier run ended before its first checkpoint.
+    """Return the settings with the `splits_path` of a run: as `with_resumed_lists`, else OUT/splits. Lists there that
+    do not fit the settings or images are drawn again if the run that drew them ended before its first checkpoint.
 
     Raises:
         ValueError: the lists were drawn with other settings.
@@ -111,12 +117,19 @@ def with_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParam
     params = with_resumed_lists(params, out, resume)
     if not params.dataset.is_custom:
         return params
+    is_ours = params.splits_path is None
     own = (out / "splits").resolve()
-    if params.splits_path is None:
-        if distributed.is_first_process() and settings_of_lists(own) and not has_checkpoints(out):
+    params = attrs.evolve(params, splits_path=str(own)) if is_ours else params
+    can_be_drawn_again = is_ours and settings_of_lists(own) and config_of(out) and not has_checkpoints(out)
+    try:
+        if custom.has_written(params) and can_be_drawn_again:
+            loading.get_dataset(params, params.dataset.pretraining_splits)  # raises if an image is missing
+    except ValueError as error:
+        if not can_be_drawn_again:
+            raise
+        if distributed.is_first_process():
+            rank_zero_info(f"{own}: drawn again, because {error}")
             remove(own)
-        params = attrs.evolve(params, splits_path=str(own))
-    custom.has_written(params)
     return params
 
 
@@ -124,7 +137,7 @@ def metric_names(options: RunOptions, params: ModelParams) -> set[str]:
     """Return the names of all metrics that a run logs. Losses and evaluations are computed on toy features."""
     p = params
     names = {*losses.cosines(TOY, TOY), *toy_loss(p)} - {"loss"}
-    names |= {"step_train_loss", "m", "T", "lr", *(name for name in SCHEDULED if changes(p, name))}
+    names |= {"step_train_loss", "m", "T", "lr", *(name for name in SCHEDULED if has_schedule(p, name))}
     parts = ["model", *(f"{head}_model" for head in HEADS), *(["prototypes"] if p.loss_type in OF_PROTOTYPES else [])]
     if p.online_classifier:
         names |= {"online_train_loss", "online_train_acc1"}

@@ -46,7 +46,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return a checkpoint's content, on the CPU.
 
     Raises:
-        FileNotFoundError, ValueError: as `safe_load`; also ValueError if the file is not a checkpoint.
+        FileNotFoundError, ValueError, OSError, MemoryError: as `safe_load`; also ValueError if it is no checkpoint.
     """
     content = safe_load(path)
     if not isinstance(content, dict) or "state_dict" not in content:
@@ -122,7 +122,7 @@ def refuse_another_model(content: dict[str, Any], method: pl.LightningModule, tr
                 f"{name}={changed[name]!r}: the checkpoint's optimizer has state for {before[name]!r}. Resume with "
                 "that value, or start a new run from its weights (encoder_weights)"
             )
-    refuse_shorter(content, trainer)
+    refuse_lower_limits(content, trainer)
 
 
 def epochs_done(content: dict[str, Any]) -> int:
@@ -131,7 +131,7 @@ def epochs_done(content: dict[str, Any]) -> int:
     return loop.get("epoch_progress", {}).get("current", {}).get("processed", 0)
 
 
-def refuse_shorter(content: dict[str, Any], trainer: pl.Trainer) -> None:
+def refuse_lower_limits(content: dict[str, Any], trainer: pl.Trainer) -> None:
     """Raise ValueError if the checkpoint's training is already longer than the Trainer's limits."""
     done = {"max_epochs": epochs_done(content), "max_steps": content["global_step"]}
     for name, reached in done.items():
@@ -221,7 +221,7 @@ class Checkpoints(pl.Callback):
     and with others in a `ResumableDataLoader`). On SIGTERM it saves, and the program exits with status 0
     (75 under `torchrun --max_restarts`, which takes 0 for the end of the training). On SIGUSR1,
     which SLURM sends before the time limit if asked to (`--signal=SIGUSR1@120`), it does the same, and requeues the job
-    under SLURM. During a validation or a test, both take effect after it.
+    under SLURM. During a validation, or a test after a training, both take effect after it.
 
     Args:
         folder: local or mounted directory of the files `step_N.ckpt`, N optimizer steps. It is locked while a training

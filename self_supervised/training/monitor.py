@@ -23,7 +23,7 @@ from self_supervised.training.parameter_groups import ONLINE
 
 COLLAPSED_STD = 0.15  # step_projection_std below which the mean cosine of different images is 0.98 or more
 LOG_INTERVAL = 50  # optimizer steps per row of metrics.csv
-SHARED_OUT = "--out must be on a disk that all machines share"
+SHARED_OUT = "The directory of the checkpoints (--out) must be on a disk that all machines share"
 COLLAPSED_RANK = 2.0  # RankMe below which the embeddings are nearly one direction
 
 
@@ -66,7 +66,7 @@ class TrainingMonitor(pl.Callback):
         self.random_state = torch.get_rng_state()
         device = trainer.strategy.root_device
         refuse_differing("precision", trainer.precision, "Pass the same --precision to all", device)
-        refuse_differing("stage", stage, SHARED_OUT, device)
+        refuse_differing("stage", getattr(stage, "value", stage), SHARED_OUT, device)
         share_seed(pl_module, device)
         if pl_module.first_epoch == 1:
             count_epochs(trainer, pl_module)
@@ -232,7 +232,9 @@ def refuse_differing(name: str, value: str, advice: str, device: torch.device) -
     """Raise ValueError on all processes if a value differs between them. Otherwise they would wait for one another."""
     hashes = distributed.gather(torch.tensor([zlib.crc32(value.encode())], device=device))
     if (hashes != hashes[0]).any():
-        raise ValueError(f"{name}={value!r} on process {distributed.rank()} is not that of all. {advice}")
+        raise ValueError(
+            f"{name}={value!r} on process {distributed.rank()}, but another process has another one. {advice}"
+        )
 
 
 def share_seed(method: pl.LightningModule, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from model_params import OF_PROTOTYPES, SCHEDULED, EncoderAndDataParams, ModelParams
 from self_supervised import distributed
 from self_supervised.data.loader import size_of_batches
-from self_supervised.data.loading import batch_size
+from self_supervised.data.loading import images_per_batch
 
 
 def epochs_text(epochs: float) -> str:
@@ -85,7 +85,7 @@ def checked_batch_size(params: EncoderAndDataParams, accumulated: int, loader: A
         ValueError: the settings depend on a batch size that the loader does not have.
     """
     found = size_of_batches(loader)
-    wanted = batch_size(params, accumulated)
+    wanted = images_per_batch(params, accumulated)
     if found is None and params.lr_scaling is not None:
         raise ValueError(
             f"lr_scaling={params.lr_scaling!r} needs the batch_size of the loader, which has none. Set lr_scaling=None"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from model_params import SCHEDULED, ModelParams, changes
+from model_params import SCHEDULED, ModelParams, has_schedule
 from self_supervised.training.plan import Plan
 
 Fraction = Callable[[int], float]  # optimizer step -> fraction of the highest learning rate
@@ -101,7 +101,7 @@ def scheduled(params: ModelParams, step: int, plan: Plan | None) -> dict[str, fl
     p = params
     found = {}
     for name in SCHEDULED:
-        if changes(p, name):
+        if has_schedule(p, name):
             warmup_steps = getattr(p, f"{name}_warmup_epochs") * plan.steps_per_epoch
             values = (getattr(p, field) for field in (f"{name}_warmup_start", name, f"{name}_final"))
             curves = (getattr(p, f"{name}_warmup"), getattr(p, f"{name}_schedule"))

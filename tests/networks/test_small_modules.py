@@ -14,7 +14,7 @@ import ws_resnet
 from self_supervised import convolutions
 from self_supervised.catalogue import NORMALIZATIONS
 from self_supervised.networks.heads import MLP
-from self_supervised.networks.keys import KeyQueue, own_queue
+from self_supervised.networks.keys import KeyQueue, process_queue
 from self_supervised.training import schedules
 
 
@@ -149,10 +149,10 @@ def test_point_convolution_is_the_convolution(kernel, padding, stride, height, w
 
 def test_own_queues_are_those_of_as_many_processes():
     queues = torch.arange(6.0).view(3, 2)
-    assert own_queue(queues, every=False).tolist() == [0, 1]  # of the first process, for an evaluation
+    assert process_queue(queues, every=False).tolist() == [0, 1]  # of the first process, for an evaluation
     with pytest.raises(ValueError, match="gather_keys_for_queue=False: the checkpoint has the queues of 3 processes"):
-        own_queue(queues, every=True)
-    assert own_queue(queues[:1], every=True).tolist() == [0, 1]
+        process_queue(queues, every=True)
+    assert process_queue(queues[:1], every=True).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("size", "stride"), [(4, 1), (8, 2), (7, 2), (12, 1), (1, 1)])
