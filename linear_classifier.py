@@ -25,7 +25,7 @@ from self_supervised.data.files import UNREADABLE, nan_where_unreadable
 from self_supervised.data.loading import count_classes, require_labels
 from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, plain, positive, readable
 from self_supervised.networks import layers
-from self_supervised.networks.encoders import embeddings_of, get_encoder
+from self_supervised.networks.encoders import embeddings_of, get_encoder, prepare_training
 from self_supervised.networks.pretrained import SHARED, load_encoder
 from self_supervised.numerics import at_least_float32, one_image_explained, rank_of
 from self_supervised.training.base_method import BaseMethod
@@ -220,7 +220,7 @@ class LinearClassifierMethod(BaseMethod):
         Raises:
             ValueError: the tensors of the checkpoint are not exactly those of the encoder. The message lists them.
         """
-        with layers.modes_kept(encoder) if encoder is not None else nullcontext():
+        with layers.modes_kept(encoder) if encoder is not None else nullcontext():  # load_encoder freezes it
             source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
         settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}
         method = cls(LinearClassifierMethodParams(**{**settings, **overrides}), encoder=encoder)
@@ -262,8 +262,10 @@ class LinearClassifierMethod(BaseMethod):
         parts of it are in eval mode, they stay so.
         """
         super().on_train_start()
-        if not self.trains_encoder or not self.model.training:
-            self.model.train(self.trains_encoder)
+        if self.trains_encoder:
+            prepare_training(self.model)
+        else:
+            self.model.eval()
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

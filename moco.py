@@ -19,7 +19,7 @@ from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.convolutions import weights_shared
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
-from self_supervised.data.loader import ResumableDataLoader
+from self_supervised.data.loader import ResumableDataLoader, check_views
 from self_supervised.evaluation import validation
 from self_supervised.fields import plain
 from self_supervised.networks import encoders
@@ -169,11 +169,7 @@ class SelfSupervisedMethod(BaseMethod):
     def training_step(self, batch: tuple[list[Tensor], Tensor | None], batch_idx: int) -> Tensor:
         p = self.params
         views, labels = batch
-        if len(views) < p.n_views:
-            raise ValueError(
-                f"the loader yields {len(views)} of the {p.n_views} views needed of each image. Yield a list of "
-                "views, a tensor N x V x C x H x W, or uint8 images, which are augmented here"
-            )
+        check_views(views, p.n_views)
         for prototypes in filter(None, (self.prototypes, self.lagging_prototypes)):
             prototypes.begin_step(self.global_step / self.plan.steps_per_epoch)
         with weights_shared(*(() if p.activation_checkpointing else (self.model, self.lagging_model))):
@@ -224,9 +220,9 @@ class SelfSupervisedMethod(BaseMethod):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         super().backward(loss, *args, **kwargs)
         if self.params.micro_batch_size is not None:
+            micro_batches = vars(self).pop("micro_batches")
             with self.trainer.precision_plugin.train_step_context():
-                self.micro_batches.backward()
-            del self.micro_batches
+                micro_batches.backward()
             distributed.average_gradients(self.parameters())
             synchronize_buffers_alone(self.trainer.model)
 
@@ -287,7 +283,7 @@ class SelfSupervisedMethod(BaseMethod):
         if stage == "fit":
             refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
             if self.lagging_model is not None:
-                refuse_half_precision(self.trainer.precision, self.params.m, self.lagging_model)
+                refuse_half_precision(self.trainer.precision, self.params.m, self.model)
 
     def train_dataloader(self):
         self.trains_on_dataset_name = True

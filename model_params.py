@@ -82,7 +82,6 @@ LOSSES = {
     "ip": Loss(PREDICTIONS, "inner product", negatives=False, by_rows=True),
     "sce": Loss(PAIRS, "SCE, temperature {T:g}, of the target {sce_target_T:g}, coefficient {sce_coefficient:g}",
                 negatives=True, by_rows=True),
-    "seed": Loss(STUDENTS, "SEED, temperature {T:g}, of the target {sce_target_T:g}", negatives=True, by_rows=True),
     "vic": Loss(BATCHES, "VICReg, weights of invariance {invariance_loss_weight:g}, variance {variance_loss_weight:g}, "
                 "covariance {covariance_loss_weight:g}"),
     "barlow": Loss(BATCHES, "Barlow Twins, weight of the redundancy {redundancy_loss_weight:g}"),
@@ -95,6 +94,7 @@ LOSSES = {
     "emp": Loss(BATCHES, "EMP-SSL, weight of the invariance {invariance_loss_weight:g}", all_views=True, keys=False),
     "frossl": Loss(BATCHES, "FroSSL, weight of the invariance {invariance_loss_weight:g}", all_views=True, keys=False),
     "mmcr": Loss(BATCHES, "MMCR, weight of the single images {invariance_loss_weight:g}", all_views=True),
+    "seed": Loss(STUDENTS, "SEED, temperature {T:g}, of the target {sce_target_T:g}", negatives=True, by_rows=True),
 }  # fmt: skip
 
 

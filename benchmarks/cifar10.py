@@ -73,7 +73,8 @@ class Run:
     def scores(self, encoder: str = "trained") -> dict[str, float]:
         """Accuracies of the encoder with trained, or with random, weights."""
         checkpoint, out = self.folder / "pretrained.ckpt", self.folder / f"{encoder} evaluation"
-        options = ["--seeds", str(self.seed), "--out", str(out)] + ["--no_baselines"] * (encoder == "trained")
+        seed = self.seed if encoder == "trained" else 0
+        options = ["--seeds", str(seed), "--out", str(out)] + ["--no_baselines"] * (encoder == "trained")
         options += recipes.KINDS[self.kind].reading_options
         self.program("evaluate", str(checkpoint), "--protocols", *PROTOCOLS, *options)
         (found,) = json.loads((out / "results.json").read_text())["summary"].values()

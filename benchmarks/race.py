@@ -7,11 +7,11 @@
 
 lightly's SimCLR, BYOL and VICReg train a ResNet-18 in the loop, and with the settings, of its own examples
 (examples/pytorch/*.py, batches of 256: SGD with a constant learning rate and no momentum). With --sgd benchmark, they
-have the SGD of its CIFAR-10 benchmark instead, with momentum, weight decay and a cosine over the minutes. Ours train
-the same network with the recipe `cifar10_laptop`, or the network of another recipe, with as many steps as fit into the
-minutes. The speed is measured first, for a twentieth of the minutes, which are not counted. Every finished run is a row
-of race.csv and is not repeated. With --teacher, a run of this library, ours are joined by a student of it
-(race_teacher.csv); its minutes have the teacher's passes, but not the teacher's training.
+have the SGD of its CIFAR-10 benchmark instead (of SimCLR and BYOL; it has no VICReg), with momentum, weight decay and a
+cosine over the minutes. Ours train the same network with the recipe `cifar10_laptop`, or the network of another recipe,
+with as many steps as fit into the minutes. The speed is measured first, for a twentieth of the minutes, which are not
+counted. Every finished run is a row of race.csv and is not repeated. With --teacher, a run of this library, ours are
+joined by a student of it (race_teacher.csv); its minutes have the teacher's passes, but not the teacher's training.
 
 Accuracies are those of `self-supervised evaluate` (linear, kNN with k = 20): all training images, and the test images,
 in their own size, and with the pooling that the recipe names for its evaluation (`pooling_size`; 1 for lightly's).

@@ -184,3 +184,17 @@ def whole_numbers(labels: Tensor | None) -> Tensor | None:
         return None
     labels = labels[:, 0] if labels.dim() == 2 and labels.shape[1] == 1 else labels
     return labels.long() if labels.dim() == 1 else labels
+
+
+def check_views(views: Any, n: int) -> None:
+    """Raise ValueError unless a training batch has n views or more of each image."""
+    if isinstance(views, Tensor):
+        raise ValueError(
+            f"a batch is a tensor {tuple(views.shape)}, not a list of views. on_after_batch_transfer of a "
+            "LightningDataModule replaces the method's, which makes them: convert images in on_before_batch_transfer"
+        )
+    if len(views) < n:
+        raise ValueError(
+            f"the loader yields {len(views)} of the {n} views needed of each image. Yield a list of views, a tensor "
+            "N x V x C x H x W, or uint8 images, which are augmented here"
+        )

@@ -1,4 +1,4 @@
-"""A hash of an encoder: equal if and only if it computes the same embeddings."""
+"""A hash that identifies an encoder: another one for other structure, tensors or outputs."""
 
 import copy
 import hashlib

@@ -297,6 +297,8 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
         kind, frames = ("clips", "num_frames, ") if image.dim() == 5 else ("images", "")
         shape = f"{tuple(image.shape)} ({frames}transform_crop_size, in_channels)"
         raise ValueError(f"{name} cannot encode {kind} of shape {shape}: {error}") from error
+    if getattr(output, "dtype", image.dtype) != image.dtype:
+        raise ValueError(f"{name} returns {output.dtype} for images of {image.dtype}: convert its output")
     is_map = isinstance(output, torch.Tensor) and output.dim() > 2 and output.shape[1] == output.numel()
     if is_map and not isinstance(encoder, torch.jit.ScriptModule):
         encoder._forward_hooks["flattened"] = flattened  # a handle's number would not be unique after unpickling
@@ -304,8 +306,6 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
     if not isinstance(output, torch.Tensor) or output.dim() != 2 or len(output) != 1:
         shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ValueError(f"{name} must map {tuple(image.shape)} to [N, E], got {shape}: flatten or pool its output")
-    if output.dtype != weight.dtype:
-        raise ValueError(f"{name} returns {output.dtype} from weights of {weight.dtype}: convert its output")
     return output.shape[1]
 
 

@@ -19,11 +19,15 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(module: nn.Module) -> Iterator[None]:
-    """Restore the mode of each part after the context: a frozen stem stays in eval mode."""
+    """Restore after the context the mode of each part, and which weights require a gradient: a frozen stem stays frozen
+    and in eval mode."""
     modes = {part: part.training for part in module.modules()}
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
     try:
         yield
     finally:
+        for weight in trained:
+            weight.requires_grad_()
         for part, mode in modes.items():
             part.training = mode
 

@@ -10,7 +10,6 @@ import attrs
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -30,7 +29,6 @@ from self_supervised.training.plan import Plan
 from self_supervised.training.verdict import validating
 from self_supervised.views import augmentations
 
-PLAIN_TYPES = bool | int | float | str | None
 TRAINED_FURTHER = (
     "training starts from the weights of an earlier one, and epochs, views and schedules start again. To continue it "
     "instead, resume: fit(model, ckpt_path=...)"
@@ -63,7 +61,6 @@ class BaseMethod(pl.LightningModule):
         if stage == "fit":
             distributed.refuse_sharding(type(self.trainer.strategy).__name__)
             hyperparameters.refuse_replaced(self.params, self.built)
-            refuse_transfer_of(self.trainer.datamodule)
         self.trains_on_dataset_name = stage != "fit"  # when fitting: as soon as train_dataloader() is called
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
@@ -180,13 +177,15 @@ class BaseMethod(pl.LightningModule):
 
     # ---- Batches ----
 
+    def on_fit_start(self) -> None:
+        if not isinstance(self.trainer.train_dataloader, ResumableDataLoader):
+            hyperparameters.refuse_subsets(self.params)
+
     def on_train_start(self) -> None:
         """Check the first batch of the user's validation loaders now, not after an epoch of training."""
-        if not self.trains_on_dataset_name:
-            hyperparameters.refuse_subsets(self.params)
-        if self.was_trained and not self.trainer.ckpt_path:
+        if self.was_trained and self.global_step == 0:
             rank_zero_info(TRAINED_FURTHER)
-        self.was_trained, self.step_metrics = True, {}
+        self.step_metrics = {}
         if self.global_step == 0 < self.latest_scores[0]:
             self.latest_scores = (-1, {})  # of an earlier training
         for index, loader in enumerate(as_list(self.trainer.val_dataloaders)):
@@ -273,7 +272,9 @@ class BaseMethod(pl.LightningModule):
         trainer = self._trainer
         if trainer is None or trainer.fast_dev_run or trainer._logger_connector.should_update_logs:
             return True
-        if any(saver.monitor and getattr(saver, "_every_n_train_steps", 0) for saver in trainer.checkpoint_callbacks):
+        savers = [saver for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None)]
+        intervals = (getattr(saver, "_every_n_train_steps", 0) for saver in savers)
+        if any(n and (trainer.global_step + 1) % n == 0 for n in intervals):
             return True
         loop, of_all = trainer.fit_loop, trainer.check_val_every_n_epoch is None
         batches = (loop.total_batch_idx if of_all else loop.batch_idx) + 1
@@ -322,8 +323,7 @@ class BaseMethod(pl.LightningModule):
         Hyperparameters of a LightningDataModule become text if they are objects, which could not be read as data only.
         """
         if (of_data := checkpoint.get(pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY)) is not None:
-            of_data = {name: value if isinstance(value, PLAIN_TYPES) else str(value) for name, value in of_data.items()}
-            checkpoint[pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY] = of_data
+            checkpoint[pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY] = hyperparameters.as_data(of_data)
         if self.plan is not None:
             checkpoint["steps"] = self.plan.of_checkpoint()
         if self._trainer is not None and is_cut_short(self.trainer):
@@ -375,12 +375,3 @@ class BaseMethod(pl.LightningModule):
             raise ValueError(f"method={method!r} cannot compile every encoder. Use 'trace', and pass example_inputs")
         with layers.in_eval_mode(self):
             return super().to_torchscript(file_path, method, *args, **kwargs)
-
-
-def refuse_transfer_of(datamodule: pl.LightningDataModule | None) -> None:
-    """Raise ValueError if a data module replaces the hook that makes views here."""
-    if datamodule is not None and is_overridden("on_after_batch_transfer", datamodule):
-        raise ValueError(
-            f"on_after_batch_transfer of {type(datamodule).__name__} would replace the method's, which makes the "
-            "views. Convert images in on_before_batch_transfer"
-        )

@@ -82,6 +82,15 @@ class HyperparameterRecord(AttributeDict):
         return type(self), (dict(self),)
 
 
+def as_data(value: Any) -> Any:
+    """Return hyperparameters of a user with text in place of objects, which could not be read as data only."""
+    if isinstance(value, dict):
+        return {str(name): as_data(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_data(item) for item in value]
+    return value if type(value) in (bool, int, float, str, type(None)) else str(value)
+
+
 def refuse_replaced(params: Any, built: Any) -> None:
     """Raise ValueError if settings were replaced after the method was built with others, whose networks stay."""
     names = [] if built is None else [field.name for field in attrs.fields(type(built))]
@@ -99,8 +108,8 @@ def refuse_subsets(params: Any) -> None:
     whole = {"data_fraction": 1.0, "label_fraction": None, "labels_per_class": None, "validate_on": "test"}
     names = [name for name, value in whole.items() if getattr(params, name, value) != value]
     if names:
-        found = ", ".join(f"{name}={getattr(params, name)!r}" for name in names)
-        raise ValueError(f"{found}: no effect on your own loader. Choose its images yourself, and leave it out")
+        found, off = (", ".join(f"{name}={value[name]!r}" for name in names) for value in (attrs.asdict(params), whole))
+        raise ValueError(f"{found}: no effect on your own loader. Choose its images yourself, and set {off}")
 
 
 def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -> None:

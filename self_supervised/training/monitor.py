@@ -142,6 +142,7 @@ class TrainingMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let a training that is to stop, for example after `max_time`, take the optimizer step that has begun."""
+        pl_module.was_trained = True
         self.is_to_stop |= trainer.should_stop
         if self.is_to_stop:
             has_stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0

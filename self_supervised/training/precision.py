@@ -151,9 +151,10 @@ def has_blind_tap(size: int, kernel: int, stride: int, padding: int, dilation: i
     return any(all(not 0 <= start + tap * dilation < size for start in starts) for tap in range(kernel))
 
 
-def refuse_half_precision(precision: str, m: float, lagging: nn.Module) -> None:
-    """Raise ValueError if the lagging model, which keeps m of itself at each step, is or will be in half precision."""
-    if any(weight.dtype in (torch.bfloat16, torch.float16) for weight in lagging.parameters()):
+def refuse_half_precision(precision: str, m: float, trained: nn.Module) -> None:
+    """Raise ValueError if the lagging copy of a network, which keeps m of itself at each step, is or will be in half
+    precision."""
+    if any(w.requires_grad and w.dtype in (torch.bfloat16, torch.float16) for w in trained.parameters()):
         raise ValueError("the weights are in half precision, left by another Trainer. Call float() of the method first")
     if precision in ("bf16-true", "16-true"):
         raise ValueError(

@@ -90,7 +90,6 @@ class Verdict(pl.Callback):
                 logger.log_metrics({"epoch": 0, **self.before}, step=0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.was_trained = True
         if not trainer.fast_dev_run:
             is_scored = self.before and can_compare(trainer, pl_module)
             after = pl_module.scores_at_end() or score_now(trainer, pl_module) if is_scored else {}

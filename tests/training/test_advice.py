@@ -186,7 +186,7 @@ def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_l
     lr, unused = [line for line in caplog.messages if line.startswith("warning: ")]
     assert "lr=0.5 with 16 images per step is 8 per 256" in lr and "Try lr=0.031" in lr
     assert "T=0.1, lars_eta=0.1: no effect" in unused and "lars_eta needs optimizer_name=lars" in unused
-    assert "T needs loss_type=ce or dcl or bce or sce or seed or supcon or swav or dino; " in unused
+    assert "T needs loss_type=ce or dcl or bce or sce or supcon or swav or dino or seed; " in unused
 
 
 def test_prototypes_that_never_move_and_a_queue_that_is_never_used_are_a_line():
