@@ -9,15 +9,13 @@ sample standard deviations over seeds are in bf16_accuracy_summary.csv. Minutes 
 """
 
 import itertools
-import logging
 import statistics
 import time
-import warnings
 from typing import Any
 
 import pytorch_lightning as pl
 
-from benchmarks.harness import Row, arguments, finished, has, report
+from benchmarks.harness import QUIET_TRAINER, Row, arguments, finished, has, report, silence
 from moco import SelfSupervisedMethod
 from self_supervised.recipes import recipe
 
@@ -27,7 +25,6 @@ ARITHMETIC = (FLOAT32, "bf16-mixed", WINOGRAD)
 SCORES = {"linear %": "valid_class_acc", "kNN-20 %": "valid_knn20_acc"}
 SETTINGS = {"evaluations": ["linear_probe", "knn"]}
 QUICK = {**SETTINGS, "dataset_name": "digits", "mlp_hidden_dim": 16, "dim": 16}
-TRAINER = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
 
 
 def trained(key: Row, settings: dict[str, Any]) -> Row:
@@ -46,7 +43,7 @@ def trained(key: Row, settings: dict[str, Any]) -> Row:
         winograd=key["precision"] == WINOGRAD,
     )
     precision = FLOAT32 if key["precision"] == WINOGRAD else key["precision"]
-    trainer = pl.Trainer(max_epochs=epochs, precision=precision, num_sanity_val_steps=0, **TRAINER)
+    trainer = pl.Trainer(max_epochs=epochs, precision=precision, num_sanity_val_steps=0, **QUIET_TRAINER)
     start = time.process_time()
     trainer.fit(SelfSupervisedMethod(params))
     found = {name: round(float(trainer.callback_metrics[metric]), 3) for name, metric in SCORES.items()}
@@ -95,8 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--encoder_arch", default="resnet18", help="encoder (resnet18)")
     parser.add_argument("--data_fraction", type=float, default=1.0, help="fraction of the training images (1.0)")
     options = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    silence()
     if options.quick:
         options.encoder_arch, options.max_epochs, options.seeds, options.methods = "small_cnn", 1, [0], ["vicreg"]
         options.data_fraction = 0.2

@@ -19,12 +19,10 @@ Rows that did not fit into the minutes are named as skipped. gpu.csv is complete
 import contextlib
 import gc
 import io
-import logging
 import os
 import re
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -140,13 +138,11 @@ def main(argv: list[str] | None = None) -> None:
     if len(harness.installed("lightly", "kornia")) < 2:  # the heads and losses of both loops are lightly's
         tasks = [task for task in tasks if task.by.startswith("ours")]
     tasks = [task for task in tasks if re.search(args.only, f"{task.by} {task.method}")]
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    harness.silence()
     torch.backends.cudnn.benchmark = True
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Lightning, about deliberately short runs
-        with mock.patch.dict(os.environ, DATA_PATH=folder):
-            packed_images(sizes, Path(folder))
-            measure_all(tasks, sizes, args.out, start + 60 * args.minutes)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, DATA_PATH=folder):
+        packed_images(sizes, Path(folder))
+        measure_all(tasks, sizes, args.out, start + 60 * args.minutes)
 
 
 if __name__ == "__main__":

@@ -183,10 +183,7 @@ def ours(task: Task, sizes: Sizes) -> float:
         benchmark=True,
         max_steps=windows.total,
         callbacks=[windows],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **harness.QUIET_TRAINER,
     )
     trainer.fit(SelfSupervisedMethod(task.params(sizes)), loader)
     return windows.seconds_per_step()

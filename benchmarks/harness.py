@@ -28,6 +28,7 @@ from self_supervised.training.run_folder import versions
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
+QUIET_TRAINER = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
 
 def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -39,6 +40,12 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of every contestant ({rounds})")
     parser.add_argument("--out", type=as_path, default=RESULTS, help="folder of the CSV file")
     return parser
+
+
+def silence() -> None:
+    """Hide all warnings, and what Lightning logs."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 
 def installed(*packages: str) -> list[str]:
@@ -152,8 +159,7 @@ class Apart:
 
 def _take_turns(pipe) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers: ours, spawn, is handed on to them
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    silence()
     contestant: Callable[[], float] = float
     while True:
         try:

@@ -12,15 +12,13 @@ a batch of one part's size, and at most 1.4x the time of the whole batch where t
 """
 
 import argparse
-import logging
 import statistics
 import time
-import warnings
 
 import pytorch_lightning as pl
 import torch
 
-from benchmarks.harness import Row, arguments, in_fresh_process, report
+from benchmarks.harness import QUIET_TRAINER, Row, arguments, in_fresh_process, report, silence
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 
@@ -35,15 +33,14 @@ class Clock(pl.Callback):
 
 def seconds_per_step(settings: dict, steps: int) -> float:
     """Return the median time of a step after the first."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    silence()
     torch.set_num_threads(1)
     params = PRESETS["simclr"](dataset_name="cifar10", low_resolution_stem=False, evaluations=[], seed=0, **settings)
     batch, pixels = params.batch_size, params.crop_size
     clock, images = Clock(), torch.randint(256, (batch * steps, 3, pixels, pixels), dtype=torch.uint8)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), batch_size=batch)
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[clock], **off).fit(SelfSupervisedMethod(params), loader)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[clock], **QUIET_TRAINER)
+    trainer.fit(SelfSupervisedMethod(params), loader)
     return statistics.median(later - before for before, later in zip(clock.times[1:], clock.times[2:], strict=False))
 
 

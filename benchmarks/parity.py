@@ -11,7 +11,6 @@ Differences are relative: of a loss to that loss, of a number to the largest one
 statistics and queue), of a recorded norm to that norm. Rounding errors grow with the steps.
 """
 
-import logging
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import authors
-from benchmarks.harness import Row, arguments, installed, report
+from benchmarks.harness import Row, arguments, installed, report, silence
 from moco import SelfSupervisedMethod
 from self_supervised.fields import as_path
 from tests.golden.golden_training import METHODS, initial_method, state_of, train, views
@@ -117,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     names = options.methods[:1] if options.quick else options.methods
     if options.authors and not any(checkout_of(name, options.authors) for name in names):
         parser.error(f"--authors={options.authors}: no checkout of {', '.join(names)}. --list prints how to make them")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    silence()
     report("parity", [row_of(name, options) for name in names], options.out, "torchvision")
 
 

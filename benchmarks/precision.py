@@ -10,8 +10,6 @@ To reach in bfloat16: 1.85x ours in float32 with the low-resolution stem and 1.5
 fastest peer in float32.
 """
 
-import logging
-import warnings
 from collections import Counter
 from functools import partial
 
@@ -122,8 +120,7 @@ def main(argv: list[str] | None = None) -> list[harness.Row]:
     parser = harness.arguments(__doc__, rounds=3)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     options = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    harness.silence()
     networks, rounds = NETWORKS, options.rounds
     if options.quick:
         networks, rounds, options.methods = [evolve(NETWORKS[1], batch=4, steps=1)], 1, ["moco_v2"]

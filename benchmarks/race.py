@@ -19,9 +19,7 @@ in their own size, and with the pooling that the recipe names for its evaluation
 
 import copy
 import itertools
-import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -60,7 +58,6 @@ QUICK = {
     "dim": 16,
     "mlp_hidden_dim": 16,
 }
-TRAINER = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 # ---- lightly's examples ----
@@ -156,7 +153,7 @@ def ours(params: ModelParams, _: str, minutes: float, recipe: str) -> tuple[nn.M
     steps = max(1, round(minutes * 60 * speed(params, minutes / 20) / params.batch_size))
     images = len(loading.get_dataset(params, params.dataset.pretraining_splits))
     method = SelfSupervisedMethod(params, warmup_epochs=steps / 10 / (images // params.batch_size))
-    trainer = pl.Trainer(max_epochs=-1, max_steps=steps, precision=best_precision(method), **TRAINER)
+    trainer = pl.Trainer(max_epochs=-1, max_steps=steps, precision=best_precision(method), **harness.QUIET_TRAINER)
     trainer.fit(method)
     return method.model, trainer.global_step * params.batch_size
 
@@ -166,7 +163,7 @@ def speed(params: ModelParams, minutes: float, skipped: int = 4) -> float:
     method, marks = SelfSupervisedMethod(params), []
     clock = pl.callbacks.LambdaCallback(on_train_batch_end=lambda *_: marks.append(time.perf_counter()))
     length = {"max_epochs": 1000, "min_steps": skipped + 8, "max_time": timedelta(minutes=minutes)}
-    pl.Trainer(**length, precision=best_precision(method), callbacks=[clock], **TRAINER).fit(method)
+    pl.Trainer(**length, precision=best_precision(method), callbacks=[clock], **harness.QUIET_TRAINER).fit(method)
     return (len(marks) - 1 - skipped) * params.batch_size / (marks[-1] - marks[skipped])
 
 
@@ -204,8 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--encoder_arch", metavar="NAME", help="encoder of ours (that of the recipe)")
     parser.add_argument("--teacher", metavar="RUN", help="teacher of the student, anything that load_encoder reads")
     args = parser.parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|lightly|torch")
+    harness.silence()
     if args.quick:
         args.minutes, args.seeds, args.only = 0.01, [0], METHODS[:1]
     if STUDENT in (args.only or ()) and not args.teacher:

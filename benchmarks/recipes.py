@@ -8,11 +8,9 @@ benchmarks.cifar10 repeats the recipes for CIFAR-10.
 """
 
 import argparse
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from self_supervised.data import loading
 from self_supervised.demo import features
 from self_supervised.evaluation import validation
 
-QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
 IMAGES = {"train": 3000, "test": 1000}  # of the recipe folder: the first images of CIFAR-10
 
 
@@ -51,7 +48,8 @@ def run(params: ModelParams) -> dict[str, float]:
     model = SelfSupervisedMethod(params)
     before = validation.knn(*features(model.model, params))["valid_knn20_acc"]
     start = time.process_time()
-    pl.Trainer(accelerator="auto", max_epochs=params.max_epochs, num_sanity_val_steps=0, **QUIET).fit(model)
+    length = {"max_epochs": params.max_epochs, "num_sanity_val_steps": 0}
+    pl.Trainer(accelerator="auto", **length, **harness.QUIET_TRAINER).fit(model)
     minutes = (time.process_time() - start) / 60  # of the processor: the machine may do other work
     return {
         "random": before,
@@ -78,8 +76,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("recipe", choices=[kind for kind in recipes.KINDS if not kind.startswith("cifar10")])
     parser.add_argument("--seeds", type=int, default=3, help="number of runs (3)")
     args = parser.parse_args(given)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch")
+    harness.silence()
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"evaluations": [], "num_data_workers": 0}  # minutes include reading the images
         if args.recipe == "folder":

@@ -17,7 +17,6 @@ touched count as resident (RssFile), though the system takes them back when it n
 """
 
 import itertools
-import logging
 import os
 import re
 import resource
@@ -32,7 +31,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.harness import Row, arguments, in_fresh_process, report
+from benchmarks.harness import QUIET_TRAINER, Row, arguments, in_fresh_process, report, silence
 from self_supervised.data import loading
 
 BASE = {"batch_size": 256, "K": 4096, "dim": 128}
@@ -68,7 +67,7 @@ def step_milliseconds(
     import torch
 
     join_group(rank, world, port)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    silence()
     torch.set_num_threads(threads)
     return [one_case(world, preset, fields, steps) for preset, fields in cases]
 
@@ -96,11 +95,8 @@ def one_case(world: int, preset: str, fields: dict, steps: int) -> float:
 
     ends: list[float] = []
     clock = pl.callbacks.LambdaCallback(on_train_batch_end=lambda *_: ends.append(time.perf_counter()))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     several = {"strategy": "ddp", "devices": world} if world > 1 else {"devices": 1}
-    trainer = pl.Trainer(
-        accelerator="cpu", enable_model_summary=False, max_steps=steps, callbacks=[clock], **quiet, **several
-    )
+    trainer = pl.Trainer(accelerator="cpu", max_steps=steps, callbacks=[clock], **QUIET_TRAINER, **several)
     options = {"dataset_name": "digits", "mlp_hidden_dim": 128, "warmup_epochs": 0, "evaluations": [], "seed": 0}
     encoder = None if "encoder_arch" in fields else nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU())
     params = PRESETS[preset](**{**options, **BASE, **fields})

@@ -9,10 +9,8 @@ what the programs do (self_supervised/threads.py): they count at the start of a 
 To reach: beside the neighbor, near the two thirds that a fair share leaves; on the quiet machine, no loss.
 """
 
-import logging
 import multiprocessing
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from unittest import mock
@@ -88,8 +86,7 @@ def measure(network: step.Network, rounds: int, processes: dict[str, harness.Apa
 
 def main(argv: list[str] | None = None) -> None:
     options = harness.arguments(__doc__, rounds=2).parse_args(argv)
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    harness.silence()
     networks = step.NETWORKS[:2]
     names = list(SETTINGS)
     if options.quick:

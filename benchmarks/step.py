@@ -12,11 +12,9 @@ pixels; Lightning, logging and progress together under 3 % of a step.
 """
 
 import copy
-import logging
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 
 import pytorch_lightning as pl
@@ -218,8 +216,7 @@ def main(argv: list[str] | None = None) -> list[harness.Row]:
     parser.add_argument("--networks", type=int, default=len(NETWORKS), help="how many of them: low resolution first")
     parser.add_argument("--who", nargs="+", default=list(BUILDERS), choices=BUILDERS)
     options = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    harness.silence()
     networks, methods, rounds = NETWORKS[: options.networks], options.methods, options.rounds
     if options.quick:
         networks, methods, rounds = [evolve(NETWORKS[1], batch=4, steps=1, compiled=False)], ["moco_v2"], 1

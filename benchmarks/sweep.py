@@ -10,10 +10,8 @@ scored on the last fifth. Every finished try is a row of sweep_KIND.csv and is n
 """
 
 import itertools
-import logging
 import math
 import time
-import warnings
 
 import pytorch_lightning as pl
 from attrs import evolve
@@ -39,7 +37,7 @@ def tried(params: ModelParams, fraction: float, reading: dict[str, int]) -> harn
     parts = [images.subset(rows) for rows in subsets.held_out(images.labels, HELD_OUT)]
     steps = max(1, round(fraction * params.max_epochs * (len(parts[0]) // params.batch_size)))
     method = SelfSupervisedMethod(params, **{name: fraction * getattr(params, name) for name in IN_EPOCHS})
-    trainer = pl.Trainer(max_epochs=-1, max_steps=steps, precision=best_precision(method), **race.TRAINER)
+    trainer = pl.Trainer(max_epochs=-1, max_steps=steps, precision=best_precision(method), **harness.QUIET_TRAINER)
     facts = {"steps": steps, "minutes": "", "commit": harness.commit()}
     start = time.perf_counter()
     try:
@@ -59,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--fraction", type=float, default=0.3, help="length of a try, relative to the recipe's (0.3)")
     args = parser.parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|torch")
+    harness.silence()
     kind, settings = recipes.KINDS[args.kind], {"seed": 0, "evaluations": [], "num_data_workers": 0}
     presets = chosen_presets(parser, args)
     if args.quick:

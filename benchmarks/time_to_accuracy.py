@@ -13,9 +13,7 @@ in 5 minutes (SCE or BYOL, 200 epochs), 90 % kNN in 11.7 (published: 99 minutes,
 """
 
 import argparse
-import logging
 import time
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -54,7 +52,7 @@ QUICK = {  # seconds on a CPU
 }
 
 
-class Clock(pl.Callback):
+class EvaluationClock(pl.Callback):
     """One row after each evaluation. Its state is saved with checkpoints, so that a resumed run goes on counting."""
 
     def __init__(self, seed: int, write: Callable[[list[harness.Row]], None]):
@@ -97,7 +95,7 @@ class Clock(pl.Callback):
         self.seconds, self.rows = state["seconds"], state["rows"]
 
 
-def run(args: argparse.Namespace, params: ModelParams, clock: Clock) -> None:
+def run(args: argparse.Namespace, params: ModelParams, clock: EvaluationClock) -> None:
     """Train, save, and evaluate what was reached when the minutes were over."""
     on_gpu = torch.cuda.is_available()
     timer = [Timer(timedelta(minutes=args.minutes), interval="epoch")] if args.minutes else []
@@ -110,10 +108,7 @@ def run(args: argparse.Namespace, params: ModelParams, clock: Clock) -> None:
         check_val_every_n_epoch=args.every,
         num_sanity_val_steps=0,
         callbacks=[clock, *timer],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **harness.QUIET_TRAINER,
     )
     model = SelfSupervisedMethod(params)
     trainer.fit(model, ckpt_path=args.resume)
@@ -161,16 +156,14 @@ def settings(args: argparse.Namespace, seed: int) -> ModelParams:
 
 def main(argv: list[str] | None = None) -> None:
     args, finished = arguments(argv), []
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    harness.silence()
 
     def write(rows: list[harness.Row]) -> None:
         harness.report(f"time_to_accuracy_{args.preset}", finished + rows, args.out)
 
     for seed in range(args.rounds):
-        clock = Clock(seed, write)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|torch")
-            run(args, settings(args, seed), clock)
+        clock = EvaluationClock(seed, write)
+        run(args, settings(args, seed), clock)
         finished = finished + clock.rows
         print(f"\n{args.preset}, seed {seed}:\n{summary(clock.rows)}", flush=True)
 
