@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import (
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 from pytorch_lightning.loggers import CSVLogger
@@ -207,11 +208,13 @@ def test_half_precision_that_another_trainer_left_is_refused(small, trainer):
     trainer(max_epochs=1).fit(model.float())
 
 
+@pytest.mark.filterwarnings("ignore:.*was called without a model")  # by Lightning, for OnExceptionCheckpoint
 def test_checkpoints_by_step_are_chosen_by_the_metrics_of_their_step(small, trainer, tmp_path):
     saver = ModelCheckpoint(tmp_path, monitor="step_train_loss", every_n_train_steps=2, save_top_k=-1)
     model, seen = SelfSupervisedMethod(small("simclr", evaluations=[])), []
     model.on_train_batch_end = lambda outputs, *_: seen.append(float(outputs["loss"]))
-    fit = trainer(max_epochs=1, limit_train_batches=6, callbacks=[saver], enable_checkpointing=True)
+    callbacks = [saver, OnExceptionCheckpoint(tmp_path)]  # the latter monitors nothing
+    fit = trainer(max_epochs=1, limit_train_batches=6, callbacks=callbacks, enable_checkpointing=True)
     fit.fit(model)
     assert [float(value) for value in saver.best_k_models.values()] == pytest.approx(seen[1::2])
 
@@ -263,6 +266,7 @@ def test_errors_of_lightning_before_setup_are_raised(trainer):
 def test_the_next_training_uses_the_learning_rate_of_lr_find(scaling, method, trainer):
     model, rates = method(lr_scaling=scaling), []
     found = Tuner(trainer(limit_train_batches=1.0)).lr_find(model, num_training=30).suggestion()
+    assert not model.was_trained  # the Tuner has restored the weights
     model.on_train_batch_start = lambda *_: rates.append(model.optimizers().param_groups[0]["lr"])
     trainer().fit(model)
     assert rates[0] == pytest.approx(found) and found == model.params.lr == model.hparams.lr == model.lr
@@ -371,12 +375,14 @@ def test_parts_that_a_user_froze_stay_frozen_in_fine_tuning(frozen, small, train
     fit.fit(SelfSupervisedMethod(small(evaluations=[]), encoder=Encoder()))
     fit.save_checkpoint(tmp_path / "x.ckpt")
     encoder = Encoder() if frozen == "stem" else Encoder().eval()
+    encoder.net[1].weight.requires_grad_(frozen == "whole")
     fields = {"encoder_lr": 0.1, "lr": 0.1, "batch_size": 16}
     linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "x.ckpt", encoder=encoder, **fields)
     before = encoder.net[2].num_batches_tracked.item()
     trainer().fit(linear)
     assert encoder.net[2].num_batches_tracked == before + 2
     assert encoder.stem.num_batches_tracked == (0 if frozen == "stem" else 2)
+    assert encoder.net[1].weight.requires_grad == (frozen == "whole") and encoder.net[1].bias.requires_grad
 
 
 def test_parts_that_a_user_froze_stay_frozen(method, trainer):
