@@ -208,7 +208,7 @@ def test_half_precision_that_another_trainer_left_is_refused(small, trainer):
     trainer(max_epochs=1).fit(model.float())
 
 
-@pytest.mark.filterwarnings("ignore:.*was called without a model")  # by Lightning, for OnExceptionCheckpoint
+@pytest.mark.filterwarnings("ignore:.*(called without a model|no last checkpoint)")  # for OnExceptionCheckpoint
 def test_checkpoints_by_step_are_chosen_by_the_metrics_of_their_step(small, trainer, tmp_path):
     saver = ModelCheckpoint(tmp_path, monitor="step_train_loss", every_n_train_steps=2, save_top_k=-1)
     model, seen = SelfSupervisedMethod(small("simclr", evaluations=[])), []
