@@ -77,27 +77,28 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
 
     def __attrs_post_init__(self):
         super().__attrs_post_init__()
-        refuse(self._contradictions())
+        refuse(contradictions_of_classifier(self))
 
-    def _contradictions(self) -> list[tuple[bool, str]]:
-        """Return the pairs that `refuse` takes."""
-        p = self
-        names = p.class_names or []
-        # fmt: off
-        return [
-            (len(names) not in (0, p.n_classes or len(names)),
-             f"n_classes={p.n_classes}, but class_names has {len(names)}. Pass one name for each class"),
-            (p.label_fraction is not None and p.labels_per_class is not None,
-             f"label_fraction={p.label_fraction} and labels_per_class={p.labels_per_class} are mutually exclusive. Set "
-             "one of them"),
-            (p.layer_decay != 1 and p.encoder_lr is None,
-             f"layer_decay={p.layer_decay} needs an encoder that is trained. Set encoder_lr, or remove layer_decay"),
-            (p.layer_decay == 0, "layer_decay=0 would train the encoder's last stage only. Choose a value above 0"),
-            (p.nesterov and (p.optimizer_name != "sgd" or p.momentum == 0),
-             f"nesterov=True needs SGD with momentum. Set optimizer_name='sgd' (is {p.optimizer_name!r}) and "
-             f"momentum above 0 (is {p.momentum})"),
-        ]
-        # fmt: on
+
+def contradictions_of_classifier(params: LinearClassifierMethodParams) -> list[tuple[bool, str]]:
+    """Return the pairs that `refuse` takes."""
+    p = params
+    names = p.class_names or []
+    # fmt: off
+    return [
+        (len(names) not in (0, p.n_classes or len(names)),
+         f"n_classes={p.n_classes}, but class_names has {len(names)}. Pass one name for each class"),
+        (p.label_fraction is not None and p.labels_per_class is not None,
+         f"label_fraction={p.label_fraction} and labels_per_class={p.labels_per_class} are mutually exclusive. Set "
+         "one of them"),
+        (p.layer_decay != 1 and p.encoder_lr is None,
+         f"layer_decay={p.layer_decay} needs an encoder that is trained. Set encoder_lr, or remove layer_decay"),
+        (p.layer_decay == 0, "layer_decay=0 would train the encoder's last stage only. Choose a value above 0"),
+        (p.nesterov and (p.optimizer_name != "sgd" or p.momentum == 0),
+         f"nesterov=True needs SGD with momentum. Set optimizer_name='sgd' (is {p.optimizer_name!r}) and "
+         f"momentum above 0 (is {p.momentum})"),
+    ]
+    # fmt: on
 
 
 # ---- Presets: rows of settings. LINEAR_PRESETS["linear_sgd"](dataset_name="cifar10") ----

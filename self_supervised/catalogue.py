@@ -57,7 +57,7 @@ class DatasetInfo:
     train_splits: tuple[str, ...] = ("train",)  # labeled
     test_splits: tuple[str, ...] = ("test",)
     validation_splits: tuple[str, ...] | None = None  # for pretraining; None: test_splits
-    many_labels: bool = False  # multi-label: an image has one entry 1, -1 or 0 per class, [classes]
+    multi_label: bool = False  # multi-label: an image has one entry 1, -1 or 0 per class, [classes]
     view: ViewSettings = field(factory=ViewSettings)  # training views, unless settings change them
     class_names: str = ""  # names of a packed set's classes in the order of their numbers; "": the numbers
 
@@ -114,7 +114,7 @@ DATASETS = {
         class_names="airplane bird car cat deer dog horse monkey ship truck",
     ),
     "imagenet": OfFiles(n_classes=1000, test_splits=("val",)),
-    "voc07": OfFiles(n_classes=20, pretraining_splits=TRAINVAL, train_splits=TRAINVAL, storage="voc", many_labels=True),
+    "voc07": OfFiles(n_classes=20, pretraining_splits=TRAINVAL, train_splits=TRAINVAL, storage="voc", multi_label=True),
     "folder": OfFiles(n_classes=0, storage="custom", validation_splits=("val",)),
     "kinetics": OfFiles(
         n_classes=400, mean=(0.45,) * 3, std=(0.225,) * 3, test_splits=("val",), storage="videos", view=CLIP_VIEW

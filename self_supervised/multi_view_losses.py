@@ -12,17 +12,18 @@ from torch import Tensor
 
 from model_params import ModelParams
 from self_supervised import distributed
+from self_supervised.losses import Scalars
 
 N_SLICES, LAST_FREQUENCY, N_FREQUENCIES = 256, 3.0, 17  # of SIGReg: those of the authors' code
 N_SORTED_SLICES, STD_EPSILON = 1024, 1e-4  # of VISReg
 CODING_PRECISION = 0.2  # epsilon of EMP-SSL's coding rate: that of the authors' code
 
 
-def get_loss_of_views(params: ModelParams, seed: tuple[int, ...]) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+def get_loss_of_views(params: ModelParams, seed: tuple[int, ...]) -> Callable[[Tensor, Tensor], Scalars]:
     """Return the function loss(queries, keys) that `params` selects. `seed` is that of this step."""
     p = params
     table = {
-        "fastsiam": lambda q, k: mean_inner_product(q, k),
+        "fastsiam": mean_inner_product,
         "lejepa": lambda q, _: lejepa(joined_rows(q), p.n_large_views, p.sigreg_weight, seed),
         "visreg": lambda q, _: visreg(joined_rows(q), p.n_large_views, p.sigreg_weight, seed),
         "emp": lambda q, _: emp_ssl(joined_rows(q), p.invariance_loss_weight),
@@ -39,7 +40,7 @@ def joined_rows(z: Tensor) -> Tensor:
     return distributed.gather(z.transpose(0, 1)).transpose(0, 1)
 
 
-def mean_inner_product(q: Tensor, k: Tensor) -> dict[str, Tensor]:
+def mean_inner_product(q: Tensor, k: Tensor) -> Scalars:
     """1 - cosine of each query and the mean of the other views' keys (FastSiam,
     https://link.springer.com/chapter/10.1007/978-3-031-16788-1_4, equation 4)."""
     of_small = k.mean(0).expand(len(q) - len(k), -1, -1)
@@ -47,7 +48,7 @@ def mean_inner_product(q: Tensor, k: Tensor) -> dict[str, Tensor]:
     return {"loss": 1 - F.cosine_similarity(q, others, dim=2).mean()}
 
 
-def lejepa(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> dict[str, Tensor]:
+def lejepa(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> Scalars:
     """LeJEPA (https://arxiv.org/abs/2511.08544, algorithm 2): normally distributed views near the mean of the large.
 
     Args:
@@ -58,7 +59,7 @@ def lejepa(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> dic
     return near_large_views(z, n_large, weight, {"loss_sigreg": sigreg(z, seed)})
 
 
-def near_large_views(z: Tensor, n_large: int, weight: float, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+def near_large_views(z: Tensor, n_large: int, weight: float, terms: Scalars) -> Scalars:
     """Return (1 - weight) times the squared distance to the mean of the large views, plus `weight` times all terms."""
     invariance = (z - z[:n_large].mean(0)).square().mean()
     loss = (1 - weight) * invariance + weight * torch.stack(list(terms.values())).sum()
@@ -84,7 +85,7 @@ def slices(z: Tensor, number: int, seed: tuple[int, ...]) -> Tensor:
     return z @ F.normalize(distributed.to_device(torch.from_numpy(drawn).to(z.dtype), z.device), dim=0)
 
 
-def visreg(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> dict[str, Tensor]:
+def visreg(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> Scalars:
     """VISReg (https://arxiv.org/abs/2606.02572, algorithm 1): LeJEPA with other terms in place of SIGReg.
 
     In every dimension, the batch of a view should have the mean 0 (equation 6) and the standard deviation 1 (equation
@@ -98,7 +99,7 @@ def visreg(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> dic
     return near_large_views(z, n_large, weight, {name: x.square().mean() for name, x in terms.items()})
 
 
-def emp_ssl(z: Tensor, invariance: float) -> dict[str, Tensor]:
+def emp_ssl(z: Tensor, invariance: float) -> Scalars:
     """EMP-SSL (https://arxiv.org/abs/2304.03977, equation 4): views [V, N, D] near their mean, with a high coding
     rate."""
     _, n, d = z.shape
@@ -110,7 +111,7 @@ def emp_ssl(z: Tensor, invariance: float) -> dict[str, Tensor]:
     return {"loss": parts["loss_invariance"] + parts["loss_coding_rate"], **parts}
 
 
-def frossl(z: Tensor, invariance: float) -> dict[str, Tensor]:
+def frossl(z: Tensor, invariance: float) -> Scalars:
     """FroSSL (https://arxiv.org/abs/2310.02903): views [V, N, D] near their mean, with covariances of a small norm."""
     v, n, d = z.shape
     z = F.normalize(z, dim=1)
@@ -123,7 +124,7 @@ def frossl(z: Tensor, invariance: float) -> dict[str, Tensor]:
     return {"loss": parts["loss_invariance"] + parts["loss_entropy"], **parts}
 
 
-def mmcr(z: Tensor, local: float) -> dict[str, Tensor]:
+def mmcr(z: Tensor, local: float) -> Scalars:
     """MMCR (https://arxiv.org/abs/2303.03307, equation 3): mean views of N images have a large nuclear norm, and the
     views [V, N, D] of one image a small one, of the weight `local`."""
     parts = {"loss_centroids": -torch.linalg.svdvals(z.mean(0)).sum()}

@@ -350,7 +350,7 @@ def require_labels(classes: int, params: EncoderAndDataParams) -> int:
     Raises:
         ValueError: images have no labels, or more than one each.
     """
-    if params.dataset.many_labels:
+    if params.dataset.multi_label:
         raise ValueError(
             f"dataset_name={params.dataset_name!r}: its images have multiple labels each, and a classifier needs one. "
             "Choose another data set, or leave the classifier out."

@@ -94,7 +94,7 @@ class Protocol:
         protocols, since it may list files."""
         if self.needs_labels and unlabeled:
             return unlabeled
-        if self.needs_classes and params.dataset.many_labels:
+        if self.needs_classes and params.dataset.multi_label:
             return f"needs one class per image, but {params.dataset_name} is multi-label"
         if self.needs_stages and not features.stages_of(encoder):
             return f"needs an encoder with layer1 to layer4, but {params.encoder_arch} has none"

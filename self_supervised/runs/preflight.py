@@ -164,7 +164,7 @@ def names_of_scores(params: ModelParams) -> set[str]:
 
 def toy_labels(params: ModelParams, splits: tuple[str, ...]) -> torch.Tensor:
     """Return labels of TOY that lack what the labels of the images lack."""
-    if params.dataset.many_labels:
+    if params.dataset.multi_label:
         return torch.full((4,), UNLABELED)
     found = loading.get_dataset(params, splits).labels
     known = found[found >= 0]  # as probes do
