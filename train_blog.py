@@ -347,9 +347,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     check_folder("out", args.out)
-    settings = experiment_settings(args.configs[0], args.seeds[0], args)
-    preflight.check_images(settings)
-    preflight.check_labels(settings)  # accuracies need labels
+    settings = [experiment_settings(name, seed, args) for name in args.configs for seed in args.seeds]
+    preflight.check_images(settings[0])
+    preflight.check_labels(settings[0])  # accuracies need labels
     with locked(args.out):
         run_experiments(args)
 
@@ -364,8 +364,10 @@ def run_experiments(args: argparse.Namespace) -> None:
             finish(name, seed, args, results)
     rows = [row for row in finished_runs(results) if experiment_facts(args).items() <= row.items()]
     p = experiment_settings(args.configs[0], args.seeds[0], args)
-    about = f"{p.encoder_arch} on {p.dataset_name}, {args.epochs} epochs in batches of {p.batch_size}"
-    markdown = f"{about}, linear probe on half of the test set\n\n{results_table(rows)}"
+    size = p.global_batch_size or p.batch_size
+    about = f"{p.encoder_arch} on {p.dataset_name}, {args.epochs} epochs in batches of {size}, {args.precision}"
+    about = f"{about}, linear probe on half of the test set" + (f"; {args.changes}" if args.changes else "")
+    markdown = f"{about}\n\n{results_table(rows)}"
     atomic_write(args.out / "results.md", markdown)
     draw_cosines(rows, args, args.out / "cosines.png")
     print(f"\n{markdown}\nin {args.out}: results.csv, results.md, cosines.png")

@@ -6,7 +6,6 @@ The run is written to runs/demo, as by `self-supervised train`, together with re
 """
 
 import itertools
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from self_supervised.program import one_line_errors
 from self_supervised.report import report
 from self_supervised.runs.command_line import parser_of
 from self_supervised.runs.run_options import RunOptions
-from self_supervised.safe_files import atomic_write, to_json
+from self_supervised.safe_files import atomic_write, remove, to_json
 from self_supervised.training import run_folder
 from self_supervised.training.plan import epochs_text
 from self_supervised.views import augmentations
@@ -120,8 +119,6 @@ def run_demo(epochs: int, linear_epochs: int) -> None:
 
 
 def delete_earlier_demo() -> None:
-    """Delete the files that a new run would append to or resume from."""
-    for name in ("command.txt", "run.json"):
-        (OUT / name).unlink(missing_ok=True)
-    for name in ("pretraining", "linear"):
-        shutil.rmtree(OUT / name, ignore_errors=True)
+    """Delete the files that a new run would append to or resume from, and those about the earlier encoder."""
+    for name in ("command.txt", "run.json", "linear.ckpt", "pretraining", "linear", "pretrained.evaluation"):
+        remove(OUT / name)

@@ -343,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{checkpoint}:", flush=True)
         evaluate_with_options(checkpoint, args)
     if len(args.checkpoints) == 1 and not args.markdown:
-        print((args.out or folder_of(args.checkpoints[0])).joinpath("results.md").read_text())
+        print((args.out or folder_of(args.checkpoints[0])).joinpath("results.md").read_text("utf-8"))
         if not args.csv:
             return
     rows = evaluations.evaluated_rows(args.checkpoints, args.out)

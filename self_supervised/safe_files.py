@@ -118,7 +118,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def atomic_write(path: Path, text: str) -> None:
     """Write text to a file, completely or not at all."""
     with atomic_file(path) as unfinished:
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
 
 
 @contextmanager

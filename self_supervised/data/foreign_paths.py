@@ -102,7 +102,7 @@ def asked_for(value: str, name: str, run: Path) -> bool:
 def config_of(run: Path) -> dict[str, Any]:
     """Return the content of a run's config.yaml; {} if there is none, or none that can be read."""
     try:
-        found = yaml.safe_load((run / "config.yaml").read_text()) if (run / "config.yaml").is_file() else None
+        found = yaml.safe_load((run / "config.yaml").read_text("utf-8")) if (run / "config.yaml").is_file() else None
     except (OSError, ValueError, yaml.YAMLError):
         found = None
     return found if isinstance(found, dict) else {}

@@ -55,7 +55,7 @@ class EmbeddingJob:
 
     def __exit__(self, *_: Any) -> None:
         if not self.parts():
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)  # over NFS, the open lock file stays
         self.lock.close()
 
     def parts(self) -> list[Path]:
@@ -124,9 +124,9 @@ class EmbeddingJob:
                                 f"{path} in {self.about['images']} could not be read ({reason}). Fix or remove "
                                 "it, or pass --skip_unreadable."
                             )
-                    self.unreadable |= unreadable
                     if paths:
                         self.pending.append((paths, finite(encoder.embed(images), "embeddings", paths).cpu().numpy()))
+                    self.unreadable |= unreadable  # not earlier: an interrupted batch is embedded again as a whole
                     progress.advance(task, len(paths) + len(unreadable))
                     n_pending = sum(len(paths) for paths, _ in self.pending)
                     if n_pending >= ROWS or time.monotonic() > self.written + SECONDS_OF_PART:

@@ -14,11 +14,13 @@ import numpy as np
 from attrs import frozen
 from PIL import Image, ImageDraw, ImageFont
 
+from self_supervised.data.image_files import preprocessing
 from self_supervised.embeddings import parquet
 from self_supervised.embeddings.embed import digest
 from self_supervised.embeddings.projection import unit_rows
 from self_supervised.embeddings.sources import Batches, Folder, ImageSource, open_source, picture_of
 from self_supervised.fields import as_path
+from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import FEATURES, FOLDER, in_one_line, parser_of
@@ -126,10 +128,13 @@ def embed_files(features: str | Path, files: list[str], checkpoint: str | None) 
     """
     about = parquet.facts_of_file(features)
     encoder = load_encoder(checkpoint or about["checkpoint"], **about["overrides"])
-    if digest(encoder) != about["sha256"]:
+    now = {"sha256": digest(encoder), "encoder": encoder_hash(encoder), "preprocessing": preprocessing(encoder.params)}
+    before = {name: about.get(name, value) for name, value in now.items()}  # files of earlier versions have less
+    before["preprocessing"] = {name: before["preprocessing"].get(name, x) for name, x in now["preprocessing"].items()}
+    if before != now:
         raise ValueError(
-            f"{encoder.report.source} is not the checkpoint of {features}, or has changed since. Pass a copy of that "
-            "checkpoint with --checkpoint, or embed the images again."
+            f"{encoder.report.source} is not the checkpoint of {features}, has changed since, or was read with other "
+            "settings. Pass a copy of that checkpoint with --checkpoint, or embed the images again."
         )
     embedded = {}
     for file in files:

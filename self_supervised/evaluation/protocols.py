@@ -40,8 +40,8 @@ def linear_settings_of(data: EvaluationData, seed: int, preset: str) -> LinearCl
     Raises:
         ValueError: the overrides are invalid.
     """
-    settings = {name: getattr(data.params, name) for name in IMAGE_SETTINGS} | data.training
-    params = LINEAR_PRESETS[preset](**settings, seed=seed, split_seed=seed)
+    settings = {name: getattr(data.params, name) for name in IMAGE_SETTINGS} | {"seed": seed, "split_seed": seed}
+    params = LINEAR_PRESETS[preset](**settings | data.training)
     fraction = params.max_epochs / LINEAR_PRESETS[preset]().max_epochs  # the warm-up keeps its fraction of training
     defaults = {"warmup_epochs": params.warmup_epochs * fraction, "drop_last_batch": None}
     return attrs.evolve(params, **{**defaults, **data.training})

@@ -40,11 +40,13 @@ FACTS = (
     "embedding_dim",
     "in_channels",
     "low_resolution_stem",
+    "stem_variant",
     "pooling_size",
     "dataset_name",
     "transform_crop_size",
     "image_mean",
     "image_std",
+    "pixel_range",
     "exif_orientation",
 )  # fields of EncoderAndDataParams that are needed to prepare the encoder's input
 
@@ -263,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for format, target in zip(formats, paths, strict=True):
         try:
             done = write_checked(encoder, format, target, publish, normalize)
-        except (ValueError, RuntimeError) as error:  # this format cannot hold the encoder; others may
+        except (ValueError, RuntimeError, FileExistsError) as error:  # this format cannot hold the encoder; others may
             refused.append(f"format={format}: not written. {message_of(error)}")
             cause = error
             continue

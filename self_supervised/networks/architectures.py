@@ -136,6 +136,9 @@ def adapted(name: str, state: dict[str, Tensor]) -> tuple[Architecture, dict[str
 
 def without_memory(name: str, state: dict[str, Tensor], channels: int = 3) -> tuple[nn.Module, int | None]:
     """Return the encoder, on the meta device if possible, and its image size, or None if it accepts any."""
+    if name in catalogue.SMALL_CNNS:
+        with torch.device("meta"):
+            return encoders.small_cnn(channels, catalogue.SMALL_CNNS[name]), None
     options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
     if name.startswith("timm:"):
         import timm

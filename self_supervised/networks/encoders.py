@@ -63,6 +63,8 @@ def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Mod
     file = file_of_weights(p)
     published = None if file else p.encoder_weights
     if p.encoder_arch.startswith("timm:"):
+        if published not in (None, "DEFAULT"):
+            raise ValueError(f"encoder_weights={published!r} is not a file; timm's weights are called 'DEFAULT'")
         name, small_views = p.encoder_arch.removeprefix("timm:"), getattr(p, "n_small_views", 0)
         encoder = build_timm(name, published is not None, image, of_all_sizes=small_views > 0)
     elif p.encoder_arch in SMALL_CNNS:
@@ -83,6 +85,9 @@ def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Mod
     if file:
         try:
             found = layouts.read_weights(file)
+            stem = found.settings.get("stem_variant", found.stem_variant)
+            if p.low_resolution and stem != p.stem_variant and (found.settings or stem != "standard"):
+                raise ValueError(f"its first layers are those of stem_variant={stem!r} (is {p.stem_variant!r})")
             if not found.settings:  # of a checkpoint of ours, which has other constants
                 refuse_other_pixels(p, p.encoder_weights)
             layouts.load_into(encoder, found, p.encoder_arch)

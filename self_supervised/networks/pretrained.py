@@ -172,6 +172,8 @@ def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[
     settings: dict[str, Any] = {"dataset_name": "imagenet"}
     arch = overrides.get("encoder_arch")
     if arch != catalogue.OWN_MODULE:
+        if arch is not None:
+            catalogue.check_name(arch)
         settings |= attrs.asdict(architectures.matching_architecture(found, arch))
         settings |= of_videos(settings["encoder_arch"])
         if found.layout == "moco v3" and settings["encoder_arch"].startswith("timm:vit_small"):
@@ -269,6 +271,7 @@ def published(name: str, overrides: dict[str, Any], new_stem: bool = False) -> E
         "encoder_weights": weights,
         **of_videos(arch),
         **facts_of_weights(arch, weights),
+        **(GRAY if overrides.get("in_channels") == 1 else {}),
     }
     params = with_overrides(settings, overrides)
     if not new_stem and arch in catalogue.torchvision_models() and (params.channels != 3 or params.low_resolution):

@@ -29,7 +29,10 @@ from self_supervised.safe_files import rows_of
 from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite, lowest_is_best, uses_test_labels
 
-DATA = {"dataset_name", "data_path"}  # settings
+DATA = {  # settings that determine which images are scored
+    "dataset_name", "data_path", "val_size", "test_size", "labels_from", "class_to_idx", "include_patterns",
+    "exclude_patterns", "limit_val_batches",
+}  # fmt: skip
 BEST = "best "  # prefix of results that are the best of an evaluated column of metrics.csv
 RANKED = re.compile(r"(trained encoder: |linear classifier: |best )valid_.*(acc|rank_me).*")  # the highest is best
 KIND_TITLES = {"result": "whole run", "setting": "settings that differ", "circumstance": "circumstances that differ"}

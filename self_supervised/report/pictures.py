@@ -122,11 +122,13 @@ def uri(image: Tensor, factor: float = 1.0) -> str:
 
 
 def checkpoint(folder: Path) -> Path:
-    """Return the path of pretrained.ckpt, else of the newest checkpoint of an unfinished run, else of the newest that
-    Lightning has saved."""
+    """Return the path of pretrained.ckpt, or of a newer checkpoint of a run that is unfinished or trained further; else
+    of the newest that Lightning has saved."""
     end = folder / "pretrained.ckpt"
     saved = run_folder.file_of(folder, "pretraining/checkpoints")
-    newest = end if end.is_file() else checkpoints.newest(saved)
+    newest = checkpoints.newest(saved)
+    if end.is_file() and (newest is None or newest.stat().st_mtime <= end.stat().st_mtime):
+        newest = end
     newest = newest or max(saved.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise FileNotFoundError(f"{folder.name} has no checkpoint")

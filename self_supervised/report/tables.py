@@ -20,7 +20,7 @@ from self_supervised.training.milestones import lowest_is_best
 SINGLE = {"best": "best epoch", "last": "last step"}  # first word of a result's name -> what was scored
 START = evaluations.ENCODER_NAMES["random"]  # with which `evaluate` compares
 MARKED = ("trained encoder", "lagging encoder", "best epoch")
-FITTED = ("train_class_acc",)  # accuracies on the images to which a probe was fitted
+FITTED = ("train_class_acc", "train_class_acc_trainset")  # accuracies on the images to which a probe was fitted
 
 
 # ---- facts ----

@@ -280,7 +280,7 @@ def settings_in(file: str) -> dict[str, Any]:
     if not path.is_file():
         fail(f"config={path}: there is no such file.")
     try:
-        content = from_yaml(path.read_text())
+        content = from_yaml(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         fail(f"config={path}: not valid YAML: {error}")
     if not isinstance(content, dict):

@@ -34,18 +34,21 @@ def mlflow_logger(out: Path, title: str, run_id: str, options: RunOptions) -> lo
         query = f"tags.`self_supervised.run_id` = '{run_id}'"
         known = MlflowClient(tracking).search_runs([experiment.experiment_id], query)
     joined = known[0].info.run_id if known else None
-    return loggers.MLFlowLogger(name, run_name=title, tracking_uri=tracking, tags=tags, run_id=joined)
+    logger = loggers.MLFlowLogger(name, run_name=title, tracking_uri=tracking, tags=tags, run_id=joined)
+    if joined:  # MLflow refuses other parameters than those of the first start
+        logger.log_hyperparams = lambda *_: None
+    return logger
 
 
 def get_loggers(out: Path, stage: str, options: RunOptions, first_step: int) -> list[loggers.Logger]:
-    """Return the logger of metrics.csv and those in `options.logger`. All continue at `first_step`."""
-    purge = {"purge_step": first_step} if first_step else {}  # deletes what was written after the checkpoint
+    """Return the logger of metrics.csv and those in `options.logger`. All continue at `first_step`, and hide what was
+    logged after it."""
     title = f"{options.tracker_name or out.resolve().name}_{stage}"
     last = next(reversed(starts_of(out)), {})
     run_id = f"{last['id']}_{stage}" if last.get("id") else f"{out.name}_{stage}"  # the latter in earlier versions
     makers = {
         "csv": lambda: csv_logger(out, stage, first_step),
-        "tensorboard": lambda: loggers.TensorBoardLogger(out, name=stage, version="", **purge),
+        "tensorboard": lambda: loggers.TensorBoardLogger(out, name=stage, version="", purge_step=first_step),
         "wandb": lambda: wandb_logger(out, title, run_id, options),
         "mlflow": lambda: mlflow_logger(out, title, run_id, options),
     }

@@ -141,11 +141,13 @@ def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
         "embedding_dim": 512,
         "in_channels": 3,
         "low_resolution_stem": False,
+        "stem_variant": "standard",
         "pooling_size": 1,
         "dataset_name": "cifar10",
         "transform_crop_size": 64,
         "image_mean": list(load_encoder(checkpoint).params.mean),
         "image_std": list(load_encoder(checkpoint).params.std),
+        "pixel_range": None,
         "exif_orientation": True,
     }
     assert names["record"] == {

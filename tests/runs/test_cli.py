@@ -461,6 +461,7 @@ def tracker_runs(monkeypatch) -> list[tuple]:
         run_id = run_id or f"mlflow{sum(map(len, runs.values()))}"
         of_experiment[run_id] = tags
         made.append(("mlflow", experiment, run_id, run_name, tags, tracking_uri))
+        return SimpleNamespace(log_hyperparams=None)
 
     def wandb(name, save_dir, id, resume, project, tags):
         made.append(("wandb", project, id, name, tags))
@@ -481,7 +482,8 @@ def test_runs_of_trackers_are_those_of_the_folder(tracker_runs, tmp_path, monkey
         options = parse(f"byol --logger wandb,mlflow {line}")[1]
         run_folder.begin_run_folder(tmp_path / out, "preset: byol\n", ["train.py"], resumes)
         for stage in ("pretraining", "linear"):
-            trackers.get_loggers(tmp_path / out, stage, options, 0)
+            *_, mlflow = trackers.get_loggers(tmp_path / out, stage, options, 0)
+            assert bool(mlflow.log_hyperparams) == resumes  # MLflow refuses other parameters in a resumed run
         new = [*tracker_runs]
         tracker_runs.clear()
         return new
