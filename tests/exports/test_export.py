@@ -622,3 +622,17 @@ def test_parts_of_a_resnet_and_its_heads(checkpoint):
     }
     flops = {part.name: part.flops for part in count.heads(method.state_dict())}
     assert flops["prediction_model"] == 2 * (16 * 32 + 32 * 16)
+
+
+def test_an_exported_stem_of_another_system_is_read_back_as_itself(tmp_path):
+    """And weights of one stem are refused for another, whose tensors have the same shapes."""
+    model = SelfSupervisedMethod("simclr", dataset_name="cifar10", stem_variant="padding_2", dim=8, seed=0)
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}, tmp_path / "own.ckpt")
+    exported = load_encoder(export.export(tmp_path / "own.ckpt", "safetensors", tmp_path / "own.safetensors"))
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert exported.params.stem_variant == "padding_2"
+    assert close(exported.embed(images), load_encoder(tmp_path / "own.ckpt").embed(images))
+    with pytest.raises(ValueError, match="first layers are those of stem_variant='padding_2'"):
+        SelfSupervisedMethod("simclr", dataset_name="cifar10", encoder_weights=str(tmp_path / "own.ckpt"), dim=8)
+    with pytest.raises(ValueError, match="'typo.pth' is not a file; timm's weights are called 'DEFAULT'"):
+        SelfSupervisedMethod("simclr", encoder_arch="timm:vit_tiny_patch16_224", encoder_weights="typo.pth")
