@@ -22,6 +22,7 @@ from model_params import DATASET_DEFAULTS, TRAINING_ONLY, EncoderAndDataParams, 
 from self_supervised.catalogue import NORMS_AND_BIASES, ViewSettings
 from self_supervised.data import loading, subsets
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
+from self_supervised.data.loader import check_views
 from self_supervised.data.loading import count_classes, require_labels
 from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, plain, positive, readable
 from self_supervised.networks import layers
@@ -278,6 +279,7 @@ class LinearClassifierMethod(BaseMethod):
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:
         views, labels = batch
+        check_views(views, 1)
         means = self.losses_and_accuracies((views[0], labels)).mean(0)
         self.log_step({f"step_train_{name}": value for name, value in zip(SCORES, means.detach(), strict=True)})
         return means[0]

@@ -283,7 +283,7 @@ class SelfSupervisedMethod(BaseMethod):
         if stage == "fit":
             refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
             if self.lagging_model is not None:
-                refuse_half_precision(self.trainer.precision, self.params.m, self.model)
+                refuse_half_precision(self.trainer.precision, self.params.m, self)
 
     def train_dataloader(self):
         self.trains_on_dataset_name = True

@@ -347,7 +347,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     check_folder("out", args.out)
-    settings = [experiment_settings(name, seed, args) for name in args.configs for seed in args.seeds]
+    settings = [experiment_settings(name, args.seeds[0], args) for name in args.configs]
     preflight.check_images(settings[0])
     preflight.check_labels(settings[0])  # accuracies need labels
     with locked(args.out):

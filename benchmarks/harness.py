@@ -43,8 +43,8 @@ def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 def silence() -> None:
-    """Hide all warnings, and what Lightning logs."""
-    warnings.simplefilter("ignore")
+    """Hide the warnings of other libraries, and what Lightning logs."""
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric|lightly|torch")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 

@@ -319,7 +319,7 @@ def channel_statistics(dataset: Dataset, seed: int, channel_axis: int = -3) -> t
 
 
 def n_classes(params: EncoderAndDataParams) -> int:
-    """Return the number of classes, as `counted` does."""
+    """Return the number of classes, as `count_classes` does."""
     return count_classes(params)[0]
 
 

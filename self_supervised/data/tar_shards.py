@@ -88,9 +88,7 @@ class TarShards(OnDisk):
         self.labels_from = labels_from
         self.label_key = label_key
         for protocol in {url.partition("://")[0] for url in map(remote_shards.url_of, shards) if url}:
-            remote_shards.file_system(
-                protocol
-            ).invalidate_cache()  # once for all shards: each needs a listing afterwards
+            remote_shards.file_system(protocol).invalidate_cache()  # once for all shards
         with ThreadPoolExecutor(MOST_REQUESTS) as pool:
             self.signatures = dict(zip(shards, pool.map(shard_signature, shards), strict=True))
         self.ahead: ReadAhead | None = None

@@ -83,17 +83,21 @@ def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Mod
         adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
         exchange_convolutions(encoder, PointConv2d)
     if file:
-        try:
-            found = layouts.read_weights(file)
-            stem = found.settings.get("stem_variant", found.stem_variant)
-            if p.low_resolution and stem != p.stem_variant and (found.settings or stem != "standard"):
-                raise ValueError(f"its first layers are those of stem_variant={stem!r} (is {p.stem_variant!r})")
-            if not found.settings:  # of a checkpoint of ours, which has other constants
-                refuse_other_pixels(p, p.encoder_weights)
-            layouts.load_into(encoder, found, p.encoder_arch)
-        except ValueError as error:
-            raise ValueError(f"encoder_weights={p.encoder_weights!r} for {p.encoder_arch}: {error}") from error
+        load_file(encoder, file, p)
     return encoder, measured_width(encoder, image, f"encoder_arch={p.encoder_arch!r}")
+
+
+def load_file(encoder: nn.Module, file: Path, p: EncoderAndDataParams) -> None:
+    try:
+        found = layouts.read_weights(file)
+        stem = found.settings.get("stem_variant", found.stem_variant)
+        if p.low_resolution and stem != p.stem_variant and ("stem_variant" in found.settings or stem != "standard"):
+            raise ValueError(f"its first layers are those of stem_variant={stem!r} (is {p.stem_variant!r})")
+        if not found.settings:  # of a checkpoint of ours, which has other constants
+            refuse_other_pixels(p, p.encoder_weights)
+        layouts.load_into(encoder, found, p.encoder_arch)
+    except ValueError as error:
+        raise ValueError(f"encoder_weights={p.encoder_weights!r} for {p.encoder_arch}: {error}") from error
 
 
 def check_kind(name: str, dataset_name: str, of_videos: bool) -> None:
@@ -119,8 +123,7 @@ def file_of_weights(params: EncoderAndDataParams) -> Path | None:
 
 def source_of_weights(params: EncoderAndDataParams) -> str | None:
     """Return the weights from which the encoder starts, as `load_encoder` accepts them; None for random weights."""
-    weights = params.encoder_weights
-    if weights is None:
+    if (weights := params.encoder_weights) is None:
         return None
     if file := file_of_weights(params):
         return os.path.abspath(file)

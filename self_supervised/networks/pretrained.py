@@ -271,8 +271,9 @@ def published(name: str, overrides: dict[str, Any], new_stem: bool = False) -> E
         "encoder_weights": weights,
         **of_videos(arch),
         **facts_of_weights(arch, weights),
-        **(GRAY if overrides.get("in_channels") == 1 else {}),
     }
+    if overrides.get("in_channels") == 1:
+        settings |= {name: [sum(settings[name]) / 3] for name in MEAN_AND_STD if name in settings}
     params = with_overrides(settings, overrides)
     if not new_stem and arch in catalogue.torchvision_models() and (params.channels != 3 or params.low_resolution):
         raise ValueError(

@@ -126,9 +126,8 @@ def checkpoint(folder: Path) -> Path:
     of the newest that Lightning has saved."""
     end = folder / "pretrained.ckpt"
     saved = run_folder.file_of(folder, "pretraining/checkpoints")
-    newest = checkpoints.newest(saved)
-    if end.is_file() and (newest is None or newest.stat().st_mtime <= end.stat().st_mtime):
-        newest = end
+    later = [path for path in saved.glob("step_*.ckpt") if end.is_file() and path.stat().st_mtime > end.stat().st_mtime]
+    newest = end if end.is_file() and not later else checkpoints.newest(saved)
     newest = newest or max(saved.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise FileNotFoundError(f"{folder.name} has no checkpoint")

@@ -100,9 +100,13 @@ def with_resumed_lists(params: ModelParams, out: Path, resume: str | None) -> Mo
         return params
     before = config_of(run)
     images_before, images = (os.path.abspath(path or "") for path in (before.get("data_path"), params.data_path))
-    if params.splits_path not in (None, before.get("splits_path")) or (resume != "auto" and images != images_before):
+    has_other_images = before and run != out.resolve() and images != images_before
+    lists = before.get("splits_path")
+    if params.splits_path not in (None, lists) or has_other_images:
         return params
-    found = (before.get("splits_path"), kept_lists(run))
+    found = [lists, kept_lists(run)]
+    if lists and Path(lists).name == "splits":  # those of the run itself, whose old place another run may have taken
+        found.reverse()
     existing = (lists for lists in found if lists and Path(lists).expanduser().is_dir())
     return attrs.evolve(params, splits_path=next(existing, params.splits_path))
 

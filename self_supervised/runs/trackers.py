@@ -41,8 +41,8 @@ def mlflow_logger(out: Path, title: str, run_id: str, options: RunOptions) -> lo
 
 
 def get_loggers(out: Path, stage: str, options: RunOptions, first_step: int) -> list[loggers.Logger]:
-    """Return the logger of metrics.csv and those in `options.logger`. All continue at `first_step`, and hide what was
-    logged after it."""
+    """Return the logger of metrics.csv and those in `options.logger`. All continue at `first_step`; metrics.csv and
+    TensorBoard hide what was logged after it."""
     title = f"{options.tracker_name or out.resolve().name}_{stage}"
     last = next(reversed(starts_of(out)), {})
     run_id = f"{last['id']}_{stage}" if last.get("id") else f"{out.name}_{stage}"  # the latter in earlier versions

@@ -2,7 +2,7 @@
 checkpoint."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,8 +84,8 @@ class HyperparameterRecord(AttributeDict):
 
 def as_data(value: Any) -> Any:
     """Return hyperparameters of a user with text in place of objects, which could not be read as data only."""
-    if isinstance(value, dict):
-        return {str(name): as_data(item) for name, item in value.items()}
+    if isinstance(value, Mapping):
+        return {as_data(name): as_data(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_data(item) for item in value]
     return value if type(value) in (bool, int, float, str, type(None)) else str(value)

@@ -152,7 +152,7 @@ def has_blind_tap(size: int, kernel: int, stride: int, padding: int, dilation: i
 
 
 def refuse_half_precision(precision: str, m: float, trained: nn.Module) -> None:
-    """Raise ValueError if the lagging copy of a network, which keeps m of itself at each step, is or will be in half
+    """Raise ValueError if lagging copies of `trained`, which keep m of themselves at each step, are or will be in half
     precision."""
     if any(w.requires_grad and w.dtype in (torch.bfloat16, torch.float16) for w in trained.parameters()):
         raise ValueError("the weights are in half precision, left by another Trainer. Call float() of the method first")
