@@ -93,7 +93,7 @@ def test_unknown_field_is_a_type_error():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"loss_type": "cee"}, "loss_type='cee' is unknown: choose one of ce, dcl, bce, ip, sce, seed, vic, "),
+        ({"loss_type": "cee"}, "loss_type='cee' is unknown: choose one of ce, dcl, bce, ip, sce, vic, "),
         ({"optimizer_name": "adan"}, "optimizer_name='adan' is unknown: choose one of sgd, lars, adamw, adam"),
         ({"mlp_normalization": "batch"}, "mlp_normalization='batch' is unknown: choose one of None, bn, ln, gn, br"),
         ({"prediction_mlp_normalization": "x"}, "prediction_mlp_normalization='x' .*None, same, bn"),

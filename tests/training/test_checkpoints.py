@@ -51,7 +51,7 @@ def test_the_newest_are_kept_and_nothing_unfinished(saved):
     with pytest.raises(ValueError, match="keep=0 and every_n_steps=5 must be at least 1"):
         Checkpoints(saved, every_n_steps=5, keep=0)
     for made_of in (Checkpoints, newest):
-        with pytest.raises(ValueError, match="folder=s3://bucket/run: a URL"):
+        with pytest.raises(ValueError, match="folder=s3://bucket/run: files are not written to URLs"):
             made_of("s3://bucket/run")
 
 
