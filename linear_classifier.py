@@ -22,13 +22,13 @@ from model_params import DATASET_DEFAULTS, TRAINING_ONLY, EncoderAndDataParams, 
 from self_supervised.catalogue import NORMS_AND_BIASES, ViewSettings
 from self_supervised.data import loading, subsets
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
-from self_supervised.data.loader import check_views
+from self_supervised.data.loader import check_views, one_image_explained
 from self_supervised.data.loading import count_classes, require_labels
 from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, plain, positive, readable
 from self_supervised.networks import layers
 from self_supervised.networks.encoders import embeddings_of, get_encoder, prepare_training
 from self_supervised.networks.pretrained import SHARED, load_encoder
-from self_supervised.numerics import at_least_float32, one_image_explained, rank_of
+from self_supervised.numerics import at_least_float32, rank_of
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.hyperparameters import Given, refuse_callbacks, resolve
 from self_supervised.training.optimizers import get_optimizer

@@ -19,14 +19,14 @@ from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.convolutions import weights_shared
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
-from self_supervised.data.loader import ResumableDataLoader, check_views
+from self_supervised.data.loader import ResumableDataLoader, check_views, one_image_explained
 from self_supervised.evaluation import validation
 from self_supervised.fields import plain
 from self_supervised.networks import encoders
 from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, process_queue
 from self_supervised.networks.teacher import Teacher
-from self_supervised.numerics import Scores, at_least_float32, in_parts, one_image_explained
+from self_supervised.numerics import Scores, at_least_float32, in_parts
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.hyperparameters import Given, refuse_callbacks, resolve

@@ -45,7 +45,8 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
         yield
     finally:
         held.discard(path)
-        file.unlink(missing_ok=True)  # before the release; processes that have opened it check `is_current`
+        for one in {path, file}:  # before the release; processes that have opened it check `is_current`
+            one.unlink(missing_ok=True)
         os.close(descriptor)
         with suppress(OSError):  # not empty
             for part in created:

@@ -1,8 +1,7 @@
 """Numerics of features and weights: unit vectors of any scale, checks for NaN and infinity, float64 on any device."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -104,18 +103,3 @@ def able(x: Tensor | None) -> Tensor | None:
 def in_parts(x: Tensor, size: int | None) -> tuple[Tensor, ...]:
     """Return the rows of x [N, ...] in parts of nearly the same size, at most `size`; None: in one part."""
     return x.tensor_split(-(-len(x) // (size or len(x))))
-
-
-@contextmanager
-def one_image_explained(x: Tensor) -> Iterator[None]:
-    """Add a way out to PyTorch's error about a batch of one image in train mode, which has no batch statistics."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        way_out = (
-            "choose a larger batch_size or micro_batch_size or, if it is the last one, drop_last_batch=None "
-            "(drop_last=True of your own loader)"
-        )
-        raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error

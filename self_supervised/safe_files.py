@@ -52,7 +52,7 @@ WITH_CODE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 # ---- Writing ----
 
 
-def local_folder(name: str, given: str | Path) -> Path:
+def local_path(name: str, given: str | Path) -> Path:
     """Return a path to write to, with `~` replaced.
 
     Raises:
@@ -65,7 +65,7 @@ def local_folder(name: str, given: str | Path) -> Path:
 
 def check_folder(name: str, folder: str | Path) -> None:
     """Raise ValueError unless files can be written to the directory, which need not exist yet. `name` is its option."""
-    folder = local_folder(name, folder)
+    folder = local_path(name, folder)
     existing = next(part for part in (folder, *folder.absolute().parents) if part.exists())
     if not existing.is_dir():
         raise ValueError(f"{name}={folder}: {existing} is a file. Choose another directory.")
@@ -75,7 +75,7 @@ def check_folder(name: str, folder: str | Path) -> None:
 
 def check_file(name: str, path: str | Path) -> None:
     """Raise ValueError unless a file can be written at the path. `name` is its option."""
-    path = local_folder(name, path)
+    path = local_path(name, path)
     if path.is_dir():
         raise ValueError(f"{name}={path}: is a directory. Pass the path of a file.")
     check_folder(name, path.parent)

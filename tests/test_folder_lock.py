@@ -63,6 +63,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_lock.fcntl, "lockf", without)
     with pytest.warns(UserWarning, match="cannot be locked"), locked(tmp_path):
         pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_locks_of_the_file_system_the_machine_has_one(tmp_path, holder, monkeypatch):

@@ -43,7 +43,7 @@ from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.shard_names import is_pattern, shards_are_there
 from self_supervised.data.tar_shards import TarShards
 from self_supervised.folder_lock import locked
-from self_supervised.safe_files import local_folder
+from self_supervised.safe_files import local_path
 
 CustomSource = ImageFolder | TarShards | ArrowImages
 Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class number or -1) of its images
@@ -165,7 +165,7 @@ def folder_of_lists(params: EncoderAndDataParams) -> Path | None:
     """
     if params.splits_path is None:
         return None
-    folder = local_folder("splits_path", params.splits_path)
+    folder = local_path("splits_path", params.splits_path)
     if isinstance(params.splits_path, ForeignPath) and not folder.exists():
         rank_zero_warn(
             f"splits_path={str(folder)!r}: the checkpoint names these lists, but they do not exist. val and test are "

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import active_children
 from multiprocessing.connection import wait
@@ -198,3 +199,18 @@ def check_views(views: Any, n: int) -> None:
             f"the loader yields {len(views)} of the {n} views needed of each image. Yield a list of views, a tensor "
             "N x V x C x H x W, or uint8 images, which are augmented here"
         )
+
+
+@contextmanager
+def one_image_explained(x: Tensor) -> Iterator[None]:
+    """Add a way out to PyTorch's error about a batch of one image in train mode, which has no batch statistics."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        way_out = (
+            "choose a larger batch_size or micro_batch_size or, if it is the last one, drop_last_batch=None "
+            "(drop_last=True of your own loader)"
+        )
+        raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error

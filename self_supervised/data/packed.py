@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from self_supervised.data.class_labels import in_classes
 from self_supervised.distributed import has_room, to_device
-from self_supervised.safe_files import atomic_folder, local_folder
+from self_supervised.safe_files import atomic_folder, local_path
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images [N, H, W, C], labels [N]
 COPY_BYTES = 2**26  # size of one copy to the device
@@ -26,7 +26,7 @@ REPACK = "Write it again, or remove its directory to have the data set downloade
 
 def data_path() -> Path:
     """Return the environment variable DATA_PATH (`~` is expanded), or ./data."""
-    return local_folder("DATA_PATH", os.environ.get("DATA_PATH", "data"))
+    return local_path("DATA_PATH", os.environ.get("DATA_PATH", "data"))
 
 
 # ---- downloading ----

@@ -92,7 +92,7 @@ def load_file(encoder: nn.Module, file: Path, p: EncoderAndDataParams) -> None:
         found = layouts.read_weights(file)
         stem = found.settings.get("stem_variant", found.stem_variant)
         if p.low_resolution and stem != p.stem_variant and ("stem_variant" in found.settings or stem != "standard"):
-            raise ValueError(f"its first layers are those of stem_variant={stem!r} (is {p.stem_variant!r})")
+            raise ValueError(f"its first layers are those of stem_variant={stem!r}. Set it (is {p.stem_variant!r})")
         if not found.settings:  # of a checkpoint of ours, which has other constants
             refuse_other_pixels(p, p.encoder_weights)
         layouts.load_into(encoder, found, p.encoder_arch)

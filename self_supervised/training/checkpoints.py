@@ -25,7 +25,7 @@ from self_supervised import distributed
 from self_supervised.data.loader import ResumableDataLoader
 from self_supervised.folder_lock import locked
 from self_supervised.numerics import not_finite
-from self_supervised.safe_files import atomic_file, local_folder, safe_load
+from self_supervised.safe_files import atomic_file, local_path, safe_load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GO_ON = 75  # exit status after a signal where torchrun would take 0 for the end of the training (EX_TEMPFAIL)
@@ -77,7 +77,7 @@ def newest(folder: str | Path) -> Path | None:
         ValueError: there are checkpoints, but none of them is valid, or the folder is a URL.
         OSError, MemoryError: the machine could not read the newest, so all processes stop instead of choosing another.
     """
-    found = sorted(local_folder("folder", folder).glob("step_*.ckpt"), reverse=True)
+    found = sorted(local_path("folder", folder).glob("step_*.ckpt"), reverse=True)
     for path in found:
         try:
             read_checkpoint(path)
@@ -233,7 +233,7 @@ class Checkpoints(pl.Callback):
     def __init__(self, folder: str | Path, every_n_steps: int | None = 1000, keep: int = 2):
         if keep < 1 or (every_n_steps is not None and every_n_steps < 1):
             raise ValueError(f"keep={keep} and every_n_steps={every_n_steps} must be at least 1")
-        self.folder = local_folder("folder", folder)
+        self.folder = local_path("folder", folder)
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.lock = ExitStack()
