@@ -79,7 +79,7 @@ class LARS(torch.optim.Optimizer):
             self.state[p]["momentum_buffer"] = velocity
 
 
-def parameter_groups(
+def split_by_patterns(
     module: nn.Module, patterns: Iterable[str]
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Return the trainable parameters (adapted, excluded) by name. Excluded ones match a pattern.

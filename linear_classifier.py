@@ -17,14 +17,14 @@ from attrs import field, frozen
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lars import parameter_groups
-from model_params import DATASET_DEFAULTS, TRAINING_ONLY, EncoderAndDataParams, refuse
+from lars import split_by_patterns
+from model_params import DATASET_DEFAULTS, TRAINING_ONLY, Contradictions, EncoderAndDataParams, refuse
 from self_supervised.catalogue import NORMS_AND_BIASES, ViewSettings
 from self_supervised.data import loading, subsets
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
 from self_supervised.data.loader import check_views, one_image_explained
 from self_supervised.data.loading import count_classes, require_labels
-from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, plain, positive, readable
+from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, positive, readable
 from self_supervised.networks import layers
 from self_supervised.networks.encoders import embeddings_of, get_encoder, prepare_training
 from self_supervised.networks.pretrained import SHARED, load_encoder
@@ -81,8 +81,8 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
         refuse(contradictions_of_classifier(self))
 
 
-def contradictions_of_classifier(params: LinearClassifierMethodParams) -> list[tuple[bool, str]]:
-    """Return the pairs that `refuse` takes."""
+def contradictions_of_classifier(params: LinearClassifierMethodParams) -> Contradictions:
+    """Contradictions of labels, encoder and optimizer of the linear stage."""
     p = params
     names = p.class_names or []
     # fmt: off
@@ -195,9 +195,7 @@ class LinearClassifierMethod(BaseMethod):
             nn.init.zeros_(self.classifier.bias)
         if not self.trains_encoder or not any(weight.requires_grad for weight in self.model.parameters()):
             self.model.requires_grad_(self.trains_encoder)  # otherwise, parts that the user froze stay frozen
-        found = {"embedding_dim": width, "class_names": names, **self.counted_classes()}
-        self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
-        self.built = self.params
+        self.record_settings(embedding_dim=width, class_names=names)
 
         of_data = p.dataset.view
         flips = of_data.flip_probability if p.transform_flip_probability is None else p.transform_flip_probability
@@ -341,11 +339,12 @@ class LinearClassifierMethod(BaseMethod):
         found = layers.stages(self.model).items() if self.trains_encoder else []
         for depth, (name, stage) in enumerate(reversed(found)):
             parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*stage.values()}))
-        adapted, excluded = parameter_groups(self, p.exclude_matching_parameters_from_lars)
+        adapted, excluded = split_by_patterns(self, p.exclude_matching_parameters_from_lars)
+        kinds = ((adapted, "", {"adapt": True}), (excluded, "/no_decay", {"adapt": False, "weight_decay": 0.0}))
         return [
             {"name": name + which, "lr": lr, "params": [*chosen.values()], "param_names": [*chosen], **options}
             for name, lr, part in parts
-            for kind, which, options in ((adapted, "", {}), (excluded, "/no_decay", {"weight_decay": 0.0}))
+            for kind, which, options in kinds
             if (chosen := {name: parameter for name, parameter in kind.items() if parameter in part})
         ]
 

@@ -4,6 +4,7 @@ Sizes: N images on this process, C channels, E width of the embeddings, D = para
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -14,24 +15,23 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_params import OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, ModelParams
+from model_params import OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, READ_LABELS, ModelParams
 from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.convolutions import weights_shared
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
-from self_supervised.data.loader import ResumableDataLoader, check_views, one_image_explained
+from self_supervised.data.loader import ResumableDataLoader, check_views, list_of_loaders, one_image_explained
 from self_supervised.evaluation import validation
-from self_supervised.fields import plain
 from self_supervised.networks import encoders
 from self_supervised.networks.heads import MLP
-from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, process_queue
+from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, restore_queue
 from self_supervised.networks.teacher import Teacher
 from self_supervised.numerics import Scores, at_least_float32, in_parts
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.hyperparameters import Given, refuse_callbacks, resolve
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
-from self_supervised.training.monitor import LOG_INTERVAL, LogInterval, as_list
+from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.plan import get_plan, resolved_warmup_epochs
 from self_supervised.training.precision import refuse_half_precision
 from self_supervised.training.record import TrainingRecord
@@ -57,13 +57,15 @@ class SelfSupervisedMethod(BaseMethod):
     Args:
         params: settings, as ModelParams or dict, or a preset or its name: "simclr". The default is MoCo v2.
         encoder: your own module, [N, C, H, W] -> [N, E], in place of `params.encoder_arch`.
-        loss: your own loss(q, k, queue), in place of that of `params.loss_type` (see `losses.custom_loss`). Checkpoints
-            do not store it: pass it to `load_from_checkpoint`, too.
+        loss: your own loss(q, k, queue), in place of that of `params.loss_type` (see `losses.as_pair_loss`).
+            Checkpoints do not store it: pass it to `load_from_checkpoint`, too.
         fields: single settings that override those of `params`.
     """
 
     CLASSIFIER = "online_classifier"
     is_recorded = True  # False: the program that trains writes settings and scores itself
+    new_keys: Sequence[Tensor] = ()  # of each key view [N, D], from training_step to on_after_backward
+    micro_batches: MicroBatches | None = None  # from encode_each to backward
 
     def __init__(
         self,
@@ -99,11 +101,8 @@ class SelfSupervisedMethod(BaseMethod):
         self.trained = {row.name for row in self.parameter_table()}  # raises if a pattern matches no parameter
         # All processes push the same keys, so DDP need not send 4 K D bytes in every forward pass.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
-        # Flat, for load_from_checkpoint(). encoder_weights is dropped: a checkpoint has its own weights.
-        found = {"embedding_dim": width, **self.counted_classes()}
-        self.save_hyperparameters({**plain(attrs.asdict(p)), **found, "encoder_weights": None})
-        self.built = self.params
-        self.custom_loss = None if loss is None else losses.custom_loss(loss)
+        self.record_settings(embedding_dim=width)
+        self.custom_loss = None if loss is None else losses.as_pair_loss(loss)
         self.augment = augmentations.training_views(p)
         self.started_from = encoders.source_of_weights(p)
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
@@ -172,7 +171,9 @@ class SelfSupervisedMethod(BaseMethod):
         check_views(views, p.n_views)
         for prototypes in filter(None, (self.prototypes, self.lagging_prototypes)):
             prototypes.begin_step(self.global_step / self.plan.steps_per_epoch)
-        with weights_shared(*(() if p.activation_checkpointing else (self.model, self.lagging_model))):
+        # Activation checkpointing encodes again in the backward pass, outside of the context.
+        sharing = () if p.activation_checkpointing else (self.model, self.lagging_model)
+        with weights_shared(*sharing):
             online, keys = self.encode_views(views, batch_idx)
         with torch.autocast(self.device.type, enabled=False):
             scalars = self.compare(online, keys, labels, batch_idx)
@@ -189,26 +190,28 @@ class SelfSupervisedMethod(BaseMethod):
     ) -> losses.Scalars:
         """Return the loss of the views that `encode_views` has encoded, and scalars to log, both means over pairs."""
         p = self.params
-        changing = scheduled(p, self.global_step, self.plan)
+        scheduled_values = scheduled(p, self.global_step, self.plan)
         queue = None if self.queue is None else at_least_float32(self.queue.keys)
-        queries, targets = {i: view.q for i, view in online.items()}, keys
-        if self.prototypes is not None:
-            queries = {i: self.prototypes(q) for i, q in queries.items()}
-            of_keys = self.prototypes if self.lagging_prototypes is None else self.lagging_prototypes
-            targets = of_keys.targets(keys, queue, changing.get("sce_target_T", p.sce_target_T))
-        elif p.use_nearest_keys:
-            targets = {j: nearest_keys(k, queue) for j, k in keys.items()}
+        queries = {i: view.q if self.prototypes is None else self.prototypes(view.q) for i, view in online.items()}
+        targets = self.targets(keys, queue, scheduled_values.get("sce_target_T", p.sce_target_T))
         per_pair = [losses.cosines(online[i].z, keys[j]) for i, j in p.pairs]
         of_all = {}
         if self.custom_loss is None and p.loss_type in OF_ALL_VIEWS:
             stacked = (torch.stack([of_view[i] for i in sorted(of_view)]) for of_view in (queries, targets))
             of_all = multi_view_losses.get_loss_of_views(p, self.step_seed(batch_idx))(*stacked)
         else:
-            loss_of = self.custom_loss or losses.get_loss_in_parts(p, **changing, labels=labels)
+            loss_of = self.custom_loss or losses.get_loss_in_parts(p, **scheduled_values, labels=labels)
             of_pairs = (loss_of(queries[i], targets[j], queue) for i, j in p.pairs)
             per_pair = [{**cosines, **scalars} for cosines, scalars in zip(per_pair, of_pairs, strict=True)]
         means = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
-        return {**means, **of_all, **{name: queries[0].new_full((), value) for name, value in changing.items()}}
+        return {**means, **of_all, **{name: queries[0].new_full((), value) for name, value in scheduled_values.items()}}
+
+    def targets(self, keys: dict[int, Tensor], queue: Tensor | None, target_T: float) -> dict[int, Tensor]:
+        """Return what queries are compared with: scores of prototypes, nearest keys of the queue, or the keys."""
+        if self.prototypes is not None:
+            prototypes = self.prototypes if self.lagging_prototypes is None else self.lagging_prototypes
+            return prototypes.targets(keys, queue, target_T)
+        return {j: nearest_keys(k, queue) for j, k in keys.items()} if self.params.use_nearest_keys else keys
 
     def online_loss(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
         """Return the online classifier's loss. No gradient reaches the encoder, which never sees labels."""
@@ -220,7 +223,7 @@ class SelfSupervisedMethod(BaseMethod):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         super().backward(loss, *args, **kwargs)
         if self.params.micro_batch_size is not None:
-            micro_batches = vars(self).pop("micro_batches")
+            micro_batches, self.micro_batches = self.micro_batches, None
             with self.trainer.precision_plugin.train_step_context():
                 micro_batches.backward()
             distributed.average_gradients(self.parameters())
@@ -275,7 +278,7 @@ class SelfSupervisedMethod(BaseMethod):
             rank_zero_info(f"warning: {line}")
 
     def reads_labels(self, training: bool) -> bool:
-        in_loss = training and self.params.loss_type == "supcon"
+        in_loss = training and self.params.loss_type in READ_LABELS
         return in_loss or self.online_classifier is not None or (not training and self.params.is_evaluated)
 
     def setup(self, stage: str) -> None:
@@ -334,7 +337,7 @@ class SelfSupervisedMethod(BaseMethod):
         Probes are fitted to the last loader if it has the training set, otherwise to half of the scored images.
         """
         testing = self.trainer.testing
-        loaders = as_list(self.trainer.test_dataloaders if testing else self.trainer.val_dataloaders)
+        loaders = list_of_loaders(self.trainer.test_dataloaders if testing else self.trainer.val_dataloaders)
         are_ours = all(isinstance(loader, ResumableDataLoader) for loader in loaders)
         sets = self.gathered(self.validation_outputs, loaders)
         has_train = are_ours if testing else self.params.probe_on_training_set
@@ -375,19 +378,13 @@ class SelfSupervisedMethod(BaseMethod):
             checkpoint["teacher"] = self.teacher.hash
         if self.queue is not None and self.params.gather_keys_for_queue is False:
             device = self.trainer.strategy.root_device  # after a training, Lightning has moved the method to the CPU
-            state = self.queue.state_dict().items()
-            checkpoint["queues"] = {name: distributed.gather(t[None].to(device)).cpu() for name, t in state}
+            checkpoint["queues"] = self.queue.states_of_processes(device)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Restore the queue of this process, also from the original's format: `queue` [D, K] and `queue_ptr` [1]."""
+        """Restore the origin of the starting weights and the queue of this process, and check the teacher."""
         self.started_from = checkpoint.get("started_from")
         if self.teacher is not None:
             self.teacher.refuse_another(checkpoint.get("teacher"))
-        state = checkpoint["state_dict"]
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
-        for name, of_each in checkpoint.get("queues", {}).items():
-            state[f"queue.{name}"] = process_queue(of_each, every=fits)
-        if "queue_ptr" in state:
-            state["queue.keys"] = state.pop("queue").T.contiguous()
-            state["queue.position"] = state.pop("queue_ptr").reshape(())
+        restore_queue(checkpoint, same_number=fits)
         super().on_load_checkpoint(checkpoint)

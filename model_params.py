@@ -1,10 +1,15 @@
-"""Settings of pretraining, with their checks, and the presets. A method is a row of settings, not a class."""
+"""Settings of pretraining, with their checks, and the presets. A method is a row of settings, not a class.
+
+The comment behind a field, or directly above it, is its help text. A line of comment after an empty line is the heading
+of the fields that follow (`runs.command_line.field_comments`).
+"""
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from attrs import evolve, field, fields, fields_dict, frozen
@@ -64,7 +69,7 @@ STUDENTS = "a student with its teacher (--teacher)"
 
 @frozen
 class Loss:
-    """What is known of a loss; `losses.get_loss` and `multi_view_losses.get_loss_of_views` have its function."""
+    """Facts about a loss. Its function is in `losses.get_loss` or `multi_view_losses.get_loss_of_views`."""
 
     compares: str  # what with what, as the programs' help lists it
     text: str  # the loss with its settings, in words; {name} is a setting that it reads
@@ -72,6 +77,12 @@ class Loss:
     by_rows: bool = False  # a mean over queries of what each has with all others, which can be computed in parts
     all_views: bool = False  # of all views of an image at once, not of pairs
     keys: bool = True  # whether it reads keys
+    labels: bool = False  # whether it reads the labels of training images
+
+    @property
+    def reads(self) -> set[str]:
+        """Names of the settings in its text."""
+        return {name for _, name, *_ in Formatter().parse(self.text) if name}
 
 
 LOSSES = {
@@ -85,7 +96,7 @@ LOSSES = {
     "vic": Loss(BATCHES, "VICReg, weights of invariance {invariance_loss_weight:g}, variance {variance_loss_weight:g}, "
                 "covariance {covariance_loss_weight:g}"),
     "barlow": Loss(BATCHES, "Barlow Twins, weight of the redundancy {redundancy_loss_weight:g}"),
-    "supcon": Loss(PAIRS, "supervised contrastive (SupCon), temperature {T:g}", negatives=True),
+    "supcon": Loss(PAIRS, "supervised contrastive (SupCon), temperature {T:g}", negatives=True, labels=True),
     "swav": Loss(PROTOTYPES, "SwAV, {n_prototypes} prototypes, temperature {T:g}, of the assignments {sce_target_T:g}"),
     "dino": Loss(PROTOTYPES, "DINO, {n_prototypes} prototypes, temperature {T:g}, of the target {sce_target_T:g}"),
     "fastsiam": Loss(PREDICTIONS, "FastSiam, cosine with the mean of the other views' keys", all_views=True),
@@ -103,13 +114,15 @@ def losses_with(condition: Callable[[Loss], Any]) -> tuple[str, ...]:
 
 
 def losses_that_read(setting: str) -> tuple[str, ...]:
-    return losses_with(lambda loss: re.search(rf"{{{setting}\b", loss.text))
+    return losses_with(lambda loss: setting in loss.reads)
 
 
 OF_PROTOTYPES = losses_with(lambda loss: loss.compares == PROTOTYPES)
 OF_ALL_VIEWS = losses_with(lambda loss: loss.all_views)
 OF_STATISTICS = losses_with(lambda loss: loss.compares == BATCHES)
+READ_LABELS = losses_with(lambda loss: loss.labels)
 NEED_NEGATIVES = losses_with(lambda loss: loss.negatives)
+COMPARE_NEGATIVES = losses_with(lambda loss: loss.negatives is not None)
 SCHEDULED = {name: losses_that_read(name) for name in ("sce_coefficient", "sce_target_T")}  # have a schedule
 
 CUSTOM_DATA = (
@@ -317,19 +330,18 @@ DATASET_DEFAULTS = defaults(EncoderAndDataParams, (*CUSTOM_DATA, *VIDEO))  # to 
 # ---- Checks of encoder and data ----
 
 
-def refuse(contradictions: Iterable[tuple[bool, str]]) -> None:
-    """Raise ValueError with the first message that applies.
+Contradictions = Iterable[tuple[bool, str]]  # (whether settings contradict each other, message with the way out)
 
-    Args:
-        contradictions: pairs (whether the settings contradict each other, message with the way out).
-    """
+
+def refuse(contradictions: Contradictions) -> None:
+    """Raise ValueError with the first message that applies."""
     for applies, message in contradictions:
         if applies:
             raise ValueError(message)
 
 
-def contradictions_of_data(params: EncoderAndDataParams) -> Iterator[tuple[bool, str]]:
-    """Yield the pairs that `refuse` takes."""
+def contradictions_of_data(params: EncoderAndDataParams) -> Contradictions:
+    """Contradictions of data set, splits and pixel values."""
     p = params
     yield (
         p.val_size + p.test_size > 0.95,
@@ -368,8 +380,8 @@ def only_for_videos(name: str, value: Any, dataset_name: str) -> str:
     return f"{name}={value!r} is for videos, not for dataset_name={dataset_name!r}. {way_out}"
 
 
-def contradictions_of_encoder(params: EncoderAndDataParams) -> list[tuple[bool, str]]:
-    """Return the pairs that `refuse` takes."""
+def contradictions_of_encoder(params: EncoderAndDataParams) -> Contradictions:
+    """Contradictions of the encoder and its inputs."""
     p = params
     shape = " x ".join(map(str, p.input_shape))
     # fmt: off
@@ -413,87 +425,31 @@ def check_statistics(name: str, values: Any, channels: int, lowest: float) -> No
 class ModelParams(EncoderAndDataParams):
     """Settings of SelfSupervisedMethod. The defaults are MoCo v2 (https://arxiv.org/abs/2003.04297)."""
 
-    # shuffled batch norm
-    shuffle_batch_norm: bool = False  # compute batch statistics of keys over other images than those of queries
-    n_virtual_devices: int = positive(8)  # number of parts in which a single process encodes shuffled keys
-
-    # MoCo
-    K: int = non_negative(65536)  # number of keys in the queue
-    dim: int = positive(128, at_most=LARGEST_WIDTH)  # width of the projections
-    m: float = fraction(0.996)  # fraction of itself that the lagging model keeps at each step
-    T: float = positive(0.2, by=1e-4)  # temperature of the softmax over similarities
-
-    # EqCo and negatives
-    eqco_alpha: float = positive(65536)  # number of negatives that the loss emulates, if use_eqco_margin is set
-    use_eqco_margin: bool = False  # add EqCo's margin to the logits of the negatives
-    use_negative_examples_from_batch: bool = False  # use the keys of other images in the batch as negatives
-    # images that are encoded at once, while the loss is that of the whole batch; None: all
-    micro_batch_size: int | None = positive(None)
-    use_negative_examples_from_same_view: bool = False  # use the queries of other images as negatives, as in SimCLR
-    dcl_sigma: float | None = positive(None, by=1e-4)  # DCLW: softness of the own keys' weights; None: DCL, no weights
-
-    # BYOL and the loss
-    use_momentum_schedule: bool = False  # raise m to 1 along half a cosine
-    loss_constant_factor: float = positive(1, at_most=1e6)  # factor by which the loss is multiplied
-    loss_type: str = choice("ce", LOSSES)  # loss; ce: InfoNCE, ip: BYOL's, vic: VICReg's
-    use_negative_examples_from_queue: bool = True  # use the keys of earlier batches as negatives
+    # pairs of views
+    n_large_views: int = number(2, at_least=1, at_most=100)  # large views per image, the only ones with keys
+    n_small_views: int = number(0, at_most=100)  # small views per image: queries for the keys of all large views
     use_both_augmentations_as_queries: bool = False  # compute the loss in both directions
+
+    # where keys come from
+    use_lagging_model: bool = True  # compute keys with a lagging model, the moving average of the network
+    m: float = fraction(0.996)  # fraction of itself that the lagging model keeps at each step
+    use_momentum_schedule: bool = False  # raise m to 1 along half a cosine
     stop_gradient_of_keys: bool = False  # detach keys, as in SimSiam; those of a lagging model always are
     use_nearest_keys: bool = False  # replace keys by the most similar ones of the queue, as in NNCLR
+    shuffle_batch_norm: bool = False  # compute batch statistics of keys over other images than those of queries
+    n_virtual_devices: int = positive(8)  # number of parts in which a single process encodes shuffled keys
 
     # teacher
     teacher: str | None = path()  # frozen encoder whose embeddings are the keys, as load_encoder reads it; sets dim
     teacher_channels: list[int] = numbers((), 0, 1023)  # channels of the images that the teacher sees; []: all
     teacher_crop_size: int | None = positive(None)  # pixels to which the teacher's views are resized; None: its own
 
-    # VICReg and Barlow Twins
-    use_vicreg_loss: bool = False  # the same as loss_type="vic"
-    use_lagging_model: bool = True  # compute keys with a lagging model, the moving average of the network
-    use_unit_sphere_projection: bool = True  # scale projections to length 1
-    invariance_loss_weight: float = non_negative(25.0, at_most=1e6)  # weight of the invariance (VICReg's lambda)
-    variance_loss_weight: float = non_negative(25.0, at_most=1e6)  # weight of VICReg's variance term, mu
-    covariance_loss_weight: float = non_negative(1.0, at_most=1e6)  # weight of VICReg's covariance term, nu
-    variance_loss_epsilon: float = positive(1e-4)  # constant added to VICReg's variance before the square root
-    redundancy_loss_weight: float = non_negative(0.0051, at_most=1e6)  # weight of Barlow Twins' redundancy, lambda
-
-    # prototypes, and losses of all views
-    n_prototypes: int = positive(3000, at_most=2**24)  # number of prototypes of SwAV and DINO
-    prototypes_frozen_epochs: float = non_negative(1)  # epochs at the start in which prototypes do not change
-    queue_from_epoch: float = non_negative(0)  # epochs at the start in which SwAV's assignments do not use the queue
-    center_momentum: float = fraction(0.9)  # fraction of itself that DINO's center keeps at each step
-    sigreg_weight: float = fraction(0.02)  # weight of SIGReg or of VISReg's terms; the distances have 1 - this weight
-
-    # multiple processes
+    # negatives, and the queue of keys
+    use_negative_examples_from_queue: bool = True  # use the keys of earlier batches as negatives
+    K: int = non_negative(65536)  # number of keys in the queue
     gather_keys_for_queue: bool | None = None  # push the keys of all processes into every queue; None: as True
-
-    # evaluation during training
-    evaluations: list[str] = field(factory=lambda: list(EVALUATIONS))  # validation metrics; [] for none
-    evaluate_every_n_epochs: int = positive(1)  # epochs from one evaluation to the next
-    probe_solver: str = choice("sklearn", PROBE_SOLVERS)  # solver of linear_probe; torch: on the features' device
-    online_classifier: bool = False  # train a linear classifier alongside, on the labels of the batches (-1: no label)
-    n_classes: int | None = positive(None)  # number of classes of the online classifier; None: the data set's
-    # peak learning rate of the online classifier, which has no weight decay
-    online_classifier_lr: float = positive(0.1, at_most=1000)
-    probe_on_training_set: bool = False  # fit probes on the labeled training set, not on half of the validation set
-
-    # SCE
-    sce_coefficient: float = fraction(0.5)  # weight of the own key in the target; 1: InfoNCE, 0: ReSSL
-    sce_target_T: float = positive(0.05, by=1e-4)  # temperature of the target, also SEED's, SwAV's, DINO's; below T
-
-    # SCE: schedule of the coefficient
-    sce_coefficient_warmup_epochs: float = non_negative(0)  # epochs of the warm-up to sce_coefficient
-    sce_coefficient_warmup_start: float = fraction(1.0)  # coefficient at the start of its warm-up; 1: InfoNCE
-    sce_coefficient_warmup: str = choice("linear", WARMUPS)  # shape of the coefficient's warm-up
-    sce_coefficient_schedule: str = choice("constant", CURVES)  # shape of the coefficient after its warm-up
-    sce_coefficient_final: float = fraction(0.0)  # coefficient at the end of a linear or cosine schedule
-
-    # SCE: schedule of the target temperature
-    sce_target_T_warmup_epochs: float = non_negative(0)  # epochs of the warm-up to sce_target_T
-    sce_target_T_warmup_start: float | None = positive(None, by=1e-4)  # target temperature at the start of its warm-up
-    sce_target_T_warmup: str = choice("cosine", WARMUPS)  # shape of the target temperature's warm-up
-    sce_target_T_schedule: str = choice("constant", CURVES)  # shape of the target temperature after its warm-up
-    # target temperature at the end of a linear or cosine schedule
-    sce_target_T_final: float | None = positive(None, by=1e-4)
+    use_negative_examples_from_batch: bool = False  # use the keys of other images in the batch as negatives
+    use_negative_examples_from_same_view: bool = False  # use the queries of other images as negatives, as in SimCLR
 
     # heads
     projection_mlp_layers: int = non_negative(2, at_most=20)  # number of layers of the projection head; 0: no head
@@ -512,6 +468,8 @@ class ModelParams(EncoderAndDataParams):
     mlp_bias: bool = True  # give both heads' hidden layers biases; after a normalization they have no effect
 
     # last layer of each head
+    dim: int = positive(128, at_most=LARGEST_WIDTH)  # width of the projections
+    use_unit_sphere_projection: bool = True  # scale projections to length 1
     projection_mlp_last_bias: bool = True  # give the projection head's last linear layer a bias
     prediction_mlp_last_bias: bool = True  # give the prediction head's last linear layer a bias
     # normalization after the projection head; same: as after its hidden layers
@@ -520,9 +478,51 @@ class ModelParams(EncoderAndDataParams):
     prediction_mlp_last_normalization: str | None = choice(None, LAST_NORMALIZATIONS)
     mlp_last_affine: bool = True  # give the normalizations after both heads weights and biases
 
-    # number of views
-    n_large_views: int = number(2, at_least=1, at_most=100)  # large views per image, the only ones with keys
-    n_small_views: int = number(0, at_most=100)  # small views per image: queries for the keys of all large views
+    # loss
+    loss_type: str = choice("ce", LOSSES)  # loss; ce: InfoNCE, ip: BYOL's, vic: VICReg's
+    use_vicreg_loss: bool = False  # the same as loss_type="vic"
+    loss_constant_factor: float = positive(1, at_most=1e6)  # factor by which the loss is multiplied
+    T: float = positive(0.2, by=1e-4)  # temperature of the softmax over similarities
+
+    # EqCo and DCL
+    use_eqco_margin: bool = False  # add EqCo's margin to the logits of the negatives
+    eqco_alpha: float = positive(65536)  # number of negatives that the loss emulates, if use_eqco_margin is set
+    dcl_sigma: float | None = positive(None, by=1e-4)  # DCLW: softness of the own keys' weights; None: DCL, no weights
+
+    # weights of the terms of VICReg, Barlow Twins and losses of all views
+    invariance_loss_weight: float = non_negative(25.0, at_most=1e6)  # weight of the invariance (VICReg's lambda)
+    variance_loss_weight: float = non_negative(25.0, at_most=1e6)  # weight of VICReg's variance term, mu
+    covariance_loss_weight: float = non_negative(1.0, at_most=1e6)  # weight of VICReg's covariance term, nu
+    variance_loss_epsilon: float = positive(1e-4)  # constant added to VICReg's variance before the square root
+    redundancy_loss_weight: float = non_negative(0.0051, at_most=1e6)  # weight of Barlow Twins' redundancy, lambda
+    sigreg_weight: float = fraction(0.02)  # weight of SIGReg or of VISReg's terms; the distances have 1 - this weight
+
+    # prototypes of SwAV and DINO
+    n_prototypes: int = positive(3000, at_most=2**24)  # number of prototypes of SwAV and DINO
+    prototypes_frozen_epochs: float = non_negative(1)  # epochs at the start in which prototypes do not change
+    queue_from_epoch: float = non_negative(0)  # epochs at the start in which SwAV's assignments do not use the queue
+    center_momentum: float = fraction(0.9)  # fraction of itself that DINO's center keeps at each step
+
+    # SCE, and targets of SEED, SwAV and DINO
+    sce_coefficient: float = fraction(0.5)  # weight of the own key in the target; 1: InfoNCE, 0: ReSSL
+    sce_target_T: float = positive(0.05, by=1e-4)  # temperature of the target, also SEED's, SwAV's, DINO's; below T
+
+    # SCE: schedule of the coefficient
+    sce_coefficient_warmup_epochs: float = non_negative(0)  # epochs of the warm-up to sce_coefficient
+    sce_coefficient_warmup_start: float = fraction(1.0)  # coefficient at the start of its warm-up; 1: InfoNCE
+    sce_coefficient_warmup: str = choice("linear", WARMUPS)  # shape of the coefficient's warm-up
+    sce_coefficient_schedule: str = choice("constant", CURVES)  # shape of the coefficient after its warm-up
+    sce_coefficient_final: float = fraction(0.0)  # coefficient at the end of a linear or cosine schedule
+
+    # SCE: schedule of the target temperature
+    sce_target_T_warmup_epochs: float = non_negative(0)  # epochs of the warm-up to sce_target_T
+    sce_target_T_warmup_start: float | None = positive(None, by=1e-4)  # target temperature at the start of its warm-up
+    sce_target_T_warmup: str = choice("cosine", WARMUPS)  # shape of the target temperature's warm-up
+    sce_target_T_schedule: str = choice("constant", CURVES)  # shape of the target temperature after its warm-up
+    # target temperature at the end of a linear or cosine schedule
+    sce_target_T_final: float | None = positive(None, by=1e-4)
+
+    # small views
     # side of small views in pixels; None: 3/7 of large views
     transform_small_crop_size: WholePerView = per_view(None, BLUR_RADIUS + 1, math.inf)
     transform_small_crop_scale_min: PerView = per_view(0.05)  # smallest area of small views (fraction of the image)
@@ -572,7 +572,7 @@ class ModelParams(EncoderAndDataParams):
     # parts of the names of parameters without weight decay and adaptation by lars; [".bias", ".bn"]: biases and norms
     exclude_matching_parameters_from_lars: list[str] = field(factory=list)
 
-    # schedules
+    # schedules of learning rate and weight decay
     lr_schedule: str = choice("cosine", LR_SCHEDULES)  # shape of the learning rate after the warm-up
     final_lr_schedule_value: float = non_negative(0.0, at_most=1000)  # lr at the end, scaled as lr; steps: lower bound
     lr_decay_steps: list[float] = numbers()  # steps: epochs at which the learning rate decays, such as [60, 80]
@@ -588,17 +588,25 @@ class ModelParams(EncoderAndDataParams):
     # options of parameters whose name matches a regular expression: [{"pattern": "projection", "lr_mult": 10}, ...]
     parameter_options: list[dict[str, Any]] = field(factory=list, converter=plain, validator=check_parameter_options)
 
+    # parts of a batch
+    micro_batch_size: int | None = positive(None)  # images encoded at once; the loss is the whole batch's. None: all
+
+    # evaluation during training
+    evaluations: list[str] = field(factory=lambda: list(EVALUATIONS))  # validation metrics; [] for none
+    evaluate_every_n_epochs: int = positive(1)  # epochs from one evaluation to the next
+    probe_solver: str = choice("sklearn", PROBE_SOLVERS)  # solver of linear_probe; torch: on the features' device
+    online_classifier: bool = False  # train a linear classifier alongside, on the labels of the batches (-1: no label)
+    n_classes: int | None = positive(None)  # number of classes of the online classifier; None: the data set's
+    # peak learning rate of the online classifier, which has no weight decay
+    online_classifier_lr: float = positive(0.1, at_most=1000)
+    probe_on_training_set: bool = False  # fit probes on the labeled training set, not on half of the validation set
+
     def __attrs_post_init__(self):
         super().__attrs_post_init__()
         if self.use_vicreg_loss and self.loss_type == "ce":  # "ce" is the default, which nobody has chosen
             object.__setattr__(self, "loss_type", "vic")
-        refuse(contradictions_of_method(self))
-        refuse(contradictions_of_keys(self))
-        refuse(contradictions_of_heads(self))
-        refuse(contradictions_of_numbers(self))
-        refuse(contradictions_of_optimizer(self))
-        refuse(contradictions_of_sce(self))
-        refuse(contradictions_of_views(self))
+        for contradictions in CONTRADICTIONS:
+            refuse(contradictions(self))
         _ = self.views  # raises if a list has the wrong length
 
     @property
@@ -675,8 +683,8 @@ class ModelParams(EncoderAndDataParams):
 # ---- Checks of method and heads ----
 
 
-def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return the pairs that `refuse` takes."""
+def contradictions_of_method(params: ModelParams) -> Contradictions:
+    """Contradictions of loss, negatives, views and evaluations."""
     p = params
     negatives = p.use_negative_examples_from_batch or p.use_negative_examples_from_queue
     one_network = not p.use_lagging_model and p.teacher is None and p.prediction_mlp_layers == 0
@@ -697,8 +705,9 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
         (p.use_negative_examples_from_same_view and p.loss_type in ("sce", "seed"),
          f"use_negative_examples_from_same_view=True: loss_type={p.loss_type!r} compares two distributions over keys. "
          "Set it to False"),
-        (p.loss_type == "supcon" and p.use_negative_examples_from_queue,
-         "loss_type='supcon' knows no labels of the keys in a queue. Set use_negative_examples_from_queue=False"),
+        (p.loss_type in READ_LABELS and p.use_negative_examples_from_queue,
+         f"loss_type={p.loss_type!r} knows no labels of the keys in a queue. Set "
+         "use_negative_examples_from_queue=False"),
         (p.loss_type in OF_PROTOTYPES and not p.use_unit_sphere_projection,
          f"loss_type={p.loss_type!r} compares prototypes with unit vectors. Set use_unit_sphere_projection=True"),
         (p.n_large_views == 1 and p.teacher is None and p.loss_type != "seed",
@@ -714,8 +723,8 @@ def contradictions_of_method(params: ModelParams) -> list[tuple[bool, str]]:
     # fmt: on
 
 
-def contradictions_of_keys(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return the pairs that `refuse` takes, about where keys come from."""
+def contradictions_of_keys(params: ModelParams) -> Contradictions:
+    """Contradictions of the settings that say where keys come from."""
     p = params
     # fmt: off
     return [
@@ -728,14 +737,14 @@ def contradictions_of_keys(params: ModelParams) -> list[tuple[bool, str]]:
          f"use_nearest_keys=True is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
         (p.teacher is not None and p.use_lagging_model,
          "use_lagging_model=True and teacher exclude each other: both are where keys come from. Set one of them"),
-        (p.teacher is not None and p.loss_type in ("supcon", *OF_PROTOTYPES, *OF_ALL_VIEWS),
+        (p.teacher is not None and p.loss_type in (*READ_LABELS, *OF_PROTOTYPES, *OF_ALL_VIEWS),
          f"teacher is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
     ]
     # fmt: on
 
 
-def contradictions_of_heads(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return the pairs that `refuse` takes."""
+def contradictions_of_heads(params: ModelParams) -> Contradictions:
+    """Contradictions of the numbers of layers and their widths."""
     found = []
     for name in HEADS:
         n_layers = getattr(params, f"{name}_mlp_layers")
@@ -749,15 +758,15 @@ def contradictions_of_heads(params: ModelParams) -> list[tuple[bool, str]]:
     return found
 
 
-def contradictions_of_numbers(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return the pairs that `refuse` takes, about sizes of batch, queue and layers."""
+def contradictions_of_sizes(params: ModelParams) -> Contradictions:
+    """Contradictions of the sizes of batch, queue and layers."""
     p = params
     which = "batch_size" if p.global_batch_size is None else "global_batch_size"
     one_image = getattr(p, which) == 1
     size = f"{which}={getattr(p, which)}"
     batch_alone = p.use_negative_examples_from_batch and not p.use_negative_examples_from_queue
     layers = normalized_layers(p)
-    ungrouped = [f"{field}={width}" for kind, width, field in layers if kind == "gn" and width % GROUPS]
+    ungrouped = [f"{name}={width}" for kind, width, name in layers if kind == "gn" and width % GROUPS]
     of_batch = any(kind in ("bn", "br") or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)
     # fmt: off
     return [
@@ -786,9 +795,8 @@ def normalized_layers(params: ModelParams) -> list[tuple[str, int, str]]:
     found = []
     for name in HEADS:
         head = params.head(name)
-        field = f"{name}_mlp_hidden_dims"
-        field = field if getattr(params, field) else "mlp_hidden_dim"
-        found += [(head["normalization"], width, field) for width in head["hidden_dim"]]
+        of_width = f"{name}_mlp_hidden_dims" if getattr(params, f"{name}_mlp_hidden_dims") else "mlp_hidden_dim"
+        found += [(head["normalization"], width, of_width) for width in head["hidden_dim"]]
         found += [(head["last_normalization"], params.dim, "dim")]
     return [layer for layer in found if layer[0] is not None]
 
@@ -796,8 +804,8 @@ def normalized_layers(params: ModelParams) -> list[tuple[str, int, str]]:
 # ---- Checks of optimizer and schedules ----
 
 
-def contradictions_of_optimizer(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return the pairs that `refuse` takes."""
+def contradictions_of_optimizer(params: ModelParams) -> Contradictions:
+    """Contradictions of the optimizer, and of the schedules of learning rate and weight decay."""
     p = params
     decay = max(p.weight_decay, p.final_weight_decay or 0.0)
     named = "weight_decay" if decay == p.weight_decay else "final_weight_decay"
@@ -831,8 +839,8 @@ def contradictions_of_optimizer(params: ModelParams) -> list[tuple[bool, str]]:
     # fmt: on
 
 
-def contradictions_of_sce(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return the pairs that `refuse` takes."""
+def contradictions_of_sce(params: ModelParams) -> Contradictions:
+    """Contradictions of the schedules of SCE's coefficient and target temperature."""
     found = []
     for name in SCHEDULED:
         warmup_epochs = getattr(params, f"{name}_warmup_epochs")
@@ -860,21 +868,32 @@ def has_schedule(params: ModelParams, name: str) -> bool:
 # ---- Views ----
 
 
-def contradictions_of_views(params: ModelParams) -> list[tuple[bool, str]]:
-    """Return the pairs that `refuse` takes. Lists of a wrong length are refused by `view_of`."""
+def contradictions_of_views(params: ModelParams) -> Contradictions:
+    """Contradictions of small views. Lists of a wrong length are refused by `view_of`."""
     small = [a.name for a in fields(ModelParams) if a.name.startswith("transform_small_")]
     changed = [name for name in small if getattr(params, name) != fields_dict(ModelParams)[name].default]
     message = f"{', '.join(changed)} set, but there are no small views. Set n_small_views above 0, or remove it"
     return [(bool(changed) and params.n_small_views == 0, message)]
 
 
+CONTRADICTIONS = (
+    contradictions_of_method,
+    contradictions_of_keys,
+    contradictions_of_heads,
+    contradictions_of_sizes,
+    contradictions_of_optimizer,
+    contradictions_of_sce,
+    contradictions_of_views,
+)
+
+
 def view_of(params: ModelParams, i: int) -> ViewSettings:
     """Return the settings of view i. A field of ViewSettings is set by one field of ModelParams, an interval by two."""
     size = params.crop_size if i < params.n_large_views else small_crop_size(params.crop_size)
-    s = number_of_view(params, "transform_s", i)
+    s = value_for_view(params, "transform_s", i)
     strengths = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": 0.8 * s, "hue": 0.2 * s}
     view = evolve(params.dataset.view, crop_size=size, **strengths)
-    found = {field.name: setting(params, field.name, getattr(view, field.name), i) for field in fields(ViewSettings)}
+    found = {a.name: view_setting(params, a.name, getattr(view, a.name), i) for a in fields(ViewSettings)}
     if found["crop_size"] > params.crop_size:
         small = f"transform_small_crop_size={found['crop_size']}"
         raise ValueError(f"{small} is above transform_crop_size={params.crop_size}. Choose a smaller one")
@@ -888,34 +907,34 @@ def small_crop_size(crop_size: int) -> int:
     return min(crop_size, max(8, 8 * round(crop_size * 3 / 7 / 8)))
 
 
-def setting(params: ModelParams, name: str, default: float | tuple[float, float], i: int) -> float | tuple:
+def view_setting(params: ModelParams, name: str, default: float | tuple[float, float], i: int) -> float | tuple:
     """Return the value of a field of ViewSettings for view i: a number, or an interval."""
     of_small_views = name in ("crop_size", "crop_scale") and i >= params.n_large_views
-    field = f"transform_small_{name}" if of_small_views else f"transform_{name}"
+    name = f"transform_small_{name}" if of_small_views else f"transform_{name}"
     if not isinstance(default, tuple):
-        value = number_of_view(params, field, i)
+        value = value_for_view(params, name, i)
         return default if value is None else value
-    low = number_of_view(params, f"{field}_min", i)
-    high = number_of_view(params, f"{field}_max", i)
+    low = value_for_view(params, f"{name}_min", i)
+    high = value_for_view(params, f"{name}_max", i)
     low = default[0] if low is None else low
     high = default[1] if high is None else high
     if low > high:
-        raise ValueError(f"{field}_min={low} is above {field}_max={high} in view {i}. Lower the one or raise the other")
+        raise ValueError(f"{name}_min={low} is above {name}_max={high} in view {i}. Lower the one or raise the other")
     return low, high
 
 
-def number_of_view(params: ModelParams, field: str, i: int) -> float | None:
+def value_for_view(params: ModelParams, name: str, i: int) -> float | None:
     """Return the value of a transform_... field for view i, after a check of the list's length."""
-    value = getattr(params, field)
+    value = getattr(params, name)
     fewest, most = params.n_large_views, params.n_views
-    if field.startswith("transform_small"):
+    if name.startswith("transform_small"):
         i, fewest, most = i - fewest, 1, params.n_small_views
-    elif field.startswith("transform_crop_scale"):
+    elif name.startswith("transform_crop_scale"):
         most = fewest
     if isinstance(value, list | tuple):
         if not fewest <= len(value) <= most:
             at_least = f". At least {fewest} are needed" if fewest < most else ""
-            raise ValueError(f"{field}={value} has {len(value)} values for {most} views{at_least}")
+            raise ValueError(f"{name}={value} has {len(value)} values for {most} views{at_least}")
         value = value[min(i, len(value) - 1)]
     return None if value is None else abs(value)  # -0.0 would make a negative width of an interval
 

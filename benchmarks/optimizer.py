@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness import Row, arguments, in_turns, installed, report
-from lars import LARS, parameter_groups
+from lars import LARS, split_by_patterns
 from moco import SelfSupervisedMethod
 from model_params import NORMS_AND_BIASES, BYOLParams
 from self_supervised import losses
@@ -87,7 +87,7 @@ def with_gradients(network: nn.Module) -> nn.Module:
 
 
 def groups(network: nn.Module) -> list[dict]:
-    adapted, excluded = (list(group.values()) for group in parameter_groups(network, NORMS_AND_BIASES))
+    adapted, excluded = (list(group.values()) for group in split_by_patterns(network, NORMS_AND_BIASES))
     return [{"params": adapted}, {"params": excluded, "weight_decay": 0.0}]
 
 

@@ -150,8 +150,8 @@ def is_first_process() -> bool:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather whose backward sums the gradients of all processes, because the loss of each process depends on the
-    rows of all. The collective of torch does not: the gradient would be W times too small, without an error."""
+    """All-gather whose backward pass sums the gradients of all processes, because the loss of each process depends on
+    the rows of all. `torch.distributed.all_gather` has no gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

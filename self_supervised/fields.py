@@ -71,7 +71,7 @@ def per_view(default: float | None, at_least: float = 0, at_most: float = 1) -> 
     """Return a field for one number for all views, or a list with one number per view.
 
     None is allowed, also within a list, if it is the default. The length of the list is checked together with the
-    number of views (`model_params.number_of_view`).
+    number of views (`model_params.value_for_view`).
     """
 
     def check(_: Any, attribute: Attribute, value: Any) -> None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model_params import LOSSES, ModelParams
 from self_supervised import distributed
-from self_supervised.numerics import MORE_THAN_ONE, in_parts, unit
+from self_supervised.numerics import DROP_LAST, in_parts, unit
 
 Scalars = dict[str, Tensor]
 PairLoss = Callable[[Tensor, Tensor, Tensor | None], Scalars]
@@ -242,7 +242,7 @@ def sce(
 
 def _at_least_two(z: Tensor) -> Tensor:
     if len(z) < 2:
-        raise ValueError(f"loss_type='vic' and 'barlow' need two images, but a batch has one. {MORE_THAN_ONE}")
+        raise ValueError(f"loss_type='vic' and 'barlow' need two images, but a batch has one. Set {DROP_LAST}")
     return z
 
 
@@ -321,7 +321,7 @@ def get_loss(
 
     Args:
         sce_coefficient, sce_target_T: values at this step, if they change during training; None: those of `params`.
-        labels: classes of the images [N], which "supcon" alone reads.
+        labels: classes of the images [N], for the losses that read them.
         rows: the queries over which a loss that is computed `by_rows` is a mean.
     """
     p = params
@@ -330,17 +330,17 @@ def get_loss(
 
     from_batch = (p.use_negative_examples_from_batch, p.use_negative_examples_from_same_view)
 
-    def of_params(queue: Tensor | None) -> Tensor | None:
+    def negatives_of(queue: Tensor | None) -> Tensor | None:
         return queue if p.use_negative_examples_from_queue else None
 
     def sim(q: Tensor, k: Tensor, queue: Tensor | None) -> Tensor:
         q, k = (k, q) if p.use_nearest_keys else (q, k)  # NNCLR's softmax is over the queries of a key
-        return similarities(q, k, of_params(queue), *from_batch, rows=rows)
+        return similarities(q, k, negatives_of(queue), *from_batch, rows=rows)
 
     alpha = p.eqco_alpha if p.use_eqco_margin else None
     vic_weights = (p.invariance_loss_weight, p.variance_loss_weight, p.covariance_loss_weight, p.variance_loss_epsilon)
     losses = {
-        "ce": lambda q, k, queue: cross_entropy(sim(q, k, None), p.T, alpha, q[rows], of_params(queue)),
+        "ce": lambda q, k, queue: cross_entropy(sim(q, k, None), p.T, alpha, q[rows], negatives_of(queue)),
         "dcl": lambda q, k, queue: decoupled(sim(q, k, queue), p.T, p.dcl_sigma),
         "bce": lambda q, k, queue: binary_cross_entropy(sim(q, k, queue), p.T),
         "ip": lambda q, k, queue: inner_product(sim(q, k, queue)),
@@ -372,7 +372,7 @@ def get_loss_in_parts(params: ModelParams, **arguments: Any) -> PairLoss:
     return loss
 
 
-def custom_loss(loss: CustomLoss) -> PairLoss:
+def as_pair_loss(loss: CustomLoss) -> PairLoss:
     """Return a user's loss(q, k, queue_keys), of a pair of views, as a function that returns a dict like `get_loss`'s.
 
     It gets the queries and keys [N, D] of this process (`distributed.gather` joins those of all processes) and the
@@ -387,10 +387,10 @@ def custom_loss(loss: CustomLoss) -> PairLoss:
     if isinstance(loss, nn.Module) and loss.state_dict():
         raise ValueError("loss: a module with weights, which would not be trained. Pass a function without weights.")
 
-    return partial(checked, loss)
+    return partial(call_custom_loss, loss)
 
 
-def checked(loss: CustomLoss, q: Tensor, k: Tensor, queue: Tensor | None) -> Scalars:
+def call_custom_loss(loss: CustomLoss, q: Tensor, k: Tensor, queue: Tensor | None) -> Scalars:
     found = loss(q, k, queue)
     scalars = found if isinstance(found, dict) else {"loss": found}
     if not isinstance(scalars.get("loss"), Tensor) or not all(isinstance(one, Tensor) for one in scalars.values()):

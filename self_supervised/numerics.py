@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}  # IEEE 754
-MORE_THAN_ONE = "Set drop_last_batch=True (drop_last=True of your own loader)"
+DROP_LAST = "drop_last_batch=True (drop_last=True of your own loader)"  # a way out of a last batch of one image
 STATISTICS = ("running_mean", "running_var", "running_std")
 
 Scores = dict[str, float]  # name of a metric -> value
@@ -95,7 +95,7 @@ def in_float64(x: Tensor) -> Tensor:
         return torch.from_numpy(x.float().cpu().numpy()).double()
 
 
-def able(x: Tensor | None) -> Tensor | None:
+def where_scorable(x: Tensor | None) -> Tensor | None:
     """Return x, copied to the host if it is on Apple's MPS, which lacks float64 and most of torch.linalg."""
     return x.cpu() if x is not None and x.device.type == "mps" else x
 

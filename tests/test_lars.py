@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lars import LARS, parameter_groups
+from lars import LARS, split_by_patterns
 from self_supervised.networks.heads import MLP
 
 
@@ -106,13 +106,13 @@ def test_closure_and_state_survive():
 
 def test_patterns_find_every_norm_and_bias():
     model = nn.ModuleDict({"model": torchvision.models.resnet18(), "head": MLP(512, 64, 8, 3, "bn")})
-    adapted, excluded = parameter_groups(model, [".bias", ".bn"])
+    adapted, excluded = split_by_patterns(model, [".bias", ".bn"])
     assert all(p.ndim > 1 for p in adapted.values()) and all(p.ndim == 1 for p in excluded.values())
     assert {"model.layer2.0.downsample.1.weight", "head.net.1.weight", "head.net.0.bias"} <= set(excluded)
     assert len(adapted) + len(excluded) == len(list(model.parameters()))
-    assert parameter_groups(model, [])[1] == {}
-    assert set(parameter_groups(model, ["layer1"])[1]) == {n for n, _ in model.named_parameters() if "layer1" in n}
+    assert split_by_patterns(model, [])[1] == {}
+    assert set(split_by_patterns(model, ["layer1"])[1]) == {n for n, _ in model.named_parameters() if "layer1" in n}
     model["again"] = model["head"]  # whose parameters have two names and one group
-    assert sum(map(len, parameter_groups(model, ["again", ".bias"]))) == len(list(model.parameters()))
+    assert sum(map(len, split_by_patterns(model, ["again", ".bias"]))) == len(list(model.parameters()))
     model["model"].requires_grad_(False)
-    assert not any(name.startswith("model") for name in parameter_groups(model, [])[0])
+    assert not any(name.startswith("model") for name in split_by_patterns(model, [])[0])

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from self_supervised.numerics import DROP_LAST
+
 WINDOW = 2**14  # images in shards that are shuffled together, by all processes: for ImageNet, less than 2 GB
 
 
@@ -209,8 +211,12 @@ def one_image_explained(x: Tensor) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        way_out = (
-            "choose a larger batch_size or micro_batch_size or, if it is the last one, drop_last_batch=None "
-            "(drop_last=True of your own loader)"
-        )
+        way_out = f"choose a larger batch_size or micro_batch_size or, if it is the last one, {DROP_LAST}"
         raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error
+
+
+def list_of_loaders(held: Any) -> list:
+    """Return what Lightning holds, a loader or a collection of loaders, as a list."""
+    if isinstance(held, dict):
+        return list(held.values())
+    return list(held) if isinstance(held, list | tuple) else [held]

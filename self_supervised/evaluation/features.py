@@ -25,7 +25,7 @@ from self_supervised.data.packed_files import use_packed
 from self_supervised.evaluation.feature_files import read_features, write_features
 from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.pretrained import Encoder
-from self_supervised.numerics import able, finite
+from self_supervised.numerics import finite, where_scorable
 from self_supervised.views import augmentations
 
 ADDED_TO_VIEWS = ("vertical_flip_probability", "rotation_probability")
@@ -114,7 +114,7 @@ class EvaluationData:
 
     def on_device(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors on the encoder's device, or on the CPU if that device cannot score them."""
-        return tuple(able(part.to(self.encoder.device)) for part in parts)
+        return tuple(where_scorable(part.to(self.encoder.device)) for part in parts)
 
 
 # ---- settings ----

@@ -248,7 +248,7 @@ def check_names(protocols: Sequence[str]) -> None:
             raise ValueError(f"protocol {name!r} is unknown. Nearest: {', '.join(near)}. --list shows all.")
 
 
-def about_labels(params: EncoderAndDataParams) -> str:
+def why_not_scorable(params: EncoderAndDataParams) -> str:
     """Return why no classifier of the training images can be scored on the test images, or ""."""
     info, name = params.dataset, params.dataset_name
     if not n_classes(params):
@@ -270,7 +270,7 @@ def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderA
     Raises:
         ValueError: a requested protocol cannot be run with this encoder or data set.
     """
-    unlabeled = about_labels(params)
+    unlabeled = why_not_scorable(params)
     refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, unlabeled))}
     if protocols is None:
         return [name for name, row in PROTOCOLS.items() if not (row.preset or row.slow or name in refused)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from self_supervised.catalogue import LABEL_FREE
 from self_supervised.data.class_labels import is_one_hot
 from self_supervised.evaluation.linear_models import logistic_regression, within_span
-from self_supervised.numerics import NotFinite, Scores, able, finite, power_of_two, rescaled, unit
+from self_supervised.numerics import NotFinite, Scores, finite, power_of_two, rescaled, unit, where_scorable
 
 PROBE_DECAY = 100.0  # L2 of the linear probe, scikit-learn's 1 / C
 
@@ -146,10 +146,10 @@ def evaluate(
     "_trainset". Probes leave out images without a label (-1). Without at least two labeled classes, only evaluations
     that need no labels run.
     """
-    x = finite(able(x), "embeddings")
-    y = one_label_each(able(y))
+    x = finite(where_scorable(x), "embeddings")
+    y = one_label_each(where_scorable(y))
     if train is not None:
-        train = (able(train[0]), one_label_each(able(train[1])))
+        train = (where_scorable(train[0]), one_label_each(where_scorable(train[1])))
     table = FUNCTIONS | {"linear_probe": partial(linear_probe, solver=probe_solver)}
     scores = {}
     split = None

@@ -4,6 +4,7 @@ Sizes: N images on this process, D = params.dim, K keys in the queue, P prototyp
 """
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,19 +38,38 @@ class KeyQueue(nn.Module):
         self.keys.index_copy_(0, slots, keys.to(self.keys.dtype))
         self.position.add_(len(keys)).remainder_(size)
 
+    def states_of_processes(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the queues of all processes for a checkpoint, {name: [W, ...]}.
 
-def process_queue(of_each: Tensor, every: bool) -> Tensor:
-    """Return this process's queue from the queues of all processes in a checkpoint, [W, ...].
+        Args:
+            device: that of the process group.
+        """
+        return {name: distributed.gather(x[None].to(device)).cpu() for name, x in self.state_dict().items()}
+
+
+def restore_queue(checkpoint: dict[str, Any], same_number: bool) -> None:
+    """Put the queue of this process into the state_dict of a checkpoint, from the queues of all processes, or from the
+    original's format: `queue` [D, K] and `queue_ptr` [1]."""
+    state = checkpoint["state_dict"]
+    for name, of_each in checkpoint.get("queues", {}).items():
+        state[f"queue.{name}"] = queue_of_this_process(of_each, same_number)
+    if "queue_ptr" in state:
+        state["queue.keys"] = state.pop("queue").T.contiguous()
+        state["queue.position"] = state.pop("queue_ptr").reshape(())
+
+
+def queue_of_this_process(queues: Tensor, same_number: bool) -> Tensor:
+    """Return this process's queue from those of all processes, [W, ...].
 
     Raises:
-        ValueError: `every` queue is needed, and there are not as many processes.
+        ValueError: the `same_number` of processes is needed, and there are more or fewer.
     """
-    if every and len(of_each) != distributed.world_size():
+    if same_number and len(queues) != distributed.world_size():
         raise ValueError(
-            f"gather_keys_for_queue=False: the checkpoint has the queues of {len(of_each)} processes, and this run has "
+            f"gather_keys_for_queue=False: the checkpoint has the queues of {len(queues)} processes, and this run has "
             f"{distributed.world_size()}. Use as many, or start a new run from its weights (encoder_weights)"
         )
-    return of_each[distributed.rank() % len(of_each)]
+    return queues[distributed.rank() % len(queues)]
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -72,9 +92,8 @@ def ema_update(target: nn.Module, source: nn.Module, weight: float) -> None:
 class Prototypes(nn.Module):
     """P prototypes [P, D], with which projections are compared: the last layer of SwAV and DINO.
 
-    Their length has no effect. SwAV's code sets it to 1 before each step, DINO's divides by it (weight normalization).
-
-    `params.loss_type` is "swav" or "dino".
+    Only their directions count. As in the authors' code, SwAV's are scaled to length 1 before each step, and DINO's are
+    divided by their lengths in `forward` (weight normalization). `params.loss_type` is "swav" or "dino".
     """
 
     def __init__(self, params: ModelParams):

@@ -29,6 +29,7 @@ class Layout:
     stem_variant: str = "standard"  # of the system's ResNets for small images
 
 
+NAMES_SHOWN = 3  # of each kind, in a message
 HEADS_OF_LIGHTLY = ("projection_head.", "prediction_head.", "projection_mlp.", "online_classifier.")
 TWINS_OF_OPENSELFSUP = ("neck.", "encoder_k.0.", "encoder_k.module.0.", "online_net.", "target_net.")
 UNNAMED = ("backbone.", "encoder.", "encoder_q.", "base_encoder.", "model.", "net.")  # prefixes of unknown systems
@@ -238,12 +239,12 @@ def n_names(wrong: Mapping[str, list[str]]) -> int:
     return sum(map(len, wrong.values()))
 
 
-def mismatch_message(found: WeightsFile, name: str, wrong: Mapping[str, list[str]], most: int = 3) -> str:
-    """Return the error message for what `misfits` returns, with at most `most` names of each kind."""
+def mismatch_message(found: WeightsFile, name: str, wrong: Mapping[str, list[str]]) -> str:
+    """Return the error message for what `misfits` returns, with a few names of each kind."""
     parts = []
     for kind, names in wrong.items():
-        more = f" and {len(names) - most} more" if len(names) > most else ""
-        parts.append(f"{kind}: {', '.join(names[:most])}{more}")
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        parts.append(f"{kind}: {', '.join(names[:NAMES_SHOWN])}{more}")
     return f"{found.source} does not hold a {name} (read as {found.layout}): {'; '.join(parts)}"
 
 

@@ -14,7 +14,7 @@ from self_supervised.data.foreign_paths import refuse_foreign
 from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.encoders import measured_width
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.numerics import MORE_THAN_ONE, at_least_float32, in_parts
+from self_supervised.numerics import DROP_LAST, at_least_float32, in_parts
 from self_supervised.views.tensor_ops import normalize
 
 EPSILON = 1e-4  # added to standard deviations, for dimensions that are constant
@@ -79,7 +79,7 @@ class Teacher:
         found = found.to(at_least_float32(view).dtype)
         of_all = distributed.gather(found)
         if len(of_all) < 2:
-            raise ValueError(f"a teacher needs two images, but a batch has one. {MORE_THAN_ONE}")
+            raise ValueError(f"a teacher needs two images, but a batch has one. Set {DROP_LAST}")
         return (found - of_all.mean(0)) / (of_all.std(0, correction=0) + EPSILON)
 
     def encoded(self, view: Tensor) -> Tensor:

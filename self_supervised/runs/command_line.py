@@ -109,14 +109,13 @@ def field_comments(kind: type) -> dict[str, tuple[str, str]]:
         previous_end = 0
         for node in ast.parse(source).body[0].body:
             own_lines = [n for n in range(previous_end + 1, node.lineno) if n in comments and comments[n][1]]
-            is_heading = bool(own_lines) and not lines[own_lines[0] - 2].strip()
-            above = " ".join(comments[n][0] for n in own_lines)
             previous_end = node.end_lineno
             if not isinstance(node, ast.AnnAssign):
                 continue
-            heading = above if is_heading else heading
-            behind = comments.get(node.end_lineno, ("", False))[0]
-            found[node.target.id] = (heading, behind or ("" if is_heading else above))
+            if own_lines and not lines[own_lines[0] - 2].strip():
+                heading = comments[own_lines.pop(0)][0]
+            above = " ".join(comments[n][0] for n in own_lines)
+            found[node.target.id] = (heading, comments.get(node.end_lineno, (above, False))[0])
     return found
 
 

@@ -187,11 +187,10 @@ def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_ste
     splits = {"training": p.dataset.pretraining_splits}
     splits |= {"evaluation": p.dataset.test_splits} if p.is_evaluated else {}  # which may be missing otherwise
     sizes = [f"{len(loading.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]
-    labels = {"labels": model.about_labels.removeprefix("labels: ")} if model.about_labels else {}
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     rows = {
         "images": f"{p.dataset_name}: {', '.join(sizes)}; {' x '.join(map(str, p.input_shape))}",
-        **labels,
+        **model.labels_result(),
         "precision": f"{trainer.precision} on {device}",
         "memory": f"{peak_memory(device) / 2**30:.2f} GiB {where} at most",
         "time": f"{seconds_per_step:.3g} s per step, {epoch} per epoch, {whole} in all, without evaluation (from the "

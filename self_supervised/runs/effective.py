@@ -10,7 +10,7 @@ import attrs
 import torch
 import yaml
 
-from model_params import LOSSES, NEED_NEGATIVES, OF_ALL_VIEWS, ModelParams
+from model_params import COMPARE_NEGATIVES, LOSSES, OF_ALL_VIEWS, ModelParams
 from self_supervised.catalogue import BLUR_RADIUS, ViewSettings
 from self_supervised.data.image_files import part_kept
 from self_supervised.runs import command_line
@@ -19,7 +19,7 @@ from self_supervised.training.plan import Plan, epochs_text, lr_factor, resolved
 from self_supervised.training.run_folder import EFFECTIVE
 
 RESIZED = "pixels (bilinear, antialiased)"
-NEGATIVES = {  # setting -> negatives of a loss of NEED_NEGATIVES and of bce
+NEGATIVES = {  # setting -> negatives of a loss of COMPARE_NEGATIVES
     "use_negative_examples_from_queue": "a queue of {K} keys",
     "use_negative_examples_from_batch": "keys of other images in the batch",
     "use_negative_examples_from_same_view": "queries of other images in the batch",
@@ -94,7 +94,7 @@ def loss_text(params: ModelParams) -> str:
     p = params
     values = attrs.asdict(p)
     found = [LOSSES[p.loss_type].text.format_map(values)]
-    if p.loss_type in (*NEED_NEGATIVES, "bce"):
+    if p.loss_type in COMPARE_NEGATIVES:
         negatives = [words.format_map(values) for name, words in NEGATIVES.items() if values[name]]
         found += [f"against {' and '.join(negatives)}"] if negatives else []
     found += [f"keys of the teacher {p.teacher}"] if p.teacher else []

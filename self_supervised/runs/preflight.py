@@ -12,7 +12,16 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 
 from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
-from model_params import HEADS, OF_ALL_VIEWS, OF_PROTOTYPES, SCHEDULED, EncoderAndDataParams, ModelParams, has_schedule
+from model_params import (
+    HEADS,
+    OF_ALL_VIEWS,
+    OF_PROTOTYPES,
+    READ_LABELS,
+    SCHEDULED,
+    EncoderAndDataParams,
+    ModelParams,
+    has_schedule,
+)
 from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.data import custom, loading
 from self_supervised.data.class_labels import UNLABELED, lacking
@@ -57,11 +66,11 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
             raise ValueError(
                 "teacher=None: loss_type='seed' distills a teacher. Pass --teacher, a file, a run or a name"
             )
-        if (
-            params.loss_type == "supcon"
-            and loading.get_dataset(params, params.dataset.pretraining_splits).labels.max() < 0
-        ):
-            raise ValueError("loss_type='supcon' needs labels, but no image has one. Choose labeled images, or simclr")
+        reads_labels = params.loss_type in READ_LABELS
+        if reads_labels and loading.get_dataset(params, params.dataset.pretraining_splits).labels.max() < 0:
+            raise ValueError(
+                f"loss_type={params.loss_type!r} needs labels, but no image has one. Choose labeled images, or simclr"
+            )
         for wanted in options.save_best:
             refuse_unknown(wanted, metric_names(options, params))
         check_images(params, options.accumulate_grad_batches)

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from model_params import (
+    COMPARE_NEGATIVES,
     HEADS,
     OF_PROTOTYPES,
     PRESETS,
@@ -25,8 +26,7 @@ FAR = 3  # factor beyond these limits from which a learning rate is doubtful
 OF_IMAGES = 256  # number of images for which learning rates are compared
 
 CUSTOM = "custom"  # loss_type of a user's own function
-SIMILARITIES = losses_with(lambda loss: loss.negatives is not None)  # compare a query with negatives
-READ_QUEUE = (*SIMILARITIES, "swav")
+READ_QUEUE = (*COMPARE_NEGATIVES, "swav")
 STRENGTHS = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -80,7 +80,7 @@ DERIVED: dict[str, Callable[[ModelParams], Any]] = {
     (SOLARIZE := "transform_solarize_probability above 0"): any_view("solarize_probability"),
     (VIDEOS := "videos"): lambda p: p.dataset.of_videos,
     (LOW_RESOLUTION := "low_resolution_stem=True"): lambda p: p.low_resolution,
-    (SUBSET := "data_fraction below 1"): lambda p: p.data_fraction < 1 or p.dataset.is_custom,
+    (PART_OF_DATA := "data_fraction below 1"): lambda p: p.data_fraction < 1 or p.dataset.is_custom,
 }
 
 # setting -> {another setting: values with which the first has an effect; None: all but 0, False, None and []}
@@ -88,8 +88,10 @@ DERIVED: dict[str, Callable[[ModelParams], Any]] = {
 NEEDS: dict[str, dict[str, tuple | None]] = {
     **{name: {"loss_type": found} for name in attrs.fields_dict(ModelParams) if (found := losses_that_read(name))},
     "eqco_alpha": {"use_eqco_margin": None},
-    "use_negative_examples_from_batch": {"loss_type": SIMILARITIES},
-    "use_negative_examples_from_same_view": {"loss_type": tuple(n for n in SIMILARITIES if n not in ("sce", "seed"))},
+    "use_negative_examples_from_batch": {"loss_type": COMPARE_NEGATIVES},
+    "use_negative_examples_from_same_view": {
+        "loss_type": tuple(n for n in COMPARE_NEGATIVES if n not in ("sce", "seed"))
+    },
     "use_negative_examples_from_queue": {"loss_type": READ_QUEUE},
     **dict.fromkeys(("K", "gather_keys_for_queue"), {QUEUE: None}),
     "teacher_channels": {"teacher": None},
@@ -102,7 +104,8 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "queue_from_epoch": {"loss_type": ("swav",), QUEUE: None},
     "center_momentum": {"loss_type": ("dino",)},
     **dict.fromkeys(("m", "use_momentum_schedule"), {"use_lagging_model": None}),
-    "stop_gradient_of_keys": {GRADIENT: None, "loss_type": (*SIMILARITIES, "vic", "barlow", "fastsiam", CUSTOM)},
+    # losses with a gradient through the keys
+    "stop_gradient_of_keys": {GRADIENT: None, "loss_type": (*COMPARE_NEGATIVES, "vic", "barlow", "fastsiam", CUSTOM)},
     "use_lagging_model": {"loss_type": (*losses_with(lambda loss: loss.keys), CUSTOM)},
     "n_virtual_devices": {"shuffle_batch_norm": None},
     "variance_loss_epsilon": {"loss_type": ("vic",)},
@@ -128,7 +131,7 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "transform_time_difference_probability": {VIDEOS: None},
     **dict.fromkeys(("video_decoder", "decoding_threads"), {VIDEOS: None}),
     "frames_per_second": {"video_decoder": ("frames",)},
-    **{"stem_variant": {LOW_RESOLUTION: None}, "data_seed": {SUBSET: None}},
+    **{"stem_variant": {LOW_RESOLUTION: None}, "data_seed": {PART_OF_DATA: None}},
     "momentum": {"optimizer_name": ("sgd", "lars")},
     **dict.fromkeys(("lars_eta", "grad_clip_lars"), {"optimizer_name": ("lars",)}),
     "lars_warmup_epochs": {"optimizer_name": ("lars",), "warmup_epochs": (None,)},

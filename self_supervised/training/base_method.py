@@ -19,12 +19,19 @@ from self_supervised import distributed
 from self_supervised.data import loading
 from self_supervised.data.class_labels import lacking
 from self_supervised.data.files import readable_rows
-from self_supervised.data.loader import ResumableDataLoader, images_and_labels, size_of_batches, whole_numbers
+from self_supervised.data.loader import (
+    ResumableDataLoader,
+    images_and_labels,
+    list_of_loaders,
+    size_of_batches,
+    whole_numbers,
+)
+from self_supervised.fields import plain
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, hyperparameters, label_checks, preparation
 from self_supervised.training.milestones import is_cut_short
-from self_supervised.training.monitor import TrainingMonitor, as_list
+from self_supervised.training.monitor import TrainingMonitor
 from self_supervised.training.plan import Plan
 from self_supervised.training.verdict import validating
 from self_supervised.views import augmentations
@@ -38,7 +45,8 @@ TRAINED_FURTHER = (
 class BaseMethod(pl.LightningModule):
     """Base class of SelfSupervisedMethod and LinearClassifierMethod.
 
-    A subclass sets `params` and `augment(images, seed)`, which returns the list of views of a training batch.
+    A subclass sets `CLASSIFIER`, `params` and `augment(images, seed, positions=...)`, which returns the list of views
+    of a training batch. It may override `needs_labels` and `reads_labels`.
     """
 
     CLASSIFIER: str  # name of the linear layer that is trained on labels
@@ -132,6 +140,18 @@ class BaseMethod(pl.LightningModule):
         packed = self.params.dataset.is_packed
         return {} if packed or self.n_outputs is None else {"n_classes": self.n_outputs}
 
+    def record_settings(self, **found: Any) -> None:
+        """Keep the settings with which the networks were built, as flat hyperparameters for `load_from_checkpoint`.
+
+        encoder_weights is dropped, because a checkpoint has its own weights.
+
+        Args:
+            found: settings that the files or the networks have determined.
+        """
+        found = {**plain(attrs.asdict(self.params)), **found, **self.counted_classes()}
+        self.save_hyperparameters({**found, "encoder_weights": None})
+        self.built = self.params
+
     @property
     def n_outputs(self) -> int | None:
         """Number of classes of the classifier that is trained here, if there is one."""
@@ -173,7 +193,7 @@ class BaseMethod(pl.LightningModule):
         """Return the loader from which the current batch comes."""
         trainer = self.trainer
         evaluated = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        return as_list(trainer.train_dataloader if trainer.training else evaluated)[dataloader_idx]
+        return list_of_loaders(trainer.train_dataloader if trainer.training else evaluated)[dataloader_idx]
 
     # ---- Batches ----
 
@@ -188,7 +208,7 @@ class BaseMethod(pl.LightningModule):
         self.step_metrics = {}
         if self.global_step == 0 < self.latest_scores[0]:
             self.latest_scores = (-1, {})  # of an earlier training
-        for index, loader in enumerate(as_list(self.trainer.val_dataloaders)):
+        for index, loader in enumerate(list_of_loaders(self.trainer.val_dataloaders)):
             if isinstance(loader, DataLoader) and not isinstance(loader, ResumableDataLoader):
                 with isolate_rng():
                     batch = next(iter(loader), None)
@@ -203,14 +223,15 @@ class BaseMethod(pl.LightningModule):
                 self.check_first(images_and_labels(batch)[0], False, index)
 
     def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
-        """Return the seed that all processes share at this batch."""
+        """Return the seed of one batch; with the number of a process's own batch, all processes share it."""
         return (self.params.seed, self.current_epoch, batch_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.params.torch_compile and batch_idx % self.trainer.accumulate_grad_batches == 0:
             # From here on, outputs of the previous step's CUDA graphs may be overwritten.
             torch.compiler.cudagraph_mark_step_begin()
-        seed = self.step_seed(int(distributed.positions(batch_idx, 1)[0]))
+        # The number of this batch among those of all processes, so that each process draws its own numbers.
+        seed = self.step_seed(batch_idx * distributed.world_size() + distributed.rank())
         torch.manual_seed(int(augmentations.generator(seed).integers(2**63)))  # for dropout etc. within encoders
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
@@ -263,11 +284,11 @@ class BaseMethod(pl.LightningModule):
         metrics = {name: value.detach() for name, value in metrics.items()}
         is_new = not metrics.keys() <= self.step_metrics.keys()
         self.step_metrics = {**self.step_metrics, **metrics}
-        if is_new or self.is_read:
+        if is_new or self.step_metrics_are_read:
             self.log_dict(metrics)
 
     @property
-    def is_read(self) -> bool:
+    def step_metrics_are_read(self) -> bool:
         """Whether this training step's metrics are read: by loggers, a validation, or at the end of an epoch."""
         trainer = self._trainer
         if trainer is None or trainer.fast_dev_run or trainer._logger_connector.should_update_logs:
@@ -308,7 +329,7 @@ class BaseMethod(pl.LightningModule):
         """
         sets = []
         for index, outputs in sorted(outputs_of.items()):
-            loader = as_list(loaders)[index]
+            loader = list_of_loaders(loaders)[index]
             x, y = zip(*outputs, strict=True)
             x = distributed.gather_evaluated(torch.cat(x), loader)
             sets.append(readable_rows(None if y[0] is None else distributed.gather_evaluated(torch.cat(y), loader), x))

@@ -46,7 +46,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return a checkpoint's content, on the CPU.
 
     Raises:
-        FileNotFoundError, ValueError, OSError, MemoryError: as `safe_load`; also ValueError if it is no checkpoint.
+        FileNotFoundError, ValueError, OSError, MemoryError: as `safe_load`; also ValueError if it is not a checkpoint.
     """
     content = safe_load(path)
     if not isinstance(content, dict) or "state_dict" not in content:

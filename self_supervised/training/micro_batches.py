@@ -28,7 +28,7 @@ class MicroBatches:
     Args:
         networks: the modules that `encode` calls.
         encode: function [n, ...] -> tensors [n, ...].
-        batches: batches [N, ...] by name.
+        batches: batches [N, ...] by the number of their view.
         size: largest number of images in a part.
         seed: of the draws of dropout and similar layers.
     """
@@ -47,19 +47,19 @@ class MicroBatches:
         self.seed = seed
         self.has_one_part = all(len(batch) <= size for batch in batches.values())
         if self.has_one_part:  # as if there were no parts
-            self.outputs = {name: encode(batch) for name, batch in batches.items()}
+            self.outputs = {view: encode(batch) for view, batch in batches.items()}
             return
         self.buffers = buffers_of(self.networks)
-        parts = {name: in_parts(batch, size) for name, batch in batches.items()}
-        self.parts = [(name, number, part) for name in parts for number, part in enumerate(parts[name])]
+        parts = {view: in_parts(batch, size) for view, batch in batches.items()}
+        self.parts = [(view, number, part) for view in parts for number, part in enumerate(parts[view])]
         with torch.no_grad():
             encoded = [self.encoded(*part) for part in self.parts[:-1]]
         self.kept = self.encoded(*self.parts[-1])
         by_part = iter([*encoded, tuple(output.detach() for output in self.kept)])
-        self.outputs = {name: leaves_of(islice(by_part, len(parts[name]))) for name in parts}
+        self.outputs = {view: leaves_of(islice(by_part, len(parts[view]))) for view in parts}
 
-    def encoded(self, name: int, number: int, part: Tensor) -> Encoded:
-        torch.manual_seed((self.seed + 1000003 * name + number) % 2**63)
+    def encoded(self, view: int, number: int, part: Tensor) -> Encoded:
+        torch.manual_seed((self.seed + 1000003 * view + number) % 2**63)
         return self.encode(part)
 
     def backward(self) -> None:

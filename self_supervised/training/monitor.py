@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from self_supervised import distributed
 from self_supervised.data import files
-from self_supervised.data.loader import ResumableDataLoader
+from self_supervised.data.loader import ResumableDataLoader, list_of_loaders
 from self_supervised.distributed import to_host
 from self_supervised.numerics import not_finite
 from self_supervised.training import optimizers
@@ -262,14 +262,7 @@ def share_seed(method: pl.LightningModule, device: torch.device) -> None:
 def loaders(trainer: pl.Trainer) -> list:
     """Return all loaders that the Trainer holds at the moment."""
     held = (trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders)
-    return [loader for some in held for loader in as_list(some)]
-
-
-def as_list(held: Any) -> list:
-    """Return what Lightning holds, a loader or a collection of loaders, as a list."""
-    if isinstance(held, dict):
-        return list(held.values())
-    return list(held) if isinstance(held, list | tuple) else [held]
+    return [loader for some in held for loader in list_of_loaders(some)]
 
 
 # ---- Metrics of the optimization ----

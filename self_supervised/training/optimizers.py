@@ -38,13 +38,11 @@ def get_optimizer(
     """Return the optimizer `optimizer_name`, which keeps its own settings when it loads the state of a checkpoint.
 
     Args:
-        groups: parameter groups. LARS adapts those with `adapt=True`; without `adapt`, those without a weight decay of
-            their own.
+        groups: parameter groups. LARS adapts the learning rates of those with `adapt=True`.
         lr: learning rate of groups without their own.
     """
     p = params
     if p.optimizer_name == "lars":
-        groups = [{**group, "adapt": group.get("adapt", "weight_decay" not in group)} for group in groups]
         optimizer = LARS(groups, lr, p.momentum, p.weight_decay, p.lars_eta, getattr(p, "grad_clip_lars", False))
     elif p.optimizer_name == "sgd":
         groups = [without(group, "adapt") for group in groups]

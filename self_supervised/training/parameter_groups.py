@@ -56,7 +56,7 @@ def parameter_table(module: nn.Module, params: ModelParams) -> list[ParameterRow
     p = params
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     check_matches(module, p, [name for name in named if not name.startswith(ONLINE)])
-    excluded = lars.parameter_groups(module, p.exclude_matching_parameters_from_lars)[1]
+    excluded = lars.split_by_patterns(module, p.exclude_matching_parameters_from_lars)[1]
     factors = layer_factors(module.model, p.layer_decay)
     rows = []
     for name, parameter in named.items():
@@ -107,7 +107,7 @@ def check_matches(module: nn.Module, params: ModelParams, names: list[str]) -> N
     lost = [("parameter_options", o) for o in options if not any(re.search(o, name) for name in names)]
     for pattern in params.exclude_matching_parameters_from_lars:
         may_be_absent = pattern in NORMS_AND_BIASES  # an encoder may have no norms
-        if not may_be_absent and not lars.parameter_groups(module, [pattern])[1]:
+        if not may_be_absent and not lars.split_by_patterns(module, [pattern])[1]:
             lost.append(("exclude_matching_parameters_from_lars", pattern))
     for field, pattern in lost:
         near = difflib.get_close_matches(pattern.replace("\\", ""), names, 3, cutoff=0.3) or names[:3]

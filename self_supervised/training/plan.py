@@ -118,7 +118,9 @@ def training_length(trainer: pl.Trainer) -> tuple[int, int]:
             "longer loader"
         )
     if steps == -1:
-        raise ValueError("the loader has no length: tell the Trainer max_steps, which the schedules need")
+        raise ValueError(
+            "max_steps=-1: the loader has no length, and the schedules need one. Pass max_steps to the Trainer"
+        )
     steps = max(1, int(steps))  # max_steps=0 trains nothing
     return steps, steps if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
 

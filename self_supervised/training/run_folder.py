@@ -93,7 +93,7 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str], resumes: 
 
     Args:
         arguments: command line; empty: the run is made in Python and has no command.txt.
-        resumes: the trackers go on with the run of the start before.
+        resumes: trackers continue the run of the previous start.
         facts: what run.json says of this start in addition.
     """
     out.mkdir(parents=True, exist_ok=True)

@@ -48,25 +48,18 @@ def after_warmup(step: int, total_steps: int, warmup_steps: float) -> float:
     return (step - warmup_steps) / max(1, total_steps - warmup_steps)
 
 
-def warmup_cosine(step: int, total_steps: int, warmup_steps: float, peak: float, end: float) -> float:
-    """Return a value that rises linearly to `peak` over `warmup_steps`, then falls along half a cosine to `end`."""
-    if step < warmup_steps:
-        return peak * warmup(step, warmup_steps)
-    return cosine(peak, end, after_warmup(step, total_steps, warmup_steps))
-
-
 def warmup_then(
-    step: int, total_steps: int, warmup_steps: float, start: float, value: float, end: float, warmup: str, then: str
+    step: int, total_steps: int, warmup_steps: float, start: float, value: float, end: float, rising: str, falling: str
 ) -> float:
     """Return a value that goes from `start` at step 0 to `value` after `warmup_steps`, then to `end` at `total_steps`.
 
     Args:
-        warmup: key of CURVE_FUNCTIONS, the curve to `value`.
-        then: key of CURVE_FUNCTIONS, the curve from `value` to `end`; "constant" stays at `value`.
+        rising: key of CURVE_FUNCTIONS, the curve to `value`.
+        falling: key of CURVE_FUNCTIONS, the curve from `value` to `end`; "constant" stays at `value`.
     """
     if step < warmup_steps:
-        return CURVE_FUNCTIONS[warmup](start, value, step / warmup_steps)
-    return CURVE_FUNCTIONS[then](value, end, after_warmup(step, total_steps, warmup_steps))
+        return CURVE_FUNCTIONS[rising](start, value, step / warmup_steps)
+    return CURVE_FUNCTIONS[falling](value, end, after_warmup(step, total_steps, warmup_steps))
 
 
 # ---- Schedules of a training ----
@@ -90,7 +83,9 @@ def classifier_rate(schedule: str, plan: Plan, step: int) -> float:
     ("cosine") or a tenth from 60 % and a hundredth from 80 % of the training on ("steps")."""
     if schedule == "steps":
         return warmup(step, plan.warmup_steps) * steps_down(step / plan.steps, milestones=(0.6, 0.8), factor=0.1)
-    return warmup_cosine(step, plan.steps, plan.warmup_steps, peak=1.0, end=0.0)
+    if step < plan.warmup_steps:
+        return warmup(step, plan.warmup_steps)
+    return cosine(1.0, 0.0, after_warmup(step, plan.steps, plan.warmup_steps))
 
 
 def scheduled(params: ModelParams, step: int, plan: Plan | None) -> dict[str, float]:

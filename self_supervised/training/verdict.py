@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from model_params import ModelParams
 from self_supervised.catalogue import OWN_MODULE, video_models
+from self_supervised.data.loader import list_of_loaders
 from self_supervised.networks import layers
-from self_supervised.training.monitor import as_list
 
 COMPARED = ("valid_knn20_acc", "valid_class_acc")  # starts of names; the first that was scored decides
 NEED_LABELS = {"knn", "linear_probe"}  # evaluations with these names
@@ -111,7 +111,7 @@ def can_compare(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     if trainer.val_dataloaders is None:  # the first validation is some epochs away
         with validating(trainer):
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    loaders = as_list(trainer.val_dataloaders)
+    loaders = list_of_loaders(trainer.val_dataloaders)
     return bool(loaders) and all(isinstance(loader, DataLoader) for loader in loaders)
 
 
@@ -120,7 +120,7 @@ def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, floa
     do not change."""
     plugin = trainer.precision_plugin
     with isolate_rng(), torch.no_grad(), layers.in_eval_mode(module), validating(trainer):
-        for i, loader in enumerate(as_list(trainer.val_dataloaders)):
+        for i, loader in enumerate(list_of_loaders(trainer.val_dataloaders)):
             for n, batch in enumerate(loader):
                 if n >= trainer.num_val_batches[i]:
                     break

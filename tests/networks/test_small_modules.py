@@ -8,14 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from attrs import evolve
 from torch import nn
 
 import ws_resnet
 from self_supervised import convolutions
 from self_supervised.catalogue import NORMALIZATIONS
 from self_supervised.networks.heads import MLP
-from self_supervised.networks.keys import KeyQueue, process_queue
+from self_supervised.networks.keys import KeyQueue, queue_of_this_process
 from self_supervised.training import schedules
+from self_supervised.training.plan import Plan
 
 
 def test_cosine_is_byols_momentum_schedule():
@@ -37,14 +39,17 @@ def test_warmup_then_cosine_equals_pytorchs_schedulers():
 
     first, second = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(2))
     warmup = rates(torch.optim.lr_scheduler.LinearLR(first, start_factor=1 / 10, total_iters=9), 10)
-    annealing = rates(torch.optim.lr_scheduler.CosineAnnealingLR(second, T_max=40, eta_min=0.1), 41)
-    found = [schedules.warmup_cosine(s, total_steps=50, warmup_steps=10, peak=1.0, end=0.1) for s in range(51)]
+    annealing = rates(torch.optim.lr_scheduler.CosineAnnealingLR(second, T_max=40, eta_min=0.0), 41)
+    plan = Plan(processes=1, accumulated=1, batch_size=1, lr=1.0, steps=50, steps_per_epoch=5, warmup_steps=10)
+    found = [schedules.classifier_rate("cosine", plan, s) for s in range(51)]
     assert found == pytest.approx(warmup + annealing)
 
 
 def test_no_warmup_and_a_warmup_longer_than_the_training():
-    assert schedules.warmup_cosine(0, 10, 0, 0.5, 0.0) == 0.5
-    assert [schedules.warmup_cosine(s, 2, 4, 1.0, 0.0) for s in range(3)] == [0.25, 0.5, 0.75]
+    plan = Plan(processes=1, accumulated=1, batch_size=1, lr=1.0, steps=10, steps_per_epoch=5)
+    assert schedules.classifier_rate("cosine", plan, 0) == 1
+    short = evolve(plan, steps=2, warmup_steps=4)
+    assert [schedules.classifier_rate("cosine", short, s) for s in range(3)] == [0.25, 0.5, 0.75]
 
 
 def test_steps_down():
@@ -149,10 +154,11 @@ def test_point_convolution_is_the_convolution(kernel, padding, stride, height, w
 
 def test_own_queues_are_those_of_as_many_processes():
     queues = torch.arange(6.0).view(3, 2)
-    assert process_queue(queues, every=False).tolist() == [0, 1]  # of the first process, for an evaluation
+    # An evaluation takes the queue of the first process.
+    assert queue_of_this_process(queues, same_number=False).tolist() == [0, 1]
     with pytest.raises(ValueError, match="gather_keys_for_queue=False: the checkpoint has the queues of 3 processes"):
-        process_queue(queues, every=True)
-    assert process_queue(queues[:1], every=True).tolist() == [0, 1]
+        queue_of_this_process(queues, same_number=True)
+    assert queue_of_this_process(queues[:1], same_number=True).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("size", "stride"), [(4, 1), (8, 2), (7, 2), (12, 1), (1, 1)])

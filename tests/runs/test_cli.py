@@ -80,6 +80,8 @@ def test_help_shows_every_field_with_its_comment_type_and_the_presets_default(ca
     assert "--optimizer_name sgd|lars|adamw|adam optimizer; lars: for large batches (default: lars)" in words
     assert "--T number temperature of the softmax over similarities (default: 0.2)" in words
     assert f"{ModelParams.__doc__.split('.')[0]}:" not in words  # all of its fields are in sections
+    first_of_section = command_line.field_comments(ModelParams)["transform_small_crop_size"]
+    assert first_of_section == ("small views", "side of small views in pixels; None: 3/7 of large views")
 
 
 def test_help_without_a_preset_lists_them_by_what_they_compare(capsys):

@@ -87,6 +87,8 @@ def test_statistics_that_are_computed_at_the_start_are_not_those_of_the_data_set
         ("emp_ssl", {}, "loss", "x the loss of all 20 views"),
         ("fastsiam", {}, "loss", "no gradient through the keys; 1 x the loss of all 4 views"),
         ("simsiam", {}, "loss", "no gradient through the keys"),
+        ("moco_v2", {"loss_type": "ip"}, "loss", "inner product, against a queue of 65536 keys"),
+        ("byol", {}, "loss", "inner product, projections scaled to length 1"),
         ("nnclr", {}, "loss", "keys replaced by their nearest neighbors in a queue of 98304 keys"),
         ("swav", {}, "loss", "assignments together with a queue of 3840 keys from epoch 15"),
         ("distill", {"teacher": "timm:resnet50"}, "loss", "keys of the teacher timm:resnet50"),
