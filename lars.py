@@ -25,9 +25,9 @@ class LARS(torch.optim.Optimizer):
         momentum: factor of the previous velocity v.
         weight_decay: factor of p that is added to its gradient.
         eta: trust coefficient.
-        clip: use min(q / lr, 1) as q, so that the learning rate lr q of a parameter is at most lr (LARC,
-            https://github.com/NVIDIA/apex, parallel/LARC.py). solo-learn's `grad_clip_lars` differs slightly: it
-            divides by |g| + weight_decay |p| instead of the norm of their sum.
+        clip: use min(q / lr, 1) as q, so that the learning rate lr q of a parameter is at most lr (after LARC of
+            https://github.com/NVIDIA/apex, parallel/LARC.py). apex and solo-learn divide by |g| + weight_decay |p|
+            instead of the norm of the sum.
     """
 
     def __init__(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lars import split_by_patterns
 from model_params import DATASET_DEFAULTS, TRAINING_ONLY, Contradictions, EncoderAndDataParams, refuse
+from self_supervised import distributed
 from self_supervised.catalogue import NORMS_AND_BIASES, ViewSettings
 from self_supervised.data import loading, subsets
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
@@ -68,7 +69,7 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
     momentum: float = fraction(0.9)  # momentum of sgd and lars
     nesterov: bool = False  # use Nesterov's momentum, with sgd
     weight_decay: float = non_negative(0.0)  # weight decay; not applied to excluded parameters
-    max_epochs: int = positive(100)  # epochs, for the programs that create the Trainer; schedules follow the Trainer
+    max_epochs: int = positive(100)  # number of epochs (in Python, pass it to the Trainer, which schedules follow)
     # shape of the learning rate after the warm-up; steps: divided by 10 after 60 % and after 80 % of the training
     lr_schedule: str = choice("steps", ("steps", "cosine"))
     warmup_epochs: float = non_negative(0.0)  # epochs of the warm-up
@@ -106,7 +107,7 @@ def contradictions_of_classifier(params: LinearClassifierMethodParams) -> Contra
 # fmt: off
 
 # The linear classifier of MoCo (https://arxiv.org/abs/1911.05722, section 4.1). Its learning rate of 30 is meant for
-# embeddings like MoCo's. If it diverges, set normalize_features=True.
+# embeddings like MoCo's. If it diverges, set normalize_features=True and lr=0.1.
 LinearMoCoParams = LinearClassifierMethodParams
 # As most libraries have it. For that of MAE (https://arxiv.org/abs/2111.06377, table 10), add normalize_features=True,
 # warmup_epochs=10, optimizer_name="lars" and global_batch_size=16384 (with 256, LARS would hardly change the weights).
@@ -256,12 +257,13 @@ class LinearClassifierMethod(BaseMethod):
         return self
 
     def on_train_start(self) -> None:
-        """Put the encoder into train mode if it is trained, which Lightning does not do.
+        """Put an encoder that is trained, and in eval mode as a whole, into train mode, which Lightning does not do.
 
-        An encoder that is in eval mode as a whole, such as one from `load_encoder`, is put into train mode. If only
-        parts of it are in eval mode, they stay so.
+        Labels of a loader of the user need not be the classes of `dataset_name`, so they do not get those names.
         """
         super().on_train_start()
+        if not self.trains_on_dataset_name and self.params.class_names is None:
+            self.save_hyperparameters({"class_names": None, "n_classes": self.n_outputs})
         if self.trains_encoder:
             prepare_training(self.model)
         else:
@@ -284,6 +286,7 @@ class LinearClassifierMethod(BaseMethod):
 
     def on_validation_epoch_start(self) -> None:
         self.validation_scores.clear()  # left by an interrupted validation
+        distributed.share_buffers(self.model, self.normalize)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         with self.eagerly():

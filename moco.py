@@ -36,7 +36,7 @@ from self_supervised.training.plan import get_plan, resolved_warmup_epochs
 from self_supervised.training.precision import refuse_half_precision
 from self_supervised.training.record import TrainingRecord
 from self_supervised.training.schedules import cosine, prototypes_are_frozen, scheduled
-from self_supervised.training.verdict import Verdict, name_of_start
+from self_supervised.training.verdict import NEED_LABELS, Verdict, name_of_start
 from self_supervised.views import augmentations
 
 
@@ -182,7 +182,7 @@ class SelfSupervisedMethod(BaseMethod):
             new_keys = [keys[j].detach() for j in sorted(keys)]  # gathered by view, in the order of a single process
             self.new_keys = [k if p.gather_keys_for_queue is False else distributed.gather(k) for k in new_keys]
         constants = {name: loss.new_full((), value) for name, value in (("m", self.momentum()), ("T", p.T))}
-        self.log_step({"step_train_loss": loss.detach(), **scalars, **constants})
+        self.log_step({"step_train_loss": loss.detach(), **constants, **scalars})
         return loss + self.online_loss(online[0].embeddings, labels) if p.online_classifier else loss
 
     def compare(
@@ -269,6 +269,11 @@ class SelfSupervisedMethod(BaseMethod):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        if not self.model.training:  # its weights may have become trainable after construction
+            encoders.prepare_training(self.model)
+            copies = [] if self.lagging_model is None else self.lagging_model.modules()
+            for part, lagging in zip(self.model.modules(), copies, strict=False):
+                lagging.training = part.training
         if self.params.micro_batch_size is not None:
             refuse_strategy(self.trainer)
             synchronize_buffers_alone(self.trainer.model)
@@ -278,8 +283,9 @@ class SelfSupervisedMethod(BaseMethod):
             rank_zero_info(f"warning: {line}")
 
     def reads_labels(self, training: bool) -> bool:
-        in_loss = training and self.params.loss_type in READ_LABELS
-        return in_loss or self.online_classifier is not None or (not training and self.params.is_evaluated)
+        p = self.params
+        needed = p.loss_type in READ_LABELS if training else not NEED_LABELS.isdisjoint(p.evaluations)
+        return needed or self.online_classifier is not None
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -318,6 +324,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def on_validation_epoch_start(self) -> None:
         self.validation_outputs.clear()  # left by an interrupted validation
+        distributed.share_buffers(self.model)
 
     def validation_step(self, batch: tuple[Tensor, Tensor | None], batch_idx: int, dataloader_idx: int = 0) -> None:
         due = self.trainer.state.fn != "fit" or (self.current_epoch + 1) % self.params.evaluate_every_n_epochs == 0

@@ -220,11 +220,13 @@ class EncoderAndDataParams:
     pack_images: bool = False
     # reaction to a broken file; skip: train on the next one, leave it out of evaluations, and count it
     unreadable_images: str = choice("stop", ("stop", "skip"))
-    # turn image files upright by their EXIF orientation; False: as earlier versions, and checkpoints of theirs, do
+    # turn image files upright by their EXIF orientation; False: leave them as stored, as earlier versions did and
+    # their checkpoints still do
     exif_orientation: bool = True
 
-    # memory of a step: activations of the encoder's blocks are computed again in the backward pass, not kept
-    activation_checkpointing: bool = False  # less memory, and the time of one more pass
+    # activation checkpointing
+    # recompute activations of the encoder's blocks in the backward pass: less memory, more time
+    activation_checkpointing: bool = False
 
     # torch.compile (reduce-overhead: CUDA graphs)
     torch_compile: bool | str = choice(False, COMPILE_MODES)  # compile encoder and heads, and the views on a GPU
@@ -323,7 +325,7 @@ class EncoderAndDataParams:
         return self.low_resolution_stem
 
 
-LATER_ADDED = {"exif_orientation": False}  # what earlier checkpoints, which lack these fields, did
+EARLIER_DEFAULTS = {"exif_orientation": False}  # what earlier checkpoints, which lack these fields, did
 DATASET_DEFAULTS = defaults(EncoderAndDataParams, (*CUSTOM_DATA, *VIDEO))  # to start from with another data set
 
 
@@ -423,7 +425,8 @@ def check_statistics(name: str, values: Any, channels: int, lowest: float) -> No
 @readable
 @frozen(kw_only=True)
 class ModelParams(EncoderAndDataParams):
-    """Settings of SelfSupervisedMethod. The defaults are MoCo v2 (https://arxiv.org/abs/2003.04297)."""
+    """Settings of SelfSupervisedMethod. The defaults are MoCo v2 (https://arxiv.org/abs/2003.04297): InfoNCE with a
+    queue of keys from a lagging model."""
 
     # pairs of views
     n_large_views: int = number(2, at_least=1, at_most=100)  # large views per image, the only ones with keys
@@ -566,7 +569,7 @@ class ModelParams(EncoderAndDataParams):
     lr: float = positive(0.5, at_most=1000)  # peak learning rate, reached after the warm-up
     momentum: float = fraction(0.9)  # momentum of sgd and lars
     weight_decay: float = non_negative(1e-4, at_most=1000)  # weight decay; not applied to excluded parameters
-    max_epochs: int = positive(320)  # epochs, for the programs that create the Trainer; schedules follow the Trainer
+    max_epochs: int = positive(320)  # number of epochs (in Python, pass it to the Trainer, which schedules follow)
     lars_eta: float = positive(1e-3, at_most=1000)  # trust coefficient of lars
     grad_clip_lars: bool = False  # lars: limit each parameter's learning rate to lr
     # parts of the names of parameters without weight decay and adaptation by lars; [".bias", ".bn"]: biases and norms
@@ -970,7 +973,8 @@ SimCLRParams = Preset(
     use_negative_examples_from_same_view=True,
 )
 DCLParams = Preset(
-    SimCLRParams, "DCLParams", "DCL (https://arxiv.org/abs/2110.06848): SimCLR, own key not among its competitors.",
+    SimCLRParams, "DCLParams",
+    "DCL (https://arxiv.org/abs/2110.06848): SimCLR without the positive pair in the denominator.",
     loss_type="dcl", T=0.1,
 )
 # The paper, on ImageNet: max_epochs=1000, lr=1.6, batch_size=2048, weight_decay=1e-6, mlp_hidden_dim=8192, dim=8192.
@@ -1042,7 +1046,8 @@ NNCLRParams = Preset(
     lars_warmup_epochs=10, weight_decay=1e-6, exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
 )
 SupConParams = Preset(
-    SimCLRParams, "SupConParams", "SupCon (https://arxiv.org/abs/2004.11362): SimCLR whose positives have one label.",
+    SimCLRParams, "SupConParams",
+    "SupCon (https://arxiv.org/abs/2004.11362): SimCLR with all images of a class as positives.",
     loss_type="supcon", loss_constant_factor=0.5, T=0.1, lr=0.1,
 )
 DistillParams = Preset(

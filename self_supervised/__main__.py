@@ -9,7 +9,7 @@ from self_supervised import refuse_hidden_rooms
 
 COMMANDS = {  # name -> (module, description)
     "train": ("self_supervised.train", "pretrain an encoder, score it, and train a linear classifier on it"),
-    "evaluate": ("self_supervised.evaluate", "evaluate an encoder by every protocol, next to a random encoder"),
+    "evaluate": ("self_supervised.evaluate", "score an encoder by standard protocols, next to a random encoder"),
     "classify": ("self_supervised.classify", "classify images, after learning from a few labeled ones"),
     "export": ("self_supervised.exports.export", "write an encoder in the format of another library, and verify it"),
     "embed": ("self_supervised.embeddings.embed", "compute the features of a directory of images or videos"),

@@ -6,6 +6,7 @@ The run is written to runs/demo, as by `self-supervised train`, together with re
 """
 
 import itertools
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from self_supervised.training.plan import epochs_text
 from self_supervised.views import augmentations
 
 OUT = Path("runs/demo")
+COMMAND = re.compile(r"\S+ (-m self_supervised )?demo\b|\S*demo\.py\b")  # how command.txt begins
 LABELS_PER_CLASS = 5
 LABEL_DRAWS = 5  # random draws of the labels, over which accuracies are averaged
 
@@ -98,8 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_demo(epochs: int, linear_epochs: int) -> None:
     start = time.time()
+    refuse_other_run()
     params = recipes.recipe("vicreg", "digits", max_epochs=epochs, seed=0, evaluations=["linear_probe", "knn"])
-    options = RunOptions(out=str(OUT), logger=["csv"], log_every_n_steps=1, linear_epochs=linear_epochs, linear_lr=4.0)
+    linear = {"linear_epochs": linear_epochs, "linear_lr": 4.0} if linear_epochs else {}
+    options = RunOptions(out=str(OUT), logger=["csv"], log_every_n_steps=1, **linear)
     random = encoder_scores(SelfSupervisedMethod(params).model, params)
     delete_earlier_demo()
     print(f"Pretraining a small convolutional network with VICReg on {params.dataset_name}, without labels:")
@@ -118,7 +122,16 @@ def run_demo(epochs: int, linear_epochs: int) -> None:
     print(f"{time.time() - start:.0f} seconds. Curves, neighbors and a map, in a browser: {page}")
 
 
+def refuse_other_run() -> None:
+    """Raise ValueError if OUT holds a run, and another command than the demo has begun or resumed it."""
+    file = OUT / "command.txt"
+    commands = file.read_text().splitlines() if file.is_file() else [""]
+    if (OUT / "config.yaml").exists() and not all(map(COMMAND.match, commands)):
+        raise ValueError(f"{OUT}: holds a run that is not a demo, which a demo would overwrite. Move {OUT} away.")
+
+
 def delete_earlier_demo() -> None:
     """Delete the files that a new run would append to or resume from, and those about the earlier encoder."""
+    remove(OUT / "config.yaml")  # first: without command.txt, it would be that of another run
     for name in ("command.txt", "run.json", "linear.ckpt", "pretraining", "linear", "pretrained.evaluation"):
         remove(OUT / name)

@@ -207,10 +207,12 @@ def gather_evaluated(x: Tensor, loader: DataLoader) -> Tensor:
     `DistributedSampler` repeats the first samples until all processes have equally many; they are dropped here. Any
     other sampler gives every process all samples, so there is nothing to gather.
     """
-    if not is_distributed() or not isinstance(getattr(loader, "sampler", None), DistributedSampler):
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    found = next((one for one in samplers if isinstance(one, DistributedSampler)), None)
+    if found is None or found.num_replicas != world_size():
         return x
     with torch.no_grad():
-        return gather(x)[: len(loader.dataset)]
+        return gather(x)[: len(found.dataset)]
 
 
 def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...], n_virtual_devices: int) -> Tensor:
@@ -264,6 +266,14 @@ def from_rank_zero(x: Tensor) -> Tensor:
         x = x.contiguous()
         dist.broadcast(x, src=0)
     return x
+
+
+def share_buffers(*modules: torch.nn.Module | None) -> None:
+    """Give all processes the first one's buffers, such as running statistics, in place. DDP does so in its forward pass
+    alone, and not at all while gradients are accumulated."""
+    for module in filter(None, modules):
+        for buffer in module.buffers():
+            buffer.copy_(from_rank_zero(buffer))
 
 
 def on_rank_zero(compute: Callable[[], Result]) -> Result:

@@ -17,22 +17,21 @@ import copy
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 from torch import nn
-from torch.utils.data import Dataset
 
-from model_params import CUSTOM_DATA, VIDEO, EncoderAndDataParams
-from self_supervised.data import loading, subsets
+from model_params import DATASET_DEFAULTS, SUBSET, TRAINING_ONLY, EncoderAndDataParams
+from self_supervised.data import loading
 from self_supervised.distributed import usable_device
 from self_supervised.evaluation import features
 from self_supervised.evaluation.features import EvaluationData
+from self_supervised.evaluation.fingerprints import fingerprint, seen, training_and_test
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
-from self_supervised.evaluation.results import OF_ENCODER, Results, folder_of
+from self_supervised.evaluation.results import OF_ENCODER, Results, RunRecord, folder_of
 from self_supervised.fields import as_path, plain
 from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.layouts import checkpoint_of, read_weights
@@ -46,11 +45,10 @@ from self_supervised.training.run_folder import versions
 
 READING_OPTIONS = (
     *OF_ENCODER,
-    "data_path", "num_frames", "clip_duration", "evaluation_clips", "evaluation_crops", "video_decoder",
-    "frames_per_second", "decoding_threads", "video_path_prefix", "splits_path", "include_patterns", "exclude_patterns",
-    "labels_from", "class_to_idx", "image_key", "label_key", "val_size", "test_size", "exif_orientation",
-    "pixel_range", "unreadable_images",
-)  # fmt: skip
+    *(name for name in DATASET_DEFAULTS if name not in (*SUBSET, *TRAINING_ONLY)),
+    "exif_orientation",
+    "unreadable_images",
+)
 
 
 def evaluate_checkpoint(
@@ -89,18 +87,19 @@ def evaluate_checkpoint(
             (default: those of the pretraining).
 
     Raises:
-        ValueError: a protocol is unknown, or needs labels that the data set does not have; there is no lagging encoder.
+        ValueError: a protocol is unknown, or needs labels that the data set does not have; there is no lagging encoder;
+            `out` is the directory of a run; none of the protocols uses max_epochs.
     """
-    check_names(protocols or ())
     seeds, training = checked_seeds(seeds), plain(training or {})
+    check_request(protocols or (), training, out)
     dataset = reading.pop("dataset_name", dataset)  # the name of the setting
     checkpoint = checkpoint_of(checkpoint)
     folder = as_path(out) if out else folder_of(checkpoint)
     check_folder("out", folder)
     device = str(usable_device(device))
     given = {name: reading.pop(name, None) for name in OF_ENCODER}
-    of_encoder = {name: value for name, value in given.items() if value is not None}
-    read = partial(load_encoder, checkpoint, **of_encoder)
+    encoder_settings = {name: value for name, value in given.items() if value is not None}
+    read = partial(load_encoder, checkpoint, **encoder_settings)
     others = {"lagging": read(encoder=copy.deepcopy(encoder), lagging=True)} if lagging else {}  # or refused at once
     trained = read(encoder=encoder)
     encoders = {**baselines_of(trained, starting_weights, baselines), "trained": trained, **others}
@@ -113,24 +112,40 @@ def evaluate_checkpoint(
         "checkpoint": str(checkpoint),
         "encoders": {name: str(found.report) for name, found in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
-        "seen": seen(params) | of_encoder,
+        "seen": seen(params) | encoder_settings,
         "training": training_of(results, params.dataset_name, protocols, training),
         "device": device,
         "versions": versions(),
     }
     results.begin(params.dataset_name, about)
     stages = any(PROTOCOLS[protocol].needs_stages for protocol in protocols)
-    subjects = {}
+    data_of = {}
     for name, found in encoders.items():
         own = features.data_params(found, params.dataset_name, **reading)
-        subjects[name] = EvaluationData(found.to(device), own, results.folder / "features", stages, training)
+        data_of[name] = EvaluationData(found.to(device), own, results.folder / "features", stages, training)
     for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
         for seed in seeds:  # raises for invalid settings before the first protocol runs
-            linear_settings_of(subjects["trained"], seed, preset)
+            linear_settings_of(data_of["trained"], seed, preset)
     if fresh:
         results.clear()
-    run_protocols(results, subjects, protocols, seeds, about["seen"])
+    run_protocols(results, data_of, protocols, seeds, about["seen"])
     return results.content()
+
+
+def check_request(protocols: Sequence[str], training: dict[str, Any], out: str | Path | None) -> None:
+    """Raise ValueError if a protocol is unknown, max_epochs has no effect, or `out` is the directory of a run."""
+    check_names(protocols)
+    if "max_epochs" in training and not any(PROTOCOLS[name].preset for name in protocols):
+        names = ", ".join(name for name, row in PROTOCOLS.items() if row.preset)
+        raise ValueError(
+            f"max_epochs={training['max_epochs']}: has no effect, because no chosen protocol trains. Leave it out, or "
+            f"choose one of the protocols {names}."
+        )
+    if out and (as_path(out) / "config.yaml").is_file():
+        raise ValueError(
+            f"out={out}: is the directory of a run, which has its own results.json. Leave out --out, or choose another "
+            "directory."
+        )
 
 
 def checked_seeds(seeds: Sequence[int]) -> list[int]:
@@ -151,37 +166,6 @@ def baselines_of(trained: Encoder, starting_weights: str | Path | None, wanted: 
     return {}
 
 
-def seen(params: EncoderAndDataParams) -> dict[str, Any]:
-    """Return what decides which images, or clips of videos, are seen; {} for packed data sets, which are fixed.
-
-    Instead of `data_path` and `splits_path`, the listed images are hashed: a path has several spellings, and each run
-    has its own copy of the same lists. Of built-in data sets, only names and labels are, which copies share.
-    """
-    info = params.dataset
-    names = VIDEO if info.of_videos else CUSTOM_DATA if info.is_custom else ()
-    unused = (*features.WITHOUT_EFFECT, "data_path", "splits_path", "video_path_prefix")
-    found = {name: plain(getattr(params, name)) for name in names if name not in unused}
-    if info.is_packed:
-        return found
-    if not params.exif_orientation:  # as in checkpoints of earlier versions
-        found["exif_orientation"] = False
-    digest = hashlib.sha256()
-    root = None if info.is_custom else params.video_path_prefix or loading.data_path()
-    for splits, dataset in training_and_test(params):
-        for piece in (repr(splits).encode(), *features.contents(dataset, root)):
-            digest.update(piece)
-    return found | {"images": digest.hexdigest()[:16]}
-
-
-def training_and_test(params: EncoderAndDataParams) -> list[tuple[tuple[str, ...], Dataset]]:
-    """Return (splits, data set) of the training and test images. Only label-free protocols run without test images."""
-    info = params.dataset
-    found = [(info.train_splits, loading.get_dataset(params, info.train_splits))]
-    with suppress(subsets.EmptySplit):
-        found.append((info.test_splits, loading.get_dataset(params, info.test_splits)))
-    return found
-
-
 def training_of(
     results: Results, dataset_name: str, protocols: Sequence[str], training: dict[str, Any]
 ) -> dict[str, Any]:
@@ -200,53 +184,68 @@ def print_labels(params: EncoderAndDataParams) -> None:
 
 def run_protocols(
     results: Results,
-    subjects: dict[str, EvaluationData],
+    data_of: dict[str, EvaluationData],
     protocols: Sequence[str],
     seeds: Sequence[int],
-    seen_as: dict[str, Any],
+    seen_settings: dict[str, Any],
 ) -> None:
     """Run every protocol on every encoder, and on every seed if it draws anything. Runs whose key is in `results` are
     skipped.
 
     Args:
-        seen_as: settings that decide which images, or clips, are seen and in which size.
+        data_of: the encoder's name -> its evaluation data.
+        seen_settings: settings that decide which images, or clips, are seen and in which size.
     """
-    hashes = {name: encoder_hash(subject.encoder) for name, subject in subjects.items()}
-    hashes |= {"lagging": hashes["trained"]} if "lagging" in hashes else {}  # both are replaced together
-    results.keep_encoders(hashes, seen_as)
+    hashes = {name: encoder_hash(data.encoder) for name, data in data_of.items()}
+    hashes["lagging"] = hashes["trained"]  # both are replaced together
+    results.keep_encoders(hashes, seen_settings)
     images = {  # hashes of each encoder and of the images as it sees them
-        name: "".join(features.fingerprint(one.encoder, one.params, ds, {}) for _, ds in training_and_test(one.params))
-        for name, one in subjects.items()
+        name: "".join(
+            fingerprint(data.encoder, data.params, dataset, {}) for _, dataset in training_and_test(data.params)
+        )
+        for name, data in data_of.items()
     }
-    for protocol, row in ((name, PROTOCOLS[name]) for name in dict.fromkeys(protocols)):
-        for encoder, subject in subjects.items():
-            of_videos = subject.params.dataset.of_videos
-            definition = row.definition.replace("whole images", "videos") if of_videos else row.definition
-            for seed in dict.fromkeys(seeds) if row.seeded else (0,):
-                depends_on = (
-                    protocol,
-                    row.definition,
-                    encoder,
-                    images[encoder],
-                    seed,
-                    subject.training if row.preset else {},
-                    *seen_as.items(),
-                )
-                key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
-                run = {"protocol": protocol, "dataset": subject.params.dataset_name, "encoder": encoder, "seed": seed}
-                done = results.find(key)
-                if done is None:
-                    start = time.monotonic()
-                    scores = row.run(subject, seed)
-                    seconds = round(time.monotonic() - start, 2)
-                    run |= {"key": key, "hash": hashes[encoder], "scores": scores, "seconds": seconds}
-                    run |= {"definition": definition, "source": row.source, "seen": seen_as}
-                    run |= {"training": subject.training} if row.preset else {}
+    for protocol in dict.fromkeys(protocols):
+        for encoder, data in data_of.items():
+            for seed in dict.fromkeys(seeds) if PROTOCOLS[protocol].seeded else (0,):
+                key = run_key(protocol, encoder, images[encoder], seed, data.training, seen_settings)
+                run = results.find(key)
+                origin = " (from results.json)" if run else ""
+                if run is None:
+                    names = {"protocol": protocol, "dataset": data.params.dataset_name, "encoder": encoder}
+                    run = {**names, "seed": seed, "key": key, "hash": hashes[encoder], "seen": seen_settings}
+                    run |= scored(protocol, data, seed)
                     results.add(run)
-                scores = ", ".join(f"{name} {value:.4g}" for name, value in (done or run)["scores"].items())
-                origin = " (from results.json)" if done else ""
+                scores = ", ".join(f"{name} {value:.4g}" for name, value in run["scores"].items())
                 print(f"{protocol}, {encoder} encoder, seed {seed}{origin}: {scores}", flush=True)
-    results.add()  # writes config, and drops runs of earlier encoders
+    results.refresh()
+
+
+def run_key(
+    protocol: str, encoder: str, images: str, seed: int, training: dict[str, Any], seen_settings: dict[str, Any]
+) -> str:
+    """Return the hash of everything that a run depends on, under which results.json stores it.
+
+    Args:
+        encoder: its name.
+        images: hash of the encoder and of the images as it sees them.
+    """
+    row = PROTOCOLS[protocol]
+    used = training if row.preset else {}
+    depends_on = (protocol, row.definition, encoder, images, seed, used, *seen_settings.items())
+    return hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]
+
+
+def scored(protocol: str, data: EvaluationData, seed: int) -> RunRecord:
+    """Run a protocol and return its part of the record: scores, seconds, definition, source, training settings."""
+    row = PROTOCOLS[protocol]
+    start = time.monotonic()
+    scores = row.run(data, seed)
+    seconds = round(time.monotonic() - start, 2)
+    of_videos = data.params.dataset.of_videos
+    definition = row.definition.replace("whole images", "videos") if of_videos else row.definition
+    record = {"scores": scores, "seconds": seconds, "definition": definition, "source": row.source}
+    return record | ({"training": data.training} if row.preset else {})
 
 
 # ---- The command ----

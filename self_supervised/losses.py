@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model_params import LOSSES, ModelParams
 from self_supervised import distributed
-from self_supervised.numerics import DROP_LAST, in_parts, unit
+from self_supervised.numerics import DROP_LAST, at_least_float32, in_parts, unit
 
 Scalars = dict[str, Tensor]
 PairLoss = Callable[[Tensor, Tensor, Tensor | None], Scalars]
@@ -395,4 +395,4 @@ def call_custom_loss(loss: CustomLoss, q: Tensor, k: Tensor, queue: Tensor | Non
     scalars = found if isinstance(found, dict) else {"loss": found}
     if not isinstance(scalars.get("loss"), Tensor) or not all(isinstance(one, Tensor) for one in scalars.values()):
         raise TypeError(f'loss: it returned {found!r}. Return a tensor, or a dict of tensors with "loss".')
-    return scalars
+    return {name: at_least_float32(value) for name, value in scalars.items()}

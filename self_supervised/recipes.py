@@ -84,7 +84,7 @@ ON_CIFAR10 = {
         **{**ADAMW, "lr": 1e-3, "weight_decay": 1e-6, "n_prototypes": 512, "mlp_hidden_dim": 512},
         **{"use_negative_examples_from_queue": False, "transform_s": 0.5},
     },
-    "dino": {  # likewise
+    "dino": {  # 2,048 prototypes, as there
         **{**WITH_SGD, "m": 0.99, "use_momentum_schedule": False, "final_weight_decay": None},
         **{"n_prototypes": 2048, "projection_mlp_layers": 2},
     },
@@ -268,7 +268,8 @@ KINDS = {
     ),
     "stl10": KindOfData(
         "STL-10 with a ResNet-18: 105,000 images of 96 x 96 pixels, almost all of them without labels",
-        "settings of the original and of its blog post (10 epochs: 57.7 % of a linear probe with BYOL), not run here",
+        "settings of the original and of its blog post, except that schedules end after 10 epochs (theirs: the first "
+        "10 of 320, 57.7 % of a linear probe with BYOL); not run here",
         {"dataset_name": "stl10", "batch_size": 256, "max_epochs": 10},
         {
             "moco_v2": Row({}),

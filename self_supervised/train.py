@@ -27,6 +27,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import distributed, recipes
+from self_supervised.data.foreign_paths import config_of, run_of
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
 from self_supervised.runs import command_line, dry_run, effective, memory_plan, preflight, preview, trackers
@@ -127,7 +128,7 @@ def resume_point(
         return None, 0
     content = checkpoints.read_checkpoint(path)
     method.on_load_checkpoint(content)  # translates earlier names, as Lightning does before it loads
-    hyperparameters.keep_earlier_ways(method, content)
+    hyperparameters.use_earlier_defaults(method, content)
     try:
         checkpoints.refuse_going_back(out / name / "checkpoints", content["global_step"], "Resume from it")
         checkpoints.refuse_another_model(content, method, fit)
@@ -209,13 +210,14 @@ def minutes_keeper(out: Path, results: dict[str, Any], name: str) -> Callable[..
 
 
 def pretrain_stage(
-    fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict
+    fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict, before: str
 ) -> None:
-    """Pretrain, and add the encoder's scores before and after to `results`."""
+    """Pretrain, and add the encoder's scores before and after to `results`. `before` is the name of the encoder from
+    which a training without a checkpoint starts."""
     baseline = run_folder.baseline_of(results)
     if resumed is None or baseline is None:  # its scores are the first row of metrics.csv
         results.pop(baseline, None)
-        baseline = model.starting_point()
+        baseline = before
         results |= {baseline: validation_scores(fit, model, baseline), **model.labels_result()}
         write_on_rank_zero(out / "results.json", results)
     keep_minutes = minutes_keeper(out, results, "pretraining minutes")
@@ -283,7 +285,10 @@ def run_or_resume(
     with run_folder.logged(out / "log.txt"):
         use_free_cores()
         options = with_precision(options, model, out)
+        for line in options.without_effect():
+            run_folder.say(f"warning: {line}")
         fit = trainer(out, "pretraining", params.max_epochs, options)
+        before = model.starting_point()  # not later: resume_point reads where the checkpoint's training started
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
         resumed, step = resume_point(options.resume, out, "pretraining", model, fit)
         config = effective.config_text(preset, options, model.params)
@@ -296,7 +301,7 @@ def run_or_resume(
         fit.loggers = trackers.get_loggers(out, "pretraining", options, step)
         table = parameter_groups.printed(model.parameter_table(), params.optimizer_name)
         write_on_rank_zero(out / "parameters.txt", table)
-        pretrain_stage(fit, model, resumed, out, results)
+        pretrain_stage(fit, model, resumed, out, results, before)
         write_plan()  # of a training that was complete
         if options.linear_epochs:
             linear_stage(out, options, model.params, results, encoder, linear_settings)
@@ -337,13 +342,13 @@ def without_run(options: RunOptions, params: ModelParams) -> None:
 
 @contextmanager
 def nothing_left_if_refused(out: Path) -> Iterator[None]:
-    """Delete what the block wrote to a directory in which no run has begun."""
-    before = set(out.iterdir())
+    """Delete what the block wrote to a directory in which no run has begun; not the files of other programs."""
+    written = [path for path in (out / "log.txt", out / "splits") if not path.exists()]  # before config.yaml
     try:
         yield
     finally:
         if not (out / "config.yaml").exists():
-            for path in set(out.iterdir()) - before:
+            for path in written:
                 remove(path)
 
 
@@ -361,7 +366,8 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
         before = run_folder.settings_of_run(out)
         run_folder.refuse_another_run(out, before, {"preset": preset, **attrs.asdict(params)})
         if params.seed is None:
-            params = attrs.evolve(params, seed=before.get("seed"))  # of the resumed run
+            other = {} if resumes_itself else config_of(resumed if resumed.is_dir() else run_of(resumed))
+            params = attrs.evolve(params, seed=(other or before).get("seed"))  # of the resumed run
         params = preflight.with_resumed_lists(params, out, options.resume)
     preflight.check_run(options, params)
     results = run_or_resume(out, preset, options, params)

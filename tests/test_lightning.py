@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import SMALL
 from pytorch_lightning.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
@@ -200,6 +201,30 @@ def test_a_second_training_says_that_it_starts_again(small, trainer, monkeypatch
     assert "weights no longer require a gradient (model.net.1.bias" in line
 
 
+def test_a_trainer_trains_once_unless_it_resumes(method, trainer, tmp_path):
+    """Its loops would go on counting, with a learning rate schedule that starts over."""
+    fit, model = trainer(), method()
+    fit.fit(model)
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    fit.fit_loop.max_epochs = 2
+    with pytest.raises(ValueError, match="^global_step=2: this Trainer has trained already. Build a new Trainer"):
+        fit.fit(model)
+    fit.fit(model, ckpt_path=tmp_path / "x.ckpt")
+    assert fit.global_step == 4
+
+
+@pytest.mark.parametrize("shape", [(20,), (20, 3)])
+def test_labels_that_no_evaluation_reads_may_be_anything(shape, small, trainer):
+    loader = DataLoader(TensorDataset(IMAGES, torch.randn(shape)), batch_size=8)
+    model = SelfSupervisedMethod(small(evaluations=["rank_me"]), encoder=Encoder())
+    (found,) = trainer(limit_val_batches=1.0).validate(model, loader, verbose=False)
+    (expected,) = trainer(limit_val_batches=1.0).validate(model, DataLoader(IMAGES, batch_size=8), verbose=False)
+    assert found == expected
+    with pytest.raises(ValueError, match="labels that are not classes"):
+        model = SelfSupervisedMethod(small(evaluations=["knn"]), encoder=Encoder())
+        trainer().validate(model, DataLoader(TensorDataset(IMAGES, torch.randn(20)), batch_size=8), verbose=False)
+
+
 def test_half_precision_that_another_trainer_left_is_refused(small, trainer):
     model = SelfSupervisedMethod(small("byol", evaluations=[]))
     trainer(precision="bf16-true").predict(model)
@@ -264,11 +289,11 @@ def test_errors_of_lightning_before_setup_are_raised(trainer):
 
 @pytest.mark.parametrize("scaling", [None, "linear"])
 def test_the_next_training_uses_the_learning_rate_of_lr_find(scaling, method, trainer):
-    model, rates = method(lr_scaling=scaling), []
-    found = Tuner(trainer(limit_train_batches=1.0)).lr_find(model, num_training=30).suggestion()
+    model, rates, fit = method(lr_scaling=scaling), [], trainer(limit_train_batches=1.0)
+    found = Tuner(fit).lr_find(model, num_training=30).suggestion()
     assert not model.was_trained  # the Tuner has restored the weights
     model.on_train_batch_start = lambda *_: rates.append(model.optimizers().param_groups[0]["lr"])
-    trainer().fit(model)
+    fit.fit(model)
     assert rates[0] == pytest.approx(found) and found == model.params.lr == model.hparams.lr == model.lr
 
 
@@ -282,6 +307,11 @@ def test_lr_find_is_refused_if_groups_have_their_own_learning_rates(small, train
             Tuner(trainer()).lr_find(model)
 
 
+class Unfreezing(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        pass
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -289,6 +319,7 @@ def test_lr_find_is_refused_if_groups_have_their_own_learning_rates(small, train
         BatchSizeFinder,
         lambda: StochasticWeightAveraging(0.1),
         lambda: GradientAccumulationScheduler({0: 4}),
+        Unfreezing,
     ],
 )
 def test_callbacks_that_override_the_settings_are_refused(kind, method, trainer):
@@ -299,9 +330,10 @@ def test_callbacks_that_override_the_settings_are_refused(kind, method, trainer)
 
 def test_the_next_training_uses_the_batch_size_of_the_tuner(method, trainer):
     model, sizes = method(), []
-    assert Tuner(trainer()).scale_batch_size(model, max_trials=3) == 8
+    fit = trainer()
+    assert Tuner(fit).scale_batch_size(model, max_trials=3) == 8
     model.on_train_batch_start = lambda batch, index: sizes.append(len(batch[0][0]))
-    trainer().fit(model)
+    fit.fit(model)
     assert sizes == [8, 8] and model.params.batch_size == model.hparams.batch_size == model.plan.batch_size == 8
     with pytest.raises(ValueError, match="global_batch_size"):
         Tuner(trainer()).scale_batch_size(method(global_batch_size=16))

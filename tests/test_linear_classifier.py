@@ -186,5 +186,11 @@ def test_class_names_stay_with_the_classifier(small, trainer, tmp_path):
     shutil.rmtree(tmp_path / "photos")
     again = LinearClassifierMethod.load_from_checkpoint(tmp_path / "linear.ckpt", encoder=encoder)
     assert again.hparams.class_names == ["Eule", "bat", "owl"] and logits.shape == (3, 3)
+    packed, fit = LinearClassifierMethod(encoder=nn.Flatten(), dataset_name="cifar10", transform_crop_size=8), trainer()
+    images, labels = torch.zeros(16, 3, 8, 8, dtype=torch.uint8), torch.arange(16) % 7
+    fit.fit(packed, DataLoader(TensorDataset(images, labels), batch_size=8))  # of other classes than CIFAR-10
+    fit.save_checkpoint(tmp_path / "own.ckpt")
+    again = LinearClassifierMethod.load_from_checkpoint(tmp_path / "own.ckpt", encoder=nn.Flatten())
+    assert packed.hparams.class_names is again.hparams.class_names is None and again.n_outputs == 10
     with pytest.raises(ValueError, match="n_classes=3, but class_names has 2"):
         LinearClassifierMethodParams(n_classes=3, class_names=["a", "b"])

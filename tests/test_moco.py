@@ -130,6 +130,52 @@ def test_a_subclass_may_record_its_own_arguments(trainer):
     assert model.hparams.lr == 0.1 and model.params.lr == 0.2
 
 
+def test_a_subclass_that_records_settings_and_encoder_leaves_good_checkpoints(small, trainer, tmp_path):
+    class Mine(SelfSupervisedMethod):
+        def __init__(self, params, encoder=None, alpha=0.5, betas=(0.1, 0.2), ignored=()):
+            super().__init__(params, encoder=encoder)
+            self.save_hyperparameters(ignore=ignored)
+
+    params = small("simclr", evaluations=[])
+    model, fit = Mine(params, TinyEncoder(), alpha=0.7), trainer()
+    fit.fit(model)
+    fit.save_checkpoint(tmp_path / "mine.ckpt")
+    loaded = Mine.load_from_checkpoint(tmp_path / "mine.ckpt", params=params, encoder=TinyEncoder())
+    assert loaded.hparams == model.hparams and loaded.hparams.alpha == 0.7 and "params" not in loaded.hparams
+    encoder = pretrained.load_encoder(tmp_path / "mine.ckpt", encoder=TinyEncoder())
+    assert torch.equal(encoder.model.net[1].weight, model.model.net[1].weight)
+    assert "alpha" not in Mine(params, TinyEncoder(), ignored=["alpha", "encoder"]).hparams
+
+
+@pytest.mark.parametrize("build", [SelfSupervisedMethod, LinearClassifierMethod])
+def test_settings_as_a_whole_are_refused_next_to_those_of_a_checkpoint(build, trainer, tmp_path):
+    """A subclass may have an argument of this name."""
+
+    class Mine(build):
+        def __init__(self, params, **fields):
+            super().__init__(**fields)
+
+    model, fit = build(dataset_name="digits", encoder=nn.Flatten(), lr=0.1, seed=0), trainer()
+    fit.strategy.connect(model)
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    for passed in ({"params": model.params}, {"hparams": {"lr": 0.3}}):
+        with pytest.raises(ValueError, match=f"^{next(iter(passed))}: a checkpoint has its own settings. Pass single"):
+            build.load_from_checkpoint(tmp_path / "x.ckpt", encoder=nn.Flatten(), **passed)
+    assert Mine.load_from_checkpoint(tmp_path / "x.ckpt", encoder=nn.Flatten(), params=3).hparams == model.hparams
+
+
+def test_a_subclass_may_have_its_own_optimizer(small, trainer, tmp_path):
+    class Own(SelfSupervisedMethod):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    model, plans = Own(small("byol", evaluations=[]), encoder=TinyEncoder()), []
+    for n in (1, 2):  # the second training has a plan of its own
+        trainer(max_epochs=n, logger=pl.loggers.CSVLogger(tmp_path)).fit(model)
+        plans.append((model.plan.steps, model.plan.steps_per_epoch, model.plan.batch_size))
+    assert plans == [(2, 2, 16), (4, 2, 16)]
+
+
 def test_seed_decides_the_weights_and_defaults_to_that_of_seed_everything():
     def weights(**fields):
         fields = {"encoder_arch": "shufflenet_v2_x0_5", "dataset_name": "digits", "K": 8, **fields}
@@ -308,6 +354,30 @@ def test_lists_of_uint8_views_that_do_not_fit_are_refused(shapes, message, small
         trainer().fit(model, DataLoader(images, batch_size=8))
 
 
+def test_what_is_not_a_view_of_the_same_images_is_refused(trainer):
+    """Masks next to the images, and batches of two loaders."""
+    images = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8)
+    fields = {"encoder": nn.Flatten(), "dataset_name": "cifar10", "transform_crop_size": 8, "batch_size": 8}
+
+    def model(build=SelfSupervisedMethod):
+        return build("simclr", **fields, evaluations=[])
+
+    for both in (loader(images, images[:, :1]), loader(images / 64 - 2, images[:, :1] / 64 - 2)):
+        with pytest.raises(ValueError, match=r"images=\[\[8, 3, 8, 8\], \[8, 1, 8, 8\]\]: views .* channels"):
+            trainer().fit(model(), both)
+    with pytest.raises(ValueError, match=r"^images=torch.int64 \[8, 8, 8\]: .* or leave out what is not an image"):
+        trainer().fit(model(), loader(images, images[:, 0].long()))
+
+    class Joined(SelfSupervisedMethod):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return torch.cat(batch)
+
+    both = [DataLoader(images, batch_size=8), DataLoader(images[:8], batch_size=8)]
+    with pytest.raises(ValueError, match="train_dataloaders: a batch of each of the 2 loaders .*ConcatDataset"):
+        trainer().fit(model(), both)
+    trainer().fit(model(Joined), both)
+
+
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # from Lightning
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_frozen_encoder_is_named_and_one_in_eval_mode_is_trained(trains, small, trainer, caplog):
@@ -324,6 +394,17 @@ def test_a_frozen_encoder_is_named_and_one_in_eval_mode_is_trained(trains, small
     model.train()
     modes = {part.training for network in (model.model, model.lagging_model) for part in network.modules()}
     assert modes == {trains}  # of the lagging model, too
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # from Lightning
+def test_an_encoder_that_becomes_trainable_after_construction_is_in_train_mode(small, trainer):
+    own = pretrained.Encoder(nn.Sequential(TinyEncoder(), nn.BatchNorm1d(6)), small("byol"), None)
+    model, modes = SelfSupervisedMethod(small("byol", evaluations=[]), encoder=own), []
+    own.requires_grad_()
+    networks = (model.model, model.lagging_model)
+    model.on_train_batch_start = lambda *_: modes.extend(part.training for net in networks for part in net.modules())
+    trainer(limit_train_batches=1).fit(model)
+    assert modes and all(modes)
 
 
 class Endless(torch.utils.data.IterableDataset):
@@ -540,13 +621,15 @@ def test_a_loss_of_ones_own_is_minimized_and_is_passed_again_to_load(small, trai
     """On the sphere |q - k|^2 = 2 (1 - q·k), of which "ip" minimizes 1 - q·k."""
     params = small("byol", evaluations=[], lr=0.01)
     steps = []
-    for loss in (None, squared, lambda q, k, queue: {"loss": nn.MSELoss()(q, k), "mine": q.mean()}):
+    more = {"n": torch.tensor(3), "T": torch.tensor(7.0)}
+    for loss in (None, squared, lambda q, k, queue: {"loss": nn.MSELoss()(q, k), **more}):
         model, fit = SelfSupervisedMethod(params, loss=loss), trainer(limit_train_batches=1)
         fit.fit(model)
         steps.append(fit.callback_metrics)
     per_pair = [float(step["step_train_loss"]) / params.loss_factor for step in steps]
     assert per_pair[1] == pytest.approx(2 * per_pair[0], abs=1e-5)
-    assert per_pair[2] == pytest.approx(per_pair[1] / params.dim, abs=1e-5) and "mine" in steps[2]
+    assert per_pair[2] == pytest.approx(per_pair[1] / params.dim, abs=1e-5)
+    assert (steps[2]["n"], steps[2]["T"]) == (3, 7)  # a whole number, and the name of a setting
 
     fit.save_checkpoint(tmp_path / "mine.ckpt")
     assert SelfSupervisedMethod.load_from_checkpoint(tmp_path / "mine.ckpt").custom_loss is None

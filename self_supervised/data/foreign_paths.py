@@ -7,7 +7,8 @@ A checkpoint may come from a stranger, so foreign paths are neither read nor cre
 3. it lies below the directory of the checkpoint's run, or is in the config.yaml there, which train.py wrote. The run of
    RUN/pretrained.ckpt and RUN/STAGE/checkpoints/NAME.ckpt is RUN; that of other checkpoints is their directory.
 
-A checkpoint's lists of splits are read only if they exist (for a run that was moved: in RUN/splits), and never written.
+A checkpoint's lists of splits are read only if they exist, and never written. A run's own lists are read from
+RUN/splits, also if the run was moved.
 """
 
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from model_params import LATER_ADDED
+from model_params import EARLIER_DEFAULTS
 from self_supervised.data.folders import listed_in
 from self_supervised.data.packed import data_path
 
@@ -39,7 +40,7 @@ def refuse_foreign(name: str, value: str | None) -> None:
 
 
 def vetted(settings: dict[str, Any], checkpoint: str | Path, given: Collection[str] = ()) -> dict[str, Any]:
-    """Return the settings of a checkpoint, with foreign paths marked as ForeignPath, and with the fields LATER_ADDED.
+    """Return the settings of a checkpoint, with foreign paths marked as ForeignPath, and with EARLIER_DEFAULTS.
 
     `encoder_weights` becomes None, since the checkpoint has its own weights.
 
@@ -50,13 +51,15 @@ def vetted(settings: dict[str, Any], checkpoint: str | Path, given: Collection[s
         ValueError: class_to_idx names a file, which no checkpoint of this library does.
     """
     run = run_of(checkpoint)
-    found = {**LATER_ADDED, **settings, "encoder_weights": None}
+    found = {**EARLIER_DEFAULTS, **settings, "encoder_weights": None}
     for name in (*PATH_FIELDS, "teacher"):
         if isinstance(value := settings.get(name), str) and not asked_for(value, name, run):
             found[name] = ForeignPath(value)
     lists = found.get("splits_path")
-    if lists is not None and (isinstance(lists, ForeignPath) or not Path(lists).expanduser().is_dir()):
-        found["splits_path"] = kept_lists(run) or ForeignPath(lists)
+    own = kept_lists(run)
+    are_own = own and lists and Path(lists).name == "splits"  # another run may have taken the place of a moved run
+    if lists is not None and (are_own or isinstance(lists, ForeignPath) or not Path(lists).expanduser().is_dir()):
+        found["splits_path"] = own or ForeignPath(lists)
     classes = () if "class_to_idx" in given else settings.get("class_to_idx") or ()
     if not all(re.search(r"=-?\d+$", str(entry)) for entry in classes):
         raise ValueError(

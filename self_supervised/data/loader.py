@@ -1,8 +1,9 @@
 """DataLoader that can resume within an epoch, and the formats of batches that any loader may yield."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from multiprocessing import active_children
 from multiprocessing.connection import wait
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -62,6 +64,15 @@ class ResumableSampler(DistributedSampler):
         return iter(np.resize(order, self.total_size)[self.rank :: self.num_replicas].tolist())
 
 
+def begin_worker(initialize: Callable[[int], Any] | None, worker_id: int) -> None:
+    """Let a worker ignore the signals at which the training saves and exits: launchers send them to all processes of a
+    group, and the training needs its workers up to the next batch."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if initialize is not None:
+        initialize(worker_id)
+
+
 class ResumableDataLoader(DataLoader):
     """DataLoader over a `ResumableSampler`, with a state (epoch, batches yielded) that Lightning saves in checkpoints.
 
@@ -77,6 +88,7 @@ class ResumableDataLoader(DataLoader):
         super().__init__(*args, **kwargs)
         if self.persistent_workers:
             raise ValueError("persistent_workers=True: the workers would stay in the first epoch. Leave it out.")
+        self.worker_init_fn = partial(begin_worker, self.worker_init_fn)
 
     def __iter__(self) -> Iterator[Any]:
         if not isinstance(self.sampler, ResumableSampler):  # Lightning replaces it for overfit_batches
@@ -124,9 +136,9 @@ class ResumableDataLoader(DataLoader):
         return map(self.dataset.__getitems__, order.split(self.batch_size))
 
     def dead_workers(self) -> Iterator[tuple[int, str]]:
-        """Yield (process id, exit code or signal) of failed workers. PyTorch itself ends slow ones with SIGTERM."""
+        """Yield (process id, exit code or signal) of failed workers."""
         for worker in self.workers:
-            if worker.exitcode not in (None, 0, -signal.SIGTERM):
+            if worker.exitcode not in (None, 0, -signal.SIGTERM):  # with which PyTorch ends those that are not ready
                 code = worker.exitcode
                 yield worker.pid, f"exit code {code}" if code > 0 else signal.Signals(-code).name
 
@@ -170,12 +182,26 @@ def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]
             f"batch={type(batch).__name__} with {kinds}: this format is unknown. A loader yields images [N, C, H, W], "
             "(images, labels), a list of views, or (list of views, labels), with labels [N]."
         )
-    if not all(part.dtype == torch.uint8 or part.is_floating_point() for part in parts):
+    wrong = next((part for part in parts if part.dtype != torch.uint8 and not part.is_floating_point()), None)
+    if wrong is not None:
         raise ValueError(
-            f"images={parts[0].dtype}: a loader yields uint8 images with values from 0 to 255, or normalized float "
-            "images. Convert them with .to(torch.uint8)."
+            f"images={wrong.dtype} {list(wrong.shape)}: a loader yields uint8 images with values from 0 to 255, or "
+            "normalized float images. Convert them with .to(torch.uint8), or leave out what is not an image."
         )
     return parts[0] if len(parts) == 1 else parts, labels
+
+
+def first_batch(loader: DataLoader, index: int) -> Any:
+    """Return the first batch of the validation loader `index`, without a change of the random states.
+
+    Raises:
+        ValueError: the loader has no batch.
+    """
+    with isolate_rng():
+        batch = next(iter(loader), None)
+    if batch is None:
+        raise ValueError(f"the validation loader {index} has no batch. Pass more images, or leave out drop_last")
+    return batch
 
 
 def whole_numbers(labels: Tensor | None) -> Tensor | None:

@@ -27,6 +27,7 @@ from self_supervised.data.files import UNREADABLE, Sample, class_numbers_of_spli
 from self_supervised.data.image_files import ImageFiles, collate_crops, samples_in_class_folders
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 from self_supervised.data.packed import (
+    ARRAY_FILES,
     READERS,
     ImagesOnDevice,
     PackedImages,
@@ -81,14 +82,15 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
     when it is complete, so that an interrupted run leaves nothing that looks like data.
 
     Raises:
-        ValueError: DATA_PATH is a file.
+        ValueError: DATA_PATH is a file, or a split is a directory of other files.
         FileNotFoundError: a split is neither on disk nor can it be downloaded.
     """
     info = DATASETS[name]
     folder = data_path() / name
     if data_path().is_file():
         raise ValueError(f"DATA_PATH={data_path()} is a file. Set it to the directory of the data sets.")
-    splits = sorted(splits or {*info.pretraining_splits, *info.train_splits, *info.test_splits})
+    every = {*info.pretraining_splits, *info.train_splits, *info.test_splits}
+    splits = sorted(splits or every)
     is_there = packed_is_there if info.is_packed else FILE_LAYOUTS[info.storage].are_there
     missing = [folder / split for split in splits if not is_there(folder / split)]
     if not missing:
@@ -104,6 +106,8 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
         missing = [path for path in missing if not packed_is_there(path)]
         if not missing:
             return
+        for split in sorted(every):  # all that are downloaded, not only the missing ones
+            refuse_other_files(name, folder / split)
         try:
             arrays = READERS[name]()
         except (OSError, RuntimeError) as error:
@@ -115,6 +119,17 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
         for split, content in arrays.items():  # keep every split: downloading was the expensive part
             if not packed_is_there(folder / split):
                 pack(folder / split, *content)
+
+
+def refuse_other_files(name: str, split: Path) -> None:
+    """Raise ValueError if files other than arrays are where a split of the data set `name` would be written."""
+    others = sorted({file.name for file in split.glob("*")} - set(ARRAY_FILES))
+    if others and not packed_is_there(split):
+        raise ValueError(
+            f"dataset_name={name!r}: {split} holds other files than images.npy and labels.npy, such as {others[0]}. To "
+            f"use these images, pass dataset_name='folder' and data_path={str(split.parent)!r}. To use {name}, which "
+            "is written there, move them, or set the environment variable DATA_PATH to another directory."
+        )
 
 
 def get_dataset(

@@ -3,7 +3,6 @@
 import copy
 import mmap
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from self_supervised.distributed import has_room, to_device
 from self_supervised.safe_files import atomic_folder, local_path
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images [N, H, W, C], labels [N]
+ARRAY_FILES = ("images.npy", "labels.npy")  # of a split
 COPY_BYTES = 2**26  # size of one copy to the device
 REPACK = "Write it again, or remove its directory to have the data set downloaded and packed again, if it can be."
 
@@ -71,15 +71,22 @@ READERS: dict[str, Callable[[], Arrays]] = {
 
 def packed_is_there(split: Path) -> bool:
     """Return whether the directory of a split holds both arrays."""
-    return (split / "images.npy").is_file() and (split / "labels.npy").is_file()
+    return all((split / name).is_file() for name in ARRAY_FILES)
 
 
 def pack(split: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write the arrays of a split atomically."""
+    """Write the arrays of a split atomically.
+
+    Raises:
+        OSError: the directory of the split holds other files, which are not deleted.
+    """
     with atomic_folder(split) as unfinished:
         np.save(unfinished / "images.npy", np.ascontiguousarray(images, dtype=np.uint8))
         np.save(unfinished / "labels.npy", np.asarray(labels, dtype=np.int64))
-        shutil.rmtree(split, ignore_errors=True)  # an incomplete split, put there by hand
+        for name in ARRAY_FILES:  # of an incomplete split, put there by hand
+            (split / name).unlink(missing_ok=True)
+        if split.is_dir():
+            split.rmdir()
 
 
 def arrays(split: Path) -> tuple[np.memmap, np.ndarray]:

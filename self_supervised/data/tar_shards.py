@@ -260,6 +260,8 @@ def contents_of(shard: str, file: str | BinaryIO, passed_over: PassedOver) -> di
         elif not member.isfile() or member.issparse():
             passed_over.add("sparse files and devices", f"{shard}/{name}")
         else:
+            if name in contents:
+                passed_over.add("replaced by a later member of the same name", f"{shard}/{name}")
             contents[name] = (member.offset_data, member.size)
     for name, target in links.items():
         for _ in range(MOST_LINKS):

@@ -23,7 +23,9 @@ from self_supervised.embeddings.job import EmbeddingJob
 from self_supervised.embeddings.sources import (
     CLIPS,
     ImageSource,
+    Stored,
     add_embedding_options,
+    as_absolute,
     batches_of,
     kind_of,
     open_source,
@@ -98,7 +100,7 @@ def description(encoder: Encoder, source: ImageSource, overrides: dict[str, Any]
             **preprocessing(p),
             **({name: getattr(p, name) for name in CLIPS} if p.dataset.of_videos else {}),
         },
-        "images": source.name,
+        "images": as_absolute(source.name) if isinstance(source, Stored) else source.name,
         "columns": getattr(source, "columns", {}),
         "overrides": overrides,
         "versions": {name: package.__version__ for name, package in packages.items()},
@@ -131,7 +133,7 @@ def embed_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="embed everything again and replace --out")
     add_embedding_options(parser)
     args = parser.parse_args(arguments)
-    args.folder = args.folder or getattr(args, "dataset_name", None)
+    args.folder = args.folder or vars(args).pop("dataset_name", None)  # which is then no setting of the encoder
     if args.folder is None:
         parser.error("FOLDER is missing. Pass the directory of the images, or --dataset_name.")
     return args

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from model_params import LATER_ADDED
+from model_params import EARLIER_DEFAULTS
 from self_supervised.embeddings import parquet
 from self_supervised.embeddings.parquet import ROWS
-from self_supervised.embeddings.sources import ImageSource
+from self_supervised.embeddings.sources import ImageSource, as_absolute
 from self_supervised.folder_lock import locked
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import finite
@@ -101,7 +101,9 @@ class EmbeddingJob:
         encoder = None if self.about["overrides"].get("lagging") else self.about["encoder"]
         stored = {"encoder": encoder, "columns": {}, **stored}
         record = {EARLIER_NAMES.get(name, name): value for name, value in stored["preprocessing"].items()}
-        stored["preprocessing"] = self.about["preprocessing"] | LATER_ADDED | record
+        stored["preprocessing"] = self.about["preprocessing"] | EARLIER_DEFAULTS | record
+        if as_absolute(stored["images"]) == self.about["images"]:  # earlier versions stored the path as it was typed
+            stored["images"] = self.about["images"]
         different = [name for name in COMMON_FACTS if stored[name] != self.about[name]]
         if different and not self.overwrite:
             changes = "; ".join(f"{name} was {stored[name]}, is now {self.about[name]}" for name in different)

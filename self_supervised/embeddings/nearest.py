@@ -2,8 +2,9 @@
 
     self-supervised nearest features.parquet photos/cat/12.jpg another.jpg --out nearest.png -k 12
 
-An IMAGE that has a row in the features, by its path on disk or, if there is no such file, in the features, is not its
-own neighbor. Any other image is embedded by the checkpoint of the features.
+If IMAGE already has a row (looked up by its path on disk or, if there is no such file, by its path in the features),
+that row is the query and is left out of its own neighbors. Any other image is embedded by the checkpoint of the
+features.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -160,7 +161,7 @@ def shown(path: str, read: Callable[..., Image.Image], **more: int) -> Image.Ima
     """Return read(path), or an empty picture if it cannot be shown."""
     try:
         return read(path, **more)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError) as error:  # LookupError: shards or rows that are gone
         print(f"{path}: its picture cannot be shown ({error})")
         return Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), BOX)
 
@@ -258,7 +259,12 @@ def nearest_sheet(
     features = as_path(features)
     check_file("out", out)
     about = parquet.facts_of_file(features)
-    source = open_source(folder or about["images"], columns=about.get("columns"))
+    kind = "video" if "num_frames" in about["preprocessing"] else "image"
+    try:
+        source = open_source(folder or about["images"], kind, about.get("columns"))
+    except ValueError as error:
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{reason}. Pass the directory of the images with --folder.") from error
     queries = find_queries(features, images, source, checkpoint)
     embeddings = np.stack([query.embedding for query in queries])
     neighbors = nearest_rows(features, embeddings, k, [query.own for query in queries])

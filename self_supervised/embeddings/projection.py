@@ -194,9 +194,11 @@ def make_map(
     title = f"{TITLES[method]} of {Path(features).name}"
     drawn = Map(title, note, paths, points, kind, names, examples(embeddings, kind))
     try:
-        source = open_source(folder or about["images"], columns=about.get("columns"))
+        of = "video" if "num_frames" in about["preprocessing"] else "image"
+        source = open_source(folder or about["images"], of, about.get("columns"))
     except ValueError as error:
-        print(f"the page has no pictures: {error}. Pass the directory of the images with --folder.")
+        reason = str(error).removesuffix(".")
+        print(f"the page has no pictures: {reason}. Pass the directory of the images with --folder.")
         source = None
     for file in out:
         if file.suffix == CLUSTERED:

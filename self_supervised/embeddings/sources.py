@@ -263,6 +263,12 @@ def open_source(
     return Packed(str(name), dataset, [split] if split else splits)
 
 
+def as_absolute(name: str) -> str:
+    """Return the name of a `Stored` with absolute paths. URLs stay as they are."""
+    parts = (part if "://" in part else os.path.abspath(os.path.expanduser(part)) for part in name.split("::"))
+    return "::".join(parts)
+
+
 def without_columns(overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of the encoder, and those of COLUMNS, among those that were passed."""
     columns = {name: value for name, value in overrides.items() if name in COLUMNS}

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from linear_classifier import LinearClassifierMethod
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.data.foreign_paths import PATH_FIELDS
-from self_supervised.evaluation.linear_models import within_span
+from self_supervised.evaluation.linear_models import linear_logits, standardized, within_span
 from self_supervised.evaluation.probes import DECAY_OF_FEW, DECAYS
-from self_supervised.evaluation.validation import linear_logits, standardized
 from self_supervised.fields import plain
 from self_supervised.networks.layouts import OURS
 from self_supervised.networks.pretrained import Encoder

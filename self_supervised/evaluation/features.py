@@ -1,7 +1,5 @@
 """Features of an encoder on a labeled data set: extracted once, and cached under a hash of all that they depend on."""
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +12,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from model_params import CUSTOM_DATA, DATASET_DEFAULTS, TRAINING_ONLY, VIDEO, EncoderAndDataParams
+from model_params import DATASET_DEFAULTS, EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import custom, loading
@@ -23,27 +21,15 @@ from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.packed import PackedImages, already_a_batch
 from self_supervised.data.packed_files import use_packed
 from self_supervised.evaluation.feature_files import read_features, write_features
-from self_supervised.networks.encoder_hash import encoder_hash
+from self_supervised.evaluation.fingerprints import fingerprint, of_view
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import finite, where_scorable
 from self_supervised.views import augmentations
 
-ADDED_TO_VIEWS = ("vertical_flip_probability", "rotation_probability")
 ENCODER_STAGES = ("layer1", "layer2", "layer3", "layer4")
 LABEL_FREE_IMAGES = 25_600  # training images for label-free measures (as in https://arxiv.org/abs/2210.02885)
 VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
 PATCHES = {"n_patches": 16, "area": 0.25, "seed": 0}  # area: of the image
-HASHED_AT_ONCE = 2**14  # images
-WITHOUT_EFFECT = (*TRAINING_ONLY, "decoding_threads")  # settings that change no protocol's result
-# Settings that do not change the features. All others, also those added later, are part of the cache directory's name.
-UNUSED = (
-    "encoder_weights", "embedding_dim", "zero_init_residual", "pooling_size",  # of the encoder, which is hashed
-    "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # `settings_for_features`
-    "data_path", "splits_path", "video_path_prefix",  # places: the files found there are hashed
-    "batch_size", "global_batch_size", "num_data_workers", "decoding_threads", "pin_data_memory", "data_on_device",
-    "torch_compile", "winograd", "activation_checkpointing", "pack_images", "exif_orientation", "seed",
-    "drop_last_batch", "lr_scaling", "lr_batch_size", *TRAINING_ONLY,
-)  # fmt: skip
 
 
 # ---- evaluation data: an encoder and a data set ----
@@ -269,11 +255,6 @@ def has_convolution(part: Any) -> bool:
     return any(isinstance(layer, nn.Conv2d | nn.Conv3d) for layer in layers)
 
 
-def of_view(view: ViewSettings) -> dict[str, Any]:
-    """Return the settings of a view, without later ones that have no effect: they would change earlier hashes."""
-    return {k: v for k, v in attrs.asdict(view).items() if v or k not in ADDED_TO_VIEWS}
-
-
 def feature_batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoader:
     """Return a loader of (uint8 images, labels) in the order of the data set. A batch of videos holds at most
     `batch_size` clips."""
@@ -314,44 +295,3 @@ class ActivationRecorder:
     def __exit__(self, *_: object) -> None:
         for hook in self.hooks:
             hook.remove()
-
-
-# ---- hashes: the names of the cache's directories ----
-
-
-def fingerprint(encoder: Encoder, params: EncoderAndDataParams, dataset: Dataset, extracted: dict) -> str:
-    """Return a hash of everything that the features depend on."""
-    digest = hashlib.sha256(repr((encoder_hash(encoder), settings_for_features(params), extracted)).encode())
-    for piece in contents(dataset):
-        digest.update(piece)
-    return digest.hexdigest()[:32]
-
-
-def settings_for_features(params: EncoderAndDataParams) -> dict[str, Any]:
-    """Return all settings that may change the encoder's input."""
-    names = dict.fromkeys([*VIDEO, *CUSTOM_DATA, *(field.name for field in attrs.fields(type(params)))])
-    names = [name for name in names if name not in UNUSED]  # this order is hashed, too
-    resolved = {"size": params.crop_size, "channels": params.channels, "mean": params.mean, "std": params.std}
-    reads_image_files = not params.dataset.is_packed and not (
-        params.dataset.of_videos and params.video_decoder == "file"
-    )
-    if params.exif_orientation and reads_image_files:  # earlier keys are of images that were not turned upright
-        resolved["exif_orientation"] = True
-    return {name: getattr(params, name) for name in names} | resolved
-
-
-def contents(dataset: Dataset, root: str | Path | None = None) -> Iterator[bytes | np.ndarray]:
-    """Yield what identifies the images: pixels and labels of a packed set; path, signature and label of each file; with
-    `root`, their directory, only what copies of files share: path below it, and label.
-    """
-    if isinstance(dataset, PackedImages):
-        for images in dataset.images:
-            yield repr(images.shape).encode()
-            for i in range(0, len(images), HASHED_AT_ONCE):
-                yield np.ascontiguousarray(images[i : i + HASHED_AT_ONCE])
-        yield dataset.labels
-        return
-    for path, signature, label in dataset.signatures():
-        path, base = os.path.abspath(path), os.path.abspath(root or loading.data_path())
-        below = os.path.relpath(path, base) if path.startswith(f"{base}/") else path  # whatever the current directory
-        yield repr((below, label) if root else (below, *signature, label)).encode()

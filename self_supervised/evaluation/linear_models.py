@@ -11,13 +11,39 @@ import torch.nn.functional as F
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
-from self_supervised.numerics import Scores, finite, in_float64, unit
+from self_supervised.numerics import Scores, finite, in_float64, power_of_two, unit
 
 LossOfScores = Callable[[Tensor], tuple[Tensor, Tensor]]  # scores [N, K] -> (summed loss, its gradient [N, K])
 COSTS = (*(2.0**-i for i in range(19, 3, -1)), *(10.0**i for i in range(-7, 3)))  # the 26 of the SVM's source
 FOLDS = 3
 COST_OF_FEW = 0.5  # if a class has fewer images than there are folds (that of https://arxiv.org/abs/2005.04966)
 PRESENCE_WEIGHT = 2.0  # of positive examples
+
+
+# ---- features in, accuracy out ----
+
+
+def standardized(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Standardize both by mean and standard deviation of the training features; constant features become 0.
+
+    A feature counts as constant if it varies only by rounding, relative to its scale: a random encoder's features may
+    all be below 1e-8.
+    """
+    train_x = finite(train_x, "training features")
+    test_x = finite(test_x, "test features")
+    scale = power_of_two(train_x.abs().amax())  # otherwise squares may overflow float32
+    train_x = train_x / scale
+    test_x = test_x / scale
+    mean = train_x.mean(0)
+    std = train_x.std(0, correction=0)
+    std = torch.where(std > 1e-6 * torch.maximum(std.max(), mean.abs()), std, torch.inf)
+    return (train_x - mean) / std, (test_x - mean) / std
+
+
+def accuracy(logits: Tensor, classes: Tensor, y: Tensor, k: int) -> float:
+    """Return the percentage of images whose class is among the k highest logits; column i belongs to classes[i]."""
+    first = logits.argmax(1, keepdim=True) if k == 1 else logits.topk(min(k, len(classes)), dim=1).indices
+    return 100.0 * (int((classes[first] == y[:, None]).any(1).sum()) / len(y))
 
 
 # ---- solver ----
@@ -100,6 +126,21 @@ def logistic_regression(x: Tensor, y: Tensor, decay: float, precision: float = 1
         return -log_p[rows, y].sum(), error
 
     return fit_linear(x, cross_entropy, n_classes, decay, flatness=n_classes, precision=precision)
+
+
+def linear_logits(
+    train_x: Tensor, test_x: Tensor, target: Tensor, decay: float, precision: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """Return logits [N, C] of training and test features by multinomial logistic regression, fitted on the training
+    features with classes `target` from 0 to C - 1: the optimum of scikit-learn's LogisticRegression(C=1 / decay).
+
+    Accuracies need no better precision than the default; probabilities, where classes are easily separated, do.
+    """
+    train_x, test_x = within_span(train_x, test_x)
+    if int(target.max()) == 1:
+        decay = 2 * decay  # with two classes, scikit-learn decays half the difference of their weights
+    weight, bias = logistic_regression(train_x, target, decay, precision)
+    return train_x @ weight + bias, test_x @ weight + bias
 
 
 # ---- support vector machines: one per class against the rest ----

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from self_supervised.data import subsets
 from self_supervised.evaluation import validation
-from self_supervised.evaluation.linear_models import few_presences, svm
+from self_supervised.evaluation.linear_models import accuracy, few_presences, linear_logits, standardized, svm
 from self_supervised.numerics import Scores, finite, unit
 
 KS = (1, 5, 20, 200)  # neighbors of kNN
@@ -27,8 +27,8 @@ DECAY_OF_FEW = validation.PROBE_DECAY  # that of the linear probe during pretrai
 
 
 def knn_protocol(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
-    scores = validation.knn(train_x, train_y, test_x, test_y, ks=KS)
-    return {name.removeprefix("valid_").replace("_acc", "_acc1"): value for name, value in scores.items()}
+    found = validation.knn_accuracies(train_x, train_y, test_x, test_y, KS)
+    return {f"knn{k}_acc1": value for k, value in found.items()}
 
 
 def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
@@ -48,10 +48,10 @@ def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, see
     """Score logistic regression on standardized features, with the L2 of `choose_decay`, fitted to the whole training
     set."""
     classes, target = train_y.unique(return_inverse=True)
-    train_x, test_x = validation.standardized(train_x, test_x)
+    train_x, test_x = standardized(train_x, test_x)
     decay = choose_decay(train_x, target, seed)
-    _, logits = validation.linear_logits(train_x, test_x, target, decay)
-    return {**{f"acc{k}": validation.accuracy(logits, classes, test_y, k) for k in (1, 5)}, "l2": decay}
+    _, logits = linear_logits(train_x, test_x, target, decay)
+    return {**{f"acc{k}": accuracy(logits, classes, test_y, k) for k in (1, 5)}, "l2": decay}
 
 
 def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:
@@ -67,8 +67,8 @@ def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:
     classes = torch.arange(int(target.max()) + 1, device=x.device)
 
     def best(decays: list[float]) -> float:
-        logits = {decay: validation.linear_logits(*sets, decay)[1] for decay in sorted(decays, reverse=True)}
-        return max(logits, key=lambda decay: validation.accuracy(logits[decay], classes, target[score], 1))
+        logits = {decay: linear_logits(*sets, decay)[1] for decay in sorted(decays, reverse=True)}
+        return max(logits, key=lambda decay: accuracy(logits[decay], classes, target[score], 1))
 
     coarse = best(list(DECAYS))
     return best([coarse * 10 ** (i / 4) for i in range(-3, 4)])
@@ -80,13 +80,13 @@ def few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
     Features are standardized by all training images, because that needs no labels.
     """
     classes, target = train_y.unique(return_inverse=True)
-    train_x, test_x = validation.standardized(train_x, test_x)
+    train_x, test_x = standardized(train_x, test_x)
     labels = target.cpu().numpy()
 
     def score(rows: np.ndarray) -> float:
         x, y = train_x[torch.from_numpy(rows)], target[torch.from_numpy(rows)]
-        _, logits = validation.linear_logits(x, test_x, y, choose_decay(x, y, seed))
-        return validation.accuracy(logits, classes, test_y, 1)
+        _, logits = linear_logits(x, test_x, y, choose_decay(x, y, seed))
+        return accuracy(logits, classes, test_y, 1)
 
     scores = {}
     for k in track([k for k in FEW_LABELS if k < np.bincount(labels).min()], "few-label curve"):

@@ -127,8 +127,8 @@ PROTOCOLS = {
     ),
     "retrieval": Protocol(
         lambda data, _: probes.retrieval(*data.sets),
-        f"{FROZEN}; recall at 1, 5, 10, 20: how often a test image finds its class among so many training images, the "
-        "nearest by cosine",
+        f"{FROZEN}; recall at k = 1, 5, 10, 20: percentage of test images with an image of their class among the k "
+        "training images nearest by cosine",
         "https://arxiv.org/abs/2010.09709, section 4",
         seeded=False,
     ),
@@ -151,8 +151,9 @@ PROTOCOLS = {
     ),
     "svm": Protocol(
         lambda data, _: linear_models.svm(*data.sets),
-        f"{FROZEN}, of length 1; linear SVM of each class against the rest (squared hinge, presences twice), cost of "
-        "26 by 3-fold cross-validation on the training set; accuracy, or mean average precision",
+        f"{FROZEN}, of length 1; linear SVM of each class against the rest (squared hinge loss, positives have weight "
+        "2); cost chosen from 26 values by 3-fold cross-validation on the training set; accuracy, or mean average "
+        "precision",
         "https://arxiv.org/abs/1905.01235, section 6.1",
         seeded=False,
         needs_classes=False,
@@ -169,7 +170,7 @@ PROTOCOLS = {
     "low_shot_svm": Protocol(
         seeded_probe(probes.low_shot_svm),
         "as svm, on 1, 2, 4, 8, 16, 32, 64, 96 images of each class; 5 draws, mean and sample standard deviation; cost "
-        "by 3-fold cross-validation within the draw from 4 images a class on, 0.5 below",
+        "by 3-fold cross-validation within the draw with at least 4 images per class, else 0.5",
         "https://arxiv.org/abs/1905.01235, section 6.2",
         needs_classes=False,
     ),
@@ -187,7 +188,7 @@ PROTOCOLS = {
         slow=True,
     ),
     "rank_me": label_free_row(
-        lambda data, _: {"rank_me": validation.rank_me(data.label_free_features)["valid_rank_me"]},
+        lambda data, _: {"rank_me": validation.effective_rank(data.label_free_features)},
         f"effective rank of the features of at most {LABEL_FREE_IMAGES:,} training images: exp of the entropy of the "
         "normalized singular values",
         "https://arxiv.org/abs/2210.02885, equation 1",
@@ -210,12 +211,13 @@ PROTOCOLS = {
     ),
     "lidar": label_free_row(
         lambda data, _: label_free.lidar(data.views),
-        "effective rank of W^-1/2 B W^-1/2, between images and within the views of one; the same views",
+        "effective rank of W^-1/2 B W^-1/2 (B: covariance between images, W: covariance within the views of an image); "
+        "the same views",
         "https://arxiv.org/abs/2312.04000, equations 1 to 4",
     ),
     "linear_moco": training_row(
         "linear_moco",
-        "SGD on augmented images, encoder frozen; lr 30, a tenth of it from 60 % and from 80 % of 100 epochs",
+        "SGD on augmented images, encoder frozen; lr 30, divided by 10 after 60 % and after 80 % of 100 epochs",
         "https://arxiv.org/abs/1911.05722, section 4.1",
     ),
     "linear_sgd": training_row(

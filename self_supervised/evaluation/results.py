@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Results:
         self.config: dict[str, Any] = stored["config"]  # data set -> settings of its latest evaluation
         self.own_config: dict[str, Any] = {}  # the part of config that this evaluation wrote
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights in this evaluation
-        self.of_encoder: dict[str, Any] = {}  # settings OF_ENCODER that this evaluation changes
+        self.encoder_settings: dict[str, Any] = {}  # settings OF_ENCODER that this evaluation changes
 
     def clear(self) -> None:
         """Delete earlier results."""
@@ -52,13 +53,12 @@ class Results:
     def keep_encoders(self, hashes: dict[str, str], seen: dict[str, Any]) -> None:
         """Drop runs whose encoder has the same name but other weights: the checkpoint was trained further. Hashes may
         depend on the settings OF_ENCODER, so runs in which these differ stay."""
-        self.hashes, self.of_encoder = hashes, of_encoder(seen)
+        self.hashes, self.encoder_settings = hashes, encoder_settings_in(seen)
         self.runs = list(filter(self.is_kept, self.runs))
 
     def is_kept(self, run: RunRecord) -> bool:
-        is_same_encoder = of_encoder(run.get("seen", {})) == self.of_encoder
-        name = "trained" if run["encoder"] == "lagging" else run["encoder"]  # of one checkpoint
-        return not is_same_encoder or self.hashes.get(name, run["hash"]) == run["hash"]
+        is_same_encoder = encoder_settings_in(run.get("seen", {})) == self.encoder_settings
+        return not is_same_encoder or self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
 
     def begin(self, dataset: str, config: dict[str, Any]) -> None:
         """Set what the latest evaluation on a data set depends on."""
@@ -73,6 +73,10 @@ class Results:
             self.runs = [old for old in kept if not any(is_same(old, run) for run in runs)] + list(runs)
             self.config = stored["config"] | self.own_config
             self.write()
+
+    def refresh(self) -> None:
+        """Write the settings of this evaluation to the files, and drop runs of earlier encoders from them."""
+        self.add()
 
     def shown(self, dataset: str) -> list[RunRecord]:
         """Return the runs with the images and training settings of the data set's latest evaluation: only these can be
@@ -105,17 +109,28 @@ class Results:
         return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def of_encoder(seen: dict[str, Any]) -> dict[str, Any]:
+def encoder_settings_in(seen: dict[str, Any]) -> dict[str, Any]:
     return {name: seen[name] for name in OF_ENCODER if name in seen}
 
 
 def folder_of(checkpoint: str | Path) -> Path:
-    """Return the default directory of the results. `checkpoint` is anything that `load_encoder` accepts."""
+    """Return the default directory of the results. `checkpoint` is anything that `load_encoder` accepts.
+
+    The directory of a file is named without the file's extension, unless it has the results of another file.
+    """
     path = as_path(checkpoint)
     if (path / "pretrained.ckpt").is_file() or (path / "config.yaml").is_file():
-        return path / "pretrained.evaluation"
-    name = str(checkpoint).replace("/", "_").replace(":", "_")
-    return path.with_name(f"{path.stem}.evaluation") if path.is_file() else Path("runs") / f"{name}.evaluation"
+        path /= "pretrained.ckpt"
+    elif not path.is_file():
+        return Path("runs") / f"{str(checkpoint).replace('/', '_').replace(':', '_')}.evaluation"
+    folder = path.with_name(f"{path.stem}.evaluation")
+    with suppress(ValueError):  # results.json is corrupt
+        configs = read_results(folder / "results.json")["config"].values()
+        evaluated = {Path(config.get("checkpoint", "")).name for config in configs}
+        has_another = any(Path(name).stem == path.stem for name in evaluated)  # else the file was renamed
+        if has_another and path.name not in evaluated:
+            return path.with_name(f"{path.name}.evaluation")
+    return folder
 
 
 def is_same(old: RunRecord, run: RunRecord) -> bool:
@@ -132,11 +147,10 @@ def read_results(path: Path) -> dict[str, Any]:
         for run in stored["runs"]:
             run["scores"] = {name: math.nan if value is None else value for name, value in run["scores"].items()}
         return {"runs": stored["runs"], "config": stored["config"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} was not written by `self-supervised evaluate`, or is corrupt ({error}). Move it away, or pass "
-            "--fresh."
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is corrupt ({error}). Move it away, or pass --fresh.") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} was not written by `self-supervised evaluate` ({error}). Move it away.") from error
 
 
 # ---- mean and standard deviation over seeds ----
@@ -212,7 +226,7 @@ def clips_note(seen: dict[str, Any]) -> str:
             "transform_crop_size": "Images are embedded in the size {0} x {0}.",
             "pooling_size": "Embeddings have {0} x {0} cells of the last map.",
         }
-        return " ".join(texts[name].format(value) for name, value in of_encoder(seen).items())
+        return " ".join(texts[name].format(value) for name, value in encoder_settings_in(seen).items())
     clips = seen["evaluation_clips"]
     crops = seen["evaluation_crops"]
     number = f"{clips} {'clips' if clips > 1 else 'clip'} x {crops} {'crops' if crops > 1 else 'crop'}"

@@ -1,4 +1,5 @@
-"""Scores of frozen embeddings: (train features [N, E], labels [N], test features, labels) -> dict of scalars.
+"""Scores of a validation epoch, by the evaluations of `params.evaluations`: (train features [N, E], labels [N], test
+features, labels) -> dict of scalars.
 
 Accuracies are in percent. Everything is seeded or deterministic, and is computed on the device of the features, except
 scikit-learn's probe. Features may have any scale. Features that are not finite raise a ValueError.
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from self_supervised.catalogue import LABEL_FREE
 from self_supervised.data.class_labels import is_one_hot
-from self_supervised.evaluation.linear_models import logistic_regression, within_span
-from self_supervised.numerics import NotFinite, Scores, finite, power_of_two, rescaled, unit, where_scorable
+from self_supervised.evaluation.linear_models import accuracy, linear_logits, standardized, within_span
+from self_supervised.numerics import NotFinite, Scores, finite, rescaled, unit, where_scorable
 
 PROBE_DECAY = 100.0  # L2 of the linear probe, scikit-learn's 1 / C
 
@@ -33,23 +34,6 @@ def halves(features: Tensor, labels: Tensor, seed: int = 0) -> tuple[Tensor, Ten
     parts = train_test_split(torch.arange(len(labels)), test_size=0.5, stratify=stratify, random_state=seed)
     fit, score = (part.to(labels.device) for part in parts)
     return features[fit], labels[fit], features[score], labels[score]
-
-
-def standardized(train_x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
-    """Standardize both by mean and standard deviation of the training features; constant features become 0.
-
-    A feature counts as constant if it varies only by rounding, relative to its scale: a random encoder's features may
-    all be below 1e-8.
-    """
-    train_x = finite(train_x, "training features")
-    test_x = finite(test_x, "test features")
-    scale = power_of_two(train_x.abs().amax())  # otherwise squares may overflow float32
-    train_x = train_x / scale
-    test_x = test_x / scale
-    mean = train_x.mean(0)
-    std = train_x.std(0, correction=0)
-    std = torch.where(std > 1e-6 * torch.maximum(std.max(), mean.abs()), std, torch.inf)
-    return (train_x - mean) / std, (test_x - mean) / std
 
 
 def linear_probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, solver: str = "sklearn") -> Scores:
@@ -73,31 +57,18 @@ def sklearn_logits(train_x: Tensor, test_x: Tensor, target: Tensor, decay: float
     return tuple(torch.stack([-s, s], 1) if s.dim() == 1 else s for s in logits)  # [N]: the second of two classes
 
 
-def linear_logits(
-    train_x: Tensor, test_x: Tensor, target: Tensor, decay: float, precision: float = 1e-3
-) -> tuple[Tensor, Tensor]:
-    """Return logits [N, C] of training and test features by multinomial logistic regression, fitted on the training
-    features with classes `target` from 0 to C - 1: the optimum of scikit-learn's LogisticRegression(C=1 / decay).
-
-    Accuracies need no better precision than the default; probabilities, where classes are easily separated, do.
-    """
-    train_x, test_x = within_span(train_x, test_x)
-    if int(target.max()) == 1:
-        decay = 2 * decay  # with two classes, scikit-learn decays half the difference of their weights
-    weight, bias = logistic_regression(train_x, target, decay, precision)
-    return train_x @ weight + bias, test_x @ weight + bias
-
-
-def accuracy(logits: Tensor, classes: Tensor, y: Tensor, k: int) -> float:
-    """Return the percentage of images whose class is among the k highest logits; column i belongs to classes[i]."""
-    first = logits.argmax(1, keepdim=True) if k == 1 else logits.topk(min(k, len(classes)), dim=1).indices
-    return 100.0 * (int((classes[first] == y[:, None]).any(1).sum()) / len(y))
-
-
 def knn(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...] = (20, 200), T: float = 0.07
 ) -> Scores:
-    """Score k nearest neighbors by cosine, each voting with weight exp(cosine / T) (InstDisc,
+    """Score k nearest neighbors, with the accuracies of `knn_accuracies`."""
+    found = knn_accuracies(train_x, train_y, test_x, test_y, ks, T)
+    return {f"valid_knn{k}_acc": value for k, value in found.items()}
+
+
+def knn_accuracies(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...], T: float = 0.07
+) -> dict[int, float]:
+    """Return the accuracies of k nearest neighbors by cosine, each voting with weight exp(cosine / T) (InstDisc,
     https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images, all of them vote."""
     train_x = unit(finite(train_x, "training features"))
     test_x = unit(finite(test_x, "test features"))
@@ -110,15 +81,20 @@ def knn(
         for k in ks:
             scores = votes.new_zeros(len(x), len(classes)).scatter_add_(1, label[:, :k], votes[:, :k])
             correct[k] += int((classes[scores.argmax(1)] == y).sum())
-    return {f"valid_knn{k}_acc": 100.0 * n / len(test_y) for k, n in correct.items()}
+    return {k: 100.0 * n / len(test_y) for k, n in correct.items()}
 
 
 def rank_me(train_x: Tensor, *_: Tensor) -> Scores:
-    """Return the effective rank of the features: exp of the entropy of their normalized singular values
-    (RankMe, https://arxiv.org/abs/2210.02885, equation 1). Needs no labels."""
-    singular = torch.linalg.svdvals(rescaled(finite(train_x)))
+    """Return the effective rank of the features (RankMe). Needs no labels."""
+    return {"valid_rank_me": effective_rank(train_x)}
+
+
+def effective_rank(x: Tensor) -> float:
+    """Return exp of the entropy of the normalized singular values (RankMe, https://arxiv.org/abs/2210.02885, equation
+    1)."""
+    singular = torch.linalg.svdvals(rescaled(finite(x)))
     p = singular / singular.sum().clamp(min=1e-12) + 1e-7
-    return {"valid_rank_me": float((-(p * p.log()).sum()).exp())}
+    return float((-(p * p.log()).sum()).exp())
 
 
 def embedding_std(train_x: Tensor, *_: Tensor) -> Scores:
@@ -132,7 +108,7 @@ FUNCTIONS = {"linear_probe": linear_probe, "knn": knn, "rank_me": rank_me, "embe
 SOLVERS: dict[str, Callable] = {"sklearn": sklearn_logits, "torch": linear_logits}
 
 
-def evaluate(
+def epoch_scores(
     names: list[str],
     x: Tensor,
     y: Tensor | None,
@@ -172,17 +148,17 @@ def labeled(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scores_or_nan(names: list[str], x: Tensor, y: Tensor | None, train: tuple | None, probe_solver: str) -> Scores:
-    """Return the scores of `evaluate`, or NaN for all of them if embeddings are not finite.
+    """Return the scores of `epoch_scores`, or NaN for all of them if embeddings are not finite.
 
     The training then continues, because running statistics of batch norm may be far off early on, and recover.
     """
     try:
-        return evaluate(names, x, y, train, probe_solver)
+        return epoch_scores(names, x, y, train, probe_solver)
     except NotFinite as error:
         rank_zero_info(f"not evaluated: {error}")
     blank = x.new_zeros(len(x), 1)  # to get the names of the scores
     train = None if train is None else (train[0].new_zeros(len(train[0]), 1), train[1])
-    return dict.fromkeys(evaluate(names, blank, y, train, probe_solver), math.nan)
+    return dict.fromkeys(epoch_scores(names, blank, y, train, probe_solver), math.nan)
 
 
 def one_label_each(y: Tensor | None) -> Tensor | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from attrs import frozen
 
+from model_params import CUSTOM_DATA, DATASET_DEFAULTS, SUBSET
 from self_supervised.evaluation import results
 from self_supervised.evaluation.results import DRAWN, RunRecord
 from self_supervised.fields import as_path
@@ -24,6 +25,7 @@ ENCODER_NAMES = {name: f"{name} encoder" for name in ("trained", "lagging", "ran
     "starting": "starting weights"
 }
 OF_MEASUREMENT = (*results.OF_ENCODER, "evaluation_clips", "evaluation_crops", "max_epochs", "batch_size")
+OF_CUSTOM_IMAGES = (*(name for name in CUSTOM_DATA if name not in SUBSET), "exif_orientation")
 NOT_SCORES = ("l2",)  # hyperparameters that are stored with the scores
 LOWEST_IS_BEST = ("uniformity", "alignment")
 DEVIATION = "±: sample standard deviation over runs; in a row of one run over evaluation seeds, or draws of one seed."
@@ -308,7 +310,14 @@ def evaluate_command(dataset: str, missing: dict[str, set[str]], option: str, ru
     options = ["--dataset_name", dataset, "--protocols", *names, "--seeds", *map(str, drawn)]
     options += [f"--{name}={chosen[name]}" for name in OF_MEASUREMENT if name in chosen]
     checkpoints = [checkpoint for checkpoint, of in missing.items() if of]
-    return shlex.join(["self-supervised", "evaluate", *checkpoints, *options, *filter(None, [option])])
+    settings = [run_folder.settings_of_run(run_or_file(checkpoint)) for checkpoint in checkpoints]
+    own = [DATASET_DEFAULTS | (one if one.get("dataset_name") == dataset else {}) for one in settings]
+    for name in (name for name in OF_CUSTOM_IMAGES if name in chosen):
+        if any(one.get(name) != chosen[name] for one in own):
+            options.append(f"--{name}={chosen[name]}")
+    command = shlex.join(["self-supervised", "evaluate", *checkpoints, *options, *filter(None, [option])])
+    places = " (and the --data_path and --splits_path of the other rows, if they were passed)"
+    return command + (places if "test_size" in chosen else "")
 
 
 def protocols_of(runs: Iterable[RunRecord]) -> dict[str, None]:

@@ -11,7 +11,7 @@ from attrs import frozen
 from PIL import Image
 from torch import Tensor, nn
 
-from model_params import LATER_ADDED, EncoderAndDataParams, ModelParams
+from model_params import EARLIER_DEFAULTS, EncoderAndDataParams, ModelParams
 from self_supervised.data import loading
 from self_supervised.data.class_labels import class_names
 from self_supervised.data.files import readable_rows
@@ -89,7 +89,7 @@ def views(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the original and each view, with captions and images as data URIs, all reduced by the same factor, and how
     many images fit side by side: fewer strips of frames than single images."""
     known = {attribute.name for attribute in attrs.fields(ModelParams)}
-    params = ModelParams(**LATER_ADDED | {name: value for name, value in settings.items() if name in known})
+    params = ModelParams(**EARLIER_DEFAULTS | {name: value for name, value in settings.items() if name in known})
     check_data(params, params.dataset.pretraining_splits)
     columns = preview.first_columns(params, rows=ROWS_OF_VIEWS)
     factor = min(1.0, LARGEST_PICTURE / max(images.shape[2] for _, images in columns))

@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from model_params import LATER_ADDED, PRESETS, ModelParams
+from model_params import EARLIER_DEFAULTS, PRESETS, ModelParams
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.report import compare, evaluations, figures
 from self_supervised.report.compare import Run, score_text
@@ -127,7 +127,7 @@ def effective_of_settings(settings: dict[str, Any]) -> dict[str, str]:
     """Return the effective settings of a run; {} if these are not settings of this version."""
     known = {attribute.name for attribute in attrs.fields(ModelParams)}
     try:
-        return effective_settings(ModelParams(**LATER_ADDED | {k: v for k, v in settings.items() if k in known}))
+        return effective_settings(ModelParams(**EARLIER_DEFAULTS | {k: v for k, v in settings.items() if k in known}))
     except (ValueError, TypeError):
         return {}
 

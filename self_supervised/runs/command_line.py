@@ -210,7 +210,9 @@ def families() -> str:
     found = ""
     for family in dict.fromkeys(loss.compares for loss in LOSSES.values()):
         names = [name for name, preset in PRESETS.items() if LOSSES[preset().loss_type].compares == family]
-        lines = (f"  {name:14}{(PRESETS[name].__doc__ or '').splitlines()[0]}" for name in names)
+        # "The defaults are": ModelParams is the preset moco_v2
+        docs = {name: (PRESETS[name].__doc__ or "").split("\n\n")[0].split("The defaults are ")[-1] for name in names}
+        lines = (f"  {name:14}{' '.join(doc.split())}" for name, doc in docs.items())
         found += "\n".join(["", "", family, *(wrapped(line, " " * 16) for line in lines)])
     return found
 

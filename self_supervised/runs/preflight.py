@@ -172,7 +172,7 @@ def names_of_scores(params: ModelParams) -> set[str]:
     labels = toy_labels(p, evaluated_splits(p)[0])
     train = (TOY, toy_labels(p, p.dataset.train_splits)) if p.probe_on_training_set else None
     classifier = torch.nn.Linear(4, 2) if p.online_classifier else None
-    return {*validation.evaluate(p.evaluations, TOY, labels, train), *accuracies(classifier, TOY, labels)}
+    return {*validation.epoch_scores(p.evaluations, TOY, labels, train), *accuracies(classifier, TOY, labels)}
 
 
 def toy_labels(params: ModelParams, splits: tuple[str, ...]) -> torch.Tensor:

@@ -102,6 +102,14 @@ class RunOptions:
                     f"{name}={limit}: a fraction is at most 1.0. Pass a whole number to limit the batches."
                 )
 
+    def without_effect(self) -> list[str]:
+        """Return a line for each option that was changed and has no effect with the others."""
+        needs = {} if self.linear_epochs else {"linear_lr": "linear_epochs"}
+        if not {"wandb", "mlflow"} & set(self.logger):
+            needs |= dict.fromkeys(("tracker_project", "tracker_name", "tracker_tags"), "logger=wandb or mlflow")
+        changed = {name: getattr(self, name) for name in needs if getattr(self, name) != getattr(RunOptions(), name)}
+        return [f"{k}={v!r}: no effect with the other options. {k} needs {needs[k]}" for k, v in changed.items()]
+
     @property
     def n_processes(self) -> int:
         """Number of processes on CPUs. "auto" is one."""

@@ -10,7 +10,6 @@ import attrs
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
@@ -21,18 +20,18 @@ from self_supervised.data.class_labels import lacking
 from self_supervised.data.files import readable_rows
 from self_supervised.data.loader import (
     ResumableDataLoader,
+    first_batch,
     images_and_labels,
     list_of_loaders,
     size_of_batches,
     whole_numbers,
 )
-from self_supervised.fields import plain
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, hyperparameters, label_checks, preparation
 from self_supervised.training.milestones import is_cut_short
 from self_supervised.training.monitor import TrainingMonitor
-from self_supervised.training.plan import Plan
+from self_supervised.training.plan import Plan, get_plan
 from self_supervised.training.verdict import validating
 from self_supervised.views import augmentations
 
@@ -69,6 +68,7 @@ class BaseMethod(pl.LightningModule):
         if stage == "fit":
             distributed.refuse_sharding(type(self.trainer.strategy).__name__)
             hyperparameters.refuse_replaced(self.params, self.built)
+            self.plan = None  # of an earlier training
         self.trains_on_dataset_name = stage != "fit"  # when fitting: as soon as train_dataloader() is called
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
@@ -128,11 +128,15 @@ class BaseMethod(pl.LightningModule):
         self.save_hyperparameters(fields)
 
     def _set_hparams(self, hp: Any) -> None:
-        """Override Lightning's method to keep the record read-only for others. The record is changed in place, because
-        the Tuner compares the record that it holds with the new value."""
+        """Override Lightning's method to keep the record read-only for others, and free of objects. It is changed in
+        place, because the Tuner compares the record that it holds with the new value."""
         is_record = isinstance(self.hparams, hyperparameters.HyperparameterRecord)
         self._hparams = self.hparams if is_record else hyperparameters.HyperparameterRecord()
-        dict.update(self._hparams, self._to_hparams_dict(hp))
+        dict.update(self._hparams, hyperparameters.without_objects(self._to_hparams_dict(hp)))
+
+    def remove_ignored_hparams(self, ignore_list: list[str]) -> None:
+        for name in ignore_list:
+            dict.pop(self._hparams, name, None)
 
     def counted_classes(self) -> dict[str, int]:
         """Return {"n_classes": ...} if the classes were counted in files, which may be gone or changed when the
@@ -148,8 +152,8 @@ class BaseMethod(pl.LightningModule):
         Args:
             found: settings that the files or the networks have determined.
         """
-        found = {**plain(attrs.asdict(self.params)), **found, **self.counted_classes()}
-        self.save_hyperparameters({**found, "encoder_weights": None})
+        found = attrs.asdict(self.params) | found | self.counted_classes() | {"encoder_weights": None}
+        self.save_hyperparameters(found)
         self.built = self.params
 
     @property
@@ -170,9 +174,8 @@ class BaseMethod(pl.LightningModule):
         if (line := getattr(dataset, "about_labels", "")) and line != self.about_labels:
             self.about_labels = line
             rank_zero_info(line)
-        trainer = self.trainer
-        device = trainer.strategy.root_device
-        return loading.get_loader(p, dataset, training, trainer.accumulate_grad_batches, device, in_order)
+        accumulated, device = self.trainer.accumulate_grad_batches, self.trainer.strategy.root_device
+        return loading.get_loader(p, dataset, training, accumulated, device, in_order)
 
     def predict_dataloader(self) -> ResumableDataLoader:
         """Return the loader of the test set, in its order."""
@@ -198,6 +201,10 @@ class BaseMethod(pl.LightningModule):
     # ---- Batches ----
 
     def on_fit_start(self) -> None:
+        hyperparameters.refuse_used_trainer(self.trainer)
+        if self.plan is None:  # a subclass has its own configure_optimizers
+            self.plan = get_plan(self.params, self.trainer)
+        hyperparameters.refuse_joined_loaders(self.trainer, self)
         if not isinstance(self.trainer.train_dataloader, ResumableDataLoader):
             hyperparameters.refuse_subsets(self.params)
 
@@ -210,15 +217,9 @@ class BaseMethod(pl.LightningModule):
             self.latest_scores = (-1, {})  # of an earlier training
         for index, loader in enumerate(list_of_loaders(self.trainer.val_dataloaders)):
             if isinstance(loader, DataLoader) and not isinstance(loader, ResumableDataLoader):
-                with isolate_rng():
-                    batch = next(iter(loader), None)
-                if batch is None:
-                    raise ValueError(
-                        f"the validation loader {index} has no batch. Pass more images, or leave out drop_last"
-                    )
-                convert = self.trainer.precision_plugin.convert_input
+                batch = self.trainer.precision_plugin.convert_input(first_batch(loader, index))
                 with validating(self.trainer):  # of a LightningDataModule
-                    batch = self._on_before_batch_transfer(convert(batch), dataloader_idx=index)
+                    batch = self._on_before_batch_transfer(batch, dataloader_idx=index)
                 self.check_batch(batch, training=False)
                 self.check_first(images_and_labels(batch)[0], False, index)
 
@@ -359,7 +360,7 @@ class BaseMethod(pl.LightningModule):
             return
         checkpoints.refuse_another_model(checkpoint, self, self.trainer)
         checkpoints.convert_position(checkpoint, self.trainer.accumulate_grad_batches)
-        hyperparameters.keep_earlier_ways(self, checkpoint)
+        hyperparameters.use_earlier_defaults(self, checkpoint)
         if self.seed_was_drawn and "seed" in checkpoint.get("hyper_parameters", {}):
             self.change(seed=checkpoint["hyper_parameters"]["seed"])
 

@@ -190,8 +190,10 @@ def convert_position(content: dict[str, Any], accumulated: int) -> None:
     positions = [p for p in loop["state_dict"].get("combined_loader", []) if ResumableDataLoader.is_position(p)]
     progress = loop["epoch_loop.batch_progress"]
     for counts in (*positions, progress["total"], progress["current"]):
+        ready = counts.get("ready")  # of a file of Lightning's ModelCheckpoint, "completed" is one behind it
         for name in counts.keys() - {"epoch"}:
-            counts[name] = math.ceil(counts[name] * accumulated / before)
+            late = 0 if ready is None else ready - counts[name]
+            counts[name] = math.ceil((counts[name] + late) * accumulated / before) - late
 
 
 # ---- Writing ----

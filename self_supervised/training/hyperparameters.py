@@ -11,19 +11,23 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.data import AttributeDict
 from pytorch_lightning.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 
-from model_params import LATER_ADDED
+from model_params import EARLIER_DEFAULTS
 from self_supervised.catalogue import DATASETS, OWN_MODULE
 from self_supervised.data.foreign_paths import vetted
+from self_supervised.data.loader import list_of_loaders
 from self_supervised.data.loading import Params, with_statistics
-from self_supervised.fields import Presets
+from self_supervised.fields import Presets, plain
 
+PLAIN_TYPES = (bool, int, float, str, type(None))
 Given = Params | Callable[..., Params] | dict[str, Any] | str | None  # what `Presets.settings_of` takes
 
 
@@ -88,7 +92,18 @@ def as_data(value: Any) -> Any:
         return {as_data(name): as_data(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_data(item) for item in value]
-    return value if type(value) in (bool, int, float, str, type(None)) else str(value)
+    return value if type(value) in PLAIN_TYPES else str(value)
+
+
+def without_objects(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters that can be read as data only: no modules, functions and other objects."""
+
+    def is_data(value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(map(is_data, [*value, *value.values()]))
+        return all(map(is_data, value)) if isinstance(value, list) else type(value) in PLAIN_TYPES
+
+    return {name: value for name, value in plain(dict(entries)).items() if is_data(value)}
 
 
 def refuse_replaced(params: Any, built: Any) -> None:
@@ -100,6 +115,28 @@ def refuse_replaced(params: Any, built: Any) -> None:
         raise ValueError(
             f"{values}: not the setting with which the method was built, and which its networks and hparams have. "
             "Build it again: SelfSupervisedMethod(params)"
+        )
+
+
+def refuse_used_trainer(trainer: pl.Trainer) -> None:
+    """Raise ValueError if a Trainer would go on counting steps after its training, with a schedule that starts over."""
+    if trainer.global_step > 0 and trainer.ckpt_path is None:
+        raise ValueError(
+            f"global_step={trainer.global_step}: this Trainer has trained already. Build a new Trainer for each "
+            "training, and pass ckpt_path to fit to continue one"
+        )
+
+
+def refuse_joined_loaders(trainer: pl.Trainer, method: pl.LightningModule) -> None:
+    """Raise ValueError if a batch holds a batch of each loader, which would be taken for views of the same images.
+
+    A hook may have made one batch of them.
+    """
+    makes_one = any(is_overridden("on_before_batch_transfer", part) for part in (method, trainer.datamodule))
+    if (n := len(list_of_loaders(trainer.train_dataloader))) > 1 and not makes_one:
+        raise ValueError(
+            f"train_dataloaders: a batch of each of the {n} loaders would be taken for views of the same images. Pass "
+            "one loader of torch.utils.data.ConcatDataset"
         )
 
 
@@ -124,6 +161,11 @@ def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -
             raise ValueError(
                 "StochasticWeightAveraging replaces the learning rate schedule and resets the statistics of every "
                 "batch norm, even of a frozen encoder. Use WeightAveraging or EMAWeightAveraging"
+            )
+        if isinstance(callback, BaseFinetuning):
+            raise ValueError(
+                f"{type(callback).__name__} adds parameter groups that the learning rate schedule does not have. Use "
+                "encoder_lr of LinearClassifierMethod, or train again with the weights that are to be trained then"
             )
         if isinstance(callback, GradientAccumulationScheduler):
             raise ValueError(
@@ -156,8 +198,11 @@ def overrides_of_checkpoint(
         passed: settings that the caller passes. They win.
 
     Raises:
-        ValueError: the checkpoint is of the other stage.
+        ValueError: the checkpoint is of the other stage, or the settings are passed as a whole.
     """
+    for name in ("params", "hparams"):  # a subclass may have such an argument of its own
+        if passed.get(name) is not None and method.__init__.__module__ in ("moco", "linear_classifier"):
+            raise ValueError(f"{name}: a checkpoint has its own settings. Pass single fields, such as lr=0.3")
     settings = content.get("hyper_parameters", {})
     if method.needs_labels and "loss_type" in settings:
         raise ValueError(
@@ -178,9 +223,11 @@ def overrides_of_checkpoint(
     return {**replaced, **passed}
 
 
-def keep_earlier_ways(method: Any, content: dict[str, Any]) -> None:
+def use_earlier_defaults(method: Any, content: dict[str, Any]) -> None:
     """Set the fields that a checkpoint lacks, and that were added later, to what was in effect when it was written."""
-    lacking = {name: value for name, value in LATER_ADDED.items() if name not in content.get("hyper_parameters", {})}
+    lacking = {
+        name: value for name, value in EARLIER_DEFAULTS.items() if name not in content.get("hyper_parameters", {})
+    }
     if any(getattr(method.params, name) != value for name, value in lacking.items()):
         method.change(**lacking)
 

@@ -64,6 +64,7 @@ class TrainingMonitor(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.random_state = torch.get_rng_state()
+        self.position = self.steps = None  # of a checkpoint that a Tuner has loaded
         device = trainer.strategy.root_device
         refuse_differing("precision", trainer.precision, "Pass the same --precision to all", device)
         refuse_differing("stage", getattr(stage, "value", stage), SHARED_OUT, device)
@@ -100,6 +101,12 @@ class TrainingMonitor(pl.Callback):
                 f"the loader deals images out to {loader.sampler.num_replicas} processes, but there are "
                 f"{distributed.world_size()}. Build its ResumableSampler(dataset, distributed.world_size(), "
                 "distributed.rank()) in train_dataloader"
+            )
+        own = getattr(getattr(getattr(loader, "sampler", None), "dataset", None), "_sampler", None)  # within a wrapper
+        if distributed.world_size() > 1 and own is not None and getattr(own, "generator", own) is None:
+            raise ValueError(
+                f"the sampler {type(own).__name__} draws other indices on each process. Give it "
+                "generator=torch.Generator().manual_seed(0), so that all processes draw the same"
             )
         if ResumableDataLoader.is_position(self.position) and isinstance(loader, ResumableDataLoader):
             loader.load_state_dict(self.position)

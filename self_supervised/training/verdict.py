@@ -13,6 +13,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from model_params import ModelParams
+from self_supervised import distributed
 from self_supervised.catalogue import OWN_MODULE, video_models
 from self_supervised.data.loader import list_of_loaders
 from self_supervised.networks import layers
@@ -79,11 +80,12 @@ class Verdict(pl.Callback):
         self.name = ""
         self.before: dict[str, float] = {}
         self.text = ""  # the verdict, when the training has ended
+        self.was_validated = False  # True: trainer.validate has logged the scores of the start
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == 0:
             self.name = pl_module.starting_point()
-            is_logged = pl_module.latest_scores[0] == 0  # by trainer.validate
+            is_logged = self.was_validated and pl_module.latest_scores[0] == 0
             self.before = score_now(trainer, pl_module) if can_compare(trainer, pl_module) else {}
             self.text = ""
             for logger in trainer.loggers if self.before and not is_logged else ():
@@ -95,6 +97,9 @@ class Verdict(pl.Callback):
             after = pl_module.scores_at_end() or score_now(trainer, pl_module) if is_scored else {}
             self.text = verdict(self.name, self.before, after, pl_module.params.evaluations)
             rank_zero_info(f"verdict: {self.text}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.was_validated |= trainer.state.fn == "validate"
 
     def state_dict(self) -> dict[str, Any]:
         return {"name": self.name, "before": self.before}
@@ -120,6 +125,7 @@ def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, floa
     do not change."""
     plugin = trainer.precision_plugin
     with isolate_rng(), torch.no_grad(), layers.in_eval_mode(module), validating(trainer):
+        distributed.share_buffers(module.model)
         for i, loader in enumerate(list_of_loaders(trainer.val_dataloaders)):
             for n, batch in enumerate(loader):
                 if n >= trainer.num_val_batches[i]:

@@ -372,7 +372,15 @@ def for_training(
     """Return a list of float views: augmented from uint8 images or clips, or the float views of the loader.
 
     Float views come as a list, or stacked, [N, V, C, H, W] or, of clips, [N, V, C, T, H, W].
+
+    Raises:
+        ValueError: the tensors of a list have different numbers of channels, such as images and masks.
     """
+    if isinstance(images, list) and len({view.shape[1] for view in images}) > 1:
+        raise ValueError(
+            f"images={[list(view.shape) for view in images]}: views of the same images have the same number of "
+            "channels. Yield (images, labels) without masks, or a list of views."
+        )
     if (images if isinstance(images, Tensor) else images[0]).dtype == torch.uint8:
         return augment(images, seed, positions=positions)
     if isinstance(images, Tensor):

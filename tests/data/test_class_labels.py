@@ -54,15 +54,15 @@ def test_scores_do_not_depend_on_the_numbers_of_classes():
     def scores(y: torch.Tensor) -> list[dict]:
         sets = x[:60], y[:60], x[60:], y[60:]
         names = list(catalogue.EVALUATIONS)
-        found = [validation.evaluate(names, x, y), validation.evaluate(names, x, y, (x, y))]
+        found = [validation.epoch_scores(names, x, y), validation.epoch_scores(names, x, y, (x, y))]
         return found + [
             score(*sets) for score in (probes.knn_protocol, probes.retrieval, probes.linear, probes.few_labels, svm)
         ]
 
     assert scores(y) == scores(DATES[y])
     one_hot = nn.functional.one_hot(y)
-    assert validation.evaluate(["knn"], x, one_hot) == validation.evaluate(["knn"], x, y)
-    assert validation.evaluate(["knn"], x, one_hot + one_hot.roll(1, 1)) == {}  # multi-label
+    assert validation.epoch_scores(["knn"], x, one_hot) == validation.epoch_scores(["knn"], x, y)
+    assert validation.epoch_scores(["knn"], x, one_hot + one_hot.roll(1, 1)) == {}  # multi-label
 
 
 # ---- loaders of the user's ----

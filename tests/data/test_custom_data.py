@@ -29,7 +29,7 @@ from self_supervised.data import custom, loading
 from self_supervised.data.folders import check_settings
 from self_supervised.data.image_files import central_square
 from self_supervised.data.loading import n_classes
-from self_supervised.evaluation import features
+from self_supervised.evaluation import features, fingerprints
 from self_supervised.evaluation.protocols import runnable
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.report import compare, tables
@@ -591,10 +591,10 @@ def test_runs_that_drew_the_same_lists_are_compared(photos, tmp_path):
     seen = []
     for name in ("a_0", "a_1"):
         p = params(f"{photos}/" if name == "a_1" else photos, splits_path=str(tmp_path / name / "splits"))
-        seen.append(evaluate.seen(p))
+        seen.append(fingerprints.seen(p))
         (tmp_path / name / "config.yaml").write_text(f"splits_path: {p.splits_path}\nseed: {name[-1]}\n")
-    assert seen[0] == seen[1] and seen[0] != evaluate.seen(params(photos, exif_orientation=False))
-    assert seen[0]["images"] != evaluate.seen(params(photos, data_seed=1))["images"]
+    assert seen[0] == seen[1] and seen[0] != fingerprints.seen(params(photos, exif_orientation=False))
+    assert seen[0]["images"] != fingerprints.seen(params(photos, data_seed=1))["images"]
     (tmp_path / "a_1").rename(tmp_path / "moved")
     (tmp_path / "c").mkdir()  # was given config.yaml of the first
     (tmp_path / "c/config.yaml").write_text(f"splits_path: {tmp_path / 'a_0/splits'}\nseed: 2\n")

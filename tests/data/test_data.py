@@ -61,6 +61,23 @@ def test_arrays_that_are_there_are_used_without_reading_the_source(toy, tmp_path
     assert toy == []
 
 
+def test_images_of_the_users_own_are_not_replaced(toy, tmp_path):
+    """Also if they are of a split that is downloaded with the missing one. An incomplete split is replaced."""
+    image = tmp_path / "toy" / "train" / "airplane" / "0.png"
+    image.parent.mkdir(parents=True)
+    image.touch()
+    for splits in (("train",), ("test",)):
+        with pytest.raises(ValueError, match=r"toy/train holds other files .*airplane.*data_path='.*/toy'.*DATA_PATH"):
+            loading.prepare_data("toy", splits)
+    with pytest.raises(OSError, match="not empty"):
+        packed.pack(tmp_path / "toy" / "train", *arrays())
+    assert image.is_file() and not toy
+    image.parent.rename(tmp_path / "airplane")
+    image.parents[1].joinpath("images.npy").touch()
+    loading.prepare_data("toy")
+    assert len(packed.arrays(tmp_path / "toy" / "train")[1]) == 12
+
+
 def pack_until_killed(rank: int) -> None:
     save = np.save
 
@@ -236,6 +253,18 @@ def test_what_loaders_may_yield():
     assert images_and_labels([[x, x], y]) == ([x, x], y)
     assert images_and_labels([[x, x], y, ("a.png", "b.png")]) == ([x, x], y)  # as of lightly's LightlyDataset
     assert images_and_labels([x, x]) == ([x, x], None)
+
+
+def test_a_signal_to_the_process_group_leaves_the_workers_to_the_training():
+    """torchrun sends SIGTERM to the group of each process, and the training saves at the next batch."""
+    loader = ResumableDataLoader(range(40), 2, sampler=ResumableSampler(range(40), 1, 0, shuffle=False), num_workers=1)
+    found = []
+    for batch in loader:
+        found += batch.tolist()
+        for worker in loader.workers if len(found) == 2 else ():
+            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGUSR1)
+    assert found == list(range(40)) and not list(loader.dead_workers())
 
 
 def test_workers_that_would_stay_in_the_first_epoch_are_refused():

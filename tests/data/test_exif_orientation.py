@@ -20,9 +20,9 @@ from self_supervised.data.array_files import read_array
 from self_supervised.data.decoders import read_folder
 from self_supervised.data.image_files import ImageFiles, read_image
 from self_supervised.embeddings.sources import Batches, open_source
-from self_supervised.evaluation.features import settings_for_features
+from self_supervised.evaluation.fingerprints import settings_for_features
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.training.hyperparameters import keep_earlier_ways
+from self_supervised.training.hyperparameters import use_earlier_defaults
 
 ORIENTATIONS = range(1, 9)
 
@@ -156,7 +156,7 @@ def test_checkpoints_of_earlier_versions_keep_the_old_way(tmp_path):
         linear = LinearClassifierMethod.from_moco_checkpoint(path, own, n_classes=2)
         assert linear.params.exif_orientation == upright
         resumed = SelfSupervisedMethod(settings, encoder=own)
-        keep_earlier_ways(resumed, torch.load(path, weights_only=True))
+        use_earlier_defaults(resumed, torch.load(path, weights_only=True))
         assert resumed.params.exif_orientation == resumed.hparams["exif_orientation"] == upright
 
 

@@ -127,6 +127,20 @@ def test_what_is_near(tmp_path, monkeypatch):
     assert not isinstance(vetted_start(os.path.abspath("start.pth"), checkpoint), ForeignPath)
 
 
+def test_a_moved_run_keeps_its_lists_if_another_run_takes_its_place(tmp_path):
+    old, moved = tmp_path / "x", tmp_path / "archive" / "x"
+    for run in (old, moved):
+        (run / "splits").mkdir(parents=True)
+        (run / "splits" / "train.txt").touch()
+        (run / "config.yaml").write_text(f"splits_path: {old / 'splits'}\n")
+    found = vetted({"splits_path": str(old / "splits")}, moved / "pretrained.ckpt")
+    assert found["splits_path"] == str(moved / "splits")
+    (tmp_path / "lists").mkdir()  # lists that were passed
+    (moved / "config.yaml").write_text(f"splits_path: {tmp_path / 'lists'}\n")
+    found = vetted({"splits_path": str(tmp_path / "lists")}, moved / "pretrained.ckpt")
+    assert found["splits_path"] == str(tmp_path / "lists")
+
+
 def test_every_checkpoint_of_a_moved_run_finds_its_lists(tmp_path, monkeypatch):
     photos, old, new = photographs(tmp_path / "photos"), tmp_path / "old" / "run", tmp_path / "new" / "run"
     line = f"""simclr --dataset_name folder --data_path {photos} --encoder_arch shufflenet_v2_x0_5 --num_data_workers 0

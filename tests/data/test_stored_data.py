@@ -31,7 +31,7 @@ from self_supervised.data.image_files import read_any
 from self_supervised.data.loader import ResumableSampler
 from self_supervised.embeddings import embed, parquet, sources
 from self_supervised.evaluate import evaluate_checkpoint
-from self_supervised.evaluation import features
+from self_supervised.evaluation import fingerprints
 from self_supervised.networks.pretrained import Encoder, Report
 from self_supervised.report import pictures
 
@@ -365,6 +365,10 @@ def test_shards_are_read_to_their_last_byte(tmp_path):
     source = custom.get_source(params(shard), str(shard))
     assert [path for path, _ in source.find()["train"]] == [f"a.tar/{i}.png" for i in range(4)]
     assert source.open(f"{shard}/3.png").getvalue() == b"y" * 10
+    assert not source.passed_over
+    again = Path(write_tar(tmp_path / "c" / "c.tar", {"1.png": b"z" * 10})).read_bytes()
+    shard.write_bytes(whole + again)
+    assert in_shard(shard) == (["0.png", "1.png", "2.png"], {"replaced by a later member of the same name": 1})
     shard.write_bytes(whole + b"garbage" * 100)
     with pytest.raises(ValueError, match="a.tar could not be read as a tar file"):
         in_shard(shard)
@@ -699,7 +703,7 @@ def test_features_are_extracted_anew_when_a_shard_changes(tmp_path):
     p = params(pattern, val_size=0, test_size=0)
 
     def contents() -> list:
-        return list(features.contents(loading.get_dataset(p, ("train",))))
+        return list(fingerprints.contents(loading.get_dataset(p, ("train",))))
 
     before = contents()
     assert contents() == before and len(before) == 50

@@ -26,6 +26,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.manifold import trustworthiness
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
+from videos import write_video
 
 from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams
@@ -165,6 +166,16 @@ def test_a_file_of_an_earlier_version_is_extended_only_if_its_preprocessing_agre
                 embed.embed(checkpoint, "digits/test", file, **OPTIONS)
     with pytest.raises(ValueError, match=r"preprocessing was .*'central_crop': 0.875.* is now .*'central_crop': 1.0"):
         embed.embed(checkpoint, "digits/test", file, exif_orientation=False, **OPTIONS)
+
+
+def test_a_data_set_in_place_of_the_folder_is_not_a_setting_of_the_encoder():
+    named, by_option = (
+        embed.embed_options(["x.ckpt", *more, "--out", "f.parquet"])
+        for more in (["digits"], ["--dataset_name", "digits"])
+    )
+    assert named == by_option
+    both = embed.embed_options(["x.ckpt", "photos", "--dataset_name", "digits", "--out", "f.parquet"])
+    assert (both.folder, both.dataset_name) == ("photos", "digits")
 
 
 def test_order_links_extensions_and_skipped_files(tmp_path):
@@ -326,6 +337,47 @@ def test_another_checkpoint_or_folder_is_refused_unless_told_to_overwrite(photos
     assert out.read_bytes() == (tmp_path / "g.parquet").read_bytes() != before
 
 
+def with_facts(file: Path, **facts) -> None:
+    """Change the metadata of a file of features."""
+    metadata = {b"self_supervised": json.dumps(parquet.facts_of_file(file) | facts)}
+    pq.write_table(pq.read_table(file).replace_schema_metadata(metadata), file)
+
+
+def test_shards_are_the_same_by_every_spelling_of_their_path(photos, tmp_path, monkeypatch, capsys):
+    shutil.make_archive("shards/train", "tar", photos)
+    file = embed.embed(tiny(), "shards", tmp_path / "f.parquet", **OPTIONS)
+    assert parquet.facts_of_file(file)["images"] == str(tmp_path / "shards")
+    (tmp_path / "elsewhere").mkdir()
+    for folder, stored in (
+        ("shards/", str(tmp_path / "shards")),
+        ("shards", "shards"),
+        ("../shards", str(tmp_path / "shards")),
+    ):
+        with_facts(file, images=stored)  # the second as in an earlier version
+        if folder.startswith(".."):
+            monkeypatch.chdir(tmp_path / "elsewhere")
+        capsys.readouterr()
+        embed.embed(tiny(), folder, file, **OPTIONS)
+        assert "complete and unchanged" in capsys.readouterr().out
+    shutil.make_archive("shards/train", "tar", photos)  # another data set of this name
+    with pytest.raises(ValueError, match="images was .*shards, is now .*elsewhere/shards"):
+        embed.embed(tiny(), "shards", file, **OPTIONS)
+    shutil.rmtree("shards")
+    path = parquet.paths_in(file)[0]
+    assert run_command(monkeypatch, nearest, file, path) == ""
+    with_facts(file, images="shards")
+    assert (
+        "error: shards is neither" in (error := run_command(monkeypatch, nearest, file, path)) and "--folder" in error
+    )
+    (tmp_path / "shards" / "train.tar").unlink()  # another shard takes its place, without some of the images
+    shutil.rmtree(photos / "china")
+    shutil.make_archive(str(tmp_path / "shards" / "train"), "tar", photos)
+    assert run_command(monkeypatch, nearest, file, path, "--folder", tmp_path / "shards") == ""
+    assert f"{path}: its picture cannot be shown (" in capsys.readouterr().out
+    embedding_map.make_map(file, [Path("map.html")], folder=str(tmp_path / "shards"))
+    assert 0 < sum(map(bool, data_of(Path("map.html"))["pictures"])) < 24
+
+
 def test_unreadable_images_stop_or_are_listed(photos, tmp_path, capsys):
     out, bad = tmp_path / "f.parquet", photos / "china" / "near" / "2.png"
     good = bad.read_bytes()
@@ -472,6 +524,17 @@ def test_a_picture_that_is_gone_is_left_empty(digits, features, tmp_path, monkey
     arguments = [features, "7/0007.png", "--folder", moved, "--out", tmp_path / "sheet.png"]
     assert run_command(monkeypatch, nearest, *arguments) == ""
     assert "7/0007.png: its picture cannot be shown (" in capsys.readouterr().out
+
+
+def test_videos_are_shown_also_if_their_directory_holds_features(tmp_path, monkeypatch, capsys):
+    paths = [write_video(tmp_path / "videos" / f"{i}.mp4", n=2).name for i in range(4)]
+    about = {"images": str(tmp_path / "videos"), "preprocessing": {"num_frames": 8}, "columns": {}}
+    about |= {"encoder_arch": "r3d_18", "checkpoint": "x.ckpt"}
+    file = tmp_path / "videos" / "features.parquet"
+    parquet.write_part(file, paths, np.eye(4, dtype=np.float32), about)
+    assert run_command(monkeypatch, nearest, file, "0.mp4") == ""
+    embedding_map.make_map(file, [Path("map.html")])
+    assert all(data_of(Path("map.html"))["pictures"]) and "cannot be shown" not in capsys.readouterr().out
 
 
 def test_nearest_refuses_what_has_no_embedding(features, digits, small, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_two_evaluations_at_once_keep_each_others_runs(tmp_path):
     first.add(run("knn"))
     second.add(run("linear", training={"max_epochs": 1}))
     first.add(run("linear", training={"max_epochs": 2}))
-    second.add()
+    second.refresh()
     found = results.Results(tmp_path)
     assert [one["protocol"] for one in found.runs] == ["knn", "linear", "linear"]
     shown = [one["protocol"] for one in found.shown("digits")]
@@ -157,11 +157,11 @@ def test_a_killed_evaluation_resumes(checkpoint, monkeypatch, tmp_path):
     whole = evaluate_checkpoint(checkpoint, QUICK, out=tmp_path / "whole")
     calls, run = [], PROTOCOLS["uniformity"].run
 
-    def killed(subject, seed):
+    def killed(data, seed):
         calls.append(seed)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return run(subject, seed)
+        return run(data, seed)
 
     monkeypatch.setitem(PROTOCOLS, "uniformity", evolve(PROTOCOLS["uniformity"], run=killed))
     with pytest.raises(KeyboardInterrupt):
@@ -295,8 +295,55 @@ def test_invalid_settings_are_refused_before_any_protocol_runs(checkpoint, monke
         evaluate_checkpoint(checkpoint, ["linear_sgd"], fresh=True, training={"max_epochs": 0})
     assert results.Results(tmp_path / "first.evaluation").runs == found  # `fresh` replaces only what is evaluated
     (tmp_path / "first.evaluation/results.json").write_text("{")
-    with pytest.raises(ValueError, match="results.json was not written by .*--fresh"):
+    with pytest.raises(ValueError, match="results.json is corrupt .*--fresh"):
         evaluate_checkpoint(checkpoint, ["knn"])
+    for names in (None, ["knn"]):
+        with pytest.raises(ValueError, match="max_epochs=2: .*no chosen protocol trains.*linear_sgd"):
+            evaluate_checkpoint(checkpoint, names, training={"max_epochs": 2})
+
+
+def test_the_results_of_a_run_are_not_replaced(checkpoint, tmp_path):
+    """`out` was passed as for other programs, where it is the directory of the run."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    (run / "results.json").write_text('{"trained encoder": {}}')
+    for out in (run, str(run)):
+        with pytest.raises(ValueError, match="out=.*run: is the directory of a run.*Leave out --out"):
+            evaluate_checkpoint(checkpoint, ["uniformity"], out=out, fresh=True)
+    (run / "config.yaml").unlink()  # as another program writes
+    with pytest.raises(ValueError, match=r"results.json was not written by .*\. Move it away\.$"):
+        evaluate_checkpoint(checkpoint, ["uniformity"], out=run)
+    assert (run / "results.json").read_text() == '{"trained encoder": {}}'
+
+
+def test_checkpoints_with_the_same_stem_have_their_own_results(checkpoint, monkeypatch, tmp_path, capsys):
+    """Also in separate calls, and next to the pretrained.ckpt of a run."""
+    values = iter([50.0, 60.0, 70.0])
+    run = {"run": lambda *_: {"uniformity": next(values)}}
+    monkeypatch.setitem(PROTOCOLS, "uniformity", evolve(PROTOCOLS["uniformity"], **run))
+    pretrain(other := tmp_path / "first.pth", steps=1)
+    options = ["--protocols", "uniformity", "--no_baselines"]
+    evaluate.main([str(checkpoint), str(other), *options, "--markdown"])
+    table = capsys.readouterr().out.replace("**", "")
+    assert "| first.ckpt | 50.00 |" in table and "| first.pth | 60.00 |" in table
+    for file, folder, value in ((checkpoint, "first", 50), (other, "first.pth", 60)):
+        found = evaluate_checkpoint(file, ["uniformity"], baselines=False)["runs"]
+        assert [one["scores"]["uniformity"] for one in found] == [value]
+        assert json.loads((tmp_path / f"{folder}.evaluation/results.json").read_text())["runs"] == found
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(checkpoint, run / "pretrained.ckpt")
+    shutil.copy(other, run / "pretrained.pth")
+    (run / "config.yaml").touch()
+    assert results.folder_of(run / "pretrained.pth") == results.folder_of(run) == run / "pretrained.evaluation"
+    evaluate_checkpoint(run, ["uniformity"], baselines=False)
+    for name in (run, run / "pretrained.ckpt"):
+        assert results.folder_of(name) == run / "pretrained.evaluation"
+    assert results.folder_of(run / "pretrained.pth") == run / "pretrained.pth.evaluation"
+    for name in ("", ".evaluation"):  # a checkpoint that was renamed with its results keeps them
+        (tmp_path / f"first{name or '.ckpt'}").rename(tmp_path / f"new{name or '.ckpt'}")
+    assert results.folder_of(tmp_path / "new.ckpt") == tmp_path / "new.evaluation"
 
 
 def test_the_command(checkpoint, monkeypatch, capsys, tmp_path):

@@ -7,7 +7,7 @@ from sklearn.preprocessing import StandardScaler
 
 from moco import SelfSupervisedMethod
 from self_supervised import catalogue
-from self_supervised.evaluation import validation
+from self_supervised.evaluation import linear_models, validation
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_linear_probe_finds_scikit_learns_optimum(n, width, n_classes, solver):
     y = torch.randint(n_classes, (n,)) * 3 - 1
     x = torch.randn(n, width) + torch.randn(n_classes, width)[(y + 1) // 3] * 0.3
     sets = validation.halves(x, y)
-    fit_x, score_x = (part.double().numpy() for part in validation.standardized(sets[0], sets[2]))
+    fit_x, score_x = (part.double().numpy() for part in linear_models.standardized(sets[0], sets[2]))
     reference = LogisticRegression(C=0.01, max_iter=5000, tol=1e-9).fit(fit_x, sets[1].numpy())
     with torch.inference_mode():
         found = validation.linear_probe(*sets, solver=solver)
@@ -61,7 +61,7 @@ def test_both_solvers_of_the_probe_give_the_same_accuracy():
     y = torch.randint(10, (4000,))
     x = (torch.randn(4000, 40) + torch.randn(10, 40)[y] * 0.4) / torch.arange(1, 41).sqrt()
     x = (x @ torch.randn(40, 100) + 0.2 * torch.randn(4000, 100)).relu()
-    by_sklearn, by_torch = (validation.evaluate(["linear_probe"], x, y, None, name) for name in ("sklearn", "torch"))
+    by_sklearn, by_torch = (validation.epoch_scores(["linear_probe"], x, y, None, s) for s in ("sklearn", "torch"))
     assert by_sklearn == pytest.approx(by_torch, abs=0.2) and 40 < by_torch["valid_class_acc"] < 95
 
 
@@ -81,9 +81,9 @@ def test_validation_fits_scikit_learns_probe_unless_the_field_says_otherwise(sma
 
 def test_logistic_regression_has_scikit_learns_weights():
     y = torch.randint(5, (500,))
-    x = validation.standardized(torch.randn(500, 30) + torch.randn(5, 30)[y] * 0.3, torch.zeros(1, 30))[0]
+    x = linear_models.standardized(torch.randn(500, 30) + torch.randn(5, 30)[y] * 0.3, torch.zeros(1, 30))[0]
     reference = LogisticRegression(C=0.01, max_iter=5000, tol=1e-9).fit(x.double().numpy(), y.numpy())
-    weight, bias = (part.double() for part in validation.logistic_regression(x, y, decay=100.0))
+    weight, bias = (part.double() for part in linear_models.logistic_regression(x, y, decay=100.0))
     expected = torch.from_numpy(reference.coef_.T), torch.from_numpy(reference.intercept_)
     assert (weight - expected[0]).norm() < 0.01 * expected[0].norm()
     assert torch.allclose(bias - bias.mean(), expected[1] - expected[1].mean(), atol=0.02)
@@ -92,14 +92,14 @@ def test_logistic_regression_has_scikit_learns_weights():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_evaluations_run_on_the_device_of_the_features(blobs):
     names = list(catalogue.EVALUATIONS)
-    found = validation.evaluate(names, *(part.cuda() for part in blobs))
-    assert found == pytest.approx(validation.evaluate(names, *blobs), abs=1)
+    found = validation.epoch_scores(names, *(part.cuda() for part in blobs))
+    assert found == pytest.approx(validation.epoch_scores(names, *blobs), abs=1)
 
 
 def test_probes_take_bfloat16_and_dead_features(blobs):
     x = blobs[0].bfloat16()
     x[:, 3] = 2.0
-    found = validation.evaluate(list(catalogue.EVALUATIONS), x, blobs[1])
+    found = validation.epoch_scores(list(catalogue.EVALUATIONS), x, blobs[1])
     assert all(np.isfinite(value) for value in found.values()) and found["valid_class_acc"] > 50
 
 
@@ -140,18 +140,18 @@ def test_embedding_std():
 def test_without_labels_the_label_free_scores_remain(blobs):
     names, label_free = list(catalogue.EVALUATIONS), {"valid_rank_me", "valid_embedding_std"}
     x, y = blobs
-    assert set(validation.evaluate(names, x, None)) == label_free
-    assert set(validation.evaluate(names, x, torch.full_like(y, -1))) == label_free
-    assert set(validation.evaluate(names, x, torch.zeros_like(y))) == label_free
+    assert set(validation.epoch_scores(names, x, None)) == label_free
+    assert set(validation.epoch_scores(names, x, torch.full_like(y, -1))) == label_free
+    assert set(validation.epoch_scores(names, x, torch.zeros_like(y))) == label_free
 
 
 def test_probes_leave_out_images_without_a_label(blobs):
     x, y = blobs
     known = torch.arange(len(y)) % 3 > 0
     some = torch.where(known, y, -1)
-    expected = validation.evaluate(["knn"], x[known], y[known], train=(x[known], y[known]))
-    assert validation.evaluate(["knn"], x, some, train=(x, some)) == expected
-    assert "valid_class_acc" in validation.evaluate(["linear_probe"], x, some)
+    expected = validation.epoch_scores(["knn"], x[known], y[known], train=(x[known], y[known]))
+    assert validation.epoch_scores(["knn"], x, some, train=(x, some)) == expected
+    assert "valid_class_acc" in validation.epoch_scores(["linear_probe"], x, some)
 
 
 def test_a_class_with_one_image_raises_no_error():
@@ -159,12 +159,12 @@ def test_a_class_with_one_image_raises_no_error():
     for rare in range(12):
         y = torch.zeros(12, dtype=torch.long)
         y[rare] = 1
-        assert "valid_rank_me" in validation.evaluate(list(catalogue.EVALUATIONS), x, y)
+        assert "valid_rank_me" in validation.epoch_scores(list(catalogue.EVALUATIONS), x, y)
 
 
 def test_the_name_says_that_the_training_set_was_used(blobs):
     half = validation.halves(*blobs)
-    found = validation.evaluate(["linear_probe", "rank_me"], *half[2:], train=half[:2])
+    found = validation.epoch_scores(["linear_probe", "rank_me"], *half[2:], train=half[:2])
     assert set(found) == {"train_class_acc_trainset", "valid_class_acc_trainset", "valid_rank_me"}
     assert found["valid_class_acc_trainset"] == validation.linear_probe(*half)["valid_class_acc"]
 
@@ -175,12 +175,12 @@ def test_a_probe_of_8000_takes_seconds():
     y = torch.randint(10, (8000,))
     x = torch.randn(8000, 512) + torch.randn(10, 512)[y] * 0.1
     start = time.process_time()
-    validation.evaluate(["linear_probe", "knn", "rank_me", "embedding_std"], x, y)
+    validation.epoch_scores(["linear_probe", "knn", "rank_me", "embedding_std"], x, y)
     assert time.process_time() - start < 20  # CPU seconds on two cores; 3 to 6 on an idle machine
 
 
 def test_features_of_any_scale_are_standardized_and_constant_ones_are_not():
     x = torch.cat([torch.randn(100, 3), 0.3 + 1e-8 * torch.randn(100, 1), torch.zeros(100, 1)], 1)
     for scale in (1.0, 1e-9, 1e9):
-        found, _ = validation.standardized(scale * x, scale * x)
+        found, _ = linear_models.standardized(scale * x, scale * x)
         torch.testing.assert_close(found.std(0, correction=0), torch.tensor([1.0, 1, 1, 0, 0]), atol=1e-4, rtol=1e-4)

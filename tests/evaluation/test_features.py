@@ -9,8 +9,9 @@ from torch import nn
 from model_params import EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.data import loading
-from self_supervised.evaluation import feature_files, features
-from self_supervised.evaluation.features import data_params, extract, extract_views, fingerprint
+from self_supervised.evaluation import feature_files, features, fingerprints
+from self_supervised.evaluation.features import data_params, extract, extract_views
+from self_supervised.evaluation.fingerprints import fingerprint
 from self_supervised.evaluation.protocols import PROTOCOLS, runnable
 from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.pretrained import Encoder, Report
@@ -97,11 +98,11 @@ def test_a_setting_is_part_of_the_name_unless_it_is_listed():
     class Later(EncoderAndDataParams):
         added: int = 0
 
-    assert features.settings_for_features(Later()) != features.settings_for_features(Later(added=1))
+    assert fingerprints.settings_for_features(Later()) != fingerprints.settings_for_features(Later(added=1))
     names = {field.name for field in attrs.fields(EncoderAndDataParams)}
-    assert set(features.UNUSED) <= names
+    assert set(fingerprints.UNUSED) <= names
     first, other = ({"dataset_name": "folder", "pixel_range": [0, top]} for top in (1, 2))
-    assert features.settings_for_features(EncoderAndDataParams(**first)) != features.settings_for_features(
+    assert fingerprints.settings_for_features(EncoderAndDataParams(**first)) != fingerprints.settings_for_features(
         EncoderAndDataParams(**other)
     )
 

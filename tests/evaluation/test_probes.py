@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from self_supervised.evaluation import linear_models, probes, validation
+from self_supervised.evaluation import linear_models, probes
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_linear_is_scikit_learns_optimum_at_the_chosen_l2(digits):
 
 def test_the_chosen_l2_is_the_best_on_the_held_out_part(digits):
     x, y = digits[0], digits[1]
-    x = validation.standardized(x, x)[0]
+    x = linear_models.standardized(x, x)[0]
     chosen = probes.choose_decay(x, y, seed=3)
     fit, score = probes.subsets.held_out(y.numpy(), probes.HELD_OUT, 3)
 

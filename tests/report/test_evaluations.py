@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import sys
 
 import pytest
@@ -85,7 +86,20 @@ def test_a_run_of_a_group_that_is_not_evaluated_is_named(runs, tmp_path):
     measured = [record("knn", {}), record("linear_sgd", {}, **more)]
     command = evaluations.evaluate_command("digits", {"a": {"knn", "linear_sgd"}, "b": set()}, "", measured)
     assert command.endswith("evaluate a --dataset_name digits --protocols knn linear_sgd --seeds 0 --evaluation_clips=4"
-                            " --max_epochs=10")  # fmt: skip
+                            " --max_epochs=10 --labels_from=file")  # fmt: skip
+
+
+def test_the_command_for_missing_values_reads_the_same_custom_images(tmp_path):
+    new = written(tmp_path / "new", [], dataset_name="folder", test_size=0.5)
+    seen = {"labels_from": None, "include_patterns": ["*.png", "b"], "pixel_range": [0, 9], "val_size": 0.0}
+    seen |= {"test_size": 0.5, "image_key": None, "data_fraction": 0.5, "images": "hash"}
+    command = evaluations.evaluate_command("folder", {str(new): {"knn"}}, "", [record("knn", {}, seen=seen)])
+    command, _, places = command.partition(" (and ")
+    args = evaluate.evaluate_options(shlex.split(command)[2:])
+    assert {name: getattr(args, name) for name in seen if hasattr(args, name)} == {
+        name: seen[name] for name in ("labels_from", "include_patterns", "pixel_range", "val_size")
+    }  # the others are the run's own
+    assert "--data_path" in places
 
 
 @pytest.mark.parametrize(("metric", "best"), [("uniformity", 0), ("alpha_req", 1), ("rank_me", 2)])

@@ -90,6 +90,7 @@ def test_help_without_a_preset_lists_them_by_what_they_compare(capsys):
     shown = capsys.readouterr().out
     assert exit_.value.code == 0 and all(shown.count(f"\n  {name} ") == 1 for name in PRESETS)
     assert shown.index("a prediction with its key") < shown.index("  byol ") < shown.index("prototypes\n  swav ")
+    assert "\n  moco_v2       MoCo v2 (https://arxiv.org/abs/2003.04297): InfoNCE" in shown
 
 
 @pytest.mark.parametrize(
@@ -146,6 +147,14 @@ def test_values_are_what_python_would_have():
         evaluations=["knn", "rank_me"], torch_compile=True, K=7,
     )  # fmt: skip
     assert options == RunOptions(max_time="10:00:00:00", devices=2, sync_batchnorm=True)
+
+
+def test_options_without_effect_are_named():
+    line = "byol --linear_lr 1 --tracker_name n --tracker_tags a"
+    found = parse(line)[1].without_effect()
+    assert [one.partition(":")[0] for one in found] == ["linear_lr=1", "tracker_name='n'", "tracker_tags=['a']"]
+    options = attrs.evolve(parse(f"{line} --linear_epochs 1")[1], logger=["csv"])
+    assert len(options.without_effect()) == 2 and not RunOptions().without_effect()
 
 
 # ---- configuration files ----
@@ -410,6 +419,34 @@ def test_a_refused_start_leaves_nothing(digits_path, monkeypatch, tmp_path):
             with pytest.raises(SystemExit, match="error: "):
                 main(f"{line} --out {tmp_path / out}", monkeypatch)
             assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("error", [ValueError("too few images"), KeyboardInterrupt()])
+def test_a_refused_or_interrupted_start_keeps_what_others_write_meanwhile(error, monkeypatch, tmp_path):
+    def check(*_):
+        (tmp_path / "runs" / "other").mkdir()
+        (tmp_path / "runs" / "other" / "config.yaml").touch()
+        raise error
+
+    monkeypatch.setattr(train.preflight, "check_run", check)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        main(f"{SMALL} --out runs", monkeypatch)
+    assert (tmp_path / "runs" / "other" / "config.yaml").exists()
+
+
+def test_a_complete_run_continues_in_another_directory_by_its_seed(run, monkeypatch, tmp_path):
+    """The baseline is the encoder that is scored, even if the resumed run started from published weights."""
+    first, out = shutil.copytree(run, tmp_path / "first"), tmp_path / "second"
+    checkpoint = newest(first / "pretraining" / "checkpoints")
+    torch.save({**torch.load(checkpoint, weights_only=True), "started_from": "resnet18:DEFAULT"}, checkpoint)
+    for resumed in (first, checkpoint):
+        line = RUN.format(out=out).replace("--linear_epochs 1", "").replace(" --seed 3", f" --resume {resumed}")
+        main(line, monkeypatch)
+        torch.use_deterministic_algorithms(False)
+        results = json.loads((out / "results.json").read_text())
+        assert run_folder.baseline_of(results) == "random encoder"
+        assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 3
+        shutil.rmtree(out)
 
 
 def test_minutes_are_summed_over_all_starts_even_after_a_kill(monkeypatch, tmp_path):

@@ -152,6 +152,27 @@ def test_demo_ends_with_a_table_and_a_report(monkeypatch, capsys):
     assert {"RankMe", "valid_class_acc"} <= set(scores)
 
 
+@pytest.mark.parametrize(
+    ("commands", "is_refused"),
+    [
+        ("self-supervised train byol --out runs/demo\n", True),
+        (None, True),  # made in Python
+        ("self-supervised demo --epochs 3\n", False),
+        ("python -m self_supervised demo\n", False),
+        ("self-supervised demo\nself-supervised train vicreg --resume auto --out runs/demo\n", True),
+    ],
+)
+def test_demo_overwrites_only_a_demo(commands, is_refused, monkeypatch):
+    demo.OUT.mkdir(parents=True)
+    (demo.OUT / "config.yaml").touch()
+    if commands:
+        (demo.OUT / "command.txt").write_text(commands)
+    monkeypatch.setattr(demo, "encoder_scores", lambda *_: sys.exit("begins"))
+    with pytest.raises(SystemExit, match="holds a run that is not a demo" if is_refused else "begins"):
+        run(demo, monkeypatch)
+    assert (demo.OUT / "config.yaml").exists()
+
+
 def test_train_takes_any_field_and_evaluates_what_it_saved(monkeypatch, tmp_path):
     fields = {"dataset_name": "digits", "encoder_arch": "shufflenet_v2_x0_5", "max_epochs": 1, "batch_size": 64}
     fields |= {"transform_crop_scale_min": "[0.5, 0.4]", "lars_warmup_epochs": 0, "mlp_normalization": "bn"}

@@ -19,7 +19,7 @@ from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.training import checkpoints
-from self_supervised.training.checkpoints import Checkpoints, newest
+from self_supervised.training.checkpoints import Checkpoints, SafeCheckpointIO, newest
 
 
 def tiny() -> nn.Module:
@@ -169,6 +169,12 @@ def test_states_of_callbacks_may_be_under_their_classes(saved, method, trainer, 
     fit = trainer(max_epochs=2, limit_train_batches=6)
     fit.fit(method, ckpt_path=early)
     assert fit.current_epoch == 2 and fit.global_step > 6
+
+
+@pytest.mark.parametrize("read", [checkpoints.read_checkpoint, SafeCheckpointIO().load_checkpoint, load_encoder])
+def test_urls_are_not_read(read):
+    with pytest.raises(ValueError, match="s3:/.* is a URL, and only local files are read. Copy it"):
+        read("s3://bucket/run/last.ckpt")
 
 
 def test_objects_of_unknown_classes_are_refused(tmp_path):

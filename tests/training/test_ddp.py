@@ -176,6 +176,15 @@ def parts(rank: int, world: int) -> dict:
     found = {"gathered": distributed.gather(torch.arange(3.0) + 10 * rank)}
     found["evaluated"] = distributed.gather_evaluated(torch.cat(list(loader)), loader)
     found["all of it"] = distributed.gather_evaluated(torch.arange(5), torch.utils.data.DataLoader(range(5)))
+    dealt = torch.utils.data.BatchSampler(torch.utils.data.DistributedSampler(range(5), shuffle=False), 2, False)
+    of_batches = torch.utils.data.DataLoader(range(5), batch_sampler=dealt)  # as Lightning deals batch samplers
+    found["of batches"] = distributed.gather_evaluated(torch.cat(list(of_batches)), of_batches)
+    not_dealt = torch.utils.data.DataLoader(range(5), sampler=ResumableSampler(range(5), 1, 0, shuffle=False))
+    found["not dealt"] = distributed.gather_evaluated(torch.cat(list(not_dealt)), not_dealt)
+    network = nn.BatchNorm1d(2)
+    network.running_mean.fill_(rank)
+    distributed.share_buffers(network, None)
+    found["statistics"] = network.running_mean
     found["from rank zero"] = distributed.on_rank_zero(lambda: {"score": 5.0 + rank})
     found["any"] = distributed.any_process(rank == 1), distributed.any_process(False)
     images = torch.arange(6).float().unsqueeze(1) + 6 * rank
@@ -201,7 +210,8 @@ def test_gathering(found_parts):
     for process in found_parts:
         assert process["gathered"].tolist() == [i + 10 * rank for i in range(3) for rank in range(world)]
         assert process["evaluated"].tolist() == [0, 1, 2, 3, 4]  # each image once, in order
-        assert process["all of it"].tolist() == [0, 1, 2, 3, 4]
+        assert process["all of it"].tolist() == process["of batches"].tolist() == [0, 1, 2, 3, 4]
+        assert process["not dealt"].tolist() == [0, 1, 2, 3, 4] and process["statistics"].tolist() == [0, 0]
         assert process["from rank zero"] == {"score": 5.0} and process["any"] == (True, False)
 
 
@@ -279,20 +289,21 @@ def test_processes_with_other_precisions_and_checkpoints_are_refused(tmp_path):
             assert message.startswith(name) and "but another process has another one" in message
 
 
-def share_of_one_process(rank: int, world: int) -> str:
+def wrong_shares(rank: int, world: int) -> list[str]:
     images = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8)
     method = SelfSupervisedMethod(PRESETS["moco_v2"](**SMALL, evaluations=[]), encoder=encoder())
-    try:
-        trainer(world).fit(method, ResumableDataLoader(images, 8, sampler=ResumableSampler(images, 1, 0)))
-    except ValueError as error:
-        return str(error)
-    return ""
+    loaders = (
+        ResumableDataLoader(images, 8, sampler=ResumableSampler(images, 1, 0)),
+        torch.utils.data.DataLoader(images, 8, sampler=torch.utils.data.SubsetRandomSampler(range(32))),
+    )
+    return [str(pytest.raises(ValueError, trainer(world).fit, method, loader).value) for loader in loaders]
 
 
-def test_a_loader_made_for_fewer_processes_is_refused(tmp_path):
-    """Otherwise both processes would train on the same images."""
-    for message in processes.run(share_of_one_process, 2, tmp_path, 2):
-        assert message.startswith("the loader deals images out to 1 processes, but there are 2")
+def test_loaders_whose_shares_overlap_are_refused(tmp_path):
+    """Otherwise both processes would train on the same images, or on random parts of their own."""
+    for of_one, of_own in processes.run(wrong_shares, 2, tmp_path, 2):
+        assert of_one.startswith("the loader deals images out to 1 processes, but there are 2")
+        assert of_own.startswith("the sampler SubsetRandomSampler draws other indices on each process")
 
 
 # ---- scores ----
@@ -312,6 +323,27 @@ def scores(rank: int, world: int, folder: str) -> dict:
     torch.manual_seed(2)
     linear = LinearClassifierMethod.from_moco_checkpoint(f"{folder}/example.ckpt", encoder=encoder(), batch_size=33)
     return found | trainer(world).validate(linear, verbose=False)[0]
+
+
+def scores_at_the_end(rank: int, world: int, folder: str) -> tuple[dict, dict]:
+    """Scores after a last step that no validation follows, and those of the checkpoint, which has the statistics of the
+    first process."""
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8, momentum=0.9), nn.ReLU(), nn.Flatten())
+
+    torch.manual_seed(1)
+    model = SelfSupervisedMethod(PRESETS["byol"](**SMALL, evaluations=["knn"], embedding_dim=72), encoder=network())
+    fit = trainer(world, max_steps=3, max_epochs=-1, check_val_every_n_epoch=5)
+    fit.fit(model)
+    fit.save_checkpoint(f"{folder}/example.ckpt")
+    saved = SelfSupervisedMethod.load_from_checkpoint(f"{folder}/example.ckpt", encoder=network())
+    return model.latest_scores[1], dict(trainer(world).validate(saved, verbose=False)[0])
+
+
+def test_scores_at_the_end_are_those_of_the_checkpoint(tmp_path):
+    for at_end, of_checkpoint in processes.run(scores_at_the_end, 2, tmp_path, 2, str(tmp_path)):
+        assert at_end == pytest.approx(of_checkpoint) and len(at_end) == 2
 
 
 def test_scores_are_those_of_the_whole_set_on_every_process(tmp_path):

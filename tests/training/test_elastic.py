@@ -29,7 +29,7 @@ from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised import distributed
 from self_supervised.runs.run_options import RunOptions
-from self_supervised.training.checkpoints import Checkpoints, newest, read_checkpoint
+from self_supervised.training.checkpoints import Checkpoints, convert_position, newest, read_checkpoint
 
 STEP, EPOCHS, STEPS_OF_AN_EPOCH = 12, 3, 5  # images of an optimizer step
 COMMON = {**SMALL, "global_batch_size": STEP, "mlp_normalization": "ln", "evaluations": [], "num_data_workers": 0}
@@ -124,6 +124,16 @@ STARTED_BY_TORCHRUN = {  # the second of three nodes with two processes each
     "TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True",
     "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",
 }  # fmt: skip
+
+
+def test_a_position_keeps_how_far_lightning_had_come_in_its_last_batch():
+    """Files of Lightning's ModelCheckpoint are written before the last batch is counted as completed."""
+    counts = {"ready": 2, "started": 2, "processed": 2, "completed": 1}
+    progress = {"total": {**counts}, "current": {**counts}}
+    loop = {"state_dict": {"combined_loader": [{"epoch": 0, "batches": 2}]}, "epoch_loop.batch_progress": progress}
+    convert_position({"steps": {"accumulated": 1}, "loops": {"fit_loop": loop}}, 2)
+    assert progress["current"] == {"ready": 4, "started": 4, "processed": 4, "completed": 3} == progress["total"]
+    assert loop["state_dict"]["combined_loader"] == [{"epoch": 0, "batches": 4}]
 
 
 def test_options_follow_torchrun(monkeypatch):

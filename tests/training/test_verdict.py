@@ -1,13 +1,17 @@
 """Verdict on a training: what it compares, and that it changes nothing."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 
 from moco import SelfSupervisedMethod
 from self_supervised.data import loading
 from self_supervised.data.packed import pack
+from self_supervised.safe_files import rows_of
 from self_supervised.training.verdict import Verdict, name_of_start, verdict
 
 
@@ -41,6 +45,16 @@ def test_the_start_is_scored_as_by_validation_and_training_does_not_change(small
     assert found.text.startswith(f"valid_knn20_acc {before['valid_knn20_acc']:.4g} (starting encoder) -> ")
     assert f"-> {fit.callback_metrics['valid_knn20_acc']:.4g}: " in found.text
     assert f"verdict: {found.text}" in caplog.messages
+
+
+def test_the_start_is_logged_as_epoch_0_unless_this_trainer_has_validated(small, trainer, tmp_path):
+    for own in (False, True):
+        model, logger = SelfSupervisedMethod(small("simclr"), encoder=Encoder()), CSVLogger(tmp_path / str(own))
+        fit = trainer(limit_val_batches=10, logger=logger)
+        (fit if own else trainer(limit_val_batches=10)).validate(model, verbose=False)
+        fit.fit(model)
+        _, rows = rows_of(Path(logger.log_dir) / "metrics.csv")
+        assert [row["epoch"] for row in rows if row["step"] == "0" and row["valid_knn20_acc"]] == ["0"]
 
 
 def test_a_resumed_training_is_compared_with_the_start_of_the_first(small, trainer, tmp_path):
