@@ -257,10 +257,8 @@ class LinearClassifierMethod(BaseMethod):
         return self
 
     def on_train_start(self) -> None:
-        """Put an encoder that is trained, and in eval mode as a whole, into train mode, which Lightning does not do.
-
-        Labels of a loader of the user need not be the classes of `dataset_name`, so they do not get those names.
-        """
+        """Put an encoder that is trained, and in eval mode as a whole, into train mode, which Lightning does not do. Do
+        not name the classes of a loader of the user like those of `dataset_name`, which they need not be."""
         super().on_train_start()
         if not self.trains_on_dataset_name and self.params.class_names is None:
             self.save_hyperparameters({"class_names": None, "n_classes": self.n_outputs})
@@ -295,7 +293,8 @@ class LinearClassifierMethod(BaseMethod):
     def on_validation_epoch_end(self) -> None:
         self.log_means("valid", self.trainer.val_dataloaders)
 
-    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
         self.log_means("test", self.trainer.test_dataloaders)
@@ -310,7 +309,7 @@ class LinearClassifierMethod(BaseMethod):
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
         """Return the logits [N, classes] of a batch in at least float32, NaN for images that could not be read.
 
-        `softmax(1)` makes them probabilities; `hparams.class_names` has the names of the classes.
+        `softmax(1)` makes them probabilities; `hparams.class_names` names the classes, if their names are known.
         """
         with self.eagerly():
             return nan_where_unreadable(at_least_float32(self(batch[0])), batch[1])

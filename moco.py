@@ -22,7 +22,7 @@ from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
 from self_supervised.data.loader import ResumableDataLoader, check_views, list_of_loaders, one_image_explained
 from self_supervised.evaluation import validation
-from self_supervised.networks import encoders
+from self_supervised.networks import encoders, layers
 from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, restore_queue
 from self_supervised.networks.teacher import Teacher
@@ -269,17 +269,19 @@ class SelfSupervisedMethod(BaseMethod):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        if not self.model.training:  # its weights may have become trainable after construction
+        now = {row.name for row in self.parameter_table()}
+        was_trained, is_trained = (any(name.startswith("model.") for name in names) for names in (self.trained, now))
+        if is_trained and not was_trained:  # made trainable after construction, when it was left in eval mode
             encoders.prepare_training(self.model)
-            copies = [] if self.lagging_model is None else self.lagging_model.modules()
-            for part, lagging in zip(self.model.modules(), copies, strict=False):
-                lagging.training = part.training
+            if self.lagging_model is not None:
+                layers.copy_modes(self.model, self.lagging_model)
         if self.params.micro_batch_size is not None:
             refuse_strategy(self.trainer)
             synchronize_buffers_alone(self.trainer.model)
         loss = advice.CUSTOM if self.custom_loss else self.params.loss_type
-        frozen = advice.frozen_since(self.trained, {row.name for row in self.parameter_table()})
-        for line in [*frozen, *advice.doubts(self.params, self.plan, loss)]:
+        is_ours = type(self).configure_optimizers is SelfSupervisedMethod.configure_optimizers
+        doubts = advice.doubts(self.params, self.plan, loss) if is_ours else []
+        for line in [*advice.frozen_since(self.trained, now), *doubts]:
             rank_zero_info(f"warning: {line}")
 
     def reads_labels(self, training: bool) -> bool:
@@ -362,7 +364,8 @@ class SelfSupervisedMethod(BaseMethod):
         with self.eagerly():
             return nan_where_unreadable(at_least_float32(encoders.embeddings_of(self.model, batch[0])), batch[1])
 
-    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
         """Log the scores under names that start with "test_"."""
@@ -392,6 +395,5 @@ class SelfSupervisedMethod(BaseMethod):
         self.started_from = checkpoint.get("started_from")
         if self.teacher is not None:
             self.teacher.refuse_another(checkpoint.get("teacher"))
-        fits = self._trainer is not None and self.trainer.state.fn == "fit"
-        restore_queue(checkpoint, same_number=fits)
+        restore_queue(checkpoint, same_number=self._trainer is not None and self.trainer.state.fn == "fit")
         super().on_load_checkpoint(checkpoint)

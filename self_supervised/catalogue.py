@@ -189,7 +189,7 @@ def is_resnet(name: str) -> bool:
 
 NORMALIZATIONS = ("bn", "ln", "gn", "br")  # in heads: batch norm, layer norm, group norm, batch renormalization
 GROUPS = 32  # number of groups of group norm
-NORMS_AND_BIASES = [".bias", ".bn"]  # patterns for lars.parameter_groups: all biases and all normalization layers
+NORMS_AND_BIASES = [".bias", ".bn"]  # patterns for lars.split_by_patterns: all biases and all normalization layers
 CURVES = ("constant", "linear", "cosine")  # shapes of a schedule
 
 

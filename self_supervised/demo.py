@@ -34,7 +34,7 @@ from self_supervised.training.plan import epochs_text
 from self_supervised.views import augmentations
 
 OUT = Path("runs/demo")
-COMMAND = re.compile(r"\S+ (-m self_supervised )?demo\b|\S*demo\.py\b")  # how command.txt begins
+COMMAND = re.compile(r"\S+ (-m self_supervised )?demo\b|demo\.py\b")  # how command.txt begins
 LABELS_PER_CLASS = 5
 LABEL_DRAWS = 5  # random draws of the labels, over which accuracies are averaged
 

@@ -1,4 +1,4 @@
-"""Evaluate an encoder by every protocol, next to a random encoder and the weights from which its training started.
+"""Score an encoder by standard protocols, next to a random encoder and the weights from which its training started.
 
     self-supervised evaluate runs/simclr_cifar10
     self-supervised evaluate runs/simclr_cifar10 --dataset_name cifar100 --protocols knn semi_10 --seeds 0 1
@@ -41,7 +41,7 @@ from self_supervised.report import evaluations, output
 from self_supervised.runs.command_line import CHECKPOINT, DEVICE, add_fields, parser_of
 from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_file, check_folder
-from self_supervised.training.run_folder import versions
+from self_supervised.training.run_folder import settings_of_run, versions
 
 READING_OPTIONS = (
     *OF_ENCODER,
@@ -141,7 +141,7 @@ def check_request(protocols: Sequence[str], training: dict[str, Any], out: str |
             f"max_epochs={training['max_epochs']}: has no effect, because no chosen protocol trains. Leave it out, or "
             f"choose one of the protocols {names}."
         )
-    if out and (as_path(out) / "config.yaml").is_file():
+    if out and "preset" in settings_of_run(as_path(out)):
         raise ValueError(
             f"out={out}: is the directory of a run, which has its own results.json. Leave out --out, or choose another "
             "directory."

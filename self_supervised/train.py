@@ -330,6 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def without_run(options: RunOptions, params: ModelParams) -> None:
     """Carry out what --preview, --fit_memory and --dry_run ask for instead of a run. No lists and no packs are kept."""
+    for line in options.without_effect():
+        print(f"warning: {line}")
     if options.preview:
         print(preview.write_preview(params, options.preview))
     if options.fit_memory:

@@ -173,7 +173,7 @@ def test_a_subclass_may_have_its_own_optimizer(small, trainer, tmp_path):
     for n in (1, 2):  # the second training has a plan of its own
         trainer(max_epochs=n, logger=pl.loggers.CSVLogger(tmp_path)).fit(model)
         plans.append((model.plan.steps, model.plan.steps_per_epoch, model.plan.batch_size))
-    assert plans == [(2, 2, 16), (4, 2, 16)]
+    assert plans == [(2, 2, 16), (4, 2, 16)] and model.plan.lr == 1e-3
 
 
 def test_seed_decides_the_weights_and_defaults_to_that_of_seed_everything():
@@ -376,6 +376,12 @@ def test_what_is_not_a_view_of_the_same_images_is_refused(trainer):
     with pytest.raises(ValueError, match="train_dataloaders: a batch of each of the 2 loaders .*ConcatDataset"):
         trainer().fit(model(), both)
     trainer().fit(model(Joined), both)
+
+    class First(SelfSupervisedMethod):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return super().on_after_batch_transfer(batch[0], dataloader_idx)
+
+    trainer().fit(model(First), both)
 
 
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # from Lightning

@@ -1,5 +1,6 @@
 """DataLoader that can resume within an epoch, and the formats of batches that any loader may yield."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from itertools import islice
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -66,11 +68,19 @@ class ResumableSampler(DistributedSampler):
 
 def begin_worker(initialize: Callable[[int], Any] | None, worker_id: int) -> None:
     """Let a worker ignore the signals at which the training saves and exits: launchers send them to all processes of a
-    group, and the training needs its workers up to the next batch."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    group, and the training needs its workers up to the next batch. It can still end them itself."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=end_when_the_training_says_so, daemon=True).start()
     if initialize is not None:
         initialize(worker_id)
+
+
+def end_when_the_training_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class ResumableDataLoader(DataLoader):
@@ -88,7 +98,6 @@ class ResumableDataLoader(DataLoader):
         super().__init__(*args, **kwargs)
         if self.persistent_workers:
             raise ValueError("persistent_workers=True: the workers would stay in the first epoch. Leave it out.")
-        self.worker_init_fn = partial(begin_worker, self.worker_init_fn)
 
     def __iter__(self) -> Iterator[Any]:
         if not isinstance(self.sampler, ResumableSampler):  # Lightning replaces it for overfit_batches
@@ -127,7 +136,12 @@ class ResumableDataLoader(DataLoader):
         """
         if not callable(getattr(self.dataset, "order", None)):
             others = set(active_children())
-            batches = super().__iter__()
+            initialize = self.worker_init_fn
+            self.worker_init_fn = partial(begin_worker, initialize)
+            try:
+                batches = super().__iter__()
+            finally:
+                self.worker_init_fn = initialize  # Lightning sets one of its own if there is none
             self.workers = tuple(set(active_children()) - others)
             return batches
         order = self.dataset.order(list(self.sampler))

@@ -19,7 +19,7 @@ from self_supervised.data.image_files import preprocessing
 from self_supervised.embeddings import parquet
 from self_supervised.embeddings.embed import digest
 from self_supervised.embeddings.projection import unit_rows
-from self_supervised.embeddings.sources import Batches, Folder, ImageSource, open_source, picture_of
+from self_supervised.embeddings.sources import Batches, Folder, ImageSource, picture_of, source_of_features
 from self_supervised.fields import as_path
 from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.pretrained import load_encoder
@@ -259,12 +259,7 @@ def nearest_sheet(
     features = as_path(features)
     check_file("out", out)
     about = parquet.facts_of_file(features)
-    kind = "video" if "num_frames" in about["preprocessing"] else "image"
-    try:
-        source = open_source(folder or about["images"], kind, about.get("columns"))
-    except ValueError as error:
-        reason = str(error).removesuffix(".")
-        raise ValueError(f"{reason}. Pass the directory of the images with --folder.") from error
+    source = source_of_features(about, folder)
     queries = find_queries(features, images, source, checkpoint)
     embeddings = np.stack([query.embedding for query in queries])
     neighbors = nearest_rows(features, embeddings, k, [query.own for query in queries])

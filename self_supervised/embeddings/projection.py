@@ -20,7 +20,7 @@ from sklearn.manifold import TSNE
 from self_supervised import numerics
 from self_supervised.embeddings import parquet
 from self_supervised.embeddings.map_page import WRITERS, Map
-from self_supervised.embeddings.sources import open_source
+from self_supervised.embeddings.sources import source_of_features
 from self_supervised.fields import as_path
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import FEATURES, FOLDER, parser_of
@@ -194,11 +194,9 @@ def make_map(
     title = f"{TITLES[method]} of {Path(features).name}"
     drawn = Map(title, note, paths, points, kind, names, examples(embeddings, kind))
     try:
-        of = "video" if "num_frames" in about["preprocessing"] else "image"
-        source = open_source(folder or about["images"], of, about.get("columns"))
+        source = source_of_features(about, folder)
     except ValueError as error:
-        reason = str(error).removesuffix(".")
-        print(f"the page has no pictures: {reason}. Pass the directory of the images with --folder.")
+        print(f"the page has no pictures: {error}")
         source = None
     for file in out:
         if file.suffix == CLUSTERED:

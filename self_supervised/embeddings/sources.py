@@ -231,6 +231,24 @@ def kind_of(params: EncoderAndDataParams) -> str:
     return "video" if params.dataset.of_videos else "image"
 
 
+def source_of_features(about: dict[str, Any], folder: str | Path | None) -> "ImageSource":
+    """Return the source of the images whose features a file holds.
+
+    Args:
+        about: the file's metadata.
+        folder: directory of the images, if it has moved.
+
+    Raises:
+        ValueError: it is not there. The message names --folder.
+    """
+    kind = "video" if "num_frames" in about["preprocessing"] else "image"
+    try:
+        return open_source(folder or about["images"], kind, about.get("columns"))
+    except ValueError as error:
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{reason}. Pass the directory of the {kind}s with --folder.") from error
+
+
 def open_source(
     name: str | Path, kind: str = "image", columns: dict[str, Any] | None = None, preferred: str | None = None
 ) -> ImageSource:

@@ -90,8 +90,8 @@ class Protocol:
     preset: str | None = None  # name in LINEAR_PRESETS, if the protocol trains by SGD
 
     def refusal(self, encoder: Encoder, params: EncoderAndDataParams, unlabeled: str) -> str | None:
-        """Return why the protocol cannot be run, or None. `unlabeled` is what `about_labels` has returned, once for all
-        protocols, since it may list files."""
+        """Return why the protocol cannot be run, or None. `unlabeled` is what `why_not_scorable` has returned, once for
+        all protocols, since it may list files."""
         if self.needs_labels and unlabeled:
             return unlabeled
         if self.needs_classes and params.dataset.multi_label:

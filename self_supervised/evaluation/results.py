@@ -124,6 +124,8 @@ def folder_of(checkpoint: str | Path) -> Path:
     elif not path.is_file():
         return Path("runs") / f"{str(checkpoint).replace('/', '_').replace(':', '_')}.evaluation"
     folder = path.with_name(f"{path.stem}.evaluation")
+    if path.suffix != ".ckpt" and path.with_suffix(".ckpt").is_file():
+        return path.with_name(f"{path.name}.evaluation")
     with suppress(ValueError):  # results.json is corrupt
         configs = read_results(folder / "results.json")["config"].values()
         evaluated = {Path(config.get("checkpoint", "")).name for config in configs}

@@ -32,6 +32,12 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+def copy_modes(source: nn.Module, target: nn.Module) -> None:
+    """Put each part of a copy into the mode of the part from which it was copied."""
+    for part, copied in zip(source.modules(), target.modules(), strict=True):
+        copied.training = part.training
+
+
 def stages(encoder: nn.Module) -> dict[str, Parameters]:
     """Return the encoder's parameters in stages from input to output, by the name of each stage's first module.
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from attrs import frozen
 
-from model_params import CUSTOM_DATA, DATASET_DEFAULTS, SUBSET
+from model_params import DATASET_DEFAULTS, EARLIER_DEFAULTS, SUBSET
+from self_supervised.data.foreign_paths import config_of, run_of
 from self_supervised.evaluation import results
 from self_supervised.evaluation.results import DRAWN, RunRecord
 from self_supervised.fields import as_path
@@ -25,7 +26,6 @@ ENCODER_NAMES = {name: f"{name} encoder" for name in ("trained", "lagging", "ran
     "starting": "starting weights"
 }
 OF_MEASUREMENT = (*results.OF_ENCODER, "evaluation_clips", "evaluation_crops", "max_epochs", "batch_size")
-OF_CUSTOM_IMAGES = (*(name for name in CUSTOM_DATA if name not in SUBSET), "exif_orientation")
 NOT_SCORES = ("l2",)  # hyperparameters that are stored with the scores
 LOWEST_IS_BEST = ("uniformity", "alignment")
 DEVIATION = "±: sample standard deviation over runs; in a row of one run over evaluation seeds, or draws of one seed."
@@ -310,14 +310,22 @@ def evaluate_command(dataset: str, missing: dict[str, set[str]], option: str, ru
     options = ["--dataset_name", dataset, "--protocols", *names, "--seeds", *map(str, drawn)]
     options += [f"--{name}={chosen[name]}" for name in OF_MEASUREMENT if name in chosen]
     checkpoints = [checkpoint for checkpoint, of in missing.items() if of]
-    settings = [run_folder.settings_of_run(run_or_file(checkpoint)) for checkpoint in checkpoints]
-    own = [DATASET_DEFAULTS | (one if one.get("dataset_name") == dataset else {}) for one in settings]
-    for name in (name for name in OF_CUSTOM_IMAGES if name in chosen):
-        if any(one.get(name) != chosen[name] for one in own):
-            options.append(f"--{name}={chosen[name]}")
+    options += [f"--{name}={value}" for name, value in choice_of_images(chosen, dataset, checkpoints).items()]
     command = shlex.join(["self-supervised", "evaluate", *checkpoints, *options, *filter(None, [option])])
-    places = " (and the --data_path and --splits_path of the other rows, if they were passed)"
-    return command + (places if "test_size" in chosen else "")
+    places = " (and the --data_path, --splits_path or --video_path_prefix of the other rows, if they were passed)"
+    return command + (places if {"test_size", "num_frames"} & set(chosen) else "")
+
+
+def choice_of_images(seen: dict[str, Any], dataset: str, checkpoints: Iterable[str]) -> dict[str, Any]:
+    """Return the settings that choose and read the images of the other rows, if a checkpoint's own are not the same."""
+    chosen = {name: seen[name] for name in DATASET_DEFAULTS if name in seen and name not in (*SUBSET, *OF_MEASUREMENT)}
+    if "images" in seen:
+        chosen["exif_orientation"] = seen.get("exif_orientation", True)
+    own = []
+    for checkpoint in checkpoints:
+        settings = run_folder.settings_of_run(run_or_file(checkpoint)) or config_of(run_of(checkpoint))
+        own.append(DATASET_DEFAULTS | EARLIER_DEFAULTS | (settings if settings.get("dataset_name") == dataset else {}))
+    return {name: value for name, value in chosen.items() if any(one.get(name) != value for one in own)}
 
 
 def protocols_of(runs: Iterable[RunRecord]) -> dict[str, None]:

@@ -31,7 +31,7 @@ from self_supervised.safe_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, hyperparameters, label_checks, preparation
 from self_supervised.training.milestones import is_cut_short
 from self_supervised.training.monitor import TrainingMonitor
-from self_supervised.training.plan import Plan, get_plan
+from self_supervised.training.plan import Plan, plan_of_own_optimizers
 from self_supervised.training.verdict import validating
 from self_supervised.views import augmentations
 
@@ -203,7 +203,7 @@ class BaseMethod(pl.LightningModule):
     def on_fit_start(self) -> None:
         hyperparameters.refuse_used_trainer(self.trainer)
         if self.plan is None:  # a subclass has its own configure_optimizers
-            self.plan = get_plan(self.params, self.trainer)
+            self.plan = plan_of_own_optimizers(self.params, self.trainer)
         hyperparameters.refuse_joined_loaders(self.trainer, self)
         if not isinstance(self.trainer.train_dataloader, ResumableDataLoader):
             hyperparameters.refuse_subsets(self.params)

@@ -17,13 +17,11 @@ from pytorch_lightning.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 
 from model_params import EARLIER_DEFAULTS
 from self_supervised.catalogue import DATASETS, OWN_MODULE
 from self_supervised.data.foreign_paths import vetted
-from self_supervised.data.loader import list_of_loaders
 from self_supervised.data.loading import Params, with_statistics
 from self_supervised.fields import Presets, plain
 
@@ -128,15 +126,16 @@ def refuse_used_trainer(trainer: pl.Trainer) -> None:
 
 
 def refuse_joined_loaders(trainer: pl.Trainer, method: pl.LightningModule) -> None:
-    """Raise ValueError if a batch holds a batch of each loader, which would be taken for views of the same images.
-
-    A hook may have made one batch of them.
-    """
-    makes_one = any(is_overridden("on_before_batch_transfer", part) for part in (method, trainer.datamodule))
-    if (n := len(list_of_loaders(trainer.train_dataloader))) > 1 and not makes_one:
+    """Raise ValueError if a batch is a list with a batch of each loader, which would be taken for views of the same
+    images, unless a hook of the user makes one batch of them."""
+    loaders = trainer.train_dataloader
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    found = [getattr(type(part), hook) for part in (method, trainer.datamodule) if part is not None for hook in hooks]
+    has_own = any(not hook.__module__.startswith(("pytorch_lightning.", "self_supervised.")) for hook in found)
+    if isinstance(loaders, list | tuple) and len(loaders) > 1 and not has_own:
         raise ValueError(
-            f"train_dataloaders: a batch of each of the {n} loaders would be taken for views of the same images. Pass "
-            "one loader of torch.utils.data.ConcatDataset"
+            f"train_dataloaders: a batch of each of the {len(loaders)} loaders "
+            "would be taken for views of the same images. Pass one loader of torch.utils.data.ConcatDataset"
         )
 
 

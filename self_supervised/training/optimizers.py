@@ -38,7 +38,7 @@ def get_optimizer(
     """Return the optimizer `optimizer_name`, which keeps its own settings when it loads the state of a checkpoint.
 
     Args:
-        groups: parameter groups. LARS adapts the learning rates of those with `adapt=True`.
+        groups: parameter groups. LARS adapts the learning rates of all but those with `adapt=False`.
         lr: learning rate of groups without their own.
     """
     p = params

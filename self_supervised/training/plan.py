@@ -52,6 +52,12 @@ class Plan:
         )
 
 
+def plan_of_own_optimizers(params: EncoderAndDataParams, trainer: pl.Trainer) -> Plan:
+    """Return the plan of a training with optimizers of a subclass, which may have schedules of their own."""
+    rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return evolve(get_plan(params, trainer), lr=float(max(rates, default=0)), lr_factor=1.0)
+
+
 def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: float = 0) -> Plan:
     """Return the plan of a training on this Trainer.
 

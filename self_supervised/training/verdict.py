@@ -122,7 +122,7 @@ def can_compare(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
 
 def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
     """Return the scores that a validation would log, and make them the latest ones. Logs, random states and the network
-    do not change."""
+    do not change, but all processes get the buffers of the first one."""
     plugin = trainer.precision_plugin
     with isolate_rng(), torch.no_grad(), layers.in_eval_mode(module), validating(trainer):
         distributed.share_buffers(module.model)

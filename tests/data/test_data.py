@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -256,15 +257,21 @@ def test_what_loaders_may_yield():
 
 
 def test_a_signal_to_the_process_group_leaves_the_workers_to_the_training():
-    """torchrun sends SIGTERM to the group of each process, and the training saves at the next batch."""
+    """torchrun sends SIGTERM to the group of each process, and the training saves at the next batch. PyTorch
+    ends workers that are late at the end of an epoch in this way."""
     loader = ResumableDataLoader(range(40), 2, sampler=ResumableSampler(range(40), 1, 0, shuffle=False), num_workers=1)
     found = []
     for batch in loader:
         found += batch.tolist()
         for worker in loader.workers if len(found) == 2 else ():
-            os.kill(worker.pid, signal.SIGTERM)
-            os.kill(worker.pid, signal.SIGUSR1)
-    assert found == list(range(40)) and not list(loader.dead_workers())
+            subprocess.run(["sh", "-c", f"kill -TERM {worker.pid}; kill -USR1 {worker.pid}"], check=True)
+    assert found == list(range(40)) and not list(loader.dead_workers()) and loader.worker_init_fn is None
+    next(batches := iter(loader))
+    (worker,) = loader.workers
+    worker.terminate()
+    worker.join(timeout=30)
+    assert worker.exitcode == 0
+    batches.close()
 
 
 def test_workers_that_would_stay_in_the_first_epoch_are_refused():

@@ -100,6 +100,13 @@ def test_the_command_for_missing_values_reads_the_same_custom_images(tmp_path):
         name: seen[name] for name in ("labels_from", "include_patterns", "pixel_range", "val_size")
     }  # the others are the run's own
     assert "--data_path" in places
+    step = tmp_path / "new/pretraining/checkpoints/step_1.ckpt"
+    found = evaluations.choice_of_images(seen, "folder", [str(step)])
+    assert found.keys() == {"labels_from", "include_patterns", "pixel_range", "val_size", "exif_orientation"}
+    earlier = written(tmp_path / "earlier", [], dataset_name="folder", exif_orientation=False, num_frames=4)
+    for n, expected in ((4, {"exif_orientation": True}), (8, {"exif_orientation": True, "num_frames": 8})):
+        found = evaluations.choice_of_images({"images": "hash", "num_frames": n}, "folder", [str(earlier)])
+        assert found == expected
 
 
 @pytest.mark.parametrize(("metric", "best"), [("uniformity", 0), ("alpha_req", 1), ("rank_me", 2)])
