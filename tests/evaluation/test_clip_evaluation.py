@@ -20,7 +20,7 @@ from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import evaluate
 from self_supervised.data import loading
-from self_supervised.embeddings import embed, nearest, parquet
+from self_supervised.embeddings import embed, nearest, parquet, sources
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import features as evaluation_features
 from self_supervised.evaluation import probes
@@ -347,7 +347,7 @@ def test_neighbors_of_videos_are_shown_by_their_middle_frames(features, folder, 
     monkeypatch.setattr(nearest, "load_encoder", encoder)
     (found,) = nearest.nearest_sheet(features, ["light/v3.mp4"], tmp_path / "nearest.png", k=4)
     assert [neighbor.label for neighbor in found] == ["light"] * 4 and "light/v3.mp4" not in {n.path for n in found}
-    source = nearest.open_source(folder / "kinetics/train")
+    source = sources.open_source(folder / "kinetics/train", "video")
     expected = pattern(1, 3)(15)
     assert np.abs(np.asarray(source.picture("light/v3.mp4", side=40)).astype(int) - expected).mean() < 6
     with Image.open(tmp_path / "nearest.png") as sheet:
