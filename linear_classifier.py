@@ -293,8 +293,7 @@ class LinearClassifierMethod(BaseMethod):
     def on_validation_epoch_end(self) -> None:
         self.log_means("valid", self.trainer.val_dataloaders)
 
-    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
-    test_step = validation_step
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def on_test_epoch_end(self) -> None:
         self.log_means("test", self.trainer.test_dataloaders)

@@ -364,8 +364,7 @@ class SelfSupervisedMethod(BaseMethod):
         with self.eagerly():
             return nan_where_unreadable(at_least_float32(encoders.embeddings_of(self.model, batch[0])), batch[1])
 
-    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
-    test_step = validation_step
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     def on_test_epoch_end(self) -> None:
         """Log the scores under names that start with "test_"."""

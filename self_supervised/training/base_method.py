@@ -224,7 +224,7 @@ class BaseMethod(pl.LightningModule):
                 self.check_first(images_and_labels(batch)[0], False, index)
 
     def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
-        """Return the seed of one batch; with the number of a process's own batch, all processes share it."""
+        """Return the seed of a batch, which all processes share if they pass the same number."""
         return (self.params.seed, self.current_epoch, batch_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

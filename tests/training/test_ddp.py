@@ -325,25 +325,42 @@ def scores(rank: int, world: int, folder: str) -> dict:
     return found | trainer(world).validate(linear, verbose=False)[0]
 
 
-def scores_at_the_end(rank: int, world: int, folder: str) -> tuple[dict, dict]:
-    """Scores after a last step that no validation follows, and those of the checkpoint, which has the statistics of the
-    first process."""
+class SavesWhenValidated(pl.Callback):
+    def __init__(self, path: str):
+        self.path, self.scores = path, {}
+
+    def on_validation_end(self, trainer, module):
+        if not self.scores:
+            self.scores = dict(module.latest_scores[1])
+            trainer.save_checkpoint(self.path)
+
+
+def scores_and_those_of_the_checkpoint(rank: int, world: int, folder: str, within_a_step: bool) -> tuple[dict, dict]:
+    """Scores after a last step that no validation follows, or of a validation within accumulated batches, and those of
+    the checkpoint of that moment, which has the statistics of the first process."""
 
     def network() -> nn.Module:
         return nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8, momentum=0.9), nn.ReLU(), nn.Flatten())
 
     torch.manual_seed(1)
     model = SelfSupervisedMethod(PRESETS["byol"](**SMALL, evaluations=["knn"], embedding_dim=72), encoder=network())
-    fit = trainer(world, max_steps=3, max_epochs=-1, check_val_every_n_epoch=5)
-    fit.fit(model)
-    fit.save_checkpoint(f"{folder}/example.ckpt")
-    saved = SelfSupervisedMethod.load_from_checkpoint(f"{folder}/example.ckpt", encoder=network())
-    return model.latest_scores[1], dict(trainer(world).validate(saved, verbose=False)[0])
+    saver = SavesWhenValidated(f"{folder}/example.ckpt")
+    if within_a_step:
+        options = {"limit_train_batches": 2, "val_check_interval": 1, "accumulate_grad_batches": 2}
+        trainer(world, callbacks=[saver], **options).fit(model)
+    else:
+        fit = trainer(world, max_steps=3, max_epochs=-1, check_val_every_n_epoch=5)
+        fit.fit(model)
+        saver.on_validation_end(fit, model)
+    saved = SelfSupervisedMethod.load_from_checkpoint(saver.path, encoder=network())
+    return saver.scores, dict(trainer(world).validate(saved, verbose=False)[0])
 
 
-def test_scores_at_the_end_are_those_of_the_checkpoint(tmp_path):
-    for at_end, of_checkpoint in processes.run(scores_at_the_end, 2, tmp_path, 2, str(tmp_path)):
-        assert at_end == pytest.approx(of_checkpoint) and len(at_end) == 2
+@pytest.mark.parametrize("within_a_step", [False, True])
+def test_scores_are_those_of_the_checkpoint(within_a_step, tmp_path):
+    every = processes.run(scores_and_those_of_the_checkpoint, 2, tmp_path, 2, str(tmp_path), within_a_step)
+    for scores, of_checkpoint in every:
+        assert scores == pytest.approx(of_checkpoint) and len(scores) == 2
 
 
 def test_scores_are_those_of_the_whole_set_on_every_process(tmp_path):
