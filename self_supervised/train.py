@@ -35,7 +35,7 @@ from self_supervised.runs.progress import Progress, scores_line, significant
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
 from self_supervised.threads import use_free_cores
-from self_supervised.training import checkpoints, hyperparameters, parameter_groups, precision, run_folder
+from self_supervised.training import checkpoints, hyperparameters, parameter_groups, precision, resuming, run_folder
 from self_supervised.training.milestones import Best, EveryNEpochs
 from self_supervised.training.monitor import GradientNorms, LearningRate, LogInterval
 from self_supervised.training.verdict import verdict
@@ -131,14 +131,14 @@ def resume_point(
     hyperparameters.use_earlier_defaults(method, content)
     try:
         checkpoints.refuse_going_back(out / name / "checkpoints", content["global_step"], "Resume from it")
-        checkpoints.refuse_another_model(content, method, fit)
-        steps, images = content.get("steps"), checkpoints.images_of_a_step(method.params, fit)
+        resuming.refuse_another_model(content, method, fit)
+        steps, images = content.get("steps"), resuming.images_of_a_step(method.params, fit)
         other_steps = steps is not None and steps["images"] != images  # such as on another number of processes
-        changed = ", ".join(f"{k}={v!r}" for k, v in checkpoints.changed_too_late(content, method, fit).items())
+        changed = ", ".join(f"{k}={v!r}" for k, v in resuming.changed_too_late(content, method, fit).items())
         if name == "linear" and (other_steps or changed):
             start_over(out / name)
             return None, 0
-        checkpoints.refuse_other_steps(steps, {"images": images})
+        resuming.refuse_other_steps(steps, {"images": images})
         if changed:
             raise ValueError(
                 f"{changed}: the training is complete. Choose more max_epochs to continue with other settings"

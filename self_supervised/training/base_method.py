@@ -28,7 +28,7 @@ from self_supervised.data.loader import (
 )
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
-from self_supervised.training import checkpoints, hyperparameters, label_checks, preparation
+from self_supervised.training import checkpoints, hyperparameters, label_checks, preparation, resuming
 from self_supervised.training.milestones import is_cut_short
 from self_supervised.training.monitor import TrainingMonitor
 from self_supervised.training.plan import Plan, plan_of_own_optimizers
@@ -358,8 +358,8 @@ class BaseMethod(pl.LightningModule):
         """Check that a run can be resumed with these settings. Loading a checkpoint otherwise needs no check."""
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        checkpoints.refuse_another_model(checkpoint, self, self.trainer)
-        checkpoints.convert_position(checkpoint, self.trainer.accumulate_grad_batches)
+        resuming.refuse_another_model(checkpoint, self, self.trainer)
+        resuming.convert_position(checkpoint, self.trainer.accumulate_grad_batches)
         hyperparameters.use_earlier_defaults(self, checkpoint)
         if self.seed_was_drawn and "seed" in checkpoint.get("hyper_parameters", {}):
             self.change(seed=checkpoint["hyper_parameters"]["seed"])

@@ -4,8 +4,9 @@ trainer = pl.Trainer(max_epochs=320, callbacks=[Checkpoints("runs/first", every_
 trainer.fit(model, ckpt_path=newest("runs/first"))
 """
 
-import math
+import io
 import os
+import pickle
 import signal
 import subprocess
 import threading
@@ -14,10 +15,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.plugins.environments import SLURMEnvironment
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -25,18 +28,11 @@ from self_supervised import distributed
 from self_supervised.data.loader import ResumableDataLoader
 from self_supervised.folder_lock import locked
 from self_supervised.numerics import not_finite
-from self_supervised.safe_files import atomic_file, local_path, safe_load
+from self_supervised.safe_files import UNSUPPORTED, atomic_file, local_path, safe_load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+OF_TENSORS = ("state_dict", "optimizer_states")  # the large parts of a checkpoint
 GO_ON = 75  # exit status after a signal where torchrun would take 0 for the end of the training (EX_TEMPFAIL)
-NOT_OF_TRAINING = (  # settings that may differ after a complete training
-    "max_epochs", "evaluate_every_n_epochs", "num_data_workers", "decoding_threads", "pin_data_memory",
-    "data_on_device", "torch_compile", "activation_checkpointing", "winograd", "data_path", "splits_path",
-    "unreadable_images",
-)  # fmt: skip
-MAKE_GROUPS = (  # settings that determine the optimizer's parameter groups
-    "exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr",
-)  # fmt: skip
 
 
 # ---- Reading ----
@@ -90,113 +86,44 @@ def newest(folder: str | Path) -> Path | None:
     return None
 
 
-# ---- Resuming with other settings ----
-
-
-def refuse_another_model(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> None:
-    """Refuse to resume if the state in a checkpoint contradicts the settings of the method or the Trainer.
-
-    All other settings are those of the method, from the first step on.
-
-    Raises:
-        ValueError: they contradict; names the settings.
-    """
-    saved = {name: tensor.shape for name, tensor in content["state_dict"].items()}
-    own = {name: tensor.shape for name, tensor in method.state_dict().items()}
-    differing = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
-    before = content.get("hyper_parameters")
-    before = before if isinstance(before, dict) else {}
-    changed = {name: value for name, value in method.hparams.items() if before.get(name, value) != value}
-    if differing:
-        named = ", ".join(f"{name}={value!r} (checkpoint: {before[name]!r})" for name, value in changed.items())
-        others = " and others" if len(differing) > 3 else ""
-        raise ValueError(
-            f"the checkpoint is of another model, in which {', '.join(differing[:3])}{others} differ. Resume with the "
-            f"settings of its run; what differs: {named or 'the encoder'}"
-        )
-    groups = next(iter(content.get("optimizer_states", [])), {}).get("param_groups", [])
-    has_names = all("param_names" in group for group in groups)  # not in checkpoints of earlier versions
-    for name in ("optimizer_name", *(() if has_names else MAKE_GROUPS)):
-        if name in changed:
-            raise ValueError(
-                f"{name}={changed[name]!r}: the checkpoint's optimizer has state for {before[name]!r}. Resume with "
-                "that value, or start a new run from its weights (encoder_weights)"
-            )
-    refuse_lower_limits(content, trainer)
-
-
-def epochs_done(content: dict[str, Any]) -> int:
-    """Return the number of completed epochs of a checkpoint's training."""
-    loop = content.get("loops", {}).get("fit_loop", {})
-    return loop.get("epoch_progress", {}).get("current", {}).get("processed", 0)
-
-
-def refuse_lower_limits(content: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Raise ValueError if the checkpoint's training is already longer than the Trainer's limits."""
-    done = {"max_epochs": epochs_done(content), "max_steps": content["global_step"]}
-    for name, reached in done.items():
-        limit = getattr(trainer, name)
-        if limit not in (None, -1) and reached > limit:
-            raise ValueError(f"{name}={limit}: the checkpoint's training has already reached {reached}. Choose more")
-
-
-def changed_too_late(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
-    """Return {name: value} of settings that come too late, because the checkpoint's training is complete."""
-    if epochs_done(content) < (trainer.max_epochs or 0):
-        return {}
-    before = content.get("hyper_parameters", {})
-    now = {name: value for name, value in method.hparams.items() if name not in NOT_OF_TRAINING}
-    return {name: value for name, value in now.items() if before.get(name, value) != value}
-
-
-def images_of_a_step(params: Any, trainer: pl.Trainer) -> int:
-    """Return the number of images per optimizer step, according to the settings."""
-    batches = trainer.num_devices * trainer.num_nodes * trainer.accumulate_grad_batches
-    return params.global_batch_size or params.batch_size * batches
-
-
-def refuse_other_steps(before: dict[str, int] | None, now: dict[str, int]) -> None:
-    """Check that optimizer steps mean the same as before, because schedules and the position in the epoch count them.
-
-    Args:
-        before: "steps" of the checkpoint that is resumed (`Plan.of_checkpoint`); None: of an earlier version.
-        now: the same of this run. "an_epoch" may be missing.
-
-    Raises:
-        ValueError: the number of images per step differs. Other steps per epoch give a warning.
-    """
-    if before is None:
-        return
-    if now["images"] != before["images"]:
-        raise ValueError(
-            f"batch_size: {now['images']} images per optimizer step, but the checkpoint's run had {before['images']}, "
-            "and its schedules count steps. Choose batch_size (or global_batch_size), accumulate_grad_batches and the "
-            "number of processes so that their product stays the same, or start a new run from its weights "
-            "(encoder_weights)"
-        )
-    if now.get("an_epoch", before["an_epoch"]) != before["an_epoch"]:
-        rank_zero_warn(
-            f"an epoch has {now['an_epoch']} optimizer steps, but had {before['an_epoch']} in the checkpoint's run. "
-            "The learning rate and the momentum m follow the new length and do not end exactly at their final values"
-        )
-
-
-def convert_position(content: dict[str, Any], accumulated: int) -> None:
-    """Convert the position in the epoch, in place, to batches of which `accumulated` make an optimizer step."""
-    before = content.get("steps", {}).get("accumulated", accumulated)
-    if before == accumulated:
-        return
-    loop = content["loops"]["fit_loop"]
-    positions = [p for p in loop["state_dict"].get("combined_loader", []) if ResumableDataLoader.is_position(p)]
-    progress = loop["epoch_loop.batch_progress"]
-    for counts in (*positions, progress["total"], progress["current"]):
-        ready = counts.get("ready")  # of a file of Lightning's ModelCheckpoint, "completed" is one behind it
-        for name in counts.keys() - {"epoch"}:
-            late = 0 if ready is None else ready - counts[name]
-            counts[name] = math.ceil((counts[name] + late) * accumulated / before) - late
-
-
 # ---- Writing ----
+
+
+def of_data_only(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what to write of a checkpoint, of which only data is read: NumPy's numbers become Python's, and the state
+    of a callback that holds other objects is left out with a warning.
+
+    Raises:
+        ValueError: another part holds objects.
+    """
+    parts = {name: part for name, part in content.items() if name not in OF_TENSORS}
+    parts = apply_to_collection(parts, np.generic, np.generic.item)
+    states = parts.get("callbacks", {})
+    for name in list(states):
+        if found := objects_in(states[name]):
+            rank_zero_warn(
+                f"the state of the callback {name} is not saved: it holds {found}, and only data can be read"
+            )
+            del states[name]
+    for name, part in parts.items():
+        if found := objects_in(part):
+            raise ValueError(f"{name}: a checkpoint with it could not be read again, because it holds {found}")
+    return {**content, **parts}
+
+
+def objects_in(part: Any) -> str:
+    """Return which object keeps a part of a checkpoint from being read as data only, or an empty text."""
+    written = io.BytesIO()
+    try:
+        torch.save(part, written)
+        written.seek(0)
+        torch.load(written, weights_only=True)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # the last two: of local and open objects
+        return str(error)
+    except pickle.UnpicklingError as error:
+        found = UNSUPPORTED.search(str(error))
+        return found[1] if found else str(error)
+    return ""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -205,8 +132,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):  # a URL, which fsspec writes
             return super().save_checkpoint(checkpoint, path, storage_options)
+        content = of_data_only(checkpoint)
         with atomic_file(Path(path)) as unfinished, unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
+            torch.save(content, file)
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """Return a checkpoint's content, without states of callbacks that are filed under a class, not under a name:

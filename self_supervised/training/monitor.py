@@ -18,8 +18,9 @@ from self_supervised.data.loader import ResumableDataLoader, list_of_loaders
 from self_supervised.distributed import to_host
 from self_supervised.numerics import not_finite
 from self_supervised.training import optimizers
-from self_supervised.training.checkpoints import SafeCheckpointIO, refuse_other_steps
+from self_supervised.training.checkpoints import SafeCheckpointIO
 from self_supervised.training.parameter_groups import ONLINE
+from self_supervised.training.resuming import refuse_other_steps
 
 COLLAPSED_STD = 0.15  # step_projection_std below which the mean cosine of different images is 0.98 or more
 LOG_INTERVAL = 50  # optimizer steps per row of metrics.csv

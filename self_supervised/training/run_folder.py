@@ -41,7 +41,7 @@ from self_supervised.data.folders import SETTINGS as SETTINGS_OF_LISTS
 from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_json
 
 LIBRARIES = ("self-supervised", "torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
-FIXED = ("preset", "optimizer_name")  # settings that cannot change; checkpoints.refuse_another_model checks the others
+FIXED = ("preset", "optimizer_name")  # settings that cannot change; resuming.refuse_another_model checks the others
 LATER_SCORES = ("trained encoder", "test set", "linear classifier")  # keys of scores in results.json; any other: before
 EFFECTIVE = "\n# Effective settings, in words (not read by --config):\n#\n"  # starts the comment in config.yaml
 Kind = TypeVar("Kind", dict, list)

@@ -231,6 +231,46 @@ def test_weights_that_are_not_finite_are_not_saved(method, trainer, tmp_path):
     assert names(tmp_path / "run") == ["step_000000002.ckpt"]
 
 
+class Counting(pl.Callback):
+    """Callback with a state of its own."""
+
+    def __init__(self, state: dict):
+        self.state = state
+        self.loaded = None
+
+    def state_dict(self) -> dict:
+        return self.state
+
+    def load_state_dict(self, state: dict) -> None:
+        self.loaded = state
+
+
+class WithObject(Counting):
+    pass
+
+
+def test_states_of_callbacks_leave_a_checkpoint_readable(method, trainer, tmp_path):
+    """NumPy's numbers become Python's; other objects are left out."""
+
+    def callbacks() -> list[pl.Callback]:
+        state = {"best": np.float64(0.5), "seen": (np.int64(3), [torch.ones(2)])}
+        return [Counting(state), WithObject({"path": tmp_path}), Checkpoints(tmp_path / "run")]
+
+    with pytest.warns(UserWarning, match="state of the callback WithObject is not saved: it holds pathlib"):
+        trainer(callbacks=callbacks()).fit(method)
+    plain, dropped, _ = read = callbacks()
+    resumed = SelfSupervisedMethod(method.params, encoder=tiny())
+    trainer(callbacks=read).fit(resumed, ckpt_path=newest(tmp_path / "run"))
+    assert plain.loaded["best"] == 0.5 and type(plain.loaded["seen"][0]) is int and dropped.loaded is None
+
+
+def test_objects_of_a_users_method_are_refused_before_they_spoil_a_checkpoint(method, trainer, tmp_path):
+    method.on_save_checkpoint = lambda checkpoint: checkpoint.update(own=tmp_path)
+    with pytest.raises(ValueError, match="own: a checkpoint with it could not be read again, because it holds pathlib"):
+        trainer(callbacks=[Checkpoints(tmp_path / "run")]).fit(method)
+    assert newest(tmp_path / "run") is None
+
+
 def test_a_fit_of_a_loaded_method_starts_at_the_beginning(saved, trainer):
     """The loader's position is restored on resuming, not on loading."""
     seen = []

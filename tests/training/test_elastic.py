@@ -29,7 +29,8 @@ from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised import distributed
 from self_supervised.runs.run_options import RunOptions
-from self_supervised.training.checkpoints import Checkpoints, convert_position, newest, read_checkpoint
+from self_supervised.training.checkpoints import Checkpoints, newest, read_checkpoint
+from self_supervised.training.resuming import convert_position
 
 STEP, EPOCHS, STEPS_OF_AN_EPOCH = 12, 3, 5  # images of an optimizer step
 COMMON = {**SMALL, "global_batch_size": STEP, "mlp_normalization": "ln", "evaluations": [], "num_data_workers": 0}

@@ -1,0 +1,121 @@
+"""Resuming a training with other settings: what is refused, what comes too late, and the position in the epoch."""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_warn
+
+from self_supervised.data.loader import ResumableDataLoader
+
+NOT_OF_TRAINING = (  # settings that may differ after a complete training
+    "max_epochs", "evaluate_every_n_epochs", "num_data_workers", "decoding_threads", "pin_data_memory",
+    "data_on_device", "torch_compile", "activation_checkpointing", "winograd", "data_path", "splits_path",
+    "unreadable_images",
+)  # fmt: skip
+MAKE_GROUPS = (  # settings that determine the optimizer's parameter groups
+    "exclude_matching_parameters_from_lars", "parameter_options", "layer_decay", "encoder_lr",
+)  # fmt: skip
+
+
+def refuse_another_model(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> None:
+    """Refuse to resume if the state in a checkpoint contradicts the settings of the method or the Trainer.
+
+    All other settings are those of the method, from the first step on.
+
+    Raises:
+        ValueError: they contradict; names the settings.
+    """
+    saved = {name: tensor.shape for name, tensor in content["state_dict"].items()}
+    own = {name: tensor.shape for name, tensor in method.state_dict().items()}
+    differing = [key for key in {**own, **saved} if own.get(key) != saved.get(key)]
+    before = content.get("hyper_parameters")
+    before = before if isinstance(before, dict) else {}
+    changed = {name: value for name, value in method.hparams.items() if before.get(name, value) != value}
+    if differing:
+        named = ", ".join(f"{name}={value!r} (checkpoint: {before[name]!r})" for name, value in changed.items())
+        others = " and others" if len(differing) > 3 else ""
+        raise ValueError(
+            f"the checkpoint is of another model, in which {', '.join(differing[:3])}{others} differ. Resume with the "
+            f"settings of its run; what differs: {named or 'the encoder'}"
+        )
+    groups = next(iter(content.get("optimizer_states", [])), {}).get("param_groups", [])
+    has_names = all("param_names" in group for group in groups)  # not in checkpoints of earlier versions
+    for name in ("optimizer_name", *(() if has_names else MAKE_GROUPS)):
+        if name in changed:
+            raise ValueError(
+                f"{name}={changed[name]!r}: the checkpoint's optimizer has state for {before[name]!r}. Resume with "
+                "that value, or start a new run from its weights (encoder_weights)"
+            )
+    refuse_lower_limits(content, trainer)
+
+
+def epochs_done(content: dict[str, Any]) -> int:
+    """Return the number of completed epochs of a checkpoint's training."""
+    loop = content.get("loops", {}).get("fit_loop", {})
+    return loop.get("epoch_progress", {}).get("current", {}).get("processed", 0)
+
+
+def refuse_lower_limits(content: dict[str, Any], trainer: pl.Trainer) -> None:
+    """Raise ValueError if the checkpoint's training is already longer than the Trainer's limits."""
+    done = {"max_epochs": epochs_done(content), "max_steps": content["global_step"]}
+    for name, reached in done.items():
+        limit = getattr(trainer, name)
+        if limit not in (None, -1) and reached > limit:
+            raise ValueError(f"{name}={limit}: the checkpoint's training has already reached {reached}. Choose more")
+
+
+def changed_too_late(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
+    """Return {name: value} of settings that come too late, because the checkpoint's training is complete."""
+    if epochs_done(content) < (trainer.max_epochs or 0):
+        return {}
+    before = content.get("hyper_parameters", {})
+    now = {name: value for name, value in method.hparams.items() if name not in NOT_OF_TRAINING}
+    return {name: value for name, value in now.items() if before.get(name, value) != value}
+
+
+def images_of_a_step(params: Any, trainer: pl.Trainer) -> int:
+    """Return the number of images per optimizer step, according to the settings."""
+    batches = trainer.num_devices * trainer.num_nodes * trainer.accumulate_grad_batches
+    return params.global_batch_size or params.batch_size * batches
+
+
+def refuse_other_steps(before: dict[str, int] | None, now: dict[str, int]) -> None:
+    """Check that optimizer steps mean the same as before, because schedules and the position in the epoch count them.
+
+    Args:
+        before: "steps" of the checkpoint that is resumed (`Plan.of_checkpoint`); None: of an earlier version.
+        now: the same of this run. "an_epoch" may be missing.
+
+    Raises:
+        ValueError: the number of images per step differs. Other steps per epoch give a warning.
+    """
+    if before is None:
+        return
+    if now["images"] != before["images"]:
+        raise ValueError(
+            f"batch_size: {now['images']} images per optimizer step, but the checkpoint's run had {before['images']}, "
+            "and its schedules count steps. Choose batch_size (or global_batch_size), accumulate_grad_batches and the "
+            "number of processes so that their product stays the same, or start a new run from its weights "
+            "(encoder_weights)"
+        )
+    if now.get("an_epoch", before["an_epoch"]) != before["an_epoch"]:
+        rank_zero_warn(
+            f"an epoch has {now['an_epoch']} optimizer steps, but had {before['an_epoch']} in the checkpoint's run. "
+            "The learning rate and the momentum m follow the new length and do not end exactly at their final values"
+        )
+
+
+def convert_position(content: dict[str, Any], accumulated: int) -> None:
+    """Convert the position in the epoch, in place, to batches of which `accumulated` make an optimizer step."""
+    before = content.get("steps", {}).get("accumulated", accumulated)
+    if before == accumulated:
+        return
+    loop = content["loops"]["fit_loop"]
+    positions = [p for p in loop["state_dict"].get("combined_loader", []) if ResumableDataLoader.is_position(p)]
+    progress = loop["epoch_loop.batch_progress"]
+    for counts in (*positions, progress["total"], progress["current"]):
+        ready = counts.get("ready")  # of a file of Lightning's ModelCheckpoint, "completed" is one behind it
+        for name in counts.keys() - {"epoch"}:
+            late = 0 if ready is None else ready - counts[name]
+            counts[name] = math.ceil((counts[name] + late) * accumulated / before) - late
