@@ -30,11 +30,12 @@ from self_supervised.networks import layers
 from self_supervised.networks.encoders import embeddings_of, get_encoder, prepare_training
 from self_supervised.networks.pretrained import SHARED, load_encoder
 from self_supervised.numerics import at_least_float32, rank_of
+from self_supervised.training import optimizers
 from self_supervised.training.base_method import BaseMethod
-from self_supervised.training.hyperparameters import Given, refuse_callbacks, resolve
-from self_supervised.training.optimizers import get_optimizer
-from self_supervised.training.plan import Plan, get_plan
-from self_supervised.training.schedules import Schedule, classifier_rate, per_step
+from self_supervised.training.fit_checks import refuse_callbacks
+from self_supervised.training.hyperparameters import Given, resolve
+from self_supervised.training.plan import get_plan
+from self_supervised.training.schedules import classifier_rate
 from self_supervised.views import augmentations
 
 # ---- Settings ----
@@ -326,7 +327,8 @@ class LinearClassifierMethod(BaseMethod):
 
     def configure_optimizers(self) -> dict:
         self.plan = get_plan(self.params, self.trainer, self.params.warmup_epochs)
-        return for_linear_stage(self.params, self.plan, self.parameter_groups())
+        rate = partial(classifier_rate, self.params.lr_schedule, self.plan)
+        return optimizers.with_schedule(self.params, self.plan, self.parameter_groups(), rate)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups, with learning rates before `lr_scaling`.
@@ -337,9 +339,9 @@ class LinearClassifierMethod(BaseMethod):
         """
         p = self.params
         parts = [("classifier", p.lr, {*self.classifier.parameters()})]
-        found = layers.stages(self.model).items() if self.trains_encoder else []
-        for depth, (name, stage) in enumerate(reversed(found)):
-            parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*stage.values()}))
+        found = layers.layer_groups(self.model).items() if self.trains_encoder else []
+        for depth, (name, group) in enumerate(reversed(found)):
+            parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*group.values()}))
         adapted, excluded = split_by_patterns(self, p.exclude_matching_parameters_from_lars)
         kinds = ((adapted, "", {"adapt": True}), (excluded, "/no_decay", {"adapt": False, "weight_decay": 0.0}))
         return [
@@ -386,12 +388,3 @@ class LinearClassifierMethod(BaseMethod):
     def test_dataloader(self):
         p = self.params
         return self.loader(loading.get_dataset(p, p.dataset.test_splits), training=False)
-
-
-def for_linear_stage(params: LinearClassifierMethodParams, plan: Plan, groups: list[dict]) -> dict:
-    """Return what `configure_optimizers` returns. The groups have learning rates of their own, and follow one curve."""
-    groups = [{**group, "lr": group["lr"] * plan.lr_factor} for group in groups]
-    optimizer = get_optimizer(params, groups, plan.lr, params.nesterov)
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    rate = partial(classifier_rate, params.lr_schedule, plan)
-    return per_step(Schedule(optimizer, rate, plan.steps, decays))

@@ -22,14 +22,15 @@ from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
 from self_supervised.data.loader import ResumableDataLoader, check_views, list_of_loaders, one_image_explained
 from self_supervised.evaluation import validation
-from self_supervised.networks import encoders, layers
+from self_supervised.networks import encoders, layers, output_sizes
 from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, restore_queue
 from self_supervised.networks.teacher import Teacher
-from self_supervised.numerics import Scores, at_least_float32, in_parts
+from self_supervised.numerics import Scores, at_least_float32, in_parts, mean_of_each
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod
-from self_supervised.training.hyperparameters import Given, refuse_callbacks, resolve
+from self_supervised.training.fit_checks import refuse_callbacks
+from self_supervised.training.hyperparameters import Given, resolve
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
 from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.plan import get_plan, resolved_warmup_epochs
@@ -82,7 +83,7 @@ class SelfSupervisedMethod(BaseMethod):
             torch.manual_seed(p.seed)
             self.model, width = encoders.get_encoder(p, encoder)
             encoders.prepare_training(self.model)
-            encoders.check_small_views(self.model, width, p)
+            output_sizes.check_small_views(self.model, width, p)
             self.teacher = Teacher(p) if p.teacher else None  # not a module: checkpoints do not store it
             if self.teacher is not None:
                 self.params = p = attrs.evolve(p, dim=self.teacher.width, teacher=self.teacher.name)
@@ -194,17 +195,14 @@ class SelfSupervisedMethod(BaseMethod):
         queue = None if self.queue is None else at_least_float32(self.queue.keys)
         queries = {i: view.q if self.prototypes is None else self.prototypes(view.q) for i, view in online.items()}
         targets = self.targets(keys, queue, scheduled_values.get("sce_target_T", p.sce_target_T))
-        per_pair = [losses.cosines(online[i].z, keys[j]) for i, j in p.pairs]
-        of_all = {}
         if self.custom_loss is None and p.loss_type in OF_ALL_VIEWS:
-            stacked = (torch.stack([of_view[i] for i in sorted(of_view)]) for of_view in (queries, targets))
-            of_all = multi_view_losses.get_loss_of_views(p, self.step_seed(batch_idx))(*stacked)
+            loss_of_views = multi_view_losses.get_loss_of_views(p, self.step_seed(batch_idx))
+            scalars = loss_of_views(*(torch.stack([x for _, x in sorted(of.items())]) for of in (queries, targets)))
         else:
             loss_of = self.custom_loss or losses.get_loss_in_parts(p, **scheduled_values, labels=labels)
-            of_pairs = (loss_of(queries[i], targets[j], queue) for i, j in p.pairs)
-            per_pair = [{**cosines, **scalars} for cosines, scalars in zip(per_pair, of_pairs, strict=True)]
-        means = {name: torch.stack([pair[name] for pair in per_pair]).mean() for name in per_pair[0]}
-        return {**means, **of_all, **{name: queries[0].new_full((), value) for name, value in scheduled_values.items()}}
+            scalars = mean_of_each([loss_of(queries[i], targets[j], queue) for i, j in p.pairs])
+        cosines = mean_of_each([losses.cosines(online[i].z, keys[j]) for i, j in p.pairs])
+        return {**cosines, **scalars, **{name: queries[0].new_full((), x) for name, x in scheduled_values.items()}}
 
     def targets(self, keys: dict[int, Tensor], queue: Tensor | None, target_T: float) -> dict[int, Tensor]:
         """Return what queries are compared with: scores of prototypes, nearest keys of the queue, or the keys."""

@@ -66,9 +66,9 @@ CONFIGS = {
 UNTRAINED = "untrained"
 # accuracies of the post in percent: valid_class_acc on STL-10 after 10 epochs
 POST = {
-    **{UNTRAINED: 28.8, "base": 57.7, "proj_only": 55.3, "pred_only": 48.0},
-    **{"no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1},
-}
+    UNTRAINED: 28.8, "base": 57.7, "proj_only": 55.3, "pred_only": 48.0,
+    "no_norm": 28.3, "layer_norm": 29.4, "xent": 44.1,
+}  # fmt: skip
 POST_BATCH, POST_STEPS = 256, 4100  # images per batch and optimizer steps of the post
 
 

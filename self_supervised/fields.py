@@ -7,7 +7,7 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, get_args
@@ -205,6 +205,12 @@ def suggestion(name: str, names: Iterable[str], start: str = "", otherwise: str 
     short = [initials] if initials in lower else sorted(short, key=lambda one: (not one.startswith(initials), len(one)))
     found = alike or [lower[known] for known in short[:3]]
     return f" Did you mean {', '.join(start + one for one in found)}?" if found else otherwise
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """Return the first names as text, and how many more there are: "a, b and 3 more"."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 # ---- Classes of settings, and presets ----

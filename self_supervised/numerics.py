@@ -103,3 +103,8 @@ def where_scorable(x: Tensor | None) -> Tensor | None:
 def in_parts(x: Tensor, size: int | None) -> tuple[Tensor, ...]:
     """Return the rows of x [N, ...] in parts of nearly the same size, at most `size`; None: in one part."""
     return x.tensor_split(-(-len(x) // (size or len(x))))
+
+
+def mean_of_each(of_pairs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean of each scalar over the pairs of views."""
+    return {name: torch.stack([scalars[name] for scalars in of_pairs]).mean() for name in of_pairs[0]}

@@ -51,15 +51,16 @@ class KindOfData:
         return [text for name, value in self.reading.items() for text in (f"--{name}", str(value))]
 
 
+# fmt: off
 ADAMW = {
     "optimizer_name": "adamw", "weight_decay": 1e-4, "exclude_matching_parameters_from_lars": NORMS_AND_BIASES,
     "warmup_epochs": 1, "final_lr_schedule_value": 0.0,
-}  # fmt: skip
+}
 SMALL_HEADS = {"mlp_normalization": "bn", "mlp_hidden_dim": 256}
 
 CIFAR10 = {
-    **{"dataset_name": "cifar10", "encoder_arch": "resnet18", "transform_apply_blur": False, "batch_size": 256},
-    **{"max_epochs": 30, "warmup_epochs": 2, "final_lr_schedule_value": 0.0, "mlp_normalization": "bn"},
+    "dataset_name": "cifar10", "encoder_arch": "resnet18", "transform_apply_blur": False, "batch_size": 256,
+    "max_epochs": 30, "warmup_epochs": 2, "final_lr_schedule_value": 0.0, "mlp_normalization": "bn",
 }
 WITH_SGD = {"optimizer_name": "sgd", "lr": 0.12, "weight_decay": 5e-4, "exclude_matching_parameters_from_lars": []}
 WITH_LARS = {"optimizer_name": "lars", "lr": 0.3, "lars_eta": 0.02, "weight_decay": 1e-4}
@@ -81,12 +82,12 @@ ON_CIFAR10 = {
     "nnclr": {**WITH_SGD, "K": 4096, "T": 0.2},
     "fastsiam": {**WITH_SGD, "dim": 2048, "mlp_hidden_dim": 2048, "prediction_mlp_hidden_dims": [512]},
     "swav": {  # as lightly's example on CIFAR-10: 512 prototypes, two views, no queue
-        **{**ADAMW, "lr": 1e-3, "weight_decay": 1e-6, "n_prototypes": 512, "mlp_hidden_dim": 512},
-        **{"use_negative_examples_from_queue": False, "transform_s": 0.5},
+        **ADAMW, "lr": 1e-3, "weight_decay": 1e-6, "n_prototypes": 512, "mlp_hidden_dim": 512,
+        "use_negative_examples_from_queue": False, "transform_s": 0.5,
     },
     "dino": {  # 2,048 prototypes, as there
-        **{**WITH_SGD, "m": 0.99, "use_momentum_schedule": False, "final_weight_decay": None},
-        **{"n_prototypes": 2048, "projection_mlp_layers": 2},
+        **WITH_SGD, "m": 0.99, "use_momentum_schedule": False, "final_weight_decay": None,
+        "n_prototypes": 2048, "projection_mlp_layers": 2,
     },
     "lejepa": {},
     "visreg": {},
@@ -102,32 +103,32 @@ def on_cifar10(results: dict[str, Outcome], **changes: dict[str, Any]) -> dict[s
 
 
 OF_SOLO_LEARN = {
-    **{"optimizer_name": "lars", "lars_eta": 0.02, "grad_clip_lars": True, "lars_warmup_epochs": 10},
-    **{"exclude_matching_parameters_from_lars": NORMS_AND_BIASES, "weight_decay": 1e-4},
+    "optimizer_name": "lars", "lars_eta": 0.02, "grad_clip_lars": True, "lars_warmup_epochs": 10,
+    "exclude_matching_parameters_from_lars": NORMS_AND_BIASES, "weight_decay": 1e-4,
 }
 STRONG_JITTER = {"transform_crop_scale_min": 0.08, "transform_s": 1.0}
 UNLIKE_VIEWS = {
-    **{"transform_crop_scale_min": 0.08, "transform_saturation": 0.2},
-    **{"transform_blur_probability": [1.0, 0.1], "transform_solarize_probability": [0.0, 0.2]},
+    "transform_crop_scale_min": 0.08, "transform_saturation": 0.2,
+    "transform_blur_probability": [1.0, 0.1], "transform_solarize_probability": [0.0, 0.2],
 }
 ON_IMAGENET100 = {
     "moco_v2": {
-        **{"optimizer_name": "sgd", "lr": 0.3, "warmup_epochs": 10, "m": 0.99, "dim": 256, "mlp_hidden_dim": 2048},
+        "optimizer_name": "sgd", "lr": 0.3, "warmup_epochs": 10, "m": 0.99, "dim": 256, "mlp_hidden_dim": 2048,
         "use_both_augmentations_as_queries": True,
     },
     "byol": {
-        **{**OF_SOLO_LEARN, **UNLIKE_VIEWS, "lr": 0.5, "weight_decay": 1e-6, "m": 0.99, "dim": 256},
-        **{"projection_mlp_hidden_dims": [4096], "prediction_mlp_hidden_dims": [8192]},
+        **OF_SOLO_LEARN, **UNLIKE_VIEWS, "lr": 0.5, "weight_decay": 1e-6, "m": 0.99, "dim": 256,
+        "projection_mlp_hidden_dims": [4096], "prediction_mlp_hidden_dims": [8192],
     },
     "simclr": {**OF_SOLO_LEARN, **STRONG_JITTER, "lr": 0.3, "mlp_hidden_dim": 4096, "dim": 512},
     "vicreg": {
-        **{**OF_SOLO_LEARN, "lr": 0.3, "dim": 2048, "mlp_hidden_dim": 2048},
-        **{"transform_saturation": 0.2, "transform_solarize_probability": 0.1},
+        **OF_SOLO_LEARN, "lr": 0.3, "dim": 2048, "mlp_hidden_dim": 2048,
+        "transform_saturation": 0.2, "transform_solarize_probability": 0.1,
     },
     "barlow_twins": {**OF_SOLO_LEARN, **UNLIKE_VIEWS, "lr": 0.3, "dim": 2048},
     "swav": {
-        **{**OF_SOLO_LEARN, **STRONG_JITTER, "lr": 0.6, "weight_decay": 1e-6},
-        **{"prototypes_frozen_epochs": 2, "queue_from_epoch": 50},
+        **OF_SOLO_LEARN, **STRONG_JITTER, "lr": 0.6, "weight_decay": 1e-6,
+        "prototypes_frozen_epochs": 2, "queue_from_epoch": 50,
     },
     "nnclr": {**OF_SOLO_LEARN, **UNLIKE_VIEWS, "lr": 0.4, "weight_decay": 1e-5, "K": 65536, "T": 0.2},
 }
@@ -139,8 +140,8 @@ KINDS = {
         "scikit-learn's 1,797 scans of digits, 8 x 8 pixels: 1,297 for training, 500 for the test",
         CPU,
         {
-            **{"dataset_name": "digits", "encoder_arch": SMALL_CNN, "batch_size": 64, "max_epochs": 20},
-            **{"num_data_workers": 0, "transform_crop_scale_min": 0.6, "lr": 1e-3},
+            "dataset_name": "digits", "encoder_arch": SMALL_CNN, "batch_size": 64, "max_epochs": 20,
+            "num_data_workers": 0, "transform_crop_scale_min": 0.6, "lr": 1e-3,
             **ADAMW,
             **SMALL_HEADS,
         },
@@ -165,8 +166,8 @@ KINDS = {
         "Pass `data_path`. For larger images, raise `transform_crop_size`",
         CPU,
         {
-            **{"dataset_name": "folder", "encoder_arch": SMALL_CNN, "transform_crop_size": 16},
-            **{"batch_size": 64, "max_epochs": 12, "transform_apply_blur": False, "lr": 1e-3},
+            "dataset_name": "folder", "encoder_arch": SMALL_CNN, "transform_crop_size": 16,
+            "batch_size": 64, "max_epochs": 12, "transform_apply_blur": False, "lr": 1e-3,
             **ADAMW,
             **SMALL_HEADS,
         },
@@ -219,7 +220,7 @@ KINDS = {
         "full images in their own size, and reads 2 x 2 cells of the last map",
         f"{CPU} (python -m benchmarks.cifar10 cifar10_quick)",
         {
-            **{**CIFAR10, "encoder_arch": SMALL_CNN, "transform_crop_size": 16, "max_epochs": 5, "warmup_epochs": 0.5},
+            **CIFAR10, "encoder_arch": SMALL_CNN, "transform_crop_size": 16, "max_epochs": 5, "warmup_epochs": 0.5,
             "transform_crop_scale_min": 0.15,
         },
         {
@@ -261,7 +262,7 @@ KINDS = {
         "solo-learn's scripts/pretrain/imagenet-100 (256 images per step, 400 epochs), for which its README reports "
         "74.3 (SwAV) to 80.3 % (BYOL) linear; not run here",
         {
-            **{"dataset_name": "imagenet", "encoder_arch": "resnet18", "global_batch_size": 256, "max_epochs": 400},
+            "dataset_name": "imagenet", "encoder_arch": "resnet18", "global_batch_size": 256, "max_epochs": 400,
             "final_lr_schedule_value": 0.0,
         },
         {preset: Row(settings) for preset, settings in ON_IMAGENET100.items()},
@@ -275,13 +276,15 @@ KINDS = {
             "moco_v2": Row({}),
             "byol": Row(
                 {
-                    **{"optimizer_name": "sgd", "lr": 0.8, "exclude_matching_parameters_from_lars": []},
+                    "optimizer_name": "sgd", "lr": 0.8, "exclude_matching_parameters_from_lars": [],
                     "loss_constant_factor": 1,
                 }
             ),
         },
     ),
 }
+
+# fmt: on
 
 
 def tried_with(preset: str) -> list[str]:

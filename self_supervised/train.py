@@ -20,7 +20,6 @@ import attrs
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from linear_classifier import LinearClassifierMethod
@@ -30,77 +29,15 @@ from self_supervised import distributed, recipes
 from self_supervised.data.foreign_paths import config_of, run_of
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
-from self_supervised.runs import command_line, dry_run, effective, memory_plan, preflight, preview, trackers
-from self_supervised.runs.progress import Progress, scores_line, significant
+from self_supervised.runs import command_line, dry_run, effective, memory_plan, preflight, preview, trackers, trainers
+from self_supervised.runs.progress import scores_line, significant
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
 from self_supervised.threads import use_free_cores
-from self_supervised.training import checkpoints, hyperparameters, parameter_groups, precision, resuming, run_folder
-from self_supervised.training.milestones import Best, EveryNEpochs
-from self_supervised.training.monitor import GradientNorms, LearningRate, LogInterval
+from self_supervised.training import checkpoints, hyperparameters, parameter_groups, resuming, run_folder
 from self_supervised.training.verdict import verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes")  # keys, results.json
-
-
-# ---- Trainers ----
-
-
-def trainer(out: Path, name: str, epochs: int, options: RunOptions) -> pl.Trainer:
-    """Return the Trainer of one stage, without loggers. `Checkpoints` comes last, since it saves the state of the
-    milestones."""
-    folder = out / name / "checkpoints"
-    first_epoch = run_folder.first_epoch(out)
-    callbacks = [Progress(out / name / "throughput.csv", first_epoch), *logging_callbacks(options)]
-    if name == "pretraining":
-        callbacks += [Best(folder, wanted) for wanted in options.save_best]
-        if options.save_every_n_epochs:
-            callbacks.append(EveryNEpochs(folder, options.save_every_n_epochs))
-    callbacks.append(checkpoints.Checkpoints(folder, options.checkpoint_every_n_steps))
-    return lightning_trainer(options, max_epochs=epochs, callbacks=callbacks, enable_model_summary=False)
-
-
-def trainer_of_dry_run(model: SelfSupervisedMethod, options: RunOptions, callbacks: list[pl.Callback]) -> pl.Trainer:
-    options = with_precision(options, model)
-    quiet = {"enable_model_summary": False, "enable_progress_bar": False, "limit_val_batches": 1}
-    callbacks = [*logging_callbacks(options), *callbacks]
-    return lightning_trainer(options, max_epochs=model.params.max_epochs, callbacks=callbacks, **quiet)
-
-
-def with_precision(options: RunOptions, model: SelfSupervisedMethod, out: Path | None = None) -> RunOptions:
-    """Return the options with the precision in force instead of "auto": that of the resumed run, or this machine's."""
-    if options.precision != "auto":
-        return options
-    found, reason = None, "as before"
-    if options.resume and out:
-        resumed = [] if options.resume == "auto" else [Path(options.resume), *Path(options.resume).parents[:3]]
-        stored = (run_folder.settings_of_run(folder).get("precision") for folder in [out, *resumed])
-        found = next(filter(None, stored), None)
-    if not found:
-        found, reason = precision.choose(model, options.accelerator, options.n_processes)
-    run_folder.say(f"precision: {found} ({reason})")
-    return attrs.evolve(options, precision=found)
-
-
-def logging_callbacks(options: RunOptions) -> list[pl.Callback]:
-    """Return the callbacks that log more than the method itself does."""
-    interval = [LogInterval()] if options.log_every_n_steps is None else []
-    return [*interval, LearningRate(), *([GradientNorms()] if options.log_gradient_norms else [])]
-
-
-def lightning_trainer(options: RunOptions, **more: Any) -> pl.Trainer:
-    """Return a Trainer with the arguments in `options` and `more`, which win.
-
-    Raises:
-        ValueError: Lightning rejects an argument; the message names all that differ from their defaults.
-    """
-    given = options.trainer_arguments()
-    plain = RunOptions().trainer_arguments()
-    try:
-        return pl.Trainer(logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **(given | more))
-    except (TypeError, ValueError, MisconfigurationException) as error:
-        refused = ", ".join(f"{name}={value!r}" for name, value in given.items() if value != plain[name])
-        raise ValueError(f"{refused}: rejected by Lightning. {' '.join(str(error).split())}") from error
 
 
 # ---- Resuming ----
@@ -248,7 +185,7 @@ def linear_stage(
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", encoder, **settings)
     linear.first_epoch = run_folder.first_epoch(out)
     linear.about_labels = f"labels: {results.get('labels')}"  # the pretraining has logged them
-    fit = trainer(out, "linear", options.linear_epochs, options)
+    fit = trainers.trainer_of_stage(out, "linear", options.linear_epochs, options)
     resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit)
     fit.loggers = trackers.get_loggers(out, "linear", options, step)
     run_folder.say(f"Training LinearClassifierMethod on the frozen encoder. {dry_run.parts_text(linear)}")
@@ -284,10 +221,10 @@ def run_or_resume(
     model.is_recorded = False  # but here
     with run_folder.logged(out / "log.txt"):
         use_free_cores()
-        options = with_precision(options, model, out)
+        options = trainers.with_precision(options, model, out)
         for line in options.without_effect():
             run_folder.say(f"warning: {line}")
-        fit = trainer(out, "pretraining", params.max_epochs, options)
+        fit = trainers.trainer_of_stage(out, "pretraining", params.max_epochs, options)
         before = model.starting_point()  # not later: resume_point reads where the checkpoint's training started
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
         resumed, step = resume_point(options.resume, out, "pretraining", model, fit)
@@ -336,10 +273,10 @@ def without_run(options: RunOptions, params: ModelParams) -> None:
         print(preview.write_preview(params, options.preview))
     if options.fit_memory:
         preflight.check_run(options, params)
-        memory_plan.print_memory_plan(params, options, trainer_of_dry_run)
+        memory_plan.print_memory_plan(params, options)
     elif options.dry_run:
         preflight.check_run(options, params, decode=True)
-        dry_run.run_two_steps(params, lambda model, callbacks: trainer_of_dry_run(model, options, callbacks))
+        dry_run.run_two_steps(params, options)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from self_supervised.networks.pretrained import load_encoder
 from self_supervised.training import base_method, checkpoints
 from self_supervised.training.checkpoints import Checkpoints, SafeCheckpointIO
 from self_supervised.training.milestones import Best, EveryNEpochs
-from self_supervised.views import augmentations
+from self_supervised.views import augmentations, input_checks
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*mutually exclusive:UserWarning",  # by the Tuner, which finds lr in the method and in its hparams
@@ -451,7 +451,7 @@ def test_images_that_an_encoder_would_misread_are_refused(images, small, trainer
 
 def test_float_images_without_normalization_are_reported_once(method, trainer, monkeypatch):
     said = []
-    monkeypatch.setattr(augmentations, "rank_zero_info", said.append)
+    monkeypatch.setattr(input_checks, "rank_zero_info", said.append)
     loader = DataLoader(TensorDataset(IMAGES / 255, LABELS), batch_size=8)
     trainer(limit_val_batches=1.0).validate(method(), loader, verbose=False)
     assert len(said) == 1 and "image_mean" in said[0]
@@ -475,9 +475,9 @@ def test_float_images_without_normalization_are_reported_once(method, trainer, m
 @pytest.mark.parametrize("shape", [(16, 3, 8, 8), (8, 2, 3, 8, 8)])
 def test_floats_are_named_if_their_statistics_are_not_those_of_normalized_images(shape, change, expected, monkeypatch):
     said = []
-    monkeypatch.setattr(augmentations, "rank_zero_info", said.append)
+    monkeypatch.setattr(input_checks, "rank_zero_info", said.append)
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    augmentations.check_batch_images(change(x), SimCLRParams(dataset_name="cifar10"))
+    input_checks.check_batch_images(change(x), SimCLRParams(dataset_name="cifar10"))
     assert len(said) == expected and not any("\n" in line for line in said)
 
 
@@ -502,20 +502,20 @@ def test_channels_in_another_place_are_named_with_the_way_out(axes, order, kind,
     )
     wrong = images.permute([axes.index(axis) for axis in order])
     with pytest.raises(ValueError, match=f"seem to be {' x '.join(order)}, but must be {' x '.join(axes)}") as refused:
-        augmentations.check_batch_images(wrong, params)
+        input_checks.check_batch_images(wrong, params)
     of_batch, of_one = re.findall(r"permute\((.*?)\)", str(refused.value))
     assert torch.equal(wrong.permute(eval(of_batch)), images)
     assert torch.equal(wrong[0].permute(eval(of_one)), images[0])
-    augmentations.check_batch_images(images, params)
+    input_checks.check_batch_images(images, params)
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 32, 3), (4, 3, 32, 32, 3)])
 def test_images_whose_channels_may_be_two_axes_are_refused(shape):
     images = torch.zeros(shape, dtype=torch.uint8)
     with pytest.raises(ValueError, match="the axes seem to be N x .* C, .* If W is 3"):
-        augmentations.check_batch_images(images, SimCLRParams())
+        input_checks.check_batch_images(images, SimCLRParams())
     many = torch.zeros(4, 8, 8, 8, dtype=torch.uint8)
-    augmentations.check_pixels(many, 8)  # square images with as many channels as rows
+    input_checks.check_pixels(many, 8)  # square images with as many channels as rows
 
 
 class ArraysHWC(torch.utils.data.Dataset):

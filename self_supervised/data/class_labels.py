@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from model_params import EncoderAndDataParams
+from self_supervised.fields import first_of
 
 Label = str | int | None  # name or number of a class; None: no label
 UNLABELED = -1  # class number of an image without a label
@@ -89,10 +90,9 @@ def labels_line(
     shown = [
         f"{names.get(label, label)} ({n:,} {kind if n == 1 else f'{kind}s'})" for label, n in sorted(counts.items())
     ]
-    more = f" and {len(shown) - MOST_LISTED_CLASSES:,} more" if len(shown) > MOST_LISTED_CLASSES else ""
     classes = "1 class" if len(shown) == 1 else f"{len(shown):,} classes"
     origin = f"the {folders}" if by_folder else otherwise
-    return f"labels: {classes} from {origin}: {', '.join(shown[:MOST_LISTED_CLASSES])}{more}"
+    return f"labels: {classes} from {origin}: {first_of(shown, MOST_LISTED_CLASSES)}"
 
 
 # ---- names of classes ----

@@ -20,6 +20,7 @@ from self_supervised.catalogue import MOST_WORKERS
 from self_supervised.data.class_labels import class_numbers_of, composed
 from self_supervised.data.file_search import folders_in
 from self_supervised.data.remote_shards import UnreachableShard
+from self_supervised.fields import first_of
 
 UNREADABLE = -(2**31)  # label of a row that replaces an unreadable image in an evaluation
 MOST_SKIPPED = 20  # files listed in a warning
@@ -225,8 +226,7 @@ def name_skipped(*datasets: Any, already: int = 0) -> int:
     skipped = list(dict.fromkeys(found))
     if len(skipped) > already:
         how = "left out" if all(getattr(dataset, "evaluated", True) for dataset in datasets) else "skipped"
-        more = f" and {len(skipped) - MOST_SKIPPED} more" if len(skipped) > MOST_SKIPPED else ""
-        named = f"{', '.join(skipped[:MOST_SKIPPED])}{more}"
+        named = first_of(skipped, MOST_SKIPPED)
         warnings.warn(f"{len(skipped)} files could not be read and were {how}: {named}", stacklevel=2)
     return len(skipped)
 

@@ -20,6 +20,7 @@ from typing import Any
 from self_supervised.data.class_labels import MOST_NAMED, Label
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes
 from self_supervised.data.files import OnDisk
+from self_supervised.fields import first_of
 from self_supervised.safe_files import atomic_write
 
 # split -> its names, in upper or lower case
@@ -168,11 +169,10 @@ def check_that_all_are_there(source: Any, paths: list[str], file: Path) -> None:
         )
     missing = [path for path in paths if not source.holds(path)]
     if missing:
-        more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
         redraw = ", or draw new splits with another splits_path" if file.parent != source.root else ""
         raise ValueError(
-            f"{file} lists images that are not in {source.root}: {', '.join(missing[:MOST_NAMED])}{more}. Put them "
-            f"there, or remove their lines{redraw}."
+            f"{file} lists images that are not in {source.root}: {first_of(missing, MOST_NAMED)}. Put them there, "
+            f"or remove their lines{redraw}."
         )
 
 

@@ -22,11 +22,11 @@ from self_supervised.data.packed import PackedImages, already_a_batch
 from self_supervised.data.packed_files import use_packed
 from self_supervised.evaluation.feature_files import read_features, write_features
 from self_supervised.evaluation.fingerprints import fingerprint, of_view
+from self_supervised.networks.layouts import RESNET_STAGES
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import finite, where_scorable
 from self_supervised.views import augmentations
 
-ENCODER_STAGES = ("layer1", "layer2", "layer3", "layer4")
 LABEL_FREE_IMAGES = 25_600  # training images for label-free measures (as in https://arxiv.org/abs/2210.02885)
 VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
 PATCHES = {"n_patches": 16, "area": 0.25, "seed": 0}  # area: of the image
@@ -159,13 +159,14 @@ def extract(
     if not folder.is_dir():
         if params.pack_images and isinstance(dataset, ImageFiles):
             use_packed(dataset)
+        batches = feature_batches(dataset, params)
 
         def rows() -> Iterator[dict[str, Tensor]]:
             with ActivationRecorder(encoder, names) as recorder:
-                for images, labels in feature_batches(dataset, params):
+                for images, labels in batches:
                     yield {"x": finite(encoder.embed(images), what), "y": labels, **recorder.averages(len(images))}
 
-        write_features(folder, len(dataset), rows(), n_batches(dataset, params), what)
+        write_features(folder, len(dataset), rows(), len(batches), what)
         name_skipped(dataset)
     arrays = read_features(folder)
     if left_out := len(dataset) - len(arrays["x"]):
@@ -227,10 +228,11 @@ def features_of_views(
         device = encoder.device
         subset = dataset.subset(chosen)
         subset.evaluated = True
+        batches = feature_batches(subset, params)
 
         def rows() -> Iterator[dict[str, Tensor]]:
             n_before = 0
-            for images, labels in feature_batches(subset, params):
+            for images, labels in batches:
                 on_device = [x.to(device) for x in images] if isinstance(images, list) else images.to(device)
                 positions, n_before = n_before + np.arange(len(labels)), n_before + len(labels)
                 made = augmentations.augment(on_device, seed, views, params.mean, params.std, positions=positions)
@@ -238,7 +240,7 @@ def features_of_views(
                     x = torch.stack([encoder(view.to(device)).float() for view in made], 1)
                 yield {"x": finite(x.mean(1) if averaged else x, f"views of {'+'.join(splits)}"), "y": labels}
 
-        write_features(folder, len(subset), rows(), n_batches(subset, params), what)
+        write_features(folder, len(subset), rows(), len(batches), what)
         name_skipped(subset)
     arrays = read_features(folder)
     return Features(arrays["x"], arrays["y"])
@@ -246,8 +248,8 @@ def features_of_views(
 
 def stages_of(encoder: Encoder) -> list[str]:
     """Return the names layer1 to layer4 for a ResNet, and [] for other encoders."""
-    stages = [getattr(encoder.model, name, None) for name in ENCODER_STAGES]
-    return list(ENCODER_STAGES) if all(map(has_convolution, stages)) else []
+    stages = [getattr(encoder.model, name, None) for name in RESNET_STAGES]
+    return list(RESNET_STAGES) if all(map(has_convolution, stages)) else []
 
 
 def has_convolution(part: Any) -> bool:
@@ -265,10 +267,6 @@ def feature_batches(dataset: Dataset, params: EncoderAndDataParams) -> DataLoade
         num_workers=0 if packed else params.num_data_workers,
         collate_fn=already_a_batch if packed else None,
     )
-
-
-def n_batches(dataset: Dataset, params: EncoderAndDataParams) -> int:
-    return len(feature_batches(dataset, params))
 
 
 class ActivationRecorder:

@@ -12,7 +12,7 @@ from torch import Tensor
 from self_supervised.data import subsets
 from self_supervised.evaluation import validation
 from self_supervised.evaluation.linear_models import accuracy, few_presences, linear_logits, standardized, svm
-from self_supervised.numerics import Scores, finite, unit
+from self_supervised.numerics import Scores, finite
 
 KS = (1, 5, 20, 200)  # neighbors of kNN
 RETRIEVED = (1, 5, 10, 20)  # training samples retrieved
@@ -34,11 +34,8 @@ def knn_protocol(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tenso
 def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
     """Return recall at k: the percentage of test samples with at least one sample of their class among the k nearest
     training samples by cosine. With fewer than k training samples, all of them count."""
-    train_x = unit(finite(train_x, "training features"))
-    test_x = unit(finite(test_x, "test features"))
     hits = {k: 0 for k in RETRIEVED}
-    for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
-        nearest = (x @ train_x.T).topk(min(max(RETRIEVED), len(train_x)), dim=1).indices
+    for _, nearest, y in validation.nearest_by_cosine(train_x, test_x, test_y, max(RETRIEVED)):
         same = train_y[nearest] == y[:, None]
         hits = {k: n + int(same[:, :k].any(1).sum()) for k, n in hits.items()}
     return {f"recall{k}": 100.0 * n / len(test_y) for k, n in hits.items()}

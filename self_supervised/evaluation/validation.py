@@ -7,7 +7,7 @@ scikit-learn's probe. Features may have any scale. Features that are not finite 
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -70,18 +70,26 @@ def knn_accuracies(
 ) -> dict[int, float]:
     """Return the accuracies of k nearest neighbors by cosine, each voting with weight exp(cosine / T) (InstDisc,
     https://arxiv.org/abs/1805.01978, section 3.4). With fewer than k training images, all of them vote."""
-    train_x = unit(finite(train_x, "training features"))
-    test_x = unit(finite(test_x, "test features"))
     classes, target = train_y.unique(return_inverse=True)
     correct = {k: 0 for k in ks}
-    for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
-        cosine, neighbor = (x @ train_x.T).topk(min(max(ks), len(train_x)), dim=1)
+    for cosine, neighbor, y in nearest_by_cosine(train_x, test_x, test_y, max(ks)):
         votes = (cosine / T).exp()
         label = target[neighbor]
         for k in ks:
-            scores = votes.new_zeros(len(x), len(classes)).scatter_add_(1, label[:, :k], votes[:, :k])
+            scores = votes.new_zeros(len(y), len(classes)).scatter_add_(1, label[:, :k], votes[:, :k])
             correct[k] += int((classes[scores.argmax(1)] == y).sum())
     return {k: 100.0 * n / len(test_y) for k, n in correct.items()}
+
+
+def nearest_by_cosine(
+    train_x: Tensor, test_x: Tensor, test_y: Tensor, k: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (cosines [n, k], their rows in `train_x` [n, k], labels [n]) of 1,000 test features at a time, the nearest
+    first; all training features if there are fewer than k."""
+    train_x = unit(finite(train_x, "training features"))
+    test_x = unit(finite(test_x, "test features"))
+    for x, y in zip(test_x.split(1000), test_y.split(1000), strict=True):  # 1000 x N cosines fit into memory
+        yield *(x @ train_x.T).topk(min(k, len(train_x)), dim=1), y
 
 
 def rank_me(train_x: Tensor, *_: Tensor) -> Scores:

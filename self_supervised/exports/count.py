@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from self_supervised.exports.conversions import plain_model
+from self_supervised.networks.layers import n_parameters
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.training import checkpoints
 
@@ -22,10 +23,6 @@ class Part:
     name: str
     parameters: int
     flops: int  # for one image; a multiply-add counts as two
-
-
-def n_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def paths(module: nn.Module, prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Parts of an encoder: their train and eval modes, and stages with learning rates of their own."""
+"""Parts of an encoder: their train and eval modes, and groups of layers with learning rates of their own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 Parameters = dict[str, nn.Parameter]  # name in the encoder -> parameter
-FEWEST = 4  # stages, if the encoder can be divided into that many
+FEWEST_GROUPS = 4  # if the encoder can be divided into that many
 
 
 @contextmanager
@@ -38,24 +38,24 @@ def copy_modes(source: nn.Module, target: nn.Module) -> None:
         copied.training = part.training
 
 
-def stages(encoder: nn.Module) -> dict[str, Parameters]:
-    """Return the encoder's parameters in stages from input to output, by the name of each stage's first module.
+def layer_groups(encoder: nn.Module) -> dict[str, Parameters]:
+    """Return the encoder's parameters in groups from input to output, by the name of each group's first module.
 
-    The stages are the encoder's children, in the order of their definition. While there are fewer than four, the
-    largest child is replaced by its own children: a ResNet is divided into its stem and layer1 to layer4, a vision
-    transformer into its patch embedding and every block. A part that has only vectors (a norm) belongs to the stage
-    before it; parameters of a replaced module itself (class token, position embedding) belong to the first stage.
+    The groups are the encoder's children, in the order of their definition. While there are fewer than FEWEST_GROUPS,
+    the largest child is replaced by its own children: a ResNet is divided into its stem and layer1 to layer4, a vision
+    transformer into its patch embedding and every block. A part that has only vectors (a norm) belongs to the group
+    before it; parameters of a replaced module itself (class token, position embedding) belong to the first group.
     """
     parts = [("", encoder)]
-    while len(found := joined_parts(parts)) < FEWEST and (
+    while len(found := joined_parts(parts)) < FEWEST_GROUPS and (
         openable := [part for part in parts if can_be_opened(part[1])]
     ):
-        largest = max(openable, key=lambda part: size(part[1]))
+        largest = max(openable, key=lambda part: n_parameters(part[1]))
         name, module = largest
         at = parts.index(largest)
         parts[at : at + 1] = [(f"{name}.{child}".lstrip("."), part) for child, part in module.named_children()]
-    in_parts = {name for stage in found.values() for name in stage}
-    rest = {name: parameter for name, parameter in encoder.named_parameters() if name not in in_parts}
+    grouped = {name for group in found.values() for name in group}
+    rest = {name: parameter for name, parameter in encoder.named_parameters() if name not in grouped}
     first = next(iter(found), "")
     return {**found, first: {**rest, **found.get(first, {})}}
 
@@ -75,11 +75,10 @@ def joined_parts(parts: list[tuple[str, nn.Module]]) -> dict[str, Parameters]:
     return found
 
 
-def size(module: nn.Module) -> int:
-    """Return the number of parameters."""
+def n_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def can_be_opened(module: nn.Module) -> bool:
     """Return whether at least half of the parameters are those of children. Attention, for example, stays whole."""
-    return 2 * sum(map(size, module.children())) > size(module)
+    return 2 * sum(map(n_parameters, module.children())) > n_parameters(module)

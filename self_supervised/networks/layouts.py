@@ -14,6 +14,7 @@ from typing import Any
 from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
+from self_supervised.fields import first_of
 from self_supervised.numerics import not_finite
 from self_supervised.safe_files import EXPORTED, safe_load
 
@@ -241,10 +242,7 @@ def n_names(wrong: Mapping[str, list[str]]) -> int:
 
 def mismatch_message(found: WeightsFile, name: str, wrong: Mapping[str, list[str]]) -> str:
     """Return the error message for what `misfits` returns, with a few names of each kind."""
-    parts = []
-    for kind, names in wrong.items():
-        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-        parts.append(f"{kind}: {', '.join(names[:NAMES_SHOWN])}{more}")
+    parts = (f"{kind}: {first_of(names, NAMES_SHOWN)}" for kind, names in wrong.items())
     return f"{found.source} does not hold a {name} (read as {found.layout}): {'; '.join(parts)}"
 
 

@@ -16,7 +16,7 @@ from model_params import DATASET_DEFAULTS, EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.data.foreign_paths import ForeignPath, vetted, vetted_start
 from self_supervised.networks import architectures, encoders, layers, layouts
-from self_supervised.views import augmentations
+from self_supervised.views import augmentations, input_checks
 
 SAME_IN_STARTING = (  # settings that the encoder of the starting weights shares with the trained one
     "dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std", "pooling_size",
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: the images have another type or shape.
         """
-        augmentations.check_pixels(images, self.params.channels)
+        input_checks.check_pixels(images, self.params.channels)
         weight = next(self.model.parameters())
         with layers.in_eval_mode(self):
             return self(self.prepare(images.to(weight.device)).to(weight.dtype)).float()

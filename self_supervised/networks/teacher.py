@@ -12,7 +12,7 @@ from model_params import ModelParams
 from self_supervised import distributed
 from self_supervised.data.foreign_paths import refuse_foreign
 from self_supervised.networks.encoder_hash import encoder_hash
-from self_supervised.networks.encoders import measured_width
+from self_supervised.networks.output_sizes import measured_width
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.numerics import DROP_LAST, at_least_float32, in_parts
 from self_supervised.views.tensor_ops import normalize

@@ -145,8 +145,7 @@ def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
     subset = dataset.subset(chosen)
     images, x, y = [], [], []
     with bar() as progress:
-        total = features.n_batches(subset, params)
-        for batch, labels in progress.track(features.feature_batches(subset, params), total, description="embeddings"):
+        for batch, labels in progress.track(features.feature_batches(subset, params), description="embeddings"):
             images.append(preview.as_strips(batch))
             x.append(encoder.embed(batch).cpu())
             y.append(labels)

@@ -3,7 +3,6 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from model_params import ModelParams
 from self_supervised.data import loading
 from self_supervised.networks import layers
 from self_supervised.runs.effective import effective_settings
+from self_supervised.runs.run_options import RunOptions
+from self_supervised.runs.trainers import trainer_of_dry_run
 from self_supervised.training.monitor import TrainingMonitor
 
 STEPS = 2
@@ -56,17 +57,11 @@ class Stop(pl.Callback):
         return last - before
 
 
-def run_two_steps(params: ModelParams, make_trainer: Callable[..., pl.Trainer]) -> SelfSupervisedMethod:
+def run_two_steps(params: ModelParams, options: RunOptions) -> SelfSupervisedMethod:
     """Run two optimizer steps and one validation batch, print the tables, and return the model. No files are written,
-    except for a data set that is downloaded.
-
-    Args:
-        params: settings of the run.
-        make_trainer: function of the model and callbacks that returns the Trainer of the run, without loggers and
-            checkpoints, which validates one batch.
-    """
+    except for a data set that is downloaded."""
     stop = Stop()
-    model, trainer = two_steps(params, make_trainer, stop)
+    model, trainer = two_steps(params, options, stop)
     if trainer.is_global_zero:
         console = Console(highlight=False, markup=False)
         console.print(parts_table(model))
@@ -76,14 +71,12 @@ def run_two_steps(params: ModelParams, make_trainer: Callable[..., pl.Trainer]) 
     return model
 
 
-def two_steps(
-    params: ModelParams, make_trainer: Callable[..., pl.Trainer], stop: Stop
-) -> tuple[SelfSupervisedMethod, pl.Trainer]:
+def two_steps(params: ModelParams, options: RunOptions, stop: Stop) -> tuple[SelfSupervisedMethod, pl.Trainer]:
     model = SelfSupervisedMethod(attrs.evolve(params, evaluate_every_n_epochs=1, pack_images=False))
     model.is_recorded = False  # after two steps
     watch = TrainingMonitor()
     watch.collapse_was_named = True  # two steps are too few to detect a collapse
-    trainer = make_trainer(model, [stop, watch])
+    trainer = trainer_of_dry_run(model, options, [stop, watch])
     trainer.fit(model)
     return model, trainer
 
@@ -101,14 +94,13 @@ def parts_table(model: SelfSupervisedMethod) -> Table:
     made = empty_table("Parts", "part", "is", "output", "parameters", "trained")
     outputs = output_shapes(model)
     for name, part in model.named_children():
-        if not any(True for _ in part.parameters()) and name != "queue":
+        if not layers.n_parameters(part) and name != "queue":
             continue
         kind = p.encoder_arch if name in ("model", "lagging_model") else widths(part)
-        count = sum(weight.numel() for weight in part.parameters())
         trained = any(weight.requires_grad for weight in part.parameters())
         says = "yes" if trained else "no" if name == "queue" else "lags"
         shape = f"[{p.K}, {p.dim}]" if name == "queue" else outputs[name]
-        made.add_row(PART_NAMES.get(name, name), kind, shape, f"{count:,}", says)
+        made.add_row(PART_NAMES.get(name, name), kind, shape, f"{layers.n_parameters(part):,}", says)
     return made
 
 
@@ -116,7 +108,7 @@ def parts_text(model: nn.Module) -> str:
     """Return the number of parameters of each part in one line."""
     counts = []
     for name, part in model.named_children():
-        if count := sum(weight.numel() for weight in part.parameters()):
+        if count := layers.n_parameters(part):
             frozen = "" if any(weight.requires_grad for weight in part.parameters()) else " (not trained)"
             counts.append(f"{PART_NAMES.get(name, name)} {count:,}{frozen}")
     return f"Parameters: {', '.join(counts)}"

@@ -8,7 +8,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import attrs
-import pytorch_lightning as pl
 import torch
 from rich.console import Console
 
@@ -21,8 +20,6 @@ FIRST = 64  # images: the memory of so many, and of twice as many, shows that of
 SMALLEST_PART = 3  # images in a part: batch norm needs two, and parts of at most two end with one
 FILLED = 0.95  # of the memory that the estimate may fill
 
-MakeTrainer = Callable[..., pl.Trainer]
-
 
 @attrs.frozen
 class Measured:
@@ -32,11 +29,8 @@ class Measured:
     seconds: float = 0.0
 
 
-def print_memory_plan(params: ModelParams, options: RunOptions, make_trainer: MakeTrainer) -> None:
+def print_memory_plan(params: ModelParams, options: RunOptions) -> None:
     """Print the sizes that were measured, and the options with which the training fits into `options.fit_memory`.
-
-    Args:
-        make_trainer: importable function of the model, options and callbacks that returns the Trainer of a dry run.
 
     Raises:
         ValueError: there are several processes, or not even single images fit.
@@ -54,7 +48,7 @@ def print_memory_plan(params: ModelParams, options: RunOptions, make_trainer: Ma
     def measure(batch: int, part: int) -> int | None:
         changes = {"batch_size": batch, "global_batch_size": None, "micro_batch_size": part if part < batch else None}
         if (batch, part) not in tried:
-            tried[batch, part] = in_own_process(attrs.evolve(params, **changes), options, make_trainer)
+            tried[batch, part] = in_own_process(attrs.evolve(params, **changes), options)
         return tried[batch, part].bytes
 
     part = first_guess(images, limit, measure)
@@ -102,21 +96,21 @@ def proposal(images: int, part: int, accumulated: int) -> str:
     )
 
 
-def in_own_process(params: ModelParams, options: RunOptions, make_trainer: MakeTrainer) -> Measured:
+def in_own_process(params: ModelParams, options: RunOptions) -> Measured:
     """Measure two steps in a new process, whose peak memory is theirs, and which the system may end for lack of it."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(_measured, params, options, make_trainer).result()
+            return pool.submit(_measured, params, options).result()
         except BrokenProcessPool:
             return Measured(None)
 
 
-def _measured(params: ModelParams, options: RunOptions, make_trainer: MakeTrainer) -> Measured:
+def _measured(params: ModelParams, options: RunOptions) -> Measured:
     for stream in (1, 2):  # nothing is printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     stop = Stop()
     try:
-        _, trainer = two_steps(params, lambda model, callbacks: make_trainer(model, options, callbacks), stop)
+        _, trainer = two_steps(params, options, stop)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             return Measured(None)

@@ -31,6 +31,7 @@ from self_supervised.data.foreign_paths import config_of, kept_lists, run_of
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.loading import n_classes, require_labels
 from self_supervised.evaluation import validation
+from self_supervised.fields import first_of
 from self_supervised.runs.command_line import bar
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import remove
@@ -215,9 +216,8 @@ def check_files(params: ModelParams, with_classifier: bool) -> None:
                 pass
         every |= dict.fromkeys(path for path, _ in dataset.files)
         unreadable |= dict.fromkeys(dataset.skipped())
-    shown = ", ".join(list(unreadable)[:MOST_SKIPPED])
-    more = f" and {len(unreadable) - MOST_SKIPPED:,} more" if len(unreadable) > MOST_SKIPPED else ""
-    found = f"{len(unreadable):,} of {len(every):,} images cannot be read: {shown}{more}"
+    named = first_of(list(unreadable), MOST_SKIPPED)
+    found = f"{len(unreadable):,} of {len(every):,} images cannot be read: {named}"
     if unreadable and params.unreadable_images == "stop":
         raise ValueError(f"unreadable_images='stop': {found}. Fix or remove them, or set unreadable_images='skip'.")
     if unreadable:

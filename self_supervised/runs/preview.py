@@ -16,7 +16,7 @@ from self_supervised.data.loader import images_and_labels
 from self_supervised.fields import as_path
 from self_supervised.safe_files import atomic_file, check_file
 from self_supervised.training.hyperparameters import resolve
-from self_supervised.views import augmentations
+from self_supervised.views import augmentations, input_checks
 
 TILE = 160  # approximate width in pixels of a magnified large view; factors are whole, so that pixels stay squares
 PREVIEW_GAP = 8  # pixels, like all sizes below
@@ -76,7 +76,7 @@ def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, or
         originals: uint8 [at least `rows`, C, H, W]; default: `images`, if they are uint8, otherwise no such column.
     """
     seed = (params.seed or 0, 0)  # seed, first epoch
-    augmentations.check_batch_images(images, params)
+    input_checks.check_batch_images(images, params)
     views = augmentations.for_training(images, augmentations.training_views(params), seed)
     columns = [(caption(params, i), pixels(view[:rows], params)) for i, view in enumerate(views[: params.n_views])]
     if originals is None and isinstance(images, Tensor) and images.dtype == torch.uint8:

@@ -28,12 +28,12 @@ from self_supervised.data.loader import (
 )
 from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
-from self_supervised.training import checkpoints, hyperparameters, label_checks, preparation, resuming
+from self_supervised.training import checkpoints, fit_checks, hyperparameters, label_checks, preparation, resuming
 from self_supervised.training.milestones import is_cut_short
 from self_supervised.training.monitor import TrainingMonitor
 from self_supervised.training.plan import Plan, plan_of_own_optimizers
 from self_supervised.training.verdict import validating
-from self_supervised.views import augmentations
+from self_supervised.views import augmentations, input_checks
 
 TRAINED_FURTHER = (
     "training starts from the weights of an earlier one, and epochs, views and schedules start again. To continue it "
@@ -201,12 +201,12 @@ class BaseMethod(pl.LightningModule):
     # ---- Batches ----
 
     def on_fit_start(self) -> None:
-        hyperparameters.refuse_used_trainer(self.trainer)
+        fit_checks.refuse_used_trainer(self.trainer)
         if self.plan is None:  # a subclass has its own configure_optimizers
             self.plan = plan_of_own_optimizers(self.params, self.trainer)
-        hyperparameters.refuse_joined_loaders(self.trainer, self)
+        fit_checks.refuse_joined_loaders(self.trainer, self)
         if not isinstance(self.trainer.train_dataloader, ResumableDataLoader):
-            hyperparameters.refuse_subsets(self.params)
+            fit_checks.refuse_subsets(self.params)
 
     def on_train_start(self) -> None:
         """Check the first batch of the user's validation loaders now, not after an epoch of training."""
@@ -275,7 +275,7 @@ class BaseMethod(pl.LightningModule):
         loader = (training, dataloader_idx)
         if loader not in self.checked_loaders:
             self.checked_loaders.add(loader)
-            augmentations.check_batch_images(images, self.params)
+            input_checks.check_batch_images(images, self.params)
 
     def log_step(self, metrics: dict[str, Tensor]) -> None:
         """Log metrics of a training step if they are read, or new: after the first step, all names are known.

@@ -1,5 +1,4 @@
-"""Hyperparameters: those that are passed, a record that cannot be changed, callbacks that contradict it, and those in a
-checkpoint."""
+"""Hyperparameters: those that are passed, a record that cannot be changed, and those in a checkpoint."""
 
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -10,13 +9,6 @@ import attrs
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.data import AttributeDict
-from pytorch_lightning.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
 from torch import nn
 
 from model_params import EARLIER_DEFAULTS
@@ -114,74 +106,6 @@ def refuse_replaced(params: Any, built: Any) -> None:
             f"{values}: not the setting with which the method was built, and which its networks and hparams have. "
             "Build it again: SelfSupervisedMethod(params)"
         )
-
-
-def refuse_used_trainer(trainer: pl.Trainer) -> None:
-    """Raise ValueError if a Trainer would go on counting steps after its training, with a schedule that starts over."""
-    if trainer.global_step > 0 and trainer.ckpt_path is None:
-        raise ValueError(
-            f"global_step={trainer.global_step}: this Trainer has trained already. Build a new Trainer for each "
-            "training, and pass ckpt_path to fit to continue one"
-        )
-
-
-def refuse_joined_loaders(trainer: pl.Trainer, method: pl.LightningModule) -> None:
-    """Raise ValueError if a batch is a list with a batch of each loader, which would be taken for views of the same
-    images, unless a hook of the user makes one batch of them."""
-    loaders = trainer.train_dataloader
-    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    found = [getattr(type(part), hook) for part in (method, trainer.datamodule) if part is not None for hook in hooks]
-    has_own = any(not hook.__module__.startswith(("pytorch_lightning.", "self_supervised.")) for hook in found)
-    if isinstance(loaders, list | tuple) and len(loaders) > 1 and not has_own:
-        raise ValueError(
-            f"train_dataloaders: a batch of each of the {len(loaders)} loaders "
-            "would be taken for views of the same images. Pass one loader of torch.utils.data.ConcatDataset"
-        )
-
-
-def refuse_subsets(params: Any) -> None:
-    """Raise ValueError for settings that choose among the images of `dataset_name`, which are not those of a loader."""
-    whole = {"data_fraction": 1.0, "label_fraction": None, "labels_per_class": None, "validate_on": "test"}
-    names = [name for name, value in whole.items() if getattr(params, name, value) != value]
-    if names:
-        found, off = (", ".join(f"{name}={value[name]!r}" for name in names) for value in (attrs.asdict(params), whole))
-        raise ValueError(f"{found}: no effect on your own loader. Choose its images yourself, and set {off}")
-
-
-def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -> None:
-    """Raise ValueError for Lightning's callbacks that would silently override the settings.
-
-    Args:
-        callbacks: those of the Trainer.
-        learning_rates: the highest learning rates of all parameter groups.
-    """
-    for callback in callbacks:
-        if isinstance(callback, StochasticWeightAveraging):
-            raise ValueError(
-                "StochasticWeightAveraging replaces the learning rate schedule and resets the statistics of every "
-                "batch norm, even of a frozen encoder. Use WeightAveraging or EMAWeightAveraging"
-            )
-        if isinstance(callback, BaseFinetuning):
-            raise ValueError(
-                f"{type(callback).__name__} adds parameter groups that the learning rate schedule does not have. Use "
-                "encoder_lr of LinearClassifierMethod, or train again with the weights that are to be trained then"
-            )
-        if isinstance(callback, GradientAccumulationScheduler):
-            raise ValueError(
-                "GradientAccumulationScheduler changes the images per step after the schedules were built. Use "
-                "Trainer(accumulate_grad_batches=...)"
-            )
-        if isinstance(callback, LearningRateFinder | BatchSizeFinder) and not callback._early_exit:
-            raise ValueError(
-                f"{type(callback).__name__} runs as a callback only after the learning rate schedule was built. Call "
-                "lr_find or scale_batch_size of a Tuner(trainer), then trainer.fit(model)"
-            )
-        if isinstance(callback, LearningRateFinder) and len(learning_rates) > 1:
-            raise ValueError(
-                f"lr_find tries the same learning rate for all parameter groups, but here they have "
-                f"{len(learning_rates)} ({', '.join(f'{lr:g}' for lr in sorted(learning_rates))}). Leave out "
-                "parameter_options, layer_decay, encoder_lr and online_classifier during the search"
-            )
 
 
 def overrides_of_checkpoint(

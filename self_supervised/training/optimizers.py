@@ -9,14 +9,11 @@ from pytorch_lightning.utilities import rank_zero_warn
 from lars import LARS
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised.training.plan import Plan
-from self_supervised.training.schedules import Schedule, per_step, pretraining_rate
+from self_supervised.training.schedules import Fraction, Schedule, pretraining_rate
 
 
 def for_pretraining(params: ModelParams, plan: Plan, groups: list[dict]) -> dict:
     """Return what `configure_optimizers` returns for pretraining.
-
-    With every step, the learning rates of all groups change in proportion, and the weight decay of each group
-    approaches its final value, if that differs.
 
     Args:
         groups: parameter groups with their learning rates before `lr_scaling`, and with `final_weight_decay`.
@@ -26,15 +23,28 @@ def for_pretraining(params: ModelParams, plan: Plan, groups: list[dict]) -> dict
         rank_zero_warn(
             f"lr_decay_steps={late} are beyond the {plan.steps} steps of the training: lr does not fall there"
         )
-    final_decays = [group["final_weight_decay"] for group in groups]
-    groups = [without({**group, "lr": group["lr"] * plan.lr_factor}, "final_weight_decay") for group in groups]
-    optimizer = get_optimizer(params, groups, plan.lr)
-    return per_step(Schedule(optimizer, partial(pretraining_rate, params, plan), plan.steps, final_decays))
+    return with_schedule(params, plan, groups, partial(pretraining_rate, params, plan))
 
 
-def get_optimizer(
-    params: EncoderAndDataParams, groups: list[dict], lr: float, nesterov: bool = False
-) -> torch.optim.Optimizer:
+def with_schedule(params: EncoderAndDataParams, plan: Plan, groups: list[dict], fraction: Fraction) -> dict:
+    """Return what `configure_optimizers` returns: an optimizer whose groups follow one schedule.
+
+    At every step, the learning rate of each group is `fraction(step)` of its own, and its weight decay approaches its
+    `final_weight_decay`, if it has one.
+
+    Args:
+        groups: parameter groups with their learning rates before `lr_scaling`.
+        fraction: optimizer step -> fraction of the highest learning rate.
+    """
+    scaled = [{**without(group, "final_weight_decay"), "lr": group["lr"] * plan.lr_factor} for group in groups]
+    optimizer = get_optimizer(params, scaled, plan.lr)
+    pairs = zip(groups, optimizer.param_groups, strict=True)
+    final_decays = [group.get("final_weight_decay", built["weight_decay"]) for group, built in pairs]
+    schedule = Schedule(optimizer, fraction, plan.steps, final_decays)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def get_optimizer(params: EncoderAndDataParams, groups: list[dict], lr: float) -> torch.optim.Optimizer:
     """Return the optimizer `optimizer_name`, which keeps its own settings when it loads the state of a checkpoint.
 
     Args:
@@ -46,6 +56,7 @@ def get_optimizer(
         optimizer = LARS(groups, lr, p.momentum, p.weight_decay, p.lars_eta, getattr(p, "grad_clip_lars", False))
     elif p.optimizer_name == "sgd":
         groups = [without(group, "adapt") for group in groups]
+        nesterov = getattr(p, "nesterov", False)
         optimizer = torch.optim.SGD(groups, lr, p.momentum, weight_decay=p.weight_decay, nesterov=nesterov)
     else:
         groups = [without(group, "adapt", "momentum") for group in groups]

@@ -97,8 +97,8 @@ def layer_factors(encoder: nn.Module, layer_decay: float) -> dict[str, float]:
     """Return the factors of the learning rates of the encoder's parameters, by their names in the method."""
     if layer_decay == 1:
         return {}
-    stages = reversed(layers.stages(encoder).values())
-    return {f"model.{name}": layer_decay**depth for depth, stage in enumerate(stages, start=1) for name in stage}
+    groups = reversed(layers.layer_groups(encoder).values())
+    return {f"model.{name}": layer_decay**depth for depth, group in enumerate(groups, start=1) for name in group}
 
 
 def check_matches(module: nn.Module, params: ModelParams, names: list[str]) -> None:

@@ -141,8 +141,3 @@ class Schedule(LambdaLR):
         self.last_epoch = state["last_epoch"] - 1
         self._step_count = 2  # at 1, PyTorch would warn that the optimizer has not taken a step
         self.step()
-
-
-def per_step(scheduler: LambdaLR) -> dict:
-    """Return the dict of `configure_optimizers` for a scheduler that advances at every optimizer step."""
-    return {"optimizer": scheduler.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -17,9 +17,9 @@ Draws = dict[str, np.ndarray | Tensor]  # parameter -> [N]; "order" -> [N, 4]
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 # Columns of the float32 matrix in which parameters are copied to the device at once, or passed to compiled loops
 DRAW_COLUMNS = (
-    *("top", "left", "height", "width", "flip", "jitter", "brightness", "contrast", "saturation", "hue"),
-    *("grayscale", "blur", "sigma", "solarize", "order0", "order1", "order2", "order3"),
-)
+    "top", "left", "height", "width", "flip", "jitter", "brightness", "contrast", "saturation", "hue", "grayscale",
+    "blur", "sigma", "solarize", "order0", "order1", "order2", "order3",
+)  # fmt: skip
 
 
 def to_matrix(draws: Draws) -> np.ndarray:

@@ -68,7 +68,7 @@ def test_existing_features_are_not_computed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Encoder, "forward", must_not)
     again = extract(e, data_params(e), ("test",), tmp_path, stages=True)
     assert torch.equal(first.x, again.x) and torch.equal(first.y, again.y)
-    assert all(torch.equal(first.stages[name], again.stages[name]) for name in features.ENCODER_STAGES)
+    assert all(torch.equal(first.stages[name], again.stages[name]) for name in features.RESNET_STAGES)
     assert torch.equal(views, extract_views(e, data_params(e), ("train",), tmp_path, 20, 3, seed=1))
 
 

@@ -224,7 +224,7 @@ def test_the_dry_run_shows_parts_groups_and_plan_and_leaves_nothing(monkeypatch,
 
 @pytest.mark.parametrize("fitted_on", ["", "_trainset"])
 def test_the_dry_run_knows_the_metrics_of_the_run_even_if_one_batch_has_only_one_class(fitted_on, monkeypatch):
-    def dry(params, make_trainer):
+    def dry(params, options):
         return SimpleNamespace(params=params, trainer=SimpleNamespace(callback_metrics={"step_train_loss": 1.0}))
 
     monkeypatch.setattr(dry_run, "run_two_steps", dry)

@@ -37,7 +37,7 @@ def plan(monkeypatch, capsys, limit: str, memory) -> tuple[str, list]:
     monkeypatch.setattr(memory_plan, "in_own_process", measured)
     params = PRESETS["simclr"](dataset_name="cifar10", global_batch_size=4000)
     options = RunOptions(dry_run=True, fit_memory=limit, accumulate_grad_batches=2)
-    print_memory_plan(params, options, train.trainer_of_dry_run)
+    print_memory_plan(params, options)
     return capsys.readouterr().out, tried
 
 
@@ -81,7 +81,7 @@ def test_refusals():
         RunOptions(fit_memory="8GB")
     options = RunOptions(dry_run=True, fit_memory="8GB", devices=2)
     with pytest.raises(ValueError, match="measures a single process"):
-        print_memory_plan(PRESETS["simclr"](dataset_name="digits"), options, train.trainer_of_dry_run)
+        print_memory_plan(PRESETS["simclr"](dataset_name="digits"), options)
 
 
 def test_the_command(capfd, monkeypatch):

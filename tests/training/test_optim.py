@@ -207,7 +207,7 @@ def test_layer_decay_follows_the_stages(method, small):
     rows = rows_of(own)
     found = [rows[f"model.{stage}.weight"].lr for stage in ("stem", "bn1", "middle", "third", "last")]
     assert found == [1 / 16, 1 / 16, 1 / 8, 3 / 4, 1 / 2]
-    assert len(layers.stages(own.model)) == 4
+    assert len(layers.layer_groups(own.model)) == 4
 
 
 # ---- LARS, clipped ----
