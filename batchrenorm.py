@@ -60,6 +60,8 @@ class BatchRenorm(nn.Module):
 
     def _renormalized(self, x: Tensor, column: tuple[int, ...]) -> Tensor:
         axes = [axis for axis in range(x.dim()) if axis != 1]
+        if x.numel() == x.shape[1]:  # as PyTorch's batch norm
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         mean = x.mean(axes)
         std = (x.var(axes, correction=0) + self.eps).sqrt()
         with torch.no_grad():

@@ -300,7 +300,7 @@ class LinearClassifierMethod(BaseMethod):
         self.log_means("test", self.trainer.test_dataloaders)
 
     def log_means(self, prefix: str, loaders: Any) -> None:
-        """Means over each whole set, each image once, however many processes there are."""
+        """Log the mean scores of each loader over all processes, with each image counted once."""
         for index, (scores, _) in enumerate(self.gathered(self.validation_scores, loaders)):
             suffix = f"_{index}" if index else ""
             means = {f"{prefix}_{name}{suffix}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}

@@ -29,7 +29,7 @@ from self_supervised.networks.teacher import Teacher
 from self_supervised.numerics import Scores, at_least_float32, in_parts, mean_of_each
 from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
 from self_supervised.training.base_method import BaseMethod
-from self_supervised.training.fit_checks import refuse_callbacks
+from self_supervised.training.fit_checks import refuse_callbacks, refuse_constant_heads
 from self_supervised.training.hyperparameters import Given, resolve
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
 from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
@@ -123,6 +123,7 @@ class SelfSupervisedMethod(BaseMethod):
         return self.model(x)
 
     def encode(self, x: Tensor) -> EncodedView:
+        """Return projections, queries and embeddings of one view, normalized images [N, C, H, W]."""
         with one_image_explained(x):
             embeddings = self.model(x)
             z = self.projection_model(embeddings)
@@ -290,6 +291,7 @@ class SelfSupervisedMethod(BaseMethod):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
+            refuse_constant_heads(self.params)
             refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
             if self.lagging_model is not None:
                 refuse_half_precision(self.trainer.precision, self.params.m, self)

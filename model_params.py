@@ -736,6 +736,9 @@ def contradictions_of_keys(params: ModelParams) -> Contradictions:
         (p.use_nearest_keys and p.use_negative_examples_from_queue,
          "use_nearest_keys=True takes positives from the queue, which cannot be negatives, too. Set "
          "use_negative_examples_from_queue=False"),
+        (p.use_nearest_keys and p.use_negative_examples_from_same_view,
+         "use_nearest_keys=True replaces keys by neighbors, so that queries of the same view cannot be negatives. Set "
+         "use_negative_examples_from_same_view=False"),
         (p.use_nearest_keys and p.loss_type in (*OF_PROTOTYPES, *OF_ALL_VIEWS),
          f"use_nearest_keys=True is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
         (p.teacher is not None and p.use_lagging_model,
@@ -778,7 +781,7 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
         (p.keeps_keys and p.K * p.dim > LARGEST_QUEUE,
          f"K={p.K} keys of dim={p.dim} make a queue of more than {LARGEST_QUEUE} numbers. Choose fewer"),
         (bool(ungrouped),
-         f"{', '.join(ungrouped[:1])} does not fit group norm. Choose a multiple of {GROUPS}"),
+         f"{', '.join(ungrouped[:1])} does not fit group norm. Choose a multiple of {GROUPS}, at least {2 * GROUPS}"),
         (p.micro_batch_size == 1 and of_batch,
          f"micro_batch_size=1 is too small for mlp_normalization={p.mlp_normalization!r}: a single image has no "
          "statistics. Choose a larger one"),

@@ -89,7 +89,7 @@ SIZES = {
     "laptop": Size(10, [0, 1, 2], {"dataset_name": "cifar10", "batch_size": 128, **SMALL}),
     "quick": Size(20, [0], {"batch_size": 64, **DIGITS, **SMALL}),
 }
-# of an experiment, which all its rows share; "changes" are the settings in which it differs from its size
+# columns that all rows of an experiment share; "changes": settings that differ from those of its size
 SHARED_COLUMNS = ("size", "epochs", "changes", "precision")
 ROW_COLUMNS = ["config", "seed", *SHARED_COLUMNS, "steps", "m", "K", "accuracy", "pos_cos", "neg_cos", "minutes"]
 
@@ -101,7 +101,7 @@ class BlogParser(argparse.ArgumentParser):
     """Parser whose errors are one line, as all others of this program."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. See --help.")
+        raise ValueError(f"{message.rstrip('.')}{'' if message.endswith('?') else '.'} See --help.")
 
 
 def blog_parser() -> argparse.ArgumentParser:
@@ -145,7 +145,7 @@ def field_and_value(given: str) -> tuple[str, Any]:
     fields = attrs.fields_dict(ModelParams)
     if "=" not in given or name not in fields:
         near = suggestion(name, fields)
-        raise argparse.ArgumentTypeError(f"{given!r} is not FIELD=VALUE with a field of ModelParams.{near}".rstrip("."))
+        raise argparse.ArgumentTypeError(f"{given!r} is not FIELD=VALUE with a field of ModelParams.{near}")
     if name == "seed":
         raise argparse.ArgumentTypeError(f"{given}: each run has a seed of --seeds. Pass it there")
     return name, reader(fields[name].type)(value)
@@ -156,10 +156,12 @@ def blog_arguments() -> argparse.Namespace:
     args = blog_parser().parse_args()
     size = SIZES[args.size]
     args.epochs = size.epochs if args.epochs is None else args.epochs
+    if args.epochs < 1:
+        raise ValueError(f"epochs={args.epochs}: must be at least 1.")
     args.seeds = args.seeds or size.seeds
     named = {"dataset_name": args.dataset, "encoder_arch": args.encoder, "batch_size": args.batch_size}
     changes = {name: value for name, value in named.items() if value is not None} | dict(args.set)
-    length = {"max_epochs": max(1, args.epochs), "warmup_epochs": size.warmup * args.epochs}
+    length = {"max_epochs": args.epochs, "warmup_epochs": size.warmup * args.epochs}
     args.settings = {**length, "low_resolution_stem": False, **size.settings, **changes}
     args.changes = " ".join(f"{name}={value}" for name, value in sorted(changes.items()))
     return args
@@ -188,8 +190,8 @@ def n_steps(params: ModelParams, epochs: int) -> int:
 def experiment_settings(name: str, seed: int, args: argparse.Namespace) -> ModelParams:
     shared = {"seed": seed, **args.settings}
     params = evolve(CONFIGS.get(name, BASE), **shared)
-    if not 1 <= args.epochs <= params.max_epochs:
-        raise ValueError(f"epochs={args.epochs}: the schedule has {params.max_epochs} epochs. Choose 1 to as many.")
+    if args.epochs > params.max_epochs:
+        raise ValueError(f"epochs={args.epochs}: the schedule has {params.max_epochs} epochs. Choose at most as many.")
     if "linear_probe" not in params.evaluations:
         raise ValueError(f"evaluations={params.evaluations}: the table needs 'linear_probe'. Add it.")
     steps = n_steps(params, args.epochs)

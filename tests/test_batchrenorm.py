@@ -19,6 +19,13 @@ def test_young_layer_is_batch_norm(layer_type):
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
+def test_one_value_per_channel_is_refused_as_by_batch_norm():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        BatchRenorm1d(4)(torch.randn(1, 4))
+    assert BatchRenorm2d(4)(torch.randn(1, 4, 2, 1)).std() > 0
+    assert torch.isfinite(BatchRenorm1d(4).eval()(torch.randn(1, 4))).all()
+
+
 def algorithm_1(x, running_mean, running_std, rmax, dmax, eps, momentum):
     """Return (output, new running mean, new running std) by the paper's algorithm 1 in NumPy."""
     mean, std = x.mean(0), np.sqrt(x.var(0) + eps)

@@ -4,6 +4,7 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -146,7 +147,7 @@ def test_a_data_module_may_convert_its_batches(method, trainer):
 
 
 class DataModule(pl.LightningDataModule):
-    def __init__(self, folder):
+    def __init__(self, folder, mean=0.3):
         super().__init__()
         self.save_hyperparameters()
 
@@ -158,8 +159,9 @@ class DataModule(pl.LightningDataModule):
 
 def test_objects_among_the_hyperparameters_of_a_data_module_leave_good_checkpoints(method, trainer, tmp_path):
     model, fit = method(), trainer(max_epochs=1)
-    fit.fit(model, datamodule=DataModule(Path("photos")))
+    fit.fit(model, datamodule=DataModule(Path("photos"), mean=np.float64(0.5)))
     fit.save_checkpoint(tmp_path / "own.ckpt")
+    assert DataModule.load_from_checkpoint(tmp_path / "own.ckpt").hparams == {"folder": "photos", "mean": 0.5}
     trainer(max_epochs=2).fit(method(), datamodule=DataModule(Path("photos")), ckpt_path=tmp_path / "own.ckpt")
 
 
@@ -511,11 +513,33 @@ def test_channels_in_another_place_are_named_with_the_way_out(axes, order, kind,
 
 @pytest.mark.parametrize("shape", [(4, 3, 32, 3), (4, 3, 32, 32, 3)])
 def test_images_whose_channels_may_be_two_axes_are_refused(shape):
+    params = SimCLRParams(dataset_name="kinetics" if len(shape) == 5 else "stl10")
     images = torch.zeros(shape, dtype=torch.uint8)
     with pytest.raises(ValueError, match="the axes seem to be N x .* C, .* If W is 3"):
-        input_checks.check_batch_images(images, SimCLRParams())
+        input_checks.check_batch_images(images, params)
     many = torch.zeros(4, 8, 8, 8, dtype=torch.uint8)
     input_checks.check_pixels(many, 8)  # square images with as many channels as rows
+
+
+def test_stacked_uint8_views_are_refused_unless_the_images_are_clips():
+    for v in (2, 3):
+        views = torch.zeros(4, v, 3, 8, 9, dtype=torch.uint8)
+        with pytest.raises(ValueError, match=r"stacked uint8 views .* Yield a list of views \[N, C, H, W\]"):
+            input_checks.check_batch_images(views, SimCLRParams(dataset_name="stl10"))
+    input_checks.check_batch_images(views.transpose(1, 2), SimCLRParams(dataset_name="kinetics"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "way_out"),
+    [
+        ((4, 12, 8, 9), 3, "Set in_channels=12"),
+        ((4, 28, 29), 1, r"images\[:, None\]"),
+        ((3, 8, 9), 3, r"images\[None\]"),
+    ],
+)
+def test_the_way_out_of_wrong_channels_helps(shape, channels, way_out):
+    with pytest.raises(ValueError, match=way_out):
+        input_checks.check_pixels(torch.zeros(shape, dtype=torch.uint8), channels)
 
 
 class ArraysHWC(torch.utils.data.Dataset):

@@ -340,6 +340,13 @@ def test_a_loader_of_the_users_own_always_works(kind, small, trainer, monkeypatc
     assert fit.global_step == 2
 
 
+@pytest.mark.parametrize("fields", [{"mlp_hidden_dim": 32}, {"projection_mlp_last_normalization": "same", "dim": 32}])
+def test_group_norm_of_single_units_is_refused_at_the_start(fields, small, trainer):
+    params = small("simclr", mlp_normalization="gn", **{"mlp_hidden_dim": 64, **fields})
+    with pytest.raises(ValueError, match="(mlp_hidden_dim|dim)=32: group norm has 32 groups"):
+        trainer().fit(SelfSupervisedMethod(params, encoder=TinyEncoder()))
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [

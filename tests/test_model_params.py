@@ -104,6 +104,16 @@ def test_unknown_field_is_a_type_error():
         ({"loss_type": "sce", "use_negative_examples_from_queue": False}, "loss_type='sce' needs negatives"),
         ({"use_vicreg_loss": True, "loss_type": "ip"}, "use_vicreg_loss=True contradicts loss_type='ip'"),
         ({"mlp_normalization": "gn", "mlp_hidden_dim": 100}, "mlp_hidden_dim=100 .* multiple of 32"),
+        (
+            {
+                "use_nearest_keys": True,
+                "use_negative_examples_from_same_view": True,
+                "use_lagging_model": False,
+                "use_negative_examples_from_queue": False,
+                "use_negative_examples_from_batch": True,
+            },
+            "use_nearest_keys=True replaces keys by neighbors.*same_view=False",
+        ),
         ({"K": 0}, "K=0 .*use_negative_examples_from_queue=False"),
         ({"use_negative_examples_from_same_view": True}, "use_lagging_model=False .*True.*prediction_mlp_layers=0"),
         ({"shuffle_batch_norm": True, "use_lagging_model": False}, "shuffle_batch_norm=True .*use_lagging_model=True"),

@@ -22,7 +22,8 @@ from self_supervised.networks.pretrained import Encoder
 ADDED_TO_VIEWS = ("vertical_flip_probability", "rotation_probability")
 HASHED_AT_ONCE = 2**14  # images
 WITHOUT_EFFECT = (*TRAINING_ONLY, "decoding_threads")  # settings that change no protocol's result
-# Settings that do not change the features. All others, also those added later, are part of the cache directory's name.
+# Settings that do not change the features, or that `settings_for_features` adds itself. All others, also those added
+# later, are part of the cache directory's name.
 UNUSED = (
     "encoder_weights", "embedding_dim", "zero_init_residual", "pooling_size",  # of the encoder, which is hashed
     "transform_crop_size", "image_mean", "image_std", "in_channels", "compute_statistics",  # `settings_for_features`

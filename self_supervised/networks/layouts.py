@@ -24,7 +24,7 @@ class Layout:
     """Place of the trained encoder in the files of one system."""
 
     name: str
-    prefix: str  # of the encoder's keys, without those of wrappers (DDP, torch.compile)
+    prefix: str  # start of the encoder's keys, without prefixes of wrappers (DDP, torch.compile)
     beside: tuple[str, ...] = ("",)  # prefixes of other keys, of which one must be present to recognize the system
     holder: str | None = None  # the file's entry with the tensors, if that is needed to recognize the system
     stem_variant: str = "standard"  # of the system's ResNets for small images
@@ -55,7 +55,7 @@ LAYOUTS = (
     Layout("lightly", "student_backbone.vit.", ("teacher_backbone.",)),
     Layout("lightly", "backbone.", HEADS_OF_LIGHTLY),
     Layout("lightly", "student_backbone.", ("teacher_backbone.",)),
-    # whose own evaluations take the lagging model, the teacher
+    # its own evaluations use the teacher, the lagging model
     Layout("stable-pretraining", "backbone.teacher.", ("backbone.student.",)),
     Layout("stable-pretraining", "backbone.", ("callbacks_modules.",)),
     Layout("solo-learn", "backbone.", ("classifier.",), stem_variant="padding_2"),

@@ -191,18 +191,20 @@ def optimizer_text(params: ModelParams) -> str:
 
 
 def rate_text(params: ModelParams, plan: Plan | None) -> str:
-    """Return the peak learning rate after `lr_scaling`, its warm-up and its schedule."""
+    """Return the learning rate after `lr_scaling`: its peak, its warm-up and its schedule."""
     p = params
     images = plan.global_batch_size if plan else p.global_batch_size
     ratio = f"{images or 'images per optimizer step'} / {p.lr_batch_size}"
     rule = {None: "", "linear": f"{p.lr:g} x {ratio}", "sqrt": f"{p.lr:g} x sqrt({ratio})"}[p.lr_scaling]
+    factor = lr_factor(p, images) if images else 1.0
     if images:
-        factor = lr_factor(p, images)
         rule = f"{p.lr * factor:g}" + (f" = {rule}" if rule else "")
     warmup_epochs = resolved_warmup_epochs(p)
     length = epochs_text(warmup_epochs) + (f" ({plan.warmup_steps:g} steps)" if plan else "")
-    warmup = f"linear warm-up from {p.warmup_start_lr:g} in {length}, " if warmup_epochs else ""
-    end = "" if p.lr_schedule == "constant" else f" to {p.final_lr_schedule_value:g}"
+    warmup = f"linear warm-up from {p.warmup_start_lr * factor:g} in {length}, " if warmup_epochs else ""
+    end = "" if p.lr_schedule == "constant" else f" to {p.final_lr_schedule_value * factor:g}"
     if p.lr_schedule == "steps":
-        end = f" (x {p.lr_decay_factor:g} at epochs {p.lr_decay_steps}, at least {p.final_lr_schedule_value:g})"
+        end = (
+            f" (x {p.lr_decay_factor:g} at epochs {p.lr_decay_steps}, at least {p.final_lr_schedule_value * factor:g})"
+        )
     return f"peak {rule or f'{p.lr:g}'}; {warmup}{p.lr_schedule}{end}"

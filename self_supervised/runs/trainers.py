@@ -37,7 +37,7 @@ def trainer_of_dry_run(model: SelfSupervisedMethod, options: RunOptions, callbac
 
 
 def with_precision(options: RunOptions, model: SelfSupervisedMethod, out: Path | None = None) -> RunOptions:
-    """Return the options with the precision in force instead of "auto": that of the resumed run, or this machine's."""
+    """Return the options with "auto" replaced by a precision: the resumed run's, or the fastest on this machine."""
     if options.precision != "auto":
         return options
     found, reason = None, "as before"

@@ -26,6 +26,7 @@ FAR = 3  # factor beyond these limits from which a learning rate is doubtful
 OF_IMAGES = 256  # number of images for which learning rates are compared
 
 CUSTOM = "custom"  # loss_type of a user's own function
+UNBOUNDED = ("ip", "dcl", "emp", "mmcr")  # losses without a minimum, but for vectors of length 1
 READ_QUEUE = (*COMPARE_NEGATIVES, "swav")
 STRENGTHS = ("brightness", "contrast", "saturation", "hue")
 
@@ -47,7 +48,7 @@ def is_normalized(p: ModelParams, head: str) -> bool:
     return has_hidden(p, head) or getattr(p, f"{head}_mlp_last_normalization") == "same"
 
 
-# what a setting needs and no field says alone -> whether it is there
+# condition that no single field states, in words -> function that returns whether the settings fulfill it
 DERIVED: dict[str, Callable[[ModelParams], Any]] = {
     (WARMUP := "a warm-up"): resolved_warmup_epochs,
     (HIDDEN := "a hidden layer in a head"): any_head(has_hidden),
@@ -165,8 +166,14 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
     unused = f"{values}: no effect with the other settings. {reasons}" if useless else ""
     alone = "teacher=None: the student learns from itself. Pass a teacher"
     no_teacher = alone if loss_type == "seed" and params.teacher is None else ""
-    found = (doubt_of_lr, doubt_of_queue, doubt_of_prototypes)
-    return [line for line in (*(doubt(params, plan) for doubt in found), unused, no_teacher) if line]
+    fills_queue = value_of(params, QUEUE, loss_type)
+    found = (
+        doubt_of_lr(params, plan),
+        doubt_of_queue(params, plan) if fills_queue else "",
+        doubt_of_prototypes(params, plan),
+        doubt_of_lengths(params, loss_type),
+    )
+    return [line for line in (*found, unused, no_teacher) if line]
 
 
 def doubt_of_lr(params: ModelParams, plan: Plan) -> str:
@@ -175,10 +182,12 @@ def doubt_of_lr(params: ModelParams, plan: Plan) -> str:
     lr = plan.lr * OF_IMAGES / plan.global_batch_size
     if lowest / FAR <= lr <= highest * FAR:
         return ""
-    near = (highest if lr > highest else lowest) * plan.global_batch_size / OF_IMAGES
+    near = (highest if lr > highest else lowest) * plan.global_batch_size / OF_IMAGES / plan.lr_factor
+    scaled = "" if plan.lr_factor == 1 else f", scaled to {plan.lr:.4g} (lr_scaling={params.lr_scaling!r}),"
     return (
-        f"lr={plan.lr:.4g} with {plan.global_batch_size} {plan.kind} per step is {lr:.4g} per {OF_IMAGES}. With "
-        f"optimizer_name={params.optimizer_name!r}, {lowest:g} to {highest:g} was tried. Try lr={near:.2g}"
+        f"lr={plan.lr / plan.lr_factor:.4g}{scaled} with {plan.global_batch_size} {plan.kind} per step is {lr:.4g} per "
+        f"{OF_IMAGES}. With optimizer_name={params.optimizer_name!r}, {lowest:g} to {highest:g} was tried. Try "
+        f"lr={near:.2g}"
     )
 
 
@@ -193,6 +202,16 @@ def doubt_of_queue(params: ModelParams, plan: Plan) -> str:
     return (
         f"K={params.K}: the queue has random vectors until step {filled} of {plan.steps}, and little is learned until "
         f"then (docs/results.md). Try K={better}, or more epochs"
+    )
+
+
+def doubt_of_lengths(params: ModelParams, loss_type: str) -> str:
+    """Return a line if the loss falls without end as projections get longer, else ""."""
+    if loss_type not in UNBOUNDED or params.use_unit_sphere_projection:
+        return ""
+    return (
+        f"use_unit_sphere_projection=False: loss_type={loss_type!r} falls without end as projections get longer. Set "
+        "it to True"
     )
 
 

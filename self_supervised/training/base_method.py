@@ -60,7 +60,7 @@ class BaseMethod(pl.LightningModule):
     float32_hooks: Sequence[RemovableHandle] = ()  # of layers that a CPU cannot train in bfloat16
     about_labels = ""  # the line on the labels of our data set, once it was logged
     about_skipped = ""  # why evaluations that need labels are skipped, once it was logged
-    first_epoch = 1  # its number in the loggers' files; 0: a run of an earlier version (run_folder.first_epoch)
+    first_epoch = 1  # number of the first epoch in the loggers' files; 0: in runs of earlier versions
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, and prepare the networks for this machine: in place, so that checkpoints keep their
@@ -290,7 +290,7 @@ class BaseMethod(pl.LightningModule):
 
     @property
     def step_metrics_are_read(self) -> bool:
-        """Whether this training step's metrics are read: by loggers, a validation, or at the end of an epoch."""
+        """True if a logger, a validation or the end of an epoch reads this step's metrics."""
         trainer = self._trainer
         if trainer is None or trainer.fast_dev_run or trainer._logger_connector.should_update_logs:
             return True

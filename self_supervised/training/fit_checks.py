@@ -12,6 +12,9 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
 )
 
+from model_params import ModelParams, normalized_layers
+from self_supervised.catalogue import GROUPS
+
 
 def refuse_used_trainer(trainer: pl.Trainer) -> None:
     """Raise ValueError if a Trainer would go on counting steps after its training, with a schedule that starts over."""
@@ -19,6 +22,17 @@ def refuse_used_trainer(trainer: pl.Trainer) -> None:
         raise ValueError(
             f"global_step={trainer.global_step}: this Trainer has trained already. Build a new Trainer for each "
             "training, and pass ckpt_path to fit to continue one"
+        )
+
+
+def refuse_constant_heads(params: ModelParams) -> None:
+    """Raise ValueError if group norm has one unit in each group, so that its output is 0 for every image. It is refused
+    here, so that checkpoints with it can still be loaded."""
+    constant = [name for kind, width, name in normalized_layers(params) if kind == "gn" and width == GROUPS]
+    if constant:
+        raise ValueError(
+            f"{constant[0]}={GROUPS}: group norm has {GROUPS} groups, and of a single unit each gives 0 for every "
+            f"image. Choose {2 * GROUPS} or another multiple of {GROUPS}"
         )
 
 

@@ -82,6 +82,7 @@ def as_data(value: Any) -> Any:
         return {as_data(name): as_data(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_data(item) for item in value]
+    value = plain(value)  # NumPy's numbers
     return value if type(value) in PLAIN_TYPES else str(value)
 
 
@@ -138,7 +139,8 @@ def overrides_of_checkpoint(
             "start a pretraining from its encoder: encoder_weights=PATH"
         )
     replaced = dict(vetted(settings, path, passed))
-    if settings.get("loss_type") in ("sce", "seed"):  # earlier versions took it, and compared other vectors
+    compares_others = settings.get("loss_type") in ("sce", "seed") or settings.get("use_nearest_keys")
+    if compares_others:  # earlier versions took it, and compared other vectors
         replaced["use_negative_examples_from_same_view"] = False
     weight = content["state_dict"].get(f"{method.CLASSIFIER}.weight")
     if weight is not None and len(weight) != packed_classes(settings):

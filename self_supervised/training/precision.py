@@ -17,7 +17,7 @@ from self_supervised.networks.encoders import FASTEST_LAYOUT
 
 VARIABLE = "SELF_SUPERVISED_PRECISION"  # environment variable with the precision that "auto" means
 LEAST_SPEEDUP = 1.1  # of bfloat16: less is within the noise of a measurement on a busy machine
-ROUNDS, SECONDS = 3, 1.0  # of the measurement: at most so many, and no further one after this time
+ROUNDS, SECONDS = 3, 1.0  # most rounds of the measurement, and seconds after which no further round begins
 BFLOAT16_ON_CPU = ("bf16-mixed", "16-mixed", "bf16-true")  # Lightning turns float16 into bfloat16 there
 AMPERE = (8, 0)  # compute capability of the first GPUs that multiply bfloat16
 

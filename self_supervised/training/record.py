@@ -118,7 +118,7 @@ def discard(folder: Path) -> None:
 
 
 def settings_text(trainer: pl.Trainer, method: pl.LightningModule) -> str:
-    """Return config.yaml: the settings that are in force."""
+    """Return config.yaml: preset, options of the Trainer, and settings of the method."""
     options = {name: getattr(trainer, name) for name in OF_TRAINER}
     if any(isinstance(callback, LogInterval) for callback in trainer.callbacks):
         options["log_every_n_steps"] = None  # chosen as by the command

@@ -59,6 +59,17 @@ def test_operations_that_have_no_effect_are_left_out():
         ({"lr": 0.3, "lr_scaling": "linear", "global_batch_size": 512}, "peak 0.6 = 0.3 x 512 / 256;"),
         ({"lr": 0.3, "lr_scaling": "sqrt", "global_batch_size": 1024}, "peak 0.6 = 0.3 x sqrt(1024 / 256);"),
         ({"optimizer_name": "lars"}, "peak 0.5; linear warm-up from 0 in 1 epoch, cosine to 0"),
+        (
+            {
+                "lr": 0.2,
+                "lr_scaling": "linear",
+                "global_batch_size": 2048,
+                "optimizer_name": "lars",
+                "warmup_start_lr": 0.01,
+                "final_lr_schedule_value": 2e-4,
+            },
+            "= 0.2 x 2048 / 256; linear warm-up from 0.08 in 1 epoch, cosine to 0.0016",
+        ),
         ({"lr_schedule": "steps", "lr_decay_steps": [6, 8]}, "peak 0.5; steps (x 0.1 at epochs [6, 8], at least 0)"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import nn
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, EncoderAndDataParams, ModelParams
 from self_supervised.training import advice, optimizers, parameter_groups
-from self_supervised.training.plan import Plan, resolved_warmup_epochs
+from self_supervised.training.plan import Plan, lr_factor, resolved_warmup_epochs
 from self_supervised.views import training_views
 
 STEPS = 5
@@ -187,6 +187,33 @@ def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_l
     assert "lr=0.5 with 16 images per step is 8 per 256" in lr and "Try lr=0.031" in lr
     assert "T=0.1, lars_eta=0.1: no effect" in unused and "lars_eta needs optimizer_name=lars" in unused
     assert "T needs loss_type=ce or dcl or bce or sce or supcon or swav or dino or seed; " in unused
+
+
+@pytest.mark.parametrize("rule", [None, "linear", "sqrt"])
+@pytest.mark.parametrize("lr", [1e-4, 50.0])
+def test_the_suggested_learning_rate_leaves_no_doubt(rule, lr):
+    params = PRESETS["moco_v2"](lr=lr, lr_scaling=rule, global_batch_size=4096)
+    factor = lr_factor(params, 4096)
+    said = advice.doubt_of_lr(params, Plan(1, 1, 4096, lr * factor, 9000, 3, lr_factor=factor))
+    near = float(said.rpartition("lr=")[2])
+    assert f"lr={lr:.4g}" in said and ("lr_scaling" in said) == (rule is not None)
+    assert not advice.doubt_of_lr(
+        attrs.evolve(params, lr=near), Plan(1, 1, 4096, near * factor, 9000, 3, lr_factor=factor)
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["vic", "barlow"])
+def test_a_queue_that_is_not_read_is_no_doubt(loss_type):
+    params = ModelParams(loss_type=loss_type, use_lagging_model=False, use_unit_sphere_projection=False, batch_size=64)
+    plan = Plan(1, 1, 64, params.lr, 100, 10)
+    assert not any("random vectors" in line for line in advice.doubts(params, plan, loss_type))
+    assert any("random vectors" in line for line in advice.doubts(params, plan, advice.CUSTOM))
+
+
+def test_losses_without_a_minimum_are_a_line():
+    for preset in ("byol", "simsiam", "dcl", "emp_ssl", "mmcr"):
+        params = PRESETS[preset](use_unit_sphere_projection=False)
+        assert "falls without end" in advice.doubt_of_lengths(params, params.loss_type)
 
 
 def test_prototypes_that_never_move_and_a_queue_that_is_never_used_are_a_line():

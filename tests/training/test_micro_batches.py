@@ -66,6 +66,7 @@ def test_training_equals_that_with_whole_batches(preset, fields):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_weights_that_passes_share_have_all_gradients(precision, monkeypatch):
     """Of a ResNet whose passes share converted weights, those of passes without gradients, too."""
+    torch.manual_seed(0)
     views = [torch.randn(8, 3, 32, 32) for _ in range(2)]
     params = PRESETS["simclr"](dataset_name="cifar10", low_resolution_stem=False, micro_batch_size=4, evaluations=[])
     found = []
@@ -75,8 +76,9 @@ def test_weights_that_passes_share_have_all_gradients(precision, monkeypatch):
         fit = trainer_of(1, precision=precision, callbacks=[gradients])
         fit.fit(SelfSupervisedMethod(params, seed=0), Batches([views]))
         found.append(gradients.found)
+    most = 1e-3 if precision == "32-true" else 1e-2  # bfloat16 has 8 bits, and processors sum in other orders
     for name, gradient in found[0].items():
-        assert torch.allclose(gradient, found[1][name], rtol=1e-3, atol=1e-3 * float(gradient.abs().max())), name
+        assert torch.allclose(gradient, found[1][name], rtol=most, atol=most * float(gradient.abs().max())), name
 
 
 def test_both_passes_draw_the_same_and_statistics_move_once():

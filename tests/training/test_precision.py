@@ -87,7 +87,7 @@ def test_clips_are_trained_in_float32(machine, small):
 def test_the_measurement_leaves_encoder_and_random_state_as_they_are(small):
     method = SelfSupervisedMethod(small(encoder_arch="small_cnn"))
     before, state = copy.deepcopy(method.model.state_dict()), torch.get_rng_state()
-    assert 0.1 < precision.speedup(method.model, method.params.input_shape) < 30
+    assert 0.01 < precision.speedup(method.model, method.params.input_shape) < 30  # low without bfloat16 instructions
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in method.model.state_dict().items())
 
