@@ -18,6 +18,7 @@ from self_supervised.data.file_search import ARRAY_SUFFIX
 TIFF_SUFFIXES = (".tif", ".tiff")
 # first bytes of a file
 MAGIC = {b"\x93NUMPY": ARRAY_SUFFIX, **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), ".tiff")}
+BITS_PER_SAMPLE, SAMPLE_FORMAT = 258, 339  # TIFF tags
 PIL_MODES = {2: "LA", 4: "RGBA"}  # number of channels -> mode, for formats other than .npy and TIFF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -156,6 +157,18 @@ def of_16_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Ima
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f"its pixels from {pixels.min()} to {pixels.max()} do not fit into 16 bits. Scale them")
     return Image.fromarray(in_8_bits(pixels.astype(np.uint16), pixel_range))
+
+
+def check_that_range_is_known(image: Image.Image) -> None:
+    """Raise ValueError if an opened image has floats, or is a TIFF of signed integers or of more than 16 bits, which
+    Pillow would read as nearly black."""
+    if image.mode == "F":
+        raise ValueError(f"the range of floating-point pixels is unknown. {WAY_OUT}")
+    if image.format == "TIFF":
+        formats, bits = (np.ravel(image.tag_v2.get(tag, 1)) for tag in (SAMPLE_FORMAT, BITS_PER_SAMPLE))
+        if (formats != 1).any() or bits.max() > 16:
+            kind = f"{'u' if (formats == 1).all() else ''}int{bits.max()}"
+            raise ValueError(f"the range of values of type {kind} is unknown. {WAY_OUT}")
 
 
 def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:

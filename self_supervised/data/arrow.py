@@ -46,7 +46,7 @@ class ArrowImages(OnDisk):
         names: whether labels are the names of classes, if the column stores them, and not their numbers.
 
     Raises:
-        ValueError: no column or more than one column fits, or `datasets` is not installed.
+        ValueError: no column or more than one column fits, the column holds no images, or `datasets` is not installed.
     """
 
     def __init__(self, root: Path, image_key: str | None, label_key: str | None, labeled: bool, names: bool):
@@ -64,6 +64,7 @@ class ArrowImages(OnDisk):
         for field, key in (("image_key", self.image_key), ("label_key", self.label_key)):
             if key is not None and key not in features:
                 raise ValueError(f"{field}={key!r}: {folder} has no such column. Choose one of {', '.join(features)}.")
+        check_image_column(self.image_key, features[self.image_key])
         columns = {folder: self.sets[folder].features.get(self.label_key) for folder in self.splits.values()}
         self.classes_of = {folder: getattr(column, "names", None) for folder, column in columns.items()}
         self.classes = self.classes_of[folder]
@@ -178,6 +179,17 @@ def only(features: dict[str, Any], kind: str, preferred: tuple[str, ...], field:
         f"{field}=None: {root} has {count} of type {kind}. Set {field} to one of {', '.join(of_kind or features)}"
         f"{instead}."
     )
+
+
+def check_image_column(key: str, feature: Any) -> None:
+    """Raise ValueError unless a column holds encoded images: as type Image, as bytes, or as dictionaries with bytes."""
+    kind = type(feature).__name__
+    kind = feature.dtype if kind == "Value" else kind
+    if kind != "Image" and "binary" not in kind and not (isinstance(feature, dict) and "bytes" in feature):
+        raise ValueError(
+            f"image_key={key!r}: this column holds {kind}, not encoded images. Choose another column, or convert it "
+            f"with cast_column({key!r}, datasets.Image()) and save the data set again."
+        )
 
 
 def hash_of(dataset: Any) -> str:

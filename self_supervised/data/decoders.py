@@ -50,7 +50,7 @@ def read_video(path: str, choose: Choose, channels: int, threads: int) -> Frames
         if codec.codec.intra_only:  # conceals corrupt data by default; other codecs would then refuse open groups
             codec.options = {"err_detect": "explode"}
         counted = container.format.name == COUNTED or any(packet.pts is None for packet in packets)
-        stamps = np.arange(len(packets)) if counted else np.unique([p.pts for p in packets if not p.is_discard])
+        stamps = np.arange(len(packets)) if counted else shown_times(packets)
         if not len(stamps):
             raise ValueError("the file holds no frames")
         indices = choose((stamps - stamps[0]) * float(1 / stream.average_rate if counted else stream.time_base))
@@ -61,6 +61,16 @@ def read_video(path: str, choose: Choose, channels: int, threads: int) -> Frames
     if missing:
         raise ValueError(f"frames {list(missing.values())} of {len(stamps)} could not be decoded")
     return frames, places.reshape(indices.shape)
+
+
+def shown_times(packets: list[Any]) -> np.ndarray:
+    """Return the ascending time stamps of the frames that are shown.
+
+    Frames shown before the first keyframe are left out: in a video that was cut at the keyframe of an open group, they
+    need frames that were cut off.
+    """
+    start = next((packet.pts for packet in packets if packet.is_keyframe), None)
+    return np.unique([p.pts for p in packets if not p.is_discard and (start is None or p.pts >= start)])
 
 
 def by_time(codec: Any, packets: list[Any], wanted: set[int]) -> Iterator[tuple[int, Any]]:

@@ -66,7 +66,8 @@ class ImageFolder(OnDisk):
         return of_folder(path, self.labels_from)
 
     def holds(self, path: str) -> bool:
-        return (self.root / path).is_file()
+        file = self.root / path
+        return os.path.lexists(file) and not file.is_dir()  # unreadable_images decides about dangling links
 
 
 def has_images(folder: Path) -> bool:

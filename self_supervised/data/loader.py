@@ -200,9 +200,19 @@ def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]
     if wrong is not None:
         raise ValueError(
             f"images={wrong.dtype} {list(wrong.shape)}: a loader yields uint8 images with values from 0 to 255, or "
-            "normalized float images. Convert them with .to(torch.uint8), or leave out what is not an image."
+            f"normalized float images. {way_to_uint8(wrong)}, or leave out what is not an image."
         )
     return parts[0] if len(parts) == 1 else parts, labels
+
+
+def way_to_uint8(images: Tensor) -> str:
+    """Return how to convert integer images: .to(torch.uint8) alone would wrap values outside 0 to 255."""
+    values = images.detach().cpu().to(torch.int64)  # uint16 has no minimum on its own
+    low, high = (int(values.min()), int(values.max())) if values.numel() else (0, 0)
+    if low >= 0 and high <= 255:
+        return "Convert them with .to(torch.uint8)"
+    example = "such as 16 bits with (images / 257).to(torch.uint8)"
+    return f"Scale their values from {low} to {high} to 0 to 255 first, {example}"
 
 
 def first_batch(loader: DataLoader, index: int) -> Any:

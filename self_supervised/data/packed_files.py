@@ -106,13 +106,13 @@ def use_packed(images: ImageFiles) -> None:
 
 
 def stamps_of(images: ImageFiles) -> list[Stamp]:
-    return [(path, repr(signature)) for path, signature, _ in images.signatures()]
+    return [(os.path.abspath(path), repr(signature)) for path, signature, _ in images.signatures()]
 
 
 def cache_folder(images: ImageFiles) -> Path:
     """Return the directory for the packed images of this source, size and way of reading."""
     side = packed_side(images)
-    root = images.root.absolute()
+    root = Path(os.path.abspath(images.root))
     kind = "crops" if images.views else "squares"
     settings: tuple = (str(root), kind, side, images.channels, images.pixel_range, images.exif_orientation)
     if column := getattr(images.source, "image_key", None):

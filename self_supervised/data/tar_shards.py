@@ -34,7 +34,7 @@ SHARD_LABEL_KEYS = ("cls", "label")  # default label keys
 MOST_OPEN = 128  # shards that a process keeps open
 MOST_REQUESTS = 16  # shards whose signatures are requested at the same time
 BLOCK = 512  # bytes per block of a tar file
-VERSION = 2  # of the stored index
+VERSION = 3  # of the stored index
 MOST_LINKS = 40  # links that are followed from one to the next, as in file systems
 Content = tuple[int, int]  # first byte, size
 Place = tuple[int, int, Label]  # first byte, size, label
@@ -364,6 +364,10 @@ def label_of(shard: str, signature: ShardSignature, sample: dict[str, Content], 
         if "json" in sample:
             entries = json.loads(content("json")) if entries is None else entries
             value = entries.get(key) if isinstance(entries, dict) else None
-            if isinstance(value, int | str):
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if isinstance(value, bool) or not isinstance(value, int | str | None):
+                raise ValueError(f"{value!r} under {key!r} is not a class. Set label_key to another key")
+            if value is not None:
                 return as_label(str(value))
     return None

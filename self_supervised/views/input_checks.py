@@ -26,8 +26,18 @@ def check_pixels(images: Tensor, channels: int) -> None:
     if images.dim() not in (4, 5, 6) or images.shape[axis] not in sizes_of_c(images, channels):
         raise ValueError(
             f"images={found}: the encoder takes images [N, {channels}, H, W], or clips [N, {channels}, T, H, W]. "
-            "Permute the axes, or add the first one with images[None]."
+            f"{way_to_axes(images, channels)}."
         )
+
+
+def way_to_axes(images: Tensor, channels: int) -> str:
+    """Return what to do about uint8 images of a wrong number of axes or channels."""
+    sizes = sizes_of_c(images, channels)
+    if images.dim() == 3 and images.shape[0] not in sizes and images.shape[2] not in sizes and 1 in sizes:
+        return "Add the axis of the channels with images[:, None]"
+    if images.dim() == 4 and not set(images.shape[1:]) & set(sizes):
+        return f"Set in_channels={images.shape[1]} when you pretrain, or convert the images"
+    return "Permute the axes, or add the first one with images[None]"
 
 
 def sizes_of_c(images: Tensor, channels: int) -> tuple[int, ...]:
@@ -74,6 +84,11 @@ def check_batch_images(images: Tensor | list[Tensor], params: EncoderAndDataPara
     parts = images if isinstance(images, list) else [images]
     for part in parts:
         if part.dtype == torch.uint8:
+            if part.dim() == 5 and not params.dataset.of_videos:
+                raise ValueError(
+                    f"images={part.dtype} {list(part.shape)}: stacked uint8 views are not supported. Yield a list of "
+                    "views [N, C, H, W], or set dataset_name='kinetics' if these are clips [N, C, T, H, W]."
+                )
             check_pixels(part, params.channels)
         else:
             check_axes(part, params.channels, params.dataset.of_videos)

@@ -478,6 +478,19 @@ def test_values_of_other_types(tmp_path):
             read(name, values)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int16", "int32", "uint32"])
+def test_tiffs_of_unknown_range_are_told_the_way_out(tmp_path, kind):
+    """Pillow would read them as nearly black."""
+    values = np.linspace(0, 100, 32 * 32).reshape(32, 32).astype(kind) - (kind == "int16")
+    for channels in (1, 3):
+        with pytest.raises(ValueError, match=f"type {kind} is unknown. Set pixel_range"):
+            one_image(tmp_path, lambda path: tifffile.imwrite(f"{path}.tif", values), in_channels=channels)
+    shown = one_image(
+        tmp_path, lambda path: tifffile.imwrite(f"{path}.tif", values), in_channels=1, pixel_range=[0, 100]
+    )
+    assert torch.equal(shown[0], torch.from_numpy(np.rint(values.clip(0) * 2.55).astype(np.uint8)[2:30, 2:30]))
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_gray_of_16_bits_is_scaled_and_has_a_range(tmp_path, channels):
     """PIL would clip 16-bit images at 255. The last of two or four channels is opacity."""

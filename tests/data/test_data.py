@@ -256,6 +256,16 @@ def test_what_loaders_may_yield():
     assert images_and_labels([x, x]) == ([x, x], None)
 
 
+def test_integers_beyond_255_are_told_to_be_scaled():
+    for values, way_out in (
+        (torch.full((2, 1, 4, 4), 65535, dtype=torch.uint16), "from 65535 to 65535 .*images / 257"),
+        (torch.full((2, 1, 4, 4), -1), "Scale their values from -1"),
+        (torch.full((2, 1, 4, 4), 255), r"Convert them with .to\(torch.uint8\)"),
+    ):
+        with pytest.raises(ValueError, match=way_out):
+            images_and_labels(values)
+
+
 def test_a_signal_to_the_process_group_leaves_the_workers_to_the_training():
     """torchrun sends SIGTERM to the group of each process, and the training saves at the next batch. PyTorch
     ends workers that are late at the end of an epoch in this way."""

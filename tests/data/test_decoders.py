@@ -75,6 +75,23 @@ def test_real_pictures_in_motion_are_equal_bit_by_bit(options, tmp_path):
         assert np.array_equal(read(path, indices)[1], whole[indices])
 
 
+def test_frames_whose_references_were_cut_off_do_not_count(tmp_path):
+    options = {"codec": "libx265", "x265-params": "log-level=none:keyint=12:bframes=3:open-gop=1"}
+    path = videos.write_video(tmp_path / "a.mkv", n=50, size=(160, 120), pattern=moving, **options)
+    with av.open(str(path)) as whole, av.open(str(tmp_path / "cut.mkv"), "w") as cut:
+        stream = whole.streams.video[0]
+        copied, keyframes = cut.add_stream_from_template(stream), 0
+        for packet in (packet for packet in whole.demux(stream) if packet.size):
+            keyframes += packet.is_keyframe
+            if keyframes > 1:
+                packet.stream = copied
+                cut.mux(packet)
+    with av.open(str(tmp_path / "cut.mkv")) as container:
+        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    found, places = decoders.read_video(str(tmp_path / "cut.mkv"), lambda times: np.arange(len(times)), 3, 1)
+    assert np.array_equal(found[places], expected) and 30 < len(expected) < 40
+
+
 def test_frames_that_nobody_refers_to_are_passed_over(tmp_path, monkeypatch):
     path, given_out = videos.write_video(tmp_path / "a.mp4", n=60, size=(160, 120), pattern=moving, bf=4), []
     real = decoders.by_time

@@ -123,6 +123,15 @@ def test_changed_and_new_images_are_packed_again(params, tmp_path, capfd):
     assert [view.shape for view in views] == [view.shape for view in dataset_of(params)[0][0][0]]
 
 
+def test_relative_and_absolute_paths_share_the_packed_images(params, tmp_path, monkeypatch, capfd):
+    dataset_of(params)
+    capfd.readouterr()
+    monkeypatch.chdir(tmp_path)
+    for path in ("photos", "photos/../photos"):
+        dataset_of(attrs.evolve(params, data_path=path))
+    assert "packing" not in capfd.readouterr().out and len(parts(tmp_path)) == 1
+
+
 def test_unreadable_images_stop_or_are_skipped(params, tmp_path):
     (tmp_path / "photos" / "dog" / "03.jpg").write_bytes(b"not an image")
     with pytest.raises(ValueError, match="03.jpg could not be read as an image"):

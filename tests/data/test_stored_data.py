@@ -196,6 +196,21 @@ def test_labels_in_shards(tmp_path):
         found("json", {"image_key": "jpg;webp"}, **entries)
     with pytest.raises(ValueError, match="the label of china/00.png in .*train-000000.tar could not be read"):
         found("damaged", {}, json=lambda name: "{")
+    entries_of = {
+        "float": float,
+        "object": lambda label: {"id": label},
+        "bool": bool,
+        "half": lambda label: label + 0.5,
+    }
+    for name, change in entries_of.items():
+        entry = {"json": lambda name, change=change: json.dumps({"label": change(classes(name))})}
+        if name == "float":
+            assert found(name, {}, **entry) == expected
+        else:
+            with pytest.raises(
+                ValueError, match=r"label of china/00.png .*under 'label' is not a class. Set label_key"
+            ):
+                found(name, {}, **entry)
     two = {"mask_png": lambda name: png(NAMES[0]), **entries}
     assert found("two", {}, **two) == found("two", {"image_key": "jpg;mask.png"}, **two) == expected
     p = params(tmp_path / "two", val_size=0, test_size=0, image_key="jpg;mask.png")
@@ -592,6 +607,17 @@ def test_columns(tmp_path, photos):
         read(image_key="left", include_patterns=["1*"])
     with pytest.raises(ValueError, match="image_key='left', label_key=None: .* Hugging Face"):
         loading.get_dataset(params(photos, image_key="left"), ("train",))
+
+
+def test_columns_that_hold_no_encoded_images_are_refused(tmp_path):
+    array = datasets.Array3D((4, 5, 3), "uint8")
+    kinds = {"string": datasets.Value("string"), "List": datasets.List(datasets.Value("uint8")), "Array3D": array}
+    values = {"string": "a.png", "List": [1, 2], "Array3D": np.zeros((4, 5, 3), np.uint8)}
+    for name, kind in kinds.items():
+        rows, features = {"image": [values[name]] * 6}, datasets.Features({"image": kind})
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / name)
+        with pytest.raises(ValueError, match=f"image_key='image': this column holds {name}, not encoded images"):
+            loading.get_dataset(params(tmp_path / name, image_key="image"), ("train",))
 
 
 def test_rows_of_tiff_and_npy_are_read_as_such_files(tmp_path):

@@ -120,6 +120,23 @@ def test_a_missing_file_is_left_out_too(roots, tmp_path):
     assert len(features.extract(model, p, ("test",), tmp_path / "kept").x) == 11
 
 
+@pytest.mark.parametrize("action", ["skip", "stop"])
+def test_a_dangling_link_is_left_to_unreadable_images(action, tmp_path):
+    for i in range(6):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
+    p = attrs.evolve(params(tmp_path), splits_path=str(tmp_path / "splits"), unreadable_images=action)
+    for _ in ("drawn", "read from splits_path"):
+        datasets = [loading.get_dataset(p, (split,), p.views) for split in ("train", "val", "test")]
+        found = next((d, i) for d in datasets for i in range(len(d)) if d.files[i][0].endswith("link.png"))
+        if action == "stop":
+            with pytest.raises(ValueError, match="link.png could not be read"):
+                found[0][found[1]]
+        else:
+            found[0][found[1]]
+            assert found[0].skipped() == [str(tmp_path / "link.png")]
+
+
 def test_in_training_the_next_readable_image_takes_the_place(roots):
     p = params(roots[1])
     dataset = loading.get_dataset(p, ("train",), p.views)
