@@ -366,8 +366,8 @@ def label_of(shard: str, signature: ShardSignature, sample: dict[str, Content], 
             value = entries.get(key) if isinstance(entries, dict) else None
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
-            if isinstance(value, bool) or not isinstance(value, int | str | None):
-                raise ValueError(f"{value!r} under {key!r} is not a class. Set label_key to another key")
-            if value is not None:
+            if isinstance(value, int | str):
                 return as_label(str(value))
+            if value is not None and keys != SHARD_LABEL_KEYS:  # the default keys may have another meaning
+                raise ValueError(f"{value!r} under {key!r} is not a class. Set label_key to another key")
     return None
