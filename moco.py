@@ -269,11 +269,10 @@ class SelfSupervisedMethod(BaseMethod):
     def on_train_start(self) -> None:
         super().on_train_start()
         now = {row.name for row in self.parameter_table()}
-        was_trained, is_trained = (any(name.startswith("model.") for name in names) for names in (self.trained, now))
-        if is_trained and not was_trained:  # made trainable after construction, when it was left in eval mode
+        if any(name.startswith("model.") for name in now):  # otherwise the log has said that only the heads learn
             encoders.prepare_training(self.model)
-            if self.lagging_model is not None:
-                layers.copy_modes(self.model, self.lagging_model)
+        if self.lagging_model is not None:
+            layers.copy_modes(self.model, self.lagging_model)
         if self.params.micro_batch_size is not None:
             refuse_strategy(self.trainer)
             synchronize_buffers_alone(self.trainer.model)

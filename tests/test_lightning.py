@@ -2,6 +2,7 @@
 
 import copy
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -236,14 +237,81 @@ def test_half_precision_that_another_trainer_left_is_refused(small, trainer):
 
 
 @pytest.mark.filterwarnings("ignore:.*(called without a model|no last checkpoint)")  # for OnExceptionCheckpoint
-def test_checkpoints_by_step_are_chosen_by_the_metrics_of_their_step(small, trainer, tmp_path):
-    saver = ModelCheckpoint(tmp_path, monitor="step_train_loss", every_n_train_steps=2, save_top_k=-1)
+@pytest.mark.parametrize(
+    ("due", "of_steps"), [({"every_n_train_steps": 2}, 2), ({"train_time_interval": timedelta()}, 1)]
+)
+def test_checkpoints_by_step_are_chosen_by_the_metrics_of_their_step(due, of_steps, small, trainer, tmp_path):
+    saver = ModelCheckpoint(tmp_path, monitor="step_train_loss", save_top_k=-1, **due)
     model, seen = SelfSupervisedMethod(small("simclr", evaluations=[])), []
     model.on_train_batch_end = lambda outputs, *_: seen.append(float(outputs["loss"]))
     callbacks = [saver, OnExceptionCheckpoint(tmp_path)]  # the latter monitors nothing
     fit = trainer(max_epochs=1, limit_train_batches=6, callbacks=callbacks, enable_checkpointing=True)
     fit.fit(model)
-    assert [float(value) for value in saver.best_k_models.values()] == pytest.approx(seen[1::2])
+    assert [float(value) for value in saver.best_k_models.values()] == pytest.approx(seen[of_steps - 1 :: of_steps])
+
+
+def test_training_after_an_interruption_is_in_train_mode(method, trainer):
+    """An exception in a validation would leave eval mode behind. Parts that the user froze stay as they were."""
+    model, failing = method(), pl.Callback()
+    trainer().fit(model)
+    modes = [part.training for part in model.modules()]
+    failing.on_validation_batch_start = lambda *_: (_ for _ in ()).throw(OSError("the disk is gone"))
+    for run in (trainer(callbacks=[failing]).fit, trainer(callbacks=[failing]).validate):
+        with pytest.raises(OSError, match="the disk is gone"):
+            run(model)
+        assert [part.training for part in model.modules()] == modes and len(set(modes)) == 2
+
+
+@pytest.mark.parametrize("fields", [{}, {"normalize_features": True}, {"encoder_lr": 0.1, "normalize_features": True}])
+def test_a_method_in_eval_mode_is_trained_like_one_in_train_mode(fields, small, trainer):
+    """After `model.eval()`, which a user calls to compute embeddings."""
+    trained = []
+    for puts_into_eval_mode in (False, True):
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6))
+        if fields:
+            model = LinearClassifierMethod(
+                dataset_name="digits", batch_size=16, seed=0, lr=0.1, encoder=encoder, **fields
+            )
+        else:
+            model = SelfSupervisedMethod(small("moco_v2", evaluations=[]), encoder=encoder)
+        if puts_into_eval_mode:
+            model.eval()
+        trainer().fit(model)
+        trained.append(model.state_dict())
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
+def test_an_example_input_is_no_batch(method, trainer):
+    """The summary and a logger's graph encode it before there are batches."""
+    model = method()
+    model.example_input_array = torch.zeros(2, 1, 8, 8, dtype=torch.float32)
+    encoded = []
+    model.model.register_forward_hook(lambda *_: encoded.append(1))
+    summary = pl.callbacks.ModelSummary()
+    summary.summarize = lambda data, *_args, **_options: encoded.append({name: size for name, size in data})
+    trainer(callbacks=[summary]).fit(model)
+    (shown,) = (one for one in encoded if isinstance(one, dict))
+    assert encoded.index(shown) == 1
+
+
+def test_a_loaded_encoder_is_not_called_random(small, trainer, tmp_path):
+    """After a validation with ckpt_path, the method has the weights of that checkpoint."""
+    fit, params = trainer(), small("simclr", evaluations=[])
+    fit.fit(SelfSupervisedMethod(params))
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    model = SelfSupervisedMethod(params)
+    assert model.starting_point() == "random encoder"
+    trainer().validate(model, ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    assert model.starting_point() == "starting encoder"
+
+
+def test_checkpoints_hold_the_state_of_early_stopping_after_their_epoch(small, trainer, tmp_path):
+    model = SelfSupervisedMethod(small(evaluations=["rank_me"]), encoder=Encoder())
+    stopping = EarlyStopping("valid_rank_me", mode="max", patience=9)
+    trainer(callbacks=[Checkpoints(tmp_path), stopping]).fit(model)
+    states = checkpoints.read_checkpoint(checkpoints.newest(tmp_path))["callbacks"]
+    assert float(states[stopping.state_key]["best_score"]) == float(stopping.best_score) > 0
 
 
 def test_a_method_can_be_copied_after_a_training(small, trainer):

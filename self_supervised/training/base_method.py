@@ -41,18 +41,15 @@ TRAINED_FURTHER = (
 )
 
 
-class BaseMethod(pl.LightningModule):
+class BaseMethod(hyperparameters.RecordedSettings):
     """Base class of SelfSupervisedMethod and LinearClassifierMethod.
 
     A subclass sets `CLASSIFIER`, `params` and `augment(images, seed, positions=...)`, which returns the list of views
     of a training batch. It may override `needs_labels` and `reads_labels`.
     """
 
-    CLASSIFIER: str  # name of the linear layer that is trained on labels
     needs_labels = False  # also for validation
     plan: Plan | None = None  # length of the training, set with the optimizers
-    built: Any = None  # the settings with which it was built, and which `change` changes
-    seed_was_drawn = False  # True if `seed` was None
     step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
     trains_on_dataset_name = False  # False: on the user's loader
@@ -96,71 +93,6 @@ class BaseMethod(pl.LightningModule):
         """Return a context for validation without compiled code, which would be compiled again for eval mode and for
         the size of the last batch."""
         return torch.compiler.set_stance("force_eager") if self.params.torch_compile else nullcontext()
-
-    # ---- Settings: as attributes, for Lightning's Tuner, and as hyperparameters ----
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of the settings. A value that is set is used as it is: `lr_scaling` becomes None."""
-        return self.params.lr
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        self.change(lr=float(value), lr_scaling=None)
-
-    @property
-    def batch_size(self) -> int:
-        """Images per process and batch."""
-        return self.params.batch_size
-
-    @batch_size.setter
-    def batch_size(self, value: int) -> None:
-        if self.params.global_batch_size is not None:
-            raise ValueError(
-                f"global_batch_size={self.params.global_batch_size} determines the size of a batch, so "
-                f"batch_size={value} has no effect. Set global_batch_size=None"
-            )
-        self.change(batch_size=value)
-
-    def change(self, **fields: Any) -> None:
-        """Change settings, and the hyperparameters that a checkpoint keeps."""
-        self.params = self.built = attrs.evolve(self.params, **fields)
-        self.save_hyperparameters(fields)
-
-    def _set_hparams(self, hp: Any) -> None:
-        """Override Lightning's method to keep the record read-only for others, and free of objects. It is changed in
-        place, because the Tuner compares the record that it holds with the new value."""
-        is_record = isinstance(self.hparams, hyperparameters.HyperparameterRecord)
-        self._hparams = self.hparams if is_record else hyperparameters.HyperparameterRecord()
-        dict.update(self._hparams, hyperparameters.without_objects(self._to_hparams_dict(hp)))
-
-    def remove_ignored_hparams(self, ignore_list: list[str]) -> None:
-        for name in ignore_list:
-            dict.pop(self._hparams, name, None)
-
-    def counted_classes(self) -> dict[str, int]:
-        """Return {"n_classes": ...} if the classes were counted in files, which may be gone or changed when the
-        checkpoint is loaded; otherwise {}."""
-        packed = self.params.dataset.is_packed
-        return {} if packed or self.n_outputs is None else {"n_classes": self.n_outputs}
-
-    def record_settings(self, **found: Any) -> None:
-        """Keep the settings with which the networks were built, as flat hyperparameters for `load_from_checkpoint`.
-
-        encoder_weights is dropped, because a checkpoint has its own weights.
-
-        Args:
-            found: settings that the files or the networks have determined.
-        """
-        found = attrs.asdict(self.params) | found | self.counted_classes() | {"encoder_weights": None}
-        self.save_hyperparameters(found)
-        self.built = self.params
-
-    @property
-    def n_outputs(self) -> int | None:
-        """Number of classes of the classifier that is trained here, if there is one."""
-        classifier = getattr(self, self.CLASSIFIER)
-        return None if classifier is None else classifier.out_features
 
     # ---- Loaders ----
 
@@ -209,7 +141,11 @@ class BaseMethod(pl.LightningModule):
             fit_checks.refuse_subsets(self.params)
 
     def on_train_start(self) -> None:
-        """Check the first batch of the user's validation loaders now, not after an epoch of training."""
+        """Check the first batch of the user's validation loaders now, not after an epoch of training. Put a method in
+        eval mode into train mode, which Lightning does not do; a subclass does so with its encoder."""
+        if not self.training:
+            self.train()
+            self.model.eval()
         if self.was_trained and self.global_step == 0:
             rank_zero_info(TRAINED_FURTHER)
         self.step_metrics = {}
@@ -235,14 +171,21 @@ class BaseMethod(pl.LightningModule):
         seed = self.step_seed(batch_idx * distributed.world_size() + distributed.rank())
         torch.manual_seed(int(augmentations.generator(seed).integers(2**63)))  # for dropout etc. within encoders
 
+    def _apply_batch_transfer_handler(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        """Leave an example input as it is, for which Lightning passes no device: of exports, of `example_input_array`
+        in the summary, and of a logger's graph."""
+        if device is None:
+            return self.transfer_batch_to_device(batch, self.device, dataloader_idx)
+        return super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Any, Tensor | None]:
         """Turn uint8 images into normalized floats on the device: a list of views in training, full images otherwise.
 
         Float images stay as they are. All get the type of the weights, which is float32 except with precision
         "bf16-true", "16-true" and "64-true".
         """
-        if self._trainer is None or self._trainer.state.stage is None:
-            return batch  # example input of to_onnx() or to_torchscript()
         images, labels = images_and_labels(batch)
         if not self.trainer.predicting and not isinstance(self.loader_of(dataloader_idx), ResumableDataLoader):
             self.check_batch(batch, self.trainer.training)
@@ -296,7 +239,8 @@ class BaseMethod(pl.LightningModule):
             return True
         savers = [saver for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None)]
         intervals = (getattr(saver, "_every_n_train_steps", 0) for saver in savers)
-        if any(n and (trainer.global_step + 1) % n == 0 for n in intervals):
+        may_save = any(getattr(saver, "_train_time_interval", None) is not None for saver in savers)
+        if may_save or any(n and (trainer.global_step + 1) % n == 0 for n in intervals):
             return True
         loop, of_all = trainer.fit_loop, trainer.check_val_every_n_epoch is None
         batches = (loop.total_batch_idx if of_all else loop.batch_idx) + 1
@@ -357,6 +301,7 @@ class BaseMethod(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Check that a run can be resumed with these settings. Loading a checkpoint otherwise needs no check."""
         if self._trainer is None or self.trainer.state.fn != "fit":
+            self.was_trained = True
             return
         resuming.refuse_another_model(checkpoint, self, self.trainer)
         resuming.convert_position(checkpoint, self.trainer.accumulate_grad_batches)

@@ -20,7 +20,6 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.plugins.environments import SLURMEnvironment
-from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -97,7 +96,7 @@ def of_data_only(content: dict[str, Any]) -> dict[str, Any]:
         ValueError: another part holds objects.
     """
     parts = {name: part for name, part in content.items() if name not in OF_TENSORS}
-    parts = apply_to_collection(parts, np.generic, np.generic.item)
+    parts = with_own_numbers(parts)
     states = parts.get("callbacks", {})
     for name in list(states):
         if found := objects_in(states[name]):
@@ -107,8 +106,20 @@ def of_data_only(content: dict[str, Any]) -> dict[str, Any]:
             del states[name]
     for name, part in parts.items():
         if found := objects_in(part):
-            raise ValueError(f"{name}: a checkpoint with it could not be read again, because it holds {found}")
+            raise ValueError(
+                f"{name}: a checkpoint with it could not be read again, because it holds {found}. Let state_dict() or "
+                "on_save_checkpoint() keep only numbers, texts, tensors, and lists or dicts of them"
+            )
     return {**content, **parts}
+
+
+def with_own_numbers(part: Any) -> Any:
+    """Return a part of a checkpoint with Python's numbers in place of NumPy's. Other objects stay as they are."""
+    if isinstance(part, np.generic):
+        return part.item()
+    if type(part) is dict:
+        return {with_own_numbers(key): with_own_numbers(value) for key, value in part.items()}
+    return type(part)(map(with_own_numbers, part)) if type(part) in (list, tuple) else part
 
 
 def objects_in(part: Any) -> str:

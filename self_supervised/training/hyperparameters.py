@@ -97,6 +97,78 @@ def without_objects(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain(dict(entries)).items() if is_data(value)}
 
 
+class RecordedSettings(pl.LightningModule):
+    """Module whose settings are attributes, for Lightning's Tuner, and hyperparameters, for its checkpoints."""
+
+    CLASSIFIER: str  # name of the linear layer that is trained on labels
+    params: Any
+    built: Any = None  # the settings with which it was built, and which `change` changes
+    seed_was_drawn = False  # True if `seed` was None
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the settings. A value that is set is used as it is: `lr_scaling` becomes None."""
+        return self.params.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.change(lr=float(value), lr_scaling=None)
+
+    @property
+    def batch_size(self) -> int:
+        """Images per process and batch."""
+        return self.params.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        if self.params.global_batch_size is not None:
+            raise ValueError(
+                f"global_batch_size={self.params.global_batch_size} determines the size of a batch, so "
+                f"batch_size={value} has no effect. Set global_batch_size=None"
+            )
+        self.change(batch_size=value)
+
+    def change(self, **fields: Any) -> None:
+        """Change settings, and the hyperparameters that a checkpoint keeps."""
+        self.params = self.built = attrs.evolve(self.params, **fields)
+        self.save_hyperparameters(fields)
+
+    def _set_hparams(self, hp: Any) -> None:
+        """Override Lightning's method to keep the record read-only for others, and free of objects. It is changed in
+        place, because the Tuner compares the record that it holds with the new value."""
+        is_record = isinstance(self.hparams, HyperparameterRecord)
+        self._hparams = self.hparams if is_record else HyperparameterRecord()
+        dict.update(self._hparams, without_objects(self._to_hparams_dict(hp)))
+
+    def remove_ignored_hparams(self, ignore_list: list[str]) -> None:
+        for name in ignore_list:
+            dict.pop(self._hparams, name, None)
+
+    def counted_classes(self) -> dict[str, int]:
+        """Return {"n_classes": ...} if the classes were counted in files, which may be gone or changed when the
+        checkpoint is loaded; otherwise {}."""
+        packed = self.params.dataset.is_packed
+        return {} if packed or self.n_outputs is None else {"n_classes": self.n_outputs}
+
+    def record_settings(self, **found: Any) -> None:
+        """Keep the settings with which the networks were built, as flat hyperparameters for `load_from_checkpoint`.
+
+        encoder_weights is dropped, because a checkpoint has its own weights.
+
+        Args:
+            found: settings that the files or the networks have determined.
+        """
+        found = attrs.asdict(self.params) | found | self.counted_classes() | {"encoder_weights": None}
+        self.save_hyperparameters(found)
+        self.built = self.params
+
+    @property
+    def n_outputs(self) -> int | None:
+        """Number of classes of the classifier that is trained here, if there is one."""
+        classifier = getattr(self, self.CLASSIFIER)
+        return None if classifier is None else classifier.out_features
+
+
 def refuse_replaced(params: Any, built: Any) -> None:
     """Raise ValueError if settings were replaced after the method was built with others, whose networks stay."""
     names = [] if built is None else [field.name for field in attrs.fields(type(built))]

@@ -53,6 +53,7 @@ class TrainingMonitor(pl.Callback):
 
         The Trainer is set to validate only in epochs that are evaluated, because callbacks that monitor a score
         (ModelCheckpoint, EarlyStopping) look for it after every validation, and would not find it after an empty one.
+        EarlyStopping looks at once, before `Checkpoints` saves its state.
         """
         present = next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)
         monitor = present or cls()
@@ -61,6 +62,9 @@ class TrainingMonitor(pl.Callback):
         monitor.own_interval = monitor.own_interval or trainer.check_val_every_n_epoch
         if monitor.own_interval is not None:  # None: val_check_interval counts batches across epochs
             trainer.check_val_every_n_epoch = math.lcm(monitor.own_interval, evaluate_every_n_epochs)
+        for stopping in trainer.early_stopping_callbacks:
+            if stopping.monitor.startswith("valid_") and stopping._check_on_train_epoch_end is None:
+                stopping._check_on_train_epoch_end = False
         return [monitor]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -72,6 +76,8 @@ class TrainingMonitor(pl.Callback):
         share_seed(pl_module, device)
         if pl_module.first_epoch == 1:
             count_epochs(trainer, pl_module)
+        # With max_steps, Lightning resumes at the end of an epoch as if within one, and skips the images of the next.
+        trainer.fit_loop._iteration_based_training = lambda: False
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user chose stays
             trainer.strategy.checkpoint_io = SafeCheckpointIO()
 
@@ -195,8 +201,12 @@ class TrainingMonitor(pl.Callback):
             torch.set_rng_state(self.random_state)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Add the file that a dead worker read last to the exception."""
+        """Restore what an interrupted validation has put into eval mode, in which a later `fit` would train. Add the
+        file that a dead worker read last to the exception."""
         self.teardown(trainer, pl_module, "")
+        loop = trainer._active_loop
+        if loop is not None and not trainer.training:
+            loop._module_mode.restore(pl_module)
         try:
             self.add_last_file(trainer, exception)
         except RuntimeError:  # PyTorch's handler of SIGCHLD, which may raise in any line of ours

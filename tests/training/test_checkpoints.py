@@ -253,15 +253,16 @@ def test_states_of_callbacks_leave_a_checkpoint_readable(method, trainer, tmp_pa
     """NumPy's numbers become Python's; other objects are left out."""
 
     def callbacks() -> list[pl.Callback]:
-        state = {"best": np.float64(0.5), "seen": (np.int64(3), [torch.ones(2)])}
-        return [Counting(state), WithObject({"path": tmp_path}), Checkpoints(tmp_path / "run")]
+        state = {"best": np.float64(0.5), "seen": (np.int64(3), [torch.ones(2)]), np.int64(7): "key"}
+        return [Counting(state), WithObject({"path": tmp_path, "steps": range(3)}), Checkpoints(tmp_path / "run")]
 
     with pytest.warns(UserWarning, match="state of the callback WithObject is not saved: it holds pathlib"):
         trainer(callbacks=callbacks()).fit(method)
     plain, dropped, _ = read = callbacks()
     resumed = SelfSupervisedMethod(method.params, encoder=tiny())
     trainer(callbacks=read).fit(resumed, ckpt_path=newest(tmp_path / "run"))
-    assert plain.loaded["best"] == 0.5 and type(plain.loaded["seen"][0]) is int and dropped.loaded is None
+    assert plain.loaded["best"] == 0.5 and plain.loaded[7] == "key"
+    assert type(plain.loaded["seen"][0]) is int and dropped.loaded is None
 
 
 def test_objects_of_a_users_method_are_refused_before_they_spoil_a_checkpoint(method, trainer, tmp_path):

@@ -433,6 +433,23 @@ def test_a_training_that_max_time_ends_within_an_epoch_goes_on_there(accumulated
     assert equal(resumed.state_dict(), whole.state_dict())
 
 
+def test_a_training_whose_steps_are_limited_is_resumed_from_every_file(tmp_path):
+    """Also from the end of an epoch, where Lightning would skip the images of the next one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = pretraining()
+    built, every = copy.deepcopy(whole), Checkpoints(tmp_path / "every", every_n_steps=1, keep=10)
+    end, seen = epochs(whole, tmp_path / "whole", -1, max_steps=10, callbacks=[every])
+    for done in (3, 4, 7, 8):  # an epoch has 4 steps
+        file = f"step_{done:09d}.ckpt"
+        (tmp_path / str(done)).mkdir()
+        shutil.copy(tmp_path / "every" / file, tmp_path / str(done))
+        method = copy.deepcopy(built)
+        fit, resumed = epochs(method, tmp_path / str(done), -1, max_steps=10)
+        assert resumed == seen[done:] and fit.current_epoch == end.current_epoch
+        assert equal(method.state_dict(), whole.state_dict())
+
+
 def test_a_run_is_shortened_before_its_end(tmp_path):
     with pytest.raises(KeyError):
         epochs(pretraining(), tmp_path / "run", 9, callbacks=[Stopped()])
