@@ -30,7 +30,7 @@ from self_supervised.networks import layers
 from self_supervised.networks.encoders import embeddings_of, get_encoder, prepare_training
 from self_supervised.networks.pretrained import SHARED, load_encoder
 from self_supervised.numerics import at_least_float32, rank_of
-from self_supervised.training import optimizers
+from self_supervised.training import label_checks, optimizers
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.fit_checks import refuse_callbacks
 from self_supervised.training.hyperparameters import Given, resolve
@@ -209,23 +209,26 @@ class LinearClassifierMethod(BaseMethod):
 
     @classmethod
     def from_moco_checkpoint(
-        cls, path: str | Path, encoder: nn.Module | None = None, **overrides: Any
+        cls, path: str | Path, encoder: nn.Module | None = None, preset: str = "linear_moco", **overrides: Any
     ) -> "LinearClassifierMethod":
         """Return a new classifier on the encoder of a checkpoint.
 
         Args:
             path: checkpoint, or any other file or name that `load_encoder` accepts.
             encoder: your own module, if pretraining used one.
+            preset: name in LINEAR_PRESETS.
             overrides: fields of LinearClassifierMethodParams. With another dataset_name, images keep the size and the
                 normalization constants of pretraining.
 
         Raises:
             ValueError: the tensors of the checkpoint are not exactly those of the encoder. The message lists them.
         """
+        if isinstance(encoder, str):
+            raise ValueError(f"encoder={encoder!r} is no module. Is it a preset? Pass preset={encoder!r}")
         with layers.modes_kept(encoder) if encoder is not None else nullcontext():  # load_encoder freezes it
             source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
         settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}
-        method = cls(LinearClassifierMethodParams(**{**settings, **overrides}), encoder=encoder)
+        method = cls(preset, encoder=encoder, **{**settings, **overrides})
         if encoder is None:
             method.model.load_state_dict(source.model.state_dict())
         rank_zero_info(str(source.report))
@@ -257,12 +260,17 @@ class LinearClassifierMethod(BaseMethod):
         self.model.train(mode and self.trains_encoder)
         return self
 
-    def on_train_start(self) -> None:
-        """Put an encoder that is trained, and in eval mode as a whole, into train mode, which Lightning does not do. Do
-        not name the classes of a loader of the user like those of `dataset_name`, which they need not be."""
-        super().on_train_start()
+    def on_fit_start(self) -> None:
+        """Name the classes of a loader of the user as its data set does, not like those of `dataset_name`."""
+        super().on_fit_start()
         if not self.trains_on_dataset_name and self.params.class_names is None:
-            self.save_hyperparameters({"class_names": None, "n_classes": self.n_outputs})
+            found = label_checks.names_in(getattr(self.trainer.train_dataloader, "dataset", None), self.params)
+            names = [*found.values()] if len(found) == self.n_outputs else None
+            self.save_hyperparameters({"class_names": names, "n_classes": self.n_outputs})
+
+    def on_train_start(self) -> None:
+        """Put an encoder that is trained, and in eval mode as a whole, into train mode, which Lightning does not do."""
+        super().on_train_start()
         if self.trains_encoder:
             prepare_training(self.model)
         else:

@@ -43,8 +43,10 @@ from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_file, check_folder
 from self_supervised.training.run_folder import settings_of_run, versions
 
+OF_WEIGHTS = ("encoder_arch", "in_channels", "low_resolution_stem", "stem_variant", "image_mean", "image_std")
 READING_OPTIONS = (
     *OF_ENCODER,
+    *OF_WEIGHTS,  # facts that files of other systems lack
     *(name for name in DATASET_DEFAULTS if name not in (*SUBSET, *TRAINING_ONLY)),
     "exif_orientation",
     "unreadable_images",
@@ -83,8 +85,8 @@ def evaluate_checkpoint(
         fresh: whether to discard earlier results.
         training: fields of LinearClassifierMethodParams for protocols that train, such as max_epochs.
         reading: fields of EncoderAndDataParams for reading images, such as batch_size and num_data_workers;
-            transform_crop_size, the size at which the images are embedded, and pooling_size are the encoder's
-            (default: those of the pretraining).
+            transform_crop_size, the size at which the images are embedded, pooling_size and those of OF_WEIGHTS are the
+            encoder's (default: those of the pretraining).
 
     Raises:
         ValueError: a protocol is unknown, or needs labels that the data set does not have; there is no lagging encoder;
@@ -97,9 +99,10 @@ def evaluate_checkpoint(
     folder = as_path(out) if out else folder_of(checkpoint)
     check_folder("out", folder)
     device = str(usable_device(device))
-    given = {name: reading.pop(name, None) for name in OF_ENCODER}
-    encoder_settings = {name: value for name, value in given.items() if value is not None}
-    read = partial(load_encoder, checkpoint, **encoder_settings)
+    given = {name: reading.pop(name, None) for name in (*OF_ENCODER, *OF_WEIGHTS)}
+    given = {name: value for name, value in given.items() if value is not None}
+    encoder_settings = {name: value for name, value in given.items() if name in OF_ENCODER}
+    read = partial(load_encoder, checkpoint, **given)
     others = {"lagging": read(encoder=copy.deepcopy(encoder), lagging=True)} if lagging else {}  # or refused at once
     trained = read(encoder=encoder)
     encoders = {**baselines_of(trained, starting_weights, baselines), "trained": trained, **others}

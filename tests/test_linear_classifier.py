@@ -1,12 +1,13 @@
 """Linear classifier on a checkpoint: loading, training, scores and learning rates."""
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
 from moco import SelfSupervisedMethod
@@ -41,6 +42,13 @@ def test_encoder_comes_from_the_checkpoint_and_overrides_win(checkpoint, capsys)
         LinearClassifierMethod.load_from_checkpoint(path)
     x = torch.randn(8, 1, 8, 8)  # a frozen encoder keeps its statistics before the first training, too
     assert torch.equal(linear(x), linear.eval()(x))
+
+
+def test_presets_are_taken_by_name(checkpoint):
+    linear = LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], preset="linear_sgd", momentum=0.8)
+    assert (linear.params.lr_schedule, linear.params.max_epochs, linear.params.momentum) == ("cosine", 90, 0.8)
+    with pytest.raises(ValueError, match="encoder='linear_sgd' is no module. Is it a preset. Pass preset='linear_sgd'"):
+        LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], "linear_sgd")
 
 
 def test_a_checkpoint_of_the_linear_stage_is_not_one_of_a_pretraining(checkpoint, trainer, tmp_path):
@@ -157,6 +165,37 @@ def test_images_without_a_label_are_refused(trainer):
         trainer(limit_val_batches=1.0).fit(linear(), loaders[0], nothing)
 
 
+def test_classes_with_other_numbers_are_refused(trainer, tmp_path):
+    """Of our data sets, of a user's loader and of a checkpoint: the scores would be wrong in silence."""
+    for folder, classes in {"pets": ("cat", "dog"), "others": ("dog", "wolf")}.items():
+        for i in range(16):
+            file = tmp_path / folder / classes[i % 2] / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(file)
+    read = {"dataset_name": "folder", "transform_crop_size": 8, "num_data_workers": 0, "batch_size": 4}
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    fit = trainer(limit_test_batches=1)
+    fit.fit(LinearClassifierMethod(encoder=encoder, data_path=str(tmp_path / "pets"), **read))
+    fit.save_checkpoint(tmp_path / "pets.ckpt")
+    others = {"encoder": encoder, "data_path": str(tmp_path / "others")}
+    loaded = LinearClassifierMethod.load_from_checkpoint(tmp_path / "pets.ckpt", **others)
+    with pytest.raises(ValueError, match="'dog' is class 0, and class 1 of the classifier. Give each class"):
+        trainer(limit_test_batches=1).test(loaded, verbose=False)
+    again = LinearClassifierMethod(**others, **read)
+    for call in (trainer(max_epochs=2).fit, trainer().test):
+        with pytest.raises(ValueError, match="this method, unlike the checkpoint: 'dog' is class 0"):
+            call(again, ckpt_path=tmp_path / "pets.ckpt")
+    numbered = LinearClassifierMethod.load_from_checkpoint(
+        tmp_path / "pets.ckpt", class_to_idx={"cat": 0, "wolf": 0, "dog": 1}, **others
+    )
+    assert trainer(limit_test_batches=1).test(numbered, verbose=False)
+    images = TensorDataset(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    for names, is_refused in ((["dog", "cat"], True), (["cat", "dog"], False), (["Katze", "Hund"], False)):
+        images.classes = names
+        with pytest.raises(ValueError, match="'dog' is class 0") if is_refused else nullcontext():
+            assert trainer(limit_test_batches=1).test(loaded, DataLoader(images, batch_size=4), verbose=False)
+
+
 def test_class_names_stay_with_the_classifier(small, trainer, tmp_path):
     """Those of class folders, of class_to_idx and of a packed set; the images may be gone afterwards."""
     for i in range(24):
@@ -192,5 +231,10 @@ def test_class_names_stay_with_the_classifier(small, trainer, tmp_path):
     fit.save_checkpoint(tmp_path / "own.ckpt")
     again = LinearClassifierMethod.load_from_checkpoint(tmp_path / "own.ckpt", encoder=nn.Flatten())
     assert packed.hparams.class_names is again.hparams.class_names is None and again.n_outputs == 10
+    named = TensorDataset(images, labels)
+    named.classes = [f"class {i}" for i in range(10)]
+    fit = trainer()
+    fit.fit(again, DataLoader(Subset(named, range(16)), batch_size=8))
+    assert again.hparams.class_names == named.classes
     with pytest.raises(ValueError, match="n_classes=3, but class_names has 2"):
         LinearClassifierMethodParams(n_classes=3, class_names=["a", "b"])

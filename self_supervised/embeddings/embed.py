@@ -8,6 +8,7 @@ images that were added since.
 
 import argparse
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def description(encoder: Encoder, source: ImageSource, overrides: dict[str, Any]
     file = Path(encoder.report.source)
     packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL, "numpy": np}
     return {
-        "checkpoint": str(file.resolve()) if file.is_file() else encoder.report.source,
+        "checkpoint": os.path.abspath(file) if file.is_file() else encoder.report.source,
         "sha256": digest(encoder),
         "encoder": encoder_hash(encoder),
         "encoder_arch": p.encoder_arch,

@@ -96,6 +96,7 @@ def load_file(encoder: nn.Module, file: Path, p: EncoderAndDataParams) -> None:
             raise ValueError(f"its first layers are those of stem_variant={stem!r}. Set it (is {p.stem_variant!r})")
         if not found.settings:  # of a checkpoint of ours, which has other constants
             refuse_other_pixels(p, p.encoder_weights)
+            layouts.refuse_other_heads(found, p.encoder_arch)
         layouts.load_into(encoder, found, p.encoder_arch)
     except ValueError as error:
         raise ValueError(f"encoder_weights={p.encoder_weights!r} for {p.encoder_arch}: {error}") from error

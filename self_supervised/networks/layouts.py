@@ -110,6 +110,28 @@ def checkpoint_of(path_or_name: str | Path) -> str | Path:
     return path_or_name
 
 
+def refuse_other_heads(found: WeightsFile, arch: str) -> None:
+    """Raise ValueError for small vision transformers of MoCo v3, also in solo-learn: they have 12 heads, and otherwise
+    the tensors of timm's with 3 or 6.
+
+    They are told by their fixed position embeddings, whose sines of the column come first, and in which the second
+    patch is that of the next row.
+    """
+    position = found.state.get("pos_embed")
+    is_small = arch.rpartition("_patch")[0] in ("timm:vit_tiny", "timm:vit_small")
+    if not is_small or found.settings or position is None or position.dim() != 3 or position.shape[1] < 3:
+        return
+    quarter = position.shape[-1] // 4
+    class_token, second = position[0, 0], position[0, 2, : 2 * quarter]
+    is_fixed = not class_token.any() and not second[:quarter].any() and bool((second[quarter:] == 1).all())
+    if is_fixed or found.layout == "moco v3":
+        name = arch.removeprefix("timm:")
+        raise ValueError(
+            f"{found.source} is {name} of MoCo v3, which has 12 heads where timm's has {position.shape[-1] // 64}. "
+            f"Pass encoder=timm.create_model({name!r}, num_heads=12, num_classes=0) to load_encoder"
+        )
+
+
 def read_weights(path: str | Path, lagging: bool = False) -> WeightsFile:
     """Read the encoder in a file of ours or of another system, which may be a .safetensors file; with `lagging`, the
     lagging encoder in a checkpoint of ours.

@@ -20,6 +20,7 @@ from self_supervised.views import augmentations, input_checks
 
 SAME_IN_STARTING = (  # settings that the encoder of the starting weights shares with the trained one
     "dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std", "pooling_size",
+    "exif_orientation", "unreadable_images",
 )  # fmt: skip
 SHARED = {field.name for field in fields(EncoderAndDataParams)}
 # not taken over: evaluations and linear stages use all labeled images, and have room for activations
@@ -176,18 +177,17 @@ def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[
             catalogue.check_name(arch)
         settings |= attrs.asdict(architectures.matching_architecture(found, arch))
         settings |= of_videos(settings["encoder_arch"])
-        if found.layout == "moco v3" and settings["encoder_arch"].startswith("timm:vit_small"):
-            raise ValueError(
-                f"{found.source} is moco v3's vit_small, which has 12 heads where timm's has 6. Pass encoder="
-                f"timm.create_model({settings['encoder_arch'].removeprefix('timm:')!r}, num_heads=12, num_classes=0)"
-            )
+        layouts.refuse_other_heads(found, settings["encoder_arch"])
     if settings.get("low_resolution_stem"):
         settings |= {"dataset_name": "cifar10", "stem_variant": found.stem_variant}
     if settings.get("encoder_arch") in catalogue.INCEPTIONS:
         settings |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS)
     if overrides.get("in_channels", settings.get("in_channels")) == 1:
         settings |= GRAY
-    assumed = [] if "dataset_name" in overrides else [f"size and normalization constants of {settings['dataset_name']}"]
+    are_given = {"transform_crop_size", *MEAN_AND_STD} <= overrides.keys()
+    assumed = [] if are_given else [f"size and normalization constants of {settings['dataset_name']}"]
+    if settings.get("stem_variant", "standard") != "standard" and "stem_variant" not in overrides:
+        assumed.append(f"stem_variant={settings['stem_variant']!r} of {found.layout}")
     if arch is None and settings["encoder_arch"].startswith("ws_"):
         assumed.append("weight standardization")  # group norm without it has the same names
     if arch is None and settings["encoder_arch"].startswith("timm:"):

@@ -30,8 +30,9 @@ from self_supervised.training import run_folder
 from self_supervised.training.milestones import is_finite, lowest_is_best, uses_test_labels
 
 DATA = {  # settings that determine which images are scored
-    "dataset_name", "data_path", "val_size", "test_size", "labels_from", "class_to_idx", "include_patterns",
-    "exclude_patterns", "limit_val_batches",
+    "dataset_name", "data_path", "val_size", "test_size", "data_seed", "splits_path", "labels_from", "class_to_idx",
+    "image_key", "label_key", "pixel_range", "include_patterns", "exclude_patterns", "limit_val_batches",
+    "evaluation_clips", "evaluation_crops",
 }  # fmt: skip
 BEST = "best "  # prefix of results that are the best of an evaluated column of metrics.csv
 RANKED = re.compile(r"(trained encoder: |linear classifier: |best )valid_.*(acc|rank_me).*")  # the highest is best

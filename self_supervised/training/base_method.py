@@ -124,11 +124,11 @@ class BaseMethod(hyperparameters.RecordedSettings):
             rank_zero_info(f"dataset_name={p.dataset_name!r} has {lack}: linear_probe and knn are skipped")
         return [self.loader(dataset, training=False) for dataset in datasets]
 
-    def loader_of(self, dataloader_idx: int) -> Any:
-        """Return the loader from which the current batch comes."""
+    def loader_of(self, dataloader_idx: int, training: bool) -> Any:
+        """Return the loader from which a batch comes: of the test, if one runs, or of training or validation."""
         trainer = self.trainer
         evaluated = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        return list_of_loaders(trainer.train_dataloader if trainer.training else evaluated)[dataloader_idx]
+        return list_of_loaders(trainer.train_dataloader if training else evaluated)[dataloader_idx]
 
     # ---- Batches ----
 
@@ -187,15 +187,17 @@ class BaseMethod(hyperparameters.RecordedSettings):
         "bf16-true", "16-true" and "64-true".
         """
         images, labels = images_and_labels(batch)
-        if not self.trainer.predicting and not isinstance(self.loader_of(dataloader_idx), ResumableDataLoader):
-            self.check_batch(batch, self.trainer.training)
+        training = self.trainer.training
+        loader = None if self.trainer.predicting else self.loader_of(dataloader_idx, training)
+        if loader is not None and not isinstance(loader, ResumableDataLoader):
+            self.check_batch(batch, training)
         labels = whole_numbers(labels)
-        self.check_first(images, self.trainer.training, dataloader_idx)
-        if not self.trainer.training:
+        self.check_first(images, training, dataloader_idx)
+        if not training:
             return augmentations.for_evaluation(images, self.params).to(self.dtype), labels
         batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
         n = len(images if isinstance(images, Tensor) else images[0])
-        size = size_of_batches(self.loader_of(dataloader_idx)) or n  # the last batch may be smaller
+        size = size_of_batches(loader) or n  # the last batch may be smaller
         places = distributed.positions(batch_idx * size, n)
         views = augmentations.for_training(images, self.augment, (self.params.seed, self.current_epoch), places)
         return [view.to(self.dtype) for view in views], labels
@@ -214,11 +216,15 @@ class BaseMethod(hyperparameters.RecordedSettings):
             label_checks.refuse_wrong_labels(labels, *about, required=required, each=self.needs_labels)
 
     def check_first(self, images: Tensor | list[Tensor], training: bool, dataloader_idx: int) -> None:
-        """Check the images of the first batch of each loader. More would make the host wait often."""
-        loader = (training, dataloader_idx)
-        if loader not in self.checked_loaders:
-            self.checked_loaders.add(loader)
-            input_checks.check_batch_images(images, self.params)
+        """Check the images of the first batch of each loader, and its classes. More would make the host wait often."""
+        if (training, dataloader_idx) in self.checked_loaders:
+            return
+        self.checked_loaders.add((training, dataloader_idx))
+        input_checks.check_batch_images(images, self.params)
+        if not self.trainer.predicting and (known := self.hparams.get("class_names")):
+            dataset = getattr(self.loader_of(dataloader_idx, training), "dataset", None)
+            found = label_checks.names_in(dataset, self.params)
+            label_checks.refuse_other_numbers(known, found, "the loader's data set")
 
     def log_step(self, metrics: dict[str, Tensor]) -> None:
         """Log metrics of a training step if they are read, or new: after the first step, all names are known.
@@ -300,6 +306,9 @@ class BaseMethod(hyperparameters.RecordedSettings):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Check that a run can be resumed with these settings. Loading a checkpoint otherwise needs no check."""
+        if self._trainer is not None and (known := checkpoint.get("hyper_parameters", {}).get("class_names")):
+            own = dict(enumerate(self.hparams.get("class_names") or ()))
+            label_checks.refuse_other_numbers(known, own, "this method, unlike the checkpoint")
         if self._trainer is None or self.trainer.state.fn != "fit":
             self.was_trained = True
             return

@@ -1,9 +1,15 @@
 """Checks of labels: that they are the classes of the classifier, and in which batches of a user's loader."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from torch import Tensor
+from torch.utils.data import Dataset, Subset
 
-from self_supervised.data.class_labels import in_classes
+from self_supervised.data.class_labels import class_names, in_classes
+from self_supervised.data.files import LabeledFiles
+from self_supervised.data.packed import PackedImages
 
 
 def refuse_wrong_labels(
@@ -42,6 +48,36 @@ def refuse_wrong_labels(
             f"{source} has the label {highest}, and the classifier has n_classes={n_classes}, those of dataset_name="
             f"{dataset_name!r}. Number the classes from 0, or set dataset_name to the data set of these images"
         )
+
+
+def names_in(dataset: Dataset | None, params: Any) -> dict[int, str]:
+    """Return class number -> name of a loader's data set: of ours, or `classes` as torchvision's have them; {} if they
+    are not known."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if isinstance(dataset, LabeledFiles | PackedImages):
+        return class_names(params, dataset)
+    names = getattr(dataset, "classes", None)
+    is_known = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return dict(enumerate(names)) if is_known else {}
+
+
+def refuse_other_numbers(known: Sequence[str] | None, found: Mapping[int, str], source: str) -> None:
+    """Raise ValueError if a class has another number than in the classifier, whose scores would be wrong in silence.
+
+    Args:
+        known: names of the classifier's classes, in the order of their numbers. They may be other words for the same
+            classes, so a name that it lacks says nothing.
+        found: class number -> name.
+        source: what numbers them so, for the message.
+    """
+    numbers = {name: number for number, name in enumerate(known or ())}
+    for number, name in found.items():
+        if (expected := numbers.get(name, number)) != number:
+            raise ValueError(
+                f"{source}: {name!r} is class {number}, and class {expected} of the classifier. Give each class the "
+                "number that it had in training (of a custom data set: class_to_idx)"
+            )
 
 
 def is_checked(labels: Tensor | None, is_first: bool) -> bool:

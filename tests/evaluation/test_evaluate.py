@@ -104,6 +104,19 @@ def test_images_are_embedded_in_another_size(checkpoint, tmp_path):
     assert "Images are embedded in the size 12 x 12." in table and "only in results.json: 2" in table
 
 
+def test_facts_that_a_file_lacks_are_passed(checkpoint, tmp_path):
+    """A state dict of another system says nothing of its images."""
+    torch.save(load_encoder(checkpoint).model.state_dict(), tmp_path / "weights.pth")
+    constants = {"image_mean": [0.3], "image_std": [0.2]}
+    given = {**constants, "transform_crop_size": 8, "encoder_arch": "shufflenet_v2_x0_5", "in_channels": 1}
+    given["batch_size"] = 16  # as in the checkpoint: its embeddings are nearly the same, so rounding decides
+    found = evaluate_checkpoint(tmp_path / "weights.pth", ["knn"], "digits", baselines=False, **given)
+    expected = evaluate_checkpoint(checkpoint, ["knn"], out=tmp_path / "other", baselines=False, **constants)
+    assert found["summary"]["digits"]["knn"] == expected["summary"]["digits"]["knn"]
+    plain = evaluate_checkpoint(checkpoint, ["knn"], out=tmp_path / "plain", baselines=False)
+    assert plain["summary"]["digits"]["knn"] != expected["summary"]["digits"]["knn"]
+
+
 def test_cells_of_the_last_map_are_read(digits_path, tmp_path):
     """Also of the random encoder. Runs with another pooling stay."""
     pretrain(tmp_path / "first.ckpt", steps=1, encoder_arch="small_cnn")

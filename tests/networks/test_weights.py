@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import urllib.error
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -465,7 +466,10 @@ def test_assumptions_are_reported(tmp_path):
     torch.save(timm_state_dict()[0], tmp_path / "vit.pth")
     assert "timm:vit_tiny_patch16_224 of all models" in str(load_encoder(tmp_path / "vit.pth").report)
     named = load_encoder(tmp_path / "vit.pth", encoder_arch="timm:vit_tiny_patch16_224", dataset_name="stl10")
-    assert "; assumed" not in str(named.report) and named.params.crop_size == 224
+    assert str(named.report).endswith("; assumed: size and normalization constants of imagenet")
+    own = {"transform_crop_size": 224, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "dataset_name": "stl10"}
+    named = load_encoder(tmp_path / "vit.pth", encoder_arch="timm:vit_tiny_patch16_224", **own)
+    assert "; assumed" not in str(named.report) and named.params.mean == (0.5,) * 3
 
 
 def test_stems_channels_and_old_files(tmp_path):
@@ -508,6 +512,29 @@ def test_moco_v3s_vit_small_has_other_heads_than_timms(tmp_path):
     mine = timm.create_model("vit_small_patch16_224", num_heads=12, num_classes=0)
     encoder, x = load_encoder(tmp_path / "vit-s.pth.tar", encoder=mine), torch.randn(1, 3, 224, 224)
     assert torch.allclose(encoder(x), source(x), atol=1e-3) and encoder.report.layout == "moco v3"
+
+
+@pytest.mark.parametrize(("size", "width"), [("tiny", 192), ("small", 384)])
+def test_vision_transformers_of_moco_v3_are_known_by_their_position_embeddings(size, width, tmp_path):
+    """In a file of solo-learn, and as the start of a training. MAE's embeddings, also fixed, go by rows."""
+    model = timm.create_model(f"vit_{size}_patch16_224", num_classes=0)
+    frequency = 10_000 ** -(torch.arange(width // 4) / (width // 4))
+    w, h = (place.flatten()[:, None] * frequency for place in torch.meshgrid(*[torch.arange(14.0)] * 2, indexing="ij"))
+    for column, row, is_refused in ((w, h, True), (h, w, False)):
+        fixed = torch.cat([torch.sin(column), torch.cos(column), torch.sin(row), torch.cos(row)], 1)
+        model.pos_embed.data[0] = torch.cat([torch.zeros(1, width), fixed])
+        state = under("backbone.", model.state_dict()) | {"classifier.weight": torch.zeros(2, width)}
+        torch.save({"state_dict": state}, tmp_path / "solo.ckpt")
+        arch = {"encoder_arch": f"timm:vit_{size}_patch16_224"}
+        train = {"dataset_name": "stl10", "transform_crop_size": 224, "encoder_weights": str(tmp_path / "solo.ckpt")}
+        calls = [
+            partial(load_encoder, tmp_path / "solo.ckpt", **arch),
+            partial(encoders.get_encoder, ModelParams(**train, **arch)),
+        ]
+        for call in calls:
+            message = f"12 heads where timm's has {width // 64}. Pass encoder=timm.create_model"
+            with pytest.raises(ValueError, match=message) if is_refused else nullcontext():
+                assert call()
 
 
 def test_objects_of_other_programs_are_not_created(tmp_path):
