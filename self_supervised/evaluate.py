@@ -99,9 +99,8 @@ def evaluate_checkpoint(
     folder = as_path(out) if out else folder_of(checkpoint)
     check_folder("out", folder)
     device = str(usable_device(device))
-    given = {name: reading.pop(name, None) for name in (*OF_ENCODER, *OF_WEIGHTS)}
-    given = {name: value for name, value in given.items() if value is not None}
-    encoder_settings = {name: value for name, value in given.items() if name in OF_ENCODER}
+    names = (*OF_ENCODER, *OF_WEIGHTS)
+    given = {name: value for name in names if (value := reading.pop(name, None)) is not None}
     read = partial(load_encoder, checkpoint, **given)
     others = {"lagging": read(encoder=copy.deepcopy(encoder), lagging=True)} if lagging else {}  # or refused at once
     trained = read(encoder=encoder)
@@ -115,7 +114,7 @@ def evaluate_checkpoint(
         "checkpoint": str(checkpoint),
         "encoders": {name: str(found.report) for name, found in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
-        "seen": seen(params) | encoder_settings,
+        "seen": seen(params) | {name: given[name] for name in OF_ENCODER if name in given},
         "training": training_of(results, params.dataset_name, protocols, training),
         "device": device,
         "versions": versions(),

@@ -14,6 +14,7 @@ from typing import Any
 
 from self_supervised.fields import as_path
 from self_supervised.folder_lock import locked
+from self_supervised.networks.layouts import lightning_checkpoint
 from self_supervised.safe_files import atomic_write, to_json, without_nan
 
 RunRecord = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; videos, custom data: seen
@@ -105,7 +106,10 @@ class Results:
             why = "with other clips, images, sizes or cells, or other training settings"
             note = f"Runs {why} are only in results.json: {others}." if others else ""
             clips = clips_note(config.get("seen", {}))
-            parts += [f"## {dataset}", encoders, clips, results_markdown(runs), note, definitions(runs), used]
+            trained = next((run["training"] for run in runs if run.get("training")), {})
+            training = "Protocols that train: " + ", ".join(f"{name}={value}" for name, value in trained.items()) + "."
+            about = [encoders, clips, training if trained else ""]
+            parts += [f"## {dataset}", *about, results_markdown(runs), note, definitions(runs), used]
         return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -119,8 +123,9 @@ def folder_of(checkpoint: str | Path) -> Path:
     The directory of a file is named without the file's extension, unless it has the results of another file.
     """
     path = as_path(checkpoint)
-    if (path / "pretrained.ckpt").is_file() or (path / "config.yaml").is_file():
-        path /= "pretrained.ckpt"
+    of_logger = None if (path / "pretrained.ckpt").is_file() else lightning_checkpoint(path)
+    if of_logger or (path / "pretrained.ckpt").is_file() or (path / "config.yaml").is_file():
+        path = of_logger or path / "pretrained.ckpt"
     elif not path.is_file():
         return Path("runs") / f"{str(checkpoint).replace('/', '_').replace(':', '_')}.evaluation"
     folder = path.with_name(f"{path.stem}.evaluation")

@@ -68,6 +68,7 @@ def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Mod
             raise ValueError(f"encoder_weights={published!r} is not a file; timm's weights are called 'DEFAULT'")
         name, small_views = p.encoder_arch.removeprefix("timm:"), getattr(p, "n_small_views", 0)
         encoder = build_timm(name, published is not None, image, of_all_sizes=small_views > 0)
+        report_other_pixels(encoder, p, published)
     elif p.encoder_arch in SMALL_CNNS:
         refuse_published(p.encoder_arch, published)
         encoder = small_cnn(p.channels, SMALL_CNNS[p.encoder_arch])
@@ -189,6 +190,20 @@ def refuse_other_pixels(p: EncoderAndDataParams, weights: str | None) -> None:
         raise ValueError(
             f"encoder_weights={weights!r} of {p.encoder_arch} are for pixels from -1 to 1. Set image_mean={half} and "
             f"image_std={half}"
+        )
+
+
+def report_other_pixels(encoder: nn.Module, p: EncoderAndDataParams, weights: str | None) -> None:
+    """Warn if published weights of timm are for pixels that are normalized quite differently, as -1 to 1 is."""
+    about = getattr(encoder, "pretrained_cfg", {})
+    if weights is None or p.channels != 3 or not about.get("mean"):
+        return
+    differences = [abs(mean - own) / spread for mean, own, spread in zip(about["mean"], p.mean, p.std, strict=True)]
+    factors = [max(std, own) / min(std, own) for std, own in zip(about["std"], p.std, strict=True)]
+    if max(differences) > 0.5 or max(factors) > 1.5:
+        rank_zero_info(
+            f"warning: encoder_weights={weights!r} of {p.encoder_arch} are for image_mean={list(about['mean'])} and "
+            f"image_std={list(about['std'])}, but images get {list(p.mean)} and {list(p.std)}. Set both"
         )
 
 

@@ -91,8 +91,14 @@ class WeightsFile:
     started_from: str | None = None  # weights from which the pretraining started, if the file is ours
 
 
+def lightning_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that Lightning has put into the directory of a logger (version_0), or None."""
+    return max(folder.glob("checkpoints/*.ckpt"), key=os.path.getmtime, default=None)
+
+
 def checkpoint_of(path_or_name: str | Path) -> str | Path:
-    """Return the path of pretrained.ckpt for the directory of a run; any other path or name is returned as it is.
+    """Return the path of pretrained.ckpt for the directory of a run, or of `lightning_checkpoint` for that of a logger;
+    any other path or name is returned as it is.
 
     Raises:
         FileNotFoundError: the run has no pretrained.ckpt yet.
@@ -100,6 +106,8 @@ def checkpoint_of(path_or_name: str | Path) -> str | Path:
     folder = Path(path_or_name).expanduser()
     if os.path.isfile(folder / "pretrained.ckpt"):  # Path.is_file raises OSError if the name is too long
         return folder / "pretrained.ckpt"
+    if os.path.isdir(folder / "checkpoints") and (found := lightning_checkpoint(folder)):
+        return found
     if os.path.isfile(folder / "config.yaml"):
         newest = max(folder.glob("pretraining/checkpoints/step_*.ckpt"), default=None)
         unfinished = "" if newest is None else f", or pass the newest checkpoint of the unfinished one, {newest}"

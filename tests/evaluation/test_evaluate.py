@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from attrs import evolve
 from conftest import SMALL
 from PIL import Image
+from pytorch_lightning.loggers import CSVLogger
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, EncoderAndDataParams
@@ -20,6 +22,7 @@ from self_supervised.evaluation import probes, protocols, results
 from self_supervised.evaluation.protocols import PROTOCOLS
 from self_supervised.exports import export
 from self_supervised.networks.pretrained import load_encoder, random_encoder
+from self_supervised.report import compare
 
 QUICK = ("knn", "uniformity")
 
@@ -355,6 +358,26 @@ def test_checkpoints_with_the_same_stem_have_their_own_results(checkpoint, monke
     for name in ("", ".evaluation"):  # a checkpoint that was renamed with its results keeps them
         (tmp_path / f"first{name or '.ckpt'}").rename(tmp_path / f"new{name or '.ckpt'}")
     assert results.folder_of(tmp_path / "new.ckpt") == tmp_path / "new.evaluation"
+
+
+def test_the_directory_of_a_lightning_logger_is_evaluated_and_compared(digits_path, tmp_path, capsys):
+    """As a training in Python leaves it, of which the newest checkpoint counts."""
+    for seed in (0, 1):
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=1, limit_train_batches=1, limit_val_batches=0, enable_progress_bar=False,
+            enable_model_summary=False, logger=CSVLogger(tmp_path, "", f"v{seed}"),
+        )  # fmt: skip
+        trainer.fit(SelfSupervisedMethod(PRESETS["simclr"](**SMALL | {"seed": seed})))
+    older = tmp_path / "v0/checkpoints/older.ckpt"
+    older.write_bytes(b"")
+    os.utime(older, (0, 0))
+    folders = [str(tmp_path / name) for name in ("v0", "v1")]
+    evaluate.main([*folders, "--protocols", "semi_10", "--max_epochs", "1", "--no_baselines"])
+    assert "Not evaluated yet" not in capsys.readouterr().out
+    (table,) = (tmp_path / "v0/checkpoints").glob("epoch*.evaluation/results.md")
+    assert "Protocols that train: max_epochs=1." in table.read_text()
+    compare.main(folders)
+    assert "semi_10" in (shown := capsys.readouterr().out) and "Not evaluated yet" not in shown
 
 
 def test_the_command(checkpoint, monkeypatch, capsys, tmp_path):

@@ -711,6 +711,23 @@ def test_published_by_timm(monkeypatch):
     assert (encoder.params.crop_size, encoder.params.mean) == (about.input_size[-1], about.mean)
 
 
+def test_weights_of_timm_for_other_pixels_are_reported(monkeypatch):
+    """Those of Google's ViTs are for pixels from -1 to 1."""
+    said = []
+    monkeypatch.setattr(encoders, "rank_zero_info", said.append)
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_args, **_options: None)
+    train = {"dataset_name": "stl10", "transform_crop_size": 224, "encoder_weights": "DEFAULT"}
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    for arch, constants, is_said in (
+        ("vit_tiny_patch16_224", {}, 1),
+        ("vit_tiny_patch16_224", half, 0),
+        ("resnet10t", {}, 0),
+    ):
+        said.clear()
+        encoders.get_encoder(ModelParams(encoder_arch=f"timm:{arch}", **train, **constants))
+        assert len(said) == is_said and all("are for image_mean=[0.5, 0.5, 0.5]" in line for line in said)
+
+
 def offline(*args, **kwargs):
     raise urllib.error.URLError("no route to host")
 
