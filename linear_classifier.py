@@ -90,16 +90,16 @@ def contradictions_of_classifier(params: LinearClassifierMethodParams) -> Contra
     # fmt: off
     return [
         (len(names) not in (0, p.n_classes or len(names)),
-         f"n_classes={p.n_classes}, but class_names has {len(names)}. Pass one name for each class"),
+         f"n_classes={p.n_classes}, but class_names has {len(names)}. Pass one name for each class."),
         (p.label_fraction is not None and p.labels_per_class is not None,
          f"label_fraction={p.label_fraction} and labels_per_class={p.labels_per_class} are mutually exclusive. Set "
-         "one of them"),
+         "one of them."),
         (p.layer_decay != 1 and p.encoder_lr is None,
-         f"layer_decay={p.layer_decay} needs an encoder that is trained. Set encoder_lr, or remove layer_decay"),
-        (p.layer_decay == 0, "layer_decay=0 would train the encoder's last stage only. Choose a value above 0"),
+         f"layer_decay={p.layer_decay} needs an encoder that is trained. Set encoder_lr, or remove layer_decay."),
+        (p.layer_decay == 0, "layer_decay=0 would train the encoder's last stage only. Choose a value above 0."),
         (p.nesterov and (p.optimizer_name != "sgd" or p.momentum == 0),
          f"nesterov=True needs SGD with momentum. Set optimizer_name='sgd' (is {p.optimizer_name!r}) and "
-         f"momentum above 0 (is {p.momentum})"),
+         f"momentum above 0 (is {p.momentum})."),
     ]
     # fmt: on
 
@@ -224,7 +224,7 @@ class LinearClassifierMethod(BaseMethod):
             ValueError: the tensors of the checkpoint are not exactly those of the encoder. The message lists them.
         """
         if isinstance(encoder, str):
-            raise ValueError(f"encoder={encoder!r} is no module. Is it a preset? Pass preset={encoder!r}")
+            raise ValueError(f"encoder={encoder!r} is no module. Is it a preset? Pass preset={encoder!r}.")
         with layers.modes_kept(encoder) if encoder is not None else nullcontext():  # load_encoder freezes it
             source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
         settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}
@@ -326,7 +326,7 @@ class LinearClassifierMethod(BaseMethod):
         """Return loss, acc1 and acc5 of each image, [N, 3]. The accuracies are 0 or 100 (percent)."""
         images, labels = batch
         if labels is None:
-            raise ValueError("labels=None: a classifier needs labels. Let the loader yield (images, labels)")
+            raise ValueError("labels=None: a classifier needs labels. Let the loader yield (images, labels).")
         logits = at_least_float32(self(images))
         labels = labels.where(labels != UNREADABLE, 0)  # scores of unreadable images are left out later
         rank = rank_of(labels, logits)

@@ -347,7 +347,7 @@ def contradictions_of_data(params: EncoderAndDataParams) -> Contradictions:
     p = params
     yield (
         p.val_size + p.test_size > 0.95,
-        f"val_size={p.val_size} and test_size={p.test_size} leave too few images for training. Choose smaller values",
+        f"val_size={p.val_size} and test_size={p.test_size} leave too few images for training. Choose smaller values.",
     )
     yield (
         p.pixel_range is not None and not is_range(p.pixel_range),
@@ -363,7 +363,7 @@ def contradictions_of_data(params: EncoderAndDataParams) -> Contradictions:
         yield (
             getattr(p, name) != DATASET_DEFAULTS[name],
             f"{name}={getattr(p, name)!r} is for your own images, not for dataset_name={p.dataset_name!r}. Remove it, "
-            "or set dataset_name='folder'",
+            "or set dataset_name='folder'.",
         )
     for name in () if p.dataset.of_videos else VIDEO:
         is_set = getattr(p, name) != DATASET_DEFAULTS[name] and name not in VIDEO_READING
@@ -390,21 +390,21 @@ def contradictions_of_encoder(params: EncoderAndDataParams) -> Contradictions:
     return [
         (p.activation_checkpointing and bool(p.torch_compile),
          f"activation_checkpointing=True and torch_compile={p.torch_compile!r} exclude each other, since compiled code "
-         "chooses itself what it computes again. Set one of them to False"),
+         "chooses itself what it computes again. Set one of them to False."),
         (bool(p.winograd) and bool(p.torch_compile),
-         f"winograd={p.winograd!r} and torch_compile={p.torch_compile!r} exclude each other. Set one of them to False"),
+         f"winograd={p.winograd!r} and torch_compile={p.torch_compile!r} exclude each other. Set one to False."),
         (bool(p.low_resolution_stem) and not catalogue.has_low_resolution_stem(p.encoder_arch),
          f"low_resolution_stem=True does not fit encoder_arch={p.encoder_arch!r}. Only torchvision's ResNets and "
-         "ws_resnets have such a stem. Choose one of them, or set low_resolution_stem=False"),
+         "ws_resnets have such a stem. Choose one of them, or set low_resolution_stem=False."),
         (p.zero_init_residual and not catalogue.is_resnet(p.encoder_arch),
          f"zero_init_residual=True does not fit encoder_arch={p.encoder_arch!r}. It needs a ResNet or ResNeXt of "
-         "torchvision, or a ws_resnet. Choose one of them, or set zero_init_residual=False"),
+         "torchvision, or a ws_resnet. Choose one of them, or set zero_init_residual=False."),
         (p.encoder_weights is not None and p.encoder_arch == catalogue.OWN_MODULE,
          f"encoder_weights={p.encoder_weights!r} cannot be loaded into your own module. Load them before you pass the "
-         "module, and remove encoder_weights"),
+         "module, and remove encoder_weights."),
         (math.prod(p.input_shape) > LARGEST_IMAGE,
          f"transform_crop_size={p.crop_size} and in_channels={p.channels} make inputs of {shape}, which are more than "
-         f"{LARGEST_IMAGE} numbers. Choose smaller ones"),
+         f"{LARGEST_IMAGE} numbers. Choose smaller ones."),
     ]
     # fmt: on
 
@@ -697,28 +697,28 @@ def contradictions_of_method(params: ModelParams) -> Contradictions:
     # fmt: off
     return [
         (p.use_vicreg_loss and p.loss_type != "vic",
-         f"use_vicreg_loss=True contradicts loss_type={p.loss_type!r}. Set only one of them"),
+         f"use_vicreg_loss=True contradicts loss_type={p.loss_type!r}. Set only one of them."),
         (p.loss_type in NEED_NEGATIVES and not negatives,
          f"loss_type={p.loss_type!r} needs negatives, but there are none. Set "
-         "use_negative_examples_from_queue=True or use_negative_examples_from_batch=True"),
+         "use_negative_examples_from_queue=True or use_negative_examples_from_batch=True."),
         (p.use_negative_examples_from_same_view and not one_network,
          "use_negative_examples_from_same_view=True needs queries and keys of one network. Set "
          f"use_lagging_model=False (is {p.use_lagging_model}), teacher=None (is {p.teacher}) and "
-         f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers})"),
+         f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers})."),
         (p.use_negative_examples_from_same_view and p.loss_type in ("sce", "seed"),
          f"use_negative_examples_from_same_view=True: loss_type={p.loss_type!r} compares two distributions over keys. "
-         "Set it to False"),
+         "Set it to False."),
         (p.loss_type in READ_LABELS and p.use_negative_examples_from_queue,
          f"loss_type={p.loss_type!r} knows no labels of the keys in a queue. Set "
-         "use_negative_examples_from_queue=False"),
+         "use_negative_examples_from_queue=False."),
         (p.loss_type in OF_PROTOTYPES and not p.use_unit_sphere_projection,
-         f"loss_type={p.loss_type!r} compares prototypes with unit vectors. Set use_unit_sphere_projection=True"),
+         f"loss_type={p.loss_type!r} compares prototypes with unit vectors. Set use_unit_sphere_projection=True."),
         (p.n_large_views == 1 and p.teacher is None and p.loss_type != "seed",
-         "n_large_views=1 leaves no other view to compare with. Choose at least 2, or pass a teacher"),
+         "n_large_views=1 leaves no other view to compare with. Choose at least 2, or pass a teacher."),
         (p.shuffle_batch_norm and not p.use_lagging_model,
-         "shuffle_batch_norm=True needs a lagging model, whose images it shuffles. Set use_lagging_model=True"),
+         "shuffle_batch_norm=True needs a lagging model, whose images it shuffles. Set use_lagging_model=True."),
         (p.use_eqco_margin and p.loss_type != "ce",
-         f"use_eqco_margin=True is for loss_type='ce', not for {p.loss_type!r}. Change one of them"),
+         f"use_eqco_margin=True is for loss_type='ce', not for {p.loss_type!r}. Change one of them."),
         (not p.dataset.of_videos and p.transform_time_difference_probability not in (None, 0, of_preset),
          only_for_videos(time_difference, p.transform_time_difference_probability, p.dataset_name)),
         (bool(unknown), f"evaluations={unknown} unknown: choose from {', '.join(EVALUATIONS)}"),
@@ -732,19 +732,19 @@ def contradictions_of_keys(params: ModelParams) -> Contradictions:
     # fmt: off
     return [
         (p.use_nearest_keys and not p.use_unit_sphere_projection,
-         "use_nearest_keys=True compares keys of length 1. Set use_unit_sphere_projection=True"),
+         "use_nearest_keys=True compares keys of length 1. Set use_unit_sphere_projection=True."),
         (p.use_nearest_keys and p.use_negative_examples_from_queue,
          "use_nearest_keys=True takes positives from the queue, which cannot be negatives, too. Set "
-         "use_negative_examples_from_queue=False"),
+         "use_negative_examples_from_queue=False."),
         (p.use_nearest_keys and p.use_negative_examples_from_same_view,
          "use_nearest_keys=True replaces keys by neighbors, so that queries of the same view cannot be negatives. Set "
-         "use_negative_examples_from_same_view=False"),
+         "use_negative_examples_from_same_view=False."),
         (p.use_nearest_keys and p.loss_type in (*OF_PROTOTYPES, *OF_ALL_VIEWS),
-         f"use_nearest_keys=True is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
+         f"use_nearest_keys=True is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them."),
         (p.teacher is not None and p.use_lagging_model,
-         "use_lagging_model=True and teacher exclude each other: both are where keys come from. Set one of them"),
+         "use_lagging_model=True and teacher exclude each other: both are where keys come from. Set one of them."),
         (p.teacher is not None and p.loss_type in (*READ_LABELS, *OF_PROTOTYPES, *OF_ALL_VIEWS),
-         f"teacher is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them"),
+         f"teacher is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them."),
     ]
     # fmt: on
 
@@ -777,21 +777,21 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
     # fmt: off
     return [
         (p.keeps_keys and p.K == 0,
-         "K=0 makes an empty queue. Choose K above 0, or use_negative_examples_from_queue=False"),
+         "K=0 makes an empty queue. Choose K above 0, or use_negative_examples_from_queue=False."),
         (p.keeps_keys and p.K * p.dim > LARGEST_QUEUE,
-         f"K={p.K} keys of dim={p.dim} make a queue of more than {LARGEST_QUEUE} numbers. Choose fewer"),
+         f"K={p.K} keys of dim={p.dim} make a queue of more than {LARGEST_QUEUE} numbers. Choose fewer."),
         (bool(ungrouped),
-         f"{', '.join(ungrouped[:1])} does not fit group norm. Choose a multiple of {GROUPS}, at least {2 * GROUPS}"),
+         f"{', '.join(ungrouped[:1])} does not fit group norm. Choose a multiple of {GROUPS}, at least {2 * GROUPS}."),
         (p.micro_batch_size == 1 and of_batch,
          f"micro_batch_size=1 is too small for mlp_normalization={p.mlp_normalization!r}: a single image has no "
-         "statistics. Choose a larger one"),
+         "statistics. Choose a larger one."),
         (one_image and (batch_alone or p.teacher is not None or p.loss_type in OF_STATISTICS
                         or (p.loss_type == "swav" and not p.use_negative_examples_from_queue)),
-         f"{size} gives loss_type={p.loss_type!r} no other image to compare with. Choose a larger batch, or a queue"),
+         f"{size} gives loss_type={p.loss_type!r} no other image to compare with. Choose a larger batch, or a queue."),
         (one_image and of_batch,
          f"{size} is too small for mlp_normalization={p.mlp_normalization!r}, "
          f"prediction_mlp_normalization={p.prediction_mlp_normalization!r}: a single image has no statistics. Choose a "
-         "larger batch"),
+         "larger batch."),
     ]
     # fmt: on
 
@@ -820,27 +820,27 @@ def contradictions_of_optimizer(params: ModelParams) -> Contradictions:
     return [
         (p.optimizer_name != "lars" and p.lr_scaling is None and p.lr * decay > 2,
          f"lr={p.lr} times {named}={decay} is above 2, so every step would enlarge the weights. "
-         f"Choose a smaller {named}"),
+         f"Choose a smaller {named}."),
         (p.lr_schedule == "steps" and not p.lr_decay_steps,
          "lr_schedule='steps' needs the epochs of the steps. Set lr_decay_steps, for example "
-         f"[{0.6 * p.max_epochs:.4g}, {0.8 * p.max_epochs:.4g}]"),
+         f"[{0.6 * p.max_epochs:.4g}, {0.8 * p.max_epochs:.4g}]."),
         (p.lr_schedule != "steps" and bool(p.lr_decay_steps),
-         f"lr_decay_steps={p.lr_decay_steps} is for lr_schedule='steps', not for {p.lr_schedule!r}. Set only one"),
+         f"lr_decay_steps={p.lr_decay_steps} is for lr_schedule='steps', not for {p.lr_schedule!r}. Set only one."),
         (p.warmup_start_lr > p.lr,
-         f"warmup_start_lr={p.warmup_start_lr} is above lr={p.lr}, at which the warm-up ends. Choose a smaller one"),
+         f"warmup_start_lr={p.warmup_start_lr} is above lr={p.lr}, at which the warm-up ends. Choose a smaller one."),
         (p.lr_schedule != "constant" and p.final_lr_schedule_value > p.lr,
          f"final_lr_schedule_value={p.final_lr_schedule_value} is above lr={p.lr}, from which lr_schedule falls. "
-         "Choose a smaller one, such as 0"),
+         "Choose a smaller one, such as 0."),
         (p.final_weight_decay is not None and p.weight_decay == 0,
          f"final_weight_decay={p.final_weight_decay} needs weight_decay above 0, because the weight decay of every "
-         "parameter changes by the same factor. Set weight_decay"),
+         "parameter changes by the same factor. Set weight_decay."),
         (p.grad_clip_lars and p.optimizer_name != "lars",
-         f"grad_clip_lars=True is for optimizer_name='lars', not for {p.optimizer_name!r}. Change one of them"),
+         f"grad_clip_lars=True is for optimizer_name='lars', not for {p.optimizer_name!r}. Change one of them."),
         (is_adam and any("momentum" in row for row in p.parameter_options),
-         f"parameter_options sets momentum, which optimizer_name={p.optimizer_name!r} does not have. Remove it"),
+         f"parameter_options sets momentum, which optimizer_name={p.optimizer_name!r} does not have. Remove it."),
         (p.optimizer_name != "lars" and any("lars_exclude" in row for row in p.parameter_options),
          f"parameter_options sets lars_exclude, which is for optimizer_name='lars', not for {p.optimizer_name!r}. "
-         "Remove it"),
+         "Remove it."),
     ]
     # fmt: on
 
@@ -856,11 +856,11 @@ def contradictions_of_sce(params: ModelParams) -> Contradictions:
         found += [
             (has_schedule(params, name) and params.loss_type not in SCHEDULED[name],
              f"{name}_warmup_epochs={warmup_epochs} and {name}_schedule={schedule!r} are for loss_type="
-             f"{' and '.join(map(repr, SCHEDULED[name]))}, not for {params.loss_type!r}. Remove them"),
+             f"{' and '.join(map(repr, SCHEDULED[name]))}, not for {params.loss_type!r}. Remove them."),
             (warmup_epochs > 0 and getattr(params, start) is None,
-             f"{name}_warmup_epochs={warmup_epochs} needs the value at the start of the warm-up. Set {start}"),
+             f"{name}_warmup_epochs={warmup_epochs} needs the value at the start of the warm-up. Set {start}."),
             (schedule != "constant" and getattr(params, final) is None,
-             f"{name}_schedule={schedule!r} needs the value at the end of the schedule. Set {final}"),
+             f"{name}_schedule={schedule!r} needs the value at the end of the schedule. Set {final}."),
         ]
         # fmt: on
     return found
@@ -902,7 +902,7 @@ def view_of(params: ModelParams, i: int) -> ViewSettings:
     found = {a.name: view_setting(params, a.name, getattr(view, a.name), i) for a in fields(ViewSettings)}
     if found["crop_size"] > params.crop_size:
         small = f"transform_small_crop_size={found['crop_size']}"
-        raise ValueError(f"{small} is above transform_crop_size={params.crop_size}. Choose a smaller one")
+        raise ValueError(f"{small} is above transform_crop_size={params.crop_size}. Choose a smaller one.")
     if not params.transform_apply_blur:
         found["blur_probability"] = 0.0
     return evolve(view, **found)
@@ -925,7 +925,7 @@ def view_setting(params: ModelParams, name: str, default: float | tuple[float, f
     low = default[0] if low is None else low
     high = default[1] if high is None else high
     if low > high:
-        raise ValueError(f"{name}_min={low} is above {name}_max={high} in view {i}. Lower the one or raise the other")
+        raise ValueError(f"{name}_min={low} is above {name}_max={high} in view {i}. Lower the one or raise the other.")
     return low, high
 
 

@@ -147,7 +147,7 @@ def field_and_value(given: str) -> tuple[str, Any]:
         near = suggestion(name, fields)
         raise argparse.ArgumentTypeError(f"{given!r} is not FIELD=VALUE with a field of ModelParams.{near}")
     if name == "seed":
-        raise argparse.ArgumentTypeError(f"{given}: each run has a seed of --seeds. Pass it there")
+        raise argparse.ArgumentTypeError(f"{given}: each run has a seed of --seeds. Pass it there.")
     return name, reader(fields[name].type)(value)
 
 

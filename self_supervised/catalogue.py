@@ -171,7 +171,7 @@ def check_name(name: str) -> None:
         raise ValueError(
             f"encoder_arch={name!r} is unknown: choose a classification model of torchvision, one of "
             f"{', '.join([*WS_RESNET_NAMES, *SMALL_CNNS])}, or timm:NAME; for clips {', '.join(video_models())}. "
-            f"Nearest: {', '.join(near)}"
+            f"Nearest: {', '.join(near)}."
         )
 
 

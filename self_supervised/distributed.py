@@ -102,7 +102,7 @@ def of_torchrun() -> tuple[int, int] | None:
     on_node, everywhere = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     if everywhere % on_node:
         raise ValueError(
-            f"nproc_per_node={on_node} on this node, but {everywhere} processes in all. Start as many on each"
+            f"nproc_per_node={on_node} on this node, but {everywhere} processes in all. Start as many on each."
         )
     return on_node, everywhere // on_node
 
@@ -119,7 +119,7 @@ def refuse_sharding(strategy: str) -> None:
         raise ValueError(
             f"strategy={strategy!r} divides the weights among the processes, but the lagging model, LARS and our "
             "checkpoints need whole ones. Use strategy='ddp', with activation_checkpointing=True and micro_batch_size "
-            "to save memory"
+            "to save memory."
         )
 
 

@@ -163,7 +163,7 @@ def baselines_of(trained: Encoder, starting_weights: str | Path | None, wanted: 
     if starting_weights:
         raise ValueError(
             f"starting_weights={str(starting_weights)!r}: has no effect with baselines=False (--no_baselines). Leave "
-            "out one of the two"
+            "out one of the two."
         )
     return {}
 

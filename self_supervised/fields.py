@@ -120,7 +120,7 @@ def path() -> Any:
 
     def check(_: Any, attribute: Attribute, value: Any) -> None:
         if value == "":  # an environment variable that is not set
-            raise ValueError(f"{attribute.name}='' is empty. Pass a path, or leave it out")
+            raise ValueError(f"{attribute.name}='' is empty. Pass a path, or leave it out.")
 
     return field(default=None, converter=expanded, validator=check)
 

@@ -183,7 +183,7 @@ def same_class_mask(labels: Tensor | None, n_kinds: int) -> Tensor:
     ValueError is raised.
     """
     if labels is None or labels.numel() != len(labels):
-        raise ValueError("loss_type='supcon' needs one label per image. Yield (images, labels); -1: unlabeled")
+        raise ValueError("loss_type='supcon' needs one label per image. Yield (images, labels); -1: unlabeled.")
     labels = labels.flatten()
     same = (labels[:, None] == distributed.gather(labels)) & (labels[:, None] >= 0)
     own = torch.ones_like(same[:, :1])
@@ -242,7 +242,7 @@ def sce(
 
 def _at_least_two(z: Tensor) -> Tensor:
     if len(z) < 2:
-        raise ValueError(f"loss_type='vic' and 'barlow' need two images, but a batch has one. Set {DROP_LAST}")
+        raise ValueError(f"loss_type='vic' and 'barlow' need two images, but a batch has one. Set {DROP_LAST}.")
     return z
 
 

@@ -284,7 +284,7 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
         OSError, MemoryError: the machine could not read it.
     """
     if str(path).split("/")[0].endswith(":"):
-        raise ValueError(f"{path} is a URL, and only local files are read. Copy it to a local path first")
+        raise ValueError(f"{path} is a URL, and only local files are read. Copy it to a local path first.")
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")

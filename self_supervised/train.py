@@ -78,7 +78,7 @@ def resume_point(
         resuming.refuse_other_steps(steps, {"images": images})
         if changed:
             raise ValueError(
-                f"{changed}: the training is complete. Choose more max_epochs to continue with other settings"
+                f"{changed}: the training is complete. Choose more max_epochs to continue with other settings."
             )
     except ValueError as error:
         reason = str(error).removesuffix(".")

@@ -120,7 +120,7 @@ def read_array(
         if channels not in PIL_MODES:
             raise ValueError(
                 f"in_channels={channels}: images with this number of channels can be read from .npy and TIFF files "
-                "only. Convert the images"
+                "only. Convert the images."
             )
         with opened_image(file) as image:
             image.load()
@@ -143,7 +143,7 @@ def read_tiff(file: str | BinaryIO, channels: int) -> np.ndarray:
     try:
         import tifffile  # optional
     except ImportError as error:
-        raise ValueError("TIFF files with many bands are read with tifffile. Run pip install tifffile") from error
+        raise ValueError("TIFF files with many bands are read with tifffile. Run pip install tifffile.") from error
     with tifffile.TiffFile(file) as tiff:
         check_size(math.prod(tiff.series[0].shape) // channels)
         return tiff.asarray()
@@ -155,7 +155,7 @@ def of_16_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Ima
         return image
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"its pixels from {pixels.min()} to {pixels.max()} do not fit into 16 bits. Scale them")
+        raise ValueError(f"its pixels from {pixels.min()} to {pixels.max()} do not fit into 16 bits. Scale them.")
     return Image.fromarray(in_8_bits(pixels.astype(np.uint16), pixel_range))
 
 

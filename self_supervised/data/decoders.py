@@ -186,6 +186,6 @@ def joined_frames(frames: Iterable[tuple[Hashable, np.ndarray]], names: Sequence
             joined = np.empty((len(names), *frame.shape), np.uint8)
         if frame.shape != joined.shape[1:]:
             sizes = " and ".join(f"{width} x {height}" for height, width, _ in (joined.shape[1:], frame.shape))
-            raise ValueError(f"its frames are of two sizes, {sizes} (frame {name}). Resize them to one")
+            raise ValueError(f"its frames are of two sizes, {sizes} (frame {name}). Resize them to one.")
         joined[rows[name]] = frame
     return joined

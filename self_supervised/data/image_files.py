@@ -236,10 +236,10 @@ def read_image(
     with opened_image(file) as image:
         if image.format == "TIFF" and has_equal_pages(image):
             if len(image.getbands()) > 1:
-                raise ValueError(f"its {image.n_frames} pages are separate images. Write each into its own file")
+                raise ValueError(f"its {image.n_frames} pages are separate images. Write each into its own file.")
             raise ValueError(
                 f"its {image.n_frames} pages of one size are channels. Set in_channels to their number, and "
-                "pixel_range to the values of black and white ([0, 255] for 8 bits)"
+                "pixel_range to the values of black and white ([0, 255] for 8 bits)."
             )
         check_that_range_is_known(image)
         image.load()

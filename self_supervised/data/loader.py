@@ -224,7 +224,7 @@ def first_batch(loader: DataLoader, index: int) -> Any:
     with isolate_rng():
         batch = next(iter(loader), None)
     if batch is None:
-        raise ValueError(f"the validation loader {index} has no batch. Pass more images, or leave out drop_last")
+        raise ValueError(f"the validation loader {index} has no batch. Pass more images, or leave out drop_last.")
     return batch
 
 
@@ -249,7 +249,7 @@ def check_views(views: Any, n: int) -> None:
     if len(views) < n:
         raise ValueError(
             f"the loader yields {len(views)} of the {n} views needed of each image. Yield a list of views, a tensor "
-            "N x V x C x H x W, or uint8 images, which are augmented here"
+            "N x V x C x H x W, or uint8 images, which are augmented here."
         )
 
 

@@ -63,7 +63,7 @@ class PackedPixels:
         except OSError:
             return None
         if n != pixels.size:
-            raise ValueError(f"{self.files[self.part[index]]} was truncated. Delete it to have the images packed again")
+            raise ValueError(f"{self.files[self.part[index]]} was truncated. Delete it to pack the images again.")
         return pixels
 
 

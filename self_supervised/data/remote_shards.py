@@ -166,7 +166,7 @@ def signature_of(place: str) -> Signature:
     files = file_system(url)
     found = retried(url, lambda: files.info(url))
     if found["size"] is None or found.get("partial") is False:
-        raise UnreachableShard(f"{url}: its server tells no size, or has no range requests. Copy the shard to a disk")
+        raise UnreachableShard(f"{url}: its server tells no size, or has no range requests. Copy the shard to a disk.")
     return int(found["size"]), str(next((found[name] for name in STAMPS if found.get(name)), ""))
 
 
@@ -176,7 +176,7 @@ def part_of(url: str, start: int, end: int) -> bytes:
     def request() -> bytes:
         found = file_system(url).cat_file(url, start=start, end=end)
         if len(found) > end - start:
-            raise UnreachableShard(f"{url}: its server has no range requests. Use another server (nginx has them)")
+            raise UnreachableShard(f"{url}: its server has no range requests. Use another server (nginx has them).")
         if len(found) < end - start:
             raise EOFError(f"{len(found)} of {end - start} bytes from byte {start}")
         return found
@@ -288,7 +288,7 @@ def download(place: str, signature: Signature, keep: Collection[Path] = ()) -> N
                 pool.shutdown(cancel_futures=True)
         file_system(url).invalidate_cache()
         if signature_of(place) != signature:
-            raise UnreachableShard(f"{url} has changed since it was indexed. Start again to have it indexed anew")
+            raise UnreachableShard(f"{url} has changed since it was indexed. Start again to have it indexed anew.")
 
 
 def make_room(size: int, keep: Collection[Path]) -> None:

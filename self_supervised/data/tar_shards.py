@@ -309,7 +309,7 @@ def read_member(shard: str, signature: ShardSignature, start: int, size: int) ->
         open_shards[key] = os.open(shard, os.O_RDONLY)
     content = os.pread(open_shards[key], size, start)
     if len(content) < size:
-        raise ValueError(f"{shard} ends before byte {start + size}. Copy it again")
+        raise ValueError(f"{shard} ends before byte {start + size}. Copy it again.")
     return content
 
 
@@ -369,5 +369,5 @@ def label_of(shard: str, signature: ShardSignature, sample: dict[str, Content], 
             if isinstance(value, int | str):
                 return as_label(str(value))
             if value is not None and keys != SHARD_LABEL_KEYS:  # the default keys may have another meaning
-                raise ValueError(f"{value!r} under {key!r} is not a class. Set label_key to another key")
+                raise ValueError(f"{value!r} under {key!r} is not a class. Set label_key to another key.")
     return None

@@ -297,7 +297,7 @@ def refuse_without_effect(columns: dict[str, Any], source: ImageSource) -> None:
     if columns and not isinstance(source, Stored):
         raise ValueError(
             f"{', '.join(columns)}: no effect, because {source.name} is neither shards nor a Hugging Face data set. "
-            "Leave it out"
+            "Leave it out."
         )
 
 

@@ -122,7 +122,7 @@ def check_format(name: str, normalize: bool) -> None:
         raise ValueError(f"format={name!r} is unknown: choose one of {', '.join(FORMATS)}")
     if missing := [package for package in FORMATS[name].needs if importlib.util.find_spec(package) is None]:
         packages = " ".join(missing)
-        raise ValueError(f"format={name!r} needs packages that are not installed. Run pip install {packages}")
+        raise ValueError(f"format={name!r} needs packages that are not installed. Run pip install {packages}.")
     if normalize and not FORMATS[name].is_program:
         programs = ", ".join(name for name, row in FORMATS.items() if row.is_program)
         raise ValueError(f"normalize=True: format={name!r} holds only weights. Choose one of {programs}.")
@@ -147,7 +147,7 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
     if encoder.params.dataset.of_videos:
         raise ValueError(
             f"encoder_arch={encoder.params.encoder_arch!r} encodes clips, which no format holds. Use load_encoder, or "
-            "embed the videos"
+            "embed the videos."
         )
     row = FORMATS[format]
     converted = row.convert(encoder)

@@ -50,11 +50,11 @@ def matching_architecture(found: layouts.WeightsFile, name: str | None = None) -
     if not nearest[1]:
         raise ValueError(
             f"{found.source} does not hold tensors of a known encoder of torchvision, timm or ws_resnet. Pass "
-            "encoder_arch=NAME or encoder=your_module"
+            "encoder_arch=NAME or encoder=your_module."
         )
     raise ValueError(
         "no encoder of torchvision, timm or ws_resnet fits. The nearest one differs: "
-        f"{layouts.mismatch_message(found, nearest[1], nearest[2])}. Pass encoder_arch=NAME or encoder=your_module"
+        f"{layouts.mismatch_message(found, nearest[1], nearest[2])}. Pass encoder_arch=NAME or encoder=your_module."
     )
 
 

@@ -55,7 +55,7 @@ def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Mod
         raise ValueError(f"encoder_arch={OWN_MODULE!r} needs encoder=your_module")
     if own is not None and p.encoder_arch != OWN_MODULE:
         raise ValueError(
-            f"encoder_arch={p.encoder_arch!r} needs no encoder. Pass encoder_arch={OWN_MODULE!r} to use your own module"
+            f"encoder_arch={p.encoder_arch!r} needs no encoder. Pass encoder_arch={OWN_MODULE!r} to use your module."
         )
     image = torch.zeros(1, *p.input_shape)
     if own is not None:
@@ -94,7 +94,7 @@ def load_file(encoder: nn.Module, file: Path, p: EncoderAndDataParams) -> None:
         found = layouts.read_weights(file)
         stem = found.settings.get("stem_variant", found.stem_variant)
         if p.low_resolution and stem != p.stem_variant and ("stem_variant" in found.settings or stem != "standard"):
-            raise ValueError(f"its first layers are those of stem_variant={stem!r}. Set it (is {p.stem_variant!r})")
+            raise ValueError(f"its first layers are those of stem_variant={stem!r}. Set it (is {p.stem_variant!r}).")
         if not found.settings:  # of a checkpoint of ours, which has other constants
             refuse_other_pixels(p, p.encoder_weights)
             layouts.refuse_other_heads(found, p.encoder_arch)
@@ -111,7 +111,7 @@ def check_kind(name: str, dataset_name: str, of_videos: bool) -> None:
         way_out = others if of_videos else "another encoder_arch, a data set of videos"
         raise ValueError(
             f"encoder_arch={name!r} encodes {takes}, and dataset_name={dataset_name!r} has {has}. Choose {way_out}, or "
-            "pass encoder=your_module"
+            "pass encoder=your_module."
         )
 
 
@@ -163,7 +163,7 @@ def build(
     if name.startswith("mvit_") and (image_size, num_frames) != (224, 16):
         raise ValueError(
             f"encoder_arch={name!r} only has positions for clips of 16 frames of 224 pixels. Choose num_frames=16 (is "
-            f"{num_frames}) and transform_crop_size=224 (is {image_size}), or another encoder"
+            f"{num_frames}) and transform_crop_size=224 (is {image_size}), or another encoder."
         )
     with data_only(f"the published weights of {name}"):
         model = torchvision.models.get_model(name, weights=weights, **kwargs)
@@ -178,7 +178,7 @@ def refuse_published(name: str, weights: str | None) -> None:
     """Raise ValueError if weights are named for an encoder that has no published ones."""
     if weights is not None:
         raise ValueError(
-            f"encoder_weights={weights!r} is not a file, and there are no published weights of {name}. Leave it out"
+            f"encoder_weights={weights!r} is not a file, and there are no published weights of {name}. Leave it out."
         )
 
 
@@ -189,7 +189,7 @@ def refuse_other_pixels(p: EncoderAndDataParams, weights: str | None) -> None:
     if p.encoder_arch in INCEPTIONS and weights is not None and (list(p.mean), list(p.std)) != (half, half):
         raise ValueError(
             f"encoder_weights={weights!r} of {p.encoder_arch} are for pixels from -1 to 1. Set image_mean={half} and "
-            f"image_std={half}"
+            f"image_std={half}."
         )
 
 

@@ -67,7 +67,7 @@ def queue_of_this_process(queues: Tensor, same_number: bool) -> Tensor:
     if same_number and len(queues) != distributed.world_size():
         raise ValueError(
             f"gather_keys_for_queue=False: the checkpoint has the queues of {len(queues)} processes, and this run has "
-            f"{distributed.world_size()}. Use as many, or start a new run from its weights (encoder_weights)"
+            f"{distributed.world_size()}. Use as many, or start a new run from its weights (encoder_weights)."
         )
     return queues[distributed.rank() % len(queues)]
 

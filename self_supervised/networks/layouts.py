@@ -136,7 +136,7 @@ def refuse_other_heads(found: WeightsFile, arch: str) -> None:
         name = arch.removeprefix("timm:")
         raise ValueError(
             f"{found.source} is {name} of MoCo v3, which has 12 heads where timm's has {position.shape[-1] // 64}. "
-            f"Pass encoder=timm.create_model({name!r}, num_heads=12, num_classes=0) to load_encoder"
+            f"Pass encoder=timm.create_model({name!r}, num_heads=12, num_classes=0) to load_encoder."
         )
 
 
@@ -157,7 +157,7 @@ def read_weights(path: str | Path, lagging: bool = False) -> WeightsFile:
     layout = recognized(tuple(names.values()), holder, settings, EXPORTED in about)
     if lagging:
         if not (settings and any(name.startswith("lagging_model.") for name in names.values())):
-            raise ValueError(f"lagging=True: {path} has no lagging encoder (read as {layout.name}). Leave it out")
+            raise ValueError(f"lagging=True: {path} has no lagging encoder (read as {layout.name}). Leave it out.")
         layout = evolve(layout, name=f"{layout.name}, the lagging encoder", prefix="lagging_model.")
     inside = {key: name.removeprefix(layout.prefix) for key, name in names.items() if name.startswith(layout.prefix)}
     state = {name: tensors[key] for key, name in inside.items()}
@@ -260,7 +260,7 @@ def load_into(encoder: nn.Module, found: WeightsFile, name: str) -> tuple[str, .
     if bad := not_finite(encoder):
         raise ValueError(
             f"{found.source}: {len(bad)} of {len(wanted)} tensors of its {name} are not finite (the first: {bad[0]}). "
-            "Use an earlier checkpoint"
+            "Use an earlier checkpoint."
         )
     return (*(key for key in state if key not in wanted), *found.left_out)
 

@@ -85,7 +85,7 @@ def check_map(encoder: nn.Module, params: EncoderAndDataParams, image_size: int)
     if maps[-1] < params.pooling_size:
         raise ValueError(
             f"pooling_size={params.pooling_size}: the last map of {params.encoder_arch} has {maps[-1]} x {maps[-1]} "
-            f"pixels for images of {image_size}. Choose a larger size of images, or leave pooling_size out"
+            f"pixels for images of {image_size}. Choose a larger size of images, or leave pooling_size out."
         )
 
 

@@ -80,7 +80,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings [N, E] of normalized images [N, C, H, W]. Raises ValueError for integers."""
         if not x.is_floating_point():
-            raise ValueError(f"images={x.dtype}: forward() takes normalized floats. Pass uint8 images to embed()")
+            raise ValueError(f"images={x.dtype}: forward() takes normalized floats. Pass uint8 images to embed().")
         return encoders.embeddings_of(self.model, x)
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def load_encoder(
     name = str(layouts.checkpoint_of(path_or_name))
     if encoder is None and is_published(name):
         if lagging:
-            raise ValueError(f"lagging=True: {name} has no lagging encoder. Leave it out")
+            raise ValueError(f"lagging=True: {name} has no lagging encoder. Leave it out.")
         return published(name, overrides)
     found = layouts.read_weights(Path(name).expanduser(), lagging)
     if encoder is not None:
@@ -156,7 +156,7 @@ def encoder_of(checkpoint: str | Path | Encoder, overrides: dict[str, Any]) -> E
     if not isinstance(checkpoint, Encoder):
         return load_encoder(checkpoint, **overrides)
     if overrides:
-        raise ValueError(f"{', '.join(overrides)}: an Encoder keeps its own settings. Pass these to load_encoder")
+        raise ValueError(f"{', '.join(overrides)}: an Encoder keeps its own settings. Pass these to load_encoder.")
     return checkpoint
 
 
@@ -236,7 +236,7 @@ def with_overrides(settings: dict[str, Any], overrides: dict[str, Any]) -> Encod
     if other is not None and not other.feeds(params.channels):
         raise ValueError(
             f"dataset_name={overrides['dataset_name']!r} has images of {other.channels} channels, the encoder takes "
-            f"{params.channels}. Choose another data set"
+            f"{params.channels}. Choose another data set."
         )
     explicit["dataset_name"] = overrides.get("dataset_name", params.dataset_name)
     return attrs.evolve(params, **explicit, **of_dataset)
@@ -278,13 +278,13 @@ def published(name: str, overrides: dict[str, Any], new_stem: bool = False) -> E
     if not new_stem and arch in catalogue.torchvision_models() and (params.channels != 3 or params.low_resolution):
         raise ValueError(
             f"in_channels={params.channels} with low_resolution_stem={params.low_resolution} would leave the first "
-            f"layer of {name} without its published weights. Leave both out"
+            f"layer of {name} without its published weights. Leave both out."
         )
     try:
         model, _ = encoders.get_encoder(params)
     except OSError as error:
         raise OSError(
-            f"the weights of {name} could not be downloaded ({error}). Get the file elsewhere, and pass its path"
+            f"the weights of {name} could not be downloaded ({error}). Get the file elsewhere, and pass its path."
         ) from error
     report = Report(name, "published", arch, len(model.state_dict()), ())
     return Encoder(model, attrs.evolve(params, encoder_weights=None), report)

@@ -23,7 +23,7 @@ def recompute_activations(encoder: nn.Module) -> None:
     if not found:
         raise ValueError(
             f"activation_checkpointing=True: {type(encoder).__name__} has no list of blocks whose activations could be "
-            "computed again. Leave it False, and choose micro_batch_size to save memory"
+            "computed again. Leave it False, and choose micro_batch_size to save memory."
         )
     for block in found:
         own_forward = vars(block).get("forward")

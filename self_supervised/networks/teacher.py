@@ -42,7 +42,7 @@ class Teacher:
         except FileNotFoundError as error:
             reason = str(error).removesuffix(".")
             raise FileNotFoundError(
-                f"{name}: {reason}. Pass teacher=PATH, or teacher=None to load the student alone"
+                f"{name}: {reason}. Pass teacher=PATH, or teacher=None to load the student alone."
             ) from error
         is_name = self.encoder.report.layout == "published"
         self.name = params.teacher if is_name else os.path.abspath(params.teacher)
@@ -53,7 +53,7 @@ class Teacher:
         if len(self.channels) not in (1, theirs.channels) or max(self.channels) >= params.channels:
             raise ValueError(
                 f"{name} takes {theirs.channels} channels, and these images have {params.channels}, from 0 to "
-                f"{params.channels - 1}. Set teacher_channels to those that it sees (is {params.teacher_channels})"
+                f"{params.channels - 1}. Set teacher_channels to those that it sees (is {params.teacher_channels})."
             )
         self.width = measured_width(self.encoder, torch.zeros(1, *theirs.input_shape), name)
         if params.dim not in (self.width, attrs.fields(ModelParams).dim.default):
@@ -70,7 +70,7 @@ class Teacher:
         """Raise ValueError if a checkpoint was made with a teacher of other weights."""
         if hash_of_checkpoint != self.hash:
             raise ValueError(
-                f"teacher={self.name!r}: its weights are not those of the checkpoint's teacher. Pass that one"
+                f"teacher={self.name!r}: its weights are not those of the checkpoint's teacher. Pass that one."
             )
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ class Teacher:
         found = found.to(at_least_float32(view).dtype)
         of_all = distributed.gather(found)
         if len(of_all) < 2:
-            raise ValueError(f"a teacher needs two images, but a batch has one. Set {DROP_LAST}")
+            raise ValueError(f"a teacher needs two images, but a batch has one. Set {DROP_LAST}.")
         return (found - of_all.mean(0)) / (of_all.std(0, correction=0) + EPSILON)
 
     def encoded(self, view: Tensor) -> Tensor:

@@ -65,12 +65,12 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
     with temporary_lists(params) as params:
         if params.loss_type == "seed" and params.teacher is None:
             raise ValueError(
-                "teacher=None: loss_type='seed' distills a teacher. Pass --teacher, a file, a run or a name"
+                "teacher=None: loss_type='seed' distills a teacher. Pass --teacher, a file, a run or a name."
             )
         reads_labels = params.loss_type in READ_LABELS
         if reads_labels and loading.get_dataset(params, params.dataset.pretraining_splits).labels.max() < 0:
             raise ValueError(
-                f"loss_type={params.loss_type!r} needs labels, but no image has one. Choose labeled images, or simclr"
+                f"loss_type={params.loss_type!r} needs labels, but no image has one. Choose labeled images, or simclr."
             )
         for wanted in options.save_best:
             refuse_unknown(wanted, metric_names(options, params))
@@ -240,5 +240,5 @@ def check_labels(params: EncoderAndDataParams) -> None:
     if lacking([train]):
         raise ValueError(
             f"dataset_name={params.dataset_name!r}: its training images have a single class, and a classifier needs "
-            "two. Choose linear_epochs=0, or images of more classes"
+            "two. Choose linear_epochs=0, or images of more classes."
         )

@@ -348,6 +348,6 @@ class BaseMethod(hyperparameters.RecordedSettings):
     def to_torchscript(self, file_path: Any = None, method: str = "trace", *args: Any, **kwargs: Any) -> Any:
         """Export `forward` as Lightning does, in eval mode, by tracing `example_inputs`; see `to_onnx`."""
         if method != "trace":
-            raise ValueError(f"method={method!r} cannot compile every encoder. Use 'trace', and pass example_inputs")
+            raise ValueError(f"method={method!r} cannot compile every encoder. Use 'trace', and pass example_inputs.")
         with layers.in_eval_mode(self):
             return super().to_torchscript(file_path, method, *args, **kwargs)

@@ -81,7 +81,7 @@ def newest(folder: str | Path) -> Path | None:
         else:
             return path
     if found:
-        raise ValueError(f"none of the {len(found)} checkpoints in {folder} is valid. Move them away to start over")
+        raise ValueError(f"none of the {len(found)} checkpoints in {folder} is valid. Move them away to start over.")
     return None
 
 
@@ -108,7 +108,7 @@ def of_data_only(content: dict[str, Any]) -> dict[str, Any]:
         if found := objects_in(part):
             raise ValueError(
                 f"{name}: a checkpoint with it could not be read again, because it holds {found}. Let state_dict() or "
-                "on_save_checkpoint() keep only numbers, texts, tensors, and lists or dicts of them"
+                "on_save_checkpoint() keep only numbers, texts, tensors, and lists or dicts of them."
             )
     return {**content, **parts}
 
@@ -291,7 +291,7 @@ class Checkpoints(pl.Callback):
         if names := not_finite(module):
             raise FloatingPointError(
                 f"weights are not finite at step {trainer.global_step} ({len(names)} tensors, the first: {names[0]}): "
-                f"not saved. The newest valid checkpoint is {newest(self.folder)}: resume from it with a lower lr"
+                f"not saved. The newest valid checkpoint is {newest(self.folder)}: resume from it with a lower lr."
             )
         for logger in trainer.loggers:
             logger.save()  # metrics up to here are not computed again

@@ -21,7 +21,7 @@ def refuse_used_trainer(trainer: pl.Trainer) -> None:
     if trainer.global_step > 0 and trainer.ckpt_path is None:
         raise ValueError(
             f"global_step={trainer.global_step}: this Trainer has trained already. Build a new Trainer for each "
-            "training, and pass ckpt_path to fit to continue one"
+            "training, and pass ckpt_path to fit to continue one."
         )
 
 
@@ -32,7 +32,7 @@ def refuse_constant_heads(params: ModelParams) -> None:
     if constant:
         raise ValueError(
             f"{constant[0]}={GROUPS}: group norm has {GROUPS} groups, and of a single unit each gives 0 for every "
-            f"image. Choose {2 * GROUPS} or another multiple of {GROUPS}"
+            f"image. Choose {2 * GROUPS} or another multiple of {GROUPS}."
         )
 
 
@@ -46,7 +46,7 @@ def refuse_joined_loaders(trainer: pl.Trainer, method: pl.LightningModule) -> No
     if isinstance(loaders, list | tuple) and len(loaders) > 1 and not has_own:
         raise ValueError(
             f"train_dataloaders: a batch of each of the {len(loaders)} loaders "
-            "would be taken for views of the same images. Pass one loader of torch.utils.data.ConcatDataset"
+            "would be taken for views of the same images. Pass one loader of torch.utils.data.ConcatDataset."
         )
 
 
@@ -56,7 +56,7 @@ def refuse_subsets(params: Any) -> None:
     names = [name for name, value in whole.items() if getattr(params, name, value) != value]
     if names:
         found, off = (", ".join(f"{name}={value[name]!r}" for name in names) for value in (attrs.asdict(params), whole))
-        raise ValueError(f"{found}: no effect on your own loader. Choose its images yourself, and set {off}")
+        raise ValueError(f"{found}: no effect on your own loader. Choose its images yourself, and set {off}.")
 
 
 def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -> None:
@@ -70,26 +70,26 @@ def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -
         if isinstance(callback, StochasticWeightAveraging):
             raise ValueError(
                 "StochasticWeightAveraging replaces the learning rate schedule and resets the statistics of every "
-                "batch norm, even of a frozen encoder. Use WeightAveraging or EMAWeightAveraging"
+                "batch norm, even of a frozen encoder. Use WeightAveraging or EMAWeightAveraging."
             )
         if isinstance(callback, BaseFinetuning):
             raise ValueError(
                 f"{type(callback).__name__} adds parameter groups that the learning rate schedule does not have. Use "
-                "encoder_lr of LinearClassifierMethod, or train again with the weights that are to be trained then"
+                "encoder_lr of LinearClassifierMethod, or train again with the weights that are to be trained then."
             )
         if isinstance(callback, GradientAccumulationScheduler):
             raise ValueError(
                 "GradientAccumulationScheduler changes the images per step after the schedules were built. Use "
-                "Trainer(accumulate_grad_batches=...)"
+                "Trainer(accumulate_grad_batches=...)."
             )
         if isinstance(callback, LearningRateFinder | BatchSizeFinder) and not callback._early_exit:
             raise ValueError(
                 f"{type(callback).__name__} runs as a callback only after the learning rate schedule was built. Call "
-                "lr_find or scale_batch_size of a Tuner(trainer), then trainer.fit(model)"
+                "lr_find or scale_batch_size of a Tuner(trainer), then trainer.fit(model)."
             )
         if isinstance(callback, LearningRateFinder) and len(learning_rates) > 1:
             raise ValueError(
                 f"lr_find tries the same learning rate for all parameter groups, but here they have "
                 f"{len(learning_rates)} ({', '.join(f'{lr:g}' for lr in sorted(learning_rates))}). Leave out "
-                "parameter_options, layer_decay, encoder_lr and online_classifier during the search"
+                "parameter_options, layer_decay, encoder_lr and online_classifier during the search."
             )

@@ -59,7 +59,7 @@ class HyperparameterRecord(AttributeDict):
         named = ", ".join(map(str, [*names, *fields]))
         raise ValueError(
             f"hparams cannot be changed ({named}): they record the settings with which the method was built. Pass "
-            "other settings when you build it: SelfSupervisedMethod(params, lr=0.3), load_from_checkpoint(path, lr=0.3)"
+            "others when you build it: SelfSupervisedMethod(params, lr=0.3), load_from_checkpoint(path, lr=0.3)."
         )
 
     update = setdefault = pop = popitem = clear = __ior__ = __delitem__ = refuse
@@ -124,7 +124,7 @@ class RecordedSettings(pl.LightningModule):
         if self.params.global_batch_size is not None:
             raise ValueError(
                 f"global_batch_size={self.params.global_batch_size} determines the size of a batch, so "
-                f"batch_size={value} has no effect. Set global_batch_size=None"
+                f"batch_size={value} has no effect. Set global_batch_size=None."
             )
         self.change(batch_size=value)
 
@@ -177,7 +177,7 @@ def refuse_replaced(params: Any, built: Any) -> None:
         values = ", ".join(f"{name}={getattr(params, name)!r}" for name in changed)
         raise ValueError(
             f"{values}: not the setting with which the method was built, and which its networks and hparams have. "
-            "Build it again: SelfSupervisedMethod(params)"
+            "Build it again: SelfSupervisedMethod(params)."
         )
 
 
@@ -198,17 +198,17 @@ def overrides_of_checkpoint(
     """
     for name in ("params", "hparams"):  # a subclass may have such an argument of its own
         if passed.get(name) is not None and method.__init__.__module__ in ("moco", "linear_classifier"):
-            raise ValueError(f"{name}: a checkpoint has its own settings. Pass single fields, such as lr=0.3")
+            raise ValueError(f"{name}: a checkpoint has its own settings. Pass single fields, such as lr=0.3.")
     settings = content.get("hyper_parameters", {})
     if method.needs_labels and "loss_type" in settings:
         raise ValueError(
             f"{path} is a checkpoint of a pretraining. Call LinearClassifierMethod.from_moco_checkpoint, which takes "
-            "its encoder"
+            "its encoder."
         )
     if not method.needs_labels and "classifier.weight" in content["state_dict"]:
         raise ValueError(
             f"{path} is a checkpoint of a linear classifier. Call LinearClassifierMethod.load_from_checkpoint, or "
-            "start a pretraining from its encoder: encoder_weights=PATH"
+            "start a pretraining from its encoder: encoder_weights=PATH."
         )
     replaced = dict(vetted(settings, path, passed))
     compares_others = settings.get("loss_type") in ("sce", "seed") or settings.get("use_nearest_keys")

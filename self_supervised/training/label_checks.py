@@ -33,7 +33,7 @@ def refuse_wrong_labels(
     if labels is None or (labels.ndim == 2 and labels.shape[1] > 1):
         if n_classes is not None and required:
             found = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
-            raise ValueError(f"{source} has {found}. A classifier needs labels [N], one class per image")
+            raise ValueError(f"{source} has {found}. A classifier needs labels [N], one class per image.")
         return
     if isinstance(labels, Tensor):
         labels = (labels.double() if labels.is_floating_point() else labels).cpu().numpy()
@@ -41,12 +41,12 @@ def refuse_wrong_labels(
     if each and len(classes) and classes.min() < 0:
         raise ValueError(
             f"{source} has images without a label ({classes.min()}). A classifier needs a label for each image: leave "
-            "the others out"
+            "the others out."
         )
     if n_classes is not None and len(classes) and (highest := classes.max()) >= n_classes:
         raise ValueError(
             f"{source} has the label {highest}, and the classifier has n_classes={n_classes}, those of dataset_name="
-            f"{dataset_name!r}. Number the classes from 0, or set dataset_name to the data set of these images"
+            f"{dataset_name!r}. Number the classes from 0, or set dataset_name to the data set of these images."
         )
 
 
@@ -76,7 +76,7 @@ def refuse_other_numbers(known: Sequence[str] | None, found: Mapping[int, str], 
         if (expected := numbers.get(name, number)) != number:
             raise ValueError(
                 f"{source}: {name!r} is class {number}, and class {expected} of the classifier. Give each class the "
-                "number that it had in training (of a custom data set: class_to_idx)"
+                "number that it had in training (of a custom data set: class_to_idx)."
             )
 
 

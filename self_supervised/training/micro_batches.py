@@ -101,7 +101,7 @@ def refuse_strategy(trainer: pl.Trainer) -> None:
     if kind not in (SingleDeviceStrategy, DDPStrategy) or options.get("static_graph"):
         raise ValueError(
             f"micro_batch_size does not work with {kind.__name__}, nor with static_graph=True. Use strategy='ddp' "
-            "without it, or accumulate_grad_batches"
+            "without it, or accumulate_grad_batches."
         )
 
 

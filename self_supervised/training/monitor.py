@@ -97,7 +97,7 @@ class TrainingMonitor(pl.Callback):
         if bad := not_finite(pl_module):
             raise ValueError(
                 f"ckpt_path={trainer.ckpt_path}: {len(bad)} tensors of the method are not finite before the first step "
-                f"(the first: {bad[0]}). Resume from an earlier checkpoint, or start from finite weights"
+                f"(the first: {bad[0]}). Resume from an earlier checkpoint, or start from finite weights."
             )
         loader = trainer.train_dataloader
         if (
@@ -107,13 +107,13 @@ class TrainingMonitor(pl.Callback):
             raise ValueError(
                 f"the loader deals images out to {loader.sampler.num_replicas} processes, but there are "
                 f"{distributed.world_size()}. Build its ResumableSampler(dataset, distributed.world_size(), "
-                "distributed.rank()) in train_dataloader"
+                "distributed.rank()) in train_dataloader."
             )
         own = getattr(getattr(getattr(loader, "sampler", None), "dataset", None), "_sampler", None)  # within a wrapper
         if distributed.world_size() > 1 and own is not None and getattr(own, "generator", own) is None:
             raise ValueError(
                 f"the sampler {type(own).__name__} draws other indices on each process. Give it "
-                "generator=torch.Generator().manual_seed(0), so that all processes draw the same"
+                "generator=torch.Generator().manual_seed(0), so that all processes draw the same."
             )
         if ResumableDataLoader.is_position(self.position) and isinstance(loader, ResumableDataLoader):
             loader.load_state_dict(self.position)
@@ -270,7 +270,7 @@ def share_seed(method: pl.LightningModule, device: torch.device) -> None:
         return
     passed = sorted({seed for seed, was_drawn in zip(seeds, drawn, strict=True) if not was_drawn})
     if len(passed) > 1:
-        raise ValueError(f"seed differs between processes ({seeds}). Pass the same seed to all")
+        raise ValueError(f"seed differs between processes ({seeds}). Pass the same seed to all.")
     if method.seed_was_drawn:
         method.change(seed=passed[0] if passed else seeds[0])
     for tensor in method.state_dict().values():

@@ -85,7 +85,7 @@ def with_own_settings(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     elif [len(group["params"]) for group in own] != [len(group["params"]) for group in before]:
         raise ValueError(
             "the checkpoint's optimizer has other parameter groups. Pass the settings of its run that determine them "
-            "(exclude_matching_parameters_from_lars, parameter_options, layer_decay, encoder_lr)"
+            "(exclude_matching_parameters_from_lars, parameter_options, layer_decay, encoder_lr)."
         )
     return {**saved, "state": state, "param_groups": own}
 

@@ -94,12 +94,12 @@ def checked_batch_size(params: EncoderAndDataParams, accumulated: int, loader: A
     wanted = images_per_batch(params, accumulated)
     if found is None and params.lr_scaling is not None:
         raise ValueError(
-            f"lr_scaling={params.lr_scaling!r} needs the batch_size of the loader, which has none. Set lr_scaling=None"
+            f"lr_scaling={params.lr_scaling!r} needs the batch_size of the loader, which has none. Set lr_scaling=None."
         )
     if params.global_batch_size is not None and found not in (None, wanted):
         raise ValueError(
             f"global_batch_size={params.global_batch_size} means {wanted} images per process and batch, but the loader "
-            f"has batch_size={found}. Change one of them"
+            f"has batch_size={found}. Change one of them."
         )
     return found or wanted
 
@@ -116,16 +116,16 @@ def training_length(trainer: pl.Trainer) -> tuple[int, int]:
     batches = trainer.num_training_batches
     if math.isinf(steps):
         raise ValueError(
-            "max_epochs=-1: the schedules need an end. Pass max_epochs or max_steps to the Trainer as well"
+            "max_epochs=-1: the schedules need an end. Pass max_epochs or max_steps to the Trainer as well."
         )
     if batches == 0 or trainer.limit_train_batches == 0:
         raise ValueError(
             f"limit_train_batches={trainer.limit_train_batches} leaves no batch to train on. Raise it, or pass a "
-            "longer loader"
+            "longer loader."
         )
     if steps == -1:
         raise ValueError(
-            "max_steps=-1: the loader has no length, and the schedules need one. Pass max_steps to the Trainer"
+            "max_steps=-1: the loader has no length, and the schedules need one. Pass max_steps to the Trainer."
         )
     steps = max(1, int(steps))  # max_steps=0 trains nothing
     return steps, steps if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
@@ -148,7 +148,7 @@ def warmup_without_epochs(params: EncoderAndDataParams, warmup_epochs: float) ->
         if value and (name == "lr_decay_steps" or value >= 1):
             raise ValueError(
                 f"{name}={value} counts epochs, but the loader has no length. Pass limit_train_batches, the number of "
-                "batches per epoch, to the Trainer"
+                "batches per epoch, to the Trainer."
             )
     if warmup_epochs >= 1:
         rank_zero_info("the loader has no length and therefore no epochs: LARS starts without lars_warmup_epochs")

@@ -155,9 +155,11 @@ def refuse_half_precision(precision: str, m: float, trained: nn.Module) -> None:
     """Raise ValueError if lagging copies of `trained`, which keep m of themselves at each step, are or will be in half
     precision."""
     if any(w.requires_grad and w.dtype in (torch.bfloat16, torch.float16) for w in trained.parameters()):
-        raise ValueError("the weights are in half precision, left by another Trainer. Call float() of the method first")
+        raise ValueError(
+            "the weights are in half precision, left by another Trainer. Call float() of the method first."
+        )
     if precision in ("bf16-true", "16-true"):
         raise ValueError(
             f"precision={precision!r} is too low for the lagging model: half precision rounds its updates, of which "
-            f"the weight is 1 - m = {1 - m:.2g}, to zero. Use {precision.replace('true', 'mixed')!r}"
+            f"the weight is 1 - m = {1 - m:.2g}, to zero. Use {precision.replace('true', 'mixed')!r}."
         )

@@ -37,7 +37,7 @@ def refuse_another_model(content: dict[str, Any], method: pl.LightningModule, tr
         others = " and others" if len(differing) > 3 else ""
         raise ValueError(
             f"the checkpoint is of another model, in which {', '.join(differing[:3])}{others} differ. Resume with the "
-            f"settings of its run; what differs: {named or 'the encoder'}"
+            f"settings of its run; what differs: {named or 'the encoder'}."
         )
     groups = next(iter(content.get("optimizer_states", [])), {}).get("param_groups", [])
     has_names = all("param_names" in group for group in groups)  # not in checkpoints of earlier versions
@@ -45,7 +45,7 @@ def refuse_another_model(content: dict[str, Any], method: pl.LightningModule, tr
         if name in changed:
             raise ValueError(
                 f"{name}={changed[name]!r}: the checkpoint's optimizer has state for {before[name]!r}. Resume with "
-                "that value, or start a new run from its weights (encoder_weights)"
+                "that value, or start a new run from its weights (encoder_weights)."
             )
     refuse_lower_limits(content, trainer)
 
@@ -62,7 +62,7 @@ def refuse_lower_limits(content: dict[str, Any], trainer: pl.Trainer) -> None:
     for name, reached in done.items():
         limit = getattr(trainer, name)
         if limit not in (None, -1) and reached > limit:
-            raise ValueError(f"{name}={limit}: the checkpoint's training has already reached {reached}. Choose more")
+            raise ValueError(f"{name}={limit}: the checkpoint's training has already reached {reached}. Choose more.")
 
 
 def changed_too_late(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def refuse_other_steps(before: dict[str, int] | None, now: dict[str, int]) -> No
             f"batch_size: {now['images']} images per optimizer step, but the checkpoint's run had {before['images']}, "
             "and its schedules count steps. Choose batch_size (or global_batch_size), accumulate_grad_batches and the "
             "number of processes so that their product stays the same, or start a new run from its weights "
-            "(encoder_weights)"
+            "(encoder_weights)."
         )
     if now.get("an_epoch", before["an_epoch"]) != before["an_epoch"]:
         rank_zero_warn(

@@ -178,7 +178,7 @@ def augment(
         if cropped and x.shape[2] != x.shape[3]:
             raise ValueError(
                 f"uint8 views in a list must be square, not {x.shape[2]} x {x.shape[3]} pixels. Crop them in the "
-                "loader, or yield one uint8 tensor, which is cropped here"
+                "loader, or yield one uint8 tensor, which is cropped here."
             )
         x = with_channels(x, len(mean))
         full = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
