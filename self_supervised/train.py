@@ -38,18 +38,26 @@ from self_supervised.training import checkpoints, hyperparameters, parameter_gro
 from self_supervised.training.verdict import verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes")  # keys, results.json
+OF_ENCODER = ("linear", "linear.ckpt", "pretrained.evaluation")  # files that are outdated when it is trained further
+OF_PRETRAINING = (  # options that have no effect on a complete training
+    "precision", "gradient_clip_val", "limit_train_batches", "sync_batchnorm", "save_best", "save_every_n_epochs",
+)  # fmt: skip
+OF_SCORES = (  # settings and options that determine what the scores before and after the training mean
+    "evaluations", "limit_val_batches", "evaluation_clips", "evaluation_crops", "probe_on_training_set", "probe_solver",
+)  # fmt: skip
 
 
 # ---- Resuming ----
 
 
 def resume_point(
-    given: str | None, out: Path, name: str, method: pl.LightningModule, fit: pl.Trainer
+    given: str | None, out: Path, name: str, method: pl.LightningModule, fit: pl.Trainer, options: RunOptions
 ) -> tuple[Path | None, int]:
     """Return (checkpoint, its optimizer steps) from which a stage resumes, or (None, 0).
 
     Args:
         given: a checkpoint; the directory of a run, for its newest one; "auto", for the newest of `out`; None.
+        options: those of the run. The linear stage follows them even if they have changed.
 
     Raises:
         ValueError: the method or its Trainer cannot resume from it, or the run has no checkpoint.
@@ -71,14 +79,18 @@ def resume_point(
         resuming.refuse_another_model(content, method, fit)
         steps, images = content.get("steps"), resuming.images_of_a_step(method.params, fit)
         other_steps = steps is not None and steps["images"] != images  # such as on another number of processes
-        changed = ", ".join(f"{k}={v!r}" for k, v in resuming.changed_too_late(content, method, fit).items())
+        too_late = resuming.changed_too_late(content, method, fit)
+        if name == "pretraining" and resuming.is_complete(content, fit):
+            too_late |= changed_options(config_of(run_of(path)), options, OF_PRETRAINING)
+        changed = ", ".join(f"{k}={v!r}" for k, v in too_late.items())
         if name == "linear" and (other_steps or changed):
             start_over(out / name)
             return None, 0
         resuming.refuse_other_steps(steps, {"images": images})
         if changed:
             raise ValueError(
-                f"{changed}: the training is complete. Choose more max_epochs to continue with other settings."
+                f"{changed}: the training is complete. Choose more max_epochs, or more max_time if that ended it, to "
+                "continue with other settings."
             )
     except ValueError as error:
         reason = str(error).removesuffix(".")
@@ -86,6 +98,37 @@ def resume_point(
             reason = reason.replace("max_epochs", "linear_epochs")
         raise ValueError(f"{reason}, or choose another --out (resume={given!r}: {path}).") from error
     return path, content["global_step"]
+
+
+def changed_options(before: dict[str, Any], options: RunOptions, names: Sequence[str]) -> dict[str, Any]:
+    """Return {name: value} of options that differ from those in the config.yaml of an earlier start."""
+    return {
+        name: getattr(options, name)
+        for name in names
+        if before.get(name, getattr(options, name)) != getattr(options, name)
+    }
+
+
+def refuse_fewer_linear_epochs(out: Path, resumed: Path | None, options: RunOptions, max_epochs: int) -> None:
+    """Raise ValueError, before any file is written, if the linear stage of a complete pretraining is longer already."""
+    newest = newest_of_stage(out, "linear") if options.linear_epochs else None
+    if resumed is None or newest is None or resuming.epochs_done(checkpoints.read_checkpoint(resumed)) < max_epochs:
+        return
+    if (done := resuming.epochs_done(checkpoints.read_checkpoint(newest))) > options.linear_epochs:
+        raise ValueError(
+            f"linear_epochs={options.linear_epochs}: the linear classifier has already been trained for {done}. Choose "
+            "more, or choose another --out."
+        )
+
+
+def forget_other_scores(results: dict[str, Any], out: Path, before: str, now: dict[str, Any]) -> None:
+    """Delete the scores before and after the training if they were computed with other settings than those of `now`,
+    and can be computed again, because the method has the starting weights, named `before`."""
+    settings, baseline = run_folder.settings_of_run(out), run_folder.baseline_of(results)
+    if baseline == before and any(settings.get(name, now[name]) != now[name] for name in OF_SCORES):
+        for name in (baseline, *run_folder.LATER_SCORES[:2], "verdict"):
+            results.pop(name, None)
+        write_on_rank_zero(out / "results.json", results)
 
 
 def newest_of_stage(out: Path, name: str) -> Path | None:
@@ -125,11 +168,12 @@ def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
 def delete_outdated(out: Path, results: dict[str, Any]) -> None:
     """Delete the encoder's scores and the linear stage, which become outdated when the encoder is trained further.
     Every process deletes the scores: all must know whether another validation follows."""
+    for path in (out / name for name in OF_ENCODER):  # also if results.json was moved away
+        if path.exists():
+            rank_zero_only(remove)(path)
     if outdated := [name for name in ENCODER_RESULTS if name in results]:
         for name in outdated:
             del results[name]
-        for path in (out / "linear", out / "linear.ckpt", out / "pretrained.evaluation"):
-            rank_zero_only(remove)(path)
         write_on_rank_zero(out / "results.json", results)
 
 
@@ -155,7 +199,11 @@ def pretrain_stage(
     if resumed is None or baseline is None:  # its scores are the first row of metrics.csv
         results.pop(baseline, None)
         baseline = before
+        loggers = fit.loggers
+        if resumed is not None and (out / "pretraining/metrics.csv").is_file():
+            fit.loggers = []  # these scores would follow the rows of later steps
         results |= {baseline: validation_scores(fit, model, baseline), **model.labels_result()}
+        fit.loggers = loggers
         write_on_rank_zero(out / "results.json", results)
     keep_minutes = minutes_keeper(out, results, "pretraining minutes")
     begun = {"on_train_batch_start": lambda *_: delete_outdated(out, results), "on_save_checkpoint": keep_minutes}
@@ -165,7 +213,8 @@ def pretrain_stage(
     keep_minutes()
     results |= model.labels_result()
     fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
-    results["epochs"] = fit.current_epoch  # fewer than max_epochs if max_time ended the training
+    # Fewer than max_epochs if max_time ended the training. If no step was trained, the Trainer does not know them.
+    results.setdefault("epochs", fit.current_epoch)
     if "trained encoder" not in results:  # it is if the resumed run was complete (see delete_outdated)
         results["trained encoder"] = validation_scores(fit, model, "trained encoder")
         rank_zero_only(remove)(out / "pretrained.evaluation")  # of the earlier encoder, if it was made in the meantime
@@ -186,7 +235,7 @@ def linear_stage(
     linear.first_epoch = run_folder.first_epoch(out)
     linear.about_labels = f"labels: {results.get('labels')}"  # the pretraining has logged them
     fit = trainers.trainer_of_stage(out, "linear", options.linear_epochs, options)
-    resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit)
+    resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit, options)
     fit.loggers = trackers.get_loggers(out, "linear", options, step)
     run_folder.say(f"Training LinearClassifierMethod on the frozen encoder. {dry_run.parts_text(linear)}")
     keep_minutes = minutes_keeper(out, results, "linear minutes")
@@ -227,7 +276,9 @@ def run_or_resume(
         fit = trainers.trainer_of_stage(out, "pretraining", params.max_epochs, options)
         before = model.starting_point()  # not later: resume_point reads where the checkpoint's training started
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
-        resumed, step = resume_point(options.resume, out, "pretraining", model, fit)
+        resumed, step = resume_point(options.resume, out, "pretraining", model, fit, options)
+        refuse_fewer_linear_epochs(out, resumed, options, params.max_epochs)
+        forget_other_scores(results, out, before, attrs.asdict(options) | attrs.asdict(params))
         config = effective.config_text(preset, options, model.params)
         run_folder.begin_run_folder(out, config, sys.argv, resumes=resumed is not None)
 
@@ -309,6 +360,8 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
             params = attrs.evolve(params, seed=(other or before).get("seed"))  # of the resumed run
         params = preflight.with_resumed_lists(params, out, options.resume)
     preflight.check_run(options, params)
+    if options.resume:
+        preflight.refuse_new_lists(params, out, options.resume)
     results = run_or_resume(out, preset, options, params)
     with run_folder.logged(out / "log.txt"):
         run_folder.say(ending(out, results, options.recipe))

@@ -26,7 +26,7 @@ REPACK = "Write it again, or remove its directory to have the data set downloade
 
 def data_path() -> Path:
     """Return the environment variable DATA_PATH (`~` is expanded), or ./data."""
-    return local_path("DATA_PATH", os.environ.get("DATA_PATH", "data"))
+    return local_path("DATA_PATH", os.environ.get("DATA_PATH") or "data")
 
 
 # ---- downloading ----

@@ -102,10 +102,7 @@ def has_checkpoints(out: Path) -> bool:
 def with_resumed_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParams:
     """Return the settings with the lists of splits of the resumed run, which are also found if it was moved, unless
     other lists are passed, or other images with another run than OUT."""
-    if resume == "auto":
-        run = out.resolve() if has_checkpoints(out) else None
-    else:
-        run = resume and (Path(resume).resolve() if Path(resume).is_dir() else run_of(resume))
+    run = run_to_resume(out, resume)
     if not (run and params.dataset.is_custom):
         return params
     before = config_of(run)
@@ -121,6 +118,37 @@ def with_resumed_lists(params: ModelParams, out: Path, resume: str | None) -> Mo
     return attrs.evolve(params, splits_path=next(existing, params.splits_path))
 
 
+def refuse_new_lists(params: ModelParams, out: Path, resume: str) -> None:
+    """Raise ValueError if a resumed run would draw new splits of its images, so that images on which it was trained
+    would be validated on. The lists of its earlier starts are gone, or lie elsewhere.
+
+    Args:
+        params: with the lists that `with_resumed_lists` has found.
+    """
+    run = run_to_resume(out, resume)
+    before = config_of(run) if run else {}
+    same = os.path.abspath(before.get("data_path") or "") == os.path.abspath(params.data_path or "")
+    if not (params.dataset.is_custom and before.get("splits_path") and same):
+        return
+    with temporary_lists(attrs.evolve(params, num_data_workers=0)) as drawn:
+        if drawn.splits_path == params.splits_path:
+            return
+        loading.get_dataset(drawn, params.dataset.pretraining_splits)
+        if listed_in(Path(drawn.splits_path)):
+            raise ValueError(
+                f"splits_path={params.splits_path or before['splits_path']!r}: there are no lists of the splits of the "
+                "resumed run, and new ones would mix images of training and test. Pass --splits_path with these lists, "
+                "or start a new run with another --out."
+            )
+
+
+def run_to_resume(out: Path, resume: str | None) -> Path | None:
+    """Return the directory of the run that is resumed; None if there is none yet."""
+    if resume == "auto":
+        return out.resolve() if has_checkpoints(out) else None
+    return (Path(resume).resolve() if Path(resume).is_dir() else run_of(resume)) if resume else None
+
+
 def with_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParams:
     """Return the settings with the `splits_path` of a run: as `with_resumed_lists`, else OUT/splits. Lists there that
     do not fit the settings or images are drawn again if the run that drew them ended before its first checkpoint.
@@ -133,7 +161,8 @@ def with_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParam
         return params
     is_ours = params.splits_path is None
     own = (out / "splits").resolve()
-    params = attrs.evolve(params, splits_path=str(own)) if is_ours else params
+    lists = str(own) if is_ours else os.path.abspath(os.path.expanduser(params.splits_path))  # from any directory
+    params = attrs.evolve(params, splits_path=lists)
     can_be_drawn_again = is_ours and settings_of_lists(own) and config_of(out) and not has_checkpoints(out)
     try:
         if custom.has_written(params) and can_be_drawn_again:

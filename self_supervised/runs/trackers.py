@@ -27,7 +27,7 @@ def mlflow_logger(out: Path, title: str, run_id: str, options: RunOptions) -> lo
     above = out.resolve().parent
     database = f"sqlite:///{above / 'mlflow.db'}"  # MLflow 3 does not support plain files
     tracking = os.environ.get("MLFLOW_TRACKING_URI", database)
-    name = options.tracker_project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or above.name
+    name = options.tracker_project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or above.name or "runs"
     tags = {"self_supervised.run_id": run_id, **dict(tag.partition("=")[::2] for tag in options.tracker_tags)}
     known = []
     if rank_zero_only.rank == 0 and (experiment := MlflowClient(tracking).get_experiment_by_name(name)):

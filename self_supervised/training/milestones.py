@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from self_supervised import distributed
 from self_supervised.catalogue import DATASETS, LABEL_FREE
+from self_supervised.training.checkpoints import read_checkpoint
 
 
 class Best(pl.Callback):
@@ -41,6 +42,11 @@ class Best(pl.Callback):
         return f"Best{{{self.name}}}"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the best value of an earlier start from its file, which a start without this callback does not lose."""
+        if not self.path.is_file():
+            self.best = None  # that of another directory
+        elif self.best is None and trainer.global_step > 0:
+            self.load_state_dict(read_checkpoint(self.path)["callbacks"].get(self.state_key, {"best": None}))
         dataset = pl_module.params.dataset_name
         if getattr(pl_module, "trains_on_dataset_name", True) and uses_test_labels(self.name, dataset):
             rank_zero_warn(

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities import rank_zero_warn
 
 from self_supervised.data.loader import ResumableDataLoader
@@ -65,9 +66,17 @@ def refuse_lower_limits(content: dict[str, Any], trainer: pl.Trainer) -> None:
             raise ValueError(f"{name}={limit}: the checkpoint's training has already reached {reached}. Choose more.")
 
 
+def is_complete(content: dict[str, Any], trainer: pl.Trainer) -> bool:
+    """Return whether no step follows the checkpoint: it has all epochs, or the time of max_time is over."""
+    state = content.get("callbacks", {}).get(Timer().state_key, {})
+    elapsed = state.get("time_elapsed", {}).get("train", 0)
+    limits = [timer._duration for timer in trainer.callbacks if isinstance(timer, Timer) and timer._duration]
+    return epochs_done(content) >= (trainer.max_epochs or 0) or any(elapsed >= limit for limit in limits)
+
+
 def changed_too_late(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
     """Return {name: value} of settings that come too late, because the checkpoint's training is complete."""
-    if epochs_done(content) < (trainer.max_epochs or 0):
+    if not is_complete(content, trainer):
         return {}
     before = content.get("hyper_parameters", {})
     now = {name: value for name, value in method.hparams.items() if name not in NOT_OF_TRAINING}

@@ -110,9 +110,12 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str], resumes: 
         before = text_of_file(commands) if commands.is_file() else ""
         atomic_write(commands, before + as_typed(arguments) + "\n")
         (out / "splits").mkdir(exist_ok=True)
-    starts = starts_of(out)
-    run_id = starts[-1].get("id") if resumes and starts else os.urandom(8).hex()
-    facts = {"id": run_id, **machine_facts(), "first epoch": first_epoch(out), **facts}
+    starts, here = starts_of(out), os.path.realpath(out)
+    last = starts[-1] if resumes and starts else {}
+    is_copy = last.get("directory", here) != here and Path(last["directory"], "run.json").is_file()
+    run_id = None if is_copy else last.get("id")
+    facts = {"directory": here, **machine_facts(), "first epoch": first_epoch(out), **facts}
+    facts = {"id": run_id if last and not is_copy else os.urandom(8).hex(), **facts}
     atomic_write(out / "run.json", to_json([*starts, facts], indent=2))
 
 
@@ -295,6 +298,18 @@ def say(text: str) -> None:
     LOG.info("%s", Text.from_ansi(text).plain)
 
 
+def is_of_last_scores(row: dict[str, str], n_steps: int, rows: list[dict[str, str]]) -> bool:
+    """Return whether a row of metrics.csv has scores of the encoder after `n_steps`, and only these, in an epoch that
+    no earlier row has scores of. Scores at the end of a training have the number of the step that would follow."""
+
+    def is_of_scores(one: dict[str, str]) -> bool:
+        names = {name for name, value in one.items() if value} - {"epoch", "step"}
+        return bool(names) and all(name.startswith(("valid_", "test_")) for name in names)
+
+    before = (one for one in rows if int(one["step"]) < n_steps and one.get("epoch") == row.get("epoch"))
+    return int(row["step"]) == n_steps and is_of_scores(row) and not any(map(is_of_scores, before))
+
+
 def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
     """Return a logger that continues metrics.csv at `first_step`. Lightning's own logger would delete earlier rows."""
     path = out / name / "metrics.csv"
@@ -310,7 +325,10 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
         with atomic_file(kept) as unfinished, unfinished.open("w", newline="") as new:
             writer = csv.DictWriter(new, header)
             writer.writeheader()
-            writer.writerows(row for row in rows if int(row["step"]) < first_step)
+            kept_rows = (
+                row for row in rows if int(row["step"]) < first_step or is_of_last_scores(row, first_step, rows)
+            )
+            writer.writerows(kept_rows)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*logs directory .* exists")
         experiment = logger.experiment

@@ -66,6 +66,8 @@ def reason_for_none(name: str, before: dict[str, float], after: dict[str, float]
         return f"the {name or 'starting encoder'} was not scored (no validation images, or limit_val_batches=0)"
     if not after:
         return "the trained encoder was not scored"
+    if before.keys() != after.keys():
+        return f"the {name} was scored by other evaluations"
     return "the validation images have no labels, or a single class"
 
 

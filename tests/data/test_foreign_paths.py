@@ -141,6 +141,33 @@ def test_a_moved_run_keeps_its_lists_if_another_run_takes_its_place(tmp_path):
     assert found["splits_path"] == str(tmp_path / "lists")
 
 
+def test_a_resumed_run_whose_lists_are_gone_is_refused(tmp_path, monkeypatch):
+    """New ones would have images of its training in val and test, if images were added."""
+    photos = photographs(tmp_path / "photos")
+    line = f"""simclr --dataset_name folder --data_path {photos} --encoder_arch small_cnn --num_data_workers 0
+        --transform_crop_size 32 --batch_size 8 --mlp_hidden_dim 8 --dim 8 --seed 0 --evaluations rank_me
+        --logger csv --out"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    train.main([*line.split(), "first", "--max_epochs", "1"])
+    train.main([*line.split(), "second", "--max_epochs", "2", "--resume", "first"])
+    shutil.copytree("first/splits", "mine")
+    train.main([*line.split(), "third", "--max_epochs", "1", "--splits_path", "mine"])
+    photographs(photos, 100, 6)  # the collection grows
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.main([*line.split(), "../third", "--max_epochs", "2", "--resume", "auto"])
+    assert {file.name for file in (tmp_path / "mine").iterdir()} == {
+        file.name for file in (tmp_path / "first/splits").iterdir()
+    }
+    shutil.rmtree(tmp_path / "first")
+    for options in ([], ["--splits_path", "nowhere"]):
+        with pytest.raises(SystemExit, match="splits_path=.*: there are no lists of the splits of the resumed run"):
+            train.main([*line.split(), "../second", "--max_epochs", "3", "--resume", "auto", *options])
+        assert not list(tmp_path.glob("second/splits/*")) and not Path("nowhere").exists()
+    train.main([*line.split(), "../second", "--max_epochs", "3", "--resume", "auto", "--splits_path", "../mine"])
+
+
 def test_every_checkpoint_of_a_moved_run_finds_its_lists(tmp_path, monkeypatch):
     photos, old, new = photographs(tmp_path / "photos"), tmp_path / "old" / "run", tmp_path / "new" / "run"
     line = f"""simclr --dataset_name folder --data_path {photos} --encoder_arch shufflenet_v2_x0_5 --num_data_workers 0

@@ -24,7 +24,7 @@ from self_supervised import train
 from self_supervised.report import compare, figures, tables
 from self_supervised.runs import command_line, dry_run, progress, run_options, trackers
 from self_supervised.runs.run_options import RunOptions
-from self_supervised.training import milestones, run_folder
+from self_supervised.training import milestones, resuming, run_folder
 from self_supervised.training.checkpoints import newest
 from self_supervised.training.monitor import GradientNorms
 
@@ -368,6 +368,11 @@ def test_the_trainer_clips_gradients_and_limits_validation(monkeypatch, tmp_path
         ("simclr", "--lr 0.01 --weight_decay 0.1", "lr=0.01, weight_decay=0.1: "),  # nothing is left to train
         ("simclr", "--max_epochs 4 --batch_size 32", "batch_size"),
         ("simclr", "--max_epochs 2", "max_epochs"),
+        (
+            "simclr",
+            "--gradient_clip_val 0.5 --save_every_n_epochs 3",
+            "gradient_clip_val=0.5, save_every_n_epochs=3: the",
+        ),
         ("simclr", "--devices [99]", "devices=.99., "),
         ("simclr", "--resume {older}", "went further than step "),
         ("simclr", "--resume {other}", "holds an earlier run"),
@@ -386,6 +391,96 @@ def test_a_run_that_cannot_go_on_by_other_settings_stays_as_it_was(
         main(f"{preset}{RUN.format(out=out).removeprefix('simclr')} --resume auto {options}", monkeypatch)
     torch.use_deterministic_algorithms(False)
     assert files() == before
+
+
+def test_a_training_that_max_time_has_ended_is_complete(trainer):
+    state = {"callbacks": {"Timer": {"time_elapsed": {"train": 61.0}}}}
+    assert resuming.is_complete(state, trainer(max_epochs=9, max_time="00:00:01:00"))
+    assert not resuming.is_complete(state, trainer(max_epochs=9, max_time="00:00:02:00"))
+    assert not resuming.is_complete(state, trainer(max_epochs=9))
+
+
+def test_fewer_epochs_of_the_linear_stage_are_refused_before_anything_is_written(run, monkeypatch, tmp_path):
+    out = shutil.copytree(run, tmp_path / "copy")
+    line = RUN.format(out=out) + " --resume auto --linear_epochs"
+    main(f"{line} 2", monkeypatch)
+    before = (out / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit, match="linear_epochs=1: the linear classifier has already been trained for 2"):
+        main(f"{line} 1", monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    assert (out / "config.yaml").read_bytes() == before
+
+
+def test_a_linear_stage_is_made_again_even_if_results_json_was_moved_away(run, monkeypatch, tmp_path):
+    out = shutil.copytree(run, tmp_path / "copy")
+    (out / "results.json").unlink()
+    main(RUN.format(out=out) + " --resume auto --max_epochs 4", monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    states = [torch.load(out / name, weights_only=True)["state_dict"] for name in ("pretrained.ckpt", "linear.ckpt")]
+    assert torch.equal(*(state["model.conv1.0.weight"] for state in states))
+
+
+def test_a_resumed_run_compares_scores_of_the_same_images(run, trainer, monkeypatch, tmp_path):
+    """Both are computed again if the resumed start validates on others, also if no step follows."""
+    whole = json.loads((run / "results.json").read_text())
+    for epochs in (3, 4):
+        out = shutil.copytree(run, tmp_path / f"until_{epochs}")
+        main(RUN.format(out=out) + f" --resume auto --limit_val_batches 2 --max_epochs {epochs}", monkeypatch)
+        fresh = RUN.replace("--linear_epochs 1", "").format(out=tmp_path / f"fresh_{epochs}")
+        main(f"{fresh} --limit_val_batches 2 --max_epochs {epochs}", monkeypatch)
+        found, expected = (
+            json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / f"fresh_{epochs}")
+        )
+        assert found["random encoder"] == expected["random encoder"] != whole["random encoder"]
+        trained = SelfSupervisedMethod.load_from_checkpoint(out / "pretrained.ckpt")
+        assert found["trained encoder"] == pytest.approx(
+            trainer(limit_val_batches=2).validate(trained, verbose=False)[0]
+        )
+        assert found["verdict"].startswith(f"valid_knn20_acc {found['random encoder']['valid_knn20_acc']:.4g} (random")
+        steps = [int(row["step"]) for row in rows_of(out)]
+        assert steps == sorted(steps)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_scores_at_the_end_stay_in_metrics_csv_if_the_command_is_repeated(monkeypatch, tmp_path):
+    line = f"{SMALL} --max_epochs 1 --evaluate_every_n_epochs 2 --limit_train_batches 2 --evaluations knn --out run"
+    main(f"{line} --logger csv", monkeypatch)
+    before = (tmp_path / "run/pretraining/metrics.csv").read_text()
+    assert before.splitlines()[-1].split(",")[-1]
+    main(f"{line} --logger csv --resume auto", monkeypatch)
+    assert (tmp_path / "run/pretraining/metrics.csv").read_text() == before
+
+
+def test_the_best_checkpoint_survives_a_start_without_save_best(run, monkeypatch, tmp_path):
+    out = shutil.copytree(run, tmp_path / "copy")
+    best = out / "pretraining/checkpoints/best_valid_knn20_acc.ckpt"
+    content = torch.load(best, weights_only=True)
+    content["callbacks"]["Best{valid_knn20_acc}"]["best"] = 99.5  # which no later epoch reaches
+    torch.save(content, best)
+    line = RUN.format(out=out).replace("--linear_epochs 1", "")
+    without = line.replace("--save_best valid_knn20_acc,step_train_loss", "")
+    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
+        main(f"{without} --resume auto --max_epochs 4", monkeypatch)
+    main(f"{line} --resume auto --max_epochs 5", monkeypatch)
+    assert torch.load(best, weights_only=True)["global_step"] == content["global_step"]
+    main(f"{line.replace(str(out), 'other')} --resume {out} --max_epochs 6", monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    assert (tmp_path / "other/pretraining/checkpoints" / best.name).is_file()
+
+
+def test_a_copied_run_has_an_id_of_its_own(tmp_path):
+    """A moved one keeps its id."""
+
+    def begin(folder: Path) -> str:
+        run_folder.begin_run_folder(folder, "preset: simclr\n", ["train.py"], resumes=True)
+        return run_folder.starts_of(folder)[-1]["id"]
+
+    first = begin(tmp_path / "run")
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert begin(tmp_path / "moved") == first == begin(copy)  # nobody has the old place
+    again = shutil.copytree(copy, tmp_path / "again")
+    assert begin(again) == begin(again) != first and begin(copy) == first
 
 
 def test_a_folder_or_checkpoint_that_cannot_be_is_refused_before_the_run_begins(monkeypatch, tmp_path):
