@@ -23,7 +23,7 @@ from self_supervised import distributed
 from self_supervised.catalogue import NORMS_AND_BIASES, ViewSettings
 from self_supervised.data import loading, subsets
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
-from self_supervised.data.loader import check_views, one_image_explained
+from self_supervised.data.loader import check_views, gathered, one_image_explained
 from self_supervised.data.loading import count_classes, require_labels
 from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, positive, readable
 from self_supervised.networks import layers
@@ -309,7 +309,7 @@ class LinearClassifierMethod(BaseMethod):
 
     def log_means(self, prefix: str, loaders: Any) -> None:
         """Log the mean scores of each loader over all processes, with each image counted once."""
-        for index, (scores, _) in enumerate(self.gathered(self.validation_scores, loaders)):
+        for index, (scores, _) in enumerate(gathered(self.validation_scores, loaders)):
             suffix = f"_{index}" if index else ""
             means = {f"{prefix}_{name}{suffix}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
             self.log_scores(means, prog_bar=True, sync_dist=True)

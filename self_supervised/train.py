@@ -38,8 +38,12 @@ from self_supervised.training import checkpoints, hyperparameters, parameter_gro
 from self_supervised.training.verdict import verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes")  # keys, results.json
-OF_ENCODER = ("linear", "linear.ckpt", "pretrained.evaluation")  # files that are outdated when it is trained further
-OF_PRETRAINING = (  # options that have no effect on a complete training
+OUTDATED_FILES = (
+    "linear",
+    "linear.ckpt",
+    "pretrained.evaluation",
+)  # files that are outdated when it is trained further
+OF_TRAINING = (  # options that have no effect on a complete training
     "precision", "gradient_clip_val", "limit_train_batches", "sync_batchnorm", "save_best", "save_every_n_epochs",
 )  # fmt: skip
 OF_SCORES = (  # settings and options that determine what the scores before and after the training mean
@@ -80,8 +84,8 @@ def resume_point(
         steps, images = content.get("steps"), resuming.images_of_a_step(method.params, fit)
         other_steps = steps is not None and steps["images"] != images  # such as on another number of processes
         too_late = resuming.changed_too_late(content, method, fit)
-        if name == "pretraining" and resuming.is_complete(content, fit):
-            too_late |= changed_options(config_of(run_of(path)), options, OF_PRETRAINING)
+        if name == "pretraining" and resuming.has_ended(content, fit):
+            too_late |= changed_options(config_of(run_of(path)), options, OF_TRAINING)
         changed = ", ".join(f"{k}={v!r}" for k, v in too_late.items())
         if name == "linear" and (other_steps or changed):
             start_over(out / name)
@@ -168,7 +172,7 @@ def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
 def delete_outdated(out: Path, results: dict[str, Any]) -> None:
     """Delete the encoder's scores and the linear stage, which become outdated when the encoder is trained further.
     Every process deletes the scores: all must know whether another validation follows."""
-    for path in (out / name for name in OF_ENCODER):  # also if results.json was moved away
+    for path in (out / name for name in OUTDATED_FILES):  # also if results.json was moved away
         if path.exists():
             rank_zero_only(remove)(path)
     if outdated := [name for name in ENCODER_RESULTS if name in results]:

@@ -18,6 +18,8 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from self_supervised import distributed
+from self_supervised.data.files import readable_rows
 from self_supervised.numerics import DROP_LAST
 
 WINDOW = 2**14  # images in shards that are shuffled together, by all processes: for ImageNet, less than 2 GB
@@ -270,3 +272,20 @@ def list_of_loaders(held: Any) -> list:
     if isinstance(held, dict):
         return list(held.values())
     return list(held) if isinstance(held, list | tuple) else [held]
+
+
+def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Tensor | None, ...]]:
+    """Return (features, labels or None) of each loader, gathered over processes and without unreadable files.
+
+    Args:
+        outputs_of: loader's index -> (features, labels) of its batches. It is emptied.
+        loaders: the loader or loaders that the Trainer holds.
+    """
+    sets = []
+    for index, outputs in sorted(outputs_of.items()):
+        loader = list_of_loaders(loaders)[index]
+        x, y = zip(*outputs, strict=True)
+        x = distributed.gather_evaluated(torch.cat(x), loader)
+        sets.append(readable_rows(None if y[0] is None else distributed.gather_evaluated(torch.cat(y), loader), x))
+    outputs_of.clear()
+    return sets

@@ -1,6 +1,5 @@
 """BaseMethod: what Lightning calls on both methods except their own steps: loaders, batches, checkpoints, exports."""
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 from self_supervised import distributed
 from self_supervised.data import loading
 from self_supervised.data.class_labels import lacking
-from self_supervised.data.files import readable_rows
 from self_supervised.data.loader import (
     ResumableDataLoader,
     first_batch,
@@ -30,7 +28,7 @@ from self_supervised.networks import layers
 from self_supervised.safe_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, fit_checks, hyperparameters, label_checks, preparation, resuming
 from self_supervised.training.milestones import is_cut_short
-from self_supervised.training.monitor import TrainingMonitor
+from self_supervised.training.monitor import TrainingMonitor, step_metrics_are_read
 from self_supervised.training.plan import Plan, plan_of_own_optimizers
 from self_supervised.training.verdict import validating
 from self_supervised.views import augmentations, input_checks
@@ -41,15 +39,18 @@ TRAINED_FURTHER = (
 )
 
 
-class BaseMethod(hyperparameters.RecordedSettings):
+class BaseMethod(pl.LightningModule):
     """Base class of SelfSupervisedMethod and LinearClassifierMethod.
 
     A subclass sets `CLASSIFIER`, `params` and `augment(images, seed, positions=...)`, which returns the list of views
     of a training batch. It may override `needs_labels` and `reads_labels`.
     """
 
+    CLASSIFIER: str  # name of the linear layer that is trained on labels
     needs_labels = False  # also for validation
     plan: Plan | None = None  # length of the training, set with the optimizers
+    built: Any = None  # the settings with which it was built, and which `change` changes
+    seed_was_drawn = False  # True if `seed` was None
     step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
     trains_on_dataset_name = False  # False: on the user's loader
@@ -93,6 +94,71 @@ class BaseMethod(hyperparameters.RecordedSettings):
         """Return a context for validation without compiled code, which would be compiled again for eval mode and for
         the size of the last batch."""
         return torch.compiler.set_stance("force_eager") if self.params.torch_compile else nullcontext()
+
+    # ---- Settings: as attributes, for Lightning's Tuner, and as hyperparameters ----
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the settings. A value that is set is used as it is: `lr_scaling` becomes None."""
+        return self.params.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.change(lr=float(value), lr_scaling=None)
+
+    @property
+    def batch_size(self) -> int:
+        """Images per process and batch."""
+        return self.params.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        if self.params.global_batch_size is not None:
+            raise ValueError(
+                f"global_batch_size={self.params.global_batch_size} determines the size of a batch, so "
+                f"batch_size={value} has no effect. Set global_batch_size=None."
+            )
+        self.change(batch_size=value)
+
+    def change(self, **fields: Any) -> None:
+        """Change settings, and the hyperparameters that a checkpoint keeps."""
+        self.params = self.built = attrs.evolve(self.params, **fields)
+        self.save_hyperparameters(fields)
+
+    def _set_hparams(self, hp: Any) -> None:
+        """Override Lightning's method to keep the record read-only for others, and free of objects. It is changed in
+        place, because the Tuner compares the record that it holds with the new value."""
+        is_record = isinstance(self.hparams, hyperparameters.HyperparameterRecord)
+        self._hparams = self.hparams if is_record else hyperparameters.HyperparameterRecord()
+        dict.update(self._hparams, hyperparameters.without_objects(self._to_hparams_dict(hp)))
+
+    def remove_ignored_hparams(self, ignore_list: list[str]) -> None:
+        for name in ignore_list:
+            dict.pop(self._hparams, name, None)
+
+    def counted_classes(self) -> dict[str, int]:
+        """Return {"n_classes": ...} if the classes were counted in files, which may be gone or changed when the
+        checkpoint is loaded; otherwise {}."""
+        packed = self.params.dataset.is_packed
+        return {} if packed or self.n_outputs is None else {"n_classes": self.n_outputs}
+
+    def record_settings(self, **found: Any) -> None:
+        """Keep the settings with which the networks were built, as flat hyperparameters for `load_from_checkpoint`.
+
+        encoder_weights is dropped, because a checkpoint has its own weights.
+
+        Args:
+            found: settings that the files or the networks have determined.
+        """
+        found = attrs.asdict(self.params) | found | self.counted_classes() | {"encoder_weights": None}
+        self.save_hyperparameters(found)
+        self.built = self.params
+
+    @property
+    def n_outputs(self) -> int | None:
+        """Number of classes of the classifier that is trained here, if there is one."""
+        classifier = getattr(self, self.CLASSIFIER)
+        return None if classifier is None else classifier.out_features
 
     # ---- Loaders ----
 
@@ -234,24 +300,8 @@ class BaseMethod(hyperparameters.RecordedSettings):
         metrics = {name: value.detach() for name, value in metrics.items()}
         is_new = not metrics.keys() <= self.step_metrics.keys()
         self.step_metrics = {**self.step_metrics, **metrics}
-        if is_new or self.step_metrics_are_read:
+        if is_new or self._trainer is None or step_metrics_are_read(self._trainer):
             self.log_dict(metrics)
-
-    @property
-    def step_metrics_are_read(self) -> bool:
-        """True if a logger, a validation or the end of an epoch reads this step's metrics."""
-        trainer = self._trainer
-        if trainer is None or trainer.fast_dev_run or trainer._logger_connector.should_update_logs:
-            return True
-        savers = [saver for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None)]
-        intervals = (getattr(saver, "_every_n_train_steps", 0) for saver in savers)
-        may_save = any(getattr(saver, "_train_time_interval", None) is not None for saver in savers)
-        if may_save or any(n and (trainer.global_step + 1) % n == 0 for n in intervals):
-            return True
-        loop, of_all = trainer.fit_loop, trainer.check_val_every_n_epoch is None
-        batches = (loop.total_batch_idx if of_all else loop.batch_idx) + 1
-        is_validated = batches % (trainer.val_check_batch or math.inf) == 0
-        return is_validated or trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
 
     def log_scores(self, scores: dict[str, Any], **options: Any) -> None:
         """Log scores of a validation with `log_dict`, and add them to `latest_scores`."""
@@ -269,23 +319,6 @@ class BaseMethod(hyperparameters.RecordedSettings):
             return {}
         logged = self.trainer.callback_metrics
         return {name: float(logged.get(name, value)) for name, value in scores.items()}
-
-    @staticmethod
-    def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Tensor | None, ...]]:
-        """Return (features, labels or None) of each loader, gathered over processes and without unreadable files.
-
-        Args:
-            outputs_of: loader's index -> (features, labels) of its batches. It is emptied.
-            loaders: the loader or loaders that the Trainer holds.
-        """
-        sets = []
-        for index, outputs in sorted(outputs_of.items()):
-            loader = list_of_loaders(loaders)[index]
-            x, y = zip(*outputs, strict=True)
-            x = distributed.gather_evaluated(torch.cat(x), loader)
-            sets.append(readable_rows(None if y[0] is None else distributed.gather_evaluated(torch.cat(y), loader), x))
-        outputs_of.clear()
-        return sets
 
     # ---- Checkpoints ----
 

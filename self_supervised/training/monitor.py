@@ -277,6 +277,21 @@ def share_seed(method: pl.LightningModule, device: torch.device) -> None:
         tensor.copy_(distributed.from_rank_zero(tensor.to(device)))
 
 
+def step_metrics_are_read(trainer: pl.Trainer) -> bool:
+    """Return whether a logger, a checkpoint, a validation or the end of an epoch reads the metrics of this step."""
+    if trainer.fast_dev_run or trainer._logger_connector.should_update_logs:
+        return True
+    savers = [saver for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None)]
+    intervals = (getattr(saver, "_every_n_train_steps", 0) for saver in savers)
+    may_save = any(getattr(saver, "_train_time_interval", None) is not None for saver in savers)
+    if may_save or any(n and (trainer.global_step + 1) % n == 0 for n in intervals):
+        return True
+    loop, of_all = trainer.fit_loop, trainer.check_val_every_n_epoch is None
+    batches = (loop.total_batch_idx if of_all else loop.batch_idx) + 1
+    is_validated = batches % (trainer.val_check_batch or math.inf) == 0
+    return is_validated or trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
+
+
 def loaders(trainer: pl.Trainer) -> list:
     """Return all loaders that the Trainer holds at the moment."""
     held = (trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders)

@@ -66,7 +66,7 @@ def refuse_lower_limits(content: dict[str, Any], trainer: pl.Trainer) -> None:
             raise ValueError(f"{name}={limit}: the checkpoint's training has already reached {reached}. Choose more.")
 
 
-def is_complete(content: dict[str, Any], trainer: pl.Trainer) -> bool:
+def has_ended(content: dict[str, Any], trainer: pl.Trainer) -> bool:
     """Return whether no step follows the checkpoint: it has all epochs, or the time of max_time is over."""
     state = content.get("callbacks", {}).get(Timer().state_key, {})
     elapsed = state.get("time_elapsed", {}).get("train", 0)
@@ -76,7 +76,7 @@ def is_complete(content: dict[str, Any], trainer: pl.Trainer) -> bool:
 
 def changed_too_late(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
     """Return {name: value} of settings that come too late, because the checkpoint's training is complete."""
-    if not is_complete(content, trainer):
+    if not has_ended(content, trainer):
         return {}
     before = content.get("hyper_parameters", {})
     now = {name: value for name, value in method.hparams.items() if name not in NOT_OF_TRAINING}

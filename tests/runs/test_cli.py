@@ -395,9 +395,9 @@ def test_a_run_that_cannot_go_on_by_other_settings_stays_as_it_was(
 
 def test_a_training_that_max_time_has_ended_is_complete(trainer):
     state = {"callbacks": {"Timer": {"time_elapsed": {"train": 61.0}}}}
-    assert resuming.is_complete(state, trainer(max_epochs=9, max_time="00:00:01:00"))
-    assert not resuming.is_complete(state, trainer(max_epochs=9, max_time="00:00:02:00"))
-    assert not resuming.is_complete(state, trainer(max_epochs=9))
+    assert resuming.has_ended(state, trainer(max_epochs=9, max_time="00:00:01:00"))
+    assert not resuming.has_ended(state, trainer(max_epochs=9, max_time="00:00:02:00"))
+    assert not resuming.has_ended(state, trainer(max_epochs=9))
 
 
 def test_fewer_epochs_of_the_linear_stage_are_refused_before_anything_is_written(run, monkeypatch, tmp_path):
