@@ -466,9 +466,9 @@ class ModelParams(EncoderAndDataParams):
     mlp_normalization: str | None = choice(None, (None, *NORMALIZATIONS))
     # normalization after the hidden layers of the prediction head; same: mlp_normalization
     prediction_mlp_normalization: str | None = choice("same", (None, "same", *NORMALIZATIONS))
-    use_mlp_weight_standardization: bool = False  # standardize the weights of both heads' linear layers
+    use_mlp_weight_standardization: bool = False  # standardize weights of both heads' hidden layers
     mlp_activation: str = choice("relu", ("relu", "gelu"))  # activation after the hidden layers of both heads
-    mlp_bias: bool = True  # give both heads' hidden layers biases; after a normalization they have no effect
+    mlp_bias: bool = True  # give both heads' hidden layers biases; before batch norm they have no effect
 
     # last layer of each head
     dim: int = positive(128, at_most=LARGEST_WIDTH)  # width of the projections

@@ -35,8 +35,10 @@ from self_supervised.fields import first_of
 from self_supervised.runs.command_line import bar
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import remove
+from self_supervised.training.fit_checks import refuse_constant_heads
 from self_supervised.training.milestones import refuse_unknown
 from self_supervised.training.online_classifier import accuracies
+from self_supervised.training.precision import refuse_half_precision
 
 NEVER_OVERWRITTEN = ("*.ckpt", "*/checkpoints/*.ckpt")  # files of a run
 TOY = torch.eye(4)  # features
@@ -58,8 +60,8 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
         decode: also decode each image file, which takes about as long as an epoch. Videos take too long.
 
     Raises:
-        ValueError: the loss lacks a teacher or labels; a metric of save_best is not logged; a split is empty, smaller
-            than one batch, or lacks the labels that the linear stage needs.
+        ValueError: the loss lacks a teacher or labels; a metric of save_best is not logged; the heads or the precision
+            cannot train; a split is empty, smaller than one batch, or lacks the labels that the linear stage needs.
         FileNotFoundError: a split is missing.
     """
     with temporary_lists(params) as params:
@@ -74,6 +76,9 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
             )
         for wanted in options.save_best:
             refuse_unknown(wanted, metric_names(options, params))
+        refuse_constant_heads(params)
+        if params.use_lagging_model:
+            refuse_half_precision(options.precision, params.m, torch.nn.Identity())
         check_images(params, options.accumulate_grad_batches)
         if options.linear_epochs:
             settings = {name: getattr(params, name) for name in FROM_PRETRAINING} | linear_settings(options, params)

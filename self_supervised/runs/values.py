@@ -69,13 +69,18 @@ def reader(kind: Any) -> Callable[[Any], Any]:
 
 
 def items(read: Callable[[str], Any] = str, separator: str = ",") -> Callable[[str], list[Any]]:
-    """Return the function that reads a list from one text.
+    """Return the function that reads a list from one text, which may be in brackets.
 
     Args:
         read: function that reads an item.
         separator: regular expression.
     """
-    return lambda given: [read(word.strip()) for word in re.split(separator, given) if word.strip()]
+
+    def read_items(given: str) -> list[Any]:
+        inside = given[1:-1] if given.startswith("[") and given.endswith("]") else given
+        return [read(word.strip()) for word in re.split(separator, inside) if word.strip()]
+
+    return read_items
 
 
 class ListOption(argparse.Action):

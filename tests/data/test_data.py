@@ -117,6 +117,8 @@ def test_home_is_expanded(monkeypatch):
     assert loading.data_path() == Path.home() / "somewhere"
     monkeypatch.delenv("DATA_PATH")
     assert loading.data_path() == Path("data")
+    monkeypatch.setenv("DATA_PATH", "")  # of a variable that is not set: not the current directory
+    assert loading.data_path() == Path("data")
 
 
 def test_missing_sets_are_named_with_the_way_out(monkeypatch, tmp_path):

@@ -509,6 +509,8 @@ def test_a_refused_start_leaves_nothing(digits_path, monkeypatch, tmp_path):
         for line in (
             f"{SMALL} --batch_size 5000",
             f"{SMALL} --devices [99]",
+            f"{SMALL} --mlp_normalization gn --mlp_hidden_dim 32",
+            f"{SMALL.replace('simclr', 'moco_v2')} --precision bf16-true",
             f"{custom} --batch_size 2 --resume {tmp_path / 'nowhere.ckpt'}",  # splits are drawn before it is looked for
         ):
             with pytest.raises(SystemExit, match="error: "):

@@ -284,7 +284,9 @@ def test_the_text_of_each_option_can_be_read_without_its_neighbors(command, monk
     ],
 )
 def test_lists_have_blanks_or_commas_between_their_items(command, option, words, read, monkeypatch):
-    for given in ([option, *words], [option, ",".join(words)], [f"{option}={','.join(words)}"]):
+    joined = ",".join(words)
+    in_brackets = [] if command == "map" or "*" in joined else [[option, f"[{joined}]"]]  # of YAML, not of file names
+    for given in ([option, *words], [option, joined], [f"{option}={joined}"], *in_brackets):
         if command == "train":
             found = command_line.parse(["byol", "--lr_schedule", "steps" if "steps" in option else "cosine", *given])[2]
         else:

@@ -91,6 +91,12 @@ def test_a_verdict_says_better_worse_or_neither():
     [
         ({"valid_rank_me": 3.0}, {"valid_rank_me": 4.0}, ["rank_me"], "evaluations=['rank_me'] has neither knn nor"),
         ({"valid_rank_me": 3.0}, {"valid_rank_me": 4.0}, ["knn"], "the validation images have no labels"),
+        (
+            {"valid_rank_me": 3.0},
+            {"valid_knn20_acc": 4.0},
+            ["knn"],
+            "the random encoder was scored by other evaluations",
+        ),
         ({"valid_knn20_acc": 3.0}, {}, ["knn"], "the trained encoder was not scored"),
     ],
 )
