@@ -224,7 +224,7 @@ class LinearClassifierMethod(BaseMethod):
             ValueError: the tensors of the checkpoint are not exactly those of the encoder. The message lists them.
         """
         if isinstance(encoder, str):
-            raise ValueError(f"encoder={encoder!r} is no module. Is it a preset? Pass preset={encoder!r}.")
+            raise ValueError(f"encoder={encoder!r} is not a module. Is it a preset? Pass preset={encoder!r}.")
         with layers.modes_kept(encoder) if encoder is not None else nullcontext():  # load_encoder freezes it
             source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
         settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}

@@ -38,14 +38,9 @@ from self_supervised.training import checkpoints, hyperparameters, parameter_gro
 from self_supervised.training.verdict import verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes")  # keys, results.json
-OUTDATED_FILES = (
-    "linear",
-    "linear.ckpt",
-    "pretrained.evaluation",
-)  # files that are outdated when it is trained further
-OF_TRAINING = (  # options that have no effect on a complete training
-    "precision", "gradient_clip_val", "limit_train_batches", "sync_batchnorm", "save_best", "save_every_n_epochs",
-)  # fmt: skip
+OUTDATED_FILES = ("linear", "linear.ckpt", "pretrained.evaluation")  # of the encoder before it is trained further
+OF_TRAINING = ("precision", "gradient_clip_val", "limit_train_batches", "sync_batchnorm")  # no effect after a training
+OF_ITS_FILES = ("save_best", "save_every_n_epochs")  # likewise, if they are passed
 OF_SCORES = (  # settings and options that determine what the scores before and after the training mean
     "evaluations", "limit_val_batches", "evaluation_clips", "evaluation_crops", "probe_on_training_set", "probe_solver",
 )  # fmt: skip
@@ -85,7 +80,8 @@ def resume_point(
         other_steps = steps is not None and steps["images"] != images  # such as on another number of processes
         too_late = resuming.changed_too_late(content, method, fit)
         if name == "pretraining" and resuming.has_ended(content, fit):
-            too_late |= changed_options(config_of(run_of(path)), options, OF_TRAINING)
+            too_late |= changed_options(config_of(run_of(path)), options)
+            refuse_fewer_linear_epochs(out, options)
         changed = ", ".join(f"{k}={v!r}" for k, v in too_late.items())
         if name == "linear" and (other_steps or changed):
             start_over(out / name)
@@ -104,32 +100,32 @@ def resume_point(
     return path, content["global_step"]
 
 
-def changed_options(before: dict[str, Any], options: RunOptions, names: Sequence[str]) -> dict[str, Any]:
-    """Return {name: value} of options that differ from those in the config.yaml of an earlier start."""
-    return {
-        name: getattr(options, name)
-        for name in names
-        if before.get(name, getattr(options, name)) != getattr(options, name)
-    }
+def changed_options(before: dict[str, Any], options: RunOptions) -> dict[str, Any]:
+    """Return {name: value} of the options of a training that differ from those in the config.yaml of its start."""
+    now = {name: getattr(options, name) for name in OF_TRAINING}
+    now |= {name: value for name in OF_ITS_FILES if (value := getattr(options, name))}
+    return {name: value for name, value in now.items() if before.get(name, value) != value}
 
 
-def refuse_fewer_linear_epochs(out: Path, resumed: Path | None, options: RunOptions, max_epochs: int) -> None:
+def refuse_fewer_linear_epochs(out: Path, options: RunOptions) -> None:
     """Raise ValueError, before any file is written, if the linear stage of a complete pretraining is longer already."""
     newest = newest_of_stage(out, "linear") if options.linear_epochs else None
-    if resumed is None or newest is None or resuming.epochs_done(checkpoints.read_checkpoint(resumed)) < max_epochs:
-        return
-    if (done := resuming.epochs_done(checkpoints.read_checkpoint(newest))) > options.linear_epochs:
+    done = 0 if newest is None else resuming.epochs_done(checkpoints.read_checkpoint(newest))
+    if done > options.linear_epochs:
         raise ValueError(
             f"linear_epochs={options.linear_epochs}: the linear classifier has already been trained for {done}. Choose "
-            "more, or choose another --out."
+            "more"
         )
 
 
-def forget_other_scores(results: dict[str, Any], out: Path, before: str, now: dict[str, Any]) -> None:
+def forget_other_scores(
+    results: dict[str, Any], out: Path, before: str, settings: dict[str, Any], now: dict[str, Any]
+) -> None:
     """Delete the scores before and after the training if they were computed with other settings than those of `now`,
     and can be computed again, because the method has the starting weights, named `before`."""
-    settings, baseline = run_folder.settings_of_run(out), run_folder.baseline_of(results)
-    if baseline == before and any(settings.get(name, now[name]) != now[name] for name in OF_SCORES):
+    is_scored = now["evaluations"] and now["limit_val_batches"] != 0
+    baseline = run_folder.baseline_of(results)
+    if is_scored and baseline == before and any(settings.get(name, now[name]) != now[name] for name in OF_SCORES):
         for name in (baseline, *run_folder.LATER_SCORES[:2], "verdict"):
             results.pop(name, None)
         write_on_rank_zero(out / "results.json", results)
@@ -172,9 +168,9 @@ def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
 def delete_outdated(out: Path, results: dict[str, Any]) -> None:
     """Delete the encoder's scores and the linear stage, which become outdated when the encoder is trained further.
     Every process deletes the scores: all must know whether another validation follows."""
-    for path in (out / name for name in OUTDATED_FILES):  # also if results.json was moved away
-        if path.exists():
-            rank_zero_only(remove)(path)
+    if (out / "pretrained.ckpt").is_file():  # also if results.json was moved away; the run has no such files before
+        for name in OUTDATED_FILES:
+            rank_zero_only(remove)(out / name)
     if outdated := [name for name in ENCODER_RESULTS if name in results]:
         for name in outdated:
             del results[name]
@@ -210,7 +206,15 @@ def pretrain_stage(
         fit.loggers = loggers
         write_on_rank_zero(out / "results.json", results)
     keep_minutes = minutes_keeper(out, results, "pretraining minutes")
-    begun = {"on_train_batch_start": lambda *_: delete_outdated(out, results), "on_save_checkpoint": keep_minutes}
+    is_outdated = resumed is not None
+
+    def begin(*_: Any) -> None:
+        nonlocal is_outdated
+        if is_outdated:  # at the first step
+            delete_outdated(out, results)
+        is_outdated = False
+
+    begun = {"on_train_batch_start": begin, "on_save_checkpoint": keep_minutes}
     fit.callbacks.append(LambdaCallback(**begun))
     run_folder.say(f"Pretraining. {dry_run.parts_text(model)}")
     fit.fit(model, ckpt_path=resumed)
@@ -266,6 +270,7 @@ def run_or_resume(
         linear_settings: fields of LinearClassifierMethodParams for the linear stage, such as batch_size.
     """
     results = {"preset": preset}
+    earlier = run_folder.settings_of_run(out)  # read now: the first process writes others
     if options.resume:
         results = run_folder.results_of(out) | results
     params = preflight.with_lists(params, out, options.resume)
@@ -281,8 +286,7 @@ def run_or_resume(
         before = model.starting_point()  # not later: resume_point reads where the checkpoint's training started
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
         resumed, step = resume_point(options.resume, out, "pretraining", model, fit, options)
-        refuse_fewer_linear_epochs(out, resumed, options, params.max_epochs)
-        forget_other_scores(results, out, before, attrs.asdict(options) | attrs.asdict(params))
+        forget_other_scores(results, out, before, earlier, attrs.asdict(options) | attrs.asdict(params))
         config = effective.config_text(preset, options, model.params)
         run_folder.begin_run_folder(out, config, sys.argv, resumes=resumed is not None)
 

@@ -312,6 +312,9 @@ def test_checkpoints_hold_the_state_of_early_stopping_after_their_epoch(small, t
     trainer(callbacks=[Checkpoints(tmp_path), stopping]).fit(model)
     states = checkpoints.read_checkpoint(checkpoints.newest(tmp_path))["callbacks"]
     assert float(states[stopping.state_key]["best_score"]) == float(stopping.best_score) > 0
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8)
+    with pytest.raises(RuntimeError, match="valid_rank_me. which is not available"):  # without validation images
+        trainer(callbacks=[EarlyStopping("valid_rank_me")]).fit(model, loader)
 
 
 def test_a_method_can_be_copied_after_a_training(small, trainer):

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -47,7 +48,9 @@ def test_encoder_comes_from_the_checkpoint_and_overrides_win(checkpoint, capsys)
 def test_presets_are_taken_by_name(checkpoint):
     linear = LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], preset="linear_sgd", momentum=0.8)
     assert (linear.params.lr_schedule, linear.params.max_epochs, linear.params.momentum) == ("cosine", 90, 0.8)
-    with pytest.raises(ValueError, match="encoder='linear_sgd' is no module. Is it a preset. Pass preset='linear_sgd'"):
+    with pytest.raises(
+        ValueError, match="encoder='linear_sgd' is not a module. Is it a preset. Pass preset='linear_sgd'"
+    ):
         LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], "linear_sgd")
 
 
@@ -165,6 +168,7 @@ def test_images_without_a_label_are_refused(trainer):
         trainer(limit_val_batches=1.0).fit(linear(), loaders[0], nothing)
 
 
+@pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start:UserWarning")
 def test_classes_with_other_numbers_are_refused(trainer, tmp_path):
     """Of our data sets, of a user's loader and of a checkpoint: the scores would be wrong in silence."""
     for folder, classes in {"pets": ("cat", "dog"), "others": ("dog", "wolf")}.items():
@@ -183,17 +187,41 @@ def test_classes_with_other_numbers_are_refused(trainer, tmp_path):
         trainer(limit_test_batches=1).test(loaded, verbose=False)
     again = LinearClassifierMethod(**others, **read)
     for call in (trainer(max_epochs=2).fit, trainer().test):
-        with pytest.raises(ValueError, match="this method, unlike the checkpoint: 'dog' is class 0"):
+        with pytest.raises(ValueError, match="the loader's data set: 'dog' is class 0, and class 1"):
             call(again, ckpt_path=tmp_path / "pets.ckpt")
     numbered = LinearClassifierMethod.load_from_checkpoint(
         tmp_path / "pets.ckpt", class_to_idx={"cat": 0, "wolf": 0, "dog": 1}, **others
     )
     assert trainer(limit_test_batches=1).test(numbered, verbose=False)
     images = TensorDataset(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
-    for names, is_refused in ((["dog", "cat"], True), (["cat", "dog"], False), (["Katze", "Hund"], False)):
+    images.target_transform = lambda y: 1 - y  # which may give the numbers of the training
+    for names, is_refused in (
+        (["dog", "cat"], False), (["dog", "cat"], True), (["cat", "dog"], False), (["Katze", "dog"], False),
+    ):  # fmt: skip
         images.classes = names
         with pytest.raises(ValueError, match="'dog' is class 0") if is_refused else nullcontext():
             assert trainer(limit_test_batches=1).test(loaded, DataLoader(images, batch_size=4), verbose=False)
+        images.target_transform = None
+
+
+@pytest.mark.filterwarnings("ignore:.*module.s. in eval mode at the start:UserWarning")
+def test_a_classifier_of_a_users_loader_is_built_again_and_resumed(trainer, tmp_path):
+    """A new method has the class names of `dataset_name`, which say nothing of the loader's. Two may have one name."""
+    images = TensorDataset(torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.arange(40) % 10)
+    images.classes = ["cat", "dog", "crane", "bird", "crane", *"abcde"]  # stl10 has cat, dog and bird
+    loader = DataLoader(images, batch_size=8)
+    build = partial(LinearClassifierMethod, encoder=nn.Flatten(), transform_crop_size=8, lr=0.1)
+    fit = trainer()
+    assert trainer().validate(build(), loader, verbose=False)
+    fit.fit(build(), loader, loader)
+    fit.save_checkpoint(tmp_path / "own.ckpt")
+    trainer(max_epochs=2).fit(build(), loader, loader, ckpt_path=tmp_path / "own.ckpt")
+    again = build()
+    for path in (tmp_path / "own.ckpt", None):
+        assert trainer(limit_test_batches=1).test(again, loader, ckpt_path=path, verbose=False)
+    images.classes = images.classes[::-1]
+    with pytest.raises(ValueError, match="'e' is class 0, and class 9 of the classifier"):
+        trainer(limit_test_batches=1).test(again, loader, verbose=False)
 
 
 def test_class_names_stay_with_the_classifier(small, trainer, tmp_path):

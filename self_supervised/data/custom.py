@@ -49,6 +49,7 @@ CustomSource = ImageFolder | TarShards | ArrowImages
 Numbered = dict[str, list[tuple[str, int]]]  # split -> (path below the root, class number or -1) of its images
 MOST_CLASSES = 10**6  # labels from this number on are ids or dates
 CLASS_NAMES_KEY = "classes"  # key in folders.SETTINGS: names of the classes, in the order of their numbers
+DRAWN_KEY = "drawn"  # likewise: whether val and test were drawn, or the images have splits of their own
 # Settings that change neither which images are in the lists nor their labels
 NOT_IN_LISTS = ("data_path", "splits_path", "pixel_range", "data_fraction")
 NOT_CLASSES = "labels_from=None (--labels_from none) if these are not classes"
@@ -114,12 +115,12 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
     of_numbers = not getattr(source, "names", False)
     stored = dict(enumerate(getattr(source, "classes", None) or [])) if of_numbers else {}  # names in an Arrow column
     names = [stored.get(int(name), name) if name.isdecimal() else name for name in names]
-    if not found.get("val") and not found.get("test"):
+    if are_drawn := not found.get("val") and not found.get("test"):
         found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)
     if kept and not by_hand and distributed.rank() == 0:
         with locked(kept, wait=WAIT_FOR_LISTS):  # another process may draw splits, too, perhaps with other settings
             if not (written := has_written(params)):
-                write_lists(kept, found, {**list_settings(params), CLASS_NAMES_KEY: names})
+                write_lists(kept, found, {**list_settings(params), CLASS_NAMES_KEY: names, DRAWN_KEY: are_drawn})
         if written:  # reading needs no lock, and may take long
             return as_written(read_lists(kept, source), kept)
     report_lists(source, found, f", by the lists in {kept}" if by_hand else "")

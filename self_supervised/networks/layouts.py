@@ -122,8 +122,8 @@ def refuse_other_heads(found: WeightsFile, arch: str) -> None:
     """Raise ValueError for small vision transformers of MoCo v3, also in solo-learn: they have 12 heads, and otherwise
     the tensors of timm's with 3 or 6.
 
-    They are told by their fixed position embeddings, whose sines of the column come first, and in which the second
-    patch is that of the next row.
+    They are recognized by their fixed position embeddings, whose sines of the column come first, and in which the
+    second patch is that of the next row.
     """
     position = found.state.get("pos_embed")
     is_small = arch.rpartition("_patch")[0] in ("timm:vit_tiny", "timm:vit_small")

@@ -139,7 +139,7 @@ def refuse_new_lists(params: ModelParams, out: Path, resume: str) -> None:
         if drawn.splits_path == params.splits_path:
             return
         loading.get_dataset(drawn, params.dataset.pretraining_splits)
-        if listed_in(Path(drawn.splits_path)):
+        if (settings_of_lists(Path(drawn.splits_path)) or {}).get(custom.DRAWN_KEY):
             raise ValueError(
                 f"splits_path={params.splits_path or before['splits_path']!r}: there are no lists of the splits of the "
                 "resumed run, and new ones would mix images of training and test. Pass --splits_path with these lists, "

@@ -54,6 +54,7 @@ class BaseMethod(pl.LightningModule):
     step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
     trains_on_dataset_name = False  # False: on the user's loader
+    loaded_names: list[str] | None = None  # of the classes, if weights were loaded into the method; []: not known
     was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
     float32_hooks: Sequence[RemovableHandle] = ()  # of layers that a CPU cannot train in bfloat16
     about_labels = ""  # the line on the labels of our data set, once it was logged
@@ -66,7 +67,7 @@ class BaseMethod(pl.LightningModule):
         if stage == "fit":
             distributed.refuse_sharding(type(self.trainer.strategy).__name__)
             hyperparameters.refuse_replaced(self.params, self.built)
-            self.plan = None  # of an earlier training
+            self.plan = self.loaded_names = None  # of an earlier training
         self.trains_on_dataset_name = stage != "fit"  # when fitting: as soon as train_dataloader() is called
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
@@ -287,7 +288,8 @@ class BaseMethod(pl.LightningModule):
             return
         self.checked_loaders.add((training, dataloader_idx))
         input_checks.check_batch_images(images, self.params)
-        if not self.trainer.predicting and (known := self.hparams.get("class_names")):
+        known = self.hparams.get("class_names") if self.loaded_names is None else self.loaded_names
+        if known and not self.trainer.predicting and (self.was_trained or self.trainer.state.fn == "fit"):
             dataset = getattr(self.loader_of(dataloader_idx, training), "dataset", None)
             found = label_checks.names_in(dataset, self.params)
             label_checks.refuse_other_numbers(known, found, "the loader's data set")
@@ -339,10 +341,10 @@ class BaseMethod(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Check that a run can be resumed with these settings. Loading a checkpoint otherwise needs no check."""
-        if self._trainer is not None and (known := checkpoint.get("hyper_parameters", {}).get("class_names")):
-            own = dict(enumerate(self.hparams.get("class_names") or ()))
-            label_checks.refuse_other_numbers(known, own, "this method, unlike the checkpoint")
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        if self._trainer is None:
+            return
+        self.loaded_names = checkpoint.get("hyper_parameters", {}).get("class_names") or []
+        if self.trainer.state.fn != "fit":
             self.was_trained = True
             return
         resuming.refuse_another_model(checkpoint, self, self.trainer)

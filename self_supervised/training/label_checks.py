@@ -1,5 +1,6 @@
 """Checks of labels: that they are the classes of the classifier, and in which batches of a user's loader."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,11 +53,13 @@ def refuse_wrong_labels(
 
 def names_in(dataset: Dataset | None, params: Any) -> dict[int, str]:
     """Return class number -> name of a loader's data set: of ours, or `classes` as torchvision's have them; {} if they
-    are not known."""
+    are not known, or if the labels are changed afterwards."""
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     if isinstance(dataset, LabeledFiles | PackedImages):
         return class_names(params, dataset)
+    if any(getattr(one, "target_transform", None) for one in (dataset, getattr(dataset, "transforms", None))):
+        return {}
     names = getattr(dataset, "classes", None)
     is_known = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     return dict(enumerate(names)) if is_known else {}
@@ -66,17 +69,19 @@ def refuse_other_numbers(known: Sequence[str] | None, found: Mapping[int, str], 
     """Raise ValueError if a class has another number than in the classifier, whose scores would be wrong in silence.
 
     Args:
-        known: names of the classifier's classes, in the order of their numbers. They may be other words for the same
-            classes, so a name that it lacks says nothing.
+        known: names of the classifier's classes, in the order of their numbers. The data set may have other words for
+            them, so names that are not among them are ignored, and so are those of two classes.
         found: class number -> name.
         source: what numbers them so, for the message.
     """
-    numbers = {name: number for number, name in enumerate(known or ())}
+    times = Counter(known or ())
+    numbers = {name: number for number, name in enumerate(known or ()) if times[name] == 1}
     for number, name in found.items():
         if (expected := numbers.get(name, number)) != number:
             raise ValueError(
                 f"{source}: {name!r} is class {number}, and class {expected} of the classifier. Give each class the "
-                "number that it had in training (of a custom data set: class_to_idx)."
+                "number that it had in training (of a custom data set: class_to_idx). To train with other classes, set "
+                "class_names=None."
             )
 
 

@@ -42,7 +42,7 @@ class Best(pl.Callback):
         return f"Best{{{self.name}}}"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the best value of an earlier start from its file, which a start without this callback does not lose."""
+        """Take the best value of an earlier start from its file, if a start in between had no such callback."""
         if not self.path.is_file():
             self.best = None  # that of another directory
         elif self.best is None and trainer.global_step > 0:

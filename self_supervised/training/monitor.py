@@ -8,6 +8,7 @@ from typing import Any, Self
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -45,6 +46,7 @@ class TrainingMonitor(pl.Callback):
         self.steps: dict | None = None  # `Plan.of_checkpoint()` of the run that is resumed
         self.random_state: Tensor | None = None  # torch's, before the training; None if `setup` was never reached
         self.own_interval: int | None = None  # check_val_every_n_epoch as the user passed it
+        self.early_stopping: list[EarlyStopping] = []  # those of scores that may look after the validation
 
     @classmethod
     def of(cls, trainer: pl.Trainer, evaluate_every_n_epochs: int) -> list[Self]:
@@ -53,7 +55,6 @@ class TrainingMonitor(pl.Callback):
 
         The Trainer is set to validate only in epochs that are evaluated, because callbacks that monitor a score
         (ModelCheckpoint, EarlyStopping) look for it after every validation, and would not find it after an empty one.
-        EarlyStopping looks at once, before `Checkpoints` saves its state.
         """
         present = next((callback for callback in trainer.callbacks if isinstance(callback, cls)), None)
         monitor = present or cls()
@@ -62,9 +63,8 @@ class TrainingMonitor(pl.Callback):
         monitor.own_interval = monitor.own_interval or trainer.check_val_every_n_epoch
         if monitor.own_interval is not None:  # None: val_check_interval counts batches across epochs
             trainer.check_val_every_n_epoch = math.lcm(monitor.own_interval, evaluate_every_n_epochs)
-        for stopping in trainer.early_stopping_callbacks:
-            if stopping.monitor.startswith("valid_") and stopping._check_on_train_epoch_end is None:
-                stopping._check_on_train_epoch_end = False
+        free = (one for one in trainer.early_stopping_callbacks if one._check_on_train_epoch_end is None)
+        monitor.early_stopping = [one for one in free if one.monitor.startswith("valid_")]
         return [monitor]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -119,6 +119,8 @@ class TrainingMonitor(pl.Callback):
             loader.load_state_dict(self.position)
         if pl_module.plan is not None:
             refuse_other_steps(self.steps, pl_module.plan.of_checkpoint())
+        for stopping in self.early_stopping if sum(trainer.num_val_batches) else ():
+            stopping._check_on_train_epoch_end = False  # at once, before `Checkpoints` saves its state
         self.position = None
         self.steps = None
         self.is_to_stop = False
@@ -194,9 +196,10 @@ class TrainingMonitor(pl.Callback):
     # ---- After the training, or an exception ----
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restore Lightning's count of epochs, and torch's random state from before the training, which seeds torch at
-        every step."""
+        """Restore what `setup` has changed in the Trainer, and torch's random state from before the training, which
+        seeds torch at every step."""
         vars(trainer._logger_connector).pop("log_metrics", None)
+        vars(trainer.fit_loop).pop("_iteration_based_training", None)
         if self.random_state is not None:
             torch.set_rng_state(self.random_state)
 

@@ -110,13 +110,20 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str], resumes: 
         before = text_of_file(commands) if commands.is_file() else ""
         atomic_write(commands, before + as_typed(arguments) + "\n")
         (out / "splits").mkdir(exist_ok=True)
-    starts, here = starts_of(out), os.path.realpath(out)
-    last = starts[-1] if resumes and starts else {}
-    is_copy = last.get("directory", here) != here and Path(last["directory"], "run.json").is_file()
-    run_id = None if is_copy else last.get("id")
-    facts = {"directory": here, **machine_facts(), "first epoch": first_epoch(out), **facts}
-    facts = {"id": run_id if last and not is_copy else os.urandom(8).hex(), **facts}
+    starts = starts_of(out)
+    continues = resumes and starts and not is_copy(out, starts[-1])
+    run_id = starts[-1].get("id") if continues else os.urandom(8).hex()
+    about = {"id": run_id, "directory": os.path.realpath(out), **machine_facts(), "first epoch": first_epoch(out)}
+    facts = {**about, **facts}
     atomic_write(out / "run.json", to_json([*starts, facts], indent=2))
+
+
+def is_copy(out: Path, last: dict[str, Any]) -> bool:
+    """Return whether the directory of the latest start still has that run, so that `out` was copied, not moved."""
+    before = Path(last.get("directory", out)) / "run.json"
+    if not before.is_file() or before.samefile(out / "run.json"):
+        return False
+    return any(start.get("id") == last.get("id") for start in starts_of(before.parent))
 
 
 def keep_edited(config: Path) -> None:
@@ -298,16 +305,21 @@ def say(text: str) -> None:
     LOG.info("%s", Text.from_ansi(text).plain)
 
 
-def is_of_last_scores(row: dict[str, str], n_steps: int, rows: list[dict[str, str]]) -> bool:
-    """Return whether a row of metrics.csv has scores of the encoder after `n_steps`, and only these, in an epoch that
-    no earlier row has scores of. Scores at the end of a training have the number of the step that would follow."""
+def rows_to_keep(rows: list[dict[str, str]], n_steps: int, counts_from_1: bool) -> list[dict[str, str]]:
+    """Return the rows of metrics.csv of the first `n_steps`.
 
-    def is_of_scores(one: dict[str, str]) -> bool:
-        names = {name for name, value in one.items() if value} - {"epoch", "step"}
-        return bool(names) and all(name.startswith(("valid_", "test_")) for name in names)
+    Scores at the end of a training have the number of the step that would follow. They are kept if there are no others
+    of their epoch. In runs that count epochs from 0, their epoch has the number of the next one, and they are not kept.
+    """
 
-    before = (one for one in rows if int(one["step"]) < n_steps and one.get("epoch") == row.get("epoch"))
-    return int(row["step"]) == n_steps and is_of_scores(row) and not any(map(is_of_scores, before))
+    def is_of_scores(row: dict[str, str]) -> bool:
+        names = {name for name, value in row.items() if value} - {"epoch", "step"}
+        return bool(names) and all(name.startswith("valid_") for name in names)
+
+    kept = [row for row in rows if int(row["step"]) < n_steps]
+    scored = {row.get("epoch") for row in kept if is_of_scores(row)}
+    last = [row for row in rows if int(row["step"]) == n_steps and is_of_scores(row) and row.get("epoch") not in scored]
+    return kept + (last if counts_from_1 else [])
 
 
 def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
@@ -325,10 +337,7 @@ def csv_logger(out: Path, name: str, first_step: int) -> loggers.CSVLogger:
         with atomic_file(kept) as unfinished, unfinished.open("w", newline="") as new:
             writer = csv.DictWriter(new, header)
             writer.writeheader()
-            kept_rows = (
-                row for row in rows if int(row["step"]) < first_step or is_of_last_scores(row, first_step, rows)
-            )
-            writer.writerows(kept_rows)
+            writer.writerows(rows_to_keep(rows, first_step, first_epoch(out) == 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*logs directory .* exists")
         experiment = logger.experiment

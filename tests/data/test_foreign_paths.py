@@ -141,6 +141,19 @@ def test_a_moved_run_keeps_its_lists_if_another_run_takes_its_place(tmp_path):
     assert found["splits_path"] == str(tmp_path / "lists")
 
 
+def test_a_run_of_images_with_own_splits_may_lose_its_lists(tmp_path, monkeypatch):
+    """New lists have the same splits."""
+    for split in ("train", "val", "test"):
+        photographs(tmp_path / "photos" / split)
+    line = f"""simclr --dataset_name folder --data_path {tmp_path}/photos --encoder_arch small_cnn --num_data_workers 0
+        --transform_crop_size 32 --batch_size 8 --mlp_hidden_dim 8 --dim 8 --seed 0 --evaluations rank_me
+        --logger csv --out {tmp_path}/run --resume auto --max_epochs"""
+    train.main([*line.split(), "1"])
+    shutil.rmtree(tmp_path / "run/splits")
+    train.main([*line.split(), "2"])
+    assert {file.name for file in (tmp_path / "run/splits").iterdir()} > {"train.txt", "val.txt", "test.txt"}
+
+
 def test_a_resumed_run_whose_lists_are_gone_is_refused(tmp_path, monkeypatch):
     """New ones would have images of its training in val and test, if images were added."""
     photos = photographs(tmp_path / "photos")

@@ -442,6 +442,13 @@ def test_a_resumed_run_compares_scores_of_the_same_images(run, trainer, monkeypa
     torch.use_deterministic_algorithms(False)
 
 
+def test_save_best_may_be_left_out_when_a_complete_run_is_resumed(run, monkeypatch, tmp_path):
+    line = RUN.format(out=shutil.copytree(run, tmp_path / "copy")).replace("--save_every_n_epochs 2", "")
+    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
+        main(line.replace("--save_best valid_knn20_acc,step_train_loss", "--resume auto"), monkeypatch)
+    torch.use_deterministic_algorithms(False)
+
+
 def test_the_scores_at_the_end_stay_in_metrics_csv_if_the_command_is_repeated(monkeypatch, tmp_path):
     line = f"{SMALL} --max_epochs 1 --evaluate_every_n_epochs 2 --limit_train_batches 2 --evaluations knn --out run"
     main(f"{line} --logger csv", monkeypatch)
@@ -481,6 +488,20 @@ def test_a_copied_run_has_an_id_of_its_own(tmp_path):
     assert begin(tmp_path / "moved") == first == begin(copy)  # nobody has the old place
     again = shutil.copytree(copy, tmp_path / "again")
     assert begin(again) == begin(again) != first and begin(copy) == first
+    copy.rename(tmp_path / "elsewhere")
+    run_folder.begin_run_folder(copy, "preset: simclr\n", ["train.py"])  # another run takes its place
+    assert begin(tmp_path / "elsewhere") == first
+
+
+def test_a_new_run_deletes_nothing_of_others_and_a_resumed_one_only_once(run, monkeypatch, tmp_path):
+    (tmp_path / "runs/linear").mkdir(parents=True)
+    main(f"{SMALL} --max_epochs 1 --limit_train_batches 1 --evaluations none --logger csv --out runs", monkeypatch)
+    assert (tmp_path / "runs/linear").is_dir()
+    out, removed = shutil.copytree(run, tmp_path / "copy"), []
+    monkeypatch.setattr(train, "delete_outdated", lambda *_: removed.append(1))
+    main(RUN.format(out=out).replace("--linear_epochs 1", "") + " --resume auto --max_epochs 5", monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    assert removed == [1]
 
 
 def test_a_folder_or_checkpoint_that_cannot_be_is_refused_before_the_run_begins(monkeypatch, tmp_path):
