@@ -521,7 +521,7 @@ def test_refused_in_words(format, options, message, checkpoint):
 def test_a_missing_package_is_named(checkpoint, monkeypatch):
     missing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None if name == "onnxscript" else name))
     monkeypatch.setattr(export, "importlib", missing)
-    with pytest.raises(ValueError, match="format='onnx' .* pip install onnxscript$"):
+    with pytest.raises(ValueError, match=r"format='onnx' .* pip install onnxscript\.$"):
         export.export(checkpoint, "onnx")
 
 
