@@ -14,7 +14,7 @@ from typing import Any
 
 from self_supervised.fields import as_path
 from self_supervised.folder_lock import locked
-from self_supervised.networks.layouts import lightning_checkpoint
+from self_supervised.networks.layouts import checkpoint_of
 from self_supervised.safe_files import atomic_write, to_json, without_nan
 
 RunRecord = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, seconds; videos, custom data: seen
@@ -122,12 +122,12 @@ def folder_of(checkpoint: str | Path) -> Path:
 
     The directory of a file is named without the file's extension, unless it has the results of another file.
     """
-    path = as_path(checkpoint)
-    of_logger = None if (path / "pretrained.ckpt").is_file() else lightning_checkpoint(path)
-    if of_logger or (path / "pretrained.ckpt").is_file() or (path / "config.yaml").is_file():
-        path = of_logger or path / "pretrained.ckpt"
-    elif not path.is_file():
-        return Path("runs") / f"{str(checkpoint).replace('/', '_').replace(':', '_')}.evaluation"
+    try:
+        path = as_path(checkpoint_of(checkpoint))
+        if not path.is_file():
+            return Path("runs") / f"{str(checkpoint).replace('/', '_').replace(':', '_')}.evaluation"
+    except FileNotFoundError:  # of a run that is not complete yet
+        path = as_path(checkpoint) / "pretrained.ckpt"
     folder = path.with_name(f"{path.stem}.evaluation")
     if path.suffix != ".ckpt" and path.with_suffix(".ckpt").is_file():
         return path.with_name(f"{path.name}.evaluation")

@@ -135,8 +135,8 @@ def refuse_new_lists(params: ModelParams, out: Path, resume: str) -> None:
     same = os.path.abspath(before.get("data_path") or "") == os.path.abspath(params.data_path or "")
     if not (params.dataset.is_custom and before.get("splits_path") and same):
         return
-    with temporary_lists(attrs.evolve(params, num_data_workers=0)) as drawn:
-        if drawn.splits_path == params.splits_path:
+    with temporary_lists(params) as drawn:
+        if drawn is params:  # the lists are there
             return
         loading.get_dataset(drawn, params.dataset.pretraining_splits)
         if (settings_of_lists(Path(drawn.splits_path)) or {}).get(custom.DRAWN_KEY):

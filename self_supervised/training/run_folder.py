@@ -113,8 +113,8 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str], resumes: 
     starts = starts_of(out)
     continues = resumes and starts and not is_copy(out, starts[-1])
     run_id = starts[-1].get("id") if continues else os.urandom(8).hex()
-    about = {"id": run_id, "directory": os.path.realpath(out), **machine_facts(), "first epoch": first_epoch(out)}
-    facts = {**about, **facts}
+    begun = {"id": run_id, "directory": os.path.realpath(out), "first epoch": first_epoch(out)}
+    facts = {**begun, **machine_facts(), **facts}
     atomic_write(out / "run.json", to_json([*starts, facts], indent=2))
 
 

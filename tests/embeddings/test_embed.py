@@ -133,6 +133,14 @@ def test_digits_in_class_folders(digits, checkpoint, tmp_path, monkeypatch):
     assert about["preprocessing"]["size"] == 8 and about["versions"]["torch"] == torch.__version__
 
 
+def test_a_link_to_a_checkpoint_is_recorded_as_the_link(digits, checkpoint, tmp_path, monkeypatch):
+    """Its target may have no name that says what it is, as in the cache of the hub."""
+    (tmp_path / "link.ckpt").symlink_to(checkpoint)
+    out = tmp_path / "f.parquet"
+    assert run_command(monkeypatch, embed, tmp_path / "link.ckpt", digits, "--out", out, "--num_workers", 0) == ""
+    assert parquet.facts_of_file(out)["checkpoint"] == str(tmp_path / "link.ckpt")
+
+
 def test_a_packed_data_set_by_name_and_its_images_as_files_have_the_same_embeddings(checkpoint, tmp_path):
     embed.embed(checkpoint, "digits/test", tmp_path / "packed.parquet", device="cpu")
     images, labels = loading.get_dataset(load_encoder(checkpoint).params, ("test",)).__getitems__(range(500))

@@ -321,6 +321,8 @@ def test_a_file_of_every_system_gives_that_systems_network(system, tmp_path, scr
     report = encoder.report
     assert report.layout == layout and report.matched == len(encoder.model.state_dict())
     assert left_out in str(report) and f"all {report.matched} tensors" in str(report)
+    stem = encoder.params.stem_variant
+    assert (f"stem_variant={stem!r} of {layout}" in str(report)) == (system == "solo-learn on CIFAR")
     assert encoder.params.crop_size == (size if size != 64 or system == "exported" else 224)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
 
@@ -440,6 +442,9 @@ def test_starting_weights_are_recorded_and_compared(small, trainer, tmp_path):
     encoder = load_encoder(tmp_path / "trained.ckpt")
     assert encoder.started_from == encoder.report.started_from == str(tmp_path / "start.pth")
     assert encoder.params.encoder_weights is None
+    for upright in (True, False):  # the baseline reads the same images
+        read = load_encoder(tmp_path / "trained.ckpt", exif_orientation=upright)
+        assert pretrained.compared(read, None)["starting"].params.exif_orientation is upright
     again = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "trained.ckpt")
     assert again.started_from == encoder.started_from and again.hparams.encoder_weights is None
     for arch, name in {"resnet18": "resnet18:DEFAULT", "timm:resnet10t": "timm:resnet10t"}.items():

@@ -200,9 +200,12 @@ def test_checkpoints_are_refused_before_the_first_evaluation(arguments, runs, mo
         evaluate.main(arguments.format(*runs).split())
 
 
-def test_results_on_different_data_are_not_ranked():
+@pytest.mark.parametrize(
+    "name", ["dataset_name", "data_seed", "splits_path", "label_key", "pixel_range", "evaluation_clips"]
+)
+def test_results_on_different_data_are_not_ranked(name):
     result = compare.MetricRow("result", "trained encoder: valid_knn20_acc", ((80.0,), (91.0, 93.0), ()))
     other = compare.MetricRow("setting", "lr", ("0.1", "0.3", "0.1"))
-    data = compare.MetricRow("setting", "dataset_name", ("digits", "folder", "digits"))
+    data = compare.MetricRow("setting", name, ("digits", "folder", "digits"))
     assert compare.best_columns(result, [result, other]) == [1]
     assert compare.best_columns(result, [result, other, data]) == []
