@@ -34,7 +34,7 @@ from self_supervised.training.hyperparameters import Given, resolve
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
 from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.plan import get_plan, resolved_warmup_epochs
-from self_supervised.training.precision import refuse_half_precision
+from self_supervised.training.precision import refuse_half_precision, refuse_half_weights
 from self_supervised.training.record import TrainingRecord
 from self_supervised.training.schedules import cosine, prototypes_are_frozen, scheduled
 from self_supervised.training.verdict import NEED_LABELS, Verdict, name_of_start
@@ -293,7 +293,8 @@ class SelfSupervisedMethod(BaseMethod):
             refuse_constant_heads(self.params)
             refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
             if self.lagging_model is not None:
-                refuse_half_precision(self.trainer.precision, self.params.m, self)
+                refuse_half_weights(self)
+                refuse_half_precision(self.trainer.precision, self.params.m)
 
     def train_dataloader(self):
         self.trains_on_dataset_name = True

@@ -8,7 +8,6 @@ interrupted run. Multiple processes: docs/distributed.md.
 """
 
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,93 +28,32 @@ from self_supervised import distributed, recipes
 from self_supervised.data.foreign_paths import config_of, run_of
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
-from self_supervised.runs import command_line, dry_run, effective, memory_plan, preflight, preview, trackers, trainers
+from self_supervised.runs import (
+    command_line,
+    dry_run,
+    earlier_run,
+    effective,
+    memory_plan,
+    preflight,
+    preview,
+    trackers,
+    trainers,
+)
 from self_supervised.runs.progress import scores_line, significant
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
 from self_supervised.threads import use_free_cores
-from self_supervised.training import checkpoints, hyperparameters, parameter_groups, resuming, run_folder
+from self_supervised.training import parameter_groups, run_folder
 from self_supervised.training.verdict import verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes")  # keys, results.json
 OUTDATED_FILES = ("linear", "linear.ckpt", "pretrained.evaluation")  # of the encoder before it is trained further
-OF_TRAINING = ("precision", "gradient_clip_val", "limit_train_batches", "sync_batchnorm")  # no effect after a training
-OF_ITS_FILES = ("save_best", "save_every_n_epochs")  # likewise, if they are passed
 OF_SCORES = (  # settings and options that determine what the scores before and after the training mean
     "evaluations", "limit_val_batches", "evaluation_clips", "evaluation_crops", "probe_on_training_set", "probe_solver",
 )  # fmt: skip
 
 
-# ---- Resuming ----
-
-
-def resume_point(
-    given: str | None, out: Path, name: str, method: pl.LightningModule, fit: pl.Trainer, options: RunOptions
-) -> tuple[Path | None, int]:
-    """Return (checkpoint, its optimizer steps) from which a stage resumes, or (None, 0).
-
-    Args:
-        given: a checkpoint; the directory of a run, for its newest one; "auto", for the newest of `out`; None.
-        options: those of the run. The linear stage follows them even if they have changed.
-
-    Raises:
-        ValueError: the method or its Trainer cannot resume from it, or the run has no checkpoint.
-    """
-    path = Path(given) if given else None
-    if given == "auto":
-        path = newest_of_stage(out, name)
-    elif path is not None and path.is_dir():
-        path = newest_of_stage(path, name)
-        if path is None:
-            raise ValueError(f"resume={given!r}: this directory has no checkpoint. Pass the directory of a run.")
-    if path is None:
-        return None, 0
-    content = checkpoints.read_checkpoint(path)
-    method.on_load_checkpoint(content)  # translates earlier names, as Lightning does before it loads
-    hyperparameters.use_earlier_defaults(method, content)
-    try:
-        checkpoints.refuse_going_back(out / name / "checkpoints", content["global_step"], "Resume from it")
-        resuming.refuse_another_model(content, method, fit)
-        steps, images = content.get("steps"), resuming.images_of_a_step(method.params, fit)
-        other_steps = steps is not None and steps["images"] != images  # such as on another number of processes
-        too_late = resuming.changed_too_late(content, method, fit)
-        if name == "pretraining" and resuming.has_ended(content, fit):
-            too_late |= changed_options(config_of(run_of(path)), options)
-            refuse_fewer_linear_epochs(out, options)
-        changed = ", ".join(f"{k}={v!r}" for k, v in too_late.items())
-        if name == "linear" and (other_steps or changed):
-            start_over(out / name)
-            return None, 0
-        resuming.refuse_other_steps(steps, {"images": images})
-        if changed:
-            raise ValueError(
-                f"{changed}: the training is complete. Choose more max_epochs, or more max_time if that ended it, to "
-                "continue with other settings."
-            )
-    except ValueError as error:
-        reason = str(error).removesuffix(".")
-        if name == "linear":
-            reason = reason.replace("max_epochs", "linear_epochs")
-        raise ValueError(f"{reason}, or choose another --out (resume={given!r}: {path}).") from error
-    return path, content["global_step"]
-
-
-def changed_options(before: dict[str, Any], options: RunOptions) -> dict[str, Any]:
-    """Return {name: value} of the options of a training that differ from those in the config.yaml of its start."""
-    now = {name: getattr(options, name) for name in OF_TRAINING}
-    now |= {name: value for name in OF_ITS_FILES if (value := getattr(options, name))}
-    return {name: value for name, value in now.items() if before.get(name, value) != value}
-
-
-def refuse_fewer_linear_epochs(out: Path, options: RunOptions) -> None:
-    """Raise ValueError, before any file is written, if the linear stage of a complete pretraining is longer already."""
-    newest = newest_of_stage(out, "linear") if options.linear_epochs else None
-    done = 0 if newest is None else resuming.epochs_done(checkpoints.read_checkpoint(newest))
-    if done > options.linear_epochs:
-        raise ValueError(
-            f"linear_epochs={options.linear_epochs}: the linear classifier has already been trained for {done}. Choose "
-            "more"
-        )
+# ---- The two stages ----
 
 
 def forget_other_scores(
@@ -129,23 +67,6 @@ def forget_other_scores(
         for name in (baseline, *run_folder.LATER_SCORES[:2], "verdict"):
             results.pop(name, None)
         write_on_rank_zero(out / "results.json", results)
-
-
-def newest_of_stage(out: Path, name: str) -> Path | None:
-    """Return the newest checkpoint of a stage, or pretrained.ckpt of a finished pretraining whose step_*.ckpt were
-    deleted."""
-    found = checkpoints.newest(out / name / "checkpoints")
-    finished = out / "pretrained.ckpt"
-    return finished if found is None and name == "pretraining" and finished.is_file() else found
-
-
-def start_over(folder: Path) -> None:
-    """Delete the files of a stage."""
-    distributed.any_process(False)  # waits until all processes have read them
-    distributed.on_rank_zero(lambda: shutil.rmtree(folder))
-
-
-# ---- The two stages ----
 
 
 def validation_scores(fit: pl.Trainer, method: pl.LightningModule, of: str = "") -> dict[str, float]:
@@ -243,7 +164,7 @@ def linear_stage(
     linear.first_epoch = run_folder.first_epoch(out)
     linear.about_labels = f"labels: {results.get('labels')}"  # the pretraining has logged them
     fit = trainers.trainer_of_stage(out, "linear", options.linear_epochs, options)
-    resumed, step = resume_point("auto" if options.resume else None, out, "linear", linear, fit, options)
+    resumed, step = earlier_run.resume_point("auto" if options.resume else None, out, "linear", linear, fit, options)
     fit.loggers = trackers.get_loggers(out, "linear", options, step)
     run_folder.say(f"Training LinearClassifierMethod on the frozen encoder. {dry_run.parts_text(linear)}")
     keep_minutes = minutes_keeper(out, results, "linear minutes")
@@ -273,7 +194,7 @@ def run_or_resume(
     earlier = run_folder.settings_of_run(out)  # read now: the first process writes others
     if options.resume:
         results = run_folder.results_of(out) | results
-    params = preflight.with_lists(params, out, options.resume)
+    params = earlier_run.with_lists(params, out, options.resume)
     model = SelfSupervisedMethod(params, encoder=encoder)
     model.first_epoch = run_folder.first_epoch(out)
     model.is_recorded = False  # but here
@@ -285,7 +206,7 @@ def run_or_resume(
         fit = trainers.trainer_of_stage(out, "pretraining", params.max_epochs, options)
         before = model.starting_point()  # not later: resume_point reads where the checkpoint's training started
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
-        resumed, step = resume_point(options.resume, out, "pretraining", model, fit, options)
+        resumed, step = earlier_run.resume_point(options.resume, out, "pretraining", model, fit, options)
         forget_other_scores(results, out, before, earlier, attrs.asdict(options) | attrs.asdict(params))
         config = effective.config_text(preset, options, model.params)
         run_folder.begin_run_folder(out, config, sys.argv, resumes=resumed is not None)
@@ -313,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.print_config:
         print(effective.config_text(preset, options, params), end="")
     elif options.preview or options.dry_run:
-        with preflight.temporary_lists(params) as params:
+        with earlier_run.temporary_lists(params) as params:
             without_run(options, params)
     else:
         out = Path(options.out or f"runs/{preset}_{params.dataset_name}")
@@ -358,7 +279,7 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
     """
     resumed = None if options.resume in (None, "auto") else Path(options.resume).resolve()
     resumes_itself = options.resume == "auto" or (resumed and out.resolve() in (resumed, *resumed.parents))
-    if not resumes_itself and preflight.has_checkpoints(out):
+    if not resumes_itself and earlier_run.has_checkpoints(out):
         raise ValueError(f"out={out}: holds an earlier run. Pass --resume auto to resume it, or another --out.")
     if options.resume:
         before = run_folder.settings_of_run(out)
@@ -366,10 +287,10 @@ def start(out: Path, preset: str, options: RunOptions, params: ModelParams) -> N
         if params.seed is None:
             other = {} if resumes_itself else config_of(resumed if resumed.is_dir() else run_of(resumed))
             params = attrs.evolve(params, seed=(other or before).get("seed"))  # of the resumed run
-        params = preflight.with_resumed_lists(params, out, options.resume)
+        params = earlier_run.with_resumed_lists(params, out, options.resume)
     preflight.check_run(options, params)
     if options.resume:
-        preflight.refuse_new_lists(params, out, options.resume)
+        earlier_run.refuse_new_lists(params, out, options.resume)
     results = run_or_resume(out, preset, options, params)
     with run_folder.logged(out / "log.txt"):
         run_folder.say(ending(out, results, options.recipe))

@@ -1,15 +1,9 @@
 """Checks before a run, for errors in its data that would otherwise appear after hours of training."""
 
-import os
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import attrs
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 
 from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
 from model_params import (
@@ -22,25 +16,22 @@ from model_params import (
     ModelParams,
     has_schedule,
 )
-from self_supervised import distributed, losses, multi_view_losses
-from self_supervised.data import custom, loading
+from self_supervised import losses, multi_view_losses
+from self_supervised.data import loading
 from self_supervised.data.class_labels import UNLABELED, lacking
 from self_supervised.data.files import MOST_SKIPPED
-from self_supervised.data.folders import listed_in, settings_of_lists
-from self_supervised.data.foreign_paths import config_of, kept_lists, run_of
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.loading import n_classes, require_labels
 from self_supervised.evaluation import validation
 from self_supervised.fields import first_of
 from self_supervised.runs.command_line import bar
+from self_supervised.runs.earlier_run import temporary_lists
 from self_supervised.runs.run_options import RunOptions
-from self_supervised.safe_files import remove
 from self_supervised.training.fit_checks import refuse_constant_heads
 from self_supervised.training.milestones import refuse_unknown
 from self_supervised.training.online_classifier import accuracies
 from self_supervised.training.precision import refuse_half_precision
 
-NEVER_OVERWRITTEN = ("*.ckpt", "*/checkpoints/*.ckpt")  # files of a run
 TOY = torch.eye(4)  # features
 
 
@@ -78,7 +69,7 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
             refuse_unknown(wanted, metric_names(options, params))
         refuse_constant_heads(params)
         if params.use_lagging_model:
-            refuse_half_precision(options.precision, params.m, torch.nn.Identity())
+            refuse_half_precision(options.precision, params.m)
         check_images(params, options.accumulate_grad_batches)
         if options.linear_epochs:
             settings = {name: getattr(params, name) for name in FROM_PRETRAINING} | linear_settings(options, params)
@@ -86,99 +77,6 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
             check_batches(LinearClassifierMethodParams(**settings), params.dataset.train_splits)
         if decode:
             check_files(params, with_classifier=options.linear_epochs > 0)
-
-
-@contextmanager
-def temporary_lists(params: ModelParams) -> Iterator[ModelParams]:
-    """Yield settings that write lists of splits to a temporary directory unless the run has lists already: a run that
-    fails its checks must not leave any."""
-    kept = custom.folder_of_lists(params)
-    if not params.dataset.is_custom or (kept is not None and listed_in(kept)):
-        yield params
-        return
-    with tempfile.TemporaryDirectory(prefix=custom.TEMPORARY) as folder:
-        yield attrs.evolve(params, splits_path=folder)
-
-
-def has_checkpoints(out: Path) -> bool:
-    return any(file for pattern in NEVER_OVERWRITTEN for file in out.glob(pattern))
-
-
-def with_resumed_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParams:
-    """Return the settings with the lists of splits of the resumed run, which are also found if it was moved, unless
-    other lists are passed, or other images with another run than OUT."""
-    run = run_to_resume(out, resume)
-    if not (run and params.dataset.is_custom):
-        return params
-    before = config_of(run)
-    images_before, images = (os.path.abspath(path or "") for path in (before.get("data_path"), params.data_path))
-    has_other_images = before and run != out.resolve() and images != images_before
-    lists = before.get("splits_path")
-    if params.splits_path not in (None, lists) or has_other_images:
-        return params
-    found = [lists, kept_lists(run)]
-    if lists and Path(lists).name == "splits":  # those of the run itself, whose old place another run may have taken
-        found.reverse()
-    existing = (lists for lists in found if lists and Path(lists).expanduser().is_dir())
-    return attrs.evolve(params, splits_path=next(existing, params.splits_path))
-
-
-def refuse_new_lists(params: ModelParams, out: Path, resume: str) -> None:
-    """Raise ValueError if a resumed run would draw new splits of its images, so that images on which it was trained
-    would be validated on. The lists of its earlier starts are gone, or lie elsewhere.
-
-    Args:
-        params: with the lists that `with_resumed_lists` has found.
-    """
-    run = run_to_resume(out, resume)
-    before = config_of(run) if run else {}
-    same = os.path.abspath(before.get("data_path") or "") == os.path.abspath(params.data_path or "")
-    if not (params.dataset.is_custom and before.get("splits_path") and same):
-        return
-    with temporary_lists(params) as drawn:
-        if drawn is params:  # the lists are there
-            return
-        loading.get_dataset(drawn, params.dataset.pretraining_splits)
-        if (settings_of_lists(Path(drawn.splits_path)) or {}).get(custom.DRAWN_KEY):
-            raise ValueError(
-                f"splits_path={params.splits_path or before['splits_path']!r}: there are no lists of the splits of the "
-                "resumed run, and new ones would mix images of training and test. Pass --splits_path with these lists, "
-                "or start a new run with another --out."
-            )
-
-
-def run_to_resume(out: Path, resume: str | None) -> Path | None:
-    """Return the directory of the run that is resumed; None if there is none yet."""
-    if resume == "auto":
-        return out.resolve() if has_checkpoints(out) else None
-    return (Path(resume).resolve() if Path(resume).is_dir() else run_of(resume)) if resume else None
-
-
-def with_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParams:
-    """Return the settings with the `splits_path` of a run: as `with_resumed_lists`, else OUT/splits. Lists there that
-    do not fit the settings or images are drawn again if the run that drew them ended before its first checkpoint.
-
-    Raises:
-        ValueError: the lists were drawn with other settings.
-    """
-    params = with_resumed_lists(params, out, resume)
-    if not params.dataset.is_custom:
-        return params
-    is_ours = params.splits_path is None
-    own = (out / "splits").resolve()
-    lists = str(own) if is_ours else os.path.abspath(os.path.expanduser(params.splits_path))  # from any directory
-    params = attrs.evolve(params, splits_path=lists)
-    can_be_drawn_again = is_ours and settings_of_lists(own) and config_of(out) and not has_checkpoints(out)
-    try:
-        if custom.has_written(params) and can_be_drawn_again:
-            loading.get_dataset(params, params.dataset.pretraining_splits)  # raises if an image is missing
-    except ValueError as error:
-        if not can_be_drawn_again:
-            raise
-        if distributed.is_first_process():
-            rank_zero_info(f"{own}: drawn again, because {error}")
-            remove(own)
-    return params
 
 
 def metric_names(options: RunOptions, params: ModelParams) -> set[str]:

@@ -33,7 +33,7 @@ from self_supervised.evaluation import features, fingerprints
 from self_supervised.evaluation.protocols import runnable
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.report import compare, tables
-from self_supervised.runs import preflight
+from self_supervised.runs import earlier_run, preflight
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.training import checkpoints
 
@@ -702,7 +702,7 @@ def test_an_unreadable_image_ends_no_run_for_good_and_lists_are_kept(tmp_path, c
     train_program.main(f"{line} run --out other --max_epochs 2".split())
     assert f"splits_path: {tmp_path / 'run/splits'}" in (tmp_path / "other/config.yaml").read_text()
     p = params(photos, data_seed=1, val_size=0.2)
-    assert preflight.with_resumed_lists(p, tmp_path / "run", "auto").splits_path == str(tmp_path / "run/splits")
+    assert earlier_run.with_resumed_lists(p, tmp_path / "run", "auto").splits_path == str(tmp_path / "run/splits")
 
 
 def test_an_encoder_of_unlabeled_images_is_evaluated_on_a_directory_of_labels(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import train
 from self_supervised.report import compare, figures, tables
-from self_supervised.runs import command_line, dry_run, progress, run_options, trackers
+from self_supervised.runs import command_line, dry_run, earlier_run, progress, run_options, trackers
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.training import milestones, resuming, run_folder
 from self_supervised.training.checkpoints import newest
@@ -689,7 +689,7 @@ def test_a_finished_run_without_its_steps_is_kept(run, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="holds an earlier run"):
         main(RUN.format(out=out), monkeypatch)
     assert (out / "pretrained.ckpt").read_bytes() == before
-    assert train.newest_of_stage(out, "pretraining") == out / "pretrained.ckpt"  # --resume auto resumes from it
+    assert earlier_run.newest_of_stage(out, "pretraining") == out / "pretrained.ckpt"  # --resume auto resumes from it
 
 
 def test_a_configuration_written_by_hand_is_kept(tmp_path):
