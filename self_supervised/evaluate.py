@@ -35,7 +35,7 @@ from self_supervised.evaluation.results import OF_ENCODER, Results, RunRecord, f
 from self_supervised.fields import as_path, plain
 from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.layouts import checkpoint_of, read_weights
-from self_supervised.networks.pretrained import Encoder, compared, is_name, load_encoder
+from self_supervised.networks.pretrained import ENCODER_FACTS, Encoder, compared, is_name, load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.report import evaluations, output
 from self_supervised.runs.command_line import CHECKPOINT, DEVICE, add_fields, parser_of
@@ -43,10 +43,8 @@ from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_file, check_folder
 from self_supervised.training.run_folder import settings_of_run, versions
 
-OF_WEIGHTS = ("encoder_arch", "in_channels", "low_resolution_stem", "stem_variant", "image_mean", "image_std")
 READING_OPTIONS = (
-    *OF_ENCODER,
-    *OF_WEIGHTS,  # facts that files of other systems lack
+    *ENCODER_FACTS,
     *(name for name in DATASET_DEFAULTS if name not in (*SUBSET, *TRAINING_ONLY)),
     "exif_orientation",
     "unreadable_images",
@@ -85,7 +83,7 @@ def evaluate_checkpoint(
         fresh: whether to discard earlier results.
         training: fields of LinearClassifierMethodParams for protocols that train, such as max_epochs.
         reading: fields of EncoderAndDataParams for reading images, such as batch_size and num_data_workers;
-            transform_crop_size, the size at which the images are embedded, pooling_size and those of OF_WEIGHTS are the
+            those of ENCODER_FACTS, such as transform_crop_size, the size at which the images are embedded, are the
             encoder's (default: those of the pretraining).
 
     Raises:
@@ -99,8 +97,7 @@ def evaluate_checkpoint(
     folder = as_path(out) if out else folder_of(checkpoint)
     check_folder("out", folder)
     device = str(usable_device(device))
-    names = (*OF_ENCODER, *OF_WEIGHTS)
-    given = {name: value for name in names if (value := reading.pop(name, None)) is not None}
+    given = {name: value for name in ENCODER_FACTS if (value := reading.pop(name, None)) is not None}
     read = partial(load_encoder, checkpoint, **given)
     others = {"lagging": read(encoder=copy.deepcopy(encoder), lagging=True)} if lagging else {}  # or refused at once
     trained = read(encoder=encoder)

@@ -34,15 +34,13 @@ from self_supervised.data.image_files import (
 from self_supervised.data.loading import data_path, prepare_data
 from self_supervised.data.packed import PackedImages, already_a_batch
 from self_supervised.data.remote_shards import UnreachableShard
+from self_supervised.networks.pretrained import ENCODER_FACTS
 from self_supervised.runs.command_line import DEVICE, LAGGING, add_fields
 
 MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
 COLUMNS = ("image_key", "label_key", "labels_from")  # for shards and Hugging Face data sets
-OVERRIDES = (
-    "encoder_arch", "dataset_name", "transform_crop_size", "in_channels", "low_resolution_stem", "pooling_size",
-    "image_mean", "image_std", "exif_orientation", "pixel_range", *COLUMNS, *CLIPS,
-)  # fmt: skip
+OVERRIDES = (*ENCODER_FACTS, "dataset_name", "exif_orientation", "pixel_range", *COLUMNS, *CLIPS)
 
 
 class Folder:

@@ -29,26 +29,13 @@ from self_supervised.exports import count
 from self_supervised.exports.formats import FORMATS, RUN_CLASSIFIER, Classifying, Normalized
 from self_supervised.exports.verify import sample_images, verified
 from self_supervised.networks.layouts import checkpoint_of
-from self_supervised.networks.pretrained import Encoder, load_encoder
+from self_supervised.networks.pretrained import ENCODER_FACTS, Encoder, load_encoder
 from self_supervised.program import message_of, one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, LAGGING, add_fields, parser_of
 from self_supervised.runs.values import ListOption, items
 from self_supervised.safe_files import check_folder, disk_errors_named, sync
 
-FACTS = (
-    "encoder_arch",
-    "embedding_dim",
-    "in_channels",
-    "low_resolution_stem",
-    "stem_variant",
-    "pooling_size",
-    "dataset_name",
-    "transform_crop_size",
-    "image_mean",
-    "image_std",
-    "pixel_range",
-    "exif_orientation",
-)  # fields of EncoderAndDataParams that are needed to prepare the encoder's input
+FACTS = (*ENCODER_FACTS, "embedding_dim", "dataset_name", "pixel_range", "exif_orientation")
 
 
 def export(
@@ -189,7 +176,7 @@ def export_facts(
     p: EncoderAndDataParams, arch: str, width: int, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
     """Return FACTS, with every value explicit: the settings that prepare the encoder's input, and that `load_encoder`
-    needs."""
+    needs of a file without settings."""
     explicit = attrs.evolve(
         p,
         encoder_arch=arch,

@@ -18,6 +18,10 @@ from self_supervised.data.foreign_paths import ForeignPath, vetted, vetted_start
 from self_supervised.networks import architectures, encoders, layers, layouts
 from self_supervised.views import augmentations, input_checks
 
+ENCODER_FACTS = (  # settings of an encoder and of its input, which files of other systems lack
+    "encoder_arch", "in_channels", "low_resolution_stem", "stem_variant", "pooling_size", "transform_crop_size",
+    "image_mean", "image_std",
+)  # fmt: skip
 SAME_IN_STARTING = (  # settings that the encoder of the starting weights shares with the trained one
     "dataset_name", "encoder_arch", "in_channels", "transform_crop_size", "image_mean", "image_std", "pooling_size",
     "exif_orientation", "unreadable_images",

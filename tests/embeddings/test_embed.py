@@ -34,6 +34,7 @@ from self_supervised.data import loading
 from self_supervised.embeddings import embed, job, map_page, nearest, parquet
 from self_supervised.embeddings import projection as embedding_map
 from self_supervised.embeddings.sources import open_source
+from self_supervised.networks import encoders
 from self_supervised.networks.pretrained import Encoder, Report, load_encoder
 from self_supervised.report import curves
 from self_supervised.runs import command_line
@@ -131,6 +132,22 @@ def test_digits_in_class_folders(digits, checkpoint, tmp_path, monkeypatch):
     assert about["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert about["checkpoint"] == str(checkpoint) and about["images"] == str(digits)
     assert about["preprocessing"]["size"] == 8 and about["versions"]["torch"] == torch.__version__
+
+
+def test_a_fact_that_a_file_lacks_is_an_option(photos, tmp_path, monkeypatch):
+    """As in the other programs: this file does not say which stem its ResNet had."""
+    params = EncoderAndDataParams(encoder_arch="resnet18", dataset_name="cifar10", stem_variant="no_relu")
+    torch.save(encoders.get_encoder(params)[0].state_dict(), tmp_path / "cifar.pt")
+    found = {}
+    for stem in ("standard", "no_relu"):
+        out = tmp_path / f"{stem}.parquet"
+        facts = ["--dataset_name", "cifar10", "--stem_variant", stem]
+        assert run_command(monkeypatch, embed, tmp_path / "cifar.pt", photos, "--out", out, *facts) == ""
+        expected = load_encoder(tmp_path / "cifar.pt", dataset_name="cifar10", stem_variant=stem)
+        embed.embed(expected, photos, tmp_path / "expected.parquet", device="cpu", overwrite=True)
+        found[stem] = parquet.read_embeddings(out)[1]
+        np.testing.assert_allclose(found[stem], parquet.read_embeddings(tmp_path / "expected.parquet")[1], rtol=1e-5)
+    assert not np.allclose(*found.values())
 
 
 def test_a_link_to_a_checkpoint_is_recorded_as_the_link(digits, checkpoint, tmp_path, monkeypatch):
