@@ -44,13 +44,11 @@ from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
 from self_supervised.threads import use_free_cores
 from self_supervised.training import parameter_groups, run_folder
-from self_supervised.training.verdict import verdict
+from self_supervised.training.verdict import MEANING, verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes")  # keys, results.json
 OUTDATED_FILES = ("linear", "linear.ckpt", "pretrained.evaluation")  # of the encoder before it is trained further
-OF_SCORES = (  # settings and options that determine what the scores before and after the training mean
-    "evaluations", "limit_val_batches", "evaluation_clips", "evaluation_crops", "probe_on_training_set", "probe_solver",
-)  # fmt: skip
+OF_SCORES = ("evaluations", "limit_val_batches", *MEANING)  # what the scores before and after the training mean
 
 
 # ---- The two stages ----

@@ -20,6 +20,7 @@ from self_supervised.networks import layers
 
 COMPARED = ("valid_knn20_acc", "valid_class_acc")  # starts of names; the first that was scored decides
 NEED_LABELS = {"knn", "linear_probe"}  # evaluations with these names
+MEANING = ("evaluation_clips", "evaluation_crops", "probe_on_training_set", "probe_solver")  # settings, of every score
 ADVICE = "Try a third of the lr, more epochs, or another preset: docs/troubleshooting.md"
 
 
@@ -81,6 +82,7 @@ class Verdict(pl.Callback):
     def __init__(self) -> None:
         self.name = ""
         self.before: dict[str, float] = {}
+        self.measured: dict[str, Any] = {}  # how `before` was: see `measurement`
         self.text = ""  # the verdict, when the training has ended
         self.was_validated = False  # True: trainer.validate has logged the scores of the start
 
@@ -89,6 +91,7 @@ class Verdict(pl.Callback):
             self.name = pl_module.starting_point()
             is_logged = self.was_validated and pl_module.latest_scores[0] == 0
             self.before = score_now(trainer, pl_module) if can_compare(trainer, pl_module) else {}
+            self.measured = measurement(trainer, pl_module) if self.before else {}
             self.text = ""
             for logger in trainer.loggers if self.before and not is_logged else ():
                 logger.log_metrics({"epoch": 0, **self.before}, step=0)
@@ -98,17 +101,20 @@ class Verdict(pl.Callback):
             is_scored = self.before and can_compare(trainer, pl_module)
             after = pl_module.scores_at_end() or score_now(trainer, pl_module) if is_scored else {}
             self.text = verdict(self.name, self.before, after, pl_module.params.evaluations)
+            if self.measured and after and self.measured != measurement(trainer, pl_module):
+                self.text = f"none, because the {self.name} was scored on other images, or with other settings"
             rank_zero_info(f"verdict: {self.text}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.was_validated |= trainer.state.fn == "validate"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "before": self.before}
+        return {"name": self.name, "before": self.before, "measured": self.measured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.name = state["name"]
         self.before = state["before"]
+        self.measured = state.get("measured", {})  # earlier versions did not keep it
 
 
 def can_compare(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
@@ -120,6 +126,13 @@ def can_compare(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
     loaders = list_of_loaders(trainer.val_dataloaders)
     return bool(loaders) and all(isinstance(loader, DataLoader) for loader in loaders)
+
+
+def measurement(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """Return what scores have in common if they can be compared: settings, and the part of each validation loader."""
+    lengths = map(len, list_of_loaders(trainer.val_dataloaders))
+    parts = [n / length for n, length in zip(trainer.num_val_batches, lengths, strict=True) if length]
+    return {"parts": parts, **{name: getattr(module.params, name) for name in MEANING}}
 
 
 def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:

@@ -61,7 +61,14 @@ def test_a_resumed_training_is_compared_with_the_start_of_the_first(small, train
     _, fit, first = fitted(small, trainer)
     fit.save_checkpoint(tmp_path / "first.ckpt")
     _, _, found = fitted(small, trainer, checkpoint=tmp_path / "first.ckpt", max_epochs=2)
-    assert found.before == first.before and found.text
+    assert found.before == first.before and found.text.startswith("valid_knn20_acc ")
+
+
+def test_scores_of_other_images_are_not_compared(small, trainer, tmp_path):
+    _, fit, _ = fitted(small, trainer)
+    fit.save_checkpoint(tmp_path / "first.ckpt")
+    _, _, found = fitted(small, trainer, checkpoint=tmp_path / "first.ckpt", max_epochs=2, limit_val_batches=1)
+    assert found.text == "none, because the starting encoder was scored on other images, or with other settings"
 
 
 def test_a_training_without_scores_says_why_it_has_no_verdict(small, trainer, caplog):
