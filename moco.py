@@ -27,7 +27,7 @@ from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, restore_queue
 from self_supervised.networks.teacher import Teacher
 from self_supervised.numerics import Scores, at_least_float32, in_parts, mean_of_each
-from self_supervised.training import advice, online_classifier, optimizers, parameter_groups
+from self_supervised.training import advice, online_classifier, optimizers, parameter_groups, resuming
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.fit_checks import refuse_callbacks, refuse_constant_heads
 from self_supervised.training.hyperparameters import Given, resolve
@@ -391,7 +391,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the origin of the starting weights and the queue of this process, and check the teacher."""
-        self.started_from = checkpoint.get("started_from")
+        self.started_from = resuming.origin_of(checkpoint, given=self.started_from)
         if self.teacher is not None:
             self.teacher.refuse_another(checkpoint.get("teacher"))
         restore_queue(checkpoint, same_number=self._trainer is not None and self.trainer.state.fn == "fit")

@@ -51,6 +51,17 @@ def refuse_another_model(content: dict[str, Any], method: pl.LightningModule, tr
     refuse_lower_limits(content, trainer)
 
 
+def origin_of(content: dict[str, Any], given: str | None) -> str | None:
+    """Return the weights from which the training of a checkpoint started, and warn if others are `given` in vain."""
+    started_from = content.get("started_from")
+    if given not in (None, started_from):
+        rank_zero_warn(
+            f"encoder_weights={given!r} has no effect: the weights are those of the checkpoint, whose training started "
+            f"from {started_from or 'random ones'}. To start from others, begin a new run."
+        )
+    return started_from
+
+
 def epochs_done(content: dict[str, Any]) -> int:
     """Return the number of completed epochs of a checkpoint's training."""
     loop = content.get("loops", {}).get("fit_loop", {})

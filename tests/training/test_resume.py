@@ -478,6 +478,15 @@ def test_resuming_with_incompatible_settings_is_refused(build, changed, options,
         epochs(build(**changed), tmp_path / "run", 2, **options)
 
 
+def test_other_starting_weights_of_a_resumed_training_give_a_warning(small, tmp_path):
+    first = SelfSupervisedMethod(small("simclr", encoder_arch="small_cnn"))
+    torch.save(first.model.state_dict(), tmp_path / "other.pt")
+    epochs(first, tmp_path / "run", 1)
+    params = small("simclr", encoder_arch="small_cnn", encoder_weights=str(tmp_path / "other.pt"))
+    with pytest.warns(UserWarning, match="encoder_weights='.*other.pt' has no effect"):
+        epochs(SelfSupervisedMethod(params), tmp_path / "run", 2)
+
+
 def test_own_queues_of_other_processes_are_refused_when_fitting_alone(tmp_path):
     fit, _ = epochs(pretraining(gather_keys_for_queue=False), tmp_path / "run", 1)
     saved = newest(tmp_path / "run")
