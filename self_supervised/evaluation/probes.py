@@ -6,6 +6,7 @@ scoring.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor
 
@@ -22,7 +23,8 @@ FEW_LABELS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)  # images per clas
 FEW_DRAWS = 3
 DECAYS = tuple(10.0**i for i in range(5, -7, -1))
 HELD_OUT = 0.2  # fraction of the training set
-FEWEST_TO_HOLD_OUT = 5  # images per class; with fewer, nothing is held out and DECAY_OF_FEW is used
+FEWEST_TO_HOLD_OUT = 5  # images per class; if most images are of smaller classes, DECAY_OF_FEW is used
+PRECISION = 1e-5  # of logits; with less, a fit with weak L2 ends so early that another L2 would be chosen
 DECAY_OF_FEW = validation.PROBE_DECAY  # that of the linear probe during pretraining
 
 
@@ -47,28 +49,31 @@ def linear(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, see
     classes, target = train_y.unique(return_inverse=True)
     train_x, test_x = standardized(train_x, test_x)
     decay = choose_decay(train_x, target, seed)
-    _, logits = linear_logits(train_x, test_x, target, decay)
+    _, logits = linear_logits(train_x, test_x, target, decay, PRECISION)
     return {**{f"acc{k}": accuracy(logits, classes, test_y, k) for k in (1, 5)}, "l2": decay}
 
 
 def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:
-    """Return the L2 with the best accuracy on a held-out part, the strongest if several are equally good.
+    """Return the L2 with the best accuracy on a held-out part; among equally good ones, that with the lowest cross
+    entropy, because on few images most are equally good, even one so strong that only the bias decides.
 
-    12 values are tried, a decade apart, then quarters of a decade around the best; together they are the grid of
-    https://arxiv.org/abs/1805.08974, appendix. If a class has fewer than 5 images, L2 is DECAY_OF_FEW.
+    12 values are tried, a decade apart, then quarters of a decade around the best; all are of the grid of
+    https://arxiv.org/abs/1805.08974, appendix. If most images are of classes with fewer than 5, it is DECAY_OF_FEW.
     """
-    if int(target.bincount().min()) < FEWEST_TO_HOLD_OUT:
+    images_of = target.bincount()
+    if 2 * int(images_of[images_of < FEWEST_TO_HOLD_OUT].sum()) > len(target):
         return DECAY_OF_FEW
     fit, score = (torch.from_numpy(rows) for rows in subsets.held_out(target.cpu().numpy(), HELD_OUT, seed))
     sets = (x[fit], x[score], target[fit])
     classes = torch.arange(int(target.max()) + 1, device=x.device)
 
-    def best(decays: list[float]) -> float:
-        logits = {decay: linear_logits(*sets, decay)[1] for decay in sorted(decays, reverse=True)}
-        return max(logits, key=lambda decay: accuracy(logits[decay], classes, target[score], 1))
+    def quality(decay: float) -> tuple[float, float]:
+        logits = linear_logits(*sets, decay, PRECISION)[1]
+        return accuracy(logits, classes, target[score], 1), -float(F.cross_entropy(logits, target[score]))
 
-    coarse = best(list(DECAYS))
-    return best([coarse * 10 ** (i / 4) for i in range(-3, 4)])
+    coarse = max(DECAYS, key=quality)
+    fine = (coarse * 10 ** (i / 4) for i in range(3, -4, -1))
+    return max((decay for decay in fine if DECAYS[-1] <= decay <= DECAYS[0]), key=quality)
 
 
 def few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, seed: int = 0) -> Scores:
@@ -82,7 +87,7 @@ def few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
 
     def score(rows: np.ndarray) -> float:
         x, y = train_x[torch.from_numpy(rows)], target[torch.from_numpy(rows)]
-        _, logits = linear_logits(x, test_x, y, choose_decay(x, y, seed))
+        _, logits = linear_logits(x, test_x, y, choose_decay(x, y, seed), PRECISION)
         return accuracy(logits, classes, test_y, 1)
 
     scores = {}

@@ -54,6 +54,31 @@ def test_the_chosen_l2_is_the_best_on_the_held_out_part(digits):
     assert held_out(chosen) >= max(held_out(10.0**i) for i in range(-2, 5)) - 0.011  # tolerance: one of 100 images
 
 
+def two_classes(n: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """Sets of n and n + 1 images of two classes that are easily told apart: (train x, y, test x, y)."""
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.arange(2 * n + 1) % 2
+    x = torch.randn(len(y), 32, generator=rng) + 3 * y[:, None]
+    return x, y, torch.randn(200, 32, generator=rng) + 3 * (torch.arange(200) % 2)[:, None], torch.arange(200) % 2
+
+
+@pytest.mark.parametrize("n", [7, 12, 22, 47, 102])
+def test_classes_of_nearly_equal_size_are_told_apart(n):
+    """All L2 are equally accurate on the held-out part, even those with which the bias alone would decide later."""
+    for seed in range(4):
+        found = probes.linear(*two_classes(n, seed))
+        assert found["acc1"] == 100 and found["l2"] <= probes.DECAYS[0]
+
+
+def test_a_rare_class_leaves_the_choice_of_l2_to_the_others(digits):
+    x, y = digits[0], digits[1]
+    rare = torch.cat([(y != 3).nonzero()[:, 0], (y == 3).nonzero()[:, 0][:4]])
+    x, y = linear_models.standardized(x, x)[0][rare], y[rare]
+    assert probes.choose_decay(x, y, seed=0) < probes.DECAY_OF_FEW / 5
+    few = torch.cat([(y == k).nonzero()[:, 0][:4] for k in range(10)])
+    assert probes.choose_decay(x[few], y[few], seed=0) == probes.DECAY_OF_FEW
+
+
 def test_hyperparameters_do_not_depend_on_test_labels(digits):
     train_x, train_y, test_x, test_y = digits
     right, wrong = (probes.linear(train_x, train_y, test_x, y, seed=0) for y in (test_y, (test_y + 1) % 10))

@@ -148,6 +148,22 @@ def test_too_few_images_for_folds_have_a_fixed_cost():
     assert linear_models.svm(x, y, x, y)["acc1"] == pytest.approx(float(expected))
 
 
+def test_a_class_that_is_not_in_every_fold_leaves_the_choice_of_costs_to_the_others(blobs, presences, monkeypatch):
+    used, made = [], linear_models.fit
+    monkeypatch.setattr(linear_models, "fit", lambda x, signs, costs: used.append(costs) or made(x, signs, costs))
+    x, y, test_x, test_y = blobs
+    rare = torch.cat([(y != 1).nonzero()[:, 0], (y == 1).nonzero()[:, 0][:2]])
+    linear_models.svm(x, y, test_x, test_y)
+    linear_models.svm(x[rare], y[rare], test_x, test_y)
+    assert used[0].unique().numel() == used[1].unique().numel() == 1 and used[1][0] != linear_models.COST_OF_FEW
+    x, y, test_x, test_y = presences
+    linear_models.svm(x, y, test_x, test_y)
+    y = y.clone()
+    y[(y[:, 1] > 0).nonzero()[:, 0][2:], 1] = -1
+    linear_models.svm(x, y, test_x, test_y)
+    assert used[3][1] == linear_models.COST_OF_FEW and torch.equal(used[3][[0, 2]], used[2][[0, 2]])
+
+
 def test_low_shot_samples_keep_k_images_with_a_class_and_19_k_without_it():
     labels = torch.where(torch.rand(2000, 20) < 0.1, 1, -1)
     labels[:50] = 0
