@@ -19,6 +19,7 @@ TIFF_SUFFIXES = (".tif", ".tiff")
 # first bytes of a file
 MAGIC = {b"\x93NUMPY": ARRAY_SUFFIX, **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), ".tiff")}
 BITS_PER_SAMPLE, SAMPLE_FORMAT = 258, 339  # TIFF tags
+MEANINGS_OF_TIFF = {0: "white where they are 0", 3: "indices of a palette"}  # which Pillow knows and tifffile does not
 PIL_MODES = {2: "LA", 4: "RGBA"}  # number of channels -> mode, for formats other than .npy and TIFF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -105,11 +106,12 @@ def read_array(
         path: the image's name, whose extension chooses the reader.
         file: its path or content.
         pixel_range: the values that become 0 and 255. Values in between are scaled linearly and rounded, values
-            outside are clipped. In formats other than .npy and TIFF, it applies to 16-bit images only.
+            outside are clipped. In formats other than .npy and TIFF, it applies to 16-bit images only, which must be
+            gray.
         exif_orientation: turn images upright that Pillow reads: those of formats other than .npy and TIFF.
 
     Raises:
-        ValueError: the array has another shape or type, or holds floats outside 0 to 1.
+        ValueError: the array has another shape or type, or holds floats outside 0 to 1, or `pixel_range` does not fit.
     """
     suffix = suffix_of(path, file)
     if suffix == ARRAY_SUFFIX:
@@ -123,6 +125,7 @@ def read_array(
                 "only. Convert the images."
             )
         with opened_image(file) as image:
+            check_range(image, pixel_range)
             image.load()
             pixels = of_16_bits(image, pixel_range).convert(PIL_MODES[channels])
             return np.asarray(transposed(pixels, to_upright(image, exif_orientation)))
@@ -146,7 +149,14 @@ def read_tiff(file: str | BinaryIO, channels: int) -> np.ndarray:
         raise ValueError("TIFF files with many bands are read with tifffile. Run pip install tifffile.") from error
     with tifffile.TiffFile(file) as tiff:
         check_size(math.prod(tiff.series[0].shape) // channels)
-        return tiff.asarray()
+        page = tiff.pages.first
+        if meaning := MEANINGS_OF_TIFF.get(int(page.photometric)):
+            raise ValueError(f"its pixels are {meaning}. Convert it to gray or RGB.")
+        pixels = tiff.asarray()
+        has_alpha = page.samplesperpixel in (2, 4) and any(kind != 0 for kind in page.extrasamples)
+        if has_alpha and pixels.shape[-1] == page.samplesperpixel != channels:
+            return pixels[..., :-1]
+        return pixels
 
 
 def of_16_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Image:
@@ -159,9 +169,13 @@ def of_16_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Ima
     return Image.fromarray(in_8_bits(pixels.astype(np.uint16), pixel_range))
 
 
-def check_that_range_is_known(image: Image.Image) -> None:
-    """Raise ValueError if an opened image has floats, or is a TIFF of signed integers or of more than 16 bits, which
-    Pillow would read as nearly black."""
+def check_range(image: Image.Image, pixel_range: list[float] | None) -> None:
+    """Raise ValueError if Pillow would not keep the values of an opened image: floats, signed integers or more than 16
+    bits in a TIFF, and values that `pixel_range` is about but Pillow has scaled."""
+    coding = [str(part) for tile in image.tile for part in np.ravel(tile.args or "")]
+    is_scaled = image.format == "PPM" and image.mode == "I" and coding != ["I;16B"]
+    if pixel_range is not None and (is_scaled or any(";16" in part and not part.startswith("I") for part in coding)):
+        raise ValueError("pixel_range cannot be applied: Pillow scales these 16 bits. Convert it to .npy or TIFF.")
     if image.mode == "F":
         raise ValueError(f"the range of floating-point pixels is unknown. {WAY_OUT}")
     if image.format == "TIFF":

@@ -19,7 +19,7 @@ from torch.utils.data import default_collate
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data.array_files import (
-    check_that_range_is_known,
+    check_range,
     is_array,
     of_16_bits,
     opened_image,
@@ -241,7 +241,7 @@ def read_image(
                 f"its {image.n_frames} pages of one size are channels. Set in_channels to their number, and "
                 "pixel_range to the values of black and white ([0, 255] for 8 bits)."
             )
-        check_that_range_is_known(image)
+        check_range(image, pixel_range)
         image.load()
         operation = to_upright(image, exif_orientation)
         if image.mode == "P" and "transparency" in image.info:

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import struct
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -506,6 +508,60 @@ def test_gray_of_16_bits_is_scaled_and_has_a_range(tmp_path, channels):
         if channels in (2, 4):
             expected[-1] = 255
         assert (found.short() - expected).abs().max() <= (1 if fields else 0)
+
+
+def png_of_16_bits(pixels: np.ndarray) -> bytes:
+    """Return a PNG of pixels [H, W, C], which Pillow cannot write with more than one channel."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+def test_a_range_of_values_that_pillow_has_scaled_is_refused(tmp_path):
+    """It would be applied to other values, or not at all: 12 bits in 16 would be nearly black."""
+    deep = np.linspace(0, 4095, 32 * 32 * 4).reshape(32, 32, 4).astype(np.uint16)
+    for stored in (2, 3, 4):
+        for channels in (1, 3, 4):
+            folder = tmp_path / f"{stored}_{channels}"
+            save = lambda path, n=stored: Path(f"{path}.png").write_bytes(png_of_16_bits(deep[..., :n]))  # noqa: E731
+            with pytest.raises(ValueError, match="pixel_range cannot be applied: Pillow scales"):
+                one_image(folder, save, in_channels=channels, pixel_range=[0, 4095])
+    for maximum in (4095, 65535):
+        content = f"P5 32 32 {maximum}\n".encode() + deep[..., 0].astype(">u2").tobytes()
+        folder = tmp_path / str(maximum)
+        save = lambda path, content=content: Path(f"{path}.pgm").write_bytes(content)  # noqa: E731
+        if maximum == 4095:
+            with pytest.raises(ValueError, match="pixel_range cannot be applied: Pillow scales"):
+                one_image(folder, save, in_channels=1, pixel_range=[0, 4095])
+        else:
+            found = one_image(folder, save, in_channels=1, pixel_range=[0, 4095])
+            assert torch.equal(found[0], torch.from_numpy(np.rint(deep[2:30, 2:30, 0] / 4095 * 255).astype(np.uint8)))
+
+
+def test_tiffs_with_a_range_have_the_meaning_of_their_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+
+    def read(name: str, stored: np.ndarray, channels: int, **options) -> torch.Tensor:
+        folder = tmp_path / f"{name}{channels}"
+        save = lambda path: tifffile.imwrite(f"{path}.tif", stored, **options)  # noqa: E731
+        return one_image(folder, save, in_channels=channels, pixel_range=[0, 255])
+
+    kept = torch.from_numpy(pixels[2:30, 2:30]).permute(2, 0, 1)
+    assert torch.equal(read("rgba", pixels, 3, photometric="rgb", extrasamples=["unassalpha"]), kept[:3])
+    assert torch.equal(read("rgba", pixels, 4, photometric="rgb", extrasamples=["unassalpha"]), kept)
+    gray = {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": ["unassalpha"]}
+    assert torch.equal(read("la", pixels[..., :2], 3, **gray), kept[:1].expand(3, -1, -1))
+    with pytest.raises(ValueError, match="its pixels are white where they are 0"):
+        read("negative", pixels[..., 0], 1, photometric="miniswhite")
+    colors = np.arange(768, dtype=np.uint16).reshape(3, 256)
+    with pytest.raises(ValueError, match="its pixels are indices of a palette"):
+        read("palette", pixels[..., 0], 3, photometric="palette", colormap=colors)
 
 
 def test_a_tiff_with_a_preview_of_itself_is_read_and_floats_are_told_the_way_out(tmp_path):
