@@ -192,6 +192,11 @@ def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[
     assumed = [] if are_given else [f"size and normalization constants of {settings['dataset_name']}"]
     if settings.get("stem_variant", "standard") != "standard" and "stem_variant" not in overrides:
         assumed.append(f"stem_variant={settings['stem_variant']!r} of {found.layout}")
+        if all(key.startswith("classifier.") for key in found.left_out):  # as in many a file of other systems
+            rank_zero_warn(
+                f"{found.source} is read as solo-learn's, whose first convolution pads 2 pixels. If it is of another "
+                "system, pass stem_variant='standard'."
+            )
     if arch is None and settings["encoder_arch"].startswith("ws_"):
         assumed.append("weight standardization")  # group norm without it has the same names
     if arch is None and settings["encoder_arch"].startswith("timm:"):

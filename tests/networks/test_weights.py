@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import urllib.error
+import warnings
 from contextlib import nullcontext
 from functools import cache, partial
 
@@ -325,6 +326,18 @@ def test_a_file_of_every_system_gives_that_systems_network(system, tmp_path, scr
     assert (f"stem_variant={stem!r} of {layout}" in str(report)) == (system == "solo-learn on CIFAR")
     assert encoder.params.crop_size == (size if size != 64 or system == "exported" else 224)
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_a_stem_that_is_only_guessed_gives_a_warning(tmp_path):
+    """A linear classifier of solo-learn and an own module may have the same keys."""
+    content = solo_learn()[0]["state_dict"]
+    content = {key: tensor for key, tensor in content.items() if key.startswith(("backbone.", "classifier."))}
+    torch.save({"state_dict": content}, tmp_path / "weights.pth")
+    with pytest.warns(UserWarning, match="read as solo-learn's, whose first convolution pads 2 pixels"):
+        load_encoder(tmp_path / "weights.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_encoder(tmp_path / "weights.pth", stem_variant="standard").params.stem_variant == "standard"
 
 
 # ---- what is read back of our own ----
