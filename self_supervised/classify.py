@@ -34,6 +34,7 @@ from self_supervised.embeddings.sources import (
 )
 from self_supervised.evaluation.classifier import Fit, ImageClassifier, classifier_of, fit_few
 from self_supervised.fields import as_path
+from self_supervised.networks.layouts import checkpoint_of
 from self_supervised.networks.pretrained import Encoder, encoder_of
 from self_supervised.numerics import finite
 from self_supervised.program import one_line_errors
@@ -73,8 +74,9 @@ def classify(
     """
     out = Path(out).expanduser()
     saved = Path(classifier).expanduser() if classifier else out.with_name(f"{out.stem}.classifier.pt")
-    check_file("out", out)
-    check_file("classifier", saved)
+    read_files = [] if isinstance(checkpoint, Encoder) else [checkpoint_of(checkpoint)]
+    check_file("out", out, read_files)
+    check_file("classifier", saved, read_files)
     if classifier and labeled is None:
         raise ValueError(
             f"classifier={str(classifier)!r} is written only if a classifier is trained. Pass labeled, too."

@@ -15,8 +15,10 @@ The environment variable DATA_PATH is the directory of the data sets. --list and
 import argparse
 import copy
 import hashlib
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from typing import Any
 import attrs
 from torch import nn
 
+from linear_classifier import LinearClassifierMethodParams
 from model_params import DATASET_DEFAULTS, SUBSET, TRAINING_ONLY, EncoderAndDataParams
 from self_supervised.data import loading
 from self_supervised.distributed import usable_device
@@ -53,9 +56,9 @@ READING_OPTIONS = (
 
 def evaluate_checkpoint(
     checkpoint: str | Path,
-    protocols: Sequence[str] | None = None,
+    protocols: str | Sequence[str] | None = None,
     dataset: str | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: int | Sequence[int] = (0,),
     *,
     out: str | Path | None = None,
     encoder: nn.Module | None = None,
@@ -91,6 +94,7 @@ def evaluate_checkpoint(
             `out` is the directory of a run; none of the protocols uses max_epochs.
     """
     seeds, training = checked_seeds(seeds), plain(training or {})
+    protocols = [protocols] if isinstance(protocols, str) else protocols
     check_request(protocols or (), training, out)
     dataset = reading.pop("dataset_name", dataset)  # the name of the setting
     checkpoint = checkpoint_of(checkpoint)
@@ -132,13 +136,18 @@ def evaluate_checkpoint(
 
 
 def check_request(protocols: Sequence[str], training: dict[str, Any], out: str | Path | None) -> None:
-    """Raise ValueError if a protocol is unknown, max_epochs has no effect, or `out` is the directory of a run."""
+    """Raise ValueError if a protocol is unknown, a setting of training has no effect, or `out` is the directory of a
+    run."""
     check_names(protocols)
-    if "max_epochs" in training and not any(PROTOCOLS[name].preset for name in protocols):
+    known = attrs.fields_dict(LinearClassifierMethodParams)
+    if other := [name for name in training if name not in known]:
+        raise ValueError(f"training: {', '.join(other)} must be fields of LinearClassifierMethodParams.")
+    unused = [f"{name}={value!r}" for name, value in training.items() if name != "batch_size"]
+    if unused and not any(PROTOCOLS[name].preset for name in protocols):
         names = ", ".join(name for name, row in PROTOCOLS.items() if row.preset)
         raise ValueError(
-            f"max_epochs={training['max_epochs']}: has no effect, because no chosen protocol trains. Leave it out, or "
-            f"choose one of the protocols {names}."
+            f"{', '.join(unused)}: has no effect, because no chosen protocol trains. Leave it out, or choose one of "
+            f"the protocols {names}."
         )
     if out and "preset" in settings_of_run(as_path(out)):
         raise ValueError(
@@ -147,7 +156,10 @@ def check_request(protocols: Sequence[str], training: dict[str, Any], out: str |
         )
 
 
-def checked_seeds(seeds: Sequence[int]) -> list[int]:
+def checked_seeds(seeds: int | Sequence[int]) -> list[int]:
+    seeds = [seeds] if isinstance(seeds, int) else seeds
+    if not len(seeds):
+        raise ValueError("seeds=[]: at least one is needed.")
     if any(seed < 0 for seed in seeds):
         raise ValueError(f"seeds={plain(list(seeds))}: must be at least 0")
     return plain(list(seeds))
@@ -335,11 +347,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     refuse_checkpoints(args.checkpoints, args.out, args.lagging)
     if args.csv:
-        check_file("csv", args.csv)
-    for checkpoint in args.checkpoints:
-        if len(args.checkpoints) > 1:
-            print(f"{checkpoint}:", flush=True)
-        evaluate_with_options(checkpoint, args)
+        check_file("csv", args.csv, map(checkpoint_of, args.checkpoints))
+    with redirect_stdout(sys.stderr) if args.markdown else nullcontext():  # Markdown alone can be written to a file
+        for checkpoint in args.checkpoints:
+            if len(args.checkpoints) > 1:
+                print(f"{checkpoint}:", flush=True)
+            evaluate_with_options(checkpoint, args)
     if len(args.checkpoints) == 1 and not args.markdown:
         print((args.out or folder_of(args.checkpoints[0])).joinpath("results.md").read_text("utf-8"))
         if not args.csv:

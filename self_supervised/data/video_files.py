@@ -273,11 +273,12 @@ def list_file(folder: Path) -> Path:
 
 
 def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
-    """Return (path, label) of each line `path label` or `path,label` of a list; -1 if a line has no label.
+    """Return (path, label) of each video in the lines `path label` or `path,label` of a list; -1 if a line has no
+    label.
 
     For frame folders, a video's file extension in the list (`.mp4`) is removed.
     """
-    videos = []
+    videos: dict[str, int] = {}  # path -> label
     for number, line in enumerate(map(str.strip, list_text(path).splitlines()), 1):
         if not line:
             continue
@@ -290,10 +291,12 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
             )
         video = prefix / (found["quoted"] or plain)
         video = video.with_suffix("") if of_frames and is_video(video) else video
-        videos.append((str(video), int(found["label"] or -1)))
+        label = int(found["label"] or -1)
+        if (before := videos.setdefault(str(video), label)) != label:
+            raise ValueError(f"{video} has two labels in {path}: {before} and {label}. Keep one of its lines.")
     if not videos:
         raise ValueError(f"{path} lists no videos. Add a line `path label` for each.")
-    return videos
+    return list(videos.items())
 
 
 def numbered_videos(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:

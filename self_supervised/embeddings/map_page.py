@@ -127,7 +127,7 @@ def pictures(found: Map, source: ImageSource, budget: int) -> list[str | None]:
         for i in progress.track([*dict.fromkeys(order)], description="pictures"):
             try:
                 uri = thumbnail(source.picture(found.paths[i], side=THUMBNAIL_SIDE))
-            except (OSError, ValueError, LookupError):
+            except Exception:  # readers raise many kinds on corrupt files
                 continue
             left -= len(uri)
             if left < 0:

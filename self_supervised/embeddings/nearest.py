@@ -140,7 +140,10 @@ def embed_files(features: str | Path, files: list[str], checkpoint: str | None) 
     embedded = {}
     for file in files:
         path = Path(file).expanduser()
-        prepared = Batches(Folder(path.parent), encoder.params).prepared(path.name)
+        try:
+            prepared = Batches(Folder(path.parent), encoder.params).prepared(path.name)
+        except Exception as error:  # readers raise many kinds on corrupt files
+            raise ValueError(f"{file} could not be read as an image ({error}). Pass another image.") from error
         embedded[file] = encoder.embed(prepared[None])[0].numpy()
     return embedded
 
@@ -161,7 +164,7 @@ def shown(path: str, read: Callable[..., Image.Image], **more: int) -> Image.Ima
     """Return read(path), or an empty picture if it cannot be shown."""
     try:
         return read(path, **more)
-    except (OSError, ValueError, LookupError) as error:  # LookupError: shards or rows that are gone
+    except Exception as error:  # readers raise many kinds; LookupError: shards or rows that are gone
         print(f"{path}: its picture cannot be shown ({error})")
         return Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), BOX)
 
@@ -257,7 +260,7 @@ def nearest_sheet(
         folder: directory of the features' images, if it has moved.
     """
     features = as_path(features)
-    check_file("out", out)
+    check_file("out", out, [features, *images, *([checkpoint] if checkpoint else [])])
     about = parquet.facts_of_file(features)
     source = source_of_features(about, folder)
     queries = find_queries(features, images, source, checkpoint)

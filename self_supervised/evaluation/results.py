@@ -21,7 +21,8 @@ RunRecord = dict[str, Any]  # protocol, dataset, encoder, seed, key, scores, sec
 RUN_KEYS = ("protocol", "encoder", "dataset", "seed", "seen", "training")
 WAIT_FOR_RESULTS = 60  # seconds to wait for another process that writes
 ENCODERS = ("random", "starting", "trained", "lagging")  # columns of the table
-OF_ENCODER = ("transform_crop_size", "pooling_size")  # settings of the encoder that an evaluation may change
+# settings of the encoder that an evaluation may change
+OF_ENCODER = ("transform_crop_size", "pooling_size", "image_mean", "image_std")
 DRAWN = "_std"  # suffix of the name of a standard deviation over draws within one run
 
 
@@ -232,6 +233,8 @@ def clips_note(seen: dict[str, Any]) -> str:
         texts = {
             "transform_crop_size": "Images are embedded in the size {0} x {0}.",
             "pooling_size": "Embeddings have {0} x {0} cells of the last map.",
+            "image_mean": "Pixels are normalized with the means {0}.",
+            "image_std": "Pixels are normalized with the standard deviations {0}.",
         }
         return " ".join(texts[name].format(value) for name, value in encoder_settings_in(seen).items())
     clips = seen["evaluation_clips"]

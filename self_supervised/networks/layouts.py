@@ -14,6 +14,7 @@ from typing import Any
 from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
+from self_supervised.catalogue import DATASETS
 from self_supervised.fields import first_of
 from self_supervised.numerics import not_finite
 from self_supervised.safe_files import EXPORTED, safe_load
@@ -30,6 +31,7 @@ class Layout:
     stem_variant: str = "standard"  # of the system's ResNets for small images
 
 
+WEIGHTS_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 NAMES_SHOWN = 3  # of each kind, in a message
 HEADS_OF_LIGHTLY = ("projection_head.", "prediction_head.", "projection_mlp.", "online_classifier.")
 TWINS_OF_OPENSELFSUP = ("neck.", "encoder_k.0.", "encoder_k.module.0.", "online_net.", "target_net.")
@@ -115,6 +117,8 @@ def checkpoint_of(path_or_name: str | Path) -> str | Path:
             f"checkpoint={str(path_or_name)!r}: this run has no pretrained.ckpt yet. Complete its pretraining with "
             f"--resume auto{unfinished}."
         )
+    if os.path.isdir(folder) and (files := sorted(x.name for x in folder.iterdir() if x.suffix in WEIGHTS_SUFFIXES)):
+        raise FileNotFoundError(f"{path_or_name}: is a directory. Pass one of its files: {', '.join(files)}.")
     return path_or_name
 
 
@@ -153,7 +157,8 @@ def read_weights(path: str | Path, lagging: bool = False) -> WeightsFile:
     about = {} if holder is None else content  # entries next to the tensors
     names = {key: key.replace("_orig_mod.", "").removeprefix("module.") for key in tensors}
     settings = about.get(EXPORTED) or about.get("hyper_parameters")
-    settings = settings if isinstance(settings, Mapping) and "encoder_arch" in settings else {}
+    is_ours = isinstance(settings, Mapping) and "encoder_arch" in settings and settings.get("dataset_name") in DATASETS
+    settings = settings if is_ours else {}
     layout = recognized(tuple(names.values()), holder, settings, EXPORTED in about)
     if lagging:
         if not (settings and any(name.startswith("lagging_model.") for name in names.values())):

@@ -64,7 +64,8 @@ def parts_that_fit(header: list[str], texts: list[list[str]], width: int) -> Ite
 def markdown_text(tables: list[EvaluationTable]) -> str:
     parts = []
     for table in tables:
-        notes = "\n".join(f"- {note}" for note in [*table.notes, "Bold: best of its column."])
+        legend = ["Bold: best of its column."] if table.best else []
+        notes = "\n".join(f"- {note}" for note in [*table.notes, *legend])
         parts += [f"## {title_of(table)}", results.markdown_table(table.header, table.texts("**{}**")), notes]
     return "\n\n".join(parts)
 

@@ -182,9 +182,15 @@ def test_lists_that_are_not_understood_name_the_line(tmp_path, line):
 
 def test_lists_of_names_with_spaces_and_numbers(tmp_path):
     path = tmp_path / "train.csv"
-    path.write_text('Video 12,7\n"Video 12" 7\n"Video 12"\nmy.mp4 files/a b.mp4 7\na b.mp4')
+    path.write_text('Video 12,7\n"Video 12" 7\n"Video 13" 7\n"Video 14"\nmy.mp4 files/a b.mp4 7\na b.mp4')
     found = [(Path(video).name, label) for video, label in video_files.listed(path, tmp_path, False)]
-    assert found == [("Video 12", 7), ("Video 12", 7), ("Video 12", -1), ("a b.mp4", 7), ("a b.mp4", -1)]
+    assert found == [("Video 12", 7), ("Video 13", 7), ("Video 14", -1), ("a b.mp4", 7), ("a b.mp4", -1)]
+
+
+def test_a_video_with_two_labels_is_refused(tmp_path):
+    (tmp_path / "val.csv").write_text("zumba/v1.mp4,5\nzumba/v2.mp4 5\nzumba/v1.mp4 9\n")
+    with pytest.raises(ValueError, match="v1.mp4 has two labels in .*val.csv: 5 and 9. Keep one of its lines."):
+        video_files.listed(tmp_path / "val.csv", tmp_path, False)
 
 
 def test_empty_lists(tmp_path):

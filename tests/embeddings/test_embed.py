@@ -562,6 +562,28 @@ def test_videos_are_shown_also_if_their_directory_holds_features(tmp_path, monke
     assert all(data_of(Path("map.html"))["pictures"]) and "cannot be shown" not in capsys.readouterr().out
 
 
+def test_nearest_overwrites_no_file_that_it_reads(features, digits, tmp_path, monkeypatch):
+    query = shutil.copy(digits / "7/0007.png", tmp_path / "query.png")
+    for read in (features, query):
+        before = Path(read).read_bytes()
+        found = run_command(monkeypatch, nearest, features, query, "--out", read)
+        assert "this file is read, and would be overwritten" in found and Path(read).read_bytes() == before
+
+
+def test_a_corrupt_array_is_named_or_shown_as_an_empty_picture(photos, tmp_path, monkeypatch, capsys):
+    """NumPy raises a tokenizer's error for a corrupt header."""
+    np.save(photos / "array.npy", np.zeros((40, 40, 3), np.uint8))
+    file = embed.embed(tiny(), photos, tmp_path / "f.parquet", device="cpu")
+    corrupt = b"\x93NUMPY\x01\x00\x10\x00{'descr': '|u1', ("
+    (photos / "array.npy").write_bytes(corrupt)
+    (tmp_path / "query.npy").write_bytes(corrupt)
+    monkeypatch.setattr(nearest, "load_encoder", lambda *args, **more: tiny())
+    error = run_command(monkeypatch, nearest, file, tmp_path / "query.npy", "--out", tmp_path / "n.png")
+    assert "query.npy could not be read as an image" in error
+    assert run_command(monkeypatch, nearest, file, "array.npy", "--out", tmp_path / "n.png", "-k", 1) == ""
+    assert "array.npy: its picture cannot be shown" in capsys.readouterr().out
+
+
 def test_nearest_refuses_what_has_no_embedding(features, digits, small, tmp_path, monkeypatch):
     assert "neither a file nor the path of a row" in run_command(monkeypatch, nearest, features, "7/nothing.png")
     other, copy = saved(small(seed=1), tmp_path / "other.ckpt"), tmp_path / "copy.png"

@@ -100,6 +100,10 @@ def test_predictions_are_those_of_scikit_learn_on_the_embeddings(images, checkpo
     photos = tmp_path / "photos"
     shutil.copytree(images / "photos", photos)
     (photos / "2021" / "broken.png").write_bytes(b"no image")
+    for option in ("--out", "--classifier"):
+        with pytest.raises(SystemExit, match=f"{option[2:]}=.*: this file is read, and would be overwritten"):
+            others = {"--out": "p.csv", option: checkpoint}
+            run("classify", checkpoint, "--labeled", images / "labeled", "--apply", photos, *sum(others.items(), ()))
     run("classify", checkpoint, "--labeled", images / "labeled", "--apply", photos, "--out", "p.csv")
     printed = capsys.readouterr().out
     rows = rows_of("p.csv")

@@ -120,6 +120,35 @@ def test_facts_that_a_file_lacks_are_passed(checkpoint, tmp_path):
     assert plain["summary"]["digits"]["knn"] != expected["summary"]["digits"]["knn"]
 
 
+def test_scores_with_other_constants_are_not_in_one_table(checkpoint, tmp_path):
+    evaluate_checkpoint(checkpoint, "knn", baselines=False, out=tmp_path / "out")
+    given = {"image_mean": [0.9], "image_std": [0.1]}
+    found = evaluate_checkpoint(checkpoint, "retrieval", seeds=0, baselines=False, out=tmp_path / "out", **given)
+    assert set(found["summary"]["digits"]) == {"retrieval"}
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "Pixels are normalized with the means [0.9]." in table and "| knn" not in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"training": {"lr": 1.0}}, "lr=1.0: has no effect"),
+        ({"training": {"foo": 1}}, "training: foo must be fields of LinearClassifierMethodParams"),
+        ({"seeds": []}, "at least one is needed"),
+    ],
+)
+def test_what_an_evaluation_would_ignore_is_refused(checkpoint, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_checkpoint(checkpoint, ["knn"], **arguments)
+
+
+def test_a_checkpoint_is_not_overwritten_by_a_table(checkpoint):
+    before = Path(checkpoint).read_bytes()
+    with pytest.raises(SystemExit, match="this file is read, and would be overwritten"):
+        evaluate.main([str(checkpoint), "--protocols", "knn", "--csv", str(checkpoint)])
+    assert Path(checkpoint).read_bytes() == before
+
+
 def test_cells_of_the_last_map_are_read(digits_path, tmp_path):
     """Also of the random encoder. Runs with another pooling stay."""
     pretrain(tmp_path / "first.ckpt", steps=1, encoder_arch="small_cnn")

@@ -328,6 +328,20 @@ def test_a_file_of_every_system_gives_that_systems_network(system, tmp_path, scr
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
 
 
+def test_settings_of_another_program_are_not_taken_for_ours(tmp_path):
+    content = {"state_dict": under("model.", own()), "hyper_parameters": {"encoder_arch": "resnet18", "lr": 1}}
+    for more in ({}, {"dataset_name": "mine", "batch_size": "auto"}):
+        torch.save(content | {"hyper_parameters": content["hyper_parameters"] | more}, tmp_path / "weights.ckpt")
+        assert load_encoder(tmp_path / "weights.ckpt").report.layout == "encoder under model."
+
+
+def test_a_directory_of_files_names_them(tmp_path):
+    for name in ("a.ckpt", "b.pth"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="is a directory. Pass one of its files: a.ckpt, b.pth"):
+        load_encoder(tmp_path)
+
+
 def test_a_stem_that_is_only_guessed_gives_a_warning(tmp_path):
     """A linear classifier of solo-learn and an own module may have the same keys."""
     content = solo_learn()[0]["state_dict"]
