@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from attrs import field, frozen
 from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 
 from lars import split_by_patterns
@@ -207,7 +208,7 @@ class LinearClassifierMethod(BaseMethod):
         self.validation_scores: dict[int, list[tuple[Tensor, Tensor]]] = {}  # loader -> (scores, labels) of each batch
         self.augment = partial(augmentations.augment, views=[self.view], mean=p.mean, std=p.std)
 
-    @classmethod
+    @_restricted_classmethod
     def from_moco_checkpoint(
         cls, path: str | Path, encoder: nn.Module | None = None, preset: str = "linear_moco", **overrides: Any
     ) -> "LinearClassifierMethod":

@@ -27,14 +27,13 @@ from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, restore_queue
 from self_supervised.networks.teacher import Teacher
 from self_supervised.numerics import Scores, at_least_float32, in_parts, mean_of_each
-from self_supervised.training import advice, online_classifier, optimizers, parameter_groups, resuming
+from self_supervised.training import advice, fit_checks, online_classifier, optimizers, parameter_groups, resuming
 from self_supervised.training.base_method import BaseMethod
-from self_supervised.training.fit_checks import refuse_callbacks, refuse_constant_heads
 from self_supervised.training.hyperparameters import Given, resolve
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
 from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.plan import get_plan, resolved_warmup_epochs
-from self_supervised.training.precision import refuse_half_precision, refuse_half_weights
+from self_supervised.training.precision import refuse_half_precision
 from self_supervised.training.record import TrainingRecord
 from self_supervised.training.schedules import cosine, prototypes_are_frozen, scheduled
 from self_supervised.training.verdict import NEED_LABELS, Verdict, name_of_start
@@ -67,6 +66,7 @@ class SelfSupervisedMethod(BaseMethod):
     is_recorded = True  # False: the program that trains writes settings and scores itself
     new_keys: Sequence[Tensor] = ()  # of each key view [N, D], from training_step to on_after_backward
     micro_batches: MicroBatches | None = None  # from encode_each to backward
+    lost_loss = False  # True: the weights are those of a checkpoint that was trained with a `custom_loss`
 
     def __init__(
         self,
@@ -90,7 +90,8 @@ class SelfSupervisedMethod(BaseMethod):
             self.projection_model = MLP(width, output_dim=p.dim, **p.head("projection"))
             self.prediction_model = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
             self.prototypes = Prototypes(p) if p.loss_type in OF_PROTOTYPES else None
-            self.lagging_model = frozen_copy(self.model) if p.use_lagging_model else None
+            own = None if encoder is None else p.input_shape
+            self.lagging_model = frozen_copy(self.model, own) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.lagging_prototypes = frozen_copy(self.prototypes) if self.prototypes and p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.keeps_keys else None
@@ -243,11 +244,13 @@ class SelfSupervisedMethod(BaseMethod):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         m = self.momentum()
         super().optimizer_step(*args, **kwargs)
-        if self.lagging_model is not None:  # once per optimizer step, also with accumulated batches
-            ema_update(self.lagging_model, self.model, 1 - m)
-            ema_update(self.lagging_projection_model, self.projection_model, 1 - m)
-            if self.lagging_prototypes is not None:
-                ema_update(self.lagging_prototypes, self.prototypes, 1 - m)
+        for lagging, online in self.lagging_pairs():  # once per optimizer step, also with accumulated batches
+            ema_update(lagging, online, 1 - m)
+
+    def lagging_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return (lagging, online) of each network of the lagging model; [] if there is none."""
+        both = [(self.lagging_model, self.model), (self.lagging_projection_model, self.projection_model)]
+        return [pair for pair in (*both, (self.lagging_prototypes, self.prototypes)) if pair[0] is not None]
 
     def configure_optimizers(self) -> dict:
         self.plan = get_plan(self.params, self.trainer, resolved_warmup_epochs(self.params))
@@ -276,10 +279,8 @@ class SelfSupervisedMethod(BaseMethod):
         if self.params.micro_batch_size is not None:
             refuse_strategy(self.trainer)
             synchronize_buffers_alone(self.trainer.model)
-        loss = advice.CUSTOM if self.custom_loss else self.params.loss_type
-        is_ours = type(self).configure_optimizers is SelfSupervisedMethod.configure_optimizers
-        doubts = advice.doubts(self.params, self.plan, loss) if is_ours else []
-        for line in [*advice.frozen_since(self.trained, now), *doubts]:
+        has_own_rate = type(self).configure_optimizers is not SelfSupervisedMethod.configure_optimizers
+        for line in [*advice.frozen_since(self.trained, now), *fit_checks.doubts_at_start(self, has_own_rate)]:
             rank_zero_info(f"warning: {line}")
 
     def reads_labels(self, training: bool) -> bool:
@@ -290,11 +291,10 @@ class SelfSupervisedMethod(BaseMethod):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            refuse_constant_heads(self.params)
-            refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
+            fit_checks.refuse_constant_heads(self.params)
+            fit_checks.refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
             if self.lagging_model is not None:
-                refuse_half_weights(self)
-                refuse_half_precision(self.trainer.precision, self.params.m)
+                refuse_half_precision(self.trainer.precision, self.params.m, trained=self)
 
     def train_dataloader(self):
         self.trains_on_dataset_name = True
@@ -349,7 +349,7 @@ class SelfSupervisedMethod(BaseMethod):
         loaders = list_of_loaders(self.trainer.test_dataloaders if testing else self.trainer.val_dataloaders)
         are_ours = all(isinstance(loader, ResumableDataLoader) for loader in loaders)
         sets = gathered(self.validation_outputs, loaders)
-        has_train = are_ours if testing else self.params.probe_on_training_set
+        has_train = are_ours and (testing or self.params.probe_on_training_set)
         train = tuple(sets.pop()) if has_train and len(sets) > 1 else None
         found = [self.scores(x, y, train) for x, y in sets]
         return [{name + (f"_{i}" if i else ""): value for name, value in each.items()} for i, each in enumerate(found)]
@@ -382,7 +382,7 @@ class SelfSupervisedMethod(BaseMethod):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Add the origin of the starting weights and, if processes have their own queues, all queues."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["started_from"] = self.started_from
+        checkpoint |= {"started_from": self.started_from, "has_custom_loss": self.custom_loss is not None}
         if self.teacher is not None:
             checkpoint["teacher"] = self.teacher.hash
         if self.queue is not None and self.params.gather_keys_for_queue is False:
@@ -392,6 +392,7 @@ class SelfSupervisedMethod(BaseMethod):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the origin of the starting weights and the queue of this process, and check the teacher."""
         self.started_from = resuming.origin_of(checkpoint, given=self.started_from)
+        self.lost_loss = checkpoint.get("has_custom_loss", False)
         if self.teacher is not None:
             self.teacher.refuse_another(checkpoint.get("teacher"))
         restore_queue(checkpoint, same_number=self._trainer is not None and self.trainer.state.fn == "fit")

@@ -602,7 +602,8 @@ class ModelParams(EncoderAndDataParams):
     n_classes: int | None = positive(None)  # number of classes of the online classifier; None: the data set's
     # peak learning rate of the online classifier, which has no weight decay
     online_classifier_lr: float = positive(0.1, at_most=1000)
-    probe_on_training_set: bool = False  # fit probes on the labeled training set, not on half of the validation set
+    # fit probes on the labeled training set of dataset_name, not on half of the validation set; not with own loaders
+    probe_on_training_set: bool = False
 
     def __attrs_post_init__(self):
         super().__attrs_post_init__()

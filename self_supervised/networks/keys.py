@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from model_params import ModelParams
 from self_supervised import distributed
+from self_supervised.networks import layers
 
 # ---- Queue and lagging model ----
 
@@ -72,8 +74,32 @@ def queue_of_this_process(queues: Tensor, same_number: bool) -> Tensor:
     return queues[distributed.rank() % len(queues)]
 
 
-def frozen_copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(False)
+def frozen_copy(module: nn.Module, input_shape: tuple[int, ...] | None = None) -> nn.Module:
+    """Return a copy that is not trained.
+
+    Args:
+        input_shape: that of an image for a user's module; if passed, the copy is tried.
+
+    Raises:
+        ValueError: the copy computes with weights of the original, because `forward` or a hook refers to it.
+    """
+    copied = copy.deepcopy(module).requires_grad_(False)
+    if input_shape is not None:
+        with torch.no_grad(), isolate_rng(), layers.in_eval_mode(module), layers.in_eval_mode(copied):
+            images = torch.rand(2, *input_shape)
+            expected, found = module(images), copied(images)
+            kept = [weight.clone() for weight in module.parameters()]
+            for weight in module.parameters():
+                weight.add_(1)
+            follows = not torch.equal(copied(images), found)
+            for weight, before in zip(module.parameters(), kept, strict=True):
+                weight.copy_(before)
+        if found.shape != expected.shape or follows:
+            raise ValueError(
+                "encoder: a copy of it, the lagging model, computes with weights or features of the original, because "
+                "its forward or a hook refers to the original. Refer to self instead, and return the features."
+            )
+    return copied
 
 
 @torch.no_grad()

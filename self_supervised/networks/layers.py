@@ -2,11 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 Parameters = dict[str, nn.Parameter]  # name in the encoder -> parameter
 FEWEST_GROUPS = 4  # if the encoder can be divided into that many
+
+
+def refuse_no_module(encoder: Any) -> None:
+    """Raise ValueError for an `encoder` of the user that is not a module, such as a name or a class."""
+    if encoder is not None and not isinstance(encoder, nn.Module):
+        raise ValueError(
+            f"encoder={encoder!r} is not a module. Pass an object of nn.Module, or a name as encoder_arch."
+        )
 
 
 @contextmanager

@@ -131,6 +131,7 @@ def load_encoder(
         ValueError: the name is unknown, or the file does not hold exactly the parameters of the encoder; the message
             names them. Or it has no lagging encoder.
     """
+    layers.refuse_no_module(encoder)
     name = str(layouts.checkpoint_of(path_or_name))
     if encoder is None and is_published(name):
         if lagging:

@@ -1,5 +1,6 @@
 """BaseMethod: what Lightning calls on both methods except their own steps: loaders, batches, checkpoints, exports."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,6 +10,7 @@ import attrs
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
@@ -67,6 +69,7 @@ class BaseMethod(pl.LightningModule):
         if stage == "fit":
             distributed.refuse_sharding(type(self.trainer.strategy).__name__)
             hyperparameters.refuse_replaced(self.params, self.built)
+            fit_checks.refuse_manual_optimization(self)
             self.plan = self.loaded_names = None  # of an earlier training
         self.trains_on_dataset_name = stage != "fit"  # when fitting: as soon as train_dataloader() is called
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
@@ -100,12 +103,14 @@ class BaseMethod(pl.LightningModule):
 
     @property
     def lr(self) -> float:
-        """Learning rate of the settings. A value that is set is used as it is: `lr_scaling` becomes None."""
+        """Learning rate of the settings. A value that is set is used as it is: `lr_scaling` becomes None. The rates of
+        a schedule's ends that would be above it become lower in proportion."""
         return self.params.lr
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self.change(lr=float(value), lr_scaling=None)
+        scaled = hyperparameters.rates_below(self.params, float(value))
+        self.change(lr=float(value), lr_scaling=None, **scaled)
 
     @property
     def batch_size(self) -> int:
@@ -123,7 +128,7 @@ class BaseMethod(pl.LightningModule):
 
     def change(self, **fields: Any) -> None:
         """Change settings, and the hyperparameters that a checkpoint keeps."""
-        self.params = self.built = attrs.evolve(self.params, **fields)
+        self.params, self.built = (attrs.evolve(self.params, **fields) for _ in range(2))
         self.save_hyperparameters(fields)
 
     def _set_hparams(self, hp: Any) -> None:
@@ -153,7 +158,7 @@ class BaseMethod(pl.LightningModule):
         """
         found = attrs.asdict(self.params) | found | self.counted_classes() | {"encoder_weights": None}
         self.save_hyperparameters(found)
-        self.built = self.params
+        self.built = copy.deepcopy(self.params)  # lists in it can be changed
 
     @property
     def n_outputs(self) -> int | None:
@@ -353,7 +358,7 @@ class BaseMethod(pl.LightningModule):
         if self.seed_was_drawn and "seed" in checkpoint.get("hyper_parameters", {}):
             self.change(seed=checkpoint["hyper_parameters"]["seed"])
 
-    @classmethod
+    @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:
         """Load a method as Lightning does, but read the file as data only.
 

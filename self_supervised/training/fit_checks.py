@@ -4,6 +4,7 @@ from typing import Any
 
 import attrs
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
@@ -14,6 +15,13 @@ from pytorch_lightning.callbacks import (
 
 from model_params import ModelParams, normalized_layers
 from self_supervised.catalogue import GROUPS
+from self_supervised.training import advice
+
+LOST_LOSS = "these weights were trained with a loss of your own, and are trained with loss_type now. Pass loss, too"
+OTHER_LAGGING = (
+    "the lagging model starts from other weights than the model. If you have loaded weights into the model only, load "
+    "them before you build the method (encoder=...), or set encoder_weights"
+)
 
 
 def refuse_used_trainer(trainer: pl.Trainer) -> None:
@@ -23,6 +31,36 @@ def refuse_used_trainer(trainer: pl.Trainer) -> None:
             f"global_step={trainer.global_step}: this Trainer has trained already. Build a new Trainer for each "
             "training, and pass ckpt_path to fit to continue one."
         )
+
+
+def refuse_manual_optimization(method: pl.LightningModule) -> None:
+    """Raise ValueError for a subclass with manual optimization, in which Lightning does not call the hooks that move
+    the lagging model and the learning rate."""
+    if not method.automatic_optimization:
+        raise ValueError(
+            "automatic_optimization=False: the lagging model, the queue and the learning rate would not follow the "
+            "steps. Leave it out, and use one optimizer."
+        )
+
+
+def doubts_at_start(method: pl.LightningModule, has_own_rate: bool) -> list[str]:
+    """Return lines on what weights that were loaded do not bring along, their loss and an equal lagging model, and
+    those of `advice.doubts` unless the learning rate is the user's.
+
+    Raises:
+        ValueError: the lagging model has parameters of other shapes, because a network was replaced.
+    """
+    loss = advice.CUSTOM if method.custom_loss else method.params.loss_type
+    lines = [] if has_own_rate else advice.doubts(method.params, method.plan, loss)
+    lines += [LOST_LOSS] if method.lost_loss and method.custom_loss is None else []
+    weights = [tuple(list(network.parameters()) for network in pair) for pair in method.lagging_pairs()]
+    if any([w.shape for w in lagging] != [w.shape for w in online] for lagging, online in weights):
+        raise ValueError(
+            "a network was replaced after the method was built, but not its lagging copy. Build the method with the "
+            "network: encoder=..., and the fields of the heads."
+        )
+    same = all(torch.equal(*each) for lagging, online in weights for each in zip(lagging, online, strict=True))
+    return lines if same or method.was_trained or method.global_step > 0 else [*lines, OTHER_LAGGING]
 
 
 def refuse_constant_heads(params: ModelParams) -> None:

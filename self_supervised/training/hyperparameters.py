@@ -16,6 +16,7 @@ from self_supervised.catalogue import DATASETS, OWN_MODULE
 from self_supervised.data.foreign_paths import vetted
 from self_supervised.data.loading import Params, with_statistics
 from self_supervised.fields import Presets, plain
+from self_supervised.networks import layers
 
 PLAIN_TYPES = (bool, int, float, str, type(None))
 Given = Params | Callable[..., Params] | dict[str, Any] | str | None  # what `Presets.settings_of` takes
@@ -43,6 +44,7 @@ def resolve(
         if params is not None:
             raise ValueError("hparams and params are two names of one argument. Pass one of them.")
         params = dict(vars(hparams)) if isinstance(hparams, Namespace) else hparams
+    layers.refuse_no_module(encoder)
     if encoder is not None:
         fields = {**fields, "encoder_arch": OWN_MODULE}
     params = attrs.evolve(presets.settings_of(params), **fields)
@@ -95,6 +97,12 @@ def without_objects(entries: Mapping[str, Any]) -> dict[str, Any]:
         return all(map(is_data, value)) if isinstance(value, list) else type(value) in PLAIN_TYPES
 
     return {name: value for name, value in plain(dict(entries)).items() if is_data(value)}
+
+
+def rates_below(params: Any, lr: float) -> dict[str, float]:
+    """Return the rates of the schedule's ends, in proportion to another lr, if that is below them."""
+    ends = {name: getattr(params, name, 0) for name in ("final_lr_schedule_value", "warmup_start_lr")}
+    return {name: end * lr / params.lr for name, end in ends.items() if end > lr}
 
 
 def refuse_replaced(params: Any, built: Any) -> None:

@@ -7,6 +7,7 @@ from itertools import chain, islice
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,9 +53,10 @@ class MicroBatches:
         self.buffers = buffers_of(self.networks)
         parts = {view: in_parts(batch, size) for view, batch in batches.items()}
         self.parts = [(view, number, part) for view in parts for number, part in enumerate(parts[view])]
-        with torch.no_grad():
-            encoded = [self.encoded(*part) for part in self.parts[:-1]]
-        self.kept = self.encoded(*self.parts[-1])
+        with isolate_rng():  # an own loader draws from the same state
+            with torch.no_grad():
+                encoded = [self.encoded(*part) for part in self.parts[:-1]]
+            self.kept = self.encoded(*self.parts[-1])
         by_part = iter([*encoded, tuple(output.detach() for output in self.kept)])
         self.outputs = {view: leaves_of(islice(by_part, len(parts[view]))) for view in parts}
 
@@ -69,7 +71,7 @@ class MicroBatches:
         *gradients, of_kept = chain.from_iterable(map(self.gradients, self.outputs.values()))
         pass_on(self.kept, of_kept)
         del self.kept
-        with Rewound(self.networks, self.buffers):
+        with isolate_rng(), Rewound(self.networks, self.buffers):
             for part, of_part in zip(self.parts[:-1], gradients, strict=True):
                 is_only_a_key = all(gradient is None for gradient in of_part)
                 # A key is encoded again, too: it updates running statistics, which batch renorm reads in later parts.

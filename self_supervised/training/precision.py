@@ -151,16 +151,14 @@ def has_blind_tap(size: int, kernel: int, stride: int, padding: int, dilation: i
     return any(all(not 0 <= start + tap * dilation < size for start in starts) for tap in range(kernel))
 
 
-def refuse_half_weights(trained: nn.Module) -> None:
-    """Raise ValueError if a module whose weights a lagging copy follows is in half precision."""
-    if any(w.requires_grad and w.dtype in (torch.bfloat16, torch.float16) for w in trained.parameters()):
+def refuse_half_precision(precision: str, m: float, trained: nn.Module | None = None) -> None:
+    """Raise ValueError if the lagging model, which keeps m of itself at each step, would be in half precision, or if
+    the module that it follows is."""
+    weights = () if trained is None else trained.parameters()
+    if any(w.requires_grad and w.dtype in (torch.bfloat16, torch.float16) for w in weights):
         raise ValueError(
             "the weights are in half precision, left by another Trainer. Call float() of the method first."
         )
-
-
-def refuse_half_precision(precision: str, m: float) -> None:
-    """Raise ValueError if the lagging model, which keeps m of itself at each step, would be in half precision."""
     if precision in ("bf16-true", "16-true"):
         raise ValueError(
             f"precision={precision!r} is too low for the lagging model: half precision rounds its updates, of which "

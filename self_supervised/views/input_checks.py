@@ -92,6 +92,11 @@ def check_batch_images(images: Tensor | list[Tensor], params: EncoderAndDataPara
             check_pixels(part, params.channels)
         else:
             check_axes(part, params.channels, params.dataset.of_videos)
+    if len(parts) > (used := getattr(params, "n_views", len(parts))):
+        rank_zero_info(
+            f"warning: the loader yields {len(parts)} views of each image, of which {used} are used: set n_large_views "
+            "and n_small_views"
+        )
     if parts[0].is_floating_point():
         check_floats(parts[0], params)
 
