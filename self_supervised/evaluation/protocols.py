@@ -141,13 +141,14 @@ PROTOCOLS = {
     ),
     "linear_stages": Protocol(
         partial(score_stages, score=lambda sets, seed: probes.linear(*sets, seed=seed)),
-        "as linear, on the outputs of layer1 to layer4, averaged over the image",
+        "as linear, for each of the outputs of layer1 to layer4, averaged over the image",
         "after https://arxiv.org/abs/1905.01235, section 6.1",
         needs_stages=True,
     ),
     "few_labels": Protocol(
         seeded_probe(probes.few_labels),
-        "as linear, on 1, 2, 5, 10, ... and all labels of each class; 3 draws, mean and sample standard deviation",
+        "as linear within each draw of 1, 2, 5, 10, ... and all labels of each class; 3 draws, mean and sample "
+        "standard deviation",
         "after https://arxiv.org/abs/2204.07141",
     ),
     "svm": Protocol(
@@ -161,7 +162,7 @@ PROTOCOLS = {
     ),
     "svm_stages": Protocol(
         partial(score_stages, score=lambda sets, _: linear_models.svm(*sets)),
-        "as svm, on the outputs of layer1 to layer4, averaged over the image",
+        "as svm, for each of the outputs of layer1 to layer4, averaged over the image",
         "after https://arxiv.org/abs/1905.01235, section 6.1",
         seeded=False,
         slow=True,
@@ -184,7 +185,7 @@ PROTOCOLS = {
     ),
     "linear_patches": Protocol(
         lambda data, seed: probes.linear(*data.patches, seed=seed),
-        f"as linear, {OF_PATCHES}",
+        f"as linear, but {OF_PATCHES}",
         "https://arxiv.org/abs/2304.03977, section 4.1",
         slow=True,
     ),
