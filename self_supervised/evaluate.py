@@ -91,7 +91,7 @@ def evaluate_checkpoint(
 
     Raises:
         ValueError: a protocol is unknown, or needs labels that the data set does not have; there is no lagging encoder;
-            `out` is the directory of a run; none of the protocols uses max_epochs.
+            `out` is the directory of a run; a setting of `training` has no effect.
     """
     seeds, training = checked_seeds(seeds), plain(training or {})
     protocols = [protocols] if isinstance(protocols, str) else protocols

@@ -172,9 +172,7 @@ def of_16_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Ima
 def check_range(image: Image.Image, pixel_range: list[float] | None) -> None:
     """Raise ValueError if Pillow would not keep the values of an opened image: floats, signed integers or more than 16
     bits in a TIFF, and values that `pixel_range` is about but Pillow has scaled."""
-    coding = [str(part) for tile in image.tile for part in np.ravel(tile.args or "")]
-    is_scaled = image.format == "PPM" and image.mode == "I" and coding != ["I;16B"]
-    if pixel_range is not None and (is_scaled or any(";16" in part and not part.startswith("I") for part in coding)):
+    if pixel_range is not None and scales_16_bits(image):
         raise ValueError("pixel_range cannot be applied: Pillow scales these 16 bits. Convert it to .npy or TIFF.")
     if image.mode == "F":
         raise ValueError(f"the range of floating-point pixels is unknown. {WAY_OUT}")
@@ -183,6 +181,15 @@ def check_range(image: Image.Image, pixel_range: list[float] | None) -> None:
         if (formats != 1).any() or bits.max() > 16:
             kind = f"{'u' if (formats == 1).all() else ''}int{bits.max()}"
             raise ValueError(f"the range of values of type {kind} is unknown. {WAY_OUT}")
+
+
+def scales_16_bits(image: Image.Image) -> bool:
+    """Return whether Pillow will scale the values of an opened image of 16 bits: those of PNGs with colors or alpha to
+    8 bits, and those of PGMs to 16 whole bits."""
+    modes = [str(part) for tile in image.tile for part in np.ravel(tile.args or "")]
+    if image.format == "PPM" and image.mode == "I":
+        return modes != ["I;16B"]
+    return any(";16" in mode and not mode.startswith("I") for mode in modes)
 
 
 def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:
