@@ -226,7 +226,7 @@ class LinearClassifierMethod(BaseMethod):
         """
         if isinstance(encoder, str):
             raise ValueError(f"encoder={encoder!r} is not a module. Is it a preset? Pass preset={encoder!r}.")
-        with layers.modes_kept(encoder) if encoder is not None else nullcontext():  # load_encoder freezes it
+        with layers.modes_kept(encoder) if isinstance(encoder, nn.Module) else nullcontext():  # load_encoder freezes it
             source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
         settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}
         method = cls(preset, encoder=encoder, **{**settings, **overrides})

@@ -4,7 +4,7 @@ import attrs
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
 from moco import SelfSupervisedMethod
@@ -89,6 +89,14 @@ def test_an_encoder_whose_copy_computes_with_the_original_is_refused(build, smal
     SelfSupervisedMethod(small("simclr"), encoder=build())  # without a lagging model, there is no copy
 
 
+def test_an_encoder_that_draws_in_eval_mode_can_be_copied(small):
+    class Drawing(Net):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x), 0.5)
+
+    SelfSupervisedMethod(small("byol"), encoder=Drawing())
+
+
 def test_trying_the_copy_changes_neither_the_encoder_nor_the_random_state(small):
     encoder, state = Net(), torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
@@ -105,8 +113,9 @@ def test_an_encoder_that_is_no_module_is_named(encoder, small, tmp_path):
     for build in (lambda **own: SelfSupervisedMethod(small(), **own), LinearClassifierMethod):
         with pytest.raises(ValueError, match="is not a module. Pass an object of nn.Module"):
             build(encoder=encoder)
-    with pytest.raises(ValueError, match="is not a module"):
-        load_encoder(tmp_path / "weights.pth", encoder=encoder)
+    for load in (load_encoder, LinearClassifierMethod.from_moco_checkpoint):
+        with pytest.raises(ValueError, match="is not a module"):
+            load(tmp_path / "weights.pth", encoder=encoder)
 
 
 def test_a_head_that_is_replaced_without_its_lagging_copy_is_refused(small, trainer):
@@ -180,6 +189,19 @@ def test_parts_of_a_batch_leave_the_order_of_an_own_loader(small, trainer):
 def test_views_that_are_not_used_are_named(small, trainer, caplog):
     trainer(limit_val_batches=0).fit(SelfSupervisedMethod(small("simclr"), encoder=Net()), images(4))
     assert "the loader yields 4 views of each image, of which 2 are used" in caplog.text
+
+
+@pytest.mark.parametrize("batches", [1, 1.0])
+def test_a_validation_loader_without_a_length_has_a_verdict(batches, small, trainer, caplog):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            for i in range(32):
+                yield torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8), i % 2
+
+    fit = trainer(limit_val_batches=batches)
+    method = SelfSupervisedMethod(small("simclr", evaluations=["knn"]), encoder=Net())
+    fit.fit(method, images(), DataLoader(Stream(), batch_size=16))
+    assert "verdict: valid_knn20_acc " in caplog.text
 
 
 def test_the_last_of_own_validation_loaders_is_not_taken_for_the_training_set(small, trainer):

@@ -4,6 +4,8 @@ Accuracies are in percent. Hyperparameters are chosen on parts of the training s
 scoring.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -67,6 +69,7 @@ def choose_decay(x: Tensor, target: Tensor, seed: int) -> float:
     sets = (x[fit], x[score], target[fit])
     classes = torch.arange(int(target.max()) + 1, device=x.device)
 
+    @cache  # the best decade is also the middle of its quarters
     def quality(decay: float) -> tuple[float, float]:
         logits = linear_logits(*sets, decay, PRECISION)[1]
         return accuracy(logits, classes, target[score], 1), -float(F.cross_entropy(logits, target[score]))

@@ -84,22 +84,34 @@ def frozen_copy(module: nn.Module, input_shape: tuple[int, ...] | None = None) -
         ValueError: the copy computes with weights of the original, because `forward` or a hook refers to it.
     """
     copied = copy.deepcopy(module).requires_grad_(False)
-    if input_shape is not None:
-        with torch.no_grad(), isolate_rng(), layers.in_eval_mode(module), layers.in_eval_mode(copied):
-            images = torch.rand(2, *input_shape)
-            expected, found = module(images), copied(images)
-            kept = [weight.clone() for weight in module.parameters()]
-            for weight in module.parameters():
-                weight.add_(1)
-            follows = not torch.equal(copied(images), found)
-            for weight, before in zip(module.parameters(), kept, strict=True):
-                weight.copy_(before)
-        if found.shape != expected.shape or follows:
-            raise ValueError(
-                "encoder: a copy of it, the lagging model, computes with weights or features of the original, because "
-                "its forward or a hook refers to the original. Refer to self instead, and return the features."
-            )
+    if input_shape is not None and not is_independent(copied, module, input_shape):
+        raise ValueError(
+            "encoder: a copy of it, the lagging model, computes with weights or features of the original, because "
+            "its forward or a hook refers to the original. Refer to self instead, and return the features."
+        )
     return copied
+
+
+def is_independent(copied: nn.Module, module: nn.Module, input_shape: tuple[int, ...]) -> bool:
+    """Return whether a copy encodes images of the shape [C, H, W] without the weights of its original."""
+
+    def encoded(network: nn.Module) -> Tensor:
+        torch.manual_seed(0)  # forward may draw
+        return network(images)
+
+    weights = list(module.parameters())
+    with torch.no_grad(), isolate_rng(), layers.in_eval_mode(module), layers.in_eval_mode(copied):
+        images = torch.rand(2, *input_shape, device=weights[0].device if weights else None)
+        expected, found = encoded(module), encoded(copied)
+        kept = [weight.clone() for weight in weights]
+        try:
+            for weight in weights:
+                weight.add_(1)
+            again = encoded(copied)
+        finally:
+            for weight, before in zip(weights, kept, strict=True):
+                weight.copy_(before)
+    return found.shape == expected.shape and torch.allclose(again, found, equal_nan=True)
 
 
 @torch.no_grad()

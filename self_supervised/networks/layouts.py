@@ -157,8 +157,8 @@ def read_weights(path: str | Path, lagging: bool = False) -> WeightsFile:
     about = {} if holder is None else content  # entries next to the tensors
     names = {key: key.replace("_orig_mod.", "").removeprefix("module.") for key in tensors}
     settings = about.get(EXPORTED) or about.get("hyper_parameters")
-    is_ours = isinstance(settings, Mapping) and "encoder_arch" in settings and settings.get("dataset_name") in DATASETS
-    settings = settings if is_ours else {}
+    is_ours = isinstance(settings, Mapping) and "encoder_arch" in settings
+    settings = settings if is_ours and str(settings.get("dataset_name")) in DATASETS else {}
     layout = recognized(tuple(names.values()), holder, settings, EXPORTED in about)
     if lagging:
         if not (settings and any(name.startswith("lagging_model.") for name in names.values())):

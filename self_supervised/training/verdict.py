@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.data import sized_len
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
@@ -130,8 +131,8 @@ def can_compare(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
 
 def measurement(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
     """Return what scores have in common if they can be compared: settings, and the part of each validation loader."""
-    lengths = map(len, list_of_loaders(trainer.val_dataloaders))
-    parts = [n / length for n, length in zip(trainer.num_val_batches, lengths, strict=True) if length]
+    lengths = map(sized_len, list_of_loaders(trainer.val_dataloaders))  # None: of an IterableDataset
+    parts = [n / (length or 1) for n, length in zip(trainer.num_val_batches, lengths, strict=True)]
     return {"parts": parts, **{name: getattr(module.params, name) for name in MEANING}}
 
 

@@ -187,7 +187,10 @@ def test_lists_of_names_with_spaces_and_numbers(tmp_path):
     assert found == [("Video 12", 7), ("Video 13", 7), ("Video 14", -1), ("a b.mp4", 7), ("a b.mp4", -1)]
 
 
-def test_a_video_with_two_labels_is_refused(tmp_path):
+def test_a_video_is_listed_once_and_with_two_labels_it_is_refused(tmp_path):
+    (tmp_path / "val.csv").write_text("zumba/v1.mp4,5\nzumba/v2.mp4 5\nzumba/v1.mp4 5\n")
+    found = [Path(video).name for video, _ in video_files.listed(tmp_path / "val.csv", tmp_path, False)]
+    assert found == ["v1.mp4", "v2.mp4"]
     (tmp_path / "val.csv").write_text("zumba/v1.mp4,5\nzumba/v2.mp4 5\nzumba/v1.mp4 9\n")
     with pytest.raises(ValueError, match="v1.mp4 has two labels in .*val.csv: 5 and 9. Keep one of its lines."):
         video_files.listed(tmp_path / "val.csv", tmp_path, False)

@@ -434,6 +434,7 @@ def test_multiple_checkpoints_are_evaluated_in_turn_and_share_a_table(checkpoint
     value = results.rounded(scores(stored[0])["uniformity", "trained", 0]["uniformity"])
     shown = capsys.readouterr().out
     assert all(f"| {name}.ckpt | {value} |" in shown for name in ("first", "second"))
+    assert shown.startswith("## ")  # Markdown alone
     assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
 
 

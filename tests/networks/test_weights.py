@@ -330,7 +330,7 @@ def test_a_file_of_every_system_gives_that_systems_network(system, tmp_path, scr
 
 def test_settings_of_another_program_are_not_taken_for_ours(tmp_path):
     content = {"state_dict": under("model.", own()), "hyper_parameters": {"encoder_arch": "resnet18", "lr": 1}}
-    for more in ({}, {"dataset_name": "mine", "batch_size": "auto"}):
+    for more in ({}, {"dataset_name": "mine", "batch_size": "auto"}, {"dataset_name": ["stl10"]}):
         torch.save(content | {"hyper_parameters": content["hyper_parameters"] | more}, tmp_path / "weights.ckpt")
         assert load_encoder(tmp_path / "weights.ckpt").report.layout == "encoder under model."
 
