@@ -427,6 +427,7 @@ def test_multiple_checkpoints_are_evaluated_in_turn_and_share_a_table(checkpoint
     """Each has its own results, and those of an earlier evaluation are reused."""
     shutil.copy(checkpoint, tmp_path / "second.ckpt")
     before = evaluate_checkpoint(checkpoint, ["uniformity"], baselines=False)["runs"]
+    capsys.readouterr()  # what that showed is not of the command
     files = [str(checkpoint), str(tmp_path / "second.ckpt")]
     evaluate.main([*files, "--protocols", "uniformity", "--no_baselines", "--markdown", "--csv", "table.csv"])
     stored = [json.loads((tmp_path / f"{name}.evaluation/results.json").read_text()) for name in ("first", "second")]
