@@ -31,7 +31,7 @@ from self_supervised.networks import layers
 from self_supervised.networks.encoders import embeddings_of, get_encoder, prepare_training
 from self_supervised.networks.pretrained import SHARED, load_encoder
 from self_supervised.numerics import at_least_float32, rank_of
-from self_supervised.training import label_checks, optimizers
+from self_supervised.training import advice, label_checks, optimizers
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.fit_checks import refuse_callbacks
 from self_supervised.training.hyperparameters import Given, resolve
@@ -280,9 +280,9 @@ class LinearClassifierMethod(BaseMethod):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            p, default = self.params, attrs.fields(LinearClassifierMethodParams).held_out_fraction.default
-            if p.validate_on != "held_out" and p.held_out_fraction != default:
-                rank_zero_info(f"held_out_fraction={p.held_out_fraction}: no effect without validate_on='held_out'")
+            requires_gradient = any(weight.requires_grad for weight in self.model.parameters())
+            for line in advice.doubts_of_classifier(self.params, requires_gradient):
+                rank_zero_info(f"warning: {line}")
             refuse_callbacks(self.trainer.callbacks, {group["lr"] for group in self.parameter_groups()})
 
     def training_step(self, batch: tuple[list[Tensor], Tensor], batch_idx: int) -> Tensor:

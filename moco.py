@@ -20,7 +20,7 @@ from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.convolutions import weights_shared
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
-from self_supervised.data.loader import ResumableDataLoader, check_views, gathered, list_of_loaders, one_image_explained
+from self_supervised.data.loader import check_views, gathered, is_of_dataset_name, list_of_loaders, one_image_explained
 from self_supervised.evaluation import validation
 from self_supervised.networks import encoders, layers, output_sizes
 from self_supervised.networks.heads import MLP
@@ -347,7 +347,7 @@ class SelfSupervisedMethod(BaseMethod):
         """
         testing = self.trainer.testing
         loaders = list_of_loaders(self.trainer.test_dataloaders if testing else self.trainer.val_dataloaders)
-        are_ours = all(isinstance(loader, ResumableDataLoader) for loader in loaders)
+        are_ours = all(map(is_of_dataset_name, loaders))
         sets = gathered(self.validation_outputs, loaders)
         has_train = are_ours and (testing or self.params.probe_on_training_set)
         train = tuple(sets.pop()) if has_train and len(sets) > 1 else None

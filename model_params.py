@@ -235,7 +235,7 @@ class EncoderAndDataParams:
     winograd: bool | str = choice(False, (False, True, "auto"))  # fewer multiplications; auto: where measured faster
 
     # learning rate by batch size
-    lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))  # scaling of lr with the batch size; None: none
+    lr_scaling: str | None = choice(None, (None, "linear", "sqrt"))  # scaling of all lr with the batch size; None: none
     lr_batch_size: int = positive(256)  # images per optimizer step for which lr is meant, if lr_scaling is set
 
     # your images

@@ -46,7 +46,13 @@ from self_supervised.threads import use_free_cores
 from self_supervised.training import parameter_groups, run_folder
 from self_supervised.training.verdict import MEANING, verdict
 
-ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes")  # keys, results.json
+ENCODER_RESULTS = (
+    "epochs",
+    *run_folder.LATER_SCORES,
+    "verdict",
+    "linear minutes",
+    "linear epochs",
+)  # keys, results.json
 OUTDATED_FILES = ("linear", "linear.ckpt", "pretrained.evaluation")  # of the encoder before it is trained further
 OF_SCORES = ("evaluations", "limit_val_batches", *MEANING)  # what the scores before and after the training mean
 
@@ -170,6 +176,11 @@ def linear_stage(
     fit.fit(linear, ckpt_path=resumed)
     keep_minutes()
     results["linear classifier"] = validation_scores(fit, linear)
+    results["linear epochs"] = fit.current_epoch
+    if fit.current_epoch < options.linear_epochs:
+        run_folder.say(
+            f"The linear stage ended in epoch {fit.current_epoch} of {options.linear_epochs}: max_time is up."
+        )
     fit.save_checkpoint(out / "linear.ckpt", weights_only=False)
     write_on_rank_zero(out / "results.json", results)
 

@@ -27,7 +27,7 @@ LONG = int(os.environ.get("LONG", "1"))  # `make test-long`: that many times as 
 
 SMALL = {
     "dataset_name": "digits",
-    "encoder_arch": "shufflenet_v2_x0_5",
+    "encoder_arch": "small_cnn",
     "batch_size": 16,
     "global_batch_size": None,
     "K": 64,

@@ -278,6 +278,13 @@ def test_curves_of_several_runs_of_one_label_share_color_and_legend_entry(runs, 
     assert [text.get_text() for text in figures[0].legends[0].texts] == ["seeds", "b"]
 
 
+def test_the_title_of_a_panel_says_which_line_is_which_metric(runs, figures):
+    curves.draw_curves({"a": curves.read_curves(runs / "a")}, runs / "curves.png", ["step_train_loss,valid_class_acc"])
+    (axis,) = figures[0].axes
+    assert axis.get_title() == "step_train_loss —\nvalid_class_acc - -"
+    assert [line.get_linestyle() for line in axis.lines] == ["-", "--"]
+
+
 def test_curves_that_no_run_has_are_left_out_unless_they_were_asked_for(runs, figures):
     curves.draw_curves({"b": curves.read_curves(runs / "b")}, runs / "curves.png")
     assert [axis.get_title() for axis in figures[0].axes] == [curves.MEANINGS["step_train_loss"]]
@@ -290,11 +297,15 @@ def test_curves_that_no_run_has_are_left_out_unless_they_were_asked_for(runs, fi
         (["nowhere", "--out", "c.png"], "nowhere is not a run"),
         (["a", "--out", "c.png", "--panels", "valid_clas_acc"], "'valid_clas_acc' is not logged in any of the runs"),
         (["a", "--out", "c.svg"], "must end in .png"),
+        (["a", "--out", "c.png", "--panels", ",".join(["step_train_loss"] * 5)], "has more than 4 metrics"),
+        (["empty", "--out", "c.png"], "they have logged nothing yet"),
         (["a", "a", "--out", "c.png"], "have the same name"),
     ],
 )
 def test_curves_refuse_in_one_sentence(arguments, message, runs, monkeypatch):
     monkeypatch.chdir(runs)
+    Path("empty/pretraining").mkdir(parents=True)
+    Path("empty/pretraining/metrics.csv").touch()
     monkeypatch.setattr(sys, "argv", ["self_supervised.report.curves", *arguments])
     with pytest.raises(SystemExit, match=message):
         curves.main()

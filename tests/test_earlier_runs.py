@@ -160,7 +160,9 @@ def test_finished_run_is_not_trained_again(run, call):
     before, after = results_of(EARLIER / "run"), results_of(run)
     for results in (before, after):
         del results["pretraining minutes"], results["linear minutes"]
-    assert after.pop("verdict").startswith("valid_knn20_acc 42.8 (random encoder) -> ")
+    assert after.pop("linear epochs") == 1 and after.pop("verdict").startswith(
+        "valid_knn20_acc 42.8 (random encoder) -> "
+    )
     assert after.keys() == before.keys()
     for name, value in before.items():
         assert after[name] == (pytest.approx(value, abs=0.5) if isinstance(value, dict) else value)

@@ -34,8 +34,8 @@ def test_encoder_comes_from_the_checkpoint_and_overrides_win(checkpoint, capsys)
     linear = LinearClassifierMethod.from_moco_checkpoint(path, lr=0.5, batch_size=32, dataset_name="digits")
     for key, value in model.model.state_dict().items():
         assert torch.equal(linear.model.state_dict()[key], value)
-    assert (linear.params.lr, linear.params.batch_size, linear.params.encoder_arch) == (0.5, 32, "shufflenet_v2_x0_5")
-    assert linear.hparams.embedding_dim == 1024 and linear.classifier.out_features == 10
+    assert (linear.params.lr, linear.params.batch_size, linear.params.encoder_arch) == (0.5, 32, "small_cnn")
+    assert linear.hparams.embedding_dim == 256 and linear.classifier.out_features == 10
     assert LinearClassifierMethod.from_moco_checkpoint(path, n_classes=7).classifier.out_features == 7
     with pytest.raises(TypeError, match="learning_rate"):
         LinearClassifierMethod.from_moco_checkpoint(path, learning_rate=1)
@@ -66,14 +66,14 @@ def test_it_says_what_matched(checkpoint, caplog):
     with caplog.at_level("INFO"):
         LinearClassifierMethod.from_moco_checkpoint(checkpoint[1])
     n = len(checkpoint[0].model.state_dict())
-    assert f"all {n} tensors of shufflenet_v2_x0_5 loaded" in caplog.text
+    assert f"all {n} tensors of small_cnn loaded" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "other encoder"])
 def test_anything_less_than_the_whole_encoder_is_refused(checkpoint, tmp_path, change):
     content = torch.load(checkpoint[1], weights_only=True)
     if change == "missing":
-        del content["state_dict"]["model.conv1.0.weight"]
+        del content["state_dict"]["model.0.weight"]
     elif change == "extra":
         content["state_dict"]["model.more"] = torch.zeros(1)
     else:
@@ -90,7 +90,7 @@ def test_compiled_and_wrapped_names_are_understood(checkpoint, tmp_path):
     }
     torch.save(content, tmp_path / "wrapped.ckpt")
     linear = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "wrapped.ckpt")
-    key = "conv1.0.weight"
+    key = "0.weight"
     assert torch.equal(linear.model.state_dict()[key], checkpoint[0].model.state_dict()[key])
 
 

@@ -1,7 +1,10 @@
 """What users put into a method, or change in it: encoders, losses, weights, lists of settings, loaders of their own."""
 
+import re
+
 import attrs
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -9,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, BYOLParams, VICRegParams
+from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 from self_supervised.networks.pretrained import load_encoder
 
 
@@ -69,6 +73,47 @@ def test_a_list_that_is_changed_after_the_method_was_built_is_refused(small, tra
     model.params.evaluations.clear()
     with pytest.raises(ValueError, match="evaluations=.*not the setting with which the method was built"):
         trainer().fit(model)
+
+
+def test_another_lr_changes_that_of_the_encoder_in_proportion():
+    """`lr_scaling` becomes None, so that an encoder's rate that stayed would be several times as high as before."""
+    model = LinearClassifierMethod(encoder=Net(), dataset_name="digits", lr=0.1, encoder_lr=0.02, lr_scaling="linear")
+    model.lr = 0.01
+    assert (model.params.lr, model.params.encoder_lr, model.params.lr_scaling) == (0.01, pytest.approx(0.002), None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "lines"),
+    [
+        ({}, []),
+        ({"encoder_lr": 0.01}, ["lr=30 is meant for a frozen encoder and SGD"]),
+        ({"optimizer_name": "adamw"}, ["lr=30 is meant for a frozen encoder and SGD"]),
+        ({"encoder_lr": 0.01, "lr": 0.1}, []),
+        ({"optimizer_name": "adamw", "lr": 1e-3, "momentum": 0.5}, ["momentum=0.5: no effect .* optimizer_name=sgd"]),
+        ({"held_out_fraction": 0.5}, ["held_out_fraction=0.5: no effect .* validate_on=held_out"]),
+        ({"held_out_fraction": 0.5, "validate_on": "held_out"}, []),
+        ({"unfrozen": True}, ["encoder_lr=None: the encoder stays frozen"]),
+        ({"unfrozen": True, "encoder_lr": 0.01, "lr": 0.1}, []),
+    ],
+)
+def test_a_classifier_names_doubtful_settings(fields, lines, trainer, caplog):
+    settings = {name: value for name, value in fields.items() if name != "unfrozen"}
+    model = LinearClassifierMethod(encoder=Net(), dataset_name="digits", batch_size=16, num_data_workers=0, **settings)
+    if "unfrozen" in fields:
+        model.model.requires_grad_(True)
+    trainer().fit(model)
+    said = [line.message for line in caplog.records if line.message.startswith("warning: ")]
+    assert len(said) == len(lines)
+    assert all(re.search(pattern, line) for pattern, line in zip(lines, said, strict=True))
+
+
+def test_a_batch_that_is_not_full_has_the_images_that_there_are(trainer, caplog):
+    """lr_scaling, the log and the speed would count images that do not exist."""
+    settings = {"labels_per_class": 1, "lr": 0.1, "lr_scaling": "linear", "drop_last_batch": None, "batch_size": 256}
+    model = LinearClassifierMethod(encoder=Net(), dataset_name="digits", num_data_workers=0, **settings)
+    trainer().fit(model)
+    assert "x 10 (images) = 10 images per optimizer step" in caplog.text
+    assert model.plan.lr == pytest.approx(0.1 * 10 / 256) and model.plan.of_checkpoint()["images"] == 256
 
 
 def test_a_lower_lr_lowers_the_ends_of_its_schedule(small):
@@ -204,12 +249,64 @@ def test_a_validation_loader_without_a_length_has_a_verdict(batches, small, trai
     assert "verdict: valid_knn20_acc " in caplog.text
 
 
-def test_the_last_of_own_validation_loaders_is_not_taken_for_the_training_set(small, trainer):
-    labeled = DataLoader(
-        TensorDataset(torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), torch.arange(64) % 2), batch_size=16
-    )
-    params = small("simclr", probe_on_training_set=True, evaluations=["knn"])
+@pytest.mark.parametrize("resumable", [False, True])
+def test_the_last_of_own_validation_loaders_is_not_taken_for_the_training_set(resumable, small, trainer):
+    dataset = TensorDataset(torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), torch.arange(64) % 2)
+
+    def own() -> DataLoader:
+        if not resumable:
+            return DataLoader(dataset, batch_size=16)
+        return ResumableDataLoader(dataset, batch_size=16, sampler=ResumableSampler(dataset, 1, 0, seed=0))
+
+    method = SelfSupervisedMethod(small("simclr", probe_on_training_set=True, evaluations=["knn"]), encoder=Net())
     fit = trainer(limit_val_batches=1.0)
-    fit.fit(SelfSupervisedMethod(params, encoder=Net()), images(), [labeled, labeled])
+    fit.fit(method, own(), [own(), own()])
     names = {name for name in fit.callback_metrics if "knn20_" in name}
     assert names == {"valid_knn20_acc", "valid_knn20_acc_1"}
+    fit.test(method, [own(), own()], verbose=False)
+    names = {name for name in fit.callback_metrics if "knn20_" in name}
+    assert names == {"test_knn20_acc", "test_knn20_acc_1"}
+    with pytest.raises(ValueError, match="data_fraction=0.5: no effect on your own loader"):
+        trainer().fit(SelfSupervisedMethod(small("simclr", data_fraction=0.5), encoder=Net()), own())
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_our_loaders_are_ours_if_lightning_builds_them_again(small, trainer):
+    fit = trainer(overfit_batches=2)
+    fit.fit(SelfSupervisedMethod(small("simclr", data_fraction=0.5), encoder=Net()))
+    assert type(fit.train_dataloader.sampler) is torch.utils.data.SequentialSampler
+
+
+def test_batches_without_a_size_have_draws_of_their_own(small, trainer):
+    """The last batch, which is smaller, must not have the draws of the one before."""
+    x = torch.arange(16, dtype=torch.uint8).mul(7)[:, None, None, None].expand(16, 1, 8, 8) + torch.arange(8) * 16
+    seen = []
+
+    class Seen(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append(batch[0][0])
+
+    loader = DataLoader([x.to(torch.uint8), x[:8].to(torch.uint8), x[:8].to(torch.uint8)], batch_size=None)
+    fit = trainer(limit_train_batches=1.0, callbacks=[Seen()])
+    fit.fit(SelfSupervisedMethod(small("simclr", evaluations=[]), encoder=Net()), loader)
+    first, second, third = seen
+    assert not any(torch.equal(*pair) for pair in ((first[:8], second), (first[8:], second), (second, third)))
+
+
+def test_labels_of_some_batches_only_are_named(small, trainer):
+    x = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8)
+    some = DataLoader([(x, torch.arange(16) % 2), x], batch_size=None)
+    with pytest.raises(ValueError, match="the loader 0 yields labels with some batches only"):
+        trainer(limit_val_batches=1.0).fit(
+            SelfSupervisedMethod(small("simclr", evaluations=["knn"]), encoder=Net()), images(), some
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_frozen_stages_keep_their_batch_statistics(small, trainer):
+    """In whatever mode the encoder was before."""
+    for mode in (True, False):
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6))
+        encoder[:3].requires_grad_(False)
+        trainer().fit(SelfSupervisedMethod(small("simclr", evaluations=[]), encoder=encoder.train(mode)), images())
+        assert not encoder[2].running_mean.any() and encoder[4].running_mean.any()

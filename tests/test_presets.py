@@ -45,7 +45,7 @@ def test_trains_every_part_saves_and_reloads(name, normalization, small, trainer
     checkpoint = torch.load(tmp_path / "example.ckpt", weights_only=True)
     settings = checkpoint["hyper_parameters"]
     flat = str | int | float | bool | None | list
-    assert all(isinstance(value, flat) for value in settings.values()) and settings["embedding_dim"] == 1024
+    assert all(isinstance(value, flat) for value in settings.values()) and settings["embedding_dim"] == 256
     twin = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "example.ckpt").eval()
     x = torch.randn(3, 1, 8, 8)
     assert torch.equal(twin(x), model.eval()(x))

@@ -18,7 +18,7 @@ from self_supervised.data.file_search import ARRAY_SUFFIX
 TIFF_SUFFIXES = (".tif", ".tiff")
 # first bytes of a file
 MAGIC = {b"\x93NUMPY": ARRAY_SUFFIX, **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), ".tiff")}
-BITS_PER_SAMPLE, SAMPLE_FORMAT = 258, 339  # TIFF tags
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 MEANINGS_OF_TIFF = {0: "white where they are 0", 3: "indices of a palette"}  # which Pillow knows and tifffile does not
 PIL_MODES = {2: "LA", 4: "RGBA"}  # number of channels -> mode, for formats other than .npy and TIFF
 UPRIGHT = {
@@ -170,26 +170,32 @@ def of_16_bits(image: Image.Image, pixel_range: list[float] | None) -> Image.Ima
 
 
 def check_range(image: Image.Image, pixel_range: list[float] | None) -> None:
-    """Raise ValueError if Pillow would not keep the values of an opened image: floats, signed integers or more than 16
-    bits in a TIFF, and values that `pixel_range` is about but Pillow has scaled."""
+    """Raise ValueError if Pillow would not keep the values of an opened image: floats, in a TIFF also signed integers,
+    another number of bits than 8 or 16, and inverted ones of 16 bits; and values that `pixel_range` is about but Pillow
+    has scaled."""
     if pixel_range is not None and scales_16_bits(image):
         raise ValueError("pixel_range cannot be applied: Pillow scales these 16 bits. Convert it to .npy or TIFF.")
     if image.mode == "F":
         raise ValueError(f"the range of floating-point pixels is unknown. {WAY_OUT}")
     if image.format == "TIFF":
         formats, bits = (np.ravel(image.tag_v2.get(tag, 1)) for tag in (SAMPLE_FORMAT, BITS_PER_SAMPLE))
-        if (formats != 1).any() or bits.max() > 16:
+        if (formats != 1).any() or (bits.max() > 8 and bits.max() != 16):
             kind = f"{'u' if (formats == 1).all() else ''}int{bits.max()}"
             raise ValueError(f"the range of values of type {kind} is unknown. {WAY_OUT}")
+        if image.mode.startswith("I") and image.tag_v2.get(PHOTOMETRIC) == 0:
+            raise ValueError(f"its 16-bit pixels are {MEANINGS_OF_TIFF[0]}. Convert it to gray or RGB.")
 
 
 def scales_16_bits(image: Image.Image) -> bool:
-    """Return whether Pillow will scale the values of an opened image of 16 bits: those of PNGs with colors or alpha to
-    8 bits, and those of PGMs to 16 whole bits."""
+    """Return whether Pillow will scale the values of an opened image of 16 bits: those of PNGs with colors or alpha,
+    and of SGI images, to 8 bits, and those of PGMs and JPEG 2000 to 16 whole bits."""
     modes = [str(part) for tile in image.tile for part in np.ravel(tile.args or "")]
     if image.format == "PPM" and image.mode == "I":
         return modes != ["I;16B"]
-    return any(";16" in mode and not mode.startswith("I") for mode in modes)
+    if image.format == "JPEG2000":  # its number of bits, which may be 16, is not known here
+        return image.mode.startswith("I")
+    of_sgi = any(tile.codec_name == "SGI16" for tile in image.tile)
+    return of_sgi or any(";16" in mode and not mode.startswith("I") for mode in modes)
 
 
 def channels_last(pixels: np.ndarray, channels: int) -> np.ndarray:

@@ -384,13 +384,13 @@ def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed
     """
     rest = np.arange(len(images))
     found = {}
-    for split, size in (("test", test_size), ("val", val_size / (1 - test_size))):
+    for split, given, size in (("test", test_size, test_size), ("val", val_size, val_size / (1 - test_size))):
         if size > 0:
             classes = as_classes([images[i][1] for i in rest])
             if len(np.unique(classes)) == len(rest):
                 raise ValueError(
-                    f"{split}_size={size:g}: no class of the {len(images)} images has one left for {split} in addition "
-                    f"to one for training. Set val_size=0 or test_size=0, add images, or set {NOT_CLASSES}."
+                    f"{split}_size={given:g}: no class of the {len(images)} images has one left for {split} in "
+                    f"addition to one for training. Set val_size=0 or test_size=0, add images, or set {NOT_CLASSES}."
                 )
             fit, score = subsets.held_out(classes, size, seed)
             found[split] = [images[i] for i in rest[score]]

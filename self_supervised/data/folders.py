@@ -101,7 +101,7 @@ def with_labels(found: ImageList, label_of: Callable[[str], Label]) -> ImageList
 
 def listed_in(folder: Path) -> list[tuple[str, Path]]:
     """Return (split, file) of each list in a directory."""
-    files = [file for file in sorted(folder.glob("*.txt")) if split_named(file.stem)]
+    files = [file for file in sorted(folder.glob("*")) if file.suffix.lower() == ".txt" and split_named(file.stem)]
     return [(split, file) for split in SPLITS for file in files if split_named(file.stem) == split]
 
 
@@ -154,8 +154,9 @@ def entries(text: str, root: Path) -> Iterator[tuple[str, Label]]:
 
 
 def as_label(text: str) -> Label:
-    """Return the label that a text means: a class number, a class name, or None for "" and "-1"."""
-    text = text.strip()
+    """Return the label that a text means: a class number (pandas writes "3.0"), a class name, or None for "" and
+    "-1"."""
+    text = re.sub(r"^(-?\d+)\.0+$", r"\1", text.strip())
     label = int(text) if text.removeprefix("-").isdecimal() else text
     return None if label in ("", -1) else label
 

@@ -96,8 +96,9 @@ class ResumableDataLoader(DataLoader):
     resumed: dict[str, int] | None = None  # position to resume from
     workers: tuple[BaseProcess, ...] = ()  # of the latest epoch
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, of_dataset_name: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.of_dataset_name = of_dataset_name  # False: of the user
         if self.persistent_workers:
             raise ValueError("persistent_workers=True: the workers would stay in the first epoch. Leave it out.")
 
@@ -267,6 +268,11 @@ def one_image_explained(x: Tensor) -> Iterator[None]:
         raise ValueError(f"a batch of {len(x)} image has no batch statistics: {way_out} ({error})") from error
 
 
+def is_of_dataset_name(loader: Any) -> bool:
+    """Return whether a loader is that of `dataset_name`, with labels that were checked, and not one of the user."""
+    return getattr(loader, "of_dataset_name", False)
+
+
 def list_of_loaders(held: Any) -> list:
     """Return what Lightning holds, a loader or a collection of loaders, as a list."""
     if isinstance(held, dict):
@@ -285,6 +291,8 @@ def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Ten
     for index, outputs in sorted(outputs_of.items()):
         loader = list_of_loaders(loaders)[index]
         x, y = zip(*outputs, strict=True)
+        if len({labels is None for labels in y}) > 1:
+            raise ValueError(f"the loader {index} yields labels with some batches only. Yield -1 where there is none.")
         x = distributed.gather_evaluated(torch.cat(x), loader)
         sets.append(readable_rows(None if y[0] is None else distributed.gather_evaluated(torch.cat(y), loader), x))
     outputs_of.clear()

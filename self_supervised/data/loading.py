@@ -252,6 +252,7 @@ def get_loader(
         collate_fn=already_a_batch if packed else collate_crops if are_crops else None,
         pin_memory=params.pin_data_memory and torch.cuda.is_available() and not isinstance(dataset, ImagesOnDevice),
         drop_last=drop_last,
+        of_dataset_name=True,
     )
 
 

@@ -25,7 +25,7 @@ def shards_are_there(folder: Path) -> bool:
 
 def is_pattern(data_path: str) -> bool:
     """Return whether a path looks like a pattern of shards, even one that is not supported."""
-    is_shard = data_path.endswith(SUFFIX) or COMPRESSED.search(data_path) is not None
+    is_shard = data_path.lower().endswith(SUFFIX) or COMPRESSED.search(data_path) is not None
     return is_shard or "://" in data_path or data_path.startswith("pipe:")
 
 
@@ -33,10 +33,13 @@ def expanded_shards(pattern: str, passed_over: PassedOver) -> Iterator[str]:
     """Yield the shards that a pattern or a directory names. A part of the pattern that exists is taken literally.
 
     Raises:
-        ValueError: a shard named by braces is missing, or the pattern is a command or names compressed shards.
+        ValueError: a shard named by braces is missing, or the pattern is a command, a path as a URL, or names
+            compressed shards.
     """
     if pattern.startswith("pipe:"):
         raise ValueError(f"data_path={pattern!r} is a command. Pass the URL of the shards, or copy them to a disk.")
+    if pattern.startswith("file://"):
+        raise ValueError(f"data_path={pattern!r} is on this machine. Pass the path without file://.")
     if "://" in pattern:
         for url in with_braces(pattern):
             yield from remote_shards.matching(url)

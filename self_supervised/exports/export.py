@@ -83,7 +83,7 @@ def targets(
     source = Path(checkpoint).expanduser()
     is_folder = out is None or str(out).endswith("/")
     out = None if out is None else Path(out).expanduser()
-    if not is_folder and out.suffix and not out.is_dir():
+    if not is_folder and out.suffix and not out.suffix[1:].isdigit() and not out.is_dir():  # digits: exports/v1.2
         if len(formats) > 1:
             raise ValueError(f"out={str(out)!r} is a file, but there are {len(formats)} formats. Pass a directory.")
         paths = [out]
@@ -220,7 +220,7 @@ def export_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"one or more of {', '.join(FORMATS)}",
     )
     parser.add_argument(
-        "--out", metavar="DIR_OR_FILE", help="directory or file to write; default: next to the checkpoint"
+        "--out", metavar="DIR_OR_FILE", help="directory, or file with an extension; default: next to the checkpoint"
     )
     parser.add_argument("--publish", action="store_true", help="append the first digits of the file's SHA-256")
     parser.add_argument("--normalize", action="store_true", help="export a program that takes values from 0 to 1")

@@ -82,7 +82,8 @@ def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Mod
                 "patch size, which is in its name"
             ) from error
         encoder, _ = without_classifier(model, p.encoder_arch)
-        adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
+        if adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant) and published:
+            report_new_stem(p)
         exchange_convolutions(encoder, PointConv2d)
     if file:
         load_file(encoder, file, p)
@@ -267,8 +268,22 @@ def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
     return model, last.in_features if last_type is nn.Linear else last.in_channels
 
 
-def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant: str = "standard") -> None:
-    """Replace the first convolution if images do not have its number of channels, or if they are small.
+def report_new_stem(p: EncoderAndDataParams) -> None:
+    """Warn that published weights lack the first layer, which was replaced. It would stay random if the encoder is
+    frozen, so that a linear classifier is refused."""
+    what = (
+        f"encoder_weights={p.encoder_weights!r}: the first layer starts from random weights, because "
+        f"in_channels={p.channels} and low_resolution_stem={p.low_resolution}"
+    )
+    way_out = "Set in_channels=3 and low_resolution_stem=False to start from the published ones"
+    if getattr(p, "encoder_lr", 0) is None:
+        raise ValueError(f"{what}, and stays so in a frozen encoder. {way_out}, or set encoder_lr.")
+    rank_zero_info(f"warning: {what}. {way_out}")
+
+
+def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant: str = "standard") -> bool:
+    """Replace the first convolution if images do not have its number of channels, or if they are small. Return whether
+    it was replaced.
 
     The new convolution starts from random weights and keeps its type (weight standardization stays).
 
@@ -281,7 +296,7 @@ def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant:
     """
     path, old = first_convolution(encoder)
     if old.in_channels == channels and not low_resolution:
-        return
+        return False
     wide = low_resolution and variant == "padding_2"
     kernel, stride, padding = (3, 1, 1 + wide) if low_resolution else (old.kernel_size, old.stride, old.padding)
     kind = nn.Conv2d if wide else type(old)
@@ -293,6 +308,7 @@ def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant:
         encoder.maxpool = nn.Identity()
         if variant == "no_relu":
             encoder.relu = nn.Identity()
+    return True
 
 
 def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d]:
@@ -306,18 +322,18 @@ def embeddings_of(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def prepare_training(encoder: nn.Module) -> None:
-    """Put an encoder that is in eval mode as a whole into train mode, except for its frozen parts; Lightning does not.
-    Log a line about it, or if all of it is frozen."""
+    """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not, and its frozen parts
+    into eval mode, so that their batch statistics stay. Log a line about the former, or if all of it is frozen."""
     if any(weight.requires_grad for weight in encoder.parameters()):
         if hasattr(encoder, "is_trained"):
             encoder.is_trained = True
         if not encoder.training:
             rank_zero_info("the encoder was in eval mode: its parts with trainable weights are put into train mode")
             encoder.train()
-            for part in encoder.modules():
-                weights = [*part.parameters()]
-                if weights and not any(weight.requires_grad for weight in weights):
-                    part.eval()
+        for part in encoder.modules():
+            weights = [*part.parameters()]
+            if weights and not any(weight.requires_grad for weight in weights):
+                part.eval()
     elif any(True for _ in encoder.parameters()):
         rank_zero_info(
             "warning: no weight of the encoder requires a gradient, so only the heads learn. Call "

@@ -32,7 +32,7 @@ from self_supervised.training.milestones import is_finite, lowest_is_best, uses_
 DATA = {  # settings that determine which images are scored
     "dataset_name", "data_path", "val_size", "test_size", "data_seed", "splits_path", "labels_from", "class_to_idx",
     "image_key", "label_key", "pixel_range", "include_patterns", "exclude_patterns", "limit_val_batches",
-    "evaluation_clips", "evaluation_crops",
+    "evaluation_clips", "evaluation_crops", "exif_orientation", "unreadable_images",
 }  # fmt: skip
 BEST = "best "  # prefix of results that are the best of an evaluated column of metrics.csv
 RANKED = re.compile(r"(trained encoder: |linear classifier: |best )valid_.*(acc|rank_me).*")  # the highest is best
@@ -164,12 +164,13 @@ def caution(runs: Iterable[Run]) -> str:
 def missing_scores(runs: Iterable[Run]) -> list[str]:
     """Return a sentence on each score that runs lack."""
     lacking: dict[str, list[str]] = {}
-    for run in (one for one in runs if one.settings.get("evaluations")):
+    for run in (one for one in runs if "evaluations" in one.settings):
+        none = "" if run.settings["evaluations"] else "evaluations=[]"
         cause = "limit_val_batches=0" if run.settings.get("limit_val_batches") == 0 else "evaluate_every_n_epochs"
         after = f"it was not evaluated after the last step ({cause})"
         reasons = {
-            run.start or "encoder at the start": "it was not evaluated before the training",
-            "trained encoder": after if "epochs" in run.results else "the training has not ended",
+            run.start or "encoder at the start": none or "it was not evaluated before the training",
+            "trained encoder": none or (after if "epochs" in run.results else "the training has not ended"),
         }
         for scored, reason in reasons.items():
             if not any(name.startswith(f"{scored}: ") for name in run.results):

@@ -35,7 +35,7 @@ MEANINGS = {  # panel -> its title
     "valid_class_acc": "linear probe (%)",
 }
 COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a", "#bf3989", "#1b7c83")  # on white
-STYLES = ("-", "--", ":", "-.")
+STYLES = {"-": "—", "--": "- -", ":": "···", "-.": "- · -"}  # of the metrics in a panel, as drawn and in its title
 Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 Curves = dict[str, Curve]  # metric -> its curve in one run
 
@@ -66,16 +66,21 @@ def draw_curves(
         subplots: options of plt.subplots, such as figsize and sharey.
 
     Raises:
-        ValueError: a metric is in none of the runs, there are more runs than COLORS, or the path does not end in .png.
+        ValueError: a metric is in none of the runs, there are more runs than COLORS or more metrics in a panel than
+            STYLES, or the path does not end in .png.
     """
     if Path(path).suffix != ".png":
         raise ValueError(f"out={str(path)!r} must end in .png")
     check_file("out", path)
     groups = {label: found if isinstance(found, list) else [found] for label, found in runs.items()}
     known = sorted({name for group in groups.values() for curves in group for name in curves})
+    if not known:
+        raise ValueError(f"runs {', '.join(groups)}: they have logged nothing yet. Lower log_every_n_steps.")
     panels = panels or [panel for panel in PANELS if set(panel.split(",")) <= set(known)] or PANELS
     for name in {name for panel in panels for name in panel.split(",")} - set(known):
         raise ValueError(f"panels: {name!r} is not logged in any of the runs. Choose one of {', '.join(known)}.")
+    if crowded := [panel for panel in panels if panel.count(",") >= len(STYLES)]:
+        raise ValueError(f"panels: {crowded[0]!r} has more than {len(STYLES)} metrics. Draw several panels.")
     if len(groups) > len(COLORS):
         raise ValueError(f"{len(groups)} runs: {len(COLORS)} colors can be told apart. Draw several pictures.")
     subplots = {"figsize": (3.2 * len(panels), 3), "layout": "constrained", **subplots}
@@ -96,17 +101,23 @@ def draw_curves(
 def draw_panel(axis: Axes, groups: dict[str, list[Curves]], panel: str) -> None:
     for i, (name_of_group, group) in enumerate(groups.items()):
         shown = label(name_of_group, 40)
-        for j, name in enumerate(panel.split(",")):
-            style = {"linestyle": STYLES[j % len(STYLES)], "marker": "." if name.startswith("valid") else None}
+        for line, name in zip(STYLES, panel.split(","), strict=False):
+            style = {"linestyle": line, "marker": "." if name.startswith("valid") else None}
             for curves in group:
                 axis.plot(*curves.get(name, ([], [])), color=COLORS[i], label=shown, **style)
                 shown = None  # only one entry in the legend
     if panel == "step_projection_std":
         axis.axhline(COLLAPSED_STD, color="black", linewidth=0.8, linestyle=":")  # below, a warning appears
         axis.set_ylim(bottom=0)
-    axis.set_title(label(MEANINGS.get(panel, panel)), fontsize=10)
+    axis.set_title(MEANINGS.get(panel) or title_of_panel(panel.split(",")), fontsize=10)
     axis.set_xlabel("step")
     axis.grid(alpha=0.3)
+
+
+def title_of_panel(names: list[str]) -> str:
+    """Return the names of the metrics in a panel, one below the other, with their lines if they are several."""
+    lines = STYLES.values() if len(names) > 1 else ("",)
+    return "\n".join(label(f"{name} {line}".strip()) for name, line in zip(names, lines, strict=False))
 
 
 def not_logged(runs: dict[str, Curves], panels: Sequence[str] | None) -> list[str]:

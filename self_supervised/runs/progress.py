@@ -117,7 +117,7 @@ def significant(value: Any) -> str:
 
 def images_in(module: pl.LightningModule) -> int:
     """Return the number of images in one batch of all processes."""
-    return module.plan.processes * module.plan.batch_size
+    return module.plan.processes * module.plan.images_read
 
 
 @rank_zero_only

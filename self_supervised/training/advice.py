@@ -80,6 +80,11 @@ DERIVED: dict[str, Callable[[ModelParams], Any]] = {
     (BLUR := "transform_blur_probability above 0"): any_view("blur_probability"),
     (SOLARIZE := "transform_solarize_probability above 0"): any_view("solarize_probability"),
     (VIDEOS := "videos"): lambda p: p.dataset.of_videos,
+    (FILES := "a data set of files"): lambda p: not p.dataset.is_packed,
+    (IMAGE_FILES := "a data set of image files"): lambda p: not (p.dataset.is_packed or p.dataset.of_videos),
+    (EXIF := "a data set of image files, or video_decoder=frames"): lambda p: (
+        DERIVED[IMAGE_FILES](p) or (p.dataset.of_videos and p.video_decoder == "frames")
+    ),
     (LOW_RESOLUTION := "low_resolution_stem=True"): lambda p: p.low_resolution,
     (PART_OF_DATA := "data_fraction below 1"): lambda p: p.data_fraction < 1 or p.dataset.is_custom,
 }
@@ -132,6 +137,7 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "transform_time_difference_probability": {VIDEOS: None},
     **dict.fromkeys(("video_decoder", "decoding_threads"), {VIDEOS: None}),
     "frames_per_second": {"video_decoder": ("frames",)},
+    **{"pack_images": {IMAGE_FILES: None}, "unreadable_images": {FILES: None}, "exif_orientation": {EXIF: None}},
     **{"stem_variant": {LOW_RESOLUTION: None}, "data_seed": {PART_OF_DATA: None}},
     "momentum": {"optimizer_name": ("sgd", "lars")},
     **dict.fromkeys(("lars_eta", "grad_clip_lars"), {"optimizer_name": ("lars",)}),
@@ -140,7 +146,9 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "lr_decay_factor": {"lr_schedule": ("steps",)},
     "final_lr_schedule_value": {"lr_schedule": ("cosine", "linear", "steps")},
     "lr_batch_size": {"lr_scaling": None},
+    "held_out_fraction": {"validate_on": ("held_out",)},
 }
+OF_CLASSIFIER = ("momentum", "lars_eta", "lr_batch_size", "held_out_fraction")  # rows for a linear classifier as well
 
 
 def frozen_since(before: set[str], now: set[str]) -> list[str]:
@@ -160,10 +168,7 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
     Args:
         loss_type: that of `params`, or CUSTOM if a function replaces it.
     """
-    useless = {name: why for name in changed_by_user(params) if (why := lacks(params, name, loss_type))}
-    values = ", ".join(f"{name}={getattr(params, name)!r}" for name in useless)
-    reasons = "; ".join(f"{name} needs {why}" for name, why in useless.items())
-    unused = f"{values}: no effect with the other settings. {reasons}" if useless else ""
+    unused = without_effect(params, changed_by_user(params), loss_type)
     alone = "teacher=None: the student learns from itself. Pass a teacher"
     no_teacher = alone if loss_type == "seed" and params.teacher is None else ""
     fills_queue = value_of(params, QUEUE, loss_type)
@@ -174,6 +179,34 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
         doubt_of_lengths(params, loss_type),
     )
     return [line for line in (*found, unused, no_teacher) if line]
+
+
+def doubts_of_classifier(params: Any, requires_gradient: bool) -> list[str]:
+    """Return lines on settings of a linear classifier (LinearClassifierMethodParams) that were changed without effect,
+    on the learning rate of a frozen encoder for one that is trained, and on an encoder that stays frozen, where they
+    apply.
+
+    Args:
+        requires_gradient: whether weights of the encoder do.
+    """
+    p, own = params, attrs.fields_dict(type(params))
+    changed = [name for name in OF_CLASSIFIER if getattr(p, name) != own[name].default]
+    of_frozen = (
+        f"lr={p.lr:g} is meant for a frozen encoder and SGD. Set lr, such as 0.1 with sgd and 0.001 with adamw"
+        if p.lr == own["lr"].default and (p.encoder_lr is not None or p.optimizer_name == "adamw")
+        else ""
+    )
+    frozen = "encoder_lr=None: the encoder stays frozen, although weights of it require a gradient. Set encoder_lr"
+    stays_frozen = frozen if requires_gradient and p.encoder_lr is None else ""
+    return [line for line in (without_effect(p, changed, CUSTOM), of_frozen, stays_frozen) if line]
+
+
+def without_effect(params: Any, names: list[str], loss_type: str) -> str:
+    """Return a line on those of the settings `names` that have no effect, and on what they need, else ""."""
+    useless = {name: why for name in names if (why := lacks(params, name, loss_type))}
+    values = ", ".join(f"{name}={getattr(params, name)!r}" for name in useless)
+    reasons = "; ".join(f"{name} needs {why}" for name, why in useless.items())
+    return f"{values}: no effect with the other settings. {reasons}" if useless else ""
 
 
 def doubt_of_lr(params: ModelParams, plan: Plan) -> str:

@@ -22,6 +22,7 @@ from self_supervised.data.loader import (
     ResumableDataLoader,
     first_batch,
     images_and_labels,
+    is_of_dataset_name,
     list_of_loaders,
     size_of_batches,
     whole_numbers,
@@ -35,6 +36,7 @@ from self_supervised.training.plan import Plan, plan_of_own_optimizers
 from self_supervised.training.verdict import validating
 from self_supervised.views import augmentations, input_checks
 
+MORE_IMAGES = 2**16  # than a batch has
 TRAINED_FURTHER = (
     "training starts from the weights of an earlier one, and epochs, views and schedules start again. To continue it "
     "instead, resume: fit(model, ckpt_path=...)"
@@ -103,14 +105,14 @@ class BaseMethod(pl.LightningModule):
 
     @property
     def lr(self) -> float:
-        """Learning rate of the settings. A value that is set is used as it is: `lr_scaling` becomes None. The rates of
-        a schedule's ends that would be above it become lower in proportion."""
+        """Learning rate of the settings. A value that is set is used as it is: `lr_scaling` becomes None. In proportion
+        change `encoder_lr` of a classifier, and rates of a schedule's ends that would be above it."""
         return self.params.lr
 
     @lr.setter
     def lr(self, value: float) -> None:
-        scaled = hyperparameters.rates_below(self.params, float(value))
-        self.change(lr=float(value), lr_scaling=None, **scaled)
+        others = hyperparameters.other_rates(self.params, float(value))
+        self.change(lr=float(value), lr_scaling=None, **others)
 
     @property
     def batch_size(self) -> int:
@@ -209,7 +211,7 @@ class BaseMethod(pl.LightningModule):
         if self.plan is None:  # a subclass has its own configure_optimizers
             self.plan = plan_of_own_optimizers(self.params, self.trainer)
         fit_checks.refuse_joined_loaders(self.trainer, self)
-        if not isinstance(self.trainer.train_dataloader, ResumableDataLoader):
+        if not is_of_dataset_name(self.trainer.train_dataloader):
             fit_checks.refuse_subsets(self.params)
 
     def on_train_start(self) -> None:
@@ -261,7 +263,7 @@ class BaseMethod(pl.LightningModule):
         images, labels = images_and_labels(batch)
         training = self.trainer.training
         loader = None if self.trainer.predicting else self.loader_of(dataloader_idx, training)
-        if loader is not None and not isinstance(loader, ResumableDataLoader):
+        if loader is not None and not is_of_dataset_name(loader):
             self.check_batch(batch, training)
         labels = whole_numbers(labels)
         self.check_first(images, training, dataloader_idx)
@@ -269,7 +271,7 @@ class BaseMethod(pl.LightningModule):
             return augmentations.for_evaluation(images, self.params).to(self.dtype), labels
         batch_idx = self.trainer.fit_loop.batch_idx + 1  # Lightning counts a batch after its transfer
         n = len(images if isinstance(images, Tensor) else images[0])
-        size = size_of_batches(loader) or n  # the last batch may be smaller
+        size = size_of_batches(loader) or MORE_IMAGES  # not n: the last batch may be smaller
         places = distributed.positions(batch_idx * size, n)
         views = augmentations.for_training(images, self.augment, (self.params.seed, self.current_epoch), places)
         return [view.to(self.dtype) for view in views], labels

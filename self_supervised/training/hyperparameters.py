@@ -99,10 +99,14 @@ def without_objects(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain(dict(entries)).items() if is_data(value)}
 
 
-def rates_below(params: Any, lr: float) -> dict[str, float]:
-    """Return the rates of the schedule's ends, in proportion to another lr, if that is below them."""
+def other_rates(params: Any, lr: float) -> dict[str, float]:
+    """Return the rates that change in proportion to lr: that of a classifier's encoder, and the rates of the schedule's
+    ends if they are above another lr."""
     ends = {name: getattr(params, name, 0) for name in ("final_lr_schedule_value", "warmup_start_lr")}
-    return {name: end * lr / params.lr for name, end in ends.items() if end > lr}
+    rates = {name: end for name, end in ends.items() if end > lr}
+    if getattr(params, "encoder_lr", None) is not None:
+        rates["encoder_lr"] = params.encoder_lr
+    return {name: rate * lr / params.lr for name, rate in rates.items()}
 
 
 def refuse_replaced(params: Any, built: Any) -> None:

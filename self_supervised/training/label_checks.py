@@ -34,7 +34,7 @@ def refuse_wrong_labels(
     if labels is None or (labels.ndim == 2 and labels.shape[1] > 1):
         if n_classes is not None and required:
             found = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
-            raise ValueError(f"{source} has {found}. A classifier needs labels [N], one class per image.")
+            raise ValueError(f"{source} has {found}. A classifier needs labels [N], a class number per image.")
         return
     if isinstance(labels, Tensor):
         labels = (labels.double() if labels.is_floating_point() else labels).cpu().numpy()
@@ -46,8 +46,8 @@ def refuse_wrong_labels(
         )
     if n_classes is not None and len(classes) and (highest := classes.max()) >= n_classes:
         raise ValueError(
-            f"{source} has the label {highest}, and the classifier has n_classes={n_classes}, those of dataset_name="
-            f"{dataset_name!r}. Number the classes from 0, or set dataset_name to the data set of these images."
+            f"{source} has the label {highest}, and the classifier has n_classes={n_classes} (dataset_name="
+            f"{dataset_name!r}). Number the classes from 0, or set n_classes or dataset_name to those of these images."
         )
 
 

@@ -104,7 +104,8 @@ def groups_text(optimizer: torch.optim.Optimizer) -> str:
     """Return a description of the optimizer's parameter groups, one line each if they have names."""
     groups = optimizer.param_groups
     if not all("name" in group for group in groups):
-        return f"parameters with and without weight decay: {' and '.join(str(len(g['params'])) for g in groups)}"
+        sizes = " and ".join(str(len(g["params"])) for g in groups)
+        return f"parameters with and without weight decay: {sizes}" if len(groups) == 2 else f"parameters: {sizes}"
     rows = ["parameter groups", f"{'':<32} {'tensors':>7} {'highest lr':>10} {'decay':>7}"]
     for g in groups:
         rows.append(f"{g['name']:<32} {len(g['params']):>7} {g['initial_lr']:>10.3g} {g['weight_decay']:>7.3g}")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from attrs import evolve, frozen
+from lightning_fabric.utilities.data import sized_len
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from model_params import OF_PROTOTYPES, SCHEDULED, EncoderAndDataParams, ModelParams
@@ -30,23 +31,29 @@ class Plan:
     warmup_steps: float = 0
     lr_factor: float = 1.0  # by which `lr_scaling` multiplies all learning rates
     kind: str = "images"  # or "videos"
+    only: int | None = None  # images of a process, if they do not fill a batch
+
+    @property
+    def images_read(self) -> int:
+        """Images per process and batch: `batch_size`, unless there are fewer."""
+        return self.only or self.batch_size
 
     @property
     def global_batch_size(self) -> int:
         """Images of all processes per optimizer step."""
-        return self.processes * self.accumulated * self.batch_size
+        return self.processes * self.accumulated * self.images_read
 
     def of_checkpoint(self) -> dict[str, int]:
         """Return what a checkpoint keeps as "steps", for a resumed run to compare."""
         return {
-            "images": self.global_batch_size,
+            "images": self.processes * self.accumulated * self.batch_size,
             "accumulated": self.accumulated,
             "an_epoch": self.steps_per_epoch,
         }
 
     def __str__(self) -> str:
         return (
-            f"{self.processes} (processes) x {self.accumulated} (accumulated batches) x {self.batch_size} "
+            f"{self.processes} (processes) x {self.accumulated} (accumulated batches) x {self.images_read} "
             f"({self.kind}) = {self.global_batch_size} {self.kind} per optimizer step; "
             f"{self.steps} steps, {self.steps_per_epoch} an epoch, {self.warmup_steps:g} of warm-up; lr {self.lr:.4g}"
         )
@@ -72,8 +79,11 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
         rank_zero_warn(
             f"the warm-up of {epochs_text(warmup_epochs)} is longer than the training: lr={params.lr} is never reached"
         )
-    size = checked_batch_size(params, accumulated, trainer.train_dataloader)
-    plan = Plan(distributed.world_size(), accumulated, size, params.lr, steps, steps_per_epoch, warmup)
+    loader = trainer.train_dataloader
+    size = checked_batch_size(params, accumulated, loader)
+    n_images = sized_len(getattr(loader, "sampler", None)) if getattr(loader, "batch_size", None) else None
+    only = n_images if n_images and n_images < size else None
+    plan = Plan(distributed.world_size(), accumulated, size, params.lr, steps, steps_per_epoch, warmup, only=only)
     factor = lr_factor(params, plan.global_batch_size)
     return evolve(plan, lr=params.lr * factor, lr_factor=factor, kind=params.dataset.kind)
 

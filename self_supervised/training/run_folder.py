@@ -109,7 +109,8 @@ def begin_run_folder(out: Path, config: str, arguments: Sequence[str], resumes: 
         commands = out / "command.txt"
         before = text_of_file(commands) if commands.is_file() else ""
         atomic_write(commands, before + as_typed(arguments) + "\n")
-        (out / "splits").mkdir(exist_ok=True)
+        if new.get("splits_path") == str((out / "splits").resolve()):
+            (out / "splits").mkdir(exist_ok=True)
     starts = starts_of(out)
     continues = resumes and starts and not is_copy(out, starts[-1])
     run_id = starts[-1].get("id") if continues else os.urandom(8).hex()
@@ -210,6 +211,8 @@ def file_of(out: Path, name: str) -> Path:
 
 def which(folder: Path) -> str:
     """Return the advice for a directory that is not that of a run."""
+    if (folder / "metrics.csv").is_file():
+        return "Only trainings of SelfSupervisedMethod are recorded. `self-supervised curves` draws other metrics.csv."
     near = sorted(folder.glob("*/run.json"))
     named = f"such as {near[-1].parent}" if near else "--out of the command, or log_dir of the logger in Python"
     return f"Pass the directory of a run, {named}."

@@ -65,12 +65,13 @@ def reason_for_none(name: str, before: dict[str, float], after: dict[str, float]
     if not NEED_LABELS & set(evaluations):
         return f"evaluations={list(evaluations)} has neither knn nor linear_probe"
     if not before:
-        return f"the {name or 'starting encoder'} was not scored (no validation images, or limit_val_batches=0)"
+        reasons = "no validation images, limit_val_batches=0, or a loader that is no DataLoader"
+        return f"the {name or 'starting encoder'} was not scored ({reasons})"
     if not after:
         return "the trained encoder was not scored"
     if before.keys() != after.keys():
         return f"the {name} was scored by other evaluations"
-    return "the validation images have no labels, or a single class"
+    return "the validation images have no labels (class numbers), or a single class"
 
 
 class Verdict(pl.Callback):

@@ -255,7 +255,9 @@ def evaluation_view(images: Tensor, params: EncoderAndDataParams) -> Tensor:
     x, n_frames = frames_of(images)
     x = with_channels(x, params.channels).float() / 255
     size = params.crop_size
-    if x.shape[2:] != (size, size):
+    if len(x) == 0:
+        x = x.new_empty(0, x.shape[1], size, size)
+    elif x.shape[2:] != (size, size):
         full = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}
         x = resized_crop(x, {name: np.full(len(x), value) for name, value in full.items()}, size)
     return clips_of(normalize(x, params.mean, params.std), n_frames)

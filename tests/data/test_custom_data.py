@@ -27,7 +27,7 @@ from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised import evaluate
 from self_supervised import train as train_program
-from self_supervised.data import custom, loading
+from self_supervised.data import custom, folders, loading
 from self_supervised.data.folders import check_settings
 from self_supervised.data.image_files import central_square
 from self_supervised.data.loading import n_classes
@@ -341,6 +341,16 @@ def test_lists_know_every_setting_that_is_not_of_another_place():
     check_settings(Path(), {"val_size": 0.1}, {"val_size": 0.1, "image_key": "jpg"})  # lists of an earlier version
 
 
+def test_lists_of_pandas_have_whole_floats_and_names_of_any_case(photos, tmp_path):
+    """pandas writes a column of integers with a gap as floats."""
+    lines = [f"china/{i:02}.png {label}" for i, label in enumerate(("2.0", "10.0", "0.0"))]
+    (tmp_path / "Train.TXT").write_text("\n".join(lines))
+    (tmp_path / "val.txt").write_text("china/03.png 10\n")
+    p = params(photos, splits_path=str(tmp_path))
+    assert list(listed(p).values()) == [1, 2, 0] and list(listed(p, "val").values()) == [2]
+    assert folders.as_label("-1.0") is None and folders.as_label("1.5") == "1.5"
+
+
 def test_a_list_that_is_not_in_utf_8_is_named(photos, tmp_path):
     (tmp_path / "train.txt").write_bytes("china/01.png España\n".encode("latin-1"))
     with pytest.raises(ValueError, match="train.txt is not encoded in UTF-8"):
@@ -403,7 +413,7 @@ def test_what_is_refused_at_construction(photos):
         listed(params(photos, splits_path=str(photos / "china/00.png")))
     two = {"include_patterns": ["*/00.png", "*/01.png"]}
     with pytest.raises(
-        ValueError, match="val_size=.*no class of the 4 .* test_size=0, add images, or set labels_from=None"
+        ValueError, match="val_size=0.1: no class of the 4 .* test_size=0, add images, or set labels_from=None"
     ):
         listed(params(photos, **two))
     assert [len(listed(params(photos, val_size=0.0, **two), split)) for split in ("train", "test")] == [2, 2]
@@ -542,6 +552,42 @@ def test_a_range_of_values_that_pillow_has_scaled_is_refused(tmp_path):
         else:
             found = one_image(folder, save, in_channels=1, pixel_range=[0, 4095])
             assert torch.equal(found[0], torch.from_numpy(np.rint(deep[2:30, 2:30, 0] / 4095 * 255).astype(np.uint8)))
+
+
+def test_bits_that_pillow_scales_in_jpeg_2000_and_sgi_are_refused_with_a_range(tmp_path):
+    """15 bits of JPEG 2000 would be twice as bright, and 16 of SGI would keep their scale from 0 to 65535."""
+    deep = np.linspace(0, 4095, 32 * 32).reshape(32, 32).astype(np.uint16)
+    for name, options in (("a.jp2", {}), ("a.sgi", {"bpc": 2})):
+        kind = Image.fromarray(deep) if name == "a.jp2" else Image.fromarray((deep // 16).astype(np.uint8))
+        save = lambda path, options=options, kind=kind, name=name: kind.save(f"{path}{name[1:]}", **options)  # noqa: E731
+        one_image(tmp_path / name, save, in_channels=1)
+        with pytest.raises(ValueError, match="pixel_range cannot be applied: Pillow scales"):
+            one_image(tmp_path / name, save, in_channels=1, pixel_range=[0, 4095])
+
+
+def tiff_of_12_bits(pixels: np.ndarray) -> bytes:
+    """Return an uncompressed TIFF of pixels [H, W], two in three bytes, which no package here can write."""
+    first, second = pixels.reshape(-1, 2).T
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    height, width = pixels.shape
+    tags = [(256, 4, width), (257, 4, height), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8)]
+    tags += [(277, 3, 1), (278, 4, height), (279, 4, len(packed))]
+    rows = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    start = struct.pack("<I", 8 + len(packed))
+    return b"II*\0" + start + packed + struct.pack("<H", len(tags)) + rows + bytes(4)
+
+
+def test_tiffs_of_which_pillow_does_not_keep_the_meaning_are_refused(tmp_path):
+    """12 bits in 16 would be nearly black, and with white as 0, 16 bits would be a negative, while 8 bits are not."""
+    deep = np.linspace(0, 4095, 32 * 32).reshape(32, 32).astype(np.uint16)
+    with pytest.raises(ValueError, match="the range of values of type uint12 is unknown. Set pixel_range"):
+        one_image(tmp_path / "12", lambda path: Path(f"{path}.tif").write_bytes(tiff_of_12_bits(deep)), in_channels=1)
+    negative = {"photometric": "miniswhite"}
+    with pytest.raises(ValueError, match="its 16-bit pixels are white where they are 0"):
+        one_image(tmp_path / "16", lambda path: tifffile.imwrite(f"{path}.tif", deep, **negative), in_channels=1)
+    gray = (deep // 16).astype(np.uint8)
+    found = one_image(tmp_path / "8", lambda path: tifffile.imwrite(f"{path}.tif", gray, **negative), in_channels=1)
+    assert torch.equal(found[0], torch.from_numpy(255 - gray[2:30, 2:30]))
 
 
 def test_tiffs_with_a_range_have_the_meaning_of_their_pixels(tmp_path):

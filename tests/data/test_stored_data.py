@@ -283,6 +283,7 @@ def test_what_is_refused_of_shards(tmp_path, stored):
         (f"{shards}/train-{{000000..000002}}.tar", "data_path=.*train-000002.tar does not exist"),
         (f"{shards}/val-*.tar", "matches no shards"),
         ("pipe:curl https://example.org/train-{0..9}.tar", "data_path=.* is a command"),
+        (f"file://{shards}/train-000001.tar", "data_path=.* is on this machine. Pass the path"),
     ]:
         with pytest.raises(ValueError, match=message):
             labels(params(root))

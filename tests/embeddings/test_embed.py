@@ -123,6 +123,8 @@ def test_digits_in_class_folders(digits, checkpoint, tmp_path, monkeypatch):
     paths, embeddings, labels = parquet.read_embeddings(out)
     pixels = np.stack([np.asarray(Image.open(digits / path)) for path in paths])
     expected = load_encoder(checkpoint).embed(torch.from_numpy(pixels)[:, None])
+    no_images = load_encoder(checkpoint).embed(torch.empty(0, 1, 30, 20, dtype=torch.uint8))
+    assert no_images.shape == (0, expected.shape[1])
     assert np.allclose(embeddings, expected, atol=1e-4 * expected.abs().max())
     assert labels == [str(load_digits().target[int(Path(path).stem)]) for path in paths]
     schema = pq.read_schema(out)

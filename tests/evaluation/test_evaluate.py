@@ -111,7 +111,7 @@ def test_facts_that_a_file_lacks_are_passed(checkpoint, tmp_path):
     """A state dict of another system says nothing of its images."""
     torch.save(load_encoder(checkpoint).model.state_dict(), tmp_path / "weights.pth")
     constants = {"image_mean": [0.3], "image_std": [0.2]}
-    given = {**constants, "transform_crop_size": 8, "encoder_arch": "shufflenet_v2_x0_5", "in_channels": 1}
+    given = {**constants, "transform_crop_size": 8, "encoder_arch": "small_cnn", "in_channels": 1}
     given["batch_size"] = 16  # as in the checkpoint: its embeddings are nearly the same, so rounding decides
     found = evaluate_checkpoint(tmp_path / "weights.pth", ["knn"], "digits", baselines=False, **given)
     expected = evaluate_checkpoint(checkpoint, ["knn"], out=tmp_path / "other", baselines=False, **constants)
@@ -286,7 +286,7 @@ def test_starting_weights_are_a_column(checkpoint, pretrained):
 
 
 def test_the_lagging_encoder_is_a_column_that_goes_with_its_checkpoint(tmp_path, capsys):
-    pretrain(checkpoint := tmp_path / "byol.ckpt", preset="byol", m=0.5)
+    pretrain(checkpoint := tmp_path / "byol.ckpt", preset="byol", m=0.5, encoder_arch="shufflenet_v2_x0_5")
     given = {"baselines": False, "lagging": True}
     found = scores(evaluate_checkpoint(checkpoint, ["uniformity"], **given))
     export.main([str(checkpoint), "--lagging", "--format", "torchvision", "--out", str(tmp_path / "lagging.pt")])
@@ -327,7 +327,7 @@ def test_transfer_to_another_data_set_keeps_both_in_one_file(checkpoint, data_pa
 def test_invalid_settings_are_refused_before_any_protocol_runs(checkpoint, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="protocol 'lineer' is unknown. Nearest: linear"):
         evaluate_checkpoint(checkpoint, ["knn", "lineer"])
-    with pytest.raises(ValueError, match="'linear_stages' needs an encoder with layer1 to layer4, but shufflenet"):
+    with pytest.raises(ValueError, match="'linear_stages' needs an encoder with layer1 to layer4, but small_cnn"):
         evaluate_checkpoint(checkpoint, ["knn", "linear_stages"])
     with pytest.raises(FileNotFoundError, match="nothing.ckpt"):
         evaluate_checkpoint("nothing.ckpt", ["knn"])

@@ -580,6 +580,7 @@ def test_an_impossible_format_does_not_stop_the_others(small_checkpoint, same_pr
         (None, "{beside}/small.onnx"),
         ("new", "new/small.onnx"),
         ("v1.0/", "v1.0/small.onnx"),
+        ("v1.0", "v1.0/small.onnx"),
         ("there.d", "there.d/small.onnx"),
         ("model.onnx", "model.onnx"),
     ],

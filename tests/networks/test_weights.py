@@ -461,7 +461,7 @@ def numbered() -> nn.Module:
 
 def test_starting_weights_are_recorded_and_compared(small, trainer, tmp_path):
     torch.save(own("shufflenet_v2_x0_5"), tmp_path / "start.pth")
-    channels = {"in_channels": 3, "evaluations": []}
+    channels = {"encoder_arch": "shufflenet_v2_x0_5", "in_channels": 3, "evaluations": []}
     model, fit = SelfSupervisedMethod(small(encoder_weights="start.pth", **channels)), trainer(limit_val_batches=0)
     assert torch.equal(model.model.conv1[0].weight, network("shufflenet_v2_x0_5").conv1[0].weight)
     fit.fit(model)
@@ -697,6 +697,21 @@ def test_published_by_torchvision(name, hub):
             load_encoder(name, **change)
     p = load_encoder(name, dataset_name="stl10", transform_crop_size=96).params
     assert (p.crop_size, p.mean, p.dataset_name) == (96, (0.485, 0.456, 0.406), "stl10")
+
+
+def test_a_first_layer_without_its_published_weights_is_named(hub, caplog):
+    """A frozen encoder would keep it as it was drawn."""
+    stem = {"dataset_name": "cifar10", "encoder_arch": "resnet18", "encoder_weights": "DEFAULT"}
+    with pytest.raises(ValueError, match="the first layer starts from random weights, .* stays so in a frozen encoder"):
+        LinearClassifierMethod("linear_sgd", **stem)
+    assert "random weights" not in caplog.text
+    small = {"K": 8, "dim": 8, "mlp_hidden_dim": 8}
+    for build in (partial(LinearClassifierMethod, "fine_tune"), partial(SelfSupervisedMethod, **small)):
+        build(**stem)
+        assert "warning: encoder_weights='DEFAULT': the first layer starts from random weights" in caplog.text
+        caplog.clear()
+        method = build(**stem, low_resolution_stem=False)
+        assert torch.equal(method.model.conv1.weight, network().conv1.weight) and "warning" not in caplog.text
 
 
 def test_published_weights_from_which_a_training_started(hub, tmp_path, monkeypatch):

@@ -201,7 +201,8 @@ def test_checkpoints_are_refused_before_the_first_evaluation(arguments, runs, mo
 
 
 @pytest.mark.parametrize(
-    "name", ["dataset_name", "data_seed", "splits_path", "label_key", "pixel_range", "evaluation_clips"]
+    "name",
+    ["dataset_name", "data_seed", "splits_path", "label_key", "pixel_range", "evaluation_clips", "exif_orientation"],
 )
 def test_results_on_different_data_are_not_ranked(name):
     result = compare.MetricRow("result", "trained encoder: valid_knn20_acc", ((80.0,), (91.0, 93.0), ()))

@@ -246,6 +246,13 @@ def test_missing_parts_are_left_out_with_the_reason(run, other, tmp_path, monkey
     assert about["state"].startswith("not finished")
 
 
+def test_another_training_than_ours_is_drawn_by_curves():
+    Path("linear").mkdir()
+    Path("linear/metrics.csv").write_text("step,valid_acc1\n1,50\n")
+    with pytest.raises(ValueError, match="linear is not a run: .* `self-supervised curves` draws other"):
+        report.write_report(["linear"])
+
+
 @pytest.mark.parametrize(
     ("runs", "more", "message"),
     [

@@ -283,7 +283,7 @@ def test_the_folder_says_what_was_run_and_repeats_it(run):
     log = (run / "log.txt").read_text()
     assert "images per optimizer step" in log and "valid_knn20_acc" in log and "trained encoder: valid_" in log
     assert f"next: self-supervised evaluate {run / 'pretrained.ckpt'}\n" in log
-    assert list((run / "pretraining").glob("events.out.tfevents.*")) and (run / "splits").is_dir()
+    assert list((run / "pretraining").glob("events.out.tfevents.*")) and not (run / "splits").exists()
     norms = [float(row["grad_norm_model"]) for row in rows_of(run) if row.get("grad_norm_model")]
     assert all(norm > 0 for norm in norms)
 
@@ -720,12 +720,13 @@ def test_a_file_of_a_run_that_cannot_be_read_is_named(name, content, tmp_path):
         compare.read_run(tmp_path)
 
 
-def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, monkeypatch, tmp_path):
-    """It scores the random encoder again, whose row begins metrics.csv, and says how far it came."""
+def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, monkeypatch, tmp_path, capsys):
+    """It scores the random encoder again, whose row begins metrics.csv, and says how far each stage came."""
     scores = {"random encoder": {"valid_knn20_acc": 99.0, "valid_knn200_acc": 99.0}}
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed/results.json").write_text(json.dumps(scores))
-    line = RUN.format(out=tmp_path / "killed").replace("--linear_epochs 1", "--resume auto --max_time 00:00:00:01")
+    line = RUN.format(out=tmp_path / "killed").replace("--linear_epochs 1", "--linear_epochs 300 --resume auto")
+    line += " --max_time 00:00:00:01"
     main(line.replace("--max_epochs 3", "--max_epochs 300"), monkeypatch)
     torch.use_deterministic_algorithms(False)
     scores, found = json.loads((tmp_path / "killed/results.json").read_text()), compare.read_run(tmp_path / "killed")
@@ -734,6 +735,9 @@ def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, m
     assert found.results["best valid_knn20_acc"] == max(epochs)
     assert 0 < scores["epochs"] == found.results["epochs"] == len(epochs) < 300
     assert tables.state(found) == f"stopped by max_time in epoch {scores['epochs']} of 300"
+    assert 0 < scores["linear epochs"] < 300
+    assert f"The linear stage ended in epoch {scores['linear epochs']} of 300" in capsys.readouterr().out
+    assert not (tmp_path / "killed/splits").exists()
 
 
 def test_an_error_is_one_line_and_its_stack_is_in_the_log(monkeypatch, tmp_path):
@@ -801,7 +805,7 @@ def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     for name in ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"):
         monkeypatch.setattr(progress.RichProgressBar, name, lambda *args, **kwargs: None)
-    bar, module = progress.Progress(file), SimpleNamespace(plan=SimpleNamespace(processes=2, batch_size=8))
+    bar, module = progress.Progress(file), SimpleNamespace(plan=SimpleNamespace(processes=2, images_read=8))
     bar.on_train_start(SimpleNamespace(global_step=3), module)
     assert file.read_text().splitlines()[1:] == ["3,0,1.0"]
     bar.on_train_start(SimpleNamespace(global_step=0), module)

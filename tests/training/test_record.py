@@ -18,7 +18,7 @@ from self_supervised.training import run_folder
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore:.*does not have many workers")
 OPTIONS = {"evaluations": ["knn"], "lr": 0.05}
 COMMAND = (
-    "simclr --dataset_name digits --encoder_arch shufflenet_v2_x0_5 --batch_size 16 --K 64 --dim 16 "
+    "simclr --dataset_name digits --encoder_arch small_cnn --batch_size 16 --K 64 --dim 16 "
     "--mlp_hidden_dim 32 --warmup_epochs 0 --seed 0 --evaluations [knn] --lr 0.05 --max_epochs 2 "
     "--limit_train_batches 2 --limit_val_batches 1 --log_every_n_steps 1 --accelerator cpu --logger csv --out command"
 )
@@ -81,7 +81,7 @@ def test_short_epochs_are_logged_like_those_of_the_command_unless_an_interval_is
     assert run_folder.settings_of_run(Path("logs/python"))["log_every_n_steps"] == given
 
 
-def test_missing_scores_are_named(fit, capsys, monkeypatch):
+def test_missing_scores_are_named(fit, small, trainer, capsys, monkeypatch):
     fit(CSVLogger("logs", name="python", version=""), scored=False, limit_val_batches=0)
     monkeypatch.setattr(sys, "argv", ["compare", "logs/python"])
     monkeypatch.setenv("COLUMNS", "200")
@@ -90,7 +90,12 @@ def test_missing_scores_are_named(fit, capsys, monkeypatch):
     assert "python: no scores of the encoder at the start: it was not evaluated" in shown
     after = "python: no scores of the trained encoder: it was not evaluated after the last step (limit_val_batches=0)."
     assert after in shown
-    with pytest.raises(ValueError, match="such as logs/python"):
+    without = SelfSupervisedMethod(small("simclr", **{**OPTIONS, "evaluations": []}))
+    trainer(logger=CSVLogger("logs", name="without", version=""), log_every_n_steps=1).fit(without)
+    monkeypatch.setattr(sys, "argv", ["compare", "logs/python", "logs/without"])
+    compare.main()
+    assert "without: no scores of the trained encoder: evaluations=[]." in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ValueError, match="such as logs/without"):
         compare.read_run("logs")
 
 
