@@ -46,13 +46,7 @@ from self_supervised.threads import use_free_cores
 from self_supervised.training import parameter_groups, run_folder
 from self_supervised.training.verdict import MEANING, verdict
 
-ENCODER_RESULTS = (
-    "epochs",
-    *run_folder.LATER_SCORES,
-    "verdict",
-    "linear minutes",
-    "linear epochs",
-)  # keys, results.json
+ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes", "linear epochs")  # in results.json
 OUTDATED_FILES = ("linear", "linear.ckpt", "pretrained.evaluation")  # of the encoder before it is trained further
 OF_SCORES = ("evaluations", "limit_val_batches", *MEANING)  # what the scores before and after the training mean
 
