@@ -196,7 +196,7 @@ class LinearClassifierMethod(BaseMethod):
             self.classifier = nn.Linear(width, require_labels(n, p))
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
-        if not self.trains_encoder or not any(weight.requires_grad for weight in self.model.parameters()):
+        if not self.trains_encoder or not layers.requires_gradient(self.model):
             self.model.requires_grad_(self.trains_encoder)  # otherwise, parts that the user froze stay frozen
         self.record_settings(embedding_dim=width, class_names=names)
 
@@ -280,8 +280,7 @@ class LinearClassifierMethod(BaseMethod):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            requires_gradient = any(weight.requires_grad for weight in self.model.parameters())
-            for line in advice.doubts_of_classifier(self.params, requires_gradient):
+            for line in advice.doubts_of_classifier(self.params, layers.requires_gradient(self.model)):
                 rank_zero_info(f"warning: {line}")
             refuse_callbacks(self.trainer.callbacks, {group["lr"] for group in self.parameter_groups()})
 

@@ -101,7 +101,7 @@ def with_labels(found: ImageList, label_of: Callable[[str], Label]) -> ImageList
 
 def listed_in(folder: Path) -> list[tuple[str, Path]]:
     """Return (split, file) of each list in a directory."""
-    files = [file for file in sorted(folder.glob("*")) if file.suffix.lower() == ".txt" and split_named(file.stem)]
+    files = [file for file in sorted(folder.glob("*.[tT][xX][tT]")) if split_named(file.stem)]
     return [(split, file) for split in SPLITS for file in files if split_named(file.stem) == split]
 
 

@@ -17,7 +17,7 @@ import ws_resnet
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import INCEPTIONS, OWN_MODULE, SMALL_CNNS, video_models
 from self_supervised.convolutions import PointConv2d, exchange_convolutions
-from self_supervised.networks import layouts
+from self_supervised.networks import layers, layouts
 from self_supervised.networks.output_sizes import measured_width, pool_cells
 from self_supervised.networks.recomputation import recompute_activations
 from self_supervised.safe_files import data_only
@@ -82,7 +82,8 @@ def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Mod
                 "patch size, which is in its name"
             ) from error
         encoder, _ = without_classifier(model, p.encoder_arch)
-        if adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant) and published:
+        adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
+        if published and has_new_stem(p):
             report_new_stem(p)
         exchange_convolutions(encoder, PointConv2d)
     if file:
@@ -268,6 +269,11 @@ def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
     return model, last.in_features if last_type is nn.Linear else last.in_channels
 
 
+def has_new_stem(p: EncoderAndDataParams) -> bool:
+    """Return whether `adapt_stem` replaces the first layer of torchvision's encoders, which is for three channels."""
+    return p.channels != 3 or p.low_resolution
+
+
 def report_new_stem(p: EncoderAndDataParams) -> None:
     """Warn that published weights lack the first layer, which was replaced. It would stay random if the encoder is
     frozen, so that a linear classifier is refused."""
@@ -281,9 +287,8 @@ def report_new_stem(p: EncoderAndDataParams) -> None:
     rank_zero_info(f"warning: {what}. {way_out}")
 
 
-def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant: str = "standard") -> bool:
-    """Replace the first convolution if images do not have its number of channels, or if they are small. Return whether
-    it was replaced.
+def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant: str = "standard") -> None:
+    """Replace the first convolution if images do not have its number of channels, or if they are small.
 
     The new convolution starts from random weights and keeps its type (weight standardization stays).
 
@@ -296,7 +301,7 @@ def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant:
     """
     path, old = first_convolution(encoder)
     if old.in_channels == channels and not low_resolution:
-        return False
+        return
     wide = low_resolution and variant == "padding_2"
     kernel, stride, padding = (3, 1, 1 + wide) if low_resolution else (old.kernel_size, old.stride, old.padding)
     kind = nn.Conv2d if wide else type(old)
@@ -308,7 +313,6 @@ def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant:
         encoder.maxpool = nn.Identity()
         if variant == "no_relu":
             encoder.relu = nn.Identity()
-    return True
 
 
 def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d]:
@@ -324,17 +328,16 @@ def embeddings_of(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def prepare_training(encoder: nn.Module) -> None:
     """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not, and its frozen parts
     into eval mode, so that their batch statistics stay. Log a line about the former, or if all of it is frozen."""
-    if any(weight.requires_grad for weight in encoder.parameters()):
+    if layers.requires_gradient(encoder):
         if hasattr(encoder, "is_trained"):
             encoder.is_trained = True
         if not encoder.training:
             rank_zero_info("the encoder was in eval mode: its parts with trainable weights are put into train mode")
             encoder.train()
         for part in encoder.modules():
-            weights = [*part.parameters()]
-            if weights and not any(weight.requires_grad for weight in weights):
+            if layers.n_parameters(part) and not layers.requires_gradient(part):
                 part.eval()
-    elif any(True for _ in encoder.parameters()):
+    elif layers.n_parameters(encoder):
         rank_zero_info(
             "warning: no weight of the encoder requires a gradient, so only the heads learn. Call "
             "encoder.requires_grad_() to train it"

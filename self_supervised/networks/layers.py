@@ -88,6 +88,11 @@ def n_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def requires_gradient(module: nn.Module) -> bool:
+    """Return whether any weight of the module is trained."""
+    return any(weight.requires_grad for weight in module.parameters())
+
+
 def can_be_opened(module: nn.Module) -> bool:
     """Return whether at least half of the parameters are those of children. Attention, for example, stays whole."""
     return 2 * sum(map(n_parameters, module.children())) > n_parameters(module)

@@ -79,7 +79,7 @@ class Encoder(nn.Module):
 
     def train(self, mode: bool = True) -> "Encoder":
         """Stay in eval mode unless a method trains it."""
-        return super().train(mode and (self.is_trained or any(weight.requires_grad for weight in self.parameters())))
+        return super().train(mode and (self.is_trained or layers.requires_gradient(self)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings [N, E] of normalized images [N, C, H, W]. Raises ValueError for integers."""
@@ -285,7 +285,7 @@ def published(name: str, overrides: dict[str, Any], new_stem: bool = False) -> E
     if overrides.get("in_channels") == 1:
         settings |= {name: [sum(settings[name]) / 3] for name in MEAN_AND_STD if name in settings}
     params = with_overrides(settings, overrides)
-    if not new_stem and arch in catalogue.torchvision_models() and (params.channels != 3 or params.low_resolution):
+    if not new_stem and arch in catalogue.torchvision_models() and encoders.has_new_stem(params):
         raise ValueError(
             f"in_channels={params.channels} with low_resolution_stem={params.low_resolution} would leave the first "
             f"layer of {name} without its published weights. Leave both out."

@@ -165,12 +165,12 @@ def missing_scores(runs: Iterable[Run]) -> list[str]:
     """Return a sentence on each score that runs lack."""
     lacking: dict[str, list[str]] = {}
     for run in (one for one in runs if "evaluations" in one.settings):
-        none = "" if run.settings["evaluations"] else "evaluations=[]"
+        unwanted = "" if run.settings["evaluations"] else "evaluations=[]"
         cause = "limit_val_batches=0" if run.settings.get("limit_val_batches") == 0 else "evaluate_every_n_epochs"
         after = f"it was not evaluated after the last step ({cause})"
         reasons = {
-            run.start or "encoder at the start": none or "it was not evaluated before the training",
-            "trained encoder": none or (after if "epochs" in run.results else "the training has not ended"),
+            run.start or "encoder at the start": unwanted or "it was not evaluated before the training",
+            "trained encoder": unwanted or (after if "epochs" in run.results else "the training has not ended"),
         }
         for scored, reason in reasons.items():
             if not any(name.startswith(f"{scored}: ") for name in run.results):

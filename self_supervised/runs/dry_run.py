@@ -97,8 +97,7 @@ def parts_table(model: SelfSupervisedMethod) -> Table:
         if not layers.n_parameters(part) and name != "queue":
             continue
         kind = p.encoder_arch if name in ("model", "lagging_model") else widths(part)
-        trained = any(weight.requires_grad for weight in part.parameters())
-        says = "yes" if trained else "no" if name == "queue" else "lags"
+        says = "yes" if layers.requires_gradient(part) else "no" if name == "queue" else "lags"
         shape = f"[{p.K}, {p.dim}]" if name == "queue" else outputs[name]
         made.add_row(PART_NAMES.get(name, name), kind, shape, f"{layers.n_parameters(part):,}", says)
     return made
@@ -109,7 +108,7 @@ def parts_text(model: nn.Module) -> str:
     counts = []
     for name, part in model.named_children():
         if count := layers.n_parameters(part):
-            frozen = "" if any(weight.requires_grad for weight in part.parameters()) else " (not trained)"
+            frozen = "" if layers.requires_gradient(part) else " (not trained)"
             counts.append(f"{PART_NAMES.get(name, name)} {count:,}{frozen}")
     return f"Parameters: {', '.join(counts)}"
 

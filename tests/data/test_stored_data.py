@@ -287,6 +287,8 @@ def test_what_is_refused_of_shards(tmp_path, stored):
     ]:
         with pytest.raises(ValueError, match=message):
             labels(params(root))
+    first = shards / "train-000000.tar"
+    assert labels(params(shutil.copy(first, tmp_path / "train.TAR"))) == labels(params(first)) != []
     whole = (shards / "train-000001.tar").read_bytes()
     (shards / "train-000001.tar").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="train-000001.tar could not be read as a tar file"):

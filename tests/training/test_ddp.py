@@ -20,7 +20,7 @@ from model_params import PRESETS
 from self_supervised import distributed
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 
-WORLDS, IMAGES, STEPS = (2, 4), 16, 4  # images of the joined batch
+WORLDS, IMAGES, STEPS = (2, 4), 16, 5  # images of the joined batch
 BATCH = {"use_negative_examples_from_batch": True}
 BOTH_VIEWS = {"use_both_augmentations_as_queries": True}
 SMALL_VIEWS = {"n_small_views": 2, "transform_small_crop_size": 8}  # the size of the large views, for one encoder

@@ -135,6 +135,8 @@ def test_groups_are_the_table(optimizer, method, trainer):
             assert group.get("momentum", 0.9) == 0.9 and group.get("adapt", row.adapted) == row.adapted
     assert not torch.equal(model.model.stem.weight, before)
     assert "model.stem.weight" in optimizers.groups_text(fit.optimizers[0])
+    own = torch.optim.SGD(model.parameters())  # of a user, in one group
+    assert optimizers.groups_text(own) == f"parameters: {len(own.param_groups[0]['params'])}"
 
 
 def test_steps_with_options_equal_sgd_written_out(method, trainer):
