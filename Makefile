@@ -1,8 +1,10 @@
 # make demo: install, pretrain on digits, evaluate.  make test: install, run all tests (test-long: with more cases).
+# Tests wait for processes that they start, so three workers (WORKERS=3) fill two cores.
 # make lint: ruff and mypy.  make bench: install the peers, run the benchmarks of the CPU (20 minutes), renew docs/performance.md.
 # make bench BENCHMARKS=video: those of videos (4 minutes), or any others by name.
 PYTHON ?= python3
 VENV := .venv
+WORKERS := 3
 BENCHMARKS := augment step optimizer probe loader scaling startup
 .PHONY: demo test test-long lint bench
 
@@ -16,12 +18,12 @@ demo: $(VENV)/installed
 	$(VENV)/bin/self-supervised demo
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-long: $(VENV)/installed
 	LONG=5 $(VENV)/bin/python -m pytest tests/golden tests/training/test_resume.py tests/test_properties.py tests/training/test_memory.py \
 		tests/training/test_launch.py tests/training/test_elastic.py tests/training/test_draws.py tests/training/test_ddp.py \
-		tests/test_presets.py tests/training/test_advice.py tests/embeddings/test_embed.py
+		tests/test_presets.py tests/training/test_advice.py tests/embeddings/test_embed.py tests/test_benchmarks.py
 
 bench: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
