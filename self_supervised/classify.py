@@ -101,6 +101,7 @@ def classify(
         found = learned(encoder, examples, read_all)
         found.save(saved)
         print(f"{saved}: encoder and classifier")
+    refuse_names_of_columns(found.class_names)
     write_predictions(found.to(usable_device(device)), source, paths, out, read_all)
     return out
 

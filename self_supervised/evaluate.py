@@ -36,7 +36,7 @@ from self_supervised.evaluation.fingerprints import fingerprint, seen, training_
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
 from self_supervised.evaluation.results import OF_ENCODER, Results, RunRecord, folder_of
 from self_supervised.fields import as_path, plain
-from self_supervised.networks.encoder_hash import encoder_hash
+from self_supervised.networks.encoder_hash import digest, encoder_hash
 from self_supervised.networks.layouts import checkpoint_of, read_weights
 from self_supervised.networks.pretrained import ENCODER_FACTS, Encoder, compared, is_name, load_encoder
 from self_supervised.program import one_line_errors
@@ -142,6 +142,8 @@ def check_request(protocols: Sequence[str], training: dict[str, Any], out: str |
     known = attrs.fields_dict(LinearClassifierMethodParams)
     if other := [name for name in training if name not in known]:
         raise ValueError(f"training: {', '.join(other)} must be fields of LinearClassifierMethodParams.")
+    if drawn := [name for name in training if name in ("seed", "split_seed")]:
+        raise ValueError(f"training: {', '.join(drawn)} would be the same in all runs. Pass seeds=[...] instead.")
     unused = [f"{name}={value!r}" for name, value in training.items() if name != "batch_size"]
     if unused and not any(PROTOCOLS[name].preset for name in protocols):
         names = ", ".join(name for name, row in PROTOCOLS.items() if row.preset)
@@ -209,7 +211,9 @@ def run_protocols(
     """
     hashes = {name: encoder_hash(data.encoder) for name, data in data_of.items()}
     hashes["lagging"] = hashes["trained"]  # both are replaced together
-    results.keep_encoders(hashes, seen_settings)
+    trained = data_of["trained"].encoder
+    files = dict.fromkeys(("trained", "lagging"), digest(trained)) if as_path(trained.report.source).is_file() else {}
+    results.keep_encoders(hashes, seen_settings, files)
     images = {  # hashes of each encoder and of the images as it sees them
         name: "".join(
             fingerprint(data.encoder, data.params, dataset, {}) for _, dataset in training_and_test(data.params)
@@ -225,7 +229,7 @@ def run_protocols(
                 if run is None:
                     names = {"protocol": protocol, "dataset": data.params.dataset_name, "encoder": encoder}
                     run = {**names, "seed": seed, "key": key, "hash": hashes[encoder], "seen": seen_settings}
-                    run |= scored(protocol, data, seed)
+                    run |= scored(protocol, data, seed) | {"file": files.get(encoder)}
                     results.add(run)
                 scores = ", ".join(f"{name} {value:.4g}" for name, value in run["scores"].items())
                 print(f"{protocol}, {encoder} encoder, seed {seed}{origin}: {scores}", flush=True)

@@ -7,7 +7,6 @@ images that were added since.
 """
 
 import argparse
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from self_supervised.embeddings.sources import (
     without_columns,
 )
 from self_supervised.fields import as_path
-from self_supervised.networks.encoder_hash import encoder_hash
+from self_supervised.networks.encoder_hash import digest, encoder_hash
 from self_supervised.networks.pretrained import Encoder, encoder_of
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, parser_of
@@ -103,20 +102,10 @@ def description(encoder: Encoder, source: ImageSource, overrides: dict[str, Any]
         },
         "images": as_absolute(source.name) if isinstance(source, Stored) else source.name,
         "columns": getattr(source, "columns", {}),
+        "contents": source.contents() if isinstance(source, Stored) else {},
         "overrides": overrides,
         "versions": {name: package.__version__ for name, package in packages.items()},
     }
-
-
-def digest(encoder: Encoder) -> str:
-    """Return the SHA-256 of the checkpoint file; of the tensors if there is no file (published weights by name)."""
-    if (path := Path(encoder.report.source)).is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    tensors = hashlib.sha256()
-    for name, tensor in encoder.model.state_dict().items():
-        tensors.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return tensors.hexdigest()
 
 
 def embed_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -104,11 +104,18 @@ class EmbeddingJob:
         stored["preprocessing"] = self.about["preprocessing"] | EARLIER_DEFAULTS | record
         if as_absolute(stored["images"]) == self.about["images"]:  # earlier versions stored the path as it was typed
             stored["images"] = self.about["images"]
-        different = [name for name in COMMON_FACTS if stored[name] != self.about[name]]
+        different = [
+            f"{name} was {stored[name]}, is now {self.about[name]}"
+            for name in COMMON_FACTS
+            if stored[name] != self.about[name]
+        ]
+        now = self.about["contents"]
+        changed = [part for part, digest in stored.get("contents", {}).items() if now.get(part, digest) != digest]
+        different += [f"{changed[0] or self.about['images']} has been written again"] if changed else []
         if different and not self.overwrite:
-            changes = "; ".join(f"{name} was {stored[name]}, is now {self.about[name]}" for name in different)
             raise ValueError(
-                f"{file} was created with different settings ({changes}). Choose another --out, or pass --overwrite."
+                f"{file} was created with different settings or images ({'; '.join(different)}). Choose another "
+                "--out, or pass --overwrite."
             )
         if not different:
             self.unreadable |= stored["unreadable"]

@@ -2,7 +2,9 @@
 images by path, with the options of the programs that embed them. The picture of a video is its middle frame."""
 
 import argparse
+import hashlib
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from self_supervised.runs.command_line import DEVICE, LAGGING, add_fields
 
 MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
+SHARD_OR_SPLIT = re.compile(r".*\.tar(?=/)|.*(?=/)|", re.IGNORECASE)  # start of a path in a `Stored`
 COLUMNS = ("image_key", "label_key", "labels_from")  # for shards and Hugging Face data sets
 OVERRIDES = (*ENCODER_FACTS, "dataset_name", "exif_orientation", "pixel_range", *COLUMNS, *CLIPS)
 
@@ -185,6 +188,15 @@ class Stored:
 
     def labels(self, paths: list[str]) -> list[str | None]:
         return [None if self.label_of[path] is None else str(self.label_of[path]) for path in paths]
+
+    def contents(self) -> dict[str, str]:
+        """Return shard or split -> hash of its files' sizes and times: the paths of its images are often numbers, which
+        say nothing about the images."""
+        hashes: dict[str, Any] = {}
+        for path in self.paths():
+            digest = hashes.setdefault(SHARD_OR_SPLIT.match(path)[0], hashlib.sha256())
+            digest.update(repr(self.source.signature(str(self.source.root / path))).encode())
+        return {part: digest.hexdigest()[:16] for part, digest in hashes.items()}
 
     def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
         return picture_in(path, self.source.open(str(self.source.root / path)), channels)

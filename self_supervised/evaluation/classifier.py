@@ -52,6 +52,8 @@ class ImageClassifier(nn.Module):
         images on which the encoder was trained."""
         p = self.encoder.params
         names = {"class_names": self.class_names, "n_classes": len(self.class_names)}
+        if p.dataset.multi_label:  # but each image of this classifier has one class
+            names["dataset_name"] = "folder"
         parts = {"model": self.encoder.model, "classifier": self.head}
         content = {
             "state_dict": {f"{part}.{key}": x for part, m in parts.items() for key, x in m.state_dict().items()},

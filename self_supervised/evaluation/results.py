@@ -43,6 +43,7 @@ class Results:
         self.own_config: dict[str, Any] = {}  # the part of config that this evaluation wrote
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights in this evaluation
         self.encoder_settings: dict[str, Any] = {}  # settings OF_ENCODER that this evaluation changes
+        self.files: dict[str, str] = {}  # encoder -> SHA-256 of the checkpoint, if it is in this one
 
     def clear(self) -> None:
         """Delete earlier results."""
@@ -52,15 +53,17 @@ class Results:
     def find(self, key: str) -> RunRecord | None:
         return next((run for run in self.runs if run["key"] == key), None)
 
-    def keep_encoders(self, hashes: dict[str, str], seen: dict[str, Any]) -> None:
+    def keep_encoders(self, hashes: dict[str, str], seen: dict[str, Any], files: dict[str, str]) -> None:
         """Drop runs whose encoder has the same name but other weights: the checkpoint was trained further. Hashes may
-        depend on the settings OF_ENCODER, so runs in which these differ stay."""
-        self.hashes, self.encoder_settings = hashes, encoder_settings_in(seen)
+        depend on the settings OF_ENCODER; where these differ, the SHA-256 of the checkpoints are compared."""
+        self.hashes, self.encoder_settings, self.files = hashes, encoder_settings_in(seen), files
         self.runs = list(filter(self.is_kept, self.runs))
 
     def is_kept(self, run: RunRecord) -> bool:
-        is_same_encoder = encoder_settings_in(run.get("seen", {})) == self.encoder_settings
-        return not is_same_encoder or self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
+        if encoder_settings_in(run.get("seen", {})) == self.encoder_settings:
+            return self.hashes.get(run["encoder"], run["hash"]) == run["hash"]
+        file = run.get("file")  # which earlier versions did not store
+        return self.files.get(run["encoder"], file) == file or file is None
 
     def begin(self, dataset: str, config: dict[str, Any]) -> None:
         """Set what the latest evaluation on a data set depends on."""
@@ -142,8 +145,10 @@ def folder_of(checkpoint: str | Path) -> Path:
 
 
 def is_same(old: RunRecord, run: RunRecord) -> bool:
-    """Return whether a run replaces an old one. A key that the old run lacks (earlier versions) counts as equal."""
-    return all(old.get(key, run.get(key)) == run.get(key) for key in RUN_KEYS)
+    """Return whether a run replaces an old one. A key that the old run lacks (earlier versions) counts as equal. Runs
+    by an earlier definition of the protocol are replaced whatever their seed and encoder."""
+    keys = RUN_KEYS if old["definition"] == run["definition"] else set(RUN_KEYS) - {"seed", "encoder"}
+    return all(old.get(key, run.get(key)) == run.get(key) for key in keys)
 
 
 def read_results(path: Path) -> dict[str, Any]:

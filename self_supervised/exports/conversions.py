@@ -64,7 +64,7 @@ from torch import Tensor
 
 {inspect.getsource(ws_resnet.standardized_weight)}
 
-state = {{key: standardized_weight(value) if value.dim() == 4 else value for key, value in state.items()}}
+state = {{key: standardized_weight(x) if x.dim() == 4 and key not in plain else x for key, x in state.items()}}
 """.strip()
 
 
@@ -157,7 +157,9 @@ def in_its_library(encoder: Encoder) -> Converted:
     if not normalization(arch):
         return converted
     tensors = {key: value.contiguous() for key, value in encoder.model.state_dict().items()}
-    return evolve(converted, content=tensors, arch=arch, use=f"{STANDARDIZE}\n\n{USE_STATE}")
+    layers = encoder.model.named_modules()
+    plain = [f"{name}.weight" for name, layer in layers if type(layer) in (nn.Conv2d, PointConv2d)]  # of other stems
+    return evolve(converted, content=tensors, arch=arch, use=f"plain = {plain}\n{STANDARDIZE}\n\n{USE_STATE}")
 
 
 def in_detectron2(encoder: Encoder) -> Converted:

@@ -1,7 +1,8 @@
-"""A hash that identifies an encoder: another one for other structure, tensors or outputs."""
+"""Hashes that identify an encoder, and the checkpoint that it is from."""
 
 import copy
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,11 +28,22 @@ def encoder_hash(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
+def digest(encoder: Encoder) -> str:
+    """Return the SHA-256 of the checkpoint file; of the tensors if there is no file (published weights by name)."""
+    if (path := Path(encoder.report.source)).is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    tensors = hashlib.sha256()
+    for name, tensor in encoder.model.state_dict().items():
+        tensors.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return tensors.hexdigest()
+
+
 def outputs(encoder: Encoder) -> np.ndarray:
     """Return embeddings of two fixed random images, rounded to six digits.
 
-    They are computed in float64 on the CPU, so that they are the same on every device; in float32 if the module does
-    not support float64.
+    They are computed in float64 on the CPU, so that they are the same on every device. If the module does not support
+    float64, only their mean and spread are returned, rounded to three digits: float32 differs between processors.
     """
     images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *encoder.params.input_shape)))
     with torch.no_grad():
@@ -39,4 +51,5 @@ def outputs(encoder: Encoder) -> np.ndarray:
             x = embeddings_of(copy.deepcopy(encoder.model).to("cpu", torch.float64), images)
         except (RuntimeError, TypeError):  # another dtype inside, or a module that cannot be copied
             x = encoder(images.to(encoder.device, torch.float32)).cpu().double()
+            return torch.stack([x.mean(), x.std()]).div(x.abs().max().clamp(min=1e-30)).round(decimals=3).numpy()
     return (x / x.abs().max().clamp(min=1e-30)).round(decimals=6).add(0.0).numpy()

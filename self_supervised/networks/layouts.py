@@ -92,6 +92,12 @@ class WeightsFile:
     architecture: str | None = None  # name in the file ("arch")
     started_from: str | None = None  # weights from which the pretraining started, if the file is ours
 
+    @property
+    def has_guessed_stem(self) -> bool:
+        """Whether the file is taken for solo-learn's only because it has a classifier, as many a file of others has."""
+        is_solo_learns = not self.settings and self.stem_variant == "padding_2"
+        return is_solo_learns and all(key.startswith("classifier.") for key in self.left_out)
+
 
 def lightning_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that Lightning has put into the directory of a logger (version_0), or None."""

@@ -193,7 +193,7 @@ def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[
     assumed = [] if are_given else [f"size and normalization constants of {settings['dataset_name']}"]
     if settings.get("stem_variant", "standard") != "standard" and "stem_variant" not in overrides:
         assumed.append(f"stem_variant={settings['stem_variant']!r} of {found.layout}")
-        if all(key.startswith("classifier.") for key in found.left_out):  # as in many a file of other systems
+        if found.has_guessed_stem:
             rank_zero_warn(
                 f"{found.source} is read as solo-learn's, whose first convolution pads 2 pixels. If it is of another "
                 "system, pass stem_variant='standard'."
@@ -364,6 +364,8 @@ def starting_encoder(p: EncoderAndDataParams, source: str) -> Encoder:
     """Return the encoder before a training with these settings, which started from the file or name `source`."""
     same = {name: getattr(p, name) for name in (*SAME_IN_STARTING, *DATASET_DEFAULTS)}
     same["low_resolution_stem"] = p.low_resolution
+    if p.low_resolution:
+        same["stem_variant"] = p.stem_variant
     if p.encoder_arch in catalogue.INCEPTIONS:
         same |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS)
     with seeded():

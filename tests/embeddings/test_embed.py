@@ -405,6 +405,37 @@ def test_shards_are_the_same_by_every_spelling_of_their_path(photos, tmp_path, m
     assert 0 < sum(map(bool, data_of(Path("map.html"))["pictures"])) < 24
 
 
+def test_numbered_images_that_were_written_again_are_refused(photos, tmp_path):
+    """Rows and keys are numbers, so the same paths may be other images."""
+    datasets = pytest.importorskip("datasets")
+    files = sorted(str(file) for file in photos.rglob("*.*"))
+
+    def save(rows: list[str]) -> None:
+        datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "hf")
+
+    save(files[:6])
+    made = embed.embed(tiny(), tmp_path / "hf", tmp_path / "hf.parquet", **OPTIONS)
+    before = made.read_bytes()
+    embed.embed(tiny(), tmp_path / "hf", made, **OPTIONS)
+    shutil.rmtree(tmp_path / "hf")
+    save(files[3:6])
+    with pytest.raises(ValueError, match=r"different settings or images \(.*hf has been written again\).*--overwrite"):
+        embed.embed(tiny(), tmp_path / "hf", made, **OPTIONS)
+    assert made.read_bytes() == before
+    embed.embed(tiny(), tmp_path / "hf", made, overwrite=True, **OPTIONS)
+    assert len(parquet.paths_in(made)) == 3
+
+    shards = tmp_path / "shards"
+    shutil.make_archive(str(shards / "a"), "tar", photos / "china")
+    out = embed.embed(tiny(), shards, tmp_path / "s.parquet", **OPTIONS)
+    shutil.make_archive(str(shards / "b"), "tar", photos / "flower")  # a new shard extends the file
+    embed.embed(tiny(), shards, out, **OPTIONS)
+    assert len(parquet.paths_in(out)) == 24 and [*parquet.facts_of_file(out)["contents"]] == ["a.tar", "b.tar"]
+    shutil.make_archive(str(shards / "a"), "tar", photos / "flower")
+    with pytest.raises(ValueError, match=r"\(a.tar has been written again\)"):
+        embed.embed(tiny(), shards, out, **OPTIONS)
+
+
 def test_unreadable_images_stop_or_are_listed(photos, tmp_path, capsys):
     out, bad = tmp_path / "f.parquet", photos / "china" / "near" / "2.png"
     good = bad.read_bytes()

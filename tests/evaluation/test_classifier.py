@@ -22,13 +22,15 @@ from sklearn.preprocessing import StandardScaler
 
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
+from model_params import EncoderAndDataParams
 from self_supervised import __main__, classify
 from self_supervised.embeddings.embed import embed
 from self_supervised.embeddings.parquet import read_embeddings
-from self_supervised.evaluation.classifier import DECAYS_OF_FEW, classifier_of, fit_few, fold_of_each
+from self_supervised.evaluation.classifier import DECAYS_OF_FEW, ImageClassifier, classifier_of, fit_few, fold_of_each
 from self_supervised.evaluation.probes import DECAY_OF_FEW
 from self_supervised.exports import fresh, verify
-from self_supervised.networks.pretrained import Encoder, load_encoder
+from self_supervised.networks.encoders import get_encoder
+from self_supervised.networks.pretrained import Encoder, Report, load_encoder
 
 MANUAL = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
 SCRIPT = re.search(r"^## From an image file to .*?```python\n(.*?)```", MANUAL, re.MULTILINE | re.DOTALL)[1]
@@ -84,6 +86,15 @@ def test_the_classifier_is_the_best_of_scikit_learns_in_cross_validation(n, widt
     ours = fit.head(torch.from_numpy(others).float()).softmax(1).numpy()
     assert np.abs(ours - theirs.predict_proba(others)).max() < 1e-3
     assert np.array_equal(ours.argmax(1), theirs.predict(others))
+
+
+def test_the_classifier_of_an_encoder_of_images_with_several_labels_is_read_back(small, tmp_path):
+    params = EncoderAndDataParams(encoder_arch="small_cnn", dataset_name="voc07", transform_crop_size=32)
+    encoder = Encoder(get_encoder(params)[0], params, Report("", "", "small_cnn", 2, ()))
+    ImageClassifier(encoder, torch.nn.Linear(256, 2), ["a", "b"]).save(tmp_path / "c.pt")
+    found = classifier_of(load_encoder(tmp_path / "c.pt"))
+    images = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    assert found.class_names == ["a", "b"] and torch.equal(found.encoder.embed(images), encoder.embed(images))
 
 
 def test_folds_are_stratified_and_a_single_image_is_never_held_out():
@@ -218,6 +229,11 @@ def test_few_images_are_hinted_at_and_refusals_say_what_to_do(images, checkpoint
     shutil.copytree(labeled / "zero", labeled / "probability")
     with pytest.raises(SystemExit, match="class 'probability': a column of the CSV file has this name. Rename"):
         run("classify", checkpoint, "--labeled", labeled, *apply)
+    content = torch.load(tmp_path / "c.pt", weights_only=True)
+    content["hyper_parameters"]["class_names"] = ["file", "zero"]  # as of a LinearClassifierMethod
+    torch.save(content, tmp_path / "named.pt")
+    with pytest.raises(SystemExit, match="class 'file': a column of the CSV file has this name. Rename"):
+        run("classify", tmp_path / "named.pt", *apply[:-2])
     (labeled / "probability").rename(labeled / "train")
     with pytest.raises(SystemExit, match="few' has splits, and images outside them, such as zero/nested"):
         run("classify", checkpoint, "--labeled", labeled, *apply)

@@ -271,6 +271,25 @@ def test_multiple_seeds_give_mean_and_standard_deviation(checkpoint, monkeypatch
     assert "| linear | acc1 | 54.00 ± 4.58 |" in table and "seed 0, 1, 2" in table
 
 
+def test_scores_by_an_earlier_definition_are_not_averaged_with_others(checkpoint, monkeypatch, tmp_path):
+    row = evolve(PROTOCOLS["linear"], run=lambda *_: {"acc1": 50.0})
+    monkeypatch.setitem(PROTOCOLS, "linear", row)
+    evaluate_checkpoint(checkpoint, ["linear"], seeds=[0, 1, 2])
+    monkeypatch.setitem(PROTOCOLS, "linear", evolve(row, run=lambda *_: {"acc1": 90.0}, definition="a better one"))
+    found = evaluate_checkpoint(checkpoint, ["linear"], seeds=1, baselines=False)
+    assert scores(found) == {("linear", "trained", 1): {"acc1": 90.0}}
+
+
+def test_scores_of_other_settings_go_with_their_checkpoint(checkpoint, tmp_path):
+    evaluate_checkpoint(checkpoint, ["uniformity"], baselines=False, pooling_size=2)
+    assert len(evaluate_checkpoint(checkpoint, ["uniformity"], baselines=False)["runs"]) == 2
+    changed = torch.load(checkpoint, weights_only=True)
+    changed["state_dict"] = {name: 1.1 * x for name, x in changed["state_dict"].items()}
+    torch.save(changed, checkpoint)
+    (run,) = evaluate_checkpoint(checkpoint, ["uniformity"], baselines=False)["runs"]
+    assert "pooling_size" not in run["seen"]
+
+
 def test_standard_deviations_over_draws_are_shown_with_the_mean():
     run = {"protocol": "svm", "dataset": "digits", "encoder": "trained", "seed": 0}
     found = results.results_markdown([{**run, "scores": {"shot1_acc1": 40.0, "shot1_acc1_std": 2.5}}])
@@ -342,6 +361,8 @@ def test_invalid_settings_are_refused_before_any_protocol_runs(checkpoint, monke
     (tmp_path / "first.evaluation/results.json").write_text("{")
     with pytest.raises(ValueError, match="results.json is corrupt .*--fresh"):
         evaluate_checkpoint(checkpoint, ["knn"])
+    with pytest.raises(ValueError, match=r"training: seed would be the same in all runs. Pass seeds=\[...\]"):
+        evaluate_checkpoint(checkpoint, ["finetune"], seeds=[0, 1], training={"seed": 7})
     for names in (None, ["knn"]):
         with pytest.raises(ValueError, match="max_epochs=2: .*no chosen protocol trains.*linear_sgd"):
             evaluate_checkpoint(checkpoint, names, training={"max_epochs": 2})

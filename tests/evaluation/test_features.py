@@ -126,6 +126,8 @@ def test_the_hash_of_a_custom_encoder_depends_on_its_forward(dtype):
 
     mean, largest = (lambda x: x.mean(2)), (lambda x: x.amax(2))
     assert hash_of(mean) == hash_of(mean) != hash_of(largest)
+    if dtype is not None:  # float32 differs between processors
+        assert hash_of(mean) == hash_of(lambda x: mean(x) * (1 + 1e-6 * torch.randn(2, 4)))
 
 
 def test_a_full_disk_is_named_and_leaves_no_features(tmp_path):

@@ -334,6 +334,8 @@ def test_a_ws_resnet_stays_one_in_safetensors_alone(encoder):
     )
     assert all(torch.equal(value, converted.content[key]) for key, value in made.model.state_dict().items())
     assert equal_there(converted, made, torch.randn(2, 3, 64, 64))
+    made = encoder("ws_resnet18", 32, stem_variant="padding_2")  # whose first convolution does not standardize
+    assert equal_there(conversions.in_its_library(made), made, torch.randn(2, 3, 32, 32))
 
 
 # ---- detectron2: a copy of its ResNet with its module names (modeling/backbone/resnet.py) ----
