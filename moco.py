@@ -335,10 +335,9 @@ class SelfSupervisedMethod(BaseMethod):
 
     def keep_embeddings(self, batch: tuple[Tensor, Tensor | None], dataloader_idx: int) -> None:
         """Keep embeddings and labels of a batch for `scores_of_loaders`."""
-        images, labels = batch
         with self.eagerly():
-            features = encoders.embeddings_of(self.model, images).float()
-        self.validation_outputs.setdefault(dataloader_idx, []).append((features, labels))
+            features = encoders.embeddings_of(self.model, batch[0], self.params.micro_batch_size).float()
+        self.validation_outputs.setdefault(dataloader_idx, []).append((features, batch[1]))
 
     def scores_of_loaders(self) -> list[Scores]:
         """Return the scores of each loader, of the embeddings that were kept since the last call.
@@ -362,7 +361,8 @@ class SelfSupervisedMethod(BaseMethod):
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
         """Return the embeddings [N, E] of a batch in at least float32, NaN for images that could not be read."""
         with self.eagerly():
-            return nan_where_unreadable(at_least_float32(encoders.embeddings_of(self.model, batch[0])), batch[1])
+            x = encoders.embeddings_of(self.model, batch[0], self.params.micro_batch_size)
+            return nan_where_unreadable(at_least_float32(x), batch[1])
 
     on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 

@@ -691,7 +691,8 @@ def contradictions_of_method(params: ModelParams) -> Contradictions:
     """Contradictions of loss, negatives, views and evaluations."""
     p = params
     negatives = p.use_negative_examples_from_batch or p.use_negative_examples_from_queue
-    one_network = not p.use_lagging_model and p.teacher is None and p.prediction_mlp_layers == 0
+    has_predictor = p.prediction_mlp_layers > 0 or p.head("prediction")["last_normalization"] is not None
+    one_network = not p.use_lagging_model and p.teacher is None and not has_predictor
     unknown = sorted(set(p.evaluations) - set(EVALUATIONS))
     time_difference = "transform_time_difference_probability"
     of_preset = SCEVideoParams.settings[time_difference]  # allowed with images: the preset may be tried on them
@@ -704,8 +705,9 @@ def contradictions_of_method(params: ModelParams) -> Contradictions:
          "use_negative_examples_from_queue=True or use_negative_examples_from_batch=True."),
         (p.use_negative_examples_from_same_view and not one_network,
          "use_negative_examples_from_same_view=True needs queries and keys of one network. Set "
-         f"use_lagging_model=False (is {p.use_lagging_model}), teacher=None (is {p.teacher}) and "
-         f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers})."),
+         f"use_lagging_model=False (is {p.use_lagging_model}), teacher=None (is {p.teacher}), "
+         f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers}) and prediction_mlp_last_normalization=None "
+         f"(is {p.prediction_mlp_last_normalization})."),
         (p.use_negative_examples_from_same_view and p.loss_type in ("sce", "seed"),
          f"use_negative_examples_from_same_view=True: loss_type={p.loss_type!r} compares two distributions over keys. "
          "Set it to False."),

@@ -366,8 +366,8 @@ def test_what_is_not_a_view_of_the_same_images_is_refused(trainer):
     images = torch.randint(256, (16, 3, 8, 8), dtype=torch.uint8)
     fields = {"encoder": nn.Flatten(), "dataset_name": "cifar10", "transform_crop_size": 8, "batch_size": 8}
 
-    def model(build=SelfSupervisedMethod):
-        return build("simclr", **fields, evaluations=[])
+    def model(build=SelfSupervisedMethod, **settings):
+        return build("simclr", **fields, **settings, evaluations=[])
 
     for both in (loader(images, images[:, :1]), loader(images / 64 - 2, images[:, :1] / 64 - 2)):
         with pytest.raises(ValueError, match=r"images=\[\[8, 3, 8, 8\], \[8, 1, 8, 8\]\]: views .* channels"):
@@ -383,6 +383,9 @@ def test_what_is_not_a_view_of_the_same_images_is_refused(trainer):
     with pytest.raises(ValueError, match="train_dataloaders: a batch of each of the 2 loaders .*ConcatDataset"):
         trainer().fit(model(), both)
     trainer().fit(model(Joined), both)
+    for settings in ({}, {"lr_scaling": "linear"}):
+        with pytest.raises(ValueError, match="train_dataloaders: a list with one loader. Pass the loader itself"):
+            trainer().fit(model(**settings), both[:1])
 
     class First(SelfSupervisedMethod):
         def on_after_batch_transfer(self, batch, dataloader_idx):

@@ -116,6 +116,15 @@ def test_unknown_field_is_a_type_error():
         ),
         ({"K": 0}, "K=0 .*use_negative_examples_from_queue=False"),
         ({"use_negative_examples_from_same_view": True}, "use_lagging_model=False .*True.*prediction_mlp_layers=0"),
+        (
+            {
+                "use_negative_examples_from_batch": True,
+                "use_negative_examples_from_same_view": True,
+                "use_lagging_model": False,
+                "prediction_mlp_last_normalization": "bn",
+            },
+            r"one network.*prediction_mlp_last_normalization=None \(is bn\)",
+        ),
         ({"shuffle_batch_norm": True, "use_lagging_model": False}, "shuffle_batch_norm=True .*use_lagging_model=True"),
         ({"low_resolution_stem": True, "encoder_arch": "vit_b_16"}, "low_resolution_stem=True .*'vit_b_16'"),
         ({"evaluations": ["knn", "svm"]}, r"evaluations=\['svm'\] unknown: choose from linear_probe, knn"),

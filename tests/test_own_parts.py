@@ -53,6 +53,23 @@ def images(n_views: int = 1, **options) -> DataLoader:
     return DataLoader(rows, batch_size=16, **options)
 
 
+class Viewing(nn.Module):
+    """Encoder [N, 3, 16, 16] -> [N, 6] that takes images and weights for contiguous, as many networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 5, stride=2)
+        self.linear = nn.Linear(6 * 6 * 6, 6)
+
+    def forward(self, x):
+        norm = self.conv.weight.view(len(self.conv.weight), -1).norm()
+        return self.linear(self.conv(x).view(x.size(0), -1)) / norm
+
+
+def color_images() -> DataLoader:
+    return DataLoader(torch.randint(256, (32, 3, 16, 16), dtype=torch.uint8), batch_size=16)
+
+
 # ---- settings ----
 
 
@@ -116,6 +133,14 @@ def test_a_batch_that_is_not_full_has_the_images_that_there_are(trainer, caplog)
     assert model.plan.lr == pytest.approx(0.1 * 10 / 256) and model.plan.of_checkpoint()["images"] == 256
 
 
+def test_an_epoch_with_fewer_batches_than_are_accumulated(small, trainer, caplog):
+    model = SelfSupervisedMethod(small("simclr", lr_scaling="linear", lr=0.1, evaluations=[]), encoder=Net())
+    trainer(accumulate_grad_batches=100, limit_train_batches=1.0).fit(model, images())
+    assert "x 4 (accumulated batches) x 16 (images) = 64 images per optimizer step" in caplog.text
+    assert "an epoch has 4 batches. A step has no more, and its gradient is 4/100" in caplog.text
+    assert model.plan.lr == pytest.approx(0.1 * 64 / 256) and model.plan.of_checkpoint()["accumulated"] == 100
+
+
 def test_a_lower_lr_lowers_the_ends_of_its_schedule(small):
     model = SelfSupervisedMethod(small("vicreg", lr=0.3, final_lr_schedule_value=0.002), encoder=Net())
     model.lr = 0.1
@@ -132,6 +157,17 @@ def test_an_encoder_whose_copy_computes_with_the_original_is_refused(build, smal
     with pytest.raises(ValueError, match="encoder: a copy of it, the lagging model, computes with weights or features"):
         SelfSupervisedMethod(small("byol"), encoder=build())
     SelfSupervisedMethod(small("simclr"), encoder=build())  # without a lagging model, there is no copy
+
+
+@pytest.mark.parametrize("preset", ["simclr", "byol"])
+def test_an_encoder_that_needs_contiguous_images_and_weights_gets_them(preset, small, trainer):
+    settings = {"dataset_name": "cifar10", "transform_crop_size": 16, "evaluations": []}
+    model = SelfSupervisedMethod(small(preset, **settings), encoder=(encoder := Viewing()))
+    trainer().fit(model, color_images())
+    assert encoder.conv.weight.is_contiguous() and encoder(torch.zeros(2, 3, 16, 16)).shape == (2, 6)  # as before
+    other = nn.Sequential(nn.Conv2d(3, 6, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    SelfSupervisedMethod(small(preset, **settings), encoder=other)
+    assert other[0].weight.is_contiguous(memory_format=torch.channels_last) and not other._forward_pre_hooks
 
 
 def test_an_encoder_that_draws_in_eval_mode_can_be_copied(small):
@@ -218,6 +254,18 @@ def test_a_lost_loss_is_named(small, trainer, tmp_path, caplog):
 
 
 # ---- loaders ----
+
+
+def test_validation_and_prediction_encode_parts_of_a_batch_too(small, trainer):
+    sizes = []
+    model = SelfSupervisedMethod(small("simclr", micro_batch_size=5, evaluations=["rank_me"]), encoder=Net())
+    model.model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    fit = trainer()
+    fit.validate(model, images(), verbose=False)
+    whole = torch.cat(fit.predict(model, images()))
+    assert max(sizes) <= 5
+    model.params = attrs.evolve(model.params, micro_batch_size=None)
+    assert torch.allclose(torch.cat(fit.predict(model, images())), whole, atol=1e-6)
 
 
 def test_parts_of_a_batch_leave_the_order_of_an_own_loader(small, trainer):

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torchvision
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 import ws_resnet
@@ -20,6 +21,7 @@ from self_supervised.convolutions import PointConv2d, exchange_convolutions
 from self_supervised.networks import layers, layouts
 from self_supervised.networks.output_sizes import measured_width, pool_cells
 from self_supervised.networks.recomputation import recompute_activations
+from self_supervised.numerics import in_parts
 from self_supervised.safe_files import data_only
 
 FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions of a convolution's weight
@@ -39,14 +41,42 @@ def get_encoder(params: EncoderAndDataParams, own: nn.Module | None = None) -> t
     encoder, width = _get_encoder(params, own)
     if params.pooling_size > 1:
         width = pool_cells(encoder, params)
-    for weight in encoder.parameters():
-        if layout := FASTEST_LAYOUT.get(weight.dim()):
-            weight.data = weight.data.to(weight.dtype, memory_format=layout)
+    use_fastest_layout(encoder, params.input_shape if own is not None else None)
     if params.embedding_dim not in (None, width):
         raise ValueError(f"embedding_dim={params.embedding_dim}, but {params.encoder_arch} gives {width}: leave it out")
     if params.activation_checkpointing:
         recompute_activations(encoder)
     return encoder, width
+
+
+def use_fastest_layout(encoder: nn.Module, input_shape: tuple[int, ...] | None) -> None:
+    """Store the weights in the layout in which views are stored, and convolutions are fastest.
+
+    A module that cannot encode in this layout keeps contiguous weights, and gets contiguous images: `x.view(len(x),
+    -1)` needs them.
+
+    Args:
+        input_shape: that of an image for a user's module; if passed, it is tried.
+    """
+    before = [weight.data for weight in encoder.parameters()]
+    for weight in encoder.parameters():
+        if layout := FASTEST_LAYOUT.get(weight.dim()):
+            weight.data = weight.data.to(weight.dtype, memory_format=layout)
+    if input_shape is None:
+        return
+    weight = next(encoder.parameters(), torch.empty(0))
+    images = torch.zeros(2, *input_shape, device=weight.device).to(memory_format=FASTEST_LAYOUT[1 + len(input_shape)])
+    try:
+        with torch.no_grad(), isolate_rng(), layers.in_eval_mode(encoder):
+            encoder(images)
+    except RuntimeError:
+        for weight, data in zip(encoder.parameters(), before, strict=True):
+            weight.data = data
+        encoder._forward_pre_hooks["contiguous"] = with_contiguous_images  # as in `measured_width`
+
+
+def with_contiguous_images(module: nn.Module, inputs: tuple) -> tuple:
+    return tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs)
 
 
 def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Module, int]:
@@ -96,7 +126,14 @@ def load_file(encoder: nn.Module, file: Path, p: EncoderAndDataParams) -> None:
         found = layouts.read_weights(file)
         stem = found.settings.get("stem_variant", found.stem_variant)
         if p.low_resolution and stem != p.stem_variant and ("stem_variant" in found.settings or stem != "standard"):
-            raise ValueError(f"its first layers are those of stem_variant={stem!r}. Set it (is {p.stem_variant!r}).")
+            if not found.has_guessed_stem:
+                raise ValueError(
+                    f"its first layers are those of stem_variant={stem!r}. Set it (is {p.stem_variant!r})."
+                )
+            rank_zero_warn(
+                f"{file} is read with stem_variant={p.stem_variant!r}. If it is solo-learn's, whose first convolution "
+                f"pads 2 pixels, set stem_variant={stem!r}."
+            )
         if not found.settings:  # of a checkpoint of ours, which has other constants
             refuse_other_pixels(p, p.encoder_weights)
             layouts.refuse_other_heads(found, p.encoder_arch)
@@ -320,8 +357,14 @@ def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d]:
     return next((path, layer) for path, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d | nn.Conv3d))
 
 
-def embeddings_of(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return the embeddings [N, E] of images or clips; of K clips per video, [N, K, C, T, H, W], the means over K."""
+def embeddings_of(encoder: nn.Module, x: torch.Tensor, at_once: int | None = None) -> torch.Tensor:
+    """Return the embeddings [N, E] of images or clips; of K clips per video, [N, K, C, T, H, W], the means over K.
+
+    Args:
+        at_once: the largest number of images or videos that are encoded at once; None: all.
+    """
+    if at_once is not None and len(x) > at_once:
+        return torch.cat([embeddings_of(encoder, part) for part in in_parts(x, at_once)])
     return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) if x.dim() == 6 else encoder(x)
 
 

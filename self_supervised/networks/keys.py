@@ -101,7 +101,8 @@ def is_independent(copied: nn.Module, module: nn.Module, input_shape: tuple[int,
 
     weights = list(module.parameters())
     with torch.no_grad(), isolate_rng(), layers.in_eval_mode(module), layers.in_eval_mode(copied):
-        images = torch.rand(2, *input_shape, device=weights[0].device if weights else None)
+        # not the number of an earlier trial, of which a hook may have kept the features
+        images = torch.rand(3, *input_shape, device=weights[0].device if weights else None)
         expected, found = encoded(module), encoded(copied)
         kept = [weight.clone() for weight in weights]
         try:

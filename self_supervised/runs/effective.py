@@ -75,7 +75,7 @@ def encoder_text(params: ModelParams) -> str:
 def head_text(params: ModelParams, name: str) -> str:
     head = params.head(name)
     if not head["n_layers"]:
-        return "none"
+        return f"{head['last_normalization']} alone" if head["last_normalization"] else "none"
     start = "embedding" if name == "projection" else str(params.dim)
     activation = {"relu": "ReLU", "gelu": "GELU"}[head["activation"]]
     norm = f"{head['normalization']} and {activation}" if head["normalization"] else activation

@@ -162,8 +162,8 @@ def frozen_since(before: set[str], now: set[str]) -> list[str]:
 
 
 def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
-    """Return lines on the learning rate, on a queue that is filled late, on prototypes that never move, on settings
-    that were changed without effect, and on a missing teacher, where they apply.
+    """Return lines on the learning rate, on a queue that is filled late, on prototypes that never move, on views
+    that are not compared, on settings that were changed without effect, and on a missing teacher, where they apply.
 
     Args:
         loss_type: that of `params`, or CUSTOM if a function replaces it.
@@ -177,8 +177,19 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
         doubt_of_queue(params, plan) if fills_queue else "",
         doubt_of_prototypes(params, plan),
         doubt_of_lengths(params, loss_type),
+        doubt_of_views(params),
     )
     return [line for line in (*found, unused, no_teacher) if line]
+
+
+def doubt_of_views(params: ModelParams) -> str:
+    """Return a line on views that no pair of the loss has."""
+    if not set(range(params.n_views)).difference(*params.pairs):
+        return ""
+    return (
+        f"n_large_views={params.n_large_views}: of the large views, only the first is compared with the teacher's. Set "
+        "use_both_augmentations_as_queries=True, or n_large_views=1"
+    )
 
 
 def doubts_of_classifier(params: Any, requires_gradient: bool) -> list[str]:

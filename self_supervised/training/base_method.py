@@ -210,7 +210,6 @@ class BaseMethod(pl.LightningModule):
         fit_checks.refuse_used_trainer(self.trainer)
         if self.plan is None:  # a subclass has its own configure_optimizers
             self.plan = plan_of_own_optimizers(self.params, self.trainer)
-        fit_checks.refuse_joined_loaders(self.trainer, self)
         if not is_of_dataset_name(self.trainer.train_dataloader):
             fit_checks.refuse_subsets(self.params)
 

@@ -74,20 +74,6 @@ def refuse_constant_heads(params: ModelParams) -> None:
         )
 
 
-def refuse_joined_loaders(trainer: pl.Trainer, method: pl.LightningModule) -> None:
-    """Raise ValueError if a batch is a list with a batch of each loader, which would be taken for views of the same
-    images, unless a hook of the user makes one batch of them."""
-    loaders = trainer.train_dataloader
-    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    found = [getattr(type(part), hook) for part in (method, trainer.datamodule) if part is not None for hook in hooks]
-    has_own = any(not hook.__module__.startswith(("pytorch_lightning.", "self_supervised.")) for hook in found)
-    if isinstance(loaders, list | tuple) and len(loaders) > 1 and not has_own:
-        raise ValueError(
-            f"train_dataloaders: a batch of each of the {len(loaders)} loaders "
-            "would be taken for views of the same images. Pass one loader of torch.utils.data.ConcatDataset."
-        )
-
-
 def refuse_subsets(params: Any) -> None:
     """Raise ValueError for settings that choose among the images of `dataset_name`, which are not those of a loader."""
     whole = {"data_fraction": 1.0, "label_fraction": None, "labels_per_class": None, "validate_on": "test"}

@@ -135,8 +135,8 @@ def optimizer_groups(
     plain = len(found) == 2
     return [
         {"params": [named[name] for name in members], "param_names": members, **dict(zip(names, key, strict=True))}
-        | ({} if plain else {"name": members[0] if members else "(none)"})
-        for key, members in found.items()
+        | ({} if plain else {"name": members[0] if members else f"(none {number})"})
+        for number, (key, members) in enumerate(found.items())
     ]
 
 

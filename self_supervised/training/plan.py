@@ -32,6 +32,7 @@ class Plan:
     lr_factor: float = 1.0  # by which `lr_scaling` multiplies all learning rates
     kind: str = "images"  # or "videos"
     only: int | None = None  # images of a process, if they do not fill a batch
+    epoch_batches: float = math.inf  # of a process
 
     @property
     def images_read(self) -> int:
@@ -39,9 +40,14 @@ class Plan:
         return self.only or self.batch_size
 
     @property
+    def batches(self) -> int:
+        """Batches per optimizer step: `accumulated`, unless an epoch has fewer."""
+        return int(min(self.accumulated, self.epoch_batches))
+
+    @property
     def global_batch_size(self) -> int:
         """Images of all processes per optimizer step."""
-        return self.processes * self.accumulated * self.images_read
+        return self.processes * self.batches * self.images_read
 
     def of_checkpoint(self) -> dict[str, int]:
         """Return what a checkpoint keeps as "steps", for a resumed run to compare."""
@@ -53,7 +59,7 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{self.processes} (processes) x {self.accumulated} (accumulated batches) x {self.images_read} "
+            f"{self.processes} (processes) x {self.batches} (accumulated batches) x {self.images_read} "
             f"({self.kind}) = {self.global_batch_size} {self.kind} per optimizer step; "
             f"{self.steps} steps, {self.steps_per_epoch} an epoch, {self.warmup_steps:g} of warm-up; lr {self.lr:.4g}"
         )
@@ -72,8 +78,14 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
     root (https://arxiv.org/abs/1404.5997).
     """
     steps, steps_per_epoch = training_length(trainer)
-    accumulated = trainer.accumulate_grad_batches
-    if math.isinf(trainer.num_training_batches):
+    refuse_joined_loaders(trainer)
+    accumulated, epoch_batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    if epoch_batches < accumulated:
+        rank_zero_info(
+            f"warning: accumulate_grad_batches={accumulated}, but an epoch has {epoch_batches} batches. A step has no "
+            f"more, and its gradient is {epoch_batches}/{accumulated} of their mean. Set it to {epoch_batches}"
+        )
+    if math.isinf(epoch_batches):
         warmup_epochs = warmup_without_epochs(params, warmup_epochs)
     if (warmup := warmup_epochs * steps_per_epoch) > steps:
         rank_zero_warn(
@@ -83,9 +95,28 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
     size = checked_batch_size(params, accumulated, loader)
     n_images = sized_len(getattr(loader, "sampler", None)) if getattr(loader, "batch_size", None) else None
     only = n_images if n_images and n_images < size else None
-    plan = Plan(distributed.world_size(), accumulated, size, params.lr, steps, steps_per_epoch, warmup, only=only)
+    few = {"only": only, "epoch_batches": epoch_batches}
+    plan = Plan(distributed.world_size(), accumulated, size, params.lr, steps, steps_per_epoch, warmup, **few)
     factor = lr_factor(params, plan.global_batch_size)
     return evolve(plan, lr=params.lr * factor, lr_factor=factor, kind=params.dataset.kind)
+
+
+def refuse_joined_loaders(trainer: pl.Trainer) -> None:
+    """Raise ValueError if a batch is a list with a batch of each loader, which would be taken for views of the same
+    images, unless a hook of the user makes one batch of them."""
+    loaders, method = trainer.train_dataloader, trainer.lightning_module
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    found = [getattr(type(part), hook) for part in (method, trainer.datamodule) if part is not None for hook in hooks]
+    has_own = any(not hook.__module__.startswith(("pytorch_lightning.", "self_supervised.")) for hook in found)
+    if not isinstance(loaders, list | tuple) or has_own:
+        return
+    if len(loaders) == 1:
+        raise ValueError("train_dataloaders: a list with one loader. Pass the loader itself.")
+    if len(loaders) > 1:
+        raise ValueError(
+            f"train_dataloaders: a batch of each of the {len(loaders)} loaders "
+            "would be taken for views of the same images. Pass one loader of torch.utils.data.ConcatDataset."
+        )
 
 
 def lr_factor(params: EncoderAndDataParams, images: int) -> float:

@@ -10,6 +10,7 @@ import warnings
 from contextlib import nullcontext
 from functools import cache, partial
 
+import attrs
 import numpy as np
 import pytest
 import safetensors.torch
@@ -352,6 +353,10 @@ def test_a_stem_that_is_only_guessed_gives_a_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_encoder(tmp_path / "weights.pth", stem_variant="standard").params.stem_variant == "standard"
+    start = {"encoder_arch": "resnet18", "dataset_name": "cifar10", "encoder_weights": str(tmp_path / "weights.pth")}
+    with pytest.warns(UserWarning, match="stem_variant='standard'. If it is solo-learn's.* set stem"):
+        assert encoders.get_encoder(ModelParams(**start))[0].conv1.padding == (1, 1)
+    assert encoders.get_encoder(ModelParams(**start, stem_variant="padding_2"))[0].conv1.padding == (2, 2)
 
 
 # ---- what is read back of our own ----
@@ -474,6 +479,10 @@ def test_starting_weights_are_recorded_and_compared(small, trainer, tmp_path):
         assert pretrained.compared(read, None)["starting"].params.exif_orientation is upright
     again = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "trained.ckpt")
     assert again.started_from == encoder.started_from and again.hparams.encoder_weights is None
+    stem = {"encoder_arch": "resnet18", "stem_variant": "padding_2", "low_resolution_stem": True}
+    params = attrs.evolve(encoder.params, embedding_dim=None, **stem)
+    torch.save(encoders.get_encoder(params)[0].state_dict(), tmp_path / "plain.pth")  # which does not tell the padding
+    assert pretrained.starting_encoder(params, str(tmp_path / "plain.pth")).model.conv1.padding == (2, 2)
     for arch, name in {"resnet18": "resnet18:DEFAULT", "timm:resnet10t": "timm:resnet10t"}.items():
         assert encoders.source_of_weights(small(encoder_arch=arch, encoder_weights="DEFAULT")) == name
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 
-from model_params import PRESETS, SCEVideoParams, SimCLRParams
+from model_params import PRESETS, MoCoV2Params, SCEVideoParams, SimCLRParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.runs import command_line, effective
 from self_supervised.runs.effective import effective_settings
@@ -41,6 +41,12 @@ def test_every_number_of_a_view_is_named(field):
     words = effective.view_text(attrs.evolve(view, **{field: other}), params)
     assert words != effective.view_text(view, params)
     assert all(f"{one:g}" in words for one in (other if isinstance(other, tuple) else [other]))
+
+
+def test_a_head_of_normalization_alone_is_named():
+    assert effective.head_text(MoCoV2Params(projection_mlp_layers=0, dim=512), "projection") == "none"
+    last = {"projection_mlp_layers": 0, "projection_mlp_last_normalization": "bn", "dim": 512}
+    assert effective.head_text(MoCoV2Params(**last), "projection") == "bn alone"
 
 
 def test_operations_that_have_no_effect_are_left_out():

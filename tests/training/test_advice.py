@@ -181,6 +181,14 @@ def test_presets_raise_no_doubts(preset):
     assert not found or "Pass a teacher" in found[0]
 
 
+def test_views_that_are_not_compared_with_a_teacher_are_named():
+    params = PRESETS["distill"](teacher="resnet18.pth", n_large_views=2)
+    (line,) = advice.doubts(params, plan_of(params), params.loss_type)
+    assert line.startswith("n_large_views=2: of the large views, only the first is compared with the teacher's")
+    both = attrs.evolve(params, use_both_augmentations_as_queries=True)
+    assert advice.doubts(both, plan_of(both), both.loss_type) == []
+
+
 def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_line_each(small, trainer, caplog):
     params = small("byol", lr=0.5, optimizer_name="sgd", lars_eta=0.1, T=0.1, evaluations=[])
     trainer().fit(SelfSupervisedMethod(params, encoder=Encoder()))

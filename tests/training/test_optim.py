@@ -139,6 +139,16 @@ def test_groups_are_the_table(optimizer, method, trainer):
     assert optimizers.groups_text(own) == f"parameters: {len(own.param_groups[0]['params'])}"
 
 
+def test_groups_have_names_of_their_own_even_if_both_usual_ones_are_empty(method):
+    """Lightning's LearningRateMonitor needs them."""
+    model = method(parameter_options=[{"pattern": "", "lr_mult": 0.1}])
+    groups = parameter_groups.optimizer_groups(
+        list(rows_of(model).values()), dict(model.named_parameters()), model.params
+    )
+    assert [len(group["params"]) for group in groups[:2]] == [0, 0]
+    assert len({group["name"] for group in groups}) == len(groups)
+
+
 def test_steps_with_options_equal_sgd_written_out(method, trainer):
     """Steps in float64 from the recorded gradients: every parameter with its learning rate, momentum and decay."""
     options = [
