@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from model_params import EARLIER_DEFAULTS
 from self_supervised.embeddings import parquet
 from self_supervised.embeddings.parquet import ROWS
-from self_supervised.embeddings.sources import ImageSource, as_absolute
+from self_supervised.embeddings.sources import ImageSource, as_absolute, written_again
 from self_supervised.folder_lock import locked
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import finite
@@ -109,9 +109,8 @@ class EmbeddingJob:
             for name in COMMON_FACTS
             if stored[name] != self.about[name]
         ]
-        now = self.about["contents"]
-        changed = [part for part, digest in stored.get("contents", {}).items() if now.get(part, digest) != digest]
-        different += [f"{changed[0] or self.about['images']} has been written again"] if changed else []
+        if changed := written_again(stored, self.about):
+            different.append(f"{changed} has been written again")
         if different and not self.overwrite:
             raise ValueError(
                 f"{file} was created with different settings or images ({'; '.join(different)}). Choose another "

@@ -253,10 +253,22 @@ def source_of_features(about: dict[str, Any], folder: str | Path | None) -> "Ima
     """
     kind = "video" if "num_frames" in about["preprocessing"] else "image"
     try:
-        return open_source(folder or about["images"], kind, about.get("columns"))
+        source = open_source(folder or about["images"], kind, about.get("columns"))
     except ValueError as error:
         reason = str(error).removesuffix(".")
         raise ValueError(f"{reason}. Pass the directory of the {kind}s with --folder.") from error
+    contents = source.contents() if isinstance(source, Stored) and folder is None else {}  # a copy has other times
+    if changed := written_again(about, {"images": source.name, "contents": contents}):
+        print(f"warning: {changed} has been written again: pictures may not be of the images that were embedded")
+    return source
+
+
+def written_again(about: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Return the first shard or split whose images are no longer those of the metadata `about`, or None. Files of
+    earlier versions do not tell."""
+    before = about.get("contents", {})
+    changed = [part for part, digest in before.items() if now["contents"].get(part, digest) != digest]
+    return (changed[0] or now["images"]) if changed else None
 
 
 def open_source(

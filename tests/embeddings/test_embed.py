@@ -405,7 +405,7 @@ def test_shards_are_the_same_by_every_spelling_of_their_path(photos, tmp_path, m
     assert 0 < sum(map(bool, data_of(Path("map.html"))["pictures"])) < 24
 
 
-def test_numbered_images_that_were_written_again_are_refused(photos, tmp_path):
+def test_numbered_images_that_were_written_again_are_refused(photos, tmp_path, monkeypatch, capsys):
     """Rows and keys are numbers, so the same paths may be other images."""
     datasets = pytest.importorskip("datasets")
     files = sorted(str(file) for file in photos.rglob("*.*"))
@@ -422,7 +422,12 @@ def test_numbered_images_that_were_written_again_are_refused(photos, tmp_path):
     with pytest.raises(ValueError, match=r"different settings or images \(.*hf has been written again\).*--overwrite"):
         embed.embed(tiny(), tmp_path / "hf", made, **OPTIONS)
     assert made.read_bytes() == before
+    capsys.readouterr()
+    assert run_command(monkeypatch, nearest, made, "0") == ""
+    assert "warning: " in (said := capsys.readouterr().out) and "hf has been written again: pictures may not" in said
     embed.embed(tiny(), tmp_path / "hf", made, overwrite=True, **OPTIONS)
+    assert run_command(monkeypatch, nearest, made, "0") == ""
+    assert "written again" not in capsys.readouterr().out
     assert len(parquet.paths_in(made)) == 3
 
     shards = tmp_path / "shards"
