@@ -28,6 +28,7 @@ from self_supervised import distributed, recipes
 from self_supervised.data.foreign_paths import config_of, run_of
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
+from self_supervised.report.compare import DATA
 from self_supervised.runs import (
     command_line,
     dry_run,
@@ -44,11 +45,12 @@ from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
 from self_supervised.threads import use_free_cores
 from self_supervised.training import parameter_groups, run_folder
+from self_supervised.training.milestones import is_cut_short
 from self_supervised.training.verdict import MEANING, verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes", "linear epochs")  # in results.json
 OUTDATED_FILES = ("linear", "linear.ckpt", "pretrained.evaluation")  # of the encoder before it is trained further
-OF_SCORES = ("evaluations", "limit_val_batches", *MEANING)  # what the scores before and after the training mean
+OF_SCORES = ("evaluations", *MEANING, *(DATA - {"splits_path"}))  # which a moved run has elsewhere
 
 
 # ---- The two stages ----
@@ -87,7 +89,8 @@ def write_on_rank_zero(path: Path, content: str | dict[str, Any]) -> None:
 def delete_outdated(out: Path, results: dict[str, Any]) -> None:
     """Delete the encoder's scores and the linear stage, which become outdated when the encoder is trained further.
     Every process deletes the scores: all must know whether another validation follows."""
-    if (out / "pretrained.ckpt").is_file():  # also if results.json was moved away; the run has no such files before
+    # also if results.json was moved away, or pretrained.ckpt deleted
+    if (out / "pretrained.ckpt").is_file() or (out / "linear/checkpoints").is_dir():
         for name in OUTDATED_FILES:
             rank_zero_only(remove)(out / name)
     if outdated := [name for name in ENCODER_RESULTS if name in results]:
@@ -125,7 +128,7 @@ def pretrain_stage(
         fit.loggers = loggers
         write_on_rank_zero(out / "results.json", results)
     keep_minutes = minutes_keeper(out, results, "pretraining minutes")
-    is_outdated = resumed is not None
+    is_outdated = True
 
     def begin(*_: Any) -> None:
         nonlocal is_outdated
@@ -171,7 +174,7 @@ def linear_stage(
     keep_minutes()
     results["linear classifier"] = validation_scores(fit, linear)
     results["linear epochs"] = fit.current_epoch
-    if fit.current_epoch < options.linear_epochs:
+    if fit.current_epoch < options.linear_epochs or is_cut_short(fit):
         run_folder.say(
             f"The linear stage ended in epoch {fit.current_epoch} of {options.linear_epochs}: max_time is up."
         )
@@ -211,11 +214,13 @@ def run_or_resume(
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
         resumed, step = earlier_run.resume_point(options.resume, out, "pretraining", model, fit, options)
         forget_other_scores(results, out, before, earlier, attrs.asdict(options) | attrs.asdict(params))
-        config = effective.config_text(preset, options, model.params)
+        of_start = earlier_run.weights_of_start(out, options.resume) if resumed else None
+        shown = attrs.evolve(model.params, encoder_weights=model.params.encoder_weights or of_start)
+        config = effective.config_text(preset, options, shown)
         run_folder.begin_run_folder(out, config, sys.argv, resumes=resumed is not None)
 
         def write_plan(*_: Any) -> None:
-            write_on_rank_zero(out / "config.yaml", effective.config_text(preset, options, model.params, model.plan))
+            write_on_rank_zero(out / "config.yaml", effective.config_text(preset, options, shown, model.plan))
 
         fit.callbacks.append(LambdaCallback(on_train_start=write_plan))
         fit.loggers = trackers.get_loggers(out, "pretraining", options, step)

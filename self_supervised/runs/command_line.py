@@ -244,6 +244,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
         found = parser(preset, recipe).parse_args(config + others).as_dict()  # the file first: options override it
         if found["preset"] != preset:
             fail(f"preset={found['preset']}: the preset is {preset}. Leave --preset out; it is the first argument.")
+        lists = [a.name for kind in (RunOptions, ModelParams) for a in attrs.fields(kind) if a.type == list[str]]
+        found |= {name: [] for name in lists if found[name] is None}  # null in a file, as none on the command line
         options = RunOptions(**{name: found[name] for name in RUN_OPTION_NAMES})
         return preset, options, PRESETS[preset](**{a.name: found[a.name] for a in attrs.fields(ModelParams)})
     except ValueError as error:

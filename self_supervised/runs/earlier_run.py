@@ -102,6 +102,12 @@ def resume_point(
     return path, content["global_step"]
 
 
+def weights_of_start(out: Path, resume: str | None) -> str | None:
+    """Return the weights from which the resumed run began, as its config.yaml names them."""
+    run = run_to_resume(out, resume)
+    return config_of(run).get("encoder_weights") if run else None
+
+
 def changed_options(before: dict[str, Any], options: RunOptions) -> dict[str, Any]:
     """Return {name: value} of the options of a training that differ from those in the config.yaml of its start."""
     now = {name: getattr(options, name) for name in OF_TRAINING}
@@ -184,6 +190,16 @@ def refuse_new_lists(params: ModelParams, out: Path, resume: str) -> None:
             )
 
 
+def refuse_outdated_lists(params: ModelParams) -> None:
+    """Raise ValueError if the lists of `splits_path`, drawn now, would be others: images were added."""
+    with tempfile.TemporaryDirectory(prefix=custom.TEMPORARY) as folder:
+        drawn = attrs.evolve(params, splits_path=folder)
+        loading.get_dataset(drawn, drawn.dataset.pretraining_splits)
+        now, before = ({f.name: f.read_text() for _, f in listed_in(Path(p.splits_path))} for p in (drawn, params))
+    if now != before:
+        raise ValueError("there are other images now")
+
+
 def with_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParams:
     """Return the settings with the `splits_path` of a run: as `with_resumed_lists`, else OUT/splits. Lists there that
     do not fit the settings or images are drawn again if the run that drew them ended before its first checkpoint.
@@ -202,6 +218,7 @@ def with_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParam
     try:
         if custom.has_written(params) and can_be_drawn_again:
             loading.get_dataset(params, params.dataset.pretraining_splits)  # raises if an image is missing
+            refuse_outdated_lists(params)
     except ValueError as error:
         if not can_be_drawn_again:
             raise

@@ -16,7 +16,7 @@ from model_params import (
     ModelParams,
     has_schedule,
 )
-from self_supervised import losses, multi_view_losses
+from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.data import loading
 from self_supervised.data.class_labels import UNLABELED, lacking
 from self_supervised.data.files import MOST_SKIPPED
@@ -36,10 +36,13 @@ TOY = torch.eye(4)  # features
 
 
 def linear_settings(options: RunOptions, params: ModelParams) -> dict:
-    """Return the settings that a run passes to its linear stage. A data set smaller than one batch is one batch."""
+    """Return the settings that a run passes to its linear stage. A data set smaller than one batch on each process is
+    one batch."""
     settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": params.seed}
     n_images = len(loading.get_dataset(params, params.dataset.train_splits))
-    if params.dataset.is_custom or n_images < attrs.fields(LinearClassifierMethodParams).batch_size.default:
+    n_processes = max(options.n_processes, distributed.world_size())
+    one_batch = attrs.fields(LinearClassifierMethodParams).batch_size.default * n_processes
+    if params.dataset.is_custom or n_images < one_batch:
         settings["drop_last_batch"] = None
     return settings
 
@@ -71,6 +74,7 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
         if params.use_lagging_model:
             refuse_half_precision(options.precision, params.m)
         check_images(params, options.accumulate_grad_batches)
+        check_fractions(params, options)
         if options.linear_epochs:
             settings = {name: getattr(params, name) for name in FROM_PRETRAINING} | linear_settings(options, params)
             check_labels(params)
@@ -154,6 +158,21 @@ def check_files(params: ModelParams, with_classifier: bool) -> None:
         raise ValueError(f"unreadable_images='stop': {found}. Fix or remove them, or set unreadable_images='skip'.")
     if unreadable:
         warnings.warn(f"{found}. They will be skipped.", stacklevel=2)
+
+
+def check_fractions(params: ModelParams, options: RunOptions) -> None:
+    """Raise ValueError if a fraction of the batches is less than one batch, which Lightning refuses later."""
+    params = attrs.evolve(params, num_data_workers=0, pack_images=False)
+    parts = [("limit_train_batches", params.dataset.pretraining_splits, True)]
+    parts += [("limit_val_batches", splits, False) for splits in evaluated_splits(params)[:1]]
+    for name, splits, training in parts:
+        limit = getattr(options, name)
+        if isinstance(limit, float):
+            n = len(loading.get_loader(params, loading.get_dataset(params, splits), training=training))
+            if 0 < limit * n < 1:
+                raise ValueError(
+                    f"{name}={limit}: less than one of {n} batches. Choose a larger fraction, or a number of batches."
+                )
 
 
 def check_batches(params: EncoderAndDataParams, splits: tuple[str, ...], accumulated: int = 1) -> None:

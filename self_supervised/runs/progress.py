@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.data import sized_len
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from self_supervised.safe_files import atomic_file, rows_of
+from self_supervised.safe_files import atomic_file, disk_errors_named, rows_of
 from self_supervised.training import run_folder
 
 SMOOTHING = 0.05  # weight of the newest batch in the average speed
@@ -73,7 +74,10 @@ class Progress(RichProgressBar):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         super().on_train_epoch_end(trainer, pl_module, *args)
         if self.file is not None and self.batches:
-            speed = images_in(pl_module) * self.batches / max(self.seconds, 1e-9)
+            n = sized_len(getattr(trainer.train_dataloader, "sampler", None))  # the last batch may not be full
+            images = images_in(pl_module) * self.batches
+            images = images if n is None else min(images, n * pl_module.plan.processes)
+            speed = images / max(self.seconds, 1e-9)
             append(self.file, (trainer.global_step, trainer.current_epoch + self.first_epoch, round(speed, 1)))
         self.batches = 0
         self.seconds = 0.0
@@ -132,7 +136,7 @@ def keep_until(file: Path, step: int) -> None:
 
 @rank_zero_only
 def append(file: Path, row: tuple) -> None:
-    with file.open("a", newline="") as rows:
+    with disk_errors_named(file), file.open("a", newline="") as rows:
         csv.writer(rows).writerow(row)
 
 

@@ -74,6 +74,8 @@ class RunOptions:
     deterministic: bool = False  # use only algorithms with bit-identical results, or raise an error; slower
 
     def __attrs_post_init__(self):
+        if isinstance(self.max_time, int):
+            raise ValueError(f"max_time={self.max_time}: YAML reads 10:00:00:00 as a number. Put it in quotes.")
         check_types(self)
         distributed.refuse_sharding(self.strategy)
         if self.fit_memory and not self.dry_run:

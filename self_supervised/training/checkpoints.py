@@ -27,7 +27,7 @@ from self_supervised import distributed
 from self_supervised.data.loader import ResumableDataLoader
 from self_supervised.folder_lock import locked
 from self_supervised.numerics import not_finite
-from self_supervised.safe_files import UNSUPPORTED, atomic_file, local_path, safe_load
+from self_supervised.safe_files import UNSUPPORTED, atomic_file, disk_errors_named, local_path, safe_load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OF_TENSORS = ("state_dict", "optimizer_states")  # the large parts of a checkpoint
@@ -294,7 +294,8 @@ class Checkpoints(pl.Callback):
                 f"not saved. The newest valid checkpoint is {newest(self.folder)}: resume from it with a lower lr."
             )
         for logger in trainer.loggers:
-            logger.save()  # metrics up to here are not computed again
+            with disk_errors_named(self.folder.parent):
+                logger.save()  # metrics up to here are not computed again
         trainer.save_checkpoint(self.path(trainer), weights_only=False)
         self.last_saved = trainer.global_step
         if trainer.is_global_zero:

@@ -45,8 +45,12 @@ class Best(pl.Callback):
         """Take the best value of an earlier start from its file, if a start in between had no such callback."""
         if not self.path.is_file():
             self.best = None  # that of another directory
-        elif self.best is None and trainer.global_step > 0:
-            self.load_state_dict(read_checkpoint(self.path)["callbacks"].get(self.state_key, {"best": None}))
+        elif trainer.global_step > 0:
+            content = read_checkpoint(self.path)
+            if content["global_step"] > trainer.global_step:  # of a training that was abandoned
+                self.best = None
+            elif self.best is None:
+                self.load_state_dict(content["callbacks"].get(self.state_key, {"best": None}))
         dataset = pl_module.params.dataset_name
         if getattr(pl_module, "trains_on_dataset_name", True) and uses_test_labels(self.name, dataset):
             rank_zero_warn(

@@ -68,9 +68,16 @@ def epochs_done(content: dict[str, Any]) -> int:
     return loop.get("epoch_progress", {}).get("current", {}).get("processed", 0)
 
 
+def epochs_begun(content: dict[str, Any]) -> int:
+    """Return the number of epochs of a checkpoint's training, with the one in which it is."""
+    progress = content.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    is_within = progress.get("current", {}).get("completed", 0) > 0 and not progress.get("is_last_batch", True)
+    return epochs_done(content) + is_within
+
+
 def refuse_lower_limits(content: dict[str, Any], trainer: pl.Trainer) -> None:
     """Raise ValueError if the checkpoint's training is already longer than the Trainer's limits."""
-    done = {"max_epochs": epochs_done(content), "max_steps": content["global_step"]}
+    done = {"max_epochs": epochs_begun(content), "max_steps": content["global_step"]}
     for name, reached in done.items():
         limit = getattr(trainer, name)
         if limit not in (None, -1) and reached > limit:

@@ -21,7 +21,9 @@ from self_supervised.networks import layers
 
 COMPARED = ("valid_knn20_acc", "valid_class_acc")  # starts of names; the first that was scored decides
 NEED_LABELS = {"knn", "linear_probe"}  # evaluations with these names
-MEANING = ("evaluation_clips", "evaluation_crops", "probe_on_training_set", "probe_solver")  # settings, of every score
+MEANING = (  # settings, of every score
+    "evaluation_clips", "evaluation_crops", "probe_on_training_set", "probe_solver", "transform_crop_size",
+)  # fmt: skip
 ADVICE = "Try a third of the lr, more epochs, or another preset: docs/troubleshooting.md"
 
 
@@ -103,7 +105,8 @@ class Verdict(pl.Callback):
             is_scored = self.before and can_compare(trainer, pl_module)
             after = pl_module.scores_at_end() or score_now(trainer, pl_module) if is_scored else {}
             self.text = verdict(self.name, self.before, after, pl_module.params.evaluations)
-            if self.measured and after and self.measured != measurement(trainer, pl_module):
+            now = measurement(trainer, pl_module) if after else {}
+            if any(now.get(name, value) != value for name, value in self.measured.items()):
                 self.text = f"none, because the {self.name} was scored on other images, or with other settings"
             rank_zero_info(f"verdict: {self.text}")
 

@@ -20,6 +20,7 @@ from self_supervised.data.foreign_paths import ForeignPath, is_near, run_of, vet
 from self_supervised.embeddings.embed import embed
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.networks.pretrained import load_encoder
+from self_supervised.runs import earlier_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse")
 
@@ -179,6 +180,22 @@ def test_a_resumed_run_whose_lists_are_gone_is_refused(tmp_path, monkeypatch):
             train.main([*line.split(), "../second", "--max_epochs", "3", "--resume", "auto", *options])
         assert not list(tmp_path.glob("second/splits/*")) and not Path("nowhere").exists()
     train.main([*line.split(), "../second", "--max_epochs", "3", "--resume", "auto", "--splits_path", "../mine"])
+
+
+def test_lists_of_a_start_without_a_checkpoint_are_drawn_again_with_new_images(tmp_path, small):
+    params = small("simclr", dataset_name="folder", data_path=str(photographs(tmp_path / "photos")), data_seed=0)
+    for grown in (False, False, True):
+        if grown:
+            photographs(tmp_path / "photos", 100, 6)
+        found = earlier_run.with_lists(params, tmp_path / "run", "auto")
+        lists = tmp_path / "run/splits"
+        assert lists.is_dir() == (not grown and (tmp_path / "run/config.yaml").is_file())
+        loading.get_dataset(found, found.dataset.pretraining_splits)  # draws them
+        (tmp_path / "run/config.yaml").write_text("preset: simclr\n")
+    (tmp_path / "run/pretrained.ckpt").touch()  # the run has trained on these
+    photographs(tmp_path / "photos", 200, 6)
+    earlier_run.with_lists(params, tmp_path / "run", "auto")
+    assert lists.is_dir()
 
 
 def test_every_checkpoint_of_a_moved_run_finds_its_lists(tmp_path, monkeypatch):

@@ -135,6 +135,17 @@ def test_a_logger_whose_package_is_missing_is_refused_with_the_way_out(capsys, m
     assert "pip install mlflow" in refused("byol --logger csv,mlflow", capsys)
 
 
+def test_values_of_yaml_that_are_another_type_there(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text("max_time: 10:00:00:00\n")
+    assert "max_time=2160000: YAML reads 10:00:00:00 as a number. Put it in quotes" in refused(
+        f"byol --config {file}", capsys
+    )
+    file.write_text("evaluations: null\nsave_best: null\nmax_time: '10:00:00:00'\n")
+    _, options, params = parse(f"byol --config {file}")
+    assert (params.evaluations, options.save_best, options.max_time) == ([], [], "10:00:00:00")
+
+
 def test_values_are_what_python_would_have():
     preset, options, params = parse(
         "byol --lr 1e-3 --transform_s [1.0,0.1] --warmup_epochs none --drop_last_batch false --pin_data_memory "
@@ -418,6 +429,34 @@ def test_a_linear_stage_is_made_again_even_if_results_json_was_moved_away(run, m
     torch.use_deterministic_algorithms(False)
     states = [torch.load(out / name, weights_only=True)["state_dict"] for name in ("pretrained.ckpt", "linear.ckpt")]
     assert torch.equal(*(state["model.conv1.0.weight"] for state in states))
+
+
+def test_a_linear_stage_is_made_again_even_if_its_checkpoints_alone_were_kept(run, monkeypatch, tmp_path):
+    out = shutil.copytree(run, tmp_path / "copy")
+    for name in ("pretrained.ckpt", "linear.ckpt"):
+        (out / name).unlink()
+    main(RUN.format(out=out) + " --resume auto --max_epochs 4", monkeypatch)
+    torch.use_deterministic_algorithms(False)
+    states = [torch.load(out / name, weights_only=True)["state_dict"] for name in ("pretrained.ckpt", "linear.ckpt")]
+    assert torch.equal(*(state["model.conv1.0.weight"] for state in states))
+
+
+def test_a_resumed_run_keeps_the_name_of_its_starting_weights(run, monkeypatch, tmp_path):
+    line = f"{SMALL} --limit_train_batches 1 --evaluations rank_me --logger csv --out run --max_epochs"
+    main(f"{line} 1 --encoder_weights {run}/pretrained.ckpt", monkeypatch)
+    main(f"{line} 2 --resume auto", monkeypatch)
+    assert run_folder.settings_of_run(Path("run"))["encoder_weights"] == f"{run}/pretrained.ckpt"
+    assert "pretrained.ckpt" in run_folder.effective_of(Path("run"))["encoder"]
+    assert "encoder_weights" not in Path("run/log.txt").read_text()
+
+
+@pytest.mark.parametrize("changed", ["transform_crop_size", "data_path", "limit_val_batches", "pixel_range"])
+def test_scores_of_other_images_are_forgotten(changed, tmp_path):
+    now = {**attrs.asdict(ModelParams()), **attrs.asdict(RunOptions())}
+    for settings, is_kept in ((now, True), (now | {changed: 7}, False)):
+        results = {"random encoder": {"valid_knn20_acc": 1.0}, "verdict": "better"}
+        train.forget_other_scores(results, tmp_path, "random encoder", settings, now)
+        assert bool(results) == is_kept
 
 
 def test_a_resumed_run_compares_scores_of_the_same_images(run, trainer, monkeypatch, tmp_path):
@@ -815,8 +854,9 @@ def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
         bar.on_train_batch_end(SimpleNamespace(global_step=step, estimated_stepping_batches=10), module)
     assert bar.status == "8 images/s, 0:00:12 left"
     now[0] += 100  # of a validation
-    bar.on_train_epoch_end(SimpleNamespace(global_step=4, current_epoch=0), module)
-    assert file.read_text().splitlines() == ["step,epoch,images_per_second", "4,1,8.0"]
+    loader = SimpleNamespace(sampler=range(30))  # so the last batch has 6 images
+    bar.on_train_epoch_end(SimpleNamespace(global_step=4, current_epoch=0, train_dataloader=loader), module)
+    assert file.read_text().splitlines() == ["step,epoch,images_per_second", "4,1,7.5"]
 
 
 # ---- comparing ----
@@ -872,6 +912,18 @@ def test_an_epoch_that_test_labels_choose_is_named(name, dataset, warned, tmp_pa
     best.on_train_start(
         None, SimpleNamespace(params=params, trains_on_dataset_name=False)
     )  # validated on the user's images
+
+
+@pytest.mark.parametrize(("resumed_from", "kept"), [(6, None), (9, 50.0), (12, 50.0)])
+def test_the_best_of_an_abandoned_training_is_none(resumed_from, kept, monkeypatch, tmp_path):
+    """Of the file of step 9, with a value that the checkpoint of step 6 has from an earlier file."""
+    best, module = milestones.Best(tmp_path, "valid_rank_me"), SimpleNamespace(params=ModelParams())
+    best.path.touch()
+    content = {"global_step": 9, "callbacks": {best.state_key: {"best": 50.0}}}
+    monkeypatch.setattr(milestones, "read_checkpoint", lambda _: content)
+    best.best = 40.0 if resumed_from < 9 else None
+    best.on_train_start(SimpleNamespace(global_step=resumed_from), module)
+    assert best.best == kept
 
 
 def test_compare_refuses_what_is_no_run_or_the_same_one(run, tmp_path):

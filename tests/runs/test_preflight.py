@@ -72,6 +72,19 @@ def test_a_linear_stage_of_fewer_images_than_its_batch_is_one_batch(monkeypatch,
     check_run(RunOptions(linear_epochs=1), params)
 
 
+def test_a_linear_stage_on_many_processes_may_have_less_than_a_batch_on_each(small):
+    params = small("simclr")  # 1,297 images for training
+    assert "drop_last_batch" not in preflight.linear_settings(RunOptions(linear_epochs=1), params)
+    assert preflight.linear_settings(RunOptions(linear_epochs=1, devices=8), params)["drop_last_batch"] is None
+
+
+@pytest.mark.parametrize("name", ["limit_train_batches", "limit_val_batches"])
+def test_a_fraction_of_less_than_one_batch_is_refused(name, small):
+    with pytest.raises(ValueError, match=f"{name}=0.001: less than one of .* batches. Choose a larger fraction"):
+        check_run(RunOptions(**{name: 0.001}), small("simclr"))
+    check_run(RunOptions(**{name: 0.5}), small("simclr"))
+
+
 def test_multiple_labels_of_an_image_are_refused_by_a_linear_stage(monkeypatch, small):
     monkeypatch.setattr(loading, "get_dataset", lambda *_: range(300))
     monkeypatch.setattr(loading, "get_loader", lambda *_, **__: None)

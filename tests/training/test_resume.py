@@ -22,7 +22,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
-from self_supervised.training import checkpoints
+from self_supervised.training import checkpoints, resuming
 from self_supervised.training.checkpoints import Checkpoints, newest
 from self_supervised.training.milestones import EveryNEpochs
 
@@ -550,3 +550,25 @@ def test_a_run_without_a_seed_is_resumed_with_its_own(tmp_path):
     epochs(resumed, tmp_path / "run", 2)
     assert resumed.params.seed == resumed.hparams.seed == resumed.hparams_initial.seed == 1
     assert checkpoints.read_checkpoint(newest(tmp_path / "run"))["hyper_parameters"]["seed"] == 1
+
+
+def test_fewer_epochs_than_were_begun_are_refused(small, trainer, tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 6:
+                raise RuntimeError("stopped")
+
+    model = SelfSupervisedMethod(small("simclr", evaluations=[]))
+    fit = trainer(max_epochs=5, limit_train_batches=4, callbacks=[Checkpoints(tmp_path, every_n_steps=1), Stop()])
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit.fit(model)
+    within = checkpoints.read_checkpoint(newest(tmp_path))
+    assert within["global_step"] == 6
+    with pytest.raises(ValueError, match="max_epochs=1: the checkpoint's training has already reached 2"):
+        resuming.refuse_lower_limits(within, trainer(max_epochs=1))
+    resuming.refuse_lower_limits(within, trainer(max_epochs=2))
+    resumed = trainer(max_epochs=2, limit_train_batches=4, callbacks=[Checkpoints(tmp_path)])
+    resumed.fit(SelfSupervisedMethod(small("simclr", evaluations=[])), ckpt_path=newest(tmp_path))
+    at_end = checkpoints.read_checkpoint(newest(tmp_path))
+    resuming.refuse_lower_limits(at_end, trainer(max_epochs=2))
+    assert (resuming.epochs_begun(at_end), at_end["global_step"]) == (2, 8)
