@@ -1,10 +1,10 @@
 # make demo: install, pretrain on digits, evaluate.  make test: install, run all tests (test-long: with more cases).
-# Tests wait for processes that they start, so three workers (WORKERS=3) fill two cores.
+# make test WORKERS=8: in that many processes, such as one per core.
 # make lint: ruff and mypy.  make bench: install the peers, run the benchmarks of the CPU (20 minutes), renew docs/performance.md.
 # make bench BENCHMARKS=video: those of videos (4 minutes), or any others by name.
 PYTHON ?= python3
 VENV := .venv
-WORKERS := 3
+WORKERS := 2
 BENCHMARKS := augment step optimizer probe loader scaling startup
 .PHONY: demo test test-long lint bench
 
