@@ -96,12 +96,12 @@ def classify(
                 f"labeled=None: {encoder.report.source} holds no classifier. Pass a directory with one directory of "
                 "images per class."
             )
+        refuse_names_of_columns(found.class_names)
     else:
         encoder.to(usable_device(device))
         found = learned(encoder, examples, read_all)
         found.save(saved)
         print(f"{saved}: encoder and classifier")
-    refuse_names_of_columns(found.class_names)
     write_predictions(found.to(usable_device(device)), source, paths, out, read_all)
     return out
 

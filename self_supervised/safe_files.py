@@ -187,8 +187,11 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def disk_errors_named(path: Path) -> Iterator[None]:
+def disk_errors_named(path: Path, in_place: bool = False) -> Iterator[None]:
     """Name `path` in the errors of a full disk.
+
+    Args:
+        in_place: whether the file is written where it is, so that a part of it may be left.
 
     Raises:
         OSError: the disk is full, or a limit on space or file size is reached.
@@ -199,10 +202,8 @@ def disk_errors_named(path: Path) -> Iterator[None]:
         cause = full_disk(error)
         if cause is None:
             raise
-        raise OSError(
-            f"{path} cannot be written ({cause.strerror or cause}): is the disk full? Earlier files are unchanged, and "
-            "no incomplete file is left."
-        ) from error
+        left = "" if in_place else " Earlier files are unchanged, and no incomplete file is left."
+        raise OSError(f"{path} cannot be written ({cause.strerror or cause}): is the disk full?{left}") from error
 
 
 def full_disk(error: BaseException | None) -> OSError | None:

@@ -50,7 +50,8 @@ from self_supervised.training.verdict import MEANING, verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes", "linear epochs")  # in results.json
 OUTDATED_FILES = ("linear", "linear.ckpt", "pretrained.evaluation")  # of the encoder before it is trained further
-OF_SCORES = ("evaluations", *MEANING, *(DATA - {"splits_path"}))  # which a moved run has elsewhere
+# what the scores before and after the training mean; a moved run has its lists elsewhere
+OF_SCORES = ("evaluations", *MEANING, *(DATA - {"splits_path"}))
 
 
 # ---- The two stages ----
@@ -128,13 +129,13 @@ def pretrain_stage(
         fit.loggers = loggers
         write_on_rank_zero(out / "results.json", results)
     keep_minutes = minutes_keeper(out, results, "pretraining minutes")
-    is_outdated = True
+    has_begun = False
 
     def begin(*_: Any) -> None:
-        nonlocal is_outdated
-        if is_outdated:  # at the first step
+        nonlocal has_begun
+        if not has_begun:  # at the first step
             delete_outdated(out, results)
-        is_outdated = False
+        has_begun = True
 
     begun = {"on_train_batch_start": begin, "on_save_checkpoint": keep_minutes}
     fit.callbacks.append(LambdaCallback(**begun))

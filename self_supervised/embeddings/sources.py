@@ -257,8 +257,8 @@ def source_of_features(about: dict[str, Any], folder: str | Path | None) -> "Ima
     except ValueError as error:
         reason = str(error).removesuffix(".")
         raise ValueError(f"{reason}. Pass the directory of the {kind}s with --folder.") from error
-    contents = source.contents() if isinstance(source, Stored) and folder is None else {}  # a copy has other times
-    if changed := written_again(about, {"images": source.name, "contents": contents}):
+    is_told = isinstance(source, Stored) and folder is None and about.get("contents")  # a copy has other times
+    if is_told and (changed := written_again(about, {"images": source.name, "contents": source.contents()})):
         print(f"warning: {changed} has been written again: pictures may not be of the images that were embedded")
     return source
 

@@ -46,10 +46,11 @@ def outputs(encoder: Encoder) -> np.ndarray:
     float64, only their mean and spread are returned, rounded to three digits: float32 differs between processors.
     """
     images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *encoder.params.input_shape)))
+    decimals = 6
     with torch.no_grad():
         try:
             x = embeddings_of(copy.deepcopy(encoder.model).to("cpu", torch.float64), images)
         except (RuntimeError, TypeError):  # another dtype inside, or a module that cannot be copied
             x = encoder(images.to(encoder.device, torch.float32)).cpu().double()
-            return torch.stack([x.mean(), x.std()]).div(x.abs().max().clamp(min=1e-30)).round(decimals=3).numpy()
-    return (x / x.abs().max().clamp(min=1e-30)).round(decimals=6).add(0.0).numpy()
+            x, decimals = torch.stack([x.mean(), x.std()]), 3
+    return (x / x.abs().max().clamp(min=1e-30)).round(decimals=decimals).add(0.0).numpy()  # no -0.0

@@ -41,7 +41,11 @@ def get_encoder(params: EncoderAndDataParams, own: nn.Module | None = None) -> t
     encoder, width = _get_encoder(params, own)
     if params.pooling_size > 1:
         width = pool_cells(encoder, params)
-    use_fastest_layout(encoder, params.input_shape if own is not None else None)
+    for weight in encoder.parameters():
+        if layout := FASTEST_LAYOUT.get(weight.dim()):
+            weight.data = weight.data.to(weight.dtype, memory_format=layout)
+    if own is not None and not encodes_in_fastest_layout(encoder, params.input_shape):
+        make_contiguous(encoder)
     if params.embedding_dim not in (None, width):
         raise ValueError(f"embedding_dim={params.embedding_dim}, but {params.encoder_arch} gives {width}: leave it out")
     if params.activation_checkpointing:
@@ -49,30 +53,24 @@ def get_encoder(params: EncoderAndDataParams, own: nn.Module | None = None) -> t
     return encoder, width
 
 
-def use_fastest_layout(encoder: nn.Module, input_shape: tuple[int, ...] | None) -> None:
-    """Store the weights in the layout in which views are stored, and convolutions are fastest.
-
-    A module that cannot encode in this layout keeps contiguous weights, and gets contiguous images: `x.view(len(x),
-    -1)` needs them.
-
-    Args:
-        input_shape: that of an image for a user's module; if passed, it is tried.
-    """
-    before = [weight.data for weight in encoder.parameters()]
-    for weight in encoder.parameters():
-        if layout := FASTEST_LAYOUT.get(weight.dim()):
-            weight.data = weight.data.to(weight.dtype, memory_format=layout)
-    if input_shape is None:
-        return
+def encodes_in_fastest_layout(encoder: nn.Module, input_shape: tuple[int, ...]) -> bool:
+    """Return whether a user's module encodes images [N, *input_shape] in the layout in which views and weights are
+    stored. `x.view(len(x), -1)`, for example, needs contiguous ones."""
     weight = next(encoder.parameters(), torch.empty(0))
     images = torch.zeros(2, *input_shape, device=weight.device).to(memory_format=FASTEST_LAYOUT[1 + len(input_shape)])
     try:
         with torch.no_grad(), isolate_rng(), layers.in_eval_mode(encoder):
             encoder(images)
     except RuntimeError:
-        for weight, data in zip(encoder.parameters(), before, strict=True):
-            weight.data = data
-        encoder._forward_pre_hooks["contiguous"] = with_contiguous_images  # as in `measured_width`
+        return False
+    return True
+
+
+def make_contiguous(encoder: nn.Module) -> None:
+    """Store the weights contiguously, and let the module get contiguous images."""
+    for weight in encoder.parameters():
+        weight.data = weight.data.contiguous()
+    encoder._forward_pre_hooks["contiguous"] = with_contiguous_images  # as in `measured_width`
 
 
 def with_contiguous_images(module: nn.Module, inputs: tuple) -> tuple:

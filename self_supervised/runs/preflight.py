@@ -4,6 +4,7 @@ import warnings
 
 import attrs
 import torch
+from torch.utils.data import DataLoader
 
 from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
 from model_params import (
@@ -162,13 +163,12 @@ def check_files(params: ModelParams, with_classifier: bool) -> None:
 
 def check_fractions(params: ModelParams, options: RunOptions) -> None:
     """Raise ValueError if a fraction of the batches is less than one batch, which Lightning refuses later."""
-    params = attrs.evolve(params, num_data_workers=0, pack_images=False)
     parts = [("limit_train_batches", params.dataset.pretraining_splits, True)]
     parts += [("limit_val_batches", splits, False) for splits in evaluated_splits(params)[:1]]
     for name, splits, training in parts:
         limit = getattr(options, name)
         if isinstance(limit, float):
-            n = len(loading.get_loader(params, loading.get_dataset(params, splits), training=training))
+            n = len(unread_loader(params, splits, training, options.accumulate_grad_batches))
             if 0 < limit * n < 1:
                 raise ValueError(
                     f"{name}={limit}: less than one of {n} batches. Choose a larger fraction, or a number of batches."
@@ -177,8 +177,15 @@ def check_fractions(params: ModelParams, options: RunOptions) -> None:
 
 def check_batches(params: EncoderAndDataParams, splits: tuple[str, ...], accumulated: int = 1) -> None:
     """Raise ValueError unless one process has enough images to train on. Multiple processes need at least as many."""
-    params = attrs.evolve(params, num_data_workers=0, pack_images=False)  # no image is decoded yet
-    loading.get_loader(params, loading.get_dataset(params, splits), training=True, accumulated=accumulated)
+    unread_loader(params, splits, True, accumulated)
+
+
+def unread_loader(
+    params: EncoderAndDataParams, splits: tuple[str, ...], training: bool, accumulated: int
+) -> DataLoader:
+    """Return the loader of the splits, without workers and packs: no image is decoded yet."""
+    params = attrs.evolve(params, num_data_workers=0, pack_images=False)
+    return loading.get_loader(params, loading.get_dataset(params, splits), training, accumulated=accumulated)
 
 
 def check_labels(params: EncoderAndDataParams) -> None:

@@ -136,7 +136,7 @@ def keep_until(file: Path, step: int) -> None:
 
 @rank_zero_only
 def append(file: Path, row: tuple) -> None:
-    with disk_errors_named(file), file.open("a", newline="") as rows:
+    with disk_errors_named(file, in_place=True), file.open("a", newline="") as rows:
         csv.writer(rows).writerow(row)
 
 

@@ -294,7 +294,7 @@ class Checkpoints(pl.Callback):
                 f"not saved. The newest valid checkpoint is {newest(self.folder)}: resume from it with a lower lr."
             )
         for logger in trainer.loggers:
-            with disk_errors_named(self.folder.parent):
+            with disk_errors_named(self.folder.parent, in_place=True):
                 logger.save()  # metrics up to here are not computed again
         trainer.save_checkpoint(self.path(trainer), weights_only=False)
         self.last_saved = trainer.global_step

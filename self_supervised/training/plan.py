@@ -95,8 +95,8 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
     size = checked_batch_size(params, accumulated, loader)
     n_images = sized_len(getattr(loader, "sampler", None)) if getattr(loader, "batch_size", None) else None
     only = n_images if n_images and n_images < size else None
-    few = {"only": only, "epoch_batches": epoch_batches}
-    plan = Plan(distributed.world_size(), accumulated, size, params.lr, steps, steps_per_epoch, warmup, **few)
+    plan = Plan(distributed.world_size(), accumulated, size, params.lr, steps, steps_per_epoch, warmup)
+    plan = evolve(plan, only=only, epoch_batches=epoch_batches)
     factor = lr_factor(params, plan.global_batch_size)
     return evolve(plan, lr=params.lr * factor, lr_factor=factor, kind=params.dataset.kind)
 

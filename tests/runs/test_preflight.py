@@ -83,6 +83,8 @@ def test_a_fraction_of_less_than_one_batch_is_refused(name, small):
     with pytest.raises(ValueError, match=f"{name}=0.001: less than one of .* batches. Choose a larger fraction"):
         check_run(RunOptions(**{name: 0.001}), small("simclr"))
     check_run(RunOptions(**{name: 0.5}), small("simclr"))
+    whole = small("simclr", global_batch_size=2000, batch_size=2000)  # in batches of 250: five an epoch
+    check_run(RunOptions(**{name: 0.5}, accumulate_grad_batches=8), whole)
 
 
 def test_multiple_labels_of_an_image_are_refused_by_a_linear_stage(monkeypatch, small):
