@@ -23,15 +23,8 @@ from torch import Tensor
 
 from self_supervised.data.custom import is_stored
 from self_supervised.distributed import usable_device
-from self_supervised.embeddings.sources import (
-    ImageSource,
-    Stored,
-    add_embedding_options,
-    batches_of,
-    kind_of,
-    open_source,
-    without_columns,
-)
+from self_supervised.embeddings.batches import add_embedding_options, batches_of, parted, selected_paths
+from self_supervised.embeddings.sources import ImageSource, Stored, kind_of, open_source
 from self_supervised.evaluation.classifier import Fit, ImageClassifier, classifier_of, fit_few
 from self_supervised.fields import as_path
 from self_supervised.networks.layouts import checkpoint_of
@@ -81,11 +74,11 @@ def classify(
         raise ValueError(
             f"classifier={str(classifier)!r} is written only if a classifier is trained. Pass labeled, too."
         )
-    overrides, columns = without_columns(overrides)
+    overrides, columns, patterns = parted(overrides)
     encoder = encoder_of(checkpoint, overrides)
     without_labels = columns | {"label_key": None, "labels_from": None}
     source = open_source(apply, kind_of(encoder.params), without_labels, encoder.params.image_key)
-    paths = source.paths()
+    paths = selected_paths(source, encoder.params, patterns)
     examples = None if labeled is None else labeled_source(labeled, encoder, columns)
     refuse_unused(columns, source, examples)
     read_all = partial(read, encoder, batch_size=batch_size, num_workers=num_workers)
@@ -99,7 +92,8 @@ def classify(
         refuse_names_of_columns(found.class_names)
     else:
         encoder.to(usable_device(device))
-        found = learned(encoder, examples, read_all)
+        labeled_paths = selected_paths(examples, encoder.params, patterns)
+        found = learned(encoder, examples, labeled_paths, read_all)
         found.save(saved)
         print(f"{saved}: encoder and classifier")
     write_predictions(found.to(usable_device(device)), source, paths, out, read_all)
@@ -158,9 +152,8 @@ def labeled_source(labeled: str | Path, encoder: Encoder, columns: dict[str, Any
     return source
 
 
-def learned(encoder: Encoder, source: ImageSource, read_all: Callable) -> ImageClassifier:
+def learned(encoder: Encoder, source: ImageSource, paths: list[str], read_all: Callable) -> ImageClassifier:
     """Return a classifier that is fitted to the labeled images, and print how well it recognizes held-out ones."""
-    paths = source.paths()
     label_of = {path: label for path, label in zip(paths, source.labels(paths), strict=True) if label is not None}
     print(f"{source.name}: {len(label_of):,} labeled {source.kind}s{source.passed_over}")
     refuse_names_of_columns(refuse_one_class(source, list(label_of.values()), ""))

@@ -109,6 +109,36 @@ def first_names(class_to_idx: list[str]) -> dict[int, str]:
     return dict(sorted(dict(reversed(given)).items()))
 
 
+def class_names_of(labels: set[str | int], class_to_idx: list[str] | None) -> dict[Label, Label]:
+    """Return label -> name of its class.
+
+    It is the label in Unicode's composed form, or the first name that `class_to_idx` has for the label's number.
+
+    Raises:
+        ValueError: class_to_idx lacks a label; without it, labels are both numbers and names; a number is below -1.
+    """
+    numbers = [label for label in labels if isinstance(label, int)]
+    if numbers and min(numbers) < 0:
+        raise ValueError(f"label={min(numbers)} is not a class. Number classes from 0, and write -1 for no label.")
+    if class_to_idx is None:
+        if 0 < len(numbers) < len(labels):
+            word = min(label for label in labels if isinstance(label, str))
+            raise ValueError(
+                f"some labels are numbers, such as {numbers[0]}, and some are names, such as {word}. Use one kind, or "
+                "set class_to_idx."
+            )
+        return {label: composed(label) for label in labels}
+    given = numbers_of(class_to_idx)
+    first = first_names(class_to_idx)
+    names = {label: first.get(given.get(str(composed(label)), label)) for label in labels}
+    if unknown := sorted(str(label) for label, name in names.items() if name is None):
+        raise ValueError(
+            f"class_to_idx has no number for {', '.join(unknown)}. Add one, or exclude these images with "
+            "exclude_patterns."
+        )
+    return names
+
+
 def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
     """Return class number -> name: from the data set or the settings, or from the files' directories if each class has
     its own."""

@@ -4,6 +4,7 @@ If there is neither a val nor a test split, both are drawn from train, with the 
 be kept as lists in `splits_path`.
 """
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -17,15 +18,7 @@ from self_supervised import distributed
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import arrow, subsets
 from self_supervised.data.arrow import ArrowImages
-from self_supervised.data.class_labels import (
-    UNLABELED,
-    Label,
-    class_numbers_of,
-    composed,
-    first_names,
-    labels_line,
-    numbers_of,
-)
+from self_supervised.data.class_labels import UNLABELED, class_names_of, class_numbers_of, first_names, labels_line
 from self_supervised.data.file_search import PassedOver, tell, tell_once
 from self_supervised.data.files import Sample
 from self_supervised.data.folders import (
@@ -105,7 +98,7 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
     """
     kept = folder_of_lists(params)
     if has_written(params):
-        found, names = as_written(read_lists(kept, source), kept)
+        found, names = as_written(read_lists(kept, source), kept, source.passed_over)
         report_lists(source, found, "" if kept.name.startswith(TEMPORARY) else f", by the lists in {kept}")
         return found, names
     by_hand = kept is not None and bool(listed_in(kept)) and settings_of_lists(kept) is None
@@ -122,17 +115,18 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
             if not (written := has_written(params)):
                 write_lists(kept, found, {**list_settings(params), CLASS_NAMES_KEY: names, DRAWN_KEY: are_drawn})
         if written:  # reading needs no lock, and may take long
-            return as_written(read_lists(kept, source), kept)
+            return as_written(read_lists(kept, source), kept, source.passed_over)
     report_lists(source, found, f", by the lists in {kept}" if by_hand else "")
     return found, names
 
 
-def as_written(found: ImageList, folder: Path) -> tuple[Numbered, list[str]]:
+def as_written(found: ImageList, folder: Path, passed_over: PassedOver) -> tuple[Numbered, list[str]]:
     """Return the images and class numbers in lists that `splits` wrote to `folder`, and the names of the classes.
 
     Lists of earlier versions have no class names, and their numbers may have gaps. They are kept, since classifiers
     were trained on them, unless they are ids or dates, on which no classifier can have been trained.
     """
+    found = scorable(found, passed_over)
     names = (settings_of_lists(folder) or {}).get(CLASS_NAMES_KEY, [])
     labels = {split: {label for _, label in images} for split, images in found.items()}
     every = set().union(*labels.values()) - {None}
@@ -265,8 +259,7 @@ def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_ov
     chosen: ImageList = {split: [] for split in found}
     for split, images in found.items():
         for image in images:
-            included = not params.include_patterns or any(matches(image[0], p) for p in params.include_patterns)
-            if included and not any(matches(image[0], pattern) for pattern in params.exclude_patterns):
+            if is_selected(image[0], params.include_patterns, params.exclude_patterns):
                 chosen[split].append(image)
             else:
                 passed_over.add("by include_patterns and exclude_patterns", image[0])
@@ -288,7 +281,17 @@ def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_ov
                 f"{len(bare)} of the {len(images)} images for {split} in {root} have no label, such as {bare[0]}. Move "
                 "them into a class folder or remove them, or set labels_from=None to use no labels."
             )
-    return chosen
+    return scorable(chosen, passed_over)
+
+
+def scorable(found: ImageList, passed_over: PassedOver) -> ImageList:
+    """Return the images without those for val or test if they have no labels, but those for training have: the labels
+    of the test images of many benchmarks are secret."""
+    labeled = {split for split, images in found.items() if any(label is not None for _, label in images)}
+    for split in found.keys() - labeled if "train" in labeled else ():
+        if images := found[split]:
+            passed_over.add(f"for {split} without labels", images[0][0], len(images))
+    return {split: found[split] for split in found if split in labeled} if "train" in labeled else found
 
 
 def without_training(found: ImageList, params: EncoderAndDataParams, passed_over: PassedOver) -> str:
@@ -304,6 +307,12 @@ def without_training(found: ImageList, params: EncoderAndDataParams, passed_over
             "train; if these are classes, put all class folders into a directory train."
         )
     return f"0 images for training{passed_over}. Choose another data_path."
+
+
+def is_selected(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Return whether a path matches one of the patterns to include (if there are any), and none to exclude."""
+    included = not include or any(matches(path, pattern) for pattern in include)
+    return included and not any(matches(path, pattern) for pattern in exclude)
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -336,36 +345,6 @@ def with_numbers(found: ImageList, class_to_idx: list[str] | None, where: object
     known = {None: UNLABELED, **known}
     in_numbers = {split: [(path, known[names.get(label)]) for path, label in found[split]] for split in found}
     return in_numbers, [str(name) for name in known if name is not None]
-
-
-def class_names_of(labels: set[str | int], class_to_idx: list[str] | None) -> dict[Label, Label]:
-    """Return label -> name of its class.
-
-    It is the label in Unicode's composed form, or the first name that `class_to_idx` has for the label's number.
-
-    Raises:
-        ValueError: class_to_idx lacks a label; without it, labels are both numbers and names; a number is below -1.
-    """
-    numbers = [label for label in labels if isinstance(label, int)]
-    if numbers and min(numbers) < 0:
-        raise ValueError(f"label={min(numbers)} is not a class. Number classes from 0, and write -1 for no label.")
-    if class_to_idx is None:
-        if 0 < len(numbers) < len(labels):
-            word = min(label for label in labels if isinstance(label, str))
-            raise ValueError(
-                f"some labels are numbers, such as {numbers[0]}, and some are names, such as {word}. Use one kind, or "
-                "set class_to_idx."
-            )
-        return {label: composed(label) for label in labels}
-    given = numbers_of(class_to_idx)
-    first = first_names(class_to_idx)
-    names = {label: first.get(given.get(str(composed(label)), label)) for label in labels}
-    if unknown := sorted(str(label) for label, name in names.items() if name is None):
-        raise ValueError(
-            f"class_to_idx has no number for {', '.join(unknown)}. Add one, or exclude these images with "
-            "exclude_patterns."
-        )
-    return names
 
 
 def as_classes(labels: list[int]) -> np.ndarray:

@@ -19,19 +19,16 @@ import torchvision
 
 from self_supervised.data.image_files import preprocessing
 from self_supervised.distributed import usable_device
-from self_supervised.embeddings.job import EmbeddingJob
-from self_supervised.embeddings.sources import (
+from self_supervised.embeddings.batches import (
     CLIPS,
-    ImageSource,
-    Stored,
     add_embedding_options,
-    as_absolute,
     batches_of,
-    kind_of,
-    open_source,
+    parted,
     refuse_without_effect,
-    without_columns,
+    selected_paths,
 )
+from self_supervised.embeddings.job import EmbeddingJob
+from self_supervised.embeddings.sources import ImageSource, Stored, as_absolute, kind_of, open_source
 from self_supervised.fields import as_path
 from self_supervised.networks.encoder_hash import digest, encoder_hash
 from self_supervised.networks.pretrained import Encoder, encoder_of
@@ -60,7 +57,7 @@ def embed(
     clips.
 
     Args:
-        num_workers: processes that decode images; None: one per core, at most MOST_EMBED_WORKERS (sources.py).
+        num_workers: processes that decode images; None: one per core, at most MOST_EMBED_WORKERS (batches.py).
         device: "auto", "cpu", "cuda", ...
         skip_unreadable: count and list images that cannot be read instead of stopping at the first.
         overwrite: embed all images again, even if `out` was created with another checkpoint or directory.
@@ -72,12 +69,12 @@ def embed(
     out = Path(out).expanduser()
     check_file("out", out)
     device = usable_device(device)
-    overrides, columns = without_columns(overrides)
+    overrides, columns, patterns = parted(overrides)
     encoder = encoder_of(checkpoint, overrides)
     source = open_source(folder, kind_of(encoder.params), columns, encoder.params.image_key)
     refuse_without_effect(columns, source)
     with EmbeddingJob(out, description(encoder, source, overrides), overwrite) as work:
-        paths = source.paths()
+        paths = selected_paths(source, encoder.params, patterns)
         print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
         if todo := work.left(paths, skip_unreadable):
             loader = batches_of(source, encoder.params, todo, batch_size, num_workers)

@@ -122,17 +122,21 @@ def pictures(found: Map, source: ImageSource, budget: int) -> list[str | None]:
     used up, or where a file is missing or is not a picture."""
     uris = [None] * len(found.paths)
     left = budget
+    failed = []
     order = [*sum(found.examples, []), *np.random.default_rng(0).permutation(len(found.paths)).tolist()]
     with bar() as progress:
         for i in progress.track([*dict.fromkeys(order)], description="pictures"):
             try:
                 uri = thumbnail(source.picture(found.paths[i], side=THUMBNAIL_SIDE))
-            except Exception:  # readers raise many kinds on corrupt files
+            except Exception as error:  # readers raise many kinds on corrupt files
+                failed.append(f"{found.paths[i]} ({error})")
                 continue
             left -= len(uri)
             if left < 0:
                 break
             uris[i] = uri
+    if failed:
+        print(f"without a picture: {len(failed):,} of the images, such as {failed[0]}")
     return uris
 
 

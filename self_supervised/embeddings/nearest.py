@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from self_supervised.data.image_files import preprocessing
 from self_supervised.embeddings import parquet
+from self_supervised.embeddings.batches import Batches
 from self_supervised.embeddings.projection import unit_rows
-from self_supervised.embeddings.sources import Batches, Folder, ImageSource, picture_of, source_of_features
+from self_supervised.embeddings.sources import Folder, ImageSource, picture_of, source_of_features
 from self_supervised.fields import as_path
 from self_supervised.networks.encoder_hash import digest, encoder_hash
 from self_supervised.networks.pretrained import load_encoder

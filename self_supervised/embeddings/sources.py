@@ -1,7 +1,6 @@
-"""Sources of images by name: a directory of image files or of videos, a stored or a packed data set; and batches of
-images by path, with the options of the programs that embed them. The picture of a video is its middle frame."""
+"""Sources of images by name: a directory of image files or of videos, a stored or a packed data set. The picture of a
+video is its middle frame."""
 
-import argparse
 import hashlib
 import os
 import re
@@ -9,41 +8,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import attrs
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image, UnidentifiedImageError
 
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import DATASETS
 from self_supervised.data import decoders, video_files
-from self_supervised.data.array_files import read_npy, suffix_of
+from self_supervised.data.array_files import TIFF_SUFFIXES, opened_image, read_npy, read_tiff, suffix_of
 from self_supervised.data.custom import get_source, is_stored
 from self_supervised.data.file_search import ARRAY_SUFFIX, PassedOver, files_below, image_suffixes
 from self_supervised.data.files import File
 from self_supervised.data.folders import ImageList
 from self_supervised.data.image_files import (
-    central_square,
+    has_equal_pages,
     in_mode,
     jpeg_size,
-    part_kept,
     read_any,
     read_image,
     read_reduced,
 )
 from self_supervised.data.loading import data_path, prepare_data
-from self_supervised.data.packed import PackedImages, already_a_batch
+from self_supervised.data.packed import PackedImages
 from self_supervised.data.remote_shards import UnreachableShard
-from self_supervised.networks.pretrained import ENCODER_FACTS
-from self_supervised.runs.command_line import DEVICE, LAGGING, add_fields
 
-MOST_EMBED_WORKERS = 8
-CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
 SHARD_OR_SPLIT = re.compile(r".*\.tar(?=/)|.*(?=/)|", re.IGNORECASE)  # start of a path in a `Stored`
-COLUMNS = ("image_key", "label_key", "labels_from")  # for shards and Hugging Face data sets
-OVERRIDES = (*ENCODER_FACTS, "dataset_name", "exif_orientation", "pixel_range", *COLUMNS, *CLIPS)
 
 
 class Folder:
@@ -81,8 +69,8 @@ class Folder:
         in_class_folders = all(path.count("/") == 1 for path in paths)
         return [path.split("/")[0] if in_class_folders else None for path in paths]
 
-    def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
-        """Return the image for display: gray if `channels` is 1, else RGB.
+    def picture(self, path: str, side: int | None = None) -> Image.Image:
+        """Return the image for display, in RGB.
 
         Args:
             side: if passed, a large JPEG may be decoded at a reduced size, with a shorter side of at least `side`.
@@ -91,8 +79,8 @@ class Folder:
         is_image_file = not video_files.is_video(Path(file)) and not path.lower().endswith(ARRAY_SUFFIX)
         if side is not None and is_image_file and (size := jpeg_size(file)):
             scale = next((scale for scale in (8, 4, 2) if min(size) >= scale * side), 1)
-            return read_reduced(file, channels, scale)
-        return picture_of(file, channels)
+            return read_reduced(file, 3, scale)
+        return picture_of(file)
 
     def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
         """Return the image as an encoder with these settings reads it."""
@@ -131,13 +119,16 @@ class Packed:
         labels = (int(known[split][int(i)]) for split, i in (path.split("/") for path in paths))
         return [str(label) if label >= 0 else None for label in labels]  # -1: STL-10's unlabeled images
 
-    def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
+    def picture(self, path: str, side: int | None = None) -> Image.Image:
+        return self.pixels(path, 3)
+
+    def image(self, path: str, params: EncoderAndDataParams) -> Image.Image:
+        return self.pixels(path, params.channels)
+
+    def pixels(self, path: str, channels: int) -> Image.Image:
         split, i = path.split("/")
         pixels = self.splits[split][int(i)][0].permute(1, 2, 0)
         return in_mode(Image.fromarray(pixels.squeeze(2).numpy()), channels)
-
-    def image(self, path: str, params: EncoderAndDataParams) -> Image.Image:
-        return self.picture(path, params.channels)
 
     def paths_of(self, file: Path) -> list[str]:
         return []
@@ -198,8 +189,8 @@ class Stored:
             digest.update(repr(self.source.signature(str(self.source.root / path))).encode())
         return {part: digest.hexdigest()[:16] for part, digest in hashes.items()}
 
-    def picture(self, path: str, channels: int = 3, side: int | None = None) -> Image.Image:
-        return picture_in(path, self.source.open(str(self.source.root / path)), channels)
+    def picture(self, path: str, side: int | None = None) -> Image.Image:
+        return picture_in(path, self.source.open(str(self.source.root / path)))
 
     def image(self, path: str, params: EncoderAndDataParams) -> Image.Image | np.ndarray:
         return read_as(params, path, self.source.open(str(self.source.root / path)))
@@ -215,25 +206,42 @@ def read_as(params: EncoderAndDataParams, path: str, file: File) -> Image.Image 
     return read_any(path, file, params.channels, params.pixel_range, params.exif_orientation)
 
 
-def picture_of(file: str, channels: int = 3) -> Image.Image:
+def picture_of(file: str) -> Image.Image:
     """Return an image file, or the middle frame of a video file."""
     if not video_files.is_video(Path(file)):
-        return picture_in(file, file, channels)
-    frames, _ = decoders.read_video(file, lambda times: np.array([len(times) // 2]), channels, threads=1)
-    return Image.fromarray(frames[0].squeeze(2) if channels == 1 else frames[0])
+        return picture_in(file, file)
+    frames, _ = decoders.read_video(file, lambda times: np.array([len(times) // 2]), 3, threads=1)
+    return Image.fromarray(frames[0])
 
 
-def picture_in(path: str, file: File, channels: int) -> Image.Image:
-    """Return an image for display; the first three channels of an array, scaled from its smallest to its largest
-    value."""
-    if suffix_of(path, file) != ARRAY_SUFFIX:
-        return read_image(file, channels)
-    pixels = np.atleast_3d(read_npy(file, channels)).astype(np.float64)
+def picture_in(path: str, file: File) -> Image.Image:
+    """Return an image for display in RGB. Values of arrays and of more than 8 bits are scaled from the smallest to the
+    largest, and of images with more channels, the first three are shown."""
+    suffix = suffix_of(path, file)
+    if suffix == ARRAY_SUFFIX:
+        return scaled_to_display(read_npy(file, 3))
+    try:
+        with opened_image(file) as image:
+            has_8_bits = not image.mode.startswith(("I", "F"))
+            if has_8_bits and not (image.format == "TIFF" and has_equal_pages(image)):
+                return read_image(file, 3)
+            if image.format != "TIFF":
+                return scaled_to_display(np.asarray(image))
+    except UnidentifiedImageError:  # a TIFF with more channels
+        if suffix not in TIFF_SUFFIXES:
+            raise
+    if not isinstance(file, str):
+        file.seek(0)
+    return scaled_to_display(read_tiff(file, 3))
+
+
+def scaled_to_display(pixels: np.ndarray) -> Image.Image:
+    pixels = np.atleast_3d(pixels).astype(np.float64)
     pixels = np.moveaxis(pixels, int(np.argmin(pixels.shape)), 2)
     pixels = pixels[..., : 3 if pixels.shape[2] > 2 else 1]
     low, high = np.nanmin(pixels), np.nanmax(pixels)
     gray_levels = np.nan_to_num((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
-    return in_mode(Image.fromarray(gray_levels.squeeze(2) if gray_levels.shape[2] == 1 else gray_levels), channels)
+    return in_mode(Image.fromarray(gray_levels.squeeze(2) if gray_levels.shape[2] == 1 else gray_levels), 3)
 
 
 def kind_of(params: EncoderAndDataParams) -> str:
@@ -307,90 +315,3 @@ def as_absolute(name: str) -> str:
     """Return the name of a `Stored` with absolute paths. URLs stay as they are."""
     parts = (part if "://" in part else os.path.abspath(os.path.expanduser(part)) for part in name.split("::"))
     return "::".join(parts)
-
-
-def without_columns(overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings of the encoder, and those of COLUMNS, among those that were passed."""
-    columns = {name: value for name, value in overrides.items() if name in COLUMNS}
-    return {name: value for name, value in overrides.items() if name not in columns}, columns
-
-
-def refuse_without_effect(columns: dict[str, Any], source: ImageSource) -> None:
-    if columns and not isinstance(source, Stored):
-        raise ValueError(
-            f"{', '.join(columns)}: no effect, because {source.name} is neither shards nor a Hugging Face data set. "
-            "Leave it out."
-        )
-
-
-class Batches(Dataset):
-    """Batches by path: paths -> (readable paths, images uint8 [n, C, size, size] or clips of videos, {unreadable path:
-    reason}).
-
-    If the sampler is a list of paths, PyTorch's loader calls `__getitems__` with the paths of a batch.
-    """
-
-    def __init__(self, source: ImageSource, params: EncoderAndDataParams):
-        self.source = source
-        self.params = params
-        self.videos = None
-        if params.dataset.of_videos:
-            self.videos = video_files.dataset_of_videos(attrs.evolve(params, video_decoder="file"), [], [])
-
-    def prepared(self, path: str) -> Tensor:
-        """Return the central square of an image [C, size, size], or the evaluation clips of a video, as uint8."""
-        if self.videos is not None:
-            return self.videos.even_clips(str(self.source.root / path))
-        return central_square(self.source.image(path, self.params), self.params.crop_size, part_kept(self.params))
-
-    def __getitems__(self, paths: list[str]) -> tuple[list[str], Tensor | None, dict[str, str]]:
-        found, unreadable = {}, {}
-        for path in paths:
-            try:
-                found[path] = self.prepared(path)
-            except UnreachableShard:  # as in LabeledFiles
-                raise
-            except Exception as error:  # Pillow raises many kinds of errors on corrupt files
-                unreadable[path] = f"{type(error).__name__}: {error}"
-        return list(found), torch.stack(list(found.values())) if found else None, unreadable
-
-
-def batches_of(
-    source: ImageSource, params: EncoderAndDataParams, paths: list[str], batch_size: int, num_workers: int | None
-) -> DataLoader:
-    """Return a loader of what `Batches` returns for the paths. A batch of videos holds at most `batch_size` clips.
-
-    Args:
-        num_workers: processes that decode images; None: one per core, at most MOST_EMBED_WORKERS.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    workers = min(os.cpu_count() or 1, MOST_EMBED_WORKERS) if num_workers is None else num_workers
-    batch_size = max(1, batch_size // params.clips_of_a_video)
-    return DataLoader(
-        Batches(source, params),
-        batch_size=batch_size,
-        sampler=paths,
-        num_workers=min(workers, len(paths) // batch_size),  # at least one full batch per worker
-        collate_fn=already_a_batch,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def add_embedding_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of programs that embed images: of the loader, and settings of the encoder."""
-    parser.add_argument(
-        "--batch_size", type=int, default=128, metavar="N", help="images, or clips, per batch (default: 128)"
-    )
-    parser.add_argument(
-        "--num_data_workers",
-        "--num_workers",
-        type=int,
-        metavar="N",
-        dest="num_workers",
-        help=f"processes that decode files; default: one per core, at most {MOST_EMBED_WORKERS}",
-    )
-    parser.add_argument("--device", default="auto", help=DEVICE)
-    parser.add_argument("--lagging", action="store_true", default=argparse.SUPPRESS, help=LAGGING)
-    fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see model_params.py)")
-    add_fields(fields, OVERRIDES)

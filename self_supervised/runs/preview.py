@@ -77,7 +77,8 @@ def columns_of(images: Tensor | list[Tensor], params: ModelParams, rows: int, or
     """
     seed = (params.seed or 0, 0)  # seed, first epoch
     input_checks.check_batch_images(images, params)
-    views = augmentations.for_training(images, augmentations.training_views(params), seed)
+    augment, of_videos = augmentations.training_views(params), params.dataset.of_videos
+    views = augmentations.for_training(images, augment, seed, of_videos=of_videos)
     columns = [(caption(params, i), pixels(view[:rows], params)) for i, view in enumerate(views[: params.n_views])]
     if originals is None and isinstance(images, Tensor) and images.dtype == torch.uint8:
         originals = images

@@ -73,6 +73,7 @@ class BaseMethod(pl.LightningModule):
             hyperparameters.refuse_replaced(self.params, self.built)
             fit_checks.refuse_manual_optimization(self)
             self.plan = self.loaded_names = None  # of an earlier training
+        self.of_videos = self.params.dataset.of_videos
         self.trains_on_dataset_name = stage != "fit"  # when fitting: as soon as train_dataloader() is called
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
@@ -272,7 +273,8 @@ class BaseMethod(pl.LightningModule):
         n = len(images if isinstance(images, Tensor) else images[0])
         size = size_of_batches(loader) or MORE_IMAGES  # not n: the last batch may be smaller
         places = distributed.positions(batch_idx * size, n)
-        views = augmentations.for_training(images, self.augment, (self.params.seed, self.current_epoch), places)
+        seed = (self.params.seed, self.current_epoch)
+        views = augmentations.for_training(images, self.augment, seed, places, self.of_videos)
         return [view.to(self.dtype) for view in views], labels
 
     def reads_labels(self, training: bool) -> bool:

@@ -271,10 +271,14 @@ def for_training(
     augment: Callable[..., list[Tensor]],
     seed: tuple[int, ...],
     positions: np.ndarray | None = None,
+    of_videos: bool = False,
 ) -> list[Tensor]:
     """Return a list of float views: augmented from uint8 images or clips, or the float views of the loader.
 
     Float views come as a list, or stacked, [N, V, C, H, W] or, of clips, [N, V, C, T, H, W].
+
+    Args:
+        of_videos: a float tensor [N, C, T, H, W] is one view of clips.
 
     Raises:
         ValueError: the tensors of a list have different numbers of channels, such as images and masks.
@@ -287,7 +291,7 @@ def for_training(
     if (images if isinstance(images, Tensor) else images[0]).dtype == torch.uint8:
         return augment(images, seed, positions=positions)
     if isinstance(images, Tensor):
-        return list(images.unbind(1)) if images.dim() in (5, 6) else [images]
+        return list(images.unbind(1)) if images.dim() > (5 if of_videos else 4) else [images]
     return images
 
 

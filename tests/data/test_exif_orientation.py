@@ -19,7 +19,8 @@ from self_supervised.data import image_files, loading
 from self_supervised.data.array_files import read_array
 from self_supervised.data.decoders import read_folder
 from self_supervised.data.image_files import ImageFiles, read_image
-from self_supervised.embeddings.sources import Batches, open_source
+from self_supervised.embeddings.batches import Batches
+from self_supervised.embeddings.sources import open_source
 from self_supervised.evaluation.fingerprints import settings_for_features
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.training.hyperparameters import use_earlier_defaults

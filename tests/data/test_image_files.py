@@ -24,7 +24,8 @@ from self_supervised.catalogue import ViewSettings
 from self_supervised.data import image_files, loading
 from self_supervised.data.image_files import ImageFiles, read_image, samples_in_class_folders
 from self_supervised.data.video_files import videos_in_class_folders
-from self_supervised.embeddings.sources import Batches, open_source
+from self_supervised.embeddings.batches import Batches
+from self_supervised.embeddings.sources import open_source
 
 RAMP = np.linspace(0, 255, 40 * 30).reshape(40, 30).astype(np.uint8)
 

@@ -18,6 +18,7 @@ from test_stored_data import write_shards, write_tar
 
 from self_supervised.data import foreign_paths, loader, loading, packed_files, remote_shards, tar_shards
 from self_supervised.embeddings import sources
+from self_supervised.embeddings.batches import batches_of
 
 FAULTS = ("none", "500", "none", "dropped", "short", "slow", "none", "reset")
 pytestmark = pytest.mark.filterwarnings("ignore:collapse")
@@ -256,7 +257,7 @@ def test_a_shard_that_stays_away_is_named(server, shards):
         copy.unlink()
     server.gone = "train-000003"  # programs that embed do not take it for broken images either
     with pytest.raises(remote_shards.UnreachableShard):
-        list(sources.batches_of(source, p, source.paths(), 8, 0))
+        list(batches_of(source, p, source.paths(), 8, 0))
 
 
 def test_a_url_may_name_a_user_without_a_password():

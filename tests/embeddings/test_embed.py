@@ -14,6 +14,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import attrs
 import numpy as np
 import processes
 import pyarrow.parquet as pq
@@ -31,7 +32,7 @@ from videos import write_video
 from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams
 from self_supervised.data import loading
-from self_supervised.embeddings import embed, job, map_page, nearest, parquet
+from self_supervised.embeddings import embed, job, map_page, nearest, parquet, sources
 from self_supervised.embeddings import projection as embedding_map
 from self_supervised.embeddings.sources import open_source
 from self_supervised.networks import encoders
@@ -251,6 +252,45 @@ def test_arrays_are_embedded_as_they_are_read_in_training_and_shown(tmp_path):
     nearest.nearest_sheet(out, paths[:1], tmp_path / "n.png", k=2)
     page = map_page.as_html(map_page.Map("", "", paths, np.zeros((8, 2)), np.zeros(8, int), ["a"]), source, 10**6)
     assert page.count("data:image/jpeg;base64,") == 8
+
+
+def test_pictures_of_any_values_are_scaled_to_be_seen(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    values = np.arange(600, dtype=np.float32).reshape(20, 30) * 5  # of 12 bits
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "gray_16.png")
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    tifffile.imwrite(
+        tmp_path / "bands.tif", np.repeat(values[..., None], 12, 2).astype(np.uint16), photometric="minisblack"
+    )
+    tifffile.imwrite(tmp_path / "pages.tif", np.repeat(values[None], 5, 0).astype(np.uint8), photometric="minisblack")
+    Image.fromarray(np.full((20, 30, 3), (250, 100, 0), np.uint8)).save(tmp_path / "color.tif")
+    shutil.make_archive(str(tmp_path / "train"), "tar", tmp_path, ".")
+    for source, prefix in ((open_source(str(tmp_path / "train.tar")), "train.tar/"), (sources.Folder(tmp_path), "")):
+        for name in ("gray_16.png", "float.tif", "bands.tif", "pages.tif"):
+            pixels = np.asarray(source.picture(prefix + name))
+            assert pixels.shape == (20, 30, 3) and pixels.min() == 0 and pixels.max() == 255, name
+        assert np.asarray(source.picture(f"{prefix}color.tif"))[0, 0].tolist() == [250, 100, 0]
+
+
+def test_patterns_of_the_pretraining_select_the_images(photos, tmp_path, monkeypatch, capsys):
+    for path in list(photos.rglob("*.png")):
+        shutil.copy(path, path.with_name(f"{path.stem}_mask.png"))
+    names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*") if path.is_file())
+    images = [name for name in names if "_mask" not in name]
+    encoder, out = tiny(dataset="folder"), tmp_path / "f.parquet"
+    encoder.params = attrs.evolve(encoder.params, exclude_patterns=["*_mask.png"])
+    embed.embed(encoder, photos, out, **OPTIONS)
+    assert parquet.paths_in(out) == images and len(names) > len(images)
+    assert f"{len(names) - len(images)} by exclude_patterns=['*_mask.png'] (such as" in capsys.readouterr().out
+    embed.embed(encoder, photos, out, exclude_patterns=None, overwrite=True, **OPTIONS)
+    assert parquet.paths_in(out) == names
+    shutil.make_archive(str(tmp_path / "train"), "tar", photos, ".")
+    embed.embed(encoder, tmp_path / "train.tar", out, overwrite=True, **OPTIONS)
+    assert parquet.paths_in(out) == [f"train.tar/{name}" for name in images]
+    with pytest.raises(ValueError, match=r"include_patterns=\['cats/x'\].* is selected. Pass other patterns, or none"):
+        embed.embed(encoder, photos, out, include_patterns=["cats/x"], overwrite=True, **OPTIONS)
+    with pytest.raises(ValueError, match="exclude_patterns: images in digits/test have no names to match"):
+        embed.embed(tiny(dataset="digits"), "digits/test", out, exclude_patterns=["a"], overwrite=True, **OPTIONS)
 
 
 @pytest.mark.parametrize(

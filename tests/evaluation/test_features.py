@@ -126,6 +126,9 @@ def test_the_hash_of_a_custom_encoder_depends_on_its_forward(dtype):
 
     mean, largest = (lambda x: x.mean(2)), (lambda x: x.amax(2))
     assert hash_of(mean) == hash_of(mean) != hash_of(largest)
+    only_one = torch.eye(4)[0]
+    above, below = (hash_of(lambda x, error=error: mean(x) * only_one + error) for error in (1e-9, -1e-9))
+    assert above == below  # 0.0 and -0.0
     if dtype is not None:  # float32 differs between processors
         assert hash_of(mean) == hash_of(lambda x: mean(x) * (1 + 1e-6 * torch.randn(2, 4)))
 

@@ -117,3 +117,4 @@ def test_float_clips_are_used_as_they_come():
         assert len(views) == 2 and torch.equal(views[0], one) and torch.equal(views[1], two)
         assert torch.equal(augmentations.for_evaluation(batch, params), one)
     assert torch.equal(augmentations.for_evaluation(one, params), one)
+    assert [view is one for view in augmentations.for_training(one, None, (0,), of_videos=True)] == [True]
