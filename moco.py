@@ -36,7 +36,7 @@ from self_supervised.training.plan import get_plan, resolved_warmup_epochs
 from self_supervised.training.precision import refuse_half_precision
 from self_supervised.training.record import TrainingRecord
 from self_supervised.training.schedules import cosine, prototypes_are_frozen, scheduled
-from self_supervised.training.verdict import NEED_LABELS, Verdict, name_of_start
+from self_supervised.training.verdict import Verdict, name_of_start
 from self_supervised.views import augmentations
 
 
@@ -285,7 +285,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def reads_labels(self, training: bool) -> bool:
         p = self.params
-        needed = p.loss_type in READ_LABELS if training else not NEED_LABELS.isdisjoint(p.evaluations)
+        needed = p.loss_type in READ_LABELS if training else validation.need_labels(p.evaluations)
         return needed or self.online_classifier is not None
 
     def setup(self, stage: str) -> None:

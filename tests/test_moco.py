@@ -352,12 +352,15 @@ def test_group_norm_of_single_units_is_refused_at_the_start(fields, small, train
     [
         ([(8, 8)] * 2, "yields 2 of the 3 views needed of each image"),
         ([(8, 9)] * 3, "must be square, not 8 x 9 pixels"),
+        ([(6, 6)] * 3, "views of 6 pixels are too small to be blurred. Set transform_apply_blur=False"),
     ],
 )
 def test_lists_of_uint8_views_that_do_not_fit_are_refused(shapes, message, small, trainer):
     images = [[torch.zeros(1, *shape, dtype=torch.uint8) for shape in shapes] for _ in range(8)]
     with pytest.raises(ValueError, match=message):
-        model = SelfSupervisedMethod(small("simclr", n_large_views=3), encoder=TinyEncoder())
+        model = SelfSupervisedMethod(
+            small("simclr", n_large_views=3, transform_blur_probability=1.0), encoder=TinyEncoder()
+        )
         trainer().fit(model, DataLoader(images, batch_size=8))
 
 

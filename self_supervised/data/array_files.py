@@ -19,7 +19,14 @@ TIFF_SUFFIXES = (".tif", ".tiff")
 # first bytes of a file
 MAGIC = {b"\x93NUMPY": ARRAY_SUFFIX, **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), ".tiff")}
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
-MEANINGS_OF_TIFF = {0: "white where they are 0", 3: "indices of a palette"}  # which Pillow knows and tifffile does not
+# which Pillow knows and tifffile does not
+MEANINGS_OF_TIFF = {
+    0: "white where they are 0",
+    3: "indices of a palette",
+    6: "YCbCr",
+    **dict.fromkeys((8, 9, 10), "L*a*b*"),
+}
+JPEG_OF_TIFF = (6, 7)  # compressions whose YCbCr tifffile converts
 PIL_MODES = {2: "LA", 4: "RGBA"}  # number of channels -> mode, for formats other than .npy and TIFF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -150,7 +157,8 @@ def read_tiff(file: str | BinaryIO, channels: int) -> np.ndarray:
     with tifffile.TiffFile(file) as tiff:
         check_size(math.prod(tiff.series[0].shape) // channels)
         page = tiff.pages.first
-        if meaning := MEANINGS_OF_TIFF.get(int(page.photometric)):
+        meaning = MEANINGS_OF_TIFF.get(int(page.photometric))
+        if meaning and not (meaning == "YCbCr" and page.compression in JPEG_OF_TIFF):
             raise ValueError(f"its pixels are {meaning}. Convert it to gray or RGB.")
         pixels = tiff.asarray()
         has_alpha = page.samplesperpixel in (2, 4) and any(kind != 0 for kind in page.extrasamples)

@@ -6,6 +6,7 @@ Sources: https://huggingface.co/docs/datasets/process#save, https://huggingface.
 
 import hashlib
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,10 @@ class ArrowImages(OnDisk):
         return self.label(self.sets[folder][int(row)][self.label_key][0].as_py(), self.classes_of[folder])
 
     def label(self, value: Any, classes: list[str] | None) -> Label:
-        """Return the label that a value of the label column means: a class number or name, or None for -1."""
+        """Return the label that a value of the label column means: a class number or name, or None for -1 and NaN.
+        pandas makes the numbers of a column floats if some are missing."""
+        if isinstance(value, float) and (value.is_integer() or math.isnan(value)):
+            value = None if math.isnan(value) else int(value)
         if value is None or value == -1:
             return None
         if not isinstance(value, int | str) or isinstance(value, bool):

@@ -27,6 +27,8 @@ from self_supervised.safe_files import atomic_write
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 # split -> (path below the root, label) of its images; the key "" is for images outside all splits
 ImageList = dict[str, list[tuple[str, Label]]]
+STRING = r'"(?:[^"]|"")+"'  # of a CSV file
+QUOTED = re.compile(rf"({STRING})(?:(?:\s*,|\s)(.*))?")
 SETTINGS = "splits.json"  # the settings with which `write_lists` wrote the lists next to it
 
 
@@ -146,11 +148,16 @@ def entries(text: str, root: Path) -> Iterator[tuple[str, Label]]:
     pattern = re.compile(rf"(.+(?:{suffixes})|.+(?=,)|.+(?=\s)|.+)(?:(?:\s*,|\s)(.*))?", re.IGNORECASE)
     roots = [os.path.join(base, "") for base in (os.path.abspath(root), os.path.realpath(root))]
     for line in filter(None, map(str.strip, text.split("\n"))):  # splitlines() would also split at \x0b, \x85, ...
-        path, label = pattern.fullmatch(line).groups()
-        path = posixpath.normpath(path.rstrip())
+        path, label = (QUOTED.fullmatch(line) or pattern.fullmatch(line)).groups(default="")
+        path = posixpath.normpath(unquoted(path.rstrip()))
         for base in roots:
             path = path.removeprefix(base)
-        yield path, as_label(label or "")
+        yield path, as_label(unquoted(label.strip()))
+
+
+def unquoted(text: str) -> str:
+    """Return a text without the quotes that programs put around a comma in CSV files."""
+    return text[1:-1].replace('""', '"') if re.fullmatch(STRING, text) else text
 
 
 def as_label(text: str) -> Label:
@@ -194,8 +201,9 @@ def write_lists(folder: Path, found: ImageList, made_by: dict[str, Any]) -> None
             raise ValueError(
                 f"{odd!r} cannot be listed in {folder / split}.txt. Rename it: valid UTF-8, without line breaks."
             )
-        # ./ protects a leading blank, which `entries` would strip
-        lines = (f"{'./' if path[0].isspace() else ''}{path},{label}\n" for path, label in images)
+        # ./ protects a leading blank, which `entries` would strip, and a quote
+        is_odd = re.compile(r'[\s"]').match
+        lines = (f"{'./' if is_odd(path) else ''}{path},{label}\n" for path, label in images)
         atomic_write(folder / f"{split}.txt", "".join(lines))
 
 

@@ -149,6 +149,11 @@ def epoch_scores(
     return scores
 
 
+def need_labels(names: list[str]) -> bool:
+    """Return whether one of these evaluations needs labels."""
+    return not set(LABEL_FREE).issuperset(names)
+
+
 def labeled(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return features and labels of the images that have a label."""
     has_label = y >= 0

@@ -20,7 +20,7 @@ from self_supervised.data.loader import list_of_loaders
 from self_supervised.networks import layers
 
 COMPARED = ("valid_knn20_acc", "valid_class_acc")  # starts of names; the first that was scored decides
-NEED_LABELS = {"knn", "linear_probe"}  # evaluations with these names
+GIVE_COMPARED = {"knn", "linear_probe"}  # evaluations that give such scores
 MEANING = (  # settings, of every score
     "evaluation_clips", "evaluation_crops", "probe_on_training_set", "probe_solver", "transform_crop_size",
 )  # fmt: skip
@@ -64,7 +64,7 @@ def verdict(name: str, before: dict[str, float], after: dict[str, float], evalua
 
 
 def reason_for_none(name: str, before: dict[str, float], after: dict[str, float], evaluations: Sequence[str]) -> str:
-    if not NEED_LABELS & set(evaluations):
+    if not GIVE_COMPARED & set(evaluations):
         return f"evaluations={list(evaluations)} has neither knn nor linear_probe"
     if not before:
         reasons = "no validation images, limit_val_batches=0, or a loader that is no DataLoader"
@@ -124,7 +124,7 @@ class Verdict(pl.Callback):
 
 def can_compare(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
     """Return whether validation yields accuracies, from loaders that can be read once more."""
-    if trainer.fast_dev_run or not trainer.enable_validation or not NEED_LABELS & set(module.params.evaluations):
+    if trainer.fast_dev_run or not trainer.enable_validation or not GIVE_COMPARED & set(module.params.evaluations):
         return False
     if trainer.val_dataloaders is None:  # the first validation is some epochs away
         with validating(trainer):

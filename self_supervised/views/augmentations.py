@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model_params import EncoderAndDataParams, ModelParams
-from self_supervised.catalogue import ViewSettings
+from self_supervised.catalogue import BLUR_RADIUS, ViewSettings
 from self_supervised.distributed import to_device
 from self_supervised.views.input_checks import check_pixels
 from self_supervised.views.tensor_ops import (
@@ -179,6 +179,10 @@ def augment(
             raise ValueError(
                 f"uint8 views in a list must be square, not {x.shape[2]} x {x.shape[3]} pixels. Crop them in the "
                 "loader, or yield one uint8 tensor, which is cropped here."
+            )
+        if cropped and x.shape[2] <= BLUR_RADIUS and view.blur_probability > 0:
+            raise ValueError(
+                f"views of {x.shape[2]} pixels are too small to be blurred. Set transform_apply_blur=False."
             )
         x = with_channels(x, len(mean))
         full = {"top": 0, "left": 0, "height": x.shape[2], "width": x.shape[3]}

@@ -1,5 +1,7 @@
 """Labels of every kind become classes from 0 without gaps, or are refused before the first epoch."""
 
+from contextlib import nullcontext
+
 import attrs
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import model_params
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from self_supervised import catalogue
@@ -102,7 +105,9 @@ def test_labels_of_a_loader_are_taken_right(change, small, trainer):
     (torch.arange(32) - 5, "the loader holds .* labels that are not classes"),
     (torch.arange(32) % 2 + 0.5, "the loader holds .* labels that are not classes"),
 ])  # fmt: skip
-def test_wrong_labels_for_validation_are_refused_before_the_first_step(wrong, message, sanity, small, trainer):
+def test_wrong_labels_for_validation_are_refused_before_the_first_step(
+    wrong, message, sanity, small, trainer, monkeypatch
+):
     right, steps = torch.arange(32) % 10, trainer(num_sanity_val_steps=sanity)
     with pytest.raises(ValueError, match=message):
         steps.fit(SelfSupervisedMethod(small(evaluations=["knn"])), batches(right), batches(wrong))
@@ -114,6 +119,13 @@ def test_wrong_labels_for_validation_are_refused_before_the_first_step(wrong, me
     with pytest.raises(ValueError, match=message):
         steps.fit(linear(), batches(right), batches(wrong))
     assert steps.global_step == 0
+    monkeypatch.setattr(model_params, "EVALUATIONS", (*catalogue.EVALUATIONS, "mine"))
+    monkeypatch.setitem(validation.FUNCTIONS, "mine", validation.FUNCTIONS["knn"])
+    for names, fails in ((["mine"], True), (list(catalogue.LABEL_FREE), False)):
+        steps = trainer(num_sanity_val_steps=sanity)
+        with pytest.raises(ValueError, match=message) if fails else nullcontext():
+            steps.fit(SelfSupervisedMethod(small(evaluations=names)), batches(right), batches(wrong))
+        assert steps.global_step == (0 if fails else 2)
 
 
 @pytest.mark.parametrize(("wrong", "message"), [

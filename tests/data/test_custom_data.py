@@ -262,9 +262,10 @@ def test_odd_names_are_kept_in_the_lists(tmp_path):
         "china/00.png": " china/ 00.png",
         "china/01.png": "china/a\x85b.png",
         "china/02.png": "china/a, b.png 2,3.png",
+        "china/04.png": '"china", 3/1.png',
     }
     p = params(write(tmp_path / "photos", odd), splits_path=str(tmp_path / "splits"), labels_from="last_folder")
-    p = attrs.evolve(p, class_to_idx=["china=1", " china=1", "flower=0"])
+    p = attrs.evolve(p, class_to_idx=["china=1", " china=1", '"china", 3=1', "flower=0"])
     sets = three(p)
     assert set(odd.values()) < {path for one in sets for path in one} and three(p) == sets
     (tmp_path / "photos/china/03.png").rename(tmp_path / "photos/china/3\n.png")
@@ -289,6 +290,8 @@ AB = {"class_to_idx": {"a": 5, "b": 2}}
         ("china/01.png 4\nflower/00.png 3", "flower/01.png 3", {}, [1, 0, 0]),
         ("china/01.png 20240101\nflower/00.png 7", "flower/01.png 7", {}, [1, 0, 0]),
         ("china/01.png b\nflower/00.png a", "flower/01.png b", AB, [0, 1, 0]),
+        ('"china/01.png", b\n"flower/00.png","a"', '"flower/01.png" a', {}, [1, 0, 0]),
+        ('china/01.png,"big, ""red"""\nflower/00.png,a', 'flower/01.png "a"', {}, [1, 0, 0]),
         ("china/01.png 2\nflower/00.png 5", "flower/01.png 2", AB, [0, 1, 0]),
         ("china/01.png cat\nflower/00.png Cats", "flower/01.png cat", {"class_to_idx": ["cat=3", "Cats=3"]}, [0, 0, 0]),
         ("china/01.png café\nflower/00.png a", "flower/01.png cafe\u0301", {}, [1, 0, 1]),
@@ -608,6 +611,9 @@ def test_tiffs_with_a_range_have_the_meaning_of_their_pixels(tmp_path):
     colors = np.arange(768, dtype=np.uint16).reshape(3, 256)
     with pytest.raises(ValueError, match="its pixels are indices of a palette"):
         read("palette", pixels[..., 0], 3, photometric="palette", colormap=colors)
+    for space, meaning in (("ycbcr", "YCbCr"), ("cielab", "L.a.b.")):
+        with pytest.raises(ValueError, match=f"its pixels are {meaning}. Convert it to gray or RGB"):
+            read(space, pixels[..., :3], 3, photometric=space)
 
 
 def test_a_tiff_with_a_preview_of_itself_is_read_and_floats_are_told_the_way_out(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -573,10 +574,12 @@ def test_columns(tmp_path, photos):
         "coarse": [classes(name) for name in NAMES],
         "fine": [name.split("/")[0] for name in NAMES],
         "score": [0.5] * len(NAMES),
+        "merged": [float(classes(name)) for name in NAMES],  # pandas: floats, because another part had no numbers
+        "missing": [math.nan, *(float(classes(name)) for name in NAMES[1:])],
     }
     coarse, text = datasets.ClassLabel(names=["a", "b"]), datasets.Value("string")
     kinds = {"left": datasets.Image(), "right": datasets.Image(), "coarse": coarse, "fine": text}
-    kinds["score"] = datasets.Value("float32")
+    kinds |= dict.fromkeys(("score", "merged", "missing"), datasets.Value("float32"))
     datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).save_to_disk(tmp_path / "set")
 
     def read(**fields):
@@ -594,6 +597,9 @@ def test_columns(tmp_path, photos):
         read(image_key="left", label_key="kind")
     with pytest.raises(ValueError, match="label_key='score': 0.5 "):
         read(image_key="left", label_key="score")
+    assert read(image_key="left", label_key="merged").labels.tolist() == expected
+    with pytest.raises(ValueError, match="1 of the .* have no label"):
+        read(image_key="left", label_key="missing")
     encoder = params(tmp_path / "set", image_key="right")  # programs that embed read its column, unless told otherwise
     for columns, label in (({}, "a"), ({"label_key": "fine"}, "china"), ({"labels_from": None}, None)):
         source = sources.open_source(tmp_path / "set", columns=columns, preferred=encoder.image_key)
