@@ -35,6 +35,7 @@ from self_supervised.training import advice, label_checks, optimizers
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.fit_checks import refuse_callbacks
 from self_supervised.training.hyperparameters import Given, resolve
+from self_supervised.training.parameter_groups import layer_groups
 from self_supervised.training.plan import get_plan
 from self_supervised.training.schedules import classifier_rate
 from self_supervised.views import augmentations
@@ -347,7 +348,7 @@ class LinearClassifierMethod(BaseMethod):
         """
         p = self.params
         parts = [("classifier", p.lr, {*self.classifier.parameters()})]
-        found = layers.layer_groups(self.model).items() if self.trains_encoder else []
+        found = layer_groups(self.model).items() if self.trains_encoder else []
         for depth, (name, group) in enumerate(reversed(found)):
             parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*group.values()}))
         adapted, excluded = split_by_patterns(self, p.exclude_matching_parameters_from_lars)

@@ -150,15 +150,16 @@ class SelfSupervisedMethod(BaseMethod):
         """Return the encoded views {i: ...} of the queries, and the keys {j: [N, D]}. Each view is encoded once."""
         p = self.params
         query_views, key_views = map(set, zip(*p.pairs, strict=True))
+        are_projections = self.teacher is None and self.lagging_model is None
+        online = self.encode_each(views, query_views | key_views if are_projections else query_views)
         if self.teacher is not None:
             keys = {j: self.on_sphere(self.teacher(views[j])) for j in key_views}
-            return self.encode_each(views, query_views), keys
-        if self.lagging_model is None:
-            online = self.encode_each(views, query_views | key_views)
-            return online, {j: online[j].z.detach() if p.stop_gradient_of_keys else online[j].z for j in key_views}
-        online = self.encode_each(views, query_views)
-        parts = {j: in_parts(views[j], p.micro_batch_size) for j in key_views}
-        return online, {j: torch.cat([self.encode_lagging(x, batch_idx) for x in parts[j]]) for j in key_views}
+        elif self.lagging_model is not None:
+            parts = {j: in_parts(views[j], p.micro_batch_size) for j in key_views}
+            keys = {j: torch.cat([self.encode_lagging(x, batch_idx) for x in parts[j]]) for j in key_views}
+        else:
+            keys = {j: online[j].z.detach() if p.stop_gradient_of_keys else online[j].z for j in key_views}
+        return online, keys
 
     def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, EncodedView]:
         """Return {view i: encode(view i)}; with `micro_batch_size` as leaves, for `backward`."""
@@ -346,9 +347,8 @@ class SelfSupervisedMethod(BaseMethod):
         """
         testing = self.trainer.testing
         loaders = list_of_loaders(self.trainer.test_dataloaders if testing else self.trainer.val_dataloaders)
-        are_ours = all(map(is_of_dataset_name, loaders))
         sets = gathered(self.validation_outputs, loaders)
-        has_train = are_ours and (testing or self.params.probe_on_training_set)
+        has_train = (testing or self.params.probe_on_training_set) and all(map(is_of_dataset_name, loaders))
         train = tuple(sets.pop()) if has_train and len(sets) > 1 else None
         found = [self.scores(x, y, train) for x, y in sets]
         return [{name + (f"_{i}" if i else ""): value for name, value in each.items()} for i, each in enumerate(found)]

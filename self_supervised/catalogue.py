@@ -1,6 +1,6 @@
 """Names that settings may have as values, with their facts: data sets, encoders, normalizations, evaluations.
 
-There are only names and numbers here. The code of a name is in the package's folders, in tables with the same names
+There are only names and facts here. The code of a name is in the package's folders, in tables with the same names
 (tests compare them). Importing this module reads no data and builds no network.
 """
 

@@ -21,8 +21,7 @@ from self_supervised.data import loading, subsets
 from self_supervised.data import packed as packed_data
 from self_supervised.data.loader import ResumableDataLoader
 from self_supervised.data.packed import ImagesOnDevice
-from self_supervised.networks import layers
-from self_supervised.training import monitor
+from self_supervised.training import monitor, parameter_groups
 
 LABELS = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 5], [200, 100, 30, 4]))
 
@@ -198,7 +197,7 @@ def test_a_step_of_every_parameter_has_the_rate_of_its_layer(trainer):
 def test_the_stages_of_a_resnet_are_its_stem_and_its_layers():
     encoder = resnet18()
     encoder.fc = nn.Identity()
-    stages = layers.layer_groups(encoder)
+    stages = parameter_groups.layer_groups(encoder)
     assert list(stages) == ["conv1", "layer1", "layer2", "layer3", "layer4"]
     assert list(stages["conv1"]) == ["conv1.weight", "bn1.weight", "bn1.bias"]
     assert all(name.startswith(f"{stage}.") for stage in list(stages)[1:] for name in stages[stage])
@@ -208,7 +207,7 @@ def test_the_stages_of_a_resnet_are_its_stem_and_its_layers():
 def test_every_parameter_is_in_one_stage():
     tied = nn.Linear(6, 6)
     for encoder in (vision_transformer(1), nn.Linear(3, 3), nn.Sequential(tied, nn.ReLU(), tied), nn.Flatten()):
-        names = [name for stage in layers.layer_groups(encoder).values() for name in stage]
+        names = [name for stage in parameter_groups.layer_groups(encoder).values() for name in stage]
         assert sorted(names) == sorted(name for name, _ in encoder.named_parameters())
 
 

@@ -167,7 +167,7 @@ class ImageFiles(LabeledFiles):
         self.pixel_range = pixel_range
         self.exif_orientation = exif_orientation
         self.root = split
-        self.packed: Callable[[int], np.ndarray | None] | None = None  # reads packed pixels; set by packed_files.pack
+        self.packed: Callable[[int], np.ndarray | None] | None = None  # reads packed pixels; set by packed_files.py
 
     def subset(self, indices: np.ndarray) -> Self:
         part = super().subset(indices)

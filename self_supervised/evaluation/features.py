@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from model_params import DATASET_DEFAULTS, EncoderAndDataParams
 from self_supervised import catalogue
-from self_supervised.catalogue import ViewSettings
 from self_supervised.data import custom, loading
 from self_supervised.data.files import name_skipped
 from self_supervised.data.image_files import ImageFiles
@@ -28,8 +27,6 @@ from self_supervised.numerics import finite, where_scorable
 from self_supervised.views import augmentations
 
 LABEL_FREE_IMAGES = 25_600  # training images for label-free measures (as in https://arxiv.org/abs/2210.02885)
-VIEWS = {"n": 1000, "n_views": 10, "seed": 0}
-PATCHES = {"n_patches": 16, "area": 0.25, "seed": 0}  # area: of the image
 
 
 # ---- evaluation data: an encoder and a data set ----
@@ -40,6 +37,21 @@ class Features:
     x: Tensor  # embeddings, float32 [N, E]
     y: Tensor  # int64: classes [N], or multi-label [N, K]
     stages: dict[str, Tensor] = attrs.field(factory=dict)  # ResNets: output [N, C] of each stage, averaged over space
+
+
+@frozen
+class SampledViews:
+    """Random views of images: the training views of the data set (catalogue.py), the same for all encoders."""
+
+    n_views: int  # of an image
+    seed: int  # of images and views
+    n_images: int | None = None  # None: all
+    area: float | None = None  # of an image; None: those of the training views
+    averaged: bool = False  # whether their features are averaged
+
+
+VIEWS = SampledViews(n_views=10, seed=0, n_images=1000)
+PATCHES = SampledViews(n_views=16, seed=0, area=0.25, averaged=True)
 
 
 class EvaluationData:
@@ -89,13 +101,13 @@ class EvaluationData:
     def views(self) -> Tensor:
         """Features [N, V, E] of random views of some training images."""
         splits = self.params.dataset.train_splits
-        return self.on_device(extract_views(self.encoder, self.params, splits, self.cache, **VIEWS))[0]
+        return self.on_device(extract_views(self.encoder, self.params, splits, self.cache, VIEWS).x)[0]
 
     @cached_property
     def patches(self) -> tuple[Tensor, ...]:
         """As `sets`, with the means over random patches of each image in place of the features of whole images."""
         splits = self.params.dataset.train_splits, self.params.dataset.test_splits
-        train, test = (extract_patches(self.encoder, self.params, names, self.cache, **PATCHES) for names in splits)
+        train, test = (extract_views(self.encoder, self.params, names, self.cache, PATCHES) for names in splits)
         return self.on_device(train.x, train.y, test.x, test.y)
 
     def on_device(self, *parts: Tensor) -> tuple[Tensor, ...]:
@@ -175,55 +187,18 @@ def extract(
 
 
 def extract_views(
-    encoder: Encoder,
-    params: EncoderAndDataParams,
-    splits: tuple[str, ...],
-    cache: Path,
-    n: int,
-    n_views: int,
-    seed: int,
-) -> Tensor:
-    """Return embeddings [n, V, E] of `n_views` random views of each of n images (or of all, if there are fewer).
-
-    Images and views are drawn from `seed`. The views are the data set's training views (catalogue.py), so that all
-    encoders are compared on the same views.
-    """
-    view = attrs.evolve(params.dataset.view, crop_size=params.crop_size)
-    return features_of_views(encoder, params, splits, cache, [view] * n_views, seed, n).x
-
-
-def extract_patches(
-    encoder: Encoder,
-    params: EncoderAndDataParams,
-    splits: tuple[str, ...],
-    cache: Path,
-    n_patches: int,
-    area: float,
-    seed: int,
+    encoder: Encoder, params: EncoderAndDataParams, splits: tuple[str, ...], cache: Path, sampled: SampledViews
 ) -> Features:
-    """Return the mean embedding [N, E] of random patches of each image, and the labels. The patches are training views
-    of the data set, but of this area of the image."""
-    view = attrs.evolve(params.dataset.view, crop_size=params.crop_size, crop_scale=(area, area))
-    return features_of_views(encoder, params, splits, cache, [view] * n_patches, seed, averaged=True)
-
-
-def features_of_views(
-    encoder: Encoder,
-    params: EncoderAndDataParams,
-    splits: tuple[str, ...],
-    cache: Path,
-    views: list[ViewSettings],
-    seed: int,
-    n: int | None = None,
-    averaged: bool = False,
-) -> Features:
-    """Return the embeddings [n, V, E] of views of n random images, or of all, or their means [n, E], and the labels."""
-    params = attrs.evolve(params, seed=seed, clip_speeds=[1.0], clip_jitter=0.0)
+    """Return the embeddings [n, V, E] of views of the images, or their means [n, E], and the labels."""
+    crop = {} if sampled.area is None else {"crop_scale": (sampled.area, sampled.area)}
+    view = attrs.evolve(params.dataset.view, crop_size=params.crop_size, **crop)
+    views = [view] * sampled.n_views
+    params = attrs.evolve(params, seed=sampled.seed, clip_speeds=[1.0], clip_jitter=0.0)
     dataset = loading.get_dataset(params, splits, views)
-    chosen = np.sort(augmentations.generator(seed).permutation(len(dataset))[:n])
-    settings = {"views": len(views), "images": len(chosen), "seed": seed, "view": of_view(views[0])}
+    chosen = np.sort(augmentations.generator(sampled.seed).permutation(len(dataset))[: sampled.n_images])
+    settings = {"views": len(views), "images": len(chosen), "seed": sampled.seed, "view": of_view(view)}
     what = f"{len(views)} views of {len(chosen)} images"
-    folder = cache / fingerprint(encoder, params, dataset, settings | ({"averaged": True} if averaged else {}))
+    folder = cache / fingerprint(encoder, params, dataset, settings | ({"averaged": True} if sampled.averaged else {}))
     if not folder.is_dir():
         device = encoder.device
         subset = dataset.subset(chosen)
@@ -235,10 +210,13 @@ def features_of_views(
             for images, labels in batches:
                 on_device = [x.to(device) for x in images] if isinstance(images, list) else images.to(device)
                 positions, n_before = n_before + np.arange(len(labels)), n_before + len(labels)
-                made = augmentations.augment(on_device, seed, views, params.mean, params.std, positions=positions)
+                made = augmentations.augment(
+                    on_device, params.seed, views, params.mean, params.std, positions=positions
+                )
                 with torch.no_grad():
                     x = torch.stack([encoder(view.to(device)).float() for view in made], 1)
-                yield {"x": finite(x.mean(1) if averaged else x, f"views of {'+'.join(splits)}"), "y": labels}
+                x = x.mean(1) if sampled.averaged else x
+                yield {"x": finite(x, f"views of {'+'.join(splits)}"), "y": labels}
 
         write_features(folder, len(subset), rows(), len(batches), what)
         name_skipped(subset)

@@ -115,8 +115,8 @@ def training_row(preset: str, definition: str, source: str) -> Protocol:
 
 FROZEN = "frozen features of whole images"
 OF_PATCHES = (
-    f"on the mean of the features of {PATCHES['n_patches']} random patches of an image: the data set's augmentations, "
-    f"with crops of {PATCHES['area']:.0%} of its area"
+    f"on the mean of the features of {PATCHES.n_views} random patches of an image: the data set's augmentations, "
+    f"with crops of {PATCHES.area:.0%} of its area"
 )
 PROTOCOLS = {
     "knn": Protocol(
@@ -207,8 +207,8 @@ PROTOCOLS = {
     ),
     "alignment": label_free_row(
         lambda data, _: label_free.alignment(data.views),
-        f"mean squared distance on the unit sphere of views of one image; {VIEWS['n']:,} training images, "
-        f"{VIEWS['n_views']} views each, by the data set's augmentations",
+        f"mean squared distance on the unit sphere of views of one image; {VIEWS.n_images:,} training images, "
+        f"{VIEWS.n_views} views each, by the data set's augmentations",
         "https://arxiv.org/abs/2005.10242, section 4.1",
     ),
     "lidar": label_free_row(

@@ -16,6 +16,8 @@ from model_params import ModelParams
 from self_supervised.catalogue import NORMS_AND_BIASES
 from self_supervised.networks import layers
 
+Parameters = dict[str, nn.Parameter]  # name in the encoder -> parameter
+FEWEST_GROUPS = 4  # of layers, if the encoder can be divided into that many
 ONLINE = "online_classifier."  # prefix of the names of the online classifier's parameters
 
 
@@ -97,8 +99,50 @@ def layer_factors(encoder: nn.Module, layer_decay: float) -> dict[str, float]:
     """Return the factors of the learning rates of the encoder's parameters, by their names in the method."""
     if layer_decay == 1:
         return {}
-    groups = reversed(layers.layer_groups(encoder).values())
+    groups = reversed(layer_groups(encoder).values())
     return {f"model.{name}": layer_decay**depth for depth, group in enumerate(groups, start=1) for name in group}
+
+
+def layer_groups(encoder: nn.Module) -> dict[str, Parameters]:
+    """Return the encoder's parameters in groups from input to output, by the name of each group's first module.
+
+    The groups are the encoder's children, in the order of their definition. While there are fewer than FEWEST_GROUPS,
+    the largest child is replaced by its own children: a ResNet is divided into its stem and layer1 to layer4, a vision
+    transformer into its patch embedding and every block. A part that has only vectors (a norm) belongs to the group
+    before it; parameters of a replaced module itself (class token, position embedding) belong to the first group.
+    """
+    parts = [("", encoder)]
+    while len(found := joined_parts(parts)) < FEWEST_GROUPS and (
+        openable := [part for part in parts if can_be_opened(part[1])]
+    ):
+        largest = max(openable, key=lambda part: layers.n_parameters(part[1]))
+        name, module = largest
+        at = parts.index(largest)
+        parts[at : at + 1] = [(f"{name}.{child}".lstrip("."), part) for child, part in module.named_children()]
+    grouped = {name for group in found.values() for name in group}
+    rest = {name: parameter for name, parameter in encoder.named_parameters() if name not in grouped}
+    first = next(iter(found), "")
+    return {**found, first: {**rest, **found.get(first, {})}}
+
+
+def joined_parts(parts: list[tuple[str, nn.Module]]) -> dict[str, Parameters]:
+    """Return the parameters of each part that has any. Parts of vectors only join the part before them, and parameters
+    that two parts share belong to the first."""
+    found = {}
+    seen = set()
+    for name, module in parts:
+        own = {f"{name}.{leaf}".lstrip("."): p for leaf, p in module.named_parameters() if id(p) not in seen}
+        seen |= set(map(id, own.values()))
+        if found and all(parameter.ndim < 2 for parameter in own.values()):
+            found[next(reversed(found))] |= own
+        elif own:
+            found[name] = own
+    return found
+
+
+def can_be_opened(module: nn.Module) -> bool:
+    """Return whether at least half of the parameters are those of children. Attention, for example, stays whole."""
+    return 2 * sum(map(layers.n_parameters, module.children())) > layers.n_parameters(module)
 
 
 def check_matches(module: nn.Module, params: ModelParams, names: list[str]) -> None:

@@ -102,7 +102,9 @@ def test_features_are_those_of_the_readable_images_and_the_others_are_named(root
     stopped = attrs.evolve(mixed, unreadable_images="stop", num_data_workers=0)
     with pytest.raises(ValueError, match="test/a/0.png could not be read"):
         features.extract(model, stopped, ("test",), tmp_path / "mixed")
-    views = features.extract_views(model, mixed, ("test",), tmp_path / "mixed", 14, 2, seed=0)
+    views = features.extract_views(
+        model, mixed, ("test",), tmp_path / "mixed", features.SampledViews(2, 0, n_images=14)
+    ).x
     assert views.shape == (11, 2, 12) and len(views.unique(dim=0)) == 11
 
 

@@ -10,7 +10,7 @@ from model_params import EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.data import loading
 from self_supervised.evaluation import feature_files, features, fingerprints
-from self_supervised.evaluation.features import data_params, extract, extract_views
+from self_supervised.evaluation.features import SampledViews, data_params, extract, extract_views
 from self_supervised.evaluation.fingerprints import fingerprint
 from self_supervised.evaluation.protocols import PROTOCOLS, runnable
 from self_supervised.networks.encoder_hash import encoder_hash
@@ -60,7 +60,7 @@ def test_features_are_the_encoders_in_the_order_of_the_set(tmp_path, digits_path
 def test_existing_features_are_not_computed_again(tmp_path, monkeypatch):
     e = encoder()
     first = extract(e, data_params(e), ("test",), tmp_path, stages=True)
-    views = extract_views(e, data_params(e), ("train",), tmp_path, 20, 3, seed=1)
+    views = extract_views(e, data_params(e), ("train",), tmp_path, SampledViews(3, seed=1, n_images=20)).x
 
     def must_not(*_):
         raise AssertionError("computed again")
@@ -69,7 +69,9 @@ def test_existing_features_are_not_computed_again(tmp_path, monkeypatch):
     again = extract(e, data_params(e), ("test",), tmp_path, stages=True)
     assert torch.equal(first.x, again.x) and torch.equal(first.y, again.y)
     assert all(torch.equal(first.stages[name], again.stages[name]) for name in features.RESNET_STAGES)
-    assert torch.equal(views, extract_views(e, data_params(e), ("train",), tmp_path, 20, 3, seed=1))
+    assert torch.equal(
+        views, extract_views(e, data_params(e), ("train",), tmp_path, SampledViews(3, seed=1, n_images=20)).x
+    )
 
 
 def test_everything_that_features_depend_on_changes_the_name(tmp_path, digits_path):
@@ -160,7 +162,7 @@ def test_an_interrupted_extraction_leaves_nothing(tmp_path, monkeypatch):
 
 def test_views_are_the_data_sets_augmentations(tmp_path):
     e = encoder()
-    found = extract_views(e, data_params(e), ("train",), tmp_path, 30, 4, seed=3)
+    found = extract_views(e, data_params(e), ("train",), tmp_path, SampledViews(4, seed=3, n_images=30)).x
     assert found.shape == (30, 4, 8)
     params = data_params(e)
     view = catalogue.ViewSettings(**{**vars_of(params.dataset.view), "crop_size": 8})
@@ -168,7 +170,9 @@ def test_views_are_the_data_sets_augmentations(tmp_path):
     images, _ = loading.get_dataset(params, ("train",)).__getitems__(chosen)
     views = augmentations.augment(images, 3, [view] * 4, params.mean, params.std)
     torch.testing.assert_close(found[:, 2], e(views[2]))
-    assert not torch.equal(found, extract_views(e, params, ("train",), tmp_path, 30, 4, seed=4))
+    assert not torch.equal(
+        found, extract_views(e, params, ("train",), tmp_path, SampledViews(4, seed=4, n_images=30)).x
+    )
 
 
 def vars_of(view) -> dict:
@@ -187,7 +191,7 @@ def test_class_folders_are_read_in_their_order_and_known_by_their_time(tmp_path,
     assert found.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     image = loading.get_dataset(data_params(e), ("val",))[7][0]
     torch.testing.assert_close(found.x[7:8], e.embed(image[None]))
-    views = extract_views(e, data_params(e), ("val",), tmp_path / "cache", 12, 2, seed=0)
+    views = extract_views(e, data_params(e), ("val",), tmp_path / "cache", SampledViews(2, seed=0, n_images=12)).x
     assert views.shape == (12, 2, 8) and not torch.equal(views[:, 0], views[:, 1])
     before = fingerprint(e, data_params(e), loading.get_dataset(data_params(e), ("val",)), {})
     path.touch()
@@ -211,7 +215,7 @@ def test_another_data_set_is_read_in_the_encoders_size_and_normalization(tmp_pat
 def test_features_of_patches_are_means_over_crops_of_a_part(tmp_path):
     e = encoder()
     params = data_params(e)
-    found = features.extract_patches(e, params, ("test",), tmp_path, n_patches=3, area=0.25, seed=5)
+    found = extract_views(e, params, ("test",), tmp_path, SampledViews(3, seed=5, area=0.25, averaged=True))
     view = catalogue.ViewSettings(**{**vars_of(params.dataset.view), "crop_size": 8, "crop_scale": (0.25, 0.25)})
     images, labels = loading.get_dataset(params, ("test",)).__getitems__(np.arange(500))
     views = augmentations.augment(images, 5, [view] * 3, params.mean, params.std)

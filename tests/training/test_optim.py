@@ -12,7 +12,6 @@ from torch import nn
 from lars import LARS
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
-from self_supervised.networks import layers
 from self_supervised.training import online_classifier, optimizers, parameter_groups, schedules
 from self_supervised.training.checkpoints import Checkpoints, newest
 from self_supervised.training.monitor import LearningRate
@@ -219,7 +218,7 @@ def test_layer_decay_follows_the_stages(method, small):
     rows = rows_of(own)
     found = [rows[f"model.{stage}.weight"].lr for stage in ("stem", "bn1", "middle", "third", "last")]
     assert found == [1 / 16, 1 / 16, 1 / 8, 3 / 4, 1 / 2]
-    assert len(layers.layer_groups(own.model)) == 4
+    assert len(parameter_groups.layer_groups(own.model)) == 4
 
 
 # ---- LARS, clipped ----
