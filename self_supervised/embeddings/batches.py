@@ -11,12 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from model_params import EncoderAndDataParams
 from self_supervised.data import video_files
-from self_supervised.data.arrow import ArrowImages
 from self_supervised.data.custom import is_selected
 from self_supervised.data.image_files import central_square, part_kept
 from self_supervised.data.packed import already_a_batch
 from self_supervised.data.remote_shards import UnreachableShard
-from self_supervised.embeddings.sources import ImageSource, Packed, Stored
+from self_supervised.embeddings.sources import ImageSource, Stored
 from self_supervised.networks.pretrained import ENCODER_FACTS
 from self_supervised.runs.command_line import DEVICE, LAGGING, add_fields
 
@@ -52,11 +51,10 @@ def selected_paths(source: ImageSource, params: EncoderAndDataParams, patterns: 
         ValueError: there are none; or see `paths` of the source.
     """
     paths = source.paths()
-    has_names = not isinstance(source, Packed) and not isinstance(getattr(source, "source", None), ArrowImages)
-    if patterns and not has_names:
+    if patterns and not source.has_file_names:
         raise ValueError(f"{', '.join(patterns)}: images in {source.name} have no names to match. Leave it out.")
     globs = {name: getattr(params, name) for name in PATTERNS} | patterns
-    if not has_names or not any(globs.values()):
+    if not source.has_file_names or not any(globs.values()):
         return paths
     of_both = [values or [] for values in globs.values()]
     selected = [path for path in paths if is_selected(path, *of_both)]

@@ -15,6 +15,7 @@ from model_params import EncoderAndDataParams
 from self_supervised.catalogue import DATASETS
 from self_supervised.data import decoders, video_files
 from self_supervised.data.array_files import TIFF_SUFFIXES, opened_image, read_npy, read_tiff, suffix_of
+from self_supervised.data.arrow import ArrowImages
 from self_supervised.data.custom import get_source, is_stored
 from self_supervised.data.file_search import ARRAY_SUFFIX, PassedOver, files_below, image_suffixes
 from self_supervised.data.files import File
@@ -40,6 +41,8 @@ class Folder:
 
     Hidden files are skipped. If every image is in a directory of its class (CLASS/IMAGE), that is its label.
     """
+
+    has_file_names = True
 
     def __init__(self, root: Path, kind: str = "image"):
         self.root = root
@@ -100,6 +103,7 @@ class Packed:
     """A packed data set, or one split of it. Paths are SPLIT/NUMBER, and labels are class numbers."""
 
     kind = "image"
+    has_file_names = False
 
     def __init__(self, name: str, dataset: str, splits: list[str]):
         prepare_data(dataset, splits)
@@ -153,6 +157,7 @@ class Stored:
         self.outside_splits = found.get("", [])  # empty if there are no splits
         self.name = name
         self.passed_over = self.source.passed_over
+        self.has_file_names = not isinstance(self.source, ArrowImages)  # of a Hugging Face data set, rows have numbers
 
     def has_other_column(self, name: str, image_key: str) -> bool:
         """Return whether the data set has this column of images, and another one is read by default."""

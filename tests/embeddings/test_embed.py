@@ -290,7 +290,7 @@ def test_patterns_of_the_pretraining_select_the_images(photos, tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"include_patterns=\['cats/x'\].* is selected. Pass other patterns, or none"):
         embed.embed(encoder, photos, out, include_patterns=["cats/x"], overwrite=True, **OPTIONS)
     with pytest.raises(ValueError, match="exclude_patterns: images in digits/test have no names to match"):
-        embed.embed(tiny(dataset="digits"), "digits/test", out, exclude_patterns=["a"], overwrite=True, **OPTIONS)
+        embed.embed(encoder, "digits/test", out, exclude_patterns=["a"], overwrite=True, **OPTIONS)
 
 
 @pytest.mark.parametrize(
