@@ -15,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_params import OF_ALL_VIEWS, OF_PROTOTYPES, PRESETS, READ_LABELS, ModelParams
+from model_params import ALL_VIEW_LOSSES, LABEL_LOSSES, PRESETS, PROTOTYPE_LOSSES, ModelParams
 from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.convolutions import weights_shared
 from self_supervised.data import loading
@@ -89,7 +89,7 @@ class SelfSupervisedMethod(BaseMethod):
                 self.params = p = attrs.evolve(p, dim=self.teacher.width, teacher=self.teacher.name)
             self.projection_model = MLP(width, output_dim=p.dim, **p.head("projection"))
             self.prediction_model = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
-            self.prototypes = Prototypes(p) if p.loss_type in OF_PROTOTYPES else None
+            self.prototypes = Prototypes(p) if p.loss_type in PROTOTYPE_LOSSES else None
             own = None if encoder is None else p.input_shape
             self.lagging_model = frozen_copy(self.model, own) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
@@ -198,7 +198,7 @@ class SelfSupervisedMethod(BaseMethod):
         queue = None if self.queue is None else at_least_float32(self.queue.keys)
         queries = {i: view.q if self.prototypes is None else self.prototypes(view.q) for i, view in online.items()}
         targets = self.targets(keys, queue, scheduled_values.get("sce_target_T", p.sce_target_T))
-        if self.custom_loss is None and p.loss_type in OF_ALL_VIEWS:
+        if self.custom_loss is None and p.loss_type in ALL_VIEW_LOSSES:
             loss_of_views = multi_view_losses.get_loss_of_views(p, self.step_seed(batch_idx))
             scalars = loss_of_views(*(torch.stack([x for _, x in sorted(of.items())]) for of in (queries, targets)))
         else:
@@ -286,7 +286,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def reads_labels(self, training: bool) -> bool:
         p = self.params
-        needed = p.loss_type in READ_LABELS if training else validation.need_labels(p.evaluations)
+        needed = p.loss_type in LABEL_LOSSES if training else validation.need_labels(p.evaluations)
         return needed or self.online_classifier is not None
 
     def setup(self, stage: str) -> None:

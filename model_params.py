@@ -117,10 +117,10 @@ def losses_that_read(setting: str) -> tuple[str, ...]:
     return losses_with(lambda loss: setting in loss.reads)
 
 
-OF_PROTOTYPES = losses_with(lambda loss: loss.compares == PROTOTYPES)
-OF_ALL_VIEWS = losses_with(lambda loss: loss.all_views)
-OF_STATISTICS = losses_with(lambda loss: loss.compares == BATCHES)
-READ_LABELS = losses_with(lambda loss: loss.labels)
+PROTOTYPE_LOSSES = losses_with(lambda loss: loss.compares == PROTOTYPES)
+ALL_VIEW_LOSSES = losses_with(lambda loss: loss.all_views)
+STATISTIC_LOSSES = losses_with(lambda loss: loss.compares == BATCHES)
+LABEL_LOSSES = losses_with(lambda loss: loss.labels)
 NEED_NEGATIVES = losses_with(lambda loss: loss.negatives)
 COMPARE_NEGATIVES = losses_with(lambda loss: loss.negatives is not None)
 SCHEDULED = {name: losses_that_read(name) for name in ("sce_coefficient", "sce_target_T")}  # have a schedule
@@ -191,7 +191,7 @@ class EncoderAndDataParams:
     # encoder
     encoder_arch: str = "resnet18"  # torchvision's name, ws_resnet18, ..., small_cnn, timm:NAME; "module": your own
     embedding_dim: int | None = positive(None)  # width of the embeddings; None: inferred from the encoder
-    # weights to start from: a file, the directory of a run, or torchvision's name such as "DEFAULT"
+    # initial weights: a file, the directory of a run, or the name of published ones, such as "DEFAULT"; None: random
     encoder_weights: str | None = path()
     low_resolution_stem: bool | None = None  # use a 3 x 3 stem without pooling; None: for ResNets up to 32 pixels
     zero_init_residual: bool = False  # start each residual block of a ResNet as the identity (last norm weight 0)
@@ -482,7 +482,10 @@ class ModelParams(EncoderAndDataParams):
     mlp_last_affine: bool = True  # give the normalizations after both heads weights and biases
 
     # loss
-    loss_type: str = choice("ce", LOSSES)  # loss; ce: InfoNCE, ip: BYOL's, vic: VICReg's
+    # loss. ce (InfoNCE), dcl, sce, supcon (with labels) and seed (with a teacher) need negatives; bce and ip (BYOL's)
+    # compare them if there are any. vic (VICReg's), barlow, lejepa, visreg, emp, frossl, mmcr, fastsiam, swav and dino
+    # use none
+    loss_type: str = choice("ce", LOSSES)
     use_vicreg_loss: bool = False  # the same as loss_type="vic"
     loss_constant_factor: float = positive(1, at_most=1e6)  # factor by which the loss is multiplied
     T: float = positive(0.2, by=1e-4)  # temperature of the softmax over similarities
@@ -629,7 +632,7 @@ class ModelParams(EncoderAndDataParams):
         without one, a single large view is its own key.
         """
         large, small = range(self.n_large_views), range(self.n_large_views, self.n_views)
-        if self.loss_type in OF_ALL_VIEWS:
+        if self.loss_type in ALL_VIEW_LOSSES:
             return [(i, (i + 1) % len(large)) for i in large] + [(i, 0) for i in small]
         queries = large if self.use_both_augmentations_as_queries else large[:1]
         if self.teacher is not None:
@@ -648,7 +651,9 @@ class ModelParams(EncoderAndDataParams):
         With two views the loss is the sum over pairs times loss_constant_factor, as in BYOL and SimCLR. More views do
         not change its size (as in SwAV and DINO), so that the same lr fits.
         """
-        both = self.use_both_augmentations_as_queries and self.n_large_views > 1 and self.loss_type not in OF_ALL_VIEWS
+        both = (
+            self.use_both_augmentations_as_queries and self.n_large_views > 1 and self.loss_type not in ALL_VIEW_LOSSES
+        )
         return (2 if both else 1) * self.loss_constant_factor
 
     @property
@@ -711,10 +716,10 @@ def contradictions_of_method(params: ModelParams) -> Contradictions:
         (p.use_negative_examples_from_same_view and p.loss_type in ("sce", "seed"),
          f"use_negative_examples_from_same_view=True: loss_type={p.loss_type!r} compares two distributions over keys. "
          "Set it to False."),
-        (p.loss_type in READ_LABELS and p.use_negative_examples_from_queue,
+        (p.loss_type in LABEL_LOSSES and p.use_negative_examples_from_queue,
          f"loss_type={p.loss_type!r} knows no labels of the keys in a queue. Set "
          "use_negative_examples_from_queue=False."),
-        (p.loss_type in OF_PROTOTYPES and not p.use_unit_sphere_projection,
+        (p.loss_type in PROTOTYPE_LOSSES and not p.use_unit_sphere_projection,
          f"loss_type={p.loss_type!r} compares prototypes with unit vectors. Set use_unit_sphere_projection=True."),
         (p.n_large_views == 1 and p.teacher is None and p.loss_type != "seed",
          "n_large_views=1 leaves no other view to compare with. Choose at least 2, or pass a teacher."),
@@ -742,11 +747,11 @@ def contradictions_of_keys(params: ModelParams) -> Contradictions:
         (p.use_nearest_keys and p.use_negative_examples_from_same_view,
          "use_nearest_keys=True replaces keys by neighbors, so that queries of the same view cannot be negatives. Set "
          "use_negative_examples_from_same_view=False."),
-        (p.use_nearest_keys and p.loss_type in (*OF_PROTOTYPES, *OF_ALL_VIEWS),
+        (p.use_nearest_keys and p.loss_type in (*PROTOTYPE_LOSSES, *ALL_VIEW_LOSSES),
          f"use_nearest_keys=True is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them."),
         (p.teacher is not None and p.use_lagging_model,
          "use_lagging_model=True and teacher exclude each other: both are where keys come from. Set one of them."),
-        (p.teacher is not None and p.loss_type in (*READ_LABELS, *OF_PROTOTYPES, *OF_ALL_VIEWS),
+        (p.teacher is not None and p.loss_type in (*LABEL_LOSSES, *PROTOTYPE_LOSSES, *ALL_VIEW_LOSSES),
          f"teacher is for losses of pairs, not for loss_type={p.loss_type!r}. Change one of them."),
     ]
     # fmt: on
@@ -788,7 +793,7 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
         (p.micro_batch_size == 1 and of_batch,
          f"micro_batch_size=1 is too small for mlp_normalization={p.mlp_normalization!r}: a single image has no "
          "statistics. Choose a larger one."),
-        (one_image and (batch_alone or p.teacher is not None or p.loss_type in OF_STATISTICS
+        (one_image and (batch_alone or p.teacher is not None or p.loss_type in STATISTIC_LOSSES
                         or (p.loss_type == "swav" and not p.use_negative_examples_from_queue)),
          f"{size} gives loss_type={p.loss_type!r} no other image to compare with. Choose a larger batch, or a queue."),
         (one_image and of_batch,

@@ -43,6 +43,7 @@ from self_supervised.runs.run_options import PRECISIONS
 from self_supervised.runs.values import ListOption, items, reader
 from self_supervised.safe_files import atomic_file, atomic_write, check_folder
 from self_supervised.training import checkpoints
+from self_supervised.training.plan import epochs_text
 from self_supervised.training.precision import choose
 from self_supervised.training.run_folder import csv_logger, logged
 
@@ -367,7 +368,7 @@ def run_experiments(args: argparse.Namespace) -> None:
     rows = [row for row in finished_runs(results) if experiment_facts(args).items() <= row.items()]
     p = experiment_settings(args.configs[0], args.seeds[0], args)
     size = p.global_batch_size or p.batch_size
-    about = f"{p.encoder_arch} on {p.dataset_name}, {args.epochs} epochs in batches of {size}, {args.precision}"
+    about = f"{p.encoder_arch} on {p.dataset_name}, {epochs_text(args.epochs)} in batches of {size}, {args.precision}"
     about = f"{about}, linear probe on half of the test set" + (f"; {args.changes}" if args.changes else "")
     markdown = f"{about}\n\n{results_table(rows)}"
     atomic_write(args.out / "results.md", markdown)

@@ -1,8 +1,8 @@
-"""Trainings with the authors' own code, imported from checkouts of their repositories; no line of it is in this one.
+"""Trainings with the authors' own code, imported from checkouts of their repositories; this one has no line of it.
 
 Each builder below gets a checkout, the settings of tests/golden/authors.json and a number of steps. It returns the
-authors' networks, loss, optimizer and schedule, or their loss in a plain loop where their program cannot run in
-PyTorch on a CPU. What is bent to that end is said at each builder.
+authors' networks, loss, optimizer and schedule. If their program cannot run in PyTorch on a CPU, it returns their loss
+in a plain loop. The docstring of each builder says what differs from their program.
 """
 
 import copy
@@ -38,12 +38,12 @@ def tensors_of(modules: list[nn.Module], keys: Tensor | None) -> list[Tensor]:
 
 @define
 class Training:
-    """One side's networks and what happens in a step.
+    """Networks of one side, and the functions of a training step.
 
     Args:
         online, lagging: networks whose parameters and buffers have the order of ours.
         loss: (first views, second views, step) -> loss.
-        set_rate: sets the learning rate of a step before it.
+        set_rate: sets the learning rate before a step.
         follow: updates the lagging networks after a step.
         queue: keys [D, K].
     """
@@ -98,7 +98,7 @@ def load(file: Path, missing: tuple[str, ...] = (), old: str = "", new: str = ""
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """What the authors' programs need: a process group, numbers in float64, and `cuda()`, which does nothing."""
+    """Provide what the authors' programs need: a process group, numbers in float64, and a `cuda()` without effect."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.set_default_dtype(torch.float64)
     try:
@@ -165,7 +165,7 @@ def moving_average(lagging: list[nn.Module], online: list[nn.Module], m: float) 
 
 
 def moco_v2(folder: Path, p: ModelParams, steps: int) -> Training:
-    """Schedule in steps; one more update of the key encoder after the last step, because theirs comes before a step."""
+    """Schedule in steps. Their code updates the key encoder before each step, so one update is added at the end."""
     code = load(folder / "main_moco.py")
     model = code.moco.builder.MoCo(torchvision.models.resnet18, p.dim, p.K, p.m, p.T, mlp=True)
     optimizer = sgd(model.encoder_q.parameters(), p)
@@ -182,7 +182,7 @@ def moco_v2(folder: Path, p: ModelParams, steps: int) -> Training:
 
 
 def moco_v3(folder: Path, p: ModelParams, steps: int) -> Training:
-    """The same of the momentum encoder, whose m is therefore passed one step later."""
+    """One update of the momentum encoder is added at the end, as for moco_v2; a step passes the m of the one before."""
     code = load(folder / "main_moco.py", ("torch.utils.tensorboard", "vits"))
     model = code.moco.builder.MoCo_ResNet(torchvision.models.resnet18, p.dim, p.mlp_hidden_dim, p.T)
     trained = [*model.base_encoder.parameters(), *model.predictor.parameters()]
@@ -203,7 +203,7 @@ def moco_v3(folder: Path, p: ModelParams, steps: int) -> Training:
 
 
 def simsiam(folder: Path, p: ModelParams, steps: int) -> Training:
-    """Schedule in steps; 1 is added to the loss; the frozen bias before the last batch norm is taken out."""
+    """Schedule in steps; 1 is added to the loss; the frozen bias before the last batch norm is removed."""
     code = load(folder / "main_simsiam.py")
     model = code.simsiam.builder.SimSiam(torchvision.models.resnet18, p.dim, p.prediction_mlp_hidden_dims[0])
     model.encoder.fc[6].bias = None
@@ -245,7 +245,7 @@ def vicreg(folder: Path, p: ModelParams, steps: int) -> Training:
 
 
 def barlow_twins(folder: Path, p: ModelParams, steps: int) -> Training:
-    """ResNet-18 and a projector of its width; the schedule as that of VICReg."""
+    """ResNet-18 and a projector for its width; schedule as for VICReg."""
     code = load(folder / "main.py")
     args = Namespace(projector=f"{p.mlp_hidden_dim}-{p.mlp_hidden_dim}-{p.dim}", epochs=10 + steps)
     args.batch_size, args.lambd = BATCH_SIZE, p.redundancy_loss_weight
@@ -259,7 +259,7 @@ def barlow_twins(folder: Path, p: ModelParams, steps: int) -> Training:
 
 
 def simclr(folder: Path, p: ModelParams, steps: int) -> Training:
-    """Their loss, with PyTorch's functions for TensorFlow's, in a plain loop; one view after the other is encoded."""
+    """Their loss in a plain loop, with PyTorch's functions in place of TensorFlow's; each view is encoded alone."""
     compiler = "tensorflow.compiler.tf2xla.python"
     code = load(folder / "objective.py", ("tensorflow.compat.v1", "tensorflow.compat", "tensorflow", compiler))
     code.tf = tf = MagicMock()
@@ -280,7 +280,7 @@ def simclr(folder: Path, p: ModelParams, steps: int) -> Training:
 
 
 def sce(folder: Path, p: ModelParams, steps: int) -> Training:
-    """Their loss with in-batch keys and queue, of both directions, in a plain loop."""
+    """Their loss in a plain loop, with in-batch keys and a queue, in both directions."""
     code = load(folder / "eztorch/losses/sce_loss.py")
     online = [backbone(), head(p.mlp_hidden_dim, p.dim, last_bias=True)]
     lagging, queue = frozen_copies(online), torch.zeros(p.dim, p.K)
@@ -305,7 +305,7 @@ def sce(folder: Path, p: ModelParams, steps: int) -> Training:
 
 
 def eqco(folder: Path, p: ModelParams, steps: int) -> Training:
-    """Their loss, with the factor that is a comment there, in a plain loop; accuracies, which fail, are left out."""
+    """Their loss in a plain loop. A factor that is commented out is enabled; accuracies, which fail, are removed."""
     stand_ins = ("cvpods", "cvpods.layers", "cvpods.layers.batch_norm", "cvpods.structures", "cvpods.utils")
     factor = "self.alpha / negative_samples_i.shape[1] *"
     code = load(folder / SIMO, stand_ins, f"# {factor}", factor)
@@ -326,7 +326,7 @@ def eqco(folder: Path, p: ModelParams, steps: int) -> Training:
 
 
 def byol(folder: Path, p: ModelParams, steps: int) -> Training:
-    """Modules of lightly, as installed, in a plain loop: the code of BYOL's authors is JAX."""
+    """Modules of the installed lightly in a plain loop, because the code of BYOL's authors is written in JAX."""
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import update_momentum

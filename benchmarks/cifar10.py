@@ -5,14 +5,14 @@
     python -m benchmarks.cifar10 cifar10_quick
     python -m benchmarks.cifar10 cifar10_gpu --at_once 6 --set torch_compile=reduce-overhead
 
-A run is what a user would type: `self-supervised train PRESET --recipe KIND`, then `self-supervised evaluate`. When the
-command is repeated, rows that are in the CSV file are skipped, and interrupted runs go on from their last checkpoint.
+A run has the commands of a user: `self-supervised train PRESET --recipe KIND`, then `self-supervised evaluate`. If this
+command is repeated, it skips rows that are in the CSV file, and resumes interrupted runs from their last checkpoint.
 Two rows have no training: an encoder with random weights, and the pixels themselves.
 
-KIND.csv has one row for each preset and seed: accuracies on the test images in percent, with all training images and
-their labels for the logistic regression and as neighbors. KIND_curves.csv has kNN accuracies (k = 20) during training,
-on one half of the test images with the other half as neighbors, in the size of the views. Figures of rows made with
---at_once are not its speed.
+KIND.csv has one row for each preset and seed, with accuracies on the test images in percent. The logistic regression is
+fitted to all training images, and kNN finds its neighbors among them. KIND_curves.csv has kNN accuracies (k = 20)
+during training: one half of the test images is scored with the other half as neighbors, in the size of the views. With
+--at_once, minutes and images/s are not those of a run alone.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Run:
             subprocess.run([sys.executable, "-m", "self_supervised", *arguments], stdout=log, stderr=log, check=True)
 
     def train(self) -> dict:
-        """Train, or go on with a training; returns its results.json, which has no trained encoder before the end."""
+        """Train, or resume a training, and return its results.json, which has the trained encoder only at the end."""
         found = self.folder / "results.json"
         if not found.exists() or "trained encoder" not in json.loads(found.read_text()):
             changes = [f"--{setting}" for setting in self.settings]
@@ -143,7 +143,7 @@ class Table:
 
 
 def finish(run: Run, table: Table, curves: Table, first: bool) -> bool:
-    """Make what is missing of a run's rows. Return whether they are there."""
+    """Compute the rows of a run that are missing. Return whether it succeeded."""
     try:
         if not table.has(run.preset, run.seed):
             row = run.row()

@@ -1,15 +1,15 @@
-"""Does pretraining on clips learn motion? SCE on moving photographs, beside the same encoder at random, and chance.
+"""Pretrain SCE on moving photographs, and compare the encoder with a random one and with chance: has it learned motion?
 
     python -m benchmarks.motion data --seeds 0 1 2
 
-Makes the videos of benchmarks.moving_photographs in DATA_PATH unless they are there. Each seed is one initialization
-and one pretraining without labels, a few minutes on two cores; then kNN, linear classifier and retrieval on frozen
-features of both encoders, of one clip in the middle of a video and of ten from its beginning to its end, fitted on the
-training videos, scored on those of other photographs. moving_photographs.csv has means and sample deviations over
-seeds.
+Makes the videos of benchmarks.moving_photographs in DATA_PATH unless they exist. Each seed is one initialization and
+one pretraining without labels, which takes a few minutes on two cores. Then kNN, a linear classifier and retrieval are
+fitted on frozen features of the training videos, and scored on the videos of other photographs, for the random and the
+trained encoder. The features are those of one clip in the middle of a video, or the mean of ten from its beginning to
+its end. moving_photographs.csv has means and sample standard deviations over seeds.
 
-Within so few steps a slow copy of the encoder would stay what it was at the beginning, hence m=0: keys come from the
-encoder of the step before. Gray, so that colors do not tell videos apart.
+Within so few steps, a lagging model would hardly leave its initial weights. Hence m=0: keys come from the encoder of
+the step before. All views are gray, so that colors do not tell videos apart.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def scores(model: SelfSupervisedMethod, trainer: pl.Trainer, path: Path) -> Scor
 
 
 def run(seed: int, epochs: int, out: Path) -> dict[str, Scores]:
-    """random, trained -> scores; and the seconds of processor time that the pretraining took."""
+    """Return the scores of the "random" and the "trained" encoder, and the processor time of the pretraining."""
     torch.manual_seed(seed)
     params = SCEParams(**SETTINGS, encoder_arch="module", seed=seed, max_epochs=epochs)
     model = SelfSupervisedMethod(params, encoder=SmallEncoder())

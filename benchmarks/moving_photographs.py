@@ -1,13 +1,13 @@
-"""A small set of videos: photographs before which a camera moves. The motion is the class, and nothing else tells it.
+"""Make a small set of videos: a camera moves over photographs. The motion is the class, and only the motion reveals it.
 
     python -m benchmarks.moving_photographs data --train 60 --val 30
     DATA_PATH=data self-supervised train sce_video --video_decoder file --transform_flip_probability 0 ...
 
-A video is a few shots, each of another photograph, in all of which the camera moves alike, at a speed drawn for the
-video. The same photographs are shown in all eight motions; in the middle of each shot, these eight videos have the same
-picture. Training and validation have no photograph in common. Written as class folders of .mp4, as
-dataset_name="kinetics" reads them. The photographs are those of scikit-learn and scikit-image. A mirrored pan to the
-left is one to the right: train without mirroring.
+A video has a few shots, each of a different photograph. The camera makes the same motion in all shots, at a speed that
+is drawn for the video. Each set of photographs is shown with all eight motions, and in the middle of each shot, these
+eight videos show the same picture. Training and validation have no photograph in common. The videos are written as
+class folders of .mp4 files, which dataset_name="kinetics" reads. The photographs are those of scikit-learn and
+scikit-image. A mirrored pan to the left is a pan to the right, so train without mirroring.
 """
 
 import math
@@ -54,7 +54,7 @@ class Region:
 
 
 def photograph(name: str) -> Image.Image:
-    """In colors, its shorter side SHORTER_SIDE.
+    """Return a photograph in color, resized so that its shorter side has SHORTER_SIDE pixels.
 
     Raises:
         ImportError: scikit-image is not installed.
@@ -76,7 +76,7 @@ def photograph(name: str) -> Image.Image:
 
 
 def regions(photographs: list[Image.Image], rng: np.random.Generator) -> list[Region]:
-    """One of each of SHOTS photographs, in which every motion stays within the photograph."""
+    """Return one region of each of SHOTS photographs, drawn so that every motion stays within the photograph."""
     found = []
     for number in rng.choice(len(photographs), SHOTS, replace=False):
         image, window = photographs[number], rng.uniform(*WINDOW)
@@ -86,7 +86,11 @@ def regions(photographs: list[Image.Image], rng: np.random.Generator) -> list[Re
 
 
 def shot(region: Region, velocity: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [FRAMES, size, size, 3]; velocity as in MOTIONS, times a speed. The middle frame is the region at rest."""
+    """Return the frames of a shot, uint8 [FRAMES, size, size, 3]. The middle one shows the region itself.
+
+    Args:
+        velocity: a row of MOTIONS, times a speed.
+    """
     frames = []
     for i in range(FRAMES):
         right, down, zoom, turn = velocity * (i - FRAMES // 2) / FRAMES_PER_SECOND
@@ -100,7 +104,7 @@ def shot(region: Region, velocity: np.ndarray, size: int) -> np.ndarray:
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
-    """H.264, at a quality at which one does not see that it is compressed."""
+    """Write frames as H.264, at a quality at which the compression is not visible."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -112,10 +116,10 @@ def write_video(path: Path, frames: np.ndarray) -> None:
 
 
 def make(out: Path, n: dict[str, int], size: int = 64, seed: int = 0) -> Path:
-    """`out`/kinetics/SPLIT/MOTION/NUMBER.mp4: n[SPLIT] videos of each motion.
+    """Write n[SPLIT] videos of each motion as `out`/kinetics/SPLIT/MOTION/NUMBER.mp4, and return `out`/kinetics.
 
     Raises:
-        ValueError: there are videos already; the size is odd, which H.264 does not have, or too small; no videos.
+        ValueError: videos already exist; the size is odd, which H.264 does not support, or too small; n is below 1.
     """
     check_folder("out", out)
     folder = out / "kinetics"

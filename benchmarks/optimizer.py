@@ -1,20 +1,23 @@
-"""What one LARS step, one update of the lagging model and the loss against a queue cost, beside the usual ways.
+"""Cost of a LARS step, of an update of the lagging model and of the loss against a queue, next to the usual ways.
 
-Compared, the first two on the parameters of BYOL with torchvision's ResNet-18 and its heads, with fixed gradients:
+The first two have the parameters of BYOL with torchvision's ResNet-18 and its heads, and fixed gradients. Compared are:
 
 - LARS of lars.py; a loop over the parameters, as in the official code of VICReg and Barlow Twins; lightly's LARS; and,
-  as a floor without any norms, torch.optim.SGD one by one (foreach=False) and batched (foreach=True)
+  as a lower bound without norms, torch.optim.SGD one by one (foreach=False) and batched (foreach=True)
 - keys.ema_update; a loop, as in the official code of MoCo; lightly's update_momentum; torch's AveragedModel with
   its batched average, and with a function per parameter and the buffers too, as torchvision's references use it
-- MoCo's loss (256 queries, 65,536 keys of width 128), forward and backward: in chunks of the queue; the whole matrix of
-  similarities, as in the official code of MoCo; and, as a floor, the two matrix products of N x K x D alone
+- MoCo's loss (256 queries, 65,536 keys of width 128), forward and backward: in chunks of the queue; with the whole
+  matrix of similarities, as in the official code of MoCo; and, as a lower bound, the two matrix products of N x K x D
 
-`% of copy` is the share of a copy's bandwidth, measured in turns with them: bytes that cannot but move (parameters,
-gradients and velocities are read, parameters and velocities written; lagging parameters read and written, others read;
-the queue read), per second. `ops` are operators dispatched in one step, `host syncs` those that read a value of a
-tensor on the host: on a GPU each waits for everything queued before. To be reached: not one of ours waits (else this
-exits with an error), and ours is slower than no other that computes the same. Both loops end with the same weights as
-ours, and the whole matrix has the same gradient, which is checked.
+`% of copy` is the bandwidth in percent of that of a copy, which is timed in turns with the others. It counts the bytes
+that must be moved: a LARS step reads parameters, gradients and velocities, and writes parameters and velocities; an
+update of the lagging model reads both models and writes one; the loss reads the queue. `ops` is the number of operators
+dispatched in one step, and `host syncs` the number of those that read a value of a tensor on the host; on a GPU, each
+of these waits for everything queued before it.
+
+Goals: none of ours waits (otherwise this exits with an error), and ours is at least as fast as all others that compute
+the same. It is checked that both loops end with the same weights as ours, and that the whole matrix has the same
+gradient.
 """
 
 import copy

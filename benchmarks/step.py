@@ -1,8 +1,8 @@
-"""Images per second of the whole training step on the CPU, and its share of the machine's fp32 matrix product peak.
+"""Images per second of the whole training step on the CPU, and its fraction of the machine's peak (products in fp32).
 
     python -m benchmarks.step
 
-Every preset with resnet18: low-resolution stem at 32 pixels, standard stem at 32 and 96. A step is data, augmentation,
+Seven presets with resnet18: low-resolution stem at 32 pixels, standard stem at 32 and 96. A step is data, augmentation,
 forward, backward, optimizer, lagging update, logging, progress bar. Ours runs under `Trainer.fit` (also compiled);
 lightly's losses in the loop of its examples; and a plain PyTorch loop with the PIL pipeline (peer_loops.py). Each has a
 process of its own, which waits while others have their turn.

@@ -4,12 +4,15 @@
     python -m benchmarks.time_to_accuracy byol --epochs 300 --minutes 8.5 --save byol.ckpt       # a first half,
     python -m benchmarks.time_to_accuracy byol --epochs 300 --minutes 17 --resume byol.ckpt      # and the second
 
-Every few epochs the library's own validation fits the linear probe and kNN on the features of the whole training set
-and scores them on the test set. Seconds are those of training alone (compiling included), and those with evaluations;
-they go on where a run was resumed. time_to_accuracy_PRESET.csv is complete after every evaluation.
+Every few epochs, the library's own validation fits the linear probe and kNN on the features of the whole training set
+and scores them on the test set. Seconds are counted twice: of training alone (compiling included), and with
+evaluations. A resumed run continues both counts. time_to_accuracy_PRESET.csv is complete after every evaluation.
 
-To be reached on one H200: 85.6 % linear in 2.5 minutes (SimCLR, 100 epochs; published: 20 minutes, A100), 90 % linear
-in 5 minutes (SCE or BYOL, 200 epochs), 90 % kNN in 11.7 (published: 99 minutes, A100).
+Goals on one H200:
+
+- 85.6 % linear in 2.5 minutes (SimCLR, 100 epochs; published: 20 minutes, A100)
+- 90 % linear in 5 minutes (SCE or BYOL, 200 epochs)
+- 90 % kNN in 11.7 minutes (published: 99 minutes, A100)
 """
 
 import argparse
@@ -53,14 +56,14 @@ QUICK = {  # seconds on a CPU
 
 
 class EvaluationClock(pl.Callback):
-    """One row after each evaluation. Its state is saved with checkpoints, so that a resumed run goes on counting."""
+    """Callback that adds a row after each evaluation. Checkpoints have its state: a resumed run continues the count."""
 
     def __init__(self, seed: int, write: Callable[[list[harness.Row]], None]):
         self.seed, self.write, self.rows = seed, write, []
         self.seconds, self.mark = {"training": 0.0, "evaluation": 0.0, "between": 0.0}, time.perf_counter()
 
     def count(self, activity: str) -> None:
-        """The time since the last call was spent on this."""
+        """Add the time since the last call to the seconds of an activity."""
         harness.synchronize()
         before, self.mark = self.mark, time.perf_counter()
         self.seconds[activity] += self.mark - before
@@ -96,7 +99,7 @@ class EvaluationClock(pl.Callback):
 
 
 def run(args: argparse.Namespace, params: ModelParams, clock: EvaluationClock) -> None:
-    """Train, save, and evaluate what was reached when the minutes were over."""
+    """Train, save the checkpoint, and evaluate the encoder if the last epoch was not evaluated."""
     on_gpu = torch.cuda.is_available()
     timer = [Timer(timedelta(minutes=args.minutes), interval="epoch")] if args.minutes else []
     trainer = pl.Trainer(

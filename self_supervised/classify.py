@@ -4,9 +4,10 @@
     self-supervised classify predictions.classifier.pt --apply others --out others.csv
 
 LABELED holds one directory of images per class. CHECKPOINT is anything that load_encoder reads (docs/weights.md); its
-encoder stays frozen, and its classifier, a logistic regression on embeddings, is chosen by cross-validation of the
-labeled images. The classifier is written together with the encoder to OUT.classifier.pt, or to --classifier. Without
---labeled, CHECKPOINT is such a file, or a checkpoint of LinearClassifierMethod. docs/photos.md is an example.
+encoder stays frozen. The classifier is a logistic regression on embeddings, whose L2 is chosen by cross-validation on
+the labeled images. It is written together with the encoder to --classifier, by default predictions.classifier.pt for
+--out predictions.csv. Without --labeled, CHECKPOINT is such a file, or a checkpoint of LinearClassifierMethod.
+docs/photos.md is an example.
 """
 
 import argparse

@@ -7,8 +7,9 @@
     self-supervised evaluate runs/dino --lagging --protocols linear knn
     self-supervised evaluate runs/sce_video_kinetics --evaluation_clips 10 --evaluation_crops 3
 
-The results are written to results.json and results.md in CHECKPOINT.evaluation/. Multiple checkpoints are evaluated in
-turn, and compared in one table. If interrupted, repeat the command: runs that are already in results.json are skipped.
+The results are written to results.json and results.md next to the checkpoint: those of a.ckpt to a.evaluation/.
+Multiple checkpoints are evaluated in turn, and compared in one table. If interrupted, repeat the command: runs that are
+already in results.json are skipped.
 The environment variable DATA_PATH is the directory of the data sets. --list and docs/evaluation.md explain the scores.
 """
 
@@ -286,7 +287,9 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max_epochs", "--epochs", type=int, metavar="N", help="epochs of training protocols; default: as published"
     )
-    parser.add_argument("--out", type=as_path, metavar="DIR", help="results directory; default: CHECKPOINT.evaluation")
+    parser.add_argument(
+        "--out", type=as_path, metavar="DIR", help="results directory; default: a.evaluation, next to a.ckpt"
+    )
     parser.add_argument(
         "--seeds", action=ListOption, type=items(int), default=[0], metavar="SEED", help="random seeds; default: 0"
     )
@@ -300,7 +303,9 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help=DEVICE)
     workers = "processes that decode files; default: as in the pretraining"
     parser.add_argument("--num_data_workers", "--num_workers", type=int, metavar="N", help=workers)
-    reading = parser.add_argument_group("how files are read (model_params.py); default: as in the pretraining")
+    reading = parser.add_argument_group(
+        "settings of encoder and files; default: those of the pretraining (see model_params.py)"
+    )
     add_fields(reading, READING_OPTIONS)
     return parser.parse_args(arguments)
 

@@ -21,7 +21,7 @@ from self_supervised import __main__
 from self_supervised.catalogue import NORMS_AND_BIASES
 from self_supervised.data import packed
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.report import curves
+from self_supervised.report import curves, output
 from self_supervised.runs import command_line
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +102,14 @@ def test_commands_on_the_pages_are_understood():
             command_line.parse(f"{line} {common[1] if common else ''}".split())
             found += 1
     assert found == 10, found
+
+
+# ---- evaluation.md ----
+
+
+def test_the_columns_of_the_csv_file_are_those_of_the_code():
+    (named,) = re.findall(r"`--csv FILE` .*?columns (.*?)\. ", (DOCS / "evaluation.md").read_text(), re.DOTALL)
+    assert re.findall(r"`(\w+)`", named) == list(output.CSV_COLUMNS)
 
 
 # ---- photos.md ----

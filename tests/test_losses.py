@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model_params import LOSSES, OF_ALL_VIEWS, PRESETS, ModelParams
+from model_params import ALL_VIEW_LOSSES, LOSSES, PRESETS, ModelParams
 from self_supervised import losses, multi_view_losses
 
 N, D, K = 6, 5, 9
@@ -221,7 +221,7 @@ def test_every_name_has_a_loss():
     q, queue = F.normalize(torch.randn(4, 8), dim=1), F.normalize(torch.randn(4, 8), dim=1)
     for name, preset in PRESETS.items():
         params = preset()
-        if params.loss_type in OF_ALL_VIEWS:
+        if params.loss_type in ALL_VIEW_LOSSES:
             found = multi_view_losses.get_loss_of_views(params, (0,))(torch.stack([q, queue]), torch.stack([q, queue]))
         else:
             found = losses.get_loss(params, labels=torch.arange(4))(q, q, queue)

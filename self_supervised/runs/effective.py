@@ -10,7 +10,7 @@ import attrs
 import torch
 import yaml
 
-from model_params import COMPARE_NEGATIVES, LOSSES, OF_ALL_VIEWS, ModelParams
+from model_params import ALL_VIEW_LOSSES, COMPARE_NEGATIVES, LOSSES, ModelParams
 from self_supervised.catalogue import BLUR_RADIUS, ViewSettings
 from self_supervised.data.image_files import part_kept
 from self_supervised.runs import command_line
@@ -107,7 +107,7 @@ def loss_text(params: ModelParams) -> str:
     if p.use_unit_sphere_projection:
         found.append("projections scaled to length 1")
     of_pairs = f"the mean over {len(p.pairs)} (query view, key view) {p.pairs}"
-    views = f"the loss of all {p.n_views} views" if p.loss_type in OF_ALL_VIEWS else of_pairs
+    views = f"the loss of all {p.n_views} views" if p.loss_type in ALL_VIEW_LOSSES else of_pairs
     return f"{', '.join(found)}; {p.loss_factor:g} x {views}"
 
 

@@ -8,10 +8,10 @@ from torch.utils.data import DataLoader
 
 from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
 from model_params import (
+    ALL_VIEW_LOSSES,
     HEADS,
-    OF_ALL_VIEWS,
-    OF_PROTOTYPES,
-    READ_LABELS,
+    LABEL_LOSSES,
+    PROTOTYPE_LOSSES,
     SCHEDULED,
     EncoderAndDataParams,
     ModelParams,
@@ -64,7 +64,7 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
             raise ValueError(
                 "teacher=None: loss_type='seed' distills a teacher. Pass --teacher, a file, a run or a name."
             )
-        reads_labels = params.loss_type in READ_LABELS
+        reads_labels = params.loss_type in LABEL_LOSSES
         if reads_labels and loading.get_dataset(params, params.dataset.pretraining_splits).labels.max() < 0:
             raise ValueError(
                 f"loss_type={params.loss_type!r} needs labels, but no image has one. Choose labeled images, or simclr."
@@ -89,7 +89,11 @@ def metric_names(options: RunOptions, params: ModelParams) -> set[str]:
     p = params
     names = {*losses.cosines(TOY, TOY), *toy_loss(p)} - {"loss"}
     names |= {"step_train_loss", "m", "T", "lr", *(name for name in SCHEDULED if has_schedule(p, name))}
-    parts = ["model", *(f"{head}_model" for head in HEADS), *(["prototypes"] if p.loss_type in OF_PROTOTYPES else [])]
+    parts = [
+        "model",
+        *(f"{head}_model" for head in HEADS),
+        *(["prototypes"] if p.loss_type in PROTOTYPE_LOSSES else []),
+    ]
     if p.online_classifier:
         names |= {"online_train_loss", "online_train_acc1"}
         parts.append("online_classifier")
@@ -100,7 +104,7 @@ def metric_names(options: RunOptions, params: ModelParams) -> set[str]:
 
 
 def toy_loss(params: ModelParams) -> losses.Scalars:
-    if params.loss_type in OF_ALL_VIEWS:
+    if params.loss_type in ALL_VIEW_LOSSES:
         return multi_view_losses.get_loss_of_views(params, (0,))(*TOY.expand(2, 2, -1, -1))
     return losses.get_loss(params, labels=torch.arange(len(TOY)))(TOY, TOY, TOY)
 

@@ -10,8 +10,8 @@ import attrs
 from model_params import (
     COMPARE_NEGATIVES,
     HEADS,
-    OF_PROTOTYPES,
     PRESETS,
+    PROTOTYPE_LOSSES,
     SCHEDULED,
     ModelParams,
     losses_that_read,
@@ -102,7 +102,7 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     **dict.fromkeys(("K", "gather_keys_for_queue"), {QUEUE: None}),
     "teacher_channels": {"teacher": None},
     "teacher_crop_size": {"teacher": None},
-    "prototypes_frozen_epochs": {"loss_type": OF_PROTOTYPES},
+    "prototypes_frozen_epochs": {"loss_type": PROTOTYPE_LOSSES},
     "use_both_augmentations_as_queries": {
         LARGE_VIEWS: None,
         "loss_type": (*losses_with(lambda loss: not loss.all_views), CUSTOM),
@@ -240,7 +240,7 @@ def doubt_of_queue(params: ModelParams, plan: Plan) -> str:
     images = plan.global_batch_size // (plan.processes if params.gather_keys_for_queue is False else 1)
     keys_of_a_step = images * len({j for _, j in params.pairs})
     filled = math.ceil(params.K / keys_of_a_step)
-    if not params.keeps_keys or params.loss_type in OF_PROTOTYPES or filled <= plan.steps / 10:
+    if not params.keeps_keys or params.loss_type in PROTOTYPE_LOSSES or filled <= plan.steps / 10:
         return ""
     better = 2 ** int(math.log2(max(1, plan.steps * keys_of_a_step / 16)))
     return (
@@ -261,7 +261,7 @@ def doubt_of_lengths(params: ModelParams, loss_type: str) -> str:
 
 def doubt_of_prototypes(params: ModelParams, plan: Plan) -> str:
     """Return a line if prototypes are frozen, or SwAV's queue is not used, until the training ends, else ""."""
-    if params.loss_type not in OF_PROTOTYPES:
+    if params.loss_type not in PROTOTYPE_LOSSES:
         return ""
     consequences = {"prototypes_frozen_epochs": "the prototypes never move"}
     if params.loss_type == "swav" and params.keeps_keys:

@@ -8,7 +8,7 @@ from attrs import evolve, frozen
 from lightning_fabric.utilities.data import sized_len
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from model_params import OF_PROTOTYPES, SCHEDULED, EncoderAndDataParams, ModelParams
+from model_params import PROTOTYPE_LOSSES, SCHEDULED, EncoderAndDataParams, ModelParams
 from self_supervised import distributed
 from self_supervised.data.loader import size_of_batches
 from self_supervised.data.loading import images_per_batch
@@ -181,7 +181,7 @@ def warmup_without_epochs(params: EncoderAndDataParams, warmup_epochs: float) ->
         ValueError: a setting counts epochs.
     """
     counted_in_epochs = ["lr_decay_steps", "warmup_epochs", *(f"{name}_warmup_epochs" for name in SCHEDULED)]
-    if (loss := getattr(params, "loss_type", None)) in OF_PROTOTYPES:
+    if (loss := getattr(params, "loss_type", None)) in PROTOTYPE_LOSSES:
         counted_in_epochs.append("prototypes_frozen_epochs")
         if loss == "swav" and params.keeps_keys:
             counted_in_epochs.append("queue_from_epoch")

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from moco import SelfSupervisedMethod
-from model_params import OF_ALL_VIEWS, PRESETS, ModelParams
+from model_params import ALL_VIEW_LOSSES, PRESETS, ModelParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import loading
 from self_supervised.runs import preview
@@ -17,7 +17,7 @@ from self_supervised.training.plan import Plan
 from self_supervised.views import augmentations
 
 SYMMETRIC = {"sce", "byol", "simclr", "dcl", "moco_v3", "simsiam", "sce_video", "swav", "dino", "nnclr", "supcon"}
-OF_PAIRS = [name for name, preset in PRESETS.items() if preset().loss_type not in OF_ALL_VIEWS]
+OF_PAIRS = [name for name, preset in PRESETS.items() if preset().loss_type not in ALL_VIEW_LOSSES]
 MULTI_CROP = {"n_small_views": 2, "transform_crop_size": 12, "transform_small_crop_size": 8, "evaluations": []}
 
 
