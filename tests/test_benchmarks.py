@@ -50,6 +50,7 @@ def test_all_are_found():
     assert len(NAMES) == 18 and {*SLOWEST, "step", "time_to_accuracy"} <= set(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if LONG > 1 or name not in SLOWEST])
 def test_it_runs_and_writes_its_table(name, tmp_path):
     processes.run(quick, 1, tmp_path / "process", name, str(tmp_path / "out"))

@@ -115,6 +115,7 @@ def test_the_columns_of_the_csv_file_are_those_of_the_code():
 # ---- photos.md ----
 
 
+@pytest.mark.slow
 def test_the_commands_of_photos_lead_to_predictions(tmp_path):
     """At small size: the page's folders hold scans of digits, and the encoder is tiny."""
     scans = load_digits(n_class=3)
@@ -375,6 +376,7 @@ def extended(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_examples_of_extending_train_and_score(extended):
     (extended / "blocks.json").write_text(json.dumps(python("extending.md")))
     variables = {"PYTHONPATH": str(extended), "DATA_PATH": str(extended / "data")}

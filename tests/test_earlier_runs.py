@@ -114,6 +114,7 @@ def test_tensors_keep_their_names_and_shapes(name):
 # ---- resuming ----
 
 
+@pytest.mark.slow
 def test_finished_run_is_resumed_for_more_epochs(run, call):
     before, rows = results_of(run), metrics_of(run)
     call("train", "--config run/config.yaml --out run --resume auto --max_epochs 3 --linear_epochs 0")
@@ -232,6 +233,7 @@ def test_features_are_complete_and_those_of_the_checkpoint(run, call, capsys, tm
     assert torch.allclose(*embeddings, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpoint_is_exported_with_its_embeddings(run, call):
     call("export", "run/pretrained.ckpt --format torchscript")
     with torch.no_grad():

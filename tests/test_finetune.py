@@ -355,6 +355,7 @@ def test_presets_are_the_published_numbers():
 # ---- Compiled, and on multiple processes ----
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from PyTorch's compiler
 def test_compiled_fine_tuning_equals_eager(trainer, monkeypatch):
     """Graphs and gradients are captured but not compiled to code, which would take a minute."""
@@ -390,6 +391,7 @@ def tuned(rank: int, world: int) -> dict:
     return {**linear.state_dict(), "valid": fit.validate(linear, verbose=False)[0]["valid_loss"]}
 
 
+@pytest.mark.slow
 def test_two_processes_tune_the_encoder_as_one(tmp_path):
     (expected,) = processes.run(tuned, 1, tmp_path / "1", 1)
     for found in processes.run(tuned, 2, tmp_path / "2", 2):

@@ -68,6 +68,7 @@ def installed(wheel, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_the_users_modules_are_in_the_way(installed):
     """What follows is no proof unless Python finds the user's modules first."""
     assert "a module of the user was imported" in installed("python", "-c", "import loader", status=1)
@@ -104,6 +105,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.slow
 def test_public_names_commands_from_training_to_report_and_the_first_example_of_the_readme(installed):
     """In one process, because each would import PyTorch again; the example as it stands there, on one batch."""
     assert "embed" in installed("self-supervised", "--help") and "embed" in installed("python", "-m", "self_supervised")
@@ -116,6 +118,7 @@ def test_public_names_commands_from_training_to_report_and_the_first_example_of_
     assert "<script>" in page and len(page) > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["python", "-m", "self_supervised", "train"], ["python", "-c", "import "]])
 def test_a_front_room_that_is_hidden_is_named(installed, command):
     hidden = installed.user / "lars.py"

@@ -401,6 +401,7 @@ def test_callbacks_that_override_the_settings_are_refused(kind, method, trainer)
         trainer(callbacks=[callback]).fit(method())
 
 
+@pytest.mark.slow
 def test_the_next_training_uses_the_batch_size_of_the_tuner(method, trainer):
     model, sizes = method(), []
     fit = trainer()
@@ -461,6 +462,7 @@ def test_callbacks_that_monitor_a_score_of_every_second_epoch(trainer_s, small, 
     assert fit.check_val_every_n_epoch == trainer_s
 
 
+@pytest.mark.slow
 def test_exports_of_lightning(method, trainer, tmp_path):
     model, x = method(), torch.randn(3, 1, 8, 8)
     trainer().fit(model)

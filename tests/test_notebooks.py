@@ -43,6 +43,7 @@ def shell(monkeypatch, tmp_path, digits_path):
     plt.switch_backend(backend)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_run(path, shell):

@@ -75,6 +75,7 @@ def test_unit_vectors_of_any_scale_have_length_one(scale):
     assert torch.equal(unit(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURES)
 def test_scores_depend_neither_on_the_scale_nor_on_float64(name, sets):
     measure, (x, y, test_x, test_y) = MEASURES[name], sets

@@ -90,6 +90,7 @@ def test_it_resumes_bit_equal_within_an_epoch(name, small, trainer, tmp_path):
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lagging", [False, True])
 def test_assignments_of_swav_use_the_queue_later(lagging, small, trainer):
     """The first epoch is as without a queue, the second is not; prototypes have the length 1, lagging ones, too."""

@@ -148,6 +148,7 @@ def test_reader_that_closes_the_pipe_causes_no_message(monkeypatch, capfd):
     assert end.value.code == 1 and capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_interrupted_training_ends_in_a_line(tmp_path, digits_path):
     """A real Ctrl-C, while batches are trained on."""
     options = (

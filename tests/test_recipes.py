@@ -99,6 +99,7 @@ def test_options_win_over_the_recipe_and_the_configuration_has_what_results(tmp_
     assert "Recipes (--recipe NAME): digits, " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_recipe_beats_its_random_encoder(digits_path, monkeypatch):
     """With few labels, after a part of its epochs."""

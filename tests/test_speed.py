@@ -65,6 +65,7 @@ def test_image_files_cannot_be_kept_on_the_device(small, tmp_path, monkeypatch):
 # ---- compiled ----
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from PyTorch's compiler
 @pytest.mark.filterwarnings("ignore:collapse")
 def test_compiled_training_equals_eager_and_leaves_no_trace_in_checkpoints(small, trainer, tmp_path):
@@ -91,6 +92,7 @@ def drawn(n: int, size: int, view: ViewSettings) -> tuple[torch.Tensor, torch.Te
     return images, torch.from_numpy(tensor_ops.to_matrix(draws))
 
 
+@pytest.mark.slow
 def test_a_whole_view_is_one_graph():
     """`torch_compile` needs it on a GPU; here it is tested with a compiler that changes nothing."""
     view = ViewSettings(crop_size=24, solarize_probability=0.2)

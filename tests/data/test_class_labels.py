@@ -50,6 +50,7 @@ def test_labels_that_are_no_classes_are_refused(labels):
         in_classes(labels, "labels.npy")
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_numbers_of_classes():
     y = torch.arange(120) % 3
     x = torch.randn(120, 8, generator=torch.Generator().manual_seed(0)) + 3 * nn.functional.one_hot(y, 8)

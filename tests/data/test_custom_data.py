@@ -746,6 +746,7 @@ def test_runs_that_drew_the_same_lists_are_compared(photos, tmp_path):
     assert len(compare.compare([tmp_path / "a_0", tmp_path / "b"])[0]) == 2
 
 
+@pytest.mark.slow
 def test_resumed_training_and_workers_change_nothing(photos, weights_after_two_epochs, tmp_path):
     def weights(workers: int, path: Path | None = None) -> torch.Tensor:
         model = SelfSupervisedMethod(params(photos, num_data_workers=workers))
@@ -756,6 +757,7 @@ def test_resumed_training_and_workers_change_nothing(photos, weights_after_two_e
     assert torch.equal(weights(2, after_three), uninterrupted)
 
 
+@pytest.mark.slow
 def test_the_program_scores_the_test_set_and_keeps_the_splits(photos, tmp_path, monkeypatch):
     p = params(photos)
     names = [
@@ -803,6 +805,7 @@ def test_the_program_scores_the_test_set_and_keeps_the_splits(photos, tmp_path, 
     assert not (tmp_path / "run").exists() and kept in (tmp_path / "moved/config.yaml").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:1 files could not be read")
 def test_an_unreadable_image_ends_no_run_for_good_and_lists_are_kept(tmp_path, capsys):
     photos = write(
@@ -937,6 +940,7 @@ def test_a_run_says_once_which_names_became_classes(tmp_path, monkeypatch, capsy
     assert loading.get_dataset(imagenet, ("val",)).about_labels == ""
 
 
+@pytest.mark.slow
 def test_examples_of_the_page(photos, tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "own_data.md").read_text()
     blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
@@ -946,6 +950,7 @@ def test_examples_of_the_page(photos, tmp_path):
     processes.run(processes.run_code, 1, tmp_path / "process", code, str(tmp_path), caches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["this", "earlier"])
 @pytest.mark.parametrize("images", ["gone", "with one class more"])
 def test_a_classifier_is_loaded_where_the_images_are_others(images, version, photos, tmp_path, trainer):

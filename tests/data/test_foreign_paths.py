@@ -155,6 +155,7 @@ def test_a_run_of_images_with_own_splits_may_lose_its_lists(tmp_path, monkeypatc
     assert {file.name for file in (tmp_path / "run/splits").iterdir()} > {"train.txt", "val.txt", "test.txt"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_whose_lists_are_gone_is_refused(tmp_path, monkeypatch):
     """New ones would have images of its training in val and test, if images were added."""
     photos = photographs(tmp_path / "photos")

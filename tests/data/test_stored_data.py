@@ -507,6 +507,7 @@ def test_resumed_training_on_shards_and_workers_change_nothing(stored, weights_a
     assert torch.equal(weights(2, after_three), uninterrupted)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path, photos):
     """Class folders, shards and Arrow files give each image once per epoch and the same weights, also if resumed."""
     names = NAMES[:49]  # odd: one of the processes repeats an image

@@ -342,6 +342,7 @@ def be_killed(_: int, checkpoint: str, folder: str, out: str) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_a_job_killed_at_any_moment_resumes_to_the_same_file(digits, checkpoint, tmp_path, monkeypatch):
     """150 images in parts of 32: five parts are renamed, then the file itself."""
     (ends,) = processes.run(be_killed, 1, tmp_path / "processes", str(checkpoint), str(digits), str(tmp_path))
@@ -530,6 +531,7 @@ def measure(_: int, folder: str) -> list[int]:
     return [in_a_fork(embed_and_measure, Path(folder, n)) for n in ("200", "1000")]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     """800 more images of 224 x 224 pixels would take 120 MB."""
     Image.fromarray(load_sample_images().images[0]).resize((64, 64)).save(tmp_path / "one.jpg")

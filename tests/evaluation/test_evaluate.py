@@ -304,6 +304,7 @@ def test_starting_weights_are_a_column(checkpoint, pretrained):
         evaluate_checkpoint(checkpoint, ["uniformity"], starting_weights=pretrained, baselines=False)
 
 
+@pytest.mark.slow
 def test_the_lagging_encoder_is_a_column_that_goes_with_its_checkpoint(tmp_path, capsys):
     pretrain(checkpoint := tmp_path / "byol.ckpt", preset="byol", m=0.5, encoder_arch="shufflenet_v2_x0_5")
     given = {"baselines": False, "lagging": True}

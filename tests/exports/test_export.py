@@ -121,6 +121,7 @@ def current_umask():
 # ---- all formats ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", formats.FORMATS)
 def test_the_manual_loads_the_file(format, checkpoint, exported, monkeypatch):
     path = exported(format)

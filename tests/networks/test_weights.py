@@ -830,6 +830,7 @@ def test_pretraining_starts_from_any_file(small, tmp_path):
 # ---- encoders of clips ----
 
 
+@pytest.mark.slow
 def test_clips_from_a_file_and_published(tmp_path, monkeypatch):
     torch.manual_seed(0)
     source = torchvision.models.get_model("r3d_18").eval()

@@ -255,6 +255,7 @@ def rows_of(run: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "choose"), [("valid_knn20_acc", max), ("step_train_loss", min)])
 def test_the_best_checkpoint_is_of_the_best_epoch(run, name, choose):
     saved = torch.load(run / "pretraining" / "checkpoints" / f"best_{name}.ckpt", weights_only=True)
@@ -299,6 +300,7 @@ def test_the_folder_says_what_was_run_and_repeats_it(run):
     assert all(norm > 0 for norm in norms)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_its_folder_and_is_not_overwritten(run, monkeypatch, tmp_path):
     out = shutil.copytree(run, tmp_path / "copy")
     (out / "pretrained.evaluation").mkdir()
@@ -422,6 +424,7 @@ def test_fewer_epochs_of_the_linear_stage_are_refused_before_anything_is_written
     assert (out / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_linear_stage_is_made_again_even_if_results_json_was_moved_away(run, monkeypatch, tmp_path):
     out = shutil.copytree(run, tmp_path / "copy")
     (out / "results.json").unlink()
@@ -459,6 +462,7 @@ def test_scores_of_other_images_are_forgotten(changed, tmp_path):
         assert bool(results) == is_kept
 
 
+@pytest.mark.slow
 def test_a_resumed_run_compares_scores_of_the_same_images(run, trainer, monkeypatch, tmp_path):
     """Both are computed again if the resumed start validates on others, also if no step follows."""
     whole = json.loads((run / "results.json").read_text())
@@ -497,6 +501,7 @@ def test_the_scores_at_the_end_stay_in_metrics_csv_if_the_command_is_repeated(mo
     assert (tmp_path / "run/pretraining/metrics.csv").read_text() == before
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_survives_a_start_without_save_best(run, monkeypatch, tmp_path):
     out = shutil.copytree(run, tmp_path / "copy")
     best = out / "pretraining/checkpoints/best_valid_knn20_acc.ckpt"
@@ -591,6 +596,7 @@ def test_a_refused_or_interrupted_start_keeps_what_others_write_meanwhile(error,
     assert (tmp_path / "runs" / "other" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_complete_run_continues_in_another_directory_by_its_seed(run, monkeypatch, tmp_path):
     """The baseline is the encoder that is scored, even if the resumed run started from published weights."""
     first, out = shutil.copytree(run, tmp_path / "first"), tmp_path / "second"
@@ -606,6 +612,7 @@ def test_a_complete_run_continues_in_another_directory_by_its_seed(run, monkeypa
         shutil.rmtree(out)
 
 
+@pytest.mark.slow
 def test_minutes_are_summed_over_all_starts_even_after_a_kill(monkeypatch, tmp_path):
     """With a clock that advances by a minute whenever it is read."""
     clock, out = iter(range(0, 10**6, 60)), tmp_path / "run"
@@ -759,6 +766,7 @@ def test_a_file_of_a_run_that_cannot_be_read_is_named(name, content, tmp_path):
         compare.read_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_and_stopped_by_max_time(run, monkeypatch, tmp_path, capsys):
     """It scores the random encoder again, whose row begins metrics.csv, and says how far each stage came."""
     scores = {"random encoder": {"valid_knn20_acc": 99.0, "valid_knn200_acc": 99.0}}

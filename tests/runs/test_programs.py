@@ -44,6 +44,7 @@ def blog_rows(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_train_blog_writes_rows_table_and_figure_and_skips_what_is_finished(monkeypatch, tmp_path, capsys):
     options = ["--quick", "--epochs", 1, "--configs", "untrained", "base", "--out", tmp_path / "blog"]
     options += ["--precision", "32-true", "--seeds", 0, 1, "--batch_size", 32, "--set", "data_fraction=0.5"]
@@ -69,6 +70,7 @@ def test_train_blog_writes_rows_table_and_figure_and_skips_what_is_finished(monk
     assert len(blog_rows(tmp_path / "blog")) == 4
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_the_blog_is_resumed_and_stops_before_its_schedule(monkeypatch, tmp_path):
     options = ["--quick", "--epochs", 2, "--configs", "xent", "--precision", "32-true", "--batch_size", 32]
     options += ["--set", "data_fraction=0.25", "max_epochs=3", "evaluations=linear_probe", "dim=16"]
@@ -136,6 +138,7 @@ def test_the_blogs_configurations_differ_as_its_table_says():
     }
 
 
+@pytest.mark.slow
 def test_demo_ends_with_a_table_and_a_report(monkeypatch, capsys):
     earlier = demo.OUT / "pretraining" / "checkpoints" / "step_000009999.ckpt"
     earlier.parent.mkdir(parents=True, exist_ok=True)
@@ -215,6 +218,7 @@ OPTIONS = ["--dataset_name", "digits", "--encoder_arch", "shufflenet_v2_x0_5", "
            "--evaluations", "['knn', 'rank_me']"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_train_goes_on_where_it_was_killed(tmp_path):
     """In the pretraining, and in the linear stage: the same results, the same rows in metrics.csv."""
     processes.run(train_to_the_end, 1, tmp_path / "whole", str(tmp_path / "whole"), False, None)

@@ -147,6 +147,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", {**BASES, **HEADS_ALONE})
 def test_what_has_no_effect_trains_bit_equal_and_all_else_does_not(base):
     settings = {**TINY, **{**BASES, **HEADS_ALONE}[base]}

@@ -148,6 +148,7 @@ def assert_close(found: dict, expected: dict, most: float = 1e-5) -> None:
         assert torch.allclose(found[name].double(), value.double(), rtol=most, atol=most * largest), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, case", [(world, case) for world in WORLDS for case in cases(world)])
 def test_training_equals_one_process_on_the_joined_batch(world, case, trained):
     """DDP averages gradients over processes, so losses of each process's own queries are averaged, too."""
@@ -365,6 +366,7 @@ def test_scores_are_those_of_the_checkpoint(within_a_step, tmp_path):
         assert scores == pytest.approx(of_checkpoint) and len(scores) == 2
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_whole_set_on_every_process(tmp_path):
     (expected,) = processes.run(scores, 1, tmp_path / "1", 1, str(tmp_path))
     assert expected["valid_class_acc"] > 20 and 0 < expected["valid_acc1"] < 100 and "valid_rank_me" in expected

@@ -76,6 +76,7 @@ def see_files(rank: int, world: int, folder: str, accumulated: int, workers: int
     return fitted(world, "moco_v2", 5, accumulated, **files, num_data_workers=workers, val_size=0, test_size=0)[1]
 
 
+@pytest.mark.slow
 def test_views_of_files_depend_neither_on_processes_nor_on_accumulated_batches_nor_on_workers(tmp_path):
     """The third step has images of the second epoch: 28 files have two whole steps."""
     (tmp_path / "photos" / "a").mkdir(parents=True)

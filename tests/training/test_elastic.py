@@ -96,6 +96,7 @@ def write_data(folder: Path) -> None:
     videos.write_frames(folder / "kinetics" / "val" / "a" / "0", n=4, size=(12, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_goes_on_with_other_processes(kind, data_path, tmp_path, monkeypatch):
     """In float64, with a normalization that does not look across the batch. Every image is there once, in its place."""

@@ -201,6 +201,7 @@ def wait_for_pause(folder: Path, running: Callable[[], bool], seconds: float = 1
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_devices_2(programs, weights):
     start(programs, "script")
     programs.wait()
@@ -210,6 +211,7 @@ def test_devices_2(programs, weights):
     assert [path.name for path in programs.folder.glob("group_left_*")] == ["group_left_False"]
 
 
+@pytest.mark.slow
 def test_torchrun_on_one_node(programs, weights):
     start(programs, "torchrun")
     programs.wait()
@@ -271,6 +273,7 @@ def srun(folder: Path, job: int, program: str, arguments: list[str], nodes: int 
     return started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [2, 1])
 def test_slurm_time_is_up_requeued_and_on_to_the_end(nodes, programs, weights, tmp_path):
     """SIGUSR1 to every task, as with `--signal=SIGUSR1@120`: saved, requeued once, status 0; then resumed on the same
@@ -318,6 +321,7 @@ def expanded(script: str, arguments: list[str], **variables: str) -> list[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_the_slurm_script_for_videos(tmp_path):
     """The script of docs/distributed.md, word for word, with its variables and a few options to make it small."""
     blocks = (ROOT / "docs" / "distributed.md").read_text().split("```bash\n")[1:]
@@ -422,6 +426,7 @@ def accumulate(rank: int, world: int) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_accumulated_batches_on_two_processes_equal_those_on_one(tmp_path):
     (alone,) = processes.run(accumulate, 1, tmp_path / "1", 1)
     assert_close(alone["byol"], alone["byol at once"])
@@ -449,6 +454,7 @@ def strategies(rank: int, world: int) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_options_of_ddp_change_nothing(tmp_path):
     """A preset of each kind uses every parameter in every step: a static graph is valid, without a search for unused
     ones. (For all presets: `test_trains_every_part_saves_and_reloads`.)"""

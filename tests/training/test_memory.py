@@ -41,6 +41,7 @@ def long_run(rank: int, preset: str, folder: str) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["moco_v2"] if LONG == 1 else ["moco_v2", "vicreg"])
 def test_memory_is_flat(preset, tmp_path):
     (found,) = processes.run(long_run, 1, tmp_path, preset, str(tmp_path))

@@ -153,6 +153,7 @@ def test_other_convolutions_stay_in_bfloat16(layer, shape):
     assert kinds[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENCODERS)
 def test_gradients_of_every_layer_of_each_kind_of_encoder(name, small):
     """Each from the same input: rounding of a whole network with batch statistics of few images is chaotic."""

@@ -167,6 +167,7 @@ def folder_of(tmp_path_factory, digits_path):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, world, n_kills",
     [
@@ -385,6 +386,7 @@ def test_changed_settings_take_effect_from_the_first_step(build, optimizer, chan
     assert equal(states, [saved["state"][i] for i in range(len(names))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [(2, 3), (3, 5, 4), (1, 3, 2)])
 def test_a_run_of_another_length_has_the_learning_rates_of_that_length(ends, tmp_path):
     """A run is extended, extended twice, or shortened again."""
@@ -411,6 +413,7 @@ class EndAfter(pl.Callback):
         trainer.should_stop = trainer.should_stop or trainer.fit_loop.total_batch_idx + 1 == self.n
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulated", "batches"), [(1, 3), (1, 4), (1, 6), (2, 3), (2, 5)])
 def test_a_training_that_max_time_ends_within_an_epoch_goes_on_there(accumulated, batches, tmp_path):
     options = {"accumulate_grad_batches": accumulated, "limit_val_batches": 1}
