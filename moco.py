@@ -150,16 +150,15 @@ class SelfSupervisedMethod(BaseMethod):
         """Return the encoded views {i: ...} of the queries, and the keys {j: [N, D]}. Each view is encoded once."""
         p = self.params
         query_views, key_views = map(set, zip(*p.pairs, strict=True))
-        are_projections = self.teacher is None and self.lagging_model is None
-        online = self.encode_each(views, query_views | key_views if are_projections else query_views)
-        if self.teacher is not None:
+        if self.teacher is not None:  # first, while no activations of the encoder are kept
             keys = {j: self.on_sphere(self.teacher(views[j])) for j in key_views}
-        elif self.lagging_model is not None:
+            return self.encode_each(views, query_views), keys
+        if self.lagging_model is not None:
+            online = self.encode_each(views, query_views)
             parts = {j: in_parts(views[j], p.micro_batch_size) for j in key_views}
-            keys = {j: torch.cat([self.encode_lagging(x, batch_idx) for x in parts[j]]) for j in key_views}
-        else:
-            keys = {j: online[j].z.detach() if p.stop_gradient_of_keys else online[j].z for j in key_views}
-        return online, keys
+            return online, {j: torch.cat([self.encode_lagging(x, batch_idx) for x in parts[j]]) for j in key_views}
+        online = self.encode_each(views, query_views | key_views)
+        return online, {j: online[j].z.detach() if p.stop_gradient_of_keys else online[j].z for j in key_views}
 
     def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, EncodedView]:
         """Return {view i: encode(view i)}; with `micro_batch_size` as leaves, for `backward`."""

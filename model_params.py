@@ -312,11 +312,11 @@ class EncoderAndDataParams:
         return self.of_each_channel(self.image_std or self.dataset.std)
 
     def of_each_channel(self, values: Sequence[float]) -> tuple[float, ...]:
-        """Return one number per input channel: these, or if they are of another number of channels, their average."""
-        if len(values) == self.channels:
-            return tuple(values)
-        average = values[0] if len(values) == 1 else round(sum(values) / len(values), 3)
-        return (average,) * self.channels
+        """Return one number per input channel."""
+        if self.dataset.is_custom and len(values) not in (1, self.channels):  # ImageNet's do not fit other channels
+            return (round(sum(values) / len(values), 3),) * self.channels
+        repeats = 3 if len(values) == 1 and self.channels == 3 else 1
+        return tuple(values) * repeats
 
     @property
     def low_resolution(self) -> bool:

@@ -79,9 +79,10 @@ def classify(
     encoder = encoder_of(checkpoint, overrides)
     without_labels = columns | {"label_key": None, "labels_from": None}
     source = open_source(apply, kind_of(encoder.params), without_labels, encoder.params.image_key)
-    paths = selected_paths(source, encoder.params, patterns)
     examples = None if labeled is None else labeled_source(labeled, encoder, columns)
     refuse_unused(columns, source, examples)
+    paths = selected_paths(source, encoder.params, patterns)
+    print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
     read_all = partial(read, encoder, batch_size=batch_size, num_workers=num_workers)
     if examples is None:
         found = classifier_of(encoder)
@@ -93,8 +94,7 @@ def classify(
         refuse_names_of_columns(found.class_names)
     else:
         encoder.to(usable_device(device))
-        labeled_paths = selected_paths(examples, encoder.params, patterns)
-        found = learned(encoder, examples, labeled_paths, read_all)
+        found = learned(encoder, examples, examples.paths(), read_all)
         found.save(saved)
         print(f"{saved}: encoder and classifier")
     write_predictions(found.to(usable_device(device)), source, paths, out, read_all)

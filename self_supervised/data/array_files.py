@@ -26,7 +26,7 @@ MEANINGS_OF_TIFF = {
     6: "YCbCr",
     **dict.fromkeys((8, 9, 10), "L*a*b*"),
 }
-JPEG_OF_TIFF = (6, 7)  # compressions whose YCbCr tifffile converts
+JPEG_OF_TIFF = (6, 7, 33007, 34892)  # compressions whose YCbCr tifffile converts
 PIL_MODES = {2: "LA", 4: "RGBA"}  # number of channels -> mode, for formats other than .npy and TIFF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

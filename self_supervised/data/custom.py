@@ -98,7 +98,7 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
     """
     kept = folder_of_lists(params)
     if has_written(params):
-        found, names = as_written(read_lists(kept, source), kept, source.passed_over)
+        found, names = as_written(read_lists(kept, source), kept)
         report_lists(source, found, "" if kept.name.startswith(TEMPORARY) else f", by the lists in {kept}")
         return found, names
     by_hand = kept is not None and bool(listed_in(kept)) and settings_of_lists(kept) is None
@@ -115,18 +115,17 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
             if not (written := has_written(params)):
                 write_lists(kept, found, {**list_settings(params), CLASS_NAMES_KEY: names, DRAWN_KEY: are_drawn})
         if written:  # reading needs no lock, and may take long
-            return as_written(read_lists(kept, source), kept, source.passed_over)
+            return as_written(read_lists(kept, source), kept)
     report_lists(source, found, f", by the lists in {kept}" if by_hand else "")
     return found, names
 
 
-def as_written(found: ImageList, folder: Path, passed_over: PassedOver) -> tuple[Numbered, list[str]]:
+def as_written(found: ImageList, folder: Path) -> tuple[Numbered, list[str]]:
     """Return the images and class numbers in lists that `splits` wrote to `folder`, and the names of the classes.
 
     Lists of earlier versions have no class names, and their numbers may have gaps. They are kept, since classifiers
     were trained on them, unless they are ids or dates, on which no classifier can have been trained.
     """
-    found = scorable(found, passed_over)
     names = (settings_of_lists(folder) or {}).get(CLASS_NAMES_KEY, [])
     labels = {split: {label for _, label in images} for split, images in found.items()}
     every = set().union(*labels.values()) - {None}
@@ -195,6 +194,8 @@ def list_settings(params: EncoderAndDataParams) -> dict[str, Any]:
 
 # ---- sources and patterns ----
 
+PATTERNS = ("include_patterns", "exclude_patterns")  # of file names
+
 
 def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> CustomSource:
     """Return the source of the images in `root`: a directory of image files, tar shards, or Arrow files.
@@ -240,14 +241,19 @@ def found_lists(source: CustomSource, params: EncoderAndDataParams) -> ImageList
     """
     found = source.find()
     paths = [path for images in found.values() for path, _ in images]
-    for name in ("include_patterns", "exclude_patterns") if paths else ():
-        for pattern in getattr(params, name):
+    refuse_lost_patterns({name: getattr(params, name) for name in PATTERNS}, paths, source.root)
+    return found
+
+
+def refuse_lost_patterns(patterns: dict[str, list[str]], paths: list[str], where: object) -> None:
+    """Raise ValueError for a pattern that matches none of the paths, if there are any."""
+    for name, globs in patterns.items() if paths else ():
+        for pattern in globs:
             if not any(matches(path, pattern) for path in paths):
                 raise ValueError(
-                    f"{name}={pattern!r} matches none of the {len(paths)} images in {source.root}, such as {paths[0]}. "
+                    f"{name}={pattern!r} matches none of the {len(paths)} images in {where}, such as {paths[0]}. "
                     "Fix it (a pattern with a slash is compared with the whole path; case matters), or leave it out."
                 )
-    return found
 
 
 def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_over: PassedOver) -> ImageList:
@@ -281,17 +287,7 @@ def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_ov
                 f"{len(bare)} of the {len(images)} images for {split} in {root} have no label, such as {bare[0]}. Move "
                 "them into a class folder or remove them, or set labels_from=None to use no labels."
             )
-    return scorable(chosen, passed_over)
-
-
-def scorable(found: ImageList, passed_over: PassedOver) -> ImageList:
-    """Return the images without those for val or test if they have no labels, but those for training have: the labels
-    of the test images of many benchmarks are secret."""
-    labeled = {split for split, images in found.items() if any(label is not None for _, label in images)}
-    for split in found.keys() - labeled if "train" in labeled else ():
-        if images := found[split]:
-            passed_over.add(f"for {split} without labels", images[0][0], len(images))
-    return {split: found[split] for split in found if split in labeled} if "train" in labeled else found
+    return chosen
 
 
 def without_training(found: ImageList, params: EncoderAndDataParams, passed_over: PassedOver) -> str:

@@ -27,7 +27,7 @@ from self_supervised.safe_files import atomic_write
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 # split -> (path below the root, label) of its images; the key "" is for images outside all splits
 ImageList = dict[str, list[tuple[str, Label]]]
-STRING = r'"(?:[^"]|"")+"'  # of a CSV file
+STRING = r'"(?:[^"]|"")*"'  # of a CSV file
 QUOTED = re.compile(rf"({STRING})(?:(?:\s*,|\s)(.*))?")
 SETTINGS = "splits.json"  # the settings with which `write_lists` wrote the lists next to it
 
@@ -121,8 +121,9 @@ def read_lists(folder: Path, source: Any) -> ImageList:
     found: ImageList = {split: [] for split, _ in files}
     if "train" not in found:
         raise ValueError(f"{files[0][1]}: there is no train.txt next to it. Add one, or remove this list.")
+    is_ours = settings_of_lists(folder) is not None
     for split, file in files:
-        images = list(entries(list_text(file), source.root))
+        images = list(entries(list_text(file), source.root, is_ours))
         check_that_all_are_there(source, [path for path, _ in images], file)
         for path, label in images:
             before = seen.setdefault(path, (split, label))
@@ -141,18 +142,20 @@ def list_text(file: Path) -> str:
         raise ValueError(f"{file} is not encoded in UTF-8 ({error}). Save it in UTF-8.") from error
 
 
-def entries(text: str, root: Path) -> Iterator[tuple[str, Label]]:
-    """Yield (path below the root, label or None) of each line of a list."""
+def entries(text: str, root: Path, is_ours: bool) -> Iterator[tuple[str, Label]]:
+    """Yield (path below the root, label or None) of each line of a list. The user's lists may have quotes as in CSV
+    files, which `write_lists` does not write."""
     suffixes = "|".join(map(re.escape, image_suffixes()))
     # a path ends with an image's extension (it may contain blanks and commas), else at the last comma or blank
     pattern = re.compile(rf"(.+(?:{suffixes})|.+(?=,)|.+(?=\s)|.+)(?:(?:\s*,|\s)(.*))?", re.IGNORECASE)
     roots = [os.path.join(base, "") for base in (os.path.abspath(root), os.path.realpath(root))]
     for line in filter(None, map(str.strip, text.split("\n"))):  # splitlines() would also split at \x0b, \x85, ...
-        path, label = (QUOTED.fullmatch(line) or pattern.fullmatch(line)).groups(default="")
-        path = posixpath.normpath(unquoted(path.rstrip()))
+        path, label = ((None if is_ours else QUOTED.fullmatch(line)) or pattern.fullmatch(line)).groups(default="")
+        path, label = (x.strip() if is_ours else unquoted(x.strip()) for x in (path, label))
+        path = posixpath.normpath(path)
         for base in roots:
             path = path.removeprefix(base)
-        yield path, as_label(unquoted(label.strip()))
+        yield path, as_label(label)
 
 
 def unquoted(text: str) -> str:
@@ -201,9 +204,8 @@ def write_lists(folder: Path, found: ImageList, made_by: dict[str, Any]) -> None
             raise ValueError(
                 f"{odd!r} cannot be listed in {folder / split}.txt. Rename it: valid UTF-8, without line breaks."
             )
-        # ./ protects a leading blank, which `entries` would strip, and a quote
-        is_odd = re.compile(r'[\s"]').match
-        lines = (f"{'./' if is_odd(path) else ''}{path},{label}\n" for path, label in images)
+        # ./ protects a leading blank, which `entries` would strip
+        lines = (f"{'./' if path[0].isspace() else ''}{path},{label}\n" for path, label in images)
         atomic_write(folder / f"{split}.txt", "".join(lines))
 
 

@@ -368,6 +368,8 @@ def label_of(shard: str, signature: ShardSignature, sample: dict[str, Content], 
                 value = int(value)
             if isinstance(value, int | str):
                 return as_label(str(value))
-            if value is not None and keys != SHARD_LABEL_KEYS:  # the default keys may have another meaning
+            if (
+                value is not None and value == value and keys != SHARD_LABEL_KEYS
+            ):  # the default keys may have another meaning
                 raise ValueError(f"{value!r} under {key!r} is not a class. Set label_key to another key.")
     return None

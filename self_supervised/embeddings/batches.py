@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from model_params import EncoderAndDataParams
 from self_supervised.data import video_files
-from self_supervised.data.custom import is_selected
+from self_supervised.data.custom import PATTERNS, is_selected, refuse_lost_patterns
 from self_supervised.data.image_files import central_square, part_kept
 from self_supervised.data.packed import already_a_batch
 from self_supervised.data.remote_shards import UnreachableShard
@@ -22,7 +22,6 @@ from self_supervised.runs.command_line import DEVICE, LAGGING, add_fields
 MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
 COLUMNS = ("image_key", "label_key", "labels_from")  # for shards and Hugging Face data sets
-PATTERNS = ("include_patterns", "exclude_patterns")  # of file names
 OVERRIDES = (*ENCODER_FACTS, "dataset_name", "exif_orientation", "pixel_range", *COLUMNS, *PATTERNS, *CLIPS)
 
 
@@ -44,20 +43,21 @@ def refuse_without_effect(columns: dict[str, Any], source: ImageSource) -> None:
 
 
 def selected_paths(source: ImageSource, params: EncoderAndDataParams, patterns: dict[str, Any]) -> list[str]:
-    """Return the paths that the patterns select, by default those of the encoder's pretraining. Rows of packed and of
-    Hugging Face data sets have no names to match.
+    """Return the paths that the patterns select, by default those of the encoder's pretraining.
 
     Raises:
-        ValueError: there are none; or see `paths` of the source.
+        ValueError: there are none; `patterns` has one that matches none, is no list of strings, or the images are rows
+            of a packed or a Hugging Face data set, which have no names; or see `paths` of the source.
     """
     paths = source.paths()
-    if patterns and not source.has_file_names:
+    if any(patterns.values()) and not source.has_file_names:
         raise ValueError(f"{', '.join(patterns)}: images in {source.name} have no names to match. Leave it out.")
-    globs = {name: getattr(params, name) for name in PATTERNS} | patterns
+    passed = EncoderAndDataParams(dataset_name="folder", **{name: globs or [] for name, globs in patterns.items()})
+    refuse_lost_patterns({name: getattr(passed, name) for name in patterns}, paths, source.name)
+    globs = {name: getattr(passed if name in patterns else params, name) for name in PATTERNS}
     if not source.has_file_names or not any(globs.values()):
         return paths
-    of_both = [values or [] for values in globs.values()]
-    selected = [path for path in paths if is_selected(path, *of_both)]
+    selected = [path for path in paths if is_selected(path, *globs.values())]
     given = ", ".join(f"{name}={values}" for name, values in globs.items() if values)
     if not selected:
         raise ValueError(

@@ -14,7 +14,15 @@ from PIL import Image, UnidentifiedImageError
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import DATASETS
 from self_supervised.data import decoders, video_files
-from self_supervised.data.array_files import TIFF_SUFFIXES, opened_image, read_npy, read_tiff, suffix_of
+from self_supervised.data.array_files import (
+    TIFF_SUFFIXES,
+    opened_image,
+    read_npy,
+    read_tiff,
+    suffix_of,
+    to_upright,
+    transposed,
+)
 from self_supervised.data.arrow import ArrowImages
 from self_supervised.data.custom import get_source, is_stored
 from self_supervised.data.file_search import ARRAY_SUFFIX, PassedOver, files_below, image_suffixes
@@ -228,10 +236,11 @@ def picture_in(path: str, file: File) -> Image.Image:
     try:
         with opened_image(file) as image:
             has_8_bits = not image.mode.startswith(("I", "F"))
-            if has_8_bits and not (image.format == "TIFF" and has_equal_pages(image)):
+            is_stack = image.format == "TIFF" and len(image.getbands()) == 1 and has_equal_pages(image)
+            if has_8_bits and not is_stack:
                 return read_image(file, 3)
             if image.format != "TIFF":
-                return scaled_to_display(np.asarray(image))
+                return scaled_to_display(np.asarray(transposed(image, to_upright(image))))
     except UnidentifiedImageError:  # a TIFF with more channels
         if suffix not in TIFF_SUFFIXES:
             raise

@@ -172,8 +172,8 @@ def check_channels(x: Tensor, mean: tuple[float, ...]) -> None:
     """Raise ValueError unless there is one mean per channel."""
     if x.shape[1] != len(mean):
         raise ValueError(
-            f"images of {x.shape[1]} channels cannot be normalized with {len(mean)} means. Set in_channels="
-            f"{x.shape[1]} for a new encoder, or yield images of {len(mean)} channels."
+            f"images of {x.shape[1]} channels cannot be normalized with {len(mean)} means. Set image_mean and "
+            f"image_std to {x.shape[1]} numbers, or yield float views from the loader."
         )
 
 

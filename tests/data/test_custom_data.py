@@ -287,7 +287,8 @@ AB = {"class_to_idx": {"a": 5, "b": 2}}
         ("\ufeffchina/01.png\tb\nflower/00.png\ta\n", "flower/01.png a", {}, [1, 0, 0]),
         (f"{TWO}china/01.png\n", "flower/01.png", {}, [0, 1, 1]),
         ("flower/00.png 7", "flower/01.png 7", {"labels_from": None}, [-1, -1]),
-        ("china/01.png 4\nflower/00.png 3", "flower/01.png 3", {}, [1, 0, 0]),
+        ('"china/01.png","4"', '"flower/01.png",""', {}, [0, -1]),
+        ("china/01.png 4\nflower/00.png 3", "flower/01.png", {}, [1, 0, -1]),
         ("china/01.png 20240101\nflower/00.png 7", "flower/01.png 7", {}, [1, 0, 0]),
         ("china/01.png b\nflower/00.png a", "flower/01.png b", AB, [0, 1, 0]),
         ('"china/01.png", b\n"flower/00.png","a"', '"flower/01.png" a', {}, [1, 0, 0]),
@@ -696,35 +697,23 @@ def test_one_class_is_named(tmp_path, trainer, caplog):
         preflight.check_labels(model.params)
 
 
-@pytest.mark.parametrize("has_val", [True, False])
-def test_test_images_without_labels_are_not_scored(has_val, tmp_path, trainer, caplog):
+def test_secret_labels_of_test_images_are_predicted_and_not_scored(tmp_path, trainer):
     """The layout of a competition: `test` has no class folders."""
     of_test = {name: f"test/{name.replace('/', '_')}" for name in NAMES if name.endswith("0.png")}
-    of_val = {name: f"val/{name}" for name in NAMES if name.endswith("1.png")} if has_val else {}
-    p = params(write(tmp_path / "photos", {name: f"train/{name}" for name in NAMES} | of_test | of_val))
-    with caplog.at_level("INFO"):
-        test = loading.get_dataset(p, ("test",))
-    secret = f"{len(of_test)} for test without labels (such as test/china_00.png)"
-    assert secret in caplog.text and min(test.labels) == 0
-    if has_val:
-        assert {path for path, _ in test.files} == {str(tmp_path / "photos" / path) for path in of_val.values()}
-    assert list(runnable(["linear"], SimpleNamespace(model=torch.nn.Flatten()), p)) == ["linear"]
-    model = LinearClassifierMethod(**{name: getattr(p, name) for name in FROM_PRETRAINING}, batch_size=8)
+    p = params(write(tmp_path, {name: f"train/{name}" for name in NAMES} | of_test))
+    with pytest.raises(
+        ValueError, match="'linear' needs labels, but the test images .* none. .* with exclude_patterns"
+    ):
+        runnable(["linear"], SimpleNamespace(model=torch.nn.Flatten()), p)
+    others = attrs.evolve(p, exclude_patterns=["test/*"])
+    assert list(runnable(["linear"], SimpleNamespace(model=torch.nn.Flatten()), others)) == ["linear"]
+    settings = {name: getattr(p, name) for name in FROM_PRETRAINING} | {"batch_size": 8}
+    with pytest.raises(ValueError, match="dataset_name='folder' has images without a label"):
+        trainer(limit_val_batches=1.0).fit(LinearClassifierMethod(**settings))
+    model = LinearClassifierMethod(**{**settings, "exclude_patterns": ["test/*"]})
     trainer(limit_val_batches=1.0).fit(model)
-
-
-def test_earlier_lists_with_test_images_without_labels_are_read(tmp_path):
-    of_test = {name: f"test/{name.replace('/', '_')}" for name in NAMES if name.endswith("0.png")}
-    p = params(
-        write(tmp_path / "photos", {name: f"train/{name}" for name in NAMES} | of_test),
-        splits_path=str(tmp_path / "lists"),
-    )
-    drawn = loading.get_dataset(p, ("test",)).files
-    with (tmp_path / "lists" / "test.txt").open("w") as file:
-        file.writelines(f"{path}, -1\n" for path in of_test.values())
-    of_val = [(Path(path).relative_to(tmp_path / "photos"), label) for path, label in drawn]
-    (tmp_path / "lists" / "val.txt").write_text("".join(f"{path}, {label}\n" for path, label in of_val))
-    assert [path for path, _ in loading.get_dataset(p, ("test",)).files] == [path for path, _ in drawn]
+    secret = loading.get_dataset(p, p.dataset.test_splits).files  # which the method predicts
+    assert [path for path, _ in secret] == [str(tmp_path / path) for path in sorted(of_test.values())]
 
 
 def test_runs_that_drew_the_same_lists_are_compared(photos, tmp_path):

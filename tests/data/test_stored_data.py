@@ -202,6 +202,9 @@ def test_labels_in_shards(tmp_path):
         "object": lambda label: {"id": label},
         "half": lambda label: label + 0.5,
     }
+    one_missing = {"json": lambda name: json.dumps({"label": math.nan if name == NAMES[0] else 1.0})}  # of pandas
+    with pytest.raises(ValueError, match="1 of the .* have no label"):
+        found("nan", {"label_key": "label"}, **one_missing)
     for name, change in entries_of.items():
         entry = {"json": lambda name, change=change: json.dumps({"label": change(classes(name))})}
         if name == "float":
@@ -601,6 +604,12 @@ def test_columns(tmp_path, photos):
     assert read(image_key="left", label_key="merged").labels.tolist() == expected
     with pytest.raises(ValueError, match="1 of the .* have no label"):
         read(image_key="left", label_key="missing")
+    secret = datasets.load_from_disk(tmp_path / "set").remove_columns(["coarse", "fine"])
+    both = {"train": datasets.load_from_disk(tmp_path / "set"), "test": secret}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "secret")
+    p = params(tmp_path / "secret", image_key="left")
+    assert loading.get_dataset(p, ("train",)).labels.tolist() == expected
+    assert set(loading.get_dataset(p, ("test",)).labels.tolist()) == {-1}
     encoder = params(tmp_path / "set", image_key="right")  # programs that embed read its column, unless told otherwise
     for columns, label in (({}, "a"), ({"label_key": "fine"}, "china"), ({"labels_from": None}, None)):
         source = sources.open_source(tmp_path / "set", columns=columns, preferred=encoder.image_key)

@@ -287,8 +287,15 @@ def test_patterns_of_the_pretraining_select_the_images(photos, tmp_path, monkeyp
     shutil.make_archive(str(tmp_path / "train"), "tar", photos, ".")
     embed.embed(encoder, tmp_path / "train.tar", out, overwrite=True, **OPTIONS)
     assert parquet.paths_in(out) == [f"train.tar/{name}" for name in images]
-    with pytest.raises(ValueError, match=r"include_patterns=\['cats/x'\].* is selected. Pass other patterns, or none"):
-        embed.embed(encoder, photos, out, include_patterns=["cats/x"], overwrite=True, **OPTIONS)
+    wrong = {"cats/x": "include_patterns='cats/x' matches none of the", "*.png": "must be a list of strings"}
+    for pattern, message in wrong.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            embed.embed(encoder, photos, out, include_patterns=["cats/x"] if "/" in pattern else pattern, **OPTIONS)
+    encoder.params = attrs.evolve(encoder.params, include_patterns=["train/*"])
+    with pytest.raises(
+        ValueError, match=r"include_patterns=\['train/\*'\].* is selected. Pass other patterns, or none"
+    ):
+        embed.embed(encoder, photos, out, overwrite=True, **OPTIONS)
     with pytest.raises(ValueError, match="exclude_patterns: images in digits/test have no names to match"):
         embed.embed(encoder, "digits/test", out, exclude_patterns=["a"], overwrite=True, **OPTIONS)
 

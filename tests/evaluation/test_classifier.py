@@ -148,6 +148,15 @@ def test_predictions_are_those_of_scikit_learn_on_the_embeddings(images, checkpo
         assert re.search(rf"^{name} +{(np.array(y) == name).sum()}  {right}$", printed, re.MULTILINE)
 
 
+def test_patterns_select_the_images_to_classify_and_are_told(images, checkpoint, tmp_path, capsys):
+    command = ["classify", checkpoint, "--labeled", images / "labeled", "--apply", images / "photos"]
+    run(*command, "--exclude_patterns", "2021/*", "--out", "others.csv")
+    assert {row["file"].split("/")[0] for row in rows_of("others.csv")} == {"2020", "2022"}
+    printed = capsys.readouterr().out
+    assert "photos: 60 images; passed over: 30 by exclude_patterns=['2021/*']" in printed
+    assert "labeled: 30 labeled images\n" in printed
+
+
 def test_the_file_of_the_classifier_is_applied_exported_and_read_by_the_method(
     images, checkpoint, tmp_path, monkeypatch, trainer
 ):
