@@ -142,7 +142,7 @@ def list_text(file: Path) -> str:
         raise ValueError(f"{file} is not encoded in UTF-8 ({error}). Save it in UTF-8.") from error
 
 
-def entries(text: str, root: Path, is_ours: bool) -> Iterator[tuple[str, Label]]:
+def entries(text: str, root: Path, is_ours: bool = False) -> Iterator[tuple[str, Label]]:
     """Yield (path below the root, label or None) of each line of a list. The user's lists may have quotes as in CSV
     files, which `write_lists` does not write."""
     suffixes = "|".join(map(re.escape, image_suffixes()))
