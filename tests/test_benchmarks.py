@@ -68,6 +68,7 @@ def test_turns_alternate_and_a_contestant_may_bring_its_own_clock():
     assert turns == ["a", "b"] * 3 and found["b"] == 3.0 and 0 < found["a"] < 1
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_answers_with_its_memory(monkeypatch):
     processes.start_server()
     monkeypatch.setattr(harness.multiprocessing, "get_context", lambda _: processes.CONTEXT)  # starts faster

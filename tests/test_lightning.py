@@ -413,6 +413,7 @@ def test_the_next_training_uses_the_batch_size_of_the_tuner(method, trainer):
         Tuner(trainer()).scale_batch_size(method(global_batch_size=16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
 def test_true_precisions_train_and_leave_good_checkpoints(precision, small, trainer, tmp_path):
     params = small("simclr", online_classifier=True, mlp_normalization="br", lr=0.01)

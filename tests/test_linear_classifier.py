@@ -69,6 +69,7 @@ def test_it_says_what_matched(checkpoint, caplog):
     assert f"all {n} tensors of small_cnn loaded" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["missing", "extra", "other encoder"])
 def test_anything_less_than_the_whole_encoder_is_refused(checkpoint, tmp_path, change):
     content = torch.load(checkpoint[1], weights_only=True)

@@ -75,6 +75,7 @@ def test_hparams_is_another_name_of_params(build):
         build(kind(**fields), hparams=fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [SelfSupervisedMethod, LinearClassifierMethod])
 def test_hparams_cannot_be_changed(build, trainer, tmp_path):
     class Extended(build):

@@ -81,6 +81,7 @@ def batches(labels: torch.Tensor, n: int = 32) -> DataLoader:
     return DataLoader(TensorDataset(images, labels), batch_size=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     lambda y: y.to(torch.uint8), lambda y: y.float(), lambda y: y[:, None], lambda y: y.to(torch.bfloat16),
 ])  # fmt: skip
@@ -100,6 +101,7 @@ def test_labels_of_a_loader_are_taken_right(change, small, trainer):
     assert found(change(y)) == found(y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanity", [0, 1])
 @pytest.mark.parametrize(("wrong", "message"), [
     (torch.full((32,), float("nan")), "the loader holds labels that are not finite"),

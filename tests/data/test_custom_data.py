@@ -205,6 +205,7 @@ def test_fraction_is_stratified_nested_and_of_training_images_only(photos):
     assert three(half)[1:] == three(whole)[1:]
 
 
+@pytest.mark.slow
 def test_the_fraction_of_a_pretraining_leaves_the_labels_of_evaluations_alone(photos, trainer, tmp_path):
     p = params(photos, data_fraction=0.2, evaluations=["rank_me"], probe_on_training_set=True)
     model, fit = SelfSupervisedMethod(p), trainer(limit_val_batches=1.0)
@@ -825,6 +826,7 @@ def test_an_unreadable_image_ends_no_run_for_good_and_lists_are_kept(tmp_path, c
     assert earlier_run.with_resumed_lists(p, tmp_path / "run", "auto").splits_path == str(tmp_path / "run/splits")
 
 
+@pytest.mark.slow
 def test_an_encoder_of_unlabeled_images_is_evaluated_on_a_directory_of_labels(tmp_path, monkeypatch):
     write(tmp_path / "unlabeled", {name: f"batch/{name.replace('/', '_')}" for name in NAMES})
     labeled = write(tmp_path / "labeled", {name: f"{name.split('/')[0]}/day/{name.split('/')[1]}" for name in NAMES})

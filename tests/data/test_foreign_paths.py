@@ -142,6 +142,7 @@ def test_a_moved_run_keeps_its_lists_if_another_run_takes_its_place(tmp_path):
     assert found["splits_path"] == str(tmp_path / "lists")
 
 
+@pytest.mark.slow
 def test_a_run_of_images_with_own_splits_may_lose_its_lists(tmp_path, monkeypatch):
     """New lists have the same splits."""
     for split in ("train", "val", "test"):
@@ -199,6 +200,7 @@ def test_lists_of_a_start_without_a_checkpoint_are_drawn_again_with_new_images(t
     assert lists.is_dir()
 
 
+@pytest.mark.slow
 def test_every_checkpoint_of_a_moved_run_finds_its_lists(tmp_path, monkeypatch):
     photos, old, new = photographs(tmp_path / "photos"), tmp_path / "old" / "run", tmp_path / "new" / "run"
     line = f"""simclr --dataset_name folder --data_path {photos} --encoder_arch shufflenet_v2_x0_5 --num_data_workers 0

@@ -303,6 +303,7 @@ def test_nothing_is_mirrored_if_left_and_right_are_classes(pretrained, given, ex
 # ---- docs/video.md ----
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page(folder, tmp_path, monkeypatch):
     blocks = (Path(__file__).parents[2] / "docs" / "video.md").read_text().split("```python\n")[1:]
     code = "\n".join(block.split("```")[0] for block in blocks)

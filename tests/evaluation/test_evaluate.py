@@ -85,6 +85,7 @@ def test_existing_runs_are_reused_unless_something_changed(checkpoint, monkeypat
         evaluate_checkpoint(checkpoint, ["uniformity"])
 
 
+@pytest.mark.slow
 def test_images_are_embedded_in_another_size(checkpoint, tmp_path):
     """Its runs are not mixed with those of the pretraining's size, 8 pixels."""
     found = {}
@@ -149,6 +150,7 @@ def test_a_checkpoint_is_not_overwritten_by_a_table(checkpoint):
     assert Path(checkpoint).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_cells_of_the_last_map_are_read(digits_path, tmp_path):
     """Also of the random encoder. Runs with another pooling stay."""
     pretrain(tmp_path / "first.ckpt", steps=1, encoder_arch="small_cnn")

@@ -308,6 +308,7 @@ def script(monkeypatch):
     return monkeypatch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_file_of_every_system_gives_that_systems_network(system, tmp_path, script):
     make, layout, left_out = SYSTEMS[system]

@@ -345,6 +345,7 @@ def interrupted(*_) -> None:
     raise ValueError("interrupted")
 
 
+@pytest.mark.slow
 def test_the_trainer_clips_gradients_and_limits_validation(monkeypatch, tmp_path):
     """After clipping, the norm over all weights is at most the limit; the norm that is logged is the one before."""
     norms, batches = [], []
@@ -434,6 +435,7 @@ def test_a_linear_stage_is_made_again_even_if_results_json_was_moved_away(run, m
     assert torch.equal(*(state["model.conv1.0.weight"] for state in states))
 
 
+@pytest.mark.slow
 def test_a_linear_stage_is_made_again_even_if_its_checkpoints_alone_were_kept(run, monkeypatch, tmp_path):
     out = shutil.copytree(run, tmp_path / "copy")
     for name in ("pretrained.ckpt", "linear.ckpt"):
@@ -444,6 +446,7 @@ def test_a_linear_stage_is_made_again_even_if_its_checkpoints_alone_were_kept(ru
     assert torch.equal(*(state["model.conv1.0.weight"] for state in states))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_name_of_its_starting_weights(run, monkeypatch, tmp_path):
     line = f"{SMALL} --limit_train_batches 1 --evaluations rank_me --logger csv --out run --max_epochs"
     main(f"{line} 1 --encoder_weights {run}/pretrained.ckpt", monkeypatch)
@@ -492,6 +495,7 @@ def test_save_best_may_be_left_out_when_a_complete_run_is_resumed(run, monkeypat
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_the_scores_at_the_end_stay_in_metrics_csv_if_the_command_is_repeated(monkeypatch, tmp_path):
     line = f"{SMALL} --max_epochs 1 --evaluate_every_n_epochs 2 --limit_train_batches 2 --evaluations knn --out run"
     main(f"{line} --logger csv", monkeypatch)
@@ -537,6 +541,7 @@ def test_a_copied_run_has_an_id_of_its_own(tmp_path):
     assert begin(tmp_path / "elsewhere") == first
 
 
+@pytest.mark.slow
 def test_a_new_run_deletes_nothing_of_others_and_a_resumed_one_only_once(run, monkeypatch, tmp_path):
     (tmp_path / "runs/linear").mkdir(parents=True)
     main(f"{SMALL} --max_epochs 1 --limit_train_batches 1 --evaluations none --logger csv --out runs", monkeypatch)

@@ -59,6 +59,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "fields"), CASES)
 def test_training_equals_that_with_whole_batches(preset, fields):
     whole, parts = trained(preset, **fields), trained(preset, **fields, micro_batch_size=5)

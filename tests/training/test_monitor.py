@@ -104,6 +104,7 @@ def test_all_processes_stop_when_one_loss_is_not_finite(tmp_path):
         assert f"on process {rank} step_train_loss=" in message and ("step_train_loss=nan" in message) == (rank == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:collapse")
 @pytest.mark.parametrize(
     ("options", "stop_after", "fresh"),

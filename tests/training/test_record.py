@@ -56,6 +56,7 @@ def figures_of(out: Path) -> dict[str, float]:
     return {name: value for name, value in compare.read_run(out).results.items() if "minutes" not in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
 def test_compare_report_and_curves_of_a_run_in_python_equal_those_of_the_command(kind, fit, command, capsys):
     _, fitted = fit(kind("logs", name="python", version=""))

@@ -351,6 +351,7 @@ def linear_stage(optimizer_name="sgd", **fields) -> LinearClassifierMethod:
 OPTION = {"pattern": "projection", "lr_mult": 0.1, "weight_decay": 0.2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "optimizer", "changed"),
     [
