@@ -304,7 +304,7 @@ class EncoderAndDataParams:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of each input channel."""
+        """Mean of each input channel. An encoder for color images takes gray ones repeated three times."""
         return self.of_each_channel(self.image_mean or self.dataset.mean)
 
     @property

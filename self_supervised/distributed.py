@@ -1,8 +1,8 @@
 """Devices and processes: copies to and from a device, and communication between W processes with N images each.
 
-Only this module communicates, and knows that process r has rows r, W + r, 2 W + r, ... of a joined
-batch, as `DistributedSampler` deals them. Without a process group, every function that communicates is the
-identity; with one, all processes must call it.
+Only this module communicates, and knows that process r has rows r, W + r, 2 W + r, ... of a joined batch, as
+`DistributedSampler` deals them. Without a process group, every function that communicates is the identity; with one,
+all processes must call it.
 """
 
 import atexit

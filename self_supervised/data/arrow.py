@@ -6,14 +6,13 @@ Sources: https://huggingface.co/docs/datasets/process#save, https://huggingface.
 
 import hashlib
 import io
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from self_supervised.data.file_search import PassedOver, folders_in
 from self_supervised.data.files import File, OnDisk
-from self_supervised.data.folders import SPLITS, ImageList, Label, as_label, has_images
+from self_supervised.data.folders import SPLITS, ImageList, Label, as_label, has_images, whole_number
 
 COLUMN_LABEL_KEYS = ("label", "labels")  # default label columns; without them, the only column of type ClassLabel
 
@@ -97,10 +96,8 @@ class ArrowImages(OnDisk):
         return self.label(self.sets[folder][int(row)][self.label_key][0].as_py(), self.classes_of[folder])
 
     def label(self, value: Any, classes: list[str] | None) -> Label:
-        """Return the label that a value of the label column means: a class number or name, or None for -1 and NaN.
-        pandas makes the numbers of a column floats if some are missing."""
-        if isinstance(value, float) and (value.is_integer() or math.isnan(value)):
-            value = None if math.isnan(value) else int(value)
+        """Return the label that a value of the label column means: a class number or name, or None for -1 and NaN."""
+        value = whole_number(value)
         if value is None or value == -1:
             return None
         if not isinstance(value, int | str) or isinstance(value, bool):

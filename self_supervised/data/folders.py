@@ -10,6 +10,7 @@ The first of these layouts that the directory has is used:
 """
 
 import json
+import math
 import os
 import posixpath
 import re
@@ -169,6 +170,14 @@ def as_label(text: str) -> Label:
     text = re.sub(r"^(-?\d+)\.0+$", r"\1", text.strip())
     label = int(text) if text.removeprefix("-").isdecimal() else text
     return None if label in ("", -1) else label
+
+
+def whole_number(value: Any) -> Any:
+    """Return a whole float as int, and NaN as None: pandas makes the numbers of a column floats if some are missing.
+    Any other value is returned as it is."""
+    if isinstance(value, float) and (value.is_integer() or math.isnan(value)):
+        return None if math.isnan(value) else int(value)
+    return value
 
 
 def check_that_all_are_there(source: Any, paths: list[str], file: Path) -> None:

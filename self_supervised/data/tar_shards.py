@@ -25,7 +25,7 @@ from self_supervised import distributed
 from self_supervised.data import remote_shards
 from self_supervised.data.file_search import PassedOver, image_suffixes, is_hidden
 from self_supervised.data.files import OnDisk
-from self_supervised.data.folders import ImageList, Label, as_label, of_folder, with_labels
+from self_supervised.data.folders import ImageList, Label, as_label, of_folder, whole_number, with_labels
 from self_supervised.data.remote_shards import ReadAhead
 from self_supervised.data.shard_names import SUFFIX, expanded_shards, split_in
 from self_supervised.safe_files import atomic_write
@@ -364,12 +364,9 @@ def label_of(shard: str, signature: ShardSignature, sample: dict[str, Content], 
         if "json" in sample:
             entries = json.loads(content("json")) if entries is None else entries
             value = entries.get(key) if isinstance(entries, dict) else None
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)
+            value = whole_number(value)
             if isinstance(value, int | str):
                 return as_label(str(value))
-            if (
-                value is not None and value == value and keys != SHARD_LABEL_KEYS
-            ):  # the default keys may have another meaning
+            if value is not None and keys != SHARD_LABEL_KEYS:  # the default keys may have another meaning
                 raise ValueError(f"{value!r} under {key!r} is not a class. Set label_key to another key.")
     return None

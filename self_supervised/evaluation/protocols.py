@@ -263,8 +263,8 @@ def why_not_scorable(params: EncoderAndDataParams) -> str:
     for labels, split in ((train, "training"), (test, "test")):
         if labels.min() < 0:
             has = "none" if labels.max() < 0 else "one only in part"
-            way_out = ". To score others, leave them out with exclude_patterns" if split == "test" else ""
-            return f"needs labels, but the {split} images of {name} have {has}{way_out}"
+            way_out = ". To score others, exclude these with exclude_patterns, or save the data set without them"
+            return f"needs labels, but the {split} images of {name} have {has}{way_out if split == 'test' else ''}"
     return f"needs two classes, but the training images of {name} have one" if lacking([train]) else ""
 
 

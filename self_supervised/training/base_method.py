@@ -73,7 +73,7 @@ class BaseMethod(pl.LightningModule):
             hyperparameters.refuse_replaced(self.params, self.built)
             fit_checks.refuse_manual_optimization(self)
             self.plan = self.loaded_names = None  # of an earlier training
-        self.of_videos = self.params.dataset.of_videos
+        self.of_videos = self.params.dataset.of_videos  # looked up here, not at every step
         self.trains_on_dataset_name = stage != "fit"  # when fitting: as soon as train_dataloader() is called
         self.checked_loaders: set[tuple] = set()  # (for training, index) of loaders whose images were checked
         distributed.end_group_at_exit()
