@@ -6,7 +6,8 @@
     python -m benchmarks.cifar10 cifar10_gpu --at_once 6 --set torch_compile=reduce-overhead
 
 A run has the commands of a user: `self-supervised train PRESET --recipe KIND`, then `self-supervised evaluate`. If this
-command is repeated, it skips rows that are in the CSV file, and resumes interrupted runs from their last checkpoint.
+command is repeated, it skips rows that are in the CSV file with the recipe's learning rate of today, and resumes
+interrupted runs from their last checkpoint.
 Two rows have no training: an encoder with random weights, and the pixels themselves.
 
 KIND.csv has one row for each preset and seed, with accuracies on the test images in percent. The logistic regression is
@@ -55,6 +56,11 @@ class Run:
     folder: Path
     settings: Sequence[str] = ()  # field=value
 
+    @property
+    def lr(self) -> float:
+        values = dict(setting.split("=", 1) for setting in self.settings)
+        return float(values.get("lr", recipes.recipe(self.preset, self.kind).lr))
+
     def program(self, *arguments: str) -> None:
         """Run one of the library's programs; its output goes to the run's log."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +93,7 @@ class Run:
             speed = statistics.median(float(line["images_per_second"]) for line in csv.DictReader(file))
         minutes = round(trained["pretraining minutes"], 1)
         facts = {"epochs": trained["epochs"], "minutes": minutes, "images/s": round(speed)}
-        return {**empty(self.preset, self.seed), **self.scores(), **facts}
+        return {**empty(self.preset, self.seed), "lr": self.lr, **self.scores(), **facts}
 
     def curve(self) -> list[harness.Row]:
         with open(self.folder / "pretraining" / "metrics.csv") as file:
@@ -108,7 +114,7 @@ def accuracies_of(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tens
 def empty(preset: str, seed: int | str) -> harness.Row:
     """A row without results, whose last columns say where they are from."""
     known = {"preset": preset, "seed": seed}
-    found = dict.fromkeys(("linear %", "kNN-20 %", "epochs", "minutes", "images/s"), "")
+    found = dict.fromkeys(("lr", "linear %", "kNN-20 %", "epochs", "minutes", "images/s"), "")
     return {**known, **found, "date": time.strftime("%Y-%m-%d"), "commit": harness.commit()}
 
 
@@ -129,11 +135,11 @@ class Table:
     def __init__(self, path: Path):
         self.path, self.lock, self.rows = path, Lock(), harness.finished(path)
 
-    def has(self, preset: str, seed: int) -> bool:
-        return harness.has(self.rows, {"preset": preset, "seed": seed})
+    def has(self, preset: str, seed: int, **known: float) -> bool:
+        return harness.has(self.rows, {"preset": preset, "seed": seed, **known})
 
     def put(self, preset: str, seed: int, rows: Iterable[harness.Row]) -> None:
-        """Add the rows of a preset and seed, in place of those that an interrupted command left."""
+        """Add the rows of a preset and seed, in place of those of another lr, or that an interrupted command left."""
         with self.lock:
             self.rows = [row for row in self.rows if not harness.has([row], {"preset": preset, "seed": seed})]
             self.rows += [{name: str(value) for name, value in row.items()} for row in rows]
@@ -145,7 +151,7 @@ class Table:
 def finish(run: Run, table: Table, curves: Table, first: bool) -> bool:
     """Compute the rows of a run that are missing. Return whether it succeeded."""
     try:
-        if not table.has(run.preset, run.seed):
+        if not table.has(run.preset, run.seed, lr=run.lr):
             row = run.row()
             curves.put(run.preset, run.seed, run.curve())
             table.put(run.preset, run.seed, [row])

@@ -61,17 +61,17 @@ def table_of(path: Path) -> str:
 
 
 def over_seeds(rows: list[Row]) -> list[Row]:
-    """Return one row for each preset: means over its seeds, and sample standard deviations of accuracies."""
+    """Return one row for each preset and learning rate: means over its seeds, and their sample standard deviations."""
     return [
         {
-            "preset": group[0]["preset"],
+            **{name: group[0][name] for name in ("preset", "lr")},
             **{name: mean_text(group, name, 1) for name in ("linear %", "kNN-20 %")},
             "epochs": group[0]["epochs"],
             **{name: mean_text(group, name, 0) for name in ("minutes", "images/s")},
             "seeds": " ".join(row["seed"] for row in group),
             "commit": " ".join(sorted({row["commit"] for row in group})),
         }
-        for group in grouped(rows, "preset")
+        for group in grouped(rows, "preset", "lr")
     ]
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.sweep cifar10_laptop                        # every preset but distill
     python -m benchmarks.sweep cifar10_laptop --presets vicreg byol
 
-Each preset has the same tries: a third of the recipe's learning rate, this rate, and three times as much. A try trains
-on four fifths of the training images for --fraction of the recipe's epochs, and whatever the recipe counts in epochs is
+Each preset has the same tries: a third of its usual learning rate, this rate, and three times as much. A try trains on
+four fifths of the training images for --fraction of the recipe's epochs, and whatever the recipe counts in epochs is
 shorter by the same factor. A logistic regression and kNN (k = 20) are fitted to the features of the four fifths and
 scored on the last fifth. Every finished try is a row of sweep_KIND.csv and is not repeated.
 """
@@ -19,7 +19,7 @@ from attrs import evolve
 from benchmarks import harness, race
 from benchmarks.cifar10 import accuracies_of, arguments, chosen_presets
 from moco import SelfSupervisedMethod
-from model_params import ModelParams
+from model_params import PRESETS, ModelParams
 from self_supervised import recipes
 from self_supervised.data import loading, subsets
 from self_supervised.demo import features_of
@@ -29,6 +29,11 @@ from self_supervised.training.precision import best_precision
 FACTORS = (1 / 3, 1, 3)
 IN_EPOCHS = ("warmup_epochs", "prototypes_frozen_epochs", "queue_from_epoch")
 HELD_OUT = 0.2  # fraction of the images of every class
+
+
+def usual_lr(preset: str) -> float:
+    """The learning rate that a recipe on CIFAR-10 has before a sweep: the tries do not move with what they choose."""
+    return recipes.ON_CIFAR10[preset].get("lr", PRESETS[preset]().lr)
 
 
 def tried(params: ModelParams, fraction: float, reading: dict[str, int]) -> harness.Row:
@@ -65,8 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     name = "sweep_quick" if args.quick else f"sweep_{args.kind}"
     rows = harness.finished(args.out / f"{name}.csv")
     for preset, factor in itertools.product(presets, FACTORS[:1] if args.quick else FACTORS):
-        params = recipes.recipe(preset, args.kind, **settings)
-        params = evolve(params, lr=float(f"{factor * params.lr:.3g}"))
+        params = recipes.recipe(preset, args.kind, **settings, lr=float(f"{factor * usual_lr(preset):.3g}"))
         known = {"preset": preset, "lr": params.lr, "fraction": args.fraction}
         if not harness.has(rows, known):
             rows.append({**known, **tried(params, args.fraction, {} if args.quick else kind.reading)})

@@ -46,9 +46,10 @@ def test_expected_results_are_above_the_random_encoder_by_more_than_their_deviat
 
 @pytest.mark.parametrize("name", ["cifar10_laptop", "cifar10_quick", "cifar10_gpu"])
 def test_results_on_cifar10_are_those_of_the_benchmark(name):
-    path, scores = harness.RESULTS / f"{name}.csv", {}
-    for row in harness.read(path)[1] if path.exists() else []:
+    scores, rates = {}, {}
+    for row in harness.read(harness.RESULTS / f"{name}.csv")[1]:
         scores.setdefault(row["preset"], []).append(float(row["linear %"]))
+        rates.setdefault(row["preset"], set()).add(row["lr"])
     for preset, row in recipes.KINDS[name].rows.items():
         found = scores.get(preset)
         assert (row.result is None) == (found is None)
@@ -56,6 +57,7 @@ def test_results_on_cifar10_are_those_of_the_benchmark(name):
             assert row.result.trained[0] == pytest.approx(statistics.mean(found), abs=0.051)
             assert row.result.random[0] == pytest.approx(statistics.mean(scores["random encoder"]), abs=0.051)
             assert row.result.seeds == len(found)
+            assert rates[preset] == {str(ssl.recipe(preset, name).lr)}
 
 
 @pytest.mark.parametrize(
