@@ -27,7 +27,7 @@ from self_supervised.data.files import UNREADABLE, nan_where_unreadable
 from self_supervised.data.loader import check_views, gathered, one_image_explained
 from self_supervised.data.loading import count_classes, require_labels
 from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, positive, readable
-from self_supervised.networks import layers
+from self_supervised.networks import modules
 from self_supervised.networks.encoders import embeddings_of, get_encoder, prepare_training
 from self_supervised.networks.pretrained import SHARED, load_encoder
 from self_supervised.numerics import at_least_float32, rank_of
@@ -53,7 +53,7 @@ class LinearClassifierMethodParams(EncoderAndDataParams):
     class_names: list[str] | None = None  # names of the classes, by number; None: the data set's, if n_classes is None
     # peak learning rate of the encoder's last stage; None: frozen, in eval mode (for which lr=30 is meant)
     encoder_lr: float | None = positive(None)
-    layer_decay: float = fraction(1.0)  # learning rate of each encoder stage, relative to the next stage's
+    layer_decay: float = positive(1.0, at_most=1)  # learning rate of each encoder stage, relative to the next stage's
     normalize_features: bool = False  # batch norm without parameters before the classifier: one lr fits all encoders
     # probability of a horizontal flip of training images; None: the data set's
     transform_flip_probability: float | None = fraction(None)
@@ -98,7 +98,6 @@ def contradictions_of_classifier(params: LinearClassifierMethodParams) -> Contra
          "one of them."),
         (p.layer_decay != 1 and p.encoder_lr is None,
          f"layer_decay={p.layer_decay} needs an encoder that is trained. Set encoder_lr, or remove layer_decay."),
-        (p.layer_decay == 0, "layer_decay=0 would train the encoder's last stage only. Choose a value above 0."),
         (p.nesterov and (p.optimizer_name != "sgd" or p.momentum == 0),
          f"nesterov=True needs SGD with momentum. Set optimizer_name='sgd' (is {p.optimizer_name!r}) and "
          f"momentum above 0 (is {p.momentum})."),
@@ -197,7 +196,7 @@ class LinearClassifierMethod(BaseMethod):
             self.classifier = nn.Linear(width, require_labels(n, p))
             nn.init.normal_(self.classifier.weight, std=0.01)
             nn.init.zeros_(self.classifier.bias)
-        if not self.trains_encoder or not layers.requires_gradient(self.model):
+        if not self.trains_encoder or not modules.requires_gradient(self.model):
             self.model.requires_grad_(self.trains_encoder)  # otherwise, parts that the user froze stay frozen
         self.record_settings(embedding_dim=width, class_names=names)
 
@@ -227,7 +226,7 @@ class LinearClassifierMethod(BaseMethod):
         """
         if isinstance(encoder, str):
             raise ValueError(f"encoder={encoder!r} is not a module. Is it a preset? Pass preset={encoder!r}.")
-        with layers.modes_kept(encoder) if isinstance(encoder, nn.Module) else nullcontext():  # load_encoder freezes it
+        with modules.modes_kept(encoder) if isinstance(encoder, nn.Module) else nullcontext():  # load_encoder freezes
             source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
         settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}
         method = cls(preset, encoder=encoder, **{**settings, **overrides})
@@ -263,7 +262,7 @@ class LinearClassifierMethod(BaseMethod):
         return self
 
     def on_fit_start(self) -> None:
-        """Name the classes of a loader of the user as its data set does, not like those of `dataset_name`."""
+        """Take the names of classes from the data set of a user's loader, not from `dataset_name`."""
         super().on_fit_start()
         if not self.trains_on_dataset_name and self.params.class_names is None:
             found = label_checks.names_in(getattr(self.trainer.train_dataloader, "dataset", None), self.params)
@@ -281,7 +280,7 @@ class LinearClassifierMethod(BaseMethod):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
-            for line in advice.doubts_of_classifier(self.params, layers.requires_gradient(self.model)):
+            for line in advice.doubts_of_classifier(self.params, modules.requires_gradient(self.model)):
                 rank_zero_info(f"warning: {line}")
             refuse_callbacks(self.trainer.callbacks, {group["lr"] for group in self.parameter_groups()})
 

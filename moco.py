@@ -22,11 +22,11 @@ from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
 from self_supervised.data.loader import check_views, gathered, is_of_dataset_name, list_of_loaders, one_image_explained
 from self_supervised.evaluation import validation
-from self_supervised.networks import encoders, layers, output_sizes
+from self_supervised.networks import encoders, modules, output_sizes
 from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, restore_queue
 from self_supervised.networks.teacher import Teacher
-from self_supervised.numerics import Scores, at_least_float32, in_parts, mean_of_each
+from self_supervised.numerics import Scores, as_tensors, at_least_float32, in_parts, mean_of_each, stacked
 from self_supervised.training import advice, fit_checks, online_classifier, optimizers, parameter_groups, resuming
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.hyperparameters import Given, resolve
@@ -64,7 +64,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     CLASSIFIER = "online_classifier"
     is_recorded = True  # False: the program that trains writes settings and scores itself
-    new_keys: Sequence[Tensor] = ()  # of each key view [N, D], from training_step to on_after_backward
+    new_keys: Sequence[Tensor] = ()  # of each key view, gathered; from training_step to on_after_backward
     micro_batches: MicroBatches | None = None  # from encode_each to backward
     lost_loss = False  # True: the weights are those of a checkpoint that was trained with a `custom_loss`
 
@@ -90,8 +90,8 @@ class SelfSupervisedMethod(BaseMethod):
             self.projection_model = MLP(width, output_dim=p.dim, **p.head("projection"))
             self.prediction_model = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
             self.prototypes = Prototypes(p) if p.loss_type in PROTOTYPE_LOSSES else None
-            own = None if encoder is None else p.input_shape
-            self.lagging_model = frozen_copy(self.model, own) if p.use_lagging_model else None
+            trial_shape = None if encoder is None else p.input_shape
+            self.lagging_model = frozen_copy(self.model, trial_shape) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.lagging_prototypes = frozen_copy(self.prototypes) if self.prototypes and p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.keeps_keys else None
@@ -100,7 +100,7 @@ class SelfSupervisedMethod(BaseMethod):
             if 1 in (p.batch_size, p.global_batch_size):  # fail early if the networks cannot train on a single image
                 side = min(view.crop_size for view in p.views)
                 copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], side, side))
-        self.trained = {row.name for row in self.parameter_table()}  # raises if a pattern matches no parameter
+        self.trained_at_start = {row.name for row in self.parameter_table()}  # raises if a pattern matches no parameter
         # All processes push the same keys, so DDP need not send 4 K D bytes in every forward pass.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         self.record_settings(embedding_dim=width)
@@ -161,7 +161,7 @@ class SelfSupervisedMethod(BaseMethod):
         return online, {j: online[j].z.detach() if p.stop_gradient_of_keys else online[j].z for j in key_views}
 
     def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, EncodedView]:
-        """Return {view i: encode(view i)}; with `micro_batch_size` as leaves, for `backward`."""
+        """Return {view i: encode(view i)}. With `micro_batch_size` these are leaves, from which `backward` goes on."""
         if (size := self.params.micro_batch_size) is None:
             return {i: self.encode(views[i]) for i in which}
         networks, chosen = (self.model, self.projection_model, self.prediction_model), {i: views[i] for i in which}
@@ -184,7 +184,7 @@ class SelfSupervisedMethod(BaseMethod):
         if self.queue is not None:
             new_keys = [keys[j].detach() for j in sorted(keys)]  # gathered by view, in the order of a single process
             self.new_keys = [k if p.gather_keys_for_queue is False else distributed.gather(k) for k in new_keys]
-        constants = {name: loss.new_full((), value) for name, value in (("m", self.momentum()), ("T", p.T))}
+        constants = as_tensors({"m": self.momentum(), "T": p.T}, like=loss)
         self.log_step({"step_train_loss": loss.detach(), **constants, **scalars})
         return loss + self.online_loss(online[0].embeddings, labels) if p.online_classifier else loss
 
@@ -199,12 +199,12 @@ class SelfSupervisedMethod(BaseMethod):
         targets = self.targets(keys, queue, scheduled_values.get("sce_target_T", p.sce_target_T))
         if self.custom_loss is None and p.loss_type in ALL_VIEW_LOSSES:
             loss_of_views = multi_view_losses.get_loss_of_views(p, self.step_seed(batch_idx))
-            scalars = loss_of_views(*(torch.stack([x for _, x in sorted(of.items())]) for of in (queries, targets)))
+            scalars = loss_of_views(stacked(queries), stacked(targets))
         else:
             loss_of = self.custom_loss or losses.get_loss_in_parts(p, **scheduled_values, labels=labels)
             scalars = mean_of_each([loss_of(queries[i], targets[j], queue) for i, j in p.pairs])
         cosines = mean_of_each([losses.cosines(online[i].z, keys[j]) for i, j in p.pairs])
-        return {**cosines, **scalars, **{name: queries[0].new_full((), x) for name, x in scheduled_values.items()}}
+        return {**cosines, **scalars, **as_tensors(scheduled_values, like=queries[0])}
 
     def targets(self, keys: dict[int, Tensor], queue: Tensor | None, target_T: float) -> dict[int, Tensor]:
         """Return what queries are compared with: scores of prototypes, nearest keys of the queue, or the keys."""
@@ -275,12 +275,12 @@ class SelfSupervisedMethod(BaseMethod):
         if any(name.startswith("model.") for name in now):  # otherwise the log has said that only the heads learn
             encoders.prepare_training(self.model)
         if self.lagging_model is not None:
-            layers.copy_modes(self.model, self.lagging_model)
+            modules.copy_modes(self.model, self.lagging_model)
         if self.params.micro_batch_size is not None:
             refuse_strategy(self.trainer)
             synchronize_buffers_alone(self.trainer.model)
-        has_own_rate = type(self).configure_optimizers is not SelfSupervisedMethod.configure_optimizers
-        for line in [*advice.frozen_since(self.trained, now), *fit_checks.doubts_at_start(self, has_own_rate)]:
+        is_own = type(self).configure_optimizers is not SelfSupervisedMethod.configure_optimizers
+        for line in [*advice.frozen_since(self.trained_at_start, now), *fit_checks.doubts_at_start(self, is_own)]:
             rank_zero_info(f"warning: {line}")
 
     def reads_labels(self, training: bool) -> bool:

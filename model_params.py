@@ -367,19 +367,17 @@ def contradictions_of_data(params: EncoderAndDataParams) -> Contradictions:
         )
     for name in () if p.dataset.of_videos else VIDEO:
         is_set = getattr(p, name) != DATASET_DEFAULTS[name] and name not in VIDEO_READING
-        yield is_set, only_for_videos(name, getattr(p, name), p.dataset_name)
+        yield (
+            is_set,
+            f"{name}={getattr(p, name)!r} is for videos, not for dataset_name={p.dataset_name!r}. Remove it, or set "
+            "dataset_name='kinetics'.",
+        )
 
 
 def is_range(value: Any) -> bool:
     """Return whether this is a list of two finite numbers, the first below the second."""
     is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(one, int | float) for one in value)
     return is_pair and -math.inf < value[0] < value[1] < math.inf
-
-
-def only_for_videos(name: str, value: Any, dataset_name: str) -> str:
-    """Return the message about a setting of videos that is set for images."""
-    way_out = "Remove it, or set dataset_name='kinetics'"
-    return f"{name}={value!r} is for videos, not for dataset_name={dataset_name!r}. {way_out}"
 
 
 def contradictions_of_encoder(params: EncoderAndDataParams) -> Contradictions:
@@ -429,8 +427,10 @@ class ModelParams(EncoderAndDataParams):
     queue of keys from a lagging model."""
 
     # pairs of views
-    n_large_views: int = number(2, at_least=1, at_most=100)  # large views per image, the only ones with keys
-    n_small_views: int = number(0, at_most=100)  # small views per image: queries for the keys of all large views
+    # large views per image: the only ones with keys, unless there is a teacher
+    n_large_views: int = number(2, at_least=1, at_most=100)
+    # small views per image: queries for the keys of all large views, or for the teacher's key of the same view
+    n_small_views: int = number(0, at_most=100)
     use_both_augmentations_as_queries: bool = False  # compute the loss in both directions
 
     # where keys come from
@@ -610,7 +610,7 @@ class ModelParams(EncoderAndDataParams):
 
     def __attrs_post_init__(self):
         super().__attrs_post_init__()
-        if self.use_vicreg_loss and self.loss_type == "ce":  # "ce" is the default, which nobody has chosen
+        if self.use_vicreg_loss and self.loss_type == "ce":  # a "ce" that was passed cannot be told from the default
             object.__setattr__(self, "loss_type", "vic")
         for contradictions in CONTRADICTIONS:
             refuse(contradictions(self))
@@ -624,12 +624,12 @@ class ModelParams(EncoderAndDataParams):
     def pairs(self) -> list[tuple[int, int]]:
         """(query view, key view) of every term of the loss.
 
-        With use_both_augmentations_as_queries these are all ordered pairs of large views, otherwise the first view
-        with each of the others. A small view is a query for the key of every large view, and never a key (SwAV's
-        multi-crop, https://arxiv.org/abs/2006.09882, section 3.2). `vic` and `barlow` compare the batches of z of the
-        same pairs, as VICRegL does (https://arxiv.org/abs/2210.01571). With a loss of all views, each view is paired
-        with one other, for the cosines that are logged. A teacher sees the very view that the student sees;
-        without one, a single large view is its own key.
+        A teacher sees the very view that the student sees. Without one, use_both_augmentations_as_queries gives all
+        ordered pairs of large views, otherwise the first view is paired with each of the others; a single large view is
+        its own key. A small view is a query for the key of every large view, and never a key (SwAV's multi-crop,
+        https://arxiv.org/abs/2006.09882, section 3.2). `vic` and `barlow` compare the batches of z of the same pairs,
+        as VICRegL does (https://arxiv.org/abs/2210.01571). With a loss of all views, each view is paired with one
+        other, for the cosines that are logged.
         """
         large, small = range(self.n_large_views), range(self.n_large_views, self.n_views)
         if self.loss_type in ALL_VIEW_LOSSES:
@@ -641,7 +641,7 @@ class ModelParams(EncoderAndDataParams):
 
     @property
     def keeps_keys(self) -> bool:
-        """Whether there is a queue of keys."""
+        """Return whether there is a queue of keys."""
         return self.use_negative_examples_from_queue or self.use_nearest_keys
 
     @property
@@ -695,17 +695,15 @@ class ModelParams(EncoderAndDataParams):
 def contradictions_of_method(params: ModelParams) -> Contradictions:
     """Contradictions of loss, negatives, views and evaluations."""
     p = params
-    negatives = p.use_negative_examples_from_batch or p.use_negative_examples_from_queue
+    of_batch = p.use_negative_examples_from_batch or p.use_negative_examples_from_same_view
     has_predictor = p.prediction_mlp_layers > 0 or p.head("prediction")["last_normalization"] is not None
     one_network = not p.use_lagging_model and p.teacher is None and not has_predictor
     unknown = sorted(set(p.evaluations) - set(EVALUATIONS))
-    time_difference = "transform_time_difference_probability"
-    of_preset = SCEVideoParams.settings[time_difference]  # allowed with images: the preset may be tried on them
     # fmt: off
     return [
         (p.use_vicreg_loss and p.loss_type != "vic",
          f"use_vicreg_loss=True contradicts loss_type={p.loss_type!r}. Set only one of them."),
-        (p.loss_type in NEED_NEGATIVES and not negatives,
+        (p.loss_type in NEED_NEGATIVES and not (of_batch or p.use_negative_examples_from_queue),
          f"loss_type={p.loss_type!r} needs negatives, but there are none. Set "
          "use_negative_examples_from_queue=True or use_negative_examples_from_batch=True."),
         (p.use_negative_examples_from_same_view and not one_network,
@@ -727,8 +725,6 @@ def contradictions_of_method(params: ModelParams) -> Contradictions:
          "shuffle_batch_norm=True needs a lagging model, whose images it shuffles. Set use_lagging_model=True."),
         (p.use_eqco_margin and p.loss_type != "ce",
          f"use_eqco_margin=True is for loss_type='ce', not for {p.loss_type!r}. Change one of them."),
-        (not p.dataset.of_videos and p.transform_time_difference_probability not in (None, 0, of_preset),
-         only_for_videos(time_difference, p.transform_time_difference_probability, p.dataset_name)),
         (bool(unknown), f"evaluations={unknown} unknown: choose from {', '.join(EVALUATIONS)}"),
     ]
     # fmt: on
@@ -778,10 +774,11 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
     which = "batch_size" if p.global_batch_size is None else "global_batch_size"
     one_image = getattr(p, which) == 1
     size = f"{which}={getattr(p, which)}"
-    batch_alone = p.use_negative_examples_from_batch and not p.use_negative_examples_from_queue
+    of_batch = p.use_negative_examples_from_batch or p.use_negative_examples_from_same_view
+    batch_alone = of_batch and not p.use_negative_examples_from_queue
     layers = normalized_layers(p)
     ungrouped = [f"{name}={width}" for kind, width, name in layers if kind == "gn" and width % GROUPS]
-    of_batch = any(kind in ("bn", "br") or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)
+    across_batch = any(kind in ("bn", "br") or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)
     # fmt: off
     return [
         (p.keeps_keys and p.K == 0,
@@ -790,13 +787,13 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
          f"K={p.K} keys of dim={p.dim} make a queue of more than {LARGEST_QUEUE} numbers. Choose fewer."),
         (bool(ungrouped),
          f"{', '.join(ungrouped[:1])} does not fit group norm. Choose a multiple of {GROUPS}, at least {2 * GROUPS}."),
-        (p.micro_batch_size == 1 and of_batch,
+        (p.micro_batch_size == 1 and across_batch,
          f"micro_batch_size=1 is too small for mlp_normalization={p.mlp_normalization!r}: a single image has no "
          "statistics. Choose a larger one."),
         (one_image and (batch_alone or p.teacher is not None or p.loss_type in STATISTIC_LOSSES
                         or (p.loss_type == "swav" and not p.use_negative_examples_from_queue)),
          f"{size} gives loss_type={p.loss_type!r} no other image to compare with. Choose a larger batch, or a queue."),
-        (one_image and of_batch,
+        (one_image and across_batch,
          f"{size} is too small for mlp_normalization={p.mlp_normalization!r}, "
          f"prediction_mlp_normalization={p.prediction_mlp_normalization!r}: a single image has no statistics. Choose a "
          "larger batch."),
@@ -1002,8 +999,9 @@ BarlowTwinsParams = Preset(
     lr=0.3, weight_decay=1e-6, final_lr_schedule_value=0.0003,
 )
 MoCoV3Params = Preset(  # loss_constant_factor is 2 T, as in the authors' code
-    EqCoParams, "MoCoV3Params", "MoCo v3 (https://arxiv.org/abs/2104.02057): MoCo with a predictor, without the queue.",
-    use_eqco_margin=False, loss_constant_factor=0.4, prediction_mlp_layers=2, mlp_normalization="bn",
+    ModelParams, "MoCoV3Params", "MoCo v3 (https://arxiv.org/abs/2104.02057): MoCo with a predictor, without a queue.",
+    use_negative_examples_from_batch=True, use_negative_examples_from_queue=False,
+    loss_constant_factor=0.4, prediction_mlp_layers=2, mlp_normalization="bn",
     use_both_augmentations_as_queries=True, m=0.99, use_momentum_schedule=True, optimizer_name="adamw", lr=1.5e-4,
     weight_decay=0.1, warmup_epochs=10, exclude_matching_parameters_from_lars=NORMS_AND_BIASES,
 )

@@ -86,10 +86,10 @@ class DatasetInfo:
         return "videos" if self.of_videos else "images"
 
 
-DIGIT_VIEW = ViewSettings(  # digits have no color, mirrored ones are others, and a blur of 8 x 8 pixels leaves a spot
+DIGIT_VIEW = ViewSettings(  # digits have no color, a mirrored one is no digit, and a blur would erase 8 x 8 pixels
     crop_scale=(0.4, 1.0), jitter_probability=0.0, grayscale_probability=0.0, flip_probability=0.0, blur_probability=0.0
 )
-CLIP_VIEW = ViewSettings(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # SCE for videos: the crops of CVRL
+CLIP_VIEW = ViewSettings(crop_scale=(0.2, 0.766), crop_ratio=(0.75, 1.3333))  # of SlowFast's MoCo, as in SCE for videos
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TRAINVAL = ("trainval",)

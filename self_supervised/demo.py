@@ -22,7 +22,7 @@ from self_supervised import recipes, train
 from self_supervised.data import loading
 from self_supervised.evaluation import validation
 from self_supervised.folder_lock import locked
-from self_supervised.networks import layers
+from self_supervised.networks import modules
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.program import one_line_errors
 from self_supervised.report import report
@@ -45,7 +45,7 @@ def features_of(encoder: nn.Module, params: ModelParams, dataset: Dataset) -> tu
     loader = loading.get_loader(params, dataset, training=False)
     images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
     views = augmentations.evaluation_view(images, params).split(256)
-    with layers.in_eval_mode(encoder):
+    with modules.in_eval_mode(encoder):
         return torch.cat([encoder(view) for view in views]), labels
 
 

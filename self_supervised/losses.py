@@ -77,7 +77,8 @@ class QueueLogit(torch.autograd.Function):
     """The keys of a queue as a single negative: log sum exp(q key / temperature), [N, 1], and `_n_closer` of the keys.
 
     The queue is read once, in chunks whose similarities stay in a CPU's cache, and nothing of size N x K is stored. The
-    gradient by q, a mean of the keys weighted by their softmax, is accumulated with the sum. The queue has no gradient.
+    gradient with respect to q, a mean of the keys weighted by their softmax, is accumulated with the sum. The queue has
+    none.
     """
 
     CHUNK = 2048  # keys: 2 MB of similarities with 256 queries
@@ -250,7 +251,7 @@ def vicreg(a: Tensor, b: Tensor, invariance: float, variance: float, covariance:
     """Variance-invariance-covariance regularization (https://arxiv.org/abs/2105.04906, equations 1 to 6).
 
     The variance term is the sum over both views, as in equation 6. The authors' code halves it, so their weight of 25
-    is 12.5 here.
+    is 12.5 here. The invariance is the mean over dimensions, as in the authors' code; equation 5 has their sum.
 
     Args:
         a, b: projections of both views, [N, D], from all processes. N is at least 2.

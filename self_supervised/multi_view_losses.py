@@ -23,7 +23,7 @@ def get_loss_of_views(params: ModelParams, seed: tuple[int, ...]) -> Callable[[T
     """Return the function loss(queries, keys) that `params` selects. `seed` is that of this step."""
     p = params
     table = {
-        "fastsiam": mean_inner_product,
+        "fastsiam": fastsiam,
         "lejepa": lambda q, _: lejepa(joined_rows(q), p.n_large_views, p.sigreg_weight, seed),
         "visreg": lambda q, _: visreg(joined_rows(q), p.n_large_views, p.sigreg_weight, seed),
         "emp": lambda q, _: emp_ssl(joined_rows(q), p.invariance_loss_weight),
@@ -40,9 +40,9 @@ def joined_rows(z: Tensor) -> Tensor:
     return distributed.gather(z.transpose(0, 1)).transpose(0, 1)
 
 
-def mean_inner_product(q: Tensor, k: Tensor) -> Scalars:
-    """1 - cosine of each query and the mean of the other views' keys (FastSiam,
-    https://link.springer.com/chapter/10.1007/978-3-031-16788-1_4, equation 4)."""
+def fastsiam(q: Tensor, k: Tensor) -> Scalars:
+    """FastSiam (https://link.springer.com/chapter/10.1007/978-3-031-16788-1_4, equation 4): 1 - cosine of each query
+    and the mean of the other views' keys."""
     of_small = k.mean(0).expand(len(q) - len(k), -1, -1)
     others = torch.cat([(k.sum(0) - k) / (len(k) - 1), of_small])
     return {"loss": 1 - F.cosine_similarity(q, others, dim=2).mean()}
@@ -62,8 +62,8 @@ def lejepa(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> Sca
 def near_large_views(z: Tensor, n_large: int, weight: float, terms: Scalars) -> Scalars:
     """Return (1 - weight) times the squared distance to the mean of the large views, plus `weight` times all terms."""
     invariance = (z - z[:n_large].mean(0)).square().mean()
-    loss = (1 - weight) * invariance + weight * torch.stack(list(terms.values())).sum()
-    return {"loss": loss, "loss_invariance": invariance, **terms}
+    parts = {"loss_invariance": (1 - weight) * invariance, **{name: weight * x for name, x in terms.items()}}
+    return {"loss": torch.stack(list(parts.values())).sum(), **parts}
 
 
 def sigreg(z: Tensor, seed: tuple[int, ...]) -> Tensor:

@@ -105,6 +105,16 @@ def in_parts(x: Tensor, size: int | None) -> tuple[Tensor, ...]:
     return x.tensor_split(-(-len(x) // (size or len(x))))
 
 
+def stacked(of_views: dict[int, Tensor]) -> Tensor:
+    """Return the tensors of all views as one, in the order of the views' numbers."""
+    return torch.stack([of_views[i] for i in sorted(of_views)])
+
+
+def as_tensors(values: dict[str, float], like: Tensor) -> dict[str, Tensor]:
+    """Return numbers as scalars with the dtype and device of a tensor."""
+    return {name: like.new_full((), value) for name, value in values.items()}
+
+
 def mean_of_each(of_pairs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the mean of each scalar over the pairs of views."""
     return {name: torch.stack([scalars[name] for scalars in of_pairs]).mean() for name in of_pairs[0]}

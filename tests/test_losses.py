@@ -110,6 +110,21 @@ def test_eqco_weighs_negatives_as_if_there_were_alpha(vectors, source, alpha):
     assert_same(loss(settings, q, k, queue)["loss"], expected, q)
 
 
+@pytest.mark.parametrize("name", ["ce", "dcl"])
+def test_other_queries_alone_as_negatives(vectors, name):
+    q, k, _ = vectors
+    sources = {
+        f"use_negative_examples_from_{source}": source == "same_view" for source in ("queue", "batch", "same_view")
+    }
+    expected = 0
+    for n in range(N):
+        others = [(q[n] @ q[i] / 0.2).exp() for i in range(N) if i != n]
+        own = (q[n] @ k[n] / 0.2).exp()
+        expected = expected - torch.log(own / sum(others + [own] * (name == "ce"))) / N
+    settings = {"loss_type": name, "use_lagging_model": False, "T": 0.2, **sources}
+    assert_same(loss(settings, q, k, None)["loss"], expected, q)
+
+
 def test_eqco_with_alpha_equal_to_the_number_is_info_nce(vectors):
     q, k, queue = vectors
     plain, margin = loss({}, q, k, queue), loss({"use_eqco_margin": True, "eqco_alpha": K}, q, k, queue)

@@ -165,7 +165,7 @@ def test_settings_as_a_whole_are_refused_next_to_those_of_a_checkpoint(build, tr
     assert Mine.load_from_checkpoint(tmp_path / "x.ckpt", encoder=nn.Flatten(), params=3).hparams == model.hparams
 
 
-def test_a_subclass_may_have_its_own_optimizer(small, trainer, tmp_path):
+def test_a_subclass_may_have_its_own_optimizer(small, trainer, tmp_path, caplog):
     class Own(SelfSupervisedMethod):
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -175,6 +175,9 @@ def test_a_subclass_may_have_its_own_optimizer(small, trainer, tmp_path):
         trainer(max_epochs=n, logger=pl.loggers.CSVLogger(tmp_path)).fit(model)
         plans.append((model.plan.steps, model.plan.steps_per_epoch, model.plan.batch_size))
     assert plans == [(2, 2, 16), (4, 2, 16)] and model.plan.lr == 1e-3
+    trainer().fit(Own(small("moco_v2", evaluations=[], K=4096, momentum=0.5), encoder=TinyEncoder()))
+    (line,) = [message for message in caplog.messages if message.startswith("warning: ")]  # of the queue alone
+    assert line.startswith("warning: K=4096: the queue has random vectors until step")
 
 
 def test_seed_decides_the_weights_and_defaults_to_that_of_seed_everything():

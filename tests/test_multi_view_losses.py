@@ -167,8 +167,9 @@ def test_sigreg_is_the_distance_of_characteristic_functions():
     regularizer = sum(statistics) / 2
     assert_same(multi_view_losses.sigreg(z, (0, 1)), regularizer, z)
     invariance = sum((view - z[:1].mean(0)).square().mean() for view in z) / 2  # one large view and a small one
-    found = multi_view_losses.lejepa(z, 1, 0.02, (0, 1))["loss"]
-    assert_same(found, 0.98 * invariance + 0.02 * regularizer, z)
+    found = multi_view_losses.lejepa(z, 1, 0.02, (0, 1))
+    assert_same(found["loss"], 0.98 * invariance + 0.02 * regularizer, z)
+    assert torch.allclose(found["loss_sigreg"], 0.02 * regularizer, rtol=1e-12)  # terms are logged with their weights
 
 
 def test_sigreg_is_small_for_normally_distributed_numbers_alone():

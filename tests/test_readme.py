@@ -14,7 +14,7 @@ from self_supervised.training.checkpoints import newest
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:collapse", "ignore:the warm-up of 10 epochs")
+@pytest.mark.filterwarnings("ignore:collapse", "ignore:the warm-up of 2 epochs")
 def test_python_blocks(monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
 

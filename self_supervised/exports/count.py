@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from self_supervised.exports.conversions import plain_model
-from self_supervised.networks.layers import n_parameters
+from self_supervised.networks.modules import n_parameters
 from self_supervised.networks.pretrained import Encoder
 from self_supervised.training import checkpoints
 

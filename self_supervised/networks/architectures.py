@@ -157,5 +157,5 @@ def without_memory(name: str, state: dict[str, Tensor], channels: int = 3) -> tu
     if positions is not None and "conv_proj.weight" in state:
         size = state["conv_proj.weight"].shape[-1] * math.isqrt(positions.shape[1] - 1)
     with torch.device("cpu" if name.startswith("regnet") else "meta"):
-        model = encoders.build(name, None, size or 224)
-    return encoders.without_classifier(model, name)[0], size
+        model = encoders.build_classifier(name, None, size or 224)
+    return encoders.without_last_layer(model, name), size

@@ -18,7 +18,7 @@ import ws_resnet
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import INCEPTIONS, OWN_MODULE, SMALL_CNNS, video_models
 from self_supervised.convolutions import PointConv2d, exchange_convolutions
-from self_supervised.networks import layers, layouts
+from self_supervised.networks import layouts, modules
 from self_supervised.networks.output_sizes import measured_width, pool_cells
 from self_supervised.networks.recomputation import recompute_activations
 from self_supervised.numerics import in_parts
@@ -38,7 +38,9 @@ def get_encoder(params: EncoderAndDataParams, own: nn.Module | None = None) -> t
     Raises:
         ValueError: the settings, the images and the encoder do not fit together.
     """
-    encoder, width = _get_encoder(params, own)
+    refuse_source(params, own)
+    encoder, name = (by_name(params), f"encoder_arch={params.encoder_arch!r}") if own is None else (own, "the encoder")
+    width = measured_width(encoder, torch.zeros(1, *params.input_shape), name)
     if params.pooling_size > 1:
         width = pool_cells(encoder, params)
     for weight in encoder.parameters():
@@ -59,7 +61,7 @@ def encodes_in_fastest_layout(encoder: nn.Module, input_shape: tuple[int, ...]) 
     weight = next(encoder.parameters(), torch.empty(0))
     images = torch.zeros(2, *input_shape, device=weight.device).to(memory_format=FASTEST_LAYOUT[1 + len(input_shape)])
     try:
-        with torch.no_grad(), isolate_rng(), layers.in_eval_mode(encoder):
+        with torch.no_grad(), isolate_rng(), modules.in_eval_mode(encoder):
             encoder(images)
     except RuntimeError:
         return False
@@ -77,17 +79,18 @@ def with_contiguous_images(module: nn.Module, inputs: tuple) -> tuple:
     return tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs)
 
 
-def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Module, int]:
-    """Build the encoder with its stem and its weights from a file, and measure its width."""
+def refuse_source(p: EncoderAndDataParams, own: nn.Module | None) -> None:
+    """Raise ValueError if there is both a name and a module of the user, or neither."""
     if own is None and p.encoder_arch == OWN_MODULE:
         raise ValueError(f"encoder_arch={OWN_MODULE!r} needs encoder=your_module")
     if own is not None and p.encoder_arch != OWN_MODULE:
         raise ValueError(
             f"encoder_arch={p.encoder_arch!r} needs no encoder. Pass encoder_arch={OWN_MODULE!r} to use your module."
         )
-    image = torch.zeros(1, *p.input_shape)
-    if own is not None:
-        return own, measured_width(own, image, "the encoder")
+
+
+def by_name(p: EncoderAndDataParams) -> nn.Module:
+    """Return an encoder of this library, torchvision or timm, with its stem, and its weights from a file."""
     check_kind(p.encoder_arch, p.dataset_name, p.dataset.of_videos)
     file = file_of_weights(p)
     published = None if file else p.encoder_weights
@@ -95,6 +98,7 @@ def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Mod
         if published not in (None, "DEFAULT"):
             raise ValueError(f"encoder_weights={published!r} is not a file; timm's weights are called 'DEFAULT'")
         name, small_views = p.encoder_arch.removeprefix("timm:"), getattr(p, "n_small_views", 0)
+        image = torch.zeros(1, *p.input_shape)
         encoder = build_timm(name, published is not None, image, of_all_sizes=small_views > 0)
         report_other_pixels(encoder, p, published)
     elif p.encoder_arch in SMALL_CNNS:
@@ -103,20 +107,20 @@ def _get_encoder(p: EncoderAndDataParams, own: nn.Module | None) -> tuple[nn.Mod
     else:
         refuse_other_pixels(p, published)
         try:
-            model = build(p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual)
+            classifier = build_classifier(p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual)
         except AssertionError as error:  # a ViT whose patches do not fit
             raise ValueError(
                 f"transform_crop_size={p.crop_size} does not fit {p.encoder_arch}: {error} Choose a multiple of the "
                 "patch size, which is in its name"
             ) from error
-        encoder, _ = without_classifier(model, p.encoder_arch)
+        encoder = without_last_layer(classifier, p.encoder_arch)
         adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
         if published and has_new_stem(p):
             report_new_stem(p)
         exchange_convolutions(encoder, PointConv2d)
     if file:
         load_file(encoder, file, p)
-    return encoder, measured_width(encoder, image, f"encoder_arch={p.encoder_arch!r}")
+    return encoder
 
 
 def load_file(encoder: nn.Module, file: Path, p: EncoderAndDataParams) -> None:
@@ -170,7 +174,7 @@ def source_of_weights(params: EncoderAndDataParams) -> str | None:
     return params.encoder_arch if params.encoder_arch.startswith("timm:") else f"{params.encoder_arch}:{weights}"
 
 
-def build(
+def build_classifier(
     name: str, weights: str | None, image_size: int, num_frames: int = 16, zero_init_residual: bool = False
 ) -> nn.Module:
     """Return a classifier of torchvision or ws_resnet as the library builds it. Only S3D gets another pooling, if its
@@ -286,14 +290,14 @@ def build_timm(name: str, pretrained: bool, image: torch.Tensor, of_all_sizes: b
     return encoder
 
 
-def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
-    """Replace the last layer, and dropout before it, by the identity. Return the model and its output's width."""
+def without_last_layer(model: nn.Module, name: str) -> nn.Module:
+    """Return a classifier whose last layer, and dropout before it, have become the identity."""
     for auxiliary in ("aux1", "aux2", "AuxLogits"):  # auxiliary classifiers of GoogLeNet and Inception
         if name in INCEPTIONS and getattr(model, auxiliary, None) is not None:
             setattr(model, auxiliary, None)
             model.aux_logits = False
     last_type = next((kind for start, kind in LAST_LAYERS.items() if name.startswith(start)), nn.Linear)
-    path, last = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, last_type)][-1]
+    path = [path for path, layer in model.named_modules() if isinstance(layer, last_type)][-1]
     parent, _, leaf = path.rpartition(".")
     parent = model.get_submodule(parent)
     setattr(parent, leaf, nn.Identity())
@@ -301,7 +305,7 @@ def without_classifier(model: nn.Module, name: str) -> tuple[nn.Module, int]:
     for sibling, layer in before:
         if isinstance(layer, nn.Dropout):
             setattr(parent, sibling, nn.Identity())
-    return model, last.in_features if last_type is nn.Linear else last.in_channels
+    return model
 
 
 def has_new_stem(p: EncoderAndDataParams) -> bool:
@@ -369,16 +373,16 @@ def embeddings_of(encoder: nn.Module, x: torch.Tensor, at_once: int | None = Non
 def prepare_training(encoder: nn.Module) -> None:
     """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not, and its frozen parts
     into eval mode, so that their batch statistics stay. Log a line about the former, or if all of it is frozen."""
-    if layers.requires_gradient(encoder):
+    if modules.requires_gradient(encoder):
         if hasattr(encoder, "is_trained"):
             encoder.is_trained = True
         if not encoder.training:
             rank_zero_info("the encoder was in eval mode: its parts with trainable weights are put into train mode")
             encoder.train()
         for part in encoder.modules():
-            if layers.n_parameters(part) and not layers.requires_gradient(part):
+            if modules.n_parameters(part) and not modules.requires_gradient(part):
                 part.eval()
-    elif layers.n_parameters(encoder):
+    elif modules.n_parameters(encoder):
         rank_zero_info(
             "warning: no weight of the encoder requires a gradient, so only the heads learn. Call "
             "encoder.requires_grad_() to train it"

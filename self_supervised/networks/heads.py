@@ -22,7 +22,7 @@ AFFINE = {"ln": "elementwise_affine"}  # name of the argument for weight and bia
 class MLP(nn.Module):
     """Multi-layer perceptron: (Linear, normalization, activation) x (n_layers - 1), Linear, last normalization.
 
-    With `n_layers=0` it is the identity.
+    With `n_layers=0` it has no linear layer, but may have the last normalization.
 
     Args:
         input_dim: width of the input.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model_params import ModelParams
 from self_supervised import distributed
-from self_supervised.networks import layers
+from self_supervised.networks import modules
 
 # ---- Queue and lagging model ----
 
@@ -100,7 +100,7 @@ def is_independent(copied: nn.Module, module: nn.Module, input_shape: tuple[int,
         return network(images)
 
     weights = list(module.parameters())
-    with torch.no_grad(), isolate_rng(), layers.in_eval_mode(module), layers.in_eval_mode(copied):
+    with torch.no_grad(), isolate_rng(), modules.in_eval_mode(module), modules.in_eval_mode(copied):
         # not the number of an earlier trial, of which a hook may have kept the features
         images = torch.rand(3, *input_shape, device=weights[0].device if weights else None)
         expected, found = encoded(module), encoded(copied)

@@ -94,7 +94,7 @@ class WeightsFile:
 
     @property
     def has_guessed_stem(self) -> bool:
-        """Whether the file is taken for solo-learn's only because it has a classifier, as many a file of others has."""
+        """Return whether the file is taken for solo-learn's for its classifier alone, as many files of others have."""
         is_solo_learns = not self.settings and self.stem_variant == "padding_2"
         return is_solo_learns and all(key.startswith("classifier.") for key in self.left_out)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised.catalogue import SMALL_CNN
-from self_supervised.networks import layers
+from self_supervised.networks import modules
 
 
 def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
@@ -21,7 +21,7 @@ def measured_width(encoder: nn.Module, image: torch.Tensor, name: str) -> int:
     """
     weight = next(encoder.parameters(), image)
     try:
-        with torch.no_grad(), layers.in_eval_mode(encoder):
+        with torch.no_grad(), modules.in_eval_mode(encoder):
             output = encoder(image.to(weight.device))
     except (RuntimeError, AssertionError, ValueError) as error:
         kind, frames = ("clips", "num_frames, ") if image.dim() == 5 else ("images", "")

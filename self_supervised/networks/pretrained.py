@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model_params import DATASET_DEFAULTS, EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.data.foreign_paths import ForeignPath, vetted, vetted_start
-from self_supervised.networks import architectures, encoders, layers, layouts
+from self_supervised.networks import architectures, encoders, layouts, modules
 from self_supervised.views import augmentations, input_checks
 
 ENCODER_FACTS = (  # settings of an encoder and of its input, which files of other systems lack
@@ -79,7 +79,7 @@ class Encoder(nn.Module):
 
     def train(self, mode: bool = True) -> "Encoder":
         """Stay in eval mode unless a method trains it."""
-        return super().train(mode and (self.is_trained or layers.requires_gradient(self)))
+        return super().train(mode and (self.is_trained or modules.requires_gradient(self)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the embeddings [N, E] of normalized images [N, C, H, W]. Raises ValueError for integers."""
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         """
         input_checks.check_pixels(images, self.params.channels)
         weight = next(self.model.parameters())
-        with layers.in_eval_mode(self):
+        with modules.in_eval_mode(self):
             return self(self.prepare(images.to(weight.device)).to(weight.dtype)).float()
 
 
@@ -131,7 +131,7 @@ def load_encoder(
         ValueError: the name is unknown, or the file does not hold exactly the parameters of the encoder; the message
             names them. Or it has no lagging encoder.
     """
-    layers.refuse_no_module(encoder)
+    modules.require_module(encoder)
     name = str(layouts.checkpoint_of(path_or_name))
     if encoder is None and is_published(name):
         if lagging:

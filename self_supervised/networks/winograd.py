@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from self_supervised.convolutions import PointConv2d
-from self_supervised.networks.layers import in_eval_mode
+from self_supervised.networks.modules import in_eval_mode
 from self_supervised.networks.winograd_ops import (
     LANES,
     PANEL,

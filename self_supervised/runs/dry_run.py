@@ -17,7 +17,7 @@ from torch import nn
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised.data import loading
-from self_supervised.networks import layers
+from self_supervised.networks import modules
 from self_supervised.runs.effective import effective_settings
 from self_supervised.runs.run_options import RunOptions
 from self_supervised.runs.trainers import trainer_of_dry_run
@@ -94,12 +94,12 @@ def parts_table(model: SelfSupervisedMethod) -> Table:
     made = empty_table("Parts", "part", "is", "output", "parameters", "trained")
     outputs = output_shapes(model)
     for name, part in model.named_children():
-        if not layers.n_parameters(part) and name != "queue":
+        if not modules.n_parameters(part) and name != "queue":
             continue
         kind = p.encoder_arch if name in ("model", "lagging_model") else widths(part)
-        says = "yes" if layers.requires_gradient(part) else "no" if name == "queue" else "lags"
+        says = "yes" if modules.requires_gradient(part) else "no" if name == "queue" else "lags"
         shape = f"[{p.K}, {p.dim}]" if name == "queue" else outputs[name]
-        made.add_row(PART_NAMES.get(name, name), kind, shape, f"{layers.n_parameters(part):,}", says)
+        made.add_row(PART_NAMES.get(name, name), kind, shape, f"{modules.n_parameters(part):,}", says)
     return made
 
 
@@ -107,8 +107,8 @@ def parts_text(model: nn.Module) -> str:
     """Return the number of parameters of each part in one line."""
     counts = []
     for name, part in model.named_children():
-        if count := layers.n_parameters(part):
-            frozen = "" if layers.requires_gradient(part) else " (not trained)"
+        if count := modules.n_parameters(part):
+            frozen = "" if modules.requires_gradient(part) else " (not trained)"
             counts.append(f"{PART_NAMES.get(name, name)} {count:,}{frozen}")
     return f"Parameters: {', '.join(counts)}"
 
@@ -125,7 +125,7 @@ def output_shapes(model: SelfSupervisedMethod) -> dict[str, str]:
     p = model.params
     found = {}
     x = torch.zeros(2, *p.input_shape, device=model.device)
-    with layers.in_eval_mode(model):
+    with modules.in_eval_mode(model):
         for start, names in (
             (x, ("model", "projection_model", "prediction_model", "prototypes")),
             (x, ("lagging_model", "lagging_projection_model", "lagging_prototypes")),

@@ -161,19 +161,20 @@ def frozen_since(before: set[str], now: set[str]) -> list[str]:
     ]
 
 
-def doubts(params: ModelParams, plan: Plan, loss_type: str) -> list[str]:
+def doubts(params: ModelParams, plan: Plan, loss_type: str, has_own_optimizer: bool = False) -> list[str]:
     """Return lines on the learning rate, on a queue that is filled late, on prototypes that never move, on views
     that are not compared, on settings that were changed without effect, and on a missing teacher, where they apply.
 
     Args:
         loss_type: that of `params`, or CUSTOM if a function replaces it.
+        has_own_optimizer: whether the user's code builds the optimizer, from whatever settings it reads.
     """
-    unused = without_effect(params, changed_by_user(params), loss_type)
+    unused = "" if has_own_optimizer else without_effect(params, changed_by_user(params), loss_type)
     alone = "teacher=None: the student learns from itself. Pass a teacher"
     no_teacher = alone if loss_type == "seed" and params.teacher is None else ""
     fills_queue = value_of(params, QUEUE, loss_type)
     found = (
-        doubt_of_lr(params, plan),
+        "" if has_own_optimizer else doubt_of_lr(params, plan),
         doubt_of_queue(params, plan) if fills_queue else "",
         doubt_of_prototypes(params, plan),
         doubt_of_lengths(params, loss_type),

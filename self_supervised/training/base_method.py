@@ -27,7 +27,7 @@ from self_supervised.data.loader import (
     size_of_batches,
     whole_numbers,
 )
-from self_supervised.networks import layers
+from self_supervised.networks import modules
 from self_supervised.safe_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, fit_checks, hyperparameters, label_checks, preparation, resuming
 from self_supervised.training.milestones import is_cut_short
@@ -106,8 +106,9 @@ class BaseMethod(pl.LightningModule):
 
     @property
     def lr(self) -> float:
-        """Learning rate of the settings. A value that is set is used as it is: `lr_scaling` becomes None. In proportion
-        change `encoder_lr` of a classifier, and rates of a schedule's ends that would be above it."""
+        """Learning rate of the settings. A value that is set is used as it is: `lr_scaling` becomes None. The
+        `encoder_lr` of a classifier changes in proportion, and so do start and end of the schedule if they would be
+        above `lr`."""
         return self.params.lr
 
     @lr.setter
@@ -385,12 +386,12 @@ class BaseMethod(pl.LightningModule):
 
         `self-supervised export` also writes weights files, and verifies what it writes.
         """
-        with layers.in_eval_mode(self):
+        with modules.in_eval_mode(self):
             return super().to_onnx(*args, **kwargs)
 
     def to_torchscript(self, file_path: Any = None, method: str = "trace", *args: Any, **kwargs: Any) -> Any:
         """Export `forward` as Lightning does, in eval mode, by tracing `example_inputs`; see `to_onnx`."""
         if method != "trace":
             raise ValueError(f"method={method!r} cannot compile every encoder. Use 'trace', and pass example_inputs.")
-        with layers.in_eval_mode(self):
+        with modules.in_eval_mode(self):
             return super().to_torchscript(file_path, method, *args, **kwargs)

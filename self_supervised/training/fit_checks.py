@@ -43,15 +43,15 @@ def refuse_manual_optimization(method: pl.LightningModule) -> None:
         )
 
 
-def doubts_at_start(method: pl.LightningModule, has_own_rate: bool) -> list[str]:
-    """Return lines on what weights that were loaded do not bring along, their loss and an equal lagging model, and
-    those of `advice.doubts` unless the learning rate is the user's.
+def doubts_at_start(method: pl.LightningModule, has_own_optimizer: bool) -> list[str]:
+    """Return the lines of `advice.doubts`, on a loss of the user that was not passed again, and on a lagging model that
+    starts from other weights.
 
     Raises:
         ValueError: the lagging model has parameters of other shapes, because a network was replaced.
     """
     loss = advice.CUSTOM if method.custom_loss else method.params.loss_type
-    lines = [] if has_own_rate else advice.doubts(method.params, method.plan, loss)
+    lines = advice.doubts(method.params, method.plan, loss, has_own_optimizer)
     lines += [LOST_LOSS] if method.lost_loss and method.custom_loss is None else []
     weights = [tuple(list(network.parameters()) for network in pair) for pair in method.lagging_pairs()]
     if any([w.shape for w in lagging] != [w.shape for w in online] for lagging, online in weights):

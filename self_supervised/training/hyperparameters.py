@@ -16,7 +16,7 @@ from self_supervised.catalogue import DATASETS, OWN_MODULE
 from self_supervised.data.foreign_paths import vetted
 from self_supervised.data.loading import Params, with_statistics
 from self_supervised.fields import Presets, plain
-from self_supervised.networks import layers
+from self_supervised.networks import modules
 
 PLAIN_TYPES = (bool, int, float, str, type(None))
 Given = Params | Callable[..., Params] | dict[str, Any] | str | None  # what `Presets.settings_of` takes
@@ -44,7 +44,7 @@ def resolve(
         if params is not None:
             raise ValueError("hparams and params are two names of one argument. Pass one of them.")
         params = dict(vars(hparams)) if isinstance(hparams, Namespace) else hparams
-    layers.refuse_no_module(encoder)
+    modules.require_module(encoder)
     if encoder is not None:
         fields = {**fields, "encoder_arch": OWN_MODULE}
     params = attrs.evolve(presets.settings_of(params), **fields)

@@ -66,7 +66,7 @@ def names_in(dataset: Dataset | None, params: Any) -> dict[int, str]:
 
 
 def refuse_other_numbers(known: Sequence[str] | None, found: Mapping[int, str], source: str) -> None:
-    """Raise ValueError if a class has another number than in the classifier, whose scores would be wrong in silence.
+    """Raise ValueError if classes are not numbered as in the classifier, whose scores would be wrong in silence.
 
     Args:
         known: names of the classifier's classes, in the order of their numbers. The data set may have other words for

@@ -20,7 +20,7 @@ from self_supervised.training.checkpoints import read_checkpoint
 class Best(pl.Callback):
     """Callback that saves best_NAME.ckpt at the end of the epoch in which the metric NAME is best.
 
-    Of equal values the first counts. NaN is never best. Put it before `Checkpoints`, so that its files hold the best
+    The first of equal values counts. NaN is never best. Put it before `Checkpoints`, so that its files hold the best
     value up to their epoch.
 
     Args:

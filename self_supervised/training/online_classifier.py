@@ -1,5 +1,5 @@
 """Online linear classifier: trained alongside the method on the embeddings of its training step, without gradients to
-the encoder. SimCLR, https://arxiv.org/abs/2002.05709, B.9, monitors training with one."""
+the encoder. It scores like a classifier that is trained afterwards (SimCLR, https://arxiv.org/abs/2002.05709, B.6)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

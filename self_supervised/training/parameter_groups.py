@@ -14,7 +14,7 @@ from torch import nn
 import lars
 from model_params import ModelParams
 from self_supervised.catalogue import NORMS_AND_BIASES
-from self_supervised.networks import layers
+from self_supervised.networks import modules
 
 Parameters = dict[str, nn.Parameter]  # name in the encoder -> parameter
 FEWEST_GROUPS = 4  # of layers, if the encoder can be divided into that many
@@ -115,7 +115,7 @@ def layer_groups(encoder: nn.Module) -> dict[str, Parameters]:
     while len(found := joined_parts(parts)) < FEWEST_GROUPS and (
         openable := [part for part in parts if can_be_opened(part[1])]
     ):
-        largest = max(openable, key=lambda part: layers.n_parameters(part[1]))
+        largest = max(openable, key=lambda part: modules.n_parameters(part[1]))
         name, module = largest
         at = parts.index(largest)
         parts[at : at + 1] = [(f"{name}.{child}".lstrip("."), part) for child, part in module.named_children()]
@@ -142,7 +142,7 @@ def joined_parts(parts: list[tuple[str, nn.Module]]) -> dict[str, Parameters]:
 
 def can_be_opened(module: nn.Module) -> bool:
     """Return whether at least half of the parameters are those of children. Attention, for example, stays whole."""
-    return 2 * sum(map(layers.n_parameters, module.children())) > layers.n_parameters(module)
+    return 2 * sum(map(modules.n_parameters, module.children())) > modules.n_parameters(module)
 
 
 def check_matches(module: nn.Module, params: ModelParams, names: list[str]) -> None:

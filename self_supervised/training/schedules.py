@@ -112,7 +112,7 @@ def prototypes_are_frozen(params: ModelParams, step: int, plan: Plan) -> bool:
 class Schedule(LambdaLR):
     """Scheduler that sets the learning rate and weight decay of every group as functions of the optimizer step.
 
-    The weight decay follows half a cosine to its final value (DINO, https://arxiv.org/abs/2104.14294, appendix C). A
+    The weight decay follows half a cosine to its final value (DINO, https://arxiv.org/abs/2104.14294, section 3.2). A
     checkpoint holds only the step, so a resumed run has the values of its own settings from its first step on.
 
     Args:

@@ -17,7 +17,7 @@ from model_params import ModelParams
 from self_supervised import distributed
 from self_supervised.catalogue import OWN_MODULE, video_models
 from self_supervised.data.loader import list_of_loaders
-from self_supervised.networks import layers
+from self_supervised.networks import modules
 
 COMPARED = ("valid_knn20_acc", "valid_class_acc")  # starts of names; the first that was scored decides
 GIVE_COMPARED = {"knn", "linear_probe"}  # evaluations that give such scores
@@ -144,7 +144,7 @@ def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, floa
     """Return the scores that a validation would log, and make them the latest ones. Logs, random states and the network
     do not change, but all processes get the buffers of the first one."""
     plugin = trainer.precision_plugin
-    with isolate_rng(), torch.no_grad(), layers.in_eval_mode(module), validating(trainer):
+    with isolate_rng(), torch.no_grad(), modules.in_eval_mode(module), validating(trainer):
         distributed.share_buffers(module.model)
         for i, loader in enumerate(list_of_loaders(trainer.val_dataloaders)):
             for n, batch in enumerate(loader):

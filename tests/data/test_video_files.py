@@ -318,7 +318,6 @@ def test_wrong_settings_are_refused(changes, message):
 
 @pytest.mark.parametrize("changes", [
     {"evaluation_clips": 10}, {"num_frames": 16}, {"clip_speeds": [1.0, 2.0]}, {"video_path_prefix": "/videos"},
-    {"transform_time_difference_probability": 1.0},
 ])  # fmt: skip
 def test_what_is_for_videos_is_refused_on_images(changes):
     ((name, value),) = changes.items()

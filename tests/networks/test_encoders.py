@@ -34,9 +34,13 @@ def test_every_torchvision_classifier_gives_n_by_e(name):
     """Shapes are computed on the meta device, without arithmetic."""
     size = 299 if name == "inception_v3" else 224
     with torch.device("cpu" if name in REGNETS else "meta"):
-        encoder, width = encoders.without_classifier(encoders.build(name, None, size), name)
+        classifier = encoders.build_classifier(name, None, size)
+        linear = [layer.in_features for layer in classifier.modules() if isinstance(layer, nn.Linear)]
+        convolutions = [layer.in_channels for layer in classifier.modules() if isinstance(layer, nn.Conv2d | nn.Conv3d)]
+        encoder = encoders.without_last_layer(classifier, name)
     encoder.to("meta").train(name in HAS_AUXILIARY_CLASSIFIERS)
     frames = (16,) if name in catalogue.video_models() else ()
+    width = (linear or convolutions)[-1]
     assert encoder(torch.zeros(2, 3, *frames, size, size, device="meta")).shape == (2, width)
     assert not any(getattr(layer, "out_features", 0) in (1000, 400) for layer in encoder.modules())
 
@@ -45,7 +49,7 @@ def test_every_torchvision_classifier_gives_n_by_e(name):
 def test_inception_networks_get_pixels_from_minus_1_to_1(name):
     """torchvision's transform_input turns ImageNet's constants into these, but a checkpoint does not hold it."""
     with torch.device("meta"):
-        assert not encoders.build(name, None, 299).transform_input
+        assert not encoders.build_classifier(name, None, 299).transform_input
     x = torch.rand(2, 3, 4, 4)
     for dataset in ("imagenet", "cifar10"):
         constants = (catalogue.DATASETS[dataset].mean, catalogue.DATASETS[dataset].std)
@@ -70,7 +74,7 @@ def test_embeddings_are_the_classifiers_input():
             expected = model(x)
             last_type = nn.Conv2d if name.startswith("squeezenet") else nn.Linear
             last = [layer for layer in model.modules() if isinstance(layer, last_type)][-1]
-            found = encoders.without_classifier(model, name)[0](x)
+            found = encoders.without_last_layer(model, name)(x)
             if name.startswith("squeezenet"):  # its classifier comes before the pooling
                 assert found.shape == (1, 512)
             else:
@@ -264,8 +268,8 @@ def test_encoders_of_clips_by_name(name):
 def test_large_clips_are_pooled_as_torchvision_does():
     assert isinstance(clips("s3d", 224, 16)[0].avgpool, nn.AvgPool3d)
     x = torch.randn(1, 4, 2, 7, 7)  # the smallest map that fits its window: at 14 frames of 224 pixels
-    pooled = encoders.build("s3d", None, 224).avgpool(x)
-    assert torch.allclose(pooled, encoders.build("s3d", None, 223).avgpool(x), atol=1e-6)
+    pooled = encoders.build_classifier("s3d", None, 224).avgpool(x)
+    assert torch.allclose(pooled, encoders.build_classifier("s3d", None, 223).avgpool(x), atol=1e-6)
 
 
 def test_multiscale_transformers_take_clips_of_one_size():

@@ -1,4 +1,4 @@
-"""Parts of an encoder: their train and eval modes, and whether they are trained."""
+"""Train and eval modes of the parts of a network, and whether they are trained."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-def refuse_no_module(encoder: Any) -> None:
+def require_module(encoder: Any) -> None:
     """Raise ValueError for an `encoder` of the user that is not a module, such as a name or a class."""
     if encoder is not None and not isinstance(encoder, nn.Module):
         raise ValueError(
