@@ -28,7 +28,7 @@ from self_supervised.data.loader import check_views, gathered, one_image_explain
 from self_supervised.data.loading import count_classes, require_labels
 from self_supervised.fields import Preset, Presets, choice, fraction, non_negative, number, positive, readable
 from self_supervised.networks import modules
-from self_supervised.networks.encoders import embeddings_of, get_encoder, prepare_training
+from self_supervised.networks.encoders import embeddings_of, get_encoder
 from self_supervised.networks.pretrained import SHARED, load_encoder
 from self_supervised.numerics import at_least_float32, rank_of
 from self_supervised.training import advice, label_checks, optimizers
@@ -273,7 +273,7 @@ class LinearClassifierMethod(BaseMethod):
         """Put an encoder that is trained, and in eval mode as a whole, into train mode, which Lightning does not do."""
         super().on_train_start()
         if self.trains_encoder:
-            prepare_training(self.model)
+            modules.prepare_training(self.model)
         else:
             self.model.eval()
 

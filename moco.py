@@ -82,7 +82,7 @@ class SelfSupervisedMethod(BaseMethod):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = encoders.get_encoder(p, encoder)
-            encoders.prepare_training(self.model)
+            modules.prepare_training(self.model)
             output_sizes.check_small_views(self.model, width, p)
             self.teacher = Teacher(p) if p.teacher else None  # not a module: checkpoints do not store it
             if self.teacher is not None:
@@ -233,7 +233,7 @@ class SelfSupervisedMethod(BaseMethod):
         if self.prototypes is not None and prototypes_are_frozen(self.params, self.global_step, self.plan):
             self.prototypes.weight.grad = None
         if self.queue is not None:  # not earlier: backward() still reads the keys that push() overwrites
-            self.queue.push(torch.cat(self.new_keys))
+            self.queue.push(self.new_keys)
 
     def momentum(self) -> float:
         """Return the fraction of itself that the lagging model keeps at this optimizer step."""
@@ -272,8 +272,8 @@ class SelfSupervisedMethod(BaseMethod):
     def on_train_start(self) -> None:
         super().on_train_start()
         now = {row.name for row in self.parameter_table()}
-        if any(name.startswith("model.") for name in now):  # otherwise the log has said that only the heads learn
-            encoders.prepare_training(self.model)
+        if any(name.startswith("model.") for name in now | self.trained_at_start):  # otherwise it was already named
+            modules.prepare_training(self.model)
         if self.lagging_model is not None:
             modules.copy_modes(self.model, self.lagging_model)
         if self.params.micro_batch_size is not None:

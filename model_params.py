@@ -207,7 +207,7 @@ class EncoderAndDataParams:
     image_mean: list[float] | None = None  # mean of each channel, for pixel values from 0 to 1; None: the data set's
     image_std: list[float] | None = None  # standard deviation of each channel; None: the data set's
     compute_statistics: bool = False  # compute image_mean and image_std from the training images, where they are None
-    # seed of all random choices; None: that of pl.seed_everything
+    # seed of all random choices; None: that of pl.seed_everything, otherwise drawn
     seed: int | None = non_negative(None, at_most=2**63 - 1)
 
     # data loader

@@ -46,6 +46,7 @@ from self_supervised.training import checkpoints
 from self_supervised.training.plan import epochs_text
 from self_supervised.training.precision import choose
 from self_supervised.training.run_folder import csv_logger, logged
+from self_supervised.training.verdict import scores_at_end
 
 BASE = ModelParams(
     lr=0.8,
@@ -281,7 +282,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     )
     method = SelfSupervisedMethod(params)
     trainer.fit(method, ckpt_path=checkpoint)
-    scores = method.scores_at_end() or trainer.validate(method, verbose=False)[0]
+    scores = scores_at_end(method) or trainer.validate(method, verbose=False)[0]
     logged_last = {key: values[-1] for key, (_, values) in curves.read_curves(folder).items()}
     cosines = {"pos_cos": logged_last["step_pos_cos"], "neg_cos": logged_last["step_neg_cos"]}
     minutes = round(timer.time_elapsed() / 60, 2)

@@ -46,7 +46,7 @@ from self_supervised.safe_files import atomic_write, check_folder, remove, to_js
 from self_supervised.threads import use_free_cores
 from self_supervised.training import parameter_groups, run_folder
 from self_supervised.training.milestones import is_cut_short
-from self_supervised.training.verdict import MEANING, verdict
+from self_supervised.training.verdict import MEANING, scores_at_end, verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes", "linear epochs")  # in results.json
 OUTDATED_FILES = ("linear", "linear.ckpt", "pretrained.evaluation")  # of the encoder before it is trained further
@@ -73,7 +73,7 @@ def forget_other_scores(
 def validation_scores(fit: pl.Trainer, method: pl.LightningModule, of: str = "") -> dict[str, float]:
     """Return the scores of the last epoch if the weights have not changed since, else of another validation, before
     which a line says `of` which encoder."""
-    if found := method.scores_at_end():
+    if found := scores_at_end(method):
         return found
     if of:
         if not (fit.limit_val_batches and method.params.is_evaluated):

@@ -218,17 +218,20 @@ def way_to_uint8(images: Tensor) -> str:
     return f"Scale their values from {low} to {high} to 0 to 255 first, {example}"
 
 
-def first_batch(loader: DataLoader, index: int) -> Any:
-    """Return the first batch of the validation loader `index`, without a change of the random states.
+def first_batches_of_user(loaders: Any) -> Iterator[tuple[int, Any]]:
+    """Yield number and first batch of each validation loader of the user, without a change of the random states.
 
     Raises:
-        ValueError: the loader has no batch.
+        ValueError: a loader has no batch.
     """
-    with isolate_rng():
-        batch = next(iter(loader), None)
-    if batch is None:
-        raise ValueError(f"the validation loader {index} has no batch. Pass more images, or leave out drop_last.")
-    return batch
+    for index, loader in enumerate(list_of_loaders(loaders)):
+        if not isinstance(loader, DataLoader) or isinstance(loader, ResumableDataLoader):
+            continue
+        with isolate_rng():
+            batch = next(iter(loader), None)
+        if batch is None:
+            raise ValueError(f"the validation loader {index} has no batch. Pass more images, or leave out drop_last.")
+        yield index, batch
 
 
 def whole_numbers(labels: Tensor | None) -> Tensor | None:

@@ -49,7 +49,10 @@ def get_encoder(params: EncoderAndDataParams, own: nn.Module | None = None) -> t
     if own is not None and not encodes_in_fastest_layout(encoder, params.input_shape):
         make_contiguous(encoder)
     if params.embedding_dim not in (None, width):
-        raise ValueError(f"embedding_dim={params.embedding_dim}, but {params.encoder_arch} gives {width}: leave it out")
+        raise ValueError(
+            f"embedding_dim={params.embedding_dim} in the settings or the checkpoint, but {params.encoder_arch} gives "
+            f"{width}: pass the encoder of the checkpoint, or leave embedding_dim out"
+        )
     if params.activation_checkpointing:
         recompute_activations(encoder)
     return encoder, width
@@ -364,26 +367,15 @@ def embeddings_of(encoder: nn.Module, x: torch.Tensor, at_once: int | None = Non
 
     Args:
         at_once: the largest number of images or videos that are encoded at once; None: all.
+
+    Raises:
+        ValueError: the images are integers.
     """
+    if not x.is_floating_point():
+        raise ValueError(
+            f"images of {x.dtype} are not normalized. on_after_batch_transfer of a LightningDataModule replaces the "
+            "method's, which does it: convert images in on_before_batch_transfer."
+        )
     if at_once is not None and len(x) > at_once:
         return torch.cat([embeddings_of(encoder, part) for part in in_parts(x, at_once)])
     return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) if x.dim() == 6 else encoder(x)
-
-
-def prepare_training(encoder: nn.Module) -> None:
-    """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not, and its frozen parts
-    into eval mode, so that their batch statistics stay. Log a line about the former, or if all of it is frozen."""
-    if modules.requires_gradient(encoder):
-        if hasattr(encoder, "is_trained"):
-            encoder.is_trained = True
-        if not encoder.training:
-            rank_zero_info("the encoder was in eval mode: its parts with trainable weights are put into train mode")
-            encoder.train()
-        for part in encoder.modules():
-            if modules.n_parameters(part) and not modules.requires_gradient(part):
-                part.eval()
-    elif modules.n_parameters(encoder):
-        rank_zero_info(
-            "warning: no weight of the encoder requires a gradient, so only the heads learn. Call "
-            "encoder.requires_grad_() to train it"
-        )

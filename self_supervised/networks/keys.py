@@ -4,6 +4,7 @@ Sizes: N images on this process, D = params.dim, K keys in the queue, P prototyp
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,9 +31,14 @@ class KeyQueue(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.long))  # next slot to write
 
     @torch.no_grad()
-    def push(self, keys: Tensor) -> None:
-        """Overwrite the oldest slots with `keys` [n, D]."""
-        size = len(self.keys)
+    def push(self, keys_of_views: Sequence[Tensor]) -> None:
+        """Overwrite the oldest slots with keys, [n, D] of each view. Raises ValueError if there are none."""
+        if not keys_of_views:
+            raise ValueError(
+                "training_step: no keys for the queue. Call super().training_step(...) in yours, or set "
+                "use_negative_examples_from_queue=False."
+            )
+        keys, size = torch.cat(keys_of_views), len(self.keys)
         if (skipped := len(keys) - size) > 0:  # more keys than slots: only the last ones stay
             self.position.add_(skipped)
             keys = keys[skipped:]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
 
@@ -51,3 +52,23 @@ def n_parameters(module: nn.Module) -> int:
 def requires_gradient(module: nn.Module) -> bool:
     """Return whether any weight of the module is trained."""
     return any(weight.requires_grad for weight in module.parameters())
+
+
+def prepare_training(encoder: nn.Module) -> None:
+    """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not, and its frozen parts
+    into eval mode, so that their batch statistics stay. Log a line about the former, or if all of it is frozen."""
+    if requires_gradient(encoder):
+        if hasattr(encoder, "is_trained"):
+            encoder.is_trained = True
+        if not encoder.training:
+            rank_zero_info("the encoder was in eval mode: its parts with trainable weights are put into train mode")
+            encoder.train()
+        for part in encoder.modules():
+            if n_parameters(part) and not requires_gradient(part):
+                part.eval()
+    elif n_parameters(encoder):
+        encoder.eval()
+        rank_zero_info(
+            "warning: no weight of the encoder requires a gradient, so only the heads learn. Call "
+            "encoder.requires_grad_() to train it"
+        )

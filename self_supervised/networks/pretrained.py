@@ -142,6 +142,10 @@ def load_encoder(
         overrides = {"low_resolution_stem": False, **overrides, "encoder_arch": catalogue.OWN_MODULE}
     settings, assumed = settings_of(found, overrides)
     params = with_overrides(settings, overrides)
+    if found.settings and params.low_resolution and params.stem_variant != settings["stem_variant"]:
+        raise ValueError(
+            f"stem_variant={params.stem_variant!r}, but {found.source} has {settings['stem_variant']!r}: leave it out"
+        )
     model, _ = encoders.get_encoder(params, encoder)
     left_out = layouts.load_into(model, found, params.encoder_arch)
     report = Report(

@@ -157,7 +157,8 @@ def frozen_since(before: set[str], now: set[str]) -> list[str]:
         return []
     return [
         f"{len(lost)} of {len(before)} weights no longer require a gradient ({lost[0]}, ...). If you did not freeze "
-        "them: load_encoder(encoder=module) freezes its module, so pass it a copy"
+        "them: load_encoder(encoder=module) and LinearClassifierMethod(encoder=module) freeze their module, so pass a "
+        "copy"
     ]
 
 

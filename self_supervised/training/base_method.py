@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
 
 from self_supervised import distributed
@@ -20,7 +20,7 @@ from self_supervised.data import loading
 from self_supervised.data.class_labels import lacking
 from self_supervised.data.loader import (
     ResumableDataLoader,
-    first_batch,
+    first_batches_of_user,
     images_and_labels,
     is_of_dataset_name,
     list_of_loaders,
@@ -32,7 +32,7 @@ from self_supervised.safe_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, fit_checks, hyperparameters, label_checks, preparation, resuming
 from self_supervised.training.milestones import is_cut_short
 from self_supervised.training.monitor import TrainingMonitor, step_metrics_are_read
-from self_supervised.training.plan import Plan, plan_of_own_optimizers
+from self_supervised.training.plan import Plan, batch_hooks_of_user, plan_of_own_optimizers
 from self_supervised.training.verdict import validating
 from self_supervised.views import augmentations, input_checks
 
@@ -64,6 +64,10 @@ class BaseMethod(pl.LightningModule):
     about_labels = ""  # the line on the labels of our data set, once it was logged
     about_skipped = ""  # why evaluations that need labels are skipped, once it was logged
     first_epoch = 1  # number of the first epoch in the loggers' files; 0: in runs of earlier versions
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        fit_checks.refuse_hooks_without_super(cls)
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, and prepare the networks for this machine: in place, so that checkpoints keep their
@@ -123,11 +127,7 @@ class BaseMethod(pl.LightningModule):
 
     @batch_size.setter
     def batch_size(self, value: int) -> None:
-        if self.params.global_batch_size is not None:
-            raise ValueError(
-                f"global_batch_size={self.params.global_batch_size} determines the size of a batch, so "
-                f"batch_size={value} has no effect. Set global_batch_size=None."
-            )
+        hyperparameters.refuse_batch_size(self.params, value)
         self.change(batch_size=value)
 
     def change(self, **fields: Any) -> None:
@@ -226,13 +226,14 @@ class BaseMethod(pl.LightningModule):
         self.step_metrics = {}
         if self.global_step == 0 < self.latest_scores[0]:
             self.latest_scores = (-1, {})  # of an earlier training
-        for index, loader in enumerate(list_of_loaders(self.trainer.val_dataloaders)):
-            if isinstance(loader, DataLoader) and not isinstance(loader, ResumableDataLoader):
-                batch = self.trainer.precision_plugin.convert_input(first_batch(loader, index))
-                with validating(self.trainer):  # of a LightningDataModule
-                    batch = self._on_before_batch_transfer(batch, dataloader_idx=index)
-                self.check_batch(batch, training=False)
-                self.check_first(images_and_labels(batch)[0], False, index)
+        if batch_hooks_of_user(self.trainer) - {"on_before_batch_transfer"}:  # the others need the device
+            return
+        for index, batch in first_batches_of_user(self.trainer.val_dataloaders):
+            batch = self.trainer.precision_plugin.convert_input(batch)
+            with validating(self.trainer):  # of a LightningDataModule
+                batch = self._on_before_batch_transfer(batch, dataloader_idx=index)
+            self.check_batch(batch, training=False)
+            self.check_first(images_and_labels(batch)[0], False, index)
 
     def step_seed(self, batch_idx: int) -> tuple[int, int, int]:
         """Return the seed of a batch, which all processes share if they pass the same number."""
@@ -320,17 +321,6 @@ class BaseMethod(pl.LightningModule):
         step, before = self.latest_scores
         self.latest_scores = (self.global_step, {**(before if step == self.global_step else {}), **scores})
 
-    def scores_at_end(self) -> dict[str, float]:
-        """Return what the last validation of a training has logged; {} if the weights have changed since.
-
-        A training that is resumed after its last step has logged nothing, but its verdict has scored the encoder.
-        """
-        step, scores = self.latest_scores
-        if not 0 < step == self.global_step:
-            return {}
-        logged = self.trainer.callback_metrics
-        return {name: float(logged.get(name, value)) for name, value in scores.items()}
-
     # ---- Checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -361,6 +351,11 @@ class BaseMethod(pl.LightningModule):
         hyperparameters.use_earlier_defaults(self, checkpoint)
         if self.seed_was_drawn and "seed" in checkpoint.get("hyper_parameters", {}):
             self.change(seed=checkpoint["hyper_parameters"]["seed"])
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights, from which a training starts unless the Trainer loads them to resume."""
+        self.was_trained |= not resuming.loads_itself(self._trainer)
+        return super().load_state_dict(*args, **kwargs)
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:

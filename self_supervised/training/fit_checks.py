@@ -1,5 +1,6 @@
 """Checks at the start of `fit`: what Lightning accepts and our settings or schedules contradict."""
 
+import inspect
 from typing import Any
 
 import attrs
@@ -17,6 +18,11 @@ from model_params import ModelParams, normalized_layers
 from self_supervised.catalogue import GROUPS
 from self_supervised.training import advice
 
+OURS_AND_LIGHTNINGS = ("moco", "linear_classifier", "self_supervised.", "pytorch_lightning.")
+HOOKS = (  # those of ours that a subclass may extend, but not replace
+    "setup", "teardown", "configure_callbacks", "on_fit_start", "on_train_start", "on_train_batch_start", "backward",
+    "on_after_backward", "optimizer_step", "on_save_checkpoint", "on_load_checkpoint",
+)  # fmt: skip
 LOST_LOSS = "these weights were trained with a loss of your own, and are trained with loss_type now. Pass loss, too"
 OTHER_LAGGING = (
     "the lagging model starts from other weights than the model. If you have loaded weights into the model only, load "
@@ -31,6 +37,22 @@ def refuse_used_trainer(trainer: pl.Trainer) -> None:
             f"global_step={trainer.global_step}: this Trainer has trained already. Build a new Trainer for each "
             "training, and pass ckpt_path to fit to continue one."
         )
+
+
+def refuse_hooks_without_super(method: type[pl.LightningModule]) -> None:
+    """Raise TypeError for a subclass whose hook does not call ours: Lightning's own hooks do nothing, ours push keys,
+    move the lagging model, seed, and check.
+
+    A hook calls another one of its name if its code has this name: `super().setup(stage)`.
+    """
+    for name in HOOKS:
+        hook = inspect.unwrap(getattr(method, name))
+        code = getattr(hook, "__code__", None)
+        if code is not None and not hook.__module__.startswith(OURS_AND_LIGHTNINGS) and name not in code.co_names:
+            raise TypeError(
+                f"{method.__name__}.{name} replaces a hook without which the method does not work. Call "
+                f"super().{name}(...) in it, or use a Callback."
+            )
 
 
 def refuse_manual_optimization(method: pl.LightningModule) -> None:

@@ -1,5 +1,6 @@
 """Hyperparameters: those that are passed, a record that cannot be changed, and those in a checkpoint."""
 
+import secrets
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,8 +28,8 @@ def resolve(
 ) -> tuple[Params, bool]:
     """Return the complete settings, and whether their seed was drawn.
 
-    With an `encoder`, encoder_arch becomes OWN_MODULE. seed=None becomes the seed of `pl.seed_everything`. Unless both
-    are set, image_mean and image_std are computed if `compute_statistics` says so.
+    With an `encoder`, encoder_arch becomes OWN_MODULE. seed=None becomes the seed of `pl.seed_everything`, or a drawn
+    one. Unless both are set, image_mean and image_std are computed if `compute_statistics` says so.
 
     Args:
         presets: those of the method, with its class of settings.
@@ -50,8 +51,14 @@ def resolve(
     params = attrs.evolve(presets.settings_of(params), **fields)
     seed_is_drawn = params.seed is None
     if seed_is_drawn:
-        params = attrs.evolve(params, seed=torch.initial_seed() % 2**32)
+        params = attrs.evolve(params, seed=session_seed())
     return with_statistics(params) if params.compute_statistics else params, seed_is_drawn
+
+
+def session_seed() -> int:
+    """Return the seed that the user gave to PyTorch, or if there is none, another one at each call."""
+    seed = torch.initial_seed()
+    return seed if seed < 2**32 else secrets.randbits(32)  # PyTorch draws its own from 2**53 numbers
 
 
 class HyperparameterRecord(AttributeDict):
@@ -107,6 +114,15 @@ def other_rates(params: Any, lr: float) -> dict[str, float]:
     if getattr(params, "encoder_lr", None) is not None:
         rates["encoder_lr"] = params.encoder_lr
     return {name: rate * lr / params.lr for name, rate in rates.items()}
+
+
+def refuse_batch_size(params: Any, value: int) -> None:
+    """Raise ValueError if `batch_size` is set, but another setting determines the size of a batch."""
+    if params.global_batch_size is not None:
+        raise ValueError(
+            f"global_batch_size={params.global_batch_size} determines the size of a batch, so batch_size={value} has "
+            "no effect. Set global_batch_size=None."
+        )
 
 
 def refuse_replaced(params: Any, built: Any) -> None:

@@ -101,14 +101,20 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
     return evolve(plan, lr=params.lr * factor, lr_factor=factor, kind=params.dataset.kind)
 
 
+def batch_hooks_of_user(trainer: pl.Trainer) -> set[str]:
+    """Return the names of the hooks by which the method's subclass or the data module converts a batch."""
+    parts = [type(part) for part in (trainer.lightning_module, trainer.datamodule) if part is not None]
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    modules = {hook: [getattr(part, hook).__module__ for part in parts] for hook in hooks}
+    ours = ("pytorch_lightning.", "self_supervised.")
+    return {hook for hook, found in modules.items() if not all(name.startswith(ours) for name in found)}
+
+
 def refuse_joined_loaders(trainer: pl.Trainer) -> None:
     """Raise ValueError if a batch is a list with a batch of each loader, which would be taken for views of the same
     images, unless a hook of the user makes one batch of them."""
-    loaders, method = trainer.train_dataloader, trainer.lightning_module
-    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    found = [getattr(type(part), hook) for part in (method, trainer.datamodule) if part is not None for hook in hooks]
-    has_own = any(not hook.__module__.startswith(("pytorch_lightning.", "self_supervised.")) for hook in found)
-    if not isinstance(loaders, list | tuple) or has_own:
+    loaders = trainer.train_dataloader
+    if not isinstance(loaders, list | tuple) or batch_hooks_of_user(trainer):
         return
     if len(loaders) == 1:
         raise ValueError("train_dataloaders: a list with one loader. Pass the loader itself.")

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Timer
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities import rank_zero_warn
 
+from self_supervised import distributed
 from self_supervised.data.loader import ResumableDataLoader
 
 NOT_OF_TRAINING = (  # settings that may differ after a complete training
@@ -49,6 +51,14 @@ def refuse_another_model(content: dict[str, Any], method: pl.LightningModule, tr
                 "that value, or start a new run from its weights (encoder_weights)."
             )
     refuse_lower_limits(content, trainer)
+
+
+def loads_itself(trainer: pl.Trainer | None) -> bool:
+    """Return whether weights that are loaded now are loaded by a Trainer, to resume or to evaluate. A Trainer that
+    brings back what the processes of `ddp_notebook` have trained does not count."""
+    if trainer is None:
+        return False
+    return distributed.is_distributed() or not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def origin_of(content: dict[str, Any], given: str | None) -> str | None:

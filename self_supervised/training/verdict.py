@@ -103,7 +103,7 @@ class Verdict(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.fast_dev_run:
             is_scored = self.before and can_compare(trainer, pl_module)
-            after = pl_module.scores_at_end() or score_now(trainer, pl_module) if is_scored else {}
+            after = scores_at_end(pl_module) or score_now(trainer, pl_module) if is_scored else {}
             self.text = verdict(self.name, self.before, after, pl_module.params.evaluations)
             now = measurement(trainer, pl_module) if after else {}
             if any(now.get(name, value) != value for name, value in self.measured.items()):
@@ -138,6 +138,18 @@ def measurement(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, An
     lengths = map(sized_len, list_of_loaders(trainer.val_dataloaders))  # None: of an IterableDataset
     parts = [n / (length or 1) for n, length in zip(trainer.num_val_batches, lengths, strict=True)]
     return {"parts": parts, **{name: getattr(module.params, name) for name in MEANING}}
+
+
+def scores_at_end(method: pl.LightningModule) -> dict[str, float]:
+    """Return what the last validation of a training has logged; {} if the weights have changed since.
+
+    A training that is resumed after its last step has logged nothing, but its verdict has scored the encoder.
+    """
+    step, scores = method.latest_scores
+    if not 0 < step == method.global_step:
+        return {}
+    logged = method.trainer.callback_metrics
+    return {name: float(logged.get(name, value)) for name, value in scores.items()}
 
 
 def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:

@@ -180,7 +180,7 @@ def test_unknown_weights_are_refused_with_the_choices():
 
 def test_width_is_checked():
     assert build("resnet18", embedding_dim=512)[1] == 512
-    with pytest.raises(ValueError, match="embedding_dim=2048, but resnet18 gives 512"):
+    with pytest.raises(ValueError, match="embedding_dim=2048 in .*, but resnet18 gives 512"):
         build("resnet18", embedding_dim=2048)
 
 
