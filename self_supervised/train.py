@@ -94,6 +94,9 @@ def delete_outdated(out: Path, results: dict[str, Any]) -> None:
     if (out / "pretrained.ckpt").is_file() or (out / "linear/checkpoints").is_dir():
         for name in OUTDATED_FILES:
             rank_zero_only(remove)(out / name)
+        exported = [path for path in out.glob("pretrained.*") if path.suffix != ".ckpt"]
+        if stale := sorted(path.name for path in (*exported, *out.glob("report.html"))):
+            run_folder.say(f"{', '.join(stale)}: of the encoder before this training. Write them again after it")
     if outdated := [name for name in ENCODER_RESULTS if name in results]:
         for name in outdated:
             del results[name]
@@ -216,7 +219,8 @@ def run_or_resume(
         resumed, step = earlier_run.resume_point(options.resume, out, "pretraining", model, fit, options)
         forget_other_scores(results, out, before, earlier, attrs.asdict(options) | attrs.asdict(params))
         of_start = earlier_run.weights_of_start(out, options.resume) if resumed else None
-        shown = attrs.evolve(model.params, encoder_weights=model.params.encoder_weights or of_start)
+        weights = earlier_run.absolute(model.params.encoder_weights or of_start)
+        shown = attrs.evolve(model.params, encoder_weights=weights)
         config = effective.config_text(preset, options, shown)
         run_folder.begin_run_folder(out, config, sys.argv, resumes=resumed is not None)
 

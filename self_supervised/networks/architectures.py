@@ -102,7 +102,8 @@ def alike_in_timm(state: dict[str, Tensor]) -> list[str]:
 
     if (size := timm_image_size(state)) is not None:
         patch = state["patch_embed.proj.weight"].shape[-1]
-        patterns = (f"vit_*_patch{patch}_{size}*", f"*_patch{patch}_*{size}*", f"vit_*_patch{patch}_224")
+        of_dino = f"vit_*_patch{patch}_*dino*"  # without their size in the name
+        patterns = (f"vit_*_patch{patch}_{size}*", f"*_patch{patch}_*{size}*", f"vit_*_patch{patch}_224", of_dino)
         return list(dict.fromkeys(name for pattern in patterns for name in timm.list_models(pattern)))
     blocks = {tuple(key.split(".")[:2]) for key in state if key.startswith("layer")}
     depth = 2 + len(blocks) * (3 if "layer1.0.conv3.weight" in state else 2)

@@ -73,7 +73,10 @@ ORIGINAL = Layout("self_supervised, the original", "model.")
 EXPORT = Layout("self_supervised, exported", "")
 
 HOLDERS = ("state_dict", "model", "model_state_dict", "teacher")  # entries that hold tensors in known systems
-HEAD_NAMES = ("fc", "classifier", "head", "heads", "linear", "head_dist", "aux1", "aux2", "AuxLogits")
+HEAD_NAMES = (  # mask_token: of DINOv2, only for its training
+    "fc", "classifier", "head", "heads", "linear", "head_dist", "aux1", "aux2", "AuxLogits", "mask_token",
+)  # fmt: skip
+POSITION_EMBEDDINGS = ("pos_embed", "encoder.pos_embedding")  # of ViTs: of timm, of torchvision
 RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
 NUMBERED = ("conv1", "bn1", "relu", "maxpool", *RESNET_STAGES)  # nn.Sequential(*resnet.children()) of torchvision
 NUMBERED_OF_LIGHTLY = ("conv1", "bn1", *RESNET_STAGES)  # likewise of lightly's ResNet; its stem loses the ReLU
@@ -283,6 +286,11 @@ def n_names(wrong: Mapping[str, list[str]]) -> int:
 
 def mismatch_message(found: WeightsFile, name: str, wrong: Mapping[str, list[str]]) -> str:
     """Return the error message for what `misfits` returns, with a few names of each kind."""
+    if {line.split(" ")[0] for names in wrong.values() for line in names} <= {*POSITION_EMBEDDINGS}:
+        return (
+            f"{found.source}: the position embeddings of its {name} are for images of another size. Leave out "
+            "transform_crop_size (teacher_crop_size)"
+        )
     parts = (f"{kind}: {first_of(names, NAMES_SHOWN)}" for kind, names in wrong.items())
     return f"{found.source} does not hold a {name} (read as {found.layout}): {'; '.join(parts)}"
 

@@ -194,7 +194,8 @@ def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[
     if overrides.get("in_channels", settings.get("in_channels")) == 1:
         settings |= GRAY
     are_given = {"transform_crop_size", *MEAN_AND_STD} <= overrides.keys()
-    assumed = [] if are_given else [f"size and normalization constants of {settings['dataset_name']}"]
+    what = "normalization constants" if settings.get("transform_crop_size") else "size and normalization constants"
+    assumed = [] if are_given else [f"{what} of {settings['dataset_name']}"]
     if settings.get("stem_variant", "standard") != "standard" and "stem_variant" not in overrides:
         assumed.append(f"stem_variant={settings['stem_variant']!r} of {found.layout}")
         if found.has_guessed_stem:

@@ -44,6 +44,13 @@ class Teacher:
             raise FileNotFoundError(
                 f"{name}: {reason}. Pass teacher=PATH, or teacher=None to load the student alone."
             ) from error
+        except ValueError as error:
+            if "encoder_arch=NAME" not in str(error):
+                raise
+            raise ValueError(
+                f"{name}: {error} A teacher has no such options. Name the architecture once and pass the file that is "
+                f"written: self-supervised export {params.teacher} --encoder_arch NAME --format safetensors"
+            ) from error
         is_name = self.encoder.report.layout == "published"
         self.name = params.teacher if is_name else os.path.abspath(params.teacher)
         self.channels = params.teacher_channels or list(range(params.channels))

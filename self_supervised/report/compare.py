@@ -204,7 +204,8 @@ def labels_of_columns(columns: list[list[Run]]) -> list[str]:
 def notes_below(columns: list[list[Run]]) -> list[str]:
     joined = "mean ± sample standard deviation (runs)." if any(len(column) > 1 for column in columns) else ""
     runs = [run for column in columns for run in column]
-    return list(filter(None, [joined, *missing_scores(runs), caution(runs)]))
+    repeated = [note for column in columns for note in evaluations.same_seeds(run.folder for run in column)]
+    return list(filter(None, [joined, *repeated, *missing_scores(runs), caution(runs)]))
 
 
 def print_comparison(columns: list[list[Run]], rows: list[MetricRow]) -> None:

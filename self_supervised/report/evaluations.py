@@ -212,6 +212,7 @@ def table_of(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) -> Eval
     }
     has_std = any(cell and cell.std is not None for row in cells for cell in row)
     notes = [DEVIATION] if has_std else []
+    notes += [note for row in rows for note in same_seeds(row.checkpoints)]
     notes += [seeds_note(runs), *unlike.values(), *missing_notes(dataset, rows, runs)]
     return EvaluationTable(dataset, rows, columns, cells, best, notes)
 
@@ -263,6 +264,19 @@ def differently_measured(runs: list[RunRecord]) -> dict[str, str]:
 
 def seeds_of(runs: list[RunRecord]) -> dict[str, list[int]]:
     return {name: sorted({run["seed"] for run in runs if run["protocol"] == name}) for name in protocols_of(runs)}
+
+
+def same_seeds(checkpoints: Iterable[str | Path]) -> list[str]:
+    """Return a note on the runs of one row that have the same seed, as copies and repetitions of a run have."""
+    of_seeds: dict[Any, list[str]] = {}
+    for checkpoint in checkpoints:
+        settings = run_folder.settings_of_run(run_or_file(checkpoint))
+        of_seeds.setdefault(settings.get("seed"), []).append(str(checkpoint))
+    return [
+        f"{', '.join(names)}: runs with the same seed ({seed}), so ± is not the deviation over seeds."
+        for seed, names in of_seeds.items()
+        if seed is not None and len(names) > 1
+    ]
 
 
 def seeds_note(runs: list[RunRecord]) -> str:

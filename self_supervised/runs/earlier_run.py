@@ -102,6 +102,11 @@ def resume_point(
     return path, content["global_step"]
 
 
+def absolute(weights: str | None) -> str | None:
+    """Return the absolute path if the weights are a file or a run, so that config.yaml serves in other directories."""
+    return os.path.abspath(weights) if weights and os.path.exists(weights) else weights
+
+
 def weights_of_start(out: Path, resume: str | None) -> str | None:
     """Return the weights from which the resumed run began, as its config.yaml names them."""
     run = run_to_resume(out, resume)

@@ -42,6 +42,12 @@ def test_its_image_size_can_be_chosen(teacher, small):
     assert seen == [(9, 9)]
 
 
+def test_a_teacher_of_an_unknown_architecture_has_a_way_out(small, tmp_path):
+    torch.save({"0.weight": torch.zeros(3, 3), "1.weight": torch.zeros(3)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"^teacher='.*x.pth': .*self-supervised export .*x.pth --encoder_arch NAME"):
+        Teacher(small("distill", teacher=str(tmp_path / "x.pth")))
+
+
 def test_it_sees_the_channels_that_were_named(teacher):
     fields = {"dataset_name": "folder", "in_channels": 4, "transform_crop_size": 12, "teacher": teacher}
     for wrong in ([], [0, 9]):

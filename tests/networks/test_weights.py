@@ -27,7 +27,7 @@ from self_supervised import evaluate
 from self_supervised.embeddings import embed
 from self_supervised.embeddings.parquet import facts_of_file
 from self_supervised.exports import export
-from self_supervised.networks import encoders, pretrained
+from self_supervised.networks import architectures, encoders, layouts, pretrained
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.safe_files import StandIn, safe_load
 
@@ -507,11 +507,26 @@ def test_assumptions_are_reported(tmp_path):
     assert "weight standard" in report
     torch.save(timm_state_dict()[0], tmp_path / "vit.pth")
     assert "timm:vit_tiny_patch16_224 of all models" in str(load_encoder(tmp_path / "vit.pth").report)
+    assert "assumed: normalization constants of imagenet" in str(load_encoder(tmp_path / "vit.pth").report)
+    with pytest.raises(
+        ValueError, match="position embeddings of its timm:vit_tiny_patch16_224 are for"
+    ):
+        load_encoder(tmp_path / "vit.pth", transform_crop_size=96)
     named = load_encoder(tmp_path / "vit.pth", encoder_arch="timm:vit_tiny_patch16_224", dataset_name="stl10")
-    assert str(named.report).endswith("; assumed: size and normalization constants of imagenet")
+    assert str(named.report).endswith("; assumed: normalization constants of imagenet")
     own = {"transform_crop_size": 224, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "dataset_name": "stl10"}
     named = load_encoder(tmp_path / "vit.pth", encoder_arch="timm:vit_tiny_patch16_224", **own)
     assert "; assumed" not in str(named.report) and named.params.mean == (0.5,) * 3
+
+
+def test_dinov2_of_its_authors_is_recognized(tmp_path):
+    """Their file has a token for masks, too, which only the training needs."""
+    model = timm.create_model("vit_small_patch14_dinov2", img_size=56, depth=1)
+    torch.save({**model.state_dict(), "mask_token": torch.zeros(1, 384)}, tmp_path / "x.pth")
+    names = architectures.alike_in_timm(model.state_dict())
+    assert {"vit_small_patch14_dinov2", "vit_large_patch14_reg4_dinov2"} <= set(names)
+    wanted = {key: value for key, value in model.state_dict().items() if key != "mask_token"}
+    assert not layouts.misfits(layouts.read_weights(tmp_path / "x.pth").state, wanted)
 
 
 def test_stems_channels_and_old_files(tmp_path):

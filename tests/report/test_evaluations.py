@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -137,6 +138,18 @@ def test_baselines_with_other_weights_have_their_own_rows(runs, tmp_path):
     (table,) = evaluations.evaluation_tables(evaluations.evaluated_rows([*runs, other]), ["linear"])
     assert table.texts("{}")[-2:] == [["random encoder of simclr_0", "75.00"], ["random encoder of wide", "77.00"]]
     assert table.header == ["", "linear acc1"]
+
+
+def test_runs_with_the_same_seed_are_no_further_seeds(runs, tmp_path, capsys):
+    copied = shutil.copytree(runs[0], tmp_path / "copied")
+    rows = evaluations.evaluated_rows([*runs, copied])
+    (table,) = evaluations.evaluation_tables(rows)
+    note = f"{runs[0]}, {copied}: runs with the same seed (0), so ± is not the deviation over seeds."
+    assert [line for line in table.notes if "same seed" in line] == [note]
+    compare.main([str(runs[0]), str(copied)])
+    assert "runs with the same seed (0)" in " ".join(capsys.readouterr().out.split())
+    compare.main([*map(str, runs)])
+    assert "same seed" not in capsys.readouterr().out
 
 
 def test_compare_shows_the_table_before_results_and_settings(runs, monkeypatch, capsys, tmp_path):

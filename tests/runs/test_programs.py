@@ -20,7 +20,7 @@ import train_blog
 from linear_classifier import LinearClassifierMethod
 from self_supervised import __main__ as entry
 from self_supervised import demo, train
-from self_supervised.runs import command_line
+from self_supervised.runs import command_line, earlier_run
 from self_supervised.training import checkpoints
 
 # Lightning resets its progress bar's file handles late; collapse is what some of the blog's configurations show.
@@ -239,6 +239,20 @@ def test_every_process_forgets_outdated_scores(monkeypatch, tmp_path):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     train.delete_outdated(tmp_path, results := {"preset": "byol", "trained encoder": {}})
     assert results == {"preset": "byol"} and not list(tmp_path.iterdir())
+
+
+def test_files_of_the_encoder_before_are_named(tmp_path, capsys):
+    for name in ("pretrained.ckpt", "pretrained.onnx", "report.html", "linear.ckpt"):
+        (tmp_path / name).touch()
+    train.delete_outdated(tmp_path, {})
+    assert capsys.readouterr().out.startswith("pretrained.onnx, report.html: of the encoder before this training.")
+    assert {path.name for path in tmp_path.iterdir()} == {"pretrained.ckpt", "pretrained.onnx", "report.html"}
+
+
+def test_starting_weights_are_found_from_another_directory(tmp_path, monkeypatch):
+    (tmp_path / "w.pth").touch()
+    assert earlier_run.absolute("w.pth") == str(tmp_path / "w.pth")
+    assert [earlier_run.absolute(name) for name in ("DEFAULT", "x" * 300, None)] == ["DEFAULT", "x" * 300, None]
 
 
 # ---- alike in every program ----
