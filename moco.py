@@ -106,7 +106,7 @@ class SelfSupervisedMethod(BaseMethod):
         self.record_settings(embedding_dim=width)
         self.custom_loss = None if loss is None else losses.as_pair_loss(loss)
         self.augment = augmentations.training_views(p)
-        self.started_from = encoders.source_of_weights(p)
+        self.started_from, self.hash_of_start = encoders.source_of_weights(p)
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -381,7 +381,8 @@ class SelfSupervisedMethod(BaseMethod):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Add the origin of the starting weights and, if processes have their own queues, all queues."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint |= {"started_from": self.started_from, "has_custom_loss": self.custom_loss is not None}
+        checkpoint |= {"started_from": self.started_from, "started_from_hash": self.hash_of_start}
+        checkpoint["has_custom_loss"] = self.custom_loss is not None
         if self.teacher is not None:
             checkpoint["teacher"] = self.teacher.hash
         if self.queue is not None and self.params.gather_keys_for_queue is False:
@@ -390,7 +391,7 @@ class SelfSupervisedMethod(BaseMethod):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Restore the origin of the starting weights and the queue of this process, and check the teacher."""
-        self.started_from = resuming.origin_of(checkpoint, given=self.started_from)
+        self.started_from, self.hash_of_start = resuming.origin_of(checkpoint, given=self.started_from)
         self.lost_loss = checkpoint.get("has_custom_loss", False)
         if self.teacher is not None:
             self.teacher.refuse_another(checkpoint.get("teacher"))

@@ -7,6 +7,7 @@ safetensors files are read without running code from them, and corrupt files rai
 import csv
 import errno
 import glob
+import hashlib
 import importlib.util
 import json
 import math
@@ -168,6 +169,12 @@ def newest_change(path: Path) -> float:
     with suppress(OSError):  # it was completed in the meantime
         return max(file.stat().st_mtime for file in (path, *(path.iterdir() if path.is_dir() else ())))
     return time.time()
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove(path: Path) -> None:

@@ -22,6 +22,7 @@ import yaml
 from model_params import EARLIER_DEFAULTS
 from self_supervised.data.folders import listed_in
 from self_supervised.data.packed import data_path
+from self_supervised.safe_files import file_hash
 
 PATH_FIELDS = ("data_path", "video_path_prefix", "splits_path")
 
@@ -76,6 +77,12 @@ def vetted_start(started_from: str | None, checkpoint: str | Path) -> str | None
     if started_from is None or not os.path.isabs(started_from):  # train.py and the methods store absolute paths
         return started_from
     return started_from if asked_for(started_from, "encoder_weights", run_of(checkpoint)) else ForeignPath(started_from)
+
+
+def refuse_changed(source: str, known_hash: str | None) -> None:
+    """Raise OSError if a file is not the one from which the training started."""
+    if known_hash is not None and Path(source).is_file() and file_hash(Path(source)) != known_hash:
+        raise OSError(f"{source} has changed since then. Pass starting_weights to compare with it all the same.")
 
 
 def run_of(checkpoint: str | Path) -> Path:

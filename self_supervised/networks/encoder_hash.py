@@ -10,6 +10,7 @@ import torch
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.networks.encoders import embeddings_of
 from self_supervised.networks.pretrained import Encoder
+from self_supervised.safe_files import file_hash
 
 
 def encoder_hash(encoder: Encoder) -> str:
@@ -31,8 +32,7 @@ def encoder_hash(encoder: Encoder) -> str:
 def digest(encoder: Encoder) -> str:
     """Return the SHA-256 of the checkpoint file; of the tensors if there is no file (published weights by name)."""
     if (path := Path(encoder.report.source)).is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(path)
     tensors = hashlib.sha256()
     for name, tensor in encoder.model.state_dict().items():
         tensors.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())

@@ -22,7 +22,7 @@ from self_supervised.networks import layouts, modules
 from self_supervised.networks.output_sizes import measured_width, pool_cells
 from self_supervised.networks.recomputation import recompute_activations
 from self_supervised.numerics import in_parts
-from self_supervised.safe_files import data_only
+from self_supervised.safe_files import data_only, file_hash
 
 FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions of a convolution's weight
 LAST_LAYERS = {"squeezenet": nn.Conv2d, "s3d": nn.Conv3d}  # type of the classifier, if it is not linear
@@ -168,13 +168,15 @@ def file_of_weights(params: EncoderAndDataParams) -> Path | None:
     return file if os.path.isfile(file) else None  # Path.is_file raises OSError if the name is too long
 
 
-def source_of_weights(params: EncoderAndDataParams) -> str | None:
-    """Return the weights from which the encoder starts, as `load_encoder` accepts them; None for random weights."""
+def source_of_weights(params: EncoderAndDataParams) -> tuple[str | None, str | None]:
+    """Return the weights from which the encoder starts, as `load_encoder` accepts them (None: random ones), and the hash
+    of their file (None: published ones)."""
     if (weights := params.encoder_weights) is None:
-        return None
+        return None, None
     if file := file_of_weights(params):
-        return os.path.abspath(file)
-    return params.encoder_arch if params.encoder_arch.startswith("timm:") else f"{params.encoder_arch}:{weights}"
+        return os.path.abspath(file), file_hash(file)
+    of_timm = params.encoder_arch.startswith("timm:")
+    return params.encoder_arch if of_timm else f"{params.encoder_arch}:{weights}", None
 
 
 def build_classifier(

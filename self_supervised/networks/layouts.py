@@ -94,6 +94,7 @@ class WeightsFile:
     settings: dict[str, Any]  # fields of EncoderAndDataParams; {} for files of other systems
     architecture: str | None = None  # name in the file ("arch")
     started_from: str | None = None  # weights from which the pretraining started, if the file is ours
+    started_from_hash: str | None = None  # of their file
 
     @property
     def has_guessed_stem(self) -> bool:
@@ -183,7 +184,7 @@ def read_weights(path: str | Path, lagging: bool = False) -> WeightsFile:
         stem_variant="no_relu" if not settings and numbering(state) is NUMBERED_OF_LIGHTLY else layout.stem_variant,
         settings=dict(settings),
         architecture=about["arch"] if isinstance(about.get("arch"), str) else None,
-        started_from=about["started_from"] if isinstance(about.get("started_from"), str) else None,
+        **{name: about[name] for name in ("started_from", "started_from_hash") if isinstance(about.get(name), str)},
     )
 
 

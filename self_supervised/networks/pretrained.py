@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model_params import DATASET_DEFAULTS, EncoderAndDataParams
 from self_supervised import catalogue
-from self_supervised.data.foreign_paths import ForeignPath, vetted, vetted_start
+from self_supervised.data.foreign_paths import ForeignPath, refuse_changed, vetted, vetted_start
 from self_supervised.networks import architectures, encoders, layouts, modules
 from self_supervised.views import augmentations, input_checks
 
@@ -44,6 +44,7 @@ class Report:
     left_out: tuple[str, ...]  # keys of the file that are not part of the encoder: heads, queues, the lagging model
     assumed: str = ""  # facts that the file does not contain
     started_from: str | None = None  # weights from which the pretraining started, for load_encoder
+    started_from_hash: str | None = None  # of their file at that time
 
     def __str__(self) -> str:
         left_out = f"; left out: {layouts.grouped(self.left_out)}" if self.left_out else ""
@@ -156,6 +157,7 @@ def load_encoder(
         left_out=left_out,
         assumed=assumed,
         started_from=vetted_start(found.started_from, found.source),
+        started_from_hash=found.started_from_hash,
     )
     return Encoder(model, params, report)
 
@@ -357,6 +359,8 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
         )
     elif source is not None:
         try:
+            if not starting_weights:
+                refuse_changed(source, trained.report.started_from_hash)
             found["starting"] = starting_encoder(trained.params, str(source))
         except OSError as error:
             if starting_weights:

@@ -61,15 +61,16 @@ def loads_itself(trainer: pl.Trainer | None) -> bool:
     return distributed.is_distributed() or not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
-def origin_of(content: dict[str, Any], given: str | None) -> str | None:
-    """Return the weights from which the training of a checkpoint started, and warn if others are `given` in vain."""
+def origin_of(content: dict[str, Any], given: str | None) -> tuple[str | None, str | None]:
+    """Return the weights from which the training of a checkpoint started, and the hash of their file, and warn if
+    others are `given` in vain."""
     started_from = content.get("started_from")
     if given not in (None, started_from):
         rank_zero_warn(
             f"encoder_weights={given!r} has no effect: the weights are those of the checkpoint, whose training started "
             f"from {started_from or 'random ones'}. To start from others, begin a new run."
         )
-    return started_from
+    return started_from, content.get("started_from_hash")
 
 
 def epochs_done(content: dict[str, Any]) -> int:

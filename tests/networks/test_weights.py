@@ -478,6 +478,10 @@ def test_starting_weights_are_recorded_and_compared(small, trainer, tmp_path):
     for upright in (True, False):  # the baseline reads the same images
         read = load_encoder(tmp_path / "trained.ckpt", exif_orientation=upright)
         assert pretrained.compared(read, None)["starting"].params.exif_orientation is upright
+    torch.save(model.model.state_dict(), tmp_path / "start.pth")  # other weights
+    with pytest.warns(UserWarning, match="training started are left out: .*start.pth has changed since then"):
+        assert "starting" not in pretrained.compared(encoder, None)
+    assert "starting" in pretrained.compared(encoder, str(tmp_path / "start.pth"))
     again = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "trained.ckpt")
     assert again.started_from == encoder.started_from and again.hparams.encoder_weights is None
     stem = {"encoder_arch": "resnet18", "stem_variant": "padding_2", "low_resolution_stem": True}
@@ -485,7 +489,7 @@ def test_starting_weights_are_recorded_and_compared(small, trainer, tmp_path):
     torch.save(encoders.get_encoder(params)[0].state_dict(), tmp_path / "plain.pth")  # which does not tell the padding
     assert pretrained.starting_encoder(params, str(tmp_path / "plain.pth")).model.conv1.padding == (2, 2)
     for arch, name in {"resnet18": "resnet18:DEFAULT", "timm:resnet10t": "timm:resnet10t"}.items():
-        assert encoders.source_of_weights(small(encoder_arch=arch, encoder_weights="DEFAULT")) == name
+        assert encoders.source_of_weights(small(encoder_arch=arch, encoder_weights="DEFAULT")) == (name, None)
 
 
 # ---- what the file does not say ----
@@ -508,9 +512,7 @@ def test_assumptions_are_reported(tmp_path):
     torch.save(timm_state_dict()[0], tmp_path / "vit.pth")
     assert "timm:vit_tiny_patch16_224 of all models" in str(load_encoder(tmp_path / "vit.pth").report)
     assert "assumed: normalization constants of imagenet" in str(load_encoder(tmp_path / "vit.pth").report)
-    with pytest.raises(
-        ValueError, match="position embeddings of its timm:vit_tiny_patch16_224 are for"
-    ):
+    with pytest.raises(ValueError, match="position embeddings of its timm:vit_tiny_patch16_224 are for"):
         load_encoder(tmp_path / "vit.pth", transform_crop_size=96)
     named = load_encoder(tmp_path / "vit.pth", encoder_arch="timm:vit_tiny_patch16_224", dataset_name="stl10")
     assert str(named.report).endswith("; assumed: normalization constants of imagenet")
