@@ -169,8 +169,8 @@ def file_of_weights(params: EncoderAndDataParams) -> Path | None:
 
 
 def source_of_weights(params: EncoderAndDataParams) -> tuple[str | None, str | None]:
-    """Return the weights from which the encoder starts, as `load_encoder` accepts them (None: random ones), and the hash
-    of their file (None: published ones)."""
+    """Return the weights from which the encoder starts, as `load_encoder` accepts them (None: random), and the hash of
+    their file (None: published)."""
     if (weights := params.encoder_weights) is None:
         return None, None
     if file := file_of_weights(params):
