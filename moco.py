@@ -233,7 +233,7 @@ class SelfSupervisedMethod(BaseMethod):
         if self.prototypes is not None and prototypes_are_frozen(self.params, self.global_step, self.plan):
             self.prototypes.weight.grad = None
         if self.queue is not None:  # not earlier: backward() still reads the keys that push() overwrites
-            self.queue.push(self.new_keys)
+            self.queue.push_views(self.new_keys)
 
     def momentum(self) -> float:
         """Return the fraction of itself that the lagging model keeps at this optimizer step."""
@@ -272,8 +272,8 @@ class SelfSupervisedMethod(BaseMethod):
     def on_train_start(self) -> None:
         super().on_train_start()
         now = {row.name for row in self.parameter_table()}
-        if any(name.startswith("model.") for name in now | self.trained_at_start):  # otherwise it was already named
-            modules.prepare_training(self.model)
+        was_trainable = any(name.startswith("model.") for name in self.trained_at_start)
+        modules.prepare_training(self.model, says_if_frozen=was_trainable)  # otherwise it was said at construction
         if self.lagging_model is not None:
             modules.copy_modes(self.model, self.lagging_model)
         if self.params.micro_batch_size is not None:

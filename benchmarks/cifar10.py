@@ -48,13 +48,17 @@ QUICK = ("dataset_name=digits", "encoder_arch=small_cnn", "max_epochs=1", "warmu
 
 @frozen
 class Run:
-    """One preset and seed, in a directory of its own."""
+    """One preset, seed and learning rate, in a directory of its own."""
 
     kind: str
     preset: str
     seed: int
-    folder: Path
+    root: Path
     settings: Sequence[str] = ()  # field=value
+
+    @property
+    def folder(self) -> Path:
+        return self.root / f"{self.preset}_{self.seed}_lr_{self.lr:g}"
 
     @property
     def lr(self) -> float:
@@ -206,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     running = []
     with ThreadPoolExecutor(args.at_once) as pool:
         for seed, preset in itertools.product(args.seeds, args.presets):
-            run = Run(args.kind, preset, seed, folder / f"{preset}_{seed}", args.set)
+            run = Run(args.kind, preset, seed, folder, args.set)
             running.append(pool.submit(finish, run, table, curves, first=preset == args.presets[0]))
     are_there = [one.result() for one in running]  # raises what a run raised
     if table.rows:

@@ -371,13 +371,16 @@ def embeddings_of(encoder: nn.Module, x: torch.Tensor, at_once: int | None = Non
         at_once: the largest number of images or videos that are encoded at once; None: all.
 
     Raises:
-        ValueError: the images are integers.
+        ValueError: the encoder takes floats, and the images are integers.
     """
-    if not x.is_floating_point():
-        raise ValueError(
-            f"images of {x.dtype} are not normalized. on_after_batch_transfer of a LightningDataModule replaces the "
-            "method's, which does it: convert images in on_before_batch_transfer."
-        )
     if at_once is not None and len(x) > at_once:
         return torch.cat([embeddings_of(encoder, part) for part in in_parts(x, at_once)])
-    return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) if x.dim() == 6 else encoder(x)
+    try:
+        return encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1) if x.dim() == 6 else encoder(x)
+    except RuntimeError as error:
+        if x.is_floating_point():
+            raise
+        raise ValueError(
+            f"images of {x.dtype} are not normalized. An on_after_batch_transfer of yours replaces the one that does "
+            "it: convert batches in on_before_batch_transfer."
+        ) from error

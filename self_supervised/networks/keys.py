@@ -31,20 +31,24 @@ class KeyQueue(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.long))  # next slot to write
 
     @torch.no_grad()
-    def push(self, keys_of_views: Sequence[Tensor]) -> None:
-        """Overwrite the oldest slots with keys, [n, D] of each view. Raises ValueError if there are none."""
-        if not keys_of_views:
-            raise ValueError(
-                "training_step: no keys for the queue. Call super().training_step(...) in yours, or set "
-                "use_negative_examples_from_queue=False."
-            )
-        keys, size = torch.cat(keys_of_views), len(self.keys)
+    def push(self, keys: Tensor) -> None:
+        """Overwrite the oldest slots with `keys` [n, D]."""
+        size = len(self.keys)
         if (skipped := len(keys) - size) > 0:  # more keys than slots: only the last ones stay
             self.position.add_(skipped)
             keys = keys[skipped:]
         slots = (self.position + torch.arange(len(keys), device=keys.device)) % size
         self.keys.index_copy_(0, slots, keys.to(self.keys.dtype))
         self.position.add_(len(keys)).remainder_(size)
+
+    def push_views(self, keys_of_views: Sequence[Tensor]) -> None:
+        """Push the keys of all views. Raises ValueError if the training step has left none."""
+        if not keys_of_views:
+            raise ValueError(
+                "training_step: no keys for the queue. Call super().training_step(...) in yours, or set "
+                "use_negative_examples_from_queue=False."
+            )
+        self.push(torch.cat(keys_of_views))
 
     def states_of_processes(self, device: torch.device) -> dict[str, Tensor]:
         """Return the queues of all processes for a checkpoint, {name: [W, ...]}.

@@ -289,8 +289,8 @@ def mismatch_message(found: WeightsFile, name: str, wrong: Mapping[str, list[str
     """Return the error message for what `misfits` returns, with a few names of each kind."""
     if {line.split(" ")[0] for names in wrong.values() for line in names} <= {*POSITION_EMBEDDINGS}:
         return (
-            f"{found.source}: the position embeddings of its {name} are for images of another size. Leave out "
-            "transform_crop_size (teacher_crop_size)"
+            f"{found.source}: the position embeddings of its {name} are for images of another size. Set "
+            "transform_crop_size (of a teacher: teacher_crop_size) to their size"
         )
     parts = (f"{kind}: {first_of(names, NAMES_SHOWN)}" for kind, names in wrong.items())
     return f"{found.source} does not hold a {name} (read as {found.layout}): {'; '.join(parts)}"

@@ -54,7 +54,7 @@ def requires_gradient(module: nn.Module) -> bool:
     return any(weight.requires_grad for weight in module.parameters())
 
 
-def prepare_training(encoder: nn.Module) -> None:
+def prepare_training(encoder: nn.Module, says_if_frozen: bool = True) -> None:
     """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not, and its frozen parts
     into eval mode, so that their batch statistics stay. Log a line about the former, or if all of it is frozen."""
     if requires_gradient(encoder):
@@ -68,7 +68,8 @@ def prepare_training(encoder: nn.Module) -> None:
                 part.eval()
     elif n_parameters(encoder):
         encoder.eval()
-        rank_zero_info(
-            "warning: no weight of the encoder requires a gradient, so only the heads learn. Call "
-            "encoder.requires_grad_() to train it"
-        )
+        if says_if_frozen:
+            rank_zero_info(
+                "warning: no weight of the encoder requires a gradient, so only the heads learn. Call "
+                "encoder.requires_grad_() to train it"
+            )

@@ -353,9 +353,11 @@ class BaseMethod(pl.LightningModule):
             self.change(seed=checkpoint["hyper_parameters"]["seed"])
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights, from which a training starts unless the Trainer loads them to resume."""
-        self.was_trained |= not resuming.loads_itself(self._trainer)
-        return super().load_state_dict(*args, **kwargs)
+        """Load weights, and remember that they are not random, unless a Trainer loads them to resume."""
+        keys = super().load_state_dict(*args, **kwargs)
+        if not any(name.startswith("lagging_") for name in keys.missing_keys):  # otherwise the start is half random
+            self.was_trained |= not resuming.loads_itself(self._trainer)
+        return keys
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> Self:

@@ -1,6 +1,8 @@
 """Checks at the start of `fit`: what Lightning accepts and our settings or schedules contradict."""
 
 import inspect
+from itertools import chain, takewhile
+from types import CodeType
 from typing import Any
 
 import attrs
@@ -18,7 +20,6 @@ from model_params import ModelParams, normalized_layers
 from self_supervised.catalogue import GROUPS
 from self_supervised.training import advice
 
-OURS_AND_LIGHTNINGS = ("moco", "linear_classifier", "self_supervised.", "pytorch_lightning.")
 HOOKS = (  # those of ours that a subclass may extend, but not replace
     "setup", "teardown", "configure_callbacks", "on_fit_start", "on_train_start", "on_train_batch_start", "backward",
     "on_after_backward", "optimizer_step", "on_save_checkpoint", "on_load_checkpoint",
@@ -40,19 +41,34 @@ def refuse_used_trainer(trainer: pl.Trainer) -> None:
 
 
 def refuse_hooks_without_super(method: type[pl.LightningModule]) -> None:
-    """Raise TypeError for a subclass whose hook does not call ours: Lightning's own hooks do nothing, ours push keys,
-    move the lagging model, seed, and check.
+    """Raise TypeError for a subclass with a hook that does not call ours, which push keys, move the lagging model, seed
+    the draws, or check.
 
-    A hook calls another one of its name if its code has this name: `super().setup(stage)`.
+    A hook is taken to call another one if its code has the names of both this hook and `super`, or of a base class.
     """
+    bases = {"super", *(base.__name__ for base in method.__mro__)}
     for name in HOOKS:
-        hook = inspect.unwrap(getattr(method, name))
-        code = getattr(hook, "__code__", None)
-        if code is not None and not hook.__module__.startswith(OURS_AND_LIGHTNINGS) and name not in code.co_names:
-            raise TypeError(
-                f"{method.__name__}.{name} replaces a hook without which the method does not work. Call "
-                f"super().{name}(...) in it, or use a Callback."
-            )
+        before_ours = [*takewhile(lambda base: not (is_ours(base) and name in vars(base)), method.__mro__)]  # noqa: B023
+        for owner in before_ours if len(before_ours) < len(method.__mro__) else ():
+            hook = inspect.unwrap(vars(owner).get(name, is_ours))
+            used = names_used(getattr(hook, "__code__", None))
+            if getattr(hook, "__name__", "") == name and not (name in used and bases & used):
+                raise TypeError(
+                    f"{owner.__name__}.{name} replaces a hook without which the method does not work. Call "
+                    f"super().{name}(...) in its own body, or use a Callback."
+                )
+
+
+def is_ours(base: type) -> bool:
+    return base.__module__.partition(".")[0] in ("moco", "linear_classifier", "self_supervised")
+
+
+def names_used(code: CodeType | None) -> set[str]:
+    """Return the names that a function's code uses, and the functions within it."""
+    if code is None:
+        return set()
+    inner = (names_used(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return {*code.co_names, *chain.from_iterable(inner)}
 
 
 def refuse_manual_optimization(method: pl.LightningModule) -> None:

@@ -20,6 +20,7 @@ from self_supervised.fields import Presets, plain
 from self_supervised.networks import modules
 
 PLAIN_TYPES = (bool, int, float, str, type(None))
+SEED_AT_IMPORT = torch.initial_seed()
 Given = Params | Callable[..., Params] | dict[str, Any] | str | None  # what `Presets.settings_of` takes
 
 
@@ -58,7 +59,8 @@ def resolve(
 def session_seed() -> int:
     """Return the seed that the user gave to PyTorch, or if there is none, another one at each call."""
     seed = torch.initial_seed()
-    return seed if seed < 2**32 else secrets.randbits(32)  # PyTorch draws its own from 2**53 numbers
+    is_drawn = seed == SEED_AT_IMPORT and seed >= 2**32  # PyTorch draws one of 64 bits for each process
+    return secrets.randbits(32) if is_drawn else seed % 2**32
 
 
 class HyperparameterRecord(AttributeDict):

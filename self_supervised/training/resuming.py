@@ -6,6 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
+from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities import rank_zero_warn
 
 from self_supervised import distributed
@@ -56,7 +57,7 @@ def refuse_another_model(content: dict[str, Any], method: pl.LightningModule, tr
 def loads_itself(trainer: pl.Trainer | None) -> bool:
     """Return whether weights that are loaded now are loaded by a Trainer, to resume or to evaluate. A Trainer that
     brings back what the processes of `ddp_notebook` have trained does not count."""
-    if trainer is None:
+    if trainer is None or trainer.state.status != TrainerStatus.RUNNING:
         return False
     return distributed.is_distributed() or not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 

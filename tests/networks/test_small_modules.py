@@ -63,7 +63,7 @@ def test_queue_keeps_the_newest_keys_whatever_the_batch(sizes):
     reference.extend(queue.keys.tolist())
     for n in sizes:
         keys = torch.randn(n, 2)
-        queue.push(keys.tensor_split(2))
+        queue.push_views(keys.tensor_split(2))
         reference.extend(keys.tolist())
     oldest_first = queue.keys.roll(-int(queue.position), 0)
     assert torch.equal(oldest_first, torch.tensor(list(reference)))
