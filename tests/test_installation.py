@@ -110,7 +110,7 @@ def test_public_names_commands_from_training_to_report_and_the_first_example_of_
     """In one process, because each would import PyTorch again; the example as it stands there, on one batch."""
     assert "embed" in installed("self-supervised", "--help") and "embed" in installed("python", "-m", "self_supervised")
     assert "self_supervised" in FIRST_EXAMPLE
-    said = installed("python", "-c", PROGRAM, FIRST_EXAMPLE.replace("cifar10", "digits"), *COMMANDS)
+    said = installed("python", "-c", PROGRAM, FIRST_EXAMPLE.replace("cifar10_gpu", "digits"), *COMMANDS)
     assert (installed.user / "run/command.txt").read_text().startswith("self-supervised train byol --dataset_name di")
     assert str(ROOT) not in said.splitlines()[0] and "function load" in said
     assert "knn20_acc1" in said and "embeddings differ by" in said

@@ -128,7 +128,7 @@ def test_weights_without_the_lagging_ones_are_named(small, trainer, caplog):
 @pytest.mark.slow
 def test_what_other_processes_have_trained_counts_as_trained(small, trainer):
     method = SelfSupervisedMethod(small("simclr", evaluations=[]), encoder=Normalized())
-    trainer(strategy="ddp_fork", devices=2).fit(method)
+    trainer(strategy="ddp_spawn", devices=2).fit(method)
     assert method.was_trained
 
 

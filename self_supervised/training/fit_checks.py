@@ -1,7 +1,8 @@
-"""Checks at the start of `fit`: what Lightning accepts and our settings or schedules contradict."""
+"""Checks of subclasses, and at the start of `fit`: what Lightning accepts and our hooks, settings or schedules
+contradict."""
 
 import inspect
-from itertools import chain, takewhile
+from itertools import chain
 from types import CodeType
 from typing import Any
 
@@ -48,11 +49,15 @@ def refuse_hooks_without_super(method: type[pl.LightningModule]) -> None:
     """
     bases = {"super", *(base.__name__ for base in method.__mro__)}
     for name in HOOKS:
-        before_ours = [*takewhile(lambda base: not (is_ours(base) and name in vars(base)), method.__mro__)]  # noqa: B023
-        for owner in before_ours if len(before_ours) < len(method.__mro__) else ():
-            hook = inspect.unwrap(vars(owner).get(name, is_ours))
-            used = names_used(getattr(hook, "__code__", None))
-            if getattr(hook, "__name__", "") == name and not (name in used and bases & used):
+        owners = [base for base in method.__mro__ if name in vars(base)]
+        first_of_ours = next((i for i, base in enumerate(owners) if is_ours(base)), 0)
+        for owner in owners[:first_of_ours]:
+            hook = inspect.unwrap(vars(owner)[name])
+            code = getattr(hook, "__code__", None)
+            if code is None or hook.__name__ != name:  # of a decorator, which hides the function
+                continue
+            used = names_used(code)
+            if name not in used or not bases & used:
                 raise TypeError(
                     f"{owner.__name__}.{name} replaces a hook without which the method does not work. Call "
                     f"super().{name}(...) in its own body, or use a Callback."
@@ -60,13 +65,12 @@ def refuse_hooks_without_super(method: type[pl.LightningModule]) -> None:
 
 
 def is_ours(base: type) -> bool:
+    """Return whether a class is one of this library."""
     return base.__module__.partition(".")[0] in ("moco", "linear_classifier", "self_supervised")
 
 
-def names_used(code: CodeType | None) -> set[str]:
-    """Return the names that a function's code uses, and the functions within it."""
-    if code is None:
-        return set()
+def names_used(code: CodeType) -> set[str]:
+    """Return the names that the code of a function, and of the functions within it, uses."""
     inner = (names_used(constant) for constant in code.co_consts if isinstance(constant, CodeType))
     return {*code.co_names, *chain.from_iterable(inner)}
 
