@@ -640,6 +640,11 @@ class ModelParams(EncoderAndDataParams):
         return [(i, j) for i in [*queries, *small] for j in large if i != j or len(large) == 1]
 
     @property
+    def has_negatives_of_batch(self) -> bool:
+        """Return whether images of the same batch are negatives."""
+        return self.use_negative_examples_from_batch or self.use_negative_examples_from_same_view
+
+    @property
     def keeps_keys(self) -> bool:
         """Return whether there is a queue of keys."""
         return self.use_negative_examples_from_queue or self.use_nearest_keys
@@ -695,7 +700,7 @@ class ModelParams(EncoderAndDataParams):
 def contradictions_of_method(params: ModelParams) -> Contradictions:
     """Contradictions of loss, negatives, views and evaluations."""
     p = params
-    of_batch = p.use_negative_examples_from_batch or p.use_negative_examples_from_same_view
+    has_negatives = p.has_negatives_of_batch or p.use_negative_examples_from_queue
     has_predictor = p.prediction_mlp_layers > 0 or p.head("prediction")["last_normalization"] is not None
     one_network = not p.use_lagging_model and p.teacher is None and not has_predictor
     unknown = sorted(set(p.evaluations) - set(EVALUATIONS))
@@ -703,7 +708,7 @@ def contradictions_of_method(params: ModelParams) -> Contradictions:
     return [
         (p.use_vicreg_loss and p.loss_type != "vic",
          f"use_vicreg_loss=True contradicts loss_type={p.loss_type!r}. Set only one of them."),
-        (p.loss_type in NEED_NEGATIVES and not (of_batch or p.use_negative_examples_from_queue),
+        (p.loss_type in NEED_NEGATIVES and not has_negatives,
          f"loss_type={p.loss_type!r} needs negatives, but there are none. Set "
          "use_negative_examples_from_queue=True or use_negative_examples_from_batch=True."),
         (p.use_negative_examples_from_same_view and not one_network,
@@ -774,8 +779,7 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
     which = "batch_size" if p.global_batch_size is None else "global_batch_size"
     one_image = getattr(p, which) == 1
     size = f"{which}={getattr(p, which)}"
-    of_batch = p.use_negative_examples_from_batch or p.use_negative_examples_from_same_view
-    batch_alone = of_batch and not p.use_negative_examples_from_queue
+    batch_alone = p.has_negatives_of_batch and not p.use_negative_examples_from_queue
     layers = normalized_layers(p)
     ungrouped = [f"{name}={width}" for kind, width, name in layers if kind == "gn" and width % GROUPS]
     across_batch = any(kind in ("bn", "br") or (kind == "gn" and width == GROUPS) for kind, width, _ in layers)

@@ -271,8 +271,8 @@ def from_rank_zero(x: Tensor) -> Tensor:
 def share_buffers(*modules: torch.nn.Module | None) -> None:
     """Give all processes the first one's buffers, such as running statistics, in place. DDP does so in its forward pass
     alone, and not at all while gradients are accumulated."""
-    for module in (module for module in modules if module is not None):  # a compiled one has no truth value
-        for buffer in module.buffers():
+    for module in modules:
+        for buffer in () if module is None else module.buffers():
             buffer.copy_(from_rank_zero(buffer))
 
 

@@ -12,8 +12,9 @@ import processes
 import pytest
 from conftest import LONG
 
-from benchmarks import harness, report
+from benchmarks import cifar10, harness, report, sweep
 from self_supervised import __main__ as entry
+from self_supervised import recipes
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main(argv" in path.read_text())
@@ -106,6 +107,25 @@ def test_the_table_of_a_sweep_has_the_best_rate_of_each_preset():
     rows = [dict(zip(names, (*one, one[-1], "1", "9"), strict=True)) for one in tries]
     table = [list(row.values())[3:] for row in report.tries_of_presets(rows)]
     assert table == [["0.1: 50.0, 1: 40.0, 9: nan", "0.1", "50.0"], ["1: nan", "1", "nan"]]
+
+
+def test_another_learning_rate_is_another_run(tmp_path):
+    runs = [cifar10.Run("cifar10_laptop", "simclr", 0, tmp_path, settings) for settings in ((), ("lr=0.5",))]
+    assert [run.lr for run in runs] == [recipes.recipe("simclr", "cifar10_laptop").lr, 0.5]
+    assert runs[0].folder != runs[1].folder
+    table = cifar10.Table(tmp_path / "cifar10_laptop.csv")
+    table.put("simclr", 0, [{**cifar10.empty("simclr", 0), "lr": 0.5}])
+    again = cifar10.Table(tmp_path / "cifar10_laptop.csv")
+    assert [again.has("simclr", 0, lr=run.lr) for run in runs] == [False, True]
+
+
+def test_the_tries_of_a_sweep_do_not_move_with_the_recipes():
+    tries: dict[str, set[str]] = {}
+    for row in harness.read(harness.RESULTS / "sweep_cifar10_laptop.csv")[1]:
+        if row["fraction"] == "0.3":
+            tries.setdefault(row["preset"], set()).add(row["lr"])
+    wanted = {name: {f"{factor * sweep.usual_lr(name):.3g}" for factor in sweep.FACTORS} for name in tries}
+    assert tries == wanted and len(tries) == 22
 
 
 def is_rule(line: str) -> bool:
