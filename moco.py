@@ -47,7 +47,7 @@ class EncodedView(NamedTuple):
 
 
 class SelfSupervisedMethod(BaseMethod):
-    """MoCo, EqCo, SCE, BYOL, SimCLR, VICReg, Barlow Twins and relatives. `params` selects the parts of the network.
+    """LightningModule that trains MoCo, BYOL, SimCLR, VICReg and all other presets, as `params` says.
 
         view i -> model -> projection_model -> z -> prediction_model -> q      query: trained by gradients
         view j -> lagging_model -> lagging_projection_model -> k               key: moving average of the weights above
@@ -161,7 +161,7 @@ class SelfSupervisedMethod(BaseMethod):
         return online, {j: online[j].z.detach() if p.stop_gradient_of_keys else online[j].z for j in key_views}
 
     def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, EncodedView]:
-        """Return {view i: encode(view i)}. With `micro_batch_size` these are leaves, from which `backward` goes on."""
+        """Return {view i: encode(view i)}. With `micro_batch_size`, these are leaves from which `backward` resumes."""
         if (size := self.params.micro_batch_size) is None:
             return {i: self.encode(views[i]) for i in which}
         networks, chosen = (self.model, self.projection_model, self.prediction_model), {i: views[i] for i in which}

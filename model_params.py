@@ -197,7 +197,7 @@ class EncoderAndDataParams:
     zero_init_residual: bool = False  # start each residual block of a ResNet as the identity (last norm weight 0)
     stem_variant: str = choice("standard", STEM_VARIANTS)  # variant of the 3 x 3 stem, to fit weights of other systems
     in_channels: int | None = positive(None)  # number of input channels; None: the data set's
-    pooling_size: int = positive(1)  # cells per side of the last map, each averaged alone; 2: embeddings 4x as wide
+    pooling_size: int = positive(1)  # cells per side of the last feature map, each averaged; 2: embeddings 4x as wide
 
     # data
     dataset_name: str = choice("stl10", DATASETS)  # data set, read from $DATA_PATH
@@ -246,7 +246,7 @@ class EncoderAndDataParams:
     label_key: str | None = None
     include_patterns: list[str] = field(factory=list)  # globs ("*.png", "cats/*"): use only paths or names that match
     exclude_patterns: list[str] = field(factory=list)  # globs ("*_mask.png"): leave out paths and names that match
-    # directory of a path that is its label; None: no labels
+    # which directory of an image's path is its label; None: no labels
     labels_from: str | None = choice("first_folder", ("first_folder", "last_folder", None))
     # class numbers: a dictionary, a JSON file, or ["cat=0"]; None: alphabetical order
     class_to_idx: list[str] | None = field(default=None, converter=class_to_idx_entries)
@@ -439,7 +439,7 @@ class ModelParams(EncoderAndDataParams):
     use_momentum_schedule: bool = False  # raise m to 1 along half a cosine
     stop_gradient_of_keys: bool = False  # detach keys, as in SimSiam; those of a lagging model always are
     use_nearest_keys: bool = False  # replace keys by the most similar ones of the queue, as in NNCLR
-    shuffle_batch_norm: bool = False  # compute batch statistics of keys over other images than those of queries
+    shuffle_batch_norm: bool = False  # compute batch statistics of keys over images other than their queries'
     n_virtual_devices: int = positive(8)  # number of parts in which a single process encodes shuffled keys
 
     # teacher
@@ -493,7 +493,7 @@ class ModelParams(EncoderAndDataParams):
     # EqCo and DCL
     use_eqco_margin: bool = False  # add EqCo's margin to the logits of the negatives
     eqco_alpha: float = positive(65536)  # number of negatives that the loss emulates, if use_eqco_margin is set
-    dcl_sigma: float | None = positive(None, by=1e-4)  # DCLW: softness of the own keys' weights; None: DCL, no weights
+    dcl_sigma: float | None = positive(None, by=1e-4)  # sigma of DCLW's weights of the own keys; None: DCL, no weights
 
     # weights of the terms of VICReg, Barlow Twins and losses of all views
     invariance_loss_weight: float = non_negative(25.0, at_most=1e6)  # weight of the invariance (VICReg's lambda)
@@ -501,7 +501,7 @@ class ModelParams(EncoderAndDataParams):
     covariance_loss_weight: float = non_negative(1.0, at_most=1e6)  # weight of VICReg's covariance term, nu
     variance_loss_epsilon: float = positive(1e-4)  # constant added to VICReg's variance before the square root
     redundancy_loss_weight: float = non_negative(0.0051, at_most=1e6)  # weight of Barlow Twins' redundancy, lambda
-    sigreg_weight: float = fraction(0.02)  # weight of SIGReg or of VISReg's terms; the distances have 1 - this weight
+    sigreg_weight: float = fraction(0.02)  # weight of SIGReg or VISReg's terms; that of the invariance is 1 minus this
 
     # prototypes of SwAV and DINO
     n_prototypes: int = positive(3000, at_most=2**24)  # number of prototypes of SwAV and DINO

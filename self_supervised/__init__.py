@@ -1,4 +1,4 @@
-"""Self-supervised learning: joint-embedding methods in one LightningModule, selected by the settings in one dataclass.
+"""Self-supervised learning: joint-embedding methods in one LightningModule, selected by the settings in one class.
 
     import self_supervised as ssl
 

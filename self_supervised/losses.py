@@ -60,7 +60,7 @@ def _without_own_column(products: Tensor, rows: slice = ALL_ROWS) -> Tensor:
 
 
 def _n_closer(negatives: Tensor, own: Tensor) -> Tensor:
-    """Return how many negatives [N, M] of each query are at least as similar as its own key [N, 1], or NaN."""
+    """Return how many negatives [N, M] of each query are at least as similar as its own key [N, 1]; NaN counts."""
     return (~(negatives < own)).sum(1)
 
 
@@ -118,8 +118,8 @@ def cross_entropy(
 
     Args:
         sim: `similarities` of the queries, [N, 1 + M].
-        q, queue: queries [N, D] and K more negatives [K, D] of each. The result is that of `sim` with K more columns,
-            which take K N numbers of memory, several times.
+        q, queue: queries [N, D] and K more negatives [K, D] of each. The result is as if `sim` had K more columns, but
+            without the N x K matrices that these would need.
     """
     logits = sim / temperature
     n_negatives = sim.shape[1] - 1

@@ -137,7 +137,7 @@ def test_an_epoch_with_fewer_batches_than_are_accumulated(small, trainer, caplog
     model = SelfSupervisedMethod(small("simclr", lr_scaling="linear", lr=0.1, evaluations=[]), encoder=Net())
     trainer(accumulate_grad_batches=100, limit_train_batches=1.0).fit(model, images())
     assert "x 4 (accumulated batches) x 16 (images) = 64 images per optimizer step" in caplog.text
-    assert "an epoch has 4 batches. A step has no more, and its gradient is 4/100" in caplog.text
+    assert "an epoch has 4 batches, so a step gets only 4/100" in caplog.text
     assert model.plan.lr == pytest.approx(0.1 * 64 / 256) and model.plan.of_checkpoint()["accumulated"] == 100
 
 
@@ -154,7 +154,7 @@ def test_a_lower_lr_lowers_the_ends_of_its_schedule(small):
 
 @pytest.mark.parametrize("build", [Hooked, patched])
 def test_an_encoder_whose_copy_computes_with_the_original_is_refused(build, small):
-    with pytest.raises(ValueError, match="encoder: a copy of it, the lagging model, computes with weights or features"):
+    with pytest.raises(ValueError, match="encoder: its copy, the lagging model, uses weights or features"):
         SelfSupervisedMethod(small("byol"), encoder=build())
     SelfSupervisedMethod(small("simclr"), encoder=build())  # without a lagging model, there is no copy
 

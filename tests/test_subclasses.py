@@ -187,7 +187,7 @@ def test_a_hook_that_leaves_uint8_for_evaluation_is_refused_in_words(method, sma
     loader = DataLoader(images(), batch_size=16)
     module = Module()
     module.train_dataloader = module.val_dataloader = lambda: loader
-    with pytest.raises(ValueError, match=r"^images of torch.uint8 are not normalized. An on_after_batch_tr"):
+    with pytest.raises(ValueError, match=r"^images of torch.uint8 are not normalized. Your on_after_batch_tr"):
         trainer().fit(own, datamodule=module)
 
 

@@ -249,8 +249,8 @@ def check_views(views: Any, n: int) -> None:
     """Raise ValueError unless a training batch has n views or more of each image."""
     if isinstance(views, Tensor):
         raise ValueError(
-            f"a batch is a tensor {tuple(views.shape)}, not a list of views. on_after_batch_transfer of a "
-            "LightningDataModule replaces the method's, which makes them: convert images in on_before_batch_transfer"
+            f"a batch is a tensor {tuple(views.shape)}, not a list of views. Your LightningDataModule's "
+            "on_after_batch_transfer replaces ours, which makes the views. Convert images in on_before_batch_transfer."
         )
     if len(views) < n:
         raise ValueError(

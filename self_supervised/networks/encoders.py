@@ -381,6 +381,6 @@ def embeddings_of(encoder: nn.Module, x: torch.Tensor, at_once: int | None = Non
         if x.is_floating_point():
             raise
         raise ValueError(
-            f"images of {x.dtype} are not normalized. An on_after_batch_transfer of yours replaces the one that does "
-            "it: convert batches in on_before_batch_transfer."
+            f"images of {x.dtype} are not normalized. Your on_after_batch_transfer replaces ours, which normalizes "
+            "them. Convert batches in on_before_batch_transfer."
         ) from error

@@ -96,8 +96,8 @@ def frozen_copy(module: nn.Module, input_shape: tuple[int, ...] | None = None) -
     copied = copy.deepcopy(module).requires_grad_(False)
     if input_shape is not None and not is_independent(copied, module, input_shape):
         raise ValueError(
-            "encoder: a copy of it, the lagging model, computes with weights or features of the original, because "
-            "its forward or a hook refers to the original. Refer to self instead, and return the features."
+            "encoder: its copy, the lagging model, uses weights or features of the original, because forward or a hook "
+            "refers to the original by name. Use self instead, and return features instead of storing them."
         )
     return copied
 

@@ -96,6 +96,6 @@ def check_small_views(encoder: nn.Module, width: int, params: ModelParams) -> No
         name = f"transform_small_crop_size={size} needs an encoder for several sizes (a ResNet) or the size {crop_size}"
         found = measured_width(encoder, torch.zeros(1, *shape, size, size), f"{name}: this one")
         if found != width:
-            raise ValueError(f"{name}: this one makes {found} numbers of small views, but {width} of large ones")
+            raise ValueError(f"{name}: this one returns {found} features for small views, but {width} for large ones")
         if params.pooling_size > 1:
             check_map(encoder, params, size)

@@ -38,8 +38,8 @@ from self_supervised.views import augmentations, input_checks
 
 MORE_IMAGES = 2**16  # than a batch has
 TRAINED_FURTHER = (
-    "training starts from the weights of an earlier one, and epochs, views and schedules start again. To continue it "
-    "instead, resume: fit(model, ckpt_path=...)"
+    "the weights are already trained: this training starts from them, and epochs, views and schedules start over. To "
+    "continue the earlier training instead, pass its checkpoint: fit(model, ckpt_path=...)"
 )
 
 

@@ -111,8 +111,8 @@ def refuse_constant_heads(params: ModelParams) -> None:
     constant = [name for kind, width, name in normalized_layers(params) if kind == "gn" and width == GROUPS]
     if constant:
         raise ValueError(
-            f"{constant[0]}={GROUPS}: group norm has {GROUPS} groups, and of a single unit each gives 0 for every "
-            f"image. Choose {2 * GROUPS} or another multiple of {GROUPS}."
+            f"{constant[0]}={GROUPS}: group norm has {GROUPS} groups; with one unit in each, its output is 0 for "
+            f"every image. Choose {2 * GROUPS} or another multiple of {GROUPS}."
         )
 
 
@@ -141,7 +141,7 @@ def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -
         if isinstance(callback, BaseFinetuning):
             raise ValueError(
                 f"{type(callback).__name__} adds parameter groups that the learning rate schedule does not have. Use "
-                "encoder_lr of LinearClassifierMethod, or train again with the weights that are to be trained then."
+                "encoder_lr of LinearClassifierMethod, or start a second training in which these weights are trained."
             )
         if isinstance(callback, GradientAccumulationScheduler):
             raise ValueError(

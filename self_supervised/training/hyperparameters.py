@@ -44,7 +44,7 @@ def resolve(
     """
     if (hparams := fields.pop("hparams", None)) is not None:
         if params is not None:
-            raise ValueError("hparams and params are two names of one argument. Pass one of them.")
+            raise ValueError("hparams and params are two names for the same argument. Pass one of them.")
         params = dict(vars(hparams)) if isinstance(hparams, Namespace) else hparams
     modules.require_module(encoder)
     if encoder is not None:
@@ -134,7 +134,7 @@ def refuse_replaced(params: Any, built: Any) -> None:
     if changed:
         values = ", ".join(f"{name}={getattr(params, name)!r}" for name in changed)
         raise ValueError(
-            f"{values}: not the setting with which the method was built, and which its networks and hparams have. "
+            f"{values}: not the setting with which the method was built; its networks and hparams still have that. "
             "Build it again: SelfSupervisedMethod(params)."
         )
 

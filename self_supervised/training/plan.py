@@ -82,8 +82,8 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
     accumulated, epoch_batches = trainer.accumulate_grad_batches, trainer.num_training_batches
     if epoch_batches < accumulated:
         rank_zero_info(
-            f"warning: accumulate_grad_batches={accumulated}, but an epoch has {epoch_batches} batches. A step has no "
-            f"more, and its gradient is {epoch_batches}/{accumulated} of their mean. Set it to {epoch_batches}"
+            f"warning: accumulate_grad_batches={accumulated}, but an epoch has {epoch_batches} batches, so a "
+            f"step gets only {epoch_batches}/{accumulated} of their mean gradient. Set it to {epoch_batches}"
         )
     if math.isinf(epoch_batches):
         warmup_epochs = warmup_without_epochs(params, warmup_epochs)

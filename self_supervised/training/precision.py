@@ -157,10 +157,10 @@ def refuse_half_precision(precision: str, m: float, trained: nn.Module | None = 
     weights = () if trained is None else trained.parameters()
     if any(w.requires_grad and w.dtype in (torch.bfloat16, torch.float16) for w in weights):
         raise ValueError(
-            "the weights are in half precision, left by another Trainer. Call float() of the method first."
+            "the weights are in half precision, left by another Trainer. Call float() on the method first."
         )
     if precision in ("bf16-true", "16-true"):
         raise ValueError(
-            f"precision={precision!r} is too low for the lagging model: half precision rounds its updates, of which "
-            f"the weight is 1 - m = {1 - m:.2g}, to zero. Use {precision.replace('true', 'mixed')!r}."
+            f"precision={precision!r} is too low for the lagging model: half precision rounds its updates, which "
+            f"have the weight 1 - m = {1 - m:.2g}, to zero. Use {precision.replace('true', 'mixed')!r}."
         )

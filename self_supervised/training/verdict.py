@@ -67,7 +67,7 @@ def reason_for_none(name: str, before: dict[str, float], after: dict[str, float]
     if not GIVE_COMPARED & set(evaluations):
         return f"evaluations={list(evaluations)} has neither knn nor linear_probe"
     if not before:
-        reasons = "no validation images, limit_val_batches=0, or a loader that is no DataLoader"
+        reasons = "no validation images, limit_val_batches=0, or a loader that is not a DataLoader"
         return f"the {name or 'starting encoder'} was not scored ({reasons})"
     if not after:
         return "the trained encoder was not scored"

@@ -75,7 +75,7 @@ def test_a_training_without_scores_says_why_it_has_no_verdict(small, trainer, ca
     assert fitted(small, trainer, fast_dev_run=True)[2].text == ""
     fitted(small, trainer, limit_val_batches=0)
     reason = "the starting encoder was not scored (no validation images, limit_val_batches=0, or "
-    reason += "a loader that is no DataLoader)"
+    reason += "a loader that is not a DataLoader)"
     assert f"verdict: none, because {reason}" in caplog.messages
 
 

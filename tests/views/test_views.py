@@ -257,7 +257,7 @@ def test_an_encoder_for_one_size_only_is_refused():
     p = ModelParams(dataset_name="digits", K=8, **MULTI_CROP)
     with pytest.raises(ValueError, match="transform_small_crop_size=8 needs an encoder for several sizes .* size 12"):
         SelfSupervisedMethod(p, encoder=flat)
-    with pytest.raises(ValueError, match="makes 64 numbers of small views, but 144 of large ones"):
+    with pytest.raises(ValueError, match="returns 64 features for small views, but 144 for large ones"):
         SelfSupervisedMethod(p, encoder=nn.Flatten())
     SelfSupervisedMethod(p, encoder=flat, transform_small_crop_size=12)
 
