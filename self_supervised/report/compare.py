@@ -87,24 +87,24 @@ def results_of_run(folder: Path) -> dict[str, float]:
     column that is evaluated per epoch. The row of the encoder before the training is not an epoch."""
     written = run_folder.results_of(folder)
     baseline = run_folder.baseline_of(written)
-    found = {}
+    results = {}
     for name, value in written.items():
         if isinstance(value, dict):
-            found |= {f"{name}: {metric}": number for metric, number in value.items()}
+            results |= {f"{name}: {metric}": number for metric, number in value.items()}
         elif isinstance(value, int | float) and (name != "epochs" or "trained encoder" in written):
-            found[name] = value  # earlier versions wrote the planned "epochs" at the start of a run
+            results[name] = value  # earlier versions wrote the planned "epochs" at the start of a run
     _, rows = rows_of(run_folder.file_of(folder, "pretraining/metrics.csv"))
     from_zero = run_folder.first_epoch(folder) == 0
     for name in rows[0] if rows else []:
         numbers = [float(row[name]) for row in rows if row[name] and (from_zero or row.get("epoch") != "0")]
-        if from_zero and f"{baseline}: {name}" in found:
+        if from_zero and f"{baseline}: {name}" in results:
             del numbers[0]
         if name == LAST and numbers:
-            found[f"last {name}"] = numbers[-1]
+            results[f"last {name}"] = numbers[-1]
         elif name.startswith("valid_") and numbers:
             best = min if lowest_is_best(name) else max
-            found[BEST + name] = best(filter(is_finite, numbers), default=math.nan)
-    return found
+            results[BEST + name] = best(filter(is_finite, numbers), default=math.nan)
+    return results
 
 
 def compare(folders: Sequence[str | Path]) -> tuple[list[list[Run]], list[MetricRow]]:
@@ -267,18 +267,18 @@ def comparison_markdown(columns: list[list[Run]], rows: list[MetricRow]) -> str:
 
 
 def comparison_csv(columns: list[list[Run]], rows: list[MetricRow]) -> list[dict[str, Any]]:
-    found = []
+    lines = []
     labels = labels_of_columns(columns)
     for row in rows:
         best = best_columns(row, rows)
         for i, (label, value) in enumerate(zip(labels, row.values, strict=True)):
             about = {"kind": row.kind, "run": label, "metric": row.name}
             if row.kind != "result":
-                found.append(about | {"value": value})
+                lines.append(about | {"value": value})
             elif value:
                 std = deviation(value) if len(value) > 1 else None
-                found.append(about | {"value": statistics.fmean(value), "std": std, "n": len(value), "best": i in best})
-    return found
+                lines.append(about | {"value": statistics.fmean(value), "std": std, "n": len(value), "best": i in best})
+    return lines
 
 
 @one_line_errors()

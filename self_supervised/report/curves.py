@@ -72,7 +72,7 @@ def draw_curves(
     if Path(path).suffix != ".png":
         raise ValueError(f"out={str(path)!r} must end in .png")
     check_file("out", path)
-    groups = {label: found if isinstance(found, list) else [found] for label, found in runs.items()}
+    groups = {label: curves if isinstance(curves, list) else [curves] for label, curves in runs.items()}
     known = sorted({name for group in groups.values() for curves in group for name in curves})
     if not known:
         raise ValueError(f"runs {', '.join(groups)}: they have logged nothing yet. Lower log_every_n_steps.")
@@ -129,15 +129,15 @@ def not_logged(runs: dict[str, Curves], panels: Sequence[str] | None) -> list[st
 
 def labeled_curves(runs: Sequence[str]) -> dict[str, Curves]:
     """Return label -> curves for runs passed as LABEL=DIR, or as DIR, whose name is then the label."""
-    found = {}
+    curves = {}
     for run in runs:
         cuts = [(run[:i], run[i + 1 :]) for i, sign in enumerate(run) if sign == "="]
         fallback = cuts[0] if cuts else ("", run)
         label, folder = next((cut for cut in [("", run), *cuts] if as_path(cut[1]).is_dir()), fallback)
-        found[label or as_path(folder).resolve().name] = read_curves(folder)
-    if len(found) < len(runs):
+        curves[label or as_path(folder).resolve().name] = read_curves(folder)
+    if len(curves) < len(runs):
         raise ValueError(f"runs {', '.join(runs)}: two have the same name. Pass LABEL=DIR to name them.")
-    return found
+    return curves
 
 
 @one_line_errors()

@@ -37,7 +37,7 @@ class Evaluated:
 
     label: str
     checkpoints: tuple[str, ...]  # as they were passed
-    found: tuple[list[RunRecord], ...]  # of each checkpoint
+    records: tuple[list[RunRecord], ...]  # of each checkpoint
 
 
 @frozen
@@ -133,28 +133,28 @@ def evaluated_rows(checkpoints: Sequence[str | Path], out: Path | None = None) -
     """
     paths = [run_or_file(checkpoint) for checkpoint in checkpoints]
     names = names_of_runs(paths)
-    found = [shown_records(out or results.folder_of(path)) for path in paths]
+    records = [shown_records(out or results.folder_of(path)) for path in paths]
     groups: dict[str, list[int]] = {}
     for i, path in enumerate(paths):
         settings = run_folder.settings_to_compare(path)
         groups.setdefault(without_seed(settings) if settings else str(i), []).append(i)
     labels = group_labels([[names[i] for i in group] for group in groups.values()])
-    trained = [[run for run in runs if run["encoder"] == "trained"] for runs in found]
+    trained = [[run for run in runs if run["encoder"] == "trained"] for runs in records]
     rows = [
         Evaluated(label, tuple(str(checkpoints[i]) for i in group), tuple(trained[i] for i in group))
         for label, group in zip(labels, groups.values(), strict=True)
     ]
     others = [name for name in ENCODER_NAMES if name != "trained"]
-    return rows + [row for encoder in others for row in other_rows(encoder, checkpoints, names, found)]
+    return rows + [row for encoder in others for row in other_rows(encoder, checkpoints, names, records)]
 
 
 def other_rows(
-    encoder: str, checkpoints: Sequence[str | Path], names: list[str], found: list[list[RunRecord]]
+    encoder: str, checkpoints: Sequence[str | Path], names: list[str], records: list[list[RunRecord]]
 ) -> list[Evaluated]:
     """Return a row for each different encoder of this name. Checkpoints share one if its weights and all keys of its
     runs agree."""
     rows: list[tuple[str, str, dict[tuple, RunRecord]]] = []
-    for checkpoint, name, runs in zip(checkpoints, names, found, strict=True):
+    for checkpoint, name, runs in zip(checkpoints, names, records, strict=True):
         own = {(run["dataset"], run["protocol"], run["seed"]): run for run in runs if run["encoder"] == encoder}
         for _, _, merged in rows:
             if all(is_equal(merged.get(place, run), run) for place, run in own.items()) and shares_weights(merged, own):
@@ -186,7 +186,7 @@ def evaluation_tables(
 ) -> list[EvaluationTable]:
     """Return a table for each data set on which at least one row was evaluated; with `protocols` or `dataset`, of these
     alone."""
-    everything = [run for row in rows for runs in row.found for run in runs]
+    everything = [run for row in rows for runs in row.records for run in runs]
     wanted = [run for run in everything if dataset in (None, run["dataset"])]
     wanted = [run for run in wanted if protocols is None or run["protocol"] in protocols]
     of_datasets: dict[str, list[RunRecord]] = {}
@@ -221,16 +221,16 @@ def cell_of(row: Evaluated, dataset: str, protocol: str, metric: str) -> Cell | 
     """Return a mean and its standard deviation over runs, of each the mean over its evaluation seeds. In a row of one
     run, they are those over its evaluation seeds, or with one seed over its draws."""
     place = (dataset, protocol)
-    of_runs = [[run["scores"] for run in runs if (run["dataset"], run["protocol"]) == place] for runs in row.found]
+    of_runs = [[run["scores"] for run in runs if (run["dataset"], run["protocol"]) == place] for runs in row.records]
     values = [numbers for scores in of_runs if (numbers := [one[metric] for one in scores if metric in one])]
     if not values:
         return None
-    numbers = values[0] if len(row.found) == 1 else [statistics.fmean(one) for one in values]
+    numbers = values[0] if len(row.records) == 1 else [statistics.fmean(one) for one in values]
     mean = statistics.fmean(numbers)
     std = results.deviation(numbers) if len(numbers) > 1 else None
-    if len(row.found) == len(numbers) == 1:
+    if len(row.records) == len(numbers) == 1:
         std = of_runs[0][0].get(f"{metric}{DRAWN}")
-    missing = f" ({len(values)} of {len(row.found)})" if len(values) < len(row.found) else ""
+    missing = f" ({len(values)} of {len(row.records)})" if len(values) < len(row.records) else ""
     return Cell(mean, std, len(numbers), f"{results.mean_text(mean, std)}{missing}")
 
 
@@ -257,8 +257,8 @@ def differently_measured(runs: list[RunRecord]) -> dict[str, str]:
         conditions.setdefault(run["protocol"], set()).add(json.dumps(told, sort_keys=True))
     return {
         protocol: f"{protocol}: not comparable, because images, clips, training settings or version differ."
-        for protocol, found in conditions.items()
-        if len(found) > 1
+        for protocol, variants in conditions.items()
+        if len(variants) > 1
     }
 
 
@@ -294,9 +294,9 @@ def missing_notes(dataset: str, rows: list[Evaluated], runs: list[RunRecord]) ->
     lacking, others = [], []  # parts of the notes
     for row in rows:
         absent: set[str] = set()
-        option = "--lagging" if any(run["encoder"] == "lagging" for found in row.found for run in found) else ""
-        for checkpoint, found in zip(row.checkpoints, row.found, strict=True):
-            done = protocols_of(run for run in found if run["dataset"] == dataset)
+        option = "--lagging" if any(run["encoder"] == "lagging" for records in row.records for run in records) else ""
+        for checkpoint, records in zip(row.checkpoints, row.records, strict=True):
+            done = protocols_of(run for run in records if run["dataset"] == dataset)
             trained_on = run_folder.settings_of_run(run_or_file(checkpoint)).get("dataset_name", dataset)
             if not done and trained_on != dataset:
                 others.append(f"{row.label} (pretrained on {trained_on})")

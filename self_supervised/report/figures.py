@@ -145,12 +145,12 @@ FIGURES = (
 
 def read_metrics(file: Path) -> Lines:
     """Return every column of a metrics.csv or throughput.csv. If a step has multiple rows, the last one counts."""
-    found: dict[str, dict[int, float]] = {}
+    columns: dict[str, dict[int, float]] = {}
     for row in rows_of(file)[1]:
         for name, value in row.items():
             if value and name != "step":
-                found.setdefault(name, {})[int(row["step"])] = float(value)
-    return {name: points(values) for name, values in found.items()}
+                columns.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: points(values) for name, values in columns.items()}
 
 
 def points(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -209,16 +209,16 @@ def missing_figures(figures: list[dict[str, Any]], names: Sequence[str]) -> list
 def others(tables: dict[str, list[Lines]]) -> list[Figure]:
     """Return a figure for each column that is not in FIGURES; all gradient norms share one."""
     shown = {(figure.file, name) for figure in FIGURES for name in figure.lines}
-    found = []
+    figures = []
     for file, of_runs in tables.items():
         names = list(dict.fromkeys(name for table in of_runs for name in table))
         left = [name for name in names if (file, name) not in shown and not NO_FIGURE.fullmatch(name)]
         norms = {name: name.removeprefix("grad_norm_") for name in left if name.startswith("grad_norm_")}
         if norms:
-            found.append(Figure("Norms of the gradients", norms, "Without jumps, and no part stays at 0.", file))
+            figures.append(Figure("Norms of the gradients", norms, "Without jumps, and no part stays at 0.", file))
         stage = "Linear classifier: " if file == LINEAR else ""
-        found += [Figure(f"{stage}{name}", {name: name}, "", file) for name in left if name not in norms]
-    return found
+        figures += [Figure(f"{stage}{name}", {name: name}, "", file) for name in left if name not in norms]
+    return figures
 
 
 def varies(lines: list[dict[str, Any]]) -> bool:
@@ -232,9 +232,9 @@ def as_lists(steps: np.ndarray, values: np.ndarray) -> dict[str, list]:
 def steps_per_epoch(folder: Path) -> dict[str, float | None]:
     """Return stage -> optimizer steps per epoch; None if neither throughput.csv nor run.json has them."""
     planned = next(reversed(run_folder.starts_of(folder)), {}).get("steps per epoch")
-    found: dict[str, float | None] = {"pretraining": planned, "linear": None}
-    for stage in found:
+    by_stage: dict[str, float | None] = {"pretraining": planned, "linear": None}
+    for stage in by_stage:
         steps, epochs = read_metrics(run_folder.file_of(folder, f"{stage}/throughput.csv")).get("epoch", ([], []))
         if len(steps):  # the last epoch may be shorter: max_time ended it
-            found[stage] = float(np.max(steps / (epochs + 1 - run_folder.first_epoch(folder))))
-    return found
+            by_stage[stage] = float(np.max(steps / (epochs + 1 - run_folder.first_epoch(folder))))
+    return by_stage

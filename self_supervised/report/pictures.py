@@ -62,12 +62,12 @@ def picture_parts(
         reason = {"missing": "--images 0: no images were embedded"}
         yield from (("neighbors", reason), ("map", reason))
         return
-    found = content_or_reason(lambda: embedded(checkpoint(folder), n, encoder))
-    if isinstance(found, Embedded):
-        yield "neighbors", content_or_reason(lambda: neighbors(found))
-        yield "map", content_or_reason(lambda: map_page(found, budget))
+    sample_or_reason = content_or_reason(lambda: embedded(checkpoint(folder), n, encoder))
+    if isinstance(sample_or_reason, Embedded):
+        yield "neighbors", content_or_reason(lambda: neighbors(sample_or_reason))
+        yield "map", content_or_reason(lambda: map_page(sample_or_reason, budget))
     else:
-        yield from (("neighbors", found), ("map", found))
+        yield from (("neighbors", sample_or_reason), ("map", sample_or_reason))
 
 
 def content_or_reason(make: Callable[[], Any]) -> Any:
@@ -176,36 +176,38 @@ def names(params: EncoderAndDataParams, dataset: Any, y: Tensor) -> list[str | N
 # ---- neighbors and map ----
 
 
-def queries(found: Embedded) -> list[int]:
+def queries(sample: Embedded) -> list[int]:
     """Return the rows of the queries: the first image of each class, then the first of the other images. If an image
     has no label, just the first images."""
-    rows = {label: i for i, label in reversed(list(enumerate(found.labels)))}
+    rows = {label: i for i, label in reversed(list(enumerate(sample.labels)))}
     chosen = sorted(rows.values()) if None not in rows else []
-    return [*chosen, *(i for i in range(len(found.x)) if i not in chosen)][:QUERIES]
+    return [*chosen, *(i for i in range(len(sample.x)) if i not in chosen)][:QUERIES]
 
 
-def neighbors(found: Embedded) -> dict[str, Any]:
-    rows = queries(found)
-    best = best_of([(found.paths, found.x, found.labels)], found.x[rows], NEIGHBORS, [found.paths[i] for i in rows])
-    index = {path: i for i, path in enumerate(found.paths)}
+def neighbors(sample: Embedded) -> dict[str, Any]:
+    rows = queries(sample)
+    best = best_of(
+        [(sample.paths, sample.x, sample.labels)], sample.x[rows], NEIGHBORS, [sample.paths[i] for i in rows]
+    )
+    index = {path: i for i, path in enumerate(sample.paths)}
 
     def shown(i: int) -> dict[str, Any]:
-        reduced = min(1.0, LARGEST_PICTURE / max(found.images.shape[-2:]))
-        return {"picture": uri(found.images[i], reduced), "label": found.labels[i], "path": found.paths[i]}
+        reduced = min(1.0, LARGEST_PICTURE / max(sample.images.shape[-2:]))
+        return {"picture": uri(sample.images[i], reduced), "label": sample.labels[i], "path": sample.paths[i]}
 
     lists = [
         {"query": shown(i), "found": [shown(index[n.path]) | {"cosine": round(n.cosine, 3)} for n in near]}
         for i, near in zip(rows, best, strict=True)
     ]
-    return {"about": found.about, "rows": lists}
+    return {"about": sample.about, "rows": lists}
 
 
-def map_page(found: Embedded, budget: int) -> dict[str, str]:
+def map_page(sample: Embedded, budget: int) -> dict[str, str]:
     """Return the complete page of `self-supervised map`, which the report shows in a frame."""
-    points = project(found.x, "tsne", seed=0)
-    has_labels = any(label is not None for label in found.labels)
-    kind, kind_names, meaning = kinds(found.labels, None if has_labels else clustering(found.x, None, 0).labels_)
+    points = project(sample.x, "tsne", seed=0)
+    has_labels = any(label is not None for label in sample.labels)
+    kind, kind_names, meaning = kinds(sample.labels, None if has_labels else clustering(sample.x, None, 0).labels_)
     title = f"{TITLES['tsne']} of the embeddings"
-    near_means = examples(found.x, kind)
-    drawn = map_pages.Map(title, f"{found.about}; {meaning}", found.paths, points, kind, kind_names, near_means)
-    return {"page": map_pages.as_html(drawn, found, budget)}
+    near_means = examples(sample.x, kind)
+    drawn = map_pages.Map(title, f"{sample.about}; {meaning}", sample.paths, points, kind, kind_names, near_means)
+    return {"page": map_pages.as_html(drawn, sample, budget)}

@@ -46,14 +46,14 @@ def write_report(
         raise ValueError(f"images={images} must be at least 0")
     out = Path(out or (folders[0] / "report.html" if len(folders) == 1 else "report.html")).expanduser()
     check_file("out", out)
-    found = content(folders, images, encoder)
+    data = content(folders, images, encoder)
     template = Path(__file__).with_name("report.html")
     page = template.read_text(encoding="utf-8")
     for mark, text in (
-        ("__TITLE__", html.escape(in_one_line(found["title"]))),
+        ("__TITLE__", html.escape(in_one_line(data["title"]))),
         ("/*__STYLE__*/", template.with_suffix(".css").read_text(encoding="utf-8")),
         ("/*__SCRIPT__*/", template.with_suffix(".js").read_text(encoding="utf-8")),
-        ("__DATA__", in_script(found)),  # last, because the data may contain any text
+        ("__DATA__", in_script(data)),  # last, because the data may contain any text
     ):
         page = page.replace(mark, text)
     atomic_write(out, page)

@@ -71,8 +71,8 @@ def state(run: Run) -> str:
 
 def verdicts(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     """Return the verdict of each run that has one, with the name of the run if there are several."""
-    found = [run_folder.results_of(run.folder).get("verdict") for run in runs]
-    return [text if len(runs) == 1 else f"{name}: {text}" for text, name in zip(found, names, strict=True) if text]
+    texts = [run_folder.results_of(run.folder).get("verdict") for run in runs]
+    return [text if len(runs) == 1 else f"{name}: {text}" for text, name in zip(texts, names, strict=True) if text]
 
 
 # ---- settings ----
@@ -118,9 +118,9 @@ def option_cell(values: dict[str, Any], standard: dict[str, Any], name: str) -> 
 def effective_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return a row for each effective setting: those in config.yaml, else, of an earlier version, those that follow
     from the settings."""
-    found = [run_folder.effective_of(run.folder) or effective_of_settings(run.settings) for run in runs]
-    names = dict.fromkeys(name for one in found for name in one)
-    return [{"name": name, "values": [text(one.get(name, "")) for one in found]} for name in names]
+    settings = [run_folder.effective_of(run.folder) or effective_of_settings(run.settings) for run in runs]
+    names = dict.fromkeys(name for one in settings for name in one)
+    return [{"name": name, "values": [text(one.get(name, "")) for one in settings]} for name in names]
 
 
 def effective_of_settings(settings: dict[str, Any]) -> dict[str, str]:
@@ -153,13 +153,13 @@ def result_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def marks(runs: Sequence[Run], name: str, scored: str, metric: str) -> list[str]:
     """Return "better" or "worse" for each run whose result differs from the start's on the same images, else ""."""
-    found = []
+    signs = []
     for run in runs:
         now, before = run.results.get(name, math.nan), run.results.get(f"{run.start}: {metric}", math.nan)
         compared = scored in MARKED and ("acc" in metric or "loss" in metric) and metric not in FITTED
         change = (now - before) * (-1 if lowest_is_best(metric) else 1) if compared else 0
-        found.append(mark(change))
-    return found
+        signs.append(mark(change))
+    return signs
 
 
 def mark(change: float) -> str:
@@ -168,7 +168,7 @@ def mark(change: float) -> str:
 
 def evaluation_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return a row for each value that `self-supervised evaluate` stored: baselines, then the trained encoders."""
-    found: dict[tuple[str, str], dict[int, str]] = {}  # what was scored, metric -> index of the run -> value
+    texts: dict[tuple[str, str], dict[int, str]] = {}  # what was scored, metric -> index of the run -> value
     signs: dict[tuple[str, str], list[str]] = {}  # the same -> mark of each run
     for i, run in enumerate(runs):
         for table in evaluations.evaluation_tables(evaluations.evaluated_rows([run.folder])):
@@ -177,14 +177,14 @@ def evaluation_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             for title, cells in reversed(list(zip(titles, table.cells, strict=True))):
                 for metric, cell, start in zip(table.header[1:], cells, before, strict=True):
                     place = (title, f"{metric} on {table.dataset}")
-                    found.setdefault(place, {})[i] = cell.text if cell else ""
+                    texts.setdefault(place, {})[i] = cell.text if cell else ""
                     if cell and start and title in MARKED and "acc" in metric:
                         signs.setdefault(place, [""] * len(runs))[i] = mark(cell.mean - start.mean)
     every = range(len(runs))
     return [
         {"of": title, "name": name, "start": title == START, "values": [values.get(i, "") for i in every]}
         | {"marks": signs.get((title, name), [""] * len(runs))}
-        for (title, name), values in found.items()
+        for (title, name), values in texts.items()
     ]
 
 
