@@ -92,7 +92,7 @@ DERIVED: dict[str, Callable[[ModelParams], Any]] = {
 # setting -> {another setting: values with which the first has an effect; None: all but 0, False, None and []}
 # tests/training/test_advice.py trains with every loss and optimizer: no row may be wrong, and none may be missing.
 NEEDS: dict[str, dict[str, tuple | None]] = {
-    **{name: {"loss_type": found} for name in attrs.fields_dict(ModelParams) if (found := losses_that_read(name))},
+    **{name: {"loss_type": losses} for name in attrs.fields_dict(ModelParams) if (losses := losses_that_read(name))},
     "eqco_alpha": {"use_eqco_margin": None},
     "use_negative_examples_from_batch": {"loss_type": COMPARE_NEGATIVES},
     "use_negative_examples_from_same_view": {
@@ -174,14 +174,14 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str, has_own_optimizer: b
     alone = "teacher=None: the student learns from itself. Pass a teacher"
     no_teacher = alone if loss_type == "seed" and params.teacher is None else ""
     fills_queue = value_of(params, QUEUE, loss_type)
-    found = (
+    lines = (
         "" if has_own_optimizer else doubt_of_lr(params, plan),
         doubt_of_queue(params, plan) if fills_queue else "",
         doubt_of_prototypes(params, plan),
         doubt_of_lengths(params, loss_type),
         doubt_of_views(params),
     )
-    return [line for line in (*found, unused, no_teacher) if line]
+    return [line for line in (*lines, unused, no_teacher) if line]
 
 
 def doubt_of_views(params: ModelParams) -> str:

@@ -152,16 +152,16 @@ class BaseMethod(pl.LightningModule):
         packed = self.params.dataset.is_packed
         return {} if packed or self.n_outputs is None else {"n_classes": self.n_outputs}
 
-    def record_settings(self, **found: Any) -> None:
+    def record_settings(self, **determined: Any) -> None:
         """Keep the settings with which the networks were built, as flat hyperparameters for `load_from_checkpoint`.
 
         encoder_weights is dropped, because a checkpoint has its own weights.
 
         Args:
-            found: settings that the files or the networks have determined.
+            determined: settings that the files or the networks have determined.
         """
-        found = attrs.asdict(self.params) | found | self.counted_classes() | {"encoder_weights": None}
-        self.save_hyperparameters(found)
+        settings = attrs.asdict(self.params) | determined | self.counted_classes() | {"encoder_weights": None}
+        self.save_hyperparameters(settings)
         self.built = copy.deepcopy(self.params)  # lists in it can be changed
 
     @property
@@ -301,8 +301,8 @@ class BaseMethod(pl.LightningModule):
         known = self.hparams.get("class_names") if self.loaded_names is None else self.loaded_names
         if known and not self.trainer.predicting and (self.was_trained or self.trainer.state.fn == "fit"):
             dataset = getattr(self.loader_of(dataloader_idx, training), "dataset", None)
-            found = label_checks.names_in(dataset, self.params)
-            label_checks.refuse_other_numbers(known, found, "the loader's data set")
+            names = label_checks.names_in(dataset, self.params)
+            label_checks.refuse_other_numbers(known, names, "the loader's data set")
 
     def log_step(self, metrics: dict[str, Tensor]) -> None:
         """Log metrics of a training step if they are read, or new: after the first step, all names are known.

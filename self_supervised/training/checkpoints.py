@@ -72,16 +72,16 @@ def newest(folder: str | Path) -> Path | None:
         ValueError: there are checkpoints, but none of them is valid, or the folder is a URL.
         OSError, MemoryError: the machine could not read the newest, so all processes stop instead of choosing another.
     """
-    found = sorted(local_path("folder", folder).glob("step_*.ckpt"), reverse=True)
-    for path in found:
+    paths = sorted(local_path("folder", folder).glob("step_*.ckpt"), reverse=True)
+    for path in paths:
         try:
             read_checkpoint(path)
         except (ValueError, FileNotFoundError) as error:  # a training that still runs may have removed it
             rank_zero_warn(f"{error}; trying the checkpoint before it")
         else:
             return path
-    if found:
-        raise ValueError(f"none of the {len(found)} checkpoints in {folder} is valid. Move them away to start over.")
+    if paths:
+        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is valid. Move them away to start over.")
     return None
 
 
@@ -99,15 +99,13 @@ def of_data_only(content: dict[str, Any]) -> dict[str, Any]:
     parts = with_own_numbers(parts)
     states = parts.get("callbacks", {})
     for name in list(states):
-        if found := objects_in(states[name]):
-            rank_zero_warn(
-                f"the state of the callback {name} is not saved: it holds {found}, and only data can be read"
-            )
+        if held := objects_in(states[name]):
+            rank_zero_warn(f"the state of the callback {name} is not saved: it holds {held}, and only data can be read")
             del states[name]
     for name, part in parts.items():
-        if found := objects_in(part):
+        if held := objects_in(part):
             raise ValueError(
-                f"{name}: a checkpoint with it could not be read again, because it holds {found}. Let state_dict() or "
+                f"{name}: a checkpoint with it could not be read again, because it holds {held}. Let state_dict() or "
                 "on_save_checkpoint() keep only numbers, texts, tensors, and lists or dicts of them."
             )
     return {**content, **parts}
@@ -132,8 +130,8 @@ def objects_in(part: Any) -> str:
     except (pickle.PicklingError, AttributeError, TypeError) as error:  # the last two: of local and open objects
         return str(error)
     except pickle.UnpicklingError as error:
-        found = UNSUPPORTED.search(str(error))
-        return found[1] if found else str(error)
+        match = UNSUPPORTED.search(str(error))
+        return match[1] if match else str(error)
     return ""
 
 

@@ -121,8 +121,8 @@ def refuse_subsets(params: Any) -> None:
     whole = {"data_fraction": 1.0, "label_fraction": None, "labels_per_class": None, "validate_on": "test"}
     names = [name for name, value in whole.items() if getattr(params, name, value) != value]
     if names:
-        found, off = (", ".join(f"{name}={value[name]!r}" for name in names) for value in (attrs.asdict(params), whole))
-        raise ValueError(f"{found}: no effect on your own loader. Choose its images yourself, and set {off}.")
+        given, off = (", ".join(f"{name}={value[name]!r}" for name in names) for value in (attrs.asdict(params), whole))
+        raise ValueError(f"{given}: no effect on your own loader. Choose its images yourself, and set {off}.")
 
 
 def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -> None:

@@ -33,8 +33,8 @@ def refuse_wrong_labels(
     """
     if labels is None or (labels.ndim == 2 and labels.shape[1] > 1):
         if n_classes is not None and required:
-            found = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
-            raise ValueError(f"{source} has {found}. A classifier needs labels [N], a class number per image.")
+            given = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
+            raise ValueError(f"{source} has {given}. A classifier needs labels [N], a class number per image.")
         return
     if isinstance(labels, Tensor):
         labels = (labels.double() if labels.is_floating_point() else labels).cpu().numpy()
@@ -65,18 +65,18 @@ def names_in(dataset: Dataset | None, params: Any) -> dict[int, str]:
     return dict(enumerate(names)) if is_known else {}
 
 
-def refuse_other_numbers(known: Sequence[str] | None, found: Mapping[int, str], source: str) -> None:
+def refuse_other_numbers(known: Sequence[str] | None, names: Mapping[int, str], source: str) -> None:
     """Raise ValueError if classes are not numbered as in the classifier, whose scores would be wrong in silence.
 
     Args:
         known: names of the classifier's classes, in the order of their numbers. The data set may have other words for
             them, so names that are not among them are ignored, and so are those of two classes.
-        found: class number -> name.
+        names: class number -> name.
         source: what numbers them so, for the message.
     """
     times = Counter(known or ())
     numbers = {name: number for number, name in enumerate(known or ()) if times[name] == 1}
-    for number, name in found.items():
+    for number, name in names.items():
         if (expected := numbers.get(name, number)) != number:
             raise ValueError(
                 f"{source}: {name!r} is class {number}, and class {expected} of the classifier. Give each class the "

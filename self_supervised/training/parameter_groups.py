@@ -70,13 +70,13 @@ def parameter_table(module: nn.Module, params: ModelParams) -> list[ParameterRow
         factor = factors.get(name, 1.0)
         lr = p.lr * factor
         decay = 0.0 if name in excluded else p.weight_decay
-        found = {"lr": lr, "momentum": p.momentum, "weight_decay": decay, "final_weight_decay": decay * growth(p)}
-        found["lars_exclude"] = name in excluded
+        values = {"lr": lr, "momentum": p.momentum, "weight_decay": decay, "final_weight_decay": decay * growth(p)}
+        values["lars_exclude"] = name in excluded
         for option in p.parameter_options:
             if re.search(option["pattern"], name):
-                found |= resolved(option, lr, decay, growth(p))
-        adapted = not found.pop("lars_exclude")
-        rows.append(ParameterRow(name, tuple(parameter.shape), adapted=adapted, layer_factor=factor, **found))
+                values |= resolved(option, lr, decay, growth(p))
+        adapted = not values.pop("lars_exclude")
+        rows.append(ParameterRow(name, tuple(parameter.shape), adapted=adapted, layer_factor=factor, **values))
     return rows
 
 
@@ -89,10 +89,10 @@ def resolved(option: dict[str, Any], lr: float, weight_decay: float, growth: flo
     """Return the values that a row of `parameter_options` sets, with ..._mult applied to a parameter's first values."""
     started = {"lr_mult": lr, "weight_decay_mult": weight_decay}
     values = {key: value for key, value in option.items() if key != "pattern"}
-    found = {key.removesuffix("_mult"): started[key] * v if key in started else v for key, v in values.items()}
-    if "weight_decay" in found:
-        found["final_weight_decay"] = found["weight_decay"] * (1.0 if "weight_decay" in option else growth)
-    return found
+    settings = {key.removesuffix("_mult"): started[key] * v if key in started else v for key, v in values.items()}
+    if "weight_decay" in settings:
+        settings["final_weight_decay"] = settings["weight_decay"] * (1.0 if "weight_decay" in option else growth)
+    return settings
 
 
 def layer_factors(encoder: nn.Module, layer_decay: float) -> dict[str, float]:
@@ -112,32 +112,32 @@ def layer_groups(encoder: nn.Module) -> dict[str, Parameters]:
     before it; parameters of a replaced module itself (class token, position embedding) belong to the first group.
     """
     parts = [("", encoder)]
-    while len(found := joined_parts(parts)) < FEWEST_GROUPS and (
+    while len(groups := joined_parts(parts)) < FEWEST_GROUPS and (
         openable := [part for part in parts if can_be_opened(part[1])]
     ):
         largest = max(openable, key=lambda part: modules.n_parameters(part[1]))
         name, module = largest
         at = parts.index(largest)
         parts[at : at + 1] = [(f"{name}.{child}".lstrip("."), part) for child, part in module.named_children()]
-    grouped = {name for group in found.values() for name in group}
+    grouped = {name for group in groups.values() for name in group}
     rest = {name: parameter for name, parameter in encoder.named_parameters() if name not in grouped}
-    first = next(iter(found), "")
-    return {**found, first: {**rest, **found.get(first, {})}}
+    first = next(iter(groups), "")
+    return {**groups, first: {**rest, **groups.get(first, {})}}
 
 
 def joined_parts(parts: list[tuple[str, nn.Module]]) -> dict[str, Parameters]:
     """Return the parameters of each part that has any. Parts of vectors only join the part before them, and parameters
     that two parts share belong to the first."""
-    found = {}
+    joined = {}
     seen = set()
     for name, module in parts:
         own = {f"{name}.{leaf}".lstrip("."): p for leaf, p in module.named_parameters() if id(p) not in seen}
         seen |= set(map(id, own.values()))
-        if found and all(parameter.ndim < 2 for parameter in own.values()):
-            found[next(reversed(found))] |= own
+        if joined and all(parameter.ndim < 2 for parameter in own.values()):
+            joined[next(reversed(joined))] |= own
         elif own:
-            found[name] = own
-    return found
+            joined[name] = own
+    return joined
 
 
 def can_be_opened(module: nn.Module) -> bool:
@@ -172,15 +172,15 @@ def optimizer_groups(
     """
     p = params
     final = p.weight_decay * growth(p)
-    found = {(p.lr, p.momentum, p.weight_decay, final, True): [], (p.lr, p.momentum, 0.0, 0.0, False): []}
+    grouped = {(p.lr, p.momentum, p.weight_decay, final, True): [], (p.lr, p.momentum, 0.0, 0.0, False): []}
     for row in rows:
-        found.setdefault(row.group, []).append(row.name)
+        grouped.setdefault(row.group, []).append(row.name)
     names = ("lr", "momentum", "weight_decay", "final_weight_decay", "adapt")
-    plain = len(found) == 2
+    plain = len(grouped) == 2
     return [
         {"params": [named[name] for name in members], "param_names": members, **dict(zip(names, key, strict=True))}
         | ({} if plain else {"name": members[0] if members else f"(none {number})"})
-        for number, (key, members) in enumerate(found.items())
+        for number, (key, members) in enumerate(grouped.items())
     ]
 
 

@@ -107,7 +107,7 @@ def batch_hooks_of_user(trainer: pl.Trainer) -> set[str]:
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     modules = {hook: [getattr(part, hook).__module__ for part in parts] for hook in hooks}
     ours = ("pytorch_lightning.", "self_supervised.")
-    return {hook for hook, found in modules.items() if not all(name.startswith(ours) for name in found)}
+    return {hook for hook, names in modules.items() if not all(name.startswith(ours) for name in names)}
 
 
 def refuse_joined_loaders(trainer: pl.Trainer) -> None:
@@ -137,18 +137,18 @@ def checked_batch_size(params: EncoderAndDataParams, accumulated: int, loader: A
     Raises:
         ValueError: the settings depend on a batch size that the loader does not have.
     """
-    found = size_of_batches(loader)
+    size = size_of_batches(loader)
     wanted = images_per_batch(params, accumulated)
-    if found is None and params.lr_scaling is not None:
+    if size is None and params.lr_scaling is not None:
         raise ValueError(
             f"lr_scaling={params.lr_scaling!r} needs the batch_size of the loader, which has none. Set lr_scaling=None."
         )
-    if params.global_batch_size is not None and found not in (None, wanted):
+    if params.global_batch_size is not None and size not in (None, wanted):
         raise ValueError(
             f"global_batch_size={params.global_batch_size} means {wanted} images per process and batch, but the loader "
-            f"has batch_size={found}. Change one of them."
+            f"has batch_size={size}. Change one of them."
         )
-    return found or wanted
+    return size or wanted
 
 
 def training_length(trainer: pl.Trainer) -> tuple[int, int]:

@@ -57,8 +57,8 @@ def choose(method: Any, accelerator: str = "auto", n_processes: int = 1) -> tupl
         ratio = speedup(method.model, method.params.input_shape)
     except RuntimeError as error:
         return "32-true", f"the encoder cannot be computed in bfloat16: {str(error).splitlines()[0]}"
-    found = f"this processor computes bfloat16 {ratio:.1f} times as fast as float32"
-    return ("bf16-mixed" if ratio >= LEAST_SPEEDUP else "32-true"), found
+    reason = f"this processor computes bfloat16 {ratio:.1f} times as fast as float32"
+    return ("bf16-mixed" if ratio >= LEAST_SPEEDUP else "32-true"), reason
 
 
 def has_bfloat16() -> bool:

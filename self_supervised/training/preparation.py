@@ -34,8 +34,10 @@ def exchange_convolutions_of(method: pl.LightningModule) -> None:
     from self_supervised.networks import winograd  # imports Numba, which is slow
 
     p, trainer, lagging = method.params, method.trainer, getattr(method, "lagging_model", None)
-    if (found := (trainer.strategy.root_device.type, trainer.precision)) != ("cpu", "32-true"):
-        rank_zero_info(f"winograd={p.winograd!r}: no effect on {' in '.join(found)}, only on cpu in 32-true")
+    if (device_and_precision := (trainer.strategy.root_device.type, trainer.precision)) != ("cpu", "32-true"):
+        rank_zero_info(
+            f"winograd={p.winograd!r}: no effect on {' in '.join(device_and_precision)}, only on cpu in 32-true"
+        )
         return
     image = torch.zeros(1, *p.input_shape)
     for encoder in [method.model] if lagging is None else [method.model, lagging]:  # of one kind: n is that of both

@@ -90,11 +90,11 @@ class TrainingRecord(pl.Callback):
 def logger_folder(trainer: pl.Trainer) -> Path | None:
     """Return the directory of the Trainer's CSVLogger, else of its TensorBoardLogger; None if it has neither, on all
     processes except the first, and if files of others are in the way."""
-    found = [one for kind in (CSVLogger, TensorBoardLogger) for one in trainer.loggers if isinstance(one, kind)]
-    if not (trainer.is_global_zero and found) or "://" in str(found[0].log_dir):
+    loggers = [one for kind in (CSVLogger, TensorBoardLogger) for one in trainer.loggers if isinstance(one, kind)]
+    if not (trainer.is_global_zero and loggers) or "://" in str(loggers[0].log_dir):
         return None
-    folder = Path(found[0].log_dir)
-    names = RECORD if isinstance(found[0], CSVLogger) else (*RECORD, "metrics.csv")
+    folder = Path(loggers[0].log_dir)
+    names = RECORD if isinstance(loggers[0], CSVLogger) else (*RECORD, "metrics.csv")
     if (present := [name for name in names if (folder / name).exists()]) and not is_record(folder):
         rank_zero_info(f"{folder} has its own {present[0]}, so nothing is written for `self-supervised report`")
         return None

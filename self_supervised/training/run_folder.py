@@ -198,10 +198,10 @@ def baseline_of(results: dict[str, Any]) -> str | None:
 
 def starts_of(out: Path) -> list[dict[str, Any]]:
     """Return the content of run.json, or [] if there is no file; see `settings_of_run`."""
-    found = content_of(out / "run.json", json.loads, list)
-    if not all(isinstance(start, dict) for start in found):
+    starts = content_of(out / "run.json", json.loads, list)
+    if not all(isinstance(start, dict) for start in starts):
         raise ValueError(f"{out / 'run.json'}: must be a list of objects. Correct the file, or move it away.")
-    return found
+    return starts
 
 
 def file_of(out: Path, name: str) -> Path:
@@ -238,14 +238,14 @@ def content_of(path: Path, parse: Callable[[str], Any], kind: type[Kind]) -> Kin
         return kind()
     text = text_of_file(path)
     try:
-        found = parse(text)
+        content = parse(text)
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read ({reason}). Correct the file, or move it away.") from error
-    if not isinstance(found, kind):
+    if not isinstance(content, kind):
         expected = "names and values" if kind is dict else "a list"
         raise ValueError(f"{path}: must hold {expected}. Correct the file, or move it away.")
-    return found
+    return content
 
 
 def text_of_file(path: Path) -> str:

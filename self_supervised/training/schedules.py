@@ -94,14 +94,14 @@ def scheduled(params: ModelParams, step: int, plan: Plan | None) -> dict[str, fl
     `plan` has the length of the training. It may be None if all of them are constant.
     """
     p = params
-    found = {}
+    settings = {}
     for name in SCHEDULED:
         if has_schedule(p, name):
             warmup_steps = getattr(p, f"{name}_warmup_epochs") * plan.steps_per_epoch
             values = (getattr(p, field) for field in (f"{name}_warmup_start", name, f"{name}_final"))
             curves = (getattr(p, f"{name}_warmup"), getattr(p, f"{name}_schedule"))
-            found[name] = warmup_then(step, plan.steps, warmup_steps, *values, *curves)
-    return found
+            settings[name] = warmup_then(step, plan.steps, warmup_steps, *values, *curves)
+    return settings
 
 
 def prototypes_are_frozen(params: ModelParams, step: int, plan: Plan) -> bool:

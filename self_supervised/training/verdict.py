@@ -165,9 +165,9 @@ def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, floa
                 batch = module._on_before_batch_transfer(plugin.convert_input(batch), dataloader_idx=i)
                 with plugin.val_step_context():  # scores themselves are computed in float32
                     module.keep_embeddings(trainer.strategy.batch_to_device(batch, dataloader_idx=i), i)
-        found = {name: value for of_loader in module.scores_of_loaders() for name, value in of_loader.items()}
-    module.latest_scores = (trainer.global_step, found)
-    return found
+        scores = {name: value for of_loader in module.scores_of_loaders() for name, value in of_loader.items()}
+    module.latest_scores = (trainer.global_step, scores)
+    return scores
 
 
 @contextmanager
