@@ -90,15 +90,15 @@ class Batches(Dataset):
         return central_square(self.source.image(path, self.params), self.params.crop_size, part_kept(self.params))
 
     def __getitems__(self, paths: list[str]) -> tuple[list[str], Tensor | None, dict[str, str]]:
-        found, unreadable = {}, {}
+        images, unreadable = {}, {}
         for path in paths:
             try:
-                found[path] = self.prepared(path)
+                images[path] = self.prepared(path)
             except UnreachableShard:  # as in LabeledFiles
                 raise
             except Exception as error:  # Pillow raises many kinds of errors on corrupt files
                 unreadable[path] = f"{type(error).__name__}: {error}"
-        return list(found), torch.stack(list(found.values())) if found else None, unreadable
+        return list(images), torch.stack(list(images.values())) if images else None, unreadable
 
 
 def batches_of(

@@ -57,26 +57,26 @@ def palette(n: int) -> list[str]:
 # ---- picture ----
 
 
-def draw_map(found: Map, source: ImageSource | None, file: Path) -> None:
+def draw_map(image_map: Map, source: ImageSource | None, file: Path) -> None:
     """Write a PNG with a legend of the most frequent names. `source` is not used."""
-    width, height = np.ptp(found.points, axis=0)
+    width, height = np.ptp(image_map.points, axis=0)
     aspect = float(np.clip(width / max(height, 1e-12), 0.6, 1.8))
     figure, axis = plt.subplots(figsize=(7 * aspect + 2, 7.5), layout="constrained")
-    size = float(np.clip(45000 / len(found.points), 3, 40))
-    colors = np.array(found.colors)
-    axis.scatter(*found.points.T, s=size, c=colors[found.kind], linewidths=0, alpha=0.8)
-    counts = np.bincount(found.kind, minlength=len(found.names))
+    size = float(np.clip(45000 / len(image_map.points), 3, 40))
+    colors = np.array(image_map.colors)
+    axis.scatter(*image_map.points.T, s=size, c=colors[image_map.kind], linewidths=0, alpha=0.8)
+    counts = np.bincount(image_map.kind, minlength=len(image_map.names))
     listed = np.sort(np.argsort(-counts, kind="stable")[:LEGEND])
     handles = [
         plt.Line2D(
-            [], [], marker="o", linestyle="", color=colors[i], label=label(f"{found.names[i][:28]} ({counts[i]:,})")
+            [], [], marker="o", linestyle="", color=colors[i], label=label(f"{image_map.names[i][:28]} ({counts[i]:,})")
         )
         for i in listed
     ]
-    more = f"the {LEGEND} largest of {len(found.names)}" if len(found.names) > LEGEND else None
+    more = f"the {LEGEND} largest of {len(image_map.names)}" if len(image_map.names) > LEGEND else None
     figure.legend(handles=handles, title=more, loc="outside right center", frameon=False)
-    note = [label(line) for line in textwrap.wrap(in_one_line(found.note)[:NOTE], 80)]  # breaks long names, too
-    axis.set_title("\n".join([label(found.title, 80), *note]), loc="left", fontsize=11, wrap=True)
+    note = [label(line) for line in textwrap.wrap(in_one_line(image_map.note)[:NOTE], 80)]  # breaks long names, too
+    axis.set_title("\n".join([label(image_map.title, 80), *note]), loc="left", fontsize=11, wrap=True)
     axis.set(xticks=[], yticks=[], aspect="equal")
     axis.spines[:].set_color("#d8dce2")
     figure.savefig(file, format="png", dpi=120)
@@ -86,29 +86,29 @@ def draw_map(found: Map, source: ImageSource | None, file: Path) -> None:
 # ---- page ----
 
 
-def page(found: Map, source: ImageSource | None, file: Path) -> None:
+def page(image_map: Map, source: ImageSource | None, file: Path) -> None:
     """Write the page, with pictures from `source`; None: without pictures."""
-    file.write_text(as_html(found, source, BUDGET), encoding="utf-8")
+    file.write_text(as_html(image_map, source, BUDGET), encoding="utf-8")
 
 
-def as_html(found: Map, source: ImageSource | None, budget: int) -> str:
+def as_html(image_map: Map, source: ImageSource | None, budget: int) -> str:
     """Return the template with the points, scaled to the unit square, and as many pictures as the budget allows."""
-    low = found.points.min(0)
-    high = found.points.max(0)
-    points = (found.points - (low + high) / 2) / max((high - low).max(), 1e-12) + 0.5
+    low = image_map.points.min(0)
+    high = image_map.points.max(0)
+    points = (image_map.points - (low + high) / 2) / max((high - low).max(), 1e-12) + 0.5
     content = {
-        "note": found.note,
-        "names": found.names,
-        "colors": found.colors,
-        "kind": found.kind.tolist(),
+        "note": image_map.note,
+        "names": image_map.names,
+        "colors": image_map.colors,
+        "kind": image_map.kind.tolist(),
         "x": [round(float(x), 5) for x in points[:, 0]],
         "y": [round(float(y), 5) for y in points[:, 1]],
-        "paths": found.paths,
-        "examples": found.examples,
-        "pictures": [None] * len(found.paths) if source is None else pictures(found, source, budget),
+        "paths": image_map.paths,
+        "examples": image_map.examples,
+        "pictures": [None] * len(image_map.paths) if source is None else pictures(image_map, source, budget),
     }
     text = Path(__file__).with_name("map.html").read_text(encoding="utf-8")
-    text = text.replace("__TITLE__", html.escape(in_one_line(found.title)))
+    text = text.replace("__TITLE__", html.escape(in_one_line(image_map.title)))
     return text.replace("__DATA__", in_script(content))
 
 
@@ -117,19 +117,19 @@ def in_script(content: Any) -> str:
     return to_json(content).replace("<", "\\u003c")
 
 
-def pictures(found: Map, source: ImageSource, budget: int) -> list[str | None]:
+def pictures(image_map: Map, source: ImageSource, budget: int) -> list[str | None]:
     """Return small JPEGs as data URIs, made of the examples first and then in random order; None where the budget is
     used up, or where a file is missing or is not a picture."""
-    uris = [None] * len(found.paths)
+    uris = [None] * len(image_map.paths)
     left = budget
     failed = []
-    order = [*sum(found.examples, []), *np.random.default_rng(0).permutation(len(found.paths)).tolist()]
+    order = [*sum(image_map.examples, []), *np.random.default_rng(0).permutation(len(image_map.paths)).tolist()]
     with bar() as progress:
         for i in progress.track([*dict.fromkeys(order)], description="pictures"):
             try:
-                uri = thumbnail(source.picture(found.paths[i], side=THUMBNAIL_SIDE))
+                uri = thumbnail(source.picture(image_map.paths[i], side=THUMBNAIL_SIDE))
             except Exception as error:  # readers raise many kinds on corrupt files
-                failed.append(f"{found.paths[i]} ({error})")
+                failed.append(f"{image_map.paths[i]} ({error})")
                 continue
             left -= len(uri)
             if left < 0:

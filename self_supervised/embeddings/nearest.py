@@ -79,8 +79,8 @@ def best_of(
         cosines = (queries @ unit_rows(embeddings).T).clip(-1, 1)
         for i, cosine in enumerate(cosines):
             top = np.argsort(-cosine, kind="stable")[: k + 1]  # one more than k, because the own row may be among them
-            found = (Neighbor(paths[j], labels[j], float(cosine[j])) for j in top)
-            candidates = best[i] + [neighbor for neighbor in found if own is None or neighbor.path != own[i]]
+            neighbors = (Neighbor(paths[j], labels[j], float(cosine[j])) for j in top)
+            candidates = best[i] + [neighbor for neighbor in neighbors if own is None or neighbor.path != own[i]]
             best[i] = sorted(candidates, key=lambda neighbor: -neighbor.cosine)[:k]
     return best
 
@@ -111,14 +111,14 @@ def find_queries(features: str | Path, images: list[str], source: ImageSource, c
         if not files[image].is_file():
             raise ValueError(f"{image} is neither a file nor the path of a row of {features}")
     embedded = embed_files(features, others, checkpoint) if others else {}
-    found = []
+    queries = []
     for image in images:
         if row := own[image]:
             embedding, label = rows[row]
-            found.append(Query(row, embedding, shown(row, source.picture), row, label))
+            queries.append(Query(row, embedding, shown(row, source.picture), row, label))
         else:
-            found.append(Query(image, embedded[image], shown(str(files[image]), picture_of)))
-    return found
+            queries.append(Query(image, embedded[image], shown(str(files[image]), picture_of)))
+    return queries
 
 
 def embed_files(features: str | Path, files: list[str], checkpoint: str | None) -> dict[str, np.ndarray]:

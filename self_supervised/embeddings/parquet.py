@@ -66,10 +66,10 @@ def join(out: Path, parts: list[Path], paths: list[str], labels: list[str | None
         for start in range(0, len(paths), ROWS):
             some = paths[start : start + ROWS]
             # The range of paths lets pyarrow skip row groups without reading them.
-            found = rows.to_table(filter=(pc.field("path") >= some[0]) & (pc.field("path") <= some[-1]))
-            found = found.filter(pc.is_in(found["path"], pa.array(some))).sort_by("path")
-            assert found["path"].to_pylist() == some
-            yield found.set_column(2, "label", pa.array(labels[start : start + ROWS], pa.string()))
+            table = rows.to_table(filter=(pc.field("path") >= some[0]) & (pc.field("path") <= some[-1]))
+            table = table.filter(pc.is_in(table["path"], pa.array(some))).sort_by("path")
+            assert table["path"].to_pylist() == some
+            yield table.set_column(2, "label", pa.array(labels[start : start + ROWS], pa.string()))
 
     write_table(out, tables(), target)
 
@@ -103,12 +103,12 @@ def facts_of_file(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        found = (pq.read_schema(path).metadata or {}).get(ABOUT)
+        facts = (pq.read_schema(path).metadata or {}).get(ABOUT)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file, or is corrupt: {error}") from error
-    if found is None:
+    if facts is None:
         raise ValueError(f"{path} was not written by `self-supervised embed`. Pass a file that it wrote.")
-    return json.loads(found)
+    return json.loads(facts)
 
 
 def matrix(embeddings: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -144,6 +144,6 @@ def paths_in(path: str | Path) -> list[str]:
 def rows_of_ids(path: str | Path, ids: list[str]) -> dict[str, tuple[np.ndarray, str | None]]:
     """Return path -> (embedding [E], label) for those of the paths that have a row."""
     one_of = reduce(or_, (pc.field("path") == name for name in ids), pc.scalar(False))
-    found = ds.dataset(str(path)).to_table(filter=one_of)
-    rows = zip(matrix(found["embedding"]), found["label"].to_pylist(), strict=True)
-    return dict(zip(found["path"].to_pylist(), rows, strict=True))
+    table = ds.dataset(str(path)).to_table(filter=one_of)
+    rows = zip(matrix(table["embedding"]), table["label"].to_pylist(), strict=True)
+    return dict(zip(table["path"].to_pylist(), rows, strict=True))

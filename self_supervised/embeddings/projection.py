@@ -119,10 +119,10 @@ def kinds(labels: list[str | None], clusters: np.ndarray | None) -> tuple[np.nda
     these are passed."""
     if clusters is None:
         return of_labels(labels)
-    found, kind = np.unique(clusters, return_inverse=True)
+    cluster_numbers, kind = np.unique(clusters, return_inverse=True)
     unlabeled = "no labels: " if not any(label is not None for label in labels) else ""
-    names = [f"cluster {i + 1}" for i in found]
-    return kind, names, f"{unlabeled}colored by {len(found)} k-means clusters of the embeddings"
+    names = [f"cluster {i + 1}" for i in cluster_numbers]
+    return kind, names, f"{unlabeled}colored by {len(cluster_numbers)} k-means clusters of the embeddings"
 
 
 def of_labels(labels: list[str | None]) -> tuple[np.ndarray, list[str], str]:
@@ -137,12 +137,12 @@ def of_labels(labels: list[str | None]) -> tuple[np.ndarray, list[str], str]:
 def examples(embeddings: np.ndarray, kind: np.ndarray) -> list[list[int]]:
     """Return for each kind the rows that are nearest to its mean direction, by cosine."""
     x = unit_rows(embeddings)
-    found = []
+    rows_of_kinds = []
     for one in range(kind.max() + 1):
         rows = np.flatnonzero(kind == one)
         nearest = np.argsort(-(x[rows] @ x[rows].mean(0)), kind="stable")
-        found.append(rows[nearest[:EXAMPLES]].tolist())
-    return found
+        rows_of_kinds.append(rows[nearest[:EXAMPLES]].tolist())
+    return rows_of_kinds
 
 
 def natural(name: str) -> tuple:

@@ -66,15 +66,15 @@ class Folder:
         """
         suffixes = image_suffixes() if self.kind == "image" else video_files.VIDEO_EXTENSIONS
         self.passed_over.clear()
-        found = sorted(files_below(self.root, suffixes, self.passed_over))
-        if not found:
+        paths = sorted(files_below(self.root, suffixes, self.passed_over))
+        if not paths:
             raise ValueError(f"{self.root} holds no {self.kind}s{self.passed_over}")
-        for path in found:
+        for path in paths:
             try:
                 path.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"the file name {path!r} in {self.root} is not UTF-8. Rename the file.") from error
-        return found
+        return paths
 
     def labels(self, paths: list[str]) -> list[str | None]:
         in_class_folders = all(path.count("/") == 1 for path in paths)
@@ -100,11 +100,11 @@ class Folder:
 
     def paths_of(self, file: Path) -> list[str]:
         """Return the paths that a file may have in this directory: by its name, and without links."""
-        found = []
+        paths = []
         for path in (Path(os.path.abspath(file)), file.resolve()):
             root = next((folder for folder in path.parents if folder.exists() and folder.samefile(self.root)), None)
-            found += [path.relative_to(root).as_posix()] if root else []
-        return found
+            paths += [path.relative_to(root).as_posix()] if root else []
+        return paths
 
 
 class Packed:
@@ -160,9 +160,9 @@ class Stored:
         self.columns = columns or {}
         if preferred is not None and "image_key" not in self.columns and self.has_other_column(name, preferred):
             self.columns = {"image_key": preferred, **self.columns}
-        found = self.read(name, self.columns)
-        self.label_of = {path: label for images in found.values() for path, label in images}
-        self.outside_splits = found.get("", [])  # empty if there are no splits
+        splits = self.read(name, self.columns)
+        self.label_of = {path: label for images in splits.values() for path, label in images}
+        self.outside_splits = splits.get("", [])  # empty if there are no splits
         self.name = name
         self.passed_over = self.source.passed_over
         self.has_file_names = not isinstance(self.source, ArrowImages)  # of a Hugging Face data set, rows have numbers
@@ -170,16 +170,16 @@ class Stored:
     def has_other_column(self, name: str, image_key: str) -> bool:
         """Return whether the data set has this column of images, and another one is read by default."""
         try:
-            found = self.read(name, {"image_key": image_key, "labels_from": None})
+            with_column = self.read(name, {"image_key": image_key, "labels_from": None})
         except UnreachableShard:
             raise
         except ValueError:
             return False
         with suppress(ValueError):  # with several columns, there is no default
             usual = self.read(name, {"labels_from": None})
-            if usual == found and getattr(self.source, "image_key", image_key) == image_key:
+            if usual == with_column and getattr(self.source, "image_key", image_key) == image_key:
                 return False
-        return any(found.values())
+        return any(with_column.values())
 
     def read(self, name: str, columns: dict[str, Any]) -> ImageList:
         self.source = get_source(EncoderAndDataParams(dataset_name="folder", **columns), name, names=True)

@@ -96,7 +96,7 @@ def field_comments(kind: type) -> dict[str, tuple[str, str]]:
     A heading is a comment on its own line after an empty line. Before the first heading, the first sentence of the
     docstring is used.
     """
-    found = {}
+    descriptions = {}
     for owner in reversed([base for base in kind.__mro__ if attrs.has(base)]):
         source = inspect.cleandoc("\n" + inspect.getsource(owner))
         comments = {
@@ -115,8 +115,8 @@ def field_comments(kind: type) -> dict[str, tuple[str, str]]:
             if own_lines and not lines[own_lines[0] - 2].strip():
                 heading = comments[own_lines.pop(0)][0]
             above = " ".join(comments[n][0] for n in own_lines)
-            found[node.target.id] = (heading, comments.get(node.end_lineno, (above, False))[0])
-    return found
+            descriptions[node.target.id] = (heading, comments.get(node.end_lineno, (above, False))[0])
+    return descriptions
 
 
 def add_fields(parser: argparse._ArgumentGroup, names: Iterable[str]) -> None:
@@ -207,14 +207,14 @@ def differences(preset: str) -> str:
 
 def families() -> str:
     """Return the presets with their papers, by what their losses compare, as text."""
-    found = ""
+    listing = ""
     for family in dict.fromkeys(loss.compares for loss in LOSSES.values()):
         names = [name for name, preset in PRESETS.items() if LOSSES[preset().loss_type].compares == family]
         # "The defaults are": ModelParams is the preset moco_v2
         docs = {name: (PRESETS[name].__doc__ or "").split("\n\n")[0].split("The defaults are ")[-1] for name in names}
         lines = (f"  {name:14}{' '.join(doc.split())}" for name, doc in docs.items())
-        found += "\n".join(["", "", family, *(wrapped(line, " " * 16) for line in lines)])
-    return found
+        listing += "\n".join(["", "", family, *(wrapped(line, " " * 16) for line in lines)])
+    return listing
 
 
 def wrapped(words: str, indent: str = "") -> str:
@@ -241,13 +241,13 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
         fail(f"recipe={recipe!r}: must be a name, such as digits.")
     others = with_joined_lists(others, list_options(RunOptions, ModelParams))
     try:
-        found = parser(preset, recipe).parse_args(config + others).as_dict()  # the file first: options override it
-        if found["preset"] != preset:
-            fail(f"preset={found['preset']}: the preset is {preset}. Leave --preset out; it is the first argument.")
+        values = parser(preset, recipe).parse_args(config + others).as_dict()  # the file first: options override it
+        if values["preset"] != preset:
+            fail(f"preset={values['preset']}: the preset is {preset}. Leave --preset out; it is the first argument.")
         lists = [a.name for kind in (RunOptions, ModelParams) for a in attrs.fields(kind) if a.type == list[str]]
-        found |= {name: [] for name in lists if found[name] is None}  # null in a file, as none on the command line
-        options = RunOptions(**{name: found[name] for name in RUN_OPTION_NAMES})
-        return preset, options, PRESETS[preset](**{a.name: found[a.name] for a in attrs.fields(ModelParams)})
+        values |= {name: [] for name in lists if values[name] is None}  # null in a file, as none on the command line
+        options = RunOptions(**{name: values[name] for name in RUN_OPTION_NAMES})
+        return preset, options, PRESETS[preset](**{a.name: values[a.name] for a in attrs.fields(ModelParams)})
     except ValueError as error:
         fail(str(error))
 
@@ -258,12 +258,12 @@ def split_config(arguments: Sequence[str]) -> tuple[str | None, str | None, list
     files.add_argument("--config", action="append", type=expanded, default=[])
     files.add_argument("--recipe")
     try:
-        found, others = files.parse_known_args(arguments)
+        options, others = files.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         fail(str(error))
-    if len(found.config) > 1:
+    if len(options.config) > 1:
         fail("--config was given twice. Pass one file.")
-    return (found.config or [None])[0], found.recipe, others
+    return (options.config or [None])[0], options.recipe, others
 
 
 def preset_of(given: str | None, file: str | None) -> str:

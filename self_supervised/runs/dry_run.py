@@ -116,14 +116,14 @@ def parts_text(model: nn.Module) -> str:
 def widths(part: nn.Module) -> str:
     """Return the widths of the linear layers of a head as text: 512 -> 2048 -> 128."""
     linear = [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
-    found = [layer.in_features for layer in linear[:1]] + [layer.out_features for layer in linear]
-    return " -> ".join(map(str, found)) or type(part).__name__
+    sizes = [layer.in_features for layer in linear[:1]] + [layer.out_features for layer in linear]
+    return " -> ".join(map(str, sizes)) or type(part).__name__
 
 
 @torch.no_grad()
 def output_shapes(model: SelfSupervisedMethod) -> dict[str, str]:
     p = model.params
-    found = {}
+    shapes = {}
     x = torch.zeros(2, *p.input_shape, device=model.device)
     with modules.in_eval_mode(model):
         for start, names in (
@@ -134,8 +134,8 @@ def output_shapes(model: SelfSupervisedMethod) -> dict[str, str]:
             for name in names:
                 if (part := getattr(model, name)) is not None:
                     start = part(start)
-                    found[name] = f"[N, {', '.join(map(str, start.shape[1:]))}]"
-    return found
+                    shapes[name] = f"[N, {', '.join(map(str, start.shape[1:]))}]"
+    return shapes
 
 
 def groups_table(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
@@ -143,12 +143,12 @@ def groups_table(model: SelfSupervisedMethod, trainer: pl.Trainer) -> Table:
     differ."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     optimizer = trainer.optimizers[0]
-    found = [{key: value for key, value in group.items() if key not in HIDDEN} for group in optimizer.param_groups]
-    for settings, (first, last) in zip(found, trainer.lr_scheduler_configs[0].scheduler.decays, strict=True):
+    shown = [{key: value for key, value in group.items() if key not in HIDDEN} for group in optimizer.param_groups]
+    for settings, (first, last) in zip(shown, trainer.lr_scheduler_configs[0].scheduler.decays, strict=True):
         settings["weight_decay"] = f"{first:.4g} to {last:.4g}" if first != last else first
-    differing = [key for key in found[0] if len({str(group.get(key)) for group in found}) > 1]
+    differing = [key for key in shown[0] if len({str(group.get(key)) for group in shown}) > 1]
     made = empty_table(f"Groups of {type(optimizer).__name__}", "tensors", "parameters", "for example", *differing)
-    for group, settings in zip(optimizer.param_groups, found, strict=True):
+    for group, settings in zip(optimizer.param_groups, shown, strict=True):
         members = group["params"]
         example = names[id(members[0])] if members else "none"
         count = sum(weight.numel() for weight in members)

@@ -43,9 +43,9 @@ def run_to_resume(out: Path, resume: str | None) -> Path | None:
 def newest_of_stage(out: Path, name: str) -> Path | None:
     """Return the newest checkpoint of a stage, or pretrained.ckpt of a finished pretraining whose step_*.ckpt were
     deleted."""
-    found = checkpoints.newest(out / name / "checkpoints")
+    newest = checkpoints.newest(out / name / "checkpoints")
     finished = out / "pretrained.ckpt"
-    return finished if found is None and name == "pretraining" and finished.is_file() else found
+    return finished if newest is None and name == "pretraining" and finished.is_file() else newest
 
 
 # ---- From which checkpoint a stage is resumed ----
@@ -164,10 +164,10 @@ def with_resumed_lists(params: ModelParams, out: Path, resume: str | None) -> Mo
     lists = before.get("splits_path")
     if params.splits_path not in (None, lists) or has_other_images:
         return params
-    found = [lists, kept_lists(run)]
+    candidates = [lists, kept_lists(run)]
     if lists and Path(lists).name == "splits":  # those of the run itself, whose old place another run may have taken
-        found.reverse()
-    existing = (lists for lists in found if lists and Path(lists).expanduser().is_dir())
+        candidates.reverse()
+    existing = (lists for lists in candidates if lists and Path(lists).expanduser().is_dir())
     return attrs.evolve(params, splits_path=next(existing, params.splits_path))
 
 

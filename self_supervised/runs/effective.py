@@ -93,22 +93,22 @@ def lagging_text(params: ModelParams) -> str:
 def loss_text(params: ModelParams) -> str:
     p = params
     values = attrs.asdict(p)
-    found = [LOSSES[p.loss_type].text.format_map(values)]
+    parts = [LOSSES[p.loss_type].text.format_map(values)]
     if p.loss_type in COMPARE_NEGATIVES:
         negatives = [words.format_map(values) for name, words in NEGATIVES.items() if values[name]]
-        found += [f"against {' and '.join(negatives)}"] if negatives else []
-    found += [f"keys of the teacher {p.teacher}"] if p.teacher else []
-    found += [f"keys replaced by their nearest neighbors in a queue of {p.K} keys"] if p.use_nearest_keys else []
+        parts += [f"against {' and '.join(negatives)}"] if negatives else []
+    parts += [f"keys of the teacher {p.teacher}"] if p.teacher else []
+    parts += [f"keys replaced by their nearest neighbors in a queue of {p.K} keys"] if p.use_nearest_keys else []
     if p.loss_type == "swav" and p.keeps_keys:
-        found.append(f"assignments together with a queue of {p.K} keys from epoch {p.queue_from_epoch:g}")
-    found += ["no gradient through the keys"] if p.stop_gradient_of_keys and not p.use_lagging_model else []
+        parts.append(f"assignments together with a queue of {p.K} keys from epoch {p.queue_from_epoch:g}")
+    parts += ["no gradient through the keys"] if p.stop_gradient_of_keys and not p.use_lagging_model else []
     if p.use_eqco_margin:
-        found.append(f"EqCo with alpha {p.eqco_alpha:g}")
+        parts.append(f"EqCo with alpha {p.eqco_alpha:g}")
     if p.use_unit_sphere_projection:
-        found.append("projections scaled to length 1")
+        parts.append("projections scaled to length 1")
     of_pairs = f"the mean over {len(p.pairs)} (query view, key view) {p.pairs}"
     views = f"the loss of all {p.n_views} views" if p.loss_type in ALL_VIEW_LOSSES else of_pairs
-    return f"{', '.join(found)}; {p.loss_factor:g} x {views}"
+    return f"{', '.join(parts)}; {p.loss_factor:g} x {views}"
 
 
 # ---- Views ----
@@ -139,13 +139,13 @@ def view_text(view: ViewSettings, params: ModelParams) -> str:
         ("solarization", view.solarize_probability, f"from {view.solarize_threshold:g}"),
     ]
     crop = f"crop of {interval(view.crop_scale)} of the area, width / height {interval(view.crop_ratio)}"
-    found = [f"{crop}, resized to {view.crop_size} x {view.crop_size} {RESIZED}"]
-    found += [f"{name} {p:g}" + (f" ({how})" if how else "") for name, p, how in operations if p]
+    parts = [f"{crop}, resized to {view.crop_size} x {view.crop_size} {RESIZED}"]
+    parts += [f"{name} {p:g}" + (f" ({how})" if how else "") for name, p, how in operations if p]
     rare = {"vertical flip", "rotation by 90 degrees"} | (set() if of_videos else {"difference of frames"})
     never = [name for name, p, _ in operations if not p and name not in rare]
     if of_videos:
-        found.insert(0, f"{params.num_frames} frames in {params.clip_duration:g} s, speeds {params.clip_speeds}")
-    return "; ".join(found) + (f"; no {', '.join(never)}" if never else "")
+        parts.insert(0, f"{params.num_frames} frames in {params.clip_duration:g} s, speeds {params.clip_speeds}")
+    return "; ".join(parts) + (f"; no {', '.join(never)}" if never else "")
 
 
 def interval(limits: tuple[float, float]) -> str:
@@ -173,21 +173,21 @@ def normalization_text(params: ModelParams) -> str:
 
 def optimizer_text(params: ModelParams) -> str:
     p = params
-    found = [p.optimizer_name]
+    parts = [p.optimizer_name]
     if p.optimizer_name in ADAMS:
         defaults = inspect.signature(ADAMS[p.optimizer_name]).parameters
-        found += [f"betas {list(defaults['betas'].default)}, eps {defaults['eps'].default:g}"]
+        parts += [f"betas {list(defaults['betas'].default)}, eps {defaults['eps'].default:g}"]
     else:
-        found += [f"momentum {p.momentum:g}"]
+        parts += [f"momentum {p.momentum:g}"]
     if p.optimizer_name == "lars":
         clipped = ", clipped to the learning rate" if p.grad_clip_lars else ""
-        found += [f"trust coefficient {p.lars_eta:g}{clipped}"]
+        parts += [f"trust coefficient {p.lars_eta:g}{clipped}"]
     end = f" to {p.final_weight_decay:g} along half a cosine" if p.final_weight_decay is not None else ""
-    found += [f"weight decay {p.weight_decay:g}{end}"]
+    parts += [f"weight decay {p.weight_decay:g}{end}"]
     if excluded := p.exclude_matching_parameters_from_lars:
         adapted = " or adaptation" if p.optimizer_name == "lars" else ""
-        found += [f"no weight decay{adapted} of {', '.join(excluded)}"]
-    return ", ".join(found)
+        parts += [f"no weight decay{adapted} of {', '.join(excluded)}"]
+    return ", ".join(parts)
 
 
 def rate_text(params: ModelParams, plan: Plan | None) -> str:

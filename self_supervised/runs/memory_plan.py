@@ -52,7 +52,7 @@ def print_memory_plan(params: ModelParams, options: RunOptions) -> None:
         return tried[batch, part].bytes
 
     part = first_guess(images, limit, measure)
-    while (found := measure(images, part)) is None or found > limit:
+    while (needed := measure(images, part)) is None or needed > limit:
         if part <= SMALLEST_PART:
             raise ValueError(f"fit_memory={options.fit_memory}: {part} images need more. Choose a smaller encoder.")
         part = max(SMALLEST_PART, 2 ** ((part - 1).bit_length() - 1))

@@ -121,9 +121,9 @@ def toy_labels(params: ModelParams, splits: tuple[str, ...]) -> torch.Tensor:
     """Return labels of TOY that lack what the labels of the images lack."""
     if params.dataset.multi_label:
         return torch.full((4,), UNLABELED)
-    found = loading.get_dataset(params, splits).labels
-    known = found[found >= 0]  # as probes do
-    lack = lacking([known if len(known) else found])
+    labels = loading.get_dataset(params, splits).labels
+    known = labels[labels >= 0]  # as probes do
+    lack = lacking([known if len(known) else labels])
     return torch.tensor({"no labels": [UNLABELED] * 4, "a single class": [0] * 4, "": [0, 0, 1, 1]}[lack])
 
 
@@ -158,11 +158,11 @@ def check_files(params: ModelParams, with_classifier: bool) -> None:
         every |= dict.fromkeys(path for path, _ in dataset.files)
         unreadable |= dict.fromkeys(dataset.skipped())
     named = first_of(list(unreadable), MOST_SKIPPED)
-    found = f"{len(unreadable):,} of {len(every):,} images cannot be read: {named}"
+    problem = f"{len(unreadable):,} of {len(every):,} images cannot be read: {named}"
     if unreadable and params.unreadable_images == "stop":
-        raise ValueError(f"unreadable_images='stop': {found}. Fix or remove them, or set unreadable_images='skip'.")
+        raise ValueError(f"unreadable_images='stop': {problem}. Fix or remove them, or set unreadable_images='skip'.")
     if unreadable:
-        warnings.warn(f"{found}. They will be skipped.", stacklevel=2)
+        warnings.warn(f"{problem}. They will be skipped.", stacklevel=2)
 
 
 def check_fractions(params: ModelParams, options: RunOptions) -> None:

@@ -152,8 +152,8 @@ def bytes_of(text: str) -> int:
     Raises:
         ValueError: it is neither.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", text.strip())
-    if not found:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B", text.strip())
+    if not match:
         raise ValueError(f"fit_memory={text!r}: must be a size in bytes, such as 8GB, 7.5GiB or 900MB.")
-    number, unit, binary = found.groups()
+    number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))

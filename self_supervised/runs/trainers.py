@@ -40,15 +40,15 @@ def with_precision(options: RunOptions, model: SelfSupervisedMethod, out: Path |
     """Return the options with "auto" replaced by a precision: the resumed run's, or the fastest on this machine."""
     if options.precision != "auto":
         return options
-    found, reason = None, "as before"
+    chosen, reason = None, "as before"
     if options.resume and out:
         resumed = [] if options.resume == "auto" else [Path(options.resume), *Path(options.resume).parents[:3]]
         stored = (run_folder.settings_of_run(folder).get("precision") for folder in [out, *resumed])
-        found = next(filter(None, stored), None)
-    if not found:
-        found, reason = precision.choose(model, options.accelerator, options.n_processes)
-    run_folder.say(f"precision: {found} ({reason})")
-    return attrs.evolve(options, precision=found)
+        chosen = next(filter(None, stored), None)
+    if not chosen:
+        chosen, reason = precision.choose(model, options.accelerator, options.n_processes)
+    run_folder.say(f"precision: {chosen} ({reason})")
+    return attrs.evolve(options, precision=chosen)
 
 
 def logging_callbacks(options: RunOptions) -> list[pl.Callback]:

@@ -103,15 +103,15 @@ def with_joined_lists(arguments: Sequence[str], options: Collection[str]) -> lis
     Args:
         options: those that take lists.
     """
-    found: list[str] = []
+    joined: list[str] = []
     for argument in arguments:
-        before = found[-1] if found else ""
+        before = joined[-1] if joined else ""
         is_value = re.match(r"-+[^\d.]", argument) is None  # -1 and -.5 are values
         if is_value and before.partition("=")[0] in options:
-            found[-1] = f"{before.rstrip(',')}{',' if '=' in before else '='}{argument}"
+            joined[-1] = f"{before.rstrip(',')}{',' if '=' in before else '='}{argument}"
         else:
-            found.append(argument)
-    return found
+            joined.append(argument)
+    return joined
 
 
 def list_options(*kinds: type) -> set[str]:
