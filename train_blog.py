@@ -235,9 +235,9 @@ def experiment_folder(args: argparse.Namespace, precision: str) -> Path:
 
 def precision_of(args: argparse.Namespace) -> str:
     """Return the precision with which the experiment was begun, or else the one that is best on this machine."""
-    found = next((one for one in PRECISIONS if experiment_folder(args, one).is_dir()), None)
+    earlier = next((one for one in PRECISIONS if experiment_folder(args, one).is_dir()), None)
     model = SelfSupervisedMethod(experiment_settings(args.configs[0], args.seeds[0], args))
-    precision, reason = (found, "as before") if found else choose(model)
+    precision, reason = (earlier, "as before") if earlier else choose(model)
     print(f"precision: {precision} ({reason})")
     return precision
 
@@ -307,8 +307,8 @@ def finish(name: str, seed: int, args: argparse.Namespace, results: Path) -> Non
         print(f"{name}, seed {seed}: finished before")
         return
     with logged(args.out / "log.txt"):
-        found = score_untrained(seed, args) if name == UNTRAINED else train(name, seed, args)
-    write_rows(results, [*finished_runs(results), known | found])
+        measured = score_untrained(seed, args) if name == UNTRAINED else train(name, seed, args)
+    write_rows(results, [*finished_runs(results), known | measured])
     shutil.rmtree(run_folder(name, seed, args) / "checkpoints", ignore_errors=True)
 
 

@@ -63,20 +63,20 @@ def one_by_one(name: str, size: int, first: int, after: int) -> None:
 def contestants(size: int, images: Tensor, pool) -> dict[str, tuple[Callable, int]]:
     """name: (what makes one view of each image, how many images). The slow ones get fewer images."""
     few, view = max(2, len(images) // 8), [ViewSettings(crop_size=size)]
-    found: dict[str, tuple[Callable, int]] = {
+    makers: dict[str, tuple[Callable, int]] = {
         "ours": (lambda: augment(images, 0, view, peers.MEAN, peers.STD), len(images))
     }
     for name in ("pil", "torchvision_v2", *harness.installed("lightly")):
         if pool is None:
-            found[name] = (lambda name=name: one_by_one(name, size, 0, few), few)
+            makers[name] = (lambda name=name: one_by_one(name, size, 0, few), few)
         else:
             halves = [(name, size, 0, few // 2), (name, size, few // 2, few)]
-            found[name] = (lambda halves=halves: pool.starmap(one_by_one, halves, chunksize=1), few)
+            makers[name] = (lambda halves=halves: pool.starmap(one_by_one, halves, chunksize=1), few)
     floats = (images[: max(2, len(images) // 2)].float() / 255).contiguous()
     for name in harness.installed(*BATCHED):
         transform = getattr(peers, name)(size)
-        found[name] = (lambda transform=transform: transform(floats), len(floats))
-    return found
+        makers[name] = (lambda transform=transform: transform(floats), len(floats))
+    return makers
 
 
 def measure(size: int, cores: int, rounds: int, quick: bool) -> list[harness.Row]:

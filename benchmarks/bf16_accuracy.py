@@ -46,8 +46,8 @@ def trained(key: Row, settings: dict[str, Any]) -> Row:
     trainer = pl.Trainer(max_epochs=epochs, precision=precision, num_sanity_val_steps=0, **QUIET_TRAINER)
     start = time.process_time()
     trainer.fit(SelfSupervisedMethod(params))
-    found = {name: round(float(trainer.callback_metrics[metric]), 3) for name, metric in SCORES.items()}
-    return {**key, **found, "minutes": round((time.process_time() - start) / 60, 2)}
+    scores = {name: round(float(trainer.callback_metrics[metric]), 3) for name, metric in SCORES.items()}
+    return {**key, **scores, "minutes": round((time.process_time() - start) / 60, 2)}
 
 
 def summary(rows: list[Row]) -> list[Row]:
@@ -56,7 +56,7 @@ def summary(rows: list[Row]) -> list[Row]:
     for row in rows:
         experiment = tuple(str(row[name]) for name in ("method", "encoder", "epochs", "fraction"))
         groups.setdefault(experiment, {}).setdefault(row["precision"], []).append(row)
-    found = []
+    comparisons = []
     for (experiment, of), other, score in itertools.product(groups.items(), ARITHMETIC[1:], SCORES):
         if not {FLOAT32, other} <= set(of):
             continue
@@ -64,7 +64,7 @@ def summary(rows: list[Row]) -> list[Row]:
         minutes = [statistics.median(float(row["minutes"]) for row in of[name]) for name in (FLOAT32, other)]
         spread = statistics.stdev(float32) if len(float32) > 1 else float("nan")
         difference = statistics.mean(values) - statistics.mean(float32)
-        found.append({
+        comparisons.append({
             **dict(zip(("method", "encoder", "epochs", "fraction"), experiment, strict=True)),
             "score": score,
             FLOAT32: text(float32),
@@ -74,7 +74,7 @@ def summary(rows: list[Row]) -> list[Row]:
             "in standard deviations": f"{difference / spread:.1f}" if spread > 0 else "-",
             "times as fast": round(minutes[0] / max(minutes[1], 0.01), 2),
         })  # fmt: skip
-    return found
+    return comparisons
 
 
 def text(values: list[float]) -> str:

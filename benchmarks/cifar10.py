@@ -73,12 +73,12 @@ class Run:
 
     def train(self) -> dict:
         """Train, or resume a training, and return its results.json, which has the trained encoder only at the end."""
-        found = self.folder / "results.json"
-        if not found.exists() or "trained encoder" not in json.loads(found.read_text()):
+        path = self.folder / "results.json"
+        if not path.exists() or "trained encoder" not in json.loads(path.read_text()):
             changes = [f"--{setting}" for setting in self.settings]
             arguments = ["train", self.preset, "--recipe", self.kind, "--seed", str(self.seed), *MONITOR, *changes]
             self.program(*arguments, "--out", str(self.folder), "--resume", "auto", "--logger", "[]")
-        return json.loads(found.read_text())
+        return json.loads(path.read_text())
 
     def scores(self, encoder: str = "trained") -> dict[str, float]:
         """Accuracies of the encoder with trained, or with random, weights."""
@@ -87,9 +87,9 @@ class Run:
         options = ["--seeds", str(seed), "--out", str(out)] + ["--no_baselines"] * (encoder == "trained")
         options += recipes.KINDS[self.kind].reading_options
         self.program("evaluate", str(checkpoint), "--protocols", *PROTOCOLS, *options)
-        (found,) = json.loads((out / "results.json").read_text())["summary"].values()
-        found = {protocol: found[protocol][encoder] for protocol in PROTOCOLS}
-        return accuracies(found["linear"]["acc1"]["mean"], found["knn"]["knn20_acc1"]["mean"])
+        (summary,) = json.loads((out / "results.json").read_text())["summary"].values()
+        metrics = {protocol: summary[protocol][encoder] for protocol in PROTOCOLS}
+        return accuracies(metrics["linear"]["acc1"]["mean"], metrics["knn"]["knn20_acc1"]["mean"])
 
     def row(self) -> harness.Row:
         trained = self.train()
@@ -101,9 +101,9 @@ class Run:
 
     def curve(self) -> list[harness.Row]:
         with open(self.folder / "pretraining" / "metrics.csv") as file:
-            found = [(line["epoch"], line["valid_knn20_acc"]) for line in csv.DictReader(file)]
+            points = [(line["epoch"], line["valid_knn20_acc"]) for line in csv.DictReader(file)]
         known = {"preset": self.preset, "seed": self.seed}
-        return [{**known, "epoch": n, "kNN-20 %": round(float(value), 2)} for n, value in found if value]
+        return [{**known, "epoch": n, "kNN-20 %": round(float(value), 2)} for n, value in points if value]
 
 
 def accuracies(linear: float, knn: float) -> dict[str, float]:
@@ -118,8 +118,8 @@ def accuracies_of(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tens
 def empty(preset: str, seed: int | str) -> harness.Row:
     """A row without results, whose last columns say where they are from."""
     known = {"preset": preset, "seed": seed}
-    found = dict.fromkeys(("lr", "linear %", "kNN-20 %", "epochs", "minutes", "images/s"), "")
-    return {**known, **found, "date": time.strftime("%Y-%m-%d"), "commit": harness.commit()}
+    blanks = dict.fromkeys(("lr", "linear %", "kNN-20 %", "epochs", "minutes", "images/s"), "")
+    return {**known, **blanks, "date": time.strftime("%Y-%m-%d"), "commit": harness.commit()}
 
 
 def pixels(run: Run) -> harness.Row:

@@ -97,8 +97,8 @@ def machine_peak(sizes: Sizes, out: Path) -> float:
     source = torch.zeros(sizes.copied, dtype=torch.uint8, device=DEVICE)
     target, times = torch.empty_like(source), 20 if CUDA else 1
     contestants = {"product": repeated(product, times), "copy": repeated(lambda: target.copy_(source), times)}
-    found = harness.in_turns(contestants, rounds=5)
-    peak, copied = flops * times / found["product"], 2 * sizes.copied * times / found["copy"]
+    seconds = harness.in_turns(contestants, rounds=5)
+    peak, copied = flops * times / seconds["product"], 2 * sizes.copied * times / seconds["copy"]
     row = {"matrix product TFLOP/s": peak / 1e12, "size": sizes.matrix, "copy TB/s, read and written": copied / 1e12}
     harness.report("gpu_machine", [row], out)
     return peak

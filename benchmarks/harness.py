@@ -50,14 +50,14 @@ def silence() -> None:
 
 def installed(*packages: str) -> list[str]:
     """Return those of the packages that can be imported, and name the others on stderr."""
-    found = []
+    importable = []
     for package in packages:
         try:
             importlib.import_module(package)
-            found.append(package)
+            importable.append(package)
         except ImportError as error:
             print(f"left out: {package} ({error}); pip install -r benchmarks/requirements.txt", file=sys.stderr)
-    return found
+    return importable
 
 
 # ---- time ----
@@ -191,8 +191,8 @@ def machine(*packages: str) -> str:
 
 def commit() -> str:
     """Return the short hash of this code, with "+changes" if files were changed; "" outside of a repository."""
-    found, plus, _ = (versions()["commit"] or "").partition("+")
-    return found[:7] + ("+changes" if plus else "")
+    revision, plus, _ = (versions()["commit"] or "").partition("+")
+    return revision[:7] + ("+changes" if plus else "")
 
 
 def shown(value: Any) -> str:

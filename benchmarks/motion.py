@@ -64,12 +64,12 @@ def scores(model: SelfSupervisedMethod, trainer: pl.Trainer, path: Path) -> Scor
     """Return the scores of a model, which is saved to `path` first."""
     trainer.save_checkpoint(path, weights_only=False)
     protocols = sorted({protocol for protocol, _ in METRICS.values()})
-    found, how = {}, {"encoder": SmallEncoder(), "baselines": False, "fresh": True}
+    results, how = {}, {"encoder": SmallEncoder(), "baselines": False, "fresh": True}
     for n in CLIPS:
         runs = evaluate_checkpoint(path, protocols, evaluation_clips=n, **how)["runs"]
         of = {run["protocol"]: run["scores"] for run in runs}
-        found |= {f"{name}, {n} clip{'s' * (n > 1)}": of[key][metric] for name, (key, metric) in METRICS.items()}
-    return found
+        results |= {f"{name}, {n} clip{'s' * (n > 1)}": of[key][metric] for name, (key, metric) in METRICS.items()}
+    return results
 
 
 def run(seed: int, epochs: int, out: Path) -> dict[str, Scores]:
@@ -82,18 +82,18 @@ def run(seed: int, epochs: int, out: Path) -> dict[str, Scores]:
         enable_model_summary=False,
     )  # fmt: skip
     trainer.strategy.connect(model)  # so that a model can be saved before it is trained
-    found = {"random": scores(model, trainer, out / f"random_{seed}.ckpt")}
+    results = {"random": scores(model, trainer, out / f"random_{seed}.ckpt")}
     start = time.process_time()
     trainer.fit(model)
-    found["seconds"] = {"of pretraining": round(time.process_time() - start)}
-    return found | {"trained": scores(model, trainer, out / f"trained_{seed}.ckpt")}
+    results["seconds"] = {"of pretraining": round(time.process_time() - start)}
+    return results | {"trained": scores(model, trainer, out / f"trained_{seed}.ckpt")}
 
 
 def row_of(name: str, runs: list[dict[str, Scores]]) -> harness.Row:
     k = int(name.split(",")[0].split()[-1]) if name.startswith("retrieval") else 1
     told = {}
     for kind in ("random", "trained"):
-        values = [found[kind][name] for found in runs]
+        values = [results[kind][name] for results in runs]
         deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         told[f"{kind} encoder"] = f"{statistics.fmean(values):.1f}{deviation}"
     return {**told, "chance": round(100 * (1 - (1 - 1 / len(MOTIONS)) ** k), 1)}

@@ -77,12 +77,12 @@ def photograph(name: str) -> Image.Image:
 
 def regions(photographs: list[Image.Image], rng: np.random.Generator) -> list[Region]:
     """Return one region of each of SHOTS photographs, drawn so that every motion stays within the photograph."""
-    found = []
+    drawn = []
     for number in rng.choice(len(photographs), SHOTS, replace=False):
         image, window = photographs[number], rng.uniform(*WINDOW)
         x, y = (rng.uniform(REACH * window, edge - REACH * window) for edge in image.size)
-        found.append(Region(image, x, y, window))
-    return found
+        drawn.append(Region(image, x, y, window))
+    return drawn
 
 
 def shot(region: Region, velocity: np.ndarray, size: int) -> np.ndarray:

@@ -83,10 +83,10 @@ def trained_network(quick: bool) -> nn.Module:
 
 
 def with_gradients(network: nn.Module) -> nn.Module:
-    found = copy.deepcopy(network)
-    for parameter, original in zip(found.parameters(), network.parameters(), strict=True):
+    copied = copy.deepcopy(network)
+    for parameter, original in zip(copied.parameters(), network.parameters(), strict=True):
         parameter.grad = original.grad.clone()
-    return found
+    return copied
 
 
 def groups(network: nn.Module) -> list[dict]:
@@ -188,11 +188,11 @@ def losses_of_queue(quick: bool) -> tuple[dict[str, Callable[[], None]], Tensor]
     """Return the contestants and the queue, after a check that they have one loss and gradient."""
     n, size, width = (8, 5_000, 16) if quick else (256, 65_536, 128)
     q, k, queue = (F.normalize(torch.randn(rows, width, device=DEVICE), dim=1) for rows in (n, n, size))
-    found, functions = [], {"ours": our_loss, "whole matrix (official MoCo)": matrix_loss}
+    gradients, functions = [], {"ours": our_loss, "whole matrix (official MoCo)": matrix_loss}
     for loss in functions.values():
         query = q.clone().requires_grad_()
-        found.append(torch.autograd.grad(loss(query, k, queue), query)[0])
-    if (found[0] - found[1]).norm() > 1e-5 * found[1].norm():
+        gradients.append(torch.autograd.grad(loss(query, k, queue), query)[0])
+    if (gradients[0] - gradients[1]).norm() > 1e-5 * gradients[1].norm():
         raise SystemExit("the gradient of our loss is not that of the whole matrix")
     table = {name: with_backward(loss, q.clone().requires_grad_(), k, queue) for name, loss in functions.items()}
 

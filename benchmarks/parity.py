@@ -69,10 +69,10 @@ def beside_authors(name: str, checkout: Path, steps: int) -> Row:
         for target, source in zip(theirs.state(), tensors_of(method), strict=True):
             target.copy_(source)
         losses = theirs.run(views().double(), steps)
-    found = train(method, steps, "64-true")
+    ours = train(method, steps, "64-true")
     pairs = zip(tensors_of(method), theirs.state(), strict=True)
     weights = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
-    return {"steps": steps, "losses": largest(found.losses, losses), "weights": weights}
+    return {"steps": steps, "losses": largest(ours.losses, losses), "weights": weights}
 
 
 def beside_record(name: str, quick: bool) -> Row:
@@ -80,13 +80,13 @@ def beside_record(name: str, quick: bool) -> Row:
     expected = METHODS[name]
     losses = [loss + expected.get("loss_shift", 0.0) for loss in expected["loss"]]
     method = initial_method(name)
-    found = train(method, len(losses), "64-true", stop_after=2 if quick else None)
+    ours = train(method, len(losses), "64-true", stop_after=2 if quick else None)
     weights: float | str = ""
     if not quick:
         end = state_of(method)
         recorded = {**expected["tensors"], **expected["buffers"]}
         weights = largest([float(end[key].norm()) for key in recorded], [length for _, length, _ in recorded.values()])
-    return {"steps": len(found.losses), "losses": largest(found.losses, losses), "weights": weights}
+    return {"steps": len(ours.losses), "losses": largest(ours.losses, losses), "weights": weights}
 
 
 def row_of(name: str, options) -> Row:

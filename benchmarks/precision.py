@@ -98,10 +98,10 @@ def profiled(method: str, network: Network, bf16: bool) -> harness.Row:
     """Milliseconds of a step by kind of operation. An operation within another counts for the outer one only."""
     step = Step(method, network, bf16)
     step()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
     spent: Counter[str] = Counter()
-    events = [event for event in found.events() if event.cpu_parent is None]
+    events = [event for event in profiler.events() if event.cpu_parent is None]
     first, last = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
     while events:
         event = events.pop()

@@ -136,12 +136,12 @@ def row_of(key: tuple[str, str], n: int, width: int, rounds: int, process: Calla
     row: Row = {"images": n, "width": width, "what": key[0], "who": key[1], "fitted on": n // 2}
     row["scored"] = 0 if key[0] in ("-", "RankMe") else scored
     try:
-        (found, score), megabytes = process(measured, key, n, width, rounds, scored)
+        (median, score), megabytes = process(measured, key, n, width, rounds, scored)
     except RuntimeError as error:
         if "without a result" not in str(error):
             raise
         return {**row, "s": f"> {LIMIT:.0f}", "time / ours": LIMIT, "%": "-", "peak MB": "-"}
-    return {**row, "s": found, "time / ours": found, "%": score, "peak MB": megabytes}
+    return {**row, "s": median, "time / ours": median, "%": score, "peak MB": megabytes}
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:

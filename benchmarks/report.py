@@ -77,15 +77,15 @@ def over_seeds(rows: list[Row]) -> list[Row]:
 
 def tries_of_presets(rows: list[Row]) -> list[Row]:
     """Return one row for each preset and length of its tries: linear accuracies by learning rate, and the best rate."""
-    found = []
+    summaries = []
     for group in grouped(rows, "preset", "fraction"):
         group = sorted(group, key=lambda row: float(row["lr"]))
         best = max(group, key=lambda row: -1 if row["linear %"] == "nan" else float(row["linear %"]))
         tries = ", ".join(f"{row['lr']}: {float(row['linear %']):.1f}" for row in group)
         facts = {"best lr": best["lr"], "its kNN-20 %": f"{float(best['kNN-20 %']):.1f}"}
         about = {name: group[0][name] for name in ("preset", "fraction", "steps")}
-        found.append({**about, "lr: linear % of held-out images": tries, **facts})
-    return found
+        summaries.append({**about, "lr: linear % of held-out images": tries, **facts})
+    return summaries
 
 
 def race_over_seeds(rows: list[Row]) -> list[Row]:
@@ -106,10 +106,10 @@ def race_over_seeds(rows: list[Row]) -> list[Row]:
 
 def grouped(rows: list[Row], *names: str) -> list[list[Row]]:
     """Return the rows that have the same values of these columns together, in the order of their first ones."""
-    found: dict[tuple, list[Row]] = {}
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in names), []).append(row)
-    return list(found.values())
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(groups.values())
 
 
 def mean_text(rows: list[Row], name: str, digits: int) -> str:
@@ -170,12 +170,12 @@ def draw_curves(path: Path) -> None:
     for row in harness.read(path)[1]:
         lines.setdefault(row["preset"], {}).setdefault(int(row["epoch"]), []).append(float(row["kNN-20 %"]))
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for i, (preset, found) in enumerate(
+    for i, (preset, by_epoch) in enumerate(
         sorted(lines.items(), key=lambda item: -statistics.mean(item[1][max(item[1])]))
     ):
-        values = [statistics.mean(found[epoch]) for epoch in sorted(found)]
+        values = [statistics.mean(by_epoch[epoch]) for epoch in sorted(by_epoch)]
         style = {"color": plt.get_cmap("tab10")(i % 10), "linestyle": ("-", "--", ":")[i // 10]}
-        axis.plot(sorted(found), values, label=preset, **style)
+        axis.plot(sorted(by_epoch), values, label=preset, **style)
     axis.set(xlabel="epoch (0: random encoder)", ylabel="kNN-20, half of the test images (%)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.3)

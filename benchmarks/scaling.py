@@ -149,9 +149,9 @@ def read_batches(folder: str, images: int, batches: int) -> tuple[float, dict[st
     batch = iter(loader)
     for _ in range(batches):
         start = time.perf_counter()
-        found, _ = next(batch)
+        pictures, _ = next(batch)
         times.append(time.perf_counter() - start)
-    assert found.shape == (256, 3, PIXELS, PIXELS)
+    assert pictures.shape == (256, 3, PIXELS, PIXELS)
     return 1000 * statistics.median(times), before, resident()
 
 
@@ -184,14 +184,14 @@ def step_rows(quick: bool, rounds: int) -> list[Row]:
 def network_rows(rounds: int) -> list[Row]:
     """Images per second of one process with two threads, and of two processes with one thread each, in turns."""
     presets = [preset for _, preset in WORLDS]
-    found: dict[int, list[list[float]]] = {1: [], 2: []}
+    times: dict[int, list[list[float]]] = {1: [], 2: []}
     for _ in range(3):
-        for world in found:
+        for world in times:
             cases = [(preset, {**NETWORK, "batch_size": GLOBAL_BATCH // world}) for preset in presets]
-            found[world].append(on_processes(world, cases, rounds, threads=2 // world))
+            times[world].append(on_processes(world, cases, rounds, threads=2 // world))
     rows: list[Row] = []
     for i, preset in enumerate(presets):
-        one, two = (1000 * GLOBAL_BATCH / statistics.median(turn[i] for turn in found[world]) for world in found)
+        one, two = (1000 * GLOBAL_BATCH / statistics.median(turn[i] for turn in times[world]) for world in times)
         rows.append(
             {"method": preset, "1 process": one, "2 processes": two, "ratio": two / one, "to reach": LEAST_RATIO}
         )

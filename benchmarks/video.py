@@ -130,7 +130,7 @@ class PlainLoop(Dataset):
         return [self.clip(path, rng) for _ in range(2)], label
 
     def clip(self, path: str, rng: np.random.Generator) -> Tensor:
-        w, found = self.work, []
+        w, frames = self.work, []
         with av.open(path) as container:
             stream = container.streams.video[0]
             start = rng.uniform(0, max(float(stream.duration * stream.time_base) - w.duration, 0))
@@ -139,8 +139,8 @@ class PlainLoop(Dataset):
                 if frame.time >= start + w.duration:
                     break
                 if frame.time >= start:
-                    found.append(frame.to_ndarray(format="rgb24"))
-        chosen = np.stack([found[i] for i in np.linspace(0, len(found) - 1, w.n_frames).astype(int)])
+                    frames.append(frame.to_ndarray(format="rgb24"))
+        chosen = np.stack([frames[i] for i in np.linspace(0, len(frames) - 1, w.n_frames).astype(int)])
         return self.cropped(torch.from_numpy(chosen).permute(0, 3, 1, 2), rng)
 
     def cropped(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
@@ -283,8 +283,8 @@ def long_run(work: Work) -> list[float]:
 
 
 def memory(work: Work, quick: bool) -> list[harness.Row]:
-    found = long_run(work) if quick else harness.in_fresh_process(long_run, work)[0]
-    settled, end = found[len(found) // 5], found[-1]
+    megabytes = long_run(work) if quick else harness.in_fresh_process(long_run, work)[0]
+    settled, end = megabytes[len(megabytes) // 5], megabytes[-1]
     values = {"steps": work.steps, "MB after a fifth": settled, "MB at the end": end, "ratio": end / settled}
     return [{**values, "to reach": 1.02}]
 
