@@ -92,7 +92,7 @@ def suffix_of(path: str, file: str | BinaryIO) -> str:
         return suffix
     start = file.read(6)
     file.seek(0)
-    return next((found for magic, found in MAGIC.items() if start.startswith(magic)), "")
+    return next((extension for magic, extension in MAGIC.items() if start.startswith(magic)), "")
 
 
 def is_array(path: str, file: str | BinaryIO, channels: int, pixel_range: list[float] | None) -> bool:

@@ -75,19 +75,19 @@ class ArrowImages(OnDisk):
 
     def find(self) -> ImageList:
         """Return all images and their labels, by split."""
-        found: ImageList = {}
+        images_of: ImageList = {}
         for split, folder in self.splits.items():
             labels: list[Label] = [None] * len(self.sets[folder])
             if self.label_key in self.sets[folder].features:
                 values = self.sets[folder][:][self.label_key].to_pylist()
                 labels = [self.label(value, self.classes_of[folder]) for value in values]
             prefix = f"{folder}/".removeprefix(f"{self.root}/")
-            found[split] = [(f"{prefix}{row}", label) for row, label in enumerate(labels)]
+            images_of[split] = [(f"{prefix}{row}", label) for row, label in enumerate(labels)]
         self.passed_over.clear()
         for folder, dataset in self.sets.items():
             if folder not in self.hashes:
                 self.passed_over.add("in unused splits", folder, len(dataset))
-        return found
+        return images_of
 
     def label_of(self, path: str) -> Label:
         folder, _, row = str(self.root / path).rpartition("/")
@@ -138,11 +138,11 @@ def load_splits(root: Path) -> dict[str, Any]:
         ) from error
     if is_parquet(root):
         try:
-            found = load_dataset(str(root))
+            splits = load_dataset(str(root))
         except Exception as error:  # `datasets` raises its own types, with the cause below them
             reason = " ".join(str(error.__cause__ or error).split())
             raise ValueError(f"data_path={str(root)!r}: its Parquet files could not be read ({reason})") from error
-        return {str(root / split): part.with_format("arrow") for split, part in found.items()}
+        return {str(root / split): part.with_format("arrow") for split, part in splits.items()}
     folders = [root] if is_single(root) else filter(is_single, folders_in(root))
     return {str(folder): load_from_disk(folder, keep_in_memory=False).with_format("arrow") for folder in folders}
 
@@ -152,13 +152,13 @@ def splits_of(root: Path, folders: list[str]) -> dict[str, str]:
     if folders == [str(root)]:
         return {"train": str(root)}
     names = [os.path.basename(folder) for folder in folders]
-    found = {s: str(root / name) for s, wanted in SPLITS.items() for name in wanted[::-1] if name in names}
-    if "train" not in found:
+    folder_of = {s: str(root / name) for s, wanted in SPLITS.items() for name in wanted[::-1] if name in names}
+    if "train" not in folder_of:
         way_out = "Name its files train-..." if is_parquet(root) else f"Select one with data_path={root}/SPLIT"
         raise ValueError(
             f"data_path={str(root)!r}: the data set has the splits {', '.join(names)}, but no train. {way_out}."
         )
-    return found
+    return folder_of
 
 
 def only(features: dict[str, Any], kind: str, preferred: tuple[str, ...], field: str, root: Path) -> str | None:

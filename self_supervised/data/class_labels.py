@@ -66,7 +66,7 @@ def nearest_name(label: str, known: Iterable[str]) -> str:
 
 
 def labels_line(
-    found: Mapping[str, list[tuple[str, int]]],
+    samples_of: Mapping[str, list[tuple[str, int]]],
     names: Mapping[int, str],
     folders: str,
     otherwise: str,
@@ -75,17 +75,17 @@ def labels_line(
     """Return the line that says which names became classes, and how many images each has; "no labels" if none has one.
 
     Args:
-        found: split -> (path, class number or -1) of its images.
+        samples_of: split -> (path, class number or -1) of its images.
         names: class number -> name.
         folders: the directories of a path that can be its label, for the message: "first folder".
         otherwise: where labels come from that are not names of directories.
         kind: "image" or "video".
     """
-    counts = Counter(label for _, label in chain(*found.values()))
+    counts = Counter(label for _, label in chain(*samples_of.values()))
     counts.pop(UNLABELED, None)
     if not counts:
         return "no labels"
-    of_class = {label: path for path, label in chain(*found.values())}  # the path of one image each
+    of_class = {label: path for path, label in chain(*samples_of.values())}  # the path of one image each
     by_folder = any(names.get(label) in str(composed(path)).split("/")[:-1] for label, path in of_class.items())
     shown = [
         f"{names.get(label, label)} ({n:,} {kind if n == 1 else f'{kind}s'})" for label, n in sorted(counts.items())
@@ -152,7 +152,7 @@ def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:
     of_class: dict[int, set[str]] = {}
     for path, label in getattr(dataset, "files", []):
         of_class.setdefault(int(label), set()).add(Path(path).parent.name)
-    folders = {label: next(iter(found)) for label, found in of_class.items() if len(found) == 1}
+    folders = {label: next(iter(names)) for label, names in of_class.items() if len(names) == 1}
     return folders if len(set(folders.values())) == len(of_class) else {}
 
 

@@ -56,20 +56,20 @@ def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: li
     refuse_foreign("data_path", params.data_path)
     p = params
     source = get_source(params, params.data_path or str(folder / params.dataset_name))
-    found, class_names = splits(source, params)
+    samples_of, class_names = splits(source, params)
     skip = p.unreadable_images == "skip"
-    find = partial(custom_samples, found=found, params=params, split=split)
+    find = partial(custom_samples, samples_of=samples_of, params=params, split=split)
     seed = p.seed or 0
     reading = {"pixel_range": p.pixel_range, "source": source, "exif_orientation": p.exif_orientation}
     images = ImageFiles(source.root, p.channels, p.crop_size, views, seed, skip, find, **reading)
     images.class_names = class_names if class_names != [str(i) for i in range(len(class_names))] else []
     stored_in = "class_to_idx" if p.class_to_idx else "lists" if isinstance(source, ImageFolder) else "the data set"
-    line = labels_line(found, dict(enumerate(class_names)), str(p.labels_from).replace("_", " "), stored_in)
+    line = labels_line(samples_of, dict(enumerate(class_names)), str(p.labels_from).replace("_", " "), stored_in)
     images.about_labels = line if line == "no labels" else f"{line}; {NOT_CLASSES}"
     return images
 
 
-def custom_samples(root: Path, found: Numbered, params: EncoderAndDataParams, split: str) -> list[Sample]:
+def custom_samples(root: Path, samples_of: Numbered, params: EncoderAndDataParams, split: str) -> list[Sample]:
     """Return (path, class number or -1) of the images of a split.
 
     An empty val is replaced by test, and the other way round. Of train, only `data_fraction` is returned.
@@ -77,7 +77,7 @@ def custom_samples(root: Path, found: Numbered, params: EncoderAndDataParams, sp
     Raises:
         subsets.EmptySplit: there are no images.
     """
-    chosen = found.get(split) or found.get(INSTEAD.get(split, ""))
+    chosen = samples_of.get(split) or samples_of.get(INSTEAD.get(split, ""))
     if not chosen:
         remedy = "Set val_size or test_size above 0, or evaluations=[]."
         raise subsets.EmptySplit(f"{root} has no images for {split}. {remedy}")
@@ -98,53 +98,53 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
     """
     kept = folder_of_lists(params)
     if has_written(params):
-        found, names = as_written(read_lists(kept, source), kept)
-        report_lists(source, found, "" if kept.name.startswith(TEMPORARY) else f", by the lists in {kept}")
-        return found, names
+        samples_of, names = as_written(read_lists(kept, source), kept)
+        report_lists(source, samples_of, "" if kept.name.startswith(TEMPORARY) else f", by the lists in {kept}")
+        return samples_of, names
     by_hand = kept is not None and bool(listed_in(kept)) and settings_of_lists(kept) is None
     images = with_labels(read_lists(kept, source), source.label_of) if by_hand else found_lists(source, params)
     chosen = wanted(images, source.root, params, source.passed_over)
-    found, names = with_numbers(chosen, params.class_to_idx, source.root)
+    samples_of, names = with_numbers(chosen, params.class_to_idx, source.root)
     of_numbers = not getattr(source, "names", False)
     stored = dict(enumerate(getattr(source, "classes", None) or [])) if of_numbers else {}  # names in an Arrow column
     names = [stored.get(int(name), name) if name.isdecimal() else name for name in names]
-    if are_drawn := not found.get("val") and not found.get("test"):
-        found = drawn(found["train"], params.val_size, params.test_size, params.data_seed)
+    if are_drawn := not samples_of.get("val") and not samples_of.get("test"):
+        samples_of = drawn(samples_of["train"], params.val_size, params.test_size, params.data_seed)
     if kept and not by_hand and distributed.rank() == 0:
         with locked(kept, wait=WAIT_FOR_LISTS):  # another process may draw splits, too, perhaps with other settings
             if not (written := has_written(params)):
-                write_lists(kept, found, {**list_settings(params), CLASS_NAMES_KEY: names, DRAWN_KEY: are_drawn})
+                write_lists(kept, samples_of, {**list_settings(params), CLASS_NAMES_KEY: names, DRAWN_KEY: are_drawn})
         if written:  # reading needs no lock, and may take long
             return as_written(read_lists(kept, source), kept)
-    report_lists(source, found, f", by the lists in {kept}" if by_hand else "")
-    return found, names
+    report_lists(source, samples_of, f", by the lists in {kept}" if by_hand else "")
+    return samples_of, names
 
 
-def as_written(found: ImageList, folder: Path) -> tuple[Numbered, list[str]]:
+def as_written(images_of: ImageList, folder: Path) -> tuple[Numbered, list[str]]:
     """Return the images and class numbers in lists that `splits` wrote to `folder`, and the names of the classes.
 
     Lists of earlier versions have no class names, and their numbers may have gaps. They are kept, since classifiers
     were trained on them, unless they are ids or dates, on which no classifier can have been trained.
     """
     names = (settings_of_lists(folder) or {}).get(CLASS_NAMES_KEY, [])
-    labels = {split: {label for _, label in images} for split, images in found.items()}
+    labels = {split: {label for _, label in images} for split, images in images_of.items()}
     every = set().union(*labels.values()) - {None}
     if any(isinstance(label, str) or label >= MOST_CLASSES for label in every):
-        return with_numbers(found, None, folder)
+        return with_numbers(images_of, None, folder)
     class_numbers_of(labels.get("train", ()), labels, folder)  # raises for classes that train lacks
     in_numbers = {
         split: [(path, UNLABELED if label is None else label) for path, label in images]
-        for split, images in found.items()
+        for split, images in images_of.items()
     }
     return in_numbers, names
 
 
-def report_lists(source: CustomSource, found: Numbered, how: str) -> None:
+def report_lists(source: CustomSource, samples_of: Numbered, how: str) -> None:
     """Log how many images there are, what was passed over in the search for them, and which split stands for one that
     is missing."""
-    tell(source.root, sum(map(len, found.values())), f"images{how}", source.passed_over)
+    tell(source.root, sum(map(len, samples_of.values())), f"images{how}", source.passed_over)
     for split, other in INSTEAD.items():
-        if found.get(other) and not found.get(split):
+        if samples_of.get(other) and not samples_of.get(split):
             tell_once(f"{source.root}: no images for {split}; those for {other} are used instead")
 
 
@@ -239,10 +239,10 @@ def found_lists(source: CustomSource, params: EncoderAndDataParams) -> ImageList
     Raises:
         ValueError: a pattern matches none of them.
     """
-    found = source.find()
-    paths = [path for images in found.values() for path, _ in images]
+    images_of = source.find()
+    paths = [path for images in images_of.values() for path, _ in images]
     refuse_lost_patterns({name: getattr(params, name) for name in PATTERNS}, paths, source.root)
-    return found
+    return images_of
 
 
 def refuse_lost_patterns(patterns: dict[str, list[str]], paths: list[str], where: object) -> None:
@@ -256,14 +256,14 @@ def refuse_lost_patterns(patterns: dict[str, list[str]], paths: list[str], where
                 )
 
 
-def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_over: PassedOver) -> ImageList:
+def wanted(images_of: ImageList, root: Path, params: EncoderAndDataParams, passed_over: PassedOver) -> ImageList:
     """Return the images that the patterns select, without labels if labels_from=None.
 
     Raises:
         ValueError: there are no images for training, some are outside all splits, or only some of a split have labels.
     """
-    chosen: ImageList = {split: [] for split in found}
-    for split, images in found.items():
+    chosen: ImageList = {split: [] for split in images_of}
+    for split, images in images_of.items():
         for image in images:
             if is_selected(image[0], params.include_patterns, params.exclude_patterns):
                 chosen[split].append(image)
@@ -271,7 +271,7 @@ def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_ov
                 passed_over.add("by include_patterns and exclude_patterns", image[0])
     outside = chosen.pop("", [])
     if not chosen.get("train"):
-        raise ValueError(f"{root} holds {without_training(found, params, passed_over)}")
+        raise ValueError(f"{root} holds {without_training(images_of, params, passed_over)}")
     if outside:
         raise ValueError(
             f"{root} has {' and '.join(chosen)}, and {len(outside)} images outside them, such as {outside[0][0]}. "
@@ -290,10 +290,10 @@ def wanted(found: ImageList, root: Path, params: EncoderAndDataParams, passed_ov
     return chosen
 
 
-def without_training(found: ImageList, params: EncoderAndDataParams, passed_over: PassedOver) -> str:
+def without_training(images_of: ImageList, params: EncoderAndDataParams, passed_over: PassedOver) -> str:
     """Return the part of a message that says why there are no training images, and what to do."""
-    n = len(found.get("train", []))
-    others = [split for split, images in found.items() if split and images]
+    n = len(images_of.get("train", []))
+    others = [split for split, images in images_of.items() if split and images]
     if n:
         patterns = f"include_patterns={params.include_patterns}, exclude_patterns={params.exclude_patterns}"
         return f"{n} images for training, and {patterns} select none of them{passed_over}. Choose other patterns."
@@ -322,7 +322,7 @@ def matches(path: str, pattern: str) -> bool:
 # ---- classes and splits ----
 
 
-def with_numbers(found: ImageList, class_to_idx: list[str] | None, where: object) -> tuple[Numbered, list[str]]:
+def with_numbers(images_of: ImageList, class_to_idx: list[str] | None, where: object) -> tuple[Numbered, list[str]]:
     """Return images with class numbers (from 0 without gaps, -1 for no label), and the names of the classes.
 
     The order of the classes is that of `class_to_idx`; without it, the labels of train are sorted.
@@ -333,13 +333,13 @@ def with_numbers(found: ImageList, class_to_idx: list[str] | None, where: object
     Raises:
         ValueError: val or test has classes that train lacks; or see `class_names_of`.
     """
-    names = class_names_of({label for images in found.values() for _, label in images} - {None}, class_to_idx)
-    of_split = {split: {names.get(label) for _, label in images} for split, images in found.items()}
+    names = class_names_of({label for images in images_of.values() for _, label in images} - {None}, class_to_idx)
+    of_split = {split: {names.get(label) for _, label in images} for split, images in images_of.items()}
     known = class_numbers_of(of_split.get("train", ()), of_split, where)
     if class_to_idx is not None:
         known = {name: number for number, name in enumerate(first_names(class_to_idx).values())}
     known = {None: UNLABELED, **known}
-    in_numbers = {split: [(path, known[names.get(label)]) for path, label in found[split]] for split in found}
+    in_numbers = {split: [(path, known[names.get(label)]) for path, label in images_of[split]] for split in images_of}
     return in_numbers, [str(name) for name in known if name is not None]
 
 
@@ -358,7 +358,7 @@ def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed
         ValueError: no class has enough images.
     """
     rest = np.arange(len(images))
-    found = {}
+    held_out = {}
     for split, given, size in (("test", test_size, test_size), ("val", val_size, val_size / (1 - test_size))):
         if size > 0:
             classes = as_classes([images[i][1] for i in rest])
@@ -368,6 +368,6 @@ def drawn(images: list[tuple[str, int]], val_size: float, test_size: float, seed
                     f"addition to one for training. Set val_size=0 or test_size=0, add images, or set {NOT_CLASSES}."
                 )
             fit, score = subsets.held_out(classes, size, seed)
-            found[split] = [images[i] for i in rest[score]]
+            held_out[split] = [images[i] for i in rest[score]]
             rest = rest[fit]
-    return {"train": [images[i] for i in rest], **found}
+    return {"train": [images[i] for i in rest], **held_out}

@@ -57,8 +57,8 @@ class PassedOver(dict[str, list]):
         """Return "; passed over: 3 hidden (such as cats/._1.png), 1 .txt (such as notes.txt)"; "" if there are none."""
         rows = sorted(self.items(), key=lambda row: -row[1][0])
         more = [f"{sum(n for _, (n, _) in rows[MOST_REASONS:])} others"] if len(rows) > MOST_REASONS else []
-        found = [*(f"{n:,} {reason} (such as {path})" for reason, (n, path) in rows[:MOST_REASONS]), *more]
-        return in_one_line(f"; passed over: {', '.join(found)}") if found else ""
+        reasons = [*(f"{n:,} {reason} (such as {path})" for reason, (n, path) in rows[:MOST_REASONS]), *more]
+        return in_one_line(f"; passed over: {', '.join(reasons)}") if reasons else ""
 
 
 def tell(where: str | Path, n: int, kind: str, passed_over: PassedOver) -> None:

@@ -176,10 +176,10 @@ class LabeledFiles(Dataset):
             candidate = self.candidate(start)
             while candidate < len(self):
                 try:
-                    found = self.read(candidate)
+                    content = self.read(candidate)
                     label = self.files[candidate][1]
                     is_replaced = self.evaluated and candidate != index
-                    return found, np.full_like(label, UNREADABLE)[()] if is_replaced else label
+                    return content, np.full_like(label, UNREADABLE)[()] if is_replaced else label
                 except UnreachableShard:  # the image may be sound, and the others of its shard, too
                     raise
                 except Exception as error:  # on corrupt files, readers raise exceptions of many types
@@ -222,8 +222,8 @@ class LabeledFiles(Dataset):
 
 def name_skipped(*datasets: Any, already: int = 0) -> int:
     """Warn of the unreadable files of these data sets if there are more than `already`, and return their number."""
-    found = (path for dataset in datasets if isinstance(dataset, LabeledFiles) for path in dataset.skipped())
-    skipped = list(dict.fromkeys(found))
+    paths = (path for dataset in datasets if isinstance(dataset, LabeledFiles) for path in dataset.skipped())
+    skipped = list(dict.fromkeys(paths))
     if len(skipped) > already:
         how = "left out" if all(getattr(dataset, "evaluated", True) for dataset in datasets) else "skipped"
         named = first_of(skipped, MOST_SKIPPED)

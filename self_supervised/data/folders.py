@@ -58,12 +58,12 @@ class ImageFolder(OnDisk):
         self.passed_over.clear()
         if listed_in(self.root):
             return with_labels(read_lists(self.root, self), self.label_of)
-        found: ImageList = {}
+        images_of: ImageList = {}
         for path in sorted(files_below(self.root, image_suffixes(), self.passed_over)):
             first, _, inner = path.partition("/")
             split = split_named(first) if inner else None
-            found.setdefault(split or "", []).append((path, self.label_of(inner if split else path)))
-        return found if found.keys() - {""} else {"train": found.get("", [])}
+            images_of.setdefault(split or "", []).append((path, self.label_of(inner if split else path)))
+        return images_of if images_of.keys() - {""} else {"train": images_of.get("", [])}
 
     def label_of(self, path: str) -> Label:
         return of_folder(path, self.labels_from)
@@ -89,14 +89,14 @@ def of_folder(path: str, labels_from: str | None) -> str | None:
     return None if labels_from is None or not folders else folders[0 if labels_from == "first_folder" else -1]
 
 
-def with_labels(found: ImageList, label_of: Callable[[str], Label]) -> ImageList:
+def with_labels(images_of: ImageList, label_of: Callable[[str], Label]) -> ImageList:
     """Return the images with the labels of `label_of`, unless some have labels already.
 
     The two kinds of labels are not combined, since they could number the same class differently.
     """
-    if any(label is not None for images in found.values() for _, label in images):
-        return found
-    return {split: [(path, label_of(path)) for path, _ in images] for split, images in found.items()}
+    if any(label is not None for images in images_of.values() for _, label in images):
+        return images_of
+    return {split: [(path, label_of(path)) for path, _ in images] for split, images in images_of.items()}
 
 
 # ---- lists ----
@@ -119,8 +119,8 @@ def read_lists(folder: Path, source: Any) -> ImageList:
     """
     files = listed_in(folder)
     seen = {}
-    found: ImageList = {split: [] for split, _ in files}
-    if "train" not in found:
+    images_of: ImageList = {split: [] for split, _ in files}
+    if "train" not in images_of:
         raise ValueError(f"{files[0][1]}: there is no train.txt next to it. Add one, or remove this list.")
     is_ours = settings_of_lists(folder) is not None
     for split, file in files:
@@ -132,8 +132,8 @@ def read_lists(folder: Path, source: Any) -> ImageList:
                 what = f"is in {before[0]} and in {split}" if before[0] != split else f"has two labels in {file.name}"
                 raise ValueError(f"{path} {what}, according to the lists in {folder}. Keep one of its lines.")
     for path, (split, label) in seen.items():
-        found[split].append((path, label))
-    return found
+        images_of[split].append((path, label))
+    return images_of
 
 
 def list_text(file: Path) -> str:
@@ -197,7 +197,7 @@ def check_that_all_are_there(source: Any, paths: list[str], file: Path) -> None:
         )
 
 
-def write_lists(folder: Path, found: ImageList, made_by: dict[str, Any]) -> None:
+def write_lists(folder: Path, images_of: ImageList, made_by: dict[str, Any]) -> None:
     """Write the list of each split, and the settings `made_by` with which the splits were drawn.
 
     train.txt is written last: if it exists, all lists are complete.
@@ -207,7 +207,7 @@ def write_lists(folder: Path, found: ImageList, made_by: dict[str, Any]) -> None
     """
     atomic_write(folder / SETTINGS, json.dumps(made_by, indent=2))
     for split in ("val", "test", "train"):
-        images = found.get(split, [])
+        images = images_of.get(split, [])
         odd = next((path for path, _ in images if re.search(r"[\n\r\ud800-\udfff]", path)), None)
         if odd is not None:
             raise ValueError(

@@ -52,21 +52,21 @@ def vetted(settings: dict[str, Any], checkpoint: str | Path, given: Collection[s
         ValueError: class_to_idx names a file, which no checkpoint of this library does.
     """
     run = run_of(checkpoint)
-    found = {**EARLIER_DEFAULTS, **settings, "encoder_weights": None}
+    marked = {**EARLIER_DEFAULTS, **settings, "encoder_weights": None}
     for name in (*PATH_FIELDS, "teacher"):
         if isinstance(value := settings.get(name), str) and not asked_for(value, name, run):
-            found[name] = ForeignPath(value)
-    lists = found.get("splits_path")
+            marked[name] = ForeignPath(value)
+    lists = marked.get("splits_path")
     own = kept_lists(run)
     are_own = own and lists and Path(lists).name == "splits"  # another run may have taken the place of a moved run
     if lists is not None and (are_own or isinstance(lists, ForeignPath) or not Path(lists).expanduser().is_dir()):
-        found["splits_path"] = own or ForeignPath(lists)
+        marked["splits_path"] = own or ForeignPath(lists)
     classes = () if "class_to_idx" in given else settings.get("class_to_idx") or ()
     if not all(re.search(r"=-?\d+$", str(entry)) for entry in classes):
         raise ValueError(
             f"class_to_idx={classes!r} in {checkpoint} names a file, which is not read. Pass class_to_idx."
         )
-    return found
+    return marked
 
 
 def vetted_start(started_from: str | None, checkpoint: str | Path) -> str | None:
@@ -112,10 +112,10 @@ def asked_for(value: str, name: str, run: Path) -> bool:
 def config_of(run: Path) -> dict[str, Any]:
     """Return the content of a run's config.yaml; {} if there is none, or none that can be read."""
     try:
-        found = yaml.safe_load((run / "config.yaml").read_text("utf-8")) if (run / "config.yaml").is_file() else None
+        content = yaml.safe_load((run / "config.yaml").read_text("utf-8")) if (run / "config.yaml").is_file() else None
     except (OSError, ValueError, yaml.YAMLError):
-        found = None
-    return found if isinstance(found, dict) else {}
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 def is_near(pattern: str, run: Path) -> bool:

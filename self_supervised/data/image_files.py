@@ -57,9 +57,9 @@ def samples_in_class_folders(split: Path) -> list[Sample]:
     if empty or not of_class:
         none = f"{', '.join(empty[:5])} holds no images" if empty else "there are no folders"
         raise ValueError(f"{split} must hold one folder of images per class, but {none}{passed_over}")
-    found = [(os.path.join(split, path), numbers[name]) for name, paths in of_class.items() for path in paths]
-    tell(split, len(found), "images", passed_over)
-    return found
+    samples = [(os.path.join(split, path), numbers[name]) for name, paths in of_class.items() for path in paths]
+    tell(split, len(samples), "images", passed_over)
+    return samples
 
 
 def images_in_class_folders(

@@ -303,8 +303,8 @@ def with_statistics(params: Params) -> Params:
     if params.image_mean is not None and params.image_std is not None:
         return params
     dataset = get_dataset(params, params.dataset.pretraining_splits)
-    found = channel_statistics(dataset, params.data_seed, -4 if params.dataset.of_videos else -3)
-    mean, std = (list(params.of_each_channel(values)) for values in found)
+    statistics = channel_statistics(dataset, params.data_seed, -4 if params.dataset.of_videos else -3)
+    mean, std = (list(params.of_each_channel(values)) for values in statistics)
     params = attrs.evolve(params, image_mean=params.image_mean or mean, image_std=params.image_std or std)
     rank_zero_info(f"{params.dataset_name}: image_mean={params.image_mean}, image_std={params.image_std}")
     return params

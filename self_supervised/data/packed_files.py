@@ -151,13 +151,13 @@ def find(folder: Path, stamps: list[Stamp]) -> PackedPixels:
     return places
 
 
-def write_missing(folder: Path, images: ImageFiles, stamps: list[Stamp], found: PackedPixels, workers: int) -> None:
+def write_missing(folder: Path, images: ImageFiles, stamps: list[Stamp], packed: PackedPixels, workers: int) -> None:
     """Write new parts with the images that are not in the parts found."""
     for leftover in folder.glob(f".*{UNFINISHED}"):  # of a process that was killed
         remove(leftover)
-    missing = np.flatnonzero(found.part < 0)
+    missing = np.flatnonzero(packed.part < 0)
     reduced = ReducedImages(images, missing)
-    announce(folder, reduced, int(found.changed[missing].sum()))
+    announce(folder, reduced, int(packed.changed[missing].sum()))
     for start in range(0, len(missing), PART):
         part = ReducedImages(images, missing[start : start + PART])
         images.read_ahead(part.indices)  # of shards from URLs

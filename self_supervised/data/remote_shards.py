@@ -89,8 +89,8 @@ def matching(url: str) -> Iterator[str]:
         return
     place_of(url)  # refuses passwords before the request
     files = file_system(url)
-    for found in retried(url, lambda: files.glob(url)):
-        yield place_of(files.unstrip_protocol(found))
+    for path in retried(url, lambda: files.glob(url)):
+        yield place_of(files.unstrip_protocol(path))
 
 
 # ---- requests ----
@@ -164,22 +164,22 @@ def is_final(url: str, error: Exception) -> bool:
 def signature_of(place: str) -> Signature:
     url = url_of(place)
     files = file_system(url)
-    found = retried(url, lambda: files.info(url))
-    if found["size"] is None or found.get("partial") is False:
+    info = retried(url, lambda: files.info(url))
+    if info["size"] is None or info.get("partial") is False:
         raise UnreachableShard(f"{url}: its server tells no size, or has no range requests. Copy the shard to a disk.")
-    return int(found["size"]), str(next((found[name] for name in STAMPS if found.get(name)), ""))
+    return int(info["size"]), str(next((info[name] for name in STAMPS if info.get(name)), ""))
 
 
 def part_of(url: str, start: int, end: int) -> bytes:
     """Return the bytes from `start` to `end` of a shard."""
 
     def request() -> bytes:
-        found = file_system(url).cat_file(url, start=start, end=end)
-        if len(found) > end - start:
+        content = file_system(url).cat_file(url, start=start, end=end)
+        if len(content) > end - start:
             raise UnreachableShard(f"{url}: its server has no range requests. Use another server (nginx has them).")
-        if len(found) < end - start:
-            raise EOFError(f"{len(found)} of {end - start} bytes from byte {start}")
-        return found
+        if len(content) < end - start:
+            raise EOFError(f"{len(content)} of {end - start} bytes from byte {start}")
+        return content
 
     return retried(url, request) if end > start else b""
 
@@ -203,10 +203,10 @@ class RangeFile(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: memoryview) -> int:
-        found = part_of(self.url, self.position, min(self.position + len(buffer), self.size))
-        buffer[: len(found)] = found
-        self.position += len(found)
-        return len(found)
+        part = part_of(self.url, self.position, min(self.position + len(buffer), self.size))
+        buffer[: len(part)] = part
+        self.position += len(part)
+        return len(part)
 
 
 # ---- copies ----
@@ -293,16 +293,16 @@ def download(place: str, signature: Signature, keep: Collection[Path] = ()) -> N
 
 def make_room(size: int, keep: Collection[Path]) -> None:
     """Remove the least recently used copies until `size` bytes more are within the limit and on the disk."""
-    found = []
+    copies = []
     for path in folder().rglob("*.tar.*"):
         with suppress(FileNotFoundError):  # another process removed it
             if path.suffix == UNFINISHED:
                 remove_leftovers(path.with_name(path.name[1:].rsplit(".", 4)[0]))
             if path.suffix != ".json" and path.is_file():
-                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-    excess = sum(n for _, n, _ in found) + size - limit()
+                copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    excess = sum(n for _, n, _ in copies) + size - limit()
     excess = max(excess, size - shutil.disk_usage(folder()).free)
-    for _, n, path in sorted(found):
+    for _, n, path in sorted(copies):
         if excess > 0 and path.suffix != UNFINISHED and path not in keep:
             path.unlink(missing_ok=True)
             excess -= n

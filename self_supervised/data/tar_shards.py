@@ -76,9 +76,9 @@ class TarShards(OnDisk):
         labels_from: str | None,
         index_file: Path | None = None,
     ):
-        found = PassedOver()
+        not_images = PassedOver()
         shards = sorted(
-            {os.path.abspath(shard) for part in data_path.split("::") for shard in expanded_shards(part, found)}
+            {os.path.abspath(shard) for part in data_path.split("::") for shard in expanded_shards(part, not_images)}
         )
         if not shards:
             raise ValueError(f"data_path={data_path!r} matches no shards. Pass the pattern of your .tar files.")
@@ -95,8 +95,8 @@ class TarShards(OnDisk):
         indexes = index(self.signatures, (tuple(suffixes), keys), index_file)
         self.index = {shard: one.places for shard, one in indexes.items()}
         for one in indexes.values():
-            found.join(one.passed_over)
-        self.not_images = found
+            not_images.join(one.passed_over)
+        self.not_images = not_images
         self.passed_over = PassedOver()
 
     def find(self) -> ImageList:
@@ -105,16 +105,16 @@ class TarShards(OnDisk):
         split_of = {shard: split_in(os.path.relpath(shard, self.root)) for shard in self.signatures}
         if not any(split_of.values()):
             split_of = dict.fromkeys(split_of, "train")
-        found: ImageList = {}
+        images_of: ImageList = {}
         for shard, split in split_of.items():
             below = os.path.relpath(shard, self.root)
             images = ((f"{below}/{member}", label) for member, (_, _, label) in self.index[shard].items())
-            found.setdefault(split or "", []).extend(images)
+            images_of.setdefault(split or "", []).extend(images)
         self.passed_over.clear()
         self.passed_over.join(self.not_images)
         if self.label_key and self.labels_from and not self.has_labels:
             raise ValueError(f"label_key={self.label_key!r}: no sample in {self.root} has this extension or .json key")
-        return with_labels(found, self.label_of)
+        return with_labels(images_of, self.label_of)
 
     @cached_property
     def has_labels(self) -> bool:
@@ -154,7 +154,7 @@ class TarShards(OnDisk):
 
     def parts(self, path: str) -> tuple[str, str]:
         """Return (shard, member) of an image's path. A directory's name may end with .tar, too."""
-        ends = (found.end() for found in re.finditer(re.escape(SUFFIX) + "/", path, re.IGNORECASE))
+        ends = (match.end() for match in re.finditer(re.escape(SUFFIX) + "/", path, re.IGNORECASE))
         end = next((end for end in ends if path[: end - 1] in self.signatures), 0)
         return path[: max(end - 1, 0)], path[end:]
 
@@ -188,12 +188,12 @@ def index(signatures: dict[str, ShardSignature], settings: IndexSettings, file: 
             index({shard: signatures[shard]}, settings, own)
         else:
             known[shard, signatures[shard], settings] = indexed(shard, signatures[shard], settings)
-    found = {shard: known[shard, signature, settings] for shard, signature in signatures.items()}
+    indexes = {shard: known[shard, signature, settings] for shard, signature in signatures.items()}
     if file is not None and (fresh or not is_kept) and (distributed.rank() == 0 or remote_shards.url_of(str(file))):
-        shards = {shard: {"stamp": signatures[shard], **one._asdict()} for shard, one in found.items()}
+        shards = {shard: {"stamp": signatures[shard], **one._asdict()} for shard, one in indexes.items()}
         with suppress(OSError):  # it only saves time, and may belong to someone else
             atomic_write(file, json.dumps({"how": repr((VERSION, settings)), "shards": shards}))
-    return found
+    return indexes
 
 
 def read_index(file: Path, settings: IndexSettings) -> dict[tuple[str, ShardSignature, IndexSettings], Shard]:
@@ -340,15 +340,15 @@ def shard_samples(names: Iterable[str], settings: IndexSettings) -> Iterator[tup
 def by_sample(names: Iterable[str], wanted: Collection[str]) -> dict[str, Members]:
     """Return sample -> extension -> member. An extension begins at the first dot of a name after which it is `wanted`;
     if there is none, at the first dot, or (with any `wanted`) at the last one."""
-    found: dict[str, Members] = {}
+    members_of: dict[str, Members] = {}
     for name in names:
         folder, base = posixpath.split(name)
         first, *others = base.split(".")
         at = len(others) - 1 if wanted else 0
         at = next((i for i in range(len(others)) if ".".join(others[i:]).lower() in wanted), at)
         sample = posixpath.join(folder, ".".join([first, *others[:at]]))
-        found.setdefault(sample, {})[".".join(others[at:]).lower()] = name
-    return found
+        members_of.setdefault(sample, {})[".".join(others[at:]).lower()] = name
+    return members_of
 
 
 def label_of(shard: str, signature: ShardSignature, sample: dict[str, Content], keys: tuple[str, ...]) -> Label:

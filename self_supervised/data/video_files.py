@@ -154,11 +154,11 @@ class VideoFiles(LabeledFiles):
     def even_clips(self, path: str) -> Tensor:
         """Return all crops of all clips, [n_clips * n_crops, C, T, size, size]; without the first axis if it is 1."""
         frames, places = self.read_frames(path, lambda times: even_clips(times, self.n_clips, self.sampling))
-        found = []
+        crops = []
         for left, top, right, bottom in squares(frames.shape[2], frames.shape[1], self.n_crops):
-            found.append(resized_clip(frames[:, top:bottom, left:right], self.size))  # [C, M, size, size]
-        found = torch.stack([crop[:, place] for place in torch.from_numpy(places) for crop in found])
-        return found if len(found) > 1 else found[0]
+            crops.append(resized_clip(frames[:, top:bottom, left:right], self.size))  # [C, M, size, size]
+        clips = torch.stack([crop[:, place] for place in torch.from_numpy(places) for crop in crops])
+        return clips if len(clips) > 1 else clips[0]
 
 
 # ---- pixels ----
@@ -282,16 +282,16 @@ def listed(path: Path, prefix: Path, of_frames: bool) -> list[Sample]:
     for number, line in enumerate(map(str.strip, list_text(path).splitlines()), 1):
         if not line:
             continue
-        found = LIST_LINE.fullmatch(line)
-        plain = found["plain"] or "" if found else ""
-        if not found or TEXT_AFTER_NAME.search(plain) or (NUMBER_AT_END.search(plain) and "," not in line):
+        match = LIST_LINE.fullmatch(line)
+        plain = match["plain"] or "" if match else ""
+        if not match or TEXT_AFTER_NAME.search(plain) or (NUMBER_AT_END.search(plain) and "," not in line):
             raise ValueError(
                 f"line {number} of {path} must be a path and the number of its class, not {line!r}. Write `path class` "
                 "or `path,class`, without the third column of other lists (`path frames class`, `path class frames`)."
             )
-        video = prefix / (found["quoted"] or plain)
+        video = prefix / (match["quoted"] or plain)
         video = video.with_suffix("") if of_frames and is_video(video) else video
-        label = int(found["label"] or -1)
+        label = int(match["label"] or -1)
         if (before := videos.setdefault(str(video), label)) != label:
             raise ValueError(f"{video} has two labels in {path}: {before} and {label}. Keep one of its lines.")
     if not videos:
@@ -338,13 +338,13 @@ def videos_in_class_folders(folder: Path, of_frames: bool) -> list[Sample]:
     if of_frames:
         of_class = {name: frame_folders(folder / name, passed_over) for name in number_of}
     else:
-        found_in = image_files.images_in_class_folders(folder, number_of, VIDEO_EXTENSIONS, passed_over)
-        of_class = {name: sorted(folder / path for path in found) for name, found in found_in.items()}
-    for name, found in of_class.items():
-        if not found:
+        paths_in = image_files.images_in_class_folders(folder, number_of, VIDEO_EXTENSIONS, passed_over)
+        of_class = {name: sorted(folder / path for path in paths) for name, paths in paths_in.items()}
+    for name, paths in of_class.items():
+        if not paths:
             decoder = "frames" if of_frames else "file"
             raise ValueError(f"video_decoder={decoder!r}: {folder / name} must hold {what}{passed_over}")
-    videos = [(str(path), number_of[name]) for name, found in of_class.items() for path in found]
+    videos = [(str(path), number_of[name]) for name, paths in of_class.items() for path in paths]
     if not videos:
         raise ValueError(
             f"{folder} must hold one folder per class, each with {what}, or {list_file(folder)} must list the videos"
