@@ -92,23 +92,23 @@ def seen(params: EncoderAndDataParams) -> dict[str, Any]:
     info = params.dataset
     names = VIDEO if info.of_videos else CUSTOM_DATA if info.is_custom else ()
     unused = (*WITHOUT_EFFECT, "data_path", "splits_path", "video_path_prefix")
-    found = {name: plain(getattr(params, name)) for name in names if name not in unused}
+    settings = {name: plain(getattr(params, name)) for name in names if name not in unused}
     if info.is_packed:
-        return found
+        return settings
     if not params.exif_orientation:  # as in checkpoints of earlier versions
-        found["exif_orientation"] = False
+        settings["exif_orientation"] = False
     digest = hashlib.sha256()
     root = None if info.is_custom else params.video_path_prefix or loading.data_path()
     for splits, dataset in training_and_test(params):
         for piece in (repr(splits).encode(), *contents(dataset, root)):
             digest.update(piece)
-    return found | {"images": digest.hexdigest()[:16]}
+    return settings | {"images": digest.hexdigest()[:16]}
 
 
 def training_and_test(params: EncoderAndDataParams) -> list[tuple[tuple[str, ...], Dataset]]:
     """Return (splits, data set) of the training and test images. Only label-free protocols run without test images."""
     info = params.dataset
-    found = [(info.train_splits, loading.get_dataset(params, info.train_splits))]
+    data_sets = [(info.train_splits, loading.get_dataset(params, info.train_splits))]
     with suppress(subsets.EmptySplit):
-        found.append((info.test_splits, loading.get_dataset(params, info.test_splits)))
-    return found
+        data_sets.append((info.test_splits, loading.get_dataset(params, info.test_splits)))
+    return data_sets

@@ -31,8 +31,8 @@ DECAY_OF_FEW = validation.PROBE_DECAY  # that of the linear probe during pretrai
 
 
 def knn_protocol(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:
-    found = validation.knn_accuracies(train_x, train_y, test_x, test_y, KS)
-    return {f"knn{k}_acc1": value for k, value in found.items()}
+    accuracies = validation.knn_accuracies(train_x, train_y, test_x, test_y, KS)
+    return {f"knn{k}_acc1": value for k, value in accuracies.items()}
 
 
 def retrieval(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> Scores:

@@ -27,11 +27,11 @@ def score_stages(data: EvaluationData, seed: int, score: Callable[..., Scores]) 
     """Return the scores of the output of each stage of a ResNet: acc1, or map for multi-label data."""
     train = data.train
     test = data.test
-    found = {}
+    scores_of_stages = {}
     for name in track(sorted(train.stages), "classifiers of the stages"):
         scores = score(data.on_device(train.stages[name], train.y, test.stages[name], test.y), seed)
-        found |= {f"{name}_{key}": value for key, value in scores.items() if key in ("acc1", "map")}
-    return found
+        scores_of_stages |= {f"{name}_{key}": value for key, value in scores.items() if key in ("acc1", "map")}
+    return scores_of_stages
 
 
 def linear_settings_of(data: EvaluationData, seed: int, preset: str) -> LinearClassifierMethodParams:

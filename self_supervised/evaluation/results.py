@@ -176,13 +176,13 @@ def summary(runs: Iterable[RunRecord]) -> dict[str, Any]:
     for run in runs:
         for metric, value in run["scores"].items():
             scores.setdefault((run["dataset"], run["protocol"], run["encoder"], metric), []).append(value)
-    found: dict[str, Any] = {}
+    summaries: dict[str, Any] = {}
     for (dataset, protocol, encoder, metric), values in scores.items():
-        place = found.setdefault(dataset, {}).setdefault(protocol, {}).setdefault(encoder, {})
+        place = summaries.setdefault(dataset, {}).setdefault(protocol, {}).setdefault(encoder, {})
         place[metric] = {"mean": statistics.fmean(values), "seeds": len(values)}
         if len(values) > 1:
             place[metric]["std"] = deviation(values)
-    return found
+    return summaries
 
 
 def deviation(values: list[float]) -> float:

@@ -61,8 +61,8 @@ def knn(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ks: tuple[int, ...] = (20, 200), T: float = 0.07
 ) -> Scores:
     """Score k nearest neighbors, with the accuracies of `knn_accuracies`."""
-    found = knn_accuracies(train_x, train_y, test_x, test_y, ks, T)
-    return {f"valid_knn{k}_acc": value for k, value in found.items()}
+    accuracies = knn_accuracies(train_x, train_y, test_x, test_y, ks, T)
+    return {f"valid_knn{k}_acc": value for k, value in accuracies.items()}
 
 
 def knn_accuracies(
@@ -144,8 +144,8 @@ def epoch_scores(
         if name in LABEL_FREE:
             scores |= table[name](x)
         elif split is not None and len(split[1].unique()) > 1:
-            found = table[name](*split)
-            scores |= found if train is None else {f"{key}_trainset": value for key, value in found.items()}
+            new_scores = table[name](*split)
+            scores |= new_scores if train is None else {f"{key}_trainset": value for key, value in new_scores.items()}
     return scores
 
 

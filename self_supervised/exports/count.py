@@ -27,14 +27,14 @@ class Part:
 
 def paths(module: nn.Module, prefix: str = "") -> list[str]:
     """Return the paths of the parts with parameters, in order."""
-    found = []
+    part_paths = []
     whole = n_parameters(module)
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         size = n_parameters(child)
         inner = paths(child, f"{path}.") if size > SPLIT_ABOVE * whole else []
-        found += inner or ([path] if size else [])
-    return found
+        part_paths += inner or ([path] if size else [])
+    return part_paths
 
 
 def count_parts(encoder: Encoder) -> list[Part]:
@@ -62,13 +62,13 @@ def count_parts(encoder: Encoder) -> list[Part]:
 
 def heads(state: dict[str, Tensor]) -> list[Part]:
     """Return the counts of the heads in a checkpoint of this library: MLPs, which use each weight once per image."""
-    found = []
+    parts = []
     for head in HEAD_MODULES:
         tensors = [v for k, v in state.items() if k.startswith(f"{head}.") and k.endswith((".weight", ".bias"))]
         if tensors:
             flops = sum(2 * tensor.numel() for tensor in tensors if tensor.dim() == 2)
-            found.append(Part(head, sum(tensor.numel() for tensor in tensors), flops))
-    return found
+            parts.append(Part(head, sum(tensor.numel() for tensor in tensors), flops))
+    return parts
 
 
 def cost_table(encoder: Encoder, checkpoint: str | Path) -> Table:

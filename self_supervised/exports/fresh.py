@@ -18,10 +18,10 @@ def main(code: str, file: str, images: str, outputs: str, *names: str) -> None:
     inputs = np.load(images)
     parts = []
     for batch in (inputs[:1], inputs[1:]):
-        found = {"path": file, "images": batch}
-        exec(Path(code).read_text(), found)
-        parts.append(found)
-    np.savez(outputs, **{name: np.concatenate([np.asarray(found[name]) for found in parts]) for name in names})
+        variables = {"path": file, "images": batch}
+        exec(Path(code).read_text(), variables)
+        parts.append(variables)
+    np.savez(outputs, **{name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in names})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Architecture:
     transform_crop_size: int | None  # pixels, if position embeddings determine it
 
 
-def matching_architecture(found: layouts.WeightsFile, name: str | None = None) -> Architecture:
+def matching_architecture(weights: layouts.WeightsFile, name: str | None = None) -> Architecture:
     """Return the architecture `name`, or the first that fits.
 
     Candidates are tried in this order: the name in the file, ResNets, other models of torchvision, models of timm.
@@ -37,30 +37,30 @@ def matching_architecture(found: layouts.WeightsFile, name: str | None = None) -
     Raises:
         ValueError: none fits. The message names the nearest one and its differences.
     """
-    state = layouts.torchvisions(found.state)
+    state = layouts.torchvisions(weights.state)
     nearest: tuple = (math.inf, "", {})  # number of differing names, architecture, differing names
-    for candidate in candidates(found, state) if name is None else [name]:
+    for candidate in candidates(weights, state) if name is None else [name]:
         architecture, wanted = adapted(candidate, state)
         wrong = layouts.misfits(state, wanted)
         if not wrong:
             return architecture
         nearest = min(nearest, (layouts.n_names(wrong), candidate, wrong), key=lambda item: item[0])
     if name is not None:
-        raise ValueError(layouts.mismatch_message(found, name, nearest[2]))
+        raise ValueError(layouts.mismatch_message(weights, name, nearest[2]))
     if not nearest[1]:
         raise ValueError(
-            f"{found.source} does not hold tensors of a known encoder of torchvision, timm or ws_resnet. Pass "
+            f"{weights.source} does not hold tensors of a known encoder of torchvision, timm or ws_resnet. Pass "
             "encoder_arch=NAME or encoder=your_module."
         )
     raise ValueError(
         "no encoder of torchvision, timm or ws_resnet fits. The nearest one differs: "
-        f"{layouts.mismatch_message(found, nearest[1], nearest[2])}. Pass encoder_arch=NAME or encoder=your_module."
+        f"{layouts.mismatch_message(weights, nearest[1], nearest[2])}. Pass encoder_arch=NAME or encoder=your_module."
     )
 
 
-def candidates(found: layouts.WeightsFile, state: dict[str, Tensor]) -> Iterator[str]:
+def candidates(weights: layouts.WeightsFile, state: dict[str, Tensor]) -> Iterator[str]:
     """Yield names of encoders that may fit, the most probable first."""
-    in_file = found.architecture
+    in_file = weights.architecture
     with_timm = importlib.util.find_spec("timm") is not None
     if in_file is not None:
         names = (in_file, VIT_SIZES.get(in_file), f"timm:{in_file}")

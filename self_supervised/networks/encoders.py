@@ -128,10 +128,10 @@ def by_name(p: EncoderAndDataParams) -> nn.Module:
 
 def load_file(encoder: nn.Module, file: Path, p: EncoderAndDataParams) -> None:
     try:
-        found = layouts.read_weights(file)
-        stem = found.settings.get("stem_variant", found.stem_variant)
-        if p.low_resolution and stem != p.stem_variant and ("stem_variant" in found.settings or stem != "standard"):
-            if not found.has_guessed_stem:
+        weights = layouts.read_weights(file)
+        stem = weights.settings.get("stem_variant", weights.stem_variant)
+        if p.low_resolution and stem != p.stem_variant and ("stem_variant" in weights.settings or stem != "standard"):
+            if not weights.has_guessed_stem:
                 raise ValueError(
                     f"its first layers are those of stem_variant={stem!r}. Set it (is {p.stem_variant!r})."
                 )
@@ -139,10 +139,10 @@ def load_file(encoder: nn.Module, file: Path, p: EncoderAndDataParams) -> None:
                 f"{file} is read with stem_variant={p.stem_variant!r}. If it is solo-learn's, whose first convolution "
                 f"pads 2 pixels, set stem_variant={stem!r}."
             )
-        if not found.settings:  # of a checkpoint of ours, which has other constants
+        if not weights.settings:  # of a checkpoint of ours, which has other constants
             refuse_other_pixels(p, p.encoder_weights)
-            layouts.refuse_other_heads(found, p.encoder_arch)
-        layouts.load_into(encoder, found, p.encoder_arch)
+            layouts.refuse_other_heads(weights, p.encoder_arch)
+        layouts.load_into(encoder, weights, p.encoder_arch)
     except ValueError as error:
         raise ValueError(f"encoder_weights={p.encoder_weights!r} for {p.encoder_arch}: {error}") from error
 

@@ -113,7 +113,7 @@ def is_independent(copied: nn.Module, module: nn.Module, input_shape: tuple[int,
     with torch.no_grad(), isolate_rng(), modules.in_eval_mode(module), modules.in_eval_mode(copied):
         # not the number of an earlier trial, of which a hook may have kept the features
         images = torch.rand(3, *input_shape, device=weights[0].device if weights else None)
-        expected, found = encoded(module), encoded(copied)
+        expected, of_copy = encoded(module), encoded(copied)
         kept = [weight.clone() for weight in weights]
         try:
             for weight in weights:
@@ -122,7 +122,7 @@ def is_independent(copied: nn.Module, module: nn.Module, input_shape: tuple[int,
         finally:
             for weight, before in zip(weights, kept, strict=True):
                 weight.copy_(before)
-    return found.shape == expected.shape and torch.allclose(again, found, equal_nan=True)
+    return of_copy.shape == expected.shape and torch.allclose(again, of_copy, equal_nan=True)
 
 
 @torch.no_grad()
@@ -175,10 +175,10 @@ class Prototypes(nn.Module):
         if self.assigns:
             return {j: self.assignments(k, queue, temperature) for j, k in keys.items()}
         scores = {j: self(k) for j, k in keys.items()}
-        found = {j: torch.softmax((score - self.center) / temperature, dim=1) for j, score in scores.items()}
+        targets = {j: torch.softmax((score - self.center) / temperature, dim=1) for j, score in scores.items()}
         mean = torch.stack(list(scores.values())).mean((0, 1))
         self.center.lerp_(distributed.gather(mean[None]).mean(0).to(self.center.dtype), 1 - self.center_momentum)
-        return found
+        return targets
 
     def assignments(self, keys: Tensor, queue: Tensor | None, temperature: float) -> Tensor:
         keys = distributed.gather(keys)
@@ -189,11 +189,11 @@ class Prototypes(nn.Module):
 def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Return distributions over P prototypes [N, P], of equal total weight per prototype, close to
     softmax(scores / temperature)."""
-    found = scores / temperature
+    log_weights = scores / temperature
     for _ in range(iterations):
-        found = found - found.logsumexp(0)
-        found = found - found.logsumexp(1, keepdim=True)
-    return found.exp()
+        log_weights = log_weights - log_weights.logsumexp(0)
+        log_weights = log_weights - log_weights.logsumexp(1, keepdim=True)
+    return log_weights.exp()
 
 
 @torch.no_grad()

@@ -118,8 +118,8 @@ def checkpoint_of(path_or_name: str | Path) -> str | Path:
     folder = Path(path_or_name).expanduser()
     if os.path.isfile(folder / "pretrained.ckpt"):  # Path.is_file raises OSError if the name is too long
         return folder / "pretrained.ckpt"
-    if os.path.isdir(folder / "checkpoints") and (found := lightning_checkpoint(folder)):
-        return found
+    if os.path.isdir(folder / "checkpoints") and (checkpoint := lightning_checkpoint(folder)):
+        return checkpoint
     if os.path.isfile(folder / "config.yaml"):
         newest = max(folder.glob("pretraining/checkpoints/step_*.ckpt"), default=None)
         unfinished = "" if newest is None else f", or pass the newest checkpoint of the unfinished one, {newest}"
@@ -132,24 +132,24 @@ def checkpoint_of(path_or_name: str | Path) -> str | Path:
     return path_or_name
 
 
-def refuse_other_heads(found: WeightsFile, arch: str) -> None:
+def refuse_other_heads(weights: WeightsFile, arch: str) -> None:
     """Raise ValueError for small vision transformers of MoCo v3, also in solo-learn: they have 12 heads, and otherwise
     the tensors of timm's with 3 or 6.
 
     They are recognized by their fixed position embeddings, whose sines of the column come first, and in which the
     second patch is that of the next row.
     """
-    position = found.state.get("pos_embed")
+    position = weights.state.get("pos_embed")
     is_small = arch.rpartition("_patch")[0] in ("timm:vit_tiny", "timm:vit_small")
-    if not is_small or found.settings or position is None or position.dim() != 3 or position.shape[1] < 3:
+    if not is_small or weights.settings or position is None or position.dim() != 3 or position.shape[1] < 3:
         return
     quarter = position.shape[-1] // 4
     class_token, second = position[0, 0], position[0, 2, : 2 * quarter]
     is_fixed = not class_token.any() and not second[:quarter].any() and bool((second[quarter:] == 1).all())
-    if is_fixed or found.layout == "moco v3":
+    if is_fixed or weights.layout == "moco v3":
         name = arch.removeprefix("timm:")
         raise ValueError(
-            f"{found.source} is {name} of MoCo v3, which has 12 heads where timm's has {position.shape[-1] // 64}. "
+            f"{weights.source} is {name} of MoCo v3, which has 12 heads where timm's has {position.shape[-1] // 64}. "
             f"Pass encoder=timm.create_model({name!r}, num_heads=12, num_classes=0) to load_encoder."
         )
 
@@ -199,10 +199,10 @@ def held_weights(content: Any, path: str | Path) -> tuple[str | None, dict[str, 
     full = [key for key, value in entries.items() if tensors(value)]
     only = full[0] if len(full) == 1 and not tensors(content) else None
     holder = next((key for key in HOLDERS if key in full), only)
-    found = tensors(content if holder is None else content[holder])
-    if not found:
+    state = tensors(content if holder is None else content[holder])
+    if not state:
         raise ValueError(f"{path} is not a checkpoint or weights file: it has no state_dict and holds no tensors")
-    return holder, found
+    return holder, state
 
 
 def recognized(names: tuple[str, ...], holder: str | None, settings: Mapping, exported: bool) -> Layout:
@@ -259,7 +259,7 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
     return {kind: names for kind, names in kinds.items() if names}
 
 
-def load_into(encoder: nn.Module, found: WeightsFile, name: str) -> tuple[str, ...]:
+def load_into(encoder: nn.Module, weights: WeightsFile, name: str) -> tuple[str, ...]:
     """Load all tensors of the encoder from the file. Return the keys that were left out: heads and other networks.
 
     Raises:
@@ -267,17 +267,17 @@ def load_into(encoder: nn.Module, found: WeightsFile, name: str) -> tuple[str, .
             message names them, and the layout as which the file was read.
     """
     wanted = encoder.state_dict()
-    states = (found.state, torchvisions(found.state))  # the user's own module may also be numbered
+    states = (weights.state, torchvisions(weights.state))  # the user's own module may also be numbered
     state, wrong = min(((state, misfits(state, wanted)) for state in states), key=lambda pair: n_names(pair[1]))
     if wrong:
-        raise ValueError(mismatch_message(found, name, wrong))
+        raise ValueError(mismatch_message(weights, name, wrong))
     encoder.load_state_dict({**wanted, **{key: state[key] for key in wanted if key in state}})
     if bad := not_finite(encoder):
         raise ValueError(
-            f"{found.source}: {len(bad)} of {len(wanted)} tensors of its {name} are not finite (the first: {bad[0]}). "
-            "Use an earlier checkpoint."
+            f"{weights.source}: {len(bad)} of {len(wanted)} tensors of its {name} are not finite "
+            f"(the first: {bad[0]}). Use an earlier checkpoint."
         )
-    return (*(key for key in state if key not in wanted), *found.left_out)
+    return (*(key for key in state if key not in wanted), *weights.left_out)
 
 
 def n_names(wrong: Mapping[str, list[str]]) -> int:
@@ -285,15 +285,15 @@ def n_names(wrong: Mapping[str, list[str]]) -> int:
     return sum(map(len, wrong.values()))
 
 
-def mismatch_message(found: WeightsFile, name: str, wrong: Mapping[str, list[str]]) -> str:
+def mismatch_message(weights: WeightsFile, name: str, wrong: Mapping[str, list[str]]) -> str:
     """Return the error message for what `misfits` returns, with a few names of each kind."""
     if {line.split(" ")[0] for names in wrong.values() for line in names} <= {*POSITION_EMBEDDINGS}:
         return (
-            f"{found.source}: the position embeddings of its {name} are for images of another size. Set "
+            f"{weights.source}: the position embeddings of its {name} are for images of another size. Set "
             "transform_crop_size (of a teacher: teacher_crop_size) to their size"
         )
     parts = (f"{kind}: {first_of(names, NAMES_SHOWN)}" for kind, names in wrong.items())
-    return f"{found.source} does not hold a {name} (read as {found.layout}): {'; '.join(parts)}"
+    return f"{weights.source} does not hold a {name} (read as {weights.layout}): {'; '.join(parts)}"
 
 
 def grouped(keys: Iterable[str]) -> str:

@@ -94,8 +94,10 @@ def check_small_views(encoder: nn.Module, width: int, params: ModelParams) -> No
     *shape, crop_size = params.input_shape[:-1]
     for size in {view.crop_size for view in params.views} - {crop_size}:
         name = f"transform_small_crop_size={size} needs an encoder for several sizes (a ResNet) or the size {crop_size}"
-        found = measured_width(encoder, torch.zeros(1, *shape, size, size), f"{name}: this one")
-        if found != width:
-            raise ValueError(f"{name}: this one returns {found} features for small views, but {width} for large ones")
+        small_width = measured_width(encoder, torch.zeros(1, *shape, size, size), f"{name}: this one")
+        if small_width != width:
+            raise ValueError(
+                f"{name}: this one returns {small_width} features for small views, but {width} for large ones"
+            )
         if params.pooling_size > 1:
             check_map(encoder, params, size)

@@ -138,26 +138,26 @@ def load_encoder(
         if lagging:
             raise ValueError(f"lagging=True: {name} has no lagging encoder. Leave it out.")
         return published(name, overrides)
-    found = layouts.read_weights(Path(name).expanduser(), lagging)
+    weights = layouts.read_weights(Path(name).expanduser(), lagging)
     if encoder is not None:
         overrides = {"low_resolution_stem": False, **overrides, "encoder_arch": catalogue.OWN_MODULE}
-    settings, assumed = settings_of(found, overrides)
+    settings, assumed = settings_of(weights, overrides)
     params = with_overrides(settings, overrides)
-    if found.settings and params.low_resolution and params.stem_variant != settings["stem_variant"]:
+    if weights.settings and params.low_resolution and params.stem_variant != settings["stem_variant"]:
         raise ValueError(
-            f"stem_variant={params.stem_variant!r}, but {found.source} has {settings['stem_variant']!r}: leave it out"
+            f"stem_variant={params.stem_variant!r}, but {weights.source} has {settings['stem_variant']!r}: leave it out"
         )
     model, _ = encoders.get_encoder(params, encoder)
-    left_out = layouts.load_into(model, found, params.encoder_arch)
+    left_out = layouts.load_into(model, weights, params.encoder_arch)
     report = Report(
-        source=found.source,
-        layout=found.layout,
+        source=weights.source,
+        layout=weights.layout,
         architecture=params.encoder_arch,
         matched=len(model.state_dict()),
         left_out=left_out,
         assumed=assumed,
-        started_from=vetted_start(found.started_from, found.source),
-        started_from_hash=found.started_from_hash,
+        started_from=vetted_start(weights.started_from, weights.source),
+        started_from_hash=weights.started_from_hash,
     )
     return Encoder(model, params, report)
 
@@ -171,26 +171,26 @@ def encoder_of(checkpoint: str | Path | Encoder, overrides: dict[str, Any]) -> E
     return checkpoint
 
 
-def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def settings_of(weights: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the settings of the encoder in a file, and a text that lists those that were assumed.
 
     Without settings in the file, the architecture is inferred from the tensors, and images are those of ImageNet.
     """
-    if found.settings:
-        settings = {key: value for key, value in found.settings.items() if key in SHARED - OF_PRETRAINING}
-        if str(found.started_from).partition(":")[0] in catalogue.INCEPTIONS:
+    if weights.settings:
+        settings = {key: value for key, value in weights.settings.items() if key in SHARED - OF_PRETRAINING}
+        if str(weights.started_from).partition(":")[0] in catalogue.INCEPTIONS:
             settings |= without_transform_input(settings)
-        return {"stem_variant": found.stem_variant, **vetted(settings, found.source, overrides)}, ""
+        return {"stem_variant": weights.stem_variant, **vetted(settings, weights.source, overrides)}, ""
     settings: dict[str, Any] = {"dataset_name": "imagenet"}
     arch = overrides.get("encoder_arch")
     if arch != catalogue.OWN_MODULE:
         if arch is not None:
             catalogue.check_name(arch)
-        settings |= attrs.asdict(architectures.matching_architecture(found, arch))
+        settings |= attrs.asdict(architectures.matching_architecture(weights, arch))
         settings |= of_videos(settings["encoder_arch"])
-        layouts.refuse_other_heads(found, settings["encoder_arch"])
+        layouts.refuse_other_heads(weights, settings["encoder_arch"])
     if settings.get("low_resolution_stem"):
-        settings |= {"dataset_name": "cifar10", "stem_variant": found.stem_variant}
+        settings |= {"dataset_name": "cifar10", "stem_variant": weights.stem_variant}
     if settings.get("encoder_arch") in catalogue.INCEPTIONS:
         settings |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS)
     if overrides.get("in_channels", settings.get("in_channels")) == 1:
@@ -199,10 +199,10 @@ def settings_of(found: layouts.WeightsFile, overrides: dict[str, Any]) -> tuple[
     what = "normalization constants" if settings.get("transform_crop_size") else "size and normalization constants"
     assumed = [] if are_given else [f"{what} of {settings['dataset_name']}"]
     if settings.get("stem_variant", "standard") != "standard" and "stem_variant" not in overrides:
-        assumed.append(f"stem_variant={settings['stem_variant']!r} of {found.layout}")
-        if found.has_guessed_stem:
+        assumed.append(f"stem_variant={settings['stem_variant']!r} of {weights.layout}")
+        if weights.has_guessed_stem:
             rank_zero_warn(
-                f"{found.source} is read as solo-learn's, whose first convolution pads 2 pixels. If it is of another "
+                f"{weights.source} is read as solo-learn's, whose first convolution pads 2 pixels. If it is of another "
                 "system, pass stem_variant='standard'."
             )
     if arch is None and settings["encoder_arch"].startswith("ws_"):
@@ -349,9 +349,9 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
     "random" has the same architecture; there is none for a user's own module. "starting" has the weights from which
     the pretraining started: `starting_weights`, or those that the checkpoint names.
     """
-    found = {}
+    baselines = {}
     if trained.params.encoder_arch != catalogue.OWN_MODULE:
-        found["random"] = random_encoder(trained)
+        baselines["random"] = random_encoder(trained)
     source = starting_weights or trained.started_from
     if isinstance(source, ForeignPath):
         rank_zero_warn(
@@ -361,12 +361,12 @@ def compared(trained: Encoder, starting_weights: str | Path | None) -> dict[str,
         try:
             if not starting_weights:
                 refuse_changed(source, trained.report.started_from_hash)
-            found["starting"] = starting_encoder(trained.params, str(source))
+            baselines["starting"] = starting_encoder(trained.params, str(source))
         except OSError as error:
             if starting_weights:
                 raise
             rank_zero_warn(f"the weights from which the training started are left out: {error}")
-    return found
+    return baselines
 
 
 def starting_encoder(p: EncoderAndDataParams, source: str) -> Encoder:

@@ -19,13 +19,13 @@ def recompute_activations(encoder: nn.Module) -> None:
     Raises:
         ValueError: the encoder has no blocks, as residual networks and transformers have.
     """
-    found = blocks(encoder)
-    if not found:
+    encoder_blocks = blocks(encoder)
+    if not encoder_blocks:
         raise ValueError(
             f"activation_checkpointing=True: {type(encoder).__name__} has no list of blocks whose activations could be "
             "computed again. Leave it False, and choose micro_batch_size to save memory."
         )
-    for block in found:
+    for block in encoder_blocks:
         own_forward = vars(block).get("forward")
         block.forward = partial(_recomputed, block, own_forward)  # type: ignore[method-assign]
 
@@ -33,11 +33,11 @@ def recompute_activations(encoder: nn.Module) -> None:
 def blocks(network: nn.Module) -> list[nn.Module]:
     """Return the modules of a network that follow each other in lists: the residual blocks of a ResNet, the layers of a
     transformer. A stage, which has such a list itself, counts by its own blocks."""
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for module in network.children():
         listed = isinstance(network, LISTS) and not isinstance(module, LISTS) and not is_plain(module)
-        found += [module] if listed and not is_stage(module) else blocks(module)
-    return found
+        modules += [module] if listed and not is_stage(module) else blocks(module)
+    return modules
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -82,12 +82,12 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, view: Tensor) -> Tensor:
-        found = torch.cat([self.encoded(part) for part in in_parts(view, self.most_at_once)])
-        found = found.to(at_least_float32(view).dtype)
-        of_all = distributed.gather(found)
+        embeddings = torch.cat([self.encoded(part) for part in in_parts(view, self.most_at_once)])
+        embeddings = embeddings.to(at_least_float32(view).dtype)
+        of_all = distributed.gather(embeddings)
         if len(of_all) < 2:
             raise ValueError(f"a teacher needs two images, but a batch has one. Set {DROP_LAST}.")
-        return (found - of_all.mean(0)) / (of_all.std(0, correction=0) + EPSILON)
+        return (embeddings - of_all.mean(0)) / (of_all.std(0, correction=0) + EPSILON)
 
     def encoded(self, view: Tensor) -> Tensor:
         x = view[:, self.channels].float().expand(-1, len(self.mean), -1, -1)

@@ -64,8 +64,8 @@ class ImageDraws:
         columns = math.prod(others)
         while len(self.block) < columns:
             self.block = np.concatenate([self.block, self.next_block()])
-        found, self.block = self.block[:columns], self.block[columns:]
-        return found.T.reshape(n, *others)
+        numbers, self.block = self.block[:columns], self.block[columns:]
+        return numbers.T.reshape(n, *others)
 
     def next_block(self) -> np.ndarray:
         """Return more numbers [BLOCK, N]. Products of uint64 are modulo 2^64."""

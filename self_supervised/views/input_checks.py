@@ -14,18 +14,18 @@ LOWEST_STD = 0.02  # of the channel that varies most
 
 def check_pixels(images: Tensor, channels: int) -> None:
     """Raise ValueError unless `images` are uint8 images or clips with the channels that the encoder takes."""
-    found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+    description = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
         raise ValueError(
-            f"images={found}: only uint8 tensors with values from 0 to 255 are normalized here. Convert values from 0 "
-            "to 1 with (images * 255).round().to(torch.uint8). Pass normalized images to the encoder itself."
+            f"images={description}: only uint8 tensors with values from 0 to 255 are normalized here. Convert values "
+            "from 0 to 1 with (images * 255).round().to(torch.uint8). Pass normalized images to the encoder itself."
         )
     if images.dim() in (4, 5, 6):
         check_axes(images, channels, of_videos=images.dim() > 4)
     axis = images.dim() - {4: 3, 5: 4, 6: 4}.get(images.dim(), 0)
     if images.dim() not in (4, 5, 6) or images.shape[axis] not in sizes_of_c(images, channels):
         raise ValueError(
-            f"images={found}: the encoder takes images [N, {channels}, H, W], or clips [N, {channels}, T, H, W]. "
+            f"images={description}: the encoder takes images [N, {channels}, H, W], or clips [N, {channels}, T, H, W]. "
             f"{way_to_axes(images, channels)}."
         )
 
