@@ -265,8 +265,8 @@ class LinearClassifierMethod(BaseMethod):
         """Take the names of classes from the data set of a user's loader, not from `dataset_name`."""
         super().on_fit_start()
         if not self.trains_on_dataset_name and self.params.class_names is None:
-            found = label_checks.names_in(getattr(self.trainer.train_dataloader, "dataset", None), self.params)
-            names = [*found.values()] if len(found) == self.n_outputs else None
+            name_of_class = label_checks.names_in(getattr(self.trainer.train_dataloader, "dataset", None), self.params)
+            names = [*name_of_class.values()] if len(name_of_class) == self.n_outputs else None
             self.save_hyperparameters({"class_names": names, "n_classes": self.n_outputs})
 
     def on_train_start(self) -> None:
@@ -347,8 +347,8 @@ class LinearClassifierMethod(BaseMethod):
         """
         p = self.params
         parts = [("classifier", p.lr, {*self.classifier.parameters()})]
-        found = layer_groups(self.model).items() if self.trains_encoder else []
-        for depth, (name, group) in enumerate(reversed(found)):
+        stages = layer_groups(self.model).items() if self.trains_encoder else []
+        for depth, (name, group) in enumerate(reversed(stages)):
             parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*group.values()}))
         adapted, excluded = split_by_patterns(self, p.exclude_matching_parameters_from_lars)
         kinds = ((adapted, "", {"adapt": True}), (excluded, "/no_decay", {"adapt": False, "weight_decay": 0.0}))

@@ -349,8 +349,8 @@ class SelfSupervisedMethod(BaseMethod):
         sets = gathered(self.validation_outputs, loaders)
         has_train = (testing or self.params.probe_on_training_set) and all(map(is_of_dataset_name, loaders))
         train = tuple(sets.pop()) if has_train and len(sets) > 1 else None
-        found = [self.scores(x, y, train) for x, y in sets]
-        return [{name + (f"_{i}" if i else ""): value for name, value in each.items()} for i, each in enumerate(found)]
+        scores = [self.scores(x, y, train) for x, y in sets]
+        return [{name + (f"_{i}" if i else ""): value for name, value in each.items()} for i, each in enumerate(scores)]
 
     def on_validation_epoch_end(self) -> None:
         for scores in self.scores_of_loaders():
@@ -373,8 +373,8 @@ class SelfSupervisedMethod(BaseMethod):
     def scores(self, x: Tensor, y: Tensor | None, train: tuple[Tensor, Tensor] | None) -> Scores:
         """Return the scores of embeddings x [N, E] with labels y, and those of the online classifier."""
         p = self.params
-        found = distributed.on_rank_zero(lambda: validation.scores_or_nan(p.evaluations, x, y, train, p.probe_solver))
-        return found | online_classifier.accuracies(self.online_classifier, x, validation.one_label_each(y))
+        scores = distributed.on_rank_zero(lambda: validation.scores_or_nan(p.evaluations, x, y, train, p.probe_solver))
+        return scores | online_classifier.accuracies(self.online_classifier, x, validation.one_label_each(y))
 
     # ---- Checkpoints ----
 

@@ -760,7 +760,7 @@ def contradictions_of_keys(params: ModelParams) -> Contradictions:
 
 def contradictions_of_heads(params: ModelParams) -> Contradictions:
     """Contradictions of the numbers of layers and their widths."""
-    found = []
+    contradictions = []
     for name in HEADS:
         n_layers = getattr(params, f"{name}_mlp_layers")
         n_hidden = max(0, n_layers - 1)
@@ -769,8 +769,8 @@ def contradictions_of_heads(params: ModelParams) -> Contradictions:
             f"{name}_mlp_hidden_dims={widths} has {len(widths)} widths, but {name}_mlp_layers={n_layers} has "
             f"{n_hidden} hidden layers. Pass one width for each of them, or none"
         )
-        found.append((len(widths) not in (0, n_hidden), message))
-    return found
+        contradictions.append((len(widths) not in (0, n_hidden), message))
+    return contradictions
 
 
 def contradictions_of_sizes(params: ModelParams) -> Contradictions:
@@ -807,13 +807,13 @@ def contradictions_of_sizes(params: ModelParams) -> Contradictions:
 
 def normalized_layers(params: ModelParams) -> list[tuple[str, int, str]]:
     """Return (normalization, width, name of the field that sets the width) of all normalized layers of both heads."""
-    found = []
+    layers = []
     for name in HEADS:
         head = params.head(name)
         of_width = f"{name}_mlp_hidden_dims" if getattr(params, f"{name}_mlp_hidden_dims") else "mlp_hidden_dim"
-        found += [(head["normalization"], width, of_width) for width in head["hidden_dim"]]
-        found += [(head["last_normalization"], params.dim, "dim")]
-    return [layer for layer in found if layer[0] is not None]
+        layers += [(head["normalization"], width, of_width) for width in head["hidden_dim"]]
+        layers += [(head["last_normalization"], params.dim, "dim")]
+    return [layer for layer in layers if layer[0] is not None]
 
 
 # ---- Checks of optimizer and schedules ----
@@ -856,13 +856,13 @@ def contradictions_of_optimizer(params: ModelParams) -> Contradictions:
 
 def contradictions_of_sce(params: ModelParams) -> Contradictions:
     """Contradictions of the schedules of SCE's coefficient and target temperature."""
-    found = []
+    contradictions = []
     for name in SCHEDULED:
         warmup_epochs = getattr(params, f"{name}_warmup_epochs")
         schedule = getattr(params, f"{name}_schedule")
         start, final = f"{name}_warmup_start", f"{name}_final"
         # fmt: off
-        found += [
+        contradictions += [
             (has_schedule(params, name) and params.loss_type not in SCHEDULED[name],
              f"{name}_warmup_epochs={warmup_epochs} and {name}_schedule={schedule!r} are for loss_type="
              f"{' and '.join(map(repr, SCHEDULED[name]))}, not for {params.loss_type!r}. Remove them."),
@@ -872,7 +872,7 @@ def contradictions_of_sce(params: ModelParams) -> Contradictions:
              f"{name}_schedule={schedule!r} needs the value at the end of the schedule. Set {final}."),
         ]
         # fmt: on
-    return found
+    return contradictions
 
 
 def has_schedule(params: ModelParams, name: str) -> bool:
@@ -908,13 +908,13 @@ def view_of(params: ModelParams, i: int) -> ViewSettings:
     s = value_for_view(params, "transform_s", i)
     strengths = {"brightness": 0.8 * s, "contrast": 0.8 * s, "saturation": 0.8 * s, "hue": 0.2 * s}
     view = evolve(params.dataset.view, crop_size=size, **strengths)
-    found = {a.name: view_setting(params, a.name, getattr(view, a.name), i) for a in fields(ViewSettings)}
-    if found["crop_size"] > params.crop_size:
-        small = f"transform_small_crop_size={found['crop_size']}"
+    settings = {a.name: view_setting(params, a.name, getattr(view, a.name), i) for a in fields(ViewSettings)}
+    if settings["crop_size"] > params.crop_size:
+        small = f"transform_small_crop_size={settings['crop_size']}"
         raise ValueError(f"{small} is above transform_crop_size={params.crop_size}. Choose a smaller one.")
     if not params.transform_apply_blur:
-        found["blur_probability"] = 0.0
-    return evolve(view, **found)
+        settings["blur_probability"] = 0.0
+    return evolve(view, **settings)
 
 
 def small_crop_size(crop_size: int) -> int:

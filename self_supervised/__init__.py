@@ -44,10 +44,10 @@ def refuse_hidden_rooms() -> None:
     ours = Path(__file__).resolve().parents[1]
     for room in FRONT_ROOMS:
         spec = importlib.util.find_spec(room)
-        found = spec and spec.origin
-        if found is None or Path(found).resolve().parent != ours:
+        origin = spec and spec.origin
+        if origin is None or Path(origin).resolve().parent != ours:
             raise ImportError(
-                f"{room}: {found} hides the module {room} of self_supervised. Rename that file, or start Python in "
+                f"{room}: {origin} hides the module {room} of self_supervised. Rename that file, or start Python in "
                 "another directory."
             )
 

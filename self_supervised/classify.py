@@ -85,19 +85,19 @@ def classify(
     print(f"{source.name}: {len(paths):,} {source.kind}s{source.passed_over}")
     read_all = partial(read, encoder, batch_size=batch_size, num_workers=num_workers)
     if examples is None:
-        found = classifier_of(encoder)
-        if found is None:
+        image_classifier = classifier_of(encoder)
+        if image_classifier is None:
             raise ValueError(
                 f"labeled=None: {encoder.report.source} holds no classifier. Pass a directory with one directory of "
                 "images per class."
             )
-        refuse_names_of_columns(found.class_names)
+        refuse_names_of_columns(image_classifier.class_names)
     else:
         encoder.to(usable_device(device))
-        found = learned(encoder, examples, examples.paths(), read_all)
-        found.save(saved)
+        image_classifier = learned(encoder, examples, examples.paths(), read_all)
+        image_classifier.save(saved)
         print(f"{saved}: encoder and classifier")
-    write_predictions(found.to(usable_device(device)), source, paths, out, read_all)
+    write_predictions(image_classifier.to(usable_device(device)), source, paths, out, read_all)
     return out
 
 
@@ -127,10 +127,10 @@ def read(
     """Yield the batches of `paths`, with what `compute` returns for their images, on the CPU. Unreadable images are
     named."""
     loader = batches_of(source, encoder.params, paths, batch_size, num_workers)
-    for found, images, unreadable in track(loader, f"{len(paths):,} {source.kind}s"):
+    for readable, images, unreadable in track(loader, f"{len(paths):,} {source.kind}s"):
         for path, reason in unreadable.items():
             print(f"unreadable: {path} ({reason})")
-        yield found, finite(compute(images), "embeddings", found).cpu() if found else None, unreadable
+        yield readable, finite(compute(images), "embeddings", readable).cpu() if readable else None, unreadable
 
 
 # ---- labeled images ----
@@ -159,7 +159,7 @@ def learned(encoder: Encoder, source: ImageSource, paths: list[str], read_all: C
     print(f"{source.name}: {len(label_of):,} labeled {source.kind}s{source.passed_over}")
     refuse_names_of_columns(refuse_one_class(source, list(label_of.values()), ""))
     batches = list(read_all(encoder.embed, source, list(label_of)))
-    labels = [label_of[path] for found, _, _ in batches for path in found]
+    labels = [label_of[path] for readable, _, _ in batches for path in readable]
     names = refuse_one_class(source, labels, "readable ")
     fit = fit_few(
         torch.cat([x for _, x, _ in batches if x is not None]), torch.tensor([names.index(label) for label in labels])
@@ -216,9 +216,9 @@ def write_predictions(
     with atomic_file(out) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*COLUMNS_OF_CSV, *names])
-        for found, probabilities, unreadable in read_all(classifier.probabilities, source, paths):
+        for readable, probabilities, unreadable in read_all(classifier.probabilities, source, paths):
             rows = {path: [""] * (2 + len(names)) for path in unreadable}
-            for path, p in zip(found, [] if probabilities is None else probabilities.tolist(), strict=True):
+            for path, p in zip(readable, [] if probabilities is None else probabilities.tolist(), strict=True):
                 best = max(range(len(names)), key=p.__getitem__)
                 rows[path] = [names[best], *(f"{one:.6f}" for one in (p[best], *p))]
                 counts[names[best]] += 1

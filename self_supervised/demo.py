@@ -52,8 +52,8 @@ def features_of(encoder: nn.Module, params: ModelParams, dataset: Dataset) -> tu
 def features(encoder: nn.Module, params: ModelParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (training features, labels, test features, labels) of an encoder in eval mode."""
     sets = (params.dataset.train_splits, params.dataset.test_splits)
-    found = (features_of(encoder, params, loading.get_dataset(params, splits)) for splits in sets)
-    return tuple(itertools.chain(*found))
+    pairs = (features_of(encoder, params, loading.get_dataset(params, splits)) for splits in sets)
+    return tuple(itertools.chain(*pairs))
 
 
 def with_few_labels(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:

@@ -208,11 +208,11 @@ def gather_evaluated(x: Tensor, loader: DataLoader) -> Tensor:
     other sampler gives every process all samples, so there is nothing to gather.
     """
     samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
-    found = next((one for one in samplers if isinstance(one, DistributedSampler)), None)
-    if found is None or found.num_replicas != world_size():
+    sampler = next((one for one in samplers if isinstance(one, DistributedSampler)), None)
+    if sampler is None or sampler.num_replicas != world_size():
         return x
     with torch.no_grad():
-        return gather(x)[: len(found.dataset)]
+        return gather(x)[: len(sampler.dataset)]
 
 
 def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...], n_virtual_devices: int) -> Tensor:

@@ -114,7 +114,7 @@ def evaluate_checkpoint(
     results = Results(folder, fresh)
     about = {
         "checkpoint": str(checkpoint),
-        "encoders": {name: str(found.report) for name, found in encoders.items()},
+        "encoders": {name: str(each_encoder.report) for name, each_encoder in encoders.items()},
         "reading": {**attrs.asdict(params), "low_resolution_stem": params.low_resolution},
         "seen": seen(params) | {name: given[name] for name in OF_ENCODER if name in given},
         "training": training_of(results, params.dataset_name, protocols, training),
@@ -124,9 +124,9 @@ def evaluate_checkpoint(
     results.begin(params.dataset_name, about)
     stages = any(PROTOCOLS[protocol].needs_stages for protocol in protocols)
     data_of = {}
-    for name, found in encoders.items():
-        own = features.data_params(found, params.dataset_name, **reading)
-        data_of[name] = EvaluationData(found.to(device), own, results.folder / "features", stages, training)
+    for name, each_encoder in encoders.items():
+        own = features.data_params(each_encoder, params.dataset_name, **reading)
+        data_of[name] = EvaluationData(each_encoder.to(device), own, results.folder / "features", stages, training)
     for preset in filter(None, (PROTOCOLS[name].preset for name in protocols)):
         for seed in seeds:  # raises for invalid settings before the first protocol runs
             linear_settings_of(data_of["trained"], seed, preset)

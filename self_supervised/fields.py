@@ -175,11 +175,11 @@ def check_types(settings: Any) -> None:
 
 def defaults(kind: type, names: Iterable[str]) -> dict[str, Any]:
     """Return the default values of these fields of an attrs class."""
-    found = {}
+    values = {}
     for name in names:
         default = fields_dict(kind)[name].default
-        found[name] = default.factory() if isinstance(default, Factory) else default
-    return found
+        values[name] = default.factory() if isinstance(default, Factory) else default
+    return values
 
 
 def changed(settings: Any) -> dict[str, Any]:
@@ -206,8 +206,8 @@ def suggestion(name: str, names: Iterable[str], start: str = "", otherwise: str 
     initials = "".join(word[0] for word in name.split("_") if word)
     short = [known for known in lower if initials in known.split("_")]
     short = [initials] if initials in lower else sorted(short, key=lambda one: (not one.startswith(initials), len(one)))
-    found = alike or [lower[known] for known in short[:3]]
-    return f" Did you mean {', '.join(start + one for one in found)}?" if found else otherwise
+    suggested = alike or [lower[known] for known in short[:3]]
+    return f" Did you mean {', '.join(start + one for one in suggested)}?" if suggested else otherwise
 
 
 def first_of(names: Sequence[str], most: int) -> str:
@@ -324,15 +324,15 @@ class Presets(dict[str, Callable[..., Settings]]):
         """
         if given is None or isinstance(given, dict):
             return self.kind(**(given or {}))
-        found = self[given] if isinstance(given, str) else given
-        if isinstance(found, Preset | partial) or found is self.kind:
-            found = found()
-        if not isinstance(found, self.kind):
+        chosen = self[given] if isinstance(given, str) else given
+        if isinstance(chosen, Preset | partial) or chosen is self.kind:
+            chosen = chosen()
+        if not isinstance(chosen, self.kind):
             raise TypeError(
-                f"params: {type(found).__name__} is not {self.kind.__name__}. Pass {self.kind.__name__}, a dict of its "
-                f"fields, a preset, or the name of one: {', '.join(self)}."
+                f"params: {type(chosen).__name__} is not {self.kind.__name__}. Pass {self.kind.__name__}, a dict of "
+                f"its fields, a preset, or the name of one: {', '.join(self)}."
             )
-        return found
+        return chosen
 
 
 # ---- Options of single parameters ----

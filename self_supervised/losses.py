@@ -363,12 +363,12 @@ def get_loss_in_parts(params: ModelParams, **arguments: Any) -> PairLoss:
         return get_loss(params, **arguments)
 
     def loss(q: Tensor, k: Tensor, queue: Tensor | None) -> Scalars:
-        found = []
+        scalars_of_parts = []
         for part in in_parts(torch.arange(len(q)), size):
             of_rows = get_loss(params, **arguments, rows=slice(int(part[0]), int(part[-1]) + 1))
             scalars = checkpoint(of_rows, q, k, queue, use_reentrant=False, preserve_rng_state=False)
-            found.append({name: value * (len(part) / len(q)) for name, value in scalars.items()})
-        return {name: torch.stack([part[name] for part in found]).sum() for name in found[0]}
+            scalars_of_parts.append({name: value * (len(part) / len(q)) for name, value in scalars.items()})
+        return {name: torch.stack([part[name] for part in scalars_of_parts]).sum() for name in scalars_of_parts[0]}
 
     return loss
 
@@ -392,8 +392,8 @@ def as_pair_loss(loss: CustomLoss) -> PairLoss:
 
 
 def call_custom_loss(loss: CustomLoss, q: Tensor, k: Tensor, queue: Tensor | None) -> Scalars:
-    found = loss(q, k, queue)
-    scalars = found if isinstance(found, dict) else {"loss": found}
+    returned = loss(q, k, queue)
+    scalars = returned if isinstance(returned, dict) else {"loss": returned}
     if not isinstance(scalars.get("loss"), Tensor) or not all(isinstance(one, Tensor) for one in scalars.values()):
-        raise TypeError(f'loss: it returned {found!r}. Return a tensor, or a dict of tensors with "loss".')
+        raise TypeError(f'loss: it returned {returned!r}. Return a tensor, or a dict of tensors with "loss".')
     return {name: at_least_float32(value) for name, value in scalars.items()}

@@ -39,8 +39,8 @@ def power_of_two(largest: Tensor) -> Tensor:
     """Return the power of two at or below each number. It is read from the bits of the exponent, so the host does not
     wait for the device."""
     integer, exponent = EXPONENT[largest.dtype]
-    found = (largest.view(integer) & exponent).view(largest.dtype)
-    return found.clamp(min=torch.finfo(largest.dtype).tiny)  # for 0
+    power = (largest.view(integer) & exponent).view(largest.dtype)
+    return power.clamp(min=torch.finfo(largest.dtype).tiny)  # for 0
 
 
 def rescaled(x: Tensor) -> Tensor:

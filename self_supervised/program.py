@@ -124,8 +124,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def message_of(error: Exception) -> str:
     """Return the message and notes of an error in one line."""
     if is_out_of_memory(error):
-        found = str(error).split(". ")[0] or type(error).__name__
-        lines = [f"out of memory ({found}). Choose a smaller batch_size, encoder or image size."]
+        reason = str(error).split(". ")[0] or type(error).__name__
+        lines = [f"out of memory ({reason}). Choose a smaller batch_size, encoder or image size."]
     elif lost_a_process(error):
         lines = [f"another process of this training has ended, see its own output ({str(error).split('. ')[0]})"]
     else:

@@ -145,14 +145,14 @@ def start_of(path: Path) -> str:
 
 def remove_leftovers(path: Path) -> None:
     """Delete the temporary files and directories of `path` that killed processes left."""
-    for found in path.parent.glob(f"{glob.escape(start_of(path))}*{UNFINISHED[1:]}"):
-        host, _, process = found.name.removesuffix(UNFINISHED).rpartition(".")[0].rpartition(".")
+    for leftover in path.parent.glob(f"{glob.escape(start_of(path))}*{UNFINISHED[1:]}"):
+        host, _, process = leftover.name.removesuffix(UNFINISHED).rpartition(".")[0].rpartition(".")
         if host.endswith(f".{HOST}") and process.isdecimal():
             is_abandoned = not is_alive(int(process))
         else:
-            is_abandoned = time.time() - newest_change(found) > DAY
+            is_abandoned = time.time() - newest_change(leftover) > DAY
         if is_abandoned:
-            remove(found)
+            remove(leftover)
 
 
 def is_alive(process: int) -> bool:
@@ -328,10 +328,10 @@ def load_with_class_names(path: Path, known: list[tuple[type, str]]) -> Any:
             with torch.serialization.safe_globals(known):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            found = UNSUPPORTED.search(str(error))
-            if found is None or found[1] in (name for _, name in known):
+            match = UNSUPPORTED.search(str(error))
+            if match is None or match[1] in (name for _, name in known):
                 raise
-            known = [*known, (class_without_objects(found[1]), found[1])]
+            known = [*known, (class_without_objects(match[1]), match[1])]
     raise ValueError("it names too many classes")
 
 
@@ -356,9 +356,9 @@ def class_names_allowed(content: dict[str, Any]) -> Iterator[None]:
 
 def refusal(path: str | Path, error: pickle.UnpicklingError) -> ValueError:
     """Return an error in our words, because those of torch explain how to run the file's code."""
-    if (found := UNSUPPORTED.search(str(error))) is None:
+    if (match := UNSUPPORTED.search(str(error))) is None:
         return ValueError(f"{path} is corrupt, or not a PyTorch file")
-    return ValueError(f"{path} holds more than data and would run code on loading, which is refused: {found[1]}")
+    return ValueError(f"{path} holds more than data and would run code on loading, which is refused: {match[1]}")
 
 
 @contextmanager

@@ -73,8 +73,8 @@ def forget_other_scores(
 def validation_scores(fit: pl.Trainer, method: pl.LightningModule, of: str = "") -> dict[str, float]:
     """Return the scores of the last epoch if the weights have not changed since, else of another validation, before
     which a line says `of` which encoder."""
-    if found := scores_at_end(method):
-        return found
+    if scores := scores_at_end(method):
+        return scores
     if of:
         if not (fit.limit_val_batches and method.params.is_evaluated):
             return {}
