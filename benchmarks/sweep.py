@@ -2,11 +2,13 @@
 
     python -m benchmarks.sweep cifar10_laptop                        # every preset but distill
     python -m benchmarks.sweep cifar10_laptop --presets vicreg byol
+    python -m benchmarks.sweep cifar10_laptop --presets simsiam --fraction 1 --factors 1 3
 
-Each preset has the same tries: a third of its usual learning rate, this rate, and three times as much. A try trains on
-four fifths of the training images for --fraction of the recipe's epochs, and whatever the recipe counts in epochs is
-shorter by the same factor. A logistic regression and kNN (k = 20) are fitted to the features of the four fifths and
-scored on the last fifth. Every finished try is a row of sweep_KIND.csv and is not repeated.
+Each preset has the same tries: a third of its usual learning rate, this rate, and three times as much, or --factors
+times the usual rate. A try trains on four fifths of the training images for --fraction of the recipe's epochs, and
+whatever the recipe counts in epochs is shorter by the same factor. A logistic regression and kNN (k = 20) are fitted to
+the features of the four fifths and scored on the last fifth. Every finished try is a row of sweep_KIND.csv and is not
+repeated.
 """
 
 import itertools
@@ -61,6 +63,7 @@ def tried(params: ModelParams, fraction: float, reading: dict[str, int]) -> harn
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--fraction", type=float, default=0.3, help="length of a try, relative to the recipe's (0.3)")
+    parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, help="tries / usual rate (1/3, 1 and 3)")
     args = parser.parse_args(argv)
     harness.silence()
     kind, settings = recipes.KINDS[args.kind], {"seed": 0, "evaluations": [], "num_data_workers": 0}
@@ -69,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         presets, settings = ["simclr"], {**settings, **race.QUICK, "max_epochs": 1}
     name = "sweep_quick" if args.quick else f"sweep_{args.kind}"
     rows = harness.finished(args.out / f"{name}.csv")
-    for preset, factor in itertools.product(presets, FACTORS[:1] if args.quick else FACTORS):
+    for preset, factor in itertools.product(presets, args.factors[:1] if args.quick else args.factors):
         params = recipes.recipe(preset, args.kind, **settings, lr=float(f"{factor * usual_lr(preset):.3g}"))
         known = {"preset": preset, "lr": params.lr, "fraction": args.fraction}
         if not harness.has(rows, known):
