@@ -3,7 +3,6 @@
 Sizes: N images on this process, C channels, E width of the embeddings, D = params.dim, K keys in the queue.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -89,7 +88,8 @@ class SelfSupervisedMethod(BaseMethod):
                 self.params = p = attrs.evolve(p, dim=self.teacher.width, teacher=self.teacher.name)
             self.projection_model = MLP(width, output_dim=p.dim, **p.head("projection"))
             self.prediction_model = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
-            self.prototypes = Prototypes(p) if p.loss_type in PROTOTYPE_LOSSES else None
+            has_prototypes = loss is None and p.loss_type in PROTOTYPE_LOSSES
+            self.prototypes = Prototypes(p) if has_prototypes else None
             trial_shape = None if encoder is None else p.input_shape
             self.lagging_model = frozen_copy(self.model, trial_shape) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
@@ -97,9 +97,8 @@ class SelfSupervisedMethod(BaseMethod):
             self.queue = KeyQueue(p.K, p.dim) if p.keeps_keys else None
             classes = (p.n_classes or loading.require_labels(loading.n_classes(p), p)) if p.online_classifier else None
             self.online_classifier = nn.Linear(width, classes) if classes else None
-            if 1 in (p.batch_size, p.global_batch_size):  # fail early if the networks cannot train on a single image
-                side = min(view.crop_size for view in p.views)
-                copy.deepcopy(self).encode(torch.zeros(1, *p.input_shape[:-2], side, side))
+            if (p.global_batch_size or p.batch_size) == 1:  # fail early
+                fit_checks.try_one_image(self)
         self.trained_at_start = {row.name for row in self.parameter_table()}  # raises if a pattern matches no parameter
         # All processes push the same keys, so DDP need not send 4 K D bytes in every forward pass.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
@@ -279,6 +278,7 @@ class SelfSupervisedMethod(BaseMethod):
         if self.params.micro_batch_size is not None:
             refuse_strategy(self.trainer)
             synchronize_buffers_alone(self.trainer.model)
+        fit_checks.refuse_last_batch_of_one(self)
         is_own = type(self).configure_optimizers is not SelfSupervisedMethod.configure_optimizers
         for line in [*advice.frozen_since(self.trained_at_start, now), *fit_checks.doubts_at_start(self, is_own)]:
             rank_zero_info(f"warning: {line}")

@@ -16,8 +16,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 M_TRIM_THRESHOLD = -1  # malloc.h
 M_MMAP_THRESHOLD = -3
@@ -205,8 +206,14 @@ def gather_evaluated(x: Tensor, loader: DataLoader) -> Tensor:
     """Return the results for all samples, each once, from x [n, ...] for the samples of `loader` on this process.
 
     `DistributedSampler` repeats the first samples until all processes have equally many; they are dropped here. Any
-    other sampler gives every process all samples, so there is nothing to gather.
+    other sampler gives every process all samples, so there is nothing to gather. An `IterableDataset` may give a part,
+    or all, which cannot be told apart.
     """
+    if world_size() > 1 and isinstance(getattr(loader, "dataset", None), IterableDataset):
+        rank_zero_warn(
+            "scores are those of the samples that the first process gets from an IterableDataset. Let every process "
+            "read all samples for evaluation"
+        )
     samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
     sampler = next((one for one in samplers if isinstance(one, DistributedSampler)), None)
     if sampler is None or sampler.num_replicas != world_size():

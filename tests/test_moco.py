@@ -230,7 +230,7 @@ def test_optimizer_schedules_and_lagging_model_follow_optimizer_steps(small, tra
 
 def test_a_warmup_longer_than_the_training_is_named(small, trainer):
     params = small("byol", warmup_epochs=None, lars_warmup_epochs=10, evaluations=[])
-    with pytest.warns(UserWarning, match="warm-up of 10 epochs is longer than the training: lr=0.5 is never reached"):
+    with pytest.warns(UserWarning, match="warm-up of 10 epochs is as long as the training, or longer: lr=0.5"):
         trainer().fit(SelfSupervisedMethod(params, encoder=TinyEncoder()))
 
 
@@ -602,6 +602,9 @@ def test_one_image_without_batch_statistics_is_refused_in_words(small, trainer):
     with pytest.raises(ValueError, match="if it is the last one, drop_last_batch=True"):
         model = SelfSupervisedMethod(small("byol", drop_last_batch=False, evaluations=[]), encoder=TinyEncoder())
         trainer(limit_train_batches=None, limit_val_batches=0).fit(model)
+    assert model.global_step == 0  # the start tells, not the end of an epoch
+    trainer(limit_train_batches=81, limit_val_batches=0).fit(model)  # without the last batch
+    SelfSupervisedMethod(small("simclr", batch_size=1, global_batch_size=16, encoder_arch="resnet18"))
 
 
 def test_an_interrupted_validation_leaves_nothing_for_the_next(small, trainer):

@@ -1,6 +1,7 @@
 """What users put into a method, or change in it: encoders, losses, weights, lists of settings, loaders of their own."""
 
 import re
+import warnings
 
 import attrs
 import pytest
@@ -14,6 +15,7 @@ from moco import SelfSupervisedMethod
 from model_params import PRESETS, BYOLParams, VICRegParams
 from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 from self_supervised.networks.pretrained import load_encoder
+from self_supervised.training import advice
 
 
 class Net(nn.Module):
@@ -124,6 +126,20 @@ def test_a_classifier_names_doubtful_settings(fields, lines, trainer, caplog):
     assert all(re.search(pattern, line) for pattern, line in zip(lines, said, strict=True))
 
 
+def test_activation_checkpointing_of_a_frozen_encoder_is_named():
+    for fields, said in (({}, True), ({"encoder_lr": 0.01}, False)):
+        params = LinearClassifierMethodParams(activation_checkpointing=True, lr=0.1, **fields)
+        lines = advice.doubts_of_classifier(params, False)
+        assert any("activation_checkpointing=True: no effect" in line for line in lines) == said
+
+
+def test_a_pattern_of_a_classifier_that_matches_nothing_is_refused(trainer):
+    settings = {"lr": 0.1, "batch_size": 16, "num_data_workers": 0, "exclude_matching_parameters_from_lars": ["biass"]}
+    model = LinearClassifierMethod(encoder=Net(), dataset_name="digits", **settings)
+    with pytest.raises(ValueError, match="pattern 'biass' matches none of 2 trainable parameters"):
+        trainer().fit(model)
+
+
 def test_a_batch_that_is_not_full_has_the_images_that_there_are(trainer, caplog):
     """lr_scaling, the log and the speed would count images that do not exist."""
     settings = {"labels_per_class": 1, "lr": 0.1, "lr_scaling": "linear", "drop_last_batch": None, "batch_size": 256}
@@ -139,6 +155,42 @@ def test_an_epoch_with_fewer_batches_than_are_accumulated(small, trainer, caplog
     assert "x 4 (accumulated batches) x 16 (images) = 64 images per optimizer step" in caplog.text
     assert "an epoch has 4 batches, so a step gets only 4/100" in caplog.text
     assert model.plan.lr == pytest.approx(0.1 * 64 / 256) and model.plan.of_checkpoint()["accumulated"] == 100
+
+
+@pytest.mark.parametrize(("batch", "said"), [(1, False), (2, True)])
+def test_a_checkpoint_between_accumulated_batches_is_named(batch, said, small, trainer, tmp_path):
+    def model() -> SelfSupervisedMethod:
+        return SelfSupervisedMethod(small("simclr", evaluations=[]), encoder=Net())
+
+    saving, path = pl.Callback(), tmp_path / "after_a_batch.ckpt"
+    saving.on_train_batch_end = lambda trained, *given: given[-1] == batch and trained.save_checkpoint(path)
+    length = {"max_epochs": 1, "limit_train_batches": 4, "accumulate_grad_batches": 2}
+    trainer(callbacks=[saving], **length).fit(model())
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        trainer(**length).fit(model(), ckpt_path=path)
+    assert any("between the accumulated batches" in str(warning.message) for warning in raised) == said
+
+
+def test_shuffled_batch_norm_without_batch_norm_is_named(small, trainer, caplog):
+    for norm, said in (("bn", False), (None, True)):
+        caplog.clear()
+        settings = {"mlp_normalization": norm, "projection_mlp_layers": 2, "shuffle_batch_norm": True}
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
+        trainer().fit(SelfSupervisedMethod(small(**settings, evaluations=[]), encoder=encoder), images())
+        assert ("shuffle_batch_norm=True: no effect" in caplog.text) == said
+
+
+def test_an_own_loss_gets_queries_and_keys_not_scores_of_prototypes(small, trainer):
+    shapes = []
+
+    def loss(q, k, queue):
+        shapes.append((q.shape, k.shape))
+        return (q - k).square().mean()
+
+    params = small("swav", n_prototypes=10, dim=12, evaluations=[])
+    trainer().fit(SelfSupervisedMethod(params, encoder=Net(), loss=loss), images())
+    assert set(shapes) == {((16, 12), (16, 12))}
 
 
 def test_a_lower_lr_lowers_the_ends_of_its_schedule(small):

@@ -8,6 +8,11 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Return whether a layer computes statistics of a batch."""
+    return any("batch" in type(layer).__name__.lower() for layer in module.modules())
+
+
 def require_module(encoder: Any) -> None:
     """Raise ValueError for an `encoder` of the user that is not a module, such as a name or a class."""
     if encoder is not None and not isinstance(encoder, nn.Module):

@@ -146,6 +146,7 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "lr_decay_factor": {"lr_schedule": ("steps",)},
     "final_lr_schedule_value": {"lr_schedule": ("cosine", "linear", "steps")},
     "lr_batch_size": {"lr_scaling": None},
+    "zero_init_residual": {"encoder_weights": (None,)},
     "held_out_fraction": {"validate_on": ("held_out",)},
 }
 OF_CLASSIFIER = ("momentum", "lars_eta", "lr_batch_size", "held_out_fraction")  # rows for a linear classifier as well
@@ -163,8 +164,9 @@ def frozen_since(before: set[str], now: set[str]) -> list[str]:
 
 
 def doubts(params: ModelParams, plan: Plan, loss_type: str, has_own_optimizer: bool = False) -> list[str]:
-    """Return lines on the learning rate, on a queue that is filled late, on prototypes that never move, on views
-    that are not compared, on settings that were changed without effect, and on a missing teacher, where they apply.
+    """Return lines on the learning rate, on a queue that is filled late, on what is delayed until the training ends,
+    on its length, on views that are not compared, on settings that were changed without effect, and on a missing
+    teacher, where they apply.
 
     Args:
         loss_type: that of `params`, or CUSTOM if a function replaces it.
@@ -177,7 +179,8 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str, has_own_optimizer: b
     lines = (
         "" if has_own_optimizer else doubt_of_lr(params, plan),
         doubt_of_queue(params, plan) if fills_queue else "",
-        doubt_of_prototypes(params, plan),
+        doubt_of_epochs(params, plan, loss_type),
+        doubt_of_max_epochs(params, plan),
         doubt_of_lengths(params, loss_type),
         doubt_of_views(params),
     )
@@ -211,7 +214,10 @@ def doubts_of_classifier(params: Any, requires_gradient: bool) -> list[str]:
     )
     frozen = "encoder_lr=None: the encoder stays frozen, although weights of it require a gradient. Set encoder_lr"
     stays_frozen = frozen if requires_gradient and p.encoder_lr is None else ""
-    return [line for line in (without_effect(p, changed, CUSTOM), of_frozen, stays_frozen) if line]
+    of_memory = "activation_checkpointing=True: no effect on a frozen encoder. Set encoder_lr, or leave it out"
+    lines = [without_effect(p, changed, CUSTOM), of_frozen, stays_frozen]
+    lines += [of_memory] if p.activation_checkpointing and p.encoder_lr is None else []
+    return [line for line in lines if line]
 
 
 def without_effect(params: Any, names: list[str], loss_type: str) -> str:
@@ -261,11 +267,12 @@ def doubt_of_lengths(params: ModelParams, loss_type: str) -> str:
     )
 
 
-def doubt_of_prototypes(params: ModelParams, plan: Plan) -> str:
-    """Return a line if prototypes are frozen, or SwAV's queue is not used, until the training ends, else ""."""
-    if params.loss_type not in PROTOTYPE_LOSSES:
-        return ""
-    consequences = {"prototypes_frozen_epochs": "the prototypes never move"}
+def doubt_of_epochs(params: ModelParams, plan: Plan, loss_type: str) -> str:
+    """Return a line on what the settings delay until the training ends, else ""."""
+    delayed = [name for name, losses in SCHEDULED.items() if loss_type in losses]
+    consequences = {f"{name}_warmup_epochs": f"{name}={getattr(params, name):g} is never reached" for name in delayed}
+    if params.loss_type in PROTOTYPE_LOSSES:
+        consequences["prototypes_frozen_epochs"] = "the prototypes never move"
     if params.loss_type == "swav" and params.keeps_keys:
         consequences["queue_from_epoch"] = "the queue is never used"
     epochs = plan.steps / plan.steps_per_epoch
@@ -273,6 +280,14 @@ def doubt_of_prototypes(params: ModelParams, plan: Plan) -> str:
     lines = [f"{name}={value:g}: {consequences[name]}" for name, value in values.items() if value >= epochs]
     where = f"in this training of {epochs_text(epochs)}. Choose fewer, or a longer training"
     return f"{'; '.join(lines)} {where}" if lines else ""
+
+
+def doubt_of_max_epochs(params: ModelParams, plan: Plan) -> str:
+    """Return a line if `max_epochs` was set, and is not that of the Trainer, else ""."""
+    epochs = plan.steps / plan.steps_per_epoch
+    if "max_epochs" not in changed_by_user(params) or params.max_epochs == epochs or math.isinf(plan.epoch_batches):
+        return ""
+    return f"max_epochs={params.max_epochs}: the Trainer has its own, {epochs:g}. Pass it to pl.Trainer, too"
 
 
 def changed_by_user(params: ModelParams) -> list[str]:

@@ -1,6 +1,7 @@
 """Checks of subclasses, and at the start of `fit`: what Lightning accepts and our hooks, settings or schedules
 contradict."""
 
+import copy
 import inspect
 from itertools import chain
 from types import CodeType
@@ -9,6 +10,7 @@ from typing import Any
 import attrs
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.data import sized_len
 from pytorch_lightning.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
@@ -19,6 +21,7 @@ from pytorch_lightning.callbacks import (
 
 from model_params import ModelParams, normalized_layers
 from self_supervised.catalogue import GROUPS
+from self_supervised.networks import modules
 from self_supervised.training import advice
 
 HOOKS = (  # those of ours that a subclass may extend, but not replace
@@ -26,6 +29,7 @@ HOOKS = (  # those of ours that a subclass may extend, but not replace
     "on_after_backward", "optimizer_step", "on_save_checkpoint", "on_load_checkpoint",
 )  # fmt: skip
 LOST_LOSS = "these weights were trained with a loss of your own, and are trained with loss_type now. Pass loss, too"
+UNSHUFFLED = "shuffle_batch_norm=True: no effect on networks without batch normalization. Set it to False"
 OTHER_LAGGING = (
     "the lagging model starts from other weights than the model. If you have loaded weights into the model only, load "
     "them before you build the method (encoder=...), or set encoder_weights"
@@ -85,6 +89,23 @@ def refuse_manual_optimization(method: pl.LightningModule) -> None:
         )
 
 
+def try_one_image(method: pl.LightningModule) -> None:
+    """Raise ValueError if the networks cannot train on a batch of one image."""
+    p = method.params
+    side = min(view.crop_size for view in p.views)
+    images = torch.zeros(1, *p.input_shape[:-2], side, side, device=method.device, dtype=method.dtype)
+    copy.deepcopy(method).train().encode(images)
+
+
+def refuse_last_batch_of_one(method: pl.LightningModule) -> None:
+    """Raise ValueError at the start of a training, not after an epoch, if its last batch has one image and the networks
+    cannot train on it."""
+    loader, n_batches = method.trainer.train_dataloader, method.trainer.num_training_batches
+    n, size = sized_len(getattr(loader, "sampler", None)), getattr(loader, "batch_size", None)
+    if n and size and n % size == 1 and n_batches * size > n and not loader.drop_last:
+        try_one_image(method)
+
+
 def doubts_at_start(method: pl.LightningModule, has_own_optimizer: bool) -> list[str]:
     """Return the lines of `advice.doubts`, on a loss of the user that was not passed again, and on a lagging model that
     starts from other weights.
@@ -95,6 +116,7 @@ def doubts_at_start(method: pl.LightningModule, has_own_optimizer: bool) -> list
     loss = advice.CUSTOM if method.custom_loss else method.params.loss_type
     lines = advice.doubts(method.params, method.plan, loss, has_own_optimizer)
     lines += [LOST_LOSS] if method.lost_loss and method.custom_loss is None else []
+    lines += [UNSHUFFLED] if method.params.shuffle_batch_norm and not modules.has_batch_norm(method) else []
     weights = [tuple(list(network.parameters()) for network in pair) for pair in method.lagging_pairs()]
     if any([w.shape for w in lagging] != [w.shape for w in online] for lagging, online in weights):
         raise ValueError(

@@ -8,6 +8,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 
 from self_supervised import distributed
+from self_supervised.data.loading import images_per_batch
 from self_supervised.training import precision
 
 
@@ -39,7 +40,7 @@ def exchange_convolutions_of(method: pl.LightningModule) -> None:
             f"winograd={p.winograd!r}: no effect on {' in '.join(device_and_precision)}, only on cpu in 32-true"
         )
         return
-    image = torch.zeros(1, *p.input_shape)
+    image, size = torch.zeros(1, *p.input_shape), images_per_batch(p, trainer.accumulate_grad_batches)
     for encoder in [method.model] if lagging is None else [method.model, lagging]:  # of one kind: n is that of both
-        n = winograd.use_winograd(encoder, image, p.batch_size, p.winograd == "auto")
+        n = winograd.use_winograd(encoder, image, min(size, p.micro_batch_size or size), p.winograd == "auto")
     rank_zero_info(f"winograd={p.winograd!r}: {n} convolutions of the encoder use Winograd's method")

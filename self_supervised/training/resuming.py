@@ -148,9 +148,15 @@ def refuse_other_steps(before: dict[str, int] | None, now: dict[str, int]) -> No
 def convert_position(content: dict[str, Any], accumulated: int) -> None:
     """Convert the position in the epoch, in place, to batches of which `accumulated` make an optimizer step."""
     before = content.get("steps", {}).get("accumulated", accumulated)
+    loop = content["loops"]["fit_loop"]
+    last = loop["epoch_loop.batch_progress"]
+    if last["current"]["ready"] % before and not last.get("is_last_batch"):
+        rank_zero_warn(
+            "the checkpoint was saved between the accumulated batches of a step: the first step lacks the gradients of "
+            "those before. Save with Checkpoints, or at the end of an epoch"
+        )
     if before == accumulated:
         return
-    loop = content["loops"]["fit_loop"]
     positions = [p for p in loop["state_dict"].get("combined_loader", []) if ResumableDataLoader.is_position(p)]
     progress = loop["epoch_loop.batch_progress"]
     for counts in (*positions, progress["total"], progress["current"]):

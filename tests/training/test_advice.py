@@ -237,8 +237,24 @@ def test_prototypes_that_never_move_and_a_queue_that_is_never_used_are_a_line():
         *(("swav", 16, ""), ("dino", 1, "the prototypes never move in this training of 1 epoch."), ("dino", 2, "")),
         ("moco_v2", 1, ""),
     ):
-        line = advice.doubt_of_prototypes(PRESETS[preset](), Plan(1, 1, 256, 0.1, 10 * epochs, 10))
+        params = PRESETS[preset]()
+        line = advice.doubt_of_epochs(params, Plan(1, 1, 256, 0.1, 10 * epochs, 10), params.loss_type)
         assert said in line and bool(said) == bool(line)
+
+
+def test_a_target_that_a_warm_up_never_reaches_is_a_line():
+    params = PRESETS["sce"](sce_coefficient_warmup_epochs=5, sce_coefficient_warmup_start=1.0)
+    plan = Plan(1, 1, 256, 0.1, 40, 10)
+    line = advice.doubt_of_epochs(params, plan, "sce")
+    assert line.startswith("sce_coefficient_warmup_epochs=5: sce_coefficient=0.5 is never reached in this training")
+    assert not advice.doubt_of_epochs(params, plan, "ce")
+
+
+def test_max_epochs_of_the_settings_that_the_trainer_does_not_have_is_a_line():
+    plan = Plan(1, 1, 256, 0.5, 40, 10, epoch_batches=10)
+    for epochs, said in ((4, ""), (100, "max_epochs=100: the Trainer has its own, 4. Pass it to pl.Trainer, too")):
+        assert advice.doubt_of_max_epochs(PRESETS["simclr"](max_epochs=epochs), plan) == said
+    assert not advice.doubt_of_max_epochs(PRESETS["simclr"](), plan)  # the preset's own
 
 
 def test_a_queue_that_is_filled_late_is_a_line():
