@@ -129,6 +129,7 @@ def class_names_of(labels: set[str | int], class_to_idx: list[str] | None) -> di
             )
         return {label: composed(label) for label in labels}
     given = numbers_of(class_to_idx)
+    given |= {str(int(name)): n for name, n in given.items() if name.isdecimal() and str(int(name)) not in given}
     first = first_names(class_to_idx)
     names = {label: first.get(given.get(str(composed(label)), label)) for label in labels}
     if unknown := sorted(str(label) for label, name in names.items() if name is None):

@@ -25,10 +25,10 @@ from self_supervised.data.folders import (
     ImageFolder,
     ImageList,
     check_settings,
+    labeled_lists,
     listed_in,
     read_lists,
     settings_of_lists,
-    with_labels,
     write_lists,
 )
 from self_supervised.data.foreign_paths import ForeignPath, refuse_foreign
@@ -62,7 +62,9 @@ def get_images(folder: Path, params: EncoderAndDataParams, split: str, views: li
     seed = p.seed or 0
     reading = {"pixel_range": p.pixel_range, "source": source, "exif_orientation": p.exif_orientation}
     images = ImageFiles(source.root, p.channels, p.crop_size, views, seed, skip, find, **reading)
-    images.class_names = class_names if class_names != [str(i) for i in range(len(class_names))] else []
+    are_numbers = class_names == [str(i) for i in range(len(class_names))]
+    has_others = p.class_to_idx or getattr(source, "classes", None)  # which class_labels.class_names would take
+    images.class_names = [] if are_numbers and not has_others else class_names
     stored_in = "class_to_idx" if p.class_to_idx else "lists" if isinstance(source, ImageFolder) else "the data set"
     line = labels_line(samples_of, dict(enumerate(class_names)), str(p.labels_from).replace("_", " "), stored_in)
     images.about_labels = line if line == "no labels" else f"{line}; {NOT_CLASSES}"
@@ -102,7 +104,7 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
         report_lists(source, samples_of, "" if kept.name.startswith(TEMPORARY) else f", by the lists in {kept}")
         return samples_of, names
     by_hand = kept is not None and bool(listed_in(kept)) and settings_of_lists(kept) is None
-    images = with_labels(read_lists(kept, source), source.label_of) if by_hand else found_lists(source, params)
+    images = labeled_lists(kept, source) if by_hand else found_lists(source, params)
     chosen = wanted(images, source.root, params, source.passed_over)
     samples_of, names = with_numbers(chosen, params.class_to_idx, source.root)
     of_numbers = not getattr(source, "names", False)

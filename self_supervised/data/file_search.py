@@ -13,6 +13,7 @@ ARRAY_SUFFIX = ".npy"
 COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ARRAY_SUFFIX)
 # Formats that Pillow recognizes but cannot decode by itself
 ONLY_RECOGNIZED = {"BUFR", "GRIB", "HDF5", "MPEG", "EPS", "WMF"}
+OF_THE_SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 MOST_REASONS = 6  # reasons listed in a message
 
 logged_lines: set[str] = set()  # lines that this process has logged
@@ -31,9 +32,10 @@ def image_suffixes() -> tuple[str, ...]:
 
 
 def is_hidden(path: str) -> bool:
-    """Return whether a relative path has a hidden part: `._x.png`, `.DS_Store`, `.ipynb_checkpoints`, `__MACOSX`."""
+    """Return whether a relative path has a part that is hidden (`._x.png`, `.ipynb_checkpoints`), or a directory of the
+    system, with copies or deleted images."""
     parts = path.split("/")
-    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts)
+    return any((part.startswith(".") and part not in (".", "..")) or part in OF_THE_SYSTEM for part in parts)
 
 
 def in_one_line(name: str) -> str:

@@ -30,6 +30,7 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
 ImageList = dict[str, list[tuple[str, Label]]]
 STRING = r'"(?:[^"]|"")*"'  # of a CSV file
 QUOTED = re.compile(rf"({STRING})(?:(?:\s*,|\s)(.*))?")
+SEVERAL = re.compile(r"-?\d+\s*([,;]|\s-?\d).*")  # a number, then another column
 SETTINGS = "splits.json"  # the settings with which `write_lists` wrote the lists next to it
 
 
@@ -57,7 +58,7 @@ class ImageFolder(OnDisk):
         """Return all images, by split; all as `train` if the directory has no splits."""
         self.passed_over.clear()
         if listed_in(self.root):
-            return with_labels(read_lists(self.root, self), self.label_of)
+            return labeled_lists(self.root, self)
         images_of: ImageList = {}
         for path in sorted(files_below(self.root, image_suffixes(), self.passed_over)):
             first, _, inner = path.partition("/")
@@ -100,6 +101,15 @@ def with_labels(images_of: ImageList, label_of: Callable[[str], Label]) -> Image
 
 
 # ---- lists ----
+
+
+def labeled_lists(folder: Path, source: Any) -> ImageList:
+    """Return the images of `read_lists`, with labels by folder if no list has labels. The directory of a split, with
+    which all paths begin, is not a class."""
+    images_of = read_lists(folder, source)
+    paths = (path for images in images_of.values() for path, _ in images)
+    of_splits = isinstance(source, ImageFolder) and all(split_named(path.partition("/")[0]) for path in paths)
+    return with_labels(images_of, lambda path: source.label_of(path.partition("/")[2] if of_splits else path))
 
 
 def listed_in(folder: Path) -> list[tuple[str, Path]]:
@@ -153,6 +163,8 @@ def entries(text: str, root: Path, is_ours: bool = False) -> Iterator[tuple[str,
     for line in filter(None, map(str.strip, text.split("\n"))):  # splitlines() would also split at \x0b, \x85, ...
         path, label = ((None if is_ours else QUOTED.fullmatch(line)) or pattern.fullmatch(line)).groups(default="")
         path, label = (x.strip() if is_ours else unquoted(x.strip()) for x in (path, label))
+        if not is_ours and SEVERAL.fullmatch(label):
+            raise ValueError(f"a line of a list has more than a path and a label: {line!r}. Leave one label per line.")
         path = posixpath.normpath(path)
         for base in roots:
             path = path.removeprefix(base)

@@ -68,19 +68,24 @@ class ResumableSampler(DistributedSampler):
         return iter(np.resize(order, self.total_size)[self.rank :: self.num_replicas].tolist())
 
 
-def begin_worker(initialize: Callable[[int], Any] | None, worker_id: int) -> None:
+def begin_worker(initialize: Callable[[int], Any] | None, training: int, worker_id: int) -> None:
     """Let a worker ignore the signals at which the training saves and exits: launchers send them to all processes of a
-    group, and the training needs its workers up to the next batch. It can still end them itself."""
+    group, and the training needs its workers up to the next batch. It can still end them itself.
+
+    Args:
+        initialize: the user's function of the worker's number.
+        training: process that the loader is of; not the worker's parent if a server forks workers.
+    """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=end_when_the_training_says_so, daemon=True).start()
+        Thread(target=end_when_told, args=(training,), daemon=True).start()
     if initialize is not None:
         initialize(worker_id)
 
 
-def end_when_the_training_says_so() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def end_when_told(training: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training:
         pass
     os._exit(0)
 
@@ -140,7 +145,7 @@ class ResumableDataLoader(DataLoader):
         if not callable(getattr(self.dataset, "order", None)):
             others = set(active_children())
             initialize = self.worker_init_fn
-            self.worker_init_fn = partial(begin_worker, initialize)
+            self.worker_init_fn = partial(begin_worker, initialize, os.getpid())
             try:
                 batches = super().__iter__()
             finally:

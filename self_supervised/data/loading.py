@@ -122,9 +122,16 @@ def prepare_data(name: str, splits: Iterable[str] = ()) -> None:
 
 
 def refuse_other_files(name: str, split: Path) -> None:
-    """Raise ValueError if files other than arrays are where a split of the data set `name` would be written."""
-    others = sorted({file.name for file in split.glob("*")} - set(ARRAY_FILES))
-    if others and not packed_is_there(split):
+    """Raise ValueError if files are where a split of the data set `name` would be written."""
+    if packed_is_there(split):
+        return
+    others = sorted(file.name for file in split.glob("*"))
+    if others and set(others) < set(ARRAY_FILES):
+        raise ValueError(
+            f"dataset_name={name!r}: {split} has only {others[0]}. Add the other array (a label of -1 means none), or "
+            "move the file to download the data set."
+        )
+    if others:
         raise ValueError(
             f"dataset_name={name!r}: {split} holds other files than images.npy and labels.npy, such as {others[0]}. To "
             f"use these images, pass dataset_name='folder' and data_path={str(split.parent)!r}. To use {name}, which "
@@ -174,9 +181,13 @@ def get_dataset(
         FILE_LAYOUTS[params.dataset.storage].samples,
         exif_orientation=params.exif_orientation,
     )
-    if params.dataset.storage == "folders" and splits == params.dataset.train_splits:
-        names = {number: name for name, number in class_numbers_of_split(folder).items()}
-        images.about_labels = labels_line({folder.name: images.files}, names, "class folders", "")
+    if params.dataset.storage == "folders":
+        train = folder.with_name("train")
+        numbers = class_numbers_of_split(train if train.is_dir() else folder)
+        images.class_names = sorted(numbers, key=numbers.get)
+        if splits == params.dataset.train_splits:
+            names = dict(enumerate(images.class_names))
+            images.about_labels = labels_line({folder.name: images.files}, names, "class folders", "")
     return images
 
 

@@ -78,13 +78,11 @@ def pack(split: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Write the arrays of a split atomically.
 
     Raises:
-        OSError: the directory of the split holds other files, which are not deleted.
+        OSError: the directory of the split holds files, which are not deleted.
     """
     with atomic_folder(split) as unfinished:
         np.save(unfinished / "images.npy", np.ascontiguousarray(images, dtype=np.uint8))
         np.save(unfinished / "labels.npy", np.asarray(labels, dtype=np.int64))
-        for name in ARRAY_FILES:  # of an incomplete split, put there by hand
-            (split / name).unlink(missing_ok=True)
         if split.is_dir():
             split.rmdir()
 

@@ -25,8 +25,9 @@ def shards_are_there(folder: Path) -> bool:
 
 def is_pattern(data_path: str) -> bool:
     """Return whether a path looks like a pattern of shards, even one that is not supported."""
-    is_shard = data_path.lower().endswith(SUFFIX) or COMPRESSED.search(data_path) is not None
-    return is_shard or "://" in data_path or data_path.startswith("pipe:")
+    parts = (end for part in data_path.split("::") for end in with_braces(part))
+    is_shard = any(part.lower().endswith(SUFFIX) or COMPRESSED.search(part) for part in parts)
+    return is_shard or "::" in data_path or "://" in data_path or data_path.startswith("pipe:")
 
 
 def expanded_shards(pattern: str, passed_over: PassedOver) -> Iterator[str]:
@@ -58,7 +59,7 @@ def expanded_shards(pattern: str, passed_over: PassedOver) -> Iterator[str]:
     for rest in with_braces(pattern[len(there) :]):
         if not has_magic(rest) and not os.path.isfile(there + rest):
             raise ValueError(f"data_path={pattern!r}: {there + rest} does not exist. Add it, or change the pattern.")
-        yield from glob(escape(there) + rest)
+        yield from glob(escape(there) + rest, recursive=True)
 
 
 def with_braces(pattern: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from self_supervised import catalogue
 from self_supervised.data import custom, folders, loader, loading
-from self_supervised.data.class_labels import class_numbers_of, in_classes
+from self_supervised.data.class_labels import class_names, class_numbers_of, in_classes
 from self_supervised.data.loading import n_classes
 from self_supervised.evaluation import probes, validation
 from self_supervised.evaluation.linear_models import svm
@@ -206,8 +206,10 @@ def test_an_array_that_is_cut_short_is_named(digits, small, tmp_path):
 def test_class_folders_are_counted_and_kept_by_the_linear_stage(tmp_path, monkeypatch, small, trainer):
     for split in ("train", "val"):
         for name in "abc":
-            (tmp_path / "imagenet" / split / name).mkdir(parents=True)
-            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "imagenet" / split / name / "0.png")
+            (tmp_path / "imagenet" / split / name / "inner").mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(
+                tmp_path / "imagenet" / split / name / "inner" / "0.png"
+            )
     settings = small(dataset_name="imagenet", transform_crop_size=16)
     shared = {"dataset_name": "imagenet", "transform_crop_size": 16, "encoder_arch": "shufflenet_v2_x0_5", "seed": 0}
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "empty"))
@@ -215,6 +217,7 @@ def test_class_folders_are_counted_and_kept_by_the_linear_stage(tmp_path, monkey
     before = LinearClassifierMethod(**shared)  # as in earlier versions
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     assert n_classes(settings) == 3
+    assert class_names(settings, loading.get_dataset(settings, ("val",))) == dict(enumerate("abc"))
     linear = LinearClassifierMethod(**shared)
     assert linear.classifier.out_features == linear.hparams.n_classes == 3
     content = {"state_dict": before.state_dict(), "hyper_parameters": {**before.hparams, "n_classes": None}}

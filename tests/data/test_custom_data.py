@@ -142,6 +142,28 @@ def test_lists_of_paths_and_labels(photos, tmp_path, separator):
         listed(params(copy))
 
 
+def test_lists_over_folders_of_splits_have_the_classes_within_them(tmp_path):
+    place = {name: f"{'train' if int(name[-6:-4]) < 10 else 'val'}/{name}" for name in NAMES}
+    root, lists = write(tmp_path / "photos", place), tmp_path / "lists"
+    lists.mkdir()
+    for split in ("train", "val"):
+        (lists / f"{split}.txt").write_text("\n".join(path for path in place.values() if path.startswith(split)))
+    for p in (params(root), params(root, splits_path=str(lists))):
+        assert listed(p) == {path: "flower" in path for path in place.values() if path.startswith("train")}
+        assert loading.count_classes(p) == (2, ["china", "flower"])
+
+
+def test_class_to_idx_knows_numbers_by_their_digits_and_gives_names(photos, tmp_path):
+    """A list's 00 is a number; the key "00" is a name, and "0" would be another."""
+    (tmp_path / "train.txt").write_text("china/00.png 00\nflower/00.png 01\n")
+    (tmp_path / "val.txt").write_text("flower/01.png 01\n")
+    p = params(photos, splits_path=str(tmp_path), class_to_idx={"00": 1, "01": 0})
+    assert listed(p) == {"china/00.png": 1, "flower/00.png": 0}
+    root = write(tmp_path / "numbers", {name: name.replace("china", "0").replace("flower", "1") for name in NAMES})
+    shifted = params(root, class_to_idx={"0": 1, "1": 2})
+    assert loading.count_classes(shifted) == (2, ["0", "1"])
+
+
 def test_nested_folders(tmp_path):
     place = {name: f"{'ab'[int(name[-5]) % 2]}/{name}" for name in NAMES}
     write(tmp_path, place)
@@ -312,6 +334,9 @@ AB = {"class_to_idx": {"a": 5, "b": 2}}
         ("/china/01.png 1", "flower/00.png 0", {}, "train.txt lists /china/01.png, .* not below .*data_path"),
         ("../photos/china/01.png 1", "flower/00.png 0", {}, "lists ../photos/china/01.png, .* not below"),
         (None, "flower/01.png", {}, "VAL.txt: there is no train.txt"),
+        ("china/01.png 1 0\n", "flower/01.png 0", {}, "more than a path and a label: 'china/01.png 1 0'"),
+        ("china/01.png,1,train\n", "flower/01.png 0", {}, "more than a path and a label: 'china/01.png,1,train'"),
+        ("china/01.png 3 wheels\nflower/00.png tench, Tinca", "flower/01.png 3 wheels", {}, [0, 1, 0]),
     ],
 )
 def test_lists_are_read_wherever_they_are(tmp_path, beside, train, val, fields, expected):

@@ -63,7 +63,7 @@ def test_arrays_that_are_there_are_used_without_reading_the_source(toy, tmp_path
 
 
 def test_images_of_the_users_own_are_not_replaced(toy, tmp_path):
-    """Also if they are of a split that is downloaded with the missing one. An incomplete split is replaced."""
+    """Also if they are of a split that is downloaded with the missing one, or arrays without labels."""
     image = tmp_path / "toy" / "train" / "airplane" / "0.png"
     image.parent.mkdir(parents=True)
     image.touch()
@@ -74,7 +74,13 @@ def test_images_of_the_users_own_are_not_replaced(toy, tmp_path):
         packed.pack(tmp_path / "toy" / "train", *arrays())
     assert image.is_file() and not toy
     image.parent.rename(tmp_path / "airplane")
-    image.parents[1].joinpath("images.npy").touch()
+    alone = image.parents[1] / "images.npy"
+    alone.touch()
+    with pytest.raises(ValueError, match=r"toy/train has only images.npy. Add the other array"):
+        loading.prepare_data("toy")
+    with pytest.raises(OSError, match="not empty"):
+        packed.pack(tmp_path / "toy" / "train", *arrays())
+    alone.unlink()
     loading.prepare_data("toy")
     assert len(packed.arrays(tmp_path / "toy" / "train")[1]) == 12
 
@@ -268,10 +274,12 @@ def test_integers_beyond_255_are_told_to_be_scaled():
             images_and_labels(values)
 
 
-def test_a_signal_to_the_process_group_leaves_the_workers_to_the_training():
+@pytest.mark.parametrize("start", ["fork", "forkserver"])  # the latter's workers are children of a server
+def test_a_signal_to_the_process_group_leaves_the_workers_to_the_training(start):
     """torchrun sends SIGTERM to the group of each process, and the training saves at the next batch. PyTorch
     ends workers that are late at the end of an epoch in this way."""
-    loader = ResumableDataLoader(range(40), 2, sampler=ResumableSampler(range(40), 1, 0, shuffle=False), num_workers=1)
+    sampler = ResumableSampler(range(40), 1, 0, shuffle=False)
+    loader = ResumableDataLoader(range(40), 2, sampler=sampler, num_workers=1, multiprocessing_context=start)
     found = []
     for batch in loader:
         found += batch.tolist()

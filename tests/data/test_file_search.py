@@ -58,6 +58,7 @@ def test_one_list_of_extensions_for_all_that_read_images(tmp_path):
 def test_hidden_paths(name):
     assert is_hidden(name) and not is_hidden(name.replace(".ipynb", "ipynb").replace("/.", "/").replace("__MAC", "mac"))
     assert not is_hidden("./a/1.png") and not is_hidden("../a/1.png")
+    assert is_hidden("a/@eaDir/1.jpg/SYNOPHOTO_THUMB_XL.jpg") and is_hidden("$RECYCLE.BIN/1.png")
 
 
 def test_hidden_files_are_passed_over_by_every_search_also_below_a_hidden_folder(tmp_path, monkeypatch):

@@ -99,6 +99,17 @@ def labels(p, split: str = "train") -> list[int]:
     return loading.get_dataset(p, (split,)).labels.tolist()
 
 
+def test_patterns_of_shards_are_known_and_reach_every_level(tmp_path):
+    shards = [tmp_path / name for name in ("0.tar", "a/1.tar", "a/b/2.tar")]
+    for shard in shards:
+        shard.parent.mkdir(exist_ok=True)
+        shard.touch()
+    assert sorted(shard_names.expanded_shards(f"{tmp_path}/**/*.tar", file_search.PassedOver())) == [*map(str, shards)]
+    for pattern in ("a/0.tar::b", "a::b", "{0.tar,1.tar}", "a/{00..12}.tar", "0.TAR", "0.tar.gz"):
+        assert shard_names.is_pattern(pattern)
+    assert not shard_names.is_pattern("photos/{a}")
+
+
 def test_pages_call_classes_by_their_names(stored, photos):
     def shown(path: Path | str, **how) -> list[str | None]:
         p = params(Path(path), val_size=0.0, test_size=0.0, **how)
