@@ -1,6 +1,8 @@
 """unreadable_images="skip": evaluations leave unreadable images out and name them, and never replace them."""
 
+import re
 import time
+from multiprocessing import Value, get_context
 from pathlib import Path
 
 import attrs
@@ -16,7 +18,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised.data import loading
-from self_supervised.data.files import UNREADABLE, readable_rows
+from self_supervised.data.files import UNREADABLE, Samples, readable_rows
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.evaluation import features
 from self_supervised.networks.pretrained import Encoder, Report
@@ -159,6 +161,34 @@ def test_skipping_takes_about_a_step_for_each_unreadable_file(tmp_path):
         found = [int(dataset[i][1]) for i in range(files.index(missing[0]), n, 20)]
         assert time.monotonic() - start < 20 and len(opened) <= n + len(found) and set(found) <= {UNREADABLE, 1}
         assert len(dataset.skipped()) == n and dataset[files.index((str(tmp_path / "good.png"), 1))][1] == 1
+
+
+def test_names_of_any_kind_and_labels_of_any_shape_are_kept():
+    samples = [("a/ä b.png", 3), ("a/\udcff\ud800.png", -1), ("", 0)]
+    assert list(Samples(samples)) == samples and Samples(samples)[-2] == samples[1] and len(Samples([])) == 0
+    multi_hot = Samples([("a", np.array([1, 0])), ("b", np.array([1, 1]))])
+    assert multi_hot.labels.tolist() == [[1, 0], [1, 1]] and multi_hot[1][1].tolist() == [1, 1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory of Linux's /proc")
+def test_workers_share_the_list_of_files():
+    """A list of 200,000 tuples would grow by about 40 MB."""
+    samples = Samples([(f"/a/directory/of/images/{i:08}.jpg", i % 100) for i in range(200_000)])
+    growth = Value("d")
+
+    def own_megabytes() -> float:
+        return int(re.search(r"Private_Dirty: +(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 1024
+
+    def read_all() -> None:
+        before = own_megabytes()
+        for i in np.random.default_rng(0).permutation(len(samples)):
+            samples[i]
+        growth.value = own_megabytes() - before
+
+    worker = get_context("fork").Process(target=read_all)
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0 and growth.value < 10
 
 
 def test_rows_of_unreadable_images():

@@ -163,7 +163,7 @@ def test_lists_of_videos_with_and_without_a_prefix(params, tmp_path):
     (folder / "train.csv").write_text("\ufeff" + "\n".join(lines))
     expected = [("zumba/v0", 2), ("air drumming/v1", 0), ("zumba/v2", 1), ("air drumming/v2", -1)]  # without gaps
     dataset = get(params)
-    assert dataset.files == [(str(folder / "train" / name) + suffix, label) for name, label in expected]
+    assert list(dataset.files) == [(str(folder / "train" / name) + suffix, label) for name, label in expected]
     assert dataset[2][1] == 1 and dataset[2][0][0].shape == (3, 4, 16, 16)
     elsewhere = attrs.evolve(params, video_path_prefix=str(folder / "val"))
     assert get(elsewhere).files[0] == (str(folder / "val" / "zumba/v0") + suffix, 2) and get(elsewhere)[0][1] == 2
