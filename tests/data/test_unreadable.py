@@ -1,8 +1,6 @@
 """unreadable_images="skip": evaluations leave unreadable images out and name them, and never replace them."""
 
-import re
 import time
-from multiprocessing import Value, get_context
 from pathlib import Path
 
 import attrs
@@ -168,27 +166,8 @@ def test_names_of_any_kind_and_labels_of_any_shape_are_kept():
     assert list(Samples(samples)) == samples and Samples(samples)[-2] == samples[1] and len(Samples([])) == 0
     multi_hot = Samples([("a", np.array([1, 0])), ("b", np.array([1, 1]))])
     assert multi_hot.labels.tolist() == [[1, 0], [1, 1]] and multi_hot[1][1].tolist() == [1, 1]
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory of Linux's /proc")
-def test_workers_share_the_list_of_files():
-    """A list of tuples would grow by about 30 MB."""
-    samples = Samples([(f"/a/directory/of/images/{i:08}.jpg", i % 100) for i in range(200_000)])
-    growth = Value("d")
-
-    def own_megabytes() -> float:
-        return int(re.search(r"Private_Dirty: +(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 1024
-
-    def read_all() -> None:
-        before = own_megabytes()
-        for i in np.random.default_rng(0).permutation(len(samples)):
-            _path, _label = samples[i]
-        growth.value = own_megabytes() - before
-
-    worker = get_context("fork").Process(target=read_all)
-    worker.start()
-    worker.join()
-    assert worker.exitcode == 0 and growth.value < 10
+    blocks = [type(value) for value in vars(multi_hot).values()]
+    assert blocks == [bytes, np.ndarray, np.ndarray]  # workers would copy objects, because reading counts references
 
 
 def test_rows_of_unreadable_images():
