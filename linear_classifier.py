@@ -18,6 +18,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 
+from lars import split_by_patterns
 from model_params import DATASET_DEFAULTS, TRAINING_ONLY, Contradictions, EncoderAndDataParams, refuse
 from self_supervised import distributed
 from self_supervised.catalogue import NORMS_AND_BIASES, ViewSettings
@@ -34,7 +35,7 @@ from self_supervised.training import advice, label_checks, optimizers
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.fit_checks import refuse_callbacks
 from self_supervised.training.hyperparameters import Given, resolve
-from self_supervised.training.parameter_groups import adapted_and_excluded, layer_groups
+from self_supervised.training.parameter_groups import check_matches, layer_groups
 from self_supervised.training.plan import get_plan
 from self_supervised.training.schedules import classifier_rate
 from self_supervised.views import augmentations
@@ -349,7 +350,8 @@ class LinearClassifierMethod(BaseMethod):
         stages = layer_groups(self.model).items() if self.trains_encoder else []
         for depth, (name, group) in enumerate(reversed(stages)):
             parts.append((f"model.{name}", p.encoder_lr * p.layer_decay**depth, {*group.values()}))
-        adapted, excluded = adapted_and_excluded(self, p)
+        check_matches(p, [name for name, _ in self.named_parameters()])
+        adapted, excluded = split_by_patterns(self, p.exclude_matching_parameters_from_lars)
         kinds = ((adapted, "", {"adapt": True}), (excluded, "/no_decay", {"adapt": False, "weight_decay": 0.0}))
         return [
             {"name": name + which, "lr": lr, "params": [*chosen.values()], "param_names": [*chosen], **options}

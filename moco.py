@@ -88,8 +88,7 @@ class SelfSupervisedMethod(BaseMethod):
                 self.params = p = attrs.evolve(p, dim=self.teacher.width, teacher=self.teacher.name)
             self.projection_model = MLP(width, output_dim=p.dim, **p.head("projection"))
             self.prediction_model = MLP(p.dim, output_dim=p.dim, **p.head("prediction"))
-            has_prototypes = loss is None and p.loss_type in PROTOTYPE_LOSSES
-            self.prototypes = Prototypes(p) if has_prototypes else None
+            self.prototypes = Prototypes(p) if p.loss_type in PROTOTYPE_LOSSES else None
             trial_shape = None if encoder is None else p.input_shape
             self.lagging_model = frozen_copy(self.model, trial_shape) if p.use_lagging_model else None
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None

@@ -211,8 +211,8 @@ def gather_evaluated(x: Tensor, loader: DataLoader) -> Tensor:
     """
     if world_size() > 1 and isinstance(getattr(loader, "dataset", None), IterableDataset):
         rank_zero_warn(
-            "scores are those of the samples that the first process gets from an IterableDataset. Let every process "
-            "read all samples for evaluation"
+            "each process scores the samples that it reads from an IterableDataset, and they are not gathered. Let "
+            "each read all of them"
         )
     samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
     sampler = next((one for one in samplers if isinstance(one, DistributedSampler)), None)

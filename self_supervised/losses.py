@@ -376,8 +376,8 @@ def get_loss_in_parts(params: ModelParams, **arguments: Any) -> PairLoss:
 def as_pair_loss(loss: CustomLoss) -> PairLoss:
     """Return a user's loss(q, k, queue_keys), of a pair of views, as a function that returns a dict like `get_loss`'s.
 
-    It gets the queries and keys [N, D] of this process (`distributed.gather` joins those of all processes) and the
-    queue [K, D], or None. It returns the loss, or a dict with "loss" and other scalars, which are logged.
+    It gets queries and keys [N, D] of this process (`distributed.gather` joins those of all; with "swav" and "dino",
+    scores of prototypes) and the queue [K, D], or None. It returns the loss, or a dict with "loss" and scalars to log.
 
     Raises:
         TypeError: it is not a function, or returns something else.

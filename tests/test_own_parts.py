@@ -136,7 +136,7 @@ def test_activation_checkpointing_of_a_frozen_encoder_is_named():
 def test_a_pattern_of_a_classifier_that_matches_nothing_is_refused(trainer):
     settings = {"lr": 0.1, "batch_size": 16, "num_data_workers": 0, "exclude_matching_parameters_from_lars": ["biass"]}
     model = LinearClassifierMethod(encoder=Net(), dataset_name="digits", **settings)
-    with pytest.raises(ValueError, match="pattern 'biass' matches none of 2 trainable parameters"):
+    with pytest.raises(ValueError, match="pattern 'biass' matches none of 6 parameters"):
         trainer().fit(model)
 
 
@@ -179,18 +179,6 @@ def test_shuffled_batch_norm_without_batch_norm_is_named(small, trainer, caplog)
         encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 6))
         trainer().fit(SelfSupervisedMethod(small(**settings, evaluations=[]), encoder=encoder), images())
         assert ("shuffle_batch_norm=True: no effect" in caplog.text) == said
-
-
-def test_an_own_loss_gets_queries_and_keys_not_scores_of_prototypes(small, trainer):
-    shapes = []
-
-    def loss(q, k, queue):
-        shapes.append((q.shape, k.shape))
-        return (q - k).square().mean()
-
-    params = small("swav", n_prototypes=10, dim=12, evaluations=[])
-    trainer().fit(SelfSupervisedMethod(params, encoder=Net(), loss=loss), images())
-    assert set(shapes) == {((16, 12), (16, 12))}
 
 
 def test_a_lower_lr_lowers_the_ends_of_its_schedule(small):

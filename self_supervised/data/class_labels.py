@@ -129,7 +129,7 @@ def class_names_of(labels: set[str | int], class_to_idx: list[str] | None) -> di
             )
         return {label: composed(label) for label in labels}
     given = numbers_of(class_to_idx)
-    given |= {str(int(name)): n for name, n in given.items() if name.isdecimal() and str(int(name)) not in given}
+    given |= without_zeros(given, set(numbers))
     first = first_names(class_to_idx)
     names = {label: first.get(given.get(str(composed(label)), label)) for label in labels}
     if unknown := sorted(str(label) for label, name in names.items() if name is None):
@@ -138,6 +138,26 @@ def class_names_of(labels: set[str | int], class_to_idx: list[str] | None) -> di
             "exclude_patterns."
         )
     return names
+
+
+def without_zeros(given: dict[str, int], labels: set[int]) -> dict[str, int]:
+    """Return "1" -> number of the class "01", and so on, if `labels` are such names: a list's 01 is read as 1.
+
+    Raises:
+        ValueError: they may also be class numbers, with another meaning.
+    """
+    names = [name for name in given if name.isdecimal()]
+    named = {int(name): given[name] for name in names}
+    if not labels or not labels <= named.keys() or names == list(map(str, named)):
+        return {}
+    if labels <= set(given.values()):
+        if unclear := [label for label in sorted(labels) if named[label] != label]:
+            raise ValueError(
+                f"class_to_idx: label {unclear[0]} is the name of class {named[unclear[0]]} and the number of another. "
+                "Rename the classes in class_to_idx and in the lists, such as class_01."
+            )
+        return {}
+    return {str(label): number for label, number in named.items()}
 
 
 def class_names(params: EncoderAndDataParams, dataset: Any) -> dict[int, str]:

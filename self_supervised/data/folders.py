@@ -30,7 +30,7 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
 ImageList = dict[str, list[tuple[str, Label]]]
 STRING = r'"(?:[^"]|"")*"'  # of a CSV file
 QUOTED = re.compile(rf"({STRING})(?:(?:\s*,|\s)(.*))?")
-SEVERAL = re.compile(r"-?\d+\s*([,;]|\s-?\d).*")  # a number, then another column
+SEVERAL = re.compile(r"-?\d+((\s*[,;]\s*|\s+)(-?\d+|train|val\w*|test))+")  # a class number, and other columns
 SETTINGS = "splits.json"  # the settings with which `write_lists` wrote the lists next to it
 
 
@@ -162,9 +162,11 @@ def entries(text: str, root: Path, is_ours: bool = False) -> Iterator[tuple[str,
     roots = [os.path.join(base, "") for base in (os.path.abspath(root), os.path.realpath(root))]
     for line in filter(None, map(str.strip, text.split("\n"))):  # splitlines() would also split at \x0b, \x85, ...
         path, label = ((None if is_ours else QUOTED.fullmatch(line)) or pattern.fullmatch(line)).groups(default="")
+        if not is_ours and SEVERAL.fullmatch(label.strip()):
+            raise ValueError(
+                f"a list has more than a path and a label in {line!r}. Leave other columns out, or quote the label."
+            )
         path, label = (x.strip() if is_ours else unquoted(x.strip()) for x in (path, label))
-        if not is_ours and SEVERAL.fullmatch(label):
-            raise ValueError(f"a line of a list has more than a path and a label: {line!r}. Leave one label per line.")
         path = posixpath.normpath(path)
         for base in roots:
             path = path.removeprefix(base)

@@ -68,24 +68,24 @@ class ResumableSampler(DistributedSampler):
         return iter(np.resize(order, self.total_size)[self.rank :: self.num_replicas].tolist())
 
 
-def begin_worker(initialize: Callable[[int], Any] | None, training: int, worker_id: int) -> None:
+def begin_worker(initialize: Callable[[int], Any] | None, training_id: int, worker_id: int) -> None:
     """Let a worker ignore the signals at which the training saves and exits: launchers send them to all processes of a
     group, and the training needs its workers up to the next batch. It can still end them itself.
 
     Args:
         initialize: the user's function of the worker's number.
-        training: process that the loader is of; not the worker's parent if a server forks workers.
+        training_id: process that the loader is of; not the worker's parent if a server forks workers.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=end_when_told, args=(training,), daemon=True).start()
+        Thread(target=end_when_told, args=(training_id,), daemon=True).start()
     if initialize is not None:
         initialize(worker_id)
 
 
-def end_when_told(training: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training:
+def end_when_told(training_id: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training_id:
         pass
     os._exit(0)
 

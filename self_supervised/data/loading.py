@@ -125,10 +125,11 @@ def refuse_other_files(name: str, split: Path) -> None:
     """Raise ValueError if files are where a split of the data set `name` would be written."""
     if packed_is_there(split):
         return
-    others = sorted(file.name for file in split.glob("*"))
-    if others and set(others) < set(ARRAY_FILES):
+    files = {file.name for file in split.glob("*")}
+    others = sorted(files - set(ARRAY_FILES))
+    if files and not others:
         raise ValueError(
-            f"dataset_name={name!r}: {split} has only {others[0]}. Add the other array (a label of -1 means none), or "
+            f"dataset_name={name!r}: {split} has only {files.pop()}. Add the other array (label -1: none), or "
             "move the file to download the data set."
         )
     if others:

@@ -25,6 +25,8 @@ def shards_are_there(folder: Path) -> bool:
 
 def is_pattern(data_path: str) -> bool:
     """Return whether a path looks like a pattern of shards, even one that is not supported."""
+    if not data_path.lower().endswith(SUFFIX) and os.path.isdir(os.path.expanduser(data_path)):
+        return False
     parts = (end for part in data_path.split("::") for end in with_braces(part))
     is_shard = any(part.lower().endswith(SUFFIX) or COMPRESSED.search(part) for part in parts)
     return is_shard or "::" in data_path or "://" in data_path or data_path.startswith("pipe:")
@@ -49,7 +51,7 @@ def expanded_shards(pattern: str, passed_over: PassedOver) -> Iterator[str]:
     if os.path.isdir(pattern):
         yield from (os.path.join(pattern, path) for path in files_below(Path(pattern), (SUFFIX,), passed_over))
         return
-    if COMPRESSED.search(pattern):
+    if any(map(COMPRESSED.search, with_braces(pattern))):
         raise ValueError(
             f"data_path={pattern!r} is compressed. Unpack it to .tar, so that images can be read directly."
         )

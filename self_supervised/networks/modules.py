@@ -10,7 +10,7 @@ from torch import nn
 
 def has_batch_norm(module: nn.Module) -> bool:
     """Return whether a layer computes statistics of a batch."""
-    return any("batch" in type(layer).__name__.lower() for layer in module.modules())
+    return any(hasattr(layer, "running_mean") for layer in module.modules())
 
 
 def require_module(encoder: Any) -> None:

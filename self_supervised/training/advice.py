@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+import pytorch_lightning as pl
 
 from model_params import (
     COMPARE_NEGATIVES,
@@ -165,8 +166,8 @@ def frozen_since(before: set[str], now: set[str]) -> list[str]:
 
 def doubts(params: ModelParams, plan: Plan, loss_type: str, has_own_optimizer: bool = False) -> list[str]:
     """Return lines on the learning rate, on a queue that is filled late, on what is delayed until the training ends,
-    on its length, on views that are not compared, on settings that were changed without effect, and on a missing
-    teacher, where they apply.
+    on views that are not compared, on settings that were changed without effect, and on a missing teacher, where they
+    apply.
 
     Args:
         loss_type: that of `params`, or CUSTOM if a function replaces it.
@@ -180,7 +181,6 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str, has_own_optimizer: b
         "" if has_own_optimizer else doubt_of_lr(params, plan),
         doubt_of_queue(params, plan) if fills_queue else "",
         doubt_of_epochs(params, plan, loss_type),
-        doubt_of_max_epochs(params, plan),
         doubt_of_lengths(params, loss_type),
         doubt_of_views(params),
     )
@@ -282,12 +282,12 @@ def doubt_of_epochs(params: ModelParams, plan: Plan, loss_type: str) -> str:
     return f"{'; '.join(lines)} {where}" if lines else ""
 
 
-def doubt_of_max_epochs(params: ModelParams, plan: Plan) -> str:
-    """Return a line if `max_epochs` was set, and is not that of the Trainer, else ""."""
-    epochs = plan.steps / plan.steps_per_epoch
-    if "max_epochs" not in changed_by_user(params) or params.max_epochs == epochs or math.isinf(plan.epoch_batches):
-        return ""
-    return f"max_epochs={params.max_epochs}: the Trainer has its own, {epochs:g}. Pass it to pl.Trainer, too"
+def doubts_of_max_epochs(params: ModelParams, trainer: pl.Trainer) -> list[str]:
+    """Return a line if `max_epochs` was set, and the Trainer has another one."""
+    is_set = "max_epochs" in changed_by_user(params) and trainer.max_steps == -1
+    if not is_set or trainer.max_epochs in (None, -1, params.max_epochs):
+        return []
+    return [f"max_epochs={params.max_epochs}: no effect, because the Trainer has its own, {trainer.max_epochs}"]
 
 
 def changed_by_user(params: ModelParams) -> list[str]:

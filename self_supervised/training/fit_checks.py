@@ -19,7 +19,7 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
 )
 
-from model_params import ModelParams, normalized_layers
+from model_params import PROTOTYPE_LOSSES, ModelParams, normalized_layers
 from self_supervised.catalogue import GROUPS
 from self_supervised.networks import modules
 from self_supervised.training import advice
@@ -94,7 +94,7 @@ def try_one_image(method: pl.LightningModule) -> None:
     p = method.params
     side = min(view.crop_size for view in p.views)
     images = torch.zeros(1, *p.input_shape[:-2], side, side, device=method.device, dtype=method.dtype)
-    copy.deepcopy(method).train().encode(images)
+    copy.deepcopy(method).encode(images)
 
 
 def refuse_last_batch_of_one(method: pl.LightningModule) -> None:
@@ -102,7 +102,8 @@ def refuse_last_batch_of_one(method: pl.LightningModule) -> None:
     cannot train on it."""
     loader, n_batches = method.trainer.train_dataloader, method.trainer.num_training_batches
     n, size = sized_len(getattr(loader, "sampler", None)), getattr(loader, "batch_size", None)
-    if n and size and n % size == 1 and n_batches * size > n and not loader.drop_last:
+    is_read = n and size and n_batches * size > n and method.plan.steps >= method.plan.steps_per_epoch
+    if is_read and n % size == 1 and not getattr(loader, "drop_last", False):
         try_one_image(method)
 
 
@@ -113,10 +114,12 @@ def doubts_at_start(method: pl.LightningModule, has_own_optimizer: bool) -> list
     Raises:
         ValueError: the lagging model has parameters of other shapes, because a network was replaced.
     """
-    loss = advice.CUSTOM if method.custom_loss else method.params.loss_type
-    lines = advice.doubts(method.params, method.plan, loss, has_own_optimizer)
+    p = method.params
+    replaces_all = method.custom_loss is not None and p.loss_type not in PROTOTYPE_LOSSES  # else prototypes stay
+    lines = advice.doubts(p, method.plan, advice.CUSTOM if replaces_all else p.loss_type, has_own_optimizer)
+    lines += advice.doubts_of_max_epochs(p, method.trainer)
     lines += [LOST_LOSS] if method.lost_loss and method.custom_loss is None else []
-    lines += [UNSHUFFLED] if method.params.shuffle_batch_norm and not modules.has_batch_norm(method) else []
+    lines += [UNSHUFFLED] if p.shuffle_batch_norm and not modules.has_batch_norm(method) else []
     weights = [tuple(list(network.parameters()) for network in pair) for pair in method.lagging_pairs()]
     if any([w.shape for w in lagging] != [w.shape for w in online] for lagging, online in weights):
         raise ValueError(

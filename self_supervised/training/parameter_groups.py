@@ -57,7 +57,8 @@ def parameter_table(module: nn.Module, params: ModelParams) -> list[ParameterRow
     """
     p = params
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    excluded = adapted_and_excluded(module, p)[1]
+    check_matches(p, [name for name in named if not name.startswith(ONLINE)])
+    excluded = lars.split_by_patterns(module, p.exclude_matching_parameters_from_lars)[1]
     factors = layer_factors(module.model, p.layer_decay)
     rows = []
     for name, parameter in named.items():
@@ -144,30 +145,20 @@ def can_be_opened(module: nn.Module) -> bool:
     return 2 * sum(map(modules.n_parameters, module.children())) > modules.n_parameters(module)
 
 
-def adapted_and_excluded(module: nn.Module, params: Any) -> tuple[Parameters, Parameters]:
-    """Return `lars.split_by_patterns` with the patterns of the settings, of pretraining or of a linear classifier.
-
-    Raises:
-        ValueError: a pattern matches no trainable parameter.
-    """
-    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    check_matches(module, params, [name for name in trainable if not name.startswith(ONLINE)])
-    return lars.split_by_patterns(module, params.exclude_matching_parameters_from_lars)
-
-
-def check_matches(module: nn.Module, params: Any, names: list[str]) -> None:
-    """Raise ValueError if a pattern of the settings matches none of `names`. '.bn' and '.bias' may match nothing."""
+def check_matches(params: Any, names: list[str]) -> None:
+    """Raise ValueError if a pattern of the settings, of pretraining or of a classifier, matches none of the parameters
+    `names`. '.bn' and '.bias' may match nothing."""
     options = [option["pattern"] for option in getattr(params, "parameter_options", [])]
     lost = [("parameter_options", o) for o in options if not any(re.search(o, name) for name in names)]
     for pattern in params.exclude_matching_parameters_from_lars:
         may_be_absent = pattern in NORMS_AND_BIASES  # an encoder may have no norms
-        if not may_be_absent and not lars.split_by_patterns(module, [pattern])[1]:
+        if not may_be_absent and not any(pattern in f".{name}" for name in names):
             lost.append(("exclude_matching_parameters_from_lars", pattern))
     for field, pattern in lost:
         near = difflib.get_close_matches(pattern.replace("\\", ""), names, 3, cutoff=0.3) or names[:3]
         hint = "" if field == "parameter_options" else ". '.bn' matches every normalization layer, whatever its name"
         raise ValueError(
-            f"{field}: the pattern {pattern!r} matches none of {len(names)} trainable parameters; some are "
+            f"{field}: the pattern {pattern!r} matches none of {len(names)} parameters; some are "
             f"{', '.join(near)}. Fix the pattern, or leave it out{hint}"
         )
 

@@ -87,10 +87,10 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
         )
     if math.isinf(epoch_batches):
         warmup_epochs = warmup_without_epochs(params, warmup_epochs)
-    if 0 < steps <= (warmup := warmup_epochs * steps_per_epoch):
+    if steps <= (warmup := warmup_epochs * steps_per_epoch):
         rank_zero_warn(
             f"the warm-up of {epochs_text(warmup_epochs)} is as long as the training, or longer: lr={params.lr} is "
-            "reached at the last step, or never, and does not fall"
+            "reached at the last step, or never"
         )
     loader = trainer.train_dataloader
     size = checked_batch_size(params, accumulated, loader)

@@ -27,7 +27,7 @@ from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised import evaluate
 from self_supervised import train as train_program
-from self_supervised.data import custom, folders, loading
+from self_supervised.data import class_labels, custom, folders, loading
 from self_supervised.data.folders import check_settings
 from self_supervised.data.image_files import central_square
 from self_supervised.data.loading import n_classes
@@ -158,7 +158,16 @@ def test_class_to_idx_knows_numbers_by_their_digits_and_gives_names(photos, tmp_
     (tmp_path / "train.txt").write_text("china/00.png 00\nflower/00.png 01\n")
     (tmp_path / "val.txt").write_text("flower/01.png 01\n")
     p = params(photos, splits_path=str(tmp_path), class_to_idx={"00": 1, "01": 0})
-    assert listed(p) == {"china/00.png": 1, "flower/00.png": 0}
+    with pytest.raises(ValueError, match="label 0 is the name of class 1 and the number of another"):
+        listed(p)
+    for class_to_idx, expected in (
+        ({"00": 5, "01": 6}, [0, 1]),
+        ({"00": 0, "01": 1}, [0, 1]),
+        ({"x": 1, "y": 0}, [0, 1]),
+    ):
+        assert [*listed(params(photos, splits_path=str(tmp_path), class_to_idx=class_to_idx)).values()] == expected
+    names = {0: "01", 1: "02", 2: "03"}  # no class is called 00, so 0 is a number
+    assert class_labels.class_names_of({0, 1, 2}, [f"{name}={number}" for number, name in names.items()]) == names
     root = write(tmp_path / "numbers", {name: name.replace("china", "0").replace("flower", "1") for name in NAMES})
     shifted = params(root, class_to_idx={"0": 1, "1": 2})
     assert loading.count_classes(shifted) == (2, ["0", "1"])
@@ -334,9 +343,10 @@ AB = {"class_to_idx": {"a": 5, "b": 2}}
         ("/china/01.png 1", "flower/00.png 0", {}, "train.txt lists /china/01.png, .* not below .*data_path"),
         ("../photos/china/01.png 1", "flower/00.png 0", {}, "lists ../photos/china/01.png, .* not below"),
         (None, "flower/01.png", {}, "VAL.txt: there is no train.txt"),
-        ("china/01.png 1 0\n", "flower/01.png 0", {}, "more than a path and a label: 'china/01.png 1 0'"),
-        ("china/01.png,1,train\n", "flower/01.png 0", {}, "more than a path and a label: 'china/01.png,1,train'"),
+        ("china/01.png 1 0\n", "flower/01.png 0", {}, "more than a path and a label in 'china/01.png 1 0'"),
+        ("china/01.png,1,train\n", "flower/01.png 0", {}, "more than a path and a label in 'china/01.png,1,train'"),
         ("china/01.png 3 wheels\nflower/00.png tench, Tinca", "flower/01.png 3 wheels", {}, [0, 1, 0]),
+        ('china/01.png,"7, 11"\nflower/00.png,"1,000 things"', 'flower/01.png,"7, 11"', {}, [1, 0, 1]),
     ],
 )
 def test_lists_are_read_wherever_they_are(tmp_path, beside, train, val, fields, expected):

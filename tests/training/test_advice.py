@@ -251,10 +251,11 @@ def test_a_target_that_a_warm_up_never_reaches_is_a_line():
 
 
 def test_max_epochs_of_the_settings_that_the_trainer_does_not_have_is_a_line():
-    plan = Plan(1, 1, 256, 0.5, 40, 10, epoch_batches=10)
-    for epochs, said in ((4, ""), (100, "max_epochs=100: the Trainer has its own, 4. Pass it to pl.Trainer, too")):
-        assert advice.doubt_of_max_epochs(PRESETS["simclr"](max_epochs=epochs), plan) == said
-    assert not advice.doubt_of_max_epochs(PRESETS["simclr"](), plan)  # the preset's own
+    four, steps = SimpleNamespace(max_epochs=4, max_steps=-1), SimpleNamespace(max_epochs=-1, max_steps=4)
+    line = "max_epochs=100: no effect, because the Trainer has its own, 4"
+    assert advice.doubts_of_max_epochs(PRESETS["simclr"](max_epochs=100), four) == [line]
+    for params, trainer in (({"max_epochs": 4}, four), ({"max_epochs": 100}, steps), ({}, four)):
+        assert advice.doubts_of_max_epochs(PRESETS["simclr"](**params), trainer) == []
 
 
 def test_a_queue_that_is_filled_late_is_a_line():
