@@ -94,7 +94,7 @@ def evaluate_checkpoint(
         ValueError: a protocol is unknown, or needs labels that the data set does not have; there is no lagging encoder;
             `out` is the directory of a run; a setting of `training` has no effect.
     """
-    seeds, training = checked_seeds(seeds), plain(training or {})
+    seeds, training, reading = checked_seeds(plain(seeds)), plain(training or {}), plain(reading)
     protocols = [protocols] if isinstance(protocols, str) else protocols
     check_request(protocols or (), training, out)
     dataset = reading.pop("dataset_name", dataset)  # the name of the setting

@@ -151,7 +151,8 @@ def pretrain_stage(
     results.setdefault("epochs", fit.current_epoch)
     if "trained encoder" not in results:  # it is if the resumed run was complete (see delete_outdated)
         results["trained encoder"] = validation_scores(fit, model, "trained encoder")
-        rank_zero_only(remove)(out / "pretrained.evaluation")  # of the earlier encoder, if it was made in the meantime
+        if has_begun:
+            rank_zero_only(remove)(out / "pretrained.evaluation")  # of the earlier encoder, made in the meantime
     write_on_rank_zero(out / "results.json", results)  # the test may end the run, at an unreadable image
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
         results["test set"] = next(iter(fit.test(model, verbose=False)), {})

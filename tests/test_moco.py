@@ -228,10 +228,12 @@ def test_optimizer_schedules_and_lagging_model_follow_optimizer_steps(small, tra
     assert schedules.cosine(0.9, 1.0, 1.0) == 1.0
 
 
-def test_a_warmup_longer_than_the_training_is_named(small, trainer):
-    params = small("byol", warmup_epochs=None, lars_warmup_epochs=10, evaluations=[])
-    with pytest.warns(UserWarning, match="warm-up of 10 epochs is as long as the training, or longer: lr=0.5"):
+def test_a_warmup_that_does_not_end_is_named(small, trainer, caplog):
+    for epochs, said in ((10, True), (1, True), (0.5, False)):
+        caplog.clear()
+        params = small("byol", warmup_epochs=None, lars_warmup_epochs=epochs, evaluations=[])
         trainer().fit(SelfSupervisedMethod(params, encoder=TinyEncoder()))
+        assert ("is as long as the training, or longer: lr=0.5 is reached at" in caplog.text) == said
 
 
 def test_moving_towards_is_the_moving_average():

@@ -6,7 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 from attrs import evolve, frozen
 from lightning_fabric.utilities.data import sized_len
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info
 
 from model_params import PROTOTYPE_LOSSES, SCHEDULED, EncoderAndDataParams, ModelParams
 from self_supervised import distributed
@@ -88,8 +88,8 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
     if math.isinf(epoch_batches):
         warmup_epochs = warmup_without_epochs(params, warmup_epochs)
     if steps <= (warmup := warmup_epochs * steps_per_epoch):
-        rank_zero_warn(
-            f"the warm-up of {epochs_text(warmup_epochs)} is as long as the training, or longer: lr={params.lr} is "
+        rank_zero_info(
+            f"warning: the warm-up of {epochs_text(warmup_epochs)} is as long as the training, or longer: lr={params.lr} is "
             "reached at the last step, or never"
         )
     loader = trainer.train_dataloader
