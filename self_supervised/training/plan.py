@@ -89,8 +89,8 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
         warmup_epochs = warmup_without_epochs(params, warmup_epochs)
     if steps <= (warmup := warmup_epochs * steps_per_epoch):
         rank_zero_info(
-            f"warning: the warm-up of {epochs_text(warmup_epochs)} is as long as the training, or longer: lr={params.lr} "
-            "is reached at the last step, or never"
+            f"warning: the warm-up of {epochs_text(warmup_epochs)} is as long as the training, or longer: "
+            f"lr={params.lr} is reached at the last step, or never"
         )
     loader = trainer.train_dataloader
     size = checked_batch_size(params, accumulated, loader)
