@@ -65,6 +65,8 @@ def test_results_are_next_to_the_checkpoint_and_reproducible(checkpoint, tmp_pat
     assert "| protocol | metric | random | trained |" in table and PROTOCOLS["knn"].definition in table
     again = evaluate_checkpoint(checkpoint, QUICK, out=tmp_path / "again")
     assert scores(again) == scores(first)
+    of_numpy = {"image_mean": (0.3,), "transform_crop_size": np.int64(8), "seeds": np.int64(1)}
+    assert evaluate_checkpoint(checkpoint, ["uniformity"], out=tmp_path / "given", **of_numpy)["summary"]["digits"]
 
 
 def test_existing_runs_are_reused_unless_something_changed(checkpoint, monkeypatch, tmp_path):
