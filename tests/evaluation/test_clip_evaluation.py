@@ -318,7 +318,7 @@ def test_the_examples_of_the_page(folder, tmp_path, monkeypatch):
     exec(compile(code, "docs/video.md", "exec"), names)
     assert names["embeddings"].shape == (8, 1024)
     assert (
-        names["found"]["summary"]["kinetics"]["retrieval"]["trained"]["recall20"]["mean"] == 100
+        names["results"]["summary"]["kinetics"]["retrieval"]["trained"]["recall20"]["mean"] == 100
     )  # 12 training videos in 2 classes
 
 
