@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 from torch import nn
 
 from linear_classifier import LinearClassifierMethodParams
@@ -94,7 +95,7 @@ def evaluate_checkpoint(
         ValueError: a protocol is unknown, or needs labels that the data set does not have; there is no lagging encoder;
             `out` is the directory of a run; a setting of `training` has no effect.
     """
-    seeds, training, reading = checked_seeds(plain(seeds)), plain(training or {}), plain(reading)
+    seeds, training, reading = checked_seeds(seeds), plain(training or {}), plain(reading)
     protocols = [protocols] if isinstance(protocols, str) else protocols
     check_request(protocols or (), training, out)
     dataset = reading.pop("dataset_name", dataset)  # the name of the setting
@@ -160,12 +161,12 @@ def check_request(protocols: Sequence[str], training: dict[str, Any], out: str |
 
 
 def checked_seeds(seeds: int | Sequence[int]) -> list[int]:
-    seeds = [seeds] if isinstance(seeds, int) else seeds
-    if not len(seeds):
+    seeds = plain([seeds] if isinstance(seeds, int | np.integer) else list(seeds))
+    if not seeds:
         raise ValueError("seeds=[]: at least one is needed.")
     if any(seed < 0 for seed in seeds):
-        raise ValueError(f"seeds={plain(list(seeds))}: must be at least 0")
-    return plain(list(seeds))
+        raise ValueError(f"seeds={seeds}: must be at least 0")
+    return seeds
 
 
 def baselines_of(trained: Encoder, starting_weights: str | Path | None, wanted: bool) -> dict[str, Encoder]:

@@ -150,13 +150,12 @@ def without_zeros(given: dict[str, int], labels: set[int]) -> dict[str, int]:
     named = {int(name): given[name] for name in names}
     if not labels or not labels <= named.keys() or names == list(map(str, named)):
         return {}
-    if labels <= set(given.values()):
-        if unclear := [label for label in sorted(labels) if named[label] != label]:
-            raise ValueError(
-                f"class_to_idx: label {unclear[0]} is the name of class {named[unclear[0]]} and the number of another. "
-                "Rename the classes in class_to_idx and in the lists, such as class_01."
-            )
-        return {}
+    unclear = [label for label in sorted(labels) if named[label] != label]
+    if unclear and labels <= set(given.values()):
+        raise ValueError(
+            f"class_to_idx: label {unclear[0]} is the name of class {named[unclear[0]]} and the number of another. "
+            "Rename the classes in class_to_idx and in the lists, such as class_01."
+        )
     return {str(label): number for label, number in named.items()}
 
 

@@ -134,7 +134,7 @@ def read_lists(folder: Path, source: Any) -> ImageList:
         raise ValueError(f"{files[0][1]}: there is no train.txt next to it. Add one, or remove this list.")
     is_ours = settings_of_lists(folder) is not None
     for split, file in files:
-        images = list(entries(list_text(file), source.root, is_ours))
+        images = list(entries(list_text(file), source.root, is_ours, file))
         check_that_all_are_there(source, [path for path, _ in images], file)
         for path, label in images:
             before = seen.setdefault(path, (split, label))
@@ -153,7 +153,7 @@ def list_text(file: Path) -> str:
         raise ValueError(f"{file} is not encoded in UTF-8 ({error}). Save it in UTF-8.") from error
 
 
-def entries(text: str, root: Path, is_ours: bool = False) -> Iterator[tuple[str, Label]]:
+def entries(text: str, root: Path, is_ours: bool = False, file: Path | None = None) -> Iterator[tuple[str, Label]]:
     """Yield (path below the root, label or None) of each line of a list. The user's lists may have quotes as in CSV
     files, which `write_lists` does not write."""
     suffixes = "|".join(map(re.escape, image_suffixes()))
@@ -164,7 +164,7 @@ def entries(text: str, root: Path, is_ours: bool = False) -> Iterator[tuple[str,
         path, label = ((None if is_ours else QUOTED.fullmatch(line)) or pattern.fullmatch(line)).groups(default="")
         if not is_ours and SEVERAL.fullmatch(label.strip()):
             raise ValueError(
-                f"a list has more than a path and a label in {line!r}. Leave other columns out, or quote the label."
+                f"{file} has more than a path and a label in {line!r}. Leave other columns out, or quote the label."
             )
         path, label = (x.strip() if is_ours else unquoted(x.strip()) for x in (path, label))
         path = posixpath.normpath(path)

@@ -51,14 +51,14 @@ def expanded_shards(pattern: str, passed_over: PassedOver) -> Iterator[str]:
     if os.path.isdir(pattern):
         yield from (os.path.join(pattern, path) for path in files_below(Path(pattern), (SUFFIX,), passed_over))
         return
-    if any(map(COMPRESSED.search, with_braces(pattern))):
-        raise ValueError(
-            f"data_path={pattern!r} is compressed. Unpack it to .tar, so that images can be read directly."
-        )
     there = pattern
     while there and not os.path.exists(there):
         there = os.path.dirname(there)
     for rest in with_braces(pattern[len(there) :]):
+        if COMPRESSED.search(there + rest):
+            raise ValueError(
+                f"data_path={pattern!r} is compressed. Unpack it to .tar, so that images can be read directly."
+            )
         if not has_magic(rest) and not os.path.isfile(there + rest):
             raise ValueError(f"data_path={pattern!r}: {there + rest} does not exist. Add it, or change the pattern.")
         yield from glob(escape(there) + rest, recursive=True)

@@ -108,8 +108,8 @@ def refuse_last_batch_of_one(method: pl.LightningModule) -> None:
 
 
 def doubts_at_start(method: pl.LightningModule, has_own_optimizer: bool) -> list[str]:
-    """Return the lines of `advice.doubts`, on a loss of the user that was not passed again, and on a lagging model that
-    starts from other weights.
+    """Return the lines of `advice`, on a loss of the user that was not passed again, on shuffling without batch norm,
+    and on a lagging model that starts from other weights.
 
     Raises:
         ValueError: the lagging model has parameters of other shapes, because a network was replaced.

@@ -149,8 +149,8 @@ def convert_position(content: dict[str, Any], accumulated: int) -> None:
     """Convert the position in the epoch, in place, to batches of which `accumulated` make an optimizer step."""
     before = content.get("steps", {}).get("accumulated", accumulated)
     loop = content["loops"]["fit_loop"]
-    last = loop["epoch_loop.batch_progress"]
-    if last["current"]["ready"] % before and not last.get("is_last_batch"):
+    progress = loop["epoch_loop.batch_progress"]
+    if progress["current"]["ready"] % before and not progress.get("is_last_batch"):
         rank_zero_warn(
             "the checkpoint was saved between the accumulated batches of a step: the first step lacks the gradients of "
             "those before. Save with Checkpoints, or at the end of an epoch"
@@ -158,7 +158,6 @@ def convert_position(content: dict[str, Any], accumulated: int) -> None:
     if before == accumulated:
         return
     positions = [p for p in loop["state_dict"].get("combined_loader", []) if ResumableDataLoader.is_position(p)]
-    progress = loop["epoch_loop.batch_progress"]
     for counts in (*positions, progress["total"], progress["current"]):
         ready = counts.get("ready")  # of a file of Lightning's ModelCheckpoint, "completed" is one behind it
         for name in counts.keys() - {"epoch"}:

@@ -343,7 +343,12 @@ AB = {"class_to_idx": {"a": 5, "b": 2}}
         ("/china/01.png 1", "flower/00.png 0", {}, "train.txt lists /china/01.png, .* not below .*data_path"),
         ("../photos/china/01.png 1", "flower/00.png 0", {}, "lists ../photos/china/01.png, .* not below"),
         (None, "flower/01.png", {}, "VAL.txt: there is no train.txt"),
-        ("china/01.png 1 0\n", "flower/01.png 0", {}, "more than a path and a label in 'china/01.png 1 0'"),
+        (
+            "china/01.png 1 0\n",
+            "flower/01.png 0",
+            {},
+            "train.txt has more than a path and a label in 'china/01.png 1 0'",
+        ),
         ("china/01.png,1,train\n", "flower/01.png 0", {}, "more than a path and a label in 'china/01.png,1,train'"),
         ("china/01.png 3 wheels\nflower/00.png tench, Tinca", "flower/01.png 3 wheels", {}, [0, 1, 0]),
         ('china/01.png,"7, 11"\nflower/00.png,"1,000 things"', 'flower/01.png,"7, 11"', {}, [1, 0, 1]),
