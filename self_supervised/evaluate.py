@@ -93,7 +93,8 @@ def evaluate_checkpoint(
 
     Raises:
         ValueError: a protocol is unknown, or needs labels that the data set does not have; there is no lagging encoder;
-            `out` is the directory of a run; a setting of `training` has no effect.
+            `out` is the directory of a run or has the results of another checkpoint; a setting of `training` has no
+            effect.
     """
     seeds, training, reading = checked_seeds(seeds), plain(training or {}), plain(reading)
     protocols = [protocols] if isinstance(protocols, str) else protocols
@@ -133,7 +134,7 @@ def evaluate_checkpoint(
             linear_settings_of(data_of["trained"], seed, preset)
     if fresh:
         results.clear()
-    run_protocols(results, data_of, protocols, seeds, about["seen"])
+    run_protocols(results, data_of, protocols, seeds, about["seen"], refuse_others=out is not None)
     return results.content()
 
 
@@ -203,6 +204,7 @@ def run_protocols(
     protocols: Sequence[str],
     seeds: Sequence[int],
     seen_settings: dict[str, Any],
+    refuse_others: bool,
 ) -> None:
     """Run every protocol on every encoder, and on every seed if it draws anything. Runs whose key is in `results` are
     skipped.
@@ -210,12 +212,13 @@ def run_protocols(
     Args:
         data_of: the encoder's name -> its evaluation data.
         seen_settings: settings that decide which images, or clips, are seen and in which size.
+        refuse_others: whether to raise ValueError instead of dropping runs of another checkpoint.
     """
     hashes = {name: encoder_hash(data.encoder) for name, data in data_of.items()}
     hashes["lagging"] = hashes["trained"]  # both are replaced together
     trained = data_of["trained"].encoder
     files = dict.fromkeys(("trained", "lagging"), digest(trained)) if as_path(trained.report.source).is_file() else {}
-    results.keep_encoders(hashes, seen_settings, files)
+    results.keep_encoders(hashes, seen_settings, files, refuse_others)
     images = {  # hashes of each encoder and of the images as it sees them
         name: "".join(
             fingerprint(data.encoder, data.params, dataset, {}) for _, dataset in training_and_test(data.params)
@@ -357,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     refuse_checkpoints(args.checkpoints, args.out, args.lagging)
     if args.csv:
-        check_file("csv", args.csv, map(checkpoint_of, args.checkpoints))
+        check_file("csv", args.csv, read=map(checkpoint_of, args.checkpoints))
     with redirect_stdout(sys.stderr) if args.markdown else nullcontext():  # Markdown alone can be written to a file
         for checkpoint in args.checkpoints:
             if len(args.checkpoints) > 1:

@@ -74,14 +74,16 @@ def check_folder(name: str, folder: str | Path) -> None:
         raise ValueError(f"{name}={folder}: {existing} is not writable. Choose another directory.")
 
 
-def check_file(name: str, path: str | Path, read: Iterable[str | Path] = ()) -> None:
-    """Raise ValueError unless a file can be written at the path, which must be none of those that the program reads.
-    `name` is its option."""
+def check_file(name: str, path: str | Path, *extensions: str, read: Iterable[str | Path] = ()) -> None:
+    """Raise ValueError unless a file can be written at the path, which must end in one of the extensions, if any, and
+    be none of those that the program reads. `name` is its option."""
     path = local_path(name, path)
     if path.exists() and any(os.path.exists(file) and path.samefile(file) for file in map(os.path.expanduser, read)):
         raise ValueError(f"{name}={path}: this file is read, and would be overwritten. Pass another path.")
     if path.is_dir():
         raise ValueError(f"{name}={path}: is a directory. Pass the path of a file.")
+    if extensions and path.suffix not in extensions:
+        raise ValueError(f"{name}={path}: must end in {' or '.join(', '.join(extensions).rsplit(', ', 1))}")
     check_folder(name, path.parent)
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,9 @@ def pretrain_stage(
     fit.fit(model, ckpt_path=resumed)
     keep_minutes()
     results |= model.labels_result()
-    fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
+    is_written = partial(earlier_run.is_written, out / "pretrained.ckpt", fit.global_step)
+    if has_begun or not distributed.on_rank_zero(is_written):
+        fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     # Fewer than max_epochs if max_time ended the training. If no step was trained, the Trainer does not know them.
     results.setdefault("epochs", fit.current_epoch)
     if "trained encoder" not in results:  # it is if the resumed run was complete (see delete_outdated)

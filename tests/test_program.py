@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import train_blog
 from benchmarks import moving_photographs
-from self_supervised import evaluate, program, train
+from self_supervised import classify, evaluate, program, train
 from self_supervised.__main__ import COMMANDS
 from self_supervised.__main__ import main as entry
 from self_supervised.embeddings import embed, nearest
@@ -218,6 +218,11 @@ MISTAKES = {
     "train_blog, set": (train_blog, "--quick --set learning_rate=1", "learning_rate=1.*lr"),
     "train_blog, schedule": (train_blog, "--quick --set max_epochs=5", "epochs=20"),
     "embed": (embed, "nowhere.ckpt . --out x.parquet --device nonsense", "nonsense|nowhere"),
+    "embed, extension": (embed, "nowhere.ckpt . --out x.csv", "out=x.csv: must end in .parquet"),
+    "classify, extension": (classify, "nowhere.ckpt --apply . --out x.parquet", "out=x.parquet: must end in .csv"),
+    "nearest, extension": (nearest, "nowhere.parquet x.png --out x.jpg", "out=x.jpg: must end in .png"),
+    "report, extension": (report, "nowhere --out x.pdf", "out=x.pdf: must end in .html"),
+    "export, extension": (export, "nowhere.ckpt --format onnx --out x.pt", "Files of onnx end in .onnx"),
     "export": (export, "nowhere.ckpt --format onnx --out x", "nowhere.ckpt"),
     "nearest": (nearest, "nowhere.parquet x.png", "nowhere.parquet"),
     "map": (embedding_map, "nowhere.parquet", "nowhere.parquet"),

@@ -260,7 +260,7 @@ def nearest_sheet(
         folder: directory of the features' images, if it has moved.
     """
     features = as_path(features)
-    check_file("out", out, [features, *images, *([checkpoint] if checkpoint else [])])
+    check_file("out", out, ".png", read=[features, *images, *([checkpoint] if checkpoint else [])])
     about = parquet.facts_of_file(features)
     source = source_of_features(about, folder)
     queries = find_queries(features, images, source, checkpoint)

@@ -171,9 +171,7 @@ def make_map(
         folder: directory of the features' images, if it has moved. If it is not found, the page has no pictures.
     """
     for file in out:
-        check_file("out", file)
-        if file.suffix not in (*WRITERS, CLUSTERED):
-            raise ValueError(f"out={str(file)!r} must end in {', '.join(WRITERS)} or {CLUSTERED}")
+        check_file("out", file, *WRITERS, CLUSTERED)
         if file.resolve() == as_path(features).resolve():
             raise ValueError(f"out={str(file)!r} is the file of the embeddings. Choose another name for the copy.")
     if clusters is not None and clusters < 2:

@@ -25,8 +25,8 @@ from self_supervised.networks.pretrained import Encoder
 from self_supervised.safe_files import atomic_file
 
 HELD_OUT_FOLDS = 5
-DECAYS_OF_FEW = tuple(decay for decay in DECAYS if decay >= 0.1)  # weaker ones make most probabilities 0 or 1
 PROBABILITY_PRECISION = 1e-6  # of the scores
+DECAYS_OF_FEW = tuple(decay for decay in DECAYS if decay >= 0.1)  # weaker ones make most probabilities 0 or 1
 
 
 class ImageClassifier(nn.Module):

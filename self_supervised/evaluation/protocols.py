@@ -134,35 +134,35 @@ PROTOCOLS = {
     ),
     "linear": Protocol(
         seeded_probe(probes.linear),
-        f"{FROZEN}, standardized; logistic regression to the optimum (L-BFGS); L2 chosen on a held-out fifth of the "
-        "training set by accuracy, then cross entropy, and fitted to all of it; L2 is 100 if most images are of "
-        "classes with fewer than 5",
+        f"{FROZEN}, standardized; logistic regression to the optimum (L-BFGS), also of separable classes; L2 chosen on "
+        "a held-out fifth of the training set by accuracy, then cross entropy, and fitted to all of it; L2 is 100 if "
+        "most images are of classes with fewer than 5",
         "https://arxiv.org/abs/1805.08974, appendix; https://arxiv.org/abs/2002.05709, B.8",
     ),
     "linear_stages": Protocol(
         partial(score_stages, score=lambda sets, seed: probes.linear(*sets, seed=seed)),
-        "as linear, for each of the outputs of layer1 to layer4, averaged over the image",
+        "as linear, for the output of each of layer1 to layer4, averaged over the image",
         "after https://arxiv.org/abs/1905.01235, section 6.1",
         needs_stages=True,
     ),
     "few_labels": Protocol(
         seeded_probe(probes.few_labels),
-        "as linear within each draw of 1, 2, 5, 10, ... and all labels of each class; 3 draws, mean and sample "
+        "as linear, within each draw of 1, 2, 5, 10, ... labels of each class, and with all; 3 draws, mean and sample "
         "standard deviation",
         "after https://arxiv.org/abs/2204.07141",
     ),
     "svm": Protocol(
         lambda data, _: linear_models.svm(*data.sets),
-        f"{FROZEN}, of length 1; linear SVM of each class against the rest (squared hinge loss, positives have weight "
-        "2); cost chosen from 26 values by 3-fold cross-validation on the training set, or 0.5 with fewer than 3 "
-        "images per class; accuracy, or mean average precision",
+        f"{FROZEN}, of length 1; linear SVM of each class against the rest, to the optimum (squared hinge loss, "
+        "positives have weight 2); cost chosen from 26 values by 3-fold cross-validation on the training set, or 0.5 "
+        "with fewer than 3 images per class; accuracy, or mean average precision",
         "https://arxiv.org/abs/1905.01235, section 6.1",
         seeded=False,
         needs_classes=False,
     ),
     "svm_stages": Protocol(
         partial(score_stages, score=lambda sets, _: linear_models.svm(*sets)),
-        "as svm, for each of the outputs of layer1 to layer4, averaged over the image",
+        "as svm, for the output of each of layer1 to layer4, averaged over the image",
         "after https://arxiv.org/abs/1905.01235, section 6.1",
         seeded=False,
         slow=True,
@@ -171,8 +171,8 @@ PROTOCOLS = {
     ),
     "low_shot_svm": Protocol(
         seeded_probe(probes.low_shot_svm),
-        "as svm, on 1, 2, 4, 8, 16, 32, 64, 96 images of each class; 5 draws, mean and sample standard deviation; cost "
-        "by 3-fold cross-validation within the draw with at least 4 images per class, else 0.5",
+        "as svm, on 1, 2, 4, 8, 16, 32, 64 and 96 images of each class; 5 draws, mean and sample standard deviation; "
+        "cost by 3-fold cross-validation within the draw with at least 4 images per class, else 0.5",
         "https://arxiv.org/abs/1905.01235, section 6.2",
         needs_classes=False,
     ),
@@ -185,7 +185,7 @@ PROTOCOLS = {
     ),
     "linear_patches": Protocol(
         lambda data, seed: probes.linear(*data.patches, seed=seed),
-        f"as linear, but {OF_PATCHES}",
+        f"as linear, {OF_PATCHES}",
         "https://arxiv.org/abs/2304.03977, section 4.1",
         slow=True,
     ),

@@ -44,6 +44,7 @@ class Results:
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights in this evaluation
         self.encoder_settings: dict[str, Any] = {}  # settings OF_ENCODER that this evaluation changes
         self.files: dict[str, str] = {}  # encoder -> SHA-256 of the checkpoint, if it is in this one
+        self.checkpoints = {config["checkpoint"] for config in self.config.values() if "checkpoint" in config}
 
     def clear(self) -> None:
         """Delete earlier results."""
@@ -53,11 +54,26 @@ class Results:
     def find(self, key: str) -> RunRecord | None:
         return next((run for run in self.runs if run["key"] == key), None)
 
-    def keep_encoders(self, hashes: dict[str, str], seen: dict[str, Any], files: dict[str, str]) -> None:
+    def keep_encoders(
+        self, hashes: dict[str, str], seen: dict[str, Any], files: dict[str, str], refuse_others: bool = False
+    ) -> None:
         """Drop runs whose encoder has the same name but other weights: the checkpoint was trained further. Hashes may
-        depend on the settings OF_ENCODER; where these differ, the SHA-256 of the checkpoints are compared."""
+        depend on the settings OF_ENCODER; where these differ, the SHA-256 of the checkpoints are compared.
+
+        Raises:
+            ValueError: with `refuse_others`, if runs of another checkpoint would be dropped.
+        """
         self.hashes, self.encoder_settings, self.files = hashes, encoder_settings_in(seen), files
-        self.runs = list(filter(self.is_kept, self.runs))
+        kept = list(filter(self.is_kept, self.runs))
+        own = {as_path(config["checkpoint"]).absolute().parts for config in self.own_config.values()}
+        # the ends of two paths that may be relative to different directories
+        others = [name for name in self.checkpoints if all(Path(name).parts[-2:] != x[-2:] for x in own)]
+        if refuse_others and others and len(kept) < len(self.runs):
+            raise ValueError(
+                f"out={self.folder}: has the results of {', '.join(sorted(others))}, which would be deleted. Choose "
+                "another --out, or pass --fresh (fresh=True) to replace them."
+            )
+        self.runs = kept
 
     def is_kept(self, run: RunRecord) -> bool:
         if encoder_settings_in(run.get("seen", {})) == self.encoder_settings:

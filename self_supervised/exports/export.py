@@ -86,6 +86,11 @@ def targets(
     if not is_folder and out.suffix and not out.suffix[1:].isdigit() and not out.is_dir():  # digits: exports/v1.2
         if len(formats) > 1:
             raise ValueError(f"out={str(out)!r} is a file, but there are {len(formats)} formats. Pass a directory.")
+        own = FORMATS[formats[0]].extension
+        if out.suffix != own and out.suffix in {row.extension for row in FORMATS.values()}:
+            raise ValueError(
+                f"out={str(out)!r}: has the extension of another format. Files of {formats[0]} end in {own}"
+            )
         paths = [out]
     else:
         folder = out or (source.parent if source.is_file() else Path())

@@ -69,9 +69,7 @@ def draw_curves(
         ValueError: a metric is in none of the runs, there are more runs than COLORS or more metrics in a panel than
             STYLES, or the path does not end in .png.
     """
-    if Path(path).suffix != ".png":
-        raise ValueError(f"out={str(path)!r} must end in .png")
-    check_file("out", path)
+    check_file("out", path, ".png")
     groups = {label: curves if isinstance(curves, list) else [curves] for label, curves in runs.items()}
     known = sorted({name for group in groups.values() for curves in group for name in curves})
     if not known:

@@ -45,7 +45,7 @@ def write_report(
     if images < 0:
         raise ValueError(f"images={images} must be at least 0")
     out = Path(out or (folders[0] / "report.html" if len(folders) == 1 else "report.html")).expanduser()
-    check_file("out", out)
+    check_file("out", out, ".html")
     data = content(folders, images, encoder)
     template = Path(__file__).with_name("report.html")
     page = template.read_text(encoding="utf-8")

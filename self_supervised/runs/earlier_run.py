@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,14 @@ def resume_point(
             reason = reason.replace("max_epochs", "linear_epochs")
         raise ValueError(f"{reason}, or choose another --out (resume={given!r}: {path}).") from error
     return path, content["global_step"]
+
+
+def is_written(path: Path, step: int) -> bool:
+    """Return whether the file is a checkpoint after that many optimizer steps. It is then left alone: `evaluate` and
+    `embed` know an encoder by the hash of its file, which would change even with the same weights."""
+    with suppress(OSError, ValueError):  # it is absent, or damaged
+        return checkpoints.read_checkpoint(path).get("global_step") == step
+    return False
 
 
 def absolute(weights: str | None) -> str | None:

@@ -40,9 +40,8 @@ def write_preview(params: ModelParams, path: str | Path, loader: Iterable[Any] |
     Raises:
         ValueError: the path does not end in .png, or an image cannot be read.
     """
-    if (path := as_path(path)).suffix != ".png":
-        raise ValueError(f"preview={path}: must end in .png.")
-    check_file("preview", path)
+    path = as_path(path)
+    check_file("preview", path, ".png")
     sheet = arrange(first_columns(params, loader, rows))
     with atomic_file(path) as unfinished:
         sheet.save(unfinished, "PNG")

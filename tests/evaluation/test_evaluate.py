@@ -202,6 +202,23 @@ def test_two_evaluations_at_once_keep_each_others_runs(tmp_path):
     assert shown == ["knn", "linear"]  # the run with the training settings of this evaluation
 
 
+def test_results_of_another_checkpoint_are_not_deleted(checkpoint, tmp_path, monkeypatch):
+    out, other = tmp_path / "out", tmp_path / "other.ckpt"
+    quick = {"protocols": ["rank_me"], "out": out, "baselines": False}
+    content = torch.load(checkpoint, weights_only=True)
+    first = evaluate_checkpoint(checkpoint, **quick)["runs"]
+    content["state_dict"] = {name: x * 1.5 for name, x in content["state_dict"].items()}
+    torch.save(content, other)
+    with pytest.raises(ValueError, match=f"out=.*out: has the results of .*{checkpoint.name}, which.*--fresh"):
+        evaluate_checkpoint(other, **quick)
+    assert json.loads((out / "results.json").read_text())["runs"] == first
+    assert evaluate_checkpoint(other, **quick, fresh=True)["runs"] != first
+    torch.save(torch.load(checkpoint, weights_only=True), other)  # the same file after more training
+    monkeypatch.chdir(tmp_path)
+    (run,) = evaluate_checkpoint(other.name, **quick)["runs"]
+    assert run["scores"] == first[0]["scores"]
+
+
 def test_a_killed_evaluation_resumes(checkpoint, monkeypatch, tmp_path):
     whole = evaluate_checkpoint(checkpoint, QUICK, out=tmp_path / "whole")
     calls, run = [], PROTOCOLS["uniformity"].run

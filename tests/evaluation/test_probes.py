@@ -54,6 +54,29 @@ def test_the_chosen_l2_is_the_best_on_the_held_out_part(digits):
     assert held_out(chosen) >= max(held_out(10.0**i) for i in range(-2, 5)) - 0.011  # tolerance: one of 100 images
 
 
+@pytest.mark.parametrize("decay", [1e-6, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("images", [60, 400])  # fewer and more than there are features
+def test_weak_l2_on_separable_classes_is_scikit_learns_optimum(digits, images, decay):
+    x, test_x = linear_models.standardized(digits[0][:images], digits[2])
+    y = digits[1][:images]
+    logits = linear_models.linear_logits(x, test_x, y, decay, probes.PRECISION)
+    reference = LogisticRegression(C=1 / decay, max_iter=100_000, tol=1e-9).fit(x.double(), y)
+    classes = torch.arange(10)
+    for part, features, labels in zip(logits, (x, test_x), (y, digits[3]), strict=True):
+        expected = 100 * reference.score(features.double(), labels)
+        assert linear_models.accuracy(part, classes, labels, 1) == pytest.approx(expected, abs=0.61)  # 3 of 500 images
+    assert linear_models.accuracy(logits[0], classes, y, 1) == 100
+
+    def objective(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> float:
+        losses = torch.nn.functional.cross_entropy(x.double() @ weight.double() + bias, y, reduction="sum")
+        return float(losses + decay / 2 * weight.double().square().sum())
+
+    inside = linear_models.within_span(x, x)[0]
+    ours = objective(inside, *linear_models.logistic_regression(inside, y, decay, probes.PRECISION))
+    best = objective(x, torch.from_numpy(reference.coef_.T), torch.from_numpy(reference.intercept_))
+    assert ours < 1.01 * best
+
+
 def two_classes(n: int, seed: int) -> tuple[torch.Tensor, ...]:
     """Sets of n and n + 1 images of two classes that are easily told apart: (train x, y, test x, y)."""
     rng = torch.Generator().manual_seed(seed)
@@ -88,7 +111,6 @@ def test_hyperparameters_do_not_depend_on_test_labels(digits):
 def test_the_few_label_curve_rises_to_all_labels(digits, monkeypatch):
     monkeypatch.setattr(probes, "FEW_LABELS", (1, 20, 1000))
     monkeypatch.setattr(probes, "FEW_DRAWS", 2)
-    monkeypatch.setattr(probes, "PRECISION", 1e-3)  # a tenth of the time
     found = probes.few_labels(*digits, seed=1)
     assert found["labels_all_acc1"] == probes.linear(*digits, seed=1)["acc1"]
     assert found["labels1_acc1"] + 10 < found["labels20_acc1"] < found["labels_all_acc1"]

@@ -472,7 +472,11 @@ def test_a_resumed_run_compares_scores_of_the_same_images(run, trainer, monkeypa
     for epochs in (3, 4):
         out = shutil.copytree(run, tmp_path / f"until_{epochs}")
         (out / "pretrained.evaluation").mkdir(exist_ok=True)
-        main(RUN.format(out=out) + f" --resume auto --limit_val_batches 2 --max_epochs {epochs}", monkeypatch)
+        encoder = (out / "pretrained.ckpt").read_bytes()
+        line = RUN.format(out=out) + f" --resume auto --limit_val_batches 2 --max_epochs {epochs}"
+        main(line, monkeypatch)
+        # the same file, by whose hash `evaluate` and `embed` know the encoder
+        assert ((out / "pretrained.ckpt").read_bytes() == encoder) == (epochs == 3)
         assert (out / "pretrained.evaluation").exists() == (epochs == 3)  # of the same encoder: no step follows
         fresh = RUN.replace("--linear_epochs 1", "").format(out=tmp_path / f"fresh_{epochs}")
         main(f"{fresh} --limit_val_batches 2 --max_epochs {epochs}", monkeypatch)
