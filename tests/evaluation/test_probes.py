@@ -54,27 +54,41 @@ def test_the_chosen_l2_is_the_best_on_the_held_out_part(digits):
     assert held_out(chosen) >= max(held_out(10.0**i) for i in range(-2, 5)) - 0.011  # tolerance: one of 100 images
 
 
+def objective(x: torch.Tensor, y: torch.Tensor, decay: float, weight: torch.Tensor, bias: torch.Tensor) -> float:
+    losses = torch.nn.functional.cross_entropy(x.double() @ weight.double() + bias, y, reduction="sum")
+    return float(losses + decay / 2 * weight.double().square().sum())
+
+
+def optimum(x: torch.Tensor, y: torch.Tensor, decay: float) -> tuple[LogisticRegression, float]:
+    """Return scikit-learn's classifier in float64, and its objective."""
+    reference = LogisticRegression(C=1 / decay, max_iter=100_000, tol=1e-9).fit(x.double(), y)
+    weights = torch.from_numpy(reference.coef_.T), torch.from_numpy(reference.intercept_)
+    return reference, objective(x, y, decay, *weights)
+
+
 @pytest.mark.parametrize("decay", [1e-6, 1e-4, 1e-2, 1.0])
 @pytest.mark.parametrize("images", [60, 400])  # fewer and more than there are features
 def test_weak_l2_on_separable_classes_is_scikit_learns_optimum(digits, images, decay):
     x, test_x = linear_models.standardized(digits[0][:images], digits[2])
     y = digits[1][:images]
     logits = linear_models.linear_logits(x, test_x, y, decay, probes.PRECISION)
-    reference = LogisticRegression(C=1 / decay, max_iter=100_000, tol=1e-9).fit(x.double(), y)
+    reference, best = optimum(x, y, decay)
     classes = torch.arange(10)
     for part, features, labels in zip(logits, (x, test_x), (y, digits[3]), strict=True):
         expected = 100 * reference.score(features.double(), labels)
         assert linear_models.accuracy(part, classes, labels, 1) == pytest.approx(expected, abs=0.61)  # 3 of 500 images
     assert linear_models.accuracy(logits[0], classes, y, 1) == 100
-
-    def objective(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> float:
-        losses = torch.nn.functional.cross_entropy(x.double() @ weight.double() + bias, y, reduction="sum")
-        return float(losses + decay / 2 * weight.double().square().sum())
-
     inside = linear_models.within_span(x, x)[0]
-    ours = objective(inside, *linear_models.logistic_regression(inside, y, decay, probes.PRECISION))
-    best = objective(x, torch.from_numpy(reference.coef_.T), torch.from_numpy(reference.intercept_))
-    assert ours < 1.01 * best
+    weights = linear_models.logistic_regression(inside, y, decay, probes.PRECISION)
+    assert objective(inside, y, decay, *weights) < 1.003 * best
+
+
+def test_weak_l2_on_many_separable_classes_is_scikit_learns_optimum():
+    y = torch.arange(300) % 100
+    x = torch.randn(100, 64)[y] + torch.randn(300, 64)
+    x = linear_models.standardized(x, x)[0]
+    weights = linear_models.logistic_regression(x, y, 1e-4, probes.PRECISION)
+    assert objective(x, y, 1e-4, *weights) < 1.003 * optimum(x, y, 1e-4)[1]
 
 
 def two_classes(n: int, seed: int) -> tuple[torch.Tensor, ...]:

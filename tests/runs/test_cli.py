@@ -414,6 +414,15 @@ def test_a_training_that_max_time_has_ended_is_complete(trainer):
     assert not resuming.has_ended(state, trainer(max_epochs=9))
 
 
+def test_a_checkpoint_that_is_absent_damaged_or_older_is_written_again(tmp_path):
+    path = tmp_path / "pretrained.ckpt"
+    assert not earlier_run.is_written(path, 3)
+    path.write_bytes(b"interrupted")
+    assert not earlier_run.is_written(path, 3)
+    torch.save({"global_step": 3, "state_dict": {}}, path)
+    assert earlier_run.is_written(path, 3) and not earlier_run.is_written(path, 4)
+
+
 def test_fewer_epochs_of_the_linear_stage_are_refused_before_anything_is_written(run, monkeypatch, tmp_path):
     out = shutil.copytree(run, tmp_path / "copy")
     line = RUN.format(out=out) + " --resume auto --linear_epochs"
