@@ -84,3 +84,12 @@ def test_in_another_precision_it_is_said_to_have_no_effect(trainer, small, caplo
     trainer(max_steps=1, precision="bf16-mixed").fit(method)
     assert "winograd=True: no effect on cpu in bf16-mixed, only on cpu in 32-true" in caplog.text
     assert not any(isinstance(module, winograd.WinogradConv2d) for module in method.modules())
+
+
+@pytest.mark.parametrize(("sizes", "images"), [({"micro_batch_size": 4}, 4), ({"global_batch_size": 16}, 8), ({}, 16)])
+def test_auto_measures_with_the_images_that_pass_the_encoder_at_once(sizes, images, trainer, small, monkeypatch):
+    seen = []
+    monkeypatch.setattr(winograd, "use_winograd", lambda *arguments: seen.append(arguments[2]) or 0)
+    method = SelfSupervisedMethod(small("simclr", winograd="auto", batch_size=16, evaluations=[], **sizes))
+    trainer(max_steps=1, accumulate_grad_batches=2 if "global_batch_size" in sizes else 1).fit(method)
+    assert seen == [images]

@@ -242,6 +242,13 @@ def test_without_processes_everything_is_the_identity():
     assert distributed.any_process(True) and not distributed.any_process(False)
 
 
+def test_scores_of_streams_on_several_processes_are_warned_of(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    stream = torch.utils.data.DataLoader(torch.utils.data.ChainDataset([]))
+    with pytest.warns(UserWarning, match="from an IterableDataset, and they are not gathered"):
+        assert distributed.gather_evaluated(x := torch.randn(3, 2), stream) is x
+
+
 def drawn_seeds(rank: int, world: int, given: int | None) -> dict:
     """Without a seed, each process draws another one, as in PyTorch since 2.14."""
     torch.manual_seed(rank + 5)
