@@ -82,7 +82,7 @@ def check_file(name: str, path: str | Path, *extensions: str, read: Iterable[str
         raise ValueError(f"{name}={path}: this file is read, and would be overwritten. Pass another path.")
     if path.is_dir():
         raise ValueError(f"{name}={path}: is a directory. Pass the path of a file.")
-    if extensions and path.suffix not in extensions:
+    if extensions and path.suffix.lower() not in extensions:
         raise ValueError(f"{name}={path}: must end in {' or '.join(', '.join(extensions).rsplit(', ', 1))}")
     check_folder(name, path.parent)
 

@@ -70,3 +70,9 @@ def test_rows_that_are_not_complete_are_passed_over(tmp_path, end):
     (tmp_path / "metrics.csv").write_bytes(b"epoch,loss,step\n0,0.5,0\n0,,1\n" + end)
     columns, rows = rows_of(tmp_path / "metrics.csv")
     assert columns == ["epoch", "loss", "step"] and [row["step"] for row in rows] == ["0", "1"]
+
+
+def test_extensions_may_be_in_capitals(tmp_path):
+    check_file("out", tmp_path / "a.PNG", ".png")
+    with pytest.raises(ValueError, match=r"out=.*a\.gif: must end in \.png, \.html or \.csv$"):
+        check_file("out", tmp_path / "a.gif", ".png", ".html", ".csv")

@@ -183,7 +183,7 @@ def make_map(
     paths, embeddings, labels = sample(features, n, seed)
     points = project(embeddings, method, seed)
     by_label = clusters is None and any(label is not None for label in labels)
-    needed = not by_label or any(file.suffix == CLUSTERED for file in out)
+    needed = not by_label or any(file.suffix.lower() == CLUSTERED for file in out)
     model = clustering(embeddings, clusters, seed) if needed else None
     kind, names, meaning = kinds(labels, None if by_label else model.labels_)
     images = f"{len(paths):,} of {parquet.count_rows(features):,} images in {Path(about['images']).name}"
@@ -197,11 +197,11 @@ def make_map(
         print(f"the page has no pictures: {error}")
         source = None
     for file in out:
-        if file.suffix == CLUSTERED:
+        if file.suffix.lower() == CLUSTERED:
             parquet.write_clusters(features, file, lambda x: model.predict(unit_rows(x)) + 1)
         else:
             with atomic_file(as_path(file)) as unfinished:
-                WRITERS[file.suffix](drawn, source, unfinished)
+                WRITERS[file.suffix.lower()](drawn, source, unfinished)
         print(file)
     return drawn
 
