@@ -73,7 +73,7 @@ def test_images_and_lists_that_a_stranger_names_are_not_read(strangers, tmp_path
     (lists / "train.txt").write_text("a/000.png\n")
     with pytest.raises(ValueError, match="splits_path=.*Pass splits_path"):
         evaluate_checkpoint(strangers(splits_path=str(lists)), ["knn"], baselines=False, data_path=str(private))
-    embed(file, private, tmp_path / "features")  # does not need the checkpoint's paths
+    embed(file, private, tmp_path / "features.parquet")  # does not need the checkpoint's paths
 
 
 def test_files_that_a_stranger_names_are_not_opened(strangers, tmp_path):
