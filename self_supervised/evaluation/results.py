@@ -66,8 +66,8 @@ class Results:
         self.hashes, self.encoder_settings, self.files = hashes, encoder_settings_in(seen), files
         kept = list(filter(self.is_kept, self.runs))
         own = {as_path(config["checkpoint"]).absolute().parts for config in self.own_config.values()}
-        # the ends of two paths that may be relative to different directories
-        others = [name for name in self.checkpoints if all(Path(name).parts[-2:] != x[-2:] for x in own)]
+        ends = {name: Path(name).parts[-2:] for name in self.checkpoints}  # it may be relative to another directory
+        others = [name for name, end in ends.items() if all(parts[-len(end) :] != end for parts in own)]
         if refuse_others and others and len(kept) < len(self.runs):
             raise ValueError(
                 f"out={self.folder}: has the results of {', '.join(sorted(others))}, which would be deleted. Choose "

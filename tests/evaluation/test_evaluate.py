@@ -217,6 +217,9 @@ def test_results_of_another_checkpoint_are_not_deleted(checkpoint, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (run,) = evaluate_checkpoint(other.name, **quick)["runs"]
     assert run["scores"] == first[0]["scores"]
+    torch.save(content, other)
+    (again,) = evaluate_checkpoint(other, **quick)["runs"]  # the stored name is relative, and this one is absolute
+    assert again["hash"] != run["hash"]
 
 
 def test_a_killed_evaluation_resumes(checkpoint, monkeypatch, tmp_path):
