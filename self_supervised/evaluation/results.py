@@ -44,7 +44,8 @@ class Results:
         self.hashes: dict[str, str] = {}  # encoder -> hash of its weights in this evaluation
         self.encoder_settings: dict[str, Any] = {}  # settings OF_ENCODER that this evaluation changes
         self.files: dict[str, str] = {}  # encoder -> SHA-256 of the checkpoint, if it is in this one
-        self.checkpoints = {config["checkpoint"] for config in self.config.values() if "checkpoint" in config}
+        self.earlier_config = stored["config"]
+        self.refuse_others = False  # whether results of another checkpoint are an error
 
     def clear(self) -> None:
         """Delete earlier results."""
@@ -61,19 +62,27 @@ class Results:
         depend on the settings OF_ENCODER; where these differ, the SHA-256 of the checkpoints are compared.
 
         Raises:
-            ValueError: with `refuse_others`, if runs of another checkpoint would be dropped.
+            ValueError: with `refuse_others`, if runs of another checkpoint would be dropped, now or by `add`.
         """
         self.hashes, self.encoder_settings, self.files = hashes, encoder_settings_in(seen), files
-        kept = list(filter(self.is_kept, self.runs))
-        own = {as_path(config["checkpoint"]).absolute().parts for config in self.own_config.values()}
-        ends = {name: Path(name).parts[-2:] for name in self.checkpoints}  # it may be relative to another directory
+        self.refuse_others = refuse_others
+        self.runs = self.kept_of(self.runs, self.earlier_config)
+
+    def kept_of(self, runs: list[RunRecord], config: dict[str, Any]) -> list[RunRecord]:
+        """Return the stored runs without those of other weights. `config` is stored beside them."""
+        kept = list(filter(self.is_kept, runs))
+        if not self.refuse_others or len(kept) == len(runs):
+            return kept
+        own = {as_path(settings["checkpoint"]).absolute().parts for settings in self.own_config.values()}
+        names = {settings["checkpoint"] for settings in config.values() if "checkpoint" in settings}
+        ends = {name: Path(name).parts[-2:] for name in names}  # it may be relative to another directory
         others = [name for name, end in ends.items() if all(parts[-len(end) :] != end for parts in own)]
-        if refuse_others and others and len(kept) < len(self.runs):
+        if others:
             raise ValueError(
                 f"out={self.folder}: has the results of {', '.join(sorted(others))}, which would be deleted. Choose "
                 "another --out, or pass --fresh (fresh=True) to replace them."
             )
-        self.runs = kept
+        return kept
 
     def is_kept(self, run: RunRecord) -> bool:
         if encoder_settings_in(run.get("seen", {})) == self.encoder_settings:
@@ -90,7 +99,7 @@ class Results:
         """Write runs to the files. They replace earlier runs with the same RUN_KEYS."""
         with locked(self.folder, wait=WAIT_FOR_RESULTS):
             stored = read_results(self.path)
-            kept = filter(self.is_kept, stored["runs"])
+            kept = self.kept_of(stored["runs"], stored["config"])
             self.runs = [old for old in kept if not any(is_same(old, run) for run in runs)] + list(runs)
             self.config = stored["config"] | self.own_config
             self.write()

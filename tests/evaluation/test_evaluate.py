@@ -222,6 +222,21 @@ def test_results_of_another_checkpoint_are_not_deleted(checkpoint, tmp_path, mon
     assert again["hash"] != run["hash"]
 
 
+def test_an_evaluation_does_not_delete_the_results_of_another_one_that_runs(tmp_path):
+    def started(name):
+        one = results.Results(tmp_path)
+        one.begin("digits", {"checkpoint": name, "encoders": {}, "versions": {}})
+        one.keep_encoders({"trained": name}, {}, {}, refuse_others=True)
+        return one, {"protocol": "knn", "dataset": "digits", "encoder": "trained", "seed": 0, "key": name, "hash": name}
+
+    told = {"scores": {"acc": 1.0}, "seconds": 1, "definition": "", "source": ""}
+    (first, run), (second, other) = started("a.ckpt"), started("b.ckpt")
+    first.add(run | told)
+    with pytest.raises(ValueError, match="has the results of a.ckpt, which would be deleted"):
+        second.add(other | told)
+    assert results.read_results(first.path)["runs"] == [run | told]
+
+
 def test_a_killed_evaluation_resumes(checkpoint, monkeypatch, tmp_path):
     whole = evaluate_checkpoint(checkpoint, QUICK, out=tmp_path / "whole")
     calls, run = [], PROTOCOLS["uniformity"].run
