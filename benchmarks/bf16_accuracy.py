@@ -23,6 +23,7 @@ METHODS = ("simclr", "byol", "vicreg")
 FLOAT32, WINOGRAD = "32-true", "winograd"  # the latter in 32-true
 ARITHMETIC = (FLOAT32, "bf16-mixed", WINOGRAD)
 SCORES = {"linear %": "valid_class_acc", "kNN-20 %": "valid_knn20_acc"}
+EXPERIMENT = ("method", "lr", "encoder", "epochs", "fraction")  # trainings that are compared agree in these
 SETTINGS = {"evaluations": ["linear_probe", "knn"]}
 QUICK = {**SETTINGS, "dataset_name": "digits", "mlp_hidden_dim": 16, "dim": 16}
 
@@ -54,7 +55,7 @@ def summary(rows: list[Row]) -> list[Row]:
     """Return one row for each experiment, other arithmetic and score: both, and their difference in deviations."""
     groups: dict[tuple, dict[str, list[Row]]] = {}
     for row in rows:
-        experiment = tuple(str(row[name]) for name in ("method", "encoder", "epochs", "fraction"))
+        experiment = tuple(str(row[name]) for name in EXPERIMENT)
         groups.setdefault(experiment, {}).setdefault(row["precision"], []).append(row)
     comparisons = []
     for (experiment, of), other, score in itertools.product(groups.items(), ARITHMETIC[1:], SCORES):
@@ -65,7 +66,7 @@ def summary(rows: list[Row]) -> list[Row]:
         spread = statistics.stdev(float32) if len(float32) > 1 else float("nan")
         difference = statistics.mean(values) - statistics.mean(float32)
         comparisons.append({
-            **dict(zip(("method", "encoder", "epochs", "fraction"), experiment, strict=True)),
+            **dict(zip(EXPERIMENT, experiment, strict=True)),
             "score": score,
             FLOAT32: text(float32),
             "arithmetic": other,
@@ -98,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         options.data_fraction = 0.2
     experiment = {"encoder": options.encoder_arch, "epochs": options.max_epochs, "fraction": options.data_fraction}
     for seed, method, precision in itertools.product(options.seeds, options.methods, options.arithmetic):
-        key = {"method": method, "precision": precision, "seed": seed, **experiment}
+        lr = recipe(method, "cifar10_laptop").lr
+        key = {"method": method, "lr": lr, "precision": precision, "seed": seed, **experiment}
         rows = finished(options.out / "bf16_accuracy.csv")
         if not has(rows, key):
             report("bf16_accuracy", [*rows, trained(key, QUICK if options.quick else SETTINGS)], options.out)

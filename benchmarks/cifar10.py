@@ -6,8 +6,8 @@
     python -m benchmarks.cifar10 cifar10_gpu --at_once 6 --set torch_compile=reduce-overhead
 
 A run has the commands of a user: `self-supervised train PRESET --recipe KIND`, then `self-supervised evaluate`. If this
-command is repeated, it skips rows that are in the CSV file with the recipe's learning rate of today, and resumes
-interrupted runs from their last checkpoint.
+command is repeated, it skips rows that are in the CSV file with the recipe's learning rate of today and the settings of
+--set, and resumes interrupted runs from their last checkpoint.
 Two rows have no training: an encoder with random weights, and the pixels themselves.
 
 KIND.csv has one row for each preset and seed, with accuracies on the test images in percent. The logistic regression is
@@ -20,25 +20,25 @@ import argparse
 import csv
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-import torch
-from attrs import frozen
-from torch import Tensor
+from attrs import evolve, frozen
+from torch import Tensor, nn
 
 from benchmarks import harness
 from model_params import PRESETS
-from self_supervised import recipes
-from self_supervised.data.loading import get_dataset
+from self_supervised import demo, recipes
 from self_supervised.evaluation import probes
 from self_supervised.fields import as_path
+from self_supervised.training import run_folder
 
 NO_TRAINING = ("random encoder", "pixels")
 MONITOR = ("--evaluations", "knn", "--evaluate_every_n_epochs", "5")  # for the curves
@@ -48,7 +48,7 @@ QUICK = ("dataset_name=digits", "encoder_arch=small_cnn", "max_epochs=1", "warmu
 
 @frozen
 class Run:
-    """One preset, seed and learning rate, in a directory of its own."""
+    """One preset, seed, learning rate and further settings, in a directory of its own."""
 
     kind: str
     preset: str
@@ -58,12 +58,26 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return self.root / f"{self.preset}_{self.seed}_lr_{self.lr:g}"
+        name = f"{self.preset}_{self.seed}_lr_{self.lr:g}"
+        return self.root / "_".join([name, *filter(None, [re.sub(r"[^\w.=-]+", "_", self.further)])])
+
+    @property
+    def values(self) -> dict[str, str]:
+        return dict(setting.split("=", 1) for setting in self.settings)
 
     @property
     def lr(self) -> float:
-        values = dict(setting.split("=", 1) for setting in self.settings)
-        return float(values.get("lr", recipes.recipe(self.preset, self.kind).lr))
+        return float(self.values.get("lr", recipes.recipe(self.preset, self.kind).lr))
+
+    @property
+    def further(self) -> str:
+        """The settings but lr, as one text."""
+        return " ".join(sorted(f"{name}={value}" for name, value in self.values.items() if name != "lr"))
+
+    @property
+    def known(self) -> harness.Row:
+        """What tells its row from all others."""
+        return {"preset": self.preset, "seed": self.seed, "lr": self.lr, "settings": self.further}
 
     def program(self, *arguments: str) -> None:
         """Run one of the library's programs; its output goes to the run's log."""
@@ -97,7 +111,10 @@ class Run:
             speed = statistics.median(float(line["images_per_second"]) for line in csv.DictReader(file))
         minutes = round(trained["pretraining minutes"], 1)
         facts = {"epochs": trained["epochs"], "minutes": minutes, "images/s": round(speed)}
-        return {**empty(self.preset, self.seed), "lr": self.lr, **self.scores(), **facts}
+        facts["precision"] = run_folder.settings_of_run(self.folder)["precision"]
+        (started, *_) = json.loads((self.folder / "run.json").read_text())
+        commit = harness.short(started["versions"]["commit"])
+        return {**empty(self.preset, self.seed), **self.known, **self.scores(), **facts, "commit": commit}
 
     def curve(self) -> list[harness.Row]:
         with open(self.folder / "pretraining" / "metrics.csv") as file:
@@ -118,18 +135,15 @@ def accuracies_of(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tens
 def empty(preset: str, seed: int | str) -> harness.Row:
     """A row without results, whose last columns say where they are from."""
     known = {"preset": preset, "seed": seed}
-    blanks = dict.fromkeys(("lr", "linear %", "kNN-20 %", "epochs", "minutes", "images/s"), "")
-    return {**known, **blanks, "date": time.strftime("%Y-%m-%d"), "commit": harness.commit()}
+    names = ("lr", "settings", "linear %", "kNN-20 %", "epochs", "minutes", "images/s", "precision")
+    return {**known, **dict.fromkeys(names, ""), "date": time.strftime("%Y-%m-%d"), "commit": harness.commit()}
 
 
 def pixels(run: Run) -> harness.Row:
-    """Scores of standardized pixels, without an encoder."""
-    values = dict(setting.split("=", 1) for setting in run.settings)
-    params = recipes.recipe(run.preset, run.kind, dataset_name=values.get("dataset_name", "cifar10"))
-    data = []
-    for split in ("train", "test"):
-        images, labels = zip(*get_dataset(params, (split,)), strict=True)
-        data += [torch.stack(images).flatten(1) / 255, torch.as_tensor(labels)]
+    """Scores of the normalized pixels that encoders get, without an encoder."""
+    params = recipes.recipe(run.preset, run.kind, dataset_name=run.values.get("dataset_name", "cifar10"))
+    size = recipes.KINDS[run.kind].reading.get("transform_crop_size", params.transform_crop_size)
+    data = demo.features(nn.Flatten(), evolve(params, transform_crop_size=size))
     return {**empty("pixels", 0), **accuracies_of(*data)}
 
 
@@ -139,31 +153,34 @@ class Table:
     def __init__(self, path: Path):
         self.path, self.lock, self.rows = path, Lock(), harness.finished(path)
 
-    def has(self, preset: str, seed: int, **known: float) -> bool:
-        return harness.has(self.rows, {"preset": preset, "seed": seed, **known})
+    def has(self, known: harness.Row) -> bool:
+        return harness.has(self.rows, known)
 
-    def put(self, preset: str, seed: int, rows: Iterable[harness.Row]) -> None:
-        """Add the rows of a preset and seed, in place of those of another lr, or that an interrupted command left."""
+    def put(self, rows: Sequence[harness.Row], *names: str) -> None:
+        """Add rows in place of those with the same values of these columns."""
         with self.lock:
-            self.rows = [row for row in self.rows if not harness.has([row], {"preset": preset, "seed": seed})]
+            known = [{name: row[name] for name in names} for row in rows[:1]]
+            self.rows = [row for row in self.rows if not any(harness.has([row], one) for one in known)]
             self.rows += [{name: str(value) for name, value in row.items()} for row in rows]
             order = [*NO_TRAINING, *PRESETS]
-            self.rows.sort(key=lambda row: (order.index(row["preset"]), int(row["seed"])))
+            self.rows.sort(key=lambda row: (order.index(row["preset"]), float(row.get("lr") or 0), int(row["seed"])))
             harness.write(self.path, self.rows)
 
 
 def finish(run: Run, table: Table, curves: Table, first: bool) -> bool:
     """Compute the rows of a run that are missing. Return whether it succeeded."""
     try:
-        if not table.has(run.preset, run.seed, lr=run.lr):
+        if not table.has(run.known):
             row = run.row()
-            curves.put(run.preset, run.seed, run.curve())
-            table.put(run.preset, run.seed, [row])
+            usual = evolve(run, settings=[one for one in run.settings if not one.startswith("lr=")])
+            if run.lr == usual.lr or not curves.has({"preset": run.preset, "seed": run.seed}):
+                curves.put(run.curve(), "preset", "seed")
+            table.put([row], *run.known)
             print(", ".join(f"{name} {harness.shown(value)}" for name, value in row.items() if value != ""), flush=True)
-        if first and not table.has("random encoder", 0):  # its weights do not depend on the seed
-            table.put("random encoder", 0, [{**empty("random encoder", 0), **run.scores("random")}])
-        if first and not table.has("pixels", 0):
-            table.put("pixels", 0, [pixels(run)])
+        if first and not table.has({"preset": "random encoder"}):  # its weights do not depend on the seed
+            table.put([{**empty("random encoder", 0), **run.scores("random")}], "preset")
+        if first and not table.has({"preset": "pixels"}):
+            table.put([pixels(run)], "preset")
         return True
     except subprocess.CalledProcessError:
         print(f"{run.preset}, seed {run.seed}: failed; see {run.folder / 'benchmark.log'}", file=sys.stderr)

@@ -191,7 +191,12 @@ def machine(*packages: str) -> str:
 
 def commit() -> str:
     """Return the short hash of this code, with "+changes" if files were changed; "" outside of a repository."""
-    revision, plus, _ = (versions()["commit"] or "").partition("+")
+    return short(versions()["commit"])
+
+
+def short(commit: str | None) -> str:
+    """Return the short form of a commit as run.json has it."""
+    revision, plus, _ = (commit or "").partition("+")
     return revision[:7] + ("+changes" if plus else "")
 
 

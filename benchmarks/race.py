@@ -10,8 +10,9 @@ lightly's SimCLR, BYOL and VICReg train a ResNet-18 in the loop, and with the se
 have the SGD of its CIFAR-10 benchmark instead (of SimCLR and BYOL; it has no VICReg), with momentum, weight decay and a
 cosine over the minutes. Ours train the same network with the recipe `cifar10_laptop`, or the network of another recipe,
 with as many steps as fit into the minutes. The speed is measured first, for a twentieth of the minutes, which are not
-counted. Every finished run is a row of race.csv and is not repeated. With --teacher, a run of this library, ours are
-joined by a student of it (race_teacher.csv); its minutes have the teacher's passes, but not the teacher's training.
+counted. Every finished run is a row of race.csv and is not repeated with the same threads and learning rate. With
+--teacher, a run of this library, ours are joined by a student of it (race_teacher.csv); its minutes have the teacher's
+passes, but not the teacher's training.
 
 Accuracies are those of `self-supervised evaluate` (linear, kNN with k = 20): all training images, and the test images,
 in their own size, and with the pooling that the recipe names for its evaluation (`pooling_size`; 1 for lightly's).
@@ -172,6 +173,7 @@ def speed(params: ModelParams, minutes: float, skipped: int = 4) -> float:
 
 def finished_run(known: harness.Row, settings: dict) -> harness.Row:
     method, minutes = known["method"], known["minutes"]
+    commit = harness.commit()
     changes = {"encoder_arch": known["encoder"], "seed": known["seed"], **settings}
     recipe = OF_LIGHTLY if known["who"] == "lightly" else known["recipe"]
     params = recipes.recipe(method, recipe, **changes, evaluations=[], num_data_workers=0)
@@ -185,7 +187,7 @@ def finished_run(known: harness.Row, settings: dict) -> harness.Row:
     if known["who"] == "lightly":
         pooled = evolve(pooled, image_mean=peers.MEAN, image_std=peers.STD)  # its transforms' default
     scores = accuracies_of(*features(encoder, pooled))
-    facts = {"images seen": seen, "minutes in all": round(passed, 2), "commit": harness.commit()}
+    facts = {"images seen": seen, "minutes in all": round(passed, 2), "commit": commit}
     return {**known, **scores, **facts}
 
 
@@ -210,6 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     if missing := [name for name in methods if name not in recipes.KINDS[args.recipe].rows]:
         parser.error(f"--recipe {args.recipe} has no {', '.join(missing)}: choose others with --only")
     who = [*["ours"] * ("ours" in args.who), *(harness.installed("lightly") if "lightly" in args.who else [])]
+    if "lightly" in args.who and args.sgd == "benchmark" and "vicreg" in methods:
+        parser.error("--sgd benchmark: lightly's benchmark has no VICReg. Choose others with --only")
     table = "race_teacher" if args.teacher else "race"
     path = args.out / f"{table}.csv"
     for seed, method, name in itertools.product(args.seeds, methods, who):
@@ -218,8 +222,11 @@ def main(argv: list[str] | None = None) -> None:
         encoder = args.encoder_arch if name == "ours" and args.encoder_arch else of_recipe
         encoder = QUICK["encoder_arch"] if args.quick else encoder
         known = {"who": name, "method": method, "recipe": recipe, "encoder": encoder}
+        known["lr"] = recipes.recipe(method, recipe).lr if name == "ours" else SGD_OF_LIGHTLY[recipe]["lr"]
         cells = recipes.KINDS[recipe].reading.get("pooling_size", 1) if name == "ours" else 1
-        known |= {"pooling_size": cells, "seed": seed, "minutes": args.minutes}
+        known |= {"pooling_size": cells, "threads": torch.get_num_threads(), "seed": seed, "minutes": args.minutes}
+        if args.teacher:
+            known["teacher"] = args.teacher if method == STUDENT else ""
         rows = harness.finished(path)
         if not (harness.has(rows, known) or (name, method) == ("lightly", STUDENT)):
             taught = {"teacher": args.teacher} if method == STUDENT else {}

@@ -61,17 +61,19 @@ def table_of(path: Path) -> str:
 
 
 def over_seeds(rows: list[Row]) -> list[Row]:
-    """Return one row for each preset and learning rate: means over its seeds, and their sample standard deviations."""
+    """Return one row for each preset with its settings: means over its seeds, and their sample standard deviations."""
+    run = ("preset", "lr", "settings") if any(row["settings"] for row in rows) else ("preset", "lr")
     return [
         {
-            **{name: group[0][name] for name in ("preset", "lr")},
+            **{name: group[0][name] for name in run},
             **{name: mean_text(group, name, 1) for name in ("linear %", "kNN-20 %")},
             "epochs": group[0]["epochs"],
             **{name: mean_text(group, name, 0) for name in ("minutes", "images/s")},
+            "precision": different(group, "precision"),
             "seeds": " ".join(row["seed"] for row in group),
-            "commit": " ".join(sorted({row["commit"] for row in group})),
+            "commit": different(group, "commit"),
         }
-        for group in grouped(rows, "preset", "lr")
+        for group in grouped(rows, *run)
     ]
 
 
@@ -83,6 +85,7 @@ def tries_of_presets(rows: list[Row]) -> list[Row]:
         best = max(group, key=lambda row: -1 if row["linear %"] == "nan" else float(row["linear %"]))
         tries = ", ".join(f"{row['lr']}: {float(row['linear %']):.1f}" for row in group)
         facts = {"best lr": best["lr"], "its kNN-20 %": f"{float(best['kNN-20 %']):.1f}"}
+        facts["precision"] = different(group, "precision")
         about = {name: group[0][name] for name in ("preset", "fraction", "steps")}
         summaries.append({**about, "lr: linear % of held-out images": tries, **facts})
     return summaries
@@ -90,7 +93,7 @@ def tries_of_presets(rows: list[Row]) -> list[Row]:
 
 def race_over_seeds(rows: list[Row]) -> list[Row]:
     """Return one row for each contestant of the race, as `over_seeds` does for presets."""
-    contestant = ("who", "method", "recipe", "encoder", "pooling_size", "minutes")
+    contestant = ("who", "method", "recipe", "encoder", "lr", "pooling_size", "threads", "minutes")
     return [
         {
             **{name: group[0][name] for name in contestant},
@@ -98,7 +101,7 @@ def race_over_seeds(rows: list[Row]) -> list[Row]:
             "images seen": mean_text(group, "images seen", 0),
             "minutes in all": mean_text(group, "minutes in all", 1),
             "seeds": " ".join(row["seed"] for row in group),
-            "commit": " ".join(sorted({row["commit"] for row in group})),
+            "commit": different(group, "commit"),
         }
         for group in grouped(rows, *contestant)
     ]
@@ -110,6 +113,11 @@ def grouped(rows: list[Row], *names: str) -> list[list[Row]]:
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return list(groups.values())
+
+
+def different(rows: list[Row], name: str) -> str:
+    """Return the values of a column that differ, as one text."""
+    return " ".join(sorted({row[name] for row in rows}))
 
 
 def mean_text(rows: list[Row], name: str, digits: int) -> str:

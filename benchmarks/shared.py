@@ -77,7 +77,7 @@ def measure(network: step.Network, rounds: int, processes: dict[str, harness.Apa
             "images/s, quiet": quiet,
             "images/s, with a neighbor": rates[True][name],
             "x two threads, quiet": quiet / best,
-            "of two quiet threads, with a neighbor": rates[True][name] / best,
+            "with a neighbor, x two threads, quiet": rates[True][name] / best,
             "fair share": SHARE,
         }
         for name, quiet in rates[False].items()

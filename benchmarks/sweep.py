@@ -45,7 +45,7 @@ def tried(params: ModelParams, fraction: float, reading: dict[str, int]) -> harn
     steps = max(1, round(fraction * params.max_epochs * (len(parts[0]) // params.batch_size)))
     method = SelfSupervisedMethod(params, **{name: fraction * getattr(params, name) for name in IN_EPOCHS})
     trainer = pl.Trainer(max_epochs=-1, max_steps=steps, precision=best_precision(method), **harness.QUIET_TRAINER)
-    facts = {"steps": steps, "minutes": "", "commit": harness.commit()}
+    facts = {"steps": steps, "minutes": "", "precision": trainer.precision, "commit": harness.commit()}
     start = time.perf_counter()
     try:
         trainer.fit(method, loading.get_loader(params, parts[0], training=True))

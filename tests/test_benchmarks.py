@@ -104,19 +104,23 @@ def test_every_table_of_results_comes_from_a_file(name, others):
 def test_the_table_of_a_sweep_has_the_best_rate_of_each_preset():
     tries = (("a", "1", "40.0"), ("a", "0.1", "50.04"), ("a", "9", "nan"), ("b", "1", "nan"))
     names = ("preset", "lr", "linear %", "kNN-20 %", "fraction", "steps")
-    rows = [dict(zip(names, (*one, one[-1], "1", "9"), strict=True)) for one in tries]
-    table = [list(row.values())[3:] for row in report.tries_of_presets(rows)]
+    rows = [dict(zip(names, (*one, one[-1], "1", "9"), strict=True), precision="32-true") for one in tries]
+    table = [list(row.values())[3:-1] for row in report.tries_of_presets(rows)]
     assert table == [["0.1: 50.0, 1: 40.0, 9: nan", "0.1", "50.0"], ["1: nan", "1", "nan"]]
 
 
-def test_another_learning_rate_is_another_run(tmp_path):
-    runs = [cifar10.Run("cifar10_laptop", "simclr", 0, tmp_path, settings) for settings in ((), ("lr=0.5",))]
-    assert [run.lr for run in runs] == [recipes.recipe("simclr", "cifar10_laptop").lr, 0.5]
-    assert runs[0].folder != runs[1].folder
+def test_other_settings_are_another_run(tmp_path):
+    settings = ((), ("lr=0.5",), ("lr=0.5", "teacher=a/b"))
+    runs = [cifar10.Run("cifar10_laptop", "simclr", 0, tmp_path, one) for one in settings]
+    assert [run.lr for run in runs] == [recipes.recipe("simclr", "cifar10_laptop").lr, 0.5, 0.5]
+    assert len({run.folder for run in runs}) == 3 and all(run.folder.parent == tmp_path for run in runs)
     table = cifar10.Table(tmp_path / "cifar10_laptop.csv")
-    table.put("simclr", 0, [{**cifar10.empty("simclr", 0), "lr": 0.5}])
+    for score in ("1", "2"):  # the second one replaces the first
+        table.put([{**cifar10.empty("simclr", 0), **runs[1].known, "linear %": score}], *runs[1].known)
     again = cifar10.Table(tmp_path / "cifar10_laptop.csv")
-    assert [again.has("simclr", 0, lr=run.lr) for run in runs] == [False, True]
+    assert [again.has(run.known) for run in runs] == [False, True, False]
+    again.put([{**cifar10.empty("simclr", 0), **runs[2].known}], *runs[2].known)
+    assert [row["linear %"] for row in again.rows] == ["2", ""]
 
 
 def test_the_tries_of_a_sweep_do_not_move_with_the_recipes():
