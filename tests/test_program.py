@@ -166,6 +166,7 @@ def test_interrupted_training_ends_in_a_line(tmp_path, digits_path):
                 process.send_signal(signal.SIGINT)
     assert process.returncode == 130, "".join(seen)
     assert "Traceback" not in "".join(seen) and "error: stopped by Ctrl-C" in "".join(seen)
+    assert f"the newest checkpoint is {tmp_path / 'run'}" in "".join(seen)
     assert not any(noise in "".join(seen) for noise in (*program.NOISE, ".py:"))
     assert "TPU available: False" in (tmp_path / "run" / "log.txt").read_text()
 

@@ -164,7 +164,7 @@ def read_folder(
 
 
 def by_number(name: str) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 # ---- common to both ----

@@ -77,7 +77,8 @@ def draw_map(image_map: Map, source: ImageSource | None, file: Path) -> None:
     figure.legend(handles=handles, title=more, loc="outside right center", frameon=False)
     note = [label(line) for line in textwrap.wrap(in_one_line(image_map.note)[:NOTE], 80)]  # breaks long names, too
     axis.set_title("\n".join([label(image_map.title, 80), *note]), loc="left", fontsize=11, wrap=True)
-    axis.set(xticks=[], yticks=[], aspect="equal")
+    axis.set(xticks=[], yticks=[])
+    axis.set_aspect("equal", adjustable="datalim")  # fills the page whatever the shape of the points
     axis.spines[:].set_color("#d8dce2")
     figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

@@ -10,6 +10,7 @@ import argparse
 import ast
 import inspect
 import io
+import itertools
 import shutil
 import sys
 import textwrap
@@ -65,9 +66,26 @@ SEE_HELP = " See --help for all names."
 def parser_of(name: str, description: str) -> argparse.ArgumentParser:
     """Return the parser of `self-supervised NAME`, whose help shows the module's docstring unchanged."""
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=f"self-supervised {name}", description=description, formatter_class=formatter, allow_abbrev=False
     )
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser that reports errors in one line, and a misspelled option before one that is missing because of it."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        known = [option for action in self._actions for option in action.option_strings]
+        given = sys.argv[1:] if args is None else args
+        for word in itertools.takewhile(lambda word: word != "--", given):
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                near = suggestion(name.lstrip("-"), [one.lstrip("-") for one in known], "--", SEE_HELP)
+                fail(f"unknown option {name}.{near}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        fail(message if message.endswith(".") else f"{message}. See --help.")
 
 
 # ---- Names in pictures, progress bar ----

@@ -59,6 +59,8 @@ def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows
         images_alone = loading.get_dataset(params, splits)
         originals = torch.stack([images_alone[i][0] for i in islice(loader.sampler, rows)])
     images, _ = images_and_labels(next(iter(loader)))
+    if originals is not None:
+        originals = originals[: params.batch_size]  # of which there are views
     columns = columns_of(images, params, rows, originals)
     if originals is not None and not params.dataset.is_packed:
         columns[0][0][0] += ", central square"

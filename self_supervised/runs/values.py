@@ -54,13 +54,16 @@ def reader(kind: Any) -> Callable[[Any], Any]:
                 return items()(given)
         elif takes_list(kind) and not given.startswith("[") and ("," in given or not {int, float} & {*kinds}):
             given = f"[{given}]"
+        if int in kinds and re.fullmatch(r"0\d+", given):
+            return int(given)  # octal in YAML
         try:
             value = from_yaml(given)
         except yaml.YAMLError as error:
             raise argparse.ArgumentTypeError(f"{given!r} is not valid YAML") from error
         if isinstance(value, list):
             return [None if one in ("none", "None") else one for one in value]
-        return value
+        is_whole = isinstance(value, float) and float not in kinds and value.is_integer()  # 1e2
+        return int(value) if is_whole else value
 
     return read
 

@@ -206,7 +206,12 @@ class Checkpoints(pl.Callback):
             signal.signal(number, handler)
         self.lock.close()
 
-    on_exception = teardown
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            written = max(self.folder.glob("step_*.ckpt"), default=None)
+            state = f"the newest checkpoint is {written}" if written else "there is no checkpoint yet"
+            rank_zero_info(f"stopped by Ctrl-C; {state}")
+        self.teardown()
 
     def listen(self) -> dict:
         """Install our signal handlers and return the earlier ones. Python allows this only in the main thread."""

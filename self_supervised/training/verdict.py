@@ -58,6 +58,8 @@ def verdict(name: str, before: dict[str, float], after: dict[str, float], evalua
     if math.isnan(first + last):
         return f"none, because {score} is not finite"
     numbers = f"{score} {first:.4g} ({name}) -> {last:.4g}"
+    if first == last == 100:
+        return f"{numbers}: every image was right from the start. Use harder images to compare encoders"
     if f"{first:.4g}" == f"{last:.4g}":
         return f"{numbers}: no better than the {name}. {ADVICE}"
     return f"{numbers}: better" if last > first else f"{numbers}: WORSE than the {name}. {ADVICE}"

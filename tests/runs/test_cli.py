@@ -20,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
+from self_supervised import __main__ as entry
 from self_supervised import train
 from self_supervised.report import compare, figures, tables
 from self_supervised.runs import command_line, dry_run, earlier_run, progress, run_options, trackers
@@ -130,6 +131,21 @@ def test_what_is_wrong_is_said_in_one_line(line, message, capsys):
     assert message in refused(line, capsys)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("embed run photos --outt f.npy", "unknown option --outt. Did you mean --out?"),
+        ("classify run --labeled a --aply b --out c", "unknown option --aply. Did you mean --apply?"),
+        ("classify run --labeled a --out c", "the following arguments are required: --apply. See --help."),
+        ("nearest f.parquet -k many", "argument -k: invalid int value: 'many'. See --help."),
+    ],
+)
+def test_other_commands_say_what_is_wrong_in_one_line(line, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        entry.main(line.split())
+    assert exit_.value.code == 2 and capsys.readouterr().err == f"error: {message}\n"
+
+
 def test_a_logger_whose_package_is_missing_is_refused_with_the_way_out(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "mlflow" or None)
     assert "pip install mlflow" in refused("byol --logger csv,mlflow", capsys)
@@ -150,12 +166,12 @@ def test_values_are_what_python_would_have():
     preset, options, params = parse(
         "byol --lr 1e-3 --transform_s [1.0,0.1] --warmup_epochs none --drop_last_batch false --pin_data_memory "
         "--use_momentum_schedule=False --mlp_normalization None --evaluations knn,rank_me --torch_compile true "
-        "--max_time 10:00:00:00 --devices 2 --sync_batchnorm --K 7"
+        "--max_time 10:00:00:00 --devices 2 --sync_batchnorm --K 7 --max_epochs 1e2 --seed 010"
     )
     assert preset == "byol"
     assert params == PRESETS["byol"](
         lr=0.001, transform_s=[1.0, 0.1], drop_last_batch=False, use_momentum_schedule=False, mlp_normalization=None,
-        evaluations=["knn", "rank_me"], torch_compile=True, K=7,
+        evaluations=["knn", "rank_me"], torch_compile=True, K=7, max_epochs=100, seed=10,
     )  # fmt: skip
     assert options == RunOptions(max_time="10:00:00:00", devices=2, sync_batchnorm=True)
 

@@ -92,6 +92,8 @@ def test_a_verdict_says_better_worse_or_neither():
         "ImageNet weights", before, {**before, "valid_knn20_acc": 68.2}, knn
     )
     assert "no better than" in verdict("random encoder", before, dict(before), knn)
+    highest = {"valid_knn20_acc": 100.0}
+    assert "every image was right from the start" in verdict("random encoder", highest, highest, knn)
 
 
 @pytest.mark.parametrize(

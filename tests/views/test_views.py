@@ -342,6 +342,11 @@ def test_the_preview_shows_what_the_model_sees_at_its_first_step(small, trainer,
     assert sheet.shape[1] == left - 2 * preview.PREVIEW_GAP + preview.PREVIEW_MARGIN
 
 
+def test_the_preview_of_a_small_batch_has_as_many_rows(small):
+    columns = preview.first_columns(small("simclr", batch_size=3))
+    assert [len(images) for _, images in columns] == [3, 3, 3]
+
+
 def test_captions_name_what_differs():
     p = ModelParams(dataset_name="cifar10", n_small_views=1, transform_blur_probability=[1.0, 0.1])
     assert preview.caption(p, 0) == [
