@@ -262,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cause = error
             continue
         size = done.path.stat().st_size / 1e6
-        print(f"{format}: {done.path} ({size:.1f} MB), embeddings differ by {done.difference:.0e} of the largest")
+        also = "; the classifier is in it, too" if format == "onnx" and classifier_of(encoder) is not None else ""
+        print(f"{format}: {done.path} ({size:.1f} MB), embeddings differ by {done.difference:.0e} of the largest{also}")
     if refused:
         raise RuntimeError("; ".join(refused)) from cause

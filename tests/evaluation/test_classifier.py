@@ -158,7 +158,7 @@ def test_patterns_select_the_images_to_classify_and_are_told(images, checkpoint,
 
 
 def test_the_file_of_the_classifier_is_applied_exported_and_read_by_the_method(
-    images, checkpoint, tmp_path, monkeypatch, trainer
+    images, checkpoint, tmp_path, monkeypatch, trainer, capsys
 ):
     run("classify", checkpoint, "--labeled", images / "labeled", "--apply", images / "photos", "--out", "p.csv")
     run("classify", "p.classifier.pt", "--apply", images / "photos", "--out", "again.csv")
@@ -183,6 +183,7 @@ def test_the_file_of_the_classifier_is_applied_exported_and_read_by_the_method(
 
     monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=in_this_process))
     run("export", "p.classifier.pt", "--format", "onnx")
+    assert "of the largest; the classifier is in it, too" in capsys.readouterr().out
     shutil.move("p.classifier.onnx", "encoder.onnx")  # as the script of the manual names it
     facts = onnxruntime.InferenceSession("encoder.onnx").get_modelmeta().custom_metadata_map
     assert json.loads(facts["class_names"]) == sorted(NAMES) and "probabilities" in facts["load"]
