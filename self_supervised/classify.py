@@ -143,6 +143,11 @@ def labeled_source(labeled: str | Path, encoder: Encoder, columns: dict[str, Any
     is_folder = kind == "image" and Path(labeled).expanduser().is_dir()
     if is_folder and not is_stored(str(labeled)):
         columns = {name: value for name, value in columns.items() if name == "labels_from"}
+    if kind == "image" and Path(labeled).expanduser().is_file() and not is_stored(str(labeled)):
+        raise ValueError(
+            f"labeled={str(labeled)!r} is a file. Pass its directory, with the images of each class in a directory of "
+            "its name, or with lines PATH,CLASS in a train.txt."
+        )
     opened = Stored if is_folder else partial(open_source, kind=kind)
     source = opened(str(labeled), columns=columns, preferred=encoder.params.image_key)
     if is_folder and source.outside_splits:
@@ -156,11 +161,15 @@ def labeled_source(labeled: str | Path, encoder: Encoder, columns: dict[str, Any
 def learned(encoder: Encoder, source: ImageSource, paths: list[str], read_all: Callable) -> ImageClassifier:
     """Return a classifier that is fitted to the labeled images, and print how well it recognizes held-out ones."""
     label_of = {path: label for path, label in zip(paths, source.labels(paths), strict=True) if label is not None}
+    if bare := [path for path in paths if path not in label_of]:
+        source.passed_over.add("without a label", bare[0], len(bare))
     print(f"{source.name}: {len(label_of):,} labeled {source.kind}s{source.passed_over}")
     refuse_names_of_columns(refuse_one_class(source, list(label_of.values()), ""))
     batches = list(read_all(encoder.embed, source, list(label_of)))
     labels = [label_of[path] for readable, _, _ in batches for path in readable]
     names = refuse_one_class(source, labels, "readable ")
+    if lost := sorted(set(label_of.values()).difference(names)):
+        print(f"warning: classes without a readable {source.kind}, which are never predicted: {', '.join(lost)}")
     fit = fit_few(
         torch.cat([x for _, x, _ in batches if x is not None]), torch.tensor([names.index(label) for label in labels])
     )
@@ -172,10 +181,12 @@ def refuse_one_class(source: ImageSource, labels: list[str], which: str) -> list
     """Return the sorted names of the classes. Raises ValueError if there are fewer than two."""
     names = sorted(set(labels))
     if len(names) < 2:
+        is_folder = isinstance(source, Stored) and not is_stored(source.name)
+        by_list = f", or write a line PATH,CLASS for each into {source.name}/train.txt" if is_folder else ""
         raise ValueError(
             f"labeled={source.name}: {len(labels):,} {which}{source.kind}s have a label, of "
             f"{f'1 class ({names[0]})' if names else '0 classes'}. Put the {source.kind}s of each class into a "
-            "directory of its name."
+            f"directory of its name{by_list}."
         )
     return names
 

@@ -212,6 +212,28 @@ def test_a_checkpoint_of_the_linear_stage_is_applied(images, checkpoint, trainer
     assert np.abs(found - expected).max() < 1e-4
 
 
+def test_labeled_images_that_are_not_used_are_told_and_lists_give_labels(images, checkpoint, tmp_path, capsys):
+    labeled = tmp_path / "few"
+    shutil.copytree(images / "labeled", labeled / "images")
+    files = [file for name in NAMES for file in sorted((labeled / "images" / name).iterdir())[:4]]
+    apply = ("--apply", images / "photos", "--out", tmp_path / "p.csv")
+    with pytest.raises(SystemExit, match=r"of 1 class \(images\)\. .*a line PATH,CLASS for each into .*few/train.txt"):
+        run("classify", checkpoint, "--labeled", labeled, *apply)
+    lines = [f"{file.relative_to(labeled)},{file.parent.name}" for file in files]
+    (labeled / "labels.csv").write_text("\n".join(lines))
+    with pytest.raises(SystemExit, match="labels.csv' is a file. Pass its directory, .*PATH,CLASS in a train.txt"):
+        run("classify", checkpoint, "--labeled", labeled / "labels.csv", *apply)
+    lines[0] = lines[0].partition(",")[0]
+    (labeled / "train.txt").write_text("\n".join(lines))
+    for file in files[8:]:
+        file.write_bytes(b"")
+    run("classify", checkpoint, "--labeled", labeled, *apply)
+    printed = capsys.readouterr().out
+    assert f"few: 11 labeled images; passed over: 1 without a label (such as images/zero/{files[0].name})" in printed
+    assert "warning: classes without a readable image, which are never predicted: two\n" in printed
+    assert list(rows_of(tmp_path / "p.csv")[0])[3:] == ["one", "zero"]
+
+
 def test_few_images_are_hinted_at_and_refusals_say_what_to_do(images, checkpoint, tmp_path, capsys, monkeypatch):
     labeled = tmp_path / "few"
     for name, n in (("zero", 3), ("two", 1)):
@@ -220,7 +242,8 @@ def test_few_images_are_hinted_at_and_refusals_say_what_to_do(images, checkpoint
             shutil.copy(file, labeled / name / "nested")
     apply = ("--apply", images / "photos", "--out", tmp_path / "new" / "p.csv", "--classifier", tmp_path / "c.pt")
     run("classify", checkpoint, "--labeled", labeled, *apply)
-    assert "hint: classes with fewer than 3 images: two (1)." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "few: 4 labeled images\n" in printed and "hint: classes with fewer than 3 images: two (1)." in printed
     assert classifier_of(load_encoder(tmp_path / "c.pt")).class_names == ["two", "zero"]
     next((labeled / "two").rglob("*.png")).write_bytes(b"")
     with pytest.raises(SystemExit, match=r"labeled=.*few: 3 readable images have a label, of 1 class \(zero\). Put"):
