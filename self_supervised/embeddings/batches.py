@@ -15,13 +15,13 @@ from self_supervised.data.custom import PATTERNS, is_selected, refuse_lost_patte
 from self_supervised.data.image_files import central_square, part_kept
 from self_supervised.data.packed import already_a_batch
 from self_supervised.data.remote_shards import UnreachableShard
-from self_supervised.embeddings.sources import ImageSource, Stored
+from self_supervised.embeddings.sources import ImageSource
 from self_supervised.networks.pretrained import ENCODER_FACTS
 from self_supervised.runs.command_line import DEVICE, LAGGING, add_fields
 
 MOST_EMBED_WORKERS = 8
 CLIPS = ("num_frames", "clip_duration", "evaluation_clips", "evaluation_crops")  # only for encoders of videos
-COLUMNS = ("image_key", "label_key", "labels_from")  # for shards and Hugging Face data sets
+COLUMNS = ("image_key", "label_key", "labels_from")  # for shards and Hugging Face data sets; the last for directories
 OVERRIDES = (*ENCODER_FACTS, "dataset_name", "exif_orientation", "pixel_range", *COLUMNS, *PATTERNS, *CLIPS)
 
 
@@ -35,9 +35,9 @@ def parted(overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], d
 
 
 def refuse_without_effect(columns: dict[str, Any], source: ImageSource) -> None:
-    if columns and not isinstance(source, Stored):
+    if unused := [name for name in columns if name not in getattr(source, "columns", {})]:
         raise ValueError(
-            f"{', '.join(columns)}: no effect, because {source.name} is neither shards nor a Hugging Face data set. "
+            f"{', '.join(unused)}: no effect, because {source.name} is neither shards nor a Hugging Face data set. "
             "Leave it out."
         )
 

@@ -51,10 +51,10 @@ def embed(
 ) -> Path:
     """Embed all images of a directory, or of a packed data set by name, and return the path of the Parquet file `out`.
 
-    The columns are path (relative to the directory, sorted), embedding (float32 [E]) and label (the name of the class
-    directory if all images lie in class directories, else null). The encoder does not see the labels. An encoder of
-    clips embeds the video files of the directory: each embedding is the mean over evaluation_clips x evaluation_crops
-    clips.
+    The columns are path (relative to the directory, sorted), embedding (float32 [E]) and label (the directory that
+    `labels_from` names; by default, the class directory if all images lie in class directories, else null). The encoder
+    does not see the labels. An encoder of clips embeds the video files of the directory: each embedding is the mean
+    over evaluation_clips x evaluation_crops clips.
 
     Args:
         num_workers: processes that decode images; None: one per core, at most MOST_EMBED_WORKERS (batches.py).

@@ -27,7 +27,7 @@ from self_supervised.data.arrow import ArrowImages
 from self_supervised.data.custom import get_source, is_stored
 from self_supervised.data.file_search import ARRAY_SUFFIX, PassedOver, files_below, image_suffixes
 from self_supervised.data.files import File
-from self_supervised.data.folders import ImageList
+from self_supervised.data.folders import ImageList, of_folder
 from self_supervised.data.image_files import (
     has_equal_pages,
     in_mode,
@@ -47,13 +47,15 @@ class Folder:
     """All image files (or videos) below a directory, flat or nested, recognized by file extension. Paths are relative
     to the directory, with "/".
 
-    Hidden files are skipped. If every image is in a directory of its class (CLASS/IMAGE), that is its label.
+    Hidden files are skipped. If every image is in a directory of its class (CLASS/IMAGE), that is its label, unless
+    `columns` has labels_from.
     """
 
     has_file_names = True
 
-    def __init__(self, root: Path, kind: str = "image"):
+    def __init__(self, root: Path, kind: str = "image", columns: dict[str, Any] | None = None):
         self.root = root
+        self.columns = {name: value for name, value in (columns or {}).items() if name == "labels_from"}
         self.name = str(root.resolve())
         self.kind = kind
         self.passed_over = PassedOver()  # set by paths()
@@ -77,6 +79,8 @@ class Folder:
         return paths
 
     def labels(self, paths: list[str]) -> list[str | None]:
+        if self.columns:
+            return [of_folder(path, self.columns["labels_from"]) for path in paths]
         in_class_folders = all(path.count("/") == 1 for path in paths)
         return [path.split("/")[0] if in_class_folders else None for path in paths]
 
@@ -300,22 +304,24 @@ def open_source(
     set, or a packed data set ("cifar10") or one of its splits ("cifar10/test").
 
     Args:
-        columns, preferred: see `Stored`. They have no effect on other sources.
+        columns, preferred: see `Stored`. Of a directory, only labels_from has an effect.
 
     Raises:
         ValueError: it is none of these.
     """
     folder = Path(name).expanduser()
     if folder.is_dir() and kind == "video":
-        return Folder(folder, kind)
+        return Folder(folder, kind, columns)
     if kind == "video":
         raise ValueError(f"{name} is not a directory of videos. Pass one, because this encoder takes videos.")
     if is_stored(str(name)):
         return Stored(str(name), columns, preferred)
     if folder.is_dir():
-        return Folder(folder)
+        return Folder(folder, columns=columns)
     packed = [dataset for dataset, info in DATASETS.items() if info.is_packed]
     dataset, _, split = str(name).partition("/")
+    if dataset not in packed and folder.is_file():
+        raise ValueError(f"{name} is a file. Pass its directory.")
     if dataset not in packed:
         raise ValueError(f"{name} is neither a directory nor one of the data sets {', '.join(packed)}")
     info = DATASETS[dataset]

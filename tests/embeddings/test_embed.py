@@ -137,6 +137,20 @@ def test_digits_in_class_folders(digits, checkpoint, tmp_path, monkeypatch):
     assert about["preprocessing"]["size"] == 8 and about["versions"]["torch"] == torch.__version__
 
 
+def test_labels_of_a_directory_are_those_that_are_asked_for(photos, tmp_path):
+    (photos / "extra.png").write_bytes((photos / "china/near/2.png").read_bytes())
+    kinds = {"first_folder": {"china", "flower", None}, "last_folder": {"near", "far", None}, None: {None}}
+    for labels_from, expected in kinds.items():
+        out = embed.embed(tiny(), photos, tmp_path / "f.parquet", labels_from=labels_from, overwrite=True, **OPTIONS)
+        paths, _, labels = parquet.read_embeddings(out)
+        assert set(labels) == expected and labels[paths.index("extra.png")] is None
+        assert parquet.facts_of_file(out)["columns"] == {"labels_from": labels_from}
+    with pytest.raises(ValueError, match="columns was {'labels_from': None}, is now {}"):
+        embed.embed(tiny(), photos, out, **OPTIONS)
+    with pytest.raises(ValueError, match="label_key: no effect"):
+        embed.embed(tiny(), photos, out, labels_from=None, label_key="a", **OPTIONS)
+
+
 def test_a_fact_that_a_file_lacks_is_an_option(photos, tmp_path, monkeypatch):
     """As in the other programs: this file does not say which stem its ResNet had."""
     params = EncoderAndDataParams(encoder_arch="resnet18", dataset_name="cifar10", stem_variant="no_relu")
@@ -307,7 +321,12 @@ def test_patterns_of_the_pretraining_select_the_images(photos, tmp_path, capsys)
 
 @pytest.mark.parametrize(
     "name, message",
-    [("nowhere", "neither a directory nor"), ("digits/valid", "no split 'valid'"), (".", "holds no images")],
+    [
+        ("nowhere", "neither a directory nor"),
+        ("digits/valid", "no split 'valid'"),
+        (".", "holds no images"),
+        ("notes.txt", "notes.txt is a file. Pass its directory"),
+    ],
 )
 def test_sources_without_images_are_refused(name, message, tmp_path, checkpoint, monkeypatch):
     Path("notes.txt").write_text("no image")
