@@ -222,6 +222,14 @@ class LabeledFiles(Dataset):
                 'Fix or remove it, or set unreadable_images="skip".'
             ) from error
 
+    def why_unreadable(self, index: int) -> str:
+        """Return the error of another attempt to read a file, as workers only share that there was one."""
+        try:
+            self.read(index)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".replace(f" {self.files[index][0]!r}", "")
+        return "readable at a second attempt"
+
     def candidate(self, index: int) -> int:
         """Return the first index from `index` on whose file may be readable; N if there is none.
 

@@ -147,7 +147,7 @@ def check_files(params: ModelParams, with_classifier: bool) -> None:
     readers = attrs.evolve(params, unreadable_images="skip", pack_images=False)
     of_classifier = [info.train_splits, info.test_splits] if with_classifier else []
     every: dict[str, None] = {}  # path of each image; splits may share images
-    unreadable: dict[str, None] = {}
+    unreadable: dict[str, tuple[ImageFiles, int]] = {}
     for splits in dict.fromkeys([info.pretraining_splits, *evaluated_splits(params), *of_classifier]):
         dataset = loading.get_dataset(readers, splits)
         if not isinstance(dataset, ImageFiles):
@@ -156,9 +156,12 @@ def check_files(params: ModelParams, with_classifier: bool) -> None:
             for _ in progress.track(loading.get_loader(readers, dataset, training=False), description="decoding"):
                 pass
         every |= dict.fromkeys(path for path, _ in dataset.files)
-        unreadable |= dict.fromkeys(dataset.skipped())
-    named = first_of(list(unreadable), MOST_SKIPPED)
-    problem = f"{len(unreadable):,} of {len(every):,} images cannot be read: {named}"
+        indices = dataset.unreadable.nonzero().flatten().tolist()
+        unreadable |= {dataset.files[i][0]: (dataset, i) for i in indices}
+    named = list(unreadable)
+    for position, (path, (dataset, i)) in enumerate(list(unreadable.items())[:MOST_SKIPPED]):
+        named[position] = f"{path} ({dataset.why_unreadable(i)})"
+    problem = f"{len(unreadable):,} of {len(every):,} images cannot be read: {first_of(named, MOST_SKIPPED)}"
     if unreadable and params.unreadable_images == "stop":
         raise ValueError(f"unreadable_images='stop': {problem}. Fix or remove them, or set unreadable_images='skip'.")
     if unreadable:
