@@ -28,6 +28,8 @@ from self_supervised.data.folders import (
     labeled_lists,
     listed_in,
     read_lists,
+    refuse_no_directory,
+    report_unlisted,
     settings_of_lists,
     write_lists,
 )
@@ -101,7 +103,11 @@ def splits(source: CustomSource, params: EncoderAndDataParams) -> tuple[Numbered
     kept = folder_of_lists(params)
     if has_written(params):
         samples_of, names = as_written(read_lists(kept, source), kept)
-        report_lists(source, samples_of, "" if kept.name.startswith(TEMPORARY) else f", by the lists in {kept}")
+        is_temporary = kept.name.startswith(TEMPORARY)
+        report_lists(source, samples_of, "" if is_temporary else f", by the lists in {kept}")
+        if isinstance(source, ImageFolder) and not is_temporary and distributed.rank() == 0:
+            patterns = params.include_patterns, params.exclude_patterns
+            report_unlisted(source.root, kept, samples_of, lambda path: is_selected(path, *patterns))
         return samples_of, names
     by_hand = kept is not None and bool(listed_in(kept)) and settings_of_lists(kept) is None
     images = labeled_lists(kept, source) if by_hand else found_lists(source, params)
@@ -226,6 +232,7 @@ def get_source(params: EncoderAndDataParams, root: str, names: bool = False) -> 
             f"image_key={p.image_key!r}, label_key={p.label_key!r}: {folder} holds neither a Hugging Face data set "
             "nor shards, to which these fields apply. Leave them out."
         )
+    refuse_no_directory(folder, p.data_path)
     return ImageFolder(folder, p.labels_from)
 
 

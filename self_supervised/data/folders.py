@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from self_supervised.data.class_labels import MOST_NAMED, Label
-from self_supervised.data.file_search import PassedOver, files_below, image_suffixes
+from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, in_one_line, tell_once
 from self_supervised.data.files import OnDisk
 from self_supervised.fields import first_of
 from self_supervised.safe_files import atomic_write
@@ -39,17 +39,9 @@ class ImageFolder(OnDisk):
 
     Args:
         labels_from: which directory of a path is its class, "first_folder" or "last_folder"; None: no labels.
-
-    Raises:
-        ValueError: `root` is not a directory.
     """
 
     def __init__(self, root: Path, labels_from: str | None):
-        if not root.is_dir():
-            raise ValueError(
-                f"data_path={str(root)!r} is not a directory. Pass the directory that holds your images, or set "
-                "DATA_PATH."
-            )
         self.root = root
         self.labels_from = labels_from
         self.passed_over = PassedOver()
@@ -72,6 +64,16 @@ class ImageFolder(OnDisk):
     def holds(self, path: str) -> bool:
         file = self.root / path
         return os.path.lexists(file) and not file.is_dir()  # unreadable_images decides about dangling links
+
+
+def refuse_no_directory(root: Path, data_path: str | None) -> None:
+    """Raise ValueError if `root`, which is `data_path` or the default, is not a directory."""
+    if root.is_dir():
+        return
+    more = "" if data_path else ", or set DATA_PATH"
+    if data_path and not root.is_absolute():
+        more = f" (--data_path). A relative path, also that of a run, starts at the current directory, {Path.cwd()}"
+    raise ValueError(f"data_path={str(root)!r} is not a directory. Pass the directory that holds your images{more}.")
 
 
 def has_images(folder: Path) -> bool:
@@ -205,9 +207,33 @@ def check_that_all_are_there(source: Any, paths: list[str], file: Path) -> None:
     missing = [path for path in paths if not source.holds(path)]
     if missing:
         redraw = ", or draw new splits with another splits_path" if file.parent != source.root else ""
+        way_out = f"Put them there, or remove their lines{redraw}."
+        if settings_of_lists(file.parent) is not None:
+            way_out = (
+                "These lists were drawn from the images of the run. If data_path holds others, pass --splits_path none "
+                "(Python: None), or another splits_path. If the images have moved, set data_path to the directory that "
+                "holds all of them. If some are gone, remove their lines."
+            )
         raise ValueError(
-            f"{file} lists images that are not in {source.root}: {first_of(missing, MOST_NAMED)}. Put them there, "
-            f"or remove their lines{redraw}."
+            f"{file} lists images that are not in {source.root}: {first_of(missing, MOST_NAMED)}. {way_out}"
+        )
+
+
+def report_unlisted(
+    root: Path, lists: Path, images_of: dict[str, list[tuple[str, int]]], is_wanted: Callable[[str], bool]
+) -> None:
+    """Log how many images in `root` are in none of the lists, such as those that were added since the lists were
+    written. Lists of the user in `root` may leave out images on purpose."""
+    if listed_in(root):
+        return
+    listed = {path for images in images_of.values() for path, _ in images}
+    found = (path for path in files_below(root, image_suffixes(), PassedOver()) if path not in listed)
+    if new := sorted(filter(is_wanted, found)):
+        tell_once(
+            f"{root}: {len(new):,} images are in none of the lists in {lists} and are not used, such as "
+            f"{in_one_line(new[0])}. To train on them, start another run, or add lines PATH,CLASS_NUMBER (-1: no "
+            "label) to train.txt there. To evaluate on other images than those of the pretraining, pass --splits_path "
+            "none (Python: None)."
         )
 
 
@@ -219,14 +245,15 @@ def write_lists(folder: Path, images_of: ImageList, made_by: dict[str, Any]) -> 
     Raises:
         ValueError: the path of an image cannot be a line of a text file.
     """
+    paths = (path for images in images_of.values() for path, _ in images)
+    if odd := sorted(repr(path) for path in paths if re.search(r"[\n\r\ud800-\udfff]", path)):
+        raise ValueError(
+            f"file names with line breaks, or not in UTF-8, cannot be listed: {first_of(odd, MOST_NAMED)} "
+            f"({len(odd):,} in all). Rename them."
+        )
     atomic_write(folder / SETTINGS, json.dumps(made_by, indent=2))
     for split in ("val", "test", "train"):
         images = images_of.get(split, [])
-        odd = next((path for path, _ in images if re.search(r"[\n\r\ud800-\udfff]", path)), None)
-        if odd is not None:
-            raise ValueError(
-                f"{odd!r} cannot be listed in {folder / split}.txt. Rename it: valid UTF-8, without line breaks."
-            )
         # ./ protects a leading blank, which `entries` would strip
         lines = (f"{'./' if path[0].isspace() else ''}{path},{label}\n" for path, label in images)
         atomic_write(folder / f"{split}.txt", "".join(lines))

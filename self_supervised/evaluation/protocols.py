@@ -256,7 +256,12 @@ def why_not_scorable(params: EncoderAndDataParams) -> str:
     """Return why no classifier of the training images can be scored on the test images, or ""."""
     info, name = params.dataset, params.dataset_name
     if not n_classes(params):
-        return f"needs labels, but the images of {name} have none"
+        way_out = (
+            ", because labels_from=None (by default, that of the pretraining). If the folders are classes, pass "
+            "--data_path and --labels_from first_folder"
+        )
+        is_told = info.is_custom and params.labels_from is None
+        return f"needs labels, but the images of {name} have none{way_out if is_told else ''}"
     if not (info.is_custom or info.of_videos):
         return ""
     train, test = (get_dataset(params, splits).labels for splits in (info.train_splits, info.test_splits))
@@ -278,6 +283,8 @@ def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderA
     unlabeled = why_not_scorable(params)
     refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, unlabeled))}
     if protocols is None:
+        if unlabeled:
+            print(f"protocols with labels are left out: each {unlabeled}.", flush=True)
         return [name for name, row in PROTOCOLS.items() if not (row.preset or row.slow or name in refused)]
     for name in protocols:
         if name in refused:

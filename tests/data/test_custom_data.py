@@ -252,19 +252,48 @@ def test_the_fraction_of_a_pretraining_leaves_the_labels_of_evaluations_alone(ph
     assert linear.params.data_fraction == 0.5
 
 
-def test_splits_are_written_once_and_reused(tmp_path):
+def test_splits_are_written_once_and_reused(tmp_path, caplog):
     root = write(tmp_path / "photos")
     p = params(root, splits_path=str(tmp_path / "run" / "splits"))
     sets = three(p)
     assert (tmp_path / "run/splits/val.txt").read_text() == "".join(f"{k},{v}\n" for k, v in sets[1].items())
     (root / "ant").mkdir()  # would be class 0
     Image.fromarray(TILES["china"][0]).save(root / "ant" / "new.png")
-    assert three(p) == sets
+    with caplog.at_level("INFO"):
+        assert three(p) == sets
+    assert caplog.text.count(f"1 images are in none of the lists in {tmp_path}/run/splits and are not used") == 1
     assert three(attrs.evolve(p, splits_path=None)) != sets
+    with (tmp_path / "run/splits/train.txt").open("a") as file:  # as the line says
+        file.write("ant/new.png,-1\n")
+    assert listed(p) == {**sets[0], "ant/new.png": -1}
+    with caplog.at_level("INFO"):
+        listed(attrs.evolve(p, splits_path=str(tmp_path / "others")))
+        listed(attrs.evolve(p, splits_path=str(tmp_path / "others")))
+    assert caplog.text.count("none of the lists") == 1
     gone = next(iter(sets[2]))
     (root / gone).unlink()
-    with pytest.raises(ValueError, match=f"test.txt lists images that are not in .*photos: {gone}"):
+    with pytest.raises(ValueError, match=f"test.txt lists images that are not in .*photos: {gone}.*images of the run"):
         listed(p)
+
+
+def test_the_lists_of_a_run_are_left_out_for_other_images(photos, tmp_path):
+    p = params(photos, splits_path=str(tmp_path / "splits"))
+    listed(p)
+    others = write(tmp_path / "others", {name: name.replace("/", "/other") for name in NAMES})
+    encoder = SimpleNamespace(params=p)
+    with pytest.raises(ValueError, match="not in .*others: .* If data_path holds others, pass --splits_path none"):
+        listed(features.data_params(encoder, data_path=str(others)))
+    sets = three(features.data_params(encoder, data_path=str(others), splits_path=None))
+    assert sum(map(len, sets)) == len(NAMES)
+
+
+def test_a_directory_that_is_missing_is_named_with_its_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'nowhere' is not a directory.* of a run, starts at .*directory, ") as caught:
+        listed(params(Path("nowhere")))
+    assert str(tmp_path) in str(caught.value) and "DATA_PATH" not in str(caught.value)
+    with pytest.raises(ValueError, match="folder' is not a directory. Pass .* images, or set DATA_PATH"):
+        loading.get_dataset(attrs.evolve(params(tmp_path), data_path=None), ("train",))
 
 
 @pytest.mark.parametrize(
@@ -302,8 +331,10 @@ def test_odd_names_are_kept_in_the_lists(tmp_path):
     assert set(odd.values()) < {path for one in sets for path in one} and three(p) == sets
     (tmp_path / "photos/china/03.png").rename(tmp_path / "photos/china/3\n.png")
     assert len(listed(attrs.evolve(p, splits_path=None))) == len(sets[0])
-    with pytest.raises(ValueError, match=r"'china/3\\n.png' cannot be listed in "):
+    (tmp_path / "photos/flower/03.png").rename(tmp_path / "photos/flower/\udce9.png")  # a byte that is not UTF-8
+    with pytest.raises(ValueError, match=r"'china/3\\n.png', 'flower/\\udce9.png' \(2 in all\). Rename") as caught:
         listed(attrs.evolve(p, splits_path=str(tmp_path / "others")))
+    assert str(tmp_path) not in str(caught.value) and not (tmp_path / "others/splits.json").exists()
 
 
 TWO = "china/01.png\nflower/00.png\n"
@@ -723,6 +754,16 @@ def test_a_folder_without_labels_trains_and_is_measured(tmp_path, trainer, caplo
     assert "rank_me" in runnable(None, encoder, encoder.params)
     other = load_encoder(tmp_path / "flat.ckpt", dataset_name="cifar10").params
     assert other.dataset_name == "cifar10" and other.data_path is None
+
+
+def test_protocols_without_labels_say_that_the_settings_have_none(photos, capsys):
+    p, encoder = params(photos, labels_from=None), SimpleNamespace(model=torch.nn.Flatten())
+    with pytest.raises(ValueError, match="'knn' needs labels, .*labels_from=None .*--labels_from first_folder. Choose"):
+        runnable(["knn"], encoder, p)
+    assert "knn" not in runnable(None, encoder, p)
+    assert "labels are left out: each needs labels, but the images of folder have none, be" in capsys.readouterr().out
+    assert "knn" in runnable(None, encoder, attrs.evolve(p, labels_from="first_folder"))
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_one_class_is_named(tmp_path, trainer, caplog):
