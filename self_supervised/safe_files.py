@@ -275,9 +275,6 @@ class StandIn:
     def __new__(cls, *_: Any) -> "StandIn":
         return super().__new__(cls)
 
-    def __init__(self, *_: Any):
-        pass
-
     def __setstate__(self, _: Any) -> None:
         pass
 
@@ -305,21 +302,19 @@ def safe_load(path: str | Path, of_others: bool = False) -> Any:
         raise ValueError(f"{path} is corrupt: it is empty")
     if path.suffix == ".safetensors":
         return load_safetensors(path)
+    members: list[str] = []
     try:
         if zipfile.is_zipfile(path):  # files of torch before 1.6 are not, and have no checksums
             with zipfile.ZipFile(path) as archive:
-                corrupt = archive.testzip()  # torch itself does not compare the checksums
+                corrupt, members = archive.testzip(), archive.namelist()  # torch itself does not compare the checksums
             if corrupt is not None:
                 raise OSError(f"the checksum of {corrupt} is wrong")
         with data_only_variables():
             return load_with_class_names(path, [(StandIn, name) for name in STAND_INS] if of_others else [])
-    except pickle.UnpicklingError as error:
-        raise refusal(path, error) from error
     except Exception as error:  # torch and zipfile raise exceptions of many types for corrupt files
         if isinstance(error, MemoryError) or getattr(error, "errno", None) not in (None, errno.EINVAL):
             raise  # the machine's; EINVAL is that of a seek to where a corrupt header points
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} is corrupt, or not a PyTorch file: {first_line}") from error
+        raise refusal(path, error, members) from error
 
 
 def load_with_class_names(path: Path, known: list[tuple[type, str]]) -> Any:
@@ -356,11 +351,16 @@ def class_names_allowed(content: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def refusal(path: str | Path, error: pickle.UnpicklingError) -> ValueError:
+def refusal(path: str | Path, error: Exception, members: Iterable[str] = ()) -> ValueError:
     """Return an error in our words, because those of torch explain how to run the file's code."""
-    if (match := UNSUPPORTED.search(str(error))) is None:
-        return ValueError(f"{path} is corrupt, or not a PyTorch file")
-    return ValueError(f"{path} holds more than data and would run code on loading, which is refused: {match[1]}")
+    if any(name.endswith(("/constants.pkl", "/archive_format")) for name in members):
+        what = "is a program (TorchScript or torch.export), not weights"
+        return ValueError(f"{path} {what}. Pass the checkpoint from which it was exported.")
+    if match := UNSUPPORTED.search(str(error)):
+        return ValueError(f"{path} holds more than data and would run code on loading, which is refused: {match[1]}")
+    is_torchs = isinstance(error, pickle.UnpicklingError)
+    reason = "" if is_torchs else f": {next(iter(str(error).splitlines()), type(error).__name__)}"
+    return ValueError(f"{path} is corrupt, or not a PyTorch file{reason}")
 
 
 @contextmanager

@@ -3,10 +3,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from processes import full_disk
 
 from self_supervised import safe_files
-from self_supervised.safe_files import atomic_file, atomic_folder, atomic_write, check_file, check_folder, rows_of
+from self_supervised.safe_files import (
+    atomic_file,
+    atomic_folder,
+    atomic_write,
+    check_file,
+    check_folder,
+    rows_of,
+    safe_load,
+)
 
 
 def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
@@ -76,3 +85,15 @@ def test_extensions_may_be_in_capitals(tmp_path):
     check_file("out", tmp_path / "a.PNG", ".png")
     with pytest.raises(ValueError, match=r"out=.*a\.gif: must end in \.png, \.html or \.csv$"):
         check_file("out", tmp_path / "a.gif", ".png", ".html", ".csv")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("kind", ["torchscript", "torch_export"])
+def test_a_program_is_not_called_corrupt(kind, tmp_path):
+    model, path = torch.nn.Linear(2, 2), tmp_path / "x.pt2"
+    if kind == "torchscript":
+        torch.jit.save(torch.jit.trace(model, torch.zeros(1, 2)), path)
+    else:
+        torch.export.save(torch.export.export(model, (torch.zeros(1, 2),)), path)
+    with pytest.raises(ValueError, match="is a program .TorchScript or torch.export., not weights. Pass the checkp"):
+        safe_load(path)
