@@ -6,8 +6,9 @@ a head.
 """
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ class Layout:
     stem_variant: str = "standard"  # of the system's ResNets for small images
 
 
-WEIGHTS_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
+WEIGHTS_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".tar", ".bin")
 NAMES_SHOWN = 3  # of each kind, in a message
 HEADS_OF_LIGHTLY = ("projection_head.", "prediction_head.", "projection_mlp.", "online_classifier.")
 TWINS_OF_OPENSELFSUP = ("neck.", "encoder_k.0.", "encoder_k.module.0.", "online_net.", "target_net.")
 UNNAMED = ("backbone.", "encoder.", "encoder_q.", "base_encoder.", "model.", "net.")  # prefixes of unknown systems
+OF_SOLO_LEARN = ("momentum_backbone.", "momentum_encoder.", "momentum_classifier.")  # not of all its methods
 PLAIN_STARTS = (
     "conv1.",
     "features.",
@@ -72,7 +74,9 @@ OURS = Layout("self_supervised", "model.")
 ORIGINAL = Layout("self_supervised, the original", "model.")
 EXPORT = Layout("self_supervised, exported", "")
 
-HOLDERS = ("state_dict", "model", "model_state_dict", "teacher")  # entries that hold tensors in known systems
+HOLDERS = (  # entries that hold tensors in known systems, then in others
+    "state_dict", "model", "model_state_dict", "teacher", "backbone", "encoder", "encoder_q", "base_encoder", "net",
+)  # fmt: skip
 HEAD_NAMES = (  # mask_token: of DINOv2, only for its training
     "fc", "classifier", "head", "heads", "linear", "head_dist", "aux1", "aux2", "AuxLogits", "mask_token",
 )  # fmt: skip
@@ -89,6 +93,7 @@ class WeightsFile:
     source: str  # path
     layout: str  # name of the system
     state: dict[str, Tensor] = field(repr=False)  # tensors of the encoder and its head, without prefix
+    full: dict[str, Tensor] = field(repr=False)  # all tensors, with it
     left_out: tuple[str, ...]  # keys of all other tensors
     stem_variant: str  # of the stem, if it is one for small images
     settings: dict[str, Any]  # fields of EncoderAndDataParams; {} for files of other systems
@@ -98,9 +103,9 @@ class WeightsFile:
 
     @property
     def has_guessed_stem(self) -> bool:
-        """Return whether the file is taken for solo-learn's for its classifier alone, as many files of others have."""
+        """Return whether the file is taken for solo-learn's for its classifier, as many files of others have."""
         is_solo_learns = not self.settings and self.stem_variant == "padding_2"
-        return is_solo_learns and all(key.startswith("classifier.") for key in self.left_out)
+        return is_solo_learns and not any(key.startswith(OF_SOLO_LEARN) for key in self.left_out)
 
 
 def lightning_checkpoint(folder: Path) -> Path | None:
@@ -180,6 +185,7 @@ def read_weights(path: str | Path, lagging: bool = False) -> WeightsFile:
         source=str(path),
         layout=layout.name,
         state=state,
+        full={name: tensors[key] for key, name in names.items()},
         left_out=tuple(key for key in tensors if key not in inside),
         stem_variant="no_relu" if not settings and numbering(state) is NUMBERED_OF_LIGHTLY else layout.stem_variant,
         settings=dict(settings),
@@ -189,20 +195,25 @@ def read_weights(path: str | Path, lagging: bool = False) -> WeightsFile:
 
 
 def held_weights(content: Any, path: str | Path) -> tuple[str | None, dict[str, Tensor]]:
-    """Return the name of the file's entry with the tensors, or None if the file is the state dict, and the tensors."""
+    """Return the name of the file's entry with the tensors, or None if the file is the state dict, and the tensors.
+
+    Without a known name, it is the one with more tensors than all others together: a loss may hold some, too.
+    """
 
     def tensors(value: Any) -> dict[str, Tensor]:
         pairs = value.items() if isinstance(value, Mapping) else ()
         return {key: item for key, item in pairs if isinstance(item, Tensor) and isinstance(key, str)}
 
     entries = content if isinstance(content, Mapping) else {}
-    full = [key for key, value in entries.items() if tensors(value)]
-    only = full[0] if len(full) == 1 and not tensors(content) else None
-    holder = next((key for key in HOLDERS if key in full), only)
-    state = tensors(content if holder is None else content[holder])
-    if not state:
+    found = {None: tensors(content)} | {key: held for key, value in entries.items() if (held := tensors(value))}
+    largest = max(found, key=lambda key: len(found[key]))
+    holder = next((key for key in HOLDERS if key in found), largest)
+    if not found[holder]:
         raise ValueError(f"{path} is not a checkpoint or weights file: it has no state_dict and holds no tensors")
-    return holder, state
+    if holder not in HOLDERS and 2 * len(found[holder]) <= n_names(found):
+        names = first_of([str(key) for key in found if key is not None], NAMES_SHOWN)
+        raise ValueError(f"{path} holds tensors in several entries: {names}. Save that of the encoder alone.")
+    return holder, found[holder]
 
 
 def recognized(names: tuple[str, ...], holder: str | None, settings: Mapping, exported: bool) -> Layout:
@@ -224,13 +235,15 @@ def recognized(names: tuple[str, ...], holder: str | None, settings: Mapping, ex
 
 def torchvisions(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict under torchvision's names, if it is that of a ResNet that is numbered by position or has
-    lightly's shortcuts. Others are returned as they are."""
+    lightly's shortcuts, or of a DenseNet in a published file. Others are returned as they are."""
     if numbers := numbering(state):
         parts = {key: key.split(".", 1) for key in state}
         known = {str(number): name for number, name in enumerate(numbers)}
         state = {".".join([known.get(first, first), *rest]): state[key] for key, (first, *rest) in parts.items()}
     if "layer1.0.conv1.weight" in state:
         state = {key.replace(".shortcut.", ".downsample."): value for key, value in state.items()}
+    if "features.denseblock1.denselayer1.norm.1.weight" in state:  # of PyTorch 0.3; torchvision renames it likewise
+        state = {re.sub(r"(denselayer\d+\.(norm|conv))\.", r"\1", key): value for key, value in state.items()}
     return state
 
 
@@ -266,22 +279,25 @@ def load_into(encoder: nn.Module, weights: WeightsFile, name: str) -> tuple[str,
         ValueError: tensors are missing, unexpected (except those of a head), of another shape, or not finite. The
             message names them, and the layout as which the file was read.
     """
-    wanted = encoder.state_dict()
-    states = (weights.state, torchvisions(weights.state))  # the user's own module may also be numbered
+    own = encoder.state_dict()
+    names = {key: key.replace("_orig_mod.", "") for key in own}  # it may be compiled, too
+    wanted = {names[key]: value for key, value in own.items()}
+    # the user's own module may also be numbered, or have a child named as a prefix
+    states = (weights.state, torchvisions(weights.state), weights.full)
     state, wrong = min(((state, misfits(state, wanted)) for state in states), key=lambda pair: n_names(pair[1]))
     if wrong:
         raise ValueError(mismatch_message(weights, name, wrong))
-    encoder.load_state_dict({**wanted, **{key: state[key] for key in wanted if key in state}})
+    encoder.load_state_dict({key: state.get(names[key], value) for key, value in own.items()})
     if bad := not_finite(encoder):
         raise ValueError(
             f"{weights.source}: {len(bad)} of {len(wanted)} tensors of its {name} are not finite "
             f"(the first: {bad[0]}). Use an earlier checkpoint."
         )
-    return (*(key for key in state if key not in wanted), *weights.left_out)
+    return (*(key for key in state if key not in wanted), *(() if state is weights.full else weights.left_out))
 
 
-def n_names(wrong: Mapping[str, list[str]]) -> int:
-    """Return the number of names in what `misfits` returns."""
+def n_names(wrong: Mapping[Any, Collection[str]]) -> int:
+    """Return the number of names in what `misfits` returns, for example."""
     return sum(map(len, wrong.values()))
 
 

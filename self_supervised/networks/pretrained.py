@@ -1,7 +1,5 @@
 """Pretrained encoders: from files, from published weights by name, and the baselines to compare them with."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +193,7 @@ def settings_of(weights: layouts.WeightsFile, overrides: dict[str, Any]) -> tupl
         settings |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS)
     if overrides.get("in_channels", settings.get("in_channels")) == 1:
         settings |= GRAY
-    are_given = {"transform_crop_size", *MEAN_AND_STD} <= overrides.keys()
-    what = "normalization constants" if settings.get("transform_crop_size") else "size and normalization constants"
-    assumed = [] if are_given else [f"{what} of {settings['dataset_name']}"]
+    assumed = assumed_of_images(settings, overrides)
     if settings.get("stem_variant", "standard") != "standard" and "stem_variant" not in overrides:
         assumed.append(f"stem_variant={settings['stem_variant']!r} of {weights.layout}")
         if weights.has_guessed_stem:
@@ -210,6 +206,15 @@ def settings_of(weights: layouts.WeightsFile, overrides: dict[str, Any]) -> tupl
     if arch is None and settings["encoder_arch"].startswith("timm:"):
         assumed.append(f"{settings['encoder_arch']} of all models of these shapes")
     return settings, ", ".join(assumed)
+
+
+def assumed_of_images(settings: dict[str, Any], overrides: dict[str, Any]) -> list[str]:
+    """Return what is assumed about the images in settings that were inferred."""
+    known = overrides.keys() | {name for name, value in settings.items() if value is not None}
+    facts = {"size": {"transform_crop_size"}, "normalization constants": {*MEAN_AND_STD}}
+    of_dataset = [fact for fact, names in facts.items() if not names <= known]
+    assumed = [f"{' and '.join(of_dataset)} of {settings['dataset_name']}"] if of_dataset else []
+    return assumed + [f"{name}={settings[name]}" for name in MEAN_AND_STD if name in settings.keys() - overrides.keys()]
 
 
 def without_transform_input(settings: dict[str, Any]) -> dict[str, list[float]]:
@@ -282,6 +287,9 @@ def published(name: str, overrides: dict[str, Any], new_stem: bool = False) -> E
     except ValueError as error:
         raise ValueError(f"there is no file {name}, and as a name: {error}") from error
     weights = weights or "DEFAULT"
+    for fact, own in (("encoder_arch", arch), ("encoder_weights", weights)):
+        if overrides.get(fact, own) != own:
+            raise ValueError(f"{fact}={overrides[fact]!r}: {name} stands for {own!r}. Leave it out.")
     settings = {
         "encoder_arch": arch,
         "dataset_name": "imagenet",
@@ -377,21 +385,15 @@ def starting_encoder(p: EncoderAndDataParams, source: str) -> Encoder:
         same["stem_variant"] = p.stem_variant
     if p.encoder_arch in catalogue.INCEPTIONS:
         same |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS)
-    with seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         return published(source, same, new_stem=True) if is_published(source) else load_encoder(source, **same)
 
 
 def random_encoder(trained: Encoder) -> Encoder:
     """Return an encoder with random weights of seed 0, otherwise like `trained`."""
-    with seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         model, _ = encoders.get_encoder(attrs.evolve(trained.params, encoder_weights=None))
     report = attrs.evolve(trained.report, source="no file", layout="random weights of seed 0", left_out=())
     return Encoder(model, trained.params, report)
-
-
-@contextmanager
-def seeded() -> Iterator[None]:
-    """Use seed 0 within the context, and restore torch's random state after it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield

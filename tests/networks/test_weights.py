@@ -4,9 +4,11 @@ import argparse
 import copy
 import json
 import os
+import re
 import sys
 import urllib.error
 import warnings
+from collections import OrderedDict
 from contextlib import nullcontext
 from functools import cache, partial
 
@@ -344,10 +346,41 @@ def test_a_directory_of_files_names_them(tmp_path):
         load_encoder(tmp_path)
 
 
-def test_a_stem_that_is_only_guessed_gives_a_warning(tmp_path):
-    """A linear classifier of solo-learn and an own module may have the same keys."""
+@pytest.mark.parametrize("file", ["checkpoint_0199.pth.tar", "pytorch_model.bin"])
+def test_a_directory_of_files_is_not_a_published_name(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()
+    (tmp_path / "resnet18" / file).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"resnet18: is a directory. Pass one of its files: {file}"):
+        load_encoder("resnet18")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"encoder": None, "rng_state": torch.zeros(4)},
+        {"net": None, "criterion": {"center": torch.zeros(3)}},
+        {"encoder": None, "momentum_encoder": {str(i): torch.zeros(1) for i in range(200)}},
+        {"mine": None, "loss": torch.zeros(()), "projector": MLP},
+    ],
+)
+def test_tensors_beside_the_state_dict(beside, tmp_path):
+    torch.save({key: own() if value is None else value for key, value in beside.items()}, tmp_path / "x.pth")
+    encoder = load_encoder(tmp_path / "x.pth", encoder_arch="resnet18")
+    assert torch.equal(encoder.model.conv1.weight, network().conv1.weight)
+
+
+def test_several_state_dicts_are_named(tmp_path):
+    torch.save({"online": MLP, "target": MLP, "step": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="x.pth holds tensors in several entries: online, target. Save that of the en"):
+        load_encoder(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("others", [["classifier."], ["classifier.", "projector."]])
+def test_a_stem_that_is_only_guessed_gives_a_warning(others, tmp_path):
+    """Files of solo-learn, without a momentum encoder, and of an own module may have the same keys."""
     content = solo_learn()[0]["state_dict"]
-    content = {key: tensor for key, tensor in content.items() if key.startswith(("backbone.", "classifier."))}
+    content = {key: tensor for key, tensor in content.items() if key.startswith(("backbone.", *others))}
     torch.save({"state_dict": content}, tmp_path / "weights.pth")
     with pytest.warns(UserWarning, match="read as solo-learn's, whose first convolution pads 2 pixels"):
         load_encoder(tmp_path / "weights.pth")
@@ -461,6 +494,34 @@ def test_a_users_module_keeps_its_names(tmp_path):
         load_encoder(tmp_path / "ours.ckpt", encoder=nn.Sequential(nn.Flatten(), nn.Linear(3072, 512)))
 
 
+def parts(outer: str) -> nn.Module:
+    """Return a module with a child of that name."""
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(OrderedDict({outer: body, "out": nn.Linear(4, 2)}))
+
+
+@pytest.mark.parametrize("outer", ["backbone", "encoder", "net", "model"])
+def test_a_child_of_a_users_module_is_not_taken_for_a_prefix(outer, tmp_path):
+    source = parts(outer)
+    for content in (source.state_dict(), {"state_dict": under("module.", source.state_dict())}):
+        torch.save(content, tmp_path / "own.pt")
+        encoder = load_encoder(tmp_path / "own.pt", encoder=parts(outer))
+        assert torch.equal(encoder.model.out.weight, source.out.weight) and not encoder.report.left_out
+        assert torch.equal(encoder.model[0][0].weight, source[0][0].weight)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("read", [False, True])
+def test_a_users_module_may_be_compiled(written, read, tmp_path):
+    def made(is_compiled):
+        return torch.compile(parts("net"), backend="eager") if is_compiled else parts("net")
+
+    source = made(written)
+    save(SelfSupervisedMethod("simclr", dataset_name="cifar10", encoder=source), tmp_path / "own.ckpt")
+    encoder = load_encoder(tmp_path / "own.ckpt", encoder=made(read))
+    assert torch.equal(encoder.model.out.weight, source.out.weight)
+
+
 def numbered() -> nn.Module:
     return nn.Sequential(*list(torchvision.models.resnet18().children())[:-1], nn.Flatten())
 
@@ -503,6 +564,25 @@ def test_the_architecture_is_inferred(name, tmp_path):
     assert load_encoder(tmp_path / "weights.pth", **named).params.encoder_arch == name
 
 
+def ws_resnet18_of(channels: int) -> dict[str, Tensor]:
+    state = ws_resnet.ws_resnet18().state_dict()
+    return {**state, "conv1.weight": state["conv1.weight"][:, :channels]}
+
+
+def test_published_names_of_densenets(tmp_path):
+    """Torchvision's files have names that its code replaces."""
+    source = torchvision.models.densenet121()
+    old = {re.sub(r"(\.norm|\.conv)([12]\.)", r"\1.\2", key): value for key, value in source.state_dict().items()}
+    old = {key: value for key, value in old.items() if "denselayer" in key or key in source.state_dict()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    torch.save({key: value for key, value in old.items() if "num_batches" not in key}, tmp_path / "dense.pth")
+    encoder = load_encoder(tmp_path / "dense.pth", encoder_arch="densenet121")
+    start = {"encoder_arch": "densenet121", "dataset_name": "stl10", "encoder_weights": str(tmp_path / "dense.pth")}
+    for model in (encoder.model, encoders.get_encoder(ModelParams(**start))[0]):
+        last = model.features.denseblock4.denselayer16.conv2.weight
+        assert torch.equal(last, source.features.denseblock4.denselayer16.conv2.weight)
+
+
 def test_assumptions_are_reported(tmp_path):
     """Group norm without weight standardization has the same names, and many models of timm have the same shapes."""
     torch.save(ws_resnet.ws_resnet18().state_dict(), tmp_path / "gn.pth")
@@ -510,6 +590,14 @@ def test_assumptions_are_reported(tmp_path):
     assert "ws_resnet18 loaded; left out: fc. (2 tensors); assumed: size and norm" in report
     assert "weight standard" in report
     torch.save(timm_state_dict()[0], tmp_path / "vit.pth")
+    for channels, constants, text in (  # those that are used
+        (1, {}, "size of imagenet, image_mean=[0.449], image_std=[0.226]"),
+        (1, {"image_mean": [0.4], "image_std": [0.2]}, "size of imagenet"),
+        (3, {"transform_crop_size": 64}, "normalization constants of imagenet"),
+    ):
+        torch.save(ws_resnet18_of(channels), tmp_path / "gn.pth")
+        found = load_encoder(tmp_path / "gn.pth", encoder_arch="ws_resnet18", **constants).report
+        assert found.assumed == text
     assert "timm:vit_tiny_patch16_224 of all models" in str(load_encoder(tmp_path / "vit.pth").report)
     assert "assumed: normalization constants of imagenet" in str(load_encoder(tmp_path / "vit.pth").report)
     with pytest.raises(ValueError, match="position embeddings of its timm:vit_tiny_patch16_224 are for"):
@@ -541,7 +629,9 @@ def test_stems_channels_and_old_files(tmp_path):
     encoder = load_encoder(tmp_path / "gray.pth")
     p = encoder.params
     assert (p.encoder_arch, p.channels, p.low_resolution, p.crop_size) == ("resnet34", 1, True, 32)
-    assert (p.mean, p.std) == ((0.449,), (0.226,)) and "assumed: size and norm" in str(encoder.report)
+    assert (p.mean, p.std) == ((0.449,), (0.226,)) and "assumed: size of cifar10, image_mean=[0.449]" in str(
+        encoder.report
+    )
     images = torch.randint(256, (2, 1, 32, 32), dtype=torch.uint8)
     assert torch.allclose(encoder.embed(images), model((images / 255 - 0.449) / 0.226), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="'stl10' has images of 3 channels, the encoder takes 1"):
@@ -719,6 +809,10 @@ def test_published_by_torchvision(name, hub):
     p = encoder.params
     assert (p.crop_size, p.mean, p.std) == (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert p.encoder_weights is None and p.dataset_name == "imagenet"
+    for fact, other in (("encoder_arch", "resnet34"), ("encoder_weights", None)):
+        with pytest.raises(ValueError, match=f"{fact}={other!r}: {name} stands for '.*Leave it out"):
+            load_encoder(name, **{fact: other})
+    assert load_encoder(name, encoder_arch="resnet18").report.architecture == "resnet18"
     for change in ({"in_channels": 1, "image_mean": [0.4], "image_std": [0.2]}, {"low_resolution_stem": True}):
         with pytest.raises(ValueError, match="would leave the first layer of resnet18.* without its published weights"):
             load_encoder(name, **change)
