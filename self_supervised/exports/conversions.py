@@ -178,6 +178,10 @@ def in_detectron2(encoder: Encoder) -> Converted:
             f"encoder_arch={p.encoder_arch!r}{stem}: detectron2 only has ResNets with a 7 x 7 stem. Choose another "
             "format."
         )
+    if p.channels not in (1, 3):
+        raise ValueError(
+            f"in_channels={p.channels}: detectron2 only reads images of 1 or 3 channels. Choose another format."
+        )
     converted = in_torchvision(encoder)
     depth = int(re.search(r"\d+", p.encoder_arch)[0])
     config = {
@@ -189,7 +193,7 @@ def in_detectron2(encoder: Encoder) -> Converted:
         "MODEL.RESNETS.WIDTH_PER_GROUP": model.base_width,
         "MODEL.RESNETS.STRIDE_IN_1X1": False,
         "MODEL.RESNETS.NORM": "GN" if normalization(p.encoder_arch) else "FrozenBN",
-        "INPUT.FORMAT": "RGB",
+        "INPUT.FORMAT": "RGB" if p.channels == 3 else "L",
     }
     lines = ["config = [  # cfg.merge_from_list(config), and MODEL.WEIGHTS is this file"]
     lines += [f"    {key!r}, {value!r}," for key, value in config.items()]

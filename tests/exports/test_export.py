@@ -403,7 +403,7 @@ class Detectron2ResNet(nn.Module):
         return self.res5(self.res4(self.res3(self.res2(x)))).mean((2, 3))
 
 
-@pytest.mark.parametrize(("arch", "channels"), [("resnet50", 5), ("ws_resnet18", 3)])
+@pytest.mark.parametrize(("arch", "channels"), [("resnet50", 1), ("ws_resnet18", 3)])
 def test_detectron2_finds_every_tensor_under_its_name(arch, channels, encoder):
     made = encoder(arch, 64, channels)
     converted = conversions.in_detectron2(made)
@@ -417,7 +417,7 @@ def test_detectron2_finds_every_tensor_under_its_name(arch, channels, encoder):
     with torch.no_grad():
         assert close(theirs(images), made(images))
     assert config["MODEL.PIXEL_MEAN"] == pytest.approx([255 * m for m in made.params.mean], abs=1e-3)
-    assert config["MODEL.RESNETS.STRIDE_IN_1X1"] is False and config["INPUT.FORMAT"] == "RGB"
+    assert config["MODEL.RESNETS.STRIDE_IN_1X1"] is False and config["INPUT.FORMAT"] == {1: "L", 3: "RGB"}[channels]
 
 
 def test_detectron2_file_is_like_those_of_its_model_zoo(exported):
@@ -431,6 +431,8 @@ def test_detectron2_is_for_resnets_with_its_stem(encoder):
         conversions.in_detectron2(encoder("resnet18", 32))
     with pytest.raises(ValueError, match="encoder_arch='shufflenet_v2_x0_5': detectron2 only has"):
         conversions.in_detectron2(encoder("shufflenet_v2_x0_5", 32))
+    with pytest.raises(ValueError, match="in_channels=4: detectron2 only reads images of 1 or 3 channels"):
+        conversions.in_detectron2(encoder("resnet18", 64, 4))
 
 
 # ---- files are written atomically, only once, and only if they are right ----
