@@ -292,19 +292,19 @@ def build_timm(name: str, pretrained: bool, image: torch.Tensor, of_all_sizes: b
                 encoder = created(**of_size, dynamic_img_size=True)
     if of_size:
         encoder.built_for = of_size
-    refuse_cut_border(encoder, name, image.shape[-1])
+    warn_of_cut_border(encoder, name, image.shape[-1])
     return encoder
 
 
-def refuse_cut_border(encoder: nn.Module, name: str, size: int) -> None:
-    """Raise ValueError if timm's encoder would cut off the pixels of images that do not fill a patch."""
+def warn_of_cut_border(encoder: nn.Module, name: str, size: int) -> None:
+    """Warn if timm's encoder cuts off the pixels that do not fill a patch. Runs of earlier versions have such sizes."""
     from timm.layers import PatchEmbed
 
     first = next((part for part in encoder.modules() if isinstance(part, PatchEmbed | nn.Conv2d)), None)
     if isinstance(first, PatchEmbed) and not first.dynamic_img_pad and size % first.patch_size[0]:
-        raise ValueError(
-            f"transform_crop_size={size}: {name} would ignore the border of images. Choose a multiple of the patch "
-            f"size, {first.patch_size[0]} (of a teacher: teacher_crop_size)."
+        rank_zero_warn(
+            f"transform_crop_size={size}: {name} ignores the border of images. Choose a multiple of the patch size, "
+            f"{first.patch_size[0]} (of a teacher: teacher_crop_size)"
         )
 
 
