@@ -37,7 +37,7 @@ NAMES_SHOWN = 3  # of each kind, in a message
 HEADS_OF_LIGHTLY = ("projection_head.", "prediction_head.", "projection_mlp.", "online_classifier.")
 TWINS_OF_OPENSELFSUP = ("neck.", "encoder_k.0.", "encoder_k.module.0.", "online_net.", "target_net.")
 UNNAMED = ("backbone.", "encoder.", "encoder_q.", "base_encoder.", "model.", "net.")  # prefixes of unknown systems
-OF_SOLO_LEARN = ("momentum_backbone.", "momentum_encoder.", "momentum_classifier.")  # not of all its methods
+MOMENTUM_OF_SOLO_LEARN = ("momentum_backbone.", "momentum_encoder.", "momentum_classifier.")  # not of all its methods
 PLAIN_STARTS = (
     "conv1.",
     "features.",
@@ -105,7 +105,7 @@ class WeightsFile:
     def has_guessed_stem(self) -> bool:
         """Return whether the file is taken for solo-learn's for its classifier, as many files of others have."""
         is_solo_learns = not self.settings and self.stem_variant == "padding_2"
-        return is_solo_learns and not any(key.startswith(OF_SOLO_LEARN) for key in self.left_out)
+        return is_solo_learns and not any(key.startswith(MOMENTUM_OF_SOLO_LEARN) for key in self.left_out)
 
 
 def lightning_checkpoint(folder: Path) -> Path | None:
