@@ -173,7 +173,7 @@ def finish(run: Run, table: Table, curves: Table, first: bool) -> bool:
         if not table.has(run.known):
             row = run.row()
             usual = evolve(run, settings=[one for one in run.settings if not one.startswith("lr=")])
-            if run.lr == usual.lr or not curves.has({"preset": run.preset, "seed": run.seed}):
+            if (run.lr == usual.lr and not run.further) or not curves.has({"preset": run.preset, "seed": run.seed}):
                 curves.put(run.curve(), "preset", "seed")
             table.put([row], *run.known)
             print(", ".join(f"{name} {harness.shown(value)}" for name, value in row.items() if value != ""), flush=True)

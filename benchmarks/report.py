@@ -116,7 +116,7 @@ def grouped(rows: list[Row], *names: str) -> list[list[Row]]:
 
 
 def different(rows: list[Row], name: str) -> str:
-    """Return the values of a column that differ, as one text."""
+    """Return the distinct values of a column, as one text."""
     return " ".join(sorted({row[name] for row in rows}))
 
 

@@ -72,7 +72,7 @@ def refuse_no_directory(root: Path, data_path: str | None) -> None:
         return
     more = "" if data_path else ", or set DATA_PATH"
     if data_path and not root.is_absolute():
-        more = f" (--data_path). A relative path, also that of a run, starts at the current directory, {Path.cwd()}"
+        more = f" (--data_path). Relative paths, also that of a run, are read from the current directory, {Path.cwd()}"
     raise ValueError(f"data_path={str(root)!r} is not a directory. Pass the directory that holds your images{more}.")
 
 

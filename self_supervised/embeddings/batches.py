@@ -36,8 +36,9 @@ def parted(overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], d
 
 def refuse_without_effect(columns: dict[str, Any], source: ImageSource) -> None:
     if unused := [name for name in columns if name not in getattr(source, "columns", {})]:
+        others = "a directory, shards" if "labels_from" in unused else "shards"
         raise ValueError(
-            f"{', '.join(unused)}: no effect, because {source.name} is neither shards nor a Hugging Face data set. "
+            f"{', '.join(unused)}: no effect, because {source.name} is neither {others} nor a Hugging Face data set. "
             "Leave it out."
         )
 

@@ -56,6 +56,7 @@ class Folder:
     def __init__(self, root: Path, kind: str = "image", columns: dict[str, Any] | None = None):
         self.root = root
         self.columns = {name: value for name, value in (columns or {}).items() if name == "labels_from"}
+        EncoderAndDataParams(dataset_name="folder", **self.columns)  # raises for an unknown choice
         self.name = str(root.resolve())
         self.kind = kind
         self.passed_over = PassedOver()  # set by paths()

@@ -257,7 +257,7 @@ def why_not_scorable(params: EncoderAndDataParams) -> str:
     info, name = params.dataset, params.dataset_name
     if not n_classes(params):
         way_out = (
-            ", because labels_from=None (by default, that of the pretraining). If the folders are classes, pass "
+            ": labels_from=None, by default as in the pretraining. If the folders of your images are classes, pass "
             "--data_path and --labels_from first_folder"
         )
         is_told = info.is_custom and params.labels_from is None
@@ -284,7 +284,7 @@ def runnable(protocols: Sequence[str] | None, encoder: Encoder, params: EncoderA
     refused = {name: why for name, row in PROTOCOLS.items() if (why := row.refusal(encoder, params, unlabeled))}
     if protocols is None:
         if unlabeled:
-            print(f"protocols with labels are left out: each {unlabeled}.", flush=True)
+            print(f"protocols with labels are left out. Each {unlabeled}.", flush=True)
         return [name for name, row in PROTOCOLS.items() if not (row.preset or row.slow or name in refused)]
     for name in protocols:
         if name in refused:

@@ -36,6 +36,7 @@ class Results:
 
     def __init__(self, folder: Path, fresh: bool = False):
         self.folder = folder
+        self.fresh = fresh
         self.path = folder / "results.json"
         stored = {"runs": [], "config": {}} if fresh else read_results(self.path)
         self.runs: list[RunRecord] = stored["runs"]
@@ -78,9 +79,10 @@ class Results:
         ends = {name: Path(name).parts[-2:] for name in names}  # it may be relative to another directory
         others = [name for name, end in ends.items() if all(parts[-len(end) :] != end for parts in own)]
         if others:
+            replace = "" if self.fresh else ", or pass --fresh (fresh=True) to replace them"  # written since it began
             raise ValueError(
                 f"out={self.folder}: has the results of {', '.join(sorted(others))}, which would be deleted. Choose "
-                "another --out, or pass --fresh (fresh=True) to replace them."
+                f"another --out{replace}."
             )
         return kept
 

@@ -210,7 +210,7 @@ def held_weights(content: Any, path: str | Path) -> tuple[str | None, dict[str, 
     holder = next((key for key in HOLDERS if key in found), largest)
     if not found[holder]:
         raise ValueError(f"{path} is not a checkpoint or weights file: it has no state_dict and holds no tensors")
-    if holder not in HOLDERS and 2 * len(found[holder]) <= n_names(found):
+    if holder not in (None, *HOLDERS) and 2 * len(found[holder]) <= n_names(found):
         names = first_of([str(key) for key in found if key is not None], NAMES_SHOWN)
         raise ValueError(f"{path} holds tensors in several entries: {names}. Save that of the encoder alone.")
     return holder, found[holder]

@@ -289,7 +289,7 @@ def published(name: str, overrides: dict[str, Any], new_stem: bool = False) -> E
     weights = weights or "DEFAULT"
     for fact, own in (("encoder_arch", arch), ("encoder_weights", weights)):
         if overrides.get(fact, own) != own:
-            raise ValueError(f"{fact}={overrides[fact]!r}: {name} stands for {own!r}. Leave it out.")
+            raise ValueError(f"{fact}={overrides[fact]!r}: {name} stands for {own!r}. Change it, or leave {fact} out.")
     settings = {
         "encoder_arch": arch,
         "dataset_name": "imagenet",
@@ -381,10 +381,10 @@ def starting_encoder(p: EncoderAndDataParams, source: str) -> Encoder:
     """Return the encoder before a training with these settings, which started from the file or name `source`."""
     same = {name: getattr(p, name) for name in (*SAME_IN_STARTING, *DATASET_DEFAULTS)}
     same["low_resolution_stem"] = p.low_resolution
-    if p.low_resolution:
-        same["stem_variant"] = p.stem_variant
-    if p.encoder_arch in catalogue.INCEPTIONS:
-        same |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS)
+    same |= {"stem_variant": p.stem_variant} if p.low_resolution else {}
+    same |= dict.fromkeys(MEAN_AND_STD, catalogue.OF_INCEPTIONS) if p.encoder_arch in catalogue.INCEPTIONS else {}
+    if source.startswith("timm:") and source.split(".")[0] == p.encoder_arch.split(".")[0]:
+        same["encoder_arch"] = source  # the same architecture with other weights
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return published(source, same, new_stem=True) if is_published(source) else load_encoder(source, **same)

@@ -758,10 +758,10 @@ def test_a_folder_without_labels_trains_and_is_measured(tmp_path, trainer, caplo
 
 def test_protocols_without_labels_say_that_the_settings_have_none(photos, capsys):
     p, encoder = params(photos, labels_from=None), SimpleNamespace(model=torch.nn.Flatten())
-    with pytest.raises(ValueError, match="'knn' needs labels, .*labels_from=None .*--labels_from first_folder. Choose"):
+    with pytest.raises(ValueError, match="'knn' .*labels_from=None, .*--labels_from first_folder. Choose"):
         runnable(["knn"], encoder, p)
     assert "knn" not in runnable(None, encoder, p)
-    assert "labels are left out: each needs labels, but the images of folder have none, be" in capsys.readouterr().out
+    assert "labels are left out. Each needs labels, but the images of folder have none: lab" in capsys.readouterr().out
     assert "knn" in runnable(None, encoder, attrs.evolve(p, labels_from="first_folder"))
     assert "left out" not in capsys.readouterr().out
 

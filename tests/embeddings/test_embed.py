@@ -147,6 +147,8 @@ def test_labels_of_a_directory_are_those_that_are_asked_for(photos, tmp_path):
         assert parquet.facts_of_file(out)["columns"] == {"labels_from": labels_from}
     with pytest.raises(ValueError, match="columns was {'labels_from': None}, is now {}"):
         embed.embed(tiny(), photos, out, **OPTIONS)
+    with pytest.raises(ValueError, match="labels_from='first'"):
+        embed.embed(tiny(), photos, tmp_path / "g.parquet", labels_from="first", **OPTIONS)
     with pytest.raises(ValueError, match="label_key: no effect"):
         embed.embed(tiny(), photos, out, labels_from=None, label_key="a", **OPTIONS)
 

@@ -526,6 +526,14 @@ def numbered() -> nn.Module:
     return nn.Sequential(*list(torchvision.models.resnet18().children())[:-1], nn.Flatten())
 
 
+def test_starting_weights_of_timm_may_be_others_of_the_same_architecture(monkeypatch):
+    p = ModelParams(dataset_name="cifar10", encoder_arch="timm:vit_tiny_patch16_224")
+    monkeypatch.setattr(pretrained, "published", lambda name, same, new_stem: same["encoder_arch"])
+    wanted = f"{p.encoder_arch}.augreg_in21k"
+    assert pretrained.starting_encoder(p, wanted) == wanted
+    assert pretrained.starting_encoder(p, "resnet50") == p.encoder_arch  # which `published` refuses
+
+
 def test_starting_weights_are_recorded_and_compared(small, trainer, tmp_path):
     torch.save(own("shufflenet_v2_x0_5"), tmp_path / "start.pth")
     channels = {"encoder_arch": "shufflenet_v2_x0_5", "in_channels": 3, "evaluations": []}
@@ -810,7 +818,7 @@ def test_published_by_torchvision(name, hub):
     assert (p.crop_size, p.mean, p.std) == (224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert p.encoder_weights is None and p.dataset_name == "imagenet"
     for fact, other in (("encoder_arch", "resnet34"), ("encoder_weights", None)):
-        with pytest.raises(ValueError, match=f"{fact}={other!r}: {name} stands for '.*Leave it out"):
+        with pytest.raises(ValueError, match=f"{fact}={other!r}: {name} stands for '.*leave {fact} out"):
             load_encoder(name, **{fact: other})
     assert load_encoder(name, encoder_arch="resnet18").report.architecture == "resnet18"
     for change in ({"in_channels": 1, "image_mean": [0.4], "image_std": [0.2]}, {"low_resolution_stem": True}):
