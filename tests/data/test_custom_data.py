@@ -289,7 +289,7 @@ def test_the_lists_of_a_run_are_left_out_for_other_images(photos, tmp_path):
 
 def test_a_directory_that_is_missing_is_named_with_its_start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="'nowhere' is not a directory.* of a run, starts at .*directory, ") as caught:
+    with pytest.raises(ValueError, match="'nowhere' is not .* of a run, are read from .*directory, ") as caught:
         listed(params(Path("nowhere")))
     assert str(tmp_path) in str(caught.value) and "DATA_PATH" not in str(caught.value)
     with pytest.raises(ValueError, match="folder' is not a directory. Pass .* images, or set DATA_PATH"):
