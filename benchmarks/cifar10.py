@@ -58,8 +58,8 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        name = f"{self.preset}_{self.seed}_lr_{self.lr:g}"
-        return self.root / "_".join([name, *filter(None, [re.sub(r"[^\w.=-]+", "_", self.further)])])
+        ending = re.sub(r"[^\w.=-]+", "_", self.further and f"_{self.further}")
+        return self.root / f"{self.preset}_{self.seed}_lr_{self.lr:g}{ending}"
 
     @property
     def values(self) -> dict[str, str]:
@@ -159,8 +159,9 @@ class Table:
     def put(self, rows: Sequence[harness.Row], *names: str) -> None:
         """Add rows in place of those with the same values of these columns."""
         with self.lock:
-            known = [{name: row[name] for name in names} for row in rows[:1]]
-            self.rows = [row for row in self.rows if not any(harness.has([row], one) for one in known)]
+            if rows:
+                known = {name: rows[0][name] for name in names}
+                self.rows = [row for row in self.rows if not harness.has([row], known)]
             self.rows += [{name: str(value) for name, value in row.items()} for row in rows]
             order = [*NO_TRAINING, *PRESETS]
             self.rows.sort(key=lambda row: (order.index(row["preset"]), float(row.get("lr") or 0), int(row["seed"])))
@@ -172,8 +173,8 @@ def finish(run: Run, table: Table, curves: Table, first: bool) -> bool:
     try:
         if not table.has(run.known):
             row = run.row()
-            usual = evolve(run, settings=[one for one in run.settings if not one.startswith("lr=")])
-            if (run.lr == usual.lr and not run.further) or not curves.has({"preset": run.preset, "seed": run.seed}):
+            is_usual = run.known == evolve(run, settings=()).known
+            if is_usual or not curves.has({"preset": run.preset, "seed": run.seed}):
                 curves.put(run.curve(), "preset", "seed")
             table.put([row], *run.known)
             print(", ".join(f"{name} {harness.shown(value)}" for name, value in row.items() if value != ""), flush=True)
