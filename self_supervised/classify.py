@@ -28,8 +28,9 @@ from self_supervised.embeddings.batches import add_embedding_options, batches_of
 from self_supervised.embeddings.sources import ImageSource, Stored, kind_of, open_source
 from self_supervised.evaluation.classifier import Fit, ImageClassifier, classifier_of, fit_few
 from self_supervised.fields import as_path
+from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.layouts import checkpoint_of
-from self_supervised.networks.pretrained import Encoder, encoder_of
+from self_supervised.networks.pretrained import encoder_of
 from self_supervised.numerics import finite
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, parser_of

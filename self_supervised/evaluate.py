@@ -28,7 +28,6 @@ import attrs
 import numpy as np
 from torch import nn
 
-from linear_classifier import LinearClassifierMethodParams
 from model_params import DATASET_DEFAULTS, SUBSET, TRAINING_ONLY, EncoderAndDataParams
 from self_supervised.data import loading
 from self_supervised.distributed import usable_device
@@ -38,9 +37,13 @@ from self_supervised.evaluation.fingerprints import fingerprint, seen, training_
 from self_supervised.evaluation.protocols import PROTOCOLS, check_names, linear_settings_of, runnable
 from self_supervised.evaluation.results import OF_ENCODER, Results, RunRecord, folder_of
 from self_supervised.fields import as_path, plain
+from self_supervised.linear_params import LinearClassifierMethodParams
+from self_supervised.networks.baselines import compared
 from self_supervised.networks.encoder_hash import digest, encoder_hash
+from self_supervised.networks.frozen_encoder import ENCODER_FACTS, Encoder
 from self_supervised.networks.layouts import checkpoint_of, read_weights
-from self_supervised.networks.pretrained import ENCODER_FACTS, Encoder, compared, is_name, load_encoder
+from self_supervised.networks.pretrained import load_encoder
+from self_supervised.networks.published import is_name
 from self_supervised.program import one_line_errors
 from self_supervised.report import evaluations, output
 from self_supervised.runs.command_line import CHECKPOINT, DEVICE, add_fields, parser_of

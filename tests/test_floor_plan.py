@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "self_supervised"
 FLOORS = [  # the lowest first; folders and modules of the package, and the front rooms
     "catalogue fields",
-    "model_params recipes",
-    "distributed threads safe_files folder_lock numerics program losses multi_view_losses "
+    "model_params recipes linear_params",
+    "distributed threads safe_files torch_files folder_lock numerics program losses multi_view_losses "
     "convolutions lars batchrenorm ws_resnet",
     "views",
     "data",

@@ -19,7 +19,7 @@ from model_params import ModelParams
 from self_supervised import distributed, losses
 from self_supervised.data import loading
 from self_supervised.data.loader import images_and_labels
-from self_supervised.networks import pretrained
+from self_supervised.networks import frozen_encoder, pretrained
 from self_supervised.networks.keys import ema_update
 from self_supervised.training import schedules
 
@@ -406,7 +406,7 @@ def test_what_is_not_a_view_of_the_same_images_is_refused(trainer):
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # from Lightning
 @pytest.mark.parametrize("trains", [False, True])
 def test_a_frozen_encoder_is_named_and_one_in_eval_mode_is_trained(trains, small, trainer, caplog):
-    own = pretrained.Encoder(nn.Sequential(TinyEncoder(), nn.BatchNorm1d(6)), small("byol"), None)
+    own = frozen_encoder.Encoder(nn.Sequential(TinyEncoder(), nn.BatchNorm1d(6)), small("byol"), None)
     own.requires_grad_(trains)
     before = copy.deepcopy(own.state_dict())
     with caplog.at_level("INFO"):
@@ -423,7 +423,7 @@ def test_a_frozen_encoder_is_named_and_one_in_eval_mode_is_trained(trains, small
 
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # from Lightning
 def test_an_encoder_that_becomes_trainable_after_construction_is_in_train_mode(small, trainer):
-    own = pretrained.Encoder(nn.Sequential(TinyEncoder(), nn.BatchNorm1d(6)), small("byol"), None)
+    own = frozen_encoder.Encoder(nn.Sequential(TinyEncoder(), nn.BatchNorm1d(6)), small("byol"), None)
     model, modes = SelfSupervisedMethod(small("byol", evaluations=[]), encoder=own), []
     own.requires_grad_()
     networks = (model.model, model.lagging_model)

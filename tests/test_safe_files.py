@@ -7,15 +7,8 @@ import torch
 from processes import full_disk
 
 from self_supervised import safe_files
-from self_supervised.safe_files import (
-    atomic_file,
-    atomic_folder,
-    atomic_write,
-    check_file,
-    check_folder,
-    rows_of,
-    safe_load,
-)
+from self_supervised.safe_files import atomic_file, atomic_folder, atomic_write, check_file, check_folder, rows_of
+from self_supervised.torch_files import safe_load
 
 
 def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):

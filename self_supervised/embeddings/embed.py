@@ -31,7 +31,8 @@ from self_supervised.embeddings.job import EmbeddingJob
 from self_supervised.embeddings.sources import ImageSource, Stored, as_absolute, kind_of, open_source
 from self_supervised.fields import as_path
 from self_supervised.networks.encoder_hash import digest, encoder_hash
-from self_supervised.networks.pretrained import Encoder, encoder_of
+from self_supervised.networks.frozen_encoder import Encoder
+from self_supervised.networks.pretrained import encoder_of
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, parser_of
 from self_supervised.safe_files import check_file

@@ -14,7 +14,7 @@ from self_supervised.embeddings import parquet
 from self_supervised.embeddings.parquet import ROWS
 from self_supervised.embeddings.sources import ImageSource, as_absolute, written_again
 from self_supervised.folder_lock import locked
-from self_supervised.networks.pretrained import Encoder
+from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.numerics import finite
 from self_supervised.runs.command_line import bar
 

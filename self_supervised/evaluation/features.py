@@ -21,8 +21,8 @@ from self_supervised.data.packed import PackedImages, already_a_batch
 from self_supervised.data.packed_files import use_packed
 from self_supervised.evaluation.feature_files import read_features, write_features
 from self_supervised.evaluation.fingerprints import fingerprint, of_view
+from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.layouts import RESNET_STAGES
-from self_supervised.networks.pretrained import Encoder
 from self_supervised.numerics import finite, where_scorable
 from self_supervised.views import augmentations
 

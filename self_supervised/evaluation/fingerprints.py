@@ -17,7 +17,7 @@ from self_supervised.data import loading, subsets
 from self_supervised.data.packed import PackedImages
 from self_supervised.fields import plain
 from self_supervised.networks.encoder_hash import encoder_hash
-from self_supervised.networks.pretrained import Encoder
+from self_supervised.networks.frozen_encoder import Encoder
 
 ADDED_TO_VIEWS = ("vertical_flip_probability", "rotation_probability")
 HASHED_AT_ONCE = 2**14  # images

@@ -11,13 +11,14 @@ from attrs import frozen
 from pytorch_lightning.callbacks import RichProgressBar
 from rich.progress import track
 
-from linear_classifier import IMAGE_SETTINGS, LINEAR_PRESETS, LinearClassifierMethod, LinearClassifierMethodParams
+from linear_classifier import LinearClassifierMethod
 from model_params import EncoderAndDataParams
 from self_supervised.data.class_labels import lacking
 from self_supervised.data.loading import get_dataset, n_classes
 from self_supervised.evaluation import features, label_free, linear_models, probes, validation
 from self_supervised.evaluation.features import LABEL_FREE_IMAGES, PATCHES, VIEWS, EvaluationData
-from self_supervised.networks.pretrained import Encoder
+from self_supervised.linear_params import IMAGE_SETTINGS, LINEAR_PRESETS, LinearClassifierMethodParams
+from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.numerics import Scores
 
 # ---- protocols that are not one function of features ----

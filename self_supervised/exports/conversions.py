@@ -16,7 +16,7 @@ from torch import nn
 import ws_resnet
 from self_supervised.catalogue import INCEPTIONS, OWN_MODULE, SMALL_CNNS
 from self_supervised.convolutions import PointConv2d
-from self_supervised.networks.pretrained import Encoder
+from self_supervised.networks.frozen_encoder import Encoder
 
 PROGRAMS = "a program (torchscript, onnx, torch_export)"
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from self_supervised.exports.conversions import plain_model
+from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.modules import n_parameters
-from self_supervised.networks.pretrained import Encoder
 from self_supervised.training import checkpoints
 
 SPLIT_ABOVE = 0.9  # fraction of the parent's parameters; a part with more is listed by its own parts

@@ -28,8 +28,9 @@ from self_supervised.evaluation.classifier import classifier_of
 from self_supervised.exports import count
 from self_supervised.exports.formats import FORMATS, RUN_CLASSIFIER, Classifying, Normalized
 from self_supervised.exports.verify import sample_images, verified
+from self_supervised.networks.frozen_encoder import ENCODER_FACTS, Encoder
 from self_supervised.networks.layouts import checkpoint_of
-from self_supervised.networks.pretrained import ENCODER_FACTS, Encoder, load_encoder
+from self_supervised.networks.pretrained import load_encoder
 from self_supervised.program import message_of, one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, LAGGING, add_fields, parser_of
 from self_supervised.runs.values import ListOption, items

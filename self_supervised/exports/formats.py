@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from self_supervised.exports import conversions
 from self_supervised.exports.conversions import Converted
-from self_supervised.networks.pretrained import Encoder
+from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.safe_files import to_json
 
 ONNX_OPSET = 18

@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from self_supervised.networks.pretrained import Encoder
+from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.numerics import finite
 
 # largest difference of each output, relative to its largest absolute value

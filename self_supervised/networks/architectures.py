@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ws_resnet
 from self_supervised import catalogue
-from self_supervised.networks import encoders, layouts
+from self_supervised.networks import builders, layouts
 
 VIT_SIZES = {"vit_small": "timm:vit_small_patch16_224", "vit_base": "timm:vit_base_patch16_224"}  # names of moco v3
 
@@ -120,7 +120,7 @@ def timm_image_size(state: dict[str, Tensor]) -> int | None:
 def adapted(name: str, state: dict[str, Tensor]) -> tuple[Architecture, dict[str, Tensor]]:
     """Return the architecture with the channels, stem and image size of the state, and the encoder's state dict."""
     encoder, size = without_memory(name, state)
-    path, first = encoders.first_convolution(encoder)
+    path, first = builders.first_convolution(encoder)
     weight = state.get(f"{path}.weight")
     channels = first.in_channels
     low_resolution = False
@@ -131,7 +131,7 @@ def adapted(name: str, state: dict[str, Tensor]) -> tuple[Architecture, dict[str
         encoder = without_memory(name, state, channels)[0] if channels != first.in_channels else encoder
     else:
         with torch.device("meta"):
-            encoders.adapt_stem(encoder, channels, low_resolution)
+            builders.adapt_stem(encoder, channels, low_resolution)
     return Architecture(name, channels, low_resolution, size), encoder.state_dict()
 
 
@@ -139,7 +139,7 @@ def without_memory(name: str, state: dict[str, Tensor], channels: int = 3) -> tu
     """Return the encoder, on the meta device if possible, and its image size, or None if it accepts any."""
     if name in catalogue.SMALL_CNNS:
         with torch.device("meta"):
-            return encoders.small_cnn(channels, catalogue.SMALL_CNNS[name]), None
+            return builders.small_cnn(channels, catalogue.SMALL_CNNS[name]), None
     options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
     if name.startswith("timm:"):
         import timm
@@ -158,5 +158,5 @@ def without_memory(name: str, state: dict[str, Tensor], channels: int = 3) -> tu
     if positions is not None and "conv_proj.weight" in state:
         size = state["conv_proj.weight"].shape[-1] * math.isqrt(positions.shape[1] - 1)
     with torch.device("cpu" if name.startswith("regnet") else "meta"):
-        model = encoders.build_classifier(name, None, size or 224)
-    return encoders.without_last_layer(model, name), size
+        model = builders.build_classifier(name, None, size or 224)
+    return builders.without_last_layer(model, name), size

@@ -9,7 +9,7 @@ import torch
 
 from self_supervised.catalogue import OWN_MODULE
 from self_supervised.networks.encoders import embeddings_of
-from self_supervised.networks.pretrained import Encoder
+from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.safe_files import file_hash
 
 

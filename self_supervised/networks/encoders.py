@@ -3,29 +3,24 @@
 Encoders map images [N, C, H, W] to [N, E]; those of videos map clips [N, C, T, H, W].
 """
 
-import contextlib
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
-import torchvision
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
-import ws_resnet
 from model_params import EncoderAndDataParams
 from self_supervised.catalogue import INCEPTIONS, OWN_MODULE, SMALL_CNNS, video_models
 from self_supervised.convolutions import PointConv2d, exchange_convolutions
-from self_supervised.networks import layouts, modules
+from self_supervised.networks import builders, layouts, modules
 from self_supervised.networks.output_sizes import measured_width, pool_cells
 from self_supervised.networks.recomputation import recompute_activations
 from self_supervised.numerics import in_parts
-from self_supervised.safe_files import data_only, file_hash
+from self_supervised.safe_files import file_hash
 
 FASTEST_LAYOUT = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions of a convolution's weight
-LAST_LAYERS = {"squeezenet": nn.Conv2d, "s3d": nn.Conv3d}  # type of the classifier, if it is not linear
 
 
 def get_encoder(params: EncoderAndDataParams, own: nn.Module | None = None) -> tuple[nn.Module, int]:
@@ -102,23 +97,25 @@ def by_name(p: EncoderAndDataParams) -> nn.Module:
             raise ValueError(f"encoder_weights={published!r} is not a file; timm's weights are called 'DEFAULT'")
         name, small_views = p.encoder_arch.removeprefix("timm:"), getattr(p, "n_small_views", 0)
         image = torch.zeros(1, *p.input_shape)
-        encoder = build_timm(name, published is not None, image, of_all_sizes=small_views > 0)
+        encoder = builders.build_timm(name, published is not None, image, of_all_sizes=small_views > 0)
         report_other_pixels(encoder, p, published)
     elif p.encoder_arch in SMALL_CNNS:
-        refuse_published(p.encoder_arch, published)
-        encoder = small_cnn(p.channels, SMALL_CNNS[p.encoder_arch])
+        builders.refuse_published(p.encoder_arch, published)
+        encoder = builders.small_cnn(p.channels, SMALL_CNNS[p.encoder_arch])
     else:
         refuse_other_pixels(p, published)
         try:
-            classifier = build_classifier(p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual)
+            classifier = builders.build_classifier(
+                p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual
+            )
         except AssertionError as error:  # a ViT whose patches do not fit
             raise ValueError(
                 f"transform_crop_size={p.crop_size} does not fit {p.encoder_arch}: {error} Choose a multiple of the "
                 "patch size, which is in its name"
             ) from error
-        encoder = without_last_layer(classifier, p.encoder_arch)
-        adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
-        if published and has_new_stem(p):
+        encoder = builders.without_last_layer(classifier, p.encoder_arch)
+        builders.adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
+        if published and builders.has_new_stem(p):
             report_new_stem(p)
         exchange_convolutions(encoder, PointConv2d)
     if file:
@@ -179,55 +176,6 @@ def source_of_weights(params: EncoderAndDataParams) -> tuple[str | None, str | N
     return params.encoder_arch if of_timm else f"{params.encoder_arch}:{weights}", None
 
 
-def build_classifier(
-    name: str, weights: str | None, image_size: int, num_frames: int = 16, zero_init_residual: bool = False
-) -> nn.Module:
-    """Return a classifier of torchvision or ws_resnet as the library builds it. Only S3D gets another pooling, if its
-    own does not fit small clips.
-
-    Args:
-        name: name of the encoder.
-        weights: name of published weights, or None.
-        image_size: height and width of the images in pixels.
-        num_frames: frames per clip.
-        zero_init_residual: whether residual branches of a ResNet start at zero.
-
-    Raises:
-        ValueError: there are no such weights, or the encoder cannot have this size.
-    """
-    kwargs = {"zero_init_residual": True} if zero_init_residual else {}
-    if name in ws_resnet.WS_RESNETS:
-        refuse_published(name, weights)
-        return ws_resnet.WS_RESNETS[name](**kwargs)
-    if name.startswith("vit_") and weights is None:
-        kwargs["image_size"] = image_size  # sets the number of position embeddings
-    if name in INCEPTIONS and weights is None:
-        kwargs["init_weights"] = True
-    choices = torchvision.models.get_model_weights(name).__members__
-    if weights not in (None, *choices):
-        raise ValueError(f"encoder_weights={weights!r} is not a file, and {name} has only {', '.join(choices)}")
-    if name.startswith("mvit_") and (image_size, num_frames) != (224, 16):
-        raise ValueError(
-            f"encoder_arch={name!r} only has positions for clips of 16 frames of 224 pixels. Choose num_frames=16 (is "
-            f"{num_frames}) and transform_crop_size=224 (is {image_size}), or another encoder."
-        )
-    with data_only(f"the published weights of {name}"):
-        model = torchvision.models.get_model(name, weights=weights, **kwargs)
-    if name in INCEPTIONS:
-        model.transform_input = False  # a checkpoint would not hold it; `refuse_other_pixels` instead
-    if name == "s3d" and (image_size < 224 or num_frames < 14):  # too small for its window of 2 x 7 x 7
-        model.avgpool = nn.AdaptiveAvgPool3d(1)
-    return model
-
-
-def refuse_published(name: str, weights: str | None) -> None:
-    """Raise ValueError if weights are named for an encoder that has no published ones."""
-    if weights is not None:
-        raise ValueError(
-            f"encoder_weights={weights!r} is not a file, and there are no published weights of {name}. Leave it out."
-        )
-
-
 def refuse_other_pixels(p: EncoderAndDataParams, weights: str | None) -> None:
     """Raise ValueError if an Inception network has published weights, which are for pixels from -1 to 1, and other
     constants of normalization."""
@@ -253,84 +201,6 @@ def report_other_pixels(encoder: nn.Module, p: EncoderAndDataParams, weights: st
         )
 
 
-def small_cnn(channels: int = 1, width: int | None = None) -> nn.Sequential:
-    """Return a convolutional network [N, channels, H, W] -> [N, 256] for small images, such as scans of digits.
-
-    With `width`, a 1 x 1 convolution to as many channels follows: [N, width].
-    """
-
-    def block(inputs: int, outputs: int, stride: int, size: int = 3) -> list[nn.Module]:
-        convolution = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
-        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    rows = [(channels, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1)]
-    rows += [(256, width, 1, 1)] if width else []
-    return nn.Sequential(*(layer for row in rows for layer in block(*row)), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-def build_timm(name: str, pretrained: bool, image: torch.Tensor, of_all_sizes: bool = False) -> nn.Module:
-    """Return timm's model without its classifier.
-
-    If it does not accept `image` [1, C, H, W], and timm can build it for another size (ViTs, Swin, ...), it is built
-    for the size of `image`. Its attribute `built_for` then holds that option of timm.create_model. With `of_all_sizes`,
-    a ViT also accepts images of other sizes, for which it interpolates its position embeddings.
-    """
-    import timm  # optional, and slow to import
-
-    def created(**more: Any) -> nn.Module:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=image.shape[1], **more)
-
-    with data_only(f"the published weights of {name}"):
-        encoder, of_size = created(), {}
-        try:
-            measured_width(encoder, image, name)
-        except ValueError:
-            with contextlib.suppress(TypeError, ValueError, RuntimeError, AssertionError):  # it has a single size
-                encoder, of_size = created(img_size=image.shape[-1]), {"img_size": image.shape[-1]}
-        if of_all_sizes:
-            with contextlib.suppress(TypeError):  # no ViT
-                encoder = created(**of_size, dynamic_img_size=True)
-    if of_size:
-        encoder.built_for = of_size
-    warn_of_cut_border(encoder, name, image.shape[-1])
-    return encoder
-
-
-def warn_of_cut_border(encoder: nn.Module, name: str, size: int) -> None:
-    """Warn if timm's encoder cuts off the pixels that do not fill a patch. Runs of earlier versions have such sizes."""
-    from timm.layers import PatchEmbed
-
-    first = next((part for part in encoder.modules() if isinstance(part, PatchEmbed | nn.Conv2d)), None)
-    if isinstance(first, PatchEmbed) and not first.dynamic_img_pad and size % first.patch_size[0]:
-        rank_zero_warn(
-            f"transform_crop_size={size}: {name} ignores the border of images. Choose a multiple of the patch size, "
-            f"{first.patch_size[0]} (of a teacher: teacher_crop_size)"
-        )
-
-
-def without_last_layer(model: nn.Module, name: str) -> nn.Module:
-    """Return a classifier whose last layer, and dropout before it, have become the identity."""
-    for auxiliary in ("aux1", "aux2", "AuxLogits"):  # auxiliary classifiers of GoogLeNet and Inception
-        if name in INCEPTIONS and getattr(model, auxiliary, None) is not None:
-            setattr(model, auxiliary, None)
-            model.aux_logits = False
-    last_type = next((kind for start, kind in LAST_LAYERS.items() if name.startswith(start)), nn.Linear)
-    path = [path for path, layer in model.named_modules() if isinstance(layer, last_type)][-1]
-    parent, _, leaf = path.rpartition(".")
-    parent = model.get_submodule(parent)
-    setattr(parent, leaf, nn.Identity())
-    before = list(parent.named_children())[-2:-1] if isinstance(parent, nn.Sequential) else []
-    for sibling, layer in before:
-        if isinstance(layer, nn.Dropout):
-            setattr(parent, sibling, nn.Identity())
-    return model
-
-
-def has_new_stem(p: EncoderAndDataParams) -> bool:
-    """Return whether `adapt_stem` replaces the first layer of torchvision's encoders, which is for three channels."""
-    return p.channels != 3 or p.low_resolution
-
-
 def report_new_stem(p: EncoderAndDataParams) -> None:
     """Warn that published weights lack the first layer, which was replaced. It would stay random if the encoder is
     frozen, so that a linear classifier is refused."""
@@ -342,39 +212,6 @@ def report_new_stem(p: EncoderAndDataParams) -> None:
     if getattr(p, "encoder_lr", 0) is None:
         raise ValueError(f"{what}, and stays so in a frozen encoder. {way_out}, or set encoder_lr.")
     rank_zero_info(f"warning: {what}. {way_out}")
-
-
-def adapt_stem(encoder: nn.Module, channels: int, low_resolution: bool, variant: str = "standard") -> None:
-    """Replace the first convolution if images do not have its number of channels, or if they are small.
-
-    The new convolution starts from random weights and keeps its type (weight standardization stays).
-
-    Args:
-        encoder: changed in place.
-        channels: channels of the images.
-        low_resolution: whether to use the stem for small images (SimCLR, B.9): 3 x 3, stride 1, no max-pool after it.
-        variant: variants of that stem, for weights of other systems. "padding_2" is a plain convolution with padding 2
-            (the original, solo-learn); "no_relu" has no ReLU after it (lightly's ResNets, numbered by nn.Sequential).
-    """
-    path, old = first_convolution(encoder)
-    if old.in_channels == channels and not low_resolution:
-        return
-    wide = low_resolution and variant == "padding_2"
-    kernel, stride, padding = (3, 1, 1 + wide) if low_resolution else (old.kernel_size, old.stride, old.padding)
-    kind = nn.Conv2d if wide else type(old)
-    new = kind(channels, old.out_channels, kernel, stride, padding, bias=old.bias is not None)
-    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    parent, _, leaf = path.rpartition(".")
-    setattr(encoder.get_submodule(parent), leaf, new)
-    if low_resolution:
-        encoder.maxpool = nn.Identity()
-        if variant == "no_relu":
-            encoder.relu = nn.Identity()
-
-
-def first_convolution(encoder: nn.Module) -> tuple[str, nn.Conv2d | nn.Conv3d]:
-    """Return the name of the first convolution, and the convolution."""
-    return next((path, layer) for path, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d | nn.Conv3d))
 
 
 def embeddings_of(encoder: nn.Module, x: torch.Tensor, at_once: int | None = None) -> torch.Tensor:

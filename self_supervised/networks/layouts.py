@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from self_supervised.catalogue import DATASETS
 from self_supervised.fields import first_of
 from self_supervised.numerics import not_finite
-from self_supervised.safe_files import EXPORTED, safe_load
+from self_supervised.torch_files import EXPORTED, safe_load
 
 
 @frozen

@@ -6,7 +6,6 @@ import attrs
 import torch
 from torch.utils.data import DataLoader
 
-from linear_classifier import FROM_PRETRAINING, LinearClassifierMethodParams
 from model_params import (
     ALL_VIEW_LOSSES,
     HEADS,
@@ -25,6 +24,7 @@ from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.loading import n_classes, require_labels
 from self_supervised.evaluation import validation
 from self_supervised.fields import first_of
+from self_supervised.linear_params import FROM_PRETRAINING, LinearClassifierMethodParams
 from self_supervised.runs.command_line import bar
 from self_supervised.runs.earlier_run import temporary_lists
 from self_supervised.runs.run_options import RunOptions

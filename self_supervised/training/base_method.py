@@ -28,7 +28,7 @@ from self_supervised.data.loader import (
     whole_numbers,
 )
 from self_supervised.networks import modules
-from self_supervised.safe_files import class_names_allowed, data_only
+from self_supervised.torch_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, fit_checks, hyperparameters, label_checks, preparation, resuming
 from self_supervised.training.milestones import is_cut_short
 from self_supervised.training.monitor import TrainingMonitor, step_metrics_are_read

@@ -27,7 +27,8 @@ from self_supervised import distributed
 from self_supervised.data.loader import ResumableDataLoader
 from self_supervised.folder_lock import locked
 from self_supervised.numerics import not_finite
-from self_supervised.safe_files import UNSUPPORTED, atomic_file, disk_errors_named, local_path, safe_load
+from self_supervised.safe_files import atomic_file, disk_errors_named, local_path
+from self_supervised.torch_files import UNSUPPORTED, safe_load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OF_TENSORS = ("state_dict", "optimizer_states")  # the large parts of a checkpoint

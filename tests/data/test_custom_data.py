@@ -22,7 +22,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torchvision.datasets import ImageFolder
 
 import model_params
-from linear_classifier import FROM_PRETRAINING, LinearClassifierMethod
+from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised import evaluate
@@ -33,6 +33,7 @@ from self_supervised.data.image_files import central_square
 from self_supervised.data.loading import n_classes
 from self_supervised.evaluation import features, fingerprints
 from self_supervised.evaluation.protocols import runnable
+from self_supervised.linear_params import FROM_PRETRAINING
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.report import compare, tables
 from self_supervised.runs import earlier_run, preflight

@@ -33,7 +33,7 @@ from self_supervised.data.loader import ResumableSampler
 from self_supervised.embeddings import embed, parquet, sources
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import fingerprints
-from self_supervised.networks.pretrained import Encoder, Report
+from self_supervised.networks.frozen_encoder import Encoder, Report
 from self_supervised.report import pictures
 
 with warnings.catch_warnings():

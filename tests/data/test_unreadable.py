@@ -19,7 +19,7 @@ from self_supervised.data import loading
 from self_supervised.data.files import UNREADABLE, Samples, readable_rows
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.evaluation import features
-from self_supervised.networks.pretrained import Encoder, Report
+from self_supervised.networks.frozen_encoder import Encoder, Report
 
 BROKEN = ("train/a/0.png", "train/b/3.png", "test/a/0.png", "test/a/1.png", "test/b/4.png")
 pytestmark = pytest.mark.filterwarnings("ignore:.*files could not be read and were left out")

@@ -19,7 +19,7 @@ from self_supervised.catalogue import ViewSettings
 from self_supervised.data import class_labels, loading, video_files
 from self_supervised.data.files import readable_rows
 from self_supervised.evaluation import features
-from self_supervised.networks import pretrained
+from self_supervised.networks import frozen_encoder
 from self_supervised.networks.encoders import embeddings_of
 from self_supervised.runs import preview
 from self_supervised.views import augmentations
@@ -387,8 +387,8 @@ def test_a_preview_needs_no_full_batch(params, tmp_path):
 
 def test_features_are_means_over_clips_and_depend_on_how_these_are_taken(params, tmp_path):
     params = attrs.evolve(params, evaluation_clips=2, evaluation_crops=3, batch_size=4)
-    report = pretrained.Report("none", "own", "SmallEncoder", 0, ())
-    encoder = pretrained.Encoder(SmallEncoder(), params, report)
+    report = frozen_encoder.Report("none", "own", "SmallEncoder", 0, ())
+    encoder = frozen_encoder.Encoder(SmallEncoder(), params, report)
     found = features.extract(encoder, params, ("train",), tmp_path / "cache").x
     dataset = get(params, False)
     for i in range(6):

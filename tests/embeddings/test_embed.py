@@ -36,7 +36,8 @@ from self_supervised.embeddings import embed, job, map_page, nearest, parquet, s
 from self_supervised.embeddings import projection as embedding_map
 from self_supervised.embeddings.sources import open_source
 from self_supervised.networks import encoders
-from self_supervised.networks.pretrained import Encoder, Report, load_encoder
+from self_supervised.networks.frozen_encoder import Encoder, Report
+from self_supervised.networks.pretrained import load_encoder
 from self_supervised.report import curves
 from self_supervised.runs import command_line
 

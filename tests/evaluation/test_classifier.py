@@ -30,7 +30,8 @@ from self_supervised.evaluation.classifier import DECAYS_OF_FEW, ImageClassifier
 from self_supervised.evaluation.probes import DECAY_OF_FEW
 from self_supervised.exports import fresh, verify
 from self_supervised.networks.encoders import get_encoder
-from self_supervised.networks.pretrained import Encoder, Report, load_encoder
+from self_supervised.networks.frozen_encoder import Encoder, Report
+from self_supervised.networks.pretrained import load_encoder
 
 MANUAL = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
 SCRIPT = re.search(r"^## From an image file to .*?```python\n(.*?)```", MANUAL, re.MULTILINE | re.DOTALL)[1]

@@ -26,7 +26,8 @@ from self_supervised.evaluation import features as evaluation_features
 from self_supervised.evaluation import probes
 from self_supervised.evaluation import protocols as protocols_
 from self_supervised.evaluation.protocols import PROTOCOLS
-from self_supervised.networks.pretrained import compared, load_encoder
+from self_supervised.networks.baselines import compared
+from self_supervised.networks.pretrained import load_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:collapse", "ignore:Found .* module.s. in eval mode")
 SMALL = {

@@ -21,7 +21,8 @@ from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import probes, protocols, results
 from self_supervised.evaluation.protocols import PROTOCOLS
 from self_supervised.exports import export
-from self_supervised.networks.pretrained import load_encoder, random_encoder
+from self_supervised.networks.baselines import random_encoder
+from self_supervised.networks.pretrained import load_encoder
 from self_supervised.report import compare
 
 QUICK = ("knn", "uniformity")

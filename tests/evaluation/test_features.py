@@ -14,7 +14,7 @@ from self_supervised.evaluation.features import SampledViews, data_params, extra
 from self_supervised.evaluation.fingerprints import fingerprint
 from self_supervised.evaluation.protocols import PROTOCOLS, runnable
 from self_supervised.networks.encoder_hash import encoder_hash
-from self_supervised.networks.pretrained import Encoder, Report
+from self_supervised.networks.frozen_encoder import Encoder, Report
 from self_supervised.views import augmentations
 
 

@@ -29,7 +29,8 @@ from self_supervised.embeddings.embed import embed
 from self_supervised.embeddings.parquet import facts_of_file, read_embeddings
 from self_supervised.exports import conversions, count, export, formats, fresh, verify
 from self_supervised.networks.encoders import get_encoder
-from self_supervised.networks.pretrained import Encoder, Report, load_encoder
+from self_supervised.networks.frozen_encoder import Encoder, Report
+from self_supervised.networks.pretrained import load_encoder
 
 DOCS = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
 SCRIPT = re.search(r"^## From an image file to .*?```python\n(.*?)```", DOCS, re.MULTILINE | re.DOTALL)[1]

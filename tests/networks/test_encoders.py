@@ -12,7 +12,7 @@ import ws_resnet
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import catalogue
-from self_supervised.networks import encoders, pretrained
+from self_supervised.networks import builders, encoders, pretrained, published
 from self_supervised.networks.pretrained import load_encoder
 
 
@@ -34,10 +34,10 @@ def test_every_torchvision_classifier_gives_n_by_e(name):
     """Shapes are computed on the meta device, without arithmetic."""
     size = 299 if name == "inception_v3" else 224
     with torch.device("cpu" if name in REGNETS else "meta"):
-        classifier = encoders.build_classifier(name, None, size)
+        classifier = builders.build_classifier(name, None, size)
         linear = [layer.in_features for layer in classifier.modules() if isinstance(layer, nn.Linear)]
         convolutions = [layer.in_channels for layer in classifier.modules() if isinstance(layer, nn.Conv2d | nn.Conv3d)]
-        encoder = encoders.without_last_layer(classifier, name)
+        encoder = builders.without_last_layer(classifier, name)
     encoder.to("meta").train(name in HAS_AUXILIARY_CLASSIFIERS)
     frames = (16,) if name in catalogue.video_models() else ()
     width = (linear or convolutions)[-1]
@@ -49,7 +49,7 @@ def test_every_torchvision_classifier_gives_n_by_e(name):
 def test_inception_networks_get_pixels_from_minus_1_to_1(name):
     """torchvision's transform_input turns ImageNet's constants into these, but a checkpoint does not hold it."""
     with torch.device("meta"):
-        assert not encoders.build_classifier(name, None, 299).transform_input
+        assert not builders.build_classifier(name, None, 299).transform_input
     x = torch.rand(2, 3, 4, 4)
     for dataset in ("imagenet", "cifar10"):
         constants = (catalogue.DATASETS[dataset].mean, catalogue.DATASETS[dataset].std)
@@ -59,7 +59,7 @@ def test_inception_networks_get_pixels_from_minus_1_to_1(name):
         ours = pretrained.without_transform_input({"dataset_name": dataset})
         assert torch.allclose(functional.normalize(x, *ours.values()), theirs, atol=1e-5)
         assert dataset != "imagenet" or ours["image_mean"] == pytest.approx([0.5] * 3)
-    assert pretrained.facts_of_weights(name, "DEFAULT")["image_std"] == [0.5, 0.5, 0.5]
+    assert published.facts_of_weights(name, "DEFAULT")["image_std"] == [0.5, 0.5, 0.5]
     with pytest.raises(ValueError, match=r"pixels from -1 to 1\. Set image_mean=\[0.5, 0.5, 0.5\]"):
         build(name, 299, encoder_weights="DEFAULT")
 
@@ -74,7 +74,7 @@ def test_embeddings_are_the_classifiers_input():
             expected = model(x)
             last_type = nn.Conv2d if name.startswith("squeezenet") else nn.Linear
             last = [layer for layer in model.modules() if isinstance(layer, last_type)][-1]
-            found = encoders.without_last_layer(model, name)(x)
+            found = builders.without_last_layer(model, name)(x)
             if name.startswith("squeezenet"):  # its classifier comes before the pooling
                 assert found.shape == (1, 512)
             else:
@@ -281,8 +281,8 @@ def test_encoders_of_clips_by_name(name):
 def test_large_clips_are_pooled_as_torchvision_does():
     assert isinstance(clips("s3d", 224, 16)[0].avgpool, nn.AvgPool3d)
     x = torch.randn(1, 4, 2, 7, 7)  # the smallest map that fits its window: at 14 frames of 224 pixels
-    pooled = encoders.build_classifier("s3d", None, 224).avgpool(x)
-    assert torch.allclose(pooled, encoders.build_classifier("s3d", None, 223).avgpool(x), atol=1e-6)
+    pooled = builders.build_classifier("s3d", None, 224).avgpool(x)
+    assert torch.allclose(pooled, builders.build_classifier("s3d", None, 223).avgpool(x), atol=1e-6)
 
 
 def test_multiscale_transformers_take_clips_of_one_size():

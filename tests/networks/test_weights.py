@@ -29,9 +29,9 @@ from self_supervised import evaluate
 from self_supervised.embeddings import embed
 from self_supervised.embeddings.parquet import facts_of_file
 from self_supervised.exports import export
-from self_supervised.networks import architectures, encoders, layouts, pretrained
+from self_supervised.networks import architectures, baselines, encoders, frozen_encoder, layouts
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.safe_files import StandIn, safe_load
+from self_supervised.torch_files import StandIn, safe_load
 
 
 @cache
@@ -528,10 +528,10 @@ def numbered() -> nn.Module:
 
 def test_starting_weights_of_timm_may_be_others_of_the_same_architecture(monkeypatch):
     p = ModelParams(dataset_name="cifar10", encoder_arch="timm:vit_tiny_patch16_224")
-    monkeypatch.setattr(pretrained, "published", lambda name, same, new_stem: same["encoder_arch"])
+    monkeypatch.setattr(baselines, "published", lambda name, same, new_stem: same["encoder_arch"])
     wanted = f"{p.encoder_arch}.augreg_in21k"
-    assert pretrained.starting_encoder(p, wanted) == wanted
-    assert pretrained.starting_encoder(p, "resnet50") == p.encoder_arch  # which `published` refuses
+    assert baselines.starting_encoder(p, wanted) == wanted
+    assert baselines.starting_encoder(p, "resnet50") == p.encoder_arch  # which `published` refuses
 
 
 def test_starting_weights_are_recorded_and_compared(small, trainer, tmp_path):
@@ -546,17 +546,17 @@ def test_starting_weights_are_recorded_and_compared(small, trainer, tmp_path):
     assert encoder.params.encoder_weights is None
     for upright in (True, False):  # the baseline reads the same images
         read = load_encoder(tmp_path / "trained.ckpt", exif_orientation=upright)
-        assert pretrained.compared(read, None)["starting"].params.exif_orientation is upright
+        assert baselines.compared(read, None)["starting"].params.exif_orientation is upright
     torch.save(model.model.state_dict(), tmp_path / "start.pth")  # other weights
     with pytest.warns(UserWarning, match="training started are left out: .*start.pth has changed since then"):
-        assert "starting" not in pretrained.compared(encoder, None)
-    assert "starting" in pretrained.compared(encoder, str(tmp_path / "start.pth"))
+        assert "starting" not in baselines.compared(encoder, None)
+    assert "starting" in baselines.compared(encoder, str(tmp_path / "start.pth"))
     again = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "trained.ckpt")
     assert again.started_from == encoder.started_from and again.hparams.encoder_weights is None
     stem = {"encoder_arch": "resnet18", "stem_variant": "padding_2", "low_resolution_stem": True}
     params = attrs.evolve(encoder.params, embedding_dim=None, **stem)
     torch.save(encoders.get_encoder(params)[0].state_dict(), tmp_path / "plain.pth")  # which does not tell the padding
-    assert pretrained.starting_encoder(params, str(tmp_path / "plain.pth")).model.conv1.padding == (2, 2)
+    assert baselines.starting_encoder(params, str(tmp_path / "plain.pth")).model.conv1.padding == (2, 2)
     for arch, name in {"resnet18": "resnet18:DEFAULT", "timm:resnet10t": "timm:resnet10t"}.items():
         assert encoders.source_of_weights(small(encoder_arch=arch, encoder_weights="DEFAULT")) == (name, None)
 
@@ -849,7 +849,7 @@ def test_published_weights_from_which_a_training_started(hub, tmp_path, monkeypa
     trained = SelfSupervisedMethod(ModelParams(**stem, low_resolution_stem=True, K=64, dim=4))
     save(trained, tmp_path / "trained.ckpt")
     encoder = load_encoder(tmp_path / "trained.ckpt")
-    starting = pretrained.compared(encoder, None)["starting"]
+    starting = baselines.compared(encoder, None)["starting"]
     assert torch.equal(starting.model.layer1[0].conv1.weight, network().layer1[0].conv1.weight)
     assert starting.model.conv1.weight.shape == (64, 1, 3, 3)
     hub.unlink()
@@ -857,9 +857,9 @@ def test_published_weights_from_which_a_training_started(hub, tmp_path, monkeypa
     with pytest.warns(
         UserWarning, match="the weights from which the training started are left out: .*resnet18:DEFAULT"
     ):
-        assert list(pretrained.compared(encoder, None)) == ["random"]
+        assert list(baselines.compared(encoder, None)) == ["random"]
     with pytest.raises(OSError, match="could not be downloaded"):
-        pretrained.compared(encoder, "resnet18")
+        baselines.compared(encoder, "resnet18")
 
 
 @pytest.mark.parametrize("variable", ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "OTHER"])
@@ -988,5 +988,5 @@ def test_the_directory_of_a_run_is_accepted_as_encoder_weights(tmp_path):
 @pytest.mark.parametrize(("dataset_name", "size", "low"), [("stl10", 32, False), ("cifar10", 96, True)])
 def test_another_size_of_the_images_is_not_another_stem(dataset_name, size, low):
     settings = {"dataset_name": dataset_name, "encoder_arch": "resnet18"}
-    found = pretrained.with_overrides(settings, {"transform_crop_size": size})
+    found = frozen_encoder.with_overrides(settings, {"transform_crop_size": size})
     assert found.crop_size == size and found.low_resolution_stem is low
