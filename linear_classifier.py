@@ -35,7 +35,7 @@ from self_supervised.networks import modules
 from self_supervised.networks.encoders import embeddings_of, get_encoder
 from self_supervised.networks.frozen_encoder import SHARED
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.numerics import at_least_float32, rank_of
+from self_supervised.numerics import at_least_float32, numbered, rank_of
 from self_supervised.training import advice, label_checks, optimizers
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.fit_checks import refuse_callbacks
@@ -199,9 +199,8 @@ class LinearClassifierMethod(BaseMethod):
     def log_means(self, prefix: str, loaders: Any) -> None:
         """Log the mean scores of each loader over all processes, with each image counted once."""
         for index, (scores, _) in enumerate(gathered(self.validation_scores, loaders)):
-            suffix = f"_{index}" if index else ""
-            means = {f"{prefix}_{name}{suffix}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
-            self.log_scores(means, prog_bar=True, sync_dist=True)
+            means = {f"{prefix}_{name}": value for name, value in zip(SCORES, scores.mean(0), strict=True)}
+            self.log_scores(numbered(means, index), prog_bar=True, sync_dist=True)
 
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
         """Return the logits [N, classes] of a batch in at least float32, NaN for images that could not be read.

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model_params import ALL_VIEW_LOSSES, LABEL_LOSSES, PRESETS, PROTOTYPE_LOSSES, ModelParams
 from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.convolutions import weights_shared
+from self_supervised.custom_loss import CustomLoss, as_pair_loss
 from self_supervised.data import loading
 from self_supervised.data.files import nan_where_unreadable
 from self_supervised.data.loader import check_views, gathered, is_of_dataset_name, list_of_loaders, one_image_explained
@@ -25,23 +26,22 @@ from self_supervised.networks import encoders, modules, output_sizes
 from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, restore_queue
 from self_supervised.networks.teacher import Teacher
-from self_supervised.numerics import Scores, as_tensors, at_least_float32, in_parts, mean_of_each, stacked
+from self_supervised.numerics import Scores, as_tensors, at_least_float32, in_parts, mean_of_each, numbered, stacked
 from self_supervised.training import advice, fit_checks, online_classifier, optimizers, parameter_groups, resuming
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.hyperparameters import Given, resolve
 from self_supervised.training.micro_batches import MicroBatches, refuse_strategy, synchronize_buffers_alone
-from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.plan import get_plan, resolved_warmup_epochs
 from self_supervised.training.precision import refuse_half_precision
-from self_supervised.training.record import TrainingRecord
+from self_supervised.training.record import callbacks_of_record
 from self_supervised.training.schedules import cosine, prototypes_are_frozen, scheduled
-from self_supervised.training.verdict import Verdict, name_of_start
+from self_supervised.training.verdict import name_of_start
 from self_supervised.views import augmentations
 
 
 class EncodedView(NamedTuple):
     z: Tensor  # projections [N, D]
-    q: Tensor  # predictions of the keys, the queries [N, D]; z without a predictor
+    q: Tensor  # queries [N, D], which the loss compares with keys: the predictor's output, or z without a predictor
     embeddings: Tensor  # [N, E]
 
 
@@ -56,7 +56,7 @@ class SelfSupervisedMethod(BaseMethod):
     Args:
         params: settings, as ModelParams or dict, or a preset or its name: "simclr". The default is MoCo v2.
         encoder: your own module, [N, C, H, W] -> [N, E], in place of `params.encoder_arch`.
-        loss: your own loss(q, k, queue), in place of that of `params.loss_type` (see `losses.as_pair_loss`).
+        loss: your own loss(q, k, queue), in place of that of `params.loss_type` (see `custom_loss.as_pair_loss`).
             Checkpoints do not store it: pass it to `load_from_checkpoint`, too.
         fields: single settings that override those of `params`.
     """
@@ -72,7 +72,7 @@ class SelfSupervisedMethod(BaseMethod):
         params: Given[ModelParams] = None,
         *,
         encoder: nn.Module | None = None,
-        loss: losses.CustomLoss | None = None,
+        loss: CustomLoss | None = None,
         **fields: Any,
     ):
         super().__init__()
@@ -94,26 +94,20 @@ class SelfSupervisedMethod(BaseMethod):
             self.lagging_projection_model = frozen_copy(self.projection_model) if p.use_lagging_model else None
             self.lagging_prototypes = frozen_copy(self.prototypes) if self.prototypes and p.use_lagging_model else None
             self.queue = KeyQueue(p.K, p.dim) if p.keeps_keys else None
-            classes = (p.n_classes or loading.require_labels(loading.n_classes(p), p)) if p.online_classifier else None
-            self.online_classifier = nn.Linear(width, classes) if classes else None
+            self.online_classifier = online_classifier.build(width, p) if p.online_classifier else None
             if (p.global_batch_size or p.batch_size) == 1:  # fail early
                 fit_checks.try_one_image(self)
         self.trained_at_start = {row.name for row in self.parameter_table()}  # raises if a pattern matches no parameter
         # All processes push the same keys, so DDP need not send 4 K D bytes in every forward pass.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, ["queue.keys", "queue.position"])
         self.record_settings(embedding_dim=width)
-        self.custom_loss = None if loss is None else losses.as_pair_loss(loss)
+        self.custom_loss = None if loss is None else as_pair_loss(loss)
         self.augment = augmentations.training_views(p)
         self.started_from, self.hash_of_start = encoders.source_of_weights(p)
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        present = {type(callback) for callback in self.trainer.callbacks}
-        # TrainingRecord is the last, because it writes what the others find.
-        kinds: tuple[type[pl.Callback], ...] = (Verdict, TrainingRecord) if self.is_recorded else ()
-        if kinds and self.trainer.loggers and self.trainer.log_every_n_steps == LOG_INTERVAL:
-            kinds = (LogInterval, *kinds)
-        return super().configure_callbacks() + [kind() for kind in kinds if kind not in present]
+        return super().configure_callbacks() + (callbacks_of_record(self.trainer) if self.is_recorded else [])
 
     # ---- Method ----
 
@@ -159,10 +153,12 @@ class SelfSupervisedMethod(BaseMethod):
         return online, {j: online[j].z.detach() if p.stop_gradient_of_keys else online[j].z for j in key_views}
 
     def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, EncodedView]:
-        """Return {view i: encode(view i)}. With `micro_batch_size`, these are leaves from which `backward` resumes."""
+        """Return {view i: encode(view i)}. With `micro_batch_size`, the graph of gradients ends at them, and
+        `backward` continues it into the networks, one part after the other."""
         if (size := self.params.micro_batch_size) is None:
             return {i: self.encode(views[i]) for i in which}
-        networks, chosen = (self.model, self.projection_model, self.prediction_model), {i: views[i] for i in which}
+        networks = (self.model, self.projection_model, self.prediction_model)
+        chosen = {i: views[i] for i in which}
         self.micro_batches = MicroBatches(networks, self.encode, chosen, size, torch.initial_seed())
         return {i: EncodedView(*outputs) for i, outputs in self.micro_batches.outputs.items()}
 
@@ -247,8 +243,12 @@ class SelfSupervisedMethod(BaseMethod):
 
     def lagging_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return (lagging, online) of each network of the lagging model; [] if there is none."""
-        both = [(self.lagging_model, self.model), (self.lagging_projection_model, self.projection_model)]
-        return [pair for pair in (*both, (self.lagging_prototypes, self.prototypes)) if pair[0] is not None]
+        pairs = [
+            (self.lagging_model, self.model),
+            (self.lagging_projection_model, self.projection_model),
+            (self.lagging_prototypes, self.prototypes),
+        ]
+        return [(lagging, online) for lagging, online in pairs if lagging is not None]
 
     def configure_optimizers(self) -> dict:
         self.plan = get_plan(self.params, self.trainer, resolved_warmup_epochs(self.params))
@@ -349,7 +349,7 @@ class SelfSupervisedMethod(BaseMethod):
         has_train = (testing or self.params.probe_on_training_set) and all(map(is_of_dataset_name, loaders))
         train = tuple(sets.pop()) if has_train and len(sets) > 1 else None
         scores = [self.scores(x, y, train) for x, y in sets]
-        return [{name + (f"_{i}" if i else ""): value for name, value in each.items()} for i, each in enumerate(scores)]
+        return [numbered(of_loader, index) for index, of_loader in enumerate(scores)]
 
     def on_validation_epoch_end(self) -> None:
         for scores in self.scores_of_loaders():

@@ -74,7 +74,7 @@ class Loss:
     compares: str  # what with what, as the programs' help lists it
     text: str  # the loss with its settings, in words; {name} is a setting that it reads
     negatives: bool | None = None  # True: it needs them; False: they are compared if there are any; None: never
-    by_rows: bool = False  # a mean over queries of what each has with all others, which can be computed in parts
+    by_rows: bool = False  # a mean over queries, each compared with all others: can be computed in parts
     all_views: bool = False  # of all views of an image at once, not of pairs
     keys: bool = True  # whether it reads keys
     labels: bool = False  # whether it reads the labels of training images

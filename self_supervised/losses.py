@@ -6,21 +6,19 @@ Sizes: N queries on this process, W processes, D dimensions, K keys in the queue
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model_params import LOSSES, ModelParams
 from self_supervised import distributed
-from self_supervised.numerics import DROP_LAST, at_least_float32, in_parts, unit
+from self_supervised.numerics import DROP_LAST, in_parts, unit
 
 Scalars = dict[str, Tensor]
 PairLoss = Callable[[Tensor, Tensor, Tensor | None], Scalars]
-CustomLoss = Callable[[Tensor, Tensor, Tensor | None], Scalars | Tensor]
 ALL_ROWS = slice(None)
 
 
@@ -371,29 +369,3 @@ def get_loss_in_parts(params: ModelParams, **arguments: Any) -> PairLoss:
         return {name: torch.stack([part[name] for part in scalars_of_parts]).sum() for name in scalars_of_parts[0]}
 
     return loss
-
-
-def as_pair_loss(loss: CustomLoss) -> PairLoss:
-    """Return a user's loss(q, k, queue_keys), of a pair of views, as a function that returns a dict like `get_loss`'s.
-
-    It gets queries and keys [N, D] of this process (`distributed.gather` joins those of all; with "swav" and "dino",
-    scores of prototypes) and the queue [K, D], or None. It returns the loss, or a dict with "loss" and scalars to log.
-
-    Raises:
-        TypeError: it is not a function, or returns something else.
-        ValueError: it is a module with weights, which would be neither trained nor stored.
-    """
-    if not callable(loss):
-        raise TypeError(f"loss={loss!r}: not a function. Pass a function of (q, k, queue).")
-    if isinstance(loss, nn.Module) and loss.state_dict():
-        raise ValueError("loss: a module with weights, which would not be trained. Pass a function without weights.")
-
-    return partial(call_custom_loss, loss)
-
-
-def call_custom_loss(loss: CustomLoss, q: Tensor, k: Tensor, queue: Tensor | None) -> Scalars:
-    returned = loss(q, k, queue)
-    scalars = returned if isinstance(returned, dict) else {"loss": returned}
-    if not isinstance(scalars.get("loss"), Tensor) or not all(isinstance(one, Tensor) for one in scalars.values()):
-        raise TypeError(f'loss: it returned {returned!r}. Return a tensor, or a dict of tensors with "loss".')
-    return {name: at_least_float32(value) for name, value in scalars.items()}

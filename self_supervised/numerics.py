@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,11 @@ def in_parts(x: Tensor, size: int | None) -> tuple[Tensor, ...]:
 def stacked(of_views: dict[int, Tensor]) -> Tensor:
     """Return the tensors of all views as one, in the order of the views' numbers."""
     return torch.stack([of_views[i] for i in sorted(of_views)])
+
+
+def numbered(scores: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return the scores of the loader `index` under names that end in its number, unless it is the first."""
+    return {f"{name}_{index}": value for name, value in scores.items()} if index else scores
 
 
 def as_tensors(values: dict[str, float], like: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ PACKAGE = "self_supervised"
 FLOORS = [  # the lowest first; folders and modules of the package, and the front rooms
     "catalogue fields",
     "model_params recipes linear_params",
-    "distributed threads safe_files torch_files folder_lock numerics program losses multi_view_losses "
+    "distributed threads safe_files torch_files folder_lock numerics program losses custom_loss multi_view_losses "
     "convolutions lars batchrenorm ws_resnet",
     "views",
     "data",

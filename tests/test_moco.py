@@ -17,6 +17,7 @@ from linear_classifier import LinearClassifierMethod, LinearClassifierMethodPara
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import distributed, losses
+from self_supervised.custom_loss import as_pair_loss
 from self_supervised.data import loading
 from self_supervised.data.loader import images_and_labels
 from self_supervised.networks import frozen_encoder, pretrained
@@ -679,4 +680,4 @@ def test_a_loss_of_ones_own_is_minimized_and_is_passed_again_to_load(small, trai
 )
 def test_what_is_no_loss_is_refused(loss, error, message):
     with pytest.raises(error, match=f"^{message}"):
-        losses.as_pair_loss(loss)(torch.ones(2, 3), torch.ones(2, 3), None)
+        as_pair_loss(loss)(torch.ones(2, 3), torch.ones(2, 3), None)

@@ -199,8 +199,7 @@ def doubt_of_views(params: ModelParams) -> str:
 
 def doubts_of_classifier(params: Any, requires_gradient: bool) -> list[str]:
     """Return lines on settings of a linear classifier (LinearClassifierMethodParams) that were changed without effect,
-    on the learning rate of a frozen encoder for one that is trained, and on an encoder that stays frozen, where they
-    apply.
+    on a learning rate meant for a frozen encoder while it is trained, and on an encoder that stays frozen.
 
     Args:
         requires_gradient: whether weights of the encoder do.

@@ -132,7 +132,8 @@ class BaseMethod(pl.LightningModule):
 
     def change(self, **fields: Any) -> None:
         """Change settings, and the hyperparameters that a checkpoint keeps."""
-        self.params, self.built = (attrs.evolve(self.params, **fields) for _ in range(2))
+        self.params = attrs.evolve(self.params, **fields)
+        self.built = attrs.evolve(self.params)  # a copy, because users can assign `params`
         self.save_hyperparameters(fields)
 
     def _set_hparams(self, hp: Any) -> None:

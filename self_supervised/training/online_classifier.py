@@ -8,9 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model_params import ModelParams
 from self_supervised import distributed
+from self_supervised.data import loading
 from self_supervised.data.class_labels import UNLABELED
 from self_supervised.numerics import rank_of
+
+
+def build(width: int, params: ModelParams) -> nn.Linear:
+    """Return a classifier of embeddings of this width. Raises ValueError if the data set has no labels."""
+    return nn.Linear(width, params.n_classes or loading.require_labels(loading.n_classes(params), params))
 
 
 def loss_and_accuracy(classifier: nn.Linear, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -54,7 +61,7 @@ def logits_of(classifier: nn.Linear, embeddings: Tensor) -> Tensor:
 
 @contextmanager
 def gradients_aside(classifier: nn.Linear) -> Iterator[None]:
-    """Hide the classifier's gradients within the context: clipped together, they would shrink those of the method."""
+    """Hide the classifier's gradients while those of the method are clipped, so that they do not count in the norm."""
     kept = {parameter: parameter.grad for parameter in classifier.parameters()}
     for parameter in kept:
         parameter.grad = None

@@ -15,7 +15,7 @@ from model_params import nearest_preset
 from self_supervised.fields import plain
 from self_supervised.safe_files import atomic_write, remove, to_json
 from self_supervised.training import run_folder
-from self_supervised.training.monitor import LogInterval
+from self_supervised.training.monitor import LOG_INTERVAL, LogInterval
 from self_supervised.training.verdict import Verdict
 
 OF_TRAINER = (  # attributes of the Trainer that determine what it computes, named as the options of the command
@@ -129,3 +129,12 @@ def settings_text(trainer: pl.Trainer, method: pl.LightningModule) -> str:
     epochs = planned if planned > 0 else math.ceil(method.plan.steps / method.plan.steps_per_epoch)
     settings = attrs.asdict(method.params) | {"max_epochs": epochs}
     return yaml.safe_dump(plain({"preset": nearest_preset(method.params), **options, **settings}), sort_keys=False)
+
+
+def callbacks_of_record(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the callbacks that compare and record a training, and that the Trainer does not have yet."""
+    kinds: list[type[pl.Callback]] = [Verdict, TrainingRecord]  # TrainingRecord writes what the others find
+    if trainer.loggers and trainer.log_every_n_steps == LOG_INTERVAL:
+        kinds = [LogInterval, *kinds]
+    present = {type(callback) for callback in trainer.callbacks}
+    return [kind() for kind in kinds if kind not in present]
