@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,30 +100,16 @@ def in_fresh_process(run: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     """(what run(*args) returned, peak resident memory in MB) of a new process. `run` must be importable.
 
     Raises:
-        RuntimeError: run raised; the message is its error's.
+        BrokenProcessPool: the process ended without a result. What run raises is raised here, too.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_answer, args=(theirs, run, args))
-    process.start()
-    theirs.close()
-    try:
-        result, megabytes = ours.recv()
-    except EOFError as error:
-        raise RuntimeError(f"{run.__name__}{args} ended without a result") from error
-    process.join()
-    if isinstance(result, Exception):
-        raise RuntimeError(f"{run.__name__}{args}: {result!r}") from result
-    return result, megabytes
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_with_peak, run, *args).result()
 
 
-def _answer(pipe, run: Callable[..., Any], args: tuple) -> None:
-    try:
-        result = run(*args)
-    except Exception as error:  # the parent raises it
-        result = RuntimeError(repr(error))
+def _with_peak(run: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    result = run(*args)
     status = Path("/proc/self/status").read_text()  # getrusage() would count what the parent had when it forked
-    pipe.send((result, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024))
+    return result, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
 
 class Apart:
@@ -140,8 +127,8 @@ class Apart:
         theirs.close()
 
     def build(self, make: Callable[..., Callable[[], float]], *args: Any) -> Callable[[], float]:
-        """make(*args) made there, in place of the contestant before; calling it takes a turn there. Both must be
-        importable and what the turn returns, seconds."""
+        """Build a contestant there, make(*args), in place of the one before. Each call of the returned function takes a
+        turn there, and returns the seconds that the turn measured. `make` must be importable."""
         self.ask(make, *args)
         return lambda: self.ask(None)
 

@@ -26,6 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -137,9 +138,7 @@ def row_of(key: tuple[str, str], n: int, width: int, rounds: int, process: Calla
     row["scored"] = 0 if key[0] in ("-", "RankMe") else scored
     try:
         (median, score), megabytes = process(measured, key, n, width, rounds, scored)
-    except RuntimeError as error:
-        if "without a result" not in str(error):
-            raise
+    except BrokenProcessPool:  # ended by its alarm
         return {**row, "s": f"> {LIMIT:.0f}", "time / ours": LIMIT, "%": "-", "peak MB": "-"}
     return {**row, "s": median, "time / ours": median, "%": score, "peak MB": megabytes}
 

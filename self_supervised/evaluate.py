@@ -39,7 +39,7 @@ from self_supervised.evaluation.results import OF_ENCODER, Results, RunRecord, f
 from self_supervised.fields import as_path, plain
 from self_supervised.linear_params import LinearClassifierMethodParams
 from self_supervised.networks.baselines import compared
-from self_supervised.networks.encoder_hash import digest, encoder_hash
+from self_supervised.networks.encoder_hash import checkpoint_hash, encoder_hash
 from self_supervised.networks.frozen_encoder import ENCODER_FACTS, Encoder
 from self_supervised.networks.layouts import checkpoint_of, read_weights
 from self_supervised.networks.pretrained import load_encoder
@@ -220,7 +220,11 @@ def run_protocols(
     hashes = {name: encoder_hash(data.encoder) for name, data in data_of.items()}
     hashes["lagging"] = hashes["trained"]  # both are replaced together
     trained = data_of["trained"].encoder
-    files = dict.fromkeys(("trained", "lagging"), digest(trained)) if as_path(trained.report.source).is_file() else {}
+    files = (
+        dict.fromkeys(("trained", "lagging"), checkpoint_hash(trained))
+        if as_path(trained.report.source).is_file()
+        else {}
+    )
     results.keep_encoders(hashes, seen_settings, files, refuse_others)
     images = {  # hashes of each encoder and of the images as it sees them
         name: "".join(

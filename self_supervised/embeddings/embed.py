@@ -30,7 +30,7 @@ from self_supervised.embeddings.batches import (
 from self_supervised.embeddings.job import EmbeddingJob
 from self_supervised.embeddings.sources import ImageSource, Stored, as_absolute, kind_of, open_source
 from self_supervised.fields import as_path
-from self_supervised.networks.encoder_hash import digest, encoder_hash
+from self_supervised.networks.encoder_hash import checkpoint_hash, encoder_hash
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.pretrained import encoder_of
 from self_supervised.program import one_line_errors
@@ -91,7 +91,7 @@ def description(encoder: Encoder, source: ImageSource, overrides: dict[str, Any]
     packages = {"torch": torch, "torchvision": torchvision, "pillow": PIL, "numpy": np}
     return {
         "checkpoint": os.path.abspath(file) if file.is_file() else encoder.report.source,
-        "sha256": digest(encoder),
+        "sha256": checkpoint_hash(encoder),
         "encoder": encoder_hash(encoder),
         "encoder_arch": p.encoder_arch,
         "preprocessing": {

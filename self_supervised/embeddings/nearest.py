@@ -15,16 +15,17 @@ import numpy as np
 from attrs import frozen
 from PIL import Image, ImageDraw, ImageFont
 
+from self_supervised.data.file_search import in_one_line
 from self_supervised.data.image_files import preprocessing
 from self_supervised.embeddings import parquet
 from self_supervised.embeddings.batches import Batches
 from self_supervised.embeddings.projection import unit_rows
 from self_supervised.embeddings.sources import Folder, ImageSource, picture_of, source_of_features
 from self_supervised.fields import as_path
-from self_supervised.networks.encoder_hash import digest, encoder_hash
+from self_supervised.networks.encoder_hash import checkpoint_hash, encoder_hash
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.program import one_line_errors
-from self_supervised.runs.command_line import FEATURES, FOLDER, in_one_line, parser_of
+from self_supervised.runs.command_line import FEATURES, FOLDER, parser_of
 from self_supervised.safe_files import atomic_file, check_file
 
 # Sizes of the contact sheet in pixels.
@@ -129,7 +130,11 @@ def embed_files(features: str | Path, files: list[str], checkpoint: str | None) 
     """
     about = parquet.facts_of_file(features)
     encoder = load_encoder(checkpoint or about["checkpoint"], **about["overrides"])
-    now = {"sha256": digest(encoder), "encoder": encoder_hash(encoder), "preprocessing": preprocessing(encoder.params)}
+    now = {
+        "sha256": checkpoint_hash(encoder),
+        "encoder": encoder_hash(encoder),
+        "preprocessing": preprocessing(encoder.params),
+    }
     before = {name: about.get(name, value) for name, value in now.items()}  # files of earlier versions have less
     before["preprocessing"] = {name: before["preprocessing"].get(name, x) for name, x in now["preprocessing"].items()}
     if before != now:

@@ -8,7 +8,6 @@ The file is written next to CHECKPOINT, or to --out. Existing files are never ov
 """
 
 import argparse
-import hashlib
 import importlib.util
 import os
 import re
@@ -34,7 +33,7 @@ from self_supervised.networks.pretrained import load_encoder
 from self_supervised.program import message_of, one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, LAGGING, add_fields, parser_of
 from self_supervised.runs.values import ListOption, items
-from self_supervised.safe_files import check_folder, disk_errors_named, sync
+from self_supervised.safe_files import check_folder, disk_errors_named, file_hash, sync
 
 FACTS = (*ENCODER_FACTS, "embedding_dim", "dataset_name", "pixel_range", "exif_orientation")
 
@@ -200,10 +199,8 @@ def place(file: Path, target: Path, publish: bool) -> Path:
     """Flush the file to disk and move it to `target`; with `publish`, to NAME-HASH.EXTENSION, where HASH is the first 8
     digits of its SHA-256."""
     if publish:
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
         # torch.hub reads the text between the first hyphen and the next dot as the hash: NAME must not have dots
-        target = target.with_name(f"{target.stem.replace('.', '_')}-{digest[:8]}{target.suffix}")
+        target = target.with_name(f"{target.stem.replace('.', '_')}-{file_hash(file)[:8]}{target.suffix}")
     refuse_existing(target)
     sync(file)
     os.replace(file, target)

@@ -29,7 +29,7 @@ def encoder_hash(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def digest(encoder: Encoder) -> str:
+def checkpoint_hash(encoder: Encoder) -> str:
     """Return the SHA-256 of the checkpoint file; of the tensors if there is no file (published weights by name)."""
     if (path := Path(encoder.report.source)).is_file():
         return file_hash(path)
