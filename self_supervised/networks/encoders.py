@@ -93,55 +93,73 @@ def by_name(p: EncoderAndDataParams) -> nn.Module:
     file = file_of_weights(p)
     published = None if file else p.encoder_weights
     if p.encoder_arch.startswith("timm:"):
-        if published not in (None, "DEFAULT"):
-            raise ValueError(f"encoder_weights={published!r} is not a file; timm's weights are called 'DEFAULT'")
-        name, small_views = p.encoder_arch.removeprefix("timm:"), getattr(p, "n_small_views", 0)
-        image = torch.zeros(1, *p.input_shape)
-        encoder = builders.build_timm(name, published is not None, image, of_all_sizes=small_views > 0)
-        report_other_pixels(encoder, p, published)
+        encoder = encoder_of_timm(p, published)
     elif p.encoder_arch in SMALL_CNNS:
         builders.refuse_published(p.encoder_arch, published)
         encoder = builders.small_cnn(p.channels, SMALL_CNNS[p.encoder_arch])
     else:
-        refuse_other_pixels(p, published)
-        try:
-            classifier = builders.build_classifier(
-                p.encoder_arch, published, p.crop_size, p.num_frames, p.zero_init_residual
-            )
-        except AssertionError as error:  # a ViT whose patches do not fit
-            raise ValueError(
-                f"transform_crop_size={p.crop_size} does not fit {p.encoder_arch}: {error} Choose a multiple of the "
-                "patch size, which is in its name"
-            ) from error
-        encoder = builders.without_last_layer(classifier, p.encoder_arch)
-        builders.adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
-        if published and builders.has_new_stem(p):
-            report_new_stem(p)
-        exchange_convolutions(encoder, PointConv2d)
+        encoder = encoder_of_torchvision(p, published)
     if file:
         load_file(encoder, file, p)
     return encoder
 
 
+def encoder_of_timm(p: EncoderAndDataParams, published: str | None) -> nn.Module:
+    if published not in (None, "DEFAULT"):
+        raise ValueError(f"encoder_weights={published!r} is not a file; timm's weights are called 'DEFAULT'")
+    name, image = p.encoder_arch.removeprefix("timm:"), torch.zeros(1, *p.input_shape)
+    of_all_sizes = getattr(p, "n_small_views", 0) > 0  # settings of the linear stage have no views
+    encoder = builders.build_timm(name, published is not None, image, of_all_sizes)
+    report_other_pixels(encoder, p, published)
+    return encoder
+
+
+def encoder_of_torchvision(p: EncoderAndDataParams, published: str | None) -> nn.Module:
+    """Return an encoder of torchvision or ws_resnet."""
+    refuse_other_pixels(p, published)
+    sizes = (p.crop_size, p.num_frames)
+    try:
+        classifier = builders.build_classifier(p.encoder_arch, published, *sizes, p.zero_init_residual)
+    except AssertionError as error:  # a ViT whose patches do not fit
+        raise ValueError(
+            f"transform_crop_size={p.crop_size} does not fit {p.encoder_arch}: {error} Choose a multiple of the patch "
+            "size, which is in its name"
+        ) from error
+    encoder = builders.without_last_layer(classifier, p.encoder_arch)
+    builders.adapt_stem(encoder, p.channels, p.low_resolution, p.stem_variant)
+    if published and builders.has_new_stem(p):
+        refuse_frozen_new_stem(p)
+    exchange_convolutions(encoder, PointConv2d)
+    return encoder
+
+
 def load_file(encoder: nn.Module, file: Path, p: EncoderAndDataParams) -> None:
+    """Load the weights from which a training starts."""
     try:
         weights = layouts.read_weights(file)
-        stem = weights.settings.get("stem_variant", weights.stem_variant)
-        if p.low_resolution and stem != p.stem_variant and ("stem_variant" in weights.settings or stem != "standard"):
-            if not weights.has_guessed_stem:
-                raise ValueError(
-                    f"its first layers are those of stem_variant={stem!r}. Set it (is {p.stem_variant!r})."
-                )
-            rank_zero_warn(
-                f"{file} is read with stem_variant={p.stem_variant!r}. If it is solo-learn's, whose first convolution "
-                f"pads 2 pixels, set stem_variant={stem!r}."
-            )
+        if p.low_resolution:
+            check_stem(weights, p.stem_variant)
         if not weights.settings:  # of a checkpoint of ours, which has other constants
             refuse_other_pixels(p, p.encoder_weights)
             layouts.refuse_other_heads(weights, p.encoder_arch)
         layouts.load_into(encoder, weights, p.encoder_arch)
     except ValueError as error:
         raise ValueError(f"encoder_weights={p.encoder_weights!r} for {p.encoder_arch}: {error}") from error
+
+
+def check_stem(weights: layouts.WeightsFile, chosen: str) -> None:
+    """Raise ValueError if weights are of another variant of the stem for small images than the chosen one; warn if that
+    is only a guess."""
+    stem = weights.settings.get("stem_variant", weights.stem_variant)
+    is_known = "stem_variant" in weights.settings or stem != "standard"
+    if stem == chosen or not is_known:
+        return
+    if not weights.has_guessed_stem:
+        raise ValueError(f"its first layers are those of stem_variant={stem!r}. Set it (is {chosen!r}).")
+    rank_zero_warn(
+        f"{weights.source} is read with stem_variant={chosen!r}. If it is solo-learn's, whose first convolution pads 2 "
+        f"pixels, set stem_variant={stem!r}."
+    )
 
 
 def check_kind(name: str, dataset_name: str, of_videos: bool) -> None:
@@ -201,15 +219,15 @@ def report_other_pixels(encoder: nn.Module, p: EncoderAndDataParams, weights: st
         )
 
 
-def report_new_stem(p: EncoderAndDataParams) -> None:
-    """Warn that published weights lack the first layer, which was replaced. It would stay random if the encoder is
-    frozen, so that a linear classifier is refused."""
+def refuse_frozen_new_stem(p: EncoderAndDataParams) -> None:
+    """Raise ValueError if the encoder stays frozen with a first layer that was replaced, and is random; otherwise warn
+    of that layer."""
     what = (
         f"encoder_weights={p.encoder_weights!r}: the first layer starts from random weights, because "
         f"in_channels={p.channels} and low_resolution_stem={p.low_resolution}"
     )
     way_out = "Set in_channels=3 and low_resolution_stem=False to start from the published ones"
-    if getattr(p, "encoder_lr", 0) is None:
+    if getattr(p, "encoder_lr", 0) is None:  # 0: settings of pretraining, which have no such field
         raise ValueError(f"{what}, and stays so in a frozen encoder. {way_out}, or set encoder_lr.")
     rank_zero_info(f"warning: {what}. {way_out}")
 
