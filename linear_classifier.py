@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from lars import split_by_patterns
 from self_supervised import distributed
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import loading, subsets
+from self_supervised.data import data_sets, subsets
+from self_supervised.data.batches import check_views, gathered, one_image_explained
+from self_supervised.data.facts import count_classes, require_labels
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
-from self_supervised.data.loader import check_views, gathered, one_image_explained
-from self_supervised.data.loading import count_classes, require_labels
 from self_supervised.linear_params import FROM_PRETRAINING, LINEAR_PRESETS
 from self_supervised.linear_params import FineTuneParams as FineTuneParams
 from self_supervised.linear_params import LinearClassifierMethodParams as LinearClassifierMethodParams
@@ -269,7 +269,7 @@ class LinearClassifierMethod(BaseMethod):
     def train_dataloader(self):
         self.trains_on_dataset_name = True
         p = self.params
-        dataset = loading.get_dataset(p, p.dataset.train_splits, [self.view])
+        dataset = data_sets.get_dataset(p, p.dataset.train_splits, [self.view])
         return self.loader(dataset.subset(self.split(dataset.labels)[0]), training=True)
 
     def val_dataloader(self):
@@ -278,10 +278,10 @@ class LinearClassifierMethod(BaseMethod):
         if not self.trains_on_dataset_name:
             return []
         if p.validate_on == "test":
-            return self.loader(loading.get_dataset(p, p.dataset.test_splits), training=False)
-        dataset = loading.get_dataset(p, p.dataset.train_splits)
+            return self.loader(data_sets.get_dataset(p, p.dataset.test_splits), training=False)
+        dataset = data_sets.get_dataset(p, p.dataset.train_splits)
         return self.loader(dataset.subset(self.split(dataset.labels)[1]), training=False)
 
     def test_dataloader(self):
         p = self.params
-        return self.loader(loading.get_dataset(p, p.dataset.test_splits), training=False)
+        return self.loader(data_sets.get_dataset(p, p.dataset.test_splits), training=False)

@@ -18,9 +18,9 @@ from model_params import ALL_VIEW_LOSSES, LABEL_LOSSES, PRESETS, PROTOTYPE_LOSSE
 from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.convolutions import weights_shared
 from self_supervised.custom_loss import CustomLoss, as_pair_loss
-from self_supervised.data import loading
+from self_supervised.data import data_sets
+from self_supervised.data.batches import check_views, gathered, is_of_dataset_name, list_of_loaders, one_image_explained
 from self_supervised.data.files import nan_where_unreadable
-from self_supervised.data.loader import check_views, gathered, is_of_dataset_name, list_of_loaders, one_image_explained
 from self_supervised.evaluation import validation
 from self_supervised.networks import encoders, modules, output_sizes
 from self_supervised.networks.heads import MLP
@@ -298,7 +298,7 @@ class SelfSupervisedMethod(BaseMethod):
     def train_dataloader(self):
         self.trains_on_dataset_name = True
         p = self.params
-        return self.loader(loading.get_dataset(p, p.dataset.pretraining_splits, p.views), training=True)
+        return self.loader(data_sets.get_dataset(p, p.dataset.pretraining_splits, p.views), training=True)
 
     def val_dataloader(self) -> list:
         """Return loaders of the validation set and, with `probe_on_training_set`, of the labeled training set.

@@ -33,7 +33,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised.catalogue import DATASETS
-from self_supervised.data import loading
+from self_supervised.data import data_sets, loading
 from self_supervised.fields import as_path, suggestion
 from self_supervised.folder_lock import locked
 from self_supervised.program import one_line_errors
@@ -185,7 +185,7 @@ def at_length(config: ModelParams, steps: int, batch_size: int) -> ModelParams:
 
 
 def n_steps(params: ModelParams, epochs: int) -> int:
-    dataset = loading.get_dataset(params, params.dataset.pretraining_splits)
+    dataset = data_sets.get_dataset(params, params.dataset.pretraining_splits)
     return epochs * len(loading.get_loader(params, dataset, training=True))
 
 

@@ -37,7 +37,7 @@ from benchmarks.peer_loops import WORKERS
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import recipes
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.demo import features
 from self_supervised.networks import encoders
 from self_supervised.training.precision import best_precision
@@ -68,7 +68,7 @@ class ForLightly(Dataset):
     """Images of our packed set, of which lightly's transforms make both views."""
 
     def __init__(self, params: ModelParams, transform: Callable):
-        images = loading.get_dataset(params, params.dataset.pretraining_splits)
+        images = data_sets.get_dataset(params, params.dataset.pretraining_splits)
         self.images = [torchvision.transforms.functional.to_pil_image(images[i][0]) for i in range(len(images))]
         self.transform = transform
 
@@ -152,7 +152,7 @@ def endless(loader: DataLoader) -> Iterator[list[Tensor]]:
 def ours(params: ModelParams, _: str, minutes: float, recipe: str) -> tuple[nn.Module, int]:
     """Return the encoder after as many steps as fit into the minutes, and the images that it saw."""
     steps = max(1, round(minutes * 60 * speed(params, minutes / 20) / params.batch_size))
-    images = len(loading.get_dataset(params, params.dataset.pretraining_splits))
+    images = len(data_sets.get_dataset(params, params.dataset.pretraining_splits))
     method = SelfSupervisedMethod(params, warmup_epochs=steps / 10 / (images // params.batch_size))
     trainer = pl.Trainer(max_epochs=-1, max_steps=steps, precision=best_precision(method), **harness.QUIET_TRAINER)
     trainer.fit(method)

@@ -23,7 +23,7 @@ from benchmarks import harness
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import recipes
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.demo import features
 from self_supervised.evaluation import validation
 
@@ -35,7 +35,7 @@ def write_folder(root: Path) -> None:
     params = PRESETS["simclr"](dataset_name="cifar10")
     names = params.dataset.class_names.split()
     for split, number in IMAGES.items():
-        images = loading.get_dataset(params, (split,))
+        images = data_sets.get_dataset(params, (split,))
         for i in range(number):
             image, label = images[i]
             path = root / split / names[int(label)] / f"{i:05d}.png"

@@ -21,9 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from benchmarks import harness
-from self_supervised.data import loader, remote_shards
+from self_supervised.data import batches, remote_shards
+from self_supervised.data.batches import ResumableDataLoader, ResumableSampler
 from self_supervised.data.files import LabeledFiles
-from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
 from self_supervised.data.packed import data_path
 from self_supervised.data.tar_shards import TarShards
 
@@ -117,8 +117,8 @@ def copies_alone(source: TarShards) -> float:
 def first_epoch(contents: Contents, n_bytes: int, batch_size: int, workers: int) -> float:
     start = removed(remote_shards.folder())
     order = ResumableSampler(contents, 1, 0, seed=0)
-    batches = ResumableDataLoader(contents, batch_size, sampler=order, num_workers=workers, collate_fn=sum)
-    assert sum(batches) == n_bytes
+    read = ResumableDataLoader(contents, batch_size, sampler=order, num_workers=workers, collate_fn=sum)
+    assert sum(read) == n_bytes
     return time.perf_counter() - start
 
 
@@ -132,7 +132,7 @@ def write_shards(paths: list[Path], folder: Path) -> None:
 
 def measure(paths: list[Path], batch_size: int, rounds: int) -> list[harness.Row]:
     """Return the rows of the table, of shards with the files of these paths."""
-    loader.WINDOW = WINDOW
+    batches.WINDOW = WINDOW
     folder = data_path() / "server"
     write_shards(paths, folder)
     shards = sorted(folder.iterdir())

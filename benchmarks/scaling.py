@@ -32,7 +32,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.harness import QUIET_TRAINER, Row, arguments, in_fresh_process, report, silence
-from self_supervised.data import loading
+from self_supervised.data import data_sets, loading
 
 BASE = {"batch_size": 256, "K": 4096, "dim": 128}
 SWEEPS = [  # what grows, preset, field, values
@@ -145,7 +145,7 @@ def read_batches(folder: str, images: int, batches: int) -> tuple[float, dict[st
     params = ModelParams(dataset_name="stl10", batch_size=256, seed=0)
     before, times = resident(), []
     with mock.patch.dict(os.environ, {"DATA_PATH": folder}):
-        loader = loading.get_loader(params, loading.get_dataset(params, ("train",)), training=True)
+        loader = loading.get_loader(params, data_sets.get_dataset(params, ("train",)), training=True)
     batch = iter(loader)
     for _ in range(batches):
         start = time.perf_counter()

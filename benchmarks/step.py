@@ -30,7 +30,7 @@ from benchmarks.augment import photographs
 from benchmarks.peer_loops import PeerLoop, lightly_loss, plain_loss
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
-from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
+from self_supervised.data.batches import ResumableDataLoader, ResumableSampler
 from self_supervised.networks.encoders import get_encoder
 
 METHODS = ["moco_v2", "simclr", "byol", "eqco", "sce", "vicreg", "barlow_twins"]

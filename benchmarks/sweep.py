@@ -23,7 +23,7 @@ from benchmarks.cifar10 import accuracies_of, arguments, chosen_presets
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, ModelParams
 from self_supervised import recipes
-from self_supervised.data import loading, subsets
+from self_supervised.data import data_sets, loading, subsets
 from self_supervised.demo import features_of
 from self_supervised.networks import encoders
 from self_supervised.training.precision import best_precision
@@ -40,7 +40,7 @@ def usual_lr(preset: str) -> float:
 
 def tried(params: ModelParams, fraction: float, reading: dict[str, int]) -> harness.Row:
     """Train on one part of the training images, and return the accuracies on the other part."""
-    images = loading.get_dataset(params, params.dataset.train_splits)
+    images = data_sets.get_dataset(params, params.dataset.train_splits)
     parts = [images.subset(rows) for rows in subsets.held_out(images.labels, HELD_OUT)]
     steps = max(1, round(fraction * params.max_epochs * (len(parts[0]) // params.batch_size)))
     method = SelfSupervisedMethod(params, **{name: fraction * getattr(params, name) for name in IN_EPOCHS})

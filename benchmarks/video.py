@@ -41,7 +41,7 @@ from benchmarks import harness, peers
 from moco import SelfSupervisedMethod
 from model_params import SCEParams
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.data.image_files import draw_box
 from self_supervised.views.augmentations import augment, generator
 
@@ -112,7 +112,7 @@ def make_videos(work: Work) -> None:
 def ours(work: Work, decoder: str) -> Dataset:
     os.environ["DATA_PATH"] = str(Path(work.folder) / decoder)
     params = SCEParams(**work.settings, video_decoder=decoder, transform_crop_size=work.size)
-    return loading.get_dataset(params, ("train",), params.views)
+    return data_sets.get_dataset(params, ("train",), params.views)
 
 
 class PlainLoop(Dataset):

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import recipes, train
-from self_supervised.data import loading
+from self_supervised.data import data_sets, loading
 from self_supervised.evaluation import validation
 from self_supervised.folder_lock import locked
 from self_supervised.networks import modules
@@ -52,7 +52,7 @@ def features_of(encoder: nn.Module, params: ModelParams, dataset: Dataset) -> tu
 def features(encoder: nn.Module, params: ModelParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (training features, labels, test features, labels) of an encoder in eval mode."""
     sets = (params.dataset.train_splits, params.dataset.test_splits)
-    pairs = (features_of(encoder, params, loading.get_dataset(params, splits)) for splits in sets)
+    pairs = (features_of(encoder, params, data_sets.get_dataset(params, splits)) for splits in sets)
     return tuple(itertools.chain(*pairs))
 
 

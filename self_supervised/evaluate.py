@@ -29,7 +29,7 @@ import numpy as np
 from torch import nn
 
 from model_params import DATASET_DEFAULTS, SUBSET, TRAINING_ONLY, EncoderAndDataParams
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.distributed import usable_device
 from self_supervised.evaluation import features
 from self_supervised.evaluation.features import EvaluationData
@@ -197,7 +197,7 @@ def training_of(
 
 def print_labels(params: EncoderAndDataParams) -> None:
     """Print the line on the labels, if they are those of files."""
-    if line := getattr(loading.get_dataset(params, params.dataset.train_splits), "about_labels", ""):
+    if line := getattr(data_sets.get_dataset(params, params.dataset.train_splits), "about_labels", ""):
         print(line, flush=True)
 
 

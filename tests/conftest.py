@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from model_params import PRESETS
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.training.checkpoints import Checkpoints
 
 os.environ.setdefault("SELF_SUPERVISED_PRECISION", "32-true")  # what "auto" means, also in processes that tests start
@@ -58,7 +58,7 @@ def digits_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_PATH", str(path))
-        loading.prepare_data("digits")
+        data_sets.prepare_data("digits")
     return path
 
 

@@ -17,9 +17,9 @@ from torchvision.models import VisionTransformer, resnet18
 
 from lars import LARS
 from linear_classifier import LINEAR_PRESETS, LinearClassifierMethod, LinearClassifierMethodParams
-from self_supervised.data import loading, subsets
+from self_supervised.data import data_sets, loading, subsets
 from self_supervised.data import packed as packed_data
-from self_supervised.data.loader import ResumableDataLoader
+from self_supervised.data.batches import ResumableDataLoader
 from self_supervised.data.packed import ImagesOnDevice
 from self_supervised.training import monitor, parameter_groups
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_drawn_is_refused(draw, message):
 
 
 def test_a_subset_is_the_same_images_mapped_on_the_device_and_as_files(tmp_path, monkeypatch):
-    packed = loading.get_dataset(method().params, ("train", "test"))
+    packed = data_sets.get_dataset(method().params, ("train", "test"))
     chosen = np.array([3, 900, 1296, 1297, 1500, 1796])
     expected = packed.__getitems__(chosen)
     part = packed.subset(chosen)
@@ -109,7 +109,7 @@ def test_a_subset_is_the_same_images_mapped_on_the_device_and_as_files(tmp_path,
         Image.new("RGB", (20, 20), (i, 0, 0)).save(folder / f"{i}.png")
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     params = LinearClassifierMethodParams(dataset_name="imagenet", transform_crop_size=16)
-    files = loading.get_dataset(params, ("train",))
+    files = data_sets.get_dataset(params, ("train",))
     part = files.subset(np.array([1, 4]))
     assert files.labels.tolist() == [0, 0, 0, 1, 1, 1] and part.labels.tolist() == [0, 1]
     assert [int(image.max()) for image, _ in (part[0], part[1])] == [2, 3] and len(part.skipped()) == 0
@@ -145,7 +145,7 @@ def test_the_loaders_hold_what_the_settings_say(fields, n_train, n_valid, traine
 )
 def test_a_last_batch_of_a_few_images_is_dropped_but_not_the_only_one(n, batches):
     params = LinearClassifierMethodParams(dataset_name="digits", batch_size=64, seed=0, drop_last_batch=None)
-    dataset = loading.get_dataset(params, ("train",)).subset(np.arange(n))
+    dataset = data_sets.get_dataset(params, ("train",)).subset(np.arange(n))
     assert [len(labels) for _, labels in loading.get_loader(params, dataset, training=True)] == batches
 
 

@@ -179,7 +179,7 @@ def test_the_tables_have_the_names_of_the_catalogue():
     """A setting may name what the catalogue lists; the code behind each is a row of a table with the same names."""
     import ws_resnet
     from self_supervised import catalogue
-    from self_supervised.data import loading, packed
+    from self_supervised.data import data_sets, packed
     from self_supervised.evaluation import validation
     from self_supervised.networks import heads
     from self_supervised.training import schedules
@@ -187,7 +187,7 @@ def test_the_tables_have_the_names_of_the_catalogue():
     packed_sets = {name for name, info in catalogue.DATASETS.items() if info.is_packed}
     assert set(packed.READERS) == packed_sets
     assert {info.storage for info in catalogue.DATASETS.values()} == set(catalogue.STORAGES)
-    assert set(loading.FILE_LAYOUTS) == set(catalogue.STORAGES) - {"packed", "custom"}
+    assert set(data_sets.FILE_LAYOUTS) == set(catalogue.STORAGES) - {"packed", "custom"}
     assert tuple(heads.NORMALIZATION_LAYERS) == catalogue.NORMALIZATIONS
     assert tuple(validation.FUNCTIONS) == catalogue.EVALUATIONS
     assert tuple(validation.SOLVERS) == catalogue.PROBE_SOLVERS

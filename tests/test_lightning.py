@@ -31,7 +31,7 @@ import moco
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import SimCLRParams
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.training import base_method, checkpoints
 from self_supervised.training.checkpoints import Checkpoints, SafeCheckpointIO
@@ -94,7 +94,7 @@ def test_predict_on_a_users_loader(kind, labeled, method, trainer):
 
 def test_predict_without_a_loader_takes_the_test_set_in_its_order(method, trainer):
     model = method()
-    dataset = loading.get_dataset(model.params, ("test",))
+    dataset = data_sets.get_dataset(model.params, ("test",))
     images = dataset.__getitems__(list(range(len(dataset))))[0]
     found = torch.cat(trainer().predict(model))
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_a_data_module_that_replaces_the_views_is_refused(small, trainer):
 
 def test_a_users_loader_is_not_validated_on_another_data_set(method, trainer, monkeypatch):
     """Nor may settings seem to choose among its images."""
-    monkeypatch.setattr(loading, "get_dataset", None)
+    monkeypatch.setattr(data_sets, "get_dataset", None)
     loader = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=16)
     fit = trainer(max_epochs=1)
     fit.fit(method(), loader)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
 from moco import SelfSupervisedMethod
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_it_learns_and_scores_the_whole_test_set_once(trainer):
     linear = LinearClassifierMethod(encoder=encoder, dataset_name="digits", batch_size=64, lr=0.3, seed=0)
     fit = trainer(max_epochs=4, limit_train_batches=1.0, limit_val_batches=1.0)
     fit.fit(linear)
-    dataset = loading.get_dataset(linear.params, ("test",))
+    dataset = data_sets.get_dataset(linear.params, ("test",))
     images, labels = dataset.__getitems__(list(range(len(dataset))))
     mean, std = linear.params.dataset.mean[0], linear.params.dataset.std[0]
     with torch.no_grad():

@@ -18,8 +18,8 @@ from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import distributed, losses
 from self_supervised.custom_loss import as_pair_loss
-from self_supervised.data import loading
-from self_supervised.data.loader import images_and_labels
+from self_supervised.data import data_sets
+from self_supervised.data.batches import images_and_labels
 from self_supervised.networks import frozen_encoder, pretrained
 from self_supervised.networks.keys import ema_update
 from self_supervised.training import schedules
@@ -341,7 +341,7 @@ OWN_LOADERS = {
 @pytest.mark.parametrize("kind", OWN_LOADERS)
 def test_a_loader_of_the_users_own_always_works(kind, small, trainer, monkeypatch):
     """`dataset_name` is not read."""
-    monkeypatch.setattr(loading, "prepare_data", lambda name: pytest.fail("touched the data set"))
+    monkeypatch.setattr(data_sets, "prepare_data", lambda name: pytest.fail("touched the data set"))
     fit = trainer(num_sanity_val_steps=2)
     fit.fit(SelfSupervisedMethod(small("simclr"), encoder=TinyEncoder()), OWN_LOADERS[kind]())
     assert fit.global_step == 2
@@ -488,7 +488,7 @@ def test_a_test_loader_of_the_users_own_is_scored_as_in_validation(evaluations, 
 
 
 def test_own_training_and_validation_loaders_and_a_data_module(small, trainer, monkeypatch):
-    monkeypatch.setattr(loading, "prepare_data", lambda name: pytest.fail("touched the data set"))
+    monkeypatch.setattr(data_sets, "prepare_data", lambda name: pytest.fail("touched the data set"))
     train, labels = OWN_LOADERS["stacked views"](), torch.arange(40) % 4
     valid = loader(torch.randn(40, 1, 8, 8) + labels.view(-1, 1, 1, 1), labels)
 

@@ -12,7 +12,7 @@ from scipy.ndimage import affine_transform
 from benchmarks import moving_photographs
 from benchmarks.moving_photographs import FASTEST, FRAMES_PER_SECOND, MOTIONS, PHOTOGRAPHS, SLOWEST
 from model_params import ModelParams
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.views.augmentations import generator
 
 MIDDLE = moving_photographs.FRAMES // 2
@@ -96,7 +96,7 @@ def test_photographs_are_of_training_or_of_validation(folder):
 def test_it_is_the_set_that_the_library_reads(folder, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(folder.parent))
     params = ModelParams(dataset_name="kinetics", transform_crop_size=32, clip_duration=1.0, encoder_arch="s3d")
-    dataset = loading.get_dataset(params, ("val",))
+    dataset = data_sets.get_dataset(params, ("val",))
     assert [path.split("/")[-2] for path, _ in dataset.files] == sorted(MOTIONS)
     assert dataset[3][0].shape == (3, 8, 32, 32)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from linear_classifier import LinearClassifierMethod, LinearClassifierMethodParams
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, BYOLParams, VICRegParams
-from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
+from self_supervised.data.batches import ResumableDataLoader, ResumableSampler
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.training import advice
 

@@ -19,7 +19,7 @@ from moco import SelfSupervisedMethod
 from model_params import NORMS_AND_BIASES, ModelParams, SCEParams, SCEVideoParams
 from self_supervised import catalogue, losses
 from self_supervised.catalogue import DATASETS, NORMALIZATIONS
-from self_supervised.data.loading import n_classes
+from self_supervised.data.facts import n_classes
 from self_supervised.distributed import shuffled
 from self_supervised.networks.heads import MLP
 from self_supervised.runs import command_line

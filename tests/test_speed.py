@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import loading
+from self_supervised.data import data_sets, loading
 from self_supervised.data.packed import ImagesOnDevice
 from self_supervised.views import augmentations, tensor_ops
 from self_supervised.views.augmentations import draw_crops, draw_operations, generator
@@ -28,7 +28,7 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_images_on_the_device_come_in_the_same_batches(small, drop_last):
     params = small(batch_size=100, drop_last_batch=drop_last)
-    dataset = loading.get_dataset(params, params.dataset.train_splits)
+    dataset = data_sets.get_dataset(params, params.dataset.train_splits)
     mapped = loading.get_loader(params, dataset, training=True)
     resident = loading.get_loader(evolve(params, data_on_device=True), dataset, training=True)
     assert isinstance(resident.dataset, ImagesOnDevice) and len(resident) == len(mapped)
@@ -59,7 +59,7 @@ def test_image_files_cannot_be_kept_on_the_device(small, tmp_path, monkeypatch):
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "a.png")
     params = small(dataset_name="imagenet", data_on_device=True)
     with pytest.raises(ValueError, match="data_on_device=True: only packed data sets"):
-        loading.get_loader(params, loading.get_dataset(params, ("train",)), training=False)
+        loading.get_loader(params, data_sets.get_dataset(params, ("train",)), training=False)
 
 
 # ---- compiled ----

@@ -160,7 +160,7 @@ class LabeledFiles(Dataset):
 
     @property
     def shards(self) -> np.ndarray | None:
-        """Number of the shard that holds each file, [N], for loader.ResumableSampler; None if there are no shards."""
+        """Number of the shard that holds each file, [N], for ResumableSampler; None if there are no shards."""
         return self.source.shards([path for path, _ in self.files])
 
     def read_ahead(self, order: Iterable[int]) -> None:

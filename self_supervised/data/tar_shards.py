@@ -2,7 +2,7 @@
 
 Every shard is indexed once, from its headers, and images are then read by their position in it. Unlike streaming, this
 gives the same splits, fractions, labels and resuming within an epoch as image files, and every process has as many
-images. Shards are still read one after the other, by all processes together (see loader.ResumableSampler).
+images. Shards are still read one after the other, by all processes together (see batches.ResumableSampler).
 Source: https://github.com/webdataset/webdataset. Order: source, index, samples and labels.
 """
 

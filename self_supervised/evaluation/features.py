@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from model_params import DATASET_DEFAULTS, EncoderAndDataParams
 from self_supervised import catalogue
-from self_supervised.data import custom, loading
+from self_supervised.data import custom, data_sets
 from self_supervised.data.files import name_skipped
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.data.packed import PackedImages, already_a_batch
@@ -164,7 +164,7 @@ def extract(
     The features of a video are the means over its evaluation_clips x evaluation_crops clips. Unreadable files are left
     out and listed.
     """
-    dataset = loading.get_dataset(params, splits)
+    dataset = data_sets.get_dataset(params, splits)
     names = stages_of(encoder) if stages else []
     what = f"features of {'+'.join(splits)}"
     folder = cache / fingerprint(encoder, params, dataset, {"whole images": names})
@@ -194,7 +194,7 @@ def extract_views(
     view = attrs.evolve(params.dataset.view, crop_size=params.crop_size, **crop)
     views = [view] * sampled.n_views
     params = attrs.evolve(params, seed=sampled.seed, clip_speeds=[1.0], clip_jitter=0.0)
-    dataset = loading.get_dataset(params, splits, views)
+    dataset = data_sets.get_dataset(params, splits, views)
     chosen = np.sort(augmentations.generator(sampled.seed).permutation(len(dataset))[: sampled.n_images])
     settings = {"views": len(views), "images": len(chosen), "seed": sampled.seed, "view": of_view(view)}
     what = f"{len(views)} views of {len(chosen)} images"

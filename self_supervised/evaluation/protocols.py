@@ -14,7 +14,8 @@ from rich.progress import track
 from linear_classifier import LinearClassifierMethod
 from model_params import EncoderAndDataParams
 from self_supervised.data.class_labels import lacking
-from self_supervised.data.loading import get_dataset, n_classes
+from self_supervised.data.data_sets import get_dataset
+from self_supervised.data.facts import n_classes
 from self_supervised.evaluation import features, label_free, linear_models, probes, validation
 from self_supervised.evaluation.features import LABEL_FREE_IMAGES, PATCHES, VIEWS, EvaluationData
 from self_supervised.linear_params import IMAGE_SETTINGS, LINEAR_PRESETS, LinearClassifierMethodParams

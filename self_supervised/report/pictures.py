@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model_params import EARLIER_DEFAULTS, EncoderAndDataParams, ModelParams
-from self_supervised.data import loading
+from self_supervised.data import data_sets, packed
 from self_supervised.data.class_labels import class_names
 from self_supervised.data.files import readable_rows
 from self_supervised.data.foreign_paths import kept_lists
@@ -100,10 +100,10 @@ def views(settings: dict[str, Any]) -> dict[str, Any]:
 
 def check_data(params: ModelParams, splits: tuple[str, ...]) -> None:
     """Raise FileNotFoundError if a packed data set is not on this machine: a report downloads nothing."""
-    folders = [loading.data_path() / params.dataset_name / split for split in splits]
+    folders = [packed.data_path() / params.dataset_name / split for split in splits]
     if params.dataset.is_packed and not all(map(packed_is_there, folders)):
         raise FileNotFoundError(
-            f"{params.dataset_name} is not in {loading.data_path().resolve()}. Set DATA_PATH to the directory that "
+            f"{params.dataset_name} is not in {packed.data_path().resolve()}. Set DATA_PATH to the directory that "
             "holds it."
         )
 
@@ -140,7 +140,7 @@ def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
     params = features.data_params(encoder)
     splits = params.dataset.test_splits
     check_data(params, splits)
-    dataset = loading.get_dataset(params, splits)
+    dataset = data_sets.get_dataset(params, splits)
     chosen = np.sort(augmentations.generator((0,)).permutation(len(dataset))[:n])
     subset = dataset.subset(chosen)
     images, x, y = [], [], []

@@ -16,7 +16,7 @@ from torch import nn
 
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.networks import modules
 from self_supervised.runs.effective import effective_settings
 from self_supervised.runs.run_options import RunOptions
@@ -177,7 +177,7 @@ def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_ste
     where = "on the device" if device.type == "cuda" else "in the process"
     splits = {"training": p.dataset.pretraining_splits}
     splits |= {"evaluation": p.dataset.test_splits} if p.is_evaluated else {}  # which may be missing otherwise
-    sizes = [f"{len(loading.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]
+    sizes = [f"{len(data_sets.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     rows = {
         "images": f"{p.dataset_name}: {', '.join(sizes)}; {' x '.join(map(str, p.input_shape))}",

@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from model_params import ModelParams
 from self_supervised import distributed
-from self_supervised.data import custom, loading
+from self_supervised.data import custom, data_sets
 from self_supervised.data.folders import listed_in, settings_of_lists
 from self_supervised.data.foreign_paths import config_of, kept_lists, run_of
 from self_supervised.runs.run_options import RunOptions
@@ -194,7 +194,7 @@ def refuse_new_lists(params: ModelParams, out: Path, resume: str) -> None:
     with temporary_lists(params) as drawn:
         if drawn is params:  # the lists are there
             return
-        loading.get_dataset(drawn, params.dataset.pretraining_splits)
+        data_sets.get_dataset(drawn, params.dataset.pretraining_splits)
         if (settings_of_lists(Path(drawn.splits_path)) or {}).get(custom.DRAWN_KEY):
             raise ValueError(
                 f"splits_path={params.splits_path or before['splits_path']!r}: there are no lists of the splits of the "
@@ -207,7 +207,7 @@ def refuse_outdated_lists(params: ModelParams) -> None:
     """Raise ValueError if the lists of `splits_path`, drawn now, would be others: images were added."""
     with tempfile.TemporaryDirectory(prefix=custom.TEMPORARY) as folder:
         drawn = attrs.evolve(params, splits_path=folder)
-        loading.get_dataset(drawn, drawn.dataset.pretraining_splits)
+        data_sets.get_dataset(drawn, drawn.dataset.pretraining_splits)
         now, before = ({f.name: f.read_text() for _, f in listed_in(Path(p.splits_path))} for p in (drawn, params))
     if now != before:
         raise ValueError("there are other images now")
@@ -230,7 +230,7 @@ def with_lists(params: ModelParams, out: Path, resume: str | None) -> ModelParam
     can_be_drawn_again = is_ours and settings_of_lists(own) and config_of(out) and not has_checkpoints(out)
     try:
         if custom.has_written(params) and can_be_drawn_again:
-            loading.get_dataset(params, params.dataset.pretraining_splits)  # raises if an image is missing
+            data_sets.get_dataset(params, params.dataset.pretraining_splits)  # raises if an image is missing
             refuse_outdated_lists(params)
     except ValueError as error:
         if not can_be_drawn_again:

@@ -17,11 +17,11 @@ from model_params import (
     has_schedule,
 )
 from self_supervised import distributed, losses, multi_view_losses
-from self_supervised.data import loading
+from self_supervised.data import data_sets, loading
 from self_supervised.data.class_labels import UNLABELED, lacking
+from self_supervised.data.facts import n_classes, require_labels
 from self_supervised.data.files import MOST_SKIPPED
 from self_supervised.data.image_files import ImageFiles
-from self_supervised.data.loading import n_classes, require_labels
 from self_supervised.evaluation import validation
 from self_supervised.fields import first_of
 from self_supervised.linear_params import FROM_PRETRAINING, LinearClassifierMethodParams
@@ -40,7 +40,7 @@ def linear_settings(options: RunOptions, params: ModelParams) -> dict:
     """Return the settings that a run passes to its linear stage. A data set smaller than one batch on each process is
     one batch."""
     settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": params.seed}
-    n_images = len(loading.get_dataset(params, params.dataset.train_splits))
+    n_images = len(data_sets.get_dataset(params, params.dataset.train_splits))
     n_processes = max(options.n_processes, distributed.world_size())
     one_batch = attrs.fields(LinearClassifierMethodParams).batch_size.default * n_processes
     if params.dataset.is_custom or n_images < one_batch:
@@ -65,7 +65,7 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
                 "teacher=None: loss_type='seed' distills a teacher. Pass --teacher, a file, a run or a name."
             )
         reads_labels = params.loss_type in LABEL_LOSSES
-        if reads_labels and loading.get_dataset(params, params.dataset.pretraining_splits).labels.max() < 0:
+        if reads_labels and data_sets.get_dataset(params, params.dataset.pretraining_splits).labels.max() < 0:
             raise ValueError(
                 f"loss_type={params.loss_type!r} needs labels, but no image has one. Choose labeled images, or simclr."
             )
@@ -121,7 +121,7 @@ def toy_labels(params: ModelParams, splits: tuple[str, ...]) -> torch.Tensor:
     """Return labels of TOY that lack what the labels of the images lack."""
     if params.dataset.multi_label:
         return torch.full((4,), UNLABELED)
-    labels = loading.get_dataset(params, splits).labels
+    labels = data_sets.get_dataset(params, splits).labels
     known = labels[labels >= 0]  # as probes do
     lack = lacking([known if len(known) else labels])
     return torch.tensor({"no labels": [UNLABELED] * 4, "a single class": [0] * 4, "": [0, 0, 1, 1]}[lack])
@@ -131,7 +131,7 @@ def check_images(params: ModelParams, accumulated: int = 1) -> None:
     """Open the images of pretraining and of its evaluations. `accumulated` is the number of batches per step."""
     check_batches(params, params.dataset.pretraining_splits, accumulated)
     for splits in evaluated_splits(params):
-        loading.get_dataset(params, splits)
+        data_sets.get_dataset(params, splits)
 
 
 def evaluated_splits(params: ModelParams) -> list[tuple[str, ...]]:
@@ -149,7 +149,7 @@ def check_files(params: ModelParams, with_classifier: bool) -> None:
     every: dict[str, None] = {}  # path of each image; splits may share images
     unreadable: dict[str, tuple[ImageFiles, int]] = {}
     for splits in dict.fromkeys([info.pretraining_splits, *evaluated_splits(params), *of_classifier]):
-        dataset = loading.get_dataset(readers, splits)
+        dataset = data_sets.get_dataset(readers, splits)
         if not isinstance(dataset, ImageFiles):
             continue
         with bar() as progress:
@@ -192,14 +192,14 @@ def unread_loader(
 ) -> DataLoader:
     """Return the loader of the splits, without workers and packs: no image is decoded yet."""
     params = attrs.evolve(params, num_data_workers=0, pack_images=False)
-    return loading.get_loader(params, loading.get_dataset(params, splits), training, accumulated=accumulated)
+    return loading.get_loader(params, data_sets.get_dataset(params, splits), training, accumulated=accumulated)
 
 
 def check_labels(params: EncoderAndDataParams) -> None:
     """Raise ValueError unless each image of the training and test sets has one label, of at least two classes."""
     require_labels(n_classes(params), params)
     sets = (params.dataset.train_splits, params.dataset.test_splits)
-    train, test = (loading.get_dataset(params, splits).labels for splits in sets)
+    train, test = (data_sets.get_dataset(params, splits).labels for splits in sets)
     for labels in (train, test):
         require_labels(1 + int(labels.min()), params)
     if lacking([train]):

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from model_params import PRESETS, ModelParams
-from self_supervised.data import loading
-from self_supervised.data.loader import images_and_labels
+from self_supervised.data import data_sets, loading
+from self_supervised.data.batches import images_and_labels
 from self_supervised.fields import as_path
 from self_supervised.safe_files import atomic_file, check_file
 from self_supervised.training.hyperparameters import resolve
@@ -55,8 +55,8 @@ def first_columns(params: ModelParams, loader: Iterable[Any] | None = None, rows
     params = evolve(params, drop_last_batch=False, pack_images=False)  # an incomplete batch is enough
     if loader is None:
         splits = params.dataset.pretraining_splits
-        loader = loading.get_loader(params, loading.get_dataset(params, splits, params.views), training=True)
-        images_alone = loading.get_dataset(params, splits)
+        loader = loading.get_loader(params, data_sets.get_dataset(params, splits, params.views), training=True)
+        images_alone = data_sets.get_dataset(params, splits)
         originals = torch.stack([images_alone[i][0] for i in islice(loader.sampler, rows)])
     images, _ = images_and_labels(next(iter(loader)))
     if originals is not None:

@@ -16,9 +16,8 @@ from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
 
 from self_supervised import distributed
-from self_supervised.data import loading
-from self_supervised.data.class_labels import lacking
-from self_supervised.data.loader import (
+from self_supervised.data import data_sets, loading
+from self_supervised.data.batches import (
     ResumableDataLoader,
     first_batches_of_user,
     images_and_labels,
@@ -27,6 +26,7 @@ from self_supervised.data.loader import (
     size_of_batches,
     whole_numbers,
 )
+from self_supervised.data.class_labels import lacking
 from self_supervised.networks import modules
 from self_supervised.torch_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, fit_checks, hyperparameters, label_checks, preparation, resuming
@@ -189,12 +189,12 @@ class BaseMethod(pl.LightningModule):
     def predict_dataloader(self) -> ResumableDataLoader:
         """Return the loader of the test set, in its order."""
         p = self.params
-        return self.loader(loading.get_dataset(p, p.dataset.test_splits), training=False, in_order=True)
+        return self.loader(data_sets.get_dataset(p, p.dataset.test_splits), training=False, in_order=True)
 
     def whole_sets(self, splits: list[tuple[str, ...]]) -> list[ResumableDataLoader]:
         """Return evaluation loaders, one per tuple of splits, over all of their images, whatever `data_fraction` is."""
         p = attrs.evolve(self.params, data_fraction=1.0)
-        datasets = [loading.get_dataset(p, names) for names in splits]
+        datasets = [data_sets.get_dataset(p, names) for names in splits]
         labels = [dataset.labels for dataset in datasets if p.dataset.is_custom]
         if (lack := lacking(labels)) and lack != self.about_skipped:
             self.about_skipped = lack

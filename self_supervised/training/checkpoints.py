@@ -24,7 +24,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from self_supervised import distributed
-from self_supervised.data.loader import ResumableDataLoader
+from self_supervised.data.batches import ResumableDataLoader
 from self_supervised.folder_lock import locked
 from self_supervised.numerics import not_finite
 from self_supervised.safe_files import atomic_file, disk_errors_named, local_path

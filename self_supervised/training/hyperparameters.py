@@ -14,8 +14,8 @@ from torch import nn
 
 from model_params import EARLIER_DEFAULTS
 from self_supervised.catalogue import DATASETS, OWN_MODULE
+from self_supervised.data.facts import Params, with_statistics
 from self_supervised.data.foreign_paths import vetted
-from self_supervised.data.loading import Params, with_statistics
 from self_supervised.fields import Presets, plain
 from self_supervised.networks import modules
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from self_supervised import distributed
 from self_supervised.data import files
-from self_supervised.data.loader import ResumableDataLoader, list_of_loaders
+from self_supervised.data.batches import ResumableDataLoader, list_of_loaders
 from self_supervised.distributed import to_host
 from self_supervised.numerics import not_finite
 from self_supervised.training import optimizers

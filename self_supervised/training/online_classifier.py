@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from model_params import ModelParams
 from self_supervised import distributed
-from self_supervised.data import loading
+from self_supervised.data import facts
 from self_supervised.data.class_labels import UNLABELED
 from self_supervised.numerics import rank_of
 
 
 def build(width: int, params: ModelParams) -> nn.Linear:
     """Return a classifier of embeddings of this width. Raises ValueError if the data set has no labels."""
-    return nn.Linear(width, params.n_classes or loading.require_labels(loading.n_classes(params), params))
+    return nn.Linear(width, params.n_classes or facts.require_labels(facts.n_classes(params), params))
 
 
 def loss_and_accuracy(classifier: nn.Linear, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from model_params import PROTOTYPE_LOSSES, SCHEDULED, EncoderAndDataParams, ModelParams
 from self_supervised import distributed
-from self_supervised.data.loader import size_of_batches
+from self_supervised.data.batches import size_of_batches
 from self_supervised.data.loading import images_per_batch
 
 

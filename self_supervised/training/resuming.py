@@ -10,7 +10,7 @@ from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities import rank_zero_warn
 
 from self_supervised import distributed
-from self_supervised.data.loader import ResumableDataLoader
+from self_supervised.data.batches import ResumableDataLoader
 
 NOT_OF_TRAINING = (  # settings that may differ after a complete training
     "max_epochs", "evaluate_every_n_epochs", "num_data_workers", "decoding_threads", "pin_data_memory",

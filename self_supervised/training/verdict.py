@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from model_params import ModelParams
 from self_supervised import distributed
 from self_supervised.catalogue import OWN_MODULE, video_models
-from self_supervised.data.loader import list_of_loaders
+from self_supervised.data.batches import list_of_loaders
 from self_supervised.networks import modules
 
 COMPARED = ("valid_knn20_acc", "valid_class_acc")  # starts of names; the first that was scored decides

@@ -8,7 +8,7 @@ import torch
 from test_custom_data import params
 
 from moco import SelfSupervisedMethod
-from self_supervised.data import loader
+from self_supervised.data import batches
 from self_supervised.training.checkpoints import Checkpoints
 
 
@@ -30,7 +30,7 @@ class Seen(pl.Callback):
 def train_on(rank: int, roots: dict[str, str], checkpoints: str) -> dict:
     """Train for two epochs on each data set; on shards, resume also from a checkpoint within the second epoch."""
     found = {}
-    loader.WINDOW = 10
+    batches.WINDOW = 10
     for kind, root in roots.items():
         for resumed in (False, True) if kind == "shards" else (False,):
             seen = Seen()

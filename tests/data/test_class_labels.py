@@ -14,9 +14,10 @@ import model_params
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from self_supervised import catalogue
-from self_supervised.data import custom, folders, loader, loading
+from self_supervised.data import custom, data_sets, folders
+from self_supervised.data.batches import whole_numbers
 from self_supervised.data.class_labels import class_names, class_numbers_of, in_classes
-from self_supervised.data.loading import n_classes
+from self_supervised.data.facts import n_classes
 from self_supervised.evaluation import probes, validation
 from self_supervised.evaluation.linear_models import svm
 
@@ -144,8 +145,8 @@ def test_labels_that_a_classifier_does_not_have_are_refused(wrong, message, smal
 
 
 def test_types_of_labels_are_exchanged_without_looking_at_values():
-    assert loader.whole_numbers(torch.tensor([[1.0], [2.0]])).tolist() == [1, 2]
-    assert loader.whole_numbers(torch.ones(2, 3)).shape == (2, 3) and loader.whole_numbers(None) is None
+    assert whole_numbers(torch.tensor([[1.0], [2.0]])).tolist() == [1, 2]
+    assert whole_numbers(torch.ones(2, 3)).shape == (2, 3) and whole_numbers(None) is None
 
 
 # ---- packed arrays ----
@@ -172,7 +173,7 @@ def test_labels_put_there_by_hand_are_taken_right(digits, small):
     y = np.arange(20) % 10
     for labels in (y.astype(np.float32), y.astype(np.uint8)[:, None], np.eye(10)[y]):
         digits(labels=labels)
-        found = loading.get_dataset(small(), ("train",)).labels
+        found = data_sets.get_dataset(small(), ("train",)).labels
         assert found.dtype == np.int64 and found.tolist() == y.tolist()
 
 
@@ -189,7 +190,7 @@ def test_labels_put_there_by_hand_are_taken_right(digits, small):
 def test_arrays_that_are_cut_or_of_another_kind_are_named(changed, message, digits, small):
     digits(**changed)
     with pytest.raises(ValueError, match=message):
-        loading.get_dataset(small(), ("train",))
+        data_sets.get_dataset(small(), ("train",))
 
 
 def test_an_array_that_is_cut_short_is_named(digits, small, tmp_path):
@@ -197,7 +198,7 @@ def test_an_array_that_is_cut_short_is_named(digits, small, tmp_path):
     file = tmp_path / "digits" / "train" / "images.npy"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="train/images.npy cannot be read as an array"):
-        loading.get_dataset(small(), ("train",))
+        data_sets.get_dataset(small(), ("train",))
 
 
 # ---- the number of classes ----
@@ -217,7 +218,7 @@ def test_class_folders_are_counted_and_kept_by_the_linear_stage(tmp_path, monkey
     before = LinearClassifierMethod(**shared)  # as in earlier versions
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     assert n_classes(settings) == 3
-    assert class_names(settings, loading.get_dataset(settings, ("val",))) == dict(enumerate("abc"))
+    assert class_names(settings, data_sets.get_dataset(settings, ("val",))) == dict(enumerate("abc"))
     linear = LinearClassifierMethod(**shared)
     assert linear.classifier.out_features == linear.hparams.n_classes == 3
     content = {"state_dict": before.state_dict(), "hyper_parameters": {**before.hparams, "n_classes": None}}
@@ -234,7 +235,7 @@ def test_names_of_classes_stay_for_reports(tmp_path, small):
     (tmp_path / "train.txt").write_text("\n".join(lines))
     p = small(dataset_name="folder", data_path=str(tmp_path), transform_crop_size=16)
     for splits_path in (str(tmp_path / "kept"), str(tmp_path / "kept"), None):  # drawn and written, then read
-        dataset = loading.get_dataset(attrs.evolve(p, splits_path=splits_path), ("train",))
+        dataset = data_sets.get_dataset(attrs.evolve(p, splits_path=splits_path), ("train",))
         assert dataset.class_names == ["20230101", "20240101"] and set(dataset.labels) == {0, 1}
     assert n_classes(p) == 2
 
@@ -249,8 +250,8 @@ def test_lists_of_an_earlier_version_keep_their_numbers_but_for_ids(tmp_path, sm
     for written, expected in (([7, 3], {7, 3}), ([20240101, 20230101], {0, 1})):
         found = {split: [(f"{i}.png", written[i % 2]) for i in images] for split, images in SPLIT_OF_FOUR.items()}
         folders.write_lists(tmp_path / "kept", found, made_by)
-        assert set(loading.get_dataset(p, ("train",)).labels) == expected and n_classes(p) == 1 + max(expected)
+        assert set(data_sets.get_dataset(p, ("train",)).labels) == expected and n_classes(p) == 1 + max(expected)
         wrong = {**found, "test": [(found["test"][0][0], 99)]}
         folders.write_lists(tmp_path / "kept", wrong, made_by)
         with pytest.raises(ValueError, match="kept: test has classes that train lacks, 1 of 1: '99'"):
-            loading.get_dataset(p, ("train",))
+            data_sets.get_dataset(p, ("train",))

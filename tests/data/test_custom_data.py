@@ -27,10 +27,10 @@ from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams, ModelParams
 from self_supervised import evaluate
 from self_supervised import train as train_program
-from self_supervised.data import class_labels, custom, folders, loading
+from self_supervised.data import class_labels, custom, data_sets, facts, folders
+from self_supervised.data.facts import n_classes
 from self_supervised.data.folders import check_settings
 from self_supervised.data.image_files import central_square
-from self_supervised.data.loading import n_classes
 from self_supervised.evaluation import features, fingerprints
 from self_supervised.evaluation.protocols import runnable
 from self_supervised.linear_params import FROM_PRETRAINING
@@ -92,7 +92,7 @@ def params(root: Path, **fields) -> ModelParams:
 def listed(p: ModelParams, split: str = "train") -> dict[str, int]:
     """Return relative path -> class of the images of a split."""
     root = Path(p.data_path)
-    return {str(Path(path).relative_to(root)): int(label) for path, label in loading.get_dataset(p, (split,)).files}
+    return {str(Path(path).relative_to(root)): int(label) for path, label in data_sets.get_dataset(p, (split,)).files}
 
 
 def three(p: ModelParams) -> list[dict[str, int]]:
@@ -151,7 +151,7 @@ def test_lists_over_folders_of_splits_have_the_classes_within_them(tmp_path):
         (lists / f"{split}.txt").write_text("\n".join(path for path in place.values() if path.startswith(split)))
     for p in (params(root), params(root, splits_path=str(lists))):
         assert listed(p) == {path: "flower" in path for path in place.values() if path.startswith("train")}
-        assert loading.count_classes(p) == (2, ["china", "flower"])
+        assert facts.count_classes(p) == (2, ["china", "flower"])
 
 
 def test_class_to_idx_knows_numbers_by_their_digits_and_gives_names(photos, tmp_path):
@@ -171,7 +171,7 @@ def test_class_to_idx_knows_numbers_by_their_digits_and_gives_names(photos, tmp_
     assert class_labels.class_names_of({0, 1, 2}, [f"{name}={number}" for number, name in names.items()]) == names
     root = write(tmp_path / "numbers", {name: name.replace("china", "0").replace("flower", "1") for name in NAMES})
     shifted = params(root, class_to_idx={"0": 1, "1": 2})
-    assert loading.count_classes(shifted) == (2, ["0", "1"])
+    assert facts.count_classes(shifted) == (2, ["0", "1"])
 
 
 def test_nested_folders(tmp_path):
@@ -294,7 +294,7 @@ def test_a_directory_that_is_missing_is_named_with_its_start(tmp_path, monkeypat
         listed(params(Path("nowhere")))
     assert str(tmp_path) in str(caught.value) and "DATA_PATH" not in str(caught.value)
     with pytest.raises(ValueError, match="folder' is not a directory. Pass .* images, or set DATA_PATH"):
-        loading.get_dataset(attrs.evolve(params(tmp_path), data_path=None), ("train",))
+        data_sets.get_dataset(attrs.evolve(params(tmp_path), data_path=None), ("train",))
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_pages_in_colors_are_no_channels(tmp_path):
     page = Image.fromarray(TILES["china"][0])
     page.save(tmp_path / "0.tif", save_all=True, append_images=[page])
     with pytest.raises(ValueError, match="its 2 pages are separate images"):
-        loading.get_dataset(params(tmp_path, val_size=0, test_size=0), ("train",))[0]
+        data_sets.get_dataset(params(tmp_path, val_size=0, test_size=0), ("train",))[0]
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ def one_image(tmp_path: Path, save, **fields) -> torch.Tensor:
     for i in range(3):
         save(tmp_path / f"{i}")
     p = params(tmp_path, transform_crop_size=28, val_size=0, test_size=0, **fields)
-    return loading.get_dataset(p, ("train",))[0][0]
+    return data_sets.get_dataset(p, ("train",))[0][0]
 
 
 @pytest.mark.parametrize("kind", ["npy", "npy planes", "tif", "tif planes", "tif deflate", "png"])
@@ -716,7 +716,7 @@ def test_statistics_are_those_of_numpy(photos):
 
 def test_statistics_of_packed_sets(small):
     model = SelfSupervisedMethod(small(compute_statistics=True))
-    pixels = loading.get_dataset(model.params, ("train",)).images[0] / 255
+    pixels = data_sets.get_dataset(model.params, ("train",)).images[0] / 255
     np.testing.assert_allclose(model.params.image_mean, [pixels.mean()], rtol=1e-9)
     np.testing.assert_allclose(model.params.image_std, [pixels.std()], rtol=1e-9)
     own = SelfSupervisedMethod(small(compute_statistics=True, image_mean=[0.25])).params
@@ -795,7 +795,7 @@ def test_secret_labels_of_test_images_are_predicted_and_not_scored(tmp_path, tra
         trainer(limit_val_batches=1.0).fit(LinearClassifierMethod(**settings))
     model = LinearClassifierMethod(**{**settings, "exclude_patterns": ["test/*"]})
     trainer(limit_val_batches=1.0).fit(model)
-    secret = loading.get_dataset(p, p.dataset.test_splits).files  # which the method predicts
+    secret = data_sets.get_dataset(p, p.dataset.test_splits).files  # which the method predicts
     assert [path for path, _ in secret] == [str(tmp_path / path) for path in sorted(of_test.values())]
 
 
@@ -978,11 +978,11 @@ def test_the_names_that_became_classes_are_named(names, fields, expected, tmp_pa
     for lists in (None, str(tmp_path / "lists"), str(tmp_path / "lists")):  # drawn, drawn and written, read
         p = params(tmp_path / "images", splits_path=lists, data_fraction=0.5, **fields)
         for split in ("train", "test"):
-            assert loading.get_dataset(p, (split,)).about_labels == expected
+            assert data_sets.get_dataset(p, (split,)).about_labels == expected
     (tmp_path / "images/train.txt").write_text("".join(f"{names(name)} {int(name[-5]) % 2}\n" for name in NAMES))
     if not fields:
         line = f"labels: 2 classes from lists: 0 (25 images), 1 (25 images){HINT}"
-        assert loading.get_dataset(params(tmp_path / "images"), ("train",)).about_labels == line
+        assert data_sets.get_dataset(params(tmp_path / "images"), ("train",)).about_labels == line
 
 
 def test_a_run_says_once_which_names_became_classes(tmp_path, monkeypatch, capsys, caplog):
@@ -1008,9 +1008,9 @@ def test_a_run_says_once_which_names_became_classes(tmp_path, monkeypatch, capsy
             shutil.copy(tmp_path / "photos" / name, path)
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     imagenet = attrs.evolve(params(tmp_path), dataset_name="imagenet", data_path=None)
-    of_train = loading.get_dataset(imagenet, ("train",)).about_labels
+    of_train = data_sets.get_dataset(imagenet, ("train",)).about_labels
     assert of_train == "labels: 2 classes from the class folders: nchina (2 images), nflowe (2 images)"
-    assert loading.get_dataset(imagenet, ("val",)).about_labels == ""
+    assert data_sets.get_dataset(imagenet, ("val",)).about_labels == ""
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from model_params import ModelParams
 from self_supervised import catalogue
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import loading, packed
-from self_supervised.data.loader import ResumableDataLoader, ResumableSampler, images_and_labels
+from self_supervised.data import data_sets, loading, packed
+from self_supervised.data.batches import ResumableDataLoader, ResumableSampler, images_and_labels
 
 
 def arrays(n: int = 12, size: int = 8, channels: int = 3):
@@ -42,7 +42,7 @@ def toy(monkeypatch, tmp_path):
 def test_packed_once_and_the_same_images_come_out(toy, tmp_path):
     params = ModelParams(dataset_name="toy", seed=0)
     for _ in range(2):
-        dataset = loading.get_dataset(params, params.dataset.pretraining_splits)
+        dataset = data_sets.get_dataset(params, params.dataset.pretraining_splits)
     assert len(toy) == 1
     images, labels = dataset.__getitems__([0, 31, 12, 11])
     expected = np.concatenate([arrays(12)[0], arrays(20)[0]])[[0, 31, 12, 11]]
@@ -58,7 +58,7 @@ def test_arrays_that_are_there_are_used_without_reading_the_source(toy, tmp_path
         (tmp_path / "toy" / split).mkdir(parents=True)
         np.save(tmp_path / "toy" / split / "images.npy", arrays(5)[0])
         np.save(tmp_path / "toy" / split / "labels.npy", arrays(5)[1])
-    loading.prepare_data("toy")
+    data_sets.prepare_data("toy")
     assert toy == []
 
 
@@ -69,7 +69,7 @@ def test_images_of_the_users_own_are_not_replaced(toy, tmp_path):
     image.touch()
     for splits in (("train",), ("test",)):
         with pytest.raises(ValueError, match=r"toy/train holds other files .*airplane.*data_path='.*/toy'.*DATA_PATH"):
-            loading.prepare_data("toy", splits)
+            data_sets.prepare_data("toy", splits)
     with pytest.raises(OSError, match="not empty"):
         packed.pack(tmp_path / "toy" / "train", *arrays())
     assert image.is_file() and not toy
@@ -77,11 +77,11 @@ def test_images_of_the_users_own_are_not_replaced(toy, tmp_path):
     alone = image.parents[1] / "images.npy"
     alone.touch()
     with pytest.raises(ValueError, match=r"toy/train has only images.npy. Add the other array"):
-        loading.prepare_data("toy")
+        data_sets.prepare_data("toy")
     with pytest.raises(OSError, match="not empty"):
         packed.pack(tmp_path / "toy" / "train", *arrays())
     alone.unlink()
-    loading.prepare_data("toy")
+    data_sets.prepare_data("toy")
     assert len(packed.arrays(tmp_path / "toy" / "train")[1]) == 12
 
 
@@ -94,7 +94,7 @@ def pack_until_killed(rank: int) -> None:
         save(path, array)
 
     np.save = killed
-    loading.prepare_data("digits")
+    data_sets.prepare_data("digits")
 
 
 def test_a_killed_packing_leaves_nothing_that_looks_like_data(tmp_path, monkeypatch):
@@ -103,14 +103,14 @@ def test_a_killed_packing_leaves_nothing_that_looks_like_data(tmp_path, monkeypa
     started = processes.launch(pack_until_killed, 1, tmp_path / "process")
     assert processes.join(started) == [-signal.SIGKILL]
     folder = tmp_path / "digits"
-    assert not any(loading.packed_is_there(folder / split) for split in ("train", "test"))
+    assert not any(packed.packed_is_there(folder / split) for split in ("train", "test"))
     assert any(folder.glob(".*unfinished/images.npy"))
-    loading.prepare_data("digits")
+    data_sets.prepare_data("digits")
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["test", "train"]
 
 
 def test_many_at_once_read_the_source_once(toy):
-    threads = [threading.Thread(target=loading.prepare_data, args=["toy"]) for _ in range(4)]
+    threads = [threading.Thread(target=data_sets.prepare_data, args=["toy"]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -120,24 +120,24 @@ def test_many_at_once_read_the_source_once(toy):
 
 def test_home_is_expanded(monkeypatch):
     monkeypatch.setenv("DATA_PATH", "~/somewhere")
-    assert loading.data_path() == Path.home() / "somewhere"
+    assert packed.data_path() == Path.home() / "somewhere"
     monkeypatch.delenv("DATA_PATH")
-    assert loading.data_path() == Path("data")
+    assert packed.data_path() == Path("data")
     monkeypatch.setenv("DATA_PATH", "")  # of a variable that is not set: not the current directory
-    assert loading.data_path() == Path("data")
+    assert packed.data_path() == Path("data")
 
 
 def test_missing_sets_are_named_with_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"dataset_name='imagenet'.*imagenet/train.*class.*DATA_PATH"):
-        loading.prepare_data("imagenet")
+        data_sets.prepare_data("imagenet")
 
     def offline():
         raise OSError("no route to host")
 
     monkeypatch.setitem(packed.READERS, "stl10", offline)
     with pytest.raises(FileNotFoundError, match=r"stl10/unlabeled.*no route to host.*internet.*DATA_PATH"):
-        loading.prepare_data("stl10")
+        data_sets.prepare_data("stl10")
     assert not list(tmp_path.iterdir())
 
 
@@ -160,7 +160,7 @@ def test_downloads_go_through_torchvision(name, monkeypatch, tmp_path):
     monkeypatch.setitem(packed.READERS, name, read)
     params = ModelParams(dataset_name=name, seed=0)
     size = params.dataset.crop_size
-    batch, labels = loading.get_dataset(params, params.dataset.pretraining_splits).__getitems__([0, 5])
+    batch, labels = data_sets.get_dataset(params, params.dataset.pretraining_splits).__getitems__([0, 5])
     assert batch.shape == (2, 3, size, size) and labels.tolist() == [0, 5]
     expected = {"stl10": ["train", "unlabeled", "test"]}.get(name, [True, False])
     assert made == expected
@@ -192,12 +192,12 @@ def test_wrong_arrays_are_named(tmp_path, images, labels, message):
     np.save(tmp_path / "images.npy", images)
     np.save(tmp_path / "labels.npy", labels)
     with pytest.raises(ValueError, match=message):
-        loading.PackedImages([tmp_path])
+        packed.PackedImages([tmp_path])
 
 
 def test_training_order_follows_seed_and_epoch_and_drops_the_rest(toy):
     params = ModelParams(dataset_name="toy", batch_size=5, seed=3)
-    dataset = loading.get_dataset(params, ("train", "unlabeled"))
+    dataset = data_sets.get_dataset(params, ("train", "unlabeled"))
 
     def order(params, epoch):
         loader = loading.get_loader(params, dataset, training=True)
@@ -211,7 +211,7 @@ def test_training_order_follows_seed_and_epoch_and_drops_the_rest(toy):
 
 def test_evaluation_keeps_order_and_every_image(toy):
     params = ModelParams(dataset_name="toy", batch_size=5, seed=0)
-    loader = loading.get_loader(params, loading.get_dataset(params, ("test",)), training=False)
+    loader = loading.get_loader(params, data_sets.get_dataset(params, ("test",)), training=False)
     assert torch.cat([labels for _, labels in loader]).tolist() == arrays(7)[1].tolist()
 
 
@@ -232,7 +232,7 @@ def folders(tmp_path, monkeypatch):
 def test_files_give_one_crop_a_view_drawn_from_seed_epoch_and_image(folders):
     def batches(params, epoch):
         views = [ViewSettings(crop_size=16), ViewSettings(crop_size=8)]
-        loader = loading.get_loader(params, loading.get_dataset(params, ("train",), views), training=True)
+        loader = loading.get_loader(params, data_sets.get_dataset(params, ("train",), views), training=True)
         loader.sampler.set_epoch(epoch)
         return [([view.clone() for view in images], labels) for images, labels in loader]
 
@@ -245,8 +245,8 @@ def test_files_give_one_crop_a_view_drawn_from_seed_epoch_and_image(folders):
 
 
 def test_files_are_evaluated_on_the_central_square(folders):
-    loader = loading.get_loader(folders, loading.get_dataset(folders, ("val",)), training=False)
-    path = loading.data_path() / "imagenet" / "val" / "cat" / "0.jpg"  # 60 wide, 40 high
+    loader = loading.get_loader(folders, data_sets.get_dataset(folders, ("val",)), training=False)
+    path = packed.data_path() / "imagenet" / "val" / "cat" / "0.jpg"  # 60 wide, 40 high
     whole = Image.open(path).convert("RGB")
     square = whole.resize((16, 16), Image.Resampling.BILINEAR, box=(12.5, 2.5, 47.5, 37.5))
     expected = torch.from_numpy(np.array(square)).permute(2, 0, 1)

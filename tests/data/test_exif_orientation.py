@@ -15,7 +15,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import BYOLParams, EncoderAndDataParams
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import image_files, loading
+from self_supervised.data import data_sets, image_files
 from self_supervised.data.array_files import read_array
 from self_supervised.data.decoders import read_folder
 from self_supervised.data.image_files import ImageFiles, read_image
@@ -110,9 +110,9 @@ def test_training_evaluation_and_embed_see_the_same_upright_images(kind, tmp_pat
             dataset_name="folder", data_path=path, labels_from=None, transform_crop_size=32, exif_orientation=upright
         )
         square = image_files.central_square(Image.fromarray(pixels), 32)
-        assert torch.equal(loading.get_dataset(params, ("val",))[0][0], square)
+        assert torch.equal(data_sets.get_dataset(params, ("val",))[0][0], square)
         whole = [ViewSettings(crop_size=300, crop_scale=(1.0, 1.0), crop_ratio=(0.75, 0.75))]  # 300 x 400, if upright
-        assert loading.get_dataset(params, ("train",), whole).read(0)[0].size == pixels.shape[1::-1]
+        assert data_sets.get_dataset(params, ("train",), whole).read(0)[0].size == pixels.shape[1::-1]
         source = open_source(path)
         assert torch.equal(Batches(source, params).prepared(source.paths()[0]), square)
 
@@ -125,7 +125,7 @@ def test_imagenet_and_directories_of_frames_are_turned_too(tmp_path, monkeypatch
         (tmp_path / "imagenet" / split / "class" / "1.jpg").write_bytes(content)
     for upright, pixels in ((True, expected(content)), (False, as_stored(content))):
         params = EncoderAndDataParams(dataset_name="imagenet", exif_orientation=upright)
-        assert np.array_equal(loading.get_dataset(params, ("val",)).read(0)[0], pixels)
+        assert np.array_equal(data_sets.get_dataset(params, ("val",)).read(0)[0], pixels)
         folder = str(tmp_path / "imagenet" / "val" / "class")
         frames, _ = read_folder(folder, lambda times: np.array([0]), 3, 1, 30.0, upright)
         assert np.array_equal(frames[0], pixels)

@@ -8,7 +8,7 @@ from PIL import Image
 from test_custom_data import params
 
 from model_params import SimCLRParams
-from self_supervised.data import file_search, loading
+from self_supervised.data import data_sets, file_search
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, is_hidden
 from self_supervised.data.folders import entries
 from self_supervised.data.image_files import samples_in_class_folders
@@ -30,7 +30,7 @@ def found_below(base) -> tuple[list[str], dict[str, int]]:
 
 
 def own(root, **fields):
-    return loading.get_dataset(params(root, val_size=0, test_size=0, **fields), ("train",))
+    return data_sets.get_dataset(params(root, val_size=0, test_size=0, **fields), ("train",))
 
 
 def test_one_list_of_extensions_for_all_that_read_images(tmp_path):
@@ -79,7 +79,7 @@ def test_hidden_files_are_passed_over_by_every_search_also_below_a_hidden_folder
     ]
     monkeypatch.setenv("DATA_PATH", str(tmp_path / ".cache"))
     p = SimCLRParams(dataset_name="imagenet", transform_crop_size=16)
-    assert loading.get_dataset(p, ("train",)).labels.tolist() == [0, 1]
+    assert data_sets.get_dataset(p, ("train",)).labels.tolist() == [0, 1]
 
 
 def test_links_between_folders_give_each_image_once(tmp_path):

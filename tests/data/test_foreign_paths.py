@@ -15,7 +15,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import train
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.data.foreign_paths import ForeignPath, is_near, run_of, vetted, vetted_start
 from self_supervised.embeddings.embed import embed
 from self_supervised.evaluate import evaluate_checkpoint
@@ -62,7 +62,7 @@ def test_images_and_lists_that_a_stranger_names_are_not_read(strangers, tmp_path
                 load(file)
         model = SelfSupervisedMethod.load_from_checkpoint(file)
         with pytest.raises(ValueError, match="data_path=.*Pass data_path"):
-            loading.get_dataset(model.params, ("test",))
+            data_sets.get_dataset(model.params, ("test",))
         assert type(model.hparams.data_path) is str  # so that it can be saved
     file = strangers(data_path=str(private), splits_path=str(tmp_path / "made"))
     with pytest.warns(UserWarning, match="splits_path=.*not written"):
@@ -192,7 +192,7 @@ def test_lists_of_a_start_without_a_checkpoint_are_drawn_again_with_new_images(t
         found = earlier_run.with_lists(params, tmp_path / "run", "auto")
         lists = tmp_path / "run/splits"
         assert lists.is_dir() == (not grown and (tmp_path / "run/config.yaml").is_file())
-        loading.get_dataset(found, found.dataset.pretraining_splits)  # draws them
+        data_sets.get_dataset(found, found.dataset.pretraining_splits)  # draws them
         (tmp_path / "run/config.yaml").write_text("preset: simclr\n")
     (tmp_path / "run/pretrained.ckpt").touch()  # the run has trained on these
     photographs(tmp_path / "photos", 200, 6)
@@ -217,7 +217,7 @@ def test_every_checkpoint_of_a_moved_run_finds_its_lists(tmp_path, monkeypatch):
     for file in (*checkpoints, new / "pretrained.ckpt"):
         encoder = load_encoder(file)
         assert encoder.params.splits_path == str(new / "splits") and encoder.params.data_path == str(photos)
-        tested = loading.get_dataset(encoder.params, ("test",)).files
+        tested = data_sets.get_dataset(encoder.params, ("test",)).files
         assert {str(Path(path).relative_to(photos)) for path, _ in tested} == {
             line.split(",")[0] for line in lists["test.txt"].splitlines()
         }

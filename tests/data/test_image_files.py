@@ -21,7 +21,7 @@ from torch import nn
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import image_files, loading
+from self_supervised.data import data_sets, image_files, loading, packed
 from self_supervised.data.image_files import ImageFiles, read_image, samples_in_class_folders
 from self_supervised.data.video_files import videos_in_class_folders
 from self_supervised.embeddings.batches import Batches
@@ -84,13 +84,13 @@ def folders(tmp_path, monkeypatch):
 
 
 def everything(params, training: bool = True):
-    dataset = loading.get_dataset(params, params.dataset.train_splits, [params.dataset.view] * 2 if training else ())
+    dataset = data_sets.get_dataset(params, params.dataset.train_splits, [params.dataset.view] * 2 if training else ())
     return dataset, list(loading.get_loader(params, dataset, training))
 
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_images_of_every_mode_and_shape_are_read(kind, folders, tmp_path):
-    path = loading.data_path() / "imagenet" / "train" / "cat" / "00.jpg"
+    path = packed.data_path() / "imagenet" / "train" / "cat" / "00.jpg"
     path.unlink()
     write(path, kind)
     for training in (True, False):
@@ -112,7 +112,7 @@ def test_images_of_every_mode_and_shape_are_read(kind, folders, tmp_path):
 
 @pytest.mark.parametrize("kind, workers", [*((kind, 0) for kind in BAD), ("truncated", 2), ("empty", 2)])
 def test_what_is_no_image_is_named_or_skipped(kind, workers, folders):
-    path = loading.data_path() / "imagenet" / "train" / "cat" / "05.jpg"
+    path = packed.data_path() / "imagenet" / "train" / "cat" / "05.jpg"
     path.unlink()
     write(path, kind)
     params = attrs.evolve(folders, num_data_workers=workers)
@@ -124,7 +124,7 @@ def test_what_is_no_image_is_named_or_skipped(kind, workers, folders):
 
 def test_skipped_images_are_reported_with_their_number(folders, trainer):
     for name in ("03.jpg", "07.jpg"):
-        (loading.data_path() / "imagenet" / "train" / "dog" / name).write_bytes(b"")
+        (packed.data_path() / "imagenet" / "train" / "dog" / name).write_bytes(b"")
     encoder = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12))
     fit = trainer(max_epochs=2, limit_train_batches=None, limit_val_batches=0)
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def test_skipped_images_are_reported_with_their_number(folders, trainer):
 
 
 def test_folders_that_hold_nothing_are_refused_in_one_sentence(folders, monkeypatch, tmp_path):
-    train = loading.data_path() / "imagenet" / "train"
+    train = packed.data_path() / "imagenet" / "train"
     with pytest.raises(ValueError, match="batch_size=32: the 24 images of imagenet are fewer than one batch of 32"):
         everything(attrs.evolve(folders, batch_size=32))
     everything(attrs.evolve(folders, batch_size=32, drop_last_batch=False))
@@ -157,7 +157,7 @@ def test_folders_that_hold_nothing_are_refused_in_one_sentence(folders, monkeypa
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "a_file"))
     for name in ("imagenet", "digits", "cifar10"):
         with pytest.raises(ValueError, match="DATA_PATH=.*a_file is a file"):
-            loading.prepare_data(name)
+            data_sets.prepare_data(name)
 
 
 def train_on_what_kills(rank: int, params: ModelParams) -> None:
@@ -312,12 +312,12 @@ def test_one_limit_of_pixels_for_all_readers_before_decoding(name, side, tmp_pat
             p = custom_params(root, pixel_range=pixel_range, val_size=0, test_size=0)
             for of_training in (views, []):
                 with pytest.raises(ValueError, match="more than 100 pixels"):
-                    loading.get_dataset(p, ("train",), of_training)[0]
+                    data_sets.get_dataset(p, ("train",), of_training)[0]
             source = open_source(str(root))
             _, images, unreadable = Batches(source, p).__getitems__(source.paths())
             assert images is None and "more than 100 pixels" in next(iter(unreadable.values()))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert loading.get_dataset(p, ("train",))[0][0].shape == (3, 32, 32)
+    assert data_sets.get_dataset(p, ("train",))[0][0].shape == (3, 32, 32)
 
 
 def test_a_header_that_lies_about_its_size_is_refused_before_memory_is_taken(tmp_path):
@@ -326,4 +326,4 @@ def test_a_header_that_lies_about_its_size_is_refused_before_memory_is_taken(tmp
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6, 3)})
     with pytest.raises(ValueError, match="a.npy could not be read as an image .*pixels"):
-        loading.get_dataset(custom_params(tmp_path, val_size=0, test_size=0), ("train",))[0]
+        data_sets.get_dataset(custom_params(tmp_path, val_size=0, test_size=0), ("train",))[0]

@@ -15,7 +15,7 @@ from torchvision.transforms import functional
 
 from model_params import ModelParams
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import loading, packed_files
+from self_supervised.data import data_sets, loading, packed_files
 from self_supervised.data.image_files import draw_box, read_any
 from self_supervised.data.remote_shards import UnreachableShard
 from self_supervised.views.augmentations import draw_crops, generator
@@ -46,7 +46,7 @@ def write_photo(path: Path, seed: int, size: tuple[int, int]) -> None:
 def dataset_of(params, training: bool = True):
     """Return the data set after its loader has packed it, and the batches in order."""
     views = [attrs.evolve(params.dataset.view, crop_size=28)] * 2 if training else ()
-    dataset = loading.get_dataset(params, ("train",), views)
+    dataset = data_sets.get_dataset(params, ("train",), views)
     return dataset, list(loading.get_loader(params, dataset, training=training, in_order=True))
 
 

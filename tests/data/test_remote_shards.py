@@ -16,7 +16,7 @@ import torch
 from test_custom_data import params as custom_params
 from test_stored_data import write_shards, write_tar
 
-from self_supervised.data import foreign_paths, loader, loading, packed_files, remote_shards, tar_shards
+from self_supervised.data import data_sets, foreign_paths, loading, packed_files, remote_shards, tar_shards
 from self_supervised.embeddings import sources
 from self_supervised.embeddings.batches import batches_of
 
@@ -118,7 +118,7 @@ def copies() -> list[Path]:
 def batches(root: object, epochs: int = 2, **fields) -> list[list[torch.Tensor]]:
     """Return the batches of some epochs. Copies that the search for images left are deleted first."""
     p = params(root, **fields)
-    dataset = loading.get_dataset(p, ("train",), ())
+    dataset = data_sets.get_dataset(p, ("train",), ())
     for copy in copies() if isinstance(root, str) else ():
         copy.unlink()
     batches_of = loading.get_loader(p, dataset, training=True)
@@ -153,7 +153,7 @@ def test_each_shard_is_downloaded_once_by_all_workers(server, shards):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_copies_stay_within_the_limit_and_images_are_the_same(server, shards, workers, monkeypatch):
     """In windows of 12 images, which are in 2 or 3 shards."""
-    monkeypatch.setattr(loader, "WINDOW", 12)
+    monkeypatch.setattr("self_supervised.data.batches.WINDOW", 12)
     largest = max(path.stat().st_size for path in shards.glob("*.tar"))
     monkeypatch.setenv("URL_CACHE_GB", str(4 * largest / 1e9))
     most = []
@@ -190,7 +190,7 @@ def test_the_reader_goes_on_without_the_thread_that_reads_ahead(server, shards, 
 def test_splits_and_resuming_are_those_of_the_disk(server, shards, tmp_path):
     def rest(root: object) -> tuple[list, list, list]:
         p = params(root, val_size=0.2, splits_path=str(tmp_path / str(root)[:4]))
-        train, val = (loading.get_dataset(p, (split,)) for split in ("train", "val"))
+        train, val = (data_sets.get_dataset(p, (split,)) for split in ("train", "val"))
         resumed = loading.get_loader(p, train, training=True)
         resumed.load_state_dict({"epoch": 0, "batches": 3})
         names = [path.partition("train-0")[2] for images in (train, val) for path, _ in images.files]
@@ -206,7 +206,7 @@ def test_the_index_is_kept_until_the_etag_changes(server, monkeypatch):
 
     def read() -> int:
         tar_shards.known.clear(), server.sent.clear()
-        loading.get_dataset(params(server.url), ("train",))
+        data_sets.get_dataset(params(server.url), ("train",))
         return len(server.sent)
 
     assert (read(), read()) == (5, 0) and len(forgotten) == 1 + 5 + 1  # before the requests, and after each download
@@ -215,7 +215,7 @@ def test_the_index_is_kept_until_the_etag_changes(server, monkeypatch):
 
 
 def test_shards_are_downloaded_to_be_packed(server):
-    dataset = loading.get_dataset(params(server.url), ("train",), ())
+    dataset = data_sets.get_dataset(params(server.url), ("train",), ())
     for copy in copies():
         copy.unlink()
     packed_files.pack_files(dataset, workers=0)
@@ -233,7 +233,7 @@ def test_of_large_members_only_headers_are_read(server, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     contents = {f"{i}.npy": rng.bytes(2_000_000) for i in range(6)}
     write_tar(tmp_path / "train.tar", contents)
-    dataset = loading.get_dataset(custom_params(f"{server.url}/train.tar", val_size=0, test_size=0), ("train",))
+    dataset = data_sets.get_dataset(custom_params(f"{server.url}/train.tar", val_size=0, test_size=0), ("train",))
     assert 0 < sum(server.sent.values()) < 2**20 + 10 * 2**16 and not copies()
     path = dataset.files[4][0]
     assert dataset.source.open(path).getvalue() == contents["4.npy"]
@@ -243,7 +243,7 @@ def test_a_shard_that_stays_away_is_named(server, shards):
     for how, workers in (("stop", 0), ("stop", 1), ("skip", 0)):  # its images may be sound
         server.gone = None
         p = params(server.url, unreadable_images=how, num_data_workers=workers)
-        dataset = loading.get_dataset(p, ("train",))
+        dataset = data_sets.get_dataset(p, ("train",))
         for copy in copies():
             copy.unlink()
         server.gone = "train-000003"
@@ -279,11 +279,11 @@ def test_what_is_refused_of_urls(server, shards, monkeypatch):
         if root.startswith("s3"):
             monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
         with pytest.raises(ValueError, match=message) as refused:
-            loading.get_dataset(custom_params(root), ("train",))
+            data_sets.get_dataset(custom_params(root), ("train",))
         assert "secret" not in str(refused.value)
     server.has_ranges = False
     with pytest.raises(ValueError, match="has no range requests"):
-        loading.get_dataset(params(server.url), ("train",))
+        data_sets.get_dataset(params(server.url), ("train",))
 
 
 def test_a_url_of_a_checkpoint_is_foreign(tmp_path):

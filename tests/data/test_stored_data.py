@@ -27,9 +27,18 @@ from torch import nn
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import catalogue, train
-from self_supervised.data import custom, file_search, loader, loading, packed_files, shard_names, tar_shards
+from self_supervised.data import (
+    batches,
+    custom,
+    data_sets,
+    file_search,
+    loading,
+    packed_files,
+    shard_names,
+    tar_shards,
+)
+from self_supervised.data.batches import ResumableSampler
 from self_supervised.data.image_files import read_any
-from self_supervised.data.loader import ResumableSampler
 from self_supervised.embeddings import embed, parquet, sources
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import fingerprints
@@ -96,7 +105,7 @@ def stored(tmp_path_factory) -> dict[str, str]:
 
 
 def labels(p, split: str = "train") -> list[int]:
-    return loading.get_dataset(p, (split,)).labels.tolist()
+    return data_sets.get_dataset(p, (split,)).labels.tolist()
 
 
 def test_patterns_of_shards_are_known_and_reach_every_level(tmp_path):
@@ -113,7 +122,7 @@ def test_patterns_of_shards_are_known_and_reach_every_level(tmp_path):
 def test_pages_call_classes_by_their_names(stored, photos):
     def shown(path: Path | str, **how) -> list[str | None]:
         p = params(Path(path), val_size=0.0, test_size=0.0, **how)
-        dataset = loading.get_dataset(p, ("train",))
+        dataset = data_sets.get_dataset(p, ("train",))
         return sorted(pictures.names(p, dataset, torch.from_numpy(dataset.labels)))
 
     names = sorted(["china", "flower"][classes(name)] for name in NAMES)
@@ -134,7 +143,7 @@ def test_every_batch_is_that_of_class_folders(kind, stored, photos):
         ours, files = params(Path(stored[kind]), num_data_workers=2, **how), params(photos, **how)
         views = files.views if split == "train" else []
         loaders = [
-            loading.get_loader(p, loading.get_dataset(p, (split,), views), split == "train") for p in (ours, files)
+            loading.get_loader(p, data_sets.get_dataset(p, (split,), views), split == "train") for p in (ours, files)
         ]
         n = 0
         for (images, classes), (expected, of_files) in zip(*loaders, strict=True):
@@ -163,8 +172,8 @@ def test_reduced_jpegs_and_arrays_are_read_from_shards_as_from_files(tmp_path):
         found = []
         for root in (shard, folder):
             p = params(root, in_channels=channels, val_size=0, test_size=0)
-            dataset = loading.get_dataset(p, ("train",), p.views)
-            found += [dataset[i][0] for i in range(3)] + [[loading.get_dataset(p, ("train",))[0][0]]]
+            dataset = data_sets.get_dataset(p, ("train",), p.views)
+            found += [dataset[i][0] for i in range(3)] + [[data_sets.get_dataset(p, ("train",))[0][0]]]
         for ours, files in zip(found[:4], found[4:], strict=True):
             assert all(map(torch.equal, ours, files))
 
@@ -181,7 +190,7 @@ def test_braces_are_those_of_braceexpand(pattern):
 
 def test_samples_are_those_of_webdataset(stored):
     p = params(Path(stored["shards"]), val_size=0, test_size=0)
-    dataset = loading.get_dataset(p, ("train",))
+    dataset = data_sets.get_dataset(p, ("train",))
     theirs = webdataset.WebDataset(stored["shards"], shardshuffle=False, empty_check=False)
     expected = {f"{sample['__key__']}.png": (sample["png"], int(sample["cls"])) for sample in theirs}
     found = {path.split(".tar/")[1]: (dataset.source.open(path).getvalue(), label) for path, label in dataset.files}
@@ -227,7 +236,7 @@ def test_labels_in_shards(tmp_path):
     two = {"mask_png": lambda name: png(NAMES[0]), **entries}
     assert found("two", {}, **two) == found("two", {"image_key": "jpg;mask.png"}, **two) == expected
     p = params(tmp_path / "two", val_size=0, test_size=0, image_key="jpg;mask.png")
-    dataset = loading.get_dataset(p, ("train",))
+    dataset = data_sets.get_dataset(p, ("train",))
     assert torch.equal(dataset[0][0], dataset[1][0]) and dataset.files[1][0].endswith("china/07.mask.png")
 
 
@@ -283,7 +292,7 @@ def test_the_index_is_kept_beside_the_splits(tmp_path, monkeypatch):
     tar_shards.known.clear()
     read, members = [], tar_shards.members
     monkeypatch.setattr(tar_shards, "members", lambda shard: read.append(shard) or members(shard))
-    assert labels(p) == expected and loading.get_dataset(p, ("train",))[3][1] == expected[3] and not read
+    assert labels(p) == expected and data_sets.get_dataset(p, ("train",))[3][1] == expected[3] and not read
     os.utime(tmp_path / "shards" / "train-000001.tar")
     assert labels(p) == expected and read == [str(tmp_path / "shards" / "train-000001.tar")]
     os.utime(tmp_path / "shards" / "train-000001.tar")
@@ -346,7 +355,7 @@ def test_dots_in_names_within_shards(tmp_path):
     for members in (dotted, labeled):
         shard = write_tar(tmp_path / "a.tar", members)
         assert sorted(in_shard(shard)[0]) == sorted(dotted) and not in_shard(shard)[1]
-    dataset = loading.get_dataset(params(shard, val_size=0, test_size=0), ("train",))
+    dataset = data_sets.get_dataset(params(shard, val_size=0, test_size=0), ("train",))
     assert {path.split("/")[-1]: label for path, label in dataset.files}["IMG_2024.05.1.png"] == 1
     masks = {"a.png": image, "a.mask.png": image, "b.mask.png": image, "c.jpg": image, "c.png": image}
     shard = write_tar(tmp_path / "masks.tar", masks | {"d.heic": b"", "d.cls": b"0", "a.json": b"{}"})
@@ -367,7 +376,7 @@ def test_hidden_members_links_and_long_names(tmp_path):
         found, passed_over = in_shard(shard)
         assert sorted(found) == ["a/1.png", "b/2.png", "b/3.png", "b/4.png", f"b/{'long' * 60}.png"]
         assert passed_over == {"hidden": 2, "links to no file of the shard": 3}
-        dataset = loading.get_dataset(params(shard, val_size=0, test_size=0), ("train",))
+        dataset = data_sets.get_dataset(params(shard, val_size=0, test_size=0), ("train",))
         assert all(torch.equal(dataset[0][0], dataset[i][0]) for i in range(5))
 
 
@@ -415,7 +424,7 @@ def test_a_path_with_brackets_or_braces_is_itself(tmp_path):
         "run [1]/train[2].tar::set.tar/train-0.tar": 2, "r*/train*.tar": 3,
     }.items():  # fmt: skip
         root = "::".join(f"{tmp_path}/{part}" for part in pattern.split("::"))
-        dataset = loading.get_dataset(params(root, val_size=0, test_size=0), ("train",))
+        dataset = data_sets.get_dataset(params(root, val_size=0, test_size=0), ("train",))
         assert len(dataset) == n and dataset[0][0].shape == (3, 32, 32), pattern
     for pattern in ("run [3]/a.tar", "run [1]/train[3].tar", "run [1]/{b,c}.tar"):
         with pytest.raises(ValueError, match="data_path="):
@@ -454,8 +463,8 @@ def test_unreadable_images_in_shards_are_named_or_passed_over(tmp_path):
     shard.write_bytes(content[:start] + b"\0" * 60 + content[start + 60 :])
     p = params(pattern, val_size=0, test_size=0)
     with pytest.raises(ValueError, match="train-000000.tar/china/00.png could not be read as an image"):
-        loading.get_dataset(p, ("train",))[0]
-    dataset = loading.get_dataset(params(pattern, val_size=0, test_size=0, unreadable_images="skip"), ("train",))
+        data_sets.get_dataset(p, ("train",))[0]
+    dataset = data_sets.get_dataset(params(pattern, val_size=0, test_size=0, unreadable_images="skip"), ("train",))
     assert torch.equal(dataset[0][0], dataset[1][0]) and dataset.skipped() == [f"{shard}/china/00.png"]
 
 
@@ -475,7 +484,7 @@ class Numbers:
 @pytest.mark.parametrize("sizes", [[30, 50, 41, 7, 60, 12], [97, 3], [100]])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_processes_read_shards_one_after_the_other_and_every_image_once(world, sizes, monkeypatch):
-    monkeypatch.setattr(loader, "WINDOW", 32)
+    monkeypatch.setattr(batches, "WINDOW", 32)
     dataset = Numbers(sizes)
     orders = []
     for epoch in (0, 1):
@@ -510,7 +519,7 @@ def test_a_set_within_the_window_is_shuffled_as_files_are():
 
 
 def test_resumed_training_on_shards_and_workers_change_nothing(stored, weights_after_two_epochs, tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "WINDOW", 10)
+    monkeypatch.setattr(batches, "WINDOW", 10)
 
     def weights(workers: int, path: Path | None = None) -> torch.Tensor:
         model = SelfSupervisedMethod(params(stored["shards"], num_data_workers=workers, evaluations=[]))
@@ -560,12 +569,12 @@ def test_splits_and_labels_of_dataset_dicts(tmp_path):
     p = params(Path(write_arrow(tmp_path / "dict", as_dict=parts, label="kind")))
     for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
         assert labels(p, split) == list(map(classes, parts[name]))
-    dataset = loading.get_dataset(p, ("val",))
+    dataset = data_sets.get_dataset(p, ("val",))
     assert dataset.files[1][0] == str(tmp_path / "dict" / "validation" / "1")
     loaded = datasets.load_from_disk(tmp_path / "dict")["validation"]
     p = params(tmp_path / "dict", transform_crop_size=35)
     image = np.asarray(loaded[1]["image"])[2:37, 2:37].astype(int)  # interpolated at half a pixel
-    ours = loading.get_dataset(p, ("val",))[1][0].permute(1, 2, 0).numpy().astype(int)
+    ours = data_sets.get_dataset(p, ("val",))[1][0].permute(1, 2, 0).numpy().astype(int)
     assert np.abs(ours - image).mean() < 6 and np.abs(ours - image[:, ::-1]).mean() > 12
     swapped = params(tmp_path / "dict", class_to_idx={"china": 1, "flower": 0})
     assert labels(swapped) == [1 - classes(name) for name in parts["train"]]
@@ -598,7 +607,7 @@ def test_columns(tmp_path, photos):
     datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).save_to_disk(tmp_path / "set")
 
     def read(**fields):
-        return loading.get_dataset(params(tmp_path / "set", val_size=0, test_size=0, **fields), ("train",))
+        return data_sets.get_dataset(params(tmp_path / "set", val_size=0, test_size=0, **fields), ("train",))
 
     with pytest.raises(ValueError, match="image_key=None: .* 2 columns of type Image.*left, right"):
         read()
@@ -619,8 +628,8 @@ def test_columns(tmp_path, photos):
     both = {"train": datasets.load_from_disk(tmp_path / "set"), "test": secret}
     datasets.DatasetDict(both).save_to_disk(tmp_path / "secret")
     p = params(tmp_path / "secret", image_key="left")
-    assert loading.get_dataset(p, ("train",)).labels.tolist() == expected
-    assert set(loading.get_dataset(p, ("test",)).labels.tolist()) == {-1}
+    assert data_sets.get_dataset(p, ("train",)).labels.tolist() == expected
+    assert set(data_sets.get_dataset(p, ("test",)).labels.tolist()) == {-1}
     encoder = params(tmp_path / "set", image_key="right")  # programs that embed read its column, unless told otherwise
     for columns, label in (({}, "a"), ({"label_key": "fine"}, "china"), ({"labels_from": None}, None)):
         source = sources.open_source(tmp_path / "set", columns=columns, preferred=encoder.image_key)
@@ -634,7 +643,7 @@ def test_columns(tmp_path, photos):
     with pytest.raises(ValueError, match="include_patterns=\\['1\\*'\\]"):
         read(image_key="left", include_patterns=["1*"])
     with pytest.raises(ValueError, match="image_key='left', label_key=None: .* Hugging Face"):
-        loading.get_dataset(params(photos, image_key="left"), ("train",))
+        data_sets.get_dataset(params(photos, image_key="left"), ("train",))
 
 
 def test_columns_that_hold_no_encoded_images_are_refused(tmp_path):
@@ -645,7 +654,7 @@ def test_columns_that_hold_no_encoded_images_are_refused(tmp_path):
         rows, features = {"image": [values[name]] * 6}, datasets.Features({"image": kind})
         datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / name)
         with pytest.raises(ValueError, match=f"image_key='image': this column holds {name}, not encoded images"):
-            loading.get_dataset(params(tmp_path / name, image_key="image"), ("train",))
+            data_sets.get_dataset(params(tmp_path / name, image_key="image"), ("train",))
 
 
 def test_rows_of_tiff_and_npy_are_read_as_such_files(tmp_path):
@@ -657,7 +666,7 @@ def test_rows_of_tiff_and_npy_are_read_as_such_files(tmp_path):
     images = datasets.Features({"image": datasets.Image()})
     datasets.Dataset.from_dict(rows, features=images).save_to_disk(tmp_path / "set")
     fields = {"in_channels": 6, "pixel_range": [0, 4095], "image_mean": [0.5] * 6, "image_std": [0.5] * 6}
-    dataset = loading.get_dataset(params(tmp_path / "set", val_size=0, test_size=0, **fields), ("train",))
+    dataset = data_sets.get_dataset(params(tmp_path / "set", val_size=0, test_size=0, **fields), ("train",))
     expected = np.rint(pixels / 4095 * 255).astype(np.uint8)
     for path, _ in dataset.files:
         assert np.array_equal(read_any(path, dataset.source.open(path), 6, [0, 4095]), expected)
@@ -668,7 +677,7 @@ def test_names_of_classes_may_be_numbers(tmp_path):
     rows = {"image": [{"bytes": png(name), "path": None} for name in NAMES[:9]], "label": [0, 1, 2] * 3}
     datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(tmp_path / "set")
     for numbers in (None, {"1": 0, "2": 1, "3": 2}):
-        dataset = loading.get_dataset(params(tmp_path / "set", class_to_idx=numbers), ("train",))
+        dataset = data_sets.get_dataset(params(tmp_path / "set", class_to_idx=numbers), ("train",))
         assert dataset.class_names == ["1", "2", "3"]
 
 
@@ -678,8 +687,8 @@ def test_without_labels_or_train(tmp_path, monkeypatch):
     datasets.Dataset.from_dict(rows, features=images).save_to_disk(tmp_path / "bare")
     assert set(labels(params(tmp_path / "bare"))) == {-1}
     monkeypatch.chdir(tmp_path / "bare")
-    here = loading.get_dataset(params(Path(".")), ("train",))
-    there = loading.get_dataset(params(tmp_path / "bare"), ("train",))
+    here = data_sets.get_dataset(params(Path(".")), ("train",))
+    there = data_sets.get_dataset(params(tmp_path / "bare"), ("train",))
     assert torch.equal(here[3][0], there[3][0])
     root = write_arrow(tmp_path / "others", as_dict={"unsupervised": NAMES[:4], "test": NAMES[4:8]})
     with pytest.raises(ValueError, match="has the splits test, unsupervised.* no train.*data_path=.*others/SPLIT"):
@@ -697,7 +706,7 @@ def test_parquet_files_are_read_as_what_was_saved(tmp_path, monkeypatch, place):
         rows.to_parquet(tmp_path / "tables" / place / f"{split}-00000-of-00001.parquet")
     for split, names in parts.items():
         assert labels(params(tmp_path / "tables"), split) == list(map(classes, names))
-    ours, expected = (loading.get_dataset(params(Path(root)), ("test",)) for root in (tmp_path / "tables", saved))
+    ours, expected = (data_sets.get_dataset(params(Path(root)), ("test",)) for root in (tmp_path / "tables", saved))
     assert torch.equal(ours[7][0], expected[7][0]) and ours.class_names == expected.class_names
     damaged = shutil.copytree(tmp_path / "tables", tmp_path / "damaged")
     file = next(damaged.rglob("test-*.parquet"))
@@ -757,7 +766,7 @@ def test_features_are_extracted_anew_when_a_shard_changes(tmp_path):
     p = params(pattern, val_size=0, test_size=0)
 
     def contents() -> list:
-        return list(fingerprints.contents(loading.get_dataset(p, ("train",))))
+        return list(fingerprints.contents(data_sets.get_dataset(p, ("train",))))
 
     before = contents()
     assert contents() == before and len(before) == 50
@@ -771,5 +780,5 @@ def test_a_damaged_index_of_shards_is_made_anew(tmp_path, monkeypatch, content):
     lists.mkdir()
     (lists / "shards.json").write_text(content)
     monkeypatch.setattr(tar_shards, "known", {})
-    loading.get_dataset(params(pattern, splits_path=str(lists)), ("train",))
+    data_sets.get_dataset(params(pattern, splits_path=str(lists)), ("train",))
     assert len(json.loads((lists / "shards.json").read_text())["shards"]) > 1

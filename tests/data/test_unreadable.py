@@ -15,7 +15,7 @@ from torch import nn
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
-from self_supervised.data import loading
+from self_supervised.data import data_sets, facts
 from self_supervised.data.files import UNREADABLE, Samples, readable_rows
 from self_supervised.data.image_files import ImageFiles
 from self_supervised.evaluation import features
@@ -109,13 +109,13 @@ def test_features_are_those_of_the_readable_images_and_the_others_are_named(root
 
 
 def test_statistics_are_those_of_the_readable_images(roots):
-    found = [loading.channel_statistics(loading.get_dataset(params(root), ("train",)), seed=0) for root in roots]
+    found = [facts.channel_statistics(data_sets.get_dataset(params(root), ("train",)), seed=0) for root in roots]
     np.testing.assert_allclose(found[0], found[1])
 
 
 def test_a_missing_file_is_left_out_too(roots, tmp_path):
     p = params(write(tmp_path / "own", BROKEN))
-    dataset = loading.get_dataset(p, ("test",))
+    dataset = data_sets.get_dataset(p, ("test",))
     (tmp_path / "own" / "test/a/0.png").unlink()
     assert len(list(dataset.signatures())) == 14 and dataset[0][1] == UNREADABLE
     model = Encoder(encoder(), p, Report("tiny", "test", "module", 12, ()))
@@ -129,7 +129,7 @@ def test_a_dangling_link_is_left_to_unreadable_images(action, tmp_path):
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
     p = attrs.evolve(params(tmp_path), splits_path=str(tmp_path / "splits"), unreadable_images=action)
     for _ in ("drawn", "read from splits_path"):
-        datasets = [loading.get_dataset(p, (split,), p.views) for split in ("train", "val", "test")]
+        datasets = [data_sets.get_dataset(p, (split,), p.views) for split in ("train", "val", "test")]
         found = next((d, i) for d in datasets for i in range(len(d)) if d.files[i][0].endswith("link.png"))
         if action == "stop":
             with pytest.raises(ValueError, match="link.png could not be read"):
@@ -141,7 +141,7 @@ def test_a_dangling_link_is_left_to_unreadable_images(action, tmp_path):
 
 def test_in_training_the_next_readable_image_takes_the_place(roots):
     p = params(roots[1])
-    dataset = loading.get_dataset(p, ("train",), p.views)
+    dataset = data_sets.get_dataset(p, ("train",), p.views)
     assert dataset[0][1] == 0 and len(list(dataset)) == len(dataset)
     assert UNREADABLE not in [dataset[i][1] for i in range(len(dataset))]
     assert [Path(path).name for path in dataset.skipped()] == ["0.png", "3.png"]

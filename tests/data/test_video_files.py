@@ -16,7 +16,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import class_labels, loading, video_files
+from self_supervised.data import class_labels, data_sets, facts, loading, video_files
 from self_supervised.data.files import readable_rows
 from self_supervised.evaluation import features
 from self_supervised.networks import frozen_encoder
@@ -50,7 +50,7 @@ def views_of(params) -> list[ViewSettings]:
 
 
 def get(params, training: bool = True, split: str = "train"):
-    return loading.get_dataset(params, (split,), views_of(params) if training else ())
+    return data_sets.get_dataset(params, (split,), views_of(params) if training else ())
 
 
 def test_a_view_is_a_clip_of_its_own(params):
@@ -67,7 +67,7 @@ def test_a_view_is_a_clip_of_its_own(params):
 def test_clips_are_the_drawn_frames_and_one_crop(params, monkeypatch):
     """Full-frame crops show which frames were selected; a drawn crop equals that of each frame alone."""
     whole = [attrs.evolve(view, crop_scale=(1.0, 1.0), crop_ratio=(4 / 3, 4 / 3)) for view in views_of(params)]
-    dataset, starts = loading.get_dataset(params, ("train",), whole), set()
+    dataset, starts = data_sets.get_dataset(params, ("train",), whole), set()
     for dataset.epoch in range(20):
         for clip in dataset[0][0]:
             numbers = [videos.number_of(frame) for frame in clip.permute(1, 2, 3, 0).numpy()]
@@ -243,8 +243,8 @@ def test_classes_have_the_names_of_class_folders_at_any_depth(params, tmp_path):
 
 
 def test_statistics_are_those_of_all_frames(params):
-    found = loading.with_statistics(attrs.evolve(params, compute_statistics=True, image_mean=None, image_std=None))
-    dataset = loading.get_dataset(params, ("train",))
+    found = facts.with_statistics(attrs.evolve(params, compute_statistics=True, image_mean=None, image_std=None))
+    dataset = data_sets.get_dataset(params, ("train",))
     pixels = torch.stack([clip for clip, _ in dataset]).double() / 255  # [N, C, T, H, W]
     assert found.image_mean == pytest.approx(pixels.mean((0, 2, 3, 4)).tolist())
     assert found.image_std == pytest.approx(pixels.transpose(0, 1).flatten(1).std(1, correction=0).tolist())

@@ -31,7 +31,7 @@ from videos import write_video
 
 from moco import SelfSupervisedMethod
 from model_params import EncoderAndDataParams
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.embeddings import embed, job, map_page, nearest, parquet, sources
 from self_supervised.embeddings import projection as embedding_map
 from self_supervised.embeddings.sources import open_source
@@ -180,7 +180,7 @@ def test_a_link_to_a_checkpoint_is_recorded_as_the_link(digits, checkpoint, tmp_
 
 def test_a_packed_data_set_by_name_and_its_images_as_files_have_the_same_embeddings(checkpoint, tmp_path):
     embed.embed(checkpoint, "digits/test", tmp_path / "packed.parquet", device="cpu")
-    images, labels = loading.get_dataset(load_encoder(checkpoint).params, ("test",)).__getitems__(range(500))
+    images, labels = data_sets.get_dataset(load_encoder(checkpoint).params, ("test",)).__getitems__(range(500))
     for i, image in enumerate(images):
         file = tmp_path / "test" / f"{i:03d}.png"
         file.parent.mkdir(exist_ok=True)
@@ -257,7 +257,7 @@ def test_arrays_are_embedded_as_they_are_read_in_training_and_shown(tmp_path):
     )  # fmt: skip
     torch.manual_seed(0)
     encoder = with_report(nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(20, 6)), p, "five")
-    images = torch.stack([image for image, _ in loading.get_dataset(p, ("train",))])
+    images = torch.stack([image for image, _ in data_sets.get_dataset(p, ("train",))])
     for root, prefix in ((tmp_path / "set", ""), (tmp_path / "train.tar", "train.tar/")):
         out = tmp_path / "f.parquet"
         embed.embed(encoder, root, out, device="cpu", num_workers=0, overwrite=True)

@@ -19,7 +19,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import ModelParams
 from self_supervised import evaluate
-from self_supervised.data import loading
+from self_supervised.data import data_sets, loading
 from self_supervised.embeddings import embed, nearest, parquet, sources
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import features as evaluation_features
@@ -119,7 +119,7 @@ def by_hand(path, n_clips: int, n_crops: int, n_frames: int = 4, size: int = 16)
 @pytest.mark.parametrize("n_clips, n_crops", [(10, 3), (3, 2)])
 def test_the_embedding_of_a_video_is_the_mean_over_clips_embedded_one_by_one(pretrained, folder, n_clips, n_crops):
     encoder = encoder_of(pretrained, evaluation_clips=n_clips, evaluation_crops=n_crops)
-    dataset = loading.get_dataset(encoder.params, ("val",))
+    dataset = data_sets.get_dataset(encoder.params, ("val",))
     clips = torch.stack([dataset[i][0] for i in (0, 5)])
     assert clips.shape == (2, n_clips * n_crops, 3, 4, 16, 16)
     found = encoder.embed(clips)
@@ -157,7 +157,7 @@ def test_an_evaluation_has_no_more_clips_in_a_batch_than_images(folder):
     sizes = {}
     for training in (True, False):
         views = params.views if training else ()
-        dataset = loading.get_dataset(params, ("train",), views)
+        dataset = data_sets.get_dataset(params, ("train",), views)
         loader = loading.get_loader(attrs.evolve(params, batch_size=12), dataset, training)
         sizes[training] = [len(labels) for _, labels in loader]
     assert sizes == {True: [12], False: [2] * 6}
@@ -237,7 +237,7 @@ def test_protocols_of_frozen_clips(pretrained, tmp_path):
     assert set(of["linear_stages"]) == set(of["svm_stages"]) == {f"layer{i}_acc1" for i in range(1, 5)}
     assert found["config"]["kinetics"]["reading"]["evaluation_clips"] == 3
     encoder = encoder_of(pretrained, evaluation_clips=3, evaluation_crops=2)
-    dataset = loading.get_dataset(encoder.params, ("train",))
+    dataset = data_sets.get_dataset(encoder.params, ("train",))
     features = torch.cat([encoder.embed(dataset[i][0][None]) for i in range(len(dataset))])
     p = torch.linalg.svdvals(features.double())
     p = p / p.sum()
@@ -337,7 +337,7 @@ def test_a_folder_of_videos_is_embedded_as_it_is_evaluated(features, pretrained,
     paths, embeddings, labels = parquet.read_embeddings(features)
     assert paths == [f"{name}/v{i}.mp4" for name in CLASSES for i in range(6)] and labels == [p[:-7] for p in paths]
     encoder = encoder_of(pretrained, evaluation_clips=2, evaluation_crops=3)
-    dataset = loading.get_dataset(encoder.params, ("train",))
+    dataset = data_sets.get_dataset(encoder.params, ("train",))
     expected = torch.cat([encoder.embed(dataset[i][0][None]) for i in range(12)])
     assert np.allclose(embeddings, expected, atol=1e-5)
     about = parquet.facts_of_file(features)
@@ -364,8 +364,8 @@ def test_a_video_that_has_no_row_is_embedded(features, pretrained, folder, tmp_p
     path = str(folder / "kinetics/val/dark/v1.mp4")
     embedded = nearest.embed_files(features, [path], None)[path]
     encoder = load()
-    index = [file for file, _ in loading.get_dataset(encoder.params, ("val",)).files].index(path)
-    expected = encoder.embed(loading.get_dataset(encoder.params, ("val",))[index][0][None])[0]
+    index = [file for file, _ in data_sets.get_dataset(encoder.params, ("val",)).files].index(path)
+    expected = encoder.embed(data_sets.get_dataset(encoder.params, ("val",))[index][0][None])[0]
     assert np.allclose(embedded, expected, atol=1e-5)
 
 

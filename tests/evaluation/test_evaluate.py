@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import CSVLogger
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, EncoderAndDataParams
 from self_supervised import catalogue, evaluate
-from self_supervised.data import image_files, loading
+from self_supervised.data import data_sets, image_files, loading
 from self_supervised.evaluate import evaluate_checkpoint
 from self_supervised.evaluation import probes, protocols, results
 from self_supervised.evaluation.protocols import PROTOCOLS
@@ -176,7 +176,7 @@ def test_cells_of_the_last_map_are_read(digits_path, tmp_path):
 
 
 def batches(params, split, encoder):
-    for images, labels in loading.get_loader(params, loading.get_dataset(params, (split,)), training=False):
+    for images, labels in loading.get_loader(params, data_sets.get_dataset(params, (split,)), training=False):
         yield encoder.embed(images), labels
 
 
@@ -525,7 +525,7 @@ def voc_folder(tmp_path, monkeypatch):
 
 def test_voc_is_read_from_its_lists(voc_folder):
     params = EncoderAndDataParams(dataset_name="voc07", transform_crop_size=32)
-    dataset = loading.get_dataset(params, ("test",))
+    dataset = data_sets.get_dataset(params, ("test",))
     image, label = dataset[3]
     lines = [
         (voc_folder / f"ImageSets/Main/{name}_test.txt").read_text().splitlines()[3] for name in image_files.VOC_CLASSES
@@ -559,7 +559,7 @@ def test_missing_or_inconsistent_voc_is_refused(voc_folder, tmp_path, monkeypatc
         image_files.voc_samples(tmp_path / "data/voc07/test")
     path.unlink()
     with pytest.raises(FileNotFoundError, match="voc07/test, each in VOCdevkit/VOC2007 next to it"):
-        loading.prepare_data("voc07", ("test",))
+        data_sets.prepare_data("voc07", ("test",))
 
 
 # ---- docs/evaluation.md ----

@@ -8,7 +8,7 @@ from torch import nn
 
 from model_params import EncoderAndDataParams
 from self_supervised import catalogue
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.evaluation import feature_files, features, fingerprints
 from self_supervised.evaluation.features import SampledViews, data_params, extract, extract_views
 from self_supervised.evaluation.fingerprints import fingerprint
@@ -77,7 +77,7 @@ def test_existing_features_are_not_computed_again(tmp_path, monkeypatch):
 def test_everything_that_features_depend_on_changes_the_name(tmp_path, digits_path):
     def name(e, split="test", wanted=None, **fields):
         params = data_params(e, **fields)
-        return fingerprint(e, params, loading.get_dataset(params, (split,)), wanted or {})
+        return fingerprint(e, params, data_sets.get_dataset(params, (split,)), wanted or {})
 
     other_weights, other_structure = encoder(), encoder()
     other_weights.model.layer3.weight.data[0, 0] += 1e-6
@@ -167,7 +167,7 @@ def test_views_are_the_data_sets_augmentations(tmp_path):
     params = data_params(e)
     view = catalogue.ViewSettings(**{**vars_of(params.dataset.view), "crop_size": 8})
     chosen = np.sort(augmentations.generator(3).permutation(1297)[:30])
-    images, _ = loading.get_dataset(params, ("train",)).__getitems__(chosen)
+    images, _ = data_sets.get_dataset(params, ("train",)).__getitems__(chosen)
     views = augmentations.augment(images, 3, [view] * 4, params.mean, params.std)
     torch.testing.assert_close(found[:, 2], e(views[2]))
     assert not torch.equal(
@@ -189,13 +189,13 @@ def test_class_folders_are_read_in_their_order_and_known_by_their_time(tmp_path,
     e = encoder(3, dataset_name="imagenet", transform_crop_size=16, num_data_workers=0, batch_size=5)
     found = extract(e, data_params(e), ("val",), tmp_path / "cache")
     assert found.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    image = loading.get_dataset(data_params(e), ("val",))[7][0]
+    image = data_sets.get_dataset(data_params(e), ("val",))[7][0]
     torch.testing.assert_close(found.x[7:8], e.embed(image[None]))
     views = extract_views(e, data_params(e), ("val",), tmp_path / "cache", SampledViews(2, seed=0, n_images=12)).x
     assert views.shape == (12, 2, 8) and not torch.equal(views[:, 0], views[:, 1])
-    before = fingerprint(e, data_params(e), loading.get_dataset(data_params(e), ("val",)), {})
+    before = fingerprint(e, data_params(e), data_sets.get_dataset(data_params(e), ("val",)), {})
     path.touch()
-    assert fingerprint(e, data_params(e), loading.get_dataset(data_params(e), ("val",)), {}) != before
+    assert fingerprint(e, data_params(e), data_sets.get_dataset(data_params(e), ("val",)), {}) != before
 
 
 def test_another_data_set_is_read_in_the_encoders_size_and_normalization(tmp_path):
@@ -204,7 +204,7 @@ def test_another_data_set_is_read_in_the_encoders_size_and_normalization(tmp_pat
     assert (params.dataset_name, params.crop_size, params.channels) == ("digits", 32, 3)
     assert params.mean == e.params.mean and params.std == e.params.std
     x = extract(e, params, ("test",), tmp_path).x
-    images, _ = loading.get_dataset(params, ("test",)).__getitems__([4])
+    images, _ = data_sets.get_dataset(params, ("test",)).__getitems__([4])
     torch.testing.assert_close(x[4:5], e.embed(images))
     with pytest.raises(ValueError, match="cifar10.*3 channels.*takes 1"):
         data_params(encoder(), "cifar10")
@@ -217,7 +217,7 @@ def test_features_of_patches_are_means_over_crops_of_a_part(tmp_path):
     params = data_params(e)
     found = extract_views(e, params, ("test",), tmp_path, SampledViews(3, seed=5, area=0.25, averaged=True))
     view = catalogue.ViewSettings(**{**vars_of(params.dataset.view), "crop_size": 8, "crop_scale": (0.25, 0.25)})
-    images, labels = loading.get_dataset(params, ("test",)).__getitems__(np.arange(500))
+    images, labels = data_sets.get_dataset(params, ("test",)).__getitems__(np.arange(500))
     views = augmentations.augment(images, 5, [view] * 3, params.mean, params.std)
     torch.testing.assert_close(found.x, torch.stack([e(x) for x in views]).mean(0))
     assert torch.equal(found.y, labels)

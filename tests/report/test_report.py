@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 from model_params import PRESETS
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.report import evaluations, pictures, report, tables
 from self_supervised.report import figures as report_figures
@@ -173,14 +173,14 @@ def test_settings_are_those_that_differ_from_the_preset_and_results_are_the_file
 def test_views_neighbors_and_map_are_of_the_runs_images_and_encoder(run, page):
     (about,) = data_of(page)["runs"]
     params = load_encoder(run / "pretrained.ckpt").params
-    images, _ = loading.get_dataset(params, ("train",)).__getitems__(range(1297))
+    images, _ = data_sets.get_dataset(params, ("train",)).__getitems__(range(1297))
     known = {image.numpy().tobytes() for image in images}
     original, *views = about["views"]["columns"]
     assert len(views) == 2 and about["views"]["abreast"] == len(original["pictures"]) == 6
     assert all(pixels(uri).tobytes() in known for uri in original["pictures"])
     assert all(pixels(uri).shape == (8, 8) for view in views for uri in view["pictures"])
 
-    images, labels = loading.get_dataset(params, ("test",)).__getitems__(range(500))
+    images, labels = data_sets.get_dataset(params, ("test",)).__getitems__(range(500))
     x = load_encoder(run / "pretrained.ckpt").embed(images).numpy().astype(np.float64)
     near = NearestNeighbors(n_neighbors=pictures.NEIGHBORS + 1, metric="cosine").fit(x)
     rows = about["neighbors"]["rows"]

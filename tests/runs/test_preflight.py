@@ -11,7 +11,7 @@ from PIL import Image
 
 from moco import SelfSupervisedMethod
 from self_supervised import evaluate, train
-from self_supervised.data import loading
+from self_supervised.data import data_sets, loading
 from self_supervised.runs import preflight
 from self_supervised.runs.preflight import check_run
 from self_supervised.runs.run_options import RunOptions
@@ -88,7 +88,7 @@ def test_a_fraction_of_less_than_one_batch_is_refused(name, small):
 
 
 def test_multiple_labels_of_an_image_are_refused_by_a_linear_stage(monkeypatch, small):
-    monkeypatch.setattr(loading, "get_dataset", lambda *_: range(300))
+    monkeypatch.setattr(data_sets, "get_dataset", lambda *_: range(300))
     monkeypatch.setattr(loading, "get_loader", lambda *_, **__: None)
     with pytest.raises(ValueError, match="voc07"):
         check_run(RunOptions(linear_epochs=1), small("simclr", dataset_name="voc07"))

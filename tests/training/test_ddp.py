@@ -18,7 +18,7 @@ from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised import distributed
-from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
+from self_supervised.data.batches import ResumableDataLoader, ResumableSampler
 
 WORLDS, IMAGES, STEPS = (2, 4), 16, 5  # images of the joined batch
 BATCH = {"use_negative_examples_from_batch": True}

@@ -15,7 +15,7 @@ from test_ddp import SMALL, encoder, trainer
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
 from self_supervised.data import loading
-from self_supervised.data.loader import ResumableSampler
+from self_supervised.data.batches import ResumableSampler
 from self_supervised.views.augmentations import ImageDraws
 
 STEP = 12  # images of an optimizer step
@@ -94,7 +94,7 @@ def test_views_of_files_depend_neither_on_processes_nor_on_accumulated_batches_n
 
 
 def test_order_of_shards_does_not_depend_on_the_number_of_processes(monkeypatch):
-    monkeypatch.setattr("self_supervised.data.loader.WINDOW", 32)
+    monkeypatch.setattr("self_supervised.data.batches.WINDOW", 32)
 
     class Images(list):
         shards = np.repeat(np.arange(10), 20)

@@ -21,7 +21,7 @@ from torch import nn
 from linear_classifier import LinearClassifierMethod
 from moco import SelfSupervisedMethod
 from model_params import PRESETS
-from self_supervised.data.loader import ResumableDataLoader, ResumableSampler
+from self_supervised.data.batches import ResumableDataLoader, ResumableSampler
 from self_supervised.training import checkpoints, resuming
 from self_supervised.training.checkpoints import Checkpoints, newest
 from self_supervised.training.milestones import EveryNEpochs

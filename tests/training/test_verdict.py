@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 
 from moco import SelfSupervisedMethod
-from self_supervised.data import loading
+from self_supervised.data import data_sets
 from self_supervised.data.packed import pack
 from self_supervised.safe_files import rows_of
 from self_supervised.training.verdict import Verdict, name_of_start, verdict
@@ -122,12 +122,12 @@ def test_the_start_has_the_name_of_its_weights(small):
 
 def test_a_fraction_of_a_packed_set_is_trained_on(small, monkeypatch, tmp_path):
     """Every class, and the unlabeled images, in proportion; evaluations use all."""
-    whole, part = (loading.get_dataset(small(data_fraction=f), ("train",)) for f in (1.0, 0.25))
+    whole, part = (data_sets.get_dataset(small(data_fraction=f), ("train",)) for f in (1.0, 0.25))
     assert len(part) == pytest.approx(len(whole) / 4, abs=5)
-    assert len(loading.get_dataset(small(data_fraction=0.25), ("test",))) == 500
+    assert len(data_sets.get_dataset(small(data_fraction=0.25), ("test",))) == 500
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     (tmp_path / "stl10").mkdir()
     pack(tmp_path / "stl10/train", np.zeros((20, 96, 96, 3), np.uint8), np.full(20, 3))
     pack(tmp_path / "stl10/unlabeled", np.zeros((40, 96, 96, 3), np.uint8), np.full(40, -1))
-    part = loading.get_dataset(small(dataset_name="stl10", data_fraction=0.1), ("train", "unlabeled"))
+    part = data_sets.get_dataset(small(dataset_name="stl10", data_fraction=0.1), ("train", "unlabeled"))
     assert part.labels.tolist() == [3] * 2 + [-1] * 4

@@ -11,7 +11,7 @@ from torch import nn
 from moco import SelfSupervisedMethod
 from model_params import ALL_VIEW_LOSSES, PRESETS, ModelParams
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import loading
+from self_supervised.data import data_sets, loading
 from self_supervised.runs import preview
 from self_supervised.training.plan import Plan
 from self_supervised.views import augmentations
@@ -330,7 +330,7 @@ def test_the_preview_shows_what_the_model_sees_at_its_first_step(small, trainer,
     path = preview.write_preview(p, tmp_path / "new" / "views.png", rows=3)
     assert path == tmp_path / "new" / "views.png" and [file.name for file in path.parent.iterdir()] == ["views.png"]
     sheet, factor, left = read(path), 13, preview.PREVIEW_MARGIN  # 12 pixels are magnified to about 160
-    dataset = loading.get_dataset(p, ("train",))
+    dataset = data_sets.get_dataset(p, ("train",))
     first = list(loading.get_loader(p, dataset, training=True).sampler)[:3]
     columns = [(torch.stack([dataset[i][0] for i in first]), ["original", "8 x 8 px"])]
     columns += [((v[:3] * p.std[0] + p.mean[0]) * 255, preview.caption(p, i)) for i, v in enumerate(model.seen)]

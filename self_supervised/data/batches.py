@@ -1,4 +1,4 @@
-"""DataLoader that can resume within an epoch, and the formats of batches that any loader may yield."""
+"""Batches: our DataLoader, which can resume within an epoch, and the formats that those of any loader may have."""
 
 import os
 import signal
