@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from benchmarks import harness
-from self_supervised.data import batches, remote_shards
+from self_supervised.data import batches, shard_copies, shard_urls
 from self_supervised.data.batches import ResumableDataLoader, ResumableSampler
 from self_supervised.data.files import LabeledFiles
 from self_supervised.data.packed import data_path
@@ -108,14 +108,14 @@ def plain_download(urls: list[str], folder: Path) -> float:
 
 
 def copies_alone(source: TarShards) -> float:
-    start = removed(remote_shards.folder())
+    start = removed(shard_urls.copies_folder())
     for shard, signature in source.signatures.items():
-        remote_shards.download(shard, signature)
+        shard_copies.download(shard, signature)
     return time.perf_counter() - start
 
 
 def first_epoch(contents: Contents, n_bytes: int, batch_size: int, workers: int) -> float:
-    start = removed(remote_shards.folder())
+    start = removed(shard_urls.copies_folder())
     order = ResumableSampler(contents, 1, 0, seed=0)
     read = ResumableDataLoader(contents, batch_size, sampler=order, num_workers=workers, collate_fn=sum)
     assert sum(read) == n_bytes

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 from self_supervised.catalogue import MOST_WORKERS
 from self_supervised.data.class_labels import class_numbers_of, composed
 from self_supervised.data.file_search import folders_in
-from self_supervised.data.remote_shards import UnreachableShard
+from self_supervised.data.shard_urls import UnreachableShard
 from self_supervised.fields import first_of
 
 UNREADABLE = -(2**31)  # label of a row that replaces an unreadable image in an evaluation

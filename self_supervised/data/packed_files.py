@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from self_supervised.data.image_files import CENTRAL, ImageFiles, central_square, read_any, resized
 from self_supervised.data.packed import data_path
-from self_supervised.data.remote_shards import UnreachableShard
+from self_supervised.data.shard_urls import UnreachableShard
 from self_supervised.folder_lock import LOCK_FILE, in_use_message, locked, owner_of
 from self_supervised.safe_files import UNFINISHED, atomic_folder, check_folder, remove
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from self_supervised.data import remote_shards
+from self_supervised.data import shard_urls
 from self_supervised.data.file_search import PassedOver, files_below
 from self_supervised.data.folders import SPLITS, has_images
 
@@ -45,7 +45,7 @@ def expanded_shards(pattern: str, passed_over: PassedOver) -> Iterator[str]:
         raise ValueError(f"data_path={pattern!r} is on this machine. Pass the path without file://.")
     if "://" in pattern:
         for url in with_braces(pattern):
-            yield from remote_shards.matching(url)
+            yield from shard_urls.matching(url)
         return
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):

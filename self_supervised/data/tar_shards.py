@@ -22,11 +22,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from self_supervised import distributed
-from self_supervised.data import remote_shards
+from self_supervised.data import shard_copies, shard_urls
 from self_supervised.data.file_search import PassedOver, image_suffixes, is_hidden
 from self_supervised.data.files import OnDisk
 from self_supervised.data.folders import ImageList, Label, as_label, of_folder, whole_number, with_labels
-from self_supervised.data.remote_shards import ReadAhead
+from self_supervised.data.shard_copies import ReadAhead
 from self_supervised.data.shard_names import SUFFIX, expanded_shards, split_in
 from self_supervised.safe_files import atomic_write
 
@@ -87,8 +87,8 @@ class TarShards(OnDisk):
         keys = None if labels_from is None else (label_key,) if label_key else SHARD_LABEL_KEYS
         self.labels_from = labels_from
         self.label_key = label_key
-        for protocol in {url.partition("://")[0] for url in map(remote_shards.url_of, shards) if url}:
-            remote_shards.file_system(protocol).invalidate_cache()  # once for all shards
+        for protocol in {url.partition("://")[0] for url in map(shard_urls.url_of, shards) if url}:
+            shard_urls.file_system(protocol).invalidate_cache()  # once for all shards
         with ThreadPoolExecutor(MOST_REQUESTS) as pool:
             self.signatures = dict(zip(shards, pool.map(shard_signature, shards), strict=True))
         self.ahead: ReadAhead | None = None
@@ -147,7 +147,7 @@ class TarShards(OnDisk):
         if self.ahead is not None:
             self.ahead.stop()
             self.ahead = None
-        remote = [remote_shards.url_of(shard) is not None for shard in self.signatures]
+        remote = [shard_urls.url_of(shard) is not None for shard in self.signatures]
         if any(remote):
             shards = self.shards(list(paths))
             self.ahead = ReadAhead(np.where(np.array(remote)[shards], shards, -1), self.signatures)
@@ -163,8 +163,8 @@ class TarShards(OnDisk):
 
 
 def shard_signature(shard: str) -> ShardSignature:
-    if remote_shards.url_of(shard):
-        return remote_shards.signature_of(shard)
+    if shard_urls.url_of(shard):
+        return shard_urls.signature_of(shard)
     status = os.stat(shard)
     return status.st_size, status.st_mtime_ns
 
@@ -183,13 +183,13 @@ def index(signatures: dict[str, ShardSignature], settings: IndexSettings, file: 
         known.update(read_index(file, settings))
     fresh = unknown()
     for shard in fresh:
-        own = remote_shards.index_file(shard, settings)
+        own = shard_copies.index_file(shard, settings)
         if own not in (None, file):
             index({shard: signatures[shard]}, settings, own)
         else:
             known[shard, signatures[shard], settings] = indexed(shard, signatures[shard], settings)
     indexes = {shard: known[shard, signature, settings] for shard, signature in signatures.items()}
-    if file is not None and (fresh or not is_kept) and (distributed.rank() == 0 or remote_shards.url_of(str(file))):
+    if file is not None and (fresh or not is_kept) and (distributed.rank() == 0 or shard_urls.url_of(str(file))):
         shards = {shard: {"stamp": signatures[shard], **one._asdict()} for shard, one in indexes.items()}
         with suppress(OSError):  # it only saves time, and may belong to someone else
             atomic_write(file, json.dumps({"how": repr((VERSION, settings)), "shards": shards}))
@@ -214,10 +214,10 @@ def indexed(shard: str, signature: ShardSignature, settings: IndexSettings) -> S
     _, label_keys = settings
     passed_over = PassedOver()
     places = {}
-    file = remote_shards.to_index(shard, signature) if remote_shards.url_of(shard) else shard
+    file = shard_copies.to_index(shard, signature) if shard_urls.url_of(shard) else shard
     try:
         contents = contents_of(shard, file, passed_over)
-    except remote_shards.UnreachableShard:
+    except shard_urls.UnreachableShard:
         raise
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise ValueError(f"{shard} could not be read as a tar file ({error}). Fix or decompress it.") from error
@@ -300,8 +300,8 @@ def next_used(file: BinaryIO) -> int | None:
 
 def read_member(shard: str, signature: ShardSignature, start: int, size: int) -> bytes:
     """Return the content of a member. `pread` moves no file position: workers share descriptors opened before them."""
-    if remote_shards.url_of(shard):
-        return remote_shards.read_remote(shard, signature, start, size)
+    if shard_urls.url_of(shard):
+        return shard_copies.read_remote(shard, signature, start, size)
     key = (shard, signature)
     if key not in open_shards:
         while len(open_shards) >= MOST_OPEN:

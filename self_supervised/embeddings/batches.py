@@ -14,7 +14,7 @@ from self_supervised.data import video_files
 from self_supervised.data.custom import PATTERNS, is_selected, refuse_lost_patterns
 from self_supervised.data.image_files import central_square, part_kept
 from self_supervised.data.packed import already_a_batch
-from self_supervised.data.remote_shards import UnreachableShard
+from self_supervised.data.shard_urls import UnreachableShard
 from self_supervised.embeddings.sources import ImageSource
 from self_supervised.networks.frozen_encoder import ENCODER_FACTS
 from self_supervised.runs.command_line import DEVICE, LAGGING, add_fields

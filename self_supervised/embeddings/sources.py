@@ -31,7 +31,7 @@ from self_supervised.data.files import File
 from self_supervised.data.folders import ImageList, of_folder
 from self_supervised.data.image_files import has_equal_pages, in_mode, jpeg_size, read_any, read_image, read_reduced
 from self_supervised.data.packed import PackedImages, data_path
-from self_supervised.data.remote_shards import UnreachableShard
+from self_supervised.data.shard_urls import UnreachableShard
 
 SHARD_OR_SPLIT = re.compile(r".*\.tar(?=/)|.*(?=/)|", re.IGNORECASE)  # start of a path in a `Stored`
 

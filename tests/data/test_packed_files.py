@@ -17,7 +17,7 @@ from model_params import ModelParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import data_sets, loading, packed_files
 from self_supervised.data.image_files import draw_box, read_any
-from self_supervised.data.remote_shards import UnreachableShard
+from self_supervised.data.shard_urls import UnreachableShard
 from self_supervised.views.augmentations import draw_crops, generator
 
 N = 12  # images

@@ -16,7 +16,7 @@ import torch
 from test_custom_data import params as custom_params
 from test_stored_data import write_shards, write_tar
 
-from self_supervised.data import data_sets, foreign_paths, loading, packed_files, remote_shards, tar_shards
+from self_supervised.data import data_sets, foreign_paths, loading, packed_files, shard_copies, shard_urls, tar_shards
 from self_supervised.embeddings import sources
 from self_supervised.embeddings.batches import batches_of
 
@@ -96,9 +96,9 @@ def shards(tmp_path_factory) -> Path:
 @pytest.fixture
 def server(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA_PATH", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote_shards, "WAITS", (0.001,) * 6)
-    monkeypatch.setattr(remote_shards, "PIECE", 20_000)
-    monkeypatch.setattr(remote_shards, "away", {})
+    monkeypatch.setattr(shard_urls, "WAITS", (0.001,) * 6)
+    monkeypatch.setattr(shard_copies, "PIECE", 20_000)
+    monkeypatch.setattr(shard_urls, "away", {})
     monkeypatch.setattr(tar_shards, "known", {})
     with Server(shards) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -112,7 +112,7 @@ def params(root: object, **fields):
 
 
 def copies() -> list[Path]:
-    return [path for path in remote_shards.folder().rglob("*.tar.*") if path.suffix not in (".json", ".loading")]
+    return [path for path in shard_urls.copies_folder().rglob("*.tar.*") if path.suffix not in (".json", ".loading")]
 
 
 def batches(root: object, epochs: int = 2, **fields) -> list[list[torch.Tensor]]:
@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_requests_of_parts(server, shards, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left")
 
-    monkeypatch.setattr(remote_shards, "download", full)
+    monkeypatch.setattr(shard_copies, "download", full)
     assert same(batches(server.url, 1), batches(shards, 1)) and not copies()
 
 
@@ -183,7 +183,7 @@ def test_the_reader_goes_on_without_the_thread_that_reads_ahead(server, shards, 
     def lost(*_):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(remote_shards.ReadAhead, "is_done", lost)
+    monkeypatch.setattr(shard_copies.ReadAhead, "is_done", lost)
     assert same(batches(server.url, 1), batches(shards, 1))
 
 
@@ -202,7 +202,7 @@ def test_splits_and_resuming_are_those_of_the_disk(server, shards, tmp_path):
 
 def test_the_index_is_kept_until_the_etag_changes(server, monkeypatch):
     forgotten = []
-    monkeypatch.setattr(remote_shards.file_system(server.url), "invalidate_cache", lambda: forgotten.append(1))
+    monkeypatch.setattr(shard_urls.file_system(server.url), "invalidate_cache", lambda: forgotten.append(1))
 
     def read() -> int:
         tar_shards.known.clear(), server.sent.clear()
@@ -224,8 +224,8 @@ def test_shards_are_downloaded_to_be_packed(server):
 
 def test_shards_on_the_hub_are_known_by_their_hash(monkeypatch):
     info = {"size": 7, "blob_id": "abc", "last_commit": None}
-    monkeypatch.setattr(remote_shards, "file_system", lambda _: SimpleNamespace(info=lambda _: info))
-    assert remote_shards.signature_of(remote_shards.place_of("hf://datasets/a/b/0.tar")) == (7, "abc")
+    monkeypatch.setattr(shard_urls, "file_system", lambda _: SimpleNamespace(info=lambda _: info))
+    assert shard_urls.signature_of(shard_urls.place_of("hf://datasets/a/b/0.tar")) == (7, "abc")
 
 
 def test_of_large_members_only_headers_are_read(server, tmp_path, monkeypatch):
@@ -249,19 +249,19 @@ def test_a_shard_that_stays_away_is_named(server, shards):
         server.gone = "train-000003"
         with pytest.raises(ValueError, match=rf"{server.url}/train-000003.tar cannot be read .*500.*after 7 attempts"):
             list(loading.get_loader(p, dataset, training=True))
-        remote_shards.away.clear()
+        shard_urls.away.clear()
         dataset.source.ahead.stop()
     server.gone = None
     source = sources.open_source(p.data_path)
     for copy in copies():
         copy.unlink()
     server.gone = "train-000003"  # programs that embed do not take it for broken images either
-    with pytest.raises(remote_shards.UnreachableShard):
+    with pytest.raises(shard_urls.UnreachableShard):
         list(batches_of(source, p, source.paths(), 8, 0))
 
 
 def test_a_url_may_name_a_user_without_a_password():
-    place = remote_shards.place_of("abfs://photos@account.dfs.core.windows.net/train-0.tar")
+    place = shard_urls.place_of("abfs://photos@account.dfs.core.windows.net/train-0.tar")
     assert place.endswith("abfs/photos@account.dfs.core.windows.net/train-0.tar")
 
 
