@@ -20,6 +20,7 @@ def get_loader(
     accumulated: int = 1,
     device: Any = "cpu",
     in_order: bool = False,
+    processes: int | None = None,
 ) -> ResumableDataLoader:
     """Return a loader of batches of (images, labels).
 
@@ -32,6 +33,7 @@ def get_loader(
         accumulated: batches per optimizer step, among which `global_batch_size` is divided.
         device: where a packed data set is kept, if `data_on_device` says so or, by default, if it fits.
         in_order: do not shuffle files for evaluation.
+        processes: their number, if they have not started yet.
 
     Raises:
         ValueError: the settings do not fit the data set, or it has fewer images than one batch.
@@ -47,11 +49,12 @@ def get_loader(
     device = torch.device(device)
     if packed and (fits(dataset, device) if params.data_on_device is None else params.data_on_device):
         dataset = ImagesOnDevice(dataset, device)
-    size, processes = images_per_batch(params, accumulated), distributed.world_size()
+    processes = processes or distributed.world_size()
+    size = images_per_batch(params, accumulated, processes)
     step = size * processes * (accumulated if training else 1)
     drop_last = training and should_drop_last(params.drop_last_batch, len(dataset), step)
     if drop_last:
-        check_one_batch(params, len(dataset), size)
+        check_one_batch(params, len(dataset), size, processes)
     shuffle = training or not (packed or in_order)
     seed = params.seed or 0
     are_crops = isinstance(dataset, ImageFiles) and bool(dataset.views)
@@ -79,9 +82,8 @@ def should_drop_last(setting: bool | None, n_images: int, step: int) -> bool:
     return setting if setting is not None else n_images >= step and n_images % step < step / 2
 
 
-def check_one_batch(params: EncoderAndDataParams, n_images: int, size: int) -> None:
+def check_one_batch(params: EncoderAndDataParams, n_images: int, size: int, processes: int) -> None:
     """Raise ValueError if there are fewer images than one batch of `size` on each process."""
-    processes = distributed.world_size()
     if n_images >= size * processes:
         return
     name = "batch_size" if params.global_batch_size is None else "global_batch_size"
@@ -92,7 +94,7 @@ def check_one_batch(params: EncoderAndDataParams, n_images: int, size: int) -> N
     )
 
 
-def images_per_batch(params: EncoderAndDataParams, accumulated: int) -> int:
+def images_per_batch(params: EncoderAndDataParams, accumulated: int, processes: int | None = None) -> int:
     """Return the number of images per process and batch.
 
     Raises:
@@ -100,10 +102,11 @@ def images_per_batch(params: EncoderAndDataParams, accumulated: int) -> int:
     """
     if params.global_batch_size is None:
         return params.batch_size
-    shares = distributed.world_size() * accumulated
+    processes = processes or distributed.world_size()
+    shares = processes * accumulated
     if params.global_batch_size % shares:
         raise ValueError(
-            f"global_batch_size={params.global_batch_size} is not divisible by {shares} = {distributed.world_size()} "
-            f"processes x {accumulated} accumulated batches. Choose a multiple of {shares}."
+            f"global_batch_size={params.global_batch_size} is not divisible by {shares} = {processes} processes "
+            f"x {accumulated} accumulated batches. Choose a multiple of {shares}."
         )
     return params.global_batch_size // shares

@@ -41,11 +41,15 @@ def linear_settings(options: RunOptions, params: ModelParams) -> dict:
     one batch."""
     settings = {"lr": options.linear_lr, "lr_scaling": "linear", "seed": params.seed}
     n_images = len(data_sets.get_dataset(params, params.dataset.train_splits))
-    n_processes = max(options.n_processes, distributed.world_size())
-    one_batch = attrs.fields(LinearClassifierMethodParams).batch_size.default * n_processes
+    one_batch = attrs.fields(LinearClassifierMethodParams).batch_size.default * processes_of(options)
     if params.dataset.is_custom or n_images < one_batch:
         settings["drop_last_batch"] = None
     return settings
+
+
+def processes_of(options: RunOptions) -> int:
+    """Return the number of processes of a run, which may not have started yet; 1 if only the Trainer will know it."""
+    return max(options.n_processes, distributed.world_size())
 
 
 def check_run(options: RunOptions, params: ModelParams, decode: bool = False) -> None:
@@ -74,12 +78,13 @@ def check_run(options: RunOptions, params: ModelParams, decode: bool = False) ->
         refuse_constant_heads(params)
         if params.use_lagging_model:
             refuse_half_precision(options.precision, params.m)
-        check_images(params, options.accumulate_grad_batches)
+        check_images(params, options.accumulate_grad_batches, processes_of(options))
         check_fractions(params, options)
         if options.linear_epochs:
             settings = {name: getattr(params, name) for name in FROM_PRETRAINING} | linear_settings(options, params)
             check_labels(params)
-            check_batches(LinearClassifierMethodParams(**settings), params.dataset.train_splits)
+            linear = LinearClassifierMethodParams(**settings)
+            unread_loader(linear, params.dataset.train_splits, True, 1, processes_of(options))
         if decode:
             check_files(params, with_classifier=options.linear_epochs > 0)
 
@@ -127,9 +132,17 @@ def toy_labels(params: ModelParams, splits: tuple[str, ...]) -> torch.Tensor:
     return torch.tensor({"no labels": [UNLABELED] * 4, "a single class": [0] * 4, "": [0, 0, 1, 1]}[lack])
 
 
-def check_images(params: ModelParams, accumulated: int = 1) -> None:
-    """Open the images of pretraining and of its evaluations. `accumulated` is the number of batches per step."""
-    check_batches(params, params.dataset.pretraining_splits, accumulated)
+def check_images(params: ModelParams, accumulated: int = 1, processes: int | None = None) -> None:
+    """Open the images of pretraining and of its evaluations.
+
+    Args:
+        accumulated: number of batches per step.
+        processes: their number, if they have not started yet.
+
+    Raises:
+        ValueError: there are fewer images than a batch on each process, or `global_batch_size` cannot be divided.
+    """
+    unread_loader(params, params.dataset.pretraining_splits, True, accumulated, processes)
     for splits in evaluated_splits(params):
         data_sets.get_dataset(params, splits)
 
@@ -175,24 +188,20 @@ def check_fractions(params: ModelParams, options: RunOptions) -> None:
     for name, splits, training in parts:
         limit = getattr(options, name)
         if isinstance(limit, float):
-            n = len(unread_loader(params, splits, training, options.accumulate_grad_batches))
+            n = len(unread_loader(params, splits, training, options.accumulate_grad_batches, processes_of(options)))
             if 0 < limit * n < 1:
                 raise ValueError(
                     f"{name}={limit}: less than one of {n} batches. Choose a larger fraction, or a number of batches."
                 )
 
 
-def check_batches(params: EncoderAndDataParams, splits: tuple[str, ...], accumulated: int = 1) -> None:
-    """Raise ValueError unless one process has enough images to train on. Multiple processes need at least as many."""
-    unread_loader(params, splits, True, accumulated)
-
-
 def unread_loader(
-    params: EncoderAndDataParams, splits: tuple[str, ...], training: bool, accumulated: int
+    params: EncoderAndDataParams, splits: tuple[str, ...], training: bool, accumulated: int, processes: int | None
 ) -> DataLoader:
     """Return the loader of the splits, without workers and packs: no image is decoded yet."""
     params = attrs.evolve(params, num_data_workers=0, pack_images=False)
-    return loading.get_loader(params, data_sets.get_dataset(params, splits), training, accumulated=accumulated)
+    dataset = data_sets.get_dataset(params, splits)
+    return loading.get_loader(params, dataset, training, accumulated, processes=processes)
 
 
 def check_labels(params: EncoderAndDataParams) -> None:

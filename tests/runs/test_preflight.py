@@ -64,6 +64,18 @@ def test_a_missing_split_or_another_number_of_channels_is_refused_before_the_run
     refused(f"--dataset_name imagenet --num_data_workers 0 {line}", message, monkeypatch)
 
 
+@pytest.mark.parametrize("processes", [{"devices": 2}, {"devices": 1, "num_nodes": 2}])
+def test_batches_are_those_of_all_processes_which_have_not_started_yet(processes, small):
+    params = small("simclr", batch_size=1000)  # of 1,297 images
+    check_run(RunOptions(), params)
+    with pytest.raises(ValueError, match="batch_size=1000: the 1297 .*batch of 1000 on each of 2 processes. Choose"):
+        check_run(RunOptions(**processes), params)
+    params = small("simclr", batch_size=33, global_batch_size=33)
+    check_run(RunOptions(), params)
+    with pytest.raises(ValueError, match="global_batch_size=33 is not divisible by 2 = 2 processes x 1 accumulated"):
+        check_run(RunOptions(**processes), params)
+
+
 def test_a_linear_stage_of_fewer_images_than_its_batch_is_one_batch(monkeypatch, tmp_path, small):
     monkeypatch.setenv("DATA_PATH", str(tmp_path))
     for folder in ("train/cat", "train/dog", "val/cat"):
