@@ -246,8 +246,14 @@ def found_lists(source: CustomSource, params: EncoderAndDataParams) -> ImageList
     """Return all images of `source`, by split.
 
     Raises:
-        ValueError: a pattern matches none of them.
+        ValueError: a pattern matches none of them, or splits are directories inside of shards.
     """
+    if isinstance(source, TarShards) and (inside := source.splits_inside()):
+        raise ValueError(
+            f"data_path={params.data_path or str(source.root)!r}: its shards hold the directories {', '.join(inside)}, "
+            "and all images would be for training. Write a shard of each split (tar cf train.tar -C train .), or name "
+            "the shard train.tar if these are not splits."
+        )
     images_of = source.find()
     paths = [path for images in images_of.values() for path, _ in images]
     refuse_lost_patterns({name: getattr(params, name) for name in PATTERNS}, paths, source.root)

@@ -116,6 +116,15 @@ class TarShards(OnDisk):
             raise ValueError(f"label_key={self.label_key!r}: no sample in {self.root} has this extension or .json key")
         return with_labels(images_of, self.label_of)
 
+    def splits_inside(self) -> list[str]:
+        """Return the first directories of the members if these are splits, train and others, which no shard's name is;
+        else []."""
+        if any(split_in(os.path.relpath(shard, self.root)) for shard in self.signatures):
+            return []
+        folders = {member.rpartition("/")[0].split("/")[0] for places in self.index.values() for member in places}
+        splits = set(map(split_in, folders))
+        return sorted(folders) if "train" in splits and len(splits) > 1 and None not in splits else []
+
     @cached_property
     def has_labels(self) -> bool:
         return any(label is not None for places in self.index.values() for _, _, label in places.values())

@@ -782,3 +782,24 @@ def test_a_damaged_index_of_shards_is_made_anew(tmp_path, monkeypatch, content):
     monkeypatch.setattr(tar_shards, "known", {})
     data_sets.get_dataset(params(pattern, splits_path=str(lists)), ("train",))
     assert len(json.loads((lists / "shards.json").read_text())["shards"]) > 1
+
+
+def test_splits_inside_of_a_shard_are_refused(tmp_path):
+    """As `tar cf photos.tar train val` writes them. What the message asks for works."""
+    images = {f"{split}/c{i % 2}/{i}.png": png(NAMES[i]) for i, split in enumerate(["train"] * 4 + ["val"] * 2)}
+    photos = params(write_tar(tmp_path / "photos.tar", images))
+    with pytest.raises(
+        ValueError, match="photos.tar': its .* directories train, val, and all images would be for train"
+    ):
+        data_sets.get_dataset(photos, ("train",))
+    as_one = data_sets.get_dataset(params(write_tar(tmp_path / "train.tar", images), val_size=0), ("train",))
+    assert as_one.class_names == ["train", "val"]
+    for split in ("train", "val"):
+        own = {path.replace(split, ".", 1): image for path, image in images.items() if path.startswith(split)}
+        write_tar(tmp_path / "each" / f"{split}.tar", own)
+    each = params(f"{tmp_path}/each/{{train,val}}.tar")
+    labels = [data_sets.get_dataset(each, (split,)).labels.tolist() for split in ("train", "val")]
+    assert labels == [[0, 1, 0, 1], [0, 1]]
+    only_train = write_tar(tmp_path / "photo.tar", {p: image for p, image in images.items() if p.startswith("train")})
+    assert len(data_sets.get_dataset(params(only_train, val_size=0, test_size=0), ("train",))) == 4
+    assert len(sources.open_source(str(tmp_path / "photos.tar")).paths()) == 6  # embeddings are of all splits
