@@ -189,7 +189,8 @@ class EncoderAndDataParams:
     """Settings of encoder and data, shared by both stages."""
 
     # encoder
-    encoder_arch: str = "resnet18"  # torchvision's name, ws_resnet18, ..., small_cnn, timm:NAME; "module": your own
+    # torchvision's name, ws_resnet18, ..., small_cnn, timm:NAME; in Python only: "module", your own
+    encoder_arch: str = "resnet18"
     embedding_dim: int | None = positive(None)  # width of the embeddings; None: inferred from the encoder
     # initial weights: a file, the directory of a run, or the name of published ones, such as "DEFAULT"; None: random
     encoder_weights: str | None = path()
