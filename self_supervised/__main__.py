@@ -16,7 +16,7 @@ COMMANDS = {  # name -> (module, description)
     "nearest": ("self_supervised.embeddings.nearest", "find the nearest neighbors of images"),
     "map": ("self_supervised.embeddings.projection", "draw the features as a two-dimensional map"),
     "curves": ("self_supervised.report.curves", "draw the training curves of runs"),
-    "compare": ("self_supervised.report.compare", "print the differences between runs as a table"),
+    "compare": ("self_supervised.report.compare", "print scores, results and differing settings of runs as tables"),
     "report": ("self_supervised.report.report", "write an HTML page about one or more runs"),
     "demo": ("self_supervised.demo", "train on small images of digits, in a minute"),
 }
