@@ -11,6 +11,7 @@ from torch import nn
 
 from moco import SelfSupervisedMethod
 from model_params import PRESETS, EncoderAndDataParams, ModelParams
+from self_supervised import recipes
 from self_supervised.training import advice, optimizers, parameter_groups
 from self_supervised.training.plan import Plan, lr_factor, resolved_warmup_epochs
 from self_supervised.views import training_views
@@ -197,6 +198,15 @@ def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_l
     assert "lr=0.5 with 16 images per step is 8 per 256" in lr and "Try lr=0.031" in lr
     assert "T=0.1, lars_eta=0.1: no effect" in unused and "lars_eta needs optimizer_name=lars" in unused
     assert "T needs loss_type=ce or dcl or bce or sce or supcon or swav or dino or seed; " in unused
+
+
+@pytest.mark.parametrize("kind", recipes.KINDS)
+def test_learning_rates_of_recipes_that_were_run_are_among_those_tried(kind):
+    for preset in (name for name, row in recipes.KINDS[kind].rows.items() if row.result):
+        params = recipes.recipe(preset, kind)
+        lowest, highest = advice.TRIED_LR[params.optimizer_name]
+        lr = params.lr * lr_factor(params, params.batch_size) * advice.OF_IMAGES / params.batch_size
+        assert lowest <= lr <= highest, preset
 
 
 @pytest.mark.parametrize("rule", [None, "linear", "sqrt"])
