@@ -62,16 +62,19 @@ LR_SCHEDULES = ("cosine", "linear", "steps", "constant")
 
 # ---- Losses ----
 
-PAIRS, PREDICTIONS = "a query with its key and with other images", "a prediction with its key"
-BATCHES, PROTOTYPES = "batches of projections with each other", "projections with prototypes"
-STUDENTS = "a student with its teacher (--teacher)"
+# families of methods
+PAIRS = "contrastive: recognize the positive key among keys of other images"
+PREDICTIONS = "without negatives: predict the key of another view"
+BATCHES = "redundancy reduction and regularization: make views agree, and keep the projections of a batch apart"
+PROTOTYPES = "clustering: assign the views of an image to the same prototypes"
+STUDENTS = "distillation: learn from a frozen teacher (--teacher)"
 
 
 @frozen
 class Loss:
     """Facts about a loss. Its function is in `losses.get_loss` or `multi_view_losses.get_loss_of_views`."""
 
-    compares: str  # what with what, as the programs' help lists it
+    compares: str  # family of methods, as the programs' help lists it
     text: str  # the loss with its settings, in words; {name} is a setting that it reads
     negatives: bool | None = None  # True: it needs them; False: they are compared if there are any; None: never
     by_rows: bool = False  # a mean over queries, each compared with all others: can be computed in parts

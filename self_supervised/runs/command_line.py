@@ -59,6 +59,7 @@ FOLDER = "directory of the features' images, if it has moved"
 DEVICE = "cpu, cuda, cuda:1, mps; default: a GPU if there is one"
 LAGGING = "take the lagging encoder of a checkpoint, as DINO's authors do"
 USAGE = "self-supervised train PRESET [options]"
+EXAMPLE = "self-supervised train vicreg --recipe digits"
 VALUES = "Values are YAML: 0.3, true, none. Lists have blanks or commas between their items: knn rank_me or knn,rank_me"
 SEE_HELP = " See --help for all names."
 
@@ -247,7 +248,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, RunOptions, ModelParams]:
     arguments = list(arguments)
     given = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     if given is None and (not arguments or {"-h", "--help"} & set(arguments)):
-        print(f"usage: {USAGE}\n\nPRESET --help lists its settings and all options. Presets:{families()}")
+        about = f"    {EXAMPLE}\n\nPRESET --help lists its settings and all options. Presets:{families()}"
+        print(f"usage: {USAGE}\n\n{about}")
         raise SystemExit(0 if arguments else 2)
     file, recipe, others = split_config(arguments)
     preset = preset_of(given, file)

@@ -90,7 +90,8 @@ def test_help_without_a_preset_lists_them_by_what_they_compare(capsys):
         parse("--help")
     shown = capsys.readouterr().out
     assert exit_.value.code == 0 and all(shown.count(f"\n  {name} ") == 1 for name in PRESETS)
-    assert shown.index("a prediction with its key") < shown.index("  byol ") < shown.index("prototypes\n  swav ")
+    assert shown.index("\nwithout negatives: ") < shown.index("  byol ") < shown.index("prototypes\n  swav ")
+    assert "\n    self-supervised train vicreg --recipe digits\n" in shown
     assert "\n  moco_v2       MoCo v2 (https://arxiv.org/abs/2003.04297): InfoNCE" in shown
 
 
