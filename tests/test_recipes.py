@@ -96,7 +96,11 @@ def test_options_win_over_the_recipe_and_the_configuration_has_what_results(tmp_
     assert "Pass --recipe or --config" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command_line.parse(["simclr", "--help"])
-    assert "Recipes (--recipe NAME): digits, " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Recipes (--recipe NAME): digits, " in shown and "Defaults below" not in shown
+    with pytest.raises(SystemExit):
+        command_line.parse(["simclr", "--recipe", "digits", "--help"])
+    assert "\nDefaults below: recipe digits\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow

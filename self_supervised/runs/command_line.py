@@ -60,7 +60,7 @@ DEVICE = "cpu, cuda, cuda:1, mps; default: a GPU if there is one"
 LAGGING = "take the lagging encoder of a checkpoint, as DINO's authors do"
 USAGE = "self-supervised train PRESET [options]"
 EXAMPLE = "self-supervised train vicreg --recipe digits"
-VALUES = "Values are YAML: 0.3, true, none. Lists have blanks or commas between their items: knn rank_me or knn,rank_me"
+VALUES = "Values are YAML: 0.3, true, none. Separate list items by spaces or commas: knn rank_me or knn,rank_me"
 SEE_HELP = " See --help for all names."
 
 
@@ -182,6 +182,7 @@ def parser(preset: str, recipe: str | None = None) -> Parser:
     """Return the parser of all options, with the values of a preset, or of its recipe, as defaults."""
     tried = ", ".join(recipes.tried_with(preset)) or "none"
     about = f"{wrapped(f'Preset {preset}: {differences(preset)}')}\nRecipes (--recipe NAME): {tried}\n{wrapped(VALUES)}"
+    about += f"\nDefaults below: recipe {recipe}" if recipe else ""
     settings = recipes.recipe(preset, recipe) if recipe else PRESETS[preset]()
     # print_config=None: ours prints the validated settings. allow_abbrev: `parse` does not recognize --conf as --config
     built = Parser(usage=USAGE, description=about, formatter_class=Formatter, print_config=None, allow_abbrev=False)
