@@ -308,7 +308,8 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--starting_weights", metavar="FILE_OR_NAME", help="second baseline; default: those named in the checkpoint"
     )
     parser.add_argument("--no_baselines", action="store_true", help="evaluate only the trained encoder")
-    parser.add_argument("--lagging", action="store_true", help="also evaluate the lagging encoder of the checkpoint")
+    lagging = "also evaluate the lagging encoder (EMA, momentum encoder, DINO's teacher) of the checkpoint"
+    parser.add_argument("--lagging", action="store_true", help=lagging)
     parser.add_argument("--fresh", action="store_true", help="discard earlier results")
     output.add_output_options(parser)
     parser.add_argument("--device", default="auto", help=DEVICE)
