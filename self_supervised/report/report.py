@@ -101,6 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         default=IMAGES,
         metavar="N",
-        help=f"most test images to embed, 0: none (default: {IMAGES})",
+        help=f"maximum number of test images to embed; 0 leaves out neighbors and map (default: {IMAGES})",
     )
     print(write_report(**vars(parser.parse_args(arguments))))
