@@ -304,9 +304,8 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", action=ListOption, type=items(int), default=[0], metavar="SEED", help="random seeds; default: 0"
     )
-    parser.add_argument(
-        "--starting_weights", metavar="FILE_OR_NAME", help="second baseline; default: those named in the checkpoint"
-    )
+    start = "weights from which the pretraining started, as a second baseline; default: those that the checkpoint names"
+    parser.add_argument("--starting_weights", metavar="FILE_OR_NAME", help=start)
     parser.add_argument("--no_baselines", action="store_true", help="evaluate only the trained encoder")
     lagging = "also evaluate the lagging encoder (EMA, momentum encoder, DINO's teacher) of the checkpoint"
     parser.add_argument("--lagging", action="store_true", help=lagging)
