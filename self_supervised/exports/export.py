@@ -220,13 +220,15 @@ def export_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=items(),
         default=[],
         metavar="FORMAT",
-        help=f"one or more of {', '.join(FORMATS)}",
+        help=f"required unless --count is passed: one or more of {', '.join(FORMATS)}",
     )
     parser.add_argument(
         "--out", metavar="DIR_OR_FILE", help="directory, or file with an extension; default: next to the checkpoint"
     )
-    parser.add_argument("--publish", action="store_true", help="append the first digits of the file's SHA-256")
-    parser.add_argument("--normalize", action="store_true", help="export a program that takes values from 0 to 1")
+    publish = "append the first digits of the file's SHA-256 to its name"
+    parser.add_argument("--publish", action="store_true", help=publish)
+    normalize = "include the normalization in the program: its input is then 0 to 1 (torchscript, onnx, torch_export)"
+    parser.add_argument("--normalize", action="store_true", help=normalize)
     parser.add_argument("--lagging", action="store_true", help=LAGGING)
     parser.add_argument("--count", action="store_true", help="print parameters and FLOPs of each part")
     fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see model_params.py)")
