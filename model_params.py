@@ -216,7 +216,8 @@ class EncoderAndDataParams:
 
     # data loader
     num_data_workers: int = non_negative(4, at_most=MOST_WORKERS)  # processes that decode files; packed sets need none
-    # drop an incomplete last optimizer step of an epoch; None: only if it is less than half full and not the only one
+    # leave out the last images of an epoch if they do not fill an optimizer step; None: only if they fill less than
+    # half of it, and the epoch has other steps
     drop_last_batch: bool | None = True
     pin_data_memory: bool = True  # use pinned memory, for faster copies to a GPU
     data_on_device: bool | None = None  # keep packed sets on the device as uint8; None: on a GPU, if they fit
@@ -431,7 +432,7 @@ class ModelParams(EncoderAndDataParams):
     queue of keys from a lagging model."""
 
     # pairs of views
-    # large views per image: the only ones with keys, unless there is a teacher
+    # number of large (global) views per image; only these serve as keys, unless there is a teacher
     n_large_views: int = number(2, at_least=1, at_most=100)
     # small views per image: queries for the keys of all large views, or for the teacher's key of the same view
     n_small_views: int = number(0, at_most=100)
@@ -439,7 +440,7 @@ class ModelParams(EncoderAndDataParams):
 
     # where keys come from
     use_lagging_model: bool = True  # compute keys with a lagging model, the moving average of the network
-    m: float = fraction(0.996)  # fraction of itself that the lagging model keeps at each step
+    m: float = fraction(0.996)  # EMA momentum of the lagging model: fraction of itself that it keeps at each step
     use_momentum_schedule: bool = False  # raise m to 1 along half a cosine
     stop_gradient_of_keys: bool = False  # detach keys, as in SimSiam; those of a lagging model always are
     use_nearest_keys: bool = False  # replace keys by the most similar ones of the queue, as in NNCLR
@@ -497,7 +498,7 @@ class ModelParams(EncoderAndDataParams):
     # EqCo and DCL
     use_eqco_margin: bool = False  # add EqCo's margin to the logits of the negatives
     eqco_alpha: float = positive(65536)  # number of negatives that the loss emulates, if use_eqco_margin is set
-    dcl_sigma: float | None = positive(None, by=1e-4)  # sigma of DCLW's weights of the own keys; None: DCL, no weights
+    dcl_sigma: float | None = positive(None, by=1e-4)  # sigma of positive pairs' weights (DCLW); None: no weights (DCL)
 
     # weights of the terms of VICReg, Barlow Twins and losses of all views
     invariance_loss_weight: float = non_negative(25.0, at_most=1e6)  # weight of the invariance (VICReg's lambda)
@@ -511,10 +512,10 @@ class ModelParams(EncoderAndDataParams):
     n_prototypes: int = positive(3000, at_most=2**24)  # number of prototypes of SwAV and DINO
     prototypes_frozen_epochs: float = non_negative(1)  # epochs at the start in which prototypes do not change
     queue_from_epoch: float = non_negative(0)  # epochs at the start in which SwAV's assignments do not use the queue
-    center_momentum: float = fraction(0.9)  # fraction of itself that DINO's center keeps at each step
+    center_momentum: float = fraction(0.9)  # EMA momentum of DINO's center: fraction kept at each step
 
     # SCE, and targets of SEED, SwAV and DINO
-    sce_coefficient: float = fraction(0.5)  # weight of the own key in the target; 1: InfoNCE, 0: ReSSL
+    sce_coefficient: float = fraction(0.5)  # weight of the positive key in the target; 1: InfoNCE, 0: ReSSL
     sce_target_T: float = positive(0.05, by=1e-4)  # temperature of the target, also SEED's, SwAV's, DINO's; below T
 
     # SCE: schedule of the coefficient
@@ -584,7 +585,8 @@ class ModelParams(EncoderAndDataParams):
 
     # schedules of learning rate and weight decay
     lr_schedule: str = choice("cosine", LR_SCHEDULES)  # shape of the learning rate after the warm-up
-    final_lr_schedule_value: float = non_negative(0.0, at_most=1000)  # lr at the end, scaled as lr; steps: lower bound
+    # learning rate at the end of training, scaled with the batch size as lr is; lr_schedule=steps: lower bound
+    final_lr_schedule_value: float = non_negative(0.0, at_most=1000)
     lr_decay_steps: list[float] = numbers()  # steps: epochs at which the learning rate decays, such as [60, 80]
     lr_decay_factor: float = positive(0.1, at_most=1)  # steps: factor of the learning rate at each of lr_decay_steps
     warmup_epochs: float | None = non_negative(None)  # epochs of warm-up; None: lars_warmup_epochs with lars, else 0
