@@ -215,12 +215,14 @@ class EncoderAndDataParams:
     seed: int | None = non_negative(None, at_most=2**63 - 1)
 
     # data loader
-    num_data_workers: int = non_negative(4, at_most=MOST_WORKERS)  # processes that decode files; packed sets need none
+    # processes that decode files; not used for digits, CIFAR, STL-10
+    num_data_workers: int = non_negative(4, at_most=MOST_WORKERS)
     # leave out the last images of an epoch if they do not fill an optimizer step; None: only if they fill less than
     # half of it, and the epoch has other steps
     drop_last_batch: bool | None = True
     pin_data_memory: bool = True  # use pinned memory, for faster copies to a GPU
-    data_on_device: bool | None = None  # keep packed sets on the device as uint8; None: on a GPU, if they fit
+    # keep a built-in data set (digits, CIFAR, STL-10) on the device as uint8; None: on a GPU, if it fits
+    data_on_device: bool | None = None
     # decode image files once, reduce them to 8/7 of the view's size, and read them from $DATA_PATH/packed from then on
     pack_images: bool = False
     # reaction to a broken file; skip: train on the next one, leave it out of evaluations, and count it

@@ -315,7 +315,7 @@ def evaluate_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     workers = "processes that decode files; default: as in the pretraining"
     parser.add_argument("--num_data_workers", "--num_workers", type=int, metavar="N", help=workers)
     reading = parser.add_argument_group(
-        "settings of encoder and files; default: those of the pretraining (see model_params.py)"
+        "settings of encoder and files; default: those of the pretraining (see docs/options.md)"
     )
     add_fields(reading, READING_OPTIONS)
     return parser.parse_args(arguments)

@@ -139,5 +139,5 @@ def add_embedding_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help=DEVICE)
     parser.add_argument("--lagging", action="store_true", default=argparse.SUPPRESS, help=LAGGING)
-    fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see model_params.py)")
+    fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see docs/options.md)")
     add_fields(fields, OVERRIDES)

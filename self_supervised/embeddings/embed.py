@@ -113,8 +113,8 @@ def embed_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "folder",
         nargs="?",
         metavar="FOLDER",
-        help="directory of images or videos, flat or nested; shards; a Hugging Face data set; a packed data set by "
-        "name: cifar10, digits/test; default: --dataset_name",
+        help="directory of images or videos, flat or nested; shards; a Hugging Face data set; a built-in "
+        "data set (digits, CIFAR, STL-10) by name: cifar10, digits/test; default: --dataset_name",
     )
     parser.add_argument("--out", type=as_path, required=True, metavar="FILE.parquet", help="file of the embeddings")
     parser.add_argument("--skip_unreadable", action="store_true", help="list unreadable images instead of stopping")

@@ -231,7 +231,7 @@ def export_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--normalize", action="store_true", help=normalize)
     parser.add_argument("--lagging", action="store_true", help=LAGGING)
     parser.add_argument("--count", action="store_true", help="print parameters and FLOPs of each part")
-    fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see model_params.py)")
+    fields = parser.add_argument_group("settings that the checkpoint lacks, or has wrong (see docs/options.md)")
     add_fields(fields, FACTS)
     args = parser.parse_args(arguments)
     if not args.format and not args.count:
