@@ -236,9 +236,9 @@ def doubt_of_lr(params: ModelParams, plan: Plan) -> str:
     near = (highest if lr > highest else lowest) * plan.global_batch_size / OF_IMAGES / plan.lr_factor
     scaled = "" if plan.lr_factor == 1 else f", scaled to {plan.lr:.4g} (lr_scaling={params.lr_scaling!r}),"
     return (
-        f"lr={plan.lr / plan.lr_factor:.4g}{scaled} with {plan.global_batch_size} {plan.kind} per step is {lr:.4g} per "
-        f"{OF_IMAGES}. With optimizer_name={params.optimizer_name!r}, {lowest:g} to {highest:g} was tried. Try "
-        f"lr={near:.2g}"
+        f"lr={plan.lr / plan.lr_factor:.4g}{scaled} with {plan.global_batch_size} {plan.kind} per step corresponds to "
+        f"lr={lr:.4g} for {OF_IMAGES} {plan.kind}. Learning rates of {lowest:g} to {highest:g} have been tried with "
+        f"optimizer_name={params.optimizer_name!r}. Try lr={near:.2g}"
     )
 
 

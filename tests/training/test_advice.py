@@ -195,7 +195,7 @@ def test_a_learning_rate_far_from_those_tried_and_changes_without_effect_are_a_l
     params = small("byol", lr=0.5, optimizer_name="sgd", lars_eta=0.1, T=0.1, evaluations=[])
     trainer().fit(SelfSupervisedMethod(params, encoder=Encoder()))
     lr, unused = [line for line in caplog.messages if line.startswith("warning: ")]
-    assert "lr=0.5 with 16 images per step is 8 per 256" in lr and "Try lr=0.031" in lr
+    assert "lr=0.5 with 16 images per step corresponds to lr=8 for 256 images. " in lr and "Try lr=0.031" in lr
     assert "T=0.1, lars_eta=0.1: no effect" in unused and "lars_eta needs optimizer_name=lars" in unused
     assert "T needs loss_type=ce or dcl or bce or sce or supcon or swav or dino or seed; " in unused
 
