@@ -293,7 +293,7 @@ class SelfSupervisedMethod(BaseMethod):
             fit_checks.refuse_constant_heads(self.params)
             fit_checks.refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
             if self.lagging_model is not None:
-                refuse_half_precision(self.trainer.precision, self.params.m, trained=self)
+                refuse_half_precision(self.trainer.precision, self.params.m)
 
     def train_dataloader(self):
         self.trains_on_dataset_name = True

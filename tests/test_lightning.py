@@ -228,12 +228,18 @@ def test_labels_that_no_evaluation_reads_may_be_anything(shape, small, trainer):
         trainer().validate(model, DataLoader(TensorDataset(IMAGES, torch.randn(20)), batch_size=8), verbose=False)
 
 
-def test_half_precision_that_another_trainer_left_is_refused(small, trainer):
-    model = SelfSupervisedMethod(small("byol", evaluations=[]))
-    trainer(precision="bf16-true").predict(model)
-    with pytest.raises(ValueError, match="half precision, left by another Trainer. Call float"):
-        trainer(max_epochs=1).fit(model)
-    trainer(max_epochs=1).fit(model.float())
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("bf16-true", "bfloat16"), ("16-true", "float16"), ("64-true", "float64")]
+)
+def test_a_precision_that_another_trainer_left_is_refused(precision, kind, method, trainer):
+    """The training would silently be in that precision."""
+    model = method()
+    trainer(precision=precision).predict(model)
+    with pytest.raises(ValueError, match=f"^precision='32-true': the weights are torch.{kind}, left by .* Call float"):
+        trainer().fit(model)
+    trainer().fit(model.float())
+    for _ in range(2):
+        trainer(precision="64-true").fit(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*(called without a model|no last checkpoint)")  # for OnExceptionCheckpoint

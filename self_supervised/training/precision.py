@@ -19,6 +19,7 @@ VARIABLE = "SELF_SUPERVISED_PRECISION"  # environment variable with the precisio
 LEAST_SPEEDUP = 1.1  # of bfloat16: less is within the noise of a measurement on a busy machine
 ROUNDS, SECONDS = 3, 1.0  # most rounds of the measurement, and seconds after which no further round begins
 BFLOAT16_ON_CPU = ("bf16-mixed", "16-mixed", "bf16-true")  # Lightning turns float16 into bfloat16 there
+OF_WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}  # others: float32
 AMPERE = (8, 0)  # compute capability of the first GPUs that multiply bfloat16
 
 
@@ -151,14 +152,19 @@ def has_blind_tap(size: int, kernel: int, stride: int, padding: int, dilation: i
     return any(all(not 0 <= start + tap * dilation < size for start in starts) for tap in range(kernel))
 
 
-def refuse_half_precision(precision: str, m: float, trained: nn.Module | None = None) -> None:
-    """Raise ValueError if the lagging model, which keeps m of itself at each step, would be in half precision, or if
-    the module that it follows is."""
-    weights = () if trained is None else trained.parameters()
-    if any(w.requires_grad and w.dtype in (torch.bfloat16, torch.float16) for w in weights):
+def refuse_another_type(method: Any) -> None:
+    """Raise ValueError if the weights have a type in which the Trainer would train them, whatever its precision is."""
+    precision = method.trainer.precision
+    types = {w.dtype for w in method.parameters() if w.requires_grad} - {torch.float32, OF_WEIGHTS.get(precision)}
+    if types:
         raise ValueError(
-            "the weights are in half precision, left by another Trainer. Call float() on the method first."
+            f"precision={precision!r}: the weights are {types.pop()}, left by another Trainer. Call float() on the "
+            "method first."
         )
+
+
+def refuse_half_precision(precision: str, m: float) -> None:
+    """Raise ValueError if the lagging model, which keeps m of itself at each step, would be in half precision."""
     if precision in ("bf16-true", "16-true"):
         raise ValueError(
             f"precision={precision!r} is too low for the lagging model: half precision rounds its updates, which "

@@ -20,6 +20,7 @@ def prepare(method: pl.LightningModule, stage: str) -> Sequence[RemovableHandle]
         distributed.keep_freed_memory(2**26 if method.params.activation_checkpointing else 2**30)
     if stage != "fit":
         return hooks
+    precision.refuse_another_type(method)
     if trainer.strategy.root_device.type == "cpu" and trainer.precision in precision.BFLOAT16_ON_CPU:
         hooks = precision.keep_exact(method)
     if method.params.winograd:
