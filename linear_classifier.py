@@ -38,7 +38,7 @@ from self_supervised.networks.pretrained import load_encoder
 from self_supervised.numerics import at_least_float32, numbered, rank_of
 from self_supervised.training import advice, label_checks, optimizers
 from self_supervised.training.base_method import BaseMethod
-from self_supervised.training.fit_checks import refuse_callbacks
+from self_supervised.training.fit_checks import refuse_callbacks, refuse_last_batch_of_one
 from self_supervised.training.hyperparameters import Given, resolve
 from self_supervised.training.parameter_groups import check_matches, layer_groups
 from self_supervised.training.plan import get_plan
@@ -165,6 +165,7 @@ class LinearClassifierMethod(BaseMethod):
             modules.prepare_training(self.model)
         else:
             self.model.eval()
+        refuse_last_batch_of_one(self)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

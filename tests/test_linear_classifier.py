@@ -54,6 +54,20 @@ def test_presets_are_taken_by_name(checkpoint):
         LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], "linear_sgd")
 
 
+def test_a_last_batch_of_one_image_is_refused_at_the_start(trainer):
+    """If features are normalized, which needs two images."""
+    data = TensorDataset(torch.randint(256, (33, 1, 8, 8), dtype=torch.uint8), torch.arange(33) % 10)
+    for normalizes, message in (
+        (True, "a batch of 1 image has no batch statistics: .* if it is the last"),
+        (False, ""),
+    ):
+        fields = {"dataset_name": "digits", "normalize_features": normalizes, "encoder_arch": "small_cnn", "seed": 0}
+        model = LinearClassifierMethod(**fields)
+        with pytest.raises(ValueError, match=message) if message else nullcontext():
+            trainer(limit_train_batches=1.0).fit(model, DataLoader(data, batch_size=16))
+        assert model.global_step == (0 if message else 3)
+
+
 def test_a_checkpoint_of_the_linear_stage_is_not_one_of_a_pretraining(checkpoint, trainer, tmp_path):
     fit = trainer()
     fit.fit(LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], dataset_name="digits", batch_size=32))

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import attrs
@@ -608,6 +609,24 @@ def test_one_image_without_batch_statistics_is_refused_in_words(small, trainer):
     assert model.global_step == 0  # the start tells, not the end of an epoch
     trainer(limit_train_batches=81, limit_val_batches=0).fit(model)  # without the last batch
     SelfSupervisedMethod(small("simclr", batch_size=1, global_batch_size=16, encoder_arch="resnet18"))
+
+
+@pytest.mark.parametrize("preset", ["simclr", "dcl", "supcon", "moco_v3", "vicreg", "barlow_twins"])
+def test_one_image_that_the_loss_compares_with_nothing_is_refused_at_the_start(preset, small, trainer):
+    """Of the user's own loader, which has no batch_size of the settings. Most losses would be 0."""
+    x, y = torch.randint(256, (33, 1, 8, 8), dtype=torch.uint8), torch.arange(33) % 10
+
+    def steps(n: int, size: int, loss=None) -> int:
+        params = small(preset, mlp_normalization=None, evaluations=[], lr=0.01, optimizer_name="sgd")
+        model = SelfSupervisedMethod(params, encoder=nn.Sequential(nn.Flatten(), nn.Linear(64, 6)), loss=loss)
+        try:
+            trainer(limit_train_batches=1.0).fit(model, DataLoader(TensorDataset(x[:n], y[:n]), batch_size=size))
+        except ValueError as error:
+            assert re.search("no other image to compare with.* If it is the last one, set drop_last_", str(error))
+        return model.global_step
+
+    assert (steps(3, 1), steps(1, 16), steps(33, 16), steps(32, 16)) == (0, 0, 0, 2)
+    assert steps(3, 1, loss=squared) == 3  # which may need no others
 
 
 def test_an_interrupted_validation_leaves_nothing_for_the_next(small, trainer):

@@ -299,6 +299,8 @@ class BaseMethod(pl.LightningModule):
             return
         self.checked_loaders.add((training, dataloader_idx))
         input_checks.check_batch_images(images, self.params)
+        if training and len(images if isinstance(images, Tensor) else images[0]) == 1:
+            fit_checks.refuse_one_image(self)
         known = self.hparams.get("class_names") if self.loaded_names is None else self.loaded_names
         if known and not self.trainer.predicting and (self.was_trained or self.trainer.state.fn == "fit"):
             dataset = getattr(self.loader_of(dataloader_idx, training), "dataset", None)

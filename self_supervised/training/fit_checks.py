@@ -20,8 +20,10 @@ from pytorch_lightning.callbacks import (
 )
 
 from model_params import PROTOTYPE_LOSSES, ModelParams, normalized_layers
+from self_supervised import distributed
 from self_supervised.catalogue import GROUPS
 from self_supervised.networks import modules
+from self_supervised.numerics import DROP_LAST
 from self_supervised.training import advice
 
 HOOKS = (  # those of ours that a subclass may extend, but not replace
@@ -92,19 +94,31 @@ def refuse_manual_optimization(method: pl.LightningModule) -> None:
 def try_one_image(method: pl.LightningModule) -> None:
     """Raise ValueError if the networks cannot train on a batch of one image."""
     p = method.params
-    side = min(view.crop_size for view in p.views)
+    side = min(view.crop_size for view in getattr(p, "views", [p]))
     images = torch.zeros(1, *p.input_shape[:-2], side, side, device=method.device, dtype=method.dtype)
-    copy.deepcopy(method).encode(images)
+    copied = copy.deepcopy(method)
+    getattr(copied, "encode", copied)(images)  # a classifier has no heads to encode with
+
+
+def refuse_one_image(method: pl.LightningModule) -> None:
+    """Raise ValueError if a batch of one image, on all processes together, contradicts the settings."""
+    if distributed.world_size() > 1 or getattr(method, "custom_loss", None) is not None:
+        return
+    try:
+        attrs.evolve(method.params, batch_size=1, global_batch_size=None)
+    except ValueError as error:
+        raise ValueError(f"a batch has one image: {error} If it is the last one, set {DROP_LAST}.") from error
 
 
 def refuse_last_batch_of_one(method: pl.LightningModule) -> None:
-    """Raise ValueError at the start of a training, not after an epoch, if its last batch has one image and the networks
+    """Raise ValueError at the start of a training, not after an epoch, if its last batch has one image and the method
     cannot train on it."""
     loader, n_batches = method.trainer.train_dataloader, method.trainer.num_training_batches
     n, size = sized_len(getattr(loader, "sampler", None)), getattr(loader, "batch_size", None)
     is_read = n and size and n_batches * size > n and method.plan.steps >= method.plan.steps_per_epoch
     if is_read and n % size == 1 and not getattr(loader, "drop_last", False):
         try_one_image(method)
+        refuse_one_image(method)
 
 
 def doubts_at_start(method: pl.LightningModule, has_own_optimizer: bool) -> list[str]:
