@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import SMALL
 from pytorch_lightning.callbacks import (
-    BaseFinetuning,
+    BackboneFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
@@ -386,11 +386,6 @@ def test_lr_find_is_refused_if_groups_have_their_own_learning_rates(small, train
             Tuner(trainer()).lr_find(model)
 
 
-class Unfreezing(BaseFinetuning):
-    def freeze_before_training(self, pl_module):
-        pass
-
-
 @pytest.mark.parametrize(
     "kind",
     [
@@ -398,7 +393,7 @@ class Unfreezing(BaseFinetuning):
         BatchSizeFinder,
         lambda: StochasticWeightAveraging(0.1),
         lambda: GradientAccumulationScheduler({0: 4}),
-        Unfreezing,
+        BackboneFinetuning,
     ],
 )
 def test_callbacks_that_override_the_settings_are_refused(kind, method, trainer):

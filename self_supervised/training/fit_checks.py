@@ -165,7 +165,8 @@ def refuse_subsets(params: Any) -> None:
 
 
 def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -> None:
-    """Raise ValueError for Lightning's callbacks that would silently override the settings.
+    """Raise ValueError for Lightning's callbacks that would silently override the settings. Called before their
+    `setup`, in which some already look for parts that a method does not have.
 
     Args:
         callbacks: those of the Trainer.
