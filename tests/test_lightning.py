@@ -595,6 +595,15 @@ def test_images_whose_channels_may_be_two_axes_are_refused(shape):
     input_checks.check_pixels(many, 8)  # square images with as many channels as rows
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_a_list_of_images_is_not_taken_for_views(kind):
+    images = [torch.zeros(3, 32, width, dtype=kind) for width in (32, 20)]
+    with pytest.raises(
+        ValueError, match=r"a list of 2 tensors with 3 axes, .*\[3, 32, 32\]. A list means views .*stack"
+    ):
+        input_checks.check_batch_images(images, SimCLRParams(dataset_name="cifar10"))
+
+
 def test_stacked_uint8_views_are_refused_unless_the_images_are_clips():
     for v in (2, 3):
         views = torch.zeros(4, v, 3, 8, 9, dtype=torch.uint8)

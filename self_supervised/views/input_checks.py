@@ -82,6 +82,11 @@ def check_batch_images(images: Tensor | list[Tensor], params: EncoderAndDataPara
         ValueError: the axes have another order, or the images are not what the encoder takes.
     """
     parts = images if isinstance(images, list) else [images]
+    if isinstance(images, list) and images[0].dim() == 3:
+        raise ValueError(
+            f"images: a list of {len(images)} tensors with 3 axes, the first {list(images[0].shape)}. A list means "
+            "views of the same images, [N, C, H, W] each. Resize images to one size and stack them: torch.stack(images)"
+        )
     for part in parts:
         if part.dtype == torch.uint8:
             if part.dim() == 5 and not params.dataset.of_videos:
