@@ -116,6 +116,8 @@ class LinearClassifierMethod(BaseMethod):
         """
         if isinstance(encoder, str):
             raise ValueError(f"encoder={encoder!r} is not a module. Is it a preset? Pass preset={encoder!r}.")
+        for name in {"params", "hparams"} & overrides.keys():
+            raise ValueError(f"{name}: preset has the settings. Pass preset='linear_sgd', or fields such as lr=1.0.")
         with modules.modes_kept(encoder) if isinstance(encoder, nn.Module) else nullcontext():  # load_encoder freezes
             source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
         settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}

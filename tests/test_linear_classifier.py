@@ -52,6 +52,9 @@ def test_presets_are_taken_by_name(checkpoint):
         ValueError, match="encoder='linear_sgd' is not a module. Is it a preset. Pass preset='linear_sgd'"
     ):
         LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], "linear_sgd")
+    for name in ("params", "hparams"):
+        with pytest.raises(ValueError, match=f"^{name}: .*Pass preset='linear_sgd', or fields such as lr=1.0"):
+            LinearClassifierMethod.from_moco_checkpoint(checkpoint[1], **{name: LinearClassifierMethodParams()})
 
 
 def test_a_last_batch_of_one_image_is_refused_at_the_start(trainer):
@@ -74,6 +77,11 @@ def test_a_checkpoint_of_the_linear_stage_is_not_one_of_a_pretraining(checkpoint
     fit.save_checkpoint(tmp_path / "linear.ckpt")
     with pytest.raises(ValueError, match="is a checkpoint of a linear classifier. Call"):
         SelfSupervisedMethod.load_from_checkpoint(tmp_path / "linear.ckpt")
+    with pytest.raises(ValueError, match=r"^n_classes=3: .*linear.ckpt has 10 classes. .* call from_moco_checkpoint"):
+        LinearClassifierMethod.load_from_checkpoint(tmp_path / "linear.ckpt", n_classes=3)
+    new = LinearClassifierMethod.from_moco_checkpoint(tmp_path / "linear.ckpt", n_classes=3)
+    assert new.classifier.out_features == 3
+    assert LinearClassifierMethod.load_from_checkpoint(tmp_path / "linear.ckpt", n_classes=10).n_outputs == 10
 
 
 def test_it_says_what_matched(checkpoint, caplog):

@@ -225,3 +225,12 @@ def test_another_width_than_the_checkpoints_is_explained(small, trainer, tmp_pat
     wider = nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
     with pytest.raises(ValueError, match=re.escape("embedding_dim=6 in the settings or the checkpoint, but module")):
         SelfSupervisedMethod.load_from_checkpoint(tmp_path / "x.ckpt", encoder=wider)
+
+
+def test_another_queue_than_the_checkpoints_is_refused(small, trainer, tmp_path):
+    fit = trainer(limit_train_batches=1)
+    fit.fit(SelfSupervisedMethod(small(evaluations=[])))
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"^K=128: .*x.ckpt has 64 keys in its queue. Leave K out, or start"):
+        SelfSupervisedMethod.load_from_checkpoint(tmp_path / "x.ckpt", K=128)
+    assert SelfSupervisedMethod.load_from_checkpoint(tmp_path / "x.ckpt", K=64).params.K == 64

@@ -152,7 +152,8 @@ def overrides_of_checkpoint(
         passed: settings that the caller passes. They win.
 
     Raises:
-        ValueError: the checkpoint is of the other stage, or the settings are passed as a whole.
+        ValueError: the checkpoint is of the other stage, the settings are passed as a whole, or its tensors have
+            other sizes.
     """
     for name in ("params", "hparams"):  # a subclass may have such an argument of its own
         if passed.get(name) is not None and method.__init__.__module__ in ("moco", "linear_classifier"):
@@ -168,6 +169,7 @@ def overrides_of_checkpoint(
             f"{path} is a checkpoint of a linear classifier. Call LinearClassifierMethod.load_from_checkpoint, or "
             "start a pretraining from its encoder: encoder_weights=PATH."
         )
+    refuse_other_sizes(content["state_dict"], path, method, passed)
     replaced = dict(vetted(settings, path, passed))
     compares_others = settings.get("loss_type") in ("sce", "seed") or settings.get("use_nearest_keys")
     if compares_others:  # earlier versions took it, and compared other vectors
@@ -176,6 +178,19 @@ def overrides_of_checkpoint(
     if weight is not None and len(weight) != packed_classes(settings):
         replaced["n_classes"] = len(weight)
     return {**replaced, **passed}
+
+
+def refuse_other_sizes(
+    tensors: dict[str, Any], path: str | Path, method: type[pl.LightningModule], passed: dict[str, Any]
+) -> None:
+    """Raise ValueError if other numbers of classes or keys are passed than those of a checkpoint's tensors."""
+    of_linear = "call from_moco_checkpoint, which makes a new classifier on its encoder"
+    of_pretraining = "start a pretraining from its encoder: encoder_weights=PATH"
+    way_out = of_linear if method.needs_labels else of_pretraining
+    for name, tensor in (("n_classes", f"{method.CLASSIFIER}.weight"), ("K", "queue.keys")):
+        if tensor in tensors and passed.get(name) not in (None, n := len(tensors[tensor])):
+            what = "keys in its queue" if name == "K" else "classes"
+            raise ValueError(f"{name}={passed[name]}: {path} has {n} {what}. Leave {name} out, or {way_out}.")
 
 
 def use_earlier_defaults(method: Any, content: dict[str, Any]) -> None:
