@@ -37,6 +37,7 @@ class Progress(RichProgressBar):
         self.file = file
         self.first_epoch = first_epoch
         self.batches = 0  # in this epoch
+        self.skipped = 0  # batches before them, of an epoch that is resumed in its middle
         self.seconds = 0.0  # duration of these batches
         self.seconds_per_batch: float | None = None
         self.batch_ended: float | None = None  # time; None at the start of an epoch and during validations
@@ -52,8 +53,10 @@ class Progress(RichProgressBar):
         if self.file is not None:
             keep_until(self.file, trainer.global_step)
 
-    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        super().on_train_batch_start(*args, **kwargs)
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, module, batch, batch_idx)
+        if self.batches == 0:
+            self.skipped = batch_idx
         if self.batch_ended is None:
             self.batch_ended = time.monotonic()
 
@@ -75,9 +78,10 @@ class Progress(RichProgressBar):
         super().on_train_epoch_end(trainer, pl_module, *args)
         if self.file is not None and self.batches:
             n = sized_len(getattr(trainer.train_dataloader, "sampler", None))  # the last batch may not be full
-            images = images_in(pl_module) * self.batches
+            skipped = images_in(pl_module) * self.skipped
+            images = images_in(pl_module) * (self.skipped + self.batches)
             images = images if n is None else min(images, n * pl_module.plan.processes)
-            speed = images / max(self.seconds, 1e-9)
+            speed = (images - skipped) / max(self.seconds, 1e-9)
             append(self.file, (trainer.global_step, trainer.current_epoch + self.first_epoch, round(speed, 1)))
         self.batches = 0
         self.seconds = 0.0

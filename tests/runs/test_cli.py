@@ -894,7 +894,7 @@ def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
     assert file.read_text().splitlines()[1:] == ["3,0,1.0"]
     bar.on_train_start(SimpleNamespace(global_step=0), module)
     for step in range(1, 5):
-        bar.on_train_batch_start()
+        bar.on_train_batch_start(None, module, None, step - 1)
         now[0] += 2
         bar.on_train_batch_end(SimpleNamespace(global_step=step, estimated_stepping_batches=10), module)
     assert bar.status == "8 images/s, 0:00:12 left"
@@ -902,6 +902,11 @@ def test_the_bar_says_how_fast_and_how_long(monkeypatch, tmp_path):
     loader = SimpleNamespace(sampler=range(30))  # so the last batch has 6 images
     bar.on_train_epoch_end(SimpleNamespace(global_step=4, current_epoch=0, train_dataloader=loader), module)
     assert file.read_text().splitlines() == ["step,epoch,images_per_second", "4,1,7.5"]
+    bar.on_train_batch_start(None, module, None, 3)  # of another run, resumed before its last batch
+    now[0] += 2
+    bar.on_train_batch_end(SimpleNamespace(global_step=4, estimated_stepping_batches=10), module)
+    bar.on_train_epoch_end(SimpleNamespace(global_step=4, current_epoch=1, train_dataloader=loader), module)
+    assert file.read_text().splitlines()[-1] == "4,2,6.0"
 
 
 # ---- comparing ----
