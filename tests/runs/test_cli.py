@@ -527,6 +527,12 @@ def test_save_best_may_be_left_out_when_a_complete_run_is_resumed(run, monkeypat
     torch.use_deterministic_algorithms(False)
 
 
+def test_sync_batchnorm_on_cpus_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="error: sync_batchnorm=True: PyTorch synchronizes batch norm on GPUs only"):
+        main(f"{SMALL} --max_epochs 1 --out run --accelerator cpu --devices 2 --sync_batchnorm true", monkeypatch)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_the_scores_at_the_end_stay_in_metrics_csv_if_the_command_is_repeated(monkeypatch, tmp_path):
     line = f"{SMALL} --max_epochs 1 --evaluate_every_n_epochs 2 --limit_train_batches 2 --evaluations knn --out run"
