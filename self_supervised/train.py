@@ -73,14 +73,21 @@ def forget_other_scores(
 
 def validation_scores(fit: pl.Trainer, method: pl.LightningModule, of: str = "") -> dict[str, float]:
     """Return the scores of the last epoch if the weights have not changed since, else of another validation, before
-    which a line says `of` which encoder."""
+    which a line says `of` which encoder. It is logged unless an earlier process has logged it."""
     if scores := scores_at_end(method):
         return scores
     if of:
         if not (fit.limit_val_batches and method.params.is_evaluated):
             return {}
         run_folder.say(f"Scores of the {of}:")
-    return next(iter(fit.validate(method, verbose=False)), {})
+    loggers = fit.loggers
+    epoch = fit.current_epoch - 1 + method.first_epoch
+    if loggers and not method.step_metrics:  # nothing was trained
+        path = Path(loggers[0].log_dir) / "metrics.csv"
+        fit.loggers = [] if distributed.on_rank_zero(lambda: run_folder.has_scores(path, epoch)) else loggers
+    scores = next(iter(fit.validate(method, verbose=False)), {})
+    fit.loggers = loggers
+    return scores
 
 
 @rank_zero_only
@@ -180,7 +187,8 @@ def linear_stage(
     fit.callbacks.append(LambdaCallback(on_save_checkpoint=keep_minutes))
     fit.fit(linear, ckpt_path=resumed)
     keep_minutes()
-    results["linear classifier"] = validation_scores(fit, linear)
+    if fit.global_step > step or "linear classifier" not in results:
+        results["linear classifier"] = validation_scores(fit, linear)
     results["linear epochs"] = fit.current_epoch
     if fit.current_epoch < options.linear_epochs or is_cut_short(fit):
         run_folder.say(

@@ -308,20 +308,32 @@ def say(text: str) -> None:
     LOG.info("%s", Text.from_ansi(text).plain)
 
 
+def is_of_scores(row: dict[str, str]) -> bool:
+    """Return whether a row of metrics.csv has scores only, of a validation."""
+    names = {name for name, value in row.items() if value} - {"epoch", "step"}
+    return bool(names) and all(name.startswith("valid_") for name in names)
+
+
+def has_scores(path: Path, epoch: int) -> bool:
+    """Return whether a metrics.csv has a row of scores of this epoch."""
+    rows = rows_of(path)[1] if path.is_file() else []
+    return any(is_of_scores(row) and row.get("epoch") == str(epoch) for row in rows)
+
+
 def rows_to_keep(rows: list[dict[str, str]], n_steps: int, counts_from_1: bool) -> list[dict[str, str]]:
     """Return the rows of metrics.csv of the first `n_steps`.
 
     Scores at the end of a training have the number of the step that would follow. They are kept if there are no others
-    of their epoch. In runs that count epochs from 0, their epoch has the number of the next one, and they are not kept.
+    of their epoch, and no later steps of it, after which they were computed. In runs that count epochs from 0, their
+    epoch has the number of the next one, and they are not kept.
     """
-
-    def is_of_scores(row: dict[str, str]) -> bool:
-        names = {name for name, value in row.items() if value} - {"epoch", "step"}
-        return bool(names) and all(name.startswith("valid_") for name in names)
-
     kept = [row for row in rows if int(row["step"]) < n_steps]
-    scored = {row.get("epoch") for row in kept if is_of_scores(row)}
-    last = [row for row in rows if int(row["step"]) == n_steps and is_of_scores(row) and row.get("epoch") not in scored]
+    later = [row for row in rows if int(row["step"]) >= n_steps]
+    others = [row for row in kept if is_of_scores(row)] + [row for row in later if not is_of_scores(row)]
+    epochs = {row.get("epoch") for row in others}
+    last = [
+        row for row in later if int(row["step"]) == n_steps and is_of_scores(row) and row.get("epoch") not in epochs
+    ]
     return kept + (last if counts_from_1 else [])
 
 

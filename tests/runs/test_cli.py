@@ -527,20 +527,40 @@ def test_save_best_may_be_left_out_when_a_complete_run_is_resumed(run, monkeypat
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_scores_at_the_end_stay_in_metrics_csv_if_the_command_is_repeated(every, monkeypatch, tmp_path):
+    """With or without the results, which a run that was killed before its end lacks."""
+    line = f"{SMALL} --max_epochs 1 --evaluate_every_n_epochs {every} --limit_train_batches 2 --evaluations knn"
+    line += " --out run --linear_epochs 1"
+    main(f"{line} --logger csv", monkeypatch)
+    files = [tmp_path / f"run/{stage}/metrics.csv" for stage in ("pretraining", "linear")]
+    before, results = [file.read_text() for file in files], tmp_path / "run/results.json"
+    assert before[0].splitlines()[-1].split(",")[-1]
+    scores = json.loads(results.read_text())
+    for lost in ([], ["trained encoder", "linear classifier"]):
+        results.write_text(json.dumps({name: value for name, value in scores.items() if name not in lost}))
+        main(f"{line} --logger csv --resume auto", monkeypatch)
+        assert [file.read_text() for file in files] == before
+        assert json.loads(results.read_text()).keys() == scores.keys()
+
+
+def test_later_scores_are_kept_unless_later_steps_led_to_them():
+    def row(step: int, epoch: int, **values: str) -> dict[str, str]:
+        return {"step": str(step), "epoch": str(epoch), "lr": "", "valid_knn20_acc": "", **values}
+
+    first, last = row(8, 1, lr="1"), row(9, 1, lr="1")
+    scores = row(9, 1, valid_knn20_acc="50")
+    assert run_folder.rows_to_keep([first, last, scores], 9, True) == [first]  # a step before the end of its epoch
+    at_the_end = row(9, 1, valid_knn20_acc="50")
+    for later in ([], [row(9, 2, lr="1")]):
+        assert run_folder.rows_to_keep([first, at_the_end, *later], 9, True) == [first, at_the_end]
+
+
 def test_sync_batchnorm_on_cpus_is_refused_before_anything_is_written(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="error: sync_batchnorm=True: PyTorch synchronizes batch norm on GPUs only"):
         main(f"{SMALL} --max_epochs 1 --out run --accelerator cpu --devices 2 --sync_batchnorm true", monkeypatch)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_the_scores_at_the_end_stay_in_metrics_csv_if_the_command_is_repeated(monkeypatch, tmp_path):
-    line = f"{SMALL} --max_epochs 1 --evaluate_every_n_epochs 2 --limit_train_batches 2 --evaluations knn --out run"
-    main(f"{line} --logger csv", monkeypatch)
-    before = (tmp_path / "run/pretraining/metrics.csv").read_text()
-    assert before.splitlines()[-1].split(",")[-1]
-    main(f"{line} --logger csv --resume auto", monkeypatch)
-    assert (tmp_path / "run/pretraining/metrics.csv").read_text() == before
 
 
 @pytest.mark.slow
