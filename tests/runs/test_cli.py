@@ -558,6 +558,7 @@ def test_later_scores_are_kept_unless_later_steps_led_to_them():
 
 
 def test_sync_batchnorm_on_cpus_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "pretrain_stage", None)  # which would start the other process
     with pytest.raises(SystemExit, match="error: sync_batchnorm=True: PyTorch synchronizes batch norm on GPUs only"):
         main(f"{SMALL} --max_epochs 1 --out run --accelerator cpu --devices 2 --sync_batchnorm true", monkeypatch)
     assert not (tmp_path / "run").exists()
