@@ -1,5 +1,6 @@
 """A user's own loss in place of a row of `losses.get_loss`."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -18,11 +19,17 @@ def as_pair_loss(loss: CustomLoss) -> PairLoss:
     scores of prototypes) and the queue [K, D], or None. It returns the loss, or a dict with "loss" and scalars to log.
 
     Raises:
-        TypeError: it is not a function, or returns something else.
+        TypeError: it is not a function of three arguments, or returns something else.
         ValueError: it is a module with weights, which would be neither trained nor stored.
     """
     if not callable(loss):
         raise TypeError(f"loss={loss!r}: not a function. Pass a function of (q, k, queue).")
+    try:
+        inspect.signature(loss).bind("q", "k", "queue")
+    except TypeError as error:
+        raise TypeError(f"loss: {error}. Pass a function of (q, k, queue).") from error
+    except ValueError:  # a function of C without a signature
+        pass
     if isinstance(loss, nn.Module) and loss.state_dict():
         raise ValueError("loss: a module with weights, which would not be trained. Pass a function without weights.")
 

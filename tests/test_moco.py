@@ -691,6 +691,7 @@ def test_a_loss_of_ones_own_is_minimized_and_is_passed_again_to_load(small, trai
     ("loss", "error", "message"),
     [
         ("ce", TypeError, "loss='ce': not a function"),
+        (lambda q, k: q.mean(), TypeError, "loss: too many positional arguments. Pass a function of"),
         (nn.Linear(2, 2), ValueError, "loss: a module with weights"),
         (lambda q, k, queue: {"los": q.mean()}, TypeError, 'loss: it returned .* dict of tensors with "loss"'),
         (lambda q, k, queue: 0.5, TypeError, "loss: it returned 0.5"),
