@@ -11,7 +11,6 @@ from typing import Any
 
 import attrs
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities import rank_zero_info
@@ -170,14 +169,10 @@ class LinearClassifierMethod(BaseMethod):
             self.model.eval()
         refuse_last_batch_of_one(self)
 
-    def configure_callbacks(self) -> list[pl.Callback]:
-        if self.trainer.state.fn == "fit":
-            refuse_callbacks(self.trainer.callbacks, {group["lr"] for group in self.parameter_groups()})
-        return super().configure_callbacks()
-
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":
+            refuse_callbacks(self.trainer.callbacks, {group["lr"] for group in self.parameter_groups()})
             for line in advice.doubts_of_classifier(self.params, modules.requires_gradient(self.model)):
                 rank_zero_info(f"warning: {line}")
 

@@ -107,8 +107,6 @@ class SelfSupervisedMethod(BaseMethod):
         self.validation_outputs: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        if self.trainer.state.fn == "fit":
-            fit_checks.refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
         return super().configure_callbacks() + (callbacks_of_record(self.trainer) if self.is_recorded else [])
 
     # ---- Method ----
@@ -293,6 +291,7 @@ class SelfSupervisedMethod(BaseMethod):
         super().setup(stage)
         if stage == "fit":
             fit_checks.refuse_constant_heads(self.params)
+            fit_checks.refuse_callbacks(self.trainer.callbacks, {row.lr for row in self.parameter_table()})
             if self.lagging_model is not None:
                 refuse_half_precision(self.trainer.precision, self.params.m)
 

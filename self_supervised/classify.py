@@ -53,7 +53,7 @@ def classify(
     device: str = "auto",
     **overrides: Any,
 ) -> Path:
-    """Classify all images of a directory, or of a packed data set by name, and return the path of the CSV file `out`.
+    """Classify all images of a directory, or of a built-in data set by name, and return the path of the CSV file `out`.
 
     Its columns are file (relative to the directory, sorted), class, probability, and the probability of each class, in
     a column with the name of the class. For an image that cannot be read, all columns but the first are empty.

@@ -30,10 +30,10 @@ def similarities(
     same_view: bool = False,
     rows: slice = ALL_ROWS,
 ) -> Tensor:
-    """Return the inner products of each query with its own key and with its negatives, [N, 1 + negatives].
+    """Return the inner products of each query with its positive key and with its negatives, [N, 1 + negatives].
 
     Args:
-        q, k: queries and keys [N, D]. Row n of k is the own key of row n of q, whose product is in column 0.
+        q, k: queries and keys [N, D]. Row n of k is the positive key of row n of q, whose product is in column 0.
         queue: K negatives of all queries [K, D], or None.
         in_batch: use the keys of all other images in the batches of all processes as negatives (W N - 1).
         same_view: use the other queries as negatives (W N - 1). With `in_batch` these are the 2 W N - 2 negatives of
@@ -58,14 +58,14 @@ def _without_own_column(products: Tensor, rows: slice = ALL_ROWS) -> Tensor:
 
 
 def _n_closer(negatives: Tensor, own: Tensor) -> Tensor:
-    """Return how many negatives [N, M] of each query are at least as similar as its own key [N, 1]; NaN counts."""
+    """Return how many negatives [N, M] of each query are at least as similar as its positive key [N, 1]; NaN counts."""
     return (~(negatives < own)).sum(1)
 
 
 def _accuracies(sim: Tensor, n_closer_in_queue: Tensor | int = 0) -> Scalars:
-    """Return the percentage of queries whose own key is the most similar, or among the five most similar.
+    """Return the percentage of queries whose positive key is the most similar, or among the five most similar.
 
-    Ties count against the own key, so that the accuracies are 0 if all keys are equal or NaN.
+    Ties count against the positive key, so that the accuracies are 0 if all keys are equal or NaN.
     """
     n_closer = _n_closer(sim[:, 1:], sim[:, :1]) + n_closer_in_queue
     return {f"step_train_acc{k}": (n_closer < k).float().mean() * 100 for k in (1, 5)}
@@ -137,8 +137,8 @@ def decoupled(sim: Tensor, temperature: float, sigma: float | None) -> Scalars:
     """Decoupled contrastive loss: InfoNCE whose denominator has the negatives alone (DCL,
     https://arxiv.org/abs/2110.06848, equation 6).
 
-    With `sigma`, the product s of a query and its own key has the weight 2 - exp(s / sigma) / mean of exp(s / sigma)
-    over the images of all processes (DCLW, equation 7).
+    With `sigma`, the product s of a query and its positive key has the weight 2 - exp(s / sigma) / mean of
+    exp(s / sigma) over the images of all processes (DCLW, equation 7).
     """
     own = sim[:, 0]
     weight: Tensor | float = 1.0
@@ -153,7 +153,7 @@ def decoupled(sim: Tensor, temperature: float, sigma: float | None) -> Scalars:
 def binary_cross_entropy(sim: Tensor, temperature: float) -> Scalars:
     """Binary cross entropy of similarities s.
 
-    -log sigmoid(s / temperature) of the own key, plus the mean of -log sigmoid(-s / temperature) over negatives.
+    -log sigmoid(s / temperature) of the positive key, plus the mean of -log sigmoid(-s / temperature) over negatives.
     """
     logits = sim / temperature
     loss = F.softplus(-logits[:, 0]).mean()
@@ -178,8 +178,8 @@ def supervised(sim: Tensor, same_class: Tensor, temperature: float) -> Scalars:
 def same_class_mask(labels: Tensor | None, n_kinds: int) -> Tensor:
     """Return which columns of `similarities`, with `n_kinds` kinds of negatives, show the class of the query.
 
-    An image with the label -1 is of no class, and its own key is the only one like it. Without one label per image, a
-    ValueError is raised.
+    An image with the label -1 is of no class, and its positive key is the only one like it. Without one label per
+    image, a ValueError is raised.
     """
     if labels is None or labels.numel() != len(labels):
         raise ValueError("loss_type='supcon' needs one label per image. Yield (images, labels); -1: unlabeled.")
@@ -200,7 +200,7 @@ def to_prototypes(scores: Tensor, target: Tensor, temperature: float) -> Scalars
 
 
 def inner_product(sim: Tensor) -> Scalars:
-    """1 - s of the own key, plus the mean of 1 + s over negatives, where s are similarities.
+    """1 - s of the positive key, plus the mean of 1 + s over negatives, where s are similarities.
 
     Without negatives this is half of BYOL's loss (2 - 2 cos, https://arxiv.org/abs/2006.07733, equation 2).
     """
@@ -215,14 +215,15 @@ def sce(
 ) -> Scalars:
     """Similarity contrastive estimation (https://arxiv.org/abs/2111.14585, equations 4 to 7).
 
-    The target distribution of a query has `coefficient` on its own key. The rest is spread over the other keys by a
-    softmax over their similarities to the own key.
+    The target distribution of a query has `coefficient` on its positive key. The rest is spread over the other keys by
+    a softmax over their similarities to the positive key.
 
-    Coefficient 1 is InfoNCE. Coefficient 0 is ReSSL (https://arxiv.org/abs/2107.09282, equation 5), where the own key
-    is also removed from the query's candidates, as in its authors' code. For any coefficient above 0 it remains a
+    Coefficient 1 is InfoNCE. Coefficient 0 is ReSSL (https://arxiv.org/abs/2107.09282, equation 5), where the positive
+    key is also removed from the query's candidates, as in its authors' code. For any coefficient above 0 it remains a
     candidate (proposition 1), so the loss drops at the step at which a schedule reaches 0. Without in-batch keys,
-    eztorch gives the own key a similarity of 0 in that softmax; this function leaves it out. With the coefficient None
-    the own key is weighed as all others are, by its similarity to itself (SEED, https://arxiv.org/abs/2101.04731).
+    eztorch gives the positive key a similarity of 0 in that softmax; this function leaves it out. With the coefficient
+    None the positive key is weighed as all others are, by its similarity to itself (SEED,
+    https://arxiv.org/abs/2101.04731).
 
     Args:
         sim: `similarities` of the queries, [N, 1 + M].
@@ -234,7 +235,7 @@ def sce(
     else:
         relations = torch.softmax(key_sim[:, 1:] / target_temperature, dim=1) * (1 - coefficient)
         target = torch.cat([torch.full_like(sim[:, :1], coefficient), relations], dim=1)
-    first = 1 if coefficient == 0 and sim.shape[1] > 1 else 0  # column of the first candidate; 0 is the own key
+    first = 1 if coefficient == 0 and sim.shape[1] > 1 else 0  # column of the first candidate; 0 is the positive key
     loss = F.cross_entropy(sim[:, first:] / temperature, target[:, first:])
     return {"loss": loss, **_accuracies(sim)}
 
@@ -291,7 +292,7 @@ def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
 
 @torch.no_grad()
 def cosines(z: Tensor, k: Tensor) -> Scalars:
-    """Return the mean cosine of z [N, D] with own keys k [N, D] and with those of other images, and the spread of z.
+    """Return the mean cosine of z [N, D] with positive keys k [N, D] and with other images' keys, and the spread of z.
 
     The spread is the standard deviation of z / |z| times sqrt(D): 1 if the projections are spread evenly over the
     sphere, 0 if they are a single point, which is a collapse.

@@ -203,7 +203,7 @@ KINDS = {
                 "sce": Outcome((43.4, None), (56.1, None), 33.3, "linear", seeds=1),  # at its images/s; it was paused
                 "barlow_twins": Outcome((43.4, None), (57.1, None), 103.6, "linear", seeds=1),
                 "simsiam": Outcome((43.4, None), (47.9, None), 37.9, "linear", seeds=1),
-                "ressl": Outcome((43.4, None), (49.3, None), 13.6, "linear", seeds=1),
+                "ressl": Outcome((43.4, None), (47.1, 1.9), 36.8, "linear"),
                 "swav": Outcome((43.4, None), (50.0, None), 20.3, "linear", seeds=1),
                 "dino": Outcome((43.4, None), (51.5, None), 27.4, "linear", seeds=1),
                 "nnclr": Outcome((43.4, None), (52.5, None), 33.5, "linear", seeds=1),

@@ -84,7 +84,8 @@ def validation_scores(fit: pl.Trainer, method: pl.LightningModule, of: str = "")
     epoch = fit.current_epoch - 1 + method.first_epoch
     if loggers and not method.step_metrics:  # nothing was trained
         path = Path(loggers[0].log_dir) / "metrics.csv"
-        fit.loggers = [] if distributed.on_rank_zero(lambda: run_folder.has_scores(path, epoch)) else loggers
+        is_logged = distributed.on_rank_zero(lambda: run_folder.has_scores(path, epoch, fit.global_step))
+        fit.loggers = [] if is_logged else loggers
     scores = next(iter(fit.validate(method, verbose=False)), {})
     fit.loggers = loggers
     return scores
@@ -187,8 +188,7 @@ def linear_stage(
     fit.callbacks.append(LambdaCallback(on_save_checkpoint=keep_minutes))
     fit.fit(linear, ckpt_path=resumed)
     keep_minutes()
-    if fit.global_step > step or "linear classifier" not in results:
-        results["linear classifier"] = validation_scores(fit, linear)
+    results["linear classifier"] = validation_scores(fit, linear)
     results["linear epochs"] = fit.current_epoch
     if fit.current_epoch < options.linear_epochs or is_cut_short(fit):
         run_folder.say(

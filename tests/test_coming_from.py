@@ -148,7 +148,7 @@ def small_data(monkeypatch, tmp_path):
     monkeypatch.setattr(self_supervised, "SCEVideoParams", preset)  # which keeps a name once it was used
     make = loading.get_loader
     few = {"batch_size": 4, "num_data_workers": 0}
-    monkeypatch.setattr(loading, "get_loader", lambda p, *rest: make(attrs.evolve(p, **few), *rest))
+    monkeypatch.setattr(loading, "get_loader", lambda p, *rest, **more: make(attrs.evolve(p, **few), *rest, **more))
     monkeypatch.setattr(pl, "Trainer", ShortTrainer)
     monkeypatch.setenv("HOME", str(tmp_path))
 

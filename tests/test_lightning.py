@@ -235,7 +235,9 @@ def test_a_precision_that_another_trainer_left_is_refused(precision, kind, metho
     """The training would silently be in that precision."""
     model = method()
     trainer(precision=precision).predict(model)
-    with pytest.raises(ValueError, match=f"^precision='32-true': the weights are torch.{kind}, left by .* Call float"):
+    with pytest.raises(
+        ValueError, match=f"^precision='32-true': the weights are torch.{kind}, perhaps left by .* Call float"
+    ):
         trainer().fit(model)
     trainer().fit(model.float())
     for _ in range(2):

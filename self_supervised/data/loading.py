@@ -41,8 +41,8 @@ def get_loader(
     packed = isinstance(dataset, PackedImages)
     if params.data_on_device and not packed:
         raise ValueError(
-            f"data_on_device=True: only packed data sets can be kept on the device, and {params.dataset_name} consists "
-            "of files. Leave it out."
+            f"data_on_device=True: only built-in data sets can be kept on the device, and {params.dataset_name} "
+            "consists of files. Leave it out."
         )
     if params.pack_images and isinstance(dataset, ImageFiles):
         pack_files(dataset, params.num_data_workers)

@@ -50,7 +50,7 @@ def embed(
     overwrite: bool = False,
     **overrides: Any,
 ) -> Path:
-    """Embed all images of a directory, or of a packed data set by name, and return the path of the Parquet file `out`.
+    """Embed all images of a directory, or of a built-in data set by name. Return the path of the Parquet file `out`.
 
     The columns are path (relative to the directory, sorted), embedding (float32 [E]) and label (the directory that
     `labels_from` names; by default, the class directory if all images lie in class directories, else null). The encoder

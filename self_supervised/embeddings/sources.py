@@ -1,4 +1,4 @@
-"""Sources of images by name: a directory of image files or of videos, a stored or a packed data set. The picture of a
+"""Sources of images by name: a directory of image files or of videos, a stored or a built-in data set. The picture of a
 video is its middle frame."""
 
 import hashlib
@@ -106,7 +106,7 @@ class Folder:
 
 
 class Packed:
-    """A packed data set, or one split of it. Paths are SPLIT/NUMBER, and labels are class numbers."""
+    """A built-in data set, or one split of it. Paths are SPLIT/NUMBER, and labels are class numbers."""
 
     kind = "image"
     has_file_names = False
@@ -295,7 +295,7 @@ def open_source(
     name: str | Path, kind: str = "image", columns: dict[str, Any] | None = None, preferred: str | None = None
 ) -> ImageSource:
     """Return the source with that name: a directory of images or of videos (kind="video"), shards, a Hugging Face data
-    set, or a packed data set ("cifar10") or one of its splits ("cifar10/test").
+    set, or a built-in data set ("cifar10") or one of its splits ("cifar10/test").
 
     Args:
         columns, preferred: see `Stored`. Of a directory, only labels_from has an effect.

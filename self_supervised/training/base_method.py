@@ -89,6 +89,7 @@ class BaseMethod(pl.LightningModule):
         self.float32_hooks = ()
 
     def configure_callbacks(self) -> list[pl.Callback]:
+        fit_checks.refuse_finetuning(self.trainer.callbacks)  # whose own setup looks for parts that a method lacks
         return TrainingMonitor.of(self.trainer, getattr(self.params, "evaluate_every_n_epochs", 1))
 
     def labels_result(self) -> dict[str, str]:

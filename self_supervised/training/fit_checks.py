@@ -101,8 +101,10 @@ def try_one_image(method: pl.LightningModule) -> None:
 
 
 def refuse_one_image(method: pl.LightningModule) -> None:
-    """Raise ValueError if a batch of one image, on all processes together, contradicts the settings."""
-    if distributed.world_size() > 1 or getattr(method, "custom_loss", None) is not None:
+    """Raise ValueError if a batch of one image, on all processes together, contradicts the settings. An own loss, or
+    training step, may be able to learn from it."""
+    has_own_step = type(method).training_step.__module__ not in ("moco", "linear_classifier")
+    if distributed.world_size() > 1 or getattr(method, "custom_loss", None) is not None or has_own_step:
         return
     try:
         attrs.evolve(method.params, batch_size=1, global_batch_size=None)
@@ -164,9 +166,18 @@ def refuse_subsets(params: Any) -> None:
         raise ValueError(f"{given}: no effect on your own loader. Choose its images yourself, and set {off}.")
 
 
+def refuse_finetuning(callbacks: list[pl.Callback]) -> None:
+    """Raise ValueError for callbacks that add parameter groups in the middle of a training."""
+    for callback in callbacks:
+        if isinstance(callback, BaseFinetuning):
+            raise ValueError(
+                f"{type(callback).__name__} adds parameter groups that the learning rate schedule does not have. Use "
+                "encoder_lr of LinearClassifierMethod, or start a second training in which these weights are trained."
+            )
+
+
 def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -> None:
-    """Raise ValueError for Lightning's callbacks that would silently override the settings. Called before their
-    `setup`, in which some already look for parts that a method does not have.
+    """Raise ValueError for Lightning's callbacks that would silently override the settings.
 
     Args:
         callbacks: those of the Trainer.
@@ -177,11 +188,6 @@ def refuse_callbacks(callbacks: list[pl.Callback], learning_rates: set[float]) -
             raise ValueError(
                 "StochasticWeightAveraging replaces the learning rate schedule and resets the statistics of every "
                 "batch norm, even of a frozen encoder. Use WeightAveraging or EMAWeightAveraging."
-            )
-        if isinstance(callback, BaseFinetuning):
-            raise ValueError(
-                f"{type(callback).__name__} adds parameter groups that the learning rate schedule does not have. Use "
-                "encoder_lr of LinearClassifierMethod, or start a second training in which these weights are trained."
             )
         if isinstance(callback, GradientAccumulationScheduler):
             raise ValueError(

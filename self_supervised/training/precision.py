@@ -19,7 +19,7 @@ VARIABLE = "SELF_SUPERVISED_PRECISION"  # environment variable with the precisio
 LEAST_SPEEDUP = 1.1  # of bfloat16: less is within the noise of a measurement on a busy machine
 ROUNDS, SECONDS = 3, 1.0  # most rounds of the measurement, and seconds after which no further round begins
 BFLOAT16_ON_CPU = ("bf16-mixed", "16-mixed", "bf16-true")  # Lightning turns float16 into bfloat16 there
-OF_WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}  # others: float32
+CONVERTS_WEIGHTS = ("bf16-true", "16-true", "64-true")
 AMPERE = (8, 0)  # compute capability of the first GPUs that multiply bfloat16
 
 
@@ -153,13 +153,14 @@ def has_blind_tap(size: int, kernel: int, stride: int, padding: int, dilation: i
 
 
 def refuse_another_type(method: Any) -> None:
-    """Raise ValueError if the weights have a type in which the Trainer would train them, whatever its precision is."""
+    """Raise ValueError if weights are not in float32 and the Trainer, which does not convert them, would train them in
+    their own type. Another Trainer may have left them so."""
     precision = method.trainer.precision
-    types = {w.dtype for w in method.parameters() if w.requires_grad} - {torch.float32, OF_WEIGHTS.get(precision)}
-    if types:
+    types = {w.dtype for w in method.parameters() if w.requires_grad and w.is_floating_point()} - {torch.float32}
+    if types and precision not in CONVERTS_WEIGHTS:
         raise ValueError(
-            f"precision={precision!r}: the weights are {types.pop()}, left by another Trainer. Call float() on the "
-            "method first."
+            f"precision={precision!r}: the weights are {types.pop()}, perhaps left by another Trainer. Call float() on "
+            "the method first."
         )
 
 

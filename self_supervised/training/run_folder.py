@@ -314,10 +314,11 @@ def is_of_scores(row: dict[str, str]) -> bool:
     return bool(names) and all(name.startswith("valid_") for name in names)
 
 
-def has_scores(path: Path, epoch: int) -> bool:
-    """Return whether a metrics.csv has a row of scores of this epoch."""
-    rows = rows_of(path)[1] if path.is_file() else []
-    return any(is_of_scores(row) and row.get("epoch") == str(epoch) for row in rows)
+def has_scores(path: Path, epoch: int, n_steps: int) -> bool:
+    """Return whether a metrics.csv has a row of scores of this epoch after all `n_steps`. The number in such a row is
+    that of the last step, or of the one that would follow."""
+    of_epoch = [row for row in rows_of(path)[1] if is_of_scores(row) and row.get("epoch") == str(epoch)]
+    return any(int(row["step"]) >= n_steps - 1 for row in of_epoch)
 
 
 def rows_to_keep(rows: list[dict[str, str]], n_steps: int, counts_from_1: bool) -> list[dict[str, str]]:

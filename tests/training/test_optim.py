@@ -478,7 +478,7 @@ def test_the_logged_learning_rate_is_not_the_online_classifiers(method, trainer)
 
 
 def test_an_online_classifier_without_labels_is_refused(method, monkeypatch):
-    monkeypatch.setattr("moco.facts.n_classes", lambda _: 0)
+    monkeypatch.setattr("self_supervised.data.facts.n_classes", lambda _: 0)
     with pytest.raises(ValueError, match="dataset_name='digits', .*no labels, which a classifier needs"):
         method(online_classifier=True)
 
