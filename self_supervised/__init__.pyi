@@ -1,5 +1,4 @@
 from linear_classifier import LinearClassifierMethod as LinearClassifierMethod
-from linear_classifier import LinearClassifierMethodParams as LinearClassifierMethodParams
 from moco import SelfSupervisedMethod as SelfSupervisedMethod
 from model_params import PRESETS as PRESETS
 from model_params import BarlowTwinsParams as BarlowTwinsParams
@@ -30,6 +29,7 @@ from model_params import VISRegParams as VISRegParams
 from self_supervised.evaluate import evaluate_checkpoint as evaluate_checkpoint
 from self_supervised.exports.export import export as export
 from self_supervised.linear_params import LINEAR_PRESETS as LINEAR_PRESETS
+from self_supervised.linear_params import LinearClassifierMethodParams as LinearClassifierMethodParams
 from self_supervised.networks.pretrained import load_encoder as load_encoder
 from self_supervised.recipes import recipe as recipe
 from self_supervised.training.checkpoints import Checkpoints as Checkpoints

@@ -58,7 +58,7 @@ def test_image_files_cannot_be_kept_on_the_device(small, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "a.png")
     params = small(dataset_name="imagenet", data_on_device=True)
-    with pytest.raises(ValueError, match="data_on_device=True: only packed data sets"):
+    with pytest.raises(ValueError, match="data_on_device=True: only built-in data sets"):
         loading.get_loader(params, data_sets.get_dataset(params, ("train",)), training=False)
 
 

@@ -31,13 +31,13 @@ class Plan:
     warmup_steps: float = 0
     lr_factor: float = 1.0  # by which `lr_scaling` multiplies all learning rates
     kind: str = "images"  # or "videos"
-    only: int | None = None  # images of a process, if they do not fill a batch
+    all_images: int | None = None  # of a process, if they do not fill a batch
     epoch_batches: float = math.inf  # of a process
 
     @property
     def images_read(self) -> int:
         """Images per process and batch: `batch_size`, unless there are fewer."""
-        return self.only or self.batch_size
+        return self.all_images or self.batch_size
 
     @property
     def batches(self) -> int:
@@ -80,26 +80,41 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
     steps, steps_per_epoch = training_length(trainer)
     refuse_joined_loaders(trainer)
     accumulated, epoch_batches = trainer.accumulate_grad_batches, trainer.num_training_batches
-    if epoch_batches < accumulated:
-        rank_zero_info(
-            f"warning: accumulate_grad_batches={accumulated}, but an epoch has {epoch_batches} batches, so a "
-            f"step gets only {epoch_batches}/{accumulated} of their mean gradient. Set it to {epoch_batches}"
-        )
     if math.isinf(epoch_batches):
         warmup_epochs = warmup_without_epochs(params, warmup_epochs)
-    if steps <= (warmup := warmup_epochs * steps_per_epoch):
-        rank_zero_info(
-            f"warning: the warm-up of {epochs_text(warmup_epochs)} is as long as the training, or longer: "
-            f"lr={params.lr} is reached at the last step, or never"
-        )
     loader = trainer.train_dataloader
     size = checked_batch_size(params, accumulated, loader)
     n_images = sized_len(getattr(loader, "sampler", None)) if getattr(loader, "batch_size", None) else None
-    only = n_images if n_images and n_images < size else None
-    plan = Plan(distributed.world_size(), accumulated, size, params.lr, steps, steps_per_epoch, warmup)
-    plan = evolve(plan, only=only, epoch_batches=epoch_batches)
+    plan = Plan(
+        processes=distributed.world_size(),
+        accumulated=accumulated,
+        batch_size=size,
+        lr=params.lr,
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=warmup_epochs * steps_per_epoch,
+        kind=params.dataset.kind,
+        all_images=n_images if n_images and n_images < size else None,
+        epoch_batches=epoch_batches,
+    )
+    report_doubts(plan, warmup_epochs)
     factor = lr_factor(params, plan.global_batch_size)
-    return evolve(plan, lr=params.lr * factor, lr_factor=factor, kind=params.dataset.kind)
+    return evolve(plan, lr=params.lr * factor, lr_factor=factor)
+
+
+def report_doubts(plan: Plan, warmup_epochs: float) -> None:
+    """Warn of an epoch that is shorter than a step, and of a warm-up that is as long as the training."""
+    accumulated, batches = plan.accumulated, plan.epoch_batches
+    if batches < accumulated:
+        rank_zero_info(
+            f"warning: accumulate_grad_batches={accumulated}, but an epoch has {batches} batches, so a step gets only "
+            f"{batches}/{accumulated} of their mean gradient. Set it to {batches}"
+        )
+    if plan.steps <= plan.warmup_steps:
+        rank_zero_info(
+            f"warning: the warm-up of {epochs_text(warmup_epochs)} is as long as the training, or longer: "
+            f"lr={plan.lr} is reached at the last step, or never"
+        )
 
 
 def batch_hooks_of_user(trainer: pl.Trainer) -> set[str]:
