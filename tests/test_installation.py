@@ -71,7 +71,7 @@ def installed(wheel, tmp_path_factory):
 @pytest.mark.slow
 def test_the_users_modules_are_in_the_way(installed):
     """What follows is no proof unless Python finds the user's modules first."""
-    assert "a module of the user was imported" in installed("python", "-c", "import loader", status=1)
+    assert "a module of the user was imported" in installed("python", "-c", "import losses", status=1)
 
 
 PROGRAM = """
