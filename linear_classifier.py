@@ -33,7 +33,7 @@ from self_supervised.linear_params import SemiSupervised1Params as SemiSupervise
 from self_supervised.linear_params import SemiSupervised10Params as SemiSupervised10Params
 from self_supervised.networks import modules
 from self_supervised.networks.encoders import embeddings_of, get_encoder
-from self_supervised.networks.frozen_encoder import SHARED
+from self_supervised.networks.frozen_encoder import SHARED_FIELDS
 from self_supervised.networks.pretrained import load_encoder
 from self_supervised.numerics import at_least_float32, numbered, rank_of
 from self_supervised.training import advice, label_checks, optimizers
@@ -118,7 +118,7 @@ class LinearClassifierMethod(BaseMethod):
         for name in {"params", "hparams"} & overrides.keys():
             raise ValueError(f"{name}: preset has the settings. Pass preset='linear_sgd', or fields such as lr=1.0.")
         with modules.modes_kept(encoder) if isinstance(encoder, nn.Module) else nullcontext():  # load_encoder freezes
-            source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED})
+            source = load_encoder(path, encoder=encoder, **{k: v for k, v in overrides.items() if k in SHARED_FIELDS})
         settings = {name: getattr(source.params, name) for name in FROM_PRETRAINING}
         method = cls(preset, encoder=encoder, **{**settings, **overrides})
         if encoder is None:

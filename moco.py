@@ -146,11 +146,11 @@ class SelfSupervisedMethod(BaseMethod):
             keys = {j: self.on_sphere(self.teacher(views[j])) for j in key_views}
             return self.encode_each(views, query_views), keys
         if self.lagging_model is not None:
-            online = self.encode_each(views, query_views)
+            encoded = self.encode_each(views, query_views)
             parts = {j: in_parts(views[j], p.micro_batch_size) for j in key_views}
-            return online, {j: torch.cat([self.encode_lagging(x, batch_idx) for x in parts[j]]) for j in key_views}
-        online = self.encode_each(views, query_views | key_views)
-        return online, {j: online[j].z.detach() if p.stop_gradient_of_keys else online[j].z for j in key_views}
+            return encoded, {j: torch.cat([self.encode_lagging(x, batch_idx) for x in parts[j]]) for j in key_views}
+        encoded = self.encode_each(views, query_views | key_views)
+        return encoded, {j: encoded[j].z.detach() if p.stop_gradient_of_keys else encoded[j].z for j in key_views}
 
     def encode_each(self, views: list[Tensor], which: set[int]) -> dict[int, EncodedView]:
         """Return {view i: encode(view i)}. With `micro_batch_size`, the graph of gradients ends at them, and
@@ -171,25 +171,25 @@ class SelfSupervisedMethod(BaseMethod):
         # Activation checkpointing encodes again in the backward pass, outside of the context.
         sharing = () if p.activation_checkpointing else (self.model, self.lagging_model)
         with weights_shared(*sharing):
-            online, keys = self.encode_views(views, batch_idx)
+            encoded, keys = self.encode_views(views, batch_idx)
         with torch.autocast(self.device.type, enabled=False):
-            scalars = self.compare(online, keys, labels, batch_idx)
+            scalars = self.compare(encoded, keys, labels, batch_idx)
         loss = scalars.pop("loss") * p.loss_factor
         if self.queue is not None:
             new_keys = [keys[j].detach() for j in sorted(keys)]  # gathered by view, in the order of a single process
             self.new_keys = [k if p.gather_keys_for_queue is False else distributed.gather(k) for k in new_keys]
         constants = as_tensors({"m": self.momentum(), "T": p.T}, like=loss)
         self.log_step({"step_train_loss": loss.detach(), **constants, **scalars})
-        return loss + self.online_loss(online[0].embeddings, labels) if p.online_classifier else loss
+        return (loss + self.online_loss(encoded[0].embeddings, labels)) if p.online_classifier else loss
 
     def compare(
-        self, online: dict[int, EncodedView], keys: dict[int, Tensor], labels: Tensor | None, batch_idx: int
+        self, encoded: dict[int, EncodedView], keys: dict[int, Tensor], labels: Tensor | None, batch_idx: int
     ) -> losses.Scalars:
         """Return the loss of the views that `encode_views` has encoded, and scalars to log, both means over pairs."""
         p = self.params
         scheduled_values = scheduled(p, self.global_step, self.plan)
         queue = None if self.queue is None else at_least_float32(self.queue.keys)
-        queries = {i: view.q if self.prototypes is None else self.prototypes(view.q) for i, view in online.items()}
+        queries = {i: view.q if self.prototypes is None else self.prototypes(view.q) for i, view in encoded.items()}
         targets = self.targets(keys, queue, scheduled_values.get("sce_target_T", p.sce_target_T))
         if self.custom_loss is None and p.loss_type in ALL_VIEW_LOSSES:
             loss_of_views = multi_view_losses.get_loss_of_views(p, self.step_seed(batch_idx))
@@ -197,7 +197,7 @@ class SelfSupervisedMethod(BaseMethod):
         else:
             loss_of = self.custom_loss or losses.get_loss_in_parts(p, **scheduled_values, labels=labels)
             scalars = mean_of_each([loss_of(queries[i], targets[j], queue) for i, j in p.pairs])
-        cosines = mean_of_each([losses.cosines(online[i].z, keys[j]) for i, j in p.pairs])
+        cosines = mean_of_each([losses.cosines(encoded[i].z, keys[j]) for i, j in p.pairs])
         return {**cosines, **scalars, **as_tensors(scheduled_values, like=queries[0])}
 
     def targets(self, keys: dict[int, Tensor], queue: Tensor | None, target_T: float) -> dict[int, Tensor]:
@@ -265,7 +265,7 @@ class SelfSupervisedMethod(BaseMethod):
         """Return a row of optimizer settings for each trainable parameter (`parameter_groups.printed` formats it)."""
         return parameter_groups.parameter_table(self, self.params)
 
-    # ---- Data ----
+    # ---- Start of a training, and data ----
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -278,8 +278,7 @@ class SelfSupervisedMethod(BaseMethod):
             refuse_strategy(self.trainer)
             synchronize_buffers_alone(self.trainer.model)
         fit_checks.refuse_last_batch_of_one(self)
-        is_own = type(self).configure_optimizers is not SelfSupervisedMethod.configure_optimizers
-        for line in [*advice.frozen_since(self.trained_at_start, now), *fit_checks.doubts_at_start(self, is_own)]:
+        for line in [*advice.frozen_since(self.trained_at_start, now), *fit_checks.doubts_at_start(self)]:
             rank_zero_info(f"warning: {line}")
 
     def reads_labels(self, training: bool) -> bool:
@@ -311,11 +310,11 @@ class SelfSupervisedMethod(BaseMethod):
         splits = [p.dataset.validation_splits or p.dataset.test_splits]
         if p.probe_on_training_set:
             splits.append(p.dataset.train_splits)
-        return self.whole_sets(splits)
+        return self.evaluation_loaders(splits)
 
     def test_dataloader(self) -> list:
         """Return loaders of the test set and of the labeled training set, on which the probes are fitted."""
-        return self.whole_sets([self.params.dataset.test_splits, self.params.dataset.train_splits])
+        return self.evaluation_loaders([self.params.dataset.test_splits, self.params.dataset.train_splits])
 
     # ---- Evaluation ----
 

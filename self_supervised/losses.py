@@ -264,12 +264,12 @@ def vicreg(a: Tensor, b: Tensor, invariance: float, variance: float, covariance:
         return F.relu(1 - std).mean(), (matrix.square().sum() - matrix.diagonal().square().sum()) / d
 
     (variance_a, covariance_a), (variance_b, covariance_b) = spread(a), spread(b)
-    parts = {
+    terms = {
         "loss_invariance": invariance * F.mse_loss(a, b),
         "loss_variance": variance * (variance_a + variance_b),
         "loss_covariance": covariance * (covariance_a + covariance_b),
     }
-    return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+    return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
 
 def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
@@ -286,8 +286,8 @@ def barlow_twins(a: Tensor, b: Tensor, redundancy_weight: float) -> Scalars:
     correlation = standardize(_at_least_two(a)).T @ standardize(b) / len(a)
     on_diagonal = (correlation.diagonal() - 1).square().sum()
     off_diagonal = correlation.square().sum() - correlation.diagonal().square().sum()
-    parts = {"loss_invariance": on_diagonal, "loss_redundancy": redundancy_weight * off_diagonal}
-    return {"loss": on_diagonal + parts["loss_redundancy"], **parts}
+    terms = {"loss_invariance": on_diagonal, "loss_redundancy": redundancy_weight * off_diagonal}
+    return {"loss": on_diagonal + terms["loss_redundancy"], **terms}
 
 
 @torch.no_grad()

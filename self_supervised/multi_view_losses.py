@@ -62,8 +62,8 @@ def lejepa(z: Tensor, n_large: int, weight: float, seed: tuple[int, ...]) -> Sca
 def near_large_views(z: Tensor, n_large: int, weight: float, terms: Scalars) -> Scalars:
     """Return (1 - weight) times the squared distance to the mean of the large views, plus `weight` times all terms."""
     invariance = (z - z[:n_large].mean(0)).square().mean()
-    parts = {"loss_invariance": (1 - weight) * invariance, **{name: weight * x for name, x in terms.items()}}
-    return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+    weighted = {"loss_invariance": (1 - weight) * invariance, **{name: weight * x for name, x in terms.items()}}
+    return {"loss": torch.stack(list(weighted.values())).sum(), **weighted}
 
 
 def sigreg(z: Tensor, seed: tuple[int, ...]) -> Tensor:
@@ -104,11 +104,11 @@ def emp_ssl(z: Tensor, invariance: float) -> Scalars:
     rate."""
     _, n, d = z.shape
     gram = torch.eye(d, dtype=z.dtype, device=z.device) + d / (n * CODING_PRECISION) * z.mT @ z
-    parts = {
+    terms = {
         "loss_invariance": -invariance * F.cosine_similarity(z, z.mean(0, keepdim=True), dim=2).mean(),
         "loss_coding_rate": -torch.logdet(gram).mean() / 2,
     }
-    return {"loss": parts["loss_invariance"] + parts["loss_coding_rate"], **parts}
+    return {"loss": terms["loss_invariance"] + terms["loss_coding_rate"], **terms}
 
 
 def frossl(z: Tensor, invariance: float) -> Scalars:
@@ -117,17 +117,17 @@ def frossl(z: Tensor, invariance: float) -> Scalars:
     z = F.normalize(z, dim=1)
     covariance = z.mT @ z if n > d else z @ z.mT
     covariance = covariance / covariance.diagonal(dim1=1, dim2=2).sum(1).detach()[:, None, None]
-    parts = {
+    terms = {
         "loss_invariance": invariance * v**2 * d * (z - z.mean(0)).square().mean(),
         "loss_entropy": covariance.square().sum((1, 2)).log().sum(),
     }
-    return {"loss": parts["loss_invariance"] + parts["loss_entropy"], **parts}
+    return {"loss": terms["loss_invariance"] + terms["loss_entropy"], **terms}
 
 
 def mmcr(z: Tensor, local: float) -> Scalars:
     """MMCR (https://arxiv.org/abs/2303.03307, equation 3): mean views of N images have a large nuclear norm, and the
     views [V, N, D] of one image a small one, of the weight `local`."""
-    parts = {"loss_centroids": -torch.linalg.svdvals(z.mean(0)).sum()}
+    terms = {"loss_centroids": -torch.linalg.svdvals(z.mean(0)).sum()}
     if local:
-        parts["loss_views"] = local * torch.linalg.svdvals(z.transpose(0, 1)).sum() / z.shape[1]
-    return {"loss": torch.stack(list(parts.values())).sum(), **parts}
+        terms["loss_views"] = local * torch.linalg.svdvals(z.transpose(0, 1)).sum() / z.shape[1]
+    return {"loss": torch.stack(list(terms.values())).sum(), **terms}

@@ -47,47 +47,47 @@ from self_supervised.safe_files import atomic_write, check_folder, remove, to_js
 from self_supervised.threads import use_free_cores
 from self_supervised.training import parameter_groups, run_folder
 from self_supervised.training.milestones import is_cut_short
-from self_supervised.training.verdict import MEANING, scores_at_end, verdict
+from self_supervised.training.verdict import SCORE_SETTINGS, scores_at_end, verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes", "linear epochs")  # in results.json
 OUTDATED_FILES = ("linear", "linear.ckpt", "pretrained.evaluation")  # of the encoder before it is trained further
 # what the scores before and after the training mean; a moved run has its lists elsewhere
-OF_SCORES = ("evaluations", *MEANING, *(DATA - {"splits_path"}))
+OF_SCORES = ("evaluations", *SCORE_SETTINGS, *(DATA - {"splits_path"}))
 
 
 # ---- The two stages ----
 
 
 def forget_other_scores(
-    results: dict[str, Any], out: Path, before: str, settings: dict[str, Any], now: dict[str, Any]
+    results: dict[str, Any], out: Path, start_name: str, settings: dict[str, Any], now: dict[str, Any]
 ) -> None:
     """Delete the scores before and after the training if they were computed with other settings than those of `now`,
-    and can be computed again, because the method has the starting weights, named `before`."""
+    and can be computed again, because the method has the starting weights, named `start_name`."""
     is_scored = now["evaluations"] and now["limit_val_batches"] != 0
     baseline = run_folder.baseline_of(results)
-    if is_scored and baseline == before and any(settings.get(name, now[name]) != now[name] for name in OF_SCORES):
+    if is_scored and baseline == start_name and any(settings.get(name, now[name]) != now[name] for name in OF_SCORES):
         for name in (baseline, *run_folder.LATER_SCORES[:2], "verdict"):
             results.pop(name, None)
         write_on_rank_zero(out / "results.json", results)
 
 
-def validation_scores(fit: pl.Trainer, method: pl.LightningModule, of: str = "") -> dict[str, float]:
+def validation_scores(trainer: pl.Trainer, method: pl.LightningModule, of: str = "") -> dict[str, float]:
     """Return the scores of the last epoch if the weights have not changed since, else of another validation, before
     which a line says `of` which encoder. It is logged unless an earlier process has logged it."""
     if scores := scores_at_end(method):
         return scores
     if of:
-        if not (fit.limit_val_batches and method.params.is_evaluated):
+        if not (trainer.limit_val_batches and method.params.is_evaluated):
             return {}
         run_folder.say(f"Scores of the {of}:")
-    loggers = fit.loggers
-    epoch = fit.current_epoch - 1 + method.first_epoch
+    loggers = trainer.loggers
+    epoch = trainer.current_epoch - 1 + method.first_epoch
     if loggers and not method.step_metrics:  # nothing was trained
         path = Path(loggers[0].log_dir) / "metrics.csv"
-        is_logged = distributed.on_rank_zero(lambda: run_folder.has_scores(path, epoch, fit.global_step))
-        fit.loggers = [] if is_logged else loggers
-    scores = next(iter(fit.validate(method, verbose=False)), {})
-    fit.loggers = loggers
+        is_logged = distributed.on_rank_zero(lambda: run_folder.has_scores(path, epoch, trainer.global_step))
+        trainer.loggers = [] if is_logged else loggers
+    scores = next(iter(trainer.validate(method, verbose=False)), {})
+    trainer.loggers = loggers
     return scores
 
 
@@ -126,19 +126,19 @@ def minutes_keeper(out: Path, results: dict[str, Any], name: str) -> Callable[..
 
 
 def pretrain_stage(
-    fit: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict, before: str
+    trainer: pl.Trainer, model: SelfSupervisedMethod, resumed: Path | None, out: Path, results: dict, start_name: str
 ) -> None:
-    """Pretrain, and add the encoder's scores before and after to `results`. `before` is the name of the encoder from
-    which a training without a checkpoint starts."""
+    """Pretrain, and add the encoder's scores before and after to `results`. `start_name` is the name of the
+    encoder from which a training without a checkpoint starts."""
     baseline = run_folder.baseline_of(results)
     if resumed is None or baseline is None:  # its scores are the first row of metrics.csv
         results.pop(baseline, None)
-        baseline = before
-        loggers = fit.loggers
+        baseline = start_name
+        loggers = trainer.loggers
         if resumed is not None and (out / "pretraining/metrics.csv").is_file():
-            fit.loggers = []  # these scores would follow the rows of later steps
-        results |= {baseline: validation_scores(fit, model, baseline), **model.labels_result()}
-        fit.loggers = loggers
+            trainer.loggers = []  # these scores would follow the rows of later steps
+        results |= {baseline: validation_scores(trainer, model, baseline), **model.labels_result()}
+        trainer.loggers = loggers
         write_on_rank_zero(out / "results.json", results)
     keep_minutes = minutes_keeper(out, results, "pretraining minutes")
     has_begun = False
@@ -150,23 +150,23 @@ def pretrain_stage(
         has_begun = True
 
     begun = {"on_train_batch_start": begin, "on_save_checkpoint": keep_minutes}
-    fit.callbacks.append(LambdaCallback(**begun))
+    trainer.callbacks.append(LambdaCallback(**begun))
     run_folder.say(f"Pretraining. {dry_run.parts_text(model)}")
-    fit.fit(model, ckpt_path=resumed)
+    trainer.fit(model, ckpt_path=resumed)
     keep_minutes()
     results |= model.labels_result()
-    is_written = partial(earlier_run.is_written, out / "pretrained.ckpt", fit.global_step)
+    is_written = partial(earlier_run.is_written, out / "pretrained.ckpt", trainer.global_step)
     if has_begun or not distributed.on_rank_zero(is_written):
-        fit.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
+        trainer.save_checkpoint(out / "pretrained.ckpt", weights_only=False)
     # Fewer than max_epochs if max_time ended the training. If no step was trained, the Trainer does not know them.
-    results.setdefault("epochs", fit.current_epoch)
+    results.setdefault("epochs", trainer.current_epoch)
     if "trained encoder" not in results:  # it is if the resumed run was complete (see delete_outdated)
-        results["trained encoder"] = validation_scores(fit, model, "trained encoder")
+        results["trained encoder"] = validation_scores(trainer, model, "trained encoder")
         if has_begun:
             rank_zero_only(remove)(out / "pretrained.evaluation")  # of the earlier encoder, made in the meantime
     write_on_rank_zero(out / "results.json", results)  # the test may end the run, at an unreadable image
     if model.params.dataset.is_custom and model.params.is_evaluated:  # other data sets are validated on the test set
-        results["test set"] = next(iter(fit.test(model, verbose=False)), {})
+        results["test set"] = next(iter(trainer.test(model, verbose=False)), {})
     results["verdict"] = verdict(baseline, results[baseline], results["trained encoder"], model.params.evaluations)
     write_on_rank_zero(out / "results.json", results)
 
@@ -180,21 +180,22 @@ def linear_stage(
     linear = LinearClassifierMethod.from_moco_checkpoint(out / "pretrained.ckpt", encoder, **settings)
     linear.first_epoch = run_folder.first_epoch(out)
     linear.about_labels = f"labels: {results.get('labels')}"  # the pretraining has logged them
-    fit = trainers.trainer_of_stage(out, "linear", options.linear_epochs, options)
-    resumed, step = earlier_run.resume_point("auto" if options.resume else None, out, "linear", linear, fit, options)
-    fit.loggers = trackers.get_loggers(out, "linear", options, step)
+    trainer = trainers.trainer_of_stage(out, "linear", options.linear_epochs, options)
+    given = "auto" if options.resume else None
+    resumed, step = earlier_run.resume_point(given, out, "linear", linear, trainer, options)
+    trainer.loggers = trackers.get_loggers(out, "linear", options, step)
     run_folder.say(f"Training LinearClassifierMethod on the frozen encoder. {dry_run.parts_text(linear)}")
     keep_minutes = minutes_keeper(out, results, "linear minutes")
-    fit.callbacks.append(LambdaCallback(on_save_checkpoint=keep_minutes))
-    fit.fit(linear, ckpt_path=resumed)
+    trainer.callbacks.append(LambdaCallback(on_save_checkpoint=keep_minutes))
+    trainer.fit(linear, ckpt_path=resumed)
     keep_minutes()
-    results["linear classifier"] = validation_scores(fit, linear)
-    results["linear epochs"] = fit.current_epoch
-    if fit.current_epoch < options.linear_epochs or is_cut_short(fit):
+    results["linear classifier"] = validation_scores(trainer, linear)
+    results["linear epochs"] = trainer.current_epoch
+    if trainer.current_epoch < options.linear_epochs or is_cut_short(trainer):
         run_folder.say(
-            f"The linear stage ended in epoch {fit.current_epoch} of {options.linear_epochs}: max_time is up."
+            f"The linear stage ended in epoch {trainer.current_epoch} of {options.linear_epochs}: max_time is up."
         )
-    fit.save_checkpoint(out / "linear.ckpt", weights_only=False)
+    trainer.save_checkpoint(out / "linear.ckpt", weights_only=False)
     write_on_rank_zero(out / "results.json", results)
 
 
@@ -225,11 +226,11 @@ def run_or_resume(
         options = trainers.with_precision(options, model, out)
         for line in options.without_effect():
             run_folder.say(f"warning: {line}")
-        fit = trainers.trainer_of_stage(out, "pretraining", params.max_epochs, options)
-        before = model.starting_point()  # not later: resume_point reads where the checkpoint's training started
+        trainer = trainers.trainer_of_stage(out, "pretraining", params.max_epochs, options)
+        start_name = model.starting_point()  # now: resume_point reads where the checkpoint's training started
         # Nothing is written before this line, so a run that cannot be resumed stays unchanged.
-        resumed, step = earlier_run.resume_point(options.resume, out, "pretraining", model, fit, options)
-        forget_other_scores(results, out, before, earlier, attrs.asdict(options) | attrs.asdict(params))
+        resumed, step = earlier_run.resume_point(options.resume, out, "pretraining", model, trainer, options)
+        forget_other_scores(results, out, start_name, earlier, attrs.asdict(options) | attrs.asdict(params))
         of_start = earlier_run.weights_of_start(out, options.resume) if resumed else None
         weights = earlier_run.absolute(model.params.encoder_weights or of_start)
         shown = attrs.evolve(model.params, encoder_weights=weights)
@@ -239,11 +240,11 @@ def run_or_resume(
         def write_plan(*_: Any) -> None:
             write_on_rank_zero(out / "config.yaml", effective.config_text(preset, options, shown, model.plan))
 
-        fit.callbacks.append(LambdaCallback(on_train_start=write_plan))
-        fit.loggers = trackers.get_loggers(out, "pretraining", options, step)
+        trainer.callbacks.append(LambdaCallback(on_train_start=write_plan))
+        trainer.loggers = trackers.get_loggers(out, "pretraining", options, step)
         table = parameter_groups.printed(model.parameter_table(), params.optimizer_name)
         write_on_rank_zero(out / "parameters.txt", table)
-        pretrain_stage(fit, model, resumed, out, results, before)
+        pretrain_stage(trainer, model, resumed, out, results, start_name)
         write_plan()  # of a training that was complete
         if options.linear_epochs:
             linear_stage(out, options, model.params, results, encoder, linear_settings)

@@ -210,7 +210,7 @@ def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]
             f"images={wrong.dtype} {list(wrong.shape)}: a loader yields uint8 images with values from 0 to 255, or "
             f"normalized float images. {way_to_uint8(wrong)}, or leave out what is not an image."
         )
-    return parts[0] if len(parts) == 1 else parts, labels
+    return (parts[0] if len(parts) == 1 else parts), labels
 
 
 def way_to_uint8(images: Tensor) -> str:

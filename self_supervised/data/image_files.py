@@ -167,11 +167,11 @@ class ImageFiles(LabeledFiles):
         self.pixel_range = pixel_range
         self.exif_orientation = exif_orientation
         self.root = split
-        self.packed: Callable[[int], np.ndarray | None] | None = None  # reads packed pixels; set by packed_files.py
+        self.packed_pixels: Callable[[int], np.ndarray | None] | None = None  # set by packed_files.py
 
     def subset(self, indices: np.ndarray) -> Self:
         part = super().subset(indices)
-        part.packed = None  # it goes by the indices of the whole set
+        part.packed_pixels = None  # it goes by the indices of the whole set
         return part
 
     def __getitem__(self, index: int) -> tuple[Tensor | list[Tensor], int]:
@@ -187,7 +187,7 @@ class ImageFiles(LabeledFiles):
 
         If the image is packed, return its packed pixels: with views an array, without them the central square.
         """
-        if self.packed is not None and (pixels := self.packed(index)) is not None:
+        if self.packed_pixels is not None and (pixels := self.packed_pixels(index)) is not None:
             return (pixels, self.boxes(index, pixels.shape[1::-1])) if self.views else (torch.from_numpy(pixels), [])
         path = self.files[index][0]
         boxes = []

@@ -26,8 +26,9 @@ def get_loader(
 
     For training, images are shuffled by (seed, epoch). For evaluation, none is dropped, and files are shuffled as well:
     in the order of class folders, the first tenth of ImageNet (`limit_val_batches=0.1`) has a tenth of the classes.
-    Packed data sets need no workers, since reading a batch is a single copy of memory. Packed files need none on a CPU:
-    workers take longer to send crops than to make them, on cores that the training needs.
+    Packed data sets (arrays) need no workers, since reading a batch is a single copy of memory. Image files that were
+    packed (`pack_images`) need none on a CPU: workers take longer to send crops than to make them, on cores that the
+    training needs.
 
     Args:
         accumulated: batches per optimizer step, among which `global_batch_size` is divided.
@@ -58,7 +59,7 @@ def get_loader(
     shuffle = training or not (packed or in_order)
     seed = params.seed or 0
     are_crops = isinstance(dataset, ImageFiles) and bool(dataset.views)
-    without_workers = device.type == "cpu" and getattr(dataset, "packed", None) is not None
+    without_workers = device.type == "cpu" and getattr(dataset, "packed_pixels", None) is not None
     return ResumableDataLoader(
         dataset,
         batch_size=size if training else max(1, size // params.clips_of_a_video),

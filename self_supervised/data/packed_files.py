@@ -97,12 +97,12 @@ def pack_files(images: ImageFiles, workers: int) -> None:
                 write_missing(folder, images, stamps, pixels, workers)
                 remove_superseded(folder, dict(stamps))
                 pixels = find(folder, stamps)
-    images.packed = pixels
+    images.packed_pixels = pixels
 
 
 def use_packed(images: ImageFiles) -> None:
     """Let `images` read packed pixels of those images that are packed, and all others from their files."""
-    images.packed = find(cache_folder(images), stamps_of(images))
+    images.packed_pixels = find(cache_folder(images), stamps_of(images))
 
 
 def stamps_of(images: ImageFiles) -> list[Stamp]:

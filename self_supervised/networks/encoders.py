@@ -191,7 +191,7 @@ def source_of_weights(params: EncoderAndDataParams) -> tuple[str | None, str | N
     if file := file_of_weights(params):
         return os.path.abspath(file), file_hash(file)
     of_timm = params.encoder_arch.startswith("timm:")
-    return params.encoder_arch if of_timm else f"{params.encoder_arch}:{weights}", None
+    return (params.encoder_arch if of_timm else f"{params.encoder_arch}:{weights}"), None
 
 
 def refuse_other_pixels(p: EncoderAndDataParams, weights: str | None) -> None:

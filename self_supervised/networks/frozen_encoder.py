@@ -17,7 +17,7 @@ ENCODER_FACTS = (  # settings of an encoder and of its input, which files of oth
     "image_mean", "image_std",
 )  # fmt: skip
 MEAN_AND_STD = ("image_mean", "image_std")
-SHARED = {field.name for field in fields(EncoderAndDataParams)}
+SHARED_FIELDS = {field.name for field in fields(EncoderAndDataParams)}
 
 
 @frozen

@@ -11,11 +11,11 @@ from model_params import EncoderAndDataParams
 from self_supervised import catalogue
 from self_supervised.data.foreign_paths import vetted, vetted_start
 from self_supervised.networks import architectures, encoders, layouts, modules
-from self_supervised.networks.frozen_encoder import MEAN_AND_STD, SHARED, Encoder, Report, with_overrides
+from self_supervised.networks.frozen_encoder import MEAN_AND_STD, SHARED_FIELDS, Encoder, Report, with_overrides
 from self_supervised.networks.published import is_published, of_videos, published
 
 # not taken over: evaluations and linear stages use all labeled images, and have room for activations
-OF_PRETRAINING = {"data_fraction", "activation_checkpointing"}
+NOT_TAKEN_OVER = {"data_fraction", "activation_checkpointing"}
 GRAY = {"image_mean": [0.449], "image_std": [0.226]}  # means of ImageNet's constants over the three channels
 
 
@@ -87,7 +87,7 @@ def settings_of(weights: layouts.WeightsFile, overrides: dict[str, Any]) -> tupl
     Without settings in the file, the architecture is inferred from the tensors, and images are those of ImageNet.
     """
     if weights.settings:
-        settings = {key: value for key, value in weights.settings.items() if key in SHARED - OF_PRETRAINING}
+        settings = {key: value for key, value in weights.settings.items() if key in SHARED_FIELDS - NOT_TAKEN_OVER}
         if str(weights.started_from).partition(":")[0] in catalogue.INCEPTIONS:
             settings |= without_transform_input(settings)
         return {"stem_variant": weights.stem_variant, **vetted(settings, weights.source, overrides)}, ""

@@ -52,7 +52,7 @@ def newest_of_stage(out: Path, name: str) -> Path | None:
 
 
 def resume_point(
-    given: str | None, out: Path, name: str, method: pl.LightningModule, fit: pl.Trainer, options: RunOptions
+    given: str | None, out: Path, name: str, method: pl.LightningModule, trainer: pl.Trainer, options: RunOptions
 ) -> tuple[Path | None, int]:
     """Return (checkpoint, its optimizer steps) from which a stage resumes, or (None, 0).
 
@@ -77,11 +77,11 @@ def resume_point(
     hyperparameters.use_earlier_defaults(method, content)
     try:
         checkpoints.refuse_going_back(out / name / "checkpoints", content["global_step"], "Resume from it")
-        resuming.refuse_another_model(content, method, fit)
-        steps, images = content.get("steps"), resuming.images_of_a_step(method.params, fit)
+        resuming.refuse_another_model(content, method, trainer)
+        steps, images = content.get("steps"), resuming.images_of_a_step(method.params, trainer)
         other_steps = steps is not None and steps["images"] != images  # such as on another number of processes
-        too_late = resuming.changed_too_late(content, method, fit)
-        if name == "pretraining" and resuming.has_ended(content, fit):
+        too_late = resuming.changed_too_late(content, method, trainer)
+        if name == "pretraining" and resuming.has_ended(content, trainer):
             too_late |= changed_options(config_of(run_of(path)), options)
             refuse_fewer_linear_epochs(out, options)
         changed = ", ".join(f"{k}={v!r}" for k, v in too_late.items())

@@ -67,10 +67,10 @@ def lightning_trainer(options: RunOptions, **more: Any) -> pl.Trainer:
     given = options.trainer_arguments()
     plain = RunOptions().trainer_arguments()
     try:
-        fit = pl.Trainer(logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **(given | more))
+        trainer = pl.Trainer(logger=False, enable_checkpointing=False, num_sanity_val_steps=0, **(given | more))
     except (TypeError, ValueError, MisconfigurationException) as error:
         refused = ", ".join(f"{name}={value!r}" for name, value in given.items() if value != plain[name])
         raise ValueError(f"{refused}: rejected by Lightning. {' '.join(str(error).split())}") from error
-    if options.sync_batchnorm and fit.world_size > 1 and fit.strategy.root_device.type == "cpu":
+    if options.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
         raise ValueError("sync_batchnorm=True: PyTorch synchronizes batch norm on GPUs only. Leave it out on CPUs.")
-    return fit
+    return trainer

@@ -24,9 +24,9 @@ from self_supervised.training.plan import Plan, epochs_text, resolved_warmup_epo
 # optimizer -> lowest and highest lr for 256 images per step in presets, papers (docs/methods.md) and docs/results.md
 TRIED_LR = {"sgd": (0.03, 0.5), "lars": (0.1, 2.4), "adamw": (1.5e-4, 4e-3), "adam": (1.5e-4, 4e-3)}
 FAR = 3  # factor beyond these limits from which a learning rate is doubtful
-OF_IMAGES = 256  # number of images for which learning rates are compared
+REFERENCE_BATCH = 256  # number of images for which learning rates are compared
 
-CUSTOM = "custom"  # loss_type of a user's own function
+CUSTOM_LOSS = "custom"  # loss_type of a user's own function
 UNBOUNDED = ("ip", "dcl", "emp", "mmcr")  # losses without a minimum, but for vectors of length 1
 READ_QUEUE = (*COMPARE_NEGATIVES, "swav")
 STRENGTHS = ("brightness", "contrast", "saturation", "hue")
@@ -106,14 +106,17 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "prototypes_frozen_epochs": {"loss_type": PROTOTYPE_LOSSES},
     "use_both_augmentations_as_queries": {
         LARGE_VIEWS: None,
-        "loss_type": (*losses_with(lambda loss: not loss.all_views), CUSTOM),
+        "loss_type": (*losses_with(lambda loss: not loss.all_views), CUSTOM_LOSS),
     },
     "queue_from_epoch": {"loss_type": ("swav",), QUEUE: None},
     "center_momentum": {"loss_type": ("dino",)},
     **dict.fromkeys(("m", "use_momentum_schedule"), {"use_lagging_model": None}),
     # losses with a gradient through the keys
-    "stop_gradient_of_keys": {GRADIENT: None, "loss_type": (*COMPARE_NEGATIVES, "vic", "barlow", "fastsiam", CUSTOM)},
-    "use_lagging_model": {"loss_type": (*losses_with(lambda loss: loss.keys), CUSTOM)},
+    "stop_gradient_of_keys": {
+        GRADIENT: None,
+        "loss_type": (*COMPARE_NEGATIVES, "vic", "barlow", "fastsiam", CUSTOM_LOSS),
+    },
+    "use_lagging_model": {"loss_type": (*losses_with(lambda loss: loss.keys), CUSTOM_LOSS)},
     "n_virtual_devices": {"shuffle_batch_norm": None},
     "variance_loss_epsilon": {"loss_type": ("vic",)},
     **{f"{name}_{part}": {f"{name}_warmup_epochs": None} for name in SCHEDULED for part in ("warmup", "warmup_start")},
@@ -170,7 +173,7 @@ def doubts(params: ModelParams, plan: Plan, loss_type: str, has_own_optimizer: b
     apply.
 
     Args:
-        loss_type: that of `params`, or CUSTOM if a function replaces it.
+        loss_type: that of `params`, or CUSTOM_LOSS if a function replaces it.
         has_own_optimizer: whether the user's code builds the optimizer, from whatever settings it reads.
     """
     unused = "" if has_own_optimizer else without_effect(params, changed_by_user(params), loss_type)
@@ -214,7 +217,7 @@ def doubts_of_classifier(params: Any, requires_gradient: bool) -> list[str]:
     frozen = "encoder_lr=None: the encoder stays frozen, although weights of it require a gradient. Set encoder_lr"
     stays_frozen = frozen if requires_gradient and p.encoder_lr is None else ""
     of_memory = "activation_checkpointing=True: no effect on a frozen encoder. Set encoder_lr, or leave it out"
-    lines = [without_effect(p, changed, CUSTOM), of_frozen, stays_frozen]
+    lines = [without_effect(p, changed, CUSTOM_LOSS), of_frozen, stays_frozen]
     lines += [of_memory] if p.activation_checkpointing and p.encoder_lr is None else []
     return [line for line in lines if line]
 
@@ -230,15 +233,15 @@ def without_effect(params: Any, names: list[str], loss_type: str) -> str:
 def doubt_of_lr(params: ModelParams, plan: Plan) -> str:
     """Return a line if the learning rate per image is far from those that were tried with this optimizer, else ""."""
     lowest, highest = TRIED_LR[params.optimizer_name]
-    lr = plan.lr * OF_IMAGES / plan.global_batch_size
+    lr = plan.lr * REFERENCE_BATCH / plan.global_batch_size
     if lowest / FAR <= lr <= highest * FAR:
         return ""
-    near = (highest if lr > highest else lowest) * plan.global_batch_size / OF_IMAGES / plan.lr_factor
+    near = (highest if lr > highest else lowest) * plan.global_batch_size / REFERENCE_BATCH / plan.lr_factor
     scaled = "" if plan.lr_factor == 1 else f", scaled to {plan.lr:.4g} (lr_scaling={params.lr_scaling!r}),"
     return (
         f"lr={plan.lr / plan.lr_factor:.4g}{scaled} with {plan.global_batch_size} {plan.kind} per step corresponds to "
-        f"lr={lr:.4g} for {OF_IMAGES} {plan.kind}. Learning rates of {lowest:g} to {highest:g} have been tried with "
-        f"optimizer_name={params.optimizer_name!r}. Try lr={near:.2g}"
+        f"lr={lr:.4g} for {REFERENCE_BATCH} {plan.kind}. Learning rates of {lowest:g} to {highest:g} have been tried "
+        f"with optimizer_name={params.optimizer_name!r}. Try lr={near:.2g}"
     )
 
 
@@ -297,7 +300,7 @@ def changed_by_user(params: ModelParams) -> list[str]:
 
 def lacks(params: ModelParams, name: str, loss_type: str) -> str:
     """Return what a setting needs to have an effect, as text; "" if it has one."""
-    if name == "use_negative_examples_from_queue" and loss_type == CUSTOM:
+    if name == "use_negative_examples_from_queue" and loss_type == CUSTOM_LOSS:
         return ""  # the queue is an argument of the function
     if name.startswith("transform_") and not value_of(params, name, loss_type):
         return ""  # switched off, as it is
@@ -311,7 +314,7 @@ def lacks(params: ModelParams, name: str, loss_type: str) -> str:
 
 
 def value_of(params: ModelParams, name: str, loss_type: str) -> Any:
-    if name == QUEUE and loss_type == CUSTOM:
+    if name == QUEUE and loss_type == CUSTOM_LOSS:
         return params.keeps_keys  # an argument of the function
     if name in DERIVED:
         return DERIVED[name](params)

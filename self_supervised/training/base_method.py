@@ -178,9 +178,9 @@ class BaseMethod(pl.LightningModule):
         """Return the loader of one of our data sets, after a check of its labels, which are logged once."""
         p = self.params
         if self.n_outputs is not None:
-            about = (f"dataset_name={p.dataset_name!r}", self.n_outputs, p.dataset_name)
             each = self.needs_labels and not in_order  # in order: only predicted
-            label_checks.refuse_wrong_labels(dataset.labels, *about, required=True, each=each)
+            source, name = f"dataset_name={p.dataset_name!r}", p.dataset_name
+            label_checks.refuse_wrong_labels(dataset.labels, source, self.n_outputs, name, required=True, each=each)
         if (line := getattr(dataset, "about_labels", "")) and line != self.about_labels:
             self.about_labels = line
             rank_zero_info(line)
@@ -192,7 +192,7 @@ class BaseMethod(pl.LightningModule):
         p = self.params
         return self.loader(data_sets.get_dataset(p, p.dataset.test_splits), training=False, in_order=True)
 
-    def whole_sets(self, splits: list[tuple[str, ...]]) -> list[ResumableDataLoader]:
+    def evaluation_loaders(self, splits: list[tuple[str, ...]]) -> list[ResumableDataLoader]:
         """Return evaluation loaders, one per tuple of splits, over all of their images, whatever `data_fraction` is."""
         p = attrs.evolve(self.params, data_fraction=1.0)
         datasets = [data_sets.get_dataset(p, names) for names in splits]
@@ -208,7 +208,7 @@ class BaseMethod(pl.LightningModule):
         evaluated = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         return list_of_loaders(trainer.train_dataloader if training else evaluated)[dataloader_idx]
 
-    # ---- Batches ----
+    # ---- Start of a training, and batches ----
 
     def on_fit_start(self) -> None:
         fit_checks.refuse_used_trainer(self.trainer)
@@ -290,9 +290,8 @@ class BaseMethod(pl.LightningModule):
         _, labels = images_and_labels(batch)
         is_first = training and self.trainer.fit_loop.batch_idx < 0
         if self.reads_labels(training) and label_checks.is_checked(labels, is_first):
-            about = ("the loader", self.n_outputs, self.params.dataset_name)
-            required = training or self.needs_labels
-            label_checks.refuse_wrong_labels(labels, *about, required=required, each=self.needs_labels)
+            name, each, required = self.params.dataset_name, self.needs_labels, training or self.needs_labels
+            label_checks.refuse_wrong_labels(labels, "the loader", self.n_outputs, name, required=required, each=each)
 
     def check_first(self, images: Tensor | list[Tensor], training: bool, dataloader_idx: int) -> None:
         """Check the images of the first batch of each loader, and its classes. More would make the host wait often."""

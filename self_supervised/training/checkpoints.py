@@ -32,7 +32,7 @@ from self_supervised.torch_files import UNSUPPORTED, safe_load
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OF_TENSORS = ("state_dict", "optimizer_states")  # the large parts of a checkpoint
-GO_ON = 75  # exit status after a signal where torchrun would take 0 for the end of the training (EX_TEMPFAIL)
+EXIT_TO_RESTART = 75  # exit status after a signal where torchrun would take 0 for the end of the training (EX_TEMPFAIL)
 
 
 # ---- Reading ----
@@ -316,4 +316,4 @@ class Checkpoints(pl.Callback):
         if out_of_time and job is not None and trainer.is_global_zero:
             subprocess.run(["scontrol", "requeue", job], check=True)
         self.received = None
-        raise SIGTERMException(GO_ON if distributed.is_elastic() else None)
+        raise SIGTERMException(EXIT_TO_RESTART if distributed.is_elastic() else None)

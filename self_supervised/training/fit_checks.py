@@ -70,9 +70,9 @@ def refuse_hooks_without_super(method: type[pl.LightningModule]) -> None:
                 )
 
 
-def is_ours(base: type) -> bool:
-    """Return whether a class is one of this library."""
-    return base.__module__.partition(".")[0] in ("moco", "linear_classifier", "self_supervised")
+def is_ours(owner: Any) -> bool:
+    """Return whether a class or function is one of this library."""
+    return owner.__module__.partition(".")[0] in ("moco", "linear_classifier", "self_supervised")
 
 
 def names_used(code: CodeType) -> set[str]:
@@ -103,7 +103,7 @@ def try_one_image(method: pl.LightningModule) -> None:
 def refuse_one_image(method: pl.LightningModule) -> None:
     """Raise ValueError if a batch of one image, on all processes together, contradicts the settings. An own loss, or
     training step, may be able to learn from it."""
-    has_own_step = type(method).training_step.__module__ not in ("moco", "linear_classifier")
+    has_own_step = not is_ours(type(method).training_step)
     if distributed.world_size() > 1 or getattr(method, "custom_loss", None) is not None or has_own_step:
         return
     try:
@@ -123,7 +123,7 @@ def refuse_last_batch_of_one(method: pl.LightningModule) -> None:
         refuse_one_image(method)
 
 
-def doubts_at_start(method: pl.LightningModule, has_own_optimizer: bool) -> list[str]:
+def doubts_at_start(method: pl.LightningModule) -> list[str]:
     """Return the lines of `advice`, on a loss of the user that was not passed again, on shuffling without batch norm,
     and on a lagging model that starts from other weights.
 
@@ -132,7 +132,8 @@ def doubts_at_start(method: pl.LightningModule, has_own_optimizer: bool) -> list
     """
     p = method.params
     replaces_all = method.custom_loss is not None and p.loss_type not in PROTOTYPE_LOSSES  # else prototypes stay
-    lines = advice.doubts(p, method.plan, advice.CUSTOM if replaces_all else p.loss_type, has_own_optimizer)
+    has_own_optimizer = not is_ours(type(method).configure_optimizers)
+    lines = advice.doubts(p, method.plan, advice.CUSTOM_LOSS if replaces_all else p.loss_type, has_own_optimizer)
     lines += advice.doubts_of_max_epochs(p, method.trainer)
     lines += [LOST_LOSS] if method.lost_loss and method.custom_loss is None else []
     lines += [UNSHUFFLED] if p.shuffle_batch_norm and not modules.has_batch_norm(method) else []

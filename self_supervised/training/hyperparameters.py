@@ -18,6 +18,7 @@ from self_supervised.data.facts import Params, with_statistics
 from self_supervised.data.foreign_paths import vetted
 from self_supervised.fields import Presets, plain
 from self_supervised.networks import modules
+from self_supervised.training import fit_checks
 
 PLAIN_TYPES = (bool, int, float, str, type(None))
 SEED_AT_IMPORT = torch.initial_seed()
@@ -53,7 +54,7 @@ def resolve(
     seed_is_drawn = params.seed is None
     if seed_is_drawn:
         params = attrs.evolve(params, seed=session_seed())
-    return with_statistics(params) if params.compute_statistics else params, seed_is_drawn
+    return (with_statistics(params) if params.compute_statistics else params), seed_is_drawn
 
 
 def session_seed() -> int:
@@ -156,7 +157,7 @@ def overrides_of_checkpoint(
             other sizes.
     """
     for name in ("params", "hparams"):  # a subclass may have such an argument of its own
-        if passed.get(name) is not None and method.__init__.__module__ in ("moco", "linear_classifier"):
+        if passed.get(name) is not None and fit_checks.is_ours(method.__init__):
             raise ValueError(f"{name}: a checkpoint has its own settings. Pass single fields, such as lr=0.3.")
     settings = content.get("hyper_parameters", {})
     if method.needs_labels and "loss_type" in settings:

@@ -23,7 +23,7 @@ class Plan:
     """Effective batch size, length and learning rate of a training. As a string: one line for the log."""
 
     processes: int
-    accumulated: int  # batches per optimizer step
+    accumulated: int  # accumulate_grad_batches of the Trainer
     batch_size: int  # images per process and batch
     lr: float  # highest learning rate, scaled by `lr_factor`
     steps: int  # optimizer steps of the whole training
@@ -31,8 +31,8 @@ class Plan:
     warmup_steps: float = 0
     lr_factor: float = 1.0  # by which `lr_scaling` multiplies all learning rates
     kind: str = "images"  # or "videos"
-    all_images: int | None = None  # of a process, if they do not fill a batch
-    epoch_batches: float = math.inf  # of a process
+    all_images: int | None = None  # images of a process, if they do not fill one batch
+    epoch_batches: float = math.inf  # batches of an epoch on a process
 
     @property
     def images_read(self) -> int:
@@ -104,11 +104,11 @@ def get_plan(params: EncoderAndDataParams, trainer: pl.Trainer, warmup_epochs: f
 
 def report_doubts(plan: Plan, warmup_epochs: float) -> None:
     """Warn of an epoch that is shorter than a step, and of a warm-up that is as long as the training."""
-    accumulated, batches = plan.accumulated, plan.epoch_batches
-    if batches < accumulated:
+    accumulated, epoch_batches = plan.accumulated, plan.epoch_batches
+    if epoch_batches < accumulated:
         rank_zero_info(
-            f"warning: accumulate_grad_batches={accumulated}, but an epoch has {batches} batches, so a step gets only "
-            f"{batches}/{accumulated} of their mean gradient. Set it to {batches}"
+            f"warning: accumulate_grad_batches={accumulated}, but an epoch has {epoch_batches} batches, so a step gets "
+            f"only {epoch_batches}/{accumulated} of their mean gradient. Set it to {epoch_batches}"
         )
     if plan.steps <= plan.warmup_steps:
         rank_zero_info(
@@ -191,7 +191,7 @@ def training_length(trainer: pl.Trainer) -> tuple[int, int]:
             "max_steps=-1: the loader has no length, and the schedules need one. Pass max_steps to the Trainer."
         )
     steps = max(1, int(steps))  # max_steps=0 trains nothing
-    return steps, steps if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    return steps, (steps if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches))
 
 
 def warmup_without_epochs(params: EncoderAndDataParams, warmup_epochs: float) -> float:

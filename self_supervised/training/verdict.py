@@ -21,7 +21,7 @@ from self_supervised.networks import modules
 
 COMPARED = ("valid_knn20_acc", "valid_class_acc")  # starts of names; the first that was scored decides
 GIVE_COMPARED = {"knn", "linear_probe"}  # evaluations that give such scores
-MEANING = (  # settings, of every score
+SCORE_SETTINGS = (  # settings, of every score
     "evaluation_clips", "evaluation_crops", "probe_on_training_set", "probe_solver", "transform_crop_size",
 )  # fmt: skip
 ADVICE = "Try a third of the lr, more epochs, or another preset: docs/troubleshooting.md"
@@ -139,7 +139,7 @@ def measurement(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, An
     """Return what scores have in common if they can be compared: settings, and the part of each validation loader."""
     lengths = map(sized_len, list_of_loaders(trainer.val_dataloaders))  # None: of an IterableDataset
     parts = [n / (length or 1) for n, length in zip(trainer.num_val_batches, lengths, strict=True)]
-    return {"parts": parts, **{name: getattr(module.params, name) for name in MEANING}}
+    return {"parts": parts, **{name: getattr(module.params, name) for name in SCORE_SETTINGS}}
 
 
 def scores_at_end(method: pl.LightningModule) -> dict[str, float]:

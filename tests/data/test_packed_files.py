@@ -60,8 +60,8 @@ def test_packed_pixels_are_those_of_torchvision(params, capfd):
     for index, (path, _) in enumerate(dataset.files):
         upright = read_any(path, path, 3, None)
         expected = np.asarray(functional.resize(upright, 32))  # 8/7 of 28; PIL's own resizing
-        assert np.abs(dataset.packed(index).astype(int) - expected).max() <= 1
-        assert dataset.packed(index).shape == expected.shape
+        assert np.abs(dataset.packed_pixels(index).astype(int) - expected).max() <= 1
+        assert dataset.packed_pixels(index).shape == expected.shape
 
 
 def test_views_of_packed_images_are_those_of_the_files(params):
@@ -74,7 +74,7 @@ def test_views_of_packed_images_are_those_of_the_files(params):
             assert view.shape == expected.shape and view.dtype == torch.uint8
             assert (view.float() - expected.float()).abs().mean() < 16
     for index in range(N):
-        size = packed.packed(index).shape[1::-1]
+        size = packed.packed_pixels(index).shape[1::-1]
         original = read_any(files.files[index][0], files.files[index][0], 3, None).size
         drawn, exact = packed.boxes(index, size), files.boxes(index, original)
         assert np.abs(np.array(drawn) - np.array(exact) * np.tile(size, 2) / np.tile(original, 2)).max() < 2
@@ -113,7 +113,7 @@ def test_changed_and_new_images_are_packed_again(params, tmp_path, capfd):
     assert len(parts(tmp_path)) == 2
     for index, (path, _) in enumerate(dataset.files):
         expected = functional.resize(read_any(path, path, 3, None), 32)
-        assert np.abs(dataset.packed(index).astype(int) - np.asarray(expected)).max() <= 1
+        assert np.abs(dataset.packed_pixels(index).astype(int) - np.asarray(expected)).max() <= 1
     for i in range(N):
         os.utime(tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i:02d}.jpg", ns=(0, 10**9))
     dataset_of(params)
@@ -173,7 +173,7 @@ def test_interrupted_packing_keeps_complete_parts_only(params, tmp_path, monkeyp
     capfd.readouterr()
     dataset, _ = dataset_of(params)
     assert "packing 7 images" in capfd.readouterr().out and not leftover.exists()
-    assert (dataset.packed.part >= 0).all()
+    assert (dataset.packed_pixels.part >= 0).all()
 
 
 def test_truncated_part_is_packed_again(params, tmp_path):
@@ -181,7 +181,7 @@ def test_truncated_part_is_packed_again(params, tmp_path):
     (part,) = parts(tmp_path)
     os.truncate(part / packed_files.PIXEL_FILE, 100)
     dataset, _ = dataset_of(params)
-    assert dataset.packed(N - 1) is not None and len(parts(tmp_path)) == 2
+    assert dataset.packed_pixels(N - 1) is not None and len(parts(tmp_path)) == 2
 
 
 def test_too_little_space_is_refused(params, tmp_path, monkeypatch):
@@ -193,8 +193,8 @@ def test_too_little_space_is_refused(params, tmp_path, monkeypatch):
 
 def pack_in_process(rank: int, fields: dict) -> list[str]:
     dataset, _ = dataset_of(ModelParams(**fields))
-    assert (dataset.packed.part >= 0).all()
-    return [str(file) for file in dataset.packed.files]
+    assert (dataset.packed_pixels.part >= 0).all()
+    return [str(file) for file in dataset.packed_pixels.files]
 
 
 def test_two_processes_pack_once(params, tmp_path):

@@ -219,7 +219,7 @@ def test_shards_are_downloaded_to_be_packed(server):
     for copy in copies():
         copy.unlink()
     packed_files.pack_files(dataset, workers=0)
-    assert len(copies()) == 5 and all(dataset.packed(i) is not None for i in range(len(dataset)))
+    assert len(copies()) == 5 and all(dataset.packed_pixels(i) is not None for i in range(len(dataset)))
 
 
 def test_shards_on_the_hub_are_known_by_their_hash(monkeypatch):

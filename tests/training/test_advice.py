@@ -205,7 +205,7 @@ def test_learning_rates_of_recipes_that_were_run_are_among_those_tried(kind):
     for preset in (name for name, row in recipes.KINDS[kind].rows.items() if row.result):
         params = recipes.recipe(preset, kind)
         lowest, highest = advice.TRIED_LR[params.optimizer_name]
-        lr = params.lr * lr_factor(params, params.batch_size) * advice.OF_IMAGES / params.batch_size
+        lr = params.lr * lr_factor(params, params.batch_size) * advice.REFERENCE_BATCH / params.batch_size
         assert lowest <= lr <= highest, preset
 
 
@@ -227,7 +227,7 @@ def test_a_queue_that_is_not_read_is_no_doubt(loss_type):
     params = ModelParams(loss_type=loss_type, use_lagging_model=False, use_unit_sphere_projection=False, batch_size=64)
     plan = Plan(1, 1, 64, params.lr, 100, 10)
     assert not any("random vectors" in line for line in advice.doubts(params, plan, loss_type))
-    assert any("random vectors" in line for line in advice.doubts(params, plan, advice.CUSTOM))
+    assert any("random vectors" in line for line in advice.doubts(params, plan, advice.CUSTOM_LOSS))
 
 
 def test_losses_without_a_minimum_are_a_line():
