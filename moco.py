@@ -353,7 +353,8 @@ class SelfSupervisedMethod(BaseMethod):
     def on_validation_epoch_end(self) -> None:
         for scores in self.scores_of_loaders():
             self.log_scores(scores)
-            self.print(f"epoch {self.epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
+            if scores:
+                self.print(f"epoch {self.epoch}:", ", ".join(f"{k} {value:.4g}" for k, value in scores.items()))
 
     def predict_step(self, batch: tuple[Tensor, Tensor | None], *_: int) -> Tensor:
         """Return the embeddings [N, E] of a batch in at least float32, NaN for images that could not be read."""

@@ -320,7 +320,7 @@ class EncoderAndDataParams:
 
     def of_each_channel(self, values: Sequence[float]) -> tuple[float, ...]:
         """Return one number per input channel."""
-        if self.dataset.is_custom and len(values) not in (1, self.channels):  # ImageNet's do not fit other channels
+        if len(values) not in (1, self.channels):  # those of color images do not fit other channels
             return (round(sum(values) / len(values), 3),) * self.channels
         repeats = 3 if len(values) == 1 and self.channels == 3 else 1
         return tuple(values) * repeats

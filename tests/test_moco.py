@@ -451,10 +451,19 @@ def test_a_loader_without_length(small, trainer):
 
 @pytest.mark.parametrize("batch", [{"image": torch.zeros(2, 1, 8, 8)}, [torch.zeros(2, 1, 8, 8), "cat"], []])
 def test_other_batches_are_refused_in_words(batch):
-    with pytest.raises(
-        ValueError, match=r"this format is unknown. A loader yields images \[N, C, H, W\], \(images, labels\)"
-    ):
+    """The message shows what the batch holds."""
+    of_list = "list with [(2, 1, 8, 8), 'str']" if batch else "list with []"
+    shown = "dict with ['image']" if isinstance(batch, dict) else of_list
+    message = f"batch={shown}: this format is unknown. A loader yields images [N, C, H, W], (images, labels)"
+    with pytest.raises(ValueError, match=re.escape(message)):
         images_and_labels(batch)
+
+
+def test_gray_images_of_a_loader_of_ones_own_are_normalized_with_the_mean_over_colors(small, trainer):
+    images = torch.randint(256, (16, 1, 8, 8), dtype=torch.uint8)
+    params = small("simclr", dataset_name="cifar10", in_channels=1, evaluations=[])
+    assert params.mean == (pytest.approx((0.4914 + 0.4822 + 0.4465) / 3, abs=1e-3),)
+    trainer().fit(SelfSupervisedMethod(params), loader(images))
 
 
 def test_images_of_other_channels_are_refused_in_words(small, trainer):

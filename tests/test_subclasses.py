@@ -198,6 +198,20 @@ def test_a_compiled_encoder_is_validated(small, trainer):
     assert "valid_knn20_acc" in fit.callback_metrics
 
 
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_a_checkpoint_is_loaded_with_or_without_compilation(compiled_first, small, trainer, tmp_path):
+    """Of the encoder of a method that is built: `torch.compile` changes the names of its tensors."""
+    methods = [SelfSupervisedMethod(small("byol", evaluations=[])) for _ in range(2)]
+    methods[1 - compiled_first].model = torch.compile(methods[1 - compiled_first].model, backend="eager")
+    fit = trainer(max_steps=1, limit_train_batches=2)
+    fit.fit(methods[0])
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    trainer(max_steps=2, limit_train_batches=2).fit(methods[1], ckpt_path=tmp_path / "x.ckpt")
+    plain = SelfSupervisedMethod.load_from_checkpoint(tmp_path / "x.ckpt")
+    names = {name.replace("_orig_mod.", ""): weight for name, weight in methods[0].named_parameters()}
+    assert all(torch.equal(weight, names[name]) for name, weight in plain.named_parameters())
+
+
 def test_another_stem_than_the_checkpoints_is_refused(small, trainer, tmp_path):
     fit = trainer(limit_train_batches=1)
     settings = {"evaluations": [], "encoder_arch": "resnet18", "low_resolution_stem": True}
@@ -227,10 +241,11 @@ def test_another_width_than_the_checkpoints_is_explained(small, trainer, tmp_pat
         SelfSupervisedMethod.load_from_checkpoint(tmp_path / "x.ckpt", encoder=wider)
 
 
-def test_another_queue_than_the_checkpoints_is_refused(small, trainer, tmp_path):
+def test_settings_of_other_sizes_than_the_checkpoints_are_refused(small, trainer, tmp_path):
     fit = trainer(limit_train_batches=1)
     fit.fit(SelfSupervisedMethod(small(evaluations=[])))
     fit.save_checkpoint(tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r"^K=128: .*x.ckpt has 64 keys in its queue. Leave K out, or start"):
-        SelfSupervisedMethod.load_from_checkpoint(tmp_path / "x.ckpt", K=128)
+    for name in ("K", "dim"):
+        with pytest.raises(ValueError, match=rf"^{name}=128: .*x.ckpt does not fit \(size mismatch for .* or start a"):
+            SelfSupervisedMethod.load_from_checkpoint(tmp_path / "x.ckpt", **{name: 128})
     assert SelfSupervisedMethod.load_from_checkpoint(tmp_path / "x.ckpt", K=64).params.K == 64

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -199,10 +199,13 @@ def images_and_labels(batch: Any) -> tuple[Tensor | list[Tensor], Tensor | None]
     if len(parts) == 1 and isinstance(parts[0], list | tuple):
         parts = list(parts[0])
     if not parts or not all(isinstance(part, Tensor) and part.dim() > 2 for part in parts):
-        kinds = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        given = batch if isinstance(batch, list | tuple) else [batch]
+        kinds = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in given]
+        kinds = list(batch) if isinstance(batch, Mapping) else kinds
         raise ValueError(
             f"batch={type(batch).__name__} with {kinds}: this format is unknown. A loader yields images [N, C, H, W], "
-            "(images, labels), a list of views, or (list of views, labels), with labels [N]."
+            "(images, labels), a list of views, or (list of views, labels), with labels [N]. Return one of "
+            "these from the data set or a collate_fn."
         )
     wrong = next((part for part in parts if part.dtype != torch.uint8 and not part.is_floating_point()), None)
     if wrong is not None:

@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from self_supervised.networks.pretrained import load_encoder
 from self_supervised.program import message_of, one_line_errors
 from self_supervised.runs.command_line import CHECKPOINT, LAGGING, add_fields, parser_of
 from self_supervised.runs.values import ListOption, items
-from self_supervised.safe_files import check_folder, disk_errors_named, file_hash, sync
+from self_supervised.safe_files import check_folder, file_hash, sync, temporary_path
 
 FACTS = (*ENCODER_FACTS, "embedding_dim", "dataset_name", "pixel_range", "exif_orientation")
 
@@ -164,13 +163,9 @@ def write_checked(encoder: Encoder, format: str, target: Path, publish: bool, no
     code = "\n\n".join(filter(None, [converted.code, read, converted.use])) + "\n"
     facts = export_facts(encoder.params, converted.arch, embeddings.shape[1], mean, std)
     notes |= {"self_supervised": facts, "preprocessing": record, "load": code}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        disk_errors_named(target),
-        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder,
-        Console(stderr=True).status(f"{format}: writing") as status,
-    ):
-        file = Path(folder) / f"encoder{row.extension}"
+    with temporary_path(target) as folder, Console(stderr=True).status(f"{format}: writing") as status:
+        folder.mkdir()
+        file = folder / f"encoder{row.extension}"
         row.write(converted.content, file, notes, images[:2])
         status.update(f"{format}: verifying in a new process")
         difference = verified(file, code, images, expected)

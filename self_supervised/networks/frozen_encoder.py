@@ -58,7 +58,7 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return next(self.model.parameters(), torch.empty(0)).device
 
     @property
     def started_from(self) -> str | None:
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
             ValueError: the images have another type or shape.
         """
         input_checks.check_pixels(images, self.params.channels)
-        weight = next(self.model.parameters())
+        weight = next(self.model.parameters(), torch.empty(0))  # an encoder may have none
         with modules.in_eval_mode(self):
             return self(self.prepare(images.to(weight.device)).to(weight.dtype)).float()
 

@@ -1,11 +1,13 @@
 """Train and eval modes of the parts of a network, and whether they are trained."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
+
+COMPILED = "_orig_mod."  # in the names of a network's tensors after torch.compile(network)
 
 
 def has_batch_norm(module: nn.Module) -> bool:
@@ -19,6 +21,12 @@ def require_module(encoder: Any) -> None:
         raise ValueError(
             f"encoder={encoder!r} is not a module. Pass an object of nn.Module, or a name as encoder_arch."
         )
+
+
+def named_alike(tensors: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Return tensors by their names in `module`: `torch.compile` of a network puts `_orig_mod.` into the names."""
+    own = {name.replace(COMPILED, ""): name for name in module.state_dict()}
+    return {own.get(name.replace(COMPILED, ""), name): tensor for name, tensor in tensors.items()}
 
 
 @contextmanager
@@ -46,7 +54,9 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
 
 def copy_modes(source: nn.Module, target: nn.Module) -> None:
     """Put each part of a copy into the mode of the part from which it was copied."""
-    for part, copied in zip(source.modules(), target.modules(), strict=True):
+    # the wrapper that torch.compile puts around one of the two is no part
+    source_parts, target_parts = ([x for x in net.modules() if not hasattr(x, "_orig_mod")] for net in (source, target))
+    for part, copied in zip(source_parts, target_parts, strict=True):
         copied.training = part.training
 
 

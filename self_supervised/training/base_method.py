@@ -343,6 +343,7 @@ class BaseMethod(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Check that a run can be resumed with these settings. Loading a checkpoint otherwise needs no check."""
+        checkpoint["state_dict"] = modules.named_alike(checkpoint["state_dict"], self)
         if self._trainer is None:
             return
         self.loaded_names = checkpoint.get("hyper_parameters", {}).get("class_names") or []
@@ -370,11 +371,12 @@ class BaseMethod(pl.LightningModule):
         as data/foreign_paths.py allows; pass data_path, splits_path, ... to use others.
 
         Raises:
-            ValueError: the file is corrupt, is not a checkpoint, or would run code.
+            ValueError: the file is corrupt, is not a checkpoint, would run code, or does not fit what is passed.
         """
         content = checkpoints.read_checkpoint(checkpoint_path)
         settings = hyperparameters.overrides_of_checkpoint(content, checkpoint_path, cls, kwargs)
-        with data_only(str(checkpoint_path)), class_names_allowed(content):
+        in_words = hyperparameters.misfit_in_words(checkpoint_path, cls, kwargs)
+        with data_only(str(checkpoint_path)), class_names_allowed(content), in_words:
             method = super().load_from_checkpoint(checkpoint_path, *args, **settings)
         method.was_trained = True
         return method

@@ -1,8 +1,10 @@
 """Hyperparameters: those that are passed, a record that cannot be changed, and those in a checkpoint."""
 
 import secrets
+import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,8 +155,7 @@ def overrides_of_checkpoint(
         passed: settings that the caller passes. They win.
 
     Raises:
-        ValueError: the checkpoint is of the other stage, the settings are passed as a whole, or its tensors have
-            other sizes.
+        ValueError: the checkpoint is of the other stage, or the settings are passed as a whole.
     """
     for name in ("params", "hparams"):  # a subclass may have such an argument of its own
         if passed.get(name) is not None and fit_checks.is_ours(method.__init__):
@@ -170,7 +171,6 @@ def overrides_of_checkpoint(
             f"{path} is a checkpoint of a linear classifier. Call LinearClassifierMethod.load_from_checkpoint, or "
             "start a pretraining from its encoder: encoder_weights=PATH."
         )
-    refuse_other_sizes(content["state_dict"], path, method, passed)
     replaced = dict(vetted(settings, path, passed))
     compares_others = settings.get("loss_type") in ("sce", "seed") or settings.get("use_nearest_keys")
     if compares_others:  # earlier versions took it, and compared other vectors
@@ -181,17 +181,22 @@ def overrides_of_checkpoint(
     return {**replaced, **passed}
 
 
-def refuse_other_sizes(
-    tensors: dict[str, Any], path: str | Path, method: type[pl.LightningModule], passed: dict[str, Any]
-) -> None:
-    """Raise ValueError if other numbers of classes or keys are passed than those of a checkpoint's tensors."""
-    of_linear = "call from_moco_checkpoint, which makes a new classifier on its encoder"
-    of_pretraining = "start a pretraining from its encoder: encoder_weights=PATH"
-    way_out = of_linear if method.needs_labels else of_pretraining
-    for name, tensor in (("n_classes", f"{method.CLASSIFIER}.weight"), ("K", "queue.keys")):
-        if tensor in tensors and passed.get(name) not in (None, n := len(tensors[tensor])):
-            what = "keys in its queue" if name == "K" else "classes"
-            raise ValueError(f"{name}={passed[name]}: {path} has {n} {what}. Leave {name} out, or {way_out}.")
+@contextmanager
+def misfit_in_words(path: str | Path, method: type[pl.LightningModule], passed: dict[str, Any]) -> Iterator[None]:
+    """Say in one line that a checkpoint's tensors do not fit the settings that were `passed`."""
+    try:
+        yield
+    except RuntimeError as error:
+        title, *misfits = str(error).splitlines()
+        if not (passed and title.startswith("Error(s) in loading state_dict")):
+            raise
+        names = [name if isinstance(value, nn.Module) else f"{name}={value!r}" for name, value in passed.items()]
+        of_linear = "call from_moco_checkpoint, which makes a new classifier on its encoder"
+        of_pretraining = "start a pretraining from its encoder: encoder_weights=PATH"
+        raise ValueError(
+            f"{', '.join(names)}: {path} does not fit ({textwrap.shorten(misfits[0], 200, placeholder=' ...')}) Leave "
+            f"out what changes the networks, or {of_linear if method.needs_labels else of_pretraining}."
+        ) from error
 
 
 def use_earlier_defaults(method: Any, content: dict[str, Any]) -> None:

@@ -23,10 +23,11 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -269,6 +270,18 @@ def machine_facts() -> dict[str, Any]:
 # ---- log.txt ----
 
 
+class LogFile(logging.FileHandler):
+    """Handler that skips what a full disk does not take: the error that ends the run says it in one line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
     """Also write messages of Lightning and of this library, warnings, and an error that ends the block to a file."""
@@ -276,7 +289,7 @@ def logged(path: Path) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     sources = [logging.getLogger(name) for name in LOG_SOURCES]
     show = warnings.showwarning

@@ -15,7 +15,12 @@ LOWEST_STD = 0.02  # of the channel that varies most
 def check_pixels(images: Tensor, channels: int) -> None:
     """Raise ValueError unless `images` are uint8 images or clips with the channels that the encoder takes."""
     description = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images={description}: not a tensor. Pass torch.as_tensor(images), or torch.stack(images) for a list of "
+            "tensors of one size."
+        )
+    if images.dtype != torch.uint8:
         raise ValueError(
             f"images={description}: only uint8 tensors with values from 0 to 255 are normalized here. Convert values "
             "from 0 to 1 with (images * 255).round().to(torch.uint8). Pass normalized images to the encoder itself."

@@ -25,6 +25,7 @@ from torch import nn
 
 from moco import SelfSupervisedMethod
 from model_params import BYOLParams, EncoderAndDataParams
+from self_supervised import safe_files
 from self_supervised.embeddings.embed import embed
 from self_supervised.embeddings.parquet import facts_of_file, read_embeddings
 from self_supervised.exports import conversions, count, export, formats, fresh, verify
@@ -461,6 +462,23 @@ def test_a_file_with_another_weight_does_not_appear(small_checkpoint, same_proce
     with pytest.raises(RuntimeError, match=r"different embeddings \(by .* of the largest value\) and was removed"):
         export.export(small_checkpoint, "torchvision", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_deleted_by_the_next(small_checkpoint, same_process, tmp_path):
+    def killed(*_):
+        raise KilledError
+
+    class KilledError(BaseException):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
+        patch.setitem(formats.FORMATS, "torchvision", broken(killed))
+        patch.setattr(safe_files, "remove", lambda path: None)
+        export.export(small_checkpoint, "torchvision", tmp_path)
+    (left,) = tmp_path.iterdir()
+    left.rename(left.with_name(left.name.replace(f".{os.getpid()}.", f".{2**22 + 1}.")))  # no process has this number
+    path = export.export(small_checkpoint, "torchvision", tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_write_that_fails_leaves_nothing(small_checkpoint, tmp_path, monkeypatch):

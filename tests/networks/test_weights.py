@@ -990,3 +990,13 @@ def test_another_size_of_the_images_is_not_another_stem(dataset_name, size, low)
     settings = {"dataset_name": dataset_name, "encoder_arch": "resnet18"}
     found = frozen_encoder.with_overrides(settings, {"transform_crop_size": size})
     assert found.crop_size == size and found.low_resolution_stem is low
+
+
+def test_an_encoder_without_weights_embeds():
+    report = frozen_encoder.Report("pixels", "published", "flatten", 0, ())
+    pixels = frozen_encoder.Encoder(nn.Flatten(), ModelParams(dataset_name="digits"), report)
+    images = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
+    assert torch.equal(pixels.embed(images), pixels.prepare(images).flatten(1))
+    for not_a_tensor in (images.numpy(), list(images)):
+        with pytest.raises(ValueError, match=r": not a tensor. Pass torch.as_tensor\(images\), or torch.stack"):
+            pixels.embed(not_a_tensor)

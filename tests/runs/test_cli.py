@@ -882,6 +882,13 @@ def test_log_keeps_what_is_said_warnings_and_the_stack_of_an_error(tmp_path, cap
     assert "later" not in text
 
 
+def test_a_log_on_a_full_disk_does_not_hide_the_error_that_ends_the_run(capfd):
+    with pytest.raises(ValueError, match="bad"), run_folder.logged(Path("/dev/full")):
+        run_folder.say("said")
+        raise ValueError("bad")
+    assert tuple(capfd.readouterr()) == ("said\n", "")
+
+
 def test_gradient_norms_are_those_of_torch():
     parts = torch.nn.ModuleDict(
         {"model": torch.nn.Linear(3, 4), "head": torch.nn.Linear(4, 2), "rest": torch.nn.ReLU()}
