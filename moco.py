@@ -307,7 +307,7 @@ class SelfSupervisedMethod(BaseMethod):
         p = self.params
         if not (self.trains_on_dataset_name and p.is_evaluated):
             return []
-        splits = [p.dataset.validation_splits or p.dataset.test_splits]
+        splits = [p.dataset.scored_splits]
         if p.probe_on_training_set:
             splits.append(p.dataset.train_splits)
         return self.evaluation_loaders(splits)

@@ -74,7 +74,7 @@ STUDENTS = "distillation: learn from a frozen teacher (--teacher)"
 class Loss:
     """Facts about a loss. Its function is in `losses.get_loss` or `multi_view_losses.get_loss_of_views`."""
 
-    compares: str  # family of methods, as the programs' help lists it
+    family: str  # heading of the methods with this loss, as the programs' help lists it
     text: str  # the loss with its settings, in words; {name} is a setting that it reads
     negatives: bool | None = None  # True: it needs them; False: they are compared if there are any; None: never
     by_rows: bool = False  # a mean over queries, each compared with all others: can be computed in parts
@@ -120,10 +120,11 @@ def losses_that_read(setting: str) -> tuple[str, ...]:
     return losses_with(lambda loss: setting in loss.reads)
 
 
-PROTOTYPE_LOSSES = losses_with(lambda loss: loss.compares == PROTOTYPES)
+PROTOTYPE_LOSSES = losses_with(lambda loss: loss.family == PROTOTYPES)
 ALL_VIEW_LOSSES = losses_with(lambda loss: loss.all_views)
-STATISTIC_LOSSES = losses_with(lambda loss: loss.compares == BATCHES)
+STATISTIC_LOSSES = losses_with(lambda loss: loss.family == BATCHES)
 LABEL_LOSSES = losses_with(lambda loss: loss.labels)
+TWO_DISTRIBUTIONS = ("sce", "seed")  # losses that compare two distributions over keys
 NEED_NEGATIVES = losses_with(lambda loss: loss.negatives)
 COMPARE_NEGATIVES = losses_with(lambda loss: loss.negatives is not None)
 SCHEDULED = {name: losses_that_read(name) for name in ("sce_coefficient", "sce_target_T")}  # have a schedule
@@ -658,6 +659,11 @@ class ModelParams(EncoderAndDataParams):
         return self.use_negative_examples_from_queue or self.use_nearest_keys
 
     @property
+    def assigns_over_queue(self) -> bool:
+        """Return whether SwAV assigns the keys of the queue to the prototypes, too."""
+        return self.loss_type == "swav" and self.keeps_keys
+
+    @property
     def loss_factor(self) -> float:
         """Factor by which the mean over pairs is multiplied.
 
@@ -724,7 +730,7 @@ def contradictions_of_method(params: ModelParams) -> Contradictions:
          f"use_lagging_model=False (is {p.use_lagging_model}), teacher=None (is {p.teacher}), "
          f"prediction_mlp_layers=0 (is {p.prediction_mlp_layers}) and prediction_mlp_last_normalization=None "
          f"(is {p.prediction_mlp_last_normalization})."),
-        (p.use_negative_examples_from_same_view and p.loss_type in ("sce", "seed"),
+        (p.use_negative_examples_from_same_view and p.loss_type in TWO_DISTRIBUTIONS,
          f"use_negative_examples_from_same_view=True: loss_type={p.loss_type!r} compares two distributions over keys. "
          "Set it to False."),
         (p.loss_type in LABEL_LOSSES and p.use_negative_examples_from_queue,

@@ -62,6 +62,11 @@ class DatasetInfo:
     class_names: str = ""  # names of a packed set's classes in the order of their numbers; "": the numbers
 
     @property
+    def scored_splits(self) -> tuple[str, ...]:
+        """Splits that a validation during pretraining scores."""
+        return self.validation_splits or self.test_splits
+
+    @property
     def channels(self) -> int:
         return len(self.mean)
 

@@ -226,10 +226,10 @@ def differences(preset: str) -> str:
 
 
 def families() -> str:
-    """Return the presets with their papers, by what their losses compare, as text."""
+    """Return the presets with their papers, by the families of their losses, as text."""
     listing = ""
-    for family in dict.fromkeys(loss.compares for loss in LOSSES.values()):
-        names = [name for name, preset in PRESETS.items() if LOSSES[preset().loss_type].compares == family]
+    for family in dict.fromkeys(loss.family for loss in LOSSES.values()):
+        names = [name for name, preset in PRESETS.items() if LOSSES[preset().loss_type].family == family]
         # "The defaults are": ModelParams is the preset moco_v2
         docs = {name: (PRESETS[name].__doc__ or "").split("\n\n")[0].split("The defaults are ")[-1] for name in names}
         lines = (f"  {name:14}{' '.join(doc.split())}" for name, doc in docs.items())

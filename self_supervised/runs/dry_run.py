@@ -176,7 +176,7 @@ def plan_table(model: SelfSupervisedMethod, trainer: pl.Trainer, seconds_per_ste
     device = trainer.strategy.root_device
     where = "on the device" if device.type == "cuda" else "in the process"
     splits = {"training": p.dataset.pretraining_splits}
-    splits |= {"evaluation": p.dataset.test_splits} if p.is_evaluated else {}  # which may be missing otherwise
+    splits |= {"evaluation": p.dataset.scored_splits} if p.is_evaluated else {}  # which may be missing otherwise
     sizes = [f"{len(data_sets.get_dataset(p, split)):,} for {name}" for name, split in splits.items()]
     scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
     rows = {

@@ -99,7 +99,7 @@ def loss_text(params: ModelParams) -> str:
         parts += [f"against {' and '.join(negatives)}"] if negatives else []
     parts += [f"keys of the teacher {p.teacher}"] if p.teacher else []
     parts += [f"keys replaced by their nearest neighbors in a queue of {p.K} keys"] if p.use_nearest_keys else []
-    if p.loss_type == "swav" and p.keeps_keys:
+    if p.assigns_over_queue:
         parts.append(f"assignments together with a queue of {p.K} keys from epoch {p.queue_from_epoch:g}")
     parts += ["no gradient through the keys"] if p.stop_gradient_of_keys and not p.use_lagging_model else []
     if p.use_eqco_margin:

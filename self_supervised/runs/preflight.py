@@ -149,7 +149,7 @@ def check_images(params: ModelParams, accumulated: int = 1, processes: int | Non
 
 def evaluated_splits(params: ModelParams) -> list[tuple[str, ...]]:
     info = params.dataset
-    evaluated = [info.validation_splits or info.test_splits, info.test_splits]
+    evaluated = [info.scored_splits, info.test_splits]
     evaluated += [info.train_splits] if params.probe_on_training_set else []
     return list(dict.fromkeys(evaluated)) if params.is_evaluated else []
 

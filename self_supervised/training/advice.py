@@ -14,6 +14,7 @@ from model_params import (
     PRESETS,
     PROTOTYPE_LOSSES,
     SCHEDULED,
+    TWO_DISTRIBUTIONS,
     ModelParams,
     losses_that_read,
     losses_with,
@@ -97,7 +98,7 @@ NEEDS: dict[str, dict[str, tuple | None]] = {
     "eqco_alpha": {"use_eqco_margin": None},
     "use_negative_examples_from_batch": {"loss_type": COMPARE_NEGATIVES},
     "use_negative_examples_from_same_view": {
-        "loss_type": tuple(n for n in COMPARE_NEGATIVES if n not in ("sce", "seed"))
+        "loss_type": tuple(n for n in COMPARE_NEGATIVES if n not in TWO_DISTRIBUTIONS)
     },
     "use_negative_examples_from_queue": {"loss_type": READ_QUEUE},
     **dict.fromkeys(("K", "gather_keys_for_queue"), {QUEUE: None}),
@@ -275,7 +276,7 @@ def doubt_of_epochs(params: ModelParams, plan: Plan, loss_type: str) -> str:
     consequences = {f"{name}_warmup_epochs": f"{name}={getattr(params, name):g} is never reached" for name in delayed}
     if params.loss_type in PROTOTYPE_LOSSES:
         consequences["prototypes_frozen_epochs"] = "the prototypes never move"
-    if params.loss_type == "swav" and params.keeps_keys:
+    if params.assigns_over_queue:
         consequences["queue_from_epoch"] = "the queue is never used"
     epochs = plan.steps / plan.steps_per_epoch
     values = {name: getattr(params, name) for name in consequences}

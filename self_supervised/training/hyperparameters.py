@@ -14,7 +14,7 @@ import torch
 from lightning_fabric.utilities.data import AttributeDict
 from torch import nn
 
-from model_params import EARLIER_DEFAULTS
+from model_params import EARLIER_DEFAULTS, TWO_DISTRIBUTIONS
 from self_supervised.catalogue import DATASETS, OWN_MODULE
 from self_supervised.data.facts import Params, with_statistics
 from self_supervised.data.foreign_paths import vetted
@@ -172,7 +172,7 @@ def overrides_of_checkpoint(
             "start a pretraining from its encoder: encoder_weights=PATH."
         )
     replaced = dict(vetted(settings, path, passed))
-    compares_others = settings.get("loss_type") in ("sce", "seed") or settings.get("use_nearest_keys")
+    compares_others = settings.get("loss_type") in TWO_DISTRIBUTIONS or settings.get("use_nearest_keys")
     if compares_others:  # earlier versions took it, and compared other vectors
         replaced["use_negative_examples_from_same_view"] = False
     weight = content["state_dict"].get(f"{method.CLASSIFIER}.weight")

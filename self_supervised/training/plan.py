@@ -203,9 +203,9 @@ def warmup_without_epochs(params: EncoderAndDataParams, warmup_epochs: float) ->
         ValueError: a setting counts epochs.
     """
     counted_in_epochs = ["lr_decay_steps", "warmup_epochs", *(f"{name}_warmup_epochs" for name in SCHEDULED)]
-    if (loss := getattr(params, "loss_type", None)) in PROTOTYPE_LOSSES:
+    if getattr(params, "loss_type", None) in PROTOTYPE_LOSSES:
         counted_in_epochs.append("prototypes_frozen_epochs")
-        if loss == "swav" and params.keeps_keys:
+        if params.assigns_over_queue:
             counted_in_epochs.append("queue_from_epoch")
     for name, value in ((name, getattr(params, name, None)) for name in counted_in_epochs):
         if value and (name == "lr_decay_steps" or value >= 1):

@@ -188,6 +188,15 @@ def test_no_image_is_held_out_if_nothing_is_scored(small, capsys):
         evaluate.evaluate_checkpoint("a.ckpt", ["rank_me", "knn"], baselines=False, device="cpu")
 
 
+def test_a_dry_run_counts_the_images_that_a_validation_scores(small, monkeypatch, capsys):
+    """Those of val, which a directory of images has, and not those of test, which are scored after the training."""
+    monkeypatch.setenv("COLUMNS", "160")
+    images(Path("photos"), 40)
+    line = "--dataset_name folder --data_path photos --num_data_workers 0 --evaluations rank_me --dry_run"
+    train.main(["simclr", *SMALL.split(), *line.split(), "--val_size", "0.2", "--test_size", "0.1"])
+    assert "28 for training, 8 for evaluation" in capsys.readouterr().out
+
+
 def test_a_dry_run_names_all_unreadable_images_at_once(monkeypatch, tmp_path, capsys):
     """The corrupt files are known beforehand; a run alone would stop at the first of them."""
     images(tmp_path / "photos", 40)
