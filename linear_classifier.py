@@ -164,7 +164,7 @@ class LinearClassifierMethod(BaseMethod):
         """Put an encoder that is trained, and in eval mode as a whole, into train mode, which Lightning does not do."""
         super().on_train_start()
         if self.trains_encoder:
-            modules.prepare_training(self.model)
+            modules.set_modes(self.model)
         else:
             self.model.eval()
         refuse_last_batch_of_one(self)

@@ -81,7 +81,7 @@ class SelfSupervisedMethod(BaseMethod):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(p.seed)
             self.model, width = encoders.get_encoder(p, encoder)
-            modules.prepare_training(self.model)
+            modules.set_modes(self.model)
             output_sizes.check_small_views(self.model, width, p)
             self.teacher = Teacher(p) if p.teacher else None  # not a module: checkpoints do not store it
             if self.teacher is not None:
@@ -271,7 +271,7 @@ class SelfSupervisedMethod(BaseMethod):
         super().on_train_start()
         now = {row.name for row in self.parameter_table()}
         was_trainable = any(name.startswith("model.") for name in self.trained_at_start)
-        modules.prepare_training(self.model, says_if_frozen=was_trainable)  # otherwise it was said at construction
+        modules.set_modes(self.model, says_if_frozen=was_trainable)  # otherwise it was said at construction
         if self.lagging_model is not None:
             modules.copy_modes(self.model, self.lagging_model)
         if self.params.micro_batch_size is not None:

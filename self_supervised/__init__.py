@@ -13,7 +13,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-FRONT_ROOMS = ("moco", "model_params", "linear_classifier", "ws_resnet", "batchrenorm", "lars", "train_blog")
+ROOT_MODULES = ("moco", "model_params", "linear_classifier", "ws_resnet", "batchrenorm", "lars", "train_blog")
 PRESET_NAMES = (
     "MoCoV2Params", "EqCoParams", "SCEParams", "BYOLParams", "SimCLRParams", "VICRegParams", "BarlowTwinsParams",
     "MoCoV1Params", "DCLParams", "MoCoV3Params", "SimSiamParams", "ReSSLParams", "SCEVideoParams",
@@ -39,23 +39,23 @@ MODULE_OF = {
 __all__ = list(MODULE_OF)
 
 
-def refuse_hidden_rooms() -> None:
+def refuse_hidden_modules() -> None:
     """Raise ImportError if a user's file hides one of the seven modules next to this package."""
     ours = Path(__file__).resolve().parents[1]
-    for room in FRONT_ROOMS:
-        spec = importlib.util.find_spec(room)
+    for module in ROOT_MODULES:
+        spec = importlib.util.find_spec(module)
         origin = spec and spec.origin
         if origin is None or Path(origin).resolve().parent != ours:
             raise ImportError(
-                f"{room}: {origin} hides the module {room} of self_supervised. Rename that file, or start Python in "
-                "another directory."
+                f"{module}: {origin} hides the module {module} of self_supervised. Rename that file, or start Python "
+                "in another directory."
             )
 
 
 def __getattr__(name: str) -> Any:
     if name not in MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    refuse_hidden_rooms()
+    refuse_hidden_modules()
     value = getattr(importlib.import_module(MODULE_OF[name]), name)
     globals()[name] = value
     return value

@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from self_supervised import refuse_hidden_rooms
+from self_supervised import refuse_hidden_modules
 
 COMMANDS = {  # name -> (module, description)
     "train": ("self_supervised.train", "pretrain an encoder, score it, and train a linear classifier on it"),
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from self_supervised.program import one_line_errors  # takes a second; --help does not need it
 
     with one_line_errors():  # `main` has its own
-        refuse_hidden_rooms()
+        refuse_hidden_modules()
         program = importlib.import_module(COMMANDS[name][0])
     program.main(rest)
 

@@ -254,10 +254,10 @@ def shuffled(encode: Callable[[Tensor], Tensor], x: Tensor, seed: tuple[int, ...
 
 def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
     """Return whether the flag is set on any process: the same answer on all processes."""
-    return ask_all(flag, device)()
+    return any_process_later(flag, device)()
 
 
-def ask_all(flag: bool, device: torch.device | str = "cpu") -> Callable[[], bool]:
+def any_process_later(flag: bool, device: torch.device | str = "cpu") -> Callable[[], bool]:
     """Return a function that returns the answer of `any_process`. Called later, it does not wait for the device."""
     if not is_distributed():
         return lambda: flag

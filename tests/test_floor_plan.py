@@ -29,7 +29,7 @@ FLOORS = [  # the lowest first; folders and modules of the package, and the fron
     "__init__ __main__ train evaluate classify demo train_blog",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
-FRONT_ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
+ROOT_MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 PATHS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / PACKAGE).rglob("*.py"))]
 SETTINGS_AND_TABLES = ("model_params.py",)  # may be longer than other modules
 MOST_FILES_OF_A_STEP = 16
@@ -78,10 +78,10 @@ def circle(arrows: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
-def test_the_root_holds_the_seven_front_rooms():
-    from self_supervised import FRONT_ROOMS as named
+def test_the_root_holds_the_seven_modules():
+    from self_supervised import ROOT_MODULES as named
 
-    assert sorted(named) == FRONT_ROOMS
+    assert sorted(named) == ROOT_MODULES
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -115,7 +115,7 @@ def test_settings_run_the_catalogue_and_the_fields_alone():
         "ours = [name for name in sys.modules if name.split('.')[0] in json.loads(sys.argv[1])]; "
         "print(json.dumps([seconds, sorted(ours), 'torch' in sys.modules]))"
     )
-    names = str([*FRONT_ROOMS, PACKAGE]).replace("'", '"')
+    names = str([*ROOT_MODULES, PACKAGE]).replace("'", '"')
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for _ in range(5):  # again only if the machine was busy
         ran = subprocess.run([sys.executable, "-c", code, names], capture_output=True, text=True, env=environment)

@@ -26,7 +26,7 @@ SMALL += " --data_fraction 0.2"
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy, because building leaves files next to the sources."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in [*SOURCES, *(f"{room}.py" for room in self_supervised.FRONT_ROOMS)]:
+    for name in [*SOURCES, *(f"{module}.py" for module in self_supervised.ROOT_MODULES)]:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / "sources" / name) if (folder / "sources").mkdir(exist_ok=True) is None else None
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "wheel", "--no-deps"]

@@ -33,9 +33,9 @@ def get_encoder(params: EncoderAndDataParams, own: nn.Module | None = None) -> t
     Raises:
         ValueError: the settings, the images and the encoder do not fit together.
     """
-    refuse_source(params, own)
+    require_one_source(params, own)
     encoder, name = (by_name(params), f"encoder_arch={params.encoder_arch!r}") if own is None else (own, "the encoder")
-    width = measured_width(encoder, torch.zeros(1, *params.input_shape), name)
+    width = measured_width(encoder, torch.zeros(1, *params.input_shape), name)  # from here on it flattens [N, E, 1, 1]
     if params.pooling_size > 1:
         width = pool_cells(encoder, params)
     for weight in encoder.parameters():
@@ -77,7 +77,7 @@ def with_contiguous_images(module: nn.Module, inputs: tuple) -> tuple:
     return tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in inputs)
 
 
-def refuse_source(p: EncoderAndDataParams, own: nn.Module | None) -> None:
+def require_one_source(p: EncoderAndDataParams, own: nn.Module | None) -> None:
     """Raise ValueError if there is both a name and a module of the user, or neither."""
     if own is None and p.encoder_arch == OWN_MODULE:
         raise ValueError(f"encoder_arch={OWN_MODULE!r} needs encoder=your_module")

@@ -45,7 +45,7 @@ class Encoder(nn.Module):
     """Frozen encoder in eval mode, with the settings that prepare its input.
 
     `params` holds its architecture, image size and normalization constants, and `report` the origin of its weights. A
-    method that is built with it may train it (`prepare_training`); `embed` is in eval mode then, too.
+    method that is built with it may train it (`set_modes`); `embed` is in eval mode then, too.
     """
 
     def __init__(self, model: nn.Module, params: EncoderAndDataParams, report: Report):

@@ -27,7 +27,7 @@ class Layout:
 
     name: str
     prefix: str  # start of the encoder's keys, without prefixes of wrappers (DDP, torch.compile)
-    beside: tuple[str, ...] = ("",)  # prefixes of other keys, of which one must be present to recognize the system
+    signs: tuple[str, ...] = ("",)  # prefixes of other keys, one of which must be present: they identify the system
     holder: str | None = None  # the file's entry with the tensors, if that is needed to recognize the system
     stem_variant: str = "standard"  # of the system's ResNets for small images
 
@@ -35,7 +35,7 @@ class Layout:
 WEIGHTS_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors", ".tar", ".bin")
 NAMES_SHOWN = 3  # of each kind, in a message
 HEADS_OF_LIGHTLY = ("projection_head.", "prediction_head.", "projection_mlp.", "online_classifier.")
-TWINS_OF_OPENSELFSUP = ("neck.", "encoder_k.0.", "encoder_k.module.0.", "online_net.", "target_net.")
+SIGNS_OF_OPENSELFSUP = ("neck.", "encoder_k.0.", "encoder_k.module.0.", "online_net.", "target_net.")
 UNNAMED = ("backbone.", "encoder.", "encoder_q.", "base_encoder.", "model.", "net.")  # prefixes of unknown systems
 MOMENTUM_OF_SOLO_LEARN = ("momentum_backbone.", "momentum_encoder.", "momentum_classifier.")  # not of all its methods
 PLAIN_STARTS = (
@@ -52,7 +52,7 @@ PLAIN_STARTS = (
 # The first row that fits is used. Names are those in the systems' code and published files.
 LAYOUTS = (
     Layout("dino", "backbone.", holder="teacher"),
-    Layout("OpenSelfSup or mmselfsup", "backbone.", TWINS_OF_OPENSELFSUP),
+    Layout("OpenSelfSup or mmselfsup", "backbone.", SIGNS_OF_OPENSELFSUP),
     Layout("moco", "encoder_q.", ("encoder_k.",)),
     Layout("moco v3", "base_encoder.", ("momentum_encoder.",)),
     Layout("lightly", "backbone.vit.", HEADS_OF_LIGHTLY),  # timm's ViT, wrapped for masks
@@ -229,7 +229,7 @@ def recognized(names: tuple[str, ...], holder: str | None, settings: Mapping, ex
         for row in LAYOUTS
         if row.holder in (None, holder)
         and any(name.startswith(row.prefix) for name in names)
-        and any(name.startswith(row.beside) for name in names)
+        and any(name.startswith(row.signs) for name in names)
     )
 
 

@@ -69,7 +69,7 @@ def requires_gradient(module: nn.Module) -> bool:
     return any(weight.requires_grad for weight in module.parameters())
 
 
-def prepare_training(encoder: nn.Module, says_if_frozen: bool = True) -> None:
+def set_modes(encoder: nn.Module, says_if_frozen: bool = True) -> None:
     """Put an encoder that is in eval mode as a whole into train mode, which Lightning does not, and its frozen parts
     into eval mode, so that their batch statistics stay. Log a line about the former, or if all of it is frozen."""
     if requires_gradient(encoder):

@@ -72,7 +72,7 @@ def read_run(folder: str | Path) -> Run:
     folder = as_path(folder)
     settings = run_folder.settings_to_compare(folder)
     if not settings:
-        raise ValueError(f"{folder} is not a run: it has no config.yaml. {run_folder.which(folder)}")
+        raise ValueError(f"{folder} is not a run: it has no config.yaml. {run_folder.advice_without_run(folder)}")
     last = next(reversed(run_folder.starts_of(folder)), {})
     where = {name: last.get(name) for name in ("machine", "gpus")}
     versions = {f"{name} version": number for name, number in last.get("versions", {}).items() if name != "commit"}

@@ -51,7 +51,7 @@ def read_curves(folder: str | Path) -> Curves:
     if not path.is_file():
         if run_folder.settings_of_run(folder):
             raise ValueError(f"{path} does not exist: the run has logged nothing. Lower its log_every_n_steps.")
-        raise ValueError(f"{folder} is not a run: {path} does not exist. {run_folder.which(folder)}")
+        raise ValueError(f"{folder} is not a run: {path} does not exist. {run_folder.advice_without_run(folder)}")
     return figures.read_metrics(path)
 
 

@@ -77,7 +77,7 @@ def resume_point(
     hyperparameters.use_earlier_defaults(method, content)
     try:
         checkpoints.refuse_going_back(out / name / "checkpoints", content["global_step"], "Resume from it")
-        resuming.refuse_another_model(content, method, trainer)
+        resuming.refuse_unresumable(content, method, trainer)
         steps, images = content.get("steps"), resuming.images_of_a_step(method.params, trainer)
         other_steps = steps is not None and steps["images"] != images  # such as on another number of processes
         too_late = resuming.changed_too_late(content, method, trainer)

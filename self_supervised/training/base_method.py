@@ -350,7 +350,7 @@ class BaseMethod(pl.LightningModule):
         if self.trainer.state.fn != "fit":
             self.was_trained = True
             return
-        resuming.refuse_another_model(checkpoint, self, self.trainer)
+        resuming.refuse_unresumable(checkpoint, self, self.trainer)
         resuming.convert_position(checkpoint, self.trainer.accumulate_grad_batches)
         hyperparameters.use_earlier_defaults(self, checkpoint)
         if self.seed_was_drawn and "seed" in checkpoint.get("hyper_parameters", {}):

@@ -250,7 +250,7 @@ class Checkpoints(pl.Callback):
         self.validated = False
         if batch_idx == 0 or validated or batch_idx % trainer.accumulate_grad_batches:
             return
-        stop = self.asked_all(pl_module.device)
+        stop = self.any_signal(pl_module.device)
         due = self.every_n_steps is not None and trainer.global_step - self.last_saved >= self.every_n_steps
         if due or stop:
             self.begun_batches = 1
@@ -259,11 +259,11 @@ class Checkpoints(pl.Callback):
         if stop:
             self.stop(trainer)
 
-    def asked_all(self, device: torch.device) -> bool:
+    def any_signal(self, device: torch.device) -> bool:
         """Return whether any process has received a signal. With multiple processes this is the answer of one batch
         ago, so that none waits for it."""
         before = self.asked
-        self.asked = distributed.ask_all(self.received is not None, device)
+        self.asked = distributed.any_process_later(self.received is not None, device)
         return (before if distributed.is_distributed() else self.asked)()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:

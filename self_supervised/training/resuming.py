@@ -22,7 +22,7 @@ MAKE_GROUPS = (  # settings that determine the optimizer's parameter groups
 )  # fmt: skip
 
 
-def refuse_another_model(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> None:
+def refuse_unresumable(content: dict[str, Any], method: pl.LightningModule, trainer: pl.Trainer) -> None:
     """Refuse to resume if the state in a checkpoint contradicts the settings of the method or the Trainer.
 
     All other settings are those of the method, from the first step on.

@@ -42,7 +42,7 @@ from self_supervised.data.folders import SETTINGS as SETTINGS_OF_LISTS
 from self_supervised.safe_files import atomic_file, atomic_write, rows_of, to_json
 
 LIBRARIES = ("self-supervised", "torch", "torchvision", "pytorch-lightning", "scikit-learn", "numpy")
-FIXED = ("preset", "optimizer_name")  # settings that cannot change; resuming.refuse_another_model checks the others
+FIXED = ("preset", "optimizer_name")  # settings that cannot change; resuming.refuse_unresumable checks the others
 LATER_SCORES = ("trained encoder", "test set", "linear classifier")  # keys of scores in results.json; any other: before
 EFFECTIVE = "\n# Effective settings, in words (not read by --config):\n#\n"  # starts the comment in config.yaml
 Kind = TypeVar("Kind", dict, list)
@@ -210,7 +210,7 @@ def file_of(out: Path, name: str) -> Path:
     return out / (name if (out / "pretraining").is_dir() else name.removeprefix("pretraining/"))
 
 
-def which(folder: Path) -> str:
+def advice_without_run(folder: Path) -> str:
     """Return the advice for a directory that is not that of a run."""
     if (folder / "metrics.csv").is_file():
         return "Only trainings of SelfSupervisedMethod are recorded. `self-supervised curves` draws other metrics.csv."
