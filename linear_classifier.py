@@ -21,7 +21,7 @@ from lars import split_by_patterns
 from self_supervised import distributed
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import data_sets, subsets
-from self_supervised.data.batches import check_views, gathered, one_image_explained
+from self_supervised.data.batches import check_views, gathered, numbered, one_image_explained
 from self_supervised.data.facts import count_classes, require_labels
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
 from self_supervised.linear_params import FROM_PRETRAINING, LINEAR_PRESETS
@@ -35,7 +35,7 @@ from self_supervised.networks import modules
 from self_supervised.networks.encoders import embeddings_of, get_encoder
 from self_supervised.networks.frozen_encoder import SHARED_FIELDS
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.numerics import at_least_float32, numbered, rank_of
+from self_supervised.numerics import at_least_float32, rank_of
 from self_supervised.training import advice, label_checks, optimizers
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.fit_checks import refuse_callbacks, refuse_last_batch_of_one

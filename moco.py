@@ -18,7 +18,7 @@ from model_params import ALL_VIEW_LOSSES, LABEL_LOSSES, PRESETS, PROTOTYPE_LOSSE
 from self_supervised import distributed, losses, multi_view_losses
 from self_supervised.convolutions import weights_shared
 from self_supervised.custom_loss import CustomLoss, as_pair_loss
-from self_supervised.data import data_sets
+from self_supervised.data import batches, data_sets
 from self_supervised.data.batches import check_views, gathered, is_of_dataset_name, list_of_loaders, one_image_explained
 from self_supervised.data.files import nan_where_unreadable
 from self_supervised.evaluation import validation
@@ -26,7 +26,7 @@ from self_supervised.networks import encoders, modules, output_sizes
 from self_supervised.networks.heads import MLP
 from self_supervised.networks.keys import KeyQueue, Prototypes, ema_update, frozen_copy, nearest_keys, restore_queue
 from self_supervised.networks.teacher import Teacher
-from self_supervised.numerics import Scores, as_tensors, at_least_float32, in_parts, mean_of_each, numbered, stacked
+from self_supervised.numerics import Scores, as_tensors, at_least_float32, in_parts, mean_of_each, stacked
 from self_supervised.training import advice, fit_checks, online_classifier, optimizers, parameter_groups, resuming
 from self_supervised.training.base_method import BaseMethod
 from self_supervised.training.hyperparameters import Given, resolve
@@ -348,7 +348,7 @@ class SelfSupervisedMethod(BaseMethod):
         has_train = (testing or self.params.probe_on_training_set) and all(map(is_of_dataset_name, loaders))
         train = tuple(sets.pop()) if has_train and len(sets) > 1 else None
         scores = [self.scores(x, y, train) for x, y in sets]
-        return [numbered(of_loader, index) for index, of_loader in enumerate(scores)]
+        return [batches.numbered(of_loader, index) for index, of_loader in enumerate(scores)]
 
     def on_validation_epoch_end(self) -> None:
         for scores in self.scores_of_loaders():

@@ -50,6 +50,7 @@ from self_supervised.fields import (
     readable,
 )
 
+DROP_LAST = "drop_last_batch=True (drop_last=True of your own loader)"  # a way out of a last batch of one image
 LARGEST_IMAGE = 2**28  # elements of one image or clip, 1 GiB in float32
 LARGEST_QUEUE = 2**34  # elements of the queue, 64 GiB in float32
 LARGEST_WIDTH = 2**17  # units of a layer of the heads

@@ -40,12 +40,12 @@ from torchvision.datasets import ImageFolder
 from benchmarks import harness, peers, remote
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data.batches import ResumableDataLoader, ResumableSampler
+from self_supervised.data.file_search import data_path
 from self_supervised.data.image_files import ImageFiles, collate_crops
-from self_supervised.data.packed import data_path
 from self_supervised.data.packed_files import pack_files
 from self_supervised.fields import as_path
+from self_supervised.numerics import generator
 from self_supervised.views import augmentations
-from self_supervised.views.augmentations import generator
 
 CLASSES = 10
 OURS, UINT8, TORCHVISION, LIGHTLY = "ours", "ours, uint8", "torchvision, PIL", "lightly"

@@ -18,10 +18,10 @@ from attrs import frozen
 from PIL import Image
 
 from self_supervised.fields import as_path
+from self_supervised.numerics import generator
 from self_supervised.program import one_line_errors
 from self_supervised.runs.command_line import bar, parser_of
 from self_supervised.safe_files import atomic_folder, check_folder
-from self_supervised.views.augmentations import generator
 
 PHOTOGRAPHS = {
     "train": ("astronaut", "brick", "chelsea", "coffee", "coins", "gravel", "hubble_deep_field",

@@ -23,8 +23,8 @@ from pathlib import Path
 from benchmarks import harness
 from self_supervised.data import batches, shard_copies, shard_urls
 from self_supervised.data.batches import ResumableDataLoader, ResumableSampler
+from self_supervised.data.file_search import data_path
 from self_supervised.data.files import LabeledFiles
-from self_supervised.data.packed import data_path
 from self_supervised.data.tar_shards import TarShards
 
 WINDOW = 1000  # images of a shard, and images that are shuffled together

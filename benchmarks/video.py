@@ -43,7 +43,8 @@ from model_params import SCEParams
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import data_sets
 from self_supervised.data.image_files import draw_box
-from self_supervised.views.augmentations import augment, generator
+from self_supervised.numerics import generator
+from self_supervised.views.augmentations import augment
 
 OURS = {"file": "ours, files", "frames": "ours, folders of frames"}
 PYAV, TORCHCODEC = "PyAV, plain loop", "torchcodec"

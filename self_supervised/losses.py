@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model_params import LOSSES, ModelParams
+from model_params import DROP_LAST, LOSSES, ModelParams
 from self_supervised import distributed
-from self_supervised.numerics import DROP_LAST, in_parts, unit
+from self_supervised.numerics import in_parts, unit
 
 Scalars = dict[str, Tensor]
 PairLoss = Callable[[Tensor, Tensor, Tensor | None], Scalars]

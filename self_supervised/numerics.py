@@ -1,15 +1,15 @@
-"""Numerics of features and weights: unit vectors of any scale, checks for NaN and infinity, float64 on any device."""
+"""Numerics of features and weights: unit vectors of any scale, checks for NaN and infinity, float64 on any device, and
+the random generator of the host."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}  # IEEE 754
-DROP_LAST = "drop_last_batch=True (drop_last=True of your own loader)"  # a way out of a last batch of one image
 STATISTICS = ("running_mean", "running_var", "running_std")
 
 Scores = dict[str, float]  # name of a metric -> value
@@ -111,11 +111,6 @@ def stacked(of_views: dict[int, Tensor]) -> Tensor:
     return torch.stack([of_views[i] for i in sorted(of_views)])
 
 
-def numbered(scores: dict[str, Any], index: int) -> dict[str, Any]:
-    """Return the scores of the loader `index` under names that end in its number, unless it is the first."""
-    return {f"{name}_{index}": value for name, value in scores.items()} if index else scores
-
-
 def as_tensors(values: dict[str, float], like: Tensor) -> dict[str, Tensor]:
     """Return numbers as scalars with the dtype and device of a tensor."""
     return {name: like.new_full((), value) for name, value in values.items()}
@@ -124,3 +119,8 @@ def as_tensors(values: dict[str, float], like: Tensor) -> dict[str, Tensor]:
 def mean_of_each(of_pairs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the mean of each scalar over the pairs of views."""
     return {name: torch.stack([scalars[name] for scalars in of_pairs]).mean() for name in of_pairs[0]}
+
+
+def generator(seed: int | tuple[int, ...]) -> np.random.Generator:
+    """Return a counter-based generator (Philox): nearby seeds give unrelated streams, and there is no state to save."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))

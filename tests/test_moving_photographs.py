@@ -13,7 +13,7 @@ from benchmarks import moving_photographs
 from benchmarks.moving_photographs import FASTEST, FRAMES_PER_SECOND, MOTIONS, PHOTOGRAPHS, SLOWEST
 from model_params import ModelParams
 from self_supervised.data import data_sets
-from self_supervised.views.augmentations import generator
+from self_supervised.numerics import generator
 
 MIDDLE = moving_photographs.FRAMES // 2
 

@@ -14,8 +14,9 @@ from moco import SelfSupervisedMethod
 from self_supervised.catalogue import ViewSettings
 from self_supervised.data import data_sets, loading
 from self_supervised.data.packed import ImagesOnDevice
+from self_supervised.numerics import generator
 from self_supervised.views import augmentations, tensor_ops
-from self_supervised.views.augmentations import draw_crops, draw_operations, generator
+from self_supervised.views.augmentations import draw_crops, draw_operations
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:

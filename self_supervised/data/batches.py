@@ -18,9 +18,9 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from model_params import DROP_LAST
 from self_supervised import distributed
 from self_supervised.data.files import readable_rows
-from self_supervised.numerics import DROP_LAST
 
 WINDOW = 2**14  # images in shards that are shuffled together, by all processes: for ImageNet, less than 2 GB
 
@@ -308,3 +308,8 @@ def gathered(outputs_of: dict[int, list[tuple]], loaders: Any) -> list[tuple[Ten
         sets.append(readable_rows(None if y[0] is None else distributed.gather_evaluated(torch.cat(y), loader), x))
     outputs_of.clear()
     return sets
+
+
+def numbered(scores: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return the scores of the loader `index` under names that end in its number, unless it is the first."""
+    return {f"{name}_{index}": value for name, value in scores.items()} if index else scores

@@ -17,9 +17,10 @@ from model_params import EncoderAndDataParams
 from self_supervised.catalogue import DATASETS, ViewSettings
 from self_supervised.data import custom, image_files, subsets, video_files
 from self_supervised.data.class_labels import labels_line
+from self_supervised.data.file_search import data_path
 from self_supervised.data.files import Sample, class_numbers_of_split
 from self_supervised.data.image_files import ImageFiles, samples_in_class_folders
-from self_supervised.data.packed import ARRAY_FILES, READERS, PackedImages, data_path, pack, packed_is_there
+from self_supervised.data.packed import ARRAY_FILES, READERS, PackedImages, pack, packed_is_there
 from self_supervised.folder_lock import locked
 
 PACKING = threading.Lock()  # for threads: the lock of a directory is for processes

@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 from model_params import EncoderAndDataParams
 from self_supervised.data import data_sets
 from self_supervised.data.class_labels import class_names
+from self_supervised.data.file_search import data_path
 from self_supervised.data.files import UNREADABLE, class_numbers_of_split
-from self_supervised.data.packed import data_path
-from self_supervised.views.augmentations import generator
+from self_supervised.numerics import generator
 
 IMAGES_FOR_STATISTICS = 2000  # images from which channel statistics are computed
 SMALLEST_STD = 1 / 255  # lower bound of a channel's standard deviation, for channels that are constant

@@ -1,4 +1,7 @@
-"""Search for files below a directory, without hidden files and files of other kinds, which are counted and reported."""
+"""Search for files below a directory, without hidden files and files of other kinds, which are counted and reported.
+
+Data sets that have a name are below `data_path()`.
+"""
 
 import os
 import unicodedata
@@ -9,6 +12,8 @@ from pathlib import Path
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 
+from self_supervised.safe_files import local_path
+
 ARRAY_SUFFIX = ".npy"
 COMMON_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ARRAY_SUFFIX)
 # Formats that Pillow recognizes but cannot decode by itself
@@ -17,6 +22,11 @@ OF_THE_SYSTEM = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volum
 MOST_REASONS = 6  # reasons listed in a message
 
 logged_lines: set[str] = set()  # lines that this process has logged
+
+
+def data_path() -> Path:
+    """Return the environment variable DATA_PATH (`~` is expanded), or ./data."""
+    return local_path("DATA_PATH", os.environ.get("DATA_PATH") or "data")
 
 
 @cache

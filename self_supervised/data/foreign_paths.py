@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 
 from model_params import EARLIER_DEFAULTS
+from self_supervised.data.file_search import data_path
 from self_supervised.data.folders import listed_in
-from self_supervised.data.packed import data_path
 from self_supervised.safe_files import file_hash
 
 PATH_FIELDS = ("data_path", "video_path_prefix", "splits_path")

@@ -29,7 +29,7 @@ from self_supervised.data.array_files import (
 )
 from self_supervised.data.file_search import PassedOver, files_below, image_suffixes, tell
 from self_supervised.data.files import File, LabeledFiles, OnDisk, Sample, class_numbers_of_split
-from self_supervised.views.augmentations import generator
+from self_supervised.numerics import generator
 
 CENTRAL = 7 / 8  # fraction of the shorter side that an evaluation sees
 REDUCED_MARGIN = 1.25  # smallest ratio of a crop's side at reduced scale to its view's side, see ImageFiles

@@ -2,7 +2,6 @@
 
 import copy
 import mmap
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,18 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from self_supervised.data.class_labels import in_classes
+from self_supervised.data.file_search import data_path
 from self_supervised.distributed import has_room, to_device
-from self_supervised.safe_files import atomic_folder, local_path
+from self_supervised.safe_files import atomic_folder
 
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images [N, H, W, C], labels [N]
 ARRAY_FILES = ("images.npy", "labels.npy")  # of a split
 COPY_BYTES = 2**26  # size of one copy to the device
 REPACK = "Write it again, or remove its directory to have the data set downloaded and packed again, if it can be."
-
-
-def data_path() -> Path:
-    """Return the environment variable DATA_PATH (`~` is expanded), or ./data."""
-    return local_path("DATA_PATH", os.environ.get("DATA_PATH") or "data")
 
 
 # ---- downloading ----

@@ -19,8 +19,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
+from self_supervised.data.file_search import data_path
 from self_supervised.data.image_files import CENTRAL, ImageFiles, central_square, read_any, resized
-from self_supervised.data.packed import data_path
 from self_supervised.data.shard_urls import UnreachableShard
 from self_supervised.folder_lock import LOCK_FILE, in_use_message, locked, owner_of
 from self_supervised.safe_files import UNFINISHED, atomic_folder, check_folder, remove

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from self_supervised.data.packed import data_path
+from self_supervised.data.file_search import data_path
 
 WAITS = (0.5, 1, 2, 4, 8, 16)  # seconds between attempts
 AWAY = 60  # seconds in which a shard that could not be reached is not requested again

@@ -24,7 +24,7 @@ from self_supervised.data.files import LabeledFiles, Sample, class_numbers_of_sp
 from self_supervised.data.folders import list_text
 from self_supervised.data.foreign_paths import refuse_foreign
 from self_supervised.data.image_files import CENTRAL, Box, draw_box, resized
-from self_supervised.views.augmentations import generator
+from self_supervised.numerics import generator
 from self_supervised.views.tensor_ops import LUMA
 
 VIDEO_EXTENSIONS = (

@@ -26,11 +26,11 @@ from self_supervised.data.array_files import (
 from self_supervised.data.arrow import ArrowImages
 from self_supervised.data.custom import get_source, is_stored
 from self_supervised.data.data_sets import prepare_data
-from self_supervised.data.file_search import ARRAY_SUFFIX, PassedOver, files_below, image_suffixes
+from self_supervised.data.file_search import ARRAY_SUFFIX, PassedOver, data_path, files_below, image_suffixes
 from self_supervised.data.files import File
 from self_supervised.data.folders import ImageList, of_folder
 from self_supervised.data.image_files import has_equal_pages, in_mode, jpeg_size, read_any, read_image, read_reduced
-from self_supervised.data.packed import PackedImages, data_path
+from self_supervised.data.packed import PackedImages
 from self_supervised.data.shard_urls import UnreachableShard
 
 SHARD_OR_SPLIT = re.compile(r".*\.tar(?=/)|.*(?=/)|", re.IGNORECASE)  # start of a path in a `Stored`

@@ -23,7 +23,7 @@ from self_supervised.evaluation.feature_files import read_features, write_featur
 from self_supervised.evaluation.fingerprints import fingerprint, of_view
 from self_supervised.networks.frozen_encoder import Encoder
 from self_supervised.networks.layouts import RESNET_STAGES
-from self_supervised.numerics import finite, where_scorable
+from self_supervised.numerics import finite, generator, where_scorable
 from self_supervised.views import augmentations
 
 LABEL_FREE_IMAGES = 25_600  # training images for label-free measures (as in https://arxiv.org/abs/2210.02885)
@@ -195,7 +195,7 @@ def extract_views(
     views = [view] * sampled.n_views
     params = attrs.evolve(params, seed=sampled.seed, clip_speeds=[1.0], clip_jitter=0.0)
     dataset = data_sets.get_dataset(params, splits, views)
-    chosen = np.sort(augmentations.generator(sampled.seed).permutation(len(dataset))[: sampled.n_images])
+    chosen = np.sort(generator(sampled.seed).permutation(len(dataset))[: sampled.n_images])
     settings = {"views": len(views), "images": len(chosen), "seed": sampled.seed, "view": of_view(view)}
     what = f"{len(views)} views of {len(chosen)} images"
     folder = cache / fingerprint(encoder, params, dataset, settings | ({"averaged": True} if sampled.averaged else {}))

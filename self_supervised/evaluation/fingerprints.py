@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from model_params import CUSTOM_DATA, TRAINING_ONLY, VIDEO, EncoderAndDataParams
 from self_supervised.catalogue import ViewSettings
-from self_supervised.data import data_sets, packed, subsets
+from self_supervised.data import data_sets, subsets
+from self_supervised.data.file_search import data_path
 from self_supervised.data.packed import PackedImages
 from self_supervised.fields import plain
 from self_supervised.networks.encoder_hash import encoder_hash
@@ -70,7 +71,7 @@ def contents(dataset: Dataset, root: str | Path | None = None) -> Iterator[bytes
         yield dataset.labels
         return
     for path, signature, label in dataset.signatures():
-        path, base = os.path.abspath(path), os.path.abspath(root or packed.data_path())
+        path, base = os.path.abspath(path), os.path.abspath(root or data_path())
         below = os.path.relpath(path, base) if path.startswith(f"{base}/") else path  # whatever the current directory
         yield repr((below, label) if root else (below, *signature, label)).encode()
 
@@ -98,7 +99,7 @@ def seen(params: EncoderAndDataParams) -> dict[str, Any]:
     if not params.exif_orientation:  # as in checkpoints of earlier versions
         settings["exif_orientation"] = False
     digest = hashlib.sha256()
-    root = None if info.is_custom else params.video_path_prefix or packed.data_path()
+    root = None if info.is_custom else params.video_path_prefix or data_path()
     for splits, dataset in training_and_test(params):
         for piece in (repr(splits).encode(), *contents(dataset, root)):
             digest.update(piece)

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from model_params import ModelParams
+from model_params import DROP_LAST, ModelParams
 from self_supervised import distributed
 from self_supervised.data.foreign_paths import refuse_foreign
 from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.output_sizes import measured_width
 from self_supervised.networks.pretrained import load_encoder
-from self_supervised.numerics import DROP_LAST, at_least_float32, in_parts
+from self_supervised.numerics import at_least_float32, in_parts
 from self_supervised.views.tensor_ops import normalize
 
 EPSILON = 1e-4  # added to standard deviations, for dimensions that are constant

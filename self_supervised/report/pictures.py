@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model_params import EARLIER_DEFAULTS, EncoderAndDataParams, ModelParams
-from self_supervised.data import data_sets, packed
+from self_supervised.data import data_sets
 from self_supervised.data.class_labels import class_names
+from self_supervised.data.file_search import data_path
 from self_supervised.data.files import readable_rows
 from self_supervised.data.foreign_paths import kept_lists
 from self_supervised.data.packed import packed_is_there
@@ -23,11 +24,11 @@ from self_supervised.embeddings.nearest import best_of
 from self_supervised.embeddings.projection import TITLES, clustering, examples, kinds, project
 from self_supervised.evaluation import features
 from self_supervised.networks.pretrained import load_encoder
+from self_supervised.numerics import generator
 from self_supervised.program import is_out_of_memory
 from self_supervised.runs import preview
 from self_supervised.runs.command_line import bar
 from self_supervised.training import checkpoints, run_folder
-from self_supervised.views import augmentations
 
 QUERIES = 8
 NEIGHBORS = 6  # per query
@@ -100,11 +101,10 @@ def views(settings: dict[str, Any]) -> dict[str, Any]:
 
 def check_data(params: ModelParams, splits: tuple[str, ...]) -> None:
     """Raise FileNotFoundError if a packed data set is not on this machine: a report downloads nothing."""
-    folders = [packed.data_path() / params.dataset_name / split for split in splits]
+    folders = [data_path() / params.dataset_name / split for split in splits]
     if params.dataset.is_packed and not all(map(packed_is_there, folders)):
         raise FileNotFoundError(
-            f"{params.dataset_name} is not in {packed.data_path().resolve()}. Set DATA_PATH to the directory that "
-            "holds it."
+            f"{params.dataset_name} is not in {data_path().resolve()}. Set DATA_PATH to the directory that holds it."
         )
 
 
@@ -141,7 +141,7 @@ def embedded(file: Path, n: int, own_encoder: nn.Module | None) -> Embedded:
     splits = params.dataset.test_splits
     check_data(params, splits)
     dataset = data_sets.get_dataset(params, splits)
-    chosen = np.sort(augmentations.generator((0,)).permutation(len(dataset))[:n])
+    chosen = np.sort(generator((0,)).permutation(len(dataset))[:n])
     subset = dataset.subset(chosen)
     images, x, y = [], [], []
     with bar() as progress:

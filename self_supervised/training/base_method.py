@@ -28,6 +28,7 @@ from self_supervised.data.batches import (
 )
 from self_supervised.data.class_labels import lacking
 from self_supervised.networks import modules
+from self_supervised.numerics import generator
 from self_supervised.torch_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, fit_checks, hyperparameters, label_checks, preparation, resuming
 from self_supervised.training.milestones import is_cut_short
@@ -247,7 +248,7 @@ class BaseMethod(pl.LightningModule):
             torch.compiler.cudagraph_mark_step_begin()
         # The number of this batch among those of all processes, so that each process draws its own numbers.
         seed = self.step_seed(batch_idx * distributed.world_size() + distributed.rank())
-        torch.manual_seed(int(augmentations.generator(seed).integers(2**63)))  # for dropout etc. within encoders
+        torch.manual_seed(int(generator(seed).integers(2**63)))  # for dropout etc. within encoders
 
     def _apply_batch_transfer_handler(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0

@@ -19,11 +19,10 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
 )
 
-from model_params import PROTOTYPE_LOSSES, ModelParams, normalized_layers
+from model_params import DROP_LAST, PROTOTYPE_LOSSES, ModelParams, normalized_layers
 from self_supervised import distributed
 from self_supervised.catalogue import GROUPS
 from self_supervised.networks import modules
-from self_supervised.numerics import DROP_LAST
 from self_supervised.training import advice
 
 HOOKS = (  # those of ours that a subclass may extend, but not replace

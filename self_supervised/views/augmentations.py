@@ -38,11 +38,6 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: the step of Split
 # ---- drawing ----
 
 
-def generator(seed: int | tuple[int, ...]) -> np.random.Generator:
-    """Return a counter-based generator (Philox): nearby seeds give unrelated streams, and there is no state to save."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
-
-
 class ImageDraws:
     """Uniform random numbers of N images, row n for the image at positions[n], with the methods of NumPy's Generator.
 

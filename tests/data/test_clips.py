@@ -8,7 +8,7 @@ from scipy import stats
 
 from self_supervised.data import video_files
 from self_supervised.data.video_files import Sampling
-from self_supervised.views.augmentations import generator
+from self_supervised.numerics import generator
 
 
 def at_rate(n: int, fps: float = 30) -> np.ndarray:

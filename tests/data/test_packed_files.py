@@ -18,7 +18,8 @@ from self_supervised.catalogue import ViewSettings
 from self_supervised.data import data_sets, loading, packed_files
 from self_supervised.data.image_files import draw_box, read_any
 from self_supervised.data.shard_urls import UnreachableShard
-from self_supervised.views.augmentations import draw_crops, generator
+from self_supervised.numerics import generator
+from self_supervised.views.augmentations import draw_crops
 
 N = 12  # images
 

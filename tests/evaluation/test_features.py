@@ -15,6 +15,7 @@ from self_supervised.evaluation.fingerprints import fingerprint
 from self_supervised.evaluation.protocols import PROTOCOLS, runnable
 from self_supervised.networks.encoder_hash import encoder_hash
 from self_supervised.networks.frozen_encoder import Encoder, Report
+from self_supervised.numerics import generator
 from self_supervised.views import augmentations
 
 
@@ -166,7 +167,7 @@ def test_views_are_the_data_sets_augmentations(tmp_path):
     assert found.shape == (30, 4, 8)
     params = data_params(e)
     view = catalogue.ViewSettings(**{**vars_of(params.dataset.view), "crop_size": 8})
-    chosen = np.sort(augmentations.generator(3).permutation(1297)[:30])
+    chosen = np.sort(generator(3).permutation(1297)[:30])
     images, _ = data_sets.get_dataset(params, ("train",)).__getitems__(chosen)
     views = augmentations.augment(images, 3, [view] * 4, params.mean, params.std)
     torch.testing.assert_close(found[:, 2], e(views[2]))

@@ -11,8 +11,9 @@ import torchvision.transforms.v2.functional as tv
 
 from model_params import ModelParams
 from self_supervised.catalogue import ViewSettings
+from self_supervised.numerics import generator
 from self_supervised.views import augmentations, compiled_ops, tensor_ops
-from self_supervised.views.augmentations import draw_crops, draw_operations, generator
+from self_supervised.views.augmentations import draw_crops, draw_operations
 
 SIZES = [(32, 32), (96, 96), (256, 224), (32, 14), (8, 7)]  # (image, view) in pixels; blurring needs at least 7
 
