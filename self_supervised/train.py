@@ -46,7 +46,7 @@ from self_supervised.runs.run_options import RunOptions
 from self_supervised.safe_files import atomic_write, check_folder, remove, to_json
 from self_supervised.threads import use_free_cores
 from self_supervised.training import parameter_groups, run_folder
-from self_supervised.training.milestones import is_cut_short
+from self_supervised.training.trainer_state import is_cut_short
 from self_supervised.training.verdict import SCORE_SETTINGS, scores_at_end, verdict
 
 ENCODER_RESULTS = ("epochs", *run_folder.LATER_SCORES, "verdict", "linear minutes", "linear epochs")  # in results.json

@@ -31,10 +31,9 @@ from self_supervised.networks import modules
 from self_supervised.numerics import generator
 from self_supervised.torch_files import class_names_allowed, data_only
 from self_supervised.training import checkpoints, fit_checks, hyperparameters, label_checks, preparation, resuming
-from self_supervised.training.milestones import is_cut_short
 from self_supervised.training.monitor import TrainingMonitor, step_metrics_are_read
-from self_supervised.training.plan import Plan, batch_hooks_of_user, plan_of_own_optimizers
-from self_supervised.training.verdict import validating
+from self_supervised.training.plan import Plan, plan_of_own_optimizers
+from self_supervised.training.trainer_state import batch_hooks_of_user, is_cut_short, validating
 from self_supervised.views import augmentations, input_checks
 
 MORE_IMAGES = 2**16  # than a batch has

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from self_supervised import distributed
 from self_supervised.catalogue import DATASETS, LABEL_FREE
 from self_supervised.training.checkpoints import read_checkpoint
+from self_supervised.training.trainer_state import is_cut_short
 
 
 class Best(pl.Callback):
@@ -99,12 +100,6 @@ class EveryNEpochs(pl.Callback):
         trained = trainer.current_epoch + 1
         if trained % self.n == 0 and not (trainer.fast_dev_run or is_cut_short(trainer)):
             trainer.save_checkpoint(self.folder / f"epoch_{trained:04d}.ckpt", weights_only=False)
-
-
-def is_cut_short(trainer: pl.Trainer) -> bool:
-    """Return whether the training ended within its last epoch, for example by `max_time` or `max_steps`."""
-    has_ended = trainer.should_stop or trainer.global_step == trainer.max_steps
-    return has_ended and trainer.num_training_batches > 0 and not trainer.is_last_batch
 
 
 # ---- Names and values of metrics ----

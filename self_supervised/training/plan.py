@@ -12,6 +12,7 @@ from model_params import PROTOTYPE_LOSSES, SCHEDULED, EncoderAndDataParams, Mode
 from self_supervised import distributed
 from self_supervised.data.batches import size_of_batches
 from self_supervised.data.loading import images_per_batch
+from self_supervised.training.trainer_state import batch_hooks_of_user
 
 
 def epochs_text(epochs: float) -> str:
@@ -115,15 +116,6 @@ def report_doubts(plan: Plan, warmup_epochs: float) -> None:
             f"warning: the warm-up of {epochs_text(warmup_epochs)} is as long as the training, or longer: "
             f"lr={plan.lr} is reached at the last step, or never"
         )
-
-
-def batch_hooks_of_user(trainer: pl.Trainer) -> set[str]:
-    """Return the names of the hooks by which the method's subclass or the data module converts a batch."""
-    parts = [type(part) for part in (trainer.lightning_module, trainer.datamodule) if part is not None]
-    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    modules = {hook: [getattr(part, hook).__module__ for part in parts] for hook in hooks}
-    ours = ("pytorch_lightning.", "self_supervised.")
-    return {hook for hook, names in modules.items() if not all(name.startswith(ours) for name in names)}
 
 
 def refuse_joined_loaders(trainer: pl.Trainer) -> None:

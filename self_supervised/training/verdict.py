@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,6 +17,7 @@ from self_supervised import distributed
 from self_supervised.catalogue import OWN_MODULE, video_models
 from self_supervised.data.batches import list_of_loaders
 from self_supervised.networks import modules
+from self_supervised.training.trainer_state import validating
 
 COMPARED = ("valid_knn20_acc", "valid_class_acc")  # starts of names; the first that was scored decides
 GIVE_COMPARED = {"knn", "linear_probe"}  # evaluations that give such scores
@@ -170,14 +170,3 @@ def score_now(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, floa
         scores = {name: value for of_loader in module.scores_of_loaders() for name, value in of_loader.items()}
     module.latest_scores = (trainer.global_step, scores)
     return scores
-
-
-@contextmanager
-def validating(trainer: pl.Trainer) -> Iterator[None]:
-    """Let the Trainer be in the stage of validation, in which our methods prepare a batch for evaluation."""
-    stage = trainer.state.stage
-    trainer.validating = True
-    try:
-        yield
-    finally:
-        trainer.state.stage = stage
