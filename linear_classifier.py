@@ -25,6 +25,8 @@ from self_supervised.data.batches import check_views, gathered, numbered, one_im
 from self_supervised.data.facts import count_classes, require_labels
 from self_supervised.data.files import UNREADABLE, nan_where_unreadable
 from self_supervised.linear_params import FROM_PRETRAINING, LINEAR_PRESETS
+
+# earlier versions defined these here
 from self_supervised.linear_params import FineTuneParams as FineTuneParams
 from self_supervised.linear_params import LinearClassifierMethodParams as LinearClassifierMethodParams
 from self_supervised.linear_params import LinearMoCoParams as LinearMoCoParams

@@ -1,6 +1,6 @@
 """What every benchmark shares: contestants timed in turns, the machine's peak, tables, CSV files, fresh processes.
 
-Figures are medians over rounds in which every contestant has its turn (A B C, A B C, ...), so that a neighbor of the
+Times are medians over rounds in which every contestant has its turn (A B C, A B C, ...), so that a neighbor of the
 machine slows all of them; ratios of medians are what to compare.
 """
 
@@ -33,10 +33,10 @@ QUIET_TRAINER = dict.fromkeys(("logger", "enable_checkpointing", "enable_progres
 
 
 def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """Return a parser with the options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, for a test that it runs; the figures are void"
+        "--quick", action="store_true", help="tiny sizes, for a test that it runs; the numbers are void"
     )
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of every contestant ({rounds})")
     parser.add_argument("--out", type=as_path, default=RESULTS, help="folder of the CSV file")
@@ -78,8 +78,8 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def in_turns(contestants: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of each contestant over `rounds` turns, after `warmup` turns that do not count. A contestant that
-    returns a float has measured the seconds itself."""
+    """Return the median seconds of each contestant over `rounds` turns, after `warmup` turns that do not count. A
+    contestant that returns a float has measured the seconds itself."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(warmup + rounds):
         for name, run in contestants.items():
@@ -90,14 +90,14 @@ def in_turns(contestants: dict[str, Callable[[], Any]], rounds: int, warmup: int
 
 
 def matmul_seconds(dtype: torch.dtype = torch.float32, size: int = 2048) -> tuple[Callable[[], Any], float]:
-    """(one matrix product to be timed, its number of floating-point operations)."""
+    """Return one matrix product to be timed, and its number of floating-point operations."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return lambda: a @ b, 2.0 * size**3
 
 
 def in_fresh_process(run: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """(what run(*args) returned, peak resident memory in MB) of a new process. `run` must be importable.
+    """Return the result of run(*args) in a new process, and its peak resident memory in MB. `run` must be importable.
 
     Raises:
         BrokenProcessPool: the process ended without a result. What run raises is raised here, too.
@@ -197,7 +197,7 @@ def shown(value: Any) -> str:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """Rows of the same keys as a Markdown table with aligned columns."""
+    """Return rows of the same keys as a Markdown table with aligned columns."""
     rows = list(rows)
     cells = [list(rows[0])] + [[shown(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -2,11 +2,11 @@
 
     python -m benchmarks.shared
 
-SimCLR as in benchmarks.step, in float32, on the quiet machine and beside a process of one thread that computes without
+SimCLR as in benchmarks.step, in float32, on the quiet machine and next to a process of one thread that computes without
 a pause. Each setting of the threads has a process of its own, which waits while others have their turn. "free cores" is
 what the programs do (self_supervised/threads.py): they count at the start of a run.
 
-To reach: beside the neighbor, near the two thirds that a fair share leaves; on the quiet machine, no loss.
+To reach: next to the neighbor, near the two thirds that a fair share leaves; on the quiet machine, no loss.
 """
 
 import multiprocessing

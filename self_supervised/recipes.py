@@ -162,7 +162,7 @@ KINDS = {
         pixels=97.8,
     ),
     "folder": KindOfData(
-        "class directories of 3,000 PNG files for training and 1,000 for the test (CIFAR-10, 32 x 32 pixels). "
+        "class folders of 3,000 PNG files for training and 1,000 for the test (CIFAR-10, 32 x 32 pixels). "
         "Pass `data_path`. For larger images, raise `transform_crop_size`",
         CPU,
         {
@@ -268,7 +268,7 @@ KINDS = {
         pixels=45.7,
     ),
     "imagenet100": KindOfData(
-        "ImageNet-100, with a ResNet-18: class directories of 100 of ImageNet's classes in DATA_PATH/imagenet",
+        "ImageNet-100, with a ResNet-18: class folders of 100 of ImageNet's classes in DATA_PATH/imagenet",
         "solo-learn's scripts/pretrain/imagenet-100 (256 images per step, 400 epochs), for which its README reports "
         "74.3 (SwAV) to 80.3 % (BYOL) linear; not run here",
         {

@@ -53,7 +53,7 @@ def embed(
     """Embed all images of a directory, or of a built-in data set by name. Return the path of the Parquet file `out`.
 
     The columns are path (relative to the directory, sorted), embedding (float32 [E]) and label (the directory that
-    `labels_from` names; by default, the class directory if all images lie in class directories, else null). The encoder
+    `labels_from` names; by default, the class folder if all images lie in class folders, else null). The encoder
     does not see the labels. An encoder of clips embeds the video files of the directory: each embedding is the mean
     over evaluation_clips x evaluation_crops clips.
 

@@ -60,7 +60,7 @@ def photos(tmp_path):
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """Scans of digits as files in class directories."""
+    """Scans of digits as files in class folders."""
     folder, source = tmp_path_factory.mktemp("digits"), load_digits()
     for i, (image, label) in enumerate(zip(source.images[:N_DIGITS], source.target[:N_DIGITS], strict=True)):
         (folder / str(label)).mkdir(exist_ok=True)

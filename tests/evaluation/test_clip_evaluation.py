@@ -259,7 +259,7 @@ def test_the_table_shows_only_runs_with_the_same_clips(pretrained, tmp_path):
     assert set(changed) == {"knn"} and n == 3 and "| rank_me |" not in table
     assert "\n1 clip x 1 crop of each video" in table and "are only in results.json: 2." in table
     assert run(["rank_me"], 3)[0] == summary  # the earlier results are still there
-    other, _, n = run(["rank_me"], 3, video_path_prefix="/nowhere")  # class directories do not use it
+    other, _, n = run(["rank_me"], 3, video_path_prefix="/nowhere")  # class folders do not use it
     assert other["rank_me"] == summary["rank_me"] and n == 4
 
 
