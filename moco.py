@@ -63,8 +63,8 @@ class SelfSupervisedMethod(BaseMethod):
 
     CLASSIFIER = "online_classifier"
     is_recorded = True  # False: the program that trains writes settings and scores itself
-    new_keys: Sequence[Tensor] = ()  # of each key view, gathered; from training_step to on_after_backward
-    micro_batches: MicroBatches | None = None  # from encode_each to backward
+    new_keys: Sequence[Tensor] = ()  # keys of each key view; set by training_step, pushed by on_after_backward
+    micro_batches: MicroBatches | None = None  # set by encode_each, used up by backward
     lost_loss = False  # True: the weights are those of a checkpoint that was trained with a `custom_loss`
 
     def __init__(

@@ -145,7 +145,7 @@ CUSTOM_DATA = (
     "splits_path",
     "pixel_range",
 )  # settings of dataset_name="folder"; other data sets refuse them
-SUBSET = ("data_fraction", "data_seed")  # those that packed data sets have, too
+SUBSET = ("data_fraction", "data_seed")  # settings of CUSTOM_DATA that packed data sets accept, too
 VIDEO = (
     "num_frames",
     "clip_duration",
@@ -491,9 +491,9 @@ class ModelParams(EncoderAndDataParams):
     mlp_last_affine: bool = True  # give the normalizations after both heads weights and biases
 
     # loss
-    # loss. ce (InfoNCE), dcl, sce, supcon (with labels) and seed (with a teacher) need negatives; bce and ip (BYOL's)
-    # compare them if there are any. vic (VICReg's), barlow, lejepa, visreg, emp, frossl, mmcr, fastsiam, swav and dino
-    # use none
+    # loss function. ce (InfoNCE), dcl, sce, supcon (with labels) and seed (with a teacher) need negatives; bce and ip
+    # (BYOL's) compare them if there are any. vic (VICReg's), barlow, lejepa, visreg, emp, frossl, mmcr, fastsiam, swav
+    # and dino use none
     loss_type: str = choice("ce", LOSSES)
     use_vicreg_loss: bool = False  # the same as loss_type="vic"
     loss_constant_factor: float = positive(1, at_most=1e6)  # factor by which the loss is multiplied
@@ -615,7 +615,8 @@ class ModelParams(EncoderAndDataParams):
     n_classes: int | None = positive(None)  # number of classes of the online classifier; None: the data set's
     # peak learning rate of the online classifier, which has no weight decay
     online_classifier_lr: float = positive(0.1, at_most=1000)
-    # fit probes on the labeled training set of dataset_name, not on half of the validation set; not with own loaders
+    # fit probes on the labeled training set of dataset_name, not on half of the validation set; no effect with a
+    # loader of your own
     probe_on_training_set: bool = False
 
     def __attrs_post_init__(self):

@@ -70,7 +70,7 @@ class Results:
         self.runs = self.kept_of(self.runs, self.earlier_config)
 
     def kept_of(self, runs: list[RunRecord], config: dict[str, Any]) -> list[RunRecord]:
-        """Return the stored runs without those of other weights. `config` is stored beside them."""
+        """Return the stored runs without those of other weights. `config` is stored next to them."""
         kept = list(filter(self.is_kept, runs))
         if not self.refuse_others or len(kept) == len(runs):
             return kept

@@ -233,7 +233,8 @@ def refuse_frozen_new_stem(p: EncoderAndDataParams) -> None:
 
 
 def embeddings_of(encoder: nn.Module, x: torch.Tensor, at_once: int | None = None) -> torch.Tensor:
-    """Return the embeddings [N, E] of images or clips; of K clips per video, [N, K, C, T, H, W], the means over K.
+    """Return the embeddings [N, E] of images or clips; of multiple clips per video, [N, clips, C, T, H, W], their
+    means.
 
     Args:
         at_once: the largest number of images or videos that are encoded at once; None: all.

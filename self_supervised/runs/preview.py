@@ -98,7 +98,7 @@ def pixels(view: Tensor, params: ModelParams) -> Tensor:
 
 def as_strips(images: Tensor) -> Tensor:
     """Return images unchanged, and clips [N, C, T, H, W] as four frames from the first to the last, side by side. If
-    there are multiple clips per video [N, K, C, T, H, W], the first one is used."""
+    there are multiple clips per video [N, clips, C, T, H, W], the first one is used."""
     images = images[:, 0] if images.dim() == 6 else images
     if images.dim() == 4:
         return images

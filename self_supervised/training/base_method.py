@@ -53,12 +53,12 @@ class BaseMethod(pl.LightningModule):
     CLASSIFIER: str  # name of the linear layer that is trained on labels
     needs_labels = False  # also for validation
     plan: Plan | None = None  # length of the training, set with the optimizers
-    built: Any = None  # the settings with which it was built, and which `change` changes
+    built: Any = None  # settings with which it was built, or to which `change` has set them since
     seed_was_drawn = False  # True if `seed` was None
     step_metrics: dict[str, Tensor] = {}  # the latest ones of this training, logged or not
     latest_scores: tuple[int, dict[str, Any]] = (-1, {})  # optimizer step and scores of the latest validation
     trains_on_dataset_name = False  # False: on the user's loader
-    loaded_names: list[str] | None = None  # of the classes, if weights were loaded into the method; []: not known
+    loaded_names: list[str] | None = None  # names of the loaded weights' classes; None: none loaded; []: not known
     was_trained = False  # True: the weights are those of a checkpoint, or of an earlier training
     float32_hooks: Sequence[RemovableHandle] = ()  # of layers that a CPU cannot train in bfloat16
     about_labels = ""  # the line on the labels of our data set, once it was logged

@@ -100,8 +100,8 @@ def try_one_image(method: pl.LightningModule) -> None:
 
 
 def refuse_one_image(method: pl.LightningModule) -> None:
-    """Raise ValueError if a batch of one image, on all processes together, contradicts the settings. An own loss, or
-    training step, may be able to learn from it."""
+    """Raise ValueError if a batch of one image, on all processes together, contradicts the settings. A user's loss or
+    training step may be able to learn from it."""
     has_own_step = not is_ours(type(method).training_step)
     if distributed.world_size() > 1 or getattr(method, "custom_loss", None) is not None or has_own_step:
         return

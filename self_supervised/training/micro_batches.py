@@ -53,7 +53,7 @@ class MicroBatches:
         self.buffers = buffers_of(self.networks)
         parts = {view: in_parts(batch, size) for view, batch in batches.items()}
         self.parts = [(view, number, part) for view in parts for number, part in enumerate(parts[view])]
-        with isolate_rng():  # an own loader draws from the same state
+        with isolate_rng():  # a user's loader draws from the same state
             with torch.no_grad():
                 encoded = [self.encoded(*part) for part in self.parts[:-1]]
             self.kept = self.encoded(*self.parts[-1])

@@ -34,9 +34,9 @@ class TrainingRecord(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self.folder: Path | None = None  # of the latest training, if it is recorded
+        self.folder: Path | None = None  # directory of the latest training's record; None: not recorded
         self.results: dict[str, Any] = {}
-        self.began = 0.0  # time
+        self.began = 0.0  # time at which the training began
         self.added: CSVLogger | None = None  # ours, during the training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -243,7 +243,7 @@ def evaluation_view(images: Tensor, params: EncoderAndDataParams) -> Tensor:
     """Return the full images, normalized and, if their size differs from `crop_size`, resized.
 
     Args:
-        images: uint8 images [N, C, H, W], clips [N, C, T, H, W], or multiple clips of each video [N, K, C, T, H, W].
+        images: uint8 images [N, C, H, W], clips [N, C, T, H, W], or multiple clips per video [N, clips, C, T, H, W].
 
     Raises:
         ValueError: `images` have another type or shape. Floats from 0 to 1 would be divided by 255 again.
